@@ -1,0 +1,52 @@
+"""One exception hierarchy, and the exit code that each branch of it means.
+
+`UserError` is for what the user can mend (config, data, plug-in, checkpoint): the command line prints its
+message alone and exits with 2. `StageError` is for a run that failed after it had started and can be resumed: exit
+code 3. Anything else is a defect of ours; the traceback goes to the log and the exit code is 3 too.
+"""
+
+EXIT_OK = 0
+EXIT_USER = 2
+EXIT_FAILED = 3
+EXIT_INTERRUPTED = 130
+
+
+class PosttrainError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+    exit_code = EXIT_FAILED
+
+
+class UserError(PosttrainError):
+    """The input is wrong. The message holds the value got, the rule, and the key or row to change."""
+
+    exit_code = EXIT_USER
+
+
+class ConfigError(UserError):
+    """A YAML file, an override or a pipeline graph is wrong. `problems` lists each one on a line of its own."""
+
+    def __init__(self, source: str, problems: list[str]):
+        self.source = source
+        self.problems = list(problems)
+        super().__init__("\n".join(f"{source}: {problem}" for problem in self.problems))
+
+
+class DataError(UserError):
+    """A dataset cannot be read, or one of its rows breaks the rules."""
+
+
+class PluginError(UserError):
+    """A reward plug-in cannot be found, imported or called."""
+
+
+class CheckpointError(UserError):
+    """A model folder or checkpoint is incomplete, corrupt, or belongs to another model."""
+
+
+class MissingDependencyError(UserError):
+    """A package that this stage needs is not installed."""
+
+
+class StageError(PosttrainError):
+    """A stage failed after it had started; what was finished before it is intact and the run can be resumed."""

@@ -1,0 +1,92 @@
+"""The frozen records that travel between the parts: rows in, rollouts through, results out.
+
+Nothing here imports torch, and nothing is filled in later: each step makes a new record.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One validated row of a dataset.
+
+    id: unique within its dataset (the row's own `id`, else made from its file and line).
+    capability: what the row exercises (math, coding, ...); quotas, strata and results are by capability.
+    messages: the conversation. A prompt ends with a user turn; a supervised example ends with an assistant turn.
+    answer: what a reward compares with, or None.
+    fields: every other column of the row as it was read, for reward plug-ins.
+    """
+
+    id: str
+    capability: str
+    messages: tuple[Message, ...]
+    answer: Any = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens [start, end) of a reply were sampled by this version of the policy."""
+
+    policy_version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled reply. The ids that the engine sampled are the ids trained on; text is never tokenized again.
+
+    prompt_ids, token_ids: token ids of the prompt and of the reply (with its end-of-turn token, if it got there).
+    sampler_logprobs: float log-probability of each reply token under the distribution it was sampled from.
+    versions: spans that cover the reply exactly, in order.
+    finish_reason: "stop" (ended its turn) or "length" (truncated).
+    system: the system instruction that was sampled for the prompt, or None.
+    worker: name of the rollout worker; started_s, finished_s: Unix times.
+    """
+
+    prompt_id: str
+    group_id: str
+    index: int
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    sampler_logprobs: tuple[float, ...]
+    versions: tuple[VersionSpan, ...]
+    finish_reason: str
+    system: str | None = None
+    worker: str = ""
+    started_s: float = 0.0
+    finished_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RewardResult:
+    """What a reward function found. `parts` are named components for the log; `reason` says why in a few words."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The outcome of scoring one rollout. `result` is None when it could not be scored.
+
+    outcome: ok | unparseable (scored 0) | timeout | error | infrastructure; reason: why, in a few words.
+    """
+
+    result: RewardResult | None
+    outcome: str = "ok"
+    reason: str = ""
+    wall_s: float = 0.0
