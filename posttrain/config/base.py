@@ -1,0 +1,177 @@
+"""The strict base of every schema, and the road from a YAML file to a validated object.
+
+What it leaves out, on purpose: inheritance between files and environment interpolation. A file says what it means;
+`key.path=value` changes a field; the resolved file is written into the run directory.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from posttrain.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of all schemas: unknown keys are errors, types are not coerced, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars (1e-5 is a float, only true/false are booleans) and no duplicate keys."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
+    list("-+.0123456789"),
+)
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in mapping:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML text; a syntax error becomes a `ConfigError` that names the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader subclass)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        problem = str(getattr(error, "problem", None) or error)
+        if "\\t" in problem:
+            problem = "a tab character; YAML is indented with spaces only"
+        raise ConfigError(source, [f"{where}{problem}"]) from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(str(path), ["no such file"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(str(path), [f"holds {type(data).__name__}, but must hold a mapping of keys to values"])
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return `data` with every `key.path=value` applied; values are parsed as YAML."""
+    data = _deep_copy(data)
+    for override in overrides:
+        key, sign, raw = override.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"override {override!r}", ["must have the form key.path=value"])
+        target = data
+        parts = key.strip().split(".")
+        for part in parts[:-1]:
+            if not isinstance(target.get(part), dict):
+                target[part] = {}
+            target = target[part]
+        target[parts[-1]] = parse_yaml(raw, f"override {override!r}") if raw else ""
+    return data
+
+
+def _deep_copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _deep_copy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_deep_copy(item) for item in value]
+    return value
+
+
+def validate_config(schema: type[ConfigT], data: dict[str, Any], source: str) -> ConfigT:
+    """Validate `data` under `schema`; raises `ConfigError` with every problem of the file."""
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(source, config_problems(schema, data, error)) from None
+
+
+def load_config(schema: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read, override and validate one stage file."""
+    return validate_config(schema, apply_overrides(read_yaml(path), overrides), str(path))
+
+
+def config_problems(schema: type[Config], data: Any, error: ValidationError) -> list[str]:
+    """One line a problem: key path, the value got, the rule, and the nearest valid key for a typo."""
+    problems = []
+    for item in error.errors(include_url=False):
+        location = [part for part in item["loc"] if not _is_union_tag(part)]
+        key = ".".join(str(part) for part in location) or "(whole file)"
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(schema, location[:-1])
+            near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            problems.append(f"{key}: unknown key; {hint}")
+        elif item["type"] == "missing":
+            problems.append(f"{key}: required, but not set")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = _value_at(data, location)
+            shown = "" if isinstance(value, dict) else f"got {value!r}: "
+            problems.append(f"{key}: {shown}{message}")
+    return list(dict.fromkeys(problems))
+
+
+def _is_union_tag(part: Any) -> bool:
+    """pydantic puts the name of a union's branch (`str`, `list[str]`, a model's class) into a location."""
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part or part[:1].isupper())
+
+
+def _value_at(data: Any, location: Sequence[Any]) -> Any:
+    for part in location:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
+
+
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    for option in (annotation, *get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
+def _known_keys(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    model: type[BaseModel] = schema
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _nested_model(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def dump_yaml(config: Config | dict[str, Any]) -> str:
+    """The resolved YAML of a config: every default written out."""
+    data = config.model_dump(mode="json") if isinstance(config, Config) else config
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,110 @@
+"""Schemas that several stages share. No torch here: a config loads in milliseconds."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import Config
+
+Positive = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelConfig(Config):
+    """A Hugging Face model folder, and how it is held in memory."""
+
+    path: str = Field(description="Folder with config.json, safetensors and tokenizer; or ${stage.model}.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type of the weights and activations.")
+    implementation: Literal["native", "transformers"] = Field(
+        "native", description="Model code for Llama 4; other architectures always use transformers."
+    )
+
+
+class DataConfig(Config):
+    """A dataset: JSON lines, JSON, parquet or CSV files, a folder of them, or a saved `datasets` folder."""
+
+    path: str | list[str] = Field(description="File or folder, or several; or ${stage.output}.")
+    capability: str = Field("general", description="Capability of rows that do not name one.")
+    limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Use only the first rows.")
+
+
+class RewardConfig(Config):
+    """A reward plug-in: the name of an entry point, a dotted path, or path/to/file.py:function."""
+
+    name: str
+    args: dict[str, str | int | float | bool | None] = Field(
+        default_factory=dict, description="Keyword arguments given to the function."
+    )
+    workers: Annotated[int, Field(ge=1)] = Field(1, description="Processes that score side by side.")
+    timeout_s: Positive = Field(10.0, description="A scoring that takes longer is killed with its process.")
+
+
+class ActorResources(Config):
+    """What one kind of actor asks of the Ray cluster. `workers` is how many there are; the rest is for each."""
+
+    workers: Annotated[int, Field(ge=1)] = 1
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+
+
+class EngineConfig(Config):
+    """The vLLM engine that serves the model."""
+
+    max_model_len: Annotated[int, Field(ge=16)] = Field(4096, description="Longest prompt plus reply, in tokens.")
+    max_num_seqs: Annotated[int, Field(ge=1)] = Field(256, description="Sequences decoded at the same time.")
+    kv_cache_gib: Positive | None = Field(None, description="Memory for the KV cache; None lets vLLM decide.")
+    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of a GPU given to vLLM.")
+    tensor_parallel: Annotated[int, Field(ge=1)] = Field(1, description="GPUs that one engine is split over.")
+    enforce_eager: bool = Field(True, description="Do not capture graphs. On a CPU it must stay true.")
+    prefix_caching: bool = Field(True, description="Share the KV cache of equal prefixes.")
+
+
+class SamplingConfig(Config):
+    """How replies are drawn."""
+
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_tokens: Annotated[int, Field(ge=1)] = Field(1024, description="Longest reply; a longer one is truncated.")
+
+
+class OptimizerConfig(Config):
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: Positive = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Positive = 1.0
+
+
+class LoraConfig(Config):
+    """Low-rank adapters, merged into the exported model."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Positive = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], description="Names of linear modules."
+    )
+
+
+class SystemInstruction(Config):
+    """One system instruction and how often it is drawn; an empty text means no system turn."""
+
+    text: str
+    weight: Positive = 1.0
+
+
+class SystemsConfig(Config):
+    """The set that system instructions are sampled from, for prompts that bring none of their own."""
+
+    instructions: list[SystemInstruction] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "SystemsConfig":
+        texts = [item.text for item in self.instructions]
+        if len(set(texts)) != len(texts):
+            raise ValueError("each instruction may appear once; give it a larger weight instead")
+        return self

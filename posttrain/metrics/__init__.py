@@ -1,0 +1,1 @@
+"""Metric values: JSON lines, intervals, events."""
