@@ -1,0 +1,1 @@
+"""Scoring: reward plug-ins found by name and run in killable processes. Imports nothing heavy."""
