@@ -1,0 +1,1 @@
+"""Bundled pipeline YAML. Installed as posttrain.pipelines, so that a wheel carries it."""

@@ -1,0 +1,1 @@
+"""Built-in reward plug-ins, one family a file. Installed as posttrain.rewards."""
