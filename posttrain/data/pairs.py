@@ -1,0 +1,103 @@
+"""Preference pairs: one prompt with a reply to prefer and a reply to reject.
+
+Read from {"prompt", "chosen", "rejected"} rows, each field text or a list of messages. `chosen` and `rejected` may
+also be whole conversations that begin with the same turns; then `prompt` may be left out.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.shared import DataConfig
+from posttrain.data.files import Record
+from posttrain.data.rows import (
+    Data,
+    RowError,
+    check,
+    check_turns,
+    collect,
+    messages_to_json,
+    take_capability,
+    take_id,
+    take_turns,
+    write_jsonl,
+)
+from posttrain.records import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One preference. `prompt` ends with a user turn; `chosen` and `rejected` are replies, which differ."""
+
+    id: str
+    capability: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_pairs(data: Data, *, limit: int | None = None) -> list[Pair]:
+    """Read and validate preference pairs; raises `DataError` like `load_rows`."""
+    return collect(data, _parse, limit, lambda pair: pair.id)
+
+
+def check_pairs(data: Data, rows: int = 100) -> list[str]:
+    """Problems in the first pairs, one line each."""
+    return check(data, _parse, rows, lambda pair: pair.id)
+
+
+def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> int:
+    """Write pairs as JSON lines, atomically. Returns how many."""
+    return write_jsonl(path, (pair_to_json(pair) for pair in pairs))
+
+
+def pair_to_json(pair: Pair) -> dict[str, Any]:
+    """The JSON object that `load_pairs` reads back as an equal pair."""
+    return {
+        **pair.fields,
+        "id": pair.id,
+        "capability": pair.capability,
+        "prompt": messages_to_json(pair.prompt),
+        "chosen": [{"role": "assistant", "content": pair.chosen}],
+        "rejected": [{"role": "assistant", "content": pair.rejected}],
+    }
+
+
+def _parse(record: Record, config: DataConfig) -> Pair:
+    value = dict(record.value)
+    for name in ("chosen", "rejected"):
+        if value.get(name) is None:
+            raise RowError(f"no {name!r}: a pair has 'prompt', 'chosen' and 'rejected'")
+    given = take_turns(value, "prompt", "user") if value.get("prompt") is not None else ()
+    chosen_start, chosen = _take_reply(value, "chosen")
+    rejected_start, rejected = _take_reply(value, "rejected")
+    prompt = _shared_prompt(given, chosen_start, rejected_start)
+    check_turns(prompt, "prompt", last="user")
+    if chosen == rejected:
+        raise RowError("chosen and rejected are the same text: a pair must show a difference")
+    identity, capability = take_id(value, record), take_capability(value, config.capability)
+    return Pair(identity, capability, prompt, chosen, rejected, value)
+
+
+def _take_reply(value: dict[str, Any], name: str) -> tuple[tuple[Message, ...], str]:
+    """Remove a reply; returns the turns before it (if it was a whole conversation) and its text."""
+    turns = take_turns(value, name, "assistant")
+    if turns[-1].role != "assistant":
+        raise RowError(f"{name}: the last turn is {turns[-1].role!r}: a reply must end with 'assistant'")
+    return turns[:-1], turns[-1].content
+
+
+def _shared_prompt(
+    given: tuple[Message, ...], chosen: tuple[Message, ...], rejected: tuple[Message, ...]
+) -> tuple[Message, ...]:
+    """The prompt, from the field of that name or from the turns that both replies begin with."""
+    if chosen != rejected:
+        raise RowError("chosen and rejected do not begin with the same turns: a pair has one prompt")
+    prompt = chosen or given
+    if not prompt:
+        raise RowError("no 'prompt': a pair has 'prompt', 'chosen' and 'rejected'")
+    if given and chosen and given[-1] != chosen[-1]:
+        raise RowError("'prompt' is not the prompt that chosen and rejected begin with; leave one of them out")
+    return prompt

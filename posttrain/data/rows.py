@@ -1,0 +1,278 @@
+"""Datasets to validated rows: read every row, name every bad one, before any model is loaded.
+
+Two kinds of row: a `supervised` example ends with an assistant turn, a `prompt` ends with a user turn. What is left
+out: tokens (see chat.py), mixing, and repair: a bad row is an error with its file and number, never dropped.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from posttrain.config.shared import DataConfig
+from posttrain.data.files import Record, read_records
+from posttrain.errors import DataError
+from posttrain.records import Message, Row
+
+Kind = Literal["supervised", "prompt"]
+Data = DataConfig | str | Path | Sequence[str | Path]
+T = TypeVar("T")
+
+ROLES = ("system", "user", "assistant")
+REPLY_FIELDS = ("completion", "response")
+# Keys of a message that would change what it means; anything else beside role and content is decoration.
+UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id", "weight", "reasoning_content")
+MAX_SHOWN_PROBLEMS = 5
+SHOWN_CHARACTERS = 60
+
+
+class RowError(ValueError):
+    """What is wrong with one row: the value got and the rule, without the place."""
+
+
+def load_rows(data: Data, *, kind: Kind, limit: int | None = None) -> list[Row]:
+    """Read and validate a dataset.
+
+    data: a `DataConfig`, a path, or several; kind: how a conversation must end; limit: use only the first rows (the
+    smaller of this and `data.limit`). Returns at least one row. Raises `DataError` that names file, row number, the
+    value got and the rule, for the first few bad rows.
+    """
+    return collect(data, lambda record, config: parse_row(record, kind, config.capability), limit, lambda row: row.id)
+
+
+def check_data(data: Data, kind: Kind, rows: int = 100) -> list[str]:
+    """Problems in the first rows of a dataset, one line each; a path that still holds `${...}` is not looked at."""
+    return check(data, lambda record, config: parse_row(record, kind, config.capability), rows, lambda row: row.id)
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
+    """Write rows as JSON lines, atomically; every column a row was read with is kept. Returns how many."""
+    return write_jsonl(path, (row_to_json(row) for row in rows))
+
+
+def row_to_json(row: Row) -> dict[str, Any]:
+    """The JSON object that `load_rows` reads back as an equal row."""
+    record: dict[str, Any] = {"id": row.id, "capability": row.capability, "messages": messages_to_json(row.messages)}
+    if row.answer is not None:
+        record["answer"] = row.answer
+    return {**row.fields, **record}
+
+
+def messages_to_json(messages: Iterable[Message]) -> list[dict[str, str]]:
+    """Messages as the list of {"role", "content"} that chat templates take."""
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Write JSON lines aside, then rename, so that the file is whole or absent. Returns the number of lines."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    count = 0
+    try:
+        with aside.open("w", encoding="utf-8") as lines:
+            for record in records:
+                lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+                count += 1
+            lines.flush()
+            os.fsync(lines.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return count
+
+
+# --- the scan that rows and preference pairs share ---
+
+
+def as_config(data: Data) -> DataConfig:
+    """`data` as a `DataConfig`."""
+    if isinstance(data, DataConfig):
+        return data
+    if isinstance(data, str | Path):
+        return DataConfig(path=str(data))
+    return DataConfig(path=[str(path) for path in data])
+
+
+def scan(
+    data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, identity: Callable[[T], str]
+) -> Iterator[T | str]:
+    """Yield each row parsed, or one line that says what is wrong with it."""
+    config = as_config(data)
+    paths = [config.path] if isinstance(config.path, str) else config.path
+    limits = [value for value in (limit, config.limit) if value is not None]
+    seen: dict[str, str] = {}
+    for record in islice(read_records(paths), min(limits, default=None)):
+        try:
+            if record.problem:
+                raise RowError(record.problem)
+            row = parse(record, config)
+            name = identity(row)
+            if name in seen:
+                raise RowError(f"id {name!r}: already used by {seen[name]}; every id must be unique")
+            seen[name] = record.where
+        except RowError as error:
+            yield f"{record.where}: {error}"
+        else:
+            yield row
+
+
+def collect(
+    data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, identity: Callable[[T], str]
+) -> list[T]:
+    """Every row of a dataset; raises `DataError` if one is bad or there are none."""
+    rows: list[T] = []
+    problems: list[str] = []
+    for item in scan(data, parse, limit, identity):
+        if isinstance(item, str):
+            problems.append(item)
+        else:
+            rows.append(item)
+    if problems:
+        rest = len(problems) - MAX_SHOWN_PROBLEMS
+        more = [f"and {rest} more rows with problems"] if rest > 0 else []
+        raise DataError("\n".join(problems[:MAX_SHOWN_PROBLEMS] + more))
+    if not rows:
+        raise DataError(f"{_shown_path(data)}: holds no rows; at least one is needed")
+    return rows
+
+
+def check(data: Data, parse: Callable[[Record, DataConfig], T], rows: int, identity: Callable[[T], str]) -> list[str]:
+    """Problems in the first rows, as lines."""
+    if "${" in _shown_path(data):
+        return []
+    try:
+        found = list(scan(data, parse, rows, identity))
+    except DataError as error:
+        return str(error).splitlines()
+    if not found:
+        return [f"{_shown_path(data)}: holds no rows; at least one is needed"]
+    return [item for item in found if isinstance(item, str)]
+
+
+def _shown_path(data: Data) -> str:
+    path = as_config(data).path
+    return path if isinstance(path, str) else ", ".join(path)
+
+
+# --- one row ---
+
+
+def parse_row(record: Record, kind: Kind, capability: str) -> Row:
+    """Make a `Row` of one record; raises `RowError`."""
+    value = dict(record.value)
+    messages = take_conversation(value, kind)
+    check_turns(messages, "messages", last="assistant" if kind == "supervised" else "user")
+    return Row(
+        id=take_id(value, record),
+        capability=take_capability(value, capability),
+        messages=messages,
+        answer=value.pop("answer", None),
+        fields=value,
+    )
+
+
+def take_conversation(value: dict[str, Any], kind: Kind) -> tuple[Message, ...]:
+    """Remove the conversation from a raw row: `messages`, or `prompt` with `completion` or `response`."""
+    if value.get("messages") is not None:
+        return to_messages(value.pop("messages"), "messages")
+    if value.get("prompt") is None:
+        columns = ", ".join(sorted(map(str, value))) or "none"
+        raise RowError(f"no 'messages' (and no 'prompt'); its fields are: {columns}")
+    prompt = take_turns(value, "prompt", "user")
+    if kind == "prompt":
+        return prompt
+    reply = next((name for name in REPLY_FIELDS if value.get(name) is not None), None)
+    if reply is None:
+        raise RowError("a 'prompt' without 'completion' or 'response': a supervised row needs the reply")
+    return prompt + take_turns(value, reply, "assistant")
+
+
+def take_turns(value: dict[str, Any], name: str, role: str) -> tuple[Message, ...]:
+    """Remove a field that holds messages, or text that is one turn of `role`."""
+    turns = _from_json_text(value.pop(name))
+    if isinstance(turns, str):
+        turns = [{"role": role, "content": turns}]
+    return to_messages(turns, name)
+
+
+def to_messages(value: Any, name: str) -> tuple[Message, ...]:
+    """Validate a list of {"role", "content"}; `name` is the field it stands in."""
+    value = _from_json_text(value)
+    if not isinstance(value, list) or not value:
+        raise RowError(f"{name}: got {shown(value)}: must be a list of at least one message")
+    return tuple(_to_message(item, f"{name}[{index}]") for index, item in enumerate(value))
+
+
+def _from_json_text(value: Any) -> Any:
+    """CSV has no lists: a cell that holds a JSON list of objects is one."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _to_message(item: Any, name: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise RowError(f"{name}: got {shown(item)}: must be an object with 'role' and 'content'")
+    role, content = item.get("role"), item.get("content")
+    if role not in ROLES:
+        raise RowError(f"{name}.role: got {shown(role)}: must be one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise RowError(f"{name}.content: got {shown(content)}: must be text")
+    if not content.strip():
+        raise RowError(f"{name}.content: is empty")
+    _check_text(content, f"{name}.content")
+    extra = next((key for key in UNSUPPORTED_MESSAGE_KEYS if item.get(key) not in (None, [], "")), None)
+    if extra:
+        raise RowError(f"{name}.{extra}: got {shown(item[extra])}: not supported; remove it from the message")
+    return Message(role, content)
+
+
+def _check_text(text: str, name: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"{name}: character {error.start + 1} is half of a surrogate pair, which is not text") from None
+
+
+def check_turns(messages: Sequence[Message], name: str, last: str) -> None:
+    """The rules of a conversation: at most one system turn, first; then user and assistant in turn; it ends right."""
+    start = 1 if messages[0].role == "system" else 0
+    for index, message in enumerate(messages[start:], start):
+        expected = "user" if (index - start) % 2 == 0 else "assistant"
+        if message.role != expected:
+            rule = "after an optional first system turn, user and assistant alternate, user first"
+            raise RowError(f"{name}[{index}].role: got {message.role!r}, expected {expected!r}: {rule}")
+    if messages[-1].role != last:
+        what = "a supervised row" if last == "assistant" else "a prompt"
+        raise RowError(f"{name}: the last turn is {messages[-1].role!r}: {what} must end with {last!r}")
+
+
+def take_id(value: dict[str, Any], record: Record) -> str:
+    """Remove the row's id, or make one of its file and number."""
+    identity = value.pop("id", None)
+    if identity is None:
+        return f"{record.label}:{record.number}"
+    if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
+        raise RowError(f"id: got {shown(identity)}: must be text or a whole number")
+    return str(identity)
+
+
+def take_capability(value: dict[str, Any], default: str) -> str:
+    """Remove the row's capability, or use the dataset's."""
+    capability = value.pop("capability", None)
+    if capability is None:
+        return default
+    if not isinstance(capability, str) or not capability.strip():
+        raise RowError(f"capability: got {shown(capability)}: must be a name")
+    return capability
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it, cut short."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
