@@ -1,0 +1,65 @@
+"""Attention of a Llama 4 layer: rotary with normalised queries and keys, or no positions with a temperature."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Llama4TextConfig
+from transformers.cache_utils import Cache
+
+from posttrain.model.rope import attention_temperature, rotate
+from posttrain.model.visibility import Visibility
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """What the layers of one forward need to know about places.
+
+    rotations_BS1d: complex rotary factors. slots_BS: places from which the temperature follows.
+    visibility: {"full_attention": ..., "chunked_attention": ...}.
+    """
+
+    rotations_BS1d: torch.Tensor
+    slots_BS: torch.Tensor
+    visibility: dict[str, Visibility]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. Parameter names follow transformers' Llama4TextAttention."""
+
+    def __init__(self, config: Llama4TextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.kind = config.layer_types[layer_idx]
+        self.use_rope = bool(config.no_rope_layers[layer_idx])  # the name is upside down: 1 means rotary
+        self.use_qk_norm = bool(config.use_qk_norm) and self.use_rope
+        width, key_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, x_BSD: torch.Tensor, positions: Positions, cache: Cache | None = None) -> torch.Tensor:
+        """Return the attention output [B, S, D]; appends to `cache` where there is one."""
+        heads = (*x_BSD.shape[:-1], -1, self.head_dim)
+        q, k, v = (proj(x_BSD).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.use_rope:
+            q, k = rotate(q, positions.rotations_BS1d), rotate(k, positions.rotations_BS1d)
+        if self.use_qk_norm:
+            q, k = self._unit_rms(q), self._unit_rms(k)
+        if self.config.attn_temperature_tuning and not self.use_rope:
+            q = q * attention_temperature(positions.slots_BS, self.config.floor_scale, self.config.attn_scale).to(
+                q.dtype
+            )
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        out_BHSd = positions.visibility[self.kind].attend(q, k, v, dropout)
+        return self.o_proj(out_BHSd.transpose(1, 2).reshape(*x_BSD.shape[:-1], -1))
+
+    def _unit_rms(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), (self.head_dim,), None, self.config.rms_norm_eps).type_as(x)

@@ -1,0 +1,140 @@
+"""Feed-forward layers: dense, and the mixture of experts with a shared expert.
+
+Routing is dropless: tokens are sorted by expert and every expert multiplies its own run of rows, so nothing has a
+capacity and no expert computes for tokens that are not its own. Left out: expert parallelism (DeepSpeed replaces the
+layer for that).
+
+Shapes: T tokens, D hidden, I expert width, E experts, K experts a token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Llama4TextConfig
+from transformers.activations import ACT2FN
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: Llama4TextConfig, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Linear):
+    """A linear layer to one logit an expert, computed in fp32 whatever the dtype of the model."""
+
+    def __init__(self, config: Llama4TextConfig):
+        super().__init__(config.hidden_size, config.num_local_experts, bias=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return F.linear(input.to(dtype), self.weight.to(dtype))
+
+
+class Experts(nn.Module):
+    """The weights of all experts: gate_up_proj [E, D, 2 I] with the gate first, down_proj [E, I, D]; y = x @ W."""
+
+    def __init__(self, config: Llama4TextConfig):
+        super().__init__()
+        num_experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, hidden, 2 * width))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x_ND: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+        """Apply expert e to rows [ends_E[e - 1], ends_E[e]); `ends_E` is int32. Experts without rows are fine."""
+        gate, up = F.grouped_mm(x_ND, self.gate_up_proj, offs=ends_E).chunk(2, dim=-1)
+        return F.grouped_mm(self.act_fn(gate) * up, self.down_proj, offs=ends_E)
+
+
+class _Dispatch(torch.autograd.Function):
+    """rows[n] = x[order[n] // K]. Backward gathers through the inverse order: no accumulating scatter."""
+
+    @staticmethod
+    def forward(ctx, x_TD: torch.Tensor, order_N: torch.Tensor, inverse_N: torch.Tensor, k: int) -> torch.Tensor:
+        ctx.save_for_backward(inverse_N)
+        ctx.k = k
+        return x_TD.index_select(0, order_N if k == 1 else order_N // k)
+
+    @staticmethod
+    def backward(ctx, grad_ND: torch.Tensor):
+        (inverse_N,) = ctx.saved_tensors
+        grad = grad_ND.index_select(0, inverse_N)
+        return (grad if ctx.k == 1 else grad.unflatten(0, (-1, ctx.k)).sum(1)), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """out[t] = sum over K of rows[inverse[t * K + k]]; the transpose of _Dispatch."""
+
+    @staticmethod
+    def forward(ctx, rows_ND: torch.Tensor, order_N: torch.Tensor, inverse_N: torch.Tensor, k: int) -> torch.Tensor:
+        ctx.save_for_backward(order_N)
+        ctx.k = k
+        rows = rows_ND.index_select(0, inverse_N)
+        return rows if k == 1 else rows.unflatten(0, (-1, k)).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad_TD: torch.Tensor):
+        (order_N,) = ctx.saved_tensors
+        return grad_TD.index_select(0, order_N if ctx.k == 1 else order_N // ctx.k), None, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What one router did: `logits_TE` fp32 with its graph, `expert_ids_TK` int64."""
+
+    logits_TE: torch.Tensor
+    expert_ids_TK: torch.Tensor
+
+
+class MoE(nn.Module):
+    """Shared expert plus the top-K routed experts. Returns a plain tensor, as DeepSpeed's replacement for it does.
+
+    While `recorder` is a list (the model sets it for the length of a forward), each call appends its Routing there.
+    """
+
+    def __init__(self, config: Llama4TextConfig):
+        super().__init__()
+        self.num_experts = config.num_local_experts
+        self.top_k = config.num_experts_per_tok
+        self.experts = Experts(config)
+        self.router = Router(config)
+        self.shared_expert = GatedMLP(config, config.intermediate_size)
+        self.recorder: list[Routing] | None = None
+
+    def forward(self, x: torch.Tensor, expert_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., D] -> [..., D]. `expert_ids` [..., K] replays a choice of experts; the gate still has its gradient."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        logits_TE = self.router(x_TD)
+        if expert_ids is None:
+            chosen_TK, ids_TK = logits_TE.topk(self.top_k, dim=-1)
+        else:
+            ids_TK = expert_ids.reshape(-1, self.top_k)
+            chosen_TK = logits_TE.gather(-1, ids_TK)
+        if self.recorder is not None:
+            self.recorder.append(Routing(logits_TE, ids_TK))
+        out_TD = self.shared_expert(x_TD) + self._routed(x_TD, chosen_TK, ids_TK)
+        return out_TD.view(x.shape)
+
+    def _routed(self, x_TD: torch.Tensor, chosen_TK: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
+        flat_N = ids_TK.flatten()
+        order_N = flat_N.argsort(stable=True)
+        inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=x_TD.device))
+        ends_E = torch.bincount(flat_N, minlength=self.num_experts).cumsum(0).to(torch.int32)
+        # Each score is a sigmoid of its own logit, not normalised over experts, and scales the expert's input.
+        scores_N1 = torch.sigmoid(chosen_TK).to(x_TD.dtype).view(-1, 1)
+        if self.top_k == 1:
+            rows_ND = _Dispatch.apply(x_TD * scores_N1, order_N, inverse_N, 1)
+        else:
+            rows_ND = _Dispatch.apply(x_TD, order_N, inverse_N, self.top_k) * scores_N1[order_N]
+        return _Combine.apply(self.experts(rows_ND, ends_E), order_N, inverse_N, self.top_k)

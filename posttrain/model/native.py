@@ -1,0 +1,293 @@
+"""Llama 4 (text) as a transformers `PreTrainedModel`, with dropless grouped experts and isolated packed documents.
+
+Parameter names, shapes and numbers are those of transformers' `Llama4ForCausalLM`: weights and folders go both ways.
+What differs: experts compute only for their own tokens, documents packed into a row never see each other, the router
+works in fp32, and a load-balance loss is there when `router_aux_loss_coef` asks for it.
+
+Left out: images, tensor parallelism, returned attention weights, attention implementations other than SDPA.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Llama4TextConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import can_return_tuple
+
+from posttrain.model.attention import Attention, Positions
+from posttrain.model.moe import Experts, GatedMLP, MoE, Routing
+from posttrain.model.placement import Layout, layout_of, place
+from posttrain.model.rope import inverse_frequencies
+from posttrain.model.router_stats import RouterStats, load_balance_loss, router_stats
+
+# Llama4TextConfig's own default, which transformers never reads. A config that holds it, and does not ask for router
+# logits either, never chose a load-balance loss.
+_UNREAD_AUX_DEFAULT = 0.001
+
+
+@dataclass
+class NativeModelOutput(MoeModelOutputWithPast):
+    """The base model's output, with the load-balance loss where it was asked for."""
+
+    aux_loss: torch.Tensor | None = None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, cast back, then times the weight (in that order: it matters in bf16)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x) * self.weight
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Attention, then a dense or a mixture-of-experts feed-forward, each on a normalised residual."""
+
+    def __init__(self, config: Llama4TextConfig, layer_idx: int):
+        super().__init__()
+        self.is_moe = layer_idx in config.moe_layers
+        self.self_attn = Attention(config, layer_idx)
+        self.feed_forward = MoE(config) if self.is_moe else GatedMLP(config, config.intermediate_size_mlp)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BSD: torch.Tensor,
+        positions: Positions,
+        cache: Cache | None = None,
+        expert_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), positions, cache)
+        normed = self.post_attention_layernorm(x_BSD)
+        if expert_ids is not None:
+            return x_BSD + self.feed_forward(normed, expert_ids)
+        return x_BSD + self.feed_forward(normed)
+
+
+class _NativeLlama4(PreTrainedModel):
+    config_class = Llama4TextConfig
+    config: Llama4TextConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Experts):
+            for weight in (module.gate_up_proj, module.down_proj):
+                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
+
+
+class NativeLlama4Model(_NativeLlama4):
+    """The layers without the head."""
+
+    def __init__(self, config: Llama4TextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        # Not a buffer: loading on the meta device leaves buffers without values.
+        self._frequencies: tuple[torch.Tensor, float] | None = None
+        self._last_routings: tuple[list[Routing], torch.Tensor | None] = ([], None)
+        self.post_init()
+
+    @property
+    def last_router_stats(self) -> RouterStats | None:
+        """Expert loads and router entropy of the last forward, padding left out; None before one. Computed on read."""
+        routings, keep_T = self._last_routings
+        return router_stats(routings, keep_T) if routings else None
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        routed_experts: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> NativeModelOutput:
+        """As NativeLlama4ForCausalLM.forward; `last_hidden_state` is [B, S, D] after the final norm."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = x_BSD.shape[:2]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        layout = layout_of(batch, length, past, attention_mask, position_ids, x_BSD.device)
+        cache = self._cache(past_key_values, use_cache, layout)
+        positions = place(self.config, layout, length, cache, self._frequencies_on(x_BSD.device))
+        routings, hidden_states = self._run_layers(x_BSD, positions, cache, routed_experts, bool(output_hidden_states))
+        keep_T = None if attention_mask is None else attention_mask[:, past:].reshape(-1).bool()
+        self._last_routings = ([Routing(r.logits_TE.detach(), r.expert_ids_TK) for r in routings], keep_T)
+        wants_aux = bool(output_router_logits) or (self.config.router_aux_loss_coef > 0 and torch.is_grad_enabled())
+        return NativeModelOutput(
+            last_hidden_state=hidden_states[-1],
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            router_logits=tuple(r.logits_TE for r in routings) if output_router_logits else None,
+            aux_loss=load_balance_loss(routings, keep_T) if wants_aux and routings else None,
+        )
+
+    def _run_layers(
+        self,
+        x_BSD: torch.Tensor,
+        positions: Positions,
+        cache: Cache | None,
+        routed_experts: torch.Tensor | None,
+        keep_all: bool,
+    ) -> tuple[list[Routing], list[torch.Tensor]]:
+        """Return what the routers did and the hidden states (only the last, normalised, unless `keep_all`)."""
+        routings: list[Routing] = []
+        hidden_states = [x_BSD] if keep_all else []
+        moe_layers = [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoE)]
+        replay = iter(()) if routed_experts is None else iter(routed_experts.unbind(2))
+        for moe in moe_layers:
+            moe.recorder = routings
+        try:
+            for layer in self.layers:
+                expert_ids = next(replay, None) if layer.is_moe else None
+                x_BSD = layer(x_BSD, positions, cache, expert_ids)
+                if keep_all:
+                    hidden_states.append(x_BSD)
+        finally:
+            for moe in moe_layers:
+                moe.recorder = None
+        return routings, [*hidden_states[:-1], self.norm(x_BSD)]
+
+    def _cache(self, given: Cache | None, use_cache: bool | None, layout: Layout) -> Cache | None:
+        """The cache to fill: none for packed rows, which no next token could continue, nor by default in training."""
+        if layout.starts_BS is not None:
+            if given is not None or use_cache:
+                raise ValueError("position_ids restart within a row (packed documents): use_cache must be False")
+            return None
+        if use_cache is None:
+            use_cache = given is not None or (self.config.use_cache and not torch.is_grad_enabled())
+        if not use_cache:
+            return given
+        return given if given is not None else DynamicCache(config=self.config)
+
+    def _frequencies_on(self, device: torch.device) -> tuple[torch.Tensor, float]:
+        if self._frequencies is None or self._frequencies[0].device != device:
+            frequencies, factor = inverse_frequencies(self.config)
+            self._frequencies = (frequencies.to(device), factor)
+        return self._frequencies
+
+
+class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
+    """Llama 4 text model with its language-model head; the same weights as transformers' `Llama4ForCausalLM`.
+
+    `config.router_aux_loss_coef`, if positive, adds that multiple of the load-balance loss to `loss`. It is set to 0
+    where the config holds only the default that transformers never reads (0.001, output_router_logits False).
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Llama4TextConfig):
+        if config.router_aux_loss_coef == _UNREAD_AUX_DEFAULT and not config.output_router_logits:
+            config.router_aux_loss_coef = 0.0
+        super().__init__(config)
+        self.model = NativeLlama4Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        inputs_embeds: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        routed_experts: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids: int64 [B, S]; or inputs_embeds [B, S, D].
+            attention_mask: [B, seen + S], 0 for padding; None where nothing is padded.
+            position_ids: int64 [B or 1, S]. Where they restart within a row, the row is packed: documents are
+                isolated, and the first label of each is ignored (no token of its own precedes it).
+            labels: int64 [B, S], -100 is ignored; shifted here.
+            past_key_values, use_cache: as in transformers, but by default no cache is made while gradients are on.
+            logits_to_keep: logits of the last so many tokens only (0: all), or of these indices.
+            routed_experts: int64 [B, S, MoE layers, K], experts to use in place of the router's choice; the gate
+                is still computed, with its gradient, from the logits. Source: arXiv 2510.11370.
+
+        Returns:
+            loss, logits [B, S, V], past_key_values, aux_loss (where asked for by `router_aux_loss_coef` or
+            `output_router_logits`), and hidden_states and router_logits where asked for.
+
+        Raises:
+            ValueError: a mask of another shape, or a cache with packed rows.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, use_cache, inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
+            routed_experts=routed_experts,
+        )  # fmt: skip
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            labels = _without_first_labels(labels, position_ids)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if outputs.aux_loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * outputs.aux_loss
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=outputs.aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            router_logits=outputs.router_logits,
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; config.json names `Llama4ForCausalLM`, so that other tools load the folder."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory) / "config.json"
+        if path.exists() and kwargs.get("is_main_process", True):
+            config = json.loads(path.read_text())
+            config["architectures"] = ["Llama4ForCausalLM"]
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _without_first_labels(labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Ignore the labels that would be predicted from another document's last token."""
+    if position_ids is None or labels.shape[1] < 2:
+        return labels
+    restarts = (position_ids[:, 1:] != position_ids[:, :-1] + 1).expand(labels.shape[0], -1)
+    return labels.masked_fill(F.pad(restarts, (1, 0), value=False), -100)

@@ -1,0 +1,125 @@
+"""From position ids, padding and cache to the Positions of one forward.
+
+Two ways to give documents:
+
+  padded   one document a row, `attention_mask` marks padding. As in transformers, chunks are counted from the first
+           real token and the attention temperature from the start of the row.
+  packed   several documents a row, `position_ids` restart at each. Documents do not see each other; chunks and
+           temperature are counted within the document, so a packed document gets what it gets alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Llama4TextConfig
+from transformers.cache_utils import Cache
+
+from posttrain.model.attention import Positions
+from posttrain.model.rope import rotations
+from posttrain.model.visibility import CausalRows, ChunkedRows, MaskedRows, Visibility, packed_segments, row_mask
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the tokens of a forward are. attention_mask_BK: bool, or None where no row is padded on the left.
+
+    starts_BS: bool, first token of each document, or None where no row is packed.
+    """
+
+    position_ids_BS: torch.Tensor
+    attention_mask_BK: torch.Tensor | None
+    starts_BS: torch.Tensor | None
+
+
+def layout_of(
+    batch: int,
+    length: int,
+    past: int,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    device: torch.device,
+) -> Layout:
+    """Find out whether rows are plain, padded or packed.
+
+    Raises:
+        ValueError: the attention mask is not [batch, past + length].
+    """
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + length):
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}; it must be [batch, seen + new tokens] = "
+            f"{[batch, past + length]}"
+        )
+    mask = None if attention_mask is None else attention_mask.to(device=device, dtype=torch.bool)
+    if position_ids is None:
+        return Layout(torch.arange(past, past + length, device=device)[None], _needed(mask, past), None)
+    position_ids = position_ids.to(device)
+    starts = _document_starts(position_ids.expand(batch, -1), mask) if past == 0 and length > 1 else None
+    if starts is not None:
+        return Layout(position_ids.expand(batch, -1), None, starts)
+    return Layout(position_ids, _needed(mask, past), None)
+
+
+def _needed(mask_BK: torch.Tensor | None, past: int) -> torch.Tensor | None:
+    """Drop a mask that hides nothing a real token could see: no padding, or padding only at the end of new rows."""
+    if mask_BK is None or bool(mask_BK.all()):
+        return None
+    if past == 0 and bool((mask_BK[:, 1:] <= mask_BK[:, :-1]).all()):
+        return None
+    return mask_BK
+
+
+def _document_starts(position_ids_BS: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor | None:
+    breaks = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
+    between_real = breaks if mask_BS is None else breaks & mask_BS[:, 1:] & mask_BS[:, :-1]
+    if not bool(between_real.any()):
+        return None
+    if mask_BS is not None:
+        breaks = breaks | (mask_BS[:, 1:] != mask_BS[:, :-1])
+    return torch.nn.functional.pad(breaks, (1, 0), value=True)
+
+
+def place(
+    config: Llama4TextConfig, layout: Layout, length: int, cache: Cache | None, frequencies: tuple[torch.Tensor, float]
+) -> Positions:
+    """Build what the layers need. `frequencies` are those of rope.inverse_frequencies, on the right device."""
+    turns = rotations(layout.position_ids_BS, *frequencies)
+    kinds = set(config.layer_types)
+    if layout.starts_BS is not None:
+        visibility = {kind: _packed(config, layout, kind) for kind in kinds}
+        return Positions(turns, layout.position_ids_BS, visibility)
+    past = cache.get_seq_length() if cache is not None else 0
+    slots = torch.arange(past, past + length, device=turns.device)[None]
+    if past == 0 and layout.attention_mask_BK is None:
+        visibility = {kind: _plain(config, kind, length) for kind in kinds}
+    else:
+        visibility = {kind: _masked(config, layout, kind, slots, cache) for kind in kinds}
+    return Positions(turns, slots, visibility)
+
+
+def _chunk_size(config: Llama4TextConfig, kind: str) -> int | None:
+    return config.attention_chunk_size if kind == "chunked_attention" else None
+
+
+def _plain(config: Llama4TextConfig, kind: str, length: int) -> Visibility:
+    chunk_size = _chunk_size(config, kind)
+    return CausalRows() if chunk_size is None or length <= chunk_size else ChunkedRows(chunk_size)
+
+
+def _packed(config: Llama4TextConfig, layout: Layout, kind: str) -> Visibility:
+    chunk_size = _chunk_size(config, kind)
+    starts = layout.starts_BS
+    assert starts is not None
+    return packed_segments(starts if chunk_size is None else starts | (layout.position_ids_BS % chunk_size == 0))
+
+
+def _masked(
+    config: Llama4TextConfig, layout: Layout, kind: str, slots: torch.Tensor, cache: Cache | None
+) -> Visibility:
+    length, device = slots.shape[1], slots.device
+    past = cache.get_seq_length() if cache is not None else 0
+    total, offset = past + length, 0
+    if cache is not None:
+        # A layer whose window is bounded keeps only its last keys; the mask must start where they start.
+        total, offset = cache.get_mask_sizes(length, config.layer_types.index(kind))
+    keys, queries = range(offset, offset + total), range(past, past + length)
+    return MaskedRows(row_mask(layout.attention_mask_BK, queries, keys, _chunk_size(config, kind), device))

@@ -1,0 +1,54 @@
+"""What the routers did in one forward: the load-balance loss and figures for metrics."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from posttrain.model.moe import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStats:
+    """Routing of the last forward, one entry a MoE layer, without gradient.
+
+    load_LE: fraction of expert choices that went to each expert. entropy_L: mean entropy of softmax(logits), in nats.
+    """
+
+    load_LE: torch.Tensor
+    entropy_L: torch.Tensor
+
+
+def expert_load(expert_ids_TK: torch.Tensor, num_experts: int, keep_T: torch.Tensor | None = None) -> torch.Tensor:
+    """Fraction of the choices of the kept tokens that went to each expert, fp32 [E]."""
+    ids = expert_ids_TK if keep_T is None else expert_ids_TK[keep_T]
+    return torch.bincount(ids.flatten(), minlength=num_experts).float() / max(ids.numel(), 1)
+
+
+def load_balance_loss(routings: Sequence[Routing], keep_T: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over layers of E * sum_e load_e * mean probability_e: 1 when balanced, up to E when one expert has all.
+
+    Args:
+        routings: one a MoE layer.
+        keep_T: bool, False for padding.
+    Source: Switch Transformer (arXiv 2101.03961), equations 4 to 6, with the load taken over all K choices.
+    """
+    losses = []
+    for routing in routings:
+        logits, ids = routing.logits_TE, routing.expert_ids_TK
+        kept = logits if keep_T is None else logits[keep_T]
+        load = expert_load(ids, logits.shape[-1], keep_T)
+        losses.append(logits.shape[-1] * (load * kept.softmax(-1).mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def router_stats(routings: Sequence[Routing], keep_T: torch.Tensor | None = None) -> RouterStats:
+    """Figures for metrics; arguments as in load_balance_loss."""
+    loads, entropies = [], []
+    for routing in routings:
+        logits, ids = routing.logits_TE, routing.expert_ids_TK
+        log_probs = (logits if keep_T is None else logits[keep_T]).log_softmax(-1)
+        loads.append(expert_load(ids, logits.shape[-1], keep_T))
+        entropies.append(-(log_probs.exp() * log_probs).sum(-1).mean())
+    return RouterStats(torch.stack(loads), torch.stack(entropies))
