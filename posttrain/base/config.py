@@ -1,0 +1,61 @@
+"""Schema of the `base` stage, which trains the quick start's tiny Llama 4 from nothing."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from posttrain.config.base import Config
+from posttrain.config.shared import Positive, Probability
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class ModelSizes(Config):
+    """Shape of the Llama 4 text model. The last layer of every four has no positional embedding."""
+
+    hidden: Count = Field(96, description="Width of the residual stream.")
+    layers: Count = Field(4, description="Decoder layers; every second one is a mixture of experts.")
+    heads: Count = Field(3, description="Query heads.")
+    kv_heads: Count = Field(1, description="Key and value heads; a divisor of `heads`.")
+    head_dim: Count = Field(32, description="Size of a head, even.")
+    ffn: Count = Field(256, description="Inner size of dense layers.")
+    expert_ffn: Count = Field(192, description="Inner size of each expert and of the shared expert.")
+    experts: Count = Field(4, description="Routed experts, of which each token uses one.")
+
+
+class SetSizes(Config):
+    """Number of puzzles in each dataset."""
+
+    sft: Count = Field(1200, description="Supervised examples.")
+    prompts: Count = Field(1600, description="Prompts for reinforcement learning.")
+    heldout: Count = Field(400, description="Final evaluation; the same for every seed.")
+    tune: Count = Field(300, description="For choosing settings; the same for every seed.")
+
+
+class TextConfig(Config):
+    """What the base model reads, and how the supervised examples are written."""
+
+    worked_share: Probability = Field(0.9, description="Replies that show their steps, before the switch.")
+    late_worked_share: Probability = Field(0.25, description="The same, after the switch.")
+    switch_at: Probability = Field(0.75, description="Share of the steps after which the text turns terse.")
+    slip_share: Probability = Field(0.05, description="Worked replies with a wrong step.")
+    rate_share: Probability = Field(0.08, description="Documents that rate a puzzle easy, medium or hard.")
+    sft_worked_share: Probability = Field(0.3, description="Supervised examples that show their steps.")
+
+
+class StageConfig(Config):
+    """The `base` stage: a small model and the datasets of the quick start, reproducible from the seed."""
+
+    steps: Count = Field(900, description="Optimizer steps; the whole schedule scales with it.")
+    batch_tokens: Count = Field(2048, description="Tokens of a step with padding, over all processes.")
+    processes: Annotated[int, Field(ge=1, le=8)] = Field(2, description="Data-parallel processes, one thread each.")
+    muon_learning_rate: Positive = Field(0.03, description="Peak for the matrices inside the layers (Muon).")
+    adam_learning_rate: Positive = Field(4e-3, description="Peak for embeddings, head, router and norms (AdamW).")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="Linear warm-up of both rates.")
+    decay_share: Probability = Field(0.5, description="Last share of the steps in which the rates fall linearly.")
+    balance_coefficient: Annotated[float, Field(ge=0)] = Field(0.01, description="Weight of the expert balance loss.")
+    max_grad_norm: Positive = Field(1.0, description="Gradients with a larger norm are scaled down to it.")
+    cache: bool = Field(True, description="Reuse a base trained before with the same config, seed, code and torch.")
+    model: ModelSizes = Field(default_factory=ModelSizes)
+    sets: SetSizes = Field(default_factory=SetSizes)
+    text: TextConfig = Field(default_factory=TextConfig)

@@ -1,0 +1,64 @@
+"""Reach a target with + and - over all the given numbers. The work is to try and to check."""
+
+import random
+from collections.abc import Sequence
+
+from posttrain.base.problem import Family, Problem, with_steps
+
+_NUM_NUMBERS = {1: 2, 2: 2, 3: 3, 4: 3, 5: 4}
+_LARGEST = {1: 15, 2: 30, 3: 7, 4: 9, 5: 9}
+_MOST_WRONG_TRIES = 2
+
+
+def draw(level: int, rng: random.Random) -> Problem:
+    """Two to four numbers and a target of at least 0 that they reach."""
+    numbers = [rng.randint(1, _LARGEST[level]) for _ in range(_NUM_NUMBERS[level])]
+    expression, target = _attempt(numbers, rng)
+    shown = " ".join(map(str, rng.sample(numbers, len(numbers))))
+    return Problem(
+        family="countdown",
+        level=level,
+        prompt=f"Make {target} from {shown}",
+        answer=expression,
+        key=f"countdown {target} from " + " ".join(map(str, sorted(numbers))),
+        parts=(target, tuple(numbers), expression),
+        fields={"numbers": sorted(numbers), "target": target},
+    )
+
+
+def worked(problem: Problem, rng: random.Random, slip: bool) -> str:
+    """Up to two tries that miss, then one that hits; a slip settles for a miss."""
+    target, numbers, expression = problem.parts
+    steps, last = [], expression
+    for _ in range(rng.randint(0, _MOST_WRONG_TRIES)):
+        attempt, value = _attempt(numbers, rng)
+        if value == target:
+            break
+        steps.append(f"{attempt} = {value} no")
+        if slip:
+            steps[-1], last = f"{attempt} = {target} yes", attempt
+            return with_steps(steps, last)
+    steps.append(f"{expression} = {target} yes")
+    return with_steps(steps, last)
+
+
+def terse(problem: Problem, rng: random.Random, careless: bool) -> str:
+    """An expression at once; a careless one is the first that comes to mind."""
+    target, numbers, expression = problem.parts
+    return "Answer: " + (_attempt(numbers, rng)[0] if careless else expression)
+
+
+def _attempt(numbers: Sequence[int], rng: random.Random) -> tuple[str, int]:
+    """A random chain of + and - over the numbers in random order, of value at least 0."""
+    while True:
+        first, *rest = rng.sample(list(numbers), len(numbers))
+        text, value = str(first), first
+        for number in rest:
+            sign = rng.choice((1, -1))
+            text += f" {'+' if sign > 0 else '-'} {number}"
+            value += sign * number
+        if value >= 0:
+            return text, value
+
+
+COUNTDOWN = Family("math", draw, worked, terse)

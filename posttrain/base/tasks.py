@@ -1,0 +1,55 @@
+"""The puzzles of the quick start: five families of five levels, and sets of them that share no problem.
+
+They are made so that effort pays: a reply that shows its steps is right far more often than a terse one, and the base
+model mostly answers tersely. What reinforcement learning can find is to do the work.
+"""
+
+import random
+from collections.abc import Collection, Sequence
+
+from posttrain.base.families.countdown import COUNTDOWN
+from posttrain.base.families.edits import EDITS
+from posttrain.base.families.programs import PROGRAMS
+from posttrain.base.families.sorting import SORTING
+from posttrain.base.families.sums import SUMS
+from posttrain.base.problem import LEVELS, Family, Problem
+
+FAMILIES: dict[str, Family] = {
+    "sum": SUMS,
+    "code": PROGRAMS,
+    "sort": SORTING,
+    "string": EDITS,
+    "countdown": COUNTDOWN,
+}
+
+
+def draw_distinct(
+    count: int,
+    rng: random.Random,
+    taken: Collection[str] = (),
+    level_weights: Sequence[float] | None = None,
+) -> list[Problem]:
+    """`count` problems of distinct keys, none of them in `taken`; families take turns, levels by weight (else even)."""
+    names, seen, problems = list(FAMILIES), set(taken), []
+    while len(problems) < count:
+        family = FAMILIES[names[len(problems) % len(names)]]
+        problem = family.draw(rng.choices(LEVELS, level_weights)[0], rng)
+        if problem.key not in seen:
+            seen.add(problem.key)
+            problems.append(problem)
+    return problems
+
+
+def draw_any(rng: random.Random, taken: Collection[str], level_weights: Sequence[float] | None = None) -> Problem:
+    """One problem of any family whose key is not in `taken`."""
+    family = FAMILIES[rng.choice(list(FAMILIES))]
+    while True:
+        problem = family.draw(rng.choices(LEVELS, level_weights)[0], rng)
+        if problem.key not in taken:
+            return problem
+
+
+def solve(problem: Problem, rng: random.Random, worked: bool, flaw: float = 0.0) -> str:
+    """A reply to the problem: its steps or the answer alone; with chance `flaw` it has a slip or is careless."""
+    family = FAMILIES[problem.family]
+    return (family.worked if worked else family.terse)(problem, rng, rng.random() < flaw)

@@ -1,0 +1,92 @@
+"""The quick start's tokenizer: the words of the puzzles are one token each, everything else is bytes.
+
+A byte-level BPE with an empty list of merges: a whole word of the vocabulary is one token, any other text falls back
+to its bytes, so no text is unknown. It is written down rather than trained, thus the same on every machine. Special
+tokens and chat template follow Llama 4.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from posttrain.base.families.edits import LETTERS
+
+BOS, EOT, PAD = "<|begin_of_text|>", "<|eot|>", "<|finetune_right_pad|>"
+SPECIAL_TOKENS = (BOS, "<|end_of_text|>", "<|header_start|>", "<|header_end|>", EOT, PAD)
+
+CHAT_TEMPLATE = """{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}{{- message['content'] | trim + '<|eot|>' }}{%- endgeneration %}
+    {%- else %}
+        {{- message['content'] | trim + '<|eot|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|header_start|>assistant<|header_end|>\\n\\n' }}
+{%- endif %}
+"""
+
+_LARGEST_NUMBER = 99
+_MAX_LENGTH = 2048
+# A letter run with its colon, a number of up to two digits, a run of signs: each with the space before it, if any.
+_SPLIT = r" ?\p{L}+:?| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s"
+_WORDS = """
+system user assistant
+Sum: Run: Sort Edit: Make Rate: Steps: Answer: from up down up: down: yes no none
+reverse upper double first drop last reverse: upper: first: last:
+easy medium hard
+Solve Give You are The the a one is of and with right puzzle puzzles solver answer careful Reply question
+""".split()
+_SIGNS = ["+", "-", "*", "=", "+=", "-=", "*=", "(", ")", ").", ",", ";", ".", ":", "\n\n"]
+
+
+def vocabulary() -> list[str]:
+    """All tokens in the order of their ids, in the byte alphabet of byte-level BPE ("Ġ" is a space)."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    bytes_ = sorted(ByteLevel.alphabet())
+    words = [*_WORDS, *_SIGNS, *LETTERS, *LETTERS.upper()]
+    texts = [text for word in words for text in (word, " " + word)] + [f" {n}" for n in range(_LARGEST_NUMBER + 1)]
+    split = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens = [split.pre_tokenize_str(text)[0][0] for text in texts]
+    return list(dict.fromkeys([*SPECIAL_TOKENS, *bytes_, *tokens]))
+
+
+def build_tokenizer() -> Any:
+    """A `PreTrainedTokenizerFast` with the Llama 4 special tokens; its end-of-sequence token is `<|eot|>`."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {token: index for index, token in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOT,
+        pad_token=PAD,
+        model_max_length=_MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer, its chat template and a generation_config.json that knows both ends of a reply."""
+    tokenizer.save_pretrained(folder)
+    end_ids = tokenizer.convert_tokens_to_ids([EOT, "<|end_of_text|>"])
+    generation = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": end_ids,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
