@@ -113,7 +113,7 @@ class MoE(nn.Module):
         self.recorder: list[Routing] | None = None
 
     def forward(self, x: torch.Tensor, expert_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., D] -> [..., D]. `expert_ids` [..., K] replays a choice of experts; the gate still has its gradient."""
+        """x [..., D] -> [..., D]. `expert_ids` [..., K] replays a choice of experts; the gate keeps its gradient."""
         x_TD = x.reshape(-1, x.shape[-1])
         logits_TE = self.router(x_TD)
         if expert_ids is None:

@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +86,8 @@ class _NativeLlama4(PreTrainedModel):
     config: Llama4TextConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar = ["DecoderLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -205,7 +205,7 @@ class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
     where the config holds only the default that transformers never reads (0.001, output_router_logits False).
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: Llama4TextConfig):
         if config.router_aux_loss_coef == _UNREAD_AUX_DEFAULT and not config.output_router_logits:

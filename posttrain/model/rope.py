@@ -43,7 +43,7 @@ def rotate(x_BSHd: torch.Tensor, rotations_BS1d: torch.Tensor) -> torch.Tensor:
 
 
 def attention_temperature(position_ids_BS: torch.Tensor, floor_scale: int, attn_scale: float) -> torch.Tensor:
-    """Factor [B, S, 1, 1] on the queries: 1 up to `floor_scale` tokens, then growing with the logarithm of the distance.
+    """Factor [B, S, 1, 1] on the queries: 1 up to `floor_scale` tokens, then growing with the log of the position.
 
     Source: "Scalable-Softmax" (arXiv 2501.19399), in the stepwise form of Llama 4.
     """

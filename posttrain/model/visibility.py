@@ -1,6 +1,7 @@
 """Which token may see which, decided once a forward and shared by all layers of a kind.
 
-Four cases, each with one method `attend(q_BHSd, k_BGSd, v_BGSd, dropout) -> out_BHSd` (H query heads share G key heads):
+Four cases, each with one method `attend(q_BHSd, k_BGSd, v_BGSd, dropout) -> out_BHSd`, where H query heads share G
+key heads:
 
   CausalRows     plain rows: the kernel's own causal mask, nothing materialised.
   ChunkedRows    plain rows longer than attention_chunk_size: chunks become rows of their own.
@@ -83,7 +84,7 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True)
 class PackedSegments:
-    """Runs of tokens that see only earlier tokens of their own run, padded on the right: causality hides the padding."""
+    """Runs of tokens that see only earlier tokens of their own run, padded on the right, where causality hides it."""
 
     batches: tuple[_Batch, ...]
 
