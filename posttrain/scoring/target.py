@@ -1,0 +1,80 @@
+"""Where a reward function is (module or file, and its name there), and how it is imported.
+
+Only what a worker process needs, so that it starts fast: finding a target by name is in `plugins`.
+"""
+
+import functools
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from posttrain.errors import PluginError
+from posttrain.records import RewardResult, Rollout, Row
+
+Reward = float | int | bool | RewardResult
+RewardFunction = Callable[[Rollout, Row], Reward | Awaitable[Reward]]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A function `function` in module `module`, or in the file `path` where that is not None."""
+
+    module: str
+    function: str
+    path: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path or self.module}:{self.function}"
+
+
+def import_target(target: Target) -> tuple[ModuleType, RewardFunction]:
+    """The module of the target, executed, and the function of that name in it.
+
+    Raises PluginError with the exception's own message and the line that raised it, or where it is no function.
+    """
+    try:
+        module = _import_file(target.path) if target.path else importlib.import_module(target.module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plug-in may well call sys.exit() while it is imported
+        raise PluginError(f"reward {target}: importing it failed: {describe(error)}") from error
+    if not hasattr(module, target.function):
+        raise PluginError(f"reward {target}: there is no {target.function!r} in it")
+    function = getattr(module, target.function)
+    if not callable(function):
+        raise PluginError(f"reward {target}: it is a {type(function).__name__}, not a function")
+    return module, function
+
+
+def bind(function: RewardFunction, args: Mapping[str, Any]) -> RewardFunction:
+    """The function with `args` given to it as keyword arguments at every call."""
+    return functools.partial(function, **args) if args else function
+
+
+def describe(error: BaseException) -> str:
+    """`Type: message (file:line)`, where the line is the innermost one; at most 500 characters of message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {str(error)[:500]}{where}"
+
+
+def _import_file(path: str) -> ModuleType:
+    """Executes the file as a module of its own. Its folder goes to the end of sys.path, so that it can import its
+    neighbours but cannot shadow the standard library."""
+    folder = str(Path(path).parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    name = "posttrain_reward_" + Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
