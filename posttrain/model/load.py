@@ -1,0 +1,218 @@
+"""Read and write model folders in the Hugging Face layout (safetensors, config.json, tokenizer).
+
+Every fault that a folder can have is found here and named in one message; nothing is filled in with random weights.
+Left out: downloading (give a local folder), pickle checkpoints (they can run code), sharded training state.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Llama4ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from posttrain.errors import CheckpointError
+from posttrain.model.native import NativeLlama4ForCausalLM
+
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_LLAMA4 = ("llama4_text", "llama4")
+_DTYPES = ("float32", "bfloat16", "float16")
+# A folder of the whole multimodal Llama 4 keeps its text model under a prefix, beside tensors that are not needed here.
+_TEXT_MODEL = {r"^language_model\.": ""}
+_IMAGE_TENSORS = ("vision_model.", "multi_modal_projector.")
+_SHOWN = 5
+
+
+def load_model(
+    path: str | os.PathLike, implementation: Literal["native", "transformers"] = "native", dtype: str = "float32"
+) -> PreTrainedModel:
+    """Load the causal language model of a folder, on the CPU, in evaluation mode.
+
+    Args:
+        path: folder with config.json and model*.safetensors.
+        implementation: for Llama 4 folders, `native` (NativeLlama4ForCausalLM) or `transformers`; other architectures
+            always come from transformers.
+        dtype: float32, bfloat16 or float16, whatever the folder holds.
+
+    Raises:
+        CheckpointError: no such folder, no or bad config.json, no safetensors (or only a pickle), a file that is
+            corrupt or listed but missing, tensors that are missing, unknown or of another shape.
+        ValueError: an unknown implementation or dtype.
+    """
+    if implementation not in ("native", "transformers"):
+        raise ValueError(f"implementation is {implementation!r}; it must be native or transformers")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+    folder = _folder(path)
+    config = _config(folder)
+    _check_weight_files(folder)
+    arguments: dict[str, Any] = {"config": config, "dtype": getattr(torch, dtype)}
+    model_class: Any = AutoModelForCausalLM
+    if config.model_type in _LLAMA4:
+        model_class = NativeLlama4ForCausalLM if implementation == "native" else Llama4ForCausalLM
+        arguments["config"] = config.get_text_config()
+        if config.model_type == "llama4":
+            arguments["key_mapping"] = _TEXT_MODEL
+    return _read(model_class, folder, arguments).eval()
+
+
+def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder.
+
+    Raises:
+        CheckpointError: no such folder, no tokenizer in it, or one that cannot be read.
+    """
+    folder = _folder(path)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise CheckpointError(f"{folder}: no tokenizer (tokenizer.json); a model folder must hold its tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | os.PathLike,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write a model folder beside `path`, then rename it into place: a reader sees all of it or none.
+
+    Tensors keep the dtype they have. An older folder at `path` is replaced.
+
+    Args:
+        state_dict: weights to write in place of the model's own, such as those gathered from several processes.
+
+    Returns:
+        `path` as a Path.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with _quiet():
+            model.save_pretrained(aside, state_dict=None if state_dict is None else dict(state_dict))
+        tokenizer.save_pretrained(aside)
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _folder(path: str | os.PathLike) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; a model is given by the path of its local folder")
+    return folder
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no config.json; a model folder must hold one")
+    try:
+        json.loads(path.read_text())
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read: {_first_line(error)}") from error
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Open the header of every safetensors file: cheap, and an error there names the file."""
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not an index of safetensors files: {_first_line(error)}") from error
+    else:
+        files = [folder / "model.safetensors"]
+        if not files[0].is_file():
+            pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+            if pickles:
+                raise CheckpointError(
+                    f"{folder}: only a pickle checkpoint ({pickles[0]}), which can run code when it is read; "
+                    "convert it to safetensors"
+                )
+            raise CheckpointError(f"{folder}: no model.safetensors and no {_INDEX}; a model folder must hold weights")
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, but {_INDEX} lists it")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: corrupt or truncated safetensors: {_first_line(error)}") from error
+
+
+def _read(model_class: Any, folder: Path, arguments: dict[str, Any]) -> PreTrainedModel:
+    try:
+        with _quiet():
+            model, info = model_class.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, all of them at once
+                output_loading_info=True,
+                **arguments,
+            )
+    except Exception as error:
+        raise CheckpointError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+    unknown = sorted(name for name in info["unexpected_keys"] if not name.startswith(_IMAGE_TENSORS))
+    shapes = [f"{name} is {list(got)}, must be {list(want)}" for name, got, want in sorted(info["mismatched_keys"])]
+    problems = [
+        *_problem("missing tensors", sorted(info["missing_keys"])),
+        *_problem("unknown tensors", unknown),
+        *_problem("tensors of another shape than config.json says", shapes),
+        *_problem("errors", [str(message) for message in info["error_msgs"]]),
+    ]
+    if problems:
+        raise CheckpointError(f"{folder}: " + "; ".join(problems))
+    return model
+
+
+def _problem(title: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"{len(names)} {title}: {', '.join(names[:_SHOWN])}{more}"]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and loading reports off the console: what matters is raised."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
