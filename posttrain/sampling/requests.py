@@ -11,7 +11,6 @@ class SampleRequest:
     """Sample `n` replies to one prompt.
 
     prompt_ids: token ids, rendered by `posttrain.data.chat`. stop_token_ids: ids that end a reply (kept in it).
-    seed: makes the reply repeatable on one engine; None draws anew.
     choice_ids: if set, the reply is exactly one of these token ids, and `Completion.choice_logprobs` holds the
     log-probability of each, renormalised over the choices: the distribution of constrained decoding.
     """
@@ -21,7 +20,6 @@ class SampleRequest:
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 256
-    seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     choice_ids: tuple[int, ...] | None = None
 

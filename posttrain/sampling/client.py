@@ -1,0 +1,103 @@
+"""A stage's view of its engines: lease them, sample from them, give them back."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from posttrain.config.shared import ActorResources, EngineConfig, ModelConfig
+from posttrain.context import StageContext
+from posttrain.errors import MissingDependencyError
+from posttrain.sampling.registry import start_registry
+from posttrain.sampling.requests import Completion, SampleRequest
+
+CHUNK_REQUESTS = 64
+
+
+class Engines:
+    """A context manager over the leased engine actors. Must run inside an initialised Ray session."""
+
+    def __init__(self, context: StageContext, model: ModelConfig, engine: EngineConfig, resources: ActorResources):
+        self._context = context
+        self._model = model
+        self._engine = engine
+        self._resources = resources
+        self._registry: Any = None
+        self.names: list[str] = []
+        self.actors: list[Any] = []
+
+    def __enter__(self) -> "Engines":
+        import ray
+
+        require_vllm()
+        self._registry = start_registry()
+        leased = ray.get(
+            self._registry.acquire.remote(
+                self._context.name, self._model.model_dump(), self._engine.model_dump(), self._resources.model_dump()
+            )
+        )
+        self.names = [name for name, _, _ in leased]
+        self.actors = [actor for _, actor, _ in leased]
+        source = {"folder": self._model.path}
+        try:
+            ray.get(
+                [actor.start.remote() if is_new else actor.update_weights.remote(source, 0) for _, actor, is_new in leased]
+            )
+        except BaseException:
+            self._give_back(keep=False)
+            raise
+        self._context.event("engines", names=self.names, warm=sum(not is_new for _, _, is_new in leased))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._give_back(keep=kind is None and self._context.warm_engines)
+
+    def _give_back(self, keep: bool) -> None:
+        import ray
+
+        ray.get(self._registry.release.remote(self.names, keep))
+
+    def generate(
+        self, requests: Sequence[SampleRequest], on_done: Callable[[int], None] | None = None
+    ) -> list[list[Completion]]:
+        """Sample every request on all engines; `on_done` hears how many requests are finished."""
+        return asyncio.run(self._generate(requests, on_done))
+
+    async def _generate(
+        self, requests: Sequence[SampleRequest], on_done: Callable[[int], None] | None
+    ) -> list[list[Completion]]:
+        results: list[list[Completion]] = [[] for _ in requests]
+        starts = iter(range(0, len(requests), CHUNK_REQUESTS))
+        finished = 0
+
+        async def drain(actor: Any, name: str) -> None:
+            nonlocal finished
+            for start in starts:
+                chunk = requests[start : start + CHUNK_REQUESTS]
+                completions, began, ended = await actor.generate.remote(chunk)
+                results[start : start + len(chunk)] = completions
+                finished += len(chunk)
+                self._context.busy(name, "generate", began, ended)
+                if on_done is not None:
+                    on_done(finished)
+
+        # Several chunks in flight an engine, so that it never waits for the next one.
+        lanes = max(1, self._engine.max_num_seqs // CHUNK_REQUESTS) + 1
+        await asyncio.gather(
+            *(
+                drain(actor, name)
+                for _ in range(lanes)
+                for actor, name in zip(self.actors, self.names, strict=True)
+            )
+        )
+        return results
+
+
+def require_vllm() -> None:
+    """Raise a clear error where vLLM is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise MissingDependencyError(
+            "vLLM is not installed, and this stage samples with it: pip install 'posttrain[cpu]' (or [gpu])"
+        )

@@ -1,0 +1,135 @@
+"""Who holds which vLLM engine. Start-up is seconds of imports, so stages of one run hand warm engines on.
+
+The registry is a Ray actor owned by the run: it makes the engine actors, so that they die with the run, whatever
+happens to the stage that leased them. An idle engine serves a later stage when the model's architecture, the engine's
+configuration and the resources are the same; the weights are then swapped in, which equals a fresh load exactly.
+Idle engines of another shape are ended before new ones start, since they hold memory that the new ones may need.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.config.shared import ActorResources, EngineConfig, ModelConfig
+from posttrain.sampling.engine import ENGINE_ENV, EngineActor, read_model_config
+
+REGISTRY_NAME = "engine-registry"
+NAMESPACE = "posttrain"
+
+
+# Ray ends an actor when the last handle of its owner is gone, so the process that started the registry keeps one.
+_registry: Any = None
+
+
+@dataclass
+class _Held:
+    name: str
+    signature: str
+    actor: Any
+    stage: str | None  # None while idle
+
+
+def engine_signature(model: ModelConfig, engine: EngineConfig, resources: ActorResources) -> str:
+    """Equal for engines that differ in their weights only."""
+    parts = [read_model_config(model.path), model.dtype, engine.model_dump(), resources.cpus, resources.gpus]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class EngineRegistry:
+    """Leases engines to stages; see the module's text."""
+
+    def __init__(self) -> None:
+        self._held: list[_Held] = []
+        self._made = 0
+
+    async def acquire(
+        self, stage: str, model: dict[str, Any], engine: dict[str, Any], resources: dict[str, Any]
+    ) -> list[tuple[str, Any, bool]]:
+        """Lease `resources.workers` engines: (name, actor, is_new). The caller starts new ones and loads warm ones."""
+        import ray
+
+        resources_config = ActorResources(**resources)
+        signature = engine_signature(ModelConfig(**model), EngineConfig(**engine), resources_config)
+        warm = [held for held in self._held if held.stage is None and held.signature == signature]
+        leased = warm[: resources_config.workers]
+        if len(leased) < resources_config.workers:
+            self._end([held for held in self._held if held.stage is None and held not in leased])
+        answer = [(held.name, held.actor, False) for held in leased]
+        for held in leased:
+            held.stage = stage
+        for _ in range(resources_config.workers - len(leased)):
+            name = f"engine-{self._made}"
+            self._made += 1
+            actor = (
+                ray.remote(EngineActor)
+                .options(
+                    num_cpus=resources_config.cpus,
+                    num_gpus=resources_config.gpus,
+                    max_concurrency=10_000,
+                    runtime_env={"env_vars": ENGINE_ENV},
+                )
+                .remote(name, model, engine)
+            )
+            self._held.append(_Held(name, signature, actor, stage))
+            answer.append((name, actor, True))
+        return answer
+
+    async def release(self, names: list[str], keep: bool) -> None:
+        """Give engines back: kept warm for a later stage, or ended."""
+        released = [held for held in self._held if held.name in names]
+        for held in released:
+            held.stage = None
+        if not keep:
+            self._end(released)
+
+    async def end_stage(self, stage: str) -> None:
+        """End what a stage that failed still holds: the state of those engines is unknown."""
+        self._end([held for held in self._held if held.stage == stage])
+
+    async def end_all(self) -> None:
+        """End every engine."""
+        self._end(list(self._held))
+
+    def _end(self, ended: list[_Held]) -> None:
+        import ray
+
+        for held in ended:
+            self._held.remove(held)
+            ray.kill(held.actor)
+
+
+def start_registry() -> Any:
+    """The registry of this Ray session; started, and from then on owned, by the first process that asks."""
+    import ray
+
+    global _registry
+    try:
+        return ray.get_actor(REGISTRY_NAME, namespace=NAMESPACE)
+    except ValueError:
+        options = {"name": REGISTRY_NAME, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 64}
+        _registry = ray.remote(EngineRegistry).options(**options, get_if_exists=True).remote()
+        return _registry
+
+
+def release_stage(stage: str) -> None:
+    """End what `stage` still holds, if a registry is running."""
+    import ray
+
+    try:
+        registry = ray.get_actor(REGISTRY_NAME, namespace=NAMESPACE)
+    except ValueError:
+        return
+    ray.get(registry.end_stage.remote(stage))
+
+
+def stop_registry() -> None:
+    """End every engine and the registry."""
+    import ray
+
+    try:
+        registry = ray.get_actor(REGISTRY_NAME, namespace=NAMESPACE)
+    except ValueError:
+        return
+    ray.get(registry.end_all.remote())
+    ray.kill(registry)

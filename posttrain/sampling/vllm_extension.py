@@ -1,0 +1,110 @@
+"""Runs inside vLLM's worker process: the shared-memory weight backend and a repair of weight reloading.
+
+vLLM imports this module through `worker_extension_cls`; importing it registers the backend `shm`.
+
+Source: vLLM's interfaces `WeightTransferEngine` (vllm/distributed/weight_transfer/base.py) and layerwise reload
+(vllm/model_executor/model_loader/reload).
+"""
+
+import ctypes
+import os
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
+
+from posttrain.sampling.weights import open_weights
+
+PR_SET_PDEATHSIG = 1
+
+
+def repair_cpu_moe_reload() -> None:
+    """Redo the CPU prepack of expert weights on every reload, which vLLM 0.32 does on the first load only.
+
+    Without it a reload leaves the packed copy that the CPU kernel reads as it was, or half new: reloading identical
+    weights moves log-probabilities by 0.5 with no error. On GPUs the kernel reads the parameters themselves, so the
+    repair is not applied there.
+    """
+    if not current_platform.is_cpu():
+        return
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
+
+    if getattr(Method, "_posttrain_repaired", False):
+        return
+    setup_kernel = Method._setup_kernel
+
+    def setup_kernel_and_prepack(self: Any, layer: Any, w13: torch.Tensor, w2: torch.Tensor) -> None:
+        is_reload = self.moe_kernel is not None
+        setup_kernel(self, layer, w13, w2)
+        if is_reload:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    Method._setup_kernel = setup_kernel_and_prepack  # type: ignore[method-assign]
+    Method._posttrain_repaired = True  # type: ignore[attr-defined]
+
+
+@dataclass
+class ShmInitInfo(WeightTransferInitInfo):
+    """The backend needs no introduction between the peers."""
+
+
+@dataclass
+class ShmUpdateInfo(WeightTransferUpdateInfo):
+    """`source` is what `posttrain.sampling.weights.open_weights` takes."""
+
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
+    """Reads checkpoint-format weights from shared memory (or a folder) into the running model."""
+
+    init_info_cls = ShmInitInfo
+    update_info_cls = ShmUpdateInfo
+
+    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
+        """Nothing to set up."""
+
+    def start_weight_update(self) -> None:
+        """Bring the layers back to the layout that checkpoints have."""
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ShmUpdateInfo, *args: Any, **kwargs: Any) -> None:
+        """Load every tensor of the source; vLLM's own loader shards and fuses as for a checkpoint."""
+        self.model.load_weights(open_weights(update_info.source))
+
+    def finish_weight_update(self) -> None:
+        """Bring the layers into the layout that the kernels read."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+
+class WorkerExtension:
+    """Methods added to vLLM's worker, called through `collective_rpc`."""
+
+    def die_with_parent(self) -> int:
+        """Ask Linux to kill this process when the one that started it dies; returns this process's id."""
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        return os.getpid()
+
+    def apply_weights(self, source: dict[str, Any]) -> None:
+        """One whole weight update: between two engine steps when generation is paused."""
+        self.start_weight_update()  # type: ignore[attr-defined]
+        self.update_weights({"source": source})  # type: ignore[attr-defined]
+        self.finish_weight_update()  # type: ignore[attr-defined]
+
+
+if "shm" not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine("shm", ShmWeightTransferEngine)
+if os.environ.get("POSTTRAIN_WITHOUT_RELOAD_REPAIR") != "1":  # set by the regression test only
+    repair_cpu_moe_reload()

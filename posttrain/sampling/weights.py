@@ -1,0 +1,144 @@
+"""Weights on their way from a trainer to the engines: one write into shared memory, one checksummed read.
+
+A publisher owns two segments and writes them in turn, so that the version that an engine is still reading is never
+overwritten by the next one. What crosses between processes is a manifest of names, dtypes, shapes and offsets: plain
+JSON, never a pickle. A folder of safetensors is read through the same `open_weights`, so that loading a checkpoint
+into a running engine and taking an update are one code path.
+"""
+
+import mmap
+import os
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.errors import PosttrainError
+
+ALIGNMENT = 64
+
+
+class WeightTransferError(PosttrainError):
+    """Weights did not arrive as they were sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies in a segment. `dtype` is torch's name without the prefix; `offset` is in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightManifest:
+    """Describes one published version. `crc32` covers the whole segment."""
+
+    path: str
+    policy_version: int
+    num_bytes: int
+    crc32: int
+    tensors: tuple[TensorEntry, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary for the way to the engine."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "WeightManifest":
+        """The inverse of `to_json`."""
+        tensors = tuple(TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["tensors"])
+        return cls(**{**data, "tensors": tensors})
+
+
+class SharedWeights:
+    """The trainer's end: publishes versions into two shared-memory segments in turn."""
+
+    def __init__(self, directory: str | Path = "/dev/shm"):
+        stem = f"posttrain-{os.getpid()}-{secrets.token_hex(4)}"
+        self._paths = [Path(directory) / f"{stem}-{half}" for half in "ab"]
+
+    def publish(self, named: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> WeightManifest:
+        """Write tensors of any dtype and device, under their checkpoint names, as `policy_version`."""
+        pairs = [(name, tensor.detach()) for name, tensor in named]
+        entries, end = [], 0
+        for name, tensor in pairs:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entries.append(TensorEntry(name, dtype, tuple(tensor.shape), end))
+            end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        path = self._paths[policy_version % 2]
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(descriptor, end)
+            with mmap.mmap(descriptor, end) as segment:
+                self._copy(segment, pairs, entries)
+                crc32 = zlib.crc32(segment)
+        finally:
+            os.close(descriptor)
+        return WeightManifest(str(path), policy_version, end, crc32, tuple(entries))
+
+    @staticmethod
+    def _copy(segment: mmap.mmap, pairs: list[tuple[str, torch.Tensor]], entries: list[TensorEntry]) -> None:
+        buffer = torch.frombuffer(segment, dtype=torch.uint8)
+        for (_, tensor), entry in zip(pairs, entries, strict=True):
+            end = entry.offset + tensor.numel() * tensor.element_size()
+            buffer[entry.offset : end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        del buffer  # the mapping cannot be closed while a tensor looks into it
+
+    def close(self) -> None:
+        """Remove the segments. Readers that still have them mapped keep them."""
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+
+
+def open_weights(source: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) from a manifest (`WeightManifest.to_json`) or from {"folder": a Hugging Face folder}."""
+    if "folder" in source:
+        yield from _open_folder(Path(source["folder"]))
+    else:
+        yield from _open_segment(WeightManifest.from_json(source))
+
+
+def _open_segment(manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        descriptor = os.open(manifest.path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise WeightTransferError(
+            f"policy version {manifest.policy_version}: the segment {manifest.path} is gone; "
+            "the trainer has ended or runs on another host"
+        ) from None
+    try:
+        # Private and writable only because torch has no read-only tensors; nobody writes.
+        segment = mmap.mmap(descriptor, manifest.num_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    finally:
+        os.close(descriptor)
+    crc32 = zlib.crc32(segment)
+    if crc32 != manifest.crc32:
+        raise WeightTransferError(
+            f"policy version {manifest.policy_version}: checksum {crc32:#x} of {manifest.path}, sent {manifest.crc32:#x}"
+        )
+    buffer = torch.frombuffer(segment, dtype=torch.uint8)
+    for entry in manifest.tensors:
+        dtype = getattr(torch, entry.dtype)
+        num_bytes = dtype.itemsize
+        for size in entry.shape:
+            num_bytes *= size
+        yield entry.name, buffer[entry.offset : entry.offset + num_bytes].view(dtype).view(entry.shape)
+
+
+def _open_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightTransferError(f"{folder}: no safetensors to load")
+    for file in files:
+        with safe_open(str(file), framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                yield name, tensors.get_tensor(name)
