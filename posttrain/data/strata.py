@@ -1,0 +1,28 @@
+"""Fair shares between capabilities, and an order of rows that does not depend on the order of the file."""
+
+import hashlib
+from collections.abc import Mapping
+
+
+def hash_order(seed: int, name: str) -> int:
+    """A number that looks random, but is the same for the same seed and name everywhere: sort by it."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "big")
+
+
+def proportional_shares(sizes: Mapping[str, int], total: int, seed: int = 0) -> dict[str, int]:
+    """Split `total` places between strata in proportion to their sizes, by the largest remainder.
+
+    sizes: rows in each stratum. The shares sum to `total`, none exceeds its stratum, and each is within one of its
+    exact proportional share. Equal remainders are settled by a seeded hash of the stratum's name. Raises ValueError
+    unless 0 <= total <= the sum of the sizes.
+    """
+    num_rows = sum(sizes.values())
+    if not 0 <= total <= num_rows:
+        raise ValueError(f"{total} places for {num_rows} rows: needs between 0 and that many")
+    if not num_rows:
+        return dict.fromkeys(sizes, 0)
+    shares = {name: total * size // num_rows for name, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda name: (-(total * sizes[name] % num_rows), hash_order(seed, name), name))
+    for name in by_remainder[: total - sum(shares.values())]:
+        shares[name] += 1
+    return shares
