@@ -5,7 +5,8 @@ import re
 from collections import Counter
 
 from posttrain.records import RewardResult, Rollout, Row
-from posttrain.rewards.final_answer import MARKER, marked_answer
+
+from .final_answer import MARKER, marked_answer
 
 _MAX_CHARS = 200
 _NUMBER_OR_SIGN = re.compile(r"\s*([0-9]{1,9}|[+-])", re.ASCII)

@@ -46,7 +46,7 @@ def import_target(target: Target) -> tuple[ModuleType, RewardFunction]:
         raise PluginError(f"reward {target}: importing it failed: {describe(error)}") from error
     if not hasattr(module, target.function):
         raise PluginError(f"reward {target}: there is no {target.function!r} in it")
-    function = getattr(module, target.function)
+    function: Any = getattr(module, target.function)
     if not callable(function):
         raise PluginError(f"reward {target}: it is a {type(function).__name__}, not a function")
     return module, function

@@ -22,7 +22,7 @@ import time
 from collections.abc import Awaitable, Mapping
 from typing import Any, BinaryIO
 
-from posttrain.errors import PosttrainError
+from posttrain.errors import PluginError, PosttrainError
 from posttrain.records import RewardResult
 from posttrain.scoring.target import RewardFunction, Target, bind, describe, import_target
 from posttrain.scoring.wire import HEADER_BYTES, frame, pair_from_json, result_to_json
@@ -40,7 +40,7 @@ def main() -> None:
     try:
         function, many = _prepare(setup)
     except BaseException as error:
-        _reply(replies, {"failed": str(error) if isinstance(error, PosttrainError) else describe(error)})
+        _reply(replies, {"failed": _words(error)})
         return
     _reply(replies, {"ready": True, "async": many})
     if many:
@@ -63,7 +63,7 @@ def _score(function: RewardFunction, request: Mapping[str, Any]) -> dict[str, An
             value = asyncio.run(_await(value))
         return {"result": result_to_json(to_result(value))}
     except BaseException as error:  # sys.exit() and the like are the reward's failures, not ours
-        return {"error": describe(error)[:_MAX_REASON]}
+        return {"error": _words(error)}
 
 
 async def _serve_many(function: RewardFunction, requests: BinaryIO, replies: int, timeout_s: float) -> None:
@@ -88,20 +88,20 @@ async def _score_async(function: RewardFunction, request: Mapping[str, Any], rep
         if isinstance(error, TimeoutError) and deadline.expired():
             outcome = {"timeout": True}
         else:
-            outcome = {"error": describe(error)[:_MAX_REASON]}
+            outcome = {"error": _words(error)}
     _reply(replies, {"id": request["id"], "s": time.monotonic() - started_s, **outcome})
 
 
 def to_result(value: Any) -> RewardResult:
-    """What the function returned, as a RewardResult. Raises TypeError or ValueError where it is no reward."""
+    """What the function returned, as a RewardResult. Raises PluginError where it is no reward."""
     if isinstance(value, numbers.Real):
         value = RewardResult(float(value))
     if not isinstance(value, RewardResult):
-        raise TypeError(f"the reward returned {_short(value)}; it must return a float, a bool or a RewardResult")
+        raise PluginError(f"the reward returned {_short(value)}; it must return a float, a bool or a RewardResult")
     parts = {str(name): float(part) for name, part in value.parts.items()}
     for name, number in {"value": float(value.value), **parts}.items():
         if not math.isfinite(number):
-            raise ValueError(f"the reward's {name} is {number}; it must be finite")
+            raise PluginError(f"the reward's {name} is {number}; it must be finite")
     return RewardResult(float(value.value), parts, str(value.reason)[:_MAX_REASON])
 
 
@@ -166,6 +166,10 @@ def _reply(replies: int, message: Mapping[str, Any]) -> None:
 
 async def _await(value: Awaitable[Any]) -> Any:
     return await value
+
+
+def _words(error: BaseException) -> str:
+    return (str(error) if isinstance(error, PosttrainError) else describe(error))[:_MAX_REASON]
 
 
 def _short(value: Any) -> str:
