@@ -1,0 +1,58 @@
+"""Schema of the supervised fine-tuning stage."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import Config
+from posttrain.config.shared import ActorResources, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class SftResources(Config):
+    """Who the stage needs."""
+
+    trainer: ActorResources = Field(default_factory=ActorResources)
+
+    @model_validator(mode="after")
+    def _one_process(self) -> "SftResources":
+        if self.trainer.workers != 1 or self.trainer.gpus > 1:
+            raise ValueError("trainer: this stage trains in one process with at most one GPU")
+        return self
+
+
+class SftConfig(Config):
+    """Supervised fine-tuning on the assistant turns of conversations."""
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    epochs: Count = Field(1, description="Passes over the data. Light fine-tuning needs one.")
+    packing: bool = Field(True, description="Put whole conversations side by side into rows of batch_tokens.")
+    batch_tokens: Count | None = Field(None, description="With packing: tokens of one forward and backward.")
+    batch_size: Count | None = Field(None, description="Without packing: conversations of one forward and backward.")
+    gradient_accumulation: Count = Field(1, description="Forwards and backwards of one optimiser step.")
+    max_length: Annotated[int, Field(ge=2)] = Field(4096, description="Longest conversation, in tokens.")
+    overlong: Literal["error", "drop"] = Field("error", description="What to do with a longer conversation.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward, to save memory.")
+    checkpoint_every: Count = Field(200, description="Optimiser steps between checkpoints.")
+    resources: SftResources = Field(default_factory=SftResources)
+
+    @model_validator(mode="after")
+    def _one_batch_unit(self) -> "SftConfig":
+        if self.packing and (self.batch_tokens is None or self.batch_size is not None):
+            raise ValueError("packing: true needs batch_tokens, and takes no batch_size")
+        if not self.packing and (self.batch_size is None or self.batch_tokens is not None):
+            raise ValueError("packing: false needs batch_size, and takes no batch_tokens")
+        if self.batch_tokens is not None and self.batch_tokens < self.max_length:
+            raise ValueError(f"batch_tokens {self.batch_tokens} is less than max_length {self.max_length}")
+        return self
+
+
+def check_inputs(config: SftConfig, rows: int = 100) -> list[str]:
+    """Problems in the first rows of the data, found without loading a model."""
+    from posttrain.data.rows import check_data
+
+    return check_data(config.data, "supervised", rows)

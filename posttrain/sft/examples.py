@@ -1,0 +1,44 @@
+"""Rows to token ids and masks, through the one home of chat rendering, with the parity gate.
+
+The gate: for every row, what is trained on must begin with exactly the ids that sampling would send for its prompt.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from posttrain.data.chat import check_parity, render_conversation
+from posttrain.errors import DataError
+from posttrain.records import Row
+from posttrain.train.drift import Example
+
+
+def tokenize(
+    tokenizer: Any, rows: Sequence[Row], max_length: int, overlong: Literal["error", "drop"]
+) -> tuple[list[Example], int]:
+    """Return the examples and how many rows were dropped as longer than `max_length`.
+
+    Raises `DataError` that names the row: it does not render as sampling would, or it is too long (with "error"), or
+    nothing is left.
+    """
+    examples: list[Example] = []
+    too_long: list[tuple[str, int]] = []
+    for row in rows:
+        try:
+            check_parity(tokenizer, row.messages)
+            ids, mask = render_conversation(tokenizer, row.messages)
+        except DataError as error:
+            raise DataError(f"row {row.id!r}: {error}") from None
+        if len(ids) > max_length:
+            too_long.append((row.id, len(ids)))
+        else:
+            examples.append(Example(ids, mask))
+    if too_long and overlong == "error":
+        identity, length = too_long[0]
+        rule = "raise max_length, shorten it, or set overlong: drop"
+        raise DataError(
+            f"row {identity!r}: {length} tokens, but max_length is {max_length} ({len(too_long)} of {len(rows)} rows "
+            f"are too long); {rule}"
+        )
+    if not examples:
+        raise DataError(f"all {len(rows)} rows are longer than max_length {max_length}; raise it")
+    return examples, len(too_long)

@@ -1,0 +1,131 @@
+"""Light supervised fine-tuning with TRL's SFTTrainer on rows that are tokenized here.
+
+In order: read and check every row, tokenize and compare with what sampling would send, load the model, check that
+packing isolates, train on assistant tokens only, measure how far the model moved, export a plain model folder.
+Left out: evaluation (a stage of its own), and training over several processes.
+"""
+
+import copy
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.context import StageContext
+from posttrain.data.rows import load_rows
+from posttrain.errors import StageError
+from posttrain.sft.config import SftConfig
+
+IGNORED = -100
+METRICS = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "num_tokens": "tokens",
+    "entropy": "entropy",
+    "mean_token_accuracy": "token_accuracy",
+}
+
+
+def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
+    """Fine-tune and export.
+
+    Returns {"model": folder, "rows", "dropped", "steps", "tokens" and "trained_tokens" (seen over all epochs),
+    "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after"}. Raises `DataError` before a model
+    is loaded, `ConfigError` for a model that cannot be trained as asked, `StageError` for a training that failed.
+    """
+    rows = load_rows(config.data, kind="supervised")
+    from posttrain.train.trl_settings import quiet_environment
+
+    quiet_environment()
+    from posttrain.model.load import load_model, load_tokenizer, save_model
+    from posttrain.sft.examples import tokenize
+
+    tokenizer = load_tokenizer(config.model.path)
+    examples, dropped = tokenize(tokenizer, rows, config.max_length, config.overlong)
+    context.event("data", rows=len(rows), dropped=dropped, tokens=sum(len(item.ids) for item in examples))
+    model = load_model(config.model.path, config.model.implementation, config.model.dtype)
+    trained, report = train_model(config, context, model, tokenizer, examples)
+    folder = context.dir / "model"
+    save_model(trained, tokenizer, folder)
+    return {"model": str(folder), "rows": len(rows), "dropped": dropped, **report}
+
+
+def build_arguments(config: SftConfig, folder: Path, seed: int = 0) -> Any:
+    """The `trl.SFTConfig` of a stage whose folder is `folder`."""
+    from trl import SFTConfig
+
+    from posttrain.train.trl_settings import common_arguments
+
+    return SFTConfig(
+        **common_arguments(
+            config.optimizer,
+            checkpoints=folder / "checkpoints",
+            epochs=config.epochs,
+            batch_size=config.batch_size or 1,
+            gradient_accumulation=config.gradient_accumulation,
+            gradient_checkpointing=config.gradient_checkpointing,
+            checkpoint_every=config.checkpoint_every,
+            seed=seed,
+        ),
+        packing=config.packing,
+        packing_strategy="bfd",
+        # Rows are within config.max_length already; to TRL this is the length that they are packed to.
+        max_length=config.batch_tokens,
+        shuffle_dataset=config.packing,
+    )
+
+
+def train_model(
+    config: SftConfig, context: StageContext, model: Any, tokenizer: Any, examples: Sequence[Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Train a loaded model on `Example`s; returns the plain model (adapters merged in) and the report."""
+    from trl import SFTTrainer
+
+    from posttrain.sft.isolation import require_isolation
+    from posttrain.train.adapters import adapter_config, merged
+    from posttrain.train.drift import DriftProbe
+    from posttrain.train.trl_checkpoints import digest_ids, fingerprint
+    from posttrain.train.trl_loop import train
+    from posttrain.train.trl_settings import fit_for_trl
+
+    fit_for_trl(model)
+    if config.packing:
+        context.event("packing_checked", difference=require_isolation(model, examples))
+    probe = DriftProbe(model, random.Random(context.seed).sample(list(examples), len(examples)))
+    recipe = config.model_dump(mode="json", exclude={"resources", "checkpoint_every", "model", "data"})
+    print_ = fingerprint(model, recipe, context.seed, digest_ids([item.ids, item.mask] for item in examples))
+    model_config = copy.deepcopy(model.config)  # TRL writes its own ideas into the model's config
+    trainer = SFTTrainer(
+        model=model,
+        args=build_arguments(config, context.dir, context.seed),
+        train_dataset=to_dataset(examples),
+        processing_class=tokenizer,
+        peft_config=adapter_config(model, config.lora) if config.lora else None,
+    )
+    history = train(trainer, context, "sft", METRICS, print_)
+    if trainer.state.global_step == 0:
+        raise StageError("sft: no optimiser step was made")
+    trained = merged(trainer.model)
+    trained.config = model_config
+    drift = probe.measure(trained)
+    report = {
+        "steps": trainer.state.global_step,
+        "tokens": config.epochs * sum(len(item.ids) for item in examples),
+        "trained_tokens": config.epochs * sum(sum(item.mask) for item in examples),
+        "loss_first": history[0]["loss"] if history else None,
+        "loss_last": history[-1]["loss"] if history else None,
+        "kl_from_start": drift.kl,
+        "entropy_before": drift.entropy_before,
+        "entropy_after": drift.entropy_after,
+    }
+    context.metrics(trainer.state.global_step, {name: value for name, value in report.items() if name != "steps"})
+    return trained, report
+
+
+def to_dataset(examples: Sequence[Any]) -> Any:
+    """A `datasets.Dataset` of input_ids and labels; labels are IGNORED where the mask is 0."""
+    from datasets import Dataset
+
+    labels = [[token if bit else IGNORED for token, bit in zip(item.ids, item.mask, strict=True)] for item in examples]
+    return Dataset.from_dict({"input_ids": [list(item.ids) for item in examples], "labels": labels})

@@ -1,0 +1,81 @@
+"""Checkpoints of a TRL trainer: whole or absent, of this very training or not used, the last two kept.
+
+The trainer writes `checkpoint-N`; once it is complete it is sealed (the fingerprint of the training goes in) and
+renamed to `step_N`. A process that dies while writing leaves a `checkpoint-N`, which the next one clears away.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from posttrain.metrics.jsonl import read_jsonl
+
+SEAL = "posttrain.json"
+KEPT = 2
+
+
+def fingerprint(model: Any, *parts: Any) -> str:
+    """A hash of the start weights (a sample of each tensor) and of everything else that decides the training."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sample = parameter.detach().flatten()[:256].to(device="cpu", dtype=torch.float32)
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def digest_ids(sequences: Iterable[Any]) -> str:
+    """A hash of tokenized data."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(json.dumps(sequence).encode())
+    return digest.hexdigest()
+
+
+def seal(folder: Path, step: int, print_: str) -> Path:
+    """Mark `checkpoint-N` as complete and give it its name; older ones beyond the last two go."""
+    written = folder / f"checkpoint-{step}"
+    (folder / "README.md").unlink(missing_ok=True)  # TRL's model card
+    (written / SEAL).write_text(json.dumps({"step": step, "fingerprint": print_}) + "\n", encoding="utf-8")
+    final = folder / f"step_{step}"
+    if final.exists():
+        shutil.rmtree(final)
+    written.rename(final)
+    for _, path in sorted(_sealed(folder), reverse=True)[KEPT:]:
+        shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def latest(folder: Path, print_: str) -> tuple[int, Path | None]:
+    """(step, path) of the last checkpoint of the training with this fingerprint, or (0, None). Clears the rest."""
+    for partial in folder.glob("checkpoint-*"):
+        shutil.rmtree(partial, ignore_errors=True)
+    found: tuple[int, Path | None] = (0, None)
+    for step, path in sorted(_sealed(folder)):
+        if json.loads((path / SEAL).read_text(encoding="utf-8"))["fingerprint"] == print_:
+            found = (step, path)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return found
+
+
+def _sealed(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.glob("step_*"):
+        if (path / SEAL).exists():
+            yield int(path.name.removeprefix("step_")), path
+
+
+def drop_metrics_after(path: Path, step: int) -> None:
+    """Take lines of steps after `step` out of a metrics.jsonl: they will be trained, and written, again."""
+    kept = [record for record in read_jsonl(path) if record["step"] <= step] if step else []
+    if path.exists():
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+        aside.replace(path)

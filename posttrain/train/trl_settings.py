@@ -1,0 +1,79 @@
+"""What every TRL trainer of this package is told, and what it is kept from doing.
+
+One process, logs at every step, nothing printed, nothing downloaded, nothing reported anywhere. `use_cpu` is an
+argument and never the variable ACCELERATE_USE_CPU, which turns DeepSpeed off without a word.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.shared import OptimizerConfig
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def quiet_environment() -> None:
+    """Keep the Hugging Face libraries offline and silent. Call before TRL is used."""
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TQDM_DISABLE", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+def common_arguments(
+    optimizer: OptimizerConfig,
+    *,
+    checkpoints: Path,
+    epochs: int,
+    batch_size: int,
+    gradient_accumulation: int,
+    gradient_checkpointing: bool,
+    checkpoint_every: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Keyword arguments that `SFTConfig` and `DPOConfig` share. `batch_size` counts rows of one forward."""
+    import torch
+
+    return {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation,
+        "gradient_checkpointing": gradient_checkpointing,
+        "learning_rate": optimizer.learning_rate,
+        "lr_scheduler_type": SCHEDULES[optimizer.schedule],
+        "warmup_steps": optimizer.warmup_steps,
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "optim": "adamw_torch_fused",
+        "seed": seed,
+        "data_seed": seed,
+        "save_strategy": "steps",
+        "save_steps": checkpoint_every,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # else a loss that is not a number is logged as the last good one
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,  # no autocast: the model is loaded in the type that it is trained in
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "push_to_hub": False,
+        # TRL would compute a balance loss that does not know Llama 4's names; balance is the base model's concern.
+        "router_aux_loss_coef": 0.0,
+    }
+
+
+def fit_for_trl(model: Any) -> None:
+    """Point transformers' Llama 4 at its own layers: the name it has for them is that of another class.
+
+    TRL runs the layers and the head separately, and finds the layers by this name.
+    """
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
