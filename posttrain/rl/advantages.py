@@ -1,0 +1,45 @@
+"""Advantages of one group from its rewards. A table of plain functions: `(rewards_G) -> advantages_G`."""
+
+from collections.abc import Callable, Sequence
+from statistics import fmean, pstdev
+
+STD_FLOOR = 1e-6
+
+
+def group_mean(rewards_G: Sequence[float]) -> list[float]:
+    """A_i = R_i - mean(R). No division by the deviation, so easy and hard prompts are not blown up.
+
+    Source: Dr. GRPO, arXiv 2503.20783, section 3.2.
+    """
+    mean = fmean(rewards_G)
+    return [reward - mean for reward in rewards_G]
+
+
+def grpo(rewards_G: Sequence[float]) -> list[float]:
+    """A_i = (R_i - mean(R)) / (std(R) + 1e-6), with the deviation of the group itself.
+
+    Source: GRPO, arXiv 2402.03300, section 4.1.2.
+    """
+    mean, deviation = fmean(rewards_G), pstdev(rewards_G)
+    return [(reward - mean) / (deviation + STD_FLOOR) for reward in rewards_G]
+
+
+def rloo(rewards_G: Sequence[float]) -> list[float]:
+    """A_i = R_i - mean of the others' rewards. Needs two rewards at least.
+
+    Source: RLOO, arXiv 2402.14740, equation 7.
+    """
+    total, others = sum(rewards_G), len(rewards_G) - 1
+    return [reward - (total - reward) / others for reward in rewards_G]
+
+
+ADVANTAGES: dict[str, Callable[[Sequence[float]], list[float]]] = {
+    "group_mean": group_mean,
+    "grpo": grpo,
+    "rloo": rloo,
+}
+
+
+def is_zero(advantages_G: Sequence[float]) -> bool:
+    """True when the group teaches nothing: every advantage is zero up to rounding."""
+    return all(abs(advantage) < 1e-9 for advantage in advantages_G)

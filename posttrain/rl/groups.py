@@ -1,0 +1,44 @@
+"""The records of RL: a prompt that was drawn, the group of its rollouts, and the group with rewards and advantages."""
+
+from dataclasses import dataclass
+
+from posttrain.records import Message, Rollout, Row
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnPrompt:
+    """A prompt as it is sent: the row, the system instruction sampled for it, the messages and their token ids."""
+
+    row: Row
+    system: str | None
+    messages: tuple[Message, ...]
+    prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G rollouts of one prompt. `order` is the place in which it was dispatched, from 0."""
+
+    order: int
+    prompt: DrawnPrompt
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy version among all tokens of the group."""
+        return min(span.policy_version for rollout in self.rollouts for span in rollout.versions)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group with what its rewards said. Where a rollout could not be scored, reward and advantage are None."""
+
+    group: Group
+    rewards: tuple[float | None, ...]
+    reasons: tuple[str, ...]
+    advantages: tuple[float | None, ...]
+
+    @property
+    def scored_rewards(self) -> list[float]:
+        """The rewards that are known."""
+        return [reward for reward in self.rewards if reward is not None]
