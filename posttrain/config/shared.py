@@ -14,9 +14,11 @@ class ModelConfig(Config):
     """A Hugging Face model folder, and how it is held in memory."""
 
     path: str = Field(description="Folder with config.json, safetensors and tokenizer; or ${stage.model}.")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type of the weights and activations.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="Type of the weights and activations."
+    )
     implementation: Literal["native", "transformers"] = Field(
-        "native", description="Model code for Llama 4; other architectures always use transformers."
+        default="native", description="Model code for Llama 4; other architectures always use transformers."
     )
 
 
@@ -24,8 +26,8 @@ class DataConfig(Config):
     """A dataset: JSON lines, JSON, parquet or CSV files, a folder of them, or a saved `datasets` folder."""
 
     path: str | list[str] = Field(description="File or folder, or several; or ${stage.output}.")
-    capability: str = Field("general", description="Capability of rows that do not name one.")
-    limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Use only the first rows.")
+    capability: str = Field(default="general", description="Capability of rows that do not name one.")
+    limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Use only the first rows.")
 
 
 class RewardConfig(Config):
@@ -35,8 +37,8 @@ class RewardConfig(Config):
     args: dict[str, str | int | float | bool | None] = Field(
         default_factory=dict, description="Keyword arguments given to the function."
     )
-    workers: Annotated[int, Field(ge=1)] = Field(1, description="Processes that score side by side.")
-    timeout_s: Positive = Field(10.0, description="A scoring that takes longer is killed with its process.")
+    workers: Annotated[int, Field(ge=1)] = Field(default=1, description="Processes that score side by side.")
+    timeout_s: Positive = Field(default=10.0, description="A scoring that takes longer is killed with its process.")
 
 
 class ActorResources(Config):
@@ -50,13 +52,17 @@ class ActorResources(Config):
 class EngineConfig(Config):
     """The vLLM engine that serves the model."""
 
-    max_model_len: Annotated[int, Field(ge=16)] = Field(4096, description="Longest prompt plus reply, in tokens.")
-    max_num_seqs: Annotated[int, Field(ge=1)] = Field(256, description="Sequences decoded at the same time.")
-    kv_cache_gib: Positive | None = Field(None, description="Memory for the KV cache; None lets vLLM decide.")
-    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of a GPU given to vLLM.")
-    tensor_parallel: Annotated[int, Field(ge=1)] = Field(1, description="GPUs that one engine is split over.")
-    enforce_eager: bool = Field(True, description="Do not capture graphs. On a CPU it must stay true.")
-    prefix_caching: bool = Field(True, description="Share the KV cache of equal prefixes.")
+    max_model_len: Annotated[int, Field(ge=16)] = Field(
+        default=4096, description="Longest prompt plus reply, in tokens."
+    )
+    max_num_seqs: Annotated[int, Field(ge=1)] = Field(default=256, description="Sequences decoded at the same time.")
+    kv_cache_gib: Positive | None = Field(default=None, description="Memory for the KV cache; None lets vLLM decide.")
+    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.9, description="Share of a GPU given to vLLM."
+    )
+    tensor_parallel: Annotated[int, Field(ge=1)] = Field(default=1, description="GPUs that one engine is split over.")
+    enforce_eager: bool = Field(default=True, description="Do not capture graphs. On a CPU it must stay true.")
+    prefix_caching: bool = Field(default=True, description="Share the KV cache of equal prefixes.")
 
 
 class SamplingConfig(Config):
@@ -64,14 +70,16 @@ class SamplingConfig(Config):
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_tokens: Annotated[int, Field(ge=1)] = Field(1024, description="Longest reply; a longer one is truncated.")
+    max_tokens: Annotated[int, Field(ge=1)] = Field(
+        default=1024, description="Longest reply; a longer one is truncated."
+    )
 
 
 class OptimizerConfig(Config):
     """AdamW and its learning-rate schedule."""
 
     learning_rate: Positive = 1e-5
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

@@ -1,0 +1,1 @@
+"""Pass rates of a policy on problems it was never trained on."""

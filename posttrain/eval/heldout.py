@@ -1,0 +1,45 @@
+"""Held-out means held out: no problem of the evaluation may stand in a training set, in whatever wording.
+
+Problems are compared by a canonical key that the data brings with it (the same for "3 + 4" and "4 + 3"), since only
+who made the problems knows when two are the same.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from posttrain.config.shared import DataConfig
+from posttrain.data.files import read_records
+from posttrain.data.rows import row_to_json
+from posttrain.errors import DataError
+from posttrain.records import Row
+
+
+def check_heldout(rows: Sequence[Row], exclude: Sequence[DataConfig], key_field: str) -> None:
+    """Raise DataError if a row's key appears in a training set, or if a row on either side has no key."""
+    heldout = {_key(row_to_json(row), key_field, f"held-out row {row.id}"): row.id for row in rows}
+    for where, record in _records(exclude):
+        key = _key(record, key_field, where)
+        if key in heldout:
+            raise DataError(
+                f"held-out row {heldout[key]} has {key_field} {key}, and so has {where}, which is trained on; "
+                "remove it from one of the two"
+            )
+
+
+def _records(sets: Sequence[DataConfig]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for data in sets:
+        paths = [data.path] if isinstance(data.path, str) else data.path
+        for record in islice(read_records(paths), data.limit):
+            if record.problem:
+                raise DataError(f"{record.where}: {record.problem}")
+            yield record.where, record.value
+
+
+def _key(record: dict[str, Any], key_field: str, where: str) -> str:
+    if record.get(key_field) is None:
+        raise DataError(
+            f"{where}: no {key_field!r}, so nobody can tell whether it is held out; add the column, or change key_field"
+        )
+    return json.dumps(record[key_field], sort_keys=True, ensure_ascii=False, default=str)

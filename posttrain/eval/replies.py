@@ -1,0 +1,136 @@
+"""What is asked of the policy, and its replies with their scores, by prompt.
+
+A reply that could not be scored has no reward: it is left out of every rate and counted, never taken for a wrong one.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.data.chat import end_token_ids, render_prompt
+from posttrain.data.strata import hash_order, proportional_shares
+from posttrain.errors import DataError
+from posttrain.eval.config import EvalConfig
+from posttrain.records import Rollout, Row, Scored
+from posttrain.sampling.requests import Completion, SampleRequest
+
+GREEDY, SAMPLE = "greedy", "sample"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One reply. reward: None where it could not be scored; reason: why it is what it is, in a few words."""
+
+    text: str
+    num_tokens: int
+    truncated: bool
+    reward: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReplies:
+    """All replies to one prompt: the likeliest one, and independent samples."""
+
+    row: Row
+    greedy: Reply | None
+    samples: tuple[Reply, ...]
+
+
+def sampled_rows(rows: Sequence[Row], limit: int | None) -> list[Row]:
+    """The rows that samples are drawn for: all, or `limit` of them, a fair share of each capability.
+
+    The choice hangs on the rows' ids alone, not on a seed, so that two policies are measured on the same prompts.
+    """
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    places = proportional_shares(Counter(row.capability for row in rows), limit)
+    chosen: set[str] = set()
+    for row in sorted(rows, key=lambda row: (hash_order(0, row.id), row.id)):
+        if places[row.capability]:
+            places[row.capability] -= 1
+            chosen.add(row.id)
+    return [row for row in rows if row.id in chosen]
+
+
+def eval_requests(rows: Sequence[Row], tokenizer: Any, config: EvalConfig) -> list[tuple[str, Row, SampleRequest]]:
+    """What to ask: (GREEDY or SAMPLE, row, request). Raises DataError for a prompt that leaves no room for a reply."""
+    prompts = {row.id: _prompt_ids(row, tokenizer, config) for row in rows}
+    stop = tuple(end_token_ids(tokenizer))
+    drawn = config.sampling
+    asked: list[tuple[str, Row, SampleRequest]] = []
+    if config.samples:
+        for row in sampled_rows(rows, config.pass_k_limit):
+            request = SampleRequest(
+                prompts[row.id],
+                n=config.samples,
+                temperature=drawn.temperature,
+                top_p=drawn.top_p,
+                max_tokens=drawn.max_tokens,
+                stop_token_ids=stop,
+            )
+            asked.append((SAMPLE, row, request))
+    if config.greedy:
+        asked += [(GREEDY, row, SampleRequest(prompts[row.id], 1, 0.0, 1.0, drawn.max_tokens, stop)) for row in rows]
+    return asked
+
+
+def rollouts(
+    asked: Sequence[tuple[str, Row, SampleRequest]], answers: Sequence[Sequence[Completion]]
+) -> Iterator[tuple[Rollout, Row]]:
+    """Every reply as a rollout beside its row, in order."""
+    for (_, row, request), completions in zip(asked, answers, strict=True):
+        for index, completion in enumerate(completions):
+            rollout = Rollout(
+                prompt_id=row.id,
+                group_id=row.id,
+                index=index,
+                prompt_ids=request.prompt_ids,
+                token_ids=completion.token_ids,
+                text=completion.text,
+                sampler_logprobs=completion.logprobs,
+                versions=completion.versions,
+                finish_reason=completion.finish_reason,
+            )
+            yield rollout, row
+
+
+def by_prompt(
+    rows: Sequence[Row], asked: Sequence[tuple[str, Row, SampleRequest]], pairs: Sequence[tuple[Rollout, Row]],
+    scores: Sequence[Scored],
+) -> list[PromptReplies]:  # fmt: skip
+    """Gather scored rollouts by prompt, in the order of `rows`. Every row gets an entry."""
+    greedy: dict[str, Reply] = {}
+    samples: dict[str, list[Reply]] = {row.id: [] for row in rows}
+    kinds = [kind for kind, _, request in asked for _ in range(request.n)]
+    for kind, (rollout, row), scored in zip(kinds, pairs, scores, strict=True):
+        reply = _reply(rollout, scored)
+        if kind == GREEDY:
+            greedy[row.id] = reply
+        else:
+            samples[row.id].append(reply)
+    return [PromptReplies(row, greedy.get(row.id), tuple(samples[row.id])) for row in rows]
+
+
+def _reply(rollout: Rollout, scored: Scored) -> Reply:
+    result = scored.result
+    return Reply(
+        text=rollout.text,
+        num_tokens=len(rollout.token_ids),
+        truncated=rollout.finish_reason == "length",
+        reward=None if result is None else result.value,
+        reason=scored.reason or f"unscored: {scored.outcome}" if result is None else result.reason,
+    )
+
+
+def _prompt_ids(row: Row, tokenizer: Any, config: EvalConfig) -> tuple[int, ...]:
+    ids = tuple(render_prompt(tokenizer, row.messages))
+    room = config.engine.max_model_len - len(ids)
+    if room < config.sampling.max_tokens:
+        raise DataError(
+            f"row {row.id}: its prompt has {len(ids)} tokens, which with sampling.max_tokens "
+            f"{config.sampling.max_tokens} is more than engine.max_model_len {config.engine.max_model_len}; "
+            "raise engine.max_model_len, lower sampling.max_tokens, or remove the row"
+        )
+    return ids

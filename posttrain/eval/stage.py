@@ -1,0 +1,107 @@
+"""The `eval` stage: a policy's replies to held-out prompts, scored, as rates with intervals.
+
+    prompts ─► one greedy reply and n samples each (engines) ─► reward processes ─► results.json, samples.jsonl
+
+Data, keys and the reward are checked before an engine starts. Left out: comparing two policies; the report does that.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.context import StageContext
+from posttrain.data.rows import load_rows, messages_to_json, write_jsonl
+from posttrain.errors import StageError
+from posttrain.eval.config import EvalConfig
+from posttrain.eval.heldout import check_heldout
+from posttrain.eval.replies import PromptReplies, by_prompt, eval_requests, rollouts
+from posttrain.eval.results import results
+from posttrain.model.load import load_tokenizer
+from posttrain.records import Scored
+from posttrain.sampling.client import Engines
+from posttrain.scoring.plugins import RewardSpec, check_reward
+from posttrain.scoring.pool import RewardPool
+
+
+def run(config: EvalConfig, context: StageContext) -> dict[str, Any]:
+    """Measure the policy. Returns {"results": path, "samples": path, "stats": the entry of all capabilities}.
+
+    Raises UserError for data, keys or a reward that are wrong, and StageError if not one reply could be scored.
+    """
+    started = time.time()
+    prompts = evaluate(config, context)
+    found = results(prompts, config.k, config.correct_threshold, config.observe, context.seed)
+    paths = {"results": context.dir / "results.json", "samples": context.dir / "samples.jsonl"}
+    write_jsonl(paths["samples"], (_sample(item) for item in prompts))
+    _write_json(paths["results"], found)
+    context.metrics(0, {**_flat(found), "wall_s": time.time() - started})
+    return {**{name: str(path) for name, path in paths.items()}, "stats": found["all"]}
+
+
+def evaluate(config: EvalConfig, context: StageContext) -> list[PromptReplies]:
+    """The scored replies to every prompt, in the order of the data. Needs an initialised Ray session."""
+    check_reward(config.reward.name, config.reward.args)
+    rows = load_rows(config.data, kind="prompt")
+    if config.key_field is not None:
+        check_heldout(rows, config.exclude, config.key_field)
+    asked = eval_requests(rows, load_tokenizer(config.model.path), config)
+    requests = [request for _, _, request in asked]
+    with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
+        answers = engines.generate(requests, _reporter(context, len(requests)))
+    pairs = list(rollouts(asked, answers))
+    pool = RewardPool(
+        RewardSpec(config.reward.name, config.reward.args), config.reward.workers, config.reward.timeout_s
+    )
+    began = time.time()
+    scores = pool.score_all(pairs)
+    context.busy("reward", "score", began, time.time())
+    _report_unscored(scores, context)
+    return by_prompt(rows, asked, pairs, scores)
+
+
+def _report_unscored(scores: Sequence[Scored], context: StageContext) -> None:
+    """Say how many replies could not be scored and why; if none could, the reward is broken and the stage fails."""
+    reasons = Counter(f"{scored.outcome}: {scored.reason}" for scored in scores if scored.result is None)
+    if not reasons:
+        return
+    count = sum(reasons.values())
+    context.event("unscored", count=count, total=len(scores), reasons=dict(reasons.most_common(5)))
+    if count == len(scores):
+        raise StageError(f"none of the {count} replies could be scored; most often: {reasons.most_common(1)[0][0]}")
+
+
+def _sample(item: PromptReplies) -> dict[str, Any]:
+    """One line of samples.jsonl: the greedy reply, or the first sample where there is none, and all rewards."""
+    reply = item.greedy or (item.samples[0] if item.samples else None)
+    return {
+        "id": item.row.id,
+        "capability": item.row.capability,
+        "prompt": messages_to_json(item.row.messages),
+        "answer": item.row.answer,
+        "reply": reply.text if reply else None,
+        "reward": reply.reward if reply else None,
+        "reason": reply.reason if reply else "",
+        "truncated": reply.truncated if reply else None,
+        "reply_tokens": reply.num_tokens if reply else None,
+        "sample_rewards": [sample.reward for sample in item.samples],
+    }
+
+
+def _flat(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The numbers of results.json as `capability/metric`, without intervals."""
+    names = ("greedy", "pass@1", "pass@k", "truncated", "reply_tokens_mean", "unscored")
+    return {f"{capability}/{name}": entry[name] for capability, entry in found.items() for name in names}
+
+
+def _reporter(context: StageContext, total: int) -> Callable[[int], None]:
+    return lambda done: context.progress(done, total, "requests")
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Written aside, then renamed: the file is whole or absent."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,133 @@
+"""The `filter` stage: rows in, a judge's verdict on each, the hardest part out.
+
+    rows ─► judge's prompts ─► engines (one constrained token a row) ─► score ─► select ─► kept.jsonl, dropped.jsonl
+
+Rows, labels and prompts are checked before an engine starts. Left out: the policy's own pass rate, which is the
+better measure where replies can be scored; see the RL stage.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.context import StageContext
+from posttrain.data.rows import load_rows, write_rows
+from posttrain.errors import DataError
+from posttrain.filtering.config import FilterConfig
+from posttrain.filtering.judge import Verdict, judge_requests, verdicts
+from posttrain.filtering.selection import num_kept, select
+from posttrain.model.load import load_tokenizer
+from posttrain.records import Row
+from posttrain.sampling.client import Engines
+
+NUM_BINS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class FilterResult:
+    """What `filter_rows` found. Rows carry their verdict in `fields["difficulty"]`.
+
+    verdicts: by row id; num_shortened: rows of which the judge saw the beginning and end only.
+    """
+
+    kept: list[Row]
+    dropped: list[Row]
+    verdicts: dict[str, Verdict]
+    num_shortened: int
+
+
+def run(config: FilterConfig, context: StageContext) -> dict[str, Any]:
+    """Filter the configured rows. Returns {"kept": path, "dropped": path, "stats": {...}}."""
+    rows = load_rows(config.data, kind="supervised")
+    started = time.time()
+    result = filter_rows(rows, config, context)
+    paths = {"kept": context.dir / "kept.jsonl", "dropped": context.dir / "dropped.jsonl"}
+    write_rows(paths["kept"], result.kept)
+    write_rows(paths["dropped"], result.dropped)
+    _write_json(context.dir / "histogram.json", histogram(result, config.labels))
+    stats = statistics(result, time.time() - started)
+    context.metrics(0, stats)
+    return {**{name: str(path) for name, path in paths.items()}, "stats": stats}
+
+
+def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext) -> FilterResult:
+    """Rate `rows` (supervised, at least one) with the judge and split them. `config.data` is not read.
+
+    Needs an initialised Ray session. Raises UserError for labels that cannot be told apart and for rows that do not
+    fit, before an engine is started.
+    """
+    if len({row.id for row in rows}) != len(rows):
+        raise DataError("two rows have the same id; every id must be unique")
+    if not num_kept(len(rows), config.keep_fraction):
+        raise DataError(
+            f"keep_fraction {config.keep_fraction} of {len(rows)} rows keeps none of them; raise it or add rows"
+        )
+    requests, choice_ids, num_shortened = judge_requests(rows, load_tokenizer(config.judge.path), config)
+    with Engines(context, config.judge, config.engine, config.resources.judge) as engines:
+        found = verdicts(engines, requests, config.labels, choice_ids, _reporter(context, len(rows)))
+    rated = [_with_difficulty(row, verdict, config.judge.path) for row, verdict in zip(rows, found, strict=True)]
+    scores = [verdict.score for verdict in found]
+    kept, dropped = select(rated, scores, config.keep_fraction, config.stratify, context.seed)
+    by_id = {row.id: verdict for row, verdict in zip(rows, found, strict=True)}
+    return FilterResult(kept, dropped, by_id, num_shortened)
+
+
+def histogram(result: FilterResult, labels: Sequence[str]) -> dict[str, Any]:
+    """Rows by score, kept or dropped, and capability.
+
+    Returns {"edges": [NUM_BINS + 1 scores], "labels": [...], "capabilities": {name: {"kept": {"counts": [NUM_BINS],
+    "tags": {label: count}}, "dropped": ...}}}; a bin holds its lower edge, the last one both.
+    """
+    capabilities: dict[str, dict[str, Any]] = {}
+    for row in [*result.kept, *result.dropped]:
+        empty = {part: {"counts": [0] * NUM_BINS, "tags": dict.fromkeys(labels, 0)} for part in ("kept", "dropped")}
+        capabilities.setdefault(row.capability, empty)
+    for part, rows in (("kept", result.kept), ("dropped", result.dropped)):
+        for row in rows:
+            verdict, cell = result.verdicts[row.id], capabilities[row.capability][part]
+            cell["counts"][min(int(verdict.score * NUM_BINS), NUM_BINS - 1)] += 1
+            cell["tags"][verdict.tag] += 1
+    edges = [index / NUM_BINS for index in range(NUM_BINS + 1)]
+    return {"edges": edges, "labels": list(labels), "capabilities": dict(sorted(capabilities.items()))}
+
+
+def statistics(result: FilterResult, wall_s: float) -> dict[str, Any]:
+    """Counts and means of a filtering, for metrics.jsonl and the report."""
+    parts = {"kept": result.kept, "dropped": result.dropped}
+    num_rows = sum(map(len, parts.values()))
+    return {
+        "num_rows": num_rows,
+        **{f"num_{name}": len(rows) for name, rows in parts.items()},
+        **{f"score_mean_{name}": _score_mean(result, rows) for name, rows in parts.items()},
+        "num_shortened": result.num_shortened,
+        "tags": dict(sorted(Counter(verdict.tag for verdict in result.verdicts.values()).items())),
+        "rows_per_s": num_rows / max(wall_s, 1e-9),
+        "wall_s": wall_s,
+    }
+
+
+def _with_difficulty(row: Row, verdict: Verdict, judge: str) -> Row:
+    """The row with its verdict. A `difficulty` that it came with is kept inside the new one, as "previous"."""
+    difficulty = verdict.to_json(judge)
+    if "difficulty" in row.fields:
+        difficulty["previous"] = row.fields["difficulty"]
+    return replace(row, fields={**row.fields, "difficulty": difficulty})
+
+
+def _reporter(context: StageContext, total: int) -> Callable[[int], None]:
+    return lambda done: context.progress(done, total, "rows")
+
+
+def _score_mean(result: FilterResult, rows: Sequence[Row]) -> float | None:
+    return sum(result.verdicts[row.id].score for row in rows) / len(rows) if rows else None
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Written aside, then renamed: the file is whole or absent."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
