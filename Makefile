@@ -1,0 +1,62 @@
+# Everything from a bare clone. Needs make and Python 3.11; `make install` says what else is missing.
+#
+# pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf) are honoured and never changed.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+# The first interpreter that runs and is 3.11; `make PYTHON=/path/to/python3.11` says otherwise.
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+VENV := .venv
+# cpu, gpu, or auto: by what pip finds and whether nvidia-smi sees a GPU.
+EXTRA ?= auto
+BIN := $(VENV)/bin
+RUN_DIR ?= runs/quickstart
+# More arguments for pytest: make test PYTEST_ARGS="-k losses -x"
+PYTEST_ARGS ?=
+
+# One OpenMP thread a process: with more, the processes of a run fight for the same cores and slow down tenfold.
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help install quickstart test test-fast test-all check format doctor clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## Make .venv and install everything into it; a second run installs nothing
+	@if [ -z "$(PYTHON)" ]; then \
+	echo "install: no Python 3.11 found; install python3.11 with its venv module, or say make PYTHON=/path/to/python3.11" >&2; \
+	exit 2; fi
+	@$(PYTHON) scripts/install.py --venv $(VENV) --extra $(EXTRA)
+
+quickstart: install ## Run the whole recipe on this machine, tiny, and write a report
+	@$(BIN)/posttrain run quickstart --run-dir $(RUN_DIR)
+	@echo "report: $(abspath $(RUN_DIR))/report.html"
+
+test: install ## Run the tests
+	@$(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
+
+test-fast: install ## Run the tests that need no engine and no second process
+	@$(BIN)/python -m pytest -m "not slow and not full" $(PYTEST_ARGS)
+
+test-all: install ## Run every test, full matrices included
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: install ## Lint, formatting and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+format: install ## Rewrite the sources as `make check` wants them
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+doctor: install ## Say what works on this machine, and how to mend what does not
+	@$(BIN)/posttrain doctor
+
+clean: ## Remove what builds, tests and linters left; keeps .venv and runs
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

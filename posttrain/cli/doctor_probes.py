@@ -1,0 +1,161 @@
+"""Small programs that try one piece of the machine each; `posttrain doctor` runs every one in a process of its own.
+
+    python -m posttrain.cli.doctor_probes imports | vllm | deepspeed | ray
+
+A probe that works prints one line of JSON last, {"found": "..."}, and exits with 0; one that does not raises. They use
+the real thing at its smallest: vLLM loads a model and samples from it, two DeepSpeed ranks take a step, Ray runs a task.
+Deadlines and cleaning up are the caller's, see doctor.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 64
+KV_CACHE_BYTES = 96 << 20
+
+
+def probe_imports() -> str:
+    """The two imports that fail when torchvision was built for another torch."""
+    import transformers
+    from vllm import LLM
+
+    return f"{transformers.Llama4ForCausalLM.__name__} and vllm.{LLM.__name__}"
+
+
+def write_tiny_model(folder: Path) -> None:
+    """A dense Llama of two layers with random weights and a word-level tokenizer, as a Hugging Face folder."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def probe_vllm() -> str:
+    """vLLM loads a tiny model and samples one token with its log-probability."""
+    from vllm import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory(prefix="posttrain-doctor-") as folder:
+        write_tiny_model(Path(folder))
+        engine = LLM(
+            model=folder,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=64,
+            max_num_seqs=2,
+            kv_cache_memory_bytes=KV_CACHE_BYTES,
+        )
+        settings = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, ignore_eos=True)
+        output = engine.generate(["w5 w6 w7"], settings, use_tqdm=False)[0].outputs[0]
+    if len(output.token_ids) != 1 or not output.logprobs:
+        raise RuntimeError(f"asked for one token with its log-probability, got {output}")
+    return f"a tiny model gave token {output.text.strip()!r}"
+
+
+def deepspeed_rank(rank: int, world: int, folder: Path) -> None:
+    """One rank of `probe_deepspeed`: a ZeRO-1 step on a linear layer, gradients averaged over gloo."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    # Without this DeepSpeed compiles a shared-memory all-reduce here: a minute, and a failure without g++.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")  # DeepSpeed reads it; the store below is a file, so no port is opened
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True, "weight_decay": 0.0}},
+        "zero_optimization": {"stage": 1},
+        "gradient_clipping": 0.0,
+    }
+    engine, *_ = deepspeed.initialize(model=torch.nn.Linear(4, 1, bias=False), config=settings)
+    before = engine.module.weight.detach().clone()
+    loss = engine(torch.full((1, 4), float(rank + 1))).sum()
+    engine.backward(loss)
+    engine.step()
+    after = engine.module.weight.detach().clone()
+    others = [torch.empty_like(after) for _ in range(world)]
+    dist.all_gather(others, after)
+    if torch.equal(before, after) or not all(torch.equal(after, other) for other in others):
+        raise RuntimeError("the weights did not change, or differ between the ranks")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def probe_deepspeed() -> str:
+    """Two ranks of DeepSpeed take one ZeRO-1 step over gloo and end with the same weights."""
+    world = 2
+    with tempfile.TemporaryDirectory(prefix="posttrain-doctor-") as folder:
+        command = [sys.executable, "-m", "posttrain.cli.doctor_probes", "deepspeed-rank"]
+        ranks = [subprocess.Popen([*command, str(rank), str(world), folder]) for rank in range(world)]
+        codes = [rank.wait() for rank in ranks]
+    if any(codes):
+        raise RuntimeError(f"exit statuses of the ranks: {codes}")
+    return f"{world} ranks took a ZeRO-1 step over gloo"
+
+
+def probe_ray() -> str:
+    """A local Ray with token authentication starts and runs one task."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:  # Ray's sockets allow 107 characters in all
+        ray.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=80 << 20,
+            _temp_dir=folder,
+        )
+        try:
+            answer = ray.get(ray.remote(lambda: 3).remote(), timeout=60)
+        finally:
+            ray.shutdown()
+            time.sleep(0.2)  # the daemons still write into the folder for a moment
+    if answer != 3:
+        raise RuntimeError(f"a task returned {answer!r} instead of 3")
+    return f"Ray {ray.__version__} ran a task, with token authentication"
+
+
+PROBES = {"imports": probe_imports, "vllm": probe_vllm, "deepspeed": probe_deepspeed, "ray": probe_ray}
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[0] == "deepspeed-rank":
+        deepspeed_rank(int(arguments[1]), int(arguments[2]), Path(arguments[3]))
+    else:
+        print("\n" + json.dumps({"found": PROBES[arguments[0]]()}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
