@@ -1,0 +1,78 @@
+"""Preference pairs to token ids, through the one home of chat rendering.
+
+The prompt is what sampling would send. A reply is rendered as a turn, with the token that ends it; a reply that was
+rejected because it ran out of tokens never had that token, so it is left out: else training would punish stopping.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from posttrain.data.chat import check_parity, end_token_ids, render_conversation, render_prompt
+from posttrain.data.pairs import Pair
+from posttrain.errors import DataError
+from posttrain.records import Message
+from posttrain.train.drift import Example
+
+
+@dataclass(frozen=True, slots=True)
+class PairIds:
+    """Token ids of a prompt and of the two replies that follow it."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    def chosen_example(self) -> Example:
+        """The chosen conversation, its reply marked."""
+        mask = [0] * len(self.prompt_ids) + [1] * len(self.chosen_ids)
+        return Example(self.prompt_ids + self.chosen_ids, mask)
+
+
+def tokenize_pairs(
+    tokenizer: Any, pairs: Sequence[Pair], max_length: int, overlong: Literal["error", "drop"]
+) -> tuple[list[PairIds], list[Pair]]:
+    """Return the ids and the pairs that were kept, in step.
+
+    Raises `DataError` that names the pair: it does not render as sampling would, its replies become the same tokens,
+    or it is too long (with "error"), or nothing is left.
+    """
+    kept_ids: list[PairIds] = []
+    kept: list[Pair] = []
+    for pair in pairs:
+        try:
+            ids = _tokenize(tokenizer, pair)
+        except DataError as error:
+            raise DataError(f"pair {pair.id!r}: {error}") from None
+        length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+        if length <= max_length:
+            kept_ids.append(ids)
+            kept.append(pair)
+        elif overlong == "error":
+            rule = "raise max_length, shorten it, or set overlong: drop"
+            raise DataError(f"pair {pair.id!r}: {length} tokens, but max_length is {max_length}; {rule}")
+    if not kept:
+        raise DataError(f"all {len(pairs)} pairs are longer than max_length {max_length}; raise it")
+    return kept_ids, kept
+
+
+def _tokenize(tokenizer: Any, pair: Pair) -> PairIds:
+    prompt_ids = render_prompt(tokenizer, pair.prompt)
+    chosen_ids = _reply_ids(tokenizer, pair, pair.chosen, len(prompt_ids))
+    rejected_ids = _reply_ids(tokenizer, pair, pair.rejected, len(prompt_ids))
+    if pair.fields.get("reason") == "truncated":
+        ends = set(end_token_ids(tokenizer))
+        while rejected_ids and rejected_ids[-1] in ends:
+            rejected_ids = rejected_ids[:-1]
+    if not rejected_ids or chosen_ids == rejected_ids:
+        raise DataError("chosen and rejected must be two replies, but they become the same tokens")
+    return PairIds(prompt_ids, chosen_ids, rejected_ids)
+
+
+def _reply_ids(tokenizer: Any, pair: Pair, reply: str, start: int) -> list[int]:
+    messages = (*pair.prompt, Message("assistant", reply))
+    check_parity(tokenizer, messages)
+    ids, mask = render_conversation(tokenizer, messages)
+    # What a template puts behind the end of the turn (a newline, in some) is not the model's.
+    stop = max(at for at, bit in enumerate(mask) if bit) + 1
+    return ids[start:stop]

@@ -1,0 +1,180 @@
+"""Preference pairs from the rollouts of an RL stage: corner cases that the policy itself produced.
+
+Within one prompt (the same messages, the sampled system instruction among them) a complete reply with a high reward
+is set against a complete reply with a lower one (`wrong`), or against one that ran out of tokens (`truncated`). The
+newest policy's replies come first, so that the pairs are close to the policy that is trained. Capabilities take turns.
+
+Left out: judging quality beyond the reward, and pairs across prompts.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.pairs import Pair
+from posttrain.data.rows import RowError, check_turns, to_messages
+from posttrain.dpo.config import MiningConfig
+from posttrain.errors import DataError, StageError
+
+COLUMNS = ("step", "prompt_id", "capability", "prompt", "reply", "reward", "finish_reason", "policy_version")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One rollout as mining sees it. reward: None where it could not be scored."""
+
+    prompt_id: str
+    capability: str
+    prompt: str
+    text: str
+    reward: float | None
+    complete: bool
+    policy_version: int
+
+
+def read_replies(folder: str | Path) -> list[Reply]:
+    """Read the rollouts/*.parquet of an RL stage. Raises `DataError` if there are none or a column is missing."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(folder).expanduser()
+    files = sorted(folder.glob("*.parquet")) or sorted((folder / "rollouts").glob("*.parquet"))
+    if not files:
+        raise DataError(f"{folder}: no rollouts (*.parquet); `rollouts` names the rollouts folder of an RL stage")
+    replies: list[Reply] = []
+    for file in files:
+        try:
+            missing = [name for name in COLUMNS if name not in pq.read_schema(file).names]
+            if missing:
+                raise DataError(f"{file}: no column {', '.join(missing)}; not rollouts of an RL stage")
+            records = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
+        except pa.ArrowException as error:
+            raise DataError(f"{file}: not a whole parquet file: {error}") from None
+        replies += [_to_reply(record) for record in records]
+    return replies
+
+
+def _to_reply(record: dict[str, Any]) -> Reply:
+    return Reply(
+        prompt_id=record["prompt_id"],
+        capability=record["capability"],
+        prompt=record["prompt"],
+        text=record["reply"].strip(),
+        reward=record["reward"],
+        complete=record["finish_reason"] == "stop",
+        policy_version=record["policy_version"],
+    )
+
+
+def mine(replies: Sequence[Reply], config: MiningConfig, max_pairs: int | None, seed: int) -> list[Pair]:
+    """Make preference pairs. Raises `StageError`, with counts, if there is not one to be had.
+
+    Each pair's fields hold `reason` (wrong or truncated), both rewards and the older policy version of the two.
+    """
+    rng = random.Random(seed)
+    by_prompt: dict[str, list[Reply]] = defaultdict(list)
+    for reply in replies:
+        by_prompt[reply.prompt].append(reply)
+    by_capability: dict[str, list[Pair]] = defaultdict(list)
+    for prompt, group in by_prompt.items():
+        for pair in _pairs_of_prompt(prompt, group, config, rng):
+            by_capability[pair.capability].append(pair)
+    if not by_capability:
+        raise StageError(_nothing_to_mine(by_prompt, config))
+    for pairs in by_capability.values():
+        rng.shuffle(pairs)
+        pairs.sort(key=lambda pair: -pair.fields["policy_version"])
+    return list(_take_turns(by_capability, max_pairs))
+
+
+def _pairs_of_prompt(prompt: str, group: Sequence[Reply], config: MiningConfig, rng: random.Random) -> Iterator[Pair]:
+    chosen_pool = _newest_first((r for r in group if r.complete and r.reward is not None and r.text), rng)
+    chosen_pool.sort(key=lambda reply: -(reply.reward or 0.0))  # the best first; among equals the newest
+    rejected_pool = _newest_first((r for r in group if _reason(r) in config.reasons and r.text), rng)
+    for count, chosen in enumerate(chosen_pool):
+        rejected = next((r for r in rejected_pool if r is not chosen and _beats(chosen, r, config.min_margin)), None)
+        if rejected is None or count == config.max_per_prompt:
+            return
+        # Equal texts are one reply: none is used twice, on either side.
+        rejected_pool = [r for r in rejected_pool if r.text not in (chosen.text, rejected.text)]
+        yield _to_pair(prompt, chosen, rejected, count)
+
+
+def _newest_first(replies: Iterable[Reply], rng: random.Random) -> list[Reply]:
+    """Distinct texts, newest policy first, in random order within a policy."""
+    shuffled = list(replies)
+    rng.shuffle(shuffled)
+    shuffled.sort(key=lambda reply: -reply.policy_version)
+    distinct: dict[tuple[str, bool], Reply] = {}
+    for reply in shuffled:
+        distinct.setdefault((reply.text, reply.complete), reply)
+    return list(distinct.values())
+
+
+def _reason(reply: Reply) -> str | None:
+    """Why a reply may be rejected; None for a complete one without a score."""
+    if not reply.complete:
+        return "truncated"
+    return None if reply.reward is None else "wrong"
+
+
+def _beats(chosen: Reply, rejected: Reply, margin: float) -> bool:
+    """A truncated reply that was never scored counts as 0."""
+    return chosen.text != rejected.text and (chosen.reward or 0.0) - (rejected.reward or 0.0) >= margin
+
+
+def _to_pair(prompt: str, chosen: Reply, rejected: Reply, index: int) -> Pair:
+    try:
+        messages = to_messages(json.loads(prompt), "prompt")
+        check_turns(messages, "prompt", last="user")
+    except (RowError, ValueError) as error:
+        raise DataError(f"rollouts of prompt {chosen.prompt_id!r}: {error}") from None
+    version = min(chosen.policy_version, rejected.policy_version)
+    return Pair(
+        id=f"{chosen.prompt_id}:{version}:{index}",
+        capability=chosen.capability,
+        prompt=messages,
+        chosen=chosen.text,
+        rejected=rejected.text,
+        fields={
+            "reason": _reason(rejected),
+            "chosen_reward": chosen.reward,
+            "rejected_reward": rejected.reward,
+            "policy_version": version,
+        },
+    )
+
+
+def _take_turns(by_capability: dict[str, list[Pair]], max_pairs: int | None) -> Iterator[Pair]:
+    """One pair of each capability in turn, until there are enough or no more."""
+    queues = [iter(by_capability[name]) for name in sorted(by_capability)]
+    taken = 0
+    while queues:
+        for queue in list(queues):
+            if max_pairs is not None and taken == max_pairs:
+                return
+            pair = next(queue, None)
+            if pair is None:
+                queues.remove(queue)
+            else:
+                taken += 1
+                yield pair
+
+
+def _nothing_to_mine(by_prompt: dict[str, list[Reply]], config: MiningConfig) -> str:
+    replies = [reply for group in by_prompt.values() for reply in group]
+    scored = [reply for reply in replies if reply.reward is not None]
+    complete = [reply for reply in scored if reply.complete]
+    with_spread = sum(
+        max(r.reward or 0.0 for r in group) - min(r.reward or 0.0 for r in group) >= config.min_margin
+        for group in by_prompt.values()
+    )
+    return (
+        f"dpo: no preference pair can be mined from {len(replies)} rollouts of {len(by_prompt)} prompts: "
+        f"{len(scored)} are scored, {len(complete)} of them complete, and in {with_spread} prompts the rewards differ "
+        f"by mining.min_margin ({config.min_margin}) or more; reasons allowed: {', '.join(config.reasons)}"
+    )

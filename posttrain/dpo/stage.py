@@ -1,0 +1,151 @@
+"""Light direct preference optimisation with TRL's DPOTrainer, at the end of the recipe.
+
+Pairs are given, or mined from the rollouts of the RL stage. They are tokenized here (TRL's own tokenization is turned
+off), the reference is the start policy, frozen, and how far the policy moved is measured and reported.
+Left out: evaluation (a stage of its own), training over several processes.
+"""
+
+import copy
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.context import StageContext
+from posttrain.data.pairs import Pair, load_pairs, write_pairs
+from posttrain.dpo.config import DpoConfig
+from posttrain.dpo.mine import mine, read_replies
+from posttrain.errors import StageError
+
+METRICS = {
+    "loss": "loss",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "logps/chosen": "chosen_logprob",
+    "logps/rejected": "rejected_logprob",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "num_tokens": "tokens",
+    "entropy": "entropy",
+}
+
+
+def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
+    """Optimise on preferences and export.
+
+    Returns {"model": folder, "pairs": pairs.jsonl, "num_pairs", "dropped", "reasons", "steps", "tokens", "loss_first",
+    "loss_last", "margin", "accuracy" (means over the last quarter of the steps), "kl_from_start", "entropy_before",
+    "entropy_after"}. Raises `DataError` before a model is loaded, `StageError` if no pair can be mined or training
+    failed.
+    """
+    pairs = read_pairs(config, context.seed)
+    from posttrain.train.trl_settings import quiet_environment
+
+    quiet_environment()
+    from posttrain.dpo.examples import tokenize_pairs
+    from posttrain.model.load import load_model, load_tokenizer, save_model
+
+    tokenizer = load_tokenizer(config.model.path)
+    ids, kept = tokenize_pairs(tokenizer, pairs, config.max_length, config.overlong)
+    path = context.dir / "pairs.jsonl"
+    write_pairs(path, kept)
+    reasons = dict(Counter(str(pair.fields.get("reason", "given")) for pair in kept))
+    context.event("pairs", pairs=len(kept), dropped=len(pairs) - len(kept), reasons=reasons)
+    model = load_model(config.model.path, config.model.implementation, config.model.dtype)
+    trained, report = train_model(config, context, model, tokenizer, ids)
+    folder = context.dir / "model"
+    save_model(trained, tokenizer, folder)
+    counts = {"num_pairs": len(kept), "dropped": len(pairs) - len(kept), "reasons": reasons}
+    return {"model": str(folder), "pairs": str(path), **counts, **report}
+
+
+def read_pairs(config: DpoConfig, seed: int) -> list[Pair]:
+    """The pairs to train on: a seeded sample of those given, or mined."""
+    if config.rollouts is not None:
+        return mine(read_replies(config.rollouts), config.mining, config.max_pairs, seed)
+    assert config.pairs is not None  # the schema allows exactly one
+    pairs = load_pairs(config.pairs)
+    if config.max_pairs is not None and len(pairs) > config.max_pairs:
+        pairs = random.Random(seed).sample(pairs, config.max_pairs)
+    return pairs
+
+
+def build_arguments(config: DpoConfig, folder: Any, seed: int = 0) -> Any:
+    """The `trl.DPOConfig` of a stage whose folder is `folder`."""
+    from trl import DPOConfig
+
+    from posttrain.train.trl_settings import common_arguments
+
+    with_nll = config.nll_weight > 0
+    return DPOConfig(
+        **common_arguments(
+            config.optimizer,
+            checkpoints=folder / "checkpoints",
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            gradient_accumulation=config.gradient_accumulation,
+            gradient_checkpointing=config.gradient_checkpointing,
+            checkpoint_every=config.checkpoint_every,
+            seed=seed,
+        ),
+        beta=config.beta,
+        loss_type=[config.loss_type, "sft"] if with_nll else [config.loss_type],
+        loss_weights=[1.0, config.nll_weight] if with_nll else None,
+        max_length=None,  # pairs are within config.max_length already
+        # The start policy's log-probabilities are computed once, before the first step: no second model in memory.
+        precompute_ref_log_probs=True,
+    )
+
+
+def train_model(
+    config: DpoConfig, context: StageContext, model: Any, tokenizer: Any, ids: Sequence[Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Train a loaded model on `PairIds`; returns the plain model (adapters merged in) and the report."""
+    from datasets import Dataset
+
+    from posttrain.dpo.trainer import TokenizedPairTrainer
+    from posttrain.train.adapters import adapter_config, merged
+    from posttrain.train.drift import DriftProbe
+    from posttrain.train.trl_checkpoints import digest_ids, fingerprint
+    from posttrain.train.trl_loop import train
+    from posttrain.train.trl_settings import fit_for_trl
+
+    fit_for_trl(model)
+    records = [{"prompt_ids": i.prompt_ids, "chosen_ids": i.chosen_ids, "rejected_ids": i.rejected_ids} for i in ids]
+    sample = random.Random(context.seed).sample(list(ids), len(ids))
+    probe = DriftProbe(model, [item.chosen_example() for item in sample])
+    recipe = config.model_dump(mode="json", exclude={"resources", "checkpoint_every", "model", "pairs", "rollouts"})
+    print_ = fingerprint(model, recipe, context.seed, digest_ids(records))
+    model_config = copy.deepcopy(model.config)  # TRL writes its own ideas into the model's config
+    trainer = TokenizedPairTrainer(
+        model=model,
+        args=build_arguments(config, context.dir, context.seed),
+        train_dataset=Dataset.from_list(records),
+        processing_class=tokenizer,
+        peft_config=adapter_config(model, config.lora) if config.lora else None,
+    )
+    history = train(trainer, context, "dpo", METRICS, print_)
+    if trainer.state.global_step == 0:
+        raise StageError("dpo: no optimiser step was made")
+    trained = merged(trainer.model)
+    trained.config = model_config
+    report = _report(trainer.state, history, probe.measure(trained))
+    context.metrics(trainer.state.global_step, {name: value for name, value in report.items() if name != "steps"})
+    return trained, report
+
+
+def _report(state: Any, history: Sequence[dict[str, float]], drift: Any) -> dict[str, Any]:
+    last = history[-max(1, len(history) // 4) :]
+    means = {name: sum(h[name] for h in last) / len(last) if last else None for name in ("margin", "accuracy")}
+    return {
+        "steps": state.global_step,
+        "tokens": int(history[-1]["tokens"]) if history else None,
+        "loss_first": history[0]["loss"] if history else None,
+        "loss_last": history[-1]["loss"] if history else None,
+        **means,
+        "kl_from_start": drift.kl,
+        "entropy_before": drift.entropy_before,
+        "entropy_after": drift.entropy_after,
+    }
