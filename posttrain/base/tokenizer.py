@@ -32,13 +32,27 @@ _LARGEST_NUMBER = 99
 _MAX_LENGTH = 2048
 # A letter run with its colon, a number of up to two digits, a run of signs: each with the space before it, if any.
 _SPLIT = r" ?\p{L}+:?| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s"
-_WORDS = """
-system user assistant
-Sum: Run: Sort Edit: Make Rate: Steps: Answer: from up down up: down: yes no none
-reverse upper double first drop last reverse: upper: first: last:
-easy medium hard
-Solve Give You are The the a one is of and with right puzzle puzzles solver answer careful Reply question
-""".split()
+_WORDS = (
+    *("system", "user", "assistant", "Steps:", "Answer:", "Rate:", "easy", "medium", "hard", "yes", "no", "none"),
+    *("Sum:", "Run:", "Sort", "Edit:", "Make", "from", "up", "down", "up:", "down:"),
+    *("reverse", "upper", "double", "first", "drop", "last", "reverse:", "upper:", "first:", "last:"),
+    *(
+        "Solve",
+        "Give",
+        "Reply",
+        "You",
+        "are",
+        "with",
+        "the",
+        "a",
+        "one",
+        "right",
+        "answer",
+        "careful",
+        "puzzle",
+        "solver",
+    ),
+)
 _SIGNS = ["+", "-", "*", "=", "+=", "-=", "*=", "(", ")", ").", ",", ";", ".", ":", "\n\n"]
 
 

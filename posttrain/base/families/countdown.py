@@ -44,7 +44,7 @@ def worked(problem: Problem, rng: random.Random, slip: bool) -> str:
 
 def terse(problem: Problem, rng: random.Random, careless: bool) -> str:
     """An expression at once; a careless one is the first that comes to mind."""
-    target, numbers, expression = problem.parts
+    _target, numbers, expression = problem.parts
     return "Answer: " + (_attempt(numbers, rng)[0] if careless else expression)
 
 

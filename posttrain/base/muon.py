@@ -1,0 +1,81 @@
+"""Muon: momentum whose update is made nearly orthogonal, with the matrices shared out over the processes.
+
+Each process keeps the momentum of its own matrices, orthogonalises those alone, and hands the result to the others:
+the step costs 1/N of the time, and every process ends with the same weights.
+
+Source: Muon (Jordan et al. 2024), Nesterov momentum and the quintic Newton-Schulz iteration with its coefficients.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+
+
+def orthogonalize(update: torch.Tensor) -> torch.Tensor:
+    """Push the singular values of matrices [..., M, N] towards 1; fp32 in, fp32 out."""
+    transposed = update.shape[-2] > update.shape[-1]
+    x = update.transpose(-1, -2) if transposed else update
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a, b, c = _COEFFICIENTS
+    for _ in range(_ITERATIONS):
+        gram = x @ x.transpose(-1, -2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.transpose(-1, -2) if transposed else x
+
+
+class Muon:
+    """One optimizer over all processes of the default group (or over one, without a group).
+
+    parameters: matrices, or stacks of them [E, M, N]; the same list in the same order on every process.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95):
+        self._momentum = momentum
+        self._world = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self._shares = _share_out(parameters, self._world)
+        self._own = self._shares[rank]
+        self._velocity = [torch.zeros_like(parameter) for parameter in self._own]
+        self._longest = max(sum(parameter.numel() for parameter in share) for share in self._shares)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Apply one update from `.grad`, which must already be the same on every process."""
+        updates = []
+        for parameter, velocity in zip(self._own, self._velocity, strict=True):
+            velocity.mul_(self._momentum).add_(parameter.grad)
+            updates.append(orthogonalize(parameter.grad + self._momentum * velocity))
+        for share, flat in zip(self._shares, self._exchange(updates), strict=True):
+            for parameter, update in zip(share, flat.split([p.numel() for p in share]), strict=True):
+                # Wide or tall, an update moves the output by the same amount.
+                scale = max(1.0, parameter.shape[-2] / parameter.shape[-1]) ** 0.5
+                parameter.add_(update.view_as(parameter), alpha=-learning_rate * scale)
+
+    def _exchange(self, updates: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The flat updates of every share, in order, without the padding that makes them equally long."""
+        flat = torch.cat([update.flatten() for update in updates]) if updates else torch.zeros(0)
+        if self._world == 1:
+            return [flat]
+        padded = torch.nn.functional.pad(flat, (0, self._longest - flat.numel()))
+        gathered = [torch.empty(self._longest) for _ in range(self._world)]
+        dist.all_gather(gathered, padded)
+        sizes = [sum(parameter.numel() for parameter in share) for share in self._shares]
+        return [whole[:size] for whole, size in zip(gathered, sizes, strict=True)]
+
+
+def _share_out(parameters: list[nn.Parameter], world: int) -> list[list[nn.Parameter]]:
+    """Shares of about equal cost: the largest first, each to the share that has least so far."""
+    shares: list[list[nn.Parameter]] = [[] for _ in range(world)]
+    costs = [0] * world
+    for parameter in sorted(parameters, key=_cost, reverse=True):
+        lightest = costs.index(min(costs))
+        shares[lightest].append(parameter)
+        costs[lightest] += _cost(parameter)
+    return shares
+
+
+def _cost(parameter: nn.Parameter) -> int:
+    return parameter.numel() * min(parameter.shape[-2:])
