@@ -144,7 +144,7 @@ def _check_weight_files(folder: Path) -> None:
     if index.is_file():
         try:
             files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not an index of safetensors files: {_first_line(error)}") from error
     else:
         files = [folder / "model.safetensors"]

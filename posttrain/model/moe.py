@@ -53,8 +53,17 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
         """Apply expert e to rows [ends_E[e - 1], ends_E[e]); `ends_E` is int32. Experts without rows are fine."""
-        gate, up = F.grouped_mm(x_ND, self.gate_up_proj, offs=ends_E).chunk(2, dim=-1)
-        return F.grouped_mm(self.act_fn(gate) * up, self.down_proj, offs=ends_E)
+        gate, up = _grouped_mm(x_ND, self.gate_up_proj, ends_E).chunk(2, dim=-1)
+        return _grouped_mm(self.act_fn(gate) * up, self.down_proj, ends_E)
+
+
+def _grouped_mm(x_ND: torch.Tensor, weight_EDO: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Rows of group e times weight e. The kernel wants rows of whole 16-byte words; odd widths go expert by expert."""
+    if not any(size * x_ND.element_size() % 16 for size in weight_EDO.shape[1:]):
+        return F.grouped_mm(x_ND, weight_EDO, offs=ends_E)
+    counts = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).tolist()
+    # unbind, not weight[e]: the backward of each index would be a gradient of the full size.
+    return torch.cat([rows @ weight for rows, weight in zip(x_ND.split(counts), weight_EDO.unbind(0), strict=True)])
 
 
 class _Dispatch(torch.autograd.Function):

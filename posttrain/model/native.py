@@ -165,6 +165,7 @@ class NativeLlama4Model(_NativeLlama4):
         routings: list[Routing] = []
         hidden_states = [x_BSD] if keep_all else []
         moe_layers = [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoE)]
+        self._check_replay(routed_experts, x_BSD)
         replay = iter(()) if routed_experts is None else iter(routed_experts.unbind(2))
         for moe in moe_layers:
             moe.recorder = routings
@@ -178,6 +179,14 @@ class NativeLlama4Model(_NativeLlama4):
             for moe in moe_layers:
                 moe.recorder = None
         return routings, [*hidden_states[:-1], self.norm(x_BSD)]
+
+    def _check_replay(self, routed_experts: torch.Tensor | None, x_BSD: torch.Tensor) -> None:
+        want = (*x_BSD.shape[:2], sum(layer.is_moe for layer in self.layers), self.config.num_experts_per_tok)
+        if routed_experts is not None and tuple(routed_experts.shape) != want:
+            raise ValueError(
+                f"routed_experts has shape {list(routed_experts.shape)}; it must be "
+                f"[batch, tokens, MoE layers, experts a token] = {list(want)}"
+            )
 
     def _cache(self, given: Cache | None, use_cache: bool | None, layout: Layout) -> Cache | None:
         """The cache to fill: none for packed rows, which no next token could continue, nor by default in training."""
@@ -250,7 +259,7 @@ class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
             `output_router_logits`), and hidden_states and router_logits where asked for.
 
         Raises:
-            ValueError: a mask of another shape, or a cache with packed rows.
+            ValueError: a mask or routed_experts of another shape, or a cache with packed rows.
         """
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, use_cache, inputs_embeds,

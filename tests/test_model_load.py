@@ -1,0 +1,163 @@
+"""Model folders: what is written can be read, and each fault of a folder is one clear message."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model_router import IDS, tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    Llama4Config,
+    Llama4ForCausalLM,
+    Llama4ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from posttrain.errors import CheckpointError
+from posttrain.model import NativeLlama4ForCausalLM, load_model, load_tokenizer, save_model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+
+
+def test_round_trip(folder):
+    want = tiny_model().eval()(IDS).logits
+    for implementation, model_class in (("native", NativeLlama4ForCausalLM), ("transformers", Llama4ForCausalLM)):
+        model = load_model(folder, implementation)
+        assert type(model) is model_class
+        assert model.dtype == torch.float32
+        assert not model.training
+        torch.testing.assert_close(model(IDS).logits, want, rtol=1e-5, atol=1e-6)
+    assert load_tokenizer(folder)("a").input_ids == [0]
+    assert load_model(folder, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_bf16_weights_are_written_as_bf16(tmp_path):
+    path = save_model(tiny_model().bfloat16(), tiny_tokenizer(), tmp_path / "model")
+    assert {tensor.dtype for tensor in load_file(path / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_given_weights_are_written_in_place_of_the_models_own(tmp_path):
+    model = tiny_model()
+    weights = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    path = save_model(model, tiny_tokenizer(), tmp_path / "model", weights)
+    assert not load_model(path)(IDS).logits.any()
+
+
+def test_saving_replaces_an_older_folder_and_leaves_nothing_beside_it(folder):
+    (folder / "old.txt").write_text("old")
+    save_model(tiny_model(), tiny_tokenizer(), folder)
+    assert not (folder / "old.txt").exists()
+    assert os.listdir(folder.parent) == ["model"]
+
+
+def test_a_save_that_fails_leaves_the_older_folder_alone(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(AttributeError):
+        save_model(tiny_model().bfloat16(), None, folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert os.listdir(folder.parent) == ["model"]
+
+
+def test_other_architectures_come_from_transformers(tmp_path):
+    config = LlamaConfig(
+        vocab_size=29, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+    )
+    path = save_model(LlamaForCausalLM(config), tiny_tokenizer(), tmp_path / "llama")
+    assert type(load_model(path)) is LlamaForCausalLM
+
+
+def test_text_model_of_a_multimodal_folder(tmp_path):
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 28,
+        "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+    }  # fmt: skip
+    config = Llama4Config(text_config=tiny_model().config.to_dict(), vision_config=vision)
+    whole = Llama4ForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert type(model) is NativeLlama4ForCausalLM
+    torch.testing.assert_close(model(IDS).logits, whole.language_model(IDS).logits, rtol=1e-5, atol=1e-6)
+
+
+def _edit(change):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def _cut(size):
+    return lambda folder: os.truncate(folder / "model.safetensors", size)
+
+
+NORM = "model.norm.weight"
+INDEX = "model.safetensors.index.json"
+SHARDS = {"weight_map": {NORM: "gone.safetensors"}}
+FAULTS = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read"),
+    "unknown type": (lambda folder: (folder / "config.json").write_text('{"model_type": "nope"}'), "nope"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+    "only a pickle": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "only a pickle checkpoint",
+    ),
+    "cut header": (_cut(10), "corrupt or truncated"),
+    "cut data": (_cut(3000), "corrupt or truncated"),
+    "missing tensor": (_edit(lambda tensors: tensors.pop(NORM)), f"1 missing tensors: {NORM}"),
+    "many missing tensors": (_edit(lambda tensors: [tensors.pop(n) for n in list(tensors)[:8]]), "and 3 more"),
+    "unknown tensor": (_edit(lambda tensors: tensors.update(extra=torch.ones(2))), "1 unknown tensors: extra"),
+    "other shape": (
+        _edit(lambda tensors: tensors.update({NORM: torch.ones(3)})),
+        rf"another shape .*{NORM} is \[3\], must be \[16\]",
+    ),
+    "shard missing": (lambda folder: (folder / INDEX).write_text(json.dumps(SHARDS)), "gone.safetensors: missing"),
+    "broken index": (lambda folder: (folder / INDEX).write_text("[]"), "not an index"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_a_folder(fault, folder):
+    damage, message = FAULTS[fault]
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_model(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_folder_and_missing_tokenizer(tmp_path, folder):
+    for read in (load_model, load_tokenizer):
+        with pytest.raises(CheckpointError, match="no such folder"):
+            read(tmp_path / "nowhere")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        load_tokenizer(folder)
+
+
+def test_a_broken_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be read"):
+        load_tokenizer(folder)
+
+
+def test_unknown_choices(folder):
+    with pytest.raises(ValueError, match="implementation is 'jax'"):
+        load_model(folder, "jax")
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        load_model(folder, dtype="int8")
