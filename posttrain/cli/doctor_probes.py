@@ -1,14 +1,17 @@
 """Small programs that try one piece of the machine each; `posttrain doctor` runs every one in a process of its own.
 
-    python -m posttrain.cli.doctor_probes imports | vllm | deepspeed | ray
+    python -m posttrain.cli.doctor_probes torch | imports | vllm | deepspeed | ray | sandbox
 
-A probe that works prints one line of JSON last, {"found": "..."}, and exits with 0; one that does not raises. They use
-the real thing at its smallest: vLLM loads a model and samples from it, two DeepSpeed ranks take a step, Ray runs a task.
-Deadlines and cleaning up are the caller's, see doctor.py.
+A probe that works prints one line of JSON last, {"found": "...", ...}, and exits with 0; one that does not raises. They
+use the real thing at its smallest: vLLM loads a model and samples from it, two DeepSpeed ranks take a step, Ray runs a
+task. Deadlines and cleaning up are the caller's, see doctor.py.
 """
 
+import ctypes
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,14 +21,35 @@ from typing import Any
 
 VOCABULARY = 64
 KV_CACHE_BYTES = 96 << 20
+PR_SET_PDEATHSIG = 1
+
+Found = dict[str, Any]
 
 
-def probe_imports() -> str:
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def probe_torch() -> Found:
+    """Which build of torch this is, and the accelerators that it sees."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [
+        f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB)"
+        for i in range(count)
+    ]
+    return {"found": ", ".join(gpus) or "none", "gpus": gpus, "cuda": torch.version.cuda}
+
+
+def probe_imports() -> Found:
     """The two imports that fail when torchvision was built for another torch."""
     import transformers
     from vllm import LLM
 
-    return f"{transformers.Llama4ForCausalLM.__name__} and vllm.{LLM.__name__}"
+    return {"found": f"transformers.{transformers.Llama4ForCausalLM.__name__} and vllm.{LLM.__name__}"}
 
 
 def write_tiny_model(folder: Path) -> None:
@@ -56,7 +80,7 @@ def write_tiny_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def probe_vllm() -> str:
+def probe_vllm() -> Found:
     """vLLM loads a tiny model and samples one token with its log-probability."""
     from vllm import LLM, SamplingParams
 
@@ -74,7 +98,7 @@ def probe_vllm() -> str:
         output = engine.generate(["w5 w6 w7"], settings, use_tqdm=False)[0].outputs[0]
     if len(output.token_ids) != 1 or not output.logprobs:
         raise RuntimeError(f"asked for one token with its log-probability, got {output}")
-    return f"a tiny model gave token {output.text.strip()!r}"
+    return {"found": f"loaded a tiny model and sampled {output.text.strip()!r}"}
 
 
 def deepspeed_rank(rank: int, world: int, folder: Path) -> None:
@@ -97,12 +121,13 @@ def deepspeed_rank(rank: int, world: int, folder: Path) -> None:
         "zero_optimization": {"stage": 1},
         "gradient_clipping": 0.0,
     }
-    engine, *_ = deepspeed.initialize(model=torch.nn.Linear(4, 1, bias=False), config=settings)
-    before = engine.module.weight.detach().clone()
+    layer = torch.nn.Linear(4, 1, bias=False)
+    engine: Any = deepspeed.initialize(model=layer, config=settings)[0]
+    before = layer.weight.detach().clone()
     loss = engine(torch.full((1, 4), float(rank + 1))).sum()
     engine.backward(loss)
     engine.step()
-    after = engine.module.weight.detach().clone()
+    after = layer.weight.detach().clone()
     others = [torch.empty_like(after) for _ in range(world)]
     dist.all_gather(others, after)
     if torch.equal(before, after) or not all(torch.equal(after, other) for other in others):
@@ -111,19 +136,19 @@ def deepspeed_rank(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def probe_deepspeed() -> str:
+def probe_deepspeed() -> Found:
     """Two ranks of DeepSpeed take one ZeRO-1 step over gloo and end with the same weights."""
     world = 2
     with tempfile.TemporaryDirectory(prefix="posttrain-doctor-") as folder:
-        command = [sys.executable, "-m", "posttrain.cli.doctor_probes", "deepspeed-rank"]
+        command = [sys.executable, "-P", "-m", "posttrain.cli.doctor_probes", "deepspeed-rank"]
         ranks = [subprocess.Popen([*command, str(rank), str(world), folder]) for rank in range(world)]
         codes = [rank.wait() for rank in ranks]
     if any(codes):
         raise RuntimeError(f"exit statuses of the ranks: {codes}")
-    return f"{world} ranks took a ZeRO-1 step over gloo"
+    return {"found": f"{world} ranks took a ZeRO-1 step over gloo"}
 
 
-def probe_ray() -> str:
+def probe_ray() -> Found:
     """A local Ray with token authentication starts and runs one task."""
     import ray
 
@@ -133,7 +158,7 @@ def probe_ray() -> str:
             num_cpus=1,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             object_store_memory=80 << 20,
             _temp_dir=folder,
         )
@@ -144,17 +169,35 @@ def probe_ray() -> str:
             time.sleep(0.2)  # the daemons still write into the folder for a moment
     if answer != 3:
         raise RuntimeError(f"a task returned {answer!r} instead of 3")
-    return f"Ray {ray.__version__} ran a task, with token authentication"
+    return {"found": "started with token authentication and ran a task"}
 
 
-PROBES = {"imports": probe_imports, "vllm": probe_vllm, "deepspeed": probe_deepspeed, "ray": probe_ray}
+def probe_sandbox() -> Found:
+    """A program that nobody trusts can be run in isolation, as rewards for code do."""
+    from posttrain.scoring.sandbox import find_sandbox, run_python
+
+    result = run_python("print(6 * 7)")
+    if result.stdout.strip() != b"42":
+        raise RuntimeError(f"a sandboxed program ended with {result.exit_code}: {result.stderr}")
+    return {"found": f"{find_sandbox()} ran a program"}
+
+
+PROBES = {
+    "torch": probe_torch,
+    "imports": probe_imports,
+    "vllm": probe_vllm,
+    "deepspeed": probe_deepspeed,
+    "ray": probe_ray,
+    "sandbox": probe_sandbox,
+}
 
 
 def main(arguments: list[str]) -> None:
+    die_with_parent()
     if arguments[0] == "deepspeed-rank":
         deepspeed_rank(int(arguments[1]), int(arguments[2]), Path(arguments[3]))
     else:
-        print("\n" + json.dumps({"found": PROBES[arguments[0]]()}), flush=True)
+        print("\n" + json.dumps(PROBES[arguments[0]]()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,247 @@
+"""`posttrain doctor`: what works on this machine, what does not, and how to mend it in one line each.
+
+Packages and machine are read; torch, vLLM, DeepSpeed, Ray and the sandbox are tried, each in a process of its own with
+a deadline, two at a time, and whatever such a process started is gone when its check ends. Nothing is downloaded and
+nothing outside temporary folders is written. The exit code is 0 if all that is needed works, else 2.
+"""
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from posttrain.cli.doctor_checks import IMAGE_AND_SOUND, Check, installed, machine_checks, package_checks, python_check
+from posttrain.errors import EXIT_OK, EXIT_USER
+
+MAX_MESSAGE = 300
+MARK = "POSTTRAIN_DOCTOR_PROBE"
+UNINSTALL = f"pip uninstall -y {' '.join(IMAGE_AND_SOUND)}"
+# What a message means, most particular first; {0} is the first group.
+REMEDIES = (
+    (r"torchvision::nms|torchaudio|torchcodec|libcudart", f"built for another torch, and text needs none: {UNINSTALL}"),
+    (r"InvalidCxxCompiler|No working C\+\+ compiler|CppCompileError", "install a C++ compiler: apt-get install g++"),
+    (
+        r"Error building extension|fatal error: Python\.h",
+        "install a compiler and headers: apt-get install g++ python3-dev",
+    ),
+    (r"No module named '([\w.]+)'", "install what is missing: make install (module {0})"),
+    (r"No space left on device", "free some disk, and look at /dev/shm: docker run --shm-size=8g"),
+    (r"MemoryError|Cannot allocate memory|out of memory", "free some memory, or use a machine with more"),
+    (r"There is no sandbox|SandboxError", "allow user namespaces, or install bubblewrap: apt-get install bubblewrap"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A program of doctor_probes. mend: what to do if its message says nothing more particular."""
+
+    name: str
+    title: str
+    enables: str
+    deadline_s: float
+    mend: str
+    needed: bool = True
+
+
+PROBES = (
+    Probe("torch", "accelerators", "every stage", 120, "reinstall torch: make install"),
+    Probe("vllm", "vLLM samples", "filter, rl, eval: every sampled token", 300, "reinstall vLLM: make install"),
+    Probe("imports", "vLLM and Llama 4 import", "every stage", 120, UNINSTALL),
+    Probe("deepspeed", "DeepSpeed trains", "base, sft, rl, dpo", 180, "allow connections to localhost, then try again"),
+    Probe("ray", "Ray starts", "every pipeline and stage", 120, "stop a stale one: ray stop; unset RAY_ADDRESS"),
+    Probe("sandbox", "sandbox", "rewards that run model-written code", 60, "apt-get install bubblewrap", needed=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a probe ended. found: its JSON, None if it failed; output: all it printed; wall_s: seconds."""
+
+    found: Mapping[str, Any] | None
+    output: str
+    timed_out: bool
+    wall_s: float
+
+
+def run_probe(name: str, deadline_s: float, command: Sequence[str] | None = None) -> Outcome:
+    """Run one probe to its end or its deadline, and kill whatever it left. `command` runs something else instead."""
+    started = time.monotonic()
+    mark = uuid.uuid4().hex
+    command = command or [sys.executable, "-P", "-m", "posttrain.cli.doctor_probes", name]
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(mark), start_new_session=True
+        )
+        try:
+            code = process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _kill_all(process, mark)
+        log.seek(0)
+        output = log.read()
+    found = _last_json(output) if code == 0 else None
+    return Outcome(found, output, code is None, time.monotonic() - started)
+
+
+def _environment(mark: str) -> dict[str, str]:
+    environment = {
+        **os.environ,
+        MARK: mark,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TORCHDYNAMO_DISABLE": "1",  # one token is not worth compiling for
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    for name in ("RAY_ADDRESS", "ACCELERATE_USE_CPU", "VLLM_CPU_KVCACHE_SPACE", "RANK", "WORLD_SIZE", "MASTER_PORT"):
+        environment.pop(name, None)
+    return environment
+
+
+def _kill_all(process: "subprocess.Popen[Any]", mark: str) -> None:
+    """Kill the probe and everything it started: its session, and whatever still carries the mark in its environment."""
+    import psutil
+
+    def belongs(candidate: "psutil.Process") -> bool:
+        try:
+            return os.getsid(candidate.pid) == process.pid or candidate.environ().get(MARK) == mark
+        except (psutil.Error, OSError):
+            return False
+
+    for _ in range(5):  # a process may fork between the look and the kill
+        alive = [candidate for candidate in psutil.process_iter() if belongs(candidate)]
+        for candidate in alive:
+            with suppress(psutil.Error):
+                candidate.send_signal(signal.SIGKILL)
+        if not alive:
+            break
+        psutil.wait_procs(alive, timeout=5)
+    process.wait()
+
+
+def _last_json(output: str) -> Mapping[str, Any] | None:
+    for line in reversed(output.splitlines()):
+        if line.startswith("{"):
+            with suppress(json.JSONDecodeError):
+                return json.loads(line)
+    return None
+
+
+def judge(probe: Probe, outcome: Outcome) -> Check:
+    """Turn the end of a probe into a check, with the remedy that its message asks for."""
+    if outcome.found is not None:
+        return Check("works", probe.title, "ok", str(outcome.found["found"]), wall_s=outcome.wall_s)
+    lines = [line.strip() for line in outcome.output.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Refused)\b.*", line)]
+    message = (errors or lines or ["ended without a message"])[-1]
+    if outcome.timed_out:
+        message = f"not done after {probe.deadline_s:.0f} s; its last line: {message}"
+    mend = remedy(outcome.output, probe.mend)
+    mend += f"  (all it says: {sys.executable} -m posttrain.cli.doctor_probes {probe.name})"
+    status = "fail" if probe.needed else "warn"
+    found = message if len(message) < MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
+    return Check("works", probe.title, status, found, "", probe.enables, mend, outcome.wall_s)
+
+
+def remedy(output: str, otherwise: str) -> str:
+    """What to do about a message, in one line."""
+    for pattern, mend in REMEDIES:
+        match = re.search(pattern, output)
+        if match:
+            return mend.format(*match.groups())
+    return otherwise
+
+
+def judge_torch(check: Check, outcome: Outcome, has_gpu: bool) -> Check:
+    """Whether the build of torch fits the machine."""
+    if outcome.found is None or bool(outcome.found["cuda"]) == has_gpu:
+        return check
+    if has_gpu:
+        mend = "let pip find a CUDA build (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL), remove .venv, make install EXTRA=gpu"
+        return Check("works", check.name, "warn", "there is a GPU, but this torch is a CPU build", "", "", mend)
+    found = "this torch is a CUDA build, and no GPU is visible"
+    mend = (
+        "let pip find a +cpu build (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS), remove .venv, make install; or attach a GPU"
+    )
+    return Check("works", check.name, "warn", found, "", "", mend)
+
+
+def try_everything(has_gpu: bool, done: Callable[[str], None]) -> list[Check]:
+    """Run the probes, two at a time, and return their checks in order."""
+    wanted = [probe for probe in PROBES if probe.name != "imports" or any(map(installed, IMAGE_AND_SOUND))]
+
+    def one(probe: Probe) -> Check:
+        outcome = run_probe(probe.name, probe.deadline_s)
+        check = judge(probe, outcome)
+        done(probe.title)
+        return judge_torch(check, outcome, has_gpu) if probe.name == "torch" else check
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return list(pool.map(one, wanted))
+
+
+def collect(done: Callable[[str], None] = lambda title: None) -> list[Check]:
+    """Every check: the packages, the machine, and what works."""
+    machine, has_gpu = machine_checks()
+    return [python_check(), *package_checks(), *machine, *try_everything(has_gpu, done)]
+
+
+def run_doctor(as_json: bool = False) -> int:
+    """Check the machine, print a table (or JSON), and return the exit code: 0 all needed works, 2 otherwise."""
+    from rich.console import Console
+
+    progress = Console(stderr=True)
+    with progress.status("trying torch, vLLM, DeepSpeed, Ray, sandbox (half a minute)") as status:
+        checks = collect(lambda title: status.update(f"tried {title}; the rest is under way"))
+    failed = [check for check in checks if check.status == "fail"]
+    if as_json:
+        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        _print_table(checks)
+    return EXIT_USER if failed else EXIT_OK
+
+
+def _print_table(checks: Sequence[Check]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    colours = {"ok": "green", "warn": "yellow", "fail": "bold red", "absent": "dim"}
+    for group in dict.fromkeys(check.group for check in checks):
+        table = Table(title=group, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        for column in ("", "check", "found", "tested with or wanted", "needed for"):
+            table.add_column(column, overflow="fold")
+        for check in checks:
+            if check.group == group:
+                colour = colours[check.status]
+                cells = [check.name, check.found, check.expected, check.enables]
+                table.add_row(f"[{colour}]{check.status}[/]", *map(escape, cells))
+        console.print(table)
+        console.print()
+    to_mend = [check for check in checks if check.status in ("fail", "warn") and check.mend]
+    for check in to_mend:
+        console.print(f"[{colours[check.status]}]{check.status}[/] {escape(check.name)}: {escape(check.mend)}")
+    num_failed = sum(check.status == "fail" for check in checks)
+    console.print(f"{num_failed} needed checks failed" if num_failed else "everything that is needed works")

