@@ -41,7 +41,10 @@ class Engines:
         source = {"folder": self._model.path}
         try:
             ray.get(
-                [actor.start.remote() if is_new else actor.update_weights.remote(source, 0) for _, actor, is_new in leased]
+                [
+                    actor.start.remote() if is_new else actor.update_weights.remote(source, 0)
+                    for _, actor, is_new in leased
+                ]
             )
         except BaseException:
             self._give_back(keep=False)
@@ -49,7 +52,9 @@ class Engines:
         self._context.event("engines", names=self.names, warm=sum(not is_new for _, _, is_new in leased))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._give_back(keep=kind is None and self._context.warm_engines)
 
     def _give_back(self, keep: bool) -> None:
@@ -84,11 +89,7 @@ class Engines:
         # Several chunks in flight an engine, so that it never waits for the next one.
         lanes = max(1, self._engine.max_num_seqs // CHUNK_REQUESTS) + 1
         await asyncio.gather(
-            *(
-                drain(actor, name)
-                for _ in range(lanes)
-                for actor, name in zip(self.actors, self.names, strict=True)
-            )
+            *(drain(actor, name) for _ in range(lanes) for actor, name in zip(self.actors, self.names, strict=True))
         )
         return results
 

@@ -1,0 +1,260 @@
+"""The controller of asynchronous RL: one small asyncio process that moves records and waits in one place.
+
+    prompts ──► dispatch ──► engines (vLLM actors) ──► reward pool ──► group
+                   ▲                                                     │ zero advantage, unscored: dropped,
+                   │ room in the queue                                   │ its place free at once
+                   └──────────────── StalenessQueue ◄────────────────────┘
+                                          │ a whole batch, in dispatch order; the trainer waits here only
+                                          ▼
+                     engines ◄── weights v+1 ── trainer (its own process): step ──► metrics, checkpoint
+
+Dispatch waits for room. An engine never waits for the trainer: it takes new weights between two of its steps, with
+requests in flight. The trainer starts its next step while the engines still take the weights of the last one.
+"""
+
+import asyncio
+import shutil
+import time
+from collections import Counter
+from statistics import fmean
+from typing import Any
+
+from posttrain.context import StageContext
+from posttrain.errors import StageError
+from posttrain.rl.archive import RolloutArchive, num_tokens
+from posttrain.rl.busy import BusyLog
+from posttrain.rl.config import RlConfig
+from posttrain.rl.groups import DrawnPrompt, ScoredGroup
+from posttrain.rl.profile import PASS_THRESHOLD, reward_pool, sample_request
+from posttrain.rl.prompts import PromptSource
+from posttrain.rl.samples import train_samples
+from posttrain.rl.scoring import drop_reason, make_group, score_group
+from posttrain.rl.staleness import StalenessQueue
+from posttrain.sampling.client import Engines
+from posttrain.scoring.pool import RewardPool
+
+
+class Controller:
+    """Runs `steps` optimizer steps. `trainer` is the trainer's actor handle; engines hold version `first_step`."""
+
+    def __init__(
+        self,
+        config: RlConfig,
+        context: StageContext,
+        engines: Engines,
+        trainer: Any,
+        source: PromptSource,
+        archive: RolloutArchive,
+        stop_ids: tuple[int, ...],
+        first_step: int = 0,
+    ):
+        self._config = config
+        self._context = context
+        self._engines = engines
+        self._trainer = trainer
+        self._source = source
+        self._archive = archive
+        self._stop_ids = stop_ids
+        self._version = first_step  # of the trainer: optimizer steps that are applied
+        self._next_version = first_step  # at which the next batch will be trained
+        self._engine_versions = [first_step] * len(engines.actors)
+        self._in_flight_on = [0] * len(engines.actors)
+        self._queue = StalenessQueue(config.groups_per_step, config.max_staleness)
+        self._ready: dict[int, ScoredGroup] = {}
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._update: asyncio.Task[None] | None = None
+        self._counts: Counter[str] = Counter()
+        self._dropped_in_a_row = 0
+        self._failure: BaseException | None = None
+        self._logged = time.time()
+        self._generated = [BusyLog(context, name, "generate") for name in engines.names]
+        self._scored = BusyLog(context, "reward", "score")
+        self._pool: RewardPool = reward_pool(config)
+
+    async def run(self) -> None:
+        """Train to the last step."""
+        await self._pool.start()
+        try:
+            while self._next_version < self._config.steps:
+                await self._one_step()
+            await self._finish_update()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._pool.close()
+            for log in (*self._generated, self._scored):
+                log.flush()
+
+    # ------------------------------------------------------------------ generation
+
+    def _dispatch(self) -> None:
+        """Admit as many groups as there is room for; each is sampled by the engine with the fewest in flight."""
+        for _ in range(self._queue.room(self._next_version, min(self._engine_versions))):
+            engine = min(range(len(self._in_flight_on)), key=self._in_flight_on.__getitem__)
+            order = self._queue.admit(min(self._engine_versions))
+            self._in_flight_on[engine] += 1
+            task = asyncio.create_task(self._sample(order, engine, self._source.draw()))
+            self._tasks.add(task)
+            task.add_done_callback(self._done)
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self._changed.set()
+        if not task.cancelled() and task.exception() is not None:
+            self._failure = task.exception()
+
+    async def _sample(self, order: int, engine: int, prompt: DrawnPrompt) -> None:
+        request = sample_request(self._config, prompt, self._config.group_size, self._stop_ids)
+        try:
+            completions, began, ended = await self._engines.actors[engine].generate.remote([request])
+        finally:
+            self._in_flight_on[engine] -= 1
+        self._generated[engine].add(began, ended)
+        group = make_group(order, prompt, completions[0], self._engines.names[engine], began, ended)
+        scoring = time.time()
+        scored = await score_group(group, self._pool, self._config)
+        self._scored.add(scoring, time.time())
+        self._count(scored)
+        reason = drop_reason(scored, self._config)
+        if reason is None:
+            self._dropped_in_a_row = 0
+            self._ready[order] = scored
+            self._queue.ready(order)
+        else:
+            self._drop(scored, reason)
+
+    def _drop(self, scored: ScoredGroup, reason: str) -> None:
+        self._queue.drop(scored.group.order)
+        self._source.give_back(scored.group.prompt.row.capability)
+        self._archive.add(scored, None, self._version, f"dropped:{reason}")
+        self._counts[f"groups_dropped_{reason}"] += 1
+        self._dropped_in_a_row += 1
+        limit = self._config.stop_after_idle_steps * self._config.groups_per_step
+        if self._dropped_in_a_row >= limit:
+            rewards = Counter(reward for reward in scored.rewards)
+            raise StageError(
+                f"{limit} groups in a row taught nothing (the last: {reason}, rewards {dict(rewards)}); "
+                "choose prompts of other difficulty (profile.band) or look at the reward"
+            )
+
+    def _count(self, scored: ScoredGroup) -> None:
+        rollouts = scored.group.rollouts
+        self._counts["groups_generated"] += 1
+        self._counts["tokens_generated"] += sum(len(rollout.token_ids) for rollout in rollouts)
+        self._counts["rollouts"] += len(rollouts)
+        self._counts["passes"] += sum(reward > PASS_THRESHOLD for reward in scored.scored_rewards)
+        self._counts["rewards"] += len(scored.scored_rewards)
+        self._counts["unscored"] += len(rollouts) - len(scored.scored_rewards)
+        self._counts["truncated"] += sum(rollout.finish_reason == "length" for rollout in rollouts)
+
+    # ------------------------------------------------------------------ training
+
+    async def _next_batch(self) -> list[ScoredGroup]:
+        """The one place where training waits for generation."""
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            self._dispatch()
+            orders = self._queue.take(self._next_version)
+            if orders is not None:
+                return [self._ready.pop(order) for order in orders]
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _one_step(self) -> None:
+        waiting = time.time()
+        batch = await self._next_batch()
+        waited_s = time.time() - waiting
+        step = self._next_version
+        staleness = [step - scored.group.oldest_version for scored in batch]
+        if max(staleness) > self._config.max_staleness:
+            raise StageError(f"step {step}: a group is {max(staleness)} versions old; the bound does not hold")
+        self._next_version = step + 1
+        self._dispatch()  # the batch's places are free: generation goes on beside the step
+        training = asyncio.ensure_future(self._trainer.step.remote(train_samples(batch), step))
+        while not training.done():
+            self._changed.clear()
+            changed = asyncio.ensure_future(self._changed.wait())
+            await asyncio.wait({training, changed}, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            if self._failure is not None:
+                raise self._failure
+            self._dispatch()
+        result = training.result()
+        self._version = step + 1
+        self._context.busy("trainer", "train", result["began"], result["ended"])
+        # Two segments are written in turn: the engines must have taken the last version before the next is written.
+        await self._finish_update()
+        self._update = asyncio.create_task(self._update_engines(result["manifest"], step + 1))
+        for scored in batch:
+            self._archive.add(scored, step, step, "trained")
+        self._archive.write(step)
+        self._log(step, batch, staleness, waited_s, result["metrics"])
+        if (step + 1) % self._config.checkpoint_every == 0 and step + 1 < self._config.steps:
+            await self._checkpoint(step + 1)
+
+    async def _update_engines(self, manifest: dict[str, Any], version: int) -> None:
+        async def update(index: int) -> None:
+            began, ended = await self._engines.actors[index].update_weights.remote(manifest, version)
+            self._engine_versions[index] = version
+            self._context.busy(self._engines.names[index], "update_weights", began, ended)
+            self._changed.set()
+
+        await asyncio.gather(*(update(index) for index in range(len(self._engines.actors))))
+
+    async def _finish_update(self) -> None:
+        if self._update is not None:
+            await self._update
+
+    async def _checkpoint(self, version: int) -> None:
+        folder = self._context.dir / "checkpoints" / f"step_{version}"
+        folder.parent.mkdir(exist_ok=True)
+        await self._trainer.save_checkpoint.remote(str(folder), {"source": self._source.state()})
+        for old in folder.parent.glob("step_*"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+
+    # ------------------------------------------------------------------ what is told
+
+    def _log(
+        self, step: int, batch: list[ScoredGroup], staleness: list[int], waited_s: float, trained: dict[str, Any]
+    ) -> None:
+        counts, self._counts = self._counts, Counter()
+        now = time.time()
+        since, self._logged = now - self._logged, now
+        rewards = [reward for scored in batch for reward in scored.scored_rewards]
+        by_capability: dict[str, list[float]] = {}
+        for scored in batch:
+            by_capability.setdefault(scored.group.prompt.row.capability, []).extend(scored.scored_rewards)
+        values: dict[str, Any] = {
+            "policy_version": step + 1,
+            "reward_mean": fmean(rewards),
+            "pass_rate": counts["passes"] / max(1, counts["rewards"]),
+            **{f"reward/{name}": fmean(group) for name, group in sorted(by_capability.items()) if group},
+            **trained,
+            "staleness_mean": fmean(staleness),
+            "staleness_max": max(staleness),
+            "queue_groups": self._queue.num_ready,
+            "in_flight_groups": self._queue.num_in_flight,
+            "groups_trained": len(batch),
+            "groups_generated": counts["groups_generated"],
+            "groups_dropped_zero_advantage": counts["groups_dropped_zero_advantage"],
+            "groups_dropped_unscored": counts["groups_dropped_unscored"],
+            "rollouts_unscored": counts["unscored"],
+            "tokens_generated": counts["tokens_generated"],
+            "generate_tokens_per_s": counts["tokens_generated"] / since if since else 0.0,
+            "step_wall_s": since,
+            "wait_s": waited_s,
+            "reply_tokens_mean": num_tokens(batch) / sum(len(scored.group.rollouts) for scored in batch),
+            "truncated_fraction": counts["truncated"] / max(1, counts["rollouts"]),
+        }
+        self._context.metrics(step, values)
+        shown = ("reward_mean", "pass_rate", "staleness_mean", "queue_groups", "generate_tokens_per_s")
+        self._context.progress(
+            step + 1,
+            self._config.steps,
+            "steps",
+            {**{name: values[name] for name in shown}, "dropped_groups": counts["groups_dropped_zero_advantage"]},
+        )

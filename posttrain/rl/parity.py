@@ -1,0 +1,66 @@
+"""The start-up gate: the engines' log-probabilities must be the trainer's, or RL would train on a lie.
+
+The engines first take the trainer's own version-0 weights over the same road that every later update takes, so a fault
+of reloading shows here too, before a step is trained.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.errors import StageError
+from posttrain.rl.config import RlConfig
+from posttrain.rl.groups import DrawnPrompt
+from posttrain.rl.profile import sample_request
+from posttrain.rl.samples import TrainSample
+from posttrain.sampling.client import Engines
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+PROMPTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """Mean and largest absolute gap of log-probabilities over the sampled tokens."""
+
+    mean_gap: float
+    max_gap: float
+    num_tokens: int
+
+
+def check_engine_parity(
+    config: RlConfig,
+    engines: Engines,
+    trainer: Any,
+    prompts: list[DrawnPrompt],
+    stop_ids: tuple[int, ...],
+    version: int,
+) -> Parity:
+    """Compare on a few prompts; raises `StageError` where the mean gap exceeds the tolerance."""
+    import ray
+
+    manifest = ray.get(trainer.publish.remote())
+    ray.get([actor.update_weights.remote(manifest, version) for actor in engines.actors])
+    tolerance = config.parity_tolerance or TOLERANCE[config.model.dtype]
+    worst = Parity(0.0, 0.0, 0)
+    for name, actor in zip(engines.names, engines.actors, strict=True):
+        requests = [sample_request(config, prompt, 1, stop_ids) for prompt in prompts[:PROMPTS]]
+        completions, _, _ = ray.get(actor.generate.remote(requests))
+        samples = [
+            TrainSample(request.prompt_ids, replies[0].token_ids, replies[0].logprobs, 0.0)
+            for request, replies in zip(requests, completions, strict=True)
+        ]
+        policy = ray.get(trainer.logprobs.remote(samples))
+        gaps = [
+            abs(ours - theirs)
+            for sample, values in zip(samples, policy, strict=True)
+            for ours, theirs in zip(values, sample.sampler_logprobs, strict=True)
+        ]
+        parity = Parity(sum(gaps) / len(gaps), max(gaps), len(gaps))
+        if not parity.mean_gap <= tolerance:
+            raise StageError(
+                f"{name} and the trainer disagree on the log-probabilities of {parity.num_tokens} sampled tokens: mean "
+                f"gap {parity.mean_gap:.2g}, largest {parity.max_gap:.2g}, allowed mean {tolerance:g} "
+                "(parity_tolerance); training on them would be silently wrong"
+            )
+        worst = max(worst, parity, key=lambda item: item.mean_gap)
+    return worst

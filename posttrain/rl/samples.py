@@ -1,0 +1,83 @@
+"""Rollouts as training samples, and their micro-batches.
+
+A sample is the very ids that the engine sampled, its log-probabilities and an advantage. Rows are sorted by length and
+right-padded, so that attention is plainly causal and needs no mask; a micro-batch holds at most so many padded tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from posttrain.rl.groups import ScoredGroup
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSample:
+    """One reply with its prompt. `advantage` holds for every reply token."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    sampler_logprobs: tuple[float, ...]
+    advantage: float
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.token_ids)
+
+
+def train_samples(groups: Sequence[ScoredGroup]) -> list[TrainSample]:
+    """Every rollout that has an advantage."""
+    return [
+        TrainSample(rollout.prompt_ids, rollout.token_ids, rollout.sampler_logprobs, advantage)
+        for scored in groups
+        for rollout, advantage in zip(scored.group.rollouts, scored.advantages, strict=True)
+        if advantage is not None
+    ]
+
+
+def micro_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[list[TrainSample]]:
+    """Split into micro-batches of at most `max_tokens` padded tokens (a longer sample stands alone)."""
+    batches: list[list[TrainSample]] = []
+    current: list[TrainSample] = []
+    for sample in sorted(samples, key=len):
+        if current and len(sample) * (len(current) + 1) > max_tokens:
+            batches.append(current)
+            current = []
+        current.append(sample)
+    return [*batches, current] if current else batches
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Tensors of one micro-batch. B rows, S padded tokens, T reply tokens.
+
+    input_ids_BS: int64. position_T: index into the flattened [B * S] hidden states of the state that predicts each
+    reply token. target_T: int64. sampler_logprobs_T, advantages_T: fp32.
+    """
+
+    input_ids_BS: torch.Tensor
+    position_T: torch.Tensor
+    target_T: torch.Tensor
+    sampler_logprobs_T: torch.Tensor
+    advantages_T: torch.Tensor
+
+
+def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | str = "cpu") -> MicroBatch:
+    """Tensors of a micro-batch. The last token of each row is not fed: it predicts nothing."""
+    width = max(map(len, samples)) - 1
+    rows, positions, targets, logprobs, advantages = [], [], [], [], []
+    for index, sample in enumerate(samples):
+        ids = [*sample.prompt_ids, *sample.token_ids]
+        rows.append(ids[:-1] + [pad_id] * (width - len(ids) + 1))
+        first = index * width + len(sample.prompt_ids) - 1
+        positions += range(first, first + len(sample.token_ids))
+        targets += sample.token_ids
+        logprobs += sample.sampler_logprobs
+        advantages += [sample.advantage] * len(sample.token_ids)
+    return MicroBatch(
+        torch.tensor(rows, device=device),
+        torch.tensor(positions, device=device),
+        torch.tensor(targets, device=device),
+        torch.tensor(logprobs, dtype=torch.float32, device=device),
+        torch.tensor(advantages, dtype=torch.float32, device=device),
+    )

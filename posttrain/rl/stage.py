@@ -1,0 +1,175 @@
+"""The RL stage: profile the prompts, select the medium-to-hard band, train asynchronously, write the policy."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.context import StageContext
+from posttrain.data.chat import end_token_ids, render_prompt
+from posttrain.data.rows import load_rows
+from posttrain.data.strata import hash_order
+from posttrain.errors import DataError
+from posttrain.records import Row
+from posttrain.rl.archive import RolloutArchive
+from posttrain.rl.config import RlConfig
+from posttrain.rl.controller import Controller
+from posttrain.rl.groups import DrawnPrompt
+from posttrain.rl.parity import check_engine_parity
+from posttrain.rl.profile import (
+    Difficulty,
+    profile_prompts,
+    read_difficulty,
+    select_band,
+    write_difficulty,
+)
+from posttrain.rl.prompts import PromptSource
+from posttrain.sampling.client import Engines
+
+
+def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
+    """Run the stage; returns its outputs and figures."""
+    rows = _rows_to_profile(config, context.seed)
+    from posttrain.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = _draw_plain(rows, tokenizer, config)
+    stop_ids = tuple(end_token_ids(tokenizer))
+    with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
+        trainer = _start_trainer(config, context.seed)
+        try:
+            return _train(config, context, engines, trainer, rows, prompts, tokenizer, stop_ids)
+        finally:
+            _end_trainer(trainer)
+
+
+def _rows_to_profile(config: RlConfig, seed: int) -> list[Row]:
+    """The prompts, or a seeded subset of them spread evenly over the capabilities."""
+    rows = load_rows(config.prompts, kind="prompt")
+    limit = config.profile.prompts
+    if limit is None or limit >= len(rows):
+        return rows
+    by_capability: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: hash_order(seed, row.id)):
+        by_capability.setdefault(row.capability, []).append(row)
+    places = sorted(
+        (place / len(group), name, row.id, row)
+        for name, group in by_capability.items()
+        for place, row in enumerate(group)
+    )
+    return [row for _, _, _, row in places[:limit]]
+
+
+def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[DrawnPrompt]:
+    """Each row as a prompt without a sampled system instruction; one that leaves no room for a reply is an error."""
+    prompts = []
+    for row in rows:
+        ids = tuple(render_prompt(tokenizer, row.messages))
+        if len(ids) + config.sampling.max_tokens > config.engine.max_model_len:
+            raise DataError(
+                f"prompt {row.id!r} has {len(ids)} tokens; with sampling.max_tokens {config.sampling.max_tokens} that "
+                f"exceeds engine.max_model_len {config.engine.max_model_len}"
+            )
+        prompts.append(DrawnPrompt(row, None, row.messages, ids))
+    return prompts
+
+
+def _start_trainer(config: RlConfig, seed: int) -> Any:
+    import ray
+
+    from posttrain.rl.trainer import PolicyTrainer
+
+    resources = config.resources.trainer
+    return (
+        ray.remote(PolicyTrainer)
+        .options(
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(resources.cpus)))}},
+        )
+        .remote(config, seed)
+    )
+
+
+def _end_trainer(trainer: Any) -> None:
+    import ray
+
+    try:
+        ray.get(trainer.close.remote(), timeout=10)
+    except Exception:  # noqa: S110  (a trainer that is dead already has nothing left to close)
+        pass
+    ray.kill(trainer)
+
+
+def _train(
+    config: RlConfig,
+    context: StageContext,
+    engines: Engines,
+    trainer: Any,
+    rows: list[Row],
+    prompts: list[DrawnPrompt],
+    tokenizer: Any,
+    stop_ids: tuple[int, ...],
+) -> dict[str, Any]:
+    import ray
+
+    difficulties = _profile(config, context, engines, prompts, stop_ids)
+    selected = select_band(difficulties, rows, config.profile.band)
+    source = PromptSource(
+        selected, config.mixture, config.systems, lambda messages: render_prompt(tokenizer, messages), context.seed
+    )
+    first_step = 0
+    archive = RolloutArchive(context.dir / "rollouts", tokenizer)
+    checkpoint = _latest_checkpoint(context.dir / "checkpoints")
+    if checkpoint is not None:
+        source.restore(ray.get(trainer.load_checkpoint.remote(str(checkpoint)))["source"])
+        first_step = int(checkpoint.name.removeprefix("step_"))
+        archive.forget_after(first_step - 1)
+        _forget_metrics(context.dir / "metrics.jsonl", first_step)
+        context.event("resumed", step=first_step)
+    parity = check_engine_parity(config, engines, trainer, prompts, stop_ids, first_step)
+    context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
+    asyncio.run(Controller(config, context, engines, trainer, source, archive, stop_ids, first_step).run())
+    ray.get(trainer.save.remote(str(context.dir / "model")))
+    return {
+        "model": str(context.dir / "model"),
+        "rollouts": str(context.dir / "rollouts"),
+        "steps": config.steps,
+        "profiled_prompts": len(difficulties),
+        "selected_prompts": len(selected),
+        "selected_by_capability": dict(Counter(row.capability for row in selected)),
+        "parity_mean_gap": parity.mean_gap,
+    }
+
+
+def _profile(
+    config: RlConfig, context: StageContext, engines: Engines, prompts: list[DrawnPrompt], stop_ids: tuple[int, ...]
+) -> list[Difficulty]:
+    """The profile of this run's start, read back when the stage is resumed."""
+    path = context.dir / "difficulty.parquet"
+    if path.exists():
+        return read_difficulty(path)
+    order = list(prompts)
+    random.Random(context.seed).shuffle(order)
+    difficulties = profile_prompts(config, context, engines, order, stop_ids)
+    write_difficulty(path, difficulties, config.profile.band)
+    return difficulties
+
+
+def _latest_checkpoint(folder: Path) -> Path | None:
+    found = sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    return found[-1] if found else None
+
+
+def _forget_metrics(path: Path, first_step: int) -> None:
+    """Drop the lines of steps that the checkpoint does not hold: they will be trained again."""
+    import json
+
+    from posttrain.metrics.jsonl import read_jsonl
+
+    kept = [line for line in read_jsonl(path) if line["step"] < first_step]
+    aside = path.with_suffix(".writing")
+    aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    aside.rename(path)
