@@ -1,0 +1,297 @@
+"""Evaluation: results by hand, what is refused before an engine starts, and the stage on real engines."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posttrain.config.base import load_config, validate_config
+from posttrain.config.shared import DataConfig
+from posttrain.context import StageContext
+from posttrain.errors import ConfigError, DataError, PluginError, StageError
+from posttrain.eval.config import EvalConfig
+from posttrain.eval.heldout import check_heldout
+from posttrain.eval.replies import GREEDY, SAMPLE, PromptReplies, Reply, by_prompt, eval_requests, sampled_rows
+from posttrain.eval.results import results
+from posttrain.metrics.intervals import wilson_ci95
+from posttrain.records import Message, RewardResult, Rollout, Row, Scored
+from posttrain.resources import bundled_dir
+
+
+def _row(name: str, capability: str = "math", **fields: Any) -> Row:
+    return Row(name, capability, (Message("user", "Sum: 1 + 2"),), answer="3", fields=fields)
+
+
+def _reply(reward: float | None, text: str = "Answer: 3", truncated: bool = False, num_tokens: int = 4) -> Reply:
+    return Reply(text, num_tokens, truncated, reward)
+
+
+def _config(**values: Any) -> EvalConfig:
+    needed = {"model": {"path": "policy"}, "data": {"path": "heldout.jsonl"}, "reward": {"name": "final_answer"}}
+    return validate_config(EvalConfig, {**needed, **values}, "test")
+
+
+def test_results_by_hand() -> None:
+    prompts = [
+        PromptReplies(_row("a"), _reply(1.0, "1 + 2 = 3. Answer: 3"), tuple(map(_reply, [1.0, 0.0, 0.0, 0.0]))),
+        PromptReplies(_row("b"), _reply(0.4, truncated=True, num_tokens=8), tuple(map(_reply, [0.0] * 4))),
+        PromptReplies(_row("c", "chat"), _reply(0.5), ()),
+    ]
+    found = results(prompts, k=2, threshold=0.5, observe={"worked": r"(?s)\S.*Answer:"}, seed=0)
+    assert list(found) == ["chat", "math", "all"]
+    math_ = found["math"]
+    assert (math_["n"], math_["greedy"], math_["greedy_ci95"]) == (2, 0.5, list(wilson_ci95(1, 2)))
+    assert math_["pass@1"] == pytest.approx(0.125)
+    assert math_["pass@k"] == pytest.approx((1 - 3 / 6) / 2)  # of the 6 pairs of a's samples, 3 miss the right one
+    assert math_["pass@1_ci95"][0] <= 0.125 <= math_["pass@1_ci95"][1]
+    assert (math_["k"], math_["pass@k_n"], math_["truncated"], math_["reply_tokens_mean"]) == (2, 2, 1, 6)
+    worked = math_["observed"]["worked"]
+    assert (worked["share"], worked["n"], worked["of"], worked["accuracy"], worked["accuracy_otherwise"]) == (
+        0.5,
+        1,
+        2,
+        1,
+        0,
+    )
+    assert (found["chat"]["greedy"], found["chat"]["pass@k"]) == (1.0, None)
+    assert found["all"]["greedy"] == pytest.approx(2 / 3)
+    assert found["all"]["reward_mean"] == pytest.approx(1.9 / 3)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_unscored_replies_are_counted_and_never_wrong() -> None:
+    prompts = [
+        PromptReplies(_row("a"), _reply(None), tuple(map(_reply, [1.0, None, 1.0]))),
+        PromptReplies(_row("b"), _reply(1.0), tuple(map(_reply, [None, None, 1.0]))),
+    ]
+    found = results(prompts, k=2, threshold=0.5, observe={"any": "."}, seed=0)["all"]
+    assert (found["unscored"], found["greedy"], found["greedy_n"], found["pass@1"]) == (4, 1.0, 1, 1.0)
+    assert (found["pass@k"], found["pass@k_n"]) == (1.0, 1)  # b has one scored sample, too few for pass@2
+    assert found["observed"]["any"]["accuracy"] == 1.0
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=4, max_size=4), min_size=1, max_size=12))
+def test_pass_rates_lie_in_their_intervals_and_rise_with_k(rewards: list[list[float]]) -> None:
+    prompts = [PromptReplies(_row(str(i)), None, tuple(map(_reply, r))) for i, r in enumerate(rewards)]
+    by_k = [results(prompts, k, 0.5, {}, 1)["all"] for k in (1, 2, 4)]
+    assert by_k[0]["pass@k"] == pytest.approx(by_k[0]["pass@1"])
+    assert by_k[0]["pass@k"] <= by_k[1]["pass@k"] + 1e-12 <= by_k[2]["pass@k"] + 2e-12
+    assert by_k[2]["pass@k"] == pytest.approx(sum(map(any, rewards)) / len(rewards))
+    for found in by_k:
+        low, high = found["pass@k_ci95"]
+        assert 0 <= low <= found["pass@k"] + 1e-9
+        assert found["pass@k"] - 1e-9 <= high <= 1
+
+
+@given(st.lists(st.sampled_from(["math", "coding", "chat"]), min_size=1, max_size=60), st.integers(1, 70))
+def test_the_sampled_part_is_spread_over_capabilities(capabilities: list[str], limit: int) -> None:
+    rows = [_row(f"r{i}", capability) for i, capability in enumerate(capabilities)]
+    chosen = sampled_rows(rows, limit)
+    assert len(chosen) == min(limit, len(rows))
+    assert sampled_rows(rows[::-1], limit)[::-1] == chosen
+    for name in set(capabilities):
+        share = sum(row.capability == name for row in chosen)
+        assert abs(share - capabilities.count(name) * len(chosen) / len(rows)) < 1
+
+
+def test_replies_find_their_prompts(tiny_tokenizer: Any) -> None:
+    rows = [_row("a"), _row("b", "chat"), _row("c")]
+    config = _config(samples=3, k=2, pass_k_limit=2)
+    asked = eval_requests(rows, tiny_tokenizer, config)
+    assert [kind for kind, _, _ in asked] == [SAMPLE, SAMPLE, GREEDY, GREEDY, GREEDY]
+    assert {request.temperature for kind, _, request in asked if kind == GREEDY} == {0.0}
+    assert all(tiny_tokenizer.eos_token_id in request.stop_token_ids for _, _, request in asked)
+    texts = [(kind, row, f"{kind} {row.id} {i}") for kind, row, request in asked for i in range(request.n)]
+    pairs = [(Rollout(row.id, row.id, 0, (1,), (2, 3), text, (0, 0), (), "length"), row) for _, row, text in texts]
+    scores = [Scored(RewardResult(1.0)) if i % 2 else Scored(None, "timeout") for i in range(len(pairs))]
+    for item in by_prompt(rows, asked, pairs, scores):
+        assert item.greedy is not None
+        assert item.greedy.text == f"greedy {item.row.id} 0"
+        assert [reply.text for reply in item.samples] == [f"sample {item.row.id} {i}" for i in range(len(item.samples))]
+        assert item.greedy.truncated
+    kept = [reply for item in by_prompt(rows, asked, pairs, scores) for reply in item.samples if reply.reward is None]
+    assert kept[0].reason == "unscored: timeout"
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(tiny_tokenizer: Any) -> None:
+    config = _config(engine={"max_model_len": 40}, sampling={"max_tokens": 30})
+    with pytest.raises(DataError, match=r"row a: its prompt has \d+ tokens, .*max_tokens 30 .*max_model_len 40"):
+        eval_requests([_row("a")], tiny_tokenizer, config)
+
+
+def _training_set(tmp_path: Path, *records: dict[str, Any]) -> DataConfig:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return DataConfig(path=str(path))
+
+
+def test_a_heldout_problem_in_a_training_set_is_an_error(tmp_path: Path) -> None:
+    rows = [_row("h1", key="sum 1 2"), _row("h2", key=["sum", 3, 4])]
+    check_heldout(rows, [_training_set(tmp_path, {"key": "sum 9 9"}, {"key": ["sum", 4, 4]})], "key")
+    leaked = _training_set(tmp_path, {"key": "sum 9 9"}, {"key": ["sum", 3, 4], "prompt": "Sum: 4 + 3"})
+    with pytest.raises(DataError, match=r"held-out row h2 .*train\.jsonl: row 2, which is trained on"):
+        check_heldout(rows, [leaked], "key")
+    check_heldout(rows, [leaked.model_copy(update={"limit": 1})], "key")
+    with pytest.raises(DataError, match=r"train\.jsonl: row 1: no 'key'"):
+        check_heldout(rows, [_training_set(tmp_path, {"prompt": "Sum: 1 + 2"})], "key")
+    with pytest.raises(DataError, match="held-out row h3: no 'key'"):
+        check_heldout([_row("h3")], [leaked], "key")
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"greedy": False, "samples": 0}, "nothing to measure"),
+        ({"samples": 4}, "k is 8 and samples is 4"),
+        ({"sampling": {"temperature": 0.0}}, "temperature is 0"),
+        ({"sampling": {"max_tokens": 4096}}, r"below engine\.max_model_len \(4096\)"),
+        ({"exclude": [{"path": "train.jsonl"}]}, "belong together"),
+        ({"key_field": "key"}, "belong together"),
+        ({"observe": {"worked": "("}}, "worked: .* is not a regular expression"),
+        ({"correct_treshold": 0.5}, "did you mean 'correct_threshold'"),
+    ],
+)
+def test_config_says_what_is_wrong(values: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        _config(**values)
+
+
+@pytest.mark.parametrize("name", ["eval", "quickstart/eval"])
+def test_bundled_configs_are_valid(name: str) -> None:
+    load_config(EvalConfig, bundled_dir("configs") / f"{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("reply", "worked"),
+    [
+        ("3 + 4 = 7; Answer: 7", True),
+        ("3 + 4 = 7\nAnswer: 7", True),
+        ("Answer: 7", False),
+        (" Answer: 7 Answer: 7", False),
+        ("3 + 4 = 7", False),
+    ],
+)
+def test_the_quick_starts_pattern_finds_replies_that_show_their_work(reply: str, worked: bool) -> None:
+    config = load_config(EvalConfig, bundled_dir("configs") / "quickstart/eval.yaml")
+    assert (re.search(config.observe["worked"], reply) is not None) == worked
+
+
+# --- on real engines ---
+
+REWARD = '''
+def letters(rollout, row):
+    """The share of a quarter of the ids that are even; one capability cannot be scored."""
+    if row.capability == "broken":
+        raise RuntimeError("no grader for this")
+    return float(sum(rollout.token_ids) % 4 == 0)
+'''
+
+
+def _stage(
+    tmp_path: Path, tiny_model: Path, capabilities: tuple[str, ...], **values: Any
+) -> tuple[EvalConfig, StageContext]:
+    rows = [
+        {
+            "id": f"h{j}-{i}",
+            "capability": name,
+            "prompt": f"Sum: {i} + {i + j}",
+            "answer": str(2 * i + j),
+            "key": f"{i} {j}",
+        }
+        for j, name in enumerate(capabilities)
+        for i in range(12)
+    ]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "reward.py").write_text(REWARD)
+    config = _config(
+        model={"path": str(tiny_model), "dtype": "float32"},
+        data={"path": str(tmp_path / "heldout.jsonl")},
+        reward={"name": f"{tmp_path / 'reward.py'}:letters"},
+        sampling={"max_tokens": 12},
+        engine={"max_model_len": 256, "kv_cache_gib": 0.1, "max_num_seqs": 64},
+        resources={"rollout": {"cpus": 0.5}},
+        **values,
+    )
+    return config, StageContext("eval", tmp_path, tmp_path / "events.jsonl", seed=3, warm_engines=True)
+
+
+@pytest.mark.slow
+def test_stage_on_a_real_engine(tmp_path: Path, tiny_model: Path, ray_session: None) -> None:
+    from posttrain.eval.stage import run
+
+    config, context = _stage(
+        tmp_path, tiny_model, ("math", "chat", "broken"), samples=6, k=4, pass_k_limit=9, observe={"a": "a"}
+    )
+    outputs = run(config, context)
+    found = json.loads(Path(outputs["results"]).read_text())
+    lines = [json.loads(line) for line in Path(outputs["samples"]).read_text().splitlines()]
+
+    assert list(found) == ["broken", "chat", "math", "all"]
+    assert found["all"] == outputs["stats"]
+    assert found["broken"]["greedy"] is None
+    assert found["broken"]["unscored"] == 12 + 3 * 6
+    assert found["all"]["unscored"] == found["broken"]["unscored"]
+    assert [line["id"] for line in lines] == [f"h{j}-{i}" for j in range(3) for i in range(12)]
+    for name in ("math", "chat"):
+        part = [line for line in lines if line["capability"] == name]
+        assert found[name]["greedy"] == pytest.approx(sum(line["reward"] for line in part) / 12)
+        drawn = [line["sample_rewards"] for line in part if line["sample_rewards"]]
+        assert [len(rewards) for rewards in drawn] == [6, 6, 6]
+        assert found[name]["pass@1"] == pytest.approx(sum(map(sum, drawn)) / 18)
+        expected = [1 - math.comb(6 - int(sum(r)), 4) / math.comb(6, 4) for r in drawn]
+        assert found[name]["pass@k"] == pytest.approx(sum(expected) / 3)
+        assert found[name]["observed"]["a"]["n"] == sum("a" in line["reply"] for line in part)
+    events = [json.loads(line) for line in context.events.read_text().splitlines()]
+    unscored = next(event for event in events if event["event"] == "unscored")
+    assert any("no grader for this" in reason for reason in unscored["reasons"])
+
+
+@pytest.mark.slow
+def test_greedy_replies_are_the_models_own(tmp_path: Path, tiny_model: Path, ray_session: None) -> None:
+    import torch
+
+    from posttrain.data.chat import end_token_ids, render_prompt
+    from posttrain.eval.stage import evaluate
+    from posttrain.model.load import load_model, load_tokenizer
+
+    config, context = _stage(tmp_path, tiny_model, ("math",), samples=0)
+    prompts = evaluate(config, context)
+    model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
+    ends = end_token_ids(tokenizer)
+    for item in prompts[::4]:
+        ids = render_prompt(tokenizer, item.row.messages)
+        start = len(ids)
+        while len(ids) - start < 12 and (len(ids) == start or ids[-1] not in ends):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert item.greedy is not None
+        assert item.greedy.text == tokenizer.decode(ids[start:], skip_special_tokens=True)
+        assert item.greedy.truncated == (ids[-1] not in ends)
+        assert item.samples == ()
+
+
+@pytest.mark.slow
+def test_a_reward_that_scores_nothing_fails_the_stage(tmp_path: Path, tiny_model: Path, ray_session: None) -> None:
+    from posttrain.eval.stage import run
+
+    config, context = _stage(tmp_path, tiny_model, ("broken",), samples=0)
+    with pytest.raises(StageError, match=r"none of the 12 replies could be scored.*no grader for this"):
+        run(config, context)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_reward_that_is_not_there_is_found_before_an_engine_starts(tmp_path: Path, tiny_model: Path) -> None:
+    from posttrain.eval.stage import run
+
+    config, context = _stage(tmp_path, tiny_model, ("math",))
+    wrong = config.model_copy(
+        update={"reward": config.reward.model_copy(update={"name": f"{tmp_path}/reward.py:leters"})}
+    )
+    with pytest.raises(PluginError, match="letters"):
+        run(config.model_copy(update={"reward": reward}), context)
+    assert not context.events.exists()
