@@ -17,6 +17,7 @@ from posttrain.scoring.source import find_module, read_module
 from posttrain.scoring.target import RewardFunction, Target, bind, import_target
 
 GROUP = "posttrain.rewards"
+_COMBINING = "posttrain.rewards.combine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,13 @@ def load_reward(name: str, args: Mapping[str, Any] | None = None) -> RewardFunct
 def check_reward(name: str, args: Mapping[str, Any] | None = None) -> None:
     """Raises PluginError with one clear message unless the reward is there and can be called. Executes nothing."""
     target = resolve(name)
+    _check_source(name, target, args or {})
+    if target.module == _COMBINING:
+        for inner in _inner_rewards(args or {}):
+            check_reward(inner.name, inner.args)
+
+
+def _check_source(name: str, target: Target, args: Mapping[str, Any]) -> None:
     if target.path:
         path: Path | None = Path(target.path)
     else:
@@ -81,7 +89,7 @@ def check_reward(name: str, args: Mapping[str, Any] | None = None) -> None:
     function = module.functions.get(target.function)
     if function is not None:
         if target.function not in module.unknown:
-            _check_call(f"{path}:{function.line}", function.signature, args or {}, target.function)
+            _check_call(f"{path}:{function.line}", function.signature, args, target.function)
     elif target.function in module.others:
         raise PluginError(f"reward {name!r}: {target.function} in {path} is {module.others[target.function]}, "
                           "not a function")  # fmt: skip
@@ -90,6 +98,21 @@ def check_reward(name: str, args: Mapping[str, Any] | None = None) -> None:
         hint = _did_you_mean(target.function, public)
         there = ", ".join(public) or "none"
         raise PluginError(f"reward {name!r}: no function {target.function!r} in {path}{hint}; functions there: {there}")
+
+
+def _inner_rewards(args: Mapping[str, Any]) -> list[RewardSpec]:
+    """The rewards that a combining reward is made of: named by the keys where the values hold weights."""
+    rewards = args.get("rewards")
+    if not isinstance(rewards, Mapping) or not rewards:
+        raise PluginError(f"rewards is {rewards!r}; give a mapping (see the rewards weighted_sum and by_capability)")
+    inner = []
+    for key, value in rewards.items():
+        weighted = isinstance(value, Mapping) and "weight" in value
+        if weighted or isinstance(value, int | float):
+            inner.append(RewardSpec(key, value.get("args") or {} if isinstance(value, Mapping) else {}))
+        else:
+            inner.append(RewardSpec.of(value))
+    return inner
 
 
 def list_rewards() -> list[RewardInfo]:

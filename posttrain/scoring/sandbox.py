@@ -80,6 +80,8 @@ def find_sandbox() -> str | None:
 
 def _run(way: str, source: str, stdin: bytes, limits: Limits) -> SandboxResult:
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    # Bubblewrap keeps root as root, whom no limit on processes binds: as root, it is run as somebody else.
+    user = 20_000 if way == "bubblewrap" and os.geteuid() == 0 else None
     visible = [path for path in (*_SYSTEM, sys.base_prefix) if os.path.lexists(path)]
     job = {"source": source, "python": python, "visible": visible, "limits": asdict(limits), "parent": os.getpid()}
     with tempfile.TemporaryFile() as job_file, tempfile.TemporaryFile() as input_file:
@@ -92,9 +94,17 @@ def _run(way: str, source: str, stdin: bytes, limits: Limits) -> SandboxResult:
             descriptors = (job_file.fileno(), ready_write)
             try:
                 process = subprocess.Popen(
-                    _command(way, python, visible, descriptors), stdin=input_file, stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE, pass_fds=descriptors, env={"PATH": os.defpath}, cwd="/",
-                )  # fmt: skip
+                    _command(way, python, visible, descriptors),
+                    stdin=input_file,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    pass_fds=descriptors,
+                    env={"PATH": os.defpath},
+                    cwd="/",
+                    user=user,
+                    group=user,
+                    extra_groups=None if user is None else [],
+                )
             finally:
                 os.close(ready_write)
             return _watch(process, ready, limits)

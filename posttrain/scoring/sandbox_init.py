@@ -21,7 +21,7 @@ _MS_BIND, _MS_REC, _MS_PRIVATE, _MS_NOSUID, _MS_NODEV = 0x1000, 0x4000, 0x40000,
 _MNT_DETACH = 2
 _MOUNT_SETATTR, _AT_RECURSIVE, _AT_FDCWD = 442, 0x8000, -100
 _ATTR_READ_ONLY, _ATTR_NO_SUID, _ATTR_NO_DEV = 1, 2, 4
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _DEVICES = ("null", "zero", "urandom")
 _FIRST_USER, _NUM_USERS = 20_000, 40_000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,6 +60,7 @@ def _enter_namespaces(parent: int) -> int | None:
             os.setgroups([])
             os.setresgid(_FIRST_USER, _FIRST_USER, _FIRST_USER)
             os.setresuid(_FIRST_USER, _FIRST_USER, _FIRST_USER)
+            _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self still belongs to root
         uid, gid = os.geteuid(), os.getegid()
         _check(_libc.unshare(_NEW_NAMESPACES | _NEW_USER), "new namespaces")
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from posttrain.errors import PluginError
 from posttrain.records import RewardResult, Rollout, Row
@@ -49,7 +49,7 @@ def import_target(target: Target) -> tuple[ModuleType, RewardFunction]:
     function: Any = getattr(module, target.function)
     if not callable(function):
         raise PluginError(f"reward {target}: it is a {type(function).__name__}, not a function")
-    return module, function
+    return module, cast(RewardFunction, function)
 
 
 def bind(function: RewardFunction, args: Mapping[str, Any]) -> RewardFunction:
