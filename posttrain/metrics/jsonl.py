@@ -28,6 +28,15 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+def keep_steps_before(path: Path, step: int) -> None:
+    """Take the lines of `step` and later out of a metrics file: they will be trained, and written, again."""
+    if path.exists():
+        kept = [record for record in read_jsonl(path) if record["step"] < step]
+        aside = path.with_suffix(".writing")
+        aside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+        aside.replace(path)
+
+
 def utc_now() -> str:
     """The time now, UTC, ISO 8601 with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,6 +1,7 @@
 """The RL stage: profile the prompts, select the medium-to-hard band, train asynchronously, write the policy."""
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from posttrain.data.chat import end_token_ids, render_prompt
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import hash_order
 from posttrain.errors import DataError
+from posttrain.metrics.jsonl import keep_steps_before
 from posttrain.records import Row
 from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.config import RlConfig
@@ -96,10 +98,8 @@ def _start_trainer(config: RlConfig, seed: int) -> Any:
 def _end_trainer(trainer: Any) -> None:
     import ray
 
-    try:
+    with contextlib.suppress(Exception):  # a trainer that is dead already has nothing left to close
         ray.get(trainer.close.remote(), timeout=10)
-    except Exception:  # noqa: S110  (a trainer that is dead already has nothing left to close)
-        pass
     ray.kill(trainer)
 
 
@@ -127,7 +127,7 @@ def _train(
         source.restore(ray.get(trainer.load_checkpoint.remote(str(checkpoint)))["source"])
         first_step = int(checkpoint.name.removeprefix("step_"))
         archive.forget_after(first_step - 1)
-        _forget_metrics(context.dir / "metrics.jsonl", first_step)
+        keep_steps_before(context.dir / "metrics.jsonl", first_step)
         context.event("resumed", step=first_step)
     parity = check_engine_parity(config, engines, trainer, prompts, stop_ids, first_step)
     context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
@@ -161,15 +161,3 @@ def _profile(
 def _latest_checkpoint(folder: Path) -> Path | None:
     found = sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
     return found[-1] if found else None
-
-
-def _forget_metrics(path: Path, first_step: int) -> None:
-    """Drop the lines of steps that the checkpoint does not hold: they will be trained again."""
-    import json
-
-    from posttrain.metrics.jsonl import read_jsonl
-
-    kept = [line for line in read_jsonl(path) if line["step"] < first_step]
-    aside = path.with_suffix(".writing")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    aside.rename(path)

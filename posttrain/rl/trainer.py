@@ -1,7 +1,8 @@
 """The trainer: one optimizer step on a batch of rollouts, the new weights published for the engines.
 
 Runs as a Ray actor of its own, at the same time as the engines. It waits for nothing: the controller hands it a whole
-batch. Left out: value models and an old policy's forward pass (the ratio is anchored on the sampler's log-probabilities).
+batch. Left out: value models, and an old policy's forward pass: the ratio is anchored on the
+sampler's log-probabilities.
 """
 
 import json
