@@ -44,3 +44,45 @@ def ray_session() -> Iterator[None]:
 
     with session():
         yield
+
+
+@pytest.fixture(scope="session")
+def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout, built from a copy, so that the checkout gets no build folder."""
+    import shutil
+    import subprocess
+    import sys
+
+    root = Path(__file__).resolve().parent.parent
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("posttrain", "rewards", "pipelines", "configs"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(root / name, copy / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(copy / "dist"), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return next((copy / "dist").glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed_wheel(built_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `posttrain` executable of a virtual environment that holds the wheel alone.
+
+    The heavy packages are seen through a .pth line that names this environment's site-packages. Lines of .pth files in
+    there are not followed, so an editable installation of the checkout stays out of sight.
+    """
+    import subprocess
+    import sys
+    import sysconfig
+    import venv
+
+    folder = tmp_path_factory.mktemp("wheel") / "venv"
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
+    done = subprocess.run([*command, str(built_wheel)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    site_packages = next((folder / "lib").glob("python*/site-packages"))
+    (site_packages / "heavy.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "posttrain"

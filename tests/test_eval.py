@@ -289,9 +289,7 @@ def test_a_reward_that_is_not_there_is_found_before_an_engine_starts(tmp_path: P
     from posttrain.eval.stage import run
 
     config, context = _stage(tmp_path, tiny_model, ("math",))
-    wrong = config.model_copy(
-        update={"reward": config.reward.model_copy(update={"name": f"{tmp_path}/reward.py:leters"})}
-    )
+    reward = config.reward.model_copy(update={"name": f"{tmp_path}/reward.py:leters"})
     with pytest.raises(PluginError, match="letters"):
         run(config.model_copy(update={"reward": reward}), context)
     assert not context.events.exists()
