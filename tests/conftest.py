@@ -58,7 +58,8 @@ def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("posttrain", "rewards", "pipelines", "configs"):
         shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(root / name, copy / name)
+        if (root / name).exists():
+            shutil.copy(root / name, copy / name)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(copy / "dist"), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -85,7 +85,7 @@ def python_check() -> Check:
     return Check("packages", "python", status, platform.python_version(), wanted, "everything", mend)
 
 
-def tested_versions() -> list[tuple[str, str, str]]:
+def pinned_versions() -> list[tuple[str, str, str]]:
     """(name, version, extra) of each pinned requirement, from the installed metadata; extra is "" for the core."""
     try:
         lines = importlib.metadata.requires("posttrain") or []
@@ -102,7 +102,7 @@ def tested_versions() -> list[tuple[str, str, str]]:
 
 def package_checks() -> list[Check]:
     """Each pinned package: installed version against tested version."""
-    tested = tested_versions()
+    tested = pinned_versions()
     if not tested:
         mend = "install the project itself: make install, or pip install ."
         return [Check("packages", "posttrain", "fail", "its metadata is not installed", "", "everything", mend)]
