@@ -1,0 +1,49 @@
+"""Which schema a file is checked under: a pipeline, or the config of one kind of stage."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from posttrain.config.base import Config, apply_overrides, read_yaml
+from posttrain.errors import ConfigError
+from posttrain.pipeline.config import PipelineConfig, RawPipeline, find_pipeline, read_pipeline, single_stage
+from posttrain.pipeline.kinds import KINDS, load_schema, unknown_kind
+
+
+def read_any(file: str, overrides: Sequence[str] = (), kind: str | None = None) -> RawPipeline:
+    """Read a pipeline (it has `stages`) or a stage's config. Without `kind` the schema that fits best is taken."""
+    path = find_pipeline(file)
+    data = read_yaml(path)
+    if kind is None and "stages" in data:
+        return read_pipeline(path, overrides)
+    if kind is not None and kind not in KINDS:
+        raise ConfigError("--kind", [unknown_kind(kind)])
+    return single_stage(kind or guess_kind(path, apply_overrides(data, overrides)), path, overrides)
+
+
+def guess_kind(path: Path, data: dict) -> str:
+    """The kind of stage whose schema finds the fewest faults; a file named after a kind breaks a tie."""
+    faults: dict[str, int] = {}
+    for name, kind in KINDS.items():
+        try:
+            load_schema(kind).model_validate(data)
+            faults[name] = 0
+        except ValidationError as error:
+            faults[name] = error.error_count()
+    best = min(faults.values())
+    likely = [name for name, count in faults.items() if count == best]
+    return next((name for name in likely if name in path.stem), likely[0])
+
+
+def schema_of(name: str) -> type[Config]:
+    """The schema of a kind of stage, or of a pipeline."""
+    if name == "pipeline":
+        return PipelineConfig
+    if name in KINDS:
+        return load_schema(KINDS[name])
+    known = [*KINDS, "pipeline"]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    raise ConfigError("schema", [f"got {name!r}: no such stage; {hint}"])

@@ -1,0 +1,267 @@
+"""Shows a run while it goes on: a live stage list and an RL panel on a terminal, plain lines anywhere else.
+
+    events.jsonl ─► EventTail ─► RunState ─► LiveDisplay (rich) | PlainDisplay
+
+Stages never print. All that is shown was read from the run's events, so a display can neither slow a stage nor miss
+what a resumed run does. Left out: metrics, which are the report's.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class EventTail:
+    """Reads the whole lines that were added to a file since the last call."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+        self._rest = b""
+
+    def read(self) -> list[dict[str, Any]]:
+        """New events, in order; lines that are not JSON are left out."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except OSError:
+            return []
+        self._offset += len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        events = []
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict):
+                events.append(event)
+        return events
+
+
+@dataclass
+class StageState:
+    """What is known of one stage. `values` are those of its last progress event."""
+
+    name: str
+    kind: str
+    status: str = "waiting"
+    started: float = 0.0
+    wall_s: float | None = None
+    done: float = 0.0
+    total: float = 0.0
+    unit: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it has run, or ran."""
+        if self.status == "running":
+            return max(time.time() - self.started, 0.0)
+        return self.wall_s
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Update from one event."""
+        kind = event.get("event")
+        if kind == "stage_start":
+            self.status, self.started = "running", float(event.get("t") or time.time())
+            self.note = "resumed" if event.get("resumed") else ""
+        elif kind == "progress":
+            self.done, self.total = float(event.get("done") or 0), float(event.get("total") or 0)
+            self.unit, self.values = str(event.get("unit") or ""), dict(event.get("values") or {})
+        elif kind in ("stage_done", "stage_skipped", "stage_failed", "stage_interrupted"):
+            self.status, self.wall_s = kind.removeprefix("stage_"), event.get("wall_s")
+            self.note = str(event.get("error") or event.get("why") or "").split("\n")[0]
+
+
+class RunState:
+    """The state of every stage, kept up to date from events."""
+
+    def __init__(self, nodes: Sequence[tuple[str, str]], events: Path):
+        self.stages = {name: StageState(name, kind) for name, kind in nodes}
+        self._tail = EventTail(events)
+
+    def update(self) -> list[tuple[StageState, dict[str, Any]]]:
+        """Read new events; returns those of stages with the stage after each."""
+        changed = []
+        for event in self._tail.read():
+            stage = self.stages.get(str(event.get("stage")))
+            if stage:
+                stage.take(event)
+                changed.append((stage, event))
+        return changed
+
+
+class PlainDisplay:
+    """One dated line for each start, end and skip, and one every few seconds for progress."""
+
+    def __init__(self, out: TextIO | None = None):
+        self._out = out or sys.stdout
+        self._state: RunState | None = None
+        self._shown: dict[str, float] = {}
+
+    def start(self, nodes: Sequence[tuple[str, str]], events: Path) -> None:
+        """Begin to follow a run."""
+        self._state = RunState(nodes, events)
+
+    def refresh(self) -> None:
+        """Print what is new."""
+        for stage, event in self._state.update() if self._state else []:
+            line = self._line(stage, event)
+            if line:
+                clock = time.strftime("%H:%M:%S", time.localtime(float(event.get("t") or time.time())))
+                print(f"{clock}  {line}", file=self._out, flush=True)
+
+    def stop(self) -> None:
+        """Print the rest."""
+        self.refresh()
+
+    def _line(self, stage: StageState, event: dict[str, Any]) -> str:
+        kind, name = event.get("event"), stage.name
+        if kind == "progress":
+            now = time.monotonic()
+            if stage.done < stage.total and now - self._shown.get(name, now - 2 * PLAIN_INTERVAL_S) < PLAIN_INTERVAL_S:
+                return ""
+            self._shown[name] = now
+            return f"{name}  {progress_text(stage)}  {values_text(stage.values)}".rstrip()
+        if kind == "stage_start":
+            return f"{name}  {'continues' if event.get('resumed') else 'starts'}"
+        if kind == "stage_done":
+            return f"{name}  done in {seconds_text(stage.wall_s)}"
+        if kind == "stage_skipped":
+            return f"{name}  skipped: {stage.note}"
+        if kind in ("stage_failed", "stage_interrupted"):
+            return f"{name}  {stage.status}" + (f": {stage.note}" if stage.note else "")
+        return ""
+
+
+class LiveDisplay:
+    """A table of stages that is drawn again in place, with a panel of figures for the RL stage that runs."""
+
+    def __init__(self) -> None:
+        self._state: RunState | None = None
+        self._live: Any = None
+
+    def start(self, nodes: Sequence[tuple[str, str]], events: Path) -> None:
+        """Begin to follow a run."""
+        from rich.live import Live
+
+        self._state = RunState(nodes, events)
+        self._live = Live(get_renderable=self._render, refresh_per_second=4, redirect_stderr=False)
+        self._live.start()
+
+    def refresh(self) -> None:
+        """Take in new events; rich draws on a thread of its own."""
+        if self._state:
+            self._state.update()
+
+    def stop(self) -> None:
+        """Draw once more and leave the table on the screen."""
+        self.refresh()
+        if self._live:
+            self._live.stop()
+
+    def _render(self) -> Any:
+        from rich.console import Group
+
+        stages = list(self._state.stages.values()) if self._state else []
+        panels = [_rl_panel(stage) for stage in stages if stage.kind == "rl" and stage.status == "running"]
+        return Group(_stage_table(stages), *panels)
+
+
+STYLES = {
+    "waiting": "dim",
+    "running": "bold cyan",
+    "done": "green",
+    "skipped": "dim green",
+    "failed": "bold red",
+    "interrupted": "yellow",
+}
+
+
+def _stage_table(stages: Sequence[StageState]) -> Any:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading, options in (
+        ("stage", {}),
+        ("status", {}),
+        ("time", {"justify": "right"}),
+        ("", {"width": 24}),
+        ("", {}),
+    ):
+        table.add_column(heading, header_style="dim", no_wrap=True, **options)
+    for stage in stages:
+        style = STYLES.get(stage.status, "")
+        running = stage.status == "running"
+        bar = ProgressBar(total=stage.total, completed=stage.done, width=24) if running and stage.total else Text("")
+        detail = progress_text(stage) if running and stage.total else stage.note
+        indent = "  " if "." in stage.name else ""
+        name = indent + stage.name.rpartition(".")[2]
+        table.add_row(
+            Text(name, style), Text(stage.status, style), seconds_text(stage.seconds), bar, Text(detail, "dim")
+        )
+    return table
+
+
+# Key of a progress value, its label, and how it is written.
+RL_FIGURES = (
+    ("reward", "reward", "{:.3f}"),
+    ("staleness", "staleness", "{:.2f}"),
+    ("tokens_per_s", "tokens/s", "{:,.0f}"),
+    ("queue", "queue", "{:g}"),
+    ("dropped_groups", "dropped groups", "{:g}"),
+)
+
+
+def _rl_panel(stage: StageState) -> Any:
+    from rich.columns import Columns
+    from rich.panel import Panel
+    from rich.text import Text
+
+    values = dict(stage.values)
+    cells = []
+    for key, label, form in RL_FIGURES:
+        value = values.pop(key, None)
+        shown = form.format(value) if isinstance(value, int | float) else "–"
+        cells.append(Text.assemble((f"{label}\n", "dim"), (shown, "bold")))
+    cells += [Text.assemble((f"{key}\n", "dim"), str(_short(value))) for key, value in values.items()]
+    return Panel(Columns(cells, padding=(0, 3)), title=stage.name, title_align="left", border_style="cyan")
+
+
+def progress_text(stage: StageState) -> str:
+    """Such as `12/40 steps`."""
+    return f"{stage.done:g}/{stage.total:g} {stage.unit}" if stage.total else ""
+
+
+def values_text(values: dict[str, Any]) -> str:
+    """Such as `reward 0.41 · staleness 1.2`."""
+    return " · ".join(f"{key} {_short(value)}" for key, value in values.items())
+
+
+def seconds_text(seconds: float | None) -> str:
+    """Such as `7.3 s` or `2 min 05 s`."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def make_display() -> PlainDisplay | LiveDisplay:
+    """A live one on a terminal, a plain one elsewhere."""
+    return LiveDisplay() if sys.stdout.isatty() else PlainDisplay()

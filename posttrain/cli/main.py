@@ -1,0 +1,284 @@
+"""The `posttrain` command. Each command is a thin layer over the package; heavy imports wait until one needs them.
+
+Exit codes: 0 done; 2 the input is wrong; 3 the run failed and can be resumed; 130 interrupted, resumable.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from posttrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, ConfigError, PosttrainError
+
+if TYPE_CHECKING:
+    from posttrain.pipeline.config import RawPipeline
+
+app = typer.Typer(
+    name="posttrain",
+    help="The post-training recipe behind Llama 4: judge filter, light SFT, asynchronous online RL, light DPO.",
+    epilog="First steps: [bold]posttrain doctor[/], then [bold]posttrain run quickstart[/].",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+rewards_app = typer.Typer(no_args_is_help=True, help="Reward plug-ins.")
+app.add_typer(rewards_app, name="rewards")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Set any field; values are YAML.")
+]
+RunDirOption = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and start nothing.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the run.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Config of the stage.", show_default=False)]
+
+
+@app.command()
+def run(
+    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="A YAML file, or a bundled name: quickstart.")],
+    overrides: Overrides = None,
+    run_dir: RunDirOption = None,
+    start_from: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage, and what needs it, again.")
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Run this stage and no other.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a pipeline, or continue it where it stood.
+
+    A stage whose config, inputs and code are as before is skipped. The same command after Ctrl-C or a failure
+    continues. In an override the first part of the key is the stage's name.
+
+    Examples:
+
+      posttrain run quickstart
+
+      posttrain run quickstart rl.steps=10 seed=1 --run-dir runs/short
+
+      posttrain run my.yaml --from rl
+    """
+    from posttrain.pipeline.config import read_pipeline
+
+    raw = read_pipeline(pipeline, overrides or [])
+    again = ["posttrain", "run", pipeline, *(overrides or [])]
+    _run(raw, run_dir, dry_run, again, start_from=start_from, only=only)
+
+
+def _stage_command(kind: str, summary: str, details: str) -> None:
+    """Add `posttrain KIND CONFIG.yaml`, which runs a pipeline of that one stage."""
+
+    def command(
+        config: ConfigFile,
+        overrides: Overrides = None,
+        run_dir: RunDirOption = None,
+        dry_run: DryRun = False,
+        seed: Seed = 0,
+    ) -> None:
+        from posttrain.pipeline.config import single_stage
+
+        raw = single_stage(kind, config, overrides or [], seed)
+        again = ["posttrain", kind, str(config), *(overrides or []), *(["--seed", str(seed)] if seed else [])]
+        _run(raw, run_dir, dry_run, again)
+
+    command.__doc__ = f"{summary}\n\n{details}\n\nThe run is kept in runs/{kind} unless --run-dir says otherwise."
+    app.command(name=kind)(command)
+
+
+_stage_command(
+    "filter",
+    "Rate every example with a judge model and keep the hardest.",
+    "Writes kept.jsonl and dropped.jsonl, each row with its tag and score.\n\n"
+    "Example: posttrain filter filter.yaml keep_fraction=0.3",
+)
+_stage_command(
+    "sft",
+    "Light supervised fine-tuning on the assistant turns of conversations.",
+    "Example: posttrain sft sft.yaml optimizer.learning_rate=1e-5 model.path=models/scout",
+)
+_stage_command(
+    "rl",
+    "Asynchronous online reinforcement learning on prompts and a reward.",
+    "Generation and training run at the same time; weights are handed over in flight.\n\n"
+    "Example: posttrain rl rl.yaml reward.name=my_rewards.py:exact steps=200",
+)
+_stage_command(
+    "dpo",
+    "Light preference optimisation, on given pairs or on pairs mined from an RL stage's rollouts.",
+    "Example: posttrain dpo dpo.yaml rollouts=runs/rl/rl/rollouts",
+)
+_stage_command(
+    "eval",
+    "Measure a policy: greedy accuracy, pass@1 and pass@k by capability, with 95% intervals.",
+    "Writes results.json.\n\nExample: posttrain eval eval.yaml model.path=runs/rl/rl/model",
+)
+
+
+@app.command()
+def validate(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A pipeline or a stage's config.", show_default=False)],
+    overrides: Overrides = None,
+    kind: Annotated[str | None, typer.Option("--kind", help="Kind of a stage's config; guessed if not given.")] = None,
+    run_dir: RunDirOption = None,
+) -> None:
+    """Check a pipeline or a stage's config, report every problem, and print the resolved plan. Nothing is started.
+
+    Examples:
+
+      posttrain validate quickstart
+
+      posttrain validate sft.yaml --kind sft
+    """
+    from posttrain.cli.check import read_any
+
+    raw = read_any(file, overrides or [], kind)
+    _print_plan(raw, run_dir, None, None)
+
+
+@app.command()
+def schema(stage: Annotated[str, typer.Argument(help="base, filter, sft, rl, dpo, eval, or pipeline.")]) -> None:
+    """Print the JSON schema of a stage's config.
+
+    Editors complete and check YAML with it. Example: posttrain schema rl > rl.schema.json
+    """
+    import json
+
+    from posttrain.cli.check import schema_of
+
+    typer.echo(json.dumps(schema_of(stage).model_json_schema(), indent=2))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what works on this machine, and how to mend what does not."""
+    from posttrain.cli.doctor import run_doctor
+
+    raise typer.Exit(run_doctor())
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.", show_default=False)],
+) -> None:
+    """Write report.html of a run again, and print its path. Example: posttrain report runs/quickstart"""
+    if not (run_dir / "pipeline.yaml").exists() and not (run_dir / "summary.json").exists():
+        raise ConfigError(str(run_dir), ["is not a run directory: it has no pipeline.yaml"])
+    from posttrain.report import write_report
+
+    typer.echo(write_report(run_dir))
+
+
+@rewards_app.command("list")
+def rewards_list() -> None:
+    """List the registered rewards: name, where the function is, and what it does."""
+    from posttrain.scoring.plugins import list_rewards
+
+    found = list_rewards()
+    width = max((len(info.name) for info in found), default=0)
+    for info in found:
+        typer.echo(f"{info.name:<{width}}  {info.summary}  ({info.where})")
+    if not found:
+        typer.echo("no rewards are registered; is the package installed? (pip install -e .)", err=True)
+
+
+def _run(
+    raw: "RawPipeline",
+    run_dir: Path | None,
+    dry_run: bool,
+    command: list[str],
+    start_from: str | None = None,
+    only: str | None = None,
+) -> None:
+    if dry_run:
+        _print_plan(raw, run_dir, start_from, only)
+        return
+    from posttrain.cli.display import make_display
+    from posttrain.pipeline.run import run_pipeline
+
+    place = run_dir or Path("runs") / raw.config.name
+    again = shlex.join([*command, *(["--run-dir", str(place)] if run_dir else [])])
+    try:
+        summary = run_pipeline(raw, place, start_from=start_from, only=only, display=make_display(), command=again)
+    except KeyboardInterrupt:
+        _say(f"interrupted. What is finished is kept. To continue: {again}")
+        raise
+    finally:
+        _write_report(place)
+    skipped = sum(stage["status"] == "skipped" for stage in summary.stages)
+    note = f" ({skipped} of {len(summary.stages)} stages skipped: nothing had changed)" if skipped else ""
+    typer.echo(f"done in {summary.wall_s:.0f} s{note}, peak memory {summary.peak_rss_gib:.1f} GiB: {place}")
+    if (place / "report.html").exists():
+        typer.echo(place / "report.html")
+
+
+def _write_report(run_dir: Path) -> None:
+    """A report of what there is. That it could not be written must not hide how the run ended."""
+    if not (run_dir / "summary.json").exists() or isinstance(sys.exc_info()[1], KeyboardInterrupt | ConfigError):
+        return
+    try:
+        from posttrain.report import write_report
+
+        write_report(run_dir)
+    except Exception as error:
+        _say(f"the report could not be written: {type(error).__name__}: {error}")
+
+
+def _print_plan(raw: "RawPipeline", run_dir: Path | None, start_from: str | None, only: str | None) -> None:
+    from posttrain.pipeline.decide import decide
+    from posttrain.pipeline.graph import load_pipeline
+    from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_plan, render_plan
+    from posttrain.pipeline.ray_session import joins_cluster
+    from posttrain.pipeline.rundir import RunDir
+
+    pipeline = load_pipeline(raw)
+    place = RunDir(run_dir or Path("runs") / pipeline.name)
+    plan = make_plan(pipeline, place.path)
+    if not joins_cluster():
+        check_fits(plan, pipeline.source, local_cpus(), local_gpus())
+    place.check(pipeline)
+    decisions = decide(pipeline, place, start_from, only)
+    states = {name: f"{item.action}: {item.why}" for name, item in decisions.items()}
+    typer.echo(render_plan(pipeline, plan, states))
+
+
+def _say(message: str) -> None:
+    print(f"posttrain: {message}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        result: Any = app(arguments, standalone_mode=False, prog_name="posttrain")
+        return result if isinstance(result, int) else EXIT_OK
+    except click.exceptions.Abort:
+        return EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return EXIT_USER
+    except PosttrainError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return EXIT_OK
+    except Exception as error:
+        _say(f"failed: {type(error).__name__}: {error}; the traceback is in {_keep_traceback()}")
+        return EXIT_FAILED
+
+
+def _keep_traceback() -> str:
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="posttrain-error-", suffix=".log", delete=False) as log:
+        traceback.print_exc(file=log)
+    return log.name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Pipeline YAML: its schema, and the road from a file and overrides to one raw mapping a stage.
+
+    name: quickstart
+    stages:
+      - {name: sft, kind: sft, config: ../configs/quickstart/sft.yaml}
+      - {name: rl, kind: rl, config: {model: {path: "${sft.model}"}, ...}}
+    evaluate: {config: ../configs/quickstart/eval.yaml, stages: [sft, rl]}
+
+A `config` path is relative to the pipeline file; paths inside a stage's config are relative to the current directory.
+What the stages mean, and whether they fit together, is graph.py's business.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from posttrain.config.base import Config, apply_overrides, config_problems, read_yaml
+from posttrain.errors import ConfigError
+from posttrain.resources import bundled, bundled_names
+
+_NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_-]*$")
+
+
+class StageEntry(Config):
+    """One stage of a pipeline."""
+
+    name: str = Field(description="Its folder in the run directory, and what ${name.output} refers to.")
+    kind: str = Field(description="base, filter, sft, rl, dpo or eval.")
+    config: str | dict[str, Any] = Field(description="Path of the stage's YAML, relative to this file; or the mapping.")
+
+
+class EvaluateEntry(Config):
+    """Evaluate the model of these stages, each as soon as it is there."""
+
+    config: str | dict[str, Any] = Field(description="Config of kind eval; model.path is set to the stage's model.")
+    stages: list[str] = Field(description="Names of stages that make a model.")
+
+
+class PipelineConfig(Config):
+    """A pipeline: stages that refer to each other's outputs."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Given to every stage.")
+    warm_engines: bool = Field(False, description="Hand vLLM engines on from stage to stage.")
+    stages: Annotated[list[StageEntry], Field(min_length=1)]
+    evaluate: EvaluateEntry | None = None
+
+
+RESERVED = (*PipelineConfig.model_fields, "run")
+
+
+@dataclass(frozen=True, slots=True)
+class RawStage:
+    """A stage before its schema is applied. `file` is where the config came from; `prefix` leads its key paths."""
+
+    name: str
+    kind: str
+    config: dict[str, Any]
+    file: str
+    prefix: str
+
+
+@dataclass(frozen=True)
+class RawPipeline:
+    """A pipeline before its stages are validated. `problems` are those found so far, one line each."""
+
+    source: str
+    config: PipelineConfig
+    stages: list[RawStage]
+    evaluate: RawStage | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def find_pipeline(name: str | Path) -> Path:
+    """The file that `posttrain run NAME` means: a path, or the name of a bundled pipeline."""
+    path = Path(name)
+    if path.exists() or path.suffix in (".yaml", ".yml"):
+        return path
+    if str(name) in bundled_names("pipelines"):
+        return bundled("pipelines", str(name))
+    near = difflib.get_close_matches(str(name), bundled_names("pipelines"), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(str(name), [f"no such file, and no bundled pipeline of that name{hint}; "
+                                  f"bundled: {', '.join(bundled_names('pipelines'))}"])  # fmt: skip
+
+
+def read_pipeline(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RawPipeline:
+    """Read a pipeline (a file, a bundled name or a mapping) and the files it names, with overrides applied.
+
+    An override is `key.path=value`; its first part is a stage's name, `evaluate`, or a key of the pipeline itself.
+    Raises ConfigError where the pipeline itself cannot be read; problems of its stages are returned.
+    """
+    if isinstance(source, Mapping):
+        label, folder, data = "pipeline", Path.cwd(), dict(source)
+    else:
+        path = find_pipeline(source)
+        label, folder, data = str(path), path.parent, read_yaml(path)
+    top, inner, problems = _split_overrides(data, overrides)
+    data = apply_overrides(data, top)
+    try:
+        config = PipelineConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(label, problems + config_problems(PipelineConfig, data, error)) from None
+    problems += _name_problems(config)
+    stages = []
+    for entry in config.stages:
+        stage = _read_stage(entry.name, entry.kind, entry.config, folder, label, inner.get(entry.name, []), problems)
+        if stage:
+            stages.append(stage)
+    evaluate = None
+    if config.evaluate:
+        item = config.evaluate
+        evaluate = _read_stage("evaluate", "eval", item.config, folder, label, inner.get("evaluate", []), problems)
+    return RawPipeline(label, config, stages, evaluate, problems)
+
+
+def single_stage(kind: str, path: str | Path, overrides: Sequence[str] = (), seed: int = 0) -> RawPipeline:
+    """A stage file as a pipeline of one stage, named after its kind. Overrides are keys of the stage's config."""
+    data = apply_overrides(read_yaml(path), overrides)
+    entry = StageEntry(name=kind, kind=kind, config=data)
+    config = PipelineConfig(name=kind, seed=seed, stages=[entry])
+    return RawPipeline(str(path), config, [RawStage(kind, kind, data, str(path), "")])
+
+
+def _read_stage(
+    name: str,
+    kind: str,
+    config: str | dict[str, Any],
+    folder: Path,
+    label: str,
+    overrides: Sequence[str],
+    problems: list[str],
+) -> RawStage | None:
+    """The stage's mapping, or None with a line added to `problems`."""
+    file = label
+    try:
+        if isinstance(config, str):
+            path = Path(config).expanduser()
+            path = path if path.is_absolute() else folder / path
+            config, file = read_yaml(path), str(path)
+        return RawStage(name, kind, apply_overrides(config, overrides), file, f"{name}.")
+    except ConfigError as error:
+        problems.extend(f"{name}.config: {error.source}: {problem}" for problem in error.problems)
+        return None
+
+
+def _split_overrides(
+    data: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[list[str], dict[str, list[str]], list[str]]:
+    """(those for the pipeline itself, those for each stage's config, problems)."""
+    listed = data.get("stages")
+    entries = listed if isinstance(listed, list) else []
+    names = [entry["name"] for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("name"), str)]
+    if data.get("evaluate"):
+        names.append("evaluate")
+    top: list[str] = []
+    inner: dict[str, list[str]] = {}
+    problems: list[str] = []
+    for override in overrides:
+        key, sign, _ = override.partition("=")
+        first, dot, rest = key.strip().partition(".")
+        if not sign or not first:
+            problems.append(f"override {override!r}: must have the form key.path=value")
+        elif dot and first in names:
+            inner.setdefault(first, []).append(override.strip()[len(first) + 1 :])
+        elif not dot and first in ("name", "seed", "warm_engines", "evaluate"):
+            top.append(override)
+        else:
+            known = [*names, "seed", "warm_engines", "name"]
+            near = difflib.get_close_matches(first, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            what = "key of the pipeline" if not dot else "stage"
+            problems.append(f"override {override!r}: no {what} {first!r}; {hint}")
+    return top, inner, problems
+
+
+def _name_problems(config: PipelineConfig) -> list[str]:
+    problems = []
+    if not _NAME.match(config.name):
+        problems.append(f"name: got {config.name!r}: must be letters, digits, - and _, beginning with a letter")
+    seen: dict[str, int] = {}
+    for index, entry in enumerate(config.stages):
+        key = f"stages.{index}.name"
+        if not _NAME.match(entry.name):
+            problems.append(f"{key}: got {entry.name!r}: must be letters, digits, - and _, beginning with a letter")
+        elif entry.name in RESERVED:
+            problems.append(f"{key}: got {entry.name!r}: means something else here; choose another name")
+        if entry.name in seen:
+            problems.append(f"{key}: got {entry.name!r}: stages.{seen[entry.name]} has this name already")
+        seen.setdefault(entry.name, index)
+    return problems

@@ -1,0 +1,102 @@
+"""What a stage's result depends on, as one hash: its config, its inputs, the seed and the code.
+
+The hash of a stage holds the hashes of the stages it refers to, not the paths of their outputs, so a run directory may
+be moved. Content decides: a touched but unchanged file changes nothing. Files over 256 MiB (weights) are judged by
+their size and three samples of 1 MiB; installed packages other than this one are not looked at.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import posttrain
+from posttrain.config.shared import DataConfig, ModelConfig
+from posttrain.errors import UserError
+from posttrain.pipeline.graph import Node, Pipeline
+from posttrain.pipeline.inputs import find_inputs, other_paths
+from posttrain.pipeline.references import has_reference, replace_references
+
+WHOLE_FILE_BYTES = 256 << 20
+SAMPLE_BYTES = 1 << 20
+# These show a run; they do not change what it computes.
+NOT_CODE = ("cli", "report")
+
+
+def input_hash(node: Node, pipeline: Pipeline, upstream: Mapping[str, str]) -> str:
+    """Hash of everything that decides what a node makes. `upstream`: hashes of the nodes it needs, by name."""
+    config = replace_references(
+        node.config.model_dump(mode="json"), lambda stage, output: f"{upstream[stage]}:{output}"
+    )
+    parts = {"kind": node.kind, "config": config, "seed": pipeline.seed, "inputs": _inputs(node), "code": code_hash()}
+    return _digest(json.dumps(parts, sort_keys=True).encode())
+
+
+def _inputs(node: Node) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in find_inputs(node.config):
+        value = item.value
+        if isinstance(value, ModelConfig):
+            paths = [value.path]
+        elif isinstance(value, DataConfig):
+            paths = [value.path] if isinstance(value.path, str) else value.path
+        else:
+            paths = _reward_source(value.name)
+        found[item.key] = [path_hash(Path(path).expanduser()) for path in paths if not has_reference(path)]
+    for key, path in other_paths(node.config, node.stage_kind):
+        found[key] = [path_hash(Path(path).expanduser())]
+    return found
+
+
+def _reward_source(name: str) -> list[str]:
+    from posttrain.scoring.plugins import resolve
+    from posttrain.scoring.source import find_module
+
+    try:
+        target = resolve(name)
+        path = target.path or find_module(target.module)
+    except (UserError, ImportError):
+        return []
+    return [str(path)] if path else []
+
+
+def path_hash(path: Path) -> str:
+    """Hash of a file's content, or of the names and contents of a folder's files. Hidden files do not count."""
+    if path.is_dir():
+        files = sorted(item for item in path.rglob("*") if item.is_file() and not _hidden(item, path))
+        return _digest("\n".join(f"{item.relative_to(path)} {file_hash(item)}" for item in files).encode())
+    return file_hash(path)
+
+
+def file_hash(path: Path) -> str:
+    """Hash of one file; of its size and three samples if it is large."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        if size <= WHOLE_FILE_BYTES:
+            while chunk := file.read(SAMPLE_BYTES):
+                digest.update(chunk)
+        else:
+            digest.update(str(size).encode())
+            for start in (0, size // 2, size - SAMPLE_BYTES):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+@cache
+def code_hash() -> str:
+    """Hash of this package's source, without what only shows a run."""
+    root = Path(posttrain.__file__).parent
+    files = [item for item in sorted(root.rglob("*.py")) if item.relative_to(root).parts[0] not in NOT_CODE]
+    return _digest("\n".join(f"{item.relative_to(root)} {file_hash(item)}" for item in files).encode())
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,0 +1,156 @@
+"""What a stage's config points at outside of the pipeline: model folders, datasets, rewards, installed packages.
+
+`input_problems` looks at them without loading any: a folder's listing, the first rows of a dataset, the source of a
+reward. A path with `${...}` in it does not exist yet and is left alone. The whole scan of the rows comes when the stage
+starts.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from posttrain.config.shared import DataConfig, ModelConfig, RewardConfig
+from posttrain.errors import UserError
+from posttrain.pipeline.kinds import Rows, StageKind
+from posttrain.pipeline.references import has_reference
+
+CHECKED_ROWS = 100
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# How to install what is not part of the core; everything else comes with the package itself.
+INSTALL = {"vllm": "pip install 'posttrain[cpu]' on a CPU, 'posttrain[gpu]' with GPUs"}
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One thing a config points at. `key` is the key path of its section."""
+
+    key: str
+    value: ModelConfig | DataConfig | RewardConfig
+
+
+def walk(config: BaseModel, key: str = "") -> Iterator[tuple[str, BaseModel]]:
+    """Every model inside a validated config, with its key path, the config itself first."""
+    yield key, config
+    for name in type(config).model_fields:
+        yield from _walk_value(getattr(config, name), f"{key}.{name}" if key else name)
+
+
+def _walk_value(value: Any, key: str) -> Iterator[tuple[str, BaseModel]]:
+    if isinstance(value, BaseModel):
+        yield from walk(value, key)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _walk_value(item, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _walk_value(item, f"{key}.{index}")
+
+
+def find_inputs(config: BaseModel) -> list[Input]:
+    """Model folders, datasets and rewards that a config names, in its order."""
+    return [
+        Input(key, value) for key, value in walk(config) if isinstance(value, ModelConfig | DataConfig | RewardConfig)
+    ]
+
+
+def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
+    """One line a problem, led by the key path; nothing is loaded."""
+    problems = [f"{found.key}{line}" for found in find_inputs(config) for line in _problems(found, kind)]
+    missing = [(key, path) for key, path in other_paths(config, kind) if not Path(path).expanduser().exists()]
+    return problems + [f"{key}: got {path!r}: no such file or folder" for key, path in missing]
+
+
+def other_paths(config: BaseModel, kind: StageKind) -> list[tuple[str, str]]:
+    """(key path, path) of the plain paths that a kind of stage reads, those of earlier stages left out."""
+    found: list[tuple[str, str]] = []
+    for key in kind.paths:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part, None)
+        if isinstance(value, str) and not has_reference(value):
+            found.append((key, value))
+    return found
+
+
+def _problems(found: Input, kind: StageKind) -> list[str]:
+    value = found.value
+    if isinstance(value, ModelConfig):
+        return [] if has_reference(value.path) else [f".path: {line}" for line in model_folder_problems(value.path)]
+    if isinstance(value, RewardConfig):
+        return _reward_problems(value)
+    paths = [value.path] if isinstance(value.path, str) else value.path
+    if any(has_reference(path) for path in paths):
+        value = value.model_copy(update={"path": [path for path in paths if not has_reference(path)]})
+    return [f".path: {line}" for line in data_problems(value, data_kind(found.key, kind))] if value.path else []
+
+
+def data_kind(key: str, kind: StageKind) -> Rows:
+    """What rows the dataset at a key path must hold. Indices of a list do not count."""
+    return kind.data[".".join(part for part in key.split(".") if not part.isdigit())]
+
+
+def data_problems(data: DataConfig, rows: Rows) -> list[str]:
+    """Problems in the first rows of a dataset; of one that may hold anything, whether it can be read."""
+    if rows == "any":
+        return _unreadable(data)
+    if rows == "pairs":
+        from posttrain.data.pairs import check_pairs
+
+        return check_pairs(data, CHECKED_ROWS)
+    from posttrain.data.rows import check_data
+
+    return check_data(data, rows, CHECKED_ROWS)
+
+
+def _unreadable(data: DataConfig) -> list[str]:
+    from posttrain.data.files import read_records
+
+    paths = [data.path] if isinstance(data.path, str) else data.path
+    try:
+        next(read_records(paths), None)
+    except UserError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _reward_problems(reward: RewardConfig) -> list[str]:
+    from posttrain.scoring.plugins import check_reward
+
+    try:
+        check_reward(reward.name, reward.args)
+    except UserError as error:
+        return [f".name: {line}" for line in str(error).splitlines()]
+    return []
+
+
+def model_folder_problems(path: str) -> list[str]:
+    """What keeps a folder from being a model: it must hold config.json, safetensors and a tokenizer."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        what = "is a file; give the folder it lies in" if folder.exists() else "no such folder"
+        return [f"got {path!r}: {what}"]
+    problems = []
+    config = folder / "config.json"
+    if not config.is_file():
+        problems.append(f"got {path!r}: no config.json in this folder; it must be a Hugging Face model folder")
+    else:
+        try:
+            json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            problems.append(f"got {path!r}: config.json cannot be read: {error}")
+    if not any(folder.glob("*.safetensors")):
+        problems.append(f"got {path!r}: no *.safetensors in this folder; pickled weights are not loaded")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        problems.append(f"got {path!r}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); a model folder must hold one")
+    return problems
+
+
+def package_problems(kind: StageKind) -> list[str]:
+    """Packages that a kind of stage needs and that are not installed. They are looked for, not imported."""
+    missing = [package for package in kind.packages if find_spec(package) is None]
+    return [f"needs {name}, which is not installed: {INSTALL.get(name, 'install posttrain again')}" for name in missing]

@@ -1,0 +1,110 @@
+"""The kinds of stage there are: one visible table, from a kind's name to its schema, its function and its files.
+
+A kind is added by adding a line here; nothing is registered elsewhere. Modules are named as text and imported when a
+stage of that kind is used, so the table itself costs nothing.
+"""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from posttrain.config.base import Config
+
+Rows = Literal["supervised", "prompt", "pairs", "any"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageKind:
+    """What the pipeline has to know about one kind of stage.
+
+    schema: `module:Class` of its config, free of torch; run: `module:function`, called as `run(config, context)`.
+    outputs: name used in `${stage.name}` to the path below the stage's folder. The first one always exists afterwards.
+    data: key path of a dataset in the config to the kind of rows it must hold.
+    paths: key paths of other files and folders that the stage reads.
+    packages: what must be installed, by import name.
+    trains_itself: the stage's own process does the work, and is given `resources.trainer`. Otherwise it only directs
+    actors, which ask for their own resources.
+    """
+
+    schema: str
+    run: str
+    outputs: Mapping[str, str]
+    data: Mapping[str, Rows] = field(default_factory=dict)
+    paths: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    trains_itself: bool = True
+
+
+KINDS: dict[str, StageKind] = {
+    "base": StageKind(
+        schema="posttrain.base.config:StageConfig",
+        run="posttrain.base.stage:run",
+        outputs={
+            "model": "model",
+            "sft_data": "data/sft.jsonl",
+            "prompts": "data/prompts.jsonl",
+            "heldout": "data/heldout.jsonl",
+            "tune": "data/tune.jsonl",
+        },
+        packages=("torch", "transformers"),
+    ),
+    "filter": StageKind(
+        schema="posttrain.filtering.config:FilterConfig",
+        run="posttrain.filtering.stage:run",
+        outputs={"kept": "kept.jsonl", "dropped": "dropped.jsonl"},
+        data={"data": "supervised"},
+        packages=("torch", "transformers", "vllm"),
+        trains_itself=False,
+    ),
+    "sft": StageKind(
+        schema="posttrain.sft.config:SftConfig",
+        run="posttrain.sft.stage:run",
+        outputs={"model": "model"},
+        data={"data": "supervised"},
+        packages=("torch", "transformers", "trl", "peft"),
+    ),
+    "rl": StageKind(
+        schema="posttrain.rl.config:RlConfig",
+        run="posttrain.rl.stage:run",
+        outputs={"model": "model", "rollouts": "rollouts"},
+        data={"prompts": "prompt"},
+        packages=("torch", "transformers", "vllm"),
+        trains_itself=False,
+    ),
+    "dpo": StageKind(
+        schema="posttrain.dpo.config:DpoConfig",
+        run="posttrain.dpo.stage:run",
+        outputs={"model": "model", "pairs": "pairs.jsonl"},
+        data={"pairs": "pairs"},
+        paths=("rollouts",),
+        packages=("torch", "transformers", "trl", "peft"),
+    ),
+    "eval": StageKind(
+        schema="posttrain.eval.config:EvalConfig",
+        run="posttrain.eval.stage:run",
+        outputs={"results": "results.json"},
+        data={"data": "prompt", "exclude": "any"},
+        packages=("torch", "transformers", "vllm"),
+        trains_itself=False,
+    ),
+}
+
+
+def load_object(target: str) -> Any:
+    """Import what a `module:name` text means."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def load_schema(kind: StageKind) -> type[Config]:
+    """The config class of a kind; importing it must not import torch."""
+    return load_object(kind.schema)
+
+
+def unknown_kind(kind: str) -> str:
+    """The message for a kind that is not in the table."""
+    near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"kinds: {', '.join(KINDS)}"
+    return f"got {kind!r}: no such kind of stage; {hint}"

@@ -1,0 +1,206 @@
+"""The resolved plan of a pipeline, as `validate` and `run --dry-run` print it: nothing is started.
+
+Resources are what the configs declare. Memory is an estimate for each actor from the tensors' headers: weights,
+gradients and Adam's two moments for one that trains, weights and KV cache for one that serves; activations are left
+out. A model that an earlier stage makes has no size until it is there.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.shared import ActorResources, DataConfig, EngineConfig, ModelConfig
+from posttrain.errors import ConfigError
+from posttrain.pipeline.graph import Node, Pipeline, output_path
+from posttrain.pipeline.inputs import find_inputs, walk
+from posttrain.pipeline.references import find_references
+
+BYTES = {"float32": 4, "bfloat16": 2}
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """What one role of a stage asks for: `workers` actors, each with these CPUs and GPUs."""
+
+    role: str
+    workers: int
+    cpus: float
+    gpus: float
+    memory: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One node of the plan. inputs and outputs: name to path, or to the reference that gives it."""
+
+    name: str
+    kind: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    actors: tuple[Actor, ...]
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of all its actors together."""
+        return sum(actor.workers * actor.cpus for actor in self.actors)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all its actors together."""
+        return sum(actor.workers * actor.gpus for actor in self.actors)
+
+
+def make_plan(pipeline: Pipeline, run_dir: Path) -> list[Step]:
+    """The steps in the order in which they may start."""
+    return [_step(node, pipeline, run_dir) for node in pipeline.nodes.values()]
+
+
+def _step(node: Node, pipeline: Pipeline, run_dir: Path) -> Step:
+    inputs: dict[str, str] = {}
+    for found in find_inputs(node.config):
+        if isinstance(found.value, ModelConfig | DataConfig):
+            path = found.value.path
+            inputs[found.key] = path if isinstance(path, str) else ", ".join(path)
+        else:
+            inputs[found.key] = found.value.name
+    for reference in find_references(node.config.model_dump(mode="json")):
+        inputs.setdefault(reference.key.removesuffix(".path"), reference.text)
+    outputs = {name: str(Path(node.folder) / path) for name, path in node.stage_kind.outputs.items()}
+    return Step(node.name, node.kind, inputs, outputs, tuple(_actors(node, pipeline, run_dir)))
+
+
+def _actors(node: Node, pipeline: Pipeline, run_dir: Path) -> list[Actor]:
+    resources = getattr(node.config, "resources", None)
+    declared = {
+        key: value for key, value in walk(resources) if isinstance(value, ActorResources)
+    } if resources is not None else {}  # fmt: skip
+    if not declared:
+        declared = {"trainer": ActorResources(workers=getattr(node.config, "processes", 1))}
+    return [
+        Actor(role, item.workers, item.cpus, item.gpus, _memory(role, node, pipeline, run_dir))
+        for role, item in declared.items()
+    ]
+
+
+def trainer_resources(node: Node) -> tuple[float, float]:
+    """(CPUs, GPUs) of the stage's own process. A stage that only directs actors asks for none itself."""
+    if not node.stage_kind.trains_itself:
+        return 0.0, 0.0
+    trainer = getattr(getattr(node.config, "resources", None), "trainer", None)
+    if isinstance(trainer, ActorResources):
+        return trainer.workers * trainer.cpus, trainer.workers * trainer.gpus
+    return float(getattr(node.config, "processes", 1)), 0.0
+
+
+def check_fits(plan: list[Step], source: str, cpus: float, gpus: float) -> None:
+    """Raise ConfigError if a step asks for more than there is in all."""
+    problems = [
+        f"{step.name}.resources: asks for {need:g} {unit}s ({_sum(step, unit)}), but there are {have:g}"
+        for step in plan
+        for need, have, unit in ((step.cpus, cpus, "CPU"), (step.gpus, gpus, "GPU"))
+        if need > have
+    ]
+    if problems:
+        raise ConfigError(source, [f"{problem}; lower resources or join a larger cluster" for problem in problems])
+
+
+def local_cpus() -> int:
+    """CPUs that a local Ray is given. Two at least: a trainer and an engine run side by side even on one core."""
+    return max(os.cpu_count() or 1, 2)
+
+
+def local_gpus() -> int:
+    """GPUs of this machine, from device files; nothing is imported."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+    return found if visible is None else min(found, len([item for item in visible.split(",") if item.strip()]))
+
+
+def _sum(step: Step, unit: str) -> str:
+    parts = []
+    for actor in step.actors:
+        each = actor.cpus if unit == "CPU" else actor.gpus
+        if each:
+            parts.append(f"{actor.role} {actor.workers} × {each:g}")
+    return ", ".join(parts)
+
+
+# --- memory ---
+
+
+def _memory(role: str, node: Node, pipeline: Pipeline, run_dir: Path) -> str:
+    """An estimate for one actor of a role, such as `0.02 GiB`, or `after sft`."""
+    model = _model_of(role, node)
+    if model is None:
+        return "-"
+    path, after = _model_folder(model, pipeline, run_dir)
+    size = count_parameters(path) if path else None
+    if size is None:
+        return f"after {after}" if after else "-"
+    weights = size * BYTES[model.dtype]
+    if role == "trainer":
+        # A bf16 model keeps fp32 master weights; gradients have the type of the weights; Adam has two fp32 moments.
+        trained = 0 if getattr(node.config, "lora", None) is not None else size
+        total = weights + trained * (BYTES[model.dtype] + 8 + (4 if model.dtype == "bfloat16" else 0))
+    else:
+        engine = next((value for _, value in walk(node.config) if isinstance(value, EngineConfig)), None)
+        cache = engine.kv_cache_gib if engine and engine.kv_cache_gib else 0.0
+        total = weights + cache * GIB
+    return f"{total / GIB:.2f} GiB"
+
+
+def _model_of(role: str, node: Node) -> ModelConfig | None:
+    """The model a role works on: of its own name, else the stage's first."""
+    models = {item.key: item.value for item in find_inputs(node.config) if isinstance(item.value, ModelConfig)}
+    return next(
+        (value for key, value in models.items() if key.split(".")[0] == role), next(iter(models.values()), None)
+    )
+
+
+def _model_folder(model: ModelConfig, pipeline: Pipeline, run_dir: Path) -> tuple[Path | None, str]:
+    """(folder if it is there, name of the stage that makes it)."""
+    reference = next(find_references(model.path), None)
+    if reference is None:
+        return Path(model.path).expanduser(), ""
+    return output_path(pipeline.nodes[reference.stage], reference.output, run_dir), reference.stage
+
+
+def count_parameters(folder: Path) -> int | None:
+    """Number of parameters in a folder's safetensors, from their headers; None if there are none to be read."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with file.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header: dict[str, Any] = json.loads(stream.read(length))
+        except (OSError, ValueError, struct.error):
+            return None
+        total += sum(prod(item["shape"]) for name, item in header.items() if name != "__metadata__")
+    return total or None
+
+
+# --- as text ---
+
+
+def render_plan(pipeline: Pipeline, plan: list[Step], states: Mapping[str, str] | None = None) -> str:
+    """The plan as plain text. `states`: what would happen to each node, by name."""
+    lines = [f"pipeline {pipeline.name} · seed {pipeline.seed} · {len(pipeline.stages)} stages · {pipeline.source}"]
+    for step in plan:
+        state = f"  [{states[step.name]}]" if states and step.name in states else ""
+        lines.append(f"\n{step.name} ({step.kind}){state}")
+        lines += [f"  in   {name} = {value}" for name, value in step.inputs.items()]
+        lines += [f"  out  {name} = {value}" for name, value in step.outputs.items()]
+        lines += [f"  use  {_render_actor(actor)}" for actor in step.actors]
+    return "\n".join(lines)
+
+
+def _render_actor(actor: Actor) -> str:
+    gpus = f", {actor.gpus:g} GPU" if actor.gpus else ""
+    memory = f", memory {actor.memory}" if actor.memory != "-" else ""
+    return f"{actor.role}: {actor.workers} × ({actor.cpus:g} CPU{gpus}{memory})"

@@ -1,0 +1,215 @@
+"""A Ray session that leaves nothing behind: started on this machine, or joined where RAY_ADDRESS says.
+
+A local Ray listens on the loopback interface only, asks for a token that is made afresh, has no dashboard and sends no
+statistics. Its processes, and whatever they start, inherit a mark in their environment, by which they are found and
+ended on the way out: after an orderly end, an exception or a signal by `close`, after SIGKILL by watchdog.py.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import StageError
+from posttrain.pipeline import watchdog
+from posttrain.pipeline.plan import local_cpus
+
+NAMESPACE = "posttrain"
+SHUTDOWN_S = 10.0
+# What every process of the session is given, unless the user has set it otherwise.
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "TQDM_DISABLE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an actor that asks for no GPU sees none; also silences a warning
+}
+
+
+class RaySession:
+    """A running session. cpus, gpus: of the whole cluster; local: started here rather than joined."""
+
+    def __init__(self, session: str, local: bool, temp_dir: Path):
+        self.session = session
+        self.local = local
+        self.temp_dir = temp_dir
+        self.cpus = 0.0
+        self.gpus = 0.0
+
+    def worker_logs(self, since: float) -> list[Path]:
+        """What Ray kept of its workers' output since a Unix time, oldest first; only a local session's."""
+        files = [path for path in self.temp_dir.glob("session_2*/logs/worker-*") if path.suffix in (".out", ".err")]
+        recent = [path for path in files if path.stat().st_size and path.stat().st_mtime >= since]
+        return sorted(recent, key=lambda path: path.stat().st_mtime)
+
+
+@contextmanager
+def ray_session() -> Iterator[RaySession]:
+    """Start or join Ray for the time of a `with` block. SIGTERM and SIGHUP are turned into KeyboardInterrupt."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    session = RaySession(secrets.token_hex(8), not joins_cluster(), Path(tempfile.mkdtemp(prefix="ptr-", dir="/tmp")))
+    environment = {**QUIET, watchdog.VARIABLE: session.session}
+    if session.local:
+        # Ray's name for "never leave this host": with 0, every server binds to 127.0.0.1.
+        environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    guard = _start_watchdog(session)
+    with _signals() as handlers, _environment(environment):
+        try:
+            _connect(session, address)
+            handlers()  # Ray installs its own on the way
+            yield session
+        finally:
+            with _uninterrupted():
+                _close(session)
+                guard.kill()
+                guard.wait()
+
+
+def _connect(session: RaySession, address: str) -> None:
+    import ray
+
+    options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    if session.local:
+        options |= {"num_cpus": local_cpus(), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options |= {"object_store_memory": _object_store_bytes(), "_temp_dir": str(session.temp_dir)}
+    else:
+        environment = {name: os.environ[name] for name in (*QUIET, watchdog.VARIABLE)}
+        options |= {"address": address, "runtime_env": {"env_vars": environment}}
+    try:
+        ray.init(**options)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        where = (
+            "a local Ray could not be started"
+            if session.local
+            else f"the cluster at RAY_ADDRESS={address} was not reached"
+        )
+        raise StageError(f"{where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    total = ray.cluster_resources()
+    session.cpus, session.gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+
+
+def _object_store_bytes() -> int:
+    """A tenth of the memory, within what /dev/shm holds; large tensors do not travel through it."""
+    import psutil
+
+    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
+    return max(min(psutil.virtual_memory().total // 10, int(shared * 0.3), 4 << 30), 96 << 20)
+
+
+def _close(session: RaySession) -> None:
+    """Shut Ray down, then end every process that carries the session's mark, and remove its files."""
+    import ray
+
+    spare = frozenset({os.getpid()})
+    if not session.local:
+        with suppress(Exception):
+            ray.shutdown()
+    else:
+        # Ray's own shutdown may wait for a server that is gone already; its processes are ended below in any case.
+        closing = threading.Thread(target=lambda: _quietly(ray.shutdown), daemon=True)
+        closing.start()
+        closing.join(SHUTDOWN_S)
+        _terminate(session, spare)
+        closing.join(SHUTDOWN_S)
+    left = watchdog.kill_session(session.session, SHUTDOWN_S, spare)
+    if left:
+        print(f"posttrain: processes {sorted(left)} could not be ended", file=sys.stderr)
+    watchdog.remove_traces(session.session, str(session.temp_dir))
+
+
+def _quietly(function: Callable[[], Any]) -> None:
+    with suppress(Exception):
+        function()
+
+
+def _terminate(session: RaySession, spare: frozenset[int], wait_s: float = 2.0) -> None:
+    """SIGTERM what is left and give it a moment: an engine frees its shared memory when it is asked to end."""
+    alive = watchdog.descendants(watchdog.session_processes(session.session)) - spare
+    for pid in alive:
+        with suppress(OSError):
+            os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + wait_s
+    while time.monotonic() < end and watchdog.session_processes(session.session) - spare:
+        time.sleep(0.05)
+
+
+def _start_watchdog(session: RaySession) -> subprocess.Popen:
+    """A small process in a session of its own: a signal to this process group does not reach it."""
+    command = [sys.executable, "-S", "-E", watchdog.__file__, str(os.getpid()), session.session, str(session.temp_dir)]
+    null = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd="/")
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables that are not set, and put everything back."""
+    before = dict(os.environ)
+    for name, value in values.items():
+        if name in QUIET:
+            os.environ.setdefault(name, value)
+        else:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], None]]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does; only the main thread can arrange it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    def install() -> None:
+        for number in before:
+            signal.signal(number, interrupt)
+
+    install()
+    try:
+        yield install
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Cleaning up takes seconds; a second Ctrl-C must not stop it half-way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def joins_cluster() -> bool:
+    """True if RAY_ADDRESS names a cluster to join."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")

@@ -1,0 +1,170 @@
+"""Run a pipeline: check, decide what is to be done, do it on Ray, and leave a run directory that can be continued.
+
+    load_pipeline ─► decide (hashes) ─► Ray ─► Scheduler ─► summary.json ─► report.html
+
+Everything that is the user's to mend is found before Ray starts. What is left out: retries; a failed stage is started
+again by the same command, and continues from its checkpoints.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from posttrain.context import StageContext
+from posttrain.errors import ConfigError, PosttrainError, StageError
+from posttrain.pipeline.config import RawPipeline
+from posttrain.pipeline.decide import Decision, decide, default_run_dir
+from posttrain.pipeline.graph import Pipeline, load_pipeline
+from posttrain.pipeline.memory import MemorySampler
+from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_plan
+from posttrain.pipeline.ray_session import joins_cluster, ray_session
+from posttrain.pipeline.rundir import RunDir
+from posttrain.pipeline.schedule import Scheduler
+from posttrain.pipeline.summary import Summary, SummaryWriter
+from posttrain.pipeline.worker import OUT_OF_SPACE
+
+
+class Display(Protocol):
+    """Shows a run while it goes on; it learns everything from events.jsonl."""
+
+    def start(self, nodes: Sequence[tuple[str, str]], events: Path) -> None:
+        """(name, kind) of each node, and the file to follow from its present end."""
+
+    def refresh(self) -> None:
+        """Called a few times a second."""
+
+    def stop(self) -> None:
+        """Show what is new, and end."""
+
+
+class _Silent:
+    def start(self, nodes: Sequence[tuple[str, str]], events: Path) -> None: ...
+    def refresh(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+def run_pipeline(
+    source: str | Path | Mapping[str, Any] | RawPipeline,
+    run_dir: str | Path | None = None,
+    *,
+    start_from: str | None = None,
+    only: str | None = None,
+    overrides: Sequence[str] = (),
+    display: Display | None = None,
+    command: str = "",
+) -> Summary:
+    """Run a pipeline (a file, a bundled name, a mapping or a stage file read by `single_stage`) to its end.
+
+    run_dir: runs/NAME if None. start_from: run this stage and those that need it again; only: run this stage alone.
+    command: what a user types to run this again, for messages.
+    Returns what summary.json holds. Raises UserError (exit code 2) before anything starts, or for rows that a stage
+    finds wrong; StageError (3) when a stage failed; KeyboardInterrupt (130). After each of the last three the run
+    can be continued by the same call.
+    """
+    pipeline = load_pipeline(source, overrides)
+    place = RunDir(run_dir or default_run_dir(pipeline))
+    command = command or shlex.join(["posttrain", "run", pipeline.source, "--run-dir", str(place.path), *overrides])
+    plan = make_plan(pipeline, place.path)
+    if not joins_cluster():
+        check_fits(plan, pipeline.source, local_cpus(), local_gpus())
+    try:
+        place.check(pipeline)
+        decisions = decide(pipeline, place, start_from, only)
+        with place.open(pipeline):
+            return _run(pipeline, place, decisions, display or _Silent(), command)
+    except OSError as error:
+        raise StageError(f"{_os_error(error)}\n{_resume(command)}") from error
+
+
+def _run(
+    pipeline: Pipeline, place: RunDir, decisions: Mapping[str, Decision], display: Display, command: str
+) -> Summary:
+    summary = SummaryWriter(pipeline, place, command)
+    todo = [pipeline.nodes[name] for name, item in decisions.items() if item.action in ("run", "resume")]
+    place.forget_events({node.name for node in todo if decisions[node.name].action == "run"})
+    for node in todo:
+        if decisions[node.name].forced:
+            place.clear(node)
+    display.start([(name, node.kind) for name, node in pipeline.nodes.items()], place.events)
+    sampler = MemorySampler()
+    status = "failed"
+    try:
+        with sampler:
+            _note_skipped(pipeline, place, decisions, summary)
+            display.refresh()
+            summary.write("interrupted", sampler.peak_gib)
+            if todo:
+                _execute(pipeline, place, decisions, summary, sampler, display)
+        status = "done"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except PosttrainError as error:
+        error.args = (f"{error}\n{_resume(command)}",) if not isinstance(error, ConfigError) else error.args
+        raise
+    finally:
+        result = _write_last(summary, status, sampler.peak_gib)
+        _note_end(place, status)
+        display.stop()
+    if status == "done" and result is None:
+        raise StageError(f"{place.summary} could not be written (is the disk full?)\n{_resume(command)}")
+    return result
+
+
+def _execute(
+    pipeline: Pipeline,
+    place: RunDir,
+    decisions: Mapping[str, Decision],
+    summary: SummaryWriter,
+    sampler: MemorySampler,
+    display: Display,
+) -> None:
+    plan = make_plan(pipeline, place.path)
+    with ray_session() as session:
+        check_fits([step for step in plan], pipeline.source, session.cpus, session.gpus)
+        todo = [node for name, node in pipeline.nodes.items() if decisions[name].action in ("run", "resume")]
+        if any("vllm" in node.stage_kind.packages for node in todo):
+            from posttrain.sampling.registry import start_registry
+
+            start_registry()
+
+        def save() -> None:
+            summary.write("interrupted", sampler.peak_gib)
+
+        Scheduler(pipeline, place, decisions, plan, session, summary, save, display.refresh).run()
+
+
+def _note_skipped(pipeline: Pipeline, place: RunDir, decisions: Mapping[str, Decision], summary: SummaryWriter) -> None:
+    for name, decision in decisions.items():
+        node = pipeline.nodes[name]
+        if decision.action == "skip":
+            record = place.done(node) or {}
+            kept = {key: record.get(key) for key in ("wall_s", "outputs", "stats")}
+            summary.add(node, "skipped", {**kept, "input_hash": decision.input_hash, "why": decision.why})
+            context = StageContext(name, place.folder(node), place.events)
+            context.event("stage_skipped", kind=node.kind, why=decision.why)
+
+
+def _write_last(summary: SummaryWriter, status: str, peak_gib: float) -> Summary | None:
+    """The final summary; a full disk must not hide why the run ended."""
+    try:
+        return summary.write(status, peak_gib)
+    except OSError:
+        return None
+
+
+def _note_end(place: RunDir, status: str) -> None:
+    try:
+        StageContext("", place.path, place.events).event("run_end", status=status)
+    except OSError:
+        return
+
+
+def _resume(command: str) -> str:
+    return f"  What is finished is kept. To continue: {command}"
+
+
+def _os_error(error: OSError) -> str:
+    what = "the disk is full, or a limit was reached" if error.errno in OUT_OF_SPACE else "cannot be written"
+    return f"{error.filename or 'the run directory'}: {what}: {error.strerror}"

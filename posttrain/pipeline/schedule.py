@@ -1,0 +1,210 @@
+"""Runs nodes as Ray tasks: in order of need, side by side where their declared resources fit together.
+
+    ready nodes, in order ─► all declared CPUs and GPUs free? ─► STARTED, task ─► DONE, summary.json ─► frees, next
+
+A node is launched only when everything it declares, for itself and its actors, is left free by the running nodes, so
+two nodes never wait for each other's half. A ready node that does not fit holds back those after it: none starves.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.context import StageContext
+from posttrain.errors import PosttrainError, StageError, UserError
+from posttrain.pipeline.decide import Decision
+from posttrain.pipeline.graph import Node, Pipeline, output_path
+from posttrain.pipeline.plan import Step, trainer_resources
+from posttrain.pipeline.ray_session import RaySession
+from posttrain.pipeline.rundir import RunDir
+from posttrain.pipeline.summary import SummaryWriter
+from posttrain.pipeline.worker import StageAnswer, StageJob, run_stage
+
+POLL_S = 0.2
+LOG_TAIL_LINES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    node: Node
+    step: Step
+    started: float
+
+
+class Scheduler:
+    """One run of the nodes that are to run. `refresh` is called a few times a second; `save` after each node."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        run_dir: RunDir,
+        decisions: Mapping[str, Decision],
+        plan: list[Step],
+        session: RaySession,
+        summary: SummaryWriter,
+        save: Callable[[], None],
+        refresh: Callable[[], None],
+    ):
+        self.pipeline = pipeline
+        self.run_dir = run_dir
+        self.decisions = decisions
+        self.steps = {step.name: step for step in plan}
+        self.session = session
+        self.summary = summary
+        self.save = save
+        self.refresh = refresh
+        self.running: dict[Any, _Running] = {}
+        self.finished = {name for name, decision in decisions.items() if decision.action in ("skip", "leave out")}
+        self.failures: list[PosttrainError] = []
+
+    def run(self) -> None:
+        """Run all; raises the first failure after the nodes that were running beside it have ended."""
+        try:
+            self._loop()
+        except BaseException:
+            for running in self.running.values():
+                self._record(running.node, "interrupted", time.time() - running.started, {}, event="stage_interrupted")
+            raise
+        if self.failures:
+            raise self.failures[0]
+
+    def _loop(self) -> None:
+        import ray
+
+        waiting = [node for name, node in self.pipeline.nodes.items() if name not in self.finished]
+        # The way to the last stage first; evaluations fill the gaps.
+        waiting.sort(key=lambda node: bool(node.of))
+        while waiting or self.running:
+            while not self.failures and (node := self._next(waiting)):
+                waiting.remove(node)
+                self._launch(node)
+            if not self.running:
+                return
+            done, _ = ray.wait(list(self.running), timeout=POLL_S)
+            for task in done:
+                self._end(task)
+            self.refresh()
+
+    def _next(self, waiting: list[Node]) -> Node | None:
+        node = next((node for node in waiting if self.finished.issuperset(node.needs)), None)
+        if node is None:
+            return None
+        step = self.steps[node.name]
+        used = [running.step for running in self.running.values()]
+        fits = (
+            step.cpus <= self.session.cpus - sum(other.cpus for other in used) + 1e-9
+            and step.gpus <= self.session.gpus - sum(other.gpus for other in used) + 1e-9
+        )
+        return node if fits else None
+
+    def _launch(self, node: Node) -> None:
+        import ray
+
+        decision = self.decisions[node.name]
+        config = node.resolved(self.run_dir.path, self.pipeline.nodes).model_dump(mode="json")
+        self.run_dir.begin(node, decision.input_hash, config, resume=decision.action == "resume")
+        self._event(node, "stage_start", kind=node.kind, resumed=decision.action == "resume")
+        job = StageJob(
+            node.name,
+            node.stage_kind,
+            config,
+            self.run_dir.folder(node),
+            self.run_dir.events,
+            self.pipeline.seed,
+            self.pipeline.warm_engines,
+            str(Path.cwd()),
+        )
+        cpus, gpus = trainer_resources(node)
+        # A process of its own for each stage: what it imported and allocated is gone with it.
+        task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(run_stage)
+        self.running[task.options(name=node.name).remote(job)] = _Running(node, self.steps[node.name], time.time())
+
+    def _end(self, task: Any) -> None:
+        """Take a task's answer: DONE and the summary, or a failure."""
+        running = self.running.pop(task)
+        node, wall_s = running.node, time.time() - running.started
+        answer = self._answer(task, wall_s)
+        _release_engines(node.name)
+        error = answer.error or self._missing_output(node)
+        if error:
+            self._keep_worker_logs(node, running.started)
+            self.failures.append(self._failure(node, error, answer.user))
+            self._record(node, "failed", wall_s, {"error": error}, event="stage_failed")
+        else:
+            stats = {key: value for key, value in answer.result.items() if key not in node.stage_kind.outputs}
+            record = {"outputs": self._outputs(node), "stats": stats.get("stats", stats)}
+            done = {"input_hash": self.decisions[node.name].input_hash, "wall_s": round(wall_s, 3), **record}
+            self.run_dir.finish(node, done)
+            self.finished.add(node.name)
+            self._record(node, "done", wall_s, record, event="stage_done")
+        self.save()
+
+    def _answer(self, task: Any, wall_s: float) -> StageAnswer:
+        import ray
+
+        try:
+            return ray.get(task)
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()
+            what = reason[0] if reason else type(error).__name__
+            return StageAnswer({}, wall_s, f"its process ended without an answer (killed, or out of memory?): {what}")
+
+    def _failure(self, node: Node, error: str, user: bool) -> PosttrainError:
+        if user:
+            return UserError("\n".join(f"stage {node.name}: {line}" for line in error.splitlines()))
+        return StageError(f"stage {node.name} failed: {error}\n  log: {self.run_dir.folder(node) / 'log.txt'}")
+
+    def _record(self, node: Node, status: str, wall_s: float, record: Mapping[str, Any], event: str) -> None:
+        digest = self.decisions[node.name].input_hash
+        self.summary.add(node, status, {"wall_s": round(wall_s, 3), "input_hash": digest, "outputs": {}, **record})
+        error = {"error": record["error"]} if "error" in record else {}
+        self._event(node, event, kind=node.kind, wall_s=round(wall_s, 3), **error)
+
+    def _event(self, node: Node, event: str, **fields: Any) -> None:
+        """Recorded if it can be: on a full disk the failure itself matters more than its event."""
+        try:
+            StageContext(node.name, self.run_dir.folder(node), self.run_dir.events).event(event, **fields)
+        except OSError:
+            if event == "stage_start":
+                raise
+
+    def _outputs(self, node: Node) -> dict[str, str]:
+        """Outputs that exist, relative to the run directory."""
+        paths = {name: output_path(node, name, self.run_dir.path) for name in node.stage_kind.outputs}
+        return {name: str(path.relative_to(self.run_dir.path)) for name, path in paths.items() if path.exists()}
+
+    def _missing_output(self, node: Node) -> str:
+        """The first output, and those that other nodes refer to, must be there."""
+        from posttrain.pipeline.references import find_references
+
+        references = [
+            reference
+            for other in self.pipeline.nodes.values()
+            for reference in find_references(other.config.model_dump(mode="json"))
+        ]
+        wanted = {next(iter(node.stage_kind.outputs))}
+        wanted |= {reference.output for reference in references if reference.stage == node.name and not node.of}
+        missing = [name for name in wanted if not output_path(node, name, self.run_dir.path).exists()]
+        return f"it ended without writing {', '.join(sorted(missing))}" if missing else ""
+
+    def _keep_worker_logs(self, node: Node, since: float) -> None:
+        """Ray's folder is deleted at the end: the end of what the stage's actors wrote goes to its log.txt."""
+        for path in self.session.worker_logs(since):
+            try:
+                tail = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+                with (self.run_dir.folder(node) / "log.txt").open("a", encoding="utf-8") as log:
+                    log.write(f"\n--- {path.name} ---\n" + "\n".join(tail) + "\n")
+            except OSError:
+                return
+
+
+def _release_engines(stage: str) -> None:
+    """Engines that a stage still holds after its end are in an unknown state: end them."""
+    from posttrain.sampling.registry import release_stage
+
+    try:
+        release_stage(stage)
+    except Exception:  # the stage's own outcome matters, and engines end with the session in any case
+        return

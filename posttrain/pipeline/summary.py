@@ -1,0 +1,104 @@
+"""summary.json: what a run has come to, rewritten as a whole after each node.
+
+Until a run has ended its status is "interrupted": that is what it is if nothing writes the file again.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import posttrain
+from posttrain.pipeline.graph import Node, Pipeline
+from posttrain.pipeline.rundir import RunDir, write_text
+
+PACKAGES = ("torch", "vllm", "ray", "trl", "deepspeed", "transformers")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What summary.json holds.
+
+    wall_s: of this invocation; peak_rss_gib: largest over the invocations of this run directory (see memory.py).
+    stages: one record a stage that was dealt with, in pipeline order; evaluations: the same for the evaluations of
+    stages. eval: results.json by name of the stage whose policy was evaluated.
+    """
+
+    status: str
+    wall_s: float
+    peak_rss_gib: float
+    versions: Mapping[str, str]
+    stages: list[dict[str, Any]]
+    eval: Mapping[str, Any]
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    pipeline: str = ""
+    seed: int = 0
+    command: str = ""
+
+
+class SummaryWriter:
+    """Collects the records of nodes and writes the file."""
+
+    def __init__(self, pipeline: Pipeline, run_dir: RunDir, command: str):
+        self._pipeline = pipeline
+        self._run_dir = run_dir
+        self._command = command
+        self._started = time.monotonic()
+        self._records: dict[str, dict[str, Any]] = {}
+        self._earlier_peak = float(_read(run_dir.summary).get("peak_rss_gib") or 0.0)
+
+    def add(self, node: Node, status: str, record: Mapping[str, Any]) -> None:
+        """Note how a node ended. `record`: wall_s, input_hash, outputs, and perhaps stats, error, why."""
+        self._records[node.name] = {"name": node.name, "kind": node.kind, "status": status, **record}
+
+    def write(self, status: str, peak_rss_gib: float) -> Summary:
+        """Write summary.json and return what it holds."""
+        nodes = [node for node in self._pipeline.nodes.values() if node.name in self._records]
+        summary = Summary(
+            status=status,
+            wall_s=round(time.monotonic() - self._started, 3),
+            peak_rss_gib=round(max(peak_rss_gib, self._earlier_peak), 3),
+            versions=versions(),
+            stages=[self._records[node.name] for node in nodes if not node.of],
+            eval=self._results(nodes),
+            evaluations=[self._records[node.name] for node in nodes if node.of],
+            pipeline=self._pipeline.name,
+            seed=self._pipeline.seed,
+            command=self._command,
+        )
+        write_text(self._run_dir.summary, json.dumps(asdict(summary), indent=1, default=str) + "\n")
+        return summary
+
+    def _results(self, nodes: list[Node]) -> dict[str, Any]:
+        results = {}
+        for node in nodes:
+            if node.kind == "eval" and self._records[node.name]["status"] in ("done", "skipped"):
+                found = _read(self._run_dir.folder(node) / "results.json")
+                if found:
+                    results[node.of or node.name] = found
+        return results
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on most; a package that is not installed is left out."""
+    found = {"posttrain": posttrain.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        for distribution in (name, f"{name}-cpu"):
+            try:
+                found[name] = metadata.version(distribution)
+                break
+            except metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,103 @@
+"""What happens in a stage's own process: output to log.txt, seeds, the stage's function, and a plain answer.
+
+An exception does not travel through Ray: its traceback goes to log.txt and one message goes back, with whether it is
+the user's to mend.
+"""
+
+import os
+import random
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.context import StageContext
+from posttrain.errors import PosttrainError, UserError
+from posttrain.pipeline.kinds import StageKind, load_object, load_schema
+
+OUT_OF_SPACE = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """All that a stage's process is told. `config` is resolved; `cwd` is where relative paths start."""
+
+    name: str
+    kind: StageKind
+    config: dict[str, Any]
+    dir: Path
+    events: Path
+    seed: int
+    warm_engines: bool
+    cwd: str
+
+
+@dataclass(frozen=True)
+class StageAnswer:
+    """How a stage ended. `error` is empty when it went well; `user` when the user's input was at fault."""
+
+    result: dict[str, Any]
+    wall_s: float
+    error: str = ""
+    user: bool = False
+
+
+def run_stage(job: StageJob) -> StageAnswer:
+    """Run one stage; never raises an Exception."""
+    started = time.perf_counter()
+    try:
+        redirect_output(job.dir / "log.txt")
+        if os.path.isdir(job.cwd):
+            os.chdir(job.cwd)
+            if job.cwd not in sys.path:
+                sys.path.insert(0, job.cwd)  # a reward or dataset module beside the user's YAML
+        run = load_object(job.kind.run)
+        config = load_schema(job.kind).model_validate(job.config)
+        seed_everything(job.seed)
+        context = StageContext(job.name, job.dir, job.events, job.seed, job.warm_engines)
+        result = run(config, context) or {}
+        return StageAnswer(dict(result), time.perf_counter() - started)
+    except Exception as error:
+        log_error()
+        return StageAnswer({}, time.perf_counter() - started, describe(error), isinstance(error, UserError))
+
+
+def redirect_output(path: Path) -> None:
+    """Send this process's standard output and error, and those of its children, to the end of a file."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of the libraries that the stage has imported."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+
+
+def log_error() -> None:
+    """Write the traceback to log.txt; on a full disk there may be no room for it."""
+    try:
+        traceback.print_exc()
+    except OSError:
+        pass
+
+
+def describe(error: BaseException) -> str:
+    """One message for a user: our own as it is, a full disk by name, anything else by its type and first line."""
+    if isinstance(error, PosttrainError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in OUT_OF_SPACE:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full, or a limit on file size was reached{where}: {error.strerror}"
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
