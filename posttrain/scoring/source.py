@@ -28,7 +28,7 @@ class FunctionSource:
 class ModuleSource:
     """The names that a file binds at its top level.
 
-    functions: defined with def or async def. others: name -> what it is ("a class", "a str"), surely no function.
+    functions: defined with def or async def. others: name -> what it is ("a class", "a constant"), surely no function.
     unknown: names bound by a call or an import. open_ended: a star import or a module `__getattr__` may bind more.
     """
 
@@ -114,7 +114,7 @@ def _record(statement: ast.stmt, module: ModuleSource) -> None:
 def _record_value(name: str, value: ast.expr, module: ModuleSource) -> None:
     match value:
         case ast.Constant():
-            module.others[name] = f"a {type(value.value).__name__}"
+            module.others[name] = "a constant"
         case ast.Dict() | ast.List() | ast.Tuple() | ast.Set():
             module.others[name] = f"a {type(value).__name__.lower()}"
         case ast.Lambda():

@@ -1,0 +1,495 @@
+"""Finding plug-ins, and scoring in killable processes: real processes, real signals, real sandboxes."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from posttrain.errors import PluginError
+from posttrain.records import Message, RewardResult, Rollout, Row, Scored, VersionSpan
+from posttrain.scoring.plugins import RewardSpec, check_reward, list_rewards, load_reward
+from posttrain.scoring.pool import RewardPool
+from posttrain.scoring.sandbox import Limits, SandboxResult, find_sandbox, run_python
+from posttrain.scoring.wire import FrameBuffer, frame, pair_from_json, pair_to_json
+
+HOSTILE = '''
+import ctypes, os, subprocess, sys, time
+
+def by_text(rollout, row, bonus=0.0):
+    """Does what the text says."""
+    match rollout.text:
+        case "hang": time.sleep(1000)
+        case "spin":
+            while True: pass
+        case "sys.exit": sys.exit(3)
+        case "os._exit": os._exit(0)
+        case "segfault": ctypes.string_at(0)
+        case "prints":
+            for _ in range(100_000): print("x" * 50)
+        case "100 MB": os.write(1, b"y" * 100_000_000)
+        case "nan": return float("nan")
+        case "infinite": return float("inf")
+        case "none": return None
+        case "text": return "1"
+        case "raise": raise ValueError("bad thing")
+        case "interrupt": raise KeyboardInterrupt
+        case "reads stdin": return float(len(sys.stdin.read()))
+        case "memory": bytearray(1 << 40)
+        case "true": return True
+        case "child":
+            subprocess.Popen(["sleep", "1000"]); time.sleep(1000)
+        case "daemon":
+            subprocess.Popen(["setsid", "--fork", "sleep", "1000"]); time.sleep(1000)
+        case "left behind":
+            subprocess.Popen(["setsid", "sleep", "1000"])
+    return 1.0 + bonus
+
+async def later(rollout, row):
+    import asyncio
+    match rollout.text:
+        case "hang": await asyncio.sleep(1000)
+        case "spin":
+            while True: pass
+        case "os._exit": os._exit(4)
+        case "raise": raise TimeoutError("my own")
+    await asyncio.sleep(0.05)
+    return True
+'''
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> str:
+    path = tmp_path / "hostile.py"
+    path.write_text(HOSTILE)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """After every test, none of the processes that it started is alive."""
+    before = set(psutil.pids())
+    yield
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline:
+        left = [process for process in psutil.process_iter(["pid", "cmdline", "status"]) if _ours(process, before)]
+        if not left:
+            return
+        time.sleep(0.05)
+    assert [process.info for process in left] == []
+
+
+def _ours(process: psutil.Process, before: set[int]) -> bool:
+    command = process.info["cmdline"] or []
+    marks = ("posttrain.scoring.worker", "/tmp/main.py", "sandbox_init.py", "sleep")
+    is_new = process.info["pid"] not in before and process.info["status"] != psutil.STATUS_ZOMBIE
+    if not is_new or not any(mark in word for word in command for mark in marks):
+        return False
+    if "posttrain.scoring.worker" in command and int(command[-1]) != os.getpid():
+        return False  # another test run's
+    return command[0] != "sleep" or command[1] == "1000"
+
+
+def reply(text: str, index: int = 0) -> Rollout:
+    versions = (VersionSpan(0, 0, 1), VersionSpan(1, 1, 2))
+    return Rollout("p", "g", index, (1, 2), (3, 4), text, (-0.5, -0.25), versions, "stop", "be brief")
+
+
+ROW = Row("r1", "math", (Message("user", "?"),), "4", {"level": 1})
+
+
+def score(name: str, texts: list[str], num_workers: int = 1, **options: float) -> tuple[list[Scored], RewardPool]:
+    async def run() -> list[Scored]:
+        await pool.start()
+        try:
+            return await asyncio.gather(*(pool.score(reply(text, index), ROW) for index, text in enumerate(texts)))
+        finally:
+            await pool.close()
+
+    pool = RewardPool(name, num_workers=num_workers, **options)  # type: ignore[arg-type]
+    return asyncio.run(run()), pool
+
+
+class TestPool:
+    @pytest.mark.parametrize(
+        ("text", "outcome", "reason"),
+        [
+            ("sys.exit", "error", "SystemExit: 3"),
+            ("os._exit", "infrastructure", "exited with code 0"),
+            ("segfault", "infrastructure", "SIGSEGV"),
+            ("nan", "error", "value is nan"),
+            ("infinite", "error", "value is inf"),
+            ("none", "error", "returned None"),
+            ("text", "error", "returned str '1'"),
+            ("raise", "error", "ValueError: bad thing (hostile.py:20)"),
+            ("interrupt", "error", "KeyboardInterrupt"),
+            ("memory", "error", "MemoryError"),
+        ],
+    )
+    def test_failures_are_unscored_and_hurt_nobody_else(
+        self, hostile: str, text: str, outcome: str, reason: str
+    ) -> None:
+        results, _ = score(f"{hostile}:by_text", ["a", text, "b", "c"])
+        assert results[1].result is None
+        assert results[1].outcome == outcome
+        assert reason in results[1].reason
+        assert [results[i].outcome for i in (0, 2, 3)] == ["ok"] * 3
+
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [("prints", 1.0), ("100 MB", 1.0), ("reads stdin", 0.0), ("true", 1.0), ("left behind", 1.0)],
+    )
+    def test_odd_but_scored(self, hostile: str, text: str, value: float) -> None:
+        results, _ = score(f"{hostile}:by_text", [text, "b"])
+        assert results[0].outcome == "ok"
+        assert results[0].result == RewardResult(value)
+
+    @pytest.mark.parametrize("text", ["hang", "spin", "child", "daemon"])
+    def test_alone_a_hang_is_a_timeout_without_a_score(self, hostile: str, text: str) -> None:
+        results, pool = score(f"{hostile}:by_text", [text], timeout_s=0.3)
+        assert (results[0].result, results[0].outcome) == (None, "timeout")
+        assert results[0].wall_s >= 0.6
+        assert (pool.stats.num_retries, pool.stats.num_restarts) == (1, 2)
+
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_a_hang_while_others_pass_is_unparseable(self, hostile: str, num_workers: int) -> None:
+        results, pool = score(f"{hostile}:by_text", ["a", "hang", "b", "c"], num_workers, timeout_s=0.3)
+        assert [scored.outcome for scored in results] == ["ok", "unparseable", "ok", "ok"]
+        assert results[1].result == RewardResult(0.0, reason="unparseable")
+        assert pool.stats.outcomes == {"ok": 3, "unparseable": 1}
+
+    def test_an_outage_is_never_a_zero(self, hostile: str) -> None:
+        """Others passed before, but none passes any more: the grader is at fault, not the reply."""
+        path = Path(hostile).with_name("outage.py")
+        switch = Path(hostile).with_name("down")
+        path.write_text(
+            f"import os, time\ndef judge(rollout, row):\n    while os.path.exists({str(switch)!r}): time.sleep(0.01)\n"
+            "    return 1.0\n"
+        )
+
+        async def run() -> list[Scored]:
+            pool = RewardPool(f"{path}:judge", timeout_s=0.3)
+            await pool.start()
+            before = await pool.score(reply("a"), ROW)
+            switch.touch()
+            during = await pool.score(reply("b"), ROW)
+            switch.unlink()
+            after = await pool.score(reply("c"), ROW)
+            await pool.close()
+            return [before, during, after]
+
+        assert [scored.outcome for scored in asyncio.run(run())] == ["ok", "timeout", "ok"]
+
+    def test_no_retry(self, hostile: str) -> None:
+        results, pool = score(f"{hostile}:by_text", ["a", "hang"], timeout_s=0.3, retries=0)
+        assert (results[1].result, results[1].outcome, pool.stats.num_retries) == (None, "timeout", 0)
+
+    @pytest.mark.parametrize(("text", "outcome"), [("hang", "unparseable"), pytest.param("spin", "unparseable", marks=pytest.mark.slow),
+                                                   ("os._exit", "infrastructure"), ("raise", "error")])  # fmt: skip
+    def test_async_function(self, hostile: str, text: str, outcome: str) -> None:
+        results, _ = score(f"{hostile}:later", ["a", text, "b", "c"], timeout_s=0.5)
+        assert [scored.outcome for scored in results] == ["ok", outcome, "ok", "ok"]
+
+    def test_async_items_run_at_once(self, hostile: str) -> None:
+        results, pool = score(f"{hostile}:later", ["a"] * 60, concurrency=30)
+        assert pool.stats.outcomes == {"ok": 60}
+        assert max(scored.wall_s for scored in results) < pool.stats.busy_s / 4
+
+    def test_args_reach_the_function(self, hostile: str) -> None:
+        pool = RewardPool(RewardSpec(f"{hostile}:by_text", {"bonus": 0.5}), num_workers=2)
+        results = pool.score_all((reply(str(index)), ROW) for index in range(300))
+        assert len(results) == 300
+        assert all(scored.result == RewardResult(1.5) for scored in results)
+
+    def test_score_all_keeps_the_order(self, tmp_path: Path) -> None:
+        path = tmp_path / "order.py"
+        path.write_text("def value(rollout, row):\n    return float(rollout.text)\n")
+        results = RewardPool(f"{path}:value", num_workers=2).score_all((reply(str(i)), ROW) for i in range(200))
+        assert [scored.result.value for scored in results if scored.result] == [float(i) for i in range(200)]
+
+    def test_a_row_that_json_cannot_carry(self, hostile: str) -> None:
+        async def run() -> Scored:
+            await pool.start()
+            try:
+                return await pool.score(reply("a"), Row("r9", "math", (), None, {"image": b"123"}))
+            finally:
+                await pool.close()
+
+        pool = RewardPool(f"{hostile}:by_text")
+        scored = asyncio.run(run())
+        assert (scored.outcome, scored.reason) == ("error", "row r9: a bytes cannot be sent to a reward process")
+
+    def test_closing_ends_what_is_running(self, hostile: str) -> None:
+        async def run() -> Scored:
+            pool = RewardPool(f"{hostile}:by_text")
+            await pool.start()
+            task = asyncio.create_task(pool.score(reply("hang"), ROW))
+            await asyncio.sleep(0.1)
+            await pool.close()
+            with pytest.raises(RuntimeError, match="start the pool"):
+                await pool.score(reply("a"), ROW)
+            return await task
+
+        assert asyncio.run(run()).outcome == "infrastructure"
+
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            ("raise ValueError('broken at import')", "ValueError: broken at import (plug.py:1)"),
+            ("import sys; sys.exit(1)", "SystemExit: 1"),
+            ("import os; os._exit(9)", "exited with code 9"),
+            ("import time; time.sleep(1000)", "more than 0.5 s"),
+            ("import no_such_package", "No module named 'no_such_package'"),
+        ],
+    )
+    def test_a_plugin_that_cannot_be_loaded(self, tmp_path: Path, source: str, message: str) -> None:
+        path = tmp_path / "plug.py"
+        path.write_text(source + "\ndef f(rollout, row):\n    return 1.0\n")
+        with pytest.raises(PluginError, match=message.replace("(", r"\(").replace(")", r"\)")):
+            score(f"{path}:f", ["a"], start_timeout_s=0.5 if "sleep" in source else 60.0)
+
+    def test_warm_up_is_outside_the_deadline(self, tmp_path: Path) -> None:
+        path = tmp_path / "warm.py"
+        path.write_text(
+            "import time\nready = []\ndef warm_up():\n    time.sleep(0.6)\n    ready.append(1)\n"
+            "def f(rollout, row):\n    return len(ready)\n"
+        )
+        results, _ = score(f"{path}:f", ["a"], timeout_s=0.3, retries=0)
+        assert results[0].result == RewardResult(1.0)
+
+    def test_workers_die_with_the_pool_process(self, hostile: str) -> None:
+        """SIGKILL to the process that holds the pool, in the middle of a score that never ends."""
+        program = f"""
+            import asyncio
+            from posttrain.scoring.pool import RewardPool
+            from tests.test_scoring import ROW, reply
+            async def main():
+                pool = RewardPool({hostile + ":by_text"!r}, num_workers=2, timeout_s=100)
+                await pool.start()
+                tasks = [asyncio.create_task(pool.score(reply(text), ROW)) for text in ("spin", "hang")]
+                await asyncio.sleep(0.3)
+                print("started", flush=True)
+                await asyncio.gather(*tasks)
+            asyncio.run(main())
+        """
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+        parent = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, env=environment, text=True
+        )
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "started\n"
+        workers = psutil.Process(parent.pid).children(recursive=True)
+        assert len(workers) == 2
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        parent.stdout.close()
+        assert psutil.wait_procs(workers, timeout=5.0)[1] == []
+
+    def test_a_worker_imports_nothing_heavy(self, tmp_path: Path) -> None:
+        path = tmp_path / "heavy.py"
+        path.write_text(
+            "import sys\ndef f(rollout, row):\n"
+            "    return float(any(name in sys.modules for name in ('torch', 'pydantic', 'numpy', 'yaml')))\n"
+        )
+        results, _ = score(f"{path}:f", ["a"])
+        assert results[0].result == RewardResult(0.0)
+
+
+class TestWire:
+    def test_a_pair_survives_the_journey(self) -> None:
+        row = Row("r", "coding", (Message("system", "s"), Message("user", "\ud800 é")), [1, None], {"a": {"b": [1.5]}})
+        data = frame({"id": 1, **pair_to_json(reply("\udcff text"), row)})
+        messages = [m for i in range(len(data)) for m in FrameBuffer(1 << 20).feed(data[: i + 1]) if i == len(data) - 1]
+        assert pair_from_json(messages[0]) == (reply("\udcff text"), row)
+
+    def test_split_and_joined_frames(self) -> None:
+        data = frame({"a": 1}) + frame({"b": 2})
+        buffer = FrameBuffer()
+        assert [m for byte in data for m in buffer.feed(bytes([byte]))] == [{"a": 1}, {"b": 2}]
+
+    def test_a_monstrous_length_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="at most"):
+            list(FrameBuffer().feed(b"\xff\xff\xff\xff"))
+
+
+class TestPlugins:
+    def test_three_ways_to_name_one(self, hostile: str) -> None:
+        for name in ("puzzles", "posttrain.rewards.puzzles:puzzles", "posttrain.rewards.puzzles.puzzles"):
+            check_reward(name)
+            assert load_reward(name).__name__ == "puzzles"
+        check_reward(f"{hostile}:by_text", {"bonus": 1.0})
+        assert load_reward(f"{hostile}:by_text", {"bonus": 1.0})(reply("a"), ROW) == 2.0
+
+    def test_every_built_in_is_listed_and_passes_its_check(self) -> None:
+        listed = {info.name: info for info in list_rewards()}
+        assert {"puzzles", "final_answer", "math", "code", "valid_json"} <= set(listed)
+        args = {"overlong": {"max_tokens": 9}, "weighted_sum": {"rewards": {"math": 1}},
+                "by_capability": {"rewards": {"math": "math"}}}  # fmt: skip
+        for name, info in listed.items():
+            if info.where.startswith("posttrain."):
+                check_reward(name, args.get(name))
+                assert info.summary
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("puzzels", "reward 'puzzels' is not known; did you mean 'puzzles'"),
+            ("", "give a name"),
+            ("posttrain.rewards.puzzels:puzzles", "no module posttrain.rewards.puzzels"),
+            ("no_such_package.module.function", "no module no_such_package"),
+            ("posttrain.rewards.puzzles:puzzle", "no function 'puzzle' in .*did you mean 'puzzles'"),
+            ("posttrain.records.deeper:f", "posttrain.records is a module, not a package"),
+            ("no/such/file.py:f", "there is no file /.*no/such/file.py"),
+            ("{file}", "name the function too, as in .*plug.py:good"),
+            ("{file}:goood", "did you mean 'good'; functions there: good, one, many"),
+            ("{file}:constant", "constant in .*plug.py is a constant, not a function"),
+            ("{file}:Class", "Class in .*plug.py is a class, not a function"),
+            ("{file}:one", r"plug.py:4: one\(rollout\) cannot be called with \(rollout, row\)"),
+            ("{file}:many", r"plug.py:6: many\(a, b, c\) cannot be called .*missing a required argument: 'c'"),
+            ("{broken}:f", r"broken.py:2: syntax error"),
+        ],
+    )
+    def test_messages(self, tmp_path: Path, name: str, message: str) -> None:
+        plug, broken = tmp_path / "plug.py", tmp_path / "broken.py"
+        plug.write_text(
+            "def good(rollout, row, bonus=0): return 1.0\n\nconstant = 3\ndef one(rollout): return 1.0\n\n"
+            "def many(a, b, c): return 1.0\n\nclass Class: pass\n"
+        )
+        broken.write_text("x = 1\ndef f(rollout, row)\n    return 1\n")
+        with pytest.raises(PluginError, match=message) as raised:
+            check_reward(name.format(file=plug, broken=broken))
+        assert "\n" not in str(raised.value)
+
+    def test_args_are_checked(self, hostile: str) -> None:
+        with pytest.raises(PluginError, match="unexpected keyword argument 'bonsu'"):
+            check_reward(f"{hostile}:by_text", {"bonsu": 1})
+        with pytest.raises(PluginError, match="max_tokens"):
+            check_reward("overlong")
+        with pytest.raises(PluginError, match="did you mean 'math'"):
+            check_reward("weighted_sum", {"rewards": {"mth": 1.0}})
+
+    def test_checking_executes_nothing(self, tmp_path: Path) -> None:
+        mark = tmp_path / "executed"
+        (tmp_path / "p.py").write_text(f"open({str(mark)!r}, 'w')\nimport torch\ndef f(rollout, row): return 1.0\n")
+        check_reward(f"{tmp_path / 'p.py'}:f")
+        assert not mark.exists()
+
+    @pytest.mark.parametrize(
+        "source",
+        ["from functools import partial\nf = partial(max)", "from os.path import join as f", "from os import *"],
+    )
+    def test_what_only_running_can_tell_is_let_through(self, tmp_path: Path, source: str) -> None:
+        (tmp_path / "p.py").write_text(source)
+        check_reward(f"{tmp_path / 'p.py'}:f")
+
+    def test_spec_of(self) -> None:
+        assert RewardSpec.of("a") == RewardSpec("a")
+        assert RewardSpec.of({"name": "a", "args": {"x": 1}}) == RewardSpec("a", {"x": 1})
+        with pytest.raises(PluginError, match="give a name, or a mapping"):
+            RewardSpec.of({"nme": "a"})
+
+    def test_importing_the_pool_imports_no_torch(self) -> None:
+        program = "import sys, posttrain.scoring.pool; print(sorted({'torch', 'pydantic', 'ray'} & set(sys.modules)))"
+        output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        assert output == "[]\n"
+
+
+FORKS = """
+import os, time
+count = 0
+while count < 500:
+    try:
+        if not os.fork():
+            time.sleep(1000)
+    except OSError:
+        break
+    count += 1
+print(count)
+"""
+
+
+class TestSandbox:
+    def run(self, source: str, **limits: float) -> SandboxResult:
+        return run_python(source, b"", Limits(**limits))  # type: ignore[arg-type]
+
+    def test_there_is_one(self) -> None:
+        assert find_sandbox() in ("namespaces", "bubblewrap")
+
+    def test_input_output_and_exit_code(self) -> None:
+        result = run_python("import sys\nprint(input() + '!')\nprint('e', file=sys.stderr)\nsys.exit(7)", b"hello\n")
+        assert (result.stdout, result.stderr, result.exit_code, result.limit) == (b"hello!\n", "e", 7, "")
+
+    def test_no_network(self) -> None:
+        """A listener of ours on the loopback interface cannot be reached either."""
+        import socket
+
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            socket.create_connection(("127.0.0.1", port), 5).close()
+            result = self.run(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)")
+        assert result.exit_code == 1
+        assert "Error" in result.stderr
+
+    def test_no_host_files(self, tmp_path: Path) -> None:
+        secret = tmp_path / "secret"
+        secret.write_text("x")
+        paths = [str(secret), os.path.abspath(__file__), "/etc/passwd", "/proc/1/environ", os.path.expanduser("~/.ssh")]
+        result = self.run(f"import os\nprint([path for path in {paths!r} if os.path.exists(path)])")
+        assert result.stdout == b"[]\n"
+
+    @pytest.mark.parametrize("path", ["/usr/x", "/x", "/lib/x", "/dev/x"])
+    def test_nothing_can_be_written_but_tmp(self, path: str) -> None:
+        assert self.run("open('/tmp/x', 'w').write('1')").exit_code == 0
+        assert self.run(f"open({path!r}, 'w').write('1')").exit_code == 1
+        assert not Path(path).exists()
+
+    def test_no_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SECRET_TOKEN", "1")
+        assert b"SECRET_TOKEN" not in self.run("import os\nprint(dict(os.environ))").stdout
+
+    def test_memory(self) -> None:
+        assert self.run("x = bytearray(1 << 30)").limit == "memory"
+
+    def test_wall_and_cpu_time(self) -> None:
+        assert self.run("import time\ntime.sleep(1000)", wall_s=0.5).limit == "wall"
+        assert self.run("while True: pass", cpu_s=1, wall_s=30).limit == "cpu"
+
+    def test_output(self) -> None:
+        result = self.run("while True: print('x' * 1000)", output_bytes=10_000)
+        assert (result.limit, len(result.stdout)) == ("output", 10_000)
+
+    def test_disk(self) -> None:
+        result = self.run("f = open('/tmp/f', 'wb')\nwhile True: f.write(bytes(1 << 16))", disk_mib=4)
+        assert "OSError" in result.stderr
+
+    def test_fork_bomb(self) -> None:
+        result = self.run(FORKS, num_processes=16)
+        assert 0 < int(result.stdout.split()[-1]) <= 16
+
+    def test_cannot_kill_outside(self) -> None:
+        source = (
+            f"import os\nfor pid in ({os.getpid()}, -1):\n    try: os.kill(pid, 9)\n    except OSError as e: print(e)"
+        )
+        result = self.run(source)
+        assert result.exit_code == 0
+        assert result.stdout.count(b"No such process") == 2
+
+    def test_cannot_undo_its_isolation(self) -> None:
+        source = """
+            import ctypes, os
+            libc = ctypes.CDLL(None)
+            libc.mount(None, b"/usr", None, 0x1000 | 0x20, None)
+            libc.umount2(b"/usr", 2)
+            print(os.getuid() != 0)
+            open("/usr/x", "w")
+        """
+        result = self.run(textwrap.dedent(source))
+        assert result.stdout == b"True\n"
+        assert "Read-only" in result.stderr or "Permission" in result.stderr
