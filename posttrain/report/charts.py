@@ -1,0 +1,119 @@
+"""Plotly figures as plain dictionaries, in one restrained style: thin axes, no frame, colours by token.
+
+A token ("--c1", or "--c1@0.3" with an opacity) is a CSS variable of page.css, which has a light and a dark value; the
+page's script puts the colour in when it draws. So a figure here is drawn right in both, and again when the reader
+switches.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+CATEGORICAL = ("--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--c7", "--c8")
+Values = Sequence[float | None]
+
+
+def colours_of(names: Sequence[str]) -> dict[str, str]:
+    """One colour token a name, the same in every chart of a report."""
+    return {name: CATEGORICAL[i % len(CATEGORICAL)] for i, name in enumerate(names)}
+
+
+def axis(title: str = "", grid: bool = True, **settings: Any) -> dict[str, Any]:
+    """One axis. `settings` are plotly's (range, tickformat, type, ...)."""
+    base: dict[str, Any] = {
+        "showgrid": grid,
+        "gridcolor": "--grid",
+        "gridwidth": 1,
+        "zeroline": False,
+        "showline": False,
+        "ticks": "",
+        "automargin": True,
+        "fixedrange": True,
+        "tickfont": {"size": 11, "color": "--muted"},
+    }
+    if title:
+        base["title"] = {"text": title, "font": {"size": 11.5, "color": "--muted"}, "standoff": 8}
+    return {**base, **settings}
+
+
+def figure(data: Sequence[dict[str, Any]], x: dict[str, Any], y: dict[str, Any], **layout: Any) -> dict[str, Any]:
+    """A figure with one pair of axes. `layout` adds to plotly's layout."""
+    return {
+        "data": list(data),
+        "layout": {
+            "xaxis": x,
+            "yaxis": y,
+            "margin": {"l": 8, "r": 10, "t": 8, "b": 8},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "showlegend": False,
+            "font": {"size": 12, "color": "--ink"},
+            "hoverlabel": {"bgcolor": "--raised", "bordercolor": "--rule", "font": {"size": 12, "color": "--ink"}},
+            "dragmode": False,
+            **layout,
+        },
+    }
+
+
+def line(x: Values, y: Values, colour: str, name: str, hover: str = "%{y:.3g}", **style: Any) -> dict[str, Any]:
+    """A line. `style` is plotly's line style (width, dash, shape)."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": list(x),
+        "y": list(y),
+        "name": name,
+        "line": {"color": colour, "width": 2, **style},
+        "hovertemplate": f"{hover}<extra>{escape(name)}</extra>",
+        "connectgaps": False,
+    }
+
+
+def dots(x: Values, y: Values, colour: str, name: str, hover: str = "%{y:.3g}", size: float = 4) -> dict[str, Any]:
+    """Points without a line."""
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": list(x),
+        "y": list(y),
+        "name": name,
+        "marker": {"color": colour, "size": size},
+        "hovertemplate": f"{hover}<extra>{escape(name)}</extra>",
+    }
+
+
+def bars(x: Sequence[Any], y: Values, colour: str, name: str, hover: str = "%{y:.3g}", **more: Any) -> dict[str, Any]:
+    """Vertical bars. `more` adds to the trace."""
+    return {
+        "type": "bar",
+        "x": list(x),
+        "y": list(y),
+        "name": name,
+        "marker": {"color": colour, "line": {"width": 0}},
+        "hovertemplate": f"%{{x}}: {hover}<extra>{escape(name)}</extra>",
+        **more,
+    }
+
+
+def smooth(values: Values, width: int) -> list[float | None]:
+    """The mean of each value and its neighbours, `width` in all, fewer at the ends. Gaps stay gaps."""
+    half = width // 2
+    means: list[float | None] = []
+    for i, value in enumerate(values):
+        near = [v for v in values[max(0, i - half) : i + half + 1] if v is not None]
+        means.append(sum(near) / len(near) if value is not None and near else None)
+    return means
+
+
+def smoothing(count: int) -> int:
+    """How many points to average over in a series of `count`: none when it is short."""
+    return 1 if count < 12 else 5 if count < 100 else 1 + 2 * (count // 50)
+
+
+def escape(text: str) -> str:
+    """Plotly reads a little HTML in names and labels; text of ours or of a model must not be any."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def rounded(values: Values, digits: int = 5) -> list[float | None]:
+    """Values cut to `digits` significant digits: a report needs no more, and they are a third of its size."""
+    return [None if value is None else float(f"{value:.{digits}g}") for value in values]

@@ -1,0 +1,60 @@
+"""How the report writes numbers: durations, counts, shares, times."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from posttrain.report.read import number
+
+NONE = "–"
+
+
+def seconds(value: Any) -> str:
+    """12.3 s, 4 min 05 s, 2 h 10 min."""
+    wall = number(value)
+    if wall is None:
+        return NONE
+    if wall < 10:
+        return f"{wall:.1f} s"
+    if wall < 60:
+        return f"{wall:.0f} s"
+    minutes = round(wall) // 60
+    if minutes < 60:
+        return f"{minutes} min {round(wall) % 60:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(value: Any) -> str:
+    """1 234, with thin spaces; large counts shortened to three digits."""
+    amount = number(value)
+    if amount is None:
+        return NONE
+    if abs(amount) >= 1e9:
+        return f"{amount / 1e9:.3g} B"
+    if abs(amount) >= 1e6:
+        return f"{amount / 1e6:.3g} M"
+    return f"{round(amount):,}".replace(",", "\u202f")
+
+
+def percent(value: Any, digits: int = 0) -> str:
+    share = number(value)
+    return NONE if share is None else f"{100 * share:.{digits}f}%"
+
+
+def plain(value: Any, digits: int = 3) -> str:
+    """A number to so many significant digits."""
+    amount = number(value)
+    if amount is None:
+        return NONE
+    return f"{amount:.{digits}g}" if abs(amount) < 10**digits else count(amount)
+
+
+def utc(value: Any) -> str:
+    """A Unix time as a date and a minute, UTC."""
+    moment = number(value)
+    if moment is None:
+        return ""
+    return datetime.fromtimestamp(moment, UTC).strftime("%-d %B %Y, %H:%M UTC")
+
+
+def plural(amount: float, noun: str) -> str:
+    return f"{count(amount)} {noun}{'' if round(amount) == 1 else 's'}"

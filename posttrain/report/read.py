@@ -1,0 +1,179 @@
+"""Reads a run directory into one record for the report. It never fails on what a broken run left behind.
+
+A file that is missing is an empty answer; a line or file that cannot be read is left out and named in `notes`, which
+the report prints. Parquet files are not read here: their sections read the columns that they need.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+KINDS = ("base", "filter", "sft", "rl", "dpo", "eval")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the run. `start` and `end` are Unix times or None; `metrics` are the lines of its metrics.jsonl."""
+
+    name: str
+    kind: str
+    status: str
+    dir: Path
+    wall_s: float | None = None
+    start: float | None = None
+    end: float | None = None
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    metrics: tuple[dict[str, Any], ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds. `evals`: stage name -> its results by capability, in the order of the stages."""
+
+    dir: Path
+    summary: Mapping[str, Any]
+    stages: tuple[Stage, ...]
+    events: tuple[dict[str, Any], ...]
+    evals: Mapping[str, Mapping[str, Any]]
+    notes: tuple[str, ...] = ()
+
+    def of_kind(self, kind: str) -> list[Stage]:
+        return [stage for stage in self.stages if stage.kind == kind]
+
+    def busy(self, stage: str) -> list[dict[str, Any]]:
+        """The busy events of one stage that have an actor and a length, oldest first."""
+        found = [event for event in self.events if event.get("event") == "busy" and event.get("stage") == stage]
+        whole = [e for e in found if number(e.get("start")) is not None and number(e.get("end")) is not None]
+        return sorted((e for e in whole if e["end"] >= e["start"]), key=lambda event: event["start"])
+
+
+def number(value: Any) -> float | None:
+    """`value` as a float, or None when it is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """`value` where it is a JSON object, else an empty one."""
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read what is there. Raises nothing for content; a folder without anything gives a run without stages."""
+    notes: list[str] = []
+    summary = mapping(read_json(run_dir / "summary.json", notes))
+    events = tuple(sorted(read_lines(run_dir / "events.jsonl", notes), key=lambda e: number(e.get("t")) or 0.0))
+    stages = tuple(_read_stage(run_dir, record, events, notes) for record in _stage_records(run_dir, summary, events))
+    return Run(run_dir, summary, stages, events, _read_evals(summary, stages, notes), tuple(notes))
+
+
+def read_json(path: Path, notes: list[str]) -> Any:
+    """The content of a JSON file, or None."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name} could not be read and was left out: {error}")
+        return None
+
+
+def read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines. Lines that are not whole are counted in `notes`."""
+    if not path.is_file():
+        return []
+    records, bad = [], 0
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                bad += bool(line.strip())
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+    if bad:
+        notes.append(f"{path.parent.name}/{path.name}: {bad} unreadable line{'s' * (bad > 1)} left out.")
+    return records
+
+
+def _stage_records(run_dir: Path, summary: Mapping[str, Any], events: tuple[dict, ...]) -> list[dict[str, Any]]:
+    """The stages that the summary lists, then those only the events or the folders know (a run that was cut off)."""
+    listed = summary.get("stages")
+    records = [dict(s) for s in listed if isinstance(s, Mapping) and s.get("name")] if isinstance(listed, list) else []
+    names = {str(record["name"]) for record in records}
+    started = [str(e["stage"]) for e in events if e.get("event") == "stage_start" and e.get("stage")]
+    folders = (
+        sorted(p.name for p in run_dir.iterdir() if p.is_dir() and _looks_like_stage(p)) if run_dir.is_dir() else []
+    )
+    for name in dict.fromkeys([*started, *folders]):
+        if name not in names:
+            records.append({"name": name})
+    return records
+
+
+def _looks_like_stage(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "DONE", "results.json"))
+
+
+def _read_stage(run_dir: Path, record: dict[str, Any], events: tuple[dict, ...], notes: list[str]) -> Stage:
+    name = str(record["name"])
+    folder = run_dir / name
+    mine = [event for event in events if event.get("stage") == name]
+    by_event = {str(event.get("event")): event for event in mine}
+    started = by_event.get("stage_start", {})
+    ended = next((by_event[e] for e in ("stage_done", "stage_failed", "stage_interrupted") if e in by_event), {})
+    start, end = number(started.get("t")), number(ended.get("t"))
+    # A first attempt may have failed and a second one begun after it: the end then belongs to the first.
+    end = None if start is not None and end is not None and end < start else end
+    wall_s = number(record.get("wall_s"))
+    if wall_s is None and start is not None and end is not None:
+        wall_s = end - start
+    error = record.get("error") or mapping(by_event.get("stage_failed")).get("error") or ""
+    return Stage(
+        name=name,
+        kind=str(record.get("kind") or started.get("kind") or _guess_kind(name, folder)),
+        status=str(record.get("status") or _guess_status(by_event, folder)),
+        dir=folder,
+        wall_s=wall_s,
+        start=start,
+        end=end,
+        outputs=mapping(record.get("outputs")),
+        metrics=tuple(read_lines(folder / "metrics.jsonl", notes)),
+        error=str(error),
+    )
+
+
+def _guess_kind(name: str, folder: Path) -> str:
+    if (folder / "kept.jsonl").exists():
+        return "filter"
+    if (folder / "rollouts").exists() or (folder / "difficulty.parquet").exists():
+        return "rl"
+    if (folder / "pairs.jsonl").exists():
+        return "dpo"
+    return next((kind for kind in KINDS if kind == name.lower()), "eval" if (folder / "results.json").exists() else "")
+
+
+def _guess_status(by_event: Mapping[str, Any], folder: Path) -> str:
+    if (folder / "DONE").exists():
+        return "done"
+    return "failed" if "stage_failed" in by_event else "interrupted"
+
+
+def _read_evals(summary: Mapping[str, Any], stages: tuple[Stage, ...], notes: list[str]) -> dict[str, dict[str, Any]]:
+    """Results by stage, in the order of the stages: the summary's, else each stage folder's own results.json."""
+    listed = mapping(summary.get("eval"))
+    order = [stage.name for stage in stages]
+    evals = {}
+    for name in dict.fromkeys([*[n for n in order if n in listed], *listed]):
+        evals[name] = listed[name]
+    for stage in stages:
+        if stage.name not in evals:
+            evals[stage.name] = read_json(stage.dir / "results.json", notes)
+    ordered = sorted(evals, key=lambda name: order.index(name) if name in order else len(order))
+    return {name: mapping(evals[name]) for name in ordered if mapping(evals[name])}

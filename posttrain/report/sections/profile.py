@@ -1,0 +1,50 @@
+"""The pass@k profile of the prompts before training, and the band of difficulty that RL chose from."""
+
+from posttrain.report.blocks import Chart, Key
+from posttrain.report.charts import axis, bars, figure
+from posttrain.report.format import count, plain
+from posttrain.report.read import Run, Stage, number
+
+MAX_BARS = 17
+
+
+def profile_chart(run: Run, stage: Stage) -> Chart | None:
+    """A histogram of pass rates, selected and not, with the band shaded. None when no profile was written."""
+    path = stage.dir / "difficulty.parquet"
+    if not path.is_file():
+        return None
+    import pyarrow.parquet as parquet
+
+    rows = parquet.read_table(path).to_pylist()
+    measured = [(rate, bool(row.get("selected"))) for row in rows if (rate := number(row.get("pass_rate"))) is not None]
+    if not measured:
+        return None
+    sizes = {round(n) for row in rows if (n := number(row.get("n")))}
+    bins = min(max(sizes, default=MAX_BARS - 1), MAX_BARS - 1)
+    centres = [round(i / bins, 4) for i in range(bins + 1)]
+    counts = {True: [0] * (bins + 1), False: [0] * (bins + 1)}
+    for rate, chosen in measured:
+        counts[chosen][round(min(max(rate, 0.0), 1.0) * bins)] += 1
+    data = [
+        bars(centres, counts[True], "--accent", "selected", "%{y} prompts"),
+        bars(centres, counts[False], "--faint", "left out", "%{y} prompts"),
+    ]
+    low, high = (
+        next((v for row in rows if (v := number(row.get(k))) is not None), None) for k in ("band_low", "band_high")
+    )
+    x = axis("pass rate of the policy before training", grid=False, tickformat=".0%", range=[-0.06, 1.06])
+    spec = figure(data, x, axis("prompts"), barmode="stack", bargap=0.12, shapes=_band(low, high))
+    chosen = sum(chosen for _, chosen in measured)
+    tries = f", {sizes.pop()} replies each" if len(sizes) == 1 else ""
+    caption = f"{count(chosen)} of {count(len(measured))} prompts selected{tries}."
+    if low is not None and high is not None:
+        caption += f" Shaded: the band from {plain(low)} to {plain(high)}."
+    keys = [Key("selected", "--accent", "box"), Key("left out", "--faint", "box")]
+    return Chart("Difficulty of the prompts, before training", spec, 230, caption, keys)
+
+
+def _band(low: float | None, high: float | None) -> list[dict]:
+    if low is None or high is None:
+        return []
+    box = {"type": "rect", "xref": "x", "yref": "paper", "x0": low, "x1": high, "y0": 0, "y1": 1}
+    return [{**box, "fillcolor": "--accent@0.08", "line": {"width": 0}, "layer": "below"}]

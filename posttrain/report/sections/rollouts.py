@@ -1,0 +1,160 @@
+"""Sample rollouts to leaf through: prompt, reply, reward and why, and which policy version wrote which token."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.report.blocks import Leaf, Section
+from posttrain.report.format import count
+from posttrain.report.read import Run, Stage, number
+
+SAMPLE = 150
+MAX_CHARS = 6000
+LIGHT = ("step", "capability", "status", "reward", "versions")
+
+
+def rollouts_section(run: Run, stage: Stage) -> Section | None:
+    """Nothing when no rollout was kept."""
+    total, rows, unreadable = sample_rollouts(stage.dir / "rollouts", SAMPLE)
+    if not rows:
+        return None
+    leaves = [_leaf(row) for row in rows]
+    text = (
+        f"{count(len(leaves))} of {count(total)} rollouts, spread over steps, capabilities and outcomes, oldest first."
+    )
+    lead = [text, *([f"{unreadable} rollout file(s) could not be read."] if unreadable else [])]
+    return Section(f"{stage.name}-rollouts", "Rollouts to leaf through", [Leaf(leaves)], lead)
+
+
+def sample_rollouts(folder: Path, amount: int) -> tuple[int, list[dict[str, Any]], int]:
+    """(how many there are, `amount` of them in order of training, how many files could not be read).
+
+    Every kind of rollout (status, capability, right or wrong, one policy version or several) gets its turn, and within
+    a kind they are spread evenly over the steps. Only the sampled rows are read whole.
+    """
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    kinds: dict[tuple, list[tuple[float, Path, int]]] = defaultdict(list)
+    total = unreadable = 0
+    for path in sorted(folder.glob("*.parquet")):
+        try:
+            columns = [name for name in LIGHT if name in parquet.read_schema(path).names]
+            light = parquet.read_table(path, columns=columns).to_pylist()
+        except (OSError, arrow.ArrowException):
+            unreadable += 1
+            continue
+        for i, row in enumerate(light):
+            reward = number(row.get("reward"))
+            right = None if reward is None else reward > 0.5
+            several = len(versions_of(row.get("versions"))) > 1
+            kind = (str(row.get("status") or ""), str(row.get("capability") or ""), str(right), several)
+            kinds[kind].append((number(row.get("step")) or float(i), path, i))
+        total += len(light)
+    wanted: dict[Path, list[int]] = defaultdict(list)
+    for _, path, i in _pick(list(kinds.values()), amount):
+        wanted[path].append(i)
+    rows = []
+    for path, places in wanted.items():
+        table = parquet.read_table(path)
+        rows.extend(table.take(sorted(places)).to_pylist())
+    return total, sorted(rows, key=_order), unreadable
+
+
+def _pick(kinds: list[list[tuple[float, Path, int]]], amount: int) -> list[tuple[float, Path, int]]:
+    """Share `amount` out evenly over the kinds; a kind too small to use its share leaves it to the others."""
+    picked = []
+    for done, kind in enumerate(sorted(kinds, key=len)):
+        share = min(len(kind), round((amount - len(picked)) / (len(kinds) - done)))
+        ordered = sorted(kind, key=lambda place: (place[0], str(place[1]), place[2]))
+        picked.extend(ordered[i * len(ordered) // share] for i in range(share))
+    return picked
+
+
+def _order(row: Mapping[str, Any]) -> tuple[float, float, str, float]:
+    """In order of the policy that wrote it, since a dropped rollout has no step."""
+    version = number(row.get("policy_version"))
+    step = number(row.get("step"))
+    return (
+        version if version is not None else -1.0,
+        step if step is not None else -1.0,
+        str(row.get("group_id") or ""),
+        number(row.get("index")) or 0.0,
+    )
+
+
+def versions_of(text: Any) -> list[tuple[int, int, int]]:
+    """[(policy version, start, end), ...] of a versions column, empty when it does not hold that."""
+    spans = _json(text)
+    if not isinstance(spans, list):
+        return []
+    whole = [s for s in spans if isinstance(s, list | tuple) and len(s) == 3 and all(number(v) is not None for v in s)]
+    return [(int(version), int(start), int(end)) for version, start, end in whole]
+
+
+def _leaf(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page's script shows of one rollout. All of it is text, and is set as text."""
+    messages = _json(row.get("prompt"))
+    if not isinstance(messages, list):
+        messages = [{"role": "user", "content": str(row.get("prompt") or "")}]
+    reward = number(row.get("reward"))
+    return {
+        "prompt": [
+            {"role": str(m.get("role", "")), "content": _short(m.get("content"))}
+            for m in messages
+            if isinstance(m, dict)
+        ],
+        "reply": _segments(row),
+        "reward": reward,
+        "right": None if reward is None else reward > 0.5,
+        "reason": _short(row.get("reason")),
+        "capability": str(row.get("capability") or ""),
+        "status": str(row.get("status") or ""),
+        "step": number(row.get("step")),
+        "version": number(row.get("policy_version")),
+        "staleness": number(row.get("staleness")),
+        "advantage": number(row.get("advantage")),
+        "finish": str(row.get("finish_reason") or ""),
+        "tokens": number(row.get("num_tokens")),
+        "prompt_id": str(row.get("prompt_id") or ""),
+    }
+
+
+def _segments(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The reply cut where the policy version changes: {"v": version or None, "text": ..., "n": tokens}.
+
+    Without the texts of the tokens a reply of several versions cannot be cut, and is one segment of version None.
+    """
+    spans = versions_of(row.get("versions"))
+    reply = str(row.get("reply") or "")
+    if len(spans) == 1:
+        return [{"v": spans[0][0], "text": _short(reply), "n": spans[0][2] - spans[0][1]}]
+    tokens = _json(row.get("tokens"))
+    if isinstance(tokens, list) and tokens and spans:
+        texts = _readable([str(token) for token in tokens], reply)
+        return [{"v": v, "text": _short("".join(texts[a:b])), "n": b - a} for v, a, b in spans]
+    pieces = [{"v": None, "text": _short(reply), "n": None}]
+    return pieces + [{"v": v, "text": "", "n": end - start} for v, start, end in spans]
+
+
+def _readable(tokens: Sequence[str], reply: str) -> list[str]:
+    """Token texts as a reader knows them: the marks of byte-level tokenizers for a space and a new line undone."""
+    if "".join(tokens).startswith(reply[:40]):
+        return list(tokens)
+    return [token.replace("Ġ", " ").replace("Ċ", "\n") for token in tokens]
+
+
+def _json(text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _short(text: Any) -> str:
+    whole = str(text or "")
+    return whole if len(whole) <= MAX_CHARS else whole[:MAX_CHARS] + f" … ({len(whole) - MAX_CHARS} more characters)"

@@ -1,0 +1,100 @@
+"""Who was busy when: one row an actor, one colour a kind of work, and how much of it ran at the same time."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain.report.blocks import Chart, Key, Section, Stat, Stats
+from posttrain.report.busy import Overlap, length, measure_overlap, union
+from posttrain.report.charts import axis, escape, figure
+from posttrain.report.format import percent, seconds
+from posttrain.report.read import Run, Stage
+
+WORK = {
+    "generate": ("generating", "--c1"),
+    "train": ("training", "--c2"),
+    "update_weights": ("updating weights", "--c4"),
+    "score": ("scoring", "--c3"),
+    "profile": ("profiling prompts", "--c5"),
+}
+MAX_BARS = 2500
+
+
+def timeline_section(run: Run, stage: Stage) -> Section | None:
+    """Nothing when the stage wrote down no busy times."""
+    busy = run.busy(stage.name)
+    if not busy:
+        return None
+    overlap = measure_overlap(busy)
+    lead = [_sentence(overlap)] if overlap else []
+    blocks = [*([Stats(_stats(overlap))] if overlap else []), _chart(busy, stage)]
+    return Section(f"{stage.name}-timeline", "Who was busy when", blocks, lead)
+
+
+def _sentence(overlap: Overlap) -> str:
+    met = "meets" if overlap.share >= overlap.goal else "misses"
+    return (
+        f"Between the first and the last optimizer step, generation and training ran at the same time for "
+        f"{percent(overlap.share)} of the {seconds(overlap.window_s)}. Perfect overlap of these two times would be "
+        f"{percent(overlap.best)}; this {met} the goal of 0.8 of that, {percent(overlap.goal)}."
+    )
+
+
+def _stats(overlap: Overlap) -> list[Stat]:
+    return [
+        Stat("T_gen", seconds(overlap.gen_s), "with generation going"),
+        Stat("T_train", seconds(overlap.train_s), "with training going"),
+        Stat("overlap", seconds(overlap.both_s), "with both"),
+        Stat("first to last step", seconds(overlap.window_s)),
+    ]
+
+
+def _chart(busy: Sequence[Mapping[str, Any]], stage: Stage) -> Chart:
+    zero = min([event["start"] for event in busy] + ([stage.start] if stage.start is not None else []))
+    end = max(event["end"] for event in busy)
+    rows: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for event in busy:
+        rows.setdefault((str(event.get("actor", "?")), str(event.get("what", "busy"))), []).append(
+            (event["start"] - zero, event["end"] - zero)
+        )
+    gap = 0.0
+    merged = {key: union(spans) for key, spans in rows.items()}
+    while sum(map(len, merged.values())) > MAX_BARS:
+        gap = max(2 * gap, (end - zero) / 5000)
+        merged = {key: union(spans, gap) for key, spans in rows.items()}
+    actors = list(dict.fromkeys(actor for actor, _ in merged))
+    kinds = list(dict.fromkeys(what for _, what in merged))
+    # The short updates are drawn last, over the long bars they interrupt.
+    kinds.sort(key=lambda what: -max(length(s) for (_, w), s in merged.items() if w == what))
+    traces = [_trace(what, merged) for what in kinds]
+    x = axis("seconds of the stage", range=[0, (end - zero) * 1.01])
+    order = list(reversed(actors))
+    y = axis(grid=False, type="category", categoryorder="array", categoryarray=[escape(a) for a in order])
+    y["tickfont"] = {"size": 12, "color": "--ink"}
+    spec = figure(traces, x, y, barmode="overlay", bargap=0.35)
+    for name in ("xaxis",):
+        spec["layout"][name]["fixedrange"] = False
+    spec["layout"]["dragmode"] = "zoom"
+    caption = "Drag to look closer, double-click to see all."
+    if gap:
+        caption += f" Pauses shorter than {seconds(gap)} are not drawn."
+    keys = [Key(_work(what)[0], _work(what)[1], "box") for what in kinds]
+    return Chart("", spec, 90 + 38 * len(actors), caption, keys)
+
+
+def _work(what: str) -> tuple[str, str]:
+    return WORK.get(what, (what.replace("_", " "), "--faint"))
+
+
+def _trace(what: str, merged: Mapping[tuple[str, str], list[tuple[float, float]]]) -> dict[str, Any]:
+    words, colour = _work(what)
+    spans = [(actor, start, end) for (actor, w), found in merged.items() if w == what for start, end in found]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": words,
+        "y": [escape(actor) for actor, _, _ in spans],
+        "base": [round(start, 3) for _, start, _ in spans],
+        "x": [round(end - start, 3) for _, start, end in spans],
+        "marker": {"color": colour, "line": {"width": 0.5, "color": colour}},
+        "hovertemplate": f"{escape(words)}: %{{x:.2f}} s from %{{base:.1f}} s<extra></extra>",
+    }

@@ -1,0 +1,195 @@
+"""The sentences of the report: what changed between two evaluated stages, and only what the numbers carry.
+
+Two accuracies whose 95% intervals overlap are "no measurable change". That is stricter than a test of the difference,
+and a reader can check it by eye.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.report.read import Run, mapping, number
+
+LABELS = {"base": "base", "filter": "filter", "sft": "SFT", "rl": "RL", "dpo": "DPO", "eval": "evaluation"}
+OBSERVED = {"worked": "show their work"}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A measured share in [0, 1] with its 95% interval; `n` counts what it was measured on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One accuracy before and after. `verdict`: raised | lowered | none (the intervals overlap)."""
+
+    before: Share
+    after: Share
+
+    @property
+    def verdict(self) -> str:
+        if self.after.low > self.before.high:
+            return "raised"
+        return "lowered" if self.after.high < self.before.low else "none"
+
+    @property
+    def points(self) -> float:
+        return 100 * (self.after.value - self.before.value)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """How often replies had a property (they show work), and how often those replies were right."""
+
+    share: Share
+    accuracy: Share | None
+
+
+def wilson(value: float, n: float) -> tuple[float, float]:
+    """95% interval of a share `value` measured on `n`. Source: Wilson (1927), the score interval."""
+    if n <= 0:
+        return 0.0, 1.0
+    z = 1.959964
+    centre = value + z * z / (2 * n)
+    spread = z * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+
+
+def share_of(value: Any, interval: Any, n: Any) -> Share | None:
+    """A share from what a results file says; its own interval where it has one, else Wilson's."""
+    point, count = number(value), number(n) or 0.0
+    if point is None or not -1e-9 <= point <= 1 + 1e-9:
+        return None
+    point = min(max(point, 0.0), 1.0)
+    low = high = None
+    if isinstance(interval, list | tuple) and len(interval) == 2:
+        low, high = number(interval[0]), number(interval[1])
+    if low is None or high is None:
+        low, high = wilson(point, count)
+    return Share(point, low, high, round(count))
+
+
+def greedy(results: Mapping[str, Any], capability: str = "all") -> Share | None:
+    """Greedy held-out accuracy of one capability, or of all."""
+    cell = mapping(results.get(capability))
+    return share_of(cell.get("greedy"), cell.get("greedy_ci95"), cell.get("n"))
+
+
+def observed(results: Mapping[str, Any], name: str, capability: str = "all") -> Observed | None:
+    """A property that the task's own check counted in the greedy replies."""
+    cell = mapping(results.get(capability))
+    found = mapping(mapping(cell.get("observed")).get(name))
+    n = number(found.get("of")) or number(cell.get("n"))
+    share = share_of(found.get("share"), found.get("share_ci95"), n)
+    if share is None:
+        return None
+    having = number(found.get("n"))
+    having = share.value * share.n if having is None else having
+    accuracy = share_of(found.get("accuracy"), found.get("accuracy_ci95"), having) if having >= 1 else None
+    return Observed(share, accuracy)
+
+
+def label(run: Run, name: str) -> str:
+    """How sentences call a stage: its kind where the name is the kind or there is only one of them, else its name."""
+    stage = next((stage for stage in run.stages if stage.name == name), None)
+    if stage is None or stage.kind not in LABELS:
+        return name
+    alone = len(run.of_kind(stage.kind)) == 1
+    return LABELS[stage.kind] if alone and stage.kind != "eval" else name
+
+
+def changes(run: Run) -> list[tuple[str, str, Change]]:
+    """(stage before, stage after, change of greedy accuracy over all) for each evaluated stage after the first."""
+    measured = [(name, share) for name, results in run.evals.items() if (share := greedy(results))]
+    return [(before, after, Change(a, b)) for (before, a), (after, b) in zip(measured, measured[1:], strict=False)]
+
+
+def main_change(run: Run) -> tuple[str, str, Change] | None:
+    """The change the headline is about: the first RL stage's, else from the first evaluated stage to the last."""
+    pairs = changes(run)
+    kinds = {stage.name: stage.kind for stage in run.stages}
+    for pair in pairs:
+        if kinds.get(pair[1]) == "rl":
+            return pair
+    if not pairs:
+        return None
+    return pairs[0][0], pairs[-1][1], Change(pairs[0][2].before, pairs[-1][2].after)
+
+
+def change_sentence(run: Run, before: str, after: str, change: Change) -> str:
+    """One sentence on one change, with both intervals."""
+    name = label(run, after)
+    name = name[0].upper() + name[1:]
+    if change.verdict == "none":
+        return f"{name}: no measurable change in held-out accuracy, {change.before} before and {change.after} after."
+    return f"{name} {change.verdict} held-out accuracy from {change.before} to {change.after}."
+
+
+def headline(run: Run) -> str:
+    """The measured result of the run in one sentence."""
+    main = main_change(run)
+    if main is not None:
+        return change_sentence(run, *main)
+    for name, results in run.evals.items():
+        if share := greedy(results):
+            return f"Held-out accuracy of {label(run, name)} is {share}."
+    return "This run holds no held-out evaluation."
+
+
+def gain_sentences(run: Run) -> list[str]:
+    """What the headline's change consists of, where the evaluation counted a property of the replies."""
+    main = main_change(run)
+    if main is None:
+        return []
+    sentences = []
+    for name, words in OBSERVED.items():
+        before, after = (observed(run.evals[stage], name) for stage in main[:2])
+        if before and after:
+            sentences.append(_observed_sentence(words, before, after))
+            sentences.extend(_parts_sentence(words, main[2], before, after))
+    return sentences
+
+
+def _observed_sentence(words: str, before: Observed, after: Observed) -> str:
+    share = Change(before.share, after.share)
+    verbs = {"raised": "rose", "lowered": "fell", "none": "did not measurably change:"}
+    text = f"The share of replies that {words} {verbs[share.verdict]} {share.before} → {share.after}"
+    if before.accuracy and after.accuracy:
+        accuracy = Change(before.accuracy, after.accuracy)
+        ending = "" if accuracy.verdict != "none" else ": no measurable change"
+        text += f"; accuracy among replies that {words} {accuracy.before} → {accuracy.after}{ending}"
+    return text + "."
+
+
+def _parts_sentence(words: str, change: Change, before: Observed, after: Observed) -> list[str]:
+    """Split the points gained into more replies with the property and more right replies of either sort.
+
+    accuracy = share × accuracy with + (1 − share) × accuracy without, so the difference is the change of the share at
+    mean accuracies plus the change of the accuracies at mean shares. Source: Kitagawa (1955), the two-part split.
+    """
+    if change.verdict == "none" or not (before.accuracy and after.accuracy):
+        return []
+    without = []
+    for total, part in ((change.before, before), (change.after, after)):
+        rest = 1 - part.share.value
+        right = total.value - part.share.value * part.accuracy.value  # type: ignore[union-attr]
+        without.append(min(max(right / rest, 0.0), 1.0) if rest > 1e-9 else None)
+    known = [value for value in without if value is not None]
+    if not known:
+        return []
+    mean_without = sum(known) / len(known)
+    mean_with = (before.accuracy.value + after.accuracy.value) / 2
+    from_share = 100 * (after.share.value - before.share.value) * (mean_with - mean_without)
+    return [
+        f"Of the {change.points:+.1f} points, {from_share:+.1f} come from more replies that {words} and "
+        f"{change.points - from_share:+.1f} from replies of either sort being right more often."
+    ]

@@ -1,0 +1,182 @@
+"""Puts the report of a run together: reads the run directory, builds each section, fills the page.
+
+A section whose data is missing is left out; one whose data cannot be understood says so in its place. The page loads
+nothing from anywhere: script, style and data are inside, and its content policy forbids the rest.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
+
+from posttrain import __version__
+from posttrain.report.blocks import Chart, Grid, Leaf, Section, Text
+from posttrain.report.charts import colours_of
+from posttrain.report.format import plural, seconds, utc
+from posttrain.report.read import Run, number, read_run
+from posttrain.report.sections.appendix import appendix_section
+from posttrain.report.sections.filtering import filter_section
+from posttrain.report.sections.pipeline import pipeline_section
+from posttrain.report.sections.result import capabilities_of, result_section
+from posttrain.report.sections.rl import rl_section
+from posttrain.report.sections.rollouts import rollouts_section
+from posttrain.report.sections.timeline import timeline_section
+from posttrain.report.sections.tuning import dpo_section, sft_section
+from posttrain.report.statements import greedy, headline
+
+HERE = Path(__file__).parent
+INTERVAL = re.compile(r"\[[\d., \u2013-]+\]")
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write RUN_DIR/report.html from what is in the run directory, however far the run came, and return its path.
+
+    Raises FileNotFoundError when `run_dir` is no folder, OSError when the file cannot be written.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"{run_dir}: no such run directory")
+    path = run_dir / "report.html"
+    draft = run_dir / f".report.{os.getpid()}.html"
+    try:
+        draft.write_text(render(read_run(run_dir)), encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def render(run: Run) -> str:
+    """The whole page as text."""
+    # Imported late: plotly takes a third of a second, and the command line should not pay it for `--help`.
+    from plotly.offline import get_plotlyjs
+
+    sections = build_sections(run)
+    charts = [chart for section in sections for block in section.blocks for chart in _charts(block)]
+    leaves = [block for section in sections for block in section.blocks if isinstance(block, Leaf)]
+    numbers = {id(chart): i for i, chart in enumerate(charts)} | {id(leaf): i for i, leaf in enumerate(leaves)}
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["intervals"] = mark_intervals
+    return environment.get_template("page.html.jinja").render(
+        title=run.dir.resolve().name,
+        headline=headline(run),
+        facts=_facts(run),
+        troubles=_troubles(run),
+        sections=sections,
+        number_of=lambda block: numbers[id(block)],
+        plotly=Markup(get_plotlyjs()) if charts else "",
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        data=json_for_script({"charts": [c.spec for c in charts], "leaves": [leaf.rollouts for leaf in leaves]}),
+        version=__version__,
+    )
+
+
+def build_sections(run: Run) -> list[Section]:
+    """Every section that the run has something for, in the order in which things happened, the result first."""
+    capabilities = [name for name in capabilities_of(run) if name != "all"]
+    trained = [key[7:] for s in run.of_kind("rl") for line in s.metrics for key in line if key.startswith("reward/")]
+    colours = colours_of(list(dict.fromkeys([*capabilities, *trained])))
+    builders: list[tuple[str, Callable[[], Section | None]]] = [
+        ("Result", partial(result_section, run)),
+        ("Pipeline", partial(pipeline_section, run)),
+    ]
+    by_kind: dict[str, list[Callable[..., Section | None]]] = {
+        "filter": [filter_section],
+        "sft": [sft_section],
+        "rl": [partial(rl_section, colours=colours), timeline_section, rollouts_section],
+        "dpo": [dpo_section],
+    }
+    for stage in run.stages:
+        builders.extend((stage.name, partial(build, run, stage)) for build in by_kind.get(stage.kind, []))
+    builders.append(("Commands", partial(appendix_section, run)))
+    built = [_guarded(name, build) for name, build in builders]
+    return _distinct([section for section in built if section is not None], run)
+
+
+def _guarded(name: str, build: Callable[[], Section | None]) -> Section | None:
+    """A file of a run that broke off may hold anything; one section that cannot read it must not cost the others."""
+    try:
+        return build()
+    except Exception as error:
+        text = f"This part could not be drawn from what the run wrote down: {type(error).__name__}: {error}"
+        return Section(f"{name.lower()}-unreadable", name, [Text([text], tone="alert")])
+
+
+def _distinct(sections: list[Section], run: Run) -> list[Section]:
+    """Name the stage in titles that would otherwise stand there twice, and make every id usable as an anchor."""
+    titles = [section.title for section in sections]
+    named = []
+    for section in sections:
+        title, anchor = section.title, re.sub(r"[^\w-]+", "-", section.id)
+        if titles.count(title) > 1:
+            stage = next((s.name for s in run.stages if section.id in (s.name, *_ids(s.name))), section.id)
+            title = f"{title} ({stage})"
+        named.append(Section(anchor, title, section.blocks, section.lead))
+    return named
+
+
+def _ids(name: str) -> tuple[str, str]:
+    return f"{name}-timeline", f"{name}-rollouts"
+
+
+def _charts(block: Any) -> Iterator[Chart]:
+    if isinstance(block, Chart):
+        yield block
+    elif isinstance(block, Grid):
+        yield from block.charts
+
+
+def _facts(run: Run) -> list[str]:
+    """The line under the title: when, how long, how much memory, on how many problems it was judged."""
+    first = min((t for event in run.events if (t := number(event.get("t")))), default=None)
+    facts = [utc(first)] if first else []
+    if (wall := number(run.summary.get("wall_s"))) is not None:
+        facts.append(f"{seconds(wall)} in all")
+    if (peak := number(run.summary.get("peak_rss_gib"))) is not None:
+        facts.append(f"{peak:.1f} GiB of memory at the peak")
+    shares = [share for results in run.evals.values() if (share := greedy(results)) and share.n]
+    if shares:
+        facts.append(f"judged on {plural(shares[-1].n, 'held-out problem')}")
+    return facts
+
+
+def _troubles(run: Run) -> list[str]:
+    """One sentence a stage that did not end well."""
+    sentences = []
+    for stage in run.stages:
+        if stage.status in ("failed", "interrupted"):
+            verb = "failed" if stage.status == "failed" else "did not finish"
+            sentences.append(f"Stage {stage.name} {verb}{': ' + stage.error if stage.error else '.'}")
+    return sentences
+
+
+def mark_intervals(text: str) -> Markup:
+    """The text, escaped, with its [low, high] intervals set back."""
+    safe = str(escape(text))
+    return Markup(INTERVAL.sub(lambda found: f'<span class="interval">{found.group()}</span>', safe))
+
+
+def json_for_script(value: Any) -> Markup:
+    """JSON that is safe inside a script element: nothing in it can end the element or begin another."""
+    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in ("<", ">", "&", "\u2028", "\u2029"):
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+def _finite(value: Any) -> Any:
+    """The same value with NaN and infinities as null, which JSON knows."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and number(value) is None:
+        return None
+    return value
