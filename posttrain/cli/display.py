@@ -193,14 +193,8 @@ def _stage_table(stages: Sequence[StageState]) -> Any:
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading, options in (
-        ("stage", {}),
-        ("status", {}),
-        ("time", {"justify": "right"}),
-        ("", {"width": 24}),
-        ("", {}),
-    ):
-        table.add_column(heading, header_style="dim", no_wrap=True, **options)
+    for heading in ("stage", "status", "time", "", ""):
+        table.add_column(heading, header_style="dim", no_wrap=True, justify="right" if heading == "time" else "left")
     for stage in stages:
         style = STYLES.get(stage.status, "")
         running = stage.status == "running"

@@ -11,6 +11,7 @@ What the stages mean, and whether they fit together, is graph.py's business.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,7 +124,7 @@ def single_stage(kind: str, path: str | Path, overrides: Sequence[str] = (), see
     """A stage file as a pipeline of one stage, named after its kind. Overrides are keys of the stage's config."""
     data = apply_overrides(read_yaml(path), overrides)
     entry = StageEntry(name=kind, kind=kind, config=data)
-    config = PipelineConfig(name=kind, seed=seed, stages=[entry])
+    config = PipelineConfig(name=kind, seed=seed, warm_engines=False, stages=[entry])
     return RawPipeline(str(path), config, [RawStage(kind, kind, data, str(path), "")])
 
 
@@ -141,7 +142,7 @@ def _read_stage(
     try:
         if isinstance(config, str):
             path = Path(config).expanduser()
-            path = path if path.is_absolute() else folder / path
+            path = Path(os.path.normpath(path if path.is_absolute() else folder / path))
             config, file = read_yaml(path), str(path)
         return RawStage(name, kind, apply_overrides(config, overrides), file, f"{name}.")
     except ConfigError as error:
@@ -163,7 +164,7 @@ def _split_overrides(
     problems: list[str] = []
     for override in overrides:
         key, sign, _ = override.partition("=")
-        first, dot, rest = key.strip().partition(".")
+        first, dot, _ = key.strip().partition(".")
         if not sign or not first:
             problems.append(f"override {override!r}: must have the form key.path=value")
         elif dot and first in names:

@@ -1,4 +1,4 @@
-"""From a raw pipeline to its nodes: every stage's config validated, every `${stage.output}` resolved to a node, ordered.
+"""From a raw pipeline to its nodes: every config validated, every `${stage.output}` resolved to a node, ordered.
 
 All problems of all stages are reported at once, before anything heavy is imported. Whether the files and folders that
 the configs name are there is inputs.py's business.

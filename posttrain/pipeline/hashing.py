@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from posttrain.config.shared import DataConfig, ModelConfig
 from posttrain.errors import UserError
 from posttrain.pipeline.graph import Node, Pipeline
 from posttrain.pipeline.inputs import find_inputs, other_paths
+from posttrain.pipeline.kinds import KINDS, StageKind
 from posttrain.pipeline.references import has_reference, replace_references
 
 WHOLE_FILE_BYTES = 256 << 20
@@ -30,7 +32,13 @@ def input_hash(node: Node, pipeline: Pipeline, upstream: Mapping[str, str]) -> s
     config = replace_references(
         node.config.model_dump(mode="json"), lambda stage, output: f"{upstream[stage]}:{output}"
     )
-    parts = {"kind": node.kind, "config": config, "seed": pipeline.seed, "inputs": _inputs(node), "code": code_hash()}
+    parts = {
+        "kind": node.kind,
+        "config": config,
+        "seed": pipeline.seed,
+        "inputs": _inputs(node),
+        "code": code_hash(node.stage_kind),
+    }
     return _digest(json.dumps(parts, sort_keys=True).encode())
 
 
@@ -86,12 +94,30 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def code_hash(kind: StageKind) -> str:
+    """Hash of the source that a kind of stage may use: this package without what only shows a run, and without the
+    folders of the other stages, which never import each other; and the stage's own module if it lies elsewhere."""
+    own = _package(kind)
+    others = {_package(other) for other in KINDS.values()} - {own}
+    parts = [text for top, text in _source_hashes() if top not in others and top not in NOT_CODE]
+    module = find_spec(kind.run.partition(":")[0])
+    if own is None and module and module.origin:
+        parts.append(file_hash(Path(module.origin)))
+    return _digest("\n".join(parts).encode())
+
+
+def _package(kind: StageKind) -> str | None:
+    """The folder of this package that a kind of stage lives in, if it does."""
+    parts = kind.run.partition(":")[0].split(".")
+    return parts[1] if parts[0] == "posttrain" and len(parts) > 1 else None
+
+
 @cache
-def code_hash() -> str:
-    """Hash of this package's source, without what only shows a run."""
+def _source_hashes() -> list[tuple[str, str]]:
+    """(first part of the path, path and hash) of each file of this package's source."""
     root = Path(posttrain.__file__).parent
-    files = [item for item in sorted(root.rglob("*.py")) if item.relative_to(root).parts[0] not in NOT_CODE]
-    return _digest("\n".join(f"{item.relative_to(root)} {file_hash(item)}" for item in files).encode())
+    paths = [item.relative_to(root) for item in sorted(root.rglob("*.py"))]
+    return [(path.parts[0], f"{path} {file_hash(root / path)}") for path in paths]
 
 
 def _hidden(path: Path, root: Path) -> bool:

@@ -158,9 +158,8 @@ def _memory(role: str, node: Node, pipeline: Pipeline, run_dir: Path) -> str:
 def _model_of(role: str, node: Node) -> ModelConfig | None:
     """The model a role works on: of its own name, else the stage's first."""
     models = {item.key: item.value for item in find_inputs(node.config) if isinstance(item.value, ModelConfig)}
-    return next(
-        (value for key, value in models.items() if key.split(".")[0] == role), next(iter(models.values()), None)
-    )
+    own = (value for key, value in models.items() if key.split(".")[0] == role)
+    return next(own, next(iter(models.values()), None))
 
 
 def _model_folder(model: ModelConfig, pipeline: Pipeline, run_dir: Path) -> tuple[Path | None, str]:

@@ -91,12 +91,9 @@ def _connect(session: RaySession, address: str) -> None:
     try:
         ray.init(**options)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-        where = (
-            "a local Ray could not be started"
-            if session.local
-            else f"the cluster at RAY_ADDRESS={address} was not reached"
-        )
-        raise StageError(f"{where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        cluster = f"the cluster at RAY_ADDRESS={address} was not reached"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise StageError(f"{'a local Ray could not be started' if session.local else cluster}: {reason}") from error
     total = ray.cluster_resources()
     session.cpus, session.gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
 

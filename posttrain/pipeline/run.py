@@ -107,7 +107,7 @@ def _run(
         result = _write_last(summary, status, sampler.peak_gib)
         _note_end(place, status)
         display.stop()
-    if status == "done" and result is None:
+    if result is None:
         raise StageError(f"{place.summary} could not be written (is the disk full?)\n{_resume(command)}")
     return result
 
@@ -122,7 +122,7 @@ def _execute(
 ) -> None:
     plan = make_plan(pipeline, place.path)
     with ray_session() as session:
-        check_fits([step for step in plan], pipeline.source, session.cpus, session.gpus)
+        check_fits(plan, pipeline.source, session.cpus, session.gpus)
         todo = [node for name, node in pipeline.nodes.items() if decisions[name].action in ("run", "resume")]
         if any("vllm" in node.stage_kind.packages for node in todo):
             from posttrain.sampling.registry import start_registry

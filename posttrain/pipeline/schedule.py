@@ -6,6 +6,7 @@ A node is launched only when everything it declares, for itself and its actors, 
 two nodes never wait for each other's half. A ready node that does not fit holds back those after it: none starves.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ class Scheduler:
         import ray
 
         decision = self.decisions[node.name]
+        self._make_room(self.steps[node.name])
         config = node.resolved(self.run_dir.path, self.pipeline.nodes).model_dump(mode="json")
         self.run_dir.begin(node, decision.input_hash, config, resume=decision.action == "resume")
         self._event(node, "stage_start", kind=node.kind, resumed=decision.action == "resume")
@@ -121,12 +123,23 @@ class Scheduler:
         task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(run_stage)
         self.running[task.options(name=node.name).remote(job)] = _Running(node, self.steps[node.name], time.time())
 
+    def _make_room(self, step: Step) -> None:
+        """Warm engines hold CPUs and GPUs while they idle. They may keep what nobody needs, and what `step` will
+        lease itself; anything beyond would let its other actors wait for ever."""
+        used = [running.step for running in self.running.values()] + [step]
+        free_cpus = self.session.cpus - sum(other.cpus for other in used)
+        free_gpus = self.session.gpus - sum(other.gpus for other in used)
+        serving = [actor for actor in step.actors if actor.role != "trainer"]
+        cpus = free_cpus + sum(actor.workers * actor.cpus for actor in serving)
+        gpus = free_gpus + sum(actor.workers * actor.gpus for actor in serving)
+        _quietly_call("trim_idle", cpus, gpus)
+
     def _end(self, task: Any) -> None:
         """Take a task's answer: DONE and the summary, or a failure."""
         running = self.running.pop(task)
         node, wall_s = running.node, time.time() - running.started
         answer = self._answer(task, wall_s)
-        _release_engines(node.name)
+        _quietly_call("release_stage", node.name)
         error = answer.error or self._missing_output(node)
         if error:
             self._keep_worker_logs(node, running.started)
@@ -143,10 +156,11 @@ class Scheduler:
 
     def _answer(self, task: Any, wall_s: float) -> StageAnswer:
         import ray
+        from ray.exceptions import RayError
 
         try:
             return ray.get(task)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             reason = str(error).strip().splitlines()
             what = reason[0] if reason else type(error).__name__
             return StageAnswer({}, wall_s, f"its process ended without an answer (killed, or out of memory?): {what}")
@@ -200,11 +214,10 @@ class Scheduler:
                 return
 
 
-def _release_engines(stage: str) -> None:
-    """Engines that a stage still holds after its end are in an unknown state: end them."""
-    from posttrain.sampling.registry import release_stage
+def _quietly_call(function: str, *arguments: Any) -> None:
+    """Call a function of the engine registry. Engines end with the session in any case, so what goes wrong there must
+    not decide a stage's outcome."""
+    from posttrain.sampling import registry
 
-    try:
-        release_stage(stage)
-    except Exception:  # the stage's own outcome matters, and engines end with the session in any case
-        return
+    with contextlib.suppress(Exception):
+        getattr(registry, function)(*arguments)

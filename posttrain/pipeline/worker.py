@@ -4,6 +4,7 @@ An exception does not travel through Ray: its traceback goes to log.txt and one 
 the user's to mend.
 """
 
+import contextlib
 import os
 import random
 import sys
@@ -61,7 +62,9 @@ def run_stage(job: StageJob) -> StageAnswer:
         return StageAnswer(dict(result), time.perf_counter() - started)
     except Exception as error:
         log_error()
-        return StageAnswer({}, time.perf_counter() - started, describe(error), isinstance(error, UserError))
+        # Ray wraps what an actor raised; the actor's own error says what to mend.
+        cause = getattr(error, "cause", None) or error
+        return StageAnswer({}, time.perf_counter() - started, describe(cause), isinstance(cause, UserError))
 
 
 def redirect_output(path: Path) -> None:
@@ -86,10 +89,8 @@ def seed_everything(seed: int) -> None:
 
 def log_error() -> None:
     """Write the traceback to log.txt; on a full disk there may be no room for it."""
-    try:
+    with contextlib.suppress(OSError):
         traceback.print_exc()
-    except OSError:
-        pass
 
 
 def describe(error: BaseException) -> str:

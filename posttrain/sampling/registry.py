@@ -28,6 +28,8 @@ class _Held:
     signature: str
     actor: Any
     stage: str | None  # None while idle
+    cpus: float
+    gpus: float
 
 
 def engine_signature(model: ModelConfig, engine: EngineConfig, resources: ActorResources) -> str:
@@ -71,7 +73,7 @@ class EngineRegistry:
                 )
                 .remote(name, model, engine)
             )
-            self._held.append(_Held(name, signature, actor, stage))
+            self._held.append(_Held(name, signature, actor, stage, resources_config.cpus, resources_config.gpus))
             answer.append((name, actor, True))
         return answer
 
@@ -82,6 +84,12 @@ class EngineRegistry:
             held.stage = None
         if not keep:
             self._end(released)
+
+    async def trim_idle(self, cpus: float, gpus: float) -> None:
+        """End idle engines, oldest first, until those left hold no more than this."""
+        idle = [held for held in self._held if held.stage is None]
+        while idle and (sum(h.cpus for h in idle) > cpus + 1e-9 or sum(h.gpus for h in idle) > gpus + 1e-9):
+            self._end([idle.pop(0)])
 
     async def end_stage(self, stage: str) -> None:
         """End what a stage that failed still holds: the state of those engines is unknown."""
@@ -121,6 +129,17 @@ def release_stage(stage: str) -> None:
     except ValueError:
         return
     ray.get(registry.end_stage.remote(stage))
+
+
+def trim_idle(cpus: float, gpus: float) -> None:
+    """Let idle engines hold at most these resources, so that what starts next finds its own free."""
+    import ray
+
+    try:
+        registry = ray.get_actor(REGISTRY_NAME, namespace=NAMESPACE)
+    except ValueError:
+        return
+    ray.get(registry.trim_idle.remote(cpus, gpus))
 
 
 def stop_registry() -> None:
