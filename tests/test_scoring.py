@@ -73,28 +73,29 @@ def hostile(tmp_path: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    """After every test, none of the processes that it started is alive."""
-    before = set(psutil.pids())
+def nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After every test, none of the processes that it started is alive: they are known by a mark in their environment,
+    those in a sandbox, which have none, by their command and by having no parent or ours."""
+    mark = f"{os.getpid()}.{time.monotonic_ns()}"
+    monkeypatch.setenv("TEST_MARK", mark)
     yield
-    deadline = time.monotonic() + 5.0
-    while time.monotonic() < deadline:
-        left = [process for process in psutil.process_iter(["pid", "cmdline", "status"]) if _ours(process, before)]
-        if not left:
-            return
-        time.sleep(0.05)
-    assert [process.info for process in left] == []
+    deadline, left = time.monotonic() + 10.0, [psutil.Process()]
+    while left and time.monotonic() < deadline:
+        left = [process for process in psutil.process_iter() if _is_left(process, mark)]
+        time.sleep(0.05 if left else 0.0)
+    assert [(process, process.cmdline()) for process in left] == []
 
 
-def _ours(process: psutil.Process, before: set[int]) -> bool:
-    command = process.info["cmdline"] or []
-    marks = ("posttrain.scoring.worker", "/tmp/main.py", "sandbox_init.py", "sleep")
-    is_new = process.info["pid"] not in before and process.info["status"] != psutil.STATUS_ZOMBIE
-    if not is_new or not any(mark in word for word in command for mark in marks):
+def _is_left(process: psutil.Process, mark: str) -> bool:
+    try:
+        if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        if process.environ().get("TEST_MARK") == mark:
+            return True
+        in_sandbox = [word for word in process.cmdline() if word == "/tmp/main.py" or word.endswith("sandbox_init.py")]
+        return bool(in_sandbox) and process.ppid() in (1, os.getpid())
+    except psutil.Error:
         return False
-    if "posttrain.scoring.worker" in command and int(command[-1]) != os.getpid():
-        return False  # another test run's
-    return command[0] != "sleep" or command[1] == "1000"
 
 
 def reply(text: str, index: int = 0) -> Rollout:
@@ -191,8 +192,15 @@ class TestPool:
         results, pool = score(f"{hostile}:by_text", ["a", "hang"], timeout_s=0.3, retries=0)
         assert (results[1].result, results[1].outcome, pool.stats.num_retries) == (None, "timeout", 0)
 
-    @pytest.mark.parametrize(("text", "outcome"), [("hang", "unparseable"), pytest.param("spin", "unparseable", marks=pytest.mark.slow),
-                                                   ("os._exit", "infrastructure"), ("raise", "error")])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("text", "outcome"),
+        [
+            ("hang", "unparseable"),
+            pytest.param("spin", "unparseable", marks=pytest.mark.slow),
+            ("os._exit", "infrastructure"),
+            ("raise", "error"),
+        ],
+    )
     def test_async_function(self, hostile: str, text: str, outcome: str) -> None:
         results, _ = score(f"{hostile}:later", ["a", text, "b", "c"], timeout_s=0.5)
         assert [scored.outcome for scored in results] == ["ok", outcome, "ok", "ok"]
@@ -348,7 +356,7 @@ class TestPlugins:
             ("posttrain.records.deeper:f", "posttrain.records is a module, not a package"),
             ("no/such/file.py:f", "there is no file /.*no/such/file.py"),
             ("{file}", "name the function too, as in .*plug.py:good"),
-            ("{file}:goood", "did you mean 'good'; functions there: good, one, many"),
+            ("{file}:goood", "did you mean 'good'.; functions there: good, one, many"),
             ("{file}:constant", "constant in .*plug.py is a constant, not a function"),
             ("{file}:Class", "Class in .*plug.py is a class, not a function"),
             ("{file}:one", r"plug.py:4: one\(rollout\) cannot be called with \(rollout, row\)"),
