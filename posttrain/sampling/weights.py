@@ -121,7 +121,7 @@ def _open_segment(manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]
     crc32 = zlib.crc32(segment)
     if crc32 != manifest.crc32:
         raise WeightTransferError(
-            f"policy version {manifest.policy_version}: {manifest.path} has checksum {crc32:#x}, sent {manifest.crc32:#x}"
+            f"policy version {manifest.policy_version}: checksum {crc32:#x} of {manifest.path}, not {manifest.crc32:#x}"
         )
     buffer = torch.frombuffer(segment, dtype=torch.uint8)
     for entry in manifest.tensors:
