@@ -27,7 +27,6 @@ METRICS = {
     "logps/rejected": "rejected_logprob",
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
-    "num_tokens": "tokens",
     "entropy": "entropy",
 }
 

@@ -21,7 +21,6 @@ METRICS = {
     "loss": "loss",
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
-    "num_tokens": "tokens",
     "entropy": "entropy",
     "mean_token_accuracy": "token_accuracy",
 }

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ def digest_ids(sequences: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path, step: int, print_: str) -> Path:
-    """Mark `checkpoint-N` as complete and give it its name; older ones beyond the last two go."""
+def seal(folder: Path, step: int, print_: str, tokens: int) -> Path:
+    """Mark `checkpoint-N` as complete, after `tokens` tokens, and name it `step_N`; all but the last two go."""
     written = folder / f"checkpoint-{step}"
     (folder / "README.md").unlink(missing_ok=True)  # TRL's model card
-    (written / SEAL).write_text(json.dumps({"step": step, "fingerprint": print_}) + "\n", encoding="utf-8")
+    (written / SEAL).write_text(
+        json.dumps({"step": step, "tokens": tokens, "fingerprint": print_}) + "\n", encoding="utf-8"
+    )
     final = folder / f"step_{step}"
     if final.exists():
         shutil.rmtree(final)
@@ -53,14 +56,24 @@ def seal(folder: Path, step: int, print_: str) -> Path:
     return final
 
 
-def latest(folder: Path, print_: str) -> tuple[int, Path | None]:
-    """(step, path) of the last checkpoint of the training with this fingerprint, or (0, None). Clears the rest."""
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """Where training can go on: the checkpoint (None: from the start), and the steps and tokens seen until then."""
+
+    path: Path | None = None
+    step: int = 0
+    tokens: int = 0
+
+
+def latest(folder: Path, print_: str) -> Sealed:
+    """The last checkpoint of the training with this fingerprint. Clears away the rest."""
     for partial in folder.glob("checkpoint-*"):
         shutil.rmtree(partial, ignore_errors=True)
-    found: tuple[int, Path | None] = (0, None)
+    found = Sealed()
     for step, path in sorted(_sealed(folder)):
-        if json.loads((path / SEAL).read_text(encoding="utf-8"))["fingerprint"] == print_:
-            found = (step, path)
+        note = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        if note["fingerprint"] == print_:
+            found = Sealed(path, step, note["tokens"])
         else:
             shutil.rmtree(path, ignore_errors=True)
     return found

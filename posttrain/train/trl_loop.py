@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.train.master_adamw import MasterAdamW
-from posttrain.train.trl_checkpoints import drop_metrics_after, latest, seal
+from posttrain.train.trl_checkpoints import Sealed, drop_metrics_after, latest, seal
 
 BUSY_INTERVAL_S = 1.0
 
@@ -23,14 +23,17 @@ BUSY_INTERVAL_S = 1.0
 class StageCallback(TrainerCallback):
     """Hands what the trainer logs to the stage's context, and seals checkpoints.
 
-    names: logged name -> name in metrics.jsonl; anything else that TRL logs is left out.
+    names: logged name -> name in metrics.jsonl; anything else that TRL logs is left out. resumed: where training
+    goes on; TRL counts tokens from 0 again.
     """
 
-    def __init__(self, context: StageContext, what: str, names: Mapping[str, str], fingerprint: str):
+    def __init__(self, context: StageContext, what: str, names: Mapping[str, str], fingerprint: str, resumed: Sealed):
         self.context = context
         self.what = what
         self.names = dict(names)
         self.fingerprint = fingerprint
+        self.tokens_before = resumed.tokens
+        self.tokens = resumed.tokens
         self.history: list[dict[str, float]] = []
         self._busy_since = time.time()
 
@@ -47,6 +50,7 @@ class StageCallback(TrainerCallback):
                 f"{self.what}: {bad} is {values[bad]} at step {state.global_step}; lower optimizer.learning_rate"
                 " (checkpoints of earlier steps are intact)"
             )
+        values["tokens"] = self.tokens = self.tokens_before + int(logs["num_tokens"])
         self.history.append(values)
         self.context.metrics(state.global_step, values)
         shown = {name: values[name] for name in ("loss", "accuracy") if name in values}
@@ -54,7 +58,7 @@ class StageCallback(TrainerCallback):
         self._busy(at_least_s=BUSY_INTERVAL_S)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        path = seal(Path(args.output_dir), state.global_step, self.fingerprint)
+        path = seal(Path(args.output_dir), state.global_step, self.fingerprint, self.tokens)
         self.context.event("checkpoint", step=state.global_step, path=str(path))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -75,16 +79,16 @@ def train(
     Returns the metrics of each step trained in this process. Raises `StageError` if the loss or the gradient is not
     a number.
     """
-    callback = StageCallback(context, what, names, fingerprint)
+    resumed = latest(Path(trainer.args.output_dir), fingerprint)
+    callback = StageCallback(context, what, names, fingerprint, resumed)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
     if any(p.dtype == torch.bfloat16 for p in trainer.model.parameters() if p.requires_grad):
         args = trainer.args
         options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         trainer.optimizer_cls_and_kwargs = (MasterAdamW, options)
-    step, path = latest(Path(trainer.args.output_dir), fingerprint)
-    drop_metrics_after(context.dir / "metrics.jsonl", step)
-    if path is not None:
-        context.event("resumed", step=step, path=str(path))
-    trainer.train(resume_from_checkpoint=None if path is None else str(path))
+    drop_metrics_after(context.dir / "metrics.jsonl", resumed.step)
+    if resumed.path is not None:
+        context.event("resumed", step=resumed.step, path=str(resumed.path))
+    trainer.train(resume_from_checkpoint=None if resumed.path is None else str(resumed.path))
     return callback.history

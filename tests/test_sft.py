@@ -1,0 +1,396 @@
+"""The SFT stage with real TRL on a tiny model: what is trained, what packing does, what survives a kill."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_policy import save_tiny_policy, write_sums
+
+from posttrain.config.base import dump_yaml, validate_config
+from posttrain.config.shared import LoraConfig, OptimizerConfig
+from posttrain.context import StageContext
+from posttrain.data.chat import end_token_ids, render_prompt
+from posttrain.data.rows import load_rows
+from posttrain.errors import CheckpointError, ConfigError, DataError, StageError
+from posttrain.metrics.jsonl import read_jsonl
+from posttrain.model import load_model, load_tokenizer
+from posttrain.sft import stage
+from posttrain.sft.config import SftConfig, check_inputs
+from posttrain.sft.examples import tokenize
+from posttrain.sft.isolation import packing_difference, require_isolation
+from posttrain.train.drift import DriftProbe, Example
+from posttrain.train.master_adamw import MasterAdamW
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    return save_tiny_policy(tmp_path_factory.mktemp("policy") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_sums(tmp_path_factory.mktemp("data") / "sft.jsonl", 48)
+
+
+def make_config(policy: Path, data: Path, **changes) -> SftConfig:
+    settings = {
+        "model": {"path": str(policy), "dtype": "float32"},
+        "data": {"path": str(data)},
+        "batch_tokens": 256,
+        "max_length": 128,
+        "optimizer": {"learning_rate": 1e-3},
+        **changes,
+    }
+    return validate_config(SftConfig, settings, "test")
+
+
+def make_context(folder: Path, seed: int = 0) -> StageContext:
+    folder.mkdir(parents=True, exist_ok=True)
+    return StageContext("sft", folder, folder / "events.jsonl", seed)
+
+
+def examples_of(policy: Path, data: Path) -> list[Example]:
+    return tokenize(load_tokenizer(policy), load_rows(data, kind="supervised"), 128, "error")[0]
+
+
+def steps_of(folder: Path) -> list[dict]:
+    return [record for record in read_jsonl(folder / "metrics.jsonl") if "learning_rate" in record]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_model(folder, dtype="float32").state_dict())
+
+
+def make_trainer(config: SftConfig, folder: Path):
+    """The very trainer of the stage, not started."""
+    from trl import SFTTrainer
+
+    examples = examples_of(Path(config.model.path), Path(str(config.data.path)))
+    return SFTTrainer(
+        model=load_model(config.model.path, dtype="float32"),
+        args=stage.build_arguments(config, folder),
+        train_dataset=stage.to_dataset(examples),
+        processing_class=load_tokenizer(config.model.path),
+    )
+
+
+def test_only_assistant_tokens_are_trained_on(policy, data, tmp_path):
+    """From the batches that TRL really makes: decode what has a label."""
+    tokenizer = load_tokenizer(policy)
+    rows = load_rows(data, kind="supervised")
+    expected = sorted(row.messages[-1].content + "<|eot|>" for row in rows)
+    for changes in ({}, {"packing": False, "batch_tokens": None, "batch_size": 4}):
+        trainer = make_trainer(make_config(policy, data, **changes), tmp_path)
+        found = []
+        for batch in trainer.get_train_dataloader():
+            for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+                trained = labels != stage.IGNORED
+                assert torch.equal(ids[trained], labels[trained])
+                starts = trained & ~torch.cat([torch.tensor([False]), trained[:-1]])
+                runs = torch.split(ids[trained], torch.diff(torch.cat([
+                    (trained.cumsum(0)[starts] - 1), trained.sum()[None]
+                ])).tolist())  # fmt: skip
+                found += [tokenizer.decode(run) for run in runs]
+        assert sorted(found) == expected
+
+
+def test_tokens_before_the_reply_are_what_sampling_sends(policy, data):
+    tokenizer = load_tokenizer(policy)
+    rows = load_rows(data, kind="supervised")
+    for row, example in zip(rows, examples_of(policy, data), strict=True):
+        start = list(example.mask).index(1)
+        assert list(example.ids[:start]) == render_prompt(tokenizer, row.messages[:-1])
+        assert example.ids[-1] in end_token_ids(tokenizer)
+        assert example.mask[-1] == 1
+
+
+def loss_and_gradient(trainer) -> tuple[float, torch.Tensor]:
+    """Loss a token over the whole dataset, and its gradient, from one accumulated step."""
+    total, count = 0.0, 0
+    trainer.model.zero_grad()
+    for batch in trainer.get_train_dataloader():
+        num = int((batch["labels"][:, 1:] != stage.IGNORED).sum())
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(1))
+        loss.backward()
+        total += loss.item()
+        count += num
+    gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    return total / count, gradient / count
+
+
+def test_packed_loss_and_gradient_equal_unpacked(policy, data, tmp_path):
+    packed = loss_and_gradient(make_trainer(make_config(policy, data), tmp_path))
+    alone = make_config(policy, data, packing=False, batch_tokens=None, batch_size=1)
+    unpacked = loss_and_gradient(make_trainer(alone, tmp_path))
+    assert packed[0] == pytest.approx(unpacked[0], abs=1e-5)
+    torch.testing.assert_close(packed[1], unpacked[1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_leaks_between_packed_documents_is_refused(policy, data):
+    examples = examples_of(policy, data)
+    assert require_isolation(load_model(policy, dtype="float32"), examples) < 1e-5
+    # transformers' Llama 4 counts chunks and temperature through the row.
+    other = load_model(policy, "transformers", "float32")
+    assert packing_difference(other, examples[:3]) > 1e-2
+    with pytest.raises(ConfigError, match="set packing: false and batch_size, or model"):
+        require_isolation(other, examples)
+
+
+def test_the_stage_trains_measures_and_exports(policy, data, tmp_path):
+    result = stage.run(make_config(policy, data, epochs=2), make_context(tmp_path))
+    assert result["model"] == str(tmp_path / "model")
+    assert result["loss_last"] < result["loss_first"]
+    assert result["kl_from_start"] > 1e-3
+    examples = examples_of(policy, data)
+    assert result["trained_tokens"] == 2 * sum(sum(example.mask) for example in examples)
+    lines = steps_of(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, result["steps"] + 1))
+    assert lines[-1]["tokens"] == result["tokens"] == 2 * sum(len(example.ids) for example in examples)
+    before, after = load_model(policy, dtype="float32"), load_model(result["model"], dtype="float32")
+    assert {**after.config.to_dict(), "_name_or_path": ""} == {**before.config.to_dict(), "_name_or_path": ""}
+    probe = DriftProbe(before, examples)
+    assert probe.measure(before).kl == 0.0
+    events = list(read_jsonl(tmp_path / "events.jsonl"))
+    assert {"data", "packing_checked", "progress", "busy", "checkpoint"} <= {event["event"] for event in events}
+    busy = [event for event in events if event["event"] == "busy"]
+    assert all(event["start"] <= event["end"] for event in busy)
+
+
+def test_drift_is_the_exact_divergence(policy, data):
+    """Against log-softmax written out over one conversation."""
+    start, now = load_model(policy, dtype="float32"), load_model(policy, dtype="float32")
+    with torch.no_grad():
+        now.lm_head.weight.mul_(1.5)
+    example = examples_of(policy, data)[1]
+    drift = DriftProbe(start, [example]).measure(now)
+    ids = torch.tensor([example.ids])
+    with torch.no_grad():
+        p, q = (model(input_ids=ids).logits[0, :-1].double().log_softmax(-1) for model in (now, start))
+    on = torch.tensor(example.mask[1:], dtype=torch.bool)
+    assert drift.tokens == int(on.sum())
+    assert drift.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1)[on].mean()), rel=1e-4)
+    assert drift.entropy_after == pytest.approx(float(-(p.exp() * p).sum(-1)[on].mean()), rel=1e-4)
+
+
+def test_every_field_reaches_trl(policy, data, tmp_path):
+    config = make_config(
+        policy, data, epochs=3, gradient_accumulation=5, gradient_checkpointing=True, checkpoint_every=17,
+        optimizer={"learning_rate": 3e-4, "schedule": "cosine", "warmup_steps": 4, "beta1": 0.8, "beta2": 0.9,
+                   "weight_decay": 0.2, "max_grad_norm": 0.7},
+    )  # fmt: skip
+    args = stage.build_arguments(config, tmp_path, seed=11)
+    expected = {
+        "num_train_epochs": 3, "gradient_accumulation_steps": 5, "learning_rate": 3e-4, "gradient_checkpointing": True,
+        "save_steps": 17, "lr_scheduler_type": "cosine", "warmup_steps": 4, "adam_beta1": 0.8, "adam_beta2": 0.9,
+        "weight_decay": 0.2, "max_grad_norm": 0.7, "seed": 11, "data_seed": 11, "packing": True,
+        "packing_strategy": "bfd", "max_length": 256, "per_device_train_batch_size": 1, "report_to": [], "bf16": False,
+        "output_dir": str(tmp_path / "checkpoints"), "use_cpu": not torch.cuda.is_available(), "push_to_hub": False,
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+    plain = make_config(policy, data, packing=False, batch_tokens=None, batch_size=6)
+    args = stage.build_arguments(plain, tmp_path)
+    assert (args.packing, args.per_device_train_batch_size, args.max_length) == (False, 6, None)
+    assert "ACCELERATE_USE_CPU" not in os.environ
+
+
+def test_lora_trains_adapters_and_exports_them_merged(policy, data, tmp_path):
+    from posttrain.train.adapters import adapter_config, merged
+
+    lora = {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "o_proj"]}
+    result = stage.run(make_config(policy, data, lora=lora, optimizer={"learning_rate": 1e-2}), make_context(tmp_path))
+    before, after = weights(policy), weights(Path(result["model"]))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert changed == {name for name in before if name.endswith(("q_proj.weight", "o_proj.weight"))}
+    assert result["kl_from_start"] > 0
+
+    from peft import get_peft_model
+
+    base = load_model(policy, dtype="float32")
+    adapted = get_peft_model(base, adapter_config(base, LoraConfig(rank=4))).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1, generator=generator)
+        ids = torch.tensor([examples_of(policy, data)[0].ids])
+        with_adapter = adapted(input_ids=ids).logits
+        after_merge = merged(adapted)(input_ids=ids).logits
+    torch.testing.assert_close(after_merge, with_adapter, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(after_merge, load_model(policy, dtype="float32")(input_ids=ids).logits, atol=1e-2)
+
+
+def test_lora_on_a_module_that_is_not_there_is_refused(policy, data, tmp_path):
+    config = make_config(policy, data, lora={"target_modules": ["query"]})
+    with pytest.raises(ConfigError, match=r"lora.target_modules: got query: the linear modules .* q_proj"):
+        stage.run(config, make_context(tmp_path))
+
+
+# Imports once, then forks the stage three times: to the end; until it is killed; to the end again.
+KILLING = """
+import os, signal, sys, time
+from pathlib import Path
+import peft, trl, posttrain.model.load, posttrain.train.trl_loop
+from posttrain.config.base import load_config
+from posttrain.context import StageContext
+from posttrain.sft import stage
+from posttrain.sft.config import SftConfig
+
+config = load_config(SftConfig, sys.argv[1])
+
+def start(folder):
+    folder.mkdir(exist_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            stage.run(config, StageContext("sft", folder, folder / "events.jsonl", 5))
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+whole, killed = Path(sys.argv[2]), Path(sys.argv[3])
+assert os.waitpid(start(whole), 0)[1] == 0
+pid = start(killed)
+while not (killed / "checkpoints" / "step_14" / "posttrain.json").exists():
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the stage ended before it could be killed"
+    time.sleep(0.002)
+os.kill(pid, signal.SIGKILL)
+assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+assert not (killed / "model").exists()
+(killed / "checkpoints" / "checkpoint-999").mkdir()  # what a kill in the middle of a save leaves
+assert os.waitpid(start(killed), 0)[1] == 0
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_stage_goes_on_from_its_last_checkpoint_to_the_same_weights(policy, data, tmp_path):
+    config = make_config(policy, data, epochs=12, checkpoint_every=7)
+    (tmp_path / "sft.yaml").write_text(dump_yaml(config))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-c", KILLING, str(tmp_path / "sft.yaml"), str(whole), str(killed)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    resumed = [event["step"] for event in read_jsonl(killed / "events.jsonl") if event["event"] == "resumed"]
+    assert len(resumed) == 1
+    assert resumed[0] >= 14
+    before, after = weights(whole / "model"), weights(killed / "model")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    names = ("step", "loss", "grad_norm", "learning_rate", "tokens")
+    one, other = ([[line[name] for name in names] for line in steps_of(folder)] for folder in (whole, killed))
+    assert one == other
+    kept = sorted(path.name for path in (killed / "checkpoints").iterdir())
+    assert len(kept) == 2
+    assert all(name.startswith("step_") for name in kept)
+
+
+def test_checkpoints_of_another_training_are_not_used(policy, data, tmp_path):
+    stage.run(make_config(policy, data), make_context(tmp_path))
+    other = make_config(policy, data, optimizer={"learning_rate": 2e-3})
+    stage.run(other, make_context(tmp_path))
+    assert "resumed" not in {event["event"] for event in read_jsonl(tmp_path / "events.jsonl")}
+    assert [line["step"] for line in steps_of(tmp_path)].count(1) == 1
+    stage.run(other, make_context(tmp_path))
+    assert "resumed" in {event["event"] for event in read_jsonl(tmp_path / "events.jsonl")}
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(policy, data, tmp_path):
+    config = make_config(policy, data)
+    one, same, other = (
+        weights(Path(stage.run(config, make_context(tmp_path / name, seed))["model"]))
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_stage(policy, data, tmp_path):
+    config = make_config(policy, data, epochs=4, optimizer={"learning_rate": 1e30, "max_grad_norm": 1e30})
+    with pytest.raises(StageError, match=r"sft: (loss|grad_norm) is (nan|inf) at step \d+; lower optimizer"):
+        stage.run(config, make_context(tmp_path))
+    assert not (tmp_path / "model").exists()
+
+
+def test_bad_data_is_found_before_the_model_is_loaded(policy, tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}) + "\n")
+    config = make_config(tmp_path / "no-such-model", tmp_path / "d.jsonl")
+    assert len(check_inputs(config)) == 1
+    with pytest.raises(DataError, match="row 1: messages: the last turn is 'user'"):
+        stage.run(config, make_context(tmp_path / "run"))
+    with pytest.raises(CheckpointError):
+        stage.run(make_config(tmp_path / "no-such-model", write_sums(tmp_path / "ok.jsonl", 2)), make_context(tmp_path))
+
+
+def test_rows_that_are_too_long_are_an_error_or_dropped_and_counted(policy, data, tmp_path):
+    tokenizer, rows = load_tokenizer(policy), load_rows(data, kind="supervised")
+    lengths = sorted(len(example.ids) for example in examples_of(policy, data))
+    limit = lengths[len(lengths) // 2]
+    longer = sum(length > limit for length in lengths)
+    with pytest.raises(DataError, match=rf"tokens, but max_length is {limit} \({longer} of 48 rows are too long\)"):
+        tokenize(tokenizer, rows, limit, "error")
+    examples, dropped = tokenize(tokenizer, rows, limit, "drop")
+    assert dropped == longer
+    assert max(len(example.ids) for example in examples) == limit
+    with pytest.raises(DataError, match="all 48 rows are longer than max_length 3"):
+        tokenize(tokenizer, rows, 3, "drop")
+    result = stage.run(make_config(policy, data, max_length=limit, overlong="drop"), make_context(tmp_path))
+    assert (result["rows"], result["dropped"]) == (48, longer)
+
+
+def test_a_template_that_renders_a_prompt_another_way_is_refused(policy, data):
+    tokenizer = load_tokenizer(policy)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{%- if add_generation_prompt %}", "{%- if add_generation_prompt %}{{- 'Think.' }}"
+    )
+    with pytest.raises(DataError, match="row 'r0': the prompt before message 2 is not a prefix"):
+        tokenize(tokenizer, load_rows(data, kind="supervised"), 128, "error")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"batch_size": 4}, "packing: true needs batch_tokens, and takes no batch_size"),
+        ({"packing": False}, "packing: false needs batch_size, and takes no batch_tokens"),
+        ({"max_length": 512}, "batch_tokens 256 is less than max_length 512"),
+        ({"resources": {"trainer": {"gpus": 2.0}}}, "one process with at most one GPU"),
+        ({"batch_token": 3}, "unknown key; did you mean 'batch_tokens'"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_refused(policy, data, changes, problem):
+    with pytest.raises(ConfigError, match=problem):
+        make_config(policy, data, **changes)
+
+
+def test_bf16_training_keeps_updates_that_bf16_would_round_away(policy, data, tmp_path):
+    """Eight steps of 1e-6 are below half a unit in the last place of most weights, yet their sum must be kept."""
+    torch.manual_seed(0)
+    reference = torch.nn.Parameter(torch.randn(64, 32).bfloat16().float())
+    ours = torch.nn.Parameter(reference.detach().bfloat16())
+    options = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    expected, got = torch.optim.AdamW([reference], **options), MasterAdamW([ours], **options)
+    for step in range(30):
+        gradient = torch.randn(64, 32, generator=torch.Generator().manual_seed(step)).bfloat16()
+        reference.grad, ours.grad = gradient.float(), gradient.clone()
+        expected.step()
+        got.step()
+        if step == 14:  # through a checkpoint
+            saved = got.state_dict()
+            got = MasterAdamW([ours], **options)
+            got.load_state_dict(saved)
+    torch.testing.assert_close(got.state[ours]["master"], reference.detach(), atol=1e-6, rtol=1e-5)
+    assert got.state[ours]["exp_avg"].dtype == torch.float32
+    assert torch.equal(ours.detach(), got.state[ours]["master"].bfloat16())
+
+    small = OptimizerConfig(learning_rate=1e-5)
+    config = make_config(policy, data, model={"path": str(policy), "dtype": "bfloat16"}, epochs=8,
+                         optimizer=small.model_dump())  # fmt: skip
+    result = stage.run(config, make_context(tmp_path))
+    assert result["loss_last"] < result["loss_first"]
+    assert {value.dtype for value in load_model(result["model"], dtype="bfloat16").state_dict().values()} == {
+        torch.bfloat16
+    }
