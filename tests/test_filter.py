@@ -153,13 +153,13 @@ def test_the_quick_starts_template_is_what_its_judge_was_trained_on(tiny_tokeniz
 
 
 def test_label_tokens_are_those_right_after_the_generation_prompt(tiny_tokenizer: Any) -> None:
-    ids = label_token_ids(tiny_tokenizer, ["easy", "medium", "hard"], _row("a"))
+    ids = label_token_ids(tiny_tokenizer, ["easy", "medium", "hard"])
     assert [tiny_tokenizer.decode([token]) for token in ids] == ["easy", "medium", "hard"]
 
 
 def test_labels_that_begin_alike_are_refused(tiny_tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"'trivial' and 'tough' both begin with the token 't'"):
-        label_token_ids(tiny_tokenizer, ["trivial", "tough"], _row("a"))
+        label_token_ids(tiny_tokenizer, ["trivial", "tough"])
 
 
 def test_a_long_row_is_shown_by_its_ends_or_refused(tiny_tokenizer: Any) -> None:
@@ -290,7 +290,7 @@ def test_verdicts_are_the_models_own_distribution_over_the_labels(
     rows = load_rows(config.data, kind="supervised")
     result = filter_rows(rows, config, context)
     model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
-    choice_ids = list(label_token_ids(tokenizer, config.labels, rows[0]))
+    choice_ids = list(label_token_ids(tokenizer, config.labels))
     prompts = JudgePrompts(tokenizer, config)
     for row in rows[::6]:
         with torch.no_grad():

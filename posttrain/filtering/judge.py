@@ -61,7 +61,7 @@ def judge_requests(
     rows: Sequence[Row], tokenizer: Any, config: FilterConfig
 ) -> tuple[list[SampleRequest], tuple[int, ...], int]:
     """One constrained request a row, the labels' token ids, and how many rows were shortened."""
-    choice_ids = label_token_ids(tokenizer, config.labels, rows[0])
+    choice_ids = label_token_ids(tokenizer, config.labels)
     prompts = JudgePrompts(tokenizer, config)
     requests = [SampleRequest(prompts.render(row), max_tokens=1, choice_ids=choice_ids) for row in rows]
     return requests, choice_ids, prompts.num_shortened

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from posttrain.data.chat import render_conversation, render_prompt
+from posttrain.data.chat import render_prompt
 from posttrain.errors import DataError, UserError
 from posttrain.filtering.config import PLACEHOLDER, FilterConfig
 from posttrain.records import Message, Row
@@ -84,15 +84,13 @@ def row_texts(row: Row) -> dict[str, str]:
     return {"prompt": prompt, "response": row.messages[-1].content, "system": system}
 
 
-def label_token_ids(tokenizer: Any, labels: Sequence[str], row: Row) -> tuple[int, ...]:
+def label_token_ids(tokenizer: Any, labels: Sequence[str]) -> tuple[int, ...]:
     """The first token of each label as it appears right after the generation prompt, in the order of the labels.
 
-    row: any row; the token may depend on the template but not on what was asked. Raises UserError when two labels
-    begin with the same token: a constrained choice could not tell them apart.
+    Raises UserError when two labels begin with the same token: a constrained choice could not tell them apart.
     """
-    question = Message("user", row_texts(row)["prompt"])
-    start = len(render_prompt(tokenizer, [question]))
-    ids = [render_conversation(tokenizer, [question, Message("assistant", label)])[0][start] for label in labels]
+    prompt = render_prompt(tokenizer, [Message("user", "?")])
+    ids = [_first_token(tokenizer, prompt, label) for label in labels]
     owner: dict[int, str] = {}
     for token, label in zip(ids, labels, strict=True):
         if token in owner:
@@ -102,6 +100,16 @@ def label_token_ids(tokenizer: Any, labels: Sequence[str], row: Row) -> tuple[in
             )
         owner[token] = label
     return tuple(ids)
+
+
+def _first_token(tokenizer: Any, prompt: list[int], label: str) -> int:
+    """How `label` begins after `prompt`: some tokenizers mark a word differently at the start of a text. Where the two
+    would merge into one token, a model that continues from `prompt` can only begin the label as it stands alone."""
+    text = tokenizer.decode(prompt, clean_up_tokenization_spaces=False) + label
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if ids[: len(prompt)] == prompt:
+        return ids[len(prompt)]
+    return tokenizer(label, add_special_tokens=False)["input_ids"][0]
 
 
 def _escaper(tokenizer: Any, template: str) -> Callable[[str], str]:
