@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import StageError
+from posttrain.errors import StageError, UserError
 from posttrain.pipeline import watchdog
 from posttrain.pipeline.plan import local_cpus
 
@@ -66,21 +66,26 @@ def ray_session() -> Iterator[RaySession]:
         environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     guard = _start_watchdog(session)
-    with _signals() as handlers, _environment(environment):
+    with _signals() as handlers:
         try:
-            _connect(session, address)
-            handlers()  # Ray installs its own on the way
-            yield session
+            with _environment(environment):
+                _connect(session, address)
+                handlers()  # Ray installs its own on the way
+                yield session
         finally:
             with _uninterrupted():
                 _close(session)
                 guard.kill()
                 guard.wait()
+                _reread_environment()
 
 
 def _connect(session: RaySession, address: str) -> None:
     import ray
 
+    if ray.is_initialized():
+        raise UserError("Ray is already initialised in this process; call ray.shutdown() before running a pipeline")
+    _reread_environment()
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     if session.local:
         options |= {"num_cpus": local_cpus(), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
@@ -96,6 +101,16 @@ def _connect(session: RaySession, address: str) -> None:
         raise StageError(f"{'a local Ray could not be started' if session.local else cluster}: {reason}") from error
     total = ray.cluster_resources()
     session.cpus, session.gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+
+
+def _reread_environment() -> None:
+    """Let Ray see the variables as they are now: it keeps what it read when it was imported, or used last."""
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") != "0"
 
 
 def _object_store_bytes() -> int:

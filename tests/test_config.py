@@ -1,0 +1,152 @@
+"""YAML and its strictness: every file of the repository under its own schema, and what a wrong one is told."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from posttrain.config.base import apply_overrides, load_config, parse_yaml, read_yaml, validate_config
+from posttrain.config.shared import DataConfig, ModelConfig
+from posttrain.errors import ConfigError
+from posttrain.pipeline.config import PipelineConfig, read_pipeline
+from posttrain.pipeline.inputs import walk
+from posttrain.pipeline.kinds import KINDS, load_schema
+from posttrain.sft.config import SftConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PIPELINES = sorted((ROOT / "pipelines").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SFT = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "batch_tokens": 8192}
+
+
+def kind_of(path: Path) -> str:
+    """A config is named after its kind: sft.yaml, sft-lora.yaml."""
+    return path.stem.split("-")[0].split("_")[0]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_stage_file_fits_the_schema_of_its_kind(path: Path):
+    assert kind_of(path) in KINDS, "name the file after the kind of its stage"
+    load_config(load_schema(KINDS[kind_of(path)]), path)
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.name)
+def test_every_pipeline_and_the_files_it_names_fit_their_schemas(path: Path):
+    raw = read_pipeline(path)
+    assert raw.problems == []
+    for stage in [*raw.stages, *([raw.evaluate] if raw.evaluate else [])]:
+        validate_config(load_schema(KINDS[stage.kind]), stage.config, stage.file)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kinds_table_matches_the_schemas(kind: str):
+    """Every dataset field says what rows it holds, every plain path is a field, every schema exports."""
+    schema = load_schema(KINDS[kind])
+    exported = schema.model_json_schema()
+    assert exported["type"] == "object"
+    assert exported["additionalProperties"] is False
+    datasets = {key for key, spec in exported["properties"].items() if "DataConfig" in json.dumps(spec)}
+    assert datasets == set(KINDS[kind].data)
+    assert set(KINDS[kind].paths) <= set(exported["properties"])
+
+
+def test_numbers_are_yaml_1_2():
+    text = "a: 1e-5\nb: 1.5\nc: yes\nd: 0.1e+3\ne: true\nf: -3"
+    assert parse_yaml(text, "x") == {"a": 1e-5, "b": 1.5, "c": "yes", "d": 100.0, "e": True, "f": -3}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model:\n\tpath: x\n", "line 2: a tab character; YAML is indented with spaces only"),
+        ("a: 1\nb: 2\na: 3\n", "line 3: key 'a' appears twice"),
+        ("a: [1, 2\n", "line "),
+        ("- 1\n- 2\n", "holds list, but must hold a mapping of keys to values"),
+        ("", "holds NoneType"),
+        ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+    ],
+)
+def test_wrong_yaml_is_told_where(tmp_path: Path, text: str, expected: str):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_yaml(path)
+    assert expected in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_all_problems_of_a_file_come_at_once():
+    data = {**SFT, "optimiser": {}, "epochs": "three", "optimizer": {"learning_rat": 1.0, "beta1": 1.5}, "model": {}}
+    with pytest.raises(ConfigError) as error:
+        validate_config(SftConfig, data, "sft.yaml")
+    text = str(error.value)
+    assert "sft.yaml: optimiser: unknown key; did you mean 'optimizer'?" in text
+    assert "optimizer.learning_rat: unknown key; did you mean 'learning_rate'?" in text
+    assert "epochs: got 'three'" in text
+    assert "optimizer.beta1: got 1.5" in text
+    assert "model.path: required, but not set" in text
+    assert len(error.value.problems) == 5
+
+
+@pytest.mark.parametrize("value", ["1", 1.0, True, None])
+def test_types_are_not_coerced(value: object):
+    with pytest.raises(ConfigError):
+        validate_config(SftConfig, {**SFT, "epochs": value}, "x")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_learning_rate_is_a_positive_number(value: float):
+    with pytest.raises(ConfigError):
+        validate_config(SftConfig, {**SFT, "optimizer": {"learning_rate": value}}, "x")
+
+
+def test_overrides_set_any_depth_and_leave_the_rest():
+    data = {"a": {"b": 1, "c": 2}}
+    changed = apply_overrides(data, ["a.b=1e-4", "d.e=[1, x]", "f=", "a.g={h: true}"])
+    assert changed == {"a": {"b": 1e-4, "c": 2, "g": {"h": True}}, "d": {"e": [1, "x"]}, "f": ""}
+    assert data == {"a": {"b": 1, "c": 2}}
+
+
+@pytest.mark.parametrize("override", ["a", "=1", " =1"])
+def test_an_override_has_a_key_and_a_value(override: str):
+    with pytest.raises(ConfigError, match=r"key\.path=value"):
+        apply_overrides({}, [override])
+
+
+def test_walk_finds_configs_in_lists_and_mappings():
+    schema = load_schema(KINDS["eval"])
+    config = schema.model_validate(
+        {
+            "model": {"path": "m"},
+            "data": {"path": "d"},
+            "reward": {"name": "r"},
+            "exclude": [{"path": "x"}, {"path": "y"}],
+            "key_field": "key",
+        }
+    )
+    found = {key: value for key, value in walk(config) if isinstance(value, DataConfig | ModelConfig)}
+    assert set(found) == {"model", "data", "exclude.0", "exclude.1"}
+
+
+def test_a_configuration_cannot_change():
+    config = validate_config(SftConfig, SFT, "x")
+    with pytest.raises(ValueError, match="frozen"):
+        config.epochs = 2
+
+
+def test_a_large_file_is_refused_no_slower_than_it_is_read():
+    """A thousand wrong keys: the messages must not take longer than a few of the reading."""
+    data = {**SFT, **{f"key{index}": index for index in range(1000)}}
+    began = time.perf_counter()
+    with pytest.raises(ConfigError):
+        validate_config(SftConfig, SFT | {"x": 1}, "x")
+    one = time.perf_counter() - began
+    began = time.perf_counter()
+    with pytest.raises(ConfigError):
+        validate_config(SftConfig, data, "x")
+    assert time.perf_counter() - began < 5000 * max(one, 1e-4)
+
+
+def test_the_schema_of_a_pipeline_exports():
+    assert set(PipelineConfig.model_json_schema()["properties"]) == {"name", "seed", "warm_engines", "stages", "evaluate"}
