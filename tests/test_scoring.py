@@ -210,6 +210,13 @@ class TestPool:
         assert pool.stats.outcomes == {"ok": 60}
         assert max(scored.wall_s for scored in results) < pool.stats.busy_s / 4
 
+    @pytest.mark.slow
+    def test_math_that_hangs_the_grader(self) -> None:
+        """A tower of powers keeps math-verify busy for ever; its neighbours are graded all the same."""
+        results, _ = score("math", ["\\boxed{4}", "\\boxed{9^{9^{9^{9}}}}", "\\boxed{5}"], timeout_s=3.0)
+        assert [scored.outcome for scored in results] == ["ok", "unparseable", "ok"]
+        assert [scored.result.value for scored in results if scored.result] == [1.0, 0.0, 0.0]
+
     def test_args_reach_the_function(self, hostile: str) -> None:
         pool = RewardPool(RewardSpec(f"{hostile}:by_text", {"bonus": 0.5}), num_workers=2)
         results = pool.score_all((reply(str(index)), ROW) for index in range(300))

@@ -99,10 +99,10 @@ class RewardPool:
         """The rollout's score, or why there is none. Whatever the reward function does, this does not raise."""
         if not self._is_open:
             raise RuntimeError("start the pool before scoring")
-        pair = pair_to_json(rollout, row)
         try:
+            pair = pair_to_json(rollout, row)
             item = self._add(pair)
-        except (TypeError, ValueError, RecursionError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             return self._count(Scored(None, "error", f"row {row.id}: {error}"))
         scored = await item.future
         if scored.outcome == "ok":
