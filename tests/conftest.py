@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A busy machine must not fail a property for being slow.
+settings.register_profile("posttrain", deadline=None)
+settings.load_profile("posttrain")
 
 
 @pytest.fixture(scope="session")
