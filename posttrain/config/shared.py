@@ -1,6 +1,6 @@
 """Schemas that several stages share. No torch here: a config loads in milliseconds."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,9 +34,7 @@ class RewardConfig(Config):
     """A reward plug-in: the name of an entry point, a dotted path, or path/to/file.py:function."""
 
     name: str
-    args: dict[str, str | int | float | bool | None] = Field(
-        default_factory=dict, description="Keyword arguments given to the function."
-    )
+    args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments given to the function.")
     workers: Annotated[int, Field(ge=1)] = Field(default=1, description="Processes that score side by side.")
     timeout_s: Positive = Field(default=10.0, description="A scoring that takes longer is killed with its process.")
 
