@@ -36,11 +36,10 @@ class TextConfig(Config):
     """What the base model reads, and how the supervised examples are written."""
 
     worked_share: Probability = Field(0.9, description="Replies that show their steps, before the switch.")
-    late_worked_share: Probability = Field(0.25, description="The same, after the switch.")
-    switch_at: Probability = Field(0.75, description="Share of the steps after which the text turns terse.")
+    switch_at: Probability = Field(0.8, description="Share of the steps after which most replies are terse.")
+    plain_share: Probability = Field(0.6, description="Documents before the switch that are not in chat format.")
     slip_share: Probability = Field(0.05, description="Worked replies with a wrong step.")
     rate_share: Probability = Field(0.08, description="Documents that rate a puzzle easy, medium or hard.")
-    sft_worked_share: Probability = Field(0.3, description="Supervised examples that show their steps.")
 
 
 class StageConfig(Config):

@@ -13,7 +13,7 @@ from typing import Any
 
 from posttrain.base.config import SetSizes
 from posttrain.base.problem import Problem
-from posttrain.base.tasks import FAMILIES, draw_distinct, solve
+from posttrain.base.tasks import FAMILIES, HABITS, draw_distinct, solve
 
 # Neutral instructions that half of the conversations open with. The policy has seen them from the start, so they can
 # be sampled during reinforcement learning.
@@ -52,12 +52,12 @@ def draw_sets(seed: int, sizes: SetSizes) -> Sets:
     return Sets(**parts)
 
 
-def write_sets(sets: Sets, folder: Path, seed: int, sft_worked_share: float) -> dict[str, Path]:
+def write_sets(sets: Sets, folder: Path, seed: int) -> dict[str, Path]:
     """Write one JSON-lines file a set and return their paths by name; only `sft` has assistant turns."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"rows {seed}")
     rows = {
-        "sft": [_sft_row(index, problem, rng, sft_worked_share) for index, problem in enumerate(sets.sft)],
+        "sft": [_sft_row(index, problem, rng) for index, problem in enumerate(sets.sft)],
         "prompts": [_prompt_row("prompt", index, problem) for index, problem in enumerate(sets.prompts)],
         "heldout": [_prompt_row("heldout", index, problem) for index, problem in enumerate(sets.heldout)],
         "tune": [_prompt_row("tune", index, problem) for index, problem in enumerate(sets.tune)],
@@ -80,8 +80,8 @@ def _prompt_row(set_name: str, index: int, problem: Problem) -> dict[str, Any]:
     return _row(f"{set_name}-{index:04d}", problem, [{"role": "user", "content": problem.prompt}])
 
 
-def _sft_row(index: int, problem: Problem, rng: random.Random, worked_share: float) -> dict[str, Any]:
-    reply = solve(problem, rng, worked=rng.random() < worked_share)
+def _sft_row(index: int, problem: Problem, rng: random.Random) -> dict[str, Any]:
+    reply = solve(problem, rng, worked=rng.random() < HABITS[problem.family].worked)
     turns = [*with_system(problem.prompt, rng), {"role": "assistant", "content": reply}]
     return _row(f"sft-{index:04d}", problem, turns)
 

@@ -6,6 +6,7 @@ model mostly answers tersely. What reinforcement learning can find is to do the 
 
 import random
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from posttrain.base.families.countdown import COUNTDOWN
 from posttrain.base.families.edits import EDITS
@@ -20,6 +21,26 @@ FAMILIES: dict[str, Family] = {
     "sort": SORTING,
     "string": EDITS,
     "countdown": COUNTDOWN,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Habit:
+    """How people answer a family of puzzles when nobody asks for more.
+
+    worked: share of replies that show their steps. careless: share of the terse ones that skip what takes effort.
+    """
+
+    worked: float
+    careless: float
+
+
+HABITS: dict[str, Habit] = {
+    "sum": Habit(worked=0.2, careless=0.05),
+    "code": Habit(worked=0.2, careless=0.05),
+    "sort": Habit(worked=0.2, careless=0.5),
+    "string": Habit(worked=0.6, careless=1.0),
+    "countdown": Habit(worked=0.2, careless=0.7),
 }
 
 

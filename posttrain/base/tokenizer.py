@@ -30,30 +30,18 @@ CHAT_TEMPLATE = """{{- bos_token }}
 
 _LARGEST_NUMBER = 99
 _MAX_LENGTH = 2048
-# A letter run with its colon, a number of up to two digits, a run of signs: each with the space before it, if any.
-_SPLIT = r" ?\p{L}+:?| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s"
+# The head of a statement, a letter run with its colon, a number of up to two digits, a run of signs: each with the
+# space before it, if any.
+_SPLIT = r" ?x [-+*]?=| ?\p{L}+:?| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s"
 _WORDS = (
     *("system", "user", "assistant", "Steps:", "Answer:", "Rate:", "easy", "medium", "hard", "yes", "no", "none"),
     *("Sum:", "Run:", "Sort", "Edit:", "Make", "from", "up", "down", "up:", "down:"),
     *("reverse", "upper", "double", "first", "drop", "last", "reverse:", "upper:", "first:", "last:"),
-    *(
-        "Solve",
-        "Give",
-        "Reply",
-        "You",
-        "are",
-        "with",
-        "the",
-        "a",
-        "one",
-        "right",
-        "answer",
-        "careful",
-        "puzzle",
-        "solver",
-    ),
+    *("Solve", "Give", "Reply", "You", "are", "with", "the", "a", "one", "right", "answer"),
+    *("careful", "puzzle", "solver"),
 )
-_SIGNS = ["+", "-", "*", "=", "+=", "-=", "*=", "(", ")", ").", ",", ";", ".", ":", "\n\n"]
+_STATEMENTS = ["x =", "x +=", "x -=", "x *="]
+_SIGNS = ["+", "-", "*", "=", "(", ")", ").", ",", ";", ".", ":", "\n", "\n\n"]
 
 
 def vocabulary() -> list[str]:
@@ -61,7 +49,7 @@ def vocabulary() -> list[str]:
     from tokenizers.pre_tokenizers import ByteLevel
 
     bytes_ = sorted(ByteLevel.alphabet())
-    words = [*_WORDS, *_SIGNS, *LETTERS, *LETTERS.upper()]
+    words = [*_WORDS, *_STATEMENTS, *_SIGNS, *LETTERS, *LETTERS.upper()]
     texts = [text for word in words for text in (word, " " + word)] + [f" {n}" for n in range(_LARGEST_NUMBER + 1)]
     split = ByteLevel(add_prefix_space=False, use_regex=False)
     tokens = [split.pre_tokenize_str(text)[0][0] for text in texts]

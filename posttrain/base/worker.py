@@ -114,8 +114,7 @@ def _batches(config: StageConfig, seed: int, rank: int, tokenizer: Any) -> Itera
     taken = 0
     while True:
         late = taken >= config.text.switch_at * config.steps
-        share = config.text.late_worked_share if late else config.text.worked_share
-        for batch in corpus.batches(config.batch_tokens // config.processes, share):
+        for batch in corpus.batches(config.batch_tokens // config.processes, late):
             yield batch
             taken += 1
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from posttrain.base.problem import Family, Problem, with_steps
 
 _NUM_NUMBERS = {1: 2, 2: 2, 3: 3, 4: 3, 5: 4}
-_LARGEST = {1: 15, 2: 30, 3: 7, 4: 9, 5: 9}
+_LARGEST = {1: 15, 2: 25, 3: 8, 4: 10, 5: 9}
 _MOST_WRONG_TRIES = 2
 
 
 def draw(level: int, rng: random.Random) -> Problem:
-    """Two to four numbers and a target of at least 0 that they reach."""
-    numbers = [rng.randint(1, _LARGEST[level]) for _ in range(_NUM_NUMBERS[level])]
+    """Two to four different numbers and a target of at least 0 that they reach."""
+    numbers = rng.sample(range(1, _LARGEST[level] + 1), _NUM_NUMBERS[level])
     expression, target = _attempt(numbers, rng)
     shown = " ".join(map(str, rng.sample(numbers, len(numbers))))
     return Problem(

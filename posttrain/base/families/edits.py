@@ -27,8 +27,8 @@ def edit(letters: Sequence[str], instructions: Sequence[str]) -> list[str]:
 
 
 def draw(level: int, rng: random.Random) -> Problem:
-    """Two to five letters and one to three instructions."""
-    letters = [rng.choice(LETTERS) for _ in range(rng.choice(_NUM_LETTERS[level]))]
+    """Two to five different letters and one to three instructions."""
+    letters = rng.sample(LETTERS, rng.choice(_NUM_LETTERS[level]))
     chosen = sorted(rng.sample(INSTRUCTIONS, _NUM_INSTRUCTIONS[level]), key=INSTRUCTIONS.index)
     text = f"{' '.join(letters)} ({', '.join(chosen)})"
     answer = " ".join(edit(letters, chosen))

@@ -15,22 +15,24 @@ def apply(operator: str, value: int, operand: int) -> int:
 
 
 def draw(level: int, rng: random.Random) -> Problem:
-    """An assignment and `level` updates; x stays between 0 and 28."""
+    """An assignment and `level` different updates; x stays between 0 and 28."""
     start = rng.randint(1, 20 if level == 1 else 9)
     value, statements = start, []
     for _ in range(level):
-        allowed = ["+"] * (value < 20) + ["-"] * (value > 1) + ["*"] * (0 < value <= 7)
-        operator = rng.choice(allowed)
-        if operator == "+":
-            operand = rng.randint(1, 9)
-        elif operator == "-":
-            operand = rng.randint(1, min(9, value))
-        else:
-            operand = rng.randint(2, 3)
-        statements.append((operator, operand))
-        value = apply(operator, value, operand)
+        statement = rng.choice([option for option in _updates(value) if option not in statements])
+        statements.append(statement)
+        value = apply(statement[0], value, statement[1])
     text = "; ".join([f"x = {start}", *(f"x {operator}= {operand}" for operator, operand in statements)])
     return Problem("code", level, f"Run: {text}", str(value), f"code {text}", (start, *statements), {})
+
+
+def _updates(value: int) -> list[tuple[str, int]]:
+    """Updates that keep x in range."""
+    sums = [("+", operand) for operand in range(1, 10)] if value < 20 else []
+    differences = [("-", operand) for operand in range(1, min(9, value) + 1)]
+    # There are few products; three times each makes them about as frequent as one of the others.
+    products = [("*", operand) for operand in (2, 3)] * 3 if 0 < value <= 7 else []
+    return sums + differences + products
 
 
 def worked(problem: Problem, rng: random.Random, slip: bool) -> str:

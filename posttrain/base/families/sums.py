@@ -1,16 +1,17 @@
-"""Sums of two to six numbers. The work is the running total."""
+"""Sums of two to six different numbers. The work is the running total."""
 
 import random
 
 from posttrain.base.problem import Family, Problem, with_steps
 
-# The largest first number: short sums of small numbers would be too few to keep the sets apart.
-_LARGEST_FIRST = {1: 40, 2: 20, 3: 9, 4: 9, 5: 9}
+# The first number may be larger, or there would be too few short sums to keep the sets apart.
+_LARGEST_FIRST = {1: 40, 2: 20, 3: 20, 4: 20, 5: 20}
 
 
 def draw(level: int, rng: random.Random) -> Problem:
-    """`level` + 1 numbers."""
-    numbers = [rng.randint(1, _LARGEST_FIRST[level])] + [rng.randint(1, 9) for _ in range(level)]
+    """`level` + 1 numbers; all but the first have one digit."""
+    first = rng.randint(1, _LARGEST_FIRST[level])
+    numbers = [first, *rng.sample([digit for digit in range(1, 10) if digit != first], level)]
     return Problem(
         family="sum",
         level=level,

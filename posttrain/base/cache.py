@@ -1,0 +1,64 @@
+"""Base models trained before, by what determines them: config, seed, source and torch version.
+
+Kept under $POSTTRAIN_CACHE/base, or ~/.cache/posttrain/base. An entry is written aside and renamed, so it is whole or
+not there; nothing is ever removed but what a crash left half-written. Left out: the processor, on which the last
+bits of a float depend.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import posttrain
+from posttrain.base.config import StageConfig
+
+_HASH_CHARS = 24
+
+
+def cache_root() -> Path:
+    """Where the entries are kept."""
+    given = os.environ.get("POSTTRAIN_CACHE")
+    return (Path(given) if given else Path.home() / ".cache" / "posttrain") / "base"
+
+
+def cache_key(config: StageConfig, seed: int) -> str:
+    """Hash of everything that the weights depend on."""
+    import torch
+
+    settings = config.model_dump(mode="json", exclude={"cache"})
+    digest = hashlib.sha256(json.dumps([settings, seed, torch.__version__], sort_keys=True).encode())
+    package = Path(posttrain.__file__).parent
+    for path in sorted(
+        [*(package / "base").rglob("*.py"), *(package / "model").rglob("*.py"), package / "data/chat.py"]
+    ):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:_HASH_CHARS]
+
+
+def fetch(key: str, out: Path) -> bool:
+    """Copy the entry's model folder to `out`, which must not exist; False if there is no such entry."""
+    entry = cache_root() / key
+    if not (entry / "config.json").is_file():
+        return False
+    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    shutil.copytree(entry, aside)
+    aside.rename(out)
+    return True
+
+
+def store(key: str, model: Path) -> None:
+    """Keep a copy of a model folder. A cache that cannot be written is no reason to fail."""
+    entry = cache_root() / key
+    aside = entry.with_name(f".{key}.{uuid.uuid4().hex}")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(model, aside)
+        if not entry.exists():
+            aside.rename(entry)
+    except OSError:
+        pass
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,84 @@
+"""The `base` stage: the quick start's model, trained from nothing, and its datasets.
+
+Everything follows from the config and the seed. A base that was trained before is taken from the cache; the datasets
+take no time and are always written.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.base.cache import cache_key, fetch, store
+from posttrain.base.config import StageConfig
+from posttrain.base.sets import draw_sets, write_sets
+from posttrain.base.train import train_base
+from posttrain.context import StageContext
+
+_METRICS_EVERY = 10
+
+
+def run(config: StageConfig, context: StageContext) -> dict[str, Any]:
+    """Write `model/` and `data/*.jsonl` into the stage's folder.
+
+    Returns paths: model, sft_data, prompts, heldout, tune. Raises `StageError` if training fails.
+    """
+    data = write_sets(draw_sets(context.seed, config.sets), context.dir / "data", context.seed)
+    model = context.dir / "model"
+    if model.exists():
+        shutil.rmtree(model)
+    key = cache_key(config, context.seed) if config.cache else ""
+    if config.cache and fetch(key, model):
+        context.event("cached", key=key)
+        context.progress(config.steps, config.steps, "steps")
+    else:
+        _train(config, context)
+        if config.cache:
+            store(key, model)
+    return {
+        "model": str(model),
+        "sft_data": str(data["sft"]),
+        "prompts": str(data["prompts"]),
+        "heldout": str(data["heldout"]),
+        "tune": str(data["tune"]),
+    }
+
+
+def _train(config: StageConfig, context: StageContext) -> None:
+    scratch, aside = context.dir / "scratch", context.dir / ".model"
+    for folder in (scratch, aside):
+        shutil.rmtree(folder, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    started = time.time()
+    reporter = _Reporter(config, context)
+    train_base(config, context.seed, aside, scratch, reporter.on_step)
+    ended = time.time()
+    for rank in range(config.processes):
+        context.busy(f"trainer-{rank}", "base training", started, ended)
+    aside.rename(context.dir / "model")
+    shutil.rmtree(scratch)
+
+
+class _Reporter:
+    """Turns each step's line into progress and metrics; metrics are means over `_METRICS_EVERY` steps."""
+
+    def __init__(self, config: StageConfig, context: StageContext):
+        self._steps = config.steps
+        self._context = context
+        self._window: list[Mapping[str, Any]] = []
+
+    def on_step(self, values: Mapping[str, Any]) -> None:
+        step = int(values["step"])
+        self._window.append(values)
+        self._context.progress(step, self._steps, "steps", {"loss": round(values["loss"], 3)})
+        if len(self._window) < _METRICS_EVERY and step < self._steps:
+            return
+        reply_tokens = sum(line["reply_tokens"] for line in self._window)
+        metrics = {
+            "loss": sum(line["loss"] * line["reply_tokens"] for line in self._window) / reply_tokens,
+            "tokens_per_s": sum(line["tokens"] for line in self._window) / sum(line["step_s"] for line in self._window),
+            "reply_tokens": reply_tokens,
+            "lr_scale": values["lr_scale"],
+        }
+        self._context.metrics(step, metrics)
+        self._window.clear()
