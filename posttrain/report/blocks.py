@@ -49,6 +49,7 @@ class Chart:
     title: str
     spec: Mapping[str, Any]
     height: int = 240
+    unit: str = ""
     caption: str = ""
     keys: Sequence[Key] = ()
     type: str = "chart"
@@ -73,6 +74,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     numeric: Sequence[int] = ()
     strong: Sequence[int] = ()
+    title: str = ""
     caption: str = ""
     type: str = "table"
 

@@ -2,7 +2,7 @@
 
 A token ("--c1", or "--c1@0.3" with an opacity) is a CSS variable of page.css, which has a light and a dark value; the
 page's script puts the colour in when it draws. So a figure here is drawn right in both, and again when the reader
-switches.
+switches. Units stand in a chart's title, not along its axis, where they would have to be read sideways.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ def axis(title: str = "", grid: bool = True, **settings: Any) -> dict[str, Any]:
         "zeroline": False,
         "showline": False,
         "ticks": "",
-        "automargin": True,
+        "automargin": False,
         "fixedrange": True,
         "tickfont": {"size": 11, "color": "--muted"},
     }
     if title:
-        base["title"] = {"text": title, "font": {"size": 11.5, "color": "--muted"}, "standoff": 8}
+        base["title"] = {"text": title, "font": {"size": 11.5, "color": "--muted"}, "standoff": 6}
     return {**base, **settings}
 
 
@@ -42,7 +42,7 @@ def figure(data: Sequence[dict[str, Any]], x: dict[str, Any], y: dict[str, Any],
         "layout": {
             "xaxis": x,
             "yaxis": y,
-            "margin": {"l": 8, "r": 10, "t": 8, "b": 8},
+            "margin": {"l": 42, "r": 12, "t": 10, "b": 40 if "title" in x else 24},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "showlegend": False,
@@ -52,6 +52,16 @@ def figure(data: Sequence[dict[str, Any]], x: dict[str, Any], y: dict[str, Any],
             **layout,
         },
     }
+
+
+def rows_figure(data: Sequence[dict[str, Any]], x: dict[str, Any], names: Sequence[str], **layout: Any) -> dict:
+    """A figure with one row a name, the first on top, and room on the left for the names."""
+    order = [escape(name) for name in reversed(names)]
+    y = axis(grid=False, type="category", categoryorder="array", categoryarray=order, range=[-0.5, len(names) - 0.5])
+    y["tickfont"] = {"size": 12, "color": "--ink"}
+    left = 14 + 7 * max(map(len, names), default=0)
+    margin = {"l": left, "r": 12, "t": 4, "b": 40, **layout.pop("margin", {})}
+    return figure(data, x, y, margin=margin, **layout)
 
 
 def line(x: Values, y: Values, colour: str, name: str, hover: str = "%{y:.3g}", **style: Any) -> dict[str, Any]:
@@ -68,7 +78,9 @@ def line(x: Values, y: Values, colour: str, name: str, hover: str = "%{y:.3g}", 
     }
 
 
-def dots(x: Values, y: Values, colour: str, name: str, hover: str = "%{y:.3g}", size: float = 4) -> dict[str, Any]:
+def dots(
+    x: Sequence[Any], y: Values, colour: str, name: str, hover: str = "%{y:.3g}", size: float = 4
+) -> dict[str, Any]:
     """Points without a line."""
     return {
         "type": "scatter",
@@ -77,6 +89,7 @@ def dots(x: Values, y: Values, colour: str, name: str, hover: str = "%{y:.3g}", 
         "y": list(y),
         "name": name,
         "marker": {"color": colour, "size": size},
+        "cliponaxis": False,
         "hovertemplate": f"{hover}<extra>{escape(name)}</extra>",
     }
 
@@ -101,7 +114,7 @@ def smooth(values: Values, width: int) -> list[float | None]:
     for i, value in enumerate(values):
         near = [v for v in values[max(0, i - half) : i + half + 1] if v is not None]
         means.append(sum(near) / len(near) if value is not None and near else None)
-    return means
+    return rounded(means)
 
 
 def smoothing(count: int) -> int:

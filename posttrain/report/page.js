@@ -70,7 +70,7 @@
       foot.append(item);
     };
     fact("capability", rollout.capability);
-    fact("fate", rollout.status.replace(":", ": ").replaceAll("_", " "));
+    fact("status", rollout.status.replace(":", ": ").replaceAll("_", " "));
     fact("trained at step", rollout.step);
     fact("staleness", rollout.staleness);
     fact("advantage", rollout.advantage === null ? null : trim(rollout.advantage));

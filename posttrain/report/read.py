@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("base", "filter", "sft", "rl", "dpo", "eval")
+EVALUATION = ".eval"  # ends the name of the evaluation of a stage
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the run. `start` and `end` are Unix times or None; `metrics` are the lines of its metrics.jsonl."""
+    """One stage of the run, or the evaluation of a stage.
+
+    start, end: Unix times or None. figures: what it returned beside files. metrics: the lines of its metrics.jsonl.
+    of: the stage that this evaluates, else empty.
+    """
 
     name: str
     kind: str
@@ -25,9 +30,10 @@ class Stage:
     wall_s: float | None = None
     start: float | None = None
     end: float | None = None
-    outputs: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[dict[str, Any], ...] = ()
     error: str = ""
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Run:
     dir: Path
     summary: Mapping[str, Any]
     stages: tuple[Stage, ...]
+    evaluations: tuple[Stage, ...]
     events: tuple[dict[str, Any], ...]
     evals: Mapping[str, Mapping[str, Any]]
     notes: tuple[str, ...] = ()
@@ -44,11 +51,12 @@ class Run:
     def of_kind(self, kind: str) -> list[Stage]:
         return [stage for stage in self.stages if stage.kind == kind]
 
-    def busy(self, stage: str) -> list[dict[str, Any]]:
-        """The busy events of one stage that have an actor and a length, oldest first."""
-        found = [event for event in self.events if event.get("event") == "busy" and event.get("stage") == stage]
+    def busy(self, stage: Stage) -> list[dict[str, Any]]:
+        """The busy events of a stage that have a length, oldest first; of its last attempt, if it was resumed."""
+        found = [event for event in self.events if event.get("event") == "busy" and event.get("stage") == stage.name]
         whole = [e for e in found if number(e.get("start")) is not None and number(e.get("end")) is not None]
-        return sorted((e for e in whole if e["end"] >= e["start"]), key=lambda event: event["start"])
+        since = stage.start or 0.0
+        return sorted((e for e in whole if since <= e["start"] <= e["end"]), key=lambda event: event["start"])
 
 
 def number(value: Any) -> float | None:
@@ -68,8 +76,11 @@ def read_run(run_dir: Path) -> Run:
     notes: list[str] = []
     summary = mapping(read_json(run_dir / "summary.json", notes))
     events = tuple(sorted(read_lines(run_dir / "events.jsonl", notes), key=lambda e: number(e.get("t")) or 0.0))
-    stages = tuple(_read_stage(run_dir, record, events, notes) for record in _stage_records(run_dir, summary, events))
-    return Run(run_dir, summary, stages, events, _read_evals(summary, stages, notes), tuple(notes))
+    every = [_read_stage(run_dir, record, events, notes) for record in _stage_records(run_dir, summary, events)]
+    stages = tuple(stage for stage in every if not stage.of)
+    evaluations = tuple(stage for stage in every if stage.of)
+    evals = _read_evals(summary, stages, evaluations, notes)
+    return Run(run_dir, summary, stages, evaluations, events, evals, tuple(notes))
 
 
 def read_json(path: Path, notes: list[str]) -> Any:
@@ -104,17 +115,14 @@ def read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 def _stage_records(run_dir: Path, summary: Mapping[str, Any], events: tuple[dict, ...]) -> list[dict[str, Any]]:
     """The stages that the summary lists, then those only the events or the folders know (a run that was cut off)."""
-    listed = summary.get("stages")
-    records = [dict(s) for s in listed if isinstance(s, Mapping) and s.get("name")] if isinstance(listed, list) else []
+    records: list[dict[str, Any]] = []
+    for part in ("stages", "evaluations"):
+        listed = summary.get(part)
+        records += [dict(s) for s in listed if mapping(s).get("name")] if isinstance(listed, list) else []
     names = {str(record["name"]) for record in records}
     started = [str(e["stage"]) for e in events if e.get("event") == "stage_start" and e.get("stage")]
-    folders = (
-        sorted(p.name for p in run_dir.iterdir() if p.is_dir() and _looks_like_stage(p)) if run_dir.is_dir() else []
-    )
-    for name in dict.fromkeys([*started, *folders]):
-        if name not in names:
-            records.append({"name": name})
-    return records
+    folders = sorted(p.name for p in run_dir.iterdir() if p.is_dir() and _looks_like_stage(p))
+    return records + [{"name": name} for name in dict.fromkeys([*started, *folders]) if name not in names]
 
 
 def _looks_like_stage(folder: Path) -> bool:
@@ -123,7 +131,8 @@ def _looks_like_stage(folder: Path) -> bool:
 
 def _read_stage(run_dir: Path, record: dict[str, Any], events: tuple[dict, ...], notes: list[str]) -> Stage:
     name = str(record["name"])
-    folder = run_dir / name
+    of = name.removesuffix(EVALUATION) if name.endswith(EVALUATION) else ""
+    folder = run_dir / of / "eval" if of else run_dir / name
     mine = [event for event in events if event.get("stage") == name]
     by_event = {str(event.get("event")): event for event in mine}
     started = by_event.get("stage_start", {})
@@ -143,9 +152,10 @@ def _read_stage(run_dir: Path, record: dict[str, Any], events: tuple[dict, ...],
         wall_s=wall_s,
         start=start,
         end=end,
-        outputs=mapping(record.get("outputs")),
+        figures={**mapping(record.get("outputs")), **mapping(record.get("stats"))},
         metrics=tuple(read_lines(folder / "metrics.jsonl", notes)),
         error=str(error),
+        of=of,
     )
 
 
@@ -165,15 +175,15 @@ def _guess_status(by_event: Mapping[str, Any], folder: Path) -> str:
     return "failed" if "stage_failed" in by_event else "interrupted"
 
 
-def _read_evals(summary: Mapping[str, Any], stages: tuple[Stage, ...], notes: list[str]) -> dict[str, dict[str, Any]]:
-    """Results by stage, in the order of the stages: the summary's, else each stage folder's own results.json."""
-    listed = mapping(summary.get("eval"))
+def _read_evals(
+    summary: Mapping[str, Any], stages: tuple[Stage, ...], evaluations: tuple[Stage, ...], notes: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Results by stage, in the order of the stages: the summary's, else what the folders hold."""
+    found = {str(name): mapping(results) for name, results in mapping(summary.get("eval")).items()}
+    for stage in (*stages, *evaluations):
+        name = stage.of or stage.name
+        if not found.get(name):
+            found[name] = mapping(read_json(stage.dir / "results.json", notes))
     order = [stage.name for stage in stages]
-    evals = {}
-    for name in dict.fromkeys([*[n for n in order if n in listed], *listed]):
-        evals[name] = listed[name]
-    for stage in stages:
-        if stage.name not in evals:
-            evals[stage.name] = read_json(stage.dir / "results.json", notes)
-    ordered = sorted(evals, key=lambda name: order.index(name) if name in order else len(order))
-    return {name: mapping(evals[name]) for name in ordered if mapping(evals[name])}
+    ordered = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+    return {name: found[name] for name in ordered if found[name]}

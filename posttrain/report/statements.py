@@ -4,15 +4,16 @@ Two accuracies whose 95% intervals overlap are "no measurable change". That is s
 and a reader can check it by eye.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+from posttrain.metrics.intervals import wilson_ci95
 from posttrain.report.read import Run, mapping, number
 
 LABELS = {"base": "base", "filter": "filter", "sft": "SFT", "rl": "RL", "dpo": "DPO", "eval": "evaluation"}
-OBSERVED = {"worked": "show their work"}
+SHOWN = {"worked": "show their work"}  # properties of a reply that the evaluation may count, in words
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Observed:
-    """How often replies had a property (they show work), and how often those replies were right."""
+    """How often replies had a property (they show work), and how often they were right with it and without."""
 
     share: Share
     accuracy: Share | None
-
-
-def wilson(value: float, n: float) -> tuple[float, float]:
-    """95% interval of a share `value` measured on `n`. Source: Wilson (1927), the score interval."""
-    if n <= 0:
-        return 0.0, 1.0
-    z = 1.959964
-    centre = value + z * z / (2 * n)
-    spread = z * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+    otherwise: Share | None
 
 
 def share_of(value: Any, interval: Any, n: Any) -> Share | None:
@@ -74,28 +66,38 @@ def share_of(value: Any, interval: Any, n: Any) -> Share | None:
     if isinstance(interval, list | tuple) and len(interval) == 2:
         low, high = number(interval[0]), number(interval[1])
     if low is None or high is None:
-        low, high = wilson(point, count)
+        low, high = wilson_ci95(point * count, round(count)) if count >= 1 else (0.0, 1.0)
     return Share(point, low, high, round(count))
 
 
 def greedy(results: Mapping[str, Any], capability: str = "all") -> Share | None:
     """Greedy held-out accuracy of one capability, or of all."""
     cell = mapping(results.get(capability))
-    return share_of(cell.get("greedy"), cell.get("greedy_ci95"), cell.get("n"))
+    return share_of(cell.get("greedy"), cell.get("greedy_ci95"), cell.get("greedy_n", cell.get("n")))
 
 
 def observed(results: Mapping[str, Any], name: str, capability: str = "all") -> Observed | None:
     """A property that the task's own check counted in the greedy replies."""
     cell = mapping(results.get(capability))
     found = mapping(mapping(cell.get("observed")).get(name))
-    n = number(found.get("of")) or number(cell.get("n"))
+    n = number(found.get("of")) or number(cell.get("n")) or 0.0
     share = share_of(found.get("share"), found.get("share_ci95"), n)
     if share is None:
         return None
     having = number(found.get("n"))
-    having = share.value * share.n if having is None else having
-    accuracy = share_of(found.get("accuracy"), found.get("accuracy_ci95"), having) if having >= 1 else None
-    return Observed(share, accuracy)
+    having = share.value * n if having is None else having
+    return Observed(
+        share,
+        share_of(found.get("accuracy"), found.get("accuracy_ci95"), having),
+        share_of(found.get("accuracy_otherwise"), found.get("accuracy_otherwise_ci95"), n - having),
+    )
+
+
+def properties(run: Run) -> dict[str, str]:
+    """Name of each property that an evaluation counted -> how sentences go on after "replies that"."""
+    cells = [mapping(cell) for results in run.evals.values() for cell in results.values()]
+    names = dict.fromkeys(name for cell in cells for name in mapping(cell.get("observed")))
+    return {name: SHOWN.get(name, f"match “{name}”") for name in names}
 
 
 def label(run: Run, name: str) -> str:
@@ -110,7 +112,7 @@ def label(run: Run, name: str) -> str:
 def changes(run: Run) -> list[tuple[str, str, Change]]:
     """(stage before, stage after, change of greedy accuracy over all) for each evaluated stage after the first."""
     measured = [(name, share) for name, results in run.evals.items() if (share := greedy(results))]
-    return [(before, after, Change(a, b)) for (before, a), (after, b) in zip(measured, measured[1:], strict=False)]
+    return [(before, after, Change(a, b)) for (before, a), (after, b) in pairwise(measured)]
 
 
 def main_change(run: Run) -> tuple[str, str, Change] | None:
@@ -151,7 +153,7 @@ def gain_sentences(run: Run) -> list[str]:
     if main is None:
         return []
     sentences = []
-    for name, words in OBSERVED.items():
+    for name, words in properties(run).items():
         before, after = (observed(run.evals[stage], name) for stage in main[:2])
         if before and after:
             sentences.append(_observed_sentence(words, before, after))
@@ -176,19 +178,12 @@ def _parts_sentence(words: str, change: Change, before: Observed, after: Observe
     accuracy = share × accuracy with + (1 − share) × accuracy without, so the difference is the change of the share at
     mean accuracies plus the change of the accuracies at mean shares. Source: Kitagawa (1955), the two-part split.
     """
-    if change.verdict == "none" or not (before.accuracy and after.accuracy):
+    known = (before.accuracy, after.accuracy, before.otherwise, after.otherwise)
+    if change.verdict == "none" or any(share is None for share in known):
         return []
-    without = []
-    for total, part in ((change.before, before), (change.after, after)):
-        rest = 1 - part.share.value
-        right = total.value - part.share.value * part.accuracy.value  # type: ignore[union-attr]
-        without.append(min(max(right / rest, 0.0), 1.0) if rest > 1e-9 else None)
-    known = [value for value in without if value is not None]
-    if not known:
-        return []
-    mean_without = sum(known) / len(known)
-    mean_with = (before.accuracy.value + after.accuracy.value) / 2
-    from_share = 100 * (after.share.value - before.share.value) * (mean_with - mean_without)
+    with_before, with_after, without_before, without_after = (share.value for share in known if share is not None)
+    gap = (with_before + with_after - without_before - without_after) / 2
+    from_share = 100 * (after.share.value - before.share.value) * gap
     return [
         f"Of the {change.points:+.1f} points, {from_share:+.1f} come from more replies that {words} and "
         f"{change.points - from_share:+.1f} from replies of either sort being right more often."

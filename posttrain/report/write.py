@@ -27,7 +27,7 @@ from posttrain.report.sections.result import capabilities_of, result_section
 from posttrain.report.sections.rl import rl_section
 from posttrain.report.sections.rollouts import rollouts_section
 from posttrain.report.sections.timeline import timeline_section
-from posttrain.report.sections.tuning import dpo_section, sft_section
+from posttrain.report.sections.tuning import base_section, dpo_section, sft_section
 from posttrain.report.statements import greedy, headline
 
 HERE = Path(__file__).parent
@@ -88,6 +88,7 @@ def build_sections(run: Run) -> list[Section]:
         ("Pipeline", partial(pipeline_section, run)),
     ]
     by_kind: dict[str, list[Callable[..., Section | None]]] = {
+        "base": [base_section],
         "filter": [filter_section],
         "sft": [sft_section],
         "rl": [partial(rl_section, colours=colours), timeline_section, rollouts_section],
@@ -150,7 +151,7 @@ def _facts(run: Run) -> list[str]:
 def _troubles(run: Run) -> list[str]:
     """One sentence a stage that did not end well."""
     sentences = []
-    for stage in run.stages:
+    for stage in (*run.stages, *run.evaluations):
         if stage.status in ("failed", "interrupted"):
             verb = "failed" if stage.status == "failed" else "did not finish"
             sentences.append(f"Stage {stage.name} {verb}{': ' + stage.error if stage.error else '.'}")

@@ -19,9 +19,8 @@ def appendix_section(run: Run) -> Section | None:
         blocks.append(Table(("package", "version"), rows))
     if text := _text(run.dir / "pipeline.yaml"):
         blocks.append(Code(text, "pipeline.yaml, every default written out"))
-    for stage in run.stages:
-        if text := _text(stage.dir / "config.yaml"):
-            blocks.append(Code(text, f"{stage.name}/config.yaml"))
+    configs = [(stage.name, _text(stage.dir / "config.yaml")) for stage in run.stages]
+    blocks += [Code(text, f"{name}/config.yaml") for name, text in configs if text]
     if run.notes:
         blocks.append(Text(run.notes, tone="note"))
     return Section("again", "Commands and versions", blocks) if blocks else None

@@ -28,9 +28,8 @@ def filter_section(run: Run, stage: Stage) -> Section | None:
     if scores:
         blocks.append(_histogram(kept, dropped, scores))
     blocks.append(_by_capability(kept, dropped))
-    title = "Filter: the hard part of the examples is kept"
-    lead = [f"A judge model read each of {count(total)} supervised examples and said how hard it is."]
-    return Section(stage.name, title, blocks, lead)
+    lead = [f"A judge model rated how hard each of {count(total)} supervised examples is; the hardest are kept."]
+    return Section(stage.name, "Filter", blocks, lead)
 
 
 def _difficulties(path: Path) -> Iterator[tuple[str, str, float | None]]:
@@ -73,8 +72,9 @@ def _histogram(kept: list, dropped: list, scores: list[float]) -> Chart:
         bars(centres, binned(dropped), "--faint", "dropped", "%{y} examples"),
         bars(centres, binned(kept), "--accent", "kept", "%{y} examples"),
     ]
-    spec = figure(data, axis("judge's difficulty score", grid=False), axis("examples"), barmode="stack", bargap=0.08)
-    return Chart("Difficulty", spec, 250, keys=[Key("kept", "--accent", "box"), Key("dropped", "--faint", "box")])
+    spec = figure(data, axis("score, higher is harder", grid=False), axis(), barmode="stack", bargap=0.08)
+    keys = [Key("kept", "--accent", "box"), Key("dropped", "--faint", "box")]
+    return Chart("Difficulty by the judge", spec, 240, "examples", keys=keys)
 
 
 def _by_capability(kept: list, dropped: list) -> Table:

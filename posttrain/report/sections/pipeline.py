@@ -1,54 +1,86 @@
 """The pipeline: which stages ran, when, for how long, and what came out of each."""
 
-from posttrain.report.blocks import Chart, Section, Table
-from posttrain.report.charts import axis, escape, figure
-from posttrain.report.format import seconds
+from posttrain.report.blocks import Chart, Key, Section, Table
+from posttrain.report.charts import axis, escape, rows_figure
+from posttrain.report.format import NONE, seconds
 from posttrain.report.read import Run, Stage
 
-STATUS_COLOUR = {"done": "--accent", "skipped": "--faint", "failed": "--bad", "interrupted": "--c2"}
+STATUS_COLOUR = {"done": "--accent", "skipped": "--accent", "failed": "--bad", "interrupted": "--c2"}
+HIDDEN = {"config.yaml", "log.txt", "DONE", "STARTED", "metrics.jsonl"}
+LONG_PAUSE = 0.3  # of the whole span: then the stages did not run in one sitting
 
 
 def pipeline_section(run: Run) -> Section | None:
     if not run.stages:
         return None
-    rows = [(stage.name, stage.kind, stage.status, seconds(stage.wall_s), _outputs(run, stage)) for stage in run.stages]
-    columns = ("stage", "kind", "status", "time", "in the run directory")
-    table = Table(columns, rows, numeric=(3,))
-    timed = [stage for stage in run.stages if stage.start is not None and stage.wall_s is not None]
-    return Section("pipeline", "Pipeline", [*([_gantt(run, timed)] if timed else []), table])
+    judged = {stage.of: stage.wall_s for stage in run.evaluations}
+    rows = [
+        (stage.name, stage.kind, stage.status, seconds(stage.wall_s), seconds(judged.get(stage.name)), _left(stage))
+        for stage in run.stages
+    ]
+    columns = ("stage", "kind", "status", "time", "evaluation", "in the run directory")
+    table = Table(columns, rows, numeric=(3, 4))
+    return Section("pipeline", "Pipeline", [*_gantt(run), table])
 
 
-def _gantt(run: Run, stages: list[Stage]) -> Chart:
-    """One bar a stage over the seconds since the first began."""
-    zero = min(stage.start or 0.0 for stage in stages)
-    ends = [(stage.start or 0.0) - zero + (stage.wall_s or 0.0) for stage in stages]
-    bar = {
+def _gantt(run: Run) -> list[Chart]:
+    """One row a stage, with its evaluation in the same row, over the seconds since the first began."""
+    shown = [s for s in (*run.stages, *run.evaluations) if s.start is not None and s.wall_s is not None]
+    rows = [stage.name for stage in run.stages if any(stage.name in (s.name, s.of) for s in shown)]
+    if not rows:
+        return []
+    begins, pauses = _begins(shown)
+    bars = [_bars([s for s in shown if not s.of], begins), _bars([s for s in shown if s.of], begins)]
+    span = max(begins[s.name] + (s.wall_s or 0.0) for s in shown) or 1.0
+    times = {s.name: seconds(s.wall_s) for s in shown}
+    notes = [
+        {"xref": "paper", "x": 1, "xanchor": "right", "xshift": 74, "y": escape(row), "text": times.get(row, ""),
+         "showarrow": False, "align": "right", "font": {"size": 11.5, "color": "--muted"}}
+        for row in rows
+    ]  # fmt: skip
+    words = "seconds of work, pauses between sittings left out" if pauses else "seconds since the first stage began"
+    x = axis(words, range=[0, span * 1.005])
+    spec = rows_figure(bars, x, rows, annotations=notes, barmode="overlay", bargap=0.45, margin={"r": 78})
+    keys = [Key("the stage", "--accent", "box"), Key("its evaluation", "--faint", "box")] if run.evaluations else []
+    return [Chart("", spec, 60 + 32 * len(rows), keys=keys)]
+
+
+def _begins(stages: list[Stage]) -> tuple[dict[str, float], bool]:
+    """When each bar begins. A run that was continued later has long pauses: its stages are then laid end to end."""
+    ordered = sorted(stages, key=lambda stage: stage.start or 0.0)
+    zero = ordered[0].start or 0.0
+    begins = {stage.name: (stage.start or 0.0) - zero for stage in ordered}
+    span = max(begins[stage.name] + (stage.wall_s or 0.0) for stage in ordered)
+    if span - sum(stage.wall_s or 0.0 for stage in ordered) <= LONG_PAUSE * span:
+        return begins, False
+    at = 0.0
+    for stage in ordered:
+        begins[stage.name] = at
+        at += stage.wall_s or 0.0
+    return begins, True
+
+
+def _bars(stages: list[Stage], begins: dict[str, float]) -> dict:
+    faint = any(stage.of for stage in stages)
+    return {
         "type": "bar",
         "orientation": "h",
-        "y": [escape(stage.name) for stage in stages],
+        "y": [escape(stage.of or stage.name) for stage in stages],
         "x": [round(stage.wall_s or 0.0, 2) for stage in stages],
-        "base": [round((stage.start or 0.0) - zero, 2) for stage in stages],
-        "marker": {"color": [STATUS_COLOUR.get(stage.status, "--faint") for stage in stages], "line": {"width": 0}},
-        "text": [seconds(stage.wall_s) for stage in stages],
+        "base": [round(begins[stage.name], 2) for stage in stages],
+        "marker": {
+            "color": ["--faint" if faint else STATUS_COLOUR.get(stage.status, "--faint") for stage in stages],
+            "line": {"width": 0},
+        },
+        "text": [f"{escape(stage.name)}: {seconds(stage.wall_s)}" for stage in stages],
         "textposition": "none",
-        "hovertemplate": "%{y}: %{text}<extra></extra>",
-        "width": 0.5,
+        "hovertemplate": "%{text}<extra></extra>",
     }
-    names = [
-        {"x": end, "y": escape(stage.name), "text": seconds(stage.wall_s), "showarrow": False, "xanchor": "left",
-         "xshift": 6, "font": {"size": 11.5, "color": "--muted"}}
-        for stage, end in zip(stages, ends, strict=True)
-    ]  # fmt: skip
-    span = max(ends) or 1.0
-    x = axis("seconds since the first stage began", range=[0, span * 1.12])
-    y = axis(grid=False, autorange="reversed", type="category", tickfont={"size": 12, "color": "--ink"})
-    return Chart("", figure([bar], x, y, annotations=names, bargap=0.4), height=70 + 34 * len(stages))
 
 
-def _outputs(run: Run, stage: Stage) -> str:
+def _left(stage: Stage) -> str:
     """What the stage left, by name: folders with a slash."""
     if not stage.dir.is_dir():
-        return "–"
-    skip = {"config.yaml", "log.txt", "DONE", "metrics.jsonl"}
-    found = sorted(p.name + "/" * p.is_dir() for p in stage.dir.iterdir() if p.name not in skip and p.name[0] != ".")
-    return ", ".join(found[:6]) + (" …" if len(found) > 6 else "") if found else "–"
+        return NONE
+    found = sorted(p.name + "/" * p.is_dir() for p in stage.dir.iterdir() if p.name not in HIDDEN and p.name[0] != ".")
+    return ", ".join(found[:6]) + (" …" if len(found) > 6 else "") if found else NONE

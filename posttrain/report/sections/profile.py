@@ -29,18 +29,16 @@ def profile_chart(run: Run, stage: Stage) -> Chart | None:
         bars(centres, counts[True], "--accent", "selected", "%{y} prompts"),
         bars(centres, counts[False], "--faint", "left out", "%{y} prompts"),
     ]
-    low, high = (
-        next((v for row in rows if (v := number(row.get(k))) is not None), None) for k in ("band_low", "band_high")
-    )
-    x = axis("pass rate of the policy before training", grid=False, tickformat=".0%", range=[-0.06, 1.06])
-    spec = figure(data, x, axis("prompts"), barmode="stack", bargap=0.12, shapes=_band(low, high))
+    low, high = (number(rows[0].get(name)) for name in ("band_low", "band_high"))
+    x = axis("share of replies that pass", grid=False, tickformat=".0%", range=[-0.06, 1.06])
+    spec = figure(data, x, axis(), barmode="stack", bargap=0.12, shapes=_band(low, high))
     chosen = sum(chosen for _, chosen in measured)
     tries = f", {sizes.pop()} replies each" if len(sizes) == 1 else ""
     caption = f"{count(chosen)} of {count(len(measured))} prompts selected{tries}."
     if low is not None and high is not None:
         caption += f" Shaded: the band from {plain(low)} to {plain(high)}."
     keys = [Key("selected", "--accent", "box"), Key("left out", "--faint", "box")]
-    return Chart("Difficulty of the prompts, before training", spec, 230, caption, keys)
+    return Chart("Difficulty by the policy itself, before RL", spec, 230, "prompts", caption, keys)
 
 
 def _band(low: float | None, high: float | None) -> list[dict]:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain.report.blocks import Chart, Grid, Key, Section, Table, Text
-from posttrain.report.charts import axis, escape, figure, rounded
-from posttrain.report.format import percent
+from posttrain.report.charts import axis, dots, escape, figure, rounded
+from posttrain.report.format import NONE
 from posttrain.report.read import Run, mapping, number
 from posttrain.report.statements import (
-    OBSERVED,
+    Share,
     change_sentence,
     changes,
     gain_sentences,
@@ -16,31 +16,31 @@ from posttrain.report.statements import (
     label,
     main_change,
     observed,
+    properties,
+    share_of,
 )
 
 
 def result_section(run: Run) -> Section | None:
     """Nothing when no stage was evaluated."""
-    names = [name for name, results in run.evals.items() if any(greedy(results, c) for c in results)]
+    capabilities = capabilities_of(run)
+    names = [name for name in run.evals if any(_measured(run, name, c) for c in capabilities)]
     if not names:
         return None
-    capabilities = capabilities_of(run)
-    panels = [_panel(run, names, capability) for capability in capabilities]
     ks = sorted({round(k) for n in names for c in capabilities if (k := number(_cell(run, n, c).get("k")))})
     at_k = f"pass@{ks[0]}" if len(ks) == 1 else "pass@k"
-    keys = [Key("greedy accuracy, with 95% interval", "--accent", "dot")]
-    if any(number(_cell(run, n, c).get("pass@k")) is not None for n in names for c in capabilities):
-        keys.append(Key(f"{at_k}, sampled", "--muted", "ring"))
     main = main_change(run)
     others = [pair for pair in changes(run) if main is None or pair[:2] != main[:2]]
+    sentences = [*gain_sentences(run), *(change_sentence(run, *pair) for pair in others)]
+    keys = [Key("greedy", "--accent", "dot"), Key(f"{at_k}, sampled", "--muted", "ring")]
     blocks = [
-        *([Text(gain)] if (gain := gain_sentences(run)) else []),
-        Grid(panels, min_width=250, keys=keys),
-        *([Text([change_sentence(run, *pair) for pair in others])] if others else []),
-        _table(run, names, capabilities, at_k),
-        *_observed_table(run, names),
+        *([Text(sentences)] if sentences else []),
+        Grid([_panel(run, names, capability, at_k) for capability in capabilities], min_width=250, keys=keys),
+        *_tables(run, names, capabilities, at_k),
+        *_observed_tables(run, names),
     ]
-    return Section("result", "Held-out accuracy after each stage", blocks)
+    lead = ["After each stage, on problems held out from training, with 95% intervals."]
+    return Section("result", "Held-out accuracy", blocks, lead)
 
 
 def capabilities_of(run: Run) -> list[str]:
@@ -53,79 +53,73 @@ def _cell(run: Run, stage: str, capability: str) -> Mapping[str, Any]:
     return mapping(run.evals[stage].get(capability))
 
 
-def _panel(run: Run, names: list[str], capability: str) -> Chart:
+def _sampled(run: Run, stage: str, capability: str, name: str) -> Share | None:
+    """pass@1 or pass@k with its interval."""
+    cell = _cell(run, stage, capability)
+    return share_of(cell.get(name), cell.get(f"{name}_ci95"), cell.get(f"{name}_n", cell.get("n")))
+
+
+def _measured(run: Run, stage: str, capability: str) -> bool:
+    return greedy(run.evals[stage], capability) is not None or _sampled(run, stage, capability, "pass@k") is not None
+
+
+def _panel(run: Run, names: list[str], capability: str, at_k: str) -> Chart:
     """One capability: a point with its interval for each stage, joined by a line, and pass@k as a ring."""
     labels = [escape(label(run, name)) for name in names]
     shares = [greedy(run.evals[name], capability) for name in names]
-    values = [None if s is None else s.value for s in shares]
-    data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "x": labels,
-            "y": rounded(values),
-            "line": {"color": "--accent@0.35", "width": 1.5},
-            "marker": {"color": "--accent", "size": 8},
-            "error_y": {
-                "type": "data",
-                "symmetric": False,
-                "array": rounded([None if s is None else s.high - s.value for s in shares]),
-                "arrayminus": rounded([None if s is None else s.value - s.low for s in shares]),
-                "color": "--accent",
-                "thickness": 1.5,
-                "width": 4,
-            },
-            "hovertemplate": "%{x}: %{y:.1%} greedy<extra></extra>",
-        },
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "x": labels,
-            "y": rounded([number(_cell(run, name, capability).get("pass@k")) for name in names]),
-            "marker": {"color": "--muted", "size": 8, "symbol": "circle-open", "line": {"width": 1.5}},
-            "hovertemplate": "%{x}: %{y:.1%} pass@k<extra></extra>",
-        },
-    ]
+    sampled = [_sampled(run, name, capability, "pass@k") for name in names]
+    rings = dots(labels, _values(sampled), "--muted", at_k, "%{x}: %{y:.1%}", 8)
+    rings["marker"] |= {"symbol": "circle-open", "line": {"width": 1.5}}
+    points = dots(labels, _values(shares), "--accent", "greedy", "%{x}: %{y:.1%}", 8)
+    points |= {"mode": "lines+markers", "line": {"color": "--accent@0.35", "width": 1.5}}
+    points["error_y"] = {
+        "type": "data",
+        "symmetric": False,
+        "array": rounded([None if s is None else s.high - s.value for s in shares]),
+        "arrayminus": rounded([None if s is None else s.value - s.low for s in shares]),
+        "color": "--accent",
+        "thickness": 1.5,
+        "width": 4,
+    }
     counts = sorted({s.n for s in shares if s is not None})
-    title = "All capabilities" if capability == "all" else capability
     size = f"{counts[0]} problems" if len(counts) == 1 else ""
-    y = axis(range=[0, 1.04], tickformat=".0%", tickvals=[0, 0.25, 0.5, 0.75, 1])
+    title = "All capabilities" if capability == "all" else capability
+    y = axis(range=[0, 1.05], tickformat=".0%", tickvals=[0, 0.25, 0.5, 0.75, 1])
     x = axis(grid=False, type="category", range=[-0.4, len(labels) - 0.6], tickfont={"size": 12, "color": "--ink"})
-    return Chart(title, figure(data, x, y), height=220, caption=size)
+    return Chart(title, figure([rings, points], x, y), height=210, unit=size)
 
 
-def _table(run: Run, names: list[str], capabilities: list[str], at_k: str) -> Table:
-    rows, strong = [], []
-    for capability in capabilities:
-        for name in names:
-            share = greedy(run.evals[name], capability)
-            if share is None:
-                continue
-            cell = _cell(run, name, capability)
-            first = ("all" if capability == "all" else capability) if name == names[0] else ""
-            if capability == "all":
-                strong.append(len(rows))
-            interval = f"[{100 * share.low:.1f}, {100 * share.high:.1f}]"
-            shares = (
-                f"{100 * share.value:.1f}%",
-                interval,
-                percent(cell.get("pass@1"), 1),
-                percent(cell.get("pass@k"), 1),
-            )
-            rows.append((first, label(run, name), str(share.n), *shares))
-    columns = ("capability", "after", "problems", "greedy", "95% interval", "pass@1", at_k)
-    return Table(columns, rows, numeric=(2, 3, 4, 5, 6), strong=strong)
+def _values(shares: list[Share | None]) -> list[float | None]:
+    return rounded([None if share is None else share.value for share in shares])
 
 
-def _observed_table(run: Run, names: list[str]) -> list[Table]:
-    """How often replies had each property that the evaluation counted, and were right when they had it."""
+def _tables(run: Run, names: list[str], capabilities: list[str], at_k: str) -> list[Table]:
+    """One table a measure: capabilities down, stages across."""
     tables = []
-    for key, words in OBSERVED.items():
+    for title, measure in (("Greedy accuracy", "greedy"), (at_k, "pass@k"), ("pass@1", "pass@1")):
         rows = []
-        for name in names:
-            if seen := observed(run.evals[name], key):
-                rows.append((label(run, name), str(seen.share), str(seen.accuracy) if seen.accuracy else "–"))
+        for capability in capabilities:
+            shares = [
+                greedy(run.evals[name], capability) if measure == "greedy" else _sampled(run, name, capability, measure)
+                for name in names
+            ]
+            count = next((str(share.n) for share in shares if share and share.n), NONE)
+            if any(shares):
+                rows.append((capability, count, *(str(share) if share else NONE for share in shares)))
         if rows:
-            columns = ("after", f"share of replies that {words}", "accuracy among them")
-            tables.append(Table(columns, rows, numeric=(1, 2), caption="Greedy replies to the held-out problems."))
+            columns = ("capability", "problems", *(label(run, name) for name in names))
+            strong = [i for i, row in enumerate(rows) if row[0] == "all"]
+            tables.append(Table(columns, rows, range(1, len(columns)), strong, title))
+    return tables
+
+
+def _observed_tables(run: Run, names: list[str]) -> list[Table]:
+    """How often replies had each property that the evaluation counted, and were right with it and without."""
+    tables = []
+    for key, words in properties(run).items():
+        seen = [(name, found) for name in names if (found := observed(run.evals[name], key))]
+        rows = [(label(run, n), *(str(s) if s else NONE for s in (f.share, f.accuracy, f.otherwise))) for n, f in seen]
+        columns = ("after", "share of replies", "accuracy among them", "accuracy of the others")
+        if rows:
+            tables.append(Table(columns, rows, (1, 2, 3), title=f"Replies that {words}"))
     return tables

@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain.report.blocks import Leaf, Section
 from posttrain.report.format import count
-from posttrain.report.read import Run, Stage, number
+from posttrain.report.read import Run, Stage, mapping, number
 
 SAMPLE = 150
 MAX_CHARS = 6000
@@ -21,11 +21,9 @@ def rollouts_section(run: Run, stage: Stage) -> Section | None:
     if not rows:
         return None
     leaves = [_leaf(row) for row in rows]
-    text = (
-        f"{count(len(leaves))} of {count(total)} rollouts, spread over steps, capabilities and outcomes, oldest first."
-    )
+    text = f"{count(len(leaves))} of {count(total)}, spread over steps, capabilities and outcomes, oldest first."
     lead = [text, *([f"{unreadable} rollout file(s) could not be read."] if unreadable else [])]
-    return Section(f"{stage.name}-rollouts", "Rollouts to leaf through", [Leaf(leaves)], lead)
+    return Section(f"{stage.name}-rollouts", "Rollouts", [Leaf(leaves)], lead)
 
 
 def sample_rollouts(folder: Path, amount: int) -> tuple[int, list[dict[str, Any]], int]:
@@ -102,9 +100,7 @@ def _leaf(row: Mapping[str, Any]) -> dict[str, Any]:
     reward = number(row.get("reward"))
     return {
         "prompt": [
-            {"role": str(m.get("role", "")), "content": _short(m.get("content"))}
-            for m in messages
-            if isinstance(m, dict)
+            {"role": str(m.get("role", "")), "content": _short(m.get("content"))} for m in map(mapping, messages)
         ],
         "reply": _segments(row),
         "reward": reward,

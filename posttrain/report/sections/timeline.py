@@ -5,7 +5,7 @@ from typing import Any
 
 from posttrain.report.blocks import Chart, Key, Section, Stat, Stats
 from posttrain.report.busy import Overlap, length, measure_overlap, union
-from posttrain.report.charts import axis, escape, figure
+from posttrain.report.charts import axis, escape, rows_figure
 from posttrain.report.format import percent, seconds
 from posttrain.report.read import Run, Stage
 
@@ -14,14 +14,13 @@ WORK = {
     "train": ("training", "--c2"),
     "update_weights": ("updating weights", "--c4"),
     "score": ("scoring", "--c3"),
-    "profile": ("profiling prompts", "--c5"),
 }
 MAX_BARS = 2500
 
 
 def timeline_section(run: Run, stage: Stage) -> Section | None:
     """Nothing when the stage wrote down no busy times."""
-    busy = run.busy(stage.name)
+    busy = run.busy(stage)
     if not busy:
         return None
     overlap = measure_overlap(busy)
@@ -66,19 +65,13 @@ def _chart(busy: Sequence[Mapping[str, Any]], stage: Stage) -> Chart:
     # The short updates are drawn last, over the long bars they interrupt.
     kinds.sort(key=lambda what: -max(length(s) for (_, w), s in merged.items() if w == what))
     traces = [_trace(what, merged) for what in kinds]
-    x = axis("seconds of the stage", range=[0, (end - zero) * 1.01])
-    order = list(reversed(actors))
-    y = axis(grid=False, type="category", categoryorder="array", categoryarray=[escape(a) for a in order])
-    y["tickfont"] = {"size": 12, "color": "--ink"}
-    spec = figure(traces, x, y, barmode="overlay", bargap=0.35)
-    for name in ("xaxis",):
-        spec["layout"][name]["fixedrange"] = False
-    spec["layout"]["dragmode"] = "zoom"
+    x = axis("seconds of the stage", fixedrange=False, range=[0, (end - zero) * 1.01])
+    spec = rows_figure(traces, x, actors, barmode="overlay", bargap=0.3, dragmode="zoom")
     caption = "Drag to look closer, double-click to see all."
     if gap:
         caption += f" Pauses shorter than {seconds(gap)} are not drawn."
     keys = [Key(_work(what)[0], _work(what)[1], "box") for what in kinds]
-    return Chart("", spec, 90 + 38 * len(actors), caption, keys)
+    return Chart("", spec, 60 + 44 * len(actors), caption=caption, keys=keys)
 
 
 def _work(what: str) -> tuple[str, str]:

@@ -1,107 +1,95 @@
-"""SFT and DPO: the loss, and how light the stage was: tokens seen, distance from the base, entropy kept."""
+"""Base, SFT and DPO: the loss, and how light a stage was: tokens seen, distance from its start, entropy kept."""
 
 import json
 from collections import Counter
 from typing import Any
 
-from posttrain.report.blocks import Chart, Grid, Key, Section, Stat, Stats, Table
+from posttrain.report.blocks import Chart, Grid, Key, Section, Stat, Stats
 from posttrain.report.charts import axis, dots, figure, line, smooth, smoothing
-from posttrain.report.format import NONE, count, plain
+from posttrain.report.format import NONE, count, percent, plain
 from posttrain.report.read import Run, Stage, number
 from posttrain.report.series import Series
 
-# What the two stages may call a thing, the preferred name first.
-TOKENS = ("tokens", "num_tokens", "tokens_seen")
-KL = ("kl_from_base", "kl_base", "kl")
-ENTROPY = ("entropy", "entropy_after", "mean_entropy")
-MARGIN = ("margin", "rewards/margins", "reward_margin")
-ACCURACY = ("accuracy", "rewards/accuracies", "reward_accuracy")
+PAIRS = {"wrong": "right over wrong", "truncated": "complete over truncated", "given": "given"}
+
+
+def base_section(run: Run, stage: Stage) -> Section | None:
+    series = Series(stage.metrics)
+    stats = [Stat("steps", count(series.steps[-1]))] if len(series) else []
+    if loss := _first_to_last(series, "loss"):
+        stats.append(Stat("loss", loss, "first and last step"))
+    return _section(stage, "Base", stats, [_curve(series, "Loss", "loss")])
 
 
 def sft_section(run: Run, stage: Stage) -> Section | None:
     series = Series(stage.metrics)
-    if not series and not stage.outputs:
-        return None
-    charts = [_curve(series, "Loss on assistant tokens", ("loss",))]
-    charts.append(_curve(series, "KL from the base, nats a token", KL))
-    charts.append(_curve(series, "Entropy, nats a token", ENTROPY))
-    charts.append(_curve(series, "Learning rate", ("learning_rate",), average=False))
-    return _section(stage, "Light SFT", [Stats(_light(stage, series))], charts)
+    charts = [
+        _curve(series, "Loss on assistant tokens", "loss", "nats a token"),
+        _curve(series, "Entropy on the training rows", "entropy", "nats a token"),
+    ]
+    return _section(stage, "Light SFT", _light(stage, series), charts)
 
 
 def dpo_section(run: Run, stage: Stage) -> Section | None:
     series = Series(stage.metrics)
+    charts = [
+        _curve(series, "Loss", "loss"),
+        _curve(series, "Margin, chosen over rejected", "margin", "implicit reward"),
+        _curve(series, "Pairs ranked right", "accuracy", tickformat=".0%", range=[0, 1.05]),
+    ]
     pairs = _pairs(stage)
-    if not series and not pairs and not stage.outputs:
-        return None
-    charts = [_curve(series, "Loss", ("loss",))]
-    charts.append(_curve(series, "Reward margin, chosen over rejected", MARGIN))
-    charts.append(_curve(series, "Share of pairs ranked right", ACCURACY, tickformat=".0%", range=[0, 1.04]))
-    stats = [Stat("preference pairs", count(sum(pairs.values())))] if pairs else []
-    stats += _light(stage, series)
-    blocks: list[Any] = [Stats(stats)] if stats else []
-    if len(pairs) > 1 or (pairs and "" not in pairs):
-        kinds = [(kind or "other", count(amount)) for kind, amount in pairs.most_common()]
-        blocks.append(Table(("pairs mined from the rollouts", "pairs"), kinds, numeric=(1,)))
-    return _section(stage, "Light DPO", blocks, charts)
+    stats = []
+    if pairs:
+        kinds = ", ".join(f"{count(amount)} {PAIRS.get(kind, kind)}" for kind, amount in pairs.most_common() if kind)
+        stats.append(Stat("preference pairs", count(sum(pairs.values())), kinds))
+    return _section(stage, "Light DPO", stats + _light(stage, series), charts)
 
 
-def _section(stage: Stage, title: str, blocks: list[Any], charts: list[Chart | None]) -> Section | None:
+def _section(stage: Stage, title: str, stats: list[Stat], charts: list[Chart | None]) -> Section | None:
     drawn = [chart for chart in charts if chart is not None]
-    blocks = [block for block in blocks if not isinstance(block, Stats) or block.items]
-    if drawn:
-        blocks.append(Grid(drawn))
+    known = [stat for stat in stats if stat.value != NONE]
+    blocks: list[Any] = [*([Stats(known)] if known else []), *([Grid(drawn)] if drawn else [])]
     return Section(stage.name, title, blocks) if blocks else None
 
 
-def _curve(series: Series, title: str, names: tuple[str, ...], average: bool = True, **settings: Any) -> Chart | None:
+def _curve(series: Series, title: str, name: str, unit: str = "", **settings: Any) -> Chart | None:
     """One column over the steps, or nothing when it was not written or is a single point."""
-    values = series.get(*names)
-    if len(series.known(*names)) < 2:
+    values = series.get(name)
+    if len(series.known(name)) < 2:
         return None
-    width = smoothing(len(values)) if average else 1
-    data = [line(series.steps, values, "--accent", title)]
+    width = smoothing(len(values))
+    data = [line(series.steps, smooth(values, width), "--accent", title)]
     keys: tuple[Key, ...] = ()
     if width > 1:
-        data = [
-            dots(series.steps, values, "--accent@0.35", "one step"),
-            line(series.steps, smooth(values, width), "--accent", f"mean of {width} steps"),
-        ]
+        data.insert(0, dots(series.steps, values, "--accent@0.35", "one step"))
         keys = (Key("one step", "--accent@0.35", "dot"), Key(f"mean of {width} steps", "--accent"))
-    return Chart(title, figure(data, axis("step", grid=False), axis("", **settings)), 200, keys=keys)
+    spec = figure(data, axis("step", grid=False), axis(**settings))
+    return Chart(title, spec, 200, unit, keys=keys)
 
 
 def _light(stage: Stage, series: Series) -> list[Stat]:
-    """How much the stage moved the policy, from its last metrics or its outputs."""
-    stats = []
-    tokens = _value(stage, series, TOKENS)
-    if tokens is not None:
-        stats.append(Stat("tokens seen", count(tokens), _steps(series)))
-    elif len(series):
-        stats.append(Stat("steps", count(len(series))))
-    if (kl := _value(stage, series, KL)) is not None:
-        stats.append(Stat("KL from base", plain(kl), "nats a token"))
-    before = number(stage.outputs.get("entropy_before"))
-    before = series.first(*ENTROPY) if before is None else before
-    after = _value(stage, series, ENTROPY)
-    if before is not None and after is not None and (before != after or len(series.known(*ENTROPY)) > 1):
+    """How much the stage moved the policy: what it measured at its end, beside its losses."""
+
+    def at_end(name: str) -> float | None:
+        figure_ = number(stage.figures.get(name))
+        return series.last(name) if figure_ is None else figure_
+
+    steps = f"in {count(len(series))} steps" if len(series) else ""
+    stats = [Stat("tokens seen", count(at_end("tokens")), steps)]
+    stats.append(Stat("KL from its start", plain(at_end("kl_from_start")), "nats a token"))
+    before, after = at_end("entropy_before"), at_end("entropy_after")
+    if before is not None and after is not None:
         stats.append(Stat("entropy", f"{plain(before)} → {plain(after)}", "nats a token, before and after"))
-    elif after is not None:
-        stats.append(Stat("entropy", plain(after), "nats a token"))
-    if (loss := series.last("loss")) is not None:
-        stats.append(Stat("loss", f"{plain(series.first('loss'))} → {plain(loss)}", "first and last step"))
-    return [stat for stat in stats if stat.value != NONE]
+    if loss := _first_to_last(series, "loss"):
+        stats.append(Stat("loss", loss, "first and last step"))
+    if (ranked := at_end("accuracy")) is not None:
+        stats.append(Stat("pairs ranked right", percent(ranked), "at the end"))
+    return stats
 
 
-def _steps(series: Series) -> str:
-    return f"in {count(len(series))} steps" if len(series) else ""
-
-
-def _value(stage: Stage, series: Series, names: tuple[str, ...]) -> float | None:
-    for name in names:
-        if (value := number(stage.outputs.get(name))) is not None:
-            return value
-    return series.last(*names)
+def _first_to_last(series: Series, name: str) -> str:
+    first, last = series.first(name), series.last(name)
+    return "" if first is None or last is None else f"{plain(first)} → {plain(last)}"
 
 
 def _pairs(stage: Stage) -> Counter[str]:
@@ -117,5 +105,5 @@ def _pairs(stage: Stage) -> Counter[str]:
             except ValueError:
                 continue
             if isinstance(pair, dict):
-                kinds[str(pair.get("kind") or pair.get("reason") or "")] += 1
+                kinds[str(pair.get("reason") or "")] += 1
     return kinds
