@@ -1,7 +1,6 @@
 """YAML and its strictness: every file of the repository under its own schema, and what a wrong one is told."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -135,18 +134,11 @@ def test_a_configuration_cannot_change():
         config.epochs = 2
 
 
-def test_a_large_file_is_refused_no_slower_than_it_is_read():
-    """A thousand wrong keys: the messages must not take longer than a few of the reading."""
-    data = {**SFT, **{f"key{index}": index for index in range(1000)}}
-    began = time.perf_counter()
-    with pytest.raises(ConfigError):
-        validate_config(SftConfig, SFT | {"x": 1}, "x")
-    one = time.perf_counter() - began
-    began = time.perf_counter()
-    with pytest.raises(ConfigError):
-        validate_config(SftConfig, data, "x")
-    assert time.perf_counter() - began < 5000 * max(one, 1e-4)
-
-
 def test_the_schema_of_a_pipeline_exports():
-    assert set(PipelineConfig.model_json_schema()["properties"]) == {"name", "seed", "warm_engines", "stages", "evaluate"}
+    assert set(PipelineConfig.model_json_schema()["properties"]) == {
+        "name",
+        "seed",
+        "warm_engines",
+        "stages",
+        "evaluate",
+    }
