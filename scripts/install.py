@@ -98,6 +98,11 @@ def make_venv(venv: Path) -> Path:
     return python
 
 
+def pip_install(python: Path) -> list[str]:
+    """pip without byte-compiling: a third of the time goes into that, for modules that mostly are never imported."""
+    return [str(python), "-m", "pip", "install", "-q", "--no-compile"]
+
+
 def installed_version(python: Path, name: str) -> str | None:
     code = f"import importlib.metadata as m; print(m.version({name!r}))"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True)
@@ -130,13 +135,13 @@ def install_torch(python: Path, requirement: str, wanted: str) -> str:
     if free_gib < MIN_DISK_GIB[extra]:
         raise InstallError(f"{free_gib:.1f} GiB are free at {ROOT}; the packages need {MIN_DISK_GIB[extra]} GiB")
     say(f"torch {version}")
-    run([str(python), "-m", "pip", "install", "-q", requirement], what="installing torch")
+    run([*pip_install(python), requirement], what="installing torch")
     return extra
 
 
 def install_project(python: Path, extra: str) -> None:
     say(f"the rest, pinned ({extra} and dev extras); a few minutes the first time")
-    command = [str(python), "-m", "pip", "install", "-q", "-e", f".[{extra},dev]"]
+    command = [*pip_install(python), "-e", f".[{extra},dev]"]
     if extra == "cpu":  # the full list was tested with CPU builds; CUDA builds of torch pin other versions of a few
         command += ["-c", "constraints.txt"]
     run(command, what="installing the packages")
@@ -175,8 +180,7 @@ def install(venv: Path, wanted: str) -> None:
     started = time.monotonic()
     if before.get("packages") == now["packages"]:
         say("the project itself (entry points or metadata changed)")
-        command = [str(venv / "bin" / "python"), "-m", "pip", "install", "-q", "--no-deps", "-e", "."]
-        run(command, what="installing the project")
+        run([*pip_install(venv / "bin" / "python"), "--no-deps", "-e", "."], what="installing the project")
     else:
         stamp.unlink(missing_ok=True)
         python = make_venv(venv)

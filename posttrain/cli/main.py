@@ -153,11 +153,11 @@ def schema(stage: Annotated[str, typer.Argument(help="base, filter, sft, rl, dpo
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
     """Say what is installed, what works on this machine, and how to mend what does not."""
     from posttrain.cli.doctor import run_doctor
 
-    raise typer.Exit(run_doctor())
+    raise typer.Exit(run_doctor(as_json))
 
 
 @app.command()
