@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextRMSNorm
 
-from posttrain.model import NativeLlama4ForCausalLM, attention, native, placement, rope
+from posttrain.model import NativeLlama4ForCausalLM, attention, norm, placement, rope
 from posttrain.model.moe import MoE
 from posttrain.model.visibility import CausalRows, packed_segments
 
@@ -160,7 +160,7 @@ def test_cached_generation_equals_transformers_token_for_token(padding):
 
 def test_bf16_norm_rounds_before_the_weight():
     torch.manual_seed(0)
-    theirs, ours = Llama4TextRMSNorm(64, 1e-5).bfloat16(), native.RMSNorm(64, 1e-5).bfloat16()
+    theirs, ours = Llama4TextRMSNorm(64, 1e-5).bfloat16(), norm.RMSNorm(64, 1e-5).bfloat16()
     weight = torch.randn(64).bfloat16()
     theirs.weight.data, ours.weight.data = weight, weight
     x = torch.randn(50, 64).bfloat16()
@@ -298,7 +298,7 @@ MUTATIONS = {
         if layer.is_moe
     ],
     "norm without weight": lambda patch, model: patch.setattr(
-        native.RMSNorm, "forward", lambda self, x: F.rms_norm(x, self.weight.shape, None, self.eps)
+        norm.RMSNorm, "forward", lambda self, x: F.rms_norm(x, self.weight.shape, None, self.eps)
     ),
 }
 

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import Llama4TextConfig
 from transformers.cache_utils import Cache
 
+from posttrain.model.norm import unit_rms
 from posttrain.model.rope import attention_temperature, rotate
 from posttrain.model.visibility import Visibility
 
@@ -33,8 +33,8 @@ class Attention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.kind = config.layer_types[layer_idx]
-        self.use_rope = bool(config.no_rope_layers[layer_idx])  # the name is upside down: 1 means rotary
+        self.kind = list(config.layer_types or ())[layer_idx]
+        self.use_rope = bool(list(config.no_rope_layers or ())[layer_idx])  # the name is upside down: 1 means rotary
         self.use_qk_norm = bool(config.use_qk_norm) and self.use_rope
         width, key_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         if self.use_rope:
             q, k = rotate(q, positions.rotations_BS1d), rotate(k, positions.rotations_BS1d)
         if self.use_qk_norm:
-            q, k = self._unit_rms(q), self._unit_rms(k)
+            q, k = unit_rms(q, self.config.rms_norm_eps), unit_rms(k, self.config.rms_norm_eps)
         if self.config.attn_temperature_tuning and not self.use_rope:
             q = q * attention_temperature(positions.slots_BS, self.config.floor_scale, self.config.attn_scale).to(
                 q.dtype
@@ -60,6 +60,3 @@ class Attention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         out_BHSd = positions.visibility[self.kind].attend(q, k, v, dropout)
         return self.o_proj(out_BHSd.transpose(1, 2).reshape(*x_BSD.shape[:-1], -1))
-
-    def _unit_rms(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), (self.head_dim,), None, self.config.rms_norm_eps).type_as(x)

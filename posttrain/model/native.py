@@ -11,21 +11,21 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Llama4TextConfig, PreTrainedModel
+from transformers import GenerationMixin, Llama4TextConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from posttrain.model.attention import Attention, Positions
 from posttrain.model.moe import Experts, GatedMLP, MoE, Routing
+from posttrain.model.norm import RMSNorm
 from posttrain.model.placement import Layout, layout_of, place
 from posttrain.model.rope import inverse_frequencies
 from posttrain.model.router_stats import RouterStats, load_balance_loss, router_stats
@@ -42,26 +42,12 @@ class NativeModelOutput(MoeModelOutputWithPast):
     aux_loss: torch.Tensor | None = None
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, cast back, then times the weight (in that order: it matters in bf16)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x) * self.weight
-
-
 class DecoderLayer(GradientCheckpointingLayer):
     """Attention, then a dense or a mixture-of-experts feed-forward, each on a normalised residual."""
 
     def __init__(self, config: Llama4TextConfig, layer_idx: int):
         super().__init__()
-        self.is_moe = layer_idx in config.moe_layers
+        self.is_moe = layer_idx in (config.moe_layers or ())
         self.self_attn = Attention(config, layer_idx)
         self.feed_forward = MoE(config) if self.is_moe else GatedMLP(config, config.intermediate_size_mlp)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -145,11 +131,12 @@ class NativeLlama4Model(_NativeLlama4):
         keep_T = None if attention_mask is None else attention_mask[:, past:].reshape(-1).bool()
         self._last_routings = ([Routing(r.logits_TE.detach(), r.expert_ids_TK) for r in routings], keep_T)
         wants_aux = bool(output_router_logits) or (self.config.router_aux_loss_coef > 0 and torch.is_grad_enabled())
+        # transformers annotates its outputs with FloatTensor, of which no fp32 tensor is an instance for a type checker.
         return NativeModelOutput(
-            last_hidden_state=hidden_states[-1],
+            last_hidden_state=cast(Any, hidden_states[-1]),
             past_key_values=cache,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            router_logits=tuple(r.logits_TE for r in routings) if output_router_logits else None,
+            hidden_states=cast(Any, tuple(hidden_states) if output_hidden_states else None),
+            router_logits=cast(Any, tuple(r.logits_TE for r in routings) if output_router_logits else None),
             aux_loss=load_balance_loss(routings, keep_T) if wants_aux and routings else None,
         )
 
@@ -181,7 +168,7 @@ class NativeLlama4Model(_NativeLlama4):
         return routings, [*hidden_states[:-1], self.norm(x_BSD)]
 
     def _check_replay(self, routed_experts: torch.Tensor | None, x_BSD: torch.Tensor) -> None:
-        want = (*x_BSD.shape[:2], sum(layer.is_moe for layer in self.layers), self.config.num_experts_per_tok)
+        want = (*x_BSD.shape[:2], sum(bool(layer.is_moe) for layer in self.layers), self.config.num_experts_per_tok)
         if routed_experts is not None and tuple(routed_experts.shape) != want:
             raise ValueError(
                 f"routed_experts has shape {list(routed_experts.shape)}; it must be "

@@ -83,7 +83,7 @@ def place(
 ) -> Positions:
     """Build what the layers need. `frequencies` are those of rope.inverse_frequencies, on the right device."""
     turns = rotations(layout.position_ids_BS, *frequencies)
-    kinds = set(config.layer_types)
+    kinds = set(config.layer_types or ())
     if layout.starts_BS is not None:
         visibility = {kind: _packed(config, layout, kind) for kind in kinds}
         return Positions(turns, layout.position_ids_BS, visibility)
@@ -120,6 +120,6 @@ def _masked(
     total, offset = past + length, 0
     if cache is not None:
         # A layer whose window is bounded keeps only its last keys; the mask must start where they start.
-        total, offset = cache.get_mask_sizes(length, config.layer_types.index(kind))
+        total, offset = cache.get_mask_sizes(length, list(config.layer_types or ()).index(kind))
     keys, queries = range(offset, offset + total), range(past, past + length)
     return MaskedRows(row_mask(layout.attention_mask_BK, queries, keys, _chunk_size(config, kind), device))

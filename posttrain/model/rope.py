@@ -4,6 +4,8 @@ Left out: rotary scalings whose frequencies change with the length of the input 
 checkpoint uses them.
 """
 
+from typing import Any
+
 import torch
 from transformers import Llama4TextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -17,13 +19,14 @@ def inverse_frequencies(config: Llama4TextConfig) -> tuple[torch.Tensor, float]:
     Raises:
         ValueError: the rope type is not one whose frequencies are fixed.
     """
-    rope_type = config.rope_parameters.get("rope_type", "default")
+    parameters: dict[str, Any] = dict(config.rope_parameters or {})
+    rope_type = parameters.get("rope_type", "default")
     if rope_type not in _FIXED_SCALINGS:
         raise ValueError(f"rope_type is {rope_type!r}; supported: {', '.join(_FIXED_SCALINGS)} (config.json)")
     if rope_type != "default":
         return ROPE_INIT_FUNCTIONS[rope_type](config)
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+    return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
 
 
 def rotations(position_ids_BS: torch.Tensor, inverse_frequencies_D: torch.Tensor, factor: float) -> torch.Tensor:
