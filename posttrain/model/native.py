@@ -131,7 +131,7 @@ class NativeLlama4Model(_NativeLlama4):
         keep_T = None if attention_mask is None else attention_mask[:, past:].reshape(-1).bool()
         self._last_routings = ([Routing(r.logits_TE.detach(), r.expert_ids_TK) for r in routings], keep_T)
         wants_aux = bool(output_router_logits) or (self.config.router_aux_loss_coef > 0 and torch.is_grad_enabled())
-        # transformers annotates its outputs with FloatTensor, of which no fp32 tensor is an instance for a type checker.
+        # cast: transformers annotates its outputs with FloatTensor, which no function of torch is typed to return.
         return NativeModelOutput(
             last_hidden_state=cast(Any, hidden_states[-1]),
             past_key_values=cache,
