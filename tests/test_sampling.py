@@ -79,7 +79,9 @@ def other_model(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tiny_model, tmp_path_factory):
-    return [ModelConfig(path=str(path), dtype="float32") for path in (tiny_model, other_model(tiny_model, tmp_path_factory))]
+    return [
+        ModelConfig(path=str(path), dtype="float32") for path in (tiny_model, other_model(tiny_model, tmp_path_factory))
+    ]
 
 
 def context_in(folder, name, warm=True):
@@ -99,14 +101,15 @@ def test_warm_engine_with_swapped_weights_equals_a_fresh_one(ray_session, models
 
     first, second = models
     resources = ActorResources(cpus=0.5)
-    seen = []
+    seen, names = [], set()
     for model in (first, second, first, second):
         with Engines(context_in(tmp_path, "test"), model, ENGINE, resources) as engines:
             seen.append(replies(engines))
-            assert engines.names == ["engine-0"]  # one engine served all four
+            names.update(engines.names)
+    assert len(names) == 1  # one engine served all four
     other_shape = ENGINE.model_copy(update={"max_num_seqs": 128})
     with Engines(context_in(tmp_path, "test", warm=False), second, other_shape, resources) as fresh:
-        assert fresh.names == ["engine-1"]
+        assert not names & set(fresh.names)
         freshly_loaded = replies(fresh)
     stop_registry()
     assert seen[0] == seen[2]
@@ -137,7 +140,9 @@ def test_reload_repair_is_needed_and_sufficient(ray_session, models):
     finally:
         ray.kill(actor)
     gap = max(
-        abs(a - b) for x, y in zip(before, after, strict=True) for a, b in zip(x[0].logprobs, y[0].logprobs, strict=False)
+        abs(a - b)
+        for x, y in zip(before, after, strict=True)
+        for a, b in zip(x[0].logprobs, y[0].logprobs, strict=False)
     )
     assert gap > 0.01, "vLLM reloads MoE weights rightly now: remove repair_cpu_moe_reload"
 
@@ -171,9 +176,13 @@ def test_update_in_flight_is_recorded_token_by_token(ray_session, models, tmp_pa
     stop_registry()
     assert len(straddling) >= 10
     policies = [load_model(model.path) for model in models]
-    prompts = {reply: request.prompt_ids for request, group in zip(requests, completions, strict=True) for reply in map(id, group)}
+    prompts = {
+        reply: request.prompt_ids
+        for request, group in zip(requests, completions, strict=True)
+        for reply in map(id, group)
+    }
     for reply in straddling[:10]:
-        assert [(span.policy_version, span.start) for span in reply.versions][0] == (0, 0)
+        assert next((span.policy_version, span.start) for span in reply.versions) == (0, 0)
         assert reply.versions[0].end == reply.versions[1].start
         assert reply.versions[1].end == len(reply.token_ids) == len(reply.logprobs)
         ids = torch.tensor([[*prompts[id(reply)], *reply.token_ids]])

@@ -1,0 +1,267 @@
+"""The RL stage on a tiny random policy, with a real engine, trainer and reward processes.
+
+The reward asks for nothing a random policy could know: the share of even token ids. So groups differ, and training can
+raise it.
+"""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from posttrain.config.base import validate_config
+from posttrain.context import StageContext
+from posttrain.errors import ConfigError, StageError
+from posttrain.metrics.jsonl import read_jsonl
+from posttrain.records import Message, Row
+from posttrain.rl.config import RlConfig
+from posttrain.rl.profile import Difficulty, select_band
+from posttrain.rl.prompts import PromptSource
+
+REWARD = '''
+def even_share(rollout, row):
+    """Share of even token ids; a row may ask for a reward that never differs."""
+    if row.fields.get("flat"):
+        return 0.0
+    return sum(token % 2 == 0 for token in rollout.token_ids) / len(rollout.token_ids)
+'''
+
+
+def rows_of(capabilities, n=12, **fields):
+    return [
+        {
+            "id": f"{name}-{index}",
+            "capability": name,
+            "messages": [{"role": "user", "content": f"{name} {index}"}],
+            **fields,
+        }
+        for name in capabilities
+        for index in range(n)
+    ]
+
+
+def make_config(folder: Path, model: Path, rows, **changes):
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "prompts": {"path": str(folder / "prompts.jsonl")},
+        "reward": {"name": f"{folder}/reward.py:even_share"},
+        "profile": {"samples": 2, "band": [0.0, 1.0]},
+        "steps": 6,
+        "groups_per_step": 4,
+        "group_size": 4,
+        "max_staleness": 3,
+        "sampling": {"max_tokens": 32},
+        "optimizer": {"learning_rate": 1e-4},
+        "engine": {"max_model_len": 256, "kv_cache_gib": 0.1},
+        "resources": {"rollout": {"cpus": 0.5}},
+        **changes,
+    }
+    return validate_config(RlConfig, data, "test")
+
+
+def run_stage(config, folder: Path, warm=True):
+    from posttrain.rl.stage import run
+
+    folder.mkdir(exist_ok=True)
+    context = StageContext("rl", folder, folder / "events.jsonl", seed=3, warm_engines=warm)
+    return run(config, context), list(read_jsonl(folder / "metrics.jsonl"))
+
+
+def read_rollouts(folder: Path):
+    return [row for path in sorted((folder / "rollouts").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_rollouts_straddle_updates_within_the_staleness_bound(ray_session, tiny_model, tmp_path):
+    """Replies much longer than a trainer step are trained with the versions that sampled them, token by token."""
+    config = make_config(
+        tmp_path,
+        tiny_model,
+        rows_of(["math", "coding"]),
+        sampling={"max_tokens": 220},
+        steps=8,
+        groups_per_step=2,
+        mixture={"math": 3, "coding": 1},
+    )
+    outputs, metrics = run_stage(config, tmp_path / "rl")
+    rollouts = read_rollouts(tmp_path / "rl")
+    trained = [row for row in rollouts if row["status"] == "trained"]
+    assert [line["step"] for line in metrics] == list(range(8))
+    assert len(trained) == 8 * 2 * 4
+    several = 0
+    for row in trained:
+        spans = json.loads(row["versions"])
+        assert spans[0][1] == 0
+        assert spans[-1][2] == row["num_tokens"]
+        assert all(before[2] == after[1] for before, after in itertools.pairwise(spans))
+        assert row["policy_version"] == min(version for version, _, _ in spans)
+        assert 0 <= row["step"] - row["policy_version"] <= config.max_staleness
+        several += len({version for version, _, _ in spans}) >= 2
+    assert several >= 4, "no trained reply carries two policy versions"
+    assert max(line["staleness_max"] for line in metrics) <= config.max_staleness
+    # Quotas: three of four groups are math over the run.
+    groups = {row["group_id"]: row["capability"] for row in trained}
+    assert abs(Counter(groups.values())["math"] - 12) <= 2
+    # The trained policy is a whole model folder and differs from the start.
+    from posttrain.model.load import load_model
+
+    before, after = load_model(tiny_model).state_dict(), load_model(outputs["model"]).state_dict()
+    assert before.keys() == after.keys()
+    assert any(not before[name].equal(after[name]) for name in before)
+    assert metrics[-1]["mismatch_kl"] < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_zero_advantage_groups_are_dropped_and_replaced(ray_session, tiny_model, tmp_path):
+    rows = rows_of(["math"], 10) + [row | {"id": f"flat-{row['id']}"} for row in rows_of(["math"], 10, flat=True)]
+    config = make_config(tmp_path, tiny_model, rows)
+    _, metrics = run_stage(config, tmp_path / "rl")
+    by_status = defaultdict(set)
+    for row in read_rollouts(tmp_path / "rl"):
+        by_status[row["status"]].add(row["prompt_id"])
+    assert all(line["groups_trained"] == config.groups_per_step for line in metrics)
+    assert sum(line["groups_dropped_zero_advantage"] for line in metrics) > 0
+    assert all(name.startswith("flat-") for name in by_status["dropped:zero_advantage"])
+    assert not any(name.startswith("flat-") for name in by_status["trained"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_learns_the_reward(ray_session, tiny_model, tmp_path):
+    config = make_config(
+        tmp_path, tiny_model, rows_of(["math"]), steps=8, groups_per_step=8, optimizer={"learning_rate": 3e-3}
+    )
+    _, metrics = run_stage(config, tmp_path / "rl")
+    first = sum(line["reward_mean"] for line in metrics[:3]) / 3
+    last = sum(line["reward_mean"] for line in metrics[-3:]) / 3
+    assert last > first + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_refuses_to_train_when_sampler_and_trainer_disagree(ray_session, tiny_model, tmp_path):
+    config = make_config(tmp_path, tiny_model, rows_of(["math"]), parity_tolerance=1e-12)
+    with pytest.raises(StageError, match="disagree on the log-probabilities"):
+        run_stage(config, tmp_path / "rl")
+    assert not (tmp_path / "rl" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_stops_when_nothing_teaches(ray_session, tiny_model, tmp_path):
+    config = make_config(tmp_path, tiny_model, rows_of(["math"], flat=True), stop_after_idle_steps=2)
+    with pytest.raises(StageError, match="groups in a row taught nothing"):
+        run_stage(config, tmp_path / "rl", warm=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_killed_and_resumed_from_its_checkpoint(tiny_model, tmp_path):
+    """SIGKILL in mid-training; the second run goes on from the checkpoint and trains every step exactly once."""
+    config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=60, checkpoint_every=2)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    script = textwrap.dedent(f"""
+        import json, pathlib
+        from posttrain.context import StageContext
+        from posttrain.config.base import validate_config
+        from posttrain.pipeline.ray_session import ray_session
+        from posttrain.rl.config import RlConfig
+        from posttrain.rl.stage import run
+        folder = pathlib.Path({str(tmp_path / "rl")!r}); folder.mkdir(exist_ok=True)
+        data = json.loads(pathlib.Path({str(tmp_path / "config.json")!r}).read_text())
+        with ray_session():
+            run(validate_config(RlConfig, data, "test"), StageContext("rl", folder, folder / "events.jsonl", seed=3))
+    """)
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    deadline = time.time() + 180
+    while time.time() < deadline and not list((tmp_path / "rl" / "checkpoints").glob("step_[0-9]*")):
+        assert child.poll() is None, "the run ended before its first checkpoint"
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    before = [line["step"] for line in read_jsonl(tmp_path / "rl" / "metrics.jsonl")]
+    assert before
+    assert before[-1] < 59
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=240)
+    resumed = [line for line in read_jsonl(tmp_path / "rl" / "events.jsonl") if line["event"] == "resumed"]
+    assert len(resumed) == 1
+    assert resumed[0]["step"] >= 2
+    assert [line["step"] for line in read_jsonl(tmp_path / "rl" / "metrics.jsonl")] == list(range(60))
+    trained = Counter(row["step"] for row in read_rollouts(tmp_path / "rl") if row["status"] == "trained")
+    assert set(trained) == set(range(60))
+    assert set(trained.values()) == {16}
+
+
+def row_named(name, capability="math"):
+    return Row(name, capability, (Message("user", name),))
+
+
+def source_of(rows, mixture, seed=0, instructions=()):
+    from posttrain.config.shared import SystemsConfig
+
+    systems = validate_config(SystemsConfig, {"instructions": list(instructions)}, "test")
+    return PromptSource(rows, mixture, systems, lambda messages: [len(m.content) for m in messages], seed)
+
+
+def test_quotas_hold_after_drops():
+    rows = [row_named(f"{name}{i}", name) for name in ("math", "coding", "chat") for i in range(7)]
+    source = source_of(rows, {"math": 2, "coding": 1, "chat": 1})
+    kept = Counter()
+    for turn in range(400):
+        capability = source.draw().row.capability
+        if capability == "math" and turn % 3:  # most math groups teach nothing
+            source.give_back(capability)
+        else:
+            kept[capability] += 1
+    total = sum(kept.values())
+    assert abs(kept["math"] - total / 2) <= 1
+    assert abs(kept["coding"] - total / 4) <= 1
+
+
+def test_every_prompt_is_seen_once_a_pass():
+    source = source_of([row_named(f"p{i}") for i in range(9)], {})
+    assert Counter(source.draw().row.id for _ in range(27)) == Counter({f"p{i}": 3 for i in range(9)})
+
+
+def test_draws_go_on_after_a_checkpoint():
+    rows = [row_named(f"{name}{i}", name) for name in ("math", "coding") for i in range(5)]
+    instructions = [{"text": "Be brief.", "weight": 1.0}, {"text": "", "weight": 2.0}]
+    first, second = source_of(rows, {}, 5, instructions), source_of(rows, {}, 6, instructions)
+    for _ in range(7):
+        first.draw()
+    second.restore(json.loads(json.dumps(first.state())))
+    assert [first.draw() for _ in range(20)] == [second.draw() for _ in range(20)]
+
+
+def test_system_instructions_follow_their_weights_and_spare_prompts_that_bring_one():
+    own = Row("own", "math", (Message("system", "Mine."), Message("user", "q")))
+    source = source_of([own], {}, 0, [{"text": "Be brief."}])
+    assert source.draw().system is None
+    source = source_of([row_named("p")], {}, 0, [{"text": "Be brief.", "weight": 3.0}, {"text": "", "weight": 1.0}])
+    drawn = [source.draw() for _ in range(400)]
+    assert 0.65 < sum(prompt.system == "Be brief." for prompt in drawn) / 400 < 0.85
+    assert all((prompt.messages[0].role == "system") == (prompt.system is not None) for prompt in drawn)
+
+
+def test_mixture_of_a_capability_without_prompts():
+    with pytest.raises(ConfigError, match="poetry: no selected prompt has this capability; there are: math"):
+        source_of([row_named("p")], {"poetry": 1.0})
+
+
+def test_band_that_selects_nothing_says_which_rates_there_are():
+    found = [Difficulty("a", "math", 8, 8, 0, False), Difficulty("b", "math", 8, 0, 0, False)]
+    with pytest.raises(ConfigError, match=r"got \[0.2, 0.6\].*0.00: 1, 1.00: 1"):
+        select_band(found, [row_named("a"), row_named("b")], [0.2, 0.6])
