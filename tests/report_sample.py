@@ -192,7 +192,8 @@ def _profiled(i: int, rng: random.Random) -> dict[str, Any]:
     passes = sum(rng.random() < ease for _ in range(GROUP))
     return {
         "prompt_id": str(i), "capability": CAPABILITIES[i % 5], "pass_rate": passes / GROUP, "n": GROUP,
-        "passes": passes, "policy_version": 0, "selected": 0.1 <= passes / GROUP <= 0.7, "band_low": 0.1, "band_high": 0.7,
+        "passes": passes, "policy_version": 0, "selected": 0.1 <= passes / GROUP <= 0.7,
+        "band_low": 0.1, "band_high": 0.7,
     }  # fmt: skip
 
 

@@ -68,7 +68,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` hold texts; `numeric` are the columns set to the right. A row in `strong` (by index) stands out."""
+    """`rows` hold texts; `numeric` are the columns set to the right. A row in `strong` (by index) stands out.
+    `folded`: only the title shows until it is opened."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -76,6 +77,7 @@ class Table:
     strong: Sequence[int] = ()
     title: str = ""
     caption: str = ""
+    folded: bool = False
     type: str = "table"
 
 

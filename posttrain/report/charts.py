@@ -26,6 +26,7 @@ def axis(title: str = "", grid: bool = True, **settings: Any) -> dict[str, Any]:
         "zeroline": False,
         "showline": False,
         "ticks": "",
+        "ticklabelstandoff": 5,
         "automargin": False,
         "fixedrange": True,
         "tickfont": {"size": 11, "color": "--muted"},

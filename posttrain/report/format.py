@@ -6,6 +6,7 @@ from typing import Any
 from posttrain.report.read import number
 
 NONE = "–"
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def seconds(value: Any) -> str:
@@ -45,6 +46,9 @@ def plain(value: Any, digits: int = 3) -> str:
     amount = number(value)
     if amount is None:
         return NONE
+    if 0 < abs(amount) < 1e-4:
+        mantissa, exponent = f"{amount:.{digits - 1}e}".split("e")
+        return f"{mantissa} × 10{str(int(exponent)).translate(RAISED)}"
     return f"{amount:.{digits}g}" if abs(amount) < 10**digits else count(amount)
 
 

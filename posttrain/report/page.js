@@ -121,7 +121,7 @@
       for (const value of ["any", ...values]) select.append(new Option(value, value));
       select.addEventListener("change", () => { place = 0; show(); });
     }
-    let place = 0;
+    let place = Math.max(0, all.findIndex((rollout) => rollout.status === "trained"));
     function show() {
       const found = all.filter((r) => selects.every((s) => s.value === "any" || read[s.dataset.filter](r) === s.value));
       if (found.length) place = (place + found.length) % found.length;

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("base", "filter", "sft", "rl", "dpo", "eval")
+LEFT_BY_STAGES = (
+    "config.yaml", "metrics.jsonl", "DONE", "results.json",
+    "kept.jsonl", "difficulty.parquet", "rollouts", "pairs.jsonl",
+)  # fmt: skip
 EVALUATION = ".eval"  # ends the name of the evaluation of a stage
 
 
@@ -126,7 +130,7 @@ def _stage_records(run_dir: Path, summary: Mapping[str, Any], events: tuple[dict
 
 
 def _looks_like_stage(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "DONE", "results.json"))
+    return any((folder / name).exists() for name in LEFT_BY_STAGES)
 
 
 def _read_stage(run_dir: Path, record: dict[str, Any], events: tuple[dict, ...], notes: list[str]) -> Stage:

@@ -110,9 +110,13 @@ def label(run: Run, name: str) -> str:
 
 
 def changes(run: Run) -> list[tuple[str, str, Change]]:
-    """(stage before, stage after, change of greedy accuracy over all) for each evaluated stage after the first."""
-    measured = [(name, share) for name, results in run.evals.items() if (share := greedy(results))]
-    return [(before, after, Change(a, b)) for (before, a), (after, b) in pairwise(measured)]
+    """(stage before, stage after, change of greedy accuracy over all) for each evaluated stage after the first.
+
+    Stages of kind `eval` are left out, and pairs of other sizes: they may have been measured on other problems.
+    """
+    kinds = {stage.name: stage.kind for stage in run.stages}
+    measured = [(n, share) for n, r in run.evals.items() if kinds.get(n) != "eval" and (share := greedy(r))]
+    return [(before, after, Change(a, b)) for (before, a), (after, b) in pairwise(measured) if a.n == b.n]
 
 
 def main_change(run: Run) -> tuple[str, str, Change] | None:
@@ -124,16 +128,21 @@ def main_change(run: Run) -> tuple[str, str, Change] | None:
             return pair
     if not pairs:
         return None
-    return pairs[0][0], pairs[-1][1], Change(pairs[0][2].before, pairs[-1][2].after)
+    whole = Change(pairs[0][2].before, pairs[-1][2].after)
+    return (pairs[0][0], pairs[-1][1], whole) if whole.before.n == whole.after.n else pairs[-1]
 
 
 def change_sentence(run: Run, before: str, after: str, change: Change) -> str:
-    """One sentence on one change, with both intervals."""
-    name = label(run, after)
-    name = name[0].upper() + name[1:]
+    """One sentence on one change, with both intervals. A change over several stages is not laid to the last."""
+    alone = (before, after) in [pair[:2] for pair in changes(run)]
+    who = label(run, after) if alone else f"from {label(run, before)} to {label(run, after)}"
+    who = who[0].upper() + who[1:]
     if change.verdict == "none":
-        return f"{name}: no measurable change in held-out accuracy, {change.before} before and {change.after} after."
-    return f"{name} {change.verdict} held-out accuracy from {change.before} to {change.after}."
+        return f"{who}: no measurable change in held-out accuracy, {change.before} before and {change.after} after."
+    if alone:
+        return f"{who} {change.verdict} held-out accuracy from {change.before} to {change.after}."
+    verb = "rose" if change.verdict == "raised" else "fell"
+    return f"{who}, held-out accuracy {verb} from {change.before} to {change.after}."
 
 
 def headline(run: Run) -> str:
@@ -141,10 +150,12 @@ def headline(run: Run) -> str:
     main = main_change(run)
     if main is not None:
         return change_sentence(run, *main)
-    for name, results in run.evals.items():
-        if share := greedy(results):
-            return f"Held-out accuracy of {label(run, name)} is {share}."
-    return "This run holds no held-out evaluation."
+    measured = [(label(run, name), share) for name, results in run.evals.items() if (share := greedy(results))]
+    if not measured:
+        return "This run holds no held-out evaluation."
+    if len(measured) == 1:
+        return f"Held-out accuracy is {measured[0][1]}."
+    return "Held-out accuracy: " + ", ".join(f"{name} {share}" for name, share in measured) + "."
 
 
 def gain_sentences(run: Run) -> list[str]:
@@ -185,6 +196,6 @@ def _parts_sentence(words: str, change: Change, before: Observed, after: Observe
     gap = (with_before + with_after - without_before - without_after) / 2
     from_share = 100 * (after.share.value - before.share.value) * gap
     return [
-        f"Of the {change.points:+.1f} points, {from_share:+.1f} come from more replies that {words} and "
-        f"{change.points - from_share:+.1f} from replies of either sort being right more often."
+        f"Of the {change.points:+.1f} points, {from_share:+.1f} go with more replies that {words} and "
+        f"{change.points - from_share:+.1f} with replies of either sort being right more often."
     ]

@@ -31,13 +31,14 @@ def result_section(run: Run) -> Section | None:
     at_k = f"pass@{ks[0]}" if len(ks) == 1 else "pass@k"
     main = main_change(run)
     others = [pair for pair in changes(run) if main is None or pair[:2] != main[:2]]
-    sentences = [*gain_sentences(run), *(change_sentence(run, *pair) for pair in others)]
+    gains, sentences = gain_sentences(run), [change_sentence(run, *pair) for pair in others]
     keys = [Key("greedy", "--accent", "dot"), Key(f"{at_k}, sampled", "--muted", "ring")]
     blocks = [
-        *([Text(sentences)] if sentences else []),
+        *([Text(gains)] if gains else []),
         Grid([_panel(run, names, capability, at_k) for capability in capabilities], min_width=250, keys=keys),
-        *_tables(run, names, capabilities, at_k),
+        *([Text(sentences)] if sentences else []),
         *_observed_tables(run, names),
+        *_tables(run, names, capabilities, at_k),
     ]
     lead = ["After each stage, on problems held out from training, with 95% intervals."]
     return Section("result", "Held-out accuracy", blocks, lead)
@@ -109,7 +110,7 @@ def _tables(run: Run, names: list[str], capabilities: list[str], at_k: str) -> l
         if rows:
             columns = ("capability", "problems", *(label(run, name) for name in names))
             strong = [i for i, row in enumerate(rows) if row[0] == "all"]
-            tables.append(Table(columns, rows, range(1, len(columns)), strong, title))
+            tables.append(Table(columns, rows, range(1, len(columns)), strong, title, folded=measure != "greedy"))
     return tables
 
 

@@ -40,10 +40,10 @@ def _sentence(overlap: Overlap) -> str:
 
 def _stats(overlap: Overlap) -> list[Stat]:
     return [
-        Stat("T_gen", seconds(overlap.gen_s), "with generation going"),
-        Stat("T_train", seconds(overlap.train_s), "with training going"),
-        Stat("overlap", seconds(overlap.both_s), "with both"),
-        Stat("first to last step", seconds(overlap.window_s)),
+        Stat("T_gen", f"{overlap.gen_s:.1f} s", "with generation going"),
+        Stat("T_train", f"{overlap.train_s:.1f} s", "with training going"),
+        Stat("overlap", f"{overlap.both_s:.1f} s", "with both"),
+        Stat("first to last step", f"{overlap.window_s:.1f} s"),
     ]
 
 

@@ -61,8 +61,8 @@ def _curve(series: Series, title: str, name: str, unit: str = "", **settings: An
     data = [line(series.steps, smooth(values, width), "--accent", title)]
     keys: tuple[Key, ...] = ()
     if width > 1:
-        data.insert(0, dots(series.steps, values, "--accent@0.35", "one step"))
-        keys = (Key("one step", "--accent@0.35", "dot"), Key(f"mean of {width} steps", "--accent"))
+        data.insert(0, dots(series.steps, values, "--accent@0.35", "recorded"))
+        keys = (Key("recorded", "--accent@0.35", "dot"), Key(f"smoothed over {width}", "--accent"))
     spec = figure(data, axis("step", grid=False), axis(**settings))
     return Chart(title, spec, 200, unit, keys=keys)
 

@@ -1,0 +1,452 @@
+"""The report: what it says, that it is one safe page, and that a broken run only makes it smaller."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_sample import ACCURACY, CAPABILITIES, HOSTILE, STEPS, results, write_lines, write_sample
+
+from posttrain.report import write_report
+from posttrain.report.busy import intersection, length, measure_overlap, union
+from posttrain.report.read import Run, Stage, read_run
+from posttrain.report.sections.rollouts import SAMPLE, sample_rollouts
+from posttrain.report.statements import Change, Share, changes, gain_sentences, headline
+from posttrain.report.write import build_sections
+
+ALL_SECTIONS = ["result", "pipeline", "base", "filter", "sft", "rl", "rl-timeline", "rl-rollouts", "dpo", "again"]
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample(tmp_path_factory.mktemp("runs") / "quickstart")
+
+
+@pytest.fixture
+def copy(sample: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sample, tmp_path / "run"))
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, the text outside scripts, and each script's text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data
+
+    def sections(self) -> list[str]:
+        return [attributes["id"] or "" for tag, attributes in self.elements if tag == "section"]
+
+    def data(self) -> dict:
+        """What the page's own script draws from."""
+        return json.loads(self.scripts[0])
+
+
+def page_of(run_dir: Path) -> Page:
+    return Page(write_report(run_dir).read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------- one self-contained page
+
+
+def test_everything_is_inside(sample: Path) -> None:
+    path = write_report(sample)
+    assert path == sample / "report.html"
+    assert path.stat().st_size < 6 << 20
+    assert [p.name for p in sample.iterdir() if p.name.startswith(".")] == []
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.sections() == ALL_SECTIONS
+    for tag, attributes in page.elements:
+        assert tag not in {"link", "img", "iframe", "object", "embed", "base"}
+        assert "src" not in attributes
+        assert not any(name.startswith("on") for name in attributes)
+        assert (attributes.get("href") or "#").startswith("#")
+    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in (policy or "")
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert len(re.findall(r"plotly\.js v\d", text)) == 1
+    assert len(page.scripts) == 3  # data, plotly, the page's own
+
+
+def test_links_of_the_page_lead_somewhere(sample: Path) -> None:
+    page = page_of(sample)
+    targets = {attributes["href"] for tag, attributes in page.elements if tag == "a"}
+    assert targets == {f"#{name}" for name in ALL_SECTIONS}
+
+
+def test_every_chart_is_one_that_plotly_accepts(sample: Path) -> None:
+    from plotly.graph_objects import Figure
+
+    page = page_of(sample)
+    charts = page.data()["charts"]
+    placed = sorted(int(a["data-chart"] or -1) for _, a in page.elements if "data-chart" in a)
+    assert placed == list(range(len(charts)))
+    assert len(charts) > 20
+    tokens = set(re.findall(r'"(--[a-z0-9]+)(?:@[\d.]+)?"', json.dumps(charts)))
+    style = (Path(__file__).parents[1] / "posttrain/report/page.css").read_text()
+    for token in tokens:  # a light and a dark value each, of six digits: the script reads them so
+        assert len(re.findall(rf"{token}: #[0-9a-f]{{6}};", style)) == 2, token
+    for spec in json.loads(re.sub(r'"--[a-z0-9]+(@[\d.]+)?"', '"#123456"', json.dumps(charts))):
+        Figure(spec)
+
+
+def test_text_of_models_stays_text(copy: Path) -> None:
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["eval"]["rl"][HOSTILE] = summary["eval"]["rl"]["sum"]
+    summary["stages"][1] |= {"status": "failed", "error": HOSTILE}
+    summary["command"] = f"posttrain run '{HOSTILE}'"
+    (copy / "summary.json").write_text(json.dumps(summary))
+    (copy / "sft" / "config.yaml").write_text(HOSTILE)
+    hostile = copy.with_name("x<script>alert(1)<")
+    copy.rename(hostile)
+    text = write_report(hostile).read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.scripts) == 3
+    assert "<script>window" not in text
+    assert "<img" not in text.replace(page.scripts[1], "")
+    assert HOSTILE in page.text
+    replies = ["".join(piece["text"] for piece in leaf["reply"]) for leaf in page.data()["leaves"][0]]
+    assert f"Answer: {HOSTILE}" in replies  # shown whole, by a script that only sets text
+    assert "innerHTML" not in page.scripts[2]
+    assert "insertAdjacentHTML" not in page.scripts[2]
+    # Plotly reads a little HTML in titles, labels and hover texts.
+    assert "<img" not in json.dumps(page.data()["charts"])
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def test_full_run_says_what_was_measured(sample: Path) -> None:
+    page = page_of(sample)
+    assert "RL raised held-out accuracy from 48.2% [44.3, 52.0] to 75.2% [71.8, 78.4]." in page.text
+    assert "The share of replies that show their work rose 31.1%" in page.text
+    assert "SFT: no measurable change in held-out accuracy" in page.text
+    assert "DPO: no measurable change in held-out accuracy" in page.text
+    assert "posttrain run quickstart --run-dir runs/quickstart" in page.text
+    assert "2.13.0+cpu" in page.text
+    assert "prompts selected, 8 replies each. Shaded: the band from 0.1 to 0.7." in page.text
+    for capability in CAPABILITIES:
+        assert capability in page.text
+    assert "could not be drawn" not in page.text
+
+
+def share(value: float, low: float, high: float) -> Share:
+    return Share(value, low, high, 100)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        (share(0.5, 0.45, 0.55), share(0.7, 0.65, 0.75), "raised"),
+        (share(0.7, 0.65, 0.75), share(0.5, 0.45, 0.55), "lowered"),
+        (share(0.5, 0.45, 0.55), share(0.59, 0.54, 0.64), "none"),
+        (share(0.5, 0.45, 0.55), share(0.6, 0.55, 0.65), "none"),  # they touch
+        (share(0.5, 0.5, 0.5), share(0.5, 0.5, 0.5), "none"),
+    ],
+)
+def test_a_change_is_claimed_only_when_the_intervals_are_apart(before: Share, after: Share, verdict: str) -> None:
+    assert Change(before, after).verdict == verdict
+
+
+def run_with(evals: dict[str, dict], kinds: dict[str, str] | None = None) -> Run:
+    stages = tuple(Stage(name, (kinds or {}).get(name, name), "done", Path("/nowhere") / name) for name in evals)
+    return Run(Path("/nowhere"), {}, stages, (), (), evals)
+
+
+def test_headline_makes_no_claim_when_intervals_overlap() -> None:
+    run = run_with({"sft": results(0.48), "rl": results(0.52)})
+    assert headline(run).startswith("RL: no measurable change in held-out accuracy, 48.0% [")
+    assert gain_sentences(run) == []
+
+
+def test_headline_admits_a_loss() -> None:
+    assert headline(run_with({"sft": results(0.7), "rl": results(0.5)})).startswith(
+        "RL lowered held-out accuracy from 70"
+    )
+
+
+def test_headline_is_about_rl_else_from_first_to_last() -> None:
+    assert headline(run_with({n: results(ACCURACY[n]) for n in ACCURACY})).startswith("RL raised")
+    run = run_with({"base": results(0.3), "sft": results(0.4), "dpo": results(0.6)})
+    assert headline(run).startswith("From base to DPO, held-out accuracy rose from 30.0%")
+    assert headline(run_with({"base": results(0.3), "sft": results(0.4)})).startswith("SFT raised held-out accuracy")
+
+
+def test_headline_names_a_stage_where_there_are_two_of_a_kind() -> None:
+    evals = {"sft": results(0.4), "first": results(0.6), "second": results(0.8)}
+    run = run_with(evals, {"first": "rl", "second": "rl"})
+    assert headline(run).startswith("First raised held-out accuracy from 40.0%")
+    assert [pair[:2] for pair in changes(run)] == [("sft", "first"), ("first", "second")]
+
+
+def test_headline_of_little() -> None:
+    assert headline(run_with({"sft": results(0.48)})).startswith("Held-out accuracy is 48.0% [")
+    assert headline(run_with({})) == "This run holds no held-out evaluation."
+    assert headline(run_with({"rl": {"all": {"n": 5, "greedy": None}}})) == "This run holds no held-out evaluation."
+
+
+def test_results_on_other_problems_are_not_compared() -> None:
+    assert changes(run_with({"sft": results(0.4, n=130), "rl": results(0.8, n=100)})) == []
+    evals = {"easy": results(0.9), "hard": results(0.2)}
+    run = run_with(evals, {"easy": "eval", "hard": "eval"})
+    assert changes(run) == []
+    assert headline(run).startswith("Held-out accuracy: easy 90.0% [")
+
+
+def test_gain_is_split_into_two_parts_that_add_up() -> None:
+    # 0.2 * 0.9 + 0.8 * 0.3 = 0.42 and 0.8 * 0.9 + 0.2 * 0.3 = 0.78: all of it is more replies that show work.
+    run = run_with({"sft": results(0.42, (0.2, 0.9, 0.3), n=1000), "rl": results(0.78, (0.8, 0.9, 0.3), n=1000)})
+    first, second = gain_sentences(run)
+    assert "rose 20.0%" in first
+    assert first.endswith(": no measurable change.")
+    assert second.startswith("Of the +36.0 points, +36.0 go with more replies that show their work and +0.0 with")
+
+
+# ---------------------------------------------------------------- overlap
+
+
+def busy(what: str, *spans: tuple[float, float]) -> list[dict]:
+    return [{"actor": what, "what": what, "start": start, "end": end} for start, end in spans]
+
+
+def test_overlap_of_known_times() -> None:
+    events = busy("train", (10, 14), (16, 20)) + busy("generate", (0, 12), (11, 13), (18, 30))
+    overlap = measure_overlap(events)
+    assert overlap is not None
+    assert (overlap.window_s, overlap.gen_s, overlap.train_s, overlap.both_s) == (10, 5, 8, 5)
+    assert overlap.share == 0.5
+    assert overlap.best == pytest.approx(5 / 8)
+    assert overlap.goal == pytest.approx(0.5)
+
+
+def test_no_overlap_without_both_kinds_of_work() -> None:
+    assert measure_overlap(busy("train", (0, 1))) is None
+    assert measure_overlap(busy("generate", (0, 1))) is None
+
+
+spans = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda s: (float(s[0]), float(s[0] + s[1]))))
+
+
+@given(spans, spans)
+def test_interval_arithmetic_agrees_with_counting_seconds(left: list, right: list) -> None:
+    def seconds(intervals: list) -> set[int]:
+        return {second for start, end in intervals for second in range(int(start), int(end))}
+
+    assert length(union(left)) == len(seconds(left))
+    assert length(intersection(union(left), union(right))) == len(seconds(left) & seconds(right))
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+def test_rollouts_of_every_kind_are_sampled(sample: Path) -> None:
+    total, rows, unreadable = sample_rollouts(sample / "rl" / "rollouts", SAMPLE)
+    assert (total, len(rows), unreadable) == (16 * STEPS, SAMPLE, 0)
+    assert {row["capability"] for row in rows} == set(CAPABILITIES)
+    assert {row["status"] for row in rows} == {"trained", "dropped:zero_advantage", "dropped:unscored"}
+    assert {row["reward"] for row in rows} == {0.0, 1.0, None}
+    assert any(len(json.loads(row["versions"])) == 2 for row in rows)
+    versions = [row["policy_version"] for row in rows]
+    assert versions == sorted(versions)
+    assert versions[0] <= 2
+    assert versions[-1] >= STEPS - 3
+    assert len({(row["group_id"], row["index"]) for row in rows}) == SAMPLE
+
+
+def test_fewer_rollouts_than_asked_for_are_all_shown(sample: Path) -> None:
+    total, rows, _ = sample_rollouts(sample / "rl" / "rollouts", 10_000)
+    assert len(rows) == total
+
+
+def leaf_of(run_dir: Path, **columns: object) -> dict:
+    """The leaf of a run whose only rollout has these columns."""
+    folder = run_dir / "rl" / "rollouts"
+    folder.mkdir(parents=True)
+    parquet.write_table(arrow.Table.from_pylist([columns]), folder / "step_000000.parquet")
+    return page_of(run_dir).data()["leaves"][0][0]
+
+
+def test_tokens_are_told_apart_by_policy_version(tmp_path: Path) -> None:
+    leaf = leaf_of(
+        tmp_path, reply="a b c", versions="[[3, 0, 2], [4, 2, 5]]", tokens='["a", " ", "b", " ", "c"]', reward=1.0
+    )
+    assert leaf["reply"] == [{"v": 3, "text": "a ", "n": 2}, {"v": 4, "text": "b c", "n": 3}]
+    assert leaf["right"] is True
+
+
+def test_without_token_texts_a_reply_is_not_cut_by_guess(tmp_path: Path) -> None:
+    leaf = leaf_of(tmp_path, reply="a b c", versions="[[3, 0, 2], [4, 2, 5]]", prompt="plain text", reward=None)
+    assert [(piece["v"], piece["text"]) for piece in leaf["reply"]] == [(None, "a b c"), (3, ""), (4, "")]
+    assert leaf["right"] is None
+    assert leaf["prompt"] == [{"role": "user", "content": "plain text"}]
+
+
+def test_marks_of_byte_level_tokens_are_read(tmp_path: Path) -> None:
+    leaf = leaf_of(tmp_path, reply="a b\nc", versions="[[0, 0, 2], [1, 2, 4]]", tokens='["a", "Ġb", "Ċ", "c"]')
+    assert "".join(piece["text"] for piece in leaf["reply"]) == "a b\nc"
+
+
+# ---------------------------------------------------------------- broken and partial runs
+
+
+@pytest.mark.parametrize(
+    ("missing", "gone"),
+    [
+        ("summary.json", []),  # the stages are known from events and folders, but nothing was evaluated
+        ("events.jsonl", ["rl-timeline"]),
+        ("filter/kept.jsonl", []),
+        ("filter", ["filter"]),
+        ("base/metrics.jsonl", ["base"]),
+        ("sft/metrics.jsonl", []),
+        ("rl/metrics.jsonl", []),
+        ("rl/difficulty.parquet", []),
+        ("rl/rollouts", ["rl-rollouts"]),
+        ("rl", ["rl", "rl-rollouts"]),
+        ("dpo", []),
+        ("pipeline.yaml", []),
+    ],
+)
+def test_what_is_missing_makes_the_report_smaller(copy: Path, missing: str, gone: list[str]) -> None:
+    before = len(page_of(copy).text)
+    path = copy / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = page_of(copy)
+    expected = [name for name in ALL_SECTIONS if name not in gone and (missing != "summary.json" or name != "result")]
+    assert page.sections() == expected
+    assert "could not be drawn" not in page.text
+    assert len(page.text) < before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "summary.json",
+        "events.jsonl",
+        "filter/kept.jsonl",
+        "sft/config.yaml",
+        "rl/metrics.jsonl",
+        "rl/difficulty.parquet",
+        "rl/rollouts/step_000003.parquet",
+        "dpo/pairs.jsonl",
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe", b"[1, 2]\n", b'{"step": "x", "t": null, "stage": 3}\n{"cut'])
+def test_a_file_that_holds_anything_costs_no_more_than_its_section(copy: Path, name: str, content: bytes) -> None:
+    (copy / name).write_bytes(content)
+    page = page_of(copy)
+    assert {"pipeline", "dpo", "again"} <= set(page.sections())
+
+
+def test_values_of_the_wrong_type_do_not_reach_a_chart(copy: Path) -> None:
+    lines = [
+        {"step": i, "t": 1.0 + i, "reward_mean": value} for i, value in enumerate([0.1, "x", None, True, [1], 0.4])
+    ]
+    write_lines(copy / "rl" / "metrics.jsonl", lines)
+    text = (copy / "rl" / "metrics.jsonl").read_text() + '{"step": 6, "reward_mean": NaN, "ess": Infinity}\n'
+    (copy / "rl" / "metrics.jsonl").write_text(text)
+    page = page_of(copy)
+    assert "could not be drawn" not in page.text
+    assert "NaN" not in page.scripts[0]
+
+
+def test_a_failed_run_says_where_and_why(copy: Path) -> None:
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["status"] = "failed"
+    summary["stages"] = [s for s in summary["stages"] if s["name"] in ("base", "filter", "sft")]
+    summary["stages"][2] |= {"status": "failed", "error": "no optimiser step was made"}
+    summary["eval"] = {"base": summary["eval"]["base"]}
+    summary["evaluations"] = summary["evaluations"][:1]
+    (copy / "summary.json").write_text(json.dumps(summary))
+    for name in ("rl", "dpo"):
+        shutil.rmtree(copy / name)
+    events = [e for e in map(json.loads, (copy / "events.jsonl").open()) if str(e["stage"])[:2] not in ("rl", "dp")]
+    write_lines(copy / "events.jsonl", events)
+    page = page_of(copy)
+    assert "Stage sft failed: no optimiser step was made" in page.text
+    assert "Held-out accuracy is 46.6% [" in page.text
+    assert page.sections() == ["result", "pipeline", "base", "filter", "sft", "again"]
+
+
+def test_a_stage_that_was_killed_is_known_from_its_events(copy: Path) -> None:
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["stages"] = summary["stages"][:3]
+    (copy / "summary.json").write_text(json.dumps(summary))
+    (copy / "rl" / "DONE").unlink()
+    shutil.rmtree(copy / "dpo")
+    events = [e for e in map(json.loads, (copy / "events.jsonl").open()) if str(e["stage"])[:3] != "dpo"]
+    write_lines(copy / "events.jsonl", [e for e in events if (e["stage"], e["event"]) != ("rl", "stage_done")])
+    page = page_of(copy)
+    assert "Stage rl did not finish." in page.text
+    assert "rl-timeline" in page.sections()
+
+
+def test_a_run_continued_days_later_is_laid_end_to_end(copy: Path) -> None:
+    events = [json.loads(line) for line in (copy / "events.jsonl").open()]
+    for event in events:
+        if str(event["stage"])[:2] in ("rl", "dp"):
+            event["t"] += 3 * 86400
+            if "start" in event:
+                event |= {"start": event["start"] + 3 * 86400, "end": event["end"] + 3 * 86400}
+    write_lines(copy / "events.jsonl", events)
+    page = page_of(copy)
+    titles = [c["layout"]["xaxis"].get("title", {}).get("text", "") for c in page.data()["charts"]]
+    assert "seconds of work, pauses between sittings left out" in titles
+    assert "meets" in page.text or "misses" in page.text
+
+
+def test_an_empty_folder_has_a_report_too(tmp_path: Path) -> None:
+    page = page_of(tmp_path)
+    assert "This run holds no held-out evaluation." in page.text
+    assert page.sections() == []
+    assert len(page.scripts) == 2  # without plotly
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such run directory"):
+        write_report(tmp_path / "nothing")
+
+
+def test_two_stages_of_a_kind_have_titles_and_anchors_of_their_own(copy: Path) -> None:
+    shutil.copytree(copy / "sft", copy / "sft 2")
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["stages"].append({"name": "sft 2", "kind": "sft", "status": "done", "wall_s": 1.0})
+    (copy / "summary.json").write_text(json.dumps(summary))
+    titles = {section.id: section.title for section in build_sections(read_run(copy))}
+    assert titles["sft"] == "Light SFT (sft)"
+    assert titles["sft-2"] == "Light SFT (sft 2)"
+
+
+def test_results_are_found_in_the_folders_without_a_summary(copy: Path) -> None:
+    (copy / "summary.json").unlink()
+    for name, accuracy in ACCURACY.items():
+        (copy / name / "eval").mkdir()
+        (copy / name / "eval" / "results.json").write_text(json.dumps(results(accuracy)))
+    assert "RL raised held-out accuracy from 48.2%" in page_of(copy).text
