@@ -2,12 +2,15 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_policy import save_tiny_policy, write_sums
 
 from posttrain.config.base import dump_yaml, validate_config
@@ -19,9 +22,10 @@ from posttrain.errors import CheckpointError, ConfigError, DataError, StageError
 from posttrain.metrics.jsonl import read_jsonl
 from posttrain.model import load_model, load_tokenizer
 from posttrain.sft import stage
-from posttrain.sft.config import SftConfig, check_inputs
+from posttrain.sft.config import SftConfig
 from posttrain.sft.examples import tokenize
 from posttrain.sft.isolation import packing_difference, require_isolation
+from posttrain.sft.packing import IGNORED, pack, to_records
 from posttrain.train.drift import DriftProbe, Example
 from posttrain.train.master_adamw import MasterAdamW
 
@@ -67,13 +71,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def make_trainer(config: SftConfig, folder: Path):
     """The very trainer of the stage, not started."""
+    from datasets import Dataset
     from trl import SFTTrainer
 
     examples = examples_of(Path(config.model.path), Path(str(config.data.path)))
     return SFTTrainer(
         model=load_model(config.model.path, dtype="float32"),
         args=stage.build_arguments(config, folder),
-        train_dataset=stage.to_dataset(examples),
+        train_dataset=Dataset.from_list(to_records(examples, config.batch_tokens, seed=0)),
         processing_class=load_tokenizer(config.model.path),
     )
 
@@ -88,7 +93,7 @@ def test_only_assistant_tokens_are_trained_on(policy, data, tmp_path):
         found = []
         for batch in trainer.get_train_dataloader():
             for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-                trained = labels != stage.IGNORED
+                trained = labels != IGNORED
                 assert torch.equal(ids[trained], labels[trained])
                 starts = trained & ~torch.cat([torch.tensor([False]), trained[:-1]])
                 runs = torch.split(ids[trained], torch.diff(torch.cat([
@@ -108,12 +113,35 @@ def test_tokens_before_the_reply_are_what_sampling_sends(policy, data):
         assert example.mask[-1] == 1
 
 
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(0, 5))
+def test_packing_keeps_every_conversation_whole_once_within_the_capacity(lengths, seed):
+    rows = pack(lengths, 40, seed)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    sums = [sum(lengths[index] for index in row) for row in rows]
+    assert all(0 < total <= 40 for total in sums)
+    # Best fit leaves at most one row half empty or less.
+    assert sum(total <= 20 for total in sums) <= 1
+    assert rows == pack(lengths, 40, seed)
+
+
+def test_packed_rows_are_full_and_mixed():
+    """Close to as full as rows can be, and no row of long conversations only."""
+    rng = random.Random(0)
+    lengths = [rng.randint(10, 100) for _ in range(2000)]
+    rows = pack(lengths, 1024, 0)
+    assert len(rows) <= 1.03 * sum(lengths) / 1024
+    means = [sum(lengths[index] for index in row) / len(row) for row in rows[:-1]]
+    assert max(means) < 2.5 * min(means)  # sorted by length it would be 8
+    with pytest.raises(ValueError, match="length 5 is above the capacity 4"):
+        pack([5], 4, 0)
+
+
 def loss_and_gradient(trainer) -> tuple[float, torch.Tensor]:
     """Loss a token over the whole dataset, and its gradient, from one accumulated step."""
     total, count = 0.0, 0
     trainer.model.zero_grad()
     for batch in trainer.get_train_dataloader():
-        num = int((batch["labels"][:, 1:] != stage.IGNORED).sum())
+        num = int((batch["labels"][:, 1:] != IGNORED).sum())
         loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(1))
         loss.backward()
         total += loss.item()
@@ -319,7 +347,6 @@ def test_a_loss_that_is_not_a_number_stops_the_stage(policy, data, tmp_path):
 def test_bad_data_is_found_before_the_model_is_loaded(policy, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}) + "\n")
     config = make_config(tmp_path / "no-such-model", tmp_path / "d.jsonl")
-    assert len(check_inputs(config)) == 1
     with pytest.raises(DataError, match="row 1: messages: the last turn is 'user'"):
         stage.run(config, make_context(tmp_path / "run"))
     with pytest.raises(CheckpointError):

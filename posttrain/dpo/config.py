@@ -25,8 +25,8 @@ class DpoResources(Config):
 class MiningConfig(Config):
     """How preference pairs are made of the rollouts of an RL stage."""
 
-    min_margin: Positive = Field(0.5, description="Least difference in reward between chosen and rejected.")
-    max_per_prompt: Count = Field(1, description="Pairs from one prompt; no reply is used twice.")
+    min_margin: Positive = Field(default=0.5, description="Least difference in reward between chosen and rejected.")
+    max_per_prompt: Count = Field(default=1, description="Pairs from one prompt; no reply is used twice.")
     reasons: list[Literal["wrong", "truncated"]] = Field(
         default_factory=lambda: ["wrong", "truncated"],
         min_length=1,
@@ -65,12 +65,3 @@ class DpoConfig(Config):
         if (self.pairs is None) == (self.rollouts is None):
             raise ValueError("exactly one of pairs and rollouts must be set")
         return self
-
-
-def check_inputs(config: DpoConfig, rows: int = 100) -> list[str]:
-    """Problems in the first pairs, found without loading a model. Rollouts are not there before the RL stage ran."""
-    if config.pairs is None:
-        return []
-    from posttrain.data.pairs import check_pairs
-
-    return check_pairs(config.pairs, rows)

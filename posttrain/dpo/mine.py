@@ -95,13 +95,20 @@ def _pairs_of_prompt(prompt: str, group: Sequence[Reply], config: MiningConfig, 
     chosen_pool = _newest_first((r for r in group if r.complete and r.reward is not None and r.text), rng)
     chosen_pool.sort(key=lambda reply: -(reply.reward or 0.0))  # the best first; among equals the newest
     rejected_pool = _newest_first((r for r in group if _reason(r) in config.reasons and r.text), rng)
-    for count, chosen in enumerate(chosen_pool):
-        rejected = next((r for r in rejected_pool if r is not chosen and _beats(chosen, r, config.min_margin)), None)
-        if rejected is None or count == config.max_per_prompt:
+    used: set[str] = set()  # texts: equal replies are one
+    count = 0
+    for chosen in chosen_pool:
+        if count == config.max_per_prompt:
             return
-        # Equal texts are one reply: none is used twice, on either side.
-        rejected_pool = [r for r in rejected_pool if r.text not in (chosen.text, rejected.text)]
+        if chosen.text in used:
+            continue
+        rivals = (r for r in rejected_pool if r.text not in used and _beats(chosen, r, config.min_margin))
+        rejected = next(rivals, None)
+        if rejected is None:
+            return
+        used |= {chosen.text, rejected.text}
         yield _to_pair(prompt, chosen, rejected, count)
+        count += 1
 
 
 def _newest_first(replies: Iterable[Reply], rng: random.Random) -> list[Reply]:
@@ -169,12 +176,14 @@ def _nothing_to_mine(by_prompt: dict[str, list[Reply]], config: MiningConfig) ->
     replies = [reply for group in by_prompt.values() for reply in group]
     scored = [reply for reply in replies if reply.reward is not None]
     complete = [reply for reply in scored if reply.complete]
-    with_spread = sum(
-        max(r.reward or 0.0 for r in group) - min(r.reward or 0.0 for r in group) >= config.min_margin
-        for group in by_prompt.values()
-    )
+    with_spread = sum(_has_spread(group, config.min_margin) for group in by_prompt.values())
     return (
         f"dpo: no preference pair can be mined from {len(replies)} rollouts of {len(by_prompt)} prompts: "
-        f"{len(scored)} are scored, {len(complete)} of them complete, and in {with_spread} prompts the rewards differ "
-        f"by mining.min_margin ({config.min_margin}) or more; reasons allowed: {', '.join(config.reasons)}"
+        f"{len(scored)} are scored, {len(complete)} of them complete; prompts whose rewards differ by "
+        f"mining.min_margin ({config.min_margin}) or more: {with_spread}; reasons allowed: {', '.join(config.reasons)}"
     )
+
+
+def _has_spread(group: Sequence[Reply], margin: float) -> bool:
+    rewards = [reply.reward or 0.0 for reply in group if _reason(reply) is not None]
+    return bool(rewards) and max(rewards) - min(rewards) >= margin

@@ -9,6 +9,7 @@ import copy
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from posttrain.context import StageContext
@@ -71,9 +72,9 @@ def read_pairs(config: DpoConfig, seed: int) -> list[Pair]:
     return pairs
 
 
-def build_arguments(config: DpoConfig, folder: Any, seed: int = 0) -> Any:
+def build_arguments(config: DpoConfig, folder: Path, seed: int = 0) -> Any:
     """The `trl.DPOConfig` of a stage whose folder is `folder`."""
-    from trl import DPOConfig
+    from trl.trainer.dpo_config import DPOConfig
 
     from posttrain.train.trl_settings import common_arguments
 

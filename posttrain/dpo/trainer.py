@@ -6,7 +6,7 @@ a truncated reply must not get an end-of-turn token, so its tokenization is turn
 
 from typing import Any
 
-from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DPOTrainer
 
 
 class TokenizedPairTrainer(DPOTrainer):

@@ -49,10 +49,3 @@ class SftConfig(Config):
         if self.batch_tokens is not None and self.batch_tokens < self.max_length:
             raise ValueError(f"batch_tokens {self.batch_tokens} is less than max_length {self.max_length}")
         return self
-
-
-def check_inputs(config: SftConfig, rows: int = 100) -> list[str]:
-    """Problems in the first rows of the data, found without loading a model."""
-    from posttrain.data.rows import check_data
-
-    return check_data(config.data, "supervised", rows)

@@ -16,7 +16,6 @@ from posttrain.data.rows import load_rows
 from posttrain.errors import StageError
 from posttrain.sft.config import SftConfig
 
-IGNORED = -100
 METRICS = {
     "loss": "loss",
     "learning_rate": "learning_rate",
@@ -52,7 +51,7 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
 
 def build_arguments(config: SftConfig, folder: Path, seed: int = 0) -> Any:
     """The `trl.SFTConfig` of a stage whose folder is `folder`."""
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     from posttrain.train.trl_settings import common_arguments
 
@@ -68,10 +67,10 @@ def build_arguments(config: SftConfig, folder: Path, seed: int = 0) -> Any:
             seed=seed,
         ),
         packing=config.packing,
-        packing_strategy="bfd",
-        # Rows are within config.max_length already; to TRL this is the length that they are packed to.
+        packing_strategy="bfd",  # with it TRL gives the model position ids that restart at each conversation
         max_length=config.batch_tokens,
-        shuffle_dataset=config.packing,
+        # Rows are tokenized, cut to length and packed already.
+        dataset_kwargs={"skip_prepare_dataset": True},
     )
 
 
@@ -79,9 +78,11 @@ def train_model(
     config: SftConfig, context: StageContext, model: Any, tokenizer: Any, examples: Sequence[Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Train a loaded model on `Example`s; returns the plain model (adapters merged in) and the report."""
-    from trl import SFTTrainer
+    from datasets import Dataset
+    from trl.trainer.sft_trainer import SFTTrainer
 
     from posttrain.sft.isolation import require_isolation
+    from posttrain.sft.packing import to_records
     from posttrain.train.adapters import adapter_config, merged
     from posttrain.train.drift import DriftProbe
     from posttrain.train.trl_checkpoints import digest_ids, fingerprint
@@ -98,7 +99,7 @@ def train_model(
     trainer = SFTTrainer(
         model=model,
         args=build_arguments(config, context.dir, context.seed),
-        train_dataset=to_dataset(examples),
+        train_dataset=Dataset.from_list(to_records(examples, config.batch_tokens, context.seed)),
         processing_class=tokenizer,
         peft_config=adapter_config(model, config.lora) if config.lora else None,
     )
@@ -120,11 +121,3 @@ def train_model(
     }
     context.metrics(trainer.state.global_step, {name: value for name, value in report.items() if name != "steps"})
     return trained, report
-
-
-def to_dataset(examples: Sequence[Any]) -> Any:
-    """A `datasets.Dataset` of input_ids and labels; labels are IGNORED where the mask is 0."""
-    from datasets import Dataset
-
-    labels = [[token if bit else IGNORED for token, bit in zip(item.ids, item.mask, strict=True)] for item in examples]
-    return Dataset.from_dict({"input_ids": [list(item.ids) for item in examples], "labels": labels})

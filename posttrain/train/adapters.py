@@ -18,7 +18,7 @@ def adapter_config(model: Any, lora: LoraConfig) -> Any:
         raise ConfigError("lora.target_modules", [f"got {', '.join(missing)}: {rule}"])
     return PeftLoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (any number works)
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
         task_type="CAUSAL_LM",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from posttrain.context import StageContext
 from posttrain.errors import StageError
@@ -72,9 +72,9 @@ class StageCallback(TrainerCallback):
 
 
 def train(
-    trainer: Trainer, context: StageContext, what: str, names: Mapping[str, str], fingerprint: str
+    trainer: Any, context: StageContext, what: str, names: Mapping[str, str], fingerprint: str
 ) -> list[dict[str, float]]:
-    """Train to the end, from the last checkpoint of the same training if there is one.
+    """Train a transformers `Trainer` to the end, from the last checkpoint of the same training if there is one.
 
     Returns the metrics of each step trained in this process. Raises `StageError` if the loss or the gradient is not
     a number.

@@ -1,0 +1,58 @@
+"""Whole conversations side by side into rows of a fixed capacity: best fit, in random order.
+
+TRL's own packing sorts by length first. That fills rows a little better, but then one optimiser step sees only long
+conversations and the next only short ones; here every row is a random sample.
+"""
+
+import bisect
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.train.drift import Example
+
+IGNORED = -100
+
+
+def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
+    """Return rows of indices into `lengths`, each row's lengths summing to at most `capacity`.
+
+    Every index is in exactly one row. Rows stay in the order in which they were opened. Raises ValueError for a length
+    above the capacity.
+    """
+    order = list(range(len(lengths)))
+    random.Random(seed).shuffle(order)
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for index in order:
+        length = lengths[index]
+        if length > capacity:
+            raise ValueError(f"length {length} is above the capacity {capacity}")
+        at = bisect.bisect_left(room, (length, -1))
+        if at < len(room):
+            left, row = room.pop(at)
+        else:
+            left, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if left > length:
+            bisect.insort(room, (left - length, row))
+    return rows
+
+
+def to_records(examples: Sequence[Example], capacity: int | None, seed: int) -> list[dict[str, Any]]:
+    """Rows for TRL: input_ids, labels (IGNORED where the mask is 0) and, packed, the lengths of the documents.
+
+    `capacity` None: one conversation a row.
+    """
+    labels = [[token if bit else IGNORED for token, bit in zip(e.ids, e.mask, strict=True)] for e in examples]
+    if capacity is None:
+        return [{"input_ids": list(e.ids), "labels": own} for e, own in zip(examples, labels, strict=True)]
+    return [
+        {
+            "input_ids": [token for index in row for token in examples[index].ids],
+            "labels": [label for index in row for label in labels[index]],
+            "seq_lengths": [len(examples[index].ids) for index in row],
+        }
+        for row in pack([len(e.ids) for e in examples], capacity, seed)
+    ]

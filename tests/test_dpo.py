@@ -1,0 +1,359 @@
+"""The DPO stage with real TRL on a tiny model: which tokens, which loss, which pairs."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_policy import save_tiny_policy
+
+from posttrain.config.base import validate_config
+from posttrain.context import StageContext
+from posttrain.data.chat import end_token_ids, render_prompt
+from posttrain.data.pairs import Pair, load_pairs, write_pairs
+from posttrain.dpo import stage
+from posttrain.dpo.config import DpoConfig, MiningConfig
+from posttrain.dpo.examples import tokenize_pairs
+from posttrain.dpo.mine import Reply, mine, read_replies
+from posttrain.errors import ConfigError, DataError, StageError
+from posttrain.metrics.jsonl import read_jsonl
+from posttrain.model import load_model, load_tokenizer
+from posttrain.records import Message
+
+PROMPT = json.dumps([{"role": "user", "content": "Sum: 1 + 2"}])
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    return save_tiny_policy(tmp_path_factory.mktemp("policy") / "model")
+
+
+def make_pairs(count: int) -> list[Pair]:
+    return [
+        Pair(f"p{i}", "sums", (Message("user", f"Sum: {i % 9} + {i // 9}"),), f"Answer: {i % 9 + i // 9}", "Answer: 99")
+        for i in range(count)
+    ]
+
+
+def make_config(policy: Path, **changes: Any) -> DpoConfig:
+    settings = {
+        "model": {"path": str(policy), "dtype": "float32"},
+        "batch_size": 8,
+        "max_length": 128,
+        "optimizer": {"learning_rate": 1e-3},
+        **changes,
+    }
+    return validate_config(DpoConfig, settings, "test")
+
+
+def make_context(folder: Path, seed: int = 0) -> StageContext:
+    folder.mkdir(parents=True, exist_ok=True)
+    return StageContext("dpo", folder, folder / "events.jsonl", seed)
+
+
+def steps_of(folder: Path) -> list[dict]:
+    return [record for record in read_jsonl(folder / "metrics.jsonl") if "learning_rate" in record]
+
+
+# --- tokens ---
+
+
+def test_prompts_are_what_sampling_sends_and_replies_end_their_turn(policy):
+    tokenizer = load_tokenizer(policy)
+    pairs = make_pairs(3)
+    ids, kept = tokenize_pairs(tokenizer, pairs, 128, "error")
+    assert kept == pairs
+    for pair, item in zip(pairs, ids, strict=True):
+        assert item.prompt_ids == render_prompt(tokenizer, pair.prompt)
+        assert tokenizer.decode(item.chosen_ids) == pair.chosen + "<|eot|>"
+        assert tokenizer.decode(item.rejected_ids) == pair.rejected + "<|eot|>"
+
+
+def test_a_truncated_reply_gets_no_end_of_turn(policy):
+    """It never sampled one: with it, training would push the end of turn down."""
+    tokenizer = load_tokenizer(policy)
+    pair = Pair("p", "sums", (Message("user", "Sum: 1 + 2"),), "Answer: 3", "1 + 2 = 3, 3", {"reason": "truncated"})
+    (item,), _ = tokenize_pairs(tokenizer, [pair], 128, "error")
+    assert tokenizer.decode(item.rejected_ids) == "1 + 2 = 3, 3"
+    assert not set(end_token_ids(tokenizer)) & set(item.rejected_ids)
+    assert item.chosen_ids[-1] in end_token_ids(tokenizer)
+
+
+def test_pairs_that_are_too_long_are_an_error_or_dropped(policy):
+    tokenizer = load_tokenizer(policy)
+    pairs = [*make_pairs(2), Pair("long", "sums", (Message("user", "Sum: 1 + 2"),), "3", "1 + 2 = 3, " * 20)]
+    with pytest.raises(DataError, match=r"pair 'long': \d+ tokens, but max_length is 64"):
+        tokenize_pairs(tokenizer, pairs, 64, "error")
+    assert tokenize_pairs(tokenizer, pairs, 64, "drop")[1] == pairs[:2]
+    with pytest.raises(DataError, match="all 3 pairs are longer than max_length 4"):
+        tokenize_pairs(tokenizer, pairs, 4, "drop")
+
+
+def test_replies_that_become_the_same_tokens_are_refused(policy):
+    pair = Pair("p", "sums", (Message("user", "Sum: 1 + 2"),), "Answer: 3", "Answer: 3 ")
+    with pytest.raises(DataError, match=r"pair 'p': chosen and rejected .* the same tokens"):
+        tokenize_pairs(load_tokenizer(policy), [pair], 128, "error")
+
+
+# --- training ---
+
+
+def reply_logprob(model, prompt_ids: list[int], reply_ids: list[int]) -> torch.Tensor:
+    ids = torch.tensor([prompt_ids + reply_ids])
+    logps = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+    return logps.gather(1, ids[0, 1:, None])[len(prompt_ids) - 1 :, 0]
+
+
+def test_the_loss_is_the_formula(policy, tmp_path):
+    """From the trainer of the stage, with a policy that has moved, against DPO written out."""
+    from datasets import Dataset
+
+    from posttrain.dpo.trainer import TokenizedPairTrainer
+
+    tokenizer = load_tokenizer(policy)
+    ids, _ = tokenize_pairs(tokenizer, make_pairs(4), 128, "error")
+    config = make_config(policy, pairs={"path": "x"}, batch_size=4, beta=0.3, nll_weight=0.2)
+    model, start = load_model(policy, dtype="float32"), load_model(policy, dtype="float32")
+    records = [{"prompt_ids": i.prompt_ids, "chosen_ids": i.chosen_ids, "rejected_ids": i.rejected_ids} for i in ids]
+    trainer = TokenizedPairTrainer(
+        model=model,
+        args=stage.build_arguments(config, tmp_path),
+        train_dataset=Dataset.from_list(records),
+        processing_class=tokenizer,
+    )
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(1)))
+        batch = next(iter(trainer.get_train_dataloader()))
+        loss = trainer.compute_loss(trainer.model, batch).item()
+        plain = [[reply_logprob(m, i.prompt_ids, r) for r in (i.chosen_ids, i.rejected_ids)] for m in (model, start)
+                 for i in ids]  # fmt: skip
+    now, then = plain[:4], plain[4:]
+    logits = [0.3 * ((n[0] - t[0]).sum() - (n[1] - t[1]).sum()) for n, t in zip(now, then, strict=True)]
+    preference = sum(math.log1p(math.exp(-float(logit))) for logit in logits) / 4
+    nll = -torch.cat([n[0] for n in now]).mean()
+    assert loss == pytest.approx(preference + 0.2 * float(nll), rel=1e-4)
+
+
+def test_the_stage_trains_measures_and_exports(policy, tmp_path):
+    write_pairs(tmp_path / "in.jsonl", make_pairs(40))
+    config = make_config(policy, pairs={"path": str(tmp_path / "in.jsonl")}, epochs=2, max_pairs=32)
+    result = stage.run(config, make_context(tmp_path / "run"))
+    lines = steps_of(tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # the reference is the start policy
+    assert lines[0]["margin"] == pytest.approx(0, abs=1e-4)
+    assert len(lines) == result["steps"] == 8
+    assert result["loss_last"] < 0.6
+    assert result["accuracy"] == 1.0
+    assert result["margin"] > 0.1
+    assert result["kl_from_start"] > 0
+    assert load_pairs(result["pairs"]) == stage.read_pairs(config, 0)
+    assert result["num_pairs"] == 32
+    before, after = load_model(policy, dtype="float32"), load_model(result["model"], dtype="float32")
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_lora_uses_the_start_policy_as_reference_and_merges(policy, tmp_path):
+    write_pairs(tmp_path / "in.jsonl", make_pairs(16))
+    lora = {"rank": 4, "target_modules": ["q_proj", "v_proj"]}
+    config = make_config(
+        policy, pairs={"path": str(tmp_path / "in.jsonl")}, lora=lora, optimizer={"learning_rate": 1e-2}, epochs=3
+    )
+    result = stage.run(config, make_context(tmp_path / "run"))
+    lines = steps_of(tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    before, after = (load_model(path, dtype="float32").state_dict() for path in (policy, result["model"]))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith(("q_proj.weight", "v_proj.weight"))}
+
+
+def test_a_stopped_stage_goes_on_to_the_same_weights(policy, tmp_path, monkeypatch):
+    """Stopped by an exception after a checkpoint: the reference must still be the start policy afterwards."""
+    from posttrain.train.trl_loop import StageCallback
+
+    write_pairs(tmp_path / "in.jsonl", make_pairs(40))
+    config = make_config(policy, pairs={"path": str(tmp_path / "in.jsonl")}, epochs=2, checkpoint_every=3)
+    whole = stage.run(config, make_context(tmp_path / "whole"))
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageCallback, "on_step_begin", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(config, make_context(tmp_path / "stopped"))
+    again = stage.run(config, make_context(tmp_path / "stopped"))
+    events = list(read_jsonl(tmp_path / "stopped" / "events.jsonl"))
+    assert [event["step"] for event in events if event["event"] == "resumed"] == [3]
+    one, other = (load_model(result["model"], dtype="float32").state_dict() for result in (whole, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [line["loss"] for line in steps_of(tmp_path / "whole")] == [
+        line["loss"] for line in steps_of(tmp_path / "stopped")
+    ]
+    assert steps_of(tmp_path / "whole")[-1]["tokens"] == steps_of(tmp_path / "stopped")[-1]["tokens"]
+
+
+def test_every_field_reaches_trl(policy, tmp_path):
+    config = make_config(policy, rollouts="x", beta=0.4, loss_type="ipo", nll_weight=0.3, batch_size=5, epochs=2,
+                         gradient_accumulation=3, checkpoint_every=9, gradient_checkpointing=True,
+                         optimizer={"learning_rate": 2e-5, "schedule": "linear", "warmup_steps": 2})  # fmt: skip
+    args = stage.build_arguments(config, tmp_path, seed=4)
+    expected = {
+        "beta": 0.4, "loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.3], "per_device_train_batch_size": 5,
+        "num_train_epochs": 2, "gradient_accumulation_steps": 3, "save_steps": 9, "gradient_checkpointing": True,
+        "learning_rate": 2e-5, "lr_scheduler_type": "linear", "warmup_steps": 2, "seed": 4, "max_length": None,
+        "precompute_ref_log_probs": True, "bf16": False, "report_to": [],
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert stage.build_arguments(make_config(policy, rollouts="x"), tmp_path).loss_type == ["sigmoid"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, "exactly one of pairs and rollouts"),
+        ({"pairs": {"path": "x"}, "rollouts": "y"}, "exactly one of pairs and rollouts"),
+        ({"rollouts": "y", "mining": {"reasons": ["slow"]}}, "'wrong' or 'truncated'"),
+        ({"rollouts": "y", "loss_type": "kto"}, "loss_type"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_refused(policy, changes, problem):
+    with pytest.raises(ConfigError, match=problem):
+        make_config(policy, **changes)
+
+
+def test_bad_pairs_are_found_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "x", "chosen": "y"}) + "\n")
+    config = make_config(tmp_path / "no-such-model", pairs={"path": str(tmp_path / "p.jsonl")})
+    with pytest.raises(DataError, match="row 1: no 'rejected'"):
+        stage.run(config, make_context(tmp_path / "run"))
+
+
+# --- mining ---
+
+
+def reply(text: str, reward: float | None, version: int = 0, prompt: str = PROMPT, **changes: Any) -> Reply:
+    settings = {"prompt_id": "a", "capability": "sums", "complete": True, **changes}
+    return Reply(prompt=prompt, text=text, reward=reward, policy_version=version, **settings)
+
+
+def texts(pairs: list[Pair]) -> list[tuple[str, str]]:
+    return [(pair.chosen, pair.rejected) for pair in pairs]
+
+
+def test_right_is_set_against_wrong_of_the_same_prompt():
+    other = json.dumps([{"role": "system", "content": "Be short."}, {"role": "user", "content": "Sum: 1 + 2"}])
+    replies = [reply("right", 1.0), reply("wrong", 0.0), reply("other wrong", 0.0, prompt=other)]
+    (pair,) = mine(replies, MiningConfig(), None, 0)
+    assert (pair.chosen, pair.rejected, pair.capability) == ("right", "wrong", "sums")
+    assert pair.prompt == (Message("user", "Sum: 1 + 2"),)
+    assert pair.fields == {"reason": "wrong", "chosen_reward": 1.0, "rejected_reward": 0.0, "policy_version": 0}
+
+
+def test_complete_is_set_against_truncated():
+    replies = [reply("right", 1.0), reply("on and on", None, complete=False)]
+    (pair,) = mine(replies, MiningConfig(), None, 0)
+    assert (pair.rejected, pair.fields["reason"]) == ("on and on", "truncated")
+    with pytest.raises(StageError):
+        mine(replies, MiningConfig(reasons=["wrong"]), None, 0)
+
+
+def test_the_newest_versions_come_first():
+    replies = [reply(f"right {v}", 1.0, v) for v in range(4)] + [reply(f"wrong {v}", 0.0, v) for v in range(4)]
+    pairs = mine(replies, MiningConfig(max_per_prompt=2), None, 0)
+    assert texts(pairs) == [("right 3", "wrong 3"), ("right 2", "wrong 2")]
+    other = json.dumps([{"role": "user", "content": "Sum: 5 + 5"}])
+    replies += [reply("newer right", 1.0, 9, other, prompt_id="b"), reply("newer wrong", 0.0, 9, other, prompt_id="b")]
+    assert mine(replies, MiningConfig(), 1, 0)[0].chosen == "newer right"
+
+
+def test_no_reply_is_used_twice():
+    replies = [reply("right", 1.0, v) for v in range(5)] + [reply(f"wrong {i}", 0.0) for i in range(5)]
+    assert len(mine(replies, MiningConfig(max_per_prompt=5), None, 0)) == 1
+    replies = [reply(f"right {i}", 1.0) for i in range(3)] + [reply("wrong", 0.0)] * 5
+    assert len(mine(replies, MiningConfig(max_per_prompt=5), None, 0)) == 1
+    graded = [reply(f"reply {i}", float(i)) for i in range(6)]
+    used = Counter(text for pair in texts(mine(graded, MiningConfig(max_per_prompt=9), None, 0)) for text in pair)
+    assert set(used.values()) == {1}
+
+
+def test_rewards_must_differ_by_the_margin():
+    replies = [reply("good", 0.9), reply("fair", 0.6), reply("poor", 0.2)]
+    (pair,) = mine(replies, MiningConfig(min_margin=0.5), None, 0)
+    assert (pair.chosen, pair.rejected) == ("good", "poor")
+    with pytest.raises(StageError):
+        mine(replies, MiningConfig(min_margin=0.8), None, 0)
+
+
+def test_capabilities_take_turns_and_the_draw_follows_the_seed():
+    replies = []
+    for number in range(40):
+        capability = "sums" if number < 36 else "sorting"
+        prompt = json.dumps([{"role": "user", "content": f"prompt {number}"}])
+        for text, reward in (("right", 1.0), ("wrong", 0.0)):
+            replies.append(reply(text, reward, prompt=prompt, prompt_id=str(number), capability=capability))
+    pairs = mine(replies, MiningConfig(), 6, 0)
+    assert Counter(pair.capability for pair in pairs) == {"sums": 3, "sorting": 3}
+    assert Counter(pair.capability for pair in mine(replies, MiningConfig(), 20, 0)) == {"sums": 16, "sorting": 4}
+    assert mine(replies, MiningConfig(), 6, 0) == pairs
+    assert mine(replies, MiningConfig(), 6, 1) != pairs
+    assert len({pair.id for pair in mine(replies, MiningConfig(), None, 0)}) == 40
+
+
+def test_nothing_to_mine_is_said_with_counts():
+    replies = [reply("right", 1.0), reply("also right", 1.0), reply("lost", None)]
+    with pytest.raises(StageError) as error:
+        mine(replies, MiningConfig(), None, 0)
+    assert "from 3 rollouts of 1 prompts: 2 are scored, 2 of them complete; prompts whose" in str(error.value)
+    assert "or more: 0; reasons allowed: wrong, truncated" in str(error.value)
+
+
+def write_rollouts(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    replies = [("Answer: 3", 1.0, "stop"), ("Answer: 4", 0.0, "stop"), ("1 + 2 = 3, 3", 0.0, "length")]
+    records = [
+        {
+            "step": number // 4,
+            "group_id": f"g{number}",
+            "prompt_id": f"p{number}",
+            "capability": "sums",
+            "index": index,
+            "prompt": json.dumps([{"role": "user", "content": f"Sum: {number} + 2"}]),
+            "reply": text,
+            "reward": reward,
+            "finish_reason": reason,
+            "policy_version": number // 4,
+            "num_tokens": 5,
+            "status": "trained",
+        }
+        for number in range(12)
+        for index, (text, reward, reason) in enumerate(replies)
+    ]
+    pq.write_table(pa.Table.from_pylist(records[:18]), folder / "step_0.parquet")
+    pq.write_table(pa.Table.from_pylist(records[18:]), folder / "step_1.parquet")
+
+
+def test_the_stage_mines_the_rollouts_of_an_rl_stage(policy, tmp_path):
+    write_rollouts(tmp_path / "rl" / "rollouts")
+    assert read_replies(tmp_path / "rl" / "rollouts") == read_replies(tmp_path / "rl")
+    config = make_config(policy, rollouts=str(tmp_path / "rl"), mining={"max_per_prompt": 2}, max_pairs=10)
+    result = stage.run(config, make_context(tmp_path / "dpo"))
+    lines = [json.loads(line) for line in Path(result["pairs"]).read_text().splitlines()]
+    assert len(lines) == result["num_pairs"] == 10
+    assert lines[0]["policy_version"] == 2
+    assert {line["reason"] for line in lines} <= {"wrong", "truncated"}
+    assert sum(result["reasons"].values()) == 10
+
+
+def test_rollouts_that_are_not_there_or_not_rollouts_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"no rollouts \(\*.parquet\)"):
+        read_replies(tmp_path)
+    pq.write_table(pa.table({"step": [1], "reply": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: no column prompt_id, capability, prompt, reward"):
+        read_replies(tmp_path)
