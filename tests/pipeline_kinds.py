@@ -66,7 +66,9 @@ def run(config: CountConfig, context: StageContext) -> dict[str, Any]:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (config.limit_bytes, config.limit_bytes))
-    (context.dir / "count.txt").write_text(str(config.add + (int(Path(config.source).read_text()) if config.source else 0)))
+    (context.dir / "count.txt").write_text(
+        str(config.add + (int(Path(config.source).read_text()) if config.source else 0))
+    )
     if config.write_bytes:
         with (context.dir / "big").open("wb") as big:
             for _ in range(config.write_bytes >> 16):

@@ -20,7 +20,8 @@ def read_any(file: str, overrides: Sequence[str] = (), kind: str | None = None) 
         return read_pipeline(path, overrides)
     if kind is not None and kind not in KINDS:
         raise ConfigError("--kind", [unknown_kind(kind)])
-    return single_stage(kind or guess_kind(path, apply_overrides(data, overrides)), path, overrides)
+    kind = kind or guess_kind(path, apply_overrides(data, overrides))
+    return single_stage(kind, path, overrides, open_references=True)
 
 
 def guess_kind(path: Path, data: dict) -> str:

@@ -9,7 +9,7 @@ what a resumed run does. Left out: metrics, which are the report's.
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -89,15 +89,13 @@ class RunState:
         self.stages = {name: StageState(name, kind) for name, kind in nodes}
         self._tail = EventTail(events)
 
-    def update(self) -> list[tuple[StageState, dict[str, Any]]]:
-        """Read new events; returns those of stages with the stage after each."""
-        changed = []
+    def update(self) -> Iterator[tuple[StageState, dict[str, Any]]]:
+        """Read new events; yields each that concerns a stage, with the stage as it is after it."""
         for event in self._tail.read():
             stage = self.stages.get(str(event.get("stage")))
             if stage:
                 stage.take(event)
-                changed.append((stage, event))
-        return changed
+                yield stage, event
 
 
 class PlainDisplay:
@@ -114,7 +112,7 @@ class PlainDisplay:
 
     def refresh(self) -> None:
         """Print what is new."""
-        for stage, event in self._state.update() if self._state else []:
+        for stage, event in self._state.update() if self._state else ():
             line = self._line(stage, event)
             if line:
                 clock = time.strftime("%H:%M:%S", time.localtime(float(event.get("t") or time.time())))
@@ -160,8 +158,8 @@ class LiveDisplay:
 
     def refresh(self) -> None:
         """Take in new events; rich draws on a thread of its own."""
-        if self._state:
-            self._state.update()
+        for _ in self._state.update() if self._state else ():
+            pass
 
     def stop(self) -> None:
         """Draw once more and leave the table on the screen."""

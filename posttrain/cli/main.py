@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from posttrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, ConfigError, PosttrainError
 
 if TYPE_CHECKING:
     from posttrain.pipeline.config import RawPipeline
+
+# What typer raises for wrong arguments. It carries its own copy of click, so click's class by import is another one.
+UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     name="posttrain",
@@ -240,8 +242,10 @@ def _print_plan(raw: "RawPipeline", run_dir: Path | None, start_from: str | None
     if not joins_cluster():
         check_fits(plan, pipeline.source, local_cpus(), local_gpus())
     place.check(pipeline)
-    decisions = decide(pipeline, place, start_from, only)
-    states = {name: f"{item.action}: {item.why}" for name, item in decisions.items()}
+    states = None
+    if not raw.open_references:
+        decisions = decide(pipeline, place, start_from, only)
+        states = {name: f"{item.action}: {item.why}" for name, item in decisions.items()}
     typer.echo(render_plan(pipeline, plan, states))
 
 
@@ -254,16 +258,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result: Any = app(arguments, standalone_mode=False, prog_name="posttrain")
         return result if isinstance(result, int) else EXIT_OK
-    except click.exceptions.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
-    except click.ClickException as error:
-        error.show()
+    except UsageError as error:
+        error.show(file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
         return EXIT_USER
     except PosttrainError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         return EXIT_OK
     except Exception as error:

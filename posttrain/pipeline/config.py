@@ -68,13 +68,18 @@ class RawStage:
 
 @dataclass(frozen=True)
 class RawPipeline:
-    """A pipeline before its stages are validated. `problems` are those found so far, one line each."""
+    """A pipeline before its stages are validated. `problems` are those found so far, one line each.
+
+    alone: a stage file read by itself; open_references: it may refer to stages of a pipeline that is not here.
+    """
 
     source: str
     config: PipelineConfig
     stages: list[RawStage]
     evaluate: RawStage | None = None
     problems: list[str] = field(default_factory=list)
+    alone: bool = False
+    open_references: bool = False
 
 
 def find_pipeline(name: str | Path) -> Path:
@@ -120,12 +125,18 @@ def read_pipeline(source: str | Path | Mapping[str, Any], overrides: Sequence[st
     return RawPipeline(label, config, stages, evaluate, problems)
 
 
-def single_stage(kind: str, path: str | Path, overrides: Sequence[str] = (), seed: int = 0) -> RawPipeline:
-    """A stage file as a pipeline of one stage, named after its kind. Overrides are keys of the stage's config."""
+def single_stage(
+    kind: str, path: str | Path, overrides: Sequence[str] = (), seed: int = 0, open_references: bool = False
+) -> RawPipeline:
+    """A stage file as a pipeline of one stage, named after its kind. Overrides are keys of the stage's config.
+
+    open_references: let `${stage.output}` stand, to check a file that is meant for a pipeline; it cannot be run.
+    """
     data = apply_overrides(read_yaml(path), overrides)
     entry = StageEntry(name=kind, kind=kind, config=data)
     config = PipelineConfig(name=kind, seed=seed, warm_engines=False, stages=[entry])
-    return RawPipeline(str(path), config, [RawStage(kind, kind, data, str(path), "")])
+    stage = RawStage(kind, kind, data, str(path), "")
+    return RawPipeline(str(path), config, [stage], alone=True, open_references=open_references)
 
 
 def _read_stage(

@@ -100,8 +100,8 @@ def load_pipeline(source: str | Path | Mapping[str, Any] | RawPipeline, override
     """
     raw = source if isinstance(source, RawPipeline) else read_pipeline(source, overrides)
     problems = list(raw.problems)
-    kinds = {entry.name: entry.kind for entry in raw.config.stages}
-    nodes = [node for stage in raw.stages if (node := _make_node(stage, kinds, problems))]
+    kinds = {} if raw.alone else {entry.name: entry.kind for entry in raw.config.stages}
+    nodes = [node for stage in raw.stages if (node := _make_node(stage, kinds, problems, raw.open_references))]
     nodes += _evaluations(raw, kinds, problems)
     for node in nodes:
         problems += [f"{node.name}: kind {node.kind} {missing}" for missing in package_problems(node.stage_kind)]
@@ -117,13 +117,17 @@ def load_pipeline(source: str | Path | Mapping[str, Any] | RawPipeline, override
     return Pipeline(raw.source, config.name, config.seed, config.warm_engines, {name: by_name[name] for name in order})
 
 
-def _make_node(stage: RawStage, kinds: Mapping[str, str], problems: list[str]) -> Node | None:
-    """Validate one stage; None if its config cannot be built."""
+def _make_node(
+    stage: RawStage, kinds: Mapping[str, str], problems: list[str], open_references: bool = False
+) -> Node | None:
+    """Validate one stage; None if its config cannot be built. `kinds`: kind of each stage that can be referred to."""
     if stage.kind not in KINDS:
         problems.append(f"{stage.prefix}kind: {unknown_kind(stage.kind)}")
         return None
     references = list(find_references(stage.config))
     wrong = [problem for reference in references if (problem := _reference_problem(reference, kinds))]
+    if open_references:
+        wrong = []
     schema = load_schema(KINDS[stage.kind])
     config, found = None, []
     try:
@@ -163,6 +167,8 @@ def _reference_problem(reference: Reference, kinds: Mapping[str, str]) -> str:
     """What is wrong with a reference, or nothing. `kinds`: kind of each stage by name."""
     if not reference.stage:
         return f"{reference.key}: got {reference.text!r}: must have the form ${{stage.output}}"
+    if not kinds:
+        return f"{reference.key}: got {reference.text!r}: there are no other stages here; give a path"
     if reference.stage not in kinds:
         return f"{reference.key}: got {reference.text!r}: {_no_stage(reference.stage, kinds)}"
     kind = kinds[reference.stage]

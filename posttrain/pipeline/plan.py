@@ -167,6 +167,8 @@ def _model_folder(model: ModelConfig, pipeline: Pipeline, run_dir: Path) -> tupl
     reference = next(find_references(model.path), None)
     if reference is None:
         return Path(model.path).expanduser(), ""
+    if reference.stage not in pipeline.nodes:
+        return None, reference.stage
     return output_path(pipeline.nodes[reference.stage], reference.output, run_dir), reference.stage
 
 

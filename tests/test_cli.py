@@ -1,0 +1,297 @@
+"""The command line without Ray: help, errors and exit codes, plans, schemas, displays."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from posttrain.cli.check import guess_kind
+from posttrain.cli.display import EventTail, LiveDisplay, PlainDisplay, RunState, seconds_text
+from posttrain.cli.main import app, main
+from posttrain.errors import StageError
+from posttrain.pipeline.kinds import KINDS
+
+COMMANDS = ["run", "filter", "sft", "rl", "dpo", "eval", "validate", "schema", "doctor", "report", "rewards"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def write(path: str, data: Any) -> str:
+    Path(path).write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return path
+
+
+def rows(path: str, *roles: str) -> str:
+    messages = [{"role": role, "content": role[0]} for role in roles]
+    Path(path).write_text("".join(json.dumps({"messages": messages, "id": str(n)}) + "\n" for n in range(3)))
+    return path
+
+
+def eval_config() -> dict[str, Any]:
+    return {
+        "model": {"path": "${base.model}"},
+        "data": {"path": rows("held.jsonl", "user")},
+        "reward": {"name": "final_answer"},
+    }
+
+
+# --- help ---
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]):
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"Usage: posttrain {name}" in text
+    assert len(text) > 200
+
+
+def test_every_option_has_a_help_text():
+    group: Any = get_command(app)
+    for name, command in group.commands.items():
+        for parameter in command.params:
+            assert getattr(parameter, "help", None) or parameter.name == "help", f"{name} {parameter.name}"
+
+
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]):
+    for name in ("run", "filter", "sft", "rl", "dpo", "eval", "validate", "schema", "report"):
+        main([name, "--help"])
+        assert f"posttrain {name} " in capsys.readouterr().out.partition("Usage: ")[2].partition("\n")[2]
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys\nfrom posttrain.cli.main import main\ncode = main(['--help'])\n"
+        "heavy = [n for n in ('torch', 'ray', 'transformers', 'pydantic', 'yaml', 'plotly') if n in sys.modules]\n"
+        "sys.exit(1 if heavy or code else 0)"
+    )
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["run", "quickstrat"], "did you mean 'quickstart'?"),
+        (["schema", "slf"], "did you mean 'sft'?"),
+        (["report", "."], "is not a run directory"),
+        (["sft"], "Missing argument"),
+        (["run", "p.yaml", "--form", "a"], "--form"),
+        (["sfd"], "sfd"),
+        (["validate", "p.yaml", "--kind", "rll"], "did you mean 'rl'?"),
+    ],
+)
+def test_a_wrong_command_exits_with_2_and_one_message(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+):
+    write("p.yaml", {"name": "p", "stages": []})
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error
+
+
+BAD_FILES = [
+    ("epoch: 1\n", "p.yaml: epoch: unknown key; did you mean 'epochs'?"),
+    ("model:\n\tpath: x\n", "p.yaml: line 2: a tab character; YAML is indented with spaces only"),
+    ("data: {path: nowhere.jsonl}\n", "p.yaml: data.path: nowhere.jsonl: no such file or folder"),
+    ("model: {path: nowhere}\n", "p.yaml: model.path: got 'nowhere': no such folder"),
+    ("epochs: many\n", "p.yaml: epochs: got 'many'"),
+    ("batch_tokens: 16\n", "batch_tokens 16 is less than max_length 4096"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), BAD_FILES)
+@pytest.mark.parametrize("command", ["sft", "validate"])
+def test_a_wrong_stage_file(command: str, text: str, expected: str, capsys: pytest.CaptureFixture[str]):
+    good = {"model": {"path": "model"}, "data": {"path": rows("rows.jsonl", "user", "assistant")}, "batch_tokens": 8192}
+    folder = Path("model")
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    if "\t" not in text:
+        text = yaml.safe_dump({**good, **yaml.safe_load(text)})
+    write("p.yaml", text)
+    assert main([command, "p.yaml", *(["--kind", "sft"] if command == "validate" else [])]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert len(error.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+def test_a_reference_in_a_stage_file_needs_a_pipeline(capsys: pytest.CaptureFixture[str]):
+    """It cannot be run alone, but the rest of it can be checked."""
+    write("e.yaml", {**eval_config(), "samples": 4, "k": 4})
+    assert main(["eval", "e.yaml"]) == 2
+    expected = "e.yaml: model.path: got '${base.model}': there are no other stages here; give a path\n"
+    assert capsys.readouterr().err == expected
+    assert main(["validate", "e.yaml"]) == 0
+    assert "model = ${base.model}" in capsys.readouterr().out
+    assert main(["validate", "e.yaml", "k=9"]) == 2
+    assert "pass@k needs at least k samples" in capsys.readouterr().err
+
+
+def test_failures_and_defects_have_their_own_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def fails(error: BaseException) -> int:
+        def raise_it(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("posttrain.cli.check.schema_of", raise_it)
+        return main(["schema", "sft"])
+
+    assert fails(StageError("stage rl failed: no GPU left")) == 3
+    assert capsys.readouterr().err == "stage rl failed: no GPU left\n"
+    assert fails(KeyboardInterrupt()) == 130
+    assert fails(ZeroDivisionError("a defect")) == 3
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    log = Path(re.findall(r"\S+\.log", error)[0])
+    assert "ZeroDivisionError: a defect" in log.read_text()
+    log.unlink()
+
+
+# --- plans, schemas, rewards ---
+
+
+def test_validate_and_dry_run_print_the_plan(capsys: pytest.CaptureFixture[str]):
+    base = {"name": "base", "kind": "base", "config": {}}
+    write("p.yaml", {"name": "p", "stages": [base, {"name": "test", "kind": "eval", "config": eval_config()}]})
+    for arguments in (["validate", "p.yaml"], ["run", "p.yaml", "--dry-run"]):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert "pipeline p · seed 0 · 2 stages" in out
+        assert "model = ${base.model}" in out
+        assert "out  results = test/results.json" in out
+        assert "memory after base" in out
+        assert "test (eval)  [run: new]" in out
+    assert not Path("runs").exists()
+
+
+def test_an_override_shows_in_the_plan(capsys: pytest.CaptureFixture[str]):
+    write("e.yaml", {**eval_config(), "model": {"path": "nowhere"}})
+    assert main(["eval", "e.yaml", "--dry-run", "model.path=elsewhere"]) == 2
+    assert "got 'elsewhere'" in capsys.readouterr().err
+
+
+def test_the_kind_of_a_stage_file_is_guessed(tmp_path: Path):
+    for kind, data in {
+        "sft": {"model": {"path": "m"}, "data": {"path": "d"}, "batch_tokens": 4096},
+        "dpo": {"model": {"path": "m"}, "rollouts": "r"},
+        "filter": {"judge": {"path": "m"}, "data": {"path": "d"}, "keep_fraction": 2},
+        "rl": {"model": {"path": "m"}, "prompts": {"path": "d"}, "reward": {"name": "r"}, "stepz": 1},
+        "eval": eval_config(),
+    }.items():
+        assert guess_kind(tmp_path / "mine.yaml", data) == kind
+
+
+@pytest.mark.parametrize("name", [*KINDS, "pipeline"])
+def test_schemas_are_json(name: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["schema", name]) == 0
+    assert json.loads(capsys.readouterr().out)["type"] == "object"
+
+
+def test_rewards_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert main(["rewards", "list"]) == 0
+    assert "final_answer" in capsys.readouterr().out
+
+
+# --- displays ---
+
+
+def event(stage: str, name: str, **fields: Any) -> str:
+    return json.dumps({"t": 1000.0, "stage": stage, "event": name, **fields}) + "\n"
+
+
+NODES = [("sft", "sft"), ("rl", "rl"), ("rl.eval", "eval")]
+
+
+def test_the_tail_reads_whole_lines_from_the_present_end(tmp_path: Path):
+    file = tmp_path / "events.jsonl"
+    file.write_text(event("old", "x"))
+    tail = EventTail(file)
+    assert tail.read() == []
+    with file.open("a") as out:
+        out.write(event("a", "x") + '{"stage": "b", ')
+        out.flush()
+        assert [item["stage"] for item in tail.read()] == ["a"]
+        out.write('"event": "y"}\nnot json\n')
+        out.flush()
+        assert [item["stage"] for item in tail.read()] == ["b"]
+
+
+def test_plain_lines_when_not_on_a_terminal(tmp_path: Path):
+    file, out = tmp_path / "events.jsonl", io.StringIO()
+    display = PlainDisplay(out)
+    display.start(NODES, file)
+    file.write_text(
+        event("sft", "stage_skipped", why="as before")
+        + event("rl", "stage_start")
+        + event("rl", "progress", done=1, total=9, unit="steps", values={"reward": 0.25, "queue": 3})
+        + event("rl", "progress", done=2, total=9, unit="steps", values={})
+        + event("rl", "busy", actor="x")
+        + event("nobody", "stage_start")
+    )
+    display.refresh()
+    with file.open("a") as more:
+        more.write(event("rl", "stage_failed", error="first\nsecond", wall_s=75))
+    display.stop()
+    lines = [line.split("  ", 1)[1] for line in out.getvalue().splitlines()]
+    assert lines == [
+        "sft  skipped: as before",
+        "rl  starts",
+        "rl  1/9 steps  reward 0.25 · queue 3",
+        "rl  failed: first",
+    ]
+
+
+def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
+    from rich.console import Console
+
+    file = tmp_path / "events.jsonl"
+    display = LiveDisplay()
+    display._state = RunState(NODES, file)
+    values = {"reward": 0.4321, "staleness": 1.5, "tokens_per_s": 2512.0, "queue": 6, "dropped_groups": 17}
+    file.write_text(
+        event("sft", "stage_start")
+        + event("sft", "stage_done", wall_s=63.0)
+        + event("rl", "stage_start")
+        + event("rl", "progress", done=12, total=40, unit="steps", values=values)
+    )
+    display.refresh()
+    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+    console.print(display._render())
+    text = console.file.getvalue()
+    for expected in (
+        "1 min 03 s",
+        "running",
+        "12/40 steps",
+        "waiting",
+        "0.432",
+        "1.50",
+        "2,512",
+        "dropped groups",
+        "17",
+    ):
+        assert expected in text, text
+
+
+def test_seconds():
+    assert [seconds_text(value) for value in (None, 0.04, 59.94, 61)] == ["", "0.0 s", "59.9 s", "1 min 01 s"]
