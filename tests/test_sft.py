@@ -337,6 +337,26 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(policy, data,
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
+def test_recomputed_activations_change_nothing(policy, data, tmp_path):
+    for lora in (None, {"rank": 4}):
+        one, other = (
+            weights(Path(stage.run(make_config(policy, data, lora=lora, gradient_checkpointing=on), context)["model"]))
+            for on, context in ((on, make_context(tmp_path / f"{on}{bool(lora)}")) for on in (False, True))
+        )
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-5)
+
+
+def test_both_implementations_train_alike(policy, data, tmp_path):
+    results = []
+    for implementation in ("native", "transformers"):
+        model = {"path": str(policy), "dtype": "float32", "implementation": implementation}
+        config = make_config(policy, data, model=model, packing=False, batch_tokens=None, batch_size=4)
+        stage.run(config, make_context(tmp_path / implementation))
+        results.append([line["loss"] for line in steps_of(tmp_path / implementation)])
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+
+
 def test_a_loss_that_is_not_a_number_stops_the_stage(policy, data, tmp_path):
     config = make_config(policy, data, epochs=4, optimizer={"learning_rate": 1e30, "max_grad_norm": 1e30})
     with pytest.raises(StageError, match=r"sft: (loss|grad_norm) is (nan|inf) at step \d+; lower optimizer"):
