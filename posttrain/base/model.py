@@ -10,7 +10,8 @@ from posttrain.base.config import ModelSizes
 # Far above the length of any puzzle, so that chunks and attention temperature, which engines treat differently at
 # their borders, never come into play.
 _MAX_LENGTH = 2048
-_SMALL_STD = 0.02
+_EMBEDDING_STD = 1.0
+_HEAD_STD = 0.02
 
 
 def build_model(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, seed: int) -> Any:
@@ -49,13 +50,21 @@ def build_model(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, s
 
 @torch.no_grad()
 def _initialize(model: torch.nn.Module, layers: int, seed: int) -> None:
-    """Normal weights of 1 / sqrt(fan-in); smaller into the residual stream, small for embeddings and head."""
+    """Normal weights of 1 / sqrt(fan-in), smaller into the residual stream and for the head.
+
+    Embeddings are as large as what the layers add to them. With the usual 0.02 a token's identity drowns in the
+    residual stream, and the loss after 250 steps was 0.65 rather than 0.47.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             continue
         fan_in = parameter.shape[-2] if "experts." in name else parameter.shape[-1]
-        std = _SMALL_STD if "embed_tokens" in name or "lm_head" in name else fan_in**-0.5
-        if "o_proj" in name or "down_proj" in name:
+        std = fan_in**-0.5
+        if "embed_tokens" in name:
+            std = _EMBEDDING_STD
+        elif "lm_head" in name:
+            std = _HEAD_STD
+        elif "o_proj" in name or "down_proj" in name:
             std /= math.sqrt(2 * layers)
         parameter.normal_(0.0, std, generator=generator)

@@ -1,4 +1,4 @@
-"""Starts the processes of base training, listens to the first of them, and leaves none behind."""
+"""Starts base training, listens to the first of its processes, and leaves none behind."""
 
 import json
 import os
@@ -21,58 +21,53 @@ def train_base(
 ) -> None:
     """Train a base model into the folder `out`.
 
-    scratch: an existing folder for the processes' logs and meeting point.
+    scratch: an existing folder for the log and the processes' meeting point.
     on_step: called with each step's metrics: step (from 1), loss, tokens, reply_tokens, lr_scale, step_s.
     Raises `StageError` with the end of the log if a process fails.
     """
-    spec = scratch / "spec.json"
+    spec = scratch.resolve() / "spec.json"
     store = spec.with_suffix(".store")
     store.unlink(missing_ok=True)
-    settings = {"config": config.model_dump(mode="json"), "seed": seed, "out": str(out), "parent": os.getpid()}
+    settings = {
+        "config": config.model_dump(mode="json"),
+        "seed": seed,
+        "out": str(out.resolve()),
+        "parent": os.getpid(),
+    }
     spec.write_text(json.dumps(settings), encoding="utf-8")
-    processes: list[subprocess.Popen[str]] = []
+    log = scratch / "log.txt"
+    process = _start(spec, log)
     try:
-        processes = [_start(spec, rank, scratch) for rank in range(config.processes)]
-        first = processes[0].stdout
-        assert first is not None
-        for line in first:
+        assert process.stdout is not None
+        for line in process.stdout:
             on_step(json.loads(line))
-        # A process whose peer is gone may wait for it; the first to fail has closed its output, or been told so.
-        for rank, process in enumerate(processes):
-            if process.wait() != 0:
-                raise StageError(
-                    f"base training: process {rank} ended with {process.returncode}\n{_tail(scratch, rank)}"
-                )
+        if process.wait() != 0:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            raise StageError("\n".join([f"base training ended with {process.returncode}", *lines[-_LOG_TAIL_LINES:]]))
     finally:
-        _stop(processes)
+        _stop(process)
         store.unlink(missing_ok=True)
 
 
-def _start(spec: Path, rank: int, scratch: Path) -> "subprocess.Popen[str]":
+def _start(spec: Path, log: Path) -> "subprocess.Popen[str]":
     root = str(Path(posttrain.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
-    with (scratch / f"log-{rank}.txt").open("w", encoding="utf-8") as log:
+    with log.open("w", encoding="utf-8") as stderr:
         return subprocess.Popen(
-            [sys.executable, "-m", "posttrain.base.worker", str(spec), str(rank)],
+            [sys.executable, "-m", "posttrain.base.worker", str(spec)],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if rank == 0 else log,
-            stderr=log,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
             env=environment,
             text=True,
         )
 
 
-def _tail(scratch: Path, rank: int) -> str:
-    lines = (scratch / f"log-{rank}.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-_LOG_TAIL_LINES:])
-
-
-def _stop(processes: list["subprocess.Popen[str]"]) -> None:
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    for process in processes:
+def _stop(process: "subprocess.Popen[str]") -> None:
+    """End the first process; those it forked end with it."""
+    if process.poll() is None:
+        process.terminate()
         try:
             process.wait(_STOP_GRACE_S)
         except subprocess.TimeoutExpired:
