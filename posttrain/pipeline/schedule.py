@@ -208,6 +208,8 @@ class Scheduler:
         for path in self.session.worker_logs(since):
             try:
                 tail = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+                if all(line.startswith(":") or not line for line in tail):
+                    continue  # Ray's own marks: nothing was written
                 with (self.run_dir.folder(node) / "log.txt").open("a", encoding="utf-8") as log:
                     log.write(f"\n--- {path.name} ---\n" + "\n".join(tail) + "\n")
             except OSError:
