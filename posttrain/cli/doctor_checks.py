@@ -193,10 +193,11 @@ def gpu_names() -> list[str]:
 
 def _compiler_check() -> Check:
     found = shutil.which("g++") or shutil.which("c++")
-    enables = "DeepSpeed's own CPU Adam (optimizer offload)"
+    enables = "vLLM and DeepSpeed on CPUs: each compiles a small kernel once"
     if found:
         return Check("machine", "C++ compiler", "ok", found, "", enables)
-    return Check("machine", "C++ compiler", "absent", "none", "", enables, "apt-get install g++")
+    mend = "apt-get install g++ python3.11-dev"
+    return Check("machine", "C++ compiler", "fail", "none", "g++", enables, mend)
 
 
 def _image_packages_check() -> Check:
