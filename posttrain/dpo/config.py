@@ -5,7 +5,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import ActorResources, DataConfig, LoraConfig, ModelConfig, OptimizerConfig, Positive
+from posttrain.config.shared import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Positive,
+    TrainerResources,
+)
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -13,13 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 class DpoResources(Config):
     """Who the stage needs."""
 
-    trainer: ActorResources = Field(default_factory=ActorResources)
-
-    @model_validator(mode="after")
-    def _one_process(self) -> "DpoResources":
-        if self.trainer.workers != 1 or self.trainer.gpus > 1:
-            raise ValueError("trainer: this stage trains in one process with at most one GPU")
-        return self
+    trainer: TrainerResources = Field(default_factory=TrainerResources)
 
 
 class MiningConfig(Config):

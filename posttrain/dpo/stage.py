@@ -110,9 +110,9 @@ def train_model(
     from posttrain.train.drift import DriftProbe
     from posttrain.train.trl_checkpoints import digest_ids, fingerprint
     from posttrain.train.trl_loop import train
-    from posttrain.train.trl_settings import fit_for_trl
+    from posttrain.train.trl_settings import prepare_model
 
-    fit_for_trl(model)
+    prepare_model(model)
     records = [{"prompt_ids": i.prompt_ids, "chosen_ids": i.chosen_ids, "rejected_ids": i.rejected_ids} for i in ids]
     sample = random.Random(context.seed).sample(list(ids), len(ids))
     probe = DriftProbe(model, [item.chosen_example() for item in sample])

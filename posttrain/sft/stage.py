@@ -87,9 +87,9 @@ def train_model(
     from posttrain.train.drift import DriftProbe
     from posttrain.train.trl_checkpoints import digest_ids, fingerprint
     from posttrain.train.trl_loop import train
-    from posttrain.train.trl_settings import fit_for_trl
+    from posttrain.train.trl_settings import prepare_model
 
-    fit_for_trl(model)
+    prepare_model(model)
     if config.packing:
         context.event("packing_checked", difference=require_isolation(model, examples))
     probe = DriftProbe(model, random.Random(context.seed).sample(list(examples), len(examples)))

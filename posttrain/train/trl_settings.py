@@ -70,10 +70,15 @@ def common_arguments(
     }
 
 
-def fit_for_trl(model: Any) -> None:
-    """Point transformers' Llama 4 at its own layers: the name it has for them is that of another class.
+def prepare_model(model: Any) -> None:
+    """Move a model to the GPU, if there is one, and make it fit for TRL.
 
-    TRL runs the layers and the head separately, and finds the layers by this name.
+    TRL runs the layers and the head separately, and finds the layers by `base_model_prefix`; transformers' Llama 4 has
+    the name of another class there.
     """
+    import torch
+
+    if torch.cuda.is_available():
+        model.to("cuda")
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"
