@@ -192,9 +192,7 @@ def install(venv: Path, wanted: str) -> None:
         remove_broken_image_packages(python)
     stamp.write_text(json.dumps(now) + "\n")
     if shutil.which("g++") is None:
-        say(
-            "no C++ compiler: vLLM and DeepSpeed need one on CPUs; on Debian and Ubuntu: apt-get install g++ python3.11-dev"
-        )
+        say("no C++ compiler; vLLM and DeepSpeed need one on CPUs (Debian, Ubuntu: apt-get install g++ python3.11-dev)")
     say(f"done in {time.monotonic() - started:.0f} s; {venv.name}/bin/posttrain doctor says what works here")
 
 
