@@ -450,3 +450,13 @@ def test_results_are_found_in_the_folders_without_a_summary(copy: Path) -> None:
         (copy / name / "eval").mkdir()
         (copy / name / "eval" / "results.json").write_text(json.dumps(results(accuracy)))
     assert "RL raised held-out accuracy from 48.2%" in page_of(copy).text
+
+
+def test_the_time_of_a_continued_run_is_that_of_all_its_stages(copy: Path) -> None:
+    assert "4 min 24 s in all" in page_of(copy).text
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["wall_s"] = 20.0
+    for stage in summary["stages"][:4]:
+        stage["status"] = "skipped"
+    (copy / "summary.json").write_text(json.dumps(summary))
+    assert "4 min 52 s of work, in several sittings" in page_of(copy).text

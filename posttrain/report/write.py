@@ -138,14 +138,22 @@ def _facts(run: Run) -> list[str]:
     """The line under the title: when, how long, how much memory, on how many problems it was judged."""
     first = min((t for event in run.events if (t := number(event.get("t")))), default=None)
     facts = [utc(first)] if first else []
-    if (wall := number(run.summary.get("wall_s"))) is not None:
-        facts.append(f"{seconds(wall)} in all")
+    facts += _wall(run)
     if (peak := number(run.summary.get("peak_rss_gib"))) is not None:
         facts.append(f"{peak:.1f} GiB of memory at the peak")
     shares = [share for results in run.evals.values() if (share := greedy(results)) and share.n]
     if shares:
         facts.append(f"judged on {plural(shares[-1].n, 'held-out problem')}")
     return facts
+
+
+def _wall(run: Run) -> list[str]:
+    """How long it took. The summary's time is that of the last sitting, so a continued run adds up its stages."""
+    nodes = (*run.stages, *run.evaluations)
+    if any(stage.status == "skipped" for stage in nodes):
+        return [f"{seconds(sum(stage.wall_s or 0.0 for stage in nodes))} of work, in several sittings"]
+    wall = number(run.summary.get("wall_s"))
+    return [f"{seconds(wall)} in all"] if wall and run.summary.get("status") in ("done", "failed") else []
 
 
 def _troubles(run: Run) -> list[str]:

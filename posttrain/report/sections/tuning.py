@@ -24,8 +24,8 @@ def base_section(run: Run, stage: Stage) -> Section | None:
 def sft_section(run: Run, stage: Stage) -> Section | None:
     series = Series(stage.metrics)
     charts = [
-        _curve(series, "Loss on assistant tokens", "loss", "nats a token"),
-        _curve(series, "Entropy on the training rows", "entropy", "nats a token"),
+        _curve(series, "Loss on assistant tokens", "loss", "nats a token", rangemode="tozero"),
+        _curve(series, "Entropy on the training rows", "entropy", "nats a token", rangemode="tozero"),
     ]
     return _section(stage, "Light SFT", _light(stage, series), charts)
 
