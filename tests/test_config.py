@@ -1,12 +1,13 @@
 """YAML and its strictness: every file of the repository under its own schema, and what a wrong one is told."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from posttrain.config.base import apply_overrides, load_config, parse_yaml, read_yaml, validate_config
-from posttrain.config.shared import DataConfig, ModelConfig
+from posttrain.config.shared import FilesConfig, ServedModelConfig
 from posttrain.errors import ConfigError
 from posttrain.pipeline.config import PipelineConfig, read_pipeline
 from posttrain.pipeline.inputs import walk
@@ -45,7 +46,7 @@ def test_the_kinds_table_matches_the_schemas(kind: str):
     exported = schema.model_json_schema()
     assert exported["type"] == "object"
     assert exported["additionalProperties"] is False
-    datasets = {key for key, spec in exported["properties"].items() if "DataConfig" in json.dumps(spec)}
+    datasets = {key for key, spec in exported["properties"].items() if re.search(r"\b(Data|Files)Config\b", json.dumps(spec))}
     assert datasets == set(KINDS[kind].data)
     assert set(KINDS[kind].paths) <= set(exported["properties"])
 
@@ -124,7 +125,7 @@ def test_walk_finds_configs_in_lists_and_mappings():
             "key_field": "key",
         }
     )
-    found = {key: value for key, value in walk(config) if isinstance(value, DataConfig | ModelConfig)}
+    found = {key: value for key, value in walk(config) if isinstance(value, FilesConfig | ServedModelConfig)}
     assert set(found) == {"model", "data", "exclude.0", "exclude.1"}
 
 

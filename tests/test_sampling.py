@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from posttrain.config.shared import ActorResources, EngineConfig, ModelConfig
+from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
 from posttrain.context import StageContext
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.weights import SharedWeights, WeightTransferError, open_weights
@@ -80,7 +80,8 @@ def other_model(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tiny_model, tmp_path_factory):
     return [
-        ModelConfig(path=str(path), dtype="float32") for path in (tiny_model, other_model(tiny_model, tmp_path_factory))
+        ServedModelConfig(path=str(path), dtype="float32")
+        for path in (tiny_model, other_model(tiny_model, tmp_path_factory))
     ]
 
 

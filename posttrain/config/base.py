@@ -60,7 +60,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML text; a syntax error becomes a `ConfigError` that names the line."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader subclass)
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader subclass
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.base import Config
 
@@ -10,24 +10,34 @@ Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-class ModelConfig(Config):
-    """A Hugging Face model folder, and how it is held in memory."""
+class ServedModelConfig(Config):
+    """A Hugging Face model folder that an engine serves with its own model code."""
 
     path: str = Field(description="Folder with config.json, safetensors and tokenizer; or ${stage.model}.")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Type of the weights and activations."
     )
+
+
+class ModelConfig(ServedModelConfig):
+    """A Hugging Face model folder that is trained, and how it is held in memory."""
+
     implementation: Literal["native", "transformers"] = Field(
         default="native", description="Model code for Llama 4; other architectures always use transformers."
     )
 
 
-class DataConfig(Config):
-    """A dataset: JSON lines, JSON, parquet or CSV files, a folder of them, or a saved `datasets` folder."""
+class FilesConfig(Config):
+    """Records of any kind: JSON lines, JSON, parquet or CSV files, a folder of them, or a saved `datasets` folder."""
 
     path: str | list[str] = Field(description="File or folder, or several; or ${stage.output}.")
-    capability: str = Field(default="general", description="Capability of rows that do not name one.")
     limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Use only the first rows.")
+
+
+class DataConfig(FilesConfig):
+    """A dataset of rows or pairs, in the same kinds of file."""
+
+    capability: str = Field(default="general", description="Capability of rows that do not name one.")
 
 
 class RewardConfig(Config):
@@ -45,6 +55,25 @@ class ActorResources(Config):
     workers: Annotated[int, Field(ge=1)] = 1
     cpus: Annotated[float, Field(ge=0)] = 1.0
     gpus: Annotated[float, Field(ge=0)] = 0.0
+
+
+class TrainerResources(Config):
+    """What the one training process of a stage asks of the Ray cluster."""
+
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+
+    @field_validator("gpus")
+    @classmethod
+    def _at_most_one(cls, gpus: float) -> float:
+        if gpus > 1:
+            raise ValueError("training runs in one process with at most one GPU")
+        return gpus
+
+    @property
+    def workers(self) -> int:
+        """Always one."""
+        return 1
 
 
 class EngineConfig(Config):

@@ -10,10 +10,11 @@ from posttrain.config.shared import (
     ActorResources,
     DataConfig,
     EngineConfig,
-    ModelConfig,
+    FilesConfig,
     Probability,
     RewardConfig,
     SamplingConfig,
+    ServedModelConfig,
 )
 
 
@@ -26,7 +27,7 @@ class EvalResources(Config):
 class EvalConfig(Config):
     """The `eval` stage: greedy accuracy, pass@1 and pass@k by capability, with 95% intervals."""
 
-    model: ModelConfig = Field(description="The policy to measure.")
+    model: ServedModelConfig = Field(description="The policy to measure.")
     data: DataConfig = Field(description="Held-out prompts: each ends with a user turn.")
     reward: RewardConfig = Field(description="What scores a reply.")
     correct_threshold: Probability = Field(
@@ -46,7 +47,7 @@ class EvalConfig(Config):
         default_factory=dict,
         description="Regular expressions by name: the share of replies in which each is found, and their accuracy.",
     )
-    exclude: list[DataConfig] = Field(
+    exclude: list[FilesConfig] = Field(
         default_factory=list, description="Training sets; a held-out problem that stands in one of them is an error."
     )
     key_field: str | None = Field(

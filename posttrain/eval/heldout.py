@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from posttrain.config.shared import DataConfig
+from posttrain.config.shared import FilesConfig
 from posttrain.data.files import read_records
 from posttrain.data.rows import row_to_json
 from posttrain.errors import DataError
 from posttrain.records import Row
 
 
-def check_heldout(rows: Sequence[Row], exclude: Sequence[DataConfig], key_field: str) -> None:
+def check_heldout(rows: Sequence[Row], exclude: Sequence[FilesConfig], key_field: str) -> None:
     """Raise DataError if a row's key appears in a training set, or if a row on either side has no key."""
     heldout = {_key(row_to_json(row), key_field, f"held-out row {row.id}"): row.id for row in rows}
     for where, record in _records(exclude):
@@ -28,7 +28,7 @@ def check_heldout(rows: Sequence[Row], exclude: Sequence[DataConfig], key_field:
             )
 
 
-def _records(sets: Sequence[DataConfig]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(sets: Sequence[FilesConfig]) -> Iterator[tuple[str, dict[str, Any]]]:
     for data in sets:
         paths = [data.path] if isinstance(data.path, str) else data.path
         for record in islice(read_records(paths), data.limit):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import ActorResources, DataConfig, EngineConfig, ModelConfig
+from posttrain.config.shared import ActorResources, DataConfig, EngineConfig, ServedModelConfig
 
 PLACEHOLDERS = ("prompt", "response", "system", "labels")
 PLACEHOLDER = re.compile(r"\{(" + "|".join(PLACEHOLDERS) + r")\}")
@@ -44,7 +44,7 @@ class FilterResources(Config):
 class FilterConfig(Config):
     """The `filter` stage: rate every row with a judge and keep the hardest."""
 
-    judge: ModelConfig = Field(description="The model that rates; an instruction-tuned one with a chat template.")
+    judge: ServedModelConfig = Field(description="The model that rates; an instruction-tuned one with a chat template.")
     data: DataConfig = Field(description="Supervised rows: each ends with an assistant turn.")
     keep_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import posttrain
-from posttrain.config.shared import DataConfig, ModelConfig
+from posttrain.config.shared import FilesConfig, ServedModelConfig
 from posttrain.errors import UserError
 from posttrain.pipeline.graph import Node, Pipeline
 from posttrain.pipeline.inputs import find_inputs, other_paths
@@ -46,9 +46,9 @@ def _inputs(node: Node) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for item in find_inputs(node.config):
         value = item.value
-        if isinstance(value, ModelConfig):
+        if isinstance(value, ServedModelConfig):
             paths = [value.path]
-        elif isinstance(value, DataConfig):
+        elif isinstance(value, FilesConfig):
             paths = [value.path] if isinstance(value.path, str) else value.path
         else:
             paths = _reward_source(value.name)

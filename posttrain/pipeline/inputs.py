@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from posttrain.config.shared import DataConfig, ModelConfig, RewardConfig
+from posttrain.config.shared import DataConfig, FilesConfig, RewardConfig, ServedModelConfig
 from posttrain.errors import UserError
 from posttrain.pipeline.kinds import Rows, StageKind
 from posttrain.pipeline.references import has_reference
@@ -30,7 +30,7 @@ class Input:
     """One thing a config points at. `key` is the key path of its section."""
 
     key: str
-    value: ModelConfig | DataConfig | RewardConfig
+    value: ServedModelConfig | FilesConfig | RewardConfig
 
 
 def walk(config: BaseModel, key: str = "") -> Iterator[tuple[str, BaseModel]]:
@@ -54,7 +54,9 @@ def _walk_value(value: Any, key: str) -> Iterator[tuple[str, BaseModel]]:
 def find_inputs(config: BaseModel) -> list[Input]:
     """Model folders, datasets and rewards that a config names, in its order."""
     return [
-        Input(key, value) for key, value in walk(config) if isinstance(value, ModelConfig | DataConfig | RewardConfig)
+        Input(key, value)
+        for key, value in walk(config)
+        if isinstance(value, ServedModelConfig | FilesConfig | RewardConfig)
     ]
 
 
@@ -79,7 +81,7 @@ def other_paths(config: BaseModel, kind: StageKind) -> list[tuple[str, str]]:
 
 def _problems(found: Input, kind: StageKind) -> list[str]:
     value = found.value
-    if isinstance(value, ModelConfig):
+    if isinstance(value, ServedModelConfig):
         return [] if has_reference(value.path) else [f".path: {line}" for line in model_folder_problems(value.path)]
     if isinstance(value, RewardConfig):
         return _reward_problems(value)
@@ -94,9 +96,9 @@ def data_kind(key: str, kind: StageKind) -> Rows:
     return kind.data[".".join(part for part in key.split(".") if not part.isdigit())]
 
 
-def data_problems(data: DataConfig, rows: Rows) -> list[str]:
+def data_problems(data: FilesConfig, rows: Rows) -> list[str]:
     """Problems in the first rows of a dataset; of one that may hold anything, whether it can be read."""
-    if rows == "any":
+    if rows == "any" or not isinstance(data, DataConfig):
         return _unreadable(data)
     if rows == "pairs":
         from posttrain.data.pairs import check_pairs
@@ -107,7 +109,7 @@ def data_problems(data: DataConfig, rows: Rows) -> list[str]:
     return check_data(data, rows, CHECKED_ROWS)
 
 
-def _unreadable(data: DataConfig) -> list[str]:
+def _unreadable(data: FilesConfig) -> list[str]:
     from posttrain.data.files import read_records
 
     paths = [data.path] if isinstance(data.path, str) else data.path

@@ -14,7 +14,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.shared import ActorResources, DataConfig, EngineConfig, ModelConfig
+from posttrain.config.shared import (
+    ActorResources,
+    EngineConfig,
+    FilesConfig,
+    ServedModelConfig,
+    TrainerResources,
+)
 from posttrain.errors import ConfigError
 from posttrain.pipeline.graph import Node, Pipeline, output_path
 from posttrain.pipeline.inputs import find_inputs, walk
@@ -64,7 +70,7 @@ def make_plan(pipeline: Pipeline, run_dir: Path) -> list[Step]:
 def _step(node: Node, pipeline: Pipeline, run_dir: Path) -> Step:
     inputs: dict[str, str] = {}
     for found in find_inputs(node.config):
-        if isinstance(found.value, ModelConfig | DataConfig):
+        if isinstance(found.value, ServedModelConfig | FilesConfig):
             path = found.value.path
             inputs[found.key] = path if isinstance(path, str) else ", ".join(path)
         else:
@@ -78,7 +84,7 @@ def _step(node: Node, pipeline: Pipeline, run_dir: Path) -> Step:
 def _actors(node: Node, pipeline: Pipeline, run_dir: Path) -> list[Actor]:
     resources = getattr(node.config, "resources", None)
     declared = {
-        key: value for key, value in walk(resources) if isinstance(value, ActorResources)
+        key: value for key, value in walk(resources) if isinstance(value, ActorResources | TrainerResources)
     } if resources is not None else {}  # fmt: skip
     if not declared:
         declared = {"trainer": ActorResources(workers=getattr(node.config, "processes", 1))}
@@ -93,7 +99,7 @@ def trainer_resources(node: Node) -> tuple[float, float]:
     if not node.stage_kind.trains_itself:
         return 0.0, 0.0
     trainer = getattr(getattr(node.config, "resources", None), "trainer", None)
-    if isinstance(trainer, ActorResources):
+    if isinstance(trainer, ActorResources | TrainerResources):
         return trainer.workers * trainer.cpus, trainer.workers * trainer.gpus
     return float(getattr(node.config, "processes", 1)), 0.0
 
@@ -155,14 +161,14 @@ def _memory(role: str, node: Node, pipeline: Pipeline, run_dir: Path) -> str:
     return f"{total / GIB:.2f} GiB"
 
 
-def _model_of(role: str, node: Node) -> ModelConfig | None:
+def _model_of(role: str, node: Node) -> ServedModelConfig | None:
     """The model a role works on: of its own name, else the stage's first."""
-    models = {item.key: item.value for item in find_inputs(node.config) if isinstance(item.value, ModelConfig)}
+    models = {item.key: item.value for item in find_inputs(node.config) if isinstance(item.value, ServedModelConfig)}
     own = (value for key, value in models.items() if key.split(".")[0] == role)
     return next(own, next(iter(models.values()), None))
 
 
-def _model_folder(model: ModelConfig, pipeline: Pipeline, run_dir: Path) -> tuple[Path | None, str]:
+def _model_folder(model: ServedModelConfig, pipeline: Pipeline, run_dir: Path) -> tuple[Path | None, str]:
     """(folder if it is there, name of the stage that makes it)."""
     reference = next(find_references(model.path), None)
     if reference is None:

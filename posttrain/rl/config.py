@@ -16,6 +16,7 @@ from posttrain.config.shared import (
     RewardConfig,
     SamplingConfig,
     SystemsConfig,
+    TrainerResources,
 )
 
 
@@ -51,13 +52,7 @@ class RlResources(Config):
     """Engines that generate beside the one trainer."""
 
     rollout: ActorResources = Field(default_factory=ActorResources)
-    trainer: ActorResources = Field(default_factory=ActorResources)
-
-    @model_validator(mode="after")
-    def _one_trainer(self) -> "RlResources":
-        if self.trainer.workers != 1:
-            raise ValueError("trainer.workers must be 1")
-        return self
+    trainer: TrainerResources = Field(default_factory=TrainerResources)
 
 
 class RlConfig(Config):

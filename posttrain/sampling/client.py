@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-from posttrain.config.shared import ActorResources, EngineConfig, ModelConfig
+from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
 from posttrain.context import StageContext
 from posttrain.errors import MissingDependencyError
 from posttrain.sampling.registry import start_registry
@@ -17,7 +17,9 @@ CHUNK_REQUESTS = 64
 class Engines:
     """A context manager over the leased engine actors. Must run inside an initialised Ray session."""
 
-    def __init__(self, context: StageContext, model: ModelConfig, engine: EngineConfig, resources: ActorResources):
+    def __init__(
+        self, context: StageContext, model: ServedModelConfig, engine: EngineConfig, resources: ActorResources
+    ):
         self._context = context
         self._model = model
         self._engine = engine
@@ -31,9 +33,10 @@ class Engines:
 
         require_vllm()
         self._registry = start_registry()
+        served = self._model.model_dump(include=set(ServedModelConfig.model_fields))
         leased = ray.get(
             self._registry.acquire.remote(
-                self._context.name, self._model.model_dump(), self._engine.model_dump(), self._resources.model_dump()
+                self._context.name, served, self._engine.model_dump(), self._resources.model_dump()
             )
         )
         self.names = [name for name, _, _ in leased]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from posttrain.config.shared import EngineConfig, ModelConfig
+from posttrain.config.shared import EngineConfig, ServedModelConfig
 from posttrain.errors import StageError
 from posttrain.records import VersionSpan
 from posttrain.sampling.requests import Completion, SampleRequest
@@ -31,7 +31,7 @@ ENGINE_ENV = {
 }
 
 
-def engine_arguments(model: ModelConfig, engine: EngineConfig) -> dict[str, Any]:
+def engine_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str, Any]:
     """The keyword arguments of vLLM's AsyncEngineArgs for this model and configuration."""
     arguments: dict[str, Any] = {
         "model": model.path,
@@ -74,7 +74,7 @@ class EngineActor:
             # Forked from a process that has vLLM imported, the engine core starts in half the time.
             os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "fork"
         self.name = name
-        self._model = ModelConfig(**model)
+        self._model = ServedModelConfig(**model)
         self._engine_config = EngineConfig(**engine)
         self._llm: Any = None
         self._tokenizer: Any = None

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.config.shared import ActorResources, EngineConfig, ModelConfig
+from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
 from posttrain.sampling.engine import ENGINE_ENV, EngineActor, read_model_config
 
 REGISTRY_NAME = "engine-registry"
@@ -32,7 +32,7 @@ class _Held:
     gpus: float
 
 
-def engine_signature(model: ModelConfig, engine: EngineConfig, resources: ActorResources) -> str:
+def engine_signature(model: ServedModelConfig, engine: EngineConfig, resources: ActorResources) -> str:
     """Equal for engines that differ in their weights only."""
     parts = [read_model_config(model.path), model.dtype, engine.model_dump(), resources.cpus, resources.gpus]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -52,7 +52,7 @@ class EngineRegistry:
         import ray
 
         resources_config = ActorResources(**resources)
-        signature = engine_signature(ModelConfig(**model), EngineConfig(**engine), resources_config)
+        signature = engine_signature(ServedModelConfig(**model), EngineConfig(**engine), resources_config)
         warm = [held for held in self._held if held.stage is None and held.signature == signature]
         leased = warm[: resources_config.workers]
         if len(leased) < resources_config.workers:
