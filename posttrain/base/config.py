@@ -2,10 +2,13 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from posttrain.config.base import Config
 from posttrain.config.shared import Positive, Probability
+
+# More than any document has.
+MIN_BATCH_TOKENS = 128
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -21,6 +24,14 @@ class ModelSizes(Config):
     ffn: Count = Field(256, description="Inner size of dense layers.")
     expert_ffn: Count = Field(192, description="Inner size of each expert and of the shared expert.")
     experts: Count = Field(4, description="Routed experts, of which each token uses one.")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "ModelSizes":
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads, but {self.heads} / {self.kv_heads} leaves a rest")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, but is {self.head_dim}")
+        return self
 
 
 class SetSizes(Config):
@@ -58,3 +69,11 @@ class StageConfig(Config):
     model: ModelSizes = Field(default_factory=ModelSizes)
     sets: SetSizes = Field(default_factory=SetSizes)
     text: TextConfig = Field(default_factory=TextConfig)
+
+    @model_validator(mode="after")
+    def _documents_fit(self) -> "StageConfig":
+        if self.batch_tokens < MIN_BATCH_TOKENS * self.processes:
+            raise ValueError(
+                f"batch_tokens is {self.batch_tokens}, but each of {self.processes} processes needs {MIN_BATCH_TOKENS}"
+            )
+        return self

@@ -14,6 +14,9 @@ from posttrain.base.families.programs import PROGRAMS
 from posttrain.base.families.sorting import SORTING
 from posttrain.base.families.sums import SUMS
 from posttrain.base.problem import LEVELS, Family, Problem
+from posttrain.errors import DataError
+
+_TRIES = 5_000
 
 FAMILIES: dict[str, Family] = {
     "sum": SUMS,
@@ -38,8 +41,8 @@ class Habit:
 HABITS: dict[str, Habit] = {
     "sum": Habit(worked=0.2, careless=0.05),
     "code": Habit(worked=0.2, careless=0.05),
-    "sort": Habit(worked=0.2, careless=0.5),
-    "string": Habit(worked=0.6, careless=1.0),
+    "sort": Habit(worked=0.2, careless=0.35),
+    "string": Habit(worked=0.75, careless=1.0),
     "countdown": Habit(worked=0.2, careless=0.7),
 }
 
@@ -50,24 +53,31 @@ def draw_distinct(
     taken: Collection[str] = (),
     level_weights: Sequence[float] | None = None,
 ) -> list[Problem]:
-    """`count` problems of distinct keys, none of them in `taken`; families take turns, levels by weight (else even)."""
-    names, seen, problems = list(FAMILIES), set(taken), []
+    """`count` problems of distinct keys, none of them in `taken`; families take turns, levels by weight (else even).
+
+    Raises `DataError` where a family has no more problems to give.
+    """
+    names, seen, problems = list(FAMILIES), set(taken), list[Problem]()
     while len(problems) < count:
-        family = FAMILIES[names[len(problems) % len(names)]]
-        problem = family.draw(rng.choices(LEVELS, level_weights)[0], rng)
-        if problem.key not in seen:
-            seen.add(problem.key)
-            problems.append(problem)
+        problem = _draw(names[len(problems) % len(names)], rng, seen, level_weights)
+        seen.add(problem.key)
+        problems.append(problem)
     return problems
 
 
 def draw_any(rng: random.Random, taken: Collection[str], level_weights: Sequence[float] | None = None) -> Problem:
-    """One problem of any family whose key is not in `taken`."""
-    family = FAMILIES[rng.choice(list(FAMILIES))]
-    while True:
-        problem = family.draw(rng.choices(LEVELS, level_weights)[0], rng)
+    """One problem of any family whose key is not in `taken`. Raises `DataError` where there is none."""
+    return _draw(rng.choice(list(FAMILIES)), rng, taken, level_weights)
+
+
+def _draw(family: str, rng: random.Random, taken: Collection[str], level_weights: Sequence[float] | None) -> Problem:
+    for _ in range(_TRIES):
+        problem = FAMILIES[family].draw(rng.choices(LEVELS, level_weights)[0], rng)
         if problem.key not in taken:
             return problem
+    raise DataError(
+        f"{len(taken)} puzzles are taken and family {family!r} has no other; make `sets` of the base smaller"
+    )
 
 
 def solve(problem: Problem, rng: random.Random, worked: bool, flaw: float = 0.0) -> str:
