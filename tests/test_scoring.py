@@ -223,6 +223,19 @@ class TestPool:
         assert len(results) == 300
         assert all(scored.result == RewardResult(1.5) for scored in results)
 
+    def test_under_uvloop(self, hostile: str) -> None:
+        """vLLM installs it: its transports are not subclasses of asyncio's."""
+        uvloop = pytest.importorskip("uvloop")
+        pool = RewardPool(f"{hostile}:by_text", num_workers=1, timeout_s=1, retries=0)
+
+        async def work() -> list[str]:
+            await pool.start()
+            outcomes = [(await pool.score(reply(text), ROW)).outcome for text in ("a", "hang", "b")]
+            await pool.close()
+            return outcomes
+
+        assert uvloop.run(work()) == ["ok", "timeout", "ok"]
+
     def test_score_all_keeps_the_order(self, tmp_path: Path) -> None:
         path = tmp_path / "order.py"
         path.write_text("def value(rollout, row):\n    return float(rollout.text)\n")

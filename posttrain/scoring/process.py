@@ -53,8 +53,8 @@ class WorkerProcess(asyncio.SubprocessProtocol):
     def send(self, data: bytes) -> None:
         """Queues a frame; a worker that has just died is reported by `on_exit`, not here."""
         pipe = self._transport.get_pipe_transport(0) if self._transport is not None else None
-        if isinstance(pipe, asyncio.WriteTransport) and not pipe.is_closing():
-            pipe.write(data)
+        if pipe is not None and not pipe.is_closing():
+            cast(asyncio.WriteTransport, pipe).write(data)
 
     def kill(self) -> None:
         """SIGKILL to the worker, to its process group, and to whatever it started in other sessions."""
