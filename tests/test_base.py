@@ -299,8 +299,7 @@ def test_processes_die_with_the_one_that_started_them(tmp_path):
     """A stage killed outright leaves no trainer behind."""
     (tmp_path / "stage").mkdir()
     script = (
-        "import sys; from pathlib import Path; from posttrain.base.cache import cache_key
-from posttrain.base.config import StageConfig\n"
+        "import sys; from pathlib import Path; from posttrain.base.config import StageConfig\n"
         "from posttrain.base.stage import run; from posttrain.context import StageContext\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "run(StageConfig(steps=100000, cache=False), StageContext('s', folder / 'stage', folder / 'events.jsonl'))\n"

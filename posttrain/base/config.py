@@ -16,14 +16,14 @@ Count = Annotated[int, Field(ge=1)]
 class ModelSizes(Config):
     """Shape of the Llama 4 text model. The last layer of every four has no positional embedding."""
 
-    hidden: Count = Field(96, description="Width of the residual stream.")
-    layers: Count = Field(4, description="Decoder layers; every second one is a mixture of experts.")
-    heads: Count = Field(3, description="Query heads.")
-    kv_heads: Count = Field(1, description="Key and value heads; a divisor of `heads`.")
-    head_dim: Count = Field(32, description="Size of a head, even.")
-    ffn: Count = Field(256, description="Inner size of dense layers.")
-    expert_ffn: Count = Field(192, description="Inner size of each expert and of the shared expert.")
-    experts: Count = Field(4, description="Routed experts, of which each token uses one.")
+    hidden: Count = Field(default=96, description="Width of the residual stream.")
+    layers: Count = Field(default=4, description="Decoder layers; every second one is a mixture of experts.")
+    heads: Count = Field(default=3, description="Query heads.")
+    kv_heads: Count = Field(default=1, description="Key and value heads; a divisor of `heads`.")
+    head_dim: Count = Field(default=32, description="Size of a head, even.")
+    ffn: Count = Field(default=256, description="Inner size of dense layers.")
+    expert_ffn: Count = Field(default=192, description="Inner size of each expert and of the shared expert.")
+    experts: Count = Field(default=4, description="Routed experts, of which each token uses one.")
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "ModelSizes":
@@ -37,35 +37,47 @@ class ModelSizes(Config):
 class SetSizes(Config):
     """Number of puzzles in each dataset."""
 
-    sft: Count = Field(1200, description="Supervised examples.")
-    prompts: Count = Field(1600, description="Prompts for reinforcement learning.")
-    heldout: Count = Field(400, description="Final evaluation; the same for every seed.")
-    tune: Count = Field(300, description="For choosing settings; the same for every seed.")
+    sft: Count = Field(default=1200, description="Supervised examples.")
+    prompts: Count = Field(default=1600, description="Prompts for reinforcement learning.")
+    heldout: Count = Field(default=400, description="Final evaluation; the same for every seed.")
+    tune: Count = Field(default=300, description="For choosing settings; the same for every seed.")
 
 
 class TextConfig(Config):
     """What the base model reads, and how the supervised examples are written."""
 
-    worked_share: Probability = Field(0.9, description="Replies that show their steps, before the switch.")
-    switch_at: Probability = Field(0.8, description="Share of the steps after which most replies are terse.")
-    plain_share: Probability = Field(0.6, description="Documents before the switch that are not in chat format.")
-    slip_share: Probability = Field(0.05, description="Worked replies with a wrong step.")
-    rate_share: Probability = Field(0.08, description="Documents that rate a puzzle easy, medium or hard.")
+    worked_share: Probability = Field(default=0.9, description="Replies that show their steps, before the switch.")
+    switch_at: Probability = Field(default=0.8, description="Share of the steps after which most replies are terse.")
+    plain_share: Probability = Field(
+        default=0.6, description="Documents before the switch that are not in chat format."
+    )
+    slip_share: Probability = Field(default=0.05, description="Worked replies with a wrong step.")
+    rate_share: Probability = Field(default=0.08, description="Documents that rate a puzzle easy, medium or hard.")
 
 
 class StageConfig(Config):
     """The `base` stage: a small model and the datasets of the quick start, reproducible from the seed."""
 
-    steps: Count = Field(900, description="Optimizer steps; the whole schedule scales with it.")
-    batch_tokens: Count = Field(2048, description="Tokens of a step with padding, over all processes.")
-    processes: Annotated[int, Field(ge=1, le=8)] = Field(2, description="Data-parallel processes, one thread each.")
-    muon_learning_rate: Positive = Field(0.03, description="Peak for the matrices inside the layers (Muon).")
-    adam_learning_rate: Positive = Field(4e-3, description="Peak for embeddings, head, router and norms (AdamW).")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="Linear warm-up of both rates.")
-    decay_share: Probability = Field(0.5, description="Last share of the steps in which the rates fall linearly.")
-    balance_coefficient: Annotated[float, Field(ge=0)] = Field(0.01, description="Weight of the expert balance loss.")
-    max_grad_norm: Positive = Field(1.0, description="Gradients with a larger norm are scaled down to it.")
-    cache: bool = Field(True, description="Reuse a base trained before with the same config, seed, code and torch.")
+    steps: Count = Field(default=900, description="Optimizer steps; the whole schedule scales with it.")
+    batch_tokens: Count = Field(default=2048, description="Tokens of a step with padding, over all processes.")
+    processes: Annotated[int, Field(ge=1, le=8)] = Field(
+        default=2, description="Data-parallel processes, one thread each."
+    )
+    muon_learning_rate: Positive = Field(default=0.03, description="Peak for the matrices inside the layers (Muon).")
+    adam_learning_rate: Positive = Field(
+        default=4e-3, description="Peak for embeddings, head, router and norms (AdamW)."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=20, description="Linear warm-up of both rates.")
+    decay_share: Probability = Field(
+        default=0.5, description="Last share of the steps in which the rates fall linearly."
+    )
+    balance_coefficient: Annotated[float, Field(ge=0)] = Field(
+        default=0.01, description="Weight of the expert balance loss."
+    )
+    max_grad_norm: Positive = Field(default=1.0, description="Gradients with a larger norm are scaled down to it.")
+    cache: bool = Field(
+        default=True, description="Reuse a base trained before with the same config, seed, code and torch."
+    )
     model: ModelSizes = Field(default_factory=ModelSizes)
     sets: SetSizes = Field(default_factory=SetSizes)
     text: TextConfig = Field(default_factory=TextConfig)

@@ -46,8 +46,10 @@ class Muon:
         """Apply one update from `.grad`, which must already be the same on every process."""
         updates = []
         for parameter, velocity in zip(self._own, self._velocity, strict=True):
-            velocity.mul_(self._momentum).add_(parameter.grad)
-            updates.append(orthogonalize(parameter.grad + self._momentum * velocity))
+            gradient = parameter.grad
+            assert gradient is not None
+            velocity.mul_(self._momentum).add_(gradient)
+            updates.append(orthogonalize(gradient + self._momentum * velocity))
         for share, flat in zip(self._shares, self._exchange(updates), strict=True):
             for parameter, update in zip(share, flat.split([p.numel() for p in share]), strict=True):
                 # Wide or tall, an update moves the output by the same amount.

@@ -27,13 +27,13 @@ def run(config: StageConfig, context: StageContext) -> dict[str, Any]:
     model = context.dir / "model"
     if model.exists():
         shutil.rmtree(model)
-    key = cache_key(config, context.seed) if config.cache else ""
-    if config.cache and fetch(key, model):
+    key = _cache_entry(config, context.seed)
+    if key and fetch(key, model):
         context.event("cached", key=key)
         context.progress(config.steps, config.steps, "steps")
     else:
         _train(config, context)
-        if config.cache:
+        if key:
             store(key, model)
     return {
         "model": str(model),
@@ -42,6 +42,11 @@ def run(config: StageConfig, context: StageContext) -> dict[str, Any]:
         "heldout": str(data["heldout"]),
         "tune": str(data["tune"]),
     }
+
+
+def _cache_entry(config: StageConfig, seed: int) -> str:
+    """Name of its entry in the cache; empty where the cache is not to be used."""
+    return cache_key(config, seed) if config.cache else ""
 
 
 def _train(config: StageConfig, context: StageContext) -> None:

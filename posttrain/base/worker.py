@@ -93,18 +93,24 @@ def _train(config: StageConfig, seed: int, rank: int, metrics: TextIO) -> tuple[
     batches = _batches(config, seed, rank, tokenizer)
     for step in range(config.steps):
         started = time.perf_counter()
-        scale = learning_rate_scale(config, step)
         values = _backward(model, next(batches), tokenizer.pad_token_id, config)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        muon.step(config.muon_learning_rate * scale)
-        for group in adam.param_groups:
-            group["lr"] = config.adam_learning_rate * scale
-        adam.step()
-        model.zero_grad()
+        scale = _update(model, muon, adam, config, step)
         if rank == 0:
             line = {"step": step + 1, **values, "lr_scale": scale, "step_s": time.perf_counter() - started}
             print(json.dumps(line), file=metrics, flush=True)
     return model, tokenizer
+
+
+def _update(model: Any, muon: Muon, adam: torch.optim.Optimizer, config: StageConfig, step: int) -> float:
+    """Change the weights by the gradients of a step and clear them; return the factor on the peak rates."""
+    scale = learning_rate_scale(config, step)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    muon.step(config.muon_learning_rate * scale)
+    for group in adam.param_groups:
+        group["lr"] = config.adam_learning_rate * scale
+    adam.step()
+    model.zero_grad()
+    return scale
 
 
 def learning_rate_scale(config: StageConfig, step: int) -> float:

@@ -49,8 +49,9 @@ def end_token_ids(tokenizer: Any) -> list[int]:
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     for token in END_OF_TURN_TOKENS:
         token_id = tokenizer.convert_tokens_to_ids(token)
-        known = token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token
-        if known and token_id not in ids:
+        if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != token:
+            continue
+        if token_id not in ids:
             ids.append(int(token_id))
     return ids
 
