@@ -46,7 +46,8 @@ def test_the_kinds_table_matches_the_schemas(kind: str):
     exported = schema.model_json_schema()
     assert exported["type"] == "object"
     assert exported["additionalProperties"] is False
-    datasets = {key for key, spec in exported["properties"].items() if re.search(r"\b(Data|Files)Config\b", json.dumps(spec))}
+    properties = exported["properties"].items()
+    datasets = {key for key, spec in properties if re.search(r"\b(Data|Files)Config\b", json.dumps(spec))}
     assert datasets == set(KINDS[kind].data)
     assert set(KINDS[kind].paths) <= set(exported["properties"])
 

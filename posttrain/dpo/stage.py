@@ -40,25 +40,33 @@ def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
     "entropy_after"}. Raises `DataError` before a model is loaded, `StageError` if no pair can be mined or training
     failed.
     """
-    pairs = read_pairs(config, context.seed)
+    tokenizer, ids, kept, dropped = prepare(config, context.seed)
+    path = context.dir / "pairs.jsonl"
+    write_pairs(path, kept)
+    reasons = dict(Counter(str(pair.fields.get("reason", "given")) for pair in kept))
+    context.event("pairs", pairs=len(kept), dropped=dropped, reasons=reasons)
+    from posttrain.model.load import load_policy, save_model
+
+    model = load_policy(config.model)
+    trained, report = train_model(config, context, model, tokenizer, ids)
+    folder = context.dir / "model"
+    save_model(trained, tokenizer, folder)
+    counts = {"num_pairs": len(kept), "dropped": dropped, "reasons": reasons}
+    return {"model": str(folder), "pairs": str(path), **counts, **report}
+
+
+def prepare(config: DpoConfig, seed: int) -> tuple[Any, list[Any], list[Pair], int]:
+    """Read or mine the pairs and check them: (tokenizer, `PairIds`, their pairs, how many were dropped as too long)."""
+    pairs = read_pairs(config, seed)
     from posttrain.train.trl_settings import quiet_environment
 
     quiet_environment()
     from posttrain.dpo.examples import tokenize_pairs
-    from posttrain.model.load import load_model, load_tokenizer, save_model
+    from posttrain.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(config.model.path)
     ids, kept = tokenize_pairs(tokenizer, pairs, config.max_length, config.overlong)
-    path = context.dir / "pairs.jsonl"
-    write_pairs(path, kept)
-    reasons = dict(Counter(str(pair.fields.get("reason", "given")) for pair in kept))
-    context.event("pairs", pairs=len(kept), dropped=len(pairs) - len(kept), reasons=reasons)
-    model = load_model(config.model.path, config.model.implementation, config.model.dtype)
-    trained, report = train_model(config, context, model, tokenizer, ids)
-    folder = context.dir / "model"
-    save_model(trained, tokenizer, folder)
-    counts = {"num_pairs": len(kept), "dropped": len(pairs) - len(kept), "reasons": reasons}
-    return {"model": str(folder), "pairs": str(path), **counts, **report}
+    return tokenizer, ids, kept, len(pairs) - len(kept)
 
 
 def read_pairs(config: DpoConfig, seed: int) -> list[Pair]:

@@ -20,8 +20,9 @@ from posttrain.eval.heldout import check_heldout
 from posttrain.eval.replies import PromptReplies, by_prompt, eval_requests, rollouts
 from posttrain.eval.results import results
 from posttrain.model.load import load_tokenizer
-from posttrain.records import Scored
+from posttrain.records import Row, Scored
 from posttrain.sampling.client import Engines
+from posttrain.sampling.requests import SampleRequest
 from posttrain.scoring.plugins import RewardSpec, check_reward
 from posttrain.scoring.pool import RewardPool
 
@@ -33,7 +34,7 @@ def run(config: EvalConfig, context: StageContext) -> dict[str, Any]:
     """
     started = time.time()
     prompts = evaluate(config, context)
-    found = results(prompts, config.k, config.correct_threshold, config.observe, context.seed)
+    found = measure(prompts, config, context.seed)
     paths = {"results": context.dir / "results.json", "samples": context.dir / "samples.jsonl"}
     write_jsonl(paths["samples"], (_sample(item) for item in prompts))
     _write_json(paths["results"], found)
@@ -44,22 +45,35 @@ def run(config: EvalConfig, context: StageContext) -> dict[str, Any]:
 def evaluate(config: EvalConfig, context: StageContext) -> list[PromptReplies]:
     """The scored replies to every prompt, in the order of the data. Needs an initialised Ray session."""
     check_reward(config.reward.name, config.reward.args)
-    rows = load_rows(config.data, kind="prompt")
-    if config.key_field is not None:
-        check_heldout(rows, config.exclude, config.key_field)
-    asked = eval_requests(rows, load_tokenizer(config.model.path), config)
+    rows, asked = prepare(config)
     requests = [request for _, _, request in asked]
     with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
         answers = engines.generate(requests, _reporter(context, len(requests)))
     pairs = list(rollouts(asked, answers))
-    pool = RewardPool(
-        RewardSpec(config.reward.name, config.reward.args), config.reward.workers, config.reward.timeout_s
-    )
     began = time.time()
-    scores = pool.score_all(pairs)
+    scores = reward_pool(config).score_all(pairs)
     context.busy("reward", "score", began, time.time())
     _report_unscored(scores, context)
     return by_prompt(rows, asked, pairs, scores)
+
+
+def prepare(config: EvalConfig) -> tuple[list[Row], list[tuple[str, Row, SampleRequest]]]:
+    """The held-out rows, and what to ask about them. Raises DataError for a row that is wrong or not held out."""
+    rows = load_rows(config.data, kind="prompt")
+    if config.key_field is not None:
+        check_heldout(rows, config.exclude, config.key_field)
+    return rows, eval_requests(rows, load_tokenizer(config.model.path), config)
+
+
+def reward_pool(config: EvalConfig) -> RewardPool:
+    """The killable processes that score."""
+    reward = config.reward
+    return RewardPool(RewardSpec(reward.name, reward.args), reward.workers, reward.timeout_s)
+
+
+def measure(prompts: Sequence[PromptReplies], config: EvalConfig, seed: int) -> dict[str, dict[str, Any]]:
+    """The content of results.json."""
+    return results(prompts, config.k, config.correct_threshold, config.observe, seed)
 
 
 def _report_unscored(scores: Sequence[Scored], context: StageContext) -> None:

@@ -69,11 +69,17 @@ def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext
     requests, choice_ids, num_shortened = judge_requests(rows, load_tokenizer(config.judge.path), config)
     with Engines(context, config.judge, config.engine, config.resources.judge) as engines:
         found = verdicts(engines, requests, config.labels, choice_ids, _reporter(context, len(rows)))
-    rated = [_with_difficulty(row, verdict, config.judge.path) for row, verdict in zip(rows, found, strict=True)]
-    scores = [verdict.score for verdict in found]
-    kept, dropped = select(rated, scores, config.keep_fraction, config.stratify, context.seed)
+    kept, dropped = split(rows, found, config, context.seed)
     by_id = {row.id: verdict for row, verdict in zip(rows, found, strict=True)}
     return FilterResult(kept, dropped, by_id, num_shortened)
+
+
+def split(
+    rows: Sequence[Row], found: Sequence[Verdict], config: FilterConfig, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """(kept, dropped) rows, each with its verdict."""
+    rated = [_with_difficulty(row, verdict, config.judge.path) for row, verdict in zip(rows, found, strict=True)]
+    return select(rated, [verdict.score for verdict in found], config.keep_fraction, config.stratify, seed)
 
 
 def histogram(result: FilterResult, labels: Sequence[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from posttrain.config.shared import ModelConfig
 from posttrain.errors import CheckpointError
 from posttrain.model.native import NativeLlama4ForCausalLM
 
@@ -69,6 +70,11 @@ def load_model(
         if config.model_type == "llama4":
             arguments["key_mapping"] = _TEXT_MODEL
     return _read(model_class, folder, arguments).eval()
+
+
+def load_policy(model: ModelConfig) -> PreTrainedModel:
+    """Load the model that a stage trains, as its config says; see `load_model`."""
+    return load_model(model.path, model.implementation, model.dtype)
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:

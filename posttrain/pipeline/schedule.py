@@ -105,19 +105,9 @@ class Scheduler:
 
         decision = self.decisions[node.name]
         self._make_room(self.steps[node.name])
-        config = node.resolved(self.run_dir.path, self.pipeline.nodes).model_dump(mode="json")
-        self.run_dir.begin(node, decision.input_hash, config, resume=decision.action == "resume")
+        job = make_job(node, self.pipeline, self.run_dir)
+        self.run_dir.begin(node, decision.input_hash, job.config, resume=decision.action == "resume")
         self._event(node, "stage_start", kind=node.kind, resumed=decision.action == "resume")
-        job = StageJob(
-            node.name,
-            node.stage_kind,
-            config,
-            self.run_dir.folder(node),
-            self.run_dir.events,
-            self.pipeline.seed,
-            self.pipeline.warm_engines,
-            str(Path.cwd()),
-        )
         cpus, gpus = trainer_resources(node)
         # A process of its own for each stage: what it imported and allocated is gone with it.
         task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(run_stage)
@@ -214,6 +204,20 @@ class Scheduler:
                     log.write(f"\n--- {path.name} ---\n" + "\n".join(tail) + "\n")
             except OSError:
                 return
+
+
+def make_job(node: Node, pipeline: Pipeline, run_dir: RunDir) -> StageJob:
+    """What a node's process is told."""
+    return StageJob(
+        node.name,
+        node.stage_kind,
+        node.resolved(run_dir.path, pipeline.nodes).model_dump(mode="json"),
+        run_dir.folder(node),
+        run_dir.events,
+        pipeline.seed,
+        pipeline.warm_engines,
+        str(Path.cwd()),
+    )
 
 
 def _quietly_call(function: str, *arguments: Any) -> None:

@@ -23,19 +23,19 @@ from posttrain.config.shared import (
 class LossConfig(Config):
     """Which loss of `posttrain.rl.losses.LOSSES`, and its constants."""
 
-    name: Literal["dppo", "grpo"] = Field("dppo", description="dppo: divergence mask; grpo: clipped ratio.")
-    divergence: Positive = Field(0.2, description="dppo: tokens whose probability moved further are masked.")
-    ratio_cap: Positive = Field(20.0, description="dppo: importance ratios are capped here.")
-    kl_weight: Annotated[float, Field(ge=0)] = Field(1e-3, description="dppo: weight of (log ratio)^2.")
-    clip_low: Positive = Field(0.2, description="grpo: ratios below 1 - clip_low are clipped.")
-    clip_high: Positive = Field(0.28, description="grpo: ratios above 1 + clip_high are clipped.")
+    name: Literal["dppo", "grpo"] = Field(default="dppo", description="dppo: divergence mask; grpo: clipped ratio.")
+    divergence: Positive = Field(default=0.2, description="dppo: tokens whose probability moved further are masked.")
+    ratio_cap: Positive = Field(default=20.0, description="dppo: importance ratios are capped here.")
+    kl_weight: Annotated[float, Field(ge=0)] = Field(default=1e-3, description="dppo: weight of (log ratio)^2.")
+    clip_low: Positive = Field(default=0.2, description="grpo: ratios below 1 - clip_low are clipped.")
+    clip_high: Positive = Field(default=0.28, description="grpo: ratios above 1 + clip_high are clipped.")
 
 
 class ProfileConfig(Config):
     """pass@k profile of the prompts with the starting policy, and the band of pass rates that is trained on."""
 
-    samples: Annotated[int, Field(ge=1)] = Field(8, description="Replies sampled for each prompt.")
-    prompts: Annotated[int, Field(ge=1)] | None = Field(None, description="Profile only so many prompts.")
+    samples: Annotated[int, Field(ge=1)] = Field(default=8, description="Replies sampled for each prompt.")
+    prompts: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Profile only so many prompts.")
     band: list[Probability] = Field(
         default_factory=lambda: [0.1, 0.7], description="Lowest and highest pass rate that is medium to hard."
     )
@@ -68,20 +68,20 @@ class RlConfig(Config):
         default_factory=dict, description="Share of each capability in every batch; empty: as in the selected prompts."
     )
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
-    steps: Annotated[int, Field(ge=1)] = Field(100, description="Optimizer steps.")
-    groups_per_step: Annotated[int, Field(ge=1)] = Field(32, description="Groups (prompts) trained on in a step.")
-    group_size: Annotated[int, Field(ge=2)] = Field(8, description="Rollouts of one prompt.")
+    steps: Annotated[int, Field(ge=1)] = Field(default=100, description="Optimizer steps.")
+    groups_per_step: Annotated[int, Field(ge=1)] = Field(default=32, description="Groups (prompts) trained on in a step.")
+    group_size: Annotated[int, Field(ge=2)] = Field(default=8, description="Rollouts of one prompt.")
     max_staleness: Annotated[int, Field(ge=0)] = Field(
         4, description="No token is trained on that is more versions old than this; 0 is strictly on-policy."
     )
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    advantage: Literal["group_mean", "grpo", "rloo"] = Field("group_mean", description="Baseline of a group's rewards.")
-    drop_zero_advantage: bool = Field(True, description="Drop and replace groups whose rewards are all equal.")
-    min_group: Annotated[int, Field(ge=2)] = Field(2, description="Fewer scored rollouts than this drop the group.")
+    advantage: Literal["group_mean", "grpo", "rloo"] = Field(default="group_mean", description="Baseline of a group's rewards.")
+    drop_zero_advantage: bool = Field(default=True, description="Drop and replace groups whose rewards are all equal.")
+    min_group: Annotated[int, Field(ge=2)] = Field(default=2, description="Fewer scored rollouts than this drop the group.")
     loss: LossConfig = Field(default_factory=LossConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    micro_batch_tokens: Annotated[int, Field(ge=64)] = Field(8192, description="Padded tokens of one forward pass.")
-    checkpoint_every: Annotated[int, Field(ge=1)] = Field(20, description="Optimizer steps between checkpoints.")
+    micro_batch_tokens: Annotated[int, Field(ge=64)] = Field(default=8192, description="Padded tokens of one forward pass.")
+    checkpoint_every: Annotated[int, Field(ge=1)] = Field(default=20, description="Optimizer steps between checkpoints.")
     stop_after_idle_steps: Annotated[int, Field(ge=1)] = Field(
         20, description="Stop when so many batches' worth of groups in a row had no advantage."
     )

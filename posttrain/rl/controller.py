@@ -31,6 +31,7 @@ from posttrain.rl.samples import train_samples
 from posttrain.rl.scoring import drop_reason, make_group, score_group
 from posttrain.rl.staleness import StalenessQueue
 from posttrain.sampling.client import Engines
+from posttrain.sampling.requests import SampleRequest
 from posttrain.scoring.pool import RewardPool
 
 
@@ -106,7 +107,7 @@ class Controller:
             self._failure = task.exception()
 
     async def _sample(self, order: int, engine: int, prompt: DrawnPrompt) -> None:
-        request = sample_request(self._config, prompt, self._config.group_size, self._stop_ids)
+        request = self._request(prompt)
         try:
             completions, began, ended = await self._engines.actors[engine].generate.remote([request])
         finally:
@@ -125,13 +126,21 @@ class Controller:
         else:
             self._drop(scored, reason)
 
+    def _request(self, prompt: DrawnPrompt) -> SampleRequest:
+        return sample_request(self._config, prompt, self._config.group_size, self._stop_ids)
+
+    @property
+    def _idle_limit(self) -> int:
+        """Groups dropped in a row after which there is no point in going on."""
+        return self._config.stop_after_idle_steps * self._config.groups_per_step
+
     def _drop(self, scored: ScoredGroup, reason: str) -> None:
         self._queue.drop(scored.group.order)
         self._source.give_back(scored.group.prompt.row.capability)
         self._archive.add(scored, None, self._version, f"dropped:{reason}")
         self._counts[f"groups_dropped_{reason}"] += 1
         self._dropped_in_a_row += 1
-        limit = self._config.stop_after_idle_steps * self._config.groups_per_step
+        limit = self._idle_limit
         if self._dropped_in_a_row >= limit:
             rewards = Counter(reward for reward in scored.rewards)
             raise StageError(
@@ -192,7 +201,7 @@ class Controller:
             self._archive.add(scored, step, step, "trained")
         self._archive.write(step)
         self._log(step, batch, staleness, waited_s, result["metrics"])
-        if (step + 1) % self._config.checkpoint_every == 0 and step + 1 < self._config.steps:
+        if self._checkpoint_is_due(step + 1):
             await self._checkpoint(step + 1)
 
     async def _update_engines(self, manifest: dict[str, Any], version: int) -> None:
@@ -207,6 +216,10 @@ class Controller:
     async def _finish_update(self) -> None:
         if self._update is not None:
             await self._update
+
+    def _checkpoint_is_due(self, version: int) -> bool:
+        """The last version needs none: it is the stage's result."""
+        return version % self._config.checkpoint_every == 0 and version < self._config.steps
 
     async def _checkpoint(self, version: int) -> None:
         folder = self._context.dir / "checkpoints" / f"step_{version}"

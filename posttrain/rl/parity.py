@@ -27,6 +27,11 @@ class Parity:
     num_tokens: int
 
 
+def allowed_gap(config: RlConfig) -> float:
+    """Largest mean gap that is rounding."""
+    return config.parity_tolerance or TOLERANCE[config.model.dtype]
+
+
 def check_engine_parity(
     config: RlConfig,
     engines: Engines,
@@ -40,7 +45,7 @@ def check_engine_parity(
 
     manifest = ray.get(trainer.publish.remote())
     ray.get([actor.update_weights.remote(manifest, version) for actor in engines.actors])
-    tolerance = config.parity_tolerance or TOLERANCE[config.model.dtype]
+    tolerance = allowed_gap(config)
     worst = Parity(0.0, 0.0, 0)
     for name, actor in zip(engines.names, engines.actors, strict=True):
         requests = [sample_request(config, prompt, 1, stop_ids) for prompt in prompts[:PROMPTS]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError, StageError
-from posttrain.records import Row
+from posttrain.records import Rollout, Row, Scored
 from posttrain.rl.config import RlConfig
 from posttrain.rl.groups import DrawnPrompt
 from posttrain.rl.scoring import make_group
@@ -47,7 +47,7 @@ def profile_prompts(
 ) -> list[Difficulty]:
     """Sample every prompt `profile.samples` times and score the replies."""
     total = len(prompts)
-    requests = [sample_request(config, prompt, config.profile.samples, stop_ids) for prompt in prompts]
+    requests = profile_requests(config, prompts, stop_ids)
     completions = engines.generate(
         requests, lambda done: context.progress(done, total, "prompts", {"phase": "pass@k profile"})
     )
@@ -56,16 +56,28 @@ def profile_prompts(
         for index, (prompt, replies) in enumerate(zip(prompts, completions, strict=True))
     ]
     pairs = [(rollout, group.prompt.row) for group in groups for rollout in group.rollouts]
+    return difficulties(config, pairs, reward_pool(config).score_all(pairs))
+
+
+def profile_requests(
+    config: RlConfig, prompts: Sequence[DrawnPrompt], stop_ids: tuple[int, ...]
+) -> list[SampleRequest]:
+    """One request a prompt."""
+    return [sample_request(config, prompt, config.profile.samples, stop_ids) for prompt in prompts]
+
+
+def difficulties(config: RlConfig, pairs: Sequence[tuple[Rollout, Row]], scores: Sequence[Scored]) -> list[Difficulty]:
+    """How often each prompt was passed, in the order of the prompts; those of which nothing was scored are left out."""
     passes: Counter[str] = Counter()
     scored: Counter[str] = Counter()
-    for (rollout, _), score in zip(pairs, reward_pool(config).score_all(pairs), strict=True):
+    for (rollout, _), score in zip(pairs, scores, strict=True):
         if score.result is not None:
             scored[rollout.prompt_id] += 1
             passes[rollout.prompt_id] += score.result.value > PASS_THRESHOLD
     if not scored:
         raise StageError("not one reply of the profile could be scored; try `posttrain rewards test` on the reward")
     low, high = config.profile.band
-    rows = [prompt.row for prompt in prompts if scored[prompt.row.id]]
+    rows = [row for row in {row.id: row for _, row in pairs}.values() if scored[row.id]]
     return [
         Difficulty(
             row.id, row.capability, scored[row.id], passes[row.id], 0, low <= passes[row.id] / scored[row.id] <= high

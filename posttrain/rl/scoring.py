@@ -39,6 +39,11 @@ def make_group(
 async def score_group(group: Group, pool: RewardPool, config: RlConfig) -> ScoredGroup:
     """Score every rollout; advantages are computed over those that have a reward."""
     scores = await asyncio.gather(*(pool.score(rollout, group.prompt.row) for rollout in group.rollouts))
+    return scored_group(group, scores, config)
+
+
+def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> ScoredGroup:
+    """The group with its rewards, and advantages if at least `min_group` rollouts have one."""
     rewards = tuple(None if scored.result is None else scored.result.value for scored in scores)
     known = [reward for reward in rewards if reward is not None]
     advantages: list[float | None] = [None] * len(rewards)

@@ -117,9 +117,7 @@ def _train(
 
     difficulties = _profile(config, context, engines, prompts, stop_ids)
     selected = select_band(difficulties, rows, config.profile.band)
-    source = PromptSource(
-        selected, config.mixture, config.systems, lambda messages: render_prompt(tokenizer, messages), context.seed
-    )
+    source = prompt_source(config, selected, tokenizer, context.seed)
     first_step = 0
     archive = RolloutArchive(context.dir / "rollouts", tokenizer)
     checkpoint = _latest_checkpoint(context.dir / "checkpoints")
@@ -142,6 +140,13 @@ def _train(
         "selected_by_capability": dict(Counter(row.capability for row in selected)),
         "parity_mean_gap": parity.mean_gap,
     }
+
+
+def prompt_source(config: RlConfig, selected: Sequence[Row], tokenizer: Any, seed: int) -> PromptSource:
+    """Where prompts are drawn from, in the mixture asked for and with its system instructions."""
+    return PromptSource(
+        selected, config.mixture, config.systems, lambda messages: render_prompt(tokenizer, messages), seed
+    )
 
 
 def _profile(

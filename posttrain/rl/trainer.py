@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from posttrain.config.shared import OptimizerConfig
-from posttrain.model.load import load_model, load_tokenizer, save_model
+from posttrain.model.load import load_model, load_policy, load_tokenizer, save_model
 from posttrain.rl.config import RlConfig
 from posttrain.rl.losses import LOSSES, LossInputs
 from posttrain.rl.samples import MicroBatch, TrainSample, collate, micro_batches
@@ -47,7 +47,7 @@ class PolicyTrainer:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cpu":
             torch.set_num_threads(max(1, int(config.resources.trainer.cpus)))
-        self._model = load_model(config.model.path, config.model.implementation, config.model.dtype).to(self._device)
+        self._model: Any = load_policy(config.model).to(self._device)
         self._tokenizer = load_tokenizer(config.model.path)
         pad = self._tokenizer.pad_token_id
         self._pad_id = pad if pad is not None else self._tokenizer.eos_token_id
@@ -102,7 +102,7 @@ class PolicyTrainer:
             group["lr"] = rate
         self._model.train()
         totals = self._accumulate(samples)
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), config.optimizer.max_grad_norm)
+        norm = self._clip_gradients()
         finite = math.isfinite(totals["loss"]) and bool(torch.isfinite(norm))
         if finite:
             self._optimizer.step()
@@ -120,13 +120,20 @@ class PolicyTrainer:
         }
         return {"metrics": metrics, "began": began, "ended": time.time(), "manifest": manifest}
 
+    def _clip_gradients(self) -> torch.Tensor:
+        """Scale gradients down to `optimizer.max_grad_norm`; returns the norm that they had."""
+        return torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.optimizer.max_grad_norm)
+
+    def _micro_batches(self, samples: Sequence[TrainSample]) -> list[list[TrainSample]]:
+        return micro_batches(samples, self._config.micro_batch_tokens)
+
     def _accumulate(self, samples: Sequence[TrainSample]) -> dict[str, float]:
         """Forward and backward of every micro-batch; the one place that divides, by the count of the whole batch."""
         num_tokens = sum(len(sample.token_ids) for sample in samples)
         divisors = {"tokens": num_tokens, "sequences": len(samples)}
         loss_function = LOSSES[self._config.loss.name]
         sums: dict[str, float] = defaultdict(float)
-        for chunk in micro_batches(samples, self._config.micro_batch_tokens):
+        for chunk in self._micro_batches(samples):
             batch = collate(chunk, self._pad_id, self._device)
             policy_T, entropy_T = self._forward(batch, entropy=True)
             outputs = loss_function(

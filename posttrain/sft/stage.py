@@ -32,21 +32,29 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
     "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after"}. Raises `DataError` before a model
     is loaded, `ConfigError` for a model that cannot be trained as asked, `StageError` for a training that failed.
     """
+    tokenizer, examples, num_rows, dropped = prepare(config)
+    context.event("data", rows=num_rows, dropped=dropped, tokens=sum(len(item.ids) for item in examples))
+    from posttrain.model.load import load_policy, save_model
+
+    model = load_policy(config.model)
+    trained, report = train_model(config, context, model, tokenizer, examples)
+    folder = context.dir / "model"
+    save_model(trained, tokenizer, folder)
+    return {"model": str(folder), "rows": num_rows, "dropped": dropped, **report}
+
+
+def prepare(config: SftConfig) -> tuple[Any, list[Any], int, int]:
+    """Read and check every row: (tokenizer, `Example`s, number of rows, how many were dropped as too long)."""
     rows = load_rows(config.data, kind="supervised")
     from posttrain.train.trl_settings import quiet_environment
 
     quiet_environment()
-    from posttrain.model.load import load_model, load_tokenizer, save_model
+    from posttrain.model.load import load_tokenizer
     from posttrain.sft.examples import tokenize
 
     tokenizer = load_tokenizer(config.model.path)
     examples, dropped = tokenize(tokenizer, rows, config.max_length, config.overlong)
-    context.event("data", rows=len(rows), dropped=dropped, tokens=sum(len(item.ids) for item in examples))
-    model = load_model(config.model.path, config.model.implementation, config.model.dtype)
-    trained, report = train_model(config, context, model, tokenizer, examples)
-    folder = context.dir / "model"
-    save_model(trained, tokenizer, folder)
-    return {"model": str(folder), "rows": len(rows), "dropped": dropped, **report}
+    return tokenizer, examples, len(rows), dropped
 
 
 def build_arguments(config: SftConfig, folder: Path, seed: int = 0) -> Any:
