@@ -12,8 +12,9 @@ import pytest
 import yaml
 from typer.main import get_command
 
+import posttrain
 from posttrain.cli.check import guess_kind
-from posttrain.cli.display import EventTail, LiveDisplay, PlainDisplay, RunState, seconds_text
+from posttrain.cli.display import RL_FIGURES, EventTail, LiveDisplay, PlainDisplay, RunState, seconds_text
 from posttrain.cli.main import app, main
 from posttrain.errors import StageError
 from posttrain.pipeline.kinds import KINDS
@@ -268,7 +269,13 @@ def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
     file = tmp_path / "events.jsonl"
     display = LiveDisplay()
     display._state = RunState(NODES, file)
-    values = {"reward": 0.4321, "staleness": 1.5, "tokens_per_s": 2512.0, "queue": 6, "dropped_groups": 17}
+    values = {
+        "reward_mean": 0.4321,
+        "staleness_mean": 1.5,
+        "generate_tokens_per_s": 2512.0,
+        "queue_groups": 6,
+        "dropped_groups": 17,
+    }
     file.write_text(
         event("sft", "stage_start")
         + event("sft", "stage_done", wall_s=63.0)
@@ -291,6 +298,13 @@ def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
         "17",
     ):
         assert expected in text, text
+
+
+def test_the_figures_of_the_panel_are_those_that_rl_reports():
+    """By name, in the source of the stage that reports them."""
+    source = "".join(file.read_text() for file in (Path(posttrain.__file__).parent / "rl").glob("*.py"))
+    for key, _, _ in RL_FIGURES:
+        assert f'"{key}"' in source
 
 
 def test_seconds():

@@ -197,7 +197,10 @@ def _stage_table(stages: Sequence[StageState]) -> Any:
         style = STYLES.get(stage.status, "")
         running = stage.status == "running"
         bar = ProgressBar(total=stage.total, completed=stage.done, width=24) if running and stage.total else Text("")
-        detail = progress_text(stage) if running and stage.total else stage.note
+        detail = stage.note
+        if running and stage.total:
+            figures = "" if stage.kind == "rl" else values_text(stage.values)  # RL has a panel of its own
+            detail = f"{progress_text(stage)}  {figures}".rstrip()
         indent = "  " if "." in stage.name else ""
         name = indent + stage.name.rpartition(".")[2]
         table.add_row(
@@ -208,10 +211,10 @@ def _stage_table(stages: Sequence[StageState]) -> Any:
 
 # Key of a progress value, its label, and how it is written.
 RL_FIGURES = (
-    ("reward", "reward", "{:.3f}"),
-    ("staleness", "staleness", "{:.2f}"),
-    ("tokens_per_s", "tokens/s", "{:,.0f}"),
-    ("queue", "queue", "{:g}"),
+    ("reward_mean", "reward", "{:.3f}"),
+    ("staleness_mean", "staleness", "{:.2f}"),
+    ("generate_tokens_per_s", "tokens/s", "{:,.0f}"),
+    ("queue_groups", "queue", "{:g}"),
     ("dropped_groups", "dropped groups", "{:g}"),
 )
 
