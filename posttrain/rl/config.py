@@ -69,24 +69,35 @@ class RlConfig(Config):
     )
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
     steps: Annotated[int, Field(ge=1)] = Field(default=100, description="Optimizer steps.")
-    groups_per_step: Annotated[int, Field(ge=1)] = Field(default=32, description="Groups (prompts) trained on in a step.")
+    groups_per_step: Annotated[int, Field(ge=1)] = Field(
+        default=32, description="Groups (prompts) trained on in a step."
+    )
     group_size: Annotated[int, Field(ge=2)] = Field(default=8, description="Rollouts of one prompt.")
     max_staleness: Annotated[int, Field(ge=0)] = Field(
-        4, description="No token is trained on that is more versions old than this; 0 is strictly on-policy."
+        default=4, description="No token is trained on that is more versions old than this; 0 is strictly on-policy."
     )
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    advantage: Literal["group_mean", "grpo", "rloo"] = Field(default="group_mean", description="Baseline of a group's rewards.")
+    advantage: Literal["group_mean", "grpo", "rloo"] = Field(
+        default="group_mean", description="Baseline of a group's rewards."
+    )
     drop_zero_advantage: bool = Field(default=True, description="Drop and replace groups whose rewards are all equal.")
-    min_group: Annotated[int, Field(ge=2)] = Field(default=2, description="Fewer scored rollouts than this drop the group.")
+    min_group: Annotated[int, Field(ge=2)] = Field(
+        default=2, description="Fewer scored rollouts than this drop the group."
+    )
     loss: LossConfig = Field(default_factory=LossConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    micro_batch_tokens: Annotated[int, Field(ge=64)] = Field(default=8192, description="Padded tokens of one forward pass.")
-    checkpoint_every: Annotated[int, Field(ge=1)] = Field(default=20, description="Optimizer steps between checkpoints.")
+    micro_batch_tokens: Annotated[int, Field(ge=64)] = Field(
+        default=8192, description="Padded tokens of one forward pass."
+    )
+    checkpoint_every: Annotated[int, Field(ge=1)] = Field(
+        default=20, description="Optimizer steps between checkpoints."
+    )
     stop_after_idle_steps: Annotated[int, Field(ge=1)] = Field(
-        20, description="Stop when so many batches' worth of groups in a row had no advantage."
+        default=20, description="Stop when so many batches' worth of groups in a row had no advantage."
     )
     parity_tolerance: Positive | None = Field(
-        None, description="Largest mean gap of sampler and trainer log-probabilities; None: 1e-3 fp32, 0.1 bf16."
+        default=None,
+        description="Largest mean gap of sampler and trainer log-probabilities; None: 1e-3 fp32, 0.1 bf16.",
     )
     engine: EngineConfig = Field(default_factory=EngineConfig)
     resources: RlResources = Field(default_factory=RlResources)

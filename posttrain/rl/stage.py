@@ -122,7 +122,8 @@ def _train(
     archive = RolloutArchive(context.dir / "rollouts", tokenizer)
     checkpoint = _latest_checkpoint(context.dir / "checkpoints")
     if checkpoint is not None:
-        source.restore(ray.get(trainer.load_checkpoint.remote(str(checkpoint)))["source"])
+        state: Any = ray.get(trainer.load_checkpoint.remote(str(checkpoint)))
+        source.restore(state["source"])
         first_step = int(checkpoint.name.removeprefix("step_"))
         archive.forget_after(first_step - 1)
         keep_steps_before(context.dir / "metrics.jsonl", first_step)

@@ -49,8 +49,7 @@ class PolicyTrainer:
             torch.set_num_threads(max(1, int(config.resources.trainer.cpus)))
         self._model: Any = load_policy(config.model).to(self._device)
         self._tokenizer = load_tokenizer(config.model.path)
-        pad = self._tokenizer.pad_token_id
-        self._pad_id = pad if pad is not None else self._tokenizer.eos_token_id
+        self._pad_id = 0  # any id: padding is to the right, where no reply token sees it
         self._optimizer = self._make_optimizer()
         self._weights = SharedWeights()
         self.policy_version = 0

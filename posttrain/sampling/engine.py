@@ -73,6 +73,8 @@ class EngineActor:
         if not os.environ.get("CUDA_VISIBLE_DEVICES"):
             # Forked from a process that has vLLM imported, the engine core starts in half the time.
             os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "fork"
+            # vLLM would have a C++ compiler make one small function, whatever `enforce_eager` says.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
         self.name = name
         self._model = ServedModelConfig(**model)
         self._engine_config = EngineConfig(**engine)

@@ -97,11 +97,15 @@ class WorkerExtension:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         return os.getpid()
 
+    start_weight_update: Any  # these three are the methods of the worker that vLLM adds this class to
+    update_weights: Any
+    finish_weight_update: Any
+
     def apply_weights(self, source: dict[str, Any]) -> None:
         """One whole weight update: between two engine steps when generation is paused."""
-        self.start_weight_update()  # type: ignore[attr-defined]
-        self.update_weights({"source": source})  # type: ignore[attr-defined]
-        self.finish_weight_update()  # type: ignore[attr-defined]
+        self.start_weight_update()
+        self.update_weights({"source": source})
+        self.finish_weight_update()
 
 
 if "shm" not in WeightTransferEngineFactory._registry:
