@@ -7,6 +7,7 @@ Left out: evaluation (a stage of its own), and training over several processes.
 
 import copy
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,23 +29,23 @@ METRICS = {
 def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
     """Fine-tune and export.
 
-    Returns {"model": folder, "rows", "dropped", "steps", "tokens" and "trained_tokens" (seen over all epochs),
-    "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after"}. Raises `DataError` before a model
-    is loaded, `ConfigError` for a model that cannot be trained as asked, `StageError` for a training that failed.
+    Returns {"model": folder, "rows", "dropped", "rows_by_capability", "steps", "tokens" and "trained_tokens" (seen
+    over all epochs), "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after"}. Raises
+    `DataError` before a model is loaded, `ConfigError` for a model that cannot be trained as asked, `StageError` for a training that failed.
     """
-    tokenizer, examples, num_rows, dropped = prepare(config)
-    context.event("data", rows=num_rows, dropped=dropped, tokens=sum(len(item.ids) for item in examples))
+    tokenizer, examples, counts = prepare(config)
+    context.event("data", **counts, tokens=sum(len(item.ids) for item in examples))
     from posttrain.model.load import load_policy, save_model
 
     model = load_policy(config.model)
     trained, report = train_model(config, context, model, tokenizer, examples)
     folder = context.dir / "model"
     save_model(trained, tokenizer, folder)
-    return {"model": str(folder), "rows": num_rows, "dropped": dropped, **report}
+    return {"model": str(folder), **counts, **report}
 
 
-def prepare(config: SftConfig) -> tuple[Any, list[Any], int, int]:
-    """Read and check every row: (tokenizer, `Example`s, number of rows, how many were dropped as too long)."""
+def prepare(config: SftConfig) -> tuple[Any, list[Any], dict[str, Any]]:
+    """Read and check every row: (tokenizer, `Example`s, {"rows", "dropped" as too long, "rows_by_capability"})."""
     rows = load_rows(config.data, kind="supervised")
     from posttrain.train.trl_settings import quiet_environment
 
@@ -54,7 +55,8 @@ def prepare(config: SftConfig) -> tuple[Any, list[Any], int, int]:
 
     tokenizer = load_tokenizer(config.model.path)
     examples, dropped = tokenize(tokenizer, rows, config.max_length, config.overlong)
-    return tokenizer, examples, len(rows), dropped
+    by_capability = dict(sorted(Counter(row.capability for row in rows).items()))
+    return tokenizer, examples, {"rows": len(rows), "dropped": dropped, "rows_by_capability": by_capability}
 
 
 def build_arguments(config: SftConfig, folder: Path, seed: int = 0) -> Any:
