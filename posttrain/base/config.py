@@ -58,7 +58,7 @@ class TextConfig(Config):
 class StageConfig(Config):
     """The `base` stage: a small model and the datasets of the quick start, reproducible from the seed."""
 
-    steps: Count = Field(default=900, description="Optimizer steps; the whole schedule scales with it.")
+    steps: Count = Field(default=800, description="Optimizer steps; the whole schedule scales with it.")
     batch_tokens: Count = Field(default=2048, description="Tokens of a step with padding, over all processes.")
     processes: Annotated[int, Field(ge=1, le=8)] = Field(
         default=2, description="Data-parallel processes, one thread each."

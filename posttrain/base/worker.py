@@ -56,6 +56,9 @@ def main(spec_path: str) -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    if rank == 0:
+        for _ in range(config.processes - 1):
+            os.wait()
 
 
 def _fork(processes: int) -> int:
@@ -148,7 +151,10 @@ def _backward(model: Any, batch: list[Document], pad_id: int, config: StageConfi
     logits_TV = model.lm_head(outputs.last_hidden_state[reply_BS[:, 1:]])
     loss_sum = F.cross_entropy(logits_TV, ids_BS[:, 1:][reply_BS[:, 1:]], reduction="sum")
     count = logits_TV.shape[0]
-    (loss_sum + config.balance_coefficient * outputs.aux_loss * count).backward()
+    total = loss_sum
+    if outputs.aux_loss is not None:  # there is none without a layer of experts, or with a coefficient of 0
+        total = total + config.balance_coefficient * outputs.aux_loss * count
+    total.backward()
     totals = _sum_over_processes(model, torch.tensor([loss_sum.item(), count, ids_BS.numel()]))
     loss, tokens, seen = totals[0] / totals[1], totals[1], totals[2]
     for parameter in model.parameters():
