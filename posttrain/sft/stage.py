@@ -31,7 +31,8 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
 
     Returns {"model": folder, "rows", "dropped", "rows_by_capability", "steps", "tokens" and "trained_tokens" (seen
     over all epochs), "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after"}. Raises
-    `DataError` before a model is loaded, `ConfigError` for a model that cannot be trained as asked, `StageError` for a training that failed.
+    `DataError` before a model is loaded, `ConfigError` for a model that cannot be trained as asked, `StageError` for a
+    training that failed.
     """
     tokenizer, examples, counts = prepare(config)
     context.event("data", **counts, tokens=sum(len(item.ids) for item in examples))
