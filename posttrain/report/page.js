@@ -121,7 +121,9 @@
       for (const value of ["any", ...values]) select.append(new Option(value, value));
       select.addEventListener("change", () => { place = 0; show(); });
     }
-    let place = Math.max(0, all.findIndex((rollout) => rollout.status === "trained"));
+    const trained = (r) => r.status === "trained";
+    const several = (r) => trained(r) && r.reply.length > 1 && r.reply[0].v !== null;
+    let place = Math.max(0, all.some(several) ? all.findIndex(several) : all.findIndex(trained));
     function show() {
       const found = all.filter((r) => selects.every((s) => s.value === "any" || read[s.dataset.filter](r) === s.value));
       if (found.length) place = (place + found.length) % found.length;

@@ -54,7 +54,7 @@ def _stats(kept: list, dropped: list) -> list[Stat]:
     ]
     for rows, name in ((kept, "kept"), (dropped, "dropped")):
         hard = sum(tag == "hard" for _, tag, _ in rows)
-        if rows and any(tag for _, tag, _ in rows):
+        if rows and any(tag == "hard" for _, tag, _ in kept + dropped):
             stats.append(Stat(f"hard, of the {name}", percent(hard / len(rows), 1), "by the judge's tag"))
     return stats
 

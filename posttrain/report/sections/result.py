@@ -20,6 +20,8 @@ from posttrain.report.statements import (
     share_of,
 )
 
+RING_SHIFT = 0.2  # of the way to the next stage
+
 
 def result_section(run: Run) -> Section | None:
     """Nothing when no stage was evaluated."""
@@ -57,7 +59,7 @@ def _cell(run: Run, stage: str, capability: str) -> Mapping[str, Any]:
 def _sampled(run: Run, stage: str, capability: str, name: str) -> Share | None:
     """pass@1 or pass@k with its interval."""
     cell = _cell(run, stage, capability)
-    return share_of(cell.get(name), cell.get(f"{name}_ci95"), cell.get(f"{name}_n", cell.get("n")))
+    return share_of(cell.get(name), cell.get(f"{name}_ci95"), cell.get("pass@k_n", cell.get("n")))
 
 
 def _measured(run: Run, stage: str, capability: str) -> bool:
@@ -65,33 +67,46 @@ def _measured(run: Run, stage: str, capability: str) -> bool:
 
 
 def _panel(run: Run, names: list[str], capability: str, at_k: str) -> Chart:
-    """One capability: a point with its interval for each stage, joined by a line, and pass@k as a ring."""
-    labels = [escape(label(run, name)) for name in names]
+    """One capability: greedy accuracy after each stage, joined by a line, and pass@k beside it as a ring."""
     shares = [greedy(run.evals[name], capability) for name in names]
     sampled = [_sampled(run, name, capability, "pass@k") for name in names]
-    rings = dots(labels, _values(sampled), "--muted", at_k, "%{x}: %{y:.1%}", 8)
-    rings["marker"] |= {"symbol": "circle-open", "line": {"width": 1.5}}
-    points = dots(labels, _values(shares), "--accent", "greedy", "%{x}: %{y:.1%}", 8)
+    points = _points(shares, 0.0, "--accent", "greedy")
     points |= {"mode": "lines+markers", "line": {"color": "--accent@0.35", "width": 1.5}}
-    points["error_y"] = {
+    rings = _points(sampled, RING_SHIFT, "--muted", at_k)
+    rings["marker"] |= {"symbol": "circle-open", "line": {"width": 1.5}}
+    rings["error_y"] |= {"thickness": 1, "width": 0}
+    size, sampled_size = _size(shares), _size(sampled)
+    unit = f"{size} problems" if size else f"{sampled_size} problems" if sampled_size else ""
+    if size and sampled_size and size != sampled_size:
+        unit += f", {sampled_size} sampled"
+    ticks = {"tickvals": list(range(len(names))), "ticktext": [escape(label(run, name)) for name in names]}
+    x = axis(grid=False, range=[-0.4, len(names) - 0.5], tickfont={"size": 12, "color": "--ink"}, **ticks)
+    y = axis(range=[0, 1.05], tickformat=".0%", tickvals=[0, 0.25, 0.5, 0.75, 1])
+    title = "All capabilities" if capability == "all" else capability
+    return Chart(title, figure([rings, points], x, y), height=210, unit=unit)
+
+
+def _points(shares: list[Share | None], shift: float, colour: str, name: str) -> dict[str, Any]:
+    """A marker with its interval for each stage, `shift` to the right of the stage's place."""
+    places = [i + shift for i in range(len(shares))]
+    values = rounded([None if s is None else s.value for s in shares])
+    trace = dots(places, values, colour, name, "%{y:.1%}", 8)
+    trace["error_y"] = {
         "type": "data",
         "symmetric": False,
         "array": rounded([None if s is None else s.high - s.value for s in shares]),
         "arrayminus": rounded([None if s is None else s.value - s.low for s in shares]),
-        "color": "--accent",
+        "color": colour,
         "thickness": 1.5,
         "width": 4,
     }
-    counts = sorted({s.n for s in shares if s is not None})
-    size = f"{counts[0]} problems" if len(counts) == 1 else ""
-    title = "All capabilities" if capability == "all" else capability
-    y = axis(range=[0, 1.05], tickformat=".0%", tickvals=[0, 0.25, 0.5, 0.75, 1])
-    x = axis(grid=False, type="category", range=[-0.4, len(labels) - 0.6], tickfont={"size": 12, "color": "--ink"})
-    return Chart(title, figure([rings, points], x, y), height=210, unit=size)
+    return trace
 
 
-def _values(shares: list[Share | None]) -> list[float | None]:
-    return rounded([None if share is None else share.value for share in shares])
+def _size(shares: list[Share | None]) -> int | None:
+    """On how many problems all of them were measured, if on equally many."""
+    counts = {share.n for share in shares if share is not None}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _tables(run: Run, names: list[str], capabilities: list[str], at_k: str) -> list[Table]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from posttrain.report.blocks import Chart, Grid, Key, Section, Stat, Stats
 from posttrain.report.charts import axis, dots, figure, line, smooth, smoothing
-from posttrain.report.format import NONE, count, percent, plain
+from posttrain.report.format import NONE, count, percent, plain, plural
 from posttrain.report.read import Run, Stage, number
 from posttrain.report.series import Series
 
@@ -74,7 +74,7 @@ def _light(stage: Stage, series: Series) -> list[Stat]:
         figure_ = number(stage.figures.get(name))
         return series.last(name) if figure_ is None else figure_
 
-    steps = f"in {count(len(series))} steps" if len(series) else ""
+    steps = f"in {plural(len(series), 'step')}" if len(series) else ""
     stats = [Stat("tokens seen", count(at_end("tokens")), steps)]
     stats.append(Stat("KL from its start", plain(at_end("kl_from_start")), "nats a token"))
     before, after = at_end("entropy_before"), at_end("entropy_after")
@@ -89,7 +89,9 @@ def _light(stage: Stage, series: Series) -> list[Stat]:
 
 def _first_to_last(series: Series, name: str) -> str:
     first, last = series.first(name), series.last(name)
-    return "" if first is None or last is None else f"{plain(first)} → {plain(last)}"
+    if first is None or last is None:
+        return ""
+    return f"{plain(first)} → {plain(last)}" if len(series.known(name)) > 1 else plain(first)
 
 
 def _pairs(stage: Stage) -> Counter[str]:
