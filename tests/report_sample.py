@@ -75,6 +75,8 @@ def results(accuracy: float, worked: tuple[float, float, float] | None = None, n
 
 
 def _share(name: str, value: float, n: int) -> dict[str, Any]:
+    if not n:
+        return {name: None, f"{name}_ci95": None}
     return {name: round(value * n) / n, f"{name}_ci95": list(wilson_ci95(round(value * n), n))}
 
 

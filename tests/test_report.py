@@ -226,8 +226,16 @@ def test_gain_is_split_into_two_parts_that_add_up() -> None:
     run = run_with({"sft": results(0.42, (0.2, 0.9, 0.3), n=1000), "rl": results(0.78, (0.8, 0.9, 0.3), n=1000)})
     first, second = gain_sentences(run)
     assert "rose 20.0%" in first
-    assert first.endswith(": no measurable change.")
+    assert "among replies that show their work, now on more of the problems, 90.0%" in first
+    assert first.endswith(", no measurable change.")
     assert second.startswith("Of the +36.0 points, +36.0 go with more replies that show their work and +0.0 with")
+
+
+def test_gain_is_not_split_where_a_part_was_never_seen() -> None:
+    evals = {"sft": results(0.42, (0.2, 0.9, 0.3), n=1000), "rl": results(0.78, (1.0, 0.78, 0.3), n=1000)}
+    sentences = gain_sentences(run_with(evals))
+    assert len(sentences) == 1
+    assert "rose 20.0%" in sentences[0]
 
 
 # ---------------------------------------------------------------- overlap

@@ -173,14 +173,17 @@ def gain_sentences(run: Run) -> list[str]:
 
 
 def _observed_sentence(words: str, before: Observed, after: Observed) -> str:
+    """The share with the property, and the accuracy among them: of other replies than before when the share moved."""
     share = Change(before.share, after.share)
     verbs = {"raised": "rose", "lowered": "fell", "none": "did not measurably change:"}
-    text = f"The share of replies that {words} {verbs[share.verdict]} {share.before} → {share.after}"
-    if before.accuracy and after.accuracy:
-        accuracy = Change(before.accuracy, after.accuracy)
-        ending = "" if accuracy.verdict != "none" else ": no measurable change"
-        text += f"; accuracy among replies that {words} {accuracy.before} → {accuracy.after}{ending}"
-    return text + "."
+    text = f"The share of replies that {words} {verbs[share.verdict]} {share.before} → {share.after}."
+    if not (before.accuracy and after.accuracy):
+        return text
+    accuracy = Change(before.accuracy, after.accuracy)
+    now = {"raised": ", now on more of the problems,", "lowered": ", now on fewer of the problems,", "none": ""}
+    ending = ", no measurable change" if accuracy.verdict == "none" else ""
+    among = f"Accuracy among replies that {words}{now[share.verdict]} {accuracy.before} → {accuracy.after}{ending}."
+    return f"{text} {among}"
 
 
 def _parts_sentence(words: str, change: Change, before: Observed, after: Observed) -> list[str]:

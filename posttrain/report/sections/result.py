@@ -39,7 +39,7 @@ def result_section(run: Run) -> Section | None:
         *([Text(gains)] if gains else []),
         Grid([_panel(run, names, capability, at_k) for capability in capabilities], min_width=250, keys=keys),
         *([Text(sentences)] if sentences else []),
-        *_observed_tables(run, names),
+        *_observed_tables(run, names, capabilities),
         *_tables(run, names, capabilities, at_k),
     ]
     lead = ["After each stage, on problems held out from training, with 95% intervals."]
@@ -129,13 +129,22 @@ def _tables(run: Run, names: list[str], capabilities: list[str], at_k: str) -> l
     return tables
 
 
-def _observed_tables(run: Run, names: list[str]) -> list[Table]:
+def _observed_tables(run: Run, names: list[str], capabilities: list[str]) -> list[Table]:
     """How often replies had each property that the evaluation counted, and were right with it and without."""
     tables = []
     for key, words in properties(run).items():
         seen = [(name, found) for name in names if (found := observed(run.evals[name], key))]
         rows = [(label(run, n), *(str(s) if s else NONE for s in (f.share, f.accuracy, f.otherwise))) for n, f in seen]
-        columns = ("after", "share of replies", "accuracy among them", "accuracy of the others")
         if rows:
+            columns = ("after", "share of replies", "accuracy among them", "accuracy of the others")
             tables.append(Table(columns, rows, (1, 2, 3), title=f"Replies that {words}"))
+        by_capability = [
+            (c, *(str(f.share) if (f := observed(run.evals[name], key, c)) else NONE for name in names))
+            for c in capabilities
+            if c != "all" and any(observed(run.evals[name], key, c) for name in names)
+        ]
+        if by_capability:
+            columns = ("capability", *(label(run, name) for name in names))
+            title = f"Share of replies that {words}, by capability"
+            tables.append(Table(columns, by_capability, range(1, len(columns)), title=title, folded=True))
     return tables
