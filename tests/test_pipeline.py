@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 import yaml
 from pipeline_kinds import CountConfig
 
-from posttrain.errors import ConfigError
-from posttrain.pipeline import load_pipeline
+from posttrain.errors import ConfigError, UserError
+from posttrain.pipeline import load_pipeline, run_pipeline
 from posttrain.pipeline.config import single_stage
 from posttrain.pipeline.decide import decide
 from posttrain.pipeline.graph import Pipeline
@@ -482,6 +483,15 @@ def test_large_files_are_sampled(tmp_path: Path):
     folder = path_hash(tmp_path)
     (tmp_path / ".hidden").write_text("y")
     assert path_hash(tmp_path) == folder
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"RAY_ADDRESS: got '{address}': cannot be reached"):
+        run_pipeline({"name": "test", "stages": [stage("a")]}, tmp_path / "run")
 
 
 def test_errors_are_told_in_one_line():

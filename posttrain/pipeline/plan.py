@@ -43,10 +43,11 @@ class Actor:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One node of the plan. inputs and outputs: name to path, or to the reference that gives it."""
+    """One node of the plan. inputs and outputs: name to path, or to the reference that gives it; key: of resources."""
 
     name: str
     kind: str
+    key: str
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
     actors: tuple[Actor, ...]
@@ -78,7 +79,9 @@ def _step(node: Node, pipeline: Pipeline, run_dir: Path) -> Step:
     for reference in find_references(node.config.model_dump(mode="json")):
         inputs.setdefault(reference.key.removesuffix(".path"), reference.text)
     outputs = {name: str(Path(node.folder) / path) for name, path in node.stage_kind.outputs.items()}
-    return Step(node.name, node.kind, inputs, outputs, tuple(_actors(node, pipeline, run_dir)))
+    return Step(
+        node.name, node.kind, f"{node.prefix}resources", inputs, outputs, tuple(_actors(node, pipeline, run_dir))
+    )
 
 
 def _actors(node: Node, pipeline: Pipeline, run_dir: Path) -> list[Actor]:
@@ -107,7 +110,7 @@ def trainer_resources(node: Node) -> tuple[float, float]:
 def check_fits(plan: list[Step], source: str, cpus: float, gpus: float) -> None:
     """Raise ConfigError if a step asks for more than there is in all."""
     problems = [
-        f"{step.name}.resources: asks for {need:g} {unit}s ({_sum(step, unit)}), but there are {have:g}"
+        f"{step.key}: asks for {need:g} {unit}s ({_sum(step, unit)}), but there are {have:g}"
         for step in plan
         for need, have, unit in ((step.cpus, cpus, "CPU"), (step.gpus, gpus, "GPU"))
         if need > have

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from posttrain.pipeline.plan import local_cpus
 
 NAMESPACE = "posttrain"
 SHUTDOWN_S = 10.0
+REACH_S = 10.0
 # What every process of the session is given, unless the user has set it otherwise.
 QUIET = {
     "OMP_NUM_THREADS": "1",
@@ -86,6 +88,8 @@ def _connect(session: RaySession, address: str) -> None:
     if ray.is_initialized():
         raise UserError("Ray is already initialised in this process; call ray.shutdown() before running a pipeline")
     _reread_environment()
+    if not session.local:
+        _check_reachable(address)
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     if session.local:
         options |= {"num_cpus": local_cpus(), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
@@ -101,6 +105,18 @@ def _connect(session: RaySession, address: str) -> None:
         raise StageError(f"{'a local Ray could not be started' if session.local else cluster}: {reason}") from error
     total = ray.cluster_resources()
     session.cpus, session.gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray tries for minutes; a wrong address is worth an answer at once. Other forms than host:port are left to Ray."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        rule = "start the cluster, or unset RAY_ADDRESS to run on this machine"
+        raise UserError(f"RAY_ADDRESS: got {address!r}: cannot be reached: {error}; {rule}") from None
 
 
 def _reread_environment() -> None:
