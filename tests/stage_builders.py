@@ -1,0 +1,498 @@
+"""What each stage builds from its config before anything runs: the stages' own functions, one a line of a table.
+
+Each builder takes a validated config and returns what was built, as plain values that can be compared. Paths are
+relative to the folder that `write_inputs` fills. Nothing here starts Ray or vLLM, and nothing is trained. Whatever
+hashes or dumps a whole config (cache keys, input hashes, the resolved YAML) is left out: it changes with every field.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.base import Config
+from posttrain.context import StageContext
+from posttrain.errors import UserError
+from posttrain.pipeline.graph import Node, Pipeline, load_pipeline
+from posttrain.pipeline.plan import make_plan, trainer_resources
+from posttrain.pipeline.schedule import make_job
+from posttrain.records import RewardResult, Rollout, Scored, VersionSpan
+
+Builder = Callable[[Any], Any]
+CAPABILITIES = ("math", "coding", "chat")
+CONTEXT = StageContext("stage", Path("stage"), Path("events.jsonl"))
+
+
+# --- the inputs that configs name ---
+
+
+def write_inputs(folder: Path, model: Path) -> None:
+    """Two of everything: models, supervised rows, prompts, pairs, rollouts, and training sets to exclude."""
+    shutil.copytree(model, folder / "model_a")
+    shutil.copytree(model, folder / "model_b")
+    _change_weights(folder / "model_b")
+    for name in ("a", "b"):
+        prompts = [_prompt(name, index) for index in range(8)]
+        replies = [f"Answer: {index}" for index in range(8)]
+        replies[3] = "so " * 60 + "Answer: 3"
+        turns = [
+            row["messages"] + [{"role": "assistant", "content": reply}]
+            for row, reply in zip(prompts, replies, strict=True)
+        ]
+        _write(folder / f"sft_{name}.jsonl", [{**row, "messages": t} for row, t in zip(prompts, turns, strict=True)])
+        _write(folder / f"prompts_{name}.jsonl", prompts)
+        pairs = [
+            {"id": row["id"], "prompt": row["messages"], "chosen": reply, "rejected": "Answer: 99"}
+            for row, reply in zip(prompts, replies, strict=True)
+        ]
+        _write(folder / f"pairs_{name}.jsonl", [{**pair, **_capability(pair["id"])} for pair in pairs])
+        _write_rollouts(folder / f"rollouts_{name}", name)
+    _write(folder / "train_a.jsonl", [{"key": "z0", "other": "k0"}, {"key": "z1", "other": "z1"}])
+    _write(folder / "train_b.jsonl", [{"key": "z2", "other": "z2"}, {"key": "k1", "other": "z3"}])
+    (folder / "first.yaml").write_text("steps: 6\n")
+
+
+def _prompt(name: str, index: int) -> dict[str, Any]:
+    identity = f"{name}{index}"
+    turns = [{"role": "user", "content": f"Sum: {index} + {index} {name}"}]
+    keys = {"key": f"k{index}", "other": f"k{index}"}
+    return {"id": identity, "messages": turns, "answer": str(2 * index), **keys, **_capability(identity)}
+
+
+def _capability(identity: str) -> dict[str, str]:
+    """Named by most rows, so that the config's own is used for the others."""
+    index = int(identity[1:])
+    return {"capability": CAPABILITIES[index % 3]} if index % 4 else {}
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _change_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _write_rollouts(folder: Path, name: str) -> None:
+    """Four prompts with replies of rewards 1, 0.9, 0.3 and 0, and one that ran out of tokens.
+
+    The newest reply, which mining rejects first, is by turns one of middling reward and the one that ran out of tokens.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for index in range(4):
+        prompt = _prompt(name, index)
+        for number, reward in enumerate((1.0, 0.9, 0.3, 0.0, None)):
+            is_newest = reward == (0.3 if index % 2 else None)
+            rows.append(
+                {
+                    "step": 0,
+                    "prompt_id": prompt["id"],
+                    "capability": CAPABILITIES[index % 2],
+                    "prompt": json.dumps(prompt["messages"]),
+                    "reply": f"Answer: {number}",
+                    "reward": reward,
+                    "finish_reason": "length" if reward is None else "stop",
+                    "policy_version": 9 if is_newest else number,
+                }
+            )
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "step_000000.parquet")
+
+
+# --- shared by the stages ---
+
+
+def plain(value: Any) -> Any:
+    """Values that compare by content: records become tuples, tensors and arrays a hash of their bytes."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return (type(value).__name__, *(plain(getattr(value, item.name)) for item in dataclasses.fields(value)))
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if type(value).__name__ in ("Tensor", "Parameter"):
+        tensor: Any = value
+        data = tensor.detach().float().contiguous().numpy().tobytes()
+        return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(data).hexdigest()]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def outcome(builder: Builder, config: Config) -> Any:
+    """What a builder makes of a config, or that it is refused as the user's error."""
+    try:
+        return plain(builder(config))
+    except UserError as error:
+        return ["refused", str(error)]
+
+
+def resources_of(kind: str) -> Builder:
+    """What the plan of a pipeline asks of Ray for a stage of this kind."""
+
+    def build(config: Config) -> Any:
+        node = Node("stage", kind, config, (), "stage", "stage.yaml", "")
+        step = make_plan(Pipeline("test", "test", 0, False, {"stage": node}), Path("run"))[0]
+        asked = [(actor.role, actor.workers, actor.cpus, actor.gpus) for actor in step.actors]
+        return asked, trainer_resources(node)
+
+    return build
+
+
+@cache
+def _model(path: str, implementation: str, dtype: str) -> Any:
+    from posttrain.config.shared import ModelConfig
+    from posttrain.model.load import load_policy
+
+    return load_policy(ModelConfig.model_validate({"path": path, "implementation": implementation, "dtype": dtype}))
+
+
+def policy(config: Any) -> Any:
+    """The model that is trained: its class, and its weights in their type."""
+    model = _model(*(getattr(config.model, name) for name in ("path", "implementation", "dtype")))
+    return type(model).__name__, model.state_dict()
+
+
+def adapters(config: Any) -> Any:
+    from posttrain.train.adapters import adapter_config
+
+    return adapter_config(_model("model_a", "native", "float32"), config.lora).to_dict() if config.lora else None
+
+
+def engine(model_of: Callable[[Any], Any]) -> Builder:
+    """The arguments that vLLM is started with."""
+
+    def build(config: Any) -> Any:
+        from posttrain.sampling.engine import engine_arguments
+
+        return engine_arguments(model_of(config), config.engine)
+
+    return build
+
+
+def _pool(pool: Any) -> Any:
+    return pool.spec, pool.num_workers, pool.timeout_s
+
+
+# --- filter ---
+
+
+def filter_requests(config: Any) -> Any:
+    from posttrain.data.rows import load_rows
+    from posttrain.filtering.judge import judge_requests
+    from posttrain.model.load import load_tokenizer
+
+    return judge_requests(load_rows(config.data, kind="supervised"), load_tokenizer(config.judge.path), config)
+
+
+def filter_split(config: Any) -> Any:
+    from posttrain.data.rows import load_rows
+    from posttrain.filtering.judge import verdict_of
+    from posttrain.filtering.stage import split
+
+    rows = load_rows(config.data, kind="supervised")
+    hardness = sorted(range(len(rows)), key=lambda index: rows[index].capability)  # one capability's rows are hardest
+    logprobs = [[-0.1 * (1 + hardness.index(index))] + [-1.0] * (len(config.labels) - 1) for index in range(len(rows))]
+    return split(rows, [verdict_of(config.labels, item) for item in logprobs], config, 0)
+
+
+# --- sft and dpo ---
+
+
+def sft_arguments(config: Any) -> Any:
+    from posttrain.sft.stage import build_arguments
+
+    return build_arguments(config, Path("stage"), 0).to_dict()
+
+
+def sft_examples(config: Any) -> Any:
+    from posttrain.sft.stage import prepare
+
+    return prepare(config)[1:]
+
+
+def dpo_arguments(config: Any) -> Any:
+    from posttrain.dpo.stage import build_arguments
+
+    return build_arguments(config, Path("stage"), 0).to_dict()
+
+
+def dpo_pairs(config: Any) -> Any:
+    from posttrain.dpo.stage import prepare
+
+    return prepare(config, 0)[1:]
+
+
+# --- eval ---
+
+
+def eval_requests(config: Any) -> Any:
+    from posttrain.eval.stage import prepare
+
+    return prepare(config)
+
+
+def eval_pool(config: Any) -> Any:
+    from posttrain.eval.stage import reward_pool
+
+    return _pool(reward_pool(config))
+
+
+def eval_results(config: Any) -> Any:
+    from posttrain.eval.replies import PromptReplies, Reply
+    from posttrain.eval.stage import measure
+    from posttrain.records import Row
+
+    def reply(reward: float) -> Reply:
+        return Reply(f"x Answer: {reward}", 4, False, reward)
+
+    rewards = [(0.6, 0.0, 0.0, 0.0), (0.2, 0.0, 1.0, 0.0), (1.0, 1.0, 0.6, 0.0)]
+    rows = [Row(f"r{index}", "math", ()) for index in range(3)]
+    prompts = [
+        PromptReplies(row, reply(item[0]), tuple(map(reply, item))) for row, item in zip(rows, rewards, strict=True)
+    ]
+    return measure(prompts, config, 0)
+
+
+# --- rl ---
+
+
+@cache
+def _tokenizer() -> Any:
+    from posttrain.model.load import load_tokenizer
+
+    return load_tokenizer("model_a")
+
+
+@cache
+def _drawn() -> list[Any]:
+    """Prompts as they are sampled from, whatever the config says."""
+    from posttrain.data.rows import load_rows
+    from posttrain.rl.groups import DrawnPrompt
+
+    rows = load_rows("prompts_a.jsonl", kind="prompt")
+    return [DrawnPrompt(row, None, row.messages, (1, 2, index)) for index, row in enumerate(rows)]
+
+
+def _rollout(prompt: Any, index: int) -> Rollout:
+    span = (VersionSpan(0, 0, 2),)
+    return Rollout(prompt.row.id, "g0", index, prompt.prompt_ids, (3, 4), "Answer: 3", (-1.0, -2.0), span, "stop")
+
+
+def rl_rows(config: Any) -> Any:
+    from posttrain.rl.stage import _rows_to_profile
+
+    return _rows_to_profile(config, 0)
+
+
+def rl_requests(config: Any) -> Any:
+    from posttrain.rl.profile import profile_requests
+
+    return profile_requests(config, _drawn(), (0,))
+
+
+def rl_difficulties(config: Any) -> Any:
+    """Prompt i of eight passes i of eight replies."""
+    from posttrain.rl.profile import difficulties
+
+    pairs = [(_rollout(prompt, index), prompt.row) for prompt in _drawn() for index in range(8)]
+    scores = [Scored(RewardResult(float(reply < prompt))) for prompt in range(8) for reply in range(8)]
+    return difficulties(config, pairs, scores)
+
+
+def rl_draws(config: Any) -> Any:
+    from posttrain.rl.stage import prompt_source
+
+    source = prompt_source(config, [prompt.row for prompt in _drawn()], _tokenizer(), 0)
+    return [source.draw() for _ in range(24)]
+
+
+def rl_groups(config: Any) -> Any:
+    """Advantages, and whether the group is trained on: rewards that differ, that are equal, and mostly unknown."""
+    from posttrain.rl.groups import Group
+    from posttrain.rl.scoring import drop_reason, scored_group
+
+    built = []
+    for rewards in ((1.0, 0.0, 0.5, 0.0), (1.0, 1.0, 1.0, 1.0), (1.0, 0.0, None, None)):
+        prompt = _drawn()[0]
+        group = Group(0, prompt, tuple(_rollout(prompt, index) for index in range(4)))
+        scores = [Scored(None if reward is None else RewardResult(reward)) for reward in rewards]
+        scored = scored_group(group, scores, config)
+        built.append((scored.advantages, drop_reason(scored, config)))
+    return built
+
+
+def rl_loss(config: Any) -> Any:
+    """On tokens whose probability rose and fell, a little and a lot, with advantages of both signs."""
+    import torch
+
+    from posttrain.rl.losses import LOSSES, LossInputs
+
+    policy = [(0.9, 0.6), (0.3, 0.6), (0.5, 0.001), (0.5, 0.4), (0.4, 0.5), (0.1, 0.9), (0.62, 0.5)]
+    logprobs = torch.tensor([*policy, *policy]).log()
+    advantages = torch.tensor([1.0] * len(policy) + [-1.0] * len(policy))
+    outputs = LOSSES[config.loss.name](LossInputs(logprobs[:, 0], logprobs[:, 1], advantages), config.loss)
+    return outputs.loss_sum, outputs.denominator, outputs.metrics
+
+
+def rl_rates(config: Any) -> Any:
+    from posttrain.rl.trainer import learning_rate
+
+    return [learning_rate(config.optimizer, step, config.steps) for step in range(0, 40, 3)]
+
+
+def rl_controller(config: Any) -> Any:
+    from posttrain.rl.controller import Controller
+    from posttrain.sampling.client import Engines
+
+    engines = Engines(CONTEXT, config.model, config.engine, config.resources.rollout)  # not entered: nothing starts
+    unused: Any = None
+    controller = Controller(config, CONTEXT, engines, unused, unused, unused, (0,))
+    due = [version for version in range(200) if controller._checkpoint_is_due(version)]
+    room = [controller._queue.room(version, 0) for version in range(4)]
+    return _pool(controller._pool), controller._request(_drawn()[0]), controller._idle_limit, due, room
+
+
+def rl_allowed_gap(config: Any) -> Any:
+    from posttrain.rl.parity import allowed_gap
+
+    return allowed_gap(config)
+
+
+def rl_trainer(config: Any) -> Any:
+    """The trainer as its process makes it; its optimizer, its micro-batches, and how it clips gradients of one."""
+    import torch
+
+    from posttrain.rl.samples import TrainSample
+    from posttrain.rl.trainer import PolicyTrainer
+
+    threads = torch.get_num_threads()
+    trainer = PolicyTrainer(config, 0)
+    torch.set_num_threads(threads)
+    samples = [TrainSample((1,) * 30, (2,) * length, (-1.0,) * length, 1.0) for length in range(1, 60)]
+    parameters = [parameter for group in trainer._optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    trainer._clip_gradients()
+    optimizer = {name: trainer._optimizer.defaults[name] for name in ("lr", "betas", "weight_decay")}
+    batches = [len(batch) for batch in trainer._micro_batches(samples)]
+    first = trainer._model.state_dict()
+    return type(trainer._model).__name__, first, optimizer, batches, parameters[0].grad
+
+
+# --- base ---
+
+
+def base_rates(config: Any) -> Any:
+    from posttrain.base.worker import learning_rate_scale
+
+    return [learning_rate_scale(config, step) for step in range(config.steps)]
+
+
+def base_sets(config: Any) -> Any:
+    from posttrain.base.sets import draw_sets
+
+    return draw_sets(0, config.sets)
+
+
+def base_cached(config: Any) -> Any:
+    from posttrain.base.stage import _cache_entry
+
+    return bool(_cache_entry(config, 0))
+
+
+def _base_model(config: Any) -> Any:
+    from posttrain.base.model import build_model
+    from posttrain.base.tokenizer import build_tokenizer
+
+    return build_model(config.model, build_tokenizer(), config.balance_coefficient, 0)
+
+
+def base_model(config: Any) -> Any:
+    return _base_model(config).state_dict()
+
+
+def base_gradients(config: Any) -> Any:
+    """Of one short batch."""
+    from posttrain.base.corpus import Document
+    from posttrain.base.worker import _backward
+
+    model = _base_model(config).train()
+    batch = [Document(tuple(range(10 + index, 30 + index)), 8) for index in range(4)]
+    figures = _backward(model, batch, 5, config)
+    return figures, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def base_update(config: Any) -> Any:
+    """The weights after one update by gradients that are made up."""
+    import torch
+
+    from posttrain.base.muon import Muon
+    from posttrain.base.worker import _split_parameters, _update
+
+    model = _base_model(config)
+    matrices, others = _split_parameters(model)
+    muon, adam = Muon(matrices), torch.optim.AdamW(others)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    # Adam's first step is the same for gradients of any size, its second is not.
+    _update(model, muon, adam, config, 30)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    _update(model, muon, adam, config, 31)
+    return model.state_dict()
+
+
+def base_documents(config: Any) -> Any:
+    """The first batches of the first process."""
+    from posttrain.base.tokenizer import build_tokenizer
+    from posttrain.base.worker import _batches
+
+    return list(islice(_batches(config, 0, 0, build_tokenizer()), 4))
+
+
+# --- the pipeline ---
+
+
+def pipeline_jobs(config: Any) -> Any:
+    """Where the run goes, and what the process of each node is told."""
+    from posttrain.pipeline.decide import default_run_dir
+    from posttrain.pipeline.rundir import RunDir
+
+    pipeline = load_pipeline(config.model_dump())
+    folder = default_run_dir(pipeline)
+    jobs = [make_job(node, pipeline, RunDir("run")) for node in pipeline.nodes.values()]
+    return folder, [(job.name, job.kind.run, job.config, job.dir.name, job.seed, job.warm_engines) for job in jobs]
+
+
+MODEL_ENGINE, JUDGE_ENGINE = engine(lambda config: config.model), engine(lambda config: config.judge)
+
+BUILDERS: dict[str, tuple[Builder, ...]] = {
+    "base": (
+        resources_of("base"), base_rates, base_cached, base_sets, base_model, base_gradients, base_update,
+        base_documents,
+    ),
+    "filter": (resources_of("filter"), JUDGE_ENGINE, filter_requests, filter_split),
+    "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy),
+    "rl": (
+        resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
+        rl_controller, rl_draws, rl_trainer, MODEL_ENGINE,
+    ),
+    "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy),
+    "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),
+    "pipeline": (pipeline_jobs,),
+}  # fmt: skip

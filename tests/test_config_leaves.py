@@ -1,0 +1,251 @@
+"""No field is decoration: each leaf of every stage's config, set to another value, changes what the stage builds.
+
+The leaves are found in the schemas and their other values made from the types, so a new field is tested the day it is
+added: if no builder of its stage tells two values of it apart, or no second value exists, its test fails. The tables
+below hold what a type cannot say: paths that exist, and the settings under which a field matters at all.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+from config_leaves import Leaf, NoValueError, find_leaves, other_values, set_at
+from stage_builders import BUILDERS, Builder, outcome, write_inputs
+
+from posttrain.config.base import Config
+from posttrain.pipeline.config import PipelineConfig
+from posttrain.pipeline.kinds import KINDS, load_schema
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One schema and how its leaves are moved. Key patterns are those of fnmatch; the first that fits counts.
+
+    base: a small valid config. values: other values, where the type alone gives none that fits. given: settings under
+    which leaves matter. together: what must change along with a leaf to stay valid.
+    """
+
+    schema: type[Config]
+    builders: tuple[Builder, ...]
+    base: Mapping[str, Any]
+    values: Mapping[str, list[Any]] = field(default_factory=dict)
+    given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    together: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+MODEL = {"path": "model_a", "dtype": "float32"}
+ENGINE = {"max_model_len": 256}
+REWARD = {"name": "final_answer"}
+LENGTHS = {"max_length": 512, "batch_tokens": 512}
+INSTRUCTIONS = [{"text": "Be brief."}, {"text": "Take care."}]
+EVALUATION = {"model": MODEL, "data": {"path": "prompts_a.jsonl"}, "reward": REWARD}
+
+
+def files(name: str) -> list[Any]:
+    """One other file, and several: the two forms of a dataset's path."""
+    return [f"{name}_b.jsonl", [f"{name}_a.jsonl", f"{name}_b.jsonl"]]
+
+
+TABLE: dict[str, dict[str, Any]] = {
+    "base": {
+        "base": {
+            "steps": 60,
+            "processes": 1,
+            "model": {"hidden": 32, "layers": 2, "heads": 2, "head_dim": 16, "ffn": 48, "expert_ffn": 40},
+            "sets": {"sft": 5, "prompts": 5, "heldout": 5, "tune": 5},
+        },
+        "values": {"batch_tokens": [1024], "model.kv_heads": [2], "text.switch_at": [0.0]},
+    },
+    "filter": {
+        "base": {
+            "judge": MODEL,
+            "data": {"path": "sft_a.jsonl"},
+            "template": "Rate: {prompt} {response}",
+            "engine": ENGINE,
+        },
+        "values": {"judge.path": ["model_b"], "data.path": files("sft"), "max_prompt_tokens": [100]},
+        "given": {"long_rows": {"max_prompt_tokens": 100}},
+    },
+    "sft": {
+        "base": {"model": MODEL, "data": {"path": "sft_a.jsonl"}, **LENGTHS},
+        "values": {"model.path": ["model_b"], "data.path": files("sft"), "max_length": [100]},
+        "given": {
+            "batch_size": {"packing": False, "batch_tokens": None, "batch_size": 4},
+            "overlong": {"max_length": 100},
+        },
+        "together": {"packing": {"batch_tokens": None, "batch_size": 1}},
+    },
+    "rl": {
+        "base": {
+            "model": MODEL,
+            "prompts": {"path": "prompts_a.jsonl"},
+            "reward": REWARD,
+            "sampling": {"max_tokens": 16},
+            "engine": ENGINE,
+        },
+        "values": {
+            "model.path": ["model_b"],
+            "prompts.path": files("prompts"),
+            "mixture": [{"math": 3.0, "coding": 1.0}],
+            "micro_batch_tokens": [400],
+            "profile.band": [[0.4, 0.7], [0.1, 0.4]],
+        },
+        "given": {
+            "optimizer.warmup_steps": {"optimizer.schedule": "linear"},
+            "systems.instructions.*": {"systems.instructions": INSTRUCTIONS},
+            "loss.clip_*": {"loss.name": "grpo"},
+        },
+    },
+    "dpo": {
+        "base": {"model": MODEL, "pairs": {"path": "pairs_a.jsonl"}, "max_length": 512},
+        "values": {
+            "model.path": ["model_b"],
+            "pairs.path": files("pairs"),
+            "rollouts": ["rollouts_b"],
+            "max_length": [100],
+        },
+        "given": {
+            "rollouts": {"pairs": None, "rollouts": "rollouts_a"},
+            "mining.*": {"pairs": None, "rollouts": "rollouts_a"},
+            "overlong": {"max_length": 100},
+        },
+    },
+    "eval": {
+        "base": {**EVALUATION, "samples": 4, "k": 2, "sampling": {"max_tokens": 16}, "engine": ENGINE},
+        "values": {
+            "model.path": ["model_b"],
+            "data.path": files("prompts"),
+            "observe": [{"answered": "Answer: 0"}],
+            "exclude": [[{"path": "train_a.jsonl"}, {"path": "train_b.jsonl"}]],
+            "exclude.0.path": ["train_b.jsonl", ["train_a.jsonl", "train_b.jsonl"]],
+            "exclude.0.limit": [1],
+            "key_field": ["other"],
+        },
+        "given": {
+            "exclude.0.limit": {"exclude": [{"path": "train_b.jsonl"}], "key_field": "key"},
+            "exclude*": {"exclude": [{"path": "train_a.jsonl"}], "key_field": "key"},
+            "key_field": {"exclude": [{"path": "train_a.jsonl"}], "key_field": "key"},
+        },
+    },
+    "pipeline": {
+        "base": {"name": "p", "stages": [{"name": "first", "kind": "base", "config": {"steps": 5}}]},
+        "values": {
+            "stages.0.config": [{"steps": 6}, "first.yaml"],
+            "evaluate": [{"config": EVALUATION, "stages": ["first"]}],
+            "evaluate.config": [{**EVALUATION, "samples": 9}],
+            "evaluate.stages": [[]],
+        },
+        "given": {"evaluate.*": {"evaluate": {"config": EVALUATION, "stages": ["first"]}}},
+    },
+}
+
+
+def make_stage(name: str) -> Stage:
+    schema = PipelineConfig if name == "pipeline" else load_schema(KINDS[name])
+    return Stage(schema, BUILDERS[name], **TABLE[name])
+
+
+STAGES = {name: make_stage(name) for name in TABLE}
+
+
+def leaves_of(stage: Stage) -> list[Leaf]:
+    return list(find_leaves(stage.schema, stage.schema.model_validate(stage.base).model_dump()))
+
+
+def _entry(table: Mapping[str, Any], key: str, default: Any) -> Any:
+    return next((entry for pattern, entry in table.items() if fnmatchcase(key, pattern)), default)
+
+
+def _with(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    changed = dict(data)
+    for key, value in changes.items():
+        changed = set_at(changed, key, value)
+    return changed
+
+
+def pairs_of(stage: Stage, leaf: Leaf) -> list[tuple[Any, Config, Config]]:
+    """(the other value, the config that the leaf matters in, the same with the other value)."""
+    before = _with(_with(stage.base, leaf.given), _entry(stage.given, leaf.key, {}))
+    together = _with(before, _entry(stage.together, leaf.key, {}))
+    if leaf.key in stage.together:
+        values = [not stage.schema.model_validate(before).model_dump()[leaf.key]]
+    else:
+        values = _entry(stage.values, leaf.key, None) or other_values(leaf, stage.schema, before)
+    read = stage.schema.model_validate
+    return [(value, read(before), read(set_at(together, leaf.key, value))) for value in values]
+
+
+_built: dict[tuple[Builder, str], Any] = {}
+
+
+def build(builder: Builder, config: Config) -> Any:
+    """What a builder makes of a config; made once for the configs that many leaves are compared with."""
+    key = (builder, config.model_dump_json())
+    if key not in _built:
+        _built[key] = outcome(builder, config)
+    return _built[key]
+
+
+def unread_values(stage: Stage, leaf: Leaf) -> list[Any]:
+    """The other values of a leaf that no builder tells from the one it had."""
+    return [
+        value
+        for value, before, after in pairs_of(stage, leaf)
+        if all(build(builder, before) == build(builder, after) for builder in stage.builders)
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[None]:
+    """The configs name their inputs relative to a folder that holds them."""
+    folder, start = tmp_path_factory.mktemp("leaves"), Path.cwd()
+    write_inputs(folder, tiny_model)
+    os.chdir(folder)
+    yield
+    os.chdir(start)
+
+
+def test_every_kind_of_stage_is_here():
+    assert set(STAGES) == {*KINDS, "pipeline"}
+
+
+@pytest.mark.parametrize(
+    ("name", "leaf"),
+    [pytest.param(name, leaf, id=f"{name}-{leaf.key}") for name, stage in STAGES.items() for leaf in leaves_of(stage)],
+)
+def test_a_leaf_changes_what_is_built(name: str, leaf: Leaf):
+    assert unread_values(STAGES[name], leaf) == [], f"nothing that {name} builds depends on {leaf.key}"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_equal_configs_build_the_same(name: str):
+    """Else a leaf could seem to be read when a builder merely differs from call to call."""
+    stage = STAGES[name]
+    for builder in stage.builders:
+        first, second = (outcome(builder, stage.schema.model_validate(stage.base)) for _ in range(2))
+        assert first == second, builder.__name__
+        assert not (isinstance(first, list) and first[:1] == ["refused"]), f"{builder.__name__}: {first}"
+
+
+def _extended(name: str, annotation: Any, default: Any) -> tuple[Stage, Leaf]:
+    stage = STAGES[name]
+    body = {"__annotations__": {"ornament": annotation}, "ornament": default, "__module__": __name__}
+    stage = replace(stage, schema=type("Ornate", (stage.schema,), body))
+    return stage, next(leaf for leaf in leaves_of(stage) if leaf.key == "ornament")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_field_that_nothing_reads_is_found(name: str):
+    stage, leaf = _extended(name, int | None, None)
+    assert unread_values(stage, leaf) == [1]
+
+
+@pytest.mark.parametrize("annotation", [tuple[int, ...], bytes])
+def test_a_field_without_another_value_is_found(annotation: Any):
+    stage, leaf = _extended("filter", annotation, None)
+    with pytest.raises(NoValueError, match="ornament"):
+        unread_values(stage, leaf)
