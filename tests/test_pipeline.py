@@ -313,6 +313,8 @@ def test_more_than_there_is_cannot_start(tmp_path: Path):
         "a.resources: asks for 6 CPUs (trainer 3 × 2), but there are 4; lower resources or join a larger cluster",
         "a.resources: asks for 3 GPUs (trainer 3 × 1), but there are 0; lower resources or join a larger cluster",
     ]
+    with pytest.raises(ConfigError, match="asks for 6 CPUs"):
+        check_fits(plan, "p.yaml", cpus=5.5, gpus=3)
     check_fits(plan, "p.yaml", cpus=6, gpus=3)
 
 
@@ -412,6 +414,7 @@ def test_from_runs_it_and_what_needs_it_again_and_takes_the_rest_as_it_is(place:
     made = pipeline(*CHAIN, stage("d", add=4))
     finish(made, place, "a", "b", "c", "d")
     assert actions(made, place, start_from="b") == {"a": "skip", "b": "run", "c": "run", "d": "skip"}
+    assert actions(made, place, start_from="a") == {"a": "run", "b": "run", "c": "run", "d": "skip"}
     changed = pipeline(stage("a", add=5), *CHAIN[1:], stage("d", add=4))
     decisions = decide(changed, place, start_from="b")
     assert decisions["a"].action == "skip"
