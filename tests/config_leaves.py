@@ -91,7 +91,7 @@ def _candidates(annotation: Any, current: Any) -> Iterator[Any]:
         elif _is_section(option):
             yield minimal(option)
         elif origin is list:
-            items = list(current or [])
+            items = list(current) if isinstance(current, list) else []
             yield items[:-1]
             yield [*items, _first(get_args(option)[0])]
         elif origin is dict:
