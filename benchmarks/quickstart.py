@@ -1,0 +1,82 @@
+"""The quick start, whole and from nothing, once a seed: time, memory, accuracy after each stage, overlap.
+
+    python benchmarks/quickstart.py [--seeds 0,1,2] [--json FILE]
+
+Each seed trains its own base (no cache) and runs every stage and evaluation. Accuracies are on the held-out set, which no
+setting was chosen on. Overlap is that of generation and training between the first and the last optimizer step.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from posttrain.metrics.jsonl import read_jsonl
+from posttrain.report.busy import measure_overlap
+
+STAGES = ("base", "sft", "rl", "dpo")
+
+
+def run_seed(seed: int) -> dict[str, Any]:
+    """One whole run; returns its figures."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        command = [sys.executable, "-m", "posttrain.cli.main", "run", "quickstart", f"seed={seed}"]
+        environment = {**os.environ, "POSTTRAIN_CACHE": str(Path(scratch) / "cache")}
+        subprocess.run([*command, "--run-dir", str(folder)], check=True, env=environment, stdout=subprocess.DEVNULL)
+        summary = json.loads((folder / "summary.json").read_text())
+        overlap = measure_overlap([event for event in read_jsonl(folder / "events.jsonl") if event["stage"] == "rl"])
+        assert overlap is not None
+        return {
+            "seed": seed,
+            "wall_s": summary["wall_s"],
+            "peak_rss_gib": summary["peak_rss_gib"],
+            "stages_s": {stage["name"]: stage["wall_s"] for stage in summary["stages"]},
+            "greedy": {name: summary["eval"][name]["all"]["greedy"] for name in STAGES},
+            "greedy_ci95": {name: summary["eval"][name]["all"]["greedy_ci95"] for name in STAGES},
+            "pass@k": {name: summary["eval"][name]["all"]["pass@k"] for name in STAGES},
+            "gain_points": 100 * (summary["eval"]["rl"]["all"]["greedy"] - summary["eval"]["sft"]["all"]["greedy"]),
+            "t_gen_s": overlap.gen_s,
+            "t_train_s": overlap.train_s,
+            "overlap_s": overlap.both_s,
+            "overlap_share": overlap.share,
+            "overlap_goal": overlap.goal,
+            "versions": summary["versions"],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    runs: list[dict[str, Any]] = []
+    print(f"{'seed':>6} {'wall':>6} {'GiB':>5} {'base':>6} {'sft':>6} {'rl':>6} {'dpo':>6} {'gain':>6}  overlap (goal)")
+    for seed in map(int, arguments.seeds.split(",")):
+        run = run_seed(seed)
+        runs.append(run)
+        accuracies = " ".join(f"{run['greedy'][name]:6.1%}" for name in STAGES)
+        print(
+            f"{seed:6d} {run['wall_s']:6.0f} {run['peak_rss_gib']:5.1f} {accuracies} {run['gain_points']:6.1f}  "
+            f"{run['overlap_s']:.0f} s of T_gen {run['t_gen_s']:.0f}, T_train {run['t_train_s']:.0f}: "
+            f"{run['overlap_share']:.2f} ({run['overlap_goal']:.2f})",
+            flush=True,
+        )
+    medians = {
+        name: median(run[name] for run in runs) for name in ("wall_s", "peak_rss_gib", "gain_points", "overlap_share")
+    }
+    medians |= {f"greedy_{name}": median(run["greedy"][name] for run in runs) for name in STAGES}
+    print("median " + "  ".join(f"{name} {value:.3g}" for name, value in medians.items()))
+    if arguments.json:
+        result = {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "median": medians, "runs": runs}
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
