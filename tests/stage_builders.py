@@ -218,6 +218,12 @@ def sft_arguments(config: Any) -> Any:
     return build_arguments(config, Path("stage"), 0).to_dict()
 
 
+def sft_packing(config: Any) -> Any:
+    from posttrain.sft.stage import build_arguments
+
+    return build_arguments(config, Path("stage"), 0).packing
+
+
 def sft_examples(config: Any) -> Any:
     from posttrain.sft.stage import prepare
 

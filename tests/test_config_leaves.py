@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from config_leaves import Leaf, NoValueError, find_leaves, other_values, set_at
-from stage_builders import BUILDERS, Builder, outcome, write_inputs
+from stage_builders import BUILDERS, Builder, outcome, sft_packing, write_inputs
 
 from posttrain.config.base import Config
 from posttrain.pipeline.config import PipelineConfig
@@ -26,7 +26,8 @@ class Stage:
     """One schema and how its leaves are moved. Key patterns are those of fnmatch; the first that fits counts.
 
     base: a small valid config. values: other values, where the type alone gives none that fits. given: settings under
-    which leaves matter. together: what must change along with a leaf to stay valid.
+    which leaves matter. together: what must change along with a leaf to stay valid, and the builder that shows the leaf
+    apart from that.
     """
 
     schema: type[Config]
@@ -34,7 +35,7 @@ class Stage:
     base: Mapping[str, Any]
     values: Mapping[str, list[Any]] = field(default_factory=dict)
     given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    together: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    together: Mapping[str, tuple[Mapping[str, Any], Builder]] = field(default_factory=dict)
 
 
 MODEL = {"path": "model_a", "dtype": "float32"}
@@ -77,7 +78,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "batch_size": {"packing": False, "batch_tokens": None, "batch_size": 4},
             "overlong": {"max_length": 100},
         },
-        "together": {"packing": {"batch_tokens": None, "batch_size": 1}},
+        "together": {"packing": ({"batch_tokens": None, "batch_size": 1, "packing": False}, sft_packing)},
     },
     "rl": {
         "base": {
@@ -107,8 +108,10 @@ TABLE: dict[str, dict[str, Any]] = {
             "pairs.path": files("pairs"),
             "rollouts": ["rollouts_b"],
             "max_length": [100],
+            "nll_weight": [0.2, 0.0],
         },
         "given": {
+            "nll_weight": {"nll_weight": 0.1},
             "rollouts": {"pairs": None, "rollouts": "rollouts_a"},
             "mining.*": {"pairs": None, "rollouts": "rollouts_a"},
             "overlong": {"max_length": 100},
@@ -169,14 +172,18 @@ def _with(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 def pairs_of(stage: Stage, leaf: Leaf) -> list[tuple[Any, Config, Config]]:
     """(the other value, the config that the leaf matters in, the same with the other value)."""
-    before = _with(_with(stage.base, leaf.given), _entry(stage.given, leaf.key, {}))
-    together = _with(before, _entry(stage.together, leaf.key, {}))
-    if leaf.key in stage.together:
-        values = [not stage.schema.model_validate(before).model_dump()[leaf.key]]
-    else:
-        values = _entry(stage.values, leaf.key, None) or other_values(leaf, stage.schema, before)
     read = stage.schema.model_validate
-    return [(value, read(before), read(set_at(together, leaf.key, value))) for value in values]
+    before = _with(_with(stage.base, leaf.given), _entry(stage.given, leaf.key, {}))
+    if leaf.key in stage.together:
+        changes, _ = stage.together[leaf.key]
+        return [(changes[leaf.key], read(before), read(_with(before, changes)))]
+    pairs = []
+    for value in _entry(stage.values, leaf.key, None) or other_values(leaf, stage.schema, before):
+        after = read(set_at(before, leaf.key, value))
+        # A section given in part must not lose the defaults that it has when it is not given at all.
+        assert after == read(set_at(read(before).model_dump(), leaf.key, value)), f"{leaf.key} changes other fields"
+        pairs.append((value, read(before), after))
+    return pairs
 
 
 _built: dict[tuple[Builder, str], Any] = {}
@@ -192,10 +199,11 @@ def build(builder: Builder, config: Config) -> Any:
 
 def unread_values(stage: Stage, leaf: Leaf) -> list[Any]:
     """The other values of a leaf that no builder tells from the one it had."""
+    builders = (stage.together[leaf.key][1],) if leaf.key in stage.together else stage.builders
     return [
         value
         for value, before, after in pairs_of(stage, leaf)
-        if all(build(builder, before) == build(builder, after) for builder in stage.builders)
+        if all(build(builder, before) == build(builder, after) for builder in builders)
     ]
 
 
