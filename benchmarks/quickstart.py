@@ -2,8 +2,8 @@
 
     python benchmarks/quickstart.py [--seeds 0,1,2] [--json FILE]
 
-Each seed trains its own base (no cache) and runs every stage and evaluation. Accuracies are on the held-out set, which no
-setting was chosen on. Overlap is that of generation and training between the first and the last optimizer step.
+Each seed trains its own base (no cache) and runs every stage and evaluation. Accuracies are on the held-out set, on
+which no setting was chosen. Overlap: of generation and training, between the first and the last optimizer step.
 """
 
 import argparse

@@ -42,7 +42,7 @@ HABITS: dict[str, Habit] = {
     "sum": Habit(worked=0.2, careless=0.05),
     "code": Habit(worked=0.2, careless=0.05),
     "sort": Habit(worked=0.2, careless=0.35),
-    "string": Habit(worked=0.75, careless=1.0),
+    "string": Habit(worked=0.9, careless=1.0),
     "countdown": Habit(worked=0.2, careless=0.7),
 }
 
