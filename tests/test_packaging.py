@@ -133,3 +133,33 @@ def run_in_wheel(installed_wheel: Path, folder: Path, code: str) -> str:
     done = subprocess.run([python, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_without_vllm_the_core_says_what_is_missing(built_wheel: Path, tmp_path: Path) -> None:
+    """A real environment that holds everything but vLLM: one line, before anything starts."""
+    import sys
+    import sysconfig
+    import venv
+
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    site_packages = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if (
+            not entry.name.startswith(("vllm", "posttrain", "__editable__"))
+            and not (site_packages / entry.name).exists()
+        ):
+            (site_packages / entry.name).symlink_to(entry)
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*command, str(built_wheel)], check=True, capture_output=True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = subprocess.run(
+        [str(python.with_name("posttrain")), "run", "quickstart"], cwd=empty, capture_output=True, text=True
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
+    assert "vllm" in said.lower()
+    assert "pip install" in said
+    assert "Traceback" not in said
+    assert not list(empty.rglob("DONE"))
