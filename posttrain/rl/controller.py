@@ -197,6 +197,7 @@ class Controller:
         # Two segments are written in turn: the engines must have taken the last version before the next is written.
         await self._finish_update()
         self._update = asyncio.create_task(self._update_engines(result["manifest"], step + 1))
+        self._update.add_done_callback(self._done)  # a failed update ends the run instead of leaving it waiting
         for scored in batch:
             self._archive.add(scored, step, step, "trained")
         self._archive.write(step)
