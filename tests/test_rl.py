@@ -11,12 +11,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
+from ray.exceptions import RayActorError
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
@@ -165,6 +168,31 @@ def test_stops_when_nothing_teaches(ray_session, tiny_model, tmp_path):
     config = make_config(tmp_path, tiny_model, rows_of(["math"], flat=True), stop_after_idle_steps=2)
     with pytest.raises(StageError, match="groups in a row taught nothing"):
         run_stage(config, tmp_path / "rl", warm=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_killed_engine_ends_the_run_instead_of_leaving_it_waiting(ray_session, tiny_model, tmp_path):
+    """SIGKILL of the engine's process while groups are in flight: the error comes at once."""
+    config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=1000)
+    killed = []
+
+    def kill_engine():
+        while not (tmp_path / "rl" / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        for process in psutil.process_iter(["cmdline"]):
+            if "EngineActor" in " ".join(process.info["cmdline"] or []):
+                process.kill()
+                killed.append(process.pid)
+
+    killer = threading.Thread(target=kill_engine, daemon=True)
+    killer.start()
+    with pytest.raises(RayActorError):
+        run_stage(config, tmp_path / "rl", warm=False)
+    assert killed
+    assert not (tmp_path / "rl" / "model").exists()
+    steps = [line["step"] for line in read_jsonl(tmp_path / "rl" / "metrics.jsonl")]
+    assert steps == list(range(len(steps)))
 
 
 @pytest.mark.slow

@@ -47,7 +47,8 @@ class PolicyTrainer:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cpu":
             torch.set_num_threads(max(1, int(config.resources.trainer.cpus)))
-        self._model: Any = load_policy(config.model).to(self._device)
+        model: Any = load_policy(config.model)
+        self._model = model.to(self._device)
         self._tokenizer = load_tokenizer(config.model.path)
         self._pad_id = 0  # any id: padding is to the right, where no reply token sees it
         self._optimizer = self._make_optimizer()

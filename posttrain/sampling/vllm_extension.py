@@ -79,7 +79,8 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def receive_weights(self, update_info: ShmUpdateInfo, *args: Any, **kwargs: Any) -> None:
         """Load every tensor of the source; vLLM's own loader shards and fuses as for a checkpoint."""
-        self.model.load_weights(open_weights(update_info.source))
+        model: Any = self.model
+        model.load_weights(open_weights(update_info.source))
 
     def finish_weight_update(self) -> None:
         """Bring the layers into the layout that the kernels read."""
