@@ -85,11 +85,11 @@ def ray_session() -> Iterator[RaySession]:
 def _connect(session: RaySession, address: str) -> None:
     import ray
 
+    if not session.local:
+        _check_reachable(address)
     if ray.is_initialized():
         raise UserError("Ray is already initialised in this process; call ray.shutdown() before running a pipeline")
     _reread_environment()
-    if not session.local:
-        _check_reachable(address)
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     if session.local:
         options |= {"num_cpus": local_cpus(), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
