@@ -180,8 +180,8 @@ def test_killed_engine_ends_the_run_instead_of_leaving_it_waiting(ray_session, t
     def kill_engine():
         while not (tmp_path / "rl" / "metrics.jsonl").exists():
             time.sleep(0.05)
-        for process in psutil.process_iter(["cmdline"]):
-            if "EngineActor" in " ".join(process.info["cmdline"] or []):
+        for process in psutil.Process().children(recursive=True):
+            if "EngineActor" in " ".join(process.cmdline()):
                 process.kill()
                 killed.append(process.pid)
 
