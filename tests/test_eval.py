@@ -262,7 +262,7 @@ def test_greedy_replies_are_the_models_own(tmp_path: Path, tiny_model: Path, ray
     config, context = _stage(tmp_path, tiny_model, ("math",), samples=0)
     prompts = evaluate(config, context)
     model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
-    eos = model.config.eos_token_id  # an engine stops at these too
+    eos = model.generation_config.eos_token_id  # an engine stops at these too
     ends = {*end_token_ids(tokenizer), *(eos if isinstance(eos, list) else [eos])}
     for item in prompts:
         ids = render_prompt(tokenizer, item.row.messages)
