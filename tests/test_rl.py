@@ -5,6 +5,7 @@ raise it.
 """
 
 import itertools
+import contextlib
 import json
 import os
 import signal
@@ -181,9 +182,10 @@ def test_killed_engine_ends_the_run_instead_of_leaving_it_waiting(ray_session, t
         while not (tmp_path / "rl" / "metrics.jsonl").exists():
             time.sleep(0.05)
         for process in psutil.Process().children(recursive=True):
-            if "EngineActor" in " ".join(process.cmdline()):
-                process.kill()
-                killed.append(process.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended by itself
+                if "EngineActor" in " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
 
     killer = threading.Thread(target=kill_engine, daemon=True)
     killer.start()
