@@ -4,8 +4,8 @@ The reward asks for nothing a random policy could know: the share of even token 
 raise it.
 """
 
-import itertools
 import contextlib
+import itertools
 import json
 import os
 import signal
