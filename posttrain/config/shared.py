@@ -57,8 +57,33 @@ class ActorResources(Config):
     gpus: Annotated[float, Field(ge=0)] = 0.0
 
 
+class ParallelConfig(Config):
+    """A training spread over processes, each with a DeepSpeed engine; the stage starts them itself."""
+
+    processes: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Ranks. Each takes its own rows, so a step trains on that many times the rows."
+    )
+    expert: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Ranks that share one copy of the experts; it divides processes and the experts."
+    )
+    zero: Annotated[int, Field(ge=0, le=3)] = Field(
+        default=1, description="What ranks divide among them: 1 optimizer state, 2 gradients too, 3 weights too."
+    )
+    offload: Literal["none", "optimizer"] = Field(
+        default="none", description="Keep optimizer state and its step on the CPU; needs zero of 1 to 3."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ParallelConfig":
+        if self.processes % self.expert:
+            raise ValueError(f"expert: got {self.expert}, which does not divide processes {self.processes}")
+        if self.offload != "none" and self.zero == 0:
+            raise ValueError("offload: optimizer needs zero: 1, 2 or 3 (with 0 no state is divided or moved)")
+        return self
+
+
 class TrainerResources(Config):
-    """What the one training process of a stage asks of the Ray cluster."""
+    """What each training process of a stage asks of the Ray cluster."""
 
     cpus: Annotated[float, Field(ge=0)] = 1.0
     gpus: Annotated[float, Field(ge=0)] = 0.0
@@ -67,13 +92,8 @@ class TrainerResources(Config):
     @classmethod
     def _at_most_one(cls, gpus: float) -> float:
         if gpus > 1:
-            raise ValueError("training runs in one process with at most one GPU")
+            raise ValueError("a training process uses at most one GPU; more GPUs: parallel.processes")
         return gpus
-
-    @property
-    def workers(self) -> int:
-        """Always one."""
-        return 1
 
 
 class EngineConfig(Config):

@@ -151,7 +151,7 @@ class NativeLlama4Model(_NativeLlama4):
         """Return what the routers did and the hidden states (only the last, normalised, unless `keep_all`)."""
         routings: list[Routing] = []
         hidden_states = [x_BSD] if keep_all else []
-        moe_layers = [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoE)]
+        moe_layers: list[Any] = [layer.feed_forward for layer in self.layers if layer.is_moe]
         self._check_replay(routed_experts, x_BSD)
         replay = iter(()) if routed_experts is None else iter(routed_experts.unbind(2))
         for moe in moe_layers:

@@ -1,0 +1,115 @@
+"""Expert parallelism for the native model, by DeepSpeed's AutoEP.
+
+AutoEP replaces each `MoE` by a layer that holds this rank's share of the experts and exchanges tokens with the other
+ranks. What it must be told, and what it lacks, is here: the preset that says what Llama 4's experts look like, and
+`adopt`, which gives the replaced layers what the native ones have (fp32 router, router replay, recorded routings).
+
+Importing this module imports DeepSpeed. Left out: tensor parallelism of experts.
+
+Shapes: T tokens, E experts of all ranks, K experts a token.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.module_inject.auto_ep_presets import registry
+from deepspeed.module_inject.auto_ep_presets.base import AutoEPPresetAdapter, MoEModelPreset
+from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+from torch import nn
+
+from posttrain.model.moe import Routing
+
+PRESET = "posttrain_llama4"
+
+
+class _Adapter(AutoEPPresetAdapter):
+    def resolve_route_norm(self, config: Any, preset: Any, model_config: Any) -> bool:
+        return False  # each score is a sigmoid of its own logit; Llama 4 does not normalise over the chosen
+
+
+def register_preset() -> None:
+    """Let AutoEP find the native model's mixture-of-experts layers, and compute what they compute."""
+    registry._PRESET_ADAPTERS[PRESET] = _Adapter()
+    registry.PRESET_MODELS[PRESET] = MoEModelPreset(
+        moe_layer_pattern=r".*layers\.\d+\.feed_forward",
+        router_pattern="router",
+        experts_pattern="experts",
+        expert_storage="fused_3d",
+        expert_w1="gate_up_proj",
+        expert_w2="down_proj",
+        expert_w3=None,
+        num_experts_attr="num_local_experts",
+        top_k_attr="num_experts_per_tok",
+        score_func="sigmoid",
+        score_apply="pre",
+        route_norm=False,
+        gate_bias=False,
+        has_shared_experts=True,
+        shared_experts_pattern="shared_expert",
+        preset_adapter=PRESET,
+        hf_model_types=(),
+    )
+
+
+class ExpertParallelRouter(TokenChoiceTopKRouter):
+    """AutoEP's router with the native one's numbers: logits in fp32, chosen by logit (a sigmoid saturates)."""
+
+    replay_TK: torch.Tensor | None
+    recorder: list[Routing] | None
+
+    def forward(
+        self, x: torch.Tensor, expert_bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [T, D] -> scores [T, K], expert ids [T, K], tokens of each expert [E] (int32)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        logits_TE = F.linear(x.to(dtype), self.gate.weight.to(dtype))
+        if self.replay_TK is None:
+            chosen_TK, ids_TK = logits_TE.topk(self.top_k, dim=-1)
+        else:
+            ids_TK = self.replay_TK
+            chosen_TK = logits_TE.gather(-1, ids_TK)
+        if self.recorder is not None:
+            self.recorder.append(Routing(logits_TE, ids_TK))
+        counts_E = torch.bincount(ids_TK.flatten(), minlength=self.num_experts).to(torch.int32)
+        return torch.sigmoid(chosen_TK), ids_TK, counts_E
+
+
+class ExpertParallelMoE(AutoEPMoELayer):
+    """AutoEP's layer with the native `MoE`'s signature and recorder."""
+
+    router: ExpertParallelRouter
+
+    @property
+    def recorder(self) -> list[Routing] | None:
+        """As `MoE.recorder`."""
+        return self.router.recorder
+
+    @recorder.setter
+    def recorder(self, value: list[Routing] | None) -> None:
+        self.router.recorder = value
+
+    def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden_states [B, S, D] -> [B, S, D]. `expert_ids` [B, S, K] replays a choice of experts."""
+        self.router.replay_TK = None if expert_ids is None else expert_ids.reshape(-1, self.top_k)
+        try:
+            out = super().forward(hidden_states)
+        finally:
+            self.router.replay_TK = None
+        assert isinstance(out, torch.Tensor)  # the preset asks for no router logits beside it
+        return out
+
+
+def adopt(model: nn.Module) -> int:
+    """Turn the layers that AutoEP has put into a model into ours, with the weights they hold; returns how many.
+
+    The class is changed in place: AutoEP makes its layers inside `deepspeed.initialize`, from a fixed class.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, AutoEPMoELayer)]
+    for layer in layers:
+        layer.__class__ = ExpertParallelMoE
+        layer.router.__class__ = ExpertParallelRouter
+        layer.router.replay_TK = None
+        layer.router.recorder = None
+    return len(layers)

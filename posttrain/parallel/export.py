@@ -1,0 +1,108 @@
+"""A model folder written from the whole tensors of an engine, shard by shard.
+
+Every rank takes part in reading; rank 0 writes, and holds one shard at most beside its own part of the model. The
+folder is written beside its path and renamed into place: a reader sees all of it or none.
+"""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from posttrain.parallel.tensors import WholeTensor, gathered, in_shards, read_weights, whole_tensors
+
+SHARD_BYTES = 4 << 30
+WEIGHTS = "model.safetensors"
+
+
+def export_model(
+    model: nn.Module, config: Any, architecture: str, tokenizer: Any, path: str | Path, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Write a Hugging Face folder with every weight of a model that ranks hold in parts. Collective.
+
+    model: an engine's module. config: its transformers config, and `architecture` the class that config.json is to
+    name. Returns `path` on every rank, once the folder is there.
+    """
+    target = Path(path)
+    shards = in_shards(whole_tensors(model), shard_bytes)
+    aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    if _is_writer():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+    names = _shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        held = {
+            item.name: value.detach().to("cpu", copy=True).contiguous()
+            for item, value in read_weights(shard)
+            if _is_writer()
+        }
+        if held:
+            _save(held, aside / name)
+    if _is_writer():
+        _write_rest(aside, config, architecture, tokenizer, dict(zip(names, shards, strict=True)))
+        _replace(aside, target)
+    barrier()
+    return target
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add every adapter into the weight that it adapts. Collective; training cannot go on afterwards."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            with torch.no_grad(), gathered(tuple(module.parameters()), changed=True):
+                module.merge()
+
+
+def barrier() -> None:
+    """Wait for every rank; nothing for one process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _is_writer() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [WEIGHTS]
+    return [f"model-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _write_rest(
+    folder: Path, config: Any, architecture: str, tokenizer: Any, shards: dict[str, list[WholeTensor]]
+) -> None:
+    own = copy.deepcopy(config)
+    own.architectures = [architecture]
+    own.dtype = next(iter(shards.values()))[0].dtype
+    own.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(item.num_bytes for shard in shards.values() for item in shard)},
+            "weight_map": {item.name: name for name, shard in shards.items() for item in shard},
+        }
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _replace(aside: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

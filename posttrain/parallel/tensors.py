@@ -1,0 +1,153 @@
+"""Whole tensors out of an engine and into it, one at a time, whatever divides them: ZeRO, expert parallelism or both.
+
+A `WholeTensor` is one tensor as a Hugging Face folder names and shapes it, and the parameters of this rank that it is
+made of. Reading one is collective: every rank reads the same tensors in the same order, and each gets the whole.
+No more than one whole tensor is held at a time.
+Shapes: E experts, L experts of this rank, D hidden, I expert width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+Read = Callable[[nn.Parameter], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class WholeTensor:
+    """name, shape and dtype of the whole, and this rank's `parameters` that it is made of.
+
+    `join(read)` makes the whole of what `read` gives for each of them; `split` cuts a whole into what each would hold.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parameters: tuple[nn.Parameter, ...]
+    join: Callable[[Read], torch.Tensor]
+    split: Callable[[torch.Tensor], list[torch.Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole in its own dtype."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def whole_tensors(model: nn.Module) -> list[WholeTensor]:
+    """Every weight of a model, as a folder holds it, all experts included. Adapters must have been merged before."""
+    return [item for item in _tensors(model) if ".lora_" not in item.name]
+
+
+def trained_tensors(model: nn.Module) -> list[WholeTensor]:
+    """What an optimizer moves: every parameter with a gradient, adapters by themselves."""
+    return [item for item in _tensors(model) if any(parameter.requires_grad for parameter in item.parameters)]
+
+
+def in_shards(items: list[WholeTensor], limit: int) -> list[list[WholeTensor]]:
+    """Split into runs of at most `limit` bytes; a tensor that is larger stands alone."""
+    shards: list[list[WholeTensor]] = [[]]
+    size = 0
+    for item in items:
+        if shards[-1] and size + item.num_bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.num_bytes
+    return shards
+
+
+def read_weights(items: list[WholeTensor]) -> Iterator[tuple[WholeTensor, torch.Tensor]]:
+    """Each tensor with its value, in the dtype that it is trained in. Collective."""
+    for item in items:
+        with torch.no_grad(), gathered(item.parameters):
+            yield item, item.join(lambda parameter: parameter.detach())
+
+
+@contextmanager
+def gathered(parameters: tuple[nn.Parameter, ...], changed: bool = False) -> Iterator[None]:
+    """Within, parameters that ZeRO-3 divides are whole on every rank. `changed`: keep what rank 0 makes of them."""
+    divided = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not divided:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(divided, modifier_rank=0 if changed else None):
+        yield
+
+
+# ------------------------------------------------------------------ what a model's tensors are
+
+
+def _tensors(model: nn.Module) -> list[WholeTensor]:
+    divided: dict[str, Any] = {prefix: module for prefix, module in model.named_modules() if _is_divided(module)}
+    experts = {id(parameter) for module in divided.values() for parameter in module.experts.parameters()}
+    plain = [
+        _plain(_folder_name(name), parameter)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in experts
+    ]
+    return plain + [item for prefix, module in divided.items() for item in _expert_tensors(prefix, module)]
+
+
+def _is_divided(module: nn.Module) -> Any:
+    """True for a layer whose experts are divided among ranks by AutoEP."""
+    return hasattr(module, "num_local_experts") and hasattr(module, "ep_group_name")
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _plain(name: str, parameter: nn.Parameter) -> WholeTensor:
+    return WholeTensor(
+        name, _shape(parameter), parameter.dtype, (parameter,), lambda read: read(parameter), lambda whole: [whole]
+    )
+
+
+def _folder_name(name: str) -> str:
+    """The name in a model folder of what a wrapper of ours, peft or AutoEP has renamed."""
+    for added in ("policy.", "base_model.model."):
+        name = name.removeprefix(added)
+    name = name.replace(".base_layer", "")
+    return name.replace(".router.gate.weight", ".router.weight").replace(".shared_experts.", ".shared_expert.")
+
+
+def _expert_tensors(prefix: str, layer: Any) -> list[WholeTensor]:
+    """gate_up_proj [E, D, 2 I] and down_proj [E, I, D] from w1 (gate) [L, I, D], w3 (up) and w2 (down) [L, D, I]."""
+    from deepspeed.utils.groups import _get_expert_parallel_group
+
+    group, rank = _get_expert_parallel_group(layer.ep_group_name), layer.ep_rank
+    w1, w2, w3 = layer.experts.w1, layer.experts.w2, layer.experts.w3
+    own, width, hidden = _shape(w1)
+    mine = slice(rank * own, (rank + 1) * own)
+
+    def all_experts(part: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(part) for _ in range(layer.ep_size)]
+        dist.all_gather(parts, part.contiguous(), group=group)
+        return torch.cat(parts)
+
+    def join_gate_up(read: Read) -> torch.Tensor:
+        return all_experts(torch.cat([read(w1), read(w3)], dim=1).transpose(1, 2).contiguous())
+
+    def split_gate_up(whole: torch.Tensor) -> list[torch.Tensor]:
+        gate, up = whole[mine].transpose(1, 2).chunk(2, dim=1)
+        return [gate.contiguous(), up.contiguous()]
+
+    def join_down(read: Read) -> torch.Tensor:
+        return all_experts(read(w2).transpose(1, 2).contiguous())
+
+    def split_down(whole: torch.Tensor) -> list[torch.Tensor]:
+        return [whole[mine].transpose(1, 2).contiguous()]
+
+    name = _folder_name(f"{prefix}.experts")
+    return [
+        WholeTensor(f"{name}.gate_up_proj", (layer.num_experts, hidden, 2 * width), w1.dtype, (w1, w3),
+                    join_gate_up, split_gate_up),
+        WholeTensor(f"{name}.down_proj", (layer.num_experts, width, hidden), w2.dtype, (w2,), join_down, split_down),
+    ]  # fmt: skip
