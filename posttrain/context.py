@@ -48,3 +48,18 @@ class StageContext:
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line to the stage's metrics.jsonl."""
         append_jsonl(self.dir / "metrics.jsonl", {"step": step, "t": time.time(), **values})
+
+
+class QuietContext(StageContext):
+    """What every rank but the first is given: it has the stage's folder and seed, and says nothing."""
+
+    @classmethod
+    def of(cls, context: StageContext) -> "QuietContext":
+        """The quiet one of a stage."""
+        return cls(context.name, context.dir, context.events, context.seed, context.warm_engines)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Nothing."""
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""

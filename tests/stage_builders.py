@@ -212,16 +212,30 @@ def filter_split(config: Any) -> Any:
 # --- sft and dpo ---
 
 
+def engine_settings(config: Any) -> Any:
+    """DeepSpeed's configuration, and how many processes it is for."""
+    from posttrain.parallel.engine import deepspeed_config
+
+    if config.parallel is None:
+        return None
+    return config.parallel.processes, deepspeed_config(config.parallel, config.optimizer, config.model.dtype)
+
+
+def _alone(config: Any) -> Any:
+    """Arguments that name an engine can be made in a rank only."""
+    return config.model_copy(update={"parallel": None})
+
+
 def sft_arguments(config: Any) -> Any:
     from posttrain.sft.stage import build_arguments
 
-    return build_arguments(config, Path("stage"), 0).to_dict()
+    return build_arguments(_alone(config), Path("stage"), 0).to_dict()
 
 
 def sft_packing(config: Any) -> Any:
     from posttrain.sft.stage import build_arguments
 
-    return build_arguments(config, Path("stage"), 0).packing
+    return build_arguments(_alone(config), Path("stage"), 0).packing
 
 
 def sft_examples(config: Any) -> Any:
@@ -233,7 +247,7 @@ def sft_examples(config: Any) -> Any:
 def dpo_arguments(config: Any) -> Any:
     from posttrain.dpo.stage import build_arguments
 
-    return build_arguments(config, Path("stage"), 0).to_dict()
+    return build_arguments(_alone(config), Path("stage"), 0).to_dict()
 
 
 def dpo_pairs(config: Any) -> Any:
@@ -493,12 +507,12 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         base_documents,
     ),
     "filter": (resources_of("filter"), JUDGE_ENGINE, filter_requests, filter_split),
-    "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy),
+    "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, engine_settings),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
         rl_controller, rl_draws, rl_trainer, MODEL_ENGINE,
     ),
-    "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy),
+    "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, engine_settings),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),
     "pipeline": (pipeline_jobs,),
 }  # fmt: skip

@@ -73,10 +73,16 @@ TABLE: dict[str, dict[str, Any]] = {
     },
     "sft": {
         "base": {"model": MODEL, "data": {"path": "sft_a.jsonl"}, **LENGTHS},
-        "values": {"model.path": ["model_b"], "data.path": files("sft"), "max_length": [100]},
+        "values": {
+            "model.path": ["model_b"],
+            "data.path": files("sft"),
+            "max_length": [100],
+            "parallel.expert": [2],
+        },
         "given": {
             "batch_size": {"packing": False, "batch_tokens": None, "batch_size": 4},
             "overlong": {"max_length": 100},
+            "parallel.*": {"parallel": {"processes": 2}},
         },
         "together": {"packing": ({"batch_tokens": None, "batch_size": 1, "packing": False}, sft_packing)},
     },
@@ -107,6 +113,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "model.path": ["model_b"],
             "pairs.path": files("pairs"),
             "rollouts": ["rollouts_b"],
+            "parallel.expert": [2],
             "max_length": [100],
             "nll_weight": [0.2, 0.0],
         },
@@ -115,6 +122,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "rollouts": {"pairs": None, "rollouts": "rollouts_a"},
             "mining.*": {"pairs": None, "rollouts": "rollouts_a"},
             "overlong": {"max_length": 100},
+            "parallel.*": {"parallel": {"processes": 2}},
         },
     },
     "eval": {

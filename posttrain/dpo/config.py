@@ -10,6 +10,7 @@ from posttrain.config.shared import (
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     Positive,
     TrainerResources,
 )
@@ -65,10 +66,18 @@ class DpoConfig(Config):
     overlong: Literal["error", "drop"] = Field("error", description="What to do with a longer pair.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward, to save memory.")
     checkpoint_every: Count = Field(200, description="Optimiser steps between checkpoints.")
+    parallel: ParallelConfig | None = Field(
+        None, description="Train over several processes, with DeepSpeed; absent: in one, without."
+    )
     resources: DpoResources = Field(default_factory=DpoResources)
 
     @model_validator(mode="after")
     def _one_source(self) -> "DpoConfig":
         if (self.pairs is None) == (self.rollouts is None):
             raise ValueError("exactly one of pairs and rollouts must be set")
+        if self.parallel is not None and self.parallel.zero == 3:
+            raise ValueError(
+                "parallel.zero: got 3, but dpo needs the start policy's log-probabilities before its weights are "
+                "divided, and TRL cannot compute them so; set it to 0, 1 or 2"
+            )
         return self

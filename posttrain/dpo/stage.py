@@ -2,7 +2,8 @@
 
 Pairs are given, or mined from the rollouts of the RL stage. They are tokenized here (TRL's own tokenization is turned
 off), the reference is the start policy, frozen, and how far the policy moved is measured and reported.
-Left out: evaluation (a stage of its own), training over several processes.
+With `parallel` the training runs in ranks of its own, each with a DeepSpeed engine; else in this process.
+Left out: evaluation (a stage of its own).
 """
 
 import copy
@@ -45,18 +46,36 @@ def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
     write_pairs(path, kept)
     reasons = dict(Counter(str(pair.fields.get("reason", "given")) for pair in kept))
     context.event("pairs", pairs=len(kept), dropped=dropped, reasons=reasons)
-    from posttrain.model.load import load_policy, save_model
+    if config.parallel is None:
+        report = train_and_export(config, context, tokenizer, ids)
+    else:
+        from posttrain.parallel.ranks import run_on_ranks
 
+        work = (train_and_export, config, context, tokenizer, ids)
+        report = run_on_ranks(config.parallel, config.resources.trainer, *work)
+    counts = {"num_pairs": len(kept), "dropped": dropped, "reasons": reasons}
+    return {"model": str(context.dir / "model"), "pairs": str(path), **counts, **report}
+
+
+def train_and_export(config: DpoConfig, context: StageContext, tokenizer: Any, ids: Sequence[Any]) -> dict[str, Any]:
+    """Load, train and write the model folder; in each of the ranks, where there are several. Returns the report."""
+    from posttrain.model.load import load_policy
+    from posttrain.train.trl_loop import own_context, save_trained
+    from posttrain.train.trl_settings import quiet_environment
+
+    quiet_environment()
+    context = own_context(context)
     model = load_policy(config.model)
     trained, report = train_model(config, context, model, tokenizer, ids)
-    folder = context.dir / "model"
-    save_model(trained, tokenizer, folder)
-    counts = {"num_pairs": len(kept), "dropped": dropped, "reasons": reasons}
-    return {"model": str(folder), "pairs": str(path), **counts, **report}
+    save_trained(trained, tokenizer, context.dir / "model", config.parallel)
+    return report
 
 
 def prepare(config: DpoConfig, seed: int) -> tuple[Any, list[Any], list[Pair], int]:
     """Read or mine the pairs and check them: (tokenizer, `PairIds`, their pairs, how many were dropped as too long)."""
+    from posttrain.parallel.engine import check_parallel
+
+    check_parallel(config.parallel, config.model, lora=config.lora is not None)
     pairs = read_pairs(config, seed)
     from posttrain.train.trl_settings import quiet_environment
 
@@ -97,6 +116,8 @@ def build_arguments(config: DpoConfig, folder: Path, seed: int = 0) -> Any:
             gradient_checkpointing=config.gradient_checkpointing,
             checkpoint_every=config.checkpoint_every,
             seed=seed,
+            parallel=config.parallel,
+            dtype=config.model.dtype,
         ),
         beta=config.beta,
         loss_type=[config.loss_type, "sft"] if with_nll else [config.loss_type],
@@ -114,32 +135,38 @@ def train_model(
     from datasets import Dataset
 
     from posttrain.dpo.trainer import TokenizedPairTrainer
-    from posttrain.train.adapters import adapter_config, merged
+    from posttrain.train.adapters import adapter_config
     from posttrain.train.drift import DriftProbe
     from posttrain.train.trl_checkpoints import digest_ids, fingerprint
-    from posttrain.train.trl_loop import train
+    from posttrain.train.trl_loop import (
+        engine_report,
+        shared_dataset,
+        train,
+        trained_model,
+        training_recipe,
+        with_checkpoints,
+    )
     from posttrain.train.trl_settings import prepare_model
 
     prepare_model(model)
     records = [{"prompt_ids": i.prompt_ids, "chosen_ids": i.chosen_ids, "rejected_ids": i.rejected_ids} for i in ids]
     sample = random.Random(context.seed).sample(list(ids), len(ids))
     probe = DriftProbe(model, [item.chosen_example() for item in sample])
-    recipe = config.model_dump(mode="json", exclude={"resources", "checkpoint_every", "model", "pairs", "rollouts"})
+    recipe = training_recipe(config, {"pairs", "rollouts"})
     print_ = fingerprint(model, recipe, context.seed, digest_ids(records))
     model_config = copy.deepcopy(model.config)  # TRL writes its own ideas into the model's config
-    trainer = TokenizedPairTrainer(
+    trainer = with_checkpoints(TokenizedPairTrainer, config.parallel)(
         model=model,
         args=build_arguments(config, context.dir, context.seed),
-        train_dataset=Dataset.from_list(records),
+        train_dataset=shared_dataset(Dataset.from_list(records), context.dir / "tokenized"),
         processing_class=tokenizer,
         peft_config=adapter_config(model, config.lora) if config.lora else None,
     )
     history = train(trainer, context, "dpo", METRICS, print_)
     if trainer.state.global_step == 0:
         raise StageError("dpo: no optimiser step was made")
-    trained = merged(trainer.model)
-    trained.config = model_config
-    report = _report(trainer.state, history, probe.measure(trained))
+    trained = trained_model(trainer, model_config, config.parallel)
+    report = _report(trainer.state, history, probe.measure(trained)) | engine_report(trainer, config.parallel)
     context.metrics(trainer.state.global_step, {name: value for name, value in report.items() if name != "steps"})
     return trained, report
 

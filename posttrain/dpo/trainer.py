@@ -14,3 +14,9 @@ class TokenizedPairTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        # Every rank still holds the whole model. TRL would build an engine for this pass, and with it divide the
+        # experts, which cannot be divided once more for the training.
+        self._precompute_engine = self.model
+        return super()._precompute_ref_logps(*args, **kwargs)

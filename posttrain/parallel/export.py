@@ -46,7 +46,8 @@ def export_model(
         if held:
             _save(held, aside / name)
     if _is_writer():
-        _write_rest(aside, config, architecture, tokenizer, dict(zip(names, shards, strict=True)))
+        generation = getattr(model, "generation_config", None)
+        _write_rest(aside, config, generation, architecture, tokenizer, dict(zip(names, shards, strict=True)))
         _replace(aside, target)
     barrier()
     return target
@@ -85,12 +86,14 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _write_rest(
-    folder: Path, config: Any, architecture: str, tokenizer: Any, shards: dict[str, list[WholeTensor]]
+    folder: Path, config: Any, generation: Any, architecture: str, tokenizer: Any, shards: dict[str, list[WholeTensor]]
 ) -> None:
     own = copy.deepcopy(config)
     own.architectures = [architecture]
     own.dtype = next(iter(shards.values()))[0].dtype
     own.save_pretrained(folder)
+    if generation is not None:
+        generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if len(shards) > 1:
         index = {

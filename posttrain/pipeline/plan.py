@@ -18,6 +18,7 @@ from posttrain.config.shared import (
     ActorResources,
     EngineConfig,
     FilesConfig,
+    ParallelConfig,
     ServedModelConfig,
     TrainerResources,
 )
@@ -92,18 +93,26 @@ def _actors(node: Node, pipeline: Pipeline, run_dir: Path) -> list[Actor]:
     if not declared:
         declared = {"trainer": ActorResources(workers=getattr(node.config, "processes", 1))}
     return [
-        Actor(role, item.workers, item.cpus, item.gpus, _memory(role, node, pipeline, run_dir))
+        Actor(role, _workers(node, item), item.cpus, item.gpus, _memory(role, node, pipeline, run_dir))
         for role, item in declared.items()
     ]
 
 
+def _workers(node: Node, item: ActorResources | TrainerResources) -> int:
+    """How many actors a section asks for; a trainer has as many processes as `parallel` says."""
+    if isinstance(item, ActorResources):
+        return item.workers
+    parallel = getattr(node.config, "parallel", None)
+    return parallel.processes if isinstance(parallel, ParallelConfig) else 1
+
+
 def trainer_resources(node: Node) -> tuple[float, float]:
     """(CPUs, GPUs) of the stage's own process. A stage that only directs actors asks for none itself."""
-    if not node.stage_kind.trains_itself:
+    if not node.stage_kind.trains_itself or getattr(node.config, "parallel", None) is not None:
         return 0.0, 0.0
     trainer = getattr(getattr(node.config, "resources", None), "trainer", None)
     if isinstance(trainer, ActorResources | TrainerResources):
-        return trainer.workers * trainer.cpus, trainer.workers * trainer.gpus
+        return _workers(node, trainer) * trainer.cpus, _workers(node, trainer) * trainer.gpus
     return float(getattr(node.config, "processes", 1)), 0.0
 
 

@@ -5,7 +5,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainerResources
+from posttrain.config.shared import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainerResources,
+)
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -32,6 +39,9 @@ class SftConfig(Config):
     overlong: Literal["error", "drop"] = Field("error", description="What to do with a longer conversation.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward, to save memory.")
     checkpoint_every: Count = Field(200, description="Optimiser steps between checkpoints.")
+    parallel: ParallelConfig | None = Field(
+        None, description="Train over several processes, with DeepSpeed; absent: in one, without."
+    )
     resources: SftResources = Field(default_factory=SftResources)
 
     @model_validator(mode="after")

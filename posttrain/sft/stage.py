@@ -2,7 +2,8 @@
 
 In order: read and check every row, tokenize and compare with what sampling would send, load the model, check that
 packing isolates, train on assistant tokens only, measure how far the model moved, export a plain model folder.
-Left out: evaluation (a stage of its own), and training over several processes.
+With `parallel` the training runs in ranks of its own, each with a DeepSpeed engine; else in this process.
+Left out: evaluation (a stage of its own).
 """
 
 import copy
@@ -36,17 +37,37 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
     """
     tokenizer, examples, counts = prepare(config)
     context.event("data", **counts, tokens=sum(len(item.ids) for item in examples))
-    from posttrain.model.load import load_policy, save_model
+    if config.parallel is None:
+        report = train_and_export(config, context, tokenizer, examples)
+    else:
+        from posttrain.parallel.ranks import run_on_ranks
 
+        work = (train_and_export, config, context, tokenizer, examples)
+        report = run_on_ranks(config.parallel, config.resources.trainer, *work)
+    return {"model": str(context.dir / "model"), **counts, **report}
+
+
+def train_and_export(
+    config: SftConfig, context: StageContext, tokenizer: Any, examples: Sequence[Any]
+) -> dict[str, Any]:
+    """Load, train and write the model folder; in each of the ranks, where there are several. Returns the report."""
+    from posttrain.model.load import load_policy
+    from posttrain.train.trl_loop import own_context, save_trained
+    from posttrain.train.trl_settings import quiet_environment
+
+    quiet_environment()
+    context = own_context(context)
     model = load_policy(config.model)
     trained, report = train_model(config, context, model, tokenizer, examples)
-    folder = context.dir / "model"
-    save_model(trained, tokenizer, folder)
-    return {"model": str(folder), **counts, **report}
+    save_trained(trained, tokenizer, context.dir / "model", config.parallel)
+    return report
 
 
 def prepare(config: SftConfig) -> tuple[Any, list[Any], dict[str, Any]]:
     """Read and check every row: (tokenizer, `Example`s, {"rows", "dropped" as too long, "rows_by_capability"})."""
+    from posttrain.parallel.engine import check_parallel
+
+    check_parallel(config.parallel, config.model, lora=config.lora is not None)
     rows = load_rows(config.data, kind="supervised")
     from posttrain.train.trl_settings import quiet_environment
 
@@ -76,6 +97,8 @@ def build_arguments(config: SftConfig, folder: Path, seed: int = 0) -> Any:
             gradient_checkpointing=config.gradient_checkpointing,
             checkpoint_every=config.checkpoint_every,
             seed=seed,
+            parallel=config.parallel,
+            dtype=config.model.dtype,
         ),
         packing=config.packing,
         packing_strategy="bfd",  # with it TRL gives the model position ids that restart at each conversation
@@ -94,20 +117,20 @@ def train_model(
 
     from posttrain.sft.isolation import require_isolation
     from posttrain.sft.packing import to_records
-    from posttrain.train.adapters import adapter_config, merged
+    from posttrain.train.adapters import adapter_config
     from posttrain.train.drift import DriftProbe
     from posttrain.train.trl_checkpoints import digest_ids, fingerprint
-    from posttrain.train.trl_loop import train
+    from posttrain.train.trl_loop import engine_report, train, trained_model, training_recipe, with_checkpoints
     from posttrain.train.trl_settings import prepare_model
 
     prepare_model(model)
     if config.packing:
         context.event("packing_checked", difference=require_isolation(model, examples))
     probe = DriftProbe(model, random.Random(context.seed).sample(list(examples), len(examples)))
-    recipe = config.model_dump(mode="json", exclude={"resources", "checkpoint_every", "model", "data"})
+    recipe = training_recipe(config, {"data"})
     print_ = fingerprint(model, recipe, context.seed, digest_ids([item.ids, item.mask] for item in examples))
     model_config = copy.deepcopy(model.config)  # TRL writes its own ideas into the model's config
-    trainer = SFTTrainer(
+    trainer = with_checkpoints(SFTTrainer, config.parallel)(
         model=model,
         args=build_arguments(config, context.dir, context.seed),
         train_dataset=Dataset.from_list(to_records(examples, config.batch_tokens, context.seed)),
@@ -117,8 +140,7 @@ def train_model(
     history = train(trainer, context, "sft", METRICS, print_)
     if trainer.state.global_step == 0:
         raise StageError("sft: no optimiser step was made")
-    trained = merged(trainer.model)
-    trained.config = model_config
+    trained = trained_model(trainer, model_config, config.parallel)
     drift = probe.measure(trained)
     report = {
         "steps": trainer.state.global_step,
@@ -129,6 +151,7 @@ def train_model(
         "kl_from_start": drift.kl,
         "entropy_before": drift.entropy_before,
         "entropy_after": drift.entropy_after,
+        **engine_report(trainer, config.parallel),
     }
     context.metrics(trainer.state.global_step, {name: value for name, value in report.items() if name != "steps"})
     return trained, report

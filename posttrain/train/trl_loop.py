@@ -5,15 +5,20 @@ Left out: evaluation during training (a stage of its own) and trackers.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PrinterCallback, TrainerCallback
 
-from posttrain.context import StageContext
+from posttrain.config.shared import ParallelConfig
+from posttrain.context import QuietContext, StageContext
 from posttrain.errors import StageError
+from posttrain.model.load import save_model
+from posttrain.parallel.export import barrier, export_model
+from posttrain.train.adapters import merged
 from posttrain.train.master_adamw import MasterAdamW
 from posttrain.train.trl_checkpoints import Sealed, drop_metrics_after, latest, seal
 
@@ -58,8 +63,11 @@ class StageCallback(TrainerCallback):
         self._busy(at_least_s=BUSY_INTERVAL_S)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        path = seal(Path(args.output_dir), state.global_step, self.fingerprint, self.tokens)
-        self.context.event("checkpoint", step=state.global_step, path=str(path))
+        barrier()  # every rank has written its part
+        if state.is_world_process_zero:
+            path = seal(Path(args.output_dir), state.global_step, self.fingerprint, self.tokens)
+            self.context.event("checkpoint", step=state.global_step, path=str(path))
+        barrier()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._busy(at_least_s=0.0)
@@ -79,16 +87,98 @@ def train(
     Returns the metrics of each step trained in this process. Raises `StageError` if the loss or the gradient is not
     a number.
     """
-    resumed = latest(Path(trainer.args.output_dir), fingerprint)
+    resumed = _of_first_rank(lambda: _resume_point(trainer, context, fingerprint))
     callback = StageCallback(context, what, names, fingerprint, resumed)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
-    if any(p.dtype == torch.bfloat16 for p in trainer.model.parameters() if p.requires_grad):
+    in_bf16 = any(p.dtype == torch.bfloat16 for p in trainer.model.parameters() if p.requires_grad)
+    if in_bf16 and not trainer.is_deepspeed_enabled:  # DeepSpeed keeps fp32 masters itself
         args = trainer.args
         options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         trainer.optimizer_cls_and_kwargs = (MasterAdamW, options)
-    drop_metrics_after(context.dir / "metrics.jsonl", resumed.step)
     if resumed.path is not None:
         context.event("resumed", step=resumed.step, path=str(resumed.path))
     trainer.train(resume_from_checkpoint=None if resumed.path is None else str(resumed.path))
     return callback.history
+
+
+def _resume_point(trainer: Any, context: StageContext, fingerprint: str) -> Sealed:
+    """Where to go on; what was written after it is cleared away."""
+    resumed = latest(Path(trainer.args.output_dir), fingerprint)
+    drop_metrics_after(context.dir / "metrics.jsonl", resumed.step)
+    return resumed
+
+
+def _of_first_rank(make: Callable[[], Any]) -> Any:
+    """What `make` gives on rank 0, on every rank."""
+    if not dist.is_initialized():
+        return make()
+    held = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def own_context(context: StageContext) -> StageContext:
+    """The context itself in a stage's own process and in rank 0; a silent one in the other ranks."""
+    return context if not dist.is_initialized() or dist.get_rank() == 0 else QuietContext.of(context)
+
+
+def training_recipe(config: Any, inputs: set[str]) -> dict[str, Any]:
+    """What of a config decides a training, besides its start weights and data. How rows are dealt to ranks does not:
+    a checkpoint is continued in any layout with as many rows a step."""
+    left_out = {"resources", "checkpoint_every", "model", "parallel", "gradient_accumulation", *inputs}
+    processes = config.parallel.processes if config.parallel else 1
+    recipe = config.model_dump(mode="json", exclude=left_out)
+    return {**recipe, "forwards_a_step": processes * config.gradient_accumulation, "engine": bool(config.parallel)}
+
+
+def shared_dataset(dataset: Any, folder: Path) -> Any:
+    """The dataset itself in one process; in ranks, one on disk: rank 0 adds columns that the others read there."""
+    if not dist.is_initialized():
+        return dataset
+    from datasets import load_from_disk
+
+    if dist.get_rank() == 0:
+        dataset.save_to_disk(folder)
+    barrier()
+    return load_from_disk(folder)
+
+
+def with_checkpoints(trainer_class: type, parallel: ParallelConfig | None) -> Any:
+    """The trainer class for a training with or without an engine."""
+    if parallel is None:
+        return trainer_class
+    from posttrain.train.engine_trainer import with_engine
+
+    return with_engine(trainer_class)
+
+
+def trained_model(trainer: Any, model_config: Any, parallel: ParallelConfig | None) -> Any:
+    """The plain model after training, adapters merged in. With an engine it stays divided over the ranks."""
+    if parallel is None:
+        model = merged(trainer.model)
+    else:
+        model = trainer.model
+        if hasattr(model, "merge_and_unload"):
+            from posttrain.parallel.export import merge_adapters
+
+            merge_adapters(model)
+            model = model.get_base_model()
+    model.config = model_config
+    return model
+
+
+def save_trained(model: Any, tokenizer: Any, folder: Path, parallel: ParallelConfig | None) -> None:
+    """Write the model folder, from one process or from all ranks."""
+    if parallel is None:
+        save_model(model, tokenizer, folder)
+    else:
+        architecture = type(model).__name__.removeprefix("Native")
+        export_model(model, model.config, architecture, tokenizer, folder)
+
+
+def engine_report(trainer: Any, parallel: ParallelConfig | None) -> dict[str, Any]:
+    """What trained: the engine's class and how many ranks and experts' ranks; nothing for a plain process."""
+    if parallel is None:
+        return {}
+    return {"engine": type(trainer.model_wrapped).__name__, **parallel.model_dump()}

@@ -1,6 +1,6 @@
 """What every TRL trainer of this package is told, and what it is kept from doing.
 
-One process, logs at every step, nothing printed, nothing downloaded, nothing reported anywhere. `use_cpu` is an
+Logs at every step, nothing printed, nothing downloaded, nothing reported anywhere. `use_cpu` is an
 argument and never the variable ACCELERATE_USE_CPU, which turns DeepSpeed off without a word.
 """
 
@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.shared import OptimizerConfig
+from posttrain.config.shared import OptimizerConfig, ParallelConfig
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -35,11 +35,20 @@ def common_arguments(
     gradient_checkpointing: bool,
     checkpoint_every: int,
     seed: int,
+    parallel: ParallelConfig | None = None,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Keyword arguments that `SFTConfig` and `DPOConfig` share. `batch_size` counts rows of one forward."""
     import torch
 
+    distributed: dict[str, Any] = {}
+    if parallel is not None:
+        from posttrain.parallel.engine import deepspeed_config
+        from posttrain.train.engine_trainer import trainer_config
+
+        distributed["deepspeed"] = trainer_config(deepspeed_config(parallel, optimizer, dtype))
     return {
+        **distributed,
         "output_dir": str(checkpoints),
         "num_train_epochs": epochs,
         "per_device_train_batch_size": batch_size,
@@ -60,7 +69,8 @@ def common_arguments(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # else a loss that is not a number is logged as the last good one
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,  # no autocast: the model is loaded in the type that it is trained in
+        # No autocast: the model is loaded in the type that it is trained in. DeepSpeed's own bf16 mode is not autocast.
+        "bf16": parallel is not None and dtype == "bfloat16",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
         "disable_tqdm": True,
