@@ -1,6 +1,7 @@
 """SFT and DPO over several ranks, each with a real DeepSpeed engine, against the same training in one process."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,25 @@ def test_sft_on_two_ranks_is_the_training_of_one_process(ray_session, policy, da
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert largest_difference(two.dir, alone.dir) < 1e-4
     assert json.loads((two.dir / "model" / "config.json").read_text())["architectures"] == ["Llama4ForCausalLM"]
+
+
+def test_a_stopped_sft_goes_on_in_another_layout(ray_session, policy, data, tmp_path):
+    context = make_context(tmp_path / "ranks")
+    config = {"checkpoint_every": 2, "parallel": {"processes": 2, "expert": 2, "zero": 2}}
+    sft.run(make_config(policy, data, **config), context)
+    whole = {name: weight.detach().clone() for name, weight in weights(context.dir).items()}
+    for layout, changes in (("same", {}), ("other", {"parallel": {"processes": 1}, "gradient_accumulation": 2})):
+        for path in (context.dir / "checkpoints").glob("step_*"):
+            if path.name != "step_2":
+                shutil.rmtree(path)
+        shutil.rmtree(context.dir / "model")
+        sft.run(make_config(policy, data, **{**config, **changes}), context)
+        resumed = [event["step"] for event in read_jsonl(context.events) if event["event"] == "resumed"]
+        assert resumed[-1] == 2, layout
+        gap = max(float((weight.detach() - whole[name]).abs().max()) for name, weight in weights(context.dir).items())
+        assert gap == 0 if layout == "same" else gap < 1e-5, (layout, gap)
+    lines = list(read_jsonl(context.dir / "metrics.jsonl"))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 5))
 
 
 def test_dpo_on_two_ranks_learns_the_same_preferences(ray_session, policy, tmp_path):

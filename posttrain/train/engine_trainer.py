@@ -4,11 +4,11 @@ Upstream's checkpoint of an expert-parallel engine opens in the same layout alon
 rank's experts as if they were all. Both are replaced by `posttrain.parallel.state`; export is the stage's.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from posttrain.errors import StageError
@@ -16,7 +16,7 @@ from posttrain.parallel.engine import finish
 from posttrain.parallel.export import barrier
 from posttrain.parallel.state import load_state, save_state
 
-SCHEDULER = "scheduler.pt"
+SCHEDULE = "schedule.json"
 
 
 class EngineTrainer:
@@ -30,8 +30,8 @@ class EngineTrainer:
         finish(engine)
         if resume_from_checkpoint is not None:
             load_state(engine, resume_from_checkpoint)
-            schedule = torch.load(Path(resume_from_checkpoint) / SCHEDULER, weights_only=True)
-            engine.lr_scheduler.load_state_dict(schedule)
+            steps = json.loads((Path(resume_from_checkpoint) / SCHEDULE).read_text())["steps"]
+            _advance(engine.lr_scheduler, steps)
         return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -43,7 +43,19 @@ class EngineTrainer:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(self.model_wrapped, output_dir)
         if dist.get_rank() == 0:
-            torch.save(self.model_wrapped.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+            steps = self.model_wrapped.lr_scheduler.last_epoch
+            (Path(output_dir) / SCHEDULE).write_text(json.dumps({"steps": steps}) + "\n")
+
+
+def _advance(schedule: Any, steps: int) -> None:
+    """Set a `LambdaLR` to what it is after `steps` steps. Its own state dict fits one number of parameter groups only,
+    and divided experts are groups of their own."""
+    schedule.last_epoch = steps
+    schedule._step_count = steps + 1
+    rates = [base * scale(steps) for base, scale in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def require_engine(wrapped: Any) -> Any:
