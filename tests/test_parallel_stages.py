@@ -18,6 +18,8 @@ from posttrain.model import load_model
 from posttrain.sft import stage as sft
 
 pytestmark = pytest.mark.slow
+# The session is shared with tests that leave a warm engine on one of the two CPUs.
+RESOURCES = {"trainer": {"cpus": 0.25}}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,9 @@ def test_sft_on_two_ranks_is_the_training_of_one_process(ray_session, policy, da
     alone = make_context(tmp_path / "alone")
     two = make_context(tmp_path / "two")
     sft.run(make_config(policy, data, gradient_accumulation=2), alone)
-    report = sft.run(make_config(policy, data, parallel={"processes": 2, "expert": 2, "zero": 2}), two)
+    report = sft.run(
+        make_config(policy, data, parallel={"processes": 2, "expert": 2, "zero": 2}, resources=RESOURCES), two
+    )
     assert report["engine"] == "DeepSpeedEngine"
     assert (report["processes"], report["expert"]) == (2, 2)
     ours, theirs = (list(read_jsonl(context.dir / "metrics.jsonl")) for context in (two, alone))
@@ -57,7 +61,11 @@ def test_sft_on_two_ranks_is_the_training_of_one_process(ray_session, policy, da
 
 def test_a_stopped_sft_goes_on_in_another_layout(ray_session, policy, data, tmp_path):
     context = make_context(tmp_path / "ranks")
-    config = {"checkpoint_every": 2, "parallel": {"processes": 2, "expert": 2, "zero": 2}}
+    config = {
+        "checkpoint_every": 2,
+        "parallel": {"processes": 2, "expert": 2, "zero": 2},
+        "resources": RESOURCES,
+    }
     sft.run(make_config(policy, data, **config), context)
     whole = {name: weight.detach().clone() for name, weight in weights(context.dir).items()}
     for layout, changes in (("same", {}), ("other", {"parallel": {"processes": 1}, "gradient_accumulation": 2})):
@@ -82,7 +90,7 @@ def test_dpo_on_two_ranks_learns_the_same_preferences(ray_session, policy, tmp_p
             row = {"id": f"p{a}", "prompt": prompt, "chosen": f"Answer: {a + 3}", "rejected": f"Answer: {a + 4}"}
             file.write(json.dumps(row) + "\n")
     base = {"model": {"path": str(policy), "dtype": "float32"}, "pairs": {"path": str(pairs)}, "max_length": 128,
-            "optimizer": {"learning_rate": 1e-4}}  # fmt: skip
+            "optimizer": {"learning_rate": 1e-4}, "resources": RESOURCES}  # fmt: skip
     runs = {
         "alone": {"batch_size": 4},
         "two": {"batch_size": 2, "parallel": {"processes": 2, "expert": 2, "zero": 1}},

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from posttrain.config.shared import ParallelConfig, TrainerResources
+from posttrain.errors import StageError
+
+PLACE_S = 180.0
 
 
 class _Rank:
@@ -63,7 +66,7 @@ class RankGroup:
         try:
             seats: list[Any] = [None]
             if parallel is not None:
-                meeting: Any = ray.get(self._actors[0].meeting_point.remote())
+                meeting = self._place(resources)
                 seats = [(rank, world, *meeting) for rank in range(world)]
             shared = [ray.put(argument) for argument in arguments]
             _wait([
@@ -73,6 +76,19 @@ class RankGroup:
         except BaseException:
             self.close()
             raise
+
+    def _place(self, resources: TrainerResources) -> tuple[str, int]:
+        """Wait until every rank has its place on the cluster; returns where they are to meet."""
+        import ray
+
+        points = [rank.meeting_point.remote() for rank in self._actors]
+        placed, waiting = ray.wait(points, num_returns=len(points), timeout=PLACE_S)
+        if waiting:
+            raise StageError(
+                f"only {len(placed)} of {len(points)} ranks found a place within {PLACE_S:g} s, each with "
+                f"{resources.cpus:g} CPU and {resources.gpus:g} GPU; lower resources.trainer or parallel.processes"
+            )
+        return ray.get(points[0])
 
     def get(self, method: str, *arguments: Any) -> Any:
         """Call a method on every rank and wait; returns rank 0's answer."""
