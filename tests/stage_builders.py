@@ -392,25 +392,13 @@ def rl_allowed_gap(config: Any) -> Any:
     return allowed_gap(config)
 
 
-def rl_trainer(config: Any) -> Any:
-    """The trainer as its process makes it; its optimizer, its micro-batches, and how it clips gradients of one."""
-    import torch
-
+def rl_micro_batches(config: Any) -> Any:
+    """What the second of two ranks trains on."""
     from posttrain.rl.samples import TrainSample
-    from posttrain.rl.trainer import PolicyTrainer
+    from posttrain.rl.trainer import dealt
 
-    threads = torch.get_num_threads()
-    trainer = PolicyTrainer(config, 0)
-    torch.set_num_threads(threads)
     samples = [TrainSample((1,) * 30, (2,) * length, (-1.0,) * length, 1.0) for length in range(1, 60)]
-    parameters = [parameter for group in trainer._optimizer.param_groups for parameter in group["params"]]
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    trainer._clip_gradients()
-    optimizer = {name: trainer._optimizer.defaults[name] for name in ("lr", "betas", "weight_decay")}
-    batches = [len(batch) for batch in trainer._micro_batches(samples)]
-    first = trainer._model.state_dict()
-    return type(trainer._model).__name__, first, optimizer, batches, parameters[0].grad
+    return [(len(chunk), weight) for chunk, weight in dealt(config, samples, 1, 2)]
 
 
 # --- base ---
@@ -510,7 +498,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, engine_settings),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
-        rl_controller, rl_draws, rl_trainer, MODEL_ENGINE,
+        rl_controller, rl_draws, rl_micro_batches, policy, engine_settings, MODEL_ENGINE,
     ),
     "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, engine_settings),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),

@@ -99,12 +99,14 @@ TABLE: dict[str, dict[str, Any]] = {
             "prompts.path": files("prompts"),
             "mixture": [{"math": 3.0, "coding": 1.0}],
             "micro_batch_tokens": [400],
+            "parallel.expert": [2],
             "profile.band": [[0.4, 0.7], [0.1, 0.4]],
         },
         "given": {
             "optimizer.warmup_steps": {"optimizer.schedule": "linear"},
             "systems.instructions.*": {"systems.instructions": INSTRUCTIONS},
             "loss.clip_*": {"loss.name": "grpo"},
+            "parallel.*": {"parallel": {"processes": 2}},
         },
     },
     "dpo": {

@@ -146,7 +146,7 @@ def test_zero_advantage_groups_are_dropped_and_replaced(ray_session, tiny_model,
 @pytest.mark.timeout(400)
 def test_learns_the_reward(ray_session, tiny_model, tmp_path):
     config = make_config(
-        tmp_path, tiny_model, rows_of(["math"]), steps=8, groups_per_step=8, optimizer={"learning_rate": 3e-3}
+        tmp_path, tiny_model, rows_of(["math"]), steps=14, groups_per_step=8, optimizer={"learning_rate": 3e-3}
     )
     _, metrics = run_stage(config, tmp_path / "rl")
     first = sum(line["reward_mean"] for line in metrics[:3]) / 3

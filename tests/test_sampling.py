@@ -9,7 +9,7 @@ import torch
 from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
 from posttrain.context import StageContext
 from posttrain.sampling.requests import SampleRequest
-from posttrain.sampling.weights import SharedWeights, WeightTransferError, open_weights
+from posttrain.sampling.weights import SharedWeights, TensorSpec, WeightTransferError, open_weights
 
 ENGINE = EngineConfig(max_model_len=256, kv_cache_gib=0.1)
 PROMPTS = [tuple(range(5 + i, 25 + i)) for i in range(12)]
@@ -17,6 +17,11 @@ GREEDY = [SampleRequest(prompt, temperature=0.0, max_tokens=24) for prompt in PR
 
 
 # ---------------------------------------------------------------- the way of the weights
+
+
+def publish(shared, named, version):
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named.items()]
+    return shared.publish(specs, named.values(), version)
 
 
 def test_published_weights_arrive_exactly(tmp_path):
@@ -28,7 +33,7 @@ def test_published_weights_arrive_exactly(tmp_path):
         "scalar": torch.tensor(2.5),
     }
     shared = SharedWeights(tmp_path)
-    manifest = shared.publish(sent.items(), policy_version=3)
+    manifest = publish(shared, sent, 3)
     received = dict(open_weights(manifest.to_json()))
     assert list(received) == list(sent)
     for name, tensor in sent.items():
@@ -40,15 +45,15 @@ def test_published_weights_arrive_exactly(tmp_path):
 
 def test_next_version_does_not_overwrite_what_is_being_read(tmp_path):
     shared = SharedWeights(tmp_path)
-    first = shared.publish([("w", torch.full((1000,), 1.0))], 1)
+    first = publish(shared, {"w": torch.full((1000,), 1.0)}, 1)
     reading = dict(open_weights(first.to_json()))
-    shared.publish([("w", torch.full((1000,), 2.0))], 2)
+    publish(shared, {"w": torch.full((1000,), 2.0)}, 2)
     assert torch.equal(reading["w"], torch.full((1000,), 1.0))
 
 
 def test_damaged_weights_are_refused(tmp_path):
     shared = SharedWeights(tmp_path)
-    manifest = shared.publish([("w", torch.ones(1000))], 5)
+    manifest = publish(shared, {"w": torch.ones(1000)}, 5)
     with open(manifest.path, "r+b") as segment:
         segment.seek(400)
         segment.write(b"\xff")

@@ -1,13 +1,14 @@
 """Ranks of one training: Ray actors that meet, and are then called as one.
 
-    stage ──► RankGroup.get("run")        ──► rank 0 ─┐
-                                         ├──► rank 1 ─┤ collectives (gloo on CPUs, NCCL on GPUs)
-                                 └──► ...    ─┘
-          ◄── rank 0's answer, or the first failure of any rank
+    caller ──► RankGroup.get("step") ──┬──► rank 0 ─┐
+                                       ├──► rank 1 ─┤ collectives (gloo on CPUs, NCCL on GPUs)
+                                       └──► ...    ─┘
+           ◄── rank 0's answer, or the first failure of any rank
 
 A rank that fails leaves the others waiting in a collective; its error is raised at once and `close` ends them all.
 """
 
+import asyncio
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +17,11 @@ from posttrain.config.shared import ParallelConfig, TrainerResources
 from posttrain.errors import StageError
 
 PLACE_S = 180.0
+LAST_S = 10.0
 
 
 class _Rank:
-    """The process of one rank; `make(*arguments)` gives the object whose methods are called."""
+    """The process of one rank."""
 
     def __init__(self) -> None:
         self._made: Any = None
@@ -33,86 +35,83 @@ class _Rank:
             server.bind((address, 0))
             return address, server.getsockname()[1]
 
-    def start(self, seat: tuple[int, int, str, int] | None, make: Callable[..., Any], arguments: tuple) -> None:
-        if seat is not None:
-            from posttrain.parallel.engine import join_ranks
+    def start(self, rank: int, world: int, meeting: tuple[str, int], make: Callable[..., Any], *arguments: Any) -> None:
+        from posttrain.parallel.engine import join_ranks
 
-            join_ranks(*seat)
+        join_ranks(rank, world, *meeting)
         self._made = make(*arguments)
 
-    def run(self, method: str, arguments: tuple) -> Any:
+    def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._made, method)(*arguments)
 
 
 class RankGroup:
-    """One process, or as many as `parallel` says; must be used inside an initialised Ray session.
+    """The processes that `parallel` asks for; must be used inside an initialised Ray session.
 
-    make: called in each process with `arguments`, after the ranks have met (`parallel` None: there is nobody to meet).
+    In each, once all have met, `make(*arguments)` gives the object whose methods are called. The processes start in
+    the background; the first call waits for them, and raises `StageError` if they find no place on the cluster.
     """
 
     def __init__(
-        self, parallel: ParallelConfig | None, resources: TrainerResources, make: Callable[..., Any], *arguments: Any
+        self, parallel: ParallelConfig, resources: TrainerResources, make: Callable[..., Any], *arguments: Any
     ):
         import ray
 
-        world = 1 if parallel is None else parallel.processes
+        self._resources = resources
         threads = str(max(1, int(resources.cpus)))
         actor = ray.remote(_Rank).options(
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
         )
-        self._actors: list[Any] = [actor.remote() for _ in range(world)]
-        try:
-            seats: list[Any] = [None]
-            if parallel is not None:
-                meeting = self._place(resources)
-                seats = [(rank, world, *meeting) for rank in range(world)]
-            shared = [ray.put(argument) for argument in arguments]
-            _wait([
-                rank.start.remote(seat, _with_fetched(make), (shared,))
-                for rank, seat in zip(self._actors, seats, strict=True)
-            ])  # fmt: skip
-        except BaseException:
-            self.close()
-            raise
-
-    def _place(self, resources: TrainerResources) -> tuple[str, int]:
-        """Wait until every rank has its place on the cluster; returns where they are to meet."""
-        import ray
-
-        points = [rank.meeting_point.remote() for rank in self._actors]
-        placed, waiting = ray.wait(points, num_returns=len(points), timeout=PLACE_S)
-        if waiting:
-            raise StageError(
-                f"only {len(placed)} of {len(points)} ranks found a place within {PLACE_S:g} s, each with "
-                f"{resources.cpus:g} CPU and {resources.gpus:g} GPU; lower resources.trainer or parallel.processes"
-            )
-        return ray.get(points[0])
+        self._ranks: list[Any] = [actor.remote() for _ in range(parallel.processes)]
+        self._points = [rank.meeting_point.remote() for rank in self._ranks]
+        shared = [ray.put(argument) for argument in (make, *arguments)]
+        self._starts = [
+            rank.start.remote(index, parallel.processes, self._points[0], *shared)
+            for index, rank in enumerate(self._ranks)
+        ]
 
     def get(self, method: str, *arguments: Any) -> Any:
         """Call a method on every rank and wait; returns rank 0's answer."""
+        self._await_start()
         return _wait(self._submit(method, arguments))[0]
 
-    def _submit(self, method: str, arguments: tuple) -> list[Any]:
-        return [rank.run.remote(method, arguments) for rank in self._actors]
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """As `get`, for a caller that has other things to do meanwhile."""
+        self._await_start()
+        return (await asyncio.gather(*self._submit(method, arguments)))[0]
 
-    def close(self) -> None:
-        """End every rank."""
+    def _submit(self, method: str, arguments: tuple[Any, ...]) -> list[Any]:
         import ray
 
-        for rank in self._actors:
+        shared = [ray.put(argument) for argument in arguments]
+        return [rank.call.remote(method, *shared) for rank in self._ranks]
+
+    def _await_start(self) -> None:
+        import ray
+
+        if not self._starts:
+            return
+        placed, waiting = ray.wait(self._points, num_returns=len(self._points), timeout=PLACE_S)
+        if waiting:
+            raise StageError(
+                f"only {len(placed)} of {len(self._points)} ranks found a place within {PLACE_S:g} s, each with "
+                f"{self._resources.cpus:g} CPU and {self._resources.gpus:g} GPU; lower resources.trainer or "
+                "parallel.processes"
+            )
+        _wait(self._starts)
+        self._starts = []
+
+    def close(self, last: str | None = None) -> None:
+        """End every rank. `last`: a method to call before, where all have started; ranks that fail to are ended too."""
+        import ray
+
+        if last is not None and not self._starts:
+            ray.wait(self._submit(last, ()), num_returns=len(self._ranks), timeout=LAST_S)
+        for rank in self._ranks:
             ray.kill(rank)
-        self._actors = []
-
-
-def _with_fetched(make: Callable[..., Any]) -> Callable[..., Any]:
-    def fetched(references: list[Any]) -> Any:
-        import ray
-
-        return make(*ray.get(references))
-
-    return fetched
+        self._ranks = []
 
 
 def _wait(references: list[Any]) -> list[Any]:
@@ -126,7 +125,7 @@ def _wait(references: list[Any]) -> list[Any]:
     return ray.get(references)
 
 
-class Task:
+class _Work:
     """A function as the object of a `RankGroup`, for work that is one call."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
@@ -134,7 +133,6 @@ class Task:
         self._arguments = arguments
 
     def run(self) -> Any:
-        """Call it."""
         return self._function(*self._arguments)
 
 
@@ -142,7 +140,7 @@ def run_on_ranks(
     parallel: ParallelConfig, resources: TrainerResources, function: Callable[..., Any], *arguments: Any
 ) -> Any:
     """`function(*arguments)` on every rank at the same time; returns rank 0's result."""
-    group = RankGroup(parallel, resources, Task, function, *arguments)
+    group = RankGroup(parallel, resources, _Work, function, *arguments)
     try:
         return group.get("run")
     finally:

@@ -70,7 +70,7 @@ KINDS: dict[str, StageKind] = {
         run="posttrain.rl.stage:run",
         outputs={"model": "model", "rollouts": "rollouts"},
         data={"prompts": "prompt"},
-        packages=("torch", "transformers", "vllm"),
+        packages=("torch", "transformers", "deepspeed", "vllm"),
         trains_itself=False,
     ),
     "dpo": StageKind(

@@ -11,6 +11,7 @@ from posttrain.config.shared import (
     EngineConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     Positive,
     Probability,
     RewardConfig,
@@ -49,7 +50,7 @@ class ProfileConfig(Config):
 
 
 class RlResources(Config):
-    """Engines that generate beside the one trainer."""
+    """Engines that generate, and the trainer's ranks beside them."""
 
     rollout: ActorResources = Field(default_factory=ActorResources)
     trainer: TrainerResources = Field(default_factory=TrainerResources)
@@ -86,6 +87,9 @@ class RlConfig(Config):
     )
     loss: LossConfig = Field(default_factory=LossConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = Field(
+        default_factory=ParallelConfig, description="The trainer's ranks; all of them share each step's rollouts."
+    )
     micro_batch_tokens: Annotated[int, Field(ge=64)] = Field(
         default=8192, description="Padded tokens of one forward pass."
     )

@@ -6,7 +6,7 @@
                    └──────────────── StalenessQueue ◄────────────────────┘
                                           │ a whole batch, in dispatch order; the trainer waits here only
                                           ▼
-                     engines ◄── weights v+1 ── trainer (its own process): step ──► metrics, checkpoint
+                     engines ◄── weights v+1 ── trainer (its own ranks): step ──► metrics, checkpoint
 
 Dispatch waits for room. An engine never waits for the trainer: it takes new weights between two of its steps, with
 requests in flight. The trainer starts its next step while the engines still take the weights of the last one.
@@ -21,6 +21,7 @@ from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.errors import StageError
+from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.archive import RolloutArchive, num_tokens
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.config import RlConfig
@@ -36,14 +37,14 @@ from posttrain.scoring.pool import RewardPool
 
 
 class Controller:
-    """Runs `steps` optimizer steps. `trainer` is the trainer's actor handle; engines hold version `first_step`."""
+    """Runs `steps` optimizer steps. `trainer` holds `PolicyTrainer`s; engines hold version `first_step`."""
 
     def __init__(
         self,
         config: RlConfig,
         context: StageContext,
         engines: Engines,
-        trainer: Any,
+        trainer: RankGroup,
         source: PromptSource,
         archive: RolloutArchive,
         stop_ids: tuple[int, ...],
@@ -182,7 +183,7 @@ class Controller:
             raise StageError(f"step {step}: a group is {max(staleness)} versions old; the bound does not hold")
         self._next_version = step + 1
         self._dispatch()  # the batch's places are free: generation goes on beside the step
-        training = asyncio.ensure_future(self._trainer.step.remote(train_samples(batch), step))
+        training = asyncio.ensure_future(self._trainer.call("step", train_samples(batch), step))
         while not training.done():
             self._changed.clear()
             changed = asyncio.ensure_future(self._changed.wait())
@@ -225,7 +226,7 @@ class Controller:
     async def _checkpoint(self, version: int) -> None:
         folder = self._context.dir / "checkpoints" / f"step_{version}"
         folder.parent.mkdir(exist_ok=True)
-        await self._trainer.save_checkpoint.remote(str(folder), {"source": self._source.state()})
+        await self._trainer.call("save_checkpoint", str(folder), {"source": self._source.state()})
         for old in folder.parent.glob("step_*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)

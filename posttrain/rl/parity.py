@@ -5,9 +5,9 @@ of reloading shows here too, before a step is trained.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from posttrain.errors import StageError
+from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
 from posttrain.rl.groups import DrawnPrompt
 from posttrain.rl.profile import sample_request
@@ -35,7 +35,7 @@ def allowed_gap(config: RlConfig) -> float:
 def check_engine_parity(
     config: RlConfig,
     engines: Engines,
-    trainer: Any,
+    trainer: RankGroup,
     prompts: list[DrawnPrompt],
     stop_ids: tuple[int, ...],
     version: int,
@@ -43,7 +43,7 @@ def check_engine_parity(
     """Compare on a few prompts; raises `StageError` where the mean gap exceeds the tolerance."""
     import ray
 
-    manifest = ray.get(trainer.publish.remote())
+    manifest = trainer.get("publish")
     ray.get([actor.update_weights.remote(manifest, version) for actor in engines.actors])
     tolerance = allowed_gap(config)
     worst = Parity(0.0, 0.0, 0)
@@ -54,7 +54,7 @@ def check_engine_parity(
             TrainSample(request.prompt_ids, replies[0].token_ids, replies[0].logprobs, 0.0)
             for request, replies in zip(requests, completions, strict=True)
         ]
-        policy = ray.get(trainer.logprobs.remote(samples))
+        policy = trainer.get("logprobs", samples)
         gaps = [
             abs(ours - theirs)
             for sample, values in zip(samples, policy, strict=True)

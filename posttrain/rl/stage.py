@@ -1,7 +1,6 @@
 """The RL stage: profile the prompts, select the medium-to-hard band, train asynchronously, write the policy."""
 
 import asyncio
-import contextlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from posttrain.data.rows import load_rows
 from posttrain.data.strata import hash_order
 from posttrain.errors import DataError
 from posttrain.metrics.jsonl import keep_steps_before
+from posttrain.parallel.engine import check_parallel
+from posttrain.parallel.ranks import RankGroup
 from posttrain.records import Row
 from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.config import RlConfig
@@ -33,6 +34,7 @@ from posttrain.sampling.client import Engines
 
 def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
+    check_parallel(config.parallel, config.model, lora=False)
     rows = _rows_to_profile(config, context.seed)
     from posttrain.model.load import load_tokenizer
 
@@ -44,7 +46,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         try:
             return _train(config, context, engines, trainer, rows, prompts, tokenizer, stop_ids)
         finally:
-            _end_trainer(trainer)
+            trainer.close(last="close")
 
 
 def _rows_to_profile(config: RlConfig, seed: int) -> list[Row]:
@@ -78,43 +80,22 @@ def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[D
     return prompts
 
 
-def _start_trainer(config: RlConfig, seed: int) -> Any:
-    import ray
-
+def _start_trainer(config: RlConfig, seed: int) -> RankGroup:
     from posttrain.rl.trainer import PolicyTrainer
 
-    resources = config.resources.trainer
-    return (
-        ray.remote(PolicyTrainer)
-        .options(
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(resources.cpus)))}},
-        )
-        .remote(config, seed)
-    )
-
-
-def _end_trainer(trainer: Any) -> None:
-    import ray
-
-    with contextlib.suppress(Exception):  # a trainer that is dead already has nothing left to close
-        ray.get(trainer.close.remote(), timeout=10)
-    ray.kill(trainer)
+    return RankGroup(config.parallel, config.resources.trainer, PolicyTrainer, config, seed)
 
 
 def _train(
     config: RlConfig,
     context: StageContext,
     engines: Engines,
-    trainer: Any,
+    trainer: RankGroup,
     rows: list[Row],
     prompts: list[DrawnPrompt],
     tokenizer: Any,
     stop_ids: tuple[int, ...],
 ) -> dict[str, Any]:
-    import ray
-
     difficulties = _profile(config, context, engines, prompts, stop_ids)
     selected = select_band(difficulties, rows, config.profile.band)
     source = prompt_source(config, selected, tokenizer, context.seed)
@@ -122,7 +103,7 @@ def _train(
     archive = RolloutArchive(context.dir / "rollouts", tokenizer)
     checkpoint = _latest_checkpoint(context.dir / "checkpoints")
     if checkpoint is not None:
-        state: Any = ray.get(trainer.load_checkpoint.remote(str(checkpoint)))
+        state: Any = trainer.get("load_checkpoint", str(checkpoint))
         source.restore(state["source"])
         first_step = int(checkpoint.name.removeprefix("step_"))
         archive.forget_after(first_step - 1)
@@ -131,7 +112,7 @@ def _train(
     parity = check_engine_parity(config, engines, trainer, prompts, stop_ids, first_step)
     context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
     asyncio.run(Controller(config, context, engines, trainer, source, archive, stop_ids, first_step).run())
-    ray.get(trainer.save.remote(str(context.dir / "model")))
+    trainer.get("save", str(context.dir / "model"))
     return {
         "model": str(context.dir / "model"),
         "rollouts": str(context.dir / "rollouts"),
@@ -140,6 +121,7 @@ def _train(
         "selected_prompts": len(selected),
         "selected_by_capability": dict(Counter(row.capability for row in selected)),
         "parity_mean_gap": parity.mean_gap,
+        **trainer.get("info"),
     }
 
 

@@ -10,7 +10,7 @@ import mmap
 import os
 import secrets
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,20 @@ ALIGNMENT = 64
 
 class WeightTransferError(PosttrainError):
     """Weights did not arrive as they were sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What is said of a tensor before its values are there."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +78,32 @@ class SharedWeights:
         stem = f"posttrain-{os.getpid()}-{secrets.token_hex(4)}"
         self._paths = [Path(directory) / f"{stem}-{half}" for half in "ab"]
 
-    def publish(self, named: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> WeightManifest:
-        """Write tensors of any dtype and device, under their checkpoint names, as `policy_version`."""
-        pairs = [(name, tensor.detach()) for name, tensor in named]
+    def publish(
+        self, specs: Sequence[TensorSpec], values: Iterable[torch.Tensor], policy_version: int
+    ) -> WeightManifest:
+        """Write tensors of any dtype and device, under their checkpoint names, as `policy_version`.
+
+        values: one for each of `specs`, in their order; each is written before the next is asked for.
+        """
         entries, end = [], 0
-        for name, tensor in pairs:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            entries.append(TensorEntry(name, dtype, tuple(tensor.shape), end))
-            end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        for spec in specs:
+            entries.append(TensorEntry(spec.name, str(spec.dtype).removeprefix("torch."), spec.shape, end))
+            end += -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT
         path = self._paths[policy_version % 2]
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.ftruncate(descriptor, end)
             with mmap.mmap(descriptor, end) as segment:
-                self._copy(segment, pairs, entries)
+                buffer = torch.frombuffer(segment, dtype=torch.uint8)
+                for value, spec, entry in zip(values, specs, entries, strict=True):
+                    place = buffer[entry.offset : entry.offset + spec.num_bytes]
+                    place.view(spec.dtype).view(spec.shape).copy_(value.detach())
+                    del place
+                del buffer  # the mapping cannot be closed while a tensor looks into it
                 crc32 = zlib.crc32(segment)
         finally:
             os.close(descriptor)
         return WeightManifest(str(path), policy_version, end, crc32, tuple(entries))
-
-    @staticmethod
-    def _copy(segment: mmap.mmap, pairs: list[tuple[str, torch.Tensor]], entries: list[TensorEntry]) -> None:
-        buffer = torch.frombuffer(segment, dtype=torch.uint8)
-        for (_, tensor), entry in zip(pairs, entries, strict=True):
-            end = entry.offset + tensor.numel() * tensor.element_size()
-            buffer[entry.offset : end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        del buffer  # the mapping cannot be closed while a tensor looks into it
 
     def close(self) -> None:
         """Remove the segments. Readers that still have them mapped keep them."""
