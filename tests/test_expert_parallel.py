@@ -4,6 +4,7 @@ The model is the hostile one of test_model.py; every step clips its gradients, s
 another rank shows.
 """
 
+import itertools
 import json
 import socket
 import subprocess
@@ -84,21 +85,33 @@ def save_hostile_model(folder: Path) -> None:
     save_model(model, tokenizer, folder / "model")
 
 
+def make_case(processes: int, zero: int, optimizer: str, **more: Any) -> dict[str, Any]:
+    """Two ranks an expert group: with 4 ranks, expert parallelism times expert-data parallelism."""
+    name = f"{processes}x2z{zero}{optimizer}{more.get('dtype', '')}"
+    return {"processes": processes, "expert": 2, "zero": zero, "optimizer": optimizer, "name": name, **more}
+
+
 CASES = [
-    {"processes": 2, "expert": 2, "zero": zero, "optimizer": optimizer, "name": f"2x2z{zero}{optimizer}"}
+    make_case(processes, zero, optimizer)
+    for processes in (2, 4)
     for zero in (0, 1, 2, 3)
     for optimizer in ("sgd", "adamw")
 ]
+BF16 = [make_case(2, zero, "adamw", dtype="bfloat16") for zero in (0, 1, 2, 3)]
 for case in CASES:
-    if case["optimizer"] == "adamw":
+    if case["optimizer"] == "adamw" and case["processes"] == 2:
         case |= {"export": f"export-z{case['zero']}", "shard_bytes": 40_000}
+
+
+# Layouts that go on from two ranks' state: name, processes, expert.
+OTHERS = [("one", 1, 1), ("four", 4, 2), ("four-apart", 4, 4)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("experts")
     save_hostile_model(folder)
-    adamw = [case for case in CASES if case["optimizer"] == "adamw"]
+    adamw = [case for case in CASES if "export" in case]
     halves = [
         {**case, "name": f"half-z{case['zero']}", "end": HALF, "save": f"state-z{case['zero']}", "export": f"h{i}"}
         for i, case in enumerate(adamw)
@@ -114,10 +127,12 @@ def folder(tmp_path_factory) -> Path:
         }
         for i, (case, old) in enumerate([*zip(adamw, halves, strict=True), *zip(adamw, halves[::-1], strict=True)])
     ]
-    one = [{"processes": 1, "expert": 1, "zero": 1, "optimizer": "adamw", "name": "one", "begin": HALF,
-            "resume": "state-z3"}]  # fmt: skip
-    launch(folder, [*CASES, *halves])
-    launch(folder, [*resumed, *one])
+    others = [
+        {**make_case(processes, 1, "adamw"), "expert": expert, "name": name, "begin": HALF, "resume": "state-z3"}
+        for name, processes, expert in OTHERS
+    ]
+    launch(folder, [*CASES, *halves, *BF16])
+    launch(folder, [*resumed, *others])
     return folder
 
 
@@ -127,13 +142,38 @@ def plain(folder) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_two_ranks_train_as_one_process(folder, plain, zero):
-    sgd, adamw = result(folder, f"2x2z{zero}sgd"), result(folder, f"2x2z{zero}adamw")
+@pytest.mark.parametrize("processes", [2, 4])
+def test_ranks_train_as_one_process(folder, plain, processes, zero):
+    sgd, adamw = (result(folder, f"{processes}x2z{zero}{optimizer}") for optimizer in ("sgd", "adamw"))
     assert sgd["kinds"] == ["ExpertParallelMoE"]
     for got, want in ((sgd, plain["sgd"]), (adamw, plain["adamw"])):
         assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
         assert error(got["first"], want["first_gradients"]) < 1e-6
     assert error(sgd["weights"], plain["sgd"]["weights"]) < 1e-5
+
+
+def spread(runs: list[dict[str, Any]], other: dict[str, Any]) -> dict[str, float]:
+    """Largest distance of `other` from any of the runs: of losses, and of gradients and weights by `error`."""
+    return {
+        "losses": max(abs(a - b) for run in runs for a, b in zip(run["losses"], other["losses"], strict=True)),
+        "first": max(error(other["first"], run["first"]) for run in runs),
+        "weights": max(error(other["weights"], run["weights"]) for run in runs),
+    }
+
+
+@pytest.fixture(scope="module")
+def plain_bf16(folder) -> list[dict[str, Any]]:
+    """The training in one process in bf16, with other sums in each micro-batching."""
+    runs = [expert_ranks.one_process(folder, "adamw", "bfloat16", rows) for rows in (1, 2, 4)]
+    return [{**run, "first": run["first_gradients"]} for run in runs]
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_bf16_is_as_near_as_its_own_rounding(folder, plain_bf16, zero):
+    pairs = [spread([one], other) for one, other in itertools.combinations(plain_bf16, 2)]
+    got = spread(plain_bf16, result(folder, f"2x2z{zero}adamwbfloat16"))
+    for name, value in got.items():
+        assert value < 2 * max(pair[name] for pair in pairs), (name, got, pairs)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
@@ -164,8 +204,9 @@ def test_resumed_in_another_layout(folder, old, new):
     assert resumed["losses"] == pytest.approx(whole["losses"][HALF:], rel=1e-5)
 
 
-def test_resumed_in_one_process(folder):
-    whole, resumed = result(folder, "2x2z3adamw"), result(folder, "one")
-    assert resumed["kinds"] == ["MoE"]
+@pytest.mark.parametrize(("name", "processes", "expert"), OTHERS)
+def test_resumed_by_another_number_of_ranks(folder, name, processes, expert):
+    whole, resumed = result(folder, "2x2z3adamw"), result(folder, name)
+    assert resumed["kinds"] == ["MoE" if expert == 1 else "ExpertParallelMoE"]
     assert error(resumed["loaded"], result(folder, "half-z3")["weights"]) == 0
     assert resumed["losses"] == pytest.approx(whole["losses"][HALF:], rel=1e-5)

@@ -57,6 +57,14 @@ def summary(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
 
 
+def test_stages_train_on_deepspeed_engines(summary):
+    stats = {stage["name"]: stage["stats"] for stage in summary["stages"]}
+    layouts = {"sft": (2, 2), "rl": (1, 1), "dpo": (1, 1)}
+    for name, layout in layouts.items():
+        assert stats[name]["engine"] == "DeepSpeedEngine"
+        assert (stats[name]["processes"], stats[name]["expert"]) == layout
+
+
 def test_every_stage_is_done_and_measured(run, summary):
     assert summary["status"] == "done"
     stages = {stage["name"]: stage for stage in summary["stages"]}

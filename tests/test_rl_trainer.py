@@ -108,7 +108,7 @@ class Cases:
             "weights": weights,
             "skipped": skipped["metrics"]["skipped"],
             "unchanged": all(weights[name].equal(unchanged[name]) for name in weights),
-            "info": trainer.info(),
+            "report": trainer.report(),
         }
 
     def resume(self, config: RlConfig, folder: str) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def test_ranks_train_as_the_written_out_loss(trained, plain, expert, zero):
     folder, result = trained(expert, zero)
     losses, norms, weights = plain
     metrics = result["metrics"]
-    assert result["info"]["engine"] == "DeepSpeedEngine"
+    assert result["report"]["engine"] == "DeepSpeedEngine"
     assert [line["loss"] for line in metrics] == pytest.approx(losses, rel=1e-5)
     assert [line["grad_norm"] for line in metrics] == pytest.approx(norms, rel=1e-5)
     assert all(line["tokens_trained"] == sum(len(sample.token_ids) for sample in batch(0)) for line in metrics)

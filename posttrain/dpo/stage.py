@@ -8,6 +8,7 @@ Left out: evaluation (a stage of its own).
 
 import copy
 import random
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from posttrain.dpo.config import DpoConfig
 from posttrain.dpo.mine import mine, read_replies
 from posttrain.errors import StageError
 
+TOKENIZED = "tokenized"  # the pairs on disk, while ranks read them
 METRICS = {
     "loss": "loss",
     "rewards/margins": "margin",
@@ -53,6 +55,7 @@ def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
 
         work = (train_and_export, config, context, tokenizer, ids)
         report = run_on_ranks(config.parallel, config.resources.trainer, *work)
+        shutil.rmtree(context.dir / TOKENIZED, ignore_errors=True)
     counts = {"num_pairs": len(kept), "dropped": dropped, "reasons": reasons}
     return {"model": str(context.dir / "model"), "pairs": str(path), **counts, **report}
 
@@ -135,11 +138,11 @@ def train_model(
     from datasets import Dataset
 
     from posttrain.dpo.trainer import TokenizedPairTrainer
+    from posttrain.parallel.engine import engine_report
     from posttrain.train.adapters import adapter_config
     from posttrain.train.drift import DriftProbe
     from posttrain.train.trl_checkpoints import digest_ids, fingerprint
     from posttrain.train.trl_loop import (
-        engine_report,
         shared_dataset,
         train,
         trained_model,
@@ -158,7 +161,7 @@ def train_model(
     trainer = with_checkpoints(TokenizedPairTrainer, config.parallel)(
         model=model,
         args=build_arguments(config, context.dir, context.seed),
-        train_dataset=shared_dataset(Dataset.from_list(records), context.dir / "tokenized"),
+        train_dataset=shared_dataset(Dataset.from_list(records), context.dir / TOKENIZED),
         processing_class=tokenizer,
         peft_config=adapter_config(model, config.lora) if config.lora else None,
     )
@@ -166,7 +169,10 @@ def train_model(
     if trainer.state.global_step == 0:
         raise StageError("dpo: no optimiser step was made")
     trained = trained_model(trainer, model_config, config.parallel)
-    report = _report(trainer.state, history, probe.measure(trained)) | engine_report(trainer, config.parallel)
+    report = {
+        **_report(trainer.state, history, probe.measure(trained)),
+        **engine_report(trainer.model_wrapped, config.parallel),
+    }
     context.metrics(trainer.state.global_step, {name: value for name, value in report.items() if name != "steps"})
     return trained, report
 

@@ -93,6 +93,11 @@ def build_engine(module: Any, config: dict[str, Any]) -> Any:
     return finish(deepspeed.initialize(model=module, model_parameters=trained, config=config)[0])
 
 
+def engine_report(engine: Any, parallel: ParallelConfig | None) -> dict[str, Any]:
+    """For a stage's figures: the class of what trained, and its layout; nothing for a plain process."""
+    return {} if parallel is None else {"engine": type(engine).__name__, **parallel.model_dump()}
+
+
 def finish(engine: Any) -> Any:
     """Make good what upstream leaves out; see the module's text. Returns the engine."""
     if engine._config.expert_parallel_config is not None and engine._config.expert_parallel_config.enabled:

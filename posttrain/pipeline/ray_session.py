@@ -99,7 +99,7 @@ def _connect(session: RaySession, address: str) -> None:
         options |= {"address": address, "runtime_env": {"env_vars": environment}}
     try:
         ray.init(**options)
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones as well, as when a busy machine starts it too slowly
         cluster = f"the cluster at RAY_ADDRESS={address} was not reached"
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise StageError(f"{'a local Ray could not be started' if session.local else cluster}: {reason}") from error

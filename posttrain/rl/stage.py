@@ -121,7 +121,7 @@ def _train(
         "selected_prompts": len(selected),
         "selected_by_capability": dict(Counter(row.capability for row in selected)),
         "parity_mean_gap": parity.mean_gap,
-        **trainer.get("info"),
+        **trainer.get("report"),
     }
 
 

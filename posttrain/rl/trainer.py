@@ -8,7 +8,6 @@ policy's forward pass: the ratio is anchored on the sampler's log-probabilities.
 
 import json
 import math
-import os
 import shutil
 import time
 from collections import defaultdict
@@ -21,7 +20,7 @@ import torch.distributed as dist
 
 from posttrain.config.shared import OptimizerConfig
 from posttrain.model.load import load_policy, load_tokenizer
-from posttrain.parallel.engine import start_engine
+from posttrain.parallel.engine import engine_report, start_engine
 from posttrain.parallel.export import barrier, export_model
 from posttrain.parallel.state import load_state, save_state
 from posttrain.parallel.tensors import read_weights, whole_tensors
@@ -67,9 +66,9 @@ class PolicyTrainer:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self.policy_version = 0
 
-    def info(self) -> dict[str, Any]:
-        """Process id, the engine's class, and the layout."""
-        return {"pid": os.getpid(), "engine": type(self._engine).__name__, **self._config.parallel.model_dump()}
+    def report(self) -> dict[str, Any]:
+        """What trains: the engine's class, and the layout."""
+        return engine_report(self._engine, self._config.parallel)
 
     def publish(self) -> dict[str, Any] | None:
         """Write the weights to shared memory; returns the manifest that an engine takes, on rank 0."""

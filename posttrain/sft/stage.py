@@ -115,12 +115,13 @@ def train_model(
     from datasets import Dataset
     from trl.trainer.sft_trainer import SFTTrainer
 
+    from posttrain.parallel.engine import engine_report
     from posttrain.sft.isolation import require_isolation
     from posttrain.sft.packing import to_records
     from posttrain.train.adapters import adapter_config
     from posttrain.train.drift import DriftProbe
     from posttrain.train.trl_checkpoints import digest_ids, fingerprint
-    from posttrain.train.trl_loop import engine_report, train, trained_model, training_recipe, with_checkpoints
+    from posttrain.train.trl_loop import train, trained_model, training_recipe, with_checkpoints
     from posttrain.train.trl_settings import prepare_model
 
     prepare_model(model)
@@ -151,7 +152,7 @@ def train_model(
         "kl_from_start": drift.kl,
         "entropy_before": drift.entropy_before,
         "entropy_after": drift.entropy_after,
-        **engine_report(trainer, config.parallel),
+        **engine_report(trainer.model_wrapped, config.parallel),
     }
     context.metrics(trainer.state.global_step, {name: value for name, value in report.items() if name != "steps"})
     return trained, report

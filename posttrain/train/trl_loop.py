@@ -175,10 +175,3 @@ def save_trained(model: Any, tokenizer: Any, folder: Path, parallel: ParallelCon
     else:
         architecture = type(model).__name__.removeprefix("Native")
         export_model(model, model.config, architecture, tokenizer, folder)
-
-
-def engine_report(trainer: Any, parallel: ParallelConfig | None) -> dict[str, Any]:
-    """What trained: the engine's class and how many ranks and experts' ranks; nothing for a plain process."""
-    if parallel is None:
-        return {}
-    return {"engine": type(trainer.model_wrapped).__name__, **parallel.model_dump()}
