@@ -62,7 +62,7 @@ class ExpertParallelRouter(TokenChoiceTopKRouter):
     def forward(
         self, x: torch.Tensor, expert_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [T, D] -> scores [T, K], expert ids [T, K], tokens of each expert [E] (int32)."""
+        """x [T, D] -> scores [T, K] in x's dtype, expert ids [T, K], tokens of each expert [E] (int32)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         logits_TE = F.linear(x.to(dtype), self.gate.weight.to(dtype))
         if self.replay_TK is None:
@@ -73,7 +73,7 @@ class ExpertParallelRouter(TokenChoiceTopKRouter):
         if self.recorder is not None:
             self.recorder.append(Routing(logits_TE, ids_TK))
         counts_E = torch.bincount(ids_TK.flatten(), minlength=self.num_experts).to(torch.int32)
-        return torch.sigmoid(chosen_TK), ids_TK, counts_E
+        return torch.sigmoid(chosen_TK).to(x.dtype), ids_TK, counts_E
 
 
 class ExpertParallelMoE(AutoEPMoELayer):
