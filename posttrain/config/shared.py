@@ -8,6 +8,13 @@ from posttrain.config.base import Config
 
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+GradientCheckpointing = Annotated[
+    Literal["none", "full", "selective"],
+    Field(
+        description="What the backward computes again, to save memory: nothing, whole layers, or all of a layer "
+        "but its matrix products and attention."
+    ),
+]
 
 
 class ServedModelConfig(Config):
