@@ -78,7 +78,7 @@ def common_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "push_to_hub": False,
-        # TRL would compute a balance loss that does not know Llama 4's names; balance is the base model's concern.
+        # TRL would compute a balance loss that does not know Llama 4's names; `router` in the config adds ours.
         "router_aux_loss_coef": 0.0,
     }
 
