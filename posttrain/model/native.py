@@ -155,9 +155,7 @@ class NativeLlama4Model(_NativeLlama4):
             **self._router_losses(routings, keep_T, bool(output_router_logits)),
         )
 
-    def _router_losses(
-        self, routings: list[Routing], keep_T: torch.Tensor | None, asked: bool
-    ) -> dict[str, torch.Tensor]:
+    def _router_losses(self, routings: list[Routing], keep_T: torch.Tensor | None, asked: bool) -> dict[str, Any]:
         """The fields of the output that hold losses; see NativeModelOutput."""
         weights = self.router_loss_weights
         trained = torch.is_grad_enabled()
