@@ -153,23 +153,43 @@ def resources_of(kind: str) -> Builder:
 
 
 @cache
-def _model(path: str, implementation: str, dtype: str) -> Any:
+def _model(model: str) -> Any:
     from posttrain.config.shared import ModelConfig
     from posttrain.model.load import load_policy
 
-    return load_policy(ModelConfig.model_validate({"path": path, "implementation": implementation, "dtype": dtype}))
+    return load_policy(ModelConfig.model_validate_json(model))
 
 
 def policy(config: Any) -> Any:
-    """The model that is trained: its class, and its weights in their type."""
-    model = _model(*(getattr(config.model, name) for name in ("path", "implementation", "dtype")))
-    return type(model).__name__, model.state_dict()
+    """The model that is trained: its class, its weights in their type, and those of the losses on its routers."""
+    model = _model(config.model.model_dump_json())
+    return type(model).__name__, model.state_dict(), getattr(model.model, "router_loss_weights", None)
+
+
+def router_bias(config: Any) -> Any:
+    """The bias of routers after a first step of one token, by each of which a rate shows."""
+    import torch
+
+    from posttrain.model.router_bias import RouterBias, native_layers
+
+    model = _model(config.model.model_dump_json())
+    if native_layers(model) is None:
+        return None
+    bias = RouterBias(model.train(), config.model.router.bias_rate)
+    model(torch.tensor([[5]]))
+    bias.update(0.0)
+    bias.close()
+    return bias.bias_LE
 
 
 def adapters(config: Any) -> Any:
     from posttrain.train.adapters import adapter_config
 
-    return adapter_config(_model("model_a", "native", "float32"), config.lora).to_dict() if config.lora else None
+    return (
+        adapter_config(_model('{"path": "model_a", "dtype": "float32"}'), config.lora).to_dict()
+        if config.lora
+        else None
+    )
 
 
 def engine(model_of: Callable[[Any], Any]) -> Builder:
@@ -495,12 +515,12 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         base_documents,
     ),
     "filter": (resources_of("filter"), JUDGE_ENGINE, filter_requests, filter_split),
-    "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, engine_settings),
+    "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
-        rl_controller, rl_draws, rl_micro_batches, policy, engine_settings, MODEL_ENGINE,
+        rl_controller, rl_draws, rl_micro_batches, policy, router_bias, engine_settings, MODEL_ENGINE,
     ),
-    "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, engine_settings),
+    "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),
     "pipeline": (pipeline_jobs,),
 }  # fmt: skip

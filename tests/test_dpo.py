@@ -201,7 +201,7 @@ def test_a_stopped_stage_goes_on_to_the_same_weights(policy, tmp_path, monkeypat
 
 def test_every_field_reaches_trl(policy, tmp_path):
     config = make_config(policy, rollouts="x", beta=0.4, loss_type="ipo", nll_weight=0.3, batch_size=5, epochs=2,
-                         gradient_accumulation=3, checkpoint_every=9, gradient_checkpointing=True,
+                         gradient_accumulation=3, checkpoint_every=9, gradient_checkpointing="full",
                          optimizer={"learning_rate": 2e-5, "schedule": "linear", "warmup_steps": 2})  # fmt: skip
     args = stage.build_arguments(config, tmp_path, seed=4)
     expected = {

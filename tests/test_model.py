@@ -6,15 +6,18 @@ large: with gentler settings most of the mutations below would pass unseen.
 
 import copy
 import json
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextRMSNorm
 
 from posttrain.model import NativeLlama4ForCausalLM, attention, norm, placement, rope
 from posttrain.model.moe import MoE
+from posttrain.model.recompute import checkpointing_arguments
 from posttrain.model.visibility import CausalRows, packed_segments
 
 LENGTH = 23
@@ -388,16 +391,76 @@ def test_segments_cover_every_token_once():
     assert sorted(tokens.tolist()) == list(range(100))
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_gradient_checkpointing_changes_nothing(mode):
     _, ours = model_pair(scale=0.15, router_aux_loss_coef=0.3)
     packed = pack(documents(LENGTHS[0]))
     ours.train()
     want_loss, want = gradients(ours, **packed, labels=packed["input_ids"])
-    ours.gradient_checkpointing_enable()
+    want_stats = ours.model.last_router_stats
+    ours.gradient_checkpointing_enable(checkpointing_arguments(mode))
     got_loss, got = gradients(ours, **packed, labels=packed["input_ids"])
     assert torch.equal(got_loss, want_loss)
     assert gradient_error(got, want) < 1e-6
+    stats = ours.model.last_router_stats  # one routing a layer: what is computed again is not recorded again
+    assert torch.equal(stats.load_LE, want_stats.load_LE)
+    assert torch.equal(stats.entropy_L, want_stats.entropy_L)
     copy.deepcopy(ours)  # nothing of a graph is left behind
+
+
+def _bytes_held_after_forward(model, inputs) -> int:
+    """Allocated and not freed again by a forward whose loss is still there: what its backward will read."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+    assert loss.requires_grad
+    events = profiler.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def test_selective_checkpointing_holds_less_than_none_and_more_than_full():
+    _, ours = model_pair(scale=0.15)
+    packed = pack(documents([60, 40, 80, 20] * 5))
+    ours.train()
+    ours(**packed)  # what is made once and kept
+    held = {}
+    for mode in ("none", "selective", "full"):
+        ours.gradient_checkpointing_disable()
+        if mode != "none":
+            ours.gradient_checkpointing_enable(checkpointing_arguments(mode))
+        held[mode] = _bytes_held_after_forward(ours, packed)
+    assert held["full"] < 0.5 * held["selective"]
+    assert held["selective"] < 0.8 * held["none"]
+
+
+class _Calls(TorchDispatchMode):
+    """Counts what is really computed: a result that is taken out of store is not dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_computes_no_product_or_attention_again():
+    _, ours = model_pair(scale=0.15)
+    packed = pack(documents(LENGTHS[0]))
+    ours.train()
+
+    def products(mode: str) -> dict[str, int]:
+        ours.gradient_checkpointing_disable()
+        if mode != "none":
+            ours.gradient_checkpointing_enable(checkpointing_arguments(mode))
+        with _Calls() as calls:
+            ours(**packed, labels=packed["input_ids"]).loss.backward()
+        return {name: calls.counts[f"aten.{name}.default"] for name in names}
+
+    names = ("mm", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu")
+    none, full, selective = products("none"), products("full"), products("selective")
+    assert selective == none
+    assert all(full[name] > none[name] for name in none)
 
 
 def test_mask_of_another_shape_is_refused():

@@ -1,5 +1,6 @@
 """Routers: the load-balance loss by hand, figures for metrics, replayed choices, and that no token is dropped."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,9 @@ from transformers import Llama4TextConfig
 
 from posttrain.model import NativeLlama4ForCausalLM
 from posttrain.model.moe import MoE, Routing
-from posttrain.model.router_stats import load_balance_loss, router_stats
+from posttrain.model.recompute import checkpointing_arguments
+from posttrain.model.router_bias import RouterBias
+from posttrain.model.router_stats import RouterLossWeights, load_balance_loss, router_stats, z_loss
 
 
 def tiny_config(**changes) -> Llama4TextConfig:
@@ -46,6 +49,52 @@ def test_load_balance_loss_is_one_when_balanced_and_e_when_collapsed():
     assert load_balance_loss([balanced]).item() == pytest.approx(1.0)
     assert load_balance_loss([collapsed]).item() == pytest.approx(4.0)
     assert load_balance_loss([balanced, collapsed]).item() == pytest.approx(2.5)
+
+
+def test_load_balance_gradient_by_hand():
+    probs = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.2, 0.2]])
+    logits = probs.log().requires_grad_()
+    load_balance_loss([Routing(logits, torch.tensor([[0], [0]]))]).backward()
+    # 3 * mean_t p_t0, and d p_0 / d logit_e = p_0 (1[e = 0] - p_e)
+    want = torch.tensor([[0.5 * 0.5, -0.5 * 0.3, -0.5 * 0.2], [0.6 * 0.4, -0.6 * 0.2, -0.6 * 0.2]]) * 3 / 2
+    torch.testing.assert_close(logits.grad, want)
+
+
+def test_z_loss_and_its_gradient_by_hand():
+    # The sums of exponentials are 4 and 1, so the logs of them 1.3863 and 0.
+    logits = torch.tensor([[1.0, 2.0, 1.0], [0.25, 0.5, 0.25]]).log().requires_grad_()
+    routing = Routing(logits, torch.zeros(2, 1, dtype=torch.long))
+    loss = z_loss([routing])
+    assert loss.item() == pytest.approx(math.log(4) ** 2 / 2)
+    loss.backward()
+    want = torch.tensor([[0.25, 0.5, 0.25], [0.0, 0.0, 0.0]]) * 2 * math.log(4) / 2
+    torch.testing.assert_close(logits.grad, want)
+    assert z_loss([routing], torch.tensor([True, False])).item() == pytest.approx(math.log(4) ** 2)
+    quiet = Routing(torch.tensor([[0.5, 0.5]]).log(), torch.zeros(1, 1, dtype=torch.long))
+    assert z_loss([routing, quiet]).item() == pytest.approx(math.log(4) ** 2 / 4)  # mean over layers
+
+
+def test_both_losses_enter_the_loss_by_their_weights():
+    plain, model = tiny_model(), tiny_model()
+    model.model.router_loss_weights = RouterLossWeights(balance=0.5, z=0.25)
+    mask = torch.ones_like(IDS)
+    mask[0, :6] = 0
+    without, with_both = plain(IDS, mask, labels=IDS), model(IDS, mask, labels=IDS)
+    inner = model.model(IDS, mask)
+    routings, keep = model.model.last_routings
+    assert keep.sum() == 24
+    assert inner.aux_loss.item() == pytest.approx(load_balance_loss(routings, keep).item(), rel=1e-6)
+    assert inner.z_loss.item() == pytest.approx(z_loss(routings, keep).item(), rel=1e-6)
+    added = 0.5 * inner.aux_loss + 0.25 * inner.z_loss
+    torch.testing.assert_close(inner.router_loss, added)
+    torch.testing.assert_close(with_both.loss, without.loss + added)
+    weight = model.model.layers[1].feed_forward.router.weight
+    (got,) = torch.autograd.grad(with_both.loss - added, weight)
+    (want,) = torch.autograd.grad(without.loss, plain.model.layers[1].feed_forward.router.weight)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        outputs = model.model(IDS, mask)
+    assert (outputs.aux_loss, outputs.z_loss, outputs.router_loss) == (None, None, None)
 
 
 def test_coefficient_adds_to_the_loss_and_moves_the_router():
@@ -90,6 +139,7 @@ def test_entropy_by_hand():
     stats = router_stats([Routing(torch.tensor([[0.0, 0.0], [50.0, 0.0]]), torch.tensor([[0], [0]]))])
     assert stats.entropy_L.item() == pytest.approx(math.log(2) / 2)
     assert stats.load_LE.tolist() == [[1.0, 0.0]]
+    assert stats.dead_L.tolist() == [1]
 
 
 def _one_token_at_a_time(moe: MoE, x_TD: torch.Tensor) -> torch.Tensor:
@@ -160,3 +210,106 @@ def test_router_works_in_fp32_in_a_bf16_model():
     out = model(IDS, output_router_logits=True)
     assert out.logits.dtype == torch.bfloat16
     assert all(logits.dtype == torch.float32 for logits in out.router_logits)
+
+
+# --- the bias on the choice of experts -------------------------------------------------------------------------
+
+
+def test_a_bias_moves_the_choice_and_no_gate():
+    moe = tiny_model(num_experts_per_tok=1).model.layers[0].feed_forward
+    x = torch.randn(20, 16)
+    logits = moe.router(x)
+    plain = moe(x)
+    moe.choice_bias_E = torch.zeros(4)
+    assert torch.equal(moe(x), plain)
+    moe.choice_bias_E = torch.tensor([0.0, 0.0, 100.0, 0.0])
+    moe.recorder = []
+    got = moe(x)
+    assert torch.equal(moe.recorder[0].logits_TE, logits)
+    assert moe.recorder[0].expert_ids_TK.unique().tolist() == [2]
+    # The gate is the sigmoid of the logit alone: with the bias in it, every gate would be 1.
+    gate, up = (torch.sigmoid(logits[:, 2:3]) * x @ moe.experts.gate_up_proj[2]).chunk(2, -1)
+    want = moe.shared_expert(x) + (F.silu(gate) * up) @ moe.experts.down_proj[2]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    moe.recorder = None
+    forced = torch.full((20, 1), 1)
+    moe.choice_bias_E = None
+    replayed = moe(x, forced)
+    moe.choice_bias_E = torch.tensor([0.0, 0.0, 100.0, 0.0])
+    assert torch.equal(moe(x, forced), replayed)  # a replayed choice is not biased
+
+
+def _counted(model) -> list[int]:
+    routings, _ = model.model.last_routings
+    return torch.bincount(routings[0].expert_ids_TK.flatten(), minlength=4).tolist()
+
+
+def test_a_step_moves_the_bias_by_its_rate_towards_even_loads():
+    model = tiny_model(num_experts_per_tok=1, moe_layers=[1])
+    bias = RouterBias(model, rate=0.125)
+    with torch.no_grad():
+        model(IDS)  # not a step of training
+    counts = [0, 0, 0, 0]
+    for ids in (IDS[:1], IDS[1:]):
+        model(ids)
+        counts = [a + b for a, b in zip(counts, _counted(model), strict=True)]
+    assert sum(counts) == 30
+    stats = bias.update(progress=0.25)
+    assert stats.load_LE.tolist() == [pytest.approx([count / 30 for count in counts])]
+    want = [0.125 * ((count < 7.5) - (count > 7.5)) for count in counts]
+    assert bias.bias_LE.tolist() == [want]
+    layer = model.model.layers[1].feed_forward
+    assert layer.choice_bias_E.tolist() == [0.75 * value for value in want]
+    assert bias.update(progress=0.5) is None  # nothing was counted since
+    assert bias.bias_LE.tolist() == [want]
+    assert layer.choice_bias_E.tolist() == [0.5 * value for value in want]
+    bias.update(progress=1.0)
+    assert layer.choice_bias_E is None
+    assert not any("bias" in name for name in model.state_dict())
+
+
+def test_the_bias_balances_a_skewed_router():
+    model = tiny_model(num_experts_per_tok=1, moe_layers=[1], vocab_size=499)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 2.0
+        model.model.layers[1].feed_forward.router.weight[3, 0] += 1.0  # what every token has, this expert likes
+    generator = torch.Generator().manual_seed(2)
+    bias = RouterBias(model, rate=0.01)
+
+    def loads(progress: float) -> torch.Tensor:
+        model(torch.randint(1, 499, (8, 100), generator=generator))
+        return 4 * bias.update(progress).load_LE[0]
+
+    seen = torch.stack([loads(0.0) for _ in range(300)])
+    assert seen[0].max() > 2.5
+    assert seen[-50:].mean(0).max() < 1.05
+    assert seen[-50:].max(-1).values.mean() < 1.4
+    bias.update(progress=1.0)
+    assert loads(1.0).max() > 2.5  # faded: the router was not trained, and is as skewed as it was
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_what_is_computed_again_is_not_counted_again(mode):
+    model = tiny_model()
+    bias = RouterBias(model, rate=0.0)
+    model.gradient_checkpointing_enable(checkpointing_arguments(mode))
+    model(IDS, labels=IDS).loss.backward()
+    assert bias._counts_LE.sum(-1).tolist() == [60, 60]
+    assert bias.update(0.5).load_LE.shape == (2, 4)
+    assert model.model.layers[0].feed_forward.choice_bias_E is None  # a rate of 0 counts only
+
+
+def test_a_bias_goes_on_from_its_state():
+    models = [tiny_model(), tiny_model()]
+    first = RouterBias(models[0], rate=0.1)
+    for step in range(3):
+        models[0](IDS)
+        first.update(step / 10)
+    second = RouterBias(models[1], rate=0.1)
+    second.load_state(json.loads(json.dumps(first.state())))
+    for one, other in zip(models[0].model.moe_layers, models[1].model.moe_layers, strict=True):
+        assert torch.equal(one.choice_bias_E, other.choice_bias_E)
+    assert torch.equal(models[0](IDS).logits, models[1](IDS).logits)
+    first.close()
+    assert models[0].model.moe_layers[0].choice_bias_E is None
+    assert not torch.equal(models[0](IDS).logits, models[1](IDS).logits)

@@ -206,7 +206,7 @@ def test_drift_is_the_exact_divergence(policy, data):
 
 def test_every_field_reaches_trl(policy, data, tmp_path):
     config = make_config(
-        policy, data, epochs=3, gradient_accumulation=5, gradient_checkpointing=True, checkpoint_every=17,
+        policy, data, epochs=3, gradient_accumulation=5, gradient_checkpointing="full", checkpoint_every=17,
         optimizer={"learning_rate": 3e-4, "schedule": "cosine", "warmup_steps": 4, "beta1": 0.8, "beta2": 0.9,
                    "weight_decay": 0.2, "max_grad_norm": 0.7},
     )  # fmt: skip
@@ -219,6 +219,12 @@ def test_every_field_reaches_trl(policy, data, tmp_path):
         "output_dir": str(tmp_path / "checkpoints"), "use_cpu": not torch.cuda.is_available(), "push_to_hub": False,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
+    assert args.gradient_checkpointing_kwargs is None
+    args = stage.build_arguments(make_config(policy, data, gradient_checkpointing="selective"), tmp_path)
+    assert (args.gradient_checkpointing, list(args.gradient_checkpointing_kwargs)) == (
+        True, ["use_reentrant", "context_fn"],
+    )  # fmt: skip
+    assert not stage.build_arguments(make_config(policy, data), tmp_path).gradient_checkpointing
     plain = make_config(policy, data, packing=False, batch_tokens=None, batch_size=6)
     args = stage.build_arguments(plain, tmp_path)
     assert (args.packing, args.per_device_train_batch_size, args.max_length) == (False, 6, None)
@@ -339,12 +345,17 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(policy, data,
 
 def test_recomputed_activations_change_nothing(policy, data, tmp_path):
     for lora in (None, {"rank": 4}):
-        one, other = (
-            weights(Path(stage.run(make_config(policy, data, lora=lora, gradient_checkpointing=on), context)["model"]))
-            for on, context in ((on, make_context(tmp_path / f"{on}{bool(lora)}")) for on in (False, True))
+        none, *others = (
+            weights(
+                Path(stage.run(make_config(policy, data, lora=lora, gradient_checkpointing=mode), context)["model"])
+            )
+            for mode, context in (
+                (mode, make_context(tmp_path / f"{mode}{bool(lora)}")) for mode in ("none", "full", "selective")
+            )
         )
-        for name in one:
-            torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-5)
+        for other in others:
+            for name in none:
+                torch.testing.assert_close(none[name], other[name], atol=1e-6, rtol=1e-5)
 
 
 def test_both_implementations_train_alike(policy, data, tmp_path):

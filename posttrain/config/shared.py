@@ -7,7 +7,15 @@ from pydantic import Field, field_validator, model_validator
 from posttrain.config.base import Config
 
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+GradientCheckpointing = Annotated[
+    Literal["none", "full", "selective"],
+    Field(
+        description="What the backward computes again, to save memory: nothing, whole layers, or all of a layer "
+        "but its matrix products and attention."
+    ),
+]
 
 
 class ServedModelConfig(Config):
@@ -19,12 +27,25 @@ class ServedModelConfig(Config):
     )
 
 
+class RouterConfig(Config):
+    """How the routers of a native Llama 4 are kept from favouring a few experts while it is trained; 0 is off."""
+
+    balance_loss: NotNegative = Field(default=0.0, description="Weight of the load-balance loss.")
+    z_loss: NotNegative = Field(default=0.0, description="Weight of the z-loss, which keeps router logits small.")
+    bias_rate: NotNegative = Field(
+        default=0.0,
+        description="How far a step moves the bias on the choice of each expert towards equal loads; the bias fades "
+        "to nothing over the training.",
+    )
+
+
 class ModelConfig(ServedModelConfig):
     """A Hugging Face model folder that is trained, and how it is held in memory."""
 
     implementation: Literal["native", "transformers"] = Field(
         default="native", description="Model code for Llama 4; other architectures always use transformers."
     )
+    router: RouterConfig = Field(default_factory=RouterConfig)
 
 
 class FilesConfig(Config):

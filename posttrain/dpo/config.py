@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from posttrain.config.base import Config
 from posttrain.config.shared import (
     DataConfig,
+    GradientCheckpointing,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
@@ -64,7 +65,7 @@ class DpoConfig(Config):
     gradient_accumulation: Count = Field(1, description="Forwards and backwards of one optimiser step.")
     max_length: Annotated[int, Field(ge=2)] = Field(4096, description="Longest prompt plus reply, in tokens.")
     overlong: Literal["error", "drop"] = Field("error", description="What to do with a longer pair.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward, to save memory.")
+    gradient_checkpointing: GradientCheckpointing = "none"
     checkpoint_every: Count = Field(200, description="Optimiser steps between checkpoints.")
     parallel: ParallelConfig | None = Field(
         None, description="Train over several processes, with DeepSpeed; absent: in one, without."

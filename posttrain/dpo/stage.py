@@ -84,8 +84,9 @@ def prepare(config: DpoConfig, seed: int) -> tuple[Any, list[Any], list[Pair], i
 
     quiet_environment()
     from posttrain.dpo.examples import tokenize_pairs
-    from posttrain.model.load import load_tokenizer
+    from posttrain.model.load import check_router, load_tokenizer
 
+    check_router(config.model)
     tokenizer = load_tokenizer(config.model.path)
     ids, kept = tokenize_pairs(tokenizer, pairs, config.max_length, config.overlong)
     return tokenizer, ids, kept, len(pairs) - len(kept)
@@ -146,8 +147,8 @@ def train_model(
         shared_dataset,
         train,
         trained_model,
+        trainer_class_for,
         training_recipe,
-        with_checkpoints,
     )
     from posttrain.train.trl_settings import prepare_model
 
@@ -158,14 +159,14 @@ def train_model(
     recipe = training_recipe(config, {"pairs", "rollouts"})
     print_ = fingerprint(model, recipe, context.seed, digest_ids(records))
     model_config = copy.deepcopy(model.config)  # TRL writes its own ideas into the model's config
-    trainer = with_checkpoints(TokenizedPairTrainer, config.parallel)(
+    trainer = trainer_class_for(TokenizedPairTrainer, config.parallel)(
         model=model,
         args=build_arguments(config, context.dir, context.seed),
         train_dataset=shared_dataset(Dataset.from_list(records), context.dir / TOKENIZED),
         processing_class=tokenizer,
         peft_config=adapter_config(model, config.lora) if config.lora else None,
     )
-    history = train(trainer, context, "dpo", METRICS, print_)
+    history = train(trainer, context, "dpo", METRICS, print_, config.model.router.bias_rate)
     if trainer.state.global_step == 0:
         raise StageError("dpo: no optimiser step was made")
     trained = trained_model(trainer, model_config, config.parallel)

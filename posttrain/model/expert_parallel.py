@@ -19,7 +19,7 @@ from deepspeed.module_inject.auto_ep_presets.base import AutoEPPresetAdapter, Mo
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import nn
 
-from posttrain.model.moe import Routing
+from posttrain.model.moe import Routing, choose_experts
 
 PRESET = "posttrain_llama4"
 
@@ -58,6 +58,7 @@ class ExpertParallelRouter(TokenChoiceTopKRouter):
 
     replay_TK: torch.Tensor | None
     recorder: list[Routing] | None
+    choice_bias_E: torch.Tensor | None
 
     def forward(
         self, x: torch.Tensor, expert_bias: torch.Tensor | None = None
@@ -66,10 +67,10 @@ class ExpertParallelRouter(TokenChoiceTopKRouter):
         dtype = torch.promote_types(x.dtype, torch.float32)
         logits_TE = F.linear(x.to(dtype), self.gate.weight.to(dtype))
         if self.replay_TK is None:
-            chosen_TK, ids_TK = logits_TE.topk(self.top_k, dim=-1)
+            ids_TK = choose_experts(logits_TE, self.top_k, self.choice_bias_E)
         else:
             ids_TK = self.replay_TK
-            chosen_TK = logits_TE.gather(-1, ids_TK)
+        chosen_TK = logits_TE.gather(-1, ids_TK)
         if self.recorder is not None:
             self.recorder.append(Routing(logits_TE, ids_TK))
         counts_E = torch.bincount(ids_TK.flatten(), minlength=self.num_experts).to(torch.int32)
@@ -77,7 +78,7 @@ class ExpertParallelRouter(TokenChoiceTopKRouter):
 
 
 class ExpertParallelMoE(AutoEPMoELayer):
-    """AutoEP's layer with the native `MoE`'s signature and recorder."""
+    """AutoEP's layer with the native `MoE`'s signature, recorder and choice bias."""
 
     router: ExpertParallelRouter
 
@@ -89,6 +90,15 @@ class ExpertParallelMoE(AutoEPMoELayer):
     @recorder.setter
     def recorder(self, value: list[Routing] | None) -> None:
         self.router.recorder = value
+
+    @property
+    def choice_bias_E(self) -> torch.Tensor | None:
+        """As `MoE.choice_bias_E`."""
+        return self.router.choice_bias_E
+
+    @choice_bias_E.setter
+    def choice_bias_E(self, value: torch.Tensor | None) -> None:
+        self.router.choice_bias_E = value
 
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor | None = None) -> torch.Tensor:
         """hidden_states [B, S, D] -> [B, S, D]. `expert_ids` [B, S, K] replays a choice of experts."""
@@ -112,4 +122,5 @@ def adopt(model: nn.Module) -> int:
         layer.router.__class__ = ExpertParallelRouter
         layer.router.replay_TK = None
         layer.router.recorder = None
+        layer.router.choice_bias_E = None
     return len(layers)

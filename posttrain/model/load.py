@@ -26,8 +26,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from posttrain.config.shared import ModelConfig
-from posttrain.errors import CheckpointError
+from posttrain.errors import CheckpointError, ConfigError
 from posttrain.model.native import NativeLlama4ForCausalLM
+from posttrain.model.router_stats import RouterLossWeights
 
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -73,8 +74,28 @@ def load_model(
 
 
 def load_policy(model: ModelConfig) -> PreTrainedModel:
-    """Load the model that a stage trains, as its config says; see `load_model`."""
-    return load_model(model.path, model.implementation, model.dtype)
+    """Load the model that a stage trains, as its config says; see `load_model` and `check_router`."""
+    check_router(model)
+    loaded = load_model(model.path, model.implementation, model.dtype)
+    if isinstance(loaded, NativeLlama4ForCausalLM):
+        loaded.model.router_loss_weights = RouterLossWeights(model.router.balance_loss, model.router.z_loss)
+    return loaded
+
+
+def check_router(model: ModelConfig) -> None:
+    """Raise `ConfigError` for a `router` section that this model has no routers for. Reads config.json only."""
+    asked = {f"router.{name}": value for name, value in model.router.model_dump().items() if value}
+    if not asked:
+        return
+    config = _config(_folder(model.path))
+    if config.model_type not in _LLAMA4 or model.implementation != "native":
+        what = f"a {config.model_type} model in the {model.implementation} implementation"
+        rule = "routers are those of Llama 4 with model.implementation: native"
+    elif not config.get_text_config().moe_layers:
+        what, rule = "this model", "it has no mixture-of-experts layer"
+    else:
+        return
+    raise ConfigError("model", [f"{key}: got {value} for {what}; {rule}" for key, value in asked.items()])
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:

@@ -106,10 +106,17 @@ class Routing:
     expert_ids_TK: torch.Tensor
 
 
+def choose_experts(logits_TE: torch.Tensor, top_k: int, choice_bias_E: torch.Tensor | None) -> torch.Tensor:
+    """The K experts of each token, int64 [T, K], best first: by logit, or by logit plus a bias that no gate sees."""
+    wanted_TE = logits_TE if choice_bias_E is None else logits_TE + choice_bias_E
+    return wanted_TE.topk(top_k, dim=-1).indices
+
+
 class MoE(nn.Module):
     """Shared expert plus the top-K routed experts. Returns a plain tensor, as DeepSpeed's replacement for it does.
 
     While `recorder` is a list (the model sets it for the length of a forward), each call appends its Routing there.
+    `choice_bias_E` is fp32 or None, see `choose_experts`; it is no part of the weights and never saved.
     """
 
     def __init__(self, config: Llama4TextConfig):
@@ -120,16 +127,17 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.shared_expert = GatedMLP(config, config.intermediate_size)
         self.recorder: list[Routing] | None = None
+        self.choice_bias_E: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, expert_ids: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., D] -> [..., D]. `expert_ids` [..., K] replays a choice of experts; the gate keeps its gradient."""
         x_TD = x.reshape(-1, x.shape[-1])
         logits_TE = self.router(x_TD)
         if expert_ids is None:
-            chosen_TK, ids_TK = logits_TE.topk(self.top_k, dim=-1)
+            ids_TK = choose_experts(logits_TE, self.top_k, self.choice_bias_E)
         else:
             ids_TK = expert_ids.reshape(-1, self.top_k)
-            chosen_TK = logits_TE.gather(-1, ids_TK)
+        chosen_TK = logits_TE.gather(-1, ids_TK)
         if self.recorder is not None:
             self.recorder.append(Routing(logits_TE, ids_TK))
         out_TD = self.shared_expert(x_TD) + self._routed(x_TD, chosen_TK, ids_TK)

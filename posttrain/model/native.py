@@ -2,7 +2,7 @@
 
 Parameter names, shapes and numbers are those of transformers' `Llama4ForCausalLM`: weights and folders go both ways.
 What differs: experts compute only for their own tokens, documents packed into a row never see each other, the router
-works in fp32, and a load-balance loss is there when `router_aux_loss_coef` asks for it.
+works in fp32, and a load-balance loss and a z-loss on the routers are there when they are asked for.
 
 Left out: images, tensor parallelism, returned attention weights, attention implementations other than SDPA.
 """
@@ -28,7 +28,7 @@ from posttrain.model.moe import Experts, GatedMLP, MoE, Routing
 from posttrain.model.norm import RMSNorm
 from posttrain.model.placement import Layout, layout_of, place
 from posttrain.model.rope import inverse_frequencies
-from posttrain.model.router_stats import RouterStats, load_balance_loss, router_stats
+from posttrain.model.router_stats import RouterLossWeights, RouterStats, load_balance_loss, router_stats, z_loss
 
 # Llama4TextConfig's own default, which transformers never reads. A config that holds it, and does not ask for router
 # logits either, never chose a load-balance loss.
@@ -37,9 +37,16 @@ _UNREAD_AUX_DEFAULT = 0.001
 
 @dataclass
 class NativeModelOutput(MoeModelOutputWithPast):
-    """The base model's output, with the load-balance loss where it was asked for."""
+    """The base model's output, with the losses on its routers.
+
+    aux_loss, z_loss: the load-balance loss and the z-loss as they are, where they have a weight and gradients are on,
+    or where router logits were asked for. router_loss: their weighted sum, which belongs in the training's loss; None
+    where none has a weight.
+    """
 
     aux_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+    router_loss: torch.Tensor | None = None
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -85,7 +92,10 @@ class _NativeLlama4(PreTrainedModel):
 
 
 class NativeLlama4Model(_NativeLlama4):
-    """The layers without the head."""
+    """The layers without the head.
+
+    `router_loss_weights` starts as the config's `router_aux_loss_coef` for the load-balance loss; a training sets it.
+    """
 
     def __init__(self, config: Llama4TextConfig):
         super().__init__(config)
@@ -95,13 +105,19 @@ class NativeLlama4Model(_NativeLlama4):
         self.gradient_checkpointing = False
         # Not a buffer: loading on the meta device leaves buffers without values.
         self._frequencies: tuple[torch.Tensor, float] | None = None
-        self._last_routings: tuple[list[Routing], torch.Tensor | None] = ([], None)
+        self.last_routings: tuple[list[Routing], torch.Tensor | None] = ([], None)
+        self.router_loss_weights = RouterLossWeights(balance=config.router_aux_loss_coef)
         self.post_init()
+
+    @property
+    def moe_layers(self) -> list[Any]:
+        """The mixture-of-experts layers, in order: `MoE`, or what expert parallelism puts in its place."""
+        return [layer.feed_forward for layer in self.layers if layer.is_moe]
 
     @property
     def last_router_stats(self) -> RouterStats | None:
         """Expert loads and router entropy of the last forward, padding left out; None before one. Computed on read."""
-        routings, keep_T = self._last_routings
+        routings, keep_T = self.last_routings
         return router_stats(routings, keep_T) if routings else None
 
     @can_return_tuple
@@ -129,16 +145,28 @@ class NativeLlama4Model(_NativeLlama4):
         positions = place(self.config, layout, length, cache, self._frequencies_on(x_BSD.device))
         routings, hidden_states = self._run_layers(x_BSD, positions, cache, routed_experts, bool(output_hidden_states))
         keep_T = None if attention_mask is None else attention_mask[:, past:].reshape(-1).bool()
-        self._last_routings = ([Routing(r.logits_TE.detach(), r.expert_ids_TK) for r in routings], keep_T)
-        wants_aux = bool(output_router_logits) or (self.config.router_aux_loss_coef > 0 and torch.is_grad_enabled())
+        self.last_routings = ([Routing(r.logits_TE.detach(), r.expert_ids_TK) for r in routings], keep_T)
         # cast: transformers annotates its outputs with FloatTensor, which no function of torch is typed to return.
         return NativeModelOutput(
             last_hidden_state=cast(Any, hidden_states[-1]),
             past_key_values=cache,
             hidden_states=cast(Any, tuple(hidden_states) if output_hidden_states else None),
             router_logits=cast(Any, tuple(r.logits_TE for r in routings) if output_router_logits else None),
-            aux_loss=load_balance_loss(routings, keep_T) if wants_aux and routings else None,
+            **self._router_losses(routings, keep_T, bool(output_router_logits)),
         )
+
+    def _router_losses(self, routings: list[Routing], keep_T: torch.Tensor | None, asked: bool) -> dict[str, Any]:
+        """The fields of the output that hold losses; see NativeModelOutput."""
+        weights = self.router_loss_weights
+        trained = torch.is_grad_enabled()
+        losses: dict[str, torch.Tensor] = {}
+        weighted: list[torch.Tensor] = []
+        for name, weight, loss in (("aux_loss", weights.balance, load_balance_loss), ("z_loss", weights.z, z_loss)):
+            if routings and (asked or (weight and trained)):
+                losses[name] = loss(routings, keep_T)
+                if weight:
+                    weighted.append(weight * losses[name])
+        return {**losses, "router_loss": torch.stack(weighted).sum()} if weighted else losses
 
     def _run_layers(
         self,
@@ -151,7 +179,7 @@ class NativeLlama4Model(_NativeLlama4):
         """Return what the routers did and the hidden states (only the last, normalised, unless `keep_all`)."""
         routings: list[Routing] = []
         hidden_states = [x_BSD] if keep_all else []
-        moe_layers: list[Any] = [layer.feed_forward for layer in self.layers if layer.is_moe]
+        moe_layers = self.moe_layers
         self._check_replay(routed_experts, x_BSD)
         replay = iter(()) if routed_experts is None else iter(routed_experts.unbind(2))
         for moe in moe_layers:
@@ -197,8 +225,9 @@ class NativeLlama4Model(_NativeLlama4):
 class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
     """Llama 4 text model with its language-model head; the same weights as transformers' `Llama4ForCausalLM`.
 
-    `config.router_aux_loss_coef`, if positive, adds that multiple of the load-balance loss to `loss`. It is set to 0
-    where the config holds only the default that transformers never reads (0.001, output_router_logits False).
+    `model.router_loss_weights` says what multiples of the load-balance loss and the z-loss are added to `loss`. They
+    start as `config.router_aux_loss_coef` and 0; the former is set to 0 where the config holds only the default that
+    transformers never reads (0.001, output_router_logits False).
     """
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -242,8 +271,8 @@ class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
                 is still computed, with its gradient, from the logits. Source: arXiv 2510.11370.
 
         Returns:
-            loss, logits [B, S, V], past_key_values, aux_loss (where asked for by `router_aux_loss_coef` or
-            `output_router_logits`), and hidden_states and router_logits where asked for.
+            loss, logits [B, S, V], past_key_values, aux_loss (the load-balance loss as it is, where it
+            has a weight or `output_router_logits` asks), and hidden_states and router_logits where asked for.
 
         Raises:
             ValueError: a mask or routed_experts of another shape, or a cache with packed rows.
@@ -260,8 +289,8 @@ class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
         if labels is not None:
             labels = _without_first_labels(labels, position_ids)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if outputs.aux_loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * outputs.aux_loss
+            if outputs.router_loss is not None:
+                loss = loss + outputs.router_loss
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=outputs.aux_loss,

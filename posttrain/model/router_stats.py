@@ -1,4 +1,4 @@
-"""What the routers did in one forward: the load-balance loss and figures for metrics."""
+"""What the routers did in one forward: the losses on them and figures for metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,35 @@ class RouterStats:
     """Routing of the last forward, one entry a MoE layer, without gradient.
 
     load_LE: fraction of expert choices that went to each expert. entropy_L: mean entropy of softmax(logits), in nats.
+    dead_L: int64, experts that no token went to.
     """
 
     load_LE: torch.Tensor
     entropy_L: torch.Tensor
 
+    @property
+    def dead_L(self) -> torch.Tensor:
+        return (self.load_LE == 0).sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLossWeights:
+    """What multiplies the losses on routers before they are added to a training's loss."""
+
+    balance: float = 0.0
+    z: float = 0.0
+
+
+def expert_counts(expert_ids_TK: torch.Tensor, num_experts: int, keep_T: torch.Tensor | None = None) -> torch.Tensor:
+    """How many choices of the kept tokens went to each expert, int64 [E]."""
+    ids = expert_ids_TK if keep_T is None else expert_ids_TK[keep_T]
+    return torch.bincount(ids.flatten(), minlength=num_experts)
+
 
 def expert_load(expert_ids_TK: torch.Tensor, num_experts: int, keep_T: torch.Tensor | None = None) -> torch.Tensor:
     """Fraction of the choices of the kept tokens that went to each expert, fp32 [E]."""
-    ids = expert_ids_TK if keep_T is None else expert_ids_TK[keep_T]
-    return torch.bincount(ids.flatten(), minlength=num_experts).float() / max(ids.numel(), 1)
+    counts = expert_counts(expert_ids_TK, num_experts, keep_T)
+    return counts.float() / counts.sum().clamp(min=1)
 
 
 def load_balance_loss(routings: Sequence[Routing], keep_T: torch.Tensor | None = None) -> torch.Tensor:
@@ -39,6 +58,18 @@ def load_balance_loss(routings: Sequence[Routing], keep_T: torch.Tensor | None =
         kept = logits if keep_T is None else logits[keep_T]
         load = expert_load(ids, logits.shape[-1], keep_T)
         losses.append(logits.shape[-1] * (load * kept.softmax(-1).mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+def z_loss(routings: Sequence[Routing], keep_T: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over layers and tokens of logsumexp(logits)^2, which keeps router logits small; arguments as above.
+
+    Source: ST-MoE (arXiv 2202.08906), equation 5.
+    """
+    losses = []
+    for routing in routings:
+        kept = routing.logits_TE if keep_T is None else routing.logits_TE[keep_T]
+        losses.append(kept.logsumexp(-1).square().mean())
     return torch.stack(losses).mean()
 
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from posttrain.config.base import Config
 from posttrain.config.shared import (
     DataConfig,
+    GradientCheckpointing,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
@@ -37,7 +38,7 @@ class SftConfig(Config):
     gradient_accumulation: Count = Field(1, description="Forwards and backwards of one optimiser step.")
     max_length: Annotated[int, Field(ge=2)] = Field(4096, description="Longest conversation, in tokens.")
     overlong: Literal["error", "drop"] = Field("error", description="What to do with a longer conversation.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward, to save memory.")
+    gradient_checkpointing: GradientCheckpointing = "none"
     checkpoint_every: Count = Field(200, description="Optimiser steps between checkpoints.")
     parallel: ParallelConfig | None = Field(
         None, description="Train over several processes, with DeepSpeed; absent: in one, without."
@@ -45,11 +46,16 @@ class SftConfig(Config):
     resources: SftResources = Field(default_factory=SftResources)
 
     @model_validator(mode="after")
-    def _one_batch_unit(self) -> "SftConfig":
+    def _fits(self) -> "SftConfig":
         if self.packing and (self.batch_tokens is None or self.batch_size is not None):
             raise ValueError("packing: true needs batch_tokens, and takes no batch_size")
         if not self.packing and (self.batch_size is None or self.batch_tokens is not None):
             raise ValueError("packing: false needs batch_size, and takes no batch_tokens")
+        if self.gradient_checkpointing == "selective" and self.lora and self.parallel and self.parallel.zero == 3:
+            raise ValueError(
+                "gradient_checkpointing: got selective with lora and parallel.zero 3, for which TRL checkpoints in a "
+                "way that keeps nothing; set it to full, or parallel.zero to 0, 1 or 2"
+            )
         if self.batch_tokens is not None and self.batch_tokens < self.max_length:
             raise ValueError(f"batch_tokens {self.batch_tokens} is less than max_length {self.max_length}")
         return self

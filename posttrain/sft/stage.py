@@ -72,9 +72,10 @@ def prepare(config: SftConfig) -> tuple[Any, list[Any], dict[str, Any]]:
     from posttrain.train.trl_settings import quiet_environment
 
     quiet_environment()
-    from posttrain.model.load import load_tokenizer
+    from posttrain.model.load import check_router, load_tokenizer
     from posttrain.sft.examples import tokenize
 
+    check_router(config.model)
     tokenizer = load_tokenizer(config.model.path)
     examples, dropped = tokenize(tokenizer, rows, config.max_length, config.overlong)
     by_capability = dict(sorted(Counter(row.capability for row in rows).items()))
@@ -121,7 +122,7 @@ def train_model(
     from posttrain.train.adapters import adapter_config
     from posttrain.train.drift import DriftProbe
     from posttrain.train.trl_checkpoints import digest_ids, fingerprint
-    from posttrain.train.trl_loop import train, trained_model, training_recipe, with_checkpoints
+    from posttrain.train.trl_loop import train, trained_model, trainer_class_for, training_recipe
     from posttrain.train.trl_settings import prepare_model
 
     prepare_model(model)
@@ -131,14 +132,14 @@ def train_model(
     recipe = training_recipe(config, {"data"})
     print_ = fingerprint(model, recipe, context.seed, digest_ids([item.ids, item.mask] for item in examples))
     model_config = copy.deepcopy(model.config)  # TRL writes its own ideas into the model's config
-    trainer = with_checkpoints(SFTTrainer, config.parallel)(
+    trainer = trainer_class_for(SFTTrainer, config.parallel)(
         model=model,
         args=build_arguments(config, context.dir, context.seed),
         train_dataset=Dataset.from_list(to_records(examples, config.batch_tokens, context.seed)),
         processing_class=tokenizer,
         peft_config=adapter_config(model, config.lora) if config.lora else None,
     )
-    history = train(trainer, context, "sft", METRICS, print_)
+    history = train(trainer, context, "sft", METRICS, print_, config.model.router.bias_rate)
     if trainer.state.global_step == 0:
         raise StageError("sft: no optimiser step was made")
     trained = trained_model(trainer, model_config, config.parallel)

@@ -17,9 +17,11 @@ from posttrain.config.shared import ParallelConfig
 from posttrain.context import QuietContext, StageContext
 from posttrain.errors import StageError
 from posttrain.model.load import save_model
+from posttrain.model.router_bias import native_layers
 from posttrain.parallel.export import barrier, export_model
 from posttrain.train.adapters import merged
 from posttrain.train.master_adamw import MasterAdamW
+from posttrain.train.routers import ROUTER_METRICS, RouterCallback, with_router_loss
 from posttrain.train.trl_checkpoints import Sealed, drop_metrics_after, latest, seal
 
 BUSY_INTERVAL_S = 1.0
@@ -80,7 +82,12 @@ class StageCallback(TrainerCallback):
 
 
 def train(
-    trainer: Any, context: StageContext, what: str, names: Mapping[str, str], fingerprint: str
+    trainer: Any,
+    context: StageContext,
+    what: str,
+    names: Mapping[str, str],
+    fingerprint: str,
+    router_bias_rate: float = 0.0,
 ) -> list[dict[str, float]]:
     """Train a transformers `Trainer` to the end, from the last checkpoint of the same training if there is one.
 
@@ -88,8 +95,11 @@ def train(
     a number.
     """
     resumed = _of_first_rank(lambda: _resume_point(trainer, context, fingerprint))
-    callback = StageCallback(context, what, names, fingerprint, resumed)
+    callback = StageCallback(context, what, {**names, **ROUTER_METRICS}, fingerprint, resumed)
     trainer.remove_callback(PrinterCallback)
+    if native_layers(trainer.model) is not None:
+        # Before the other: it adds to what that one logs and to the checkpoint that it seals.
+        trainer.add_callback(RouterCallback(trainer.model, router_bias_rate, resumed.path))
     trainer.add_callback(callback)
     in_bf16 = any(p.dtype == torch.bfloat16 for p in trainer.model.parameters() if p.requires_grad)
     if in_bf16 and not trainer.is_deepspeed_enabled:  # DeepSpeed keeps fp32 masters itself
@@ -129,6 +139,7 @@ def training_recipe(config: Any, inputs: set[str]) -> dict[str, Any]:
     left_out = {"resources", "checkpoint_every", "model", "parallel", "gradient_accumulation", *inputs}
     processes = config.parallel.processes if config.parallel else 1
     recipe = config.model_dump(mode="json", exclude=left_out)
+    recipe["router"] = config.model.router.model_dump()
     return {**recipe, "forwards_a_step": processes * config.gradient_accumulation, "engine": bool(config.parallel)}
 
 
@@ -144,8 +155,9 @@ def shared_dataset(dataset: Any, folder: Path) -> Any:
     return load_from_disk(folder)
 
 
-def with_checkpoints(trainer_class: type, parallel: ParallelConfig | None) -> Any:
-    """The trainer class for a training with or without an engine."""
+def trainer_class_for(trainer_class: type, parallel: ParallelConfig | None) -> Any:
+    """The trainer class for a training with or without an engine; both add the losses on routers."""
+    trainer_class = with_router_loss(trainer_class)
     if parallel is None:
         return trainer_class
     from posttrain.train.engine_trainer import with_engine

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.shared import OptimizerConfig, ParallelConfig
+from posttrain.config.shared import GradientCheckpointing, OptimizerConfig, ParallelConfig
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -32,7 +32,7 @@ def common_arguments(
     epochs: int,
     batch_size: int,
     gradient_accumulation: int,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: GradientCheckpointing,
     checkpoint_every: int,
     seed: int,
     parallel: ParallelConfig | None = None,
@@ -40,6 +40,8 @@ def common_arguments(
 ) -> dict[str, Any]:
     """Keyword arguments that `SFTConfig` and `DPOConfig` share. `batch_size` counts rows of one forward."""
     import torch
+
+    from posttrain.model.recompute import checkpointing_arguments
 
     distributed: dict[str, Any] = {}
     if parallel is not None:
@@ -53,7 +55,8 @@ def common_arguments(
         "num_train_epochs": epochs,
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": gradient_accumulation,
-        "gradient_checkpointing": gradient_checkpointing,
+        "gradient_checkpointing": gradient_checkpointing != "none",
+        "gradient_checkpointing_kwargs": checkpointing_arguments(gradient_checkpointing),
         "learning_rate": optimizer.learning_rate,
         "lr_scheduler_type": SCHEDULES[optimizer.schedule],
         "warmup_steps": optimizer.warmup_steps,
@@ -75,7 +78,7 @@ def common_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "push_to_hub": False,
-        # TRL would compute a balance loss that does not know Llama 4's names; balance is the base model's concern.
+        # TRL would compute a balance loss that does not know Llama 4's names; `router` in the config adds ours.
         "router_aux_loss_coef": 0.0,
     }
 

@@ -1,0 +1,102 @@
+"""Balanced experts without a loss: a bias on the choice of each expert, moved after each step by the loads of the step.
+
+Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (arXiv 2408.15664), algorithm 1; here the
+bias is on logits, by which Llama 4 chooses. A model folder has no place for a bias, and engines route without one, so
+what is applied fades: bias * (1 - progress), nothing at the end, and the exported router is the one that was trained.
+
+Left out: models that are not the native Llama 4.
+Shapes: L mixture-of-experts layers, E experts.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from posttrain.model.native import NativeLlama4Model
+from posttrain.model.router_stats import RouterStats, expert_counts, router_stats
+
+
+def native_layers(model: nn.Module) -> NativeLlama4Model | None:
+    """The native layers in a model, whatever wraps them; None if there are none, or no mixture of experts in them."""
+    found = next((module for module in model.modules() if isinstance(module, NativeLlama4Model)), None)
+    return found if found is not None and found.moe_layers else None
+
+
+class RouterBias:
+    """The bias of every router of a model, and what its routers did in each step.
+
+    Forwards in training mode with gradients are counted, padding left out; call `update` after each optimizer step, on
+    every rank. What checkpointing computes again is not counted again. With a rate of 0 it counts only.
+    """
+
+    def __init__(self, model: nn.Module, rate: float):
+        """rate: how far a step moves each bias, in logits. Raises ValueError for a model without native experts."""
+        layers = native_layers(model)
+        if layers is None:
+            raise ValueError(f"{type(model).__name__} has no native mixture-of-experts layers")
+        self.rate = rate
+        self.progress = 0.0
+        self._layers = layers
+        size = (len(layers.moe_layers), layers.config.num_local_experts)
+        self.bias_LE = torch.zeros(size)
+        self._counts_LE = torch.zeros(size, dtype=torch.float64)
+        self._entropy_L = torch.zeros(size[0], dtype=torch.float64)  # summed over tokens
+        self._hook = layers.register_forward_hook(self._count)
+
+    @torch.no_grad()
+    def update(self, progress: float) -> RouterStats | None:
+        """Move the bias by what all ranks counted since the last call, and apply it for the next step.
+
+        progress: share of the training that is done, 0 to 1; at 1 no bias is left. Returns what was counted, on the
+        CPU; None if no forward was.
+        """
+        counts_LE, entropy_L = self._take()
+        total_L1 = counts_LE.sum(-1, keepdim=True)
+        stats = None
+        if total_L1.all():
+            stats = RouterStats((counts_LE / total_L1).float(), (entropy_L / total_L1[:, 0]).float())
+            self.bias_LE += self.rate * torch.sign(counts_LE.mean(-1, keepdim=True) - counts_LE).float()
+        self._apply(progress)
+        return stats
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON holds it exactly."""
+        return {"bias": self.bias_LE.tolist(), "progress": self.progress}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.bias_LE = torch.tensor(state["bias"])
+        self._apply(state["progress"])
+
+    def close(self) -> None:
+        """Take bias and counting off the model."""
+        self._hook.remove()
+        self._apply(1.0)
+
+    def _apply(self, progress: float) -> None:
+        self.progress = progress
+        applied_LE = self.bias_LE * (1 - progress) if self.rate and progress < 1 else None
+        device = next(self._layers.parameters()).device
+        for index, layer in enumerate(self._layers.moe_layers):
+            layer.choice_bias_E = None if applied_LE is None else applied_LE[index].to(device)
+
+    @torch.no_grad()
+    def _count(self, layers: Any, arguments: Any, output: Any) -> None:
+        routings, keep_T = layers.last_routings
+        if not (layers.training and output.last_hidden_state.requires_grad):
+            return
+        stats = router_stats(routings, keep_T)
+        counts_LE = torch.stack([expert_counts(r.expert_ids_TK, r.logits_TE.shape[-1], keep_T) for r in routings])
+        self._counts_LE = self._counts_LE.to(counts_LE.device) + counts_LE
+        choices_L = counts_LE.sum(-1)
+        self._entropy_L = self._entropy_L.to(counts_LE.device) + stats.entropy_L.double().nan_to_num() * choices_L
+
+    def _take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts [L, E] and summed entropy [L] over all ranks, in fp64 on the CPU; begins anew."""
+        sums = torch.cat([self._counts_LE, self._entropy_L[:, None]], dim=1)
+        self._counts_LE, self._entropy_L = torch.zeros_like(self._counts_LE), torch.zeros_like(self._entropy_L)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return sums[:, :-1].cpu(), sums[:, -1].cpu()
