@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_sft import make_config, make_context
-from tiny_policy import save_tiny_policy, write_sums
+from tiny_policy import write_sums
 
 from posttrain.config.base import validate_config
 from posttrain.dpo import stage as dpo
@@ -20,11 +20,6 @@ from posttrain.sft import stage as sft
 pytestmark = pytest.mark.slow
 # The session is shared with tests that leave a warm engine on one of the two CPUs.
 RESOURCES = {"trainer": {"cpus": 0.25}}
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory) -> Path:
-    return save_tiny_policy(tmp_path_factory.mktemp("policy") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,8 @@ class Router(nn.Linear):
 class Experts(nn.Module):
     """The weights of all experts: gate_up_proj [E, D, 2 I] with the gate first, down_proj [E, I, D]; y = x @ W."""
 
+    is_transposed = True  # peft asks which side is the input: adapters have A on it, as those of linear modules
+
     def __init__(self, config: Llama4TextConfig):
         super().__init__()
         num_experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
