@@ -149,36 +149,29 @@ def check_parallel(parallel: ParallelConfig | None, model: ModelConfig, lora: bo
         return
     problems = []
     if lora and parallel.expert > 1:
-        problems.append(
-            f"parallel.expert: got {parallel.expert} with lora: DeepSpeed cannot divide experts that are frozen or "
-            "adapted; set parallel.expert: 1, or train all weights"
-        )
+        problems.append(" with lora: DeepSpeed cannot divide experts that are frozen or adapted; set parallel.expert: 1")
     if parallel.expert > 1:
         problems += _expert_problems(parallel.expert, model)
     if problems:
-        raise ConfigError("parallel", problems)
+        raise ConfigError("parallel.expert", [f"got {parallel.expert}{problem}" for problem in problems])
 
 
 def _expert_problems(expert: int, model: ModelConfig) -> list[str]:
+    """What is wrong with dividing a model's experts among `expert` ranks; each goes on after "got 2"."""
     from transformers import AutoConfig, Llama4Config, Llama4TextConfig
 
     config = AutoConfig.from_pretrained(model.path, local_files_only=True)
     if not isinstance(config, Llama4Config | Llama4TextConfig) or model.implementation != "native":
         return [
-            f"parallel.expert: got {expert} for a {config.model_type} model in the {model.implementation} "
-            "implementation; expert parallelism is for Llama 4 with model.implementation: native"
+            f" for a {config.model_type} model in the {model.implementation} implementation; expert parallelism is for "
+            "Llama 4 with model.implementation: native"
         ]
     text: Any = config.get_text_config()
     problems = []
     if not text.moe_layers:
-        problems.append(f"parallel.expert: got {expert}, but this model has no mixture-of-experts layer")
+        problems.append(", but this model has no mixture-of-experts layer")
     elif text.num_local_experts % expert:
-        problems.append(
-            f"parallel.expert: got {expert}, which does not divide the model's {text.num_local_experts} experts"
-        )
+        problems.append(f", which does not divide the model's {text.num_local_experts} experts")
     if text.hidden_act != "silu":
-        problems.append(
-            f"parallel.expert: got {expert}, but only experts with hidden_act silu can be divided, not "
-            f"{text.hidden_act}"
-        )
+        problems.append(f", but only experts with hidden_act silu can be divided, not {text.hidden_act}")
     return problems
