@@ -1,17 +1,24 @@
 """LoRA on attention and on the weights of all experts: what it trains, and that merging it in changes no number."""
 
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
+from test_dpo import make_pairs
 from test_model import PADDED, batch, model_pair
 from test_sft import make_config, make_context, weights
 
 from posttrain.config.base import validate_config
 from posttrain.config.shared import LoraConfig
+from posttrain.data.pairs import write_pairs
+from posttrain.dpo import stage as dpo
+from posttrain.dpo.config import DpoConfig
 from posttrain.errors import ConfigError
+from posttrain.metrics.jsonl import read_jsonl
 from posttrain.model import load_model
 from posttrain.sft import stage as sft
 from posttrain.train.adapters import adapter_config, merged
@@ -21,9 +28,9 @@ LORA = {"rank": 3, "alpha": 6.0, "target_parameters": EXPERTS}
 
 
 def adapted(lora: dict[str, Any], implementation: str = "native") -> tuple[Any, Any]:
-    """The hostile model, and a copy with adapters that change its logits."""
+    """The weights of the hostile model, and the model with adapters that change its logits."""
     theirs, native = model_pair()
-    plain, _ = (native, None) if implementation == "native" else (theirs, None)
+    plain = native if implementation == "native" else theirs
     start = {name: value.clone() for name, value in plain.state_dict().items()}
     model = get_peft_model(plain, adapter_config(plain, LoraConfig(**lora)))
     generator = torch.Generator().manual_seed(0)
@@ -113,3 +120,37 @@ def test_sft_trains_adapters_of_experts_and_exports_them_merged(policy, data, tm
     with torch.no_grad():
         want, got = load_model(result["model"])(input_ids=ids).logits, loaded(input_ids=ids).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_stopped_sft_with_adapters_of_experts_goes_on_to_the_same_weights(policy, data, tmp_path):
+    config = make_config(policy, data, lora={**LORA, "target_modules": ["q_proj"]}, checkpoint_every=2)
+    context = make_context(tmp_path)
+    whole = weights(Path(sft.run(config, context)["model"]))
+    steps = sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").glob("step_*"))
+    shutil.rmtree(tmp_path / "checkpoints" / f"step_{steps[-1]}")
+    again = weights(Path(sft.run(config, context)["model"]))
+    assert [event["step"] for event in read_jsonl(context.events) if event["event"] == "resumed"] == [steps[0]]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_dpo_trains_adapters_of_experts_from_the_start_policy(policy, tmp_path):
+    write_pairs(tmp_path / "in.jsonl", make_pairs(16))
+    config = validate_config(
+        DpoConfig,
+        {
+            "model": {"path": str(policy), "dtype": "float32"},
+            "pairs": {"path": str(tmp_path / "in.jsonl")},
+            "max_length": 128,
+            "lora": {**LORA, "target_modules": ["q_proj"]},
+            "optimizer": {"learning_rate": 1e-2},
+            "epochs": 3,
+        },
+        "test",
+    )
+    result = dpo.run(config, make_context(tmp_path / "run"))
+    losses = [line["loss"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the reference is the start policy
+    assert losses[-1] < losses[0]
+    before, after = weights(policy), weights(Path(result["model"]))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith(("q_proj.weight", *EXPERTS))}

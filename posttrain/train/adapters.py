@@ -17,9 +17,7 @@ def adapter_config(model: Any, lora: LoraConfig) -> Any:
     from torch import nn
 
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    stacked = {
-        ".".join(name.split(".")[-2:]) for name, parameter in model.named_parameters() if parameter.dim() == 3
-    }
+    stacked = {".".join(name.split(".")[-2:]) for name, parameter in model.named_parameters() if parameter.dim() == 3}
     _check_known("target_modules", lora.target_modules, linear, "linear modules")
     _check_known("target_parameters", lora.target_parameters, stacked, "weights of all experts in one")
     return PeftLoraConfig(
