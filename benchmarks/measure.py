@@ -42,8 +42,7 @@ def seconds(run: Callable[[], None]) -> float:
 
 def ratio(peer: Callable[[], None], ours: Callable[[], None], rounds: int, inner: int = 2) -> float:
     """Median over rounds of peer's time over ours; each round times both, as the best of `inner` calls."""
-    peer()
-    ours()
+    seconds(peer), seconds(ours)  # warm, and nothing left running on a GPU
     return statistics.median(
         min(seconds(peer) for _ in range(inner)) / min(seconds(ours) for _ in range(inner)) for _ in range(rounds)
     )

@@ -69,7 +69,7 @@ def mfu(name: str) -> tuple[float, dict[str, float]]:
     ours, _, num_experts = pair(name)
     left, right = (torch.randn(SQUARE, SQUARE, device="cuda", dtype=BF16) for _ in range(2))
     layer, product = timed(ours), lambda: left @ right
-    layer(), product()
+    seconds(layer), seconds(product)
     layer_flops = 3 * 2 * TOKENS * 2 * 3 * HIDDEN * WIDTH  # forward and both gradients; a routed and the shared expert
     rounds = [(seconds(layer), min(seconds(product) for _ in range(5))) for _ in range(15)]
     fraction = statistics.median(layer_flops / a / (2 * SQUARE**3 / b) for a, b in rounds)
