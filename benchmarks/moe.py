@@ -1,41 +1,38 @@
-"""The native mixture-of-experts layer beside transformers' own, in one process on one thread.
+"""The native mixture-of-experts layer and model beside their peers and their floor, in one process on one thread.
 
     python benchmarks/moe.py [--json FILE] [--only NAME[,NAME]] [--seed N]
 
-Each entry is a ratio of two things timed in turns within this run, so that a busy machine slows both alike:
+Each figure is a ratio of two things timed in turns within this run, so that a busy machine slows both alike. A layer is
+timed forward + backward on 4096 tokens of hidden 256; E is 16 or 128 experts, which is 256 or 32 tokens an expert:
 
-  layer_speedup_{16,128}_{fp32,bf16}  transformers' Llama4TextMoe over ours, forward + backward, 4096 tokens, hidden 256
-  step_speedup_16                     a training step (loss, backward, AdamW) of a four-layer model with 16 experts
-  floor_fraction_fp32                 the bare matrix products that the layer cannot do without, over the layer
-  memory_ratio_16                     extra peak memory of forward + backward, transformers' layer over ours
-  gpu_*                               the same on a GPU where there is one, in bf16; gpu_mfu is the fraction of its
-                                      dense bf16 peak that our layer's matrix products reach
-
-Left out: expert parallelism, and models too large for one machine.
+  layer_speedup_E_{fp32,bf16}   transformers' Llama4TextMoe over ours, the same weights
+  dense_fraction_E_{fp32,bf16}  a dense layer with as many floating-point operations a token, over ours
+  floor_fraction_{fp32,bf16}    the bare matrix products at 256 tokens an expert, over ours
+  memory_fraction_16            extra peak memory of forward + backward, ours over transformers'; both in MiB
+  step_speedup_16               a training step (loss, backward, AdamW) of a four-layer model with 16 experts,
+                                transformers' over ours, the same weights
+  step_memory_fraction_16       extra peak memory of its loss and backward, ours over transformers'; both in MiB
+  ranks_speedup_2               tokens a second of two ranks that share the experts, over those of one; see moe_ranks.py
+  gpu_*                         layers as wide as Scout's and Maverick's, where there is a GPU; see moe_gpu.py
 """
 
-import argparse
-import ctypes
-import json
 import os
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from measure import Entry, main, peak_mib, ratio
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from posttrain.model import NativeLlama4ForCausalLM
-from posttrain.model.moe import MoE
+from posttrain.model.moe import GatedMLP, MoE
 
 TOKENS, HIDDEN, WIDTH = 4096, 256, 256
+TOKENS_AN_EXPERT = 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Dense bf16 peaks of the makers' data sheets, in FLOP/s.
-GPU_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+Run = Callable[[], None]
 
 
 def config(num_experts: int, **changes) -> Llama4TextConfig:
@@ -47,189 +44,133 @@ def config(num_experts: int, **changes) -> Llama4TextConfig:
     return Llama4TextConfig(**settings | changes)
 
 
-def layers(num_experts: int, dtype: torch.dtype, device: str) -> tuple[MoE, Llama4TextMoe]:
-    """Ours and theirs with the same weights; a router spread enough that no expert is idle."""
-    ours = MoE(config(num_experts))
+def layers(sizes: Llama4TextConfig, dtype: torch.dtype, device: str = "cpu") -> tuple[MoE, Llama4TextMoe]:
+    """Ours and theirs on the same parameters; a router spread enough that no expert is idle."""
+    with torch.device(device):
+        ours = MoE(sizes).to(dtype)
     with torch.no_grad():
         for weight in ours.parameters():
-            weight.normal_(0, HIDDEN**-0.5)
-    theirs = Llama4TextMoe(config(num_experts))
-    theirs.load_state_dict(ours.state_dict())
-    return ours.to(device, dtype), theirs.to(device, dtype)
+            weight.normal_(0, sizes.hidden_size**-0.5)
+    with torch.device("meta"):
+        theirs = Llama4TextMoe(sizes)
+    theirs.load_state_dict(dict(ours.named_parameters()), assign=True)
+    return ours, theirs
 
 
-def forward_backward(layer: torch.nn.Module, x_TD: torch.Tensor) -> Callable[[], None]:
-    grad = torch.randn_like(x_TD)
+def forward_backward(layer: torch.nn.Module, device: str = "cpu", hidden: int = HIDDEN) -> Run:
+    dtype = next(layer.parameters()).dtype
+    x_TD, grad_TD = (torch.randn(TOKENS, hidden, device=device, dtype=dtype) for _ in range(2))
+    x_TD.requires_grad_()
 
     def run() -> None:
         layer.zero_grad()
+        x_TD.grad = None
         out = layer(x_TD)
-        (out[0] if isinstance(out, tuple) else out).backward(grad)
-        if x_TD.is_cuda:
-            torch.cuda.synchronize()
+        (out[0] if isinstance(out, tuple) else out).backward(grad_TD)
 
     return run
 
 
-def seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def layer_speedup(num_experts: int, dtype: torch.dtype) -> float:
+    ours, theirs = layers(config(num_experts), dtype)
+    return ratio(forward_backward(theirs), forward_backward(ours), rounds=3 if num_experts > 16 else 7)
 
 
-def ratio(peer: Callable[[], None], ours: Callable[[], None], rounds: int, inner: int = 1) -> float:
-    """Median over rounds of peer's time over ours; each round times both, ours as the best of `inner` calls."""
-    peer()
-    ours()
-    return statistics.median(seconds(peer) / min(seconds(ours) for _ in range(inner)) for _ in range(rounds))
+def dense_fraction(num_experts: int, dtype: torch.dtype) -> float:
+    """The dense layer is as wide as the shared expert and the one chosen expert together."""
+    ours, _ = layers(config(num_experts), dtype)
+    dense = GatedMLP(config(num_experts), 2 * WIDTH).to(dtype)
+    return ratio(forward_backward(dense), forward_backward(ours), rounds=11)
 
 
-def inputs(device: str, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(TOKENS, HIDDEN, device=device, dtype=dtype, requires_grad=True)
+def bare_products(dtype: torch.dtype) -> Run:
+    """The products of routed experts and of the shared one, forward and both gradients; nothing else."""
+    products = []
+    for rows in (*[TOKENS_AN_EXPERT] * (TOKENS // TOKENS_AN_EXPERT), TOKENS):
+        for inner, outer in ((HIDDEN, 2 * WIDTH), (WIDTH, HIDDEN)):
+            shapes = ((rows, inner), (inner, outer), (rows, outer))
+            products.append([torch.randn(shape, dtype=dtype) for shape in shapes])
+
+    def run() -> None:
+        for x, weight, grad in products:
+            _ = x @ weight
+            _ = grad @ weight.T
+            _ = x.T @ grad
+
+    return run
 
 
-def layer_speedup(num_experts: int, dtype: torch.dtype, device: str = "cpu") -> float:
-    ours, theirs = layers(num_experts, dtype, device)
-    x_TD = inputs(device, dtype)
-    rounds = 3 if num_experts > 16 and device == "cpu" else 7
-    return ratio(forward_backward(theirs, x_TD), forward_backward(ours, x_TD), rounds, inner=2)
+def floor_fraction(dtype: torch.dtype) -> float:
+    ours, _ = layers(config(TOKENS // TOKENS_AN_EXPERT), dtype)
+    return ratio(bare_products(dtype), forward_backward(ours), rounds=11)
 
 
-def step_speedup(device: str = "cpu") -> float:
-    ours = NativeLlama4ForCausalLM(config(16)).to(device).train()
-    theirs = Llama4ForCausalLM(config(16)).to(device).train()
+def memory_fraction(ours: Run, theirs: Run, clear: Run, device: str = "cpu") -> tuple[float, dict[str, float]]:
+    """Ours over theirs, and both in MiB. `clear` drops gradients, so that they count."""
+    peaks = [peak_mib(lambda run=run: (run(), clear())[1], device) for run in (ours, theirs)]
+    return peaks[0] / peaks[1], {"ours_mib": peaks[0], "transformers_mib": peaks[1]}
+
+
+def layer_memory() -> tuple[float, dict[str, float]]:
+    ours, theirs = layers(config(16), torch.float32)
+    return memory_fraction(forward_backward(ours), forward_backward(theirs), ours.zero_grad)
+
+
+def models() -> tuple[NativeLlama4ForCausalLM, Llama4ForCausalLM]:
+    ours, theirs = NativeLlama4ForCausalLM(config(16)).train(), Llama4ForCausalLM(config(16)).train()
     theirs.load_state_dict(ours.state_dict())
-    ids = torch.randint(1, 512, (16, 128), device=device)
+    return ours, theirs
 
-    def step(model: torch.nn.Module) -> Callable[[], None]:
+
+def loss_backward(model: torch.nn.Module) -> Run:
+    ids = torch.randint(1, 512, (16, 128))
+
+    def run() -> None:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    return run
+
+
+def step_speedup() -> float:
+    def step(model: torch.nn.Module) -> Run:
+        backward = loss_backward(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+        return lambda: (backward(), optimizer.step())[0]
 
-        def run() -> None:
-            optimizer.zero_grad()
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            optimizer.step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        return run
-
+    ours, theirs = models()
     return ratio(step(theirs), step(ours), rounds=5)
 
 
-def bare_products(device: str, dtype: torch.dtype) -> Callable[[], None]:
-    """The products of one routed and the shared expert, forward and both gradients, for every token; nothing else."""
-    up = torch.randn(HIDDEN, 2 * WIDTH, device=device, dtype=dtype)
-    down = torch.randn(WIDTH, HIDDEN, device=device, dtype=dtype)
-    x_TD, wide = (torch.randn(TOKENS, size, device=device, dtype=dtype) for size in (HIDDEN, 2 * WIDTH))
-    narrow = wide[:, :WIDTH].contiguous()
-
-    def run() -> None:
-        for _ in range(2):
-            for left, right in ((x_TD, up), (narrow, down)):
-                out = left @ right
-                _ = out @ right.T
-                _ = left.T @ out
-        if x_TD.is_cuda:
-            torch.cuda.synchronize()
-
-    return run
+def step_memory() -> tuple[float, dict[str, float]]:
+    ours, theirs = models()
+    return memory_fraction(
+        loss_backward(ours), loss_backward(theirs), lambda: (ours.zero_grad(), theirs.zero_grad())[0]
+    )
 
 
-def floor_fraction() -> float:
-    ours, _ = layers(16, torch.float32, "cpu")
-    run = forward_backward(ours, inputs("cpu", torch.float32))
-    return ratio(bare_products("cpu", torch.float32), run, rounds=11)
+def entries() -> dict[str, Entry]:
+    table = {}
+    for name, measure in (("layer_speedup", layer_speedup), ("dense_fraction", dense_fraction)):
+        for num_experts in (16, 128):
+            for dtype, kind in DTYPES.items():
+                table[f"{name}_{num_experts}_{dtype}"] = Entry(lambda m=measure, n=num_experts, d=kind: m(n, d))
+    for dtype, kind in DTYPES.items():
+        table[f"floor_fraction_{dtype}"] = Entry(lambda d=kind: floor_fraction(d))
+    from moe_ranks import ranks_speedup
 
-
-def peak_bytes(run: Callable[[], None], device: str) -> int:
-    """Most memory in use during `run` above what was in use before it."""
-    run()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # hand back what the first run freed, or it would hide the second
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status_bytes("VmRSS")
-    run()
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-def memory_ratio(device: str = "cpu") -> float:
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    ours, theirs = layers(16, dtype, device)
-    x_TD = inputs(device, dtype)
-    extra = []
-    for layer in (theirs, ours):
-        run = forward_backward(layer, x_TD)
-        extra.append(peak_bytes(run, device))
-        layer.zero_grad()
-    return extra[0] / extra[1]
-
-
-def gpu_mfu() -> float:
-    """Our layer's floating-point operations a second over the card's dense bf16 peak."""
-    name = torch.cuda.get_device_name()
-    peak = next((value for key, value in GPU_PEAKS.items() if key in name), None)
-    if peak is None:
-        raise SystemExit(f"gpu_mfu: no peak known for {name!r}; add it to GPU_PEAKS")
-    ours, _ = layers(16, torch.bfloat16, "cuda")
-    run = forward_backward(ours, inputs("cuda", torch.bfloat16))
-    run()
-    flops = 2 * 3 * 2 * TOKENS * (HIDDEN * 2 * WIDTH + WIDTH * HIDDEN)
-    return flops / statistics.median(seconds(run) for _ in range(20)) / peak
-
-
-def entries() -> dict[str, Callable[[], float]]:
-    table: dict[str, Callable[[], float]] = {
-        f"layer_speedup_{num_experts}_{name}": lambda n=num_experts, d=dtype: layer_speedup(n, d)
-        for num_experts in (16, 128)
-        for name, dtype in DTYPES.items()
-    }
     table |= {
-        "step_speedup_16": step_speedup,
-        "floor_fraction_fp32": floor_fraction,
-        "memory_ratio_16": memory_ratio,
+        "memory_fraction_16": Entry(layer_memory, "<= 0.15"),
+        "step_speedup_16": Entry(step_speedup),
+        "step_memory_fraction_16": Entry(step_memory),
+        "ranks_speedup_2": Entry(ranks_speedup),
     }
     if torch.cuda.is_available():
-        for num_experts in (16, 128):
-            table[f"gpu_layer_speedup_{num_experts}_bf16"] = lambda n=num_experts: layer_speedup(
-                n, torch.bfloat16, "cuda"
-            )
-        table |= {
-            "gpu_step_speedup_16": lambda: step_speedup("cuda"),
-            "gpu_memory_ratio_16": lambda: memory_ratio("cuda"),
-            "gpu_mfu": gpu_mfu,
-        }
+        from moe_gpu import gpu_entries
+
+        table |= gpu_entries()
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--only", default="", help="entries to run, comma-separated")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    table = entries()
-    chosen = [name for name in arguments.only.split(",") if name] or list(table)
-    if unknown := [name for name in chosen if name not in table]:
-        parser.error(f"--only: no entry {', '.join(unknown)}; there are: {', '.join(table)}")
-    torch.set_num_threads(1)
-    results = {}
-    for name in chosen:
-        torch.manual_seed(arguments.seed)
-        results[name] = round(table[name](), 3)
-        print(f"{name:28} {results[name]:10.3f}", flush=True)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, entries())

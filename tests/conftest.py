@@ -43,6 +43,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) ->
 
 
 @pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random Llama 4 with two mixture-of-experts layers, for stages that train."""
+    from tiny_policy import save_tiny_policy
+
+    return save_tiny_policy(tmp_path_factory.mktemp("policy") / "model")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 supervised rows of sums."""
+    from tiny_policy import write_sums
+
+    return write_sums(tmp_path_factory.mktemp("data") / "sft.jsonl", 48)
+
+
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray for all tests that need one in this process; it ends, with its children, when the tests do."""
     from posttrain.pipeline.ray_session import ray_session as session

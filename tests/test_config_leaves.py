@@ -78,6 +78,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "data.path": files("sft"),
             "max_length": [100],
             "parallel.expert": [2],
+            "lora.target_parameters": [["experts.down_proj"]],
         },
         "given": {
             "batch_size": {"packing": False, "batch_tokens": None, "batch_size": 4},
@@ -116,6 +117,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "pairs.path": files("pairs"),
             "rollouts": ["rollouts_b"],
             "parallel.expert": [2],
+            "lora.target_parameters": [["experts.down_proj"]],
             "max_length": [100],
             "nll_weight": [0.2, 0.0],
         },

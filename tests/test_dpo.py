@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_policy import save_tiny_policy
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
@@ -26,11 +25,6 @@ from posttrain.model import load_model, load_tokenizer
 from posttrain.records import Message
 
 PROMPT = json.dumps([{"role": "user", "content": "Sum: 1 + 2"}])
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory) -> Path:
-    return save_tiny_policy(tmp_path_factory.mktemp("policy") / "model")
 
 
 def make_pairs(count: int) -> list[Pair]:

@@ -7,24 +7,30 @@ from pathlib import Path
 import pytest
 import torch
 from test_sft import make_config, make_context
-from tiny_policy import save_tiny_policy, write_sums
+from test_sft import weights as weights_of
+from tiny_policy import write_sums
 
 from posttrain.config.base import validate_config
 from posttrain.dpo import stage as dpo
 from posttrain.dpo.config import DpoConfig
 from posttrain.errors import ConfigError
 from posttrain.metrics.jsonl import read_jsonl
-from posttrain.model import load_model
 from posttrain.sft import stage as sft
 
 pytestmark = pytest.mark.slow
 # The session is shared with tests that leave a warm engine on one of the two CPUs.
 RESOURCES = {"trainer": {"cpus": 0.25}}
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory) -> Path:
-    return save_tiny_policy(tmp_path_factory.mktemp("policy") / "model")
+EXPERT = {"processes": 2, "expert": 2}
+LINEAR = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of attention, dense layers and shared experts
+ADAPTERS = {
+    "linear": {"rank": 4, "alpha": 8.0, "target_modules": LINEAR},
+    "experts": {
+        "rank": 4,
+        "alpha": 8.0,
+        "target_modules": ["q_proj", "o_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +38,10 @@ def data(tmp_path_factory) -> Path:
     return write_sums(tmp_path_factory.mktemp("data") / "sft.jsonl", 52)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(load_model(folder / "model").named_parameters())
-
-
 def largest_difference(one: Path, other: Path) -> float:
-    got, want = weights(one), weights(other)
+    got, want = weights_of(one / "model"), weights_of(other / "model")
     assert got.keys() == want.keys()
-    return max(float((got[name] - want[name]).detach().abs().max()) for name in want)
+    return max(float((got[name] - want[name]).abs().max()) for name in want)
 
 
 def test_sft_on_two_ranks_is_the_training_of_one_process(ray_session, policy, data, tmp_path):
@@ -59,6 +61,85 @@ def test_sft_on_two_ranks_is_the_training_of_one_process(ray_session, policy, da
     assert json.loads((two.dir / "model" / "config.json").read_text())["architectures"] == ["Llama4ForCausalLM"]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(("expert", "zero"), [(2, 1), (2, 2), (1, 3)])
+def test_an_optimizer_on_the_cpu_trains_the_same(ray_session, policy, data, tmp_path, expert, zero):
+    for name, offload in (("own", "none"), ("offloaded", "optimizer")):
+        parallel = {"processes": 2, "expert": expert, "zero": zero, "offload": offload}
+        sft.run(make_config(policy, data, parallel=parallel, resources=RESOURCES), make_context(tmp_path / name))
+    assert largest_difference(tmp_path / "own", tmp_path / "offloaded") < 1e-5
+
+
+def test_offload_without_a_compiler_is_refused(policy, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = make_config(policy, data, parallel={"zero": 1, "offload": "optimizer"})
+    with pytest.raises(ConfigError, match=r"parallel.offload: got optimizer: .* needs a C\+\+ compiler"):
+        sft.run(config, make_context(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def adapted_alone(ray_session, policy, data, tmp_path_factory) -> dict[str, Path]:
+    """The folders of SFT with each of the adapters, in one process."""
+    folders = {}
+    for name, lora in ADAPTERS.items():
+        context = make_context(tmp_path_factory.mktemp(name))
+        config = {"lora": lora, "optimizer": {"learning_rate": 1e-2}, "gradient_accumulation": 2}
+        sft.run(make_config(policy, data, **config), context)
+        folders[name] = context.dir
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("adapters", "expert", "zero"),
+    [
+        pytest.param("experts", 1, 0, marks=pytest.mark.full),
+        pytest.param("experts", 1, 1, marks=pytest.mark.full),
+        ("experts", 1, 2),
+        pytest.param("experts", 1, 3, marks=pytest.mark.full),
+        pytest.param("linear", 2, 0, marks=pytest.mark.full),
+        ("linear", 2, 3),
+    ],
+)
+def test_lora_on_two_ranks_is_the_training_of_one_process(
+    ray_session, policy, data, adapted_alone, tmp_path, adapters, expert, zero
+):
+    context = make_context(tmp_path)
+    parallel = {"processes": 2, "expert": expert, "zero": zero}
+    config = {"lora": ADAPTERS[adapters], "optimizer": {"learning_rate": 1e-2}, "resources": RESOURCES}
+    report = sft.run(make_config(policy, data, parallel=parallel, **config), context)
+    assert report["engine"] == "DeepSpeedEngine"
+    before, alone = weights_of(policy), weights_of(adapted_alone[adapters] / "model")
+    targets = ("q_proj.weight", "o_proj.weight", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    if adapters == "experts":
+        targets = ("q_proj.weight", "o_proj.weight", "experts.gate_up_proj", "experts.down_proj")
+    after = weights_of(context.dir / "model")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if name.endswith(targets)
+    }
+    assert max(float((after[name] - alone[name]).abs().max()) for name in alone) < 1e-4
+
+
+def test_a_stopped_lora_sft_goes_on(ray_session, policy, data, tmp_path):
+    """Adapters of both weights of one module are state of their own."""
+    context = make_context(tmp_path)
+    config = {
+        "checkpoint_every": 2,
+        "parallel": {"processes": 2, "zero": 2},
+        "resources": RESOURCES,
+        "lora": ADAPTERS["experts"],
+        "optimizer": {"learning_rate": 1e-2},
+    }
+    sft.run(make_config(policy, data, **config), context)
+    whole = weights_of(context.dir / "model")
+    for path in (context.dir / "checkpoints").glob("step_*"):
+        if path.name != "step_2":
+            shutil.rmtree(path)
+    sft.run(make_config(policy, data, **config), context)
+    assert [event["step"] for event in read_jsonl(context.events) if event["event"] == "resumed"] == [2]
+    again = weights_of(context.dir / "model")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
 def test_a_stopped_sft_goes_on_in_another_layout(ray_session, policy, data, tmp_path):
     context = make_context(tmp_path / "ranks")
     config = {
@@ -67,7 +148,7 @@ def test_a_stopped_sft_goes_on_in_another_layout(ray_session, policy, data, tmp_
         "resources": RESOURCES,
     }
     sft.run(make_config(policy, data, **config), context)
-    whole = {name: weight.detach().clone() for name, weight in weights(context.dir).items()}
+    whole = weights_of(context.dir / "model")
     for layout, changes in (("same", {}), ("other", {"parallel": {"processes": 1}, "gradient_accumulation": 2})):
         for path in (context.dir / "checkpoints").glob("step_*"):
             if path.name != "step_2":
@@ -76,7 +157,9 @@ def test_a_stopped_sft_goes_on_in_another_layout(ray_session, policy, data, tmp_
         sft.run(make_config(policy, data, **{**config, **changes}), context)
         resumed = [event["step"] for event in read_jsonl(context.events) if event["event"] == "resumed"]
         assert resumed[-1] == 2, layout
-        gap = max(float((weight.detach() - whole[name]).abs().max()) for name, weight in weights(context.dir).items())
+        gap = max(
+            float((weight - whole[name]).abs().max()) for name, weight in weights_of(context.dir / "model").items()
+        )
         assert gap == 0 if layout == "same" else gap < 1e-5, (layout, gap)
     lines = list(read_jsonl(context.dir / "metrics.jsonl"))
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 5))
@@ -110,7 +193,9 @@ def test_dpo_on_two_ranks_learns_the_same_preferences(ray_session, policy, tmp_p
     [
         ({"parallel": {"processes": 2, "expert": 4}}, ["does not divide processes 2"]),
         ({"parallel": {"processes": 3, "expert": 3}}, ["got 3", "model's 4 experts"]),
-        ({"parallel": {"processes": 2, "expert": 2}, "lora": {"rank": 4}}, ["lora", "parallel.expert: 1"]),
+        ({"parallel": EXPERT | {"zero": 1}, "lora": {"rank": 4}}, ["parallel.expert: got 2 with lora", "zero: 0 or 3"]),
+        ({"parallel": EXPERT | {"zero": 2}, "lora": {"rank": 4}}, ["parallel.zero 2", "zero: 0 or 3"]),
+        ({"parallel": EXPERT | {"zero": 0}, "lora": ADAPTERS["experts"]}, ["lora.target_parameters: AutoEP"]),
         ({"parallel": {"processes": 2, "expert": 2}, "implementation": "transformers"}, ["implementation: native"]),
         ({"parallel": {"zero": 0, "offload": "optimizer"}}, ["offload"]),
     ],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_policy import save_tiny_policy, write_sums
+from tiny_policy import write_sums
 
 from posttrain.config.base import dump_yaml, validate_config
 from posttrain.config.shared import LoraConfig, OptimizerConfig
@@ -28,16 +28,6 @@ from posttrain.sft.isolation import packing_difference, require_isolation
 from posttrain.sft.packing import IGNORED, pack, to_records
 from posttrain.train.drift import DriftProbe, Example
 from posttrain.train.master_adamw import MasterAdamW
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory) -> Path:
-    return save_tiny_policy(tmp_path_factory.mktemp("policy") / "model")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_sums(tmp_path_factory.mktemp("data") / "sft.jsonl", 48)
 
 
 def make_config(policy: Path, data: Path, **changes) -> SftConfig:

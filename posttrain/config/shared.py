@@ -164,6 +164,21 @@ class LoraConfig(Config):
     target_modules: list[str] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], description="Names of linear modules."
     )
+    target_parameters: list[str] = Field(
+        default_factory=list,
+        description="Weights of all experts in one, such as experts.gate_up_proj; each expert gets its own adapter.",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "LoraConfig":
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("target_modules and target_parameters are both empty; name what is to be adapted")
+        if self.target_parameters and self.dropout > 0:
+            raise ValueError(
+                f"dropout: got {self.dropout} with target_parameters; adapters of experts are added to the weight, "
+                "which no dropout goes through: set dropout: 0.0"
+            )
+        return self
 
 
 class SystemInstruction(Config):

@@ -78,7 +78,7 @@ def prepare(config: DpoConfig, seed: int) -> tuple[Any, list[Any], list[Pair], i
     """Read or mine the pairs and check them: (tokenizer, `PairIds`, their pairs, how many were dropped as too long)."""
     from posttrain.parallel.engine import check_parallel
 
-    check_parallel(config.parallel, config.model, lora=config.lora is not None)
+    check_parallel(config.parallel, config.model, config.lora)
     pairs = read_pairs(config, seed)
     from posttrain.train.trl_settings import quiet_environment
 

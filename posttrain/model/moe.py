@@ -7,6 +7,7 @@ layer for that).
 Shapes: T tokens, D hidden, I expert width, E experts, K experts a token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,25 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Llama4TextConfig
 from transformers.activations import ACT2FN
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up. Backward computes act(gate) again: a quarter less is kept between forward and backward."""
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            activated = ctx.act(gate)
+        (grad_gate,) = torch.autograd.grad(activated, gate, grad * up)
+        return grad_gate, grad * activated.detach(), None
 
 
 class GatedMLP(nn.Module):
@@ -27,7 +47,7 @@ class GatedMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
 
 
 class Router(nn.Linear):
@@ -44,6 +64,8 @@ class Router(nn.Linear):
 class Experts(nn.Module):
     """The weights of all experts: gate_up_proj [E, D, 2 I] with the gate first, down_proj [E, I, D]; y = x @ W."""
 
+    is_transposed = True  # peft asks which side is the input: adapters have A on it, as those of linear modules
+
     def __init__(self, config: Llama4TextConfig):
         super().__init__()
         num_experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
@@ -54,7 +76,7 @@ class Experts(nn.Module):
     def forward(self, x_ND: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
         """Apply expert e to rows [ends_E[e - 1], ends_E[e]); `ends_E` is int32. Experts without rows are fine."""
         gate, up = _grouped_mm(x_ND, self.gate_up_proj, ends_E).chunk(2, dim=-1)
-        return _grouped_mm(self.act_fn(gate) * up, self.down_proj, ends_E)
+        return _grouped_mm(_Gated.apply(gate, up, self.act_fn), self.down_proj, ends_E)
 
 
 def _grouped_mm(x_ND: torch.Tensor, weight_EDO: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,11 @@ whole model (upstream would clip each rank by the norm of its own experts, and t
 
 import math
 import os
+import shutil
+from importlib.util import find_spec
 from typing import Any
 
-from posttrain.config.shared import ModelConfig, OptimizerConfig, ParallelConfig
+from posttrain.config.shared import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from posttrain.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
@@ -148,42 +150,58 @@ def _clip_by_whole_norm(engine: Any) -> None:
             parameter.grad.mul_(limit / norm)
 
 
-def check_parallel(parallel: ParallelConfig | None, model: ModelConfig, lora: bool) -> None:
+def check_parallel(parallel: ParallelConfig | None, model: ModelConfig, lora: LoraConfig | None) -> None:
     """Raise `ConfigError` for a layout that this model, or upstream, cannot be trained in. Reads config.json only."""
     if parallel is None:
         return
+    if parallel.offload == "optimizer" and not _can_offload():
+        rule = "DeepSpeed's CPU Adam is compiled at its first use, which needs a C++ compiler and ninja; install them"
+        raise ConfigError("parallel.offload", [f"got optimizer: {rule}, or set parallel.offload: none"])
     problems = []
-    if lora and parallel.expert > 1:
-        problems.append(
-            f"parallel.expert: got {parallel.expert} with lora: DeepSpeed cannot divide experts that are frozen or "
-            "adapted; set parallel.expert: 1, or train all weights"
-        )
     if parallel.expert > 1:
         problems += _expert_problems(parallel.expert, model)
+        problems += _lora_problems(parallel, lora) if lora is not None else []
     if problems:
-        raise ConfigError("parallel", problems)
+        raise ConfigError("parallel.expert", [f"got {parallel.expert}{problem}" for problem in problems])
+
+
+def _can_offload() -> bool:
+    tools = (os.environ.get("CXX", "c++"), "ninja")
+    return all(map(shutil.which, tools)) or find_spec("deepspeed.ops.adam.cpu_adam_op") is not None
+
+
+def _lora_problems(parallel: ParallelConfig, lora: LoraConfig) -> list[str]:
+    """What DeepSpeed cannot do with adapters where experts are divided; each goes on after "got 2"."""
+    problems = []
+    if lora.target_parameters:
+        problems.append(
+            " with lora.target_parameters: AutoEP does not find experts that carry adapters; set parallel.expert: 1, "
+            "or leave target_parameters empty"
+        )
+    if parallel.zero in (1, 2):
+        problems.append(
+            f" with lora and parallel.zero {parallel.zero}: DeepSpeed's ZeRO 1 and 2 do not start where the divided "
+            "experts are frozen; set parallel.zero: 0 or 3, or parallel.expert: 1"
+        )
+    return problems
 
 
 def _expert_problems(expert: int, model: ModelConfig) -> list[str]:
+    """What is wrong with dividing a model's experts among `expert` ranks; each goes on after "got 2"."""
     from transformers import AutoConfig, Llama4Config, Llama4TextConfig
 
     config = AutoConfig.from_pretrained(model.path, local_files_only=True)
     if not isinstance(config, Llama4Config | Llama4TextConfig) or model.implementation != "native":
         return [
-            f"parallel.expert: got {expert} for a {config.model_type} model in the {model.implementation} "
-            "implementation; expert parallelism is for Llama 4 with model.implementation: native"
+            f" for a {config.model_type} model in the {model.implementation} implementation; expert parallelism is for "
+            "Llama 4 with model.implementation: native"
         ]
     text: Any = config.get_text_config()
     problems = []
     if not text.moe_layers:
-        problems.append(f"parallel.expert: got {expert}, but this model has no mixture-of-experts layer")
+        problems.append(", but this model has no mixture-of-experts layer")
     elif text.num_local_experts % expert:
-        problems.append(
-            f"parallel.expert: got {expert}, which does not divide the model's {text.num_local_experts} experts"
-        )
+        problems.append(f", which does not divide the model's {text.num_local_experts} experts")
     if text.hidden_act != "silu":
-        problems.append(
-            f"parallel.expert: got {expert}, but only experts with hidden_act silu can be divided, not "
-            f"{text.hidden_act}"
-        )
+        problems.append(f", but only experts with hidden_act silu can be divided, not {text.hidden_act}")
     return problems

@@ -114,7 +114,8 @@ def _folder_name(name: str) -> str:
     """The name in a model folder of what a wrapper of ours, peft or AutoEP has renamed."""
     for added in ("policy.", "base_model.model."):
         name = name.removeprefix(added)
-    name = name.replace(".base_layer", "")
+    if ".lora_" not in name:  # adapters of two weights of one module differ by nothing but this
+        name = name.replace(".base_layer", "")
     return name.replace(".router.gate.weight", ".router.weight").replace(".shared_experts.", ".shared_expert.")
 
 

@@ -34,7 +34,7 @@ from posttrain.sampling.client import Engines
 
 def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
-    check_parallel(config.parallel, config.model, lora=False)
+    check_parallel(config.parallel, config.model, None)
     rows = _rows_to_profile(config, context.seed)
     from posttrain.model.load import load_tokenizer
 

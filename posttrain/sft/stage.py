@@ -67,7 +67,7 @@ def prepare(config: SftConfig) -> tuple[Any, list[Any], dict[str, Any]]:
     """Read and check every row: (tokenizer, `Example`s, {"rows", "dropped" as too long, "rows_by_capability"})."""
     from posttrain.parallel.engine import check_parallel
 
-    check_parallel(config.parallel, config.model, lora=config.lora is not None)
+    check_parallel(config.parallel, config.model, config.lora)
     rows = load_rows(config.data, kind="supervised")
     from posttrain.train.trl_settings import quiet_environment
 

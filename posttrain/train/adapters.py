@@ -7,22 +7,34 @@ from posttrain.errors import ConfigError
 
 
 def adapter_config(model: Any, lora: LoraConfig) -> Any:
-    """The `peft.LoraConfig` for a model; raises `ConfigError` if a target is not one of its linear modules."""
+    """The `peft.LoraConfig` for a model.
+
+    Linear modules get one adapter each. A weight that holds all experts, [E, in, out] or [E, out, in], gets one of
+    `lora.rank` for every expert: A [E r, in], B [out, E r].
+    Raises `ConfigError` for a target that the model does not have.
+    """
     from peft import LoraConfig as PeftLoraConfig
     from torch import nn
 
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    missing = [name for name in lora.target_modules if name not in linear]
-    if missing:
-        rule = f"the linear modules of this model are {', '.join(sorted(linear))}"
-        raise ConfigError("lora.target_modules", [f"got {', '.join(missing)}: {rule}"])
+    stacked = {".".join(name.split(".")[-2:]) for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    _check_known("target_modules", lora.target_modules, linear, "linear modules")
+    _check_known("target_parameters", lora.target_parameters, stacked, "weights of all experts in one")
     return PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (any number works)
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
+        target_parameters=list(lora.target_parameters) or None,
         task_type="CAUSAL_LM",
     )
+
+
+def _check_known(key: str, names: list[str], known: set[str], what: str) -> None:
+    missing = [name for name in names if name not in known]
+    if missing:
+        rule = f"the {what} of this model are {', '.join(sorted(known))}" if known else f"this model has no {what}"
+        raise ConfigError(f"lora.{key}", [f"got {', '.join(missing)}: {rule}"])
 
 
 def merged(model: Any) -> Any:

@@ -1,0 +1,120 @@
+"""What the benchmarks of this folder share: times in turns, peak memory, the machine, and their command line.
+
+python benchmarks/NAME.py [--json FILE] [--only NAME[,NAME]] [--seed N]
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("torch", "transformers", "deepspeed")
+MMAP_THRESHOLD = -3  # of glibc's mallopt
+
+
+@dataclass(frozen=True)
+class Entry:
+    """run() gives the figure, or the figure and what else to print. goal: what it is to reach, in words; None: none."""
+
+    run: Callable[[], Any]
+    goal: str | None = None
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """How long one call takes, the work it put on a GPU included."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ratio(peer: Callable[[], None], ours: Callable[[], None], rounds: int, inner: int = 2) -> float:
+    """Median over rounds of peer's time over ours; each round times both, as the best of `inner` calls."""
+    seconds(peer), seconds(ours)  # warm, and nothing left running on a GPU
+    return statistics.median(
+        min(seconds(peer) for _ in range(inner)) / min(seconds(ours) for _ in range(inner)) for _ in range(rounds)
+    )
+
+
+def peak_mib(run: Callable[[], None], device: str) -> float:
+    """Most memory in use during the second of two calls above what was in use before it, MiB.
+
+    On a CPU it is what the process holds, with an allocator that gives large blocks back at once: else blocks that are
+    free but kept would count, or hide what is used.
+    """
+    if device == "cuda":
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    libc = ctypes.CDLL(None)
+    libc.mallopt(MMAP_THRESHOLD, 1 << 20)
+    run()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status_kib("VmRSS")
+    run()
+    peak = _status_kib("VmHWM")
+    libc.mallopt(MMAP_THRESHOLD, 1 << 25)  # what glibc comes to by itself
+    return (peak - before) / 1024
+
+
+def _status_kib(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1])
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the figures were taken."""
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpus": os.cpu_count(),
+        "cpu_model": models[0] if models else platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main(doc: str, table: Mapping[str, Entry]) -> None:
+    """Run the entries that the command line names; print each, and write them where it says."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--only", default="", help="entries to run, comma-separated")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    chosen = [name for name in arguments.only.split(",") if name] or list(table)
+    if unknown := [name for name in chosen if name not in table]:
+        parser.error(f"--only: no entry {', '.join(unknown)}; there are: {', '.join(table)}")
+    torch.set_num_threads(1)
+    results = {}
+    for name in chosen:
+        torch.manual_seed(arguments.seed)
+        measured = table[name].run()
+        figure, detail = measured if isinstance(measured, tuple) else (measured, {})
+        detail = {key: round(value, 1) for key, value in detail.items()}
+        results[name] = {"figure": round(figure, 3), "goal": table[name].goal, **detail}
+        goal = f"   goal {table[name].goal}" if table[name].goal else ""
+        print(f"{name:30} {figure:9.3f}{goal}", *(f"  {key} {value}" for key, value in detail.items()), flush=True)
+    if arguments.json:
+        versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        report = {"date": date, "machine": machine(), "versions": versions, "seed": arguments.seed, "entries": results}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")

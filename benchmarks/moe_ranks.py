@@ -1,0 +1,75 @@
+"""Tokens a second of a training step on two ranks that share the experts, over those of one rank.
+
+    python benchmarks/moe_ranks.py RANK WORLD PORT    one rank; rank 0 prints its tokens a second
+
+Every rank is a real process with one thread and a DeepSpeed engine, over gloo (no GPU is used). Each takes 2,048 tokens
+a step, however many ranks there are: 2 is the best that two ranks on two idle cores can do.
+"""
+
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+ROWS, LENGTH, STEPS, ROUNDS = 16, 128, 6, 3
+
+
+def ranks_speedup() -> tuple[float, dict[str, float]]:
+    """Median over rounds; each round starts one rank, then two. Also the medians of tokens a second."""
+    rates = [[_tokens_per_s(world) for world in (1, 2)] for _ in range(ROUNDS)]
+    one, two = (statistics.median(column) for column in zip(*rates, strict=True))
+    return statistics.median(two / one for one, two in rates), {"tokens_per_s_1": one, "tokens_per_s_2": two}
+
+
+def _tokens_per_s(world: int) -> float:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(world), str(port)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    said = [rank.communicate() for rank in ranks]
+    for rank, (_, errors) in zip(ranks, said, strict=True):
+        if rank.returncode:
+            raise SystemExit(f"a rank of {world} failed:\n{errors[-3000:]}")
+    return float(said[0][0].split()[-1])
+
+
+def _rank(rank: int, world: int, port: int) -> float:
+    """This rank's part of the training; returns the tokens a second of all ranks in the median step."""
+    import torch
+    from moe import config
+
+    from posttrain.config.shared import OptimizerConfig, ParallelConfig
+    from posttrain.model import NativeLlama4ForCausalLM
+    from posttrain.parallel.engine import join_ranks, start_engine
+
+    torch.set_num_threads(1)
+    join_ranks(rank, world, "127.0.0.1", port)
+    torch.manual_seed(0)
+    model = NativeLlama4ForCausalLM(config(16)).train()
+    parallel = ParallelConfig(processes=world, expert=world, zero=1)
+    engine = start_engine(model, parallel, OptimizerConfig(), "float32")
+    ids = torch.randint(1, 512, (ROWS, LENGTH), generator=torch.Generator().manual_seed(rank))
+    times = []
+    for _ in range(1 + STEPS):
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+        engine.step()
+        times.append(time.perf_counter() - start)
+    return world * ROWS * LENGTH / statistics.median(times[1:])
+
+
+if __name__ == "__main__":
+    number, count, meeting = map(int, sys.argv[1:])
+    rate = _rank(number, count, meeting)
+    if number == 0:
+        print(rate)
