@@ -412,6 +412,15 @@ def rl_allowed_gap(config: Any) -> Any:
     return allowed_gap(config)
 
 
+def rl_policy(config: Any) -> Any:
+    """How the policy's layers are run in training."""
+    from posttrain.rl.policy import load_token_policy
+
+    layers: Any = load_token_policy(config).policy.model.layers
+    recomputed = getattr(layers[0], "_gradient_checkpointing_func", None)
+    return layers[0].gradient_checkpointing, sorted(recomputed.keywords) if recomputed else None
+
+
 def rl_micro_batches(config: Any) -> Any:
     """What the second of two ranks trains on."""
     from posttrain.rl.samples import TrainSample
@@ -518,7 +527,8 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
-        rl_controller, rl_draws, rl_micro_batches, policy, router_bias, engine_settings, MODEL_ENGINE,
+        rl_controller, rl_draws, rl_policy, rl_micro_batches, policy, router_bias,
+        engine_settings, MODEL_ENGINE,
     ),
     "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),

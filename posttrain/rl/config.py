@@ -9,6 +9,7 @@ from posttrain.config.shared import (
     ActorResources,
     DataConfig,
     EngineConfig,
+    GradientCheckpointing,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -93,6 +94,7 @@ class RlConfig(Config):
     micro_batch_tokens: Annotated[int, Field(ge=64)] = Field(
         default=8192, description="Padded tokens of one forward pass."
     )
+    gradient_checkpointing: GradientCheckpointing = "none"
     checkpoint_every: Annotated[int, Field(ge=1)] = Field(
         default=20, description="Optimizer steps between checkpoints."
     )

@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from posttrain.model.load import load_policy
+from posttrain.model.recompute import checkpointing_arguments
+from posttrain.model.router_bias import native_layers
+from posttrain.rl.config import RlConfig
+from posttrain.rl.samples import MicroBatch
 from posttrain.train.logprobs import token_logprobs
 
 
@@ -19,23 +24,33 @@ class TokenPolicy(nn.Module):
         self.policy = policy
         self.config = policy.config  # DeepSpeed reads the sizes of the experts there
         self._temperature = temperature
+        self._has_routers = native_layers(policy) is not None
 
-    def forward(
-        self, input_ids_BS: torch.Tensor, position_T: torch.Tensor, target_T: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each target and entropy of its distribution, fp32 [T] both.
+    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probability of each target and entropy of its distribution, fp32 [T] both, and the loss on routers [].
 
-        position_T: index into the flattened [B * S] hidden states of the state that predicts each target.
+        The last is a mean over real tokens, already weighted; 0 where none is asked for.
         """
-        hidden_BSD = self.policy.model(input_ids=input_ids_BS, use_cache=False).last_hidden_state
-        hidden_TD = hidden_BSD.flatten(0, 1)[position_T]
+        # Padding is on the right, where attention needs no mask; but routers must not be judged by it.
+        mask = {"attention_mask": batch.mask_BS} if self._has_routers else {}
+        output = self.policy.model(input_ids=batch.input_ids_BS, use_cache=False, **mask)
+        hidden_TD = output.last_hidden_state.flatten(0, 1)[batch.position_T]
         head_VD = self.policy.get_output_embeddings().weight
-        logprobs_T, entropy_T = token_logprobs(hidden_TD, head_VD, target_T, self._temperature, entropy=True)
+        logprobs_T, entropy_T = token_logprobs(hidden_TD, head_VD, batch.target_T, self._temperature, entropy=True)
         assert entropy_T is not None
-        return logprobs_T, entropy_T
+        router_loss = getattr(output, "router_loss", None)
+        return logprobs_T, entropy_T, logprobs_T.new_zeros(()) if router_loss is None else router_loss
 
     def share_head(self) -> None:
         """Tell ZeRO-3, which divides every parameter, that this module needs the head's whole weight."""
         import deepspeed
 
         deepspeed.zero.register_external_parameter(self, self.policy.get_output_embeddings().weight)
+
+
+def load_token_policy(config: RlConfig) -> TokenPolicy:
+    """The policy of a config, on the CPU, as it is trained."""
+    policy: Any = load_policy(config.model)
+    if config.gradient_checkpointing != "none":
+        policy.gradient_checkpointing_enable(checkpointing_arguments(config.gradient_checkpointing))
+    return TokenPolicy(policy, config.sampling.temperature)

@@ -51,11 +51,12 @@ def micro_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[list[
 class MicroBatch:
     """Tensors of one micro-batch. B rows, S padded tokens, T reply tokens.
 
-    input_ids_BS: int64. position_T: index into the flattened [B * S] hidden states of the state that predicts each
-    reply token. target_T: int64. sampler_logprobs_T, advantages_T: fp32.
+    input_ids_BS: int64. mask_BS: False for padding. position_T: index into the flattened [B * S] hidden states of the
+    state that predicts each reply token. target_T: int64. sampler_logprobs_T, advantages_T: fp32.
     """
 
     input_ids_BS: torch.Tensor
+    mask_BS: torch.Tensor
     position_T: torch.Tensor
     target_T: torch.Tensor
     sampler_logprobs_T: torch.Tensor
@@ -65,6 +66,7 @@ class MicroBatch:
 def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | str = "cpu") -> MicroBatch:
     """Tensors of a micro-batch. The last token of each row is not fed: it predicts nothing."""
     width = max(map(len, samples)) - 1
+    lengths = torch.tensor([len(sample) - 1 for sample in samples], device=device)
     rows, positions, targets, logprobs, advantages = [], [], [], [], []
     for index, sample in enumerate(samples):
         ids = [*sample.prompt_ids, *sample.token_ids]
@@ -76,6 +78,7 @@ def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | 
         advantages += [sample.advantage] * len(sample.token_ids)
     return MicroBatch(
         torch.tensor(rows, device=device),
+        torch.arange(width, device=device) < lengths[:, None],
         torch.tensor(positions, device=device),
         torch.tensor(targets, device=device),
         torch.tensor(logprobs, dtype=torch.float32, device=device),

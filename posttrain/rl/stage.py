@@ -36,8 +36,9 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
     check_parallel(config.parallel, config.model, None)
     rows = _rows_to_profile(config, context.seed)
-    from posttrain.model.load import load_tokenizer
+    from posttrain.model.load import check_router, load_tokenizer
 
+    check_router(config.model)
     tokenizer = load_tokenizer(config.model.path)
     prompts = _draw_plain(rows, tokenizer, config)
     stop_ids = tuple(end_token_ids(tokenizer))

@@ -19,16 +19,18 @@ import torch
 import torch.distributed as dist
 
 from posttrain.config.shared import OptimizerConfig
-from posttrain.model.load import load_policy, load_tokenizer
+from posttrain.model.load import load_tokenizer
+from posttrain.model.router_bias import RouterBias, native_layers
 from posttrain.parallel.engine import engine_report, start_engine
 from posttrain.parallel.export import barrier, export_model
 from posttrain.parallel.state import load_state, save_state
 from posttrain.parallel.tensors import read_weights, whole_tensors
 from posttrain.rl.config import RlConfig
 from posttrain.rl.losses import LOSSES, LossInputs
-from posttrain.rl.policy import TokenPolicy
+from posttrain.rl.policy import load_token_policy
 from posttrain.rl.samples import TrainSample, collate, micro_batches
 from posttrain.sampling.weights import SharedWeights, TensorSpec
+from posttrain.train.routers import figures
 
 PAD_ID = 0  # any id: padding is to the right, where no reply token sees it
 
@@ -56,11 +58,13 @@ class PolicyTrainer:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cpu":
             torch.set_num_threads(max(1, int(config.resources.trainer.cpus)))
-        self._policy: Any = load_policy(config.model)
-        module = TokenPolicy(self._policy, config.sampling.temperature).to(self._device)
+        module = load_token_policy(config).to(self._device)
+        self._policy = module.policy
         self._engine = start_engine(module, config.parallel, config.optimizer, config.model.dtype)
         if config.parallel.zero == 3:
             module.share_head()
+        has_routers = native_layers(self._policy) is not None
+        self._routers = RouterBias(self._policy, config.model.router.bias_rate) if has_routers else None
         self._tokenizer = load_tokenizer(config.model.path)
         self._weights = SharedWeights()
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
@@ -88,7 +92,7 @@ class PolicyTrainer:
         with torch.no_grad():
             for sample in samples:
                 batch = collate([sample], PAD_ID, self._device)
-                values, _ = self._engine(batch.input_ids_BS, batch.position_T, batch.target_T)
+                values, *_ = self._engine(batch)
                 result.append(values.tolist())
         return result
 
@@ -107,10 +111,12 @@ class PolicyTrainer:
         norm = float(self._engine.get_global_grad_norm())
         applied = self._engine.was_step_applied() and math.isfinite(norm)
         self.policy_version += 1
+        routers = self._routers and self._routers.update(min(1.0, self.policy_version / self._config.steps))
         trained = time.time()
         manifest = self.publish()
         metrics = {
             **totals,
+            **(figures(routers) if routers else {}),
             "grad_norm": norm if applied else -1.0,
             "learning_rate": rate,
             "skipped": int(not applied),
@@ -122,16 +128,18 @@ class PolicyTrainer:
     def _accumulate(self, samples: Sequence[TrainSample]) -> dict[str, float]:
         """Forward and backward of this rank's micro-batches; the one place that divides, by the whole batch's count."""
         num_tokens = sum(len(sample.token_ids) for sample in samples)
+        num_fed = sum(len(sample) - 1 for sample in samples)
         divisors = {"tokens": num_tokens, "sequences": len(samples)}
         sums: dict[str, float] = defaultdict(float)
         chunks = dealt(self._config, samples, self._rank, self._world)
         for index, (chunk, weight) in enumerate(chunks):
             batch = collate(chunk, PAD_ID, self._device)
-            policy_T, entropy_T = self._engine(batch.input_ids_BS, batch.position_T, batch.target_T)
+            policy_T, entropy_T, router_loss = self._engine(batch)
             outputs = LOSSES[self._config.loss.name](
                 LossInputs(policy_T, batch.sampler_logprobs_T, batch.advantages_T), self._config.loss
             )
-            loss = weight * outputs.loss_sum / divisors[outputs.denominator]
+            share = sum(len(sample) - 1 for sample in chunk) / num_fed
+            loss = weight * (outputs.loss_sum / divisors[outputs.denominator] + share * router_loss)
             if not torch.isfinite(loss):
                 loss = loss * math.nan  # no gradient of it may be finite: the engine applies none of the step's then
             self._engine.set_gradient_accumulation_boundary(index == len(chunks) - 1)
@@ -168,7 +176,8 @@ class PolicyTrainer:
         barrier()
         save_state(self._engine, aside)
         if self._rank == 0:
-            state = {"policy_version": self.policy_version, "controller": controller}
+            routers = self._routers and self._routers.state()
+            state = {"policy_version": self.policy_version, "routers": routers, "controller": controller}
             (aside / "trainer.json").write_text(json.dumps(state))
             shutil.rmtree(target, ignore_errors=True)
             aside.rename(target)
@@ -179,6 +188,8 @@ class PolicyTrainer:
         load_state(self._engine, folder)
         state = json.loads((Path(folder) / "trainer.json").read_text())
         self.policy_version = state["policy_version"]
+        if self._routers:
+            self._routers.load_state(state["routers"])
         return state["controller"]
 
     def close(self) -> None:
