@@ -175,6 +175,7 @@ def measured(tmp_path_factory) -> dict[str, dict[str, dict[str, int]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_state_of_an_engine(measured, case):
     got = measured[case["name"]]

@@ -2,7 +2,8 @@
 
 Resources are what the configs declare. Memory is an estimate for each actor from the tensors' headers: weights,
 gradients and Adam's two moments for one that trains, weights and KV cache for one that serves; activations are left
-out (`posttrain plan` estimates them), and experts are counted as if not divided. A model that an earlier stage makes has no size until it is there.
+out (`posttrain plan` estimates them), and experts are counted as if no expert parallelism divided them. A model that an
+earlier stage makes has no size until it is there.
 """
 
 import json
