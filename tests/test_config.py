@@ -12,11 +12,13 @@ from posttrain.errors import ConfigError
 from posttrain.pipeline.config import PipelineConfig, read_pipeline
 from posttrain.pipeline.inputs import walk
 from posttrain.pipeline.kinds import KINDS, load_schema
+from posttrain.planning.config import ModelShape
 from posttrain.sft.config import SftConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPELINES = sorted((ROOT / "pipelines").rglob("*.yaml"))
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+MODELS = sorted((ROOT / "configs" / "models").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(MODELS))
 SFT = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "batch_tokens": 8192}
 
 
@@ -29,6 +31,11 @@ def kind_of(path: Path) -> str:
 def test_every_stage_file_fits_the_schema_of_its_kind(path: Path):
     assert kind_of(path) in KINDS, "name the file after the kind of its stage"
     load_config(load_schema(KINDS[kind_of(path)]), path)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
+def test_every_model_file_fits_the_schema_of_sizes(path: Path):
+    load_config(ModelShape, path)
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.name)

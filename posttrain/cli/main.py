@@ -142,6 +142,53 @@ def validate(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="YAML of sizes, config.json, model folder, or a bundled name: llama4-scout."
+        ),
+    ],
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs; the same as parallel.processes=N.")] = None,
+    gpu_gib: Annotated[list[float] | None, typer.Option(help="Memory of a GPU, GiB; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count a model's parameters and the memory that training it takes, from its config alone. No weights are read.
+
+    Prints parameters by part, memory of each GPU by part in one layout, and every layout with whether it fits.
+    Bundled models: llama4-scout, llama4-maverick, llama4-behemoth.
+
+    KEY=VALUE: parallel.processes, parallel.expert, parallel.zero, parallel.offload, dtype, tokens (of one forward),
+    gradient_checkpointing, kv_sequences, kv_length, reserve (share of a GPU left free).
+
+    Examples:
+
+      posttrain plan llama4-scout --gpus 64 parallel.expert=16 parallel.zero=2
+
+      posttrain plan models/mine/config.json --gpus 8 --gpu-gib 80 tokens=4096
+
+      posttrain plan llama4-behemoth --gpus 1024 parallel.offload=optimizer --json
+    """
+    import json
+
+    from posttrain.config.base import apply_overrides, validate_config
+    from posttrain.planning.config import PlanConfig
+
+    given = [*(overrides or []), *([f"parallel.processes={gpus}"] if gpus else [])]
+    asked = validate_config(PlanConfig, apply_overrides(PlanConfig().model_dump(), given), "plan")
+    if any(not size > 0 for size in gpu_gib or []):
+        raise ConfigError("--gpu-gib", [f"got {gpu_gib}; it must be positive"])
+    from posttrain.planning.sizes import count_sizes, find_model, read_config
+    from posttrain.planning.text import render, to_json
+
+    sizes = count_sizes(read_config(find_model(model)))
+    shown = to_json if as_json else render
+    found = shown(model, sizes, asked, gpu_gib or [80.0, 141.0])
+    typer.echo(json.dumps(found, indent=2) if as_json else found)
+
+
+@app.command()
 def schema(stage: Annotated[str, typer.Argument(help="base, filter, sft, rl, dpo, eval, or pipeline.")]) -> None:
     """Print the JSON schema of a stage's config.
 

@@ -2,7 +2,8 @@
 
 Resources are what the configs declare. Memory is an estimate for each actor from the tensors' headers: weights,
 gradients and Adam's two moments for one that trains, weights and KV cache for one that serves; activations are left
-out. A model that an earlier stage makes has no size until it is there.
+out (`posttrain plan` estimates them), and experts are counted as if no expert parallelism divided them. A model that an
+earlier stage makes has no size until it is there.
 """
 
 import json
@@ -26,8 +27,8 @@ from posttrain.errors import ConfigError
 from posttrain.pipeline.graph import Node, Pipeline, output_path
 from posttrain.pipeline.inputs import find_inputs, walk
 from posttrain.pipeline.references import find_references
+from posttrain.planning.memory import BYTES, state_bytes
 
-BYTES = {"float32": 4, "bfloat16": 2}
 GIB = 1 << 30
 
 
@@ -163,9 +164,10 @@ def _memory(role: str, node: Node, pipeline: Pipeline, run_dir: Path) -> str:
         return f"after {after}" if after else "-"
     weights = size * BYTES[model.dtype]
     if role == "trainer":
-        # A bf16 model keeps fp32 master weights; gradients have the type of the weights; Adam has two fp32 moments.
-        trained = 0 if getattr(node.config, "lora", None) is not None else size
-        total = weights + trained * (BYTES[model.dtype] + 8 + (4 if model.dtype == "bfloat16" else 0))
+        parallel = getattr(node.config, "parallel", None) or ParallelConfig(zero=0)
+        state = state_bytes(size, 0, parallel, model.dtype)
+        frozen = getattr(node.config, "lora", None) is not None
+        total = state.weights + (0 if frozen else state.gradients + state.optimizer)
     else:
         engine = next((value for _, value in walk(node.config) if isinstance(value, EngineConfig)), None)
         cache = engine.kv_cache_gib if engine and engine.kv_cache_gib else 0.0

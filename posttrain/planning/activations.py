@@ -1,0 +1,65 @@
+"""Bytes that a forward of the native Llama 4 keeps for its backward, and of a KV cache. Arithmetic, no torch.
+
+Counted per token, tensor by tensor in the order of `posttrain/model`; indices of 8 bytes a token are left out.
+Left out too: what only a kernel sees, rows longer than a chunk, and the exchange buffers of expert parallelism.
+
+Names: D hidden, Q and K widths of queries and keys, I expert width, V vocabulary, b bytes of an element.
+"""
+
+from typing import Any
+
+BYTES = {"float32": 4, "bfloat16": 2}
+FP32 = 4
+
+
+def saved_bytes(config: Any, tokens: int, dtype: str, checkpointing: bool) -> int:
+    """Bytes saved at the end of a forward with labels: all layers, or their inputs only, and the head."""
+    b = BYTES[dtype]
+    layers = [layer_bytes(config, index, dtype) for index in range(config.num_hidden_layers)]
+    kept = b * config.hidden_size * len(layers) if checkpointing else sum(layers)
+    # The final norm, and the log-probabilities of the loss in fp32.
+    head = 8 * config.hidden_size + FP32 * config.vocab_size
+    return tokens * (kept + head)
+
+
+def peak_bytes(config: Any, tokens: int, dtype: str, checkpointing: bool) -> int:
+    """Largest number of bytes alive at once in forward and backward, beside weights and gradients.
+
+    At the loss: what is saved, the logits, and their gradient twice in fp32 (of the loss and of the log-softmax).
+    With checkpointing a layer is computed again later, when the head's share is free.
+    """
+    at_loss = tokens * (BYTES[dtype] + 2 * FP32) * config.vocab_size
+    saved = saved_bytes(config, tokens, dtype, checkpointing)
+    if not checkpointing:
+        return saved + at_loss
+    largest = max(layer_bytes(config, index, dtype) for index in range(config.num_hidden_layers))
+    inputs = BYTES[dtype] * config.hidden_size * config.num_hidden_layers
+    return max(saved + at_loss, tokens * (inputs + largest))
+
+
+def layer_bytes(config: Any, index: int, dtype: str) -> int:
+    """Bytes that one layer saves for a token."""
+    b, hidden = BYTES[dtype], config.hidden_size
+    query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    # Two norms, 8 bytes a channel: fp32 keeps the unit vector and the output; bf16 an fp32 copy of the input and both.
+    norms = 2 * 8 * hidden
+    attention = b * (2 * query + 2 * key) + FP32 * config.num_attention_heads
+    if config.use_qk_norm and config.no_rope_layers[index] and dtype != "float32":
+        attention += FP32 * (query + key)  # the norm's fp32 copy
+    if index not in config.moe_layers:
+        return norms + attention + 4 * b * config.intermediate_size_mlp
+    chosen = config.num_experts_per_tok
+    shared = 4 * b * config.intermediate_size
+    # The scored rows; with several experts a token also the rows before they are scored.
+    rows = b * hidden * (1 if chosen == 1 else 2)
+    routed = chosen * (rows + 4 * b * config.intermediate_size)
+    router = 0 if dtype == "float32" else FP32 * hidden
+    return norms + attention + shared + routed + router
+
+
+def kv_bytes(config: Any, sequences: int, length: int, dtype: str) -> int:
+    """Bytes of a `DynamicCache`: chunked layers keep no more than a chunk."""
+    chunked = config.attention_chunk_size or length
+    kinds = config.layer_types
+    tokens = sum(min(length, chunked) if kind == "chunked_attention" else length for kind in kinds)
+    return 2 * sequences * tokens * config.num_key_value_heads * config.head_dim * BYTES[dtype]

@@ -1,0 +1,75 @@
+"""What a layout needs on each GPU, and which layouts fit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from posttrain.config.shared import ParallelConfig
+from posttrain.errors import ConfigError
+from posttrain.planning.activations import kv_bytes, peak_bytes
+from posttrain.planning.config import PlanConfig
+from posttrain.planning.memory import State, state_bytes
+from posttrain.planning.sizes import Sizes
+
+MOST_GPUS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes of one GPU in a layout. activations is None for a model whose activations are not known."""
+
+    parallel: ParallelConfig
+    state: State
+    activations: int | None
+    kv: int
+
+    @property
+    def total(self) -> int:
+        """What must be there at once."""
+        return self.state.total(self.activations or 0) + self.kv
+
+
+def need(sizes: Sizes, plan: PlanConfig, parallel: ParallelConfig | None = None) -> Need:
+    """What one GPU needs under `parallel` (default: the plan's own).
+
+    Raises ConfigError if the layout's `expert` does not fit the model.
+    """
+    parallel = parallel or plan.parallel
+    experts = sizes.config.num_local_experts if sizes.experts else 1
+    if experts % parallel.expert:
+        raise ConfigError("parallel.expert", [f"got {parallel.expert}; it must divide the model's experts ({experts})"])
+    largest = max(sizes.largest // parallel.expert, sizes.parts.get("embeddings", 0))
+    state = state_bytes(sizes.total, sizes.experts, parallel, plan.dtype, largest)
+    activations = None
+    if sizes.native:
+        activations = peak_bytes(sizes.config, plan.tokens, plan.dtype, plan.gradient_checkpointing)
+    kv = kv_bytes(sizes.config, plan.kv_sequences, plan.kv_length, plan.dtype) if sizes.native else 0
+    return Need(parallel, state, activations, kv)
+
+
+def layouts(sizes: Sizes, gpus: int, offload: str = "none") -> Iterator[ParallelConfig]:
+    """Every zero and every expert size that divides both the GPUs and the experts."""
+    experts = sizes.config.num_local_experts if sizes.experts else 1
+    for zero in (0, 1, 2, 3):
+        for expert in range(1, min(experts, gpus) + 1):
+            if gpus % expert == 0 and experts % expert == 0:
+                kept = offload if zero else "none"
+                yield ParallelConfig.model_validate(
+                    {"processes": gpus, "expert": expert, "zero": zero, "offload": kept}
+                )
+
+
+def fits(needed: Need, plan: PlanConfig, gpu_gib: float) -> bool:
+    """True if a GPU of so many GiB has room, its reserve kept free."""
+    return needed.total <= gpu_gib * (1 - plan.reserve) * 2**30
+
+
+def fewest(sizes: Sizes, plan: PlanConfig, gpu_gib: float) -> Need | None:
+    """The best layout on the fewest GPUs (a power of two) that fit; None if not even a very large number does."""
+    gpus = 1
+    while gpus <= MOST_GPUS:
+        found = [need(sizes, plan, layout) for layout in layouts(sizes, gpus, plan.parallel.offload)]
+        best = min(found, key=lambda item: item.total)
+        if fits(best, plan, gpu_gib):
+            return best
+        gpus *= 2
+    return None

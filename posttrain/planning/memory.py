@@ -1,0 +1,93 @@
+"""Bytes that one rank of a training holds, by part, under the rules of our DeepSpeed engines. Arithmetic, no torch.
+
+Every rule was measured on real engines (tests/test_planning.py). `held` parameters are what a rank has before ZeRO:
+all but the experts of other ranks. A `share` is what ZeRO leaves: experts are divided among the ranks
+(processes / expert) that hold the same ones, the rest among all processes.
+Left out: the CUDA context, NCCL, workspaces of kernels, fragmentation.
+"""
+
+from dataclasses import dataclass
+
+from posttrain.config.shared import ParallelConfig
+
+BYTES = {"float32": 4, "bfloat16": 2}
+FP32 = 4
+BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
+LIVE = 1_000_000_000  # stage3_max_live_parameters: how many ZeRO-3 may hold whole at a time
+SUB_GROUP = 1_000_000_000  # elements that ZeRO-3 steps at once
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Bytes of one rank. optimizer: fp32 masters and both moments of Adam.
+
+    step: what gradients take at their largest within the optimizer's step. buffers: what ZeRO needs in the backward
+    pass. host: optimizer state kept on the CPU by offload.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    step: int
+    buffers: int
+    host: int = 0
+
+    def total(self, activations: int = 0) -> int:
+        """The larger of the two moments: the backward pass with its activations, and the step."""
+        backward = self.gradients + self.buffers + activations
+        return self.weights + self.optimizer + max(backward, self.step)
+
+
+def state_bytes(
+    total: int,
+    experts: int,
+    parallel: ParallelConfig,
+    dtype: str,
+    largest: int = 0,
+    bucket: int = BUCKET,
+    live: int = LIVE,
+) -> State:
+    """State of a training of all weights.
+
+    Args:
+        total, experts: parameters of the model, and those of them in routed experts.
+        largest: parameters of the largest module on one rank, which ZeRO-3 makes whole to use it.
+        bucket, live: DeepSpeed's reduce_bucket_size and stage3_max_live_parameters, in elements.
+    """
+    b, ranks, zero = BYTES[dtype], parallel.processes, parallel.zero
+    dense = total - experts
+    held = dense + experts // parallel.expert
+    share = -(-total // ranks)
+    trained = share if zero else held
+    masters = FP32 * trained if zero or dtype != "float32" else 0
+    optimizer = masters + 2 * FP32 * trained
+    gradients = b * (share if zero >= 2 else held)
+    buffers = b * bucket if zero else 0
+    if zero == 3:
+        buffers += b * max(largest, min(live, held))
+    state = State(
+        weights=b * (share if zero == 3 else held),
+        gradients=gradients,
+        optimizer=optimizer,
+        step=_step_gradients(dense, experts, parallel, b),
+        buffers=buffers,
+    )
+    if parallel.offload == "none":
+        return state
+    # Masters, moments and fp32 gradients of the step live on the CPU.
+    return State(state.weights, state.gradients, 0, 0, state.buffers, host=optimizer + FP32 * share)
+
+
+def _step_gradients(dense: int, experts: int, parallel: ParallelConfig, b: int) -> int:
+    """Gradients at their largest in the step: the optimizer takes them in fp32, divided experts after the rest."""
+    ranks = parallel.processes
+    if parallel.zero == 0:
+        held = dense + experts // parallel.expert
+        return b * held + (FP32 * held if b < FP32 else 0)
+    groups = [dense // ranks, experts // ranks] if parallel.expert > 1 else [(dense + experts) // ranks]
+    share = sum(groups)
+    if parallel.zero == 3:
+        return b * share + FP32 * max(min(group, SUB_GROUP) for group in groups)
+    if len(groups) == 1:
+        return FP32 * share
+    return max(b * share + FP32 * groups[0], FP32 * groups[1])

@@ -1,0 +1,93 @@
+"""Parameters of a model by part, counted on the model itself, built on the meta device: no memory, no weights."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.base import load_config
+from posttrain.errors import ConfigError
+from posttrain.planning.config import ModelShape
+from posttrain.resources import bundled, bundled_names
+
+# The first that a parameter's name contains.
+PARTS = {
+    "embed_tokens": "embeddings", "lm_head": "head", "norm": "norms", "self_attn": "attention", "router": "router",
+    "shared_expert": "shared expert", ".experts.": "routed experts", "feed_forward": "dense MLP", ".mlp.": "dense MLP",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """parts: name to number of parameters. active: those that one token uses. largest: of one module, experts in full.
+
+    config: the transformers config. native: our Llama 4, so experts and activations are known.
+    """
+
+    parts: dict[str, int]
+    active: int
+    largest: int
+    config: Any
+    native: bool
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self.parts.values())
+
+    @property
+    def experts(self) -> int:
+        """Parameters that expert parallelism divides."""
+        return self.parts.get("routed experts", 0)
+
+
+def find_model(name: str) -> Path:
+    """The file meant by NAME: a YAML of sizes, a config.json or the folder of one, or a bundled name."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+    if path.exists():
+        return path
+    if f"models/{name}" in bundled_names("configs"):
+        return bundled("configs", f"models/{name}")
+    known = [item.removeprefix("models/") for item in bundled_names("configs") if item.startswith("models/")]
+    raise ConfigError(name, [f"no such file or folder, and no bundled model of that name; bundled: {', '.join(known)}"])
+
+
+def read_config(path: Path) -> Any:
+    """The transformers config of a YAML of sizes or of a config.json (of the text model, where there are others).
+
+    Raises ConfigError for a file that cannot be read or is of no known architecture.
+    """
+    if path.suffix in (".yaml", ".yml"):
+        from transformers import Llama4TextConfig
+
+        return Llama4TextConfig(**load_config(ModelShape, path).fields())
+    from transformers import AutoConfig
+
+    try:
+        json.loads(path.read_text())
+        return AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(str(path), [f"not a config.json that transformers can read: {reason}"]) from None
+
+
+def count_sizes(config: Any) -> Sizes:
+    """Count the parameters of the model that `config` describes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from posttrain.model.native import NativeLlama4ForCausalLM
+
+    native = config.model_type == "llama4_text"
+    with torch.device("meta"):
+        model: Any = NativeLlama4ForCausalLM(config) if native else AutoModelForCausalLM.from_config(config)
+    parts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        parts[next((part for key, part in PARTS.items() if key in name), "other")] += parameter.numel()
+    routed = parts["routed experts"] if native else 0
+    idle = routed - routed * config.num_experts_per_tok // config.num_local_experts if routed else 0
+    largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
+    return Sizes({k: v for k, v in parts.items() if v}, sum(parts.values()) - idle, largest, config, native)

@@ -1,0 +1,268 @@
+"""Plans on paper against what is measured: bytes of real tensors in real engines, forwards and caches."""
+
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, Llama4TextConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+import plan_ranks
+from test_expert_parallel import free_port
+
+from posttrain.cli.main import main
+from posttrain.config.shared import ParallelConfig
+from posttrain.model.native import NativeLlama4ForCausalLM
+from posttrain.planning.activations import kv_bytes, peak_bytes, saved_bytes
+from posttrain.planning.memory import state_bytes
+from posttrain.planning.sizes import count_sizes, find_model, read_config
+
+TOKENS = 256
+
+
+def sizes_of(name: str):
+    return count_sizes(read_config(find_model(name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("llama4-scout", 107.8, 17.2), ("llama4-maverick", 400.7, 17.2), ("llama4-behemoth", 1990.0, 288.0)],
+)
+def test_published_sizes(name, total, active):
+    sizes = sizes_of(name)
+    assert sizes.total / 1e9 == pytest.approx(total, rel=0.005)
+    assert sizes.active / 1e9 == pytest.approx(active, rel=0.005)
+
+
+def test_every_parameter_has_a_part():
+    sizes = count_sizes(Llama4TextConfig(**plan_ranks.SHAPE))
+    model = NativeLlama4ForCausalLM(Llama4TextConfig(**plan_ranks.SHAPE))
+    assert sizes.total == sum(parameter.numel() for parameter in model.parameters())
+    assert set(sizes.parts) == {
+        "embeddings", "attention", "norms", "router", "shared expert", "routed experts", "dense MLP", "head",
+    }  # fmt: skip
+
+
+# --- activations and cache ---
+
+
+class Alive(TorchDispatchMode):
+    """Largest number of bytes of tensors made within that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for item in tree_leaves(out):
+            if isinstance(item, torch.Tensor):
+                storage = item.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return out
+
+    def gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+SHAPES = {
+    "mixed": {},
+    "deep": {"vocab_size": 96, "num_hidden_layers": 8},
+    "all experts, no QK norm": {"vocab_size": 96, "interleave_moe_layer_step": 1, "use_qk_norm": False},
+    "two experts a token": {"vocab_size": 96, "interleave_moe_layer_step": 1, "num_experts_per_tok": 2},
+    "wide": {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "intermediate_size": 128},
+}
+
+
+def build(shape: str, dtype: str, checkpointing: bool = False):
+    model = NativeLlama4ForCausalLM(Llama4TextConfig(**{**plan_ranks.SHAPE, **SHAPES[shape]}))
+    model = model.to(getattr(torch, dtype)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    return model, torch.randint(3, 96, (1, TOKENS))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_saved_activations(shape, dtype, checkpointing):
+    model, ids = build(shape, dtype, checkpointing)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(input_ids=ids, labels=ids, use_cache=False)
+    measured = sum(storage.nbytes() for storage in kept.values())
+    assert out.loss.requires_grad
+    assert saved_bytes(model.config, TOKENS, dtype, checkpointing) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_of_forward_and_backward(dtype, checkpointing):
+    """With a vocabulary that is wide beside the layers, as in the real models: most is alive at the loss."""
+    tokens = 1024
+    config = Llama4TextConfig(**{**plan_ranks.SHAPE, "vocab_size": 8192, "num_local_experts": 2})
+    model = NativeLlama4ForCausalLM(config).to(getattr(torch, dtype)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    ids = torch.randint(3, 96, (1, tokens))
+    with Alive() as alive:
+        out = model(input_ids=ids, labels=ids, use_cache=False)
+        out.loss.backward()
+    assert peak_bytes(config, tokens, dtype, checkpointing) == pytest.approx(alive.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("length", [5, 40])
+def test_cache(length):
+    config = Llama4TextConfig(**{**plan_ranks.SHAPE, "attention_chunk_size": 16})
+    model = NativeLlama4ForCausalLM(config).eval()
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        model(input_ids=torch.randint(3, 96, (3, length)), past_key_values=cache, use_cache=True)
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    measured = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert kv_bytes(config, 3, length, "float32") == pytest.approx(measured, rel=0.1)
+
+
+# --- real engines ---
+
+CASES = [
+    {"name": f"{dtype}-{processes}x{expert}z{zero}", "processes": processes, "expert": expert, "zero": zero,
+     "dtype": dtype}
+    for dtype in ("float32", "bfloat16") for zero in (0, 1, 2, 3) for processes, expert in ((1, 1), (2, 1), (2, 2))
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict[str, dict[str, dict[str, int]]]:
+    """Run every case in real ranks."""
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "cases.json").write_text(json.dumps(CASES))
+    for world in (1, 2):
+        command = [sys.executable, plan_ranks.__file__]
+        port = str(free_port())
+        log = (folder / f"log{world}").open("w")
+        ranks = [
+            subprocess.Popen([*command, str(rank), str(world), port, str(folder)], stdout=log, stderr=log)
+            for rank in range(world)
+        ]
+        try:
+            codes = [rank.wait(timeout=500) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert codes == [0] * world, (folder / f"log{world}").read_text()[-3000:]
+    return {case["name"]: json.loads((folder / f"{case['name']}.json").read_text()) for case in CASES}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_state_of_an_engine(measured, case):
+    got = measured[case["name"]]
+    sizes = count_sizes(Llama4TextConfig(**plan_ranks.SHAPE))
+    parallel = ParallelConfig(processes=case["processes"], expert=case["expert"], zero=case["zero"])
+    want = state_bytes(sizes.total, sizes.experts, parallel, case["dtype"], bucket=plan_ranks.BUCKET, live=0)
+    backward, steps = got["backward"], got["steps"]
+    assert want.weights == pytest.approx(backward["weights"], rel=0.1)
+    assert want.gradients == pytest.approx(backward["gradients"], rel=0.1)
+    assert want.optimizer == pytest.approx(backward["optimizer"], rel=0.1, abs=64)
+    assert want.step == pytest.approx(max(step["gradients"] for step in steps), rel=0.1)
+    if case["zero"] in (1, 3):  # those of ZeRO-2 are gone when its backward returns
+        assert want.buffers == pytest.approx(backward["buckets"], rel=0.1)
+    # In total, whatever the tensors are for; all that one pass holds beside them is small.
+    without_buckets = state_bytes(sizes.total, sizes.experts, parallel, case["dtype"], bucket=0, live=0)
+    largest = max(sum(moment.values()) - moment["buckets"] for moment in (backward, *steps))
+    assert without_buckets.total() == pytest.approx(largest, rel=0.1)
+
+
+# --- the command ---
+
+
+def test_command(capsys):
+    assert main(["plan", "llama4-scout", "--gpus", "16", "parallel.expert=4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"]["parallel"]["processes"] == 16
+    assert len(found["layouts"]) == 4 * 5
+    memory = found["memory"]
+    assert memory["total"] == memory["weights"] + memory["optimizer"] + max(
+        memory["step"], memory["gradients"] + memory["buffers"] + memory["activations"]
+    )
+    assert main(["plan", "llama4-scout", "--gpus", "16"]) == 0
+    assert "routed experts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing"], "no bundled model of that name; bundled: llama4-behemoth"),
+        (["llama4-scout", "parallel.expert=3"], "parallel: "),
+        (["llama4-scout", "--gpus", "3", "parallel.expert=3"], "must divide the model's experts (16)"),
+        (["llama4-scout", "tokenz=3"], "did you mean 'tokens'?"),
+        (["llama4-scout", "--gpu-gib", "0"], "must be positive"),
+    ],
+)
+def test_wrong_input(arguments, said, capsys):
+    assert main(["plan", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_other_architectures_are_counted(tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2).save_pretrained(tmp_path)  # fmt: skip
+    sizes = sizes_of(str(tmp_path))
+    assert sizes.active == sizes.total
+    assert sizes.parts["dense MLP"] == 2 * 3 * 32 * 64
+    assert main(["plan", str(tmp_path)]) == 0
+
+
+CHANGES = {
+    "parallel.processes": 16, "parallel.expert": 4, "parallel.zero": 2, "parallel.offload": "optimizer",
+    "dtype": "float32", "tokens": 100, "gradient_checkpointing": False, "kv_sequences": 3, "kv_length": 100,
+    "reserve": 0.3,
+}  # fmt: skip
+
+
+def test_every_key_changes_the_plan():
+    from config_leaves import find_leaves, set_at
+
+    from posttrain.planning.config import PlanConfig
+    from posttrain.planning.layouts import fits, need
+
+    sizes = sizes_of("llama4-scout")
+    base = {**PlanConfig().model_dump(), "kv_sequences": 1}
+    assert {leaf.key for leaf in find_leaves(PlanConfig, base)} == set(CHANGES)
+
+    def outcome(data):
+        plan = PlanConfig.model_validate(data)
+        needed = need(sizes, plan)
+        return needed.state, needed.activations, needed.kv, [fits(needed, plan, size) for size in range(1, 400)]
+
+    for key, value in CHANGES.items():
+        assert outcome(set_at(base, key, value)) != outcome(base), key
+
+
+def test_schemas_need_no_torch():
+    code = "import sys, posttrain.planning.config, posttrain.planning.memory, posttrain.planning.activations\n"
+    subprocess.run([sys.executable, "-c", f"{code}assert 'torch' not in sys.modules"], check=True)
