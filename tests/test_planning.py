@@ -19,6 +19,7 @@ from test_expert_parallel import free_port
 from posttrain.cli.main import main
 from posttrain.config.shared import ParallelConfig
 from posttrain.model.native import NativeLlama4ForCausalLM
+from posttrain.model.recompute import checkpointing_arguments
 from posttrain.planning.activations import kv_bytes, peak_bytes, saved_bytes
 from posttrain.planning.memory import state_bytes
 from posttrain.planning.sizes import count_sizes, find_model, read_config
@@ -86,15 +87,19 @@ SHAPES = {
 }
 
 
-def build(shape: str, dtype: str, checkpointing: bool = False):
+def build(shape: str, dtype: str, checkpointing: str = "none"):
     model = NativeLlama4ForCausalLM(Llama4TextConfig(**{**plan_ranks.SHAPE, **SHAPES[shape]}))
     model = model.to(getattr(torch, dtype)).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
+    recompute(model, checkpointing)
     return model, torch.randint(3, 96, (1, TOKENS))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+def recompute(model, mode: str) -> None:
+    if mode != "none":
+        model.gradient_checkpointing_enable(checkpointing_arguments(mode))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])  # what selective keeps, the hooks do not see
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_saved_activations(shape, dtype, checkpointing):
@@ -115,15 +120,14 @@ def test_saved_activations(shape, dtype, checkpointing):
     assert saved_bytes(model.config, TOKENS, dtype, checkpointing) == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_of_forward_and_backward(dtype, checkpointing):
     """With a vocabulary that is wide beside the layers, as in the real models: most is alive at the loss."""
     tokens = 1024
     config = Llama4TextConfig(**{**plan_ranks.SHAPE, "vocab_size": 8192, "num_local_experts": 2})
     model = NativeLlama4ForCausalLM(config).to(getattr(torch, dtype)).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
+    recompute(model, checkpointing)
     ids = torch.randint(3, 96, (1, tokens))
     with Alive() as alive:
         out = model(input_ids=ids, labels=ids, use_cache=False)
@@ -239,7 +243,7 @@ def test_other_architectures_are_counted(tmp_path):
 
 CHANGES = {
     "parallel.processes": 16, "parallel.expert": 4, "parallel.zero": 2, "parallel.offload": "optimizer",
-    "dtype": "float32", "tokens": 100, "gradient_checkpointing": False, "kv_sequences": 3, "kv_length": 100,
+    "dtype": "float32", "tokens": 100, "gradient_checkpointing": "none", "kv_sequences": 3, "kv_length": 100,
     "reserve": 0.3,
 }  # fmt: skip
 

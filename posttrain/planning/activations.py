@@ -8,21 +8,20 @@ Names: D hidden, Q and K widths of queries and keys, I expert width, V vocabular
 
 from typing import Any
 
+from posttrain.config.shared import GradientCheckpointing
+
 BYTES = {"float32": 4, "bfloat16": 2}
 FP32 = 4
 
 
-def saved_bytes(config: Any, tokens: int, dtype: str, checkpointing: bool) -> int:
-    """Bytes saved at the end of a forward with labels: all layers, or their inputs only, and the head."""
-    b = BYTES[dtype]
-    layers = [layer_bytes(config, index, dtype) for index in range(config.num_hidden_layers)]
-    kept = b * config.hidden_size * len(layers) if checkpointing else sum(layers)
+def saved_bytes(config: Any, tokens: int, dtype: str, checkpointing: GradientCheckpointing) -> int:
+    """Bytes saved at the end of a forward with labels: what the layers keep, and the head."""
     # The final norm, and the log-probabilities of the loss in fp32.
     head = 8 * config.hidden_size + FP32 * config.vocab_size
-    return tokens * (kept + head)
+    return tokens * (_kept_bytes(config, dtype, checkpointing) + head)
 
 
-def peak_bytes(config: Any, tokens: int, dtype: str, checkpointing: bool) -> int:
+def peak_bytes(config: Any, tokens: int, dtype: str, checkpointing: GradientCheckpointing) -> int:
     """Largest number of bytes alive at once in forward and backward, beside weights and gradients.
 
     At the loss: what is saved, the logits, and their gradient twice in fp32 (of the loss and of the log-softmax).
@@ -30,29 +29,52 @@ def peak_bytes(config: Any, tokens: int, dtype: str, checkpointing: bool) -> int
     """
     at_loss = tokens * (BYTES[dtype] + 2 * FP32) * config.vocab_size
     saved = saved_bytes(config, tokens, dtype, checkpointing)
-    if not checkpointing:
+    if checkpointing == "none":
         return saved + at_loss
     largest = max(layer_bytes(config, index, dtype) for index in range(config.num_hidden_layers))
-    inputs = BYTES[dtype] * config.hidden_size * config.num_hidden_layers
-    return max(saved + at_loss, tokens * (inputs + largest))
+    return max(saved + at_loss, tokens * (_kept_bytes(config, dtype, checkpointing) + largest))
+
+
+def _kept_bytes(config: Any, dtype: str, checkpointing: GradientCheckpointing) -> int:
+    """Bytes that all layers keep for a token: everything; their inputs; or inputs and results of products."""
+    layers = range(config.num_hidden_layers)
+    if checkpointing == "none":
+        return sum(layer_bytes(config, index, dtype) for index in layers)
+    inputs = BYTES[dtype] * config.hidden_size * len(layers)
+    return inputs + (sum(product_bytes(config, i, dtype) for i in layers) if checkpointing == "selective" else 0)
+
+
+def product_bytes(config: Any, index: int, dtype: str) -> int:
+    """Bytes of a token in the results of one layer's matrix products and attention."""
+    b, hidden = BYTES[dtype], config.hidden_size
+    query, key = _widths(config)
+    attention = b * (2 * query + 2 * key + hidden) + FP32 * config.num_attention_heads
+    if index not in config.moe_layers:
+        return attention + b * (2 * config.intermediate_size_mlp + hidden)
+    experts = (1 + config.num_experts_per_tok) * b * (2 * config.intermediate_size + hidden)
+    return attention + experts + FP32 * config.num_local_experts
+
+
+def _widths(config: Any) -> tuple[int, int]:
+    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
 
 def layer_bytes(config: Any, index: int, dtype: str) -> int:
     """Bytes that one layer saves for a token."""
     b, hidden = BYTES[dtype], config.hidden_size
-    query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    query, key = _widths(config)
     # Two norms, 8 bytes a channel: fp32 keeps the unit vector and the output; bf16 an fp32 copy of the input and both.
     norms = 2 * 8 * hidden
     attention = b * (2 * query + 2 * key) + FP32 * config.num_attention_heads
     if config.use_qk_norm and config.no_rope_layers[index] and dtype != "float32":
         attention += FP32 * (query + key)  # the norm's fp32 copy
     if index not in config.moe_layers:
-        return norms + attention + 4 * b * config.intermediate_size_mlp
+        return norms + attention + 3 * b * config.intermediate_size_mlp
     chosen = config.num_experts_per_tok
-    shared = 4 * b * config.intermediate_size
+    shared = 3 * b * config.intermediate_size
     # The scored rows; with several experts a token also the rows before they are scored.
     rows = b * hidden * (1 if chosen == 1 else 2)
-    routed = chosen * (rows + 4 * b * config.intermediate_size)
+    routed = chosen * (rows + 3 * b * config.intermediate_size)
     router = 0 if dtype == "float32" else FP32 * hidden
     return norms + attention + shared + routed + router
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from posttrain.config.base import Config
-from posttrain.config.shared import ParallelConfig
+from posttrain.config.shared import GradientCheckpointing, ParallelConfig
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -40,7 +40,7 @@ class PlanConfig(Config):
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(processes=8, zero=3))
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     tokens: Count = Field(default=8192, description="Tokens of one forward of one rank.")
-    gradient_checkpointing: bool = Field(default=True, description="Recompute each layer in the backward pass.")
+    gradient_checkpointing: GradientCheckpointing = "full"
     kv_sequences: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Sequences whose keys and values are cached on the same GPU."
     )

@@ -16,7 +16,7 @@ def render(name: str, sizes: Sizes, plan: PlanConfig, gpu_gib: Sequence[float]) 
     lines = [f"{name}: {sizes.total / 1e9:.2f}B parameters, {sizes.active / 1e9:.2f}B active per token", ""]
     lines += [f"  {part:<14} {count / 1e9:>10.3f}B" for part, count in sizes.parts.items()]
     own = need(sizes, plan)
-    kept = "layer inputs kept" if plan.gradient_checkpointing else "all kept"
+    kept = {"none": "all kept", "full": "layer inputs kept", "selective": "products kept"}[plan.gradient_checkpointing]
     lines += [
         "",
         f"memory of each GPU, GiB: {_name(own.parallel)}, {plan.dtype}, {plan.tokens} tokens a forward, {kept}",
