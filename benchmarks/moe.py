@@ -149,19 +149,27 @@ def step_memory() -> tuple[float, dict[str, float]]:
     )
 
 
+GOALS = {
+    "layer_speedup_16_fp32": ">= 10", "layer_speedup_16_bf16": ">= 10",
+    "layer_speedup_128_fp32": ">= 40", "layer_speedup_128_bf16": ">= 25", "floor_fraction_fp32": ">= 0.5",
+}  # fmt: skip
+
+
 def entries() -> dict[str, Entry]:
     table = {}
     for name, measure in (("layer_speedup", layer_speedup), ("dense_fraction", dense_fraction)):
         for num_experts in (16, 128):
             for dtype, kind in DTYPES.items():
-                table[f"{name}_{num_experts}_{dtype}"] = Entry(lambda m=measure, n=num_experts, d=kind: m(n, d))
+                entry = f"{name}_{num_experts}_{dtype}"
+                table[entry] = Entry(lambda m=measure, n=num_experts, d=kind: m(n, d), GOALS.get(entry))
     for dtype, kind in DTYPES.items():
-        table[f"floor_fraction_{dtype}"] = Entry(lambda d=kind: floor_fraction(d))
+        entry = f"floor_fraction_{dtype}"
+        table[entry] = Entry(lambda d=kind: floor_fraction(d), GOALS.get(entry))
     from moe_ranks import ranks_speedup
 
     table |= {
         "memory_fraction_16": Entry(layer_memory, "<= 0.15"),
-        "step_speedup_16": Entry(step_speedup),
+        "step_speedup_16": Entry(step_speedup, ">= 3"),
         "step_memory_fraction_16": Entry(step_memory),
         "ranks_speedup_2": Entry(ranks_speedup),
     }

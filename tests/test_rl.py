@@ -156,6 +156,28 @@ def test_learns_the_reward(ray_session, tiny_model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_engines_follow_a_trainer_of_two_ranks(ray_session, tiny_model, tmp_path):
+    """Experts divided between the ranks, weights by ZeRO-3: what is published is what the engines must have."""
+    config = make_config(
+        tmp_path,
+        tiny_model,
+        rows_of(["math"]),
+        steps=3,
+        max_staleness=0,
+        optimizer={"learning_rate": 1e-2},
+        parallel={"processes": 2, "expert": 2, "zero": 3},
+        resources={"rollout": {"cpus": 0.5}, "trainer": {"cpus": 0.25}},
+    )
+    outputs, metrics = run_stage(config, tmp_path / "rl")
+    assert (outputs["engine"], outputs["processes"], outputs["expert"]) == ("DeepSpeedEngine", 2, 2)
+    assert outputs["parity_mean_gap"] < 1e-5
+    # On-policy, after updates that change much: sampler and trainer agree only if every tensor has arrived.
+    assert all(line["mismatch_kl"] < 1e-6 for line in metrics)
+    assert all(0 < line["expert_load_max"] for line in metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_refuses_to_train_when_sampler_and_trainer_disagree(ray_session, tiny_model, tmp_path):
     config = make_config(tmp_path, tiny_model, rows_of(["math"]), parity_tolerance=1e-12)
     with pytest.raises(StageError, match="disagree on the log-probabilities"):

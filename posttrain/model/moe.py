@@ -120,6 +120,22 @@ class _Combine(torch.autograd.Function):
         return grad_TD.index_select(0, order_N if ctx.k == 1 else order_N // ctx.k), None, None, None
 
 
+class _Scale(torch.autograd.Function):
+    """rows_ND * scores_N1. Backward sums the gradient of a score in fp32 whatever the rows are."""
+
+    @staticmethod
+    def forward(ctx, rows_ND: torch.Tensor, scores_N1: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows_ND, scores_N1)
+        return rows_ND * scores_N1
+
+    @staticmethod
+    def backward(ctx, grad_ND: torch.Tensor):
+        rows_ND, scores_N1 = ctx.saved_tensors
+        dtype = torch.promote_types(grad_ND.dtype, torch.float32)
+        grad_N1 = (grad_ND.to(dtype) * rows_ND.to(dtype)).sum(-1, keepdim=True).to(scores_N1.dtype)
+        return grad_ND * scores_N1, grad_N1
+
+
 @dataclass(frozen=True, slots=True)
 class Routing:
     """What one router did: `logits_TE` fp32 with its graph, `expert_ids_TK` int64."""
@@ -162,8 +178,9 @@ class MoE(nn.Module):
         chosen_TK = logits_TE.gather(-1, ids_TK)
         if self.recorder is not None:
             self.recorder.append(Routing(logits_TE, ids_TK))
-        out_TD = self.shared_expert(x_TD) + self._routed(x_TD, chosen_TK, ids_TK)
-        return out_TD.view(x.shape)
+        # In the order of expert parallelism: gradients of x are added in the same order too, with the same rounding.
+        routed_TD = self._routed(x_TD, chosen_TK, ids_TK)
+        return routed_TD.view(x.shape) + self.shared_expert(x)
 
     def _routed(self, x_TD: torch.Tensor, chosen_TK: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
         flat_N = ids_TK.flatten()
@@ -173,7 +190,7 @@ class MoE(nn.Module):
         # Each score is a sigmoid of its own logit, not normalised over experts, and scales the expert's input.
         scores_N1 = torch.sigmoid(chosen_TK).to(x_TD.dtype).view(-1, 1)
         if self.top_k == 1:
-            rows_ND = _Dispatch.apply(x_TD * scores_N1, order_N, inverse_N, 1)
+            rows_ND = _Dispatch.apply(_Scale.apply(x_TD, scores_N1), order_N, inverse_N, 1)
         else:
-            rows_ND = _Dispatch.apply(x_TD, order_N, inverse_N, self.top_k) * scores_N1[order_N]
+            rows_ND = _Scale.apply(_Dispatch.apply(x_TD, order_N, inverse_N, self.top_k), scores_N1[order_N])
         return _Combine.apply(self.experts(rows_ND, ends_E), order_N, inverse_N, self.top_k)
