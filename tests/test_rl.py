@@ -173,7 +173,7 @@ def test_engines_follow_a_trainer_of_two_ranks(ray_session, tiny_model, tmp_path
     assert outputs["parity_mean_gap"] < 1e-5
     # On-policy, after updates that change much: sampler and trainer agree only if every tensor has arrived.
     assert all(line["mismatch_kl"] < 1e-6 for line in metrics)
-    assert all(0 < line["expert_load_max"] for line in metrics)
+    assert all(line["expert_load_max"] > 0 for line in metrics)
 
 
 @pytest.mark.slow

@@ -132,19 +132,24 @@ def save_model(
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with _quiet():
             model.save_pretrained(aside, state_dict=None if state_dict is None else dict(state_dict))
         tokenizer.save_pretrained(aside)
-        if target.exists():
-            target.rename(old)
-        aside.rename(target)
+        replace_folder(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def replace_folder(aside: Path, target: Path) -> None:
+    """Rename a folder that is written whole to its place; an older one there is moved away first, then removed."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _folder(path: str | os.PathLike) -> Path:

@@ -83,7 +83,8 @@ def deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype
             "enabled": True,
             "autoep_size": parallel.expert,
             "preset_model": PRESET,
-            "gate_up_impl": "fused",  # one product, as in one process: two would round the gradient of their input twice
+            # One product, as in one process: two would round the gradient of their input twice.
+            "gate_up_impl": "fused",
         }
     return config
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from posttrain.model.load import replace_folder
 from posttrain.parallel.tensors import WholeTensor, gathered, in_shards, read_weights, whole_tensors
 
 SHARD_BYTES = 4 << 30
@@ -48,7 +49,7 @@ def export_model(
     if _is_writer():
         generation = getattr(model, "generation_config", None)
         _write_rest(aside, config, generation, architecture, tokenizer, dict(zip(names, shards, strict=True)))
-        _replace(aside, target)
+        replace_folder(aside, target)
     barrier()
     return target
 
@@ -101,11 +102,3 @@ def _write_rest(
             "weight_map": {item.name: name for name, shard in shards.items() for item in shard},
         }
         (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _replace(aside: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    aside.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -23,6 +23,7 @@ from posttrain.parallel.tensors import WholeTensor, in_shards, trained_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 VIEWS = ("weights", *MOMENTS)
+LIMIT = SHARD_BYTES // 2  # sizes are counted in the model's type, and what is written is fp32
 
 
 def save_state(engine: Any, folder: str | Path) -> None:
@@ -34,7 +35,7 @@ def save_state(engine: Any, folder: str | Path) -> None:
     writer = dist.get_rank() == 0
     _make_moments(engine)
     for view in VIEWS:
-        for index, shard in enumerate(in_shards(items, SHARD_BYTES)):
+        for index, shard in enumerate(in_shards(items, LIMIT)):
             held = {}
             for item in shard:
                 with torch.no_grad():

@@ -3,6 +3,7 @@
 A `WholeTensor` is one tensor as a Hugging Face folder names and shapes it, and the parameters of this rank that it is
 made of. Reading one is collective: every rank reads the same tensors in the same order, and each gets the whole.
 No more than one whole tensor is held at a time.
+
 Shapes: E experts, L experts of this rank, D hidden, I expert width.
 """
 

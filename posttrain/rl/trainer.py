@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from posttrain.config.shared import OptimizerConfig
-from posttrain.model.load import load_tokenizer
+from posttrain.model.load import load_tokenizer, replace_folder
 from posttrain.model.router_bias import RouterBias, native_layers
 from posttrain.parallel.engine import engine_report, start_engine
 from posttrain.parallel.export import barrier, export_model
@@ -179,8 +179,7 @@ class PolicyTrainer:
             routers = self._routers and self._routers.state()
             state = {"policy_version": self.policy_version, "routers": routers, "controller": controller}
             (aside / "trainer.json").write_text(json.dumps(state))
-            shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
+            replace_folder(aside, target)
         barrier()
 
     def load_checkpoint(self, folder: str) -> dict[str, Any]:
