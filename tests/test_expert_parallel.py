@@ -97,7 +97,7 @@ CASES = [
     for zero in (0, 1, 2, 3)
     for optimizer in ("sgd", "adamw")
 ]
-BF16 = [make_case(2, zero, "adamw", dtype="bfloat16") for zero in (0, 1, 2, 3)]
+BF16 = [make_case(processes, zero, "adamw", dtype="bfloat16") for processes in (2, 4) for zero in (0, 1, 2, 3)]
 for case in CASES:
     if case["optimizer"] == "adamw" and case["processes"] == 2:
         case |= {"export": f"export-z{case['zero']}", "shard_bytes": 40_000}
@@ -172,9 +172,10 @@ def plain_bf16(folder) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_bf16_is_as_near_as_its_own_rounding(folder, plain_bf16, zero):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_bf16_is_as_near_as_its_own_rounding(folder, plain_bf16, processes, zero):
     own = [distances(one, other) for one, other in itertools.combinations(plain_bf16, 2)]
-    got = [distances(one, result(folder, f"2x2z{zero}adamwbfloat16")) for one in plain_bf16]
+    got = [distances(one, result(folder, f"{processes}x2z{zero}adamwbfloat16")) for one in plain_bf16]
     for name in own[0]:
         assert max(item[name] for item in got) < 2 * max(item[name] for item in own), (name, got, own)
 
