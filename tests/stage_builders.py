@@ -354,10 +354,12 @@ def rl_difficulties(config: Any) -> Any:
 
 
 def rl_draws(config: Any) -> Any:
+    from posttrain.rl.quotas import mixture_shares, places
     from posttrain.rl.stage import prompt_source
 
-    source = prompt_source(config, [prompt.row for prompt in _drawn()], _tokenizer(), 0)
-    return [source.draw() for _ in range(24)]
+    rows = [prompt.row for prompt in _drawn()]
+    source = prompt_source(config, rows, _tokenizer(), 0)
+    return [source.draw(capability) for capability in islice(places(mixture_shares(rows, config.mixture)), 24)]
 
 
 def rl_groups(config: Any) -> Any:
@@ -400,10 +402,15 @@ def rl_controller(config: Any) -> Any:
 
     engines = Engines(CONTEXT, config.model, config.engine, config.resources.rollout)  # not entered: nothing starts
     unused: Any = None
-    controller = Controller(config, CONTEXT, engines, unused, unused, unused, (0,))
+    controller = Controller(config, CONTEXT, engines, unused, unused, {"math": 0.5, "coding": 0.5}, unused, (0,))
     due = [version for version in range(200) if controller._checkpoint_is_due(version)]
-    room = [controller._queue.room(version, 0) for version in range(4)]
-    return _pool(controller._pool), controller._request(_drawn()[0]), controller._idle_limit, due, room
+    room = [controller._queue.room(version) for version in range(4)]
+    capabilities = []
+    for _ in range(12):  # the same place, dropped again and again
+        order, capability = controller._queue.admit(0)
+        controller._queue.drop(order)
+        capabilities.append(capability)
+    return _pool(controller._pool), controller._request(_drawn()[0]), controller._idle_limit, due, room, capabilities
 
 
 def rl_allowed_gap(config: Any) -> Any:

@@ -15,6 +15,7 @@ import textwrap
 import threading
 import time
 from collections import Counter, defaultdict
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -30,6 +31,7 @@ from posttrain.records import Message, Row
 from posttrain.rl.config import RlConfig
 from posttrain.rl.profile import Difficulty, select_band
 from posttrain.rl.prompts import PromptSource
+from posttrain.rl.quotas import mixture_shares, places
 
 REWARD = '''
 def even_share(rollout, row):
@@ -115,9 +117,14 @@ def test_rollouts_straddle_updates_within_the_staleness_bound(ray_session, tiny_
         several += len({version for version, _, _ in spans}) >= 2
     assert several >= 4, "no trained reply carries two policy versions"
     assert max(line["staleness_max"] for line in metrics) <= config.max_staleness
-    # Quotas: three of four groups are math over the run.
-    groups = {row["group_id"]: row["capability"] for row in trained}
-    assert abs(Counter(groups.values())["math"] - 12) <= 2
+    # Places of two groups a step, three of four for math: m c | m m | m c | ...
+    by_step = defaultdict(set)
+    for row in trained:
+        by_step[row["step"]].add((row["group_id"], row["capability"]))
+    math = [Counter(name for _, name in by_step[step])["math"] for step in range(8)]
+    expected = Counter(islice(places({"coding": 0.25, "math": 0.75}), 16))
+    assert sum(math) == expected["math"] == 12
+    assert all(count in (1, 2) for count in math)
     # The trained policy is a whole model folder and differs from the start.
     from posttrain.model.load import load_model
 
@@ -261,56 +268,42 @@ def row_named(name, capability="math"):
     return Row(name, capability, (Message("user", name),))
 
 
-def source_of(rows, mixture, seed=0, instructions=()):
+def source_of(rows, seed=0, instructions=()):
     from posttrain.config.shared import SystemsConfig
 
     systems = validate_config(SystemsConfig, {"instructions": list(instructions)}, "test")
-    return PromptSource(rows, mixture, systems, lambda messages: [len(m.content) for m in messages], seed)
-
-
-def test_quotas_hold_after_drops():
-    rows = [row_named(f"{name}{i}", name) for name in ("math", "coding", "chat") for i in range(7)]
-    source = source_of(rows, {"math": 2, "coding": 1, "chat": 1})
-    kept = Counter()
-    for turn in range(400):
-        capability = source.draw().row.capability
-        if capability == "math" and turn % 3:  # most math groups teach nothing
-            source.give_back(capability)
-        else:
-            kept[capability] += 1
-    total = sum(kept.values())
-    assert abs(kept["math"] - total / 2) <= 1
-    assert abs(kept["coding"] - total / 4) <= 1
+    return PromptSource(rows, systems, lambda messages: [len(m.content) for m in messages], seed)
 
 
 def test_every_prompt_is_seen_once_a_pass():
-    source = source_of([row_named(f"p{i}") for i in range(9)], {})
-    assert Counter(source.draw().row.id for _ in range(27)) == Counter({f"p{i}": 3 for i in range(9)})
+    source = source_of([row_named(f"p{i}") for i in range(9)])
+    assert Counter(source.draw("math").row.id for _ in range(27)) == Counter({f"p{i}": 3 for i in range(9)})
 
 
 def test_draws_go_on_after_a_checkpoint():
     rows = [row_named(f"{name}{i}", name) for name in ("math", "coding") for i in range(5)]
     instructions = [{"text": "Be brief.", "weight": 1.0}, {"text": "", "weight": 2.0}]
-    first, second = source_of(rows, {}, 5, instructions), source_of(rows, {}, 6, instructions)
-    for _ in range(7):
-        first.draw()
+    first, second = source_of(rows, 5, instructions), source_of(rows, 6, instructions)
+    capabilities = ["math", "coding"] * 10
+    for capability in capabilities[:7]:
+        first.draw(capability)
     second.restore(json.loads(json.dumps(first.state())))
-    assert [first.draw() for _ in range(20)] == [second.draw() for _ in range(20)]
+    assert [first.draw(name) for name in capabilities] == [second.draw(name) for name in capabilities]
 
 
 def test_system_instructions_follow_their_weights_and_spare_prompts_that_bring_one():
     own = Row("own", "math", (Message("system", "Mine."), Message("user", "q")))
-    source = source_of([own], {}, 0, [{"text": "Be brief."}])
-    assert source.draw().system is None
-    source = source_of([row_named("p")], {}, 0, [{"text": "Be brief.", "weight": 3.0}, {"text": "", "weight": 1.0}])
-    drawn = [source.draw() for _ in range(400)]
+    source = source_of([own], 0, [{"text": "Be brief."}])
+    assert source.draw("math").system is None
+    source = source_of([row_named("p")], 0, [{"text": "Be brief.", "weight": 3.0}, {"text": "", "weight": 1.0}])
+    drawn = [source.draw("math") for _ in range(400)]
     assert 0.65 < sum(prompt.system == "Be brief." for prompt in drawn) / 400 < 0.85
     assert all((prompt.messages[0].role == "system") == (prompt.system is not None) for prompt in drawn)
 
 
 def test_mixture_of_a_capability_without_prompts():
     with pytest.raises(ConfigError, match="poetry: no selected prompt has this capability; there are: math"):
-        source_of([row_named("p")], {"poetry": 1.0})
+        mixture_shares([row_named("p")], {"poetry": 1.0})
 
 
 def test_band_that_selects_nothing_says_which_rates_there_are():

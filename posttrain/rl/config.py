@@ -69,6 +69,10 @@ class RlConfig(Config):
     mixture: dict[str, Positive] = Field(
         default_factory=dict, description="Share of each capability in every batch; empty: as in the selected prompts."
     )
+    mixture_refills: Annotated[int, Field(ge=0)] = Field(
+        default=4,
+        description="A dropped group is replaced by one of its capability so often; then another takes its place.",
+    )
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
     steps: Annotated[int, Field(ge=1)] = Field(default=100, description="Optimizer steps.")
     groups_per_step: Annotated[int, Field(ge=1)] = Field(

@@ -16,6 +16,7 @@ import asyncio
 import shutil
 import time
 from collections import Counter
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
@@ -37,7 +38,10 @@ from posttrain.scoring.pool import RewardPool
 
 
 class Controller:
-    """Runs `steps` optimizer steps. `trainer` holds `PolicyTrainer`s; engines hold version `first_step`."""
+    """Runs `steps` optimizer steps. `trainer` holds `PolicyTrainer`s; engines hold version `first_step`.
+
+    shares: of each capability in every batch.
+    """
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class Controller:
         engines: Engines,
         trainer: RankGroup,
         source: PromptSource,
+        shares: Mapping[str, float],
         archive: RolloutArchive,
         stop_ids: tuple[int, ...],
         first_step: int = 0,
@@ -61,7 +66,9 @@ class Controller:
         self._next_version = first_step  # at which the next batch will be trained
         self._engine_versions = [first_step] * len(engines.actors)
         self._in_flight_on = [0] * len(engines.actors)
-        self._queue = StalenessQueue(config.groups_per_step, config.max_staleness)
+        self._queue = StalenessQueue(
+            config.groups_per_step, config.max_staleness, shares, config.mixture_refills, first_step
+        )
         self._ready: dict[int, ScoredGroup] = {}
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -93,11 +100,11 @@ class Controller:
 
     def _dispatch(self) -> None:
         """Admit as many groups as there is room for; each is sampled by the engine with the fewest in flight."""
-        for _ in range(self._queue.room(self._next_version, min(self._engine_versions))):
+        for _ in range(self._queue.room(min(self._engine_versions))):
             engine = min(range(len(self._in_flight_on)), key=self._in_flight_on.__getitem__)
-            order = self._queue.admit(min(self._engine_versions))
+            order, capability = self._queue.admit(min(self._engine_versions))
             self._in_flight_on[engine] += 1
-            task = asyncio.create_task(self._sample(order, engine, self._source.draw()))
+            task = asyncio.create_task(self._sample(order, engine, self._source.draw(capability)))
             self._tasks.add(task)
             task.add_done_callback(self._done)
 
@@ -137,7 +144,6 @@ class Controller:
 
     def _drop(self, scored: ScoredGroup, reason: str) -> None:
         self._queue.drop(scored.group.order)
-        self._source.give_back(scored.group.prompt.row.capability)
         self._archive.add(scored, None, self._version, f"dropped:{reason}")
         self._counts[f"groups_dropped_{reason}"] += 1
         self._dropped_in_a_row += 1
@@ -253,6 +259,7 @@ class Controller:
             "staleness_max": max(staleness),
             "queue_groups": self._queue.num_ready,
             "in_flight_groups": self._queue.num_in_flight,
+            "places_lent": self._queue.num_lent,
             "groups_trained": len(batch),
             "groups_generated": counts["groups_generated"],
             "groups_dropped_zero_advantage": counts["groups_dropped_zero_advantage"],

@@ -29,6 +29,7 @@ from posttrain.rl.profile import (
     write_difficulty,
 )
 from posttrain.rl.prompts import PromptSource
+from posttrain.rl.quotas import mixture_shares
 from posttrain.sampling.client import Engines
 
 
@@ -99,6 +100,7 @@ def _train(
 ) -> dict[str, Any]:
     difficulties = _profile(config, context, engines, prompts, stop_ids)
     selected = select_band(difficulties, rows, config.profile.band)
+    shares = mixture_shares(selected, config.mixture)
     source = prompt_source(config, selected, tokenizer, context.seed)
     first_step = 0
     archive = RolloutArchive(context.dir / "rollouts", tokenizer)
@@ -112,7 +114,7 @@ def _train(
         context.event("resumed", step=first_step)
     parity = check_engine_parity(config, engines, trainer, prompts, stop_ids, first_step)
     context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
-    asyncio.run(Controller(config, context, engines, trainer, source, archive, stop_ids, first_step).run())
+    asyncio.run(Controller(config, context, engines, trainer, source, shares, archive, stop_ids, first_step).run())
     trainer.get("save", str(context.dir / "model"))
     return {
         "model": str(context.dir / "model"),
@@ -127,10 +129,8 @@ def _train(
 
 
 def prompt_source(config: RlConfig, selected: Sequence[Row], tokenizer: Any, seed: int) -> PromptSource:
-    """Where prompts are drawn from, in the mixture asked for and with its system instructions."""
-    return PromptSource(
-        selected, config.mixture, config.systems, lambda messages: render_prompt(tokenizer, messages), seed
-    )
+    """Where prompts are drawn from, each with its system instruction."""
+    return PromptSource(selected, config.systems, lambda messages: render_prompt(tokenizer, messages), seed)
 
 
 def _profile(

@@ -1,35 +1,68 @@
-"""The one queue between generation and training, and the bound on how old a trained token may be.
+"""The one queue between generation and training: how old a trained token may be, and what a batch is made of.
 
 Pure bookkeeping, no clocks and no threads: the controller asks it what may happen next.
 
     admit ──► in flight ──► ready (by dispatch order) ──► batch
                    └─────────► dropped (zero advantage, unscored): its place is free at once
 
+Places. Every place of every batch belongs to a capability (`quotas`). A group that is admitted takes the next one; if
+it is dropped, the next to be admitted takes the same place. A batch holds exactly as many groups of each capability as
+it has places for it. A place that has been refilled `refills` times in vain goes to another capability, so that one
+that has run dry delays a batch by no more than that.
+
 The bound. A group is stamped, when it is admitted, with the oldest version that an engine may sample its first token
 with; no token of it can be older. Trained at version s its staleness is at most s - stamp, so its last chance is the
-batch of version stamp + max_staleness. Every undecided group keeps a place in a batch up to its last chance:
+batch of version stamp + max_staleness. Every undecided group keeps a place in a batch up to its last chance; for every
+capability and every version d:
 
-    for every version d:  groups whose last chance is d or earlier  <=  places in the batches up to d
+    groups whose last chance is d or earlier  <=  places in the batches up to d
 
-Admission keeps that true, and a batch is closed only if it stays true for what is left; else the batch waits for a
-slow group instead of being filled with later ones. So nothing is dropped for its age, and nothing slow is starved.
+Admission keeps that true, since only places up to the last chance are given out. A batch is closed only if it stays
+true for what is left; else the batch waits for a slow group instead of being filled with later ones. So nothing is
+dropped for its age, and nothing slow is starved.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from posttrain.rl.quotas import places
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A place that is waiting for a group: whose it is, and how often it has been refilled."""
+
+    capability: str
+    refills: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Undecided:
     stamp: int
-    is_ready: bool
+    place: _Place
+    is_ready: bool = False
 
 
 class StalenessQueue:
-    """Admits groups, takes their results, and forms batches of `groups_per_step` in dispatch order."""
+    """Admits groups, takes their results, and forms batches of `groups_per_step` in dispatch order.
 
-    def __init__(self, groups_per_step: int, max_staleness: int):
+    shares: of each capability, 1 in all. refills: how often a place is refilled before another capability takes it.
+    version: at which the first batch will be trained.
+    """
+
+    def __init__(
+        self, groups_per_step: int, max_staleness: int, shares: Mapping[str, float], refills: int, version: int = 0
+    ):
         self._batch = groups_per_step
         self._max_staleness = max_staleness
+        self._shares = shares
+        self._refills = refills
+        self._coming = places(shares, version * groups_per_step)
+        self._num_given = version * groups_per_step
+        self._places: dict[int, Counter[str]] = {}  # of batches that are not trained yet
+        self._free: list[_Place] = []
+        self._lent: Counter[str] = Counter()
         self._undecided: dict[int, _Undecided] = {}
         self._next_order = 0
 
@@ -43,40 +76,78 @@ class StalenessQueue:
         """Groups that are being sampled or scored."""
         return len(self._undecided) - self.num_ready
 
-    def room(self, next_version: int, engine_version: int) -> int:
-        """How many groups may be admitted now.
+    @property
+    def num_lent(self) -> int:
+        """Places that have gone to another capability than the mixture's."""
+        return self._lent.total()
 
-        next_version: version at which the next batch will be trained. engine_version: the oldest version that an
-        engine may still sample with.
-        """
-        lag = next_version - engine_version
-        return max(0, (self._max_staleness - lag + 1) * self._batch - len(self._undecided))
+    def room(self, engine_version: int) -> int:
+        """How many groups may be admitted now; engine_version: the oldest that an engine may still sample with."""
+        return (engine_version + self._max_staleness + 1) * self._batch - self._num_given + len(self._free)
 
-    def admit(self, engine_version: int) -> int:
-        """Take a place; returns the group's dispatch order."""
+    def admit(self, engine_version: int) -> tuple[int, str]:
+        """Take a place; returns the group's dispatch order and the capability that its prompt must have."""
+        if self._free:
+            place = self._free.pop()
+        else:
+            place = _Place(next(self._coming))
+            self._places.setdefault(self._num_given // self._batch, Counter())[place.capability] += 1
+            self._num_given += 1
         order = self._next_order
         self._next_order += 1
-        self._undecided[order] = _Undecided(engine_version, is_ready=False)
-        return order
+        self._undecided[order] = _Undecided(engine_version, place)
+        return order, place.capability
 
     def ready(self, order: int) -> None:
         """The group has been sampled and scored, and is worth training on."""
-        self._undecided[order] = _Undecided(self._undecided[order].stamp, is_ready=True)
+        self._undecided[order] = replace(self._undecided[order], is_ready=True)
 
     def drop(self, order: int) -> None:
         """The group teaches nothing; its place is free."""
-        del self._undecided[order]
+        place = self._undecided.pop(order).place
+        others = [name for name in self._shares if name != place.capability]
+        if place.refills < self._refills or not others:
+            self._free.append(_Place(place.capability, place.refills + 1))
+        else:
+            self._free.append(_Place(self._lend(place.capability, others)))
+
+    def _lend(self, capability: str, others: list[str]) -> str:
+        """Give a place of a capability to the one of the others that has had the least of such places.
+
+        It is the capability's last place: earlier ones may be needed by groups of it that are in flight.
+        """
+        total = self._lent.total() + 1
+        heir = max(others, key=lambda name: (self._shares[name] * total - self._lent[name], name))
+        self._lent[heir] += 1
+        last = max(version for version, counts in self._places.items() if counts[capability])
+        self._places[last][capability] -= 1
+        self._places[last][heir] += 1
+        return heir
 
     def take(self, version: int) -> list[int] | None:
         """The next batch, to be trained at `version`, in dispatch order; None while it is not complete."""
-        ready = [order for order in sorted(self._undecided) if self._undecided[order].is_ready]
-        if len(ready) < self._batch:
+        wanted = self._places.get(version, Counter())
+        if wanted.total() < self._batch:
             return None
-        batch = ready[: self._batch]
-        left = [item.stamp + self._max_staleness for order, item in self._undecided.items() if order not in set(batch)]
-        for last_chance in range(version, version + self._max_staleness):
-            if sum(chance <= last_chance for chance in left) > self._batch * (last_chance - version):
+        batch: list[int] = []
+        for capability, count in wanted.items():
+            own = sorted(order for order, item in self._undecided.items() if item.place.capability == capability)
+            chosen = [order for order in own if self._undecided[order].is_ready][:count]
+            left = [self._undecided[order].stamp + self._max_staleness for order in own if order not in set(chosen)]
+            if len(chosen) < count or not self._fit(capability, left, version):
                 return None
+            batch += chosen
         for order in batch:
             del self._undecided[order]
-        return batch
+        del self._places[version]
+        return sorted(batch)
+
+    def _fit(self, capability: str, last_chances: list[int], version: int) -> bool:
+        """True if all groups that are left find a place in the batches after `version`, up to their last chances."""
+        room = 0
+        for last_chance in range(version, version + self._max_staleness):
+            if last_chance > version:
+                room += self._places.get(last_chance, Counter())[capability]
+            if sum(chance <= last_chance for chance in last_chances) > room:
+                return False
+        return True
