@@ -386,7 +386,7 @@ def rl_loss(config: Any) -> Any:
 
     policy = [(0.9, 0.6), (0.3, 0.6), (0.5, 0.001), (0.7, 0.1), (0.5, 0.4), (0.4, 0.5), (0.1, 0.9), (0.62, 0.5)]
     logprobs = torch.tensor([*policy, *policy]).log()
-    advantages = torch.tensor([1.0] * len(policy) + [-1.0] * len(policy))
+    advantages = torch.tensor([1.0] * len(policy) + [-0.5] * len(policy))
     staleness, replies = torch.arange(16) % 4, torch.arange(16) // 4
     inputs = LossInputs(logprobs[:, 0], logprobs[:, 1], advantages, staleness, replies, config.sampling.max_tokens)
     outputs = LOSSES[config.loss.name](inputs, config.loss)
