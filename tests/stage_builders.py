@@ -327,9 +327,10 @@ def _drawn() -> list[Any]:
     return [DrawnPrompt(row, None, row.messages, (1, 2, index)) for index, row in enumerate(rows)]
 
 
-def _rollout(prompt: Any, index: int) -> Rollout:
-    span = (VersionSpan(0, 0, 2),)
-    return Rollout(prompt.row.id, "g0", index, prompt.prompt_ids, (3, 4), "Answer: 3", (-1.0, -2.0), span, "stop")
+def _rollout(prompt: Any, index: int, length: int = 2) -> Rollout:
+    span = (VersionSpan(0, 0, length),)
+    ids, logprobs, reason = (3,) * length, (-1.0,) * length, "length" if length == 16 else "stop"
+    return Rollout(prompt.row.id, "g0", index, prompt.prompt_ids, ids, "Answer: 3", logprobs, span, reason)
 
 
 def rl_rows(config: Any) -> Any:
@@ -363,31 +364,36 @@ def rl_draws(config: Any) -> Any:
 
 
 def rl_groups(config: Any) -> Any:
-    """Advantages, and whether the group is trained on: rewards that differ, that are equal, and mostly unknown."""
+    """What is trained on of groups whose rewards differ, are equal, are mostly unknown; replies of several lengths."""
     from posttrain.rl.groups import Group
-    from posttrain.rl.scoring import drop_reason, scored_group
+    from posttrain.rl.samples import train_samples
+    from posttrain.rl.scoring import drop_reason, over_batch, scored_group
 
-    built = []
+    built, batch = [], []
     for rewards in ((1.0, 0.0, 0.5, 0.0), (1.0, 1.0, 1.0, 1.0), (1.0, 0.0, None, None)):
         prompt = _drawn()[0]
-        group = Group(0, prompt, tuple(_rollout(prompt, index) for index in range(4)))
+        group = Group(0, prompt, tuple(_rollout(prompt, index, length) for index, length in enumerate((2, 15, 16, 2))))
         scores = [Scored(None if reward is None else RewardResult(reward)) for reward in rewards]
         scored = scored_group(group, scores, config)
-        built.append((scored.advantages, drop_reason(scored, config)))
-    return built
+        built.append((scored.reasons, drop_reason(scored, config)))
+        batch.append(scored)
+    return built, [dataclasses.astuple(sample) for sample in train_samples(over_batch(batch, config), 0)]
 
 
 def rl_loss(config: Any) -> Any:
-    """On tokens whose probability rose and fell, a little and a lot, with advantages of both signs."""
+    """On tokens whose probability rose and fell, a little and a lot, with advantages of both signs, in four replies."""
     import torch
 
-    from posttrain.rl.losses import LOSSES, LossInputs
+    from posttrain.rl.losses import LOSSES, LossInputs, batch_share
 
-    policy = [(0.9, 0.6), (0.3, 0.6), (0.5, 0.001), (0.5, 0.4), (0.4, 0.5), (0.1, 0.9), (0.62, 0.5)]
+    policy = [(0.9, 0.6), (0.3, 0.6), (0.5, 0.001), (0.7, 0.1), (0.5, 0.4), (0.4, 0.5), (0.1, 0.9), (0.62, 0.5)]
     logprobs = torch.tensor([*policy, *policy]).log()
-    advantages = torch.tensor([1.0] * len(policy) + [-1.0] * len(policy))
-    outputs = LOSSES[config.loss.name](LossInputs(logprobs[:, 0], logprobs[:, 1], advantages), config.loss)
-    return outputs.loss_sum, outputs.denominator, outputs.metrics
+    advantages = torch.tensor([1.0] * len(policy) + [-0.5] * len(policy))
+    staleness, replies = torch.arange(16) % 4, torch.arange(16) // 4
+    inputs = LossInputs(logprobs[:, 0], logprobs[:, 1], advantages, staleness, replies, config.sampling.max_tokens)
+    outputs = LOSSES[config.loss.name](inputs, config.loss)
+    entropy = torch.full_like(advantages, 2.0)
+    return outputs.loss_sum, outputs.metrics, batch_share(outputs, entropy, 16, 4, config.loss)
 
 
 def rl_rates(config: Any) -> Any:
@@ -433,7 +439,7 @@ def rl_micro_batches(config: Any) -> Any:
     from posttrain.rl.samples import TrainSample
     from posttrain.rl.trainer import dealt
 
-    samples = [TrainSample((1,) * 30, (2,) * length, (-1.0,) * length, 1.0) for length in range(1, 60)]
+    samples = [TrainSample((1,) * 30, (2,) * length, (-1.0,) * length, (0,) * length, 1.0) for length in range(1, 60)]
     return [(len(chunk), weight) for chunk, weight in dealt(config, samples, 1, 2)]
 
 

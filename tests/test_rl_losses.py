@@ -1,14 +1,21 @@
 """Advantages and losses against numbers worked by hand from their formulas; gradients too."""
 
 import math
+from itertools import starmap
 
 import pytest
 import torch
 
+from posttrain.config.base import validate_config
+from posttrain.errors import ConfigError
+from posttrain.records import RewardResult, Rollout, Row, Scored, VersionSpan
 from posttrain.rl.advantages import ADVANTAGES, is_zero
-from posttrain.rl.config import LossConfig
-from posttrain.rl.losses import LOSSES, LossInputs
-from posttrain.rl.samples import TrainSample, collate, micro_batches
+from posttrain.rl.config import CONSTANTS, LossConfig, RlConfig
+from posttrain.rl.groups import DrawnPrompt, Group
+from posttrain.rl.losses import LOSSES, LossInputs, batch_share
+from posttrain.rl.samples import TrainSample, collate, micro_batches, train_samples
+from posttrain.rl.scoring import drop_reason, over_batch, overlong_penalty, scored_group
+from posttrain.rl.trainer import dealt, loss_inputs
 
 
 @pytest.mark.parametrize(
@@ -33,13 +40,19 @@ def test_equal_rewards_have_zero_advantage(name):
     assert not is_zero(ADVANTAGES[name]([0.3, 0.3, 0.2]))
 
 
-def evaluate(name, policy, sampler, advantages, **constants):
+def evaluate(name, policy, sampler, advantages, staleness=None, replies=None, **constants):
+    """Loss, its gradient by the policy's log-probabilities, and the outputs. Without `replies` each token is one."""
     policy_T = torch.tensor(policy, dtype=torch.float64).log().requires_grad_()
     inputs = LossInputs(
-        policy_T, torch.tensor(sampler, dtype=torch.float64).log(), torch.tensor(advantages, dtype=torch.float64)
+        policy_T,
+        torch.tensor(sampler, dtype=torch.float64).log(),
+        torch.tensor(advantages, dtype=torch.float64),
+        torch.tensor(staleness or [0] * len(policy)),
+        torch.tensor(replies or list(range(len(policy)))),
+        max_tokens=10,
     )
     outputs = LOSSES[name](inputs, LossConfig(name=name, **constants))
-    outputs.loss_sum.backward()
+    outputs.loss_sum.backward(retain_graph=True)
     return float(outputs.loss_sum.detach()), policy_T.grad.tolist(), outputs
 
 
@@ -73,14 +86,20 @@ def test_grpo_by_hand():
 
 
 def test_micro_batches_hold_every_sample_once_within_the_budget():
-    samples = [TrainSample((1,) * (1 + i % 7), (2,) * (1 + i % 5), (0.0,) * (1 + i % 5), 1.0) for i in range(40)]
+    samples = [
+        TrainSample((1,) * (1 + i % 7), (2,) * (1 + i % 5), (0.0,) * (1 + i % 5), (0,) * (1 + i % 5), 1.0)
+        for i in range(40)
+    ]
     batches = micro_batches(samples, max_tokens=48)
     assert sorted(map(len, (s for batch in batches for s in batch))) == sorted(map(len, samples))
     assert all(max(map(len, batch)) * len(batch) <= 48 for batch in batches)
 
 
 def test_collate_points_at_the_states_that_predict_each_reply_token():
-    samples = [TrainSample((11, 12, 13), (21, 22), (-1.0, -2.0), 0.5), TrainSample((14,), (23,), (-3.0,), -0.5)]
+    samples = [
+        TrainSample((11, 12, 13), (21, 22), (-1.0, -2.0), (2, 1), 0.5),
+        TrainSample((14,), (23,), (-3.0,), (0,), -0.5),
+    ]
     batch = collate(samples, pad_id=0)
     assert batch.input_ids_BS.tolist() == [[11, 12, 13, 21], [14, 0, 0, 0]]
     flat = batch.input_ids_BS.flatten()
@@ -89,3 +108,243 @@ def test_collate_points_at_the_states_that_predict_each_reply_token():
     assert batch.target_T.tolist() == [21, 22, 23]
     assert batch.sampler_logprobs_T.tolist() == [-1.0, -2.0, -3.0]
     assert batch.advantages_T.tolist() == [0.5, 0.5, -0.5]
+    assert batch.staleness_T.tolist() == [2, 1, 0]
+    assert batch.sequence_T.tolist() == [0, 0, 1]
+
+
+def test_grpo_dual_clip_by_hand():
+    # c = 3. r = 5, A = -1: 3 instead of 5, no gradient. r = 2, A = -1: plain, 2. r = 5, A = 1: clipped at 1.28.
+    # r = 0.5, A = -1: clipped at 0.8, where the dual clip changes nothing.
+    policy, sampler, advantages = [0.5, 0.2, 0.5, 0.1], [0.1, 0.1, 0.1, 0.2], [-1.0, -1.0, 1.0, -1.0]
+    loss, gradient, outputs = evaluate("grpo", policy, sampler, advantages, dual_clip=3.0)
+    assert loss == pytest.approx(3 + 2 - 1.28 + 0.8)
+    assert gradient == pytest.approx([0.0, 2.0, 0.0, 0.0])
+    assert int(outputs.metrics["clipped_fraction"]) == 3
+
+
+def test_dr_grpo_by_hand():
+    # The four terms of GRPO's test, over max_tokens = 10; the rest of the division is by sequences.
+    loss, gradient, outputs = evaluate("dr_grpo", [0.3, 0.1, 0.1, 0.3], [0.2] * 4, [1.0, -1.0, 1.0, -1.0])
+    assert loss == pytest.approx((-1.28 + 0.8 - 0.5 + 1.5) / 10)
+    assert gradient == pytest.approx([0.0, 0.0, -0.05, 0.15])
+    assert outputs.denominator == "sequences"
+
+
+def test_cispo_by_hand():
+    # r = 8: capped at 5, and still a gradient. r = 1.5 and r = 0.25: as they are.
+    policy, sampler, advantages = [0.8, 0.3, 0.1], [0.1, 0.2, 0.4], [1.0, -2.0, 1.0]
+    loss, gradient, outputs = evaluate("cispo", policy, sampler, advantages)
+    # -5 * 1 * log 0.8 + 1.5 * 2 * log 0.3 - 0.25 * 1 * log 0.1
+    assert loss == pytest.approx(-5 * math.log(0.8) + 3 * math.log(0.3) - 0.25 * math.log(0.1))
+    assert gradient == pytest.approx([-5.0, 3.0, -0.25])
+    assert outputs.denominator == "tokens"
+    assert int(outputs.metrics["clipped_fraction"]) == 1
+
+
+def test_gspo_by_hand():
+    # Reply 0: r = 4 and 1, s = sqrt(4 * 1) = 2, A = 1: clipped at 1.0004, no gradient.
+    # Reply 1: r = 0.5, 0.5, 2, s = 0.5^(1/3), A = 1: unclipped, d s / d log pi = s / 3 each.
+    # Reply 2: r = 2, s = 2, A = -0.5: unclipped, loss 1, gradient 1.
+    # Reply 3: r = 0.5, s = 0.5, A = -1: clipped at 0.9997.
+    policy, sampler = [0.4, 0.1, 0.1, 0.1, 0.4, 0.4, 0.1], [0.1, 0.1, 0.2, 0.2, 0.2, 0.2, 0.2]
+    advantages, replies = [1.0, 1.0, 1.0, 1.0, 1.0, -0.5, -1.0], [0, 0, 1, 1, 1, 2, 3]
+    loss, gradient, outputs = evaluate("gspo", policy, sampler, advantages, replies=replies)
+    s = 0.5 ** (1 / 3)
+    assert loss == pytest.approx(-1.0004 - s + 1 + 0.9997)
+    assert gradient == pytest.approx([0.0, 0.0, -s / 3, -s / 3, -s / 3, 1.0, 0.0])
+    assert outputs.denominator == "sequences"
+    assert int(outputs.metrics["clipped_fraction"]) == 3  # the tokens of replies 0 and 3
+
+
+def test_tis_by_hand():
+    # rho = 8: capped at 2. rho = 1.5 and 0.25: as they are. pi_theta / pi_old is 1; its gradient is that of log pi.
+    policy, sampler, advantages = [0.8, 0.3, 0.1], [0.1, 0.2, 0.4], [1.0, -2.0, 1.0]
+    loss, gradient, outputs = evaluate("tis", policy, sampler, advantages)
+    assert loss == pytest.approx(-2 * 1 + 1.5 * 2 - 0.25)
+    assert gradient == pytest.approx([-2.0, 3.0, -0.25])
+    assert outputs.denominator == "tokens"
+    assert int(outputs.metrics["clipped_fraction"]) == 1
+
+
+def test_icepop_by_hand():
+    # rho = 8 > 5 and rho = 0.25 < 0.5: masked. rho = 1.5 and 4: weights.
+    policy, sampler, advantages = [0.8, 0.1, 0.3, 0.4], [0.1, 0.4, 0.2, 0.1], [1.0, 1.0, -2.0, 0.5]
+    loss, gradient, outputs = evaluate("icepop", policy, sampler, advantages)
+    assert loss == pytest.approx(1.5 * 2 - 4 * 0.5)
+    assert gradient == pytest.approx([0.0, 0.0, 3.0, -2.0])
+    assert outputs.denominator == "tokens"
+    assert int(outputs.metrics["masked_fraction"]) == 2
+
+
+def test_decoupled_by_hand():
+    # d = 0 and d = 1: alpha = 0, w = 1: as in GRPO, r = 1.5 clipped at 1.28 for A = 1, plain for A = -1.
+    # d = 2, r = 1.44: alpha = 1/2, w = sqrt(1.44) = 1.2, pi_theta / pi_prox = 1.2, unclipped: 1.2 * 1.2 * 1.
+    # d = 3, r = 8: alpha = 2/3, w = 8^(2/3) = 4, pi_theta / pi_prox = 8^(1/3) = 2, clipped at 1.28: 4 * 1.28.
+    # d = 3, r = 27, A = -1: w = 27^(2/3) = 9, capped at 5; ratio 3, plain: 5 * 3.
+    policy, sampler = [0.3, 0.3, 0.36, 0.8, 0.81], [0.2, 0.2, 0.25, 0.1, 0.03]
+    advantages, staleness = [1.0, -1.0, 1.0, 1.0, -1.0], [0, 1, 2, 3, 3]
+    loss, gradient, outputs = evaluate("decoupled", policy, sampler, advantages, staleness=staleness)
+    assert loss == pytest.approx(-1.28 + 1.5 - 1.44 - 5.12 + 15)
+    assert gradient == pytest.approx([0.0, 1.5, -1.44, 0.0, 15.0])  # none through pi_prox
+    assert outputs.denominator == "tokens"
+    assert int(outputs.metrics["clipped_fraction"]) == 2
+
+
+def test_decoupled_on_fresh_tokens_is_grpo():
+    batch = [0.3, 0.1, 0.1, 0.3], [0.2] * 4, [1.0, -1.0, 1.0, -1.0]
+    loss, gradient, _ = evaluate("grpo", *batch)
+    fresh_loss, fresh_gradient, _ = evaluate("decoupled", *batch, staleness=[0, 1, 1, 0])
+    assert fresh_loss == pytest.approx(loss)
+    assert fresh_gradient == pytest.approx(gradient)
+
+
+def test_entropy_bonus_by_hand():
+    # Loss sum 0.52 over 4 tokens, less 0.1 * (0.5 + 0.7 + 0 + 0.8) / 4.
+    _, _, outputs = evaluate("grpo", [0.3, 0.1, 0.1, 0.3], [0.2] * 4, [1.0, -1.0, 1.0, -1.0])
+    entropy_T = torch.tensor([0.5, 0.7, 0.0, 0.8], requires_grad=True)
+    share = batch_share(outputs, entropy_T, 4, 2, LossConfig(name="grpo", entropy_bonus=0.1))
+    assert float(share.detach()) == pytest.approx(0.52 / 4 - 0.1 * 2.0 / 4)
+    (gradient,) = torch.autograd.grad(share, entropy_T)
+    assert gradient.tolist() == pytest.approx([-0.025] * 4)
+
+
+def random_samples(n=48):
+    random = torch.Generator().manual_seed(1)
+
+    def sample(index):
+        length = 1 + index % 7
+        ids = tuple(torch.randint(1, 100, (length,), generator=random).tolist())
+        logprobs = tuple((-2 * torch.rand(length, generator=random)).tolist())
+        ages = tuple(torch.randint(0, 5, (length,), generator=random).tolist())
+        return TrainSample((1,) * (1 + index % 3), ids, logprobs, ages, float(torch.randn((), generator=random)))
+
+    return [sample(index) for index in range(n)]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_loss_and_gradient_do_not_depend_on_the_split(name, ranks):
+    """The policy's log-probability of token i is a parameter: one place for the gradients of any split."""
+    samples, config = random_samples(), LossConfig(name=name, entropy_bonus=0.01)
+    tokens = sum(len(sample.token_ids) for sample in samples)
+
+    def whole(chunks):
+        weights_V = torch.linspace(-1.0, 1.0, 100, dtype=torch.float64).requires_grad_()
+        total, counted = 0.0, 0
+        for chunk in chunks:
+            batch = collate(chunk, pad_id=0)
+            policy_T = batch.sampler_logprobs_T.double() + weights_V[batch.target_T]
+            outputs = LOSSES[name](loss_inputs(policy_T, batch, 8), config)
+            share = batch_share(outputs, -policy_T, tokens, len(samples), config)
+            share.backward()
+            total += float(share.detach())
+            counted += sum(int(value) for value in outputs.metrics.values())
+        return total, counted, weights_V.grad
+
+    small = RlConfig(
+        model={"path": "m"}, prompts={"path": "p"}, reward={"name": "r"}, micro_batch_tokens=64, loss={"name": name}
+    )
+    loss, counted, gradient = whole([samples])
+    shares = [chunk for rank in range(ranks) for chunk, weight in dealt(small, samples, rank, ranks) if weight]
+    assert len(shares) > 3
+    other_loss, other_counted, other_gradient = whole(shares)
+    assert other_loss == pytest.approx(loss, rel=1e-9)
+    assert other_counted == counted
+    assert torch.allclose(gradient, other_gradient, rtol=1e-9, atol=1e-12)
+    assert float(gradient.abs().max()) > 0
+
+
+@pytest.mark.parametrize("key", sorted({key for keys in CONSTANTS.values() for key in keys}))
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_reads_its_constants_and_refuses_the_others(name, key):
+    """The table of constants says what the code does: a constant changes the losses that list it, and no other."""
+    value = {"icepop_high": 1.5, "divergence": 0.01}.get(key, 1.05 if key.endswith(("cap", "dual_clip")) else 0.9)
+    batch = collate(random_samples(), pad_id=0)
+    inputs = loss_inputs(batch.sampler_logprobs_T + torch.linspace(-1.5, 1.5, 100)[batch.target_T], batch, 8)
+    changed = LossConfig.model_construct(**{**LossConfig(name=name).model_dump(), key: value})  # not validated
+    differs = not LOSSES[name](inputs, LossConfig(name=name)).loss_sum.equal(LOSSES[name](inputs, changed).loss_sum)
+    assert differs == (key in CONSTANTS[name])
+    if differs:
+        assert getattr(LossConfig(**{"name": name, key: value}), key) == value
+    else:
+        users = ", ".join(loss for loss, keys in CONSTANTS.items() if key in keys)
+        with pytest.raises(ConfigError, match=rf"{key} \({value}\) is not used by loss {name}; used by: {users}"):
+            validate_config(LossConfig, {"name": name, key: value}, "test")
+
+
+def make_rl_config(**changes):
+    data = {"model": {"path": "m"}, "prompts": {"path": "p"}, "reward": {"name": "r"}, "sampling": {"max_tokens": 16}}
+    return validate_config(RlConfig, {**data, **changes}, "test")
+
+
+def scored_rewards(config, rewards, lengths=(2, 2, 2, 2), versions=0):
+    """A group with these rewards; a reply of 16 tokens is cut off."""
+
+    def rollout(index, length):
+        reason = "length" if length == 16 else "stop"
+        spans = (VersionSpan(versions, 0, 1), VersionSpan(versions + 1, 1, length))
+        return Rollout("p", "g", index, (1,), (2,) * length, "", (-1.0,) * length, spans, reason)
+
+    group = Group(0, DrawnPrompt(Row("p", "math", ()), None, (), (1,)), tuple(starmap(rollout, enumerate(lengths))))
+    scores = [Scored(None, "timeout", "slow") if value is None else Scored(RewardResult(value)) for value in rewards]
+    return scored_group(group, scores, config)
+
+
+def test_batch_norm_by_hand():
+    # Centred: [0.5, -0.5, 0.5, -0.5] and [0.15, -0.05, -0.05, -0.05]. Squares: 4 * 0.25 + 0.0225 + 3 * 0.0025 = 1.03;
+    # the mean is 0, so the deviation is sqrt(1.03 / 8) = 0.358818.
+    config = make_rl_config(advantage="batch_norm")
+    groups = [scored_rewards(config, rewards) for rewards in ([1.0, 0.0, 1.0, 0.0], [0.2, 0.0, 0.0, 0.0])]
+    deviation = math.sqrt(1.03 / 8)
+    centred = [0.5, -0.5, 0.5, -0.5, 0.15, -0.05, -0.05, -0.05]
+    batch = over_batch(groups, config)
+    assert [sample.advantage for sample in train_samples(batch, 1)] == pytest.approx(
+        [value / deviation for value in centred], rel=1e-5
+    )
+    # Dropping is judged by the group: equal rewards are no advantage, whatever the batch.
+    assert drop_reason(scored_rewards(config, [0.2] * 4), config) == "zero_advantage"
+    assert [drop_reason(group, config) for group in groups] == [None, None]
+    other = make_rl_config()
+    assert over_batch(groups, other) == groups
+
+
+def test_overlong_penalty_by_hand():
+    # L = 16, b = 4: nothing up to 12 tokens, then a quarter of the weight for each token, all of it at 16.
+    config = make_rl_config(overlong={"buffer_tokens": 4, "weight": 0.5})
+    found = [overlong_penalty(length, config) for length in (2, 12, 13, 14, 16, 17)]
+    assert found == pytest.approx([0.0, 0.0, -0.125, -0.25, -0.5, -0.5])
+    # Equal rewards with unequal penalties teach: rewards 1, 1, 0.75, 0.5; mean 0.8125.
+    scored = scored_rewards(config, [1.0] * 4, lengths=(2, 12, 14, 16))
+    assert scored.rewards == (1.0, 1.0, 1.0, 1.0)
+    assert scored.advantages == pytest.approx((0.1875, 0.1875, -0.0625, -0.3125))
+    assert scored.reasons == ("", "", "overlong -0.25", "overlong -0.5")
+    assert drop_reason(scored, config) is None
+    assert drop_reason(scored, make_rl_config()) is None
+    assert drop_reason(scored_rewards(make_rl_config(), [1.0] * 4, (2, 12, 14, 16)), config) == "zero_advantage"
+    unscored = scored_rewards(config, [1.0, None, 1.0, 0.0], lengths=(2, 14, 2, 2))
+    assert unscored.reasons[1] == "timeout: slow; overlong -0.25"
+    assert unscored.advantages[1] is None
+
+
+def test_overlong_buffer_fits_the_reply():
+    with pytest.raises(ConfigError, match=r"overlong.buffer_tokens \(17\) must not exceed sampling.max_tokens \(16\)"):
+        make_rl_config(overlong={"buffer_tokens": 17})
+
+
+def test_masked_truncation_leaves_the_reply_out_but_not_its_reward():
+    config = make_rl_config(loss={"truncated": "mask"})
+    scored = scored_rewards(config, [1.0, 0.0, 0.0, 0.0], lengths=(2, 3, 16, 4))
+    assert scored.advantages == (0.75, -0.25, None, -0.25)  # the mean is that of all four
+    assert [len(sample.token_ids) for sample in train_samples([scored], 1)] == [2, 3, 4]  # all that is counted
+    assert drop_reason(scored, config) is None
+    assert drop_reason(scored_rewards(config, [1.0, 0.0, 0.0, 0.0], (16, 16, 16, 16)), config) == "truncated"
+    # 0.5 is the mean, and what differs from it is masked.
+    assert drop_reason(scored_rewards(config, [0.5, 0.5, 1.0, 0.0], (2, 2, 16, 16)), config) == "zero_advantage"
+    assert drop_reason(scored_rewards(config, [1.0, None, None, None]), config) == "unscored"
+    trained = scored_rewards(make_rl_config(), [1.0, 0.0, 0.0, 0.0], lengths=(2, 3, 16, 4))
+    assert len(train_samples([trained], 1)) == 4
+
+
+def test_staleness_of_each_token_is_from_its_span():
+    scored = scored_rewards(make_rl_config(), [1.0, 0.0, 0.0, 0.0], lengths=(3, 2, 2, 2), versions=4)
+    assert [sample.staleness for sample in train_samples([scored], 6)] == [(2, 1, 1), (2, 1), (2, 1), (2, 1)]

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def batch(step: int) -> list[TrainSample]:
         advantage = float(torch.randn((), generator=random))
         cut = 5 + index
         logprobs = (-6 + torch.randn(len(ids) - cut, generator=random)).tolist()
-        samples.append(TrainSample(tuple(ids[:cut]), tuple(ids[cut:]), tuple(logprobs), advantage))
+        staleness = (0,) * len(logprobs)
+        samples.append(TrainSample(tuple(ids[:cut]), tuple(ids[cut:]), tuple(logprobs), staleness, advantage))
     return samples
 
 
@@ -70,8 +72,9 @@ def plain_training(model_path: str, config: RlConfig) -> tuple[list[float], list
             logits = model(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1] / TEMPERATURE
             policy = logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
             advantages = torch.full_like(policy, sample.advantage)
+            ages, row = torch.tensor(sample.staleness), torch.zeros(len(policy), dtype=torch.int64)
             outputs = LOSSES[config.loss.name](
-                LossInputs(policy, torch.tensor(sample.sampler_logprobs), advantages), config.loss
+                LossInputs(policy, torch.tensor(sample.sampler_logprobs), advantages, ages, row, 16), config.loss
             )
             loss = outputs.loss_sum / tokens
             loss.backward()
@@ -97,7 +100,7 @@ class Cases:
         weights = self._weights(results[-1]["manifest"])
         trainer.save(f"{folder}/model")
         broken = batch(0)
-        broken[3] = TrainSample(broken[3].prompt_ids, broken[3].token_ids, broken[3].sampler_logprobs, math.inf)
+        broken[3] = replace(broken[3], advantage=math.inf)
         skipped = trainer.step(broken, STEPS - 1)
         unchanged = self._weights(skipped["manifest"])
         trainer.step(batch(0), STEPS - 1)

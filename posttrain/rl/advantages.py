@@ -1,4 +1,4 @@
-"""Advantages of one group from its rewards. A table of plain functions: `(rewards_G) -> advantages_G`."""
+"""Advantages from rewards: of one group, `(rewards_G) -> advantages_G`; where a rule needs it, then of the batch."""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
@@ -37,7 +37,23 @@ ADVANTAGES: dict[str, Callable[[Sequence[float]], list[float]]] = {
     "group_mean": group_mean,
     "grpo": grpo,
     "rloo": rloo,
+    "batch_norm": group_mean,
 }
+
+
+def batch_norm(advantages_N: Sequence[float]) -> list[float]:
+    """A_i / (std(A) + 1e-6), with the deviation of the N centred rewards of the whole batch.
+
+    One scale for all groups: a group whose rewards hardly differ is not blown up, as a deviation of its own would.
+
+    Source: REINFORCE++ with baseline, arXiv 2501.03262.
+    """
+    deviation = pstdev(advantages_N)
+    return [advantage / (deviation + STD_FLOOR) for advantage in advantages_N]
+
+
+# What is done to the advantages of a whole batch, for the names of ADVANTAGES that need it.
+OVER_BATCH: dict[str, Callable[[Sequence[float]], list[float]]] = {"batch_norm": batch_norm}
 
 
 def is_zero(advantages_G: Sequence[float]) -> bool:

@@ -11,6 +11,7 @@ from posttrain.config.shared import (
     EngineConfig,
     GradientCheckpointing,
     ModelConfig,
+    NotNegative,
     OptimizerConfig,
     ParallelConfig,
     Positive,
@@ -21,16 +22,80 @@ from posttrain.config.shared import (
     TrainerResources,
 )
 
+_PPO = ("clip_low", "clip_high", "dual_clip")
+
+# The constants of each loss. A constant that the chosen loss does not use must stay at its default.
+CONSTANTS: dict[str, tuple[str, ...]] = {
+    "dppo": ("divergence", "ratio_cap", "kl_weight"),
+    "grpo": _PPO,
+    "dr_grpo": _PPO,
+    "cispo": ("cispo_cap",),
+    "gspo": ("sequence_clip_low", "sequence_clip_high"),
+    "tis": ("tis_cap",),
+    "icepop": ("icepop_low", "icepop_high"),
+    "decoupled": (*_PPO, "decoupled_cap"),
+}
+
 
 class LossConfig(Config):
-    """Which loss of `posttrain.rl.losses.LOSSES`, and its constants."""
+    """Which loss of `posttrain.rl.losses.LOSSES`, its constants, and what goes with any loss."""
 
-    name: Literal["dppo", "grpo"] = Field(default="dppo", description="dppo: divergence mask; grpo: clipped ratio.")
+    name: Literal["dppo", "grpo", "dr_grpo", "cispo", "gspo", "tis", "icepop", "decoupled"] = Field(
+        default="dppo",
+        description="dppo: divergence mask; grpo: clipped ratio, by tokens; dr_grpo: the same, by sequences; "
+        "cispo: capped weight; gspo: one ratio a sequence; tis, icepop: weight of the trainer over the sampler, capped "
+        "or masked; decoupled: clipped ratio to a policy one version old.",
+    )
+    entropy_bonus: NotNegative = Field(default=0.0, description="Weight of the mean entropy, taken off the loss.")
+    truncated: Literal["train", "mask"] = Field(
+        default="train", description="Replies cut off by sampling.max_tokens: train on them, or leave them out."
+    )
     divergence: Positive = Field(default=0.2, description="dppo: tokens whose probability moved further are masked.")
     ratio_cap: Positive = Field(default=20.0, description="dppo: importance ratios are capped here.")
-    kl_weight: Annotated[float, Field(ge=0)] = Field(default=1e-3, description="dppo: weight of (log ratio)^2.")
-    clip_low: Positive = Field(default=0.2, description="grpo: ratios below 1 - clip_low are clipped.")
-    clip_high: Positive = Field(default=0.28, description="grpo: ratios above 1 + clip_high are clipped.")
+    kl_weight: NotNegative = Field(default=1e-3, description="dppo: weight of (log ratio)^2.")
+    clip_low: Positive = Field(
+        default=0.2, description="grpo, dr_grpo, decoupled: ratios below 1 - clip_low are clipped."
+    )
+    clip_high: Positive = Field(
+        default=0.28, description="grpo, dr_grpo, decoupled: ratios above 1 + clip_high are clipped."
+    )
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="grpo, dr_grpo, decoupled: with a negative advantage, ratios are clipped here too; 3 is usual.",
+    )
+    cispo_cap: Positive = Field(default=5.0, description="cispo: importance ratios are capped here.")
+    sequence_clip_low: Positive = Field(
+        default=3e-4, description="gspo: ratios of sequences below 1 - sequence_clip_low are clipped."
+    )
+    sequence_clip_high: Positive = Field(
+        default=4e-4, description="gspo: ratios of sequences above 1 + sequence_clip_high are clipped."
+    )
+    tis_cap: Positive = Field(default=2.0, description="tis: weights of the trainer over the sampler are capped here.")
+    icepop_low: Positive = Field(default=0.5, description="icepop: tokens with a smaller weight are masked.")
+    icepop_high: Positive = Field(default=5.0, description="icepop: tokens with a larger weight are masked.")
+    decoupled_cap: Positive = Field(
+        default=5.0, description="decoupled: weights of the proximal policy over the sampler are capped here."
+    )
+
+    @model_validator(mode="after")
+    def _constants(self) -> "LossConfig":
+        for key in dict.fromkeys(key for keys in CONSTANTS.values() for key in keys):
+            value = getattr(self, key)
+            if key not in CONSTANTS[self.name] and value != type(self).model_fields[key].default:
+                users = ", ".join(name for name, keys in CONSTANTS.items() if key in keys)
+                raise ValueError(f"{key} ({value}) is not used by loss {self.name}; used by: {users}")
+        if self.icepop_low >= self.icepop_high:
+            raise ValueError(f"icepop_low ({self.icepop_low}) must be below icepop_high ({self.icepop_high})")
+        return self
+
+
+class OverlongConfig(Config):
+    """A soft penalty on replies that come close to the limit, added to the reward."""
+
+    buffer_tokens: Annotated[int, Field(ge=1)] = Field(
+        description="Over the last so many tokens before sampling.max_tokens the penalty grows from 0 to -1."
+    )
+    weight: Positive = Field(default=1.0, description="The penalty is multiplied by this.")
 
 
 class ProfileConfig(Config):
@@ -83,10 +148,13 @@ class RlConfig(Config):
         default=4, description="No token is trained on that is more versions old than this; 0 is strictly on-policy."
     )
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    advantage: Literal["group_mean", "grpo", "rloo"] = Field(
-        default="group_mean", description="Baseline of a group's rewards."
+    advantage: Literal["group_mean", "grpo", "rloo", "batch_norm"] = Field(
+        default="group_mean", description="Baseline of a group's rewards, and their scale."
     )
-    drop_zero_advantage: bool = Field(default=True, description="Drop and replace groups whose rewards are all equal.")
+    overlong: OverlongConfig | None = Field(default=None, description="Penalty on long replies; None: none.")
+    drop_zero_advantage: bool = Field(
+        default=True, description="Drop and replace groups whose rewards (with overlong's penalty) are all equal."
+    )
     min_group: Annotated[int, Field(ge=2)] = Field(
         default=2, description="Fewer scored rollouts than this drop the group."
     )
@@ -120,6 +188,11 @@ class RlConfig(Config):
             raise ValueError(
                 f"sampling.max_tokens ({self.sampling.max_tokens}) must be below engine.max_model_len "
                 f"({self.engine.max_model_len}): the prompt needs room too"
+            )
+        if self.overlong is not None and self.overlong.buffer_tokens > self.sampling.max_tokens:
+            raise ValueError(
+                f"overlong.buffer_tokens ({self.overlong.buffer_tokens}) must not exceed sampling.max_tokens "
+                f"({self.sampling.max_tokens})"
             )
         if self.min_group > self.group_size:
             raise ValueError(f"min_group ({self.min_group}) must not exceed group_size ({self.group_size})")

@@ -30,7 +30,7 @@ from posttrain.rl.groups import DrawnPrompt, ScoredGroup
 from posttrain.rl.profile import PASS_THRESHOLD, reward_pool, sample_request
 from posttrain.rl.prompts import PromptSource
 from posttrain.rl.samples import train_samples
-from posttrain.rl.scoring import drop_reason, make_group, score_group
+from posttrain.rl.scoring import drop_reason, make_group, over_batch, score_group
 from posttrain.rl.staleness import StalenessQueue
 from posttrain.sampling.client import Engines
 from posttrain.sampling.requests import SampleRequest
@@ -175,7 +175,7 @@ class Controller:
             self._dispatch()
             orders = self._queue.take(self._next_version)
             if orders is not None:
-                return [self._ready.pop(order) for order in orders]
+                return over_batch([self._ready.pop(order) for order in orders], self._config)
             self._changed.clear()
             await self._changed.wait()
 
@@ -189,7 +189,7 @@ class Controller:
             raise StageError(f"step {step}: a group is {max(staleness)} versions old; the bound does not hold")
         self._next_version = step + 1
         self._dispatch()  # the batch's places are free: generation goes on beside the step
-        training = asyncio.ensure_future(self._trainer.call("step", train_samples(batch), step))
+        training = asyncio.ensure_future(self._trainer.call("step", train_samples(batch, step), step))
         while not training.done():
             self._changed.clear()
             changed = asyncio.ensure_future(self._changed.wait())
@@ -264,6 +264,7 @@ class Controller:
             "groups_generated": counts["groups_generated"],
             "groups_dropped_zero_advantage": counts["groups_dropped_zero_advantage"],
             "groups_dropped_unscored": counts["groups_dropped_unscored"],
+            "groups_dropped_truncated": counts["groups_dropped_truncated"],
             "rollouts_unscored": counts["unscored"],
             "tokens_generated": counts["tokens_generated"],
             "generate_tokens_per_s": counts["tokens_generated"] / since if since else 0.0,

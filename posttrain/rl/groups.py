@@ -31,7 +31,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """A group with what its rewards said. Where a rollout could not be scored, reward and advantage are None."""
+    """A group with what its rewards said. Where a rollout could not be scored, reward and advantage are None.
+
+    A rollout that has a reward but is not to be trained on has no advantage either.
+    """
 
     group: Group
     rewards: tuple[float | None, ...]

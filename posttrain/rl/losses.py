@@ -1,7 +1,9 @@
-"""Losses of RL. Each returns a sum over tokens and names what it is divided by; one place divides, by the global count.
+"""Losses of RL. Each returns a sum and names what it is divided by; one place divides, by the whole batch's count.
 
 The ratio r = pi_theta / pi_sampler is anchored on the log-probabilities that the sampler recorded, so no forward
-pass of an old policy is needed. Shapes: T, the reply tokens of a micro-batch.
+pass of an old policy is needed. A batch is trained on in one optimizer step: where a form speaks of pi_old, the
+trainer's policy before the batch's updates, that is pi_theta itself without a gradient, sg(pi_theta).
+Left out: a reference model and its KL. Shapes: T, the reply tokens of a micro-batch; S, its replies.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,16 +17,24 @@ from posttrain.rl.config import LossConfig
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """policy_logprobs_T (with gradient), sampler_logprobs_T and advantages_T are fp32, one entry a reply token."""
+    """One entry a reply token; whole replies only, the tokens of a reply side by side.
+
+    policy_logprobs_T (with gradient), sampler_logprobs_T, advantages_T: fp32. The advantage is the same for all tokens
+    of a reply. staleness_T: int64, the trainer's policy version minus the version that sampled the token, 0 or more.
+    sequence_T: int64, which reply the token belongs to. max_tokens: the longest reply that could be sampled.
+    """
 
     policy_logprobs_T: torch.Tensor
     sampler_logprobs_T: torch.Tensor
     advantages_T: torch.Tensor
+    staleness_T: torch.Tensor
+    sequence_T: torch.Tensor
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class LossOutputs:
-    """loss_sum: a scalar, not yet divided. metrics: sums over the tokens (to be divided likewise)."""
+    """loss_sum: a scalar, not yet divided, and what divides it. metrics: counts of tokens (fractions of them later)."""
 
     loss_sum: torch.Tensor
     denominator: Literal["tokens", "sequences"]
@@ -52,17 +62,154 @@ def dppo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     return LossOutputs(loss_T.sum(), "tokens", {"masked_fraction": (~keep_T).sum()})
 
 
+def _clipped(
+    log_ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float, dual: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's term -min(r A, clip(r, 1 - low, 1 + high) A), at most -dual * A for A < 0; and where a clip binds."""
+    ratio = log_ratio.exp()
+    plain = ratio * advantages
+    objective = torch.minimum(plain, ratio.clamp(1 - low, 1 + high) * advantages)
+    if dual is not None:
+        objective = torch.where(advantages < 0, torch.maximum(objective, dual * advantages), objective)
+    return -objective, objective != plain
+
+
 def grpo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), summed over tokens.
 
+    With `dual_clip` = c, a token with A < 0 costs at most -c A: beyond r = c it has no gradient.
+
     Source: PPO's clipped objective with GRPO's advantages (arXiv 2402.03300, equation 3) and clip-higher and the
-    token-level mean of DAPO (arXiv 2503.14476, equations 8 and 10).
+    token-level mean of DAPO (arXiv 2503.14476, equations 8 and 10); dual clip: arXiv 1912.09729, c = 3.
     """
-    ratio_T = (inputs.policy_logprobs_T - inputs.sampler_logprobs_T).exp()
-    clipped_T = ratio_T.clamp(1 - config.clip_low, 1 + config.clip_high)
-    plain_T, bounded_T = ratio_T * inputs.advantages_T, clipped_T * inputs.advantages_T
-    loss_T = -torch.minimum(plain_T, bounded_T)
-    return LossOutputs(loss_T.sum(), "tokens", {"clipped_fraction": (bounded_T < plain_T).sum()})
+    log_ratio_T = inputs.policy_logprobs_T - inputs.sampler_logprobs_T
+    loss_T, clipped_T = _clipped(log_ratio_T, inputs.advantages_T, config.clip_low, config.clip_high, config.dual_clip)
+    return LossOutputs(loss_T.sum(), "tokens", {"clipped_fraction": clipped_T.sum()})
 
 
-LOSSES: dict[str, Callable[[LossInputs, LossConfig], LossOutputs]] = {"dppo": dppo, "grpo": grpo}
+def dr_grpo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
+    """The terms of `grpo`, summed over tokens and divided by max_tokens; the batch divides by its sequences.
+
+    So each token weighs 1 / (sequences * max_tokens) whatever the length of its reply: no long wrong reply is made
+    cheap by its length. The paper's formula has the mean over sequences only; its authors' code divides by the
+    generation budget too, a constant, which keeps gradients in the range of the other losses.
+
+    Source: Dr. GRPO, arXiv 2503.20783, section 3.2 (its advantage is `group_mean`).
+    """
+    outputs = grpo(inputs, config)
+    return LossOutputs(outputs.loss_sum / inputs.max_tokens, "sequences", outputs.metrics)
+
+
+def cispo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
+    """-sg(min(r, cispo_cap)) * A * log pi_theta, summed over tokens.
+
+    No token loses its gradient; only its weight is cut.
+
+    Source: CISPO, arXiv 2506.13585, without a lower clip; the cap as in ScaleRL, arXiv 2510.13786.
+    """
+    with torch.no_grad():
+        ratio_T = (inputs.policy_logprobs_T - inputs.sampler_logprobs_T).exp()
+        weight_T = ratio_T.clamp(max=config.cispo_cap) * inputs.advantages_T
+    loss_T = -weight_T * inputs.policy_logprobs_T
+    return LossOutputs(loss_T.sum(), "tokens", {"clipped_fraction": (ratio_T > config.cispo_cap).sum()})
+
+
+def gspo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
+    """-min(s A, clip(s, 1 - sequence_clip_low, 1 + sequence_clip_high) A), summed over sequences.
+
+    s = exp(mean over the reply's tokens of log r): one ratio a reply. `clipped_fraction` counts the tokens of clipped
+    replies.
+
+    Source: GSPO, arXiv 2507.18071, equations 5 and 7; constants of its section 5.1.
+    """
+    _, of_sequence_T, length_S = inputs.sequence_T.unique_consecutive(return_inverse=True, return_counts=True)
+
+    def mean_S(values_T: torch.Tensor) -> torch.Tensor:
+        return values_T.new_zeros(len(length_S)).index_add(0, of_sequence_T, values_T) / length_S
+
+    log_ratio_S = mean_S(inputs.policy_logprobs_T - inputs.sampler_logprobs_T)
+    loss_S, clipped_S = _clipped(
+        log_ratio_S, mean_S(inputs.advantages_T), config.sequence_clip_low, config.sequence_clip_high
+    )
+    return LossOutputs(loss_S.sum(), "sequences", {"clipped_fraction": (clipped_S * length_S).sum()})
+
+
+def tis(inputs: LossInputs, config: LossConfig) -> LossOutputs:
+    """-sg(min(rho, tis_cap)) * A * pi_theta / pi_old, summed over tokens; rho = pi_old / pi_sampler.
+
+    pi_old = sg(pi_theta), so the ratio is 1 with the gradient of log pi_theta, and PPO's clip on it never binds.
+
+    Source: truncated importance sampling, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
+    RL training".
+    """
+    ratio_T, rho_T = _on_policy(inputs)
+    loss_T = -rho_T.clamp(max=config.tis_cap) * inputs.advantages_T * ratio_T
+    return LossOutputs(loss_T.sum(), "tokens", {"clipped_fraction": (rho_T > config.tis_cap).sum()})
+
+
+def icepop(inputs: LossInputs, config: LossConfig) -> LossOutputs:
+    """-sg(rho * [icepop_low <= rho <= icepop_high]) * A * pi_theta / pi_old, summed over tokens; rho as in `tis`.
+
+    A token on which sampler and trainer disagree beyond the bounds, either way, is left out of the sum, but counts
+    in the denominator.
+
+    Source: IcePop, arXiv 2510.18855 (Ring-1T).
+    """
+    ratio_T, rho_T = _on_policy(inputs)
+    keep_T = (rho_T >= config.icepop_low) & (rho_T <= config.icepop_high)
+    loss_T = -torch.where(keep_T, rho_T, 0.0) * inputs.advantages_T * ratio_T
+    return LossOutputs(loss_T.sum(), "tokens", {"masked_fraction": (~keep_T).sum()})
+
+
+def _on_policy(inputs: LossInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """pi_theta / pi_old, which is 1 and has the gradient of log pi_theta; and pi_old / pi_sampler, which has none."""
+    old_T = inputs.policy_logprobs_T.detach()
+    return (inputs.policy_logprobs_T - old_T).exp(), (old_T - inputs.sampler_logprobs_T).exp()
+
+
+def decoupled(inputs: LossInputs, config: LossConfig) -> LossOutputs:
+    """sg(min(w, decoupled_cap)) times the terms of `grpo` on pi_theta / pi_prox, summed over tokens.
+
+    w = pi_prox / pi_sampler, and log pi_prox = log pi_sampler + alpha * (log pi_theta - log pi_sampler) without a
+    gradient. With d = staleness of the token, alpha = max(0, d - 1) / d, and 0 for d = 0: the proximal policy lies one
+    version behind the trainer's. So tokens up to one version old have the terms of `grpo`, and the clip is on the d-th
+    root of r for older ones.
+
+    Source: decoupled PPO, arXiv 2505.24298 (AReaL); pi_prox without a forward pass: A-3PO, arXiv 2512.06547.
+    """
+    with torch.no_grad():
+        alpha_T = (inputs.staleness_T - 1).clamp(min=0) / inputs.staleness_T.clamp(min=1)
+        log_weight_T = alpha_T * (inputs.policy_logprobs_T - inputs.sampler_logprobs_T)
+        prox_T = inputs.sampler_logprobs_T + log_weight_T
+        weight_T = log_weight_T.exp().clamp(max=config.decoupled_cap)
+    loss_T, clipped_T = _clipped(
+        inputs.policy_logprobs_T - prox_T, inputs.advantages_T, config.clip_low, config.clip_high, config.dual_clip
+    )
+    return LossOutputs((weight_T * loss_T).sum(), "tokens", {"clipped_fraction": clipped_T.sum()})
+
+
+LOSSES: dict[str, Callable[[LossInputs, LossConfig], LossOutputs]] = {
+    "dppo": dppo,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "cispo": cispo,
+    "gspo": gspo,
+    "tis": tis,
+    "icepop": icepop,
+    "decoupled": decoupled,
+}
+
+
+def batch_share(
+    outputs: LossOutputs, entropy_T: torch.Tensor, num_tokens: int, num_sequences: int, config: LossConfig
+) -> torch.Tensor:
+    """A micro-batch's share of its batch's loss, a scalar: loss_sum / denominator - entropy_bonus * mean entropy.
+
+    entropy_T: nats, with gradient. num_tokens, num_sequences: of the whole batch, over all ranks; the mean entropy is
+    over its tokens. The shares of all micro-batches add up to the loss of the batch, however it is split.
+    """
+    divisor = {"tokens": num_tokens, "sequences": num_sequences}[outputs.denominator]
+    loss = outputs.loss_sum / divisor
+    if config.entropy_bonus:
+        loss = loss - config.entropy_bonus * entropy_T.sum() / num_tokens
+    return loss

@@ -51,7 +51,9 @@ def check_engine_parity(
         requests = [sample_request(config, prompt, 1, stop_ids) for prompt in prompts[:PROMPTS]]
         completions, _, _ = ray.get(actor.generate.remote(requests))
         samples = [
-            TrainSample(request.prompt_ids, replies[0].token_ids, replies[0].logprobs, 0.0)
+            TrainSample(
+                request.prompt_ids, replies[0].token_ids, replies[0].logprobs, (0,) * len(replies[0].token_ids), 0.0
+            )
             for request, replies in zip(requests, completions, strict=True)
         ]
         policy = trainer.get("logprobs", samples)

@@ -1,7 +1,8 @@
 """Rollouts as training samples, and their micro-batches.
 
-A sample is the very ids that the engine sampled, its log-probabilities and an advantage. Rows are sorted by length and
-right-padded, so that attention is plainly causal and needs no mask; a micro-batch holds at most so many padded tokens.
+A sample is the very ids that the engine sampled, their log-probabilities and ages, and an advantage. Rows are sorted
+by length and right-padded, so that attention is plainly causal and needs no mask; a micro-batch holds at most so many
+padded tokens.
 """
 
 from collections.abc import Sequence
@@ -9,30 +10,46 @@ from dataclasses import dataclass
 
 import torch
 
+from posttrain.records import Rollout
 from posttrain.rl.groups import ScoredGroup
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSample:
-    """One reply with its prompt. `advantage` holds for every reply token."""
+    """One reply with its prompt. `advantage` holds for every reply token.
+
+    staleness: of each reply token, the version of the trainer that steps on it minus the version that sampled it.
+    """
 
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     sampler_logprobs: tuple[float, ...]
+    staleness: tuple[int, ...]
     advantage: float
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.token_ids)
 
 
-def train_samples(groups: Sequence[ScoredGroup]) -> list[TrainSample]:
-    """Every rollout that has an advantage."""
+def train_samples(groups: Sequence[ScoredGroup], version: int) -> list[TrainSample]:
+    """Every rollout that has an advantage. version: of the trainer, before the step."""
     return [
-        TrainSample(rollout.prompt_ids, rollout.token_ids, rollout.sampler_logprobs, advantage)
+        TrainSample(
+            rollout.prompt_ids,
+            rollout.token_ids,
+            rollout.sampler_logprobs,
+            token_staleness(rollout, version),
+            advantage,
+        )
         for scored in groups
         for rollout, advantage in zip(scored.group.rollouts, scored.advantages, strict=True)
         if advantage is not None
     ]
+
+
+def token_staleness(rollout: Rollout, version: int) -> tuple[int, ...]:
+    """How many versions each reply token is behind `version`."""
+    return tuple(version - span.policy_version for span in rollout.versions for _ in range(span.start, span.end))
 
 
 def micro_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[list[TrainSample]]:
@@ -52,7 +69,8 @@ class MicroBatch:
     """Tensors of one micro-batch. B rows, S padded tokens, T reply tokens.
 
     input_ids_BS: int64. mask_BS: False for padding. position_T: index into the flattened [B * S] hidden states of the
-    state that predicts each reply token. target_T: int64. sampler_logprobs_T, advantages_T: fp32.
+    state that predicts each reply token. target_T, staleness_T: int64. sequence_T: int64, the row of each reply token.
+    sampler_logprobs_T, advantages_T: fp32.
     """
 
     input_ids_BS: torch.Tensor
@@ -61,13 +79,15 @@ class MicroBatch:
     target_T: torch.Tensor
     sampler_logprobs_T: torch.Tensor
     advantages_T: torch.Tensor
+    staleness_T: torch.Tensor
+    sequence_T: torch.Tensor
 
 
 def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | str = "cpu") -> MicroBatch:
     """Tensors of a micro-batch. The last token of each row is not fed: it predicts nothing."""
     width = max(map(len, samples)) - 1
     lengths = torch.tensor([len(sample) - 1 for sample in samples], device=device)
-    rows, positions, targets, logprobs, advantages = [], [], [], [], []
+    rows, positions, targets, logprobs, advantages, staleness, sequences = [], [], [], [], [], [], []
     for index, sample in enumerate(samples):
         ids = [*sample.prompt_ids, *sample.token_ids]
         rows.append(ids[:-1] + [pad_id] * (width - len(ids) + 1))
@@ -76,6 +96,8 @@ def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | 
         targets += sample.token_ids
         logprobs += sample.sampler_logprobs
         advantages += [sample.advantage] * len(sample.token_ids)
+        staleness += sample.staleness
+        sequences += [index] * len(sample.token_ids)
     return MicroBatch(
         torch.tensor(rows, device=device),
         torch.arange(width, device=device) < lengths[:, None],
@@ -83,4 +105,6 @@ def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | 
         torch.tensor(targets, device=device),
         torch.tensor(logprobs, dtype=torch.float32, device=device),
         torch.tensor(advantages, dtype=torch.float32, device=device),
+        torch.tensor(staleness, device=device),
+        torch.tensor(sequences, device=device),
     )

@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from posttrain.records import Rollout, Scored
-from posttrain.rl.advantages import ADVANTAGES, is_zero
+from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, is_zero
 from posttrain.rl.config import RlConfig
 from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
 from posttrain.sampling.requests import Completion
@@ -43,25 +44,70 @@ async def score_group(group: Group, pool: RewardPool, config: RlConfig) -> Score
 
 
 def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> ScoredGroup:
-    """The group with its rewards, and advantages if at least `min_group` rollouts have one."""
+    """The group with its rewards, and advantages if at least `min_group` rollouts have one.
+
+    `rewards` are what the reward function said; advantages are of the rewards with `overlong`'s penalty, which the
+    reason tells. A truncated reply that is masked is part of its group's baseline, but has no advantage.
+    """
     rewards = tuple(None if scored.result is None else scored.result.value for scored in scores)
-    known = [reward for reward in rewards if reward is not None]
+    penalties = [overlong_penalty(len(rollout.token_ids), config) for rollout in group.rollouts]
+    known = [reward + penalty for reward, penalty in zip(rewards, penalties, strict=True) if reward is not None]
     advantages: list[float | None] = [None] * len(rewards)
     if len(known) >= config.min_group:
         values = iter(ADVANTAGES[config.advantage](known))
         advantages = [None if reward is None else next(values) for reward in rewards]
-    return ScoredGroup(group, rewards, tuple(_reason(scored) for scored in scores), tuple(advantages))
+    if config.loss.truncated == "mask":
+        advantages = [
+            None if rollout.finish_reason == "length" else advantage
+            for rollout, advantage in zip(group.rollouts, advantages, strict=True)
+        ]
+    reasons = tuple(_reason(item, penalty) for item, penalty in zip(scores, penalties, strict=True))
+    return ScoredGroup(group, rewards, reasons, tuple(advantages))
 
 
-def _reason(scored: Scored) -> str:
-    if scored.result is not None and scored.outcome == "ok":
-        return scored.result.reason
-    return f"{scored.outcome}: {scored.reason}"
+def overlong_penalty(num_tokens: int, config: RlConfig) -> float:
+    """weight * max(-1, min(-(n - (L - b)) / b, 0)): 0 up to L - b tokens, then falling to -weight at L.
+
+    L is sampling.max_tokens, b overlong.buffer_tokens. Source: DAPO, arXiv 2503.14476, equation 13.
+    """
+    if config.overlong is None:
+        return 0.0
+    buffer = config.overlong.buffer_tokens
+    beyond = num_tokens - (config.sampling.max_tokens - buffer)
+    return -config.overlong.weight * min(1.0, max(0.0, beyond / buffer))
+
+
+def _reason(scored: Scored, penalty: float) -> str:
+    if scored.result is None or scored.outcome != "ok":
+        reason = f"{scored.outcome}: {scored.reason}"
+    else:
+        reason = scored.result.reason
+    return f"{reason}; overlong {penalty:.3g}".removeprefix("; ") if penalty else reason
+
+
+def over_batch(groups: Sequence[ScoredGroup], config: RlConfig) -> list[ScoredGroup]:
+    """The groups of a batch with the advantages that are trained on, where the rule needs the whole batch for them.
+
+    Done once, before the ranks share the batch out, and over the rollouts that are trained on.
+    """
+    rule = OVER_BATCH.get(config.advantage)
+    if rule is None:
+        return list(groups)
+    values = iter(rule([value for scored in groups for value in scored.advantages if value is not None]))
+    return [
+        replace(scored, advantages=tuple(None if value is None else next(values) for value in scored.advantages))
+        for scored in groups
+    ]
 
 
 def drop_reason(scored: ScoredGroup, config: RlConfig) -> str | None:
-    """Why the group is not trained on: unscored, zero_advantage, or None."""
+    """Why the group is not trained on: unscored, truncated (all of it, and masked), zero_advantage, or None.
+
+    Judged by the group alone, over the rollouts that would be trained on.
+    """
     known = [advantage for advantage in scored.advantages if advantage is not None]
-    if not known:
+    if len(scored.scored_rewards) < config.min_group:
         return "unscored"
+    if not known:
+        return "truncated"
     return "zero_advantage" if config.drop_zero_advantage and is_zero(known) else None

@@ -26,9 +26,9 @@ from posttrain.parallel.export import barrier, export_model
 from posttrain.parallel.state import load_state, save_state
 from posttrain.parallel.tensors import read_weights, whole_tensors
 from posttrain.rl.config import RlConfig
-from posttrain.rl.losses import LOSSES, LossInputs
+from posttrain.rl.losses import LOSSES, LossInputs, batch_share
 from posttrain.rl.policy import load_token_policy
-from posttrain.rl.samples import TrainSample, collate, micro_batches
+from posttrain.rl.samples import MicroBatch, TrainSample, collate, micro_batches
 from posttrain.sampling.weights import SharedWeights, TensorSpec
 from posttrain.train.routers import figures
 
@@ -126,20 +126,19 @@ class PolicyTrainer:
         return {"metrics": metrics, "began": began, "ended": time.time(), "manifest": manifest}
 
     def _accumulate(self, samples: Sequence[TrainSample]) -> dict[str, float]:
-        """Forward and backward of this rank's micro-batches; the one place that divides, by the whole batch's count."""
+        """Forward and backward of this rank's micro-batches, each divided by the count of the whole batch."""
         num_tokens = sum(len(sample.token_ids) for sample in samples)
         num_fed = sum(len(sample) - 1 for sample in samples)
-        divisors = {"tokens": num_tokens, "sequences": len(samples)}
+        config = self._config.loss
         sums: dict[str, float] = defaultdict(float)
         chunks = dealt(self._config, samples, self._rank, self._world)
         for index, (chunk, weight) in enumerate(chunks):
             batch = collate(chunk, PAD_ID, self._device)
             policy_T, entropy_T, router_loss = self._engine(batch)
-            outputs = LOSSES[self._config.loss.name](
-                LossInputs(policy_T, batch.sampler_logprobs_T, batch.advantages_T), self._config.loss
-            )
+            outputs = LOSSES[config.name](loss_inputs(policy_T, batch, self._config.sampling.max_tokens), config)
             share = sum(len(sample) - 1 for sample in chunk) / num_fed
-            loss = weight * (outputs.loss_sum / divisors[outputs.denominator] + share * router_loss)
+            divided = batch_share(outputs, entropy_T, num_tokens, len(samples), config)
+            loss = weight * (divided + share * router_loss)
             if not torch.isfinite(loss):
                 loss = loss * math.nan  # no gradient of it may be finite: the engine applies none of the step's then
             self._engine.set_gradient_accumulation_boundary(index == len(chunks) - 1)
@@ -194,6 +193,18 @@ class PolicyTrainer:
     def close(self) -> None:
         """Remove the shared-memory segments."""
         self._weights.close()
+
+
+def loss_inputs(policy_logprobs_T: torch.Tensor, batch: MicroBatch, max_tokens: int) -> LossInputs:
+    """What a loss is given of a micro-batch and the policy's log-probabilities of it."""
+    return LossInputs(
+        policy_logprobs_T,
+        batch.sampler_logprobs_T,
+        batch.advantages_T,
+        batch.staleness_T,
+        batch.sequence_T,
+        max_tokens,
+    )
 
 
 def dealt(

@@ -14,6 +14,7 @@ GROUPS = (
     ("groups_dropped_zero_advantage", "dropped: zero advantage", "--faint"),
     ("groups_dropped_stale", "dropped: stale", "--c2"),
     ("groups_dropped_unscored", "dropped: unscored", "--bad"),
+    ("groups_dropped_truncated", "dropped: truncated", "--c5"),
 )
 
 

@@ -1,0 +1,41 @@
+"""Which capability each place of a batch belongs to, from the shares of the mixture alone."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+
+from posttrain.errors import ConfigError
+from posttrain.records import Row
+
+
+def mixture_shares(rows: Sequence[Row], mixture: Mapping[str, float]) -> dict[str, float]:
+    """Share of each capability, 1 in all: as `mixture` says (on any scale); if it is empty, as in `rows`.
+
+    Raises ConfigError for a capability that no row has.
+    """
+    there = Counter(row.capability for row in rows)
+    missing = sorted(set(mixture) - set(there))
+    if missing:
+        rule = f"no selected prompt has this capability; there are: {', '.join(sorted(there))}"
+        raise ConfigError("mixture", [f"{name}: {rule}" for name in missing])
+    weights = dict(mixture) or {name: float(count) for name, count in there.items()}
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in sorted(weights.items())}
+
+
+def places(shares: Mapping[str, float], first: int = 0) -> Iterator[str]:
+    """The capability of place `first` and of all that follow, for ever.
+
+    Each goes to the capability that is furthest behind its share of all places so far: the largest remainder, carried
+    from batch to batch, so that a small share gets its places too. Pure: a resumed run continues the same sequence.
+    """
+    return islice(_from_the_first(shares), first, None)
+
+
+def _from_the_first(shares: Mapping[str, float]) -> Iterator[str]:
+    given: Counter[str] = Counter()
+    while True:
+        total = sum(given.values()) + 1
+        name = max(shares, key=lambda name: (shares[name] * total - given[name], name))
+        given[name] += 1
+        yield name
