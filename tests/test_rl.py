@@ -117,6 +117,14 @@ def test_rollouts_straddle_updates_within_the_staleness_bound(ray_session, tiny_
         several += len({version for version, _, _ in spans}) >= 2
     assert several >= 4, "no trained reply carries two policy versions"
     assert max(line["staleness_max"] for line in metrics) <= config.max_staleness
+    for line in metrics:
+        by_age = {int(name.partition("/")[2]): count for name, count in line.items() if name.startswith("staleness/")}
+        assert sum(by_age.values()) == 2
+        assert max(by_age) == line["staleness_max"]
+        idle = [share for name, share in line.items() if name.startswith("idle/")]
+        assert len(idle) == 3  # trainer, engine, reward
+        assert all(0 <= share <= 1 for share in idle)
+        assert 0 <= line["queue_age_s_mean"] <= line["queue_age_s_max"]
     # Places of two groups a step, three of four for math: m c | m m | m c | ...
     by_step = defaultdict(set)
     for row in trained:
@@ -145,6 +153,8 @@ def test_zero_advantage_groups_are_dropped_and_replaced(ray_session, tiny_model,
         by_status[row["status"]].add(row["prompt_id"])
     assert all(line["groups_trained"] == config.groups_per_step for line in metrics)
     assert sum(line["groups_dropped_zero_advantage"] for line in metrics) > 0
+    assert all(line["groups_too_hard"] == line["groups_dropped_zero_advantage"] for line in metrics)
+    assert all((line["tokens_dropped"] > 0) == (line["groups_dropped_zero_advantage"] > 0) for line in metrics)
     assert all(name.startswith("flat-") for name in by_status["dropped:zero_advantage"])
     assert not any(name.startswith("flat-") for name in by_status["trained"])
 

@@ -27,6 +27,11 @@ class BusyLog:
         else:
             self._start, self._end = min(self._start, start), max(self._end, end)
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds of all that was merged so far."""
+        return self.total_s + (max(0.0, self._end - self._start) if self._start is not None else 0.0)
+
     def flush(self) -> None:
         """Tell what has been merged so far."""
         if self._start is not None and self._end > self._start:

@@ -17,21 +17,21 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
-from statistics import fmean
 from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.parallel.ranks import RankGroup
-from posttrain.rl.archive import RolloutArchive, num_tokens
+from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.config import RlConfig
 from posttrain.rl.groups import DrawnPrompt, ScoredGroup
-from posttrain.rl.profile import PASS_THRESHOLD, reward_pool, sample_request
+from posttrain.rl.profile import reward_pool, sample_request
 from posttrain.rl.prompts import PromptSource
 from posttrain.rl.samples import train_samples
 from posttrain.rl.scoring import drop_reason, make_group, over_batch, score_group
 from posttrain.rl.staleness import StalenessQueue
+from posttrain.rl.tally import StepTally
 from posttrain.sampling.client import Engines
 from posttrain.sampling.requests import SampleRequest
 from posttrain.scoring.pool import RewardPool
@@ -69,16 +69,16 @@ class Controller:
         self._queue = StalenessQueue(
             config.groups_per_step, config.max_staleness, shares, config.mixture_refills, first_step
         )
-        self._ready: dict[int, ScoredGroup] = {}
+        self._ready: dict[int, tuple[ScoredGroup, float]] = {}  # with the Unix time since when
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._update: asyncio.Task[None] | None = None
-        self._counts: Counter[str] = Counter()
         self._dropped_in_a_row = 0
         self._failure: BaseException | None = None
-        self._logged = time.time()
         self._generated = [BusyLog(context, name, "generate") for name in engines.names]
         self._scored = BusyLog(context, "reward", "score")
+        logs = dict(zip(engines.names, self._generated, strict=True))
+        self._tally = StepTally({**logs, "reward": self._scored})
         self._pool: RewardPool = reward_pool(config)
 
     async def run(self) -> None:
@@ -125,11 +125,11 @@ class Controller:
         scoring = time.time()
         scored = await score_group(group, self._pool, self._config)
         self._scored.add(scoring, time.time())
-        self._count(scored)
         reason = drop_reason(scored, self._config)
+        self._tally.decided(scored, reason)
         if reason is None:
             self._dropped_in_a_row = 0
-            self._ready[order] = scored
+            self._ready[order] = (scored, time.time())
             self._queue.ready(order)
         else:
             self._drop(scored, reason)
@@ -145,7 +145,6 @@ class Controller:
     def _drop(self, scored: ScoredGroup, reason: str) -> None:
         self._queue.drop(scored.group.order)
         self._archive.add(scored, None, self._version, f"dropped:{reason}")
-        self._counts[f"groups_dropped_{reason}"] += 1
         self._dropped_in_a_row += 1
         limit = self._idle_limit
         if self._dropped_in_a_row >= limit:
@@ -155,38 +154,29 @@ class Controller:
                 "choose prompts of other difficulty (profile.band) or look at the reward"
             )
 
-    def _count(self, scored: ScoredGroup) -> None:
-        rollouts = scored.group.rollouts
-        self._counts["groups_generated"] += 1
-        self._counts["tokens_generated"] += sum(len(rollout.token_ids) for rollout in rollouts)
-        self._counts["rollouts"] += len(rollouts)
-        self._counts["passes"] += sum(reward > PASS_THRESHOLD for reward in scored.scored_rewards)
-        self._counts["rewards"] += len(scored.scored_rewards)
-        self._counts["unscored"] += len(rollouts) - len(scored.scored_rewards)
-        self._counts["truncated"] += sum(rollout.finish_reason == "length" for rollout in rollouts)
-
     # ------------------------------------------------------------------ training
 
-    async def _next_batch(self) -> list[ScoredGroup]:
-        """The one place where training waits for generation."""
+    async def _next_batch(self) -> tuple[list[ScoredGroup], list[float]]:
+        """The one place where training waits for generation. Returns the groups, and since when each was ready."""
         while True:
             if self._failure is not None:
                 raise self._failure
             self._dispatch()
             orders = self._queue.take(self._next_version)
             if orders is not None:
-                return over_batch([self._ready.pop(order) for order in orders], self._config)
+                groups, ready_since = zip(*(self._ready.pop(order) for order in orders), strict=True)
+                return over_batch(groups, self._config), list(ready_since)
             self._changed.clear()
             await self._changed.wait()
 
     async def _one_step(self) -> None:
         waiting = time.time()
-        batch = await self._next_batch()
-        waited_s = time.time() - waiting
+        batch, ready_since = await self._next_batch()
+        now = time.time()
         step = self._next_version
-        staleness = [step - scored.group.oldest_version for scored in batch]
-        if max(staleness) > self._config.max_staleness:
-            raise StageError(f"step {step}: a group is {max(staleness)} versions old; the bound does not hold")
+        oldest = step - min(scored.group.oldest_version for scored in batch)
+        if oldest > self._config.max_staleness:
+            raise StageError(f"step {step}: a group is {oldest} versions old; the bound does not hold")
         self._next_version = step + 1
         self._dispatch()  # the batch's places are free: generation goes on beside the step
         training = asyncio.ensure_future(self._trainer.call("step", train_samples(batch, step), step))
@@ -208,7 +198,8 @@ class Controller:
         for scored in batch:
             self._archive.add(scored, step, step, "trained")
         self._archive.write(step)
-        self._log(step, batch, staleness, waited_s, result["metrics"])
+        ages_s = [now - since for since in ready_since]
+        self._tell(step, self._tally.values(step, batch, ages_s, now - waiting, result["metrics"]))
         if self._checkpoint_is_due(step + 1):
             await self._checkpoint(step + 1)
 
@@ -239,39 +230,12 @@ class Controller:
 
     # ------------------------------------------------------------------ what is told
 
-    def _log(
-        self, step: int, batch: list[ScoredGroup], staleness: list[int], waited_s: float, trained: dict[str, Any]
-    ) -> None:
-        counts, self._counts = self._counts, Counter()
-        now = time.time()
-        since, self._logged = now - self._logged, now
-        rewards = [reward for scored in batch for reward in scored.scored_rewards]
-        by_capability: dict[str, list[float]] = {}
-        for scored in batch:
-            by_capability.setdefault(scored.group.prompt.row.capability, []).extend(scored.scored_rewards)
-        values: dict[str, Any] = {
-            "policy_version": step + 1,
-            "reward_mean": fmean(rewards),
-            "pass_rate": counts["passes"] / max(1, counts["rewards"]),
-            **{f"reward/{name}": fmean(group) for name, group in sorted(by_capability.items()) if group},
-            **trained,
-            "staleness_mean": fmean(staleness),
-            "staleness_max": max(staleness),
+    def _tell(self, step: int, metrics: dict[str, Any]) -> None:
+        values = {
+            **metrics,
             "queue_groups": self._queue.num_ready,
             "in_flight_groups": self._queue.num_in_flight,
             "places_lent": self._queue.num_lent,
-            "groups_trained": len(batch),
-            "groups_generated": counts["groups_generated"],
-            "groups_dropped_zero_advantage": counts["groups_dropped_zero_advantage"],
-            "groups_dropped_unscored": counts["groups_dropped_unscored"],
-            "groups_dropped_truncated": counts["groups_dropped_truncated"],
-            "rollouts_unscored": counts["unscored"],
-            "tokens_generated": counts["tokens_generated"],
-            "generate_tokens_per_s": counts["tokens_generated"] / since if since else 0.0,
-            "step_wall_s": since,
-            "wait_s": waited_s,
-            "reply_tokens_mean": num_tokens(batch) / sum(len(scored.group.rollouts) for scored in batch),
-            "truncated_fraction": counts["truncated"] / max(1, counts["rollouts"]),
         }
         self._context.metrics(step, values)
         shown = ("reward_mean", "pass_rate", "staleness_mean", "queue_groups", "generate_tokens_per_s")
@@ -279,5 +243,5 @@ class Controller:
             step + 1,
             self._config.steps,
             "steps",
-            {**{name: values[name] for name in shown}, "dropped_groups": counts["groups_dropped_zero_advantage"]},
+            {**{name: values[name] for name in shown}, "dropped_groups": values["groups_dropped_zero_advantage"]},
         )
