@@ -355,12 +355,18 @@ def rl_difficulties(config: Any) -> Any:
 
 
 def rl_draws(config: Any) -> Any:
+    from posttrain.rl.profile import Difficulty
     from posttrain.rl.quotas import mixture_shares, places
     from posttrain.rl.stage import prompt_source
 
     rows = [prompt.row for prompt in _drawn()]
-    source = prompt_source(config, rows, _tokenizer(), 0)
-    return [source.draw(capability) for capability in islice(places(mixture_shares(rows, config.mixture)), 24)]
+    profile = [Difficulty(row.id, row.capability, 8, index, 0, True) for index, row in enumerate(rows)]
+    source = prompt_source(config, rows, profile, _tokenizer(), 0)
+    drawn = []
+    for step, capability in enumerate(islice(places(mixture_shares(rows, config.mixture)), 48)):
+        drawn.append(source.draw(capability))
+        source.advance(2 * step, 0.1)
+    return drawn
 
 
 def rl_groups(config: Any) -> Any:

@@ -161,6 +161,22 @@ def test_zero_advantage_groups_are_dropped_and_replaced(ray_session, tiny_model,
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_a_curriculum_leaves_alone_what_teaches_nothing(ray_session, tiny_model, tmp_path):
+    rows = rows_of(["math"], 10) + [row | {"id": f"flat-{row['id']}"} for row in rows_of(["math"], 10, flat=True)]
+    config = make_config(tmp_path, tiny_model, rows, curriculum={"first": [0.2, 0.8], "last": [0.2, 0.8]}, steps=10)
+    _, metrics = run_stage(config, tmp_path / "rl")
+    by_step = defaultdict(set)
+    for row in read_rollouts(tmp_path / "rl"):
+        by_step[row["policy_version"] >= 5].add((row["group_id"], row["prompt_id"].startswith("flat-")))
+    share = {late: sum(flat for _, flat in groups) / len(groups) for late, groups in by_step.items()}
+    assert share[True] < share[False]
+    assert share[True] < 0.25  # of half the prompts
+    assert metrics[-1]["prompts_impossible"] > metrics[0]["prompts_impossible"]
+    assert [line["band_low"] for line in metrics] == [0.2] * 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_learns_the_reward(ray_session, tiny_model, tmp_path):
     config = make_config(
         tmp_path, tiny_model, rows_of(["math"]), steps=14, groups_per_step=8, optimizer={"learning_rate": 3e-3}

@@ -98,6 +98,13 @@ class OverlongConfig(Config):
     weight: Positive = Field(default=1.0, description="The penalty is multiplied by this.")
 
 
+def check_band(band: list[float]) -> list[float]:
+    """A band of pass rates; raises ValueError if it is none."""
+    if len(band) != 2 or band[0] > band[1]:
+        raise ValueError("must be [lowest, highest] with lowest <= highest")
+    return band
+
+
 class ProfileConfig(Config):
     """pass@k profile of the prompts with the starting policy, and the band of pass rates that is trained on."""
 
@@ -109,10 +116,33 @@ class ProfileConfig(Config):
 
     @field_validator("band")
     @classmethod
-    def _two_ends(cls, band: list[float]) -> list[float]:
-        if len(band) != 2 or band[0] > band[1]:
-            raise ValueError("must be [lowest, highest] with lowest <= highest")
-        return band
+    def _is_band(cls, band: list[float]) -> list[float]:
+        return check_band(band)
+
+
+class CurriculumConfig(Config):
+    """Sampling of prompts by how likely their pass rate lies in a band, which moves from `first` to `last`."""
+
+    schedule: Literal["constant", "linear", "adaptive"] = Field(
+        default="linear", description="How the band moves: not, with the steps, or with the pass rate."
+    )
+    first: list[Probability] = Field(
+        default_factory=lambda: [0.2, 0.8], description="Lowest and highest pass rate at the start."
+    )
+    last: list[Probability] = Field(
+        default_factory=lambda: [0.05, 0.6], description="Lowest and highest pass rate at the end."
+    )
+    half_life: Positive = Field(
+        default=20.0, description="Optimizer steps after which what was seen of a prompt counts by half."
+    )
+    tries: Annotated[int, Field(ge=1)] = Field(
+        default=32, description="Prompts looked at for one that is in the band, before the nearest is taken."
+    )
+
+    @field_validator("first", "last")
+    @classmethod
+    def _is_band(cls, band: list[float]) -> list[float]:
+        return check_band(band)
 
 
 class RlResources(Config):
@@ -133,6 +163,9 @@ class RlConfig(Config):
     )
     mixture: dict[str, Positive] = Field(
         default_factory=dict, description="Share of each capability in every batch; empty: as in the selected prompts."
+    )
+    curriculum: CurriculumConfig | None = Field(
+        default=None, description="Draw prompts by difficulty; None: each once, before any comes again."
     )
     mixture_refills: Annotated[int, Field(ge=0)] = Field(
         default=4,

@@ -26,7 +26,7 @@ from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.config import RlConfig
 from posttrain.rl.groups import DrawnPrompt, ScoredGroup
-from posttrain.rl.profile import reward_pool, sample_request
+from posttrain.rl.profile import PASS_THRESHOLD, reward_pool, sample_request
 from posttrain.rl.prompts import PromptSource
 from posttrain.rl.samples import train_samples
 from posttrain.rl.scoring import drop_reason, make_group, over_batch, score_group
@@ -127,6 +127,8 @@ class Controller:
         self._scored.add(scoring, time.time())
         reason = drop_reason(scored, self._config)
         self._tally.decided(scored, reason)
+        passes = sum(reward > PASS_THRESHOLD for reward in scored.scored_rewards)
+        self._source.observe(prompt.row.id, passes, len(scored.scored_rewards) - passes)
         if reason is None:
             self._dropped_in_a_row = 0
             self._ready[order] = (scored, time.time())
@@ -199,7 +201,8 @@ class Controller:
             self._archive.add(scored, step, step, "trained")
         self._archive.write(step)
         ages_s = [now - since for since in ready_since]
-        self._tell(step, self._tally.values(step, batch, ages_s, now - waiting, result["metrics"]))
+        metrics = self._tally.values(step, batch, ages_s, now - waiting, result["metrics"])
+        self._tell(step, {**metrics, **self._source.advance(step + 1, metrics["pass_rate"])})
         if self._checkpoint_is_due(step + 1):
             await self._checkpoint(step + 1)
 

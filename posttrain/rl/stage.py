@@ -15,10 +15,11 @@ from posttrain.errors import DataError
 from posttrain.metrics.jsonl import keep_steps_before
 from posttrain.parallel.engine import check_parallel
 from posttrain.parallel.ranks import RankGroup
-from posttrain.records import Row
+from posttrain.records import Message, Row
 from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.config import RlConfig
 from posttrain.rl.controller import Controller
+from posttrain.rl.curriculum import Curriculum
 from posttrain.rl.groups import DrawnPrompt
 from posttrain.rl.parity import check_engine_parity
 from posttrain.rl.profile import (
@@ -101,7 +102,7 @@ def _train(
     difficulties = _profile(config, context, engines, prompts, stop_ids)
     selected = select_band(difficulties, rows, config.profile.band)
     shares = mixture_shares(selected, config.mixture)
-    source = prompt_source(config, selected, tokenizer, context.seed)
+    source = prompt_source(config, selected, difficulties, tokenizer, context.seed)
     first_step = 0
     archive = RolloutArchive(context.dir / "rollouts", tokenizer)
     checkpoint = _latest_checkpoint(context.dir / "checkpoints")
@@ -128,9 +129,19 @@ def _train(
     }
 
 
-def prompt_source(config: RlConfig, selected: Sequence[Row], tokenizer: Any, seed: int) -> PromptSource:
+def prompt_source(
+    config: RlConfig, selected: Sequence[Row], difficulties: Sequence[Difficulty], tokenizer: Any, seed: int
+) -> PromptSource:
     """Where prompts are drawn from, each with its system instruction."""
-    return PromptSource(selected, config.systems, lambda messages: render_prompt(tokenizer, messages), seed)
+
+    def render(messages: Sequence[Message]) -> list[int]:
+        return render_prompt(tokenizer, messages)
+
+    if config.curriculum is None:
+        return PromptSource(selected, config.systems, render, seed)
+    ids = {row.id for row in selected}
+    curriculum = Curriculum(config.curriculum, [item for item in difficulties if item.prompt_id in ids], config.steps)
+    return PromptSource(selected, config.systems, render, seed, curriculum, config.curriculum.tries)
 
 
 def _profile(
