@@ -170,6 +170,19 @@ def remove_broken_image_packages(python: Path) -> None:
         raise InstallError(f"{tail}\nvLLM or transformers' Llama 4 cannot be imported, see above")
 
 
+def compile_packages(python: Path) -> None:
+    """Byte-compile now where Python is told never to do so: else every process compiles all that it imports again.
+
+    The recipe starts dozens of processes, and each would take ten seconds and more for that.
+    """
+    if os.environ.get("PYTHONDONTWRITEBYTECODE"):
+        say("byte-compiling the packages, since PYTHONDONTWRITEBYTECODE is set")
+        packages = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+                                  capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+        # A file that is not Python of this version, as some templates are, stops nothing.
+        subprocess.run([python, "-m", "compileall", "-q", "-j", "0", packages], stdout=subprocess.DEVNULL)
+
+
 def install(venv: Path, wanted: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     stamp = venv / ".posttrain-installed.json"
@@ -190,6 +203,7 @@ def install(venv: Path, wanted: str) -> None:
             say(f"this torch is a {extra} build: the {extra} extra is installed")
         install_project(python, extra)
         remove_broken_image_packages(python)
+        compile_packages(python)
     stamp.write_text(json.dumps(now) + "\n")
     if shutil.which("g++") is None:
         say("no C++ compiler; vLLM and DeepSpeed need one on CPUs (Debian, Ubuntu: apt-get install g++ python3.11-dev)")

@@ -1,7 +1,9 @@
 """What several test files share: a tiny Llama 4 folder with random weights, its tokenizer, and one Ray session."""
 
+import json
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A busy machine must not fail a property for being slow.
 settings.register_profile("posttrain", deadline=None)
 settings.load_profile("posttrain")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--figures", help="JSON file for what tests record with record_property, by test")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Write the recorded figures of the tests that passed."""
+    path = config.getoption("--figures")
+    if not path:
+        return
+    found = {report.nodeid: dict(report.user_properties) for report in terminalreporter.getreports("passed")
+             if report.when == "call" and report.user_properties}  # fmt: skip
+    versions = {name: version(name) for name in ("torch", "deepspeed", "transformers", "trl")}
+    Path(path).write_text(json.dumps({"versions": versions, "figures": found}, indent=1, sort_keys=True) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def adapted_alone(ray_session, policy, data, tmp_path_factory) -> dict[str, Path
     ],
 )
 def test_lora_on_two_ranks_is_the_training_of_one_process(
-    ray_session, policy, data, adapted_alone, tmp_path, adapters, expert, zero
+    ray_session, policy, data, adapted_alone, tmp_path, adapters, expert, zero, record_property
 ):
     context = make_context(tmp_path)
     parallel = {"processes": 2, "expert": expert, "zero": zero}
@@ -116,7 +116,9 @@ def test_lora_on_two_ranks_is_the_training_of_one_process(
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         name for name in before if name.endswith(targets)
     }
-    assert max(float((after[name] - alone[name]).abs().max()) for name in alone) < 1e-4
+    largest = max(float((after[name] - alone[name]).abs().max()) for name in alone)
+    record_property("weights", largest)
+    assert largest < 1e-4
 
 
 def test_a_stopped_lora_sft_goes_on(ray_session, policy, data, tmp_path):
@@ -165,7 +167,8 @@ def test_a_stopped_sft_goes_on_in_another_layout(ray_session, policy, data, tmp_
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 5))
 
 
-def test_dpo_on_two_ranks_learns_the_same_preferences(ray_session, policy, tmp_path):
+@pytest.mark.parametrize("zeros", [(1, 3), pytest.param((0, 2), marks=pytest.mark.full)])
+def test_dpo_on_two_ranks_learns_the_same_preferences(ray_session, policy, tmp_path, zeros):
     pairs = tmp_path / "pairs.jsonl"
     with pairs.open("w") as file:
         for a in range(2, 10):
@@ -174,18 +177,17 @@ def test_dpo_on_two_ranks_learns_the_same_preferences(ray_session, policy, tmp_p
             file.write(json.dumps(row) + "\n")
     base = {"model": {"path": str(policy), "dtype": "float32"}, "pairs": {"path": str(pairs)}, "max_length": 128,
             "optimizer": {"learning_rate": 1e-4}, "resources": RESOURCES}  # fmt: skip
-    runs = {
-        "alone": {"batch_size": 4},
-        "two": {"batch_size": 2, "parallel": {"processes": 2, "expert": 2, "zero": 1}},
-    }
+    runs = {"alone": {"batch_size": 4}}
+    runs |= {f"zero{zero}": {"batch_size": 2, "parallel": {**EXPERT, "zero": zero}} for zero in zeros}
     reports, losses = {}, {}
     for name, changes in runs.items():
         context = make_context(tmp_path / name)
         reports[name] = dpo.run(validate_config(DpoConfig, {**base, **changes}, "test"), context)
         losses[name] = [line["loss"] for line in read_jsonl(context.dir / "metrics.jsonl") if "loss" in line]
-    assert reports["two"]["engine"] == "DeepSpeedEngine"
-    assert losses["two"] == pytest.approx(losses["alone"], rel=1e-4)
-    assert largest_difference(tmp_path / "two", tmp_path / "alone") < 1e-4
+    for name in list(runs)[1:]:
+        assert reports[name]["engine"] == "DeepSpeedEngine"
+        assert losses[name] == pytest.approx(losses["alone"], rel=1e-4)
+        assert largest_difference(tmp_path / name, tmp_path / "alone") < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def gap(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("expert", "zero"), LAYOUTS)
-def test_ranks_train_as_the_written_out_loss(trained, plain, expert, zero):
+def test_ranks_train_as_the_written_out_loss(trained, plain, expert, zero, record_property):
     folder, result = trained(expert, zero)
     losses, norms, weights = plain
     metrics = result["metrics"]
@@ -181,6 +181,7 @@ def test_ranks_train_as_the_written_out_loss(trained, plain, expert, zero):
     assert [line["loss"] for line in metrics] == pytest.approx(losses, rel=1e-5)
     assert [line["grad_norm"] for line in metrics] == pytest.approx(norms, rel=1e-5)
     assert all(line["tokens_trained"] == sum(len(sample.token_ids) for sample in batch(0)) for line in metrics)
+    record_property("weights", gap(result["weights"], weights))
     # Adam divides by the root of tiny squares: rounding of a gradient moves a weight by far more than rounding.
     assert gap(result["weights"], weights) < 1e-3
     exported = dict(load_model(folder / "model").named_parameters())

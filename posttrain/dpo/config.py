@@ -76,9 +76,4 @@ class DpoConfig(Config):
     def _one_source(self) -> "DpoConfig":
         if (self.pairs is None) == (self.rollouts is None):
             raise ValueError("exactly one of pairs and rollouts must be set")
-        if self.parallel is not None and self.parallel.zero == 3:
-            raise ValueError(
-                "parallel.zero: got 3, but dpo needs the start policy's log-probabilities before its weights are "
-                "divided, and TRL cannot compute them so; set it to 0, 1 or 2"
-            )
         return self
