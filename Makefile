@@ -42,8 +42,8 @@ test: install ## Run the tests
 test-fast: install ## Run the tests that need no engine and no second process
 	@$(BIN)/python -m pytest -m "not slow and not full" $(PYTEST_ARGS)
 
-test-all: install ## Run every test, full matrices included
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test-all: install ## Run every test, full matrices included; the figures of the layouts go to benchmarks/results
+	@$(BIN)/python -m pytest --figures benchmarks/results/layouts.json $(PYTEST_ARGS)
 
 check: install ## Lint, formatting and types
 	@$(BIN)/ruff check .
