@@ -116,7 +116,20 @@ def finish(engine: Any) -> Any:
         engine.optimizer.check_grad_overflow = True
     else:
         engine.clip_fp32_gradients = lambda: _clip_by_whole_norm(engine)
+        _forget_trial_step(engine.optimizer)
     return engine
+
+
+def _forget_trial_step(optimizer: Any) -> None:
+    """Undo the step that DeepSpeed takes, in bf16 without ZeRO, to have Adam's state made: it counts as Adam's first,
+    so that the next is a quarter too small, and it decays the fp32 masters."""
+    masters = getattr(optimizer, "fp32_groups", None)
+    if masters is None:
+        return
+    optimizer.optimizer.state.clear()
+    for group, weights in zip(masters, optimizer.fp16_groups, strict=True):
+        for master, weight in zip(group, weights, strict=True):
+            master.data.copy_(weight)
 
 
 def _clip_by_whole_norm(engine: Any) -> None:

@@ -118,13 +118,26 @@ def _link_moments(engine: Any) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
+def _held(engine: Any, parameter: nn.Parameter) -> torch.Tensor:
+    """What the optimizer moves for a parameter that nothing divides: its fp32 master in bf16, or itself."""
+    optimizer = engine.optimizer
+    for masters, weights in zip(
+        getattr(optimizer, "fp32_groups", ()), getattr(optimizer, "fp16_groups", ()), strict=False
+    ):
+        for master, weight in zip(masters, weights, strict=True):
+            if weight is parameter:
+                return master
+    return parameter
+
+
 def _read(engine: Any, parameter: nn.Parameter, view: str) -> torch.Tensor:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     key = None if view == "weights" else view
     if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
-        values = _inner_optimizer(engine).state.get(parameter, {})
-        return parameter.detach() if key is None else values.get(key, torch.zeros_like(parameter))
+        held = _held(engine, parameter)
+        values = _inner_optimizer(engine).state.get(held, {})
+        return held.detach() if key is None else values.get(key, torch.zeros_like(held))
     if key is None:
         whole = safe_get_full_fp32_param(parameter)
     else:
@@ -146,7 +159,9 @@ def _write(engine: Any, parameter: nn.Parameter, view: str, part: torch.Tensor) 
         else:
             safe_set_full_optimizer_state(parameter, part, key)
     elif key is not None:
-        _inner_optimizer(engine).state[parameter][key].copy_(part)
+        _inner_optimizer(engine).state[_held(engine, parameter)][key].copy_(part)
+    else:
+        _held(engine, parameter).data.copy_(part)
     if key is None:
         parameter.data.copy_(part)
 

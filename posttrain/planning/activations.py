@@ -9,9 +9,7 @@ Names: D hidden, Q and K widths of queries and keys, I expert width, V vocabular
 from typing import Any
 
 from posttrain.config.shared import GradientCheckpointing
-
-BYTES = {"float32": 4, "bfloat16": 2}
-FP32 = 4
+from posttrain.planning.memory import BYTES, FP32
 
 
 def saved_bytes(config: Any, tokens: int, dtype: str, checkpointing: GradientCheckpointing) -> int:
