@@ -171,7 +171,8 @@ def test_a_curriculum_leaves_alone_what_teaches_nothing(ray_session, tiny_model,
     share = {late: sum(flat for _, flat in groups) / len(groups) for late, groups in by_step.items()}
     assert share[True] < share[False]
     assert share[True] < 0.25  # of half the prompts
-    assert metrics[-1]["prompts_impossible"] > metrics[0]["prompts_impossible"]
+    # Not that it grows: what was seen of a prompt counts less with time, and the first step may see most of them.
+    assert max(line["prompts_impossible"] for line in metrics) > 0
     assert [line["band_low"] for line in metrics] == [0.2] * 10
 
 
