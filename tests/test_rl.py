@@ -304,26 +304,32 @@ def source_of(rows, seed=0, instructions=()):
 
 def test_every_prompt_is_seen_once_a_pass():
     source = source_of([row_named(f"p{i}") for i in range(9)])
-    assert Counter(source.draw("math").row.id for _ in range(27)) == Counter({f"p{i}": 3 for i in range(9)})
+    assert Counter(source.draw("math", order).row.id for order in range(27)) == Counter({f"p{i}": 3 for i in range(9)})
 
 
-def test_draws_go_on_after_a_checkpoint():
+def test_draws_go_on_after_a_checkpoint_and_after_groups_dispatched_since():
     rows = [row_named(f"{name}{i}", name) for name in ("math", "coding") for i in range(5)]
     instructions = [{"text": "Be brief.", "weight": 1.0}, {"text": "", "weight": 2.0}]
-    first, second = source_of(rows, 5, instructions), source_of(rows, 6, instructions)
-    capabilities = ["math", "coding"] * 10
-    for capability in capabilities[:7]:
-        first.draw(capability)
+    first, second = source_of(rows, 5, instructions), source_of(rows, 5, instructions)
+    draws = list(enumerate(["math", "coding"] * 10))
+    for order, capability in draws[:7]:
+        first.draw(capability, order)
     second.restore(json.loads(json.dumps(first.state())))
-    assert [first.draw(name) for name in capabilities] == [second.draw(name) for name in capabilities]
+    for order, capability in draws[7:12]:
+        first.draw(capability, order)
+    for capability in ("math", "coding"):
+        second.skip_to(capability, first.looks(capability))
+    drawn = [first.draw(name, order) for order, name in draws[12:]]
+    assert drawn == [second.draw(name, order) for order, name in draws[12:]]
+    assert drawn != [source_of(rows, 6, instructions).draw(name, order) for order, name in draws[12:]]
 
 
 def test_system_instructions_follow_their_weights_and_spare_prompts_that_bring_one():
     own = Row("own", "math", (Message("system", "Mine."), Message("user", "q")))
     source = source_of([own], 0, [{"text": "Be brief."}])
-    assert source.draw("math").system is None
+    assert source.draw("math", 0).system is None
     source = source_of([row_named("p")], 0, [{"text": "Be brief.", "weight": 3.0}, {"text": "", "weight": 1.0}])
-    drawn = [source.draw("math") for _ in range(400)]
+    drawn = [source.draw("math", order) for order in range(400)]
     assert 0.65 < sum(prompt.system == "Be brief." for prompt in drawn) / 400 < 0.85
     assert all((prompt.messages[0].role == "system") == (prompt.system is not None) for prompt in drawn)
 

@@ -1,7 +1,7 @@
 """The queue's promises under random speeds, drops and version lags: bound and quotas hold, nothing is lost."""
 
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import islice
 
 from hypothesis import given, settings
@@ -13,36 +13,64 @@ from posttrain.rl.staleness import StalenessQueue
 ONE = {"math": 1.0}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     batch=st.integers(1, 5),
     max_staleness=st.integers(0, 4),
+    mode=st.sampled_from(["pace", "wait", "drop"]),
     drop_rates=st.lists(st.sampled_from([0.0, 0.3, 0.6, 1.0]), min_size=1, max_size=4),
     refills=st.integers(0, 3),
     first=st.integers(0, 3),
     lag=st.integers(0, 1),
+    crashes=st.lists(st.integers(1, 200), max_size=3),
+    commit_every=st.integers(1, 4),
     seed=st.integers(0, 2**32),
 )
-def test_bound_and_quotas_hold_and_nothing_is_lost(batch, max_staleness, drop_rates, refills, first, lag, seed):
+def test_bound_and_quotas_hold_and_nothing_is_lost(
+    batch, max_staleness, mode, drop_rates, refills, first, lag, crashes, commit_every, seed
+):
+    """Random speeds, drops, lagging engines, version bumps and crashes; a crash undoes steps since the last commit."""
     rng = random.Random(seed)
     drop_rates[0] = min(drop_rates[0], 0.6)  # some capability teaches something
     names = "abcd"[: len(drop_rates)]
     weights = {name: rng.uniform(0.2, 3) for name in names}
     shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-    queue = StalenessQueue(batch, max_staleness, shares, refills, first)
+    queue = StalenessQueue(batch, max_staleness, shares, refills, first, mode)
     in_flight: list[int] = []
+    returning: list[int] = []  # groups of before a crash that wait for a place
     stamps: dict[int, int] = {}
     capabilities: dict[int, str] = {}
-    trained: list[int] = []
-    made = defaultdict(Counter)
-    dropped = 0
-    version = engine = first
+    ready: set[int] = set()
+    trained: dict[int, list[int]] = {}
+    dropped: set[int] = set()
+    version = engine = committed = first
     lag = min(lag, max_staleness)  # a lagging engine needs a bound of at least its lag
-    for _ in range(100_000):
+    for moment in range(20_000):
         if version == first + 12:
             break
+        if moment in crashes:
+            undone = [order for step in range(committed, version) for order in trained.pop(step)]
+            ready |= set(undone)
+            version = engine = committed
+            order = max(stamps, default=-1) + 1
+            queue = StalenessQueue(batch, max_staleness, shares, refills, version, mode, order)
+            survivors = sorted({*ready, *in_flight, *returning}, key=lambda order: (stamps[order], order))
+            in_flight, returning = [], []
+            for order in survivors:
+                # What was sampled by a version that is gone starts again, and so does half of what was in flight.
+                fresh = stamps[order] > version or (order not in ready and rng.random() < 0.5)
+                if fresh or not queue.adopt(order, capabilities[order], stamps[order], order in ready):
+                    ready.discard(order)
+                    returning.append(order)
+                elif order not in ready:
+                    in_flight.append(order)
         for _ in range(queue.room(engine)):
-            order, capabilities[order] = queue.admit(engine)
+            capability = queue.next_capability()
+            back = next((order for order in returning if capabilities[order] == capability), None)
+            if back is not None:
+                returning.remove(back)
+            order, capabilities[order] = queue.admit(engine, back)
+            assert capabilities[order] == capability
             in_flight.append(order)
             stamps[order] = engine
         taken = queue.take(version)
@@ -50,29 +78,41 @@ def test_bound_and_quotas_hold_and_nothing_is_lost(batch, max_staleness, drop_ra
             assert taken == sorted(taken)
             assert len(taken) == batch
             assert all(0 <= version - stamps[order] <= max_staleness for order in taken)
-            trained += taken
-            made[version].update(capabilities[order] for order in taken)
+            if mode == "wait":
+                waiting = [stamps[order] for order in in_flight]
+                assert len(names) > 1 or max(stamps[order] for order in taken) <= min(waiting, default=99)
+            trained[version] = taken
+            ready -= set(taken)
             version += 1
             engine = max(engine, version - lag)
+            if version % commit_every == 0:
+                committed = version
+            for order in queue.expired():
+                assert mode == "drop"
+                assert version - stamps[order] > max_staleness
+                queue.drop(order)
+                dropped.add(order)
+                ready.discard(order)
+                in_flight = [other for other in in_flight if other != order]
             continue
         # Later groups finish before earlier ones as often as not.
         assert in_flight, "nothing is in flight and no batch can be formed: deadlock"
         order = in_flight.pop(rng.randrange(len(in_flight)))
         if rng.random() < drop_rates[names.index(capabilities[order])]:
             queue.drop(order)
-            dropped += 1
+            dropped.add(order)
         else:
             queue.ready(order)
+            ready.add(order)
     assert version == first + 12
-    assert len(set(trained)) == len(trained)
-    assert len(stamps) == len(trained) + dropped + queue.num_ready + queue.num_in_flight
-    if queue.num_lent == 0:
+    all_trained = [order for step in trained for order in trained[step]]
+    assert len(set(all_trained)) == len(all_trained) == 12 * batch
+    assert {*all_trained, *dropped, *ready, *in_flight, *returning} == set(stamps)
+    assert len(stamps) == len(all_trained) + len(dropped) + len(ready) + len(in_flight) + len(returning)
+    if queue.num_lent == 0 and not any(crash < moment for crash in crashes):
         wanted = islice(places(shares, first * batch), 12 * batch)
         for step in range(first, first + 12):
-            assert made[step] == Counter(islice(wanted, batch))
-    else:
-        assert len(names) > 1
-        assert any(drop_rates)
+            assert Counter(capabilities[order] for order in trained[step]) == Counter(islice(wanted, batch))
 
 
 def test_a_dry_capability_lends_its_places_after_its_refills():
@@ -135,3 +175,27 @@ def test_strictly_on_policy_admits_one_batch():
     assert queue.take(0) == [0, 1, 2]
     assert queue.room(0) == 0
     assert queue.room(1) == 3
+
+
+def test_waiting_takes_the_oldest_even_where_others_are_ready():
+    queue = StalenessQueue(1, 2, ONE, 4, mode="wait")
+    first, second, _ = (queue.admit(0)[0] for _ in range(3))
+    queue.ready(second)
+    assert queue.take(0) is None
+    queue.ready(first)
+    assert queue.take(0) == [first]
+
+
+def test_dropping_goes_on_without_a_slow_group():
+    queue = StalenessQueue(1, 1, ONE, 4, mode="drop")
+    slow, second = (queue.admit(0)[0] for _ in range(2))
+    queue.ready(second)
+    assert queue.take(0) == [second]
+    third, _ = queue.admit(0)
+    queue.ready(third)
+    assert queue.take(1) == [third]
+    assert queue.expired() == [slow]
+    queue.drop(slow)
+    assert queue.expired() == []
+    assert queue.room(0) == 0  # what an engine of version 0 samples now would be too old at once
+    assert queue.room(1) == 2

@@ -1,4 +1,7 @@
-"""Every rollout that was decided, trained on or dropped, as parquet: one file an optimizer step."""
+"""Every rollout that was decided, trained on or dropped, as parquet: one file an optimizer step.
+
+The rows of a step's trained groups, in their order, are what the step was made of: with them it can be done again.
+"""
 
 import json
 from collections.abc import Sequence
@@ -45,6 +48,10 @@ class RolloutArchive:
                     "staleness": trainer_version - oldest if step is not None else None,
                     "status": status,
                     "tokens": json.dumps([self._piece(token) for token in rollout.token_ids]),
+                    "system": rollout.system,
+                    "prompt_ids": rollout.prompt_ids,
+                    "token_ids": rollout.token_ids,
+                    "sampler_logprobs": rollout.sampler_logprobs,
                 }
             )
 
@@ -79,7 +86,8 @@ def _schema(pa: Any) -> Any:
         "step": integer, "group_id": text, "prompt_id": text, "capability": text, "index": integer, "prompt": text,
         "reply": text, "reward": real, "reason": text, "advantage": real, "finish_reason": text,
         "policy_version": integer, "versions": text, "num_tokens": integer, "staleness": integer, "status": text,
-        "tokens": text,
+        "tokens": text, "system": text, "prompt_ids": pa.list_(pa.int32()), "token_ids": pa.list_(pa.int32()),
+        "sampler_logprobs": pa.list_(real),
     }  # fmt: skip
     return pa.schema(list(types.items()))
 

@@ -180,6 +180,19 @@ class RlConfig(Config):
     max_staleness: Annotated[int, Field(ge=0)] = Field(
         default=4, description="No token is trained on that is more versions old than this; 0 is strictly on-policy."
     )
+    staleness: Literal["pace", "wait", "drop"] = Field(
+        default="pace",
+        description="How the bound is kept: as many groups are admitted as can be trained in time, and a batch waits "
+        "for a slow one only at its last chance; every batch is the oldest groups; or groups too old are dropped.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="On a CPU, the same weights bit for bit in every run, however often it is resumed. Needs "
+        "max_staleness 0 and one rollout worker; groups are sampled in waves.",
+    )
+    trainer_restarts: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Start a trainer that died again from the last checkpoint, so often, instead of ending."
+    )
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     advantage: Literal["group_mean", "grpo", "rloo", "batch_norm"] = Field(
         default="group_mean", description="Baseline of a group's rewards, and their scale."
@@ -226,6 +239,11 @@ class RlConfig(Config):
             raise ValueError(
                 f"overlong.buffer_tokens ({self.overlong.buffer_tokens}) must not exceed sampling.max_tokens "
                 f"({self.sampling.max_tokens})"
+            )
+        if self.deterministic and (self.max_staleness or self.resources.rollout.workers > 1):
+            raise ValueError(
+                f"deterministic needs max_staleness 0 (got {self.max_staleness}) and resources.rollout.workers 1 "
+                f"(got {self.resources.rollout.workers}): else the timing decides what is trained on"
             )
         if self.min_group > self.group_size:
             raise ValueError(f"min_group ({self.min_group}) must not exceed group_size ({self.group_size})")

@@ -1,46 +1,54 @@
 """The controller of asynchronous RL: one small asyncio process that moves records and waits in one place.
 
-    prompts ──► dispatch ──► engines (vLLM actors) ──► reward pool ──► group
+    prompts ──► dispatch ──► engines (vLLM actors) ──► reward actor ──► group
                    ▲                                                     │ zero advantage, unscored: dropped,
                    │ room in the queue                                   │ its place free at once
                    └──────────────── StalenessQueue ◄────────────────────┘
                                           │ a whole batch, in dispatch order; the trainer waits here only
                                           ▼
-                     engines ◄── weights v+1 ── trainer (its own ranks): step ──► metrics, checkpoint
+                     engines ◄── weights v+1 ── trainer (its own ranks): step ──► metrics, checkpoint, commit
 
 Dispatch waits for room. An engine never waits for the trainer: it takes new weights between two of its steps, with
-requests in flight. The trainer starts its next step while the engines still take the weights of the last one.
+requests in flight. The trainer starts its next step while the engines still take the weights of the last one. Every
+transition of a group goes into the ledger, which a task of its own writes to the disk.
 """
 
 import asyncio
 import shutil
 import time
-from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.busy import BusyLog
+from posttrain.rl.codec import NOTHING
 from posttrain.rl.config import RlConfig
-from posttrain.rl.groups import DrawnPrompt, ScoredGroup
-from posttrain.rl.profile import PASS_THRESHOLD, reward_pool, sample_request
+from posttrain.rl.groups import Group, ScoredGroup
+from posttrain.rl.ledger import Commit, Entry, Ledger
+from posttrain.rl.profile import reward_pool, sample_request
 from posttrain.rl.prompts import PromptSource
+from posttrain.rl.recovery import CHECKPOINTS, SNAPSHOT, Survivor, folder_hash, scores_json
 from posttrain.rl.samples import train_samples
-from posttrain.rl.scoring import drop_reason, make_group, over_batch, score_group
+from posttrain.rl.scoring import drop_reason, make_group, over_batch, passes_and_failures, score_group
 from posttrain.rl.staleness import StalenessQueue
 from posttrain.rl.tally import StepTally
+from posttrain.rl.workers import Flight, RolloutWorkers
 from posttrain.sampling.client import Engines
-from posttrain.sampling.requests import SampleRequest
 from posttrain.scoring.pool import RewardPool
+
+FLUSH_S = 0.05
+T = TypeVar("T")
 
 
 class Controller:
-    """Runs `steps` optimizer steps. `trainer` holds `PolicyTrainer`s; engines hold version `first_step`.
+    """Runs `steps` optimizer steps. `trainer` holds `PolicyTrainer`s; the engines hold version `first_step`, whose
+    weights are `manifest`.
 
-    shares: of each capability in every batch.
+    shares: of each capability in every batch. survivors: groups of before a crash, the oldest stamp first.
     """
 
     def __init__(
@@ -52,39 +60,62 @@ class Controller:
         source: PromptSource,
         shares: Mapping[str, float],
         archive: RolloutArchive,
+        ledger: Ledger,
         stop_ids: tuple[int, ...],
+        manifest: dict[str, Any],
         first_step: int = 0,
+        survivors: Sequence[Survivor] = (),
     ):
         self._config = config
         self._context = context
-        self._engines = engines
         self._trainer = trainer
         self._source = source
         self._archive = archive
+        self._ledger = ledger
         self._stop_ids = stop_ids
-        self._version = first_step  # of the trainer: optimizer steps that are applied
         self._next_version = first_step  # at which the next batch will be trained
-        self._engine_versions = [first_step] * len(engines.actors)
-        self._in_flight_on = [0] * len(engines.actors)
         self._queue = StalenessQueue(
-            config.groups_per_step, config.max_staleness, shares, config.mixture_refills, first_step
+            config.groups_per_step,
+            config.max_staleness,
+            shares,
+            config.mixture_refills,
+            first_step,
+            config.staleness,
+            ledger.next_order,
         )
+        self._survivors = survivors
+        self._returning: deque[Entry] = deque()  # groups of before a crash that start again once there is room
         self._ready: dict[int, tuple[ScoredGroup, float]] = {}  # with the Unix time since when
+        self._archived_seq = 0
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._update: asyncio.Task[None] | None = None
         self._dropped_in_a_row = 0
         self._failure: BaseException | None = None
-        self._generated = [BusyLog(context, name, "generate") for name in engines.names]
+        self._workers = RolloutWorkers(
+            context,
+            engines,
+            manifest,
+            first_step,
+            config.engine.deadline_s,
+            self._sampled,
+            lambda flight: ledger.begun(flight.order, tuple(flight.replies)),
+            ledger.event,
+            context.seed if config.deterministic else None,
+        )
         self._scored = BusyLog(context, "reward", "score")
-        logs = dict(zip(engines.names, self._generated, strict=True))
-        self._tally = StepTally({**logs, "reward": self._scored})
+        self._tally = StepTally(
+            {**{worker.name: worker.log for worker in self._workers.workers}, "reward": self._scored}
+        )
         self._pool: RewardPool = reward_pool(config)
 
     async def run(self) -> None:
         """Train to the last step."""
         await self._pool.start()
         try:
+            self._start(self._workers.run())
+            self._start(self._keep_ledger())
+            self._go_on_with(self._survivors)
             while self._next_version < self._config.steps:
                 await self._one_step()
             await self._finish_update()
@@ -93,51 +124,111 @@ class Controller:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._pool.close()
-            for log in (*self._generated, self._scored):
-                log.flush()
+            self._scored.flush()
+            await self._ledger.flush()
 
-    # ------------------------------------------------------------------ generation
+    def finish(self) -> None:
+        """After the last step: what is not decided never will be."""
+        for entry in self._ledger.entries(("reserved", "generated", "scored")):
+            scored = self._ready.pop(entry.id, None)
+            self._ledger.dropped(entry.id, "finished")
+            if scored is not None:
+                self._archive.add(scored[0], None, self._next_version, "dropped:finished")
+        self._archive.write(self._next_version)
+        self._ledger.event("finished", self._next_version)
 
-    def _dispatch(self) -> None:
-        """Admit as many groups as there is room for; each is sampled by the engine with the fewest in flight."""
-        for _ in range(self._queue.room(min(self._engine_versions))):
-            engine = min(range(len(self._in_flight_on)), key=self._in_flight_on.__getitem__)
-            order, capability = self._queue.admit(min(self._engine_versions))
-            self._in_flight_on[engine] += 1
-            task = asyncio.create_task(self._sample(order, engine, self._source.draw(capability)))
-            self._tasks.add(task)
-            task.add_done_callback(self._done)
+    def _start(self, work: "Awaitable[None]") -> asyncio.Task[None]:
+        """Beside everything else; its failure ends the run."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         self._changed.set()
         if not task.cancelled() and task.exception() is not None:
-            self._failure = task.exception()
+            self._failure = self._failure or task.exception()
 
-    async def _sample(self, order: int, engine: int, prompt: DrawnPrompt) -> None:
-        request = self._request(prompt)
-        try:
-            completions, began, ended = await self._engines.actors[engine].generate.remote([request])
-        finally:
-            self._in_flight_on[engine] -= 1
-        self._generated[engine].add(began, ended)
-        group = make_group(order, prompt, completions[0], self._engines.names[engine], began, ended)
-        scoring = time.time()
+    async def _keep_ledger(self) -> None:
+        while True:
+            await self._ledger.flush()
+            await asyncio.sleep(FLUSH_S)
+
+    # ------------------------------------------------------------------ generation
+
+    def _go_on_with(self, survivors: Iterable[Survivor]) -> None:
+        """Groups of before a crash: each goes on from where it stood, or starts again when there is room."""
+        for survivor in survivors:
+            entry, scored = survivor.entry, survivor.scored
+            if scored is not None and (reason := drop_reason(scored, self._config)) is not None:
+                self._ledger.dropped(entry.id, reason)
+                self._archive.add(scored, None, self._next_version, f"dropped:{reason}")
+                continue
+            adopted = survivor.replies and self._queue.adopt(
+                entry.id, entry.capability, survivor.stamp, scored is not None
+            )
+            if not adopted:
+                self._returning.append(entry)
+            elif scored is not None:
+                self._ready[entry.id] = (scored, time.time())
+            elif survivor.group is not None:
+                self._start(self._score(survivor.group))
+            else:
+                self._ledger.restart_group(entry.id, survivor.stamp, survivor.replies)
+                self._send(entry.id, survivor.stamp, entry.prompt_id, entry.system, survivor.replies)
+
+    def _dispatch(self) -> None:
+        """Admit as many groups as there is room for; a deterministic run in waves, one when the last is decided."""
+        if self._config.deterministic and self._queue.num_in_flight:
+            return
+        for _ in range(self._queue.room(self._workers.oldest_version)):
+            stamp = self._workers.oldest_version
+            capability = self._queue.next_capability()
+            entry = next((entry for entry in self._returning if entry.capability == capability), None)
+            if entry is not None:
+                self._returning.remove(entry)
+                self._queue.admit(stamp, entry.id)
+                self._ledger.restart_group(entry.id, stamp, ())
+                self._send(entry.id, stamp, entry.prompt_id, entry.system)
+                continue
+            order, capability = self._queue.admit(stamp)
+            prompt = self._source.draw(capability, order)
+            self._ledger.reserve(order, prompt.row.id, capability, prompt.system, self._source.looks(capability), stamp)
+            self._workers.send(Flight(order, stamp, prompt, self._request(prompt), self._no_replies()))
+
+    def _send(self, order: int, stamp: int, prompt_id: str, system: str | None, replies: Sequence[Any] = ()) -> None:
+        prompt = self._source.prompt(prompt_id, system)
+        there = [*replies] or self._no_replies()
+        self._workers.send(Flight(order, stamp, prompt, self._request(prompt), there))
+
+    def _no_replies(self) -> list[Any]:
+        return [NOTHING] * self._config.group_size
+
+    def _request(self, prompt: Any) -> Any:
+        return sample_request(self._config, prompt, self._config.group_size, self._stop_ids)
+
+    def _sampled(self, flight: Flight, now: float) -> None:
+        self._ledger.generated(flight.order, flight.replies)
+        group = make_group(flight.order, flight.prompt, flight.replies, flight.worker, flight.began, now)
+        self._start(self._score(group))
+
+    async def _score(self, group: Group) -> None:
+        began = time.time()
         scored = await score_group(group, self._pool, self._config)
-        self._scored.add(scoring, time.time())
+        self._scored.add(began, time.time())
+        if not self._queue.holds(group.order):  # it became too old meanwhile
+            return
         reason = drop_reason(scored, self._config)
+        self._ledger.scored(group.order, scores_json(scored))
         self._tally.decided(scored, reason)
-        passes = sum(reward > PASS_THRESHOLD for reward in scored.scored_rewards)
-        self._source.observe(prompt.row.id, passes, len(scored.scored_rewards) - passes)
+        self._source.observe(group.prompt.row.id, *passes_and_failures(scored))
         if reason is None:
             self._dropped_in_a_row = 0
-            self._ready[order] = (scored, time.time())
-            self._queue.ready(order)
+            self._ready[group.order] = (scored, time.time())
+            self._queue.ready(group.order)
         else:
             self._drop(scored, reason)
-
-    def _request(self, prompt: DrawnPrompt) -> SampleRequest:
-        return sample_request(self._config, prompt, self._config.group_size, self._stop_ids)
 
     @property
     def _idle_limit(self) -> int:
@@ -146,7 +237,8 @@ class Controller:
 
     def _drop(self, scored: ScoredGroup, reason: str) -> None:
         self._queue.drop(scored.group.order)
-        self._archive.add(scored, None, self._version, f"dropped:{reason}")
+        self._ledger.dropped(scored.group.order, reason)
+        self._archive.add(scored, None, self._next_version, f"dropped:{reason}")
         self._dropped_in_a_row += 1
         limit = self._idle_limit
         if self._dropped_in_a_row >= limit:
@@ -155,6 +247,17 @@ class Controller:
                 f"{limit} groups in a row taught nothing (the last: {reason}, rewards {dict(rewards)}); "
                 "choose prompts of other difficulty (profile.band) or look at the reward"
             )
+
+    def _drop_expired(self) -> None:
+        """In mode `drop`, groups that are too old for every batch to come."""
+        for order in self._queue.expired():
+            self._queue.drop(order)
+            self._ledger.dropped(order, "stale")
+            self._workers.cancel(order)
+            scored = self._ready.pop(order, None)
+            self._tally.expired(scored and scored[0])
+            if scored is not None:
+                self._archive.add(scored[0], None, self._next_version, "dropped:stale")
 
     # ------------------------------------------------------------------ training
 
@@ -171,6 +274,22 @@ class Controller:
             self._changed.clear()
             await self._changed.wait()
 
+    async def _beside(self, work: Awaitable[T]) -> T:
+        """Wait for something of the trainer while generation goes on."""
+        waiting = asyncio.ensure_future(work)
+        try:
+            while not waiting.done():
+                if self._failure is not None:
+                    raise self._failure
+                self._dispatch()
+                self._changed.clear()
+                changed = asyncio.ensure_future(self._changed.wait())
+                await asyncio.wait({waiting, changed}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+            return waiting.result()
+        finally:
+            waiting.cancel()
+
     async def _one_step(self) -> None:
         waiting = time.time()
         batch, ready_since = await self._next_batch()
@@ -180,40 +299,25 @@ class Controller:
         if oldest > self._config.max_staleness:
             raise StageError(f"step {step}: a group is {oldest} versions old; the bound does not hold")
         self._next_version = step + 1
-        self._dispatch()  # the batch's places are free: generation goes on beside the step
-        training = asyncio.ensure_future(self._trainer.call("step", train_samples(batch, step), step))
-        while not training.done():
-            self._changed.clear()
-            changed = asyncio.ensure_future(self._changed.wait())
-            await asyncio.wait({training, changed}, return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
-            if self._failure is not None:
-                raise self._failure
-            self._dispatch()
-        result = training.result()
-        self._version = step + 1
+        self._drop_expired()  # the batch's places are free: generation goes on beside the step
+        result = await self._beside(self._trainer.call("step", train_samples(batch, step), step))
         self._context.busy("trainer", "train", result["began"], result["ended"])
         # Two segments are written in turn: the engines must have taken the last version before the next is written.
         await self._finish_update()
-        self._update = asyncio.create_task(self._update_engines(result["manifest"], step + 1))
-        self._update.add_done_callback(self._done)  # a failed update ends the run instead of leaving it waiting
+        weights = self._config.weights
+        self._update = self._start(
+            self._workers.update(result["manifest"], step + 1, weights.order == "one_by_one", weights.kv)
+        )
+        self._ledger.trained([scored.group.order for scored in batch], step)
         for scored in batch:
             self._archive.add(scored, step, step, "trained")
         self._archive.write(step)
+        self._archived_seq = self._ledger.seq
         ages_s = [now - since for since in ready_since]
         metrics = self._tally.values(step, batch, ages_s, now - waiting, result["metrics"])
         self._tell(step, {**metrics, **self._source.advance(step + 1, metrics["pass_rate"])})
         if self._checkpoint_is_due(step + 1):
             await self._checkpoint(step + 1)
-
-    async def _update_engines(self, manifest: dict[str, Any], version: int) -> None:
-        async def update(index: int) -> None:
-            began, ended = await self._engines.actors[index].update_weights.remote(manifest, version)
-            self._engine_versions[index] = version
-            self._context.busy(self._engines.names[index], "update_weights", began, ended)
-            self._changed.set()
-
-        await asyncio.gather(*(update(index) for index in range(len(self._engines.actors))))
 
     async def _finish_update(self) -> None:
         if self._update is not None:
@@ -224,9 +328,26 @@ class Controller:
         return version % self._config.checkpoint_every == 0 and version < self._config.steps
 
     async def _checkpoint(self, version: int) -> None:
-        folder = self._context.dir / "checkpoints" / f"step_{version}"
+        """Write a checkpoint beside generation, then commit it: from that transaction on it counts."""
+        folder = self._context.dir / CHECKPOINTS / f"step_{version}"
         folder.parent.mkdir(exist_ok=True)
-        await self._trainer.call("save_checkpoint", str(folder), {"source": self._source.state()})
+        aside = folder.parent / f".{SNAPSHOT}"
+        archived_seq = self._archived_seq
+        state = {
+            "source": self._source.state(),
+            "seq": self._ledger.seq,
+            "next_order": self._queue.next_order,
+            "dropped_in_a_row": self._dropped_in_a_row,
+        }
+
+        async def write() -> str:
+            await self._ledger.snapshot(aside)
+            await self._trainer.call("save_checkpoint", str(folder), state)
+            aside.rename(folder / SNAPSHOT)
+            return await asyncio.to_thread(folder_hash, folder)
+
+        digest = await self._beside(write())
+        await self._ledger.commit(Commit(version, f"{CHECKPOINTS}/{folder.name}", digest), archived_seq)
         for old in folder.parent.glob("step_*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
@@ -239,6 +360,7 @@ class Controller:
             "queue_groups": self._queue.num_ready,
             "in_flight_groups": self._queue.num_in_flight,
             "places_lent": self._queue.num_lent,
+            "engines_replaced": self._workers.num_replaced,
         }
         self._context.metrics(step, values)
         shown = ("reward_mean", "pass_rate", "staleness_mean", "queue_groups", "generate_tokens_per_s")

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from posttrain.records import Message, Rollout, Row
 
+PASS_THRESHOLD = 0.5  # a rollout with a larger reward has passed
+
 
 @dataclass(frozen=True, slots=True)
 class DrawnPrompt:

@@ -5,6 +5,7 @@ of reloading shows here too, before a step is trained.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from posttrain.errors import StageError
 from posttrain.parallel.ranks import RankGroup
@@ -38,12 +39,12 @@ def check_engine_parity(
     trainer: RankGroup,
     prompts: list[DrawnPrompt],
     stop_ids: tuple[int, ...],
+    manifest: dict[str, Any],
     version: int,
 ) -> Parity:
-    """Compare on a few prompts; raises `StageError` where the mean gap exceeds the tolerance."""
+    """Compare on a few prompts, with the weights of `manifest`; raises `StageError` where the mean gap is too large."""
     import ray
 
-    manifest = trainer.get("publish")
     ray.get([actor.update_weights.remote(manifest, version) for actor in engines.actors])
     tolerance = allowed_gap(config)
     worst = Parity(0.0, 0.0, 0)

@@ -9,14 +9,12 @@ from posttrain.context import StageContext
 from posttrain.errors import ConfigError, StageError
 from posttrain.records import Rollout, Row, Scored
 from posttrain.rl.config import RlConfig
-from posttrain.rl.groups import DrawnPrompt
+from posttrain.rl.groups import PASS_THRESHOLD, DrawnPrompt
 from posttrain.rl.scoring import make_group
 from posttrain.sampling.client import Engines
 from posttrain.sampling.requests import SampleRequest
 from posttrain.scoring.plugins import RewardSpec
 from posttrain.scoring.pool import RewardPool
-
-PASS_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, slots=True)

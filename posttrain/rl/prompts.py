@@ -3,7 +3,8 @@
 Without a curriculum every prompt comes once before any comes again. With one, prompts are looked at in that order too,
 and the first is taken whose pass rate, drawn from what is believed of it, lies in the band.
 
-Everything is drawn from one seeded generator whose state goes into the checkpoint, so a resumed run draws on.
+Every draw is a pure function of the seed, the group's dispatch order, how many prompts of the capability have been
+looked at, and the beliefs. So a resumed run knows where it stood from two numbers in the ledger.
 """
 
 import random
@@ -31,35 +32,54 @@ class PromptSource:
         self._by_capability: dict[str, list[Row]] = {}
         for row in rows:
             self._by_capability.setdefault(row.capability, []).append(row)
+        self._by_id = {row.id: row for row in rows}
         self._systems = systems
         self._render = render
-        self._random = random.Random(seed)
+        self._seed = seed
         self._curriculum = curriculum
         self._tries = tries
-        self._queues: dict[str, list[int]] = {name: [] for name in self._by_capability}
+        self._looks = dict.fromkeys(self._by_capability, 0)
+        self._passes: dict[tuple[str, int], list[int]] = {}  # the order of the current pass over a capability's rows
 
-    def draw(self, capability: str) -> DrawnPrompt:
-        """The next prompt of a capability."""
+    def draw(self, capability: str, order: int) -> DrawnPrompt:
+        """The prompt of the group that is dispatched at place `order`."""
+        rng = random.Random(f"{self._seed}/{order}")
         row = self._next(capability)
         if self._curriculum is not None:
-            row = self._in_band(row, self._curriculum)
-        system = self._draw_system(row)
+            row = self._in_band(row, self._curriculum, rng)
+        return self.prompt(row.id, self._draw_system(row, rng))
+
+    def prompt(self, prompt_id: str, system: str | None) -> DrawnPrompt:
+        """A row of the selection as a prompt, with this system instruction."""
+        row = self._by_id[prompt_id]
         messages = row.messages if system is None else (Message("system", system), *row.messages)
         return DrawnPrompt(row, system, messages, tuple(self._render(messages)))
 
-    def _next(self, capability: str) -> Row:
-        rows, queue = self._by_capability[capability], self._queues[capability]
-        if not queue:
-            queue += self._random.sample(range(len(rows)), len(rows))
-        return rows[queue.pop()]
+    def looks(self, capability: str) -> int:
+        """How many prompts of a capability have been looked at so far."""
+        return self._looks[capability]
 
-    def _in_band(self, row: Row, curriculum: Curriculum) -> Row:
-        nearest, least = row, curriculum.miss(row.id, self._random)
+    def skip_to(self, capability: str, looks: int) -> None:
+        """At least so many prompts of a capability have been looked at."""
+        self._looks[capability] = max(self._looks[capability], looks)
+
+    def _next(self, capability: str) -> Row:
+        rows = self._by_capability[capability]
+        number, place = divmod(self._looks[capability], len(rows))
+        self._looks[capability] += 1
+        if (capability, number) not in self._passes:
+            self._passes = {key: value for key, value in self._passes.items() if key[0] != capability}
+            rng = random.Random(f"{self._seed}/{capability}/{number}")
+            self._passes[capability, number] = rng.sample(range(len(rows)), len(rows))
+        return rows[self._passes[capability, number][place]]
+
+    def _in_band(self, row: Row, curriculum: Curriculum, rng: random.Random) -> Row:
+        nearest, least = row, curriculum.miss(row.id, rng)
         for _ in range(self._tries - 1):
             if least == 0:
                 break
             row = self._next(row.capability)
-            miss = curriculum.miss(row.id, self._random)
+            miss = curriculum.miss(row.id, rng)
             if miss < least:
                 nearest, least = row, miss
         return nearest
@@ -76,23 +96,19 @@ class PromptSource:
         self._curriculum.advance(version, pass_rate)
         return self._curriculum.figures()
 
-    def _draw_system(self, row: Row) -> str | None:
+    def _draw_system(self, row: Row, rng: random.Random) -> str | None:
         instructions = self._systems.instructions
         if not instructions or row.messages[0].role == "system":
             return None
-        chosen = self._random.choices(instructions, [item.weight for item in instructions])[0]
+        chosen = rng.choices(instructions, [item.weight for item in instructions])[0]
         return chosen.text or None
 
     def state(self) -> dict[str, Any]:
         """JSON state for a checkpoint."""
-        version, internal, gauss = self._random.getstate()
-        curriculum = self._curriculum and self._curriculum.state()
-        return {"random": [version, list(internal), gauss], "queues": self._queues, "curriculum": curriculum}
+        return {"looks": self._looks, "curriculum": self._curriculum and self._curriculum.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
-        version, internal, gauss = state["random"]
-        self._random.setstate((version, tuple(internal), gauss))
-        self._queues = {name: list(queue) for name, queue in state["queues"].items()}
-        if self._curriculum is not None:
+        self._looks = {name: state["looks"].get(name, 0) for name in self._by_capability}
+        if self._curriculum is not None and state["curriculum"] is not None:
             self._curriculum.restore(state["curriculum"])

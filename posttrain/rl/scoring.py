@@ -7,7 +7,7 @@ from dataclasses import replace
 from posttrain.records import Rollout, Scored
 from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, is_zero
 from posttrain.rl.config import RlConfig
-from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
+from posttrain.rl.groups import PASS_THRESHOLD, DrawnPrompt, Group, ScoredGroup
 from posttrain.sampling.requests import Completion
 from posttrain.scoring.pool import RewardPool
 
@@ -111,3 +111,9 @@ def drop_reason(scored: ScoredGroup, config: RlConfig) -> str | None:
     if not known:
         return "truncated"
     return "zero_advantage" if config.drop_zero_advantage and is_zero(known) else None
+
+
+def passes_and_failures(scored: ScoredGroup) -> tuple[int, int]:
+    """How many of the scored rollouts passed, and how many did not."""
+    passes = sum(reward > PASS_THRESHOLD for reward in scored.scored_rewards)
+    return passes, len(scored.scored_rewards) - passes

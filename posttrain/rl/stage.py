@@ -1,10 +1,10 @@
 """The RL stage: profile the prompts, select the medium-to-hard band, train asynchronously, write the policy."""
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from posttrain.context import StageContext
@@ -21,7 +21,8 @@ from posttrain.rl.config import RlConfig
 from posttrain.rl.controller import Controller
 from posttrain.rl.curriculum import Curriculum
 from posttrain.rl.groups import DrawnPrompt
-from posttrain.rl.parity import check_engine_parity
+from posttrain.rl.ledger import Commit, Ledger
+from posttrain.rl.parity import Parity, check_engine_parity
 from posttrain.rl.profile import (
     Difficulty,
     profile_prompts,
@@ -31,13 +32,29 @@ from posttrain.rl.profile import (
 )
 from posttrain.rl.prompts import PromptSource
 from posttrain.rl.quotas import mixture_shares
+from posttrain.rl.recovery import (
+    Survivor,
+    finished_outputs,
+    folder_hash,
+    group_of,
+    last_checkpoint,
+    open_ledger,
+    scored_from_json,
+    survivors,
+    version_of,
+)
+from posttrain.rl.scoring import passes_and_failures
 from posttrain.sampling.client import Engines
+
+MODEL = "model"
 
 
 def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
     check_parallel(config.parallel, config.model, None)
     rows = _rows_to_profile(config, context.seed)
+    if (finished := finished_outputs(context.dir, config.steps)) is not None:
+        return finished
     from posttrain.model.load import check_router, load_tokenizer
 
     check_router(config.model)
@@ -101,32 +118,97 @@ def _train(
 ) -> dict[str, Any]:
     difficulties = _profile(config, context, engines, prompts, stop_ids)
     selected = select_band(difficulties, rows, config.profile.band)
-    shares = mixture_shares(selected, config.mixture)
-    source = prompt_source(config, selected, difficulties, tokenizer, context.seed)
-    first_step = 0
-    archive = RolloutArchive(context.dir / "rollouts", tokenizer)
-    checkpoint = _latest_checkpoint(context.dir / "checkpoints")
-    if checkpoint is not None:
-        state: Any = trainer.get("load_checkpoint", str(checkpoint))
-        source.restore(state["source"])
-        first_step = int(checkpoint.name.removeprefix("step_"))
-        archive.forget_after(first_step - 1)
-        keep_steps_before(context.dir / "metrics.jsonl", first_step)
-        context.event("resumed", step=first_step)
-    parity = check_engine_parity(config, engines, trainer, prompts, stop_ids, first_step)
-    context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
-    asyncio.run(Controller(config, context, engines, trainer, source, shares, archive, stop_ids, first_step).run())
-    trainer.get("save", str(context.dir / "model"))
-    return {
-        "model": str(context.dir / "model"),
-        "rollouts": str(context.dir / "rollouts"),
-        "steps": config.steps,
+    figures = {
         "profiled_prompts": len(difficulties),
         "selected_prompts": len(selected),
         "selected_by_capability": dict(Counter(row.capability for row in selected)),
-        "parity_mean_gap": parity.mean_gap,
-        **trainer.get("report"),
     }
+    ledger = open_ledger(context.dir)
+    try:
+        parity = _steps(config, context, engines, trainer, prompts, selected, difficulties, tokenizer, stop_ids, ledger)
+        outputs = {
+            "model": str(context.dir / MODEL),
+            "rollouts": str(context.dir / "rollouts"),
+            "steps": config.steps,
+            **figures,
+            "parity_mean_gap": parity.mean_gap,
+            **trainer.get("report"),
+        }
+        trainer.get("save", outputs["model"])
+        ledger.set_fact("outputs", outputs)
+        commit = Commit(config.steps, MODEL, folder_hash(context.dir / MODEL))
+        asyncio.run(ledger.commit(commit, ledger.seq))
+        return outputs
+    finally:
+        ledger.close()
+
+
+def _steps(
+    config: RlConfig,
+    context: StageContext,
+    engines: Engines,
+    trainer: RankGroup,
+    prompts: list[DrawnPrompt],
+    selected: list[Row],
+    difficulties: list[Difficulty],
+    tokenizer: Any,
+    stop_ids: tuple[int, ...],
+    ledger: Ledger,
+) -> Parity:
+    """From the last commit to the last step."""
+    source = prompt_source(config, selected, difficulties, tokenizer, context.seed)
+    archive = RolloutArchive(context.dir / "rollouts", tokenizer)
+    first_step, left = _resume(config, context, trainer, source, archive, ledger)
+    manifest = trainer.get("publish")
+    parity = check_engine_parity(config, engines, trainer, prompts, stop_ids, manifest, first_step)
+    context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
+    shares = mixture_shares(selected, config.mixture)
+    controller = Controller(
+        config, context, engines, trainer, source, shares, archive, ledger, stop_ids, manifest, first_step, left
+    )
+    asyncio.run(controller.run())
+    controller.finish()
+    return parity
+
+
+def _resume(
+    config: RlConfig,
+    context: StageContext,
+    trainer: RankGroup,
+    source: PromptSource,
+    archive: RolloutArchive,
+    ledger: Ledger,
+) -> tuple[int, list[Survivor]]:
+    """Bring everything to where the last commit left it; returns its version, and the groups that go on."""
+    if not ledger.next_order:
+        return 0, []
+    checkpoint = last_checkpoint(context.dir, ledger)
+    state: dict[str, Any] = {"seq": 0, "next_order": 0}
+    first_step = 0
+    if checkpoint is not None:
+        state = trainer.get("load_checkpoint", str(checkpoint))
+        first_step = version_of(checkpoint)
+        source.restore(state["source"])
+    undone = ledger.roll_back(first_step)
+    if config.deterministic:
+        ledger.forget_from(state["next_order"])
+    archive.forget_after(first_step - 1)
+    keep_steps_before(context.dir / "metrics.jsonl", first_step)
+    for entry in ledger.entries():
+        source.skip_to(entry.capability, entry.looks)
+    for entry in ledger.entries(("scored", "dropped"), with_data=True):
+        if entry.scores is None or entry.data is None:
+            continue
+        scored = scored_from_json(group_of(entry, source), json.loads(entry.scores))
+        if entry.scored_seq is not None and entry.scored_seq > state["seq"]:
+            source.observe(entry.prompt_id, *passes_and_failures(scored))
+        if entry.state == "dropped":
+            archive.add(scored, None, first_step, f"dropped:{entry.reason}")
+    left = survivors(ledger, source, first_step)
+    context.event("resumed", step=first_step, groups=len(left))
+    if undone.steps:
+        context.event("rolled_back", steps=undone.steps, groups=undone.groups)
+    return first_step, left
 
 
 def prompt_source(
@@ -156,8 +238,3 @@ def _profile(
     difficulties = profile_prompts(config, context, engines, order, stop_ids)
     write_difficulty(path, difficulties, config.profile.band)
     return difficulties
-
-
-def _latest_checkpoint(folder: Path) -> Path | None:
-    found = sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-    return found[-1] if found else None

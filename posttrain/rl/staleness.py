@@ -17,16 +17,27 @@ capability and every version d:
 
     groups whose last chance is d or earlier  <=  places in the batches up to d
 
-Admission keeps that true, since only places up to the last chance are given out. A batch is closed only if it stays
-true for what is left; else the batch waits for a slow group instead of being filled with later ones. So nothing is
-dropped for its age, and nothing slow is starved.
+Admission keeps that true, since only places up to the last chance are given out. What the batch that is trained at
+version v may be made of depends on the mode:
+
+    pace  a batch is closed only if the sentence above stays true for what is left; else it waits for a slow group
+          instead of being filled with later ones. Nothing is dropped for its age, and nothing slow is starved.
+    wait  a batch is always the oldest groups of each capability: the trainer waits for the slowest of them.
+    drop  a batch is whatever is ready, and admission asks for the trainer's version only: nobody waits for a slow
+          group or a slow engine, and groups past their last chance are `expired`, to be dropped.
+
+After a crash, groups that are still there are adopted: each takes a place again that is early enough, or is told that
+there is none.
 """
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from posttrain.rl.quotas import places
+
+Mode = Literal["pace", "wait", "drop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +59,32 @@ class StalenessQueue:
     """Admits groups, takes their results, and forms batches of `groups_per_step` in dispatch order.
 
     shares: of each capability, 1 in all. refills: how often a place is refilled before another capability takes it.
-    version: at which the first batch will be trained.
+    version: at which the first batch will be trained. first_order: the dispatch order of the next new group.
     """
 
     def __init__(
-        self, groups_per_step: int, max_staleness: int, shares: Mapping[str, float], refills: int, version: int = 0
+        self,
+        groups_per_step: int,
+        max_staleness: int,
+        shares: Mapping[str, float],
+        refills: int,
+        version: int = 0,
+        mode: Mode = "pace",
+        first_order: int = 0,
     ):
         self._batch = groups_per_step
         self._max_staleness = max_staleness
         self._shares = shares
         self._refills = refills
+        self._mode = mode
+        self._version = version  # of the next batch
         self._coming = places(shares, version * groups_per_step)
         self._num_given = version * groups_per_step
         self._places: dict[int, Counter[str]] = {}  # of batches that are not trained yet
         self._free: list[_Place] = []
         self._lent: Counter[str] = Counter()
         self._undecided: dict[int, _Undecided] = {}
-        self._next_order = 0
+        self._next_order = first_order
 
     @property
     def num_ready(self) -> int:
@@ -81,22 +101,70 @@ class StalenessQueue:
         """Places that have gone to another capability than the mixture's."""
         return self._lent.total()
 
+    @property
+    def next_order(self) -> int:
+        """The dispatch order of the next new group."""
+        return self._next_order
+
+    def holds(self, order: int) -> bool:
+        """Whether a group is admitted and not decided."""
+        return order in self._undecided
+
     def room(self, engine_version: int) -> int:
         """How many groups may be admitted now; engine_version: the oldest that an engine may still sample with."""
-        return (engine_version + self._max_staleness + 1) * self._batch - self._num_given + len(self._free)
+        version = engine_version
+        if self._mode == "drop":
+            if engine_version + self._max_staleness < self._version:
+                return 0  # it would be too old at once
+            version = self._version
+        return (version + self._max_staleness + 1) * self._batch - self._num_given + len(self._free)
 
-    def admit(self, engine_version: int) -> tuple[int, str]:
-        """Take a place; returns the group's dispatch order and the capability that its prompt must have."""
-        if self._free:
-            place = self._free.pop()
-        else:
-            place = _Place(next(self._coming))
-            self._places.setdefault(self._num_given // self._batch, Counter())[place.capability] += 1
-            self._num_given += 1
-        order = self._next_order
-        self._next_order += 1
-        self._undecided[order] = _Undecided(engine_version, place)
-        return order, place.capability
+    def next_capability(self) -> str:
+        """The capability of the place that the next group to be admitted takes."""
+        if not self._free:
+            self._give_place()
+        return self._free[-1].capability
+
+    def admit(self, engine_version: int, order: int | None = None) -> tuple[int, str]:
+        """Take a place; returns the group's dispatch order and the capability that its prompt must have.
+
+        order: of a group that was admitted before a crash; a new one gets the next.
+        """
+        if order is None:
+            order = self._next_order
+            self._next_order += 1
+        capability = self.next_capability()
+        self._undecided[order] = _Undecided(engine_version, self._free.pop())
+        return order, capability
+
+    def adopt(self, order: int, capability: str, stamp: int, is_ready: bool) -> bool:
+        """Let a group from before a crash take a place again; False if no place is early enough for it.
+
+        Groups are adopted before any is admitted, those with the lowest `stamp` first.
+        """
+        last_chance = stamp + self._max_staleness
+        end = (last_chance + 1) * self._batch
+        while last_chance >= self._version and self._num_given < end and not self._has_free(capability):
+            self._give_place()
+        if last_chance < self._version or not self._free:
+            return False
+        if not self._has_free(capability):
+            taken = self._free.pop()
+            self._move_place(taken.capability, capability)
+            self._free.append(_Place(capability))
+        index = next(index for index, place in enumerate(self._free) if place.capability == capability)
+        self._undecided[order] = _Undecided(stamp, self._free.pop(index), is_ready)
+        return True
+
+    def _has_free(self, capability: str) -> bool:
+        return any(place.capability == capability for place in self._free)
+
+    def _give_place(self) -> None:
+        """The next place of all batches is free from now on."""
+        place = _Place(next(self._coming))
+        self._places.setdefault(self._num_given // self._batch, Counter())[place.capability] += 1
+        self._num_given += 1
+        self._free.append(place)
 
     def ready(self, order: int) -> None:
         """The group has been sampled and scored, and is worth training on."""
@@ -119,10 +187,13 @@ class StalenessQueue:
         total = self._lent.total() + 1
         heir = max(others, key=lambda name: (self._shares[name] * total - self._lent[name], name))
         self._lent[heir] += 1
+        self._move_place(capability, heir)
+        return heir
+
+    def _move_place(self, capability: str, heir: str) -> None:
         last = max(version for version, counts in self._places.items() if counts[capability])
         self._places[last][capability] -= 1
         self._places[last][heir] += 1
-        return heir
 
     def take(self, version: int) -> list[int] | None:
         """The next batch, to be trained at `version`, in dispatch order; None while it is not complete."""
@@ -131,16 +202,26 @@ class StalenessQueue:
             return None
         batch: list[int] = []
         for capability, count in wanted.items():
-            own = sorted(order for order, item in self._undecided.items() if item.place.capability == capability)
-            chosen = [order for order in own if self._undecided[order].is_ready][:count]
-            left = [self._undecided[order].stamp + self._max_staleness for order in own if order not in set(chosen)]
-            if len(chosen) < count or not self._fit(capability, left, version):
+            own = [order for order, item in self._undecided.items() if item.place.capability == capability]
+            own.sort(key=lambda order: (self._undecided[order].stamp, order))
+            ready = [order for order in own if self._undecided[order].is_ready]
+            chosen = own[:count] if self._mode == "wait" else ready[:count]
+            if len(chosen) < count or not all(self._undecided[order].is_ready for order in chosen):
+                return None
+            taken = set(chosen)
+            left = [self._undecided[order].stamp + self._max_staleness for order in own if order not in taken]
+            if self._mode != "drop" and not self._fit(capability, left, version):
                 return None
             batch += chosen
         for order in batch:
             del self._undecided[order]
         del self._places[version]
+        self._version = version + 1
         return sorted(batch)
+
+    def expired(self) -> list[int]:
+        """Groups that are too old for every batch to come; there are none but in mode `drop`."""
+        return [order for order, item in self._undecided.items() if item.stamp + self._max_staleness < self._version]
 
     def _fit(self, capability: str, last_chances: list[int], version: int) -> bool:
         """True if all groups that are left find a place in the batches after `version`, up to their last chances."""

@@ -8,10 +8,9 @@ from typing import Any
 
 from posttrain.rl.archive import num_tokens
 from posttrain.rl.busy import BusyLog
-from posttrain.rl.groups import ScoredGroup
-from posttrain.rl.profile import PASS_THRESHOLD
+from posttrain.rl.groups import PASS_THRESHOLD, ScoredGroup
 
-REASONS = ("zero_advantage", "unscored", "truncated")
+REASONS = ("zero_advantage", "unscored", "truncated", "stale")
 
 
 class StepTally:
@@ -39,6 +38,14 @@ class StepTally:
             counts["dropped_rollouts"] += len(rollouts)
         if dropped == "zero_advantage":
             counts["too_easy" if fmean(rewards) > PASS_THRESHOLD else "too_hard"] += 1
+
+    def expired(self, scored: ScoredGroup | None) -> None:
+        """A group became too old; None: before it was scored, so that its rollouts count nowhere."""
+        self._counts["dropped_stale"] += 1
+        if scored is not None:
+            rollouts = scored.group.rollouts
+            self._counts["dropped_tokens"] += sum(len(rollout.token_ids) for rollout in rollouts)
+            self._counts["dropped_rollouts"] += len(rollouts)
 
     def values(
         self, step: int, batch: Sequence[ScoredGroup], ages_s: Sequence[float], waited_s: float, trained: dict[str, Any]

@@ -12,6 +12,7 @@ from posttrain.sampling.registry import start_registry
 from posttrain.sampling.requests import Completion, SampleRequest
 
 CHUNK_REQUESTS = 64
+START_S = 900.0
 
 
 class Engines:
@@ -65,6 +66,14 @@ class Engines:
 
         ray.get(self._registry.release.remote(self.names, keep))
 
+    async def replace(self, name: str) -> tuple[str, Any]:
+        """Another engine in the place of one that is lost: its name and actor, started with the model's own weights."""
+        index = self.names.index(name)
+        self.names[index], self.actors[index] = await self._registry.replace.remote(name)
+        started = f"{self.names[index]}, in the place of {name}, did not start"
+        await answer(self.actors[index].start.remote(), START_S, started)
+        return self.names[index], self.actors[index]
+
     def generate(
         self, requests: Sequence[SampleRequest], on_done: Callable[[int], None] | None = None
     ) -> list[list[Completion]]:
@@ -95,6 +104,24 @@ class Engines:
             *(drain(actor, name) for _ in range(lanes) for actor, name in zip(self.actors, self.names, strict=True))
         )
         return results
+
+
+async def answer(call: Any, timeout_s: float, otherwise: str) -> Any:
+    """The result of a remote call; TimeoutError, which says `otherwise` and how long it was, if it takes too long.
+
+    Looks once more when time is up: where this process itself was stopped meanwhile, the answer is there.
+    """
+    waiting = asyncio.ensure_future(_await(call))
+    try:
+        if not (await asyncio.wait({waiting}, timeout=timeout_s))[0]:
+            raise TimeoutError(f"{otherwise} within {timeout_s:g} s")
+        return waiting.result()
+    finally:
+        waiting.cancel()
+
+
+async def _await(call: Any) -> Any:
+    return await call
 
 
 def require_vllm() -> None:

@@ -84,6 +84,12 @@ class EngineActor:
         self._policy_version = 0
         self._update_lock: asyncio.Lock | None = None
 
+    async def where(self) -> tuple[str, int]:
+        """The id of this node in Ray, and of this process."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
     async def start(self) -> dict[str, Any]:
         """Start the engine; returns its name, process ids and start-up seconds."""
         began = time.time()

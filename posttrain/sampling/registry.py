@@ -6,8 +6,12 @@ configuration and the resources are the same; the weights are then swapped in, w
 Idle engines of another shape are ended before new ones start, since they hold memory that the new ones may need.
 """
 
+import asyncio
+import contextlib
 import hashlib
 import json
+import os
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +20,8 @@ from posttrain.sampling.engine import ENGINE_ENV, EngineActor, read_model_config
 
 REGISTRY_NAME = "engine-registry"
 NAMESPACE = "posttrain"
+WHERE_S = 0.2
+KILL_S = 10.0
 
 
 # Ray ends an actor when the last handle of its owner is gone, so the process that started the registry keeps one.
@@ -27,7 +33,10 @@ class _Held:
     name: str
     signature: str
     actor: Any
+    where: Any  # reference of the process's node and id, there once it has started
     stage: str | None  # None while idle
+    model: dict[str, Any]
+    engine: dict[str, Any]
     cpus: float
     gpus: float
 
@@ -49,33 +58,41 @@ class EngineRegistry:
         self, stage: str, model: dict[str, Any], engine: dict[str, Any], resources: dict[str, Any]
     ) -> list[tuple[str, Any, bool]]:
         """Lease `resources.workers` engines: (name, actor, is_new). The caller starts new ones and loads warm ones."""
-        import ray
-
         resources_config = ActorResources(**resources)
         signature = engine_signature(ServedModelConfig(**model), EngineConfig(**engine), resources_config)
         warm = [held for held in self._held if held.stage is None and held.signature == signature]
         leased = warm[: resources_config.workers]
         if len(leased) < resources_config.workers:
-            self._end([held for held in self._held if held.stage is None and held not in leased])
+            await self._end([held for held in self._held if held.stage is None and held not in leased])
         answer = [(held.name, held.actor, False) for held in leased]
         for held in leased:
             held.stage = stage
         for _ in range(resources_config.workers - len(leased)):
-            name = f"engine-{self._made}"
-            self._made += 1
-            actor = (
-                ray.remote(EngineActor)
-                .options(
-                    num_cpus=resources_config.cpus,
-                    num_gpus=resources_config.gpus,
-                    max_concurrency=10_000,
-                    runtime_env={"env_vars": ENGINE_ENV},
-                )
-                .remote(name, model, engine)
-            )
-            self._held.append(_Held(name, signature, actor, stage, resources_config.cpus, resources_config.gpus))
-            answer.append((name, actor, True))
+            held = self._make(signature, stage, model, engine, resources_config.cpus, resources_config.gpus)
+            answer.append((held.name, held.actor, True))
         return answer
+
+    async def replace(self, name: str) -> tuple[str, Any]:
+        """End an engine that is lost, whatever state its process is in; returns another of its kind, not started."""
+        old = next(held for held in self._held if held.name == name)
+        await self._end([old])
+        held = self._make(old.signature, old.stage, old.model, old.engine, old.cpus, old.gpus)
+        return held.name, held.actor
+
+    def _make(
+        self, signature: str, stage: str | None, model: dict[str, Any], engine: dict[str, Any], cpus: float, gpus: float
+    ) -> _Held:
+        import ray
+
+        name = f"engine-{self._made}"
+        self._made += 1
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": 10_000}
+        actor: Any = (
+            ray.remote(EngineActor).options(**options, runtime_env={"env_vars": ENGINE_ENV}).remote(name, model, engine)
+        )
+        held = _Held(name, signature, actor, actor.where.remote(), stage, model, engine, cpus, gpus)
+        self._held.append(held)
+        return held
 
     async def release(self, names: list[str], keep: bool) -> None:
         """Give engines back: kept warm for a later stage, or ended."""
@@ -83,28 +100,57 @@ class EngineRegistry:
         for held in released:
             held.stage = None
         if not keep:
-            self._end(released)
+            await self._end(released)
 
     async def trim_idle(self, cpus: float, gpus: float) -> None:
         """End idle engines, oldest first, until those left hold no more than this."""
         idle = [held for held in self._held if held.stage is None]
         while idle and (sum(h.cpus for h in idle) > cpus + 1e-9 or sum(h.gpus for h in idle) > gpus + 1e-9):
-            self._end([idle.pop(0)])
+            await self._end([idle.pop(0)])
 
     async def end_stage(self, stage: str) -> None:
         """End what a stage that failed still holds: the state of those engines is unknown."""
-        self._end([held for held in self._held if held.stage == stage])
+        await self._end([held for held in self._held if held.stage == stage])
 
     async def end_all(self) -> None:
         """End every engine."""
-        self._end(list(self._held))
+        await self._end(list(self._held))
 
-    def _end(self, ended: list[_Held]) -> None:
+    async def _end(self, ended: list[_Held]) -> None:
         import ray
 
         for held in ended:
             self._held.remove(held)
+            where = asyncio.ensure_future(_await(held.where))
+            # A frozen process does not hear Ray: it is killed by its number, which one that never started has not.
+            if (await asyncio.wait({where}, timeout=WHERE_S))[0] and where.exception() is None:
+                await kill_process(*where.result())
+            where.cancel()
             ray.kill(held.actor)
+
+
+async def kill_process(node: str, pid: int) -> None:
+    """SIGKILL a process of a node of this Ray cluster; it may be gone, or the node may be."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if node == ray.get_runtime_context().get_node_id():
+        _kill(pid)
+        return
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    task: Any = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(pid)
+    with contextlib.suppress(RayError, TimeoutError):
+        await asyncio.wait_for(_await(task), KILL_S)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+async def _await(reference: Any) -> Any:
+    return await reference
 
 
 def start_registry() -> Any:

@@ -1,0 +1,316 @@
+"""The rollout workers: engines that are fed and emptied in batches, take new weights, and are replaced when lost.
+
+    send ──► outbox ──► submit ──► engine ──► collect ──► pieces ──► finished group
+                ▲                     │ SIGKILL, SIGSTOP, a deadline passed: another engine takes the newest weights,
+                └─────────────────────┘ and the replies go on where they stood, there or on another worker
+
+What waits for what: each worker has one call that brings requests and one that fetches pieces, both for any number of
+groups; nothing waits for a whole group. Each wait has a deadline.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from posttrain.context import StageContext
+from posttrain.errors import StageError
+from posttrain.records import VersionSpan
+from posttrain.rl.busy import BusyLog
+from posttrain.rl.groups import DrawnPrompt
+from posttrain.sampling.client import Engines, answer
+from posttrain.sampling.engine import UPDATE_DEADLINE_S as UPDATE_S
+from posttrain.sampling.requests import Completion, Piece, SampleRequest
+
+COLLECT_S = 1.0
+SUBMIT_GROUPS = 256
+UNLUCKY = 3  # engines lost in a row on one worker, without a reply in between
+
+
+@dataclass(slots=True)
+class Flight:
+    """A group that is being sampled. request: for the whole group, from the start. replies: what is there of each.
+
+    stamp: no worker of an older policy version may sample for it.
+    """
+
+    order: int
+    stamp: int
+    prompt: DrawnPrompt
+    request: SampleRequest
+    replies: list[Completion]
+    began: float = 0.0
+    worker: str = ""
+    indices: tuple[int, ...] = ()  # of the replies that the engine was last asked for
+
+    def rest(self) -> SampleRequest:
+        """The request for what is missing."""
+        self.indices = tuple(index for index, reply in enumerate(self.replies) if not reply.finish_reason)
+        if not any(reply.token_ids for reply in self.replies):
+            return self.request
+        return replace(self.request, begun=tuple(self.replies[index].token_ids for index in self.indices))
+
+    def take(self, piece: Piece) -> bool:
+        """Put a piece in its place; True if the group is finished."""
+        index = self.indices[piece.index]
+        before = self.replies[index]
+        if piece.start != len(before.token_ids):
+            raise StageError(f"group {self.order}: a piece starts at {piece.start}, not at {len(before.token_ids)}")
+        self.replies[index] = Completion(
+            before.token_ids + piece.token_ids,
+            piece.text,
+            before.logprobs + piece.logprobs,
+            piece.finish_reason,
+            joined(before.versions, piece.versions),
+        )
+        return bool(piece.finish_reason) and all(reply.finish_reason for reply in self.replies)
+
+
+def joined(before: Sequence[VersionSpan], after: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
+    """Spans of a reply and of the piece that follows, with no border inside a version."""
+    if before and after and before[-1].policy_version == after[0].policy_version:
+        middle = VersionSpan(before[-1].policy_version, before[-1].start, after[0].end)
+        return (*before[:-1], middle, *after[1:])
+    return (*before, *after)
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One engine: `policy_version` is the one that it samples with; `flights` are the groups it was given."""
+
+    name: str
+    actor: Any
+    policy_version: int
+    log: BusyLog
+    is_alive: bool = True
+    flights: dict[int, Flight] = field(default_factory=dict)
+    outbox: list[Flight] = field(default_factory=list)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one taking of weights at a time
+    num_unlucky: int = 0
+
+
+class RolloutWorkers:
+    """Feeds the engines, which hold `version`, whose weights are `manifest`.
+
+    finished: hears of each group whose replies are all there. begun: hears of each group that has more of them.
+    wave_seed: if given, groups are sampled in deterministic waves: all that were sent in one go, and none before the
+    wave is finished.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        engines: Engines,
+        manifest: dict[str, Any],
+        version: int,
+        deadline_s: float,
+        finished: Callable[[Flight, float], None],
+        begun: Callable[[Flight], None],
+        told: Callable[[str, Any], None],
+        wave_seed: int | None = None,
+    ):
+        self._context = context
+        self._engines = engines
+        self._deadline_s = deadline_s
+        self._finished = finished
+        self._begun = begun
+        self._told = told
+        self._wave_seed = wave_seed
+        self._newest = (manifest, version)
+        self._unsent: list[Flight] = []
+        self.num_replaced = 0
+        self.workers = [
+            Worker(name, actor, version, BusyLog(context, name, "generate"))
+            for name, actor in zip(engines.names, engines.actors, strict=True)
+        ]
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest version that a group which is sent now may be sampled with."""
+        alive = [worker.policy_version for worker in self.workers if worker.is_alive]
+        return min(alive or [worker.policy_version for worker in self.workers])
+
+    async def run(self) -> None:
+        """Serve until cancelled; raises what cannot be mended."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for worker in self.workers:
+                    group.create_task(self._serve(worker))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            for worker in self.workers:
+                worker.log.flush()
+
+    def send(self, flight: Flight) -> None:
+        """Have a group sampled by the worker with the fewest of those that may."""
+        able = [worker for worker in self.workers if worker.is_alive and worker.policy_version >= flight.stamp]
+        if not able:
+            self._unsent.append(flight)
+            return
+        worker = min(able, key=lambda worker: len(worker.flights))
+        flight.worker, flight.began = worker.name, flight.began or time.time()
+        worker.flights[flight.order] = flight
+        worker.outbox.append(flight)
+        worker.wake.set()
+
+    def cancel(self, order: int) -> None:
+        """Stop sampling for a group."""
+        self._unsent = [flight for flight in self._unsent if flight.order != order]
+        for worker in self.workers:
+            if worker.flights.pop(order, None) is not None:
+                worker.outbox = [flight for flight in worker.outbox if flight.order != order]
+                if worker.is_alive:
+                    worker.actor.cancel.remote([order])
+
+    def _send_waiting(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        for flight in unsent:
+            self.send(flight)
+
+    # ------------------------------------------------------------------ weights
+
+    async def update(self, manifest: dict[str, Any], version: int, one_by_one: bool, kv: str) -> None:
+        """Have every worker take a version; one that is being replaced takes it when it starts."""
+        self._newest = (manifest, version)
+        if one_by_one:
+            for worker in self.workers:
+                await self._update(worker, kv)
+        else:
+            await asyncio.gather(*(self._update(worker, kv) for worker in self.workers))
+
+    async def _update(self, worker: Worker, kv: str) -> None:
+        async with worker.lock:
+            manifest, version = self._newest
+            if not worker.is_alive or worker.policy_version >= version:
+                return
+            actor = worker.actor
+            try:
+                call = actor.update_weights.remote(manifest, version, kv)
+                otherwise = f"{worker.name} did not take policy version {version}"
+                began, ended = await answer(call, UPDATE_S + self._deadline_s, otherwise)
+            except Exception as error:
+                if not is_loss(error):
+                    raise
+                return  # whoever waits for its pieces finds out too, and replaces it
+            worker.policy_version = version
+        self._told("took", [worker.name, version])
+        self._context.busy(worker.name, "update_weights", began, ended)
+        self._send_waiting()
+
+    # ------------------------------------------------------------------ requests and replies
+
+    async def _serve(self, worker: Worker) -> None:
+        while True:
+            try:
+                if self._wave_seed is not None:
+                    await self._sample_waves(worker, self._wave_seed)
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._feed(worker))
+                    group.create_task(self._empty(worker))
+            except Exception as error:
+                cause = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+                if not is_loss(cause):
+                    raise cause from None
+                await self._replace(worker, cause)
+
+    async def _feed(self, worker: Worker) -> None:
+        while True:
+            await worker.wake.wait()
+            worker.wake.clear()
+            while worker.outbox:
+                flights, worker.outbox = worker.outbox[:SUBMIT_GROUPS], worker.outbox[SUBMIT_GROUPS:]
+                requests = [(flight.order, flight.rest()) for flight in flights]
+                otherwise = f"{worker.name} (policy version {worker.policy_version}) did not take requests"
+                await answer(worker.actor.submit.remote(requests), 3 * self._deadline_s, otherwise)
+
+    async def _empty(self, worker: Worker) -> None:
+        while True:
+            call = worker.actor.collect.remote(COLLECT_S)
+            otherwise = f"{worker.name} (policy version {worker.policy_version}) did not answer"
+            pieces, now = await answer(call, COLLECT_S + 3 * self._deadline_s, otherwise)
+            grown: dict[int, Flight] = {}
+            for piece in pieces:
+                flight = worker.flights.get(piece.key)
+                if flight is None:  # cancelled
+                    continue
+                if flight.take(piece):
+                    self._finish(worker, flight, now)
+                    grown.pop(piece.key, None)
+                else:
+                    grown[piece.key] = flight
+            for flight in grown.values():
+                self._begun(flight)
+
+    def _finish(self, worker: Worker, flight: Flight, now: float) -> None:
+        del worker.flights[flight.order]
+        worker.num_unlucky = 0
+        worker.log.add(flight.began, now)
+        self._finished(flight, now)
+
+    async def _sample_waves(self, worker: Worker, seed: int) -> None:
+        """Deterministic: the wave's seed is of its first group, whatever happened before."""
+        while True:
+            await worker.wake.wait()
+            worker.wake.clear()
+            flights, worker.outbox = worker.outbox, []
+            if not flights:
+                continue
+            requests = [flight.rest() for flight in flights]
+            wave = worker.actor.generate_wave.remote(requests, wave_seed(seed, flights[0].order))
+            replies, _, ended = await wave
+            for flight, completions in zip(flights, replies, strict=True):
+                flight.replies = list(completions)
+                self._finish(worker, flight, ended)
+
+    # ------------------------------------------------------------------ a lost engine
+
+    async def _replace(self, worker: Worker, cause: BaseException) -> None:
+        """Another engine under the worker; its groups go on where they stand, on whichever worker is there first."""
+        worker.is_alive = False
+        worker.num_unlucky += 1
+        self.num_replaced += 1
+        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        if worker.num_unlucky >= UNLUCKY:
+            raise StageError(f"{worker.name} was lost {UNLUCKY} times in a row; the last time: {reason}") from cause
+        self._context.event("engine_replaced", name=worker.name, reason=reason)
+        self._told("replaced", [worker.name, reason])
+        self._unsent += worker.flights.values()
+        worker.flights, worker.outbox = {}, []
+        self._send_waiting()
+        async with worker.lock:
+            worker.name, worker.actor = await self._engines.replace(worker.name)
+            for tries in range(UNLUCKY):
+                manifest, version = self._newest
+                try:
+                    otherwise = f"{worker.name} did not take policy version {version}"
+                    await answer(worker.actor.update_weights.remote(manifest, version), UPDATE_S, otherwise)
+                    break
+                except Exception:
+                    # The trainer may have written the next version over this one meanwhile.
+                    if self._newest[1] == version or tries == UNLUCKY - 1:
+                        raise
+            worker.policy_version = version
+            worker.is_alive = True
+        self._told("took", [worker.name, version])
+        self._send_waiting()
+        if self._newest[1] != version:
+            await self._update(worker, "recompute")
+
+
+def wave_seed(seed: int, order: int) -> int:
+    """The seed of the wave whose first group is `order`."""
+    return (seed * 1_000_003 + order) % 2**31
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an engine is gone, as opposed to a fault that another engine would have too."""
+    from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+
+    from posttrain.sampling.requests import EngineLostError
+
+    if isinstance(error, RayTaskError):
+        error = error.cause
+    return isinstance(error, RayActorError | ActorUnavailableError | EngineLostError | TimeoutError)
