@@ -151,7 +151,7 @@ class TestPool:
     )
     def test_odd_but_scored(self, hostile: str, text: str, value: float) -> None:
         results, _ = score(f"{hostile}:by_text", [text, "b"])
-        assert results[0].outcome == "ok"
+        assert results[0].outcome == ("ok" if value else "wrong")
         assert results[0].result == RewardResult(value)
 
     @pytest.mark.parametrize("text", ["hang", "spin", "child", "daemon"])
@@ -167,6 +167,23 @@ class TestPool:
         assert [scored.outcome for scored in results] == ["ok", "unparseable", "ok", "ok"]
         assert results[1].result == RewardResult(0.0, reason="unparseable")
         assert pool.stats.outcomes == {"ok": 3, "unparseable": 1}
+
+    def test_a_hang_is_unparseable_where_others_are_wrong(self, hostile: str) -> None:
+        """A score of 0 shows as well as any other that the grader works."""
+        results, _ = score(f"{hostile}:by_text", ["reads stdin", "hang", "reads stdin"], timeout_s=0.3)
+        assert [scored.outcome for scored in results] == ["wrong", "unparseable", "wrong"]
+
+    def test_a_process_that_was_frozen_is_not_held_against_the_reply(self, tmp_path: Path) -> None:
+        """Frozen at the same reply again and again, while its neighbour's replies pass."""
+        path = tmp_path / "frozen.py"
+        path.write_text(
+            "import os, signal\ndef f(rollout, row):\n"
+            "    if rollout.text == 'freeze': os.kill(os.getpid(), signal.SIGSTOP)\n    return 1.0\n"
+        )
+        results, pool = score(f"{path}:f", ["a", "freeze", "b"], 2, timeout_s=0.3)
+        assert [scored.outcome for scored in results] == ["ok", "infrastructure", "ok"]
+        assert (results[1].result, results[1].reason) == (None, "the reward's process was stopped")
+        assert pool.stats.num_retries == 1
 
     def test_an_outage_is_never_a_zero(self, hostile: str) -> None:
         """Others passed before, but none passes any more: the grader is at fault, not the reply."""

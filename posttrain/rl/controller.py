@@ -22,11 +22,12 @@ from typing import Any
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.parallel.ranks import RankGroup
+from posttrain.rl.alarm import UnscoredAlarm
 from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.config import RlConfig
 from posttrain.rl.groups import DrawnPrompt, ScoredGroup
-from posttrain.rl.profile import PASS_THRESHOLD, reward_pool, sample_request
+from posttrain.rl.profile import PASS_THRESHOLD, sample_request
 from posttrain.rl.prompts import PromptSource
 from posttrain.rl.samples import train_samples
 from posttrain.rl.scoring import drop_reason, make_group, over_batch, score_group
@@ -34,7 +35,7 @@ from posttrain.rl.staleness import StalenessQueue
 from posttrain.rl.tally import StepTally
 from posttrain.sampling.client import Engines
 from posttrain.sampling.requests import SampleRequest
-from posttrain.scoring.pool import RewardPool
+from posttrain.scoring.client import RewardClient
 
 
 class Controller:
@@ -79,7 +80,8 @@ class Controller:
         self._scored = BusyLog(context, "reward", "score")
         logs = dict(zip(engines.names, self._generated, strict=True))
         self._tally = StepTally({**logs, "reward": self._scored})
-        self._pool: RewardPool = reward_pool(config)
+        self._pool = RewardClient(config.reward, config.resources.reward)
+        self._alarm = UnscoredAlarm(config)
 
     async def run(self) -> None:
         """Train to the last step."""
@@ -127,6 +129,9 @@ class Controller:
         self._scored.add(scoring, time.time())
         reason = drop_reason(scored, self._config)
         self._tally.decided(scored, reason)
+        alarm = self._alarm.observe(scored)
+        if alarm is not None:
+            self._context.event("alarm", **alarm)
         passes = sum(reward > PASS_THRESHOLD for reward in scored.scored_rewards)
         self._source.observe(prompt.row.id, passes, len(scored.scored_rewards) - passes)
         if reason is None:
