@@ -83,7 +83,8 @@ class RewardResult:
 class Scored:
     """The outcome of scoring one rollout. `result` is None when it could not be scored.
 
-    outcome: ok | unparseable (scored 0) | timeout | error | infrastructure; reason: why, in a few words.
+    outcome: ok (scored above 0) | wrong (scored 0 or less) | unparseable (scored 0), else unscored: timeout | error |
+    infrastructure. reason: why it is unparseable or unscored; else the result has its own.
     """
 
     result: RewardResult | None

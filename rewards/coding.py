@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.records import RewardResult, Rollout, Row
-from posttrain.scoring.sandbox import Limits, SandboxResult, run_python
+from posttrain.scoring.sandbox import Limits, SandboxResult, limit_of_error, run_python
 
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _MAX_VALUE_CHARS = 100_000
+_PROGRAM = "the program: "
 
 # Runs in the sandbox: defines what the program defines, then evaluates each check and writes one line for it.
 _HARNESS = """
@@ -90,7 +91,7 @@ def _verdict(line: str, kind: str, expected: Any) -> str:
     try:
         answer = json.loads(line)
         if "error" in answer:
-            return str(answer["error"])[:200]
+            return _named(str(answer["error"]))
         if kind == "assert":
             return "" if answer.get("passed") is True else "wrong"
         value = ast.literal_eval(answer["value"])
@@ -130,6 +131,13 @@ def _check(test: Any, row_id: str) -> tuple[str, str, Any]:
 
 
 def _failure(result: SandboxResult) -> str:
+    """Why a run came to no good end; "" for one that did."""
     if result.limit:
         return "limit"
-    return result.stderr.rpartition("\n")[2][:200] if result.exit_code else ""
+    last = result.stderr.rpartition("\n")[2]
+    return (_named(last) or f"exit code {result.exit_code}") if result.exit_code else ""
+
+
+def _named(error: str) -> str:
+    """An exception as a reason; one that tells of a limit is called so."""
+    return "limit" if limit_of_error(error.removeprefix(_PROGRAM)) else error[:200]

@@ -402,6 +402,20 @@ def rl_loss(config: Any) -> Any:
     return outputs.loss_sum, outputs.metrics, batch_share(outputs, entropy, 16, 4, config.loss)
 
 
+def rl_rescoring(config: Any) -> Any:
+    """When a group is scored again, and which of a hundred groups in a row, a quarter unscored, raise the alarm."""
+    from posttrain.rl.alarm import UnscoredAlarm
+    from posttrain.rl.groups import Group
+    from posttrain.rl.scoring import rescore_pauses, scored_group
+
+    prompt, alarm, told = _drawn()[0], UnscoredAlarm(config), []
+    scores = [Scored(None, "timeout"), *[Scored(RewardResult(1.0))] * 3]
+    for order in range(100):
+        group = Group(order, prompt, tuple(_rollout(prompt, index) for index in range(4)))
+        told.append(alarm.observe(scored_group(group, scores, config)))
+    return rescore_pauses(config), told
+
+
 def rl_rates(config: Any) -> Any:
     from posttrain.rl.trainer import learning_rate
 
@@ -546,7 +560,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
-        rl_controller, rl_draws, rl_policy, rl_micro_batches, policy, router_bias,
+        rl_controller, rl_draws, rl_policy, rl_micro_batches, rl_rescoring, policy, router_bias,
         engine_settings, MODEL_ENGINE,
     ),
     "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings),

@@ -326,8 +326,23 @@ class TestCode:
         assert result.value == 0.0
         assert result.reason
 
+    @pytest.mark.parametrize("source", ["import sys\nsys.exit(3)", "import os\nos._exit(1)", "import os\nos.abort()"])
+    def test_a_program_that_fails_without_a_word_has_not_passed(self, source: str) -> None:
+        result = code(block(source), row(tests=[{"stdin": "1 2\n", "stdout": "3"}]))
+        assert result.value == 0.0
+        assert "exit code" in result.reason
+
     @pytest.mark.parametrize(
-        "source", ["while True: pass", "x = bytearray(1 << 40)", "def add(a, b):\n    while True: pass"]
+        "source",
+        [
+            "while True: pass",
+            "x = bytearray(1 << 40)",
+            "def add(a, b):\n    while True: pass",
+            "def add(a, b):\n    return bytearray(1 << 40)",
+            "with open('/tmp/f', 'wb') as file:\n    while True: file.write(bytes(1 << 16))",
+            "files = [open('/dev/null') for _ in range(100)]",
+            "import os, time\nwhile os.fork(): pass\ntime.sleep(100)",
+        ],
     )
     def test_a_limit_is_a_wrong_answer(self, source: str) -> None:
         result = code(block(source), row(tests=self.tests), wall_s=1.0)

@@ -1,11 +1,13 @@
 """Finding plug-ins, and scoring in killable processes: real processes, real signals, real sandboxes."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from posttrain.errors import PluginError
 from posttrain.records import Message, RewardResult, Rollout, Row, Scored, VersionSpan
 from posttrain.scoring.plugins import RewardSpec, check_reward, list_rewards, load_reward
 from posttrain.scoring.pool import RewardPool
-from posttrain.scoring.sandbox import Limits, SandboxResult, find_sandbox, run_python
+from posttrain.scoring.sandbox import Limits, SandboxError, SandboxResult, find_sandbox, run_python
 from posttrain.scoring.wire import FrameBuffer, frame, pair_from_json, pair_to_json
 
 HOSTILE = '''
@@ -149,7 +151,7 @@ class TestPool:
     )
     def test_odd_but_scored(self, hostile: str, text: str, value: float) -> None:
         results, _ = score(f"{hostile}:by_text", [text, "b"])
-        assert results[0].outcome == "ok"
+        assert results[0].outcome == ("ok" if value else "wrong")
         assert results[0].result == RewardResult(value)
 
     @pytest.mark.parametrize("text", ["hang", "spin", "child", "daemon"])
@@ -165,6 +167,23 @@ class TestPool:
         assert [scored.outcome for scored in results] == ["ok", "unparseable", "ok", "ok"]
         assert results[1].result == RewardResult(0.0, reason="unparseable")
         assert pool.stats.outcomes == {"ok": 3, "unparseable": 1}
+
+    def test_a_hang_is_unparseable_where_others_are_wrong(self, hostile: str) -> None:
+        """A score of 0 shows as well as any other that the grader works."""
+        results, _ = score(f"{hostile}:by_text", ["reads stdin", "hang", "reads stdin"], timeout_s=0.3)
+        assert [scored.outcome for scored in results] == ["wrong", "unparseable", "wrong"]
+
+    def test_a_process_that_was_frozen_is_not_held_against_the_reply(self, tmp_path: Path) -> None:
+        """Frozen at the same reply again and again, while its neighbour's replies pass."""
+        path = tmp_path / "frozen.py"
+        path.write_text(
+            "import os, signal\ndef f(rollout, row):\n"
+            "    if rollout.text == 'freeze': os.kill(os.getpid(), signal.SIGSTOP)\n    return 1.0\n"
+        )
+        results, pool = score(f"{path}:f", ["a", "freeze", "b"], 2, timeout_s=0.3)
+        assert [scored.outcome for scored in results] == ["ok", "infrastructure", "ok"]
+        assert (results[1].result, results[1].reason) == (None, "the reward's process was stopped")
+        assert pool.stats.num_retries == 1
 
     def test_an_outage_is_never_a_zero(self, hostile: str) -> None:
         """Others passed before, but none passes any more: the grader is at fault, not the reply."""
@@ -493,13 +512,49 @@ class TestSandbox:
         result = self.run("while True: print('x' * 1000)", output_bytes=10_000)
         assert (result.limit, len(result.stdout)) == ("output", 10_000)
 
+    def test_endless_words_to_stderr_do_not_stop_the_clock(self) -> None:
+        source = "import os, time\nwhile True:\n    os.write(2, b'x')\n    time.sleep(0.001)"
+        assert self.run(source, wall_s=1.0).limit == "wall"
+
     def test_disk(self) -> None:
         result = self.run("f = open('/tmp/f', 'wb')\nwhile True: f.write(bytes(1 << 16))", disk_mib=4)
-        assert "OSError" in result.stderr
+        assert (result.limit, "OSError" in result.stderr) == ("disk", True)
 
     def test_fork_bomb(self) -> None:
         result = self.run(FORKS, num_processes=16)
         assert 0 < int(result.stdout.split()[-1]) <= 16
+        assert self.run("import os, time\nwhile os.fork(): pass\ntime.sleep(100)").limit == "processes"
+
+    def test_a_limit_that_the_program_lived_with_is_none(self) -> None:
+        source = "import traceback\ntry: x = bytearray(1 << 40)\nexcept MemoryError: traceback.print_exc()"
+        result = self.run(source)
+        assert (result.exit_code, result.limit, "MemoryError" in result.stderr) == (0, "", True)
+
+    def test_killed_from_outside_is_no_fault_of_the_program(self) -> None:
+        """Then nothing is known of it: an error, not a result."""
+        find_sandbox()
+        before = set(psutil.Process().children())
+
+        def kill() -> None:
+            deadline = time.monotonic() + 20.0
+            while time.monotonic() < deadline and killing.is_set():
+                time.sleep(0.02)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    for child in set(psutil.Process().children()) - before:
+                        if any(inner.cmdline()[-1:] == ["/tmp/main.py"] for inner in [child, *child.children(True)]):
+                            child.kill()
+                            return
+
+        killing = threading.Event()
+        killing.set()
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            with pytest.raises(SandboxError, match="killed by SIGKILL"):
+                self.run("import time\ntime.sleep(1000)", wall_s=30.0)
+        finally:
+            killing.clear()
+            killer.join()
 
     def test_cannot_kill_outside(self) -> None:
         source = (

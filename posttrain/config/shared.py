@@ -78,6 +78,13 @@ class ActorResources(Config):
     gpus: Annotated[float, Field(ge=0)] = 0.0
 
 
+class RewardResources(Config):
+    """What the actor that holds the reward processes asks of the Ray cluster, for all of them together."""
+
+    cpus: Annotated[float, Field(ge=0)] = 0.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+
+
 class ParallelConfig(Config):
     """A training spread over processes, each with a DeepSpeed engine; the stage starts them itself."""
 

@@ -20,6 +20,7 @@ from posttrain.config.shared import (
     EngineConfig,
     FilesConfig,
     ParallelConfig,
+    RewardResources,
     ServedModelConfig,
     TrainerResources,
 )
@@ -30,6 +31,7 @@ from posttrain.pipeline.references import find_references
 from posttrain.planning.memory import BYTES, state_bytes
 
 GIB = 1 << 30
+_RESOURCES = ActorResources | RewardResources | TrainerResources
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def _step(node: Node, pipeline: Pipeline, run_dir: Path) -> Step:
 def _actors(node: Node, pipeline: Pipeline, run_dir: Path) -> list[Actor]:
     resources = getattr(node.config, "resources", None)
     declared = {
-        key: value for key, value in walk(resources) if isinstance(value, ActorResources | TrainerResources)
+        key: value for key, value in walk(resources) if isinstance(value, _RESOURCES)
     } if resources is not None else {}  # fmt: skip
     if not declared:
         declared = {"trainer": ActorResources(workers=getattr(node.config, "processes", 1))}
@@ -99,10 +101,12 @@ def _actors(node: Node, pipeline: Pipeline, run_dir: Path) -> list[Actor]:
     ]
 
 
-def _workers(node: Node, item: ActorResources | TrainerResources) -> int:
+def _workers(node: Node, item: ActorResources | RewardResources | TrainerResources) -> int:
     """How many actors a section asks for; a trainer has as many processes as `parallel` says."""
     if isinstance(item, ActorResources):
         return item.workers
+    if isinstance(item, RewardResources):
+        return 1
     parallel = getattr(node.config, "parallel", None)
     return parallel.processes if isinstance(parallel, ParallelConfig) else 1
 
@@ -156,7 +160,7 @@ def _sum(step: Step, unit: str) -> str:
 def _memory(role: str, node: Node, pipeline: Pipeline, run_dir: Path) -> str:
     """An estimate for one actor of a role, such as `0.02 GiB`, or `after sft`."""
     model = _model_of(role, node)
-    if model is None:
+    if model is None or role == "reward":  # rewards hold no model that is known here
         return "-"
     path, after = _model_folder(model, pipeline, run_dir)
     size = count_parameters(path) if path else None

@@ -17,6 +17,7 @@ from posttrain.config.shared import (
     Positive,
     Probability,
     RewardConfig,
+    RewardResources,
     SamplingConfig,
     SystemsConfig,
     TrainerResources,
@@ -145,11 +146,23 @@ class CurriculumConfig(Config):
         return check_band(band)
 
 
+class RlRewardConfig(RewardConfig):
+    """The reward, and what is done where it gives no score."""
+
+    rescores: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="Rollouts of a group that could not be scored are scored so many times more."
+    )
+    alarm_fraction: Probability = Field(
+        default=0.2, description="Share of a step's rollouts without a score above which the run raises an alarm."
+    )
+
+
 class RlResources(Config):
-    """Engines that generate, and the trainer's ranks beside them."""
+    """Engines that generate, the trainer's ranks beside them, and the actor of the reward processes."""
 
     rollout: ActorResources = Field(default_factory=ActorResources)
     trainer: TrainerResources = Field(default_factory=TrainerResources)
+    reward: RewardResources = Field(default_factory=RewardResources)
 
 
 class RlConfig(Config):
@@ -157,7 +170,7 @@ class RlConfig(Config):
 
     model: ModelConfig
     prompts: DataConfig = Field(description="Rows that end with a user turn and carry what the reward needs.")
-    reward: RewardConfig
+    reward: RlRewardConfig
     systems: SystemsConfig = Field(
         default_factory=SystemsConfig, description="System instructions, sampled for prompts that have none."
     )

@@ -23,13 +23,14 @@ from typing import Any, TypeVar
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.parallel.ranks import RankGroup
+from posttrain.rl.alarm import UnscoredAlarm
 from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.codec import NOTHING
 from posttrain.rl.config import RlConfig
 from posttrain.rl.groups import Group, ScoredGroup
 from posttrain.rl.ledger import Commit, Entry, Ledger
-from posttrain.rl.profile import reward_pool, sample_request
+from posttrain.rl.profile import sample_request
 from posttrain.rl.prompts import PromptSource
 from posttrain.rl.recovery import CHECKPOINTS, SNAPSHOT, Survivor, folder_hash, scores_json
 from posttrain.rl.samples import train_samples
@@ -38,7 +39,7 @@ from posttrain.rl.staleness import StalenessQueue
 from posttrain.rl.tally import StepTally
 from posttrain.rl.workers import Flight, RolloutWorkers
 from posttrain.sampling.client import Engines
-from posttrain.scoring.pool import RewardPool
+from posttrain.scoring.client import RewardClient
 
 FLUSH_S = 0.05
 T = TypeVar("T")
@@ -107,7 +108,8 @@ class Controller:
         self._tally = StepTally(
             {**{worker.name: worker.log for worker in self._workers.workers}, "reward": self._scored}
         )
-        self._pool: RewardPool = reward_pool(config)
+        self._pool = RewardClient(config.reward, config.resources.reward)
+        self._alarm = UnscoredAlarm(config)
 
     async def run(self) -> None:
         """Train to the last step."""
@@ -222,6 +224,8 @@ class Controller:
         reason = drop_reason(scored, self._config)
         self._ledger.scored(group.order, scores_json(scored))
         self._tally.decided(scored, reason)
+        if (alarm := self._alarm.observe(scored)) is not None:
+            self._context.event("alarm", **alarm)
         self._source.observe(group.prompt.row.id, *passes_and_failures(scored))
         if reason is None:
             self._dropped_in_a_row = 0

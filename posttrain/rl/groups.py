@@ -35,13 +35,14 @@ class Group:
 class ScoredGroup:
     """A group with what its rewards said. Where a rollout could not be scored, reward and advantage are None.
 
-    A rollout that has a reward but is not to be trained on has no advantage either.
+    A rollout that has a reward but is not to be trained on has no advantage either. outcomes: as in `Scored`.
     """
 
     group: Group
     rewards: tuple[float | None, ...]
     reasons: tuple[str, ...]
     advantages: tuple[float | None, ...]
+    outcomes: tuple[str, ...] = ()
 
     @property
     def scored_rewards(self) -> list[float]:

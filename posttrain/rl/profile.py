@@ -73,7 +73,10 @@ def difficulties(config: RlConfig, pairs: Sequence[tuple[Rollout, Row]], scores:
             scored[rollout.prompt_id] += 1
             passes[rollout.prompt_id] += score.result.value > PASS_THRESHOLD
     if not scored:
-        raise StageError("not one reply of the profile could be scored; try `posttrain rewards test` on the reward")
+        reasons = Counter(f"{score.outcome}: {score.reason}" for score in scores)
+        raise StageError(
+            f"none of the profile's {len(scores)} replies could be scored; most often: {reasons.most_common(1)[0][0]}"
+        )
     low, high = config.profile.band
     rows = [row for row in {row.id: row for _, row in pairs}.values() if scored[row.id]]
     return [

@@ -24,6 +24,7 @@ from posttrain.sampling.requests import Completion
 CHECKPOINTS = "checkpoints"
 SNAPSHOT = "ledger.sqlite"
 _READ_BYTES = 1 << 24
+_SCORES = ("rewards", "reasons", "advantages", "outcomes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +106,12 @@ def folder_hash(folder: Path) -> str:
 
 def scores_json(scored: ScoredGroup) -> dict[str, Any]:
     """What the ledger keeps of a group's scores."""
-    return {"rewards": scored.rewards, "reasons": scored.reasons, "advantages": scored.advantages}
+    return {name: getattr(scored, name) for name in _SCORES}
 
 
 def scored_from_json(group: Group, scores: dict[str, Any]) -> ScoredGroup:
     """The inverse of `scores_json`."""
-    return ScoredGroup(group, tuple(scores["rewards"]), tuple(scores["reasons"]), tuple(scores["advantages"]))
+    return ScoredGroup(group, **{name: tuple(values) for name, values in scores.items()})
 
 
 def group_of(entry: Entry, source: PromptSource) -> Group:

@@ -1,15 +1,26 @@
 """From sampled completions to scored groups: rewards, then advantages. A failure to score is never a reward of 0."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
-from posttrain.records import Rollout, Scored
+from posttrain.records import Rollout, Row, Scored
 from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, is_zero
 from posttrain.rl.config import RlConfig
 from posttrain.rl.groups import PASS_THRESHOLD, DrawnPrompt, Group, ScoredGroup
 from posttrain.sampling.requests import Completion
-from posttrain.scoring.pool import RewardPool
+
+FIRST_PAUSE_S = 0.25
+
+
+class Scorer(Protocol):
+    """What scores: a `RewardClient`."""
+
+    async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
+        """The scores in order."""
+        ...
 
 
 def make_group(
@@ -37,10 +48,23 @@ def make_group(
     return Group(order, prompt, rollouts)
 
 
-async def score_group(group: Group, pool: RewardPool, config: RlConfig) -> ScoredGroup:
-    """Score every rollout; advantages are computed over those that have a reward."""
-    scores = await asyncio.gather(*(pool.score(rollout, group.prompt.row) for rollout in group.rollouts))
+async def score_group(group: Group, scorer: Scorer, config: RlConfig) -> ScoredGroup:
+    """Score every rollout, and those without a score again, `reward.rescores` times; then advantages."""
+    pairs = [(rollout, group.prompt.row) for rollout in group.rollouts]
+    scores = await scorer.score(pairs)
+    for pause_s in rescore_pauses(config):
+        unscored = [index for index, scored in enumerate(scores) if scored.result is None]
+        if not unscored:
+            break
+        await asyncio.sleep(pause_s)
+        again = iter(await scorer.score([pairs[index] for index in unscored]))
+        scores = [next(again) if scored.result is None else scored for scored in scores]
     return scored_group(group, scores, config)
+
+
+def rescore_pauses(config: RlConfig) -> list[float]:
+    """Seconds to wait before each further scoring, growing: a service that is down has a moment to come back."""
+    return [FIRST_PAUSE_S * 2**attempt for attempt in range(config.reward.rescores)]
 
 
 def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> ScoredGroup:
@@ -62,7 +86,7 @@ def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> Sc
             for rollout, advantage in zip(group.rollouts, advantages, strict=True)
         ]
     reasons = tuple(_reason(item, penalty) for item, penalty in zip(scores, penalties, strict=True))
-    return ScoredGroup(group, rewards, reasons, tuple(advantages))
+    return ScoredGroup(group, rewards, reasons, tuple(advantages), tuple(scored.outcome for scored in scores))
 
 
 def overlong_penalty(num_tokens: int, config: RlConfig) -> float:
@@ -78,7 +102,7 @@ def overlong_penalty(num_tokens: int, config: RlConfig) -> float:
 
 
 def _reason(scored: Scored, penalty: float) -> str:
-    if scored.result is None or scored.outcome != "ok":
+    if scored.result is None or scored.outcome == "unparseable":
         reason = f"{scored.outcome}: {scored.reason}"
     else:
         reason = scored.result.reason
@@ -103,11 +127,13 @@ def over_batch(groups: Sequence[ScoredGroup], config: RlConfig) -> list[ScoredGr
 def drop_reason(scored: ScoredGroup, config: RlConfig) -> str | None:
     """Why the group is not trained on: unscored, truncated (all of it, and masked), zero_advantage, or None.
 
-    Judged by the group alone, over the rollouts that would be trained on.
+    Judged by the group alone, over the rollouts that would be trained on. "unscored" is followed by the outcome that
+    most of its rollouts without a score had, as in "unscored:timeout".
     """
     known = [advantage for advantage in scored.advantages if advantage is not None]
     if len(scored.scored_rewards) < config.min_group:
-        return "unscored"
+        outcomes = Counter(unscored_outcomes(scored)).most_common(1)
+        return ":".join(["unscored", *(outcome for outcome, _ in outcomes)])
     if not known:
         return "truncated"
     return "zero_advantage" if config.drop_zero_advantage and is_zero(known) else None
@@ -117,3 +143,8 @@ def passes_and_failures(scored: ScoredGroup) -> tuple[int, int]:
     """How many of the scored rollouts passed, and how many did not."""
     passes = sum(reward > PASS_THRESHOLD for reward in scored.scored_rewards)
     return passes, len(scored.scored_rewards) - passes
+
+
+def unscored_outcomes(scored: ScoredGroup) -> list[str]:
+    """The outcome of each rollout that has no reward."""
+    return [outcome for outcome, reward in zip(scored.outcomes, scored.rewards, strict=False) if reward is None]

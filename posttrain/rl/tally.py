@@ -23,7 +23,10 @@ class StepTally:
         self._busy_s = dict.fromkeys(logs, 0.0)
 
     def decided(self, scored: ScoredGroup, dropped: str | None) -> None:
-        """A group was sampled and scored; `dropped` says why it is not trained on, None that it is."""
+        """A group was sampled and scored; `dropped` says why it is not trained on, None that it is.
+
+        What follows a colon in it is counted with what stands before.
+        """
         rollouts, rewards, counts = scored.group.rollouts, scored.scored_rewards, self._counts
         tokens = sum(len(rollout.token_ids) for rollout in rollouts)
         counts["groups"] += 1
@@ -33,7 +36,7 @@ class StepTally:
         counts["rewards"] += len(rewards)
         counts["length"] += sum(rollout.finish_reason == "length" for rollout in rollouts)
         if dropped is not None:
-            counts[f"dropped_{dropped}"] += 1
+            counts[f"dropped_{dropped.partition(':')[0]}"] += 1
             counts["dropped_tokens"] += tokens
             counts["dropped_rollouts"] += len(rollouts)
         if dropped == "zero_advantage":

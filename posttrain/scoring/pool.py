@@ -23,16 +23,28 @@ from posttrain.scoring.slot import Item, Reports, Slot
 from posttrain.scoring.wire import frame, pair_to_json, result_from_json
 
 _NEVER = float("-inf")
+_SCORED = ("ok", "wrong")
 
 
 @dataclass(slots=True)
 class PoolStats:
-    """What a pool has done. outcomes: rollouts by outcome; busy_s: seconds inside the reward function, all workers."""
+    """What a pool has done. outcomes: scorings by outcome; busy_s: seconds inside the reward function, all workers.
+
+    num_retries: of single rollouts; num_restarts: of workers.
+    """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     busy_s: float = 0.0
     num_retries: int = 0
     num_restarts: int = 0
+
+    def __add__(self, other: "PoolStats") -> "PoolStats":
+        return PoolStats(
+            self.outcomes + other.outcomes,
+            self.busy_s + other.busy_s,
+            self.num_retries + other.num_retries,
+            self.num_restarts + other.num_restarts,
+        )
 
 
 class RewardPool:
@@ -77,6 +89,11 @@ class RewardPool:
         self._stats.num_restarts = sum(slot.num_restarts for slot in self._slots)
         return self._stats
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the workers that are ready."""
+        return [slot.pid for slot in self._slots if slot.pid is not None]
+
     async def start(self) -> None:
         """Checks the plug-in and starts the workers. Raises PluginError where they cannot load it."""
         check_reward(self.spec.name, self.spec.args)
@@ -105,7 +122,7 @@ class RewardPool:
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             return self._count(Scored(None, "error", f"row {row.id}: {error}"))
         scored = await item.future
-        if scored.outcome == "ok":
+        if scored.outcome in _SCORED:
             self._control = pair
         return scored
 
@@ -191,7 +208,8 @@ class RewardPool:
             self._resolve(item, Scored(None, "error", str(reply["error"])))
         else:
             self._last_ok_s = time.monotonic()
-            self._resolve(item, Scored(result_from_json(reply["result"])))
+            result = result_from_json(reply["result"])
+            self._resolve(item, Scored(result, "ok" if result.value > 0 else "wrong"))
 
     def _late(self, item: Item) -> None:
         item.num_timeouts += 1
@@ -226,7 +244,9 @@ class RewardPool:
         """Whether another rollout was scored since then, or one that was scored before is scored again now."""
         if self._last_ok_s > since_s:
             return True
-        return self._control is not None and (await self._add(self._control, is_control=True).future).outcome == "ok"
+        if self._control is None:
+            return False
+        return (await self._add(self._control, is_control=True).future).outcome in _SCORED
 
     def _resolve(self, item: Item, scored: Scored) -> None:
         if item.future.done():

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from posttrain.scoring.wire import FrameBuffer
 
-_TOKEN_VARIABLE = "POSTTRAIN_REWARD_WORKER"
+_VARIABLE = "POSTTRAIN_REWARD_WORKER"
 _TAIL_BYTES = 4096
 _DRAIN_S = 0.3
 
@@ -47,6 +47,15 @@ class WorkerProcess(asyncio.SubprocessProtocol):
         return self._transport.get_pid()
 
     @property
+    def is_stopped(self) -> bool:
+        """Whether a signal has frozen it (Linux; elsewhere that cannot be told)."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] in ("T", "t")
+
+    @property
     def stderr_tail(self) -> str:
         return self._errors.decode(errors="replace").strip()
 
@@ -62,7 +71,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        _kill_marked(self._token)
+        kill_marked(_VARIABLE, self._token)
 
     async def close(self, grace_s: float = 0.5) -> None:
         """Ends the worker: the end of its input first, SIGKILL after `grace_s`. Returns when it has been reaped."""
@@ -116,17 +125,17 @@ class WorkerProcess(asyncio.SubprocessProtocol):
     def _environment(self) -> dict[str, str]:
         """Ours, with our import path, one thread for numerical libraries, and the mark that `kill` looks for."""
         paths = [path or os.getcwd() for path in sys.path]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), _TOKEN_VARIABLE: self._token}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), _VARIABLE: self._token}
         environment.setdefault("OMP_NUM_THREADS", "1")
         return environment
 
 
-def _kill_marked(token: str) -> None:
-    """Kills every process whose environment holds the token (Linux; elsewhere the process group has to do).
+def kill_marked(variable: str, token: str) -> None:
+    """Kills every process that was given this variable with this value (Linux; elsewhere the process group has to do).
 
     A child that moved to another session and was orphaned can be found in no other way.
     """
-    needle = f"{_TOKEN_VARIABLE}={token}".encode()
+    needle = f"{variable}={token}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if needle in (folder / "environ").read_bytes():

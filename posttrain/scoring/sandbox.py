@@ -10,6 +10,7 @@ import json
 import os
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,16 @@ from posttrain.errors import PosttrainError
 _INIT = Path(__file__).with_name("sandbox_init.py")
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
 _MAX_STDERR = 4096
+_SETUP_S = 30.0
+# The last words of a Python program that met a limit which the kernel sets: how a line of them begins.
+_LIMIT_ERRORS = {
+    "MemoryError": "memory",
+    "BlockingIOError: [Errno 11]": "processes",
+    "RuntimeError: can't start new thread": "processes",
+    "OSError: [Errno 24]": "files",
+    "OSError: [Errno 27]": "disk",
+    "OSError: [Errno 28]": "disk",
+}
 
 
 class SandboxError(PosttrainError):
@@ -43,9 +54,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class SandboxResult:
-    """How a program ended. limit: "" or the limit that ended it (wall, cpu, output, memory).
+    """How a program ended. limit: "" or the limit that ended it (wall, cpu, output, memory, processes, files, disk).
 
-    exit_code: as a shell tells it (128 + signal). stderr: its last 4 KB.
+    exit_code: as a shell tells it (128 + signal). stderr: its last 4 KB. wall_s: without setting up the sandbox.
     """
 
     exit_code: int
@@ -125,36 +136,53 @@ def _command(way: str, python: str, visible: list[str], descriptors: tuple[int, 
     ]  # fmt: skip
 
 
+def limit_of_error(line: str) -> str:
+    """The limit that an exception tells of, written as Python writes it (`Type: message`); "" if none."""
+    return next((limit for begin, limit in _LIMIT_ERRORS.items() if line.startswith(begin)), "")
+
+
 def _watch(process: "subprocess.Popen[bytes]", ready: IO[bytes], limits: Limits) -> SandboxResult:
-    """Reads what the program writes until it ends or reaches a limit; then it and all it started are dead."""
-    started_s = time.monotonic()
+    """Reads what the program writes until it ends or reaches a limit; then it and all it started are dead.
+
+    Its clock starts when the sandbox stands: a machine that is slow to set one up is no fault of the program.
+    """
     assert process.stdout is not None
     assert process.stderr is not None
+    started_s, left_s, is_ready = time.monotonic(), _SETUP_S, False
     stdout, stderr, limit = bytearray(), bytearray(), ""
     with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
+        selector.register(ready, selectors.EVENT_READ)
         selector.register(process.stdout, selectors.EVENT_READ, stdout)
         selector.register(process.stderr, selectors.EVENT_READ, stderr)
         while selector.get_map() and not limit:
-            left_s = started_s + limits.wall_s - time.monotonic()
-            events = selector.select(max(left_s, 0.0))
-            limit = "" if events or left_s > 0 else "wall"
-            for key, _ in events:
+            for key, _ in selector.select(max(left_s, 0.0)):
+                if key.data is None:  # "ready" in one write, or the end of a sandbox that could not be set up
+                    is_ready = os.read(key.fd, 16) == b"ready"
+                    selector.unregister(key.fileobj)
+                    started_s = time.monotonic()
+                    continue
                 data = os.read(key.fd, 1 << 16)
                 if not data:
                     selector.unregister(key.fileobj)
                 key.data.extend(data)
             del stderr[:-_MAX_STDERR]
+            left_s = started_s + (limits.wall_s if is_ready else _SETUP_S) - time.monotonic()
             if len(stdout) > limits.output_bytes:
                 limit = "output"
+            elif left_s <= 0 and selector.get_map():
+                limit = "wall"
         try:
-            exit_code = process.wait(max(started_s + limits.wall_s - time.monotonic(), 0.0) if not limit else 0.0)
+            exit_code = process.wait(max(left_s, 0.0) if not limit else 0.0)
         except subprocess.TimeoutExpired:
             limit = limit or "wall"
             process.kill()
             exit_code = process.wait()
     words = stderr.decode(errors="replace").strip()
-    if ready.read() != b"ready" and not limit:
-        raise SandboxError(f"the sandbox could not be set up: {words[-300:] or f'exit code {exit_code}'}")
+    if not is_ready:
+        late = f"not within {_SETUP_S:g} s" if limit else f"exit code {exit_code}"
+        raise SandboxError(f"the sandbox could not be set up: {words[-300:] or late}")
+    if exit_code < 0 and not limit:  # from inside nothing can reach the process that ended so
+        raise SandboxError(f"the sandbox was killed by {signal.Signals(-exit_code).name}")
     wall_s = time.monotonic() - started_s
     limit = limit or _limit_of(exit_code, words, wall_s)
     return SandboxResult(exit_code, bytes(stdout[: limits.output_bytes]), words, limit, wall_s)
@@ -163,4 +191,5 @@ def _watch(process: "subprocess.Popen[bytes]", ready: IO[bytes], limits: Limits)
 def _limit_of(exit_code: int, stderr: str, wall_s: float) -> str:
     if exit_code == 128 + 24 or (exit_code == 128 + 9 and wall_s > 0.5):  # SIGXCPU, or SIGKILL at the hard limit
         return "cpu"
-    return "memory" if stderr.rpartition("\n")[2].startswith("MemoryError") else ""
+    # Of several processes that write at once, each may have the last line.
+    return next(filter(None, map(limit_of_error, reversed(stderr.splitlines()))), "") if exit_code else ""

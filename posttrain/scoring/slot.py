@@ -77,6 +77,11 @@ class Slot:
     def __len__(self) -> int:
         return len(self._items)
 
+    @property
+    def pid(self) -> int | None:
+        """Of the worker, if there is one that has loaded the plug-in."""
+        return self._worker.pid if self._worker is not None and self._is_ready else None
+
     async def start(self) -> str:
         """Starts a worker and has it load the plug-in. Returns "" or the reason why it could not."""
         loop = asyncio.get_running_loop()
@@ -169,8 +174,10 @@ class Slot:
         worker = self._worker
         assert worker is not None
         self._dying.add(worker)
+        was_stopped = worker.is_stopped  # then it is not the reply that takes so long
         worker.kill()
-        self._lose(self._reports.late)
+        stopped = "the reward's process was stopped"
+        self._lose((lambda item: self._reports.died(item, stopped)) if was_stopped else self._reports.late)
 
     def _on_exit(self, worker: WorkerProcess) -> None:
         self._dying.discard(worker)
