@@ -18,7 +18,7 @@ from typing import Any
 from posttrain.config.base import Config
 from posttrain.context import StageContext
 from posttrain.errors import UserError
-from posttrain.pipeline.graph import Node, Pipeline, load_pipeline
+from posttrain.pipeline.graph import Node, Pipeline, load_pipeline, with_trackers
 from posttrain.pipeline.plan import make_plan, trainer_resources
 from posttrain.pipeline.schedule import make_job
 from posttrain.records import RewardResult, Rollout, Scored, VersionSpan
@@ -150,6 +150,17 @@ def resources_of(kind: str) -> Builder:
         return asked, trainer_resources(node)
 
     return build
+
+
+def trackers(config: Any) -> Any:
+    """What each tracker's library is opened with in a pipeline that has TensorBoard on, or by the pipeline itself."""
+    from posttrain.config.shared import TrackersConfig
+    from posttrain.metrics.trackers import arguments
+    from posttrain.pipeline.config import PipelineConfig
+
+    if not isinstance(config, PipelineConfig):
+        config = with_trackers(config, TrackersConfig(tensorboard=True))
+    return arguments(config.trackers, "run", "stage", Path("stage"))
 
 
 @cache
@@ -554,16 +565,16 @@ MODEL_ENGINE, JUDGE_ENGINE = engine(lambda config: config.model), engine(lambda 
 BUILDERS: dict[str, tuple[Builder, ...]] = {
     "base": (
         resources_of("base"), base_rates, base_cached, base_sets, base_model, base_gradients, base_update,
-        base_documents,
+        base_documents, trackers,
     ),
     "filter": (resources_of("filter"), JUDGE_ENGINE, filter_requests, filter_split),
-    "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings),
+    "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings, trackers),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
         rl_controller, rl_draws, rl_policy, rl_micro_batches, rl_rescoring, policy, router_bias,
-        engine_settings, MODEL_ENGINE,
+        engine_settings, MODEL_ENGINE, trackers,
     ),
-    "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings),
+    "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings, trackers),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),
-    "pipeline": (pipeline_jobs,),
+    "pipeline": (pipeline_jobs, trackers),
 }  # fmt: skip

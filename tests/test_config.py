@@ -148,6 +148,7 @@ def test_the_schema_of_a_pipeline_exports():
         "name",
         "seed",
         "warm_engines",
+        "trackers",
         "stages",
         "evaluate",
     }

@@ -28,7 +28,7 @@ def cache_key(config: StageConfig, seed: int) -> str:
     """Hash of everything that the weights depend on."""
     import torch
 
-    settings = config.model_dump(mode="json", exclude={"cache"})
+    settings = config.model_dump(mode="json", exclude={"cache", "trackers"})
     digest = hashlib.sha256(json.dumps([settings, seed, torch.__version__], sort_keys=True).encode())
     package = Path(posttrain.__file__).parent
     for path in sorted(

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import Positive, Probability
+from posttrain.config.shared import Positive, Probability, TrackersConfig
 
 # More than any document has.
 MIN_BATCH_TOKENS = 128
@@ -77,6 +77,9 @@ class StageConfig(Config):
     max_grad_norm: Positive = Field(default=1.0, description="Gradients with a larger norm are scaled down to it.")
     cache: bool = Field(
         default=True, description="Reuse a base trained before with the same config, seed, code and torch."
+    )
+    trackers: TrackersConfig | None = Field(
+        None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
     )
     model: ModelSizes = Field(default_factory=ModelSizes)
     sets: SetSizes = Field(default_factory=SetSizes)

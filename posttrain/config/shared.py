@@ -162,6 +162,34 @@ class OptimizerConfig(Config):
     max_grad_norm: Positive = 1.0
 
 
+class TrackioConfig(Config):
+    """trackio, on this machine unless its own variables say otherwise."""
+
+    project: str = Field(min_length=1, description="Its run is called RUN-STAGE.")
+
+
+class WandbConfig(Config):
+    """Weights & Biases."""
+
+    project: str = Field(min_length=1, description="Its run is called RUN-STAGE, in the group RUN.")
+    mode: Literal["offline", "online"] = Field(
+        default="offline", description="offline writes to the stage's folder; online sends to the service."
+    )
+
+
+class TrackersConfig(Config):
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = Field(default=False, description="Event files in the stage's folder tensorboard/.")
+    trackio: TrackioConfig | None = None
+    wandb: WandbConfig | None = None
+
+    @property
+    def packages(self) -> list[str]:
+        """The packages of those that are on; the extra of the same name installs each."""
+        return [name for name in type(self).model_fields if getattr(self, name)]
+
+
 class LoraConfig(Config):
     """Low-rank adapters, merged into the exported model."""
 

@@ -13,6 +13,7 @@ from posttrain.config.shared import (
     OptimizerConfig,
     ParallelConfig,
     Positive,
+    TrackersConfig,
     TrainerResources,
 )
 
@@ -69,6 +70,9 @@ class DpoConfig(Config):
     checkpoint_every: Count = Field(200, description="Optimiser steps between checkpoints.")
     parallel: ParallelConfig | None = Field(
         None, description="Train over several processes, with DeepSpeed; absent: in one, without."
+    )
+    trackers: TrackersConfig | None = Field(
+        None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
     )
     resources: DpoResources = Field(default_factory=DpoResources)
 

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from posttrain.config.base import Config, apply_overrides, config_problems, read_yaml
+from posttrain.config.shared import TrackersConfig
 from posttrain.errors import ConfigError
 from posttrain.resources import bundled, bundled_names
 
@@ -48,6 +49,9 @@ class PipelineConfig(Config):
     name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Given to every stage.")
     warm_engines: bool = Field(False, description="Hand vLLM engines on from stage to stage.")
+    trackers: TrackersConfig | None = Field(
+        None, description="Where metrics go besides metrics.jsonl, of every stage that does not say so itself."
+    )
     stages: Annotated[list[StageEntry], Field(min_length=1)]
     evaluate: EvaluateEntry | None = None
 
@@ -180,10 +184,10 @@ def _split_overrides(
             problems.append(f"override {override!r}: must have the form key.path=value")
         elif dot and first in names:
             inner.setdefault(first, []).append(override.strip()[len(first) + 1 :])
-        elif not dot and first in ("name", "seed", "warm_engines", "evaluate"):
+        elif first == "trackers" or (not dot and first in ("name", "seed", "warm_engines", "evaluate")):
             top.append(override)
         else:
-            known = [*names, "seed", "warm_engines", "name"]
+            known = [*names, "seed", "warm_engines", "trackers", "name"]
             near = difflib.get_close_matches(first, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             what = "key of the pipeline" if not dot else "stage"

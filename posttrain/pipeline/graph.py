@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from posttrain.config.base import Config, config_problems
+from posttrain.config.shared import TrackersConfig
 from posttrain.errors import ConfigError
 from posttrain.pipeline.config import RawPipeline, RawStage, read_pipeline
-from posttrain.pipeline.inputs import input_problems, package_problems
+from posttrain.pipeline.inputs import input_problems, package_problems, tracker_problems
 from posttrain.pipeline.kinds import KINDS, StageKind, load_schema, unknown_kind
 from posttrain.pipeline.references import Reference, find_cycle, find_references, replace_references, topological
 
@@ -103,18 +104,27 @@ def load_pipeline(source: str | Path | Mapping[str, Any] | RawPipeline, override
     kinds = {} if raw.alone else {entry.name: entry.kind for entry in raw.config.stages}
     nodes = [node for stage in raw.stages if (node := _make_node(stage, kinds, problems, raw.open_references))]
     nodes += _evaluations(raw, kinds, problems)
+    problems += tracker_problems(raw.config)
     for node in nodes:
         problems += [f"{node.name}: kind {node.kind} {missing}" for missing in package_problems(node.stage_kind)]
-        problems += [_located(node, problem) for problem in input_problems(node.config, node.stage_kind)]
+        found = tracker_problems(node.config) + input_problems(node.config, node.stage_kind)
+        problems += [_located(node, problem) for problem in found]
     cycle = find_cycle({node.name: node.needs for node in nodes})
     if cycle:
         problems.append(f"stages: {' → '.join(cycle)}: a cycle; each stage must need earlier ones only")
     if problems:
         raise ConfigError(raw.source, list(dict.fromkeys(problems)))
-    by_name = {node.name: node for node in nodes}
+    by_name = {node.name: replace(node, config=with_trackers(node.config, raw.config.trackers)) for node in nodes}
     order = topological({name: node.needs for name, node in by_name.items()})
     config = raw.config
     return Pipeline(raw.source, config.name, config.seed, config.warm_engines, {name: by_name[name] for name in order})
+
+
+def with_trackers(config: Config, trackers: TrackersConfig | None) -> Config:
+    """A stage's config with the pipeline's trackers, if it names none and its metrics are of steps."""
+    if "trackers" not in type(config).model_fields or getattr(config, "trackers", None) is not None:
+        return config
+    return config.model_copy(update={"trackers": trackers})
 
 
 def _make_node(

@@ -30,7 +30,7 @@ NOT_CODE = ("cli", "report")
 def input_hash(node: Node, pipeline: Pipeline, upstream: Mapping[str, str]) -> str:
     """Hash of everything that decides what a node makes. `upstream`: hashes of the nodes it needs, by name."""
     config = replace_references(
-        node.config.model_dump(mode="json"), lambda stage, output: f"{upstream[stage]}:{output}"
+        node.config.model_dump(mode="json", exclude={"trackers"}), lambda stage, output: f"{upstream[stage]}:{output}"
     )
     parts = {
         "kind": node.kind,

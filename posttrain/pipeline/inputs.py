@@ -156,3 +156,10 @@ def package_problems(kind: StageKind) -> list[str]:
     """Packages that a kind of stage needs and that are not installed. They are looked for, not imported."""
     missing = [package for package in kind.packages if find_spec(package) is None]
     return [f"needs {name}, which is not installed: {INSTALL.get(name, 'install posttrain again')}" for name in missing]
+
+
+def tracker_problems(config: BaseModel) -> list[str]:
+    """Trackers that are on and whose packages are not installed. They are looked for, not imported."""
+    trackers = getattr(config, "trackers", None)
+    missing = [package for package in trackers.packages if find_spec(package) is None] if trackers else []
+    return [f"trackers.{name}: {name} is not installed: pip install 'posttrain[{name}]'" for name in missing]

@@ -16,6 +16,7 @@ from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.errors import PosttrainError, UserError
+from posttrain.metrics.trackers import tracked
 from posttrain.pipeline.kinds import StageKind, load_object, load_schema
 
 OUT_OF_SPACE = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
@@ -58,7 +59,8 @@ def run_stage(job: StageJob) -> StageAnswer:
         config = load_schema(job.kind).model_validate(job.config)
         seed_everything(job.seed)
         context = StageContext(job.name, job.dir, job.events, job.seed, job.warm_engines)
-        result = run(config, context) or {}
+        with tracked(getattr(config, "trackers", None), context):
+            result = run(config, context) or {}
         return StageAnswer(dict(result), time.perf_counter() - started)
     except Exception as error:
         log_error()

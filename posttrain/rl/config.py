@@ -20,6 +20,7 @@ from posttrain.config.shared import (
     RewardResources,
     SamplingConfig,
     SystemsConfig,
+    TrackersConfig,
     TrainerResources,
 )
 
@@ -237,6 +238,9 @@ class RlConfig(Config):
         description="Largest mean gap of sampler and trainer log-probabilities; None: 1e-3 fp32, 0.1 bf16.",
     )
     engine: EngineConfig = Field(default_factory=EngineConfig)
+    trackers: TrackersConfig | None = Field(
+        None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
+    )
     resources: RlResources = Field(default_factory=RlResources)
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from posttrain.config.shared import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    TrackersConfig,
     TrainerResources,
 )
 
@@ -42,6 +43,9 @@ class SftConfig(Config):
     checkpoint_every: Count = Field(200, description="Optimiser steps between checkpoints.")
     parallel: ParallelConfig | None = Field(
         None, description="Train over several processes, with DeepSpeed; absent: in one, without."
+    )
+    trackers: TrackersConfig | None = Field(
+        None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
     )
     resources: SftResources = Field(default_factory=SftResources)
 

@@ -1,6 +1,6 @@
 """Run a TRL trainer as part of a stage: progress and metrics out, checkpoints sealed, resumed after a kill.
 
-Left out: evaluation during training (a stage of its own) and trackers.
+Left out: evaluation during training (a stage of its own) and TRL's own trackers (see metrics/trackers.py).
 """
 
 import math
@@ -136,7 +136,7 @@ def own_context(context: StageContext) -> StageContext:
 def training_recipe(config: Any, inputs: set[str]) -> dict[str, Any]:
     """What of a config decides a training, besides its start weights and data. How rows are dealt to ranks does not:
     a checkpoint is continued in any layout with as many rows a step."""
-    left_out = {"resources", "checkpoint_every", "model", "parallel", "gradient_accumulation", *inputs}
+    left_out = {"resources", "checkpoint_every", "model", "parallel", "gradient_accumulation", "trackers", *inputs}
     processes = config.parallel.processes if config.parallel else 1
     recipe = config.model_dump(mode="json", exclude=left_out)
     recipe["router"] = config.model.router.model_dump()

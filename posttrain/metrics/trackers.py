@@ -1,0 +1,175 @@
+"""Hands a stage's metrics on to TensorBoard, trackio and wandb while it runs. Off unless the config asks for it.
+
+    StageContext.metrics ─► metrics.jsonl ─► Follower, a thread of the stage's process ─► each tracker's own library
+
+metrics.jsonl stays the truth: a tracker is given what is added to it, the numbers only. The stage waits for a tracker
+at its end alone, and not for long; one that raises is reported once, as an event, and is off from then on.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.shared import TrackersConfig
+from posttrain.context import StageContext
+
+POLL_S = 1.0
+END_S = 60.0  # to hand on the rest and to finish
+
+
+@dataclass(frozen=True, slots=True)
+class Tracker:
+    """One that is open. log: takes a step and the numbers of its line; close: writes out what is left."""
+
+    log: Callable[[int, dict[str, float]], Any]
+    close: Callable[[], Any]
+
+
+Opener = Callable[[dict[str, Any], int], Tracker]  # keyword arguments of `arguments`, the first step
+
+
+def arguments(config: TrackersConfig | None, run: str, stage: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """What the library of each tracker that is on is opened with, by the tracker's name. folder: the stage's."""
+    config = config or TrackersConfig()
+    found: dict[str, dict[str, Any]] = {}
+    if config.tensorboard:
+        found["tensorboard"] = {"log_dir": str(folder / "tensorboard")}
+    if config.trackio:
+        found["trackio"] = {"project": config.trackio.project, "name": f"{run}-{stage}", "resume": "allow"}
+    if config.wandb:
+        project, mode = config.wandb.project, config.wandb.mode
+        names = {"name": f"{run}-{stage}", "group": run}
+        found["wandb"] = {"project": project, "mode": mode, **names, "dir": str(folder)}
+    return found
+
+
+def _tensorboard(kwargs: dict[str, Any], step: int) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(**kwargs, purge_step=step)  # steps that a resumed stage trains again are shown once
+
+    def log(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return Tracker(log, writer.close)
+
+
+def _trackio(kwargs: dict[str, Any], step: int) -> Tracker:
+    import trackio  # pyright: ignore[reportMissingImports]
+
+    trackio.init(**kwargs)
+    return Tracker(lambda step, values: trackio.log(values, step=step), trackio.finish)
+
+
+def _wandb(kwargs: dict[str, Any], step: int) -> Tracker:
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    run = wandb.init(**kwargs)
+    return Tracker(lambda step, values: run.log(values, step=step), run.finish)
+
+
+OPENERS: Mapping[str, Opener] = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}
+
+
+@contextmanager
+def tracked(
+    config: TrackersConfig | None, context: StageContext, openers: Mapping[str, Opener] = OPENERS
+) -> Iterator[None]:
+    """Inside, what is added to the stage's metrics.jsonl goes to the trackers that are on."""
+    run = context.events.resolve().parent.name
+    found = arguments(config, run, context.name, context.dir)
+    if not found:
+        yield
+        return
+    follower = Follower(context, {name: (openers[name], kwargs) for name, kwargs in found.items()})
+    follower.start()
+    try:
+        yield
+    finally:
+        follower.end()
+
+
+class Follower(threading.Thread):
+    """Reads what is added to metrics.jsonl, and opens each tracker at the first line there is for it."""
+
+    def __init__(self, context: StageContext, trackers: Mapping[str, tuple[Opener, dict[str, Any]]]):
+        super().__init__(name="trackers", daemon=True)
+        self._context = context
+        self._lines = NewLines(context.dir / "metrics.jsonl")
+        self._closed = dict(trackers)
+        self._open: dict[str, Tracker] = {}
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Hand on until `end` is called, then the rest."""
+        while not self._ended.wait(POLL_S):
+            self._hand_on()
+        self._hand_on()
+        for name, tracker in list(self._open.items()):
+            self._guarded(name, tracker.close)
+
+    def end(self) -> None:
+        """Hand on the rest and close; a tracker that takes too long is left behind."""
+        self._ended.set()
+        self.join(END_S)
+        if self.is_alive():
+            self._report(", ".join(self._open or self._closed), f"did not finish within {END_S:g} s")
+
+    def _hand_on(self) -> None:
+        for step, values in self._lines.read():
+            for name, (opener, kwargs) in list(self._closed.items()):
+                self._guarded(name, lambda n=name, o=opener, k=kwargs, s=step: self._open.update({n: o(k, s)}))
+                self._closed.pop(name)
+            for name, tracker in list(self._open.items()):
+                self._guarded(name, lambda t=tracker, s=step, v=values: t.log(s, v))
+
+    def _guarded(self, name: str, call: Callable[[], Any]) -> None:
+        """A tracker must not end a run: whatever it raises turns it off."""
+        try:
+            call()
+        except (Exception, SystemExit) as error:
+            self._open.pop(name, None)
+            self._report(name, f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def _report(self, name: str, error: str) -> None:
+        self._context.event("tracker_failed", tracker=name, error=error)
+
+
+class NewLines:
+    """Lines added to a metrics file from now on; also where a stage that is resumed rewrites the file."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: int | None = None  # its inode
+        self._offset = 0
+        self._newest = time.time()
+
+    def read(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """(step, numbers) of each whole line that was written since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                file.seek(self._offset if inode == self._file else 0)
+                data = file.read()
+                start = file.tell() - len(data)
+        except OSError:
+            return
+        whole, _, _ = data.rpartition(b"\n")
+        self._file, self._offset = inode, start + (len(whole) + 1 if whole else 0)
+        for line in whole.splitlines():
+            try:
+                record = json.loads(line)
+                step, written = int(record.pop("step")), float(record.pop("t"))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+            if written > self._newest:
+                self._newest = written
+                yield step, {name: value for name, value in record.items() if isinstance(value, int | float)}
