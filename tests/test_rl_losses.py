@@ -305,39 +305,66 @@ def random_samples(n=48):
     return [sample(index) for index in range(n)]
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_loss_and_gradient_do_not_depend_on_the_split(name, ranks):
-    """The policy's log-probability of token i is a parameter: one place for the gradients of any split."""
-    samples = random_samples()
-    config = LossConfig(name=name, entropy_bonus=0.01, reference=ReferenceConfig(weight=0.1))
+def batch_loss(chunks, config):
+    """Loss of a batch in these micro-batches, what was clipped or masked, and the gradient.
+
+    The policy's log-probability of token i is a parameter: one place for the gradients of any split.
+    """
+    samples = [sample for chunk in chunks for sample in chunk]
     tokens = sum(len(sample.token_ids) for sample in samples)
+    weights_V = torch.linspace(-1.0, 1.0, 100, dtype=torch.float64).requires_grad_()
+    total, counted = 0.0, 0
+    for chunk in chunks:
+        batch = collate(chunk, pad_id=0)
+        policy_T = batch.sampler_logprobs_T.double() + weights_V[batch.target_T]
+        inputs = loss_inputs(policy_T, batch, 8)
+        outputs = LOSSES[config.name](inputs, config)
+        share = batch_share(outputs, inputs, -policy_T, tokens, len(samples), config)
+        share.backward()
+        total += float(share.detach())
+        counted += sum(int(value) for value in outputs.metrics.values())
+    return total, counted, weights_V.grad
 
-    def whole(chunks):
-        weights_V = torch.linspace(-1.0, 1.0, 100, dtype=torch.float64).requires_grad_()
-        total, counted = 0.0, 0
-        for chunk in chunks:
-            batch = collate(chunk, pad_id=0)
-            policy_T = batch.sampler_logprobs_T.double() + weights_V[batch.target_T]
-            inputs = loss_inputs(policy_T, batch, 8)
-            outputs = LOSSES[name](inputs, config)
-            share = batch_share(outputs, inputs, -policy_T, tokens, len(samples), config)
-            share.backward()
-            total += float(share.detach())
-            counted += sum(int(value) for value in outputs.metrics.values())
-        return total, counted, weights_V.grad
 
-    small = RlConfig(
-        model={"path": "m"}, prompts={"path": "p"}, reward={"name": "r"}, micro_batch_tokens=64, loss={"name": name}
-    )
-    loss, counted, gradient = whole([samples])
+def assert_split_changes_nothing(samples, config, ranks):
+    small = make_rl_config(micro_batch_tokens=64)
+    loss, counted, gradient = batch_loss([samples], config)
     shares = [chunk for rank in range(ranks) for chunk, weight in dealt(small, samples, rank, ranks) if weight]
     assert len(shares) > 3
-    other_loss, other_counted, other_gradient = whole(shares)
+    other_loss, other_counted, other_gradient = batch_loss(shares, config)
     assert other_loss == pytest.approx(loss, rel=1e-9)
     assert other_counted == counted
     assert torch.allclose(gradient, other_gradient, rtol=1e-9, atol=1e-12)
     assert float(gradient.abs().max()) > 0
+    return loss
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_loss_and_gradient_do_not_depend_on_the_split(name, ranks):
+    samples = random_samples()
+    assert_split_changes_nothing(samples, LossConfig(name=name), ranks)
+    terms = {"entropy_bonus": 0.01, "reference": ReferenceConfig(weight=0.1)}
+    with_terms = [
+        assert_split_changes_nothing(samples, LossConfig(name=name, **{key: value}), ranks)
+        for key, value in terms.items()
+    ]
+    plain = batch_loss([samples], LossConfig(name=name))[0]
+    both = assert_split_changes_nothing(samples, LossConfig(name=name, **terms), ranks)
+    assert both - plain == pytest.approx(sum(with_terms) - 2 * plain)
+    assert both != pytest.approx(plain)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_masked_replies_are_in_no_sum_and_no_denominator_however_it_is_split(name):
+    config = make_rl_config(loss={"truncated": "mask"})
+    lengths = [(2, 16, 5, 9), (16, 7, 3, 16), (12, 4, 16, 16)] * 3
+    groups = [scored_rewards(config, [1.0, 0.25, 0.5, 0.0], row) for row in lengths]
+    everything = train_samples([scored_rewards(make_rl_config(), [1.0, 0.25, 0.5, 0.0], row) for row in lengths], 1)
+    samples = train_samples(groups, 1)
+    assert samples == [sample for sample in everything if len(sample.token_ids) < 16]
+    loss = assert_split_changes_nothing(samples, LossConfig(name=name), 2)
+    assert loss != pytest.approx(batch_loss([everything], LossConfig(name=name))[0])
 
 
 @pytest.mark.parametrize("key", sorted({key for keys in CONSTANTS.values() for key in keys}))
@@ -369,7 +396,8 @@ def scored_rewards(config, rewards, lengths=(2, 2, 2, 2), versions=0):
     def rollout(index, length):
         reason = "length" if length == 16 else "stop"
         spans = (VersionSpan(versions, 0, 1), VersionSpan(versions + 1, 1, length))
-        return Rollout("p", "g", index, (1,), (2,) * length, "", (-1.0,) * length, spans, reason)
+        ids = tuple(25 * index + place for place in range(length))
+        return Rollout("p", "g", index, (1,), ids, "", (-1.0,) * length, spans, reason)
 
     group = Group(0, DrawnPrompt(Row("p", "math", ()), None, (), (1,)), tuple(starmap(rollout, enumerate(lengths))))
     scores = [Scored(None, "timeout", "slow") if value is None else Scored(RewardResult(value)) for value in rewards]
