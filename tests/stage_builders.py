@@ -407,10 +407,28 @@ def rl_loss(config: Any) -> Any:
     logprobs = torch.tensor([*policy, *policy]).log()
     advantages = torch.tensor([1.0] * len(policy) + [-0.5] * len(policy))
     staleness, replies = torch.arange(16) % 4, torch.arange(16) // 4
-    inputs = LossInputs(logprobs[:, 0], logprobs[:, 1], advantages, staleness, replies, config.sampling.max_tokens)
+    inputs = LossInputs(
+        logprobs[:, 0], logprobs[:, 1], advantages, staleness, replies, config.sampling.max_tokens,
+        torch.linspace(-2.0, -0.1, 16),
+    )  # fmt: skip
     outputs = LOSSES[config.loss.name](inputs, config.loss)
     entropy = torch.full_like(advantages, 2.0)
-    return outputs.loss_sum, outputs.metrics, batch_share(outputs, entropy, 16, 4, config.loss)
+    return outputs.loss_sum, outputs.metrics, batch_share(outputs, inputs, entropy, 16, 4, config.loss)
+
+
+def rl_reference(config: Any) -> Any:
+    """The reference policy's weights, where there is one."""
+    from posttrain.rl.reference import reference_config
+
+    return _model(reference_config(config).model.model_dump_json()).state_dict() if config.loss.reference else None
+
+
+def rl_stops(config: Any) -> Any:
+    """Why training stops after so many updates in a row that were left out."""
+    from posttrain.rl.evidence import stop_reason
+
+    found = {"step": 7, "loss": "nan", "grad_norm": "nan"}
+    return [stop_reason(config, {**found, "skipped_in_a_row": skipped}) for skipped in range(1, 12)]
 
 
 def rl_rescoring(config: Any) -> Any:
@@ -571,8 +589,8 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings, trackers),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
-        rl_controller, rl_draws, rl_policy, rl_micro_batches, rl_rescoring, policy, router_bias,
-        engine_settings, MODEL_ENGINE, trackers,
+        rl_controller, rl_draws, rl_policy, rl_micro_batches, rl_rescoring, rl_reference, rl_stops,
+        policy, router_bias, engine_settings, MODEL_ENGINE, trackers,
     ),
     "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings, trackers),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from config_leaves import Leaf, NoValueError, find_leaves, other_values, set_at
-from stage_builders import BUILDERS, Builder, outcome, sft_packing, write_inputs
+from stage_builders import BUILDERS, Builder, outcome, rl_loss, sft_packing, write_inputs
 
 from posttrain.config.base import Config
 from posttrain.pipeline.config import PipelineConfig
@@ -42,6 +42,7 @@ MODEL = {"path": "model_a", "dtype": "float32"}
 ENGINE = {"max_model_len": 256}
 REWARD = {"name": "final_answer"}
 LENGTHS = {"max_length": 512, "batch_tokens": 512}
+REFERENCE = {"loss.reference": {"weight": 0.1}, "resources.reference": {}}
 INSTRUCTIONS = [{"text": "Be brief."}, {"text": "Take care."}]
 EVALUATION = {"model": MODEL, "data": {"path": "prompts_a.jsonl"}, "reward": REWARD}
 
@@ -106,6 +107,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "curriculum.last": [[0.0, 0.1]],
             "curriculum.half_life": [2.0],
             "curriculum.tries": [1],
+            "loss.reference.path": ["model_b"],
         },
         "given": {
             "optimizer.warmup_steps": {"optimizer.schedule": "linear"},
@@ -118,7 +120,13 @@ TABLE: dict[str, dict[str, Any]] = {
             "loss.tis_*": {"loss.name": "tis"},
             "loss.icepop_*": {"loss.name": "icepop"},
             "loss.decoupled_*": {"loss.name": "decoupled"},
+            "loss.reference.*": REFERENCE,
+            "resources.reference.*": REFERENCE,
             "parallel.*": {"parallel": {"processes": 2}},
+        },
+        "together": {
+            "loss.reference": (REFERENCE, rl_loss),
+            "resources.reference": (REFERENCE, BUILDERS["rl"][0]),
         },
     },
     "dpo": {

@@ -1,7 +1,9 @@
 """Advantages and losses against numbers worked by hand from their formulas; gradients too."""
 
 import math
+from dataclasses import replace
 from itertools import starmap
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,9 @@ from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError
 from posttrain.records import RewardResult, Rollout, Row, Scored, VersionSpan
 from posttrain.rl.advantages import ADVANTAGES, is_zero
-from posttrain.rl.config import CONSTANTS, LossConfig, RlConfig
+from posttrain.rl.config import CONSTANTS, LossConfig, ReferenceConfig, RlConfig
 from posttrain.rl.groups import DrawnPrompt, Group
-from posttrain.rl.losses import LOSSES, LossInputs, batch_share
+from posttrain.rl.losses import LOSSES, LossInputs, batch_share, reference_kl
 from posttrain.rl.samples import TrainSample, collate, micro_batches, train_samples
 from posttrain.rl.scoring import drop_reason, over_batch, overlong_penalty, scored_group
 from posttrain.rl.trainer import dealt, loss_inputs
@@ -110,6 +112,11 @@ def test_collate_points_at_the_states_that_predict_each_reply_token():
     assert batch.advantages_T.tolist() == [0.5, 0.5, -0.5]
     assert batch.staleness_T.tolist() == [2, 1, 0]
     assert batch.sequence_T.tolist() == [0, 0, 1]
+    assert batch.ref_logprobs_T is None
+    judged = [replace(sample, ref_logprobs=sample.sampler_logprobs) for sample in samples]
+    assert collate(judged, pad_id=0).ref_logprobs_T.tolist() == [-1.0, -2.0, -3.0]
+    with pytest.raises(ValueError, match="each reply token needs a log-probability of the reference"):
+        collate([judged[0], samples[1]], pad_id=0)
 
 
 def test_grpo_dual_clip_by_hand():
@@ -202,10 +209,87 @@ def test_entropy_bonus_by_hand():
     # Loss sum 0.52 over 4 tokens, less 0.1 * (0.5 + 0.7 + 0 + 0.8) / 4.
     _, _, outputs = evaluate("grpo", [0.3, 0.1, 0.1, 0.3], [0.2] * 4, [1.0, -1.0, 1.0, -1.0])
     entropy_T = torch.tensor([0.5, 0.7, 0.0, 0.8], requires_grad=True)
-    share = batch_share(outputs, entropy_T, 4, 2, LossConfig(name="grpo", entropy_bonus=0.1))
+    unused: Any = None
+    share = batch_share(outputs, unused, entropy_T, 4, 2, LossConfig(name="grpo", entropy_bonus=0.1))
     assert float(share.detach()) == pytest.approx(0.52 / 4 - 0.1 * 2.0 / 4)
     (gradient,) = torch.autograd.grad(share, entropy_T)
     assert gradient.tolist() == pytest.approx([-0.025] * 4)
+
+
+def reference_terms(policy, sampler, reference, **settings):
+    """The terms, and their sum's gradient by the policy's log-probabilities."""
+    policy_T, sampler_T, reference_T = (
+        torch.tensor(x, dtype=torch.float64).log() for x in (policy, sampler, reference)
+    )
+    policy_T.requires_grad_()
+    nothing_T = torch.zeros(len(policy), dtype=torch.int64)
+    inputs = LossInputs(policy_T, sampler_T, nothing_T.double(), nothing_T, nothing_T, 10, reference_T)
+    terms_T = reference_kl(inputs, ReferenceConfig(weight=1.0, **settings))
+    terms_T.sum().backward()
+    return terms_T.tolist(), policy_T.grad.tolist()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "terms", "gradient"),
+    [
+        # Token 1: pi = 0.4, reference 0.1, l = log 4. Token 2: pi = 0.1, reference 0.2, l = -log 2.
+        ("k1", [math.log(4), -math.log(2)], [1.0, 1.0]),
+        ("k2", [math.log(4) ** 2 / 2, math.log(2) ** 2 / 2], [math.log(4), -math.log(2)]),
+        ("k3", [0.25 - 1 + math.log(4), 2 - 1 - math.log(2)], [0.75, -1.0]),
+    ],
+)
+def test_reference_kl_by_hand(estimator, terms, gradient):
+    batch = [0.4, 0.1], [0.1, 0.2], [0.1, 0.2]  # r = 4, capped at 3, and 0.5
+    for cap, weights in ((3.0, [3.0, 0.5]), (None, [1.0, 1.0])):
+        found_terms, found_gradient = reference_terms(*batch, estimator=estimator, ratio_cap=cap)
+        assert found_terms == pytest.approx([w * term for w, term in zip(weights, terms, strict=True)])
+        assert found_gradient == pytest.approx([w * slope for w, slope in zip(weights, gradient, strict=True)])
+
+
+def test_gradient_of_each_estimator_in_expectation():
+    """Over all tokens, weighted as the sampler draws them: k2 has KL(policy, reference)'s, k3 the other's, k1 none."""
+    sampler_V, reference_V = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]], dtype=torch.float64)
+    logits_V = torch.tensor([0.3, -0.4, 1.1], dtype=torch.float64, requires_grad=True)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, logits_V)[0]
+
+    def sampled(estimator, ratio_cap=100.0):
+        nothing_V = torch.zeros(3, dtype=torch.int64)
+        inputs = LossInputs(
+            logits_V.log_softmax(0), sampler_V.log(), nothing_V.double(), nothing_V, nothing_V, 10, reference_V.log()
+        )
+        config = ReferenceConfig(weight=1.0, estimator=estimator, ratio_cap=ratio_cap)
+        return gradient((sampler_V * reference_kl(inputs, config)).sum())
+
+    policy_V = logits_V.log_softmax(0)
+    reverse = gradient((policy_V.exp() * (policy_V - reference_V.log())).sum())
+    forward = gradient((reference_V * (reference_V.log() - logits_V.log_softmax(0))).sum())
+    assert torch.allclose(sampled("k1"), torch.zeros(3, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(sampled("k2"), reverse, atol=1e-12)
+    assert torch.allclose(sampled("k3"), forward, atol=1e-12)
+    assert not torch.allclose(reverse, forward, atol=0.05)
+    assert not torch.allclose(sampled("k2", None), reverse, atol=0.01)  # the sampler is not the policy
+
+
+def test_reference_term_of_the_loss_by_hand():
+    # Loss sum 0.52 over 4 tokens; k2 of l = log 2 on each, weighted by r = 1.5, 0.5, 0.5, 1.5: mean log(2)^2 / 2.
+    config = LossConfig(name="grpo", reference=ReferenceConfig(weight=0.1))
+    policy, sampler = [0.3, 0.1, 0.1, 0.3], [0.2] * 4
+    _, _, outputs = evaluate("grpo", policy, sampler, [1.0, -1.0, 1.0, -1.0])
+    zero_T = torch.zeros(4)
+    policy_T = torch.tensor(policy).log()
+    inputs = LossInputs(policy_T, torch.tensor(sampler).log(), zero_T, zero_T, zero_T, 10, policy_T - math.log(2))
+    share = batch_share(outputs, inputs, zero_T, 4, 2, config)
+    assert float(share.detach()) == pytest.approx(0.52 / 4 + 0.1 * math.log(2) ** 2 / 2)
+    with pytest.raises(ValueError, match="no log-probabilities of the reference"):
+        batch_share(outputs, LossInputs(policy_T, policy_T, zero_T, zero_T, zero_T, 10), zero_T, 4, 2, config)
+
+
+def test_reference_and_its_resources_go_together():
+    for changes in ({"loss": {"reference": {"weight": 0.1}}}, {"resources": {"reference": {}}}):
+        with pytest.raises(ConfigError, match=r"loss.reference and resources.reference go together"):
+            make_rl_config(**changes)
 
 
 def random_samples(n=48):
@@ -216,42 +300,73 @@ def random_samples(n=48):
         ids = tuple(torch.randint(1, 100, (length,), generator=random).tolist())
         logprobs = tuple((-2 * torch.rand(length, generator=random)).tolist())
         ages = tuple(torch.randint(0, 5, (length,), generator=random).tolist())
-        return TrainSample((1,) * (1 + index % 3), ids, logprobs, ages, float(torch.randn((), generator=random)))
+        advantage = float(torch.randn((), generator=random))
+        reference = tuple((-2 * torch.rand(length, generator=random)).tolist())
+        return TrainSample((1,) * (1 + index % 3), ids, logprobs, ages, advantage, reference)
 
     return [sample(index) for index in range(n)]
+
+
+def batch_loss(chunks, config):
+    """Loss of a batch in these micro-batches, what was clipped or masked, and the gradient.
+
+    The policy's log-probability of token i is a parameter: one place for the gradients of any split.
+    """
+    samples = [sample for chunk in chunks for sample in chunk]
+    tokens = sum(len(sample.token_ids) for sample in samples)
+    weights_V = torch.linspace(-1.0, 1.0, 100, dtype=torch.float64).requires_grad_()
+    total, counted = 0.0, 0
+    for chunk in chunks:
+        batch = collate(chunk, pad_id=0)
+        policy_T = batch.sampler_logprobs_T.double() + weights_V[batch.target_T]
+        inputs = loss_inputs(policy_T, batch, 8)
+        outputs = LOSSES[config.name](inputs, config)
+        share = batch_share(outputs, inputs, -policy_T, tokens, len(samples), config)
+        share.backward()
+        total += float(share.detach())
+        counted += sum(int(value) for value in outputs.metrics.values())
+    return total, counted, weights_V.grad
+
+
+def assert_split_changes_nothing(samples, config, ranks):
+    small = make_rl_config(micro_batch_tokens=64)
+    loss, counted, gradient = batch_loss([samples], config)
+    shares = [chunk for rank in range(ranks) for chunk, weight in dealt(small, samples, rank, ranks) if weight]
+    assert len(shares) > 3
+    other_loss, other_counted, other_gradient = batch_loss(shares, config)
+    assert other_loss == pytest.approx(loss, rel=1e-9)
+    assert other_counted == counted
+    assert torch.allclose(gradient, other_gradient, rtol=1e-9, atol=1e-12)
+    assert float(gradient.abs().max()) > 0
+    return loss
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_loss_and_gradient_do_not_depend_on_the_split(name, ranks):
-    """The policy's log-probability of token i is a parameter: one place for the gradients of any split."""
-    samples, config = random_samples(), LossConfig(name=name, entropy_bonus=0.01)
-    tokens = sum(len(sample.token_ids) for sample in samples)
+    samples = random_samples()
+    assert_split_changes_nothing(samples, LossConfig(name=name), ranks)
+    terms = {"entropy_bonus": 0.01, "reference": ReferenceConfig(weight=0.1)}
+    with_terms = [
+        assert_split_changes_nothing(samples, LossConfig(name=name, **{key: value}), ranks)
+        for key, value in terms.items()
+    ]
+    plain = batch_loss([samples], LossConfig(name=name))[0]
+    both = assert_split_changes_nothing(samples, LossConfig(name=name, **terms), ranks)
+    assert both - plain == pytest.approx(sum(with_terms) - 2 * plain)
+    assert both != pytest.approx(plain)
 
-    def whole(chunks):
-        weights_V = torch.linspace(-1.0, 1.0, 100, dtype=torch.float64).requires_grad_()
-        total, counted = 0.0, 0
-        for chunk in chunks:
-            batch = collate(chunk, pad_id=0)
-            policy_T = batch.sampler_logprobs_T.double() + weights_V[batch.target_T]
-            outputs = LOSSES[name](loss_inputs(policy_T, batch, 8), config)
-            share = batch_share(outputs, -policy_T, tokens, len(samples), config)
-            share.backward()
-            total += float(share.detach())
-            counted += sum(int(value) for value in outputs.metrics.values())
-        return total, counted, weights_V.grad
 
-    small = RlConfig(
-        model={"path": "m"}, prompts={"path": "p"}, reward={"name": "r"}, micro_batch_tokens=64, loss={"name": name}
-    )
-    loss, counted, gradient = whole([samples])
-    shares = [chunk for rank in range(ranks) for chunk, weight in dealt(small, samples, rank, ranks) if weight]
-    assert len(shares) > 3
-    other_loss, other_counted, other_gradient = whole(shares)
-    assert other_loss == pytest.approx(loss, rel=1e-9)
-    assert other_counted == counted
-    assert torch.allclose(gradient, other_gradient, rtol=1e-9, atol=1e-12)
-    assert float(gradient.abs().max()) > 0
+@pytest.mark.parametrize("name", LOSSES)
+def test_masked_replies_are_in_no_sum_and_no_denominator_however_it_is_split(name):
+    config = make_rl_config(loss={"truncated": "mask"})
+    lengths = [(2, 16, 5, 9), (16, 7, 3, 16), (12, 4, 16, 16)] * 3
+    groups = [scored_rewards(config, [1.0, 0.25, 0.5, 0.0], row) for row in lengths]
+    everything = train_samples([scored_rewards(make_rl_config(), [1.0, 0.25, 0.5, 0.0], row) for row in lengths], 1)
+    samples = train_samples(groups, 1)
+    assert samples == [sample for sample in everything if len(sample.token_ids) < 16]
+    loss = assert_split_changes_nothing(samples, LossConfig(name=name), 2)
+    assert loss != pytest.approx(batch_loss([everything], LossConfig(name=name))[0])
 
 
 @pytest.mark.parametrize("key", sorted({key for keys in CONSTANTS.values() for key in keys}))
@@ -283,7 +398,8 @@ def scored_rewards(config, rewards, lengths=(2, 2, 2, 2), versions=0):
     def rollout(index, length):
         reason = "length" if length == 16 else "stop"
         spans = (VersionSpan(versions, 0, 1), VersionSpan(versions + 1, 1, length))
-        return Rollout("p", "g", index, (1,), (2,) * length, "", (-1.0,) * length, spans, reason)
+        ids = tuple(25 * index + place for place in range(length))
+        return Rollout("p", "g", index, (1,), ids, "", (-1.0,) * length, spans, reason)
 
     group = Group(0, DrawnPrompt(Row("p", "math", ()), None, (), (1,)), tuple(starmap(rollout, enumerate(lengths))))
     scores = [Scored(None, "timeout", "slow") if value is None else Scored(RewardResult(value)) for value in rewards]
@@ -343,6 +459,19 @@ def test_masked_truncation_leaves_the_reply_out_but_not_its_reward():
     assert drop_reason(scored_rewards(config, [1.0, None, None, None]), config) == "unscored"
     trained = scored_rewards(make_rl_config(), [1.0, 0.0, 0.0, 0.0], lengths=(2, 3, 16, 4))
     assert len(train_samples([trained], 1)) == 4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_rollout_with_a_sampler_logprob_that_is_not_finite_is_unscored(bad):
+    config = make_rl_config()
+    group = scored_rewards(config, [1.0, 0.0, 0.0, 0.0]).group
+    broken = replace(group.rollouts[0], sampler_logprobs=(-1.0, bad))
+    group = replace(group, rollouts=(broken, *group.rollouts[1:]))
+    scored = scored_group(group, [Scored(RewardResult(value)) for value in (1.0, 1.0, 0.0, 0.5)], config)
+    assert scored.rewards == (None, 1.0, 0.0, 0.5)
+    assert scored.advantages == pytest.approx((None, 0.5, -0.5, 0.0))
+    assert scored.reasons[0] == "infrastructure: 1 of the sampler's log-probabilities are not finite"
+    assert len(train_samples([scored], 1)) == 3
 
 
 def test_staleness_of_each_token_is_from_its_span():

@@ -1,5 +1,7 @@
 """RL's trainer on real ranks with real DeepSpeed engines, against the loss written out in one plain process."""
 
+import asyncio
+import json
 import math
 import sys
 from dataclasses import replace
@@ -13,11 +15,12 @@ from tiny_policy import save_tiny_policy
 
 from posttrain.config.base import validate_config
 from posttrain.config.shared import ParallelConfig, TrainerResources
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, StageError
 from posttrain.model.load import load_model
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
-from posttrain.rl.losses import LOSSES, LossInputs
+from posttrain.rl.evidence import keep_evidence, read_batch, stop_reason
+from posttrain.rl.losses import LOSSES, LossInputs, batch_share
 from posttrain.rl.samples import TrainSample
 from posttrain.rl.trainer import PolicyTrainer, dealt
 from posttrain.sampling.weights import open_weights
@@ -46,15 +49,18 @@ def make_config(model: str, **changes: Any) -> RlConfig:
 
 def batch(step: int) -> list[TrainSample]:
     """Rollouts of several lengths; their micro-batches do not divide evenly between two ranks."""
-    random = torch.Generator().manual_seed(step)
+    random, others = torch.Generator().manual_seed(step), torch.Generator().manual_seed(100 + step)
     samples = []
     for index in range(7):
         ids = torch.randint(3, 200, (12 + 3 * index,), generator=random).tolist()
         advantage = float(torch.randn((), generator=random))
         cut = 5 + index
         logprobs = (-6 + torch.randn(len(ids) - cut, generator=random)).tolist()
-        staleness = (0,) * len(logprobs)
-        samples.append(TrainSample(tuple(ids[:cut]), tuple(ids[cut:]), tuple(logprobs), staleness, advantage))
+        staleness = tuple(torch.randint(0, 5, (len(logprobs),), generator=others).tolist())
+        reference = tuple((-6 + torch.randn(len(logprobs), generator=others)).tolist())
+        samples.append(
+            TrainSample(tuple(ids[:cut]), tuple(ids[cut:]), tuple(logprobs), staleness, advantage, reference)
+        )
     return samples
 
 
@@ -70,13 +76,15 @@ def plain_training(model_path: str, config: RlConfig) -> tuple[list[float], list
         for sample in samples:
             ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]])
             logits = model(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1] / TEMPERATURE
-            policy = logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+            logprobs = logits.log_softmax(-1)
+            policy = logprobs.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
             advantages = torch.full_like(policy, sample.advantage)
             ages, row = torch.tensor(sample.staleness), torch.zeros(len(policy), dtype=torch.int64)
-            outputs = LOSSES[config.loss.name](
-                LossInputs(policy, torch.tensor(sample.sampler_logprobs), advantages, ages, row, 16), config.loss
-            )
-            loss = outputs.loss_sum / tokens
+            sampler, reference = torch.tensor(sample.sampler_logprobs), torch.tensor(sample.ref_logprobs)
+            inputs = LossInputs(policy, sampler, advantages, ages, row, 16, reference)
+            outputs = LOSSES[config.loss.name](inputs, config.loss)
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            loss = batch_share(outputs, inputs, entropy, tokens, len(samples), config.loss)
             loss.backward()
             total += float(loss.detach())
         losses.append(total)
@@ -103,16 +111,31 @@ class Cases:
         broken[3] = replace(broken[3], advantage=math.inf)
         skipped = trainer.step(broken, STEPS - 1)
         unchanged = self._weights(skipped["manifest"])
-        trainer.step(batch(0), STEPS - 1)
+        again = trainer.step(broken, STEPS - 1)
+        good = trainer.step(batch(0), STEPS - 1)
+        third = trainer.step(broken, STEPS - 1)
         trainer.close()
         trainer._engine.destroy()
         return {
             "metrics": [result["metrics"] for result in results],
             "weights": weights,
-            "skipped": skipped["metrics"]["skipped"],
+            "skipped": skipped["metrics"],
+            "nonfinite": [result["nonfinite"] for result in (skipped, again, good, third)],
             "unchanged": all(weights[name].equal(unchanged[name]) for name in weights),
             "report": trainer.report(),
         }
+
+    def losses(self, configs: list[RlConfig]) -> list[dict[str, Any]]:
+        """What a few steps of each config give."""
+        found = []
+        for config in configs:
+            trainer = PolicyTrainer(config, 0)
+            results = [trainer.step(batch(step), step) for step in range(STEPS)]
+            weights = self._weights(results[-1]["manifest"])
+            trainer.close()
+            trainer._engine.destroy()
+            found.append({"metrics": [result["metrics"] for result in results], "weights": weights})
+        return found
 
     def resume(self, config: RlConfig, folder: str) -> dict[str, Any]:
         trainer = PolicyTrainer(config, 0)
@@ -192,8 +215,18 @@ def test_ranks_train_as_the_written_out_loss(trained, plain, expert, zero, recor
 @pytest.mark.parametrize(("expert", "zero"), LAYOUTS)
 def test_an_infinite_loss_changes_no_weight(trained, expert, zero):
     _, result = trained(expert, zero)
-    assert result["skipped"] == 1
+    assert result["skipped"]["skipped"] == 1
     assert result["unchanged"]
+    # Metrics are written as JSON, which has no inf: what is not finite is not told as if it were a figure.
+    assert all(math.isfinite(value) for value in result["skipped"].values())
+    assert "loss" not in result["skipped"]
+    first, second, good, third = result["nonfinite"]
+    assert good is None
+    assert [found["skipped_in_a_row"] for found in (first, second, third)] == [1, 2, 1]
+    assert first["policy_version"] == STEPS
+    assert 3 in first["samples"]
+    assert len(first["samples"]) < 7  # of a micro-batch, wherever it was trained
+    json.dumps(first, allow_nan=False)
 
 
 @pytest.mark.slow
@@ -219,12 +252,103 @@ def test_bf16_without_zero_trains_as_with_it_and_goes_on(two_ranks, model, tmp_p
         data = make_config(model, parallel=layout(1, zero)).model_dump()
         config = validate_config(RlConfig, {**data, "model": bf16}, "test")
         result = two_ranks.get("run", config, str(folder))
-        assert result["skipped"] == 1
+        assert result["skipped"]["skipped"] == 1
         assert result["unchanged"]
         assert gap(two_ranks.get("resume", config, str(folder))["weights"], result["weights"]) == 0
         second[zero] = result["metrics"][1]["loss"]
     # A first step that is a quarter too small leaves it 2.7% off.
     assert second[0] == pytest.approx(second[1], rel=0.01)
+
+
+@pytest.mark.slow
+def test_every_kind_of_loss_on_two_ranks_is_the_written_out_one(two_ranks, model):
+    """Losses by tokens and by sequences, one ratio a reply, ages, and both terms that go with any of them."""
+    reference = {"weight": 0.2, "estimator": "k3", "ratio_cap": 3.0}
+    losses = [
+        {"name": "gspo", "entropy_bonus": 0.01, "sequence_clip_low": 0.5, "sequence_clip_high": 0.5},
+        {"name": "dr_grpo", "reference": {**reference, "estimator": "k2"}},
+        {"name": "decoupled", "reference": reference, "entropy_bonus": 0.01},
+    ]
+    resources = {"trainer": {"cpus": 0.25}, "reference": {}}
+
+    def make(loss: dict[str, Any]) -> RlConfig:
+        asked = resources if "reference" in loss else {"trainer": {"cpus": 0.25}}
+        return make_config(model, parallel=layout(1, 1), loss=loss, resources=asked)
+
+    configs = [make(loss) for loss in losses]
+    for config, result in zip(configs, two_ranks.get("losses", configs), strict=True):
+        expected, norms, weights = plain_training(model, config)
+        for name, want in (("loss", expected), ("grad_norm", norms)):
+            found = [line[name] for line in result["metrics"]]
+            assert found[0] == pytest.approx(want[0], rel=1e-5, abs=1e-6), (config.loss.name, name)
+            # Adam divides by the root of tiny squares, so that later steps tell rounding of the first apart.
+            assert found == pytest.approx(want, rel=1e-3, abs=1e-5), (config.loss.name, name)
+        assert gap(result["weights"], weights) < 1e-3
+        assert all(("reference_kl" in line) == (config.loss.reference is not None) for line in result["metrics"])
+
+
+@pytest.mark.slow
+def test_figures_of_a_batch_are_those_of_all_its_tokens(trained, model):
+    """Against one plain forward of each rollout with the starting weights; the tokens are spread over two ranks."""
+    line = trained(1, 1)[1]["metrics"][0]
+    policy: Any = load_model(model)
+    gaps, advantages = [], []
+    for sample in batch(0):
+        ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]])
+        logits = policy(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1] / TEMPERATURE
+        logprobs = logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0].detach()
+        gaps.append(logprobs - torch.tensor(sample.sampler_logprobs))
+        advantages += [sample.advantage] * len(sample.token_ids)
+    gaps_T = torch.cat(gaps)
+    assert line["ratio_max"] == pytest.approx(float(gaps_T.exp().max()), rel=1e-4)
+    assert line["sampler_trainer_gap_max"] == pytest.approx(float(gaps_T.abs().max()), rel=1e-4)
+    assert line["mismatch_kl"] == pytest.approx(float((gaps_T.exp() - 1 - gaps_T).mean()), rel=1e-4)
+    assert line["advantage_std"] == pytest.approx(float(torch.tensor(advantages).std(correction=0)), rel=1e-5)
+
+
+def test_when_training_stops_for_updates_that_were_left_out():
+    def stops(**changes: Any) -> list[bool]:
+        config = make_config("unused", **changes)
+        found = {"step": 3, "loss": "nan", "grad_norm": "nan"}
+        return [stop_reason(config, {**found, "skipped_in_a_row": skipped}) is not None for skipped in range(1, 7)]
+
+    assert stops() == [False, False, False, False, True, True]
+    assert stops(max_skipped=2) == [False, True, True, True, True, True]
+    assert stops(on_nonfinite="stop") == [True] * 6
+
+
+@pytest.mark.slow
+def test_a_step_that_was_left_out_can_be_run_again_from_its_evidence(ray_session, model, tmp_path):
+    config = make_config(model, on_nonfinite="stop")
+    broken = batch(0)
+    broken[3] = replace(broken[3], advantage=math.inf)
+    broken[5] = replace(broken[5], ref_logprobs=(), sampler_logprobs=(math.nan, *broken[5].sampler_logprobs[1:]))
+    broken = [replace(sample, ref_logprobs=()) for sample in broken]
+    group = RankGroup(ParallelConfig(), TrainerResources(cpus=0.25), PolicyTrainer, config, 0)
+    try:
+        group.get("step", batch(1), 0)
+        result = group.get("step", broken, 1)
+        with pytest.raises(StageError, match=r"step 1: the loss is (nan|inf|-inf).*on_nonfinite is stop.*step_1.json"):
+            asyncio.run(keep_evidence(config, tmp_path, group, 1, broken, result["nonfinite"]))
+        asyncio.run(keep_evidence(config, tmp_path, group, 2, broken, None))
+    finally:
+        group.close("close")
+    evidence = tmp_path / "evidence"
+    assert sorted(path.name for path in evidence.iterdir()) == ["step_1.json", "step_1.parquet", "step_1_model"]
+    kept = read_batch(evidence / "step_1.json")
+    assert [repr(sample) for sample in kept] == [repr(sample) for sample in broken]  # nan is not equal to itself
+    found = json.loads((evidence / "step_1.json").read_text())
+    assert {3, 5} <= set(found["samples"])
+    again_config = make_config(str(evidence / "step_1_model"))
+    group = RankGroup(ParallelConfig(), TrainerResources(cpus=0.25), PolicyTrainer, again_config, 0)
+    try:
+        again = group.get("step", kept, found["step"])["nonfinite"]
+        good = group.get("step", [kept[index] for index in range(7) if index not in found["samples"]], found["step"])
+    finally:
+        group.close("close")
+    same = ("loss", "grad_norm", "samples", "learning_rate")
+    assert {name: again[name] for name in same} == {name: found[name] for name in same}
+    assert good["nonfinite"] is None
 
 
 def test_every_rank_gets_as_many_forwards_and_every_sample_once(tmp_path):

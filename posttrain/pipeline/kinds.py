@@ -70,6 +70,7 @@ KINDS: dict[str, StageKind] = {
         run="posttrain.rl.stage:run",
         outputs={"model": "model", "rollouts": "rollouts"},
         data={"prompts": "prompt"},
+        paths=("loss.reference.path",),
         packages=("torch", "transformers", "deepspeed", "vllm"),
         trains_itself=False,
     ),

@@ -96,16 +96,16 @@ def _actors(node: Node, pipeline: Pipeline, run_dir: Path) -> list[Actor]:
     if not declared:
         declared = {"trainer": ActorResources(workers=getattr(node.config, "processes", 1))}
     return [
-        Actor(role, _workers(node, item), item.cpus, item.gpus, _memory(role, node, pipeline, run_dir))
+        Actor(role, _workers(role, node, item), item.cpus, item.gpus, _memory(role, node, pipeline, run_dir))
         for role, item in declared.items()
     ]
 
 
-def _workers(node: Node, item: ActorResources | RewardResources | TrainerResources) -> int:
+def _workers(role: str, node: Node, item: ActorResources | RewardResources | TrainerResources) -> int:
     """How many actors a section asks for; a trainer has as many processes as `parallel` says."""
     if isinstance(item, ActorResources):
         return item.workers
-    if isinstance(item, RewardResources):
+    if role != "trainer":
         return 1
     parallel = getattr(node.config, "parallel", None)
     return parallel.processes if isinstance(parallel, ParallelConfig) else 1
@@ -117,7 +117,8 @@ def trainer_resources(node: Node) -> tuple[float, float]:
         return 0.0, 0.0
     trainer = getattr(getattr(node.config, "resources", None), "trainer", None)
     if isinstance(trainer, ActorResources | TrainerResources):
-        return _workers(node, trainer) * trainer.cpus, _workers(node, trainer) * trainer.gpus
+        workers = _workers("trainer", node, trainer)
+        return workers * trainer.cpus, workers * trainer.gpus
     return float(getattr(node.config, "processes", 1)), 0.0
 
 
@@ -172,6 +173,8 @@ def _memory(role: str, node: Node, pipeline: Pipeline, run_dir: Path) -> str:
         state = state_bytes(size, 0, parallel, model.dtype)
         frozen = getattr(node.config, "lora", None) is not None
         total = state.weights + (0 if frozen else state.gradients + state.optimizer)
+    elif role == "reference":
+        total = weights
     else:
         engine = next((value for _, value in walk(node.config) if isinstance(value, EngineConfig)), None)
         cache = engine.kv_cache_gib if engine and engine.kv_cache_gib else 0.0

@@ -9,7 +9,7 @@ STD_FLOOR = 1e-6
 def group_mean(rewards_G: Sequence[float]) -> list[float]:
     """A_i = R_i - mean(R). No division by the deviation, so easy and hard prompts are not blown up.
 
-    Source: Dr. GRPO, arXiv 2503.20783, section 3.2.
+    Source: Dr. GRPO, arXiv 2503.20783.
     """
     mean = fmean(rewards_G)
     return [reward - mean for reward in rewards_G]
@@ -18,7 +18,7 @@ def group_mean(rewards_G: Sequence[float]) -> list[float]:
 def grpo(rewards_G: Sequence[float]) -> list[float]:
     """A_i = (R_i - mean(R)) / (std(R) + 1e-6), with the deviation of the group itself.
 
-    Source: GRPO, arXiv 2402.03300, section 4.1.2.
+    Source: GRPO, arXiv 2402.03300.
     """
     mean, deviation = fmean(rewards_G), pstdev(rewards_G)
     return [(reward - mean) / (deviation + STD_FLOOR) for reward in rewards_G]
@@ -27,7 +27,7 @@ def grpo(rewards_G: Sequence[float]) -> list[float]:
 def rloo(rewards_G: Sequence[float]) -> list[float]:
     """A_i = R_i - mean of the others' rewards. Needs two rewards at least.
 
-    Source: RLOO, arXiv 2402.14740, equation 7.
+    Source: RLOO, arXiv 2402.14740.
     """
     total, others = sum(rewards_G), len(rewards_G) - 1
     return [reward - (total - reward) / others for reward in rewards_G]

@@ -39,6 +39,24 @@ CONSTANTS: dict[str, tuple[str, ...]] = {
 }
 
 
+class ReferenceConfig(Config):
+    """A penalty on the divergence of the policy from a frozen reference policy, as a term of the loss."""
+
+    weight: Positive = Field(description="Times the mean over the batch's tokens, added to the loss.")
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k2",
+        description="Of KL(policy, reference). Gradients in expectation: k2 that of KL(policy, reference), k3 (GRPO's) "
+        "that of KL(reference, policy), k1 none.",
+    )
+    ratio_cap: Positive | None = Field(
+        default=20.0,
+        description="Tokens weigh as much as the policy's ratio to the sampler, up to here; None: all the same.",
+    )
+    path: str | None = Field(
+        default=None, description="Model folder of the reference; None: model.path, where training starts."
+    )
+
+
 class LossConfig(Config):
     """Which loss of `posttrain.rl.losses.LOSSES`, its constants, and what goes with any loss."""
 
@@ -49,6 +67,9 @@ class LossConfig(Config):
         "or masked; decoupled: clipped ratio to a policy one version old.",
     )
     entropy_bonus: NotNegative = Field(default=0.0, description="Weight of the mean entropy, taken off the loss.")
+    reference: ReferenceConfig | None = Field(
+        default=None, description="Penalty on the divergence from a reference policy; None: no such model is loaded."
+    )
     truncated: Literal["train", "mask"] = Field(
         default="train", description="Replies cut off by sampling.max_tokens: train on them, or leave them out."
     )
@@ -159,11 +180,14 @@ class RlRewardConfig(RewardConfig):
 
 
 class RlResources(Config):
-    """Engines that generate, the trainer's ranks beside them, and the actor of the reward processes."""
+    """Engines that generate, the trainer's ranks beside them, the actor of the reward processes, and a reference."""
 
     rollout: ActorResources = Field(default_factory=ActorResources)
     trainer: TrainerResources = Field(default_factory=TrainerResources)
     reward: RewardResources = Field(default_factory=RewardResources)
+    reference: TrainerResources | None = Field(
+        default=None, description="Of the one process that holds the reference policy; set it with loss.reference."
+    )
 
 
 class RlConfig(Config):
@@ -219,6 +243,14 @@ class RlConfig(Config):
         default=2, description="Fewer scored rollouts than this drop the group."
     )
     loss: LossConfig = Field(default_factory=LossConfig)
+    on_nonfinite: Literal["skip", "stop"] = Field(
+        default="skip",
+        description="A loss or gradient that is not finite: leave that update out and go on, or stop at once. What it "
+        "was computed from is kept under evidence/ either way.",
+    )
+    max_skipped: Annotated[int, Field(ge=1)] = Field(
+        default=5, description="With on_nonfinite skip: stop when so many updates in a row were left out."
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig, description="The trainer's ranks; all of them share each step's rollouts."
@@ -261,6 +293,11 @@ class RlConfig(Config):
             raise ValueError(
                 f"deterministic needs max_staleness 0 (got {self.max_staleness}) and resources.rollout.workers 1 "
                 f"(got {self.resources.rollout.workers}): else the timing decides what is trained on"
+            )
+        if (self.loss.reference is None) != (self.resources.reference is None):
+            raise ValueError(
+                "loss.reference and resources.reference go together: the penalty, and the CPUs and GPUs of the process "
+                "that holds the reference policy; set both or none"
             )
         if self.min_group > self.group_size:
             raise ValueError(f"min_group ({self.min_group}) must not exceed group_size ({self.group_size})")

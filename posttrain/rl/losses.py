@@ -1,9 +1,10 @@
 """Losses of RL. Each returns a sum and names what it is divided by; one place divides, by the whole batch's count.
 
+Two terms go with any of them: the entropy bonus, and the divergence from a reference policy.
 The ratio r = pi_theta / pi_sampler is anchored on the log-probabilities that the sampler recorded, so no forward
 pass of an old policy is needed. A batch is trained on in one optimizer step: where a form speaks of pi_old, the
 trainer's policy before the batch's updates, that is pi_theta itself without a gradient, sg(pi_theta).
-Left out: a reference model and its KL. Shapes: T, the reply tokens of a micro-batch; S, its replies.
+Shapes: T, the reply tokens of a micro-batch; S, its replies.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from posttrain.rl.config import LossConfig
+from posttrain.rl.config import LossConfig, ReferenceConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class LossInputs:
     policy_logprobs_T (with gradient), sampler_logprobs_T, advantages_T: fp32. The advantage is the same for all tokens
     of a reply. staleness_T: int64, the trainer's policy version minus the version that sampled the token, 0 or more.
     sequence_T: int64, which reply the token belongs to. max_tokens: the longest reply that could be sampled.
+    ref_logprobs_T: fp32, of the reference policy, or None where there is none.
     """
 
     policy_logprobs_T: torch.Tensor
@@ -30,6 +32,7 @@ class LossInputs:
     staleness_T: torch.Tensor
     sequence_T: torch.Tensor
     max_tokens: int
+    ref_logprobs_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,8 @@ def dppo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     same way: (A > 0 and p_theta - p_sampler > d) or (A <= 0 and p_theta - p_sampler < -d). The bound is on the total
     variation of the token's own binary event, so rare tokens are not masked for a large ratio alone.
 
-    Source: DPPO with the binary total-variation mask, the default loss of prime-rl.
+    Source: DPPO, arXiv 2602.04879, with its binary total-variation mask; cap and squared term as in prime-rl's default
+    loss.
     """
     log_ratio_T = inputs.policy_logprobs_T - inputs.sampler_logprobs_T
     with torch.no_grad():
@@ -79,8 +83,8 @@ def grpo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
 
     With `dual_clip` = c, a token with A < 0 costs at most -c A: beyond r = c it has no gradient.
 
-    Source: PPO's clipped objective with GRPO's advantages (arXiv 2402.03300, equation 3) and clip-higher and the
-    token-level mean of DAPO (arXiv 2503.14476, equations 8 and 10); dual clip: arXiv 1912.09729, c = 3.
+    Source: PPO's clipped objective with GRPO's advantages (arXiv 2402.03300) and clip-higher and the token-level mean
+    of DAPO (arXiv 2503.14476); dual clip: arXiv 1912.09729.
     """
     log_ratio_T = inputs.policy_logprobs_T - inputs.sampler_logprobs_T
     loss_T, clipped_T = _clipped(log_ratio_T, inputs.advantages_T, config.clip_low, config.clip_high, config.dual_clip)
@@ -94,7 +98,7 @@ def dr_grpo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     cheap by its length. The paper's formula has the mean over sequences only; its authors' code divides by the
     generation budget too, a constant, which keeps gradients in the range of the other losses.
 
-    Source: Dr. GRPO, arXiv 2503.20783, section 3.2 (its advantage is `group_mean`).
+    Source: Dr. GRPO, arXiv 2503.20783 (its advantage is `group_mean`).
     """
     outputs = grpo(inputs, config)
     return LossOutputs(outputs.loss_sum / inputs.max_tokens, "sequences", outputs.metrics)
@@ -120,7 +124,7 @@ def gspo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     s = exp(mean over the reply's tokens of log r): one ratio a reply. `clipped_fraction` counts the tokens of clipped
     replies.
 
-    Source: GSPO, arXiv 2507.18071, equations 5 and 7; constants of its section 5.1.
+    Source: GSPO, arXiv 2507.18071, equation 5; constants of its section 5.1.
     """
     _, of_sequence_T, length_S = inputs.sequence_T.unique_consecutive(return_inverse=True, return_counts=True)
 
@@ -200,16 +204,61 @@ LOSSES: dict[str, Callable[[LossInputs, LossConfig], LossOutputs]] = {
 }
 
 
-def batch_share(
-    outputs: LossOutputs, entropy_T: torch.Tensor, num_tokens: int, num_sequences: int, config: LossConfig
-) -> torch.Tensor:
-    """A micro-batch's share of its batch's loss, a scalar: loss_sum / denominator - entropy_bonus * mean entropy.
+# Of KL(policy, reference), from l = log pi_theta - log pi_ref of a token that the policy sampled.
+KL_ESTIMATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "k1": lambda log_ratio: log_ratio,
+    "k2": lambda log_ratio: log_ratio.square() / 2,
+    "k3": lambda log_ratio: torch.exp(-log_ratio) - 1 + log_ratio,
+}
 
-    entropy_T: nats, with gradient. num_tokens, num_sequences: of the whole batch, over all ranks; the mean entropy is
-    over its tokens. The shares of all micro-batches add up to the loss of the batch, however it is split.
+
+def reference_kl(inputs: LossInputs, config: ReferenceConfig, estimator: str | None = None) -> torch.Tensor:
+    """sg(min(r, ratio_cap)) * k(l) of each token, fp32 [T]; k is `estimator`, by default the config's.
+
+    With l = log pi_theta - log pi_ref: k1 = l, k2 = l^2 / 2, k3 = exp(-l) - 1 + l. As values under the policy, k1 and
+    k3 have the mean KL(pi_theta, pi_ref), k2 nearly so where the two are close. As terms of a loss it is their
+    gradients that count. With respect to log pi_theta they are 1, l and 1 - pi_ref / pi_theta, so in expectation under
+    the policy, the prefix of the token taken as given,
+        k1: E[grad log pi_theta] = 0; the score function alone, noise without a direction;
+        k2: E[l grad log pi_theta] = grad KL(pi_theta, pi_ref), the right one;
+        k3: -E[(pi_ref / pi_theta) grad log pi_theta] = grad KL(pi_ref, pi_theta), of the other direction.
+    Tokens come from the sampler, so these expectations need the weight r = pi_theta / pi_sampler, which has no
+    gradient. It is capped, and left out (GRPO has none) where ratio_cap is None.
+
+    Raises ValueError where the inputs have no ref_logprobs_T.
+
+    Source: J. Schulman 2020, "Approximating KL Divergence"; k3 as a loss: GRPO, arXiv 2402.03300; the gradients: arXiv
+    2510.01555, which also asks for the weight.
+    """
+    if inputs.ref_logprobs_T is None:
+        raise ValueError("loss.reference is set, but the samples have no log-probabilities of the reference policy")
+    terms_T = KL_ESTIMATORS[estimator or config.estimator](inputs.policy_logprobs_T - inputs.ref_logprobs_T)
+    if config.ratio_cap is None:
+        return terms_T
+    with torch.no_grad():
+        weight_T = (inputs.policy_logprobs_T - inputs.sampler_logprobs_T).exp().clamp(max=config.ratio_cap)
+    return weight_T * terms_T
+
+
+def batch_share(
+    outputs: LossOutputs,
+    inputs: LossInputs,
+    entropy_T: torch.Tensor,
+    num_tokens: int,
+    num_sequences: int,
+    config: LossConfig,
+) -> torch.Tensor:
+    """A micro-batch's share of its batch's loss, a scalar.
+
+    loss_sum / denominator - entropy_bonus * mean entropy + reference.weight * mean of `reference_kl`
+
+    entropy_T: nats, with gradient. num_tokens, num_sequences: of the whole batch, over all ranks; the means are over
+    its tokens. The shares of all micro-batches add up to the loss of the batch, however it is split.
     """
     divisor = {"tokens": num_tokens, "sequences": num_sequences}[outputs.denominator]
     loss = outputs.loss_sum / divisor
     if config.entropy_bonus:
         loss = loss - config.entropy_bonus * entropy_T.sum() / num_tokens
+    if config.reference is not None:
+        loss = loss + config.reference.weight * reference_kl(inputs, config.reference).sum() / num_tokens
     return loss

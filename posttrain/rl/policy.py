@@ -3,6 +3,7 @@
 The head is multiplied here and not by its own layer, so that no step holds the logits of a whole batch.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from posttrain.model.load import load_policy
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.model.router_bias import native_layers
 from posttrain.rl.config import RlConfig
-from posttrain.rl.samples import MicroBatch
+from posttrain.rl.samples import MicroBatch, TrainSample, collate, micro_batches
 from posttrain.train.logprobs import token_logprobs
+
+PAD_ID = 0  # any id: padding is to the right, where no reply token sees it
 
 
 class TokenPolicy(nn.Module):
@@ -54,3 +57,19 @@ def load_token_policy(config: RlConfig) -> TokenPolicy:
     if config.gradient_checkpointing != "none":
         policy.gradient_checkpointing_enable(checkpointing_arguments(config.gradient_checkpointing))
     return TokenPolicy(policy, config.sampling.temperature)
+
+
+def sample_logprobs(
+    forward: Callable[[MicroBatch], Any], samples: Sequence[TrainSample], max_tokens: int, device: str
+) -> list[list[float]]:
+    """Log-probabilities of each sample's reply tokens, without gradients, in the order given.
+
+    forward: a `TokenPolicy`, or an engine around one. max_tokens: padded tokens of one forward pass.
+    """
+    found: dict[int, list[float]] = {}
+    with torch.no_grad():
+        for chunk in micro_batches(samples, max_tokens):
+            values_T, *_ = forward(collate(chunk, PAD_ID, device))
+            parts = values_T.cpu().split([len(sample.token_ids) for sample in chunk])
+            found |= {id(sample): part.tolist() for sample, part in zip(chunk, parts, strict=True)}
+    return [found[id(sample)] for sample in samples]

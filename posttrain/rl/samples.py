@@ -19,6 +19,8 @@ class TrainSample:
     """One reply with its prompt. `advantage` holds for every reply token.
 
     staleness: of each reply token, the version of the trainer that steps on it minus the version that sampled it.
+    ref_logprobs: log-probability of each reply token under the reference policy, at the sampling temperature; empty
+    where there is none.
     """
 
     prompt_ids: tuple[int, ...]
@@ -26,6 +28,7 @@ class TrainSample:
     sampler_logprobs: tuple[float, ...]
     staleness: tuple[int, ...]
     advantage: float
+    ref_logprobs: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.token_ids)
@@ -70,7 +73,7 @@ class MicroBatch:
 
     input_ids_BS: int64. mask_BS: False for padding. position_T: index into the flattened [B * S] hidden states of the
     state that predicts each reply token. target_T, staleness_T: int64. sequence_T: int64, the row of each reply token.
-    sampler_logprobs_T, advantages_T: fp32.
+    sampler_logprobs_T, advantages_T: fp32; ref_logprobs_T: fp32, or None where no sample has any.
     """
 
     input_ids_BS: torch.Tensor
@@ -81,13 +84,18 @@ class MicroBatch:
     advantages_T: torch.Tensor
     staleness_T: torch.Tensor
     sequence_T: torch.Tensor
+    ref_logprobs_T: torch.Tensor | None
 
 
 def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | str = "cpu") -> MicroBatch:
-    """Tensors of a micro-batch. The last token of each row is not fed: it predicts nothing."""
+    """Tensors of a micro-batch. The last token of each row is not fed: it predicts nothing.
+
+    Raises ValueError where some reply tokens have a log-probability of the reference and others have none.
+    """
     width = max(map(len, samples)) - 1
     lengths = torch.tensor([len(sample) - 1 for sample in samples], device=device)
     rows, positions, targets, logprobs, advantages, staleness, sequences = [], [], [], [], [], [], []
+    ref_logprobs = [value for sample in samples for value in sample.ref_logprobs]
     for index, sample in enumerate(samples):
         ids = [*sample.prompt_ids, *sample.token_ids]
         rows.append(ids[:-1] + [pad_id] * (width - len(ids) + 1))
@@ -98,6 +106,8 @@ def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | 
         advantages += [sample.advantage] * len(sample.token_ids)
         staleness += sample.staleness
         sequences += [index] * len(sample.token_ids)
+    if ref_logprobs and any(len(sample.ref_logprobs) != len(sample.token_ids) for sample in samples):
+        raise ValueError("each reply token needs a log-probability of the reference policy, or none may have one")
     return MicroBatch(
         torch.tensor(rows, device=device),
         torch.arange(width, device=device) < lengths[:, None],
@@ -107,4 +117,5 @@ def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | 
         torch.tensor(advantages, dtype=torch.float32, device=device),
         torch.tensor(staleness, device=device),
         torch.tensor(sequences, device=device),
+        torch.tensor(ref_logprobs, dtype=torch.float32, device=device) if ref_logprobs else None,
     )

@@ -1,6 +1,7 @@
 """From sampled completions to scored groups: rewards, then advantages. A failure to score is never a reward of 0."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -70,9 +71,12 @@ def rescore_pauses(config: RlConfig) -> list[float]:
 def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> ScoredGroup:
     """The group with its rewards, and advantages if at least `min_group` rollouts have one.
 
+    A rollout that cannot be trained on, since the sampler gave a log-probability that is not finite, counts as unscored.
+
     `rewards` are what the reward function said; advantages are of the rewards with `overlong`'s penalty, which the
     reason tells. A truncated reply that is masked is part of its group's baseline, but has no advantage.
     """
+    scores = [_refused(rollout) or scored for rollout, scored in zip(group.rollouts, scores, strict=True)]
     rewards = tuple(None if scored.result is None else scored.result.value for scored in scores)
     penalties = [overlong_penalty(len(rollout.token_ids), config) for rollout in group.rollouts]
     known = [reward + penalty for reward, penalty in zip(rewards, penalties, strict=True) if reward is not None]
@@ -87,6 +91,14 @@ def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> Sc
         ]
     reasons = tuple(_reason(item, penalty) for item, penalty in zip(scores, penalties, strict=True))
     return ScoredGroup(group, rewards, reasons, tuple(advantages), tuple(scored.outcome for scored in scores))
+
+
+def _refused(rollout: Rollout) -> Scored | None:
+    """What a rollout is scored as if it cannot be trained on, else None."""
+    bad = sum(not math.isfinite(value) for value in rollout.sampler_logprobs)
+    if not bad:
+        return None
+    return Scored(None, "infrastructure", f"{bad} of the sampler's log-probabilities are not finite")
 
 
 def overlong_penalty(num_tokens: int, config: RlConfig) -> float:

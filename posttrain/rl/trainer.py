@@ -2,8 +2,9 @@
 
 Runs as one rank of several or alone, always with a DeepSpeed engine, at the same time as the rollout engines. It waits
 for nothing: the controller hands it a whole batch. Every rank gets all rollouts of a step and takes its share of the
-micro-batches; publishing, saving and checkpoints are collective, and rank 0 writes. Left out: value models, and an old
-policy's forward pass: the ratio is anchored on the sampler's log-probabilities.
+micro-batches; publishing, saving and checkpoints are collective, and rank 0 writes. Left out: value models; an old
+policy's forward pass (the ratio is anchored on the sampler's log-probabilities); the reference policy, which has its
+own process: its log-probabilities come with the samples.
 """
 
 import json
@@ -26,13 +27,11 @@ from posttrain.parallel.export import barrier, export_model
 from posttrain.parallel.state import load_state, save_state
 from posttrain.parallel.tensors import read_weights, whole_tensors
 from posttrain.rl.config import RlConfig
-from posttrain.rl.losses import LOSSES, LossInputs, batch_share
-from posttrain.rl.policy import load_token_policy
+from posttrain.rl.losses import LOSSES, LossInputs, batch_share, reference_kl
+from posttrain.rl.policy import PAD_ID, load_token_policy, sample_logprobs
 from posttrain.rl.samples import MicroBatch, TrainSample, collate, micro_batches
 from posttrain.sampling.weights import SharedWeights, TensorSpec
 from posttrain.train.routers import figures
-
-PAD_ID = 0  # any id: padding is to the right, where no reply token sees it
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
@@ -69,6 +68,7 @@ class PolicyTrainer:
         self._weights = SharedWeights()
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self.policy_version = 0
+        self._skipped_in_a_row = 0
 
     def report(self) -> dict[str, Any]:
         """What trains: the engine's class, and the layout."""
@@ -87,35 +87,41 @@ class PolicyTrainer:
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """Log-probabilities of each sample's reply tokens under the current policy, in the order given."""
-        result: list[list[float]] = []
         self._engine.eval()
-        with torch.no_grad():
-            for sample in samples:
-                batch = collate([sample], PAD_ID, self._device)
-                values, *_ = self._engine(batch)
-                result.append(values.tolist())
-        return result
+        return sample_logprobs(self._engine, samples, self._config.micro_batch_tokens, self._device)
 
     def step(self, samples: Sequence[TrainSample], step: int) -> dict[str, Any]:
         """One optimizer step. Returns metrics, the Unix times of start and end, and the manifest of the new weights.
 
-        A loss or gradient that is not finite leaves the weights as they were and is counted in `skipped`.
+        A loss or gradient that is not finite leaves the weights as they were and is counted in `skipped`. `nonfinite`
+        then says what is known of it, as JSON (see `posttrain.rl.evidence`); it is None otherwise. Metrics that are not
+        finite are left out.
         """
         began = time.time()
         rate = learning_rate(self._config.optimizer, step, self._config.steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._engine.train()
-        totals = self._accumulate(samples)
+        totals, suspects = self._accumulate(samples)
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         applied = self._engine.was_step_applied() and math.isfinite(norm)
+        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
+        nonfinite = None if applied else {
+            "step": step,
+            "policy_version": self.policy_version,
+            "learning_rate": rate,
+            "loss": str(totals["loss"]),
+            "grad_norm": str(norm),
+            "samples": suspects,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }  # fmt: skip
         self.policy_version += 1
         routers = self._routers and self._routers.update(min(1.0, self.policy_version / self._config.steps))
         trained = time.time()
         manifest = self.publish()
         metrics = {
-            **totals,
+            **{name: value for name, value in totals.items() if math.isfinite(value)},
             **(figures(routers) if routers else {}),
             "grad_norm": norm if applied else -1.0,
             "learning_rate": rate,
@@ -123,24 +129,38 @@ class PolicyTrainer:
             "train_s": trained - began,
             "publish_s": time.time() - trained,
         }
-        return {"metrics": metrics, "began": began, "ended": time.time(), "manifest": manifest}
+        return {
+            "metrics": metrics,
+            "began": began,
+            "ended": time.time(),
+            "manifest": manifest,
+            "nonfinite": nonfinite,
+        }
 
-    def _accumulate(self, samples: Sequence[TrainSample]) -> dict[str, float]:
-        """Forward and backward of this rank's micro-batches, each divided by the count of the whole batch."""
+    def _accumulate(self, samples: Sequence[TrainSample]) -> tuple[dict[str, float], list[int]]:
+        """Forward and backward of this rank's micro-batches, each divided by the count of the whole batch.
+
+        Returns the metrics of all ranks, and which samples are in micro-batches whose loss is not finite.
+        """
         num_tokens = sum(len(sample.token_ids) for sample in samples)
         num_fed = sum(len(sample) - 1 for sample in samples)
         config = self._config.loss
         sums: dict[str, float] = defaultdict(float)
+        largest = {"ratio_max": 0.0, "sampler_trainer_gap_max": 0.0}
+        place = {id(sample): index for index, sample in enumerate(samples)}
+        suspects_N = torch.zeros(len(samples), device=self._device)
         chunks = dealt(self._config, samples, self._rank, self._world)
         for index, (chunk, weight) in enumerate(chunks):
             batch = collate(chunk, PAD_ID, self._device)
             policy_T, entropy_T, router_loss = self._engine(batch)
-            outputs = LOSSES[config.name](loss_inputs(policy_T, batch, self._config.sampling.max_tokens), config)
+            inputs = loss_inputs(policy_T, batch, self._config.sampling.max_tokens)
+            outputs = LOSSES[config.name](inputs, config)
             share = sum(len(sample) - 1 for sample in chunk) / num_fed
-            divided = batch_share(outputs, entropy_T, num_tokens, len(samples), config)
+            divided = batch_share(outputs, inputs, entropy_T, num_tokens, len(samples), config)
             loss = weight * (divided + share * router_loss)
             if not torch.isfinite(loss):
                 loss = loss * math.nan  # no gradient of it may be finite: the engine applies none of the step's then
+                suspects_N[[place[id(sample)] for sample in chunk]] = 1
             self._engine.set_gradient_accumulation_boundary(index == len(chunks) - 1)
             self._engine.backward(loss * self._world)  # the engine takes the mean over ranks
             with torch.no_grad():
@@ -151,14 +171,22 @@ class PolicyTrainer:
                 sums["mismatch_kl"] += weight * float((ratio_T - 1 - log_ratio_T).sum()) / num_tokens
                 sums["_weights"] += weight * float(ratio_T.sum())
                 sums["_weights_squared"] += weight * float(ratio_T.square().sum())
+                largest["ratio_max"] = max(largest["ratio_max"], float(ratio_T.max()))
+                gap = float(log_ratio_T.abs().max())
+                largest["sampler_trainer_gap_max"] = max(largest["sampler_trainer_gap_max"], gap)
+                if config.reference is not None:
+                    kl = float(reference_kl(inputs, config.reference, "k3").sum())
+                    sums["reference_kl"] += weight * kl / num_tokens
                 sums["entropy"] += weight * float(entropy_T.sum()) / num_tokens
                 for name, value in outputs.metrics.items():
                     sums[name] += weight * float(value) / num_tokens
-        sums = _over_ranks(sums, self._device)
+        sums = _over_ranks(sums, self._device) | _over_ranks(largest, self._device, dist.ReduceOp.MAX)
+        dist.all_reduce(suspects_N)
         squared = sums.pop("_weights_squared")
         sums["ess"] = sums.pop("_weights") ** 2 / (squared * num_tokens) if squared else 0.0
         sums["tokens_trained"] = num_tokens
-        return sums
+        sums["advantage_std"] = token_advantage_std(samples)
+        return sums, suspects_N.nonzero().flatten().tolist()
 
     def save(self, folder: str) -> None:
         """Write the policy as a model folder."""
@@ -176,7 +204,12 @@ class PolicyTrainer:
         save_state(self._engine, aside)
         if self._rank == 0:
             routers = self._routers and self._routers.state()
-            state = {"policy_version": self.policy_version, "routers": routers, "controller": controller}
+            state = {
+                "policy_version": self.policy_version,
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "routers": routers,
+                "controller": controller,
+            }
             (aside / "trainer.json").write_text(json.dumps(state))
             replace_folder(aside, target)
         barrier()
@@ -186,6 +219,7 @@ class PolicyTrainer:
         load_state(self._engine, folder)
         state = json.loads((Path(folder) / "trainer.json").read_text())
         self.policy_version = state["policy_version"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
         if self._routers:
             self._routers.load_state(state["routers"])
         return state["controller"]
@@ -204,7 +238,15 @@ def loss_inputs(policy_logprobs_T: torch.Tensor, batch: MicroBatch, max_tokens: 
         batch.staleness_T,
         batch.sequence_T,
         max_tokens,
+        batch.ref_logprobs_T,
     )
+
+
+def token_advantage_std(samples: Sequence[TrainSample]) -> float:
+    """Standard deviation of the advantage over reply tokens."""
+    num_tokens = sum(len(sample.token_ids) for sample in samples)
+    mean = sum(len(sample.token_ids) * sample.advantage for sample in samples) / num_tokens
+    return math.sqrt(sum(len(sample.token_ids) * (sample.advantage - mean) ** 2 for sample in samples) / num_tokens)
 
 
 def dealt(
@@ -220,9 +262,9 @@ def dealt(
     return mine + [(chunks[0][:1], 0.0)] * (rounds - len(mine))
 
 
-def _over_ranks(sums: dict[str, float], device: str) -> dict[str, float]:
-    """Each entry summed over the ranks; all have the same names."""
-    names = sorted(sums)
-    values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=device)
-    dist.all_reduce(values)
+def _over_ranks(found: dict[str, float], device: str, operation: Any = dist.ReduceOp.SUM) -> dict[str, float]:
+    """Each entry summed over the ranks, or another operation; all ranks have the same names."""
+    names = sorted(found)
+    values = torch.tensor([found[name] for name in names], dtype=torch.float64, device=device)
+    dist.all_reduce(values, operation)
     return dict(zip(names, values.tolist(), strict=True))
