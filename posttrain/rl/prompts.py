@@ -6,13 +6,14 @@ and the first is taken whose pass rate, drawn from what is believed of it, lies 
 Everything is drawn from one seeded generator whose state goes into the checkpoint, so a resumed run draws on.
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.config.shared import SystemsConfig
 from posttrain.records import Message, Row
-from posttrain.rl.curriculum import Curriculum
+from posttrain.rl.curriculum import OUTSIDE, Curriculum
 from posttrain.rl.groups import DrawnPrompt
 
 
@@ -54,14 +55,16 @@ class PromptSource:
         return rows[queue.pop()]
 
     def _in_band(self, row: Row, curriculum: Curriculum) -> Row:
-        nearest, least = row, curriculum.miss(row.id, self._random)
-        for _ in range(self._tries - 1):
-            if least == 0:
-                break
-            row = self._next(row.capability)
+        """The first row in the band from this one on, else the nearest; those outside are no tries."""
+        nearest, least, tries = row, math.inf, 0
+        for _ in range(self._tries + 2 * len(self._by_capability[row.capability])):
             miss = curriculum.miss(row.id, self._random)
             if miss < least:
                 nearest, least = row, miss
+            tries += miss < OUTSIDE
+            if miss == 0 or tries == self._tries:
+                break
+            row = self._next(row.capability)
         return nearest
 
     def observe(self, prompt_id: str, passes: int, failures: int) -> None:

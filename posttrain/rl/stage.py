@@ -22,15 +22,10 @@ from posttrain.rl.controller import Controller
 from posttrain.rl.curriculum import Curriculum
 from posttrain.rl.groups import DrawnPrompt
 from posttrain.rl.parity import check_engine_parity
-from posttrain.rl.profile import (
-    Difficulty,
-    profile_prompts,
-    read_difficulty,
-    select_band,
-    write_difficulty,
-)
+from posttrain.rl.profile import Difficulty, drawn_rows, profile_prompts, select_band
 from posttrain.rl.prompts import PromptSource
 from posttrain.rl.quotas import mixture_shares
+from posttrain.rl.verifiers import check_rewardable
 from posttrain.sampling.client import Engines
 
 
@@ -55,6 +50,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
 def _rows_to_profile(config: RlConfig, seed: int) -> list[Row]:
     """The prompts, or a seeded subset of them spread evenly over the capabilities."""
     rows = load_rows(config.prompts, kind="prompt")
+    check_rewardable(config, rows)
     limit = config.profile.prompts
     if limit is None or limit >= len(rows):
         return rows
@@ -99,10 +95,12 @@ def _train(
     tokenizer: Any,
     stop_ids: tuple[int, ...],
 ) -> dict[str, Any]:
-    difficulties = _profile(config, context, engines, prompts, stop_ids)
+    order = list(prompts)
+    random.Random(context.seed).shuffle(order)
+    difficulties = profile_prompts(config, context, engines, order, stop_ids)
     selected = select_band(difficulties, rows, config.profile.band)
     shares = mixture_shares(selected, config.mixture)
-    source = prompt_source(config, selected, difficulties, tokenizer, context.seed)
+    source = prompt_source(config, drawn_rows(config, difficulties, rows), difficulties, tokenizer, context.seed)
     first_step = 0
     archive = RolloutArchive(context.dir / "rollouts", tokenizer)
     checkpoint = _latest_checkpoint(context.dir / "checkpoints")
@@ -142,20 +140,6 @@ def prompt_source(
     ids = {row.id for row in selected}
     curriculum = Curriculum(config.curriculum, [item for item in difficulties if item.prompt_id in ids], config.steps)
     return PromptSource(selected, config.systems, render, seed, curriculum, config.curriculum.tries)
-
-
-def _profile(
-    config: RlConfig, context: StageContext, engines: Engines, prompts: list[DrawnPrompt], stop_ids: tuple[int, ...]
-) -> list[Difficulty]:
-    """The profile of this run's start, read back when the stage is resumed."""
-    path = context.dir / "difficulty.parquet"
-    if path.exists():
-        return read_difficulty(path)
-    order = list(prompts)
-    random.Random(context.seed).shuffle(order)
-    difficulties = profile_prompts(config, context, engines, order, stop_ids)
-    write_difficulty(path, difficulties, config.profile.band)
-    return difficulties
 
 
 def _latest_checkpoint(folder: Path) -> Path | None:
