@@ -14,6 +14,7 @@ from typing import Any
 from posttrain.records import RewardResult, Rollout, Row
 from posttrain.scoring.sandbox import Limits, SandboxResult, limit_of_error, run_python
 
+REQUIRES = {"code": ["tests"]}
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _MAX_VALUE_CHARS = 100_000
 _PROGRAM = "the program: "

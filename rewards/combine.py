@@ -1,5 +1,5 @@
-"""Rewards made of other rewards: a weighted sum, and another reward for each capability. Plain functions only:
-an async reward belongs in a pool of its own."""
+"""Rewards made of other rewards: a weighted sum, another reward for each capability, and a verifier for each system
+instruction. Plain functions only: an async reward belongs in a pool of its own."""
 
 import functools
 import inspect
@@ -9,8 +9,8 @@ from typing import Any
 
 from posttrain.errors import PluginError
 from posttrain.records import RewardResult, Rollout, Row
-from posttrain.scoring.plugins import RewardSpec, resolve
-from posttrain.scoring.target import RewardFunction, import_target
+from posttrain.scoring.plugins import RewardSpec, combined_rewards, resolve
+from posttrain.scoring.target import RewardFunction, import_target, warm
 
 _ANY = "default"
 
@@ -38,6 +38,39 @@ def by_capability(rollout: Rollout, row: Row, rewards: Mapping[str, Any]) -> Rew
     if choice is None:
         raise ValueError(f"row {row.id}: no reward for capability {row.capability!r}; there are {', '.join(rewards)}")
     spec = RewardSpec.of(choice)
+    return _call(spec.name, spec.args, rollout, row)
+
+
+def by_system(
+    rollout: Rollout, row: Row, reward: str | Mapping[str, Any], verifiers: Mapping[str, Any]
+) -> RewardResult:
+    """(1 - w) R + w V: R of the task's reward, V of the verifier of the system instruction that was sampled.
+
+    reward: name, or {name, args}. verifiers: text of a system instruction -> {name, args, weight}, w is the weight.
+    Parts are `task` and `system`, R and V before they are weighted, and their own parts behind these names. Without a
+    system instruction, or with one that has no verifier, it is the task's reward alone.
+    """
+    task = _call_spec(RewardSpec.of(reward), rollout, row)
+    choice = verifiers.get(rollout.system) if rollout.system is not None else None
+    if choice is None:
+        return task
+    verifier = RewardSpec.of({name: value for name, value in choice.items() if name != "weight"})
+    system, weight = _call_spec(verifier, rollout, row), float(choice["weight"])
+    parts, reasons = {}, []
+    for name, result in (("task", task), ("system", system)):
+        parts |= {name: result.value, **{f"{name}.{part}": value for part, value in result.parts.items()}}
+        reasons.append(f"{name} {result.value:g}" + (f" ({result.reason})" if result.reason else ""))
+    return RewardResult((1 - weight) * task.value + weight * system.value, parts, "; ".join(reasons))
+
+
+def warm_up(**args: Any) -> None:
+    """Loads the rewards that these arguments name and warms them up: before the first deadline, not within it."""
+    for spec in combined_rewards(args):
+        _load(spec.name)
+        warm(import_target(resolve(spec.name))[0], spec.args)
+
+
+def _call_spec(spec: RewardSpec, rollout: Rollout, row: Row) -> RewardResult:
     return _call(spec.name, spec.args, rollout, row)
 
 

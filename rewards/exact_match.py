@@ -4,6 +4,8 @@ import re
 
 from posttrain.records import RewardResult, Rollout, Row
 
+REQUIRES = {"exact_match": ["answer"]}
+
 
 def exact_match(
     rollout: Rollout, row: Row, marker: str = "", ignore_case: bool = False, collapse_whitespace: bool = True

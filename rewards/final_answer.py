@@ -2,6 +2,7 @@
 
 from posttrain.records import RewardResult, Rollout, Row
 
+REQUIRES = {"final_answer": ["answer"]}
 MARKER = "Answer:"
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from posttrain.records import RewardResult, Rollout, Row
 
+REQUIRES = {"instructions": ["constraints"]}
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+\S", re.MULTILINE)
 _SENTENCE = re.compile(r"[^.!?]*\w[^.!?]*(?:[.!?]+|$)")
 

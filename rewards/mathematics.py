@@ -13,6 +13,7 @@ from typing import Any
 from posttrain.errors import MissingDependencyError
 from posttrain.records import RewardResult, Rollout, Row
 
+REQUIRES = {"math": ["answer"]}
 _MAX_CHARS = 500
 _MARK = re.compile(r"(?:\banswer\b(?:\s+is|\s*[:=])|####)[ \t]*:?", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.;!?](?=\s|$)")

@@ -4,6 +4,7 @@ import re
 
 from posttrain.records import RewardResult, Rollout, Row
 
+REQUIRES = {"multiple_choice": ["answer"]}
 _MARKED = re.compile(r"\banswer\b(?:\s+is|\s*[:=])[\s:*$]*(?:option\s+|choice\s+)?", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\s*\{(?:\\text\s*\{)?\s*")
 _LETTER = re.compile(r"\(?([A-Z])(?![A-Za-z'])\)?")

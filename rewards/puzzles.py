@@ -8,6 +8,7 @@ from posttrain.records import RewardResult, Rollout, Row
 
 from .final_answer import MARKER, marked_answer
 
+REQUIRES = {"puzzles": ["answer|numbers"]}
 _MAX_CHARS = 200
 _NUMBER_OR_SIGN = re.compile(r"\s*([0-9]{1,9}|[+-])", re.ASCII)
 

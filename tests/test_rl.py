@@ -172,7 +172,7 @@ def test_a_curriculum_leaves_alone_what_teaches_nothing(ray_session, tiny_model,
     assert share[True] < share[False]
     assert share[True] < 0.25  # of half the prompts
     # Not that it grows: what was seen of a prompt counts less with time, and the first step may see most of them.
-    assert max(line["prompts_impossible"] for line in metrics) > 0
+    assert max(line["prompts_parked"] for line in metrics) > 0
     assert [line["band_low"] for line in metrics] == [0.2] * 10
 
 
@@ -340,6 +340,7 @@ def test_mixture_of_a_capability_without_prompts():
 
 
 def test_band_that_selects_nothing_says_which_rates_there_are():
-    found = [Difficulty("a", "math", 8, 8, 0, False), Difficulty("b", "math", 8, 0, 0, False)]
-    with pytest.raises(ConfigError, match=r"got \[0.2, 0.6\].*0.00: 1, 1.00: 1"):
+    found = [Difficulty("a", "math", 8, 8, 0, False), Difficulty("b", "math", 8, 1, 0, False)]
+    message = r"got \[0.2, 0.6\].*0.12: 1, 1.00: 1.*\[0.12, 0.6\] 1, \[0.2, 1.0\] 1, \[0.0, 1.0\] 2"
+    with pytest.raises(ConfigError, match=message):
         select_band(found, [row_named("a"), row_named("b")], [0.2, 0.6])

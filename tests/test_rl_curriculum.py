@@ -3,16 +3,19 @@
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from posttrain.config.base import validate_config
 from posttrain.config.shared import SystemsConfig
+from posttrain.errors import ConfigError, PluginError
 from posttrain.records import Message, Row
-from posttrain.rl.config import CurriculumConfig
+from posttrain.rl.config import CurriculumConfig, RefilterConfig
 from posttrain.rl.curriculum import Curriculum
-from posttrain.rl.profile import Difficulty
+from posttrain.rl.difficulty import Difficulty
 from posttrain.rl.prompts import PromptSource
+from posttrain.rl.refilter import Refilter
 
 
 def curriculum_of(passes: dict[str, int], steps: int = 10, **changes) -> Curriculum:
@@ -70,21 +73,182 @@ def test_the_adaptive_band_follows_the_pass_rate():
     assert curriculum.band == pytest.approx((0.4, 0.8))  # never easier than `first`
 
 
-def test_solved_and_impossible_prompts_are_hardly_drawn_and_tried_again_later():
-    passes = {**{f"solved{i}": 8 for i in range(10)}, **{f"half{i}": 4 for i in range(10)}}
-    passes |= {f"never{i}": 0 for i in range(10)}
+def names_of(**counts: int) -> list[str]:
+    return [f"{name}{index}" for name, count in counts.items() for index in range(count)]
+
+
+def kinds(source: PromptSource, draws: int) -> Counter:
+    """How many draws went to prompts of each kind, a kind being the name without its number."""
+    return Counter(source.draw("math").row.id.rstrip("0123456789") for _ in range(draws))
+
+
+def test_solved_prompts_retire_and_impossible_ones_are_parked():
+    passes = {name: {"s": 8, "h": 4, "n": 0}[name[0]] for name in names_of(solved=10, half=10, never=10)}
     curriculum = curriculum_of(passes, schedule="constant", first=[0.3, 0.7], half_life=5)
-    source = source_of(curriculum, passes)
-    early = Counter(source.draw("math").row.id.rstrip("0123456789") for _ in range(300))
-    assert early["half"] > 240
-    assert curriculum.figures()["prompts_solved"] == curriculum.figures()["prompts_impossible"] == 0  # 8 are not enough
+    assert curriculum.figures()["prompts_retired"] == curriculum.figures()["prompts_parked"] == 0  # 8 are not enough
     for name in passes:
         curriculum.observe(name, *{"s": (12, 0), "h": (6, 6), "n": (0, 12)}[name[0]])
-    assert curriculum.figures()["prompts_solved"] == curriculum.figures()["prompts_impossible"] == 10
-    curriculum.advance(40, 0.5)  # eight half-lives: nothing is known any more
-    late = Counter(source.draw("math").row.id.rstrip("0123456789") for _ in range(300))
-    assert late["solved"] > 60
-    assert late["never"] > 60
+    assert curriculum.figures()["prompts_retired"] == curriculum.figures()["prompts_parked"] == 10
+    assert {curriculum.state_of("solved0"), curriculum.state_of("never0")} == {"retired", "parked"}
+    assert kinds(source_of(curriculum, passes), 300) == {"half": 300}  # the budget counts from the next step on
+    curriculum.advance(40, 0.5)  # eight half-lives: little is known any more, but a state does not change by itself
+    assert curriculum.figures()["prompts_retired"] == curriculum.figures()["prompts_parked"] == 10
+    assert "solved" not in kinds(source_of(curriculum, passes), 300)
+
+
+def test_a_prompt_comes_back_by_showing_the_contrary_only():
+    curriculum = curriculum_of({"never": 0, "solved": 8}, half_life=5)
+    curriculum.observe("never", 0, 12)
+    curriculum.observe("solved", 12, 0)
+    curriculum.advance(60, 0.5)
+    curriculum.observe("never", 0, 4)
+    curriculum.observe("solved", 4, 0)
+    assert (curriculum.state_of("never"), curriculum.state_of("solved")) == ("parked", "retired")
+    curriculum.observe("never", 1, 3)
+    curriculum.observe("solved", 2, 2)
+    assert (curriculum.state_of("never"), curriculum.state_of("solved")) == ("active", "active")
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("parked", [3, 60, 300])
+def test_parked_prompts_are_probed_within_the_budget(fraction: float, parked: int):
+    """Whether there are few of them or they are nearly all there is."""
+    passes = {name: {"h": 8, "n": 0}[name[0]] for name in names_of(half=20, never=parked)}
+    config = {"schedule": "constant", "first": [0.3, 0.7], "reprobe_fraction": fraction}
+    curriculum = Curriculum(
+        validate_config(CurriculumConfig, config, "test"),
+        [Difficulty(name, "math", 16, count, 0, True) for name, count in passes.items()],
+        steps=10,
+    )
+    assert curriculum.figures()["prompts_parked"] == parked
+    draws = 4000
+    drawn = kinds(source_of(curriculum, passes), draws)["never"]
+    assert drawn <= draws * fraction + 3 * (draws * fraction) ** 0.5
+    assert drawn >= draws * fraction / 4  # the budget is used; with few active ones by less
+    for _ in range(5):
+        curriculum.observe("never0", 0, 4)
+    curriculum.observe("never1", 0, 4, refresh=True)
+    assert curriculum.figures()["reprobes"] == 5
+
+
+def test_where_none_is_active_parked_ones_come_before_retired_ones():
+    passes = {name: {"s": 16, "n": 0}[name[0]] for name in names_of(solved=5, never=5)}
+    difficulties = [Difficulty(name, "math", 16, count, 0, True) for name, count in passes.items()]
+    config = validate_config(CurriculumConfig, {"reprobe_fraction": 0.0}, "test")
+    assert kinds(source_of(Curriculum(config, difficulties, 10), passes), 50) == {"never": 50}
+
+
+def test_rollouts_of_an_older_policy_count_less():
+    curriculum = curriculum_of({}, half_life=10)
+    curriculum.advance(20, 0.5)
+    curriculum.observe("p", 4, 4, version=10)
+    assert (curriculum.belief("p").passes, curriculum.belief("p").failures) == (2, 2)
+
+
+SCHEDULE = """
+def halves(step, steps, pass_rate, position):
+    assert (step, steps, pass_rate) == (1, 10, 0.25), (step, steps, pass_rate)
+    return (1 + position) / 2
+
+def too_few(step, steps):
+    return 0.0
+
+def outside(step, steps, pass_rate, position):
+    return 1.5
+
+def nothing(step, steps, pass_rate, position):
+    pass
+
+def broken(step, steps, pass_rate, position):
+    return {}["position"]
+
+number = 3
+"""
+
+
+@pytest.fixture
+def schedules(tmp_path: Path) -> Path:
+    path = tmp_path / "schedules.py"
+    path.write_text(SCHEDULE)
+    return path
+
+
+def test_a_function_of_the_users_moves_the_band(schedules: Path):
+    curriculum = curriculum_of({}, schedule=f"{schedules}:halves", first=[0.4, 0.8], last=[0.0, 0.4])
+    curriculum.advance(1, 0.25)
+    assert curriculum.band == pytest.approx((0.2, 0.6))
+    curriculum.advance(1, 0.25)
+    assert curriculum.band == pytest.approx((0.1, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("outside", r"returned 1.5 at step 1; it must return a number from 0 \(the band `first`\) to 1 \(`last`\)"),
+        ("nothing", "returned None at step 1"),
+        ("broken", r"failed at step 1: KeyError: 'position' \(schedules.py:16\)"),
+    ],
+)
+def test_a_schedule_that_fails_is_one_clear_error(schedules: Path, function: str, message: str):
+    curriculum = curriculum_of({}, schedule=f"{schedules}:{function}")
+    with pytest.raises(PluginError, match=message):
+        curriculum.advance(1, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("liner", "schedule: got 'liner': schedule 'liner' is not known.*constant, linear, adaptive"),
+        ("{path}:halve", "no function 'halve' in .*did you mean 'halves'"),
+        ("{path}:too_few", r"cannot be called with \(step, steps, pass_rate, position\)"),
+        ("{path}:number", "is a constant, not a function"),
+        ("{path}", "name the function too"),
+        ("nowhere.py:halves", "there is no file"),
+        ("no_such_package.x:halves", "no module no_such_package"),
+    ],
+)
+def test_a_schedule_that_is_not_there_is_refused_by_the_config(schedules: Path, schedule: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        validate_config(CurriculumConfig, {"schedule": schedule.format(path=schedules)}, "test")
+
+
+def test_checking_a_schedule_executes_nothing(tmp_path: Path):
+    path = tmp_path / "loud.py"
+    path.write_text("raise SystemExit\ndef f(step, steps, pass_rate, position):\n    return 0.0\n")
+    assert validate_config(CurriculumConfig, {"schedule": f"{path}:f"}, "test").schedule == f"{path}:f"
+
+
+def test_refreshes_go_to_the_prompts_of_which_least_is_known():
+    """Long ago, or seldom: evidence fades; parked and retired prompts are among them."""
+    difficulties = [Difficulty(f"p{index}", "math", index, 0, 0, True) for index in range(1, 9)]
+    difficulties.append(Difficulty("outside", "math", 2, 2, 0, False))
+    curriculum = Curriculum(validate_config(CurriculumConfig, {"half_life": 5.0}, "test"), difficulties, 100)
+    refilter = Refilter(validate_config(RefilterConfig, {"every": 3, "prompts": 4}, "test"))
+    assert [step for step in range(10) if refilter.due(step)] == [3, 6, 9]
+    assert set(refilter.choose(curriculum, 3, random.Random(0))) == {"p1", "p2", "outside", "p3"}
+    assert refilter.choose(curriculum, 3, random.Random(0), exclude=["p1", "p3"])[2:] == ["p4", "p5"]
+    curriculum.advance(30, 0.5)
+    for name in ("p1", "p2", "p3", "outside"):
+        curriculum.observe(name, 1, 1, version=30, refresh=True)
+    assert set(refilter.choose(curriculum, 30, random.Random(0))) == {"p4", "p5", "p6", "p7"}
+    assert curriculum.figures()["reprobes"] == 0
+
+
+def test_a_refresh_brings_prompts_into_the_band_and_out_of_it():
+    """What the profile left out starts outside, and comes back when the policy of now passes some of it."""
+    difficulties = [
+        Difficulty("easy", "math", 8, 8, 0, False),
+        Difficulty("hard", "math", 8, 0, 0, False),
+        Difficulty("fine", "math", 8, 4, 0, True),
+    ]
+    config = validate_config(CurriculumConfig, {"schedule": "constant", "first": [0.2, 0.7], "half_life": 5.0}, "test")
+    curriculum = Curriculum(config, difficulties, 100)
+    assert [curriculum.state_of(name) for name in ("easy", "hard", "fine")] == ["retired", "parked", "active"]
+    curriculum.advance(50, 0.5)
+    curriculum.observe("hard", 8, 8, version=50, refresh=True)
+    curriculum.observe("fine", 16, 0, version=50, refresh=True)
+    assert [curriculum.state_of(name) for name in ("easy", "hard", "fine")] == ["retired", "active", "retired"]
+    assert kinds(source_of(curriculum, ["easy", "hard", "fine"]), 60) == {"hard": 60}
 
 
 def test_where_nothing_is_in_the_band_the_nearest_is_drawn():

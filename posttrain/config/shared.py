@@ -61,11 +61,16 @@ class DataConfig(FilesConfig):
     capability: str = Field(default="general", description="Capability of rows that do not name one.")
 
 
-class RewardConfig(Config):
+class RewardFunctionConfig(Config):
     """A reward plug-in: the name of an entry point, a dotted path, or path/to/file.py:function."""
 
     name: str
     args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments given to the function.")
+
+
+class RewardConfig(RewardFunctionConfig):
+    """A reward plug-in, and the processes that run it."""
+
     workers: Annotated[int, Field(ge=1)] = Field(default=1, description="Processes that score side by side.")
     timeout_s: Positive = Field(default=10.0, description="A scoring that takes longer is killed with its process.")
 
@@ -216,11 +221,28 @@ class LoraConfig(Config):
         return self
 
 
+class VerifierConfig(RewardFunctionConfig):
+    """A reward plug-in that says whether a reply keeps to a system instruction."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.2, description="w in the reward (1 - w) R + w V: V is the verifier's, R that of the task."
+    )
+
+
 class SystemInstruction(Config):
     """One system instruction and how often it is drawn; an empty text means no system turn."""
 
     text: str
     weight: Positive = 1.0
+    verifier: VerifierConfig | None = Field(
+        default=None, description="Checks replies to prompts that drew this instruction; None: the task's reward alone."
+    )
+
+    @model_validator(mode="after")
+    def _has_text(self) -> "SystemInstruction":
+        if self.verifier is not None and not self.text:
+            raise ValueError("verifier: an empty text is no system turn, so there is nothing to verify; remove it")
+        return self
 
 
 class SystemsConfig(Config):

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import posttrain
-from posttrain.config.shared import FilesConfig, ServedModelConfig
+from posttrain.config.shared import FilesConfig, RewardFunctionConfig, ServedModelConfig
 from posttrain.errors import UserError
 from posttrain.pipeline.graph import Node, Pipeline
-from posttrain.pipeline.inputs import find_inputs, other_paths
+from posttrain.pipeline.inputs import find_inputs, other_functions, other_paths
 from posttrain.pipeline.kinds import KINDS, StageKind
 from posttrain.pipeline.references import has_reference, replace_references
 
@@ -51,20 +51,29 @@ def _inputs(node: Node) -> dict[str, Any]:
         elif isinstance(value, FilesConfig):
             paths = [value.path] if isinstance(value.path, str) else value.path
         else:
-            paths = _reward_source(value.name)
+            paths = _reward_sources(value)
         found[item.key] = [path_hash(Path(path).expanduser()) for path in paths if not has_reference(path)]
     for key, path in other_paths(node.config, node.stage_kind):
         found[key] = [path_hash(Path(path).expanduser())]
+    for key, name in other_functions(node.config, node.stage_kind):
+        found[key] = [path_hash(Path(path)) for path in _function_sources(name)]
     return found
 
 
-def _reward_source(name: str) -> list[str]:
-    from posttrain.scoring.plugins import resolve
-    from posttrain.scoring.source import find_module
+def _reward_sources(reward: RewardFunctionConfig) -> list[str]:
+    from posttrain.scoring.requirements import reward_sources
 
     try:
-        target = resolve(name)
-        path = target.path or find_module(target.module)
+        return [str(path) for path in reward_sources(reward.name, reward.args)]
+    except (UserError, ImportError):
+        return []
+
+
+def _function_sources(name: str) -> list[str]:
+    from posttrain.scoring.plugins import function_file, resolve_function
+
+    try:
+        path = function_file(resolve_function(name, "function"))
     except (UserError, ImportError):
         return []
     return [str(path)] if path else []

@@ -6,7 +6,7 @@ starts.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from posttrain.config.shared import DataConfig, FilesConfig, RewardConfig, ServedModelConfig
+from posttrain.config.shared import DataConfig, FilesConfig, RewardFunctionConfig, ServedModelConfig, VerifierConfig
 from posttrain.errors import UserError
 from posttrain.pipeline.kinds import Rows, StageKind
 from posttrain.pipeline.references import has_reference
 
 CHECKED_ROWS = 100
+SHOWN_ROWS = 5
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # How to install what is not part of the core; everything else comes with the package itself.
 INSTALL = {"vllm": "pip install 'posttrain[cpu]' on a CPU, 'posttrain[gpu]' with GPUs"}
@@ -30,7 +31,7 @@ class Input:
     """One thing a config points at. `key` is the key path of its section."""
 
     key: str
-    value: ServedModelConfig | FilesConfig | RewardConfig
+    value: ServedModelConfig | FilesConfig | RewardFunctionConfig
 
 
 def walk(config: BaseModel, key: str = "") -> Iterator[tuple[str, BaseModel]]:
@@ -56,34 +57,72 @@ def find_inputs(config: BaseModel) -> list[Input]:
     return [
         Input(key, value)
         for key, value in walk(config)
-        if isinstance(value, ServedModelConfig | FilesConfig | RewardConfig)
+        if isinstance(value, ServedModelConfig | FilesConfig | RewardFunctionConfig)
     ]
 
 
 def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
     """One line a problem, led by the key path; nothing is loaded."""
     problems = [f"{found.key}{line}" for found in find_inputs(config) for line in _problems(found, kind)]
+    problems += [] if problems else _row_problems(config, kind)
     missing = [(key, path) for key, path in other_paths(config, kind) if not Path(path).expanduser().exists()]
     return problems + [f"{key}: got {path!r}: no such file or folder" for key, path in missing]
 
 
+def _row_problems(config: BaseModel, kind: StageKind) -> list[str]:
+    """The first rows of prompts that lack what a reward of the same config needs; both are fine by themselves."""
+    from posttrain.data.rows import load_rows
+    from posttrain.scoring.plugins import RewardSpec
+    from posttrain.scoring.requirements import missing_fields
+
+    inputs = find_inputs(config)
+    rewards = [item.value for item in inputs if isinstance(item.value, RewardFunctionConfig)]
+    problems = []
+    for found in inputs if rewards else []:
+        value = found.value
+        if not isinstance(value, DataConfig) or data_kind(found.key, kind) != "prompt" or _refers(value):
+            continue
+        rows = load_rows(value, kind="prompt", limit=CHECKED_ROWS)
+        plain = [row for row in rows if row.messages[0].role != "system"]  # a verifier meets no others
+        lines = [
+            line
+            for reward in rewards
+            for line in missing_fields(
+                RewardSpec(reward.name, reward.args), plain if isinstance(reward, VerifierConfig) else rows
+            )
+        ]
+        problems += [f"{found.key}: {line}" for line in lines[:SHOWN_ROWS]]
+    return problems
+
+
+def _refers(data: FilesConfig) -> bool:
+    return any(has_reference(path) for path in ([data.path] if isinstance(data.path, str) else data.path))
+
+
 def other_paths(config: BaseModel, kind: StageKind) -> list[tuple[str, str]]:
     """(key path, path) of the plain paths that a kind of stage reads, those of earlier stages left out."""
-    found: list[tuple[str, str]] = []
-    for key in kind.paths:
+    return [(key, value) for key, value in _texts(config, kind.paths) if not has_reference(value)]
+
+
+def other_functions(config: BaseModel, kind: StageKind) -> list[tuple[str, str]]:
+    """(key path, name) of the functions that a config of this kind names beside its rewards."""
+    return [(key, value) for key, value in _texts(config, kind.functions) if ":" in value]
+
+
+def _texts(config: BaseModel, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for key in keys:
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part, None)
-        if isinstance(value, str) and not has_reference(value):
-            found.append((key, value))
-    return found
+        if isinstance(value, str):
+            yield key, value
 
 
 def _problems(found: Input, kind: StageKind) -> list[str]:
     value = found.value
     if isinstance(value, ServedModelConfig):
         return [] if has_reference(value.path) else [f".path: {line}" for line in model_folder_problems(value.path)]
-    if isinstance(value, RewardConfig):
+    if isinstance(value, RewardFunctionConfig):
         return _reward_problems(value)
     paths = [value.path] if isinstance(value.path, str) else value.path
     if any(has_reference(path) for path in paths):
@@ -120,7 +159,7 @@ def _unreadable(data: FilesConfig) -> list[str]:
     return []
 
 
-def _reward_problems(reward: RewardConfig) -> list[str]:
+def _reward_problems(reward: RewardFunctionConfig) -> list[str]:
     from posttrain.scoring.plugins import check_reward
 
     try:

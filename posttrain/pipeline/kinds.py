@@ -23,6 +23,7 @@ class StageKind:
     outputs: name used in `${stage.name}` to the path below the stage's folder. The first one always exists afterwards.
     data: key path of a dataset in the config to the kind of rows it must hold.
     paths: key paths of other files and folders that the stage reads.
+    functions: key paths of texts that may name a function, by path/to/file.py:function or package.module:function.
     packages: what must be installed, by import name.
     trains_itself: the stage's own process does the work, and is given `resources.trainer`. Otherwise it only directs
     actors, which ask for their own resources.
@@ -33,6 +34,7 @@ class StageKind:
     outputs: Mapping[str, str]
     data: Mapping[str, Rows] = field(default_factory=dict)
     paths: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     trains_itself: bool = True
 
@@ -71,6 +73,7 @@ KINDS: dict[str, StageKind] = {
         outputs={"model": "model", "rollouts": "rollouts"},
         data={"prompts": "prompt"},
         paths=("loss.reference.path",),
+        functions=("curriculum.schedule",),
         packages=("torch", "transformers", "deepspeed", "vllm"),
         trains_itself=False,
     ),

@@ -26,6 +26,9 @@ from posttrain.config.shared import (
 
 _PPO = ("clip_low", "clip_high", "dual_clip")
 
+# Schedules of the curriculum that need no function.
+SCHEDULES = ("constant", "linear", "adaptive")
+
 # The constants of each loss. A constant that the chosen loss does not use must stay at its default.
 CONSTANTS: dict[str, tuple[str, ...]] = {
     "dppo": ("divergence", "ratio_cap", "kl_weight"),
@@ -137,6 +140,12 @@ class ProfileConfig(Config):
         default_factory=lambda: [0.1, 0.7], description="Lowest and highest pass rate that is medium to hard."
     )
 
+    store: str | None = Field(
+        default=None,
+        description="Folder of profiles that runs share: what one measured of the same policy, reward, sampling and "
+        "prompt is reused, and what is new is added. None: only this run's own.",
+    )
+
     @field_validator("band")
     @classmethod
     def _is_band(cls, band: list[float]) -> list[float]:
@@ -146,8 +155,10 @@ class ProfileConfig(Config):
 class CurriculumConfig(Config):
     """Sampling of prompts by how likely their pass rate lies in a band, which moves from `first` to `last`."""
 
-    schedule: Literal["constant", "linear", "adaptive"] = Field(
-        default="linear", description="How the band moves: not, with the steps, or with the pass rate."
+    schedule: str = Field(
+        default="linear",
+        description="How the band moves: constant (not at all), linear (with the steps), adaptive (with the pass "
+        "rate), or a function of yours, path/to/file.py:function or package.module:function.",
     )
     first: list[Probability] = Field(
         default_factory=lambda: [0.2, 0.8], description="Lowest and highest pass rate at the start."
@@ -161,6 +172,22 @@ class CurriculumConfig(Config):
     tries: Annotated[int, Field(ge=1)] = Field(
         default=32, description="Prompts looked at for one that is in the band, before the nearest is taken."
     )
+    reprobe_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.05, description="Largest share of draws, on average, that goes to prompts parked as impossible."
+    )
+
+    @field_validator("schedule")
+    @classmethod
+    def _is_schedule(cls, schedule: str) -> str:
+        if schedule not in SCHEDULES:
+            from posttrain.errors import PluginError
+            from posttrain.scoring.plugins import check_function
+
+            try:
+                check_function(schedule, "schedule", ("step", "steps", "pass_rate", "position"))
+            except PluginError as error:
+                raise ValueError(f"{error}; there are: {', '.join(SCHEDULES)}, or a function of yours") from None
+        return schedule
 
     @field_validator("first", "last")
     @classmethod
@@ -177,6 +204,14 @@ class RlRewardConfig(RewardConfig):
     alarm_fraction: Probability = Field(
         default=0.2, description="Share of a step's rollouts without a score above which the run raises an alarm."
     )
+
+
+class RefilterConfig(Config):
+    """Fresh pass rates from the policy that is trained, beside the training, of prompts whose estimate is stale."""
+
+    every: Annotated[int, Field(ge=1)] = Field(default=10, description="Optimizer steps between two refreshes.")
+    prompts: Annotated[int, Field(ge=1)] = Field(default=32, description="Prompts probed in one refresh.")
+    samples: Annotated[int, Field(ge=1)] = Field(default=4, description="Replies sampled for each of them.")
 
 
 class RlResources(Config):
@@ -199,11 +234,15 @@ class RlConfig(Config):
     systems: SystemsConfig = Field(
         default_factory=SystemsConfig, description="System instructions, sampled for prompts that have none."
     )
-    mixture: dict[str, Positive] = Field(
-        default_factory=dict, description="Share of each capability in every batch; empty: as in the selected prompts."
+    mixture: dict[str, NotNegative] = Field(
+        default_factory=dict,
+        description="Share of each capability in every batch, 0 for none; empty: as in the selected prompts.",
     )
     curriculum: CurriculumConfig | None = Field(
         default=None, description="Draw prompts by difficulty; None: each once, before any comes again."
+    )
+    refilter: RefilterConfig | None = Field(
+        default=None, description="Refresh the curriculum's estimates during training; None: by training alone."
     )
     mixture_refills: Annotated[int, Field(ge=0)] = Field(
         default=4,
@@ -214,7 +253,7 @@ class RlConfig(Config):
     groups_per_step: Annotated[int, Field(ge=1)] = Field(
         default=32, description="Groups (prompts) trained on in a step."
     )
-    group_size: Annotated[int, Field(ge=2)] = Field(default=8, description="Rollouts of one prompt.")
+    group_size: int = Field(default=8, description="Rollouts of one prompt, at least 2.")
     max_staleness: Annotated[int, Field(ge=0)] = Field(
         default=4, description="No token is trained on that is more versions old than this; 0 is strictly on-policy."
     )
@@ -275,8 +314,30 @@ class RlConfig(Config):
     )
     resources: RlResources = Field(default_factory=RlResources)
 
+    @field_validator("group_size")
+    @classmethod
+    def _has_baseline(cls, group_size: int) -> int:
+        if group_size < 2:
+            raise ValueError(
+                "must be at least 2: an advantage compares the rewards of one prompt's rollouts with each other, and "
+                "that of a single one would always be 0"
+            )
+        return group_size
+
+    @field_validator("mixture")
+    @classmethod
+    def _gives_something(cls, mixture: dict[str, float]) -> dict[str, float]:
+        if mixture and not any(mixture.values()):
+            raise ValueError("every share is 0, so nothing would be trained on; give one capability more, or none")
+        return mixture
+
     @model_validator(mode="after")
     def _fits(self) -> "RlConfig":
+        if self.refilter is not None and self.curriculum is None:
+            raise ValueError(
+                "refilter: refreshes the estimates that a curriculum draws by, and there is none; set curriculum too "
+                "(curriculum: {schedule: constant} keeps one band), or remove refilter"
+            )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature: RL needs replies that differ, so it must be above 0")
         if self.sampling.max_tokens >= self.engine.max_model_len:

@@ -37,6 +37,7 @@ from posttrain.rl.samples import train_samples
 from posttrain.rl.scoring import drop_reason, make_group, over_batch, passes_and_failures, score_group
 from posttrain.rl.staleness import StalenessQueue
 from posttrain.rl.tally import StepTally
+from posttrain.rl.verifiers import reward_config
 from posttrain.rl.workers import Flight, RolloutWorkers
 from posttrain.sampling.client import Engines
 from posttrain.scoring.client import RewardClient
@@ -108,7 +109,7 @@ class Controller:
         self._tally = StepTally(
             {**{worker.name: worker.log for worker in self._workers.workers}, "reward": self._scored}
         )
-        self._pool = RewardClient(config.reward, config.resources.reward)
+        self._pool = RewardClient(reward_config(config), config.resources.reward)
         self._alarm = UnscoredAlarm(config)
 
     async def run(self) -> None:

@@ -7,13 +7,14 @@ Every draw is a pure function of the seed, the group's dispatch order, how many 
 looked at, and the beliefs. So a resumed run knows where it stood from two numbers in the ledger.
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.config.shared import SystemsConfig
 from posttrain.records import Message, Row
-from posttrain.rl.curriculum import Curriculum
+from posttrain.rl.curriculum import OUTSIDE, Curriculum
 from posttrain.rl.groups import DrawnPrompt
 
 
@@ -74,14 +75,16 @@ class PromptSource:
         return rows[self._passes[capability, number][place]]
 
     def _in_band(self, row: Row, curriculum: Curriculum, rng: random.Random) -> Row:
-        nearest, least = row, curriculum.miss(row.id, rng)
-        for _ in range(self._tries - 1):
-            if least == 0:
-                break
-            row = self._next(row.capability)
+        """The first row in the band from this one on, else the nearest; those outside are no tries."""
+        nearest, least, tries = row, math.inf, 0
+        for _ in range(self._tries + 2 * len(self._by_capability[row.capability])):
             miss = curriculum.miss(row.id, rng)
             if miss < least:
                 nearest, least = row, miss
+            tries += miss < OUTSIDE
+            if miss == 0 or tries == self._tries:
+                break
+            row = self._next(row.capability)
         return nearest
 
     def observe(self, prompt_id: str, passes: int, failures: int) -> None:

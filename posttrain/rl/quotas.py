@@ -11,9 +11,10 @@ from posttrain.records import Row
 def mixture_shares(rows: Sequence[Row], mixture: Mapping[str, float]) -> dict[str, float]:
     """Share of each capability, 1 in all: as `mixture` says (on any scale); if it is empty, as in `rows`.
 
-    Raises ConfigError for a capability that no row has.
+    One of weight 0 is left out. Raises ConfigError for a capability that no row has.
     """
     there = Counter(row.capability for row in rows)
+    mixture = {name: weight for name, weight in mixture.items() if weight > 0}
     missing = sorted(set(mixture) - set(there))
     if missing:
         rule = f"no selected prompt has this capability; there are: {', '.join(sorted(there))}"

@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.context import StageContext
@@ -23,15 +23,8 @@ from posttrain.rl.curriculum import Curriculum
 from posttrain.rl.groups import DrawnPrompt
 from posttrain.rl.ledger import Commit, Ledger
 from posttrain.rl.parity import Parity, check_engine_parity
-from posttrain.rl.profile import (
-    Difficulty,
-    profile_prompts,
-    read_difficulty,
-    select_band,
-    write_difficulty,
-)
+from posttrain.rl.profile import Difficulty, profile_prompts, select_band
 from posttrain.rl.prompts import PromptSource
-from posttrain.rl.quotas import mixture_shares
 from posttrain.rl.recovery import (
     Survivor,
     finished_outputs,
@@ -44,6 +37,7 @@ from posttrain.rl.recovery import (
     version_of,
 )
 from posttrain.rl.scoring import passes_and_failures
+from posttrain.rl.verifiers import check_rewardable
 from posttrain.sampling.client import Engines
 
 MODEL = "model"
@@ -72,6 +66,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
 def _rows_to_profile(config: RlConfig, seed: int) -> list[Row]:
     """The prompts, or a seeded subset of them spread evenly over the capabilities."""
     rows = load_rows(config.prompts, kind="prompt")
+    check_rewardable(config, rows)
     limit = config.profile.prompts
     if limit is None or limit >= len(rows):
         return rows
@@ -116,7 +111,9 @@ def _train(
     tokenizer: Any,
     stop_ids: tuple[int, ...],
 ) -> dict[str, Any]:
-    difficulties = _profile(config, context, engines, prompts, stop_ids)
+    order = list(prompts)
+    random.Random(context.seed).shuffle(order)
+    difficulties = profile_prompts(config, context, engines, order, stop_ids)
     selected = select_band(difficulties, rows, config.profile.band)
     figures = {
         "profiled_prompts": len(difficulties),
@@ -125,7 +122,9 @@ def _train(
     }
     ledger = open_ledger(context.dir)
     try:
-        parity = _steps(config, context, engines, trainer, prompts, selected, difficulties, tokenizer, stop_ids, ledger)
+        parity = _steps(
+            config, context, engines, trainer, rows, prompts, selected, difficulties, tokenizer, stop_ids, ledger
+        )
         outputs = {
             "model": str(context.dir / MODEL),
             "rollouts": str(context.dir / "rollouts"),
@@ -149,20 +148,17 @@ def _steps(
     engines: Engines,
     trainer: RankGroup,
     prompts: list[DrawnPrompt],
-    selected: list[Row],
-    difficulties: list[Difficulty],
-    tokenizer: Any,
-    stop_ids: tuple[int, ...],
+    source: PromptSource,
+    shares: Mapping[str, float],
+    archive: RolloutArchive,
     ledger: Ledger,
+    stop_ids: tuple[int, ...],
 ) -> Parity:
     """From the last commit to the last step."""
-    source = prompt_source(config, selected, difficulties, tokenizer, context.seed)
-    archive = RolloutArchive(context.dir / "rollouts", tokenizer)
     first_step, left = _resume(config, context, trainer, source, archive, ledger)
     manifest = trainer.get("publish")
     parity = check_engine_parity(config, engines, trainer, prompts, stop_ids, manifest, first_step)
     context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
-    shares = mixture_shares(selected, config.mixture)
     controller = Controller(
         config, context, engines, trainer, source, shares, archive, ledger, stop_ids, manifest, first_step, left
     )
@@ -224,17 +220,3 @@ def prompt_source(
     ids = {row.id for row in selected}
     curriculum = Curriculum(config.curriculum, [item for item in difficulties if item.prompt_id in ids], config.steps)
     return PromptSource(selected, config.systems, render, seed, curriculum, config.curriculum.tries)
-
-
-def _profile(
-    config: RlConfig, context: StageContext, engines: Engines, prompts: list[DrawnPrompt], stop_ids: tuple[int, ...]
-) -> list[Difficulty]:
-    """The profile of this run's start, read back when the stage is resumed."""
-    path = context.dir / "difficulty.parquet"
-    if path.exists():
-        return read_difficulty(path)
-    order = list(prompts)
-    random.Random(context.seed).shuffle(order)
-    difficulties = profile_prompts(config, context, engines, order, stop_ids)
-    write_difficulty(path, difficulties, config.profile.band)
-    return difficulties

@@ -78,11 +78,12 @@ class Engines:
         self, requests: Sequence[SampleRequest], on_done: Callable[[int], None] | None = None
     ) -> list[list[Completion]]:
         """Sample every request on all engines; `on_done` hears how many requests are finished."""
-        return asyncio.run(self._generate(requests, on_done))
+        return asyncio.run(self.generate_async(requests, on_done))
 
-    async def _generate(
+    async def generate_async(
         self, requests: Sequence[SampleRequest], on_done: Callable[[int], None] | None
     ) -> list[list[Completion]]:
+        """`generate` for a caller with an event loop."""
         results: list[list[Completion]] = [[] for _ in requests]
         starts = iter(range(0, len(requests), CHUNK_REQUESTS))
         finished = 0

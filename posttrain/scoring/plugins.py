@@ -6,7 +6,7 @@ in a process that may be killed. Nothing here runs a reward: see `pool`.
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -71,37 +71,83 @@ def load_reward(name: str, args: Mapping[str, Any] | None = None) -> RewardFunct
 def check_reward(name: str, args: Mapping[str, Any] | None = None) -> None:
     """Raises PluginError with one clear message unless the reward is there and can be called. Executes nothing."""
     target = resolve(name)
-    _check_source(name, target, args or {})
-    if target.module == _COMBINING:
-        for inner in _inner_rewards(args or {}):
-            check_reward(inner.name, inner.args)
+    _check_source(f"reward {name!r}", name, target, ("rollout", "row"), args or {})
+    for inner in inner_rewards(RewardSpec(name, args or {})):
+        check_reward(inner.name, inner.args)
 
 
-def _check_source(name: str, target: Target, args: Mapping[str, Any]) -> None:
+def check_function(name: str, what: str, parameters: Sequence[str]) -> None:
+    """Raises PluginError unless `name` is a function that can be called with so many arguments. Executes nothing.
+
+    name: `package.module:function` or `path/to/file.py:function`. what: what it is for, to begin a message with.
+    """
+    target = resolve_function(name, what)
+    _check_source(f"{what} {name!r}", name, target, parameters, {})
+
+
+def load_function(name: str, what: str) -> Callable[..., Any]:
+    """The function of that name, imported. Raises PluginError where it cannot be."""
+    return import_target(resolve_function(name, what), what)[1]
+
+
+def resolve_function(name: str, what: str) -> Target:
+    """Which module or file, and which function in it. Does not look inside; raises PluginError."""
+    if ".py:" in name or name.endswith(".py"):
+        return _resolve_file(name, what)
+    module, _, function = name.partition(":")
+    if function.isidentifier() and all(part.isidentifier() for part in module.split(".")):
+        return Target(module, function)
+    raise PluginError(f"{what} {name!r} is not known; write package.module:function or path/to/file.py:function")
+
+
+def function_file(target: Target) -> Path | None:
+    """The source file of a target; None where there is none. Raises ModuleNotFoundError for a missing module."""
+    return Path(target.path) if target.path else find_module(target.module)
+
+
+def _check_source(title: str, name: str, target: Target, parameters: Sequence[str], args: Mapping[str, Any]) -> None:
     if target.path:
         path: Path | None = Path(target.path)
     else:
-        path = _module_file(name, target)
+        path = _module_file(title, name, target)
     if path is None:  # a compiled module: only importing it can tell
-        import_target(target)
+        import_target(target, title.partition(" ")[0])
         return
     module = read_module(path)
     function = module.functions.get(target.function)
     if function is not None:
         if target.function not in module.unknown:
-            _check_call(f"{path}:{function.line}", function.signature, args, target.function)
+            _check_call(f"{path}:{function.line}", function.signature, args, target.function, parameters)
     elif target.function in module.others:
-        raise PluginError(f"reward {name!r}: {target.function} in {path} is {module.others[target.function]}, "
-                          "not a function")  # fmt: skip
+        raise PluginError(f"{title}: {target.function} in {path} is {module.others[target.function]}, not a function")
     elif target.function not in module.unknown and not module.open_ended:
         public = [other for other in module.functions if not other.startswith("_")]
         hint = _did_you_mean(target.function, public)
         there = ", ".join(public) or "none"
-        raise PluginError(f"reward {name!r}: no function {target.function!r} in {path}{hint}; functions there: {there}")
+        raise PluginError(f"{title}: no function {target.function!r} in {path}{hint}; functions there: {there}")
 
 
-def _inner_rewards(args: Mapping[str, Any]) -> list[RewardSpec]:
-    """The rewards that a combining reward is made of: named by the keys where the values hold weights."""
+def inner_rewards(spec: RewardSpec) -> list[RewardSpec]:
+    """The rewards that a combining reward is made of, none for any other. Raises PluginError where args are wrong."""
+    return combined_rewards(spec.args) if resolve(spec.name).module == _COMBINING else []
+
+
+def combined_rewards(args: Mapping[str, Any]) -> list[RewardSpec]:
+    """The rewards that the arguments of a combining reward name. Raises PluginError where they are wrong."""
+    return _of_system(args) if "verifiers" in args else _of_mapping(args)
+
+
+def _of_system(args: Mapping[str, Any]) -> list[RewardSpec]:
+    verifiers = args.get("verifiers")
+    if not isinstance(verifiers, Mapping):
+        raise PluginError(f"verifiers is {verifiers!r}; give a mapping of system instructions (see by_system)")
+    return [RewardSpec.of(args.get("reward", ""))] + [
+        RewardSpec.of({key: item for key, item in value.items() if key != "weight"}) for value in verifiers.values()
+    ]
+
+
+def _of_mapping(args: Mapping[str, Any]) -> list[RewardSpec]:
+    """Named by the keys where the values hold weights."""
     rewards = args.get("rewards")
     if not isinstance(rewards, Mapping) or not rewards:
         raise PluginError(f"rewards is {rewards!r}; give a mapping (see the rewards weighted_sum and by_capability)")
@@ -120,7 +166,7 @@ def list_rewards() -> list[RewardInfo]:
     found = []
     for name, target in sorted(_registered().items()):
         try:
-            path = _module_file(name, target)
+            path = _module_file(f"reward {name!r}", name, target)
             function = read_module(path).functions.get(target.function) if path else None
             summary = function.summary if function else ""
         except PluginError as error:
@@ -149,19 +195,19 @@ def resolve(name: str) -> Target:
     )
 
 
-def _resolve_file(name: str) -> Target:
+def _resolve_file(name: str, what: str = "reward") -> Target:
     file, _, function = name.rpartition(":")
     if not file:
         file, function = name, ""
     path = Path(file).expanduser().resolve()
     if not path.is_file():
-        raise PluginError(f"reward {name!r}: there is no file {path}")
+        raise PluginError(f"{what} {name!r}: there is no file {path}")
     if not function:
         functions = [other for other in read_module(path).functions if not other.startswith("_")]
         example = f"{file}:{functions[0]}" if functions else f"{file}:function"
-        raise PluginError(f"reward {name!r}: name the function too, as in {example}")
+        raise PluginError(f"{what} {name!r}: name the function too, as in {example}")
     if not function.isidentifier():
-        raise PluginError(f"reward {name!r}: {function!r} is not a function's name; write path/to/file.py:function")
+        raise PluginError(f"{what} {name!r}: {function!r} is not a function's name; write path/to/file.py:function")
     return Target(path.stem, function, str(path))
 
 
@@ -169,21 +215,27 @@ def _registered() -> dict[str, Target]:
     return {point.name: Target(point.module, point.attr) for point in metadata.entry_points(group=GROUP)}
 
 
-def _module_file(name: str, target: Target) -> Path | None:
+def _module_file(title: str, name: str, target: Target) -> Path | None:
     try:
         return find_module(target.module)
     except ModuleNotFoundError as error:
         registered = _registered()
         hint = _did_you_mean(name, list(registered))
-        raise PluginError(f"reward {name!r}: {error}{hint}; known: {', '.join(sorted(registered))}") from error
+        known = f"; known: {', '.join(sorted(registered))}" if title.startswith("reward") else ""
+        raise PluginError(f"{title}: {error}{hint}{known}") from error
 
 
-def _check_call(where: str, signature: inspect.Signature, args: Mapping[str, Any], name: str = "") -> None:
+def _check_call(
+    where: str,
+    signature: inspect.Signature,
+    args: Mapping[str, Any],
+    name: str = "",
+    parameters: Sequence[str] = ("rollout", "row"),
+) -> None:
     try:
-        signature.bind(object(), object(), **args)
+        signature.bind(*parameters, **args)
     except TypeError as error:
-        named = ", ".join(f"{key}=..." for key in args)
-        call = "(rollout, row" + (f", {named})" if named else ")")
+        call = "(" + ", ".join([*parameters, *(f"{key}=..." for key in args)]) + ")"
         raise PluginError(f"{where}: {name}{signature} cannot be called with {call}: {error}") from error
 
 

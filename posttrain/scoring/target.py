@@ -6,6 +6,7 @@ Only what a worker process needs, so that it starts fast: finding a target by na
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -33,28 +34,36 @@ class Target:
         return f"{self.path or self.module}:{self.function}"
 
 
-def import_target(target: Target) -> tuple[ModuleType, RewardFunction]:
+def import_target(target: Target, what: str = "reward") -> tuple[ModuleType, RewardFunction]:
     """The module of the target, executed, and the function of that name in it.
 
-    Raises PluginError with the exception's own message and the line that raised it, or where it is no function.
+    what: what it is for, to begin a message with. Raises PluginError with the exception's own message and the line
+    that raised it, or where it is no function.
     """
     try:
         module = _import_file(target.path) if target.path else importlib.import_module(target.module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plug-in may well call sys.exit() while it is imported
-        raise PluginError(f"reward {target}: importing it failed: {describe(error)}") from error
+        raise PluginError(f"{what} {target}: importing it failed: {describe(error)}") from error
     if not hasattr(module, target.function):
-        raise PluginError(f"reward {target}: there is no {target.function!r} in it")
+        raise PluginError(f"{what} {target}: there is no {target.function!r} in it")
     function: Any = getattr(module, target.function)
     if not callable(function):
-        raise PluginError(f"reward {target}: it is a {type(function).__name__}, not a function")
+        raise PluginError(f"{what} {target}: it is a {type(function).__name__}, not a function")
     return module, cast(RewardFunction, function)
 
 
 def bind(function: RewardFunction, args: Mapping[str, Any]) -> RewardFunction:
     """The function with `args` given to it as keyword arguments at every call."""
     return functools.partial(function, **args) if args else function
+
+
+def warm(module: ModuleType, args: Mapping[str, Any]) -> None:
+    """Call the module's `warm_up()` if there is one; one that takes parameters is given the reward's `args`."""
+    warm_up = getattr(module, "warm_up", None)
+    if callable(warm_up):
+        warm_up(**(args if inspect.signature(warm_up).parameters else {}))
 
 
 def describe(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from posttrain.errors import PluginError, PosttrainError
 from posttrain.records import RewardResult
-from posttrain.scoring.target import RewardFunction, Target, bind, describe, import_target
+from posttrain.scoring.target import RewardFunction, Target, bind, describe, import_target, warm
 from posttrain.scoring.wire import HEADER_BYTES, frame, pair_from_json, result_to_json
 
 _PR_SET_PDEATHSIG = 1
@@ -109,9 +109,7 @@ def _prepare(setup: Mapping[str, Any]) -> tuple[RewardFunction, bool]:
     """Imports the function, calls its module's `warm_up()` if there is one, and tells whether it is async."""
     _limit_memory(setup["memory_gib"])
     module, function = import_target(Target(**setup["target"]))
-    warm_up = getattr(module, "warm_up", None)
-    if callable(warm_up):
-        warm_up()
+    warm(module, setup["args"])
     return bind(function, setup["args"]), inspect.iscoroutinefunction(function)
 
 
