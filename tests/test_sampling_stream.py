@@ -57,15 +57,16 @@ def models(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engines(ray_session, models):
+    """The first starts with the first policy, the second with the last."""
     import ray
 
     from posttrain.sampling.engine import ENGINE_ENV, EngineActor
 
-    model = ServedModelConfig(path=models[0], dtype="float32").model_dump()
+    served = [ServedModelConfig(path=path, dtype="float32").model_dump() for path in (models[0], models[5])]
     options = {"num_cpus": 0.4, "max_concurrency": 100, "runtime_env": {"env_vars": ENGINE_ENV}}
     actors = [
         ray.remote(EngineActor).options(**options).remote(f"engine-{index}", model, ENGINE.model_dump())
-        for index in range(2)
+        for index, model in enumerate(served)
     ]
     try:
         ray.get([actor.start.remote() for actor in actors])
@@ -225,6 +226,115 @@ def test_cancelled_and_refused_requests(engines):
     assert {key for key, _ in replies} == {2}
     ray.get(engines[1].submit.remote([(1, SampleRequest(PROMPTS[0], max_tokens=5))]))  # the key is free again
     assert set(asyncio.run(collect(engines[1], 1))) == {(1, 0)}
+
+
+def replies_one_by_one(actor, requests):
+    """One request at a time: sums then have one order, and equal weights give equal bits."""
+    import ray
+
+    answers = [ray.get(actor.generate.remote([request]))[0][0][0] for request in requests]
+    return [(reply.token_ids, reply.logprobs) for reply in answers]
+
+
+@slow
+@limited
+def test_five_updates_in_flight_leave_the_engine_as_freshly_loaded(engines, models, tmp_path):
+    from safetensors.torch import load_file
+
+    from posttrain.sampling.weights import SharedWeights, TensorSpec
+
+    shared = SharedWeights(tmp_path)
+    requests = [(index, SampleRequest(prompt, n=4, max_tokens=400)) for index, prompt in enumerate(PROMPTS)]
+
+    async def run():
+        version = 0
+        await engines[0].submit.remote(requests)
+
+        async def update(pieces):
+            nonlocal version
+            if pieces and version < 5:
+                version += 1
+                named = load_file(f"{models[version]}/model.safetensors")
+                specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named.items()]
+                manifest = shared.publish(specs, named.values(), version)
+                await engines[0].update_weights.remote(manifest.to_json(), version)
+
+        return await collect(engines[0], 4 * len(requests), on_pieces=update)
+
+    replies = asyncio.run(run())
+    shared.close()
+    last = {join_spans(reply.spans)[-1].policy_version for reply in replies.values()}
+    assert 5 in last
+    assert max(len(join_spans(reply.spans)) for reply in replies.values()) >= 4
+    greedy = [SampleRequest(prompt, temperature=0.0, max_tokens=24) for prompt in PROMPTS]
+    assert replies_one_by_one(engines[0], greedy) == replies_one_by_one(engines[1], greedy)
+
+
+@slow
+@limited
+def test_a_wave_is_decided_by_its_seed(engines):
+    """Two engines that did different work before, and one engine twice, with other work between."""
+    import ray
+
+    requests = [SampleRequest(prompt, n=4, max_tokens=60) for prompt in PROMPTS]
+
+    def wave(engine, seed):
+        completions, began, ended = ray.get(engines[engine].generate_wave.remote(requests, seed))
+        assert began < ended
+        return [[(reply.token_ids, reply.logprobs, reply.text) for reply in group] for group in completions]
+
+    first = wave(0, 5)
+    ray.get(engines[0].generate.remote(requests[3:8]))
+    assert wave(1, 5) == first
+    assert wave(0, 5) == first
+    assert wave(0, 6) != first
+    replies = [reply for group in first for reply in group]
+    assert len(set(replies)) > len(replies) // 2
+
+
+@slow
+@limited
+def test_kept_caches_do_not_leak_into_new_requests(engines, models):
+    """kv: keep. Running replies go on with old keys and values; a request that comes later sees none of them.
+
+    Some replies of the old policy complete a cache block only under the new one: those must not be found either.
+    """
+    import ray
+
+    from posttrain.model.load import load_model
+
+    lengths = (60, 60, 200, 300)
+    prompts = [tuple(5 + (7 * i + 3 * j * (i + 1)) % 400 for j in range(length)) for i, length in enumerate(lengths)]
+    requests = [(index, SampleRequest(prompt, n=3, max_tokens=150)) for index, prompt in enumerate(prompts)]
+
+    async def run():
+        update = None
+        await engines[0].update_weights.remote({"folder": models[4]}, 6)
+        await engines[0].submit.remote(requests)
+
+        async def update_once(pieces):
+            nonlocal update
+            if update is None and pieces:
+                update = engines[0].update_weights.remote({"folder": models[5]}, 7, kv="keep")
+
+        replies = await collect(engines[0], 3 * len(requests), on_pieces=update_once)
+        await update
+        return replies
+
+    replies = asyncio.run(run())
+    straddling = [(key, reply) for (key, _), reply in replies.items() if len(join_spans(reply.spans)) == 2]
+    assert straddling
+    policy, gaps = load_model(models[5]), []
+    for key, reply in straddling:
+        after = join_spans(reply.spans)[1]
+        assert after.policy_version == 7
+        expected = logprobs_of(policy, prompts[key], reply.token_ids)
+        gaps.append((torch.tensor(reply.logprobs) - expected)[after.start : after.end].abs().max())
+    assert max(gaps) > 0.01  # the cache was kept
+    known = [(*prompts[key], *reply.token_ids[:120]) for key, reply in straddling]
+    greedy = [SampleRequest(prompt, temperature=0.0, max_tokens=24) for prompt in (*prompts, *known)]
+    assert replies_one_by_one(engines[0], greedy) == replies_one_by_one(engines[1], greedy)
+    assert ray.get(engines[0].pids.remote())  # still there
 
 
 # ---------------------------------------------------------------- the end of both engines

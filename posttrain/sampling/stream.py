@@ -39,7 +39,7 @@ def join_spans(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
 
 
 class Reply:
-    """One reply in the engine. Of vLLM's `RequestOutputCollector` it has the method `put`, which is all that is called."""
+    """One reply in the engine. Stands in for vLLM's `RequestOutputCollector`, of which only `put` is called."""
 
     __slots__ = ("_final", "_outbox", "_sent", "_spans", "_state", "begun", "index", "key", "request_id")
 
