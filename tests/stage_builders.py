@@ -208,8 +208,9 @@ def engine(model_of: Callable[[Any], Any]) -> Builder:
 
     def build(config: Any) -> Any:
         from posttrain.sampling.engine import engine_arguments
+        from posttrain.sampling.watch import look_every_s
 
-        return engine_arguments(model_of(config), config.engine)
+        return engine_arguments(model_of(config), config.engine), look_every_s(config.engine.deadline_s)
 
     return build
 

@@ -143,6 +143,14 @@ class EngineConfig(Config):
     tensor_parallel: Annotated[int, Field(ge=1)] = Field(default=1, description="GPUs that one engine is split over.")
     enforce_eager: bool = Field(default=True, description="Do not capture graphs. On a CPU it must stay true.")
     prefix_caching: bool = Field(default=True, description="Share the KV cache of equal prefixes.")
+    stream_interval: Annotated[int, Field(ge=1)] = Field(
+        default=256, description="Tokens of a reply after which they are handed on, before the reply is finished."
+    )
+    deadline_s: Positive = Field(
+        default=60.0,
+        description="An engine that is silent for this long with work to do is asked for an answer, and is taken for "
+        "lost if none comes within the same time. No engine step may last as long.",
+    )
 
 
 class SamplingConfig(Config):

@@ -1,23 +1,35 @@
 """One vLLM engine in a Ray actor: samples, takes new weights in flight, and says which weights sampled which token.
 
-What waits for what: `generate` calls wait for the engine; `update_weights` pauses the scheduler between two steps,
-swaps the weights and resumes, so running requests continue under the new version; nothing else waits.
+```
+submit ──► vLLM: core process ──► output handler ──► Reply.put ──► outbox ──► collect     pieces, while they grow
+generate ─►        ▲                     └─────────► queue ─────► completions             whole replies
+update_weights ────┘ pause between two steps, swap, resume              watch: is the core dead or frozen?
+```
+
+What waits for what: `generate` waits for its own replies, `collect` for the first piece of any; `update_weights` pauses
+the scheduler between two steps, so running requests continue under the new version; `generate_wave` has the engine to
+itself. Each wait ends with EngineLostError when the core has died or does not answer within `deadline_s`.
 """
 
 import asyncio
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
+from copy import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from posttrain.config.shared import EngineConfig, ServedModelConfig
 from posttrain.errors import StageError
 from posttrain.records import VersionSpan
-from posttrain.sampling.requests import Completion, SampleRequest
+from posttrain.sampling.progress import Progress
+from posttrain.sampling.requests import Completion, Piece, SampleRequest
+from posttrain.sampling.stream import Outbox, Reply
+from posttrain.sampling.watch import Watch, look_every_s
 
-UPDATE_DEADLINE_S = 600.0
+T = TypeVar("T")
+ADMIT_AT_ONCE = 64
 
 # vLLM reads these when it is imported. One OpenMP thread a process: two in contention cost a factor of ten.
 ENGINE_ENV = {
@@ -45,6 +57,7 @@ def engine_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str
         "logprobs_mode": "processed_logprobs",  # those of the distribution that the tokens are drawn from
         "worker_extension_cls": "posttrain.sampling.vllm_extension.WorkerExtension",
         "weight_transfer_config": {"backend": "shm"},
+        "stream_interval": engine.stream_interval,
         "generation_config": "vllm",  # the request alone decides how to sample
         "disable_log_stats": True,
         "seed": 0,
@@ -82,7 +95,13 @@ class EngineActor:
         self._tokenizer: Any = None
         self._next_request = 0
         self._policy_version = 0
-        self._update_lock: asyncio.Lock | None = None
+        self._num_waiting = 0  # calls of generate and generate_wave
+        self._is_updating = False
+        self._update_lock: asyncio.Lock
+        self._outbox: Outbox
+        self._watch: Watch
+        self._watching: asyncio.Task[None]
+        self._progress: Progress
 
     async def where(self) -> tuple[str, int]:
         """The id of this node in Ray, and of this process."""
@@ -94,48 +113,213 @@ class EngineActor:
         """Start the engine; returns its name, process ids and start-up seconds."""
         began = time.time()
         from vllm import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from posttrain.sampling import vllm_extension  # noqa: F401  (registers the backend before the fork)
 
-        arguments = engine_arguments(self._model, self._engine_config)
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        arguments = AsyncEngineArgs(**engine_arguments(self._model, self._engine_config))
+        config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        kind = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
+        config.scheduler_config.scheduler_cls = f"posttrain.sampling.vllm_scheduler.{kind}"
+        self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         self._tokenizer = self._llm.get_tokenizer()
         self._update_lock = asyncio.Lock()
-        workers = await self._llm.collective_rpc("die_with_parent")
-        await self._llm.update_weight_version("0")
+        self._watch = Watch(
+            self._engine_config.deadline_s,
+            is_dead=lambda: self._llm.errored,
+            is_busy=lambda: not self._is_updating and bool(self._outbox.open or self._num_waiting),
+            ping=self._llm.engine_core.get_weight_version_async,
+            say=self._say,
+            on_lost=lambda: self._outbox.flush(),
+        )
+        self._outbox = Outbox(self._engine_config.stream_interval, self._hear)
+        self._watching = asyncio.create_task(self._watch.run())
+        self._progress = Progress.create()
+        workers = await self._ask("start", self._llm.collective_rpc("die_with_parent"))
+        await self._ask("start", self._llm.collective_rpc("note_progress", args=(self._progress.path,)))
+        self._progress.unlink()
+        await self._ask("start", self._llm.update_weight_version("0"))
+        await self._ask("start", self._llm.get_supported_tasks())
         return {"name": self.name, "pid": os.getpid(), "worker_pids": workers, "start_s": time.time() - began}
+
+    async def pids(self) -> dict[str, int]:
+        """Process ids of the actor and of the engine's core."""
+        return {"actor": os.getpid(), "core": self._llm.engine_core.resources.engine_manager.processes[0].pid}
+
+    # ------------------------------------------------------------------ pieces, while replies grow
+
+    async def submit(self, requests: Sequence[tuple[int, SampleRequest]]) -> None:
+        """Admit requests under the caller's keys; returns when the engine has them.
+
+        Raises StageError if a key is in use or a request cannot be sampled (none is admitted then), EngineLostError.
+        """
+        self._watch.check()
+        admitted: list[tuple[Reply, Any]] = []
+        finished: list[Piece] = []
+        keys = [key for key, _ in requests]
+        if len(set(keys)) < len(keys) or any(key in self._outbox.open for key in keys):
+            raise StageError(f"engine {self.name}: a key was submitted twice, among {sorted(keys)[:10]}")
+        for key, request in requests:
+            self._prepare(key, request, admitted, finished)
+        for reply, _ in admitted:  # before the first await, so that no other call takes the same key
+            self._outbox.admit(reply)
+        for piece in finished:
+            self._outbox.add_piece(piece)
+        for place, (reply, core_request) in enumerate(admitted):
+            if self._outbox.open.get(reply.key, {}).get(reply.index) is not reply:
+                continue  # cancelled while others were admitted
+            processor = self._llm.output_processor
+            processor.add_request(core_request, None, None, reply.index, reply)
+            reply.follow(processor.request_states[reply.request_id])
+            await self._alive(self._llm.engine_core.add_request_async(core_request))
+            if place % ADMIT_AT_ONCE == ADMIT_AT_ONCE - 1:
+                await asyncio.sleep(0)  # outputs are taken in meanwhile
+
+    async def collect(self, wait_s: float) -> tuple[list[Piece], float]:
+        """Every piece since the last call, and the Unix time; waits up to `wait_s` for the first.
+
+        Raises EngineLostError when the engine is lost; the tokens that were here before are returned first.
+        """
+        if self._watch.error is None:
+            await self._outbox.wait(wait_s)
+        pieces = self._outbox.take(self._decode)
+        if not pieces:
+            self._watch.check()
+        return pieces, time.time()
+
+    async def cancel(self, keys: Iterable[int]) -> None:
+        """End requests; no piece of them is handed on any more. Keys that are not in the engine are passed over."""
+        replies = [reply for key in keys for reply in self._outbox.remove(key)]
+        if replies and self._watch.error is None:
+            await self._alive(self._llm.abort([reply.request_id for reply in replies], internal=True))
+
+    def _prepare(self, key: int, request: SampleRequest, admitted: list[tuple[Reply, Any]], finished: list[Piece]):
+        """Make what the engine is given for each reply; a reply that was begun and is at its end is a piece at once."""
+        if request.choice_ids is not None:
+            raise StageError(f"engine {self.name}: request {key} has choice_ids; those are for generate")
+        shared: Any = None  # replies that start from the prompt alone differ in their ids only
+        for index, begun in enumerate(request.begun or ((),) * request.n):
+            ended = self._end_of(begun, request)
+            if ended:
+                finished.append(Piece(key, index, len(begun), (), (), (), ended, self._decode(list(begun))))
+                continue
+            self._next_request += 1
+            name = f"{self.name}-{self._next_request}"
+            if begun or shared is None:
+                prompt = [*request.prompt_ids, *begun]
+                core_request = self._core_request(key, prompt, self._params(request, len(begun), stream=True))
+                if not begun:
+                    shared = core_request
+            else:
+                core_request = copy(shared)
+            core_request.request_id = core_request.external_req_id = name
+            admitted.append((Reply(self._outbox, key, index, name, begun), core_request))
+
+    def _core_request(self, key: int, prompt: list[int], params: Any) -> Any:
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+
+        try:
+            tasks = self._llm._supported_tasks  # asked for, and kept by vLLM, at the start
+            return self._llm.input_processor.process_inputs("", tokens_input(prompt), params, supported_tasks=tasks)
+        except (ValueError, VLLMClientError) as error:
+            raise StageError(f"engine {self.name}: request {key} cannot be sampled: {error}") from None
+
+    def _end_of(self, begun: tuple[int, ...], request: SampleRequest) -> str:
+        """How a reply that was begun elsewhere has ended; "" if it goes on."""
+        if begun and begun[-1] in {*request.stop_token_ids, *self._eos_ids()}:
+            return "stop"
+        return "length" if len(begun) >= request.max_tokens else ""
+
+    def _eos_ids(self) -> list[int]:
+        """Ends of a reply besides those of the request: the tokenizer's, and those in the model's folder."""
+        eos = self._llm.input_processor.generation_config_fields.get("eos_token_id")
+        more = [] if eos is None else [eos] if isinstance(eos, int) else eos
+        return [self._tokenizer.eos_token_id, *more]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    # ------------------------------------------------------------------ whole replies
 
     async def generate(self, requests: Sequence[SampleRequest]) -> tuple[list[list[Completion]], float, float]:
         """Sample every request; returns completions by request, and the Unix times of the first start and last end."""
         began = time.time()
-        results = await asyncio.gather(*(self._generate_one(request) for request in requests))
+        self._refuse_begun(requests)
+        self._num_waiting += 1
+        try:
+            results = await self._alive(asyncio.gather(*(self._generate_one(request) for request in requests)))
+        finally:
+            self._num_waiting -= 1
         return results, began, time.time()
 
-    async def _generate_one(self, request: SampleRequest) -> list[Completion]:
+    async def generate_wave(
+        self, requests: Sequence[SampleRequest], seed: int
+    ) -> tuple[list[list[Completion]], float, float]:
+        """As `generate`, but the tokens depend on the weights, the requests and `seed` alone.
+
+        The scheduler is held while the caches are emptied, the worker's generator is seeded and all requests are
+        queued in their order; then nothing else is in the engine until they are finished. vLLM draws the tokens of a
+        step from one generator in the order of its batch. Raises StageError if requests are in flight.
+        """
+        began = time.time()
+        self._refuse_begun(requests)
+        async with self._update_lock:
+            if self._outbox.open or self._num_waiting:
+                raise StageError(f"engine {self.name}: a wave was asked for with other requests in flight")
+            self._num_waiting += 1
+            try:
+                await self._ask("wave", self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True))
+                await self._ask("wave", self._llm.collective_rpc("seed_sampling", args=(seed,)))
+                queues = [await self._alive(self._add(request)) for request in requests]
+                await self._ask("wave", self._llm.resume_generation())
+                outputs = await self._alive(asyncio.gather(*(queue.get() for queue in queues)))
+            finally:
+                self._num_waiting -= 1
+        pairs = zip(outputs, requests, strict=True)
+        return [self._completions(output, request) for output, request in pairs], began, time.time()
+
+    async def _add(self, request: SampleRequest) -> Any:
+        from vllm.inputs.engine import tokens_input
+
+        self._next_request += 1
+        name = f"{self.name}-{self._next_request}"
+        return await self._llm.add_request(name, tokens_input(list(request.prompt_ids)), self._params(request))
+
+    def _refuse_begun(self, requests: Sequence[SampleRequest]) -> None:
+        if any(request.begun for request in requests):
+            raise StageError(f"engine {self.name}: replies that were begun elsewhere are for submit")
+
+    def _params(self, request: SampleRequest, num_begun: int = 0, stream: bool = False) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(
-            n=request.n,
+        return SamplingParams(
+            n=1 if stream else request.n,
             temperature=request.temperature,
             top_p=request.top_p,
-            max_tokens=1 if request.choice_ids else request.max_tokens,
+            max_tokens=1 if request.choice_ids else request.max_tokens - num_begun,
             stop_token_ids=list(request.stop_token_ids),
             allowed_token_ids=list(request.choice_ids) if request.choice_ids else None,
             logprobs=len(request.choice_ids) if request.choice_ids else 0,
             flat_logprobs=request.choice_ids is None,
             detokenize=False,  # the whole reply is decoded at once when it is finished
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
+
+    async def _generate_one(self, request: SampleRequest) -> list[Completion]:
         self._next_request += 1
         prompt = {"prompt_token_ids": list(request.prompt_ids)}
         final = None
-        async for output in self._llm.generate(prompt, params, f"{self.name}-{self._next_request}"):
+        async for output in self._llm.generate(prompt, self._params(request), f"{self.name}-{self._next_request}"):
             final = output
         if final is None:
             raise StageError(f"engine {self.name} ended a request without an answer")
+        return self._completions(final, request)
+
+    def _completions(self, final: Any, request: SampleRequest) -> list[Completion]:
         outputs = sorted(final.outputs, key=lambda output: output.index)
         return [self._completion(output, request) for output in outputs]
 
@@ -152,39 +336,99 @@ class EngineActor:
         versions = tuple(VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions or ())
         return Completion(
             token_ids=token_ids,
-            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            text=self._decode(list(token_ids)),
             logprobs=logprobs,
             finish_reason=output.finish_reason or "abort",
             versions=versions,
             choice_logprobs=choices,
         )
 
+    # ------------------------------------------------------------------ weights
+
     async def update_weights(
-        self, source: dict[str, Any], policy_version: int, kv: Literal["recompute"] = "recompute"
+        self, source: dict[str, Any], policy_version: int, kv: Literal["recompute", "keep"] = "recompute"
     ) -> tuple[float, float]:
         """Swap in new weights between two steps; running requests go on under them.
 
         source: `WeightManifest.to_json()`, or {"folder": path}. kv="recompute": the KV cache of running requests is
-        computed again, so that every later token is exactly the new policy's. Returns the Unix times of the pause's
-        start and end. Raises StageError, naming engine and version, when the update fails or takes over ten minutes.
+        computed again, so that every later token is exactly the new policy's. kv="keep": they go on with the KV cache
+        of the old weights, and later tokens are of neither policy alone (the recorded log-probabilities are right in
+        both cases). What is cached of finished prefixes is dropped in both, so that a request that comes later never
+        sees the old weights. Returns the Unix times of the pause's start and end.
+
+        Raises EngineLostError, naming engine, version and tensor, when the update fails or stands still for
+        `deadline_s`: the weights may be half new then, so the engine is of no use.
         """
-        assert self._update_lock is not None
         async with self._update_lock:
+            self._watch.check()
             began = time.time()
+            self._is_updating = True
             try:
-                async with asyncio.timeout(UPDATE_DEADLINE_S):
-                    await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=kv == "recompute")
-                    await self._llm.collective_rpc("apply_weights", args=(source,))
-                    await self._llm.update_weight_version(str(policy_version))
-                    await self._llm.resume_generation()
-            except TimeoutError:
-                raise StageError(
-                    f"engine {self.name} did not take policy version {policy_version} within {UPDATE_DEADLINE_S:.0f} s"
-                ) from None
-            self._policy_version = policy_version
+                what = f"the update to policy version {policy_version}"
+                core = self._llm.engine_core
+                await self._ask(what, core.pause_scheduler_async(mode="keep", clear_cache=kv == "recompute"))
+                await self._load(source, policy_version)
+                if kv == "keep":
+                    await self._ask(what, core.reset_prefix_cache_async())
+                await self._ask(what, self._llm.update_weight_version(str(policy_version)))
+                self._policy_version = policy_version
+                await self._ask(what, self._llm.resume_generation())
+            finally:
+                self._is_updating = False
+                self._watch.heard()
             return began, time.time()
+
+    async def _load(self, source: dict[str, Any], policy_version: int) -> None:
+        """Wait for the workers to load `source`, as long as they get on from tensor to tensor."""
+        deadline_s = self._engine_config.deadline_s
+        task = asyncio.ensure_future(self._alive(self._llm.collective_rpc("apply_weights", args=(source,))))
+        seen, since = self._progress.read(), time.monotonic()
+        while True:
+            await asyncio.wait({task}, timeout=look_every_s(deadline_s))
+            now = self._progress.read()
+            if now != seen:
+                seen, since = now, time.monotonic()
+            what = f"the update to policy version {policy_version}, at {now[1] or 'its start'}"
+            if task.done():
+                error = task.exception()
+                if error is None or self._watch.error is not None:
+                    return task.result()
+                raise self._watch.lose(f"{what}, failed: {error}")
+            if time.monotonic() - since > deadline_s:
+                task.cancel()
+                raise self._watch.lose(f"{what}, stood still for {deadline_s:g} s")
+
+    # ------------------------------------------------------------------ life and death
+
+    def _say(self, message: str) -> str:
+        return f"engine {self.name}, policy version {self._policy_version}: {message}"
+
+    def _hear(self, output: Any) -> None:
+        if isinstance(output, Exception):
+            self._watch.lose(f"its core process has died ({type(output).__name__}: {output})")
+        else:
+            self._watch.heard()
+
+    async def _alive(self, awaitable: Awaitable[T]) -> T:
+        """The result, or EngineLostError as soon as the engine is known to be lost."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return await self._watch.guard(awaitable)
+        except EngineDeadError:
+            raise self._watch.lose("its core process has died") from None
+
+    async def _ask(self, what: str, awaitable: Awaitable[T]) -> T:
+        """The core's answer, which is due within `deadline_s`."""
+        deadline_s = self._engine_config.deadline_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._alive(awaitable)
+        except TimeoutError:
+            raise self._watch.lose(f"{what}: no answer in {deadline_s:g} s") from None
 
     async def shutdown(self) -> None:
         """Stop the engine core; the actor is killed afterwards."""
         if self._llm is not None:
+            self._watching.cancel()
             self._llm.shutdown()

@@ -3,7 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from posttrain.errors import StageError
 from posttrain.records import VersionSpan
+
+
+class EngineLostError(StageError):
+    """The engine's core process has died or does not answer; the actor is of no use any more. The message says which
+    engine, which policy version, and how it was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +19,8 @@ class SampleRequest:
     prompt_ids: token ids, rendered by `posttrain.data.chat`. stop_token_ids: ids that end a reply (kept in it).
     choice_ids: if set, the reply is exactly one of these token ids, and `Completion.choice_logprobs` holds the
     log-probability of each, renormalised over the choices: the distribution of constrained decoding.
+    begun: token ids of replies that were begun elsewhere, one entry for each reply that is wanted (`n` is ignored
+    then): each is continued, and `max_tokens` counts what is there. Only `EngineActor.submit` takes them.
     """
 
     prompt_ids: tuple[int, ...]
@@ -22,6 +30,7 @@ class SampleRequest:
     max_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()
     choice_ids: tuple[int, ...] | None = None
+    begun: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +43,29 @@ class Completion:
     finish_reason: str
     versions: tuple[VersionSpan, ...]
     choice_logprobs: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next tokens of reply `index` of the request that was submitted as `key`.
+
+    start: place of the first token in the whole reply; tokens that were begun elsewhere count. versions: cover this
+    piece exactly, in places of the whole reply. finish_reason: "" while the reply goes on. text: of the whole reply,
+    with what was begun elsewhere; in the last piece only.
+    """
+
+    key: int
+    index: int
+    start: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[VersionSpan, ...]
+    finish_reason: str = ""
+    text: str = ""
+
+    def __reduce__(self) -> tuple[type["Piece"], tuple[object, ...]]:
+        """Thousands cross between processes each second: one call to make one, not one assignment a field."""
+        return Piece, (
+            self.key, self.index, self.start, self.token_ids, self.logprobs, self.versions, self.finish_reason,
+            self.text,
+        )  # fmt: skip

@@ -22,9 +22,17 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from posttrain.sampling.progress import Progress
 from posttrain.sampling.weights import open_weights
 
 PR_SET_PDEATHSIG = 1
+_progress: Progress | None = None
+
+
+def note(text: str) -> None:
+    """Say where this worker is, for the case that it never answers."""
+    if _progress is not None:
+        _progress.note(text)
 
 
 def repair_cpu_moe_reload() -> None:
@@ -80,7 +88,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     def receive_weights(self, update_info: ShmUpdateInfo, *args: Any, **kwargs: Any) -> None:
         """Load every tensor of the source; vLLM's own loader shards and fuses as for a checkpoint."""
         model: Any = self.model
-        model.load_weights(open_weights(update_info.source))
+        model.load_weights(open_weights(update_info.source, note))
 
     def finish_weight_update(self) -> None:
         """Bring the layers into the layout that the kernels read."""
@@ -97,6 +105,15 @@ class WorkerExtension:
         """Ask Linux to kill this process when the one that started it dies; returns this process's id."""
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         return os.getpid()
+
+    def note_progress(self, path: str) -> None:
+        """Note in the file at `path` which tensor is worked on."""
+        global _progress
+        _progress = Progress(path)
+
+    def seed_sampling(self, seed: int) -> None:
+        """Seed the generators that tokens are drawn from."""
+        torch.manual_seed(seed)
 
     start_weight_update: Any  # these three are the methods of the worker that vLLM adds this class to
     update_weights: Any

@@ -10,7 +10,7 @@ import mmap
 import os
 import secrets
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,15 +111,21 @@ class SharedWeights:
             path.unlink(missing_ok=True)
 
 
-def open_weights(source: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) from a manifest (`WeightManifest.to_json`) or from {"folder": a Hugging Face folder}."""
-    if "folder" in source:
-        yield from _open_folder(Path(source["folder"]))
-    else:
-        yield from _open_segment(WeightManifest.from_json(source))
+def open_weights(
+    source: dict[str, Any], note: Callable[[str], None] = lambda name: None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) from a manifest (`WeightManifest.to_json`) or from {"folder": a Hugging Face folder}.
+
+    note: hears what is worked on.
+    """
+    tensors = _open_folder(Path(source["folder"])) if "folder" in source else _open_segment(source, note)
+    for name, tensor in tensors:
+        note(f"tensor {name}")
+        yield name, tensor
 
 
-def _open_segment(manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]]:
+def _open_segment(source: dict[str, Any], note: Callable[[str], None]) -> Iterator[tuple[str, torch.Tensor]]:
+    manifest = WeightManifest.from_json(source)
     try:
         descriptor = os.open(manifest.path, os.O_RDONLY)
     except FileNotFoundError:

@@ -1,0 +1,187 @@
+"""Replies on their way out of the engine: vLLM gathers the tokens, they are handed on in pieces.
+
+vLLM's output handler puts every output of a request into a queue of its own, which a task then waits for. A `Reply`
+takes that queue's place and only notes that there is something to take: no task and no copy for each token. The tokens
+are read from vLLM's own lists when a piece is taken, so that all of them can be had even after the engine has died.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from posttrain.errors import StageError
+from posttrain.records import VersionSpan
+from posttrain.sampling.requests import Piece
+
+
+def spans_between(starts: Sequence[tuple[str, int]], begin: int, end: int, shift: int = 0) -> tuple[VersionSpan, ...]:
+    """Who sampled tokens [begin, end). starts: (version, place of its first token), in order; the places in the
+    result are moved by `shift`."""
+    if not starts:
+        return ()
+    ends = [*(place for _, place in starts[1:]), end]
+    return tuple(
+        VersionSpan(int(version), max(first, begin) + shift, min(last, end) + shift)
+        for (version, first), last in zip(starts, ends, strict=True)
+        if max(first, begin) < min(last, end)
+    )
+
+
+def join_spans(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
+    """Neighbours of one version as one span."""
+    joined: list[VersionSpan] = []
+    for span in spans:
+        if joined and joined[-1].policy_version == span.policy_version and joined[-1].end == span.start:
+            joined[-1] = VersionSpan(span.policy_version, joined[-1].start, span.end)
+        else:
+            joined.append(span)
+    return tuple(joined)
+
+
+class Reply:
+    """One reply in the engine. Stands in for vLLM's `RequestOutputCollector`, of which only `put` is called."""
+
+    __slots__ = ("_final", "_outbox", "_sent", "_spans", "_state", "begun", "index", "key", "request_id")
+
+    def __init__(self, outbox: "Outbox", key: int, index: int, request_id: str, begun: tuple[int, ...]):
+        self.key = key
+        self.index = index
+        self.request_id = request_id
+        self.begun = begun
+        self._outbox = outbox
+        self._state: Any = None  # vLLM's RequestState
+        self._sent = 0  # tokens of this engine that are handed on
+        self._spans: list[VersionSpan] = []
+        self._final: Any = None
+
+    def follow(self, state: Any) -> None:
+        """state: vLLM's `RequestState` of this request, which its output handler fills."""
+        self._state = state
+
+    @property
+    def num_unsent(self) -> int:
+        """Tokens that are here and not handed on."""
+        return self._state.detokenizer.num_output_tokens() - self._sent if self._state is not None else 0
+
+    def put(self, output: Any) -> None:
+        """Called by vLLM now and then while the reply grows, when it is finished, and with an error if the engine dies.
+
+        output: a RequestOutput or an Exception.
+        """
+        self._outbox.on_output(output)
+        if isinstance(output, Exception):
+            return
+        if output.finished:
+            self._final = output.outputs[0]
+        if output.finished or self.num_unsent >= self._outbox.stream_interval:
+            self._outbox.add(self)
+
+    def take(self, decode: Callable[[list[int]], str]) -> Piece:
+        """What has come since the last time. Raises StageError where vLLM's own spans are not those handed on."""
+        state, first, shift = self._state, self._sent, len(self.begun)
+        token_ids = tuple(state.detokenizer.output_token_ids[first:])
+        logprobs = tuple(state.logprobs_processor.logprobs.logprobs[first:])
+        if len(logprobs) != len(token_ids):
+            raise StageError(f"vLLM gave {len(logprobs)} log-probabilities for {len(token_ids)} tokens")
+        self._sent = end = first + len(token_ids)
+        versions = spans_between(state.weight_version_starts, first, end, shift)
+        if sum(span.end - span.start for span in versions) != len(token_ids):
+            raise StageError(f"reply {self.key}/{self.index}: vLLM does not say which weights sampled its tokens")
+        self._spans += versions
+        finish_reason = text = ""
+        if self._final is not None:
+            finish_reason = self._final.finish_reason or "abort"
+            text = decode([*self.begun, *state.detokenizer.output_token_ids])
+            self._compare()
+        return Piece(self.key, self.index, shift + first, token_ids, logprobs, versions, finish_reason, text)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last token is here."""
+        return self._final is not None
+
+    def _compare(self) -> None:
+        shift = len(self.begun)
+        said = tuple(
+            VersionSpan(int(span.version), span.start + shift, span.end + shift)
+            for span in self._final.weight_versions or ()
+        )
+        if join_spans(self._spans) != said:
+            raise StageError(f"reply {self.key}/{self.index}: pieces by {self._spans}, but vLLM says {said}")
+
+
+class Outbox:
+    """The replies of an engine, and which of them have a piece to hand on.
+
+    on_output: hears every output or error of vLLM before it is taken in.
+    """
+
+    def __init__(self, stream_interval: int, on_output: Callable[[Any], None]):
+        self.stream_interval = stream_interval
+        self.on_output = on_output
+        self.open: dict[int, dict[int, Reply]] = {}  # by key and index
+        self._ready: dict[Reply, None] = {}
+        self._made: list[Piece] = []
+        self._event = asyncio.Event()
+
+    @property
+    def num_open(self) -> int:
+        """Replies that are not finished, or whose last piece is not taken."""
+        return sum(map(len, self.open.values()))
+
+    def admit(self, reply: Reply) -> None:
+        """A new reply."""
+        self.open.setdefault(reply.key, {})[reply.index] = reply
+
+    def add(self, reply: Reply) -> None:
+        """`reply` has a piece. Passed over if the request was removed: vLLM says goodbye to those too."""
+        if self.open.get(reply.key, {}).get(reply.index) is reply:
+            self._ready[reply] = None
+            self._event.set()
+
+    def add_piece(self, piece: Piece) -> None:
+        """A piece of a reply that never was in the engine."""
+        self._made.append(piece)
+        self._event.set()
+
+    def flush(self) -> None:
+        """Everything that is here is to be taken: no more will come."""
+        for replies in self.open.values():
+            for reply in replies.values():
+                if reply.num_unsent:
+                    self._ready[reply] = None
+        self._event.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Until there is a piece, or `wake` is called, at most so long."""
+        if not self._event.is_set() and seconds > 0:
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._event.wait()
+            except TimeoutError:
+                pass
+
+    def take(self, decode: Callable[[list[int]], str]) -> list[Piece]:
+        """Every piece that is there."""
+        ready, self._ready = self._ready, {}
+        pieces, self._made = self._made, []
+        self._event.clear()
+        for reply in ready:
+            pieces.append(reply.take(decode))
+            if reply.is_finished:
+                self._close(reply)
+        return pieces
+
+    def remove(self, key: int) -> list[Reply]:
+        """Forget a request; what it still had to hand on is dropped. Returns its replies."""
+        replies = list(self.open.pop(key, {}).values())
+        for reply in replies:
+            self._ready.pop(reply, None)
+        self._made = [piece for piece in self._made if piece.key != key]
+        return replies
+
+    def _close(self, reply: Reply) -> None:
+        replies = self.open[reply.key]
+        del replies[reply.index]
+        if not replies:
+            del self.open[reply.key]
