@@ -50,3 +50,7 @@ class MissingDependencyError(UserError):
 
 class StageError(PosttrainError):
     """A stage failed after it had started; what was finished before it is intact and the run can be resumed."""
+
+
+class TrainerLostError(StageError):
+    """A rank of the RL trainer has died or does not answer."""

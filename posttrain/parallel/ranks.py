@@ -9,12 +9,14 @@ A rank that fails leaves the others waiting in a collective; its error is raised
 """
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable
 from typing import Any
 
 from posttrain.config.shared import ParallelConfig, TrainerResources
 from posttrain.errors import StageError
+from posttrain.parallel.kill import kill_process, place_of_this
 
 PLACE_S = 180.0
 LAST_S = 10.0
@@ -34,6 +36,10 @@ class _Rank:
         with socket.socket() as server:
             server.bind((address, 0))
             return address, server.getsockname()[1]
+
+    def place(self) -> tuple[str, int]:
+        """This process, for who must end it."""
+        return place_of_this()
 
     def start(self, rank: int, world: int, meeting: tuple[str, int], make: Callable[..., Any], *arguments: Any) -> None:
         from posttrain.parallel.engine import join_ranks
@@ -66,6 +72,7 @@ class RankGroup:
         )
         self._ranks: list[Any] = [actor.remote() for _ in range(parallel.processes)]
         self._points = [rank.meeting_point.remote() for rank in self._ranks]
+        self._places = [rank.place.remote() for rank in self._ranks]
         shared = [ray.put(argument) for argument in (make, *arguments)]
         self._starts = [
             rank.start.remote(index, parallel.processes, self._points[0], *shared)
@@ -104,12 +111,19 @@ class RankGroup:
         self._starts = []
 
     def close(self, last: str | None = None) -> None:
-        """End every rank. `last`: a method to call before, where all have started; ranks that fail to are ended too."""
+        """End every rank, frozen ones too.
+
+        last: a method to call before, where all have started; ranks that fail to answer are ended all the same.
+        """
         import ray
+        from ray.exceptions import RayError
 
         if last is not None and not self._starts:
             ray.wait(self._submit(last, ()), num_returns=len(self._ranks), timeout=LAST_S)
-        for rank in self._ranks:
+        for rank, place in zip(self._ranks, self._places, strict=True):
+            if ray.wait([place], timeout=0)[0]:
+                with contextlib.suppress(RayError):  # it died before it could say
+                    kill_process(*ray.get(place))
             ray.kill(rank)
         self._ranks = []
 

@@ -138,7 +138,7 @@ def single_stage(
     """
     data = apply_overrides(read_yaml(path), overrides)
     entry = StageEntry(name=kind, kind=kind, config=data)
-    config = PipelineConfig(name=kind, seed=seed, warm_engines=False, stages=[entry])
+    config = PipelineConfig(name=kind, seed=seed, warm_engines=False, trackers=None, stages=[entry])
     stage = RawStage(kind, kind, data, str(path), "")
     return RawPipeline(str(path), config, [stage], alone=True, open_references=open_references)
 

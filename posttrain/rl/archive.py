@@ -25,8 +25,9 @@ class RolloutArchive:
         """status: "trained" or "dropped:<reason>"; step: the optimizer step it was trained in, or None."""
         group = scored.group
         prompt = json.dumps([{"role": item.role, "content": item.content} for item in group.prompt.messages])
-        for rollout, reward, reason, advantage in zip(
-            group.rollouts, scored.rewards, scored.reasons, scored.advantages, strict=True
+        references = scored.ref_logprobs or ((),) * len(group.rollouts)
+        for rollout, reward, reason, advantage, reference in zip(
+            group.rollouts, scored.rewards, scored.reasons, scored.advantages, references, strict=True
         ):
             oldest = min(span.policy_version for span in rollout.versions)
             self._rows.append(
@@ -52,6 +53,7 @@ class RolloutArchive:
                     "prompt_ids": rollout.prompt_ids,
                     "token_ids": rollout.token_ids,
                     "sampler_logprobs": rollout.sampler_logprobs,
+                    "ref_logprobs": reference,
                 }
             )
 
@@ -87,7 +89,7 @@ def _schema(pa: Any) -> Any:
         "reply": text, "reward": real, "reason": text, "advantage": real, "finish_reason": text,
         "policy_version": integer, "versions": text, "num_tokens": integer, "staleness": integer, "status": text,
         "tokens": text, "system": text, "prompt_ids": pa.list_(pa.int32()), "token_ids": pa.list_(pa.int32()),
-        "sampler_logprobs": pa.list_(real),
+        "sampler_logprobs": pa.list_(real), "ref_logprobs": pa.list_(real),
     }  # fmt: skip
     return pa.schema(list(types.items()))
 

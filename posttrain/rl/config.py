@@ -195,6 +195,19 @@ class CurriculumConfig(Config):
         return check_band(band)
 
 
+class WeightsConfig(Config):
+    """How a new version of the policy reaches the engines, with requests in flight."""
+
+    kv: Literal["recompute", "keep"] = Field(
+        default="recompute",
+        description="The KV cache of running requests: computed again, so that every later token is the new policy's, "
+        "or kept, so that no time is lost and later tokens are of neither policy alone.",
+    )
+    order: Literal["together", "one_by_one"] = Field(
+        default="together", description="All engines take a version at once, or one after another."
+    )
+
+
 class RlRewardConfig(RewardConfig):
     """The reward, and what is done where it gives no score."""
 
@@ -266,6 +279,10 @@ class RlConfig(Config):
         default=False,
         description="On a CPU, the same weights bit for bit in every run, however often it is resumed. Needs "
         "max_staleness 0 and one rollout worker; groups are sampled in waves.",
+    )
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)
+    trainer_deadline_s: Positive = Field(
+        default=1800.0, description="A step or checkpoint of the trainer that takes longer means that it is lost."
     )
     trainer_restarts: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Start a trainer that died again from the last checkpoint, so often, instead of ending."

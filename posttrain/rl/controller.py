@@ -18,68 +18,83 @@ import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ray.exceptions import RayActorError
+
 from posttrain.context import StageContext
-from posttrain.errors import StageError
+from posttrain.errors import StageError, TrainerLostError
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.alarm import UnscoredAlarm
 from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.codec import NOTHING
 from posttrain.rl.config import RlConfig
+from posttrain.rl.evidence import keep_evidence
 from posttrain.rl.groups import Group, ScoredGroup
 from posttrain.rl.ledger import Commit, Entry, Ledger
 from posttrain.rl.profile import sample_request
 from posttrain.rl.prompts import PromptSource
 from posttrain.rl.recovery import CHECKPOINTS, SNAPSHOT, Survivor, folder_hash, scores_json
+from posttrain.rl.reference import Reference, with_reference
 from posttrain.rl.samples import train_samples
 from posttrain.rl.scoring import drop_reason, make_group, over_batch, passes_and_failures, score_group
 from posttrain.rl.staleness import StalenessQueue
 from posttrain.rl.tally import StepTally
 from posttrain.rl.verifiers import reward_config
 from posttrain.rl.workers import Flight, RolloutWorkers
-from posttrain.sampling.client import Engines
+from posttrain.sampling.client import Engines, answer
 from posttrain.scoring.client import RewardClient
 
 FLUSH_S = 0.05
 T = TypeVar("T")
 
 
-class Controller:
-    """Runs `steps` optimizer steps. `trainer` holds `PolicyTrainer`s; the engines hold version `first_step`, whose
-    weights are `manifest`.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a controller moves records between. trainer holds `PolicyTrainer`s.
 
-    shares: of each capability in every batch. survivors: groups of before a crash, the oldest stamp first.
+    shares: of each capability in every batch. stop_ids: token ids that end a reply.
+    """
+
+    engines: Engines
+    trainer: RankGroup
+    reference: Reference | None
+    source: PromptSource
+    shares: Mapping[str, float]
+    archive: RolloutArchive
+    ledger: Ledger
+    stop_ids: tuple[int, ...]
+
+
+class Controller:
+    """Runs `steps` optimizer steps. The engines hold version `first_step`, whose weights are `manifest`.
+
+    survivors: groups of before a crash, the oldest stamp first.
     """
 
     def __init__(
         self,
         config: RlConfig,
         context: StageContext,
-        engines: Engines,
-        trainer: RankGroup,
-        source: PromptSource,
-        shares: Mapping[str, float],
-        archive: RolloutArchive,
-        ledger: Ledger,
-        stop_ids: tuple[int, ...],
+        parts: Parts,
         manifest: dict[str, Any],
         first_step: int = 0,
         survivors: Sequence[Survivor] = (),
     ):
         self._config = config
         self._context = context
-        self._trainer = trainer
-        self._source = source
-        self._archive = archive
-        self._ledger = ledger
-        self._stop_ids = stop_ids
+        self._parts = parts
+        self._trainer = parts.trainer
+        self._source = parts.source
+        self._archive = parts.archive
+        ledger = self._ledger = parts.ledger
         self._next_version = first_step  # at which the next batch will be trained
         self._queue = StalenessQueue(
             config.groups_per_step,
             config.max_staleness,
-            shares,
+            parts.shares,
             config.mixture_refills,
             first_step,
             config.staleness,
@@ -96,7 +111,7 @@ class Controller:
         self._failure: BaseException | None = None
         self._workers = RolloutWorkers(
             context,
-            engines,
+            parts.engines,
             manifest,
             first_step,
             config.engine.deadline_s,
@@ -209,7 +224,7 @@ class Controller:
         return [NOTHING] * self._config.group_size
 
     def _request(self, prompt: Any) -> Any:
-        return sample_request(self._config, prompt, self._config.group_size, self._stop_ids)
+        return sample_request(self._config, prompt, self._config.group_size, self._parts.stop_ids)
 
     def _sampled(self, flight: Flight, now: float) -> None:
         self._ledger.generated(flight.order, flight.replies)
@@ -220,9 +235,11 @@ class Controller:
         began = time.time()
         scored = await score_group(group, self._pool, self._config)
         self._scored.add(began, time.time())
+        reason = drop_reason(scored, self._config)
+        if reason is None and self._parts.reference is not None:
+            scored = await with_reference(scored, self._parts.reference)
         if not self._queue.holds(group.order):  # it became too old meanwhile
             return
-        reason = drop_reason(scored, self._config)
         self._ledger.scored(group.order, scores_json(scored))
         self._tally.decided(scored, reason)
         if (alarm := self._alarm.observe(scored)) is not None:
@@ -295,6 +312,14 @@ class Controller:
         finally:
             waiting.cancel()
 
+    async def _of_trainer(self, method: str, *arguments: Any) -> Any:
+        """A call of the trainer; raises TrainerLostError if a rank dies, or does not answer in time."""
+        otherwise = f"the trainer, at policy version {self._next_version}, did not finish {method}"
+        try:
+            return await answer(self._trainer.call(method, *arguments), self._config.trainer_deadline_s, otherwise)
+        except (RayActorError, TimeoutError) as error:
+            raise TrainerLostError(f"the trainer was lost in {method}: {' '.join(str(error).split())}") from error
+
     async def _one_step(self) -> None:
         waiting = time.time()
         batch, ready_since = await self._next_batch()
@@ -305,8 +330,11 @@ class Controller:
             raise StageError(f"step {step}: a group is {oldest} versions old; the bound does not hold")
         self._next_version = step + 1
         self._drop_expired()  # the batch's places are free: generation goes on beside the step
-        result = await self._beside(self._trainer.call("step", train_samples(batch, step), step))
+        samples = train_samples(batch, step)
+        result = await self._beside(self._of_trainer("step", samples, step))
         self._context.busy("trainer", "train", result["began"], result["ended"])
+        nonfinite = result["nonfinite"]
+        await keep_evidence(self._config, self._context.dir, self._trainer, step, samples, nonfinite)
         # Two segments are written in turn: the engines must have taken the last version before the next is written.
         await self._finish_update()
         weights = self._config.weights
@@ -347,7 +375,7 @@ class Controller:
 
         async def write() -> str:
             await self._ledger.snapshot(aside)
-            await self._trainer.call("save_checkpoint", str(folder), state)
+            await self._of_trainer("save_checkpoint", str(folder), state)
             aside.rename(folder / SNAPSHOT)
             return await asyncio.to_thread(folder_hash, folder)
 

@@ -75,7 +75,7 @@ def read_batch(path: Path) -> list[TrainSample]:
     """The batch that was written beside a step's JSON file, or whose parquet file this is."""
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(path.with_suffix(".parquet")).to_pylist()
+    rows: list[Any] = pq.read_table(path.with_suffix(".parquet")).to_pylist()
     return [
         TrainSample(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
         for row in rows

@@ -36,6 +36,7 @@ class ScoredGroup:
     """A group with what its rewards said. Where a rollout could not be scored, reward and advantage are None.
 
     A rollout that has a reward but is not to be trained on has no advantage either. outcomes: as in `Scored`.
+    ref_logprobs: of each rollout's tokens under the reference policy; empty where there is none.
     """
 
     group: Group
@@ -43,6 +44,7 @@ class ScoredGroup:
     reasons: tuple[str, ...]
     advantages: tuple[float | None, ...]
     outcomes: tuple[str, ...] = ()
+    ref_logprobs: tuple[tuple[float, ...], ...] = ()
 
     @property
     def scored_rewards(self) -> list[float]:

@@ -24,7 +24,7 @@ from posttrain.sampling.requests import Completion
 CHECKPOINTS = "checkpoints"
 SNAPSHOT = "ledger.sqlite"
 _READ_BYTES = 1 << 24
-_SCORES = ("rewards", "reasons", "advantages", "outcomes")
+_SCORES = ("rewards", "reasons", "advantages", "outcomes", "ref_logprobs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,9 @@ def scores_json(scored: ScoredGroup) -> dict[str, Any]:
 
 def scored_from_json(group: Group, scores: dict[str, Any]) -> ScoredGroup:
     """The inverse of `scores_json`."""
-    return ScoredGroup(group, **{name: tuple(values) for name, values in scores.items()})
+    references = tuple(tuple(values) for values in scores["ref_logprobs"])
+    others = {name: tuple(values) for name, values in scores.items() if name != "ref_logprobs"}
+    return ScoredGroup(group, **others, ref_logprobs=references)
 
 
 def group_of(entry: Entry, source: PromptSource) -> Group:

@@ -6,6 +6,7 @@ GPU cannot hold cannot be a reference).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,8 +15,9 @@ from posttrain.errors import ConfigError
 from posttrain.model.load import load_tokenizer
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
+from posttrain.rl.groups import ScoredGroup
 from posttrain.rl.policy import load_token_policy, sample_logprobs
-from posttrain.rl.samples import TrainSample
+from posttrain.rl.samples import TrainSample, train_samples
 
 
 def reference_config(config: RlConfig) -> RlConfig:
@@ -75,3 +77,10 @@ class FrozenPolicy:
     def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """See `Reference.logprobs`."""
         return sample_logprobs(self._policy, samples, self._max_tokens, self._device)
+
+
+async def with_reference(scored: ScoredGroup, reference: Reference) -> ScoredGroup:
+    """The group with the reference's log-probabilities of every rollout that is trained on."""
+    values = iter(await reference.logprobs(train_samples([scored], 0)))
+    found = tuple(() if advantage is None else tuple(next(values)) for advantage in scored.advantages)
+    return replace(scored, ref_logprobs=found)

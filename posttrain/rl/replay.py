@@ -35,7 +35,17 @@ def recorded_steps(stage: Path) -> Iterator[RecordedStep]:
     """The steps of a finished or interrupted run, from the first. Raises StageError where one cannot be rebuilt."""
     import pyarrow.parquet as pq
 
-    names = ["step", "group_id", "advantage", "versions", "prompt_ids", "token_ids", "sampler_logprobs", "status"]
+    names = [
+        "step",
+        "group_id",
+        "advantage",
+        "versions",
+        "prompt_ids",
+        "token_ids",
+        "sampler_logprobs",
+        "ref_logprobs",
+        "status",
+    ]
     paths = sorted((stage / "rollouts").glob("step_*.parquet"))
     if not paths:
         raise ConfigError(str(stage), ["has no rollouts to replay; give the folder of an RL stage"])
@@ -62,6 +72,7 @@ def _sample(row: dict[str, Any]) -> TrainSample:
         tuple(row["sampler_logprobs"]),
         tuple(staleness),
         row["advantage"],
+        tuple(row["ref_logprobs"]),
     )
 
 

@@ -43,9 +43,15 @@ def train_samples(groups: Sequence[ScoredGroup], version: int) -> list[TrainSamp
             rollout.sampler_logprobs,
             token_staleness(rollout, version),
             advantage,
+            reference,
         )
         for scored in groups
-        for rollout, advantage in zip(scored.group.rollouts, scored.advantages, strict=True)
+        for rollout, advantage, reference in zip(
+            scored.group.rollouts,
+            scored.advantages,
+            scored.ref_logprobs or ((),) * len(scored.advantages),
+            strict=True,
+        )
         if advantage is not None
     ]
 

@@ -4,27 +4,30 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.data.chat import end_token_ids, render_prompt
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import hash_order
-from posttrain.errors import DataError
+from posttrain.errors import DataError, TrainerLostError
 from posttrain.metrics.jsonl import keep_steps_before
 from posttrain.parallel.engine import check_parallel
 from posttrain.parallel.ranks import RankGroup
 from posttrain.records import Message, Row
 from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.config import RlConfig
-from posttrain.rl.controller import Controller
+from posttrain.rl.controller import Controller, Parts
 from posttrain.rl.curriculum import Curriculum
+from posttrain.rl.fingerprints import check_resumed, run_fingerprints
 from posttrain.rl.groups import DrawnPrompt
 from posttrain.rl.ledger import Commit, Ledger
-from posttrain.rl.parity import Parity, check_engine_parity
-from posttrain.rl.profile import Difficulty, profile_prompts, select_band
+from posttrain.rl.parity import check_engine_parity
+from posttrain.rl.profile import Difficulty, drawn_rows, profile_prompts, select_band
 from posttrain.rl.prompts import PromptSource
+from posttrain.rl.quotas import mixture_shares
 from posttrain.rl.recovery import (
     Survivor,
     finished_outputs,
@@ -36,6 +39,7 @@ from posttrain.rl.recovery import (
     survivors,
     version_of,
 )
+from posttrain.rl.reference import Reference, check_reference
 from posttrain.rl.scoring import passes_and_failures
 from posttrain.rl.verifiers import check_rewardable
 from posttrain.sampling.client import Engines
@@ -55,12 +59,51 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model.path)
     prompts = _draw_plain(rows, tokenizer, config)
     stop_ids = tuple(end_token_ids(tokenizer))
+    check_reference(config)
     with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
-        trainer = _start_trainer(config, context.seed)
+        trainer = _start_trainer(config, context.seed)  # beside the profile
         try:
-            return _train(config, context, engines, trainer, rows, prompts, tokenizer, stop_ids)
+            order = list(prompts)
+            random.Random(context.seed).shuffle(order)
+            difficulties = profile_prompts(config, context, engines, order, stop_ids)
+        except BaseException:
+            trainer.close()
+            raise
+        selected = select_band(difficulties, rows, config.profile.band)
+        shares = mixture_shares(selected, config.mixture)
+        drawn = drawn_rows(config, difficulties, rows)
+        reference = Reference(config, context.seed) if config.loss.reference is not None else None
+        ledger = open_ledger(context.dir)
+        try:
+            _check_same(ledger, config, rows, context.dir)
+            for restarts_left in range(config.trainer_restarts, -1, -1):
+                source = prompt_source(config, drawn, difficulties, tokenizer, context.seed)
+                archive = RolloutArchive(context.dir / "rollouts", tokenizer)
+                parts = Parts(engines, trainer, reference, source, shares, archive, ledger, stop_ids)
+                try:
+                    figures = _train(config, context, parts, prompts)
+                    break
+                except TrainerLostError as error:
+                    if not restarts_left:
+                        raise
+                    context.event("trainer_restarted", reason=str(error), restarts_left=restarts_left - 1)
+                    trainer.close()
+                    trainer = _start_trainer(config, context.seed)
+            outputs = {
+                "profiled_prompts": len(difficulties),
+                "selected_prompts": len(selected),
+                "selected_by_capability": dict(Counter(row.capability for row in selected)),
+                **figures,
+            }
+            ledger.set_fact("outputs", outputs)
+            commit = Commit(config.steps, MODEL, folder_hash(context.dir / MODEL))
+            asyncio.run(ledger.commit(commit, ledger.seq))
+            return outputs
         finally:
+            ledger.close()
             trainer.close(last="close")
+            if reference is not None:
+                reference.close()
 
 
 def _rows_to_profile(config: RlConfig, seed: int) -> list[Row]:
@@ -101,88 +144,44 @@ def _start_trainer(config: RlConfig, seed: int) -> RankGroup:
     return RankGroup(config.parallel, config.resources.trainer, PolicyTrainer, config, seed)
 
 
-def _train(
-    config: RlConfig,
-    context: StageContext,
-    engines: Engines,
-    trainer: RankGroup,
-    rows: list[Row],
-    prompts: list[DrawnPrompt],
-    tokenizer: Any,
-    stop_ids: tuple[int, ...],
-) -> dict[str, Any]:
-    order = list(prompts)
-    random.Random(context.seed).shuffle(order)
-    difficulties = profile_prompts(config, context, engines, order, stop_ids)
-    selected = select_band(difficulties, rows, config.profile.band)
-    figures = {
-        "profiled_prompts": len(difficulties),
-        "selected_prompts": len(selected),
-        "selected_by_capability": dict(Counter(row.capability for row in selected)),
-    }
-    ledger = open_ledger(context.dir)
-    try:
-        parity = _steps(
-            config, context, engines, trainer, rows, prompts, selected, difficulties, tokenizer, stop_ids, ledger
-        )
-        outputs = {
-            "model": str(context.dir / MODEL),
-            "rollouts": str(context.dir / "rollouts"),
-            "steps": config.steps,
-            **figures,
-            "parity_mean_gap": parity.mean_gap,
-            **trainer.get("report"),
-        }
-        trainer.get("save", outputs["model"])
-        ledger.set_fact("outputs", outputs)
-        commit = Commit(config.steps, MODEL, folder_hash(context.dir / MODEL))
-        asyncio.run(ledger.commit(commit, ledger.seq))
-        return outputs
-    finally:
-        ledger.close()
+def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], folder: Path) -> None:
+    """A run goes on with the dataset and the model that it began with, or not at all."""
+    now = run_fingerprints(config, rows)
+    if (saved := ledger.fact("fingerprints")) is not None:
+        check_resumed(saved, now, folder)
+    ledger.set_fact("fingerprints", now)
+    ledger.flush_now()
 
 
-def _steps(
-    config: RlConfig,
-    context: StageContext,
-    engines: Engines,
-    trainer: RankGroup,
-    prompts: list[DrawnPrompt],
-    source: PromptSource,
-    shares: Mapping[str, float],
-    archive: RolloutArchive,
-    ledger: Ledger,
-    stop_ids: tuple[int, ...],
-) -> Parity:
-    """From the last commit to the last step."""
-    first_step, left = _resume(config, context, trainer, source, archive, ledger)
-    manifest = trainer.get("publish")
-    parity = check_engine_parity(config, engines, trainer, prompts, stop_ids, manifest, first_step)
+def _train(config: RlConfig, context: StageContext, parts: Parts, prompts: list[DrawnPrompt]) -> dict[str, Any]:
+    """From the last commit to the last step, and the policy's folder."""
+    first_step, left = _resume(config, context, parts)
+    manifest = parts.trainer.get("publish")
+    parity = check_engine_parity(config, parts.engines, parts.trainer, prompts, parts.stop_ids, manifest, first_step)
     context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
-    controller = Controller(
-        config, context, engines, trainer, source, shares, archive, ledger, stop_ids, manifest, first_step, left
-    )
+    controller = Controller(config, context, parts, manifest, first_step, left)
     asyncio.run(controller.run())
     controller.finish()
-    return parity
+    parts.trainer.get("save", str(context.dir / MODEL))
+    return {
+        "model": str(context.dir / MODEL),
+        "rollouts": str(context.dir / "rollouts"),
+        "steps": config.steps,
+        "parity_mean_gap": parity.mean_gap,
+        **parts.trainer.get("report"),
+    }
 
 
-def _resume(
-    config: RlConfig,
-    context: StageContext,
-    trainer: RankGroup,
-    source: PromptSource,
-    archive: RolloutArchive,
-    ledger: Ledger,
-) -> tuple[int, list[Survivor]]:
+def _resume(config: RlConfig, context: StageContext, parts: Parts) -> tuple[int, list[Survivor]]:
     """Bring everything to where the last commit left it; returns its version, and the groups that go on."""
+    ledger, source, archive = parts.ledger, parts.source, parts.archive
     if not ledger.next_order:
         return 0, []
     checkpoint = last_checkpoint(context.dir, ledger)
     state: dict[str, Any] = {"seq": 0, "next_order": 0}
     first_step = 0
     if checkpoint is not None:
-        state = trainer.get("load_checkpoint", str(checkpoint))
+        state = parts.trainer.get("load_checkpoint", str(checkpoint))
         first_step = version_of(checkpoint)
         source.restore(state["source"])
     undone = ledger.roll_back(first_step)

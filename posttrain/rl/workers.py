@@ -19,9 +19,8 @@ from posttrain.errors import StageError
 from posttrain.records import VersionSpan
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.groups import DrawnPrompt
-from posttrain.sampling.client import Engines, answer
-from posttrain.sampling.engine import UPDATE_DEADLINE_S as UPDATE_S
-from posttrain.sampling.requests import Completion, Piece, SampleRequest
+from posttrain.sampling.client import Engines, answer, wait_for_call
+from posttrain.sampling.requests import Completion, EngineLostError, Piece, SampleRequest
 
 COLLECT_S = 1.0
 SUBMIT_GROUPS = 256
@@ -143,6 +142,8 @@ class RolloutWorkers:
         finally:
             for worker in self.workers:
                 worker.log.flush()
+                if worker.is_alive and worker.flights:
+                    worker.actor.cancel.remote(list(worker.flights))
 
     def send(self, flight: Flight) -> None:
         """Have a group sampled by the worker with the fewest of those that may."""
@@ -189,8 +190,7 @@ class RolloutWorkers:
             actor = worker.actor
             try:
                 call = actor.update_weights.remote(manifest, version, kv)
-                otherwise = f"{worker.name} did not take policy version {version}"
-                began, ended = await answer(call, UPDATE_S + self._deadline_s, otherwise)
+                began, ended = await self._attended(worker, call)
             except Exception as error:
                 if not is_loss(error):
                     raise
@@ -210,11 +210,22 @@ class RolloutWorkers:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._feed(worker))
                     group.create_task(self._empty(worker))
+                continue
             except Exception as error:
                 cause = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
                 if not is_loss(cause):
                     raise cause from None
-                await self._replace(worker, cause)
+            # A replacement may be lost too, before it serves.
+            while cause is not None:
+                try:
+                    await self._replace(worker, cause)
+                    cause = None
+                except StageError:
+                    raise
+                except Exception as error:
+                    if not is_loss(error):
+                        raise
+                    cause = error
 
     async def _feed(self, worker: Worker) -> None:
         while True:
@@ -260,10 +271,21 @@ class RolloutWorkers:
                 continue
             requests = [flight.rest() for flight in flights]
             wave = worker.actor.generate_wave.remote(requests, wave_seed(seed, flights[0].order))
-            replies, _, ended = await wave
+            replies, _, ended = await self._attended(worker, wave)
             for flight, completions in zip(flights, replies, strict=True):
                 flight.replies = list(completions)
                 self._finish(worker, flight, ended)
+
+    async def _attended(self, worker: Worker, call: Any) -> Any:
+        """The result of a call that may take long, of an actor that must answer meanwhile."""
+        waiting = asyncio.ensure_future(wait_for_call(call))
+        try:
+            while not (await asyncio.wait({waiting}, timeout=COLLECT_S))[0]:
+                otherwise = f"{worker.name} (policy version {worker.policy_version}) did not answer"
+                await answer(worker.actor.pids.remote(), 3 * self._deadline_s, otherwise)
+            return waiting.result()
+        finally:
+            waiting.cancel()
 
     # ------------------------------------------------------------------ a lost engine
 
@@ -280,24 +302,14 @@ class RolloutWorkers:
         self._unsent += worker.flights.values()
         worker.flights, worker.outbox = {}, []
         self._send_waiting()
-        async with worker.lock:
-            worker.name, worker.actor = await self._engines.replace(worker.name)
-            for tries in range(UNLUCKY):
-                manifest, version = self._newest
-                try:
-                    otherwise = f"{worker.name} did not take policy version {version}"
-                    await answer(worker.actor.update_weights.remote(manifest, version), UPDATE_S, otherwise)
-                    break
-                except Exception:
-                    # The trainer may have written the next version over this one meanwhile.
-                    if self._newest[1] == version or tries == UNLUCKY - 1:
-                        raise
+        worker.name, worker.actor = await self._engines.replace(worker.name)
+        async with worker.lock:  # an update waits for it, so that the trainer does not write over what is read here
+            manifest, version = self._newest
+            await self._attended(worker, worker.actor.update_weights.remote(manifest, version))
             worker.policy_version = version
             worker.is_alive = True
         self._told("took", [worker.name, version])
         self._send_waiting()
-        if self._newest[1] != version:
-            await self._update(worker, "recompute")
 
 
 def wave_seed(seed: int, order: int) -> int:
@@ -308,8 +320,6 @@ def wave_seed(seed: int, order: int) -> int:
 def is_loss(error: BaseException) -> bool:
     """Whether an engine is gone, as opposed to a fault that another engine would have too."""
     from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
-
-    from posttrain.sampling.requests import EngineLostError
 
     if isinstance(error, RayTaskError):
         error = error.cause

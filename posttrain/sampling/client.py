@@ -112,7 +112,7 @@ async def answer(call: Any, timeout_s: float, otherwise: str) -> Any:
 
     Looks once more when time is up: where this process itself was stopped meanwhile, the answer is there.
     """
-    waiting = asyncio.ensure_future(_await(call))
+    waiting = asyncio.ensure_future(wait_for_call(call))
     try:
         if not (await asyncio.wait({waiting}, timeout=timeout_s))[0]:
             raise TimeoutError(f"{otherwise} within {timeout_s:g} s")
@@ -121,7 +121,8 @@ async def answer(call: Any, timeout_s: float, otherwise: str) -> Any:
         waiting.cancel()
 
 
-async def _await(call: Any) -> Any:
+async def wait_for_call(call: Any) -> Any:
+    """The result of a remote call, as a coroutine."""
     return await call
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from posttrain.config.shared import EngineConfig, ServedModelConfig
 from posttrain.errors import StageError
+from posttrain.parallel.kill import place_of_this
 from posttrain.records import VersionSpan
 from posttrain.sampling.progress import Progress
 from posttrain.sampling.requests import Completion, Piece, SampleRequest
@@ -105,9 +106,7 @@ class EngineActor:
 
     async def where(self) -> tuple[str, int]:
         """The id of this node in Ray, and of this process."""
-        import ray
-
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+        return place_of_this()
 
     async def start(self) -> dict[str, Any]:
         """Start the engine; returns its name, process ids and start-up seconds."""

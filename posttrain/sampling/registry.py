@@ -7,21 +7,18 @@ Idle engines of another shape are ended before new ones start, since they hold m
 """
 
 import asyncio
-import contextlib
 import hashlib
 import json
-import os
-import signal
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
+from posttrain.parallel.kill import kill_process
 from posttrain.sampling.engine import ENGINE_ENV, EngineActor, read_model_config
 
 REGISTRY_NAME = "engine-registry"
 NAMESPACE = "posttrain"
 WHERE_S = 0.2
-KILL_S = 10.0
 
 
 # Ray ends an actor when the last handle of its owner is gone, so the process that started the registry keeps one.
@@ -124,29 +121,9 @@ class EngineRegistry:
             where = asyncio.ensure_future(_await(held.where))
             # A frozen process does not hear Ray: it is killed by its number, which one that never started has not.
             if (await asyncio.wait({where}, timeout=WHERE_S))[0] and where.exception() is None:
-                await kill_process(*where.result())
+                await asyncio.to_thread(kill_process, *where.result())
             where.cancel()
             ray.kill(held.actor)
-
-
-async def kill_process(node: str, pid: int) -> None:
-    """SIGKILL a process of a node of this Ray cluster; it may be gone, or the node may be."""
-    import ray
-    from ray.exceptions import RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    if node == ray.get_runtime_context().get_node_id():
-        _kill(pid)
-        return
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    task: Any = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(pid)
-    with contextlib.suppress(RayError, TimeoutError):
-        await asyncio.wait_for(_await(task), KILL_S)
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 async def _await(reference: Any) -> Any:

@@ -12,6 +12,7 @@ import ast
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from posttrain.errors import DataError, PluginError
 from posttrain.records import Row
@@ -84,10 +85,9 @@ def _declared(path: Path | None, function: str) -> tuple[str, ...]:
 
 def _entries(path: Path, value: ast.expr, function: str) -> tuple[str, ...]:
     try:
-        table = ast.literal_eval(value)
-        entries = tuple(table.get(function, ()))
+        entries: tuple[Any, ...] = tuple(ast.literal_eval(value).get(function, ()))
     except (ValueError, TypeError, AttributeError):
-        table, entries = None, (None,)
+        entries = (None,)
     if not all(isinstance(entry, str) and entry for entry in entries):
         raise PluginError(
             f'{path}:{value.lineno}: REQUIRES must be written out, as in {{"{function}": ["answer"]}}: a mapping of '
