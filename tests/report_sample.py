@@ -189,6 +189,7 @@ def _rl_line(step: int, t: float, pass_rate: float, train: float, wait: float, r
         **{f"reward/{name}": reward + 0.05 * i - 0.1 + rng.gauss(0, 0.05) for i, name in enumerate(CAPABILITIES)},
         "loss": rng.gauss(0, 0.02), "grad_norm": -1.0 if step == 9 else 0.6, "skipped": int(step == 9),
         "learning_rate": 3e-4, "entropy": 0.48 - 0.005 * step,
+        "router_entropy": 1.2, "expert_load_max": 1.9, "dead_experts": int(step == 2),
         "mismatch_kl": abs(rng.gauss(6e-4, 2e-4)), "ess": 0.985 + rng.gauss(0, 0.004), "masked_fraction": 0.004,
         "staleness_mean": sum(ages) / 32, "staleness_max": max(ages),
         **{f"staleness/{age}": ages.count(age) for age in sorted(set(ages))},
