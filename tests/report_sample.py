@@ -20,6 +20,12 @@ ACCURACY = {"base": 0.466, "sft": 0.482, "rl": 0.752, "dpo": 0.747}
 WORKED = {"base": (0.33, 0.71, 0.35), "sft": (0.31, 0.73, 0.37), "rl": (0.95, 0.77, 0.41), "dpo": (0.94, 0.77, 0.4)}
 STEPS = 34
 GROUP = 8
+FAULTS = (
+    {"event": "engine_replaced", "name": "engine-0", "reason": "its process ended"},
+    {"event": "reward_restarted", "reason": "no answer for 60 s"},
+    {"event": "alarm", "reason": "unscored", "values": {"unscored_fraction": 0.25, "step": 20}},
+    {"event": "rolled_back", "steps": 2},
+)
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 
 
@@ -158,6 +164,7 @@ def _write_rl(folder: Path, start: float, rng: random.Random) -> list[dict[str, 
         clock = ended
         pass_rate = 0.36 + 0.3 * (1 - math.exp(-step / 14)) + rng.gauss(0, 0.03)
         metrics.append(_rl_line(step, clock, pass_rate, train, wait, rng))
+    events += [{"t": start + 40 + i, "stage": "rl", **fault} for i, fault in enumerate(FAULTS)]
     write_lines(folder / "metrics.jsonl", metrics)
     (folder / "rollouts").mkdir()
     for step in range(STEPS):
@@ -175,17 +182,30 @@ def _busy(actor: str, what: str, start: float, end: float) -> dict[str, Any]:
 
 def _rl_line(step: int, t: float, pass_rate: float, train: float, wait: float, rng: random.Random) -> dict[str, Any]:
     reward = 0.5 + (pass_rate - 0.5) / 3
+    easy, hard, ages = rng.randint(2, 9), rng.randint(6, 13), [rng.choice([0, 1, 1, 2, 3]) for _ in range(32)]
+    unscored, share = 25 if step == 20 else 0, step / (STEPS - 1)
     return {
         "step": step, "t": t, "policy_version": step + 1, "reward_mean": reward, "pass_rate": pass_rate,
         **{f"reward/{name}": reward + 0.05 * i - 0.1 + rng.gauss(0, 0.05) for i, name in enumerate(CAPABILITIES)},
-        "loss": rng.gauss(0, 0.02), "grad_norm": 0.6, "learning_rate": 3e-4, "entropy": 0.48 - 0.005 * step,
+        "loss": rng.gauss(0, 0.02), "grad_norm": -1.0 if step == 9 else 0.6, "skipped": int(step == 9),
+        "learning_rate": 3e-4, "entropy": 0.48 - 0.005 * step,
+        "router_entropy": 1.2, "expert_load_max": 1.9, "dead_experts": int(step == 2),
         "mismatch_kl": abs(rng.gauss(6e-4, 2e-4)), "ess": 0.985 + rng.gauss(0, 0.004), "masked_fraction": 0.004,
-        "staleness_mean": rng.uniform(0.6, 1.5), "staleness_max": rng.choice([1, 2, 2, 3]),
+        "staleness_mean": sum(ages) / 32, "staleness_max": max(ages),
+        **{f"staleness/{age}": ages.count(age) for age in sorted(set(ages))},
+        "queue_age_s_mean": rng.uniform(0.2, 0.9), "queue_age_s_max": rng.uniform(1, 3), "places_lent": step % 3,
         "queue_groups": rng.randint(0, 24), "in_flight_groups": rng.randint(24, 48), "groups_trained": 32,
-        "groups_dropped_zero_advantage": rng.randint(8, 22), "groups_dropped_unscored": 0,
-        "tokens_trained": 7800 + 60 * step, "tokens_generated": 11000 + 80 * step,
+        "groups_generated": 32 + easy + hard, "groups_dropped_zero_advantage": easy + hard,
+        "groups_too_easy": easy, "groups_too_hard": hard, "groups_dropped_unscored": 3 if unscored else 0,
+        "groups_dropped_truncated": 0, "groups_dropped_stale": int(step > 25), "groups_dropped_lost": int(step == 25),
+        "rollouts_unscored": unscored, "unscored_fraction": unscored / 100,
+        "band_low": 0.2 - 0.15 * share, "band_high": 0.8 - 0.2 * share, "prompts_known": 700 + 20 * step,
+        "prompts_solved": 40 + 9 * step, "prompts_impossible": 90 - step,
+        "tokens_trained": 7800 + 60 * step, "tokens_generated": 11000 + 80 * step, "tokens_dropped": 3000,
         "generate_tokens_per_s": 4200 + rng.gauss(0, 220), "step_wall_s": train + wait,
-        "train_s": train, "wait_s": wait, "reply_tokens_mean": 18 + 0.5 * step, "truncated_fraction": 0.03,
+        "idle/trainer": wait / (train + wait), "idle/engine-0": 0.03, "idle/reward": 0.9,
+        "train_s": train, "publish_s": 0.05, "wait_s": wait, "reply_tokens_mean": 18 + 0.5 * step,
+        "dropped_reply_tokens_mean": 15 + 0.6 * step, "truncated_fraction": 0.03,
     }  # fmt: skip
 
 

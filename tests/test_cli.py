@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.main import get_command
 
 import posttrain
 from posttrain.cli.check import guess_kind
-from posttrain.cli.display import RL_FIGURES, EventTail, LiveDisplay, PlainDisplay, RunState, seconds_text
+from posttrain.cli.display import EventTail, LiveDisplay, PlainDisplay, RunState, seconds_text
 from posttrain.cli.main import app, main
+from posttrain.cli.rl_panel import PREFIXES, SUBJECTS, figures
+from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.pipeline.kinds import KINDS
 
@@ -217,7 +220,7 @@ def test_rewards_are_listed(capsys: pytest.CaptureFixture[str]):
 # --- displays ---
 
 
-def event(stage: str, name: str, **fields: Any) -> str:
+def event(stage: str, name: str, /, **fields: Any) -> str:
     return json.dumps({"t": 1000.0, "stage": stage, "event": name, **fields}) + "\n"
 
 
@@ -264,28 +267,46 @@ def test_plain_lines_when_not_on_a_terminal(tmp_path: Path):
 
 
 def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
-    from rich.console import Console
-
     file = tmp_path / "events.jsonl"
     display = LiveDisplay()
     display._state = RunState(NODES, file)
-    values = {
+    (tmp_path / "rl").mkdir()
+    metrics = {
         "reward_mean": 0.4321,
+        "pass_rate": 0.37,
+        "reward/math": 0.51,
+        "entropy": 0.48,
+        "mismatch_kl": 6e-4,
+        "ess": 0.985,
+        "masked_fraction": 0.004,
         "staleness_mean": 1.5,
-        "generate_tokens_per_s": 2512.0,
+        "staleness/0": 5,
+        "staleness/2": 27,
+        "groups_trained": 32,
+        "groups_dropped_stale": 17,
+        "groups_dropped_unscored": 0,
+        "groups_too_hard": 11,
+        "unscored_fraction": 0.25,
         "queue_groups": 6,
-        "dropped_groups": 17,
+        "queue_age_s_mean": 0.6,
+        "generate_tokens_per_s": 2512.0,
+        "idle/trainer": 0.12,
+        "idle/engine-1": 0.03,
+        "band_low": 0.05,
+        "band_high": 0.6,
+        "prompts_solved": 400,
     }
+    context = StageContext("rl", tmp_path / "rl", file)
+    context.metrics(11, {"reward_mean": 0.9, "prompts_impossible": 3})
+    context.metrics(12, metrics)
     file.write_text(
         event("sft", "stage_start")
         + event("sft", "stage_done", wall_s=63.0)
         + event("rl", "stage_start")
-        + event("rl", "progress", done=12, total=40, unit="steps", values=values)
+        + event("rl", "progress", done=12, total=40, unit="steps", values={})
     )
     display.refresh()
-    console = Console(file=io.StringIO(), width=120, force_terminal=False)
-    console.print(display._render())
-    text = console.file.getvalue()
+    text = shown(display)
     for expected in (
         "1 min 03 s",
         "running",
@@ -293,18 +314,72 @@ def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
         "waiting",
         "0.432",
         "1.50",
-        "2,512",
-        "dropped groups",
-        "17",
+        "mean 0.432   pass rate 37%   math 0.510",
+        "entropy 0.48   mismatch KL 0.0006   effective samples 98.5%   masked 0.40%",
+        "mean 1.50   groups of age 0 5   groups of age 2 27",
+        "trained 32   dropped stale 17   too hard 11   unscored replies 25.0%",
+        "waiting 6   waited, s 0.6",
+        "tokens/s 2,512   idle trainer 12%   idle engine-1 3%",
+        "from 0.05   to 0.60   solved 400",
     ):
         assert expected in text, text
+    assert "impossible" not in text  # of an earlier step
+    assert "clipped" not in text
+
+
+def shown(display: LiveDisplay) -> str:
+    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+    console.print(display._render())
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(("share", "alarms"), [(0.2, False), (0.21, True)])
+def test_many_unscored_replies_alarm(share: float, alarms: bool):
+    assert figures({"unscored_fraction": share})["groups"] == [("unscored replies", f"{share:.1%}", alarms)]
+
+
+def test_the_panel_says_what_goes_on_before_the_first_step(tmp_path: Path):
+    display = LiveDisplay()
+    display._state = RunState(NODES, tmp_path / "events.jsonl")
+    profile = event("rl", "progress", done=3, total=9, unit="prompts", values={"phase": "pass@k profile"})
+    (tmp_path / "events.jsonl").write_text(event("rl", "stage_start") + profile)
+    display.refresh()
+    assert "phase pass@k profile" in shown(display)
 
 
 def test_the_figures_of_the_panel_are_those_that_rl_reports():
     """By name, in the source of the stage that reports them."""
     source = "".join(file.read_text() for file in (Path(posttrain.__file__).parent / "rl").glob("*.py"))
-    for key, _, _ in RL_FIGURES:
-        assert f'"{key}"' in source
+    for key, _, _ in [entry for entries in SUBJECTS.values() for entry in entries]:
+        start = f'f"{key}{{' if key.endswith(PREFIXES) else f'"{key}"'
+        assert start in source, key
+
+
+FAULTS = (
+    event("rl", "engine_replaced", name="engine-0", reason="its process ended")
+    + event("rl", "alarm", reason="unscored", values={"unscored_fraction": 0.25})
+    + event("rl", "rolled_back", steps=2)
+    + event("rl", "reward_restarted")
+    + event("sft", "tracker_failed", tracker="wandb", error="CommError: no route")
+)
+FAULT_LINES = [
+    "rl  engine replaced: engine-0: its process ended",
+    "rl  alarm: unscored: unscored_fraction 0.25",
+    "rl  rolled back: steps 2",
+    "rl  reward processes restarted",
+    "sft  tracker turned off: wandb: CommError: no route",
+]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_faults_are_lines_on_both_displays(tmp_path: Path, live: bool):
+    file, out = tmp_path / "events.jsonl", io.StringIO()
+    display: Any = LiveDisplay(Console(file=out, width=120)) if live else PlainDisplay(out)
+    display.start(NODES, file)
+    file.write_text(event("rl", "busy", actor="trainer") + FAULTS)
+    display.stop()
+    said = [line.split("  ", 1)[1].strip() for line in out.getvalue().splitlines() if line[2:3] == ":"]
+    assert said == FAULT_LINES
 
 
 def test_seconds():

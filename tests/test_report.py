@@ -11,16 +11,18 @@ import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_sample import ACCURACY, CAPABILITIES, HOSTILE, STEPS, results, write_lines, write_sample
+from report_sample import ACCURACY, CAPABILITIES, FAULTS, HOSTILE, STEPS, results, write_lines, write_sample
 
 from posttrain.report import write_report
+from posttrain.report.blocks import Chart, Grid
 from posttrain.report.busy import intersection, length, measure_overlap, union
 from posttrain.report.read import Run, Stage, read_run
 from posttrain.report.sections.rollouts import SAMPLE, sample_rollouts
 from posttrain.report.statements import Change, Share, changes, gain_sentences, headline
 from posttrain.report.write import build_sections
 
-ALL_SECTIONS = ["result", "pipeline", "base", "filter", "sft", "rl", "rl-timeline", "rl-rollouts", "dpo", "again"]
+RL_SECTIONS = ["rl", "rl-timeline", "rl-rollouts"]
+ALL_SECTIONS = ["result", "pipeline", "faults", "base", "filter", "sft", *RL_SECTIONS, "dpo", "again"]
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,102 @@ def test_full_run_says_what_was_measured(sample: Path) -> None:
     for capability in CAPABILITIES:
         assert capability in page.text
     assert "could not be drawn" not in page.text
+
+
+def charts_of(run_dir: Path, name: str) -> dict[str, Chart]:
+    """The charts of a section, by title."""
+    section = next(section for section in build_sections(read_run(run_dir)) if section.id == name)
+    return {chart.title: chart for block in section.blocks if isinstance(block, Grid) for chart in block.charts}
+
+
+def drawn(chart: Chart) -> dict[str, list]:
+    """What a chart draws, by the name of the trace."""
+    return {trace["name"]: trace["y"] for trace in chart.spec["data"]}
+
+
+def test_rl_shows_what_its_metrics_hold(sample: Path) -> None:
+    lines = [json.loads(line) for line in (sample / "rl" / "metrics.jsonl").open()]
+    charts = charts_of(sample, "rl")
+    shown = json.dumps([chart.spec for chart in charts.values()])
+    left_out = {
+        *("step", "t", "policy_version", "learning_rate", "loss", "step_wall_s", "skipped"),
+        *("tokens_trained", "tokens_generated", "tokens_dropped", "rollouts_unscored", "groups_generated"),
+        *("groups_dropped_zero_advantage", "groups_dropped_truncated"),  # told apart by cause; none
+    }
+    for name in {name for line in lines for name in line} - left_out:
+        column = [line.get(name) for line in lines]
+        traces = [trace["y"] for chart in charts.values() for trace in chart.spec["data"]]
+        if name in ("pass_rate", "reward_mean") or name.startswith("reward/"):
+            continue  # smoothed: by name
+        rounded = [None if v is None or (name == "grad_norm" and v < 0) else float(f"{v:.5g}") for v in column]
+        assert rounded in traces, name
+    for words in ("pass rate, all replies", "mean reward, trained groups", *CAPABILITIES):
+        assert f'"name": "{words}"' in shown
+
+
+def test_groups_are_told_apart_by_what_became_of_them(sample: Path) -> None:
+    fates = drawn(charts_of(sample, "rl")["Where the groups went"])
+    assert list(fates) == [
+        *("trained", "dropped: too easy", "dropped: too hard", "dropped: unscored", "dropped: stale", "dropped: lost")
+    ]
+    lines = [json.loads(line) for line in (sample / "rl" / "metrics.jsonl").open()]
+    assert [sum(step) for step in zip(*fates.values(), strict=True)] == [
+        sum(value for name, value in line.items() if re.match("groups_(trained|dropped_)", name)) for line in lines
+    ]
+
+
+def test_without_causes_zero_advantage_is_one_fate(copy: Path) -> None:
+    lines = [json.loads(line) for line in (copy / "rl" / "metrics.jsonl").open()]
+    causes = ("groups_too_easy", "groups_too_hard")
+    write_lines(copy / "rl" / "metrics.jsonl", [{k: v for k, v in line.items() if k not in causes} for line in lines])
+    fates = drawn(charts_of(copy, "rl")["Where the groups went"])
+    assert "dropped: zero advantage" in fates
+    assert not any("too" in name for name in fates)
+
+
+@pytest.mark.parametrize(("share", "alarms"), [(0.19, False), (0.21, True)])
+def test_many_unscored_replies_stand_out(copy: Path, share: float, alarms: bool) -> None:
+    lines = [json.loads(line) for line in (copy / "rl" / "metrics.jsonl").open()]
+    for line in lines:
+        line |= {"unscored_fraction": share if line["step"] == 3 else 0.0, "skipped": 0}
+    write_lines(copy / "rl" / "metrics.jsonl", lines)
+    page = page_of(copy)
+    assert any(attributes.get("class") == "bad" for tag, attributes in page.elements if tag == "dd") == alarms
+    above = drawn(charts_of(copy, "rl")["Unscored replies"])["above 20%"]
+    assert [value for value in above if value is not None] == ([share] if alarms else [])
+
+
+def test_faults_and_recoveries_are_listed(copy: Path) -> None:
+    events = [json.loads(line) for line in (copy / "events.jsonl").open()]
+    bad = {"t": events[0]["t"], "stage": "sft", "event": "tracker_failed", "tracker": "wandb", "error": HOSTILE}
+    write_lines(copy / "events.jsonl", [bad, *events])
+    section = next(section for section in build_sections(read_run(copy)) if section.id == "faults")
+    assert list(section.lead) == [
+        "5 events: tracker turned off 1, engine replaced 1, reward processes restarted 1, alarm 1, rolled back 1."
+    ]
+    assert [row[1:] for row in section.blocks[0].rows] == [
+        ("sft", "tracker turned off", f"wandb: {HOSTILE}"),
+        ("rl", "engine replaced", "engine-0: its process ended"),
+        ("rl", "reward processes restarted", "no answer for 60 s"),
+        ("rl", "alarm", "unscored: unscored_fraction 0.25, step 20"),
+        ("rl", "rolled back", "steps 2"),
+    ]
+    assert HOSTILE in page_of(copy).text
+
+
+def test_of_very_many_faults_the_last_are_listed(copy: Path) -> None:
+    alarms = [{"t": 1e9 + i, "stage": "rl", "event": "alarm", "reason": f"r{i}"} for i in range(150)]
+    write_lines(copy / "events.jsonl", alarms)
+    section = next(section for section in build_sections(read_run(copy)) if section.id == "faults")
+    assert list(section.lead) == ["150 events: alarm 150. The last 100 are shown."]
+    assert [row[3] for row in section.blocks[0].rows] == [f"r{i}" for i in range(50, 150)]
+
+
+def test_a_run_without_faults_has_no_table_of_them(copy: Path) -> None:
+    events = [json.loads(line) for line in (copy / "events.jsonl").open()]
+    names = [fault["event"] for fault in FAULTS]
+    write_lines(copy / "events.jsonl", [event for event in events if event["event"] not in names])
+    assert page_of(copy).sections() == [name for name in ALL_SECTIONS if name != "faults"]
 
 
 def share(value: float, low: float, high: float) -> Share:
@@ -329,7 +427,7 @@ def test_marks_of_byte_level_tokens_are_read(tmp_path: Path) -> None:
     ("missing", "gone"),
     [
         ("summary.json", []),  # the stages are known from events and folders, but nothing was evaluated
-        ("events.jsonl", ["rl-timeline"]),
+        ("events.jsonl", ["faults", "rl-timeline"]),
         ("filter/kept.jsonl", []),
         ("filter", ["filter"]),
         ("base/metrics.jsonl", ["base"]),

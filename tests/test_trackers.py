@@ -5,6 +5,8 @@ write to a file, fail or hang.
 """
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -137,6 +139,41 @@ def test_a_package_that_went_missing_after_the_check_costs_no_run(context: Stage
     with tracked(TrackersConfig.model_validate({name: ALL[name] for name in MISSING}), context):
         context.metrics(0, {"loss": 1.0})
     assert [name for name, _ in failures(context)] == MISSING
+
+
+STAGE_MODULE = """
+from pathlib import Path
+from posttrain.config.base import Config
+from posttrain.config.shared import TrackersConfig
+from posttrain.pipeline.kinds import StageKind
+from posttrain.pipeline.worker import StageJob, run_stage
+
+class ToyConfig(Config):
+    trackers: TrackersConfig | None = None
+
+def run(config, context):
+    context.metrics(0, {"loss": 1.0})
+
+if __name__ == "__main__":
+    kind = StageKind(schema="toy:ToyConfig", run="toy:run", outputs={})
+    run_dir = Path("trial").resolve()
+    (run_dir / "rl").mkdir(parents=True)
+    config = {"trackers": {"tensorboard": True}}
+    job = StageJob("rl", kind, config, run_dir / "rl", run_dir / "events.jsonl", 0, False, ".")
+    raise SystemExit(run_stage(job).error or 0)
+"""
+
+
+def test_a_stages_process_hands_its_metrics_on(tmp_path: Path):
+    """To TensorBoard itself where it is installed; else the event says that it could not."""
+    (tmp_path / "toy.py").write_text(STAGE_MODULE)
+    subprocess.run([sys.executable, "toy.py"], cwd=tmp_path, check=True, timeout=120)
+    run_dir = tmp_path / "trial"
+    context = StageContext("rl", run_dir / "rl", run_dir / "events.jsonl")
+    if "tensorboard" in MISSING:
+        assert [name for name, _ in failures(context)] == ["tensorboard"]
+    else:
+        assert list((run_dir / "rl" / "tensorboard").glob("events.out.tfevents.*"))
 
 
 # ---------------------------------------------------------------- config

@@ -79,7 +79,7 @@ class StageConfig(Config):
         default=True, description="Reuse a base trained before with the same config, seed, code and torch."
     )
     trackers: TrackersConfig | None = Field(
-        None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
+        default=None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
     )
     model: ModelSizes = Field(default_factory=ModelSizes)
     sets: SetSizes = Field(default_factory=SetSizes)

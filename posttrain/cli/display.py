@@ -1,9 +1,10 @@
 """Shows a run while it goes on: a live stage list and an RL panel on a terminal, plain lines anywhere else.
 
-    events.jsonl ─► EventTail ─► RunState ─► LiveDisplay (rich) | PlainDisplay
+    events.jsonl ─► EventTail ─┬─► RunState ─► LiveDisplay (rich) | PlainDisplay
+    metrics.jsonl of RL ───────┘
 
-Stages never print. All that is shown was read from the run's events, so a display can neither slow a stage nor miss
-what a resumed run does. Left out: metrics, which are the report's.
+Stages never print. All that is shown was read from the run's files, so a display can neither slow a stage nor miss what
+a resumed run does. Left out: metrics over time, which are the report's.
 """
 
 import json
@@ -13,6 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
+
+from posttrain.cli.rl_panel import rl_panel
+from posttrain.metrics.faults import fault_words
+from posttrain.metrics.jsonl import NewLines
 
 PLAIN_INTERVAL_S = 10.0
 
@@ -48,7 +53,7 @@ class EventTail:
 
 @dataclass
 class StageState:
-    """What is known of one stage. `values` are those of its last progress event."""
+    """What is known of one stage. `values` are those of its last progress event, `metrics` those of its last step."""
 
     name: str
     kind: str
@@ -59,6 +64,7 @@ class StageState:
     total: float = 0.0
     unit: str = ""
     values: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -88,9 +94,13 @@ class RunState:
     def __init__(self, nodes: Sequence[tuple[str, str]], events: Path):
         self.stages = {name: StageState(name, kind) for name, kind in nodes}
         self._tail = EventTail(events)
+        self._lines = {name: NewLines(events.parent / name / "metrics.jsonl") for name, kind in nodes if kind == "rl"}
 
     def update(self) -> Iterator[tuple[StageState, dict[str, Any]]]:
-        """Read new events; yields each that concerns a stage, with the stage as it is after it."""
+        """Read what is new; yields each event that concerns a stage, with the stage as it is after it."""
+        for name, lines in self._lines.items():
+            for _, self.stages[name].metrics in lines.read():
+                pass
         for event in self._tail.read():
             stage = self.stages.get(str(event.get("stage")))
             if stage:
@@ -99,7 +109,7 @@ class RunState:
 
 
 class PlainDisplay:
-    """One dated line for each start, end and skip, and one every few seconds for progress."""
+    """One dated line for each start, end, skip and fault, and one every few seconds for progress."""
 
     def __init__(self, out: TextIO | None = None):
         self._out = out or sys.stdout
@@ -115,8 +125,7 @@ class PlainDisplay:
         for stage, event in self._state.update() if self._state else ():
             line = self._line(stage, event)
             if line:
-                clock = time.strftime("%H:%M:%S", time.localtime(float(event.get("t") or time.time())))
-                print(f"{clock}  {line}", file=self._out, flush=True)
+                print(dated(event, line), file=self._out, flush=True)
 
     def stop(self) -> None:
         """Print the rest."""
@@ -138,13 +147,15 @@ class PlainDisplay:
             return f"{name}  skipped: {stage.note}"
         if kind in ("stage_failed", "stage_interrupted"):
             return f"{name}  {stage.status}" + (f": {stage.note}" if stage.note else "")
-        return ""
+        return fault_text(name, event)
 
 
 class LiveDisplay:
-    """A table of stages that is drawn again in place, with a panel of figures for the RL stage that runs."""
+    """A table of stages that is drawn again in place, with a panel of figures for the RL stage that runs. Faults are
+    lines above it, which stay."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Any = None) -> None:
+        self._console = console  # rich's; None: standard output
         self._state: RunState | None = None
         self._live: Any = None
 
@@ -153,13 +164,17 @@ class LiveDisplay:
         from rich.live import Live
 
         self._state = RunState(nodes, events)
-        self._live = Live(get_renderable=self._render, refresh_per_second=4, redirect_stderr=False)
+        self._live = Live(
+            get_renderable=self._render, console=self._console, refresh_per_second=4, redirect_stderr=False
+        )
         self._live.start()
 
     def refresh(self) -> None:
         """Take in new events; rich draws on a thread of its own."""
-        for _ in self._state.update() if self._state else ():
-            pass
+        for stage, event in self._state.update() if self._state else ():
+            line = fault_text(stage.name, event)
+            if line and self._live:
+                self._live.console.print(dated(event, line), style="yellow", markup=False, highlight=False)
 
     def stop(self) -> None:
         """Draw once more and leave the table on the screen."""
@@ -171,7 +186,8 @@ class LiveDisplay:
         from rich.console import Group
 
         stages = list(self._state.stages.values()) if self._state else []
-        panels = [_rl_panel(stage) for stage in stages if stage.kind == "rl" and stage.status == "running"]
+        running = [stage for stage in stages if stage.kind == "rl" and stage.status == "running"]
+        panels = [rl_panel(stage.name, stage.metrics, values_text(stage.values) or "no step yet") for stage in running]
         return Group(_stage_table(stages), *panels)
 
 
@@ -209,29 +225,15 @@ def _stage_table(stages: Sequence[StageState]) -> Any:
     return table
 
 
-# Key of a progress value, its label, and how it is written.
-RL_FIGURES = (
-    ("reward_mean", "reward", "{:.3f}"),
-    ("staleness_mean", "staleness", "{:.2f}"),
-    ("generate_tokens_per_s", "tokens/s", "{:,.0f}"),
-    ("queue_groups", "queue", "{:g}"),
-    ("dropped_groups", "dropped groups", "{:g}"),
-)
+def dated(event: dict[str, Any], line: str) -> str:
+    """The line after the time of its event."""
+    return f"{time.strftime('%H:%M:%S', time.localtime(float(event.get('t') or time.time())))}  {line}"
 
 
-def _rl_panel(stage: StageState) -> Any:
-    from rich.columns import Columns
-    from rich.panel import Panel
-    from rich.text import Text
-
-    values = dict(stage.values)
-    cells = []
-    for key, label, form in RL_FIGURES:
-        value = values.pop(key, None)
-        shown = form.format(value) if isinstance(value, int | float) else "–"
-        cells.append(Text.assemble((f"{label}\n", "dim"), (shown, "bold")))
-    cells += [Text.assemble((f"{key}\n", "dim"), str(_short(value))) for key, value in values.items()]
-    return Panel(Columns(cells, padding=(0, 3)), title=stage.name, title_align="left", border_style="cyan")
+def fault_text(stage: str, event: dict[str, Any]) -> str:
+    """Such as `rl  engine replaced: engine-0: its process ended`; empty for an event that is no fault."""
+    words = fault_words(event)
+    return "" if words is None else f"{stage}  {': '.join(part for part in words if part)}"
 
 
 def progress_text(stage: StageState) -> str:

@@ -72,7 +72,7 @@ class DpoConfig(Config):
         None, description="Train over several processes, with DeepSpeed; absent: in one, without."
     )
     trackers: TrackersConfig | None = Field(
-        None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
+        default=None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
     )
     resources: DpoResources = Field(default_factory=DpoResources)
 

@@ -6,10 +6,7 @@ metrics.jsonl stays the truth: a tracker is given what is added to it, the numbe
 at its end alone, and not for long; one that raises is reported once, as an event, and is off from then on.
 """
 
-import json
-import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from typing import Any
 
 from posttrain.config.shared import TrackersConfig
 from posttrain.context import StageContext
+from posttrain.metrics.jsonl import NewLines
 
 POLL_S = 1.0
 END_S = 60.0  # to hand on the rest and to finish
@@ -141,35 +139,3 @@ class Follower(threading.Thread):
 
     def _report(self, name: str, error: str) -> None:
         self._context.event("tracker_failed", tracker=name, error=error)
-
-
-class NewLines:
-    """Lines added to a metrics file from now on; also where a stage that is resumed rewrites the file."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._file: int | None = None  # its inode
-        self._offset = 0
-        self._newest = time.time()
-
-    def read(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """(step, numbers) of each whole line that was written since the last call."""
-        try:
-            with self._path.open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                file.seek(self._offset if inode == self._file else 0)
-                data = file.read()
-                start = file.tell() - len(data)
-        except OSError:
-            return
-        whole, _, _ = data.rpartition(b"\n")
-        self._file, self._offset = inode, start + (len(whole) + 1 if whole else 0)
-        for line in whole.splitlines():
-            try:
-                record = json.loads(line)
-                step, written = int(record.pop("step")), float(record.pop("t"))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
-            if written > self._newest:
-                self._newest = written
-                yield step, {name: value for name, value in record.items() if isinstance(value, int | float)}

@@ -50,7 +50,7 @@ class PipelineConfig(Config):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Given to every stage.")
     warm_engines: bool = Field(False, description="Hand vLLM engines on from stage to stage.")
     trackers: TrackersConfig | None = Field(
-        None, description="Where metrics go besides metrics.jsonl, of every stage that does not say so itself."
+        default=None, description="Where metrics go besides metrics.jsonl, of every stage that does not say so itself."
     )
     stages: Annotated[list[StageEntry], Field(min_length=1)]
     evaluate: EvaluateEntry | None = None

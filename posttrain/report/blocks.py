@@ -10,11 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stat:
-    """One figure with a name, as text. `note` is a smaller second line."""
+    """One figure with a name, as text. `note` is a smaller second line; `alarm`: it is shown as what is wrong."""
 
     name: str
     value: str
     note: str = ""
+    alarm: bool = False
 
 
 @dataclass(frozen=True)

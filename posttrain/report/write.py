@@ -21,6 +21,7 @@ from posttrain.report.charts import colours_of
 from posttrain.report.format import plural, seconds, utc
 from posttrain.report.read import Run, number, read_run
 from posttrain.report.sections.appendix import appendix_section
+from posttrain.report.sections.faults import faults_section
 from posttrain.report.sections.filtering import filter_section
 from posttrain.report.sections.pipeline import pipeline_section
 from posttrain.report.sections.result import capabilities_of, result_section
@@ -86,6 +87,7 @@ def build_sections(run: Run) -> list[Section]:
     builders: list[tuple[str, Callable[[], Section | None]]] = [
         ("Result", partial(result_section, run)),
         ("Pipeline", partial(pipeline_section, run)),
+        ("Faults", partial(faults_section, run)),
     ]
     by_kind: dict[str, list[Callable[..., Section | None]]] = {
         "base": [base_section],

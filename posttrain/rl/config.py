@@ -327,7 +327,7 @@ class RlConfig(Config):
     )
     engine: EngineConfig = Field(default_factory=EngineConfig)
     trackers: TrackersConfig | None = Field(
-        None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
+        default=None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
     )
     resources: RlResources = Field(default_factory=RlResources)
 

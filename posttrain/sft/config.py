@@ -45,7 +45,7 @@ class SftConfig(Config):
         None, description="Train over several processes, with DeepSpeed; absent: in one, without."
     )
     trackers: TrackersConfig | None = Field(
-        None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
+        default=None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
     )
     resources: SftResources = Field(default_factory=SftResources)
 

@@ -1,21 +1,28 @@
-"""Online RL: reward over the steps, where the groups went, how stale and how far from the sampler training was."""
+"""Online RL: what training did to the policy, over the steps. The machinery beside it is drawn by flow.py."""
 
 from typing import Any
 
+from posttrain.metrics.faults import UNSCORED_ALARM
 from posttrain.report.blocks import Chart, Grid, Key, Section, Stat, Stats
-from posttrain.report.charts import axis, bars, dots, figure, line, smooth, smoothing
+from posttrain.report.charts import axis, dots, figure, line, smooth, smoothing
 from posttrain.report.format import count, percent, plain, plural
 from posttrain.report.read import Run, Stage
+from posttrain.report.sections.flow import (
+    ages_chart,
+    dropped_total,
+    groups_chart,
+    held_back_chart,
+    idle_chart,
+    lengths_chart,
+    lines_chart,
+    queue_age_chart,
+    queue_chart,
+    staleness_chart,
+    times_chart,
+    unscored_chart,
+)
 from posttrain.report.sections.profile import profile_chart
 from posttrain.report.series import Series
-
-GROUPS = (
-    ("groups_trained", "trained", "--accent"),
-    ("groups_dropped_zero_advantage", "dropped: zero advantage", "--faint"),
-    ("groups_dropped_stale", "dropped: stale", "--c2"),
-    ("groups_dropped_unscored", "dropped: unscored", "--bad"),
-    ("groups_dropped_truncated", "dropped: truncated", "--c5"),
-)
 
 
 def rl_section(run: Run, stage: Stage, colours: dict[str, str]) -> Section | None:
@@ -24,17 +31,29 @@ def rl_section(run: Run, stage: Stage, colours: dict[str, str]) -> Section | Non
     zero = stage.start
     charts = [
         profile_chart(run, stage),
-        _groups(series),
+        groups_chart(series),
         _reward(series),
         _by_capability(series, colours),
-        _staleness(series, zero),
-        _queue(series, zero),
+        _band(series),
+        _prompts(series),
+        staleness_chart(series, zero),
+        ages_chart(series),
+        queue_chart(series, zero),
+        queue_age_chart(series),
         _single(series, "KL between sampler and trainer", "mismatch_kl", "nats a token", tickformat="~g"),
         _single(series, "Effective sample size", "ess", "share of the batch", range=[0, 1.05], tickformat=".0%"),
+        held_back_chart(series),
         _single(series, "Entropy of the policy", "entropy", "nats a token"),
-        _single(series, "Length of a reply", "reply_tokens_mean", "tokens"),
+        _gradient(series),
+        _single(series, "Entropy of the routers", "router_entropy", "nats, mean of the layers"),
+        _single(series, "Busiest expert", "expert_load_max", "times an even load"),
+        _single(series, "Dead experts", "dead_experts", "of all layers") if any(series.known("dead_experts")) else None,
+        lengths_chart(series),
+        _single(series, "Truncated replies", "truncated_fraction", "share of a step's", tickformat="~%"),
+        unscored_chart(series),
         _single(series, "Generation", "generate_tokens_per_s", "tokens a second"),
-        _times(series),
+        idle_chart(series),
+        times_chart(series),
     ]
     drawn = [chart for chart in charts if chart is not None]
     stats = _stats(run, stage, series)
@@ -45,14 +64,19 @@ def rl_section(run: Run, stage: Stage, colours: dict[str, str]) -> Section | Non
 def _stats(run: Run, stage: Stage, series: Series) -> list[Stat]:
     if not len(series):
         return []
-    trained, lost = series.total("groups_trained"), [series.total(name) for name, _, _ in GROUPS[1:]]
+    trained, lost = series.total("groups_trained"), series.total("groups_dropped_zero_advantage")
     stats = [Stat("optimizer steps", count(len(series)), f"{plural(trained, 'group')} trained" if trained else "")]
     if tokens := series.total("tokens_trained"):
         made = series.total("tokens_generated")
         stats.append(Stat("tokens trained", count(tokens), f"of {count(made)} generated" if made else ""))
-    if trained and lost[0] is not None:
-        share = lost[0] / (trained + sum(amount or 0.0 for amount in lost))
+    if trained and lost is not None:
+        share = lost / (trained + dropped_total(series))
         stats.append(Stat("zero-advantage groups", percent(share), "dropped and replaced"))
+    if unscored := series.known("unscored_fraction"):
+        note = f"mean of the steps, at most {percent(max(unscored), 1)}"
+        stats.append(Stat("unscored replies", percent(sum(unscored) / len(unscored), 1), note, _alarms(unscored)))
+    if skipped := series.total("skipped"):
+        stats.append(Stat("skipped steps", count(skipped), "loss or gradient was not finite", alarm=True))
     if mean := series.known("staleness_mean"):
         highest = series.known("staleness_max")
         worst = f", at most {plain(max(highest))}" if highest else ""
@@ -64,6 +88,10 @@ def _stats(run: Run, stage: Stage, series: Series) -> list[Stat]:
         note = f"largest log-probability gap at the start, {plural(parity[-1].get('tokens') or 0, 'token')}"
         stats.append(Stat("sampler against trainer", plain(parity[-1]["max_gap"], 2), note))
     return stats
+
+
+def _alarms(unscored: list[float]) -> bool:
+    return max(unscored) > UNSCORED_ALARM
 
 
 def _reward(series: Series) -> Chart | None:
@@ -103,59 +131,41 @@ def _by_capability(series: Series, colours: dict[str, str]) -> Chart | None:
     return Chart("Reward by capability", _over_steps(data), 230, "", caption, keys)
 
 
-def _groups(series: Series) -> Chart | None:
-    shown = [entry for entry in GROUPS if sum(series.known(entry[0]))]
-    if not shown:
+def _band(series: Series) -> Chart | None:
+    """The band of pass rates that prompts are drawn from, and the pass rate that was measured."""
+    low, high = series.get("band_low"), series.get("band_high")
+    if len(series.known("band_low")) < 2 or len(series.known("band_high")) < 2:
         return None
-    data = [bars(series.steps, series.get(name), colour, text, "%{y} groups") for name, text, colour in shown]
-    spec = figure(data, axis("step", grid=False), axis(), barmode="stack", bargap=0.15)
-    keys = [Key(text, colour, "box") for _, text, colour in shown]
-    return Chart("Where the groups went", spec, 230, "groups a step", keys=keys)
-
-
-def _staleness(series: Series, zero: float | None) -> Chart | None:
-    x, data, keys = series.seconds(zero), [], []
-    if series.has("staleness_mean"):
-        data.append(line(x, series.get("staleness_mean"), "--accent", "mean of the batch"))
-        keys.append(Key("mean of the batch", "--accent"))
-    if series.has("staleness_max"):
-        data.append(dots(x, series.get("staleness_max"), "--c2", "oldest of the batch", size=5))
-        keys.append(Key("oldest of the batch", "--c2", "dot"))
-    if not data:
-        return None
-    highest = max(series.known("staleness_max", "staleness_mean"))
-    y = axis(range=[0, highest * 1.08 + 0.1], dtick=1 if highest <= 8 else None)
-    return Chart("Staleness", figure(data, axis("seconds of the stage", grid=False), y), 210, "versions", keys=keys)
-
-
-def _queue(series: Series, zero: float | None) -> Chart | None:
-    x, data, keys = series.seconds(zero), [], []
-    for name, text, colour in (
-        ("queue_groups", "waiting to be trained", "--accent"),
-        ("in_flight_groups", "being generated", "--c2"),
-    ):
-        if series.has(name):
-            data.append(line(x, series.get(name), colour, text, "%{y} groups", shape="hv", width=1.75))
-            keys.append(Key(text, colour))
-    if not data:
-        return None
-    spec = figure(data, axis("seconds of the stage", grid=False), axis(rangemode="tozero"))
-    return Chart("Queue", spec, 210, "groups", keys=keys)
-
-
-def _times(series: Series) -> Chart | None:
-    """What a step's time went to, on the trainer's side."""
-    shown = [
-        entry
-        for entry in (("train_s", "training", "--accent"), ("wait_s", "waiting for groups", "--faint"))
-        if series.has(entry[0])
+    shade = {"fill": "tonexty", "fillcolor": "--c2@0.15"}
+    data = [
+        line(series.steps, low, "--c2", "lowest", "%{y:.0%}", width=1),
+        {**line(series.steps, high, "--c2", "highest", "%{y:.0%}", width=1), **shade},
     ]
-    if not shown or len(series) < 2:
+    keys = [Key("band of the curriculum", "--c2", "box")]
+    if series.has("pass_rate"):
+        measured = smooth(series.get("pass_rate"), smoothing(len(series)))
+        data.append(line(series.steps, measured, "--accent", "pass rate, all replies", "%{y:.0%}"))
+        keys.append(Key("pass rate, all replies", "--accent"))
+    spec = _over_steps(data, range=[0, 1.02], tickformat=".0%")
+    return Chart("Curriculum", spec, 210, "pass rate", keys=keys)
+
+
+def _prompts(series: Series) -> Chart | None:
+    """How many prompts the curriculum holds for solved, and for impossible."""
+    entries = [
+        ("prompts_known", "known well enough", "--faint"),
+        ("prompts_solved", "solved", "--c3"),
+        ("prompts_impossible", "impossible", "--bad"),
+    ]
+    return lines_chart(series, "Prompts of the curriculum", "prompts", entries, "%{y:.0f} prompts")
+
+
+def _gradient(series: Series) -> Chart | None:
+    """Steps that were skipped have no norm."""
+    norms = [value if value is not None and value >= 0 else None for value in series.get("grad_norm")]
+    if sum(value is not None for value in norms) < 2:
         return None
-    data = [bars(series.steps, series.get(name), colour, text, "%{y:.2f} s") for name, text, colour in shown]
-    spec = figure(data, axis("step", grid=False), axis(), barmode="stack", bargap=0.15)
-    keys = [Key(text, colour, "box") for _, text, colour in shown]
-    return Chart("The trainer's time", spec, 200, "seconds a step", keys=keys)
+    return Chart("Gradient", _over_steps([line(series.steps, norms, "--accent", "norm")]), 190, "norm, before clipping")
 
 
 def _single(series: Series, title: str, name: str, unit: str, **settings: Any) -> Chart | None:

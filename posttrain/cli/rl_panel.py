@@ -1,0 +1,95 @@
+"""The panel of an RL stage that runs: the figures of its last optimizer step, one line a subject."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from posttrain.metrics.faults import UNSCORED_ALARM
+
+# Subject -> figures: key in metrics.jsonl, its label, and how it is written. A key that ends with / is the start of
+# several, such as idle/trainer; what follows is their label.
+SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "reward": (
+        ("reward_mean", "mean", "{:.3f}"),
+        ("pass_rate", "pass rate", "{:.0%}"),
+        ("reward/", "", "{:.3f}"),
+    ),
+    "policy": (
+        ("entropy", "entropy", "{:.3g}"),
+        ("grad_norm", "gradient", "{:.3g}"),
+        ("mismatch_kl", "mismatch KL", "{:.2g}"),
+        ("ess", "effective samples", "{:.1%}"),
+        ("masked_fraction", "masked", "{:.2%}"),
+        ("clipped_fraction", "clipped", "{:.2%}"),
+    ),
+    "staleness": (
+        ("staleness_mean", "mean", "{:.2f}"),
+        ("staleness_max", "at most", "{:g}"),
+        ("staleness/", "groups of age ", "{:g}"),
+    ),
+    "groups": (
+        ("groups_trained", "trained", "{:g}"),
+        ("groups_dropped_", "dropped ", "{:g}"),
+        ("groups_too_easy", "too easy", "{:g}"),
+        ("groups_too_hard", "too hard", "{:g}"),
+        ("unscored_fraction", "unscored replies", "{:.1%}"),
+    ),
+    "queue": (
+        ("queue_groups", "waiting", "{:g}"),
+        ("in_flight_groups", "in flight", "{:g}"),
+        ("queue_age_s_mean", "waited, s", "{:.1f}"),
+    ),
+    "speed": (
+        ("generate_tokens_per_s", "tokens/s", "{:,.0f}"),
+        ("idle/", "idle ", "{:.0%}"),
+    ),
+    "curriculum": (
+        ("band_low", "from", "{:.2f}"),
+        ("band_high", "to", "{:.2f}"),
+        ("prompts_solved", "solved", "{:g}"),
+        ("prompts_impossible", "impossible", "{:g}"),
+    ),
+}
+PREFIXES = ("/", "_")
+# Figures that alarm, and when.
+ALARMS: dict[str, Callable[[float], bool]] = {
+    "unscored_fraction": lambda share: share > UNSCORED_ALARM,
+    "grad_norm": lambda norm: norm < 0,  # the step was skipped
+}
+
+
+def figures(metrics: Mapping[str, float]) -> dict[str, list[tuple[str, str, bool]]]:
+    """Subject -> (label, value as text, whether it alarms) of its figures; subjects without any are left out."""
+    found: dict[str, list[tuple[str, str, bool]]] = {}
+    for subject, entries in SUBJECTS.items():
+        for key, label, form in entries:
+            for name, words in _named(metrics, key, label):
+                alarms = name in ALARMS and ALARMS[name](metrics[name])
+                found.setdefault(subject, []).append((words, form.format(metrics[name]), alarms))
+    return found
+
+
+def _named(metrics: Mapping[str, float], key: str, label: str) -> list[tuple[str, str]]:
+    """(key, label) of the metrics that an entry of SUBJECTS means. Of drops, those that there were."""
+    if not key.endswith(PREFIXES):
+        return [(key, label)] if key in metrics else []
+    names = [name for name in metrics if name.startswith(key) and (key.endswith("/") or metrics[name])]
+    return [(name, f"{label}{name.removeprefix(key).replace('_', ' ')}") for name in names]
+
+
+def rl_panel(title: str, metrics: Mapping[str, float], otherwise: str) -> Any:
+    """A panel; `otherwise` is said in it while no step is done."""
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for subject, entries in figures(metrics).items():
+        parts: list[Any] = []
+        for label, value, alarms in entries:
+            style = "bold red" if alarms else "bold"
+            parts += [("   " if parts else "", ""), (f"{label} ", "red" if alarms else "dim"), (value, style)]
+        table.add_row(subject, Text.assemble(*parts))
+    body = table if metrics else Text(otherwise, "dim")
+    return Panel(body, title=title, title_align="left", border_style="cyan", expand=False)

@@ -1,0 +1,35 @@
+"""Events that tell of a fault, or of how a stage got over one: which they are, and what is said of each.
+
+The terminal and the report show them in the same words. Left out: how a stage ended, which both show anyway.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+WORDS = {
+    "alarm": "alarm",
+    "engine_replaced": "engine replaced",
+    "reward_restarted": "reward processes restarted",
+    "rolled_back": "rolled back",
+    "tracker_failed": "tracker turned off",
+}
+SUBJECTS = ("name", "tracker", "reason", "error")  # said first and without their key
+OF_EVERY_EVENT = ("time", "t", "stage", "event")
+UNSCORED_ALARM = 0.2  # share of a step's rollouts without a reward above which it is shown as an alarm
+
+
+def fault_words(event: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(what happened, details) of an event that is a fault or a recovery, else None."""
+    what = WORDS.get(str(event.get("event")))
+    if what is None:
+        return None
+    subjects = [str(event[key]).split("\n")[0] for key in SUBJECTS if event.get(key) not in (None, "")]
+    others = {key: value for key, value in event.items() if key not in (*SUBJECTS, *OF_EVERY_EVENT)}
+    values = others.pop("values", None)
+    others |= values if isinstance(values, Mapping) else {} if values is None else {"values": values}
+    figures = ", ".join(f"{key} {_short(value)}" for key, value in others.items())
+    return what, ": ".join([*subjects, *([figures] if figures else [])])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,182 @@
+"""The charts of asynchronous RL's machinery: groups, their age, the queue, who idled, sampler against trainer."""
+
+from typing import Any
+
+from posttrain.metrics.faults import UNSCORED_ALARM
+from posttrain.report.blocks import Chart, Key
+from posttrain.report.charts import CATEGORICAL, axis, bars, dots, figure, line
+from posttrain.report.series import Series
+
+DROPPED = "groups_dropped_"
+# Column, what it is called, colour. Zero advantage is told apart into its two causes where these are known.
+FATES = (
+    ("groups_trained", "trained", "--accent"),
+    ("groups_too_easy", "dropped: too easy", "--c3"),
+    ("groups_too_hard", "dropped: too hard", "--faint"),
+    ("groups_dropped_zero_advantage", "dropped: zero advantage", "--faint"),
+    ("groups_dropped_unscored", "dropped: unscored", "--bad"),
+    ("groups_dropped_truncated", "dropped: truncated", "--c5"),
+    ("groups_dropped_stale", "dropped: stale", "--c2"),
+    ("groups_dropped_rolled_back", "dropped: rolled back", "--c4"),
+    ("groups_dropped_cancelled", "dropped: cancelled", "--c6"),
+)
+OTHER_COLOURS = ("--c7", "--c8", "--muted")
+
+
+def fates(series: Series) -> list[tuple[str, str, str]]:
+    """(column, words, colour) of what became of groups: those of FATES that hold any, then reasons not listed there."""
+    known = {name for name, _, _ in FATES}
+    split = series.has("groups_too_easy") and series.has("groups_too_hard")
+    left_out = ("groups_dropped_zero_advantage",) if split else ("groups_too_easy", "groups_too_hard")
+    found = [entry for entry in FATES if entry[0] not in left_out and sum(series.known(entry[0]))]
+    others = [reason for reason in series.named(DROPPED) if DROPPED + reason not in known]
+    for i, reason in enumerate(reason for reason in others if sum(series.known(DROPPED + reason))):
+        words = f"dropped: {reason.replace('_', ' ')}"
+        found.append((DROPPED + reason, words, OTHER_COLOURS[i % len(OTHER_COLOURS)]))
+    return found
+
+
+def dropped_total(series: Series) -> float:
+    """Groups that were dropped, for whatever reason, in all steps."""
+    return sum(series.total(DROPPED + reason) or 0.0 for reason in series.named(DROPPED))
+
+
+def groups_chart(series: Series) -> Chart | None:
+    """What became of the groups of each step."""
+    return _stacked(series, "Where the groups went", fates(series), "groups a step", "%{y} groups", 230)
+
+
+def staleness_chart(series: Series, zero: float | None) -> Chart | None:
+    x, data, keys = series.seconds(zero), [], []
+    if series.has("staleness_mean"):
+        data.append(line(x, series.get("staleness_mean"), "--accent", "mean of the batch"))
+        keys.append(Key("mean of the batch", "--accent"))
+    if series.has("staleness_max"):
+        data.append(dots(x, series.get("staleness_max"), "--c2", "oldest of the batch", size=5))
+        keys.append(Key("oldest of the batch", "--c2", "dot"))
+    if not data:
+        return None
+    highest = max(series.known("staleness_max", "staleness_mean"))
+    y = axis(range=[0, highest * 1.08 + 0.1], dtick=1 if highest <= 8 else None)
+    return Chart("Staleness", figure(data, axis("seconds of the stage", grid=False), y), 210, "versions", keys=keys)
+
+
+def ages_chart(series: Series) -> Chart | None:
+    """A histogram of staleness for each step, the freshest groups at the bottom and strongest."""
+    ages = sorted((age for age in series.named("staleness/") if age.isdigit()), key=int)
+    if not ages:
+        return None
+    shades = [1 - 0.85 * i / max(1, len(ages) - 1) for i in range(len(ages))]
+    entries = [
+        (f"staleness/{age}", f"{age} version{'s' * (age != '1')} old", f"--accent@{shade:.2f}")
+        for age, shade in zip(ages, shades, strict=True)
+    ]
+    return _stacked(series, "Age of the groups trained on", entries, "groups a step", "%{y} groups", 210)
+
+
+def queue_chart(series: Series, zero: float | None) -> Chart | None:
+    x, data, keys = series.seconds(zero), [], []
+    for name, text, colour in (
+        ("queue_groups", "waiting to be trained", "--accent"),
+        ("in_flight_groups", "being generated", "--c2"),
+        ("places_lent", "places lent to another capability", "--c4"),
+    ):
+        if series.has(name) and (name != "places_lent" or any(series.known(name))):
+            data.append(line(x, series.get(name), colour, text, "%{y} groups", shape="hv", width=1.75))
+            keys.append(Key(text, colour))
+    if not data:
+        return None
+    spec = figure(data, axis("seconds of the stage", grid=False), axis(rangemode="tozero"))
+    return Chart("Queue", spec, 210, "groups", keys=keys)
+
+
+def lines_chart(
+    series: Series, title: str, unit: str, entries: list[tuple[str, str, str]], hover: str = "%{y:.3g}", **settings: Any
+) -> Chart | None:
+    """Several columns over the steps; `entries` are (column, words, colour). None where fewer than two steps have any.
+
+    settings: of the y axis.
+    """
+    drawn = [entry for entry in entries if len(series.known(entry[0])) >= 2]
+    if not drawn:
+        return None
+    data = [line(series.steps, series.get(name), colour, text, hover, width=1.75) for name, text, colour in drawn]
+    keys = [Key(text, colour) for _, text, colour in drawn] if len(entries) > 1 else []
+    y: dict[str, Any] = {**axis(rangemode="tozero"), **settings}
+    return Chart(title, figure(data, axis("step", grid=False), y), 190, unit, keys=keys)
+
+
+def queue_age_chart(series: Series) -> Chart | None:
+    """How long groups that were ready waited to be trained on."""
+    entries = [("queue_age_s_mean", "mean of the batch", "--accent"), ("queue_age_s_max", "longest", "--c2")]
+    return lines_chart(series, "Wait in the queue", "seconds", entries, "%{y:.2f} s")
+
+
+def idle_chart(series: Series) -> Chart | None:
+    """The share of each step in which an actor had nothing to do."""
+    actors = series.named("idle/")
+    entries = [(f"idle/{name}", name, CATEGORICAL[i % len(CATEGORICAL)]) for i, name in enumerate(actors)]
+    return lines_chart(
+        series, "Idle", "share of the step", entries, "%{y:.0%}", range=[0, 1.05], tickformat=".0%", dtick=0.25
+    )
+
+
+def held_back_chart(series: Series) -> Chart | None:
+    """Tokens whose gradient the loss held back."""
+    entries = [("masked_fraction", "masked", "--accent"), ("clipped_fraction", "clipped", "--c2")]
+    shown = [entry for entry in entries if series.has(entry[0])]
+    title = " and ".join(text for _, text, _ in shown).capitalize() + " tokens"
+    return lines_chart(series, title, "share of the batch", shown, "%{y:.2%}", tickformat="~%")
+
+
+def lengths_chart(series: Series) -> Chart | None:
+    """Whether what is dropped is shorter or longer than what is trained on."""
+    entries = [
+        ("reply_tokens_mean", "trained on", "--accent"),
+        ("dropped_reply_tokens_mean", "dropped", "--c2"),
+    ]
+    shown = [entry for entry in entries if any(series.known(entry[0]))]
+    return lines_chart(series, "Length of a reply", "tokens", shown, "%{y:.0f} tokens")
+
+
+def unscored_chart(series: Series) -> Chart | None:
+    """The share of rollouts without a reward; absent where every one had its reward."""
+    name = "unscored_fraction"
+    values = series.get(name)
+    if not any(series.known(name)):
+        return None
+    chart = lines_chart(series, "Unscored replies", "share of a step's", [(name, "unscored", "--accent")], "%{y:.1%}")
+    above = [value if value is not None and value > UNSCORED_ALARM else None for value in values]
+    if chart is None:
+        return None
+    spec = dict(chart.spec)
+    spec["data"] = [*spec["data"], dots(series.steps, above, "--bad", f"above {UNSCORED_ALARM:.0%}", "%{y:.1%}", 6)]
+    limit = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": UNSCORED_ALARM, "y1": UNSCORED_ALARM}
+    limit["line"] = {"color": "--bad", "width": 1, "dash": "dot"}
+    y = {**spec["layout"]["yaxis"], "tickformat": ".0%"}
+    spec["layout"] = {**spec["layout"], "shapes": [limit], "yaxis": y}
+    return Chart(chart.title, spec, chart.height, chart.unit, f"Dotted: {UNSCORED_ALARM:.0%}, above which it alarms.")
+
+
+def times_chart(series: Series) -> Chart | None:
+    """What a step's time went to, on the trainer's side."""
+    entries = [
+        ("train_s", "training", "--accent"),
+        ("publish_s", "handing on weights", "--c4"),
+        ("wait_s", "waiting for groups", "--faint"),
+    ]
+    shown = [entry for entry in entries if series.has(entry[0])]
+    if len(series) < 2:
+        return None
+    return _stacked(series, "The trainer's time", shown, "seconds a step", "%{y:.2f} s", 200)
+
+
+def _stacked(
+    series: Series, title: str, entries: list[tuple[str, str, str]], unit: str, hover: str, height: int
+) -> Chart | None:
+    if not entries:
+        return None
+    data = [bars(series.steps, series.get(name), colour, text, hover) for name, text, colour in entries]
+    spec = figure(data, axis("step", grid=False), axis(), barmode="stack", bargap=0.15)
+    keys = [Key(text, colour, "box") for _, text, colour in entries]
+    return Chart(title, spec, height, unit, keys=keys)
