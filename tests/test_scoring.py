@@ -233,7 +233,7 @@ class TestPool:
     def test_math_that_hangs_the_grader(self) -> None:
         """A tower of powers keeps math-verify busy for ever; its neighbours are graded all the same."""
         results, _ = score("math", ["\\boxed{4}", "\\boxed{9^{9^{9^{9}}}}", "\\boxed{5}"], timeout_s=3.0)
-        assert [scored.outcome for scored in results] == ["ok", "unparseable", "ok"]
+        assert [scored.outcome for scored in results] == ["ok", "unparseable", "wrong"]
         assert [scored.result.value for scored in results if scored.result] == [1.0, 0.0, 0.0]
 
     def test_args_reach_the_function(self, hostile: str) -> None:
