@@ -218,7 +218,9 @@ def test_entropy_bonus_by_hand():
 
 def reference_terms(policy, sampler, reference, **settings):
     """The terms, and their sum's gradient by the policy's log-probabilities."""
-    policy_T, sampler_T, reference_T = (torch.tensor(x, dtype=torch.float64).log() for x in (policy, sampler, reference))
+    policy_T, sampler_T, reference_T = (
+        torch.tensor(x, dtype=torch.float64).log() for x in (policy, sampler, reference)
+    )
     policy_T.requires_grad_()
     nothing_T = torch.zeros(len(policy), dtype=torch.int64)
     inputs = LossInputs(policy_T, sampler_T, nothing_T.double(), nothing_T, nothing_T, 10, reference_T)
