@@ -76,11 +76,11 @@ def read_batch(path: Path) -> list[TrainSample]:
     """The batch that was written beside a step's JSON file, or whose parquet file this is."""
     import pyarrow.parquet as pq
 
-    rows: list[dict[str, Any]] = pq.read_table(path.with_suffix(".parquet")).to_pylist()
-    return [
-        TrainSample(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
-        for row in rows
-    ]
+    def sample(row: Any) -> TrainSample:
+        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+        return TrainSample(**values)
+
+    return [sample(row) for row in pq.read_table(path.with_suffix(".parquet")).to_pylist()]
 
 
 def _schema(pa: Any) -> Any:
