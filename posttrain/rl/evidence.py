@@ -5,7 +5,8 @@
     evidence/step_N_model/     the policy that the update was left out of, where training stops for it
 
 An update that is left out changes no weight, so that the policy saved after it is the one that it was computed with,
-and `PolicyTrainer.step` on the batch computes it again.
+and `PolicyTrainer.step` on the batch computes it again (a bias of routers, `model.router.bias_rate`, is in checkpoints
+only).
 """
 
 import dataclasses
@@ -75,11 +76,11 @@ def read_batch(path: Path) -> list[TrainSample]:
     """The batch that was written beside a step's JSON file, or whose parquet file this is."""
     import pyarrow.parquet as pq
 
-    rows: list[Any] = pq.read_table(path.with_suffix(".parquet")).to_pylist()
-    return [
-        TrainSample(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
-        for row in rows
-    ]
+    def sample(row: Any) -> TrainSample:
+        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+        return TrainSample(**values)
+
+    return [sample(row) for row in pq.read_table(path.with_suffix(".parquet")).to_pylist()]
 
 
 def _schema(pa: Any) -> Any:

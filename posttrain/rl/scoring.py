@@ -71,7 +71,7 @@ def rescore_pauses(config: RlConfig) -> list[float]:
 def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> ScoredGroup:
     """The group with its rewards, and advantages if at least `min_group` rollouts have one.
 
-    A rollout that the sampler gave a log-probability that is not finite cannot be trained on: it counts as unscored.
+    A rollout that cannot be trained on, as a log-probability of the sampler's is not finite, counts as unscored.
 
     `rewards` are what the reward function said; advantages are of the rewards with `overlong`'s penalty, which the
     reason tells. A truncated reply that is masked is part of its group's baseline, but has no advantage.
