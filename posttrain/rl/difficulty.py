@@ -77,6 +77,7 @@ class DifficultyStore:
         if folder.exists() and not folder.is_dir():
             raise ConfigError("profile.store", [f"got {str(folder)!r}: is a file; give a folder"])
         place = f"{socket.gethostname()}:{run.resolve()}:{basis.policy}:{basis.scoring}"
+        self.folder = folder
         self._file = folder / f"{hashlib.sha256(place.encode()).hexdigest()[:16]}.parquet"
         self._basis = basis
         self._found: dict[str, Difficulty] = {}
