@@ -417,11 +417,10 @@ def rl_knowledge(config: Any) -> Any:
     found = [Difficulty(row.id, row.capability, 8, 8 - index, 0, index > 3) for index, row in enumerate(rows)]
     probes = None
     if config.refilter is not None:
-        curriculum, refilter = Curriculum(config.curriculum, found, 10), Refilter(config.refilter)
-        probes = (
-            refilter.samples,
-            [refilter.choose(curriculum, step, random.Random(0)) for step in range(40) if refilter.due(step)],
-        )
+        many = [Difficulty(f"p{index}", "math", index, 0, 0, True) for index in range(1, 50)]
+        curriculum, refilter = Curriculum(config.curriculum, many, 10), Refilter(config.refilter)
+        due = [step for step in range(40) if refilter.due(step)]
+        probes = due, refilter.samples, refilter.choose(curriculum, 1, random.Random(0))
     drawn = [row.id for row in drawn_rows(config, [item for item in found if item.selected], rows)]
     return store and str(store.folder), reward_spec(config), probes, drawn
 
@@ -431,7 +430,7 @@ def rl_parked_draws(config: Any) -> Any:
     from posttrain.rl.difficulty import Difficulty
     from posttrain.rl.stage import prompt_source
 
-    rows = [prompt.row for prompt in _drawn() if prompt.row.capability == "general"] * 1
+    rows = [prompt.row for prompt in _drawn() if prompt.row.capability == "general"]
     rows = [dataclasses.replace(row, id=f"{row.id}-{copy}") for row in rows for copy in range(8)]
     profile = [Difficulty(row.id, row.capability, 16, 8 * (index % 2), 0, True) for index, row in enumerate(rows)]
     source = prompt_source(config, rows, profile, _tokenizer(), 0)
