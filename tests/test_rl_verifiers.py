@@ -260,3 +260,32 @@ def test_a_config_that_cannot_work_is_refused(changes: dict, message: str):
 def test_a_share_of_0_leaves_a_capability_out():
     rows = [row_of("a"), replace(row_of("b"), capability="coding")]
     assert mixture_shares(rows, {"math": 2.0, "coding": 0.0}) == {"math": 1.0}
+
+
+def test_the_source_of_a_schedule_or_of_an_inner_reward_decides_whether_a_stage_is_done(
+    plugin: Path, tiny_model: Path, tmp_path: Path
+):
+    from posttrain.pipeline.graph import Node, Pipeline
+    from posttrain.pipeline.hashing import input_hash
+
+    prompts, schedule = tmp_path / "prompts.jsonl", tmp_path / "schedule.py"
+    prompts.write_text("{}\n")
+    schedule.write_text("def f(step, steps, pass_rate, position):\n    return 0.0\n")
+    config = config_of(
+        {"text": BRIEF, "verifier": {"name": f"{plugin}:short"}},
+        model={"path": str(tiny_model)},
+        prompts={"path": str(prompts)},
+        reward={"name": "by_capability", "args": {"rewards": {"default": f"{plugin}:either"}}},
+        curriculum={"schedule": f"{schedule}:f"},
+    )
+    plain = config_of(**{**config.model_dump(), "systems": {}})
+
+    def hashes() -> list[str]:
+        nodes = [Node("rl", "rl", item, (), "rl", "rl.yaml", "") for item in (config, plain)]
+        return [input_hash(node, Pipeline("test", "test", 0, False, {"rl": node}), {}) for node in nodes]
+
+    seen = [hashes()]
+    for path in (schedule, plugin):
+        path.write_text(path.read_text() + "\n# changed\n")
+        seen.append(hashes())
+    assert all(len({pair[index] for pair in seen}) == 3 for index in (0, 1))
