@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from posttrain.config.base import validate_config
-from posttrain.errors import CheckpointError, ConfigError
+from posttrain.errors import CheckpointError, ConfigError, DataError
 from posttrain.metrics.jsonl import read_jsonl
 from posttrain.records import Message, RewardResult, Rollout, Row, Scored, VersionSpan
 from posttrain.rl.config import RlConfig
@@ -174,6 +174,29 @@ def test_a_chunk_fills_every_engine():
     assert chunk_size(config_of(engine={"max_model_len": 256, "max_num_seqs": 8})) == 64
     engines = {"engine": {"max_model_len": 256, "max_num_seqs": 256}, "resources": {"rollout": {"workers": 3}}}
     assert chunk_size(config_of(**engines)) * 4 >= 2 * 256 * 3
+
+
+def test_a_prompt_needs_room_with_every_system_instruction():
+    """Tokens are words here. Of 20 tokens 16 are for the reply, so that a prompt may have 4."""
+    from posttrain.rl.groups import DrawnPrompt
+    from posttrain.rl.lengths import check_room
+
+    def render(messages: Sequence[Message]) -> list[int]:
+        return [0 for message in messages for _ in message.content.split()]
+
+    def check(*texts: str, **systems: object) -> None:
+        rows = [Row(f"p{index}", "math", (Message("user", text),)) for index, text in enumerate(texts)]
+        rows.append(Row("own", "math", (Message("system", "one two"), Message("user", "three four"))))
+        prompts = [DrawnPrompt(row, None, row.messages, tuple(render(row.messages))) for row in rows]
+        check_room(config_of(engine={"max_model_len": 20}, **systems), prompts, render)
+
+    instructions = {"systems": {"instructions": [{"text": ""}, {"text": "a b"}]}}
+    check("one", "one two three four")
+    check("one", "one two", **instructions)
+    with pytest.raises(DataError, match=r"prompt 'p1' has 5 tokens; with sampling.max_tokens 16 that exceeds .* 20"):
+        check("one", "one two three four five")
+    with pytest.raises(DataError, match="prompt 'p1' has 5 tokens with the system instruction 'a b'; with sampling"):
+        check("one", "one two three", **instructions)
 
 
 # --- fingerprints ---

@@ -130,11 +130,12 @@ async def _sample(
                 for index, (prompt, replies) in enumerate(zip(chunk, completions, strict=True))
             ]
             pairs = [(rollout, group.prompt.row) for group in groups for rollout in group.rollouts]
-            measured = difficulties(config, pairs, await _score(pool, pairs))
+            scores = await _score(pool, pairs)
+            measured = difficulties(config, pairs, scores)
             measured = [replace(item, prompt=keys[item.prompt_id]) for item in measured]
             found.extend(measured)
             if not any(item.n for item in found):  # a broken reward is told now, not after all prompts
-                raise _nothing_scored()
+                raise _nothing_scored(scores)
             write_estimates(folder / f"{uuid.uuid4().hex[:16]}.parquet", measured, basis)
 
     await pool.start()
@@ -163,8 +164,10 @@ def _partial(run: Path, basis: Basis) -> list[Difficulty]:
     return [item for path in sorted(_parts(run).glob("*.parquet")) for item in read_estimates(path, basis)]
 
 
-def _nothing_scored() -> StageError:
-    return StageError("not one reply of the profile could be scored; try `posttrain rewards test` on the reward")
+def _nothing_scored(scores: Sequence[Scored] = ()) -> StageError:
+    reasons = Counter(f"{score.outcome}: {score.reason}" for score in scores).most_common(1)
+    why = "".join(f"; most often: {reason}" for reason, _ in reasons)
+    return StageError(f"not one reply of the profile could be scored{why}")
 
 
 def profile_requests(
