@@ -143,7 +143,8 @@ def read_estimates(path: Path, basis: Basis | None = None) -> list[Difficulty]:
 
     names = ("prompt_id", "capability", "n", "passes", "policy_version", "selected", "prompt", "samples")
     try:
-        rows = pq.read_table(path, columns=[*names, "policy", "scoring"]).to_pylist()
+        with path.open("rb") as file:  # one open file, for another may take its name at any time
+            rows = pq.read_table(file, columns=[*names, "policy", "scoring"]).to_pylist()
         return [
             Difficulty(**{name: row[name] for name in names})
             for row in rows
