@@ -92,9 +92,9 @@ def known_difficulties(
     own = _partial(run, basis) + (read_estimates(run / FILE, basis) if (run / FILE).exists() else [])
     known = {item.prompt_id: item for item in own if item.prompt == keys.get(item.prompt_id)}
     known = {name: item for name, item in known.items() if item.samples >= samples}
-    for row in rows if store is not None else []:
-        if row.id not in known and (found := store.find(row, keys[row.id], samples)) is not None:
-            known[row.id] = found
+    if store is not None:
+        shared = [store.find(row, keys[row.id], samples) for row in rows if row.id not in known]
+        known |= {item.prompt_id: item for item in shared if item is not None}
     return known
 
 
