@@ -5,6 +5,7 @@ import functools
 import inspect
 import numbers
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from posttrain.errors import PluginError
@@ -66,8 +67,7 @@ def by_system(
 def warm_up(**args: Any) -> None:
     """Loads the rewards that these arguments name and warms them up: before the first deadline, not within it."""
     for spec in combined_rewards(args):
-        _load(spec.name)
-        warm(import_target(resolve(spec.name))[0], spec.args)
+        warm(_load(spec.name)[0], spec.args)
 
 
 def _call_spec(spec: RewardSpec, rollout: Rollout, row: Row) -> RewardResult:
@@ -75,7 +75,7 @@ def _call_spec(spec: RewardSpec, rollout: Rollout, row: Row) -> RewardResult:
 
 
 def _call(name: str, args: Mapping[str, Any] | None, rollout: Rollout, row: Row) -> RewardResult:
-    value = _load(name)(rollout, row, **(args or {}))
+    value = _load(name)[1](rollout, row, **(args or {}))
     if isinstance(value, numbers.Real):
         return RewardResult(float(value))
     if not isinstance(value, RewardResult):
@@ -84,8 +84,8 @@ def _call(name: str, args: Mapping[str, Any] | None, rollout: Rollout, row: Row)
 
 
 @functools.cache
-def _load(name: str) -> RewardFunction:
-    function = import_target(resolve(name))[1]
+def _load(name: str) -> tuple[ModuleType, RewardFunction]:
+    module, function = import_target(resolve(name))
     if inspect.iscoroutinefunction(function):
         raise PluginError(f"reward {name!r} is async; it cannot be part of another reward")
-    return function
+    return module, function

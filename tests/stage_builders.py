@@ -446,6 +446,41 @@ def rl_rescoring(config: Any) -> Any:
     return rescore_pauses(config), told
 
 
+def rl_knowledge(config: Any) -> Any:
+    """Where profiles are shared, what replies are scored by, and what is probed, after a fresh estimate of half."""
+    import random
+
+    from posttrain.rl.curriculum import Curriculum
+    from posttrain.rl.difficulty import Basis, Difficulty
+    from posttrain.rl.profile import drawn_rows, profile_store
+    from posttrain.rl.refilter import Refilter
+    from posttrain.rl.verifiers import reward_spec
+
+    rows = [prompt.row for prompt in _drawn()]
+    store = profile_store(config, Path("stage"), Basis("policy", "scoring"))
+    found = [Difficulty(row.id, row.capability, 8, 8 - index, 0, index > 3) for index, row in enumerate(rows)]
+    probes = None
+    if config.refilter is not None:
+        many = [Difficulty(f"p{index}", "math", index, 0, 0, True) for index in range(1, 50)]
+        curriculum, refilter = Curriculum(config.curriculum, many, 10), Refilter(config.refilter)
+        due = [step for step in range(40) if refilter.due(step)]
+        probes = due, refilter.samples, refilter.choose(curriculum, 1, random.Random(0))
+    drawn = [row.id for row in drawn_rows(config, [item for item in found if item.selected], rows)]
+    return store and str(store.folder), reward_spec(config), probes, drawn
+
+
+def rl_parked_draws(config: Any) -> Any:
+    """How often impossible prompts are drawn, of which there are as many as of others."""
+    from posttrain.rl.difficulty import Difficulty
+    from posttrain.rl.stage import prompt_source
+
+    rows = [prompt.row for prompt in _drawn() if prompt.row.capability == "general"]
+    rows = [dataclasses.replace(row, id=f"{row.id}-{copy}") for row in rows for copy in range(8)]
+    profile = [Difficulty(row.id, row.capability, 16, 8 * (index % 2), 0, True) for index, row in enumerate(rows)]
+    source = prompt_source(config, rows, profile, _tokenizer(), 0)
+    return [source.draw(rows[0].capability).row.id for _ in range(100)]
+
+
 def rl_rates(config: Any) -> Any:
     from posttrain.rl.trainer import learning_rate
 
@@ -590,7 +625,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings, trackers),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
-        rl_controller, rl_draws, rl_policy, rl_micro_batches, rl_rescoring, rl_reference, rl_stops,
+        rl_controller, rl_draws, rl_parked_draws, rl_knowledge, rl_policy, rl_micro_batches, rl_rescoring, rl_reference, rl_stops,
         policy, router_bias, engine_settings, MODEL_ENGINE, trackers,
     ),
     "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings, trackers),

@@ -40,7 +40,9 @@ def write(path: str, data: Any) -> str:
 
 def rows(path: str, *roles: str) -> str:
     messages = [{"role": role, "content": role[0]} for role in roles]
-    Path(path).write_text("".join(json.dumps({"messages": messages, "id": str(n)}) + "\n" for n in range(3)))
+    Path(path).write_text(
+        "".join(json.dumps({"messages": messages, "id": str(n), "answer": "x"}) + "\n" for n in range(3))
+    )
     return path
 
 

@@ -44,6 +44,7 @@ REWARD = {"name": "final_answer"}
 LENGTHS = {"max_length": 512, "batch_tokens": 512}
 REFERENCE = {"loss.reference": {"weight": 0.1}, "resources.reference": {}}
 INSTRUCTIONS = [{"text": "Be brief."}, {"text": "Take care."}]
+VERIFIED = [{"text": "Be brief.", "verifier": {"name": "instructions"}}]
 EVALUATION = {"model": MODEL, "data": {"path": "prompts_a.jsonl"}, "reward": REWARD}
 
 
@@ -103,6 +104,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "micro_batch_tokens": [400],
             "parallel.expert": [2],
             "profile.band": [[0.4, 0.7], [0.1, 0.4]],
+            "curriculum.schedule": ["constant", "adaptive"],
             "curriculum.first": [[0.7, 0.9]],
             "curriculum.last": [[0.0, 0.1]],
             "curriculum.half_life": [2.0],
@@ -111,7 +113,9 @@ TABLE: dict[str, dict[str, Any]] = {
         },
         "given": {
             "optimizer.warmup_steps": {"optimizer.schedule": "linear"},
+            "systems.instructions.0.verifier.*": {"systems.instructions": VERIFIED},
             "systems.instructions.*": {"systems.instructions": INSTRUCTIONS},
+            "refilter*": {"curriculum": {"schedule": "linear"}},
             "curriculum.*": {"curriculum": {"schedule": "linear", "half_life": 1000.0}},
             "loss.clip_*": {"loss.name": "grpo"},
             "loss.dual_clip": {"loss.name": "grpo"},

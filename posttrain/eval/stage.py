@@ -25,6 +25,7 @@ from posttrain.sampling.client import Engines
 from posttrain.sampling.requests import SampleRequest
 from posttrain.scoring.plugins import RewardSpec, check_reward
 from posttrain.scoring.pool import RewardPool
+from posttrain.scoring.requirements import check_fields
 
 
 def run(config: EvalConfig, context: StageContext) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def evaluate(config: EvalConfig, context: StageContext) -> list[PromptReplies]:
 def prepare(config: EvalConfig) -> tuple[list[Row], list[tuple[str, Row, SampleRequest]]]:
     """The held-out rows, and what to ask about them. Raises DataError for a row that is wrong or not held out."""
     rows = load_rows(config.data, kind="prompt")
+    check_fields(RewardSpec(config.reward.name, config.reward.args), rows)
     if config.key_field is not None:
         check_heldout(rows, config.exclude, config.key_field)
     return rows, eval_requests(rows, load_tokenizer(config.model.path), config)

@@ -71,28 +71,34 @@ def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
 
 def _row_problems(config: BaseModel, kind: StageKind) -> list[str]:
     """The first rows of prompts that lack what a reward of the same config needs; both are fine by themselves."""
-    from posttrain.data.rows import load_rows
-    from posttrain.scoring.plugins import RewardSpec
-    from posttrain.scoring.requirements import missing_fields
-
     inputs = find_inputs(config)
     rewards = [item.value for item in inputs if isinstance(item.value, RewardFunctionConfig)]
     problems = []
     for found in inputs if rewards else []:
         value = found.value
-        if not isinstance(value, DataConfig) or data_kind(found.key, kind) != "prompt" or _refers(value):
-            continue
-        rows = load_rows(value, kind="prompt", limit=CHECKED_ROWS)
-        plain = [row for row in rows if row.messages[0].role != "system"]  # a verifier meets no others
-        lines = [
-            line
-            for reward in rewards
-            for line in missing_fields(
-                RewardSpec(reward.name, reward.args), plain if isinstance(reward, VerifierConfig) else rows
-            )
-        ]
-        problems += [f"{found.key}: {line}" for line in lines[:SHOWN_ROWS]]
+        if isinstance(value, DataConfig) and data_kind(found.key, kind) == "prompt" and not _refers(value):
+            problems += [f"{found.key}: {line}" for line in _rows_without_fields(value, rewards)[:SHOWN_ROWS]]
     return problems
+
+
+def _rows_without_fields(data: DataConfig, rewards: Sequence[RewardFunctionConfig]) -> list[str]:
+    from posttrain.data.rows import load_rows
+    from posttrain.scoring.plugins import RewardSpec
+    from posttrain.scoring.requirements import missing_fields
+
+    try:
+        rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS)
+    except UserError:  # told by data_problems
+        return []
+    bare = [row for row in rows if row.messages[0].role != "system"]  # a verifier meets no others
+    lines: list[str] = []
+    try:
+        for reward in rewards:
+            met = bare if isinstance(reward, VerifierConfig) else rows
+            lines += missing_fields(RewardSpec(reward.name, reward.args), met)
+    except UserError as error:
+        lines += str(error).splitlines()
+    return lines
 
 
 def _refers(data: FilesConfig) -> bool:

@@ -75,6 +75,7 @@ class DifficultyStore:
         if folder.exists() and not folder.is_dir():
             raise ConfigError("profile.store", [f"got {str(folder)!r}: is a file; give a folder"])
         place = f"{socket.gethostname()}:{run.resolve()}:{basis.policy}:{basis.scoring}"
+        self.folder = folder
         self._file = folder / f"{hashlib.sha256(place.encode()).hexdigest()[:16]}.parquet"
         self._basis = basis
         self._found: dict[str, Difficulty] = {}
@@ -140,7 +141,8 @@ def read_estimates(path: Path, basis: Basis | None = None) -> list[Difficulty]:
 
     names = ("prompt_id", "capability", "n", "passes", "policy_version", "selected", "prompt", "samples")
     try:
-        rows = pq.read_table(path, columns=[*names, "policy", "scoring"]).to_pylist()
+        with path.open("rb") as file:  # one open file, for another may take its name at any time
+            rows = pq.read_table(file, columns=[*names, "policy", "scoring"]).to_pylist()
         return [
             Difficulty(**{name: row[name] for name in names})
             for row in rows

@@ -91,9 +91,9 @@ def known_difficulties(
     own = _partial(run, basis) + (read_estimates(run / FILE, basis) if (run / FILE).exists() else [])
     known = {item.prompt_id: item for item in own if item.prompt == keys.get(item.prompt_id)}
     known = {name: item for name, item in known.items() if item.samples >= samples}
-    for row in rows:
-        if store is not None and row.id not in known and (found := store.find(row, keys[row.id], samples)) is not None:
-            known[row.id] = found
+    if store is not None:
+        shared = [store.find(row, keys[row.id], samples) for row in rows if row.id not in known]
+        known |= {item.prompt_id: item for item in shared if item is not None}
     return known
 
 
@@ -165,8 +165,8 @@ def _partial(run: Path, basis: Basis) -> list[Difficulty]:
 
 def _nothing_scored(scores: Sequence[Scored] = ()) -> StageError:
     reasons = Counter(f"{score.outcome}: {score.reason}" for score in scores).most_common(1)
-    why = f"; most often: {reasons[0][0]}" if reasons else ""
-    return StageError(f"not one reply of the profile could be scored{why}; try `posttrain rewards test` on the reward")
+    why = "".join(f"; most often: {reason}" for reason, _ in reasons)
+    return StageError(f"not one reply of the profile could be scored{why}")
 
 
 def profile_requests(

@@ -12,7 +12,7 @@ from posttrain.context import StageContext
 from posttrain.data.chat import end_token_ids, render_prompt
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import hash_order
-from posttrain.errors import DataError, TrainerLostError
+from posttrain.errors import TrainerLostError
 from posttrain.metrics.jsonl import keep_steps_before
 from posttrain.parallel.engine import check_parallel
 from posttrain.parallel.ranks import RankGroup
@@ -24,6 +24,7 @@ from posttrain.rl.curriculum import Curriculum
 from posttrain.rl.fingerprints import check_resumed, run_fingerprints
 from posttrain.rl.groups import DrawnPrompt
 from posttrain.rl.ledger import Commit, Ledger
+from posttrain.rl.lengths import check_room
 from posttrain.rl.parity import check_engine_parity
 from posttrain.rl.profile import Difficulty, drawn_rows, profile_prompts, select_band
 from posttrain.rl.prompts import PromptSource
@@ -126,15 +127,12 @@ def _rows_to_profile(config: RlConfig, seed: int) -> list[Row]:
 
 def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[DrawnPrompt]:
     """Each row as a prompt without a sampled system instruction; one that leaves no room for a reply is an error."""
-    prompts = []
-    for row in rows:
-        ids = tuple(render_prompt(tokenizer, row.messages))
-        if len(ids) + config.sampling.max_tokens > config.engine.max_model_len:
-            raise DataError(
-                f"prompt {row.id!r} has {len(ids)} tokens; with sampling.max_tokens {config.sampling.max_tokens} that "
-                f"exceeds engine.max_model_len {config.engine.max_model_len}"
-            )
-        prompts.append(DrawnPrompt(row, None, row.messages, ids))
+
+    def render(messages: Sequence[Message]) -> list[int]:
+        return render_prompt(tokenizer, messages)
+
+    prompts = [DrawnPrompt(row, None, row.messages, tuple(render(row.messages))) for row in rows]
+    check_room(config, prompts, render)
     return prompts
 
 

@@ -12,7 +12,6 @@ import ast
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from posttrain.errors import DataError, PluginError
 from posttrain.records import Row
@@ -25,7 +24,7 @@ _DEFAULT = "default"
 def required_fields(spec: RewardSpec, capability: str) -> list[str]:
     """What the reward needs of rows of a capability, those that it is made of included."""
     target = resolve(spec.name)
-    needed = list(_declared(function_file(target), target.function))
+    needed = _declared(function_file(target), target.function)
     inner = inner_rewards(spec)
     if inner and target.function == "by_capability":
         rewards = spec.args["rewards"]
@@ -71,24 +70,21 @@ def _has(row: Row, name: str) -> bool:
     return (row.answer if name == "answer" else row.fields.get(name)) is not None
 
 
-@cache
-def _declared(path: Path | None, function: str) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    for statement in ast.parse(path.read_bytes()).body:
+def _declared(path: Path | None, function: str) -> list[str]:
+    for statement in ast.parse(path.read_bytes()).body if path else []:
         if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             if any(isinstance(target, ast.Name) and target.id == "REQUIRES" for target in targets):
                 return _entries(path, statement.value, function)
-    return ()
+    return []
 
 
-def _entries(path: Path, value: ast.expr, function: str) -> tuple[str, ...]:
+def _entries(path: Path | None, value: ast.expr, function: str) -> list[str]:
     try:
-        entries: tuple[Any, ...] = tuple(ast.literal_eval(value).get(function, ()))
-    except (ValueError, TypeError, AttributeError):
-        entries = (None,)
-    if not all(isinstance(entry, str) and entry for entry in entries):
+        entries = ast.literal_eval(value).get(function, [])
+    except (ValueError, AttributeError):
+        entries = None
+    if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):
         raise PluginError(
             f'{path}:{value.lineno}: REQUIRES must be written out, as in {{"{function}": ["answer"]}}: a mapping of '
             "a function's name to a list of fields"
