@@ -111,6 +111,8 @@ TABLE: dict[str, dict[str, Any]] = {
             "optimizer.warmup_steps": {"optimizer.schedule": "linear"},
             "systems.instructions.*": {"systems.instructions": INSTRUCTIONS},
             "curriculum.*": {"curriculum": {"schedule": "linear", "half_life": 1000.0}},
+            "weights.backend": {"resources.rollout.gpus": 0.5, "resources.trainer.gpus": 0.5},
+            "weights.order": {"resources.rollout.workers": 2},
             "loss.clip_*": {"loss.name": "grpo"},
             "loss.dual_clip": {"loss.name": "grpo"},
             "loss.cispo_*": {"loss.name": "cispo"},

@@ -152,6 +152,23 @@ class RlResources(Config):
     trainer: TrainerResources = Field(default_factory=TrainerResources)
 
 
+class WeightsConfig(Config):
+    """How new weights get to the engines, and what becomes of the replies that are being sampled."""
+
+    backend: Literal["shm", "nccl", "ipc"] = Field(
+        default="shm",
+        description="shm: shared memory, one host; nccl: broadcast between GPUs of any hosts; ipc: the engine reads "
+        "the memory of the GPU that it shares with the trainer.",
+    )
+    kv: Literal["recompute", "keep"] = Field(
+        default="recompute",
+        description="The KV cache of running replies: compute it again under the new weights, or keep it.",
+    )
+    order: Literal["together", "one_by_one"] = Field(
+        default="together", description="Engines take new weights at the same time, or each when the last one has."
+    )
+
+
 class RlConfig(Config):
     """Asynchronous online RL: prompts in, a better policy out."""
 
@@ -211,6 +228,7 @@ class RlConfig(Config):
         description="Largest mean gap of sampler and trainer log-probabilities; None: 1e-3 fp32, 0.1 bf16.",
     )
     engine: EngineConfig = Field(default_factory=EngineConfig)
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)
     resources: RlResources = Field(default_factory=RlResources)
 
     @model_validator(mode="after")
@@ -227,6 +245,30 @@ class RlConfig(Config):
                 f"overlong.buffer_tokens ({self.overlong.buffer_tokens}) must not exceed sampling.max_tokens "
                 f"({self.sampling.max_tokens})"
             )
+        self._check_weights()
         if self.min_group > self.group_size:
             raise ValueError(f"min_group ({self.min_group}) must not exceed group_size ({self.group_size})")
         return self
+
+    def _check_weights(self) -> None:
+        """The backends between GPUs need GPUs, and those of vLLM's that share one need it shared."""
+        backend, resources = self.weights.backend, self.resources
+        if backend == "shm":
+            return
+        for name, gpus in (("rollout", resources.rollout.gpus), ("trainer", resources.trainer.gpus)):
+            if not gpus:
+                raise ValueError(
+                    f"weights.backend: {backend} moves weights from GPU to GPU, and resources.{name}.gpus is 0; "
+                    "set it, or weights.backend: shm"
+                )
+        if backend == "nccl":
+            if self.weights.order == "one_by_one" and resources.rollout.workers > 1:
+                raise ValueError("weights.order: one_by_one does not go with weights.backend: nccl, a broadcast to all")
+            return
+        if resources.rollout.gpus + resources.trainer.gpus > 1 or resources.rollout.workers > 1:
+            raise ValueError(
+                "weights.backend: ipc needs one engine on the trainer's own GPU: resources.rollout.workers 1, and gpus "
+                f"of rollout ({resources.rollout.gpus:g}) and trainer ({resources.trainer.gpus:g}) of 1 in sum"
+            )
+        if self.parallel.processes > 1:
+            raise ValueError(f"weights.backend: ipc needs parallel.processes 1, got {self.parallel.processes}")

@@ -12,6 +12,7 @@ from posttrain.rl.config import RlConfig
 from posttrain.rl.groups import DrawnPrompt
 from posttrain.rl.profile import sample_request
 from posttrain.rl.samples import TrainSample
+from posttrain.rl.weights import update_calls
 from posttrain.sampling.client import Engines
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
@@ -44,7 +45,8 @@ def check_engine_parity(
     import ray
 
     manifest = trainer.get("publish")
-    ray.get([actor.update_weights.remote(manifest, version) for actor in engines.actors])
+    for calls in update_calls(config, manifest, version):
+        ray.get([engines.actors[engine].update_weights.remote(**arguments) for engine, arguments in calls])
     tolerance = allowed_gap(config)
     worst = Parity(0.0, 0.0, 0)
     for name, actor in zip(engines.names, engines.actors, strict=True):
