@@ -8,7 +8,7 @@ import torch
 
 from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
 from posttrain.context import StageContext
-from posttrain.sampling.requests import SampleRequest
+from posttrain.sampling.requests import EngineLostError, SampleRequest
 from posttrain.sampling.weights import SharedWeights, TensorSpec, WeightTransferError, open_weights
 
 ENGINE = EngineConfig(max_model_len=256, kv_cache_gib=0.1)
@@ -74,6 +74,67 @@ def test_the_tensor_that_differs_is_named(tmp_path):
     with pytest.raises(WeightTransferError, match="tensor b has checksum"):
         next(open_weights(manifest.to_json(), notes.append))  # before anything is loaded
     assert notes == ["the checksum of tensor a", "the checksum of tensor b"]
+
+
+def test_where_a_frozen_process_stood_can_be_read():
+    import os
+    import signal
+    import subprocess
+    import sys
+
+    from posttrain.sampling.progress import Progress
+
+    progress = Progress.create()
+    code = (
+        "import os, signal, sys; from posttrain.sampling.progress import Progress; p = Progress(sys.argv[1]); "
+        "p.note('tensor one, which has a long name'); p.note('tensor two'); os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, progress.path])
+    try:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        assert progress.read() == (2, "tensor two")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        progress.unlink()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": {"backend": "nccl"}}, "resources.rollout.gpus is 0"),
+        ({"weights": {"backend": "ipc"}, "resources": {"rollout": {"gpus": 1}}}, "resources.trainer.gpus is 0"),
+        (
+            {"weights": {"backend": "ipc"}, "resources": {"rollout": {"gpus": 1}, "trainer": {"gpus": 1}}},
+            r"one engine on the trainer's own GPU.*\(1\) and trainer \(1\)",
+        ),
+        (
+            {
+                "weights": {"backend": "ipc"},
+                "resources": {"rollout": {"gpus": 0.5}, "trainer": {"gpus": 0.5}},
+                "parallel": {"processes": 2},
+            },
+            "parallel.processes 1, got 2",
+        ),
+        (
+            {
+                "weights": {"backend": "nccl", "order": "one_by_one"},
+                "resources": {"rollout": {"workers": 2, "gpus": 1}, "trainer": {"gpus": 1}},
+            },
+            "a broadcast to all",
+        ),
+    ],
+)
+def test_a_backend_that_cannot_work_is_refused(changes, message):
+    from posttrain.config.base import validate_config
+    from posttrain.errors import ConfigError
+    from posttrain.rl.config import RlConfig
+
+    base = {"model": {"path": "m"}, "prompts": {"path": "p.jsonl"}, "reward": {"name": "math"}}
+    with pytest.raises(ConfigError, match=message) as error:
+        validate_config(RlConfig, {**base, **changes}, "rl.yaml")
+    assert error.value.exit_code == 2
 
 
 # ---------------------------------------------------------------- vLLM's own backends, which need GPUs to run
@@ -164,6 +225,7 @@ def test_ipc_manifests_are_what_vllm_takes():
 
 
 @contract
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's sender works where there is a GPU")
 def test_a_failed_sender_is_told_with_peer_and_version():
     """There is no GPU here, so vLLM's sender fails; without a sender's answer the wait has an end as well."""
     from posttrain.sampling.transfer import GpuWeights
@@ -235,8 +297,11 @@ def test_warm_engine_with_swapped_weights_equals_a_fresh_one(ray_session, models
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_reload_repair_is_needed_and_sufficient(ray_session, models):
-    """Without the repair the same weights, loaded again, give other log-probabilities: the upstream fault is real."""
+def test_reload_repair_is_needed_and_sufficient(ray_session, models, tmp_path):
+    """Without the repair the same weights, loaded again, give other log-probabilities: the upstream fault is real.
+
+    At last the engine gets damaged weights, and says what, from whom and when.
+    """
     import ray
 
     from posttrain.sampling.engine import ENGINE_ENV, EngineActor
@@ -253,6 +318,13 @@ def test_reload_repair_is_needed_and_sufficient(ray_session, models):
         before, _, _ = ray.get(actor.generate.remote(GREEDY))
         ray.get(actor.update_weights.remote({"folder": model.path}, 1))
         after, _, _ = ray.get(actor.generate.remote(GREEDY))
+        damaged = publish(SharedWeights(tmp_path), {"a": torch.ones(9), "w": torch.ones(9)}, 2)
+        with open(damaged.path, "r+b") as segment:
+            segment.seek(damaged.tensors[1].offset)
+            segment.write(b"\xff")
+        where = "engine unrepaired, policy version 1: the update to policy version 2, at the checksum of tensor w"
+        with pytest.raises(EngineLostError, match=f"{where}, failed.* tensor w has checksum"):
+            ray.get(actor.update_weights.remote(damaged.to_json(), 2))
     finally:
         ray.kill(actor)
     gap = max(
