@@ -104,7 +104,7 @@ class SharedWeights:
                     place = buffer[offset : offset + spec.num_bytes]
                     place.view(spec.dtype).view(spec.shape).copy_(value.detach())
                     dtype = str(spec.dtype).removeprefix("torch.")
-                    entries.append(TensorEntry(spec.name, dtype, spec.shape, offset, zlib.crc32(place.numpy())))
+                    entries.append(TensorEntry(spec.name, dtype, spec.shape, offset, zlib.crc32(place.numpy().data)))
                     del place
                 del buffer  # the mapping cannot be closed while a tensor looks into it
         finally:
@@ -150,7 +150,7 @@ def _open_segment(source: dict[str, Any], note: Callable[[str], None]) -> Iterat
         note(f"the checksum of tensor {entry.name}")
         num_bytes = getattr(torch, entry.dtype).itemsize * torch.Size(entry.shape).numel()
         place = buffer[entry.offset : entry.offset + num_bytes]
-        crc32 = zlib.crc32(place.numpy())
+        crc32 = zlib.crc32(place.numpy().data)
         if crc32 != entry.crc32:
             raise WeightTransferError(
                 f"{who}: tensor {entry.name} has checksum {crc32:#x} in {manifest.path}, not {entry.crc32:#x}"
