@@ -504,6 +504,15 @@ def rl_controller(config: Any) -> Any:
     return _pool(controller._pool), controller._request(_drawn()[0]), controller._idle_limit, due, room, capabilities
 
 
+def rl_weights(config: Any) -> Any:
+    """The trainer's end, and what the engines are called with."""
+    from posttrain.rl.weights import publisher, update_calls
+
+    made = publisher(config)
+    calls = update_calls(config, {"backend": "nccl", "init": {}}, 3)
+    return type(made).__name__, getattr(made, "backend", None), calls
+
+
 def rl_allowed_gap(config: Any) -> Any:
     from posttrain.rl.parity import allowed_gap
 
@@ -625,8 +634,8 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings, trackers),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
-        rl_controller, rl_draws, rl_parked_draws, rl_knowledge, rl_policy, rl_micro_batches, rl_rescoring, rl_reference, rl_stops,
-        policy, router_bias, engine_settings, MODEL_ENGINE, trackers,
+        rl_controller, rl_draws, rl_parked_draws, rl_knowledge, rl_policy, rl_micro_batches, rl_rescoring,
+        rl_weights, rl_reference, rl_stops, policy, router_bias, engine_settings, MODEL_ENGINE, trackers,
     ),
     "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings, trackers),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),

@@ -8,7 +8,7 @@ import torch
 
 from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
 from posttrain.context import StageContext
-from posttrain.sampling.requests import SampleRequest
+from posttrain.sampling.requests import EngineLostError, SampleRequest
 from posttrain.sampling.weights import SharedWeights, TensorSpec, WeightTransferError, open_weights
 
 ENGINE = EngineConfig(max_model_len=256, kv_cache_gib=0.1)
@@ -57,11 +57,183 @@ def test_damaged_weights_are_refused(tmp_path):
     with open(manifest.path, "r+b") as segment:
         segment.seek(400)
         segment.write(b"\xff")
-    with pytest.raises(WeightTransferError, match="policy version 5: checksum"):
+    with pytest.raises(WeightTransferError, match=r"policy version 5 from process \d+ on .*: tensor w has checksum"):
         list(open_weights(manifest.to_json()))
     shared.close()
     with pytest.raises(WeightTransferError, match="is gone"):
         list(open_weights(manifest.to_json()))
+
+
+def test_the_tensor_that_differs_is_named(tmp_path):
+    shared = SharedWeights(tmp_path)
+    manifest = publish(shared, {"a": torch.ones(100), "b": torch.ones(100), "c": torch.ones(100)}, 6)
+    with open(manifest.path, "r+b") as segment:
+        segment.seek(manifest.tensors[1].offset + 8)
+        segment.write(b"\xff")
+    notes = []
+    with pytest.raises(WeightTransferError, match="tensor b has checksum"):
+        next(open_weights(manifest.to_json(), notes.append))  # before anything is loaded
+    assert notes == ["the checksum of tensor a", "the checksum of tensor b"]
+
+
+def test_where_a_frozen_process_stood_can_be_read():
+    import os
+    import signal
+    import subprocess
+    import sys
+
+    from posttrain.sampling.progress import Progress
+
+    progress = Progress.create()
+    code = (
+        "import os, signal, sys; from posttrain.sampling.progress import Progress; p = Progress(sys.argv[1]); "
+        "p.note('tensor one, which has a long name'); p.note('tensor two'); os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, progress.path])
+    try:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        assert progress.read() == (2, "tensor two")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        progress.unlink()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": {"backend": "nccl"}}, "resources.rollout.gpus is 0"),
+        ({"weights": {"backend": "ipc"}, "resources": {"rollout": {"gpus": 1}}}, "resources.trainer.gpus is 0"),
+        (
+            {"weights": {"backend": "ipc"}, "resources": {"rollout": {"gpus": 1}, "trainer": {"gpus": 1}}},
+            r"one engine on the trainer's own GPU.*\(1\) and trainer \(1\)",
+        ),
+        (
+            {
+                "weights": {"backend": "ipc"},
+                "resources": {"rollout": {"gpus": 0.5}, "trainer": {"gpus": 0.5}},
+                "parallel": {"processes": 2},
+            },
+            "parallel.processes 1, got 2",
+        ),
+        (
+            {
+                "weights": {"backend": "nccl", "order": "one_by_one"},
+                "resources": {"rollout": {"workers": 2, "gpus": 1}, "trainer": {"gpus": 1}},
+            },
+            "a broadcast to all",
+        ),
+    ],
+)
+def test_a_backend_that_cannot_work_is_refused(changes, message):
+    from posttrain.config.base import validate_config
+    from posttrain.errors import ConfigError
+    from posttrain.rl.config import RlConfig
+
+    base = {"model": {"path": "m"}, "prompts": {"path": "p.jsonl"}, "reward": {"name": "math"}}
+    with pytest.raises(ConfigError, match=message) as error:
+        validate_config(RlConfig, {**base, **changes}, "rl.yaml")
+    assert error.value.exit_code == 2
+
+
+# ---------------------------------------------------------------- vLLM's own backends, which need GPUs to run
+
+NAMED = {"a": torch.randn(3, 5), "b": torch.randn(7).to(torch.bfloat16)}
+SPECS = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in NAMED.items()]
+
+
+def contract(function):
+    """vLLM takes seconds to import."""
+    return pytest.mark.slow(pytest.mark.timeout(120)(function))
+
+
+@contract
+def test_nccl_manifests_are_what_vllm_takes():
+    import json
+    from dataclasses import asdict
+
+    from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.nccl_common import NCCLRendezvous, worker_init_payload
+    from vllm.distributed.weight_transfer.nccl_engine import (
+        NCCLTrainerInitInfo,
+        NCCLTrainerWeightTransferEngine,
+        NCCLWeightTransferEngine,
+    )
+
+    from posttrain.sampling.transfer import GpuManifest, GpuWeights, _Client, _source, open_update, source_for
+
+    weights = GpuWeights("nccl", 5, 1.0)
+    info = weights.init_info()
+    assert isinstance(info, NCCLTrainerInitInfo)
+    assert info.is_sender
+    assert NCCLRendezvous.__annotations__.keys() <= asdict(info).keys()
+    assert WeightTransferTrainerFactory._registry[info.backend]() is NCCLTrainerWeightTransferEngine
+    assert WeightTransferEngineFactory._registry["nccl"]() is NCCLWeightTransferEngine
+    assert isinstance(_Client(), VLLMWeightSyncClient)
+    manifest = GpuManifest("nccl", 3, "trainer", weights.manifest_init(), weights.update_names(SPECS)).to_json()
+    source = source_for(json.loads(json.dumps(manifest)), 1, 2)
+    worker = object.__new__(NCCLWeightTransferEngine)  # its constructor needs a model; parsing does not
+    init = worker.parse_init_info(source["init"])
+    assert init.rank_offset == 3  # the trainer, then two GPUs of the first engine
+    assert worker_init_payload(init).items() >= source["init"].items()
+    update = worker.parse_update_info(open_update(source))
+    assert update.names == list(NAMED)
+    assert update.shapes == [[3, 5], [7]]
+    weights.hold(SPECS, NAMED.values())
+    offered = _source(weights)
+    sent = dict(NCCLTrainerWeightTransferEngine._checked_iter(offered, offered.metadata()))
+    assert all(torch.equal(sent[name], tensor) for name, tensor in NAMED.items())
+    assert [str(meta.dtype).removeprefix("torch.") for meta in offered.metadata()] == update.dtype_names
+
+
+@contract
+def test_ipc_manifests_are_what_vllm_takes():
+    """vLLM's own sending code makes the handles, of CPU tensors here; they come through as they were sent."""
+    import json
+    import threading
+
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.ipc_engine import (
+        IPCTrainerInitInfo,
+        IPCTrainerWeightTransferEngine,
+        IPCWeightTransferEngine,
+    )
+
+    from posttrain.sampling.transfer import GpuManifest, GpuWeights, _source, open_update
+
+    weights = GpuWeights("ipc", 2, 30.0)
+    info = weights.init_info()
+    assert isinstance(info, IPCTrainerInitInfo)
+    assert WeightTransferTrainerFactory._registry[info.backend]() is IPCTrainerWeightTransferEngine
+    assert WeightTransferEngineFactory._registry["ipc"]() is IPCWeightTransferEngine
+    weights.hold(SPECS, NAMED.values())
+    sender = object.__new__(IPCTrainerWeightTransferEngine)  # its constructor asks for a GPU
+    sender.client, sender.is_sender, sender.gpu_uuid = weights.client, True, "GPU-0"
+    thread = threading.Thread(target=sender._send_unpacked, args=(_source(weights),), daemon=True)
+    thread.start()
+    manifest = GpuManifest("ipc", 3, "trainer", weights.manifest_init(), weights.handles()).to_json()
+    weights.client.taken.set()
+    thread.join(30)
+    source = json.loads(json.dumps(manifest))
+    worker = object.__new__(IPCWeightTransferEngine)
+    assert worker.parse_init_info(source["init"]).packed is info.packed
+    update = worker.parse_update_info(open_update(source))
+    assert update.names == list(NAMED)
+    assert [list(handle) for handle in update.ipc_handles] == [["GPU-0"], ["GPU-0"]]
+
+
+@contract
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's sender works where there is a GPU")
+def test_a_failed_sender_is_told_with_peer_and_version():
+    """There is no GPU here, so vLLM's sender fails; without a sender's answer the wait has an end as well."""
+    from posttrain.sampling.transfer import GpuWeights
+
+    weights = GpuWeights("ipc", 2, 30.0)
+    with pytest.raises(WeightTransferError, match=r"policy version 4 from process \d+ on .* by ipc: "):
+        weights.publish(SPECS, NAMED.values(), 4)
+    weights.close()
 
 
 # ---------------------------------------------------------------- real engines
@@ -125,8 +297,11 @@ def test_warm_engine_with_swapped_weights_equals_a_fresh_one(ray_session, models
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_reload_repair_is_needed_and_sufficient(ray_session, models):
-    """Without the repair the same weights, loaded again, give other log-probabilities: the upstream fault is real."""
+def test_reload_repair_is_needed_and_sufficient(ray_session, models, tmp_path):
+    """Without the repair the same weights, loaded again, give other log-probabilities: the upstream fault is real.
+
+    At last the engine gets damaged weights, and says what, from whom and when.
+    """
     import ray
 
     from posttrain.sampling.engine import ENGINE_ENV, EngineActor
@@ -143,6 +318,13 @@ def test_reload_repair_is_needed_and_sufficient(ray_session, models):
         before, _, _ = ray.get(actor.generate.remote(GREEDY))
         ray.get(actor.update_weights.remote({"folder": model.path}, 1))
         after, _, _ = ray.get(actor.generate.remote(GREEDY))
+        damaged = publish(SharedWeights(tmp_path), {"a": torch.ones(9), "w": torch.ones(9)}, 2)
+        with open(damaged.path, "r+b") as segment:
+            segment.seek(damaged.tensors[1].offset)
+            segment.write(b"\xff")
+        where = "engine unrepaired, policy version 1: the update to policy version 2, at the checksum of tensor w"
+        with pytest.raises(EngineLostError, match=f"{where}, failed.* tensor w has checksum"):
+            ray.get(actor.update_weights.remote(damaged.to_json(), 2))
     finally:
         ray.kill(actor)
     gap = max(

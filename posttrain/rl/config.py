@@ -195,19 +195,6 @@ class CurriculumConfig(Config):
         return check_band(band)
 
 
-class WeightsConfig(Config):
-    """How a new version of the policy reaches the engines, with requests in flight."""
-
-    kv: Literal["recompute", "keep"] = Field(
-        default="recompute",
-        description="The KV cache of running requests: computed again, so that every later token is the new policy's, "
-        "or kept, so that no time is lost and later tokens are of neither policy alone.",
-    )
-    order: Literal["together", "one_by_one"] = Field(
-        default="together", description="All engines take a version at once, or one after another."
-    )
-
-
 class RlRewardConfig(RewardConfig):
     """The reward, and what is done where it gives no score."""
 
@@ -235,6 +222,23 @@ class RlResources(Config):
     reward: RewardResources = Field(default_factory=RewardResources)
     reference: TrainerResources | None = Field(
         default=None, description="Of the one process that holds the reference policy; set it with loss.reference."
+    )
+
+
+class WeightsConfig(Config):
+    """How new weights get to the engines, and what becomes of the replies that are being sampled."""
+
+    backend: Literal["shm", "nccl", "ipc"] = Field(
+        default="shm",
+        description="shm: shared memory, one host; nccl: broadcast between GPUs of any hosts; ipc: the engine reads "
+        "the memory of the GPU that it shares with the trainer.",
+    )
+    kv: Literal["recompute", "keep"] = Field(
+        default="recompute",
+        description="The KV cache of running replies: compute it again under the new weights, or keep it.",
+    )
+    order: Literal["together", "one_by_one"] = Field(
+        default="together", description="Engines take new weights at the same time, or each when the last one has."
     )
 
 
@@ -377,6 +381,30 @@ class RlConfig(Config):
                 "loss.reference and resources.reference go together: the penalty, and the CPUs and GPUs of the process "
                 "that holds the reference policy; set both or none"
             )
+        self._check_weights()
         if self.min_group > self.group_size:
             raise ValueError(f"min_group ({self.min_group}) must not exceed group_size ({self.group_size})")
         return self
+
+    def _check_weights(self) -> None:
+        """The backends between GPUs need GPUs, and those of vLLM's that share one need it shared."""
+        backend, resources = self.weights.backend, self.resources
+        if backend == "shm":
+            return
+        for name, gpus in (("rollout", resources.rollout.gpus), ("trainer", resources.trainer.gpus)):
+            if not gpus:
+                raise ValueError(
+                    f"weights.backend: {backend} moves weights from GPU to GPU, and resources.{name}.gpus is 0; "
+                    "set it, or weights.backend: shm"
+                )
+        if backend == "nccl":
+            if self.weights.order == "one_by_one" and resources.rollout.workers > 1:
+                raise ValueError("weights.order: one_by_one does not go with weights.backend: nccl, a broadcast to all")
+            return
+        if resources.rollout.gpus + resources.trainer.gpus > 1 or resources.rollout.workers > 1:
+            raise ValueError(
+                "weights.backend: ipc needs one engine on the trainer's own GPU: resources.rollout.workers 1, and gpus "
+                f"of rollout ({resources.rollout.gpus:g}) and trainer ({resources.trainer.gpus:g}) of 1 in sum"
+            )
+        if self.parallel.processes > 1:
+            raise ValueError(f"weights.backend: ipc needs parallel.processes 1, got {self.parallel.processes}")

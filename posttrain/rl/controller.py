@@ -19,6 +19,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError
@@ -43,6 +44,7 @@ from posttrain.rl.scoring import drop_reason, make_group, over_batch, passes_and
 from posttrain.rl.staleness import StalenessQueue
 from posttrain.rl.tally import StepTally
 from posttrain.rl.verifiers import reward_config
+from posttrain.rl.weights import update_calls
 from posttrain.rl.workers import Flight, RolloutWorkers
 from posttrain.sampling.client import Engines, answer
 from posttrain.scoring.client import RewardClient
@@ -114,6 +116,7 @@ class Controller:
             parts.engines,
             manifest,
             first_step,
+            partial(update_calls, config),
             config.engine.deadline_s,
             self._sampled,
             lambda flight: ledger.begun(flight.order, tuple(flight.replies)),
@@ -337,10 +340,7 @@ class Controller:
         await keep_evidence(self._config, self._context.dir, self._trainer, step, samples, nonfinite)
         # Two segments are written in turn: the engines must have taken the last version before the next is written.
         await self._finish_update()
-        weights = self._config.weights
-        self._update = self._start(
-            self._workers.update(result["manifest"], step + 1, weights.order == "one_by_one", weights.kv)
-        )
+        self._update = self._start(self._workers.update(result["manifest"], step + 1))
         self._ledger.trained([scored.group.order for scored in batch], step)
         for scored in batch:
             self._archive.add(scored, step, step, "trained")

@@ -13,6 +13,7 @@ from posttrain.rl.config import RlConfig
 from posttrain.rl.groups import DrawnPrompt
 from posttrain.rl.profile import sample_request
 from posttrain.rl.samples import TrainSample
+from posttrain.rl.weights import update_calls
 from posttrain.sampling.client import Engines
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
@@ -45,7 +46,8 @@ def check_engine_parity(
     """Compare on a few prompts, with the weights of `manifest`; raises `StageError` where the mean gap is too large."""
     import ray
 
-    ray.get([actor.update_weights.remote(manifest, version) for actor in engines.actors])
+    for calls in update_calls(config, manifest, version):
+        ray.get([engines.actors[engine].update_weights.remote(**arguments) for engine, arguments in calls])
     tolerance = allowed_gap(config)
     worst = Parity(0.0, 0.0, 0)
     for name, actor in zip(engines.names, engines.actors, strict=True):

@@ -30,7 +30,8 @@ from posttrain.rl.config import RlConfig
 from posttrain.rl.losses import LOSSES, LossInputs, batch_share, reference_kl
 from posttrain.rl.policy import PAD_ID, load_token_policy, sample_logprobs
 from posttrain.rl.samples import MicroBatch, TrainSample, collate, micro_batches
-from posttrain.sampling.weights import SharedWeights, TensorSpec
+from posttrain.rl.weights import publisher
+from posttrain.sampling.weights import TensorSpec
 from posttrain.train.routers import figures
 
 
@@ -65,7 +66,7 @@ class PolicyTrainer:
         has_routers = native_layers(self._policy) is not None
         self._routers = RouterBias(self._policy, config.model.router.bias_rate) if has_routers else None
         self._tokenizer = load_tokenizer(config.model.path)
-        self._weights = SharedWeights()
+        self._weights = publisher(config)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self.policy_version = 0
         self._skipped_in_a_row = 0
@@ -75,7 +76,7 @@ class PolicyTrainer:
         return engine_report(self._engine, self._config.parallel)
 
     def publish(self) -> dict[str, Any] | None:
-        """Write the weights to shared memory; returns the manifest that an engine takes, on rank 0."""
+        """Make the weights ready for the engines; returns the manifest that an engine takes, on rank 0."""
         items = whole_tensors(self._engine.module)
         values = (value for _, value in read_weights(items))
         if self._rank:

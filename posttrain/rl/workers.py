@@ -93,7 +93,7 @@ class Worker:
 class RolloutWorkers:
     """Feeds the engines, which hold `version`, whose weights are `manifest`.
 
-    finished: hears of each group whose replies are all there. begun: hears of each group that has more of them.
+    calls: see `posttrain.rl.weights.update_calls`. finished: hears of each group whose replies are all there. begun: hears of each group that has more of them.
     wave_seed: if given, groups are sampled in deterministic waves: all that were sent in one go, and none before the
     wave is finished.
     """
@@ -104,6 +104,7 @@ class RolloutWorkers:
         engines: Engines,
         manifest: dict[str, Any],
         version: int,
+        calls: Callable[[dict[str, Any], int], list[list[tuple[int, dict[str, Any]]]]],
         deadline_s: float,
         finished: Callable[[Flight, float], None],
         begun: Callable[[Flight], None],
@@ -112,6 +113,7 @@ class RolloutWorkers:
     ):
         self._context = context
         self._engines = engines
+        self._calls = calls
         self._deadline_s = deadline_s
         self._finished = finished
         self._begun = begun
@@ -173,24 +175,19 @@ class RolloutWorkers:
 
     # ------------------------------------------------------------------ weights
 
-    async def update(self, manifest: dict[str, Any], version: int, one_by_one: bool, kv: str) -> None:
+    async def update(self, manifest: dict[str, Any], version: int) -> None:
         """Have every worker take a version; one that is being replaced takes it when it starts."""
         self._newest = (manifest, version)
-        if one_by_one:
-            for worker in self.workers:
-                await self._update(worker, kv)
-        else:
-            await asyncio.gather(*(self._update(worker, kv) for worker in self.workers))
+        for together in self._calls(manifest, version):
+            await asyncio.gather(*(self._update(self.workers[index], arguments) for index, arguments in together))
 
-    async def _update(self, worker: Worker, kv: str) -> None:
+    async def _update(self, worker: Worker, arguments: dict[str, Any]) -> None:
         async with worker.lock:
-            manifest, version = self._newest
+            version = arguments["policy_version"]
             if not worker.is_alive or worker.policy_version >= version:
                 return
-            actor = worker.actor
             try:
-                call = actor.update_weights.remote(manifest, version, kv)
-                began, ended = await self._attended(worker, call)
+                began, ended = await self._attended(worker, worker.actor.update_weights.remote(**arguments))
             except Exception as error:
                 if not is_loss(error):
                     raise
@@ -304,9 +301,10 @@ class RolloutWorkers:
         self._send_waiting()
         worker.name, worker.actor = await self._engines.replace(worker.name)
         async with worker.lock:  # an update waits for it, so that the trainer does not write over what is read here
-            manifest, version = self._newest
-            await self._attended(worker, worker.actor.update_weights.remote(manifest, version))
-            worker.policy_version = version
+            calls = [call for together in self._calls(*self._newest) for call in together]
+            arguments = dict(calls)[self.workers.index(worker)]
+            await self._attended(worker, worker.actor.update_weights.remote(**arguments))
+            worker.policy_version = version = arguments["policy_version"]
             worker.is_alive = True
         self._told("took", [worker.name, version])
         self._send_waiting()

@@ -171,9 +171,18 @@ class EngineActor:
             processor = self._llm.output_processor
             processor.add_request(core_request, None, None, reply.index, reply)
             reply.follow(processor.request_states[reply.request_id])
-            await self._alive(self._llm.engine_core.add_request_async(core_request))
+            await self._send(core_request)
             if place % ADMIT_AT_ONCE == ADMIT_AT_ONCE - 1:
                 await asyncio.sleep(0)  # outputs are taken in meanwhile
+
+    async def _send(self, core_request: Any) -> None:
+        """Put a request on its way; thousands a second go here, and sending waits for nobody."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await self._llm.engine_core.add_request_async(core_request)
+        except EngineDeadError:
+            raise self._watch.lose("its core process has died") from None
 
     async def collect(self, wait_s: float) -> tuple[list[Piece], float]:
         """Every piece since the last call, and the Unix time; waits up to `wait_s` for the first.

@@ -13,6 +13,8 @@ from posttrain.errors import StageError
 from posttrain.records import VersionSpan
 from posttrain.sampling.requests import Piece
 
+GATHER_S = 0.02  # some engine steps; a call between processes costs about a millisecond on either side
+
 
 def spans_between(starts: Sequence[tuple[str, int]], begin: int, end: int, shift: int = 0) -> tuple[VersionSpan, ...]:
     """Who sampled tokens [begin, end). starts: (version, place of its first token), in order; the places in the
@@ -153,13 +155,15 @@ class Outbox:
         self._event.set()
 
     async def wait(self, seconds: float) -> None:
-        """Until there is a piece, or `wake` is called, at most so long."""
-        if not self._event.is_set() and seconds > 0:
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._event.wait()
-            except TimeoutError:
-                pass
+        """Until there is a piece, at most so long; and a moment more for others, so that one call brings many."""
+        if seconds <= 0:
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
+                await asyncio.sleep(GATHER_S)
+        except TimeoutError:
+            pass
 
     def take(self, decode: Callable[[list[int]], str]) -> list[Piece]:
         """Every piece that is there."""

@@ -9,10 +9,12 @@ Source: vLLM's interfaces `WeightTransferEngine` (vllm/distributed/weight_transf
 import ctypes
 import os
 import signal
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -23,6 +25,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from posttrain.sampling.progress import Progress
+from posttrain.sampling.transfer import open_update
 from posttrain.sampling.weights import open_weights
 
 PR_SET_PDEATHSIG = 1
@@ -107,23 +110,62 @@ class WorkerExtension:
         return os.getpid()
 
     def note_progress(self, path: str) -> None:
-        """Note in the file at `path` which tensor is worked on."""
+        """Note in the file at `path` which tensor is worked on, whatever backend it comes by."""
         global _progress
         _progress = Progress(path)
+        model = self.model_runner.get_model()
+        load_weights = model.load_weights
+        model.load_weights = lambda weights: load_weights(told(weights))
 
     def seed_sampling(self, seed: int) -> None:
         """Seed the generators that tokens are drawn from."""
         torch.manual_seed(seed)
 
-    start_weight_update: Any  # these three are the methods of the worker that vLLM adds this class to
+    # What the worker that vLLM adds this class to has.
+    start_weight_update: Any
     update_weights: Any
     finish_weight_update: Any
+    weight_transfer_engine: Any
+    vllm_config: Any
+    device: Any
+    model_runner: Any
 
     def apply_weights(self, source: dict[str, Any]) -> None:
-        """One whole weight update: between two engine steps when generation is paused."""
-        self.start_weight_update()
-        self.update_weights({"source": source})
-        self.finish_weight_update()
+        """One whole weight update: between two engine steps when generation is paused.
+
+        source: of `open_weights`, or `GpuManifest.to_json` (see posttrain/sampling/transfer.py).
+        """
+        backend = source.get("backend", "shm")
+        own = self.weight_transfer_engine
+        if backend != "shm":
+            self.weight_transfer_engine = self._engine_of(source)
+        try:
+            self.start_weight_update()
+            self.update_weights({"source": source} if backend == "shm" else open_update(source))
+            self.finish_weight_update()
+        finally:
+            self.weight_transfer_engine = own
+
+    def _engine_of(self, source: dict[str, Any]) -> Any:
+        """vLLM's engine of another backend, made and introduced to the trainer when its first manifest comes."""
+        engines = self.__dict__.setdefault("_transfer_engines", {})
+        peer = (source["backend"], source["peer"])
+        if peer not in engines:
+            note(f"the introduction to {source['peer']} by {source['backend']}")
+            config = WeightTransferConfig(backend=source["backend"])
+            engine = WeightTransferEngineFactory.create_engine(
+                config, self.vllm_config, self.device, self.model_runner.get_model()
+            )
+            engine.init_transfer_engine(engine.parse_init_info(source["init"]))
+            engines[peer] = engine
+        return engines[peer]
+
+
+def told(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Note every tensor before it is loaded."""
+    for name, tensor in weights:
+        note(f"tensor {name}")
+        yield name, tensor
 
 
 if "shm" not in WeightTransferEngineFactory._registry:

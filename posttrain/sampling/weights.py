@@ -9,6 +9,7 @@ into a running engine and taking an update are one code path.
 import mmap
 import os
 import secrets
+import socket
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -42,22 +43,24 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies in a segment. `dtype` is torch's name without the prefix; `offset` is in bytes."""
+    """Where one tensor lies in a segment. `dtype` is torch's name without the prefix; `offset` is in bytes; `crc32` is
+    of its bytes."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    crc32: int
 
 
 @dataclass(frozen=True, slots=True)
 class WeightManifest:
-    """Describes one published version. `crc32` covers the whole segment."""
+    """Describes one published version. `peer` says who wrote it."""
 
     path: str
     policy_version: int
     num_bytes: int
-    crc32: int
+    peer: str
     tensors: tuple[TensorEntry, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -76,6 +79,7 @@ class SharedWeights:
 
     def __init__(self, directory: str | Path = "/dev/shm"):
         stem = f"posttrain-{os.getpid()}-{secrets.token_hex(4)}"
+        self._peer = f"process {os.getpid()} on {socket.gethostname()}"
         self._paths = [Path(directory) / f"{stem}-{half}" for half in "ab"]
 
     def publish(
@@ -85,25 +89,27 @@ class SharedWeights:
 
         values: one for each of `specs`, in their order; each is written before the next is asked for.
         """
-        entries, end = [], 0
+        offsets, end = [], 0
         for spec in specs:
-            entries.append(TensorEntry(spec.name, str(spec.dtype).removeprefix("torch."), spec.shape, end))
+            offsets.append(end)
             end += -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT
+        entries = []
         path = self._paths[policy_version % 2]
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.ftruncate(descriptor, end)
             with mmap.mmap(descriptor, end) as segment:
                 buffer = torch.frombuffer(segment, dtype=torch.uint8)
-                for value, spec, entry in zip(values, specs, entries, strict=True):
-                    place = buffer[entry.offset : entry.offset + spec.num_bytes]
+                for value, spec, offset in zip(values, specs, offsets, strict=True):
+                    place = buffer[offset : offset + spec.num_bytes]
                     place.view(spec.dtype).view(spec.shape).copy_(value.detach())
+                    dtype = str(spec.dtype).removeprefix("torch.")
+                    entries.append(TensorEntry(spec.name, dtype, spec.shape, offset, zlib.crc32(place.numpy().data)))
                     del place
                 del buffer  # the mapping cannot be closed while a tensor looks into it
-                crc32 = zlib.crc32(segment)
         finally:
             os.close(descriptor)
-        return WeightManifest(str(path), policy_version, end, crc32, tuple(entries))
+        return WeightManifest(str(path), policy_version, end, self._peer, tuple(entries))
 
     def close(self) -> None:
         """Remove the segments. Readers that still have them mapped keep them."""
@@ -116,40 +122,42 @@ def open_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) from a manifest (`WeightManifest.to_json`) or from {"folder": a Hugging Face folder}.
 
-    note: hears what is worked on.
+    note: hears what is checked before anything is yielded.
     """
-    tensors = _open_folder(Path(source["folder"])) if "folder" in source else _open_segment(source, note)
-    for name, tensor in tensors:
-        note(f"tensor {name}")
-        yield name, tensor
+    if "folder" in source:
+        yield from _open_folder(Path(source["folder"]))
+    else:
+        yield from _open_segment(source, note)
 
 
 def _open_segment(source: dict[str, Any], note: Callable[[str], None]) -> Iterator[tuple[str, torch.Tensor]]:
     manifest = WeightManifest.from_json(source)
+    who = f"policy version {manifest.policy_version} from {manifest.peer}"
     try:
         descriptor = os.open(manifest.path, os.O_RDONLY)
     except FileNotFoundError:
         raise WeightTransferError(
-            f"policy version {manifest.policy_version}: the segment {manifest.path} is gone; "
-            "the trainer has ended or runs on another host"
+            f"{who}: the segment {manifest.path} is gone; the trainer has ended or runs on another host"
         ) from None
     try:
         # Private and writable only because torch has no read-only tensors; nobody writes.
         segment = mmap.mmap(descriptor, manifest.num_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
     finally:
         os.close(descriptor)
-    crc32 = zlib.crc32(segment)
-    if crc32 != manifest.crc32:
-        raise WeightTransferError(
-            f"policy version {manifest.policy_version}: checksum {crc32:#x} of {manifest.path}, not {manifest.crc32:#x}"
-        )
     buffer = torch.frombuffer(segment, dtype=torch.uint8)
-    for entry in manifest.tensors:
-        dtype = getattr(torch, entry.dtype)
-        num_bytes = dtype.itemsize
-        for size in entry.shape:
-            num_bytes *= size
-        yield entry.name, buffer[entry.offset : entry.offset + num_bytes].view(dtype).view(entry.shape)
+    places = []
+    for entry in manifest.tensors:  # all are checked before any is loaded
+        note(f"the checksum of tensor {entry.name}")
+        num_bytes = getattr(torch, entry.dtype).itemsize * torch.Size(entry.shape).numel()
+        place = buffer[entry.offset : entry.offset + num_bytes]
+        crc32 = zlib.crc32(place.numpy().data)
+        if crc32 != entry.crc32:
+            raise WeightTransferError(
+                f"{who}: tensor {entry.name} has checksum {crc32:#x} in {manifest.path}, not {entry.crc32:#x}"
+            )
+        places.append(place)
+    for entry, place in zip(manifest.tensors, places, strict=True):
+        yield entry.name, place.view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
 def _open_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
