@@ -3,9 +3,12 @@
 import contextlib
 import os
 import signal
+import time
 from typing import Any
 
 KILL_S = 10.0
+GRACE_S = 2.0
+LOOK_S = 0.02
 
 
 def place_of_this() -> tuple[str, int]:
@@ -16,7 +19,10 @@ def place_of_this() -> tuple[str, int]:
 
 
 def kill_process(node: str, pid: int) -> None:
-    """SIGKILL a process of a node of this Ray cluster; it may be gone, or the node may be."""
+    """End a process that Ray was told to end, on a node of this cluster: SIGKILL if it is there after two seconds.
+
+    It may be gone already, and the node may be.
+    """
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -31,5 +37,9 @@ def kill_process(node: str, pid: int) -> None:
 
 
 def _kill(pid: int) -> None:
+    end = time.monotonic() + GRACE_S
     with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.kill(pid, 0)  # raises when it is gone
+            time.sleep(LOOK_S)
         os.kill(pid, signal.SIGKILL)

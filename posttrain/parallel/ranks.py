@@ -120,11 +120,11 @@ class RankGroup:
 
         if last is not None and not self._starts:
             ray.wait(self._submit(last, ()), num_returns=len(self._ranks), timeout=LAST_S)
-        for rank, place in zip(self._ranks, self._places, strict=True):
-            if ray.wait([place], timeout=0)[0]:
-                with contextlib.suppress(RayError):  # it died before it could say
-                    kill_process(*ray.get(place))
+        for rank in self._ranks:
             ray.kill(rank)
+        for place in ray.wait(self._places, num_returns=len(self._ranks), timeout=0)[0] if self._ranks else []:
+            with contextlib.suppress(RayError):  # it died before it could say
+                kill_process(*ray.get(place))  # a frozen one does not hear Ray
         self._ranks = []
 
 

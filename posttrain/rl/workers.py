@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.records import VersionSpan
@@ -93,9 +95,9 @@ class Worker:
 class RolloutWorkers:
     """Feeds the engines, which hold `version`, whose weights are `manifest`.
 
-    calls: see `posttrain.rl.weights.update_calls`. finished: hears of each group whose replies are all there. begun: hears of each group that has more of them.
-    wave_seed: if given, groups are sampled in deterministic waves: all that were sent in one go, and none before the
-    wave is finished.
+    calls: see `posttrain.rl.weights.update_calls`. finished: hears of each group whose replies are all there. begun:
+    hears of each group that has more of them. told: hears of events for the log. wave_seed: if given, groups are
+    sampled in deterministic waves: all that were sent in one go, and none before the wave is finished.
     """
 
     def __init__(
@@ -209,7 +211,7 @@ class RolloutWorkers:
                     group.create_task(self._empty(worker))
                 continue
             except Exception as error:
-                cause = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+                cause = root_of(error)
                 if not is_loss(cause):
                     raise cause from None
             # A replacement may be lost too, before it serves.
@@ -222,7 +224,7 @@ class RolloutWorkers:
                 except Exception as error:
                     if not is_loss(error):
                         raise
-                    cause = error
+                    cause = root_of(error)
 
     async def _feed(self, worker: Worker) -> None:
         while True:
@@ -317,8 +319,11 @@ def wave_seed(seed: int, order: int) -> int:
 
 def is_loss(error: BaseException) -> bool:
     """Whether an engine is gone, as opposed to a fault that another engine would have too."""
-    from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+    return isinstance(root_of(error), RayActorError | ActorUnavailableError | EngineLostError | TimeoutError)
 
-    if isinstance(error, RayTaskError):
-        error = error.cause
-    return isinstance(error, RayActorError | ActorUnavailableError | EngineLostError | TimeoutError)
+
+def root_of(error: BaseException) -> BaseException:
+    """What was raised, without the wraps of tasks and remote calls."""
+    if isinstance(error, BaseExceptionGroup):
+        return root_of(error.exceptions[0])
+    return error.cause if isinstance(error, RayTaskError) else error

@@ -118,12 +118,16 @@ class EngineRegistry:
 
         for held in ended:
             self._held.remove(held)
-            where = asyncio.ensure_future(_await(held.where))
-            # A frozen process does not hear Ray: it is killed by its number, which one that never started has not.
-            if (await asyncio.wait({where}, timeout=WHERE_S))[0] and where.exception() is None:
-                await asyncio.to_thread(kill_process, *where.result())
-            where.cancel()
             ray.kill(held.actor)
+        # A frozen process does not hear Ray: it is killed by its number, which one that never started has not.
+        wheres = [asyncio.ensure_future(_await(held.where)) for held in ended]
+        if not wheres:
+            return
+        there, missing = await asyncio.wait(wheres, timeout=WHERE_S)
+        for where in missing:
+            where.cancel()
+        places = [where.result() for where in there if where.exception() is None]
+        await asyncio.gather(*(asyncio.to_thread(kill_process, *place) for place in places))
 
 
 async def _await(reference: Any) -> Any:
