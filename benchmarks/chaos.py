@@ -1,0 +1,174 @@
+"""Kills and freezes the processes of RL runs, in every state of their groups, and checks that nothing is lost.
+
+python benchmarks/chaos.py [--kills N] [--seed S] [--json FILE] [--only VICTIM[:SIGNAL][,...]]
+
+Kills are spread evenly over victims, signals and states; each run takes up to three, every third run is deterministic.
+After its last step a run is audited, and its weights compared, bit for bit: those of an asynchronous run with its
+replay from the archive, those of a deterministic one with a run that nothing disturbed. Every wait has a deadline.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from chaos_run import STATES, VICTIMS, ChaosRun, Ended, Late, Strike, as_json, save_policy, write_stage
+from measure import machine
+
+KILLS_A_RUN = 3
+STEPS = 10 + 6 * KILLS_A_RUN
+STRIKE_S = 150.0
+FINISH_S = 300.0
+FROZEN = ("engine_core", "rollout_actor", "reward_process", "reward_actor", "trainer_rank")
+PAIRS = [(name, "kill") for name in VICTIMS] + [(name, "stop") for name in FROZEN]
+DETERMINISTIC = {"deterministic": True, "max_staleness": 0}
+
+
+def plan(only: set[str], random: Random) -> "Any":
+    """Strikes without end: every victim and signal once a round, each time in another state."""
+    pairs = [pair for pair in PAIRS if not only or only & {pair[0], ":".join(pair)}]
+    turn = 0
+    while True:
+        for index in random.sample(range(len(pairs)), len(pairs)):
+            yield Strike(*pairs[index], STATES[(index + turn) % len(STATES)])
+        turn += 1
+
+
+def chaos(scratch: Path, model: Path, number: int, strikes: list[Strike], reference: Path, seed: int) -> dict[str, Any]:
+    """One run with its strikes; returns what is written of it."""
+    from posttrain.rl.audit import audit_stage
+    from posttrain.rl.replay import weight_gaps
+
+    is_deterministic = number % 3 == 2
+    changes = DETERMINISTIC if is_deterministic else {"trainer_restarts": number % 2}
+    folder = write_stage(scratch / f"run{number}", model, STEPS, seed, **changes)
+    run = ChaosRun(folder, Random(seed * 1000 + number))
+    found: dict[str, Any] = {"run": number, "deterministic": is_deterministic, **changes, "kills": [], "not_sent": []}
+    try:
+        run.start()
+        for strike in strikes:
+            try:
+                found["kills"].append(run.strike(strike, STRIKE_S))
+                tell(number, strike)
+            except (Ended, Late) as reason:
+                found["not_sent"].append([strike.victim, strike.signal, strike.state, type(reason).__name__])
+        for _ in range(3):  # a run that ended by itself is a defect, but says more when it is finished
+            found["exit_code"] = run.finish(FINISH_S)
+            if found["exit_code"] in (0, None):
+                break
+            run.start()
+        found["hung_at_end"] = found["exit_code"] is None
+        found["orphans"] = run.orphans() if not found["hung_at_end"] else []
+        found["lives"] = run.lives
+        if found["exit_code"] == 0:
+            audit = audit_stage(folder)
+            found |= {"totals": audit.totals, "problems": audit.problems}
+            if is_deterministic:
+                found["largest_gap"] = max(weight_gaps(reference, folder / "model").values(), default=0.0)
+                found["weights_equal"] = not weight_gaps(reference, folder / "model")
+            else:
+                replayed = run.replay(FINISH_S)
+                found["weights_equal"] = replayed["weights_equal"]
+                found["batches_equal"] = replayed.get("batches_equal")
+    finally:
+        run.close()
+    return found
+
+
+def undisturbed(scratch: Path, model: Path, seed: int) -> Path:
+    """The weights of a deterministic run that is left alone."""
+    folder = write_stage(scratch / "undisturbed", model, STEPS, seed, **DETERMINISTIC)
+    run = ChaosRun(folder, Random(0))
+    try:
+        run.start()
+        if run.finish(FINISH_S) != 0:
+            raise SystemExit(f"the undisturbed run did not finish:\n{(scratch / 'undisturbed.log').read_text()[-3000:]}")
+    finally:
+        run.close()
+    return folder / "model"
+
+
+def tell(number: int, strike: Strike) -> None:
+    counts = " ".join(f"{name} {count}" for name, count in sorted(strike.counts.items()))
+    seconds = f"{strike.seconds:6.1f} s" + (f" + {strike.resumed_s:.1f} s" if strike.resumed_s is not None else "")
+    place = f"{number:4} {strike.victim:14} {strike.signal:4} at {strike.state:9}"
+    print(f"{place} {strike.outcome:8} {seconds}  {counts}", *(f"\n     left: {name}" for name in strike.orphans))
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of all runs."""
+    kills = [strike for run in runs for strike in run["kills"]]
+    return {
+        "kills": len(kills),
+        "runs": len(runs),
+        "survived": sum(strike.outcome == "survived" for strike in kills),
+        "resumed": sum(strike.outcome == "resumed" for strike in kills),
+        "hung": sum(strike.outcome == "hung" for strike in kills) + sum(run["hung_at_end"] for run in runs),
+        "failed": sum(strike.outcome == "failed" for strike in kills)
+        + sum(run["exit_code"] not in (0, None) for run in runs),
+        "lost": sum(run.get("totals", {}).get("lost", 0) for run in runs),
+        "trained_twice": sum(run.get("totals", {}).get("trained_twice", 0) for run in runs),
+        "orphans": sum(len(strike.orphans) for strike in kills) + sum(len(run["orphans"]) for run in runs),
+        "audits_clean": all(run.get("problems") == [] for run in runs),
+        "weights_equal": all(run.get("weights_equal") for run in runs),
+        "slowest_s": max((strike.seconds for strike in kills), default=0.0),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="victims, or VICTIM:SIGNAL, comma-separated")
+    arguments = parser.parse_args()
+    only = {name for name in arguments.only.split(",") if name}
+    known = {*VICTIMS, *(":".join(pair) for pair in PAIRS)}
+    if only - known:
+        parser.error(f"--only: no victim {', '.join(sorted(only - known))}; there are: {', '.join(sorted(known))}")
+    began = time.time()
+    strikes = plan(only, Random(arguments.seed))
+    runs: list[dict[str, Any]] = []
+    sent, waiting = 0, []
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        model = save_policy(scratch / "policy")
+        reference = undisturbed(scratch, model, arguments.seed) if arguments.kills > 2 * KILLS_A_RUN else scratch
+        while sent < arguments.kills and len(runs) < 2 * arguments.kills:
+            wanted = min(KILLS_A_RUN, arguments.kills - sent)
+            mine = [replace(strike) for strike in [*waiting, *islice(strikes, wanted - len(waiting))]]
+            runs.append(chaos(scratch, model, len(runs), mine, reference, arguments.seed))
+            run = runs[-1]
+            sent += len(run["kills"])
+            waiting = [Strike(*missed[:3]) for missed in run["not_sent"]][:KILLS_A_RUN]
+            verdict = f"clean {run.get('problems') == []}, weights equal {run.get('weights_equal')}"
+            print(f"{run['run']:4} {run['lives']} lives, {verdict}", *run.get("problems", []), *run["orphans"], flush=True)
+            report = report_of(arguments, runs, began)
+            if arguments.json:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    print("  ".join(f"{name} {value}" for name, value in summary(runs).items()))
+
+
+def report_of(arguments: argparse.Namespace, runs: list[dict[str, Any]], began: float) -> dict[str, Any]:
+    """What goes into the file."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("ray", "vllm", "torch", "deepspeed", "transformers")},
+        "settings": {"kills": arguments.kills, "seed": arguments.seed, "only": arguments.only, "steps": STEPS},
+        "wall_s": round(time.time() - began, 1),
+        **summary(runs),
+        "per_run": [{**run, "kills": [as_json(strike) for strike in run["kills"]]} for run in runs],
+    }
+
+
+if __name__ == "__main__":
+    main()
