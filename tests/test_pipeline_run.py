@@ -221,6 +221,21 @@ def test_a_users_mistake_found_by_a_stage_exits_with_2_and_a_missing_output_is_a
     assert not (project.run_dir / "a" / "DONE").exists()
 
 
+def test_a_process_without_the_mark_is_found_by_its_log(tmp_path: Path):
+    """Ray's agents write their title over their environment."""
+    folder = tmp_path / "ray"
+    folder.mkdir()
+    with (folder / "agent.log").open("w") as log:
+        process = subprocess.Popen(["sleep", "60"], env={}, stdout=log)
+    try:
+        assert process.pid in session_processes("0123", str(folder))
+        assert process.pid not in session_processes("0123", str(tmp_path / "other"))
+        assert process.pid not in session_processes("0123")
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_every_process_and_the_run_can_be_continued(project: Project, number: signal.Signals):
     project.write(stage("a"), stage("b", source="${a.count}", steps=60, step_s=0.2))

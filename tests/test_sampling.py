@@ -1,6 +1,9 @@
 """Real vLLM engines in Ray actors: swapped weights equal a fresh load, in flight too; the transfer is checksummed."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -49,6 +52,25 @@ def test_next_version_does_not_overwrite_what_is_being_read(tmp_path):
     reading = dict(open_weights(first.to_json()))
     publish(shared, {"w": torch.full((1000,), 2.0)}, 2)
     assert torch.equal(reading["w"], torch.full((1000,), 1.0))
+
+
+def test_what_a_killed_publisher_left_is_removed_by_the_next(tmp_path):
+    script = f"""
+import os, signal, torch
+from posttrain.sampling.weights import SharedWeights, TensorSpec
+shared = SharedWeights({str(tmp_path)!r})
+for version in (1, 2):
+    shared.publish([TensorSpec("w", torch.float32, (9,))], [torch.ones(9)], version)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    alive = SharedWeights(tmp_path)
+    manifest = publish(alive, {"w": torch.ones(3)}, 1)
+    ended = subprocess.run([sys.executable, "-c", script])
+    assert ended.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 3
+    SharedWeights(tmp_path)
+    assert [str(path) for path in tmp_path.iterdir()] == [manifest.path]
+    assert dict(open_weights(manifest.to_json()))["w"].equal(torch.ones(3))
 
 
 def test_damaged_weights_are_refused(tmp_path):

@@ -11,6 +11,7 @@ A rank that fails leaves the others waiting in a collective; its error is raised
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from posttrain.errors import StageError
 from posttrain.parallel.kill import kill_process, place_of_this
 
 PLACE_S = 180.0
+START_S = 1800.0
 LAST_S = 10.0
 
 
@@ -56,13 +58,20 @@ class RankGroup:
 
     In each, once all have met, `make(*arguments)` gives the object whose methods are called. The processes start in
     the background; the first call waits for them, and raises `StageError` if they find no place on the cluster.
+    deadline_s: a `get` that takes longer raises TimeoutError; None: there is no limit.
     """
 
     def __init__(
-        self, parallel: ParallelConfig, resources: TrainerResources, make: Callable[..., Any], *arguments: Any
+        self,
+        parallel: ParallelConfig,
+        resources: TrainerResources,
+        make: Callable[..., Any],
+        *arguments: Any,
+        deadline_s: float | None = None,
     ):
         import ray
 
+        self._deadline_s = deadline_s
         self._resources = resources
         threads = str(max(1, int(resources.cpus)))
         actor = ray.remote(_Rank).options(
@@ -82,7 +91,7 @@ class RankGroup:
     def get(self, method: str, *arguments: Any) -> Any:
         """Call a method on every rank and wait; returns rank 0's answer."""
         self._await_start()
-        return _wait(self._submit(method, arguments))[0]
+        return _wait(self._submit(method, arguments), self._deadline_s, method)[0]
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """As `get`, for a caller that has other things to do meanwhile."""
@@ -107,7 +116,7 @@ class RankGroup:
                 f"{self._resources.cpus:g} CPU and {self._resources.gpus:g} GPU; lower resources.trainer or "
                 "parallel.processes"
             )
-        _wait(self._starts)
+        _wait(self._starts, START_S, "its start")
         self._starts = []
 
     def close(self, last: str | None = None) -> None:
@@ -128,13 +137,17 @@ class RankGroup:
         self._ranks = []
 
 
-def _wait(references: list[Any]) -> list[Any]:
-    """Results in order; the first failure is raised as soon as it is there."""
+def _wait(references: list[Any], deadline_s: float | None, what: str) -> list[Any]:
+    """Results in order; the first failure is raised as soon as it is there, TimeoutError when time is up."""
     import ray
 
+    end = None if deadline_s is None else time.monotonic() + deadline_s
     waiting = list(references)
     while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1)
+        left = None if end is None else max(0.0, end - time.monotonic())
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+        if not done:
+            raise TimeoutError(f"{len(waiting)} of {len(references)} ranks did not finish {what} in {deadline_s:g} s")
         ray.get(done)
     return ray.get(references)
 

@@ -152,7 +152,7 @@ def _close(session: RaySession) -> None:
         closing.join(SHUTDOWN_S)
         _terminate(session, spare)
         closing.join(SHUTDOWN_S)
-    left = watchdog.kill_session(session.session, SHUTDOWN_S, spare)
+    left = watchdog.kill_session(session.session, str(session.temp_dir), SHUTDOWN_S, spare)
     if left:
         print(f"posttrain: processes {sorted(left)} could not be ended", file=sys.stderr)
     watchdog.remove_traces(session.session, str(session.temp_dir))
@@ -165,12 +165,13 @@ def _quietly(function: Callable[[], Any]) -> None:
 
 def _terminate(session: RaySession, spare: frozenset[int], wait_s: float = 2.0) -> None:
     """SIGTERM what is left and give it a moment: an engine frees its shared memory when it is asked to end."""
-    alive = watchdog.descendants(watchdog.session_processes(session.session)) - spare
+    temp_dir = str(session.temp_dir)
+    alive = watchdog.descendants(watchdog.session_processes(session.session, temp_dir)) - spare
     for pid in alive:
         with suppress(OSError):
             os.kill(pid, signal.SIGTERM)
     end = time.monotonic() + wait_s
-    while time.monotonic() < end and watchdog.session_processes(session.session) - spare:
+    while time.monotonic() < end and watchdog.session_processes(session.session, temp_dir) - spare:
         time.sleep(0.05)
 
 

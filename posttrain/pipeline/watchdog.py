@@ -4,7 +4,9 @@
 
 Ray's own servers die with the driver, but its agents linger for most of a minute and engine processes of killed workers
 may live on. Every process of a session carries POSTTRAIN_SESSION in its environment, which children inherit; that mark
-is what this looks for. It sleeps until the driver dies, and is itself ended by a driver that closes in order.
+is what this looks for. Ray's agents and workers write their title over a part of their environment, and which part is
+chance, so that some lose the mark: those have files open under TEMP_DIR, their logs. It sleeps until the driver dies,
+and is itself ended by a driver that closes in order.
 """
 
 import os
@@ -19,8 +21,8 @@ VARIABLE = "POSTTRAIN_SESSION"
 DEADLINE_S = 20.0
 
 
-def session_processes(session: str) -> set[int]:
-    """Ids of live processes whose environment carries the session's mark, this one excepted."""
+def session_processes(session: str, temp_dir: str = "") -> set[int]:
+    """Ids of live processes with the session's mark, or with files open in its folder if given; this one excepted."""
     mark = f"{VARIABLE}={session}".encode()
     found = set()
     for entry in os.listdir("/proc"):
@@ -28,7 +30,7 @@ def session_processes(session: str) -> set[int]:
             continue
         try:
             with open(f"/proc/{entry}/environ", "rb") as environ:
-                marked = mark in environ.read().split(b"\0")
+                marked = mark in environ.read().split(b"\0") or (temp_dir and _has_open(entry, temp_dir))
             with open(f"/proc/{entry}/stat", "rb") as stat:
                 dead = stat.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
         except OSError:
@@ -36,6 +38,16 @@ def session_processes(session: str) -> set[int]:
         if marked and not dead:
             found.add(int(entry))
     return found
+
+
+def _has_open(pid: str, folder: str) -> bool:
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            if os.readlink(f"/proc/{pid}/fd/{number}").startswith(f"{folder}/"):
+                return True
+        except FileNotFoundError:  # closed meanwhile
+            continue
+    return False
 
 
 def descendants(roots: set[int]) -> set[int]:
@@ -59,11 +71,13 @@ def descendants(roots: set[int]) -> set[int]:
     return found
 
 
-def kill_session(session: str, deadline_s: float = DEADLINE_S, spare: frozenset[int] = frozenset()) -> set[int]:
+def kill_session(
+    session: str, temp_dir: str, deadline_s: float = DEADLINE_S, spare: frozenset[int] = frozenset()
+) -> set[int]:
     """SIGKILL every process of the session, again and again until none is left. Returns those that would not die."""
     end = time.monotonic() + deadline_s
     while True:
-        alive = descendants(session_processes(session)) - spare - {os.getpid()}
+        alive = descendants(session_processes(session, temp_dir)) - spare - {os.getpid()}
         if not alive or time.monotonic() > end:
             return alive
         for pid in alive:
@@ -100,7 +114,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     _wait_for_death(pid)
     time.sleep(0.2)
-    kill_session(session)
+    kill_session(session, temp_dir)
     remove_traces(session, temp_dir)
 
 

@@ -6,6 +6,8 @@ JSON, never a pickle. A folder of safetensors is read through the same `open_wei
 into a running engine and taking an update are one code path.
 """
 
+import contextlib
+import fcntl
 import mmap
 import os
 import secrets
@@ -21,6 +23,7 @@ import torch
 from posttrain.errors import PosttrainError
 
 ALIGNMENT = 64
+PREFIX = "posttrain-weights-"
 
 
 class WeightTransferError(PosttrainError):
@@ -75,12 +78,19 @@ class WeightManifest:
 
 
 class SharedWeights:
-    """The trainer's end: publishes versions into two shared-memory segments in turn."""
+    """The trainer's end: publishes versions into two shared-memory segments in turn.
+
+    Their names carry the mark of the Ray session, which removes them at its end. Each is locked as long as its process
+    lives, so that what a killed one left is known, from other containers too, and removed here.
+    """
 
     def __init__(self, directory: str | Path = "/dev/shm"):
-        stem = f"posttrain-{os.getpid()}-{secrets.token_hex(4)}"
+        remove_abandoned(Path(directory))
+        session = os.environ.get("POSTTRAIN_SESSION", "none")
+        stem = f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{session}"
         self._peer = f"process {os.getpid()} on {socket.gethostname()}"
         self._paths = [Path(directory) / f"{stem}-{half}" for half in "ab"]
+        self._descriptors: dict[Path, int] = {}
 
     def publish(
         self, specs: Sequence[TensorSpec], values: Iterable[torch.Tensor], policy_version: int
@@ -95,26 +105,46 @@ class SharedWeights:
             end += -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT
         entries = []
         path = self._paths[policy_version % 2]
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.ftruncate(descriptor, end)
-            with mmap.mmap(descriptor, end) as segment:
-                buffer = torch.frombuffer(segment, dtype=torch.uint8)
-                for value, spec, offset in zip(values, specs, offsets, strict=True):
-                    place = buffer[offset : offset + spec.num_bytes]
-                    place.view(spec.dtype).view(spec.shape).copy_(value.detach())
-                    dtype = str(spec.dtype).removeprefix("torch.")
-                    entries.append(TensorEntry(spec.name, dtype, spec.shape, offset, zlib.crc32(place.numpy().data)))
-                    del place
-                del buffer  # the mapping cannot be closed while a tensor looks into it
-        finally:
-            os.close(descriptor)
+        descriptor = self._open(path)
+        os.ftruncate(descriptor, end)
+        with mmap.mmap(descriptor, end) as segment:
+            buffer = torch.frombuffer(segment, dtype=torch.uint8)
+            for value, spec, offset in zip(values, specs, offsets, strict=True):
+                place = buffer[offset : offset + spec.num_bytes]
+                place.view(spec.dtype).view(spec.shape).copy_(value.detach())
+                dtype = str(spec.dtype).removeprefix("torch.")
+                entries.append(TensorEntry(spec.name, dtype, spec.shape, offset, zlib.crc32(place.numpy().data)))
+                del place
+            del buffer  # the mapping cannot be closed while a tensor looks into it
         return WeightManifest(str(path), policy_version, end, self._peer, tuple(entries))
+
+    def _open(self, path: Path) -> int:
+        """The segment's descriptor; a new one has its name only when it is locked."""
+        if path not in self._descriptors:
+            aside = path.with_name(f".{path.name}")
+            self._descriptors[path] = os.open(aside, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._descriptors[path], fcntl.LOCK_EX)
+            aside.rename(path)
+        return self._descriptors[path]
 
     def close(self) -> None:
         """Remove the segments. Readers that still have them mapped keep them."""
-        for path in self._paths:
+        for path, descriptor in self._descriptors.items():
             path.unlink(missing_ok=True)
+            os.close(descriptor)
+        self._descriptors = {}
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove segments of publishers that ended without `close`."""
+    for path in directory.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # of another user, or removed meanwhile
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+                path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def open_weights(

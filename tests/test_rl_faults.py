@@ -1,0 +1,71 @@
+"""One RL run in which every kind of process is killed once: it goes on or is continued, and nothing is lost.
+
+`benchmarks/chaos.py` does the same for every victim, signal and state of the groups.
+"""
+
+import os
+import signal
+import time
+from random import Random
+
+import pytest
+from chaos_run import ChaosRun, Strike, save_policy, write_stage
+
+from posttrain.config.shared import ParallelConfig, TrainerResources
+from posttrain.metrics.jsonl import read_jsonl
+from posttrain.parallel.ranks import RankGroup
+from posttrain.rl.audit import audit_stage
+
+DEADLINE_S = 150.0
+SURVIVED = (("reward_process", "generated"), ("reward_actor", "generated"), ("trainer_rank", "trained"))
+RESUMED = (("controller", "commit"), ("ray", "scored"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_kill_of_every_victim_loses_nothing_and_trains_nothing_twice(tmp_path):
+    folder = write_stage(tmp_path / "rl", save_policy(tmp_path / "policy"), steps=26, trainer_restarts=1)
+    run = ChaosRun(folder, Random(0))
+    try:
+        run.start()
+        for outcome, victims in (("survived", SURVIVED), ("resumed", RESUMED)):
+            for name, state in victims:
+                strike = run.strike(Strike(name, "kill", state), DEADLINE_S)
+                assert strike.outcome == outcome, strike
+                assert strike.orphans == [], strike
+        assert run.finish(DEADLINE_S) == 0
+        assert run.orphans() == []
+        assert run.lives == 1 + len(RESUMED)
+        audit = audit_stage(folder)
+        assert audit.is_clean, audit.problems
+        assert audit.totals["steps"] == 26
+        assert audit.totals["steps_rolled_back"] > 0
+        assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == list(range(26))
+        restarted = [line for line in read_jsonl(folder / "events.jsonl") if line["event"] == "trainer_restarted"]
+        assert len(restarted) == 1
+        # What the kills left of the run is one line of steps: trained again from the archive, it gives these weights.
+        replayed = run.replay(DEADLINE_S)
+        assert replayed["batches_equal"]
+        assert replayed["weights_equal"], replayed
+    finally:
+        run.close()
+
+
+class Stopped:
+    """Freezes its own process."""
+
+    def stop(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_nobody_waits_for_a_frozen_rank(ray_session):
+    group = RankGroup(ParallelConfig(), TrainerResources(cpus=0.5), Stopped, deadline_s=2.0)
+    try:
+        with pytest.raises(TimeoutError, match="1 of 1 ranks did not finish stop in 2 s"):
+            group.get("stop")
+    finally:
+        began = time.monotonic()
+        group.close()
+    assert time.monotonic() - began < 120  # not for ever
