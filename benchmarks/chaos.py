@@ -89,7 +89,9 @@ def undisturbed(scratch: Path, model: Path, seed: int) -> Path:
     try:
         run.start()
         if run.finish(FINISH_S) != 0:
-            raise SystemExit(f"the undisturbed run did not finish:\n{(scratch / 'undisturbed.log').read_text()[-3000:]}")
+            raise SystemExit(
+                f"the undisturbed run did not finish:\n{(scratch / 'undisturbed.log').read_text()[-3000:]}"
+            )
     finally:
         run.close()
     return folder / "model"
@@ -149,7 +151,9 @@ def main() -> None:
             sent += len(run["kills"])
             waiting = [Strike(*missed[:3]) for missed in run["not_sent"]][:KILLS_A_RUN]
             verdict = f"clean {run.get('problems') == []}, weights equal {run.get('weights_equal')}"
-            print(f"{run['run']:4} {run['lives']} lives, {verdict}", *run.get("problems", []), *run["orphans"], flush=True)
+            print(
+                f"{run['run']:4} {run['lives']} lives, {verdict}", *run.get("problems", []), *run["orphans"], flush=True
+            )
             report = report_of(arguments, runs, began)
             if arguments.json:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
