@@ -76,7 +76,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         reference = Reference(config, context.seed) if config.loss.reference is not None else None
         ledger = open_ledger(context.dir)
         try:
-            _check_same(ledger, config, rows, context.dir)
+            _check_same(ledger, config, rows, context.dir, context.seed)
             for restarts_left in range(config.trainer_restarts, -1, -1):
                 source = prompt_source(config, drawn, difficulties, tokenizer, context.seed)
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
@@ -142,12 +142,13 @@ def _start_trainer(config: RlConfig, seed: int) -> RankGroup:
     return RankGroup(config.parallel, config.resources.trainer, PolicyTrainer, config, seed)
 
 
-def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], folder: Path) -> None:
+def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], folder: Path, seed: int) -> None:
     """A run goes on with the dataset and the model that it began with, or not at all."""
     now = run_fingerprints(config, rows)
     if (saved := ledger.fact("fingerprints")) is not None:
         check_resumed(saved, now, folder)
     ledger.set_fact("fingerprints", now)
+    ledger.set_fact("seed", seed)
     ledger.flush_now()
 
 
