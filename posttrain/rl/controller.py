@@ -109,6 +109,7 @@ class Controller:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._update: asyncio.Task[None] | None = None
+        self._trainer_deadline_s = config.trainer_deadline_s
         self._dropped_in_a_row = 0
         self._failure: BaseException | None = None
         self._workers = RolloutWorkers(
@@ -267,9 +268,10 @@ class Controller:
         self._dropped_in_a_row += 1
         limit = self._idle_limit
         if self._dropped_in_a_row >= limit:
-            rewards = Counter(reward for reward in scored.rewards)
+            rewards = dict(Counter(scored.rewards))
+            why = Counter(scored.reasons).most_common(1)[0][0]
             raise StageError(
-                f"{limit} groups in a row taught nothing (the last: {reason}, rewards {dict(rewards)}); "
+                f"{limit} groups in a row taught nothing (the last: {reason}, rewards {rewards}, most often {why!r}); "
                 "choose prompts of other difficulty (profile.band) or look at the reward"
             )
 
@@ -319,7 +321,7 @@ class Controller:
         """A call of the trainer; raises TrainerLostError if a rank dies, or does not answer in time."""
         otherwise = f"the trainer, at policy version {self._next_version}, did not finish {method}"
         try:
-            return await answer(self._trainer.call(method, *arguments), self._config.trainer_deadline_s, otherwise)
+            return await answer(self._trainer.call(method, *arguments), self._trainer_deadline_s, otherwise)
         except (RayActorError, TimeoutError) as error:
             raise TrainerLostError(f"the trainer was lost in {method}: {' '.join(str(error).split())}") from error
 

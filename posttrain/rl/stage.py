@@ -77,7 +77,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         ledger = open_ledger(context.dir)
         try:
             _check_same(ledger, config, rows, context.dir, context.seed)
-            for restarts_left in range(config.trainer_restarts, -1, -1):
+            for left in restarts_left(config):
                 source = prompt_source(config, drawn, difficulties, tokenizer, context.seed)
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
                 parts = Parts(engines, trainer, reference, source, shares, archive, ledger, stop_ids)
@@ -85,9 +85,9 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
                     figures = _train(config, context, parts, prompts)
                     break
                 except TrainerLostError as error:
-                    if not restarts_left:
+                    if not left:
                         raise
-                    context.event("trainer_restarted", reason=str(error), restarts_left=restarts_left - 1)
+                    context.event("trainer_restarted", reason=str(error), restarts_left=left - 1)
                     trainer.close()
                     trainer = _start_trainer(config, context.seed)
             outputs = {
@@ -140,6 +140,11 @@ def _start_trainer(config: RlConfig, seed: int) -> RankGroup:
     from posttrain.rl.trainer import PolicyTrainer
 
     return RankGroup(config.parallel, config.resources.trainer, PolicyTrainer, config, seed)
+
+
+def restarts_left(config: RlConfig) -> range:
+    """How often the trainer may still be started again, for each time that it is."""
+    return range(config.trainer_restarts, -1, -1)
 
 
 def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], folder: Path, seed: int) -> None:
