@@ -520,7 +520,14 @@ def rl_first_batch(config: Any) -> Any:
     slow, *others = [queue.admit(0)[0] for _ in range(queue.room(0))]
     for order in others:
         queue.ready(order)
-    return slow, queue.take(0)
+    batch = queue.take(0)
+    if batch is None and config.max_staleness == 0:  # refilled, so that the next batch has spares
+        queue.drop(slow)
+        queue.ready(queue.admit(0)[0])
+        queue.take(0)
+        for _ in range(queue.room(1)):
+            queue.admit(1)
+    return slow, batch, queue.room(1)
 
 
 def rl_weights(config: Any) -> Any:

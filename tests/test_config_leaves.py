@@ -120,6 +120,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "weights.backend": {"resources.rollout.gpus": 0.5, "resources.trainer.gpus": 0.5},
             "weights.order": {"resources.rollout.workers": 2},
             "deterministic": {"max_staleness": 0},
+            "over_provision": {"max_staleness": 0, "over_provision": 0.0},
             "loss.clip_*": {"loss.name": "grpo"},
             "loss.dual_clip": {"loss.name": "grpo"},
             "loss.cispo_*": {"loss.name": "cispo"},

@@ -299,6 +299,11 @@ class RlConfig(Config):
     drop_zero_advantage: bool = Field(
         default=True, description="Drop and replace groups whose rewards (with overlong's penalty) are all equal."
     )
+    over_provision: NotNegative = Field(
+        default=0.5,
+        description="With max_staleness 0: at most so many batches of spare groups, as many as the measured share of "
+        "dropped groups asks for, so that a batch need not wait for refills.",
+    )
     min_group: Annotated[int, Field(ge=2)] = Field(
         default=2, description="Fewer scored rollouts than this drop the group."
     )

@@ -16,7 +16,7 @@ transition of a group goes into the ledger, which a task of its own writes to th
 import asyncio
 import shutil
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -101,9 +101,10 @@ class Controller:
             first_step,
             config.staleness,
             ledger.next_order,
+            0.0 if config.deterministic else config.over_provision,
         )
         self._survivors = survivors
-        self._returning: deque[Entry] = deque()  # groups of before a crash that start again once there is room
+        self._returning: dict[int, Entry] = {}  # groups of before a crash that start again once there is room
         self._ready: dict[int, tuple[ScoredGroup, float]] = {}  # with the Unix time since when
         self._archived_seq = 0
         self._changed = asyncio.Event()
@@ -191,7 +192,7 @@ class Controller:
                 entry.id, entry.capability, survivor.stamp, scored is not None
             )
             if not adopted:
-                self._returning.append(entry)
+                self._returning[entry.id] = entry
             elif scored is not None:
                 self._ready[entry.id] = (scored, time.time())
             elif survivor.group is not None:
@@ -206,18 +207,19 @@ class Controller:
             return
         for _ in range(self._queue.room(self._workers.oldest_version)):
             stamp = self._workers.oldest_version
-            capability = self._queue.next_capability()
-            entry = next((entry for entry in self._returning if entry.capability == capability), None)
-            if entry is not None:
-                self._returning.remove(entry)
-                self._queue.admit(stamp, entry.id)
-                self._ledger.restart_group(entry.id, stamp, ())
-                self._send(entry.id, stamp, entry.prompt_id, entry.system)
+            new = self._queue.next_order
+            order, capability = self._queue.admit(stamp, self._first_returning)
+            if order != new:
+                entry = self._returning.pop(order)
+                self._ledger.restart_group(order, stamp, ())
+                self._send(order, stamp, entry.prompt_id, entry.system)
                 continue
-            order, capability = self._queue.admit(stamp)
             prompt = self._source.draw(capability, order)
             self._ledger.reserve(order, prompt.row.id, capability, prompt.system, self._source.looks(capability), stamp)
             self._workers.send(Flight(order, stamp, prompt, self._request(prompt), self._no_replies()))
+
+    def _first_returning(self, capability: str) -> int | None:
+        return next((order for order, entry in self._returning.items() if entry.capability == capability), None)
 
     def _send(self, order: int, stamp: int, prompt_id: str, system: str | None, replies: Sequence[Any] = ()) -> None:
         prompt = self._source.prompt(prompt_id, system)
@@ -276,15 +278,16 @@ class Controller:
             )
 
     def _drop_expired(self) -> None:
-        """In mode `drop`, groups that are too old for every batch to come."""
+        """Spare groups that were not needed; in mode `drop`, groups that are too old for every batch to come."""
+        reason = "stale" if self._config.staleness == "drop" else "surplus"
         for order in self._queue.expired():
             self._queue.drop(order)
-            self._ledger.dropped(order, "stale")
+            self._ledger.dropped(order, reason)
             self._workers.cancel(order)
             scored = self._ready.pop(order, None)
-            self._tally.expired(scored and scored[0])
+            self._tally.expired(reason, scored and scored[0])
             if scored is not None:
-                self._archive.add(scored[0], None, self._next_version, "dropped:stale")
+                self._archive.add(scored[0], None, self._next_version, f"dropped:{reason}")
 
     # ------------------------------------------------------------------ training
 
