@@ -147,6 +147,30 @@ def test_rollouts_straddle_updates_within_the_staleness_bound(ray_session, tiny_
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_groups_that_grow_too_old_are_dropped_where_nobody_waits(ray_session, tiny_model, tmp_path):
+    """Replies much longer than a trainer step with `staleness: drop`; running replies keep their KV cache."""
+    config = make_config(
+        tmp_path,
+        tiny_model,
+        rows_of(["math", "coding"]),
+        sampling={"max_tokens": 220},
+        steps=10,
+        groups_per_step=2,
+        max_staleness=1,
+        staleness="drop",
+        weights={"kv": "keep", "order": "one_by_one"},
+    )
+    _, metrics = run_stage(config, tmp_path / "rl")
+    assert max(line["staleness_max"] for line in metrics) <= 1
+    audit = audit_stage(tmp_path / "rl")
+    assert audit.is_clean, audit.problems
+    stale = sum(line["groups_dropped_stale"] for line in metrics)
+    assert stale <= audit.totals.get("dropped:stale", 0)  # the last ones may come after the last line
+    assert sum(audit.totals[state] for state in ("committed", "dropped")) == audit.totals["groups"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_zero_advantage_groups_are_dropped_and_replaced(ray_session, tiny_model, tmp_path):
     rows = rows_of(["math"], 10) + [row | {"id": f"flat-{row['id']}"} for row in rows_of(["math"], 10, flat=True)]
     config = make_config(tmp_path, tiny_model, rows)
