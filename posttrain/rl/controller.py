@@ -33,7 +33,7 @@ from posttrain.rl.busy import BusyLog
 from posttrain.rl.codec import NOTHING
 from posttrain.rl.config import RlConfig
 from posttrain.rl.evidence import keep_evidence
-from posttrain.rl.groups import Group, ScoredGroup
+from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
 from posttrain.rl.ledger import Commit, Entry, Ledger
 from posttrain.rl.profile import sample_request
 from posttrain.rl.prompts import PromptSource
@@ -41,6 +41,7 @@ from posttrain.rl.recovery import CHECKPOINTS, SNAPSHOT, Survivor, folder_hash, 
 from posttrain.rl.reference import Reference, with_reference
 from posttrain.rl.samples import train_samples
 from posttrain.rl.scoring import drop_reason, make_group, over_batch, passes_and_failures, score_group
+from posttrain.rl.side import SideWork
 from posttrain.rl.staleness import StalenessQueue
 from posttrain.rl.tally import StepTally
 from posttrain.rl.verifiers import reward_config
@@ -57,7 +58,8 @@ T = TypeVar("T")
 class Parts:
     """What a controller moves records between. trainer holds `PolicyTrainer`s.
 
-    shares: of each capability in every batch. stop_ids: token ids that end a reply.
+    shares: of each capability in every batch. stop_ids: token ids that end a reply. heldout:
+    prompts of `evaluation`.
     """
 
     engines: Engines
@@ -68,6 +70,7 @@ class Parts:
     archive: RolloutArchive
     ledger: Ledger
     stop_ids: tuple[int, ...]
+    heldout: Sequence[DrawnPrompt] = ()
 
 
 class Controller:
@@ -121,8 +124,8 @@ class Controller:
             partial(update_calls, config),
             config.engine.deadline_s,
             self._sampled,
-            lambda flight: ledger.begun(flight.order, tuple(flight.replies)),
-            ledger.event,
+            self._begun,
+            self._noted,
             context.seed if config.deterministic else None,
         )
         self._scored = BusyLog(context, "reward", "score")
@@ -131,6 +134,10 @@ class Controller:
         )
         self._pool = RewardClient(reward_config(config), config.resources.reward)
         self._alarm = UnscoredAlarm(config)
+        self._side = SideWork(
+            config, context, self._workers, self._pool, parts.source, first_step, parts.heldout, parts.stop_ids,
+            ledger.event,
+        )  # fmt: skip
 
     async def run(self) -> None:
         """Train to the last step."""
@@ -141,6 +148,7 @@ class Controller:
             self._go_on_with(self._survivors)
             while self._next_version < self._config.steps:
                 await self._one_step()
+            self._side.stop()
             await self._finish_update()
         finally:
             for task in self._tasks:
@@ -205,6 +213,7 @@ class Controller:
         """Admit as many groups as there is room for; a deterministic run in waves, one when the last is decided."""
         if self._config.deterministic and self._queue.num_in_flight:
             return
+        self._side.dispatch(self._next_version)
         for _ in range(self._queue.room(self._workers.oldest_version)):
             stamp = self._workers.oldest_version
             new = self._queue.next_order
@@ -232,7 +241,19 @@ class Controller:
     def _request(self, prompt: Any) -> Any:
         return sample_request(self._config, prompt, self._config.group_size, self._parts.stop_ids)
 
+    def _begun(self, flight: Flight) -> None:
+        if flight.order >= 0:
+            self._ledger.begun(flight.order, tuple(flight.replies))
+
+    def _noted(self, event: str, value: Any) -> None:
+        """What the workers tell; there may be room now."""
+        self._ledger.event(event, value)
+        self._changed.set()
+
     def _sampled(self, flight: Flight, now: float) -> None:
+        if flight.order < 0:
+            self._start(self._side.take(flight, now))
+            return
         self._ledger.generated(flight.order, flight.replies)
         group = make_group(flight.order, flight.prompt, flight.replies, flight.worker, flight.began, now)
         self._start(self._score(group))
@@ -360,6 +381,7 @@ class Controller:
     async def _finish_update(self) -> None:
         if self._update is not None:
             await self._update
+        await self._workers.settled()
 
     def _checkpoint_is_due(self, version: int) -> bool:
         """The last version needs none: it is the stage's result."""
@@ -399,6 +421,7 @@ class Controller:
             "in_flight_groups": self._queue.num_in_flight,
             "places_lent": self._queue.num_lent,
             "engines_replaced": self._workers.num_replaced,
+            **self._side.figures(),
         }
         self._context.metrics(step, values)
         shown = ("reward_mean", "pass_rate", "staleness_mean", "queue_groups", "generate_tokens_per_s")

@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.config import RlConfig
 from posttrain.rl.controller import Controller, Parts
 from posttrain.rl.curriculum import Curriculum
+from posttrain.rl.evaluation import heldout_prompts, heldout_rows
 from posttrain.rl.fingerprints import check_resumed, run_fingerprints
 from posttrain.rl.groups import DrawnPrompt
 from posttrain.rl.ledger import Commit, Ledger
@@ -51,7 +53,7 @@ MODEL = "model"
 def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
     check_parallel(config.parallel, config.model, None)
-    rows = _rows_to_profile(config, context.seed)
+    rows, heldout = _rows_to_profile(config, context.seed), heldout_rows(config)
     if (finished := finished_outputs(context.dir, config.steps)) is not None:
         return finished
     from posttrain.model.load import check_router, load_tokenizer
@@ -59,6 +61,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     check_router(config.model)
     tokenizer = load_tokenizer(config.model.path)
     prompts = _draw_plain(rows, tokenizer, config)
+    evaluated = heldout_prompts(config, heldout, partial(render_prompt, tokenizer))
     stop_ids = tuple(end_token_ids(tokenizer))
     check_reference(config)
     with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
@@ -80,7 +83,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
             for left in restarts_left(config):
                 source = prompt_source(config, drawn, difficulties, tokenizer, context.seed)
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
-                parts = Parts(engines, trainer, reference, source, shares, archive, ledger, stop_ids)
+                parts = Parts(engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated)
                 try:
                     figures = _train(config, context, parts, prompts)
                     break
