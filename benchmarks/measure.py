@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -92,7 +92,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main(doc: str, table: Mapping[str, Entry]) -> None:
+def main(doc: str, table: Mapping[str, Entry], libraries: Sequence[str] = LIBRARIES) -> None:
     """Run the entries that the command line names; print each, and write them where it says."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the results here")
@@ -108,12 +108,12 @@ def main(doc: str, table: Mapping[str, Entry]) -> None:
         torch.manual_seed(arguments.seed)
         measured = table[name].run()
         figure, detail = measured if isinstance(measured, tuple) else (measured, {})
-        detail = {key: round(value, 1) for key, value in detail.items()}
+        detail = {key: round(value, 1) for key, value in {**detail, "load": os.getloadavg()[0]}.items()}
         results[name] = {"figure": round(figure, 3), "goal": table[name].goal, **detail}
         goal = f"   goal {table[name].goal}" if table[name].goal else ""
         print(f"{name:30} {figure:9.3f}{goal}", *(f"  {key} {value}" for key, value in detail.items()), flush=True)
     if arguments.json:
-        versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+        versions = {"python": platform.python_version(), **{name: version(name) for name in libraries}}
         date = datetime.now(UTC).isoformat(timespec="seconds")
         report = {"date": date, "machine": machine(), "versions": versions, "seed": arguments.seed, "entries": results}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,21 @@ Nothing here imports torch, and nothing is filled in later: each step makes a ne
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
+def travels(record: type[T]) -> type[T]:
+    """For records that cross between processes by the thousand: made again by one call, not by a call a field."""
+    values = attrgetter(*(item.name for item in fields(record)))  # type: ignore[arg-type]  # two fields or more
+    record.__reduce__ = lambda self: (record, values(self))  # type: ignore[assignment, method-assign]
+    return record
+
+
+@travels
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation. `role` is system, user or assistant."""
@@ -16,6 +27,7 @@ class Message:
     content: str
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Row:
     """One validated row of a dataset.
@@ -34,6 +46,7 @@ class Row:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
     """Tokens [start, end) of a reply were sampled by this version of the policy."""
@@ -43,6 +56,7 @@ class VersionSpan:
     end: int
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled reply. The ids that the engine sampled are the ids trained on; text is never tokenized again.
@@ -70,6 +84,7 @@ class Rollout:
     finished_s: float = 0.0
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class RewardResult:
     """What a reward function found. `parts` are named components for the log; `reason` says why in a few words."""
@@ -79,6 +94,7 @@ class RewardResult:
     reason: str = ""
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Scored:
     """The outcome of scoring one rollout. `result` is None when it could not be scored.

@@ -200,7 +200,7 @@ def _rl_line(step: int, t: float, pass_rate: float, train: float, wait: float, r
         "groups_dropped_truncated": 0, "groups_dropped_stale": int(step > 25), "groups_dropped_lost": int(step == 25),
         "rollouts_unscored": unscored, "unscored_fraction": unscored / 100,
         "band_low": 0.2 - 0.15 * share, "band_high": 0.8 - 0.2 * share, "prompts_known": 700 + 20 * step,
-        "prompts_solved": 40 + 9 * step, "prompts_impossible": 90 - step,
+        "prompts_retired": 40 + 9 * step, "prompts_parked": 90 - step,
         "tokens_trained": 7800 + 60 * step, "tokens_generated": 11000 + 80 * step, "tokens_dropped": 3000,
         "generate_tokens_per_s": 4200 + rng.gauss(0, 220), "step_wall_s": train + wait,
         "idle/trainer": wait / (train + wait), "idle/engine-0": 0.03, "idle/reward": 0.9,

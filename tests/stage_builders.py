@@ -376,7 +376,7 @@ def rl_draws(config: Any) -> Any:
     source = prompt_source(config, rows, profile, _tokenizer(), 0)
     drawn = []
     for step, capability in enumerate(islice(places(mixture_shares(rows, config.mixture)), 48)):
-        drawn.append(source.draw(capability))
+        drawn.append(source.draw(capability, step))
         source.advance(2 * step, 0.1)
     return drawn
 
@@ -478,7 +478,7 @@ def rl_parked_draws(config: Any) -> Any:
     rows = [dataclasses.replace(row, id=f"{row.id}-{copy}") for row in rows for copy in range(8)]
     profile = [Difficulty(row.id, row.capability, 16, 8 * (index % 2), 0, True) for index, row in enumerate(rows)]
     source = prompt_source(config, rows, profile, _tokenizer(), 0)
-    return [source.draw(rows[0].capability).row.id for _ in range(100)]
+    return [source.draw(rows[0].capability, order).row.id for order in range(100)]
 
 
 def rl_rates(config: Any) -> Any:
@@ -487,13 +487,21 @@ def rl_rates(config: Any) -> Any:
     return [learning_rate(config.optimizer, step, config.steps) for step in range(0, 40, 3)]
 
 
-def rl_controller(config: Any) -> Any:
-    from posttrain.rl.controller import Controller
+def _controller(config: Any) -> Any:
+    from posttrain.rl.controller import Controller, Parts
+    from posttrain.rl.ledger import Ledger
     from posttrain.sampling.client import Engines
 
     engines = Engines(CONTEXT, config.model, config.engine, config.resources.rollout)  # not entered: nothing starts
     unused: Any = None
-    controller = Controller(config, CONTEXT, engines, unused, unused, {"math": 0.5, "coding": 0.5}, unused, (0,))
+    shares, ledger = {"math": 0.5, "coding": 0.5}, Ledger(Path(":memory:"))
+    return Controller(config, CONTEXT, Parts(engines, unused, unused, unused, shares, unused, ledger, (0,)), {})
+
+
+def rl_controller(config: Any) -> Any:
+    from posttrain.rl.stage import restarts_left
+
+    controller = _controller(config)
     due = [version for version in range(200) if controller._checkpoint_is_due(version)]
     room = [controller._queue.room(version) for version in range(4)]
     capabilities = []
@@ -501,7 +509,25 @@ def rl_controller(config: Any) -> Any:
         order, capability = controller._queue.admit(0)
         controller._queue.drop(order)
         capabilities.append(capability)
-    return _pool(controller._pool), controller._request(_drawn()[0]), controller._idle_limit, due, room, capabilities
+    waits = controller._trainer_deadline_s, controller._workers._deadline_s, controller._workers._wave_seed
+    built = _pool(controller._pool), controller._request(_drawn()[0]), controller._idle_limit, due, room, capabilities
+    return built, waits, list(restarts_left(config))
+
+
+def rl_first_batch(config: Any) -> Any:
+    """The first batch where the oldest group is slow."""
+    queue = _controller(config)._queue
+    slow, *others = [queue.admit(0)[0] for _ in range(queue.room(0))]
+    for order in others:
+        queue.ready(order)
+    batch = queue.take(0)
+    if batch is None and config.max_staleness == 0:  # refilled, so that the next batch has spares
+        queue.drop(slow)
+        queue.ready(queue.admit(0)[0])
+        queue.take(0)
+        for _ in range(queue.room(1)):
+            queue.admit(1)
+    return slow, batch, queue.room(1)
 
 
 def rl_weights(config: Any) -> Any:
@@ -634,8 +660,8 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings, trackers),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
-        rl_controller, rl_draws, rl_parked_draws, rl_knowledge, rl_policy, rl_micro_batches, rl_rescoring,
-        rl_weights, rl_reference, rl_stops, policy, router_bias, engine_settings, MODEL_ENGINE, trackers,
+        rl_controller, rl_first_batch, rl_draws, rl_parked_draws, rl_knowledge, rl_policy, rl_micro_batches,
+        rl_rescoring, rl_weights, rl_reference, rl_stops, policy, router_bias, engine_settings, MODEL_ENGINE, trackers,
     ),
     "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings, trackers),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),

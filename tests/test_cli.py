@@ -296,10 +296,10 @@ def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
         "idle/engine-1": 0.03,
         "band_low": 0.05,
         "band_high": 0.6,
-        "prompts_solved": 400,
+        "prompts_retired": 400,
     }
     context = StageContext("rl", tmp_path / "rl", file)
-    context.metrics(11, {"reward_mean": 0.9, "prompts_impossible": 3})
+    context.metrics(11, {"reward_mean": 0.9, "prompts_parked": 3})
     context.metrics(12, metrics)
     file.write_text(
         event("sft", "stage_start")

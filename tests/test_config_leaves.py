@@ -119,6 +119,8 @@ TABLE: dict[str, dict[str, Any]] = {
             "curriculum.*": {"curriculum": {"schedule": "linear", "half_life": 1000.0}},
             "weights.backend": {"resources.rollout.gpus": 0.5, "resources.trainer.gpus": 0.5},
             "weights.order": {"resources.rollout.workers": 2},
+            "deterministic": {"max_staleness": 0},
+            "over_provision": {"max_staleness": 0, "over_provision": 0.0},
             "loss.clip_*": {"loss.name": "grpo"},
             "loss.dual_clip": {"loss.name": "grpo"},
             "loss.cispo_*": {"loss.name": "cispo"},

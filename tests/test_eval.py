@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from posttrain.config.base import load_config, validate_config
 from posttrain.config.shared import DataConfig
 from posttrain.context import StageContext
+from posttrain.data.strata import sampled_rows
 from posttrain.errors import ConfigError, DataError, PluginError, StageError
 from posttrain.eval.config import EvalConfig
 from posttrain.eval.heldout import check_heldout
-from posttrain.eval.replies import GREEDY, SAMPLE, PromptReplies, Reply, by_prompt, eval_requests, sampled_rows
+from posttrain.eval.replies import GREEDY, SAMPLE, PromptReplies, Reply, by_prompt, eval_requests
 from posttrain.eval.results import results
 from posttrain.metrics.intervals import wilson_ci95
 from posttrain.records import Message, RewardResult, Rollout, Row, Scored

@@ -394,6 +394,17 @@ def test_a_moved_run_directory_is_still_done(place: RunDir, tmp_path: Path):
     assert set(actions(made, RunDir(tmp_path / "elsewhere")).values()) == {"skip"}
 
 
+def test_work_of_an_interrupted_stage_is_not_thrown_away_when_its_inputs_change(place: RunDir):
+    made = pipeline(*CHAIN)
+    finish(made, place, "a")
+    place.begin(made.nodes["b"], "what it was", {}, resume=False)
+    (place.folder(made.nodes["b"]) / "checkpoints" / "step_4").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"stage 'b' was interrupted, and its config, inputs .* have changed since"):
+        decide(made, place)
+    assert (place.folder(made.nodes["b"]) / "checkpoints" / "step_4").exists()
+    assert decide(made, place, start_from="b")["b"].action == "run"
+
+
 def test_an_interrupted_stage_resumes_only_from_the_same_inputs(place: RunDir):
     made = pipeline(*CHAIN)
     finish(made, place, "a")

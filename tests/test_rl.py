@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -32,6 +33,7 @@ from posttrain.rl.config import RlConfig
 from posttrain.rl.profile import Difficulty, select_band
 from posttrain.rl.prompts import PromptSource
 from posttrain.rl.quotas import mixture_shares, places
+from posttrain.rl.replay import replay, weight_gaps
 
 REWARD = '''
 def even_share(rollout, row):
@@ -141,6 +143,30 @@ def test_rollouts_straddle_updates_within_the_staleness_bound(ray_session, tiny_
     assert before.keys() == after.keys()
     assert any(not before[name].equal(after[name]) for name in before)
     assert metrics[-1]["mismatch_kl"] < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_groups_that_grow_too_old_are_dropped_where_nobody_waits(ray_session, tiny_model, tmp_path):
+    """Replies much longer than a trainer step with `staleness: drop`; running replies keep their KV cache."""
+    config = make_config(
+        tmp_path,
+        tiny_model,
+        rows_of(["math", "coding"]),
+        sampling={"max_tokens": 220},
+        steps=10,
+        groups_per_step=2,
+        max_staleness=1,
+        staleness="drop",
+        weights={"kv": "keep", "order": "one_by_one"},
+    )
+    _, metrics = run_stage(config, tmp_path / "rl")
+    assert max(line["staleness_max"] for line in metrics) <= 1
+    audit = audit_stage(tmp_path / "rl")
+    assert audit.is_clean, audit.problems
+    stale = sum(line["groups_dropped_stale"] for line in metrics)
+    assert stale <= audit.totals.get("dropped:stale", 0)  # the last ones may come after the last line
+    assert sum(audit.totals[state] for state in ("committed", "dropped")) == audit.totals["groups"]
 
 
 @pytest.mark.slow
@@ -269,42 +295,94 @@ def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ray
     assert not any(psutil.pid_exists(pid) for pid in done)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_killed_and_resumed_from_its_checkpoint(tiny_model, tmp_path):
-    """SIGKILL in mid-training; the second run goes on from the checkpoint and trains every step exactly once."""
-    config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=24, checkpoint_every=2)
-    (tmp_path / "config.json").write_text(config.model_dump_json())
+def start_run(config, folder: Path):
+    """The stage in a process of its own, which may be killed."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(dump_yaml(config))
     script = textwrap.dedent(f"""
-        import json, pathlib
+        import pathlib
+        from posttrain.config.base import load_config
         from posttrain.context import StageContext
-        from posttrain.config.base import validate_config
         from posttrain.pipeline.ray_session import ray_session
         from posttrain.rl.config import RlConfig
         from posttrain.rl.stage import run
-        folder = pathlib.Path({str(tmp_path / "rl")!r}); folder.mkdir(exist_ok=True)
-        data = json.loads(pathlib.Path({str(tmp_path / "config.json")!r}).read_text())
+        folder = pathlib.Path({str(folder)!r})
         with ray_session():
-            run(validate_config(RlConfig, data, "test"), StageContext("rl", folder, folder / "events.jsonl", seed=3))
+            context = StageContext("rl", folder, folder / "events.jsonl", seed=3)
+            run(load_config(RlConfig, folder / "config.yaml"), context)
     """)
-    child = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    return subprocess.Popen([sys.executable, "-c", script], cwd=folder)
+
+
+def kill_when(child, ready):
     deadline = time.time() + 180
-    while time.time() < deadline and not list((tmp_path / "rl" / "checkpoints").glob("step_[0-9]*")):
-        assert child.poll() is None, "the run ended before its first checkpoint"
+    while time.time() < deadline and not ready():
+        assert child.poll() is None, "the run ended too early"
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    before = [line["step"] for line in read_jsonl(tmp_path / "rl" / "metrics.jsonl")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_killed_and_resumed_from_its_checkpoint(ray_session, tiny_model, tmp_path):
+    """SIGKILL in mid-training; the second run goes on from the commit, trains every step once, and can be replayed."""
+    config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=24, checkpoint_every=2)
+    folder = tmp_path / "rl"
+    child = start_run(config, folder)
+    kill_when(child, lambda: list((folder / "checkpoints").glob("step_[0-9]*/ledger.sqlite")))
+    before = [line["step"] for line in read_jsonl(folder / "metrics.jsonl")]
     assert before
     assert before[-1] < 23
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=240)
-    resumed = [line for line in read_jsonl(tmp_path / "rl" / "events.jsonl") if line["event"] == "resumed"]
+    assert start_run(config, folder).wait(240) == 0
+    resumed = [line for line in read_jsonl(folder / "events.jsonl") if line["event"] == "resumed"]
     assert len(resumed) == 1
-    assert resumed[0]["step"] >= 2
-    assert [line["step"] for line in read_jsonl(tmp_path / "rl" / "metrics.jsonl")] == list(range(24))
-    trained = Counter(row["step"] for row in read_rollouts(tmp_path / "rl") if row["status"] == "trained")
+    assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == list(range(24))
+    trained = Counter(row["step"] for row in read_rollouts(folder) if row["status"] == "trained")
     assert set(trained) == set(range(24))
     assert set(trained.values()) == {16}
+    audit = audit_stage(folder)
+    assert audit.is_clean, audit.problems
+    assert audit.totals["committed"] == 24 * 4
+    assert audit.totals["resumed"] == 1
+    again = tmp_path / "again"
+    again.mkdir()
+    found = replay(config, StageContext("rl", again, again / "events.jsonl", seed=3), folder)
+    assert found["batches_equal"]
+    assert found["weights_equal"], found
+    # One rollout trained on at another step, or one advantage changed, and it is told.
+    path = folder / "rollouts" / "step_000003.parquet"
+    table = pq.read_table(path).to_pylist()
+    for row in table:
+        row["group_id"] += "0" if row["status"] == "trained" else ""
+    pq.write_table(pa.Table.from_pylist(table, schema=pq.read_schema(path)), path)
+    assert any("not in the rollouts" in problem for problem in audit_stage(folder).problems)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_deterministic_run_that_was_killed_equals_one_that_was_not(tiny_model, tmp_path):
+    """Bit for bit: the weights, and every rollout that was trained on."""
+    rows = rows_of(["math"], 10) + [row | {"id": f"flat-{row['id']}"} for row in rows_of(["math"], 4, flat=True)]
+    config = make_config(
+        tmp_path, tiny_model, rows, steps=8, checkpoint_every=3, max_staleness=0, deterministic=True, curriculum={}
+    )
+    assert start_run(config, tmp_path / "whole").wait(240) == 0
+    folder = tmp_path / "killed"
+    child = start_run(config, folder)
+    kill_when(child, lambda: (folder / "rollouts" / "step_000004.parquet").exists())
+    assert start_run(config, folder).wait(240) == 0
+    assert [line["step"] for line in read_jsonl(folder / "events.jsonl") if line["event"] == "resumed"] == [3]
+    assert weight_gaps(tmp_path / "whole" / "model", folder / "model") == {}
+    assert weight_gaps(tiny_model, folder / "model") != {}
+    names = ("step", "group_id", "index", "status", "token_ids", "sampler_logprobs", "advantage")
+    whole, killed = (
+        [tuple(str(row[name]) for name in names) for row in read_rollouts(tmp_path / name)]
+        for name in ("whole", "killed")
+    )
+    assert sorted(whole) == sorted(killed)
+    assert any(row[3].startswith("dropped") for row in whole)  # with waves that were refilled
+    assert audit_stage(folder).is_clean
 
 
 def row_named(name, capability="math"):

@@ -456,7 +456,7 @@ def test_masked_truncation_leaves_the_reply_out_but_not_its_reward():
     assert drop_reason(scored_rewards(config, [1.0, 0.0, 0.0, 0.0], (16, 16, 16, 16)), config) == "truncated"
     # 0.5 is the mean, and what differs from it is masked.
     assert drop_reason(scored_rewards(config, [0.5, 0.5, 1.0, 0.0], (2, 2, 16, 16)), config) == "zero_advantage"
-    assert drop_reason(scored_rewards(config, [1.0, None, None, None]), config) == "unscored"
+    assert drop_reason(scored_rewards(config, [1.0, None, None, None]), config) == "unscored:timeout"
     trained = scored_rewards(make_rl_config(), [1.0, 0.0, 0.0, 0.0], lengths=(2, 3, 16, 4))
     assert len(train_samples([trained], 1)) == 4
 

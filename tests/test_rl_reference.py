@@ -98,5 +98,5 @@ def test_the_plan_counts_one_process_whatever_the_trainer_has(policy):
     node = Node("rl", "rl", config, (), "rl", "rl.yaml", "")
     step = make_plan(Pipeline("test", "test", 0, False, {"rl": node}), Path("run"))[0]
     assert {actor.role: (actor.workers, actor.cpus) for actor in step.actors} == {
-        "rollout": (1, 1.0), "trainer": (4, 1.0), "reference": (1, 0.25)
+        "rollout": (1, 1.0), "trainer": (4, 1.0), "reference": (1, 0.25), "reward": (1, 0.0)
     }  # fmt: skip

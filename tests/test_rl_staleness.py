@@ -13,6 +13,19 @@ from posttrain.rl.staleness import StalenessQueue
 ONE = {"math": 1.0}
 
 
+def admit(queue, engine, returning, capabilities):
+    """The next group: one that returns, if its capability is wanted, else a new one."""
+
+    def choose(capability):
+        return next((order for order in returning if capabilities[order] == capability), None)
+
+    order, capability = queue.admit(engine, choose)
+    if order in returning:
+        assert capabilities[order] == capability
+        returning.remove(order)
+    return order, capability
+
+
 @settings(max_examples=400, deadline=None)
 @given(
     batch=st.integers(1, 5),
@@ -24,10 +37,11 @@ ONE = {"math": 1.0}
     lag=st.integers(0, 1),
     crashes=st.lists(st.integers(1, 200), max_size=3),
     commit_every=st.integers(1, 4),
+    over_provision=st.sampled_from([0.0, 0.5, 2.0]),
     seed=st.integers(0, 2**32),
 )
 def test_bound_and_quotas_hold_and_nothing_is_lost(
-    batch, max_staleness, mode, drop_rates, refills, first, lag, crashes, commit_every, seed
+    batch, max_staleness, mode, drop_rates, refills, first, lag, crashes, commit_every, over_provision, seed
 ):
     """Random speeds, drops, lagging engines, version bumps and crashes; a crash undoes steps since the last commit."""
     rng = random.Random(seed)
@@ -35,7 +49,7 @@ def test_bound_and_quotas_hold_and_nothing_is_lost(
     names = "abcd"[: len(drop_rates)]
     weights = {name: rng.uniform(0.2, 3) for name in names}
     shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-    queue = StalenessQueue(batch, max_staleness, shares, refills, first, mode)
+    queue = StalenessQueue(batch, max_staleness, shares, refills, first, mode, 0, over_provision)
     in_flight: list[int] = []
     returning: list[int] = []  # groups of before a crash that wait for a place
     stamps: dict[int, int] = {}
@@ -53,7 +67,7 @@ def test_bound_and_quotas_hold_and_nothing_is_lost(
             ready |= set(undone)
             version = engine = committed
             order = max(stamps, default=-1) + 1
-            queue = StalenessQueue(batch, max_staleness, shares, refills, version, mode, order)
+            queue = StalenessQueue(batch, max_staleness, shares, refills, version, mode, order, over_provision)
             survivors = sorted({*ready, *in_flight, *returning}, key=lambda order: (stamps[order], order))
             in_flight, returning = [], []
             for order in survivors:
@@ -65,12 +79,8 @@ def test_bound_and_quotas_hold_and_nothing_is_lost(
                 elif order not in ready:
                     in_flight.append(order)
         for _ in range(queue.room(engine)):
-            capability = queue.next_capability()
-            back = next((order for order in returning if capabilities[order] == capability), None)
-            if back is not None:
-                returning.remove(back)
-            order, capabilities[order] = queue.admit(engine, back)
-            assert capabilities[order] == capability
+            order, capability = admit(queue, engine, returning, capabilities)
+            capabilities[order] = capability
             in_flight.append(order)
             stamps[order] = engine
         taken = queue.take(version)
@@ -88,7 +98,7 @@ def test_bound_and_quotas_hold_and_nothing_is_lost(
             if version % commit_every == 0:
                 committed = version
             for order in queue.expired():
-                assert mode == "drop"
+                assert mode == "drop" or (over_provision and not max_staleness)
                 assert version - stamps[order] > max_staleness
                 queue.drop(order)
                 dropped.add(order)
@@ -199,3 +209,25 @@ def test_dropping_goes_on_without_a_slow_group():
     assert queue.expired() == []
     assert queue.room(0) == 0  # what an engine of version 0 samples now would be too old at once
     assert queue.room(1) == 2
+
+
+def test_spares_follow_the_drop_rate_and_take_the_places_of_the_dropped():
+    queue = StalenessQueue(8, 0, ONE, refills=99, over_provision=0.5)
+    assert queue.room(0) == 8
+    orders = [queue.admit(0)[0] for _ in range(8)]
+    assert queue.room(0) == 0  # nothing is known of drops yet
+    for order in orders[:4]:
+        queue.drop(order)
+    for order in [*orders[4:], *(queue.admit(0)[0] for _ in range(4))]:
+        queue.ready(order)
+    assert len(queue.take(0)) == 8  # a third was dropped: half of that is believed
+    orders = [queue.admit(1)[0] for _ in range(queue.room(1))]
+    assert len(orders) == 8
+    assert queue.room(1) == 2  # 8 * (1/6) / (5/6), rounded up
+    first, second = (queue.admit(1)[0] for _ in range(2))
+    assert queue.room(1) == 0
+    queue.drop(orders[0])
+    for order in [*orders[1:], first]:
+        queue.ready(order)
+    assert queue.take(1) == [*orders[1:], first]
+    assert queue.expired() == [second]

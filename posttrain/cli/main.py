@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 rewards_app = typer.Typer(no_args_is_help=True, help="Reward plug-ins.")
 app.add_typer(rewards_app, name="rewards")
+ledger_app = typer.Typer(no_args_is_help=True, help="What became of every prompt group of an RL stage.")
+app.add_typer(ledger_app, name="ledger")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Set any field; values are YAML.")
@@ -71,6 +73,16 @@ def run(
     _run(raw, run_dir, dry_run, again, start_from=start_from, only=only)
 
 
+def _run_stage(
+    kind: str, config: Path, overrides: list[str] | None, run_dir: Path | None, dry_run: bool, seed: int
+) -> None:
+    from posttrain.pipeline.config import single_stage
+
+    raw = single_stage(kind, config, overrides or [], seed)
+    again = ["posttrain", kind, str(config), *(overrides or []), *(["--seed", str(seed)] if seed else [])]
+    _run(raw, run_dir, dry_run, again)
+
+
 def _stage_command(kind: str, summary: str, details: str) -> None:
     """Add `posttrain KIND CONFIG.yaml`, which runs a pipeline of that one stage."""
 
@@ -81,11 +93,7 @@ def _stage_command(kind: str, summary: str, details: str) -> None:
         dry_run: DryRun = False,
         seed: Seed = 0,
     ) -> None:
-        from posttrain.pipeline.config import single_stage
-
-        raw = single_stage(kind, config, overrides or [], seed)
-        again = ["posttrain", kind, str(config), *(overrides or []), *(["--seed", str(seed)] if seed else [])]
-        _run(raw, run_dir, dry_run, again)
+        _run_stage(kind, config, overrides, run_dir, dry_run, seed)
 
     command.__doc__ = f"{summary}\n\n{details}\n\nThe run is kept in runs/{kind} unless --run-dir says otherwise."
     app.command(name=kind)(command)
@@ -102,12 +110,47 @@ _stage_command(
     "Light supervised fine-tuning on the assistant turns of conversations.",
     "Example: posttrain sft sft.yaml optimizer.learning_rate=1e-5 model.path=models/scout",
 )
-_stage_command(
-    "rl",
-    "Asynchronous online reinforcement learning on prompts and a reward.",
-    "Generation and training run at the same time; weights are handed over in flight.\n\n"
-    "Example: posttrain rl rl.yaml reward.name=my_rewards.py:exact steps=200",
-)
+
+
+@app.command()
+def rl(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.yaml", help="Config of the stage.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    run_dir: RunDirOption = None,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
+    replay: Annotated[
+        Path | None,
+        typer.Option("--replay", metavar="RUN_DIR", help="Train again on the batches of this run; no CONFIG.yaml."),
+    ] = None,
+) -> None:
+    """Asynchronous online reinforcement learning on prompts and a reward.
+
+    Generation and training run at the same time; weights are handed over in flight. After a crash the same command
+    goes on from the last commit. With --replay the batches of a run are trained on again, without an engine, and the
+    weights are compared with the run's own: on a CPU they are equal, bit for bit.
+
+    Examples:
+
+      posttrain rl rl.yaml reward.name=my_rewards.py:exact steps=200
+
+      posttrain rl --replay runs/rl
+
+    The run is kept in runs/rl (a replay in runs/replay) unless --run-dir says otherwise.
+    """
+    if replay is not None:
+        if config is not None:
+            raise ConfigError("--replay", [f"got {config} too; a replay takes the config of the run itself"])
+        from posttrain.cli.replay import replay_run
+
+        raise typer.Exit(replay_run(replay, run_dir or Path("runs") / "replay"))
+    if config is None:
+        raise ConfigError("posttrain rl", ["CONFIG.yaml is missing; or give --replay RUN_DIR"])
+    _run_stage("rl", config, overrides, run_dir, dry_run, seed)
+
+
 _stage_command(
     "dpo",
     "Light preference optimisation, on given pairs or on pairs mined from an RL stage's rollouts.",
@@ -232,6 +275,22 @@ def rewards_list() -> None:
         typer.echo(f"{info.name:<{width}}  {info.summary}  ({info.where})")
     if not found:
         typer.echo("no rewards are registered; is the package installed? (pip install -e .)", err=True)
+
+
+@ledger_app.command("audit")
+def ledger_audit(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run or of its RL stage.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Prove that an RL stage lost no prompt group and trained none twice, and print the totals.
+
+    Compares the ledger with the rollouts and the commits with what they name; exits with 3 where something is wrong.
+
+    Example: posttrain ledger audit runs/quickstart
+    """
+    from posttrain.cli.audit import print_audits
+
+    raise typer.Exit(print_audits(run_dir, as_json))
 
 
 def _run(

@@ -45,8 +45,8 @@ SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "curriculum": (
         ("band_low", "from", "{:.2f}"),
         ("band_high", "to", "{:.2f}"),
-        ("prompts_solved", "solved", "{:g}"),
-        ("prompts_impossible", "impossible", "{:g}"),
+        ("prompts_retired", "solved", "{:g}"),
+        ("prompts_parked", "impossible", "{:g}"),
     ),
 }
 PREFIXES = ("/", "_")

@@ -1,7 +1,10 @@
 """Fair shares between capabilities, and an order of rows that does not depend on the order of the file."""
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from posttrain.records import Row
 
 
 def hash_order(seed: int, name: str) -> int:
@@ -26,3 +29,19 @@ def proportional_shares(sizes: Mapping[str, int], total: int, seed: int = 0) -> 
     for name in by_remainder[: total - sum(shares.values())]:
         shares[name] += 1
     return shares
+
+
+def sampled_rows(rows: Sequence[Row], limit: int | None) -> list[Row]:
+    """All rows, or `limit` of them, a fair share of each capability.
+
+    The choice hangs on the rows' ids alone, not on a seed, so that two policies are measured on the same prompts.
+    """
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    places = proportional_shares(Counter(row.capability for row in rows), limit)
+    chosen: set[str] = set()
+    for row in sorted(rows, key=lambda row: (hash_order(0, row.id), row.id)):
+        if places[row.capability]:
+            places[row.capability] -= 1
+            chosen.add(row.id)
+    return [row for row in rows if row.id in chosen]

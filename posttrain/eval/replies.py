@@ -3,13 +3,12 @@
 A reply that could not be scored has no reward: it is left out of every rate and counted, never taken for a wrong one.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.chat import end_token_ids, render_prompt
-from posttrain.data.strata import hash_order, proportional_shares
+from posttrain.data.strata import sampled_rows
 from posttrain.errors import DataError
 from posttrain.eval.config import EvalConfig
 from posttrain.records import Rollout, Row, Scored
@@ -36,22 +35,6 @@ class PromptReplies:
     row: Row
     greedy: Reply | None
     samples: tuple[Reply, ...]
-
-
-def sampled_rows(rows: Sequence[Row], limit: int | None) -> list[Row]:
-    """The rows that samples are drawn for: all, or `limit` of them, a fair share of each capability.
-
-    The choice hangs on the rows' ids alone, not on a seed, so that two policies are measured on the same prompts.
-    """
-    if limit is None or limit >= len(rows):
-        return list(rows)
-    places = proportional_shares(Counter(row.capability for row in rows), limit)
-    chosen: set[str] = set()
-    for row in sorted(rows, key=lambda row: (hash_order(0, row.id), row.id)):
-        if places[row.capability]:
-            places[row.capability] -= 1
-            chosen.add(row.id)
-    return [row for row in rows if row.id in chosen]
 
 
 def eval_requests(rows: Sequence[Row], tokenizer: Any, config: EvalConfig) -> list[tuple[str, Row, SampleRequest]]:

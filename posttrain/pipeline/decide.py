@@ -55,6 +55,13 @@ def decide(
                 problems.append(f"stage {name!r} has not been finished in {run_dir.path}; run it first")
         else:
             decisions[name] = _decide_one(node, pipeline, run_dir, decisions, name in forced)
+            lost = decisions[name].action == "run" and not decisions[name].forced
+            if lost and run_dir.has_unfinished_work(node):
+                problems.append(
+                    f"stage {name!r} was interrupted, and its config, inputs (a dataset, a model) or code have changed "
+                    f"since: {run_dir.folder(node)} cannot go on from its checkpoint; give back what it began with, or "
+                    f"start it anew in another --run-dir (posttrain run: or with --from {name})"
+                )
     if problems:
         raise ConfigError(pipeline.source, problems)
     return decisions

@@ -99,6 +99,12 @@ class RunDir:
             return "resume"
         return "changed" if folder.exists() and any(folder.iterdir()) else "new"
 
+    def has_unfinished_work(self, node: Node) -> bool:
+        """Whether a stage was interrupted after its first checkpoint."""
+        folder = self.folder(node)
+        checkpoints = folder / "checkpoints"
+        return not (folder / DONE).exists() and checkpoints.is_dir() and any(checkpoints.glob("step_*"))
+
     def begin(self, node: Node, input_hash: str, config: Mapping[str, Any], resume: bool) -> None:
         """Make the folder ready: emptied unless its work is resumed, with config.yaml and STARTED in it."""
         folder = self.folder(node)

@@ -1,7 +1,7 @@
 """Tells when too many rollouts cannot be scored: then it is the reward that fails, and what is trained on is a choice
 made by its failures."""
 
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from posttrain.rl.config import RlConfig
@@ -19,7 +19,8 @@ class UnscoredAlarm:
     def __init__(self, config: RlConfig):
         self._limit = config.reward.alarm_fraction
         self._num_groups = config.groups_per_step
-        self._groups: list[ScoredGroup] = []
+        self._groups: deque[ScoredGroup] = deque()
+        self._num_rollouts = self._num_unscored = 0  # of the window
 
     def observe(self, scored: ScoredGroup) -> dict[str, Any] | None:
         """A group was decided. Returns the fields of the event `alarm` if the share is too large, else None.
@@ -27,18 +28,22 @@ class UnscoredAlarm:
         what, fraction, limit; groups, rollouts: how many in the window; outcomes: unscored rollouts by outcome;
         reasons: [reason, how often] of the most frequent ones.
         """
-        self._groups = [*self._groups, scored][-self._num_groups :]
+        self._groups.append(scored)
+        self._count(scored, 1)
+        if len(self._groups) > self._num_groups:
+            self._count(self._groups.popleft(), -1)
+        num_rollouts = self._num_rollouts
+        fraction = self._num_unscored / num_rollouts
+        if len(self._groups) < self._num_groups or fraction <= self._limit:
+            return None
+        groups, self._groups = self._groups, deque()
+        self._num_rollouts = self._num_unscored = 0
         unscored = [
             (outcome, reason)
-            for group in self._groups
+            for group in groups
             for reward, outcome, reason in zip(group.rewards, group.outcomes, group.reasons, strict=True)
             if reward is None
         ]
-        num_rollouts = sum(len(group.rewards) for group in self._groups)
-        fraction = len(unscored) / num_rollouts
-        if len(self._groups) < self._num_groups or fraction <= self._limit:
-            return None
-        groups, self._groups = self._groups, []
         return {
             "what": "unscored",
             "fraction": fraction,
@@ -48,3 +53,7 @@ class UnscoredAlarm:
             "outcomes": dict(Counter(outcome for outcome, _ in unscored).most_common()),
             "reasons": [list(item) for item in Counter(reason for _, reason in unscored).most_common(MOST_FREQUENT)],
         }
+
+    def _count(self, scored: ScoredGroup, sign: int) -> None:
+        self._num_rollouts += sign * len(scored.rewards)
+        self._num_unscored += sign * scored.rewards.count(None)

@@ -214,6 +214,34 @@ class RefilterConfig(Config):
     samples: Annotated[int, Field(ge=1)] = Field(default=4, description="Replies sampled for each of them.")
 
 
+class EvaluationConfig(Config):
+    """Pass rates on prompts that are not trained on, of the policy of the time, beside the training."""
+
+    data: DataConfig = Field(description="Held-out prompts: each ends with a user turn. `reward` scores the replies.")
+    every: Annotated[int, Field(ge=1)] = Field(
+        default=20, description="Policy versions from one evaluation to the next; the first is of the start."
+    )
+    prompts: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Only so many of them, a fair share of each capability; None: all."
+    )
+    samples: Annotated[int, Field(ge=1)] = Field(default=1, description="Replies to each prompt.")
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Of these replies; 0: the likeliest. top_p and max_tokens are those of `sampling`."
+    )
+    correct_threshold: Probability = Field(
+        default=0.5, description="A reply with at least this reward counts as right."
+    )
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "EvaluationConfig":
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"temperature is 0, so all {self.samples} samples of a prompt would be equal; set it above 0, or "
+                "samples: 1"
+            )
+        return self
+
+
 class RlResources(Config):
     """Engines that generate, the trainer's ranks beside them, the actor of the reward processes, and a reference."""
 
@@ -261,6 +289,9 @@ class RlConfig(Config):
     refilter: RefilterConfig | None = Field(
         default=None, description="Refresh the curriculum's estimates during training; None: by training alone."
     )
+    evaluation: EvaluationConfig | None = Field(
+        default=None, description="Measure the policy on held-out prompts during training; None: not."
+    )
     mixture_refills: Annotated[int, Field(ge=0)] = Field(
         default=4,
         description="A dropped group is replaced by one of its capability so often; then another takes its place.",
@@ -298,6 +329,11 @@ class RlConfig(Config):
     overlong: OverlongConfig | None = Field(default=None, description="Penalty on long replies; None: none.")
     drop_zero_advantage: bool = Field(
         default=True, description="Drop and replace groups whose rewards (with overlong's penalty) are all equal."
+    )
+    over_provision: NotNegative = Field(
+        default=0.5,
+        description="With max_staleness 0: at most so many batches of spare groups, as many as the measured share of "
+        "dropped groups asks for, so that a batch need not wait for refills.",
     )
     min_group: Annotated[int, Field(ge=2)] = Field(
         default=2, description="Fewer scored rollouts than this drop the group."
@@ -375,6 +411,16 @@ class RlConfig(Config):
             raise ValueError(
                 f"deterministic needs max_staleness 0 (got {self.max_staleness}) and resources.rollout.workers 1 "
                 f"(got {self.resources.rollout.workers}): else the timing decides what is trained on"
+            )
+        if self.deterministic and (self.refilter is not None or self.evaluation is not None):
+            raise ValueError(
+                f"deterministic does not go with {'evaluation' if self.refilter is None else 'refilter'}: the timing "
+                "decides beside which groups its replies are sampled; remove one of the two"
+            )
+        if self.evaluation is not None and self.weights.backend != "shm":
+            raise ValueError(
+                f"evaluation needs weights.backend: shm (got {self.weights.backend}): an engine that evaluates leaves "
+                "out the updates that come meanwhile"
             )
         if (self.loss.reference is None) != (self.resources.reference is None):
             raise ValueError(

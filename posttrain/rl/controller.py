@@ -16,7 +16,7 @@ transition of a group goes into the ledger, which a task of its own writes to th
 import asyncio
 import shutil
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from posttrain.rl.busy import BusyLog
 from posttrain.rl.codec import NOTHING
 from posttrain.rl.config import RlConfig
 from posttrain.rl.evidence import keep_evidence
-from posttrain.rl.groups import Group, ScoredGroup
+from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
 from posttrain.rl.ledger import Commit, Entry, Ledger
 from posttrain.rl.profile import sample_request
 from posttrain.rl.prompts import PromptSource
@@ -41,6 +41,7 @@ from posttrain.rl.recovery import CHECKPOINTS, SNAPSHOT, Survivor, folder_hash, 
 from posttrain.rl.reference import Reference, with_reference
 from posttrain.rl.samples import train_samples
 from posttrain.rl.scoring import drop_reason, make_group, over_batch, passes_and_failures, score_group
+from posttrain.rl.side import SideWork
 from posttrain.rl.staleness import StalenessQueue
 from posttrain.rl.tally import StepTally
 from posttrain.rl.verifiers import reward_config
@@ -57,7 +58,8 @@ T = TypeVar("T")
 class Parts:
     """What a controller moves records between. trainer holds `PolicyTrainer`s.
 
-    shares: of each capability in every batch. stop_ids: token ids that end a reply.
+    shares: of each capability in every batch. stop_ids: token ids that end a reply. heldout:
+    prompts of `evaluation`.
     """
 
     engines: Engines
@@ -68,6 +70,7 @@ class Parts:
     archive: RolloutArchive
     ledger: Ledger
     stop_ids: tuple[int, ...]
+    heldout: Sequence[DrawnPrompt] = ()
 
 
 class Controller:
@@ -101,14 +104,16 @@ class Controller:
             first_step,
             config.staleness,
             ledger.next_order,
+            0.0 if config.deterministic else config.over_provision,
         )
         self._survivors = survivors
-        self._returning: deque[Entry] = deque()  # groups of before a crash that start again once there is room
+        self._returning: dict[int, Entry] = {}  # groups of before a crash that start again once there is room
         self._ready: dict[int, tuple[ScoredGroup, float]] = {}  # with the Unix time since when
         self._archived_seq = 0
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._update: asyncio.Task[None] | None = None
+        self._trainer_deadline_s = config.trainer_deadline_s
         self._dropped_in_a_row = 0
         self._failure: BaseException | None = None
         self._workers = RolloutWorkers(
@@ -119,8 +124,8 @@ class Controller:
             partial(update_calls, config),
             config.engine.deadline_s,
             self._sampled,
-            lambda flight: ledger.begun(flight.order, tuple(flight.replies)),
-            ledger.event,
+            self._begun,
+            self._noted,
             context.seed if config.deterministic else None,
         )
         self._scored = BusyLog(context, "reward", "score")
@@ -129,6 +134,10 @@ class Controller:
         )
         self._pool = RewardClient(reward_config(config), config.resources.reward)
         self._alarm = UnscoredAlarm(config)
+        self._side = SideWork(
+            config, context, self._workers, self._pool, parts.source, first_step, parts.heldout, parts.stop_ids,
+            ledger.event,
+        )  # fmt: skip
 
     async def run(self) -> None:
         """Train to the last step."""
@@ -139,6 +148,7 @@ class Controller:
             self._go_on_with(self._survivors)
             while self._next_version < self._config.steps:
                 await self._one_step()
+            self._side.stop()
             await self._finish_update()
         finally:
             for task in self._tasks:
@@ -190,7 +200,7 @@ class Controller:
                 entry.id, entry.capability, survivor.stamp, scored is not None
             )
             if not adopted:
-                self._returning.append(entry)
+                self._returning[entry.id] = entry
             elif scored is not None:
                 self._ready[entry.id] = (scored, time.time())
             elif survivor.group is not None:
@@ -203,20 +213,22 @@ class Controller:
         """Admit as many groups as there is room for; a deterministic run in waves, one when the last is decided."""
         if self._config.deterministic and self._queue.num_in_flight:
             return
+        self._side.dispatch(self._next_version)
         for _ in range(self._queue.room(self._workers.oldest_version)):
             stamp = self._workers.oldest_version
-            capability = self._queue.next_capability()
-            entry = next((entry for entry in self._returning if entry.capability == capability), None)
-            if entry is not None:
-                self._returning.remove(entry)
-                self._queue.admit(stamp, entry.id)
-                self._ledger.restart_group(entry.id, stamp, ())
-                self._send(entry.id, stamp, entry.prompt_id, entry.system)
+            new = self._queue.next_order
+            order, capability = self._queue.admit(stamp, self._first_returning)
+            if order != new:
+                entry = self._returning.pop(order)
+                self._ledger.restart_group(order, stamp, ())
+                self._send(order, stamp, entry.prompt_id, entry.system)
                 continue
-            order, capability = self._queue.admit(stamp)
             prompt = self._source.draw(capability, order)
             self._ledger.reserve(order, prompt.row.id, capability, prompt.system, self._source.looks(capability), stamp)
             self._workers.send(Flight(order, stamp, prompt, self._request(prompt), self._no_replies()))
+
+    def _first_returning(self, capability: str) -> int | None:
+        return next((order for order, entry in self._returning.items() if entry.capability == capability), None)
 
     def _send(self, order: int, stamp: int, prompt_id: str, system: str | None, replies: Sequence[Any] = ()) -> None:
         prompt = self._source.prompt(prompt_id, system)
@@ -229,7 +241,19 @@ class Controller:
     def _request(self, prompt: Any) -> Any:
         return sample_request(self._config, prompt, self._config.group_size, self._parts.stop_ids)
 
+    def _begun(self, flight: Flight) -> None:
+        if flight.order >= 0:
+            self._ledger.begun(flight.order, tuple(flight.replies))
+
+    def _noted(self, event: str, value: Any) -> None:
+        """What the workers tell; there may be room now."""
+        self._ledger.event(event, value)
+        self._changed.set()
+
     def _sampled(self, flight: Flight, now: float) -> None:
+        if flight.order < 0:
+            self._start(self._side.take(flight, now))
+            return
         self._ledger.generated(flight.order, flight.replies)
         group = make_group(flight.order, flight.prompt, flight.replies, flight.worker, flight.began, now)
         self._start(self._score(group))
@@ -267,22 +291,24 @@ class Controller:
         self._dropped_in_a_row += 1
         limit = self._idle_limit
         if self._dropped_in_a_row >= limit:
-            rewards = Counter(reward for reward in scored.rewards)
+            rewards = dict(Counter(scored.rewards))
+            why = Counter(scored.reasons).most_common(1)[0][0]
             raise StageError(
-                f"{limit} groups in a row taught nothing (the last: {reason}, rewards {dict(rewards)}); "
+                f"{limit} groups in a row taught nothing (the last: {reason}, rewards {rewards}, most often {why!r}); "
                 "choose prompts of other difficulty (profile.band) or look at the reward"
             )
 
     def _drop_expired(self) -> None:
-        """In mode `drop`, groups that are too old for every batch to come."""
+        """Spare groups that were not needed; in mode `drop`, groups that are too old for every batch to come."""
+        reason = "stale" if self._config.staleness == "drop" else "surplus"
         for order in self._queue.expired():
             self._queue.drop(order)
-            self._ledger.dropped(order, "stale")
+            self._ledger.dropped(order, reason)
             self._workers.cancel(order)
             scored = self._ready.pop(order, None)
-            self._tally.expired(scored and scored[0])
+            self._tally.expired(reason, scored and scored[0])
             if scored is not None:
-                self._archive.add(scored[0], None, self._next_version, "dropped:stale")
+                self._archive.add(scored[0], None, self._next_version, f"dropped:{reason}")
 
     # ------------------------------------------------------------------ training
 
@@ -319,7 +345,7 @@ class Controller:
         """A call of the trainer; raises TrainerLostError if a rank dies, or does not answer in time."""
         otherwise = f"the trainer, at policy version {self._next_version}, did not finish {method}"
         try:
-            return await answer(self._trainer.call(method, *arguments), self._config.trainer_deadline_s, otherwise)
+            return await answer(self._trainer.call(method, *arguments), self._trainer_deadline_s, otherwise)
         except (RayActorError, TimeoutError) as error:
             raise TrainerLostError(f"the trainer was lost in {method}: {' '.join(str(error).split())}") from error
 
@@ -355,6 +381,7 @@ class Controller:
     async def _finish_update(self) -> None:
         if self._update is not None:
             await self._update
+        await self._workers.settled()
 
     def _checkpoint_is_due(self, version: int) -> bool:
         """The last version needs none: it is the stage's result."""
@@ -394,6 +421,7 @@ class Controller:
             "in_flight_groups": self._queue.num_in_flight,
             "places_lent": self._queue.num_lent,
             "engines_replaced": self._workers.num_replaced,
+            **self._side.figures(),
         }
         self._context.metrics(step, values)
         shown = ("reward_mean", "pass_rate", "staleness_mean", "queue_groups", "generate_tokens_per_s")

@@ -87,6 +87,15 @@ class RolledBack:
     groups: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What one transaction writes."""
+
+    logged: list[tuple[Any, ...]]
+    pending: list[tuple[str, Sequence[Any]]]
+    begun: dict[int, Sequence[Completion]]
+
+
 class Ledger:
     """The ledger of one RL stage. Methods that change something return at once; `flush` makes it durable."""
 
@@ -105,7 +114,8 @@ class Ledger:
             ) from None
         self._lock = threading.Lock()  # one writer at a time: flush runs in a thread
         self._pending: list[tuple[str, Sequence[Any]]] = []
-        self._batches: deque[tuple[list[tuple[str, Sequence[Any]]], dict[int, Sequence[Completion]]]] = deque()
+        self._logged: list[tuple[Any, ...]] = []  # rows of the log: half of all that is written
+        self._batches: deque[_Batch] = deque()
         # Replies in flight, to be written if they are still so at a flush.
         self._begun: dict[int, Sequence[Completion]] = {}
 
@@ -274,9 +284,9 @@ class Ledger:
 
     def _take(self) -> bool:
         """Queue what was collected for writing; called where it is collected, so that nothing slips between."""
-        if self._pending or self._begun:
-            self._batches.append((self._pending, self._begun))
-            self._pending, self._begun = [], {}
+        if self._pending or self._begun or self._logged:
+            self._batches.append(_Batch(self._logged, self._pending, self._begun))
+            self._logged, self._pending, self._begun = [], [], {}
             return True
         return False
 
@@ -284,12 +294,13 @@ class Ledger:
         with self._lock:
             execute = self._connection.execute
             while self._batches:
-                pending, begun = self._batches.popleft()
+                batch = self._batches.popleft()
                 execute("BEGIN IMMEDIATE")
                 try:
-                    for sql, values in pending:
+                    self._connection.executemany("INSERT INTO log VALUES (?,?,?,?,?)", batch.logged)
+                    for sql, values in batch.pending:
                         execute(sql, [value() if callable(value) else value for value in values])
-                    for order, replies in begun.items():
+                    for order, replies in batch.begun.items():
                         execute(
                             "INSERT OR REPLACE INTO replies (id, data) SELECT id, ? FROM groups WHERE id = ? AND "
                             "state = 'reserved'",
@@ -326,7 +337,7 @@ class Ledger:
     def _log(self, event: str, order: int | None, value: Any = None) -> None:
         self._seq += 1
         text = None if value is None else json.dumps(value)
-        self._write("INSERT INTO log VALUES (?,?,?,?,?)", (self._seq, time.time(), event, order, text))
+        self._logged.append((self._seq, time.time(), event, order, text))
 
     def _value(self, sql: str) -> int:
         return self._connection.execute(sql).fetchone()[0]

@@ -59,7 +59,7 @@ def profile_prompts(
     band = config.profile.band
     ordered = [replace(found[name], selected=found[name].in_band(band)) for name in keys]
     if not any(item.n for item in ordered):
-        raise _nothing_scored()
+        raise nothing_scored()
     write_estimates(context.dir / FILE, ordered, basis, {"band_low": float(band[0]), "band_high": float(band[1])})
     if store is not None:
         store.add(_partial(context.dir, basis))
@@ -134,7 +134,7 @@ async def _sample(
             measured = [replace(item, prompt=keys[item.prompt_id]) for item in measured]
             found.extend(measured)
             if not any(item.n for item in found):  # a broken reward is told now, not after all prompts
-                raise _nothing_scored(scores)
+                raise nothing_scored(scores)
             write_estimates(folder / f"{uuid.uuid4().hex[:16]}.parquet", measured, basis)
 
     await pool.start()
@@ -163,7 +163,8 @@ def _partial(run: Path, basis: Basis) -> list[Difficulty]:
     return [item for path in sorted(_parts(run).glob("*.parquet")) for item in read_estimates(path, basis)]
 
 
-def _nothing_scored(scores: Sequence[Scored] = ()) -> StageError:
+def nothing_scored(scores: Sequence[Scored] = ()) -> StageError:
+    """The error of a profile in which no reply has a score; `scores` say why."""
     reasons = Counter(f"{score.outcome}: {score.reason}" for score in scores).most_common(1)
     why = "".join(f"; most often: {reason}" for reason, _ in reasons)
     return StageError(f"not one reply of the profile could be scored{why}")

@@ -42,6 +42,11 @@ class PromptSource:
         self._looks = dict.fromkeys(self._by_capability, 0)
         self._passes: dict[tuple[str, int], list[int]] = {}  # the order of the current pass over a capability's rows
 
+    @property
+    def curriculum(self) -> Curriculum | None:
+        """What is believed of the prompts, if they are drawn by it."""
+        return self._curriculum
+
     def draw(self, capability: str, order: int) -> DrawnPrompt:
         """The prompt of the group that is dispatched at place `order`."""
         rng = random.Random(f"{self._seed}/{order}")

@@ -9,6 +9,7 @@ was killed and went on is replayed as one line of steps: what was rolled back is
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,18 +112,18 @@ def replay(config: RlConfig, context: StageContext, source: Path) -> dict[str, A
 
 def ledger_batches(stage: Path) -> dict[int, list[str]]:
     """Group ids of each step, in dispatch order, as the ledger has them."""
-    path = stage / SNAPSHOT
-    if not path.exists():
-        raise ConfigError(str(stage), [f"has no {SNAPSHOT}; give the folder of an RL stage"])
-    ledger = Ledger(path)
-    try:
+    with closing(Ledger(rl_stages(stage)[0] / SNAPSHOT)) as ledger:
         batches: dict[int, list[str]] = {}
         for entry in ledger.entries(("trained", "committed")):
             assert entry.step is not None
             batches.setdefault(entry.step, []).append(f"g{entry.id}")
         return batches
-    finally:
-        ledger.close()
+
+
+def seed_of(stage: Path) -> int:
+    """The seed that the stage ran with."""
+    with closing(Ledger(stage / SNAPSHOT)) as ledger:
+        return ledger.fact("seed") or 0
 
 
 def weight_gaps(one: Path, other: Path) -> dict[str, float]:

@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.config import RlConfig
 from posttrain.rl.controller import Controller, Parts
 from posttrain.rl.curriculum import Curriculum
+from posttrain.rl.evaluation import heldout_prompts, heldout_rows
 from posttrain.rl.fingerprints import check_resumed, run_fingerprints
 from posttrain.rl.groups import DrawnPrompt
 from posttrain.rl.ledger import Commit, Ledger
@@ -51,7 +53,7 @@ MODEL = "model"
 def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
     check_parallel(config.parallel, config.model, None)
-    rows = _rows_to_profile(config, context.seed)
+    rows, heldout = _rows_to_profile(config, context.seed), heldout_rows(config)
     if (finished := finished_outputs(context.dir, config.steps)) is not None:
         return finished
     from posttrain.model.load import check_router, load_tokenizer
@@ -59,6 +61,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     check_router(config.model)
     tokenizer = load_tokenizer(config.model.path)
     prompts = _draw_plain(rows, tokenizer, config)
+    evaluated = heldout_prompts(config, heldout, partial(render_prompt, tokenizer))
     stop_ids = tuple(end_token_ids(tokenizer))
     check_reference(config)
     with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
@@ -76,18 +79,18 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         reference = Reference(config, context.seed) if config.loss.reference is not None else None
         ledger = open_ledger(context.dir)
         try:
-            _check_same(ledger, config, rows, context.dir)
-            for restarts_left in range(config.trainer_restarts, -1, -1):
+            _check_same(ledger, config, rows, context.dir, context.seed)
+            for left in restarts_left(config):
                 source = prompt_source(config, drawn, difficulties, tokenizer, context.seed)
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
-                parts = Parts(engines, trainer, reference, source, shares, archive, ledger, stop_ids)
+                parts = Parts(engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated)
                 try:
                     figures = _train(config, context, parts, prompts)
                     break
                 except TrainerLostError as error:
-                    if not restarts_left:
+                    if not left:
                         raise
-                    context.event("trainer_restarted", reason=str(error), restarts_left=restarts_left - 1)
+                    context.event("trainer_restarted", reason=str(error), restarts_left=left - 1)
                     trainer.close()
                     trainer = _start_trainer(config, context.seed)
             outputs = {
@@ -153,12 +156,18 @@ def _ask(trainer: RankGroup, method: str, *arguments: Any) -> Any:
         raise TrainerLostError(f"the trainer was lost in {method}: {' '.join(str(error).split())}") from error
 
 
-def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], folder: Path) -> None:
+def restarts_left(config: RlConfig) -> range:
+    """How often the trainer may still be started again, for each time that it is."""
+    return range(config.trainer_restarts, -1, -1)
+
+
+def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], folder: Path, seed: int) -> None:
     """A run goes on with the dataset and the model that it began with, or not at all."""
     now = run_fingerprints(config, rows)
     if (saved := ledger.fact("fingerprints")) is not None:
         check_resumed(saved, now, folder)
     ledger.set_fact("fingerprints", now)
+    ledger.set_fact("seed", seed)
     ledger.flush_now()
 
 

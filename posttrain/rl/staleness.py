@@ -26,12 +26,18 @@ version v may be made of depends on the mode:
     drop  a batch is whatever is ready, and admission asks for the trainer's version only: nobody waits for a slow
           group or a slow engine, and groups past their last chance are `expired`, to be dropped.
 
+Spares. Where `max_staleness` is 0 nothing can be sampled ahead, and a batch that lost groups would wait for their
+refills. So spare groups without a place are sampled beside it, as many as the measured drop rate lets expect losses
+(and at most `over_provision` batches); a spare takes the place of a group that is dropped, and one that is not needed
+is `expired` when the batch is taken.
+
 After a crash, groups that are still there are adopted: each takes a place again that is early enough, or is told that
 there is none.
 """
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -51,7 +57,8 @@ class _Place:
 @dataclass(frozen=True, slots=True)
 class _Undecided:
     stamp: int
-    place: _Place
+    place: _Place | None  # None: a spare
+    capability: str
     is_ready: bool = False
 
 
@@ -60,6 +67,7 @@ class StalenessQueue:
 
     shares: of each capability, 1 in all. refills: how often a place is refilled before another capability takes it.
     version: at which the first batch will be trained. first_order: the dispatch order of the next new group.
+    over_provision: spare groups, in batches.
     """
 
     def __init__(
@@ -71,12 +79,17 @@ class StalenessQueue:
         version: int = 0,
         mode: Mode = "pace",
         first_order: int = 0,
+        over_provision: float = 0.0,
     ):
         self._batch = groups_per_step
         self._max_staleness = max_staleness
         self._shares = shares
         self._refills = refills
         self._mode = mode
+        self._most_spares = 0 if max_staleness else int(over_provision * groups_per_step)
+        self._spares_coming = places(shares)
+        self._drop_rate = 0.0
+        self._decided: Counter[bool] = Counter()  # since the last batch: dropped, or not
         self._version = version  # of the next batch
         self._coming = places(shares, version * groups_per_step)
         self._num_given = version * groups_per_step
@@ -112,29 +125,44 @@ class StalenessQueue:
 
     def room(self, engine_version: int) -> int:
         """How many groups may be admitted now; engine_version: the oldest that an engine may still sample with."""
+        return self._places_left(engine_version) or self._spares_left()
+
+    def _places_left(self, engine_version: int) -> int:
         version = engine_version
         if self._mode == "drop":
             if engine_version + self._max_staleness < self._version:
                 return 0  # it would be too old at once
             version = self._version
-        return (version + self._max_staleness + 1) * self._batch - self._num_given + len(self._free)
+        return max(0, (version + self._max_staleness + 1) * self._batch - self._num_given + len(self._free))
 
-    def next_capability(self) -> str:
-        """The capability of the place that the next group to be admitted takes."""
-        if not self._free:
-            self._give_place()
-        return self._free[-1].capability
+    def _spares_left(self) -> int:
+        if not self._most_spares:
+            return 0
+        placed = sum(not item.is_ready and item.place is not None for item in self._undecided.values())
+        wanted = math.ceil(placed * self._drop_rate / (1 - self._drop_rate)) if self._drop_rate < 1 else placed
+        return max(0, min(wanted, self._most_spares) - self.num_spares)
 
-    def admit(self, engine_version: int, order: int | None = None) -> tuple[int, str]:
+    @property
+    def num_spares(self) -> int:
+        """Groups without a place."""
+        return sum(item.place is None for item in self._undecided.values())
+
+    def admit(self, engine_version: int, choose: Callable[[str], int | None] | None = None) -> tuple[int, str]:
         """Take a place; returns the group's dispatch order and the capability that its prompt must have.
 
-        order: of a group that was admitted before a crash; a new one gets the next.
+        choose: gives the order of a group of a capability that was admitted before a crash, if there is one.
         """
+        place = None
+        if self._places_left(engine_version):
+            if not self._free:
+                self._give_place()
+            place = self._free.pop()
+        capability = place.capability if place is not None else next(self._spares_coming)
+        order = choose(capability) if choose is not None else None
         if order is None:
             order = self._next_order
             self._next_order += 1
-        capability = self.next_capability()
-        self._undecided[order] = _Undecided(engine_version, self._free.pop())
+        self._undecided[order] = _Undecided(engine_version, place, capability)
         return order, capability
 
     def adopt(self, order: int, capability: str, stamp: int, is_ready: bool) -> bool:
@@ -153,7 +181,7 @@ class StalenessQueue:
             self._move_place(taken.capability, capability)
             self._free.append(_Place(capability))
         index = next(index for index, place in enumerate(self._free) if place.capability == capability)
-        self._undecided[order] = _Undecided(stamp, self._free.pop(index), is_ready)
+        self._undecided[order] = _Undecided(stamp, self._free.pop(index), capability, is_ready)
         return True
 
     def _has_free(self, capability: str) -> bool:
@@ -168,13 +196,26 @@ class StalenessQueue:
 
     def ready(self, order: int) -> None:
         """The group has been sampled and scored, and is worth training on."""
+        self._decided[False] += 1
         self._undecided[order] = replace(self._undecided[order], is_ready=True)
 
     def drop(self, order: int) -> None:
-        """The group teaches nothing; its place is free."""
-        place = self._undecided.pop(order).place
+        """The group teaches nothing; its place goes to a spare of its capability, or is free."""
+        dropped = self._undecided.pop(order)
+        self._decided[True] += not dropped.is_ready
+        place = dropped.place
+        if place is None:
+            return
+        spares = (
+            order
+            for order, item in self._undecided.items()
+            if item.place is None and item.capability == place.capability
+        )
+        heir = min(spares, default=None)
         others = [name for name in self._shares if name != place.capability]
-        if place.refills < self._refills or not others:
+        if heir is not None:
+            self._undecided[heir] = replace(self._undecided[heir], place=_Place(place.capability, place.refills + 1))
+        elif place.refills < self._refills or not others:
             self._free.append(_Place(place.capability, place.refills + 1))
         else:
             self._free.append(_Place(self._lend(place.capability, others)))
@@ -202,7 +243,11 @@ class StalenessQueue:
             return None
         batch: list[int] = []
         for capability, count in wanted.items():
-            own = [order for order, item in self._undecided.items() if item.place.capability == capability]
+            own = [
+                order
+                for order, item in self._undecided.items()
+                if item.place is not None and item.capability == capability
+            ]
             own.sort(key=lambda order: (self._undecided[order].stamp, order))
             ready = [order for order in own if self._undecided[order].is_ready]
             chosen = own[:count] if self._mode == "wait" else ready[:count]
@@ -217,10 +262,13 @@ class StalenessQueue:
             del self._undecided[order]
         del self._places[version]
         self._version = version + 1
+        if total := self._decided.total():
+            self._drop_rate = (self._drop_rate + self._decided[True] / total) / 2
+            self._decided.clear()
         return sorted(batch)
 
     def expired(self) -> list[int]:
-        """Groups that are too old for every batch to come; there are none but in mode `drop`."""
+        """Groups that are too old for every batch to come: spares, and in mode `drop` any."""
         return [order for order, item in self._undecided.items() if item.stamp + self._max_staleness < self._version]
 
     def _fit(self, capability: str, last_chances: list[int], version: int) -> bool:

@@ -10,7 +10,7 @@ from posttrain.rl.archive import num_tokens
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.groups import PASS_THRESHOLD, ScoredGroup
 
-REASONS = ("zero_advantage", "unscored", "truncated", "stale")
+REASONS = ("zero_advantage", "unscored", "truncated", "stale", "surplus")
 
 
 class StepTally:
@@ -42,9 +42,9 @@ class StepTally:
         if dropped == "zero_advantage":
             counts["too_easy" if fmean(rewards) > PASS_THRESHOLD else "too_hard"] += 1
 
-    def expired(self, scored: ScoredGroup | None) -> None:
+    def expired(self, reason: str, scored: ScoredGroup | None) -> None:
         """A group became too old; None: before it was scored, so that its rollouts count nowhere."""
-        self._counts["dropped_stale"] += 1
+        self._counts[f"dropped_{reason}"] += 1
         if scored is not None:
             rollouts = scored.group.rollouts
             self._counts["dropped_tokens"] += sum(len(rollout.token_ids) for rollout in rollouts)

@@ -10,7 +10,7 @@ groups; nothing waits for a whole group. Each wait has a deadline.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,8 @@ UNLUCKY = 3  # engines lost in a row on one worker, without a reply in between
 class Flight:
     """A group that is being sampled. request: for the whole group, from the start. replies: what is there of each.
 
-    stamp: no worker of an older policy version may sample for it.
+    stamp: no worker of an older policy version may sample for it. version: if given, only the worker that is kept at
+    it may. Groups with an order below 0 are beside the training (side.py).
     """
 
     order: int
@@ -43,6 +44,7 @@ class Flight:
     replies: list[Completion]
     began: float = 0.0
     worker: str = ""
+    version: int | None = None
     indices: tuple[int, ...] = ()  # of the replies that the engine was last asked for
 
     def rest(self) -> SampleRequest:
@@ -78,13 +80,17 @@ def joined(before: Sequence[VersionSpan], after: Sequence[VersionSpan]) -> tuple
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One engine: `policy_version` is the one that it samples with; `flights` are the groups it was given."""
+    """One engine: `policy_version` is the one that it samples with; `flights` are the groups it was given.
+
+    is_kept: it takes no new weights for now.
+    """
 
     name: str
     actor: Any
     policy_version: int
     log: BusyLog
     is_alive: bool = True
+    is_kept: bool = False
     flights: dict[int, Flight] = field(default_factory=dict)
     outbox: list[Flight] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -151,9 +157,13 @@ class RolloutWorkers:
 
     def send(self, flight: Flight) -> None:
         """Have a group sampled by the worker with the fewest of those that may."""
-        able = [worker for worker in self.workers if worker.is_alive and worker.policy_version >= flight.stamp]
+        if flight.version is None:
+            able = [worker for worker in self.workers if worker.is_alive and worker.policy_version >= flight.stamp]
+        else:
+            able = [worker for worker in self.workers if worker.is_kept and worker.policy_version == flight.version]
         if not able:
-            self._unsent.append(flight)
+            if flight.version is None:  # else nobody can sample it any more, which whoever sent it looks for
+                self._unsent.append(flight)
             return
         worker = min(able, key=lambda worker: len(worker.flights))
         flight.worker, flight.began = worker.name, flight.began or time.time()
@@ -177,16 +187,20 @@ class RolloutWorkers:
 
     # ------------------------------------------------------------------ weights
 
-    async def update(self, manifest: dict[str, Any], version: int) -> None:
-        """Have every worker take a version; one that is being replaced takes it when it starts."""
-        self._newest = (manifest, version)
+    def update(self, manifest: dict[str, Any], version: int) -> Coroutine[Any, Any, None]:
+        """Have every worker take a version; one that is being replaced takes it when it starts, one that is kept at
+        its version when it is released."""
+        self._newest = (manifest, version)  # now: whoever begins to read reads these
+        return self._update_all(manifest, version)
+
+    async def _update_all(self, manifest: dict[str, Any], version: int) -> None:
         for together in self._calls(manifest, version):
             await asyncio.gather(*(self._update(self.workers[index], arguments) for index, arguments in together))
 
     async def _update(self, worker: Worker, arguments: dict[str, Any]) -> None:
         async with worker.lock:
             version = arguments["policy_version"]
-            if not worker.is_alive or worker.policy_version >= version:
+            if not worker.is_alive or worker.is_kept or worker.policy_version >= version:
                 return
             try:
                 began, ended = await self._attended(worker, worker.actor.update_weights.remote(**arguments))
@@ -198,6 +212,23 @@ class RolloutWorkers:
         self._told("took", [worker.name, version])
         self._context.busy(worker.name, "update_weights", began, ended)
         self._send_waiting()
+
+    async def settled(self) -> None:
+        """Until nobody reads weights, so that the trainer may write over those before the newest."""
+        while busy := [worker for worker in self.workers if worker.lock.locked()]:
+            async with busy[0].lock:
+                pass
+
+    def newest(self) -> Worker | None:
+        """The worker of the newest version among those that are not taking weights, if there is one."""
+        able = [worker for worker in self.workers if worker.is_alive and not worker.lock.locked()]
+        return max(able, key=lambda worker: worker.policy_version, default=None)
+
+    async def release(self, worker: Worker) -> None:
+        """Let a worker that was kept take the newest weights."""
+        worker.is_kept = False
+        calls = [call for together in self._calls(*self._newest) for call in together]
+        await self._update(worker, dict(calls)[self.workers.index(worker)])
 
     # ------------------------------------------------------------------ requests and replies
 
@@ -290,7 +321,7 @@ class RolloutWorkers:
 
     async def _replace(self, worker: Worker, cause: BaseException) -> None:
         """Another engine under the worker; its groups go on where they stand, on whichever worker is there first."""
-        worker.is_alive = False
+        worker.is_alive = worker.is_kept = False
         worker.num_unlucky += 1
         self.num_replaced += 1
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__

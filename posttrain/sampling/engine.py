@@ -216,7 +216,8 @@ class EngineActor:
             name = f"{self.name}-{self._next_request}"
             if begun or shared is None:
                 prompt = [*request.prompt_ids, *begun]
-                core_request = self._core_request(key, prompt, self._params(request, len(begun), stream=True))
+                params = self._params(request, len(begun), stream=True)
+                core_request = self._core_request(key, prompt, params, request.priority)
                 if not begun:
                     shared = core_request
             else:
@@ -224,13 +225,15 @@ class EngineActor:
             core_request.request_id = core_request.external_req_id = name
             admitted.append((Reply(self._outbox, key, index, name, begun), core_request))
 
-    def _core_request(self, key: int, prompt: list[int], params: Any) -> Any:
+    def _core_request(self, key: int, prompt: list[int], params: Any, priority: int) -> Any:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
 
         try:
             tasks = self._llm._supported_tasks  # asked for, and kept by vLLM, at the start
-            return self._llm.input_processor.process_inputs("", tokens_input(prompt), params, supported_tasks=tasks)
+            return self._llm.input_processor.process_inputs(
+                "", tokens_input(prompt), params, supported_tasks=tasks, priority=priority
+            )
         except (ValueError, VLLMClientError) as error:
             raise StageError(f"engine {self.name}: request {key} cannot be sampled: {error}") from None
 
@@ -293,7 +296,8 @@ class EngineActor:
 
         self._next_request += 1
         name = f"{self.name}-{self._next_request}"
-        return await self._llm.add_request(name, tokens_input(list(request.prompt_ids)), self._params(request))
+        prompt, params = tokens_input(list(request.prompt_ids)), self._params(request)
+        return await self._llm.add_request(name, prompt, params, priority=request.priority)
 
     def _refuse_begun(self, requests: Sequence[SampleRequest]) -> None:
         if any(request.begun for request in requests):
@@ -321,7 +325,8 @@ class EngineActor:
         self._next_request += 1
         prompt = {"prompt_token_ids": list(request.prompt_ids)}
         final = None
-        async for output in self._llm.generate(prompt, self._params(request), f"{self.name}-{self._next_request}"):
+        name, params = f"{self.name}-{self._next_request}", self._params(request)
+        async for output in self._llm.generate(prompt, params, name, priority=request.priority):
             final = output
         if final is None:
             raise StageError(f"engine {self.name} ended a request without an answer")

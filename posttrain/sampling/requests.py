@@ -21,6 +21,7 @@ class SampleRequest:
     log-probability of each, renormalised over the choices: the distribution of constrained decoding.
     begun: token ids of replies that were begun elsewhere, one entry for each reply that is wanted (`n` is ignored
     then): each is continued, and `max_tokens` counts what is there. Only `EngineActor.submit` takes them.
+    priority: replies of a larger one start later, and are interrupted first where memory is short.
     """
 
     prompt_ids: tuple[int, ...]
@@ -31,6 +32,7 @@ class SampleRequest:
     stop_token_ids: tuple[int, ...] = ()
     choice_ids: tuple[int, ...] | None = None
     begun: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
 """The reward pool as a Ray actor, so that scoring costs the controller's process nothing. `life` holds one, `client`
 is what a stage uses.
 
-    client ── score([(rollout, row), ...]) ──► RewardActor ── one by one ──► RewardPool ──► reward processes
-           ◄── the scores, and how the pool is ──
+    client ── submit: any number of scorings ──► RewardActor ── one by one ──► RewardPool ──► reward processes
+           ◄── collect: those that are done, and how the pool is ──
 
-Many calls are in progress at once; each waits for its own rollouts only.
+A scoring is any number of rollouts under one key; each waits for its own rollouts only. One call for many of them: a
+call between processes costs more than a score.
 """
 
 import asyncio
@@ -38,6 +39,9 @@ class RewardActor:
         with contextlib.suppress(OSError):  # another node need not have it
             os.chdir(folder)
         self._pool = RewardPool(spec, num_workers, timeout_s)
+        self._done: list[tuple[int, list[Scored] | Exception]] = []
+        self._event = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def where(self) -> tuple[str, int]:
         """The node's id in Ray, and this process's."""
@@ -53,10 +57,29 @@ class RewardActor:
             return str(error)
         return ""
 
-    async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> tuple[list[Scored], Health]:
-        """The scores in order."""
-        scores = await asyncio.gather(*(self._pool.score(rollout, row) for rollout, row in pairs))
-        return scores, await self.ping()
+    async def submit(self, scorings: Sequence[tuple[int, Sequence[tuple[Rollout, Row]]]]) -> None:
+        """Begins to score under the caller's keys."""
+        for key, pairs in scorings:
+            task = asyncio.create_task(self._score(key, pairs))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def collect(self, wait_s: float) -> tuple[list[tuple[int, list[Scored] | Exception]], Health]:
+        """What was done since the last call, the scores in order; waits up to `wait_s` for the first."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._event.wait()
+        self._event.clear()
+        done, self._done = self._done, []
+        return done, await self.ping()
+
+    async def _score(self, key: int, pairs: Sequence[tuple[Rollout, Row]]) -> None:
+        try:
+            scores = await asyncio.gather(*(self._pool.score(rollout, row) for rollout, row in pairs))
+            self._done.append((key, list(scores)))
+        except Exception as error:  # raised where the scores are waited for
+            self._done.append((key, error))
+        self._event.set()
 
     async def ping(self) -> Health:
         """Answers as long as the actor lives."""

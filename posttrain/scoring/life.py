@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import psutil
@@ -21,6 +21,7 @@ from posttrain.scoring.plugins import RewardSpec
 from posttrain.scoring.process import kill_marked
 
 PING_S = 1.0
+COLLECT_S = 1.0
 PLACE_S = 180.0
 CLOSE_S = 10.0
 
@@ -49,7 +50,11 @@ class ActorLife:
         )
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._process: psutil.Process | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._serving: list[asyncio.Task[None]] = []
+        self._outbox: list[tuple[int, Sequence[tuple[Rollout, Row]]]] = []
+        self._wake = asyncio.Event()
+        self._scoring: dict[int, asyncio.Future[list[Scored]]] = {}
+        self._num_scorings = 0
         self.health = Health()
 
     @property
@@ -83,7 +88,7 @@ class ActorLife:
         if node == ray.get_runtime_context().get_node_id():
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._process = psutil.Process(pid)
-        self._watching = asyncio.create_task(self._watch())
+        self._serving = [asyncio.create_task(work()) for work in (self._watch, self._feed, self._empty)]
         reason = await self._call("start")
         if reason:
             raise PluginError(reason)
@@ -91,8 +96,18 @@ class ActorLife:
 
     async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
         """The scores in order. Raises ActorLostError."""
-        scores, self.health = await self._call("score", pairs)
-        return scores
+        self._num_scorings += 1
+        key = self._num_scorings
+        done = self._scoring[key] = asyncio.get_running_loop().create_future()
+        self._outbox.append((key, pairs))
+        self._wake.set()
+        try:
+            await asyncio.wait({done, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+            if done.done():
+                return done.result()
+        finally:
+            del self._scoring[key]
+        raise ActorLostError(self.reason)
 
     async def close(self) -> None:
         """Ends the pool, then the actor; what still waits for a score gets none."""
@@ -102,9 +117,9 @@ class ActorLife:
             closing.cancel()
             await asyncio.gather(closing, return_exceptions=True)
             self._lose("it was closed", is_empty=bool(ended))
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         from ray.exceptions import RayError, RayTaskError
@@ -122,6 +137,35 @@ class ActorLife:
             finally:
                 answer.cancel()
         raise ActorLostError(self.reason)
+
+    async def _feed(self) -> None:
+        """Send what waits; what comes while a call is on its way goes with the next."""
+        while not self.is_lost:
+            await self._wake.wait()
+            self._wake.clear()
+            scorings, self._outbox = self._outbox, []
+            try:
+                await self._call("submit", scorings)
+            except Exception as error:
+                self._resolve((key, error) for key, _ in scorings)
+
+    async def _empty(self) -> None:
+        while not self.is_lost:
+            try:
+                done, self.health = await self._call("collect", COLLECT_S)
+            except Exception as error:
+                done = [(key, error) for key in self._scoring]
+            self._resolve(done)
+
+    def _resolve(self, done: Iterable[tuple[int, list[Scored] | Exception]]) -> None:
+        for key, scores in done:
+            waiting = self._scoring.get(key)
+            if waiting is None or waiting.done():  # its caller gave up
+                continue
+            if isinstance(scores, Exception):
+                waiting.set_exception(scores)
+            else:
+                waiting.set_result(scores)
 
     async def _watch(self) -> None:
         while not self.is_lost:

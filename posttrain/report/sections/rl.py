@@ -154,8 +154,8 @@ def _prompts(series: Series) -> Chart | None:
     """How many prompts the curriculum holds for solved, and for impossible."""
     entries = [
         ("prompts_known", "known well enough", "--faint"),
-        ("prompts_solved", "solved", "--c3"),
-        ("prompts_impossible", "impossible", "--bad"),
+        ("prompts_retired", "solved", "--c3"),
+        ("prompts_parked", "impossible", "--bad"),
     ]
     return lines_chart(series, "Prompts of the curriculum", "prompts", entries, "%{y:.0f} prompts")
 

@@ -1,0 +1,41 @@
+"""The asynchronous RL runtime beside its peers and its floors.
+
+    python benchmarks/rl.py [--json FILE] [--only NAME[,NAME]] [--seed N]
+
+Each figure is a ratio of two things measured in turns within this run, or a rate with what bounds it beside it. A goal
+is what is aimed at, not what is asserted. `load` is the machine's load average of a minute when an entry ends: above
+the number of processors, the figures are of a machine that others use too.
+
+  rollout_vs_raw_*            rl_rollout.py
+  weight_update_vs_memcpy_*   rl_weights.py
+  controller_*                rl_controller.py
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from measure import Entry, main
+from rl_controller import groups_per_s, rss_gib
+from rl_models import SIZES
+from rl_rollout import SHAPES, rollout_vs_raw
+from rl_weights import weight_update
+
+LIBRARIES = ("torch", "transformers", "vllm", "ray")
+
+
+def entries() -> dict[str, Entry]:
+    table = {
+        "controller_groups_per_s": Entry(groups_per_s, ">= 5000"),
+        "controller_rss_gib": Entry(rss_gib, "<= 2"),
+    }
+    for size in SHAPES:
+        table[f"rollout_vs_raw_{size}"] = Entry(lambda size=size: rollout_vs_raw(size), ">= 0.95")
+    for size in SIZES:
+        goal = None if size == "1m" else ">= 0.4"
+        table[f"weight_update_vs_memcpy_{size}"] = Entry(lambda size=size: weight_update(size), goal)
+    return table
+
+
+if __name__ == "__main__":
+    main(__doc__, entries(), LIBRARIES)

@@ -1,0 +1,222 @@
+"""Entries of rl.py for the controller alone: engines and trainer answer at once, everything between them is real.
+
+Engines are Ray actors with the engine's interface that hand out prepared replies; the trainer is an object that
+returns at once. Real are the controller, Ray's calls, the ledger on the disk, the queue, the archive, the reward actor
+with one process, and a reward that costs nothing. Groups of 2 replies of 8 tokens: the cost of a group, not of tokens.
+
+  controller_groups_per_s   groups trained on a second, from admission to the archive. Beside it: microseconds of the
+                            controller's own processor time a group, and the groups a second that the reward actor
+                            scores when it is given nothing else to do (its floor: 128 groups a call)
+  controller_rss_gib        what the controller's process holds with 100,000 groups in flight, and how much of it
+                            came with them. The trainer waits until all are admitted, engines answer nothing
+"""
+
+import asyncio
+import contextlib
+import cProfile
+import os
+import pstats
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from posttrain.base.tokenizer import build_tokenizer
+from posttrain.config.shared import SystemsConfig
+from posttrain.context import StageContext
+from posttrain.pipeline.ray_session import ray_session
+from posttrain.records import Message, Row, VersionSpan
+from posttrain.rl.archive import RolloutArchive
+from posttrain.rl.config import RlConfig
+from posttrain.rl.controller import Controller, Parts
+from posttrain.rl.groups import DrawnPrompt
+from posttrain.rl.ledger import Ledger
+from posttrain.rl.prompts import PromptSource
+from posttrain.rl.scoring import make_group
+from posttrain.rl.verifiers import reward_config
+from posttrain.sampling.requests import Completion, Piece, SampleRequest
+from posttrain.scoring.client import RewardClient
+
+GROUP, TOKENS, PROMPT_TOKENS, ROWS = 2, 8, 64, 10_000
+BATCH, STALENESS, WARM, STEPS = 512, 7, 8, 24
+IN_FLIGHT = 100_000
+ENGINES = 1
+PIECES_AT_ONCE = 1024
+
+
+class PreparedEngine:
+    """The rollout side of `EngineActor`: what is submitted is answered by the next `collect`; mute: never."""
+
+    def __init__(self, mute: bool):
+        self._mute = mute
+        self._version = 0
+        self._waiting: list[tuple[int, int]] = []
+        self._event = asyncio.Event()
+
+    async def submit(self, requests: Sequence[tuple[int, SampleRequest]]) -> None:
+        if not self._mute:
+            self._waiting += [(key, index) for key, request in requests for index in range(request.n)]
+            self._event.set()
+
+    async def collect(self, wait_s: float) -> tuple[list[Piece], float]:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._event.wait()
+        now, self._waiting = self._waiting[:PIECES_AT_ONCE], self._waiting[PIECES_AT_ONCE:]
+        if not self._waiting:
+            self._event.clear()
+        ids, logprobs = tuple(range(TOKENS)), (-1.0,) * TOKENS
+        spans = (VersionSpan(self._version, 0, TOKENS),)
+        return [Piece(key, index, 0, ids, logprobs, spans, "stop", "12") for key, index in now], time.time()
+
+    async def update_weights(self, source: dict[str, Any], policy_version: int, kv: str) -> tuple[float, float]:
+        self._version = policy_version
+        return time.time(), time.time()
+
+    async def cancel(self, keys: Sequence[int]) -> None:
+        """Nothing runs."""
+
+    async def pids(self) -> dict[str, int]:
+        return {}
+
+
+class ReadyTrainer:
+    """In the place of a `RankGroup`: a step takes no time, or as long as `held` says."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[float, float]] = []  # wall and processor time of this process, at each step
+        self.held: asyncio.Event | None = None
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        if self.held is not None:
+            await self.held.wait()
+        await asyncio.sleep(0)
+        self.times.append((time.perf_counter(), time.process_time()))
+        now = time.time()
+        return {"metrics": {}, "began": now, "ended": now, "nonfinite": None, "manifest": {}}
+
+
+def settings(batch: int, staleness: int, steps: int) -> RlConfig:
+    reward = {"name": f"{Path(__file__).with_name('rl_reward.py')}:every_second"}
+    return RlConfig.model_validate(
+        {
+            "model": {"path": "none"}, "prompts": {"path": "none"}, "reward": reward, "steps": steps,
+            "groups_per_step": batch, "group_size": GROUP, "max_staleness": staleness, "checkpoint_every": steps,
+            "sampling": {"max_tokens": TOKENS}, "resources": {"rollout": {"workers": ENGINES, "cpus": 0.1}},
+        }
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def parts(folder: Path, seed: int, mute: bool):
+    """Everything a controller moves records between."""
+    import ray
+
+    rows = [Row(f"r{index}", "sums", (Message("user", f"{index} + 1 ="),), str(index + 1)) for index in range(ROWS)]
+
+    def render(messages: Sequence[Message]) -> list[int]:
+        first = int(messages[-1].content.split()[0])
+        return [300 + (first + place) % 200 for place in range(PROMPT_TOKENS)]
+
+    actor = ray.remote(PreparedEngine).options(num_cpus=0.1, max_concurrency=1000)
+    actors = [actor.remote(mute) for _ in range(ENGINES)]
+    engines: Any = SimpleNamespace(names=[f"engine{index}" for index in range(ENGINES)], actors=actors)
+    trainer: Any = ReadyTrainer()
+    source = PromptSource(rows, SystemsConfig(), render, seed)
+    ledger = Ledger(folder / "ledger.sqlite")
+    archive = RolloutArchive(folder / "rollouts", build_tokenizer())
+    try:
+        yield Parts(engines, trainer, None, source, {"sums": 1.0}, archive, ledger, ())
+    finally:
+        ledger.close()
+        for one in actors:
+            ray.kill(one)
+
+
+def groups_per_s(seed: int = 0, profile: bool = False) -> tuple[float, dict[str, float]]:
+    with tempfile.TemporaryDirectory() as scratch, ray_session(), parts(Path(scratch), seed, mute=False) as made:
+        config = settings(BATCH, STALENESS, WARM + STEPS)
+        context = StageContext("rl", Path(scratch), Path(scratch) / "events.jsonl", seed)
+        floor = asyncio.run(reward_groups_per_s(config, made.source.draw("sums", 0)))
+        controller = Controller(config, context, made, {})
+        watch = cProfile.Profile() if profile else contextlib.nullcontext()
+        with watch:
+            asyncio.run(controller.run())
+        if isinstance(watch, cProfile.Profile):
+            pstats.Stats(watch).sort_stats("tottime").print_stats(45)
+            pstats.Stats(watch).sort_stats("cumtime").print_stats(45)
+        began, ended = made.trainer.times[WARM - 1], made.trainer.times[-1]
+        groups = BATCH * STEPS
+        return groups / (ended[0] - began[0]), {
+            "own_cpu_us_per_group": 1e6 * (ended[1] - began[1]) / groups,
+            "own_cpu_share": (ended[1] - began[1]) / (ended[0] - began[0]),
+            "reward_floor_groups_per_s": floor,
+            "group_size": GROUP,
+            "tokens_per_reply": TOKENS,
+        }
+
+
+async def reward_groups_per_s(config: RlConfig, prompt: DrawnPrompt) -> float:
+    """What one reward actor with one process scores a second, given 128 groups a call and two calls at once."""
+    reply = Completion(tuple(range(TOKENS)), "12", (-1.0,) * TOKENS, "stop", (VersionSpan(0, 0, TOKENS),))
+    group = make_group(0, prompt, [reply] * GROUP, "engine0", 0.0, 0.0)
+    pairs = [(rollout, prompt.row) for rollout in group.rollouts] * 128
+    client = RewardClient(reward_config(config), config.resources.reward)
+    await client.start()
+    try:
+        await client.score(pairs)
+        began, rounds = time.perf_counter(), 8
+        for _ in range(rounds):
+            await asyncio.gather(client.score(pairs), client.score(pairs))
+        return 2 * 128 * rounds / (time.perf_counter() - began)
+    finally:
+        await client.close()
+
+
+def rss_gib(seed: int = 0) -> tuple[float, dict[str, float]]:
+    with tempfile.TemporaryDirectory() as scratch, ray_session(), parts(Path(scratch), seed, mute=True) as made:
+        batch = IN_FLIGHT // 10
+        config = settings(batch, 9, 1)
+        context = StageContext("rl", Path(scratch), Path(scratch) / "events.jsonl", seed)
+        controller = Controller(config, context, made, {})
+        before = _rss_gib()
+        began = time.perf_counter()
+        admitted = asyncio.run(_fill(controller, made.ledger))
+        return _rss_gib(), {
+            "came_with_them_mib": 1024 * (_rss_gib() - before),
+            "in_flight": admitted,
+            "admitted_in_s": time.perf_counter() - began,
+            "prompt_tokens": PROMPT_TOKENS,
+        }
+
+
+async def _fill(controller: Controller, ledger: Ledger) -> int:
+    """Run until everything is admitted, handed to the engines and on the disk; how many groups."""
+    running = asyncio.ensure_future(controller.run())
+    try:
+        while not running.done():
+            await asyncio.sleep(0.5)
+            await ledger.flush()
+            workers = controller._workers.workers
+            if sum(len(worker.flights) for worker in workers) >= IN_FLIGHT and not any(w.outbox for w in workers):
+                break
+        else:
+            running.result()
+        return sum(len(worker.flights) for worker in controller._workers.workers)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def _rss_gib() -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 2**20
+
+
+if __name__ == "__main__":  # where the time goes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    figure, detail = groups_per_s(profile="profile" in sys.argv)
+    print(figure, detail)

@@ -1,0 +1,144 @@
+"""Entries of rl.py for the rollout worker, beside vLLM alone.
+
+  rollout_vs_raw_{1m,50m}   tokens a second of our rollout worker (requests and pieces through Ray, log-probabilities,
+                            versions, the ledger on the disk) over those of `vllm.LLM.generate` in a Ray actor of its
+                            own. The same model, prompts, lengths and log-probabilities, all requests given at once;
+                            the two take turns. `LLM` runs in both of its modes, with its core in a process of its own
+                            and without; the faster one is the peer
+"""
+
+import asyncio
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from rl_models import save, start_engine
+
+from posttrain.config.shared import EngineConfig
+from posttrain.context import StageContext
+from posttrain.pipeline.ray_session import ray_session
+from posttrain.records import Message, Row
+from posttrain.rl.groups import DrawnPrompt
+from posttrain.rl.ledger import Ledger
+from posttrain.rl.workers import Flight, RolloutWorkers
+from posttrain.sampling.engine import ENGINE_ENV, engine_arguments
+from posttrain.sampling.requests import Completion, SampleRequest
+
+PROMPT_TOKENS = 20
+SHAPES = {"1m": (512, 128, 4), "50m": (128, 48, 3)}  # requests, tokens of each reply, rounds
+ENGINE = EngineConfig(max_model_len=256, kv_cache_gib=0.5)
+NOTHING = Completion((), "", (), "", ())
+
+
+class RawLLM:
+    """`vllm.LLM` with our engine's settings."""
+
+    def __init__(self, served: dict[str, Any]):
+        from posttrain.config.shared import ServedModelConfig
+
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        from vllm import LLM
+
+        ours = {"worker_extension_cls", "weight_transfer_config", "stream_interval"}
+        arguments = engine_arguments(ServedModelConfig(**served), ENGINE)
+        self._llm = LLM(**{name: value for name, value in arguments.items() if name not in ours})
+
+    def tokens_per_s(self, prompts: list[tuple[int, ...]], num_tokens: int) -> float:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=1.0, max_tokens=num_tokens, logprobs=0, detokenize=False, flat_logprobs=True, ignore_eos=True
+        )
+        began = time.perf_counter()
+        outputs = self._llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - began)
+
+
+class Ours:
+    """One rollout worker, fed with all requests at once, its transitions written to a ledger."""
+
+    def __init__(self, actor: Any, folder: Path):
+        self._folder, self._next = folder, 0
+        self._engines: Any = SimpleNamespace(names=["ours"], actors=[actor])
+        self._ledger = Ledger(folder / "ledger.sqlite")
+
+    def tokens_per_s(self, prompts: list[tuple[int, ...]], num_tokens: int) -> float:
+        return asyncio.run(self._run(prompts, num_tokens))
+
+    async def _run(self, prompts: list[tuple[int, ...]], num_tokens: int) -> float:
+        ledger, done = self._ledger, asyncio.Event()
+        left, tokens = len(prompts), 0
+
+        def finished(flight: Flight, now: float) -> None:
+            nonlocal left, tokens
+            ledger.generated(flight.order, flight.replies)
+            left, tokens = left - 1, tokens + len(flight.replies[0].token_ids)
+            if not left:
+                done.set()
+
+        async def keep() -> None:
+            while True:
+                await ledger.flush()
+                await asyncio.sleep(0.05)
+
+        context = StageContext("rl", self._folder, self._folder / "events.jsonl")
+        workers = RolloutWorkers(
+            context, self._engines, {}, 0, lambda manifest, version: [], ENGINE.deadline_s, finished,
+            lambda flight: ledger.begun(flight.order, tuple(flight.replies)), ledger.event,
+        )  # fmt: skip
+        row = Row("p", "sums", (Message("user", "1 + 1 ="),))
+        began = time.perf_counter()
+        running = [asyncio.ensure_future(workers.run()), asyncio.ensure_future(keep())]
+        for ids in prompts:
+            self._next += 1
+            ledger.reserve(self._next, "p", "sums", None, 0, 0)
+            prompt = DrawnPrompt(row, None, row.messages, ids)
+            workers.send(Flight(self._next, 0, prompt, SampleRequest(ids, max_tokens=num_tokens), [NOTHING]))
+        waiting = asyncio.ensure_future(done.wait())
+        await asyncio.wait({waiting, *running}, return_when=asyncio.FIRST_COMPLETED)
+        ended = time.perf_counter()
+        for task in running:
+            if task.done():
+                task.result()
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        return tokens / (ended - began)
+
+    def close(self) -> None:
+        self._ledger.close()
+
+
+def rollout_vs_raw(size: str) -> tuple[float, dict[str, float]]:
+    import ray
+
+    requests, num_tokens, rounds = SHAPES[size]
+    prompts = [tuple(5 + (7 * i + 3 * j) % 400 for j in range(PROMPT_TOKENS)) for i in range(requests)]
+    with tempfile.TemporaryDirectory() as scratch, ray_session():
+        served = save(size, Path(scratch) / "model")
+        ours = Ours(start_engine("ours", served, ENGINE), Path(scratch))
+        try:
+            raw = {
+                name: ray.remote(RawLLM)
+                .options(
+                    num_cpus=0.3,
+                    runtime_env={"env_vars": {**ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": own_core}},
+                )
+                .remote(served.model_dump())
+                for name, own_core in (("raw_in_process", "0"), ("raw_own_core", "1"))
+            }
+            rates: dict[str, list[float]] = {"ours": [], **{name: [] for name in raw}}
+            for _ in range(1 + rounds):  # the first warms
+                rates["ours"].append(ours.tokens_per_s(prompts, num_tokens))
+                for name, actor in raw.items():
+                    rates[name].append(ray.get(actor.tokens_per_s.remote(prompts, num_tokens)))
+        finally:
+            ours.close()
+    rates = {name: values[1:] for name, values in rates.items()}
+    peer = max(raw, key=lambda name: statistics.median(rates[name]))
+    ratio = statistics.median(ours / theirs for ours, theirs in zip(rates["ours"], rates[peer], strict=True))
+    medians = {f"{name}_tokens_per_s": statistics.median(values) for name, values in rates.items()}
+    return ratio, {**medians, "requests": requests, "tokens_per_reply": num_tokens}

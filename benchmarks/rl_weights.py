@@ -1,0 +1,71 @@
+"""Entries of rl.py for new weights on their way from trainer to engine, through shared memory, fp32.
+
+  weight_update_vs_memcpy_{1m,50m,300m}  time of a copy of as many bytes, tensor by tensor on one thread, over the time
+                                         from the trainer's publishing to the engine's answer that it goes on, with
+                                         replies in flight. Beside it in milliseconds: the copy, the whole update, the
+                                         trainer's part of it, the pause of generation, and the pause beyond copy +
+                                         20 ms (vLLM's own pause sleeps for 20)
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rl_models import build, save, start_engine
+
+from posttrain.config.shared import EngineConfig
+from posttrain.pipeline.ray_session import ray_session
+from posttrain.sampling.requests import SampleRequest
+from posttrain.sampling.weights import SharedWeights, TensorSpec
+
+ROUNDS, IN_FLIGHT = 7, 4
+ENGINE = EngineConfig(max_model_len=4096, kv_cache_gib=0.25)
+
+
+def weight_update(size: str) -> tuple[float, dict[str, float]]:
+    import ray
+
+    with tempfile.TemporaryDirectory() as scratch, ray_session():
+        engine = start_engine("engine", save(size, Path(scratch) / "model"), ENGINE)
+        weights = {name: value.detach() for name, value in build(size, seed=1).state_dict().items()}
+        specs = [TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in weights.items()]
+        num_bytes = sum(spec.num_bytes for spec in specs)
+        target = torch.empty(num_bytes // 4)
+        times: dict[str, list[float]] = {name: [] for name in ("copy", "update", "publish", "pause")}
+        shared = SharedWeights()
+        request = SampleRequest(tuple(range(5, 25)), n=IN_FLIGHT, max_tokens=4000)
+        try:
+            for turn in range(1 + ROUNDS):
+                ray.get(engine.submit.remote([(turn, request)]))
+                time.sleep(0.2)
+                times["copy"].append(_copy_ms(weights, target))
+                began = time.perf_counter()
+                manifest = shared.publish(specs, iter(weights.values()), 2 * turn)  # even: one segment is enough
+                published = time.perf_counter()
+                paused, resumed = ray.get(engine.update_weights.remote(manifest.to_json(), 2 * turn))
+                times["update"].append(1e3 * (time.perf_counter() - began))
+                times["publish"].append(1e3 * (published - began))
+                times["pause"].append(1e3 * (resumed - paused))
+                ray.get(engine.cancel.remote([turn]))
+        finally:
+            shared.close()
+    return _summary(times, num_bytes)
+
+
+def _summary(times: dict[str, list[float]], num_bytes: int) -> tuple[float, dict[str, float]]:
+    kept = {name: values[1:] for name, values in times.items()}  # the first round warms
+    ratio = statistics.median(copy / update for copy, update in zip(kept["copy"], kept["update"], strict=True))
+    medians: dict[str, Any] = {f"{name}_ms": statistics.median(values) for name, values in kept.items()}
+    beyond = medians["pause_ms"] - medians["copy_ms"] - 20
+    return ratio, {**medians, "pause_beyond_goal_ms": beyond, "mib": num_bytes / 2**20}
+
+
+def _copy_ms(weights: dict[str, torch.Tensor], target: torch.Tensor) -> float:
+    began, place = time.perf_counter(), 0
+    for value in weights.values():
+        target[place : place + value.numel()].view(value.shape).copy_(value)
+        place += value.numel()
+    return 1e3 * (time.perf_counter() - began)

@@ -1,0 +1,253 @@
+"""The ledger's promises on their own: what it holds after a crash at any moment, what counts as a commit, what an audit
+finds."""
+
+import asyncio
+import sqlite3
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from posttrain.config.base import dump_yaml
+from posttrain.config.shared import SystemsConfig
+from posttrain.errors import StageError
+from posttrain.records import Message, Row, VersionSpan
+from posttrain.rl.archive import RolloutArchive
+from posttrain.rl.audit import audit_stage
+from posttrain.rl.codec import pack, unpack, up_to
+from posttrain.rl.groups import ScoredGroup
+from posttrain.rl.ledger import Commit, Ledger
+from posttrain.rl.prompts import PromptSource
+from posttrain.rl.recovery import (
+    SNAPSHOT,
+    folder_hash,
+    group_of,
+    last_checkpoint,
+    open_ledger,
+    scored_from_json,
+    scores_json,
+    survivors,
+)
+from posttrain.sampling.requests import Completion
+
+ROWS = [Row(f"p{index}", "math", (Message("user", f"question {index}"),), "1") for index in range(40)]
+
+
+def reply(*spans, finish="stop"):
+    """A reply of spans (version, tokens)."""
+    versions, end = [], 0
+    for version, count in spans:
+        versions.append(VersionSpan(version, end, end + count))
+        end += count
+    ids = tuple(range(3, 3 + end))
+    return Completion(ids, "text é", tuple(-0.1 * (token + 1 / 3) for token in ids), finish, tuple(versions))
+
+
+def source():
+    return PromptSource(ROWS, SystemsConfig(), lambda messages: [1, 2, len(messages[-1].content)], 0)
+
+
+class Tokenizer:
+    def decode(self, ids):
+        return f"<{ids[0]}>"
+
+
+def test_replies_come_back_as_they_were():
+    replies = [reply((0, 3), (2, 4)), reply((1, 5), finish="length"), Completion((), "", (), "", ())]
+    assert unpack(pack(replies)) == replies
+
+
+@pytest.mark.parametrize(("version", "kept"), [(0, 3), (1, 3), (2, 7), (3, 9), (9, 9)])
+def test_tokens_of_versions_that_are_gone_are_taken_away(version, kept):
+    whole = reply((0, 3), (2, 4), (3, 2))
+    left = up_to(whole, version)
+    assert len(left.token_ids) == len(left.logprobs) == kept
+    assert left.finish_reason == ("stop" if kept == 9 else "")
+    assert [span.end for span in left.versions][-1:] == [kept]
+    assert whole.token_ids[:kept] == left.token_ids
+
+
+def walk(ledger: Ledger, order: int, until: str, step: int = 0, versions=((0, 4),)):
+    """Take a group from its reservation to a state."""
+    prompts = source()
+    ledger.reserve(order, f"p{order}", "math", None, order + 1, versions[0][0])
+    if until == "reserved":
+        return
+    replies = [reply(*versions), reply(*versions)]
+    ledger.generated(order, replies)
+    if until == "generated":
+        return
+    ledger.flush_now()
+    group = group_of(next(e for e in ledger.entries(("generated",), with_data=True) if e.id == order), prompts)
+    ledger.scored(order, scores_json(ScoredGroup(group, (1.0, 0.0), ("", "no"), (0.5, -0.5), ("ok", "wrong"))))
+    if until == "dropped":
+        ledger.dropped(order, "zero_advantage")
+    if until == "trained":
+        ledger.trained([order], step)
+
+
+def states(ledger):
+    return {entry.id: entry.state for entry in ledger.entries()}
+
+
+def test_after_a_crash_every_group_is_where_it_was_and_undone_steps_are_scored_again(tmp_path):
+    ledger = Ledger(tmp_path / SNAPSHOT)
+    for order, state in enumerate(["trained", "trained", "scored", "dropped", "generated", "reserved", "trained"]):
+        walk(ledger, order, state, step=0 if order < 2 else 1, versions=((0, 4),) if order != 6 else ((0, 2), (2, 2)))
+    ledger.begun(5, [reply((0, 2), (1, 3), finish=""), Completion((), "", (), "", ())])
+    asyncio.run(ledger.commit(Commit(1, "checkpoints/step_1", "hash"), 0))
+    ledger.dropped(4, "never written")  # a SIGKILL comes before the next flush
+    crashed = Ledger(tmp_path / SNAPSHOT)
+    assert states(crashed) == {
+        0: "committed", 1: "committed", 2: "scored", 3: "dropped", 4: "generated", 5: "reserved", 6: "trained"
+    }  # fmt: skip
+    undone = crashed.roll_back(1)
+    assert (undone.steps, undone.groups) == (1, 1)
+    found = {item.entry.id: item for item in survivors(crashed, source(), 1)}
+    assert set(found) == {2, 4, 5, 6}
+    assert found[2].scored is not None
+    assert found[2].scored.rewards == (1.0, 0.0)
+    assert found[2].scored.group.rollouts[1].token_ids == (3, 4, 5, 6)
+    assert found[4].scored is None
+    assert found[4].group is not None
+    assert [len(part.token_ids) for part in found[5].replies] == [5, 0]
+    assert found[5].stamp == 0
+    # Group 6 was finished by version 2, which is gone: it goes on from what version 0 sampled.
+    assert found[6].scored is found[6].group is None
+    assert [(len(part.token_ids), part.finish_reason) for part in found[6].replies] == [(2, ""), (2, "")]
+
+
+def test_what_was_committed_is_never_undone(tmp_path):
+    ledger = Ledger(tmp_path / SNAPSHOT)
+    for order in range(4):
+        walk(ledger, order, "trained", step=order)
+    asyncio.run(ledger.commit(Commit(2, "checkpoints/step_2", "hash"), 0))
+    ledger.roll_back(2)
+    assert states(ledger) == {0: "committed", 1: "committed", 2: "scored", 3: "scored"}
+    assert [entry.data is None for entry in ledger.entries(with_data=True)] == [True, True, False, False]
+    assert ledger.next_order == 4
+    ledger.forget_from(2)
+    assert ledger.next_order == 2
+
+
+def checkpoint(folder: Path, version: int, text: str = "weights") -> Path:
+    path = folder / "checkpoints" / f"step_{version}"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_text(text)
+    return path
+
+
+def test_a_checkpoint_that_no_commit_names_is_removed_and_a_damaged_one_is_refused(tmp_path):
+    ledger = Ledger(tmp_path / SNAPSHOT)
+    assert last_checkpoint(tmp_path, ledger) is None
+    good, half = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
+    (tmp_path / "checkpoints" / ".step_6.writing").mkdir()
+    asyncio.run(ledger.commit(Commit(2, "checkpoints/step_2", folder_hash(good)), 0))
+    assert last_checkpoint(tmp_path, ledger) == good
+    assert not half.exists()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_2"]
+    (good / "model.safetensors").write_text("weightz")
+    with pytest.raises(StageError, match="step_2 is damaged: its content is not what was committed"):
+        last_checkpoint(tmp_path, ledger)
+    (good / "model.safetensors").unlink()
+    good.rmdir()
+    with pytest.raises(StageError, match="step_2 is gone"):
+        last_checkpoint(tmp_path, ledger)
+
+
+def test_a_lost_ledger_is_restored_from_the_checkpoint(tmp_path):
+    ledger = Ledger(tmp_path / SNAPSHOT)
+    for order in range(4):
+        walk(ledger, order, "trained", step=order)
+    path = checkpoint(tmp_path, 2)
+    asyncio.run(ledger.snapshot(path / SNAPSHOT))
+    ledger.close()
+    for file in tmp_path.glob(f"{SNAPSHOT}*"):
+        file.unlink()
+    restored = open_ledger(tmp_path)
+    assert last_checkpoint(tmp_path, restored) == path
+    assert states(restored) == {0: "committed", 1: "committed", 2: "trained", 3: "trained"}
+
+
+def test_a_file_that_is_no_ledger_is_told(tmp_path):
+    (tmp_path / SNAPSHOT).write_bytes(b"not a database, and long enough to be looked at" * 100)
+    with pytest.raises(StageError, match=r"ledger.sqlite is no ledger that can be read \(file is not a database\)"):
+        Ledger(tmp_path / SNAPSHOT)
+
+
+# --- the audit ---
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A stage of three steps of two groups, committed; one group was dropped."""
+    (tmp_path / "config.yaml").write_text(dump_yaml({"groups_per_step": 2, "max_staleness": 2}))
+    ledger = Ledger(tmp_path / SNAPSHOT)
+    archive = RolloutArchive(tmp_path / "rollouts", Tokenizer())
+    for step in range(3):
+        for order in (2 * step, 2 * step + 1):
+            walk(ledger, order, "trained", step=step, versions=((max(0, step - 1), 3), (step, 2)))
+            ledger.flush_now()
+            entry = next(e for e in ledger.entries(("trained",), with_data=True) if e.id == order)
+            scores = {"rewards": [1.0, 0.0], "reasons": ["", ""], "advantages": [0.5, -0.5], "outcomes": ["ok", "ok"]}
+            scored = scored_from_json(group_of(entry, source()), {**scores, "ref_logprobs": []})
+            archive.add(scored, step, step, "trained")
+        archive.write(step)
+    walk(ledger, 6, "dropped")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_text("weights")
+    ledger.event("finished", 3)
+    asyncio.run(ledger.commit(Commit(3, "model", folder_hash(tmp_path / "model")), ledger.seq))
+    ledger.close()
+    return tmp_path
+
+
+def edit(stage, sql):
+    with sqlite3.connect(stage / SNAPSHOT) as connection:
+        connection.execute(sql)
+    connection.close()
+
+
+def rewrite(stage, step, change):
+    path = stage / "rollouts" / f"step_{step:06d}.parquet"
+    rows = [change(row) for row in pq.read_table(path).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path)
+
+
+def test_a_clean_run_is_clean(finished):
+    audit = audit_stage(finished)
+    assert audit.is_clean, audit.problems
+    totals = audit.totals
+    assert (totals["groups"], totals["committed"], totals["dropped:zero_advantage"], totals["steps"]) == (7, 6, 1, 3)
+    assert (totals["lost"], totals["trained_twice"], totals["tokens_trained"]) == (0, 0, 60)
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda s: edit(s, "DELETE FROM groups WHERE id = 3"), "1 dispatched groups are lost: [3]"),
+        (lambda s: edit(s, "UPDATE groups SET state = 'scored' WHERE id = 6"), "1 groups are undecided: [6]"),
+        (lambda s: edit(s, "UPDATE groups SET step = 1 WHERE id = 0"), "step 0 was made of 1 groups, not 2"),
+        (lambda s: edit(s, "DELETE FROM log WHERE id = 2 AND event = 'scored'"), "group 2 was trained after generated"),
+        (lambda s: (s / "model" / "model.safetensors").write_text("w"), "content of model is not what the last commit"),
+        (
+            lambda s: rewrite(s, 2, lambda row: {**row, "group_id": row["group_id"].replace("g4", "g0")}),
+            "1 groups were trained twice: ['g0']",
+        ),
+        (lambda s: (s / "rollouts" / "step_000001.parquet").unlink(), "trained by the ledger, but not in the rollouts"),
+        (
+            lambda s: rewrite(s, 2, lambda row: {**row, "versions": row["versions"].replace("[1, 0", "[-1, 0")}),
+            "tokens over the bound of 2 versions",
+        ),
+        (
+            lambda s: rewrite(s, 1, lambda row: {**row, "versions": row["versions"].replace("3, 5]", "4, 5]")}),
+            "tokens without a policy version",
+        ),
+    ],
+)
+def test_an_audit_finds_what_is_wrong(finished, damage, problem):
+    damage(finished)
+    audit = audit_stage(finished)
+    assert not audit.is_clean
+    assert any(problem in found for found in audit.problems), audit.problems

@@ -1,0 +1,228 @@
+"""Probes and evaluations beside the training: a real stage with a real engine, and what can be known without one."""
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_rl import make_config, read_rollouts, rows_of, run_stage
+
+from posttrain.config.base import validate_config
+from posttrain.errors import ConfigError
+from posttrain.metrics.intervals import wilson_ci95
+from posttrain.metrics.jsonl import append_jsonl, read_jsonl
+from posttrain.records import Message, Row
+from posttrain.rl.audit import audit_stage
+from posttrain.rl.config import EvaluationConfig, RlConfig
+from posttrain.rl.evaluation import FILE, accuracies, evaluation_request, heldout_prompts, is_due, last_evaluated
+from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
+from posttrain.rl.ledger import Ledger
+from posttrain.rl.recovery import SNAPSHOT
+
+HELDOUT = [row | {"id": f"heldout-{row['id']}"} for row in rows_of(["math", "coding"], 12, heldout=True)]
+
+
+def write_heldout(folder: Path) -> str:
+    path = folder / "heldout.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in HELDOUT))
+    return str(path)
+
+
+def log_of(folder: Path):
+    """(event, value) of the ledger's log, in order."""
+    ledger = Ledger(folder / SNAPSHOT)
+    try:
+        return [(event, value) for _, _, event, _, value in ledger.log()]
+    finally:
+        ledger.close()
+
+
+def greedy_accuracy(config: RlConfig, folder: Path) -> float:
+    """Of the model that training began with, sampled by itself."""
+    from posttrain.context import StageContext
+    from posttrain.data.chat import end_token_ids, render_prompt
+    from posttrain.model.load import load_tokenizer
+    from posttrain.sampling.client import Engines
+
+    assert config.evaluation is not None
+    tokenizer = load_tokenizer(config.model.path)
+    rows = [Row(row["id"], row["capability"], (Message("user", row["messages"][0]["content"]),)) for row in HELDOUT]
+    prompts = heldout_prompts(config, rows, lambda messages: render_prompt(tokenizer, messages))
+    stop_ids = tuple(end_token_ids(tokenizer))
+    requests = [evaluation_request(config, config.evaluation, prompt, stop_ids) for prompt in prompts]
+    context = StageContext("check", folder, folder / "check.jsonl", warm_engines=True)
+    with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
+        replies = [completion.token_ids for (completion,) in engines.generate(requests)]
+    return sum(sum(token % 2 == 0 for token in ids) / len(ids) >= 0.5 for ids in replies) / len(replies)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_probes_and_evaluations_run_beside_the_training(ray_session, tiny_model, tmp_path):
+    config = make_config(
+        tmp_path,
+        tiny_model,
+        rows_of(["math"], 120),
+        profile={"samples": 1, "band": [0.0, 1.0]},
+        steps=14,
+        groups_per_step=2,
+        sampling={"max_tokens": 100},
+        optimizer={"learning_rate": 1e-2},
+        engine={"max_model_len": 256, "kv_cache_gib": 0.1, "max_num_seqs": 24},
+        curriculum={"schedule": "constant", "first": [0.0, 1.0], "half_life": 1000.0},
+        refilter={"every": 2, "prompts": 30, "samples": 4},
+        evaluation={"data": {"path": write_heldout(tmp_path)}, "every": 6},
+    )
+    _, metrics = run_stage(config, tmp_path / "rl")
+    log, rollouts = log_of(tmp_path / "rl"), read_rollouts(tmp_path / "rl")
+    assert [line["step"] for line in metrics] == list(range(14))
+    assert audit_stage(tmp_path / "rl").is_clean
+
+    # Probes are known of, and nothing else.
+    probed = [value for event, value in log if event == "probed"]
+    num_probed = sum(line["prompts_probed"] for line in metrics)
+    assert 5 < num_probed <= len(probed)
+    assert sum(line["tokens_probed"] for line in metrics) >= 4 * num_probed
+    assert all(passes + failures == 4 for _, passes, failures, _ in probed)
+    drawn = {row["prompt_id"] for row in rollouts}
+    assert metrics[-1]["prompts_known"] > len(drawn)  # of one reply, as in the profile, too little is known
+    assert all(int(row["group_id"].removeprefix("g")) >= 0 for row in rollouts)
+    assert not any(name.startswith("heldout") for name in drawn)
+    assert sum(line["tokens_generated"] for line in metrics) <= sum(row["num_tokens"] for row in rollouts)
+    assert sum(line["groups_generated"] for line in metrics) <= len(rollouts) / config.group_size
+
+    # Evaluations, each of one version, while the trainer went on.
+    lines = list(read_jsonl(tmp_path / "rl" / FILE))
+    assert len(lines) >= 2
+    versions = [line["policy_version"] for line in lines]
+    assert versions[0] == 0
+    assert versions == sorted(set(versions))
+    assert all(line["resampled"] == 0 for line in lines)
+    assert any(line["step"] > line["policy_version"] for line in lines)
+    held = None
+    for event, value in log:
+        if event == "evaluation":
+            held = value[1]
+        elif event == "took" and held is not None:
+            assert value[1] > held
+            held = None
+    trained_meanwhile = 0
+    for at, (event, _) in enumerate(log):
+        if event == "evaluation":
+            until = next((place for place in range(at, len(log)) if log[place][0] == "took"), len(log))
+            trained_meanwhile += sum(event == "trained" for event, _ in log[at:until])
+    assert trained_meanwhile > 2  # groups
+    for line in lines:
+        assert list(line["capabilities"]) == ["coding", "math", "all"]
+        assert [entry["n"] for entry in line["capabilities"].values()] == [12, 12, 24]
+        entry = line["capabilities"]["all"]
+        assert entry["ci95"] == pytest.approx(list(wilson_ci95(24 * entry["accuracy"], 24)))
+        assert line["tokens"] > 24
+    assert lines[0]["capabilities"]["all"]["accuracy"] == greedy_accuracy(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_engine_is_killed_while_it_evaluates(ray_session, tiny_model, tmp_path):
+    """Strictly on-policy, so that the training waits for each evaluation; one is begun anew, nothing is lost."""
+    config = make_config(
+        tmp_path,
+        tiny_model,
+        rows_of(["math"]),
+        steps=8,
+        groups_per_step=2,
+        max_staleness=0,
+        sampling={"max_tokens": 100},
+        engine={"max_model_len": 256, "kv_cache_gib": 0.1, "stream_interval": 8, "max_num_seqs": 16},
+        curriculum={"schedule": "constant"},
+        refilter={"every": 1, "prompts": 2, "samples": 2},
+        evaluation={"data": {"path": write_heldout(tmp_path)}, "every": 1, "prompts": 10, "temperature": 0.7},
+    )
+    killed = []
+
+    def kill():
+        path = tmp_path / "rl" / FILE
+        while not path.exists() or len(list(read_jsonl(path))) < 3:
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "EngineActor" in " ".join(process.cmdline()) or "EngineActor" in process.name():
+                    process.send_signal(signal.SIGKILL)
+                    killed.append(process.pid)
+
+    threading.Thread(target=kill, daemon=True).start()
+    _, metrics = run_stage(config, tmp_path / "rl", warm=False)
+    assert killed
+    assert [line["step"] for line in metrics] == list(range(8))
+    assert metrics[-1]["engines_replaced"] == 1
+    assert max(line["staleness_max"] for line in metrics) == 0
+    assert audit_stage(tmp_path / "rl").is_clean
+    lines = list(read_jsonl(tmp_path / "rl" / FILE))
+    assert [line["policy_version"] for line in lines] == list(range(8))
+    assert all(line["capabilities"]["all"]["n"] == 10 and line["resampled"] == 0 for line in lines)
+    assert sum(line["prompts_probed"] for line in metrics) > 0
+
+
+def test_an_evaluation_that_was_missed_is_made_up_for():
+    asked = validate_config(EvaluationConfig, {"data": {"path": "heldout.jsonl"}, "every": 4}, "test")
+    assert is_due(asked, 0, None)
+    assert [version for version in range(13) if is_due(asked, version, 0)] == list(range(4, 13))
+    assert [version for version in range(13) if is_due(asked, version, 6)] == list(range(8, 13))
+    assert is_due(asked, 5, None)  # resumed
+
+
+def test_evaluations_of_undone_steps_are_forgotten(tmp_path):
+    assert last_evaluated(tmp_path, 3) is None
+    for version in (0, 4, 8):
+        append_jsonl(tmp_path / FILE, {"policy_version": version})
+    assert last_evaluated(tmp_path, 9) == 8
+    assert last_evaluated(tmp_path, 7) == 4
+    assert [line["policy_version"] for line in read_jsonl(tmp_path / FILE)] == [0, 4]
+
+
+def test_accuracy_is_of_prompts_and_leaves_out_what_has_no_score():
+    def scored(capability, rewards):
+        row = Row(f"{capability}-{rewards}", capability, (Message("user", "?"),))
+        group = Group(-1, DrawnPrompt(row, None, row.messages, (1,)), ())
+        return ScoredGroup(group, tuple(rewards), (), (), ())
+
+    groups = [scored("b", [1.0, 0.0]), scored("b", [None, 1.0]), scored("a", [0.4, 0.5]), scored("a", [None, None])]
+    asked = {"data": {"path": "heldout.jsonl"}, "samples": 2, "temperature": 1.0}
+    found = accuracies(groups, validate_config(EvaluationConfig, asked, "test"))
+    assert list(found) == ["a", "b", "all"]
+    assert [(entry["n"], entry["accuracy"], entry["unscored"]) for entry in found.values()] == [
+        (1, 0.5, 2), (2, 0.75, 1), (3, pytest.approx(2 / 3), 3),
+    ]  # fmt: skip
+    assert found["a"]["ci95"] == pytest.approx(list(wilson_ci95(0.5, 1)))
+    single = accuracies([scored("a", [None])], validate_config(EvaluationConfig, asked, "test"))["a"]
+    assert (single["n"], single["accuracy"], single["ci95"]) == (0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"deterministic": True, "max_staleness": 0}, "deterministic does not go with evaluation"),
+        (
+            {
+                "weights": {"backend": "nccl"},
+                "resources": {"rollout": {"cpus": 0.5, "gpus": 1}, "trainer": {"cpus": 1, "gpus": 1}},
+            },
+            "evaluation needs weights.backend: shm",
+        ),
+        ({"evaluation": {"data": {"path": "heldout.jsonl"}, "samples": 4}}, "samples of a prompt would be equal"),
+    ],
+)
+def test_what_does_not_go_with_an_evaluation_is_refused(tmp_path, changes, message):
+    settings = {"evaluation": {"data": {"path": "heldout.jsonl"}}, **changes}
+    with pytest.raises(ConfigError, match=message):
+        make_config(tmp_path, tmp_path, rows_of(["math"]), **settings)
+
+
+def test_a_deterministic_run_refuses_the_refilter(tmp_path):
+    settings = {"curriculum": {"schedule": "constant"}, "refilter": {}, "deterministic": True, "max_staleness": 0}
+    with pytest.raises(ConfigError, match="deterministic does not go with refilter"):
+        make_config(tmp_path, tmp_path, rows_of(["math"]), **settings)
