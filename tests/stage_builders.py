@@ -481,6 +481,21 @@ def rl_parked_draws(config: Any) -> Any:
     return [source.draw(rows[0].capability, order).row.id for order in range(100)]
 
 
+def rl_side(config: Any) -> Any:
+    """What is evaluated on beside the training, when, how it is asked, and what rewards from 0 to 1 are worth."""
+    from posttrain.rl.evaluation import accuracies, evaluation_request, heldout_prompts, heldout_rows, is_due
+    from posttrain.rl.groups import Group, ScoredGroup
+
+    rows, asked = heldout_rows(config), config.evaluation
+    if asked is None:
+        return rows
+    prompts = heldout_prompts(config, rows, lambda messages: [len(message.content) for message in messages])
+    requests = [evaluation_request(config, asked, prompt, (0,)) for prompt in prompts]
+    due = [version for version in range(100) if is_due(asked, version, 0)]
+    rewards = tuple(index / 8 for index in range(9))
+    return rows, requests, due, accuracies([ScoredGroup(Group(-1, prompts[0], ()), rewards, (), ())], asked)
+
+
 def rl_rates(config: Any) -> Any:
     from posttrain.rl.trainer import learning_rate
 
@@ -660,7 +675,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings, trackers),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
-        rl_controller, rl_first_batch, rl_draws, rl_parked_draws, rl_knowledge, rl_policy, rl_micro_batches,
+        rl_controller, rl_first_batch, rl_draws, rl_parked_draws, rl_knowledge, rl_side, rl_policy, rl_micro_batches,
         rl_rescoring, rl_weights, rl_reference, rl_stops, policy, router_bias, engine_settings, MODEL_ENGINE, trackers,
     ),
     "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings, trackers),

@@ -43,6 +43,7 @@ ENGINE = {"max_model_len": 256}
 REWARD = {"name": "final_answer"}
 LENGTHS = {"max_length": 512, "batch_tokens": 512}
 REFERENCE = {"loss.reference": {"weight": 0.1}, "resources.reference": {}}
+HELDOUT = {"data": {"path": "prompts_a.jsonl"}}
 INSTRUCTIONS = [{"text": "Be brief."}, {"text": "Take care."}]
 VERIFIED = [{"text": "Be brief.", "verifier": {"name": "instructions"}}]
 EVALUATION = {"model": MODEL, "data": {"path": "prompts_a.jsonl"}, "reward": REWARD}
@@ -110,6 +111,9 @@ TABLE: dict[str, dict[str, Any]] = {
             "curriculum.half_life": [2.0],
             "curriculum.tries": [1],
             "loss.reference.path": ["model_b"],
+            "evaluation": [HELDOUT],
+            "evaluation.data.path": files("prompts"),
+            "evaluation.prompts": [1],
         },
         "given": {
             "optimizer.warmup_steps": {"optimizer.schedule": "linear"},
@@ -128,6 +132,8 @@ TABLE: dict[str, dict[str, Any]] = {
             "loss.tis_*": {"loss.name": "tis"},
             "loss.icepop_*": {"loss.name": "icepop"},
             "loss.decoupled_*": {"loss.name": "decoupled"},
+            "evaluation.samples": {"evaluation": {**HELDOUT, "temperature": 1.0}},
+            "evaluation.*": {"evaluation": HELDOUT},
             "loss.reference.*": REFERENCE,
             "resources.reference.*": REFERENCE,
             "parallel.*": {"parallel": {"processes": 2}},

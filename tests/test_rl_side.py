@@ -1,11 +1,13 @@
 """Probes and evaluations beside the training: a real stage with a real engine, and what can be known without one."""
 
+import asyncio
 import contextlib
 import json
 import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,8 +24,12 @@ from posttrain.rl.evaluation import FILE, accuracies, evaluation_request, heldou
 from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
 from posttrain.rl.ledger import Ledger
 from posttrain.rl.recovery import SNAPSHOT
+from posttrain.sampling.requests import SampleRequest
 
 HELDOUT = [row | {"id": f"heldout-{row['id']}"} for row in rows_of(["math", "coding"], 12, heldout=True)]
+
+
+ENGINE = {"max_model_len": 256, "kv_cache_gib": 0.1, "max_num_seqs": 24, "stream_interval": 8}
 
 
 def write_heldout(folder: Path) -> str:
@@ -41,8 +47,20 @@ def log_of(folder: Path):
         ledger.close()
 
 
-def greedy_accuracy(config: RlConfig, folder: Path) -> float:
-    """Of the model that training began with, sampled by itself."""
+async def finish_order(actor: Any, prompt_ids: tuple[int, ...]) -> list[bool]:
+    """Whether each reply has a low priority, as they end; those with a low one were asked for first."""
+    later = [(key, SampleRequest(prompt_ids, 1, 0.7, max_tokens=60, priority=1)) for key in range(120)]
+    now = [(key, SampleRequest(prompt_ids, 1, 0.7, max_tokens=60)) for key in range(120, 130)]
+    await actor.submit.remote(later + now)
+    ended: list[bool] = []
+    while len(ended) < 130:
+        pieces, _ = await actor.collect.remote(1.0)
+        ended += [piece.key < 120 for piece in pieces if piece.finish_reason]
+    return ended
+
+
+def check_by_itself(config: RlConfig, folder: Path) -> tuple[float, list[bool]]:
+    """Greedy accuracy of the model that training began with, sampled by itself; and `finish_order`."""
     from posttrain.context import StageContext
     from posttrain.data.chat import end_token_ids, render_prompt
     from posttrain.model.load import load_tokenizer
@@ -57,7 +75,9 @@ def greedy_accuracy(config: RlConfig, folder: Path) -> float:
     context = StageContext("check", folder, folder / "check.jsonl", warm_engines=True)
     with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
         replies = [completion.token_ids for (completion,) in engines.generate(requests)]
-    return sum(sum(token % 2 == 0 for token in ids) / len(ids) >= 0.5 for ids in replies) / len(replies)
+        order = asyncio.run(finish_order(engines.actors[0], prompts[0].prompt_ids))
+    right = [sum(token % 2 == 0 for token in ids) / len(ids) >= 0.5 for ids in replies]
+    return sum(right) / len(right), order
 
 
 @pytest.mark.slow
@@ -72,7 +92,7 @@ def test_probes_and_evaluations_run_beside_the_training(ray_session, tiny_model,
         groups_per_step=2,
         sampling={"max_tokens": 100},
         optimizer={"learning_rate": 1e-2},
-        engine={"max_model_len": 256, "kv_cache_gib": 0.1, "max_num_seqs": 24},
+        engine=ENGINE,
         curriculum={"schedule": "constant", "first": [0.0, 1.0], "half_life": 1000.0},
         refilter={"every": 2, "prompts": 30, "samples": 4},
         evaluation={"data": {"path": write_heldout(tmp_path)}, "every": 6},
@@ -122,7 +142,9 @@ def test_probes_and_evaluations_run_beside_the_training(ray_session, tiny_model,
         entry = line["capabilities"]["all"]
         assert entry["ci95"] == pytest.approx(list(wilson_ci95(24 * entry["accuracy"], 24)))
         assert line["tokens"] > 24
-    assert lines[0]["capabilities"]["all"]["accuracy"] == greedy_accuracy(config, tmp_path)
+    accuracy, is_later = check_by_itself(config, tmp_path)
+    assert lines[0]["capabilities"]["all"]["accuracy"] == accuracy
+    assert is_later[::-1].index(False) > 24  # more than the engine samples at once came after the last that went before
 
 
 @pytest.mark.slow
@@ -137,7 +159,7 @@ def test_an_engine_is_killed_while_it_evaluates(ray_session, tiny_model, tmp_pat
         groups_per_step=2,
         max_staleness=0,
         sampling={"max_tokens": 100},
-        engine={"max_model_len": 256, "kv_cache_gib": 0.1, "stream_interval": 8, "max_num_seqs": 16},
+        engine=ENGINE,
         curriculum={"schedule": "constant"},
         refilter={"every": 1, "prompts": 2, "samples": 2},
         evaluation={"data": {"path": write_heldout(tmp_path)}, "every": 1, "prompts": 10, "temperature": 0.7},
@@ -155,7 +177,7 @@ def test_an_engine_is_killed_while_it_evaluates(ray_session, tiny_model, tmp_pat
                     killed.append(process.pid)
 
     threading.Thread(target=kill, daemon=True).start()
-    _, metrics = run_stage(config, tmp_path / "rl", warm=False)
+    _, metrics = run_stage(config, tmp_path / "rl")
     assert killed
     assert [line["step"] for line in metrics] == list(range(8))
     assert metrics[-1]["engines_replaced"] == 1
