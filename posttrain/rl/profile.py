@@ -12,6 +12,7 @@ import asyncio
 import math
 import shutil
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -123,7 +124,13 @@ async def _sample(
                 progress[start] = count
                 context.progress(progress.total(), len(prompts), "prompts", {"phase": "pass@k profile"})
 
-            completions = await engines.generate_async(profile_requests(config, chunk, stop_ids), done)
+            requests = profile_requests(config, chunk, stop_ids)
+            if config.deterministic:  # one chunk after another: those that are known are the first ones
+                seed = zlib.crc32(f"{context.seed}/{chunk[0].row.id}".encode()) >> 1
+                completions, _, _ = await engines.actors[0].generate_wave.remote(requests, seed)
+                done(len(chunk))
+            else:
+                completions = await engines.generate_async(requests, done)
             groups = [
                 make_group(start + index, prompt, replies, "profile", 0.0, 0.0)
                 for index, (prompt, replies) in enumerate(zip(chunk, completions, strict=True))
@@ -139,7 +146,7 @@ async def _sample(
 
     await pool.start()
     try:
-        await asyncio.gather(*(drain() for _ in range(CHUNKS_AT_ONCE)))
+        await asyncio.gather(*(drain() for _ in range(1 if config.deterministic else CHUNKS_AT_ONCE)))
     finally:
         await pool.close()
     return found
