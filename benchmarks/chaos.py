@@ -9,8 +9,11 @@ replay from the archive, those of a deterministic one with a run that nothing di
 
 import argparse
 import json
+import signal
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -31,7 +34,7 @@ PAIRS = [(name, "kill") for name in VICTIMS] + [(name, "stop") for name in FROZE
 DETERMINISTIC = {"deterministic": True, "max_staleness": 0}
 
 
-def plan(only: set[str], random: Random) -> "Any":
+def plan(only: set[str], random: Random) -> Iterator[Strike]:
     """Strikes without end: every victim and signal once a round, each time in another state."""
     pairs = [pair for pair in PAIRS if not only or only & {pair[0], ":".join(pair)}]
     turn = 0
@@ -101,7 +104,11 @@ def tell(number: int, strike: Strike) -> None:
     counts = " ".join(f"{name} {count}" for name, count in sorted(strike.counts.items()))
     seconds = f"{strike.seconds:6.1f} s" + (f" + {strike.resumed_s:.1f} s" if strike.resumed_s is not None else "")
     place = f"{number:4} {strike.victim:14} {strike.signal:4} at {strike.state:9}"
-    print(f"{place} {strike.outcome:8} {seconds}  {counts}", *(f"\n     left: {name}" for name in strike.orphans))
+    print(
+        f"{place} {strike.outcome:8} {seconds}  {counts}",
+        *(f"\n     left: {name}" for name in strike.orphans),
+        flush=True,
+    )
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,6 +142,7 @@ def main() -> None:
     known = {*VICTIMS, *(":".join(pair) for pair in PAIRS)}
     if only - known:
         parser.error(f"--only: no victim {', '.join(sorted(only - known))}; there are: {', '.join(sorted(known))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the run that is under way
     began = time.time()
     strikes = plan(only, Random(arguments.seed))
     runs: list[dict[str, Any]] = []
