@@ -10,13 +10,13 @@ import mmap
 import os
 import secrets
 import socket
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from posttrain.errors import PosttrainError
 
@@ -43,14 +43,14 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies in a segment. `dtype` is torch's name without the prefix; `offset` is in bytes; `crc32` is
-    of its bytes."""
+    """Where one tensor lies in a segment. `dtype` is torch's name without the prefix; `offset` is in bytes; `checksum` is
+    XXH3-64 of its bytes, at the speed of memory (CRC-32 took three times as long as the copy)."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
-    crc32: int
+    checksum: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,7 @@ class SharedWeights:
         stem = f"posttrain-{os.getpid()}-{secrets.token_hex(4)}"
         self._peer = f"process {os.getpid()} on {socket.gethostname()}"
         self._paths = [Path(directory) / f"{stem}-{half}" for half in "ab"]
+        self._segments: dict[Path, mmap.mmap] = {}  # kept: mapping anew costs more than the copy
 
     def publish(
         self, specs: Sequence[TensorSpec], values: Iterable[torch.Tensor], policy_version: int
@@ -95,26 +96,35 @@ class SharedWeights:
             end += -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT
         entries = []
         path = self._paths[policy_version % 2]
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.ftruncate(descriptor, end)
-            with mmap.mmap(descriptor, end) as segment:
-                buffer = torch.frombuffer(segment, dtype=torch.uint8)
-                for value, spec, offset in zip(values, specs, offsets, strict=True):
-                    place = buffer[offset : offset + spec.num_bytes]
-                    place.view(spec.dtype).view(spec.shape).copy_(value.detach())
-                    dtype = str(spec.dtype).removeprefix("torch.")
-                    entries.append(TensorEntry(spec.name, dtype, spec.shape, offset, zlib.crc32(place.numpy().data)))
-                    del place
-                del buffer  # the mapping cannot be closed while a tensor looks into it
-        finally:
-            os.close(descriptor)
+        buffer = torch.frombuffer(self._segment(path, end), dtype=torch.uint8)
+        for value, spec, offset in zip(values, specs, offsets, strict=True):
+            place = buffer[offset : offset + spec.num_bytes]
+            place.view(spec.dtype).view(spec.shape).copy_(value.detach())
+            dtype = str(spec.dtype).removeprefix("torch.")
+            entries.append(TensorEntry(spec.name, dtype, spec.shape, offset, checksum(place)))
         return WeightManifest(str(path), policy_version, end, self._peer, tuple(entries))
+
+    def _segment(self, path: Path, num_bytes: int) -> mmap.mmap:
+        segment = self._segments.get(path)
+        if segment is None or len(segment) != num_bytes:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                os.ftruncate(descriptor, num_bytes)
+                segment = self._segments[path] = mmap.mmap(descriptor, num_bytes)
+            finally:
+                os.close(descriptor)
+        return segment
 
     def close(self) -> None:
         """Remove the segments. Readers that still have them mapped keep them."""
+        self._segments.clear()
         for path in self._paths:
             path.unlink(missing_ok=True)
+
+
+def checksum(place: torch.Tensor) -> int:
+    """XXH3-64 of the bytes of a flat tensor."""
+    return xxhash.xxh3_64_intdigest(place.numpy().data)
 
 
 def open_weights(
@@ -150,10 +160,10 @@ def _open_segment(source: dict[str, Any], note: Callable[[str], None]) -> Iterat
         note(f"the checksum of tensor {entry.name}")
         num_bytes = getattr(torch, entry.dtype).itemsize * torch.Size(entry.shape).numel()
         place = buffer[entry.offset : entry.offset + num_bytes]
-        crc32 = zlib.crc32(place.numpy().data)
-        if crc32 != entry.crc32:
+        found = checksum(place)
+        if found != entry.checksum:
             raise WeightTransferError(
-                f"{who}: tensor {entry.name} has checksum {crc32:#x} in {manifest.path}, not {entry.crc32:#x}"
+                f"{who}: tensor {entry.name} has checksum {found:#x} in {manifest.path}, not {entry.checksum:#x}"
             )
         places.append(place)
     for entry, place in zip(manifest.tensors, places, strict=True):
