@@ -1,4 +1,4 @@
-"""The cheapest reward that teaches: every second rollout of a group passes. For benchmarks that measure what is around."""
+"""The cheapest reward that teaches: every second rollout of a group passes. To measure what is around it."""
 
 from posttrain.records import Rollout, Row
 

@@ -1,10 +1,10 @@
 """Entries of rl.py for new weights on their way from trainer to engine, through shared memory, fp32.
 
-  weight_update_vs_memcpy_{1m,50m,300m}  time of a copy of as many bytes, tensor by tensor on one thread, over the time
-                                         from the trainer's publishing to the engine's answer that it goes on, with
-                                         replies in flight. Beside it in milliseconds: the copy, the whole update, the
-                                         trainer's part of it, the pause of generation, and the pause beyond copy +
-                                         20 ms (vLLM's own pause sleeps for 20)
+weight_update_vs_memcpy_{1m,50m,300m}  time of a copy of as many bytes, tensor by tensor on one thread, over the time
+                                       from the trainer's publishing to the engine's answer that it goes on, with
+                                       replies in flight. Beside it in milliseconds: the copy, the whole update, the
+                                       trainer's part of it, the pause of generation, and the pause beyond copy +
+                                       20 ms (vLLM's own pause sleeps for 20)
 """
 
 import statistics

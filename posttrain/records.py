@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def travels(record: type[T]) -> type[T]:
-    """For records that cross between processes by the thousand: one call makes one again, not one assignment a field."""
+    """For records that cross between processes by the thousand: one call makes one, not one assignment a field."""
     values = attrgetter(*(item.name for item in fields(record)))  # type: ignore[arg-type]  # two fields or more
     record.__reduce__ = lambda self: (record, values(self))  # type: ignore[assignment, method-assign]
     return record
