@@ -45,7 +45,8 @@ class TensorSpec:
 class TensorEntry:
     """Where one tensor lies in a segment. `dtype` is torch's name without the prefix; `offset` is in bytes.
 
-    A stack of matrices lies there with each transposed, see `_write`. checksum: XXH3-64 of its bytes; a CRC-32 takes three times as long as the copy, this half as long.
+    A stack of matrices lies there with each transposed, see `_write`. checksum: XXH3-64 of its bytes; a CRC-32 takes
+    three times as long as the copy, this half as long.
     """
 
     name: str
