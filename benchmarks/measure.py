@@ -108,7 +108,7 @@ def main(doc: str, table: Mapping[str, Entry], libraries: Sequence[str] = LIBRAR
         torch.manual_seed(arguments.seed)
         measured = table[name].run()
         figure, detail = measured if isinstance(measured, tuple) else (measured, {})
-        detail = {key: round(value, 1) for key, value in {**detail, "load": os.getloadavg()[0]}.items()}
+        detail = {key: round(value, 2) for key, value in {**detail, "load": os.getloadavg()[0]}.items()}
         results[name] = {"figure": round(figure, 3), "goal": table[name].goal, **detail}
         goal = f"   goal {table[name].goal}" if table[name].goal else ""
         print(f"{name:30} {figure:9.3f}{goal}", *(f"  {key} {value}" for key, value in detail.items()), flush=True)

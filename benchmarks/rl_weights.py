@@ -22,7 +22,7 @@ from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.weights import SharedWeights, TensorSpec
 
 ROUNDS, IN_FLIGHT = 7, 4
-ENGINE = EngineConfig(max_model_len=4096, kv_cache_gib=0.25)
+ENGINE = EngineConfig(max_model_len=2048, kv_cache_gib=0.25)
 
 
 def weight_update(size: str) -> tuple[float, dict[str, float]]:
@@ -36,7 +36,7 @@ def weight_update(size: str) -> tuple[float, dict[str, float]]:
         target = torch.empty(num_bytes // 4)
         times: dict[str, list[float]] = {name: [] for name in ("copy", "update", "publish", "pause")}
         shared = SharedWeights()
-        request = SampleRequest(tuple(range(5, 25)), n=IN_FLIGHT, max_tokens=4000)
+        request = SampleRequest(tuple(range(5, 25)), n=IN_FLIGHT, max_tokens=1900)
         try:
             for turn in range(1 + ROUNDS):
                 ray.get(engine.submit.remote([(turn, request)]))

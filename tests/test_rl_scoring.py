@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
@@ -245,6 +246,15 @@ class TestActor:
             return pids
 
         assert gone(with_client(reward, work, workers=2))
+
+    def test_what_cannot_be_sent_is_raised_where_it_is_waited_for(self, ray_session: None, reward: str) -> None:
+        async def work(client: RewardClient) -> None:
+            row = Row("r", "math", (Message("user", "?"),), None, {"lock": threading.Lock()})
+            with pytest.raises(TypeError, match="lock"):
+                await asyncio.wait_for(client.score([(make_rollout("right 1", 0), row)]), 30.0)
+            assert [scored.outcome for scored in await client.score(pairs_of("right 1"))] == ["ok"]
+
+        with_client(reward, work)
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
     def test_a_reward_process_lost_at_work(self, ray_session: None, reward: str, tmp_path: Path, number: int) -> None:

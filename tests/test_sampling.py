@@ -34,6 +34,8 @@ def test_published_weights_arrive_exactly(tmp_path):
         "c": torch.arange(4),
         "empty": torch.zeros(0, 3),
         "scalar": torch.tensor(2.5),
+        "experts": torch.randn(2, 3, 5),
+        "none": torch.zeros(0, 3, 2),
     }
     shared = SharedWeights(tmp_path)
     manifest = publish(shared, sent, 3)

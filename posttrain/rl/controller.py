@@ -14,6 +14,7 @@ transition of a group goes into the ledger, which a task of its own writes to th
 """
 
 import asyncio
+import gc
 import shutil
 import time
 from collections import Counter
@@ -142,6 +143,7 @@ class Controller:
     async def run(self) -> None:
         """Train to the last step."""
         await self._pool.start()
+        gc.freeze()  # millions of objects of libraries that live on; each full collection looks at them all
         try:
             self._start(self._workers.run())
             self._start(self._keep_ledger())
@@ -157,6 +159,7 @@ class Controller:
             await self._pool.close()
             self._scored.flush()
             await self._ledger.flush()
+            gc.unfreeze()
 
     def finish(self) -> None:
         """After the last step: what is not decided never will be."""

@@ -97,17 +97,18 @@ class StalenessQueue:
         self._free: list[_Place] = []
         self._lent: Counter[str] = Counter()
         self._undecided: dict[int, _Undecided] = {}
+        self._num_ready = 0
         self._next_order = first_order
 
     @property
     def num_ready(self) -> int:
         """Groups that wait to be trained on."""
-        return sum(item.is_ready for item in self._undecided.values())
+        return self._num_ready
 
     @property
     def num_in_flight(self) -> int:
         """Groups that are being sampled or scored."""
-        return len(self._undecided) - self.num_ready
+        return len(self._undecided) - self._num_ready
 
     @property
     def num_lent(self) -> int:
@@ -182,6 +183,7 @@ class StalenessQueue:
             self._free.append(_Place(capability))
         index = next(index for index, place in enumerate(self._free) if place.capability == capability)
         self._undecided[order] = _Undecided(stamp, self._free.pop(index), capability, is_ready)
+        self._num_ready += is_ready
         return True
 
     def _has_free(self, capability: str) -> bool:
@@ -196,13 +198,16 @@ class StalenessQueue:
 
     def ready(self, order: int) -> None:
         """The group has been sampled and scored, and is worth training on."""
+        item = self._undecided[order]
         self._decided[False] += 1
-        self._undecided[order] = replace(self._undecided[order], is_ready=True)
+        self._undecided[order] = replace(item, is_ready=True)
+        self._num_ready += not item.is_ready
 
     def drop(self, order: int) -> None:
         """The group teaches nothing; its place goes to a spare of its capability, or is free."""
         dropped = self._undecided.pop(order)
         self._decided[True] += not dropped.is_ready
+        self._num_ready -= dropped.is_ready
         place = dropped.place
         if place is None:
             return
@@ -211,7 +216,7 @@ class StalenessQueue:
             for order, item in self._undecided.items()
             if item.place is None and item.capability == place.capability
         )
-        heir = min(spares, default=None)
+        heir = min(spares, default=None) if self._most_spares else None
         others = [name for name in self._shares if name != place.capability]
         if heir is not None:
             self._undecided[heir] = replace(self._undecided[heir], place=_Place(place.capability, place.refills + 1))
@@ -239,7 +244,7 @@ class StalenessQueue:
     def take(self, version: int) -> list[int] | None:
         """The next batch, to be trained at `version`, in dispatch order; None while it is not complete."""
         wanted = self._places.get(version, Counter())
-        if wanted.total() < self._batch:
+        if wanted.total() < self._batch or self._num_ready < self._batch:  # asked at every change: first what is cheap
             return None
         batch: list[int] = []
         for capability, count in wanted.items():
@@ -260,6 +265,7 @@ class StalenessQueue:
             batch += chosen
         for order in batch:
             del self._undecided[order]
+        self._num_ready -= len(batch)
         del self._places[version]
         self._version = version + 1
         if total := self._decided.total():

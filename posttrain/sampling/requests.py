@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from posttrain.errors import StageError
-from posttrain.records import VersionSpan
+from posttrain.records import VersionSpan, travels
 
 
 class EngineLostError(StageError):
@@ -12,6 +12,7 @@ class EngineLostError(StageError):
     engine, which policy version, and how it was found."""
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
     """Sample `n` replies to one prompt.
@@ -35,6 +36,7 @@ class SampleRequest:
     priority: int = 0
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled reply. `logprobs` are those of the distribution that the tokens were drawn from."""
@@ -47,6 +49,7 @@ class Completion:
     choice_logprobs: Mapping[int, float] = field(default_factory=dict)
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Piece:
     """The next tokens of reply `index` of the request that was submitted as `key`.
@@ -64,10 +67,3 @@ class Piece:
     versions: tuple[VersionSpan, ...]
     finish_reason: str = ""
     text: str = ""
-
-    def __reduce__(self) -> tuple[type["Piece"], tuple[object, ...]]:
-        """Thousands cross between processes each second: one call to make one, not one assignment a field."""
-        return Piece, (
-            self.key, self.index, self.start, self.token_ids, self.logprobs, self.versions, self.finish_reason,
-            self.text,
-        )  # fmt: skip

@@ -1,0 +1,76 @@
+"""Entries of rl.py for the overlap of generation and training: the same stage, strictly on-policy and asynchronous.
+
+  async_overlap_{generation,balanced,training}   how much faster the asynchronous stage is than the strict one
+      (max_staleness 0, where one waits for the other), over how much faster it could be if generation and training
+      overlapped whole: (T_gen + T_train) / max(T_gen, T_train). Both times are the strict stage's own, a step: T_gen is
+      what its trainer waits for a batch, T_train the rest of the step. Engine, trainer and controller have one core
+      each where there are three; on two they share them, and so does whatever else runs. More requests in flight also
+      fill the engine's batches better, so that 1 is no upper bound
+
+Three balances by what a step is made of: few long replies to short prompts; many middling ones; short replies to long
+prompts, which the engine reads once a group and the trainer once a reply.
+"""
+
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rl_models import save
+
+from posttrain.config.base import validate_config
+from posttrain.context import StageContext
+from posttrain.metrics.jsonl import read_jsonl
+from posttrain.pipeline.ray_session import ray_session
+from posttrain.rl.config import RlConfig
+
+# Groups a step, replies a group, tokens of a reply, words of a prompt.
+BALANCES = {"generation": (4, 4, 96, 4), "balanced": (16, 8, 24, 16), "training": (16, 8, 8, 60)}
+STALENESS, WARM, STEPS, ROUNDS = 3, 3, 10, 2
+
+
+def async_overlap(balance: str, seed: int = 0) -> tuple[float, dict[str, float]]:
+    with tempfile.TemporaryDirectory() as scratch, ray_session():
+        model = save("1m", Path(scratch) / "model").path
+        rounds = []
+        for number in range(ROUNDS):
+            strict, overlapped = (
+                _steps(Path(scratch) / f"{number}-{staleness}", model, balance, staleness, seed)
+                for staleness in (0, STALENESS)
+            )
+            gen_s = statistics.median(step["wait_s"] for step in strict)
+            wall_s = statistics.median(step["step_wall_s"] for step in strict)
+            # Asynchronous steps come in bursts: their mean counts, not their median.
+            async_s = statistics.fmean(step["step_wall_s"] for step in overlapped)
+            ideal = wall_s / max(gen_s, wall_s - gen_s)
+            speedup = statistics.fmean(step["step_wall_s"] for step in strict) / async_s
+            rounds.append({"ratio": speedup / ideal, "speedup": speedup, "ideal": ideal, "t_gen_ms": 1e3 * gen_s,
+                           "t_train_ms": 1e3 * (wall_s - gen_s), "async_step_ms": 1e3 * async_s})  # fmt: skip
+    medians = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
+    return medians.pop("ratio"), {**medians, "max_staleness": STALENESS}
+
+
+def _steps(folder: Path, model: str, balance: str, staleness: int, seed: int) -> list[dict[str, Any]]:
+    """The metrics of each step after the first ones."""
+    from posttrain.rl.stage import run
+
+    groups, replies, tokens, words = BALANCES[balance]
+    folder.mkdir()
+    rows = [
+        {"id": f"r{index}", "messages": [{"role": "user", "content": f"{index} + 1 " * (words // 4)}]}
+        for index in range(64)
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {
+        "model": {"path": model, "dtype": "float32"}, "prompts": {"path": str(folder / "prompts.jsonl")},
+        "reward": {"name": f"{Path(__file__).with_name('rl_reward.py')}:every_second"},
+        "profile": {"samples": 2, "band": [0.0, 1.0], "prompts": 8}, "steps": WARM + STEPS, "groups_per_step": groups,
+        "group_size": replies, "max_staleness": staleness, "sampling": {"max_tokens": tokens},
+        "optimizer": {"learning_rate": 1e-6}, "engine": {"max_model_len": 512, "kv_cache_gib": 0.25},
+        "checkpoint_every": WARM + STEPS,
+        "resources": {"rollout": {"cpus": 0.9}, "trainer": {"cpus": 0.9}},
+    }  # fmt: skip
+    context = StageContext("rl", folder, folder / "events.jsonl", seed, warm_engines=True)
+    run(validate_config(RlConfig, data, "benchmark"), context)
+    return list(read_jsonl(folder / "metrics.jsonl"))[WARM:]
