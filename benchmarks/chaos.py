@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -24,6 +23,8 @@ from typing import Any
 
 from chaos_run import STATES, VICTIMS, ChaosRun, Ended, Late, Strike, as_json, save_policy, write_stage
 from measure import machine
+
+from posttrain.pipeline.summary import versions
 
 KILLS_A_RUN = 3
 STEPS = 10 + 6 * KILLS_A_RUN
@@ -174,7 +175,7 @@ def report_of(arguments: argparse.Namespace, runs: list[dict[str, Any]], began: 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "versions": {name: version(name) for name in ("ray", "vllm", "torch", "deepspeed", "transformers")},
+        "versions": versions(),
         "settings": {"kills": arguments.kills, "seed": arguments.seed, "only": arguments.only, "steps": STEPS},
         "wall_s": round(time.time() - began, 1),
         **summary(runs),

