@@ -50,6 +50,7 @@ class EngineRegistry:
     def __init__(self) -> None:
         self._held: list[_Held] = []
         self._made = 0
+        self._successors: dict[str, str] = {}
 
     async def acquire(
         self, stage: str, model: dict[str, Any], engine: dict[str, Any], resources: dict[str, Any]
@@ -71,9 +72,12 @@ class EngineRegistry:
 
     async def replace(self, name: str) -> tuple[str, Any]:
         """End an engine that is lost, whatever state its process is in; returns another of its kind, not started."""
+        while name in self._successors:  # replaced before, by a caller that did not live to know
+            name = self._successors[name]
         old = next(held for held in self._held if held.name == name)
-        await self._end([old])
         held = self._make(old.signature, old.stage, old.model, old.engine, old.cpus, old.gpus)
+        self._successors[name] = held.name
+        await self._end([old])
         return held.name, held.actor
 
     def _make(
@@ -94,6 +98,8 @@ class EngineRegistry:
     async def release(self, names: list[str], keep: bool) -> None:
         """Give engines back: kept warm for a later stage, or ended."""
         released = [held for held in self._held if held.name in names]
+        stages = {held.stage for held in released}
+        await self._end([held for held in self._held if held.stage in stages and held not in released])
         for held in released:
             held.stage = None
         if not keep:
