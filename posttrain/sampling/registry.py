@@ -72,13 +72,18 @@ class EngineRegistry:
 
     async def replace(self, name: str) -> tuple[str, Any]:
         """End an engine that is lost, whatever state its process is in; returns another of its kind, not started."""
-        while name in self._successors:  # replaced before, by a caller that did not live to know
-            name = self._successors[name]
+        name = self._latest(name)
         old = next(held for held in self._held if held.name == name)
         held = self._make(old.signature, old.stage, old.model, old.engine, old.cpus, old.gpus)
         self._successors[name] = held.name
         await self._end([old])
         return held.name, held.actor
+
+    def _latest(self, name: str) -> str:
+        """The engine in the place of one: another, where a caller had it replaced and did not live to know."""
+        while name in self._successors:
+            name = self._successors[name]
+        return name
 
     def _make(
         self, signature: str, stage: str | None, model: dict[str, Any], engine: dict[str, Any], cpus: float, gpus: float
@@ -97,9 +102,9 @@ class EngineRegistry:
 
     async def release(self, names: list[str], keep: bool) -> None:
         """Give engines back: kept warm for a later stage, or ended."""
+        strays = {self._latest(name) for name in names} - set(names)
+        await self._end([held for held in self._held if held.name in strays])
         released = [held for held in self._held if held.name in names]
-        stages = {held.stage for held in released}
-        await self._end([held for held in self._held if held.stage in stages and held not in released])
         for held in released:
             held.stage = None
         if not keep:
