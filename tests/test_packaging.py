@@ -59,8 +59,11 @@ def test_every_python_folder_is_a_package() -> None:
             assert (path.parent / "__init__.py").exists(), f"{path.parent} has no __init__.py"
 
 
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
 def test_metadata_names_extras_python_and_licence(metadata: email.message.Message, names: set[str]) -> None:
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "gpu", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "gpu", "dev", *TRACKERS}
     requirements = metadata.get_all("Requires-Dist", [])
     assert not any(line.startswith("vllm") and "extra" not in line for line in requirements)
     assert any(line.startswith("torch==") for line in requirements)

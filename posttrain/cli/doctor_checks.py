@@ -50,7 +50,12 @@ ENABLES = {
     "ruff": "make check",
     "pyright": "make check",
     "build": "make test (packaging)",
+    "xxhash": "checksums of weights on their way to the engines",
+    "tensorboard": "trackers: tensorboard",
+    "trackio": "trackers: trackio",
+    "wandb": "trackers: wandb",
 }
+NOT_NEEDED = ("dev", "tensorboard", "trackio", "wandb")  # extras that nobody lacks who did not ask for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +122,7 @@ def _package_check(name: str, version: str, extra: str, engine: str | None) -> C
     enables = ENABLES.get(name, "")
     if found is None:
         is_other_engine = name in ENGINES and engine is not None
-        status = "absent" if extra == "dev" or is_other_engine else "fail"
+        status = "absent" if extra in NOT_NEEDED or is_other_engine else "fail"
         pin = f"{name}=={version}"
         mend = f"make install, or pip install '{pin}'" if status == "fail" else ""
         if name in ENGINES and status == "fail":
