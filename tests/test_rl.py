@@ -361,6 +361,7 @@ def test_killed_and_resumed_from_its_checkpoint(ray_session, tiny_model, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.full  # three starts of a stage
 @pytest.mark.timeout(500)
 def test_a_deterministic_run_that_was_killed_equals_one_that_was_not(ray_session, tiny_model, tmp_path):
     """Bit for bit: the weights, and every rollout that was trained on."""

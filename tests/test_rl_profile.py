@@ -309,6 +309,7 @@ def even(rollout, row):
 
 
 @pytest.mark.slow
+@pytest.mark.full  # three starts of a stage
 @pytest.mark.timeout(200)
 def test_a_profile_survives_its_crash_and_serves_other_runs(tiny_model: Path, tmp_path: Path):
     """Killed after its first chunk, it samples only the rest; another run of the same policy samples nothing."""

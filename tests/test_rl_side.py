@@ -148,6 +148,7 @@ def test_probes_and_evaluations_run_beside_the_training(ray_session, tiny_model,
 
 
 @pytest.mark.slow
+@pytest.mark.full  # test_rl.py kills one in training
 @pytest.mark.timeout(300)
 def test_an_engine_is_killed_while_it_evaluates(ray_session, tiny_model, tmp_path):
     """Strictly on-policy, so that the training waits for each evaluation; one is begun anew, nothing is lost."""

@@ -152,8 +152,12 @@ class RolloutWorkers:
         finally:
             for worker in self.workers:
                 worker.log.flush()
-                if worker.is_alive and worker.flights:
-                    worker.actor.cancel.remote(list(worker.flights))
+            await asyncio.gather(*(self._leave(worker) for worker in self.workers), return_exceptions=True)
+
+    async def _leave(self, worker: Worker) -> None:
+        """Nothing of ours is left in the engine: its next user has keys of its own."""
+        if worker.is_alive:
+            await answer(worker.actor.forget.remote(), self._deadline_s, f"{worker.name} did not forget its requests")
 
     def send(self, flight: Flight) -> None:
         """Have a group sampled by the worker with the fewest of those that may."""

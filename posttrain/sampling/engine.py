@@ -30,6 +30,7 @@ from posttrain.sampling.stream import Outbox, Reply
 from posttrain.sampling.watch import Watch, look_every_s
 
 T = TypeVar("T")
+WAKE_S = 0.01
 ADMIT_AT_ONCE = 64
 
 # vLLM reads these when it is imported. One OpenMP thread a process: two in contention cost a factor of ten.
@@ -97,6 +98,7 @@ class EngineActor:
         self._next_request = 0
         self._policy_version = 0
         self._num_waiting = 0  # calls of generate and generate_wave
+        self._num_collecting = 0  # calls of collect
         self._is_updating = False
         self._update_lock: asyncio.Lock
         self._outbox: Outbox
@@ -189,8 +191,12 @@ class EngineActor:
 
         Raises EngineLostError when the engine is lost; the tokens that were here before are returned first.
         """
-        if self._watch.error is None:
-            await self._outbox.wait(wait_s)
+        self._num_collecting += 1
+        try:
+            if self._watch.error is None:
+                await self._outbox.wait(wait_s)
+        finally:
+            self._num_collecting -= 1
         pieces = self._outbox.take(self._decode)
         if not pieces:
             self._watch.check()
@@ -201,6 +207,14 @@ class EngineActor:
         replies = [reply for key in keys for reply in self._outbox.remove(key)]
         if replies and self._watch.error is None:
             await self._alive(self._llm.abort([reply.request_id for reply in replies], internal=True))
+
+    async def forget(self) -> None:
+        """End every request of `submit`, and every `collect` that waits: one that an earlier caller left behind would
+        take the pieces of the next one."""
+        await self.cancel(list(self._outbox.open))
+        while self._num_collecting:
+            self._outbox.wake()
+            await asyncio.sleep(WAKE_S)
 
     def _prepare(self, key: int, request: SampleRequest, admitted: list[tuple[Reply, Any]], finished: list[Piece]):
         """Make what the engine is given for each reply; a reply that was begun and is at its end is a piece at once."""

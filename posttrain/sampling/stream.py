@@ -154,6 +154,10 @@ class Outbox:
                     self._ready[reply] = None
         self._event.set()
 
+    def wake(self) -> None:
+        """Let who waits return, though there is nothing."""
+        self._event.set()
+
     async def wait(self, seconds: float) -> None:
         """Until there is a piece, at most so long; and a moment more for others, so that one call brings many."""
         if seconds <= 0:
