@@ -49,6 +49,7 @@ from posttrain.rl.verifiers import reward_config
 from posttrain.rl.weights import update_calls
 from posttrain.rl.workers import Flight, RolloutWorkers
 from posttrain.sampling.client import Engines, answer
+from posttrain.sampling.requests import Completion, SampleRequest
 from posttrain.scoring.client import RewardClient
 
 FLUSH_S = 0.05
@@ -210,7 +211,8 @@ class Controller:
                 self._start(self._score(survivor.group))
             else:
                 self._ledger.restart_group(entry.id, survivor.stamp, survivor.replies)
-                self._send(entry.id, survivor.stamp, entry.prompt_id, entry.system, survivor.replies)
+                prompt = self._source.prompt(entry.prompt_id, entry.system)
+                self._send(entry.id, survivor.stamp, prompt, survivor.replies)
 
     def _dispatch(self) -> None:
         """Admit as many groups as there is room for; a deterministic run in waves, one when the last is decided."""
@@ -221,27 +223,23 @@ class Controller:
             stamp = self._workers.oldest_version
             new = self._queue.next_order
             order, capability = self._queue.admit(stamp, self._first_returning)
-            if order != new:
+            if order == new:
+                prompt, looks = self._source.draw(capability, order), self._source.looks(capability)
+                self._ledger.reserve(order, prompt.row.id, capability, prompt.system, looks, stamp)
+            else:
                 entry = self._returning.pop(order)
+                prompt = self._source.prompt(entry.prompt_id, entry.system)
                 self._ledger.restart_group(order, stamp, ())
-                self._send(order, stamp, entry.prompt_id, entry.system)
-                continue
-            prompt = self._source.draw(capability, order)
-            self._ledger.reserve(order, prompt.row.id, capability, prompt.system, self._source.looks(capability), stamp)
-            self._workers.send(Flight(order, stamp, prompt, self._request(prompt), self._no_replies()))
+            self._send(order, stamp, prompt)
 
     def _first_returning(self, capability: str) -> int | None:
         return next((order for order, entry in self._returning.items() if entry.capability == capability), None)
 
-    def _send(self, order: int, stamp: int, prompt_id: str, system: str | None, replies: Sequence[Any] = ()) -> None:
-        prompt = self._source.prompt(prompt_id, system)
-        there = [*replies] or self._no_replies()
+    def _send(self, order: int, stamp: int, prompt: DrawnPrompt, replies: Sequence[Completion] = ()) -> None:
+        there = [*replies] or [NOTHING] * self._config.group_size
         self._workers.send(Flight(order, stamp, prompt, self._request(prompt), there))
 
-    def _no_replies(self) -> list[Any]:
-        return [NOTHING] * self._config.group_size
-
-    def _request(self, prompt: Any) -> Any:
+    def _request(self, prompt: DrawnPrompt) -> SampleRequest:
         return sample_request(self._config, prompt, self._config.group_size, self._parts.stop_ids)
 
     def _begun(self, flight: Flight) -> None:
@@ -400,7 +398,6 @@ class Controller:
             "source": self._source.state(),
             "seq": self._ledger.seq,
             "next_order": self._queue.next_order,
-            "dropped_in_a_row": self._dropped_in_a_row,
         }
 
         async def write() -> str:

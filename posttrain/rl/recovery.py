@@ -9,11 +9,12 @@ import asyncio
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import StageError
+from posttrain.errors import ConfigError, StageError
 from posttrain.rl.codec import unpack, up_to
 from posttrain.rl.groups import Group, ScoredGroup
 from posttrain.rl.ledger import Commit, Entry, Ledger
@@ -67,6 +68,16 @@ def finished_outputs(folder: Path, steps: int) -> dict[str, Any] | None:
         return ledger.fact("outputs")
     finally:
         ledger.close()
+
+
+def rl_stages(run_dir: Path) -> Sequence[Path]:
+    """The folders of RL stages of a run: itself, or those within."""
+    if (run_dir / SNAPSHOT).exists():
+        return [run_dir]
+    found = sorted(path.parent for path in run_dir.glob(f"*/{SNAPSHOT}"))
+    if not found:
+        raise ConfigError(str(run_dir), [f"holds no RL stage: there is no {SNAPSHOT} in it or in its folders"])
+    return found
 
 
 def version_of(checkpoint: Path) -> int:

@@ -8,7 +8,7 @@ was killed and went on is replayed as one line of steps: what was rolled back is
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from posttrain.errors import ConfigError, StageError
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
 from posttrain.rl.ledger import Ledger
-from posttrain.rl.recovery import SNAPSHOT
+from posttrain.rl.recovery import SNAPSHOT, rl_stages
 from posttrain.rl.samples import TrainSample
 
 
@@ -140,13 +140,3 @@ def weight_gaps(one: Path, other: Path) -> dict[str, float]:
         elif not torch.equal(first[name], second[name]):
             gaps[name] = float((first[name].double() - second[name].double()).abs().max())
     return gaps
-
-
-def rl_stages(run_dir: Path) -> Sequence[Path]:
-    """The folders of RL stages of a run: itself, or those within."""
-    if (run_dir / SNAPSHOT).exists():
-        return [run_dir]
-    found = sorted(path.parent for path in run_dir.glob(f"*/{SNAPSHOT}"))
-    if not found:
-        raise ConfigError(str(run_dir), [f"holds no RL stage: there is no {SNAPSHOT} in it or in its folders"])
-    return found

@@ -10,7 +10,7 @@ groups; nothing waits for a whole group. Each wait has a deadline.
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,11 +18,11 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from posttrain.context import StageContext
 from posttrain.errors import StageError
-from posttrain.records import VersionSpan
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.groups import DrawnPrompt
 from posttrain.sampling.client import Engines, answer, wait_for_call
 from posttrain.sampling.requests import Completion, EngineLostError, Piece, SampleRequest
+from posttrain.sampling.stream import join_spans
 
 COLLECT_S = 1.0
 SUBMIT_GROUPS = 256
@@ -65,17 +65,9 @@ class Flight:
             piece.text,
             before.logprobs + piece.logprobs,
             piece.finish_reason,
-            joined(before.versions, piece.versions),
+            join_spans((*before.versions, *piece.versions)),
         )
         return bool(piece.finish_reason) and all(reply.finish_reason for reply in self.replies)
-
-
-def joined(before: Sequence[VersionSpan], after: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
-    """Spans of a reply and of the piece that follows, with no border inside a version."""
-    if before and after and before[-1].policy_version == after[0].policy_version:
-        middle = VersionSpan(before[-1].policy_version, before[-1].start, after[0].end)
-        return (*before[:-1], middle, *after[1:])
-    return (*before, *after)
 
 
 @dataclass(slots=True, eq=False)
@@ -237,29 +229,21 @@ class RolloutWorkers:
     # ------------------------------------------------------------------ requests and replies
 
     async def _serve(self, worker: Worker) -> None:
+        """Work, and mend what can be mended, without end."""
+        cause: BaseException | None = None
         while True:
             try:
+                if cause is not None:
+                    await self._replace(worker, cause)
                 if self._wave_seed is not None:
                     await self._sample_waves(worker, self._wave_seed)
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._feed(worker))
                     group.create_task(self._empty(worker))
-                continue
-            except Exception as error:
+            except Exception as error:  # a replacement may be lost too, before it serves
                 cause = root_of(error)
                 if not is_loss(cause):
                     raise cause from None
-            # A replacement may be lost too, before it serves.
-            while cause is not None:
-                try:
-                    await self._replace(worker, cause)
-                    cause = None
-                except StageError:
-                    raise
-                except Exception as error:
-                    if not is_loss(error):
-                        raise
-                    cause = root_of(error)
 
     async def _feed(self, worker: Worker) -> None:
         while True:
