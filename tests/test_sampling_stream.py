@@ -142,7 +142,6 @@ def test_pieces_make_whole_replies(engines):
         gaps = [after - before for before, after in itertools.pairwise(reply.starts)]
         assert all(gap >= ENGINE.stream_interval - 1 for gap in gaps), reply.starts
         assert join_spans(reply.spans) == (VersionSpan(0, 0, len(reply.token_ids)),)
-    assert any(len(reply.starts) > 2 for reply in replies.values())
     assert any(reply.text for reply in replies.values())
 
 
