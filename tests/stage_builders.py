@@ -424,6 +424,22 @@ def rl_reference(config: Any) -> Any:
     return _model(reference_config(config).model.model_dump_json()).state_dict() if config.loss.reference else None
 
 
+def rl_judge(config: Any) -> Any:
+    """What the judge is started with, if there is one, what it is asked about a reply, and what its answer means."""
+    from posttrain.model.load import load_tokenizer
+    from posttrain.rl.judge import Question
+    from posttrain.sampling.requests import Completion
+
+    if config.judge is None:
+        return None
+    question = Question(config.judge, load_tokenizer(config.judge.model.path))
+    started = engine(lambda _: config.judge.model)(config.judge)
+    pairs = [(_rollout(prompt, 0), prompt.row) for prompt in _drawn()]
+    pairs += [(dataclasses.replace(pairs[0][0], text="so " * 60), pairs[0][1])]
+    answer = Completion((), "", (), "stop", (), dict.fromkeys(question.choice_ids, -1.0))
+    return started, question.requests(pairs), question.verdict(answer)
+
+
 def rl_stops(config: Any) -> Any:
     """Why training stops after so many updates in a row that were left out."""
     from posttrain.rl.evidence import stop_reason
@@ -676,7 +692,8 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
         rl_controller, rl_first_batch, rl_draws, rl_parked_draws, rl_knowledge, rl_side, rl_policy, rl_micro_batches,
-        rl_rescoring, rl_weights, rl_reference, rl_stops, policy, router_bias, engine_settings, MODEL_ENGINE, trackers,
+        rl_rescoring, rl_weights, rl_reference, rl_judge, rl_stops, policy, router_bias, engine_settings, MODEL_ENGINE,
+        trackers,
     ),
     "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings, trackers),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from config_leaves import Leaf, NoValueError, find_leaves, other_values, set_at
-from stage_builders import BUILDERS, Builder, outcome, rl_loss, sft_packing, write_inputs
+from stage_builders import BUILDERS, Builder, outcome, rl_judge, rl_loss, sft_packing, write_inputs
 
 from posttrain.config.base import Config
 from posttrain.pipeline.config import PipelineConfig
@@ -43,6 +43,10 @@ ENGINE = {"max_model_len": 256}
 REWARD = {"name": "final_answer"}
 LENGTHS = {"max_length": 512, "batch_tokens": 512}
 REFERENCE = {"loss.reference": {"weight": 0.1}, "resources.reference": {}}
+JUDGE = {
+    "judge": {"model": MODEL, "template": "Rate: {prompt} {response} {answer} {labels}", "engine": ENGINE},
+    "resources.judge": {},
+}
 HELDOUT = {"data": {"path": "prompts_a.jsonl"}}
 INSTRUCTIONS = [{"text": "Be brief."}, {"text": "Take care."}]
 VERIFIED = [{"text": "Be brief.", "verifier": {"name": "instructions"}}]
@@ -111,6 +115,8 @@ TABLE: dict[str, dict[str, Any]] = {
             "curriculum.half_life": [2.0],
             "curriculum.tries": [1],
             "loss.reference.path": ["model_b"],
+            "judge.model.path": ["model_b"],
+            "judge.max_prompt_tokens": [100],
             "evaluation": [HELDOUT],
             "evaluation.data.path": files("prompts"),
             "evaluation.prompts": [1],
@@ -134,11 +140,16 @@ TABLE: dict[str, dict[str, Any]] = {
             "loss.decoupled_*": {"loss.name": "decoupled"},
             "evaluation.samples": {"evaluation": {**HELDOUT, "temperature": 1.0}},
             "evaluation.*": {"evaluation": HELDOUT},
+            "judge.long_rows": {**JUDGE, "judge.max_prompt_tokens": 100},
+            "judge.*": JUDGE,
+            "resources.judge.*": JUDGE,
             "loss.reference.*": REFERENCE,
             "resources.reference.*": REFERENCE,
             "parallel.*": {"parallel": {"processes": 2}},
         },
         "together": {
+            "judge": (JUDGE, rl_judge),
+            "resources.judge": (JUDGE, BUILDERS["rl"][0]),
             "loss.reference": (REFERENCE, rl_loss),
             "resources.reference": (REFERENCE, BUILDERS["rl"][0]),
         },

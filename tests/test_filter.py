@@ -120,7 +120,7 @@ def test_verdict_is_a_distribution_with_a_score_between_its_ends(logprobs: list[
 
 
 def test_texts_of_a_row() -> None:
-    assert row_texts(_row("a")) == {"prompt": "Sum: 1 + 2", "response": "Answer: 3", "system": ""}
+    assert row_texts(_row("a")) == {"prompt": "Sum: 1 + 2", "response": "Answer: 3", "system": "", "answer": ""}
     turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "1 + 1?"), ("assistant", "2")]
     texts = row_texts(Row("b", "chat", tuple(Message(*turn) for turn in turns)))
     assert texts["system"] == "Be brief."

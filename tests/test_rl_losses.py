@@ -12,8 +12,9 @@ from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError
 from posttrain.records import RewardResult, Rollout, Row, Scored, VersionSpan
 from posttrain.rl.advantages import ADVANTAGES, is_zero
-from posttrain.rl.config import CONSTANTS, LossConfig, ReferenceConfig, RlConfig
+from posttrain.rl.config import RlConfig
 from posttrain.rl.groups import DrawnPrompt, Group
+from posttrain.rl.loss_config import CONSTANTS, LossConfig, ReferenceConfig
 from posttrain.rl.losses import LOSSES, LossInputs, batch_share, reference_kl
 from posttrain.rl.samples import TrainSample, collate, micro_batches, train_samples
 from posttrain.rl.scoring import drop_reason, over_batch, overlong_penalty, scored_group

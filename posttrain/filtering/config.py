@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from posttrain.config.base import Config
 from posttrain.config.shared import ActorResources, DataConfig, EngineConfig, ServedModelConfig
 
-PLACEHOLDERS = ("prompt", "response", "system", "labels")
+PLACEHOLDERS = ("prompt", "response", "system", "answer", "labels")
 PLACEHOLDER = re.compile(r"\{(" + "|".join(PLACEHOLDERS) + r")\}")
 _ANY_PLACEHOLDER = re.compile(r"\{([A-Za-z_]+)\}")
 _MAX_LABELS = 20  # vLLM returns the log-probabilities of at most this many tokens
@@ -35,38 +35,24 @@ every time; the hardest is for what takes many steps, rare knowledge or several 
 Answer with exactly one of these words and nothing else: {labels}."""
 
 
-class FilterResources(Config):
-    """Who needs what: the judge is the only model of this stage."""
+class JudgeQuestion(Config):
+    """What a judge is asked about a text, what it may answer, and the engine that serves it."""
 
-    judge: ActorResources = Field(default_factory=ActorResources, description="Engines that serve the judge.")
-
-
-class FilterConfig(Config):
-    """The `filter` stage: rate every row with a judge and keep the hardest."""
-
-    judge: ServedModelConfig = Field(description="The model that rates; an instruction-tuned one with a chat template.")
-    data: DataConfig = Field(description="Supervised rows: each ends with an assistant turn.")
-    keep_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.5,
-        description="Share of the rows that stays, the hardest; exactly round(keep_fraction * rows) of them.",
-    )
     template: str = Field(
         default=DEFAULT_TEMPLATE,
-        description="The judge's user turn, with {prompt} and, if wanted, {response}, {system} and {labels}.",
+        description="The judge's user turn, with {prompt} and, if wanted, {response}, {system}, {answer} and {labels}.",
     )
     labels: list[str] = Field(
         default_factory=lambda: ["easy", "medium", "hard"],
         description="What the judge may answer, from the easiest to the hardest.",
     )
-    stratify: bool = Field(default=True, description="Keep the same share of every capability.")
     max_prompt_tokens: Annotated[int, Field(ge=16)] | None = Field(
         default=None, description="Longest prompt of the judge; None: what engine.max_model_len leaves."
     )
     long_rows: Literal["shorten", "error"] = Field(
-        default="shorten", description="Rows too long for the judge: show it their beginning and end, or stop."
+        default="shorten", description="Texts too long for the judge: show it their beginning and end, or stop."
     )
     engine: EngineConfig = Field(default_factory=EngineConfig, description="vLLM engine of the judge.")
-    resources: FilterResources = Field(default_factory=FilterResources)
 
     @field_validator("template")
     @classmethod
@@ -89,7 +75,7 @@ class FilterConfig(Config):
         return labels
 
     @model_validator(mode="after")
-    def _prompt_fits(self) -> "FilterConfig":
+    def _prompt_fits(self) -> "JudgeQuestion":
         if self.max_prompt_tokens is not None and self.max_prompt_tokens >= self.engine.max_model_len:
             raise ValueError(
                 f"max_prompt_tokens is {self.max_prompt_tokens}; it must be below engine.max_model_len "
@@ -101,3 +87,22 @@ class FilterConfig(Config):
     def prompt_limit(self) -> int:
         """Longest prompt of the judge in tokens: one token is left for its answer."""
         return self.max_prompt_tokens or self.engine.max_model_len - 1
+
+
+class FilterResources(Config):
+    """Who needs what: the judge is the only model of this stage."""
+
+    judge: ActorResources = Field(default_factory=ActorResources, description="Engines that serve the judge.")
+
+
+class FilterConfig(JudgeQuestion):
+    """The `filter` stage: rate every row with a judge and keep the hardest."""
+
+    judge: ServedModelConfig = Field(description="The model that rates; an instruction-tuned one with a chat template.")
+    data: DataConfig = Field(description="Supervised rows: each ends with an assistant turn.")
+    keep_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5,
+        description="Share of the rows that stays, the hardest; exactly round(keep_fraction * rows) of them.",
+    )
+    stratify: bool = Field(default=True, description="Keep the same share of every capability.")
+    resources: FilterResources = Field(default_factory=FilterResources)

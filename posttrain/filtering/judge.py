@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from posttrain.errors import StageError
-from posttrain.filtering.config import FilterConfig
+from posttrain.filtering.config import JudgeQuestion
 from posttrain.filtering.prompts import JudgePrompts, label_token_ids
 from posttrain.records import Row
 from posttrain.sampling.requests import Completion, SampleRequest
@@ -22,9 +22,10 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How hard the judge finds a row.
+    """How hard, or how good, the judge finds a row.
 
-    tag: the likeliest label; score: expected hardness in [0, 1], 0 the easiest; probabilities: of each label, sum 1.
+    tag: the likeliest label; score: expected place among the labels in [0, 1], 0 the first; probabilities: of each
+    label, sum 1.
     """
 
     tag: str
@@ -58,7 +59,7 @@ def verdict_of(labels: Sequence[str], logprobs: Sequence[float]) -> Verdict:
 
 
 def judge_requests(
-    rows: Sequence[Row], tokenizer: Any, config: FilterConfig
+    rows: Sequence[Row], tokenizer: Any, config: JudgeQuestion
 ) -> tuple[list[SampleRequest], tuple[int, ...], int]:
     """One constrained request a row, the labels' token ids, and how many rows were shortened."""
     choice_ids = label_token_ids(tokenizer, config.labels)
@@ -75,12 +76,12 @@ def verdicts(
     on_done: Callable[[int], None] | None = None,
 ) -> list[Verdict]:
     """Ask the judge; one verdict a request, in order. Raises StageError where an answer holds no distribution."""
-    answers = sampler.generate(requests, on_done)
-    found = []
-    for answer in answers:
-        logprobs = [answer[0].choice_logprobs.get(token, -math.inf) for token in choice_ids]
-        try:
-            found.append(verdict_of(labels, logprobs))
-        except ValueError as error:
-            raise StageError(f"the judge's answer cannot be used: {error}") from None
-    return found
+    return [read_verdict(answer[0], labels, choice_ids) for answer in sampler.generate(requests, on_done)]
+
+
+def read_verdict(answer: Completion, labels: Sequence[str], choice_ids: Sequence[int]) -> Verdict:
+    """The verdict of one answer. Raises StageError where it holds no distribution."""
+    try:
+        return verdict_of(labels, [answer.choice_logprobs.get(token, -math.inf) for token in choice_ids])
+    except ValueError as error:
+        raise StageError(f"the judge's answer cannot be used: {error}") from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain.data.chat import render_prompt
 from posttrain.errors import DataError, UserError
-from posttrain.filtering.config import PLACEHOLDER, FilterConfig
+from posttrain.filtering.config import PLACEHOLDER, JudgeQuestion
 from posttrain.records import Message, Row
 
 _TAG = re.compile(r"</?\s*([A-Za-z][\w-]*)")
@@ -21,7 +21,7 @@ _GAP = "\n[...]\n"
 class JudgePrompts:
     """Renders rows for the judge. `tokenizer` is the judge's, with a chat template."""
 
-    def __init__(self, tokenizer: Any, config: FilterConfig):
+    def __init__(self, tokenizer: Any, config: JudgeQuestion):
         self._tokenizer = tokenizer
         self._config = config
         self._escape = _escaper(tokenizer, config.template)
@@ -71,7 +71,7 @@ class JudgePrompts:
 
 
 def row_texts(row: Row) -> dict[str, str]:
-    """The row's texts by placeholder: the prompt before its last reply, that reply, and the system instruction.
+    """The row's texts by placeholder: the prompt before its last reply, that reply, the system instruction, the answer.
 
     A prompt of several turns is a transcript with the role before each turn.
     """
@@ -81,7 +81,8 @@ def row_texts(row: Row) -> dict[str, str]:
         prompt = turns[0].content
     else:
         prompt = "\n\n".join(f"[{message.role}]\n{message.content}" for message in turns)
-    return {"prompt": prompt, "response": row.messages[-1].content, "system": system}
+    answer = "" if row.answer is None else str(row.answer)
+    return {"prompt": prompt, "response": row.messages[-1].content, "system": system, "answer": answer}
 
 
 def label_token_ids(tokenizer: Any, labels: Sequence[str]) -> tuple[int, ...]:

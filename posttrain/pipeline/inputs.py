@@ -73,15 +73,16 @@ def _row_problems(config: BaseModel, kind: StageKind) -> list[str]:
     """The first rows of prompts that lack what a reward of the same config needs; both are fine by themselves."""
     inputs = find_inputs(config)
     rewards = [item.value for item in inputs if isinstance(item.value, RewardFunctionConfig)]
+    given = [] if getattr(config, "judge", None) is None else ["judge"]  # RL's judge gives its verdict to the reward
     problems = []
     for found in inputs if rewards else []:
         value = found.value
         if isinstance(value, DataConfig) and data_kind(found.key, kind) == "prompt" and not _refers(value):
-            problems += [f"{found.key}: {line}" for line in _rows_without_fields(value, rewards)[:SHOWN_ROWS]]
+            problems += [f"{found.key}: {line}" for line in _rows_without_fields(value, rewards, given)[:SHOWN_ROWS]]
     return problems
 
 
-def _rows_without_fields(data: DataConfig, rewards: Sequence[RewardFunctionConfig]) -> list[str]:
+def _rows_without_fields(data: DataConfig, rewards: Sequence[RewardFunctionConfig], given: Sequence[str]) -> list[str]:
     from posttrain.data.rows import load_rows
     from posttrain.scoring.plugins import RewardSpec
     from posttrain.scoring.requirements import missing_fields
@@ -95,7 +96,7 @@ def _rows_without_fields(data: DataConfig, rewards: Sequence[RewardFunctionConfi
     try:
         for reward in rewards:
             met = bare if isinstance(reward, VerifierConfig) else rows
-            lines += missing_fields(RewardSpec(reward.name, reward.args), met)
+            lines += missing_fields(RewardSpec(reward.name, reward.args), met, given)
     except UserError as error:
         lines += str(error).splitlines()
     return lines

@@ -176,7 +176,7 @@ def _memory(role: str, node: Node, pipeline: Pipeline, run_dir: Path) -> str:
     elif role == "reference":
         total = weights
     else:
-        engine = next((value for _, value in walk(node.config) if isinstance(value, EngineConfig)), None)
+        engine = _engine_of(role, node)
         cache = engine.kv_cache_gib if engine and engine.kv_cache_gib else 0.0
         total = weights + cache * GIB
     return f"{total / GIB:.2f} GiB"
@@ -187,6 +187,12 @@ def _model_of(role: str, node: Node) -> ServedModelConfig | None:
     models = {item.key: item.value for item in find_inputs(node.config) if isinstance(item.value, ServedModelConfig)}
     own = (value for key, value in models.items() if key.split(".")[0] == role)
     return next(own, next(iter(models.values()), None))
+
+
+def _engine_of(role: str, node: Node) -> EngineConfig | None:
+    """The settings of a role's engines: of its own section, else the stage's."""
+    engines = {key: value for key, value in walk(node.config) if isinstance(value, EngineConfig)}
+    return engines.get(f"{role}.engine", engines.get("engine"))
 
 
 def _model_folder(model: ServedModelConfig, pipeline: Pipeline, run_dir: Path) -> tuple[Path | None, str]:

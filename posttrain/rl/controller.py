@@ -1,6 +1,6 @@
 """The controller of asynchronous RL: one small asyncio process that moves records and waits in one place.
 
-    prompts ──► dispatch ──► engines (vLLM actors) ──► reward actor ──► group
+    prompts ──► dispatch ──► engines (vLLM actors) ──► [judge] ──► reward actor ──► [reference] ──► group
                    ▲                                                     │ zero advantage, unscored: dropped,
                    │ room in the queue                                   │ its place free at once
                    └──────────────── StalenessQueue ◄────────────────────┘
@@ -8,7 +8,8 @@
                                           ▼
                      engines ◄── weights v+1 ── trainer (its own ranks): step ──► metrics, checkpoint, commit
 
-Dispatch waits for room. An engine never waits for the trainer: it takes new weights between two of its steps, with
+Judge and reference are models of their own, where the config names them: on engines, and in a process. Dispatch waits
+for room. An engine never waits for the trainer: it takes new weights between two of its steps, with
 requests in flight. The trainer starts its next step while the engines still take the weights of the last one. Every
 transition of a group goes into the ledger, which a task of its own writes to the disk.
 """
@@ -35,6 +36,7 @@ from posttrain.rl.codec import NOTHING
 from posttrain.rl.config import RlConfig
 from posttrain.rl.evidence import keep_evidence
 from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
+from posttrain.rl.judge import Judge, rewards
 from posttrain.rl.ledger import Commit, Entry, Ledger
 from posttrain.rl.profile import sample_request
 from posttrain.rl.prompts import PromptSource
@@ -45,12 +47,10 @@ from posttrain.rl.scoring import drop_reason, make_group, over_batch, passes_and
 from posttrain.rl.side import SideWork
 from posttrain.rl.staleness import StalenessQueue
 from posttrain.rl.tally import StepTally
-from posttrain.rl.verifiers import reward_config
 from posttrain.rl.weights import update_calls
 from posttrain.rl.workers import Flight, RolloutWorkers
 from posttrain.sampling.client import Engines, answer
 from posttrain.sampling.requests import Completion, SampleRequest
-from posttrain.scoring.client import RewardClient
 
 FLUSH_S = 0.05
 T = TypeVar("T")
@@ -73,6 +73,7 @@ class Parts:
     ledger: Ledger
     stop_ids: tuple[int, ...]
     heldout: Sequence[DrawnPrompt] = ()
+    judge: Judge | None = None
 
 
 class Controller:
@@ -133,8 +134,9 @@ class Controller:
         self._scored = BusyLog(context, "reward", "score")
         self._tally = StepTally(
             {**{worker.name: worker.log for worker in self._workers.workers}, "reward": self._scored}
+            | (parts.judge.logs if parts.judge is not None else {})
         )
-        self._pool = RewardClient(reward_config(config), config.resources.reward)
+        self._pool = rewards(config, parts.judge)
         self._alarm = UnscoredAlarm(config)
         self._side = SideWork(
             config, context, self._workers, self._pool, parts.source, first_step, parts.heldout, parts.stop_ids,

@@ -45,12 +45,21 @@ def scoring_fingerprint(config: RlConfig) -> str:
     return _digest(
         {
             "reward": [config.reward.name, config.reward.args],
+            "judge": _judge(config),
             "sources": sorted([file.name, _file_hash(file)] for file in beside),
             "sampling": config.sampling.model_dump(),
             "dtype": config.model.dtype,
             "threshold": PASS_THRESHOLD,
         }
     )
+
+
+def _judge(config: RlConfig) -> Any:
+    """The judge's model and question, where there is one."""
+    if config.judge is None:
+        return None
+    asked = config.judge.model_dump(exclude={"engine", "model"})
+    return {**asked, "model": policy_fingerprint(config.judge.model.path), "dtype": config.judge.model.dtype}
 
 
 def prompt_fingerprint(row: Row) -> str:

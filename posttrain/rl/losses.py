@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from posttrain.rl.config import LossConfig, ReferenceConfig
+from posttrain.rl.loss_config import LossConfig, ReferenceConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from posttrain.context import StageContext
@@ -31,6 +32,7 @@ from posttrain.rl.difficulty import (
 )
 from posttrain.rl.fingerprints import policy_fingerprint, prompt_fingerprint, scoring_fingerprint
 from posttrain.rl.groups import PASS_THRESHOLD, DrawnPrompt
+from posttrain.rl.judge import Judge
 from posttrain.rl.scoring import make_group
 from posttrain.rl.verifiers import reward_pool
 from posttrain.sampling.client import CHUNK_REQUESTS, Engines
@@ -42,7 +44,12 @@ CHUNKS_AT_ONCE = 2  # the engines are busy with one while the last replies of an
 
 
 def profile_prompts(
-    config: RlConfig, context: StageContext, engines: Engines, prompts: Sequence[DrawnPrompt], stop_ids: tuple[int, ...]
+    config: RlConfig,
+    context: StageContext,
+    engines: Engines,
+    prompts: Sequence[DrawnPrompt],
+    stop_ids: tuple[int, ...],
+    judge: Judge | None = None,
 ) -> list[Difficulty]:
     """How often the policy passes each prompt; those of which nothing could be scored are left out.
 
@@ -55,7 +62,7 @@ def profile_prompts(
     known = known_difficulties(config, context.dir, basis, store, [prompt.row for prompt in prompts], keys)
     missing = [prompt for prompt in prompts if prompt.row.id not in known]
     context.event("profile", prompts=len(prompts), known=len(known))
-    sampled = asyncio.run(_sample(config, context, engines, missing, stop_ids, keys, basis)) if missing else []
+    sampled = asyncio.run(_sample(config, context, engines, missing, stop_ids, keys, basis, judge)) if missing else []
     found = {**known, **{item.prompt_id: item for item in sampled}}
     band = config.profile.band
     ordered = [replace(found[name], selected=found[name].in_band(band)) for name in keys]
@@ -106,6 +113,7 @@ async def _sample(
     stop_ids: tuple[int, ...],
     keys: Mapping[str, str],
     basis: Basis,
+    judge: Judge | None,
 ) -> list[Difficulty]:
     """Sample and score the prompts, chunk by chunk, each written when it is done."""
     found: list[Difficulty] = []
@@ -115,6 +123,7 @@ async def _sample(
     size = chunk_size(config)
     starts = iter(range(0, len(prompts), size))
     pool = reward_pool(config)
+    score = partial(_score, pool) if judge is None else partial(judge.score, partial(_score, pool))
 
     async def drain() -> None:
         for start in starts:
@@ -136,7 +145,7 @@ async def _sample(
                 for index, (prompt, replies) in enumerate(zip(chunk, completions, strict=True))
             ]
             pairs = [(rollout, group.prompt.row) for group in groups for rollout in group.rollouts]
-            scores = await _score(pool, pairs)
+            scores = await score(pairs)
             measured = difficulties(config, pairs, scores)
             measured = [replace(item, prompt=keys[item.prompt_id]) for item in measured]
             found.extend(measured)
@@ -148,6 +157,8 @@ async def _sample(
     try:
         await asyncio.gather(*(drain() for _ in range(1 if config.deterministic else CHUNKS_AT_ONCE)))
     finally:
+        if judge is not None:
+            judge.flush()
         await pool.close()
     return found
 

@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from posttrain.rl.curriculum import Curriculum
 from posttrain.rl.evaluation import heldout_prompts, heldout_rows
 from posttrain.rl.fingerprints import check_resumed, run_fingerprints
 from posttrain.rl.groups import DrawnPrompt
+from posttrain.rl.judge import Judge, Question
 from posttrain.rl.ledger import Commit, Ledger
 from posttrain.rl.lengths import check_room
 from posttrain.rl.parity import check_engine_parity
@@ -64,12 +66,15 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     evaluated = heldout_prompts(config, heldout, partial(render_prompt, tokenizer))
     stop_ids = tuple(end_token_ids(tokenizer))
     check_reference(config)
-    with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
+    question = Question(config.judge, load_tokenizer(config.judge.model.path)) if config.judge is not None else None
+    with ExitStack() as models:
+        engines = models.enter_context(Engines(context, config.model, config.engine, config.resources.rollout))
+        judge = _start_judge(config, question, context, models)
         trainer = _start_trainer(config, context.seed)  # beside the profile
         try:
             order = list(prompts)
             random.Random(context.seed).shuffle(order)
-            difficulties = profile_prompts(config, context, engines, order, stop_ids)
+            difficulties = profile_prompts(config, context, engines, order, stop_ids, judge)
         except BaseException:
             trainer.close()
             raise
@@ -83,7 +88,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
             for left in restarts_left(config):
                 source = prompt_source(config, drawn, difficulties, tokenizer, context.seed)
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
-                parts = Parts(engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated)
+                parts = Parts(engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated, judge)
                 try:
                     figures = _train(config, context, parts, prompts)
                     break
@@ -144,6 +149,15 @@ def _start_trainer(config: RlConfig, seed: int) -> RankGroup:
 
     deadline_s = config.trainer_deadline_s
     return RankGroup(config.parallel, config.resources.trainer, PolicyTrainer, config, seed, deadline_s=deadline_s)
+
+
+def _start_judge(config: RlConfig, question: Question | None, context: StageContext, models: ExitStack) -> Judge | None:
+    """The judge on its engines, if the stage has one."""
+    if question is None:
+        return None
+    assert config.resources.judge is not None
+    engines = Engines(context, question.config.model, question.config.engine, config.resources.judge)
+    return Judge(question, context, models.enter_context(engines))
 
 
 def _ask(trainer: RankGroup, method: str, *arguments: Any) -> Any:

@@ -13,6 +13,7 @@ from posttrain.scoring.plugins import RewardSpec
 from posttrain.scoring.pool import RewardPool
 from posttrain.scoring.requirements import check_fields
 
+JUDGE_FIELD = "judge"  # of the row that the reward function gets, see judge.py
 BY_SYSTEM = "posttrain.rewards.combine:by_system"
 
 
@@ -39,5 +40,11 @@ def reward_pool(config: RlConfig) -> RewardPool:
 def check_rewardable(config: RlConfig, rows: Sequence[Row]) -> None:
     """Raises DataError for rows that lack a field which the reward, or a verifier that may meet them, needs."""
     own_system = [row for row in rows if row.messages[0].role == "system"]
-    check_fields(RewardSpec(config.reward.name, config.reward.args), own_system)
-    check_fields(reward_spec(config), [row for row in rows if row.messages[0].role != "system"])
+    given = given_fields(config)
+    check_fields(RewardSpec(config.reward.name, config.reward.args), own_system, given)
+    check_fields(reward_spec(config), [row for row in rows if row.messages[0].role != "system"], given)
+
+
+def given_fields(config: RlConfig) -> tuple[str, ...]:
+    """Fields that the reward gets beside those of the row."""
+    return () if config.judge is None else (JUDGE_FIELD,)

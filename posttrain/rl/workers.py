@@ -20,7 +20,7 @@ from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.groups import DrawnPrompt
-from posttrain.sampling.client import Engines, answer, wait_for_call
+from posttrain.sampling.client import Engines, answer, attended
 from posttrain.sampling.requests import Completion, EngineLostError, Piece, SampleRequest
 from posttrain.sampling.stream import join_spans
 
@@ -296,14 +296,8 @@ class RolloutWorkers:
 
     async def _attended(self, worker: Worker, call: Any) -> Any:
         """The result of a call that may take long, of an actor that must answer meanwhile."""
-        waiting = asyncio.ensure_future(wait_for_call(call))
-        try:
-            while not (await asyncio.wait({waiting}, timeout=COLLECT_S))[0]:
-                otherwise = f"{worker.name} (policy version {worker.policy_version}) did not answer"
-                await answer(worker.actor.pids.remote(), 3 * self._deadline_s, otherwise)
-            return waiting.result()
-        finally:
-            waiting.cancel()
+        name = f"{worker.name} (policy version {worker.policy_version})"
+        return await attended(worker.actor, call, self._deadline_s, name)
 
     # ------------------------------------------------------------------ a lost engine
 

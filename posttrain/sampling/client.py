@@ -13,6 +13,7 @@ from posttrain.sampling.requests import Completion, SampleRequest
 
 CHUNK_REQUESTS = 64
 START_S = 900.0
+LOOK_S = 1.0
 
 
 class Engines:
@@ -116,6 +117,20 @@ async def answer(call: Any, timeout_s: float, otherwise: str) -> Any:
     try:
         if not (await asyncio.wait({waiting}, timeout=timeout_s))[0]:
             raise TimeoutError(f"{otherwise} within {timeout_s:g} s")
+        return waiting.result()
+    finally:
+        waiting.cancel()
+
+
+async def attended(actor: Any, call: Any, deadline_s: float, name: str) -> Any:
+    """The result of a call that may take long, of an engine actor that must answer other calls meanwhile.
+
+    name: what a TimeoutError says did not answer.
+    """
+    waiting = asyncio.ensure_future(wait_for_call(call))
+    try:
+        while not (await asyncio.wait({waiting}, timeout=LOOK_S))[0]:
+            await answer(actor.pids.remote(), 3 * deadline_s, f"{name} did not answer")
         return waiting.result()
     finally:
         waiting.cancel()

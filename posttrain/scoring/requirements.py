@@ -9,7 +9,7 @@ field must hold; the reward itself says that.
 """
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -39,19 +39,22 @@ def required_fields(spec: RewardSpec, capability: str) -> list[str]:
     return list(dict.fromkeys(needed))
 
 
-def missing_fields(spec: RewardSpec, rows: Iterable[Row]) -> Iterator[str]:
-    """One line for each row that lacks what the reward needs. Raises PluginError for a reward that is wrong itself."""
+def missing_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str] = ()) -> Iterator[str]:
+    """One line for each row that lacks what the reward needs and is not given to it otherwise.
+
+    Raises PluginError for a reward that is wrong itself.
+    """
     needed = cache(lambda capability: required_fields(spec, capability))
     for row in rows:
         for entry in needed(row.capability):
-            if not any(_has(row, name) for name in entry.split("|")):
+            if not any(name in given or _has(row, name) for name in entry.split("|")):
                 names = " or ".join(repr(name) for name in entry.split("|"))
                 yield f"row {row.id!r}: no {names}, which reward {spec.name!r} needs"
 
 
-def check_fields(spec: RewardSpec, rows: Iterable[Row]) -> None:
+def check_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str] = ()) -> None:
     """Raises DataError that names the first rows that lack what the reward needs, and counts the rest."""
-    problems = list(missing_fields(spec, rows))
+    problems = list(missing_fields(spec, rows, given))
     if problems:
         rest = len(problems) - MAX_SHOWN
         more = [f"and {rest} more such rows"] if rest > 0 else []

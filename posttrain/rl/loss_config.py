@@ -1,0 +1,95 @@
+"""Which loss the RL stage trains with, its constants, and the penalty on the divergence from a reference."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import Config
+from posttrain.config.shared import NotNegative, Positive
+
+_PPO = ("clip_low", "clip_high", "dual_clip")
+
+# The constants of each loss. A constant that the chosen loss does not use must stay at its default.
+CONSTANTS: dict[str, tuple[str, ...]] = {
+    "dppo": ("divergence", "ratio_cap", "kl_weight"),
+    "grpo": _PPO,
+    "dr_grpo": _PPO,
+    "cispo": ("cispo_cap",),
+    "gspo": ("sequence_clip_low", "sequence_clip_high"),
+    "tis": ("tis_cap",),
+    "icepop": ("icepop_low", "icepop_high"),
+    "decoupled": (*_PPO, "decoupled_cap"),
+}
+
+
+class ReferenceConfig(Config):
+    """A penalty on the divergence of the policy from a frozen reference policy, as a term of the loss."""
+
+    weight: Positive = Field(description="Times the mean over the batch's tokens, added to the loss.")
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k2",
+        description="Of KL(policy, reference). Gradients in expectation: k2 that of KL(policy, reference), k3 (GRPO's) "
+        "that of KL(reference, policy), k1 none.",
+    )
+    ratio_cap: Positive | None = Field(
+        default=20.0,
+        description="Tokens weigh as much as the policy's ratio to the sampler, up to here; None: all the same.",
+    )
+    path: str | None = Field(
+        default=None, description="Model folder of the reference; None: model.path, where training starts."
+    )
+
+
+class LossConfig(Config):
+    """Which loss of `posttrain.rl.losses.LOSSES`, its constants, and what goes with any loss."""
+
+    name: Literal["dppo", "grpo", "dr_grpo", "cispo", "gspo", "tis", "icepop", "decoupled"] = Field(
+        default="dppo",
+        description="dppo: divergence mask; grpo: clipped ratio, by tokens; dr_grpo: the same, by sequences; "
+        "cispo: capped weight; gspo: one ratio a sequence; tis, icepop: weight of the trainer over the sampler, capped "
+        "or masked; decoupled: clipped ratio to a policy one version old.",
+    )
+    entropy_bonus: NotNegative = Field(default=0.0, description="Weight of the mean entropy, taken off the loss.")
+    reference: ReferenceConfig | None = Field(
+        default=None, description="Penalty on the divergence from a reference policy; None: no such model is loaded."
+    )
+    truncated: Literal["train", "mask"] = Field(
+        default="train", description="Replies cut off by sampling.max_tokens: train on them, or leave them out."
+    )
+    divergence: Positive = Field(default=0.2, description="dppo: tokens whose probability moved further are masked.")
+    ratio_cap: Positive = Field(default=20.0, description="dppo: importance ratios are capped here.")
+    kl_weight: NotNegative = Field(default=1e-3, description="dppo: weight of (log ratio)^2.")
+    clip_low: Positive = Field(
+        default=0.2, description="grpo, dr_grpo, decoupled: ratios below 1 - clip_low are clipped."
+    )
+    clip_high: Positive = Field(
+        default=0.28, description="grpo, dr_grpo, decoupled: ratios above 1 + clip_high are clipped."
+    )
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="grpo, dr_grpo, decoupled: with a negative advantage, ratios are clipped here too; 3 is usual.",
+    )
+    cispo_cap: Positive = Field(default=5.0, description="cispo: importance ratios are capped here.")
+    sequence_clip_low: Positive = Field(
+        default=3e-4, description="gspo: ratios of sequences below 1 - sequence_clip_low are clipped."
+    )
+    sequence_clip_high: Positive = Field(
+        default=4e-4, description="gspo: ratios of sequences above 1 + sequence_clip_high are clipped."
+    )
+    tis_cap: Positive = Field(default=2.0, description="tis: weights of the trainer over the sampler are capped here.")
+    icepop_low: Positive = Field(default=0.5, description="icepop: tokens with a smaller weight are masked.")
+    icepop_high: Positive = Field(default=5.0, description="icepop: tokens with a larger weight are masked.")
+    decoupled_cap: Positive = Field(
+        default=5.0, description="decoupled: weights of the proximal policy over the sampler are capped here."
+    )
+
+    @model_validator(mode="after")
+    def _constants(self) -> "LossConfig":
+        for key in dict.fromkeys(key for keys in CONSTANTS.values() for key in keys):
+            value = getattr(self, key)
+            if key not in CONSTANTS[self.name] and value != type(self).model_fields[key].default:
+                users = ", ".join(name for name, keys in CONSTANTS.items() if key in keys)
+                raise ValueError(f"{key} ({value}) is not used by loss {self.name}; used by: {users}")
+        if self.icepop_low >= self.icepop_high:
+            raise ValueError(f"icepop_low ({self.icepop_low}) must be below icepop_high ({self.icepop_high})")
+        return self
