@@ -3,13 +3,18 @@
 `benchmarks/chaos.py` does the same for every victim, signal and state of the groups.
 """
 
+import asyncio
+import os
+import signal
 import threading
 from random import Random
 
 import pytest
+import ray
 from chaos_run import ChaosRun, Strike, save_policy, write_stage
 
 from posttrain.config.shared import ParallelConfig, TrainerResources
+from posttrain.errors import StageError, TrainerLostError
 from posttrain.metrics.jsonl import read_jsonl
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.audit import audit_stage
@@ -55,7 +60,25 @@ def test_one_kill_of_every_victim_loses_nothing_and_trains_nothing_twice(tmp_pat
 def test_nobody_waits_for_ever_for_a_rank(ray_session):
     group = RankGroup(ParallelConfig(), TrainerResources(cpus=0.5), threading.Event, deadline_s=2.0)
     try:
-        with pytest.raises(TimeoutError, match="1 of 1 ranks did not finish wait in 2 s"):
+        with pytest.raises(StageError, match="the training was lost in wait: 1 of 1 ranks did not finish wait in 2 s"):
             group.get("wait")
+    finally:
+        group.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_that_dies_is_told_by_its_name(ray_session):
+    group = RankGroup(
+        ParallelConfig(), TrainerResources(cpus=0.5), threading.Event, name="the trainer", lost=TrainerLostError
+    )
+    try:
+        group.get("is_set")
+        _, pid = ray.get(group._places[0])
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(TrainerLostError, match="the trainer was lost in is_set"):
+            asyncio.run(group.call("is_set"))
+        with pytest.raises(TrainerLostError, match="the trainer was lost in is_set"):
+            group.get("is_set")
     finally:
         group.close()

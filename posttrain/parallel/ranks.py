@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from posttrain.config.shared import ParallelConfig, TrainerResources
@@ -58,7 +58,8 @@ class RankGroup:
 
     In each, once all have met, `make(*arguments)` gives the object whose methods are called. The processes start in
     the background; the first call waits for them, and raises `StageError` if they find no place on the cluster.
-    deadline_s: a `get` that takes longer raises TimeoutError; None: there is no limit.
+    deadline_s: a call that takes longer means that a rank is lost; None: there is no limit. name: what they are, for
+    messages. lost: raised when a rank has died, or did not answer in time.
     """
 
     def __init__(
@@ -68,10 +69,14 @@ class RankGroup:
         make: Callable[..., Any],
         *arguments: Any,
         deadline_s: float | None = None,
+        name: str = "the training",
+        lost: type[StageError] = StageError,
     ):
         import ray
 
         self._deadline_s = deadline_s
+        self._name = name
+        self._lost = lost
         self._resources = resources
         threads = str(max(1, int(resources.cpus)))
         actor = ray.remote(_Rank).options(
@@ -90,13 +95,32 @@ class RankGroup:
 
     def get(self, method: str, *arguments: Any) -> Any:
         """Call a method on every rank and wait; returns rank 0's answer."""
-        self._await_start()
-        return _wait(self._submit(method, arguments), self._deadline_s, method)[0]
+        with self._losses(method):
+            self._await_start()
+            return _wait(self._submit(method, arguments), self._deadline_s, method)[0]
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """As `get`, for a caller that has other things to do meanwhile."""
-        self._await_start()
-        return (await asyncio.gather(*self._submit(method, arguments)))[0]
+        with self._losses(method):
+            self._await_start()
+            answers = asyncio.gather(*self._submit(method, arguments))
+            try:
+                # Not wait_for: where this process itself was stopped meanwhile, the answers are there when time is up.
+                if not (await asyncio.wait({answers}, timeout=self._deadline_s))[0]:
+                    raise TimeoutError(f"{len(self._ranks)} ranks did not all finish it in {self._deadline_s:g} s")
+                return answers.result()[0]
+            finally:
+                answers.cancel()
+
+    @contextlib.contextmanager
+    def _losses(self, method: str) -> Iterator[None]:
+        """A rank that is gone, or silent for too long, as `lost`."""
+        from ray.exceptions import RayActorError
+
+        try:
+            yield
+        except (RayActorError, TimeoutError) as error:
+            raise self._lost(f"{self._name} was lost in {method}: {' '.join(str(error).split())}") from error
 
     def _submit(self, method: str, arguments: tuple[Any, ...]) -> list[Any]:
         import ray

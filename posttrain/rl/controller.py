@@ -24,10 +24,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from ray.exceptions import RayActorError
-
 from posttrain.context import StageContext
-from posttrain.errors import StageError, TrainerLostError
+from posttrain.errors import StageError
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.alarm import UnscoredAlarm
 from posttrain.rl.archive import RolloutArchive
@@ -49,7 +47,7 @@ from posttrain.rl.staleness import StalenessQueue
 from posttrain.rl.tally import StepTally
 from posttrain.rl.weights import update_calls
 from posttrain.rl.workers import Flight, RolloutWorkers
-from posttrain.sampling.client import Engines, answer
+from posttrain.sampling.client import Engines
 from posttrain.sampling.requests import Completion, SampleRequest
 
 FLUSH_S = 0.05
@@ -116,7 +114,6 @@ class Controller:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._update: asyncio.Task[None] | None = None
-        self._trainer_deadline_s = config.trainer_deadline_s
         self._dropped_in_a_row = 0
         self._failure: BaseException | None = None
         self._workers = RolloutWorkers(
@@ -344,14 +341,6 @@ class Controller:
         finally:
             waiting.cancel()
 
-    async def _of_trainer(self, method: str, *arguments: Any) -> Any:
-        """A call of the trainer; raises TrainerLostError if a rank dies, or does not answer in time."""
-        otherwise = f"the trainer, at policy version {self._next_version}, did not finish {method}"
-        try:
-            return await answer(self._trainer.call(method, *arguments), self._trainer_deadline_s, otherwise)
-        except (RayActorError, TimeoutError) as error:
-            raise TrainerLostError(f"the trainer was lost in {method}: {' '.join(str(error).split())}") from error
-
     async def _one_step(self) -> None:
         waiting = time.time()
         batch, ready_since = await self._next_batch()
@@ -363,7 +352,7 @@ class Controller:
         self._next_version = step + 1
         self._drop_expired()  # the batch's places are free: generation goes on beside the step
         samples = train_samples(batch, step)
-        result = await self._beside(self._of_trainer("step", samples, step))
+        result = await self._beside(self._trainer.call("step", samples, step))
         self._context.busy("trainer", "train", result["began"], result["ended"])
         nonfinite = result["nonfinite"]
         await keep_evidence(self._config, self._context.dir, self._trainer, step, samples, nonfinite)
@@ -404,7 +393,7 @@ class Controller:
 
         async def write() -> str:
             await self._ledger.snapshot(aside)
-            await self._of_trainer("save_checkpoint", str(folder), state)
+            await self._trainer.call("save_checkpoint", str(folder), state)
             aside.rename(folder / SNAPSHOT)
             return await asyncio.to_thread(folder_hash, folder)
 

@@ -50,7 +50,7 @@ class Reference:
     def __init__(self, config: RlConfig, seed: int):
         resources = config.resources.reference
         assert resources is not None
-        self._process = RankGroup(ParallelConfig(), resources, FrozenPolicy, config, seed)
+        self._process = RankGroup(ParallelConfig(), resources, FrozenPolicy, config, seed, name="the reference")
 
     async def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """Log-probability of each sample's reply tokens at the sampling temperature, in the order given."""

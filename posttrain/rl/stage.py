@@ -147,8 +147,16 @@ def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[D
 def _start_trainer(config: RlConfig, seed: int) -> RankGroup:
     from posttrain.rl.trainer import PolicyTrainer
 
-    deadline_s = config.trainer_deadline_s
-    return RankGroup(config.parallel, config.resources.trainer, PolicyTrainer, config, seed, deadline_s=deadline_s)
+    return RankGroup(
+        config.parallel,
+        config.resources.trainer,
+        PolicyTrainer,
+        config,
+        seed,
+        deadline_s=config.trainer_deadline_s,
+        name="the trainer",
+        lost=TrainerLostError,
+    )
 
 
 def _start_judge(config: RlConfig, question: Question | None, context: StageContext, models: ExitStack) -> Judge | None:
@@ -158,16 +166,6 @@ def _start_judge(config: RlConfig, question: Question | None, context: StageCont
     assert config.resources.judge is not None
     engines = Engines(context, question.config.model, question.config.engine, config.resources.judge)
     return Judge(question, context, models.enter_context(engines))
-
-
-def _ask(trainer: RankGroup, method: str, *arguments: Any) -> Any:
-    """A call of the trainer while nothing else goes on; raises TrainerLostError."""
-    from ray.exceptions import RayActorError
-
-    try:
-        return trainer.get(method, *arguments)
-    except (RayActorError, TimeoutError) as error:
-        raise TrainerLostError(f"the trainer was lost in {method}: {' '.join(str(error).split())}") from error
 
 
 def restarts_left(config: RlConfig) -> range:
@@ -188,19 +186,19 @@ def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], folder: P
 def _train(config: RlConfig, context: StageContext, parts: Parts, prompts: list[DrawnPrompt]) -> dict[str, Any]:
     """From the last commit to the last step, and the policy's folder."""
     first_step, left = _resume(config, context, parts)
-    manifest = _ask(parts.trainer, "publish")
+    manifest = parts.trainer.get("publish")
     parity = check_engine_parity(config, parts.engines, parts.trainer, prompts, parts.stop_ids, manifest, first_step)
     context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
     controller = Controller(config, context, parts, manifest, first_step, left)
     asyncio.run(controller.run())
     controller.finish()
-    _ask(parts.trainer, "save", str(context.dir / MODEL))
+    parts.trainer.get("save", str(context.dir / MODEL))
     return {
         "model": str(context.dir / MODEL),
         "rollouts": str(context.dir / "rollouts"),
         "steps": config.steps,
         "parity_mean_gap": parity.mean_gap,
-        **_ask(parts.trainer, "report"),
+        **parts.trainer.get("report"),
     }
 
 
@@ -213,7 +211,7 @@ def _resume(config: RlConfig, context: StageContext, parts: Parts) -> tuple[int,
     state: dict[str, Any] = {"seq": 0, "next_order": 0}
     first_step = 0
     if checkpoint is not None:
-        state = _ask(parts.trainer, "load_checkpoint", str(checkpoint))
+        state = parts.trainer.get("load_checkpoint", str(checkpoint))
         first_step = version_of(checkpoint)
         source.restore(state["source"])
     undone = ledger.roll_back(first_step)
