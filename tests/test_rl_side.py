@@ -148,6 +148,49 @@ def test_probes_and_evaluations_run_beside_the_training(ray_session, tiny_model,
 
 
 @pytest.mark.slow
+@pytest.mark.full  # two engines to start
+@pytest.mark.timeout(400)
+def test_of_two_workers_one_is_kept_at_its_version_and_the_other_goes_on(ray_session, tiny_model, tmp_path):
+    config = make_config(
+        tmp_path,
+        tiny_model,
+        rows_of(["math"], 60),
+        steps=20,
+        groups_per_step=2,
+        max_staleness=6,
+        sampling={"max_tokens": 100},
+        engine=ENGINE,
+        curriculum={"schedule": "constant", "first": [0.0, 1.0]},
+        refilter={"every": 4, "prompts": 10, "samples": 2},
+        evaluation={"data": {"path": write_heldout(tmp_path)}, "every": 4},
+        resources={"rollout": {"workers": 2, "cpus": 0.3}, "trainer": {"cpus": 0.3}},
+    )
+    _, metrics = run_stage(config, tmp_path / "rl")
+    log = log_of(tmp_path / "rl")
+    assert [line["step"] for line in metrics] == list(range(20))
+    assert audit_stage(tmp_path / "rl").is_clean
+    assert sum(line["prompts_probed"] for line in metrics) > 0
+    lines = list(read_jsonl(tmp_path / "rl" / FILE))
+    assert len(lines) >= 2
+    assert all(line["resampled"] == 0 for line in lines)
+    kept, meanwhile = None, []
+    for event, value in log:
+        if event == "evaluation":
+            kept, version = value
+            assert version == max([0, *(found for _, found in meanwhile)])  # the newest of the two
+        elif event == "took":
+            assert value[0] != kept or value[1] > version
+            if kept is not None and value[0] == kept:
+                kept = None
+            meanwhile.append(value)
+    names = {name for name, _ in meanwhile}
+    assert len(names) == 2
+    alone = [value for event, value in log if event == "took"]
+    versions = {name: [version for taker, version in alone if taker == name] for name in names}
+    assert versions[min(names)] != versions[max(names)]  # one left versions out while it was kept
+
+
+@pytest.mark.slow
 @pytest.mark.full  # test_rl.py kills one in training
 @pytest.mark.timeout(300)
 def test_an_engine_is_killed_while_it_evaluates(ray_session, tiny_model, tmp_path):
