@@ -295,6 +295,34 @@ def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ray
     assert not any(psutil.pid_exists(pid) for pid in done)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ray_session, tiny_model, tmp_path, monkeypatch):
+    """In a deterministic run nothing is sent to an engine that lacks a version: its taking of weights must find out."""
+    from posttrain.rl.workers import RolloutWorkers
+
+    changes = {"engine": {"max_model_len": 256, "kv_cache_gib": 0.1, "deadline_s": 3}}
+    rows = rows_of(["math"])
+    config = make_config(tmp_path, tiny_model, rows, steps=5, deterministic=True, max_staleness=0, **changes)
+    update, frozen = RolloutWorkers.update, []
+
+    def freeze_before(self, manifest, version):
+        if version == 3:
+            for process in psutil.Process().children(recursive=True):
+                if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
+                    process.send_signal(signal.SIGSTOP)
+                    frozen.append(process)
+        return update(self, manifest, version)
+
+    monkeypatch.setattr(RolloutWorkers, "update", freeze_before)
+    _, metrics = run_stage(config, tmp_path / "rl", warm=False)
+    assert frozen
+    assert not any(process.is_running() for process in frozen)
+    assert [line["step"] for line in metrics] == list(range(5))
+    assert metrics[-1]["engines_replaced"] == 1
+    assert audit_stage(tmp_path / "rl").is_clean
+
+
 def start_run(config, folder: Path):
     """The stage in a process of its own, which may be killed."""
     folder.mkdir(exist_ok=True)

@@ -88,6 +88,7 @@ class Worker:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one taking of weights at a time
     num_unlucky: int = 0
+    fault: BaseException | None = None  # its engine was found to be lost while it took weights
 
 
 class RolloutWorkers:
@@ -203,7 +204,9 @@ class RolloutWorkers:
             except Exception as error:
                 if not is_loss(error):
                     raise
-                return  # whoever waits for its pieces finds out too, and replaces it
+                worker.fault = error  # for `_serve`, which may have nothing to send that would find it out
+                worker.wake.set()
+                return
             worker.policy_version = version
         self._told("took", [worker.name, version])
         self._context.busy(worker.name, "update_weights", began, ended)
@@ -245,10 +248,16 @@ class RolloutWorkers:
                 if not is_loss(cause):
                     raise cause from None
 
+    async def _awake(self, worker: Worker) -> None:
+        """Until there is something to send; raises what the engine was lost by."""
+        await worker.wake.wait()
+        worker.wake.clear()
+        if worker.fault is not None:
+            raise worker.fault
+
     async def _feed(self, worker: Worker) -> None:
         while True:
-            await worker.wake.wait()
-            worker.wake.clear()
+            await self._awake(worker)
             while worker.outbox:
                 flights, worker.outbox = worker.outbox[:SUBMIT_GROUPS], worker.outbox[SUBMIT_GROUPS:]
                 requests = [(flight.order, flight.rest()) for flight in flights]
@@ -282,8 +291,7 @@ class RolloutWorkers:
     async def _sample_waves(self, worker: Worker, seed: int) -> None:
         """Deterministic: the wave's seed is of its first group, whatever happened before."""
         while True:
-            await worker.wake.wait()
-            worker.wake.clear()
+            await self._awake(worker)
             flights, worker.outbox = worker.outbox, []
             if not flights:
                 continue
@@ -320,7 +328,7 @@ class RolloutWorkers:
             arguments = dict(calls)[self.workers.index(worker)]
             await self._attended(worker, worker.actor.update_weights.remote(**arguments))
             worker.policy_version = version = arguments["policy_version"]
-            worker.is_alive = True
+            worker.is_alive, worker.fault = True, None
         self._told("took", [worker.name, version])
         self._send_waiting()
 
