@@ -2,7 +2,26 @@
 
   trl_speedup   wall time of TRL's training until its policy has the target accuracy, over ours; the median of the seeds
 
-DOCPENDING
+Both train the same LlamaForCausalLM of a million parameters, trained from nothing once on the quick start's text (the
+same for every seed; kept in $POSTTRAIN_CACHE), in fp32, on the quick start's puzzles, with its scorer, with 256 replies
+a step, 8 a prompt, at most 64 tokens each, and the same rates of AdamW. Seeds are of sampling and of the prompts' order.
+
+Ours is configs/quickstart/rl.yaml without its system instructions. Its clock starts before its profile of 600 prompts,
+which TRL is given the result of for nothing: it trains on the prompts that the profile selected. TRL's clock starts
+when its training does, and does not run while it saves policies. Starting up (processes, engines, imports) is in
+`ratio_with_startup`, on both sides. Ours saves nothing: its policies are made afterwards, by doing its steps again
+from what it recorded, which on a CPU gives the same weights; this is checked.
+
+Then one evaluation measures the policies of both, greedy, on the 400 held-out puzzles. The target is what the base has
+and GAIN_SHARE of what ours gains at its best. When it was reached is interpolated between two policies. Where TRL has
+not reached it in $TRL_SECONDS (240) of training, the ratio is a lower bound, and counted in `lower_bounds`.
+
+TRL's settings: `PEER_SETTINGS` are tried for TRIAL_S each on the machine that measures, and the one that trains on the
+most replies a second is used for all seeds. Tried before, on two cores that others used (load 4 to 15, so rough):
+
+TRIED
+
+Gradient checkpointing, bf16 and the KL penalty are off, and the loss is TRL's default (dapo): none costs it anything.
 """
 
 import json
@@ -36,7 +55,8 @@ HERE = Path(__file__).parent
 SEEDS = tuple(int(seed) for seed in os.environ.get("TRL_SEEDS", "0,1,2").split(","))
 GAIN_SHARE = 0.8  # of what ours gains at its best, over the base: the target of both
 PEER_S = float(os.environ.get("TRL_SECONDS", "240"))  # of training, a seed
-TRIAL_S = 20.0
+TRIAL_S = 25.0
+REPLIES = 256  # a step, of both
 MAX_POINTS = 10  # policies that are evaluated, of each side and seed
 BASE_LIMIT_S, PEER_START_S = 600.0, 120.0
 
@@ -52,9 +72,10 @@ OURS: dict[str, Any] = {
     "optimizer": {"learning_rate": RATE, "schedule": "constant", "warmup_steps": 4},
     "checkpoint_every": 1000, "resources": {"rollout": ROLLOUT, "trainer": {"cpus": 0.5}},
 }  # fmt: skip
-# Of GRPOConfig. The optimizer is ours; whatever costs time and is not needed is off.
+# Of GRPOConfig. The optimizer is ours (TRL's warm-up begins with a rate of 0, so it is a step shorter); whatever costs
+# time and is not needed is off.
 PEER: dict[str, Any] = {
-    "learning_rate": RATE, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4, "adam_beta2": 0.95,
+    "learning_rate": RATE, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3, "adam_beta2": 0.95,
     "num_generations": 8, "max_completion_length": 64, "temperature": 1.0, "beta": 0.0,
     "bf16": False, "gradient_checkpointing": False,
 }  # fmt: skip
@@ -74,6 +95,8 @@ PEER_SETTINGS = {
     "one_process": PeerSetting(1, 2, {"per_device_train_batch_size": 256}),
     "two_processes": PeerSetting(2, 1, {"per_device_train_batch_size": 128}),
     "static_cache": PeerSetting(1, 2, {"per_device_train_batch_size": 256, "cache_implementation": "static"}),
+    # As stale at most as ours: four steps on 1,024 replies of one policy.
+    "four_steps": PeerSetting(1, 2, {"per_device_train_batch_size": 256, "steps_per_generation": 4}),
 }
 
 
@@ -122,7 +145,7 @@ def trl_speedup() -> tuple[float, dict[str, Any]]:
                 chosen = max(trials, key=lambda name: trials[name])
                 if not trials[chosen]:
                     raise StageError("TRL ran with none of its settings")
-                print(f"TRL, tokens/s of {TRIAL_S:.0f} s: {_rounded(trials)}; trains as {chosen}", flush=True)
+                print(f"TRL, replies/s in {TRIAL_S:.0f} s: {_rounded(trials)}; trains as {chosen}", flush=True)
             setting = PEER_SETTINGS[chosen]
             peer = train_peer(folder / f"trl_{seed}", model, data["prompts"], ids, seed, PEER_S, setting)
             pairs.append((ours, peer))
@@ -139,7 +162,7 @@ def trl_speedup() -> tuple[float, dict[str, Any]]:
         "median_with_startup": median(line["ratio_with_startup"] for line in found),
         "lower_bounds": sum(line["is_lower_bound"] for line in found),
         "seeds": found,
-        "trl_trials_tokens_per_s": _rounded(trials),
+        "trl_trials_replies_per_s": _rounded(trials),
         "trl_settings": settings,
         "our_settings": OURS,
     }
@@ -258,14 +281,17 @@ def train_peer(
 
 
 def _trial(folder: Path, model: Path, prompts: Path, ids: Sequence[str], setting: PeerSetting) -> float:
-    """Reply tokens a second after the first step, which warms up; 0 where this setting does not run."""
+    """Replies trained on a second, after the first generation, which warms up; 0 where this setting does not run."""
     try:
         train_peer(folder, model, prompts, ids, 0, TRIAL_S, setting)
     except StageError as error:
         print(f"{folder.name}: {error}", flush=True)
         return 0.0
-    first, *_, last = read_jsonl(folder / "steps.jsonl")
-    return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+    lines = list(read_jsonl(folder / "steps.jsonl"))[:: setting.settings.get("steps_per_generation", 1)]
+    if len(lines) < 2:
+        print(f"{folder.name}: less than two generations in {TRIAL_S:.0f} s", flush=True)
+        return 0.0
+    return REPLIES * (lines[-1]["step"] - lines[0]["step"]) / (lines[-1]["seconds"] - lines[0]["seconds"])
 
 
 def evaluate(folder: Path, model: Path, pairs: Sequence[tuple[Training, Training]], heldout: Path) -> None:

@@ -6,7 +6,7 @@ The spec: model, prompts, ids (of the prompts to train on), out, seed, seconds (
 every (steps between two saved policies), threads, settings (of GRPOConfig).
 
 Writes began.json (the Unix time at which training began), steps.jsonl (a line a step: step, seconds since then, reply
-tokens so far, mean reward) and step_N/ into `out`. What that takes is no part of the seconds.
+tokens so far, mean reward of the replies if there are new ones) and step_N/ into `out`. What that takes is no part of the seconds.
 """
 
 import json
@@ -48,17 +48,17 @@ class Clock(TrainerCallback):
         control.should_training_stop |= bool(over)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **objects: Any) -> None:
-        """After each step, with what all processes' replies were like."""
-        if "completions/mean_length" not in logs:
+        """After each step; after one that generated, with what all processes' replies were like."""
+        if "loss" not in logs:
             return
         seconds, now = self._seconds(), time.perf_counter()
-        self._tokens += logs["completions/mean_length"] * args.per_device_train_batch_size * args.world_size
+        self._tokens += logs.get("completions/mean_length", 0.0) * args.generation_batch_size
         if state.is_world_process_zero:
             step = state.global_step
             if step % self._spec["every"] == 0:
                 objects["model"].save_pretrained(self._out / f"step_{step}")
                 objects["processing_class"].save_pretrained(self._out / f"step_{step}")
-            line = {"step": step, "seconds": seconds, "tokens": self._tokens, "reward": logs["reward"]}
+            line = {"step": step, "seconds": seconds, "tokens": self._tokens, "reward": logs.get("reward")}
             with (self._out / "steps.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
         self._aside_s += time.perf_counter() - now
