@@ -4,10 +4,11 @@
 
 Both train the same LlamaForCausalLM of a million parameters, trained from nothing once on the quick start's text (the
 same for every seed; kept in $POSTTRAIN_CACHE), in fp32, on the quick start's puzzles, with its scorer, with 256 replies
-a step, 8 a prompt, at most 64 tokens each, and the same rates of AdamW. Seeds are of sampling and of the prompts' order.
+a step, 8 a prompt, at most 64 tokens each, and the same rates of AdamW. Seeds are of sampling and the prompts' order.
 
 Ours is configs/quickstart/rl.yaml without its system instructions. Its clock starts before its profile of 600 prompts,
-which TRL is given the result of for nothing: it trains on the prompts that the profile selected. TRL's clock starts
+which TRL is given the result of for nothing: it trains on the prompts that the profile selected. (The profile's tokens
+are not in `ours_tokens`.) TRL's clock starts
 when its training does, and does not run while it saves policies. Starting up (processes, engines, imports) is in
 `ratio_with_startup`, on both sides. Ours saves nothing: its policies are made afterwards, by doing its steps again
 from what it recorded, which on a CPU gives the same weights; this is checked.
@@ -19,7 +20,15 @@ not reached it in $TRL_SECONDS (240) of training, the ratio is a lower bound, an
 TRL's settings: `PEER_SETTINGS` are tried for TRIAL_S each on the machine that measures, and the one that trains on the
 most replies a second is used for all seeds. Tried before, on two cores that others used (load 4 to 15, so rough):
 
-TRIED
+  one process of one thread               4.2 to 13 s a step of 256 replies
+  one process of two threads              3.5 s; far slower where others use the cores
+  two processes of one thread, gloo       5.3 s at load 13
+  static cache                            19 s for the first step at load 15: nothing seen that helps
+  four steps on one generation            first generation of 1,024 replies in 52 s at load 10; tried on each machine
+  continuous batching (transformers)      82 s for the first step: never the fastest
+  use_vllm, colocate (vLLM 0.32 for CPUs) starts, then fails at its first weight update: "AttributeError: 'Parameter'
+                                          object has no attribute 'weight_loader'"; vLLM's CPU layers are packed once
+                                          loaded, and load_weights alone cannot fill them again
 
 Gradient checkpointing, bf16 and the KL penalty are off, and the loss is TRL's default (dapo): none costs it anything.
 """

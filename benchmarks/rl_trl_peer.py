@@ -5,8 +5,9 @@
 The spec: model, prompts, ids (of the prompts to train on), out, seed, seconds (of training, after which it stops),
 every (steps between two saved policies), threads, settings (of GRPOConfig).
 
-Writes began.json (the Unix time at which training began), steps.jsonl (a line a step: step, seconds since then, reply
-tokens so far, mean reward of the replies if there are new ones) and step_N/ into `out`. What that takes is no part of the seconds.
+Writes into `out`: began.json (the Unix time at which training began), steps.jsonl (a line a step: step, seconds since
+then, reply tokens so far, mean reward of the replies if there are new ones) and step_N/. What that takes is no part of
+the seconds.
 """
 
 import json
