@@ -22,15 +22,16 @@ most replies a second is used for all seeds. Tried before, on two cores that oth
 
   one process of one thread               4.2 to 13 s a step of 256 replies
   one process of two threads              3.5 s; far slower where others use the cores
-  two processes of one thread, gloo       5.3 s at load 13
-  static cache                            19 s for the first step at load 15: nothing seen that helps
+  two processes of one thread, gloo       2.3 s at load 3.5, 5.3 s at load 13
+  static cache                            19 s for the first step at load 15; tried on each machine
   four steps on one generation            first generation of 1,024 replies in 52 s at load 10; tried on each machine
   continuous batching (transformers)      82 s for the first step: never the fastest
   use_vllm, colocate (vLLM 0.32 for CPUs) starts, then fails at its first weight update: "AttributeError: 'Parameter'
                                           object has no attribute 'weight_loader'"; vLLM's CPU layers are packed once
                                           loaded, and load_weights alone cannot fill them again
 
-Gradient checkpointing, bf16 and the KL penalty are off, and the loss is TRL's default (dapo): none costs it anything.
+Gradient checkpointing, bf16 and the KL penalty are off; the loss is TRL's default (dapo). Another learning rate for TRL was
+not tried.
 """
 
 import json
