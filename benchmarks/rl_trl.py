@@ -30,8 +30,8 @@ most replies a second is used for all seeds. Tried before, on two cores that oth
                                           object has no attribute 'weight_loader'"; vLLM's CPU layers are packed once
                                           loaded, and load_weights alone cannot fill them again
 
-Gradient checkpointing, bf16 and the KL penalty are off; the loss is TRL's default (dapo). Another learning rate for TRL was
-not tried.
+Gradient checkpointing, bf16 and the KL penalty are off; the loss is TRL's default (dapo). Another learning rate was
+not tried for TRL.
 """
 
 import json
