@@ -25,7 +25,10 @@ MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 @dataclass(frozen=True)
 class Entry:
-    """run() gives the figure, or the figure and what else to print. goal: what it is to reach, in words; None: none."""
+    """run() gives the figure, or the figure and what else to write; of the latter, lists and dicts are not printed.
+
+    goal: what the figure is to reach, in words; None: none.
+    """
 
     run: Callable[[], Any]
     goal: str | None = None
@@ -108,10 +111,14 @@ def main(doc: str, table: Mapping[str, Entry], libraries: Sequence[str] = LIBRAR
         torch.manual_seed(arguments.seed)
         measured = table[name].run()
         figure, detail = measured if isinstance(measured, tuple) else (measured, {})
-        detail = {key: round(value, 2) for key, value in {**detail, "load": os.getloadavg()[0]}.items()}
+        detail = {
+            key: round(value, 2) if isinstance(value, float) else value
+            for key, value in {**detail, "load": os.getloadavg()[0]}.items()
+        }
         results[name] = {"figure": round(figure, 3), "goal": table[name].goal, **detail}
         goal = f"   goal {table[name].goal}" if table[name].goal else ""
-        print(f"{name:30} {figure:9.3f}{goal}", *(f"  {key} {value}" for key, value in detail.items()), flush=True)
+        shown = (f"  {key} {value}" for key, value in detail.items() if not isinstance(value, dict | list))
+        print(f"{name:30} {figure:9.3f}{goal}", *shown, flush=True)
     if arguments.json:
         versions = {"python": platform.python_version(), **{name: version(name) for name in libraries}}
         date = datetime.now(UTC).isoformat(timespec="seconds")

