@@ -44,7 +44,7 @@ from posttrain.rl.samples import train_samples
 from posttrain.rl.scoring import drop_reason, make_group, over_batch, passes_and_failures, score_group
 from posttrain.rl.side import SideWork
 from posttrain.rl.staleness import StalenessQueue
-from posttrain.rl.tally import StepTally
+from posttrain.rl.tally import StepTally, sampled_before
 from posttrain.rl.verifiers import reward_config
 from posttrain.rl.weights import update_calls
 from posttrain.rl.workers import Flight, RolloutWorkers
@@ -61,7 +61,7 @@ class Parts:
     """What a controller moves records between. trainer holds `PolicyTrainer`s.
 
     shares: of each capability in every batch. stop_ids: token ids that end a reply. heldout:
-    prompts of `evaluation`.
+    prompts of `evaluation`. profiled: tokens that the profile sampled.
     """
 
     engines: Engines
@@ -73,6 +73,7 @@ class Parts:
     ledger: Ledger
     stop_ids: tuple[int, ...]
     heldout: Sequence[DrawnPrompt] = ()
+    profiled: int = 0
 
 
 class Controller:
@@ -134,6 +135,7 @@ class Controller:
         self._tally = StepTally(
             {**{worker.name: worker.log for worker in self._workers.workers}, "reward": self._scored}
         )
+        self._tokens_sampled = sampled_before(context.dir, parts.profiled)
         self._pool = RewardClient(reward_config(config), config.resources.reward)
         self._alarm = UnscoredAlarm(config)
         self._side = SideWork(
@@ -423,6 +425,8 @@ class Controller:
             "engines_replaced": self._workers.num_replaced,
             **self._side.figures(),
         }
+        self._tokens_sampled += values["tokens_generated"] + values.get("tokens_probed", 0)
+        values["tokens_sampled_total"] = self._tokens_sampled
         self._context.metrics(step, values)
         shown = ("reward_mean", "pass_rate", "staleness_mean", "queue_groups", "generate_tokens_per_s")
         self._context.progress(
