@@ -10,6 +10,7 @@ the number of processors, the figures are of a machine that others use too.
   weight_update_vs_memcpy_*   rl_weights.py
   controller_*                rl_controller.py
   async_overlap_*             rl_overlap.py
+  curriculum_token_ratio      rl_curriculum.py
 """
 
 import os
@@ -20,6 +21,7 @@ from importlib.metadata import packages_distributions
 
 from measure import Entry, main
 from rl_controller import groups_per_s, rss_gib
+from rl_curriculum import curriculum_token_ratio
 from rl_models import SIZES
 from rl_overlap import BALANCES, async_overlap
 from rl_rollout import SHAPES, rollout_vs_raw
@@ -41,6 +43,7 @@ def entries() -> dict[str, Entry]:
         table[f"weight_update_vs_memcpy_{size}"] = Entry(lambda size=size: weight_update(size), goal)
     for balance in BALANCES:
         table[f"async_overlap_{balance}"] = Entry(lambda balance=balance: async_overlap(balance), ">= 0.9")
+    table["curriculum_token_ratio"] = Entry(curriculum_token_ratio, ">= 2")
     return table
 
 
