@@ -37,7 +37,7 @@ from posttrain.metrics.jsonl import read_jsonl
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.rl.config import RlConfig
 
-SEEDS, TARGET = (1, 2, 3), 0.6  # chosen with runs of seed 0
+SEEDS, TARGET = (1, 2, 3), 0.52  # chosen with runs of seed 0
 STEPS, EVERY = 67, 8
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t, 97.5%, of so many seeds
 SETTINGS: dict[str, Any] = {
