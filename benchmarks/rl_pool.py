@@ -65,8 +65,8 @@ def make_pool(folder: Path, settings: dict[str, Any]) -> Pool:
         composition = _choose(folder, base, rows, rates)
         told.write_text(json.dumps({"model": base["model"], "composition": composition}))
     known = json.loads(told.read_text())
-    files = (str(folder / f"{name}.jsonl") for name in ("pool", "heldout"))
-    return Pool(known["model"], *files, str(folder / "profiles"), known["composition"])
+    prompts, heldout = (str(folder / f"{name}.jsonl") for name in ("pool", "heldout"))
+    return Pool(known["model"], prompts, heldout, str(folder / "profiles"), known["composition"])
 
 
 def _base(folder: Path) -> dict[str, Any]:

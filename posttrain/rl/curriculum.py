@@ -197,7 +197,10 @@ class Curriculum:
         """Continue from `state`."""
         self._version, self._position = state["version"], state["position"]
         self._num_reprobes = state["reprobes"]
-        self._beliefs = {name: Belief(*item, self._prior) for name, item in state["beliefs"].items()}
+        self._beliefs = {
+            name: Belief(passes, failures, version, self._prior)
+            for name, (passes, failures, version) in state["beliefs"].items()
+        }
         self._states = dict(state["states"])
         self._reprobe_chance = dict(state["reprobe_chance"])
 
