@@ -60,25 +60,22 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def curriculum_token_ratio() -> tuple[float, dict[str, float]]:
     named = os.environ.get("RL_CURRICULUM_DIR")
-    with nullcontext(named) if named else tempfile.TemporaryDirectory() as scratch, ray_session():
-        runs = {(arm, seed): run_arm(Path(scratch), arm, seed) for seed in SEEDS for arm in ARMS}
-        composition = json.loads((Path(scratch) / "pool.json").read_text())["composition"]
+    with nullcontext(named) if named else tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        files = {(arm, seed): folder / f"{arm}-{seed}.json" for seed in SEEDS for arm in ARMS}
+        if missing := [key for key, file in files.items() if not file.exists()]:
+            folder.mkdir(parents=True, exist_ok=True)
+            with ray_session():
+                for arm, seed in missing:
+                    run = run_arm(folder, make_pool(folder, SETTINGS), arm, seed)
+                    files[arm, seed].write_text(json.dumps(run))
+        runs = {key: json.loads(file.read_text()) for key, file in files.items()}
+        composition = json.loads((folder / "pool.json").read_text())["composition"]
     return compare(runs, composition)
 
 
-def run_arm(scratch: Path, arm: str, seed: int) -> dict[str, Any]:
-    """One arm's figures: of each evaluation `tokens` sampled before it and `accuracy`; what else is told of it.
-
-    They are in ARM-SEED.json, and the arm is not run where that is. Needs a Ray session.
-    """
-    told = scratch / f"{arm}-{seed}.json"
-    if not told.exists():
-        scratch.mkdir(parents=True, exist_ok=True)
-        told.write_text(json.dumps(_train(scratch, make_pool(scratch, SETTINGS), arm, seed)))
-    return json.loads(told.read_text())
-
-
-def _train(scratch: Path, pool: Pool, arm: str, seed: int) -> dict[str, Any]:
+def run_arm(scratch: Path, pool: Pool, arm: str, seed: int) -> dict[str, Any]:
+    """One arm's figures: of each evaluation the `tokens` sampled before it and its `accuracy`; sums over its groups."""
     from posttrain.rl.stage import run
 
     with tempfile.TemporaryDirectory(dir=scratch) as name:
