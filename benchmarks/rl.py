@@ -11,6 +11,7 @@ the number of processors, the figures are of a machine that others use too.
   controller_*                rl_controller.py
   async_overlap_*             rl_overlap.py
   trl_speedup                 rl_trl.py; half an hour
+  curriculum_token_ratio      rl_curriculum.py
 """
 
 import os
@@ -21,6 +22,7 @@ from importlib.metadata import packages_distributions
 
 from measure import Entry, main
 from rl_controller import groups_per_s, rss_gib
+from rl_curriculum import curriculum_token_ratio
 from rl_models import SIZES
 from rl_overlap import BALANCES, async_overlap
 from rl_rollout import SHAPES, rollout_vs_raw
@@ -44,6 +46,7 @@ def entries() -> dict[str, Entry]:
     for balance in BALANCES:
         table[f"async_overlap_{balance}"] = Entry(lambda balance=balance: async_overlap(balance), ">= 0.9")
     table["trl_speedup"] = Entry(trl_speedup, ">= 10")
+    table["curriculum_token_ratio"] = Entry(curriculum_token_ratio, ">= 2")
     return table
 
 

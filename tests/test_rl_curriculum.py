@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.base import validate_config
 from posttrain.config.shared import SystemsConfig
 from posttrain.errors import ConfigError, PluginError
 from posttrain.records import Message, Row
-from posttrain.rl.config import CurriculumConfig, RefilterConfig
+from posttrain.rl.config import CurriculumConfig, RefilterConfig, RlConfig
 from posttrain.rl.curriculum import Curriculum
 from posttrain.rl.difficulty import Difficulty
+from posttrain.rl.prior import UNIFORM, fit_prior
 from posttrain.rl.prompts import PromptSource
 from posttrain.rl.refilter import Refilter
+from posttrain.rl.stage import prompt_source
 
 
 def curriculum_of(passes: dict[str, int], steps: int = 10, **changes) -> Curriculum:
@@ -48,6 +51,51 @@ def test_prompts_are_taken_as_often_as_their_belief_lies_in_the_band():
     for name, share in (("unknown", 0.5), ("solved", 0.75**9 - 0.25**9)):
         taken = sum(curriculum.miss(name, rng) == 0 for _ in range(20_000)) / 20_000
         assert taken == pytest.approx(share, abs=0.012), name
+
+
+def test_the_prior_is_that_of_the_whole_profile():
+    """Fits what drew the counts; few prompts, or one reply each, leave it near the uniform one."""
+    rng = random.Random(0)
+
+    def profile(prompts: int, a: float, b: float, n: int) -> list[Difficulty]:
+        rates = [rng.betavariate(a, b) for _ in range(prompts)]
+        passes = [sum(rng.random() < rate for _ in range(n)) for rate in rates]
+        return [Difficulty(f"p{index}", "math", n, count, 0, True) for index, count in enumerate(passes)]
+
+    for a, b in ((0.2, 0.3), (1.0, 1.0), (3.0, 1.5)):
+        assert fit_prior(profile(2000, a, b, 8)) == pytest.approx((a, b), rel=0.25)
+    assert fit_prior([]) == fit_prior([Difficulty("p", "math", 0, 0, 0, False)]) == UNIFORM
+    assert fit_prior(profile(1, 0.1, 0.1, 4)) == pytest.approx(UNIFORM, rel=0.6)
+    a, b = fit_prior(profile(2000, 0.2, 0.2, 1))
+    assert a / (a + b) == pytest.approx(0.5, abs=0.05)
+    assert a + b == pytest.approx(2, rel=0.3)
+
+
+def test_a_belief_starts_from_the_prior():
+    """P(0.25 <= rate <= 0.75) of Beta(1/2, 1/2), whose distribution is 2/pi asin(sqrt(x)), is 1/3."""
+    config = validate_config(CurriculumConfig, {"schedule": "constant", "first": [0.25, 0.75]}, "test")
+    curriculum = Curriculum(config, [Difficulty("p", "math", 2, 2, 0, True)], 10, (0.5, 0.5))
+    rng = random.Random(0)
+    taken = sum(curriculum.miss("unknown", rng) == 0 for _ in range(20_000)) / 20_000
+    assert taken == pytest.approx(1 / 3, abs=0.012)
+    assert curriculum.belief("p").mean == pytest.approx(2.5 / 3)
+    again = Curriculum(config, [], 10, (0.5, 0.5))
+    again.restore(json.loads(json.dumps(curriculum.state())))
+    assert again.belief("p").mean == pytest.approx(2.5 / 3)
+
+
+def test_in_a_profile_of_extremes_few_replies_say_much():
+    """Of four replies each. With a uniform prior half of the draws would go to prompts passed never or always."""
+    passes = {name: {"h": 2, "n": 0, "s": 4}[name[0]] for name in names_of(half=20, never=40, solved=40)}
+    difficulties = [Difficulty(name, "math", 4, count, 0, True) for name, count in passes.items()]
+    rows = [Row(name, "math", (Message("user", name),)) for name in passes]
+    curriculum = {"schedule": "constant", "first": [0.2, 0.8], "reprobe_fraction": 0.0}
+    data = {"model": {"path": "m"}, "prompts": {"path": "p"}, "reward": {"name": "math"}, "curriculum": curriculum}
+    config = validate_config(RlConfig, data, "test")
+    source = prompt_source(config, rows, difficulties, build_tokenizer(), 0)
+    assert kinds(source, 400)["half"] > 340
+    uniform = validate_config(CurriculumConfig, curriculum, "test")
+    assert kinds(source_of(Curriculum(uniform, difficulties, 10), passes), 400)["half"] < 240
 
 
 def test_the_band_moves_with_the_steps():

@@ -62,7 +62,7 @@ def measured(prompt: str, n: int = 4, passes: int = 2, samples: int = 4) -> Diff
 
 def test_an_estimate_is_stored_with_its_uncertainty_and_what_it_rests_on(tmp_path: Path):
     """Of 8 replies 2 passed. Wilson's interval and pass@k are worked out by hand: pass@2 = 1 - C(6,2)/C(8,2)."""
-    items = [Difficulty("p", "math", 8, 2, 0, True, "key", 8), Difficulty("q", "math", 0, 0, 0, False, "other", 8)]
+    items = [Difficulty("p", "math", 8, 2, 0, True, "key", 8, 90), Difficulty("q", "math", 0, 0, 0, False, "other", 8)]
     write_estimates(tmp_path / FILE, items, BASIS, {"band_low": 0.1, "band_high": 0.7})
     first, second = pq.read_table(tmp_path / FILE).to_pylist()
     assert first["pass_rate"] == 0.25
@@ -79,11 +79,12 @@ def test_an_estimate_is_stored_with_its_uncertainty_and_what_it_rests_on(tmp_pat
 
 
 def test_unscored_replies_count_neither_as_passed_nor_as_failed():
-    rollout = Rollout("p", "g", 0, (1,), (2,), "x", (0.0,), (VersionSpan(0, 0, 1),), "stop")
+    rollout = Rollout("p", "g", 0, (1,), (2, 3), "x", (0.0, 0.0), (VersionSpan(0, 0, 2),), "stop")
     pairs = [(replace(rollout, prompt_id=name), row_of(name)) for name in ("p", "q") for _ in range(4)]
     results: list[RewardResult | None] = [RewardResult(1.0), RewardResult(0.5), None, RewardResult(0.0)] + [None] * 4
     scored, unscored = difficulties(config_of(), pairs, [Scored(result) for result in results])
     assert (scored.n, scored.passes, scored.samples, scored.selected) == (3, 1, 4, True)
+    assert (scored.tokens, unscored.tokens) == (8, 8)  # what was sampled counts, whatever became of it
     assert (unscored.n, unscored.samples, unscored.selected) == (0, 4, False)
 
 
@@ -93,10 +94,10 @@ def test_unscored_replies_count_neither_as_passed_nor_as_failed():
 def test_runs_share_what_they_measured(tmp_path: Path):
     folder = tmp_path / "store"
     first = DifficultyStore(folder, BASIS, tmp_path / "one")
-    first.add([measured("a"), measured("b", n=0, passes=0)])
+    first.add([replace(measured("a"), tokens=40), measured("b", n=0, passes=0)])
     first.add([measured("c", passes=4)])
     second = DifficultyStore(folder, BASIS, tmp_path / "two")
-    assert second.find(row_of("mine"), "a", 4) == replace(measured("a"), prompt_id="mine")
+    assert second.find(row_of("mine"), "a", 4) == replace(measured("a"), prompt_id="mine")  # no tokens of this run
     assert second.find(row_of("mine"), "c", 4) == replace(measured("c", passes=4), prompt_id="mine")
     assert second.find(row_of("mine"), "b", 4) is None  # it was tried, but nothing is known of it
     assert second.find(row_of("mine"), "a", 5) is None  # too few samples

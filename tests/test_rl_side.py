@@ -20,10 +20,13 @@ from posttrain.metrics.jsonl import append_jsonl, read_jsonl
 from posttrain.records import Message, Row
 from posttrain.rl.audit import audit_stage
 from posttrain.rl.config import EvaluationConfig, RlConfig
+from posttrain.rl.difficulty import read_estimates
 from posttrain.rl.evaluation import FILE, accuracies, evaluation_request, heldout_prompts, is_due, last_evaluated
 from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
 from posttrain.rl.ledger import Ledger
+from posttrain.rl.profile import FILE as PROFILE
 from posttrain.rl.recovery import SNAPSHOT
+from posttrain.rl.tally import sampled_before
 from posttrain.sampling.requests import SampleRequest
 
 HELDOUT = [row | {"id": f"heldout-{row['id']}"} for row in rows_of(["math", "coding"], 12, heldout=True)]
@@ -114,6 +117,15 @@ def test_probes_and_evaluations_run_beside_the_training(ray_session, tiny_model,
     assert not any(name.startswith("heldout") for name in drawn)
     assert sum(line["tokens_generated"] for line in metrics) <= sum(row["num_tokens"] for row in rollouts)
     assert sum(line["groups_generated"] for line in metrics) <= len(rollouts) / config.group_size
+
+    # The total of tokens begins with the profile's and grows by what is trained on, dropped and probed.
+    total = sum(item.tokens for item in read_estimates(tmp_path / "rl" / PROFILE))
+    assert total >= 120
+    for line in metrics:
+        total += line["tokens_generated"] + line["tokens_probed"]
+        assert line["tokens_sampled_total"] == total
+    assert sampled_before(tmp_path / "rl", 0) == total
+    assert sampled_before(tmp_path / "new", 7) == 7
 
     # Evaluations, each of one version, while the trainer went on.
     lines = list(read_jsonl(tmp_path / "rl" / FILE))

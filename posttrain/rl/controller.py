@@ -44,7 +44,7 @@ from posttrain.rl.samples import train_samples
 from posttrain.rl.scoring import drop_reason, make_group, over_batch, passes_and_failures, score_group
 from posttrain.rl.side import SideWork
 from posttrain.rl.staleness import StalenessQueue
-from posttrain.rl.tally import StepTally
+from posttrain.rl.tally import StepTally, sampled_before
 from posttrain.rl.weights import update_calls
 from posttrain.rl.workers import Flight, RolloutWorkers
 from posttrain.sampling.client import Engines
@@ -59,7 +59,7 @@ class Parts:
     """What a controller moves records between. trainer holds `PolicyTrainer`s.
 
     shares: of each capability in every batch. stop_ids: token ids that end a reply. heldout:
-    prompts of `evaluation`.
+    prompts of `evaluation`. profiled: tokens that the profile sampled.
     """
 
     engines: Engines
@@ -72,6 +72,7 @@ class Parts:
     stop_ids: tuple[int, ...]
     heldout: Sequence[DrawnPrompt] = ()
     judge: Judge | None = None
+    profiled: int = 0
 
 
 class Controller:
@@ -133,6 +134,7 @@ class Controller:
             {**{worker.name: worker.log for worker in self._workers.workers}, "reward": self._scored}
             | (parts.judge.logs if parts.judge is not None else {})
         )
+        self._tokens_sampled = sampled_before(context.dir, parts.profiled)
         self._pool = rewards(config, parts.judge)
         self._alarm = UnscoredAlarm(config)
         self._side = SideWork(
@@ -414,6 +416,8 @@ class Controller:
             "engines_replaced": self._workers.num_replaced,
             **self._side.figures(),
         }
+        self._tokens_sampled += values["tokens_generated"] + values.get("tokens_probed", 0)
+        values["tokens_sampled_total"] = self._tokens_sampled
         self._context.metrics(step, values)
         shown = ("reward_mean", "pass_rate", "staleness_mean", "queue_groups", "generate_tokens_per_s")
         self._context.progress(

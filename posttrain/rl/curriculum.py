@@ -1,8 +1,8 @@
 """Which prompts are worth sampling now: a belief about each one's pass rate, and a band that moves from easy to hard.
 
-The belief is a Beta distribution over the pass rate: 1 + passes, 1 + failures, of the profile and of every rollout
-since. What was seen of an older policy counts less, by half every `half_life` steps. A prompt is sampled in proportion
-to the belief that its pass rate lies in the band.
+The belief is a Beta distribution over the pass rate: a + passes, b + failures, of the profile and of every rollout
+since, with the prior (a, b) that fits the whole profile (prior.py). What was seen of an older policy counts less, by
+half every `half_life` steps. A prompt is sampled in proportion to the belief that its pass rate lies in the band.
 
                  surely solved                        surely impossible
     retired ◄─────────────────── active ◄──────────────────────────────► parked
@@ -16,7 +16,7 @@ import numbers
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ import numpy as np
 from posttrain.errors import PluginError
 from posttrain.rl.config import SCHEDULES, CurriculumConfig
 from posttrain.rl.difficulty import Difficulty
+from posttrain.rl.prior import UNIFORM, Prior
 from posttrain.scoring.plugins import load_function
 from posttrain.scoring.target import describe
 
@@ -39,16 +40,23 @@ Schedule = Callable[[int, int, float, float], float]
 
 @dataclass(slots=True)
 class Belief:
-    """Discounted counts of rollouts that passed and failed, as of policy version `version`."""
+    """Discounted counts of rollouts that passed and failed, as of policy version `version`, on top of a prior."""
 
     passes: float
     failures: float
     version: int
+    prior: Prior = UNIFORM
+
+    @property
+    def shape(self) -> tuple[float, float]:
+        """The two parameters of the Beta distribution."""
+        return self.prior[0] + self.passes, self.prior[1] + self.failures
 
     @property
     def mean(self) -> float:
         """Expected pass rate."""
-        return (1 + self.passes) / (2 + self.passes + self.failures)
+        passes, failures = self.shape
+        return passes / (passes + failures)
 
     @property
     def evidence(self) -> float:
@@ -66,11 +74,15 @@ class Belief:
 class Curriculum:
     """Beliefs about prompts, and the band of optimizer step `step` of `steps`.
 
-    A difficulty that is not selected starts outside: retired if most of its replies passed, else parked.
+    A difficulty that is not selected starts outside: retired if most of its replies passed, else parked. prior: of
+    every prompt's pass rate.
     """
 
-    def __init__(self, config: CurriculumConfig, difficulties: Iterable[Difficulty], steps: int):
+    def __init__(
+        self, config: CurriculumConfig, difficulties: Iterable[Difficulty], steps: int, prior: Prior = UNIFORM
+    ):
         self._config = config
+        self._prior = prior
         self._steps = steps
         self._schedule = self._load_schedule()
         self._version = 0
@@ -80,7 +92,7 @@ class Curriculum:
         self._states: dict[str, State] = {}
         self._capability: dict[str, str] = {}
         for item in difficulties:
-            belief = Belief(item.passes, item.n - item.passes, item.policy_version)
+            belief = Belief(item.passes, item.n - item.passes, item.policy_version, prior)
             self._beliefs[item.prompt_id] = belief
             self._capability[item.prompt_id] = item.capability
             outside: State = "retired" if belief.mean > 0.5 else "parked"
@@ -105,9 +117,9 @@ class Curriculum:
     def belief(self, prompt_id: str, version: int | None = None) -> Belief:
         """What is believed of a prompt at a version; at the current one if None. Nothing is changed by asking."""
         at = self._version if version is None else version
-        belief = self._beliefs.get(prompt_id, Belief(0.0, 0.0, at))
+        belief = self._beliefs.get(prompt_id, Belief(0.0, 0.0, at, self._prior))
         kept = self._kept(at - belief.version)
-        return Belief(belief.passes * kept, belief.failures * kept, at)
+        return replace(belief, passes=belief.passes * kept, failures=belief.failures * kept, version=at)
 
     def observe(
         self, prompt_id: str, passes: int, failures: int, version: int | None = None, refresh: bool = False
@@ -120,7 +132,7 @@ class Curriculum:
         self._num_reprobes += state == "parked" and not refresh
         belief = self.belief(prompt_id)
         kept = 1.0 if version is None else self._kept(self._version - version)
-        belief = Belief(belief.passes + kept * passes, belief.failures + kept * failures, self._version)
+        belief = replace(belief, passes=belief.passes + kept * passes, failures=belief.failures + kept * failures)
         self._beliefs[prompt_id] = belief
         # What faded only says less: to come back, a prompt must have shown the contrary.
         contrary = {"active": passes + failures, "retired": failures, "parked": passes}[state]
@@ -135,7 +147,7 @@ class Curriculum:
         looking at those does not count as a try.
         """
         belief, state = self.belief(prompt_id), self.state_of(prompt_id)
-        rate = rng.betavariate(1 + belief.passes, 1 + belief.failures)
+        rate = rng.betavariate(*belief.shape)
         low, high = self.band
         miss = max(low - rate, rate - high, 0.0)
         if state == "retired":
@@ -185,7 +197,10 @@ class Curriculum:
         """Continue from `state`."""
         self._version, self._position = state["version"], state["position"]
         self._num_reprobes = state["reprobes"]
-        self._beliefs = {name: Belief(*item) for name, item in state["beliefs"].items()}
+        self._beliefs = {
+            name: Belief(passes, failures, version, self._prior)
+            for name, (passes, failures, version) in state["beliefs"].items()
+        }
         self._states = dict(state["states"])
         self._reprobe_chance = dict(state["reprobe_chance"])
 
@@ -220,8 +235,7 @@ class Curriculum:
         inside = (low <= _GRID) & (high >= _GRID)
         total = 0.0
         for start in range(0, len(beliefs), 4096):  # so that many prompts do not need much memory at once
-            counts = [(belief.passes, belief.failures) for belief in beliefs[start : start + 4096]]
-            passes, failures = np.array(counts).T
+            passes, failures = np.array([belief.shape for belief in beliefs[start : start + 4096]]).T - 1
             log_density = np.outer(passes, np.log(_GRID)) + np.outer(failures, np.log1p(-_GRID))
             density = np.exp(log_density - log_density.max(axis=1, keepdims=True))
             total += float((density[:, inside].sum(axis=1) / density.sum(axis=1)).sum())

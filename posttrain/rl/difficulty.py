@@ -33,6 +33,7 @@ class Difficulty:
 
     selected: whether the pass rate lies in the band that is trained on. prompt: fingerprint of the prompt. samples:
     replies asked for. n is 0 where nothing could be scored; such a record says nothing but that it was tried.
+    tokens: of all replies that this run sampled for it, 0 where another run's estimate was taken.
     """
 
     prompt_id: str
@@ -43,6 +44,7 @@ class Difficulty:
     selected: bool
     prompt: str = ""
     samples: int = 0
+    tokens: int = 0
 
     @property
     def pass_rate(self) -> float:
@@ -90,7 +92,7 @@ class DifficultyStore:
         found = self._found.get(prompt)
         if found is None or found.samples < samples:
             return None
-        return replace(found, prompt_id=row.id, capability=row.capability)
+        return replace(found, prompt_id=row.id, capability=row.capability, tokens=0)
 
     def add(self, difficulties: Iterable[Difficulty]) -> None:
         """Put estimates into this run's file, beside those that it holds already."""
@@ -120,6 +122,7 @@ def write_estimates(
             "passes": item.passes,
             "pass_at_k": list(item.pass_at_k),
             "samples": item.samples,
+            "tokens": item.tokens,
             "policy_version": item.policy_version,
             "selected": item.selected,
             "prompt": item.prompt,
@@ -139,7 +142,7 @@ def read_estimates(path: Path, basis: Basis | None = None) -> list[Difficulty]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = ("prompt_id", "capability", "n", "passes", "policy_version", "selected", "prompt", "samples")
+    names = ("prompt_id", "capability", "n", "passes", "policy_version", "selected", "prompt", "samples", "tokens")
     try:
         with path.open("rb") as file:  # one open file, for another may take its name at any time
             rows = pq.read_table(file, columns=[*names, "policy", "scoring"]).to_pylist()
@@ -157,7 +160,8 @@ def _schema(pa: Any, extra: Mapping[str, Any]) -> Any:
     text, integer, real = pa.string(), pa.int64(), pa.float64()
     types: dict[str, Any] = {
         "prompt_id": text, "capability": text, "pass_rate": real, "ci95_low": real, "ci95_high": real, "n": integer,
-        "passes": integer, "pass_at_k": pa.list_(real), "samples": integer, "policy_version": integer,
-        "selected": pa.bool_(), "prompt": text, "policy": text, "scoring": text, **dict.fromkeys(extra, real),
+        "passes": integer, "pass_at_k": pa.list_(real), "samples": integer, "tokens": integer,
+        "policy_version": integer, "selected": pa.bool_(), "prompt": text, "policy": text, "scoring": text,
+        **dict.fromkeys(extra, real),
     }  # fmt: skip
     return pa.schema(list(types.items()))

@@ -199,14 +199,19 @@ def difficulties(config: RlConfig, pairs: Sequence[tuple[Rollout, Row]], scores:
     """How often each prompt was passed, in the order of the prompts; n is 0 where nothing of it was scored."""
     passes: Counter[str] = Counter()
     scored: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
     for (rollout, _), score in zip(pairs, scores, strict=True):
+        tokens[rollout.prompt_id] += len(rollout.token_ids)
         if score.result is not None:
             scored[rollout.prompt_id] += 1
             passes[rollout.prompt_id] += score.result.value > PASS_THRESHOLD
     rows = {row.id: row for _, row in pairs}.values()
     samples = config.profile.samples
     counted = [
-        Difficulty(row.id, row.capability, scored[row.id], passes[row.id], 0, False, samples=samples) for row in rows
+        Difficulty(
+            row.id, row.capability, scored[row.id], passes[row.id], 0, False, samples=samples, tokens=tokens[row.id]
+        )
+        for row in rows
     ]
     return [replace(item, selected=item.in_band(config.profile.band)) for item in counted]
 

@@ -30,6 +30,7 @@ from posttrain.rl.judge import Judge, Question
 from posttrain.rl.ledger import Commit, Ledger
 from posttrain.rl.lengths import check_room
 from posttrain.rl.parity import check_engine_parity
+from posttrain.rl.prior import fit_prior
 from posttrain.rl.profile import Difficulty, drawn_rows, profile_prompts, select_band
 from posttrain.rl.prompts import PromptSource
 from posttrain.rl.quotas import mixture_shares
@@ -82,13 +83,16 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         shares = mixture_shares(selected, config.mixture)
         drawn = drawn_rows(config, difficulties, rows)
         reference = Reference(config, context.seed) if config.loss.reference is not None else None
+        profiled = sum(item.tokens for item in difficulties)
         ledger = open_ledger(context.dir)
         try:
             _check_same(ledger, config, rows, context.dir, context.seed)
             for left in restarts_left(config):
                 source = prompt_source(config, drawn, difficulties, tokenizer, context.seed)
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
-                parts = Parts(engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated, judge)
+                parts = Parts(
+                    engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated, judge, profiled
+                )
                 try:
                     figures = _train(config, context, parts, prompts)
                     break
@@ -247,5 +251,6 @@ def prompt_source(
     if config.curriculum is None:
         return PromptSource(selected, config.systems, render, seed)
     ids = {row.id for row in selected}
-    curriculum = Curriculum(config.curriculum, [item for item in difficulties if item.prompt_id in ids], config.steps)
+    known = [item for item in difficulties if item.prompt_id in ids]
+    curriculum = Curriculum(config.curriculum, known, config.steps, fit_prior(difficulties))
     return PromptSource(selected, config.systems, render, seed, curriculum, config.curriculum.tries)

@@ -3,14 +3,22 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from posttrain.metrics.jsonl import read_jsonl
 from posttrain.rl.archive import num_tokens
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.groups import PASS_THRESHOLD, ScoredGroup
 
 REASONS = ("zero_advantage", "unscored", "truncated", "stale", "surplus")
+
+
+def sampled_before(folder: Path, profiled: int) -> int:
+    """Tokens sampled before the next step: by the last line of the stage's metrics, else `profiled`, the profile's."""
+    lines = list(read_jsonl(folder / "metrics.jsonl"))
+    return lines[-1]["tokens_sampled_total"] if lines else profiled
 
 
 class StepTally:

@@ -1,0 +1,139 @@
+"""A pool of prompts of which most teach nothing, for rl_curriculum.py: the quick start's base, its puzzles, and how
+often the one passes the others.
+
+The prompts are the base stage's own. Each is sampled SAMPLES times, and the pool is of WANTED: those that pass at a
+rate in MEDIUM, 30% of it; those that always passed; those that never did; and countdown puzzles without a solution, as
+flawed data has: sums of the same numbers with any signs are all odd or all even, so a target moved by one is out of
+reach. The held-out problems are of the kinds (family and level) whose mean rate lies in MEDIUM. No two of all these are
+the same problem, and the base was trained on none of them.
+"""
+
+import json
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from posttrain.base.config import StageConfig
+from posttrain.config.base import validate_config
+from posttrain.context import StageContext
+from posttrain.data.chat import end_token_ids, render_prompt
+from posttrain.data.rows import load_rows
+from posttrain.metrics.jsonl import read_jsonl
+from posttrain.model.load import load_tokenizer
+from posttrain.rl.config import RlConfig
+from posttrain.rl.groups import DrawnPrompt
+
+BASE = Path(__file__).parents[1] / "configs" / "quickstart" / "base.yaml"
+SAMPLES = 16
+MEDIUM, TOO_EASY = (0.1, 0.7), 0.95
+WANTED = {"medium": 48, "too_easy": 56, "too_hard": 28, "unsolvable": 28}
+HELDOUT = 320
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Files of prompts to train on and of held-out problems, and the policy that they were chosen for.
+
+    store: folder of the estimates that they were chosen by. composition: number of prompts by kind of pass rate.
+    """
+
+    model: str
+    prompts: str
+    heldout: str
+    store: str
+    composition: dict[str, int]
+
+
+def make_pool(folder: Path, settings: dict[str, Any]) -> Pool:
+    """Train or fetch the base, sample its prompts, and choose; what is there already is not made again.
+
+    settings: of an RL stage, without model and prompts. Needs a Ray session.
+    """
+    told = folder / "pool.json"
+    if not told.exists():
+        base = _base(folder / "base")
+        rows = list(read_jsonl(Path(base["prompts"])))
+        countdowns = [row for row in rows if row["family"] == "countdown"]
+        rows += [_unsolvable(row) for row in countdowns[: WANTED["unsolvable"]]]
+        _write(folder / "candidates.jsonl", rows)
+        rates = _pass_rates(folder, base["model"], settings)
+        composition = _choose(folder, base, rows, rates)
+        told.write_text(json.dumps({"model": base["model"], "composition": composition}))
+    known = json.loads(told.read_text())
+    prompts, heldout = (str(folder / f"{name}.jsonl") for name in ("pool", "heldout"))
+    return Pool(known["model"], prompts, heldout, str(folder / "profiles"), known["composition"])
+
+
+def _base(folder: Path) -> dict[str, Any]:
+    from posttrain.base.stage import run
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = validate_config(StageConfig, yaml.safe_load(BASE.read_text()), str(BASE))
+    return run(config, StageContext("base", folder, folder / "events.jsonl", 0))
+
+
+def _pass_rates(folder: Path, model: str, settings: dict[str, Any]) -> dict[str, float]:
+    """How often the model passes each candidate, by prompt id."""
+    from posttrain.rl.profile import profile_prompts
+    from posttrain.sampling.client import Engines
+
+    profile = {"samples": SAMPLES, "store": str(folder / "profiles")}
+    data = settings | {"model": {"path": model, "dtype": "float32"}, "profile": profile}
+    config = validate_config(RlConfig, data | {"prompts": {"path": str(folder / "candidates.jsonl")}}, "benchmark")
+    tokenizer = load_tokenizer(config.model.path)
+    rows = load_rows(config.prompts, kind="prompt")
+    prompts = [DrawnPrompt(row, None, row.messages, tuple(render_prompt(tokenizer, row.messages))) for row in rows]
+    context = StageContext("pool", folder, folder / "events.jsonl", 0, warm_engines=True)
+    with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
+        found = profile_prompts(config, context, engines, prompts, tuple(end_token_ids(tokenizer)))
+    return {item.prompt_id: item.pass_rate for item in found if item.n == SAMPLES}
+
+
+def _unsolvable(row: dict[str, Any]) -> dict[str, Any]:
+    """The countdown puzzle with another target, which its numbers cannot reach."""
+    target, (turn,) = row["target"] + 1, row["messages"]
+    moved = turn | {"content": turn["content"].replace(f"Make {row['target']} ", f"Make {target} ")}
+    return row | {"id": f"{row['id']}-unsolvable", "target": target, "messages": [moved], "key": moved["content"]}
+
+
+def _choose(folder: Path, base: dict[str, Any], rows: list[dict[str, Any]], rates: dict[str, float]) -> dict[str, int]:
+    """Write pool.jsonl and heldout.jsonl; returns how many prompts of the pool are of which kind."""
+    rows = [row for row in rows if row["id"] in rates]
+    random.Random(0).shuffle(rows)
+    chosen, counts, by_kind = [], Counter[str](), defaultdict[tuple[str, int], list[float]](list)
+    for row in rows:
+        rate = rates[row["id"]]
+        is_unsolvable = row["id"].endswith("unsolvable")
+        if not is_unsolvable:
+            by_kind[row["family"], row["level"]].append(rate)
+        name = "unsolvable" if is_unsolvable and rate == 0 else _name(rate)
+        if name is not None and counts[name] < WANTED[name]:
+            counts[name] += 1
+            chosen.append(row)
+    if counts != Counter(WANTED):
+        raise RuntimeError(f"the base's prompts do not give a pool of {WANTED}, only {dict(counts)}")
+    _write(folder / "pool.jsonl", chosen)
+    medium = {kind for kind, found in by_kind.items() if MEDIUM[0] <= fmean(found) <= MEDIUM[1]}
+    others = [row for name in ("heldout", "tune") for row in read_jsonl(Path(base[name]))]
+    heldout = [row for row in others if (row["family"], row["level"]) in medium][:HELDOUT]
+    if len(heldout) < HELDOUT:
+        raise RuntimeError(f"only {len(heldout)} held-out problems are of medium kinds, not {HELDOUT}")
+    _write(folder / "heldout.jsonl", heldout)
+    return dict(counts)
+
+
+def _name(rate: float) -> str | None:
+    if rate >= TOO_EASY:
+        return "too_easy"
+    if rate == 0:
+        return "too_hard"
+    return "medium" if MEDIUM[0] <= rate <= MEDIUM[1] else None
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
