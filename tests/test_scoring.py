@@ -20,7 +20,7 @@ from posttrain.records import Message, RewardResult, Rollout, Row, Scored, Versi
 from posttrain.scoring.plugins import RewardSpec, check_reward, list_rewards, load_reward
 from posttrain.scoring.pool import RewardPool
 from posttrain.scoring.sandbox import Limits, SandboxError, SandboxResult, find_sandbox, run_python
-from posttrain.scoring.wire import FrameBuffer, frame, pair_from_json, pair_to_json
+from posttrain.scoring.wire import FrameBuffer, PairText, frame, pair_from_json, request
 
 HOSTILE = '''
 import ctypes, os, subprocess, sys, time
@@ -359,7 +359,7 @@ class TestPool:
 class TestWire:
     def test_a_pair_survives_the_journey(self) -> None:
         row = Row("r", "coding", (Message("system", "s"), Message("user", "\ud800 é")), [1, None], {"a": {"b": [1.5]}})
-        data = frame({"id": 1, **pair_to_json(reply("\udcff text"), row)})
+        data = request(1, PairText()(reply("\udcff text"), row))
         messages = [m for i in range(len(data)) for m in FrameBuffer(1 << 20).feed(data[: i + 1]) if i == len(data) - 1]
         assert pair_from_json(messages[0]) == (reply("\udcff text"), row)
 

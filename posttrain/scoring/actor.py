@@ -41,7 +41,6 @@ class RewardActor:
         self._pool = RewardPool(spec, num_workers, timeout_s)
         self._done: list[tuple[int, list[Scored] | Exception]] = []
         self._event = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def where(self) -> tuple[str, int]:
         """The node's id in Ray, and this process's."""
@@ -60,9 +59,12 @@ class RewardActor:
     async def submit(self, scorings: Sequence[tuple[int, Sequence[tuple[Rollout, Row]]]]) -> None:
         """Begins to score under the caller's keys."""
         for key, pairs in scorings:
-            task = asyncio.create_task(self._score(key, pairs))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            try:
+                scores = asyncio.gather(*self._pool.begin(pairs))
+            except Exception as error:  # raised where the scores are waited for
+                self._finish(key, error)
+            else:
+                scores.add_done_callback(lambda scores, key=key: self._finish(key, scores.result()))
 
     async def collect(self, wait_s: float) -> tuple[list[tuple[int, list[Scored] | Exception]], Health]:
         """What was done since the last call, the scores in order; waits up to `wait_s` for the first."""
@@ -73,12 +75,8 @@ class RewardActor:
         done, self._done = self._done, []
         return done, await self.ping()
 
-    async def _score(self, key: int, pairs: Sequence[tuple[Rollout, Row]]) -> None:
-        try:
-            scores = await asyncio.gather(*(self._pool.score(rollout, row) for rollout, row in pairs))
-            self._done.append((key, list(scores)))
-        except Exception as error:  # raised where the scores are waited for
-            self._done.append((key, error))
+    def _finish(self, key: int, scores: list[Scored] | Exception) -> None:
+        self._done.append((key, scores))
         self._event.set()
 
     async def ping(self) -> Health:

@@ -96,18 +96,17 @@ class ActorLife:
 
     async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
         """The scores in order. Raises ActorLostError."""
+        if self.is_lost:
+            raise ActorLostError(self.reason)
         self._num_scorings += 1
         key = self._num_scorings
         done = self._scoring[key] = asyncio.get_running_loop().create_future()
         self._outbox.append((key, pairs))
         self._wake.set()
         try:
-            await asyncio.wait({done, self._lost}, return_when=asyncio.FIRST_COMPLETED)
-            if done.done():
-                return done.result()
+            return await done
         finally:
             del self._scoring[key]
-        raise ActorLostError(self.reason)
 
     async def close(self) -> None:
         """Ends the pool, then the actor; what still waits for a score gets none."""
@@ -187,6 +186,7 @@ class ActorLife:
         if self.is_lost:
             return
         self._lost.set_result(reason)
+        self._resolve((key, ActorLostError(reason)) for key in self._scoring)
         if self._process is not None and not is_empty:
             with contextlib.suppress(psutil.Error):
                 self._process.kill()  # of this very process: psutil knows a number that was given to another

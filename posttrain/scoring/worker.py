@@ -125,7 +125,7 @@ def _limit_memory(memory_gib: float | None) -> None:
 
 def _take_pipes() -> tuple[BinaryIO, int]:
     """Moves the protocol off descriptors 0 and 1, so that a reward that prints or reads cannot disturb it."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
+    requests, replies = os.fdopen(os.dup(0), "rb", buffering=1 << 16), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
