@@ -7,6 +7,7 @@ actor that is lost is killed with all its processes, and every call that waits f
 import asyncio
 import contextlib
 import os
+import pickle
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import psutil
 from posttrain.config.shared import RewardResources
 from posttrain.errors import PluginError, StageError
 from posttrain.records import Rollout, Row, Scored
-from posttrain.scoring.actor import MARK, Health, RewardActor
+from posttrain.scoring.actor import MARK, Done, Health, RewardActor, Scoring
 from posttrain.scoring.plugins import RewardSpec
 from posttrain.scoring.process import kill_marked
 
@@ -51,7 +52,7 @@ class ActorLife:
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._process: psutil.Process | None = None
         self._serving: list[asyncio.Task[None]] = []
-        self._outbox: list[tuple[int, Sequence[tuple[Rollout, Row]]]] = []
+        self._outbox: list[Scoring] = []
         self._wake = asyncio.Event()
         self._scoring: dict[int, asyncio.Future[list[Scored]]] = {}
         self._num_scorings = 0
@@ -144,19 +145,20 @@ class ActorLife:
             self._wake.clear()
             scorings, self._outbox = self._outbox, []
             try:
-                await self._call("submit", scorings)
+                await self._call("submit", pickle.dumps(scorings))  # Ray's pickler asks Python about each record
             except Exception as error:
                 self._resolve((key, error) for key, _ in scorings)
 
     async def _empty(self) -> None:
         while not self.is_lost:
             try:
-                done, self.health = await self._call("collect", COLLECT_S)
+                answered, self.health = await self._call("collect", COLLECT_S)
+                done: list[Done] = pickle.loads(answered)
             except Exception as error:
                 done = [(key, error) for key in self._scoring]
             self._resolve(done)
 
-    def _resolve(self, done: Iterable[tuple[int, list[Scored] | Exception]]) -> None:
+    def _resolve(self, done: Iterable[Done]) -> None:
         for key, scores in done:
             waiting = self._scoring.get(key)
             if waiting is None or waiting.done():  # its caller gave up
