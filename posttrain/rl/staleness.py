@@ -278,10 +278,10 @@ class StalenessQueue:
 
     def _fit(self, capability: str, last_chances: list[int], version: int) -> bool:
         """True if all groups that are left find a place in the batches after `version`, up to their last chances."""
-        room = 0
+        room, num_due = 0, Counter(last_chances)
         for last_chance in range(version, version + self._max_staleness):
             if last_chance > version:
                 room += self._places.get(last_chance, Counter())[capability]
-            if sum(chance <= last_chance for chance in last_chances) > room:
+            if sum(count for chance, count in num_due.items() if chance <= last_chance) > room:
                 return False
         return True

@@ -5,9 +5,9 @@ log-probabilities are packed as base64 of machine numbers, since as JSON lists t
 both ends are on one machine, so byte order is no question.
 """
 
-import base64
 import json
 from array import array
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import Any
@@ -73,7 +73,7 @@ class PairText:
             self._row_text, self._row = _row_text(row), row
         reply: dict[str, Any] = dict(zip(_PLAIN, _plain_values(rollout), strict=True))
         for name, kind in _PACKED.items():
-            reply[name] = base64.b64encode(array(kind, getattr(rollout, name))).decode("ascii")
+            reply[name] = b2a_base64(array(kind, getattr(rollout, name)), newline=False).decode("ascii")
         reply["versions"] = [(span.policy_version, span.start, span.end) for span in rollout.versions]
         return f'"rollout":{_to_json(reply)},"row":{self._row_text}'
 
@@ -86,11 +86,10 @@ def _row_text(row: Row) -> str:
 
 
 def pair_from_json(message: Mapping[str, Any]) -> tuple[Rollout, Row]:
-    reply, prompt = dict(message["rollout"]), dict(message["row"])
+    """The pair of a message, which must not be used again."""
+    reply, prompt = message["rollout"], message["row"]
     for name, kind in _PACKED.items():
-        numbers = array(kind)
-        numbers.frombytes(base64.b64decode(reply[name]))
-        reply[name] = tuple(numbers)
+        reply[name] = tuple(array(kind, a2b_base64(reply[name])))
     reply["versions"] = tuple(VersionSpan(*span) for span in reply["versions"])
     prompt["messages"] = tuple(Message(*turn) for turn in prompt["messages"])
     return Rollout(**reply), Row(**prompt)
