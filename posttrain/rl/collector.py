@@ -1,4 +1,4 @@
-"""Python's garbage collector while a stage moves many records: it looks at what lives on again and again, for nothing."""
+"""Python's garbage collector beside a loop that moves many records, which it looks at again and again for nothing."""
 
 import contextlib
 import gc
@@ -9,7 +9,7 @@ ALLOCATIONS = 100_000  # more containers made than freed, before it looks at the
 
 @contextlib.contextmanager
 def rare_collections() -> Iterator[None]:
-    """Records hold no cycles, so they are freed without it; what is in memory already, libraries mostly, is left out."""
+    """Records hold no cycles, so they are freed without it. What is there already, libraries mostly, is left out."""
     thresholds = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(ALLOCATIONS, *thresholds[1:])

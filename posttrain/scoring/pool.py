@@ -20,7 +20,7 @@ from posttrain.errors import PluginError
 from posttrain.records import RewardResult, Rollout, Row, Scored
 from posttrain.scoring.plugins import RewardSpec, check_reward, resolve
 from posttrain.scoring.slot import Item, Reports, Slot
-from posttrain.scoring.wire import PairText, frame, request, result_from_json
+from posttrain.scoring.wire import PairText, frame, result_from_json
 
 _NEVER = float("-inf")
 _SCORED = ("ok", "wrong")

@@ -26,7 +26,8 @@ _BACKOFF_S = 0.2
 class Item:
     """A rollout to be scored, and what has happened to it so far. Times are monotonic seconds.
 
-    pair: as `PairText` gives it. alone: it was in flight beside others when their worker was lost; running alone shows which one did it.
+    pair: as `PairText` gives it. alone: it was in flight beside others when their worker was lost; running alone
+    shows which one did it.
     """
 
     key: int
