@@ -4,12 +4,24 @@ The rows of a step's trained groups, in their order, are what the step was made 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from posttrain.records import Rollout
 from posttrain.rl.groups import Group, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """What `RolloutArchive.add` was told."""
+
+    scored: ScoredGroup
+    step: int | None
+    trainer_version: int
+    status: str
 
 
 class RolloutArchive:
@@ -18,12 +30,12 @@ class RolloutArchive:
     def __init__(self, folder: Path, tokenizer: Any):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._decided: list[tuple[ScoredGroup, int | None, int, str]] = []
+        self._decided: list[_Decided] = []
         self._pieces = _Pieces(tokenizer)
 
     def add(self, scored: ScoredGroup, step: int | None, trainer_version: int, status: str) -> None:
         """status: "trained" or "dropped:<reason>"; step: the optimizer step it was trained in, or None."""
-        self._decided.append((scored, step, trainer_version, status))
+        self._decided.append(_Decided(scored, step, trainer_version, status))
 
     def write(self, step: int) -> None:
         """Write what was collected since the last call as the file of this step."""
@@ -39,46 +51,43 @@ class RolloutArchive:
         self._decided = []
 
     def _columns(self) -> dict[str, list[Any]]:
-        """One value a rollout in each: tables are made of columns, and a row would only be taken apart again."""
-        groups = [(scored, scored.group, _prompt_json(scored.group), *rest) for scored, *rest in self._decided]
-        rollouts = [rollout for _, group, *_ in groups for rollout in group.rollouts]
-        of_group = [item for item in groups for _ in item[1].rollouts]
-        oldest = [min(span.policy_version for span in rollout.versions) for rollout in rollouts]
-        no_reference = ((),) * max(len(group.rollouts) for _, group, *_ in groups)
+        """One value a rollout in each: a table is made of columns, rows would only be taken apart again."""
+        rows = [(item, rollout) for item in self._decided for rollout in item.scored.group.rollouts]
+        oldest = [min(span.policy_version for span in rollout.versions) for _, rollout in rows]
 
-        def of_each(name: str) -> list[Any]:
-            return [value for scored, *_ in self._decided for value in getattr(scored, name)]
+        def of_each(values: Callable[[_Decided], Sequence[Any]]) -> list[Any]:
+            return [value for item in self._decided for value in values(item)]
+
+        def of_rollouts(name: str) -> list[Any]:
+            value = attrgetter(name)
+            return [value(rollout) for _, rollout in rows]
 
         return {
-            "step": [step for _, _, _, step, _, _ in of_group],
-            "group_id": [rollout.group_id for rollout in rollouts],
-            "prompt_id": [rollout.prompt_id for rollout in rollouts],
-            "capability": [group.prompt.row.capability for _, group, *_ in of_group],
-            "index": [rollout.index for rollout in rollouts],
-            "prompt": [prompt for _, _, prompt, *_ in of_group],
-            "reply": [rollout.text for rollout in rollouts],
-            "reward": of_each("rewards"),
-            "reason": of_each("reasons"),
-            "advantage": of_each("advantages"),
-            "finish_reason": [rollout.finish_reason for rollout in rollouts],
+            "step": [item.step for item, _ in rows],
+            "group_id": of_rollouts("group_id"),
+            "prompt_id": of_rollouts("prompt_id"),
+            "capability": [item.scored.group.prompt.row.capability for item, _ in rows],
+            "index": of_rollouts("index"),
+            "prompt": of_each(lambda item: [_prompt_json(item.scored.group)] * len(item.scored.group.rollouts)),
+            "reply": of_rollouts("text"),
+            "reward": of_each(lambda item: item.scored.rewards),
+            "reason": of_each(lambda item: item.scored.reasons),
+            "advantage": of_each(lambda item: item.scored.advantages),
+            "finish_reason": of_rollouts("finish_reason"),
             "policy_version": oldest,
-            "versions": [_versions_json(rollout) for rollout in rollouts],
-            "num_tokens": [len(rollout.token_ids) for rollout in rollouts],
+            "versions": [_versions_json(rollout) for _, rollout in rows],
+            "num_tokens": [len(rollout.token_ids) for _, rollout in rows],
             "staleness": [
-                version - first if step is not None else None
-                for (_, _, _, step, version, _), first in zip(of_group, oldest, strict=True)
+                None if item.step is None else item.trainer_version - first
+                for (item, _), first in zip(rows, oldest, strict=True)
             ],
-            "status": [status for *_, status in of_group],
-            "tokens": [f"[{', '.join(map(self._pieces.__getitem__, rollout.token_ids))}]" for rollout in rollouts],
-            "system": [rollout.system for rollout in rollouts],
-            "prompt_ids": [rollout.prompt_ids for rollout in rollouts],
-            "token_ids": [rollout.token_ids for rollout in rollouts],
-            "sampler_logprobs": [rollout.sampler_logprobs for rollout in rollouts],
-            "ref_logprobs": [
-                values
-                for scored, group, *_ in groups
-                for values in scored.ref_logprobs or no_reference[: len(group.rollouts)]
-            ],
+            "status": [item.status for item, _ in rows],
+            "tokens": [f"[{', '.join(map(self._pieces.__getitem__, rollout.token_ids))}]" for _, rollout in rows],
+            "system": of_rollouts("system"),
+            "prompt_ids": of_rollouts("prompt_ids"),
+            "token_ids": of_rollouts("token_ids"),
+            "sampler_logprobs": of_rollouts("sampler_logprobs"),
+            "ref_logprobs": of_each(lambda item: item.scored.ref_logprobs or [()] * len(item.scored.group.rollouts)),
         }
 
     def forget_after(self, step: int) -> None:
