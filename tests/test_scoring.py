@@ -168,6 +168,24 @@ class TestPool:
         assert results[1].result == RewardResult(0.0, reason="unparseable")
         assert pool.stats.outcomes == {"ok": 3, "unparseable": 1}
 
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_of_many_begun_at_once_each_has_its_own_fate(self, hostile: str, num_workers: int) -> None:
+        fates = {150: ("hang", "unparseable"), 250: ("os._exit", "infrastructure"), 300: ("raise", "error")}
+        unsendable = Row("r2", "math", (), None, {"image": b"123"})
+        pairs = [(reply(fates[i][0] if i in fates else "a", i), unsendable if i == 200 else ROW) for i in range(400)]
+
+        async def run() -> list[str]:
+            await pool.start()
+            try:
+                return [scored.outcome for scored in await asyncio.gather(*pool.begin(pairs))]
+            finally:
+                await pool.close()
+
+        pool = RewardPool(f"{hostile}:by_text", num_workers, timeout_s=1.0)
+        outcomes = asyncio.run(run())
+        expected = {index: outcome for index, (_, outcome) in fates.items()} | {200: "error"}
+        assert {index: outcome for index, outcome in enumerate(outcomes) if outcome != "ok"} == expected
+
     def test_a_hang_is_unparseable_where_others_are_wrong(self, hostile: str) -> None:
         """A score of 0, here given again to an earlier reply, shows as well as any other that the grader works."""
 
