@@ -20,7 +20,7 @@ from posttrain.records import Message, RewardResult, Rollout, Row, Scored, Versi
 from posttrain.scoring.plugins import RewardSpec, check_reward, list_rewards, load_reward
 from posttrain.scoring.pool import RewardPool
 from posttrain.scoring.sandbox import Limits, SandboxError, SandboxResult, find_sandbox, run_python
-from posttrain.scoring.wire import FrameBuffer, frame, pair_from_json, pair_to_json
+from posttrain.scoring.wire import FrameBuffer, PairText, frame, pair_from_json, request
 
 HOSTILE = '''
 import ctypes, os, subprocess, sys, time
@@ -167,6 +167,24 @@ class TestPool:
         assert [scored.outcome for scored in results] == ["ok", "unparseable", "ok", "ok"]
         assert results[1].result == RewardResult(0.0, reason="unparseable")
         assert pool.stats.outcomes == {"ok": 3, "unparseable": 1}
+
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_of_many_begun_at_once_each_has_its_own_fate(self, hostile: str, num_workers: int) -> None:
+        fates = {150: ("hang", "unparseable"), 250: ("os._exit", "infrastructure"), 300: ("raise", "error")}
+        unsendable = Row("r2", "math", (), None, {"image": b"123"})
+        pairs = [(reply(fates[i][0] if i in fates else "a", i), unsendable if i == 200 else ROW) for i in range(400)]
+
+        async def run() -> list[str]:
+            await pool.start()
+            try:
+                return [scored.outcome for scored in await asyncio.gather(*pool.begin(pairs))]
+            finally:
+                await pool.close()
+
+        pool = RewardPool(f"{hostile}:by_text", num_workers, timeout_s=1.0)
+        outcomes = asyncio.run(run())
+        expected = {index: outcome for index, (_, outcome) in fates.items()} | {200: "error"}
+        assert {index: outcome for index, outcome in enumerate(outcomes) if outcome != "ok"} == expected
 
     def test_a_hang_is_unparseable_where_others_are_wrong(self, hostile: str) -> None:
         """A score of 0, here given again to an earlier reply, shows as well as any other that the grader works."""
@@ -359,7 +377,7 @@ class TestPool:
 class TestWire:
     def test_a_pair_survives_the_journey(self) -> None:
         row = Row("r", "coding", (Message("system", "s"), Message("user", "\ud800 é")), [1, None], {"a": {"b": [1.5]}})
-        data = frame({"id": 1, **pair_to_json(reply("\udcff text"), row)})
+        data = request(1, PairText()(reply("\udcff text"), row))
         messages = [m for i in range(len(data)) for m in FrameBuffer(1 << 20).feed(data[: i + 1]) if i == len(data) - 1]
         assert pair_from_json(messages[0]) == (reply("\udcff text"), row)
 

@@ -15,7 +15,6 @@ transition of a group goes into the ledger, which a task of its own writes to th
 """
 
 import asyncio
-import gc
 import shutil
 import time
 from collections import Counter
@@ -31,6 +30,7 @@ from posttrain.rl.alarm import UnscoredAlarm
 from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.codec import NOTHING
+from posttrain.rl.collector import rare_collections
 from posttrain.rl.config import RlConfig
 from posttrain.rl.evidence import keep_evidence
 from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
@@ -145,23 +145,22 @@ class Controller:
     async def run(self) -> None:
         """Train to the last step."""
         await self._pool.start()
-        gc.freeze()  # millions of objects of libraries that live on; each full collection looks at them all
-        try:
-            self._start(self._workers.run())
-            self._start(self._keep_ledger())
-            self._go_on_with(self._survivors)
-            while self._next_version < self._config.steps:
-                await self._one_step()
-            self._side.stop()
-            await self._finish_update()
-        finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            await self._pool.close()
-            self._scored.flush()
-            await self._ledger.flush()
-            gc.unfreeze()
+        with rare_collections():
+            try:
+                self._start(self._workers.run())
+                self._start(self._keep_ledger())
+                self._go_on_with(self._survivors)
+                while self._next_version < self._config.steps:
+                    await self._one_step()
+                self._side.stop()
+                await self._finish_update()
+            finally:
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+                await self._pool.close()
+                self._scored.flush()
+                await self._ledger.flush()
 
     def finish(self) -> None:
         """After the last step: what is not decided never will be."""
@@ -223,7 +222,7 @@ class Controller:
         for _ in range(self._queue.room(self._workers.oldest_version)):
             stamp = self._workers.oldest_version
             new = self._queue.next_order
-            order, capability = self._queue.admit(stamp, self._first_returning)
+            order, capability = self._queue.admit(stamp, self._first_returning if self._returning else None)
             if order == new:
                 prompt, looks = self._source.draw(capability, order), self._source.looks(capability)
                 self._ledger.reserve(order, prompt.row.id, capability, prompt.system, looks, stamp)

@@ -336,7 +336,7 @@ class Ledger:
 
     def _log(self, event: str, order: int | None, value: Any = None) -> None:
         self._seq += 1
-        text = None if value is None else json.dumps(value)
+        text = None if value is None else str(value) if type(value) is int else json.dumps(value)
         self._logged.append((self._seq, time.time(), event, order, text))
 
     def _value(self, sql: str) -> int:

@@ -49,8 +49,10 @@ class PromptSource:
 
     def draw(self, capability: str, order: int) -> DrawnPrompt:
         """The prompt of the group that is dispatched at place `order`."""
-        rng = random.Random(f"{self._seed}/{order}")
         row = self._next(capability)
+        if self._curriculum is None and not self._systems.instructions:
+            return self.prompt(row.id, None)
+        rng = random.Random(f"{self._seed}/{order}")
         if self._curriculum is not None:
             row = self._in_band(row, self._curriculum, rng)
         return self.prompt(row.id, self._draw_system(row, rng))

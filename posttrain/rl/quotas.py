@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import count, islice
 
 from posttrain.errors import ConfigError
 from posttrain.records import Row
@@ -35,8 +35,7 @@ def places(shares: Mapping[str, float], first: int = 0) -> Iterator[str]:
 
 def _from_the_first(shares: Mapping[str, float]) -> Iterator[str]:
     given: Counter[str] = Counter()
-    while True:
-        total = sum(given.values()) + 1
+    for total in count(1):
         name = max(shares, key=lambda name: (shares[name] * total - given[name], name))
         given[name] += 1
         yield name

@@ -7,6 +7,7 @@ padded tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -58,7 +59,8 @@ def train_samples(groups: Sequence[ScoredGroup], version: int) -> list[TrainSamp
 
 def token_staleness(rollout: Rollout, version: int) -> tuple[int, ...]:
     """How many versions each reply token is behind `version`."""
-    return tuple(version - span.policy_version for span in rollout.versions for _ in range(span.start, span.end))
+    ages = ((version - span.policy_version,) * (span.end - span.start) for span in rollout.versions)
+    return tuple(chain.from_iterable(ages))
 
 
 def micro_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[list[TrainSample]]:

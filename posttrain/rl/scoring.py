@@ -95,7 +95,7 @@ def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> Sc
 
 def _refused(rollout: Rollout) -> Scored | None:
     """What a rollout is scored as if it cannot be trained on, else None."""
-    bad = sum(not math.isfinite(value) for value in rollout.sampler_logprobs)
+    bad = len(rollout.sampler_logprobs) - sum(map(math.isfinite, rollout.sampler_logprobs))
     if not bad:
         return None
     return Scored(None, "infrastructure", f"{bad} of the sampler's log-probabilities are not finite")

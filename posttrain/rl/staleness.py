@@ -200,7 +200,7 @@ class StalenessQueue:
         """The group has been sampled and scored, and is worth training on."""
         item = self._undecided[order]
         self._decided[False] += 1
-        self._undecided[order] = replace(item, is_ready=True)
+        self._undecided[order] = _Undecided(item.stamp, item.place, item.capability, True)
         self._num_ready += not item.is_ready
 
     def drop(self, order: int) -> None:
@@ -248,21 +248,20 @@ class StalenessQueue:
             return None
         batch: list[int] = []
         for capability, count in wanted.items():
-            own = [
-                order
+            own = sorted(
+                (item.stamp, order, item.is_ready)
                 for order, item in self._undecided.items()
                 if item.place is not None and item.capability == capability
-            ]
-            own.sort(key=lambda order: (self._undecided[order].stamp, order))
-            ready = [order for order in own if self._undecided[order].is_ready]
-            chosen = own[:count] if self._mode == "wait" else ready[:count]
-            if len(chosen) < count or not all(self._undecided[order].is_ready for order in chosen):
+            )
+            first = own if self._mode == "wait" else [item for item in own if item[2]]
+            chosen = first[:count]
+            if len(chosen) < count or not all(is_ready for _, _, is_ready in chosen):
                 return None
             taken = set(chosen)
-            left = [self._undecided[order].stamp + self._max_staleness for order in own if order not in taken]
+            left = [item[0] + self._max_staleness for item in own if item not in taken]
             if self._mode != "drop" and not self._fit(capability, left, version):
                 return None
-            batch += chosen
+            batch += [order for _, order, _ in chosen]
         for order in batch:
             del self._undecided[order]
         self._num_ready -= len(batch)
@@ -279,10 +278,10 @@ class StalenessQueue:
 
     def _fit(self, capability: str, last_chances: list[int], version: int) -> bool:
         """True if all groups that are left find a place in the batches after `version`, up to their last chances."""
-        room = 0
+        room, num_due = 0, Counter(last_chances)
         for last_chance in range(version, version + self._max_staleness):
             if last_chance > version:
                 room += self._places.get(last_chance, Counter())[capability]
-            if sum(chance <= last_chance for chance in last_chances) > room:
+            if sum(count for chance, count in num_due.items() if chance <= last_chance) > room:
                 return False
         return True

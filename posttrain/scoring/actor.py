@@ -11,6 +11,7 @@ call between processes costs more than a score.
 import asyncio
 import contextlib
 import os
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,10 @@ from posttrain.scoring.pool import PoolStats, RewardPool
 
 # In the environment of the reward processes and of all they start: which actor they belong to.
 MARK = "POSTTRAIN_REWARD_ACTOR"
+
+
+Scoring = tuple[int, Sequence[tuple[Rollout, Row]]]
+Done = tuple[int, list[Scored] | Exception]  # the scores in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +44,8 @@ class RewardActor:
         with contextlib.suppress(OSError):  # another node need not have it
             os.chdir(folder)
         self._pool = RewardPool(spec, num_workers, timeout_s)
-        self._done: list[tuple[int, list[Scored] | Exception]] = []
+        self._done: list[Done] = []
         self._event = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def where(self) -> tuple[str, int]:
         """The node's id in Ray, and this process's."""
@@ -57,28 +61,28 @@ class RewardActor:
             return str(error)
         return ""
 
-    async def submit(self, scorings: Sequence[tuple[int, Sequence[tuple[Rollout, Row]]]]) -> None:
-        """Begins to score under the caller's keys."""
-        for key, pairs in scorings:
-            task = asyncio.create_task(self._score(key, pairs))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    async def submit(self, scorings: bytes) -> None:
+        """Begins to score under the caller's keys. scorings: pickled pairs of a key and what to score under it."""
+        work: list[Scoring] = pickle.loads(scorings)
+        for key, pairs in work:
+            try:
+                scores = asyncio.gather(*self._pool.begin(pairs))
+            except Exception as error:  # raised where the scores are waited for
+                self._finish(key, error)
+            else:
+                scores.add_done_callback(lambda scores, key=key: self._finish(key, scores.result()))
 
-    async def collect(self, wait_s: float) -> tuple[list[tuple[int, list[Scored] | Exception]], Health]:
-        """What was done since the last call, the scores in order; waits up to `wait_s` for the first."""
+    async def collect(self, wait_s: float) -> tuple[bytes, Health]:
+        """What was done since the last call, waiting up to `wait_s` for the first: a pickled list of `Done`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._event.wait()
         self._event.clear()
         done, self._done = self._done, []
-        return done, await self.ping()
+        return pickle.dumps(done), await self.ping()
 
-    async def _score(self, key: int, pairs: Sequence[tuple[Rollout, Row]]) -> None:
-        try:
-            scores = await asyncio.gather(*(self._pool.score(rollout, row) for rollout, row in pairs))
-            self._done.append((key, list(scores)))
-        except Exception as error:  # raised where the scores are waited for
-            self._done.append((key, error))
+    def _finish(self, key: int, scores: list[Scored] | Exception) -> None:
+        self._done.append((key, scores))
         self._event.set()
 
     async def ping(self) -> Health:

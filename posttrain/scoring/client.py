@@ -91,6 +91,8 @@ class RewardClient:
 
     async def _living(self) -> ActorLife:
         """The actor, or a new one where it was lost."""
+        if self._life is not None and not self._life.is_lost and not self._replacing.locked():
+            return self._life
         async with self._replacing:
             while self._life is None or self._life.is_lost:
                 if not self._is_open:

@@ -7,6 +7,7 @@ actor that is lost is killed with all its processes, and every call that waits f
 import asyncio
 import contextlib
 import os
+import pickle
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import psutil
 from posttrain.config.shared import RewardResources
 from posttrain.errors import PluginError, StageError
 from posttrain.records import Rollout, Row, Scored
-from posttrain.scoring.actor import MARK, Health, RewardActor
+from posttrain.scoring.actor import MARK, Done, Health, RewardActor, Scoring
 from posttrain.scoring.plugins import RewardSpec
 from posttrain.scoring.process import kill_marked
 
@@ -51,7 +52,7 @@ class ActorLife:
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._process: psutil.Process | None = None
         self._serving: list[asyncio.Task[None]] = []
-        self._outbox: list[tuple[int, Sequence[tuple[Rollout, Row]]]] = []
+        self._outbox: list[Scoring] = []
         self._wake = asyncio.Event()
         self._scoring: dict[int, asyncio.Future[list[Scored]]] = {}
         self._num_scorings = 0
@@ -96,18 +97,17 @@ class ActorLife:
 
     async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
         """The scores in order. Raises ActorLostError."""
+        if self.is_lost:
+            raise ActorLostError(self.reason)
         self._num_scorings += 1
         key = self._num_scorings
         done = self._scoring[key] = asyncio.get_running_loop().create_future()
         self._outbox.append((key, pairs))
         self._wake.set()
         try:
-            await asyncio.wait({done, self._lost}, return_when=asyncio.FIRST_COMPLETED)
-            if done.done():
-                return done.result()
+            return await done
         finally:
             del self._scoring[key]
-        raise ActorLostError(self.reason)
 
     async def close(self) -> None:
         """Ends the pool, then the actor; what still waits for a score gets none."""
@@ -145,19 +145,20 @@ class ActorLife:
             self._wake.clear()
             scorings, self._outbox = self._outbox, []
             try:
-                await self._call("submit", scorings)
+                await self._call("submit", pickle.dumps(scorings))  # Ray's pickler asks Python about each record
             except Exception as error:
                 self._resolve((key, error) for key, _ in scorings)
 
     async def _empty(self) -> None:
         while not self.is_lost:
             try:
-                done, self.health = await self._call("collect", COLLECT_S)
+                answered, self.health = await self._call("collect", COLLECT_S)
+                done: list[Done] = pickle.loads(answered)
             except Exception as error:
                 done = [(key, error) for key in self._scoring]
             self._resolve(done)
 
-    def _resolve(self, done: Iterable[tuple[int, list[Scored] | Exception]]) -> None:
+    def _resolve(self, done: Iterable[Done]) -> None:
         for key, scores in done:
             waiting = self._scoring.get(key)
             if waiting is None or waiting.done():  # its caller gave up
@@ -187,6 +188,7 @@ class ActorLife:
         if self.is_lost:
             return
         self._lost.set_result(reason)
+        self._resolve((key, ActorLostError(reason)) for key in self._scoring)
         if self._process is not None and not is_empty:
             with contextlib.suppress(psutil.Error):
                 self._process.kill()  # of this very process: psutil knows a number that was given to another

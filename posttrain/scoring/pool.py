@@ -20,7 +20,7 @@ from posttrain.errors import PluginError
 from posttrain.records import RewardResult, Rollout, Row, Scored
 from posttrain.scoring.plugins import RewardSpec, check_reward, resolve
 from posttrain.scoring.slot import Item, Reports, Slot
-from posttrain.scoring.wire import frame, pair_to_json, result_from_json
+from posttrain.scoring.wire import PairText, frame, result_from_json
 
 _NEVER = float("-inf")
 _SCORED = ("ok", "wrong")
@@ -80,7 +80,7 @@ class RewardPool:
         self._queue: deque[Item] = deque()
         self._num_items = 0
         self._last_ok_s = _NEVER
-        self._control: dict[str, Any] | None = None  # a rollout that was scored without trouble
+        self._control = ""  # the text of a pair that was scored without trouble
         self._settling: set[asyncio.Task[None]] = set()
         self._is_open = False
 
@@ -114,17 +114,23 @@ class RewardPool:
 
     async def score(self, rollout: Rollout, row: Row) -> Scored:
         """The rollout's score, or why there is none. Whatever the reward function does, this does not raise."""
+        return await self.begin([(rollout, row)])[0]
+
+    def begin(self, pairs: Iterable[tuple[Rollout, Row]]) -> list[asyncio.Future[Scored]]:
+        """Begins to score. Returns what `score` would wait for, of each pair; one that is cancelled is let go."""
         if not self._is_open:
             raise RuntimeError("start the pool before scoring")
-        try:
-            pair = pair_to_json(rollout, row)
-            item = self._add(pair)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            return self._count(Scored(None, "error", f"row {row.id}: {error}"))
-        scored = await item.future
-        if scored.outcome in _SCORED:
-            self._control = pair
-        return scored
+        text_of = PairText()
+        futures = []
+        for rollout, row in pairs:
+            future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
+            futures.append(future)
+            try:
+                self._add(text_of(rollout, row), future)
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                future.set_result(self._count(Scored(None, "error", f"row {row.id}: {error}")))
+        self._dispatch()
+        return futures
 
     def score_all(self, pairs: Iterable[tuple[Rollout, Row]]) -> list[Scored]:
         """Starts the pool, scores all pairs, closes it: for a caller without an event loop. Results in order."""
@@ -164,17 +170,20 @@ class RewardPool:
         except (TypeError, ValueError) as error:
             raise PluginError(f"reward {self.spec.name!r}: args must be JSON values: {error}") from error
 
-    def _add(self, pair: dict[str, Any], is_control: bool = False) -> Item:
+    def _add(self, pair: str, future: asyncio.Future[Scored], is_control: bool = False) -> None:
         self._num_items += 1
-        data = frame({"id": self._num_items, **pair})
-        future = asyncio.get_running_loop().create_future()
-        item = Item(self._num_items, data, future, time.monotonic(), is_control=is_control)
-        self._queue.append(item)
-        self._dispatch()
-        return item
+        self._queue.append(Item(self._num_items, pair, future, time.monotonic(), is_control=is_control))
 
     def _dispatch(self) -> None:
         """Sends what can be sent; where no worker can be had any more, fails what waits."""
+        self._fill_slots()
+        for slot in self._slots:
+            slot.flush()
+        broken = [slot for slot in self._slots if slot.broken_by]
+        if self._queue and broken and len(broken) == len(self._slots):
+            self._fail_waiting(broken)
+
+    def _fill_slots(self) -> None:
         while self._queue:
             item = self._queue[0]
             if item.future.done():  # its caller gave up
@@ -184,9 +193,6 @@ class RewardPool:
             if slot is None:
                 break
             slot.send(self._queue.popleft())
-        broken = [slot for slot in self._slots if slot.broken_by]
-        if self._queue and broken and len(broken) == len(self._slots):
-            self._fail_waiting(broken)
 
     def _fail_waiting(self, broken: Sequence[Slot]) -> None:
         reason = f"no worker could be started: {broken[0].broken_by}"
@@ -208,6 +214,7 @@ class RewardPool:
             self._resolve(item, Scored(None, "error", str(reply["error"])))
         else:
             self._last_ok_s = time.monotonic()
+            self._control = item.pair
             result = result_from_json(reply["result"])
             self._resolve(item, Scored(result, "ok" if result.value > 0 else "wrong"))
 
@@ -244,9 +251,12 @@ class RewardPool:
         """Whether another rollout was scored since then, or one that was scored before is scored again now."""
         if self._last_ok_s > since_s:
             return True
-        if self._control is None:
+        if not self._control:
             return False
-        return (await self._add(self._control, is_control=True).future).outcome in _SCORED
+        future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
+        self._add(self._control, future, is_control=True)
+        self._dispatch()
+        return (await future).outcome in _SCORED
 
     def _resolve(self, item: Item, scored: Scored) -> None:
         if item.future.done():

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +22,10 @@ _DRAIN_S = 0.3
 
 
 class WorkerProcess(asyncio.SubprocessProtocol):
-    """A running worker. `on_message(message)` is called for each reply, `on_exit()` once, after the last reply."""
+    """A running worker. `on_messages(messages)` is called for replies, `on_exit()` once, after the last."""
 
-    def __init__(self, on_message: Callable[[dict[str, Any]], None], on_exit: Callable[[], None]):
-        self._on_message = on_message
+    def __init__(self, on_messages: Callable[[Iterator[dict[str, Any]]], None], on_exit: Callable[[], None]):
+        self._on_messages = on_messages
         self._on_exit = on_exit
         self._buffer = FrameBuffer()
         self._errors = bytearray()
@@ -60,7 +60,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
         return self._errors.decode(errors="replace").strip()
 
     def send(self, data: bytes) -> None:
-        """Queues a frame; a worker that has just died is reported by `on_exit`, not here."""
+        """Queues frames; a worker that has just died is reported by `on_exit`, not here."""
         pipe = self._transport.get_pipe_transport(0) if self._transport is not None else None
         if pipe is not None and not pipe.is_closing():
             cast(asyncio.WriteTransport, pipe).write(data)
@@ -94,8 +94,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
             del self._errors[:-_TAIL_BYTES]
             return
         try:
-            for message in self._buffer.feed(data):
-                self._on_message(message)
+            self._on_messages(self._buffer.feed(data))
         except (ValueError, KeyError, TypeError) as error:  # something else wrote on the protocol's descriptor
             self._errors += f"\nbad reply: {error}".encode()
             self.kill()

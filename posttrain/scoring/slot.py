@@ -7,15 +7,16 @@ outcome) is the pool's business.
 import asyncio
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.records import Scored
 from posttrain.scoring.process import WorkerProcess
+from posttrain.scoring.wire import request
 
 _PIPELINE_S = 0.02
-_MAX_PIPELINE = 32
+_MAX_PIPELINE = 256
 _ASYNC_GRACE_S = 1.0  # an async worker cancels a late item itself; this much later it is taken to be stuck
 _MAX_START_FAILURES = 3
 _BACKOFF_S = 0.2
@@ -23,13 +24,14 @@ _BACKOFF_S = 0.2
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """A rollout to be scored: the frame to send, and what has happened to it so far. Times are monotonic seconds.
+    """A rollout to be scored, and what has happened to it so far. Times are monotonic seconds.
 
-    alone: it was in flight beside others when their worker was lost; running alone shows which one did it.
+    pair: as `PairText` gives it. alone: it was in flight beside others when their worker was lost; running alone
+    shows which one did it.
     """
 
     key: int
-    data: bytes
+    pair: str
     future: "asyncio.Future[Scored]"
     started_s: float
     sent_s: float = 0.0
@@ -62,6 +64,7 @@ class Slot:
         self._concurrency = concurrency
         self._reports = reports
         self._items: dict[int, Item] = {}  # in the order sent
+        self._unsent: list[bytes] = []
         self._worker: WorkerProcess | None = None
         self._loaded: asyncio.Future[str] | None = None
         self._is_async = False
@@ -86,7 +89,7 @@ class Slot:
         """Starts a worker and has it load the plug-in. Returns "" or the reason why it could not."""
         loop = asyncio.get_running_loop()
         loaded = self._loaded = loop.create_future()
-        worker = WorkerProcess(lambda message: self._on_message(worker, message), lambda: self._on_exit(worker))
+        worker = WorkerProcess(lambda messages: self._on_messages(worker, messages), lambda: self._on_exit(worker))
         self._worker = worker
         try:
             await worker.start()
@@ -107,19 +110,24 @@ class Slot:
             return False
         if not self._items:
             return True
-        if item.alone or any(other.alone for other in self._items.values()):
+        if item.alone or next(iter(self._items.values())).alone:
             return False
         if self._is_async:
             return len(self._items) < self._concurrency
         return len(self._items) < min(_PIPELINE_S / self._mean_s, _MAX_PIPELINE)
 
     def send(self, item: Item) -> None:
-        assert self._worker is not None
+        """Takes an item; `flush` hands all that were taken to the worker at once."""
         item.sent_s = time.monotonic()
         self._items[item.key] = item
-        self._worker.send(item.data)
+        self._unsent.append(request(item.key, item.pair))
         if len(self._items) == 1:
             self._arm()
+
+    def flush(self) -> None:
+        if self._unsent and self._worker is not None:
+            self._worker.send(b"".join(self._unsent))
+        self._unsent.clear()
 
     def revive(self) -> None:
         """Tries once more to start a worker where that was given up."""
@@ -129,6 +137,7 @@ class Slot:
     def take_all(self) -> list[Item]:
         items = list(self._items.values())
         self._items.clear()
+        self._unsent.clear()
         self._arm()
         return items
 
@@ -139,6 +148,14 @@ class Slot:
             await asyncio.gather(self._restarting, return_exceptions=True)
         worker, self._worker = self._worker, None
         await asyncio.gather(*(w.close() for w in (worker, *self._dying) if w is not None))
+
+    def _on_messages(self, worker: WorkerProcess, messages: Iterable[dict[str, Any]]) -> None:
+        try:
+            for message in messages:
+                self._on_message(worker, message)
+        finally:  # also of those before one that cannot be read
+            self._arm()
+            self._reports.room()
 
     def _on_message(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
         if worker is not self._worker:
@@ -153,9 +170,7 @@ class Slot:
             return
         self._last_reply_s = time.monotonic()
         self._mean_s += 0.1 * (max(float(message["s"]), 1e-5) - self._mean_s)
-        self._arm()
         self._reports.replied(item, message)
-        self._reports.room()
 
     def _arm(self) -> None:
         """Puts the clock on the first item: from when it was sent, or, behind others, from when they were done."""

@@ -59,7 +59,7 @@ def _serve(function: RewardFunction, requests: BinaryIO, replies: int) -> None:
 def _score(function: RewardFunction, request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         value = function(*pair_from_json(request))
-        if inspect.isawaitable(value):
+        if not isinstance(value, float) and inspect.isawaitable(value):
             value = asyncio.run(_await(value))
         return {"result": result_to_json(to_result(value))}
     except BaseException as error:  # sys.exit() and the like are the reward's failures, not ours
@@ -125,7 +125,7 @@ def _limit_memory(memory_gib: float | None) -> None:
 
 def _take_pipes() -> tuple[BinaryIO, int]:
     """Moves the protocol off descriptors 0 and 1, so that a reward that prints or reads cannot disturb it."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
+    requests, replies = os.fdopen(os.dup(0), "rb", buffering=1 << 16), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -145,7 +145,7 @@ def _read_blocking(requests: BinaryIO) -> dict[str, Any] | None:
     header = requests.read(HEADER_BYTES)
     if len(header) < HEADER_BYTES:
         return None
-    return json.loads(requests.read(int.from_bytes(header, "big")))
+    return json.loads(requests.read(int.from_bytes(header, "big")).decode("ascii"))
 
 
 async def _read(reader: asyncio.StreamReader) -> dict[str, Any] | None:
