@@ -6,7 +6,9 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +135,38 @@ class TestGroups:
         reason = drop_reason(lost, config)
         assert reason == "unscored:error"
         good = score_texts(["right 1", "wrong 0", "right 1", "wrong 0"], config)
-        tally = StepTally({})
+        tally = StepTally({}, {})
         tally.decided(lost, reason)
         tally.decided(good, None)
         metrics = tally.values(0, [good], [0.0], 0.0, {})
         assert (metrics["groups_dropped_unscored"], metrics["rollouts_unscored"]) == (1, 3)
         assert metrics["unscored_fraction"] == 3 / 8
+
+    def test_drops_are_counted_by_reason_length_and_difficulty(self, reward: str) -> None:
+        config = make_config(reward)
+        same = score_texts(["right 1"] * 4, config)
+        good = score_texts(["right 1", "wrong 0", "right 1", "wrong 0"], config)
+        prompt_id = same.group.prompt.row.id
+        tally = StepTally({}, {prompt_id: 0.3})
+        tally.decided(good, None)
+        tally.decided(same, "zero_advantage")
+        tally.expired(
+            "stale",
+            prompt_id,
+            [replace(out, token_ids=(1,) * n) for out, n in zip(same.group.rollouts, (9, 0, 0, 9), strict=True)],
+        )
+        tally.expired("surplus", "another", [replace(out, token_ids=()) for out in same.group.rollouts])
+        metrics = tally.values(0, [good], [0.0], 0.0, {})
+        tokens = len(same.group.rollouts[0].token_ids)
+        dropped = {name: count for name, count in metrics.items() if name.startswith("groups_dropped_") and count}
+        by_length = Counter([2 ** (tokens - 1).bit_length(), 8, 0])
+        assert dropped == {
+            "groups_dropped_zero_advantage": 1, "groups_dropped_stale": 1, "groups_dropped_surplus": 1,
+            "groups_dropped_pass_rate/0.25": 2, "groups_dropped_pass_rate/unknown": 1,
+            **{f"groups_dropped_length/{length}": count for length, count in by_length.items()},
+        }  # fmt: skip
+        assert metrics["groups_too_easy"] == 1
+        assert metrics["tokens_dropped"] == 4 * tokens + 18
 
 
 class TestAlarm:

@@ -32,6 +32,7 @@ from posttrain.rl.busy import BusyLog
 from posttrain.rl.codec import NOTHING
 from posttrain.rl.collector import rare_collections
 from posttrain.rl.config import RlConfig
+from posttrain.rl.difficulty import Difficulty
 from posttrain.rl.evidence import keep_evidence
 from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
 from posttrain.rl.judge import Judge, rewards
@@ -59,7 +60,7 @@ class Parts:
     """What a controller moves records between. trainer holds `PolicyTrainer`s.
 
     shares: of each capability in every batch. stop_ids: token ids that end a reply. heldout:
-    prompts of `evaluation`. profiled: tokens that the profile sampled.
+    prompts of `evaluation`. profile: of the prompts.
     """
 
     engines: Engines
@@ -72,7 +73,7 @@ class Parts:
     stop_ids: tuple[int, ...]
     heldout: Sequence[DrawnPrompt] = ()
     judge: Judge | None = None
-    profiled: int = 0
+    profile: Sequence[Difficulty] = ()
 
 
 class Controller:
@@ -111,6 +112,7 @@ class Controller:
         self._survivors = survivors
         self._returning: dict[int, Entry] = {}  # groups of before a crash that start again once there is room
         self._ready: dict[int, tuple[ScoredGroup, float]] = {}  # with the Unix time since when
+        self._scoring: dict[int, Group] = {}
         self._archived_seq = 0
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -132,9 +134,10 @@ class Controller:
         self._scored = BusyLog(context, "reward", "score")
         self._tally = StepTally(
             {**{worker.name: worker.log for worker in self._workers.workers}, "reward": self._scored}
-            | (parts.judge.logs if parts.judge is not None else {})
+            | (parts.judge.logs if parts.judge is not None else {}),
+            {item.prompt_id: item.pass_rate for item in parts.profile},
         )
-        self._tokens_sampled = sampled_before(context.dir, parts.profiled)
+        self._tokens_sampled = sampled_before(context.dir, sum(item.tokens for item in parts.profile))
         self._pool = rewards(config, parts.judge)
         self._alarm = UnscoredAlarm(config)
         self._side = SideWork(
@@ -261,7 +264,9 @@ class Controller:
 
     async def _score(self, group: Group) -> None:
         began = time.time()
+        self._scoring[group.order] = group
         scored = await score_group(group, self._pool, self._config)
+        del self._scoring[group.order]
         self._scored.add(began, time.time())
         reason = drop_reason(scored, self._config)
         if reason is None and self._parts.reference is not None:
@@ -305,11 +310,14 @@ class Controller:
         for order in self._queue.expired():
             self._queue.drop(order)
             self._ledger.dropped(order, reason)
-            self._workers.cancel(order)
-            scored = self._ready.pop(order, None)
-            self._tally.expired(reason, scored and scored[0])
-            if scored is not None:
-                self._archive.add(scored[0], None, self._next_version, f"dropped:{reason}")
+            flight, group = self._workers.cancel(order), self._scoring.get(order)
+            if (ready := self._ready.pop(order, None)) is not None:
+                self._archive.add(ready[0], None, self._next_version, f"dropped:{reason}")
+                group = ready[0].group
+            if group is not None:
+                self._tally.expired(reason, group.prompt.row.id, group.rollouts)
+            elif flight is not None:
+                self._tally.expired(reason, flight.prompt.row.id, flight.replies)
 
     # ------------------------------------------------------------------ training
 

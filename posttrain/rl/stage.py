@@ -83,7 +83,6 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         shares = mixture_shares(selected, config.mixture)
         drawn = drawn_rows(config, difficulties, rows)
         reference = Reference(config, context.seed) if config.loss.reference is not None else None
-        profiled = sum(item.tokens for item in difficulties)
         ledger = open_ledger(context.dir)
         try:
             _check_same(ledger, config, rows, context.dir, context.seed)
@@ -91,7 +90,17 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
                 source = prompt_source(config, drawn, difficulties, tokenizer, context.seed)
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
                 parts = Parts(
-                    engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated, judge, profiled
+                    engines,
+                    trainer,
+                    reference,
+                    source,
+                    shares,
+                    archive,
+                    ledger,
+                    stop_ids,
+                    evaluated,
+                    judge,
+                    difficulties,
                 )
                 try:
                     figures = _train(config, context, parts, prompts)

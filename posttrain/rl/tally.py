@@ -1,5 +1,6 @@
 """What happened from one optimizer step to the next, counted, and told as the metrics of the step."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,11 +9,17 @@ from statistics import fmean
 from typing import Any
 
 from posttrain.metrics.jsonl import read_jsonl
+from posttrain.records import Rollout
 from posttrain.rl.archive import num_tokens
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.groups import PASS_THRESHOLD, ScoredGroup
+from posttrain.sampling.requests import Completion
 
 REASONS = ("zero_advantage", "unscored", "truncated", "stale", "surplus")
+
+# Of every dropped group: the mean length of its replies, up to a power of two; its prompt's pass rate by the profile,
+# to the nearest quarter.
+BY = ("dropped_length/", "dropped_pass_rate/")
 
 
 def sampled_before(folder: Path, profiled: int) -> int:
@@ -22,10 +29,14 @@ def sampled_before(folder: Path, profiled: int) -> int:
 
 
 class StepTally:
-    """Counts decided groups. logs: of each actor beside the trainer, by its name, from which its idle time is known."""
+    """Counts decided groups. logs: of each actor beside the trainer, by its name, from which its idle time is known.
 
-    def __init__(self, logs: Mapping[str, BusyLog]):
+    pass_rates: of the prompts, by the profile.
+    """
+
+    def __init__(self, logs: Mapping[str, BusyLog], pass_rates: Mapping[str, float]):
         self._logs = logs
+        self._pass_rates = pass_rates
         self._counts: Counter[str] = Counter()
         self._told = time.time()
         self._busy_s = dict.fromkeys(logs, 0.0)
@@ -36,27 +47,30 @@ class StepTally:
         What follows a colon in it is counted with what stands before.
         """
         rollouts, rewards, counts = scored.group.rollouts, scored.scored_rewards, self._counts
-        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
         counts["groups"] += 1
-        counts["tokens"] += tokens
+        counts["tokens"] += sum(lengths)
         counts["rollouts"] += len(rollouts)
         counts["passes"] += sum(reward > PASS_THRESHOLD for reward in rewards)
         counts["rewards"] += len(rewards)
         counts["length"] += sum(rollout.finish_reason == "length" for rollout in rollouts)
         if dropped is not None:
-            counts[f"dropped_{dropped.partition(':')[0]}"] += 1
-            counts["dropped_tokens"] += tokens
-            counts["dropped_rollouts"] += len(rollouts)
+            self._drop(dropped.partition(":")[0], scored.group.prompt.row.id, lengths)
         if dropped == "zero_advantage":
             counts["too_easy" if fmean(rewards) > PASS_THRESHOLD else "too_hard"] += 1
 
-    def expired(self, reason: str, scored: ScoredGroup | None) -> None:
-        """A group became too old; None: before it was scored, so that its rollouts count nowhere."""
-        self._counts[f"dropped_{reason}"] += 1
-        if scored is not None:
-            rollouts = scored.group.rollouts
-            self._counts["dropped_tokens"] += sum(len(rollout.token_ids) for rollout in rollouts)
-            self._counts["dropped_rollouts"] += len(rollouts)
+    def expired(self, reason: str, prompt_id: str, replies: Sequence[Rollout | Completion]) -> None:
+        """A group is too old, or not needed; its replies as they were by then."""
+        self._drop(reason, prompt_id, [len(reply.token_ids) for reply in replies])
+
+    def _drop(self, reason: str, prompt_id: str, lengths: Sequence[int]) -> None:
+        counts = self._counts
+        counts[f"dropped_{reason}"] += 1
+        counts["dropped_tokens"] += sum(lengths)
+        counts["dropped_rollouts"] += len(lengths)
+        counts[f"dropped_length/{_power_of_two(fmean(lengths))}"] += 1
+        rate = self._pass_rates.get(prompt_id)
+        counts[f"dropped_pass_rate/{'unknown' if rate is None else f'{round(4 * rate) / 4:g}'}"] += 1
 
     def values(
         self, step: int, batch: Sequence[ScoredGroup], ages_s: Sequence[float], waited_s: float, trained: dict[str, Any]
@@ -89,6 +103,7 @@ class StepTally:
             "groups_trained": len(batch),
             "groups_generated": counts["groups"],
             **{f"groups_dropped_{reason}": counts[f"dropped_{reason}"] for reason in REASONS},
+            **{f"groups_{name}": count for name, count in sorted(counts.items()) if name.startswith(BY)},
             "groups_too_easy": counts["too_easy"],
             "groups_too_hard": counts["too_hard"],
             "rollouts_unscored": unscored,
@@ -113,3 +128,8 @@ class StepTally:
             self._busy_s[name] = log.busy_s
             shares[f"idle/{name}"] = max(0.0, 1 - busy_s / wall_s) if wall_s else 0.0
         return shares
+
+
+def _power_of_two(length: float) -> int:
+    """The smallest that is no less."""
+    return 2 ** max(0, math.ceil(math.log2(length))) if length else 0

@@ -168,14 +168,17 @@ class RolloutWorkers:
         worker.outbox.append(flight)
         worker.wake.set()
 
-    def cancel(self, order: int) -> None:
-        """Stop sampling for a group."""
+    def cancel(self, order: int) -> Flight | None:
+        """Stop sampling for a group; returns what there was of it."""
+        waiting = [flight for flight in self._unsent if flight.order == order]
         self._unsent = [flight for flight in self._unsent if flight.order != order]
         for worker in self.workers:
-            if worker.flights.pop(order, None) is not None:
+            if (flight := worker.flights.pop(order, None)) is not None:
+                waiting.append(flight)
                 worker.outbox = [flight for flight in worker.outbox if flight.order != order]
                 if worker.is_alive:
                     worker.actor.cancel.remote([order])
+        return waiting[0] if waiting else None
 
     def _send_waiting(self) -> None:
         unsent, self._unsent = self._unsent, []
