@@ -1,13 +1,13 @@
 """Entries of rl.py for the overlap of generation and training: the same stage, strictly on-policy and asynchronous.
 
-  async_overlap_{generation,balanced,training}   how much faster the asynchronous stage is than the strict one
-      (max_staleness 0, where one waits for the other), over how much faster it could be if generation and training
-      overlapped whole: (T_gen + T_train) / max(T_gen, T_train). Both times are the strict stage's own, a step: T_gen is
-      what its trainer waits for a batch, T_train the rest of the step. Engine, trainer and controller have one core
-      each where there are three; on two they share them, and so does whatever else runs. More requests in flight also
-      fill the engine's batches better, so that 1 is no upper bound
+  async_overlap   how much faster the asynchronous stage is than the strict one (max_staleness 0, where one waits for
+      the other), over how much faster it could be if generation and training overlapped whole:
+      (T_gen + T_train) / max(T_gen, T_train). Both times are the strict stage's own, a step: T_gen is what its trainer
+      waits for a batch, T_train the rest of the step. Engine, trainer and controller have one core each where there are
+      three; on two they share them, and so does whatever else runs. More requests in flight also fill the engine's
+      batches better, so that 1 is no upper bound. The lowest of three balances is the figure
 
-Three balances by what a step is made of: few long replies to short prompts; many middling ones; short replies to long
+The balances are by what a step is made of: few long replies to short prompts; many middling ones; short replies to long
 prompts, which the engine reads once a group and the trainer once a reply.
 """
 
@@ -30,7 +30,13 @@ BALANCES = {"generation": (4, 4, 96, 4), "balanced": (16, 8, 24, 16), "training"
 STALENESS, WARM, STEPS, ROUNDS = 3, 3, 10, 2
 
 
-def async_overlap(balance: str, seed: int = 0) -> tuple[float, dict[str, float]]:
+def async_overlap() -> tuple[float, dict[str, float]]:
+    found = {balance: _overlap(balance) for balance in BALANCES}
+    detail = {f"{balance}_{name}": value for balance, figures in found.items() for name, value in figures.items()}
+    return min(figures["ratio"] for figures in found.values()), {**detail, "max_staleness": STALENESS}
+
+
+def _overlap(balance: str, seed: int = 0) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch, ray_session():
         model = save("1m", Path(scratch) / "model").path
         rounds = []
@@ -47,8 +53,7 @@ def async_overlap(balance: str, seed: int = 0) -> tuple[float, dict[str, float]]
             speedup = statistics.fmean(step["step_wall_s"] for step in strict) / async_s
             rounds.append({"ratio": speedup / ideal, "speedup": speedup, "ideal": ideal, "t_gen_ms": 1e3 * gen_s,
                            "t_train_ms": 1e3 * (wall_s - gen_s), "async_step_ms": 1e3 * async_s})  # fmt: skip
-    medians = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
-    return medians.pop("ratio"), {**medians, "max_staleness": STALENESS}
+    return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
 
 
 def _steps(folder: Path, model: str, balance: str, staleness: int, seed: int) -> list[dict[str, Any]]:

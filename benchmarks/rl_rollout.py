@@ -1,6 +1,6 @@
 """Entries of rl.py for the rollout worker, beside vLLM alone.
 
-rollout_vs_raw_{1m,50m}   tokens a second of our rollout worker (requests and pieces through Ray, log-probabilities,
+rollout_vs_raw, _50m      tokens a second of our rollout worker (requests and pieces through Ray, log-probabilities,
                           versions, the ledger on the disk) over those of `vllm.LLM.generate` in a Ray actor of its
                           own. The same model, prompts, lengths and log-probabilities, all requests given at once;
                           the two take turns. `LLM` runs in both of its modes, with its core in a process of its own
