@@ -424,6 +424,16 @@ def rl_reference(config: Any) -> Any:
     return _model(reference_config(config).model.model_dump_json()).state_dict() if config.loss.reference else None
 
 
+def rl_trainer_deadline(config: Any) -> Any:
+    """How long the trainer's ranks may take for a call; they are not started."""
+    from unittest.mock import patch
+
+    from posttrain.rl import stage
+
+    with patch.object(stage, "RankGroup", lambda *_, **given: given["deadline_s"]):
+        return stage._start_trainer(config, 0)
+
+
 def rl_judge(config: Any) -> Any:
     """What the judge is started with, if there is one, what it is asked about a reply, and what its answer means."""
     from posttrain.model.load import load_tokenizer
@@ -540,7 +550,7 @@ def rl_controller(config: Any) -> Any:
         order, capability = controller._queue.admit(0)
         controller._queue.drop(order)
         capabilities.append(capability)
-    waits = controller._trainer_deadline_s, controller._workers._deadline_s, controller._workers._wave_seed
+    waits = controller._workers._deadline_s, controller._workers._wave_seed
     built = _pool(controller._pool), controller._request(_drawn()[0]), controller._idle_limit, due, room, capabilities
     return built, waits, list(restarts_left(config))
 
@@ -692,8 +702,8 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
         rl_controller, rl_first_batch, rl_draws, rl_parked_draws, rl_knowledge, rl_side, rl_policy, rl_micro_batches,
-        rl_rescoring, rl_weights, rl_reference, rl_judge, rl_stops, policy, router_bias, engine_settings, MODEL_ENGINE,
-        trackers,
+        rl_rescoring, rl_weights, rl_reference, rl_judge, rl_trainer_deadline, rl_stops, policy, router_bias,
+        engine_settings, MODEL_ENGINE, trackers,
     ),
     "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings, trackers),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),
