@@ -62,6 +62,8 @@ def test_nobody_waits_for_ever_for_a_rank(ray_session):
     try:
         with pytest.raises(StageError, match="the training was lost in wait: 1 of 1 ranks did not finish wait in 2 s"):
             group.get("wait")
+        with pytest.raises(StageError, match="the training was lost in wait: 1 of 1 ranks did not finish wait in 2 s"):
+            asyncio.run(group.call("wait"))
     finally:
         group.close()
 

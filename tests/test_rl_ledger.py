@@ -53,6 +53,26 @@ class Tokenizer:
         return f"<{ids[0]}>"
 
 
+def test_a_flush_waits_for_what_a_cancelled_one_took(tmp_path):
+    """The controller's own flushing is cancelled at its end, perhaps while its thread writes."""
+
+    async def run():
+        ledger = Ledger(tmp_path / "ledger.sqlite")
+        ledger.reserve(0, "p0", "math", None, 1, 0)
+        ledger._lock.acquire()  # another thread writes
+        flushing = asyncio.create_task(ledger.flush())
+        await asyncio.sleep(0.05)
+        flushing.cancel()
+        asyncio.get_running_loop().call_later(0.2, ledger._lock.release)
+        await ledger.flush()
+        found = [entry.id for entry in ledger.entries()]
+        await asyncio.sleep(0.3)
+        ledger.close()
+        return found
+
+    assert asyncio.run(run()) == [0]
+
+
 def test_replies_come_back_as_they_were():
     replies = [reply((0, 3), (2, 4)), reply((1, 5), finish="length"), Completion((), "", (), "", ())]
     assert unpack(pack(replies)) == replies

@@ -103,14 +103,21 @@ class RankGroup:
         """As `get`, for a caller that has other things to do meanwhile."""
         with self._losses(method):
             self._await_start()
-            answers = asyncio.gather(*self._submit(method, arguments))
+            answers = [asyncio.ensure_future(_answer(reference)) for reference in self._submit(method, arguments)]
             try:
                 # Not wait_for: where this process itself was stopped meanwhile, the answers are there when time is up.
-                if not (await asyncio.wait({answers}, timeout=self._deadline_s))[0]:
-                    raise TimeoutError(f"{len(self._ranks)} ranks did not all finish it in {self._deadline_s:g} s")
-                return answers.result()[0]
+                done, waiting = await asyncio.wait(
+                    answers, timeout=self._deadline_s, return_when=asyncio.FIRST_EXCEPTION
+                )
+                failures = [error for answer in done if (error := answer.exception()) is not None]
+                if failures:
+                    raise failures[0]
+                if waiting:
+                    raise _late(len(waiting), len(answers), method, self._deadline_s)
+                return answers[0].result()
             finally:
-                answers.cancel()
+                for answer in answers:
+                    answer.cancel()
 
     @contextlib.contextmanager
     def _losses(self, method: str) -> Iterator[None]:
@@ -171,9 +178,17 @@ def _wait(references: list[Any], deadline_s: float | None, what: str) -> list[An
         left = None if end is None else max(0.0, end - time.monotonic())
         done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
         if not done:
-            raise TimeoutError(f"{len(waiting)} of {len(references)} ranks did not finish {what} in {deadline_s:g} s")
+            raise _late(len(waiting), len(references), what, deadline_s)
         ray.get(done)
     return ray.get(references)
+
+
+async def _answer(reference: Any) -> Any:
+    return await reference
+
+
+def _late(waiting: int, ranks: int, what: str, deadline_s: float | None) -> TimeoutError:
+    return TimeoutError(f"{waiting} of {ranks} ranks did not finish {what} in {deadline_s:g} s")
 
 
 class _Work:

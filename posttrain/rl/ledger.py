@@ -274,7 +274,8 @@ class Ledger:
 
     async def flush(self) -> None:
         """Write what was collected, in a thread; all of it is on the disk when this returns."""
-        if self._take():
+        # What a flush that was cancelled took may still be waiting, or be in its thread.
+        if self._take() or self._batches or self._lock.locked():
             await asyncio.to_thread(self._write_out)
 
     def flush_now(self) -> None:
