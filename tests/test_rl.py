@@ -296,6 +296,7 @@ def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ray
 
 
 @pytest.mark.slow
+@pytest.mark.full  # the one above freezes a core too
 @pytest.mark.timeout(400)
 def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ray_session, tiny_model, tmp_path, monkeypatch):
     """In a deterministic run nothing is sent to an engine that lacks a version: its taking of weights must find out."""
