@@ -31,7 +31,7 @@ def make_config(folder: Path, model: Path, **changes):
         for index in range(12)
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    engine = {"max_model_len": 256, "kv_cache_gib": 0.1, "deadline_s": 3}
+    engine = {"max_model_len": 256, "kv_cache_gib": 0.1}
     data = {
         "model": {"path": str(model), "dtype": "float32"},
         "prompts": {"path": str(folder / "prompts.jsonl")},

@@ -69,7 +69,7 @@ class JudgeQuestion(Config):
     @classmethod
     def _distinct_labels(cls, labels: list[str]) -> list[str]:
         if not 2 <= len(labels) <= _MAX_LABELS or len(set(labels)) != len(labels):
-            raise ValueError(f"needs 2 to {_MAX_LABELS} labels, all different, from the easiest to the hardest")
+            raise ValueError(f"needs 2 to {_MAX_LABELS} labels, all different, in their order")
         if any(not label.strip() or label != label.strip() for label in labels):
             raise ValueError("a label must not be empty, nor begin or end with a space")
         return labels

@@ -112,7 +112,7 @@ class Controller:
         self._survivors = survivors
         self._returning: dict[int, Entry] = {}  # groups of before a crash that start again once there is room
         self._ready: dict[int, tuple[ScoredGroup, float]] = {}  # with the Unix time since when
-        self._scoring: dict[int, Group] = {}
+        self._scoring: dict[int, Group] = {}  # sampled, and not decided
         self._archived_seq = 0
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -211,7 +211,7 @@ class Controller:
             elif scored is not None:
                 self._ready[entry.id] = (scored, time.time())
             elif survivor.group is not None:
-                self._start(self._score(survivor.group))
+                self._begin_scoring(survivor.group)
             else:
                 self._ledger.restart_group(entry.id, survivor.stamp, survivor.replies)
                 prompt = self._source.prompt(entry.prompt_id, entry.system)
@@ -260,17 +260,20 @@ class Controller:
             return
         self._ledger.generated(flight.order, flight.replies)
         group = make_group(flight.order, flight.prompt, flight.replies, flight.worker, flight.began, now)
+        self._begin_scoring(group)
+
+    def _begin_scoring(self, group: Group) -> None:
+        self._scoring[group.order] = group
         self._start(self._score(group))
 
     async def _score(self, group: Group) -> None:
         began = time.time()
-        self._scoring[group.order] = group
         scored = await score_group(group, self._pool, self._config)
-        del self._scoring[group.order]
         self._scored.add(began, time.time())
         reason = drop_reason(scored, self._config)
         if reason is None and self._parts.reference is not None:
             scored = await with_reference(scored, self._parts.reference)
+        del self._scoring[group.order]
         if not self._queue.holds(group.order):  # it became too old meanwhile
             return
         self._ledger.scored(group.order, scores_json(scored))

@@ -62,6 +62,7 @@ class Judge:
         self._question = question
         self._context = context
         self._engines = engines
+        self._deadline_s = question.config.engine.deadline_s
         self._asked = 0
         self._rendering = asyncio.Lock()  # a tokenizer is for one thread at a time
         self._replacing = [asyncio.Lock() for _ in engines.names]
@@ -95,28 +96,23 @@ class Judge:
 
     async def _rate(self, requests: Sequence[SampleRequest]) -> list[Verdict]:
         """The verdicts, of whichever engine is next; raises what the last engine was lost by."""
-        for left in reversed(range(TRIES)):
+        lost = 0
+        while True:
             index = self._asked % len(self._engines.names)
             self._asked += 1
             place, began = list(self.logs)[index], time.time()
             async with self._replacing[index]:
-                actor = self._engines.actors[index]
+                name, actor = self._engines.names[index], self._engines.actors[index]
             try:
-                answers = await self._generate(index, requests)
+                answers, _, _ = await attended(actor, actor.generate.remote(requests), self._deadline_s, name)
             except Exception as error:
-                if not is_loss(error) or not left:
+                lost += 1
+                if not is_loss(error) or lost == TRIES:
                     raise
                 await self._replace(index, actor, error)
-                continue
-            self.logs[place].add(began, time.time())
-            return [self._question.verdict(answer[0]) for answer in answers]
-        raise AssertionError
-
-    async def _generate(self, index: int, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-        actor, name = self._engines.actors[index], self._engines.names[index]
-        deadline_s = self._question.config.engine.deadline_s
-        answers, _, _ = await attended(actor, actor.generate.remote(requests), deadline_s, name)
-        return answers
+            else:
+                self.logs[place].add(began, time.time())
+                return [self._question.verdict(answer[0]) for answer in answers]
 
     async def _replace(self, index: int, lost: Any, cause: BaseException) -> None:
         """Another engine in the place of one; whoever was waiting for it too finds it replaced."""

@@ -90,18 +90,9 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
                 source = prompt_source(config, drawn, difficulties, tokenizer, context.seed)
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
                 parts = Parts(
-                    engines,
-                    trainer,
-                    reference,
-                    source,
-                    shares,
-                    archive,
-                    ledger,
-                    stop_ids,
-                    evaluated,
-                    judge,
+                    engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated, judge,
                     difficulties,
-                )
+                )  # fmt: skip
                 try:
                     figures = _train(config, context, parts, prompts)
                     break
