@@ -191,15 +191,15 @@ def test_zero_advantage_groups_are_dropped_and_replaced(ray_session, tiny_model,
 @pytest.mark.timeout(400)
 def test_a_curriculum_leaves_alone_what_teaches_nothing(ray_session, tiny_model, tmp_path):
     rows = rows_of(["math"], 10) + [row | {"id": f"flat-{row['id']}"} for row in rows_of(["math"], 10, flat=True)]
-    config = make_config(tmp_path, tiny_model, rows, curriculum={"first": [0.2, 0.8], "last": [0.2, 0.8]}, steps=10)
+    config = make_config(tmp_path, tiny_model, rows, curriculum={"first": [0.2, 0.8], "last": [0.2, 0.8]}, steps=16)
     _, metrics = run_stage(config, tmp_path / "rl")
     groups = {row["group_id"]: row["prompt_id"].startswith("flat-") for row in read_rollouts(tmp_path / "rl")}
-    # Half the prompts are flat. Each is found out once and then again from time to time: 0.23 or so of the groups.
-    assert len(groups) >= 40
-    assert sum(groups.values()) / len(groups) < 0.4
+    # Half the prompts are flat. Each is found out once and then again from time to time: a quarter of the groups or less.
+    assert len(groups) >= 64
+    assert sum(groups.values()) / len(groups) < 0.42
     # Not that it grows: what was seen of a prompt counts less with time, and the first step may see most of them.
     assert max(line["prompts_parked"] for line in metrics) > 0
-    assert [line["band_low"] for line in metrics] == [0.2] * 10
+    assert [line["band_low"] for line in metrics] == [0.2] * 16
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_refuses_to_train_when_sampler_and_trainer_disagree(ray_session, tiny_mo
 def test_stops_when_nothing_teaches(ray_session, tiny_model, tmp_path):
     config = make_config(tmp_path, tiny_model, rows_of(["math"], flat=True), stop_after_idle_steps=2)
     with pytest.raises(StageError, match="groups in a row taught nothing"):
-        run_stage(config, tmp_path / "rl", warm=False)
+        run_stage(config, tmp_path / "rl")
 
 
 @pytest.mark.slow

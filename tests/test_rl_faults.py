@@ -27,7 +27,9 @@ RESUMED = (("controller", "commit"), ("ray", "scored"))
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_one_kill_of_every_victim_loses_nothing_and_trains_nothing_twice(tmp_path):
-    folder = write_stage(tmp_path / "rl", save_policy(tmp_path / "policy"), steps=26, trainer_restarts=1)
+    folder = write_stage(
+        tmp_path / "rl", save_policy(tmp_path / "policy"), steps=30, trainer_restarts=1, checkpoint_every=3
+    )
     run = ChaosRun(folder, Random(0))
     try:
         run.start()
@@ -44,9 +46,9 @@ def test_one_kill_of_every_victim_loses_nothing_and_trains_nothing_twice(tmp_pat
         assert run.lives == 1 + len(RESUMED)
         audit = audit_stage(folder)
         assert audit.is_clean, audit.problems
-        assert audit.totals["steps"] == 26
+        assert audit.totals["steps"] == 30
         assert audit.totals["steps_rolled_back"] > 0
-        assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == list(range(26))
+        assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == list(range(30))
         # What the kills left of the run is one line of steps: trained again from the archive, it gives these weights.
         replayed = run.replay(DEADLINE_S)
         assert replayed["batches_equal"]

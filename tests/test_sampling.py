@@ -360,6 +360,7 @@ def test_reload_repair_is_needed_and_sufficient(ray_session, models, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full  # test_sampling_stream.py asks the same of the pieces
 @pytest.mark.timeout(300)
 def test_update_in_flight_is_recorded_token_by_token(ray_session, models, tmp_path):
     """Replies that straddle an update: spans cover them, and each part has the log-probabilities of its policy."""

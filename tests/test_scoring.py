@@ -163,7 +163,7 @@ class TestPool:
 
     @pytest.mark.parametrize("num_workers", [1, 2])
     def test_a_hang_while_others_pass_is_unparseable(self, hostile: str, num_workers: int) -> None:
-        results, pool = score(f"{hostile}:by_text", ["a", "hang", "b", "c"], num_workers, timeout_s=0.3)
+        results, pool = score(f"{hostile}:by_text", ["a", "hang", "b", "c"], num_workers, timeout_s=0.8)
         assert [scored.outcome for scored in results] == ["ok", "unparseable", "ok", "ok"]
         assert results[1].result == RewardResult(0.0, reason="unparseable")
         assert pool.stats.outcomes == {"ok": 3, "unparseable": 1}
@@ -190,7 +190,7 @@ class TestPool:
         """A score of 0, here given again to an earlier reply, shows as well as any other that the grader works."""
 
         async def run() -> list[str]:
-            pool = RewardPool(f"{hostile}:by_text", timeout_s=0.3)
+            pool = RewardPool(f"{hostile}:by_text", timeout_s=0.8)
             await pool.start()
             outcomes = [(await pool.score(reply(text), ROW)).outcome for text in ("reads stdin", "hang")]
             await pool.close()
@@ -205,7 +205,7 @@ class TestPool:
             "import os, signal\ndef f(rollout, row):\n"
             "    if rollout.text == 'freeze': os.kill(os.getpid(), signal.SIGSTOP)\n    return 1.0\n"
         )
-        results, pool = score(f"{path}:f", ["a", "freeze", "b"], 2, timeout_s=0.3)
+        results, pool = score(f"{path}:f", ["a", "freeze", "b"], 2, timeout_s=1.0)
         assert [scored.outcome for scored in results] == ["ok", "infrastructure", "ok"]
         assert (results[1].result, results[1].reason) == (None, "the reward's process was stopped")
         assert pool.stats.num_retries == 1
@@ -220,7 +220,7 @@ class TestPool:
         )
 
         async def run() -> list[Scored]:
-            pool = RewardPool(f"{path}:judge", timeout_s=0.3)
+            pool = RewardPool(f"{path}:judge", timeout_s=0.8)
             await pool.start()
             before = await pool.score(reply("a"), ROW)
             switch.touch()
@@ -233,7 +233,7 @@ class TestPool:
         assert [scored.outcome for scored in asyncio.run(run())] == ["ok", "timeout", "ok"]
 
     def test_no_retry(self, hostile: str) -> None:
-        results, pool = score(f"{hostile}:by_text", ["a", "hang"], timeout_s=0.3, retries=0)
+        results, pool = score(f"{hostile}:by_text", ["a", "hang"], timeout_s=1.0, retries=0)
         assert (results[1].result, results[1].outcome, pool.stats.num_retries) == (None, "timeout", 0)
 
     @pytest.mark.parametrize(
@@ -330,10 +330,10 @@ class TestPool:
     def test_warm_up_is_outside_the_deadline(self, tmp_path: Path) -> None:
         path = tmp_path / "warm.py"
         path.write_text(
-            "import time\nready = []\ndef warm_up():\n    time.sleep(0.6)\n    ready.append(1)\n"
+            "import time\nready = []\ndef warm_up():\n    time.sleep(1.5)\n    ready.append(1)\n"
             "def f(rollout, row):\n    return len(ready)\n"
         )
-        results, _ = score(f"{path}:f", ["a"], timeout_s=0.3, retries=0)
+        results, _ = score(f"{path}:f", ["a"], timeout_s=1.0, retries=0)
         assert results[0].result == RewardResult(1.0)
 
     def test_workers_die_with_the_pool_process(self, hostile: str) -> None:
