@@ -72,15 +72,15 @@ BASE_LIMIT_S, PEER_START_S = 600.0, 120.0
 
 BASE = StageConfig(steps=1300)
 RATE = 4e-4
-ENGINE = {"max_model_len": 192, "max_num_seqs": 256, "kv_cache_gib": 0.1}
-ROLLOUT = {"workers": 2, "cpus": 0.75}
+ENGINE = {"max_model_len": 192, "max_num_seqs": 512, "kv_cache_gib": 0.1}
+ROLLOUT = {"workers": 1, "cpus": 1.0}
 SAMPLING = {"temperature": 1.0, "max_tokens": 64}
 # configs/quickstart/rl.yaml without its system instructions.
 OURS: dict[str, Any] = {
     "profile": {"samples": 8, "prompts": 600, "band": [0.1, 0.7]}, "steps": 36, "groups_per_step": 32, "group_size": 8,
-    "max_staleness": 3, "sampling": SAMPLING, "micro_batch_tokens": 8192, "engine": ENGINE,
+    "max_staleness": 3, "sampling": SAMPLING, "micro_batch_tokens": 2048, "engine": ENGINE,
     "optimizer": {"learning_rate": RATE, "schedule": "constant", "warmup_steps": 4},
-    "checkpoint_every": 1000, "resources": {"rollout": ROLLOUT, "trainer": {"cpus": 0.5}},
+    "checkpoint_every": 1000, "resources": {"rollout": ROLLOUT, "trainer": {"cpus": 1.0}},
 }  # fmt: skip
 # Of GRPOConfig. The optimizer is ours (TRL's warm-up begins with a rate of 0, so it is a step shorter); whatever costs
 # time and is not needed is off.
