@@ -295,6 +295,47 @@ def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ray
 
 
 @pytest.mark.slow
+@pytest.mark.full  # three engines to start
+@pytest.mark.timeout(400)
+def test_an_engine_that_is_killed_while_it_takes_anothers_place_is_replaced_too(ray_session, tiny_model, tmp_path):
+    config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=10, sampling={"max_tokens": 200})
+    folder = tmp_path / "rl"
+    killed = []
+
+    def actors():
+        found = {}
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "EngineActor" in " ".join(process.cmdline()) or "EngineActor" in process.name():
+                    found[process.pid] = process
+        return found
+
+    def kill_new(known):
+        while not (new := [process for pid, process in actors().items() if pid not in known]):
+            time.sleep(0.02)
+        new[0].send_signal(signal.SIGKILL)
+        killed.append(new[0].pid)
+
+    def faults():
+        while not (folder / "metrics.jsonl").exists():
+            time.sleep(0.02)
+        known = actors()
+        kill_new({})
+        time.sleep(4.0)  # the next one imports vLLM for longer than that
+        kill_new(known)
+
+    threading.Thread(target=faults, daemon=True).start()
+    _, metrics = run_stage(config, folder, warm=False)
+    assert len(set(killed)) == 2
+    assert [line["step"] for line in metrics] == list(range(10))
+    replaced = [line["name"] for line in read_jsonl(folder / "events.jsonl") if line["event"] == "engine_replaced"]
+    assert len(set(replaced)) == 2
+    audit = audit_stage(folder)
+    assert audit.is_clean, audit.problems
+    assert not any(psutil.pid_exists(pid) for pid in killed)
+
+
+@pytest.mark.slow
 @pytest.mark.full  # the one above freezes a core too
 @pytest.mark.timeout(400)
 def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ray_session, tiny_model, tmp_path, monkeypatch):

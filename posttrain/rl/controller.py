@@ -30,10 +30,10 @@ from posttrain.rl.alarm import UnscoredAlarm
 from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.codec import NOTHING
-from posttrain.rl.collector import rare_collections
 from posttrain.rl.config import RlConfig
 from posttrain.rl.difficulty import Difficulty
 from posttrain.rl.evidence import keep_evidence
+from posttrain.rl.garbage import rare_collections
 from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
 from posttrain.rl.judge import Judge, rewards
 from posttrain.rl.ledger import Commit, Entry, Ledger

@@ -118,9 +118,7 @@ class Judge:
         """Another engine in the place of one; whoever was waiting for it too finds it replaced."""
         async with self._replacing[index]:
             if self._engines.actors[index] is lost:
-                name = self._engines.names[index]
-                self._context.event("engine_replaced", name=name, reason=" ".join(str(cause).split())[:300])
-                await self._engines.replace(name)
+                await self._engines.replace(index, cause)
 
 
 def rewards(config: RlConfig, judge: Judge | None) -> RewardClient:

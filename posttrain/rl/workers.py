@@ -20,7 +20,7 @@ from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.rl.busy import BusyLog
 from posttrain.rl.groups import DrawnPrompt
-from posttrain.sampling.client import Engines, answer, attended
+from posttrain.sampling.client import Engines, answer, attended, reason_of
 from posttrain.sampling.requests import Completion, EngineLostError, Piece, SampleRequest
 from posttrain.sampling.stream import join_spans
 
@@ -317,18 +317,18 @@ class RolloutWorkers:
         worker.is_alive = worker.is_kept = False
         worker.num_unlucky += 1
         self.num_replaced += 1
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        reason = reason_of(cause)
         if worker.num_unlucky >= UNLUCKY:
             raise StageError(f"{worker.name} was lost {UNLUCKY} times in a row; the last time: {reason}") from cause
-        self._context.event("engine_replaced", name=worker.name, reason=reason)
         self._told("replaced", [worker.name, reason])
         self._unsent += worker.flights.values()
         worker.flights, worker.outbox = {}, []
         self._send_waiting()
-        worker.name, worker.actor = await self._engines.replace(worker.name)
+        index = self.workers.index(worker)
+        worker.name, worker.actor = await self._engines.replace(index, cause)
         async with worker.lock:  # an update waits for it, so that the trainer does not write over what is read here
             calls = [call for together in self._calls(*self._newest) for call in together]
-            arguments = dict(calls)[self.workers.index(worker)]
+            arguments = dict(calls)[index]
             await self._attended(worker, worker.actor.update_weights.remote(**arguments))
             worker.policy_version = version = arguments["policy_version"]
             worker.is_alive, worker.fault = True, None

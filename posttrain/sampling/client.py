@@ -7,12 +7,13 @@ from typing import Any
 
 from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
 from posttrain.context import StageContext
-from posttrain.errors import MissingDependencyError
+from posttrain.errors import MissingDependencyError, StageError
 from posttrain.sampling.registry import start_registry
 from posttrain.sampling.requests import Completion, SampleRequest
 
 CHUNK_REQUESTS = 64
 START_S = 900.0
+STARTS = 3  # of engines in the place of one, before it is given up
 LOOK_S = 1.0
 
 
@@ -67,12 +68,23 @@ class Engines:
 
         ray.get(self._registry.release.remote(self.names, keep))
 
-    async def replace(self, name: str) -> tuple[str, Any]:
-        """Another engine in the place of one that is lost: its name and actor, started with the model's own weights."""
-        index = self.names.index(name)
-        self.names[index], self.actors[index] = await self._registry.replace.remote(name)
-        started = f"{self.names[index]}, in the place of {name}, did not start"
-        await answer(self.actors[index].start.remote(), START_S, started)
+    async def replace(self, index: int, cause: BaseException) -> tuple[str, Any]:
+        """Another engine in the place of one that was lost: its name and actor, started with the model's own weights.
+
+        One that is lost before it has started is replaced too; StageError where that happens STARTS times in a row.
+        """
+        for left in reversed(range(STARTS)):
+            lost = self.names[index]
+            self._context.event("engine_replaced", name=lost, reason=reason_of(cause))
+            self.names[index], self.actors[index] = await self._registry.replace.remote(lost)
+            started = f"{self.names[index]}, in the place of {lost}, did not start"
+            try:
+                await answer(self.actors[index].start.remote(), START_S, started)
+                break
+            except Exception as error:
+                if not left:
+                    raise StageError(f"{started}: {reason_of(error)}") from error
+                cause = error
         return self.names[index], self.actors[index]
 
     def generate(
@@ -106,6 +118,11 @@ class Engines:
             *(drain(actor, name) for _ in range(lanes) for actor, name in zip(self.actors, self.names, strict=True))
         )
         return results
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line and not too long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 async def answer(call: Any, timeout_s: float, otherwise: str) -> Any:
