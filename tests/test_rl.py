@@ -330,13 +330,14 @@ def test_an_engine_that_is_killed_while_it_takes_anothers_place_is_replaced_too(
     assert [line["step"] for line in metrics] == list(range(10))
     replaced = [line["name"] for line in read_jsonl(folder / "events.jsonl") if line["event"] == "engine_replaced"]
     assert len(set(replaced)) == 2
+    assert metrics[-1]["engines_replaced"] == 1  # the second was lost before it had started, within the first replacing
     audit = audit_stage(folder)
     assert audit.is_clean, audit.problems
     assert not any(psutil.pid_exists(pid) for pid in killed)
 
 
 @pytest.mark.slow
-@pytest.mark.full  # the one above freezes a core too
+@pytest.mark.full  # the one that kills an engine freezes a core too
 @pytest.mark.timeout(400)
 def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ray_session, tiny_model, tmp_path, monkeypatch):
     """In a deterministic run nothing is sent to an engine that lacks a version: its taking of weights must find out."""
