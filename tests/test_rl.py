@@ -194,7 +194,7 @@ def test_a_curriculum_leaves_alone_what_teaches_nothing(ray_session, tiny_model,
     config = make_config(tmp_path, tiny_model, rows, curriculum={"first": [0.2, 0.8], "last": [0.2, 0.8]}, steps=16)
     _, metrics = run_stage(config, tmp_path / "rl")
     groups = {row["group_id"]: row["prompt_id"].startswith("flat-") for row in read_rollouts(tmp_path / "rl")}
-    # Half the prompts are flat. Each is found out once, and looked at again now and then: in all a quarter or less.
+    # Half the prompts are flat. Each is found out once, and looked at again now and then: in all a quarter or so.
     assert len(groups) >= 64
     assert sum(groups.values()) / len(groups) < 0.42
     # Not that it grows: what was seen of a prompt counts less with time, and the first step may see most of them.
