@@ -47,8 +47,8 @@ def plan(only: set[str], random: Random) -> Iterator[Strike]:
 
 def chaos(scratch: Path, model: Path, number: int, strikes: list[Strike], reference: Path, seed: int) -> dict[str, Any]:
     """One run with its strikes; returns what is written of it."""
-    from posttrain.rl.audit import audit_stage
-    from posttrain.rl.replay import weight_gaps
+    from posttrain.rl.history.audit import audit_stage
+    from posttrain.rl.history.replay import weight_gaps
 
     is_deterministic = number % 3 == 2
     changes = DETERMINISTIC if is_deterministic else {"trainer_restarts": number % 2}

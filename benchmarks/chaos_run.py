@@ -35,7 +35,7 @@ STATES = ("reserved", "generated", "scored", "dropped", "trained", "commit")
 VICTIMS = {
     "engine_core": ("EngineCore",),
     "rollout_actor": ("ray::EngineActor",),
-    "reward_process": ("posttrain.scoring.worker",),
+    "reward_process": ("posttrain.scoring.pool.reward_process",),
     "reward_actor": ("ray::RewardActor",),
     "trainer_rank": ("ray::_Rank",),
     "controller": (),
@@ -187,7 +187,7 @@ class ChaosRun:
         return self.exit_code
 
     def replay(self, deadline_s: float) -> dict[str, Any]:
-        """What `posttrain.rl.replay` finds in the finished run."""
+        """What `posttrain.rl.history.replay` finds in the finished run."""
         folder = self.folder.with_name(f"{self.folder.name}-replay")
         again = self._spawn(str(folder), str(self.folder))
         self._driver = again
@@ -398,7 +398,7 @@ def drive(folder: Path, source: Path | None) -> None:
     from posttrain.errors import PosttrainError
     from posttrain.pipeline.ray_session import ray_session
     from posttrain.rl.config import RlConfig
-    from posttrain.rl.replay import replay
+    from posttrain.rl.history.replay import replay
     from posttrain.rl.stage import run
 
     wanted = source or folder

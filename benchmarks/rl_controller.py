@@ -29,16 +29,15 @@ from posttrain.config.shared import SystemsConfig
 from posttrain.context import StageContext
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.records import Message, Row, VersionSpan
-from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.config import RlConfig
-from posttrain.rl.controller import Controller, Parts
-from posttrain.rl.groups import DrawnPrompt
-from posttrain.rl.ledger import Ledger
-from posttrain.rl.prompts import PromptSource
-from posttrain.rl.scoring import make_group
-from posttrain.rl.verifiers import reward_config
+from posttrain.rl.grading.verifiers import reward_config
+from posttrain.rl.history.archive import RolloutArchive
+from posttrain.rl.history.ledger import Ledger
+from posttrain.rl.loop.controller import Controller, Parts
+from posttrain.rl.prompts.source import PromptSource
+from posttrain.rl.records import DrawnPrompt, make_group
 from posttrain.sampling.requests import Completion, Piece, SampleRequest
-from posttrain.scoring.client import RewardClient
+from posttrain.scoring.remote.client import RewardClient
 
 GROUP, TOKENS, PROMPT_TOKENS, ROWS = 2, 8, 64, 10_000
 BATCH, STALENESS, WARM, STEPS = 512, 7, 8, 24

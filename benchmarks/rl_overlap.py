@@ -21,7 +21,7 @@ from rl_models import save
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.rl.config import RlConfig
 

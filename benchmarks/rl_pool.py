@@ -23,10 +23,10 @@ from posttrain.config.base import validate_config
 from posttrain.context import StageContext
 from posttrain.data.chat import end_token_ids, render_prompt
 from posttrain.data.rows import load_rows
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.model.load import load_tokenizer
 from posttrain.rl.config import RlConfig
-from posttrain.rl.groups import DrawnPrompt
+from posttrain.rl.records import DrawnPrompt
 
 BASE = Path(__file__).parents[1] / "configs" / "quickstart" / "base.yaml"
 SAMPLES = 16
@@ -79,7 +79,7 @@ def _base(folder: Path) -> dict[str, Any]:
 
 def _pass_rates(folder: Path, model: str, settings: dict[str, Any]) -> dict[str, float]:
     """How often the model passes each candidate, by prompt id."""
-    from posttrain.rl.profile import profile_prompts
+    from posttrain.rl.prompts.profile import profile_prompts
     from posttrain.sampling.client import Engines
 
     profile = {"samples": SAMPLES, "store": str(folder / "profiles")}

@@ -22,9 +22,9 @@ from posttrain.config.shared import EngineConfig
 from posttrain.context import StageContext
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.records import Message, Row
-from posttrain.rl.groups import DrawnPrompt
-from posttrain.rl.ledger import Ledger
-from posttrain.rl.workers import Flight, RolloutWorkers
+from posttrain.rl.history.ledger import Ledger
+from posttrain.rl.records import DrawnPrompt
+from posttrain.rl.rollouts.workers import Flight, RolloutWorkers
 from posttrain.sampling.engine import ENGINE_ENV, engine_arguments
 from posttrain.sampling.requests import Completion, SampleRequest
 

@@ -55,11 +55,11 @@ from posttrain.config.base import validate_config
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.eval.config import EvalConfig
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.parallel.ranks import RankGroup
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.rl.config import RlConfig
-from posttrain.rl.replay import recorded_steps, weight_gaps
+from posttrain.rl.history.replay import recorded_steps, weight_gaps
 
 HERE = Path(__file__).parent
 SEEDS = tuple(int(seed) for seed in os.environ.get("TRL_SEEDS", "0,1,2").split(","))
@@ -226,7 +226,7 @@ def dense_base(folder: Path) -> tuple[Path, dict[str, Path]]:
 def train_ours(folder: Path, model: Path, prompts: Path, seed: int) -> Training:
     """The stage as it is; its policies are made afterwards, by doing its steps again from what it recorded."""
     from posttrain.rl.stage import run
-    from posttrain.rl.trainer import PolicyTrainer
+    from posttrain.rl.training.trainer import PolicyTrainer
 
     given = {"model": _served(model), "prompts": {"path": str(prompts)}, "reward": {"name": "puzzles"}}
     config = validate_config(RlConfig, {**OURS, **given}, "benchmark")

@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 from posttrain.config.shared import DataConfig
 from posttrain.data.rows import load_rows, messages_to_json
 from posttrain.records import Rollout
-from posttrain.scoring.plugins import load_reward
+from posttrain.scoring.plugins.lookup import load_reward
 
 
 class Clock(TrainerCallback):

@@ -1,35 +1,24 @@
-"""The frozen records that travel between the parts: rows in, rollouts through, results out.
+"""The frozen records that the parts hand to each other: rows in, rollouts through, results out.
 
-Nothing here imports torch, and nothing is filled in later: each step makes a new record.
+They are msgspec structs: checked when they are read from JSON or MessagePack, and cheap to send between processes.
+Nothing here imports torch, and nothing is filled in later: each step makes a new record with
+`msgspec.structs.replace`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+from msgspec import Struct, field
 
 
-def travels(record: type[T]) -> type[T]:
-    """For records that cross between processes by the thousand: made again by one call, not by a call a field."""
-    values = attrgetter(*(item.name for item in fields(record)))  # type: ignore[arg-type]  # two fields or more
-    record.__reduce__ = lambda self: (record, values(self))  # type: ignore[assignment, method-assign]
-    return record
-
-
-@travels
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(Struct, frozen=True):
     """One turn of a conversation. `role` is system, user or assistant."""
 
     role: str
     content: str
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(Struct, frozen=True):
     """One validated row of a dataset.
 
     id: unique within its dataset (the row's own `id`, else made from its file and line).
@@ -46,9 +35,7 @@ class Row:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class VersionSpan:
+class VersionSpan(Struct, frozen=True):
     """Tokens [start, end) of a reply were sampled by this version of the policy."""
 
     policy_version: int
@@ -56,9 +43,7 @@ class VersionSpan:
     end: int
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Rollout:
+class Rollout(Struct, frozen=True):
     """One sampled reply. The ids that the engine sampled are the ids trained on; text is never tokenized again.
 
     prompt_ids, token_ids: token ids of the prompt and of the reply (with its end-of-turn token, if it got there).
@@ -84,9 +69,7 @@ class Rollout:
     finished_s: float = 0.0
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class RewardResult:
+class RewardResult(Struct, frozen=True):
     """What a reward function found. `parts` are named components for the log; `reason` says why in a few words."""
 
     value: float
@@ -94,9 +77,7 @@ class RewardResult:
     reason: str = ""
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Scored:
+class Scored(Struct, frozen=True):
     """The outcome of scoring one rollout. `result` is None when it could not be scored.
 
     outcome: ok (scored above 0) | wrong (scored 0 or less) | unparseable (scored 0), else unscored: timeout | error |

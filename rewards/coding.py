@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.records import RewardResult, Rollout, Row
-from posttrain.scoring.sandbox import Limits, SandboxResult, limit_of_error, run_python
+from posttrain.scoring.sandbox.run import Limits, SandboxResult, limit_of_error, run_python
 
 REQUIRES = {"code": ["tests"]}
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)

@@ -10,8 +10,8 @@ from typing import Any
 
 from posttrain.errors import PluginError
 from posttrain.records import RewardResult, Rollout, Row
-from posttrain.scoring.plugins import RewardSpec, combined_rewards, resolve
-from posttrain.scoring.target import RewardFunction, import_target, warm
+from posttrain.scoring.plugins.lookup import RewardSpec, combined_rewards, resolve
+from posttrain.scoring.plugins.target import RewardFunction, import_target, warm
 
 _ANY = "default"
 

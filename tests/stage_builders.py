@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from posttrain.config.base import Config
 from posttrain.context import StageContext
 from posttrain.errors import UserError
@@ -117,6 +119,8 @@ def _write_rollouts(folder: Path, name: str) -> None:
 
 def plain(value: Any) -> Any:
     """Values that compare by content: records become tuples, tensors and arrays a hash of their bytes."""
+    if isinstance(value, msgspec.Struct):
+        return (type(value).__name__, *(plain(item) for item in msgspec.structs.asdict(value).values()))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return (type(value).__name__, *(plain(getattr(value, item.name)) for item in dataclasses.fields(value)))
     if isinstance(value, Mapping):
@@ -224,7 +228,7 @@ def _pool(pool: Any) -> Any:
 
 def filter_requests(config: Any) -> Any:
     from posttrain.data.rows import load_rows
-    from posttrain.filtering.judge import judge_requests
+    from posttrain.judging.verdicts import judge_requests
     from posttrain.model.load import load_tokenizer
 
     return judge_requests(load_rows(config.data, kind="supervised"), load_tokenizer(config.judge.path), config)
@@ -232,8 +236,8 @@ def filter_requests(config: Any) -> Any:
 
 def filter_split(config: Any) -> Any:
     from posttrain.data.rows import load_rows
-    from posttrain.filtering.judge import verdict_of
     from posttrain.filtering.stage import split
+    from posttrain.judging.verdicts import verdict_of
 
     rows = load_rows(config.data, kind="supervised")
     hardness = sorted(range(len(rows)), key=lambda index: rows[index].capability)  # one capability's rows are hardest
@@ -333,7 +337,7 @@ def _tokenizer() -> Any:
 def _drawn() -> list[Any]:
     """Prompts as they are sampled from, whatever the config says."""
     from posttrain.data.rows import load_rows
-    from posttrain.rl.groups import DrawnPrompt
+    from posttrain.rl.records import DrawnPrompt
 
     rows = load_rows("prompts_a.jsonl", kind="prompt")
     return [DrawnPrompt(row, None, row.messages, (1, 2, index)) for index, row in enumerate(rows)]
@@ -352,14 +356,14 @@ def rl_rows(config: Any) -> Any:
 
 
 def rl_requests(config: Any) -> Any:
-    from posttrain.rl.profile import profile_requests
+    from posttrain.rl.prompts.profile import profile_requests
 
     return profile_requests(config, _drawn(), (0,))
 
 
 def rl_difficulties(config: Any) -> Any:
     """Prompt i of eight passes i of eight replies."""
-    from posttrain.rl.profile import difficulties
+    from posttrain.rl.prompts.profile import difficulties
 
     pairs = [(_rollout(prompt, index), prompt.row) for prompt in _drawn() for index in range(8)]
     scores = [Scored(RewardResult(float(reply < prompt))) for prompt in range(8) for reply in range(8)]
@@ -367,8 +371,8 @@ def rl_difficulties(config: Any) -> Any:
 
 
 def rl_draws(config: Any) -> Any:
-    from posttrain.rl.profile import Difficulty
-    from posttrain.rl.quotas import mixture_shares, places
+    from posttrain.rl.prompts.profile import Difficulty
+    from posttrain.rl.prompts.quotas import mixture_shares, places
     from posttrain.rl.stage import prompt_source
 
     rows = [prompt.row for prompt in _drawn()]
@@ -383,9 +387,9 @@ def rl_draws(config: Any) -> Any:
 
 def rl_groups(config: Any) -> Any:
     """What is trained on of groups whose rewards differ, are equal, are mostly unknown; replies of several lengths."""
-    from posttrain.rl.groups import Group
-    from posttrain.rl.samples import train_samples
-    from posttrain.rl.scoring import drop_reason, over_batch, scored_group
+    from posttrain.rl.grading.groups import drop_reason, over_batch, scored_group
+    from posttrain.rl.records import Group
+    from posttrain.rl.training.samples import train_samples
 
     built, batch = [], []
     for rewards in ((1.0, 0.0, 0.5, 0.0), (1.0, 1.0, 1.0, 1.0), (1.0, 0.0, None, None)):
@@ -419,7 +423,7 @@ def rl_loss(config: Any) -> Any:
 
 def rl_reference(config: Any) -> Any:
     """The reference policy's weights, where there is one."""
-    from posttrain.rl.reference import reference_config
+    from posttrain.rl.training.reference import reference_config
 
     return _model(reference_config(config).model.model_dump_json()).state_dict() if config.loss.reference else None
 
@@ -437,7 +441,7 @@ def rl_trainer_deadline(config: Any) -> Any:
 def rl_judge(config: Any) -> Any:
     """What the judge is started with, if there is one, what it is asked about a reply, and what its answer means."""
     from posttrain.model.load import load_tokenizer
-    from posttrain.rl.judge import Question
+    from posttrain.rl.grading.judge import Question
     from posttrain.sampling.requests import Completion
 
     if config.judge is None:
@@ -445,14 +449,14 @@ def rl_judge(config: Any) -> Any:
     question = Question(config.judge, load_tokenizer(config.judge.model.path))
     started = engine(lambda _: config.judge.model)(config.judge)
     pairs = [(_rollout(prompt, 0), prompt.row) for prompt in _drawn()]
-    pairs += [(dataclasses.replace(pairs[0][0], text="so " * 60), pairs[0][1])]
+    pairs += [(msgspec.structs.replace(pairs[0][0], text="so " * 60), pairs[0][1])]
     answer = Completion((), "", (), "stop", (), dict.fromkeys(question.choice_ids, -1.0))
     return started, question.requests(pairs), question.verdict(answer)
 
 
 def rl_stops(config: Any) -> Any:
     """Why training stops after so many updates in a row that were left out."""
-    from posttrain.rl.evidence import stop_reason
+    from posttrain.rl.training.evidence import stop_reason
 
     found = {"step": 7, "loss": "nan", "grad_norm": "nan"}
     return [stop_reason(config, {**found, "skipped_in_a_row": skipped}) for skipped in range(1, 12)]
@@ -460,9 +464,9 @@ def rl_stops(config: Any) -> Any:
 
 def rl_rescoring(config: Any) -> Any:
     """When a group is scored again, and which of a hundred groups in a row, a quarter unscored, raise the alarm."""
-    from posttrain.rl.alarm import UnscoredAlarm
-    from posttrain.rl.groups import Group
-    from posttrain.rl.scoring import rescore_pauses, scored_group
+    from posttrain.rl.grading.alarm import UnscoredAlarm
+    from posttrain.rl.grading.groups import rescore_pauses, scored_group
+    from posttrain.rl.records import Group
 
     prompt, alarm, told = _drawn()[0], UnscoredAlarm(config), []
     scores = [Scored(None, "timeout"), *[Scored(RewardResult(1.0))] * 3]
@@ -476,11 +480,11 @@ def rl_knowledge(config: Any) -> Any:
     """Where profiles are shared, what replies are scored by, and what is probed, after a fresh estimate of half."""
     import random
 
-    from posttrain.rl.curriculum import Curriculum
-    from posttrain.rl.difficulty import Basis, Difficulty
-    from posttrain.rl.profile import drawn_rows, profile_store
-    from posttrain.rl.refilter import Refilter
-    from posttrain.rl.verifiers import reward_spec
+    from posttrain.rl.grading.verifiers import reward_spec
+    from posttrain.rl.prompts.curriculum import Curriculum
+    from posttrain.rl.prompts.difficulty import Basis, Difficulty
+    from posttrain.rl.prompts.profile import drawn_rows, profile_store
+    from posttrain.rl.prompts.refilter import Refilter
 
     rows = [prompt.row for prompt in _drawn()]
     store = profile_store(config, Path("stage"), Basis("policy", "scoring"))
@@ -497,11 +501,11 @@ def rl_knowledge(config: Any) -> Any:
 
 def rl_parked_draws(config: Any) -> Any:
     """How often impossible prompts are drawn, of which there are as many as of others."""
-    from posttrain.rl.difficulty import Difficulty
+    from posttrain.rl.prompts.difficulty import Difficulty
     from posttrain.rl.stage import prompt_source
 
     rows = [prompt.row for prompt in _drawn() if prompt.row.capability == "general"]
-    rows = [dataclasses.replace(row, id=f"{row.id}-{copy}") for row in rows for copy in range(8)]
+    rows = [msgspec.structs.replace(row, id=f"{row.id}-{copy}") for row in rows for copy in range(8)]
     profile = [Difficulty(row.id, row.capability, 16, 8 * (index % 2), 0, True) for index, row in enumerate(rows)]
     source = prompt_source(config, rows, profile, _tokenizer(), 0)
     return [source.draw(rows[0].capability, order).row.id for order in range(100)]
@@ -509,8 +513,8 @@ def rl_parked_draws(config: Any) -> Any:
 
 def rl_side(config: Any) -> Any:
     """What is evaluated on beside the training, when, how it is asked, and what rewards from 0 to 1 are worth."""
-    from posttrain.rl.evaluation import accuracies, evaluation_request, heldout_prompts, heldout_rows, is_due
-    from posttrain.rl.groups import Group, ScoredGroup
+    from posttrain.rl.loop.evaluation import accuracies, evaluation_request, heldout_prompts, heldout_rows, is_due
+    from posttrain.rl.records import Group, ScoredGroup
 
     rows, asked = heldout_rows(config), config.evaluation
     if asked is None:
@@ -523,14 +527,14 @@ def rl_side(config: Any) -> Any:
 
 
 def rl_rates(config: Any) -> Any:
-    from posttrain.rl.trainer import learning_rate
+    from posttrain.rl.training.trainer import learning_rate
 
     return [learning_rate(config.optimizer, step, config.steps) for step in range(0, 40, 3)]
 
 
 def _controller(config: Any) -> Any:
-    from posttrain.rl.controller import Controller, Parts
-    from posttrain.rl.ledger import Ledger
+    from posttrain.rl.history.ledger import Ledger
+    from posttrain.rl.loop.controller import Controller, Parts
     from posttrain.sampling.client import Engines
 
     engines = Engines(CONTEXT, config.model, config.engine, config.resources.rollout)  # not entered: nothing starts
@@ -573,7 +577,7 @@ def rl_first_batch(config: Any) -> Any:
 
 def rl_weights(config: Any) -> Any:
     """The trainer's end, and what the engines are called with."""
-    from posttrain.rl.weights import publisher, update_calls
+    from posttrain.rl.rollouts.weights import publisher, update_calls
 
     made = publisher(config)
     calls = update_calls(config, {"backend": "nccl", "init": {}}, 3)
@@ -581,14 +585,14 @@ def rl_weights(config: Any) -> Any:
 
 
 def rl_allowed_gap(config: Any) -> Any:
-    from posttrain.rl.parity import allowed_gap
+    from posttrain.rl.loop.parity import allowed_gap
 
     return allowed_gap(config)
 
 
 def rl_policy(config: Any) -> Any:
     """How the policy's layers are run in training."""
-    from posttrain.rl.policy import load_token_policy
+    from posttrain.rl.training.policy import load_token_policy
 
     layers: Any = load_token_policy(config).policy.model.layers
     recomputed = getattr(layers[0], "_gradient_checkpointing_func", None)
@@ -597,8 +601,8 @@ def rl_policy(config: Any) -> Any:
 
 def rl_micro_batches(config: Any) -> Any:
     """What the second of two ranks trains on."""
-    from posttrain.rl.samples import TrainSample
-    from posttrain.rl.trainer import dealt
+    from posttrain.rl.training.samples import TrainSample
+    from posttrain.rl.training.trainer import dealt
 
     samples = [TrainSample((1,) * 30, (2,) * length, (-1.0,) * length, (0,) * length, 1.0) for length in range(1, 60)]
     return [(len(chunk), weight) for chunk, weight in dealt(config, samples, 1, 2)]
@@ -608,7 +612,7 @@ def rl_micro_batches(config: Any) -> Any:
 
 
 def base_rates(config: Any) -> Any:
-    from posttrain.base.worker import learning_rate_scale
+    from posttrain.base.rank import learning_rate_scale
 
     return [learning_rate_scale(config, step) for step in range(config.steps)]
 
@@ -639,7 +643,7 @@ def base_model(config: Any) -> Any:
 def base_gradients(config: Any) -> Any:
     """Of one short batch."""
     from posttrain.base.corpus import Document
-    from posttrain.base.worker import _backward
+    from posttrain.base.rank import _backward
 
     model = _base_model(config).train()
     batch = [Document(tuple(range(10 + index, 30 + index)), 8) for index in range(4)]
@@ -652,7 +656,7 @@ def base_update(config: Any) -> Any:
     import torch
 
     from posttrain.base.muon import Muon
-    from posttrain.base.worker import _split_parameters, _update
+    from posttrain.base.rank import _split_parameters, _update
 
     model = _base_model(config)
     matrices, others = _split_parameters(model)
@@ -670,8 +674,8 @@ def base_update(config: Any) -> Any:
 
 def base_documents(config: Any) -> Any:
     """The first batches of the first process."""
+    from posttrain.base.rank import _batches
     from posttrain.base.tokenizer import build_tokenizer
-    from posttrain.base.worker import _batches
 
     return list(islice(_batches(config, 0, 0, build_tokenizer()), 4))
 

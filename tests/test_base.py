@@ -17,16 +17,16 @@ from posttrain.base.corpus import JUDGE_TEMPLATE, RATINGS, Corpus
 from posttrain.base.model import build_model
 from posttrain.base.muon import Muon, orthogonalize
 from posttrain.base.problem import LEVELS
+from posttrain.base.rank import learning_rate_scale
 from posttrain.base.sets import SYSTEM_INSTRUCTIONS, draw_sets, with_system, write_sets
 from posttrain.base.stage import run
 from posttrain.base.tasks import FAMILIES, draw_distinct, solve
 from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
-from posttrain.base.worker import learning_rate_scale
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
 from posttrain.data.chat import render_conversation
 from posttrain.errors import ConfigError, DataError, StageError
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.records import Rollout, Row
 from posttrain.rewards.puzzles import puzzles
 

@@ -351,7 +351,7 @@ def test_the_panel_says_what_goes_on_before_the_first_step(tmp_path: Path):
 
 def test_the_figures_of_the_panel_are_those_that_rl_reports():
     """By name, in the source of the stage that reports them."""
-    source = "".join(file.read_text() for file in (Path(posttrain.__file__).parent / "rl").glob("*.py"))
+    source = "".join(file.read_text() for file in (Path(posttrain.__file__).parent / "rl").rglob("*.py"))
     for key, _, _ in [entry for entries in SUBJECTS.values() for entry in entries]:
         start = f'f"{key}{{' if key.endswith(PREFIXES) else f'"{key}"'
         assert start in source, key

@@ -20,7 +20,7 @@ from posttrain.dpo.config import DpoConfig, MiningConfig
 from posttrain.dpo.examples import tokenize_pairs
 from posttrain.dpo.mine import Reply, mine, read_replies
 from posttrain.errors import ConfigError, DataError, StageError
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.model import load_model, load_tokenizer
 from posttrain.records import Message
 

@@ -17,9 +17,9 @@ from posttrain.data.strata import proportional_shares
 from posttrain.errors import ConfigError, DataError, UserError
 from posttrain.filtering import select
 from posttrain.filtering.config import FilterConfig
-from posttrain.filtering.judge import Verdict, verdict_of
-from posttrain.filtering.prompts import JudgePrompts, label_token_ids, row_texts
 from posttrain.filtering.stage import FilterResult, histogram
+from posttrain.judging.prompts import JudgePrompts, label_token_ids, row_texts
+from posttrain.judging.verdicts import Verdict, verdict_of
 from posttrain.records import Message, Row
 from posttrain.resources import bundled_dir
 

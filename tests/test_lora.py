@@ -18,7 +18,7 @@ from posttrain.data.pairs import write_pairs
 from posttrain.dpo import stage as dpo
 from posttrain.dpo.config import DpoConfig
 from posttrain.errors import ConfigError
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.model import load_model
 from posttrain.sft import stage as sft
 from posttrain.train.adapters import adapter_config, merged

@@ -14,7 +14,7 @@ from posttrain.config.base import validate_config
 from posttrain.dpo import stage as dpo
 from posttrain.dpo.config import DpoConfig
 from posttrain.errors import ConfigError
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.sft import stage as sft
 
 pytestmark = pytest.mark.slow

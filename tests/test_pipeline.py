@@ -22,7 +22,7 @@ from posttrain.pipeline.hashing import WHOLE_FILE_BYTES, file_hash, path_hash
 from posttrain.pipeline.plan import check_fits, count_parameters, make_plan, render_plan
 from posttrain.pipeline.references import find_cycle, find_references, replace_references, topological
 from posttrain.pipeline.rundir import RunDir
-from posttrain.pipeline.worker import describe
+from posttrain.pipeline.stage_process import describe
 
 HEAVY = ("torch", "ray", "transformers", "datasets", "vllm", "trl", "deepspeed")
 

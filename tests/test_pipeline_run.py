@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.pipeline.watchdog import VARIABLE, session_processes
 
 pytestmark = pytest.mark.slow

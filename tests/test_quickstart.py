@@ -16,7 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

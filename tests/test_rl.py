@@ -26,14 +26,14 @@ import pytest
 from posttrain.config.base import dump_yaml, validate_config
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError, StageError
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.records import Message, Row
-from posttrain.rl.audit import audit_stage
 from posttrain.rl.config import RlConfig
-from posttrain.rl.profile import Difficulty, select_band
-from posttrain.rl.prompts import PromptSource
-from posttrain.rl.quotas import mixture_shares, places
-from posttrain.rl.replay import replay, weight_gaps
+from posttrain.rl.history.audit import audit_stage
+from posttrain.rl.history.replay import replay, weight_gaps
+from posttrain.rl.prompts.profile import Difficulty, select_band
+from posttrain.rl.prompts.quotas import mixture_shares, places
+from posttrain.rl.prompts.source import PromptSource
 
 REWARD = '''
 def even_share(rollout, row):
@@ -341,7 +341,7 @@ def test_an_engine_that_is_killed_while_it_takes_anothers_place_is_replaced_too(
 @pytest.mark.timeout(400)
 def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ray_session, tiny_model, tmp_path, monkeypatch):
     """In a deterministic run nothing is sent to an engine that lacks a version: its taking of weights must find out."""
-    from posttrain.rl.workers import RolloutWorkers
+    from posttrain.rl.rollouts.workers import RolloutWorkers
 
     changes = {"engine": {"max_model_len": 256, "kv_cache_gib": 0.1, "deadline_s": 3}}
     rows = rows_of(["math"])

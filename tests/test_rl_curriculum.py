@@ -13,11 +13,11 @@ from posttrain.config.shared import SystemsConfig
 from posttrain.errors import ConfigError, PluginError
 from posttrain.records import Message, Row
 from posttrain.rl.config import CurriculumConfig, RefilterConfig, RlConfig
-from posttrain.rl.curriculum import Curriculum
-from posttrain.rl.difficulty import Difficulty
-from posttrain.rl.prior import UNIFORM, fit_prior
-from posttrain.rl.prompts import PromptSource
-from posttrain.rl.refilter import Refilter
+from posttrain.rl.prompts.curriculum import Curriculum
+from posttrain.rl.prompts.difficulty import Difficulty
+from posttrain.rl.prompts.prior import UNIFORM, fit_prior
+from posttrain.rl.prompts.refilter import Refilter
+from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.stage import prompt_source
 
 

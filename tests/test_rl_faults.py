@@ -15,9 +15,9 @@ from chaos_run import ChaosRun, Strike, save_policy, write_stage
 
 from posttrain.config.shared import ParallelConfig, TrainerResources
 from posttrain.errors import StageError, TrainerLostError
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.parallel.ranks import RankGroup
-from posttrain.rl.audit import audit_stage
+from posttrain.rl.history.audit import audit_stage
 
 DEADLINE_S = 150.0
 SURVIVED = (("reward_process", "generated"), ("reward_actor", "generated"), ("trainer_rank", "trained"))

@@ -13,8 +13,8 @@ import torch
 from posttrain.config.base import dump_yaml, validate_config
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError, UserError
-from posttrain.filtering.judge import verdict_of
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
+from posttrain.judging.verdicts import verdict_of
 from posttrain.pipeline.inputs import input_problems
 from posttrain.pipeline.kinds import KINDS
 from posttrain.records import Message, RewardResult, Rollout, Row
@@ -110,7 +110,7 @@ def test_rewards_are_what_the_judge_says_though_it_is_killed(ray_session, tiny_m
 
     from posttrain.model.load import load_model, load_tokenizer
     from posttrain.rl import stage
-    from posttrain.rl.judge import Judge, Question
+    from posttrain.rl.grading.judge import Judge, Question
 
     config = make_config(tmp_path, tiny_model)
     folder = tmp_path / "rl"

@@ -13,13 +13,11 @@ from posttrain.config.base import dump_yaml
 from posttrain.config.shared import SystemsConfig
 from posttrain.errors import StageError
 from posttrain.records import Message, Row, VersionSpan
-from posttrain.rl.archive import RolloutArchive
-from posttrain.rl.audit import audit_stage
-from posttrain.rl.codec import pack, unpack, up_to
-from posttrain.rl.groups import ScoredGroup
-from posttrain.rl.ledger import Commit, Ledger
-from posttrain.rl.prompts import PromptSource
-from posttrain.rl.recovery import (
+from posttrain.rl.history.archive import RolloutArchive
+from posttrain.rl.history.audit import audit_stage
+from posttrain.rl.history.codec import pack, unpack
+from posttrain.rl.history.ledger import Commit, Ledger
+from posttrain.rl.history.recovery import (
     SNAPSHOT,
     folder_hash,
     group_of,
@@ -29,7 +27,9 @@ from posttrain.rl.recovery import (
     scores_json,
     survivors,
 )
-from posttrain.sampling.requests import Completion
+from posttrain.rl.prompts.source import PromptSource
+from posttrain.rl.records import ScoredGroup
+from posttrain.sampling.requests import Completion, up_to
 
 ROWS = [Row(f"p{index}", "math", (Message("user", f"question {index}"),), "1") for index in range(40)]
 

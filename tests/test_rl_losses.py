@@ -1,24 +1,24 @@
 """Advantages and losses against numbers worked by hand from their formulas; gradients too."""
 
 import math
-from dataclasses import replace
 from itertools import starmap
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError
 from posttrain.records import RewardResult, Rollout, Row, Scored, VersionSpan
 from posttrain.rl.advantages import ADVANTAGES, is_zero
 from posttrain.rl.config import RlConfig
-from posttrain.rl.groups import DrawnPrompt, Group
+from posttrain.rl.grading.groups import drop_reason, over_batch, overlong_penalty, scored_group
 from posttrain.rl.loss_config import CONSTANTS, LossConfig, ReferenceConfig
 from posttrain.rl.losses import LOSSES, LossInputs, batch_share, reference_kl
-from posttrain.rl.samples import TrainSample, collate, micro_batches, train_samples
-from posttrain.rl.scoring import drop_reason, over_batch, overlong_penalty, scored_group
-from posttrain.rl.trainer import dealt, loss_inputs
+from posttrain.rl.records import DrawnPrompt, Group
+from posttrain.rl.training.samples import TrainSample, collate, micro_batches, train_samples
+from posttrain.rl.training.trainer import dealt, loss_inputs
 
 
 @pytest.mark.parametrize(

@@ -11,21 +11,21 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 
 from posttrain.config.base import validate_config
 from posttrain.errors import CheckpointError, ConfigError, DataError
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.records import Message, RewardResult, Rollout, Row, Scored, VersionSpan
 from posttrain.rl.config import RlConfig
-from posttrain.rl.difficulty import Basis, Difficulty, DifficultyStore, read_estimates, write_estimates
-from posttrain.rl.fingerprints import (
+from posttrain.rl.prompts.difficulty import Basis, Difficulty, DifficultyStore, read_estimates, write_estimates
+from posttrain.rl.prompts.fingerprints import (
     check_resumed,
     dataset_fingerprint,
     policy_fingerprint,
@@ -33,7 +33,7 @@ from posttrain.rl.fingerprints import (
     run_fingerprints,
     scoring_fingerprint,
 )
-from posttrain.rl.profile import FILE, chunk_size, difficulties, drawn_rows, known_difficulties
+from posttrain.rl.prompts.profile import FILE, chunk_size, difficulties, drawn_rows, known_difficulties
 
 BASIS = Basis("policy-a", "scoring-a")
 
@@ -179,8 +179,8 @@ def test_a_chunk_fills_every_engine():
 
 def test_a_prompt_needs_room_with_every_system_instruction():
     """Tokens are words here. Of 20 tokens 16 are for the reply, so that a prompt may have 4."""
-    from posttrain.rl.groups import DrawnPrompt
-    from posttrain.rl.lengths import check_room
+    from posttrain.rl.prompts.lengths import check_room
+    from posttrain.rl.records import DrawnPrompt
 
     def render(messages: Sequence[Message]) -> list[int]:
         return [0 for message in messages for _ in message.content.split()]
@@ -286,7 +286,7 @@ PROFILE = """
     from posttrain.data.chat import end_token_ids
     from posttrain.model.load import load_tokenizer
     from posttrain.rl.config import RlConfig
-    from posttrain.rl.profile import profile_prompts
+    from posttrain.rl.prompts.profile import profile_prompts
     from posttrain.rl.stage import _draw_plain, _rows_to_profile
     from posttrain.sampling.client import Engines
 

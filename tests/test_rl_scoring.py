@@ -8,26 +8,26 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from posttrain.config.base import validate_config
 from posttrain.config.shared import RewardConfig, RewardResources
 from posttrain.errors import PluginError, StageError
 from posttrain.records import Message, Rollout, Row, Scored, VersionSpan
-from posttrain.rl.alarm import UnscoredAlarm
 from posttrain.rl.config import RlConfig
-from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
-from posttrain.rl.profile import nothing_scored
-from posttrain.rl.scoring import drop_reason, score_group
-from posttrain.rl.tally import StepTally
-from posttrain.scoring.actor import MARK
-from posttrain.scoring.client import RewardClient
-from posttrain.scoring.pool import RewardPool
+from posttrain.rl.grading.alarm import UnscoredAlarm
+from posttrain.rl.grading.groups import drop_reason, score_group
+from posttrain.rl.loop.tally import StepTally
+from posttrain.rl.prompts.profile import nothing_scored
+from posttrain.rl.records import DrawnPrompt, Group, ScoredGroup
+from posttrain.scoring.pool.pool import RewardPool
+from posttrain.scoring.remote.actor import MARK
+from posttrain.scoring.remote.client import RewardClient
 
 REWARD = '''
 import os, pathlib, subprocess, time

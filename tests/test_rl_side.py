@@ -15,18 +15,18 @@ from test_rl import make_config, read_rollouts, rows_of, run_stage
 
 from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError
+from posttrain.files import append_jsonl, read_jsonl
 from posttrain.metrics.intervals import wilson_ci95
-from posttrain.metrics.jsonl import append_jsonl, read_jsonl
 from posttrain.records import Message, Row
-from posttrain.rl.audit import audit_stage
 from posttrain.rl.config import EvaluationConfig, RlConfig
-from posttrain.rl.difficulty import read_estimates
-from posttrain.rl.evaluation import FILE, accuracies, evaluation_request, heldout_prompts, is_due, last_evaluated
-from posttrain.rl.groups import DrawnPrompt, Group, ScoredGroup
-from posttrain.rl.ledger import Ledger
-from posttrain.rl.profile import FILE as PROFILE
-from posttrain.rl.recovery import SNAPSHOT
-from posttrain.rl.tally import sampled_before
+from posttrain.rl.history.audit import audit_stage
+from posttrain.rl.history.ledger import Ledger
+from posttrain.rl.history.recovery import SNAPSHOT
+from posttrain.rl.loop.evaluation import FILE, accuracies, evaluation_request, heldout_prompts, is_due, last_evaluated
+from posttrain.rl.loop.tally import sampled_before
+from posttrain.rl.prompts.difficulty import read_estimates
+from posttrain.rl.prompts.profile import FILE as PROFILE
+from posttrain.rl.records import DrawnPrompt, Group, ScoredGroup
 from posttrain.sampling.requests import SampleRequest
 
 HELDOUT = [row | {"id": f"heldout-{row['id']}"} for row in rows_of(["math", "coding"], 12, heldout=True)]

@@ -7,8 +7,8 @@ from itertools import islice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.rl.quotas import places
-from posttrain.rl.staleness import StalenessQueue
+from posttrain.rl.loop.staleness import StalenessQueue
+from posttrain.rl.prompts.quotas import places
 
 ONE = {"math": 1.0}
 

@@ -4,13 +4,13 @@ import asyncio
 import json
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray.cloudpickle
 import torch
+from msgspec.structs import replace
 from tiny_policy import save_tiny_policy
 
 from posttrain.config.base import validate_config
@@ -19,10 +19,10 @@ from posttrain.errors import ConfigError, StageError
 from posttrain.model.load import load_model
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
-from posttrain.rl.evidence import keep_evidence, read_batch, stop_reason
 from posttrain.rl.losses import LOSSES, LossInputs, batch_share
-from posttrain.rl.samples import TrainSample
-from posttrain.rl.trainer import PolicyTrainer, dealt
+from posttrain.rl.training.evidence import keep_evidence, read_batch, stop_reason
+from posttrain.rl.training.samples import TrainSample
+from posttrain.rl.training.trainer import PolicyTrainer, dealt
 from posttrain.sampling.weights import open_weights
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks do not find the tests' folder

@@ -1,10 +1,10 @@
 """Verifiers of system instructions in the reward, and what a reward says that it needs of a row."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError, DataError, PluginError
@@ -12,11 +12,11 @@ from posttrain.pipeline.inputs import input_problems
 from posttrain.pipeline.kinds import KINDS
 from posttrain.records import Message, Rollout, Row, VersionSpan
 from posttrain.rl.config import RlConfig
-from posttrain.rl.quotas import mixture_shares
-from posttrain.rl.verifiers import check_rewardable, reward_pool, reward_spec
-from posttrain.scoring.plugins import RewardSpec, check_reward
-from posttrain.scoring.pool import RewardPool
-from posttrain.scoring.requirements import check_fields, missing_fields, reward_sources
+from posttrain.rl.grading.verifiers import check_rewardable, reward_pool, reward_spec
+from posttrain.rl.prompts.quotas import mixture_shares
+from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
+from posttrain.scoring.plugins.requirements import check_fields, missing_fields, reward_sources
+from posttrain.scoring.pool.pool import RewardPool
 
 PLUGIN = '''
 from posttrain.records import RewardResult

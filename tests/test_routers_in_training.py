@@ -13,7 +13,7 @@ from posttrain.context import StageContext
 from posttrain.data.pairs import write_pairs
 from posttrain.dpo import stage as dpo
 from posttrain.errors import ConfigError
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.model import load_model
 from posttrain.sft import stage as sft
 from posttrain.train import routers

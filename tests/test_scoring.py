@@ -17,10 +17,10 @@ import pytest
 
 from posttrain.errors import PluginError
 from posttrain.records import Message, RewardResult, Rollout, Row, Scored, VersionSpan
-from posttrain.scoring.plugins import RewardSpec, check_reward, list_rewards, load_reward
-from posttrain.scoring.pool import RewardPool
-from posttrain.scoring.sandbox import Limits, SandboxError, SandboxResult, find_sandbox, run_python
-from posttrain.scoring.wire import FrameBuffer, PairText, frame, pair_from_json, request
+from posttrain.scoring.plugins.lookup import RewardSpec, check_reward, list_rewards, load_reward
+from posttrain.scoring.pool.pool import RewardPool
+from posttrain.scoring.pool.wire import FrameBuffer, PairText, frame, pair_from_json, request
+from posttrain.scoring.sandbox.run import Limits, SandboxError, SandboxResult, find_sandbox, run_python
 
 HOSTILE = '''
 import ctypes, os, subprocess, sys, time
@@ -94,7 +94,7 @@ def _is_left(process: psutil.Process, mark: str) -> bool:
             return False
         if process.environ().get("TEST_MARK") == mark:
             return True
-        in_sandbox = [word for word in process.cmdline() if word == "/tmp/main.py" or word.endswith("sandbox_init.py")]
+        in_sandbox = [word for word in process.cmdline() if word == "/tmp/main.py" or word.endswith("inside.py")]
         return bool(in_sandbox) and process.ppid() in (1, os.getpid())
     except psutil.Error:
         return False
@@ -340,7 +340,7 @@ class TestPool:
         """SIGKILL to the process that holds the pool, in the middle of a score that never ends."""
         program = f"""
             import asyncio
-            from posttrain.scoring.pool import RewardPool
+            from posttrain.scoring.pool.pool import RewardPool
             from tests.test_scoring import ROW, reply
             async def main():
                 pool = RewardPool({hostile + ":by_text"!r}, num_workers=2, timeout_s=100)
@@ -468,7 +468,9 @@ class TestPlugins:
             RewardSpec.of({"nme": "a"})
 
     def test_importing_the_pool_imports_no_torch(self) -> None:
-        program = "import sys, posttrain.scoring.pool; print(sorted({'torch', 'pydantic', 'ray'} & set(sys.modules)))"
+        program = (
+            "import sys, posttrain.scoring.pool.pool; print(sorted({'torch', 'pydantic', 'ray'} & set(sys.modules)))"
+        )
         output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
         assert output == "[]\n"
 

@@ -19,7 +19,7 @@ from posttrain.context import StageContext
 from posttrain.data.chat import end_token_ids, render_prompt
 from posttrain.data.rows import load_rows
 from posttrain.errors import CheckpointError, ConfigError, DataError, StageError
-from posttrain.metrics.jsonl import read_jsonl
+from posttrain.files import read_jsonl
 from posttrain.model import load_model, load_tokenizer
 from posttrain.sft import stage
 from posttrain.sft.config import SftConfig

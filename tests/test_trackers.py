@@ -18,8 +18,8 @@ import pytest
 from posttrain.config.shared import TrackersConfig
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError
+from posttrain.files import keep_lines, read_jsonl
 from posttrain.metrics import trackers as module
-from posttrain.metrics.jsonl import keep_steps_before, read_jsonl
 from posttrain.metrics.trackers import Opener, Tracker, arguments, tracked
 from posttrain.pipeline.graph import load_pipeline
 from posttrain.pipeline.hashing import input_hash
@@ -84,11 +84,11 @@ def test_a_stage_that_goes_on_from_a_checkpoint_tells_only_what_is_new(
         context.metrics(step, {"loss": 1.0})
     seen = tmp_path / "seen"
     with tracked(TrackersConfig(tensorboard=True), context, {"tensorboard": to_file(seen)}):
-        keep_steps_before(context.dir / "metrics.jsonl", 2)
+        keep_lines(context.dir / "metrics.jsonl", lambda line: line["step"] < 2)
         context.metrics(2, {"loss": 2.0})
         while not seen.exists():
             threading.Event().wait(0.01)
-        keep_steps_before(context.dir / "metrics.jsonl", 2)  # again, while it runs
+        keep_lines(context.dir / "metrics.jsonl", lambda line: line["step"] < 2)  # again, while it runs
         context.metrics(2, {"loss": 3.0})
         context.metrics(3, {"loss": 4.0})
     lines = [line for line in read_jsonl(seen) if "step" in line]
@@ -147,7 +147,7 @@ from pathlib import Path
 from posttrain.config.base import Config
 from posttrain.config.shared import TrackersConfig
 from posttrain.pipeline.kinds import StageKind
-from posttrain.pipeline.worker import StageJob, run_stage
+from posttrain.pipeline.stage_process import StageJob, run_stage
 
 class ToyConfig(Config):
     trackers: TrackersConfig | None = None

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.rows import write_jsonl
+from posttrain.files import write_jsonl
 
 
 def save_tiny_policy(folder: Path, seed: int = 0, **changes: Any) -> Path:

@@ -9,11 +9,12 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import posttrain
 from posttrain.base.config import StageConfig
+from posttrain.files import replacing
 
 _HASH_CHARS = 24
 
@@ -43,22 +44,17 @@ def fetch(key: str, out: Path) -> bool:
     entry = cache_root() / key
     if not (entry / "config.json").is_file():
         return False
-    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    shutil.copytree(entry, aside)
-    aside.rename(out)
+    with replacing(out) as aside:
+        shutil.copytree(entry, aside)
     return True
 
 
 def store(key: str, model: Path) -> None:
     """Keep a copy of a model folder. A cache that cannot be written is no reason to fail."""
     entry = cache_root() / key
-    aside = entry.with_name(f".{key}.{uuid.uuid4().hex}")
-    try:
+    if entry.exists():
+        return
+    with suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(model, aside)
-        if not entry.exists():
-            aside.rename(entry)
-    except OSError:
-        pass
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with replacing(entry) as aside:
+            shutil.copytree(model, aside)

@@ -55,7 +55,7 @@ def _start(spec: Path, log: Path) -> "subprocess.Popen[str]":
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
     with log.open("w", encoding="utf-8") as stderr:
         return subprocess.Popen(
-            [sys.executable, "-m", "posttrain.base.worker", str(spec)],
+            [sys.executable, "-m", "posttrain.base.rank", str(spec)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,

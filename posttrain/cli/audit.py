@@ -6,8 +6,8 @@ from pathlib import Path
 import typer
 
 from posttrain.errors import EXIT_FAILED, EXIT_OK
-from posttrain.rl.audit import Audit, audit_stage
-from posttrain.rl.recovery import rl_stages
+from posttrain.rl.history.audit import Audit, audit_stage
+from posttrain.rl.history.recovery import rl_stages
 
 
 def print_audits(run_dir: Path, as_json: bool) -> int:

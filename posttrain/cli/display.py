@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from posttrain.cli.rl_panel import rl_panel
 from posttrain.metrics.faults import fault_words
-from posttrain.metrics.jsonl import NewLines
+from posttrain.metrics.tail import NewLines
 
 PLAIN_INTERVAL_S = 10.0
 

@@ -174,7 +174,7 @@ def probe_ray() -> Found:
 
 def probe_sandbox() -> Found:
     """A program that nobody trusts can be run in isolation, as rewards for code do."""
-    from posttrain.scoring.sandbox import find_sandbox, run_python
+    from posttrain.scoring.sandbox.run import find_sandbox, run_python
 
     result = run_python("print(6 * 7)")
     if result.stdout.strip() != b"42":

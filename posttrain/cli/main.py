@@ -267,7 +267,7 @@ def report(
 @rewards_app.command("list")
 def rewards_list() -> None:
     """List the registered rewards: name, where the function is, and what it does."""
-    from posttrain.scoring.plugins import list_rewards
+    from posttrain.scoring.plugins.lookup import list_rewards
 
     found = list_rewards()
     width = max((len(info.name) for info in found), default=0)

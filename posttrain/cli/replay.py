@@ -9,8 +9,8 @@ from posttrain.context import StageContext
 from posttrain.errors import EXIT_FAILED, EXIT_OK, ConfigError
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.rl.config import RlConfig
-from posttrain.rl.recovery import rl_stages
-from posttrain.rl.replay import replay, seed_of
+from posttrain.rl.history.recovery import rl_stages
+from posttrain.rl.history.replay import replay, seed_of
 
 
 def replay_run(run_dir: Path, target: Path) -> int:

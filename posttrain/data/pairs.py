@@ -21,8 +21,8 @@ from posttrain.data.rows import (
     take_capability,
     take_id,
     take_turns,
-    write_jsonl,
 )
+from posttrain.files import write_jsonl
 from posttrain.records import Message
 
 

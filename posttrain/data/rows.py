@@ -5,7 +5,6 @@ out: tokens (see chat.py), mixing, and repair: a bad row is an error with its fi
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from posttrain.config.shared import DataConfig
 from posttrain.data.files import Record, read_records
 from posttrain.errors import DataError
+from posttrain.files import write_jsonl
 from posttrain.records import Message, Row
 
 Kind = Literal["supervised", "prompt"]
@@ -63,24 +63,6 @@ def row_to_json(row: Row) -> dict[str, Any]:
 def messages_to_json(messages: Iterable[Message]) -> list[dict[str, str]]:
     """Messages as the list of {"role", "content"} that chat templates take."""
     return [{"role": message.role, "content": message.content} for message in messages]
-
-
-def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write JSON lines aside, then rename, so that the file is whole or absent. Returns the number of lines."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    count = 0
-    try:
-        with aside.open("w", encoding="utf-8") as lines:
-            for record in records:
-                lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False, default=str) + "\n")
-                count += 1
-            lines.flush()
-            os.fsync(lines.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return count
 
 
 # --- the scan that rows and preference pairs share ---

@@ -5,27 +5,26 @@
 Data, keys and the reward are checked before an engine starts. Left out: comparing two policies; the report does that.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from posttrain.context import StageContext
-from posttrain.data.rows import load_rows, messages_to_json, write_jsonl
+from posttrain.data.rows import load_rows, messages_to_json
 from posttrain.errors import StageError
 from posttrain.eval.config import EvalConfig
 from posttrain.eval.heldout import check_heldout
 from posttrain.eval.replies import PromptReplies, by_prompt, eval_requests, rollouts
 from posttrain.eval.results import results
+from posttrain.files import write_json, write_jsonl
 from posttrain.model.load import load_tokenizer
 from posttrain.records import Row, Scored
 from posttrain.sampling.client import Engines
 from posttrain.sampling.requests import SampleRequest
-from posttrain.scoring.plugins import RewardSpec, check_reward
-from posttrain.scoring.pool import RewardPool
-from posttrain.scoring.requirements import check_fields
+from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
+from posttrain.scoring.plugins.requirements import check_fields
+from posttrain.scoring.pool.pool import RewardPool
 
 
 def run(config: EvalConfig, context: StageContext) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def run(config: EvalConfig, context: StageContext) -> dict[str, Any]:
     found = measure(prompts, config, context.seed)
     paths = {"results": context.dir / "results.json", "samples": context.dir / "samples.jsonl"}
     write_jsonl(paths["samples"], (_sample(item) for item in prompts))
-    _write_json(paths["results"], found)
+    write_json(paths["results"], found)
     context.metrics(0, {**_flat(found), "wall_s": time.time() - started})
     return {**{name: str(path) for name, path in paths.items()}, "stats": found["all"]}
 
@@ -114,10 +113,3 @@ def _flat(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _reporter(context: StageContext, total: int) -> Callable[[int], None]:
     return lambda done: context.progress(done, total, "requests")
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Written aside, then renamed: the file is whole or absent."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)

@@ -6,20 +6,21 @@ Rows, labels and prompts are checked before an engine starts. Left out: the poli
 better measure where replies can be scored; see the RL stage.
 """
 
-import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec.structs import replace
 
 from posttrain.context import StageContext
 from posttrain.data.rows import load_rows, write_rows
 from posttrain.errors import DataError
+from posttrain.files import write_json
 from posttrain.filtering.config import FilterConfig
-from posttrain.filtering.judge import Verdict, judge_requests, verdicts
 from posttrain.filtering.selection import num_kept, select
+from posttrain.judging.verdicts import Verdict, judge_requests, verdicts
 from posttrain.model.load import load_tokenizer
 from posttrain.records import Row
 from posttrain.sampling.client import Engines
@@ -48,7 +49,7 @@ def run(config: FilterConfig, context: StageContext) -> dict[str, Any]:
     paths = {"kept": context.dir / "kept.jsonl", "dropped": context.dir / "dropped.jsonl"}
     write_rows(paths["kept"], result.kept)
     write_rows(paths["dropped"], result.dropped)
-    _write_json(context.dir / "histogram.json", histogram(result, config.labels))
+    write_json(context.dir / "histogram.json", histogram(result, config.labels))
     stats = statistics(result, time.time() - started)
     context.metrics(0, stats)
     return {**{name: str(path) for name, path in paths.items()}, "stats": stats}
@@ -130,10 +131,3 @@ def _reporter(context: StageContext, total: int) -> Callable[[int], None]:
 
 def _score_mean(result: FilterResult, rows: Sequence[Row]) -> float | None:
     return sum(result.verdicts[row.id].score for row in rows) / len(rows) if rows else None
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Written aside, then renamed: the file is whole or absent."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)

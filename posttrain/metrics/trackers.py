@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain.config.shared import TrackersConfig
 from posttrain.context import StageContext
-from posttrain.metrics.jsonl import NewLines
+from posttrain.metrics.tail import NewLines
 
 POLL_S = 1.0
 END_S = 60.0  # to hand on the rest and to finish

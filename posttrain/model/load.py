@@ -6,7 +6,6 @@ Left out: downloading (give a local folder), pickle checkpoints (they can run co
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from posttrain.config.shared import ModelConfig
 from posttrain.errors import CheckpointError, ConfigError
+from posttrain.files import replacing
 from posttrain.model.native import NativeLlama4ForCausalLM
 from posttrain.model.router_stats import RouterLossWeights
 
@@ -131,25 +131,11 @@ def save_model(
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with replacing(target) as aside:
         with _quiet():
             model.save_pretrained(aside, state_dict=None if state_dict is None else dict(state_dict))
         tokenizer.save_pretrained(aside)
-        replace_folder(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return target
-
-
-def replace_folder(aside: Path, target: Path) -> None:
-    """Rename a folder that is written whole to its place; an older one there is moved away first, then removed."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    aside.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _folder(path: str | os.PathLike) -> Path:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from posttrain.model.load import replace_folder
+from posttrain.files import replace_folder
 from posttrain.parallel.tensors import WholeTensor, gathered, in_shards, read_weights, whole_tensors
 
 SHARD_BYTES = 4 << 30

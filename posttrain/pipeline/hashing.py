@@ -18,13 +18,12 @@ from posttrain.config.shared import FilesConfig, RewardFunctionConfig, ServedMod
 from posttrain.errors import UserError
 from posttrain.pipeline.graph import Node, Pipeline
 from posttrain.pipeline.inputs import find_inputs, other_functions, other_paths
-from posttrain.pipeline.kinds import KINDS, StageKind
+from posttrain.pipeline.kinds import StageKind
+from posttrain.pipeline.layers import parts_below
 from posttrain.pipeline.references import has_reference, replace_references
 
 WHOLE_FILE_BYTES = 256 << 20
 SAMPLE_BYTES = 1 << 20
-# These show a run; they do not change what it computes.
-NOT_CODE = ("cli", "report")
 
 
 def input_hash(node: Node, pipeline: Pipeline, upstream: Mapping[str, str]) -> str:
@@ -61,7 +60,7 @@ def _inputs(node: Node) -> dict[str, Any]:
 
 
 def _reward_sources(reward: RewardFunctionConfig) -> list[str]:
-    from posttrain.scoring.requirements import reward_sources
+    from posttrain.scoring.plugins.requirements import reward_sources
 
     try:
         return [str(path) for path in reward_sources(reward.name, reward.args)]
@@ -70,7 +69,7 @@ def _reward_sources(reward: RewardFunctionConfig) -> list[str]:
 
 
 def _function_sources(name: str) -> list[str]:
-    from posttrain.scoring.plugins import function_file, resolve_function
+    from posttrain.scoring.plugins.lookup import function_file, resolve_function
 
     try:
         path = function_file(resolve_function(name, "function"))
@@ -104,11 +103,11 @@ def file_hash(path: Path) -> str:
 
 
 def code_hash(kind: StageKind) -> str:
-    """Hash of the source that a kind of stage may use: this package without what only shows a run, and without the
-    folders of the other stages, which never import each other; and the stage's own module if it lies elsewhere."""
+    """Hash of the source that a kind of stage may use: its own folder and every part that it may import by the table
+    of layers; all of the package, and the stage's own module, for a stage that lies outside of it."""
     own = _package(kind)
-    others = {_package(other) for other in KINDS.values()} - {own}
-    parts = [text for top, text in _source_hashes() if top not in others and top not in NOT_CODE]
+    allowed = parts_below(own) if own is not None else None
+    parts = [text for top, text in _source_hashes() if allowed is None or top in allowed]
     module = find_spec(kind.run.partition(":")[0])
     if own is None and module and module.origin:
         parts.append(file_hash(Path(module.origin)))
@@ -126,7 +125,7 @@ def _source_hashes() -> list[tuple[str, str]]:
     """(first part of the path, path and hash) of each file of this package's source."""
     root = Path(posttrain.__file__).parent
     paths = [item.relative_to(root) for item in sorted(root.rglob("*.py"))]
-    return [(path.parts[0], f"{path} {file_hash(root / path)}") for path in paths]
+    return [(path.parts[0].removesuffix(".py"), f"{path} {file_hash(root / path)}") for path in paths]
 
 
 def _hidden(path: Path, root: Path) -> bool:

@@ -84,8 +84,8 @@ def _row_problems(config: BaseModel, kind: StageKind) -> list[str]:
 
 def _rows_without_fields(data: DataConfig, rewards: Sequence[RewardFunctionConfig], given: Sequence[str]) -> list[str]:
     from posttrain.data.rows import load_rows
-    from posttrain.scoring.plugins import RewardSpec
-    from posttrain.scoring.requirements import missing_fields
+    from posttrain.scoring.plugins.lookup import RewardSpec
+    from posttrain.scoring.plugins.requirements import missing_fields
 
     try:
         rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS)
@@ -167,7 +167,7 @@ def _unreadable(data: FilesConfig) -> list[str]:
 
 
 def _reward_problems(reward: RewardFunctionConfig) -> list[str]:
-    from posttrain.scoring.plugins import check_reward
+    from posttrain.scoring.plugins.lookup import check_reward
 
     try:
         check_reward(reward.name, reward.args)

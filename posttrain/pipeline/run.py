@@ -21,8 +21,8 @@ from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_pla
 from posttrain.pipeline.ray_session import joins_cluster, ray_session
 from posttrain.pipeline.rundir import RunDir
 from posttrain.pipeline.schedule import Scheduler
+from posttrain.pipeline.stage_process import OUT_OF_SPACE
 from posttrain.pipeline.summary import Summary, SummaryWriter
-from posttrain.pipeline.worker import OUT_OF_SPACE
 
 
 class Display(Protocol):

@@ -7,7 +7,6 @@ and the outputs of what was finished. Every file that another process may read i
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from posttrain.config.base import dump_yaml, read_yaml
 from posttrain.errors import ConfigError
+from posttrain.files import remove, write_text
 from posttrain.pipeline.graph import Node, Pipeline
 
 STARTED = "STARTED"
@@ -128,7 +128,7 @@ class RunDir:
         (folder / DONE).unlink(missing_ok=True)
         for item in folder.iterdir():
             if item.name != STARTED:
-                _remove(item)
+                remove(item)
         (folder / STARTED).unlink(missing_ok=True)
 
     def forget_events(self, nodes: set[str]) -> None:
@@ -143,27 +143,6 @@ class RunDir:
     def finish(self, node: Node, record: Mapping[str, Any]) -> None:
         """Write DONE, the last file of a stage."""
         write_text(self.folder(node) / DONE, json.dumps(record, indent=1, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside, flush it to disk, rename it into place."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -20,8 +20,8 @@ from posttrain.pipeline.graph import Node, Pipeline, output_path
 from posttrain.pipeline.plan import Step, trainer_resources
 from posttrain.pipeline.ray_session import RaySession
 from posttrain.pipeline.rundir import RunDir
+from posttrain.pipeline.stage_process import StageAnswer, StageJob, run_stage
 from posttrain.pipeline.summary import SummaryWriter
-from posttrain.pipeline.worker import StageAnswer, StageJob, run_stage
 
 POLL_S = 0.2
 LOG_TAIL_LINES = 200

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import posttrain
+from posttrain.files import write_text
 from posttrain.pipeline.graph import Node, Pipeline
-from posttrain.pipeline.rundir import RunDir, write_text
+from posttrain.pipeline.rundir import RunDir
 
 PACKAGES = ("torch", "vllm", "ray", "trl", "deepspeed", "transformers")
 

@@ -5,7 +5,6 @@ nothing from anywhere: script, style and data are inside, and its content policy
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from posttrain import __version__
+from posttrain.files import write_text
 from posttrain.report.blocks import Chart, Grid, Leaf, Section, Text
 from posttrain.report.charts import colours_of
 from posttrain.report.format import plural, seconds, utc
@@ -44,12 +44,7 @@ def write_report(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir}: no such run directory")
     path = run_dir / "report.html"
-    draft = run_dir / f".report.{os.getpid()}.html"
-    try:
-        draft.write_text(render(read_run(run_dir)), encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_text(path, render(read_run(run_dir)))
     return path
 
 

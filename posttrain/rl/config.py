@@ -24,7 +24,7 @@ from posttrain.config.shared import (
     TrackersConfig,
     TrainerResources,
 )
-from posttrain.filtering.config import JudgeQuestion
+from posttrain.judging.config import JudgeQuestion
 from posttrain.rl.loss_config import LossConfig
 
 # Schedules of the curriculum that need no function.
@@ -97,7 +97,7 @@ class CurriculumConfig(Config):
     def _is_schedule(cls, schedule: str) -> str:
         if schedule not in SCHEDULES:
             from posttrain.errors import PluginError
-            from posttrain.scoring.plugins import check_function
+            from posttrain.scoring.plugins.lookup import check_function
 
             try:
                 check_function(schedule, "schedule", ("step", "steps", "pass_rate", "position"))

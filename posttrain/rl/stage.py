@@ -15,26 +15,17 @@ from posttrain.data.chat import end_token_ids, render_prompt
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import hash_order
 from posttrain.errors import TrainerLostError
-from posttrain.metrics.jsonl import keep_steps_before
+from posttrain.files import keep_lines
 from posttrain.parallel.engine import check_parallel
 from posttrain.parallel.ranks import RankGroup
 from posttrain.records import Message, Row
-from posttrain.rl.archive import RolloutArchive
 from posttrain.rl.config import RlConfig
-from posttrain.rl.controller import Controller, Parts
-from posttrain.rl.curriculum import Curriculum
-from posttrain.rl.evaluation import heldout_prompts, heldout_rows
-from posttrain.rl.fingerprints import check_resumed, run_fingerprints
-from posttrain.rl.groups import DrawnPrompt
-from posttrain.rl.judge import Judge, Question
-from posttrain.rl.ledger import Commit, Ledger
-from posttrain.rl.lengths import check_room
-from posttrain.rl.parity import check_engine_parity
-from posttrain.rl.prior import fit_prior
-from posttrain.rl.profile import Difficulty, drawn_rows, profile_prompts, select_band
-from posttrain.rl.prompts import PromptSource
-from posttrain.rl.quotas import mixture_shares
-from posttrain.rl.recovery import (
+from posttrain.rl.grading.groups import passes_and_failures
+from posttrain.rl.grading.judge import Judge, Question
+from posttrain.rl.grading.verifiers import check_rewardable
+from posttrain.rl.history.archive import RolloutArchive
+from posttrain.rl.history.ledger import Commit, Ledger
+from posttrain.rl.history.recovery import (
     Survivor,
     finished_outputs,
     folder_hash,
@@ -45,9 +36,18 @@ from posttrain.rl.recovery import (
     survivors,
     version_of,
 )
-from posttrain.rl.reference import Reference, check_reference
-from posttrain.rl.scoring import passes_and_failures
-from posttrain.rl.verifiers import check_rewardable
+from posttrain.rl.loop.controller import Controller, Parts
+from posttrain.rl.loop.evaluation import heldout_prompts, heldout_rows
+from posttrain.rl.loop.parity import check_engine_parity
+from posttrain.rl.prompts.curriculum import Curriculum
+from posttrain.rl.prompts.fingerprints import check_resumed, run_fingerprints
+from posttrain.rl.prompts.lengths import check_room
+from posttrain.rl.prompts.prior import fit_prior
+from posttrain.rl.prompts.profile import Difficulty, drawn_rows, profile_prompts, select_band
+from posttrain.rl.prompts.quotas import mixture_shares
+from posttrain.rl.prompts.source import PromptSource
+from posttrain.rl.records import DrawnPrompt
+from posttrain.rl.training.reference import Reference, check_reference
 from posttrain.sampling.client import Engines
 
 MODEL = "model"
@@ -149,7 +149,7 @@ def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[D
 
 
 def _start_trainer(config: RlConfig, seed: int) -> RankGroup:
-    from posttrain.rl.trainer import PolicyTrainer
+    from posttrain.rl.training.trainer import PolicyTrainer
 
     return RankGroup(
         config.parallel,
@@ -222,7 +222,7 @@ def _resume(config: RlConfig, context: StageContext, parts: Parts) -> tuple[int,
     if config.deterministic:
         ledger.forget_from(state["next_order"])
     archive.forget_after(first_step - 1)
-    keep_steps_before(context.dir / "metrics.jsonl", first_step)
+    keep_lines(context.dir / "metrics.jsonl", lambda line: line["step"] < first_step)
     for entry in ledger.entries():
         source.skip_to(entry.capability, entry.looks)
     for entry in ledger.entries(("scored", "dropped"), with_data=True):

@@ -1,10 +1,11 @@
 """What is asked of a rollout engine and what it answers: token ids in, token ids out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from posttrain.errors import StageError
-from posttrain.records import VersionSpan, travels
+from posttrain.records import VersionSpan
 
 
 class EngineLostError(StageError):
@@ -12,9 +13,7 @@ class EngineLostError(StageError):
     engine, which policy version, and how it was found."""
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class SampleRequest:
+class SampleRequest(Struct, frozen=True):
     """Sample `n` replies to one prompt.
 
     prompt_ids: token ids, rendered by `posttrain.data.chat`. stop_token_ids: ids that end a reply (kept in it).
@@ -36,9 +35,7 @@ class SampleRequest:
     priority: int = 0
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(Struct, frozen=True):
     """One sampled reply. `logprobs` are those of the distribution that the tokens were drawn from."""
 
     token_ids: tuple[int, ...]
@@ -49,9 +46,7 @@ class Completion:
     choice_logprobs: Mapping[int, float] = field(default_factory=dict)
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """The next tokens of reply `index` of the request that was submitted as `key`.
 
     start: place of the first token in the whole reply; tokens that were begun elsewhere count. versions: cover this
@@ -67,3 +62,18 @@ class Piece:
     versions: tuple[VersionSpan, ...]
     finish_reason: str = ""
     text: str = ""
+
+
+NOTHING = Completion((), "", (), "", ())
+
+
+def up_to(reply: Completion, version: int) -> Completion:
+    """What is left of a reply when every token sampled by a later version than this is taken away.
+
+    If none is, it is whole; if some are, it is unfinished.
+    """
+    end = next((span.start for span in reply.versions if span.policy_version > version), len(reply.token_ids))
+    if end == len(reply.token_ids):
+        return reply
+    kept = tuple(span for span in reply.versions if span.end <= end)
+    return Completion(reply.token_ids[:end], "", reply.logprobs[:end], "", kept)

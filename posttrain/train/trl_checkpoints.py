@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.metrics.jsonl import read_jsonl
-
 SEAL = "posttrain.json"
 KEPT = 2
 
@@ -83,12 +81,3 @@ def _sealed(folder: Path) -> Iterator[tuple[int, Path]]:
     for path in folder.glob("step_*"):
         if (path / SEAL).exists():
             yield int(path.name.removeprefix("step_")), path
-
-
-def drop_metrics_after(path: Path, step: int) -> None:
-    """Take lines of steps after `step` out of a metrics.jsonl: they will be trained, and written, again."""
-    kept = [record for record in read_jsonl(path) if record["step"] <= step] if step else []
-    if path.exists():
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
-        aside.replace(path)

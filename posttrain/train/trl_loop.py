@@ -16,13 +16,14 @@ from transformers import PrinterCallback, TrainerCallback
 from posttrain.config.shared import ParallelConfig
 from posttrain.context import QuietContext, StageContext
 from posttrain.errors import StageError
+from posttrain.files import keep_lines
 from posttrain.model.load import save_model
 from posttrain.model.router_bias import native_layers
 from posttrain.parallel.export import barrier, export_model
 from posttrain.train.adapters import merged
 from posttrain.train.master_adamw import MasterAdamW
 from posttrain.train.routers import ROUTER_METRICS, RouterCallback, with_router_loss
-from posttrain.train.trl_checkpoints import Sealed, drop_metrics_after, latest, seal
+from posttrain.train.trl_checkpoints import Sealed, latest, seal
 
 BUSY_INTERVAL_S = 1.0
 
@@ -115,7 +116,7 @@ def train(
 def _resume_point(trainer: Any, context: StageContext, fingerprint: str) -> Sealed:
     """Where to go on; what was written after it is cleared away."""
     resumed = latest(Path(trainer.args.output_dir), fingerprint)
-    drop_metrics_after(context.dir / "metrics.jsonl", resumed.step)
+    keep_lines(context.dir / "metrics.jsonl", lambda line: line["step"] <= resumed.step)
     return resumed
 
 

@@ -1,0 +1,190 @@
+"""The processes of base training: `python -m posttrain.base.rank SPEC.json`.
+
+The first imports what is needed and forks the others, which saves each of them five seconds of importing. If one
+dies, its peers fail in the next exchange; if the starter dies, all do.
+
+    every step, on each process:
+      own documents -> forward, backward -> sum of gradients over processes -> Muon (own matrices, exchanged) + AdamW
+
+Rank 0 writes one JSON line a step to stdout and saves the model at the end. There is no checkpoint: the whole takes
+about as long as starting the tools around it. Runs on CPU, fp32, one thread a process.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from posttrain.base.config import StageConfig
+from posttrain.base.corpus import Corpus, Document
+from posttrain.base.model import build_model
+from posttrain.base.muon import Muon
+from posttrain.base.sets import draw_sets
+from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(spec_path: str) -> None:
+    """Train as the spec says: {"config", "seed", "out", "parent"}; `out` is the model folder to write."""
+    spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
+    _die_with_parent(spec["parent"])
+    metrics = _own_stdout()
+    config = StageConfig.model_validate(spec["config"])
+    torch.set_num_threads(1)
+    rank = _fork(config.processes)
+    if config.processes > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = f"file://{Path(spec_path).with_suffix('.store')}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=config.processes)
+    model, tokenizer = _train(config, spec["seed"], rank, metrics)
+    if rank == 0:
+        out = Path(spec["out"])
+        # The balance loss is this stage's own; later stages choose theirs.
+        model.config.router_aux_loss_coef = 0.0
+        model.save_pretrained(out)
+        save_tokenizer(tokenizer, out)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        for _ in range(config.processes - 1):
+            os.wait()
+
+
+def _fork(processes: int) -> int:
+    """Fork the other processes, and return the rank of the one that this returns in."""
+    import posttrain.model.native  # noqa: F401  (slow to import: once, before the fork)
+
+    first = os.getpid()
+    for rank in range(1, processes):
+        if os.fork() == 0:
+            _die_with_parent(first)
+            return rank
+    return 0
+
+
+def _die_with_parent(parent: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the process that started this one is gone")
+
+
+def _own_stdout() -> TextIO:
+    """Keep stdout for metrics alone: what libraries print goes to stderr."""
+    metrics = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return metrics
+
+
+def _train(config: StageConfig, seed: int, rank: int, metrics: TextIO) -> tuple[Any, Any]:
+    tokenizer = build_tokenizer()
+    model = build_model(config.model, tokenizer, config.balance_coefficient, seed)
+    model.train()
+    matrices, others = _split_parameters(model)
+    muon = Muon(matrices)
+    adam = torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    batches = _batches(config, seed, rank, tokenizer)
+    for step in range(config.steps):
+        started = time.perf_counter()
+        values = _backward(model, next(batches), tokenizer.pad_token_id, config)
+        scale = _update(model, muon, adam, config, step)
+        if rank == 0:
+            line = {"step": step + 1, **values, "lr_scale": scale, "step_s": time.perf_counter() - started}
+            print(json.dumps(line), file=metrics, flush=True)
+    return model, tokenizer
+
+
+def _update(model: Any, muon: Muon, adam: torch.optim.Optimizer, config: StageConfig, step: int) -> float:
+    """Change the weights by the gradients of a step and clear them; return the factor on the peak rates."""
+    scale = learning_rate_scale(config, step)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    muon.step(config.muon_learning_rate * scale)
+    for group in adam.param_groups:
+        group["lr"] = config.adam_learning_rate * scale
+    adam.step()
+    model.zero_grad()
+    return scale
+
+
+def learning_rate_scale(config: StageConfig, step: int) -> float:
+    """Factor on the peak rates at a step counted from 0: up over the warm-up, flat, then down in a line."""
+    left = 1 - step / config.steps
+    up = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    down = min(1.0, max(0.02, left / config.decay_share)) if config.decay_share else 1.0
+    return up * down
+
+
+def _split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """Matrices inside the layers, for Muon; and embeddings, head, routers and norms, for AdamW."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        inside = parameter.dim() >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "router"))
+        (matrices if inside else others).append(parameter)
+    return matrices, others
+
+
+def _batches(config: StageConfig, seed: int, rank: int, tokenizer: Any) -> Iterator[list[Document]]:
+    """Endless batches of this process; the share of worked replies changes with the steps taken."""
+    corpus = Corpus(tokenizer, config.text, draw_sets(seed, config.sets).keys(), f"corpus {seed} {rank}")
+    taken = 0
+    while True:
+        late = taken >= config.text.switch_at * config.steps
+        for batch in corpus.batches(config.batch_tokens // config.processes, late):
+            yield batch
+            taken += 1
+
+
+def _backward(model: Any, batch: list[Document], pad_id: int, config: StageConfig) -> dict[str, float]:
+    """Accumulate gradients of the mean loss over the reply tokens of all processes; return the step's metrics."""
+    ids_BS, reply_BS = _pad(batch, pad_id)
+    outputs = model.model(ids_BS[:, :-1], attention_mask=ids_BS[:, :-1] != pad_id)
+    logits_TV = model.lm_head(outputs.last_hidden_state[reply_BS[:, 1:]])
+    loss_sum = F.cross_entropy(logits_TV, ids_BS[:, 1:][reply_BS[:, 1:]], reduction="sum")
+    count = logits_TV.shape[0]
+    total = loss_sum
+    if outputs.aux_loss is not None:  # there is none without a layer of experts, or with a coefficient of 0
+        total = total + config.balance_coefficient * outputs.aux_loss * count
+    total.backward()
+    totals = _sum_over_processes(model, torch.tensor([loss_sum.item(), count, ids_BS.numel()]))
+    loss, tokens, seen = totals[0] / totals[1], totals[1], totals[2]
+    for parameter in model.parameters():
+        parameter.grad.div_(tokens)
+    return {"loss": float(loss), "reply_tokens": int(tokens), "tokens": int(seen)}
+
+
+def _pad(batch: list[Document], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids int64 [B, S], padded on the right; and a bool mask [B, S] of the replies."""
+    longest = max(len(document.ids) for document in batch)
+    ids_BS = torch.full((len(batch), longest), pad_id)
+    reply_BS = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, document in enumerate(batch):
+        ids_BS[row, : len(document.ids)] = torch.tensor(document.ids)
+        reply_BS[row, document.reply_start : len(document.ids)] = True
+    return ids_BS, reply_BS
+
+
+def _sum_over_processes(model: Any, extra: torch.Tensor) -> torch.Tensor:
+    """Sum all gradients, and `extra` fp32 [N], over the processes in one exchange; return the summed `extra`."""
+    if not dist.is_initialized():
+        return extra
+    gradients = [parameter.grad for parameter in model.parameters()]
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [extra])
+    dist.all_reduce(flat)
+    *parts, total = flat.split([gradient.numel() for gradient in gradients] + [extra.numel()])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return total
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,135 @@
+"""The files of a run: JSON lines that grow, and files and folders that are whole or absent.
+
+A reader never sees half a result. A file or folder is written under another name beside its place, and renamed when it
+is complete: a crash leaves the old content, or none. What grows is appended to by whole lines, one `write` each, so
+that several processes may write to one file and a crash can cut off the last line only.
+"""
+
+import glob
+import itertools
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_SUFFIX = ".writing"
+_count = itertools.count()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file or a folder to; when the block ends without an error it becomes `path`.
+
+    What was at `path` stays until then. An error, and a crash, leave `path` as it was. Any number of processes may
+    replace the same path at once: the last one wins, whole. A file is flushed to the disk before it is renamed. A
+    folder cannot be renamed over another one, so an older folder is moved aside first and deleted afterwards.
+
+    >>> with replacing(Path("out.json")) as aside:
+    ...     aside.write_text("{}")
+    """
+    path = Path(path)
+    _sweep(path)
+    # The host and the process are in the name, so that what a crash left can be told from what is being written.
+    aside = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{next(_count)}{_SUFFIX}")
+    try:
+        yield aside
+        if aside.is_dir():
+            replace_folder(aside, path)
+        else:
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            aside.replace(path)
+    except BaseException:
+        remove(aside)
+        raise
+
+
+def replace_folder(aside: Path, target: Path) -> None:
+    """Rename a folder that is complete to its place. For folders that several processes write; else `replacing`."""
+    old = aside.with_suffix(".old")
+    with suppress(FileNotFoundError):
+        target.rename(old)
+    aside.rename(target)
+    remove(old)
+
+
+def _sweep(path: Path) -> None:
+    """Delete what processes of this host that are no more left of writing `path`."""
+    start = f".{path.name}.{platform.node()}-"
+    for left in path.parent.glob(f"{glob.escape(start)}*{_SUFFIX}"):
+        number = left.name.removeprefix(start).partition("-")[0]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all. Raises ValueError for NaN and infinities."""
+    write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one record as one line. A single `write` to a file opened for appending does not interleave."""
+    line = (json.dumps(record, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Write a file of JSON lines, whole or not at all; returns their number. Raises ValueError for NaN and infinity."""
+    count = 0
+    with replacing(Path(path)) as aside, aside.open("w", encoding="utf-8") as lines:
+        for record in records:
+            lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+            count += 1
+    return count
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines; none where there is no file.
+
+    A last line that a crash cut off is left out. Raises ValueError for any other line that is not a JSON object.
+    """
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.endswith("\n") and line.strip():
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError(f"{path}, line {number}: {line.strip()[:80]!r} is not a JSON object")
+                yield record
+
+
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Take the records out of a file of JSON lines for which `wanted` is False. Nothing where there is no file."""
+    if path.exists():
+        write_jsonl(path, [record for record in read_jsonl(path) if wanted(record)])
+
+
+def utc_now() -> str:
+    """The time now, UTC, ISO 8601 with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

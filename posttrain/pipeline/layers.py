@@ -1,0 +1,62 @@
+"""The one table of which part of the package may import which.
+
+A part is a folder or module directly under `posttrain/`. It may import itself and the parts of earlier floors; parts of
+one floor do not know each other. `tests/test_layers.py` holds every import of the source against this table, and
+`hashing.code_hash` uses it to tell which code a stage's result can depend on.
+"""
+
+# From the ground up. The stages share a floor: only the pipeline joins them.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("records", "files", "resources"),
+    ("config",),
+    ("context",),
+    ("scoring",),
+    ("data",),
+    ("metrics",),
+    ("model",),
+    ("parallel",),
+    ("planning",),
+    ("train",),
+    ("sampling",),
+    ("judging",),
+    ("base", "filtering", "sft", "rl", "dpo", "eval"),
+    ("rewards",),
+    ("pipeline",),
+    ("report",),
+    ("cli",),
+)
+
+# The rooms of the two large parts, in the same way.
+ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "scoring": (("plugins", "sandbox"), ("pool",), ("remote",)),
+    "rl": (
+        ("loss_config", "advantages"),
+        ("config", "losses", "records"),
+        ("rollouts",),
+        ("grading",),
+        ("prompts",),
+        ("training",),
+        ("history",),
+        ("loop",),
+        ("stage",),
+    ),
+}
+
+
+def floor_of(part: str, floors: tuple[tuple[str, ...], ...] = FLOORS) -> int:
+    """The floor of a part, counted from the ground. Raises ValueError for a part that the table does not name."""
+    for number, parts in enumerate(floors):
+        if part in parts:
+            return number
+    raise ValueError(f"{part!r} is not in the table of layers, posttrain/pipeline/layers.py")
+
+
+def may_import(part: str, other: str, floors: tuple[tuple[str, ...], ...] = FLOORS) -> bool:
+    """Whether `part` may import from `other`."""
+    return part == other or floor_of(other, floors) < floor_of(part, floors)
+
+
+def parts_below(part: str) -> set[str]:
+    """The part itself and everything that it may import."""
+    return {part} | {other for floor in FLOORS[: floor_of(part)] for other in floor}

@@ -1,0 +1,137 @@
+"""From sampled completions to scored groups: rewards, then advantages. A failure to score is never a reward of 0."""
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from posttrain.records import Rollout, Row, Scored
+from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, is_zero
+from posttrain.rl.config import RlConfig
+from posttrain.rl.records import PASS_THRESHOLD, Group, ScoredGroup
+
+FIRST_PAUSE_S = 0.25
+
+
+class Scorer(Protocol):
+    """What scores: a `RewardClient`."""
+
+    async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
+        """The scores in order."""
+        ...
+
+
+async def score_group(group: Group, scorer: Scorer, config: RlConfig) -> ScoredGroup:
+    """Score every rollout, and those without a score again, `reward.rescores` times; then advantages."""
+    pairs = [(rollout, group.prompt.row) for rollout in group.rollouts]
+    scores = await scorer.score(pairs)
+    for pause_s in rescore_pauses(config):
+        unscored = [index for index, scored in enumerate(scores) if scored.result is None]
+        if not unscored:
+            break
+        await asyncio.sleep(pause_s)
+        again = iter(await scorer.score([pairs[index] for index in unscored]))
+        scores = [next(again) if scored.result is None else scored for scored in scores]
+    return scored_group(group, scores, config)
+
+
+def rescore_pauses(config: RlConfig) -> list[float]:
+    """Seconds to wait before each further scoring, growing: a service that is down has a moment to come back."""
+    return [FIRST_PAUSE_S * 2**attempt for attempt in range(config.reward.rescores)]
+
+
+def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> ScoredGroup:
+    """The group with its rewards, and advantages if at least `min_group` rollouts have one.
+
+    A rollout that cannot be trained on, as a log-probability of the sampler's is not finite, counts as unscored.
+
+    `rewards` are what the reward function said; advantages are of the rewards with `overlong`'s penalty, which the
+    reason tells. A truncated reply that is masked is part of its group's baseline, but has no advantage.
+    """
+    scores = [_refused(rollout) or scored for rollout, scored in zip(group.rollouts, scores, strict=True)]
+    rewards = tuple(None if scored.result is None else scored.result.value for scored in scores)
+    penalties = [overlong_penalty(len(rollout.token_ids), config) for rollout in group.rollouts]
+    known = [reward + penalty for reward, penalty in zip(rewards, penalties, strict=True) if reward is not None]
+    advantages: list[float | None] = [None] * len(rewards)
+    if len(known) >= config.min_group:
+        values = iter(ADVANTAGES[config.advantage](known))
+        advantages = [None if reward is None else next(values) for reward in rewards]
+    if config.loss.truncated == "mask":
+        advantages = [
+            None if rollout.finish_reason == "length" else advantage
+            for rollout, advantage in zip(group.rollouts, advantages, strict=True)
+        ]
+    reasons = tuple(_reason(item, penalty) for item, penalty in zip(scores, penalties, strict=True))
+    return ScoredGroup(group, rewards, reasons, tuple(advantages), tuple(scored.outcome for scored in scores))
+
+
+def _refused(rollout: Rollout) -> Scored | None:
+    """What a rollout is scored as if it cannot be trained on, else None."""
+    bad = len(rollout.sampler_logprobs) - sum(map(math.isfinite, rollout.sampler_logprobs))
+    if not bad:
+        return None
+    return Scored(None, "infrastructure", f"{bad} of the sampler's log-probabilities are not finite")
+
+
+def overlong_penalty(num_tokens: int, config: RlConfig) -> float:
+    """weight * max(-1, min(-(n - (L - b)) / b, 0)): 0 up to L - b tokens, then falling to -weight at L.
+
+    L is sampling.max_tokens, b overlong.buffer_tokens. Source: DAPO, arXiv 2503.14476, equation 13.
+    """
+    if config.overlong is None:
+        return 0.0
+    buffer = config.overlong.buffer_tokens
+    beyond = num_tokens - (config.sampling.max_tokens - buffer)
+    return -config.overlong.weight * min(1.0, max(0.0, beyond / buffer))
+
+
+def _reason(scored: Scored, penalty: float) -> str:
+    if scored.result is None or scored.outcome == "unparseable":
+        reason = f"{scored.outcome}: {scored.reason}"
+    else:
+        reason = scored.result.reason
+    return f"{reason}; overlong {penalty:.3g}".removeprefix("; ") if penalty else reason
+
+
+def over_batch(groups: Sequence[ScoredGroup], config: RlConfig) -> list[ScoredGroup]:
+    """The groups of a batch with the advantages that are trained on, where the rule needs the whole batch for them.
+
+    Done once, before the ranks share the batch out, and over the rollouts that are trained on.
+    """
+    rule = OVER_BATCH.get(config.advantage)
+    if rule is None:
+        return list(groups)
+    values = iter(rule([value for scored in groups for value in scored.advantages if value is not None]))
+    return [
+        replace(scored, advantages=tuple(None if value is None else next(values) for value in scored.advantages))
+        for scored in groups
+    ]
+
+
+def drop_reason(scored: ScoredGroup, config: RlConfig) -> str | None:
+    """Why the group is not trained on: unscored, truncated (all of it, and masked), zero_advantage, or None.
+
+    Judged by the group alone, over the rollouts that would be trained on. "unscored" is followed by the outcome that
+    most of its rollouts without a score had, as in "unscored:timeout".
+    """
+    known = [advantage for advantage in scored.advantages if advantage is not None]
+    if len(scored.scored_rewards) < config.min_group:
+        outcomes = Counter(unscored_outcomes(scored)).most_common(1)
+        return ":".join(["unscored", *(outcome for outcome, _ in outcomes)])
+    if not known:
+        return "truncated"
+    return "zero_advantage" if config.drop_zero_advantage and is_zero(known) else None
+
+
+def passes_and_failures(scored: ScoredGroup) -> tuple[int, int]:
+    """How many of the scored rollouts passed, and how many did not."""
+    passes = sum(reward > PASS_THRESHOLD for reward in scored.scored_rewards)
+    return passes, len(scored.scored_rewards) - passes
+
+
+def unscored_outcomes(scored: ScoredGroup) -> list[str]:
+    """The outcome of each rollout that has no reward."""
+    return [outcome for outcome, reward in zip(scored.outcomes, scored.rewards, strict=False) if reward is None]

@@ -1,0 +1,161 @@
+"""Proof that a run lost nothing and trained nothing twice, from two witnesses: the ledger, and the rollouts themselves.
+
+The ledger says what became of each group; the archive holds what each step was made of. Neither is believed alone.
+"""
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.base import read_yaml
+from posttrain.rl.history.ledger import Entry, Ledger
+from posttrain.rl.history.recovery import SNAPSHOT, folder_hash
+
+# Which events may follow which, for one group. "restarted" is what a crash or a lost version does.
+_FOLLOWS: dict[str | None, tuple[str, ...]] = {
+    None: ("reserved",),
+    "reserved": ("generated", "dropped", "restarted"),
+    "restarted": ("generated", "dropped", "restarted"),
+    "generated": ("scored", "dropped", "restarted"),
+    "scored": ("trained", "dropped", "restarted"),
+    "trained": ("trained", "dropped", "restarted"),  # after a roll back, which the log has too
+    "dropped": (),
+}
+_SHOWN = 5
+
+
+@dataclass
+class Audit:
+    """What was found. `totals` are counts by name; `problems` is empty if all is well."""
+
+    stage: Path
+    totals: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_clean(self) -> bool:
+        """Nothing is lost, nothing trained twice, nothing over the bound."""
+        return not self.problems
+
+
+def audit_stage(stage: Path) -> Audit:
+    """Audit the RL stage whose folder is given."""
+    audit = Audit(stage)
+    ledger = Ledger(stage / SNAPSHOT)
+    try:
+        entries, log, commits = ledger.entries(), ledger.log(), ledger.commits()
+    finally:
+        ledger.close()
+    config = read_yaml(stage / "config.yaml") if (stage / "config.yaml").exists() else {}
+    _count(audit, entries, log, len(commits))
+    _nothing_lost(audit, entries, log)
+    _transitions(audit, log)
+    last = commits[-1] if commits else None
+    if last is not None:
+        if not (stage / last.folder).is_dir():
+            audit.problems.append(f"the last commit names {last.folder}, which is gone")
+        elif folder_hash(stage / last.folder) != last.hash:
+            audit.problems.append(f"the content of {last.folder} is not what the last commit names")
+    _steps(audit, entries, config.get("groups_per_step"), last.version if last else 0)
+    _archive(audit, entries, stage, config.get("max_staleness"))
+    return audit
+
+
+def _count(audit: Audit, entries: list[Entry], log: list[Any], commits: int) -> None:
+    states = Counter(entry.state for entry in entries)
+    reasons = Counter(entry.reason for entry in entries if entry.state == "dropped")
+    rolled = [value for _, _, event, _, value in log if event == "rolled_back"]
+    audit.totals = {
+        "groups": len(entries),
+        **{name: states[name] for name in ("reserved", "generated", "scored", "trained", "committed", "dropped")},
+        **{f"dropped:{reason}": count for reason, count in sorted(reasons.items())},
+        "steps": len({entry.step for entry in entries if entry.state in ("trained", "committed")}),
+        "commits": commits,
+        "resumed": len(rolled),
+        "steps_rolled_back": sum(value["steps"] for value in rolled),
+        "groups_rolled_back": sum(value["groups"] for value in rolled),
+        "groups_restarted": sum(event == "restarted" for _, _, event, _, _ in log),
+        "engines_replaced": sum(event == "replaced" for _, _, event, _, _ in log),
+    }
+
+
+def _nothing_lost(audit: Audit, entries: list[Entry], log: list[Any]) -> None:
+    there = {entry.id for entry in entries}
+    missing = sorted(set(range(max(there, default=-1) + 1)) - there)
+    if missing:
+        audit.problems.append(f"{len(missing)} dispatched groups are lost: {missing[:_SHOWN]}")
+    finished = any(event == "finished" for _, _, event, _, _ in log)
+    pending = [entry.id for entry in entries if entry.state not in ("committed", "dropped")]
+    if finished and pending:
+        audit.problems.append(f"the run is finished, but {len(pending)} groups are undecided: {pending[:_SHOWN]}")
+
+
+def _transitions(audit: Audit, log: list[Any]) -> None:
+    last: dict[int, str] = {}
+    for seq, _, event, order, value in log:
+        if event == "forgotten":  # a deterministic run starts again from there
+            last = {known: state for known, state in last.items() if known < value}
+        if order is None:
+            continue
+        if event not in _FOLLOWS[last.get(order)]:
+            audit.problems.append(f"group {order} was {event} after {last.get(order)} (log {seq})")
+        last[order] = event
+
+
+def _steps(audit: Audit, entries: list[Entry], groups_per_step: int | None, committed: int) -> None:
+    by_step: dict[int, int] = Counter(
+        entry.step for entry in entries if entry.state in ("trained", "committed") and entry.step is not None
+    )
+    if sorted(by_step) != list(range(len(by_step))):
+        audit.problems.append(f"steps are missing: there are {sorted(by_step)[:20]}")
+    for step, count in sorted(by_step.items()):
+        if groups_per_step is not None and count != groups_per_step:
+            audit.problems.append(f"step {step} was made of {count} groups, not {groups_per_step}")
+    late = [entry.id for entry in entries if entry.state == "committed" and (entry.step or 0) >= committed]
+    if late:
+        audit.problems.append(f"groups {late[:_SHOWN]} are committed, but their steps are not")
+
+
+def _archive(audit: Audit, entries: list[Entry], stage: Path, max_staleness: int | None) -> None:
+    """The rollouts themselves: every trained group in one step only, the ledger's, and within the bound."""
+    import pyarrow.parquet as pq
+
+    seen: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    doubled, too_old, uncovered, tokens = [], [], [], 0
+    for path in sorted((stage / "rollouts").glob("step_*.parquet")):
+        names = ["step", "group_id", "index", "versions", "num_tokens", "status"]
+        for row in pq.read_table(path, columns=names).to_pylist():
+            if row["status"] != "trained":
+                continue
+            key = (row["step"], row["index"])
+            if key in seen[row["group_id"]]:
+                doubled.append(row["group_id"])
+            seen[row["group_id"]].add(key)
+            spans = json.loads(row["versions"])
+            tokens += row["num_tokens"]
+            ends = [0, *(end for _, _, end in spans)]
+            if [start for _, start, _ in spans] != ends[:-1] or ends[-1] != row["num_tokens"]:
+                uncovered.append(row["group_id"])
+            age = row["step"] - min(version for version, _, _ in spans)
+            if max_staleness is not None and not 0 <= age <= max_staleness:
+                too_old.append(row["group_id"])
+    audit.totals["tokens_trained"] = tokens
+    twice = sorted(set(doubled) | {name for name, keys in seen.items() if len({s for s, _ in keys}) > 1})
+    audit.totals["trained_twice"] = len(twice)
+    if twice:
+        audit.problems.append(f"{len(twice)} groups were trained twice: {twice[:_SHOWN]}")
+    if too_old:
+        audit.problems.append(f"tokens over the bound of {max_staleness} versions in {too_old[:_SHOWN]}")
+    if uncovered:
+        audit.problems.append(f"tokens without a policy version in {uncovered[:_SHOWN]}")
+    ledger = {f"g{entry.id}": entry.step for entry in entries if entry.state in ("trained", "committed")}
+    archive = {name: next(iter(keys))[0] for name, keys in seen.items()}
+    only_ledger = sorted(name for name, step in ledger.items() if archive.get(name) != step)
+    only_archive = sorted(name for name, step in archive.items() if ledger.get(name) != step)
+    audit.totals["lost"] = len(only_ledger)
+    if only_ledger:
+        audit.problems.append(f"trained by the ledger, but not in the rollouts: {only_ledger[:_SHOWN]}")
+    if only_archive:
+        audit.problems.append(f"trained by the rollouts, but not in the ledger: {only_archive[:_SHOWN]}")

@@ -1,0 +1,155 @@
+"""Where a run stands: the last commit, and the groups of the ledger that can go on from there.
+
+A group goes on as what it was, if all its tokens were sampled by versions that still exist and a batch is left that is
+early enough for the oldest of them; the controller's queue decides the latter. Otherwise it is sampled again, from
+those tokens that may stay.
+"""
+
+import asyncio
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import ConfigError, StageError
+from posttrain.rl.history.codec import unpack
+from posttrain.rl.history.ledger import Commit, Entry, Ledger
+from posttrain.rl.prompts.source import PromptSource
+from posttrain.rl.records import Group, ScoredGroup, make_group
+from posttrain.sampling.requests import Completion, up_to
+
+CHECKPOINTS = "checkpoints"
+SNAPSHOT = "ledger.sqlite"
+_READ_BYTES = 1 << 24
+_SCORES = ("rewards", "reasons", "advantages", "outcomes", "ref_logprobs")
+
+
+@dataclass(frozen=True, slots=True)
+class Survivor:
+    """A group that is not decided. scored or group: how far it has come; replies: what is there of it otherwise.
+
+    stamp: the oldest version of its tokens, or the version that it may be sampled with from now on.
+    """
+
+    entry: Entry
+    stamp: int
+    replies: tuple[Completion, ...] = ()
+    group: Group | None = None
+    scored: ScoredGroup | None = None
+
+
+def open_ledger(folder: Path) -> Ledger:
+    """The stage's ledger; where it is missing, the copy in the newest checkpoint."""
+    checkpoints = sorted((folder / CHECKPOINTS).glob("step_*"), key=version_of, reverse=True)
+    path = folder / SNAPSHOT
+    if path.exists() or not checkpoints or not (checkpoints[0] / SNAPSHOT).exists():
+        return Ledger(path)
+    # The copy was made before its checkpoint was whole: it does not name it yet.
+    commit = Commit(version_of(checkpoints[0]), f"{CHECKPOINTS}/{checkpoints[0].name}", folder_hash(checkpoints[0]))
+    shutil.copyfile(checkpoints[0] / SNAPSHOT, path)
+    ledger = Ledger(path)
+    asyncio.run(ledger.commit(commit, 0))
+    return ledger
+
+
+def finished_outputs(folder: Path, steps: int) -> dict[str, Any] | None:
+    """The outputs of a stage whose result is committed already (it was killed right after); None if it is not."""
+    if not (folder / SNAPSHOT).exists():
+        return None
+    ledger = Ledger(folder / SNAPSHOT)
+    try:
+        commit = ledger.last_commit()
+        if commit is None or commit.version != steps or folder_hash(folder / commit.folder) != commit.hash:
+            return None
+        return ledger.fact("outputs")
+    finally:
+        ledger.close()
+
+
+def rl_stages(run_dir: Path) -> Sequence[Path]:
+    """The folders of RL stages of a run: itself, or those within."""
+    if (run_dir / SNAPSHOT).exists():
+        return [run_dir]
+    found = sorted(path.parent for path in run_dir.glob(f"*/{SNAPSHOT}"))
+    if not found:
+        raise ConfigError(str(run_dir), [f"holds no RL stage: there is no {SNAPSHOT} in it or in its folders"])
+    return found
+
+
+def version_of(checkpoint: Path) -> int:
+    """The policy version of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def last_checkpoint(folder: Path, ledger: Ledger) -> Path | None:
+    """The folder that the last commit names; all others under `checkpoints` do not count and are removed.
+
+    Raises StageError if its content is not what was committed.
+    """
+    commit = ledger.last_commit()
+    named = folder / commit.folder if commit is not None else None
+    for other in (folder / CHECKPOINTS).glob("*"):
+        if other != named:
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
+    if commit is None or named is None:
+        return None
+    if not named.is_dir() or folder_hash(named) != commit.hash:
+        state = "damaged: its content is not what was committed" if named.is_dir() else "gone"
+        raise StageError(f"{named} is {state}; restore it, or remove {folder} to start again")
+    return named
+
+
+def folder_hash(folder: Path) -> str:
+    """A hash of the names and contents of all files of a folder."""
+    total = hashlib.blake2b(digest_size=16)
+    for path in sorted(item for item in folder.rglob("*") if item.is_file()):
+        one = hashlib.blake2b(digest_size=16)
+        with path.open("rb") as file:
+            while chunk := file.read(_READ_BYTES):
+                one.update(chunk)
+        total.update(f"{path.relative_to(folder).as_posix()}\0{one.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def scores_json(scored: ScoredGroup) -> dict[str, Any]:
+    """What the ledger keeps of a group's scores."""
+    return {name: getattr(scored, name) for name in _SCORES}
+
+
+def scored_from_json(group: Group, scores: dict[str, Any]) -> ScoredGroup:
+    """The inverse of `scores_json`."""
+    references = tuple(tuple(values) for values in scores["ref_logprobs"])
+    others = {name: tuple(values) for name, values in scores.items() if name != "ref_logprobs"}
+    return ScoredGroup(group, **others, ref_logprobs=references)
+
+
+def group_of(entry: Entry, source: PromptSource) -> Group:
+    """The group of an entry whose replies are all there."""
+    assert entry.data is not None
+    prompt = source.prompt(entry.prompt_id, entry.system)
+    return make_group(entry.id, prompt, unpack(entry.data), "", 0.0, 0.0)
+
+
+def survivors(ledger: Ledger, source: PromptSource, version: int) -> list[Survivor]:
+    """Every undecided group, the oldest stamp first. version: of the commit that the run goes on from."""
+    found = [
+        _survivor(entry, source, version)
+        for entry in ledger.entries(("reserved", "generated", "scored"), with_data=True)
+    ]
+    return sorted(found, key=lambda item: (item.stamp, item.entry.id))
+
+
+def _survivor(entry: Entry, source: PromptSource, version: int) -> Survivor:
+    replies = tuple(up_to(reply, version) for reply in unpack(entry.data)) if entry.data else ()
+    stamps = [span.policy_version for reply in replies for span in reply.versions]
+    if not stamps:
+        return Survivor(entry, version)
+    if any(not reply.finish_reason for reply in replies):
+        return Survivor(entry, min(stamps), replies)
+    group = group_of(entry, source)
+    if entry.state != "scored" or entry.scores is None:
+        return Survivor(entry, min(stamps), replies, group)
+    return Survivor(entry, min(stamps), replies, group, scored_from_json(group, json.loads(entry.scores)))

@@ -1,0 +1,102 @@
+"""What is asked of the policy in an evaluation beside the training, and what is written of its replies.
+
+One line of evaluations.jsonl is one evaluation, of exactly one policy version. Left out: when, and by which engine
+(side.py).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from posttrain.data.rows import load_rows
+from posttrain.data.strata import sampled_rows
+from posttrain.files import keep_lines, read_jsonl
+from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
+from posttrain.records import Message, Row
+from posttrain.rl.config import EvaluationConfig, RlConfig
+from posttrain.rl.grading.verifiers import check_rewardable
+from posttrain.rl.prompts.lengths import check_room
+from posttrain.rl.records import DrawnPrompt, ScoredGroup
+from posttrain.sampling.requests import SampleRequest
+
+FILE = "evaluations.jsonl"
+
+
+def heldout_rows(config: RlConfig) -> list[Row]:
+    """The rows that are evaluated on, none without `evaluation`. Raises UserError for data that does not fit."""
+    if config.evaluation is None:
+        return []
+    rows = load_rows(config.evaluation.data, kind="prompt")
+    check_rewardable(config, rows)
+    return sampled_rows(rows, config.evaluation.prompts)
+
+
+def heldout_prompts(
+    config: RlConfig, rows: Sequence[Row], render: Callable[[Sequence[Message]], Sequence[int]]
+) -> list[DrawnPrompt]:
+    """The rows as prompts, without a sampled system instruction; one that leaves no room for a reply is an error."""
+    prompts = [DrawnPrompt(row, None, row.messages, tuple(render(row.messages))) for row in rows]
+    plain = config.systems.model_copy(update={"instructions": []})
+    check_room(config.model_copy(update={"systems": plain}), prompts, render)
+    return prompts
+
+
+def evaluation_request(
+    config: RlConfig, asked: EvaluationConfig, prompt: DrawnPrompt, stop_ids: tuple[int, ...]
+) -> SampleRequest:
+    """The request for all replies to a prompt."""
+    return SampleRequest(
+        prompt.prompt_ids,
+        asked.samples,
+        asked.temperature,
+        config.sampling.top_p if asked.temperature else 1.0,
+        config.sampling.max_tokens,
+        stop_ids,
+    )
+
+
+def is_due(asked: EvaluationConfig, version: int, last: int | None) -> bool:
+    """Whether an evaluation begins with `version`; last: the version of the one before, None if there was none.
+
+    A turn that passes while another evaluation is running is made up for when that is done.
+    """
+    return last is None or version // asked.every > last // asked.every
+
+
+def last_evaluated(folder: Path, version: int) -> int | None:
+    """The version of the last evaluation, of those up to `version`: later ones are of steps that were undone.
+
+    Takes the lines of the latter out of the file.
+    """
+    path = folder / FILE
+    keep_lines(path, lambda line: line["policy_version"] <= version)
+    return max((line["policy_version"] for line in read_jsonl(path)), default=None)
+
+
+def accuracies(groups: Sequence[ScoredGroup], config: EvaluationConfig) -> dict[str, dict[str, Any]]:
+    """For each capability in order of name, and "all": n (prompts with a scored reply), accuracy, ci95, unscored.
+
+    accuracy: mean over prompts of the share of scored replies that are right. ci95: Wilson's interval for one reply a
+    prompt, else by resampling prompts. unscored: number of replies.
+    """
+    names = sorted({scored.group.prompt.row.capability for scored in groups})
+    parts: Mapping[str, Sequence[ScoredGroup]] = {
+        **{name: [scored for scored in groups if scored.group.prompt.row.capability == name] for name in names},
+        "all": groups,
+    }
+    return {name: _accuracy(part, config) for name, part in parts.items()}
+
+
+def _accuracy(groups: Sequence[ScoredGroup], config: EvaluationConfig) -> dict[str, Any]:
+    rewards = [scored.scored_rewards for scored in groups if scored.scored_rewards]
+    shares = [fmean(reward >= config.correct_threshold for reward in known) for known in rewards]
+    interval = None
+    if shares:
+        interval = wilson_ci95(sum(shares), len(shares)) if config.samples == 1 else bootstrap_ci95(shares, 0)
+    return {
+        "n": len(shares),
+        "accuracy": fmean(shares) if shares else None,
+        "ci95": interval and list(interval),
+        "unscored": sum(reward is None for scored in groups for reward in scored.rewards),
+    }

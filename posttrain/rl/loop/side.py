@@ -1,0 +1,235 @@
+"""Sampling beside the training, on the same engines: probes of the refilter, and evaluations. Nothing waits for it.
+
+    refilter is due ───► probes ──────────────► any worker ─────► reward ──► curriculum
+    evaluation is due ─► one worker is kept ──► its replies ────► reward ──► evaluations.jsonl
+                         at its version            └ all are there: it takes the newest version
+
+Its replies have a low priority in the engines and take at most half of one engine's places, unless the training has
+nothing in flight. They are groups with an
+order below 0, which neither the staleness queue nor the ledger's groups nor the rollouts ever see. None of it survives
+the run: what is not finished is begun again when it is due again.
+
+An evaluation is of one policy version. The worker that is kept at it goes on with training's groups, so that their
+stamps, and with them the bound on staleness, are those of that version: an evaluation that lasts longer than
+`max_staleness` steps holds the training up, and never breaks the bound. If the worker is lost, the evaluation begins
+anew, with the newest version then.
+"""
+
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec.structs import replace
+
+from posttrain.context import StageContext
+from posttrain.files import append_jsonl
+from posttrain.rl.config import RlConfig
+from posttrain.rl.grading.groups import Scorer, passes_and_failures, score_group
+from posttrain.rl.loop.evaluation import FILE, accuracies, evaluation_request, is_due, last_evaluated
+from posttrain.rl.prompts.refilter import Refilter
+from posttrain.rl.prompts.source import PromptSource
+from posttrain.rl.records import DrawnPrompt, Group, ScoredGroup, make_group
+from posttrain.rl.rollouts.requests import sample_request
+from posttrain.rl.rollouts.workers import Flight, RolloutWorkers, Worker
+from posttrain.sampling.requests import NOTHING, SampleRequest
+
+LATER = 1  # the priority; training's replies have 0, and start first
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """One that is running, of the version that `worker` is kept at. Prompts are known by their number.
+
+    last: the version of the evaluation before it. tokens: with those of replies that were sampled again.
+    """
+
+    worker: Worker
+    version: int
+    last: int | None
+    unsent: deque[int]
+    num_sampled: int = 0
+    began: float = field(default_factory=time.time)
+    tokens: int = 0
+    resampled: int = 0
+    scored: dict[int, ScoredGroup] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What a flight is for: a probe, or prompt `number` of an evaluation."""
+
+    replies: int
+    evaluation: Evaluation | None = None
+    number: int = 0
+
+
+class SideWork:
+    """What is pending beside the training, what of it is sent now, and what is done with its results.
+
+    version: at which training begins or goes on. heldout: the prompts of `evaluation`. stop_ids: token ids that end a
+    reply. told: hears of events for the ledger's log.
+    """
+
+    def __init__(
+        self,
+        config: RlConfig,
+        context: StageContext,
+        workers: RolloutWorkers,
+        scorer: Scorer,
+        source: PromptSource,
+        version: int,
+        heldout: Sequence[DrawnPrompt],
+        stop_ids: tuple[int, ...],
+        told: Callable[[str, Any], None],
+    ):
+        self._config = config
+        self._context = context
+        self._workers = workers
+        self._scorer = scorer
+        self._source = source
+        self._heldout = heldout
+        self._stop_ids = stop_ids
+        self._told = told
+        self._refilter = Refilter(config.refilter) if config.refilter is not None else None
+        self._refreshed = -1  # step of the last refresh
+        self._probes: deque[str] = deque()
+        self._probed: set[str] = set()  # being sampled or scored
+        self._evaluation: Evaluation | None = None
+        self._asked = config.evaluation
+        self._last_evaluated = last_evaluated(context.dir, version) if self._asked is not None else None
+        self._step = version
+        self._sent: dict[int, _Sent] = {}
+        self._next_order = -1
+        self._counts: Counter[str] = Counter()
+
+    def dispatch(self, step: int) -> None:
+        """Send what there is room for. step: optimizer steps done."""
+        self._step = step
+        self._begin_refresh(step)
+        self._begin_evaluation()
+        while (flight := self._next_flight()) is not None:
+            self._workers.send(flight)
+
+    def figures(self) -> dict[str, int]:
+        """What was sampled since the last call, for the metrics of a step; only of what is configured."""
+        names = ["prompts_probed", "tokens_probed"] if self._config.refilter is not None else []
+        names += ["tokens_evaluated"] if self._config.evaluation is not None else []
+        counts, self._counts = self._counts, Counter()
+        return {name: counts[name] for name in names}
+
+    def stop(self) -> None:
+        """Training has ended: what is pending is left."""
+        if (running := self._evaluation) is not None:
+            running.worker.is_kept = False
+            self._told("evaluation_left", running.version)
+
+    async def take(self, flight: Flight, now: float) -> None:
+        """A group of this side is sampled."""
+        sent = self._sent.pop(flight.order)
+        group = make_group(flight.order, flight.prompt, flight.replies, flight.worker, flight.began, now)
+        tokens = sum(len(reply.token_ids) for reply in flight.replies)
+        if sent.evaluation is None:
+            self._counts["tokens_probed"] += tokens
+            await self._observe(group)
+            return
+        self._counts["tokens_evaluated"] += tokens
+        await self._evaluated(sent.evaluation, sent.number, group, tokens)
+
+    # ------------------------------------------------------------------ what is sent
+
+    def _next_flight(self) -> Flight | None:
+        """The next group, if there is one and its replies find a place."""
+        running = self._evaluation
+        if running is not None and self._asked is not None and running.unsent and self._has_room(self._asked.samples):
+            number = running.unsent.popleft()
+            prompt = self._heldout[number]
+            request = evaluation_request(self._config, self._asked, prompt, self._stop_ids)
+            return self._flight(prompt, request, _Sent(request.n, running, number), running.version)
+        if self._refilter is not None and self._probes and self._has_room(self._refilter.samples):
+            prompt = self._source.prompt(self._probes.popleft(), None)  # as the profile asks
+            request = sample_request(self._config, prompt, self._refilter.samples, self._stop_ids)
+            self._probed.add(prompt.row.id)
+            return self._flight(prompt, request, _Sent(request.n), None)
+        return None
+
+    def _has_room(self, replies: int) -> bool:
+        taken = sum(sent.replies for sent in self._sent.values())
+        places = self._config.engine.max_num_seqs
+        is_idle = all(order < 0 for worker in self._workers.workers for order in worker.flights)
+        return not taken or taken + replies <= (places if is_idle else places // 2)
+
+    def _flight(self, prompt: DrawnPrompt, request: SampleRequest, sent: _Sent, version: int | None) -> Flight:
+        order = self._next_order
+        self._next_order -= 1
+        self._sent[order] = sent
+        return Flight(order, 0, prompt, replace(request, priority=LATER), [NOTHING] * request.n, version=version)
+
+    # ------------------------------------------------------------------ probes
+
+    def _begin_refresh(self, step: int) -> None:
+        """What the last refresh has not sent by now is forgotten: it may not be what least is known of any more."""
+        curriculum = self._source.curriculum
+        if self._refilter is None or curriculum is None or step == self._refreshed or not self._refilter.due(step):
+            return
+        self._refreshed = step
+        rng = random.Random(f"{self._context.seed}/refilter/{step}")
+        self._probes = deque(self._refilter.choose(curriculum, step, rng, self._probed))
+
+    async def _observe(self, group: Group) -> None:
+        name = group.prompt.row.id
+        scored = await score_group(group, self._scorer, self._config)
+        passes, failures = passes_and_failures(scored)
+        self._probed.discard(name)
+        self._counts["prompts_probed"] += 1
+        curriculum = self._source.curriculum
+        if curriculum is not None and passes + failures:
+            curriculum.observe(name, passes, failures, group.oldest_version, refresh=True)
+        self._told("probed", [name, passes, failures, group.oldest_version])
+
+    # ------------------------------------------------------------------ evaluations
+
+    def _begin_evaluation(self) -> None:
+        if self._asked is None:
+            return
+        if (running := self._evaluation) is not None:
+            if running.worker.is_kept:
+                return
+            # Its worker is lost, and what it was to sample.
+            self._evaluation, self._last_evaluated = None, running.last
+            self._sent = {order: sent for order, sent in self._sent.items() if sent.evaluation is not running}
+        worker = self._workers.newest()
+        if worker is None or not is_due(self._asked, worker.policy_version, self._last_evaluated):
+            return
+        worker.is_kept = True
+        version, all_numbers = worker.policy_version, deque(range(len(self._heldout)))
+        self._evaluation = Evaluation(worker, version, self._last_evaluated, all_numbers)
+        self._last_evaluated = version
+        self._told("evaluation", [worker.name, version])
+
+    async def _evaluated(self, running: Evaluation, number: int, group: Group, tokens: int) -> None:
+        """A prompt's replies are there; they count if all their tokens are of the one version."""
+        running.tokens += tokens
+        versions = {span.policy_version for rollout in group.rollouts for span in rollout.versions}
+        if versions != {running.version}:
+            running.resampled += 1
+            running.unsent.append(number)
+            return
+        running.num_sampled += 1
+        if running.num_sampled == len(self._heldout):
+            self._evaluation = None
+            await self._workers.release(running.worker)
+        running.scored[number] = await score_group(group, self._scorer, self._config)
+        if self._asked is not None and len(running.scored) == len(self._heldout):
+            line = {
+                "policy_version": running.version,
+                "step": self._step,
+                "capabilities": accuracies([running.scored[at] for at in sorted(running.scored)], self._asked),
+                "seconds": time.time() - running.began,
+                "tokens": running.tokens,
+                "resampled": running.resampled,
+            }
+            append_jsonl(self._context.dir / FILE, line)
+            self._told("evaluated", running.version)

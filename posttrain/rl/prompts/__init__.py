@@ -1,0 +1,12 @@
+"""Which prompts are sampled, and how hard each is.
+
+source.py         the order in which prompts are drawn, each with a system instruction
+profile.py        pass@k of every prompt with the starting policy
+difficulty.py     the measured pass rates, and the store that runs share
+fingerprints.py   what a measured pass rate depends on
+prior.py          what to expect of a prompt that was not measured
+curriculum.py     the moving band of pass rates that is drawn from
+refilter.py       which prompts are measured again during training
+quotas.py         the share of each capability in a batch
+lengths.py        do prompt and reply fit into the engine?
+"""

@@ -1,0 +1,279 @@
+"""Which prompts are worth sampling now: a belief about each one's pass rate, and a band that moves from easy to hard.
+
+The belief is a Beta distribution over the pass rate: a + passes, b + failures, of the profile and of every rollout
+since, with the prior (a, b) that fits the whole profile (prior.py). What was seen of an older policy counts less, by
+half every `half_life` steps. A prompt is sampled in proportion to the belief that its pass rate lies in the band.
+
+                 surely solved                        surely impossible
+    retired ◄─────────────────── active ◄──────────────────────────────► parked
+            ──────────────────►         a re-probe or refresh passes
+
+Retired prompts are not drawn. Parked ones are, within a budget: `reprobe_fraction` of the draws, on average. A state
+changes by what is seen, never by time alone. Left out: who draws (prompts.py), and who refreshes (refilter.py).
+"""
+
+import numbers
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from posttrain.errors import PluginError
+from posttrain.rl.config import SCHEDULES, CurriculumConfig
+from posttrain.rl.prompts.difficulty import Difficulty
+from posttrain.rl.prompts.prior import UNIFORM, Prior
+from posttrain.scoring.plugins.lookup import load_function
+from posttrain.scoring.plugins.target import describe
+
+SURE = 0.9  # a prompt whose mean lies this far to one side is solved or impossible
+EVIDENCE = 4.0  # once it rests on so many rollouts
+ADAPTIVE_GAIN = 4.0
+OUTSIDE = 1.0  # a miss from here on is of a prompt that is not to be drawn while there are others
+_GRID = (np.arange(256) + 0.5) / 256
+
+State = Literal["active", "retired", "parked"]
+Schedule = Callable[[int, int, float, float], float]
+
+
+@dataclass(slots=True)
+class Belief:
+    """Discounted counts of rollouts that passed and failed, as of policy version `version`, on top of a prior."""
+
+    passes: float
+    failures: float
+    version: int
+    prior: Prior = UNIFORM
+
+    @property
+    def shape(self) -> tuple[float, float]:
+        """The two parameters of the Beta distribution."""
+        return self.prior[0] + self.passes, self.prior[1] + self.failures
+
+    @property
+    def mean(self) -> float:
+        """Expected pass rate."""
+        passes, failures = self.shape
+        return passes / (passes + failures)
+
+    @property
+    def evidence(self) -> float:
+        """Rollouts that it rests on, after the discount."""
+        return self.passes + self.failures
+
+    @property
+    def verdict(self) -> State:
+        """What the belief alone says."""
+        if self.evidence < EVIDENCE or 1 - SURE <= self.mean <= SURE:
+            return "active"
+        return "retired" if self.mean > SURE else "parked"
+
+
+class Curriculum:
+    """Beliefs about prompts, and the band of optimizer step `step` of `steps`.
+
+    A difficulty that is not selected starts outside: retired if most of its replies passed, else parked. prior: of
+    every prompt's pass rate.
+    """
+
+    def __init__(
+        self, config: CurriculumConfig, difficulties: Iterable[Difficulty], steps: int, prior: Prior = UNIFORM
+    ):
+        self._config = config
+        self._prior = prior
+        self._steps = steps
+        self._schedule = self._load_schedule()
+        self._version = 0
+        self._position = 0.0  # of the band on its way from `first` to `last`
+        self._num_reprobes = 0
+        self._beliefs: dict[str, Belief] = {}
+        self._states: dict[str, State] = {}
+        self._capability: dict[str, str] = {}
+        for item in difficulties:
+            belief = Belief(item.passes, item.n - item.passes, item.policy_version, prior)
+            self._beliefs[item.prompt_id] = belief
+            self._capability[item.prompt_id] = item.capability
+            outside: State = "retired" if belief.mean > 0.5 else "parked"
+            self._states[item.prompt_id] = belief.verdict if item.selected else outside
+        self._reprobe_chance = self._reprobe_chances()
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        """Every prompt that something is known of."""
+        return list(self._beliefs)
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Lowest and highest pass rate that is wanted now."""
+        (low, high), (last_low, last_high) = self._config.first, self._config.last
+        return low + self._position * (last_low - low), high + self._position * (last_high - high)
+
+    def state_of(self, prompt_id: str) -> State:
+        """active, retired or parked."""
+        return self._states.get(prompt_id, "active")
+
+    def belief(self, prompt_id: str, version: int | None = None) -> Belief:
+        """What is believed of a prompt at a version; at the current one if None. Nothing is changed by asking."""
+        at = self._version if version is None else version
+        belief = self._beliefs.get(prompt_id, Belief(0.0, 0.0, at, self._prior))
+        kept = self._kept(at - belief.version)
+        return replace(belief, passes=belief.passes * kept, failures=belief.failures * kept, version=at)
+
+    def observe(
+        self, prompt_id: str, passes: int, failures: int, version: int | None = None, refresh: bool = False
+    ) -> None:
+        """Rollouts of a prompt were scored. version: of the policy that sampled them; the current one if None.
+
+        refresh: they are a probe of the refilter, so they do not count as a draw.
+        """
+        state = self.state_of(prompt_id)
+        self._num_reprobes += state == "parked" and not refresh
+        belief = self.belief(prompt_id)
+        kept = 1.0 if version is None else self._kept(self._version - version)
+        belief = replace(belief, passes=belief.passes + kept * passes, failures=belief.failures + kept * failures)
+        self._beliefs[prompt_id] = belief
+        # What faded only says less: to come back, a prompt must have shown the contrary.
+        contrary = {"active": passes + failures, "retired": failures, "parked": passes}[state]
+        if contrary:
+            self._states[prompt_id] = belief.verdict
+
+    def miss(self, prompt_id: str, rng: random.Random) -> float:
+        """How far a pass rate drawn from the belief lies outside the band; 0 inside. Nothing is changed by asking.
+
+        Prompts that are taken when it is 0 are taken in proportion to the belief that they lie in the band. That of a
+        parked prompt is 0 as often as the budget allows, else it is OUTSIDE or more, as is that of a retired one:
+        looking at those does not count as a try.
+        """
+        belief, state = self.belief(prompt_id), self.state_of(prompt_id)
+        rate = rng.betavariate(*belief.shape)
+        low, high = self.band
+        miss = max(low - rate, rate - high, 0.0)
+        if state == "retired":
+            return 2 * OUTSIDE + miss
+        if state == "parked":
+            chance = self._reprobe_chance.get(self._capability.get(prompt_id, ""), 0.0)
+            return 0.0 if rng.random() < chance else OUTSIDE + miss
+        return miss
+
+    def advance(self, version: int, pass_rate: float) -> None:
+        """An optimizer step is done; pass_rate: of all that was generated for it.
+
+        constant: the band stays. linear: it is at `last` when training ends. adaptive: it gets harder as fast as
+        rollouts pass more often than its middle, and easier while they pass less often. A function of the user's is
+        called with (step, steps, pass_rate, position) and returns the new position, from 0 (`first`) to 1 (`last`);
+        raises PluginError where it does not.
+        """
+        self._version = version
+        self._position = self._schedule(version, self._steps, pass_rate, self._position)
+        self._reprobe_chance = self._reprobe_chances()
+
+    def figures(self) -> dict[str, float]:
+        """For the metrics of a step. reprobes: groups of parked prompts since training began."""
+        low, high = self.band
+        states = Counter(self._states.values())
+        return {
+            "band_low": low,
+            "band_high": high,
+            "prompts_known": sum(self.belief(name).evidence >= EVIDENCE for name in self._beliefs),
+            "prompts_retired": states["retired"],
+            "prompts_parked": states["parked"],
+            "reprobes": self._num_reprobes,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """JSON state for a checkpoint."""
+        return {
+            "version": self._version,
+            "position": self._position,
+            "reprobes": self._num_reprobes,
+            "beliefs": {name: [item.passes, item.failures, item.version] for name, item in self._beliefs.items()},
+            "states": dict(self._states),
+            "reprobe_chance": dict(self._reprobe_chance),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        self._version, self._position = state["version"], state["position"]
+        self._num_reprobes = state["reprobes"]
+        self._beliefs = {
+            name: Belief(passes, failures, version, self._prior)
+            for name, (passes, failures, version) in state["beliefs"].items()
+        }
+        self._states = dict(state["states"])
+        self._reprobe_chance = dict(state["reprobe_chance"])
+
+    def _kept(self, age: int) -> float:
+        return 0.5 ** (max(0, age) / self._config.half_life)
+
+    def _reprobe_chances(self) -> dict[str, float]:
+        """For each capability, how often a parked prompt that is looked at is taken.
+
+        A draw tries up to T = `tries` prompts of its capability that are active, or parked and taken, and takes the
+        first of the latter or of those in the band. Of a look, let f be the chance that it finds an active prompt,
+        y that it finds one in the band, x that it takes a parked one. Then a draw takes a parked one with a chance of
+        at most x / (x + y), and at most T x / (x + f): x is the largest for which one of them is within the budget r.
+        It holds for what was believed when the step began.
+        """
+        budget, per_try = self._config.reprobe_fraction, self._config.reprobe_fraction / self._config.tries
+        names: dict[str, list[str]] = {}
+        for name, capability in self._capability.items():
+            names.setdefault(capability, []).append(name)
+        chances = {}
+        for capability, members in names.items():
+            num_parked = sum(self._states[name] == "parked" for name in members)
+            active = [self.belief(name) for name in members if self._states[name] == "active"]
+            if num_parked and active:
+                taken = max(self._in_band(active) * _odds(budget), len(active) * _odds(per_try))
+                chances[capability] = min(1.0, taken / num_parked)
+        return chances
+
+    def _in_band(self, beliefs: list[Belief]) -> float:
+        """How many of the prompts lie in the band, by expectation: the mass of each Beta there, on a grid."""
+        low, high = self.band
+        inside = (low <= _GRID) & (high >= _GRID)
+        total = 0.0
+        for start in range(0, len(beliefs), 4096):  # so that many prompts do not need much memory at once
+            passes, failures = np.array([belief.shape for belief in beliefs[start : start + 4096]]).T - 1
+            log_density = np.outer(passes, np.log(_GRID)) + np.outer(failures, np.log1p(-_GRID))
+            density = np.exp(log_density - log_density.max(axis=1, keepdims=True))
+            total += float((density[:, inside].sum(axis=1) / density.sum(axis=1)).sum())
+        return total
+
+    def _load_schedule(self) -> Schedule:
+        name = self._config.schedule
+        if name not in SCHEDULES:
+            return _checked(name, load_function(name, "schedule"))
+
+        def adaptive(step: int, steps: int, pass_rate: float, position: float) -> float:
+            return min(1.0, max(0.0, position + ADAPTIVE_GAIN * (pass_rate - sum(self.band) / 2) / steps))
+
+        def linear(step: int, steps: int, pass_rate: float, position: float) -> float:
+            return min(1.0, step / steps)
+
+        def constant(step: int, steps: int, pass_rate: float, position: float) -> float:
+            return position
+
+        return {"adaptive": adaptive, "linear": linear, "constant": constant}[name]
+
+
+def _odds(chance: float) -> float:
+    return chance / (1 - chance)
+
+
+def _checked(name: str, function: Schedule) -> Schedule:
+    def schedule(step: int, steps: int, pass_rate: float, position: float) -> float:
+        try:
+            value = function(step, steps, pass_rate, position)
+        except Exception as error:
+            raise PluginError(f"curriculum.schedule {name!r} failed at step {step}: {describe(error)}") from error
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= 1:  # NaN is neither
+            raise PluginError(
+                f"curriculum.schedule {name!r} returned {value!r} at step {step}; it must return a number from 0 "
+                "(the band `first`) to 1 (`last`)"
+            )
+        return float(value)
+
+    return schedule

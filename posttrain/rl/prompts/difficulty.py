@@ -1,0 +1,165 @@
+"""How often a policy passes each prompt: the record, its uncertainty, and the parquet files that keep it.
+
+An estimate is worth something as long as what it rests on is the same: the policy, the sampling, the reward, the
+prompt. Each row of a file names all of them by fingerprint, so files of any runs may be read together.
+"""
+
+import hashlib
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from posttrain.errors import ConfigError
+from posttrain.files import replacing
+from posttrain.metrics.intervals import wilson_ci95
+from posttrain.metrics.pass_at_k import pass_at_k
+from posttrain.records import Row
+
+
+class Basis(Struct, frozen=True):
+    """Fingerprints of the policy, and of the way that it was sampled and scored."""
+
+    policy: str
+    scoring: str
+
+
+class Difficulty(Struct, frozen=True):
+    """How often the policy of `policy_version` passed a prompt: `passes` of the `n` replies that could be scored.
+
+    selected: whether the pass rate lies in the band that is trained on. prompt: fingerprint of the prompt. samples:
+    replies asked for. n is 0 where nothing could be scored; such a record says nothing but that it was tried.
+    tokens: of all replies that this run sampled for it, 0 where another run's estimate was taken.
+    """
+
+    prompt_id: str
+    capability: str
+    n: int
+    passes: int
+    policy_version: int
+    selected: bool
+    prompt: str = ""
+    samples: int = 0
+    tokens: int = 0
+
+    @property
+    def pass_rate(self) -> float:
+        """Share of the n scored replies that passed: pass@1."""
+        return self.passes / self.n
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """Wilson's 95% interval of the pass rate."""
+        return wilson_ci95(self.passes, self.n)
+
+    @property
+    def pass_at_k(self) -> tuple[float, ...]:
+        """Unbiased pass@k for k = 1 to n [n]. Source: Chen et al. 2021, arXiv 2107.03374."""
+        return tuple(pass_at_k(self.n, self.passes, k) for k in range(1, self.n + 1))
+
+    def in_band(self, band: Sequence[float]) -> bool:
+        """Whether the pass rate lies in [lowest, highest]."""
+        return self.n > 0 and band[0] <= self.pass_rate <= band[1]
+
+
+class DifficultyStore:
+    """Estimates that runs share through a folder: each run reads the files of all and writes one of its own.
+
+    A file is renamed into place whole, so runs may come and go side by side. run: the stage's folder, whose place
+    names the run's file.
+    """
+
+    def __init__(self, folder: Path, basis: Basis, run: Path):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError("profile.store", [f"got {str(folder)!r}: is a file; give a folder"])
+        place = f"{socket.gethostname()}:{run.resolve()}:{basis.policy}:{basis.scoring}"
+        self.folder = folder
+        self._file = folder / f"{hashlib.sha256(place.encode()).hexdigest()[:16]}.parquet"
+        self._basis = basis
+        self._found: dict[str, Difficulty] = {}
+        for path in sorted(folder.glob("*.parquet")):
+            for item in read_estimates(path, basis):
+                known = self._found.get(item.prompt)
+                if item.n and (known is None or known.samples < item.samples):
+                    self._found[item.prompt] = item
+
+    def find(self, row: Row, prompt: str, samples: int) -> Difficulty | None:
+        """The estimate of a prompt (by its fingerprint) from at least so many samples, as one of this row."""
+        found = self._found.get(prompt)
+        if found is None or found.samples < samples:
+            return None
+        return replace(found, prompt_id=row.id, capability=row.capability, tokens=0)
+
+    def add(self, difficulties: Iterable[Difficulty]) -> None:
+        """Put estimates into this run's file, beside those that it holds already."""
+        new = {item.prompt: item for item in difficulties if item.n}
+        if not new:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        old = read_estimates(self._file, self._basis) if self._file.exists() else []
+        write_estimates(self._file, list({**{item.prompt: item for item in old}, **new}.values()), self._basis)
+
+
+def write_estimates(
+    path: Path, difficulties: Sequence[Difficulty], basis: Basis, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write a table of estimates, aside and then renamed. extra: further columns, the same in each row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "prompt_id": item.prompt_id,
+            "capability": item.capability,
+            "pass_rate": item.pass_rate if item.n else None,
+            "ci95_low": item.ci95[0] if item.n else 0.0,
+            "ci95_high": item.ci95[1] if item.n else 1.0,
+            "n": item.n,
+            "passes": item.passes,
+            "pass_at_k": list(item.pass_at_k),
+            "samples": item.samples,
+            "tokens": item.tokens,
+            "policy_version": item.policy_version,
+            "selected": item.selected,
+            "prompt": item.prompt,
+            "policy": basis.policy,
+            "scoring": basis.scoring,
+            **(extra or {}),
+        }
+        for item in difficulties
+    ]
+    with replacing(path) as aside:
+        pq.write_table(pa.Table.from_pylist(rows, schema=_schema(pa, extra or {})), aside)
+
+
+def read_estimates(path: Path, basis: Basis | None = None) -> list[Difficulty]:
+    """The estimates of a file, those on that basis only where one is given. Raises ConfigError for another file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ("prompt_id", "capability", "n", "passes", "policy_version", "selected", "prompt", "samples", "tokens")
+    try:
+        with path.open("rb") as file:  # one open file, for another may take its name at any time
+            rows = pq.read_table(file, columns=[*names, "policy", "scoring"]).to_pylist()
+        return [
+            Difficulty(**{name: row[name] for name in names})
+            for row in rows
+            if basis is None or (row["policy"], row["scoring"]) == (basis.policy, basis.scoring)
+        ]
+    except (pa.ArrowException, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError("profile", [f"{path} is no table of pass rates; move it away ({reason})"]) from error
+
+
+def _schema(pa: Any, extra: Mapping[str, Any]) -> Any:
+    text, integer, real = pa.string(), pa.int64(), pa.float64()
+    types: dict[str, Any] = {
+        "prompt_id": text, "capability": text, "pass_rate": real, "ci95_low": real, "ci95_high": real, "n": integer,
+        "passes": integer, "pass_at_k": pa.list_(real), "samples": integer, "tokens": integer,
+        "policy_version": integer, "selected": pa.bool_(), "prompt": text, "policy": text, "scoring": text,
+        **dict.fromkeys(extra, real),
+    }  # fmt: skip
+    return pa.schema(list(types.items()))

@@ -1,0 +1,252 @@
+"""pass@k profile of the prompts with the policy that starts, and the band of them that is worth training on.
+
+    prompts ─► known? ── this run's files, the shared store ─────────────────────────────► difficulty.parquet
+                 └─ no ─► chunks, two at a time: engines ─► reward processes ─► a file ─►         │
+                                                                                           selected by band
+
+Each chunk is written when it is scored, so a run that is stopped in its profile goes on from there. What is known is
+known of a fingerprint of policy, sampling, reward and prompt (fingerprints.py), so nothing stale is ever reused.
+"""
+
+import asyncio
+import math
+import shutil
+import uuid
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from posttrain.context import StageContext
+from posttrain.errors import ConfigError, StageError
+from posttrain.records import Rollout, Row, Scored
+from posttrain.rl.config import RlConfig
+from posttrain.rl.grading.judge import Judge
+from posttrain.rl.grading.verifiers import reward_pool
+from posttrain.rl.prompts.difficulty import (
+    Basis,
+    Difficulty,
+    DifficultyStore,
+    read_estimates,
+    write_estimates,
+)
+from posttrain.rl.prompts.fingerprints import policy_fingerprint, prompt_fingerprint, scoring_fingerprint
+from posttrain.rl.records import PASS_THRESHOLD, DrawnPrompt, make_group
+from posttrain.rl.rollouts.requests import sample_request
+from posttrain.sampling.client import CHUNK_REQUESTS, Engines
+from posttrain.sampling.requests import SampleRequest
+from posttrain.scoring.pool.pool import RewardPool
+
+FILE = "difficulty.parquet"
+CHUNKS_AT_ONCE = 2  # the engines are busy with one while the last replies of another are sampled and scored
+
+
+def profile_prompts(
+    config: RlConfig,
+    context: StageContext,
+    engines: Engines,
+    prompts: Sequence[DrawnPrompt],
+    stop_ids: tuple[int, ...],
+    judge: Judge | None = None,
+) -> list[Difficulty]:
+    """How often the policy passes each prompt; those of which nothing could be scored are left out.
+
+    Only what is not known is sampled: `profile.samples` replies a prompt. Writes difficulty.parquet. Raises StageError
+    if not one reply could be scored.
+    """
+    basis = profile_basis(config)
+    store = profile_store(config, context.dir, basis)
+    keys = {prompt.row.id: prompt_fingerprint(prompt.row) for prompt in prompts}
+    known = known_difficulties(config, context.dir, basis, store, [prompt.row for prompt in prompts], keys)
+    missing = [prompt for prompt in prompts if prompt.row.id not in known]
+    context.event("profile", prompts=len(prompts), known=len(known))
+    sampled = asyncio.run(_sample(config, context, engines, missing, stop_ids, keys, basis, judge)) if missing else []
+    found = {**known, **{item.prompt_id: item for item in sampled}}
+    band = config.profile.band
+    ordered = [replace(found[name], selected=found[name].in_band(band)) for name in keys]
+    if not any(item.n for item in ordered):
+        raise nothing_scored()
+    write_estimates(context.dir / FILE, ordered, basis, {"band_low": float(band[0]), "band_high": float(band[1])})
+    if store is not None:
+        store.add(_partial(context.dir, basis))
+    shutil.rmtree(_parts(context.dir), ignore_errors=True)
+    return [item for item in ordered if item.n]
+
+
+def profile_basis(config: RlConfig) -> Basis:
+    """What the estimates of a run rest on, beside the prompts."""
+    return Basis(policy_fingerprint(config.model.path), scoring_fingerprint(config))
+
+
+def profile_store(config: RlConfig, run: Path, basis: Basis) -> DifficultyStore | None:
+    """The estimates that runs share, if they do. run: the stage's folder."""
+    folder = config.profile.store
+    return None if folder is None else DifficultyStore(Path(folder).expanduser(), basis, run)
+
+
+def known_difficulties(
+    config: RlConfig,
+    run: Path,
+    basis: Basis,
+    store: DifficultyStore | None,
+    rows: Sequence[Row],
+    keys: Mapping[str, str],
+) -> dict[str, Difficulty]:
+    """What this run measured already, else what others did, by prompt id. keys: fingerprint of each row by its id."""
+    samples = config.profile.samples
+    own = _partial(run, basis) + (read_estimates(run / FILE, basis) if (run / FILE).exists() else [])
+    known = {item.prompt_id: item for item in own if item.prompt == keys.get(item.prompt_id)}
+    known = {name: item for name, item in known.items() if item.samples >= samples}
+    if store is not None:
+        shared = [store.find(row, keys[row.id], samples) for row in rows if row.id not in known]
+        known |= {item.prompt_id: item for item in shared if item is not None}
+    return known
+
+
+async def _sample(
+    config: RlConfig,
+    context: StageContext,
+    engines: Engines,
+    prompts: Sequence[DrawnPrompt],
+    stop_ids: tuple[int, ...],
+    keys: Mapping[str, str],
+    basis: Basis,
+    judge: Judge | None,
+) -> list[Difficulty]:
+    """Sample and score the prompts, chunk by chunk, each written when it is done."""
+    found: list[Difficulty] = []
+    progress: Counter[int] = Counter()
+    folder = _parts(context.dir)
+    folder.mkdir(exist_ok=True)
+    size = chunk_size(config)
+    starts = iter(range(0, len(prompts), size))
+    pool = reward_pool(config)
+    score = partial(_score, pool) if judge is None else partial(judge.score, partial(_score, pool))
+
+    async def drain() -> None:
+        for start in starts:
+            chunk = prompts[start : start + size]
+
+            def done(count: int, start: int = start) -> None:
+                progress[start] = count
+                context.progress(progress.total(), len(prompts), "prompts", {"phase": "pass@k profile"})
+
+            requests = profile_requests(config, chunk, stop_ids)
+            if config.deterministic:  # one chunk after another: those that are known are the first ones
+                seed = zlib.crc32(f"{context.seed}/{chunk[0].row.id}".encode()) >> 1
+                completions, _, _ = await engines.actors[0].generate_wave.remote(requests, seed)
+                done(len(chunk))
+            else:
+                completions = await engines.generate_async(requests, done)
+            groups = [
+                make_group(start + index, prompt, replies, "profile", 0.0, 0.0)
+                for index, (prompt, replies) in enumerate(zip(chunk, completions, strict=True))
+            ]
+            pairs = [(rollout, group.prompt.row) for group in groups for rollout in group.rollouts]
+            scores = await score(pairs)
+            measured = difficulties(config, pairs, scores)
+            measured = [replace(item, prompt=keys[item.prompt_id]) for item in measured]
+            found.extend(measured)
+            if not any(item.n for item in found):  # a broken reward is told now, not after all prompts
+                raise nothing_scored(scores)
+            write_estimates(folder / f"{uuid.uuid4().hex[:16]}.parquet", measured, basis)
+
+    await pool.start()
+    try:
+        await asyncio.gather(*(drain() for _ in range(1 if config.deterministic else CHUNKS_AT_ONCE)))
+    finally:
+        if judge is not None:
+            judge.flush()
+        await pool.close()
+    return found
+
+
+async def _score(pool: RewardPool, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
+    return list(await asyncio.gather(*(pool.score(rollout, row) for rollout, row in pairs)))
+
+
+def chunk_size(config: RlConfig) -> int:
+    """Prompts in a chunk: enough to fill every engine, so that writing chunks costs no time."""
+    seats = config.engine.max_num_seqs * config.resources.rollout.workers
+    return max(CHUNK_REQUESTS, math.ceil(2 * seats / config.profile.samples))
+
+
+def _parts(run: Path) -> Path:
+    return run / "profile"
+
+
+def _partial(run: Path, basis: Basis) -> list[Difficulty]:
+    return [item for path in sorted(_parts(run).glob("*.parquet")) for item in read_estimates(path, basis)]
+
+
+def nothing_scored(scores: Sequence[Scored] = ()) -> StageError:
+    """The error of a profile in which no reply has a score; `scores` say why."""
+    reasons = Counter(f"{score.outcome}: {score.reason}" for score in scores).most_common(1)
+    why = "".join(f"; most often: {reason}" for reason, _ in reasons)
+    return StageError(f"not one reply of the profile could be scored{why}")
+
+
+def profile_requests(
+    config: RlConfig, prompts: Sequence[DrawnPrompt], stop_ids: tuple[int, ...]
+) -> list[SampleRequest]:
+    """One request a prompt."""
+    return [sample_request(config, prompt, config.profile.samples, stop_ids) for prompt in prompts]
+
+
+def difficulties(config: RlConfig, pairs: Sequence[tuple[Rollout, Row]], scores: Sequence[Scored]) -> list[Difficulty]:
+    """How often each prompt was passed, in the order of the prompts; n is 0 where nothing of it was scored."""
+    passes: Counter[str] = Counter()
+    scored: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for (rollout, _), score in zip(pairs, scores, strict=True):
+        tokens[rollout.prompt_id] += len(rollout.token_ids)
+        if score.result is not None:
+            scored[rollout.prompt_id] += 1
+            passes[rollout.prompt_id] += score.result.value > PASS_THRESHOLD
+    rows = {row.id: row for _, row in pairs}.values()
+    samples = config.profile.samples
+    counted = [
+        Difficulty(
+            row.id, row.capability, scored[row.id], passes[row.id], 0, False, samples=samples, tokens=tokens[row.id]
+        )
+        for row in rows
+    ]
+    return [replace(item, selected=item.in_band(config.profile.band)) for item in counted]
+
+
+def select_band(difficulties: Sequence[Difficulty], rows: Sequence[Row], band: Sequence[float]) -> list[Row]:
+    """The rows whose pass rate lies in the band; says which bands would select how many if none does."""
+    chosen = {item.prompt_id for item in difficulties if item.selected}
+    if not chosen:
+        raise ConfigError(
+            "profile.band", [f"got {list(band)}: no prompt's pass rate lies in it; {_bands(difficulties, band)}"]
+        )
+    return [row for row in rows if row.id in chosen]
+
+
+def _bands(difficulties: Sequence[Difficulty], band: Sequence[float]) -> str:
+    """The pass rates that there are, and the smallest bands that would select something."""
+    counts = Counter(round(item.pass_rate, 2) for item in difficulties)
+    found = ", ".join(f"{rate:.2f}: {count}" for rate, count in sorted(counts.items()))
+    below = [item.pass_rate for item in difficulties if item.pass_rate < band[0]]
+    above = [item.pass_rate for item in difficulties if item.pass_rate > band[1]]
+    wider = [[math.floor(100 * max(below)) / 100, band[1]]] if below else []
+    wider += [[band[0], math.ceil(100 * min(above)) / 100]] if above else []
+    bands = [*wider, [0.0, 1.0]]
+    selected = ", ".join(f"{wide} {sum(item.in_band(wide) for item in difficulties)}" for wide in bands)
+    return f"prompts by rate: {found}; other bands would select: {selected}"
+
+
+def drawn_rows(config: RlConfig, difficulties: Sequence[Difficulty], rows: Sequence[Row]) -> list[Row]:
+    """The rows that training may draw: those in the band; with `refilter` also the others, which start outside.
+
+    Raises ConfigError if the band selects nothing.
+    """
+    selected = select_band(difficulties, rows, config.profile.band)
+    if config.refilter is None:
+        return selected
+    measured = {item.prompt_id for item in difficulties}
+    return [row for row in rows if row.id in measured]

@@ -1,0 +1,124 @@
+"""Which prompt of a capability is sent next, and the system instruction that is sampled for it.
+
+Without a curriculum every prompt comes once before any comes again. With one, prompts are looked at in that order too,
+and the first is taken whose pass rate, drawn from what is believed of it, lies in the band.
+
+Every draw is a pure function of the seed, the group's dispatch order, how many prompts of the capability have been
+looked at, and the beliefs. So a resumed run knows where it stood from two numbers in the ledger.
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from posttrain.config.shared import SystemsConfig
+from posttrain.records import Message, Row
+from posttrain.rl.prompts.curriculum import OUTSIDE, Curriculum
+from posttrain.rl.records import DrawnPrompt
+
+
+class PromptSource:
+    """Draws prompts of the selected rows. render: messages -> prompt token ids. tries: see CurriculumConfig."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        systems: SystemsConfig,
+        render: Callable[[Sequence[Message]], Sequence[int]],
+        seed: int,
+        curriculum: Curriculum | None = None,
+        tries: int = 1,
+    ):
+        self._by_capability: dict[str, list[Row]] = {}
+        for row in rows:
+            self._by_capability.setdefault(row.capability, []).append(row)
+        self._by_id = {row.id: row for row in rows}
+        self._systems = systems
+        self._render = render
+        self._seed = seed
+        self._curriculum = curriculum
+        self._tries = tries
+        self._looks = dict.fromkeys(self._by_capability, 0)
+        self._passes: dict[tuple[str, int], list[int]] = {}  # the order of the current pass over a capability's rows
+
+    @property
+    def curriculum(self) -> Curriculum | None:
+        """What is believed of the prompts, if they are drawn by it."""
+        return self._curriculum
+
+    def draw(self, capability: str, order: int) -> DrawnPrompt:
+        """The prompt of the group that is dispatched at place `order`."""
+        row = self._next(capability)
+        if self._curriculum is None and not self._systems.instructions:
+            return self.prompt(row.id, None)
+        rng = random.Random(f"{self._seed}/{order}")
+        if self._curriculum is not None:
+            row = self._in_band(row, self._curriculum, rng)
+        return self.prompt(row.id, self._draw_system(row, rng))
+
+    def prompt(self, prompt_id: str, system: str | None) -> DrawnPrompt:
+        """A row of the selection as a prompt, with this system instruction."""
+        row = self._by_id[prompt_id]
+        messages = row.messages if system is None else (Message("system", system), *row.messages)
+        return DrawnPrompt(row, system, messages, tuple(self._render(messages)))
+
+    def looks(self, capability: str) -> int:
+        """How many prompts of a capability have been looked at so far."""
+        return self._looks[capability]
+
+    def skip_to(self, capability: str, looks: int) -> None:
+        """At least so many prompts of a capability have been looked at."""
+        self._looks[capability] = max(self._looks[capability], looks)
+
+    def _next(self, capability: str) -> Row:
+        rows = self._by_capability[capability]
+        number, place = divmod(self._looks[capability], len(rows))
+        self._looks[capability] += 1
+        if (capability, number) not in self._passes:
+            self._passes = {key: value for key, value in self._passes.items() if key[0] != capability}
+            rng = random.Random(f"{self._seed}/{capability}/{number}")
+            self._passes[capability, number] = rng.sample(range(len(rows)), len(rows))
+        return rows[self._passes[capability, number][place]]
+
+    def _in_band(self, row: Row, curriculum: Curriculum, rng: random.Random) -> Row:
+        """The first row in the band from this one on, else the nearest; those outside are no tries."""
+        nearest, least, tries = row, math.inf, 0
+        for _ in range(self._tries + 2 * len(self._by_capability[row.capability])):
+            miss = curriculum.miss(row.id, rng)
+            if miss < least:
+                nearest, least = row, miss
+            tries += miss < OUTSIDE
+            if miss == 0 or tries == self._tries:
+                break
+            row = self._next(row.capability)
+        return nearest
+
+    def observe(self, prompt_id: str, passes: int, failures: int) -> None:
+        """Rollouts of a prompt were scored."""
+        if self._curriculum is not None:
+            self._curriculum.observe(prompt_id, passes, failures)
+
+    def advance(self, version: int, pass_rate: float) -> dict[str, float]:
+        """An optimizer step is done; pass_rate: of all that was generated. Returns figures of the curriculum."""
+        if self._curriculum is None:
+            return {}
+        self._curriculum.advance(version, pass_rate)
+        return self._curriculum.figures()
+
+    def _draw_system(self, row: Row, rng: random.Random) -> str | None:
+        instructions = self._systems.instructions
+        if not instructions or row.messages[0].role == "system":
+            return None
+        chosen = rng.choices(instructions, [item.weight for item in instructions])[0]
+        return chosen.text or None
+
+    def state(self) -> dict[str, Any]:
+        """JSON state for a checkpoint."""
+        return {"looks": self._looks, "curriculum": self._curriculum and self._curriculum.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        self._looks = {name: state["looks"].get(name, 0) for name in self._by_capability}
+        if self._curriculum is not None and state["curriculum"] is not None:
+            self._curriculum.restore(state["curriculum"])

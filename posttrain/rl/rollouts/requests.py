@@ -1,0 +1,13 @@
+"""What the policy is asked for: a request for the replies to one prompt."""
+
+from posttrain.rl.config import RlConfig
+from posttrain.rl.records import DrawnPrompt
+from posttrain.sampling.requests import SampleRequest
+
+
+def sample_request(config: RlConfig, prompt: DrawnPrompt, n: int, stop_ids: tuple[int, ...]) -> SampleRequest:
+    """The request for `n` replies to a prompt."""
+    sampling = config.sampling
+    return SampleRequest(
+        prompt.prompt_ids, n, sampling.temperature, sampling.top_p, sampling.max_tokens, stop_token_ids=stop_ids
+    )

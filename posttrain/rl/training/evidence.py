@@ -1,0 +1,93 @@
+"""What is kept of an update whose loss or gradient was not finite, and when training stops for it.
+
+    evidence/step_N.json       what was not finite, and in which rollouts
+    evidence/step_N.parquet    the batch, as the trainer was given it; `read_batch` gives it back
+    evidence/step_N_model/     the policy that the update was left out of, where training stops for it
+
+An update that is left out changes no weight, so that the policy saved after it is the one that it was computed with,
+and `PolicyTrainer.step` on the batch computes it again (a bias of routers, `model.router.bias_rate`, is in checkpoints
+only).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from posttrain.errors import StageError
+from posttrain.parallel.ranks import RankGroup
+from posttrain.rl.config import RlConfig
+from posttrain.rl.training.samples import TrainSample
+
+
+async def keep_evidence(
+    config: RlConfig,
+    folder: Path,
+    trainer: RankGroup,
+    step: int,
+    samples: Sequence[TrainSample],
+    nonfinite: Mapping[str, Any] | None,
+) -> None:
+    """Write what is known of step `step` below the stage's `folder`, if it was left out; `nonfinite` is its result's.
+
+    Raises StageError, after saving the policy too, where `on_nonfinite` and `max_skipped` say to stop.
+    """
+    if nonfinite is None:
+        return
+    path = write_evidence(folder, step, samples, nonfinite)
+    reason = stop_reason(config, nonfinite)
+    if reason is not None:
+        await trainer.call("save", str(path.with_name(f"{path.stem}_model")))
+        raise StageError(f"{reason}; {path} and its neighbours hold the batch and the policy")
+
+
+def stop_reason(config: RlConfig, nonfinite: Mapping[str, Any]) -> str | None:
+    """Why training must stop after an update that was left out, or None to go on."""
+    skipped = nonfinite["skipped_in_a_row"]
+    what = (
+        f"step {nonfinite['step']}: the loss is {nonfinite['loss']} and the gradient's norm {nonfinite['grad_norm']}, "
+        "so its update was left out"
+    )
+    if config.on_nonfinite == "stop":
+        return f"{what}, and on_nonfinite is stop"
+    if skipped >= config.max_skipped:
+        return f"{what}, the {skipped}th in a row (max_skipped)" if skipped > 1 else f"{what} (max_skipped is 1)"
+    return None
+
+
+def write_evidence(folder: Path, step: int, samples: Sequence[TrainSample], nonfinite: Mapping[str, Any]) -> Path:
+    """Write a step's batch and what is known of it under `folder`/evidence; returns the path of the JSON file.
+
+    Values that are not finite are kept as they are.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder / "evidence" / f"step_{step}.json"
+    path.parent.mkdir(exist_ok=True)
+    rows = [msgspec.structs.asdict(sample) for sample in samples]
+    pq.write_table(pa.Table.from_pylist(rows, schema=_schema(pa)), path.with_suffix(".parquet"))
+    path.write_text(json.dumps(nonfinite, indent=1) + "\n")
+    return path
+
+
+def read_batch(path: Path) -> list[TrainSample]:
+    """The batch that was written beside a step's JSON file, or whose parquet file this is."""
+    import pyarrow.parquet as pq
+
+    def sample(row: Any) -> TrainSample:
+        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+        return TrainSample(**values)
+
+    return [sample(row) for row in pq.read_table(path.with_suffix(".parquet")).to_pylist()]
+
+
+def _schema(pa: Any) -> Any:
+    integers, reals = pa.list_(pa.int64()), pa.list_(pa.float64())
+    types: dict[str, Any] = {
+        "prompt_ids": integers, "token_ids": integers, "sampler_logprobs": reals, "staleness": integers,
+        "advantage": pa.float64(), "ref_logprobs": reals,
+    }  # fmt: skip
+    return pa.schema(list(types.items()))

@@ -1,0 +1,75 @@
+"""The policy as the trainer's engine holds it: token ids in, log-probabilities of given tokens out.
+
+The head is multiplied here and not by its own layer, so that no step holds the logits of a whole batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain.model.load import load_policy
+from posttrain.model.recompute import checkpointing_arguments
+from posttrain.model.router_bias import native_layers
+from posttrain.rl.config import RlConfig
+from posttrain.rl.training.samples import MicroBatch, TrainSample, collate, micro_batches
+from posttrain.train.logprobs import token_logprobs
+
+PAD_ID = 0  # any id: padding is to the right, where no reply token sees it
+
+
+class TokenPolicy(nn.Module):
+    """A causal language model under `policy`, called with a micro-batch."""
+
+    def __init__(self, policy: Any, temperature: float):
+        super().__init__()
+        self.policy = policy
+        self.config = policy.config  # DeepSpeed reads the sizes of the experts there
+        self._temperature = temperature
+        self._has_routers = native_layers(policy) is not None
+
+    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probability of each target and entropy of its distribution, fp32 [T] both, and the loss on routers [].
+
+        The last is a mean over real tokens, already weighted; 0 where none is asked for.
+        """
+        # Padding is on the right, where attention needs no mask; but routers must not be judged by it.
+        mask = {"attention_mask": batch.mask_BS} if self._has_routers else {}
+        output = self.policy.model(input_ids=batch.input_ids_BS, use_cache=False, **mask)
+        hidden_TD = output.last_hidden_state.flatten(0, 1)[batch.position_T]
+        head_VD = self.policy.get_output_embeddings().weight
+        logprobs_T, entropy_T = token_logprobs(hidden_TD, head_VD, batch.target_T, self._temperature, entropy=True)
+        assert entropy_T is not None
+        router_loss = getattr(output, "router_loss", None)
+        return logprobs_T, entropy_T, logprobs_T.new_zeros(()) if router_loss is None else router_loss
+
+    def share_head(self) -> None:
+        """Tell ZeRO-3, which divides every parameter, that this module needs the head's whole weight."""
+        import deepspeed
+
+        deepspeed.zero.register_external_parameter(self, self.policy.get_output_embeddings().weight)
+
+
+def load_token_policy(config: RlConfig) -> TokenPolicy:
+    """The policy of a config, on the CPU, as it is trained."""
+    policy: Any = load_policy(config.model)
+    if config.gradient_checkpointing != "none":
+        policy.gradient_checkpointing_enable(checkpointing_arguments(config.gradient_checkpointing))
+    return TokenPolicy(policy, config.sampling.temperature)
+
+
+def sample_logprobs(
+    forward: Callable[[MicroBatch], Any], samples: Sequence[TrainSample], max_tokens: int, device: str
+) -> list[list[float]]:
+    """Log-probabilities of each sample's reply tokens, without gradients, in the order given.
+
+    forward: a `TokenPolicy`, or an engine around one. max_tokens: padded tokens of one forward pass.
+    """
+    found: dict[int, list[float]] = {}
+    with torch.no_grad():
+        for chunk in micro_batches(samples, max_tokens):
+            values_T, *_ = forward(collate(chunk, PAD_ID, device))
+            parts = values_T.cpu().split([len(sample.token_ids) for sample in chunk])
+            found |= {id(sample): part.tolist() for sample, part in zip(chunk, parts, strict=True)}
+    return [found[id(sample)] for sample in samples]

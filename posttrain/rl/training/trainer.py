@@ -1,0 +1,272 @@
+"""The trainer: one optimizer step on a batch of rollouts, the new weights published for the engines.
+
+Runs as one rank of several or alone, always with a DeepSpeed engine, at the same time as the rollout engines. It waits
+for nothing: the controller hands it a whole batch. Every rank gets all rollouts of a step and takes its share of the
+micro-batches; publishing, saving and checkpoints are collective, and rank 0 writes. Left out: value models; an old
+policy's forward pass (the ratio is anchored on the sampler's log-probabilities); the reference policy, which has its
+own process: its log-probabilities come with the samples.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from posttrain.config.shared import OptimizerConfig
+from posttrain.files import replace_folder
+from posttrain.model.load import load_tokenizer
+from posttrain.model.router_bias import RouterBias, native_layers
+from posttrain.parallel.engine import engine_report, start_engine
+from posttrain.parallel.export import barrier, export_model
+from posttrain.parallel.state import load_state, save_state
+from posttrain.parallel.tensors import read_weights, whole_tensors
+from posttrain.rl.config import RlConfig
+from posttrain.rl.losses import LOSSES, LossInputs, batch_share, reference_kl
+from posttrain.rl.rollouts.weights import publisher
+from posttrain.rl.training.policy import PAD_ID, load_token_policy, sample_logprobs
+from posttrain.rl.training.samples import MicroBatch, TrainSample, collate, micro_batches
+from posttrain.sampling.weights import TensorSpec
+from posttrain.train.routers import figures
+
+
+def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `steps`."""
+    rate = optimizer.learning_rate * min(1.0, (step + 1) / (optimizer.warmup_steps + 1))
+    progress = max(0.0, (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
+    if optimizer.schedule == "linear":
+        return rate * (1 - progress)
+    if optimizer.schedule == "cosine":
+        return rate * (1 + math.cos(math.pi * progress)) / 2
+    return rate
+
+
+class PolicyTrainer:
+    """Holds this rank's part of the policy and its optimizer; the ranks must have met.
+
+    `policy_version` is the number of optimizer steps applied. Methods are called on every rank with the same arguments.
+    """
+
+    def __init__(self, config: RlConfig, seed: int):
+        self._config = config
+        torch.manual_seed(seed)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self._device == "cpu":
+            torch.set_num_threads(max(1, int(config.resources.trainer.cpus)))
+        module = load_token_policy(config).to(self._device)
+        self._policy = module.policy
+        self._engine = start_engine(module, config.parallel, config.optimizer, config.model.dtype)
+        if config.parallel.zero == 3:
+            module.share_head()
+        has_routers = native_layers(self._policy) is not None
+        self._routers = RouterBias(self._policy, config.model.router.bias_rate) if has_routers else None
+        self._tokenizer = load_tokenizer(config.model.path)
+        self._weights = publisher(config)
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self.policy_version = 0
+        self._skipped_in_a_row = 0
+
+    def report(self) -> dict[str, Any]:
+        """What trains: the engine's class, and the layout."""
+        return engine_report(self._engine, self._config.parallel)
+
+    def publish(self) -> dict[str, Any] | None:
+        """Make the weights ready for the engines; returns the manifest that an engine takes, on rank 0."""
+        items = whole_tensors(self._engine.module)
+        values = (value for _, value in read_weights(items))
+        if self._rank:
+            for _ in values:  # this rank's part in gathering what rank 0 writes
+                pass
+            return None
+        specs = [TensorSpec(item.name, item.dtype, item.shape) for item in items]
+        return self._weights.publish(specs, values, self.policy_version).to_json()
+
+    def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
+        """Log-probabilities of each sample's reply tokens under the current policy, in the order given."""
+        self._engine.eval()
+        return sample_logprobs(self._engine, samples, self._config.micro_batch_tokens, self._device)
+
+    def step(self, samples: Sequence[TrainSample], step: int) -> dict[str, Any]:
+        """One optimizer step. Returns metrics, the Unix times of start and end, and the manifest of the new weights.
+
+        A loss or gradient that is not finite leaves the weights as they were and is counted in `skipped`. `nonfinite`
+        then says what is known of it, as JSON (see `evidence`); it is None otherwise. Metrics that are not
+        finite are left out.
+        """
+        began = time.time()
+        rate = learning_rate(self._config.optimizer, step, self._config.steps)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.train()
+        totals, suspects = self._accumulate(samples)
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        applied = self._engine.was_step_applied() and math.isfinite(norm)
+        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
+        nonfinite = None if applied else {
+            "step": step,
+            "policy_version": self.policy_version,
+            "learning_rate": rate,
+            "loss": str(totals["loss"]),
+            "grad_norm": str(norm),
+            "samples": suspects,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }  # fmt: skip
+        self.policy_version += 1
+        routers = self._routers and self._routers.update(min(1.0, self.policy_version / self._config.steps))
+        trained = time.time()
+        manifest = self.publish()
+        metrics = {
+            **{name: value for name, value in totals.items() if math.isfinite(value)},
+            **(figures(routers) if routers else {}),
+            "grad_norm": norm if applied else -1.0,
+            "learning_rate": rate,
+            "skipped": int(not applied),
+            "train_s": trained - began,
+            "publish_s": time.time() - trained,
+        }
+        return {
+            "metrics": metrics,
+            "began": began,
+            "ended": time.time(),
+            "manifest": manifest,
+            "nonfinite": nonfinite,
+        }
+
+    def _accumulate(self, samples: Sequence[TrainSample]) -> tuple[dict[str, float], list[int]]:
+        """Forward and backward of this rank's micro-batches, each divided by the count of the whole batch.
+
+        Returns the metrics of all ranks, and which samples are in micro-batches whose loss is not finite.
+        """
+        num_tokens = sum(len(sample.token_ids) for sample in samples)
+        num_fed = sum(len(sample) - 1 for sample in samples)
+        config = self._config.loss
+        sums: dict[str, float] = defaultdict(float)
+        largest = {"ratio_max": 0.0, "sampler_trainer_gap_max": 0.0}
+        place = {id(sample): index for index, sample in enumerate(samples)}
+        suspects_N = torch.zeros(len(samples), device=self._device)
+        chunks = dealt(self._config, samples, self._rank, self._world)
+        for index, (chunk, weight) in enumerate(chunks):
+            batch = collate(chunk, PAD_ID, self._device)
+            policy_T, entropy_T, router_loss = self._engine(batch)
+            inputs = loss_inputs(policy_T, batch, self._config.sampling.max_tokens)
+            outputs = LOSSES[config.name](inputs, config)
+            share = sum(len(sample) - 1 for sample in chunk) / num_fed
+            divided = batch_share(outputs, inputs, entropy_T, num_tokens, len(samples), config)
+            loss = weight * (divided + share * router_loss)
+            if not torch.isfinite(loss):
+                loss = loss * math.nan  # no gradient of it may be finite: the engine applies none of the step's then
+                suspects_N[[place[id(sample)] for sample in chunk]] = 1
+            self._engine.set_gradient_accumulation_boundary(index == len(chunks) - 1)
+            self._engine.backward(loss * self._world)  # the engine takes the mean over ranks
+            with torch.no_grad():
+                log_ratio_T = policy_T - batch.sampler_logprobs_T
+                ratio_T = log_ratio_T.exp()
+                sums["loss"] += float(loss)
+                # k3 of the sampler from the policy: (r - 1) - log r, always >= 0.
+                sums["mismatch_kl"] += weight * float((ratio_T - 1 - log_ratio_T).sum()) / num_tokens
+                sums["_weights"] += weight * float(ratio_T.sum())
+                sums["_weights_squared"] += weight * float(ratio_T.square().sum())
+                largest["ratio_max"] = max(largest["ratio_max"], float(ratio_T.max()))
+                gap = float(log_ratio_T.abs().max())
+                largest["sampler_trainer_gap_max"] = max(largest["sampler_trainer_gap_max"], gap)
+                if config.reference is not None:
+                    kl = float(reference_kl(inputs, config.reference, "k3").sum())
+                    sums["reference_kl"] += weight * kl / num_tokens
+                sums["entropy"] += weight * float(entropy_T.sum()) / num_tokens
+                for name, value in outputs.metrics.items():
+                    sums[name] += weight * float(value) / num_tokens
+        sums = _over_ranks(sums, self._device) | _over_ranks(largest, self._device, dist.ReduceOp.MAX)
+        dist.all_reduce(suspects_N)
+        squared = sums.pop("_weights_squared")
+        sums["ess"] = sums.pop("_weights") ** 2 / (squared * num_tokens) if squared else 0.0
+        sums["tokens_trained"] = num_tokens
+        sums["advantage_std"] = token_advantage_std(samples)
+        return sums, suspects_N.nonzero().flatten().tolist()
+
+    def save(self, folder: str) -> None:
+        """Write the policy as a model folder."""
+        architecture = type(self._policy).__name__.removeprefix("Native")
+        export_model(self._engine.module.policy, self._policy.config, architecture, self._tokenizer, folder)
+
+    def save_checkpoint(self, folder: str, controller: dict[str, Any]) -> None:
+        """Write policy, optimizer and the controller's state; renamed into place when whole."""
+        target = Path(folder)
+        aside = target.with_name(f".{target.name}.writing")
+        if self._rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        barrier()
+        save_state(self._engine, aside)
+        if self._rank == 0:
+            routers = self._routers and self._routers.state()
+            state = {
+                "policy_version": self.policy_version,
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "routers": routers,
+                "controller": controller,
+            }
+            (aside / "trainer.json").write_text(json.dumps(state))
+            replace_folder(aside, target)
+        barrier()
+
+    def load_checkpoint(self, folder: str) -> dict[str, Any]:
+        """Continue from `save_checkpoint` of any layout; returns the controller's state."""
+        load_state(self._engine, folder)
+        state = json.loads((Path(folder) / "trainer.json").read_text())
+        self.policy_version = state["policy_version"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        if self._routers:
+            self._routers.load_state(state["routers"])
+        return state["controller"]
+
+    def close(self) -> None:
+        """Remove the shared-memory segments."""
+        self._weights.close()
+
+
+def loss_inputs(policy_logprobs_T: torch.Tensor, batch: MicroBatch, max_tokens: int) -> LossInputs:
+    """What a loss is given of a micro-batch and the policy's log-probabilities of it."""
+    return LossInputs(
+        policy_logprobs_T,
+        batch.sampler_logprobs_T,
+        batch.advantages_T,
+        batch.staleness_T,
+        batch.sequence_T,
+        max_tokens,
+        batch.ref_logprobs_T,
+    )
+
+
+def token_advantage_std(samples: Sequence[TrainSample]) -> float:
+    """Standard deviation of the advantage over reply tokens."""
+    num_tokens = sum(len(sample.token_ids) for sample in samples)
+    mean = sum(len(sample.token_ids) * sample.advantage for sample in samples) / num_tokens
+    return math.sqrt(sum(len(sample.token_ids) * (sample.advantage - mean) ** 2 for sample in samples) / num_tokens)
+
+
+def dealt(
+    config: RlConfig, samples: Sequence[TrainSample], rank: int, world: int
+) -> list[tuple[list[TrainSample], float]]:
+    """A rank's micro-batches with their weights. Every rank gets as many, since each forward is collective.
+
+    Where they do not divide evenly, the last ranks repeat one sample with weight 0.
+    """
+    chunks = micro_batches(samples, config.micro_batch_tokens)
+    mine = [(chunk, 1.0) for chunk in chunks[rank::world]]
+    rounds = -(-len(chunks) // world)
+    return mine + [(chunks[0][:1], 0.0)] * (rounds - len(mine))
+
+
+def _over_ranks(found: dict[str, float], device: str, operation: Any = dist.ReduceOp.SUM) -> dict[str, float]:
+    """Each entry summed over the ranks, or another operation; all ranks have the same names."""
+    names = sorted(found)
+    values = torch.tensor([found[name] for name in names], dtype=torch.float64, device=device)
+    dist.all_reduce(values, operation)
+    return dict(zip(names, values.tolist(), strict=True))

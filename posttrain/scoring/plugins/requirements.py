@@ -1,0 +1,95 @@
+"""What a reward needs of a row, read from its source without executing it, and the rows that do not have it.
+
+A module declares it beside its functions, by name:
+
+    REQUIRES = {"exact_match": ["answer"], "puzzles": ["answer|numbers"]}
+
+Each entry is a field of the row (`answer`, or a column of its own), or several of which one will do. Left out: what the
+field must hold; the reward itself says that.
+"""
+
+import ast
+from collections.abc import Collection, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+from posttrain.errors import DataError, PluginError
+from posttrain.records import Row
+from posttrain.scoring.plugins.lookup import RewardSpec, function_file, inner_rewards, resolve
+
+MAX_SHOWN = 5
+_DEFAULT = "default"
+
+
+def required_fields(spec: RewardSpec, capability: str) -> list[str]:
+    """What the reward needs of rows of a capability, those that it is made of included."""
+    target = resolve(spec.name)
+    needed = _declared(function_file(target), target.function)
+    inner = inner_rewards(spec)
+    if inner and target.function == "by_capability":
+        rewards = spec.args["rewards"]
+        choice = rewards.get(capability, rewards.get(_DEFAULT))
+        if choice is None:
+            raise PluginError(
+                f"reward {spec.name!r}: no reward for capability {capability!r}; there are: {', '.join(rewards)}"
+            )
+        inner = [RewardSpec.of(choice)]
+    for other in inner:
+        needed += required_fields(other, capability)
+    return list(dict.fromkeys(needed))
+
+
+def missing_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str] = ()) -> Iterator[str]:
+    """One line for each row that lacks what the reward needs and is not given to it otherwise.
+
+    Raises PluginError for a reward that is wrong itself.
+    """
+    needed = cache(lambda capability: required_fields(spec, capability))
+    for row in rows:
+        for entry in needed(row.capability):
+            if not any(name in given or _has(row, name) for name in entry.split("|")):
+                names = " or ".join(repr(name) for name in entry.split("|"))
+                yield f"row {row.id!r}: no {names}, which reward {spec.name!r} needs"
+
+
+def check_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str] = ()) -> None:
+    """Raises DataError that names the first rows that lack what the reward needs, and counts the rest."""
+    problems = list(missing_fields(spec, rows, given))
+    if problems:
+        rest = len(problems) - MAX_SHOWN
+        more = [f"and {rest} more such rows"] if rest > 0 else []
+        raise DataError("\n".join(problems[:MAX_SHOWN] + more))
+
+
+def reward_sources(name: str, args: dict | None = None) -> list[Path]:
+    """The source files of a reward and of those that it is made of; compiled ones have none."""
+    spec = RewardSpec(name, args or {})
+    own = function_file(resolve(name))
+    inner = [path for other in inner_rewards(spec) for path in reward_sources(other.name, dict(other.args))]
+    return [*([own] if own else []), *inner]
+
+
+def _has(row: Row, name: str) -> bool:
+    return (row.answer if name == "answer" else row.fields.get(name)) is not None
+
+
+def _declared(path: Path | None, function: str) -> list[str]:
+    for statement in ast.parse(path.read_bytes()).body if path else []:
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            if any(isinstance(target, ast.Name) and target.id == "REQUIRES" for target in targets):
+                return _entries(path, statement.value, function)
+    return []
+
+
+def _entries(path: Path | None, value: ast.expr, function: str) -> list[str]:
+    try:
+        entries = ast.literal_eval(value).get(function, [])
+    except (ValueError, AttributeError):
+        entries = None
+    if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):
+        raise PluginError(
+            f'{path}:{value.lineno}: REQUIRES must be written out, as in {{"{function}": ["answer"]}}: a mapping of '
+            "a function's name to a list of fields"
+        )
+    return entries

@@ -1,0 +1,270 @@
+"""Scores rollouts in killable worker processes, each item with a deadline of its own.
+
+    score() ─► queue ─► slot: a worker and the items sent to it ─► reply ─► Scored
+                 ▲            │ deadline passed: SIGKILL, new worker
+                 └────────────┘ late item to the back of the queue (once), its neighbours to the front, unharmed
+
+What waits for what: `score` waits for its item's future; a slot waits for a reply, a deadline or the worker's exit.
+A plain function runs one item at a time, so only the first item of a slot is on the clock; items behind it are
+there to hide the round trip, as many as fit into about 20 ms. An async function runs up to `concurrency` at once.
+"""
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from posttrain.errors import PluginError
+from posttrain.records import RewardResult, Rollout, Row, Scored
+from posttrain.scoring.plugins.lookup import RewardSpec, check_reward, resolve
+from posttrain.scoring.pool.slot import Item, Reports, Slot
+from posttrain.scoring.pool.wire import PairText, frame, result_from_json
+
+_NEVER = float("-inf")
+_SCORED = ("ok", "wrong")
+
+
+@dataclass(slots=True)
+class PoolStats:
+    """What a pool has done. outcomes: scorings by outcome; busy_s: seconds inside the reward function, all workers.
+
+    num_retries: of single rollouts; num_restarts: of workers.
+    """
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    busy_s: float = 0.0
+    num_retries: int = 0
+    num_restarts: int = 0
+
+    def __add__(self, other: "PoolStats") -> "PoolStats":
+        return PoolStats(
+            self.outcomes + other.outcomes,
+            self.busy_s + other.busy_s,
+            self.num_retries + other.num_retries,
+            self.num_restarts + other.num_restarts,
+        )
+
+
+class RewardPool:
+    """A reward function in `num_workers` processes.
+
+    spec: a name or RewardSpec. timeout_s: deadline of one score. retries: further tries after a timeout or a lost
+    worker. concurrency: items at once in a worker of an async function. memory_gib: private memory that a worker may
+    use, None for no limit. start_timeout_s: for importing the plug-in and for its `warm_up()`.
+    """
+
+    def __init__(
+        self,
+        spec: str | RewardSpec,
+        num_workers: int = 1,
+        timeout_s: float = 10.0,
+        retries: int = 1,
+        *,
+        concurrency: int = 32,
+        memory_gib: float | None = 8.0,
+        start_timeout_s: float = 60.0,
+    ):
+        if num_workers < 1 or timeout_s <= 0 or retries < 0 or concurrency < 1:
+            raise ValueError("num_workers and concurrency must be at least 1, timeout_s above 0, retries at least 0")
+        self.spec = RewardSpec.of(spec)
+        self.num_workers = num_workers
+        self.timeout_s = timeout_s
+        self.retries = retries
+        self.concurrency = concurrency
+        self.memory_gib = memory_gib
+        self.start_timeout_s = start_timeout_s
+        self._stats = PoolStats()
+        self._slots: list[Slot] = []
+        self._queue: deque[Item] = deque()
+        self._num_items = 0
+        self._last_ok_s = _NEVER
+        self._control = ""  # the text of a pair that was scored without trouble
+        self._settling: set[asyncio.Task[None]] = set()
+        self._is_open = False
+
+    @property
+    def stats(self) -> PoolStats:
+        self._stats.num_restarts = sum(slot.num_restarts for slot in self._slots)
+        return self._stats
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the workers that are ready."""
+        return [slot.pid for slot in self._slots if slot.pid is not None]
+
+    async def start(self) -> None:
+        """Checks the plug-in and starts the workers. Raises PluginError where they cannot load it."""
+        check_reward(self.spec.name, self.spec.args)
+        reports = Reports(
+            self._replied, self._late, self._died, self._queue_in_front, self._dispatch, lambda _: self._dispatch()
+        )
+        setup = self._setup()
+        self._slots = [
+            Slot(setup, self.timeout_s, self.start_timeout_s, self.concurrency, reports)
+            for _ in range(self.num_workers)
+        ]
+        self._is_open = True
+        failures = [reason for reason in await asyncio.gather(*(slot.start() for slot in self._slots)) if reason]
+        if failures:
+            await self.close()
+            reason = failures[0]
+            raise PluginError(reason if reason.startswith("reward ") else f"reward {self.spec.name!r}: {reason}")
+
+    async def score(self, rollout: Rollout, row: Row) -> Scored:
+        """The rollout's score, or why there is none. Whatever the reward function does, this does not raise."""
+        return await self.begin([(rollout, row)])[0]
+
+    def begin(self, pairs: Iterable[tuple[Rollout, Row]]) -> list[asyncio.Future[Scored]]:
+        """Begins to score. Returns what `score` would wait for, of each pair; one that is cancelled is let go."""
+        if not self._is_open:
+            raise RuntimeError("start the pool before scoring")
+        text_of = PairText()
+        futures = []
+        for rollout, row in pairs:
+            future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
+            futures.append(future)
+            try:
+                self._add(text_of(rollout, row), future)
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                future.set_result(self._count(Scored(None, "error", f"row {row.id}: {error}")))
+        self._dispatch()
+        return futures
+
+    def score_all(self, pairs: Iterable[tuple[Rollout, Row]]) -> list[Scored]:
+        """Starts the pool, scores all pairs, closes it: for a caller without an event loop. Results in order."""
+        results: dict[int, Scored] = {}
+
+        async def work(source: Iterator[tuple[int, tuple[Rollout, Row]]]) -> None:
+            for index, (rollout, row) in source:
+                results[index] = await self.score(rollout, row)
+
+        async def run() -> None:
+            await self.start()
+            try:
+                source = enumerate(pairs)
+                await asyncio.gather(*(work(source) for _ in range(2 * self.concurrency * self.num_workers)))
+            finally:
+                await self.close()
+
+        asyncio.run(run())
+        return [results[index] for index in sorted(results)]
+
+    async def close(self) -> None:
+        """Ends the workers and all they started. What is still being scored comes back as `infrastructure`."""
+        self._is_open = False
+        waiting = [*self._queue, *(item for slot in self._slots for item in slot.take_all())]
+        self._queue.clear()
+        for item in waiting:
+            self._resolve(item, Scored(None, "infrastructure", "the pool was closed"))
+        for task in self._settling:
+            task.cancel()
+        await asyncio.gather(*(slot.close() for slot in self._slots), *self._settling, return_exceptions=True)
+
+    def _setup(self) -> bytes:
+        target = asdict(resolve(self.spec.name))
+        limits = {"timeout_s": self.timeout_s, "memory_gib": self.memory_gib}
+        try:
+            return frame({"target": target, "args": self.spec.args, **limits})
+        except (TypeError, ValueError) as error:
+            raise PluginError(f"reward {self.spec.name!r}: args must be JSON values: {error}") from error
+
+    def _add(self, pair: str, future: asyncio.Future[Scored], is_control: bool = False) -> None:
+        self._num_items += 1
+        self._queue.append(Item(self._num_items, pair, future, time.monotonic(), is_control=is_control))
+
+    def _dispatch(self) -> None:
+        """Sends what can be sent; where no worker can be had any more, fails what waits."""
+        self._fill_slots()
+        for slot in self._slots:
+            slot.flush()
+        broken = [slot for slot in self._slots if slot.broken_by]
+        if self._queue and broken and len(broken) == len(self._slots):
+            self._fail_waiting(broken)
+
+    def _fill_slots(self) -> None:
+        while self._queue:
+            item = self._queue[0]
+            if item.future.done():  # its caller gave up
+                self._queue.popleft()
+                continue
+            slot = min((slot for slot in self._slots if slot.accepts(item)), key=len, default=None)
+            if slot is None:
+                break
+            slot.send(self._queue.popleft())
+
+    def _fail_waiting(self, broken: Sequence[Slot]) -> None:
+        reason = f"no worker could be started: {broken[0].broken_by}"
+        waiting = list(self._queue)
+        self._queue.clear()
+        for item in waiting:
+            self._resolve(item, Scored(None, "infrastructure", reason))
+        for slot in broken:  # for the scores to come
+            slot.revive()
+
+    def _queue_in_front(self, items: list[Item]) -> None:
+        self._queue.extendleft(reversed(items))
+
+    def _replied(self, item: Item, reply: dict[str, Any]) -> None:
+        self._stats.busy_s += float(reply["s"])
+        if reply.get("timeout"):
+            self._late(item)
+        elif "error" in reply:
+            self._resolve(item, Scored(None, "error", str(reply["error"])))
+        else:
+            self._last_ok_s = time.monotonic()
+            self._control = item.pair
+            result = result_from_json(reply["result"])
+            self._resolve(item, Scored(result, "ok" if result.value > 0 else "wrong"))
+
+    def _late(self, item: Item) -> None:
+        item.num_timeouts += 1
+        if not self._retry(item):
+            task = asyncio.get_running_loop().create_task(self._settle_late(item))
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
+
+    def _died(self, item: Item, reason: str) -> None:
+        item.num_deaths += 1
+        if not self._retry(item):
+            self._resolve(item, Scored(None, "infrastructure", reason))
+
+    def _retry(self, item: Item) -> bool:
+        if item.is_control or item.num_timeouts + item.num_deaths > self.retries:
+            return False
+        self._stats.num_retries += 1
+        self._queue.append(item)
+        return True
+
+    async def _settle_late(self, item: Item) -> None:
+        """A reply on which the grader hangs again and again while it passes on others is a wrong answer; where
+        others do not pass either the grader is at fault, and nothing is known of the reply."""
+        reason = f"no score within {self.timeout_s:g} s" + (f", {item.num_timeouts} times" if self.retries else "")
+        if not item.is_control and item.num_timeouts > 1 and await self._others_pass(item.sent_s):
+            result = RewardResult(0.0, reason="unparseable")
+            self._resolve(item, Scored(result, "unparseable", f"{reason}, while others were scored"))
+        else:
+            self._resolve(item, Scored(None, "timeout", reason))
+
+    async def _others_pass(self, since_s: float) -> bool:
+        """Whether another rollout was scored since then, or one that was scored before is scored again now."""
+        if self._last_ok_s > since_s:
+            return True
+        if not self._control:
+            return False
+        future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
+        self._add(self._control, future, is_control=True)
+        self._dispatch()
+        return (await future).outcome in _SCORED
+
+    def _resolve(self, item: Item, scored: Scored) -> None:
+        if item.future.done():
+            return
+        wall_s = time.monotonic() - item.started_s
+        scored = Scored(scored.result, scored.outcome, scored.reason, wall_s)
+        item.future.set_result(scored if item.is_control else self._count(scored))
+
+    def _count(self, scored: Scored) -> Scored:
+        self._stats.outcomes[scored.outcome] += 1
+        return scored

@@ -1,0 +1,143 @@
+"""One reward worker as an operating-system process: start it, send to it, hear from it, kill it with its children.
+
+Knows nothing of rollouts, deadlines or retries: those are `pool`'s. Standard error is drained all the time and only
+its tail kept, so that a reward may print without end.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from posttrain.scoring.pool.wire import FrameBuffer
+
+_VARIABLE = "POSTTRAIN_REWARD_WORKER"
+_TAIL_BYTES = 4096
+_DRAIN_S = 0.3
+
+
+class WorkerProcess(asyncio.SubprocessProtocol):
+    """A running worker. `on_messages(messages)` is called for replies, `on_exit()` once, after the last."""
+
+    def __init__(self, on_messages: Callable[[Iterator[dict[str, Any]]], None], on_exit: Callable[[], None]):
+        self._on_messages = on_messages
+        self._on_exit = on_exit
+        self._buffer = FrameBuffer()
+        self._errors = bytearray()
+        self._token = uuid.uuid4().hex
+        self._ended = asyncio.Event()
+        self._drained = False
+        self._transport: asyncio.SubprocessTransport | None = None
+        self.exit_code: int | None = None
+
+    async def start(self) -> None:
+        """Spawns the process in a session of its own. Raises OSError where the system cannot."""
+        loop = asyncio.get_running_loop()
+        command = [sys.executable, "-m", "posttrain.scoring.pool.reward_process", str(os.getpid())]
+        await loop.subprocess_exec(lambda: self, *command, start_new_session=True, env=self._environment())
+
+    @property
+    def pid(self) -> int:
+        assert self._transport is not None
+        return self._transport.get_pid()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal has frozen it (Linux; elsewhere that cannot be told)."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] in ("T", "t")
+
+    @property
+    def stderr_tail(self) -> str:
+        return self._errors.decode(errors="replace").strip()
+
+    def send(self, data: bytes) -> None:
+        """Queues frames; a worker that has just died is reported by `on_exit`, not here."""
+        pipe = self._transport.get_pipe_transport(0) if self._transport is not None else None
+        if pipe is not None and not pipe.is_closing():
+            cast(asyncio.WriteTransport, pipe).write(data)
+
+    def kill(self) -> None:
+        """SIGKILL to the worker, to its process group, and to whatever it started in other sessions."""
+        if self._transport is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        kill_marked(_VARIABLE, self._token)
+
+    async def close(self, grace_s: float = 0.5) -> None:
+        """Ends the worker: the end of its input first, SIGKILL after `grace_s`. Returns when it has been reaped."""
+        if self._transport is None:
+            return
+        if self.exit_code is None and (pipe := self._transport.get_pipe_transport(0)) is not None:
+            pipe.close()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), grace_s)
+        self.kill()
+        await self._ended.wait()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # vLLM brings uvloop, whose transports are not subclasses of asyncio's.
+        self._transport = cast(asyncio.SubprocessTransport, transport)
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        if fd == 2:
+            self._errors += data
+            del self._errors[:-_TAIL_BYTES]
+            return
+        try:
+            self._on_messages(self._buffer.feed(data))
+        except (ValueError, KeyError, TypeError) as error:  # something else wrote on the protocol's descriptor
+            self._errors += f"\nbad reply: {error}".encode()
+            self.kill()
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd == 1:
+            self._drained = True
+            if self.exit_code is not None:
+                self._end()
+
+    def process_exited(self) -> None:
+        assert self._transport is not None
+        self.exit_code = self._transport.get_returncode()
+        self.kill()  # children that outlive it
+        if self._drained:
+            self._end()
+        else:  # its last replies may still be in the pipe
+            asyncio.get_running_loop().call_later(_DRAIN_S, self._end)
+
+    def _end(self) -> None:
+        if not self._ended.is_set():
+            self._ended.set()
+            if self._transport is not None:
+                self._transport.close()
+            self._on_exit()
+
+    def _environment(self) -> dict[str, str]:
+        """Ours, with our import path, one thread for numerical libraries, and the mark that `kill` looks for."""
+        paths = [path or os.getcwd() for path in sys.path]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), _VARIABLE: self._token}
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        return environment
+
+
+def kill_marked(variable: str, token: str) -> None:
+    """Kills every process that was given this variable with this value (Linux; elsewhere the process group has to do).
+
+    A child that moved to another session and was orphaned can be found in no other way.
+    """
+    needle = f"{variable}={token}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if needle in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
+        except (OSError, ValueError):
+            continue

@@ -1,0 +1,179 @@
+"""The process that runs one reward function: reads requests on stdin, writes one reply each on stdout.
+
+    pool ── {"target", "args", ...} ──► worker imports the function ── {"ready": true, "async": ...} ──► pool
+    pool ── {"id", "rollout", "row"} ─► worker calls it             ── {"id", "result" | "error" | "timeout", "s"}
+
+It never judges a deadline of a plain function: the pool kills it. An async function runs many requests at once, so
+there a late one is cancelled alone. It imports no torch and no pydantic, so that it starts in about 0.1 s.
+Run as `python -m posttrain.scoring.pool.reward_process PARENT_PID`.
+"""
+
+import asyncio
+import ctypes
+import inspect
+import json
+import math
+import numbers
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Mapping
+from typing import Any, BinaryIO
+
+from posttrain.errors import PluginError, PosttrainError
+from posttrain.records import RewardResult
+from posttrain.scoring.plugins.target import RewardFunction, Target, bind, describe, import_target, warm
+from posttrain.scoring.pool.wire import HEADER_BYTES, frame, pair_from_json, result_to_json
+
+_PR_SET_PDEATHSIG = 1
+_MAX_REASON = 2000
+
+
+def main() -> None:
+    _die_with_parent(int(sys.argv[1]))
+    requests, replies = _take_pipes()
+    setup = _read_blocking(requests)
+    if setup is None:
+        return
+    try:
+        function, many = _prepare(setup)
+    except BaseException as error:
+        _reply(replies, {"failed": _words(error)})
+        return
+    _reply(replies, {"ready": True, "async": many})
+    if many:
+        asyncio.run(_serve_many(function, requests, replies, setup["timeout_s"]))
+    else:
+        _serve(function, requests, replies)
+
+
+def _serve(function: RewardFunction, requests: BinaryIO, replies: int) -> None:
+    while (request := _read_blocking(requests)) is not None:
+        started_s = time.monotonic()
+        outcome = _score(function, request)
+        _reply(replies, {"id": request["id"], "s": time.monotonic() - started_s, **outcome})
+
+
+def _score(function: RewardFunction, request: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        value = function(*pair_from_json(request))
+        if not isinstance(value, float) and inspect.isawaitable(value):
+            value = asyncio.run(_await(value))
+        return {"result": result_to_json(to_result(value))}
+    except BaseException as error:  # sys.exit() and the like are the reward's failures, not ours
+        return {"error": _words(error)}
+
+
+async def _serve_many(function: RewardFunction, requests: BinaryIO, replies: int, timeout_s: float) -> None:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), requests)
+    running: set[asyncio.Task[None]] = set()
+    while (request := await _read(reader)) is not None:
+        task = asyncio.create_task(_score_async(function, request, replies, timeout_s))
+        running.add(task)
+        task.add_done_callback(running.discard)
+
+
+async def _score_async(function: RewardFunction, request: Mapping[str, Any], replies: int, timeout_s: float) -> None:
+    started_s = time.monotonic()
+    outcome: dict[str, Any]
+    deadline = asyncio.timeout(timeout_s)
+    try:
+        async with deadline:
+            value = function(*pair_from_json(request))
+            outcome = {"result": result_to_json(to_result(await value if inspect.isawaitable(value) else value))}
+    except BaseException as error:
+        if isinstance(error, TimeoutError) and deadline.expired():
+            outcome = {"timeout": True}
+        else:
+            outcome = {"error": _words(error)}
+    _reply(replies, {"id": request["id"], "s": time.monotonic() - started_s, **outcome})
+
+
+def to_result(value: Any) -> RewardResult:
+    """What the function returned, as a RewardResult. Raises PluginError where it is no reward."""
+    if isinstance(value, numbers.Real):
+        value = RewardResult(float(value))
+    if not isinstance(value, RewardResult):
+        raise PluginError(f"the reward returned {_short(value)}; it must return a float, a bool or a RewardResult")
+    parts = {str(name): float(part) for name, part in value.parts.items()}
+    for name, number in {"value": float(value.value), **parts}.items():
+        if not math.isfinite(number):
+            raise PluginError(f"the reward's {name} is {number}; it must be finite")
+    return RewardResult(float(value.value), parts, str(value.reason)[:_MAX_REASON])
+
+
+def _prepare(setup: Mapping[str, Any]) -> tuple[RewardFunction, bool]:
+    """Imports the function, calls its module's `warm_up()` if there is one, and tells whether it is async."""
+    _limit_memory(setup["memory_gib"])
+    module, function = import_target(Target(**setup["target"]))
+    warm(module, setup["args"])
+    return bind(function, setup["args"]), inspect.iscoroutinefunction(function)
+
+
+def _limit_memory(memory_gib: float | None) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_gib is not None:
+        # Private writable memory, not address space: libraries reserve far more addresses than they use.
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = int(memory_gib * (1 << 30))
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _take_pipes() -> tuple[BinaryIO, int]:
+    """Moves the protocol off descriptors 0 and 1, so that a reward that prints or reads cannot disturb it."""
+    requests, replies = os.fdopen(os.dup(0), "rb", buffering=1 << 16), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def _die_with_parent(parent: int) -> None:
+    """Asks Linux for SIGKILL when the pool's process dies; elsewhere the end of stdin has to do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked
+        sys.exit(1)
+
+
+def _read_blocking(requests: BinaryIO) -> dict[str, Any] | None:
+    header = requests.read(HEADER_BYTES)
+    if len(header) < HEADER_BYTES:
+        return None
+    return json.loads(requests.read(int.from_bytes(header, "big")).decode("ascii"))
+
+
+async def _read(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+    try:
+        header = await reader.readexactly(HEADER_BYTES)
+        return json.loads(await reader.readexactly(int.from_bytes(header, "big")))
+    except asyncio.IncompleteReadError:
+        return None
+
+
+def _reply(replies: int, message: Mapping[str, Any]) -> None:
+    data = memoryview(frame(message))
+    while data:
+        data = data[os.write(replies, data) :]
+
+
+async def _await(value: Awaitable[Any]) -> Any:
+    return await value
+
+
+def _words(error: BaseException) -> str:
+    return (str(error) if isinstance(error, PosttrainError) else describe(error))[:_MAX_REASON]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60]}" if value is not None else "None"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""One place of a pool: a worker process, the items sent to it, and the clock on the first of them.
+
+It reports what happened to each item and starts a new worker where one was lost; what an item's fate means (retry,
+outcome) is the pool's business.
+"""
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.records import Scored
+from posttrain.scoring.pool.process import WorkerProcess
+from posttrain.scoring.pool.wire import request
+
+_PIPELINE_S = 0.02
+_MAX_PIPELINE = 256
+_ASYNC_GRACE_S = 1.0  # an async worker cancels a late item itself; this much later it is taken to be stuck
+_MAX_START_FAILURES = 3
+_BACKOFF_S = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A rollout to be scored, and what has happened to it so far. Times are monotonic seconds.
+
+    pair: as `PairText` gives it. alone: it was in flight beside others when their worker was lost; running alone
+    shows which one did it.
+    """
+
+    key: int
+    pair: str
+    future: "asyncio.Future[Scored]"
+    started_s: float
+    sent_s: float = 0.0
+    is_control: bool = False
+    num_timeouts: int = 0
+    num_deaths: int = 0
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """Whom a slot tells: of a reply, of an item that ran late or lost its worker, of items to send again, of room,
+    and of a worker that cannot be started."""
+
+    replied: Callable[[Item, dict[str, Any]], None]
+    late: Callable[[Item], None]
+    died: Callable[[Item, str], None]
+    unharmed: Callable[[list[Item]], None]
+    room: Callable[[], None]
+    broken: Callable[[str], None]
+
+
+class Slot:
+    """Keeps one worker alive and feeds it. `setup` is the frame that tells a worker what to load."""
+
+    def __init__(self, setup: bytes, timeout_s: float, start_timeout_s: float, concurrency: int, reports: Reports):
+        self._setup = setup
+        self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._concurrency = concurrency
+        self._reports = reports
+        self._items: dict[int, Item] = {}  # in the order sent
+        self._unsent: list[bytes] = []
+        self._worker: WorkerProcess | None = None
+        self._loaded: asyncio.Future[str] | None = None
+        self._is_async = False
+        self._is_ready = False
+        self._mean_s = _PIPELINE_S
+        self._last_reply_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._dying: set[WorkerProcess] = set()
+        self._restarting: asyncio.Task[None] | None = None
+        self.broken_by = ""
+        self.num_restarts = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the worker, if there is one that has loaded the plug-in."""
+        return self._worker.pid if self._worker is not None and self._is_ready else None
+
+    async def start(self) -> str:
+        """Starts a worker and has it load the plug-in. Returns "" or the reason why it could not."""
+        loop = asyncio.get_running_loop()
+        loaded = self._loaded = loop.create_future()
+        worker = WorkerProcess(lambda messages: self._on_messages(worker, messages), lambda: self._on_exit(worker))
+        self._worker = worker
+        try:
+            await worker.start()
+            worker.send(self._setup)
+            reason = await asyncio.wait_for(loaded, self._start_timeout_s)
+        except OSError as error:  # TimeoutError is one too
+            late = isinstance(error, TimeoutError)
+            reason = f"loading it took more than {self._start_timeout_s:g} s" if late else f"no new process: {error}"
+        if reason:
+            self._worker = None
+            await worker.close(grace_s=0.0)
+        self._is_ready = not reason
+        return reason
+
+    def accepts(self, item: Item) -> bool:
+        """Whether the item can be sent now."""
+        if not self._is_ready:
+            return False
+        if not self._items:
+            return True
+        if item.alone or next(iter(self._items.values())).alone:
+            return False
+        if self._is_async:
+            return len(self._items) < self._concurrency
+        return len(self._items) < min(_PIPELINE_S / self._mean_s, _MAX_PIPELINE)
+
+    def send(self, item: Item) -> None:
+        """Takes an item; `flush` hands all that were taken to the worker at once."""
+        item.sent_s = time.monotonic()
+        self._items[item.key] = item
+        self._unsent.append(request(item.key, item.pair))
+        if len(self._items) == 1:
+            self._arm()
+
+    def flush(self) -> None:
+        if self._unsent and self._worker is not None:
+            self._worker.send(b"".join(self._unsent))
+        self._unsent.clear()
+
+    def revive(self) -> None:
+        """Tries once more to start a worker where that was given up."""
+        if self.broken_by and (self._restarting is None or self._restarting.done()):
+            self._restart(num_tries=1)
+
+    def take_all(self) -> list[Item]:
+        items = list(self._items.values())
+        self._items.clear()
+        self._unsent.clear()
+        self._arm()
+        return items
+
+    async def close(self) -> None:
+        self._is_ready = False
+        if self._restarting is not None:
+            self._restarting.cancel()
+            await asyncio.gather(self._restarting, return_exceptions=True)
+        worker, self._worker = self._worker, None
+        await asyncio.gather(*(w.close() for w in (worker, *self._dying) if w is not None))
+
+    def _on_messages(self, worker: WorkerProcess, messages: Iterable[dict[str, Any]]) -> None:
+        try:
+            for message in messages:
+                self._on_message(worker, message)
+        finally:  # also of those before one that cannot be read
+            self._arm()
+            self._reports.room()
+
+    def _on_message(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
+        if worker is not self._worker:
+            return
+        if "id" not in message:
+            self._is_async = bool(message.get("async"))
+            if self._loaded is not None and not self._loaded.done():
+                self._loaded.set_result(str(message.get("failed", "")))
+            return
+        item = self._items.pop(message["id"], None)
+        if item is None:
+            return
+        self._last_reply_s = time.monotonic()
+        self._mean_s += 0.1 * (max(float(message["s"]), 1e-5) - self._mean_s)
+        self._reports.replied(item, message)
+
+    def _arm(self) -> None:
+        """Puts the clock on the first item: from when it was sent, or, behind others, from when they were done."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        first = next(iter(self._items.values()), None)
+        if first is None:
+            return
+        begun_s = first.sent_s if self._is_async else max(first.sent_s, self._last_reply_s)
+        limit_s = self._timeout_s + (_ASYNC_GRACE_S if self._is_async else 0.0)
+        delay_s = begun_s + limit_s - time.monotonic()
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._expire)
+
+    def _expire(self) -> None:
+        worker = self._worker
+        assert worker is not None
+        self._dying.add(worker)
+        was_stopped = worker.is_stopped  # then it is not the reply that takes so long
+        worker.kill()
+        stopped = "the reward's process was stopped"
+        self._lose((lambda item: self._reports.died(item, stopped)) if was_stopped else self._reports.late)
+
+    def _on_exit(self, worker: WorkerProcess) -> None:
+        self._dying.discard(worker)
+        if worker is not self._worker:
+            return
+        how = _exit_words(worker.exit_code)
+        if worker.stderr_tail:
+            how += f"; its last words: {worker.stderr_tail[-300:]}"
+        if self._loaded is not None and not self._loaded.done():
+            self._loaded.set_result(f"its process {how}")
+        elif self._is_ready:
+            self._lose(lambda item: self._reports.died(item, f"the reward's process {how}"))
+
+    def _lose(self, blame: Callable[[Item], None]) -> None:
+        """The worker is gone: blame the item that did it, send the others again, start another worker.
+
+        A plain function was at the first item. Of an async function's many any could have done it, so each is sent
+        again alone, and is to blame only if it was alone already.
+        """
+        self._worker, self._is_ready = None, False
+        items = self.take_all()
+        if self._is_async and len(items) > 1:
+            for item in items:
+                item.alone = True
+            guilty, unharmed = [], items
+        else:
+            guilty, unharmed = items[:1], items[1:]
+        self._restart(_MAX_START_FAILURES)
+        self._reports.unharmed(unharmed)
+        for item in guilty:
+            blame(item)
+        self._reports.room()
+
+    def _restart(self, num_tries: int) -> None:
+        self._restarting = asyncio.get_running_loop().create_task(self._start_again(num_tries))
+
+    async def _start_again(self, num_tries: int) -> None:
+        for attempt in range(num_tries):
+            self.num_restarts += 1
+            reason = await self.start()
+            if not reason:
+                self.broken_by = ""
+                self._reports.room()
+                return
+            self.broken_by = reason if attempt == num_tries - 1 else ""
+            await asyncio.sleep(0.0 if self.broken_by else _BACKOFF_S * 2**attempt)
+        self._reports.broken(self.broken_by)
+
+
+def _exit_words(code: int | None) -> str:
+    if code is not None and code < 0:
+        try:
+            return f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"was killed by signal {-code}"
+    return f"exited with code {code}"

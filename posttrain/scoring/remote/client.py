@@ -1,0 +1,122 @@
+"""A stage's view of its reward: pairs go in, scores come out, whatever happens to the actor that scores.
+
+    score() ──► ActorLife.score ──► scores
+       ▲             │ the actor died or froze
+       └── again ◄── a new ActorLife, started by the first who needs it; all others wait for it
+
+A scoring that was lost with an actor is sent to the next one: that is never a score.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from posttrain.config.shared import RewardConfig, RewardResources
+from posttrain.errors import PluginError, StageError
+from posttrain.records import Rollout, Row, Scored
+from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
+from posttrain.scoring.pool.pool import PoolStats
+from posttrain.scoring.remote.life import ActorLife, ActorLostError
+
+MAX_RESTARTS = 5
+DEADLINE_S = 30.0
+
+
+class RewardClient:
+    """A reward pool in a Ray actor of its own. Must be used inside an initialised Ray session.
+
+    deadline_s: an actor that does not answer for so long is killed and replaced. num_restarts: how often one was.
+    """
+
+    def __init__(self, reward: RewardConfig, resources: RewardResources, deadline_s: float = DEADLINE_S):
+        self.spec = RewardSpec(reward.name, reward.args)
+        self.num_workers = reward.workers
+        self.timeout_s = reward.timeout_s
+        self._resources = resources
+        self._deadline_s = deadline_s
+        self._life: ActorLife | None = None
+        self._past = PoolStats()
+        self._lost_in_a_row = 0
+        self._replacing = asyncio.Lock()
+        self._is_open = False
+        self.num_restarts = 0
+
+    @property
+    def stats(self) -> PoolStats:
+        """What the pools of all actors have done, as of their last answers (at most a second old)."""
+        return self._past if self._life is None else self._past + self._life.health.stats
+
+    def pids(self) -> list[int]:
+        """The processes of the actor (if it is on this node) and of the rewards, as of its last answer."""
+        return [] if self._life is None else self._life.pids
+
+    async def start(self) -> None:
+        """Start the actor and its processes. Raises PluginError where the reward cannot be loaded, else StageError."""
+        check_reward(self.spec.name, self.spec.args)
+        self._is_open = True
+        try:
+            await self._living()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
+        """The scores in order; one call of the actor for all pairs. Raises StageError where no actor stays alive."""
+        if not self._is_open:
+            raise RuntimeError("start the client before scoring")
+        if not pairs:
+            return []
+        reason = ""
+        for _ in range(MAX_RESTARTS + 1):
+            try:
+                life = await self._living()
+                scores = await life.score(pairs)
+            except ActorLostError as error:
+                reason = f"the reward actor was lost: {error}"
+                if self._is_open:
+                    continue
+                break
+            if any(scored.result is not None for scored in scores):
+                self._lost_in_a_row = 0
+            return scores
+        return [Scored(None, "infrastructure", reason)] * len(pairs)
+
+    async def close(self) -> None:
+        """End the actor and its processes. What is still being scored comes back as `infrastructure`."""
+        self._is_open = False
+        async with self._replacing:
+            life, self._life = self._life, None
+            if life is not None:
+                await life.close()
+                self._past += life.health.stats
+
+    async def _living(self) -> ActorLife:
+        """The actor, or a new one where it was lost."""
+        if self._life is not None and not self._life.is_lost and not self._replacing.locked():
+            return self._life
+        async with self._replacing:
+            while self._life is None or self._life.is_lost:
+                if not self._is_open:
+                    raise ActorLostError("the client was closed")
+                await self._begin()
+            return self._life
+
+    async def _begin(self) -> None:
+        lost = self._life
+        if lost is not None:
+            if self._lost_in_a_row == MAX_RESTARTS:
+                raise StageError(
+                    f"the reward actor was lost {MAX_RESTARTS + 1} times without one score in between; {lost.reason}"
+                )
+            self._lost_in_a_row += 1
+            self.num_restarts += 1
+            self._past += lost.health.stats
+        self._life = ActorLife(self.spec, self.num_workers, self.timeout_s, self._resources, self._deadline_s)
+        try:
+            await self._life.start()
+        except ActorLostError:
+            return
+        except PluginError as error:
+            if lost is None:
+                raise
+            await self._life.close()
+            raise StageError(f"the reward could not be loaded again: {error}") from error

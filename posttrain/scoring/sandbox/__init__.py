@@ -1,0 +1,5 @@
+"""Programs that nobody trusts, run without network, host files or unlimited resources.
+
+run.py      start a program, limit it, read what it printed
+inside.py   the first program in the sandbox, which closes the door behind itself
+"""

@@ -1,0 +1,195 @@
+"""Runs a Python program that nobody trusts: no network, no host files but the interpreter, hard limits on time,
+memory, processes and output. Never in this process, and not at all where the system cannot isolate it.
+
+Two ways, tried once and remembered: Linux namespaces (`inside`, as root or with user namespaces), else
+bubblewrap. Leaves out seccomp filters and packages of the environment: a program sees the standard library only.
+"""
+
+import functools
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from posttrain.errors import PosttrainError
+
+_INIT = Path(__file__).with_name("inside.py")
+_SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
+_MAX_STDERR = 4096
+_SETUP_S = 30.0
+# The last words of a Python program that met a limit which the kernel sets: how a line of them begins.
+_LIMIT_ERRORS = {
+    "MemoryError": "memory",
+    "BlockingIOError: [Errno 11]": "processes",
+    "RuntimeError: can't start new thread": "processes",
+    "OSError: [Errno 24]": "files",
+    "OSError: [Errno 27]": "disk",
+    "OSError: [Errno 28]": "disk",
+}
+
+
+class SandboxError(PosttrainError):
+    """There is no sandbox here, or it could not be set up: the program was not run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a program may use. wall_s, cpu_s: seconds; memory_mib: address space of one process; disk_mib: its /tmp."""
+
+    wall_s: float = 5.0
+    cpu_s: int = 5
+    memory_mib: int = 512
+    num_processes: int = 16
+    disk_mib: int = 32
+    output_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxResult:
+    """How a program ended. limit: "" or the limit that ended it (wall, cpu, output, memory, processes, files, disk).
+
+    exit_code: as a shell tells it (128 + signal). stderr: its last 4 KB. wall_s: without setting up the sandbox.
+    """
+
+    exit_code: int
+    stdout: bytes
+    stderr: str
+    limit: str
+    wall_s: float
+
+
+def run_python(source: str, stdin: bytes = b"", limits: Limits | None = None) -> SandboxResult:
+    """Runs the source as a program of its own and waits for its end. Raises SandboxError where it cannot be run."""
+    way = find_sandbox()
+    if way is None:
+        raise SandboxError(
+            "no sandbox for model-written code: this system allows neither Linux namespaces nor bubblewrap (bwrap); "
+            "install bubblewrap or allow user namespaces. The code was not run."
+        )
+    return _run(way, source, stdin, limits or Limits())
+
+
+@functools.cache
+def find_sandbox() -> str | None:
+    """Either "namespaces" or "bubblewrap" or None: what really runs a program here. Tried once a process."""
+    for way in ("namespaces", "bubblewrap"):
+        try:
+            if _run(way, "print(6 * 7)", b"", Limits(wall_s=20.0)).stdout == b"42\n":
+                return way
+        except (SandboxError, OSError):
+            continue
+    return None
+
+
+def _run(way: str, source: str, stdin: bytes, limits: Limits) -> SandboxResult:
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    # Bubblewrap keeps root as root, whom no limit on processes binds: as root, it is run as somebody else.
+    user = 20_000 if way == "bubblewrap" and os.geteuid() == 0 else None
+    visible = [path for path in (*_SYSTEM, sys.base_prefix) if os.path.lexists(path)]
+    job = {"source": source, "python": python, "visible": visible, "limits": asdict(limits), "parent": os.getpid()}
+    with tempfile.TemporaryFile() as job_file, tempfile.TemporaryFile() as input_file:
+        job_file.write(json.dumps(job).encode())
+        job_file.seek(0)
+        input_file.write(stdin)
+        input_file.seek(0)
+        ready_read, ready_write = os.pipe()
+        with os.fdopen(ready_read, "rb") as ready:
+            descriptors = (job_file.fileno(), ready_write)
+            try:
+                process = subprocess.Popen(
+                    _command(way, python, visible, descriptors),
+                    stdin=input_file,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    pass_fds=descriptors,
+                    env={"PATH": os.defpath},
+                    cwd="/",
+                    user=user,
+                    group=user,
+                    extra_groups=None if user is None else [],
+                )
+            finally:
+                os.close(ready_write)
+            return _watch(process, ready, limits)
+
+
+def _command(way: str, python: str, visible: list[str], descriptors: tuple[int, int]) -> list[str]:
+    init = [python, "-I", "-S", "-B", str(_INIT), *map(str, descriptors)]
+    if way == "namespaces":
+        return [*init, "isolate"]
+    bubblewrap = shutil.which("bwrap")
+    if bubblewrap is None:
+        raise SandboxError("bubblewrap (bwrap) is not installed")
+    binds = [word for path in visible for word in ("--ro-bind", os.path.realpath(path), path)]
+    return [
+        bubblewrap, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", *binds,
+        "--ro-bind", str(_INIT), "/inside.py", "--dev", "/dev", "--tmpfs", "/tmp", "--chdir", "/tmp", "--",
+        *(word if word != str(_INIT) else "/inside.py" for word in init), "limit",
+    ]  # fmt: skip
+
+
+def limit_of_error(line: str) -> str:
+    """The limit that an exception tells of, written as Python writes it (`Type: message`); "" if none."""
+    return next((limit for begin, limit in _LIMIT_ERRORS.items() if line.startswith(begin)), "")
+
+
+def _watch(process: "subprocess.Popen[bytes]", ready: IO[bytes], limits: Limits) -> SandboxResult:
+    """Reads what the program writes until it ends or reaches a limit; then it and all it started are dead.
+
+    Its clock starts when the sandbox stands: a machine that is slow to set one up is no fault of the program.
+    """
+    assert process.stdout is not None
+    assert process.stderr is not None
+    started_s, left_s, is_ready = time.monotonic(), _SETUP_S, False
+    stdout, stderr, limit = bytearray(), bytearray(), ""
+    with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
+        selector.register(ready, selectors.EVENT_READ)
+        selector.register(process.stdout, selectors.EVENT_READ, stdout)
+        selector.register(process.stderr, selectors.EVENT_READ, stderr)
+        while selector.get_map() and not limit:
+            for key, _ in selector.select(max(left_s, 0.0)):
+                if key.data is None:  # "ready" in one write, or the end of a sandbox that could not be set up
+                    is_ready = os.read(key.fd, 16) == b"ready"
+                    selector.unregister(key.fileobj)
+                    started_s = time.monotonic()
+                    continue
+                data = os.read(key.fd, 1 << 16)
+                if not data:
+                    selector.unregister(key.fileobj)
+                key.data.extend(data)
+            del stderr[:-_MAX_STDERR]
+            left_s = started_s + (limits.wall_s if is_ready else _SETUP_S) - time.monotonic()
+            if len(stdout) > limits.output_bytes:
+                limit = "output"
+            elif left_s <= 0 and selector.get_map():
+                limit = "wall"
+        try:
+            exit_code = process.wait(max(left_s, 0.0) if not limit else 0.0)
+        except subprocess.TimeoutExpired:
+            limit = limit or "wall"
+            process.kill()
+            exit_code = process.wait()
+    words = stderr.decode(errors="replace").strip()
+    if not is_ready:
+        late = f"not within {_SETUP_S:g} s" if limit else f"exit code {exit_code}"
+        raise SandboxError(f"the sandbox could not be set up: {words[-300:] or late}")
+    if exit_code < 0 and not limit:  # from inside nothing can reach the process that ended so
+        raise SandboxError(f"the sandbox was killed by {signal.Signals(-exit_code).name}")
+    wall_s = time.monotonic() - started_s
+    limit = limit or _limit_of(exit_code, words, wall_s)
+    return SandboxResult(exit_code, bytes(stdout[: limits.output_bytes]), words, limit, wall_s)
+
+
+def _limit_of(exit_code: int, stderr: str, wall_s: float) -> str:
+    if exit_code == 128 + 24 or (exit_code == 128 + 9 and wall_s > 0.5):  # SIGXCPU, or SIGKILL at the hard limit
+        return "cpu"
+    # Of several processes that write at once, each may have the last line.
+    return next(filter(None, map(limit_of_error, reversed(stderr.splitlines()))), "") if exit_code else ""

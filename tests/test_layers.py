@@ -1,0 +1,84 @@
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import posttrain
+from posttrain.pipeline.layers import FLOORS, ROOMS, may_import, parts_below
+
+PACKAGE = Path(posttrain.__file__).parent
+REWARDS = PACKAGE.parent / "rewards"
+
+
+def modules(source: str, module: str) -> Iterator[str]:
+    """The modules of this package that a source imports, wherever in it, relative imports resolved."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "posttrain")
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            if name.split(".")[0] == "posttrain":
+                # `from posttrain.rl import stage` imports posttrain.rl.stage
+                yield from (f"{name}.{alias.name}" for alias in node.names)
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of every module of the package, the rewards among them."""
+    for root, prefix in ((PACKAGE, "posttrain"), (REWARDS, "posttrain.rewards")):
+        for path in sorted(root.rglob("*.py")):
+            yield ".".join([prefix, *path.relative_to(root).with_suffix("").parts]), path.read_text()
+
+
+def forbidden(module: str, source: str) -> list[str]:
+    """What a module imports and may not."""
+    parts = module.split(".")
+    if parts[1] == "__init__":  # the public face, which hands names of every part on
+        return []
+    bad = []
+    for target in modules(source, module):
+        other = target.split(".")
+        if len(other) < 2 or other[1].startswith("__"):
+            continue
+        if not may_import(parts[1], other[1]):
+            bad.append(f"{module} imports {target}")
+            continue
+        floors = ROOMS.get(parts[1]) if parts[1] == other[1] and parts[2] != "__init__" else None
+        if floors and len(other) > 2 and not may_import(parts[2], other[2], floors):
+            bad.append(f"{module} imports {target}")
+    return bad
+
+
+def test_imports_run_one_way():
+    assert [line for module, source in sources() for line in forbidden(module, source)] == []
+
+
+def test_every_part_and_room_has_a_floor():
+    def names(folder: Path) -> set[str]:
+        return {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+
+    assert {part for floor in FLOORS for part in floor} >= names(PACKAGE) - {"__init__"}
+    for part, floors in ROOMS.items():
+        assert {room for floor in floors for room in floor} == names(PACKAGE / part) - {"__init__"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("posttrain.rl.grading.judge", "from posttrain.filtering.prompts import JudgePrompts"),
+        ("posttrain.sft.stage", "def run():\n    from posttrain.dpo import stage"),
+        ("posttrain.data.rows", "import posttrain.model.load"),
+        ("posttrain.rl.rollouts.workers", "from posttrain.rl.loop.tally import StepTally"),
+        ("posttrain.rl.rollouts.workers", "from ..loop import tally"),
+        ("posttrain.config.base", "from posttrain import cli"),
+        ("posttrain.dpo.stage", "from posttrain.rewards.coding import code"),
+    ],
+)
+def test_a_forbidden_arrow_is_found(module, source):
+    assert len(forbidden(module, source)) == 1
+
+
+def test_a_stage_depends_on_itself_and_what_lies_below_it():
+    assert {"rl", "judging", "sampling", "records"} <= parts_below("rl")
+    assert not {"filtering", "sft", "pipeline", "cli", "report"} & parts_below("rl")
