@@ -11,11 +11,60 @@ from typing import Any
 from msgspec import Struct, field
 
 
-class Message(Struct, frozen=True):
-    """One turn of a conversation. `role` is system, user or assistant."""
+class TextPart(Struct, frozen=True, tag_field="type", tag="text"):
+    """A piece of text in a message: {"type": "text", "text": "What is this?"}."""
+
+    text: str
+
+
+class ImagePart(Struct, frozen=True, tag_field="type", tag="image"):
+    """A picture in a message, by reference: {"type": "image", "image": "pictures/cat.png"}.
+
+    image: a path or a URI; None stands for the next picture of the row's `images` column.
+    """
+
+    image: str | None = None
+
+
+ContentPart = TextPart | ImagePart
+
+
+class ToolCall(Struct, frozen=True, omit_defaults=True):
+    """A call that an assistant turn makes: ToolCall("weather", {"city": "Paris"}, "call_1").
+
+    arguments: by name, any JSON values. id: what the result's `tool_call_id` refers to, or None.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    id: str | None = None
+
+
+class Message(Struct, frozen=True, omit_defaults=True):
+    """One turn of a conversation, for example Message("user", "2 + 2?").
+
+    role: system, user, assistant or tool (the result of a call).
+    content: text; or parts, if one of them is not text. A list of text parts alone is joined when it is read.
+    tool_calls: the calls of an assistant turn, whose content may be empty then.
+    tool_call_id: on a tool turn, the call that it answers, or None.
+    name: of the speaker or the tool, or None.
+    trained: whether supervised training learns this assistant turn. None: as the stage does by default, which is
+    yes; False: the turn is context only. Always None on other turns, which are never learned.
+    """
 
     role: str
-    content: str
+    content: str | tuple[ContentPart, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+    trained: bool | None = None
+
+    @property
+    def text(self) -> str:
+        """The text of the content, without images and tool calls."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
 
 
 class Row(Struct, frozen=True):
@@ -23,7 +72,7 @@ class Row(Struct, frozen=True):
 
     id: unique within its dataset (the row's own `id`, else made from its file and line).
     capability: what the row exercises (math, coding, ...); quotas, strata and results are by capability.
-    messages: the conversation. A prompt ends with a user turn; a supervised example ends with an assistant turn.
+    messages: the conversation. A prompt ends with a user or tool turn; a supervised example with an assistant turn.
     answer: what a reward compares with, or None.
     fields: every other column of the row as it was read, for reward plug-ins.
     """

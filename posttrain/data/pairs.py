@@ -86,7 +86,7 @@ def _take_reply(value: dict[str, Any], name: str) -> tuple[tuple[Message, ...], 
     turns = take_turns(value, name, "assistant")
     if turns[-1].role != "assistant":
         raise RowError(f"{name}: the last turn is {turns[-1].role!r}: a reply must end with 'assistant'")
-    return turns[:-1], turns[-1].content
+    return turns[:-1], turns[-1].text
 
 
 def _shared_prompt(

@@ -62,7 +62,7 @@ def row_to_json(row: Row) -> dict[str, Any]:
 
 def messages_to_json(messages: Iterable[Message]) -> list[dict[str, str]]:
     """Messages as the list of {"role", "content"} that chat templates take."""
-    return [{"role": message.role, "content": message.content} for message in messages]
+    return [{"role": message.role, "content": message.text} for message in messages]
 
 
 # --- the scan that rows and preference pairs share ---

@@ -75,14 +75,14 @@ def row_texts(row: Row) -> dict[str, str]:
 
     A prompt of several turns is a transcript with the role before each turn.
     """
-    system = "\n".join(message.content for message in row.messages if message.role == "system")
+    system = "\n".join(message.text for message in row.messages if message.role == "system")
     turns = [message for message in row.messages[:-1] if message.role != "system"]
     if len(turns) == 1:
-        prompt = turns[0].content
+        prompt = turns[0].text
     else:
-        prompt = "\n\n".join(f"[{message.role}]\n{message.content}" for message in turns)
+        prompt = "\n\n".join(f"[{message.role}]\n{message.text}" for message in turns)
     answer = "" if row.answer is None else str(row.answer)
-    return {"prompt": prompt, "response": row.messages[-1].content, "system": system, "answer": answer}
+    return {"prompt": prompt, "response": row.messages[-1].text, "system": system, "answer": answer}
 
 
 def label_token_ids(tokenizer: Any, labels: Sequence[str]) -> tuple[int, ...]:

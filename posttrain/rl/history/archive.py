@@ -109,7 +109,7 @@ class _Pieces(dict[int, str]):
 
 
 def _prompt_json(group: Group) -> str:
-    return json.dumps([{"role": item.role, "content": item.content} for item in group.prompt.messages])
+    return json.dumps([{"role": item.role, "content": item.text} for item in group.prompt.messages])
 
 
 def _versions_json(rollout: Rollout) -> str:
