@@ -409,6 +409,36 @@ def test_update_in_flight_is_recorded_token_by_token(ray_session, models, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_two_stages_at_the_same_time_never_lease_one_engine(ray_session, models):
+    """One engine is warm and another shape is idle, which the first caller ends: the second comes in meanwhile.
+
+    The registry, its asyncio and the Ray actors are real; the engines in them are never started.
+    """
+    from posttrain.sampling.registry import EngineRegistry
+
+    model = models[0].model_dump()
+    other_shape = ENGINE.model_copy(update={"max_num_seqs": 128})
+
+    def acquire(registry, stage, engine=ENGINE, workers=2):
+        resources = ActorResources(cpus=0.1, workers=workers)
+        return registry.acquire(stage, model, engine.model_dump(), resources.model_dump())
+
+    async def lease():
+        registry = EngineRegistry()
+        try:
+            idle = [await acquire(registry, "before", engine, workers=1) for engine in (ENGINE, other_shape)]
+            await registry.release([name for ((name, _, _),) in idle], keep=True)
+            return await asyncio.gather(*(acquire(registry, stage) for stage in ("one", "two")))
+        finally:
+            await registry.end_all()
+
+    leases = asyncio.run(lease())
+    assert sorted(is_new for lease in leases for _, _, is_new in lease) == [False, True, True, True]
+    assert len({name for lease in leases for name, _, _ in lease}) == 4
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_choices_are_renormalised(ray_session, models, tmp_path):
     import math

@@ -51,33 +51,37 @@ class EngineRegistry:
         self._held: list[_Held] = []
         self._made = 0
         self._successors: dict[str, str] = {}
+        # Two stages that run side by side call at the same time, and ending an engine takes a moment. Without the lock
+        # the second call would see what the first has only half changed, and lease the same warm engine again.
+        self._changing = asyncio.Lock()
 
     async def acquire(
         self, stage: str, model: dict[str, Any], engine: dict[str, Any], resources: dict[str, Any]
     ) -> list[tuple[str, Any, bool]]:
         """Lease `resources.workers` engines: (name, actor, is_new). The caller starts new ones and loads warm ones."""
-        resources_config = ActorResources(**resources)
-        signature = engine_signature(ServedModelConfig(**model), EngineConfig(**engine), resources_config)
-        warm = [held for held in self._held if held.stage is None and held.signature == signature]
-        leased = warm[: resources_config.workers]
-        if len(leased) < resources_config.workers:
-            await self._end([held for held in self._held if held.stage is None and held not in leased])
-        answer = [(held.name, held.actor, False) for held in leased]
-        for held in leased:
-            held.stage = stage
-        for _ in range(resources_config.workers - len(leased)):
-            held = self._make(signature, stage, model, engine, resources_config.cpus, resources_config.gpus)
-            answer.append((held.name, held.actor, True))
-        return answer
+        wanted = ActorResources(**resources)
+        signature = engine_signature(ServedModelConfig(**model), EngineConfig(**engine), wanted)
+        async with self._changing:
+            warm = [held for held in self._held if held.stage is None and held.signature == signature]
+            leased = [(held.name, held.actor, False) for held in warm[: wanted.workers]]
+            for held in warm[: wanted.workers]:
+                held.stage = stage
+            if len(leased) < wanted.workers:
+                await self._end([held for held in self._held if held.stage is None])
+            for _ in range(wanted.workers - len(leased)):
+                held = self._make(signature, stage, model, engine, wanted.cpus, wanted.gpus)
+                leased.append((held.name, held.actor, True))
+            return leased
 
     async def replace(self, name: str) -> tuple[str, Any]:
         """End an engine that is lost, whatever state its process is in; returns another of its kind, not started."""
-        name = self._latest(name)
-        old = next(held for held in self._held if held.name == name)
-        held = self._make(old.signature, old.stage, old.model, old.engine, old.cpus, old.gpus)
-        self._successors[name] = held.name
-        await self._end([old])
-        return held.name, held.actor
+        async with self._changing:
+            name = self._latest(name)
+            old = next(held for held in self._held if held.name == name)
+            held = self._make(old.signature, old.stage, old.model, old.engine, old.cpus, old.gpus)
+            self._successors[name] = held.name
+            await self._end([old])
+            return held.name, held.actor
 
     def _latest(self, name: str) -> str:
         """The engine in the place of one: another, where a caller had it replaced and did not live to know."""
@@ -102,27 +106,31 @@ class EngineRegistry:
 
     async def release(self, names: list[str], keep: bool) -> None:
         """Give engines back: kept warm for a later stage, or ended."""
-        strays = {self._latest(name) for name in names} - set(names)
-        await self._end([held for held in self._held if held.name in strays])
-        released = [held for held in self._held if held.name in names]
-        for held in released:
-            held.stage = None
-        if not keep:
-            await self._end(released)
+        async with self._changing:
+            strays = {self._latest(name) for name in names} - set(names)
+            await self._end([held for held in self._held if held.name in strays])
+            released = [held for held in self._held if held.name in names]
+            for held in released:
+                held.stage = None
+            if not keep:
+                await self._end(released)
 
     async def trim_idle(self, cpus: float, gpus: float) -> None:
         """End idle engines, oldest first, until those left hold no more than this."""
-        idle = [held for held in self._held if held.stage is None]
-        while idle and (sum(h.cpus for h in idle) > cpus + 1e-9 or sum(h.gpus for h in idle) > gpus + 1e-9):
-            await self._end([idle.pop(0)])
+        async with self._changing:
+            idle = [held for held in self._held if held.stage is None]
+            while idle and (sum(h.cpus for h in idle) > cpus + 1e-9 or sum(h.gpus for h in idle) > gpus + 1e-9):
+                await self._end([idle.pop(0)])
 
     async def end_stage(self, stage: str) -> None:
         """End what a stage that failed still holds: the state of those engines is unknown."""
-        await self._end([held for held in self._held if held.stage == stage])
+        async with self._changing:
+            await self._end([held for held in self._held if held.stage == stage])
 
     async def end_all(self) -> None:
         """End every engine."""
-        await self._end(list(self._held))
+        async with self._changing:
+            await self._end(list(self._held))
 
     async def _end(self, ended: list[_Held]) -> None:
         import ray
