@@ -36,8 +36,8 @@ quickstart: install ## Run the whole recipe on this machine, tiny, and write a r
 	@$(BIN)/posttrain run quickstart --run-dir $(RUN_DIR)
 	@echo "report: $(abspath $(RUN_DIR))/report.html"
 
-test: install ## Run the tests
-	@$(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
+test: install ## Run the tests, and list the slowest twenty
+	@$(BIN)/python -m pytest -m "not full" --durations 20 $(PYTEST_ARGS)
 
 test-fast: install ## Run the tests that need no engine and no second process
 	@$(BIN)/python -m pytest -m "not slow and not full" $(PYTEST_ARGS)

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import process_guard
 import pytest
 from hypothesis import settings
 
@@ -19,6 +20,18 @@ settings.load_profile("posttrain")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", help="JSON file for what tests record with record_property, by test")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    with process_guard.guarded(item.keywords):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with process_guard.guarded(item.keywords):
+        return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -399,7 +399,7 @@ def rl_groups(config: Any) -> Any:
         scored = scored_group(group, scores, config)
         built.append((scored.reasons, drop_reason(scored, config)))
         batch.append(scored)
-    return built, [dataclasses.astuple(sample) for sample in train_samples(over_batch(batch, config), 0)]
+    return built, [msgspec.structs.astuple(sample) for sample in train_samples(over_batch(batch, config), 0)]
 
 
 def rl_loss(config: Any) -> Any:

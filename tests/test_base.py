@@ -237,6 +237,7 @@ def trained(tmp_path_factory):
     patch.undo()
 
 
+@pytest.mark.slow
 def test_stage_writes_what_it_says(trained):
     _root, one, _two, outputs = trained
     assert set(outputs) == {"model", "sft_data", "prompts", "heldout", "tune"}
@@ -247,6 +248,7 @@ def test_stage_writes_what_it_says(trained):
     assert sorted(path.name for path in one.dir.iterdir()) == ["data", "metrics.jsonl", "model"]
 
 
+@pytest.mark.slow
 def test_second_run_comes_from_the_cache(trained):
     root, one, two, _outputs = trained
     events = [event for event in read_jsonl(root / "events.jsonl") if event["stage"] == "two"]
@@ -255,6 +257,7 @@ def test_second_run_comes_from_the_cache(trained):
     assert all(torch.equal(tensor, weights(two.dir)[name]) for name, tensor in weights(one.dir).items())
 
 
+@pytest.mark.slow
 def test_training_is_reproducible(trained, tmp_path):
     again = context(tmp_path, "again")
     run(SMALL.model_copy(update={"cache": False}), again)
@@ -273,6 +276,7 @@ def test_first_weights_follow_the_seed(tokenizer):
     assert all(torch.equal(tensor, other[name]) == (tensor.dim() < 2) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_transformers_and_the_native_model_agree_on_the_folder(trained):
     from transformers import AutoTokenizer, Llama4ForCausalLM
 
@@ -288,6 +292,7 @@ def test_transformers_and_the_native_model_agree_on_the_folder(trained):
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["Llama4ForCausalLM"]
 
 
+@pytest.mark.slow
 def test_failing_process_ends_the_stage_with_its_log(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
     impossible = SMALL.model_copy(update={"cache": False})
@@ -295,6 +300,7 @@ def test_failing_process_ends_the_stage_with_its_log(tmp_path, monkeypatch):
         run(impossible, context(tmp_path, "broken"))
 
 
+@pytest.mark.slow
 def test_processes_die_with_the_one_that_started_them(tmp_path):
     """A stage killed outright leaves no trainer behind."""
     (tmp_path / "stage").mkdir()

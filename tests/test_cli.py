@@ -78,6 +78,7 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]):
         assert f"posttrain {name} " in capsys.readouterr().out.partition("Usage: ")[2].partition("\n")[2]
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy():
     program = (
         "import sys\nfrom posttrain.cli.main import main\ncode = main(['--help'])\n"

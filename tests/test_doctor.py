@@ -83,12 +83,14 @@ def test_machine_checks_hold_figures() -> None:
         assert float(found[name].split()[0]) > 0
 
 
+@pytest.mark.slow
 def test_what_a_probe_finds_is_its_last_json_line() -> None:
     outcome, check = run_code("print('noise'); print('{\"found\": \"it\"}'); print('more noise')")
     assert outcome.found == {"found": "it"}
     assert (check.status, check.found, check.mend) == ("ok", "it", "")
 
 
+@pytest.mark.slow
 def test_a_failed_probe_says_why_and_what_to_do() -> None:
     code = "print('{\"found\": \"half\"}'); raise RuntimeError('operator torchvision::nms does not exist')"
     outcome, check = run_code(code)
@@ -113,6 +115,7 @@ def test_remedy(message: str, part: str) -> None:
     assert part in remedy(f"some lines\n{message}\n", "as usual")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cuda", "has_gpu", "word"), [(None, True, "CUDA build"), ("13.0", False, "+cpu build")])
 def test_a_torch_that_does_not_fit_the_machine(cuda: str | None, has_gpu: bool, word: str) -> None:
     outcome, check = run_code(f"import json; print(json.dumps({{'found': 'none', 'cuda': {cuda!r}}}))")
@@ -122,6 +125,7 @@ def test_a_torch_that_does_not_fit_the_machine(cuda: str | None, has_gpu: bool, 
     assert word in unfit.mend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hangs", [True, False], ids=["past its deadline", "ended"])
 def test_nothing_that_a_probe_started_is_left(hangs: bool) -> None:
     outcome, check = run_code(LEAVES_CHILDREN, "600" if hangs else "0", deadline_s=2 if hangs else 30)

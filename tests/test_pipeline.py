@@ -255,6 +255,7 @@ def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_validation_imports_nothing_heavy_and_exits_with_2(tmp_path: Path):
     reply = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": reply}) + "\n")
@@ -499,6 +500,7 @@ def test_large_files_are_sampled(tmp_path: Path):
     assert path_hash(tmp_path) == folder
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

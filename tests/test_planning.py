@@ -286,6 +286,7 @@ def test_every_key_changes_the_plan():
         assert outcome(set_at(base, key, value)) != outcome(base), key
 
 
+@pytest.mark.slow
 def test_schemas_need_no_torch():
     code = "import sys, posttrain.planning.config, posttrain.planning.memory, posttrain.planning.activations\n"
     subprocess.run([sys.executable, "-c", f"{code}assert 'torch' not in sys.modules"], check=True)

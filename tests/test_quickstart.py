@@ -7,8 +7,7 @@ import json
 import os
 import re
 import subprocess
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +136,16 @@ def test_rl_was_asynchronous_mixed_and_bounded(run):
 def test_dpo_pairs_prefer_the_right_reply(run):
     pairs = list(read_jsonl(run / "dpo" / "pairs.jsonl"))
     assert pairs
-    rewards = {}
+    rewards = defaultdict(set)  # of each reply to each prompt: equal texts may have ended in different ways
     for path in (run / "rl" / "rollouts").glob("*.parquet"):
         for row in pq.read_table(path).to_pylist():
-            rewards[row["reply"]] = max(rewards.get(row["reply"], 0), row["reward"] or 0)
-    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+            messages = json.dumps([[message["role"], message["content"]] for message in json.loads(row["prompt"])])
+            rewards[messages, row["reply"].strip()].add(row["reward"])
+    for pair in pairs:
+        messages = json.dumps([[message["role"], message["content"]] for message in pair["prompt"]])
+        assert pair["chosen_reward"] in rewards[messages, pair["chosen"]]
+        assert pair["rejected_reward"] in rewards[messages, pair["rejected"]]
+        assert pair["chosen_reward"] > (pair["rejected_reward"] or 0)
 
 
 def test_report_is_one_self_contained_page(run):
@@ -151,22 +155,20 @@ def test_report_is_one_self_contained_page(run):
 
 
 def test_nothing_is_left_running(run):
-    time.sleep(1)
     left = [
-        process.info["cmdline"]
+        process
         for process in psutil.process_iter(["cmdline"])
         if str(run.parent.parent) in " ".join(process.info["cmdline"] or [])
     ]
-    assert not left
+    _, alive = psutil.wait_procs(left, timeout=10)  # those that are just ending
+    assert [process.info["cmdline"] for process in alive] == []
 
 
 def test_second_run_skips_what_is_done_and_reruns_what_changed(run, installed_wheel, empty):
-    began = time.time()
     said = call(installed_wheel, empty, "run", "quickstart", *REDUCED)
     whole = json.loads((run / "summary.json").read_text())
     assert {stage["status"] for stage in whole["stages"]} == {"skipped"}, said
     assert whole["eval"].keys() == {"base", "sft", "rl", "dpo"}
-    assert time.time() - began < whole["wall_s"] + 120
     call(installed_wheel, empty, "run", "quickstart", *REDUCED, "dpo.beta=0.2")
     whole = json.loads((run / "summary.json").read_text())
     status = {stage["name"]: stage["status"] for stage in whole["stages"] + whole["evaluations"]}

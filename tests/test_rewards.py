@@ -289,6 +289,7 @@ def block(source: str) -> Rollout:
     return reply(f"Here it is:\n```python\n{source}\n```\n")
 
 
+@pytest.mark.slow
 class TestCode:
     """Real programs in the real sandbox."""
 

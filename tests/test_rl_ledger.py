@@ -59,14 +59,18 @@ def test_a_flush_waits_for_what_a_cancelled_one_took(tmp_path):
     async def run():
         ledger = Ledger(tmp_path / "ledger.sqlite")
         ledger.reserve(0, "p0", "math", None, 1, 0)
-        ledger._lock.acquire()  # another thread writes
-        flushing = asyncio.create_task(ledger.flush())
-        await asyncio.sleep(0.05)
-        flushing.cancel()
-        asyncio.get_running_loop().call_later(0.2, ledger._lock.release)
-        await ledger.flush()
+        other = sqlite3.connect(ledger.path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")  # as long as another process writes, no flush can end
+        first = asyncio.create_task(ledger.flush())
+        await asyncio.sleep(0)  # it has taken what there was, and waits for its thread
+        first.cancel()
+        second = asyncio.create_task(ledger.flush())
+        done, _ = await asyncio.wait({first, second}, timeout=0.1)
+        assert done == {first}
+        other.execute("ROLLBACK")
+        other.close()
+        await second
         found = [entry.id for entry in ledger.entries()]
-        await asyncio.sleep(0.3)
         ledger.close()
         return found
 

@@ -115,6 +115,7 @@ def _add_and_read(folder: Path, run: int) -> None:
         DifficultyStore(folder, BASIS, folder / f"run-{run}").add([measured(f"{run}-{index}")])
 
 
+@pytest.mark.slow
 def test_runs_may_write_side_by_side(tmp_path: Path):
     """Each reads the files of the others while they are being replaced."""
     folder = tmp_path / "store"

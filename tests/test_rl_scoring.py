@@ -92,6 +92,7 @@ def score_texts(texts: Sequence[str], config: RlConfig, **options: Any) -> Score
 
 
 class TestGroups:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("text", "outcome", "options"),
         [
@@ -114,6 +115,7 @@ class TestGroups:
         few = make_config(reward, reward={"name": reward, "rescores": 0}, min_group=4)
         assert drop_reason(score_texts(["1", text, "0", "0.5"], few, **options), few) == f"unscored:{outcome}"
 
+    @pytest.mark.slow
     def test_an_answer_that_the_grader_hangs_on_again_is_worth_nothing(self, reward: str) -> None:
         config = make_config(reward)
         scored = score_texts(["right 1", "hang", "right 1", "right 1"], config, timeout_s=2.0)
@@ -121,6 +123,7 @@ class TestGroups:
         assert scored.outcomes[1] == "unparseable"
         assert scored.reasons[1].startswith("unparseable: no score within 2 s, 2 times")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("rescores", "rewards"), [(0, (1.0, None, 0.0, None)), (1, (1.0, 1.0, 0.0, 1.0))])
     def test_only_what_has_no_score_is_scored_again(
         self, reward: str, rescores: int, rewards: tuple[float | None, ...], tmp_path: Path
@@ -129,6 +132,7 @@ class TestGroups:
         assert score_texts(["right 1", "flaky", "wrong 0", "flaky"], config).rewards == rewards
         assert sorted((tmp_path / "seen").read_text().split()) == sorted("0123" + "13" * rescores)
 
+    @pytest.mark.slow
     def test_the_most_frequent_outcome_is_told_and_counted_as_unscored(self, reward: str) -> None:
         config = make_config(reward, reward={"name": reward, "rescores": 0})
         lost = score_texts(["right 1", "die", "raise", "raise"], config)
@@ -142,6 +146,7 @@ class TestGroups:
         assert (metrics["groups_dropped_unscored"], metrics["rollouts_unscored"]) == (1, 3)
         assert metrics["unscored_fraction"] == 3 / 8
 
+    @pytest.mark.slow
     def test_drops_are_counted_by_reason_length_and_difficulty(self, reward: str) -> None:
         config = make_config(reward)
         same = score_texts(["right 1"] * 4, config)
@@ -170,6 +175,7 @@ class TestGroups:
 
 
 class TestAlarm:
+    @pytest.mark.slow
     def test_one_a_window_while_the_reward_is_broken(self, reward: str) -> None:
         config = make_config(reward, reward={"name": reward, "rescores": 0, "alarm_fraction": 0.5})
         good = score_texts(["right 1"] * 4, config)
@@ -185,6 +191,7 @@ class TestAlarm:
         assert told[5]["reasons"][0][0].startswith("error: ValueError: bad thing (reward.py:")
         assert told[5]["reasons"][0][1] == 9
 
+    @pytest.mark.slow
     def test_a_reward_that_always_raises_ends_the_profile_with_its_own_words(self, reward: str) -> None:
         pairs = [(make_rollout("raise", index), ROW) for index in range(3)]
         error = nothing_scored(RewardPool(reward).score_all(pairs))

@@ -74,6 +74,7 @@ def config_of(*instructions: dict, **changes: object) -> RlConfig:
 # --- verifiers ---
 
 
+@pytest.mark.slow
 def test_the_reward_is_the_tasks_and_the_verifiers_of_what_was_drawn(plugin: Path):
     """(1 - w) R + w V, in real reward processes; without a verifier it is the task's alone."""
     config = config_of(
@@ -102,6 +103,7 @@ def test_without_verifiers_the_reward_is_what_was_configured():
     assert reward_spec(config) == RewardSpec("final_answer", {"marker": "="})
 
 
+@pytest.mark.slow
 def test_an_unscored_part_leaves_the_rollout_unscored(plugin: Path):
     config = config_of({"text": BRIEF, "verifier": {"name": f"{plugin}:short", "args": {"words": "two"}}})
     scored = reward_pool(config).score_all([(reply("Answer: 4", BRIEF), row_of())])[0]
@@ -109,12 +111,14 @@ def test_an_unscored_part_leaves_the_rollout_unscored(plugin: Path):
     assert "TypeError" in scored.reason
 
 
+@pytest.mark.slow
 def test_what_cannot_be_part_of_another_reward_is_told_when_the_pool_starts(plugin: Path):
     config = config_of({"text": BRIEF, "verifier": {"name": f"{plugin}:later"}})
     with pytest.raises(PluginError, match="later' is async; it cannot be part of another reward"):
         reward_pool(config).score_all([])
 
 
+@pytest.mark.slow
 def test_rewards_inside_another_are_warmed_up_before_the_first_score(plugin: Path):
     by_capability = {"name": "by_capability", "args": {"rewards": {"default": f"{plugin}:warmed"}}}
     config = config_of({"text": BRIEF, "verifier": {"name": "final_answer", "weight": 0.5}}, reward=by_capability)

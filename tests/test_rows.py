@@ -302,6 +302,7 @@ def test_a_bad_pair_is_named(tmp_path, row, problem):
     assert problem in str(error.value)
 
 
+@pytest.mark.slow
 def test_reading_rows_imports_neither_torch_nor_datasets(tmp_path):
     path = write_lines(tmp_path / "d.jsonl", GOOD)
     code = (

@@ -4,7 +4,6 @@ import asyncio
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -56,6 +55,7 @@ def test_next_version_does_not_overwrite_what_is_being_read(tmp_path):
     assert torch.equal(reading["w"], torch.full((1000,), 1.0))
 
 
+@pytest.mark.slow
 def test_what_a_killed_publisher_left_is_removed_by_the_next(tmp_path):
     script = f"""
 import os, signal, torch
@@ -100,6 +100,7 @@ def test_the_tensor_that_differs_is_named(tmp_path):
     assert notes == ["the checksum of tensor a", "the checksum of tensor b"]
 
 
+@pytest.mark.slow
 def test_where_a_frozen_process_stood_can_be_read():
     import os
     import signal
@@ -447,10 +448,8 @@ def test_choices_are_renormalised(ray_session, models, tmp_path):
     from posttrain.sampling.registry import stop_registry
 
     with Engines(context_in(tmp_path, "test", warm=False), models[0], ENGINE, ActorResources(cpus=0.5)) as engines:
-        began = time.time()
         done = []
         answers = engines.generate([SampleRequest(p, choice_ids=(30, 40, 50)) for p in PROMPTS], done.append)
-        assert time.time() > began
     stop_registry()
     assert done[-1] == len(PROMPTS)
     for (reply,) in answers:

@@ -101,8 +101,9 @@ async def collect(actor, num_replies, offsets=None, on_pieces=None):
     """Collect until so many replies are finished."""
     replies = defaultdict(Whole)
     while sum(bool(reply.finish_reason) for reply in replies.values()) < num_replies:
-        pieces, now = await actor.collect.remote(5.0)
-        assert abs(time.time() - now) < 600
+        asked = time.time()
+        pieces, told = await actor.collect.remote(5.0)
+        assert asked <= told <= time.time()  # the engine tells the time of this machine's clock
         for piece in pieces:
             replies[piece.key, piece.index].add(piece, (offsets or {}).get((piece.key, piece.index), 0))
         if on_pieces is not None:

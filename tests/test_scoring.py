@@ -26,7 +26,8 @@ HOSTILE = '''
 import ctypes, os, subprocess, sys, time
 
 def by_text(rollout, row, bonus=0.0):
-    """Does what the text says."""
+    """Does what the text says. A file tells that a score which never ends has begun."""
+    if rollout.text in ("hang", "spin"): open(f"{__file__}.{rollout.text}", "w").close()
     match rollout.text:
         case "hang": time.sleep(1000)
         case "spin":
@@ -120,6 +121,7 @@ def score(name: str, texts: list[str], num_workers: int = 1, **options: float) -
     return asyncio.run(run()), pool
 
 
+@pytest.mark.slow
 class TestPool:
     @pytest.mark.parametrize(
         ("text", "outcome", "reason"),
@@ -240,7 +242,7 @@ class TestPool:
         ("text", "outcome"),
         [
             ("hang", "unparseable"),
-            pytest.param("spin", "unparseable", marks=pytest.mark.slow),
+            ("spin", "unparseable"),
             ("os._exit", "infrastructure"),
             ("raise", "error"),
         ],
@@ -254,7 +256,6 @@ class TestPool:
         assert pool.stats.outcomes == {"ok": 60}
         assert max(scored.wall_s for scored in results) < pool.stats.busy_s / 4
 
-    @pytest.mark.slow
     def test_math_that_hangs_the_grader(self) -> None:
         """A tower of powers keeps math-verify busy for ever; its neighbours are graded all the same."""
         results, _ = score("math", ["\\boxed{4}", "\\boxed{9^{9^{9^{9}}}}", "\\boxed{5}"], timeout_s=3.0)
@@ -303,7 +304,8 @@ class TestPool:
             pool = RewardPool(f"{hostile}:by_text")
             await pool.start()
             task = asyncio.create_task(pool.score(reply("hang"), ROW))
-            await asyncio.sleep(0.1)
+            while not Path(f"{hostile}.hang").exists():
+                await asyncio.sleep(0.01)
             await pool.close()
             with pytest.raises(RuntimeError, match="start the pool"):
                 await pool.score(reply("a"), ROW)
@@ -339,14 +341,15 @@ class TestPool:
     def test_workers_die_with_the_pool_process(self, hostile: str) -> None:
         """SIGKILL to the process that holds the pool, in the middle of a score that never ends."""
         program = f"""
-            import asyncio
+            import asyncio, os
             from posttrain.scoring.pool.pool import RewardPool
             from tests.test_scoring import ROW, reply
             async def main():
                 pool = RewardPool({hostile + ":by_text"!r}, num_workers=2, timeout_s=100)
                 await pool.start()
                 tasks = [asyncio.create_task(pool.score(reply(text), ROW)) for text in ("spin", "hang")]
-                await asyncio.sleep(0.3)
+                while not all(os.path.exists({hostile!r} + "." + text) for text in ("spin", "hang")):
+                    await asyncio.sleep(0.01)
                 print("started", flush=True)
                 await asyncio.gather(*tasks)
             asyncio.run(main())
@@ -467,6 +470,7 @@ class TestPlugins:
         with pytest.raises(PluginError, match="give a name, or a mapping"):
             RewardSpec.of({"nme": "a"})
 
+    @pytest.mark.slow
     def test_importing_the_pool_imports_no_torch(self) -> None:
         program = (
             "import sys, posttrain.scoring.pool.pool; print(sorted({'torch', 'pydantic', 'ray'} & set(sys.modules)))"
@@ -489,6 +493,7 @@ print(count)
 """
 
 
+@pytest.mark.slow
 class TestSandbox:
     def run(self, source: str, **limits: float) -> SandboxResult:
         return run_python(source, b"", Limits(**limits))  # type: ignore[arg-type]

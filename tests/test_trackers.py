@@ -165,6 +165,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_stages_process_hands_its_metrics_on(tmp_path: Path):
     """To TensorBoard itself where it is installed; else the event says that it could not."""
     (tmp_path / "toy.py").write_text(STAGE_MODULE)
