@@ -129,11 +129,12 @@ class RewardResult(Struct, frozen=True):
 class Scored(Struct, frozen=True):
     """The outcome of scoring one rollout. `result` is None when it could not be scored.
 
-    outcome: ok (scored above 0) | wrong (scored 0 or less) | unparseable (scored 0), else unscored: timeout | error |
-    infrastructure. reason: why it is unparseable or unscored; else the result has its own.
+    outcome: scored (the reward function returned a number; whether the reply is right is not said here) | unparseable
+    (scored 0), else unscored: timeout | error | infrastructure. reason: why it is unparseable or unscored; else the
+    result has its own.
     """
 
     result: RewardResult | None
-    outcome: str = "ok"
+    outcome: str = "scored"
     reason: str = ""
     wall_s: float = 0.0

@@ -362,11 +362,11 @@ def rl_requests(config: Any) -> Any:
 
 
 def rl_difficulties(config: Any) -> Any:
-    """Prompt i of eight passes i of eight replies."""
+    """Of prompt i of eight, i of eight replies have a reward of 0.75 and the others of 0."""
     from posttrain.rl.prompts.profile import difficulties
 
     pairs = [(_rollout(prompt, index), prompt.row) for prompt in _drawn() for index in range(8)]
-    scores = [Scored(RewardResult(float(reply < prompt))) for prompt in range(8) for reply in range(8)]
+    scores = [Scored(RewardResult(0.75 * (reply < prompt))) for prompt in range(8) for reply in range(8)]
     return difficulties(config, pairs, scores)
 
 
@@ -522,8 +522,8 @@ def rl_side(config: Any) -> Any:
     prompts = heldout_prompts(config, rows, lambda messages: [len(message.content) for message in messages])
     requests = [evaluation_request(config, asked, prompt, (0,)) for prompt in prompts]
     due = [version for version in range(100) if is_due(asked, version, 0)]
-    rewards = tuple(index / 8 for index in range(9))
-    return rows, requests, due, accuracies([ScoredGroup(Group(-1, prompts[0], ()), rewards, (), ())], asked)
+    groups = [ScoredGroup(Group(-1, prompts[0], ()), tuple(index / 8 for index in range(9)), (), ())]
+    return rows, requests, due, accuracies(groups, samples=asked.samples, threshold=config.reward.correct_threshold)
 
 
 def rl_rates(config: Any) -> Any:

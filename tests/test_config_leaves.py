@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 from config_leaves import Leaf, NoValueError, find_leaves, other_values, set_at
-from stage_builders import BUILDERS, Builder, outcome, rl_judge, rl_loss, sft_packing, write_inputs
+from stage_builders import (
+    BUILDERS,
+    Builder,
+    eval_results,
+    outcome,
+    rl_judge,
+    rl_loss,
+    rl_side,
+    sft_packing,
+    write_inputs,
+)
 
 from posttrain.config.base import Config
 from posttrain.pipeline.config import PipelineConfig
@@ -48,6 +58,7 @@ JUDGE = {
     "resources.judge": {},
 }
 HELDOUT = {"data": {"path": "prompts_a.jsonl"}}
+STRICT = {"evaluation.correct_threshold": 0.9, "reward.correct_threshold": 0.9}  # the two must be equal
 INSTRUCTIONS = [{"text": "Be brief."}, {"text": "Take care."}]
 VERIFIED = [{"text": "Be brief.", "verifier": {"name": "instructions"}}]
 EVALUATION = {"model": MODEL, "data": {"path": "prompts_a.jsonl"}, "reward": REWARD}
@@ -150,6 +161,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "together": {
             "judge": (JUDGE, rl_judge),
             "resources.judge": (JUDGE, BUILDERS["rl"][0]),
+            "evaluation.correct_threshold": (STRICT, rl_side),
             "loss.reference": (REFERENCE, rl_loss),
             "resources.reference": (REFERENCE, BUILDERS["rl"][0]),
         },
@@ -189,6 +201,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "exclude*": {"exclude": [{"path": "train_a.jsonl"}], "key_field": "key"},
             "key_field": {"exclude": [{"path": "train_a.jsonl"}], "key_field": "key"},
         },
+        "together": {"correct_threshold": ({"correct_threshold": 0.9}, eval_results)},
     },
     "pipeline": {
         "base": {"name": "p", "stages": [{"name": "first", "kind": "base", "config": {"steps": 5}}]},

@@ -104,7 +104,7 @@ def walk(ledger: Ledger, order: int, until: str, step: int = 0, versions=((0, 4)
         return
     ledger.flush_now()
     group = group_of(next(e for e in ledger.entries(("generated",), with_data=True) if e.id == order), prompts)
-    ledger.scored(order, scores_json(ScoredGroup(group, (1.0, 0.0), ("", "no"), (0.5, -0.5), ("ok", "wrong"))))
+    ledger.scored(order, scores_json(ScoredGroup(group, (1.0, 0.0), ("", "no"), (0.5, -0.5), ("scored", "scored"))))
     if until == "dropped":
         ledger.dropped(order, "zero_advantage")
     if until == "trained":
@@ -214,7 +214,12 @@ def finished(tmp_path):
             walk(ledger, order, "trained", step=step, versions=((max(0, step - 1), 3), (step, 2)))
             ledger.flush_now()
             entry = next(e for e in ledger.entries(("trained",), with_data=True) if e.id == order)
-            scores = {"rewards": [1.0, 0.0], "reasons": ["", ""], "advantages": [0.5, -0.5], "outcomes": ["ok", "ok"]}
+            scores = {
+                "rewards": [1.0, 0.0],
+                "reasons": ["", ""],
+                "advantages": [0.5, -0.5],
+                "outcomes": ["scored", "scored"],
+            }
             scored = scored_from_json(group_of(entry, source()), {**scores, "ref_logprobs": []})
             archive.add(scored, step, step, "trained")
         archive.write(step)

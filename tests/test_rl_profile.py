@@ -83,7 +83,7 @@ def test_unscored_replies_count_neither_as_passed_nor_as_failed():
     pairs = [(replace(rollout, prompt_id=name), row_of(name)) for name in ("p", "q") for _ in range(4)]
     results: list[RewardResult | None] = [RewardResult(1.0), RewardResult(0.5), None, RewardResult(0.0)] + [None] * 4
     scored, unscored = difficulties(config_of(), pairs, [Scored(result) for result in results])
-    assert (scored.n, scored.passes, scored.samples, scored.selected) == (3, 1, 4, True)
+    assert (scored.n, scored.passes, scored.samples, scored.selected) == (3, 2, 4, True)  # 0.5 is right
     assert (scored.tokens, unscored.tokens) == (8, 8)  # what was sampled counts, whatever became of it
     assert (unscored.n, unscored.samples, unscored.selected) == (0, 4, False)
 
@@ -235,12 +235,13 @@ def test_scoring_is_the_reward_and_the_sampling_and_nothing_else(tmp_path: Path)
     assert {scoring_fingerprint(config) for config in same} == {before}
     others = [
         config_of(reward={**reward, "args": {"bonus": 1.0}}),
+        config_of(reward={**reward, "correct_threshold": 0.6}),
         config_of(reward=reward, sampling={"max_tokens": 17}),
         config_of(reward=reward, sampling={"max_tokens": 16, "temperature": 0.5}),
         config_of(reward=reward, model={"path": "model", "dtype": "bfloat16"}),
         config_of(reward={"name": "by_capability", "args": {"rewards": {"default": reward}}}),
     ]
-    assert len({before, *map(scoring_fingerprint, others)}) == 6
+    assert len({before, *map(scoring_fingerprint, others)}) == 7
     combined = scoring_fingerprint(others[-1])
     path.write_text("def score(rollout, row, bonus=0.0):\n    return 1.0\n")
     assert scoring_fingerprint(config_of(reward=reward)) != before

@@ -108,7 +108,7 @@ class TestGroups:
         config = make_config(reward, reward={"name": reward, "rescores": 0})
         scored = score_texts(["right 1", text, "wrong 0", "half 0.5"], config, **options)
         assert scored.rewards == (1.0, None, 0.0, 0.5)
-        assert scored.outcomes == ("ok", outcome, "wrong", "ok")
+        assert scored.outcomes == ("scored", outcome, "scored", "scored")
         assert scored.advantages == (0.5, None, -0.5, 0.0)
         assert scored.reasons[1].startswith(f"{outcome}: ")
         assert drop_reason(scored, config) is None
@@ -139,7 +139,7 @@ class TestGroups:
         reason = drop_reason(lost, config)
         assert reason == "unscored:error"
         good = score_texts(["right 1", "wrong 0", "right 1", "wrong 0"], config)
-        tally = StepTally({}, {})
+        tally = StepTally({}, {}, 0.5)
         tally.decided(lost, reason)
         tally.decided(good, None)
         metrics = tally.values(0, [good], [0.0], 0.0, {})
@@ -152,7 +152,7 @@ class TestGroups:
         same = score_texts(["right 1"] * 4, config)
         good = score_texts(["right 1", "wrong 0", "right 1", "wrong 0"], config)
         prompt_id = same.group.prompt.row.id
-        tally = StepTally({}, {prompt_id: 0.3})
+        tally = StepTally({}, {prompt_id: 0.3}, 0.5)
         tally.decided(good, None)
         tally.decided(same, "zero_advantage")
         tally.expired(
@@ -273,7 +273,7 @@ class TestActor:
             ]
             assert values == [[float(call * 8 + index) or 0.0 for index in range(8)] for call in range(40)]
             assert await client.score([]) == []
-            assert client.stats.outcomes == {"ok": 319, "wrong": 1}
+            assert client.stats.outcomes == {"scored": 320}
             pids = client.pids()
             assert len(set(pids)) == 3
             assert os.getpid() not in pids
@@ -287,7 +287,7 @@ class TestActor:
             row = Row("r", "math", (Message("user", "?"),), None, {"lock": threading.Lock()})
             with pytest.raises(TypeError, match="lock"):
                 await asyncio.wait_for(client.score([(make_rollout("right 1", 0), row)]), 30.0)
-            assert [scored.outcome for scored in await client.score(pairs_of("right 1"))] == ["ok"]
+            assert [scored.outcome for scored in await client.score(pairs_of("right 1"))] == ["scored"]
 
         with_client(reward, work)
 
@@ -298,7 +298,7 @@ class TestActor:
             await at_work(tmp_path, 1)
             os.kill(client.pids()[1], number)
             scores = await scoring
-            assert [scored.outcome for scored in scores] == ["ok", "ok", "wrong", "ok"]
+            assert [scored.outcome for scored in scores] == ["scored", "scored", "scored", "scored"]
             assert (client.stats.num_retries, client.stats.num_restarts, client.num_restarts) == (1, 1, 0)
 
         with_client(reward, work, timeout_s=5.0)
@@ -320,7 +320,7 @@ class TestActor:
             assert client.num_restarts >= 1  # a busy machine may look frozen too
             assert gone([*before, *(process.pid for process in old)])
             assert set(client.pids()).isdisjoint(before)
-            assert [scored.outcome for scored in await client.score(pairs_of("right 1"))] == ["ok"]
+            assert [scored.outcome for scored in await client.score(pairs_of("right 1"))] == ["scored"]
 
         with_client(reward, work, deadline_s=3.0, workers=2)
 
@@ -346,7 +346,7 @@ class TestActor:
             assert client.num_restarts + client.stats.num_restarts >= 2
             assert len(scores) >= 4
             assert {(s.outcome, s.result.value if s.result else None) for s in scores} <= {
-                ("ok", 1.0),
+                ("scored", 1.0),
                 ("timeout", None),
                 ("infrastructure", None),
             }
@@ -406,6 +406,6 @@ class TestActor:
         monkeypatch.chdir(tmp_path)
 
         async def work(client: RewardClient) -> None:
-            assert [scored.outcome for scored in await client.score(pairs_of("right 1"))] == ["ok"]
+            assert [scored.outcome for scored in await client.score(pairs_of("right 1"))] == ["scored"]
 
         with_client("reward.py:by_text", work)

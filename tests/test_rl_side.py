@@ -269,14 +269,13 @@ def test_accuracy_is_of_prompts_and_leaves_out_what_has_no_score():
         return ScoredGroup(group, tuple(rewards), (), (), ())
 
     groups = [scored("b", [1.0, 0.0]), scored("b", [None, 1.0]), scored("a", [0.4, 0.5]), scored("a", [None, None])]
-    asked = {"data": {"path": "heldout.jsonl"}, "samples": 2, "temperature": 1.0}
-    found = accuracies(groups, validate_config(EvaluationConfig, asked, "test"))
+    found = accuracies(groups, samples=2, threshold=0.5)
     assert list(found) == ["a", "b", "all"]
     assert [(entry["n"], entry["accuracy"], entry["unscored"]) for entry in found.values()] == [
         (1, 0.5, 2), (2, 0.75, 1), (3, pytest.approx(2 / 3), 3),
     ]  # fmt: skip
     assert found["a"]["ci95"] == pytest.approx(list(wilson_ci95(0.5, 1)))
-    single = accuracies([scored("a", [None])], validate_config(EvaluationConfig, asked, "test"))["a"]
+    single = accuracies([scored("a", [None])], samples=2, threshold=0.5)["a"]
     assert (single["n"], single["accuracy"], single["ci95"]) == (0, None, None)
 
 

@@ -145,7 +145,7 @@ class TestPool:
         assert results[1].result is None
         assert results[1].outcome == outcome
         assert reason in results[1].reason
-        assert [results[i].outcome for i in (0, 2, 3)] == ["ok"] * 3
+        assert [results[i].outcome for i in (0, 2, 3)] == ["scored"] * 3
 
     @pytest.mark.parametrize(
         ("text", "value"),
@@ -153,7 +153,7 @@ class TestPool:
     )
     def test_odd_but_scored(self, hostile: str, text: str, value: float) -> None:
         results, _ = score(f"{hostile}:by_text", [text, "b"])
-        assert results[0].outcome == ("ok" if value else "wrong")
+        assert results[0].outcome == "scored"
         assert results[0].result == RewardResult(value)
 
     @pytest.mark.parametrize("text", ["hang", "spin", "child", "daemon"])
@@ -166,9 +166,9 @@ class TestPool:
     @pytest.mark.parametrize("num_workers", [1, 2])
     def test_a_hang_while_others_pass_is_unparseable(self, hostile: str, num_workers: int) -> None:
         results, pool = score(f"{hostile}:by_text", ["a", "hang", "b", "c"], num_workers, timeout_s=0.8)
-        assert [scored.outcome for scored in results] == ["ok", "unparseable", "ok", "ok"]
+        assert [scored.outcome for scored in results] == ["scored", "unparseable", "scored", "scored"]
         assert results[1].result == RewardResult(0.0, reason="unparseable")
-        assert pool.stats.outcomes == {"ok": 3, "unparseable": 1}
+        assert pool.stats.outcomes == {"scored": 3, "unparseable": 1}
 
     @pytest.mark.parametrize("num_workers", [1, 2])
     def test_of_many_begun_at_once_each_has_its_own_fate(self, hostile: str, num_workers: int) -> None:
@@ -186,7 +186,7 @@ class TestPool:
         pool = RewardPool(f"{hostile}:by_text", num_workers, timeout_s=1.0)
         outcomes = asyncio.run(run())
         expected = {index: outcome for index, (_, outcome) in fates.items()} | {200: "error"}
-        assert {index: outcome for index, outcome in enumerate(outcomes) if outcome != "ok"} == expected
+        assert {index: outcome for index, outcome in enumerate(outcomes) if outcome != "scored"} == expected
 
     def test_a_hang_is_unparseable_where_others_are_wrong(self, hostile: str) -> None:
         """A score of 0, here given again to an earlier reply, shows as well as any other that the grader works."""
@@ -198,7 +198,7 @@ class TestPool:
             await pool.close()
             return outcomes
 
-        assert asyncio.run(run()) == ["wrong", "unparseable"]
+        assert asyncio.run(run()) == ["scored", "unparseable"]
 
     def test_a_process_that_was_frozen_is_not_held_against_the_reply(self, tmp_path: Path) -> None:
         """Frozen at the same reply again and again, while its neighbour's replies pass."""
@@ -208,7 +208,7 @@ class TestPool:
             "    if rollout.text == 'freeze': os.kill(os.getpid(), signal.SIGSTOP)\n    return 1.0\n"
         )
         results, pool = score(f"{path}:f", ["a", "freeze", "b"], 2, timeout_s=1.0)
-        assert [scored.outcome for scored in results] == ["ok", "infrastructure", "ok"]
+        assert [scored.outcome for scored in results] == ["scored", "infrastructure", "scored"]
         assert (results[1].result, results[1].reason) == (None, "the reward's process was stopped")
         assert pool.stats.num_retries == 1
 
@@ -232,7 +232,7 @@ class TestPool:
             await pool.close()
             return [before, during, after]
 
-        assert [scored.outcome for scored in asyncio.run(run())] == ["ok", "timeout", "ok"]
+        assert [scored.outcome for scored in asyncio.run(run())] == ["scored", "timeout", "scored"]
 
     def test_no_retry(self, hostile: str) -> None:
         results, pool = score(f"{hostile}:by_text", ["a", "hang"], timeout_s=1.0, retries=0)
@@ -249,17 +249,17 @@ class TestPool:
     )
     def test_async_function(self, hostile: str, text: str, outcome: str) -> None:
         results, _ = score(f"{hostile}:later", ["a", text, "b", "c"], timeout_s=0.5)
-        assert [scored.outcome for scored in results] == ["ok", outcome, "ok", "ok"]
+        assert [scored.outcome for scored in results] == ["scored", outcome, "scored", "scored"]
 
     def test_async_items_run_at_once(self, hostile: str) -> None:
         results, pool = score(f"{hostile}:later", ["a"] * 60, concurrency=30)
-        assert pool.stats.outcomes == {"ok": 60}
+        assert pool.stats.outcomes == {"scored": 60}
         assert max(scored.wall_s for scored in results) < pool.stats.busy_s / 4
 
     def test_math_that_hangs_the_grader(self) -> None:
         """A tower of powers keeps math-verify busy for ever; its neighbours are graded all the same."""
         results, _ = score("math", ["\\boxed{4}", "\\boxed{9^{9^{9^{9}}}}", "\\boxed{5}"], timeout_s=3.0)
-        assert [scored.outcome for scored in results] == ["ok", "unparseable", "wrong"]
+        assert [scored.outcome for scored in results] == ["scored", "unparseable", "scored"]
         assert [scored.result.value for scored in results if scored.result] == [1.0, 0.0, 0.0]
 
     def test_args_reach_the_function(self, hostile: str) -> None:
@@ -279,7 +279,7 @@ class TestPool:
             await pool.close()
             return outcomes
 
-        assert uvloop.run(work()) == ["ok", "timeout", "ok"]
+        assert uvloop.run(work()) == ["scored", "timeout", "scored"]
 
     def test_score_all_keeps_the_order(self, tmp_path: Path) -> None:
         path = tmp_path / "order.py"

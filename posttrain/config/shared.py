@@ -73,6 +73,10 @@ class RewardConfig(RewardFunctionConfig):
 
     workers: Annotated[int, Field(ge=1)] = Field(default=1, description="Processes that score side by side.")
     timeout_s: Positive = Field(default=10.0, description="A scoring that takes longer is killed with its process.")
+    correct_threshold: Probability = Field(
+        default=0.5,
+        description="A reply with at least this reward counts as right, wherever these are counted.",
+    )
 
 
 class ActorResources(Config):

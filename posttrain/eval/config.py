@@ -1,7 +1,7 @@
 """Schema of the `eval` stage: pass@1 and pass@k of a policy on problems it was never trained on."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -30,8 +30,9 @@ class EvalConfig(Config):
     model: ServedModelConfig = Field(description="The policy to measure.")
     data: DataConfig = Field(description="Held-out prompts: each ends with a user turn.")
     reward: RewardConfig = Field(description="What scores a reply.")
-    correct_threshold: Probability = Field(
-        default=0.5, description="A reply with at least this reward counts as right."
+    correct_threshold: Probability | None = Field(
+        default=None,
+        description="Another place for reward.correct_threshold: a reply with at least this reward counts as right.",
     )
     greedy: bool = Field(default=True, description="Also take the likeliest reply to every prompt.")
     samples: Annotated[int, Field(ge=0)] = Field(default=8, description="Sampled replies a prompt; 0: greedy only.")
@@ -66,8 +67,22 @@ class EvalConfig(Config):
                 raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
         return observe
 
+    @model_validator(mode="before")
+    @classmethod
+    def _threshold_of_the_reward(cls, data: Any) -> Any:
+        """Where only `correct_threshold` is given, it is the reward's: from here on there is one threshold."""
+        reward = data.get("reward") if isinstance(data, dict) else None
+        if not isinstance(reward, dict) or data.get("correct_threshold") is None or "correct_threshold" in reward:
+            return data
+        return {**data, "reward": {**reward, "correct_threshold": data["correct_threshold"]}}
+
     @model_validator(mode="after")
     def _consistent(self) -> "EvalConfig":
+        if self.correct_threshold not in (None, self.reward.correct_threshold):
+            raise ValueError(
+                f"correct_threshold is {self.correct_threshold:g} and reward.correct_threshold is "
+                f"{self.reward.correct_threshold:g}: they mean the same; remove one of the two"
+            )
         if not self.greedy and not self.samples:
             raise ValueError("greedy is false and samples is 0, so there is nothing to measure; set one of them")
         if self.samples and self.k > self.samples:

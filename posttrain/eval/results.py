@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.eval.replies import PromptReplies, Reply
+from posttrain.metrics.correctness import is_right
 from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
 from posttrain.metrics.pass_at_k import pass_at_k
 
@@ -50,7 +51,7 @@ def _entry(
 
 def _greedy(replies: Sequence[Reply], threshold: float) -> dict[str, Any]:
     rewards = [reply.reward for reply in replies if reply.reward is not None]
-    right = sum(reward >= threshold for reward in rewards)
+    right = sum(is_right(reward, threshold) for reward in rewards)
     return {
         **_with_interval("greedy", right, len(rewards)),
         "greedy_n": len(rewards),
@@ -62,7 +63,7 @@ def _sampled(prompts: Sequence[PromptReplies], k: int, threshold: float, seed: i
     counts = []
     for item in prompts:
         rewards = [reply.reward for reply in item.samples if reply.reward is not None]
-        counts.append((len(rewards), sum(reward >= threshold for reward in rewards)))
+        counts.append((len(rewards), sum(is_right(reward, threshold) for reward in rewards)))
     first = [pass_at_k(n, c, 1) for n, c in counts if n]
     best = [pass_at_k(n, c, k) for n, c in counts if n >= k]
     return {
@@ -81,7 +82,7 @@ def _observed(replies: Sequence[Reply], pattern: re.Pattern[str], threshold: flo
     right: dict[bool, list[bool]] = {True: [], False: []}
     for reply, is_found in zip(replies, found, strict=True):
         if reply.reward is not None:
-            right[is_found].append(reply.reward >= threshold)
+            right[is_found].append(is_right(reply.reward, threshold))
     return {
         **_with_interval("share", sum(found), len(found)),
         "of": len(found),

@@ -74,7 +74,7 @@ def reward_pool(config: EvalConfig) -> RewardPool:
 
 def measure(prompts: Sequence[PromptReplies], config: EvalConfig, seed: int) -> dict[str, dict[str, Any]]:
     """The content of results.json."""
-    return results(prompts, config.k, config.correct_threshold, config.observe, seed)
+    return results(prompts, config.k, config.reward.correct_threshold, config.observe, seed)
 
 
 def _report_unscored(scores: Sequence[Scored], context: StageContext) -> None:

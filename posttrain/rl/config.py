@@ -177,8 +177,8 @@ class EvaluationConfig(Config):
     temperature: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Of these replies; 0: the likeliest. top_p and max_tokens are those of `sampling`."
     )
-    correct_threshold: Probability = Field(
-        default=0.5, description="A reply with at least this reward counts as right."
+    correct_threshold: Probability | None = Field(
+        default=None, description="That of `reward`, which it must equal where it is given."
     )
 
     @model_validator(mode="after")
@@ -391,6 +391,13 @@ class RlConfig(Config):
             raise ValueError(
                 "deterministic does not go with judge: which replies it rates in one batch, and so the last bits of "
                 "its probabilities, is decided by the timing; remove one of the two"
+            )
+        given = None if self.evaluation is None else self.evaluation.correct_threshold
+        if given is not None and given != self.reward.correct_threshold:
+            raise ValueError(
+                f"evaluation.correct_threshold is {given:g} and reward.correct_threshold is "
+                f"{self.reward.correct_threshold:g}: training and evaluation must mean the same by a right reply; set "
+                f"reward.correct_threshold: {given:g}, or remove evaluation.correct_threshold"
             )
         self._check_weights()
         if self.min_group > self.group_size:

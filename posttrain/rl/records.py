@@ -7,8 +7,6 @@ from msgspec import Struct
 from posttrain.records import Message, Rollout, Row
 from posttrain.sampling.requests import Completion
 
-PASS_THRESHOLD = 0.5  # a rollout with a larger reward has passed
-
 
 class DrawnPrompt(Struct, frozen=True):
     """A prompt as it is sent: the row, the system instruction sampled for it, the messages and their token ids."""

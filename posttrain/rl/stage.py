@@ -230,7 +230,7 @@ def _resume(config: RlConfig, context: StageContext, parts: Parts) -> tuple[int,
             continue
         scored = scored_from_json(group_of(entry, source), json.loads(entry.scores))
         if entry.scored_seq is not None and entry.scored_seq > state["seq"]:
-            source.observe(entry.prompt_id, *passes_and_failures(scored))
+            source.observe(entry.prompt_id, *passes_and_failures(scored, config.reward.correct_threshold))
         if entry.state == "dropped":
             archive.add(scored, None, first_step, f"dropped:{entry.reason}")
     left = survivors(ledger, source, first_step)

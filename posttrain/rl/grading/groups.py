@@ -8,10 +8,11 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
+from posttrain.metrics.correctness import is_right
 from posttrain.records import Rollout, Row, Scored
 from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, is_zero
 from posttrain.rl.config import RlConfig
-from posttrain.rl.records import PASS_THRESHOLD, Group, ScoredGroup
+from posttrain.rl.records import Group, ScoredGroup
 
 FIRST_PAUSE_S = 0.25
 
@@ -126,9 +127,9 @@ def drop_reason(scored: ScoredGroup, config: RlConfig) -> str | None:
     return "zero_advantage" if config.drop_zero_advantage and is_zero(known) else None
 
 
-def passes_and_failures(scored: ScoredGroup) -> tuple[int, int]:
-    """How many of the scored rollouts passed, and how many did not."""
-    passes = sum(reward > PASS_THRESHOLD for reward in scored.scored_rewards)
+def passes_and_failures(scored: ScoredGroup, threshold: float) -> tuple[int, int]:
+    """How many of the scored rollouts are right, and how many are not. threshold: the least reward of a right one."""
+    passes = sum(is_right(reward, threshold) for reward in scored.scored_rewards)
     return passes, len(scored.scored_rewards) - passes
 
 

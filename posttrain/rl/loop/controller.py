@@ -134,6 +134,7 @@ class Controller:
             {**{worker.name: worker.log for worker in self._workers.workers}, "reward": self._scored}
             | (parts.judge.logs if parts.judge is not None else {}),
             {item.prompt_id: item.pass_rate for item in parts.profile},
+            config.reward.correct_threshold,
         )
         self._tokens_sampled = sampled_before(context.dir, sum(item.tokens for item in parts.profile))
         self._pool = rewards(config, parts.judge)
@@ -278,7 +279,7 @@ class Controller:
         self._tally.decided(scored, reason)
         if (alarm := self._alarm.observe(scored)) is not None:
             self._context.event("alarm", **alarm)
-        self._source.observe(group.prompt.row.id, *passes_and_failures(scored))
+        self._source.observe(group.prompt.row.id, *passes_and_failures(scored, self._config.reward.correct_threshold))
         if reason is None:
             self._dropped_in_a_row = 0
             self._ready[group.order] = (scored, time.time())

@@ -12,6 +12,7 @@ from typing import Any
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import sampled_rows
 from posttrain.files import keep_lines, read_jsonl
+from posttrain.metrics.correctness import is_right
 from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
 from posttrain.records import Message, Row
 from posttrain.rl.config import EvaluationConfig, RlConfig
@@ -74,8 +75,10 @@ def last_evaluated(folder: Path, version: int) -> int | None:
     return max((line["policy_version"] for line in read_jsonl(path)), default=None)
 
 
-def accuracies(groups: Sequence[ScoredGroup], config: EvaluationConfig) -> dict[str, dict[str, Any]]:
+def accuracies(groups: Sequence[ScoredGroup], *, samples: int, threshold: float) -> dict[str, dict[str, Any]]:
     """For each capability in order of name, and "all": n (prompts with a scored reply), accuracy, ci95, unscored.
+
+    samples: replies to each prompt. threshold: the least reward of a right reply.
 
     accuracy: mean over prompts of the share of scored replies that are right. ci95: Wilson's interval for one reply a
     prompt, else by resampling prompts. unscored: number of replies.
@@ -85,15 +88,15 @@ def accuracies(groups: Sequence[ScoredGroup], config: EvaluationConfig) -> dict[
         **{name: [scored for scored in groups if scored.group.prompt.row.capability == name] for name in names},
         "all": groups,
     }
-    return {name: _accuracy(part, config) for name, part in parts.items()}
+    return {name: _accuracy(part, samples, threshold) for name, part in parts.items()}
 
 
-def _accuracy(groups: Sequence[ScoredGroup], config: EvaluationConfig) -> dict[str, Any]:
+def _accuracy(groups: Sequence[ScoredGroup], samples: int, threshold: float) -> dict[str, Any]:
     rewards = [scored.scored_rewards for scored in groups if scored.scored_rewards]
-    shares = [fmean(reward >= config.correct_threshold for reward in known) for known in rewards]
+    shares = [fmean(is_right(reward, threshold) for reward in known) for known in rewards]
     interval = None
     if shares:
-        interval = wilson_ci95(sum(shares), len(shares)) if config.samples == 1 else bootstrap_ci95(shares, 0)
+        interval = wilson_ci95(sum(shares), len(shares)) if samples == 1 else bootstrap_ci95(shares, 0)
     return {
         "n": len(shares),
         "accuracy": fmean(shares) if shares else None,

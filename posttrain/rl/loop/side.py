@@ -181,7 +181,7 @@ class SideWork:
     async def _observe(self, group: Group) -> None:
         name = group.prompt.row.id
         scored = await score_group(group, self._scorer, self._config)
-        passes, failures = passes_and_failures(scored)
+        passes, failures = passes_and_failures(scored, self._config.reward.correct_threshold)
         self._probed.discard(name)
         self._counts["prompts_probed"] += 1
         curriculum = self._source.curriculum
@@ -223,10 +223,13 @@ class SideWork:
             await self._workers.release(running.worker)
         running.scored[number] = await score_group(group, self._scorer, self._config)
         if self._asked is not None and len(running.scored) == len(self._heldout):
+            groups = [running.scored[at] for at in sorted(running.scored)]
             line = {
                 "policy_version": running.version,
                 "step": self._step,
-                "capabilities": accuracies([running.scored[at] for at in sorted(running.scored)], self._asked),
+                "capabilities": accuracies(
+                    groups, samples=self._asked.samples, threshold=self._config.reward.correct_threshold
+                ),
                 "seconds": time.time() - running.began,
                 "tokens": running.tokens,
                 "resampled": running.resampled,

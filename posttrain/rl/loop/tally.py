@@ -10,8 +10,9 @@ from typing import Any
 
 from posttrain.context import BusyLog
 from posttrain.files import read_jsonl
+from posttrain.metrics.correctness import is_right
 from posttrain.records import Rollout
-from posttrain.rl.records import PASS_THRESHOLD, ScoredGroup, num_tokens
+from posttrain.rl.records import ScoredGroup, num_tokens
 from posttrain.sampling.requests import Completion
 
 REASONS = ("zero_advantage", "unscored", "truncated", "stale", "surplus")
@@ -30,10 +31,11 @@ def sampled_before(folder: Path, profiled: int) -> int:
 class StepTally:
     """Counts decided groups. logs: of each actor beside the trainer, by its name, from which its idle time is known.
 
-    pass_rates: of the prompts, by the profile.
+    pass_rates: of the prompts, by the profile. threshold: the least reward of a right reply.
     """
 
-    def __init__(self, logs: Mapping[str, BusyLog], pass_rates: Mapping[str, float]):
+    def __init__(self, logs: Mapping[str, BusyLog], pass_rates: Mapping[str, float], threshold: float):
+        self._threshold = threshold
         self._logs = logs
         self._pass_rates = pass_rates
         self._counts: Counter[str] = Counter()
@@ -50,13 +52,13 @@ class StepTally:
         counts["groups"] += 1
         counts["tokens"] += sum(lengths)
         counts["rollouts"] += len(rollouts)
-        counts["passes"] += sum(reward > PASS_THRESHOLD for reward in rewards)
+        counts["passes"] += sum(is_right(reward, self._threshold) for reward in rewards)
         counts["rewards"] += len(rewards)
         counts["length"] += sum(rollout.finish_reason == "length" for rollout in rollouts)
         if dropped is not None:
             self._drop(dropped.partition(":")[0], scored.group.prompt.row.id, lengths)
         if dropped == "zero_advantage":
-            counts["too_easy" if fmean(rewards) > PASS_THRESHOLD else "too_hard"] += 1
+            counts["too_easy" if is_right(fmean(rewards), self._threshold) else "too_hard"] += 1
 
     def expired(self, reason: str, prompt_id: str, replies: Sequence[Rollout | Completion]) -> None:
         """A group is too old, or not needed; its replies as they were by then."""

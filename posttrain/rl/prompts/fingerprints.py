@@ -15,7 +15,6 @@ from posttrain.data.rows import row_to_json
 from posttrain.errors import CheckpointError
 from posttrain.records import Row
 from posttrain.rl.config import RlConfig
-from posttrain.rl.records import PASS_THRESHOLD
 from posttrain.scoring.plugins.requirements import reward_sources
 
 # Weights, architecture, tokenizer and chat template: all that decides which tokens a policy samples.
@@ -49,7 +48,7 @@ def scoring_fingerprint(config: RlConfig) -> str:
             "sources": sorted([file.name, _file_hash(file)] for file in beside),
             "sampling": config.sampling.model_dump(),
             "dtype": config.model.dtype,
-            "threshold": PASS_THRESHOLD,
+            "correct_threshold": config.reward.correct_threshold,
         }
     )
 

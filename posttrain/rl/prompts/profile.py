@@ -22,6 +22,7 @@ from msgspec.structs import replace
 
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError, StageError
+from posttrain.metrics.correctness import is_right
 from posttrain.records import Rollout, Row, Scored
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.judge import Judge
@@ -34,7 +35,7 @@ from posttrain.rl.prompts.difficulty import (
     write_estimates,
 )
 from posttrain.rl.prompts.fingerprints import policy_fingerprint, prompt_fingerprint, scoring_fingerprint
-from posttrain.rl.records import PASS_THRESHOLD, DrawnPrompt, make_group
+from posttrain.rl.records import DrawnPrompt, make_group
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.sampling.client import CHUNK_REQUESTS, Engines
 from posttrain.sampling.requests import SampleRequest
@@ -205,7 +206,7 @@ def difficulties(config: RlConfig, pairs: Sequence[tuple[Rollout, Row]], scores:
         tokens[rollout.prompt_id] += len(rollout.token_ids)
         if score.result is not None:
             scored[rollout.prompt_id] += 1
-            passes[rollout.prompt_id] += score.result.value > PASS_THRESHOLD
+            passes[rollout.prompt_id] += is_right(score.result.value, config.reward.correct_threshold)
     rows = {row.id: row for _, row in pairs}.values()
     samples = config.profile.samples
     counted = [

@@ -23,7 +23,6 @@ from posttrain.scoring.pool.slot import Item, Reports, Slot
 from posttrain.scoring.pool.wire import PairText, frame, result_from_json
 
 _NEVER = float("-inf")
-_SCORED = ("ok", "wrong")
 
 
 @dataclass(slots=True)
@@ -79,7 +78,7 @@ class RewardPool:
         self._slots: list[Slot] = []
         self._queue: deque[Item] = deque()
         self._num_items = 0
-        self._last_ok_s = _NEVER
+        self._last_scored_s = _NEVER
         self._control = ""  # the text of a pair that was scored without trouble
         self._settling: set[asyncio.Task[None]] = set()
         self._is_open = False
@@ -213,10 +212,9 @@ class RewardPool:
         elif "error" in reply:
             self._resolve(item, Scored(None, "error", str(reply["error"])))
         else:
-            self._last_ok_s = time.monotonic()
+            self._last_scored_s = time.monotonic()
             self._control = item.pair
-            result = result_from_json(reply["result"])
-            self._resolve(item, Scored(result, "ok" if result.value > 0 else "wrong"))
+            self._resolve(item, Scored(result_from_json(reply["result"])))
 
     def _late(self, item: Item) -> None:
         item.num_timeouts += 1
@@ -249,14 +247,14 @@ class RewardPool:
 
     async def _others_pass(self, since_s: float) -> bool:
         """Whether another rollout was scored since then, or one that was scored before is scored again now."""
-        if self._last_ok_s > since_s:
+        if self._last_scored_s > since_s:
             return True
         if not self._control:
             return False
         future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
         self._add(self._control, future, is_control=True)
         self._dispatch()
-        return (await future).outcome in _SCORED
+        return (await future).outcome == "scored"
 
     def _resolve(self, item: Item, scored: Scored) -> None:
         if item.future.done():
