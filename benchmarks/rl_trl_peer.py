@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from posttrain.config.shared import DataConfig
-from posttrain.data.rows import load_rows, messages_to_json
+from posttrain.data.messages import messages_to_json
+from posttrain.data.rows import load_rows
 from posttrain.records import Rollout
 from posttrain.scoring.plugins.lookup import load_reward
 

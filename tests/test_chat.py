@@ -1,11 +1,12 @@
 """Chat rendering: what is trained on, where it starts, and that sampling and training see the same tokens."""
 
 import pytest
+from msgspec.structs import replace
 
 from posttrain.base.tokenizer import build_tokenizer
 from posttrain.data.chat import check_parity, end_token_ids, render_conversation, render_prompt
 from posttrain.errors import CheckpointError, DataError
-from posttrain.records import Message
+from posttrain.records import ImagePart, Message, TextPart, ToolCall
 
 CONVERSATION = (
     Message("system", "Solve the puzzle."),
@@ -97,9 +98,10 @@ def test_parity_finds_another_header_for_sampling_than_for_training(chatml):
 def test_parity_finds_markers_in_the_wrong_place(tokenizer):
     wrong = build_tokenizer()
     wrong.chat_template = tokenizer.chat_template.replace(
-        "{%- generation %}{{- message['content'] | trim + '<|eot|>' }}",
-        "{{- message['content'][:7] }}{%- generation %}{{- message['content'][7:] + '<|eot|>' }}",
+        "{%- generation %}\n            {{- message['content'] | trim }}",
+        "{{- message['content'][:7] }}{%- generation %}{{- message['content'][7:] }}",
     )
+    assert wrong.chat_template != tokenizer.chat_template
     with pytest.raises(DataError, match="generation markers"):
         check_parity(wrong, CONVERSATION)
 
@@ -127,3 +129,108 @@ def test_end_token_ids(tokenizer):
     tokenizer = build_tokenizer()
     tokenizer.eos_token = "<|end_of_text|>"
     assert end_token_ids(tokenizer) == tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot|>"])
+
+
+# --- tools, and turns that are context only ---
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+WITH_TOOLS = (
+    Message("user", "Sum: 3 + 4"),
+    Message("assistant", "Run:", (ToolCall("add", {"a": 3, "b": 4}, "1"), ToolCall("add", {"a": 0, "b": 0}, "2"))),
+    Message("tool", "7", tool_call_id="1"),
+    Message("tool", "0", tool_call_id="2"),
+    Message("assistant", "Answer: 7"),
+)
+CALLS = 'Run:{"name": "add", "parameters": {"a": 3, "b": 4}}{"name": "add", "parameters": {"a": 0, "b": 0}}<|eot|>'
+
+# ChatML with tools as Qwen's template has them, in few words.
+CHATML_TOOLS = CHATML.replace(
+    "{{ message['content'] }}<|eot|>",
+    "{{ message['content'] }}{% for call in message.tool_calls or [] %}<tool_call>{{ call.function.name }} "
+    "{{ call.function.arguments | tojson }}</tool_call>{% endfor %}<|eot|>",
+)
+
+
+def test_calls_are_trained_on_and_results_are_context(tokenizer, chatml):
+    ids, mask = render_conversation(tokenizer, WITH_TOOLS, TOOLS)
+    assert trained_text(tokenizer, ids, mask) == CALLS + "Answer: 7<|eot|>"
+    assert '<|header_start|>tools<|header_end|>\n\n[{"type": "function", ' in tokenizer.decode(ids)
+    check_parity(tokenizer, WITH_TOOLS, TOOLS)
+    chatml.chat_template = CHATML_TOOLS
+    ids, mask = render_conversation(chatml, WITH_TOOLS)
+    assert trained_text(chatml, ids, mask) == (
+        'Run:<tool_call>add {"a": 3, "b": 4}</tool_call><tool_call>add {"a": 0, "b": 0}</tool_call><|eot|>'
+        "Answer: 7<|eot|>"
+    )
+    check_parity(chatml, WITH_TOOLS)
+
+
+@pytest.mark.parametrize("context", [(2,), (4,), (2, 4)])
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_turns_that_are_context_only_have_no_mask_and_the_same_tokens(template, context):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    marked = [replace(turn, trained=index not in context) for index, turn in enumerate(CONVERSATION)]
+    marked = [turn if turn.role == "assistant" else replace(turn, trained=None) for turn in marked]
+    if len(context) == 2:
+        with pytest.raises(DataError, match="need an assistant turn to train on"):
+            render_conversation(tokenizer, marked)
+        return
+    ids, mask = render_conversation(tokenizer, marked)
+    assert ids == render_conversation(tokenizer, CONVERSATION)[0]
+    assert trained_text(tokenizer, ids, mask) == ("Answer: 2<|eot|>" if context == (2,) else "Answer: 7<|eot|>")
+    check_parity(tokenizer, marked)
+
+
+def test_a_call_can_be_context_and_its_answer_trained_on(tokenizer):
+    turns = [replace(turn, trained=False) if turn.tool_calls else turn for turn in WITH_TOOLS]
+    ids, mask = render_conversation(tokenizer, turns)
+    assert trained_text(tokenizer, ids, mask) == "Answer: 7<|eot|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "left_out"),
+    [
+        (CHATML, "the name of the call of 'add' in message 1"),
+        (CHATML_TOOLS.replace("{{ call.function.arguments | tojson }}", ""), "the arguments of the call of 'add'"),
+        (CHATML_TOOLS.replace("message.tool_calls or []", "(message.tool_calls or [])[:1]"), "the name of the call"),
+        (CHATML_TOOLS.replace("in messages", "in messages if message.role != 'tool'"), "the result in message 2"),
+        (
+            CHATML_TOOLS.replace("{{ message['content'] }}", "{{ '' if message.tool_calls else message['content'] }}"),
+            "the text beside the calls in message 1",
+        ),
+    ],
+)
+def test_a_template_that_leaves_out_what_a_tool_does_is_refused(chatml, template, left_out):
+    chatml.chat_template = template
+    for render, turns in ((render_prompt, WITH_TOOLS[:-1]), (render_conversation, WITH_TOOLS)):
+        with pytest.raises(DataError, match=f"the chat template leaves out {left_out}"):
+            render(chatml, turns)
+    render_conversation(chatml, CONVERSATION)
+
+
+def test_a_template_that_leaves_out_the_declared_tools_is_refused(chatml):
+    chatml.chat_template = CHATML_TOOLS
+    with pytest.raises(DataError, match="leaves out the row's `tools`"):
+        render_conversation(chatml, WITH_TOOLS, TOOLS)
+
+
+def test_a_template_that_removes_earlier_reasoning_needs_these_turns_as_context(chatml):
+    chatml.chat_template = CHATML.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'] if loop.last or message.role != 'assistant' else message['content'].split('#')[-1] }}",
+    )
+    turns = [
+        replace(turn, content=f"Steps: #{turn.text}") if turn.role == "assistant" else turn for turn in CONVERSATION
+    ]
+    with pytest.raises(DataError, match=r"not a prefix .* needs train: false on these"):
+        render_conversation(chatml, turns)
+    turns[2] = replace(turns[2], trained=False)
+    ids, mask = render_conversation(chatml, turns)
+    assert trained_text(chatml, ids, mask) == "Steps: #Answer: 2<|eot|>"
+    check_parity(chatml, turns)
+
+
+def test_an_image_is_not_dropped_in_silence(tokenizer):
+    with pytest.raises(DataError, match="a message has an image: only text can be rendered"):
+        render_prompt(tokenizer, [Message("user", (TextPart("what?"), ImagePart("x.png")))])

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from posttrain.config.shared import DataConfig
 from posttrain.data import check_data, load_pairs, load_rows, write_pairs, write_rows
+from posttrain.data.messages import messages_to_json, to_messages
 from posttrain.data.pairs import check_pairs
 from posttrain.errors import DataError
-from posttrain.records import Message, Row
+from posttrain.records import ImagePart, Message, Row, TextPart, ToolCall
 
 USER = {"role": "user", "content": "2 + 2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}
@@ -113,11 +114,10 @@ BAD_ROWS = [
     ({"messages": "hello"}, "supervised", "messages: got 'hello': must be a list"),
     ({"messages": []}, "supervised", "messages: got []: must be a list of at least one"),
     ({"messages": ["hello"]}, "supervised", "messages[0]: got 'hello': must be an object with 'role' and 'content'"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "prompt", "messages[0].role: got 'tool': must be one of"),
+    ({"messages": [{"role": "human", "content": "x"}]}, "prompt", "messages[0].role: got 'human': must be one of"),
     ({"messages": [{"role": "user", "content": 7}]}, "prompt", "messages[0].content: got 7: must be text"),
     ({"messages": [{"role": "user", "content": None}]}, "prompt", "messages[0].content: got None: must be text"),
     ({"messages": [{"role": "user", "content": " \n"}]}, "prompt", "messages[0].content: is empty"),
-    ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": 1}]}]}, "supervised", "messages[1].tool_calls: got"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "prompt", "half of a surrogate pair"),
     (turns("user", "user", "assistant"), "supervised", "messages[1].role: got 'user', expected 'assistant'"),
     (turns("assistant", "user"), "prompt", "messages[0].role: got 'assistant', expected 'user'"),
@@ -237,12 +237,33 @@ json_values = st.recursive(
 )
 contents = st.text(min_size=1).filter(lambda text: text.strip())
 own_names = {"id", "capability", "messages", "answer"}
+names = st.text(min_size=1)
+arguments = st.dictionaries(st.text(), json_values, max_size=2)
+images = st.builds(ImagePart, st.none() | names)
+part_lists = st.lists(st.builds(TextPart, st.text()) | images, max_size=2).map(tuple)
+user_contents = contents | st.builds(lambda image, parts: (image, *parts), images, part_lists)
+
+
+@st.composite
+def conversations(draw) -> tuple[Message, ...]:
+    """A supervised conversation of up to three exchanges, with calls of tools, images and flags."""
+    found = []
+    for _ in range(draw(st.integers(0, 2))):
+        found.append(Message("user", draw(user_contents), name=draw(st.none() | names)))
+        if draw(st.booleans()):
+            ids = draw(st.lists(names, min_size=1, max_size=2, unique=True))
+            calls = tuple(ToolCall(draw(contents), draw(arguments), identity) for identity in ids)
+            found.append(Message("assistant", draw(st.text()), calls, trained=draw(st.none() | st.booleans())))
+            found += [
+                Message("tool", draw(st.text()), tool_call_id=identity) for identity in draw(st.permutations(ids))
+            ]
+        found.append(Message("assistant", draw(contents), trained=draw(st.none() | st.booleans())))
+    return (*found, Message("user", draw(contents)), Message("assistant", draw(contents)))
+
+
 rows_strategy = st.builds(
-    lambda user, reply, answer, fields: Row(
-        "r", "math", (Message("user", user), Message("assistant", reply)), answer, fields
-    ),
-    contents,
-    contents,
+    lambda messages, answer, fields: Row("r", "math", messages, answer, fields),
+    conversations(),
     json_values,
     st.dictionaries(st.text().filter(lambda name: name not in own_names), json_values, max_size=3),
 )
@@ -253,6 +274,201 @@ def test_written_rows_read_back_equal(tmp_path_factory, row):
     path = tmp_path_factory.mktemp("rows") / "d.jsonl"
     assert write_rows(path, [row]) == 1
     assert load_rows(path, kind="supervised") == [row]
+
+
+OPENAI_CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [OPENAI_CALL]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        OPENAI_CALL,
+        {"id": "1", "function": {"name": "weather", "arguments": {"city": "Paris"}}},
+        {"id": "1", "name": "weather", "arguments": {"city": "Paris"}},
+        {"id": "1", "name": "weather", "arguments": '{"city":"Paris"}', "type": None, "function": None},
+    ],
+)
+@pytest.mark.parametrize("empty", [{"content": ""}, {"content": None}, {}])
+def test_calls_of_tools_are_read_in_every_form(tmp_path, call, empty):
+    calling = {"role": "assistant", **empty, "tool_calls": [call], "name": None, "weight": None}
+    path = write_lines(tmp_path / "d.jsonl", {"messages": [USER, calling, RESULT, ASSISTANT]})
+    (row,) = load_rows(path, kind="supervised")
+    assert row.messages == (
+        Message("user", "2 + 2?"),
+        Message("assistant", "", (ToolCall("weather", {"city": "Paris"}, "1"),)),
+        Message("tool", "sunny", tool_call_id="1"),
+        Message("assistant", "4"),
+    )
+    assert to_messages(messages_to_json(row.messages), "messages") == row.messages
+
+
+def test_a_call_without_arguments(tmp_path):
+    for nothing in ({}, {"arguments": ""}, {"arguments": "{}"}, {"arguments": None}):
+        path = write_lines(
+            tmp_path / "d.jsonl", {"messages": [USER, {**CALLING, "tool_calls": [{"name": "now", **nothing}]}]}
+        )
+        assert load_rows(path, kind="supervised")[0].messages[1].tool_calls == (ToolCall("now"),)
+
+
+def test_a_table_gives_every_message_every_key_and_null_is_absent(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    keys = ("content", "tool_calls", "tool_call_id", "name", "weight", "train", "reasoning_content", "loss")
+    messages = [{**dict.fromkeys(keys), **item} for item in (USER, {**CALLING, "weight": 0.0}, RESULT, ASSISTANT)]
+    pq.write_table(pa.Table.from_pylist([{"messages": messages}]), tmp_path / "d.parquet")
+    (row,) = load_rows(tmp_path / "d.parquet", kind="supervised")
+    call = ToolCall("weather", {"city": "Paris"}, "1")
+    assert row.messages[1:3] == (
+        Message("assistant", "", (call,), trained=False),
+        Message("tool", "sunny", tool_call_id="1"),
+    )
+    assert row.messages[3] == Message("assistant", "4")
+
+
+@pytest.mark.parametrize(("flag", "trained"), [("weight", (0, 1)), ("weight", (0.0, 1.0)), ("train", (False, True))])
+def test_turns_are_marked_as_context_or_trained_on(tmp_path, flag, trained):
+    no, yes = trained
+    path = write_lines(
+        tmp_path / "d.jsonl", {"messages": [USER, {**ASSISTANT, flag: no}, USER, {**ASSISTANT, flag: yes}]}
+    )
+    (row,) = load_rows(path, kind="supervised")
+    assert [message.trained for message in row.messages] == [None, False, None, True]
+    write_rows(tmp_path / "again.jsonl", [row])
+    assert load_rows(tmp_path / "again.jsonl", kind="supervised")[0].messages == row.messages
+
+
+def test_text_parts_are_joined_and_images_keep_the_parts(tmp_path):
+    text = [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]
+    references = [{"image": "a.png"}, {"path": "a.png", "url": None}, {"url": "a.png"}, {}]
+    pictures = [{"type": "image", **reference} for reference in references]
+    pictures += [{"type": "image_url", "image_url": form} for form in ("a.png", {"url": "a.png", "detail": "low"})]
+    path = write_lines(
+        tmp_path / "d.jsonl", *[{"messages": [{"role": "user", "content": content}]} for content in (text, pictures)]
+    )
+    joined, parts = (row.messages[0] for row in load_rows(path, kind="prompt"))
+    assert joined == Message("user", "2 + 2?")
+    picture = ImagePart("a.png")
+    assert parts.content == (picture, picture, picture, ImagePart(), picture, picture)
+    assert Message("user", (TextPart("a"), picture, TextPart("b"))).text == "ab"
+
+
+NO_RESULT = "the call '1' has no result"
+BAD_MESSAGES = [
+    ([USER, {**ASSISTANT, "loss": 0}], "messages[1].loss: got 0: not a key of a message"),
+    ([USER, {**ASSISTANT, "loss": False}], "to leave an assistant turn out of training, write train: false"),
+    ([USER, {**ASSISTANT, "masked": True}], "messages[1].masked: got True: not a key"),
+    ([USER, {**ASSISTANT, "thinking": "x"}], "messages[1].thinking: got 'x': not a key of a message (role, content, "),
+    ([USER, {**ASSISTANT, "reasoning_content": "x"}], "write it in content, between the tags"),
+    ([USER, {**ASSISTANT, "function_call": {"name": "x"}}], "write it as tool_calls"),
+    ([USER, {**ASSISTANT, "prefix": True}], "messages[1].prefix: got True: not a key"),
+    ([{**USER, "images": ["x.png"]}, ASSISTANT], "write it as a part of content"),
+    ([{**USER, "foo": 1}, ASSISTANT], "messages[0].foo: got 1: not a key of a message"),
+    ([{"role": "developer", "content": "x"}, USER, ASSISTANT], "write 'developer' as system"),
+    ([USER, {**ASSISTANT, "weight": 0.5}], "messages[1].weight: got 0.5: must be 0 (context only) or 1"),
+    ([USER, {**ASSISTANT, "weight": True}], "messages[1].weight: got True: must be 0"),
+    ([USER, {**ASSISTANT, "train": 1}], "messages[1].train: got 1: must be true or false"),
+    ([USER, {**ASSISTANT, "train": False, "weight": 1}], "contradict each other"),
+    ([{**USER, "train": False}, ASSISTANT], "messages[0].train: got False: only an assistant turn can be trained on"),
+    ([{**USER, "weight": 0}, ASSISTANT], "messages[0].weight: got 0: only an assistant turn"),
+    ([USER, {**ASSISTANT, "train": False}], "messages: no assistant turn is trained on"),
+    ([{**USER, "tool_calls": [OPENAI_CALL]}, ASSISTANT], "messages[0].tool_calls: got"),
+    ([{**USER, "tool_call_id": "1"}, ASSISTANT], "only a tool turn answers a call"),
+    ([{**USER, "name": 3}, ASSISTANT], "messages[0].name: got 3: must be text"),
+    ([USER, {**CALLING, "tool_calls": "x"}], "messages[1].tool_calls: got 'x': must be a list of calls"),
+    ([USER, {**CALLING, "tool_calls": ["x"]}], "messages[1].tool_calls[0]: got 'x': must be an object"),
+    ([USER, {**CALLING, "tool_calls": [{"id": 1}]}], "messages[1].tool_calls[0].name: got None: must be the name"),
+    ([USER, {**CALLING, "tool_calls": [{"id": 1, "name": "f"}]}], "messages[1].tool_calls[0].id: got 1: must be text"),
+    ([USER, {**CALLING, "tool_calls": [{"type": "custom"}]}], "tool_calls[0].type: got 'custom': must be function"),
+    ([USER, {**CALLING, "tool_calls": [{"name": "f", "arguments": "{"}]}], "arguments: got '{': must be an object"),
+    ([USER, {**CALLING, "tool_calls": [{"name": "f", "arguments": [1]}]}], "arguments: got [1]: must be an object"),
+    ([USER, {**CALLING, "tool_calls": [{"name": "f", "arguments": '{"x": NaN}'}]}], "not JSON compliant"),
+    ([USER, {**CALLING, "tool_calls": [OPENAI_CALL, OPENAI_CALL]}], "two calls have the id '1'"),
+    ([USER, {"role": "assistant", "content": "", "tool_calls": []}], "messages[1].content: is empty"),
+    ([USER, RESULT, ASSISTANT], "messages[1].role: got 'tool', expected 'assistant'"),
+    ([USER, ASSISTANT, RESULT, ASSISTANT], "messages[2].role: got 'tool', expected 'user'"),
+    (
+        [USER, CALLING, USER, ASSISTANT],
+        "messages[2].role: got 'user', expected 'tool': an assistant turn with tool_calls",
+    ),
+    ([USER, CALLING, RESULT, USER, ASSISTANT], "messages[3].role: got 'user', expected 'tool' or 'assistant'"),
+    ([USER, CALLING, {**RESULT, "tool_call_id": "2"}, ASSISTANT], "messages[2].tool_call_id: got '2': must be the id"),
+    ([USER, CALLING, RESULT, RESULT, ASSISTANT], "messages[3].tool_call_id: got '1': must be the id of a call"),
+    ([USER, CALLING, {"role": "tool", "content": "x"}, RESULT, ASSISTANT], "1 tool_calls, but 2 results"),
+    (
+        [USER, {**CALLING, "tool_calls": [{**OPENAI_CALL, "id": "0"}, OPENAI_CALL]}, RESULT, ASSISTANT],
+        "'0' has no result",
+    ),
+    ([USER, CALLING, RESULT], "the last turn is 'tool': a supervised row must end with 'assistant'"),
+    (
+        [{"role": "user", "content": [{"type": "audio"}]}, ASSISTANT],
+        "content[0].type: got 'audio': must be text or image",
+    ),
+    ([{"role": "user", "content": ["x"]}, ASSISTANT], "messages[0].content[0]: got 'x': must be a part"),
+    (
+        [{"role": "user", "content": [{"type": "text"}]}, ASSISTANT],
+        "messages[0].content[0].text: got None: must be text",
+    ),
+    ([{"role": "user", "content": [{"type": "text", "text": ""}]}, ASSISTANT], "messages[0].content: is empty"),
+    ([{"role": "user", "content": [{"type": "image", "image": 3}]}, ASSISTANT], "must be a path or a URI"),
+]
+
+
+@pytest.mark.parametrize(("messages", "problem"), BAD_MESSAGES, ids=[problem[-40:] for _, problem in BAD_MESSAGES])
+def test_a_bad_message_is_named_with_the_rule(tmp_path, messages, problem):
+    path = write_lines(tmp_path / "d.jsonl", {"messages": messages})
+    with pytest.raises(DataError) as error:
+        load_rows(path, kind="supervised")
+    assert str(error.value).startswith(f"{path}: row 1: messages")
+    assert problem in str(error.value)
+
+
+def test_prompts_end_with_a_user_or_tool_turn(tmp_path):
+    path = write_lines(
+        tmp_path / "d.jsonl", {"messages": [USER, CALLING, RESULT]}, {"messages": [USER, ASSISTANT, USER]}
+    )
+    assert [row.messages[-1].role for row in load_rows(path, kind="prompt")] == ["tool", "user"]
+    path = write_lines(tmp_path / "d.jsonl", {"messages": [USER, CALLING]})
+    with pytest.raises(DataError, match="the last turn is 'assistant': a prompt must end with 'user' or 'tool'"):
+        load_rows(path, kind="prompt")
+
+
+PICTURE = {"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "what?"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"messages": [USER, ASSISTANT, PICTURE]}, "row 2: messages[2] has an image; stage rl works on text only"),
+        ({"messages": [USER], "images": ["x.png"]}, "row 2: images: got ['x.png']; stage rl works on text only"),
+        ({"messages": [USER], "tools": [{"type": "function"}]}, "stage rl does not show tools to the policy"),
+    ],
+)
+def test_what_a_stage_cannot_use_is_refused_in_its_name(tmp_path, row, problem):
+    empty = {"messages": [USER], "images": [], "tools": None}
+    path = write_lines(tmp_path / "d.jsonl", empty, row)
+    assert len(load_rows(path, kind="prompt")) == 2
+    with pytest.raises(DataError) as error:
+        load_rows(path, kind="prompt", stage="rl")
+    assert problem in str(error.value)
+    assert check_data(path, "prompt", stage="rl") == [str(error.value)]
+
+
+@pytest.mark.parametrize("stage", ["filter", "sft", "rl", "dpo", "eval"])
+def test_images_are_refused_for_every_stage_while_its_config_is_checked(tmp_path, stage):
+    from posttrain.pipeline.inputs import data_problems
+    from posttrain.pipeline.kinds import KINDS, kind_name
+
+    assert kind_name(KINDS[stage]) == stage
+    (rows,) = set(KINDS[stage].data.values()) - {"any"}
+    row = {"chosen": "a", "rejected": "b"} if rows == "pairs" else {}
+    name = "prompt" if rows == "pairs" else "messages"
+    turns = [PICTURE, ASSISTANT] if rows == "supervised" else [PICTURE]
+    path = write_lines(tmp_path / "d.jsonl", {**row, name: turns})
+    (problem,) = data_problems(DataConfig(path=str(path)), rows, stage)
+    assert f"d.jsonl: row 1: {name}[0] has an image; stage {stage} works on text only" in problem
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -282,7 +498,25 @@ def test_pairs_in_their_forms(tmp_path):
     assert load_pairs(tmp_path / "again.jsonl") == pairs
 
 
+def test_turns_of_tools_in_the_prompt_of_a_pair(tmp_path):
+    other = {**ASSISTANT, "content": "5"}
+    start = [USER, CALLING, RESULT]
+    path = write_lines(
+        tmp_path / "p.jsonl",
+        {"prompt": start, "chosen": "4", "rejected": "5"},
+        {"chosen": [*start, ASSISTANT], "rejected": [*start, other]},
+    )
+    first, second = load_pairs(path, stage="dpo")
+    assert first.prompt == second.prompt
+    assert first.prompt[1].tool_calls == (ToolCall("weather", {"city": "Paris"}, "1"),)
+    write_pairs(tmp_path / "again.jsonl", [first, second])
+    assert load_pairs(tmp_path / "again.jsonl") == [first, second]
+
+
 BAD_PAIRS = [
+    ({"prompt": [USER, CALLING], "chosen": "a", "rejected": "b"}, "the last turn is 'assistant': a prompt must end"),
+    ({"prompt": [USER], "chosen": [CALLING], "rejected": "b"}, "chosen: the reply has tool_calls"),
+    ({"prompt": [USER], "chosen": [{**ASSISTANT, "weight": 0}], "rejected": "b"}, "both replies of a pair are trained"),
     ({"prompt": "x", "chosen": "a"}, "no 'rejected'"),
     ({"chosen": "a", "rejected": "b"}, "no 'prompt'"),
     ({"prompt": "x", "chosen": "a", "rejected": "a"}, "the same text"),

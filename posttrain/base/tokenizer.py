@@ -15,10 +15,20 @@ BOS, EOT, PAD = "<|begin_of_text|>", "<|eot|>", "<|finetune_right_pad|>"
 SPECIAL_TOKENS = (BOS, "<|end_of_text|>", "<|header_start|>", "<|header_end|>", EOT, PAD)
 
 CHAT_TEMPLATE = """{{- bos_token }}
+{%- if tools %}
+    {{- '<|header_start|>tools<|header_end|>\\n\\n' + tools | tojson + '<|eot|>' }}
+{%- endif %}
 {%- for message in messages %}
     {{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}
     {%- if message['role'] == 'assistant' %}
-        {%- generation %}{{- message['content'] | trim + '<|eot|>' }}{%- endgeneration %}
+        {%- generation %}
+            {{- message['content'] | trim }}
+            {%- for call in message['tool_calls'] or [] %}
+                {{- '{"name": ' + call['function']['name'] | tojson }}
+                {{- ', "parameters": ' + call['function']['arguments'] | tojson + '}' }}
+            {%- endfor %}
+            {{- '<|eot|>' }}
+        {%- endgeneration %}
     {%- else %}
         {{- message['content'] | trim + '<|eot|>' }}
     {%- endif %}

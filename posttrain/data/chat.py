@@ -2,7 +2,8 @@
 
 Text is rendered by the tokenizer's own chat template. The mask comes from the template's `{% generation %}` markers;
 a template without them is rendered prefix by prefix, and the prefixes are checked, never assumed. A reply is trained
-on together with the token that ends its turn, else the model would not learn to stop.
+on together with the token that ends its turn, else the model would not learn to stop. A template that leaves out calls
+or results of tools is refused.
 
 Left out: truncation and packing (see packing), and any repair of a template; a template that renders a prompt one
 way for sampling and another way for training is an error here, not a surprise in the loss.
@@ -11,11 +12,16 @@ way for sampling and another way for training is an error here, not a surprise i
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from posttrain.data.messages import tool_call_to_json
+from posttrain.data.turns import is_learned
 from posttrain.errors import CheckpointError, DataError
 from posttrain.records import Message
+
+Messages = Sequence[Message | Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
 
 # Tokens that end a turn in common chat formats, beside the tokenizer's own end-of-sequence token.
 END_OF_TURN_TOKENS = ("<|eot|>", "<|eom|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>")
@@ -23,11 +29,20 @@ END_OF_TURN_TOKENS = ("<|eot|>", "<|eom|>", "<|eot_id|>", "<|im_end|>", "<end_of
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def as_dicts(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages in the form that chat templates take."""
-    return [
-        {"role": item.role, "content": item.content} if isinstance(item, Message) else dict(item) for item in messages
-    ]
+def as_dicts(messages: Messages) -> list[dict[str, Any]]:
+    """The messages in the form that chat templates take. Raises `DataError` for an image."""
+    return [_as_dict(item) if isinstance(item, Message) else dict(item) for item in messages]
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    if not isinstance(message.content, str):
+        raise DataError("a message has an image: only text can be rendered")
+    record: dict[str, Any] = {"role": message.role, "content": message.content}
+    # Templates ask whether a key is there, so one that says nothing is left out.
+    if message.tool_calls:
+        record["tool_calls"] = [tool_call_to_json(call) for call in message.tool_calls]
+    optional = {"tool_call_id": message.tool_call_id, "name": message.name}
+    return {**record, **{key: value for key, value in optional.items() if value is not None}}
 
 
 def chat_template(tokenizer: Any) -> str:
@@ -56,47 +71,67 @@ def end_token_ids(tokenizer: Any) -> list[int]:
     return ids
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
+def render_prompt(tokenizer: Any, messages: Messages, tools: Tools = None) -> list[int]:
     """Token ids of a prompt, up to and including the header of the assistant turn that is to come.
 
-    Raises `DataError` if the template refuses the messages, `CheckpointError` if there is no template.
-    """
-    return list(_apply(tokenizer, as_dicts(messages), add_generation_prompt=True)["input_ids"])
-
-
-def render_conversation(tokenizer: Any, messages: Sequence[Message | Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-    """Token ids of a whole conversation, and for each id 1 if it is trained on, else 0.
-
-    Trained on are the tokens of assistant turns, with the token that ends each. Raises `DataError` if there is no
-    assistant turn, if the template refuses the messages, or if it marks no generation and its prefixes disagree.
+    tools: the schemas that the row declares. Raises `DataError` if the template refuses the messages or leaves out
+    calls or results of tools, `CheckpointError` if there is no template.
     """
     dicts = as_dicts(messages)
-    if not any(item["role"] == "assistant" for item in dicts):
+    ids = _prompt_ids(tokenizer, dicts, tools)
+    _require_tools_shown(tokenizer, dicts, tools, ids, add_generation_prompt=True)
+    return ids
+
+
+def render_conversation(tokenizer: Any, messages: Messages, tools: Tools = None) -> tuple[list[int], list[int]]:
+    """Token ids of a whole conversation, and for each id 1 if it is trained on, else 0.
+
+    Trained on are the tokens of assistant turns, calls of tools among them, with the token that ends each; not the
+    turns with `trained=False`. Raises `DataError` if no turn is trained on, if the template refuses the messages or
+    leaves out calls or results of tools, or if it marks no generation and its prefixes disagree.
+    """
+    dicts = as_dicts(messages)
+    learned = learned_turns(messages)
+    if not learned:
         raise DataError(
             f"messages have roles {[item['role'] for item in dicts]}, but need an assistant turn to train on"
         )
-    if _GENERATION_MARKER.search(chat_template(tokenizer)):
-        rendered = _apply(tokenizer, dicts, return_assistant_tokens_mask=True)
-        ids, mask = list(rendered["input_ids"]), [int(bit) for bit in rendered["assistant_masks"]]
+    marked = _GENERATION_MARKER.search(chat_template(tokenizer)) is not None
+    rendered = _apply(tokenizer, dicts, tools=tools, return_assistant_tokens_mask=marked)
+    ids = list(rendered["input_ids"])
+    _require_tools_shown(tokenizer, dicts, tools, ids)
+    all_learned = len(learned) == sum(item["role"] == "assistant" for item in dicts)
+    ends = set(end_token_ids(tokenizer))
+    if marked:
+        mask = _with_end_of_turn(ids, [int(bit) for bit in rendered["assistant_masks"]], ends)
+        mask = mask if all_learned else _within(mask, _turn_spans(tokenizer, dicts, tools, ids, learned))
     else:
-        ids, mask = _mask_from_prefixes(tokenizer, dicts)
-    mask = _with_end_of_turn(ids, mask, set(end_token_ids(tokenizer)))
+        spans = _turn_spans(tokenizer, dicts, tools, ids, learned)
+        mask = _within([1] * len(ids), [_up_to_end_of_turn(ids, span, ends) for span in spans])
     if not any(mask):
         raise DataError("the chat template marks no token of the assistant turns; check its generation markers")
     return ids, mask
 
 
-def check_parity(tokenizer: Any, messages: Sequence[Message | Mapping[str, Any]]) -> None:
+def learned_turns(messages: Messages) -> list[int]:
+    """Indices of the assistant turns that are trained on; a mapping is, a record may say otherwise."""
+    return [
+        index
+        for index, item in enumerate(messages)
+        if (is_learned(item) if isinstance(item, Message) else item["role"] == "assistant")
+    ]
+
+
+def check_parity(tokenizer: Any, messages: Messages, tools: Tools = None) -> None:
     """Raise `DataError` unless what is trained on follows exactly the prompt that sampling would send.
 
-    For every assistant turn, `render_prompt` of what comes before it must equal, token for token, the beginning of
-    `render_conversation`, and training on that turn must start right there.
+    For every assistant turn that is trained on, `render_prompt` of what comes before it must equal, token for token,
+    the beginning of `render_conversation`, and training on that turn must start right there.
     """
-    ids, mask = render_conversation(tokenizer, messages)
-    for index, message in enumerate(as_dicts(messages)):
-        if message["role"] != "assistant":
-            continue
-        prompt = render_prompt(tokenizer, messages[:index])
+    ids, mask = render_conversation(tokenizer, messages, tools)
+    dicts = as_dicts(messages)
+    for index in learned_turns(messages):
+        prompt = _prompt_ids(tokenizer, dicts[:index], tools)
         _require_prefix(tokenizer, prompt, ids, f"the prompt before message {index}")
         start = len(prompt)
         if start >= len(mask) or not mask[start] or mask[start - 1]:
@@ -104,6 +139,10 @@ def check_parity(tokenizer: Any, messages: Sequence[Message | Mapping[str, Any]]
                 f"message {index}: sampling starts at token {start}, but the tokens trained on do not; "
                 "check the generation markers of the chat template"
             )
+
+
+def _prompt_ids(tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools) -> list[int]:
+    return list(_apply(tokenizer, dicts, tools=tools, add_generation_prompt=True)["input_ids"])
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Mapping[str, Any]:
@@ -117,22 +156,73 @@ def _apply(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Ma
         raise DataError(f"the chat template refuses messages with roles {roles}: {error}") from None
 
 
-def _mask_from_prefixes(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-    """Mask of a template without markers: a turn is what it adds to the prompt rendered before it."""
-    ids = list(_apply(tokenizer, messages)["input_ids"])
-    mask = [0] * len(ids)
-    ends = set(end_token_ids(tokenizer))
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+def _require_tools_shown(
+    tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools, ids: list[int], **options: Any
+) -> None:
+    """Raise `DataError` if the template leaves out a call, a result or the declared tools: many templates drop what
+    they do not know, and the model would learn to answer from results that it never sees.
+
+    Each is changed in turn and rendered again: if the token ids stay the same, the template does not show it.
+    """
+    variants = [(where, variant, tools) for where, variant in _tool_variants(dicts)]
+    if tools:
+        variants.append(("the row's `tools`", dicts, None))
+    for where, variant, shown_tools in variants:
+        try:
+            same = list(_apply(tokenizer, variant, tools=shown_tools, **options)["input_ids"]) == ids
+        except DataError:  # the template looks at it closely enough to refuse it
             continue
-        prompt = render_prompt(tokenizer, messages[:index])
-        through = list(_apply(tokenizer, messages[: index + 1])["input_ids"])
+        if same:
+            raise DataError(
+                f"the chat template leaves out {where}; use a chat template that shows tools, or remove the row"
+            )
+
+
+def _tool_variants(dicts: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each thing that has to do with a tool, named, and the conversation with only that changed."""
+    for index, item in enumerate(dicts):
+        before, after = dicts[:index], dicts[index + 1 :]
+        calls = item.get("tool_calls") or []
+        if item["role"] == "tool" or (calls and item["content"]):
+            what = "the result" if item["role"] == "tool" else "the text beside the calls"
+            yield f"{what} in message {index}", [*before, {**item, "content": f"{item['content']} changed"}, *after]
+        for at, call in enumerate(calls):
+            function = call["function"]
+            other_name = {**function, "name": f"other_{function['name']}"}
+            other_arguments = {**function, "arguments": {**function["arguments"], "changed": 1}}
+            for what, other in (("name", other_name), ("arguments", other_arguments)):
+                changed = [*calls[:at], {**call, "function": other}, *calls[at + 1 :]]
+                where = f"the {what} of the call of {function['name']!r} in message {index}"
+                yield where, [*before, {**item, "tool_calls": changed}, *after]
+
+
+def _turn_spans(
+    tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools, ids: list[int], turns: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Where in `ids` each of these turns begins and ends: it is what it adds to the prompt rendered before it."""
+    spans: list[tuple[int, int]] = []
+    for index in turns:
+        prompt = _prompt_ids(tokenizer, dicts[:index], tools)
+        through = list(_apply(tokenizer, dicts[: index + 1], tools=tools)["input_ids"])
         _require_prefix(tokenizer, prompt, ids, f"the prompt before message {index}")
         _require_prefix(tokenizer, through, ids, f"the conversation up to message {index}")
-        # What follows the end of the turn (a newline, in some formats) is the template's, not the model's.
-        last = next((at for at in range(len(through) - 1, len(prompt) - 1, -1) if ids[at] in ends), len(through) - 1)
-        mask[len(prompt) : last + 1] = [1] * (last + 1 - len(prompt))
-    return ids, mask
+        spans.append((len(prompt), len(through)))
+    return spans
+
+
+def _up_to_end_of_turn(ids: list[int], span: tuple[int, int], ends: set[int]) -> tuple[int, int]:
+    """What follows the end of the turn (a newline, in some formats) is the template's, not the model's."""
+    start, stop = span
+    last = next((at for at in range(stop - 1, start - 1, -1) if ids[at] in ends), stop - 1)
+    return start, last + 1
+
+
+def _within(mask: list[int], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """The mask, 0 outside of the spans."""
+    kept = [0] * len(mask)
+    for start, stop in spans:
+        kept[start:stop] = mask[start:stop]
+    return kept
 
 
 def _with_end_of_turn(ids: list[int], mask: list[int], ends: set[int]) -> list[int]:
@@ -151,5 +241,6 @@ def _require_prefix(tokenizer: Any, prefix: list[int], ids: list[int], what: str
     expected, got = tokenizer.decode(prefix[at : at + 4]), tokenizer.decode(ids[at : at + 4])
     raise DataError(
         f"{what} is not a prefix of the rendered conversation: at token {at} it has {expected!r}, the conversation "
-        f"{got!r}; the chat template must render a turn the same way whether or not more turns follow"
+        f"{got!r}; the chat template must render a turn the same way whether or not more turns follow; a template that "
+        "rewrites earlier turns (some remove their reasoning) needs train: false on these"
     )

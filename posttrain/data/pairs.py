@@ -4,31 +4,23 @@ Read from {"prompt", "chosen", "rejected"} rows, each field text or a list of me
 also be whole conversations that begin with the same turns; then `prompt` may be left out.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.shared import DataConfig
 from posttrain.data.files import Record
-from posttrain.data.rows import (
-    Data,
-    RowError,
-    check,
-    check_turns,
-    collect,
-    messages_to_json,
-    take_capability,
-    take_id,
-    take_turns,
-)
+from posttrain.data.messages import RowError, messages_to_json, shown
+from posttrain.data.rows import Data, check, collect, take_capability, take_id, take_turns
+from posttrain.data.turns import check_turns, check_usable
 from posttrain.files import write_jsonl
 from posttrain.records import Message
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One preference. `prompt` ends with a user turn; `chosen` and `rejected` are replies, which differ."""
+    """One preference. `prompt` ends with a user or tool turn; `chosen` and `rejected` are replies, which differ."""
 
     id: str
     capability: str
@@ -38,14 +30,24 @@ class Pair:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_pairs(data: Data, *, limit: int | None = None) -> list[Pair]:
-    """Read and validate preference pairs; raises `DataError` like `load_rows`."""
-    return collect(data, _parse, limit, lambda pair: pair.id)
+def load_pairs(data: Data, *, limit: int | None = None, stage: str | None = None) -> list[Pair]:
+    """Read and validate preference pairs; `stage` and what is raised are as in `load_rows`."""
+    return collect(data, _parser(stage), limit, lambda pair: pair.id)
 
 
-def check_pairs(data: Data, rows: int = 100) -> list[str]:
+def check_pairs(data: Data, rows: int = 100, *, stage: str | None = None) -> list[str]:
     """Problems in the first pairs, one line each."""
-    return check(data, _parse, rows, lambda pair: pair.id)
+    return check(data, _parser(stage), rows, lambda pair: pair.id)
+
+
+def _parser(stage: str | None) -> Callable[[Record, DataConfig], Pair]:
+    def parse(record: Record, config: DataConfig) -> Pair:
+        pair = _parse(record, config)
+        if stage is not None:
+            check_usable(pair.prompt, pair.fields, name="prompt", stage=stage)
+        return pair
+
+    return parse
 
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> int:
@@ -74,7 +76,7 @@ def _parse(record: Record, config: DataConfig) -> Pair:
     chosen_start, chosen = _take_reply(value, "chosen")
     rejected_start, rejected = _take_reply(value, "rejected")
     prompt = _shared_prompt(given, chosen_start, rejected_start)
-    check_turns(prompt, "prompt", last="user")
+    check_turns(prompt, "prompt", "prompt")
     if chosen == rejected:
         raise RowError("chosen and rejected are the same text: a pair must show a difference")
     identity, capability = take_id(value, record), take_capability(value, config.capability)
@@ -86,7 +88,14 @@ def _take_reply(value: dict[str, Any], name: str) -> tuple[tuple[Message, ...], 
     turns = take_turns(value, name, "assistant")
     if turns[-1].role != "assistant":
         raise RowError(f"{name}: the last turn is {turns[-1].role!r}: a reply must end with 'assistant'")
-    return turns[:-1], turns[-1].text
+    reply = turns[-1]
+    if reply.tool_calls:
+        raise RowError(f"{name}: the reply has tool_calls: the two replies of a pair are compared as text only")
+    if not isinstance(reply.content, str):
+        raise RowError(f"{name}: the reply has an image: the two replies of a pair are compared as text only")
+    if reply.trained is False:
+        raise RowError(f"{name}: got train {shown(reply.trained)} (or weight 0): both replies of a pair are trained on")
+    return turns[:-1], reply.text
 
 
 def _shared_prompt(

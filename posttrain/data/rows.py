@@ -1,50 +1,54 @@
 """Datasets to validated rows: read every row, name every bad one, before any model is loaded.
 
-Two kinds of row: a `supervised` example ends with an assistant turn, a `prompt` ends with a user turn. What is left
-out: tokens (see chat.py), mixing, and repair: a bad row is an error with its file and number, never dropped.
+Two kinds of row: a `supervised` example ends with an assistant turn, a `prompt` ends with a user or tool
+turn. What is left out: single messages (messages.py), their order (turns.py), tokens (chat.py), mixing, and repair: a
+bad row is an error with its file and number, never dropped.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from posttrain.config.shared import DataConfig
 from posttrain.data.files import Record, read_records
+from posttrain.data.messages import RowError, from_json_text, messages_to_json, shown, to_messages
+from posttrain.data.turns import Kind, check_turns, check_usable
 from posttrain.errors import DataError
 from posttrain.files import write_jsonl
 from posttrain.records import Message, Row
 
-Kind = Literal["supervised", "prompt"]
 Data = DataConfig | str | Path | Sequence[str | Path]
 T = TypeVar("T")
 
-ROLES = ("system", "user", "assistant")
 REPLY_FIELDS = ("completion", "response")
-# Keys of a message that would change what it means; anything else beside role and content is decoration.
-UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id", "weight", "reasoning_content")
 MAX_SHOWN_PROBLEMS = 5
-SHOWN_CHARACTERS = 60
 
 
-class RowError(ValueError):
-    """What is wrong with one row: the value got and the rule, without the place."""
-
-
-def load_rows(data: Data, *, kind: Kind, limit: int | None = None) -> list[Row]:
+def load_rows(data: Data, *, kind: Kind, limit: int | None = None, stage: str | None = None) -> list[Row]:
     """Read and validate a dataset.
 
     data: a `DataConfig`, a path, or several; kind: how a conversation must end; limit: use only the first rows (the
-    smaller of this and `data.limit`). Returns at least one row. Raises `DataError` that names file, row number, the
-    value got and the rule, for the first few bad rows.
+    smaller of this and `data.limit`); stage: the kind of stage that reads: rows with what it cannot use yet (images)
+    are refused in its name. Returns at least one row. Raises `DataError` that names file, row number, the value got and
+    the rule, for the first few bad rows.
     """
-    return collect(data, lambda record, config: parse_row(record, kind, config.capability), limit, lambda row: row.id)
+    return collect(data, _parser(kind, stage), limit, lambda row: row.id)
 
 
-def check_data(data: Data, kind: Kind, rows: int = 100) -> list[str]:
+def check_data(data: Data, kind: Kind, rows: int = 100, *, stage: str | None = None) -> list[str]:
     """Problems in the first rows of a dataset, one line each; a path that still holds `${...}` is not looked at."""
-    return check(data, lambda record, config: parse_row(record, kind, config.capability), rows, lambda row: row.id)
+    return check(data, _parser(kind, stage), rows, lambda row: row.id)
+
+
+def _parser(kind: Kind, stage: str | None) -> Callable[[Record, DataConfig], Row]:
+    def parse(record: Record, config: DataConfig) -> Row:
+        row = parse_row(record, kind, config.capability)
+        if stage is not None:
+            check_usable(row.messages, row.fields, name="messages", stage=stage)
+        return row
+
+    return parse
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
@@ -58,11 +62,6 @@ def row_to_json(row: Row) -> dict[str, Any]:
     if row.answer is not None:
         record["answer"] = row.answer
     return {**row.fields, **record}
-
-
-def messages_to_json(messages: Iterable[Message]) -> list[dict[str, str]]:
-    """Messages as the list of {"role", "content"} that chat templates take."""
-    return [{"role": message.role, "content": message.text} for message in messages]
 
 
 # --- the scan that rows and preference pairs share ---
@@ -145,7 +144,7 @@ def parse_row(record: Record, kind: Kind, capability: str) -> Row:
     """Make a `Row` of one record; raises `RowError`."""
     value = dict(record.value)
     messages = take_conversation(value, kind)
-    check_turns(messages, "messages", last="assistant" if kind == "supervised" else "user")
+    check_turns(messages, "messages", kind)
     return Row(
         id=take_id(value, record),
         capability=take_capability(value, capability),
@@ -173,65 +172,10 @@ def take_conversation(value: dict[str, Any], kind: Kind) -> tuple[Message, ...]:
 
 def take_turns(value: dict[str, Any], name: str, role: str) -> tuple[Message, ...]:
     """Remove a field that holds messages, or text that is one turn of `role`."""
-    turns = _from_json_text(value.pop(name))
+    turns = from_json_text(value.pop(name))
     if isinstance(turns, str):
         turns = [{"role": role, "content": turns}]
     return to_messages(turns, name)
-
-
-def to_messages(value: Any, name: str) -> tuple[Message, ...]:
-    """Validate a list of {"role", "content"}; `name` is the field it stands in."""
-    value = _from_json_text(value)
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{name}: got {shown(value)}: must be a list of at least one message")
-    return tuple(_to_message(item, f"{name}[{index}]") for index, item in enumerate(value))
-
-
-def _from_json_text(value: Any) -> Any:
-    """CSV has no lists: a cell that holds a JSON list of objects is one."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _to_message(item: Any, name: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise RowError(f"{name}: got {shown(item)}: must be an object with 'role' and 'content'")
-    role, content = item.get("role"), item.get("content")
-    if role not in ROLES:
-        raise RowError(f"{name}.role: got {shown(role)}: must be one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise RowError(f"{name}.content: got {shown(content)}: must be text")
-    if not content.strip():
-        raise RowError(f"{name}.content: is empty")
-    _check_text(content, f"{name}.content")
-    extra = next((key for key in UNSUPPORTED_MESSAGE_KEYS if item.get(key) not in (None, [], "")), None)
-    if extra:
-        raise RowError(f"{name}.{extra}: got {shown(item[extra])}: not supported; remove it from the message")
-    return Message(role, content)
-
-
-def _check_text(text: str, name: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"{name}: character {error.start + 1} is half of a surrogate pair, which is not text") from None
-
-
-def check_turns(messages: Sequence[Message], name: str, last: str) -> None:
-    """The rules of a conversation: at most one system turn, first; then user and assistant in turn; it ends right."""
-    start = 1 if messages[0].role == "system" else 0
-    for index, message in enumerate(messages[start:], start):
-        expected = "user" if (index - start) % 2 == 0 else "assistant"
-        if message.role != expected:
-            rule = "after an optional first system turn, user and assistant alternate, user first"
-            raise RowError(f"{name}[{index}].role: got {message.role!r}, expected {expected!r}: {rule}")
-    if messages[-1].role != last:
-        what = "a supervised row" if last == "assistant" else "a prompt"
-        raise RowError(f"{name}: the last turn is {messages[-1].role!r}: {what} must end with {last!r}")
 
 
 def take_id(value: dict[str, Any], record: Record) -> str:
@@ -252,9 +196,3 @@ def take_capability(value: dict[str, Any], default: str) -> str:
     if not isinstance(capability, str) or not capability.strip():
         raise RowError(f"capability: got {shown(capability)}: must be a name")
     return capability
-
-
-def shown(value: Any) -> str:
-    """A value as an error shows it, cut short."""
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"

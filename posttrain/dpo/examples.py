@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from msgspec.structs import replace
+
 from posttrain.data.chat import check_parity, end_token_ids, render_conversation, render_prompt
+from posttrain.data.messages import RowError
 from posttrain.data.pairs import Pair
+from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
 from posttrain.records import Message
 from posttrain.train.drift import Example
@@ -42,7 +46,7 @@ def tokenize_pairs(
     for pair in pairs:
         try:
             ids = _tokenize(tokenizer, pair)
-        except DataError as error:
+        except (DataError, RowError) as error:
             raise DataError(f"pair {pair.id!r}: {error}") from None
         length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
         if length <= max_length:
@@ -57,7 +61,7 @@ def tokenize_pairs(
 
 
 def _tokenize(tokenizer: Any, pair: Pair) -> PairIds:
-    prompt_ids = render_prompt(tokenizer, pair.prompt)
+    prompt_ids = render_prompt(tokenizer, pair.prompt, tools_of(pair.fields))
     chosen_ids = _reply_ids(tokenizer, pair, pair.chosen, len(prompt_ids))
     rejected_ids = _reply_ids(tokenizer, pair, pair.rejected, len(prompt_ids))
     if pair.fields.get("reason") == "truncated":
@@ -70,9 +74,11 @@ def _tokenize(tokenizer: Any, pair: Pair) -> PairIds:
 
 
 def _reply_ids(tokenizer: Any, pair: Pair, reply: str, start: int) -> list[int]:
-    messages = (*pair.prompt, Message("assistant", reply))
-    check_parity(tokenizer, messages)
-    ids, mask = render_conversation(tokenizer, messages)
+    # Earlier assistant turns are part of the prompt: only the reply is trained on.
+    context = [replace(message, trained=False) if message.role == "assistant" else message for message in pair.prompt]
+    messages, tools = (*context, Message("assistant", reply)), tools_of(pair.fields)
+    check_parity(tokenizer, messages, tools)
+    ids, mask = render_conversation(tokenizer, messages, tools)
     # What a template puts behind the end of the turn (a newline, in some) is not the model's.
     stop = max(at for at, bit in enumerate(mask) if bit) + 1
     return ids[start:stop]

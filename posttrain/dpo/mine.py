@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.messages import RowError, to_messages
 from posttrain.data.pairs import Pair
-from posttrain.data.rows import RowError, check_turns, to_messages
+from posttrain.data.turns import check_turns
 from posttrain.dpo.config import MiningConfig
 from posttrain.errors import DataError, StageError
 
@@ -137,7 +138,7 @@ def _beats(chosen: Reply, rejected: Reply, margin: float) -> bool:
 def _to_pair(prompt: str, chosen: Reply, rejected: Reply, index: int) -> Pair:
     try:
         messages = to_messages(json.loads(prompt), "prompt")
-        check_turns(messages, "prompt", last="user")
+        check_turns(messages, "prompt", "prompt")
     except (RowError, ValueError) as error:
         raise DataError(f"rollouts of prompt {chosen.prompt_id!r}: {error}") from None
     version = min(chosen.policy_version, rejected.policy_version)

@@ -97,7 +97,7 @@ def read_pairs(config: DpoConfig, seed: int) -> list[Pair]:
     if config.rollouts is not None:
         return mine(read_replies(config.rollouts), config.mining, config.max_pairs, seed)
     assert config.pairs is not None  # the schema allows exactly one
-    pairs = load_pairs(config.pairs)
+    pairs = load_pairs(config.pairs, stage="dpo")
     if config.max_pairs is not None and len(pairs) > config.max_pairs:
         pairs = random.Random(seed).sample(pairs, config.max_pairs)
     return pairs

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.context import StageContext
-from posttrain.data.rows import load_rows, messages_to_json
+from posttrain.data.messages import messages_to_json
+from posttrain.data.rows import load_rows
 from posttrain.errors import StageError
 from posttrain.eval.config import EvalConfig
 from posttrain.eval.heldout import check_heldout
@@ -59,7 +60,7 @@ def evaluate(config: EvalConfig, context: StageContext) -> list[PromptReplies]:
 
 def prepare(config: EvalConfig) -> tuple[list[Row], list[tuple[str, Row, SampleRequest]]]:
     """The held-out rows, and what to ask about them. Raises DataError for a row that is wrong or not held out."""
-    rows = load_rows(config.data, kind="prompt")
+    rows = load_rows(config.data, kind="prompt", stage="eval")
     check_fields(RewardSpec(config.reward.name, config.reward.args), rows)
     if config.key_field is not None:
         check_heldout(rows, config.exclude, config.key_field)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from posttrain.data.chat import render_prompt
+from posttrain.data.transcript import message_text, transcript
 from posttrain.errors import DataError, UserError
 from posttrain.judging.config import PLACEHOLDER, JudgeQuestion
 from posttrain.records import Message, Row
@@ -73,16 +74,13 @@ class JudgePrompts:
 def row_texts(row: Row) -> dict[str, str]:
     """The row's texts by placeholder: the prompt before its last reply, that reply, the system instruction, the answer.
 
-    A prompt of several turns is a transcript with the role before each turn.
+    A prompt of several turns is a transcript with the role before each turn, calls of tools and their results too.
     """
     system = "\n".join(message.text for message in row.messages if message.role == "system")
     turns = [message for message in row.messages[:-1] if message.role != "system"]
-    if len(turns) == 1:
-        prompt = turns[0].text
-    else:
-        prompt = "\n\n".join(f"[{message.role}]\n{message.text}" for message in turns)
+    prompt = message_text(turns[0]) if len(turns) == 1 else transcript(turns)
     answer = "" if row.answer is None else str(row.answer)
-    return {"prompt": prompt, "response": row.messages[-1].text, "system": system, "answer": answer}
+    return {"prompt": prompt, "response": message_text(row.messages[-1]), "system": system, "answer": answer}
 
 
 def label_token_ids(tokenizer: Any, labels: Sequence[str]) -> tuple[int, ...]:

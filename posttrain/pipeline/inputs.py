@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from posttrain.config.shared import DataConfig, FilesConfig, RewardFunctionConfig, ServedModelConfig, VerifierConfig
 from posttrain.errors import UserError
-from posttrain.pipeline.kinds import Rows, StageKind
+from posttrain.pipeline.kinds import Rows, StageKind, kind_name
 from posttrain.pipeline.references import has_reference
 
 CHECKED_ROWS = 100
@@ -134,7 +134,9 @@ def _problems(found: Input, kind: StageKind) -> list[str]:
     paths = [value.path] if isinstance(value.path, str) else value.path
     if any(has_reference(path) for path in paths):
         value = value.model_copy(update={"path": [path for path in paths if not has_reference(path)]})
-    return [f".path: {line}" for line in data_problems(value, data_kind(found.key, kind))] if value.path else []
+    if not value.path:
+        return []
+    return [f".path: {line}" for line in data_problems(value, data_kind(found.key, kind), kind_name(kind))]
 
 
 def data_kind(key: str, kind: StageKind) -> Rows:
@@ -142,17 +144,18 @@ def data_kind(key: str, kind: StageKind) -> Rows:
     return kind.data[".".join(part for part in key.split(".") if not part.isdigit())]
 
 
-def data_problems(data: FilesConfig, rows: Rows) -> list[str]:
-    """Problems in the first rows of a dataset; of one that may hold anything, whether it can be read."""
+def data_problems(data: FilesConfig, rows: Rows, stage: str | None) -> list[str]:
+    """Problems in the first rows of a dataset that `stage` reads; of one that may hold anything, whether it can be
+    read."""
     if rows == "any" or not isinstance(data, DataConfig):
         return _unreadable(data)
     if rows == "pairs":
         from posttrain.data.pairs import check_pairs
 
-        return check_pairs(data, CHECKED_ROWS)
+        return check_pairs(data, CHECKED_ROWS, stage=stage)
     from posttrain.data.rows import check_data
 
-    return check_data(data, rows, CHECKED_ROWS)
+    return check_data(data, rows, CHECKED_ROWS, stage=stage)
 
 
 def _unreadable(data: FilesConfig) -> list[str]:

@@ -107,6 +107,11 @@ def load_schema(kind: StageKind) -> type[Config]:
     return load_object(kind.schema)
 
 
+def kind_name(kind: StageKind) -> str | None:
+    """The name of a kind in the table, None for one that is not in it."""
+    return next((name for name, known in KINDS.items() if known is kind), None)
+
+
 def unknown_kind(kind: str) -> str:
     """The message for a kind that is not in the table."""
     near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.5)

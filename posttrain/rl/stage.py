@@ -121,7 +121,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
 
 def _rows_to_profile(config: RlConfig, seed: int) -> list[Row]:
     """The prompts, or a seeded subset of them spread evenly over the capabilities."""
-    rows = load_rows(config.prompts, kind="prompt")
+    rows = load_rows(config.prompts, kind="prompt", stage="rl")
     check_rewardable(config, rows)
     limit = config.profile.prompts
     if limit is None or limit >= len(rows):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from posttrain.data.chat import check_parity, render_conversation
+from posttrain.data.messages import RowError
+from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
 from posttrain.records import Row
 from posttrain.train.drift import Example
@@ -24,9 +26,10 @@ def tokenize(
     too_long: list[tuple[str, int]] = []
     for row in rows:
         try:
-            check_parity(tokenizer, row.messages)
-            ids, mask = render_conversation(tokenizer, row.messages)
-        except DataError as error:
+            tools = tools_of(row.fields)
+            check_parity(tokenizer, row.messages, tools)
+            ids, mask = render_conversation(tokenizer, row.messages, tools)
+        except (DataError, RowError) as error:
             raise DataError(f"row {row.id!r}: {error}") from None
         if len(ids) > max_length:
             too_long.append((row.id, len(ids)))

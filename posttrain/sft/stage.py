@@ -68,7 +68,7 @@ def prepare(config: SftConfig) -> tuple[Any, list[Any], dict[str, Any]]:
     from posttrain.parallel.engine import check_parallel
 
     check_parallel(config.parallel, config.model, config.lora)
-    rows = load_rows(config.data, kind="supervised")
+    rows = load_rows(config.data, kind="supervised", stage="sft")
     from posttrain.train.trl_settings import quiet_environment
 
     quiet_environment()

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.messages import RowError, to_messages
+from posttrain.data.transcript import message_text
+from posttrain.records import Message
 from posttrain.report.blocks import Leaf, Section
 from posttrain.report.format import count
-from posttrain.report.read import Run, Stage, mapping, number
+from posttrain.report.read import Run, Stage, number
 
 SAMPLE = 150
 MAX_CHARS = 6000
@@ -94,14 +97,9 @@ def versions_of(text: Any) -> list[tuple[int, int, int]]:
 
 def _leaf(row: Mapping[str, Any]) -> dict[str, Any]:
     """What the page's script shows of one rollout. All of it is text, and is set as text."""
-    messages = _json(row.get("prompt"))
-    if not isinstance(messages, list):
-        messages = [{"role": "user", "content": str(row.get("prompt") or "")}]
     reward = number(row.get("reward"))
     return {
-        "prompt": [
-            {"role": str(m.get("role", "")), "content": _short(m.get("content"))} for m in map(mapping, messages)
-        ],
+        "prompt": [{"role": turn.role, "content": _short(message_text(turn))} for turn in _prompt(row.get("prompt"))],
         "reply": _segments(row),
         "reward": reward,
         "right": None if reward is None else reward > 0.5,
@@ -116,6 +114,14 @@ def _leaf(row: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": number(row.get("num_tokens")),
         "prompt_id": str(row.get("prompt_id") or ""),
     }
+
+
+def _prompt(column: Any) -> tuple[Message, ...]:
+    """The turns of a prompt column; one that holds no messages is shown as it is."""
+    try:
+        return to_messages(column, "prompt")
+    except RowError:
+        return (Message("user", str(column or "")),)
 
 
 def _segments(row: Mapping[str, Any]) -> list[dict[str, Any]]:

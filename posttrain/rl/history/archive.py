@@ -10,6 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.messages import messages_to_json
 from posttrain.files import replacing
 from posttrain.records import Rollout
 from posttrain.rl.records import Group, ScoredGroup
@@ -109,7 +110,7 @@ class _Pieces(dict[int, str]):
 
 
 def _prompt_json(group: Group) -> str:
-    return json.dumps([{"role": item.role, "content": item.text} for item in group.prompt.messages])
+    return json.dumps(messages_to_json(group.prompt.messages))
 
 
 def _versions_json(rollout: Rollout) -> str:

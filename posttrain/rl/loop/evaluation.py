@@ -28,7 +28,7 @@ def heldout_rows(config: RlConfig) -> list[Row]:
     """The rows that are evaluated on, none without `evaluation`. Raises UserError for data that does not fit."""
     if config.evaluation is None:
         return []
-    rows = load_rows(config.evaluation.data, kind="prompt")
+    rows = load_rows(config.evaluation.data, kind="prompt", stage="rl")
     check_rewardable(config, rows)
     return sampled_rows(rows, config.evaluation.prompts)
 

@@ -1,0 +1,112 @@
+"""The rules of a whole conversation: the order of its turns, how it ends, and what a stage can use of it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from posttrain.data.messages import RowError, from_json_text, is_absent, shown
+from posttrain.records import ImagePart, Message
+
+Kind = Literal["supervised", "prompt"]
+
+# Columns that hold pictures and the like beside the messages, by the convention of TRL and of chat data sets.
+MEDIA_COLUMNS = ("images", "videos", "audios")
+# The stages that show the row's `tools` to a model, and the one that only hands rows on.
+STAGES_WITH_TOOLS = ("sft", "dpo", "filter")
+
+_ALTERNATE = "after an optional first system turn, user and assistant alternate, user first"
+_CALLS = "an assistant turn with tool_calls is followed by their results, in tool turns, and then by an assistant turn"
+_ENDS = {"supervised": ("assistant",), "prompt": ("user", "tool")}
+
+
+def check_turns(messages: Sequence[Message], name: str, kind: Kind) -> None:
+    """Raise `RowError` unless the turns follow each other as they must and the conversation ends as its kind must.
+
+    At most one system turn comes first, then user and assistant take turns. After an assistant turn that makes calls
+    come their results, then an assistant turn. A prompt ends with a user or tool turn, a supervised row with an
+    assistant turn, and at least one of its assistant turns is trained on.
+    """
+    start = 1 if messages[0].role == "system" else 0
+    calling = -1  # the assistant turn whose calls are being answered
+    for index, message in enumerate(messages[start:], start):
+        expected = _expected(messages[index - 1] if index > start else None)
+        if message.role not in expected:
+            rule = _CALLS if "tool" in (message.role, *expected) else _ALTERNATE
+            roles = " or ".join(map(repr, expected))
+            raise RowError(f"{name}[{index}].role: got {message.role!r}, expected {roles}: {rule}")
+        if message.role == "assistant" and message.tool_calls:
+            calling = index
+        elif message.role == "tool" and (index + 1 == len(messages) or messages[index + 1].role != "tool"):
+            _check_results(messages, name, calling, index + 1)
+    if messages[-1].role not in _ENDS[kind]:
+        what = "a supervised row" if kind == "supervised" else "a prompt"
+        roles = " or ".join(map(repr, _ENDS[kind]))
+        raise RowError(f"{name}: the last turn is {messages[-1].role!r}: {what} must end with {roles}")
+    if kind == "supervised" and not any(is_learned(message) for message in messages):
+        raise RowError(f"{name}: no assistant turn is trained on (train: false, weight: 0); remove the row")
+
+
+def is_learned(message: Message) -> bool:
+    """Whether supervised training learns this turn."""
+    return message.role == "assistant" and message.trained is not False
+
+
+def _expected(before: Message | None) -> tuple[str, ...]:
+    """The roles that may follow a turn; None: none but a system turn came before."""
+    if before is None or (before.role == "assistant" and not before.tool_calls):
+        return ("user",)
+    if before.role == "assistant":
+        return ("tool",)
+    return ("tool", "assistant") if before.role == "tool" else ("assistant",)
+
+
+def _check_results(messages: Sequence[Message], name: str, calling: int, end: int) -> None:
+    """Hold the results in [calling + 1, end) against the calls: by id where both sides have one, else by number."""
+    calls = messages[calling].tool_calls
+    open_ids = [call.id for call in calls if call.id is not None]
+    for index in range(calling + 1, end):
+        identity = messages[index].tool_call_id
+        if identity is None or not any(call.id is not None for call in calls):
+            continue
+        if identity not in open_ids:
+            known = ", ".join(repr(call.id) for call in calls)
+            rule = f"must be the id of a call of {name}[{calling}] that has no result yet (its calls: {known})"
+            raise RowError(f"{name}[{index}].tool_call_id: got {identity!r}: {rule}")
+        open_ids.remove(identity)
+    results = messages[calling + 1 : end]
+    if len(results) > len(calls):
+        raise RowError(f"{name}[{calling}]: {len(calls)} tool_calls, but {len(results)} results in tool turns follow")
+    if open_ids and all(result.tool_call_id is not None for result in results):
+        raise RowError(f"{name}[{calling}].tool_calls: the call {open_ids[0]!r} has no result; {_CALLS}")
+
+
+def tools_of(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The tools that a row declares in its `tools` column, as chat templates take them; None if there are none.
+
+    A list of JSON schemas of functions, or its JSON text. Raises `RowError` for anything else.
+    """
+    tools = from_json_text(fields.get("tools"))
+    if is_absent(tools) or tools == "[]":
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowError(f"tools: got {shown(tools)}: must be a list of function schemas, or its JSON text")
+    return [dict(tool) for tool in tools]
+
+
+def check_usable(messages: Sequence[Message], fields: Mapping[str, Any], *, name: str, stage: str) -> None:
+    """Raise `RowError` for what a stage cannot use yet and must not drop in silence: images, and declared tools.
+
+    fields: the row's other columns. name: the field that the messages stand in.
+    """
+    for index, message in enumerate(messages):
+        if not isinstance(message.content, str) and any(isinstance(part, ImagePart) for part in message.content):
+            raise RowError(f"{name}[{index}] has an image; stage {stage} works on text only; remove the row")
+    for column in MEDIA_COLUMNS:
+        if not is_absent(fields.get(column)):
+            value = shown(fields[column])
+            raise RowError(f"{column}: got {value}; stage {stage} works on text only; remove the row or the column")
+    if stage not in STAGES_WITH_TOOLS:
+        if not is_absent(fields.get("tools")):
+            value = shown(fields["tools"])
+            raise RowError(f"tools: got {value}; stage {stage} does not show tools to the policy; remove the column")
+    else:
+        tools_of(fields)
