@@ -286,6 +286,18 @@ def dpo_arguments(config: Any) -> Any:
     return build_arguments(_alone(config), Path("stage"), 0).to_dict()
 
 
+def dpo_loss(config: Any) -> Any:
+    """The loss of a step of two pairs."""
+    import torch
+
+    from posttrain.dpo.losses import LOSSES, PairInputs, step_share
+
+    chosen_P, rejected_P = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -2.0])
+    pairs = PairInputs(chosen_P, rejected_P, chosen_P - 1, rejected_P + 1, torch.tensor([3, 4]), torch.tensor([5, 6]))
+    losses_P = LOSSES[config.loss_type](pairs, config.beta)
+    return step_share(losses_P, chosen_P, config.nll_weight, torch.tensor([2.0, 7.0]))
+
+
 def dpo_pairs(config: Any) -> Any:
     from posttrain.dpo.stage import prepare
 
@@ -709,7 +721,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         rl_rescoring, rl_weights, rl_reference, rl_judge, rl_trainer_deadline, rl_stops, policy, router_bias,
         engine_settings, MODEL_ENGINE, trackers,
     ),
-    "dpo": (resources_of("dpo"), dpo_arguments, dpo_pairs, adapters, policy, router_bias, engine_settings, trackers),
+    "dpo": (resources_of("dpo"), dpo_arguments, dpo_loss, dpo_pairs, adapters, policy, router_bias, engine_settings, trackers),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),
     "pipeline": (pipeline_jobs, trackers),
 }  # fmt: skip

@@ -119,11 +119,12 @@ def test_the_loss_is_the_formula(policy, tmp_path):
         args=stage.build_arguments(config, tmp_path),
         train_dataset=Dataset.from_list(records),
         processing_class=tokenizer,
+        nll_weight=config.nll_weight,
     )
     with torch.no_grad():
         model.lm_head.weight.add_(torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(1)))
-        batch = next(iter(trainer.get_train_dataloader()))
-        loss = trainer.compute_loss(trainer.model, batch).item()
+        (batch,), counts = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=counts).item()
         plain = [[reply_logprob(m, i.prompt_ids, r) for r in (i.chosen_ids, i.rejected_ids)] for m in (model, start)
                  for i in ids]  # fmt: skip
     now, then = plain[:4], plain[4:]
@@ -194,12 +195,12 @@ def test_a_stopped_stage_goes_on_to_the_same_weights(policy, tmp_path, monkeypat
 
 
 def test_every_field_reaches_trl(policy, tmp_path):
-    config = make_config(policy, rollouts="x", beta=0.4, loss_type="ipo", nll_weight=0.3, batch_size=5, epochs=2,
+    config = make_config(policy, rollouts="x", beta=0.4, loss_type="ipo", batch_size=5, epochs=2,
                          gradient_accumulation=3, checkpoint_every=9, gradient_checkpointing="full",
                          optimizer={"learning_rate": 2e-5, "schedule": "linear", "warmup_steps": 2})  # fmt: skip
     args = stage.build_arguments(config, tmp_path, seed=4)
     expected = {
-        "beta": 0.4, "loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.3], "per_device_train_batch_size": 5,
+        "beta": 0.4, "loss_type": ["ipo"], "per_device_train_batch_size": 5,
         "num_train_epochs": 2, "gradient_accumulation_steps": 3, "save_steps": 9, "gradient_checkpointing": True,
         "learning_rate": 2e-5, "lr_scheduler_type": "linear", "warmup_steps": 2, "seed": 4, "max_length": None,
         "precompute_ref_log_probs": True, "bf16": False, "report_to": [],

@@ -173,10 +173,15 @@ def test_dpo_on_two_ranks_learns_the_same_preferences(ray_session, policy, tmp_p
     with pairs.open("w") as file:
         for a in range(2, 10):
             prompt = [{"role": "user", "content": f"Sum: {a} + 3"}]
-            row = {"id": f"p{a}", "prompt": prompt, "chosen": f"Answer: {a + 3}", "rejected": f"Answer: {a + 4}"}
+            row = {
+                "id": f"p{a}",
+                "prompt": prompt,
+                "chosen": "So. " * (a % 4) + f"Answer: {a + 3}",
+                "rejected": f"Answer: {a + 4}",
+            }
             file.write(json.dumps(row) + "\n")
     base = {"model": {"path": str(policy), "dtype": "float32"}, "pairs": {"path": str(pairs)}, "max_length": 128,
-            "optimizer": {"learning_rate": 1e-4}, "resources": RESOURCES}  # fmt: skip
+            "nll_weight": 0.5, "optimizer": {"learning_rate": 1e-4}, "resources": RESOURCES}  # fmt: skip
     runs = {"alone": {"batch_size": 4}}
     runs |= {f"zero{zero}": {"batch_size": 2, "parallel": {**EXPERT, "zero": zero}} for zero in zeros}
     reports, losses = {}, {}

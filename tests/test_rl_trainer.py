@@ -274,7 +274,12 @@ def test_every_kind_of_loss_on_two_ranks_is_the_written_out_one(two_ranks, model
         {"name": "gspo", "entropy_bonus": 0.01, "sequence_clip_low": 0.5, "sequence_clip_high": 0.5},
         {"name": "dr_grpo", "reference": {**reference, "estimator": "k2"}},
         {"name": "decoupled", "reference": reference, "entropy_bonus": 0.01},
+        {"name": "grpo", "dual_clip": 3.0},
+        {"name": "cispo"},
+        {"name": "tis"},
+        {"name": "icepop"},
     ]
+    assert {loss["name"] for loss in losses} | {make_config(model).loss.name} == LOSSES.keys()
     resources = {"trainer": {"cpus": 0.25}, "reference": {}}
 
     def make(loss: dict[str, Any]) -> RlConfig:

@@ -109,7 +109,6 @@ def build_arguments(config: DpoConfig, folder: Path, seed: int = 0) -> Any:
 
     from posttrain.train.trl_settings import common_arguments
 
-    with_nll = config.nll_weight > 0
     return DPOConfig(
         **common_arguments(
             config.optimizer,
@@ -124,8 +123,7 @@ def build_arguments(config: DpoConfig, folder: Path, seed: int = 0) -> Any:
             dtype=config.model.dtype,
         ),
         beta=config.beta,
-        loss_type=[config.loss_type, "sft"] if with_nll else [config.loss_type],
-        loss_weights=[1.0, config.nll_weight] if with_nll else None,
+        loss_type=[config.loss_type],
         max_length=None,  # pairs are within config.max_length already
         # The start policy's log-probabilities are computed once, before the first step: no second model in memory.
         precompute_ref_log_probs=True,
@@ -165,6 +163,7 @@ def train_model(
         train_dataset=shared_dataset(Dataset.from_list(records), context.dir / TOKENIZED),
         processing_class=tokenizer,
         peft_config=adapter_config(model, config.lora) if config.lora else None,
+        nll_weight=config.nll_weight,
     )
     history = train(trainer, context, "dpo", METRICS, print_, config.model.router.bias_rate)
     if trainer.state.global_step == 0:

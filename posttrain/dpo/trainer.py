@@ -1,18 +1,35 @@
-"""TRL's DPOTrainer, given token ids instead of text.
+"""TRL's DPOTrainer, given token ids instead of text, with the losses of `posttrain.dpo.losses`.
 
 TRL tokenizes preference data itself whatever columns it is given. Prompts must be the very ids that sampling sends and
-a truncated reply must not get an end-of-turn token, so its tokenization is turned off.
+a truncated reply must not get an end-of-turn token, so its tokenization is turned off. TRL's loss is a mean over each
+forward, and its supervised term a mean over the tokens of each forward, so that how a step is split into forwards and
+ranks would decide what it learns; here both are divided by the counts of the whole step.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from trl.trainer.dpo_trainer import DPOTrainer
+
+from posttrain.dpo.losses import LOSSES, PairInputs, step_share
+
+NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
 class TokenizedPairTrainer(DPOTrainer):
-    """Trains on a dataset of prompt_ids, chosen_ids and rejected_ids."""
+    """Trains on a dataset of prompt_ids, chosen_ids and rejected_ids.
+
+    nll_weight: of the mean negative log-likelihood of chosen tokens.
+    """
+
+    loss_is_scaled_for_ga = True  # `step_share` divides; transformers must not divide by the forwards as well
+
+    def __init__(self, *args: Any, nll_weight: float = 0.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._nll_weight = nll_weight
+        self._sums: dict[str, torch.Tensor] = {}  # of the pairs and tokens of this rank since the last log
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -25,6 +42,63 @@ class TokenizedPairTrainer(DPOTrainer):
             return super()._precompute_ref_logps(*args, **kwargs)
         with _known_as_whole(self.model):
             return super()._precompute_ref_logps(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """The pairs and the chosen tokens of a whole optimizer step, over all its forwards and ranks, fp32 [2]."""
+        counts = torch.zeros(2, device=device)
+        for batch in batch_samples:
+            chosen_mask_PS = batch["completion_mask"].chunk(2)[0]
+            counts += torch.tensor([len(chosen_mask_PS), int(chosen_mask_PS.sum())], device=device)
+        return self.accelerator.reduce(counts, reduction="sum")  # type: ignore[return-value]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """One forward's share of the step's loss. `num_items_in_batch`: of `_get_num_items_in_batch`."""
+        assert not return_outputs, "evaluation is a stage of its own"
+        mask = inputs["completion_mask"]
+        arguments = {name: value for name, value in inputs.items() if name not in NOT_OF_THE_MODEL}
+        labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+        outputs = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True)
+        chosen_P, rejected_P = outputs.log_probs.sum(dim=1).chunk(2)  # 0 where there is no label
+        chosen_tokens_P, rejected_tokens_P = mask.sum(dim=1).chunk(2)
+        references = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        pairs = PairInputs(chosen_P, rejected_P, *references, chosen_tokens_P, rejected_tokens_P)
+        losses_P = LOSSES[self.loss_types[0]](pairs, self.beta)
+        with torch.no_grad():
+            self._add_figures(pairs, outputs.entropy.sum(), inputs["attention_mask"].sum())
+        share = step_share(losses_P, chosen_P, self._nll_weight, num_items_in_batch)
+        return share * self.accelerator.num_processes  # gradients are averaged over the ranks
+
+    def _add_figures(self, pairs: PairInputs, entropy: torch.Tensor, num_tokens: torch.Tensor) -> None:
+        chosen_P, rejected_P = self.beta * pairs.chosen_scores_P, self.beta * pairs.rejected_scores_P
+        found = {
+            "pairs": chosen_P.new_tensor(len(chosen_P)),
+            "reply_tokens": pairs.chosen_tokens_P.sum() + pairs.rejected_tokens_P.sum(),
+            "num_tokens": num_tokens,
+            "entropy": entropy,
+            "rewards/chosen": chosen_P.sum(),
+            "rewards/rejected": rejected_P.sum(),
+            "rewards/accuracies": (chosen_P > rejected_P).sum(),
+            "rewards/margins": (chosen_P - rejected_P).sum(),
+            "logps/chosen": pairs.chosen_logprobs_P.sum(),
+            "logps/rejected": pairs.rejected_logprobs_P.sum(),
+        }
+        for name, value in found.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.double()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means over the pairs, or reply tokens, of the steps since the last log, of all ranks."""
+        if self._sums:
+            values = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
+            sums = dict(zip(self._sums, values.tolist(), strict=True))  # type: ignore[union-attr]
+            self._sums = {}
+            pairs, reply_tokens = sums.pop("pairs"), sums.pop("reply_tokens")
+            self._total_train_tokens += int(sums.pop("num_tokens"))
+            logs["num_tokens"] = self._total_train_tokens
+            logs["entropy"] = sums.pop("entropy") / reply_tokens
+            logs |= {name: value / pairs for name, value in sums.items()}
+        super().log(logs, start_time)
 
 
 @contextmanager

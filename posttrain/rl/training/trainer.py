@@ -12,7 +12,8 @@ import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from posttrain.parallel.export import barrier, export_model
 from posttrain.parallel.state import load_state, save_state
 from posttrain.parallel.tensors import read_weights, whole_tensors
 from posttrain.rl.config import RlConfig
-from posttrain.rl.losses import LOSSES, LossInputs, batch_share, reference_kl
+from posttrain.rl.losses import LOSSES, LossInputs, LossOutputs, batch_share, reference_kl
 from posttrain.rl.rollouts.weights import publisher
 from posttrain.rl.training.policy import PAD_ID, load_token_policy, sample_logprobs
 from posttrain.rl.training.samples import MicroBatch, TrainSample, collate, micro_batches
@@ -145,7 +146,6 @@ class PolicyTrainer:
         Returns the metrics of all ranks, and which samples are in micro-batches whose loss is not finite.
         """
         num_tokens = sum(len(sample.token_ids) for sample in samples)
-        num_fed = sum(len(sample) - 1 for sample in samples)
         config = self._config.loss
         sums: dict[str, float] = defaultdict(float)
         largest = {"ratio_max": 0.0, "sampler_trainer_gap_max": 0.0}
@@ -153,20 +153,16 @@ class PolicyTrainer:
         suspects_N = torch.zeros(len(samples), device=self._device)
         chunks = dealt(self._config, samples, self._rank, self._world)
         for index, (chunk, weight) in enumerate(chunks):
-            batch = collate(chunk, PAD_ID, self._device)
-            policy_T, entropy_T, router_loss = self._engine(batch)
-            inputs = loss_inputs(policy_T, batch, self._config.sampling.max_tokens)
-            outputs = LOSSES[config.name](inputs, config)
-            share = sum(len(sample) - 1 for sample in chunk) / num_fed
-            divided = batch_share(outputs, inputs, entropy_T, num_tokens, len(samples), config)
-            loss = weight * (divided + share * router_loss)
+            share = forward_share(self._engine, chunk, samples, config=self._config, device=self._device)
+            inputs, outputs, entropy_T = share.inputs, share.outputs, share.entropy_T
+            loss = weight * share.loss
             if not torch.isfinite(loss):
                 loss = loss * math.nan  # no gradient of it may be finite: the engine applies none of the step's then
                 suspects_N[[place[id(sample)] for sample in chunk]] = 1
             self._engine.set_gradient_accumulation_boundary(index == len(chunks) - 1)
             self._engine.backward(loss * self._world)  # the engine takes the mean over ranks
             with torch.no_grad():
-                log_ratio_T = policy_T - batch.sampler_logprobs_T
+                log_ratio_T = inputs.policy_logprobs_T - inputs.sampler_logprobs_T
                 ratio_T = log_ratio_T.exp()
                 sums["loss"] += float(loss)
                 # k3 of the sampler from the policy: (r - 1) - log r, always >= 0.
@@ -229,6 +225,38 @@ class PolicyTrainer:
     def close(self) -> None:
         """Remove the shared-memory segments."""
         self._weights.close()
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardShare:
+    """One forward's share of its step's loss, with what it was made of."""
+
+    loss: torch.Tensor
+    inputs: LossInputs
+    outputs: LossOutputs
+    entropy_T: torch.Tensor
+
+
+def forward_share(
+    policy: Callable[[MicroBatch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    chunk: Sequence[TrainSample],
+    samples: Sequence[TrainSample],
+    *,
+    config: RlConfig,
+    device: str,
+) -> ForwardShare:
+    """Forward one micro-batch of the step's `samples`; the shares of all micro-batches add up to the step's loss.
+
+    policy: a `TokenPolicy`, or an engine around one.
+    """
+    batch = collate(chunk, PAD_ID, device)
+    policy_T, entropy_T, router_loss = policy(batch)
+    inputs = loss_inputs(policy_T, batch, config.sampling.max_tokens)
+    outputs = LOSSES[config.loss.name](inputs, config.loss)
+    num_tokens = sum(len(sample.token_ids) for sample in samples)
+    loss = batch_share(outputs, inputs, entropy_T, num_tokens, len(samples), config.loss)
+    fed = sum(len(sample) - 1 for sample in chunk) / sum(len(sample) - 1 for sample in samples)
+    return ForwardShare(loss + fed * router_loss, inputs, outputs, entropy_T)
 
 
 def loss_inputs(policy_logprobs_T: torch.Tensor, batch: MicroBatch, max_tokens: int) -> LossInputs:

@@ -1,0 +1,155 @@
+"""What one optimizer step learns does not depend on how its rows are split into forwards, nor on their order.
+
+With the trainers of the stages on a tiny model in one process; tests/test_parallel_stages.py and
+tests/test_rl_trainer.py have the same property over ranks.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_dpo
+import test_rl_trainer
+import test_sft
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posttrain.data.pairs import Pair
+from posttrain.dpo import stage as dpo
+from posttrain.dpo.examples import tokenize_pairs
+from posttrain.dpo.losses import LOSSES as PAIR_LOSSES
+from posttrain.dpo.trainer import TokenizedPairTrainer
+from posttrain.model import load_model, load_tokenizer
+from posttrain.records import Message
+from posttrain.rl.losses import LOSSES as RL_LOSSES
+from posttrain.rl.training.policy import load_token_policy
+from posttrain.rl.training.trainer import forward_share
+from posttrain.sft.packing import to_records
+
+ROWS = 12
+Split = list[list[int]]  # which rows each forward has
+Step = tuple[float, torch.Tensor]
+
+
+@st.composite
+def splits(draw: Any, rows: int = ROWS) -> Split:
+    """All rows once, in any order, in any number of forwards of any sizes."""
+    order = draw(st.permutations(range(rows)))
+    cuts = [0, *sorted(draw(st.sets(st.integers(1, rows - 1)))), rows]
+    return [list(order[start:end]) for start, end in itertools.pairwise(cuts)]
+
+
+def step_of(trainer: Any, batches: Sequence[Any]) -> Step:
+    """Loss and gradient of one optimizer step of a TRL trainer whose forwards are given."""
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = len(batches)
+    given_batches, counts = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
+    loss = sum(float(trainer.training_step(trainer.model, dict(batch), counts)) for batch in given_batches)
+    return loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def check_same(step: Step, whole: Step) -> None:
+    """But for fp32 rounding: of terms of size 1, which may cancel, and of gradients, about 1e-6 of the largest."""
+    assert step[0] == pytest.approx(whole[0], rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(step[1], whole[1], rtol=1e-4, atol=1e-5 * float(whole[1].abs().max()))
+
+
+@pytest.fixture(scope="module", params=sorted(PAIR_LOSSES))
+def pair_step(request, policy: Path, tmp_path_factory) -> Callable[[Split], Step]:
+    """A step of DPO with a supervised term, on pairs of many lengths; the policy has moved from the reference."""
+    from datasets import Dataset
+
+    tokenizer = load_tokenizer(policy)
+    pairs = [
+        Pair(
+            f"p{i}",
+            "sums",
+            (Message("user", f"Sum: {i} + 2"),),
+            "1 + 2 = 3, " * (i % 5) + "Answer: 3",
+            "No. " * (i + 1),
+        )
+        for i in range(ROWS)
+    ]
+    ids, _ = tokenize_pairs(tokenizer, pairs, 128, "error")
+    config = test_dpo.make_config(policy, pairs={"path": "x"}, loss_type=request.param, nll_weight=0.5)
+    trainer = TokenizedPairTrainer(
+        model=load_model(policy, dtype="float32"),
+        args=dpo.build_arguments(config, tmp_path_factory.mktemp("dpo")),
+        train_dataset=Dataset.from_list(
+            [{"prompt_ids": i.prompt_ids, "chosen_ids": i.chosen_ids, "rejected_ids": i.rejected_ids} for i in ids]
+        ),
+        processing_class=tokenizer,
+        nll_weight=config.nll_weight,
+    )
+    rows = list(trainer.train_dataset)
+    with torch.no_grad():
+        head = trainer.model.lm_head.weight
+        head.add_(0.1 * torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
+    return lambda split: step_of(trainer, [trainer.data_collator([rows[i] for i in part]) for part in split])
+
+
+@settings(max_examples=12)
+@given(split=splits())
+def test_a_step_of_dpo_is_the_same_however_it_is_split(pair_step, split):
+    check_same(pair_step(split), pair_step([list(range(ROWS))]))
+
+
+@settings(max_examples=12)
+@given(split=splits())
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_of_sft_is_the_same_however_it_is_split(sft_trainers, packed, split):
+    """Packed, a forward is one row of several conversations; else a padded batch of them."""
+    trainer, examples = sft_trainers[packed]
+
+    def step(parts: Split) -> Step:
+        batches = []
+        for part in parts:
+            rows = to_records([examples[i] for i in part], 1 << 20 if packed else None, seed=0)
+            batches.append(trainer.data_collator(rows))
+        return step_of(trainer, batches)
+
+    check_same(step(split), step([list(range(ROWS))]))
+
+
+@pytest.fixture(scope="module")
+def sft_trainers(policy: Path, data: Path, tmp_path_factory) -> dict[bool, tuple[Any, list[Any]]]:
+    alone = {"packing": False, "batch_tokens": None, "batch_size": 4}
+    return {
+        packed: (
+            test_sft.make_trainer(
+                test_sft.make_config(policy, data, **({} if packed else alone)), tmp_path_factory.mktemp("sft")
+            ),
+            test_sft.examples_of(policy, data)[:ROWS],
+        )
+        for packed in (False, True)
+    }
+
+
+@pytest.fixture(scope="module")
+def token_policy(policy: Path) -> Any:
+    return load_token_policy(test_rl_trainer.make_config(str(policy)))
+
+
+@settings(max_examples=6)
+@given(split=splits(7))
+@pytest.mark.parametrize("name", sorted(RL_LOSSES))
+def test_a_step_of_rl_is_the_same_however_it_is_split(policy, token_policy, name, split):
+    """With the entropy bonus and the reference term, which go with any of the losses."""
+    loss = {"name": name, "entropy_bonus": 0.01, "reference": {"weight": 0.2, "estimator": "k3", "ratio_cap": 3.0}}
+    config = test_rl_trainer.make_config(str(policy), loss=loss, resources={"reference": {}})
+    samples = test_rl_trainer.batch(0)
+
+    def step(parts: Split) -> Step:
+        token_policy.zero_grad()
+        total = 0.0
+        for part in parts:
+            chunk = [samples[i] for i in part]
+            share = forward_share(token_policy, chunk, samples, config=config, device="cpu")
+            share.loss.backward()
+            total += float(share.loss.detach())
+        return total, torch.cat([p.grad.flatten() for p in token_policy.parameters() if p.grad is not None])
+
+    check_same(step(split), step([list(range(7))]))
