@@ -22,7 +22,7 @@ from posttrain.records import Message, Row
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import passes_and_failures
 from posttrain.rl.grading.judge import Judge, Question
-from posttrain.rl.grading.verifiers import check_rewardable
+from posttrain.rl.grading.verifiers import JUDGE_FIELD, check_rewardable
 from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Commit, Ledger
 from posttrain.rl.history.recovery import (
@@ -168,8 +168,8 @@ def _start_judge(config: RlConfig, question: Question | None, context: StageCont
     if question is None:
         return None
     assert config.resources.judge is not None
-    engines = Engines(context, question.config.model, question.config.engine, config.resources.judge)
-    return Judge(question, context, models.enter_context(engines))
+    engines = Engines(context, question.config.model, question.config.engine, config.resources.judge, JUDGE_FIELD)
+    return Judge(question, models.enter_context(engines))
 
 
 def restarts_left(config: RlConfig) -> range:

@@ -9,26 +9,22 @@ unscored, never 0.
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
+from posttrain.actors.losses import is_loss
 from posttrain.config.shared import RewardConfig, RewardResources
-from posttrain.context import BusyLog, StageContext
 from posttrain.errors import StageError, UserError
 from posttrain.judging.prompts import JudgePrompts, label_token_ids
 from posttrain.judging.verdicts import Verdict, read_verdict
 from posttrain.records import Message, Rollout, Row, Scored
 from posttrain.rl.config import RlConfig, RlJudgeConfig
 from posttrain.rl.grading.verifiers import JUDGE_FIELD, reward_config
-from posttrain.sampling.client import Engines, attended
-from posttrain.sampling.faults import is_loss
+from posttrain.sampling.client import Engines
 from posttrain.sampling.requests import Completion, SampleRequest
 from posttrain.scoring.remote.client import RewardClient
-
-TRIES = 3
 
 Pair = tuple[Rollout, Row]
 Score = Callable[[Sequence[Pair]], Awaitable[Sequence[Scored]]]
@@ -58,15 +54,11 @@ class Question:
 class Judge:
     """Rates replies on `engines`, which serve the judge's model."""
 
-    def __init__(self, question: Question, context: StageContext, engines: Engines):
+    def __init__(self, question: Question, engines: Engines):
         self._question = question
-        self._context = context
         self._engines = engines
-        self._deadline_s = question.config.engine.deadline_s
-        self._asked = 0
         self._rendering = asyncio.Lock()  # a tokenizer is for one thread at a time
-        self._replacing = [asyncio.Lock() for _ in engines.names]
-        self.logs = {name: BusyLog(context, name, JUDGE_FIELD) for name in engines.names}
+        self.logs = engines.logs
 
     async def score(self, score: Score, pairs: Sequence[Pair]) -> list[Scored]:
         """`score` of the pairs with their verdicts, in order; a pair without a verdict is not scored."""
@@ -89,36 +81,9 @@ class Judge:
             )
         )
 
-    def flush(self) -> None:
-        """Tell the timeline what is not told yet."""
-        for log in self.logs.values():
-            log.flush()
-
     async def _rate(self, requests: Sequence[SampleRequest]) -> list[Verdict]:
-        """The verdicts, of whichever engine is next; raises what the last engine was lost by."""
-        lost = 0
-        while True:
-            index = self._asked % len(self._engines.names)
-            self._asked += 1
-            place, began = list(self.logs)[index], time.time()
-            async with self._replacing[index]:
-                name, actor = self._engines.names[index], self._engines.actors[index]
-            try:
-                answers, _, _ = await attended(actor, actor.generate.remote(requests), self._deadline_s, name)
-            except Exception as error:
-                lost += 1
-                if not is_loss(error) or lost == TRIES:
-                    raise
-                await self._replace(index, actor, error)
-            else:
-                self.logs[place].add(began, time.time())
-                return [self._question.verdict(answer[0]) for answer in answers]
-
-    async def _replace(self, index: int, lost: Any, cause: BaseException) -> None:
-        """Another engine in the place of one; whoever was waiting for it too finds it replaced."""
-        async with self._replacing[index]:
-            if self._engines.actors[index] is lost:
-                await self._engines.replace(index, cause)
+        """The verdicts. Raises StageError where the engines are lost again and again."""
+        return [self._question.verdict(answer[0]) for answer in await self._engines.sample(requests)]
 
 
 def rewards(config: RlConfig, judge: Judge | None) -> RewardClient:
@@ -137,8 +102,3 @@ class JudgedRewards(RewardClient):
     async def score(self, pairs: Sequence[Pair]) -> list[Scored]:
         """The scores in order; see `Judge.score`."""
         return await self._judge.score(super().score, pairs) if pairs else []
-
-    async def close(self) -> None:
-        """End the actor of the reward; the judge's engines belong to the stage."""
-        self._judge.flush()
-        await super().close()

@@ -138,10 +138,10 @@ async def _sample(
             requests = profile_requests(config, chunk, stop_ids)
             if config.deterministic:  # one chunk after another: those that are known are the first ones
                 seed = zlib.crc32(f"{context.seed}/{chunk[0].row.id}".encode()) >> 1
-                completions, _, _ = await engines.actors[0].generate_wave.remote(requests, seed)
+                completions = await engines.sample_wave(requests, seed)
                 done(len(chunk))
             else:
-                completions = await engines.generate_async(requests, done)
+                completions = await engines.sample(requests, done)
             groups = [
                 make_group(start + index, prompt, replies, "profile", 0.0, 0.0)
                 for index, (prompt, replies) in enumerate(zip(chunk, completions, strict=True))
@@ -159,8 +159,6 @@ async def _sample(
     try:
         await asyncio.gather(*(drain() for _ in range(1 if config.deterministic else CHUNKS_AT_ONCE)))
     finally:
-        if judge is not None:
-            judge.flush()
         await pool.close()
     return found
 

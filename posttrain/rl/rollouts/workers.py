@@ -16,17 +16,17 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from posttrain.actors.calls import await_call, await_with_heartbeat
+from posttrain.actors.losses import is_loss, reason_of, root_of
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import StageError
 from posttrain.rl.records import DrawnPrompt
-from posttrain.sampling.client import Engines, answer, attended, reason_of
-from posttrain.sampling.faults import is_loss, root_of
+from posttrain.sampling.client import MAX_CONSECUTIVE_LOSSES, Engines
 from posttrain.sampling.requests import Completion, Piece, SampleRequest
 from posttrain.sampling.stream import join_spans
 
 COLLECT_S = 1.0
 SUBMIT_GROUPS = 256
-UNLUCKY = 3  # engines lost in a row on one worker, without a reply in between
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ class Worker:
     outbox: list[Flight] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one taking of weights at a time
-    num_unlucky: int = 0
+    num_losses: int = 0
     fault: BaseException | None = None  # its engine was found to be lost while it took weights
 
 
@@ -150,7 +150,9 @@ class RolloutWorkers:
     async def _leave(self, worker: Worker) -> None:
         """Nothing of ours is left in the engine: its next user has keys of its own."""
         if worker.is_alive:
-            await answer(worker.actor.forget.remote(), self._deadline_s, f"{worker.name} did not forget its requests")
+            await await_call(
+                worker.actor.forget.remote(), self._deadline_s, f"{worker.name} did not forget its requests"
+            )
 
     def send(self, flight: Flight) -> None:
         """Have a group sampled by the worker with the fewest of those that may."""
@@ -203,7 +205,7 @@ class RolloutWorkers:
             if not worker.is_alive or worker.is_kept or worker.policy_version >= version:
                 return
             try:
-                began, ended = await self._attended(worker, worker.actor.update_weights.remote(**arguments))
+                began, ended = await self._await_busy(worker, worker.actor.update_weights.remote(**arguments))
             except Exception as error:
                 if not is_loss(error):
                     raise
@@ -265,13 +267,13 @@ class RolloutWorkers:
                 flights, worker.outbox = worker.outbox[:SUBMIT_GROUPS], worker.outbox[SUBMIT_GROUPS:]
                 requests = [(flight.order, flight.rest()) for flight in flights]
                 otherwise = f"{worker.name} (policy version {worker.policy_version}) did not take requests"
-                await answer(worker.actor.submit.remote(requests), 3 * self._deadline_s, otherwise)
+                await await_call(worker.actor.submit.remote(requests), 3 * self._deadline_s, otherwise)
 
     async def _empty(self, worker: Worker) -> None:
         while True:
             call = worker.actor.collect.remote(COLLECT_S)
             otherwise = f"{worker.name} (policy version {worker.policy_version}) did not answer"
-            pieces, now = await answer(call, COLLECT_S + 3 * self._deadline_s, otherwise)
+            pieces, now = await await_call(call, COLLECT_S + 3 * self._deadline_s, otherwise)
             grown: dict[int, Flight] = {}
             for piece in pieces:
                 flight = worker.flights.get(piece.key)
@@ -287,7 +289,7 @@ class RolloutWorkers:
 
     def _finish(self, worker: Worker, flight: Flight, now: float) -> None:
         del worker.flights[flight.order]
-        worker.num_unlucky = 0
+        worker.num_losses = 0
         worker.log.add(flight.began, now)
         self._finished(flight, now)
 
@@ -300,26 +302,28 @@ class RolloutWorkers:
                 continue
             requests = [flight.rest() for flight in flights]
             wave = worker.actor.generate_wave.remote(requests, wave_seed(seed, flights[0].order))
-            replies, _, ended = await self._attended(worker, wave)
+            replies, _, ended = await self._await_busy(worker, wave)
             for flight, completions in zip(flights, replies, strict=True):
                 flight.replies = list(completions)
                 self._finish(worker, flight, ended)
 
-    async def _attended(self, worker: Worker, call: Any) -> Any:
+    async def _await_busy(self, worker: Worker, call: Any) -> Any:
         """The result of a call that may take long, of an actor that must answer meanwhile."""
         name = f"{worker.name} (policy version {worker.policy_version})"
-        return await attended(worker.actor, call, self._deadline_s, name)
+        return await await_with_heartbeat(call, worker.actor.pids.remote, 3 * self._deadline_s, name)
 
     # ------------------------------------------------------------------ a lost engine
 
     async def _replace(self, worker: Worker, cause: BaseException) -> None:
         """Another engine under the worker; its groups go on where they stand, on whichever worker is there first."""
         worker.is_alive = worker.is_kept = False
-        worker.num_unlucky += 1
+        worker.num_losses += 1
         self.num_replaced += 1
         reason = reason_of(cause)
-        if worker.num_unlucky >= UNLUCKY:
-            raise StageError(f"{worker.name} was lost {UNLUCKY} times in a row; the last time: {reason}") from cause
+        if worker.num_losses >= MAX_CONSECUTIVE_LOSSES:
+            raise StageError(
+                f"{worker.name} was lost {MAX_CONSECUTIVE_LOSSES} times in a row; the last time: {reason}"
+            ) from cause
         self._told("replaced", [worker.name, reason])
         self._unsent += worker.flights.values()
         worker.flights, worker.outbox = {}, []
@@ -329,7 +333,7 @@ class RolloutWorkers:
         async with worker.lock:  # an update waits for it, so that the trainer does not write over what is read here
             calls = [call for together in self._calls(*self._newest) for call in together]
             arguments = dict(calls)[index]
-            await self._attended(worker, worker.actor.update_weights.remote(**arguments))
+            await self._await_busy(worker, worker.actor.update_weights.remote(**arguments))
             worker.policy_version = version = arguments["policy_version"]
             worker.is_alive, worker.fault = True, None
         self._told("took", [worker.name, version])

@@ -14,21 +14,18 @@ from typing import Any
 
 import psutil
 
+from posttrain.actors.losses import ActorLostError
+from posttrain.actors.processes import kill_marked
 from posttrain.config.shared import RewardResources
 from posttrain.errors import PluginError, StageError
 from posttrain.records import Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec
-from posttrain.scoring.pool.process import kill_marked
 from posttrain.scoring.remote.actor import MARK, Done, Health, RewardActor, Scoring
 
 PING_S = 1.0
 COLLECT_S = 1.0
 PLACE_S = 180.0
 CLOSE_S = 10.0
-
-
-class ActorLostError(Exception):
-    """The actor died or was given up. What was sent to it may be sent to another."""
 
 
 class ActorLife:
@@ -125,7 +122,7 @@ class ActorLife:
         from ray.exceptions import RayError, RayTaskError
 
         if not self.is_lost:
-            answer = asyncio.ensure_future(_wait_for(getattr(self._actor, method).remote(*arguments)))
+            answer = asyncio.ensure_future(getattr(self._actor, method).remote(*arguments))
             try:
                 await asyncio.wait({answer, self._lost}, return_when=asyncio.FIRST_COMPLETED)
                 if answer.done():
@@ -194,7 +191,3 @@ class ActorLife:
                 self._process.kill()  # of this very process: psutil knows a number that was given to another
             kill_marked(MARK, self._mark)
         ray.kill(self._actor)
-
-
-async def _wait_for(reference: Any) -> Any:
-    return await reference
