@@ -4,6 +4,8 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 
 from posttrain.errors import StageError
 
+MAX_CONSECUTIVE_LOSSES = 3  # actors lost in a row at one place or at the same work, without a result in between
+
 
 class ActorLostError(StageError):
     """An actor, or the process that it works with, has died or does not answer: it is of no use any more.

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from posttrain.actors.calls import await_call, await_with_heartbeat
-from posttrain.actors.losses import is_loss, reason_of
+from posttrain.actors.losses import MAX_CONSECUTIVE_LOSSES, is_loss, reason_of
 from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import MissingDependencyError, StageError
@@ -22,7 +22,6 @@ from posttrain.sampling.requests import Completion, EngineLostError, SampleReque
 CHUNK_REQUESTS = 64
 START_S = 900.0
 MAX_STARTS = 3  # of engines in the place of one, before it is given up
-MAX_CONSECUTIVE_LOSSES = 3  # engines that a chunk of requests may be lost with, before the requests are blamed
 
 Sampled = tuple[list[list[Completion]], float, float]  # by request, and the Unix times of start and end
 
