@@ -37,7 +37,9 @@ def find_leaves(schema: type[BaseModel], data: Any, prefix: str = "", given: Any
 def _expand(key: str, annotation: Any, value: Any, given: dict[str, Any]) -> Iterator[Leaf]:
     annotation = _plain(annotation)
     options = _options(annotation)
-    section = next((option for option in options if _is_section(option)), None)
+    section, *others = [option for option in options if _is_section(option)] or [None]
+    for other in others:  # the other forms of a section, each in a config of its own
+        yield from find_leaves(other, None, f"{key}.", {**given, key: minimal(other)})
     items = next((get_args(option)[0] for option in options if get_origin(option) is list), None)
     item = _plain(items) if items is not None and _is_section(_plain(items)) else None
     if section is None and item is None:

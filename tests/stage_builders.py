@@ -211,6 +211,8 @@ def engine(model_of: Callable[[Any], Any]) -> Builder:
     """The arguments that vLLM is started with."""
 
     def build(config: Any) -> Any:
+        if config.engine is None:  # a judge at an endpoint
+            return None
         from posttrain.sampling.engine import engine_arguments
         from posttrain.sampling.watch import look_every_s
 
@@ -226,12 +228,44 @@ def _pool(pool: Any) -> Any:
 # --- filter ---
 
 
-def filter_requests(config: Any) -> Any:
+def filter_questions(config: Any) -> Any:
     from posttrain.data.rows import load_rows
-    from posttrain.judging.verdicts import judge_requests
-    from posttrain.model.load import load_tokenizer
+    from posttrain.judging.prompts import judge_prompts
 
-    return judge_requests(load_rows(config.data, kind="supervised"), load_tokenizer(config.judge.path), config)
+    prompts = judge_prompts(config)
+    return [prompts.render(row) for row in load_rows(config.data, kind="supervised")], prompts.choice_ids
+
+
+def judge_endpoint(config: Any) -> Any:
+    """The first request to the judge's endpoint, if it has one, its client, and when it is sent again."""
+    from posttrain.judging.config import EndpointConfig
+
+    judge = config if hasattr(config, "data") else config.judge
+    if judge is None or not isinstance(judge.source, EndpointConfig):
+        return None
+    return _endpoint_settings(judge.source, judge.labels)
+
+
+def _endpoint_settings(endpoint: Any, labels: Any) -> Any:
+    from unittest.mock import patch
+
+    from tenacity import RetryCallState
+
+    from posttrain.judging.endpoint import EndpointJudge
+    from posttrain.judging.forms import FORMS, request_body
+    from posttrain.judging.requests import make_client, retrying
+
+    body = request_body(FORMS[0], endpoint.model, "?", labels=labels, top_logprobs=endpoint.top_logprobs)
+    with patch.dict("os.environ", {"KEY_A": "a", "KEY_ax": "b", "x": "c"}):
+        client = make_client(endpoint)
+    sender = retrying(endpoint, endpoint.retries)
+    state = RetryCallState(sender, None, (), {})
+    state.attempt_number = 20
+    seats = EndpointJudge(endpoint, labels, FORMS[0], CONTEXT)._seats
+    return (
+        body, str(client.base_url), client.timeout, client.api_key, sender.wait(state), seats._value,
+        vars(sender.stop)["max_attempt_number"],
+    )  # fmt: skip
 
 
 def filter_split(config: Any) -> Any:
@@ -452,18 +486,21 @@ def rl_trainer_deadline(config: Any) -> Any:
 
 def rl_judge(config: Any) -> Any:
     """What the judge is started with, if there is one, what it is asked about a reply, and what its answer means."""
-    from posttrain.model.load import load_tokenizer
-    from posttrain.rl.grading.judge import Question
+    from posttrain.judging.backend import PreparedJudge
+    from posttrain.judging.engines import read_choice
+    from posttrain.judging.prompts import judge_prompts
+    from posttrain.rl.grading.judge import Judge
     from posttrain.sampling.requests import Completion
 
     if config.judge is None:
         return None
-    question = Question(config.judge, load_tokenizer(config.judge.model.path))
     started = engine(lambda _: config.judge.model)(config.judge)
+    prompts = judge_prompts(config.judge)
     pairs = [(_rollout(prompt, 0), prompt.row) for prompt in _drawn()]
     pairs += [(msgspec.structs.replace(pairs[0][0], text="so " * 60), pairs[0][1])]
-    answer = Completion((), "", (), "stop", (), dict.fromkeys(question.choice_ids, -1.0))
-    return started, question.requests(pairs), question.verdict(answer)
+    questions = Judge(PreparedJudge(config.judge, prompts, None), Any).questions(pairs)
+    answer = Completion((), "", (), "stop", (), dict.fromkeys(prompts.choice_ids, -1.0))
+    return started, questions, read_choice(answer, config.judge.labels, prompts.choice_ids)
 
 
 def rl_stops(config: Any) -> Any:
@@ -713,15 +750,18 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         resources_of("base"), base_rates, base_cached, base_sets, base_model, base_gradients, base_update,
         base_documents, trackers,
     ),
-    "filter": (resources_of("filter"), JUDGE_ENGINE, filter_requests, filter_split),
+    "filter": (resources_of("filter"), JUDGE_ENGINE, filter_questions, judge_endpoint, filter_split),
     "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings, trackers),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
         rl_controller, rl_first_batch, rl_draws, rl_parked_draws, rl_knowledge, rl_side, rl_policy, rl_micro_batches,
-        rl_rescoring, rl_weights, rl_reference, rl_judge, rl_trainer_deadline, rl_stops, policy, router_bias,
-        engine_settings, MODEL_ENGINE, trackers,
+        rl_rescoring, rl_weights, rl_reference, rl_judge, judge_endpoint, rl_trainer_deadline, rl_stops, policy,
+        router_bias, engine_settings, MODEL_ENGINE, trackers,
     ),
-    "dpo": (resources_of("dpo"), dpo_arguments, dpo_loss, dpo_pairs, adapters, policy, router_bias, engine_settings, trackers),
+    "dpo": (
+        resources_of("dpo"), dpo_arguments, dpo_loss, dpo_pairs, adapters, policy, router_bias, engine_settings,
+        trackers,
+    ),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),
     "pipeline": (pipeline_jobs, trackers),
 }  # fmt: skip

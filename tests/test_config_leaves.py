@@ -18,6 +18,7 @@ from stage_builders import (
     BUILDERS,
     Builder,
     eval_results,
+    judge_endpoint,
     outcome,
     rl_judge,
     rl_loss,
@@ -57,6 +58,12 @@ JUDGE = {
     "judge": {"model": MODEL, "template": "Rate: {prompt} {response} {answer} {labels}", "engine": ENGINE},
     "resources.judge": {},
 }
+ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "model": "judge"}
+RL_ENDPOINT = {
+    "judge": {"endpoint": ENDPOINT, "template": "Rate: {prompt} {response} {answer} {labels}"},
+    "resources.judge": None,
+}
+FILTER_ENDPOINT = {"judge": {"endpoint": ENDPOINT}, "engine": None, "resources.judge": None}
 HELDOUT = {"data": {"path": "prompts_a.jsonl"}}
 STRICT = {"evaluation.correct_threshold": 0.9, "reward.correct_threshold": 0.9}  # the two must be equal
 INSTRUCTIONS = [{"text": "Be brief."}, {"text": "Take care."}]
@@ -86,8 +93,13 @@ TABLE: dict[str, dict[str, Any]] = {
             "template": "Rate: {prompt} {response}",
             "engine": ENGINE,
         },
-        "values": {"judge.path": ["model_b"], "data.path": files("sft"), "max_prompt_tokens": [100]},
-        "given": {"long_rows": {"max_prompt_tokens": 100}},
+        "values": {
+            "judge.path": ["model_b"],
+            "judge.endpoint.max_prompt_chars": [70],
+            "data.path": files("sft"),
+            "max_prompt_tokens": [100],
+        },
+        "given": {"long_rows": {"max_prompt_tokens": 100}, "judge.endpoint.*": FILTER_ENDPOINT},
     },
     "sft": {
         "base": {"model": MODEL, "data": {"path": "sft_a.jsonl"}, **LENGTHS},
@@ -128,6 +140,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "loss.reference.path": ["model_b"],
             "judge.model.path": ["model_b"],
             "judge.max_prompt_tokens": [100],
+            "judge.endpoint.max_prompt_chars": [80],
             "evaluation": [HELDOUT],
             "evaluation.data.path": files("prompts"),
             "evaluation.prompts": [1],
@@ -152,6 +165,8 @@ TABLE: dict[str, dict[str, Any]] = {
             "evaluation.samples": {"evaluation": {**HELDOUT, "temperature": 1.0}},
             "evaluation.*": {"evaluation": HELDOUT},
             "judge.long_rows": {**JUDGE, "judge.max_prompt_tokens": 100},
+            "judge.endpoint.*": RL_ENDPOINT,
+            "judge.model": RL_ENDPOINT,
             "judge.*": JUDGE,
             "resources.judge.*": JUDGE,
             "loss.reference.*": REFERENCE,
@@ -160,6 +175,14 @@ TABLE: dict[str, dict[str, Any]] = {
         },
         "together": {
             "judge": (JUDGE, rl_judge),
+            "judge.model": (
+                {"judge.model": MODEL, "judge.endpoint": None, "judge.engine": ENGINE, "resources.judge": {}},
+                rl_judge,
+            ),
+            "judge.endpoint": (
+                {"judge.endpoint": ENDPOINT, "judge.model": None, "judge.engine": None, "resources.judge": None},
+                judge_endpoint,
+            ),
             "resources.judge": (JUDGE, BUILDERS["rl"][0]),
             "evaluation.correct_threshold": (STRICT, rl_side),
             "loss.reference": (REFERENCE, rl_loss),

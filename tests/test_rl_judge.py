@@ -108,9 +108,11 @@ def test_rewards_are_what_the_judge_says_though_it_is_killed(ray_session, tiny_m
     import pyarrow.parquet as pq
     import ray
 
-    from posttrain.model.load import load_model, load_tokenizer
+    from posttrain.judging import engines as judging_engines
+    from posttrain.judging.backend import prepare_judge
+    from posttrain.model.load import load_model
     from posttrain.rl import stage
-    from posttrain.rl.grading.judge import Judge, Question
+    from posttrain.sampling.client import Engines
 
     config = make_config(tmp_path, tiny_model)
     folder = tmp_path / "rl"
@@ -118,10 +120,10 @@ def test_rewards_are_what_the_judge_says_though_it_is_killed(ray_session, tiny_m
     (folder / "config.yaml").write_text(dump_yaml(config))
     engines, killed = [], []
 
-    class Seen(Judge):
-        def __init__(self, question, context, leased):
+    class Seen(judging_engines.EngineJudge):
+        def __init__(self, leased: Engines, *given, **named):
             engines.append(leased)
-            super().__init__(question, context, leased)
+            super().__init__(leased, *given, **named)
 
     def kill() -> None:
         metrics = folder / "metrics.jsonl"
@@ -131,7 +133,7 @@ def test_rewards_are_what_the_judge_says_though_it_is_killed(ray_session, tiny_m
         os.kill(pid, signal.SIGKILL)
         killed.append(engines[0].names[0])
 
-    monkeypatch.setattr(stage, "Judge", Seen)
+    monkeypatch.setattr(judging_engines, "EngineJudge", Seen)
     threading.Thread(target=kill, daemon=True).start()
     outputs = stage.run(config, StageContext("rl", folder, folder / "events.jsonl", seed=3))
     assert outputs["steps"] == 12
@@ -146,14 +148,13 @@ def test_rewards_are_what_the_judge_says_though_it_is_killed(ray_session, tiny_m
     assert len(rollouts) >= 12 * 16
     assert all(row["reward"] is not None for row in rollouts)
     assert config.judge is not None
-    question = Question(config.judge, load_tokenizer(str(tiny_model)))
+    prompts = prepare_judge(config.judge).prompts
     policy = load_model(str(tiny_model))
     for row in [*rollouts[:20], *rollouts[-20:]]:
         messages = tuple(Message(**item) for item in json.loads(row["prompt"]))
-        rollout = Rollout(row["prompt_id"], "g", 0, (), (), row["reply"], (), (), "stop")
-        [request] = question.requests([(rollout, Row("r", "math", messages))])
+        question = prompts.render(Row("r", "math", (*messages, Message("assistant", row["reply"]))))
         with torch.no_grad():
-            logits = policy(input_ids=torch.tensor([request.prompt_ids])).logits[0, -1]
-        verdict = verdict_of(LABELS, logits[list(question.choice_ids)].log_softmax(-1).tolist())
+            logits = policy(input_ids=torch.tensor([question.token_ids])).logits[0, -1]
+        verdict = verdict_of(LABELS, logits[list(prompts.choice_ids)].log_softmax(-1).tolist())
         assert row["reward"] == pytest.approx(verdict.score, abs=1e-4)
         assert row["reason"] == verdict.tag

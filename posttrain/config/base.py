@@ -158,21 +158,26 @@ def _value_at(data: Any, location: Sequence[Any]) -> Any:
     return data
 
 
-def _nested_model(annotation: Any) -> type[BaseModel] | None:
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field's type allows: none, one, or the branches of a union."""
     if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    for option in (annotation, *get_args(annotation)):
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            return option
-    return None
+        return _sections(get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for option in get_args(annotation) for section in _sections(option)]
 
 
 def _known_keys(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    model: type[BaseModel] = schema
+    models = [schema]
     for part in location:
-        if isinstance(part, str) and part in model.model_fields:
-            model = _nested_model(model.model_fields[part].annotation) or model
-    return list(model.model_fields)
+        inner = [
+            section
+            for model in models
+            if isinstance(part, str) and part in model.model_fields
+            for section in _sections(model.model_fields[part].annotation)
+        ]
+        models = inner or models
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
 
 
 def dump_yaml(config: Config | dict[str, Any]) -> str:

@@ -1,11 +1,13 @@
 """The `filter` stage: rows in, a judge's verdict on each, the hardest part out.
 
-    rows ─► judge's prompts ─► engines (one constrained token a row) ─► score ─► select ─► kept.jsonl, dropped.jsonl
+    rows ─► questions ─► judge (engines or an endpoint) ─► a verdict on each ─► select ─► kept.jsonl, dropped.jsonl
 
-Rows, labels and prompts are checked before an engine starts. Left out: the policy's own pass rate, which is the
-better measure where replies can be scored; see the RL stage.
+Rows, labels, questions and the endpoint are checked before an engine starts. A row without a verdict ends the stage:
+which rows stay depends on all scores, and a missing score is not a low one. Left out: the policy's own pass rate, which
+is the better measure where replies can be scored; see the RL stage.
 """
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,16 +18,16 @@ from msgspec.structs import replace
 
 from posttrain.context import StageContext
 from posttrain.data.rows import load_rows, write_rows
-from posttrain.errors import DataError
+from posttrain.errors import DataError, StageError
 from posttrain.files import write_json
 from posttrain.filtering.config import FilterConfig
 from posttrain.filtering.selection import num_kept, select
-from posttrain.judging.verdicts import Verdict, judge_requests, verdicts
-from posttrain.model.load import load_tokenizer
+from posttrain.judging.backend import open_judge, prepare_judge
+from posttrain.judging.verdicts import Undecided, Verdict
 from posttrain.records import Row
-from posttrain.sampling.client import Engines
 
 NUM_BINS = 20
+SHOWN_REASONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,9 @@ def run(config: FilterConfig, context: StageContext) -> dict[str, Any]:
 def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext) -> FilterResult:
     """Rate `rows` (supervised, at least one) with the judge and split them. `config.data` is not read.
 
-    Needs an initialised Ray session. Raises UserError for labels that cannot be told apart and for rows that do not
-    fit, before an engine is started.
+    A judge on engines needs an initialised Ray session; an endpoint needs none. Raises UserError for labels that cannot
+    be told apart, for an endpoint that cannot be used and for rows that do not fit, before an engine is started;
+    StageError where rows are left without a verdict.
     """
     if len({row.id for row in rows}) != len(rows):
         raise DataError("two rows have the same id; every id must be unique")
@@ -67,19 +70,32 @@ def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext
         raise DataError(
             f"keep_fraction {config.keep_fraction} of {len(rows)} rows keeps none of them; raise it or add rows"
         )
-    requests, choice_ids, num_shortened = judge_requests(rows, load_tokenizer(config.judge.path), config)
-    with Engines(context, config.judge, config.engine, config.resources.judge) as engines:
-        found = verdicts(engines, requests, config.labels, choice_ids, _reporter(context, len(rows)))
+    prepared = prepare_judge(config)
+    questions = [prepared.prompts.render(row) for row in rows]
+    with open_judge(prepared, context, config.resources.judge) as judge:
+        answers = asyncio.run(judge.rate(questions, _reporter(context, len(rows))))
+    found = decided(answers)
     kept, dropped = split(rows, found, config, context.seed)
     by_id = {row.id: verdict for row, verdict in zip(rows, found, strict=True)}
-    return FilterResult(kept, dropped, by_id, num_shortened)
+    return FilterResult(kept, dropped, by_id, prepared.prompts.num_shortened)
+
+
+def decided(answers: Sequence[Verdict | Undecided]) -> list[Verdict]:
+    """The verdicts. Raises StageError, which counts the rows without one and says why, if there are any."""
+    reasons = Counter(answer.reason for answer in answers if isinstance(answer, Undecided))
+    if reasons:
+        most = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(SHOWN_REASONS))
+        raise StageError(
+            f"the judge gave no verdict on {reasons.total()} of {len(answers)} rows, and nothing was filtered: {most}"
+        )
+    return [answer for answer in answers if isinstance(answer, Verdict)]
 
 
 def split(
     rows: Sequence[Row], found: Sequence[Verdict], config: FilterConfig, seed: int
 ) -> tuple[list[Row], list[Row]]:
     """(kept, dropped) rows, each with its verdict."""
-    rated = [_with_difficulty(row, verdict, config.judge.path) for row, verdict in zip(rows, found, strict=True)]
+    rated = [_with_difficulty(row, verdict, config.judge_name) for row, verdict in zip(rows, found, strict=True)]
     return select(rated, [verdict.score for verdict in found], config.keep_fraction, config.stratify, seed)
 
 

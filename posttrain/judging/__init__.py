@@ -1,6 +1,14 @@
 """A model that rates texts for other parts: the filter's rows and RL's replies.
 
-config.py      what the judge is asked, and what it may answer
-prompts.py     a row as the judge's prompt, with everything that could leave its place escaped
-verdicts.py    from the judge's answer to a verdict: a distribution over the labels, and one score
+    Row ─► prompts ─► Question ─► JudgeBackend.rate ─► Verdict, or Undecided with its reason
+
+config.py      what the judge is asked, what it may answer, and where it runs
+prompts.py     a row as a Question, with everything that could leave its place escaped
+verdicts.py    a Verdict (a distribution over the labels, and one score), or Undecided
+backend.py     the protocol JudgeBackend, and which of the two implementations a config means
+engines.py     the judge on vLLM engines of the stage
+endpoint.py    the judge at a server that speaks the chat completions protocol of OpenAI
+forms.py       how such a server is asked for a label, and how its answer is read
+requests.py    one request to it: the client, the key, retries, and errors in plain words
+preflight.py   what is asked of it before anything heavy starts
 """

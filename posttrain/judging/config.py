@@ -1,12 +1,24 @@
-"""What a judge is asked about a text, and what it may answer; the same section in the filter and in RL."""
+"""What a judge is asked about a text, what it may answer, and where it runs; the same section in the filter and in RL.
+
+A judge runs on engines of the stage, which serve a model folder:
+
+    judge: {path: models/judge}                       # filter; in RL: judge: {model: {path: models/judge}}
+
+or on a server that speaks the chat completions protocol of OpenAI:
+
+    judge:
+      endpoint: {base_url: "https://judge.example/v1", model: judge-70b, api_key_env: JUDGE_API_KEY}
+"""
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import EngineConfig
+from posttrain.config.shared import EngineConfig, Positive, ServedModelConfig
 
 PLACEHOLDERS = ("prompt", "response", "system", "answer", "labels")
 PLACEHOLDER = re.compile(r"\{(" + "|".join(PLACEHOLDERS) + r")\}")
@@ -35,6 +47,59 @@ every time; the hardest is for what takes many steps, rare knowledge or several 
 Answer with exactly one of these words and nothing else: {labels}."""
 
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class EndpointConfig(Config):
+    """A server that speaks the chat completions protocol of OpenAI, such as `vllm serve` or a hosted service."""
+
+    base_url: str = Field(description="Address of the server, with its version: http://127.0.0.1:8000/v1.")
+    model: str = Field(min_length=1, description="Name under which the server offers the model.")
+    api_key_env: str | None = Field(
+        default=None,
+        description="Name of the environment variable that holds the key; None: the server needs no key. The key "
+        "itself never stands in YAML.",
+    )
+    concurrency: Annotated[int, Field(ge=1)] = Field(default=16, description="Requests in flight at the same time.")
+    timeout_s: Positive = Field(default=60.0, description="A request without an answer for this long has failed.")
+    retries: Annotated[int, Field(ge=0)] = Field(
+        default=6, description="A request that failed for a passing reason is sent so many times more."
+    )
+    max_wait_s: Positive = Field(
+        default=60.0,
+        description="Longest wait between two tries. A server that asks for a longer one (Retry-After) is taken to be "
+        "out of service.",
+    )
+    top_logprobs: Annotated[int, Field(ge=1)] = Field(
+        default=20, description="Likeliest tokens of which log-probabilities are requested; many servers allow 20."
+    )
+    max_prompt_chars: Annotated[int, Field(ge=64)] = Field(
+        default=24_000, description="Longest prompt of the judge, in characters: there is no tokenizer to count tokens."
+    )
+
+    @model_validator(mode="after")
+    def _is_usable(self) -> "EndpointConfig":
+        """On the whole section, because a message about a single value shows it, and it may hold a key."""
+        if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
+            raise ValueError(
+                "api_key_env must be the name of an environment variable, such as JUDGE_API_KEY (what was given is "
+                "not shown, because it may be a key)"
+            )
+        try:
+            parts = urlsplit(self.base_url)
+            host, _ = parts.hostname, parts.port
+        except ValueError as error:
+            raise ValueError(f"base_url cannot be read as an address: {error}") from None
+        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+            raise ValueError(
+                "base_url must be an address without user, password, query or fragment; name a variable that holds "
+                "the key in api_key_env"
+            )
+        if parts.scheme not in ("http", "https") or not host:
+            raise ValueError(f"base_url: got {self.base_url!r}: must begin with http:// or https:// and name a host")
+        return self
+
+
 class JudgeQuestion(Config):
     """What a judge is asked about a text, what it may answer, and the engine that serves it."""
 
@@ -52,7 +117,9 @@ class JudgeQuestion(Config):
     long_rows: Literal["shorten", "error"] = Field(
         default="shorten", description="Texts too long for the judge: show it their beginning and end, or stop."
     )
-    engine: EngineConfig = Field(default_factory=EngineConfig, description="vLLM engine of the judge.")
+    engine: EngineConfig | None = Field(
+        default_factory=EngineConfig, description="vLLM engine of the judge; null with an endpoint."
+    )
 
     @field_validator("template")
     @classmethod
@@ -74,8 +141,37 @@ class JudgeQuestion(Config):
             raise ValueError("a label must not be empty, nor begin or end with a space")
         return labels
 
+    @property
+    def source(self) -> ServedModelConfig | EndpointConfig:
+        """Where the judge runs: the model folder that engines of the stage serve, or the endpoint."""
+        raise NotImplementedError
+
+    @classmethod
+    def has_endpoint(cls, data: Mapping[str, Any]) -> bool:
+        """Whether the section, as it was written, names an endpoint."""
+        return data.get("endpoint") is not None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_engine_with_an_endpoint(cls, data: Any) -> Any:
+        """The default engine is of a judge on engines only."""
+        if isinstance(data, Mapping) and cls.has_endpoint(data) and "engine" not in data:
+            return {**data, "engine": None}
+        return data
+
     @model_validator(mode="after")
     def _prompt_fits(self) -> "JudgeQuestion":
+        if isinstance(self.source, EndpointConfig):
+            if self.engine is not None:
+                raise ValueError("engine: an endpoint needs no engine; remove engine, or endpoint")
+            if self.max_prompt_tokens is not None:
+                raise ValueError(
+                    f"max_prompt_tokens: got {self.max_prompt_tokens}, but an endpoint has no tokenizer here to count "
+                    "with; set endpoint.max_prompt_chars instead"
+                )
+            return self
+        if self.engine is None:
+            raise ValueError("engine: got null, but a judge without an endpoint is served by an engine")
         if self.max_prompt_tokens is not None and self.max_prompt_tokens >= self.engine.max_model_len:
             raise ValueError(
                 f"max_prompt_tokens is {self.max_prompt_tokens}; it must be below engine.max_model_len "
@@ -84,6 +180,14 @@ class JudgeQuestion(Config):
         return self
 
     @property
+    def judge_name(self) -> str:
+        """What verdicts call the judge: its model folder, or the model's name at its endpoint."""
+        return self.source.model if isinstance(self.source, EndpointConfig) else self.source.path
+
+    @property
     def prompt_limit(self) -> int:
-        """Longest prompt of the judge in tokens: one token is left for its answer."""
+        """Longest prompt of the judge: in tokens on engines, where one is left for the answer; else in characters."""
+        if isinstance(self.source, EndpointConfig):
+            return self.source.max_prompt_chars
+        assert self.engine is not None  # see _prompt_fits
         return self.max_prompt_tokens or self.engine.max_model_len - 1

@@ -1,74 +1,124 @@
-"""What the judge is asked about a row, as token ids, and which token stands for which label.
+"""What the judge is asked about a row, and which token stands for which label.
 
-The text of a row is data that anyone may have written. It cannot leave its place in the judge's prompt: the special
-tokens of the tokenizer and the tags of the template are escaped in it, and it is put in once, so that a placeholder
-in it is left alone. The judge's answer is one token out of the labels', so there is no free text to be fooled by.
+The text of a row is data that anyone may have written. It cannot leave its place in the judge's prompt: special tokens
+and the tags of the template are escaped in it, and it is put in once, so that a placeholder in it is left alone. For a
+judge on engines the special tokens are those of its tokenizer, and lengths are counted in tokens. For an endpoint there
+is no tokenizer here: what looks like a special token is escaped, and lengths are counted in characters.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from msgspec import Struct
+
 from posttrain.data.chat import render_prompt
 from posttrain.data.transcript import message_text, transcript
 from posttrain.errors import DataError, UserError
-from posttrain.judging.config import PLACEHOLDER, JudgeQuestion
+from posttrain.judging.config import PLACEHOLDER, EndpointConfig, JudgeQuestion
 from posttrain.records import Message, Row
 
 _TAG = re.compile(r"</?\s*([A-Za-z][\w-]*)")
 _GAP = "\n[...]\n"
+# The first character of what common chat formats use as special tokens: <|eot|>, <turn|>, </s>, <start_of_turn>,
+# [/INST], <<SYS>>. Some models write the bar in full width.
+_LOOKS_SPECIAL = (
+    r"<(?=[|\uff5c])|<(?=/?\w{1,40}[|\uff5c]>)|<(?=</?SYS>>)"
+    r"|<(?=/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn|think)>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])"
+)
+
+
+class Question(Struct, frozen=True):
+    """What a judge is asked about one row.
+
+    row_id: of the row; text: the judge's user turn; token_ids: the whole prompt, for a judge on engines only.
+
+    Example: Question("r7", "Rate how hard a task is ... <task_text>1 + 1?</task_text> ...", (200000, 5, ...))
+    """
+
+    row_id: str
+    text: str
+    token_ids: tuple[int, ...] = ()
 
 
 class JudgePrompts:
-    """Renders rows for the judge. `tokenizer` is the judge's, with a chat template."""
+    """Renders rows for the judge.
 
-    def __init__(self, tokenizer: Any, config: JudgeQuestion):
-        self._tokenizer = tokenizer
+    tokenizer: the judge's, with a chat template; None for a judge at an endpoint. choice_ids: the first token of each
+    label, empty without a tokenizer. num_shortened: rows of which only the beginning and end were shown. Raises
+    UserError for labels that the tokenizer cannot tell apart.
+    """
+
+    def __init__(self, config: JudgeQuestion, tokenizer: Any = None):
         self._config = config
+        self._tokenizer = tokenizer
         self._escape = _escaper(tokenizer, config.template)
+        self.choice_ids = () if tokenizer is None else label_token_ids(tokenizer, config.labels)
         self.num_shortened = 0
 
-    def render(self, row: Row) -> tuple[int, ...]:
-        """Token ids of the judge's prompt for a row.
+    def render(self, row: Row) -> Question:
+        """The question about a row, whose last message is the reply.
 
-        A row too long for `max_prompt_tokens` is shown by the beginning and end of its texts, or raises DataError,
-        as `long_rows` says.
+        A row that is too long is shown by the beginning and end of its texts, or raises DataError, as `long_rows`
+        says.
         """
         texts = {name: self._escape(text) for name, text in row_texts(row).items()}
-        ids = self._ids(texts)
+        question, length = self._question(row, texts)
         limit = self._config.prompt_limit
-        if len(ids) <= limit:
-            return ids
+        if length <= limit:
+            return question
+        unit, keys = self._words()
         if self._config.long_rows == "error":
             raise DataError(
-                f"row {row.id}: the judge's prompt has {len(ids)} tokens, but at most {limit} fit (max_prompt_tokens, "
-                "engine.max_model_len); raise them, shorten the row, or set long_rows: shorten"
+                f"row {row.id}: the judge's prompt has {length} {unit}, but at most {limit} fit ({keys}); raise that, "
+                "shorten the row, or set long_rows: shorten"
             )
         self.num_shortened += 1
         return self._shorten(row, texts, limit)
 
-    def _ids(self, texts: dict[str, str]) -> tuple[int, ...]:
+    def _words(self) -> tuple[str, str]:
+        """The unit of lengths, and the keys that limit them."""
+        if isinstance(self._config.source, EndpointConfig):
+            return "characters", "endpoint.max_prompt_chars"
+        return "tokens", "max_prompt_tokens and engine.max_model_len"
+
+    def _question(self, row: Row, texts: dict[str, str]) -> tuple[Question, int]:
+        """The question with these texts in the template, and its length."""
         values = {**texts, "labels": ", ".join(self._config.labels)}
         text = PLACEHOLDER.sub(lambda match: values[match[1]], self._config.template)
-        return tuple(render_prompt(self._tokenizer, [Message("user", text)]))
+        if self._tokenizer is None:
+            return Question(row.id, text), len(text)
+        ids = tuple(render_prompt(self._tokenizer, [Message("user", text)]))
+        return Question(row.id, text, ids), len(ids)
 
-    def _shorten(self, row: Row, texts: dict[str, str], limit: int) -> tuple[int, ...]:
-        """The prompt with every text cut to the largest number of characters, the same for each, that fits."""
-        best: tuple[int, ...] | None = None
+    def _shorten(self, row: Row, texts: dict[str, str], limit: int) -> Question:
+        """The question with every text cut to the largest number of characters, the same for each, that fits."""
+        best: Question | None = None
         low, high = 0, max(map(len, texts.values()))
         while low <= high:
             middle = (low + high) // 2
-            ids = self._ids({name: _cut(text, middle) for name, text in texts.items()})
-            if len(ids) <= limit:
-                best, low = ids, middle + 1
+            question, length = self._question(row, {name: _cut(text, middle) for name, text in texts.items()})
+            if length <= limit:
+                best, low = question, middle + 1
             else:
                 high = middle - 1
         if best is None:
+            unit, keys = self._words()
             raise DataError(
-                f"row {row.id}: the judge's template alone takes more than the {limit} tokens that fit; "
-                "raise max_prompt_tokens and engine.max_model_len, or shorten template"
+                f"row {row.id}: the judge's template alone takes more than the {limit} {unit} that fit; raise {keys}, "
+                "or shorten template"
             )
         return best
+
+
+def judge_prompts(config: JudgeQuestion) -> JudgePrompts:
+    """The renderer for a judge, with its tokenizer where its model folder is here."""
+    if isinstance(config.source, EndpointConfig):
+        return JudgePrompts(config)
+    from posttrain.model.load import load_tokenizer
+
+    return JudgePrompts(config, load_tokenizer(config.source.path))
 
 
 def row_texts(row: Row) -> dict[str, str]:
@@ -113,9 +163,11 @@ def _first_token(tokenizer: Any, prompt: list[int], label: str) -> int:
 
 def _escaper(tokenizer: Any, template: str) -> Callable[[str], str]:
     """A function that makes special tokens, and tags of the names that the template uses, plain text."""
-    special = {str(token) for token in tokenizer.all_special_tokens}
-    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    parts = [re.escape(token) for token in sorted(special, key=len, reverse=True) if token.strip()]
+    parts = [_LOOKS_SPECIAL]
+    if tokenizer is not None:
+        special = {str(token) for token in tokenizer.all_special_tokens}
+        special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        parts = [re.escape(token) for token in sorted(special, key=len, reverse=True) if token.strip()]
     tags = sorted(set(_TAG.findall(template)))
     if tags:
         parts.append(r"<(?=\s*/?\s*(?i:" + "|".join(map(re.escape, tags)) + r")\b)")

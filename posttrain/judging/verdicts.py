@@ -1,23 +1,24 @@
-"""The judge's verdict on each row: a distribution over the labels, and from it one number for hardness."""
+"""The judge's verdict on a row: a distribution over the labels, and from it one number; or why there is none."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal
 
-from posttrain.errors import StageError
-from posttrain.judging.config import JudgeQuestion
-from posttrain.judging.prompts import JudgePrompts, label_token_ids
-from posttrain.records import Row
-from posttrain.sampling.requests import Completion, SampleRequest
+from msgspec import Struct
 
 
-class Sampler(Protocol):
-    """What is needed of the engines."""
+class Undecided(Struct, frozen=True):
+    """Why there is no verdict on a row. It is never taken for one.
 
-    def generate(
-        self, requests: Sequence[SampleRequest], on_done: Callable[[int], None] | None = None
-    ) -> list[list[Completion]]: ...
+    outcome: "infrastructure" where the judge could not be reached, so that the same question may be answered later;
+    "error" where it answered with something that is no verdict. reason: one line.
+
+    Example: Undecided("infrastructure", "http://127.0.0.1:8000/v1: no connection")
+    """
+
+    outcome: Literal["infrastructure", "error"]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +59,6 @@ def verdict_of(labels: Sequence[str], logprobs: Sequence[float]) -> Verdict:
     return Verdict(tag, min(1.0, max(0.0, score)), dict(zip(labels, probabilities, strict=True)))
 
 
-def judge_requests(
-    rows: Sequence[Row], tokenizer: Any, config: JudgeQuestion
-) -> tuple[list[SampleRequest], tuple[int, ...], int]:
-    """One constrained request a row, the labels' token ids, and how many rows were shortened."""
-    choice_ids = label_token_ids(tokenizer, config.labels)
-    prompts = JudgePrompts(tokenizer, config)
-    requests = [SampleRequest(prompts.render(row), max_tokens=1, choice_ids=choice_ids) for row in rows]
-    return requests, choice_ids, prompts.num_shortened
-
-
-def verdicts(
-    sampler: Sampler,
-    requests: Sequence[SampleRequest],
-    labels: Sequence[str],
-    choice_ids: Sequence[int],
-    on_done: Callable[[int], None] | None = None,
-) -> list[Verdict]:
-    """Ask the judge; one verdict a request, in order. Raises StageError where an answer holds no distribution."""
-    return [read_verdict(answer[0], labels, choice_ids) for answer in sampler.generate(requests, on_done)]
-
-
-def read_verdict(answer: Completion, labels: Sequence[str], choice_ids: Sequence[int]) -> Verdict:
-    """The verdict of one answer. Raises StageError where it holds no distribution."""
-    try:
-        return verdict_of(labels, [answer.choice_logprobs.get(token, -math.inf) for token in choice_ids])
-    except ValueError as error:
-        raise StageError(f"the judge's answer cannot be used: {error}") from None
+def sure_verdict(labels: Sequence[str], label: str) -> Verdict:
+    """The verdict of an answer of which only the label is known: all of the probability is on it."""
+    return verdict_of(labels, [0.0 if other == label else -math.inf for other in labels])

@@ -106,7 +106,8 @@ def load_pipeline(source: str | Path | Mapping[str, Any] | RawPipeline, override
     nodes += _evaluations(raw, kinds, problems)
     problems += tracker_problems(raw.config)
     for node in nodes:
-        problems += [f"{node.name}: kind {node.kind} {missing}" for missing in package_problems(node.stage_kind)]
+        missing = package_problems(node.config, node.stage_kind)
+        problems += [f"{node.name}: kind {node.kind} {line}" for line in missing]
         found = tracker_problems(node.config) + input_problems(node.config, node.stage_kind)
         problems += [_located(node, problem) for problem in found]
     cycle = find_cycle({node.name: node.needs for node in nodes})

@@ -6,6 +6,7 @@ starts.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,8 +15,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from posttrain.config.shared import DataConfig, FilesConfig, RewardFunctionConfig, ServedModelConfig, VerifierConfig
+from posttrain.config.shared import (
+    DataConfig,
+    EngineConfig,
+    FilesConfig,
+    RewardFunctionConfig,
+    ServedModelConfig,
+    VerifierConfig,
+)
 from posttrain.errors import UserError
+from posttrain.judging.config import EndpointConfig
 from posttrain.pipeline.kinds import Rows, StageKind, kind_name
 from posttrain.pipeline.references import has_reference
 
@@ -61,9 +70,22 @@ def find_inputs(config: BaseModel) -> list[Input]:
     ]
 
 
+def find_endpoints(config: BaseModel) -> list[tuple[str, EndpointConfig]]:
+    """(key path, section) of the servers that a config names."""
+    return [(key, value) for key, value in walk(config) if isinstance(value, EndpointConfig)]
+
+
+def _key_problems(endpoint: EndpointConfig) -> list[str]:
+    name = endpoint.api_key_env
+    if name is None or os.environ.get(name):
+        return []
+    return [f".api_key_env: got {name!r}: this environment variable is not set; export it, with the key as its value"]
+
+
 def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
     """One line a problem, led by the key path; nothing is loaded."""
     problems = [f"{found.key}{line}" for found in find_inputs(config) for line in _problems(found, kind)]
+    problems += [f"{key}{line}" for key, endpoint in find_endpoints(config) for line in _key_problems(endpoint)]
     problems += [] if problems else _row_problems(config, kind)
     missing = [(key, path) for key, path in other_paths(config, kind) if not Path(path).expanduser().exists()]
     return problems + [f"{key}: got {path!r}: no such file or folder" for key, path in missing]
@@ -201,9 +223,15 @@ def model_folder_problems(path: str) -> list[str]:
     return problems
 
 
-def package_problems(kind: StageKind) -> list[str]:
-    """Packages that a kind of stage needs and that are not installed. They are looked for, not imported."""
-    missing = [package for package in kind.packages if find_spec(package) is None]
+def needed_packages(config: BaseModel, kind: StageKind) -> list[str]:
+    """Packages that a stage needs, by import name: those of its kind, less vLLM where its config has no engine."""
+    has_engine = any(isinstance(value, EngineConfig) for _, value in walk(config))
+    return [package for package in kind.packages if package != "vllm" or has_engine]
+
+
+def package_problems(config: BaseModel, kind: StageKind) -> list[str]:
+    """Packages that a stage needs and that are not installed. They are looked for, not imported."""
+    missing = [package for package in needed_packages(config, kind) if find_spec(package) is None]
     return [f"needs {name}, which is not installed: {INSTALL.get(name, 'install posttrain again')}" for name in missing]
 
 

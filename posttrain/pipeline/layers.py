@@ -11,7 +11,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("records", "files", "resources"),
     ("config",),
     ("context",),
-    ("actors",),
     ("scoring",),
     ("data",),
     ("metrics",),

@@ -26,7 +26,7 @@ from posttrain.config.shared import (
 )
 from posttrain.errors import ConfigError
 from posttrain.pipeline.graph import Node, Pipeline, output_path
-from posttrain.pipeline.inputs import find_inputs, walk
+from posttrain.pipeline.inputs import find_endpoints, find_inputs, walk
 from posttrain.pipeline.references import find_references
 from posttrain.planning.memory import BYTES, state_bytes
 
@@ -80,6 +80,8 @@ def _step(node: Node, pipeline: Pipeline, run_dir: Path) -> Step:
             inputs[found.key] = path if isinstance(path, str) else ", ".join(path)
         else:
             inputs[found.key] = found.value.name
+    for key, endpoint in find_endpoints(node.config):
+        inputs[key] = f"{endpoint.model} at {endpoint.base_url}"
     for reference in find_references(node.config.model_dump(mode="json")):
         inputs.setdefault(reference.key.removesuffix(".path"), reference.text)
     outputs = {name: str(Path(node.folder) / path) for name, path in node.stage_kind.outputs.items()}
@@ -93,7 +95,7 @@ def _actors(node: Node, pipeline: Pipeline, run_dir: Path) -> list[Actor]:
     declared = {
         key: value for key, value in walk(resources) if isinstance(value, _RESOURCES)
     } if resources is not None else {}  # fmt: skip
-    if not declared:
+    if not declared and node.stage_kind.trains_itself:
         declared = {"trainer": ActorResources(workers=getattr(node.config, "processes", 1))}
     return [
         Actor(role, _workers(role, node, item), item.cpus, item.gpus, _memory(role, node, pipeline, run_dir))

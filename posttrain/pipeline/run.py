@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from posttrain.context import StageContext
-from posttrain.errors import ConfigError, PosttrainError, StageError
+from posttrain.errors import ConfigError, PosttrainError, StageError, UserError
 from posttrain.pipeline.config import RawPipeline
 from posttrain.pipeline.decide import Decision, decide, default_run_dir
 from posttrain.pipeline.graph import Pipeline, load_pipeline
+from posttrain.pipeline.inputs import find_endpoints, needed_packages
 from posttrain.pipeline.memory import MemorySampler
 from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_plan
 from posttrain.pipeline.ray_session import joins_cluster, ray_session
@@ -71,10 +72,30 @@ def run_pipeline(
     try:
         place.check(pipeline)
         decisions = decide(pipeline, place, start_from, only)
+        _check_endpoints(pipeline, decisions)
         with place.open(pipeline):
             return _run(pipeline, place, decisions, display or _Silent(), command)
     except OSError as error:
         raise StageError(f"{_os_error(error)}\n{_resume(command)}") from error
+
+
+def _check_endpoints(pipeline: Pipeline, decisions: Mapping[str, Decision]) -> None:
+    """Whether the judges at endpoints can be used, before any stage runs for hours. Raises ConfigError."""
+    found = [
+        (node, endpoint)
+        for name, node in pipeline.nodes.items()
+        if decisions[name].action in ("run", "resume")
+        for _, endpoint in find_endpoints(node.config)
+    ]
+    if not found:
+        return
+    from posttrain.judging.preflight import check_server
+
+    for node, endpoint in found:
+        try:
+            check_server(endpoint)
+        except UserError as error:
+            raise ConfigError(pipeline.source, [f"{node.prefix}{error}"]) from None
 
 
 def _run(
@@ -124,7 +145,7 @@ def _execute(
     with ray_session() as session:
         check_fits(plan, pipeline.source, session.cpus, session.gpus)
         todo = [node for name, node in pipeline.nodes.items() if decisions[name].action in ("run", "resume")]
-        if any("vllm" in node.stage_kind.packages for node in todo):
+        if any("vllm" in needed_packages(node.config, node.stage_kind) for node in todo):
             from posttrain.sampling.registry import start_registry
 
             start_registry()

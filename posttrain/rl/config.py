@@ -24,7 +24,7 @@ from posttrain.config.shared import (
     TrackersConfig,
     TrainerResources,
 )
-from posttrain.judging.config import JudgeQuestion
+from posttrain.judging.config import EndpointConfig, JudgeQuestion
 from posttrain.rl.loss_config import LossConfig
 
 # Schedules of the curriculum that need no function.
@@ -144,7 +144,13 @@ Answer with exactly one of these words and nothing else: {labels}."""
 class RlJudgeConfig(JudgeQuestion):
     """A model that rates every reply before the reward sees it: the row then has a field `judge`."""
 
-    model: ServedModelConfig = Field(description="The model that rates; an instruction-tuned one with a chat template.")
+    model: ServedModelConfig | None = Field(
+        default=None,
+        description="The model that rates, on engines of this stage; an instruction-tuned one with a chat template.",
+    )
+    endpoint: EndpointConfig | None = Field(
+        default=None, description="The server that rates. Exactly one of model and endpoint is given."
+    )
     template: str = Field(
         default=JUDGE_TEMPLATE,
         description="The judge's user turn, with {prompt} and, if wanted, {response}, {answer}, {system} and {labels}.",
@@ -153,6 +159,16 @@ class RlJudgeConfig(JudgeQuestion):
         default_factory=lambda: ["wrong", "partly", "right"],
         description="What the judge may answer, from the worst to the best.",
     )
+
+    @property
+    def source(self) -> ServedModelConfig | EndpointConfig:
+        """Where the judge runs. Raises ValueError unless exactly one of the two forms is given."""
+        if (found := self.model or self.endpoint) is None or (self.model and self.endpoint):
+            raise ValueError(
+                f"has {'neither' if found is None else 'both'} model {'nor' if found is None else 'and'} endpoint; "
+                "give one: model is a folder that engines of this stage serve, endpoint is a server that already runs"
+            )
+        return found
 
 
 class RefilterConfig(Config):
@@ -382,7 +398,9 @@ class RlConfig(Config):
                 "loss.reference and resources.reference go together: the penalty, and the CPUs and GPUs of the process "
                 "that holds the reference policy; set both or none"
             )
-        if (self.judge is None) != (self.resources.judge is None):
+        if self.judge is not None and self.judge.endpoint is not None and self.resources.judge is not None:
+            raise ValueError("resources.judge: an endpoint needs no engines; remove resources.judge, or judge.endpoint")
+        if (self.judge is None or self.judge.model is None) != (self.resources.judge is None):
             raise ValueError(
                 "judge and resources.judge go together: the model that rates replies, and the CPUs and GPUs of its "
                 "engines; set both or none"

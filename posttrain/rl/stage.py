@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.context import StageContext
-from posttrain.data.chat import end_token_ids, render_prompt, render_row
+from posttrain.data.chat import end_token_ids, render_prompt
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import hash_order
 from posttrain.errors import TrainerLostError
 from posttrain.files import keep_lines
+from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
 from posttrain.parallel.engine import check_parallel
 from posttrain.parallel.ranks import RankGroup
 from posttrain.records import Message, Row
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import passes_and_failures
-from posttrain.rl.grading.judge import Judge, Question
-from posttrain.rl.grading.verifiers import JUDGE_FIELD, check_rewardable
+from posttrain.rl.grading.judge import Judge
+from posttrain.rl.grading.verifiers import check_rewardable
 from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Commit, Ledger
 from posttrain.rl.history.recovery import (
@@ -67,10 +68,10 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     evaluated = heldout_prompts(config, heldout, partial(render_prompt, tokenizer))
     stop_ids = tuple(end_token_ids(tokenizer))
     check_reference(config)
-    question = Question(config.judge, load_tokenizer(config.judge.model.path)) if config.judge is not None else None
+    prepared = prepare_judge(config.judge) if config.judge is not None else None
     with ExitStack() as models:
         engines = models.enter_context(Engines(context, config.model, config.engine, config.resources.rollout))
-        judge = _start_judge(config, question, context, models)
+        judge = _start_judge(config, prepared, context, models)
         trainer = _start_trainer(config, context.seed)  # beside the profile
         try:
             order = list(prompts)
@@ -143,7 +144,7 @@ def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[D
     def render(messages: Sequence[Message]) -> list[int]:
         return render_prompt(tokenizer, messages)
 
-    prompts = [DrawnPrompt(row, None, row.messages, render_row(render, row)) for row in rows]
+    prompts = [DrawnPrompt(row, None, row.messages, tuple(render(row.messages))) for row in rows]
     check_room(config, prompts, render)
     return prompts
 
@@ -163,13 +164,14 @@ def _start_trainer(config: RlConfig, seed: int) -> RankGroup:
     )
 
 
-def _start_judge(config: RlConfig, question: Question | None, context: StageContext, models: ExitStack) -> Judge | None:
-    """The judge on its engines, if the stage has one."""
-    if question is None:
+def _start_judge(
+    config: RlConfig, prepared: PreparedJudge | None, context: StageContext, models: ExitStack
+) -> Judge | None:
+    """The judge, if the stage has one: on its engines, or at its endpoint."""
+    if prepared is None:
         return None
-    assert config.resources.judge is not None
-    engines = Engines(context, question.config.model, question.config.engine, config.resources.judge, JUDGE_FIELD)
-    return Judge(question, models.enter_context(engines))
+    backend = models.enter_context(open_judge(prepared, context, config.resources.judge))
+    return Judge(prepared, backend)
 
 
 def restarts_left(config: RlConfig) -> range:

@@ -132,7 +132,7 @@ class Controller:
         self._scored = BusyLog(context, "reward", "score")
         self._tally = StepTally(
             {**{worker.name: worker.log for worker in self._workers.workers}, "reward": self._scored}
-            | (parts.judge.logs if parts.judge is not None else {}),
+            | (dict(parts.judge.logs) if parts.judge is not None else {}),
             {item.prompt_id: item.pass_rate for item in parts.profile},
             config.reward.correct_threshold,
         )

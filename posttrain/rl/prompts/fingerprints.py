@@ -13,6 +13,7 @@ from typing import Any
 
 from posttrain.data.rows import row_to_json
 from posttrain.errors import CheckpointError
+from posttrain.judging.config import EndpointConfig
 from posttrain.records import Row
 from posttrain.rl.config import RlConfig
 from posttrain.scoring.plugins.requirements import reward_sources
@@ -54,11 +55,15 @@ def scoring_fingerprint(config: RlConfig) -> str:
 
 
 def _judge(config: RlConfig) -> Any:
-    """The judge's model and question, where there is one."""
+    """The judge's model and question, where there is one. The weights at an endpoint cannot be seen: its address and
+    the model's name stand for them."""
     if config.judge is None:
         return None
-    asked = config.judge.model_dump(exclude={"engine", "model"})
-    return {**asked, "model": policy_fingerprint(config.judge.model.path), "dtype": config.judge.model.dtype}
+    asked, source = config.judge.model_dump(exclude={"engine", "model", "endpoint"}), config.judge.source
+    if isinstance(source, EndpointConfig):
+        seen = source.model_dump(include={"base_url", "model", "top_logprobs", "max_prompt_chars"})
+        return {**asked, "endpoint": seen}
+    return {**asked, "model": policy_fingerprint(source.path), "dtype": source.dtype}
 
 
 def prompt_fingerprint(row: Row) -> str:

@@ -1,0 +1,95 @@
+"""Where a judge runs: one protocol, two implementations, and the choice between them by the config.
+
+prepared = prepare_judge(config)                        # checks labels, tokenizer or endpoint; starts nothing
+questions = [prepared.prompts.render(row) for row in rows]
+with open_judge(prepared, context, resources) as judge:
+    answers = await judge.rate(questions)               # a Verdict or an Undecided for each, in order
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from posttrain.config.shared import ActorResources
+from posttrain.context import BusyLog, StageContext
+from posttrain.judging.config import EndpointConfig, JudgeQuestion
+from posttrain.judging.forms import Form
+from posttrain.judging.prompts import JudgePrompts, Question, judge_prompts
+from posttrain.judging.verdicts import Undecided, Verdict
+
+
+class JudgeBackend(Protocol):
+    """Something that answers questions about rows.
+
+    logs: when the judge worked, by the name of each engine or endpoint, for the timeline.
+    """
+
+    @property
+    def logs(self) -> Mapping[str, BusyLog]: ...
+
+    async def rate(
+        self, questions: Sequence[Question], on_done: Callable[[int], None] | None = None
+    ) -> list[Verdict | Undecided]:
+        """An answer to each question, in order. on_done: called with the number of questions that are finished."""
+        ...
+
+
+@dataclass(frozen=True)
+class PreparedJudge:
+    """A judge that was checked and not yet started. form: how an endpoint is asked; None for engines."""
+
+    config: JudgeQuestion
+    prompts: JudgePrompts
+    form: Form | None
+
+
+def prepare_judge(config: JudgeQuestion) -> PreparedJudge:
+    """Check a judge before anything heavy starts.
+
+    Raises UserError for labels that the tokenizer cannot tell apart, and for an endpoint that is down, does not serve
+    the model, or refuses the key.
+    """
+    prompts, form = judge_prompts(config), None
+    if isinstance(config.source, EndpointConfig):
+        from posttrain.judging.preflight import choose_form
+
+        form = asyncio.run(choose_form(config.source, config.labels))
+    return PreparedJudge(config, prompts, form)
+
+
+@contextmanager
+def open_judge(
+    prepared: PreparedJudge, context: StageContext, resources: ActorResources | None
+) -> Iterator[JudgeBackend]:
+    """The judge, ready to be asked. resources: of its engines, which need an initialised Ray session."""
+    config, source = prepared.config, prepared.config.source
+    if isinstance(source, EndpointConfig):
+        from posttrain.judging.endpoint import EndpointJudge
+
+        assert prepared.form is not None
+        context.event("judge_endpoint", base_url=source.base_url, model=source.model, form=prepared.form.name)
+        judge = EndpointJudge(source, config.labels, prepared.form, context)
+        try:
+            yield judge
+        finally:
+            flush(judge)
+        return
+    from posttrain.judging.engines import EngineJudge
+    from posttrain.sampling.client import Engines
+
+    assert config.engine is not None  # both are checked by the schemas
+    assert resources is not None
+    with Engines(context, source, config.engine, resources) as engines:
+        judge = EngineJudge(engines, context, config, choice_ids=prepared.prompts.choice_ids)
+        try:
+            yield judge
+        finally:
+            flush(judge)
+
+
+def flush(judge: JudgeBackend) -> None:
+    """Write the busy times that are not in the timeline yet."""
+    for log in judge.logs.values():
+        log.flush()
