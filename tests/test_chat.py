@@ -1,12 +1,14 @@
 """Chat rendering: what is trained on, where it starts, and that sampling and training see the same tokens."""
 
+from functools import partial
+
 import pytest
 from msgspec.structs import replace
 
 from posttrain.base.tokenizer import build_tokenizer
-from posttrain.data.chat import check_parity, end_token_ids, render_conversation, render_prompt
+from posttrain.data.chat import check_parity, end_token_ids, render_conversation, render_prompt, render_row
 from posttrain.errors import CheckpointError, DataError
-from posttrain.records import ImagePart, Message, TextPart, ToolCall
+from posttrain.records import ImagePart, Message, Row, TextPart, ToolCall
 
 CONVERSATION = (
     Message("system", "Solve the puzzle."),
@@ -229,6 +231,14 @@ def test_a_template_that_removes_earlier_reasoning_needs_these_turns_as_context(
     ids, mask = render_conversation(chatml, turns)
     assert trained_text(chatml, ids, mask) == "Steps: #Answer: 2<|eot|>"
     check_parity(chatml, turns)
+
+
+def test_the_row_is_named_whose_tools_the_template_leaves_out(chatml):
+    row = Row("r7", "sums", WITH_TOOLS[:-1])
+    with pytest.raises(DataError, match="row 'r7': the chat template leaves out the name of the call"):
+        render_row(partial(render_prompt, chatml), row)
+    chatml.chat_template = CHATML_TOOLS
+    assert render_row(partial(render_prompt, chatml), row) == tuple(render_prompt(chatml, row.messages))
 
 
 def test_an_image_is_not_dropped_in_silence(tokenizer):

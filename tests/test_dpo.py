@@ -22,9 +22,14 @@ from posttrain.dpo.mine import Reply, mine, read_replies
 from posttrain.errors import ConfigError, DataError, StageError
 from posttrain.files import read_jsonl
 from posttrain.model import load_model, load_tokenizer
-from posttrain.records import Message
+from posttrain.records import Message, ToolCall
 
 PROMPT = json.dumps([{"role": "user", "content": "Sum: 1 + 2"}])
+
+CHATML_THAT_CUTS = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else m.content.split('#')[-1] }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def make_pairs(count: int) -> list[Pair]:
@@ -76,6 +81,32 @@ def test_a_truncated_reply_gets_no_end_of_turn(policy):
     assert tokenizer.decode(item.rejected_ids) == "1 + 2 = 3, 3"
     assert not set(end_token_ids(tokenizer)) & set(item.rejected_ids)
     assert item.chosen_ids[-1] in end_token_ids(tokenizer)
+
+
+def test_turns_of_tools_and_earlier_replies_are_context(policy):
+    tokenizer = load_tokenizer(policy)
+    calling = Message("assistant", "", (ToolCall("add", {"a": 1, "b": 2}, "1"),))
+    result = Message("tool", "3", tool_call_id="1")
+    prompt = (Message("user", "Sum: 1 + 2"), calling, result)
+    (item,), _ = tokenize_pairs(tokenizer, [Pair("p", "sums", prompt, "Answer: 3", "Answer: 4")], 200, "error")
+    assert item.prompt_ids == render_prompt(tokenizer, prompt)
+    text = tokenizer.decode(item.prompt_ids)
+    assert '{"name": "add", "parameters": {"a": 1, "b": 2}}' in text
+    assert (tokenizer.decode(item.chosen_ids), tokenizer.decode(item.rejected_ids)) == (
+        "Answer: 3<|eot|>",
+        "Answer: 4<|eot|>",
+    )
+    assert sum(item.chosen_example().mask) == len(item.chosen_ids)
+
+
+def test_a_pair_may_begin_with_reasoning_that_its_template_removes_later(policy):
+    """The earlier turn is context: it is rendered as sampling would see it, and need not be so at its own time."""
+    tokenizer = load_tokenizer(policy)
+    tokenizer.chat_template = CHATML_THAT_CUTS
+    prompt = (Message("user", "1?"), Message("assistant", "hm#1"), Message("user", "2?"))
+    (item,), _ = tokenize_pairs(tokenizer, [Pair("p", "sums", prompt, "so#2", "so#3")], 128, "error")
+    assert tokenizer.decode(item.prompt_ids) == "user:1?<|eot|>assistant:1<|eot|>user:2?<|eot|>assistant:"
+    assert tokenizer.decode(item.chosen_ids) == "so#2<|eot|>"
 
 
 def test_pairs_that_are_too_long_are_an_error_or_dropped(policy):

@@ -415,6 +415,18 @@ def test_without_token_texts_a_reply_is_not_cut_by_guess(tmp_path: Path) -> None
     assert leaf["prompt"] == [{"role": "user", "content": "plain text"}]
 
 
+def test_turns_of_tools_are_shown_in_a_prompt(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    prompt = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+    ]
+    leaf = leaf_of(tmp_path, reply="2", prompt=json.dumps(prompt))
+    shown = [(turn["role"], turn["content"]) for turn in leaf["prompt"]]
+    assert shown == [("user", "1 + 1?"), ("assistant", 'add({"a": 1})'), ("tool", "2")]
+
+
 def test_marks_of_byte_level_tokens_are_read(tmp_path: Path) -> None:
     leaf = leaf_of(tmp_path, reply="a b\nc", versions="[[0, 0, 2], [1, 2, 4]]", tokens='["a", "Ġb", "Ċ", "c"]')
     assert "".join(piece["text"] for piece in leaf["reply"]) == "a b\nc"

@@ -12,7 +12,7 @@ from posttrain.pipeline.inputs import input_problems
 from posttrain.pipeline.kinds import KINDS
 from posttrain.records import Message, Rollout, Row, VersionSpan
 from posttrain.rl.config import RlConfig
-from posttrain.rl.grading.verifiers import check_rewardable, reward_pool, reward_spec
+from posttrain.rl.grading.verifiers import check_rewardable, reward_spec
 from posttrain.rl.prompts.quotas import mixture_shares
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
 from posttrain.scoring.plugins.requirements import check_fields, missing_fields, reward_sources
@@ -71,6 +71,10 @@ def config_of(*instructions: dict, **changes: object) -> RlConfig:
     return validate_config(RlConfig, data, "test")
 
 
+def pool_of(config: RlConfig) -> RewardPool:
+    return RewardPool(reward_spec(config), config.reward.workers, config.reward.timeout_s)
+
+
 # --- verifiers ---
 
 
@@ -84,7 +88,7 @@ def test_the_reward_is_the_tasks_and_the_verifiers_of_what_was_drawn(plugin: Pat
     )
     texts = [("Answer: 4", BRIEF), ("so it is Answer: 4", BRIEF), ("Answer: 5", BRIEF), ("ever so long a reply", BRIEF),
              ("so it is Answer: 4", LOUD), ("so it is Answer: 4", None)]  # fmt: skip
-    pool = reward_pool(config)
+    pool = pool_of(config)
     assert pool.num_workers == 2
     results = [scored.result for scored in pool.score_all((reply(*item), row_of()) for item in texts)]
     assert all(results)
@@ -106,7 +110,7 @@ def test_without_verifiers_the_reward_is_what_was_configured():
 @pytest.mark.slow
 def test_an_unscored_part_leaves_the_rollout_unscored(plugin: Path):
     config = config_of({"text": BRIEF, "verifier": {"name": f"{plugin}:short", "args": {"words": "two"}}})
-    scored = reward_pool(config).score_all([(reply("Answer: 4", BRIEF), row_of())])[0]
+    scored = pool_of(config).score_all([(reply("Answer: 4", BRIEF), row_of())])[0]
     assert scored.result is None
     assert "TypeError" in scored.reason
 
@@ -115,14 +119,14 @@ def test_an_unscored_part_leaves_the_rollout_unscored(plugin: Path):
 def test_what_cannot_be_part_of_another_reward_is_told_when_the_pool_starts(plugin: Path):
     config = config_of({"text": BRIEF, "verifier": {"name": f"{plugin}:later"}})
     with pytest.raises(PluginError, match="later' is async; it cannot be part of another reward"):
-        reward_pool(config).score_all([])
+        pool_of(config).score_all([])
 
 
 @pytest.mark.slow
 def test_rewards_inside_another_are_warmed_up_before_the_first_score(plugin: Path):
     by_capability = {"name": "by_capability", "args": {"rewards": {"default": f"{plugin}:warmed"}}}
     config = config_of({"text": BRIEF, "verifier": {"name": "final_answer", "weight": 0.5}}, reward=by_capability)
-    pools = [reward_pool(config), RewardPool(RewardSpec("by_capability", by_capability["args"]))]
+    pools = [pool_of(config), RewardPool(RewardSpec("by_capability", by_capability["args"]))]
     for pool in pools:
         scored = pool.score_all([(reply("x"), row_of())])[0]
         assert scored.result is not None, scored.reason

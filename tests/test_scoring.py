@@ -133,7 +133,7 @@ class TestPool:
             ("infinite", "error", "value is inf"),
             ("none", "error", "returned None"),
             ("text", "error", "returned str '1'"),
-            ("raise", "error", "ValueError: bad thing (hostile.py:20)"),
+            ("raise", "error", "ValueError: bad thing (hostile.py:21)"),
             ("interrupt", "error", "KeyboardInterrupt"),
             ("memory", "error", "MemoryError"),
         ],

@@ -17,10 +17,11 @@ from posttrain.config.base import dump_yaml, validate_config
 from posttrain.config.shared import LoraConfig, OptimizerConfig
 from posttrain.context import StageContext
 from posttrain.data.chat import end_token_ids, render_prompt
-from posttrain.data.rows import load_rows
+from posttrain.data.rows import load_rows, write_rows
 from posttrain.errors import CheckpointError, ConfigError, DataError, StageError
 from posttrain.files import read_jsonl
 from posttrain.model import load_model, load_tokenizer
+from posttrain.records import Message, Row, ToolCall
 from posttrain.sft import stage
 from posttrain.sft.config import SftConfig
 from posttrain.sft.examples import tokenize
@@ -91,6 +92,36 @@ def test_only_assistant_tokens_are_trained_on(policy, data, tmp_path):
                 ])).tolist())  # fmt: skip
                 found += [tokenizer.decode(run) for run in runs]
         assert sorted(found) == expected
+
+
+def test_context_turns_and_results_of_tools_have_no_label_and_no_loss(policy, tmp_path):
+    """In the batches that TRL really makes. The loss of a batch is its mean over the trained tokens alone."""
+    tokenizer = load_tokenizer(policy)
+    call = ToolCall("add", {"a": 1, "b": 2}, "1")
+    rows = [
+        Row("flag", "sums", (Message("user", "Sum: 1 + 1"), Message("assistant", "Answer: 3", trained=False),
+                             Message("user", "Sum: 1 + 1"), Message("assistant", "Answer: 2", trained=True))),
+        Row("tool", "sums", (Message("user", "Sum: 1 + 2"), Message("assistant", "Run:", (call,)),
+                             Message("tool", "3", tool_call_id="1"), Message("assistant", "Answer: 3"))),
+    ]  # fmt: skip
+    write_rows(tmp_path / "d.jsonl", rows)
+    changes = {"packing": False, "batch_tokens": None, "batch_size": 2, "max_length": 200}
+    trainer = make_trainer(make_config(policy, tmp_path / "d.jsonl", **changes), tmp_path)
+    (batch,) = trainer.get_train_dataloader()
+    found = [
+        tokenizer.decode(ids[labels != IGNORED])
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+    calling = 'Run:{"name": "add", "parameters": {"a": 1, "b": 2}}<|eot|>'
+    assert sorted(found) == ["Answer: 2<|eot|>", f"{calling}Answer: 3<|eot|>"]
+    model, total, count = trainer.model.eval(), 0.0, 0
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        whole = ids[: int((ids != tokenizer.pad_token_id).sum())]
+        logps = model(input_ids=whole[None]).logits[0, :-1].log_softmax(-1)
+        learned = labels[1 : len(whole)] != IGNORED
+        total -= logps.gather(1, whole[1:, None])[learned].sum().item()
+        count += int(learned.sum())
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(total / count, rel=1e-5)
 
 
 def test_tokens_before_the_reply_are_what_sampling_sends(policy, data):

@@ -10,10 +10,8 @@ Rank 0 writes one JSON line a step to stdout and saves the model at the end. The
 about as long as starting the tools around it. Runs on CPU, fp32, one thread a process.
 """
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from posttrain.actors.parent import die_with_parent
 from posttrain.base.config import StageConfig
 from posttrain.base.corpus import Corpus, Document
 from posttrain.base.model import build_model
@@ -31,13 +30,11 @@ from posttrain.base.muon import Muon
 from posttrain.base.sets import draw_sets
 from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main(spec_path: str) -> None:
     """Train as the spec says: {"config", "seed", "out", "parent"}; `out` is the model folder to write."""
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
-    _die_with_parent(spec["parent"])
+    die_with_parent(spec["parent"])
     metrics = _own_stdout()
     config = StageConfig.model_validate(spec["config"])
     torch.set_num_threads(1)
@@ -68,15 +65,9 @@ def _fork(processes: int) -> int:
     first = os.getpid()
     for rank in range(1, processes):
         if os.fork() == 0:
-            _die_with_parent(first)
+            die_with_parent(first)
             return rank
     return 0
-
-
-def _die_with_parent(parent: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the process that started this one is gone")
 
 
 def _own_stdout() -> TextIO:

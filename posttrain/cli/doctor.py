@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from posttrain.actors.processes import kill_marked
 from posttrain.cli.doctor_checks import IMAGE_AND_SOUND, Check, installed, machine_checks, package_checks, python_check
 from posttrain.errors import EXIT_OK, EXIT_USER
 
@@ -123,20 +123,7 @@ def _kill_all(process: "subprocess.Popen[Any]", mark: str) -> None:
     """Kill the probe and everything it started: its session, and whatever still carries the mark in its environment."""
     import psutil
 
-    def belongs(candidate: "psutil.Process") -> bool:
-        try:
-            return os.getsid(candidate.pid) == process.pid or candidate.environ().get(MARK) == mark
-        except (psutil.Error, OSError):
-            return False
-
-    for _ in range(5):  # a process may fork between the look and the kill
-        alive = [candidate for candidate in psutil.process_iter() if belongs(candidate)]
-        for candidate in alive:
-            with suppress(psutil.Error):
-                candidate.send_signal(signal.SIGKILL)
-        if not alive:
-            break
-        psutil.wait_procs(alive, timeout=5)
+    psutil.wait_procs(kill_marked(MARK, mark, session=process.pid), timeout=5)
     process.wait()
 
 

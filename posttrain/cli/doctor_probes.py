@@ -7,11 +7,9 @@ use the real thing at its smallest: vLLM loads a model and samples from it, two 
 task. Deadlines and cleaning up are the caller's, see doctor.py.
 """
 
-import ctypes
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,17 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from posttrain.actors.parent import die_with_parent
+
 VOCABULARY = 64
 KV_CACHE_BYTES = 96 << 20
-PR_SET_PDEATHSIG = 1
 
 Found = dict[str, Any]
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it dies, however it dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def probe_torch() -> Found:

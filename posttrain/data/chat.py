@@ -12,13 +12,13 @@ way for sampling and another way for training is an error here, not a surprise i
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from posttrain.data.messages import tool_call_to_json
 from posttrain.data.turns import is_learned
 from posttrain.errors import CheckpointError, DataError
-from posttrain.records import Message
+from posttrain.records import Message, Row
 
 Messages = Sequence[Message | Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -81,6 +81,14 @@ def render_prompt(tokenizer: Any, messages: Messages, tools: Tools = None) -> li
     ids = _prompt_ids(tokenizer, dicts, tools)
     _require_tools_shown(tokenizer, dicts, tools, ids, add_generation_prompt=True)
     return ids
+
+
+def render_row(render: Callable[[Sequence[Message]], Sequence[int]], row: Row) -> tuple[int, ...]:
+    """Token ids of a row as a prompt, by `render_prompt` of some tokenizer; a `DataError` names the row."""
+    try:
+        return tuple(render(row.messages))
+    except DataError as error:
+        raise DataError(f"row {row.id!r}: {error}") from None
 
 
 def render_conversation(tokenizer: Any, messages: Messages, tools: Tools = None) -> tuple[list[int], list[int]]:

@@ -5,9 +5,10 @@ A reply that could not be scored has no reward: it is left out of every rate and
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from posttrain.data.chat import end_token_ids, render_prompt
+from posttrain.data.chat import end_token_ids, render_prompt, render_row
 from posttrain.data.strata import sampled_rows
 from posttrain.errors import DataError
 from posttrain.eval.config import EvalConfig
@@ -108,7 +109,7 @@ def _reply(rollout: Rollout, scored: Scored) -> Reply:
 
 
 def _prompt_ids(row: Row, tokenizer: Any, config: EvalConfig) -> tuple[int, ...]:
-    ids = tuple(render_prompt(tokenizer, row.messages))
+    ids = render_row(partial(render_prompt, tokenizer), row)
     room = config.engine.max_model_len - len(ids)
     if room < config.sampling.max_tokens:
         raise DataError(

@@ -76,17 +76,13 @@ def open_judge(
         finally:
             flush(judge)
         return
-    from posttrain.judging.engines import EngineJudge
+    from posttrain.judging.engines import BUSY, EngineJudge
     from posttrain.sampling.client import Engines
 
     assert config.engine is not None  # both are checked by the schemas
     assert resources is not None
-    with Engines(context, source, config.engine, resources) as engines:
-        judge = EngineJudge(engines, context, config, choice_ids=prepared.prompts.choice_ids)
-        try:
-            yield judge
-        finally:
-            flush(judge)
+    with Engines(context, source, config.engine, resources, BUSY) as engines:
+        yield EngineJudge(engines, config.labels, prepared.prompts.choice_ids)
 
 
 def flush(judge: JudgeBackend) -> None:

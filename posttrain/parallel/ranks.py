@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from posttrain.actors.processes import kill_process, place_of_this
 from posttrain.config.shared import ParallelConfig, TrainerResources
 from posttrain.errors import StageError
-from posttrain.parallel.kill import kill_process, place_of_this
 
 PLACE_S = 180.0
 START_S = 1800.0
@@ -103,7 +103,7 @@ class RankGroup:
         """As `get`, for a caller that has other things to do meanwhile."""
         with self._losses(method):
             self._await_start()
-            answers = [asyncio.ensure_future(_answer(reference)) for reference in self._submit(method, arguments)]
+            answers = [asyncio.ensure_future(reference) for reference in self._submit(method, arguments)]
             try:
                 # Not wait_for: where this process itself was stopped meanwhile, the answers are there when time is up.
                 done, waiting = await asyncio.wait(
@@ -181,10 +181,6 @@ def _wait(references: list[Any], deadline_s: float | None, what: str) -> list[An
             raise _late(len(waiting), len(references), what, deadline_s)
         ray.get(done)
     return ray.get(references)
-
-
-async def _answer(reference: Any) -> Any:
-    return await reference
 
 
 def _late(waiting: int, ranks: int, what: str, deadline_s: float | None) -> TimeoutError:

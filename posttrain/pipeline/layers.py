@@ -11,6 +11,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("records", "files", "resources"),
     ("config",),
     ("context",),
+    ("actors",),
     ("scoring",),
     ("data",),
     ("metrics",),

@@ -7,6 +7,9 @@ may live on. Every process of a session carries POSTTRAIN_SESSION in its environ
 is what this looks for. Ray's agents and workers write their title over a part of their environment, and which part is
 chance, so that some lose the mark: those have files open under TEMP_DIR, their logs. It sleeps until the driver dies,
 and is itself ended by a driver that closes in order.
+
+It walks /proc by itself, where the rest of the package uses psutil (`posttrain/actors/processes.py`): started with
+`python -S -E` it imports no package, so it starts in milliseconds and no broken environment can stop it.
 """
 
 import os

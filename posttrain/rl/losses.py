@@ -4,6 +4,8 @@ Two terms go with any of them: the entropy bonus, and the divergence from a refe
 The ratio r = pi_theta / pi_sampler is anchored on the log-probabilities that the sampler recorded, so no forward
 pass of an old policy is needed. A batch is trained on in one optimizer step: where a form speaks of pi_old, the
 trainer's policy before the batch's updates, that is pi_theta itself without a gradient, sg(pi_theta).
+No token can make a loss or its gradient infinite or NaN, however far policy, sampler and reference are apart: every
+ratio goes through `ratio_of`.
 Shapes: T, the reply tokens of a micro-batch; S, its replies.
 """
 
@@ -14,6 +16,22 @@ from typing import Literal
 import torch
 
 from posttrain.rl.loss_config import LossConfig, ReferenceConfig
+
+# Beyond this log ratio the exponential goes on as its tangent. exp(30) = 1e13: no token that a sampler really drew has
+# a ratio like it. The squares of such gradients still add up below fp32's largest number, 3e38, in a batch's norm.
+MAX_LOG_RATIO = 30.0
+
+
+def ratio_of(log_ratio: torch.Tensor) -> torch.Tensor:
+    """exp(log_ratio), and its tangent above MAX_LOG_RATIO = b: exp(b) * (1 + log_ratio - b), finite where exp is not.
+
+    fp32's exp overflows at 88.7. An infinite ratio gives 0 * inf = NaN in the value (advantage or weight 0) or in the
+    gradient (a clip that stops the gradient multiplies it by 0), and one such token spoils the step of a whole batch.
+    Up to b the value and the gradient are those of exp, bit for bit. A clamp would do for the value, but it has no
+    gradient: k3's term would push a policy far below its reference further down, by the 1 of its linear part.
+    An infinite or NaN log ratio stays one, for the trainer to find.
+    """
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp() * (1 + torch.relu(log_ratio - MAX_LOG_RATIO))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +74,7 @@ def dppo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     """
     log_ratio_T = inputs.policy_logprobs_T - inputs.sampler_logprobs_T
     with torch.no_grad():
-        ratio_T = log_ratio_T.exp()
+        ratio_T = ratio_of(log_ratio_T)
         moved_T = inputs.policy_logprobs_T.exp() - inputs.sampler_logprobs_T.exp()
         up_T = (inputs.advantages_T > 0) & (moved_T > config.divergence)
         down_T = (inputs.advantages_T <= 0) & (moved_T < -config.divergence)
@@ -70,7 +88,7 @@ def _clipped(
     log_ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float, dual: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO's term -min(r A, clip(r, 1 - low, 1 + high) A), at most -dual * A for A < 0; and where a clip binds."""
-    ratio = log_ratio.exp()
+    ratio = ratio_of(log_ratio)
     plain = ratio * advantages
     objective = torch.minimum(plain, ratio.clamp(1 - low, 1 + high) * advantages)
     if dual is not None:
@@ -112,7 +130,7 @@ def cispo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     Source: CISPO, arXiv 2506.13585, without a lower clip; the cap as in ScaleRL, arXiv 2510.13786.
     """
     with torch.no_grad():
-        ratio_T = (inputs.policy_logprobs_T - inputs.sampler_logprobs_T).exp()
+        ratio_T = ratio_of(inputs.policy_logprobs_T - inputs.sampler_logprobs_T)
         weight_T = ratio_T.clamp(max=config.cispo_cap) * inputs.advantages_T
     loss_T = -weight_T * inputs.policy_logprobs_T
     return LossOutputs(loss_T.sum(), "tokens", {"clipped_fraction": (ratio_T > config.cispo_cap).sum()})
@@ -168,7 +186,7 @@ def icepop(inputs: LossInputs, config: LossConfig) -> LossOutputs:
 def _on_policy(inputs: LossInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """pi_theta / pi_old, which is 1 and has the gradient of log pi_theta; and pi_old / pi_sampler, which has none."""
     old_T = inputs.policy_logprobs_T.detach()
-    return (inputs.policy_logprobs_T - old_T).exp(), (old_T - inputs.sampler_logprobs_T).exp()
+    return ratio_of(inputs.policy_logprobs_T - old_T), ratio_of(old_T - inputs.sampler_logprobs_T)
 
 
 def decoupled(inputs: LossInputs, config: LossConfig) -> LossOutputs:
@@ -185,7 +203,7 @@ def decoupled(inputs: LossInputs, config: LossConfig) -> LossOutputs:
         alpha_T = (inputs.staleness_T - 1).clamp(min=0) / inputs.staleness_T.clamp(min=1)
         log_weight_T = alpha_T * (inputs.policy_logprobs_T - inputs.sampler_logprobs_T)
         prox_T = inputs.sampler_logprobs_T + log_weight_T
-        weight_T = log_weight_T.exp().clamp(max=config.decoupled_cap)
+        weight_T = ratio_of(log_weight_T).clamp(max=config.decoupled_cap)
     loss_T, clipped_T = _clipped(
         inputs.policy_logprobs_T - prox_T, inputs.advantages_T, config.clip_low, config.clip_high, config.dual_clip
     )
@@ -208,7 +226,7 @@ LOSSES: dict[str, Callable[[LossInputs, LossConfig], LossOutputs]] = {
 KL_ESTIMATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "k1": lambda log_ratio: log_ratio,
     "k2": lambda log_ratio: log_ratio.square() / 2,
-    "k3": lambda log_ratio: torch.exp(-log_ratio) - 1 + log_ratio,
+    "k3": lambda log_ratio: ratio_of(-log_ratio) - 1 + log_ratio,
 }
 
 
@@ -236,7 +254,8 @@ def reference_kl(inputs: LossInputs, config: ReferenceConfig, estimator: str | N
     if config.ratio_cap is None:
         return terms_T
     with torch.no_grad():
-        weight_T = (inputs.policy_logprobs_T - inputs.sampler_logprobs_T).exp().clamp(max=config.ratio_cap)
+        log_ratio_T = inputs.policy_logprobs_T - inputs.sampler_logprobs_T
+        weight_T = ratio_of(log_ratio_T).clamp(max=config.ratio_cap)
     return weight_T * terms_T
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.context import StageContext
-from posttrain.data.chat import end_token_ids, render_prompt
+from posttrain.data.chat import end_token_ids, render_prompt, render_row
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import hash_order
 from posttrain.errors import TrainerLostError
@@ -144,7 +144,7 @@ def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[D
     def render(messages: Sequence[Message]) -> list[int]:
         return render_prompt(tokenizer, messages)
 
-    prompts = [DrawnPrompt(row, None, row.messages, tuple(render(row.messages))) for row in rows]
+    prompts = [DrawnPrompt(row, None, row.messages, render_row(render, row)) for row in rows]
     check_room(config, prompts, render)
     return prompts
 

@@ -1,33 +1,57 @@
-"""A stage's view of its engines: lease them, sample from them, give them back."""
+"""A stage's view of its engines: lease them, sample from them, give them back.
+
+sample(requests) ─► chunks ─► the engine with the least to do ─► completions, in the order of the requests
+                       ▲                │ killed, frozen, no answer to the heartbeat
+                       └────────────────┘ the chunk goes to another engine, and one is started in the lost one's place
+"""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from posttrain.actors.calls import await_call, await_with_heartbeat
+from posttrain.actors.losses import MAX_CONSECUTIVE_LOSSES, is_loss, reason_of
 from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
-from posttrain.context import StageContext
+from posttrain.context import BusyLog, StageContext
 from posttrain.errors import MissingDependencyError, StageError
 from posttrain.sampling.registry import start_registry
-from posttrain.sampling.requests import Completion, SampleRequest
+from posttrain.sampling.requests import Completion, EngineLostError, SampleRequest
 
 CHUNK_REQUESTS = 64
 START_S = 900.0
-STARTS = 3  # of engines in the place of one, before it is given up
-LOOK_S = 1.0
+MAX_STARTS = 3  # of engines in the place of one, before it is given up
+
+Sampled = tuple[list[list[Completion]], float, float]  # by request, and the Unix times of start and end
 
 
 class Engines:
-    """A context manager over the leased engine actors. Must run inside an initialised Ray session."""
+    """A context manager over the leased engine actors. Must run inside an initialised Ray session.
+
+    activity: what the engines do, for the timeline. logs: when they did it, by the name that the first engine in each
+    place had; another engine in its place goes on with its log.
+    """
 
     def __init__(
-        self, context: StageContext, model: ServedModelConfig, engine: EngineConfig, resources: ActorResources
+        self,
+        context: StageContext,
+        model: ServedModelConfig,
+        engine: EngineConfig,
+        resources: ActorResources,
+        activity: str = "generate",
     ):
         self._context = context
         self._model = model
         self._engine = engine
         self._resources = resources
+        self._activity = activity
         self._registry: Any = None
+        self._unstarted: set[str] = set()  # engines that are leased and not ready
+        self._num_chunks: list[int] = []  # in flight, by engine
+        self._num_calls = 0  # of `sample` and `sample_wave`, in progress
+        self._replacing: dict[int, asyncio.Task[None]] = {}
+        self.logs: dict[str, BusyLog] = {}
         self.names: list[str] = []
         self.actors: list[Any] = []
 
@@ -44,14 +68,11 @@ class Engines:
         )
         self.names = [name for name, _, _ in leased]
         self.actors = [actor for _, actor, _ in leased]
-        source = {"folder": self._model.path}
+        self.logs = {name: BusyLog(self._context, name, self._activity) for name in self.names}
+        self._num_chunks = [0] * len(leased)
+        self._unstarted = set(self.names)
         try:
-            ray.get(
-                [
-                    actor.start.remote() if is_new else actor.update_weights.remote(source, 0)
-                    for _, actor, is_new in leased
-                ]
-            )
+            asyncio.run(_all(self._prepare(index, is_new) for index, (_, _, is_new) in enumerate(leased)))
         except BaseException:
             self._give_back(keep=False)
             raise
@@ -61,101 +82,188 @@ class Engines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._flush()
         self._give_back(keep=kind is None and self._context.warm_engines)
 
     def _give_back(self, keep: bool) -> None:
+        """Release all engines. One that is still starting is never kept: a later stage could not use it."""
         import ray
 
-        ray.get(self._registry.release.remote(self.names, keep))
+        ready = [name for name in self.names if name not in self._unstarted]
+        ray.get(
+            [self._registry.release.remote(ready, keep), self._registry.release.remote(list(self._unstarted), False)]
+        )
+
+    # ------------------------------------------------------------------ start and replacement
+
+    async def _prepare(self, index: int, is_new: bool) -> None:
+        """Start a new engine, or load the model's weights into a warm one. One that was lost is replaced."""
+        name, actor = self.names[index], self.actors[index]
+        try:
+            if is_new:
+                await actor.start.remote()
+            else:
+                await self._await_engine(actor, actor.update_weights.remote({"folder": self._model.path}, 0), name)
+        except Exception as error:
+            if not is_loss(error):
+                raise
+            await self.replace(index, error)
+        else:
+            self._unstarted.remove(name)
 
     async def replace(self, index: int, cause: BaseException) -> tuple[str, Any]:
         """Another engine in the place of one that was lost: its name and actor, started with the model's own weights.
 
-        One that is lost before it has started is replaced too; StageError where that happens STARTS times in a row.
+        One that is lost before it has started is replaced too; StageError where that happens MAX_STARTS times in a
+        row.
         """
-        for left in reversed(range(STARTS)):
+        for num_left in reversed(range(MAX_STARTS)):
             lost = self.names[index]
             self._context.event("engine_replaced", name=lost, reason=reason_of(cause))
-            self.names[index], self.actors[index] = await self._registry.replace.remote(lost)
-            started = f"{self.names[index]}, in the place of {lost}, did not start"
+            self._unstarted.add(lost)
+            name, actor = self.names[index], self.actors[index] = await self._registry.replace.remote(lost)
+            self._unstarted.remove(lost)
+            self._unstarted.add(name)
+            started = f"{name}, in the place of {lost}, did not start"
             try:
-                await answer(self.actors[index].start.remote(), START_S, started)
+                await await_call(actor.start.remote(), START_S, started)
+                self._unstarted.remove(name)
                 break
             except Exception as error:
-                if not left:
+                if not num_left:
                     raise StageError(f"{started}: {reason_of(error)}") from error
                 cause = error
         return self.names[index], self.actors[index]
 
+    def _begin_replacing(self, index: int, lost: Any, cause: BaseException) -> None:
+        """Replace an engine in the background, unless another call that was lost with it has begun to."""
+        if index in self._replacing or self.actors[index] is not lost:
+            return
+
+        async def replace() -> None:
+            try:
+                await self.replace(index, cause)
+            except asyncio.CancelledError:
+                del self._replacing[index]
+                raise
+            del self._replacing[index]  # a failure stays, so that whoever waits for this engine hears of it
+
+        self._replacing[index] = asyncio.ensure_future(replace())
+
+    # ------------------------------------------------------------------ sampling
+
     def generate(
         self, requests: Sequence[SampleRequest], on_done: Callable[[int], None] | None = None
     ) -> list[list[Completion]]:
-        """Sample every request on all engines; `on_done` hears how many requests are finished."""
-        return asyncio.run(self.generate_async(requests, on_done))
+        """`sample` for a caller without an event loop."""
+        return asyncio.run(self.sample(requests, on_done))
 
-    async def generate_async(
-        self, requests: Sequence[SampleRequest], on_done: Callable[[int], None] | None
+    async def sample(
+        self, requests: Sequence[SampleRequest], on_done: Callable[[int], None] | None = None
     ) -> list[list[Completion]]:
-        """`generate` for a caller with an event loop."""
+        """Sample every request on all engines; returns the completions in the order of the requests.
+
+        on_done: hears how many requests are finished. May be called by many at a time. An engine that is lost is
+        replaced, and what it was working on is sampled again. Raises EngineLostError for requests that were lost
+        with MAX_CONSECUTIVE_LOSSES engines, and StageError where no engine can be started.
+        """
         results: list[list[Completion]] = [[] for _ in requests]
         starts = iter(range(0, len(requests), CHUNK_REQUESTS))
-        finished = 0
+        num_finished = 0
 
-        async def drain(actor: Any, name: str) -> None:
-            nonlocal finished
+        async def drain() -> None:
+            nonlocal num_finished
             for start in starts:
                 chunk = requests[start : start + CHUNK_REQUESTS]
-                completions, began, ended = await actor.generate.remote(chunk)
-                results[start : start + len(chunk)] = completions
-                finished += len(chunk)
-                self._context.busy(name, "generate", began, ended)
+                results[start : start + len(chunk)] = await self._sample_chunk(chunk)
+                num_finished += len(chunk)
                 if on_done is not None:
-                    on_done(finished)
+                    on_done(num_finished)
 
-        # Several chunks in flight an engine, so that it never waits for the next one.
-        lanes = max(1, self._engine.max_num_seqs // CHUNK_REQUESTS) + 1
-        await asyncio.gather(
-            *(drain(actor, name) for _ in range(lanes) for actor, name in zip(self.actors, self.names, strict=True))
-        )
+        with self._call():
+            # Several chunks in flight an engine, so that it never waits for the next one.
+            num_seats = (max(1, self._engine.max_num_seqs // CHUNK_REQUESTS) + 1) * len(self.actors)
+            num_chunks = -(-len(requests) // CHUNK_REQUESTS)
+            await _all(drain() for _ in range(min(num_seats, num_chunks)))
+            await self._settle()
         return results
 
+    async def sample_wave(self, requests: Sequence[SampleRequest], seed: int) -> list[list[Completion]]:
+        """As `sample`, on the first engine alone and with tokens that depend on weights, requests and seed alone."""
+        with self._call():
+            completions = await self._attempt(lambda actor: actor.generate_wave.remote(requests, seed), lambda: 0)
+            await self._settle()
+        return completions
 
-def reason_of(error: BaseException) -> str:
-    """What an error says, on one line and not too long."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    async def _sample_chunk(self, chunk: Sequence[SampleRequest]) -> list[list[Completion]]:
+        return await self._attempt(lambda actor: actor.generate.remote(chunk), self._least_busy)
+
+    async def _attempt(
+        self, call: Callable[[Any], Awaitable[Sampled]], choose: Callable[[], int]
+    ) -> list[list[Completion]]:
+        """What one call of an engine returns; when the engine is lost, the call is made again to another one."""
+        num_losses = 0
+        while True:
+            index = choose()
+            if (replacement := self._replacing.get(index)) is not None:
+                await asyncio.shield(replacement)
+            name, actor = self.names[index], self.actors[index]
+            self._num_chunks[index] += 1
+            try:
+                completions, began, ended = await self._await_engine(actor, call(actor), name)
+            except Exception as error:
+                if not is_loss(error):
+                    raise
+                num_losses += 1
+                if num_losses == MAX_CONSECUTIVE_LOSSES:
+                    raise EngineLostError(
+                        f"{num_losses} engines were lost in a row at the same requests; the last: {reason_of(error)}"
+                    ) from error
+                self._begin_replacing(index, actor, error)
+            else:
+                list(self.logs.values())[index].add(began, ended)
+                return completions
+            finally:
+                self._num_chunks[index] -= 1
+
+    def _least_busy(self) -> int:
+        """The engine with the fewest chunks in flight, of those that are not being replaced if there is one."""
+        able = [index for index in range(len(self.actors)) if index not in self._replacing]
+        return min(able or self._replacing, key=self._num_chunks.__getitem__)
+
+    async def _await_engine(self, actor: Any, call: Awaitable[Any], name: str) -> Any:
+        """The result of a call that may take long; TimeoutError if the actor does not answer a heartbeat meanwhile."""
+        return await await_with_heartbeat(call, actor.pids.remote, 3 * self._engine.deadline_s, name)
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        self._num_calls += 1
+        try:
+            yield
+        finally:
+            self._num_calls -= 1
+            if not self._num_calls:
+                self._flush()
+
+    async def _settle(self) -> None:
+        """Wait for engines that are being replaced: whoever is next must find them ready."""
+        while self._replacing:
+            await asyncio.shield(next(iter(self._replacing.values())))
+
+    def _flush(self) -> None:
+        """Tell the timeline what is not told yet."""
+        for log in self.logs.values():
+            log.flush()
 
 
-async def answer(call: Any, timeout_s: float, otherwise: str) -> Any:
-    """The result of a remote call; TimeoutError, which says `otherwise` and how long it was, if it takes too long.
-
-    Looks once more when time is up: where this process itself was stopped meanwhile, the answer is there.
-    """
-    waiting = asyncio.ensure_future(wait_for_call(call))
+async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Until all is done; the first error ends the others, and is raised."""
     try:
-        if not (await asyncio.wait({waiting}, timeout=timeout_s))[0]:
-            raise TimeoutError(f"{otherwise} within {timeout_s:g} s")
-        return waiting.result()
-    finally:
-        waiting.cancel()
-
-
-async def attended(actor: Any, call: Any, deadline_s: float, name: str) -> Any:
-    """The result of a call that may take long, of an engine actor that must answer other calls meanwhile.
-
-    name: what a TimeoutError says did not answer.
-    """
-    waiting = asyncio.ensure_future(wait_for_call(call))
-    try:
-        while not (await asyncio.wait({waiting}, timeout=LOOK_S))[0]:
-            await answer(actor.pids.remote(), 3 * deadline_s, f"{name} did not answer")
-        return waiting.result()
-    finally:
-        waiting.cancel()
-
-
-async def wait_for_call(call: Any) -> Any:
-    """The result of a remote call, as a coroutine."""
-    return await call
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def require_vllm() -> None:

@@ -20,9 +20,9 @@ from copy import copy
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from posttrain.actors.processes import place_of_this
 from posttrain.config.shared import EngineConfig, ServedModelConfig
 from posttrain.errors import StageError
-from posttrain.parallel.kill import place_of_this
 from posttrain.records import VersionSpan
 from posttrain.sampling.progress import Progress
 from posttrain.sampling.requests import Completion, Piece, SampleRequest

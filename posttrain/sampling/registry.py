@@ -12,8 +12,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.actors.processes import kill_process
 from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
-from posttrain.parallel.kill import kill_process
 from posttrain.sampling.engine import ENGINE_ENV, EngineActor, read_model_config
 
 REGISTRY_NAME = "engine-registry"
@@ -84,7 +84,7 @@ class EngineRegistry:
             return held.name, held.actor
 
     def _latest(self, name: str) -> str:
-        """The engine in the place of one: another, where a caller had it replaced and did not live to know."""
+        """Follow replacements: the caller that had an engine replaced may have died before it learned the new name."""
         while name in self._successors:
             name = self._successors[name]
         return name
@@ -138,8 +138,9 @@ class EngineRegistry:
         for held in ended:
             self._held.remove(held)
             ray.kill(held.actor)
-        # A frozen process does not hear Ray: it is killed by its number, which one that never started has not.
-        wheres = [asyncio.ensure_future(_await(held.where)) for held in ended]
+        # ray.kill does not end a process that was stopped by SIGSTOP: it is sent SIGKILL by its process id, which an
+        # actor that has not started yet does not have.
+        wheres = [asyncio.ensure_future(held.where) for held in ended]
         if not wheres:
             return
         there, missing = await asyncio.wait(wheres, timeout=WHERE_S)
@@ -147,10 +148,6 @@ class EngineRegistry:
             where.cancel()
         places = [where.result() for where in there if where.exception() is None]
         await asyncio.gather(*(asyncio.to_thread(kill_process, *place) for place in places))
-
-
-async def _await(reference: Any) -> Any:
-    return await reference
 
 
 def start_registry() -> Any:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from msgspec import Struct, field
 
-from posttrain.errors import StageError
+from posttrain.actors.losses import ActorLostError
 from posttrain.records import VersionSpan
 
 
-class EngineLostError(StageError):
+class EngineLostError(ActorLostError):
     """The engine's core process has died or does not answer; the actor is of no use any more. The message says which
     engine, which policy version, and how it was found."""
 

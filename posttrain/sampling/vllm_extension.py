@@ -6,9 +6,7 @@ Source: vLLM's interfaces `WeightTransferEngine` (vllm/distributed/weight_transf
 (vllm/model_executor/model_loader/reload).
 """
 
-import ctypes
 import os
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +22,11 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from posttrain.actors.parent import die_with_parent
 from posttrain.sampling.progress import Progress
 from posttrain.sampling.transfer import open_update
 from posttrain.sampling.weights import open_weights
 
-PR_SET_PDEATHSIG = 1
 _progress: Progress | None = None
 
 
@@ -106,7 +104,7 @@ class WorkerExtension:
 
     def die_with_parent(self) -> int:
         """Ask Linux to kill this process when the one that started it dies; returns this process's id."""
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         return os.getpid()
 
     def note_progress(self, path: str) -> None:

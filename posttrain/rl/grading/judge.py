@@ -93,8 +93,3 @@ class JudgedRewards(RewardClient):
     async def score(self, pairs: Sequence[Pair]) -> list[Scored]:
         """The scores in order; see `Judge.score`."""
         return await self._judge.score(super().score, pairs) if pairs else []
-
-    async def close(self) -> None:
-        """End the actor of the reward; the judge's engines belong to the stage."""
-        self._judge.flush()
-        await super().close()

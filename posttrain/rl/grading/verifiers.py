@@ -11,7 +11,6 @@ from posttrain.records import Row
 from posttrain.rl.config import RlConfig
 from posttrain.scoring.plugins.lookup import RewardSpec
 from posttrain.scoring.plugins.requirements import check_fields
-from posttrain.scoring.pool.pool import RewardPool
 
 JUDGE_FIELD = "judge"  # of the row that the reward function gets, see judge.py
 BY_SYSTEM = "posttrain.rewards.combine:by_system"
@@ -30,11 +29,6 @@ def reward_config(config: RlConfig) -> RewardConfig:
     """The reward's section, with what is really called."""
     spec = reward_spec(config)
     return config.reward.model_copy(update={"name": spec.name, "args": dict(spec.args)})
-
-
-def reward_pool(config: RlConfig) -> RewardPool:
-    """The killable processes that score."""
-    return RewardPool(reward_spec(config), config.reward.workers, config.reward.timeout_s)
 
 
 def check_rewardable(config: RlConfig, rows: Sequence[Row]) -> None:

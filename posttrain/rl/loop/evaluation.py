@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from posttrain.data.chat import render_row
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import sampled_rows
 from posttrain.files import keep_lines, read_jsonl
@@ -37,7 +38,7 @@ def heldout_prompts(
     config: RlConfig, rows: Sequence[Row], render: Callable[[Sequence[Message]], Sequence[int]]
 ) -> list[DrawnPrompt]:
     """The rows as prompts, without a sampled system instruction; one that leaves no room for a reply is an error."""
-    prompts = [DrawnPrompt(row, None, row.messages, tuple(render(row.messages))) for row in rows]
+    prompts = [DrawnPrompt(row, None, row.messages, render_row(render, row)) for row in rows]
     plain = config.systems.model_copy(update={"instructions": []})
     check_room(config.model_copy(update={"systems": plain}), prompts, render)
     return prompts

@@ -1,7 +1,7 @@
 """pass@k profile of the prompts with the policy that starts, and the band of them that is worth training on.
 
     prompts ─► known? ── this run's files, the shared store ─────────────────────────────► difficulty.parquet
-                 └─ no ─► chunks, two at a time: engines ─► reward processes ─► a file ─►         │
+                 └─ no ─► chunks, two at a time: engines ─► reward actor ─► a file ─►             │
                                                                                            selected by band
 
 Each chunk is written when it is scored, so a run that is stopped in its profile goes on from there. What is known is
@@ -15,7 +15,6 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -25,8 +24,7 @@ from posttrain.errors import ConfigError, StageError
 from posttrain.metrics.correctness import is_right
 from posttrain.records import Rollout, Row, Scored
 from posttrain.rl.config import RlConfig
-from posttrain.rl.grading.judge import Judge
-from posttrain.rl.grading.verifiers import reward_pool
+from posttrain.rl.grading.judge import Judge, rewards
 from posttrain.rl.prompts.difficulty import (
     Basis,
     Difficulty,
@@ -39,7 +37,6 @@ from posttrain.rl.records import DrawnPrompt, make_group
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.sampling.client import CHUNK_REQUESTS, Engines
 from posttrain.sampling.requests import SampleRequest
-from posttrain.scoring.pool.pool import RewardPool
 
 FILE = "difficulty.parquet"
 CHUNKS_AT_ONCE = 2  # the engines are busy with one while the last replies of another are sampled and scored
@@ -124,8 +121,7 @@ async def _sample(
     folder.mkdir(exist_ok=True)
     size = chunk_size(config)
     starts = iter(range(0, len(prompts), size))
-    pool = reward_pool(config)
-    score = partial(_score, pool) if judge is None else partial(judge.score, partial(_score, pool))
+    client = rewards(config, judge)  # as in training
 
     async def drain() -> None:
         for start in starts:
@@ -138,16 +134,16 @@ async def _sample(
             requests = profile_requests(config, chunk, stop_ids)
             if config.deterministic:  # one chunk after another: those that are known are the first ones
                 seed = zlib.crc32(f"{context.seed}/{chunk[0].row.id}".encode()) >> 1
-                completions, _, _ = await engines.actors[0].generate_wave.remote(requests, seed)
+                completions = await engines.sample_wave(requests, seed)
                 done(len(chunk))
             else:
-                completions = await engines.generate_async(requests, done)
+                completions = await engines.sample(requests, done)
             groups = [
                 make_group(start + index, prompt, replies, "profile", 0.0, 0.0)
                 for index, (prompt, replies) in enumerate(zip(chunk, completions, strict=True))
             ]
             pairs = [(rollout, group.prompt.row) for group in groups for rollout in group.rollouts]
-            scores = await score(pairs)
+            scores = await client.score(pairs)
             measured = difficulties(config, pairs, scores)
             measured = [replace(item, prompt=keys[item.prompt_id]) for item in measured]
             found.extend(measured)
@@ -155,18 +151,12 @@ async def _sample(
                 raise nothing_scored(scores)
             write_estimates(folder / f"{uuid.uuid4().hex[:16]}.parquet", measured, basis)
 
-    await pool.start()
+    await client.start()
     try:
         await asyncio.gather(*(drain() for _ in range(1 if config.deterministic else CHUNKS_AT_ONCE)))
     finally:
-        if judge is not None:
-            judge.flush()
-        await pool.close()
+        await client.close()
     return found
-
-
-async def _score(pool: RewardPool, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
-    return list(await asyncio.gather(*(pool.score(rollout, row) for rollout, row in pairs)))
 
 
 def chunk_size(config: RlConfig) -> int:

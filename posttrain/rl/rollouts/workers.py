@@ -1,11 +1,11 @@
 """The rollout workers: engines that are fed and emptied in batches, take new weights, and are replaced when lost.
 
-    send ──► outbox ──► submit ──► engine ──► collect ──► pieces ──► finished group
-                ▲                     │ SIGKILL, SIGSTOP, a deadline passed: another engine takes the newest weights,
-                └─────────────────────┘ and the replies go on where they stood, there or on another worker
+    send ──► lane ──► engine ──► lane ──► pieces ──► finished group
+              ▲          │ SIGKILL, SIGSTOP, a deadline passed: another engine takes the newest weights,
+              └──────────┘ and the replies go on where they stood, there or on another worker
 
-What waits for what: each worker has one call that brings requests and one that fetches pieces, both for any number of
-groups; nothing waits for a whole group. Each wait has a deadline.
+What waits for what: each worker has a lane to its engine (actors/lane.py), which hands over requests and fetches pieces
+in batches; nothing waits for a whole group. Each wait has a deadline.
 """
 
 import asyncio
@@ -16,17 +16,20 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from posttrain.actors.calls import await_call, await_with_heartbeat
+from posttrain.actors.lane import COLLECT_S, Lane
+from posttrain.actors.losses import MAX_CONSECUTIVE_LOSSES, is_loss, reason_of, root_of
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import StageError
 from posttrain.rl.records import DrawnPrompt
-from posttrain.sampling.client import Engines, answer, attended, reason_of
-from posttrain.sampling.faults import is_loss, root_of
+from posttrain.sampling.client import Engines
 from posttrain.sampling.requests import Completion, Piece, SampleRequest
 from posttrain.sampling.stream import join_spans
 
-COLLECT_S = 1.0
 SUBMIT_GROUPS = 256
-UNLUCKY = 3  # engines lost in a row on one worker, without a reply in between
+
+
+Collected = tuple[list[Piece], float]  # of `EngineActor.collect`: pieces, and the Unix time
 
 
 @dataclass(slots=True)
@@ -74,7 +77,7 @@ class Flight:
 class Worker:
     """One engine: `policy_version` is the one that it samples with; `flights` are the groups it was given.
 
-    is_kept: it takes no new weights for now.
+    is_kept: it takes no new weights for now. num_losses: engines lost in a row, without a finished group in between.
     """
 
     name: str
@@ -84,11 +87,9 @@ class Worker:
     is_alive: bool = True
     is_kept: bool = False
     flights: dict[int, Flight] = field(default_factory=dict)
-    outbox: list[Flight] = field(default_factory=list)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one taking of weights at a time
-    num_unlucky: int = 0
-    fault: BaseException | None = None  # its engine was found to be lost while it took weights
+    num_losses: int = 0
+    lane: Lane[Flight, Collected] = field(init=False)
 
 
 class RolloutWorkers:
@@ -127,6 +128,8 @@ class RolloutWorkers:
             Worker(name, actor, version, BusyLog(context, name, "generate"))
             for name, actor in zip(engines.names, engines.actors, strict=True)
         ]
+        for worker in self.workers:
+            worker.lane = self._lane_to(worker)
 
     @property
     def oldest_version(self) -> int:
@@ -150,7 +153,9 @@ class RolloutWorkers:
     async def _leave(self, worker: Worker) -> None:
         """Nothing of ours is left in the engine: its next user has keys of its own."""
         if worker.is_alive:
-            await answer(worker.actor.forget.remote(), self._deadline_s, f"{worker.name} did not forget its requests")
+            await await_call(
+                worker.actor.forget.remote(), self._deadline_s, f"{worker.name} did not forget its requests"
+            )
 
     def send(self, flight: Flight) -> None:
         """Have a group sampled by the worker with the fewest of those that may."""
@@ -165,8 +170,7 @@ class RolloutWorkers:
         worker = min(able, key=lambda worker: len(worker.flights))
         flight.worker, flight.began = worker.name, flight.began or time.time()
         worker.flights[flight.order] = flight
-        worker.outbox.append(flight)
-        worker.wake.set()
+        worker.lane.send(flight)
 
     def cancel(self, order: int) -> Flight | None:
         """Stop sampling for a group; returns what there was of it."""
@@ -175,7 +179,7 @@ class RolloutWorkers:
         for worker in self.workers:
             if (flight := worker.flights.pop(order, None)) is not None:
                 waiting.append(flight)
-                worker.outbox = [flight for flight in worker.outbox if flight.order != order]
+                worker.lane.withdraw(lambda flight: flight.order == order)
                 if worker.is_alive:
                     worker.actor.cancel.remote([order])
         return waiting[0] if waiting else None
@@ -190,7 +194,7 @@ class RolloutWorkers:
     def update(self, manifest: dict[str, Any], version: int) -> Coroutine[Any, Any, None]:
         """Have every worker take a version; one that is being replaced takes it when it starts, one that is kept at
         its version when it is released."""
-        self._newest = (manifest, version)  # now: whoever begins to read reads these
+        self._newest = (manifest, version)  # set before anything is awaited: a replaced engine then loads this version
         return self._update_all(manifest, version)
 
     async def _update_all(self, manifest: dict[str, Any], version: int) -> None:
@@ -203,12 +207,11 @@ class RolloutWorkers:
             if not worker.is_alive or worker.is_kept or worker.policy_version >= version:
                 return
             try:
-                began, ended = await self._attended(worker, worker.actor.update_weights.remote(**arguments))
+                began, ended = await self._await_busy(worker, worker.actor.update_weights.remote(**arguments))
             except Exception as error:
                 if not is_loss(error):
                     raise
-                worker.fault = error  # for `_serve`, which may have nothing to send that would find it out
-                worker.wake.set()
+                worker.lane.fail(error)  # the lane may have nothing to send by which it would find out
                 return
             worker.policy_version = version
         self._told("took", [worker.name, version])
@@ -243,95 +246,82 @@ class RolloutWorkers:
                     await self._replace(worker, cause)
                 if self._wave_seed is not None:
                     await self._sample_waves(worker, self._wave_seed)
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(self._feed(worker))
-                    group.create_task(self._empty(worker))
+                await worker.lane.serve()
             except Exception as error:  # a replacement may be lost too, before it serves
                 cause = root_of(error)
                 if not is_loss(cause):
                     raise cause from None
 
-    async def _awake(self, worker: Worker) -> None:
-        """Until there is something to send; raises what the engine was lost by."""
-        await worker.wake.wait()
-        worker.wake.clear()
-        if worker.fault is not None:
-            raise worker.fault
+    def _lane_to(self, worker: Worker) -> Lane[Flight, Collected]:
+        return Lane(
+            lambda flights: worker.actor.submit.remote([(flight.order, flight.rest()) for flight in flights]),
+            lambda: worker.actor.collect.remote(COLLECT_S),
+            lambda collected: self._take(worker, *collected),
+            deadline_s=3 * self._deadline_s,
+            name=lambda: f"{worker.name} (policy version {worker.policy_version})",
+            batch_size=SUBMIT_GROUPS if self._wave_seed is None else None,
+        )
 
-    async def _feed(self, worker: Worker) -> None:
-        while True:
-            await self._awake(worker)
-            while worker.outbox:
-                flights, worker.outbox = worker.outbox[:SUBMIT_GROUPS], worker.outbox[SUBMIT_GROUPS:]
-                requests = [(flight.order, flight.rest()) for flight in flights]
-                otherwise = f"{worker.name} (policy version {worker.policy_version}) did not take requests"
-                await answer(worker.actor.submit.remote(requests), 3 * self._deadline_s, otherwise)
-
-    async def _empty(self, worker: Worker) -> None:
-        while True:
-            call = worker.actor.collect.remote(COLLECT_S)
-            otherwise = f"{worker.name} (policy version {worker.policy_version}) did not answer"
-            pieces, now = await answer(call, COLLECT_S + 3 * self._deadline_s, otherwise)
-            grown: dict[int, Flight] = {}
-            for piece in pieces:
-                flight = worker.flights.get(piece.key)
-                if flight is None:  # cancelled
-                    continue
-                if flight.take(piece):
-                    self._finish(worker, flight, now)
-                    grown.pop(piece.key, None)
-                else:
-                    grown[piece.key] = flight
-            for flight in grown.values():
-                self._begun(flight)
+    def _take(self, worker: Worker, pieces: list[Piece], now: float) -> None:
+        grown: dict[int, Flight] = {}
+        for piece in pieces:
+            flight = worker.flights.get(piece.key)
+            if flight is None:  # cancelled
+                continue
+            if flight.take(piece):
+                self._finish(worker, flight, now)
+                grown.pop(piece.key, None)
+            else:
+                grown[piece.key] = flight
+        for flight in grown.values():
+            self._begun(flight)
 
     def _finish(self, worker: Worker, flight: Flight, now: float) -> None:
         del worker.flights[flight.order]
-        worker.num_unlucky = 0
+        worker.num_losses = 0
         worker.log.add(flight.began, now)
         self._finished(flight, now)
 
     async def _sample_waves(self, worker: Worker, seed: int) -> None:
         """Deterministic: the wave's seed is of its first group, whatever happened before."""
         while True:
-            await self._awake(worker)
-            flights, worker.outbox = worker.outbox, []
-            if not flights:
-                continue
+            flights = await worker.lane.next_batch()
             requests = [flight.rest() for flight in flights]
             wave = worker.actor.generate_wave.remote(requests, wave_seed(seed, flights[0].order))
-            replies, _, ended = await self._attended(worker, wave)
+            replies, _, ended = await self._await_busy(worker, wave)
             for flight, completions in zip(flights, replies, strict=True):
                 flight.replies = list(completions)
                 self._finish(worker, flight, ended)
 
-    async def _attended(self, worker: Worker, call: Any) -> Any:
+    async def _await_busy(self, worker: Worker, call: Any) -> Any:
         """The result of a call that may take long, of an actor that must answer meanwhile."""
         name = f"{worker.name} (policy version {worker.policy_version})"
-        return await attended(worker.actor, call, self._deadline_s, name)
+        return await await_with_heartbeat(call, worker.actor.pids.remote, 3 * self._deadline_s, name)
 
     # ------------------------------------------------------------------ a lost engine
 
     async def _replace(self, worker: Worker, cause: BaseException) -> None:
         """Another engine under the worker; its groups go on where they stand, on whichever worker is there first."""
         worker.is_alive = worker.is_kept = False
-        worker.num_unlucky += 1
+        worker.num_losses += 1
         self.num_replaced += 1
         reason = reason_of(cause)
-        if worker.num_unlucky >= UNLUCKY:
-            raise StageError(f"{worker.name} was lost {UNLUCKY} times in a row; the last time: {reason}") from cause
+        if worker.num_losses >= MAX_CONSECUTIVE_LOSSES:
+            raise StageError(
+                f"{worker.name} was lost {MAX_CONSECUTIVE_LOSSES} times in a row; the last time: {reason}"
+            ) from cause
         self._told("replaced", [worker.name, reason])
         self._unsent += worker.flights.values()
-        worker.flights, worker.outbox = {}, []
+        worker.flights, worker.lane = {}, self._lane_to(worker)
         self._send_waiting()
         index = self.workers.index(worker)
         worker.name, worker.actor = await self._engines.replace(index, cause)
         async with worker.lock:  # an update waits for it, so that the trainer does not write over what is read here
             calls = [call for together in self._calls(*self._newest) for call in together]
             arguments = dict(calls)[index]
-            await self._attended(worker, worker.actor.update_weights.remote(**arguments))
+            await self._await_busy(worker, worker.actor.update_weights.remote(**arguments))
             worker.policy_version = version = arguments["policy_version"]
-            worker.is_alive, worker.fault = True, None
+            worker.is_alive = True
         self._told("took", [worker.name, version])
         self._send_waiting()
 

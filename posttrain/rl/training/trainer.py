@@ -29,7 +29,7 @@ from posttrain.parallel.export import barrier, export_model
 from posttrain.parallel.state import load_state, save_state
 from posttrain.parallel.tensors import read_weights, whole_tensors
 from posttrain.rl.config import RlConfig
-from posttrain.rl.losses import LOSSES, LossInputs, LossOutputs, batch_share, reference_kl
+from posttrain.rl.losses import LOSSES, LossInputs, LossOutputs, batch_share, ratio_of, reference_kl
 from posttrain.rl.rollouts.weights import publisher
 from posttrain.rl.training.policy import PAD_ID, load_token_policy, sample_logprobs
 from posttrain.rl.training.samples import MicroBatch, TrainSample, collate, micro_batches
@@ -163,7 +163,7 @@ class PolicyTrainer:
             self._engine.backward(loss * self._world)  # the engine takes the mean over ranks
             with torch.no_grad():
                 log_ratio_T = inputs.policy_logprobs_T - inputs.sampler_logprobs_T
-                ratio_T = log_ratio_T.exp()
+                ratio_T = ratio_of(log_ratio_T)
                 sums["loss"] += float(loss)
                 # k3 of the sampler from the policy: (r - 1) - log r, always >= 0.
                 sums["mismatch_kl"] += weight * float((ratio_T - 1 - log_ratio_T).sum()) / num_tokens

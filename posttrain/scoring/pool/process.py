@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from posttrain.actors.processes import kill_marked
 from posttrain.scoring.pool.wire import FrameBuffer
 
 _VARIABLE = "POSTTRAIN_REWARD_WORKER"
@@ -127,17 +128,3 @@ class WorkerProcess(asyncio.SubprocessProtocol):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), _VARIABLE: self._token}
         environment.setdefault("OMP_NUM_THREADS", "1")
         return environment
-
-
-def kill_marked(variable: str, token: str) -> None:
-    """Kills every process that was given this variable with this value (Linux; elsewhere the process group has to do).
-
-    A child that moved to another session and was orphaned can be found in no other way.
-    """
-    needle = f"{variable}={token}".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if needle in (folder / "environ").read_bytes():
-                os.kill(int(folder.name), signal.SIGKILL)
-        except (OSError, ValueError):
-            continue

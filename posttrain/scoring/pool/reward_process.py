@@ -9,30 +9,28 @@ Run as `python -m posttrain.scoring.pool.reward_process PARENT_PID`.
 """
 
 import asyncio
-import ctypes
 import inspect
 import json
 import math
 import numbers
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Awaitable, Mapping
 from typing import Any, BinaryIO
 
+from posttrain.actors.parent import die_with_parent
 from posttrain.errors import PluginError, PosttrainError
 from posttrain.records import RewardResult
 from posttrain.scoring.plugins.target import RewardFunction, Target, bind, describe, import_target, warm
 from posttrain.scoring.pool.wire import HEADER_BYTES, frame, pair_from_json, result_to_json
 
-_PR_SET_PDEATHSIG = 1
 _MAX_REASON = 2000
 
 
 def main() -> None:
-    _die_with_parent(int(sys.argv[1]))
+    die_with_parent(int(sys.argv[1]))
     requests, replies = _take_pipes()
     setup = _read_blocking(requests)
     if setup is None:
@@ -131,14 +129,6 @@ def _take_pipes() -> tuple[BinaryIO, int]:
     os.close(nothing)
     os.dup2(2, 1)
     return requests, replies
-
-
-def _die_with_parent(parent: int) -> None:
-    """Asks Linux for SIGKILL when the pool's process dies; elsewhere the end of stdin has to do."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
-        sys.exit(1)
 
 
 def _read_blocking(requests: BinaryIO) -> dict[str, Any] | None:

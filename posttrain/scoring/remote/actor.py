@@ -15,6 +15,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from posttrain.actors.processes import place_of_this
 from posttrain.errors import PluginError
 from posttrain.records import Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec
@@ -48,10 +49,8 @@ class RewardActor:
         self._event = asyncio.Event()
 
     async def where(self) -> tuple[str, int]:
-        """The node's id in Ray, and this process's."""
-        import ray
-
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+        """The id of this node in Ray, and of this process."""
+        return place_of_this()
 
     async def start(self) -> str:
         """Starts the reward processes. Returns "" or why they cannot load the plug-in."""

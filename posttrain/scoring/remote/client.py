@@ -10,12 +10,13 @@ A scoring that was lost with an actor is sent to the next one: that is never a s
 import asyncio
 from collections.abc import Sequence
 
+from posttrain.actors.losses import ActorLostError
 from posttrain.config.shared import RewardConfig, RewardResources
 from posttrain.errors import PluginError, StageError
 from posttrain.records import Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
 from posttrain.scoring.pool.pool import PoolStats
-from posttrain.scoring.remote.life import ActorLife, ActorLostError
+from posttrain.scoring.remote.life import ActorLife
 
 MAX_RESTARTS = 5
 DEADLINE_S = 30.0

@@ -1,7 +1,8 @@
 """One life of the reward actor: from its start until it is closed, dies, or no longer answers.
 
-A heartbeat every second tells a frozen actor from a busy one: what an actor does on its loop takes milliseconds. An
-actor that is lost is killed with all its processes, and every call that waits for it ends with ActorLostError.
+Scorings go to the actor and scores come back over a lane (actors/lane.py), whose calls are the heartbeat: what an actor
+does on its loop takes milliseconds, so one that is late with an answer is frozen. An actor that is lost is killed with
+all its processes, and every call that waits for it ends with ActorLostError.
 """
 
 import asyncio
@@ -14,27 +15,23 @@ from typing import Any
 
 import psutil
 
+from posttrain.actors.lane import COLLECT_S, Lane
+from posttrain.actors.losses import ActorLostError, is_loss
+from posttrain.actors.processes import kill_marked
 from posttrain.config.shared import RewardResources
 from posttrain.errors import PluginError, StageError
 from posttrain.records import Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec
-from posttrain.scoring.pool.process import kill_marked
 from posttrain.scoring.remote.actor import MARK, Done, Health, RewardActor, Scoring
 
-PING_S = 1.0
-COLLECT_S = 1.0
 PLACE_S = 180.0
 CLOSE_S = 10.0
-
-
-class ActorLostError(Exception):
-    """The actor died or was given up. What was sent to it may be sent to another."""
 
 
 class ActorLife:
     """An actor from its start on. Must be used inside an initialised Ray session and a running event loop.
 
-    deadline_s: an actor that does not answer a heartbeat for so long is lost.
+    deadline_s: an actor that does not answer for so long is lost.
     """
 
     def __init__(
@@ -43,7 +40,6 @@ class ActorLife:
         import ray
 
         self._resources = resources
-        self._deadline_s = deadline_s
         self._mark = uuid.uuid4().hex
         options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_concurrency": 10_000}
         self._actor: Any = (
@@ -51,9 +47,16 @@ class ActorLife:
         )
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._process: psutil.Process | None = None
-        self._serving: list[asyncio.Task[None]] = []
-        self._outbox: list[Scoring] = []
-        self._wake = asyncio.Event()
+        self._serving: asyncio.Task[None] | None = None
+        self._lane: Lane[Scoring, tuple[bytes, Health]] = Lane(
+            # Pickled here, once: Ray's own pickler asks Python about each record.
+            lambda scorings: self._actor.submit.remote(pickle.dumps(scorings)),
+            lambda: self._actor.collect.remote(COLLECT_S),
+            lambda collected: self._take(*collected),
+            deadline_s=deadline_s,
+            name=lambda: "it",
+            refused=lambda scorings, error: self._resolve((key, error) for key, _ in scorings),
+        )
         self._scoring: dict[int, asyncio.Future[list[Scored]]] = {}
         self._num_scorings = 0
         self.health = Health()
@@ -89,7 +92,7 @@ class ActorLife:
         if node == ray.get_runtime_context().get_node_id():
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._process = psutil.Process(pid)
-        self._serving = [asyncio.create_task(work()) for work in (self._watch, self._feed, self._empty)]
+        self._serving = asyncio.create_task(self._serve())
         reason = await self._call("start")
         if reason:
             raise PluginError(reason)
@@ -102,8 +105,7 @@ class ActorLife:
         self._num_scorings += 1
         key = self._num_scorings
         done = self._scoring[key] = asyncio.get_running_loop().create_future()
-        self._outbox.append((key, pairs))
-        self._wake.set()
+        self._lane.send((key, pairs))
         try:
             return await done
         finally:
@@ -117,15 +119,15 @@ class ActorLife:
             closing.cancel()
             await asyncio.gather(closing, return_exceptions=True)
             self._lose("it was closed", is_empty=bool(ended))
-        for task in self._serving:
-            task.cancel()
-        await asyncio.gather(*self._serving, return_exceptions=True)
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         from ray.exceptions import RayError, RayTaskError
 
         if not self.is_lost:
-            answer = asyncio.ensure_future(_wait_for(getattr(self._actor, method).remote(*arguments)))
+            answer = asyncio.ensure_future(getattr(self._actor, method).remote(*arguments))
             try:
                 await asyncio.wait({answer, self._lost}, return_when=asyncio.FIRST_COMPLETED)
                 if answer.done():
@@ -133,30 +135,22 @@ class ActorLife:
             except RayTaskError:  # a defect of the actor's own code
                 raise
             except RayError as error:
-                self._lose(f"it died: {str(error).partition(chr(10))[0]}")
+                self._lose(_reason_of_loss(error))
             finally:
                 answer.cancel()
         raise ActorLostError(self.reason)
 
-    async def _feed(self) -> None:
-        """Send what waits; what comes while a call is on its way goes with the next."""
-        while not self.is_lost:
-            await self._wake.wait()
-            self._wake.clear()
-            scorings, self._outbox = self._outbox, []
-            try:
-                await self._call("submit", pickle.dumps(scorings))  # Ray's pickler asks Python about each record
-            except Exception as error:
-                self._resolve((key, error) for key, _ in scorings)
+    async def _serve(self) -> None:
+        try:
+            await self._lane.serve()
+        except Exception as error:
+            if not is_loss(error):  # a defect of the actor's own code, for whoever waits for its scores
+                self._resolve((key, error) for key in self._scoring)
+            self._lose(_reason_of_loss(error))
 
-    async def _empty(self) -> None:
-        while not self.is_lost:
-            try:
-                answered, self.health = await self._call("collect", COLLECT_S)
-                done: list[Done] = pickle.loads(answered)
-            except Exception as error:
-                done = [(key, error) for key in self._scoring]
-            self._resolve(done)
+    def _take(self, answered: bytes, health: Health) -> None:
+        self.health = health
+        self._resolve(pickle.loads(answered))
 
     def _resolve(self, done: Iterable[Done]) -> None:
         for key, scores in done:
@@ -167,16 +161,6 @@ class ActorLife:
                 waiting.set_exception(scores)
             else:
                 waiting.set_result(scores)
-
-    async def _watch(self) -> None:
-        while not self.is_lost:
-            await asyncio.sleep(PING_S)
-            ping = asyncio.ensure_future(self._call("ping"))
-            # Not a timeout around it: where this process itself was stopped, the answer is there when time is up.
-            if not (await asyncio.wait({ping}, timeout=self._deadline_s))[0]:
-                self._lose(f"it did not answer for {self._deadline_s:g} s")
-            with contextlib.suppress(ActorLostError):
-                self.health = await ping
 
     def _lose(self, reason: str, is_empty: bool = False) -> None:
         """Nothing of the actor is left alive: a frozen one is deaf to Ray, and does not end its own processes.
@@ -196,5 +180,7 @@ class ActorLife:
         ray.kill(self._actor)
 
 
-async def _wait_for(reference: Any) -> Any:
-    return await reference
+def _reason_of_loss(error: Exception) -> str:
+    if isinstance(error, TimeoutError):  # the lane's
+        return str(error)
+    return f"it died: {str(error).partition(chr(10))[0]}"
