@@ -5,7 +5,9 @@ Nothing here imports torch, and nothing is filled in later: each step makes a ne
 `msgspec.structs.replace`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from itertools import chain
 from typing import Any
 
 from msgspec import Struct, field
@@ -84,38 +86,118 @@ class Row(Struct, frozen=True):
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-class VersionSpan(Struct, frozen=True):
-    """Tokens [start, end) of a reply were sampled by this version of the policy."""
+class FinishReason(StrEnum):
+    """How a reply ended."""
+
+    RUNNING = ""  # it has not ended yet
+    STOP = "stop"  # the policy ended its turn
+    LENGTH = "length"  # it met the limit of tokens
+    ABORT = "abort"  # the engine gave it up
+
+
+class Media(Struct, frozen=True):
+    """A picture that a prompt refers to: kept by reference, so that a record stays small. uri: a path or an address."""
+
+    uri: str
+    kind: str = "image"
+
+
+class Prompt(Struct, frozen=True):
+    """What the policy is given: the messages as they were sent, and their token ids, rendered by the chat template.
+
+    media: what the messages refer to, in the order of its places in `token_ids`.
+    """
+
+    messages: tuple[Message, ...]
+    token_ids: tuple[int, ...]
+    media: tuple[Media, ...] = ()
+
+
+class VersionSpan(Struct, frozen=True, array_like=True):
+    """Tokens [start, end) of a segment were sampled by this version of the policy."""
 
     policy_version: int
     start: int
     end: int
 
 
-class Rollout(Struct, frozen=True):
-    """One sampled reply. The ids that the engine sampled are the ids trained on; text is never tokenized again.
+class Segment(Struct, frozen=True):
+    """Consecutive tokens after the prompt that have one origin: one turn of the policy, or what was put in between.
 
-    prompt_ids, token_ids: token ids of the prompt and of the reply (with its end-of-turn token, if it got there).
-    sampler_logprobs: float log-probability of each reply token under the distribution it was sampled from.
-    versions: spans that cover the reply exactly, in order.
-    finish_reason: "stop" (ended its turn) or "length" (truncated).
+    token_ids: the very ids that the engine sampled, or the rendered ids of what the world said; text is never
+        tokenized again.
+    trained: whether the policy is trained on these tokens. Only sampled tokens can be.
+    sampler_logprobs: float log-probability of each token under the distribution that it was sampled from; None for
+        tokens that nobody sampled (a tool's result, a user's turn).
+    versions: spans that cover a sampled segment exactly, in order; () for one that was not sampled.
+
+    Example: a policy calls a tool, reads the result, and answers.
+
+    >>> call = Segment((5, 6, 7), True, (-0.1, -0.2, -0.1), (VersionSpan(3, 0, 3),))
+    >>> result = Segment((8, 9), False)
+    >>> answer = Segment((10, 11), True, (-0.3, -0.1), (VersionSpan(3, 0, 1), VersionSpan(4, 1, 2)))
+    """
+
+    token_ids: tuple[int, ...]
+    trained: bool
+    sampler_logprobs: tuple[float, ...] | None = None
+    versions: tuple[VersionSpan, ...] = ()
+
+
+class Rollout(Struct, frozen=True):
+    """One answer of the policy to a prompt, of one segment or several.
+
+    prompt_id: the row's id. group_id: the G rollouts of one prompt share it. index: place in the group, from 0.
+    text: what the policy said, without special tokens; of several turns the last.
     system: the system instruction that was sampled for the prompt, or None.
     worker: name of the rollout worker; started_s, finished_s: Unix times.
+
+    Example: `Rollout("p1", "g7", 0, prompt, (Segment((5, 6), True, (-0.1, -0.2), (VersionSpan(0, 0, 2),)),), "4",
+    FinishReason.STOP)`.
     """
 
     prompt_id: str
     group_id: str
     index: int
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
+    prompt: Prompt
+    segments: tuple[Segment, ...]
     text: str
-    sampler_logprobs: tuple[float, ...]
-    versions: tuple[VersionSpan, ...]
-    finish_reason: str
+    finish_reason: FinishReason
     system: str | None = None
     worker: str = ""
     started_s: float = 0.0
     finished_s: float = 0.0
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Token ids of the prompt."""
+        return self.prompt.token_ids
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Token ids of everything after the prompt."""
+        if len(self.segments) == 1:
+            return self.segments[0].token_ids
+        return tuple(chain.from_iterable(segment.token_ids for segment in self.segments))
+
+    @property
+    def num_sampled(self) -> int:
+        """How many tokens the policy sampled."""
+        return sum(len(segment.token_ids) for segment in self.segments if segment.sampler_logprobs is not None)
+
+    @property
+    def versions(self) -> Iterator[int]:
+        """Every policy version that sampled a part of it."""
+        return (span.policy_version for segment in self.segments for span in segment.versions)
+
+    @property
+    def trained_segments(self) -> Iterator[tuple[int, Segment]]:
+        """(place of its first token after the prompt, segment) of each segment that is trained on."""
+        start = 0
+        for segment in self.segments:
+            if segment.trained:
+                yield start, segment
+            start += len(segment.token_ids)
 
 
 class RewardResult(Struct, frozen=True):

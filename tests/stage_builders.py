@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rollout_records import drawn, one_turn, reply_sample
 
 from posttrain.config.base import Config
 from posttrain.context import StageContext
@@ -23,7 +24,7 @@ from posttrain.errors import UserError
 from posttrain.pipeline.graph import Node, Pipeline, load_pipeline, with_trackers
 from posttrain.pipeline.plan import make_plan, trainer_resources
 from posttrain.pipeline.schedule import make_job
-from posttrain.records import RewardResult, Rollout, Scored, VersionSpan
+from posttrain.records import FinishReason, RewardResult, Rollout, Scored, VersionSpan
 
 Builder = Callable[[Any], Any]
 CAPABILITIES = ("math", "coding", "chat")
@@ -383,16 +384,15 @@ def _tokenizer() -> Any:
 def _drawn() -> list[Any]:
     """Prompts as they are sampled from, whatever the config says."""
     from posttrain.data.rows import load_rows
-    from posttrain.rl.records import DrawnPrompt
 
     rows = load_rows("prompts_a.jsonl", kind="prompt")
-    return [DrawnPrompt(row, None, row.messages, (1, 2, index)) for index, row in enumerate(rows)]
+    return [drawn(row, row.messages, (1, 2, index)) for index, row in enumerate(rows)]
 
 
 def _rollout(prompt: Any, index: int, length: int = 2) -> Rollout:
     span = (VersionSpan(0, 0, length),)
     ids, logprobs, reason = (3,) * length, (-1.0,) * length, "length" if length == 16 else "stop"
-    return Rollout(prompt.row.id, "g0", index, prompt.prompt_ids, ids, "Answer: 3", logprobs, span, reason)
+    return one_turn(prompt.row.id, "g0", index, prompt.prompt.token_ids, ids, "Answer: 3", logprobs, span, reason)
 
 
 def rl_rows(config: Any) -> Any:
@@ -499,7 +499,7 @@ def rl_judge(config: Any) -> Any:
     pairs = [(_rollout(prompt, 0), prompt.row) for prompt in _drawn()]
     pairs += [(msgspec.structs.replace(pairs[0][0], text="so " * 60), pairs[0][1])]
     questions = Judge(PreparedJudge(config.judge, prompts, None), Any).questions(pairs)
-    answer = Completion((), "", (), "stop", (), dict.fromkeys(prompts.choice_ids, -1.0))
+    answer = Completion((), "", (), FinishReason.STOP, (), dict.fromkeys(prompts.choice_ids, -1.0))
     return started, questions, read_choice(answer, config.judge.labels, prompts.choice_ids)
 
 
@@ -650,10 +650,9 @@ def rl_policy(config: Any) -> Any:
 
 def rl_micro_batches(config: Any) -> Any:
     """What the second of two ranks trains on."""
-    from posttrain.rl.training.samples import TrainSample
     from posttrain.rl.training.trainer import dealt
 
-    samples = [TrainSample((1,) * 30, (2,) * length, (-1.0,) * length, (0,) * length, 1.0) for length in range(1, 60)]
+    samples = [reply_sample((1,) * 30, (2,) * length, (-1.0,) * length, (0,) * length, 1.0) for length in range(1, 60)]
     return [(len(chunk), weight) for chunk, weight in dealt(config, samples, 1, 2)]
 
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from rollout_records import one_turn
 
 from posttrain.base.cache import cache_key
 from posttrain.base.config import ModelSizes, SetSizes, StageConfig, TextConfig
@@ -27,7 +28,7 @@ from posttrain.context import StageContext
 from posttrain.data.chat import render_conversation
 from posttrain.errors import ConfigError, DataError, StageError
 from posttrain.files import read_jsonl
-from posttrain.records import Rollout, Row
+from posttrain.records import Row
 from posttrain.rewards.puzzles import puzzles
 
 SMALL_SETS = SetSizes(sft=40, prompts=40, heldout=20, tune=20)
@@ -48,7 +49,7 @@ def tokenizer():
 
 def reward(problem, text):
     row = Row("r", "math", (), problem.answer, {"family": problem.family, **problem.fields})
-    return puzzles(Rollout("r", "g", 0, (), (), text, (), (), "stop"), row).value
+    return puzzles(one_turn("r", "g", 0, (), (), text, (), (), "stop"), row).value
 
 
 def test_right_solutions_are_rewarded_and_flawed_ones_mostly_not():
@@ -110,7 +111,7 @@ def test_rows(tmp_path):
     assert 70 < len(systems) < 130
     for row in sft:
         fields = {name: row[name] for name in ("family", "numbers", "target") if name in row}
-        rollout = Rollout(row["id"], "g", 0, (), (), row["messages"][-1]["content"], (), (), "stop")
+        rollout = one_turn(row["id"], "g", 0, (), (), row["messages"][-1]["content"], (), (), "stop")
         assert puzzles(rollout, Row(row["id"], row["capability"], (), row["answer"], fields)).value == 1.0
 
 

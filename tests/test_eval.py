@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rollout_records import one_turn
 
 from posttrain.config.base import load_config, validate_config
 from posttrain.config.shared import DataConfig
@@ -20,7 +21,7 @@ from posttrain.eval.heldout import check_heldout
 from posttrain.eval.replies import GREEDY, SAMPLE, PromptReplies, Reply, by_prompt, eval_requests
 from posttrain.eval.results import results
 from posttrain.metrics.intervals import wilson_ci95
-from posttrain.records import Message, RewardResult, Rollout, Row, Scored
+from posttrain.records import Message, RewardResult, Row, Scored
 from posttrain.resources import bundled_dir
 
 
@@ -108,7 +109,7 @@ def test_replies_find_their_prompts(tiny_tokenizer: Any) -> None:
     assert {request.temperature for kind, _, request in asked if kind == GREEDY} == {0.0}
     assert all(tiny_tokenizer.eos_token_id in request.stop_token_ids for _, _, request in asked)
     texts = [(kind, row, f"{kind} {row.id} {i}") for kind, row, request in asked for i in range(request.n)]
-    pairs = [(Rollout(row.id, row.id, 0, (1,), (2, 3), text, (0, 0), (), "length"), row) for _, row, text in texts]
+    pairs = [(one_turn(row.id, row.id, 0, (1,), (2, 3), text, (0, 0), (), "length"), row) for _, row, text in texts]
     scores = [Scored(RewardResult(1.0)) if i % 2 else Scored(None, "timeout") for i in range(len(pairs))]
     for item in by_prompt(rows, asked, pairs, scores):
         assert item.greedy is not None

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rollout_records import one_turn
 
 from posttrain.records import Message, RewardResult, Rollout, Row
 from posttrain.rewards.coding import code
@@ -19,7 +20,7 @@ from posttrain.rewards.valid_json import valid_json
 
 def reply(text: str, finish_reason: str = "stop", num_tokens: int = 3) -> Rollout:
     ids = tuple(range(num_tokens))
-    return Rollout("p", "g", 0, (1, 2), ids, text, (0.0,) * num_tokens, (), finish_reason)
+    return one_turn("p", "g", 0, (1, 2), ids, text, (0.0,) * num_tokens, (), finish_reason)
 
 
 def row(answer: object = None, capability: str = "math", **fields: object) -> Row:

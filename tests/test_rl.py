@@ -496,7 +496,7 @@ def test_system_instructions_follow_their_weights_and_spare_prompts_that_bring_o
     source = source_of([row_named("p")], 0, [{"text": "Be brief.", "weight": 3.0}, {"text": "", "weight": 1.0}])
     drawn = [source.draw("math", order) for order in range(400)]
     assert 0.65 < sum(prompt.system == "Be brief." for prompt in drawn) / 400 < 0.85
-    assert all((prompt.messages[0].role == "system") == (prompt.system is not None) for prompt in drawn)
+    assert all((prompt.prompt.messages[0].role == "system") == (prompt.system is not None) for prompt in drawn)
 
 
 def test_mixture_of_a_capability_without_prompts():

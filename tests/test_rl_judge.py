@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rollout_records import one_turn
 
 from posttrain.config.base import dump_yaml, validate_config
 from posttrain.context import StageContext
@@ -17,7 +18,7 @@ from posttrain.files import read_jsonl
 from posttrain.judging.verdicts import verdict_of
 from posttrain.pipeline.inputs import input_problems
 from posttrain.pipeline.kinds import KINDS
-from posttrain.records import Message, RewardResult, Rollout, Row
+from posttrain.records import Message, RewardResult, Row
 from posttrain.rewards.judged import judged
 from posttrain.rl.config import RlConfig
 
@@ -91,7 +92,7 @@ def test_labels_that_begin_alike_are_refused_before_an_engine_starts(tmp_path, t
 
 def test_the_reward_is_the_expected_place_among_the_labels():
     verdict = verdict_of(["wrong", "right"], [-1.0, -0.5]).to_json("judge")
-    rollout = Rollout("p", "g", 0, (1,), (2,), "yes", (-1.0,), (), "stop")
+    rollout = one_turn("p", "g", 0, (1,), (2,), "yes", (-1.0,), (), "stop")
     row = Row("p", "math", (Message("user", "?"),))
     scored = judged(rollout, Row("p", "math", row.messages, fields={"judge": verdict}))
     assert isinstance(scored, RewardResult)

@@ -5,17 +5,17 @@ import asyncio
 import sqlite3
 from pathlib import Path
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from posttrain.config.base import dump_yaml
 from posttrain.config.shared import SystemsConfig
-from posttrain.errors import StageError
-from posttrain.records import Message, Row, VersionSpan
-from posttrain.rl.history.archive import RolloutArchive
+from posttrain.errors import CheckpointError, StageError
+from posttrain.records import FinishReason, Message, Prompt, Rollout, Row, Segment, VersionSpan
+from posttrain.rl.history.archive import RolloutArchive, check_archive, recorded_rollout
 from posttrain.rl.history.audit import audit_stage
-from posttrain.rl.history.codec import pack, unpack
 from posttrain.rl.history.ledger import Commit, Ledger
 from posttrain.rl.history.recovery import (
     SNAPSHOT,
@@ -27,9 +27,13 @@ from posttrain.rl.history.recovery import (
     scores_json,
     survivors,
 )
+from posttrain.rl.history.replay import recorded_steps
+from posttrain.rl.history.replies import pack, unpack
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import ScoredGroup
-from posttrain.sampling.requests import Completion, up_to
+from posttrain.rl.records import DrawnPrompt, Group, LedgerEvent, ScoredGroup
+from posttrain.rl.training.samples import train_sample
+from posttrain.sampling.requests import NOTHING, Completion
+from posttrain.sampling.rollouts import Reply, completion_of, reply_of, up_to
 
 ROWS = [Row(f"p{index}", "math", (Message("user", f"question {index}"),), "1") for index in range(40)]
 
@@ -41,7 +45,9 @@ def reply(*spans, finish="stop"):
         versions.append(VersionSpan(version, end, end + count))
         end += count
     ids = tuple(range(3, 3 + end))
-    return Completion(ids, "text é", tuple(-0.1 * (token + 1 / 3) for token in ids), finish, tuple(versions))
+    return Completion(
+        ids, "text é", tuple(-0.1 * (token + 1 / 3) for token in ids), FinishReason(finish), tuple(versions)
+    )
 
 
 def source():
@@ -78,14 +84,14 @@ def test_a_flush_waits_for_what_a_cancelled_one_took(tmp_path):
 
 
 def test_replies_come_back_as_they_were():
-    replies = [reply((0, 3), (2, 4)), reply((1, 5), finish="length"), Completion((), "", (), "", ())]
-    assert unpack(pack(replies)) == replies
+    replies = [reply((0, 3), (2, 4)), reply((1, 5), finish="length"), NOTHING]
+    assert [completion_of(item) for item in unpack(pack(replies))] == replies
 
 
 @pytest.mark.parametrize(("version", "kept"), [(0, 3), (1, 3), (2, 7), (3, 9), (9, 9)])
 def test_tokens_of_versions_that_are_gone_are_taken_away(version, kept):
     whole = reply((0, 3), (2, 4), (3, 2))
-    left = up_to(whole, version)
+    left = completion_of(up_to(reply_of(whole), version))
     assert len(left.token_ids) == len(left.logprobs) == kept
     assert left.finish_reason == ("stop" if kept == 9 else "")
     assert [span.end for span in left.versions][-1:] == [kept]
@@ -119,7 +125,7 @@ def test_after_a_crash_every_group_is_where_it_was_and_undone_steps_are_scored_a
     ledger = Ledger(tmp_path / SNAPSHOT)
     for order, state in enumerate(["trained", "trained", "scored", "dropped", "generated", "reserved", "trained"]):
         walk(ledger, order, state, step=0 if order < 2 else 1, versions=((0, 4),) if order != 6 else ((0, 2), (2, 2)))
-    ledger.begun(5, [reply((0, 2), (1, 3), finish=""), Completion((), "", (), "", ())])
+    ledger.begun(5, [reply((0, 2), (1, 3), finish=""), NOTHING])
     asyncio.run(ledger.commit(Commit(1, "checkpoints/step_1", "hash"), 0))
     ledger.dropped(4, "never written")  # a SIGKILL comes before the next flush
     crashed = Ledger(tmp_path / SNAPSHOT)
@@ -135,11 +141,12 @@ def test_after_a_crash_every_group_is_where_it_was_and_undone_steps_are_scored_a
     assert found[2].scored.group.rollouts[1].token_ids == (3, 4, 5, 6)
     assert found[4].scored is None
     assert found[4].group is not None
-    assert [len(part.token_ids) for part in found[5].replies] == [5, 0]
+    assert [len(completion_of(part).token_ids) for part in found[5].replies] == [5, 0]
     assert found[5].stamp == 0
     # Group 6 was finished by version 2, which is gone: it goes on from what version 0 sampled.
     assert found[6].scored is found[6].group is None
-    assert [(len(part.token_ids), part.finish_reason) for part in found[6].replies] == [(2, ""), (2, "")]
+    rest = [completion_of(part) for part in found[6].replies]
+    assert [(len(part.token_ids), part.finish_reason) for part in rest] == [(2, FinishReason.RUNNING)] * 2
 
 
 def test_what_was_committed_is_never_undone(tmp_path):
@@ -226,7 +233,7 @@ def finished(tmp_path):
     walk(ledger, 6, "dropped")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_text("weights")
-    ledger.event("finished", 3)
+    ledger.event(LedgerEvent.FINISHED, 3)
     asyncio.run(ledger.commit(Commit(3, "model", folder_hash(tmp_path / "model")), ledger.seq))
     ledger.close()
     return tmp_path
@@ -271,7 +278,11 @@ def test_a_clean_run_is_clean(finished):
         ),
         (
             lambda s: rewrite(s, 1, lambda row: {**row, "versions": row["versions"].replace("3, 5]", "4, 5]")}),
-            "tokens without a policy version",
+            "sampled or trained tokens without exactly one policy version",
+        ),
+        (
+            lambda s: rewrite(s, 1, lambda row: {**row, "sampler_logprobs": [None, *row["sampler_logprobs"][1:]]}),
+            "sampled or trained tokens without exactly one policy version",
         ),
     ],
 )
@@ -280,3 +291,65 @@ def test_an_audit_finds_what_is_wrong(finished, damage, problem):
     audit = audit_stage(finished)
     assert not audit.is_clean
     assert any(problem in found for found in audit.problems), audit.problems
+
+
+def tool_rollout() -> Rollout:
+    """A call, the tool's result, an answer: the second segment is context, the third spans two versions."""
+    segments = (
+        Segment((5, 6), True, (-0.1, -0.2), (VersionSpan(1, 0, 2),)),
+        Segment((8, 9, 10), False),
+        Segment((11, 12), True, (-0.3, -0.4), (VersionSpan(1, 0, 1), VersionSpan(2, 1, 2))),
+    )
+    return Rollout("p0", "g0", 0, Prompt((), (1, 2, 3)), segments, "an answer", FinishReason.STOP)
+
+
+def test_a_rollout_of_several_turns_is_archived_and_read_back(tmp_path):
+    rollout = tool_rollout()
+    prompt = DrawnPrompt(ROWS[0], None, Prompt(ROWS[0].messages, (1, 2, 3)))
+    group = ScoredGroup(Group(0, prompt, (rollout,)), (1.0,), ("",), (0.5,))
+    archive = RolloutArchive(tmp_path, Tokenizer())
+    archive.add(group, 3, 3, "trained")
+    archive.write(3)
+    path = tmp_path / "step_000003.parquet"
+    check_archive(path)
+    (row,) = pq.read_table(path).to_pylist()
+    assert row["versions"] == "[[1, 0, 2], [1, 5, 6], [2, 6, 7]]"
+    assert row["sampler_logprobs"] == [-0.1, -0.2, None, None, None, -0.3, -0.4]
+    assert (row["num_tokens"], row["policy_version"], row["staleness"]) == (4, 1, 2)
+    assert recorded_rollout(row) == rollout
+    sample = train_sample(recorded_rollout(row), 3, 0.5)
+    assert sample.token_ids == (1, 2, 3, 5, 6, 8, 9, 10, 11, 12)
+    assert sample.trained == ((3, 5), (8, 10))
+    assert sample.staleness == (2, 2, 2, 1)
+
+
+def test_tokens_of_versions_that_are_gone_take_the_turns_after_them_along():
+    reply = Reply(tool_rollout().segments, "an answer", FinishReason.STOP)
+    assert up_to(reply, 2) == reply
+    left = up_to(reply, 1)
+    assert [len(segment.token_ids) for segment in left.segments] == [2, 3, 1]
+    assert left.finish_reason == FinishReason.RUNNING
+    assert up_to(reply, 0) == Reply((), "", FinishReason.RUNNING)
+    with pytest.raises(ValueError, match="3 segments is not one turn"):
+        completion_of(reply)
+
+
+def test_a_ledger_of_another_format_is_refused(tmp_path):
+    Ledger(tmp_path / SNAPSHOT).close()
+    edit(tmp_path, "PRAGMA user_version = 0")  # as it was before formats were numbered
+    with pytest.raises(CheckpointError, match=r"a ledger of format 1, .* reads format 2. Finish the run"):
+        Ledger(tmp_path / SNAPSHOT)
+
+
+def test_an_archive_of_another_format_is_refused(finished):
+    path = finished / "rollouts" / "step_000001.parquet"
+    pq.write_table(pq.read_table(path).replace_schema_metadata({}), path)
+    with pytest.raises(CheckpointError, match=r"step_000001.parquet holds rollouts of format 1"):
+        audit_stage(finished)
+    with pytest.raises(CheckpointError, match=r"step_000001.parquet holds rollouts of format 1"):
+        list(recorded_steps(finished))
+
+
+def test_replies_that_cannot_be_read_are_refused_by_the_field():
+    with pytest.raises(StageError, match=r"the ledger holds replies that cannot be read: .* at `\$\[0\]\[1\]`"):
+        unpack(msgspec.msgpack.encode([[[], 7, "stop"]]))

@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
+from rollout_records import drawn, one_turn, reply_sample
 
 from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError
-from posttrain.records import RewardResult, Rollout, Row, Scored, VersionSpan
+from posttrain.records import RewardResult, Row, Scored, VersionSpan
 from posttrain.rl.advantages import ADVANTAGES, is_zero
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import drop_reason, over_batch, overlong_penalty, scored_group
 from posttrain.rl.loss_config import CONSTANTS, LossConfig, ReferenceConfig
 from posttrain.rl.losses import LOSSES, LossInputs, batch_share, reference_kl
-from posttrain.rl.records import DrawnPrompt, Group
+from posttrain.rl.records import Drop, DropReason, Group
 from posttrain.rl.training.samples import TrainSample, collate, micro_batches, train_samples
 from posttrain.rl.training.trainer import dealt, loss_inputs
 
@@ -90,7 +91,7 @@ def test_grpo_by_hand():
 
 def test_micro_batches_hold_every_sample_once_within_the_budget():
     samples = [
-        TrainSample((1,) * (1 + i % 7), (2,) * (1 + i % 5), (0.0,) * (1 + i % 5), (0,) * (1 + i % 5), 1.0)
+        reply_sample((1,) * (1 + i % 7), (2,) * (1 + i % 5), (0.0,) * (1 + i % 5), (0,) * (1 + i % 5), 1.0)
         for i in range(40)
     ]
     batches = micro_batches(samples, max_tokens=48)
@@ -100,8 +101,8 @@ def test_micro_batches_hold_every_sample_once_within_the_budget():
 
 def test_collate_points_at_the_states_that_predict_each_reply_token():
     samples = [
-        TrainSample((11, 12, 13), (21, 22), (-1.0, -2.0), (2, 1), 0.5),
-        TrainSample((14,), (23,), (-3.0,), (0,), -0.5),
+        reply_sample((11, 12, 13), (21, 22), (-1.0, -2.0), (2, 1), 0.5),
+        reply_sample((14,), (23,), (-3.0,), (0,), -0.5),
     ]
     batch = collate(samples, pad_id=0)
     assert batch.input_ids_BS.tolist() == [[11, 12, 13, 21], [14, 0, 0, 0]]
@@ -116,8 +117,22 @@ def test_collate_points_at_the_states_that_predict_each_reply_token():
     assert batch.ref_logprobs_T is None
     judged = [replace(sample, ref_logprobs=sample.sampler_logprobs) for sample in samples]
     assert collate(judged, pad_id=0).ref_logprobs_T.tolist() == [-1.0, -2.0, -3.0]
-    with pytest.raises(ValueError, match="each reply token needs a log-probability of the reference"):
+    with pytest.raises(ValueError, match="each trained token needs a log-probability of the reference"):
         collate([judged[0], samples[1]], pad_id=0)
+
+
+def test_only_the_tokens_that_the_policy_sampled_are_trained_on():
+    """A prompt of two tokens, a call, a tool's result of two, an answer of two; beside it a plain reply."""
+    turns = TrainSample((11, 12, 21, 31, 32, 22, 23), ((2, 3), (5, 7)), (-1.0, -2.0, -3.0), (1, 0, 0), 0.5)
+    batch = collate([turns, reply_sample((14,), (24,), (-4.0,), (0,), -0.5)], pad_id=0)
+    flat = batch.input_ids_BS.flatten()
+    # 12 predicts the call, the last token of the result the answer's first, and that one the second.
+    assert flat[batch.position_T].tolist() == [12, 32, 22, 14]
+    assert batch.target_T.tolist() == [21, 22, 23, 24]
+    assert batch.sequence_T.tolist() == [0, 0, 0, 1]
+    assert batch.advantages_T.tolist() == [0.5, 0.5, 0.5, -0.5]
+    with pytest.raises(ValueError, match="3 tokens are trained on, but there are 2 log-probabilities"):
+        collate([replace(turns, sampler_logprobs=(-1.0, -2.0))], pad_id=0)
 
 
 def test_grpo_dual_clip_by_hand():
@@ -303,7 +318,7 @@ def random_samples(n=48):
         ages = tuple(torch.randint(0, 5, (length,), generator=random).tolist())
         advantage = float(torch.randn((), generator=random))
         reference = tuple((-2 * torch.rand(length, generator=random)).tolist())
-        return TrainSample((1,) * (1 + index % 3), ids, logprobs, ages, advantage, reference)
+        return reply_sample((1,) * (1 + index % 3), ids, logprobs, ages, advantage, reference)
 
     return [sample(index) for index in range(n)]
 
@@ -314,7 +329,7 @@ def batch_loss(chunks, config):
     The policy's log-probability of token i is a parameter: one place for the gradients of any split.
     """
     samples = [sample for chunk in chunks for sample in chunk]
-    tokens = sum(len(sample.token_ids) for sample in samples)
+    tokens = sum(sample.num_trained for sample in samples)
     weights_V = torch.linspace(-1.0, 1.0, 100, dtype=torch.float64).requires_grad_()
     total, counted = 0.0, 0
     for chunk in chunks:
@@ -400,9 +415,9 @@ def scored_rewards(config, rewards, lengths=(2, 2, 2, 2), versions=0):
         reason = "length" if length == 16 else "stop"
         spans = (VersionSpan(versions, 0, 1), VersionSpan(versions + 1, 1, length))
         ids = tuple(25 * index + place for place in range(length))
-        return Rollout("p", "g", index, (1,), ids, "", (-1.0,) * length, spans, reason)
+        return one_turn("p", "g", index, (1,), ids, "", (-1.0,) * length, spans, reason)
 
-    group = Group(0, DrawnPrompt(Row("p", "math", ()), None, (), (1,)), tuple(starmap(rollout, enumerate(lengths))))
+    group = Group(0, drawn(Row("p", "math", ()), (), (1,)), tuple(starmap(rollout, enumerate(lengths))))
     scores = [Scored(None, "timeout", "slow") if value is None else Scored(RewardResult(value)) for value in rewards]
     return scored_group(group, scores, config)
 
@@ -419,7 +434,7 @@ def test_batch_norm_by_hand():
         [value / deviation for value in centred], rel=1e-5
     )
     # Dropping is judged by the group: equal rewards are no advantage, whatever the batch.
-    assert drop_reason(scored_rewards(config, [0.2] * 4), config) == "zero_advantage"
+    assert str(drop_reason(scored_rewards(config, [0.2] * 4), config)) == "zero_advantage"
     assert [drop_reason(group, config) for group in groups] == [None, None]
     other = make_rl_config()
     assert over_batch(groups, other) == groups
@@ -437,7 +452,7 @@ def test_overlong_penalty_by_hand():
     assert scored.reasons == ("", "", "overlong -0.25", "overlong -0.5")
     assert drop_reason(scored, config) is None
     assert drop_reason(scored, make_rl_config()) is None
-    assert drop_reason(scored_rewards(make_rl_config(), [1.0] * 4, (2, 12, 14, 16)), config) == "zero_advantage"
+    assert str(drop_reason(scored_rewards(make_rl_config(), [1.0] * 4, (2, 12, 14, 16)), config)) == "zero_advantage"
     unscored = scored_rewards(config, [1.0, None, 1.0, 0.0], lengths=(2, 14, 2, 2))
     assert unscored.reasons[1] == "timeout: slow; overlong -0.25"
     assert unscored.advantages[1] is None
@@ -452,12 +467,12 @@ def test_masked_truncation_leaves_the_reply_out_but_not_its_reward():
     config = make_rl_config(loss={"truncated": "mask"})
     scored = scored_rewards(config, [1.0, 0.0, 0.0, 0.0], lengths=(2, 3, 16, 4))
     assert scored.advantages == (0.75, -0.25, None, -0.25)  # the mean is that of all four
-    assert [len(sample.token_ids) for sample in train_samples([scored], 1)] == [2, 3, 4]  # all that is counted
+    assert [sample.num_trained for sample in train_samples([scored], 1)] == [2, 3, 4]  # all that is counted
     assert drop_reason(scored, config) is None
-    assert drop_reason(scored_rewards(config, [1.0, 0.0, 0.0, 0.0], (16, 16, 16, 16)), config) == "truncated"
+    assert str(drop_reason(scored_rewards(config, [1.0, 0.0, 0.0, 0.0], (16, 16, 16, 16)), config)) == "truncated"
     # 0.5 is the mean, and what differs from it is masked.
-    assert drop_reason(scored_rewards(config, [0.5, 0.5, 1.0, 0.0], (2, 2, 16, 16)), config) == "zero_advantage"
-    assert drop_reason(scored_rewards(config, [1.0, None, None, None]), config) == "unscored:timeout"
+    assert str(drop_reason(scored_rewards(config, [0.5, 0.5, 1.0, 0.0], (2, 2, 16, 16)), config)) == "zero_advantage"
+    assert drop_reason(scored_rewards(config, [1.0, None, None, None]), config) == Drop(DropReason.UNSCORED, "timeout")
     trained = scored_rewards(make_rl_config(), [1.0, 0.0, 0.0, 0.0], lengths=(2, 3, 16, 4))
     assert len(train_samples([trained], 1)) == 4
 
@@ -466,7 +481,8 @@ def test_masked_truncation_leaves_the_reply_out_but_not_its_reward():
 def test_a_rollout_with_a_sampler_logprob_that_is_not_finite_is_unscored(bad):
     config = make_rl_config()
     group = scored_rewards(config, [1.0, 0.0, 0.0, 0.0]).group
-    broken = replace(group.rollouts[0], sampler_logprobs=(-1.0, bad))
+    first = group.rollouts[0]
+    broken = replace(first, segments=(replace(first.segments[0], sampler_logprobs=(-1.0, bad)),))
     group = replace(group, rollouts=(broken, *group.rollouts[1:]))
     scored = scored_group(group, [Scored(RewardResult(value)) for value in (1.0, 1.0, 0.0, 0.5)], config)
     assert scored.rewards == (None, 1.0, 0.0, 0.5)

@@ -18,11 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from msgspec.structs import replace
+from rollout_records import drawn, one_turn
 
 from posttrain.config.base import validate_config
 from posttrain.errors import CheckpointError, ConfigError, DataError
 from posttrain.files import read_jsonl
-from posttrain.records import Message, RewardResult, Rollout, Row, Scored, VersionSpan
+from posttrain.records import Message, RewardResult, Row, Scored, VersionSpan
 from posttrain.rl.config import RlConfig
 from posttrain.rl.prompts.difficulty import Basis, Difficulty, DifficultyStore, read_estimates, write_estimates
 from posttrain.rl.prompts.fingerprints import (
@@ -79,7 +80,7 @@ def test_an_estimate_is_stored_with_its_uncertainty_and_what_it_rests_on(tmp_pat
 
 
 def test_unscored_replies_count_neither_as_passed_nor_as_failed():
-    rollout = Rollout("p", "g", 0, (1,), (2, 3), "x", (0.0, 0.0), (VersionSpan(0, 0, 2),), "stop")
+    rollout = one_turn("p", "g", 0, (1,), (2, 3), "x", (0.0, 0.0), (VersionSpan(0, 0, 2),), "stop")
     pairs = [(replace(rollout, prompt_id=name), row_of(name)) for name in ("p", "q") for _ in range(4)]
     results: list[RewardResult | None] = [RewardResult(1.0), RewardResult(0.5), None, RewardResult(0.0)] + [None] * 4
     scored, unscored = difficulties(config_of(), pairs, [Scored(result) for result in results])
@@ -181,7 +182,6 @@ def test_a_chunk_fills_every_engine():
 def test_a_prompt_needs_room_with_every_system_instruction():
     """Tokens are words here. Of 20 tokens 16 are for the reply, so that a prompt may have 4."""
     from posttrain.rl.prompts.lengths import check_room
-    from posttrain.rl.records import DrawnPrompt
 
     def render(messages: Sequence[Message]) -> list[int]:
         return [0 for message in messages for _ in message.content.split()]
@@ -189,7 +189,7 @@ def test_a_prompt_needs_room_with_every_system_instruction():
     def check(*texts: str, **systems: object) -> None:
         rows = [Row(f"p{index}", "math", (Message("user", text),)) for index, text in enumerate(texts)]
         rows.append(Row("own", "math", (Message("system", "one two"), Message("user", "three four"))))
-        prompts = [DrawnPrompt(row, None, row.messages, tuple(render(row.messages))) for row in rows]
+        prompts = [drawn(row, row.messages, tuple(render(row.messages))) for row in rows]
         check_room(config_of(engine={"max_model_len": 20}, **systems), prompts, render)
 
     instructions = {"systems": {"instructions": [{"text": ""}, {"text": "a b"}]}}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from rollout_records import reply_sample
 from tiny_policy import save_tiny_policy
 
 from posttrain.config.base import validate_config
@@ -41,7 +42,7 @@ def samples() -> list[TrainSample]:
     for length in (20, 9, 31, 12, 27):
         ids = torch.randint(3, 200, (length,), generator=random).tolist()
         reply = tuple(ids[5:])
-        found.append(TrainSample(tuple(ids[:5]), reply, (-1.0,) * len(reply), (0,) * len(reply), 0.5))
+        found.append(reply_sample(tuple(ids[:5]), reply, (-1.0,) * len(reply), (0,) * len(reply), 0.5))
     return found
 
 
@@ -49,9 +50,13 @@ def written_out(folder: Path) -> list[list[float]]:
     model: Any = load_model(folder)
     found = []
     for sample in samples():
-        ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]])
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1] / TEMPERATURE
-        found.append(logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0].tolist())
+        ids = torch.tensor([sample.token_ids])
+        logits = model(input_ids=ids, use_cache=False).logits[0, sample.trained[0][0] - 1 : -1] / TEMPERATURE
+        found.append(
+            logits.log_softmax(-1)
+            .gather(1, torch.tensor(sample.token_ids[sample.trained[0][0] :])[:, None])[:, 0]
+            .tolist()
+        )
     return found
 
 

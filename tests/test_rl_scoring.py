@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from msgspec.structs import replace
+from rollout_records import drawn, one_turn
 
 from posttrain.config.base import validate_config
 from posttrain.config.shared import RewardConfig, RewardResources
@@ -24,7 +24,7 @@ from posttrain.rl.grading.alarm import UnscoredAlarm
 from posttrain.rl.grading.groups import drop_reason, score_group
 from posttrain.rl.loop.tally import StepTally
 from posttrain.rl.prompts.profile import nothing_scored
-from posttrain.rl.records import DrawnPrompt, Group, ScoredGroup
+from posttrain.rl.records import Drop, DropReason, Group, ScoredGroup
 from posttrain.scoring.pool.pool import RewardPool
 from posttrain.scoring.remote.actor import MARK
 from posttrain.scoring.remote.client import RewardClient
@@ -59,7 +59,7 @@ def reward(tmp_path: Path) -> str:
 
 
 def make_rollout(text: str, index: int = 0) -> Rollout:
-    return Rollout("r1", "g0", index, (1, 2), (3, 4), text, (-0.5, -0.25), (VersionSpan(0, 0, 2),), "stop")
+    return one_turn("r1", "g0", index, (1, 2), (3, 4), text, (-0.5, -0.25), (VersionSpan(0, 0, 2),), "stop")
 
 
 def make_config(name: str, /, **changes: Any) -> RlConfig:
@@ -86,7 +86,7 @@ def score_texts(texts: Sequence[str], config: RlConfig, **options: Any) -> Score
         finally:
             await pool.close()
 
-    prompt = DrawnPrompt(ROW, None, ROW.messages, (1, 2))
+    prompt = drawn(ROW, ROW.messages, (1, 2))
     group = Group(0, prompt, tuple(make_rollout(text, index) for index, text in enumerate(texts)))
     return asyncio.run(run())
 
@@ -113,7 +113,9 @@ class TestGroups:
         assert scored.reasons[1].startswith(f"{outcome}: ")
         assert drop_reason(scored, config) is None
         few = make_config(reward, reward={"name": reward, "rescores": 0}, min_group=4)
-        assert drop_reason(score_texts(["1", text, "0", "0.5"], few, **options), few) == f"unscored:{outcome}"
+        assert drop_reason(score_texts(["1", text, "0", "0.5"], few, **options), few) == Drop(
+            DropReason.UNSCORED, outcome
+        )
 
     @pytest.mark.slow
     def test_an_answer_that_the_grader_hangs_on_again_is_worth_nothing(self, reward: str) -> None:
@@ -137,7 +139,7 @@ class TestGroups:
         config = make_config(reward, reward={"name": reward, "rescores": 0})
         lost = score_texts(["right 1", "die", "raise", "raise"], config)
         reason = drop_reason(lost, config)
-        assert reason == "unscored:error"
+        assert reason == Drop(DropReason.UNSCORED, "error")
         good = score_texts(["right 1", "wrong 0", "right 1", "wrong 0"], config)
         tally = StepTally({}, {}, 0.5)
         tally.decided(lost, reason)
@@ -154,13 +156,9 @@ class TestGroups:
         prompt_id = same.group.prompt.row.id
         tally = StepTally({}, {prompt_id: 0.3}, 0.5)
         tally.decided(good, None)
-        tally.decided(same, "zero_advantage")
-        tally.expired(
-            "stale",
-            prompt_id,
-            [replace(out, token_ids=(1,) * n) for out, n in zip(same.group.rollouts, (9, 0, 0, 9), strict=True)],
-        )
-        tally.expired("surplus", "another", [replace(out, token_ids=()) for out in same.group.rollouts])
+        tally.decided(same, Drop(DropReason.ZERO_ADVANTAGE))
+        tally.expired(DropReason.STALE, prompt_id, [9, 0, 0, 9])
+        tally.expired(DropReason.SURPLUS, "another", [0, 0, 0, 0])
         metrics = tally.values(0, [good], [0.0], 0.0, {})
         tokens = len(same.group.rollouts[0].token_ids)
         dropped = {name: count for name, count in metrics.items() if name.startswith("groups_dropped_") and count}

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from rollout_records import drawn
 from test_rl import make_config, read_rollouts, rows_of, run_stage
 
 from posttrain.config.base import validate_config
@@ -26,7 +27,7 @@ from posttrain.rl.loop.evaluation import FILE, accuracies, evaluation_request, h
 from posttrain.rl.loop.tally import sampled_before
 from posttrain.rl.prompts.difficulty import read_estimates
 from posttrain.rl.prompts.profile import FILE as PROFILE
-from posttrain.rl.records import DrawnPrompt, Group, ScoredGroup
+from posttrain.rl.records import Group, ScoredGroup
 from posttrain.sampling.requests import SampleRequest
 
 HELDOUT = [row | {"id": f"heldout-{row['id']}"} for row in rows_of(["math", "coding"], 12, heldout=True)]
@@ -265,7 +266,7 @@ def test_evaluations_of_undone_steps_are_forgotten(tmp_path):
 def test_accuracy_is_of_prompts_and_leaves_out_what_has_no_score():
     def scored(capability, rewards):
         row = Row(f"{capability}-{rewards}", capability, (Message("user", "?"),))
-        group = Group(-1, DrawnPrompt(row, None, row.messages, (1,)), ())
+        group = Group(-1, drawn(row, row.messages, (1,)), ())
         return ScoredGroup(group, tuple(rewards), (), (), ())
 
     groups = [scored("b", [1.0, 0.0]), scored("b", [None, 1.0]), scored("a", [0.4, 0.5]), scored("a", [None, None])]

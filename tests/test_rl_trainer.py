@@ -11,6 +11,7 @@ import pytest
 import ray.cloudpickle
 import torch
 from msgspec.structs import replace
+from rollout_records import reply_sample
 from tiny_policy import save_tiny_policy
 
 from posttrain.config.base import validate_config
@@ -59,7 +60,7 @@ def batch(step: int) -> list[TrainSample]:
         staleness = tuple(torch.randint(0, 5, (len(logprobs),), generator=others).tolist())
         reference = tuple((-6 + torch.randn(len(logprobs), generator=others)).tolist())
         samples.append(
-            TrainSample(tuple(ids[:cut]), tuple(ids[cut:]), tuple(logprobs), staleness, advantage, reference)
+            reply_sample(tuple(ids[:cut]), tuple(ids[cut:]), tuple(logprobs), staleness, advantage, reference)
         )
     return samples
 
@@ -71,13 +72,13 @@ def plain_training(model_path: str, config: RlConfig) -> tuple[list[float], list
     losses, norms = [], []
     for step in range(STEPS):
         samples = batch(step)
-        tokens = sum(len(sample.token_ids) for sample in samples)
+        tokens = sum(sample.num_trained for sample in samples)
         total = 0.0
         for sample in samples:
-            ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]])
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1] / TEMPERATURE
+            ids = torch.tensor([sample.token_ids])
+            logits = model(input_ids=ids, use_cache=False).logits[0, sample.trained[0][0] - 1 : -1] / TEMPERATURE
             logprobs = logits.log_softmax(-1)
-            policy = logprobs.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+            policy = logprobs.gather(1, torch.tensor(sample.token_ids[sample.trained[0][0] :])[:, None])[:, 0]
             advantages = torch.full_like(policy, sample.advantage)
             ages, row = torch.tensor(sample.staleness), torch.zeros(len(policy), dtype=torch.int64)
             sampler, reference = torch.tensor(sample.sampler_logprobs), torch.tensor(sample.ref_logprobs)
@@ -305,11 +306,15 @@ def test_figures_of_a_batch_are_those_of_all_its_tokens(trained, model):
     policy: Any = load_model(model)
     gaps, advantages = [], []
     for sample in batch(0):
-        ids = torch.tensor([[*sample.prompt_ids, *sample.token_ids]])
-        logits = policy(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1] / TEMPERATURE
-        logprobs = logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0].detach()
+        ids = torch.tensor([sample.token_ids])
+        logits = policy(input_ids=ids, use_cache=False).logits[0, sample.trained[0][0] - 1 : -1] / TEMPERATURE
+        logprobs = (
+            logits.log_softmax(-1)
+            .gather(1, torch.tensor(sample.token_ids[sample.trained[0][0] :])[:, None])[:, 0]
+            .detach()
+        )
         gaps.append(logprobs - torch.tensor(sample.sampler_logprobs))
-        advantages += [sample.advantage] * len(sample.token_ids)
+        advantages += [sample.advantage] * sample.num_trained
     gaps_T = torch.cat(gaps)
     assert line["ratio_max"] == pytest.approx(float(gaps_T.exp().max()), rel=1e-4)
     assert line["sampler_trainer_gap_max"] == pytest.approx(float(gaps_T.abs().max()), rel=1e-4)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from rollout_records import one_turn
 
 from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError, DataError, PluginError
@@ -57,7 +58,7 @@ def row_of(name: str = "r", answer: object = "4", system: bool = False, **fields
 
 
 def reply(text: str, system: str | None = None) -> Rollout:
-    return Rollout("r", "g", 0, (1,), (2,), text, (0.0,), (VersionSpan(0, 0, 1),), "stop", system)
+    return one_turn("r", "g", 0, (1,), (2,), text, (0.0,), (VersionSpan(0, 0, 1),), "stop", system)
 
 
 def config_of(*instructions: dict, **changes: object) -> RlConfig:

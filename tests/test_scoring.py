@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -10,16 +11,20 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
+import msgspec
+import numpy
 import psutil
 import pytest
+from rollout_records import one_turn
 
 from posttrain.errors import PluginError
 from posttrain.records import Message, RewardResult, Rollout, Row, Scored, VersionSpan
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward, list_rewards, load_reward
 from posttrain.scoring.pool.pool import RewardPool
-from posttrain.scoring.pool.wire import FrameBuffer, PairText, frame, pair_from_json, request
+from posttrain.scoring.pool.wire import Answer, FrameBuffer, Loaded, PairEncoder, Question
 from posttrain.scoring.sandbox.run import Limits, SandboxError, SandboxResult, find_sandbox, run_python
 
 HOSTILE = '''
@@ -103,7 +108,7 @@ def _is_left(process: psutil.Process, mark: str) -> bool:
 
 def reply(text: str, index: int = 0) -> Rollout:
     versions = (VersionSpan(0, 0, 1), VersionSpan(1, 1, 2))
-    return Rollout("p", "g", index, (1, 2), (3, 4), text, (-0.5, -0.25), versions, "stop", "be brief")
+    return one_turn("p", "g", index, (1, 2), (3, 4), text, (-0.5, -0.25), versions, "stop", "be brief")
 
 
 ROW = Row("r1", "math", (Message("user", "?"),), "4", {"level": 1})
@@ -379,19 +384,34 @@ class TestPool:
 
 class TestWire:
     def test_a_pair_survives_the_journey(self) -> None:
-        row = Row("r", "coding", (Message("system", "s"), Message("user", "\ud800 é")), [1, None], {"a": {"b": [1.5]}})
-        data = request(1, PairText()(reply("\udcff text"), row))
-        messages = [m for i in range(len(data)) for m in FrameBuffer(1 << 20).feed(data[: i + 1]) if i == len(data) - 1]
-        assert pair_from_json(messages[0]) == (reply("\udcff text"), row)
+        row = Row("r", "coding", (Message("system", "s"), Message("user", "é")), [1, None], {"a": {"b": [1.5]}})
+        data = PairEncoder()(reply("text"), row).question(7)
+        buffer: FrameBuffer[Question] = FrameBuffer(Question)
+        messages = [message for byte in data for message in buffer.feed(bytes([byte]))]
+        assert messages == [Question(7, reply("text"), row)]
 
-    def test_split_and_joined_frames(self) -> None:
-        data = frame({"a": 1}) + frame({"b": 2})
-        buffer = FrameBuffer()
-        assert [m for byte in data for m in buffer.feed(bytes([byte]))] == [{"a": 1}, {"b": 2}]
+    def test_a_row_arrives_as_json_would_carry_it(self) -> None:
+        fields = {"pair": (1, 2), "array": numpy.arange(2), "day": date(2026, 1, 2), 3: math.nan, "raw": b"\xff"}
+        data = PairEncoder()(reply("text"), Row("r", "coding", (), (1,), fields)).question(0)
+        arrived = next(FrameBuffer[Question](Question).feed(data)).row
+        assert arrived.answer == [1]
+        assert math.isnan(arrived.fields.pop("3"))
+        assert arrived.fields == {"pair": [1, 2], "array": [0, 1], "day": "2026-01-02", "raw": b"\xff"}
+
+    def test_a_value_that_cannot_be_sent_is_named(self) -> None:
+        with pytest.raises(TypeError, match="a object cannot be sent"):
+            PairEncoder()(reply("text"), Row("r", "coding", (), object()))
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            PairEncoder()(reply("text"), Row("r", "coding", (Message("user", "\ud800"),)))
+
+    def test_a_message_of_another_kind_is_refused_by_the_field_that_is_wrong(self) -> None:
+        body = msgspec.msgpack.encode({"type": "answer", "key": "one", "seconds": 0.0})
+        with pytest.raises(ValueError, match=r"Expected `int`, got `str` - at `\$.key`"):
+            list(FrameBuffer(Loaded | Answer).feed(len(body).to_bytes(4, "big") + body))
 
     def test_a_monstrous_length_is_refused(self) -> None:
         with pytest.raises(ValueError, match="at most"):
-            list(FrameBuffer().feed(b"\xff\xff\xff\xff"))
+            list(FrameBuffer(Loaded | Answer).feed(b"\xff\xff\xff\xff"))
 
 
 class TestPlugins:

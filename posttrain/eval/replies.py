@@ -12,8 +12,9 @@ from posttrain.data.chat import end_token_ids, render_prompt, render_row
 from posttrain.data.strata import sampled_rows
 from posttrain.errors import DataError
 from posttrain.eval.config import EvalConfig
-from posttrain.records import Rollout, Row, Scored
+from posttrain.records import FinishReason, Prompt, Rollout, Row, Scored
 from posttrain.sampling.requests import Completion, SampleRequest
+from posttrain.sampling.rollouts import make_rollout, reply_of
 
 GREEDY, SAMPLE = "greedy", "sample"
 
@@ -66,17 +67,8 @@ def rollouts(
     """Every reply as a rollout beside its row, in order."""
     for (_, row, request), completions in zip(asked, answers, strict=True):
         for index, completion in enumerate(completions):
-            rollout = Rollout(
-                prompt_id=row.id,
-                group_id=row.id,
-                index=index,
-                prompt_ids=request.prompt_ids,
-                token_ids=completion.token_ids,
-                text=completion.text,
-                sampler_logprobs=completion.logprobs,
-                versions=completion.versions,
-                finish_reason=completion.finish_reason,
-            )
+            prompt = Prompt(row.messages, request.prompt_ids)
+            rollout = make_rollout(prompt, reply_of(completion), prompt_id=row.id, group_id=row.id, index=index)
             yield rollout, row
 
 
@@ -101,8 +93,8 @@ def _reply(rollout: Rollout, scored: Scored) -> Reply:
     result = scored.result
     return Reply(
         text=rollout.text,
-        num_tokens=len(rollout.token_ids),
-        truncated=rollout.finish_reason == "length",
+        num_tokens=rollout.num_sampled,
+        truncated=rollout.finish_reason == FinishReason.LENGTH,
         reward=None if result is None else result.value,
         reason=scored.reason or f"unscored: {scored.outcome}" if result is None else result.reason,
     )

@@ -1,20 +1,74 @@
 """The records of RL: a prompt that was drawn, the group of its rollouts, and the group with rewards and advantages."""
 
 from collections.abc import Sequence
+from enum import StrEnum
 
 from msgspec import Struct
 
-from posttrain.records import Message, Rollout, Row
-from posttrain.sampling.requests import Completion
+from posttrain.records import Prompt, Rollout, Row
+from posttrain.sampling.rollouts import Reply, make_rollout
+
+
+class GroupState(StrEnum):
+    """Where a group stands in the ledger. A group only moves forward, but for a crash: see `history.ledger`."""
+
+    RESERVED = "reserved"  # admitted: it is sampled, or about to be
+    GENERATED = "generated"  # all its replies are there
+    SCORED = "scored"  # its rewards are there
+    TRAINED = "trained"  # it was part of an optimizer step
+    COMMITTED = "committed"  # that step is part of a committed checkpoint
+    DROPPED = "dropped"  # it will never be trained on
+
+
+class LedgerEvent(StrEnum):
+    """What the ledger's log says: first the transitions of a group, then what concerns no single group."""
+
+    RESERVED = "reserved"
+    GENERATED = "generated"
+    SCORED = "scored"
+    TRAINED = "trained"
+    DROPPED = "dropped"
+    RESTARTED = "restarted"  # it is sampled again, from what a crash or a lost version left of it
+    COMMITTED = "committed"  # value: the policy version
+    ROLLED_BACK = "rolled_back"  # the steps after the last commit were undone
+    FORGOTTEN = "forgotten"  # a deterministic run starts again from the group of this order
+    WEIGHTS_TAKEN = "took"  # value: [worker, policy version]
+    ENGINE_REPLACED = "replaced"  # value: [worker, reason]
+    PROBED = "probed"  # value: [prompt, passes, failures, policy version]
+    EVALUATION_STARTED = "evaluation"  # value: [worker, policy version]
+    EVALUATED = "evaluated"  # value: the policy version
+    EVALUATION_ABANDONED = "evaluation_left"  # training ended before it; value: the policy version
+    FINISHED = "finished"  # value: the policy version
+
+
+class DropReason(StrEnum):
+    """Why a group is not trained on."""
+
+    ZERO_ADVANTAGE = "zero_advantage"  # all its rewards are equal
+    UNSCORED = "unscored"  # too few of its rollouts have a reward
+    TRUNCATED = "truncated"  # every rollout met the limit of tokens, and such rollouts are masked
+    STALE = "stale"  # too old for every batch to come
+    SURPLUS = "surplus"  # a spare group that was not needed
+    FINISHED = "finished"  # training ended before it was decided
+
+
+class Drop(Struct, frozen=True):
+    """A reason, and for UNSCORED the outcome that most rollouts without a reward had, such as "timeout"."""
+
+    reason: DropReason
+    detail: str = ""
+
+    def __str__(self) -> str:
+        """As the ledger and the archive write it: "zero_advantage", "unscored:timeout"."""
+        return f"{self.reason}:{self.detail}" if self.detail else str(self.reason)
 
 
 class DrawnPrompt(Struct, frozen=True):
-    """A prompt as it is sent: the row, the system instruction sampled for it, the messages and their token ids."""
+    """A row as it is sent to the policy, with the system instruction that was sampled for it, or None."""
 
     row: Row
     system: str | None
-    messages: tuple[Message, ...]
-    prompt_ids: tuple[int, ...]
+    prompt: Prompt
 
 
 class Group(Struct, frozen=True):
@@ -26,15 +80,15 @@ class Group(Struct, frozen=True):
 
     @property
     def oldest_version(self) -> int:
-        """The oldest policy version among all tokens of the group."""
-        return min(span.policy_version for rollout in self.rollouts for span in rollout.versions)
+        """The oldest policy version among all sampled tokens of the group."""
+        return min(version for rollout in self.rollouts for version in rollout.versions)
 
 
 class ScoredGroup(Struct, frozen=True):
     """A group with what its rewards said. Where a rollout could not be scored, reward and advantage are None.
 
     A rollout that has a reward but is not to be trained on has no advantage either. outcomes: as in `Scored`.
-    ref_logprobs: of each rollout's tokens under the reference policy; empty where there is none.
+    ref_logprobs: of each rollout's trained tokens under the reference policy; empty where there is none.
     """
 
     group: Group
@@ -51,30 +105,32 @@ class ScoredGroup(Struct, frozen=True):
 
 
 def make_group(
-    order: int, prompt: DrawnPrompt, completions: Sequence[Completion], worker: str, began: float, ended: float
+    order: int,
+    prompt: DrawnPrompt,
+    replies: Sequence[Reply],
+    *,
+    worker: str = "",
+    started_s: float = 0.0,
+    finished_s: float = 0.0,
 ) -> Group:
-    """The rollouts of one prompt as records."""
+    """The group of a prompt's finished replies. worker: that sampled them; the times are Unix times."""
     rollouts = tuple(
-        Rollout(
+        make_rollout(
+            prompt.prompt,
+            reply,
             prompt_id=prompt.row.id,
             group_id=f"g{order}",
             index=index,
-            prompt_ids=prompt.prompt_ids,
-            token_ids=completion.token_ids,
-            text=completion.text,
-            sampler_logprobs=completion.logprobs,
-            versions=completion.versions,
-            finish_reason=completion.finish_reason,
             system=prompt.system,
             worker=worker,
-            started_s=began,
-            finished_s=ended,
+            started_s=started_s,
+            finished_s=finished_s,
         )
-        for index, completion in enumerate(completions)
+        for index, reply in enumerate(replies)
     )
     return Group(order, prompt, rollouts)
 
 
 def num_tokens(groups: Sequence[ScoredGroup]) -> int:
-    """Reply tokens of the groups."""
-    return sum(len(rollout.token_ids) for scored in groups for rollout in scored.group.rollouts)
+    """Tokens that the policy sampled for the groups."""
+    return sum(rollout.num_sampled for scored in groups for rollout in scored.group.rollouts)

@@ -19,7 +19,7 @@ from posttrain.files import keep_lines
 from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
 from posttrain.parallel.engine import check_parallel
 from posttrain.parallel.ranks import RankGroup
-from posttrain.records import Message, Row
+from posttrain.records import Message, Prompt, Row
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import passes_and_failures
 from posttrain.rl.grading.judge import Judge
@@ -47,7 +47,7 @@ from posttrain.rl.prompts.prior import fit_prior
 from posttrain.rl.prompts.profile import Difficulty, drawn_rows, profile_prompts, select_band
 from posttrain.rl.prompts.quotas import mixture_shares
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DrawnPrompt
+from posttrain.rl.records import DrawnPrompt, GroupState
 from posttrain.rl.training.reference import Reference, check_reference
 from posttrain.sampling.client import Engines
 
@@ -144,7 +144,7 @@ def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[D
     def render(messages: Sequence[Message]) -> list[int]:
         return render_prompt(tokenizer, messages)
 
-    prompts = [DrawnPrompt(row, None, row.messages, render_row(render, row)) for row in rows]
+    prompts = [DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))) for row in rows]
     check_room(config, prompts, render)
     return prompts
 
@@ -227,13 +227,13 @@ def _resume(config: RlConfig, context: StageContext, parts: Parts) -> tuple[int,
     keep_lines(context.dir / "metrics.jsonl", lambda line: line["step"] < first_step)
     for entry in ledger.entries():
         source.skip_to(entry.capability, entry.looks)
-    for entry in ledger.entries(("scored", "dropped"), with_data=True):
+    for entry in ledger.entries((GroupState.SCORED, GroupState.DROPPED), with_data=True):
         if entry.scores is None or entry.data is None:
             continue
         scored = scored_from_json(group_of(entry, source), json.loads(entry.scores))
         if entry.scored_seq is not None and entry.scored_seq > state["seq"]:
             source.observe(entry.prompt_id, *passes_and_failures(scored, config.reward.correct_threshold))
-        if entry.state == "dropped":
+        if entry.state == GroupState.DROPPED:
             archive.add(scored, None, first_step, f"dropped:{entry.reason}")
     left = survivors(ledger, source, first_step)
     context.event("resumed", step=first_step, groups=len(left))

@@ -23,10 +23,10 @@ from typing import Any, Literal, TypeVar
 from posttrain.actors.processes import place_of_this
 from posttrain.config.shared import EngineConfig, ServedModelConfig
 from posttrain.errors import StageError
-from posttrain.records import VersionSpan
+from posttrain.records import FinishReason, VersionSpan
 from posttrain.sampling.progress import Progress
 from posttrain.sampling.requests import Completion, Piece, SampleRequest
-from posttrain.sampling.stream import Outbox, Reply
+from posttrain.sampling.stream import Outbox, Reply, finish_reason_of
 from posttrain.sampling.watch import Watch, look_every_s
 
 T = TypeVar("T")
@@ -251,11 +251,11 @@ class EngineActor:
         except (ValueError, VLLMClientError) as error:
             raise StageError(f"engine {self.name}: request {key} cannot be sampled: {error}") from None
 
-    def _end_of(self, begun: tuple[int, ...], request: SampleRequest) -> str:
-        """How a reply that was begun elsewhere has ended; "" if it goes on."""
+    def _end_of(self, begun: tuple[int, ...], request: SampleRequest) -> FinishReason:
+        """How a reply that was begun elsewhere has ended."""
         if begun and begun[-1] in {*request.stop_token_ids, *self._eos_ids()}:
-            return "stop"
-        return "length" if len(begun) >= request.max_tokens else ""
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(begun) >= request.max_tokens else FinishReason.RUNNING
 
     def _eos_ids(self) -> list[int]:
         """Ends of a reply besides those of the request: the tokenizer's, and those in the model's folder."""
@@ -365,7 +365,7 @@ class EngineActor:
             token_ids=token_ids,
             text=self._decode(list(token_ids)),
             logprobs=logprobs,
-            finish_reason=output.finish_reason or "abort",
+            finish_reason=finish_reason_of(output.finish_reason),
             versions=versions,
             choice_logprobs=choices,
         )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from msgspec import Struct, field
 
 from posttrain.actors.losses import ActorLostError
-from posttrain.records import VersionSpan
+from posttrain.records import FinishReason, VersionSpan
 
 
 class EngineLostError(ActorLostError):
@@ -41,7 +41,7 @@ class Completion(Struct, frozen=True):
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[float, ...]
-    finish_reason: str
+    finish_reason: FinishReason
     versions: tuple[VersionSpan, ...]
     choice_logprobs: Mapping[int, float] = field(default_factory=dict)
 
@@ -50,8 +50,8 @@ class Piece(Struct, frozen=True):
     """The next tokens of reply `index` of the request that was submitted as `key`.
 
     start: place of the first token in the whole reply; tokens that were begun elsewhere count. versions: cover this
-    piece exactly, in places of the whole reply. finish_reason: "" while the reply goes on. text: of the whole reply,
-    with what was begun elsewhere; in the last piece only.
+    piece exactly, in places of the whole reply. finish_reason: RUNNING while the reply goes on. text: of the whole
+    reply, with what was begun elsewhere; in the last piece only.
     """
 
     key: int
@@ -60,20 +60,8 @@ class Piece(Struct, frozen=True):
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     versions: tuple[VersionSpan, ...]
-    finish_reason: str = ""
+    finish_reason: FinishReason = FinishReason.RUNNING
     text: str = ""
 
 
-NOTHING = Completion((), "", (), "", ())
-
-
-def up_to(reply: Completion, version: int) -> Completion:
-    """What is left of a reply when every token sampled by a later version than this is taken away.
-
-    If none is, it is whole; if some are, it is unfinished.
-    """
-    end = next((span.start for span in reply.versions if span.policy_version > version), len(reply.token_ids))
-    if end == len(reply.token_ids):
-        return reply
-    kept = tuple(span for span in reply.versions if span.end <= end)
-    return Completion(reply.token_ids[:end], "", reply.logprobs[:end], "", kept)
+NOTHING = Completion((), "", (), FinishReason.RUNNING, ())

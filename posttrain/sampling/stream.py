@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from posttrain.errors import StageError
-from posttrain.records import VersionSpan
+from posttrain.records import FinishReason, VersionSpan
 from posttrain.sampling.requests import Piece
 
 GATHER_S = 0.02  # some engine steps; a call between processes costs about a millisecond on either side
@@ -90,9 +90,9 @@ class Reply:
         if sum(span.end - span.start for span in versions) != len(token_ids):
             raise StageError(f"reply {self.key}/{self.index}: vLLM does not say which weights sampled its tokens")
         self._spans += versions
-        finish_reason = text = ""
+        finish_reason, text = FinishReason.RUNNING, ""
         if self._final is not None:
-            finish_reason = self._final.finish_reason or "abort"
+            finish_reason = finish_reason_of(self._final.finish_reason)
             text = decode([*self.begun, *state.detokenizer.output_token_ids])
             self._compare()
         return Piece(self.key, self.index, shift + first, token_ids, logprobs, versions, finish_reason, text)
@@ -193,3 +193,9 @@ class Outbox:
         del replies[reply.index]
         if not replies:
             del self.open[reply.key]
+
+
+def finish_reason_of(reason: str | None) -> FinishReason:
+    """vLLM's word for how a finished reply ended. A word that we do not know is a reply that the engine gave up."""
+    known = reason in (FinishReason.STOP, FinishReason.LENGTH)
+    return FinishReason(reason) if known else FinishReason.ABORT

@@ -9,10 +9,10 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from posttrain.metrics.correctness import is_right
-from posttrain.records import Rollout, Row, Scored
+from posttrain.records import FinishReason, Rollout, Row, Scored
 from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, is_zero
 from posttrain.rl.config import RlConfig
-from posttrain.rl.records import Group, ScoredGroup
+from posttrain.rl.records import Drop, DropReason, Group, ScoredGroup
 
 FIRST_PAUSE_S = 0.25
 
@@ -54,7 +54,7 @@ def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> Sc
     """
     scores = [_refused(rollout) or scored for rollout, scored in zip(group.rollouts, scores, strict=True)]
     rewards = tuple(None if scored.result is None else scored.result.value for scored in scores)
-    penalties = [overlong_penalty(len(rollout.token_ids), config) for rollout in group.rollouts]
+    penalties = [overlong_penalty(rollout.num_sampled, config) for rollout in group.rollouts]
     known = [reward + penalty for reward, penalty in zip(rewards, penalties, strict=True) if reward is not None]
     advantages: list[float | None] = [None] * len(rewards)
     if len(known) >= config.min_group:
@@ -62,7 +62,7 @@ def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> Sc
         advantages = [None if reward is None else next(values) for reward in rewards]
     if config.loss.truncated == "mask":
         advantages = [
-            None if rollout.finish_reason == "length" else advantage
+            None if rollout.finish_reason == FinishReason.LENGTH else advantage
             for rollout, advantage in zip(group.rollouts, advantages, strict=True)
         ]
     reasons = tuple(_reason(item, penalty) for item, penalty in zip(scores, penalties, strict=True))
@@ -71,7 +71,8 @@ def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> Sc
 
 def _refused(rollout: Rollout) -> Scored | None:
     """What a rollout is scored as if it cannot be trained on, else None."""
-    bad = len(rollout.sampler_logprobs) - sum(map(math.isfinite, rollout.sampler_logprobs))
+    sampled = [segment.sampler_logprobs for segment in rollout.segments if segment.sampler_logprobs is not None]
+    bad = sum(len(values) - sum(map(math.isfinite, values)) for values in sampled)
     if not bad:
         return None
     return Scored(None, "infrastructure", f"{bad} of the sampler's log-probabilities are not finite")
@@ -112,19 +113,15 @@ def over_batch(groups: Sequence[ScoredGroup], config: RlConfig) -> list[ScoredGr
     ]
 
 
-def drop_reason(scored: ScoredGroup, config: RlConfig) -> str | None:
-    """Why the group is not trained on: unscored, truncated (all of it, and masked), zero_advantage, or None.
-
-    Judged by the group alone, over the rollouts that would be trained on. "unscored" is followed by the outcome that
-    most of its rollouts without a score had, as in "unscored:timeout".
-    """
+def drop_reason(scored: ScoredGroup, config: RlConfig) -> Drop | None:
+    """Why the group is not trained on, or None; judged by itself, over the rollouts that would be trained on."""
     known = [advantage for advantage in scored.advantages if advantage is not None]
     if len(scored.scored_rewards) < config.min_group:
         outcomes = Counter(unscored_outcomes(scored)).most_common(1)
-        return ":".join(["unscored", *(outcome for outcome, _ in outcomes)])
+        return Drop(DropReason.UNSCORED, outcomes[0][0] if outcomes else "")
     if not known:
-        return "truncated"
-    return "zero_advantage" if config.drop_zero_advantage and is_zero(known) else None
+        return Drop(DropReason.TRUNCATED)
+    return Drop(DropReason.ZERO_ADVANTAGE) if config.drop_zero_advantage and is_zero(known) else None
 
 
 def passes_and_failures(scored: ScoredGroup, threshold: float) -> tuple[int, int]:

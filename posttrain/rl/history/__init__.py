@@ -1,7 +1,7 @@
 """What was recorded of a run, and how a run goes on from it.
 
 ledger.py     every group and its state, in SQLite
-codec.py      replies as bytes, for the ledger
+replies.py    replies as bytes, for the ledger
 archive.py    rollouts as parquet files, for people, the report and DPO
 recovery.py   from ledger and checkpoint back to where a run stood
 audit.py      is what the ledger says consistent with the checkpoints and with itself?

@@ -1,19 +1,27 @@
 """Every rollout that was decided, trained on or dropped, as parquet: one file an optimizer step.
 
 The rows of a step's trained groups, in their order, are what the step was made of: with them it can be done again.
+Places in `versions` and `segments` count the tokens after the prompt, as `token_ids` has them. `sampler_logprobs` has
+one entry for each of these tokens, null for one that nobody sampled; `ref_logprobs` one for each trained token.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.messages import messages_to_json
+from posttrain.errors import CheckpointError
 from posttrain.files import replacing
-from posttrain.records import Rollout
+from posttrain.records import FinishReason, Prompt, Rollout, Segment, VersionSpan
 from posttrain.rl.records import Group, ScoredGroup
+
+# Of the columns; kept in the schema's metadata under this name.
+FORMAT = "2"
+FORMAT_KEY = b"posttrain.rollouts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,8 @@ class RolloutArchive:
     def _columns(self) -> dict[str, list[Any]]:
         """One value a rollout in each: a table is made of columns, rows would only be taken apart again."""
         rows = [(item, rollout) for item in self._decided for rollout in item.scored.group.rollouts]
-        oldest = [min(span.policy_version for span in rollout.versions) for _, rollout in rows]
+        oldest = [min(rollout.versions) for _, rollout in rows]
+        ids = [rollout.token_ids for _, rollout in rows]
 
         def of_each(values: Callable[[_Decided], Sequence[Any]]) -> list[Any]:
             return [value for item in self._decided for value in values(item)]
@@ -77,17 +86,18 @@ class RolloutArchive:
             "finish_reason": of_rollouts("finish_reason"),
             "policy_version": oldest,
             "versions": [_versions_json(rollout) for _, rollout in rows],
-            "num_tokens": [len(rollout.token_ids) for _, rollout in rows],
+            "num_tokens": [rollout.num_sampled for _, rollout in rows],
             "staleness": [
                 None if item.step is None else item.trainer_version - first
                 for (item, _), first in zip(rows, oldest, strict=True)
             ],
             "status": [item.status for item, _ in rows],
-            "tokens": [f"[{', '.join(map(self._pieces.__getitem__, rollout.token_ids))}]" for _, rollout in rows],
+            "tokens": [f"[{', '.join(map(self._pieces.__getitem__, tokens))}]" for tokens in ids],
             "system": of_rollouts("system"),
             "prompt_ids": of_rollouts("prompt_ids"),
-            "token_ids": of_rollouts("token_ids"),
-            "sampler_logprobs": of_rollouts("sampler_logprobs"),
+            "token_ids": ids,
+            "segments": [_segments_json(rollout) for _, rollout in rows],
+            "sampler_logprobs": [_sampler_logprobs(rollout) for _, rollout in rows],
             "ref_logprobs": of_each(lambda item: item.scored.ref_logprobs or [()] * len(item.scored.group.rollouts)),
         }
 
@@ -96,6 +106,44 @@ class RolloutArchive:
         for path in self._folder.glob("step_*.parquet"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
+
+
+def check_archive(path: Path) -> None:
+    """Raise CheckpointError for a file of rollouts that another version of this package wrote."""
+    import pyarrow.parquet as pq
+
+    found = (pq.read_schema(path).metadata or {}).get(FORMAT_KEY, b"1").decode()
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path} holds rollouts of format {found}, which another version of posttrain wrote; this one reads format "
+            f"{FORMAT}. Use the version that wrote them, or make them anew"
+        )
+
+
+def recorded_rollout(row: Mapping[str, Any]) -> Rollout:
+    """The rollout of an archive's row. The messages of its prompt are in the row's `prompt`."""
+    spans = [VersionSpan(*span) for span in json.loads(row["versions"])]
+    segments = []
+    for start, end, is_trained in json.loads(row["segments"]):
+        logprobs = row["sampler_logprobs"][start:end]
+        versions = tuple(
+            VersionSpan(span.policy_version, span.start - start, span.end - start)
+            for span in spans
+            if start <= span.start < end
+        )
+        is_sampled = None not in logprobs
+        segments.append(
+            Segment(tuple(row["token_ids"][start:end]), is_trained, tuple(logprobs) if is_sampled else None, versions)
+        )
+    return Rollout(
+        row["prompt_id"],
+        row["group_id"],
+        row["index"],
+        Prompt((), tuple(row["prompt_ids"])),
+        tuple(segments),
+        row["reply"],
+        FinishReason(row["finish_reason"]),
+    )
 
 
 class _Pieces(dict[int, str]):
@@ -110,11 +158,36 @@ class _Pieces(dict[int, str]):
 
 
 def _prompt_json(group: Group) -> str:
-    return json.dumps(messages_to_json(group.prompt.messages))
+    return json.dumps(messages_to_json(group.prompt.prompt.messages))
 
 
 def _versions_json(rollout: Rollout) -> str:
-    return f"[{', '.join(f'[{span.policy_version}, {span.start}, {span.end}]' for span in rollout.versions)}]"
+    """[[policy version, start, end], ...] of the sampled tokens."""
+    spans = [
+        f"[{span.policy_version}, {start + span.start}, {start + span.end}]"
+        for start, segment in _placed(rollout)
+        for span in segment.versions
+    ]
+    return f"[{', '.join(spans)}]"
+
+
+def _segments_json(rollout: Rollout) -> str:
+    """[[start, end, whether it is trained on], ...] of all segments."""
+    places = [[start, start + len(segment.token_ids), segment.trained] for start, segment in _placed(rollout)]
+    return json.dumps(places)
+
+
+def _placed(rollout: Rollout) -> Iterator[tuple[int, Segment]]:
+    """(place of its first token after the prompt, segment) of each segment."""
+    start = 0
+    for segment in rollout.segments:
+        yield start, segment
+        start += len(segment.token_ids)
+
+
+def _sampler_logprobs(rollout: Rollout) -> Sequence[float | None]:
+    parts = [segment.sampler_logprobs or (None,) * len(segment.token_ids) for segment in rollout.segments]
+    return parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
 
 
 def _schema(pa: Any) -> Any:
@@ -124,6 +197,6 @@ def _schema(pa: Any) -> Any:
         "reply": text, "reward": real, "reason": text, "advantage": real, "finish_reason": text,
         "policy_version": integer, "versions": text, "num_tokens": integer, "staleness": integer, "status": text,
         "tokens": text, "system": text, "prompt_ids": pa.list_(pa.int32()), "token_ids": pa.list_(pa.int32()),
-        "sampler_logprobs": pa.list_(real), "ref_logprobs": pa.list_(real),
+        "segments": text, "sampler_logprobs": pa.list_(real), "ref_logprobs": pa.list_(real),
     }  # fmt: skip
-    return pa.schema(list(types.items()))
+    return pa.schema(list(types.items()), metadata={FORMAT_KEY: FORMAT})

@@ -10,20 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.base import read_yaml
+from posttrain.rl.history.archive import check_archive
 from posttrain.rl.history.ledger import Entry, Ledger
 from posttrain.rl.history.recovery import SNAPSHOT, folder_hash
+from posttrain.rl.records import GroupState, LedgerEvent
 
-# Which events may follow which, for one group. "restarted" is what a crash or a lost version does.
+# Which events may follow which, for one group. RESTARTED is what a crash or a lost version does.
+_UNFINISHED = (LedgerEvent.DROPPED, LedgerEvent.RESTARTED)
 _FOLLOWS: dict[str | None, tuple[str, ...]] = {
-    None: ("reserved",),
-    "reserved": ("generated", "dropped", "restarted"),
-    "restarted": ("generated", "dropped", "restarted"),
-    "generated": ("scored", "dropped", "restarted"),
-    "scored": ("trained", "dropped", "restarted"),
-    "trained": ("trained", "dropped", "restarted"),  # after a roll back, which the log has too
-    "dropped": (),
+    None: (LedgerEvent.RESERVED,),
+    LedgerEvent.RESERVED: (LedgerEvent.GENERATED, *_UNFINISHED),
+    LedgerEvent.RESTARTED: (LedgerEvent.GENERATED, *_UNFINISHED),
+    LedgerEvent.GENERATED: (LedgerEvent.SCORED, *_UNFINISHED),
+    LedgerEvent.SCORED: (LedgerEvent.TRAINED, *_UNFINISHED),
+    LedgerEvent.TRAINED: (LedgerEvent.TRAINED, *_UNFINISHED),  # after a roll back, which the log has too
+    LedgerEvent.DROPPED: (),
 }
 _SHOWN = 5
+_TRAINED = (GroupState.TRAINED, GroupState.COMMITTED)
+_SHOWN_STATES = tuple(GroupState)
 
 
 @dataclass
@@ -65,19 +70,19 @@ def audit_stage(stage: Path) -> Audit:
 
 def _count(audit: Audit, entries: list[Entry], log: list[Any], commits: int) -> None:
     states = Counter(entry.state for entry in entries)
-    reasons = Counter(entry.reason for entry in entries if entry.state == "dropped")
-    rolled = [value for _, _, event, _, value in log if event == "rolled_back"]
+    reasons = Counter(entry.reason for entry in entries if entry.state == GroupState.DROPPED)
+    rolled = [value for _, _, event, _, value in log if event == LedgerEvent.ROLLED_BACK]
     audit.totals = {
         "groups": len(entries),
-        **{name: states[name] for name in ("reserved", "generated", "scored", "trained", "committed", "dropped")},
+        **{name: states[name] for name in _SHOWN_STATES},
         **{f"dropped:{reason}": count for reason, count in sorted(reasons.items())},
-        "steps": len({entry.step for entry in entries if entry.state in ("trained", "committed")}),
+        "steps": len({entry.step for entry in entries if entry.state in _TRAINED}),
         "commits": commits,
         "resumed": len(rolled),
         "steps_rolled_back": sum(value["steps"] for value in rolled),
         "groups_rolled_back": sum(value["groups"] for value in rolled),
-        "groups_restarted": sum(event == "restarted" for _, _, event, _, _ in log),
-        "engines_replaced": sum(event == "replaced" for _, _, event, _, _ in log),
+        "groups_restarted": sum(event == LedgerEvent.RESTARTED for _, _, event, _, _ in log),
+        "engines_replaced": sum(event == LedgerEvent.ENGINE_REPLACED for _, _, event, _, _ in log),
     }
 
 
@@ -86,8 +91,8 @@ def _nothing_lost(audit: Audit, entries: list[Entry], log: list[Any]) -> None:
     missing = sorted(set(range(max(there, default=-1) + 1)) - there)
     if missing:
         audit.problems.append(f"{len(missing)} dispatched groups are lost: {missing[:_SHOWN]}")
-    finished = any(event == "finished" for _, _, event, _, _ in log)
-    pending = [entry.id for entry in entries if entry.state not in ("committed", "dropped")]
+    finished = any(event == LedgerEvent.FINISHED for _, _, event, _, _ in log)
+    pending = [entry.id for entry in entries if entry.state not in (GroupState.COMMITTED, GroupState.DROPPED)]
     if finished and pending:
         audit.problems.append(f"the run is finished, but {len(pending)} groups are undecided: {pending[:_SHOWN]}")
 
@@ -95,7 +100,7 @@ def _nothing_lost(audit: Audit, entries: list[Entry], log: list[Any]) -> None:
 def _transitions(audit: Audit, log: list[Any]) -> None:
     last: dict[int, str] = {}
     for seq, _, event, order, value in log:
-        if event == "forgotten":  # a deterministic run starts again from there
+        if event == LedgerEvent.FORGOTTEN:  # a deterministic run starts again from there
             last = {known: state for known, state in last.items() if known < value}
         if order is None:
             continue
@@ -106,14 +111,14 @@ def _transitions(audit: Audit, log: list[Any]) -> None:
 
 def _steps(audit: Audit, entries: list[Entry], groups_per_step: int | None, committed: int) -> None:
     by_step: dict[int, int] = Counter(
-        entry.step for entry in entries if entry.state in ("trained", "committed") and entry.step is not None
+        entry.step for entry in entries if entry.state in _TRAINED and entry.step is not None
     )
     if sorted(by_step) != list(range(len(by_step))):
         audit.problems.append(f"steps are missing: there are {sorted(by_step)[:20]}")
     for step, count in sorted(by_step.items()):
         if groups_per_step is not None and count != groups_per_step:
             audit.problems.append(f"step {step} was made of {count} groups, not {groups_per_step}")
-    late = [entry.id for entry in entries if entry.state == "committed" and (entry.step or 0) >= committed]
+    late = [entry.id for entry in entries if entry.state == GroupState.COMMITTED and (entry.step or 0) >= committed]
     if late:
         audit.problems.append(f"groups {late[:_SHOWN]} are committed, but their steps are not")
 
@@ -125,7 +130,8 @@ def _archive(audit: Audit, entries: list[Entry], stage: Path, max_staleness: int
     seen: dict[str, set[tuple[int, int]]] = defaultdict(set)
     doubled, too_old, uncovered, tokens = [], [], [], 0
     for path in sorted((stage / "rollouts").glob("step_*.parquet")):
-        names = ["step", "group_id", "index", "versions", "num_tokens", "status"]
+        check_archive(path)
+        names = ["step", "group_id", "index", "versions", "segments", "sampler_logprobs", "num_tokens", "status"]
         for row in pq.read_table(path, columns=names).to_pylist():
             if row["status"] != "trained":
                 continue
@@ -135,8 +141,7 @@ def _archive(audit: Audit, entries: list[Entry], stage: Path, max_staleness: int
             seen[row["group_id"]].add(key)
             spans = json.loads(row["versions"])
             tokens += row["num_tokens"]
-            ends = [0, *(end for _, _, end in spans)]
-            if [start for _, start, _ in spans] != ends[:-1] or ends[-1] != row["num_tokens"]:
+            if not _is_covered(row, spans):
                 uncovered.append(row["group_id"])
             age = row["step"] - min(version for version, _, _ in spans)
             if max_staleness is not None and not 0 <= age <= max_staleness:
@@ -149,8 +154,8 @@ def _archive(audit: Audit, entries: list[Entry], stage: Path, max_staleness: int
     if too_old:
         audit.problems.append(f"tokens over the bound of {max_staleness} versions in {too_old[:_SHOWN]}")
     if uncovered:
-        audit.problems.append(f"tokens without a policy version in {uncovered[:_SHOWN]}")
-    ledger = {f"g{entry.id}": entry.step for entry in entries if entry.state in ("trained", "committed")}
+        audit.problems.append(f"sampled or trained tokens without exactly one policy version in {uncovered[:_SHOWN]}")
+    ledger = {f"g{entry.id}": entry.step for entry in entries if entry.state in _TRAINED}
     archive = {name: next(iter(keys))[0] for name, keys in seen.items()}
     only_ledger = sorted(name for name, step in ledger.items() if archive.get(name) != step)
     only_archive = sorted(name for name, step in archive.items() if ledger.get(name) != step)
@@ -159,3 +164,12 @@ def _archive(audit: Audit, entries: list[Entry], stage: Path, max_staleness: int
         audit.problems.append(f"trained by the ledger, but not in the rollouts: {only_ledger[:_SHOWN]}")
     if only_archive:
         audit.problems.append(f"trained by the rollouts, but not in the ledger: {only_archive[:_SHOWN]}")
+
+
+def _is_covered(row: dict[str, Any], spans: list[list[int]]) -> bool:
+    """Whether every sampled token of a rollout has exactly one policy version, and only sampled tokens are trained."""
+    sampled = [place for place, value in enumerate(row["sampler_logprobs"]) if value is not None]
+    segments = json.loads(row["segments"])
+    trained = {place for start, end, is_trained in segments if is_trained for place in range(start, end)}
+    covered = [place for _, start, end in spans for place in range(start, end)]
+    return covered == sampled and trained <= set(sampled) and len(sampled) == row["num_tokens"]

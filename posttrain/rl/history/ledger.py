@@ -28,11 +28,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import StageError
-from posttrain.rl.history.codec import pack
+import msgspec
+
+from posttrain.errors import CheckpointError, StageError
+from posttrain.rl.history.replies import pack
+from posttrain.rl.records import GroupState, LedgerEvent
 from posttrain.sampling.requests import Completion
 
-STATES = ("reserved", "generated", "scored", "dropped", "trained", "committed")
+FORMAT = 2  # of the tables and of the replies in them; kept in the file as `user_version`
+UNDECIDED = (GroupState.RESERVED, GroupState.GENERATED, GroupState.SCORED)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS groups (
@@ -57,8 +61,7 @@ class Commit:
     hash: str
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, array_like=True):
     """One group's row. `looks`: how far its capability's draw of prompts had come. `data`, `scores`: see `Ledger`."""
 
     id: int
@@ -67,7 +70,7 @@ class Entry:
     system: str | None
     looks: int
     stamp: int
-    state: str
+    state: GroupState
     reason: str | None
     step: int | None
     oldest: int | None
@@ -105,8 +108,13 @@ class Ledger:
         try:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._check_format()
             self._connection.executescript(_SCHEMA)
+            self._connection.execute(f"PRAGMA user_version = {FORMAT}")
             self._seq = self._value("SELECT coalesce(max(seq), 0) FROM log")
+        except CheckpointError:
+            self._connection.close()
+            raise
         except sqlite3.DatabaseError as error:
             self._connection.close()
             raise StageError(
@@ -119,6 +127,17 @@ class Ledger:
         # Replies in flight, to be written if they are still so at a flush.
         self._begun: dict[int, Sequence[Completion]] = {}
 
+    def _check_format(self) -> None:
+        """Raise CheckpointError for a ledger that another version of this package wrote."""
+        version = self._value("PRAGMA user_version")
+        is_new = not self._value("SELECT count(*) FROM sqlite_master WHERE name = 'groups'")
+        if not is_new and version != FORMAT:
+            raise CheckpointError(
+                f"{self.path} is a ledger of format {version or 1}, which another version of posttrain wrote; this one "
+                f"reads format {FORMAT}. Finish the run with the version that began it, or start again in another run "
+                "directory"
+            )
+
     # ------------------------------------------------------------------ transitions
 
     def reserve(self, order: int, prompt_id: str, capability: str, system: str | None, looks: int, stamp: int) -> None:
@@ -128,7 +147,7 @@ class Ledger:
             "VALUES (?,?,?,?,?,?,'reserved')",
             (order, prompt_id, capability, system, looks, stamp),
         )
-        self._log("reserved", order, stamp)
+        self._log(LedgerEvent.RESERVED, order, stamp)
 
     def begun(self, order: int, replies: Sequence[Completion]) -> None:
         """More of a group's replies is there."""
@@ -145,27 +164,27 @@ class Ledger:
             "UPDATE groups SET state = 'generated', oldest = ?, newest = ?, tokens = ? WHERE id = ?",
             (oldest, newest, tokens, order),
         )
-        self._log("generated", order, [oldest, newest])
+        self._log(LedgerEvent.GENERATED, order, [oldest, newest])
 
     def scored(self, order: int, scores: Any) -> None:
         """A group has its rewards. scores: JSON."""
         self._write("UPDATE replies SET scores = ? WHERE id = ?", (json.dumps(scores), order))
-        self._log("scored", order)
+        self._log(LedgerEvent.SCORED, order)
         self._write("UPDATE groups SET state = 'scored', scored_seq = ? WHERE id = ?", (self._seq, order))
 
     def dropped(self, order: int, reason: str) -> None:
         """A group will never be trained on."""
         self._begun.pop(order, None)
         self._write("UPDATE groups SET state = 'dropped', reason = ? WHERE id = ?", (reason, order))
-        self._log("dropped", order, reason)
+        self._log(LedgerEvent.DROPPED, order, reason)
 
     def trained(self, orders: Iterable[int], step: int) -> None:
         """Optimizer step `step` was made of these groups."""
         for order in orders:
             self._write("UPDATE groups SET state = 'trained', step = ? WHERE id = ?", (step, order))
-            self._log("trained", order, step)
+            self._log(LedgerEvent.TRAINED, order, step)
 
-    def event(self, event: str, value: Any = None) -> None:
+    def event(self, event: LedgerEvent, value: Any = None) -> None:
         """Log what concerns no single group: a version that an engine took, an engine that was replaced."""
         self._log(event, None, value)
 
@@ -182,7 +201,7 @@ class Ledger:
         )
         row = (commit.version, commit.folder, commit.hash, time.time())
         self._write("INSERT OR REPLACE INTO commits (version, folder, hash, time) VALUES (?,?,?,?)", row)
-        self._log("committed", None, commit.version)
+        self._log(LedgerEvent.COMMITTED, None, commit.version)
         await self.flush()
 
     def set_fact(self, name: str, value: Any) -> None:
@@ -196,7 +215,7 @@ class Ledger:
         steps = self._value("SELECT count(DISTINCT step) FROM groups WHERE state = 'trained'")
         groups = self._value("SELECT count(*) FROM groups WHERE state = 'trained'")
         self._write("UPDATE groups SET state = 'scored', step = NULL WHERE state = 'trained'", ())
-        self._log("rolled_back", None, {"to": version, "steps": steps, "groups": groups})
+        self._log(LedgerEvent.ROLLED_BACK, None, {"to": version, "steps": steps, "groups": groups})
         self.flush_now()
         return RolledBack(steps, groups)
 
@@ -210,13 +229,13 @@ class Ledger:
             "attempts = attempts + 1 WHERE id = ?",
             (stamp, order),
         )
-        self._log("restarted", order, stamp)
+        self._log(LedgerEvent.RESTARTED, order, stamp)
 
     def forget_from(self, order: int) -> None:
         """Remove every group from `order` on, as if it had never been: what a deterministic run starts again from."""
         self._write("DELETE FROM replies WHERE id >= ?", (order,))
         self._write("DELETE FROM groups WHERE id >= ?", (order,))
-        self._log("forgotten", None, order)
+        self._log(LedgerEvent.FORGOTTEN, None, order)
         self.flush_now()
 
     # ------------------------------------------------------------------ reading
@@ -226,7 +245,7 @@ class Ledger:
         row = self._connection.execute("SELECT version, folder, hash FROM commits ORDER BY version DESC").fetchone()
         return None if row is None else Commit(*row)
 
-    def entries(self, states: Sequence[str] = STATES, with_data: bool = False) -> list[Entry]:
+    def entries(self, states: Sequence[GroupState] = tuple(GroupState), with_data: bool = False) -> list[Entry]:
         """Groups in one of the states, in dispatch order; `data` and `scores` only on request."""
         columns = ", data, scores" if with_data else ""
         joined = " LEFT JOIN replies USING (id)" if with_data else ""
@@ -238,7 +257,7 @@ class Ledger:
         rows = self._connection.execute(
             f"SELECT {names}{columns} FROM groups{joined} WHERE state IN ({marks}) ORDER BY id", tuple(states)
         )
-        return [Entry(*row) for row in rows]
+        return msgspec.convert(rows.fetchall(), list[Entry])
 
     def log(self) -> list[tuple[int, float, str, int | None, Any]]:
         """Every transition: (sequence number, Unix time, event, group, value)."""
@@ -335,10 +354,10 @@ class Ledger:
     def _write(self, sql: str, values: Sequence[Any]) -> None:
         self._pending.append((sql, values))
 
-    def _log(self, event: str, order: int | None, value: Any = None) -> None:
+    def _log(self, event: LedgerEvent, order: int | None, value: Any = None) -> None:
         self._seq += 1
         text = None if value is None else str(value) if type(value) is int else json.dumps(value)
-        self._logged.append((self._seq, time.time(), event, order, text))
+        self._logged.append((self._seq, time.time(), event.value, order, text))
 
     def _value(self, sql: str) -> int:
         return self._connection.execute(sql).fetchone()[0]

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ConfigError, StageError
-from posttrain.rl.history.codec import unpack
-from posttrain.rl.history.ledger import Commit, Entry, Ledger
+from posttrain.rl.history.ledger import UNDECIDED, Commit, Entry, Ledger
+from posttrain.rl.history.replies import unpack
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import Group, ScoredGroup, make_group
-from posttrain.sampling.requests import Completion, up_to
+from posttrain.rl.records import Group, GroupState, ScoredGroup, make_group
+from posttrain.sampling.rollouts import Reply, up_to
 
 CHECKPOINTS = "checkpoints"
 SNAPSHOT = "ledger.sqlite"
@@ -36,7 +36,7 @@ class Survivor:
 
     entry: Entry
     stamp: int
-    replies: tuple[Completion, ...] = ()
+    replies: tuple[Reply, ...] = ()
     group: Group | None = None
     scored: ScoredGroup | None = None
 
@@ -130,26 +130,23 @@ def group_of(entry: Entry, source: PromptSource) -> Group:
     """The group of an entry whose replies are all there."""
     assert entry.data is not None
     prompt = source.prompt(entry.prompt_id, entry.system)
-    return make_group(entry.id, prompt, unpack(entry.data), "", 0.0, 0.0)
+    return make_group(entry.id, prompt, unpack(entry.data))
 
 
 def survivors(ledger: Ledger, source: PromptSource, version: int) -> list[Survivor]:
     """Every undecided group, the oldest stamp first. version: of the commit that the run goes on from."""
-    found = [
-        _survivor(entry, source, version)
-        for entry in ledger.entries(("reserved", "generated", "scored"), with_data=True)
-    ]
+    found = [_survivor(entry, source, version) for entry in ledger.entries(UNDECIDED, with_data=True)]
     return sorted(found, key=lambda item: (item.stamp, item.entry.id))
 
 
 def _survivor(entry: Entry, source: PromptSource, version: int) -> Survivor:
     replies = tuple(up_to(reply, version) for reply in unpack(entry.data)) if entry.data else ()
-    stamps = [span.policy_version for reply in replies for span in reply.versions]
+    stamps = [span.policy_version for reply in replies for segment in reply.segments for span in segment.versions]
     if not stamps:
         return Survivor(entry, version)
     if any(not reply.finish_reason for reply in replies):
         return Survivor(entry, min(stamps), replies)
     group = group_of(entry, source)
-    if entry.state != "scored" or entry.scores is None:
+    if entry.state != GroupState.SCORED or entry.scores is None:
         return Survivor(entry, min(stamps), replies, group)
     return Survivor(entry, min(stamps), replies, group, scored_from_json(group, json.loads(entry.scores)))

@@ -7,7 +7,6 @@ An asynchronous run's timing decided what its batches were; the ledger and the a
 was killed and went on is replayed as one line of steps: what was rolled back is in neither.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,9 +17,11 @@ from posttrain.context import StageContext
 from posttrain.errors import ConfigError, StageError
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
+from posttrain.rl.history.archive import check_archive, recorded_rollout
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.history.recovery import SNAPSHOT, rl_stages
-from posttrain.rl.training.samples import TrainSample
+from posttrain.rl.records import GroupState
+from posttrain.rl.training.samples import TrainSample, is_trained_on, train_sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,45 +37,25 @@ def recorded_steps(stage: Path) -> Iterator[RecordedStep]:
     """The steps of a finished or interrupted run, from the first. Raises StageError where one cannot be rebuilt."""
     import pyarrow.parquet as pq
 
-    names = [
-        "step",
-        "group_id",
-        "advantage",
-        "versions",
-        "prompt_ids",
-        "token_ids",
-        "sampler_logprobs",
-        "ref_logprobs",
-        "status",
-    ]
+    names = ["step", "group_id", "index", "prompt_id", "reply", "finish_reason", "advantage", "versions", "segments",
+             "prompt_ids", "token_ids", "sampler_logprobs", "ref_logprobs", "status"]  # fmt: skip
     paths = sorted((stage / "rollouts").glob("step_*.parquet"))
     if not paths:
         raise ConfigError(str(stage), ["has no rollouts to replay; give the folder of an RL stage"])
     for step, path in enumerate(paths):
-        known = set(pq.read_schema(path).names)
-        if not known >= set(names):
-            raise StageError(f"{path} lacks {', '.join(sorted(set(names) - known))}: an older version wrote it")
+        check_archive(path)
         rows = [row for row in pq.read_table(path, columns=names).to_pylist() if row["status"] == "trained"]
         if not rows:
             return  # groups that were decided after the last step
         if {row["step"] for row in rows} != {step}:
             raise StageError(f"{path}: expected the rollouts of step {step}, found {sorted({r['step'] for r in rows})}")
         groups = tuple(dict.fromkeys(row["group_id"] for row in rows))
-        yield RecordedStep(step, groups, tuple(_sample(row) for row in rows if row["advantage"] is not None))
-
-
-def _sample(row: dict[str, Any]) -> TrainSample:
-    staleness = [
-        row["step"] - version for version, start, end in json.loads(row["versions"]) for _ in range(start, end)
-    ]
-    return TrainSample(
-        tuple(row["prompt_ids"]),
-        tuple(row["token_ids"]),
-        tuple(row["sampler_logprobs"]),
-        tuple(staleness),
-        row["advantage"],
-        tuple(row["ref_logprobs"]),
-    )
+        samples = [
+            train_sample(rollout, step, row["advantage"], tuple(row["ref_logprobs"]))
+            for row, rollout in ((row, recorded_rollout(row)) for row in rows)
+            if is_trained_on(rollout, row["advantage"])
+        ]
+        yield RecordedStep(step, groups, tuple(samples))
 
 
 def replay(config: RlConfig, context: StageContext, source: Path) -> dict[str, Any]:
@@ -114,7 +95,7 @@ def ledger_batches(stage: Path) -> dict[int, list[str]]:
     """Group ids of each step, in dispatch order, as the ledger has them."""
     with closing(Ledger(rl_stages(stage)[0] / SNAPSHOT)) as ledger:
         batches: dict[int, list[str]] = {}
-        for entry in ledger.entries(("trained", "committed")):
+        for entry in ledger.entries((GroupState.TRAINED, GroupState.COMMITTED)):
             assert entry.step is not None
             batches.setdefault(entry.step, []).append(f"g{entry.id}")
         return batches

@@ -31,7 +31,7 @@ from posttrain.rl.grading.alarm import UnscoredAlarm
 from posttrain.rl.grading.groups import drop_reason, over_batch, passes_and_failures, score_group
 from posttrain.rl.grading.judge import Judge, rewards
 from posttrain.rl.history.archive import RolloutArchive
-from posttrain.rl.history.ledger import Commit, Entry, Ledger
+from posttrain.rl.history.ledger import UNDECIDED, Commit, Entry, Ledger
 from posttrain.rl.history.recovery import CHECKPOINTS, SNAPSHOT, Survivor, folder_hash, scores_json
 from posttrain.rl.loop.garbage import rare_collections
 from posttrain.rl.loop.side import SideWork
@@ -39,7 +39,7 @@ from posttrain.rl.loop.staleness import StalenessQueue
 from posttrain.rl.loop.tally import StepTally, sampled_before
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DrawnPrompt, Group, ScoredGroup, make_group
+from posttrain.rl.records import DrawnPrompt, Drop, DropReason, Group, LedgerEvent, ScoredGroup, make_group
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.rl.rollouts.weights import update_calls
 from posttrain.rl.rollouts.workers import Flight, RolloutWorkers
@@ -48,6 +48,7 @@ from posttrain.rl.training.reference import Reference, with_reference
 from posttrain.rl.training.samples import train_samples
 from posttrain.sampling.client import Engines
 from posttrain.sampling.requests import NOTHING, Completion, SampleRequest
+from posttrain.sampling.rollouts import completion_of, reply_of
 
 FLUSH_S = 0.05
 T = TypeVar("T")
@@ -166,13 +167,13 @@ class Controller:
 
     def finish(self) -> None:
         """After the last step: what is not decided never will be."""
-        for entry in self._ledger.entries(("reserved", "generated", "scored")):
+        for entry in self._ledger.entries(UNDECIDED):
             scored = self._ready.pop(entry.id, None)
-            self._ledger.dropped(entry.id, "finished")
+            self._ledger.dropped(entry.id, DropReason.FINISHED)
             if scored is not None:
-                self._archive.add(scored[0], None, self._next_version, "dropped:finished")
+                self._archive.add(scored[0], None, self._next_version, f"dropped:{DropReason.FINISHED}")
         self._archive.write(self._next_version)
-        self._ledger.event("finished", self._next_version)
+        self._ledger.event(LedgerEvent.FINISHED, self._next_version)
 
     def _start(self, work: "Awaitable[None]") -> asyncio.Task[None]:
         """Beside everything else; its failure ends the run."""
@@ -199,7 +200,7 @@ class Controller:
         for survivor in survivors:
             entry, scored = survivor.entry, survivor.scored
             if scored is not None and (reason := drop_reason(scored, self._config)) is not None:
-                self._ledger.dropped(entry.id, reason)
+                self._ledger.dropped(entry.id, str(reason))
                 self._archive.add(scored, None, self._next_version, f"dropped:{reason}")
                 continue
             adopted = survivor.replies and self._queue.adopt(
@@ -212,9 +213,10 @@ class Controller:
             elif survivor.group is not None:
                 self._begin_scoring(survivor.group)
             else:
-                self._ledger.restart_group(entry.id, survivor.stamp, survivor.replies)
+                replies = [completion_of(reply) for reply in survivor.replies]
+                self._ledger.restart_group(entry.id, survivor.stamp, replies)
                 prompt = self._source.prompt(entry.prompt_id, entry.system)
-                self._send(entry.id, survivor.stamp, prompt, survivor.replies)
+                self._send(entry.id, survivor.stamp, prompt, replies)
 
     def _dispatch(self) -> None:
         """Admit as many groups as there is room for; a deterministic run in waves, one when the last is decided."""
@@ -248,7 +250,7 @@ class Controller:
         if flight.order >= 0:
             self._ledger.begun(flight.order, tuple(flight.replies))
 
-    def _noted(self, event: str, value: Any) -> None:
+    def _noted(self, event: LedgerEvent, value: Any) -> None:
         """What the workers tell; there may be room now."""
         self._ledger.event(event, value)
         self._changed.set()
@@ -258,7 +260,10 @@ class Controller:
             self._start(self._side.take(flight, now))
             return
         self._ledger.generated(flight.order, flight.replies)
-        group = make_group(flight.order, flight.prompt, flight.replies, flight.worker, flight.began, now)
+        replies = [reply_of(reply) for reply in flight.replies]
+        group = make_group(
+            flight.order, flight.prompt, replies, worker=flight.worker, started_s=flight.began, finished_s=now
+        )
         self._begin_scoring(group)
 
     def _begin_scoring(self, group: Group) -> None:
@@ -292,9 +297,9 @@ class Controller:
         """Groups dropped in a row after which there is no point in going on."""
         return self._config.stop_after_idle_steps * self._config.groups_per_step
 
-    def _drop(self, scored: ScoredGroup, reason: str) -> None:
+    def _drop(self, scored: ScoredGroup, reason: Drop) -> None:
         self._queue.drop(scored.group.order)
-        self._ledger.dropped(scored.group.order, reason)
+        self._ledger.dropped(scored.group.order, str(reason))
         self._archive.add(scored, None, self._next_version, f"dropped:{reason}")
         self._dropped_in_a_row += 1
         limit = self._idle_limit
@@ -308,7 +313,7 @@ class Controller:
 
     def _drop_expired(self) -> None:
         """Spare groups that were not needed; in mode `drop`, groups that are too old for every batch to come."""
-        reason = "stale" if self._config.staleness == "drop" else "surplus"
+        reason = DropReason.STALE if self._config.staleness == "drop" else DropReason.SURPLUS
         for order in self._queue.expired():
             self._queue.drop(order)
             self._ledger.dropped(order, reason)
@@ -317,9 +322,9 @@ class Controller:
                 self._archive.add(ready[0], None, self._next_version, f"dropped:{reason}")
                 group = ready[0].group
             if group is not None:
-                self._tally.expired(reason, group.prompt.row.id, group.rollouts)
+                self._tally.expired(reason, group.prompt.row.id, [rollout.num_sampled for rollout in group.rollouts])
             elif flight is not None:
-                self._tally.expired(reason, flight.prompt.row.id, flight.replies)
+                self._tally.expired(reason, flight.prompt.row.id, [len(reply.token_ids) for reply in flight.replies])
 
     # ------------------------------------------------------------------ training
 

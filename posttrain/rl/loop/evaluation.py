@@ -15,7 +15,7 @@ from posttrain.data.strata import sampled_rows
 from posttrain.files import keep_lines, read_jsonl
 from posttrain.metrics.correctness import is_right
 from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
-from posttrain.records import Message, Row
+from posttrain.records import Message, Prompt, Row
 from posttrain.rl.config import EvaluationConfig, RlConfig
 from posttrain.rl.grading.verifiers import check_rewardable
 from posttrain.rl.prompts.lengths import check_room
@@ -38,7 +38,7 @@ def heldout_prompts(
     config: RlConfig, rows: Sequence[Row], render: Callable[[Sequence[Message]], Sequence[int]]
 ) -> list[DrawnPrompt]:
     """The rows as prompts, without a sampled system instruction; one that leaves no room for a reply is an error."""
-    prompts = [DrawnPrompt(row, None, row.messages, render_row(render, row)) for row in rows]
+    prompts = [DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))) for row in rows]
     plain = config.systems.model_copy(update={"instructions": []})
     check_room(config.model_copy(update={"systems": plain}), prompts, render)
     return prompts
@@ -49,7 +49,7 @@ def evaluation_request(
 ) -> SampleRequest:
     """The request for all replies to a prompt."""
     return SampleRequest(
-        prompt.prompt_ids,
+        prompt.prompt.token_ids,
         asked.samples,
         asked.temperature,
         config.sampling.top_p if asked.temperature else 1.0,

@@ -10,11 +10,12 @@ from typing import Any
 from posttrain.errors import StageError
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
-from posttrain.rl.records import DrawnPrompt
+from posttrain.rl.records import DrawnPrompt, make_group
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.rl.rollouts.weights import update_calls
-from posttrain.rl.training.samples import TrainSample
+from posttrain.rl.training.samples import train_sample
 from posttrain.sampling.client import Engines
+from posttrain.sampling.rollouts import reply_of
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 PROMPTS = 16
@@ -53,12 +54,11 @@ def check_engine_parity(
     for name, actor in zip(engines.names, engines.actors, strict=True):
         requests = [sample_request(config, prompt, 1, stop_ids) for prompt in prompts[:PROMPTS]]
         completions, _, _ = ray.get(actor.generate.remote(requests))
-        samples = [
-            TrainSample(
-                request.prompt_ids, replies[0].token_ids, replies[0].logprobs, (0,) * len(replies[0].token_ids), 0.0
-            )
-            for request, replies in zip(requests, completions, strict=True)
+        groups = [
+            make_group(index, prompt, [reply_of(replies[0])])
+            for index, (prompt, replies) in enumerate(zip(prompts[:PROMPTS], completions, strict=True))
         ]
+        samples = [train_sample(rollout, version, 0.0) for group in groups for rollout in group.rollouts]
         policy = trainer.get("logprobs", samples)
         gaps = [
             abs(ours - theirs)

@@ -31,10 +31,11 @@ from posttrain.rl.grading.groups import Scorer, passes_and_failures, score_group
 from posttrain.rl.loop.evaluation import FILE, accuracies, evaluation_request, is_due, last_evaluated
 from posttrain.rl.prompts.refilter import Refilter
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DrawnPrompt, Group, ScoredGroup, make_group
+from posttrain.rl.records import DrawnPrompt, Group, LedgerEvent, ScoredGroup, make_group
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.rl.rollouts.workers import Flight, RolloutWorkers, Worker
 from posttrain.sampling.requests import NOTHING, SampleRequest
+from posttrain.sampling.rollouts import reply_of
 
 LATER = 1  # the priority; training's replies have 0, and start first
 
@@ -83,7 +84,7 @@ class SideWork:
         version: int,
         heldout: Sequence[DrawnPrompt],
         stop_ids: tuple[int, ...],
-        told: Callable[[str, Any], None],
+        told: Callable[[LedgerEvent, Any], None],
     ):
         self._config = config
         self._context = context
@@ -124,12 +125,19 @@ class SideWork:
         """Training has ended: what is pending is left."""
         if (running := self._evaluation) is not None:
             running.worker.is_kept = False
-            self._told("evaluation_left", running.version)
+            self._told(LedgerEvent.EVALUATION_ABANDONED, running.version)
 
     async def take(self, flight: Flight, now: float) -> None:
         """A group of this side is sampled."""
         sent = self._sent.pop(flight.order)
-        group = make_group(flight.order, flight.prompt, flight.replies, flight.worker, flight.began, now)
+        group = make_group(
+            flight.order,
+            flight.prompt,
+            [reply_of(reply) for reply in flight.replies],
+            worker=flight.worker,
+            started_s=flight.began,
+            finished_s=now,
+        )
         tokens = sum(len(reply.token_ids) for reply in flight.replies)
         if sent.evaluation is None:
             self._counts["tokens_probed"] += tokens
@@ -187,7 +195,7 @@ class SideWork:
         curriculum = self._source.curriculum
         if curriculum is not None and passes + failures:
             curriculum.observe(name, passes, failures, group.oldest_version, refresh=True)
-        self._told("probed", [name, passes, failures, group.oldest_version])
+        self._told(LedgerEvent.PROBED, [name, passes, failures, group.oldest_version])
 
     # ------------------------------------------------------------------ evaluations
 
@@ -207,12 +215,12 @@ class SideWork:
         version, all_numbers = worker.policy_version, deque(range(len(self._heldout)))
         self._evaluation = Evaluation(worker, version, self._last_evaluated, all_numbers)
         self._last_evaluated = version
-        self._told("evaluation", [worker.name, version])
+        self._told(LedgerEvent.EVALUATION_STARTED, [worker.name, version])
 
     async def _evaluated(self, running: Evaluation, number: int, group: Group, tokens: int) -> None:
         """A prompt's replies are there; they count if all their tokens are of the one version."""
         running.tokens += tokens
-        versions = {span.policy_version for rollout in group.rollouts for span in rollout.versions}
+        versions = {version for rollout in group.rollouts for version in rollout.versions}
         if versions != {running.version}:
             running.resampled += 1
             running.unsent.append(number)
@@ -235,4 +243,4 @@ class SideWork:
                 "resampled": running.resampled,
             }
             append_jsonl(self._context.dir / FILE, line)
-            self._told("evaluated", running.version)
+            self._told(LedgerEvent.EVALUATED, running.version)

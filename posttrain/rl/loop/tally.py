@@ -11,11 +11,11 @@ from typing import Any
 from posttrain.context import BusyLog
 from posttrain.files import read_jsonl
 from posttrain.metrics.correctness import is_right
-from posttrain.records import Rollout
-from posttrain.rl.records import ScoredGroup, num_tokens
-from posttrain.sampling.requests import Completion
+from posttrain.records import FinishReason
+from posttrain.rl.records import Drop, DropReason, ScoredGroup, num_tokens
 
-REASONS = ("zero_advantage", "unscored", "truncated", "stale", "surplus")
+# FINISHED has no step that could report it.
+REASONS = tuple(reason for reason in DropReason if reason is not DropReason.FINISHED)
 
 # Of every dropped group: the mean length of its replies, up to a power of two; its prompt's pass rate by the profile,
 # to the nearest quarter.
@@ -42,29 +42,26 @@ class StepTally:
         self._told = time.time()
         self._busy_s = dict.fromkeys(logs, 0.0)
 
-    def decided(self, scored: ScoredGroup, dropped: str | None) -> None:
-        """A group was sampled and scored; `dropped` says why it is not trained on, None that it is.
-
-        What follows a colon in it is counted with what stands before.
-        """
+    def decided(self, scored: ScoredGroup, dropped: Drop | None) -> None:
+        """A group was sampled and scored; `dropped` says why it is not trained on, None that it is."""
         rollouts, rewards, counts = scored.group.rollouts, scored.scored_rewards, self._counts
-        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        lengths = [rollout.num_sampled for rollout in rollouts]
         counts["groups"] += 1
         counts["tokens"] += sum(lengths)
         counts["rollouts"] += len(rollouts)
         counts["passes"] += sum(is_right(reward, self._threshold) for reward in rewards)
         counts["rewards"] += len(rewards)
-        counts["length"] += sum(rollout.finish_reason == "length" for rollout in rollouts)
+        counts["length"] += sum(rollout.finish_reason == FinishReason.LENGTH for rollout in rollouts)
         if dropped is not None:
-            self._drop(dropped.partition(":")[0], scored.group.prompt.row.id, lengths)
-        if dropped == "zero_advantage":
+            self._drop(dropped.reason, scored.group.prompt.row.id, lengths)
+        if dropped is not None and dropped.reason is DropReason.ZERO_ADVANTAGE:
             counts["too_easy" if is_right(fmean(rewards), self._threshold) else "too_hard"] += 1
 
-    def expired(self, reason: str, prompt_id: str, replies: Sequence[Rollout | Completion]) -> None:
-        """A group is too old, or not needed; its replies as they were by then."""
-        self._drop(reason, prompt_id, [len(reply.token_ids) for reply in replies])
+    def expired(self, reason: DropReason, prompt_id: str, lengths: Sequence[int]) -> None:
+        """A group is too old, or not needed. lengths: sampled tokens of each of its replies by then."""
+        self._drop(reason, prompt_id, lengths)
 
-    def _drop(self, reason: str, prompt_id: str, lengths: Sequence[int]) -> None:
+    def _drop(self, reason: DropReason, prompt_id: str, lengths: Sequence[int]) -> None:
         counts = self._counts
         counts[f"dropped_{reason}"] += 1
         counts["dropped_tokens"] += sum(lengths)

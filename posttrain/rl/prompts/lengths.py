@@ -16,15 +16,15 @@ def check_room(
     """Raises DataError for the first prompt that is too long. prompts: without a sampled instruction."""
     limit = config.engine.max_model_len - config.sampling.max_tokens
     for prompt in prompts:
-        if len(prompt.prompt_ids) > limit:
-            raise _too_long(config, prompt, len(prompt.prompt_ids), "")
+        if len(prompt.prompt.token_ids) > limit:
+            raise _too_long(config, prompt, len(prompt.prompt.token_ids), "")
     bare = [prompt for prompt in prompts if prompt.row.messages[0].role != "system"]
     for text in [item.text for item in config.systems.instructions if item.text and bare]:
         system = Message("system", text)
-        added = len(render((system, *bare[0].messages))) - len(bare[0].prompt_ids)
+        added = len(render((system, *bare[0].prompt.messages))) - len(bare[0].prompt.token_ids)
         for prompt in bare:
-            if len(prompt.prompt_ids) + added + _NEAR > limit:
-                length = len(render((system, *prompt.messages)))
+            if len(prompt.prompt.token_ids) + added + _NEAR > limit:
+                length = len(render((system, *prompt.prompt.messages)))
                 if length > limit:
                     raise _too_long(config, prompt, length, f" with the system instruction {text[:40]!r}")
 

@@ -37,6 +37,7 @@ from posttrain.rl.records import DrawnPrompt, make_group
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.sampling.client import CHUNK_REQUESTS, Engines
 from posttrain.sampling.requests import SampleRequest
+from posttrain.sampling.rollouts import reply_of
 
 FILE = "difficulty.parquet"
 CHUNKS_AT_ONCE = 2  # the engines are busy with one while the last replies of another are sampled and scored
@@ -139,7 +140,7 @@ async def _sample(
             else:
                 completions = await engines.sample(requests, done)
             groups = [
-                make_group(start + index, prompt, replies, "profile", 0.0, 0.0)
+                make_group(start + index, prompt, [reply_of(reply) for reply in replies], worker="profile")
                 for index, (prompt, replies) in enumerate(zip(chunk, completions, strict=True))
             ]
             pairs = [(rollout, group.prompt.row) for group in groups for rollout in group.rollouts]
@@ -193,7 +194,7 @@ def difficulties(config: RlConfig, pairs: Sequence[tuple[Rollout, Row]], scores:
     scored: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     for (rollout, _), score in zip(pairs, scores, strict=True):
-        tokens[rollout.prompt_id] += len(rollout.token_ids)
+        tokens[rollout.prompt_id] += rollout.num_sampled
         if score.result is not None:
             scored[rollout.prompt_id] += 1
             passes[rollout.prompt_id] += is_right(score.result.value, config.reward.correct_threshold)

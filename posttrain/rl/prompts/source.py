@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.config.shared import SystemsConfig
-from posttrain.records import Message, Row
+from posttrain.records import Message, Prompt, Row
 from posttrain.rl.prompts.curriculum import OUTSIDE, Curriculum
 from posttrain.rl.records import DrawnPrompt
 
@@ -61,7 +61,7 @@ class PromptSource:
         """A row of the selection as a prompt, with this system instruction."""
         row = self._by_id[prompt_id]
         messages = row.messages if system is None else (Message("system", system), *row.messages)
-        return DrawnPrompt(row, system, messages, tuple(self._render(messages)))
+        return DrawnPrompt(row, system, Prompt(messages, tuple(self._render(messages))))
 
     def looks(self, capability: str) -> int:
         """How many prompts of a capability have been looked at so far."""

@@ -21,7 +21,7 @@ from posttrain.actors.lane import COLLECT_S, Lane
 from posttrain.actors.losses import MAX_CONSECUTIVE_LOSSES, is_loss, reason_of, root_of
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import StageError
-from posttrain.rl.records import DrawnPrompt
+from posttrain.rl.records import DrawnPrompt, LedgerEvent
 from posttrain.sampling.client import Engines
 from posttrain.sampling.requests import Completion, Piece, SampleRequest
 from posttrain.sampling.stream import join_spans
@@ -110,7 +110,7 @@ class RolloutWorkers:
         deadline_s: float,
         finished: Callable[[Flight, float], None],
         begun: Callable[[Flight], None],
-        told: Callable[[str, Any], None],
+        told: Callable[[LedgerEvent, Any], None],
         wave_seed: int | None = None,
     ):
         self._context = context
@@ -214,7 +214,7 @@ class RolloutWorkers:
                 worker.lane.fail(error)  # the lane may have nothing to send by which it would find out
                 return
             worker.policy_version = version
-        self._told("took", [worker.name, version])
+        self._told(LedgerEvent.WEIGHTS_TAKEN, [worker.name, version])
         self._context.busy(worker.name, "update_weights", began, ended)
         self._send_waiting()
 
@@ -310,7 +310,7 @@ class RolloutWorkers:
             raise StageError(
                 f"{worker.name} was lost {MAX_CONSECUTIVE_LOSSES} times in a row; the last time: {reason}"
             ) from cause
-        self._told("replaced", [worker.name, reason])
+        self._told(LedgerEvent.ENGINE_REPLACED, [worker.name, reason])
         self._unsent += worker.flights.values()
         worker.flights, worker.lane = {}, self._lane_to(worker)
         self._send_waiting()
@@ -322,7 +322,7 @@ class RolloutWorkers:
             await self._await_busy(worker, worker.actor.update_weights.remote(**arguments))
             worker.policy_version = version = arguments["policy_version"]
             worker.is_alive = True
-        self._told("took", [worker.name, version])
+        self._told(LedgerEvent.WEIGHTS_TAKEN, [worker.name, version])
         self._send_waiting()
 
 

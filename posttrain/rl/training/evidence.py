@@ -77,17 +77,14 @@ def read_batch(path: Path) -> list[TrainSample]:
     """The batch that was written beside a step's JSON file, or whose parquet file this is."""
     import pyarrow.parquet as pq
 
-    def sample(row: Any) -> TrainSample:
-        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
-        return TrainSample(**values)
-
-    return [sample(row) for row in pq.read_table(path.with_suffix(".parquet")).to_pylist()]
+    rows = pq.read_table(path.with_suffix(".parquet")).to_pylist()
+    return msgspec.convert(rows, list[TrainSample])
 
 
 def _schema(pa: Any) -> Any:
     integers, reals = pa.list_(pa.int64()), pa.list_(pa.float64())
     types: dict[str, Any] = {
-        "prompt_ids": integers, "token_ids": integers, "sampler_logprobs": reals, "staleness": integers,
+        "token_ids": integers, "trained": pa.list_(integers), "sampler_logprobs": reals, "staleness": integers,
         "advantage": pa.float64(), "ref_logprobs": reals,
     }  # fmt: skip
     return pa.schema(list(types.items()))

@@ -70,6 +70,6 @@ def sample_logprobs(
     with torch.no_grad():
         for chunk in micro_batches(samples, max_tokens):
             values_T, *_ = forward(collate(chunk, PAD_ID, device))
-            parts = values_T.cpu().split([len(sample.token_ids) for sample in chunk])
+            parts = values_T.cpu().split([sample.num_trained for sample in chunk])
             found |= {id(sample): part.tolist() for sample, part in zip(chunk, parts, strict=True)}
     return [found[id(sample)] for sample in samples]

@@ -17,7 +17,7 @@ from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
 from posttrain.rl.records import ScoredGroup
 from posttrain.rl.training.policy import load_token_policy, sample_logprobs
-from posttrain.rl.training.samples import TrainSample, train_samples
+from posttrain.rl.training.samples import TrainSample, is_trained_on, train_samples
 
 
 def reference_config(config: RlConfig) -> RlConfig:
@@ -53,7 +53,7 @@ class Reference:
         self._process = RankGroup(ParallelConfig(), resources, FrozenPolicy, config, seed, name="the reference")
 
     async def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
-        """Log-probability of each sample's reply tokens at the sampling temperature, in the order given."""
+        """Log-probability of each sample's trained tokens at the sampling temperature, in the order given."""
         return await self._process.call("logprobs", list(samples))
 
     def close(self) -> None:
@@ -82,5 +82,8 @@ class FrozenPolicy:
 async def with_reference(scored: ScoredGroup, reference: Reference) -> ScoredGroup:
     """The group with the reference's log-probabilities of every rollout that is trained on."""
     values = iter(await reference.logprobs(train_samples([scored], 0)))
-    found = tuple(() if advantage is None else tuple(next(values)) for advantage in scored.advantages)
+    found = tuple(
+        tuple(next(values)) if is_trained_on(rollout, advantage) else ()
+        for rollout, advantage in zip(scored.group.rollouts, scored.advantages, strict=True)
+    )
     return replace(scored, ref_logprobs=found)

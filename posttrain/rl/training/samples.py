@@ -1,8 +1,8 @@
 """Rollouts as training samples, and their micro-batches.
 
-A sample is the very ids that the engine sampled, their log-probabilities and ages, and an advantage. Rows are sorted
-by length and right-padded, so that attention is plainly causal and needs no mask; a micro-batch holds at most so many
-padded tokens.
+A sample is the very ids that the engine sampled, with their log-probabilities and ages, the ids around them, and an
+advantage. Rows are sorted by length and right-padded, so that attention is plainly causal and needs no mask; a
+micro-batch holds at most so many padded tokens.
 """
 
 from collections.abc import Sequence
@@ -17,35 +17,39 @@ from posttrain.rl.records import ScoredGroup
 
 
 class TrainSample(Struct, frozen=True):
-    """One reply with its prompt. `advantage` holds for every reply token.
+    """One rollout as the trainer is given it: all its tokens, and which of them are trained on.
 
-    staleness: of each reply token, the version of the trainer that steps on it minus the version that sampled it.
-    ref_logprobs: log-probability of each reply token under the reference policy, at the sampling temperature; empty
-    where there is none.
+    token_ids: of the prompt and of all segments. trained: (start, end) places in `token_ids` of the tokens that are
+    trained on, in order, none at place 0. The other sequences have one entry for each trained token, in order:
+    sampler_logprobs; staleness: the version of the trainer that steps on it minus the version that sampled the token;
+    ref_logprobs: log-probability under the reference policy at the sampling temperature, empty where there is none.
+    advantage: of every trained token.
+
+    Example: a prompt of three tokens and a reply of two: `TrainSample((1, 2, 3, 7, 8), ((3, 5),), (-0.1, -0.2),
+    (0, 0), 0.5)`. With a tool's result of one token in between: `TrainSample((1, 2, 3, 7, 8, 4, 9), ((3, 5), (6, 7)),
+    (-0.1, -0.2, -0.3), (0, 0, 0), 0.5)`.
     """
 
-    prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
+    trained: tuple[tuple[int, int], ...]
     sampler_logprobs: tuple[float, ...]
     staleness: tuple[int, ...]
     advantage: float
     ref_logprobs: tuple[float, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.token_ids)
+        return len(self.token_ids)
+
+    @property
+    def num_trained(self) -> int:
+        """How many tokens are trained on."""
+        return len(self.sampler_logprobs)
 
 
 def train_samples(groups: Sequence[ScoredGroup], version: int) -> list[TrainSample]:
-    """Every rollout that has an advantage. version: of the trainer, before the step."""
+    """Every rollout that has an advantage and tokens to train on. version: of the trainer, before the step."""
     return [
-        TrainSample(
-            rollout.prompt_ids,
-            rollout.token_ids,
-            rollout.sampler_logprobs,
-            token_staleness(rollout, version),
-            advantage,
-            reference,
-        )
+        train_sample(rollout, version, advantage or 0.0, reference)
         for scored in groups
         for rollout, advantage, reference in zip(
             scored.group.rollouts,
@@ -53,14 +57,33 @@ def train_samples(groups: Sequence[ScoredGroup], version: int) -> list[TrainSamp
             scored.ref_logprobs or ((),) * len(scored.advantages),
             strict=True,
         )
-        if advantage is not None
+        if is_trained_on(rollout, advantage)
     ]
 
 
-def token_staleness(rollout: Rollout, version: int) -> tuple[int, ...]:
-    """How many versions each reply token is behind `version`."""
-    ages = ((version - span.policy_version,) * (span.end - span.start) for span in rollout.versions)
-    return tuple(chain.from_iterable(ages))
+def is_trained_on(rollout: Rollout, advantage: float | None) -> bool:
+    """Whether a rollout is part of a batch: it has an advantage, and tokens to train on."""
+    return advantage is not None and any(segment.trained for segment in rollout.segments)
+
+
+def train_sample(rollout: Rollout, version: int, advantage: float, ref_logprobs: tuple[float, ...] = ()) -> TrainSample:
+    """One rollout as a sample. Raises ValueError where a segment that is trained on was not sampled."""
+    first = len(rollout.prompt_ids)
+    spans, logprobs, ages = [], [], []
+    for start, segment in rollout.trained_segments:
+        if segment.sampler_logprobs is None:
+            raise ValueError(f"rollout {rollout.group_id}/{rollout.index}: a segment is trained on that nobody sampled")
+        spans.append((first + start, first + start + len(segment.token_ids)))
+        logprobs.append(segment.sampler_logprobs)
+        ages += [(version - span.policy_version,) * (span.end - span.start) for span in segment.versions]
+    return TrainSample(
+        rollout.prompt_ids + rollout.token_ids,
+        tuple(spans),
+        tuple(chain.from_iterable(logprobs)),
+        tuple(chain.from_iterable(ages)),
+        advantage,
+        ref_logprobs,
+    )
 
 
 def micro_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[list[TrainSample]]:
@@ -77,11 +100,11 @@ def micro_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[list[
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Tensors of one micro-batch. B rows, S padded tokens, T reply tokens.
+    """Tensors of one micro-batch. B rows, S padded tokens, T trained tokens.
 
     input_ids_BS: int64. mask_BS: False for padding. position_T: index into the flattened [B * S] hidden states of the
-    state that predicts each reply token. target_T, staleness_T: int64. sequence_T: int64, the row of each reply token.
-    sampler_logprobs_T, advantages_T: fp32; ref_logprobs_T: fp32, or None where no sample has any.
+    state that predicts each trained token. target_T, staleness_T: int64. sequence_T: int64, the row of each trained
+    token. sampler_logprobs_T, advantages_T: fp32; ref_logprobs_T: fp32, or None where no sample has any.
     """
 
     input_ids_BS: torch.Tensor
@@ -98,24 +121,23 @@ class MicroBatch:
 def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | str = "cpu") -> MicroBatch:
     """Tensors of a micro-batch. The last token of each row is not fed: it predicts nothing.
 
-    Raises ValueError where some reply tokens have a log-probability of the reference and others have none.
+    Raises ValueError where some trained tokens have a log-probability of the reference and others have none, and where
+    a sample's sequences do not fit its trained tokens.
     """
     width = max(map(len, samples)) - 1
     lengths = torch.tensor([len(sample) - 1 for sample in samples], device=device)
     rows, positions, targets, logprobs, advantages, staleness, sequences = [], [], [], [], [], [], []
     ref_logprobs = [value for sample in samples for value in sample.ref_logprobs]
     for index, sample in enumerate(samples):
-        ids = [*sample.prompt_ids, *sample.token_ids]
-        rows.append(ids[:-1] + [pad_id] * (width - len(ids) + 1))
-        first = index * width + len(sample.prompt_ids) - 1
-        positions += range(first, first + len(sample.token_ids))
-        targets += sample.token_ids
+        _check_lengths(sample, bool(ref_logprobs))
+        rows.append(list(sample.token_ids[:-1]) + [pad_id] * (width - len(sample) + 1))
+        for start, end in sample.trained:
+            positions += range(index * width + start - 1, index * width + end - 1)  # the state before predicts it
+            targets += sample.token_ids[start:end]
         logprobs += sample.sampler_logprobs
-        advantages += [sample.advantage] * len(sample.token_ids)
+        advantages += [sample.advantage] * sample.num_trained
         staleness += sample.staleness
-        sequences += [index] * len(sample.token_ids)
-    if ref_logprobs and any(len(sample.ref_logprobs) != len(sample.token_ids) for sample in samples):
-        raise ValueError("each reply token needs a log-probability of the reference policy, or none may have one")
+        sequences += [index] * sample.num_trained
     return MicroBatch(
         torch.tensor(rows, device=device),
         torch.arange(width, device=device) < lengths[:, None],
@@ -127,3 +149,14 @@ def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | 
         torch.tensor(sequences, device=device),
         torch.tensor(ref_logprobs, dtype=torch.float32, device=device) if ref_logprobs else None,
     )
+
+
+def _check_lengths(sample: TrainSample, has_reference: bool) -> None:
+    count = sum(end - start for start, end in sample.trained)
+    if not len(sample.sampler_logprobs) == len(sample.staleness) == count:
+        raise ValueError(
+            f"{count} tokens are trained on, but there are {len(sample.sampler_logprobs)} log-probabilities of the "
+            f"sampler and {len(sample.staleness)} ages"
+        )
+    if has_reference and len(sample.ref_logprobs) != count:
+        raise ValueError("each trained token needs a log-probability of the reference policy, or none may have one")

@@ -89,7 +89,7 @@ class PolicyTrainer:
         return self._weights.publish(specs, values, self.policy_version).to_json()
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
-        """Log-probabilities of each sample's reply tokens under the current policy, in the order given."""
+        """Log-probabilities of each sample's trained tokens under the current policy, in the order given."""
         self._engine.eval()
         return sample_logprobs(self._engine, samples, self._config.micro_batch_tokens, self._device)
 
@@ -145,7 +145,7 @@ class PolicyTrainer:
 
         Returns the metrics of all ranks, and which samples are in micro-batches whose loss is not finite.
         """
-        num_tokens = sum(len(sample.token_ids) for sample in samples)
+        num_tokens = sum(sample.num_trained for sample in samples)
         config = self._config.loss
         sums: dict[str, float] = defaultdict(float)
         largest = {"ratio_max": 0.0, "sampler_trainer_gap_max": 0.0}
@@ -273,10 +273,10 @@ def loss_inputs(policy_logprobs_T: torch.Tensor, batch: MicroBatch, max_tokens: 
 
 
 def token_advantage_std(samples: Sequence[TrainSample]) -> float:
-    """Standard deviation of the advantage over reply tokens."""
-    num_tokens = sum(len(sample.token_ids) for sample in samples)
-    mean = sum(len(sample.token_ids) * sample.advantage for sample in samples) / num_tokens
-    return math.sqrt(sum(len(sample.token_ids) * (sample.advantage - mean) ** 2 for sample in samples) / num_tokens)
+    """Standard deviation of the advantage over trained tokens."""
+    num_tokens = sum(sample.num_trained for sample in samples)
+    mean = sum(sample.num_trained * sample.advantage for sample in samples) / num_tokens
+    return math.sqrt(sum(sample.num_trained * (sample.advantage - mean) ** 2 for sample in samples) / num_tokens)
 
 
 def dealt(

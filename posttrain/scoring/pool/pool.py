@@ -14,13 +14,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from posttrain.errors import PluginError
 from posttrain.records import RewardResult, Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward, resolve
 from posttrain.scoring.pool.slot import Item, Reports, Slot
-from posttrain.scoring.pool.wire import PairText, frame, result_from_json
+from posttrain.scoring.pool.wire import Answer, EncodedPair, PairEncoder, Setup, frame
 
 _NEVER = float("-inf")
 
@@ -79,7 +78,7 @@ class RewardPool:
         self._queue: deque[Item] = deque()
         self._num_items = 0
         self._last_scored_s = _NEVER
-        self._control = ""  # the text of a pair that was scored without trouble
+        self._control: EncodedPair | None = None  # a pair that was scored without trouble
         self._settling: set[asyncio.Task[None]] = set()
         self._is_open = False
 
@@ -119,13 +118,13 @@ class RewardPool:
         """Begins to score. Returns what `score` would wait for, of each pair; one that is cancelled is let go."""
         if not self._is_open:
             raise RuntimeError("start the pool before scoring")
-        text_of = PairText()
+        encode = PairEncoder()
         futures = []
         for rollout, row in pairs:
             future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
             futures.append(future)
             try:
-                self._add(text_of(rollout, row), future)
+                self._add(encode(rollout, row), future)
             except (TypeError, ValueError, OverflowError, RecursionError) as error:
                 future.set_result(self._count(Scored(None, "error", f"row {row.id}: {error}")))
         self._dispatch()
@@ -163,13 +162,12 @@ class RewardPool:
 
     def _setup(self) -> bytes:
         target = asdict(resolve(self.spec.name))
-        limits = {"timeout_s": self.timeout_s, "memory_gib": self.memory_gib}
         try:
-            return frame({"target": target, "args": self.spec.args, **limits})
+            return frame(Setup(target, dict(self.spec.args), self.timeout_s, self.memory_gib))
         except (TypeError, ValueError) as error:
             raise PluginError(f"reward {self.spec.name!r}: args must be JSON values: {error}") from error
 
-    def _add(self, pair: str, future: asyncio.Future[Scored], is_control: bool = False) -> None:
+    def _add(self, pair: EncodedPair, future: asyncio.Future[Scored], is_control: bool = False) -> None:
         self._num_items += 1
         self._queue.append(Item(self._num_items, pair, future, time.monotonic(), is_control=is_control))
 
@@ -205,16 +203,16 @@ class RewardPool:
     def _queue_in_front(self, items: list[Item]) -> None:
         self._queue.extendleft(reversed(items))
 
-    def _replied(self, item: Item, reply: dict[str, Any]) -> None:
-        self._stats.busy_s += float(reply["s"])
-        if reply.get("timeout"):
+    def _replied(self, item: Item, answer: Answer) -> None:
+        self._stats.busy_s += answer.seconds
+        if answer.is_late:
             self._late(item)
-        elif "error" in reply:
-            self._resolve(item, Scored(None, "error", str(reply["error"])))
+        elif answer.result is None:
+            self._resolve(item, Scored(None, "error", answer.error))
         else:
             self._last_scored_s = time.monotonic()
             self._control = item.pair
-            self._resolve(item, Scored(result_from_json(reply["result"])))
+            self._resolve(item, Scored(answer.result))
 
     def _late(self, item: Item) -> None:
         item.num_timeouts += 1

@@ -12,10 +12,10 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from posttrain.actors.processes import kill_marked
-from posttrain.scoring.pool.wire import FrameBuffer
+from posttrain.scoring.pool.wire import Answer, FrameBuffer, Loaded
 
 _VARIABLE = "POSTTRAIN_REWARD_WORKER"
 _TAIL_BYTES = 4096
@@ -25,10 +25,10 @@ _DRAIN_S = 0.3
 class WorkerProcess(asyncio.SubprocessProtocol):
     """A running worker. `on_messages(messages)` is called for replies, `on_exit()` once, after the last."""
 
-    def __init__(self, on_messages: Callable[[Iterator[dict[str, Any]]], None], on_exit: Callable[[], None]):
+    def __init__(self, on_messages: Callable[[Iterator[Loaded | Answer]], None], on_exit: Callable[[], None]):
         self._on_messages = on_messages
         self._on_exit = on_exit
-        self._buffer = FrameBuffer()
+        self._buffer: FrameBuffer[Loaded | Answer] = FrameBuffer(Loaded | Answer)
         self._errors = bytearray()
         self._token = uuid.uuid4().hex
         self._ended = asyncio.Event()

@@ -1,7 +1,7 @@
 """The process that runs one reward function: reads requests on stdin, writes one reply each on stdout.
 
-    pool ── {"target", "args", ...} ──► worker imports the function ── {"ready": true, "async": ...} ──► pool
-    pool ── {"id", "rollout", "row"} ─► worker calls it             ── {"id", "result" | "error" | "timeout", "s"}
+    pool ── Setup ─────► imports the function ── Loaded ─► pool
+    pool ── Question ──► calls it             ── Answer ─► pool
 
 It never judges a deadline of a plain function: the pool kills it. An async function runs many requests at once, so
 there a late one is cancelled alone. It imports no torch and no pydantic, so that it starts in about 0.1 s.
@@ -10,84 +10,89 @@ Run as `python -m posttrain.scoring.pool.reward_process PARENT_PID`.
 
 import asyncio
 import inspect
-import json
 import math
 import numbers
 import os
 import resource
 import sys
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from typing import Any, BinaryIO
+
+import msgspec
 
 from posttrain.actors.parent import die_with_parent
 from posttrain.errors import PluginError, PosttrainError
 from posttrain.records import RewardResult
 from posttrain.scoring.plugins.target import RewardFunction, Target, bind, describe, import_target, warm
-from posttrain.scoring.pool.wire import HEADER_BYTES, frame, pair_from_json, result_to_json
+from posttrain.scoring.pool.wire import HEADER_BYTES, Answer, Loaded, Question, Setup, frame
 
 _MAX_REASON = 2000
+_questions = msgspec.msgpack.Decoder(Question)
 
 
 def main() -> None:
     die_with_parent(int(sys.argv[1]))
     requests, replies = _take_pipes()
-    setup = _read_blocking(requests)
-    if setup is None:
+    data = _read_blocking(requests)
+    if data is None:
         return
+    setup = msgspec.msgpack.decode(data, type=Setup)
     try:
         function, many = _prepare(setup)
     except BaseException as error:
-        _reply(replies, {"failed": _words(error)})
+        _reply(replies, Loaded(failed=_words(error)))
         return
-    _reply(replies, {"ready": True, "async": many})
+    _reply(replies, Loaded(is_async=many))
     if many:
-        asyncio.run(_serve_many(function, requests, replies, setup["timeout_s"]))
+        asyncio.run(_serve_many(function, requests, replies, setup.timeout_s))
     else:
         _serve(function, requests, replies)
 
 
 def _serve(function: RewardFunction, requests: BinaryIO, replies: int) -> None:
-    while (request := _read_blocking(requests)) is not None:
+    while (data := _read_blocking(requests)) is not None:
+        question = _questions.decode(data)
         started_s = time.monotonic()
-        outcome = _score(function, request)
-        _reply(replies, {"id": request["id"], "s": time.monotonic() - started_s, **outcome})
+        result, error = _score(function, question)
+        _reply(replies, Answer(question.key, time.monotonic() - started_s, result, error))
 
 
-def _score(function: RewardFunction, request: Mapping[str, Any]) -> dict[str, Any]:
+def _score(function: RewardFunction, question: Question) -> tuple[RewardResult | None, str]:
+    """The result, or why there is none."""
     try:
-        value = function(*pair_from_json(request))
+        value = function(question.rollout, question.row)
         if not isinstance(value, float) and inspect.isawaitable(value):
             value = asyncio.run(_await(value))
-        return {"result": result_to_json(to_result(value))}
+        return to_result(value), ""
     except BaseException as error:  # sys.exit() and the like are the reward's failures, not ours
-        return {"error": _words(error)}
+        return None, _words(error)
 
 
 async def _serve_many(function: RewardFunction, requests: BinaryIO, replies: int, timeout_s: float) -> None:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), requests)
     running: set[asyncio.Task[None]] = set()
-    while (request := await _read(reader)) is not None:
-        task = asyncio.create_task(_score_async(function, request, replies, timeout_s))
+    while (data := await _read(reader)) is not None:
+        task = asyncio.create_task(_score_async(function, _questions.decode(data), replies, timeout_s))
         running.add(task)
         task.add_done_callback(running.discard)
 
 
-async def _score_async(function: RewardFunction, request: Mapping[str, Any], replies: int, timeout_s: float) -> None:
+async def _score_async(function: RewardFunction, question: Question, replies: int, timeout_s: float) -> None:
     started_s = time.monotonic()
-    outcome: dict[str, Any]
+    result, reason, is_late = None, "", False
     deadline = asyncio.timeout(timeout_s)
     try:
         async with deadline:
-            value = function(*pair_from_json(request))
-            outcome = {"result": result_to_json(to_result(await value if inspect.isawaitable(value) else value))}
+            value = function(question.rollout, question.row)
+            result = to_result(await value if inspect.isawaitable(value) else value)
     except BaseException as error:
         if isinstance(error, TimeoutError) and deadline.expired():
-            outcome = {"timeout": True}
+            is_late = True
         else:
-            outcome = {"error": _words(error)}
-    _reply(replies, {"id": request["id"], "s": time.monotonic() - started_s, **outcome})
+            reason = _words(error)
+    _reply(replies, Answer(question.key, time.monotonic() - started_s, result, reason, is_late))
 
 
 def to_result(value: Any) -> RewardResult:
@@ -103,12 +108,12 @@ def to_result(value: Any) -> RewardResult:
     return RewardResult(float(value.value), parts, str(value.reason)[:_MAX_REASON])
 
 
-def _prepare(setup: Mapping[str, Any]) -> tuple[RewardFunction, bool]:
+def _prepare(setup: Setup) -> tuple[RewardFunction, bool]:
     """Imports the function, calls its module's `warm_up()` if there is one, and tells whether it is async."""
-    _limit_memory(setup["memory_gib"])
-    module, function = import_target(Target(**setup["target"]))
-    warm(module, setup["args"])
-    return bind(function, setup["args"]), inspect.iscoroutinefunction(function)
+    _limit_memory(setup.memory_gib)
+    module, function = import_target(Target(**setup.target))
+    warm(module, setup.args)
+    return bind(function, setup.args), inspect.iscoroutinefunction(function)
 
 
 def _limit_memory(memory_gib: float | None) -> None:
@@ -131,22 +136,22 @@ def _take_pipes() -> tuple[BinaryIO, int]:
     return requests, replies
 
 
-def _read_blocking(requests: BinaryIO) -> dict[str, Any] | None:
+def _read_blocking(requests: BinaryIO) -> bytes | None:
     header = requests.read(HEADER_BYTES)
     if len(header) < HEADER_BYTES:
         return None
-    return json.loads(requests.read(int.from_bytes(header, "big")).decode("ascii"))
+    return requests.read(int.from_bytes(header, "big"))
 
 
-async def _read(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+async def _read(reader: asyncio.StreamReader) -> bytes | None:
     try:
         header = await reader.readexactly(HEADER_BYTES)
-        return json.loads(await reader.readexactly(int.from_bytes(header, "big")))
+        return await reader.readexactly(int.from_bytes(header, "big"))
     except asyncio.IncompleteReadError:
         return None
 
 
-def _reply(replies: int, message: Mapping[str, Any]) -> None:
+def _reply(replies: int, message: Loaded | Answer) -> None:
     data = memoryview(frame(message))
     while data:
         data = data[os.write(replies, data) :]

@@ -9,11 +9,10 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from posttrain.records import Scored
 from posttrain.scoring.pool.process import WorkerProcess
-from posttrain.scoring.pool.wire import request
+from posttrain.scoring.pool.wire import Answer, EncodedPair, Loaded
 
 _PIPELINE_S = 0.02
 _MAX_PIPELINE = 256
@@ -26,12 +25,12 @@ _BACKOFF_S = 0.2
 class Item:
     """A rollout to be scored, and what has happened to it so far. Times are monotonic seconds.
 
-    pair: as `PairText` gives it. alone: it was in flight beside others when their worker was lost; running alone
+    alone: it was in flight beside others when their worker was lost; running alone
     shows which one did it.
     """
 
     key: int
-    pair: str
+    pair: EncodedPair
     future: "asyncio.Future[Scored]"
     started_s: float
     sent_s: float = 0.0
@@ -46,7 +45,7 @@ class Reports:
     """Whom a slot tells: of a reply, of an item that ran late or lost its worker, of items to send again, of room,
     and of a worker that cannot be started."""
 
-    replied: Callable[[Item, dict[str, Any]], None]
+    replied: Callable[[Item, Answer], None]
     late: Callable[[Item], None]
     died: Callable[[Item, str], None]
     unharmed: Callable[[list[Item]], None]
@@ -120,7 +119,7 @@ class Slot:
         """Takes an item; `flush` hands all that were taken to the worker at once."""
         item.sent_s = time.monotonic()
         self._items[item.key] = item
-        self._unsent.append(request(item.key, item.pair))
+        self._unsent.append(item.pair.question(item.key))
         if len(self._items) == 1:
             self._arm()
 
@@ -149,7 +148,7 @@ class Slot:
         worker, self._worker = self._worker, None
         await asyncio.gather(*(w.close() for w in (worker, *self._dying) if w is not None))
 
-    def _on_messages(self, worker: WorkerProcess, messages: Iterable[dict[str, Any]]) -> None:
+    def _on_messages(self, worker: WorkerProcess, messages: Iterable[Loaded | Answer]) -> None:
         try:
             for message in messages:
                 self._on_message(worker, message)
@@ -157,19 +156,19 @@ class Slot:
             self._arm()
             self._reports.room()
 
-    def _on_message(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
+    def _on_message(self, worker: WorkerProcess, message: Loaded | Answer) -> None:
         if worker is not self._worker:
             return
-        if "id" not in message:
-            self._is_async = bool(message.get("async"))
+        if isinstance(message, Loaded):
+            self._is_async = message.is_async
             if self._loaded is not None and not self._loaded.done():
-                self._loaded.set_result(str(message.get("failed", "")))
+                self._loaded.set_result(message.failed)
             return
-        item = self._items.pop(message["id"], None)
+        item = self._items.pop(message.key, None)
         if item is None:
             return
         self._last_reply_s = time.monotonic()
-        self._mean_s += 0.1 * (max(float(message["s"]), 1e-5) - self._mean_s)
+        self._mean_s += 0.1 * (max(message.seconds, 1e-5) - self._mean_s)
         self._reports.replied(item, message)
 
     def _arm(self) -> None:

@@ -1,49 +1,117 @@
-"""What travels between the pool and a worker: JSON in frames with a 4-byte length, never pickle.
+"""What a pool and its reward processes say to each other: MessagePack of typed records, in frames with a length.
 
-A reward therefore sees a row as JSON would carry it: tuples in fields are lists, keys are strings. Token ids and
-log-probabilities are packed as base64 of machine numbers, since as JSON lists they would cost four times as much;
-both ends are on one machine, so byte order is no question.
+    pool ── Setup ───► reward process      loads the reward function
+         ◄── Loaded ──                     or why it could not
+         ── Question ─► reward process     one rollout and its row
+         ◄── Answer ──                     its result, or why there is none
+
+Nothing is pickled, and a message that is no such record is refused with the name of the field that is wrong. A reward
+sees a row as JSON would carry it: tuples in `fields` and `answer` are lists, keys are text, NumPy values are numbers
+and lists, dates are text.
 """
 
-import json
-from array import array
-from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterator, Mapping
-from operator import attrgetter
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from posttrain.records import Message, RewardResult, Rollout, Row, VersionSpan
+import msgspec
+from msgspec import Struct
+
+from posttrain.records import RewardResult, Rollout, Row
 
 HEADER_BYTES = 4
 MAX_REPLY_BYTES = 1 << 20
-_PLAIN = ("prompt_id", "group_id", "index", "text", "finish_reason", "system", "worker", "started_s", "finished_s")
-_plain_values = attrgetter(*_PLAIN)
-_PACKED = {"prompt_ids": "q", "token_ids": "q", "sampler_logprobs": "d"}  # 64-bit integers, 64-bit floats
+T = TypeVar("T")
 
 
-def frame(message: Mapping[str, Any]) -> bytes:
-    """The message as JSON behind its length. Raises TypeError or ValueError where JSON cannot carry it."""
-    return _framed(_to_json(message))
+class Setup(Struct, frozen=True):
+    """What a reward process loads. target: fields of a `plugins.target.Target`; args: of the reward, JSON values."""
+
+    target: dict[str, Any]
+    args: dict[str, Any]
+    timeout_s: float
+    memory_gib: float | None
 
 
-def request(key: int, pair: str) -> bytes:
-    """The frame of a scoring. pair: of `PairText`."""
-    return _framed(f'{{"id":{key},{pair}}}')
+class Question(Struct, frozen=True):
+    """One rollout to score, under the pool's key for it."""
+
+    key: int
+    rollout: Rollout
+    row: Row
 
 
-def _framed(text: str) -> bytes:
-    body = text.encode("ascii")
+class _Asked(Struct, frozen=True):
+    """A `Question` whose parts are encoded already: the row of a group is encoded once for all its rollouts."""
+
+    key: int
+    rollout: msgspec.Raw
+    row: msgspec.Raw
+
+
+class Loaded(Struct, frozen=True, tag="loaded"):
+    """The function is there, or `failed` says why not. is_async: it is a coroutine function."""
+
+    is_async: bool = False
+    failed: str = ""
+
+
+class Answer(Struct, frozen=True, tag="answer"):
+    """What became of a question: a result, an error, or a deadline that passed. seconds: spent in the function."""
+
+    key: int
+    seconds: float
+    result: RewardResult | None = None
+    error: str = ""
+    is_late: bool = False
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: Struct) -> bytes:
+    """The message behind its length. Raises TypeError or ValueError for a value that MessagePack cannot carry."""
+    body = _encoder.encode(message)
     return len(body).to_bytes(HEADER_BYTES, "big") + body
 
 
-class FrameBuffer:
-    """Collects bytes as they come and gives out whole messages. Raises ValueError on what cannot be a message."""
+class PairEncoder:
+    """Encodes rollouts and rows to be sent. A row that comes again and again is encoded once."""
 
-    def __init__(self, max_bytes: int = MAX_REPLY_BYTES):
+    def __init__(self) -> None:
+        self._row: Row | None = None
+        self._encoded = msgspec.Raw()
+
+    def __call__(self, rollout: Rollout, row: Row) -> "EncodedPair":
+        """Raises TypeError, ValueError or OverflowError where MessagePack cannot carry a value."""
+        if row is not self._row:
+            self._encoded, self._row = msgspec.Raw(_encoder.encode(_plain_row(row))), row
+        return EncodedPair(msgspec.Raw(_encoder.encode(rollout)), self._encoded)
+
+
+class EncodedPair(Struct, frozen=True):
+    """A rollout and its row, ready to be sent to any reward process."""
+
+    rollout: msgspec.Raw
+    row: msgspec.Raw
+
+    def question(self, key: int) -> bytes:
+        """The frame that asks for its score."""
+        return frame(_Asked(key, self.rollout, self.row))
+
+
+class FrameBuffer(Generic[T]):
+    """Collects bytes as they come and gives out whole messages of one type.
+
+    Raises ValueError on what cannot be a message, with the field that is wrong.
+    """
+
+    def __init__(self, kind: Any, max_bytes: int = MAX_REPLY_BYTES):
         self._data = bytearray()
+        self._decoder = msgspec.msgpack.Decoder(kind)
         self._max_bytes = max_bytes
 
-    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+    def feed(self, data: bytes) -> Iterator[T]:
+        """Take bytes; yields the messages that they complete."""
         self._data += data
         while len(self._data) >= HEADER_BYTES:
             length = int.from_bytes(self._data[:HEADER_BYTES], "big")
@@ -54,57 +122,18 @@ class FrameBuffer:
                 return
             body = bytes(self._data[HEADER_BYTES:end])
             del self._data[:end]
-            message = json.loads(body)
-            if not isinstance(message, dict):
-                raise ValueError(f"a message that is a {type(message).__name__}, not a mapping")
-            yield message
+            try:
+                yield self._decoder.decode(body)
+            except msgspec.DecodeError as error:
+                raise ValueError(str(error)) from None
 
 
-class PairText:
-    """Pairs as the members `rollout` and `row` of a JSON object. A row that comes again and again is written once."""
-
-    def __init__(self) -> None:
-        self._row: Row | None = None
-        self._row_text = ""
-
-    def __call__(self, rollout: Rollout, row: Row) -> str:
-        """Raises TypeError, ValueError or OverflowError where JSON cannot carry it or ids are no 64-bit integers."""
-        if row is not self._row:
-            self._row_text, self._row = _row_text(row), row
-        reply: dict[str, Any] = dict(zip(_PLAIN, _plain_values(rollout), strict=True))
-        for name, kind in _PACKED.items():
-            reply[name] = b2a_base64(array(kind, getattr(rollout, name)), newline=False).decode("ascii")
-        reply["versions"] = [(span.policy_version, span.start, span.end) for span in rollout.versions]
-        return f'"rollout":{_to_json(reply)},"row":{self._row_text}'
-
-
-def _row_text(row: Row) -> str:
-    messages = [(message.role, message.content) for message in row.messages]
-    return _to_json(
-        {"id": row.id, "capability": row.capability, "messages": messages, "answer": row.answer, "fields": row.fields}
-    )
-
-
-def pair_from_json(message: Mapping[str, Any]) -> tuple[Rollout, Row]:
-    """The pair of a message, which must not be used again."""
-    reply, prompt = message["rollout"], message["row"]
-    for name, kind in _PACKED.items():
-        reply[name] = tuple(array(kind, a2b_base64(reply[name])))
-    reply["versions"] = tuple(VersionSpan(*span) for span in reply["versions"])
-    prompt["messages"] = tuple(Message(*turn) for turn in prompt["messages"])
-    return Rollout(**reply), Row(**prompt)
-
-
-def result_to_json(result: RewardResult) -> dict[str, Any]:
-    return {"value": result.value, "parts": dict(result.parts), "reason": result.reason}
-
-
-def result_from_json(message: Mapping[str, Any]) -> RewardResult:
-    return RewardResult(float(message["value"]), dict(message["parts"]), str(message["reason"]))
+def _plain_row(row: Row) -> Any:
+    return msgspec.to_builtins(row, str_keys=True, builtin_types=(bytes, bytearray), enc_hook=_plain)
 
 
 def _plain(value: Any) -> Any:
-    """JSON for the few other types that rows hold: mappings, NumPy values, dates."""
+    """Plain values for the few other types that rows hold: mappings, NumPy values, dates of other libraries."""
     if isinstance(value, Mapping):
         return dict(value)
     if hasattr(value, "tolist"):
@@ -112,6 +141,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "isoformat"):
         return value.isoformat()
     raise TypeError(f"a {type(value).__name__} cannot be sent to a reward process")
-
-
-_to_json = json.JSONEncoder(default=_plain, separators=(",", ":")).encode

@@ -1,0 +1,25 @@
+"""Replies as bytes, for the ledger: MessagePack, exact in both directions, read without executing anything."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from posttrain.errors import StageError
+from posttrain.sampling.requests import Completion
+from posttrain.sampling.rollouts import Reply, reply_of
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(tuple[Reply, ...]).decode
+
+
+def pack(replies: Sequence[Completion]) -> bytes:
+    """The replies of a group as bytes."""
+    return _encode([reply_of(reply) for reply in replies])
+
+
+def unpack(data: bytes) -> tuple[Reply, ...]:
+    """The replies that `pack` wrote. Raises StageError, which names the field, for anything else."""
+    try:
+        return _decode(data)
+    except msgspec.DecodeError as error:
+        raise StageError(f"the ledger holds replies that cannot be read: {error}") from None

@@ -1,0 +1,76 @@
+"""From what an engine sampled to a rollout: the one place where rollouts are made."""
+
+from msgspec import Struct
+
+from posttrain.records import FinishReason, Prompt, Rollout, Segment
+from posttrain.sampling.requests import NOTHING, Completion
+
+
+class Reply(Struct, frozen=True, array_like=True):
+    """What there is of a rollout after its prompt, finished or not (FinishReason.RUNNING). The ledger keeps these."""
+
+    segments: tuple[Segment, ...]
+    text: str
+    finish_reason: FinishReason
+
+
+def reply_of(completion: Completion) -> Reply:
+    """One turn of the policy as a reply: a single segment, sampled and trained on."""
+    segment = Segment(completion.token_ids, True, completion.logprobs, completion.versions)
+    return Reply((segment,), completion.text, completion.finish_reason)
+
+
+def completion_of(reply: Reply) -> Completion:
+    """The inverse of `reply_of`. Raises ValueError for a reply of several turns: an engine alone cannot continue it."""
+    if not reply.segments:
+        return NOTHING
+    segment = reply.segments[0]
+    if len(reply.segments) > 1 or segment.sampler_logprobs is None:
+        raise ValueError(f"a reply of {len(reply.segments)} segments is not one turn of the policy")
+    return Completion(segment.token_ids, reply.text, segment.sampler_logprobs, reply.finish_reason, segment.versions)
+
+
+def up_to(reply: Reply, version: int) -> Reply:
+    """What is left of a reply when every token sampled by a later version than this is taken away, and what follows.
+
+    If none is, it is whole; if some are, it goes on from there.
+    """
+    kept: list[Segment] = []
+    for segment in reply.segments:
+        end = next((span.start for span in segment.versions if span.policy_version > version), None)
+        if end is None:
+            kept.append(segment)
+            continue
+        if end and segment.sampler_logprobs is not None:
+            spans = tuple(span for span in segment.versions if span.end <= end)
+            kept.append(Segment(segment.token_ids[:end], segment.trained, segment.sampler_logprobs[:end], spans))
+        return Reply(tuple(kept), "", FinishReason.RUNNING)
+    return reply
+
+
+def make_rollout(
+    prompt: Prompt,
+    reply: Reply,
+    *,
+    prompt_id: str,
+    group_id: str,
+    index: int,
+    system: str | None = None,
+    worker: str = "",
+    started_s: float = 0.0,
+    finished_s: float = 0.0,
+) -> Rollout:
+    """The rollout of a finished reply; for the arguments see `Rollout`."""
+    return Rollout(
+        prompt_id,
+        group_id,
+        index,
+        prompt,
+        reply.segments,
+        reply.text,
+        reply.finish_reason,
+        system,
+        worker,
+        started_s,
+        finished_s,
+    )
