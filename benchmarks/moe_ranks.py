@@ -69,7 +69,10 @@ def _rank(rank: int, world: int, port: int) -> float:
 
 
 if __name__ == "__main__":
+    from posttrain.parallel.ending import end_rank
+
     number, count, meeting = map(int, sys.argv[1:])
     rate = _rank(number, count, meeting)
     if number == 0:
         print(rate)
+    end_rank()

@@ -140,6 +140,7 @@ def main() -> None:
     rank, world, port, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     from safetensors.torch import save_file
 
+    from posttrain.parallel.ending import end_rank
     from posttrain.parallel.engine import join_ranks
 
     torch.set_num_threads(1)
@@ -154,6 +155,7 @@ def main() -> None:
             save_file(tensors, folder / f"{case['name']}.safetensors")
             plain = {part: values for part, values in result.items() if not isinstance(values, dict)}
             (folder / f"{case['name']}.json").write_text(json.dumps(plain))
+    end_rank()
 
 
 if __name__ == "__main__":

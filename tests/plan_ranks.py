@@ -112,6 +112,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     rank, world, port, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    from posttrain.parallel.ending import end_rank
     from posttrain.parallel.engine import join_ranks
 
     torch.set_num_threads(1)
@@ -121,6 +122,7 @@ def main() -> None:
             result = measure(case)
             if rank == 0:
                 (folder / f"{case['name']}.json").write_text(json.dumps(result))
+    end_rank()
 
 
 if __name__ == "__main__":

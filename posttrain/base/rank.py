@@ -29,6 +29,7 @@ from posttrain.base.model import build_model
 from posttrain.base.muon import Muon
 from posttrain.base.sets import draw_sets
 from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
+from posttrain.parallel.ending import end_rank
 
 
 def main(spec_path: str) -> None:
@@ -50,12 +51,7 @@ def main(spec_path: str) -> None:
         model.config.router_aux_loss_coef = 0.0
         model.save_pretrained(out)
         save_tokenizer(tokenizer, out)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank == 0:
-        for _ in range(config.processes - 1):
-            os.wait()
+    end_rank(forked=config.processes - 1 if rank == 0 else 0)
 
 
 def _fork(processes: int) -> int:

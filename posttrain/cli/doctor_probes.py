@@ -100,6 +100,8 @@ def deepspeed_rank(rank: int, world: int, folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    from posttrain.parallel.ending import end_rank
+
     # Without this DeepSpeed compiles a shared-memory all-reduce here: a minute, and a failure without g++.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -125,8 +127,7 @@ def deepspeed_rank(rank: int, world: int, folder: Path) -> None:
     dist.all_gather(others, after)
     if torch.equal(before, after) or not all(torch.equal(after, other) for other in others):
         raise RuntimeError("the weights did not change, or differ between the ranks")
-    dist.barrier()
-    dist.destroy_process_group()
+    end_rank()
 
 
 def probe_deepspeed() -> Found:
