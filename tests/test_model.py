@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_as_exact, error_and_bound, float64_inside
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextRMSNorm
@@ -65,12 +66,19 @@ def batch(padding: tuple[int, ...] = (0, 0, 0)) -> dict[str, torch.Tensor]:
 PADDED = (7, 2, 0)
 
 
-def logit_error(theirs, ours, inputs) -> float:
-    """Largest difference on real tokens, relative to the largest logit."""
-    with torch.no_grad():
-        want, got = theirs(**inputs).logits, ours(**inputs).logits
+def logit_errors(theirs, ours, inputs) -> tuple[float, float]:
+    """Largest error on real tokens against transformers in float64, relative to the largest logit; and its bound."""
     real = inputs["attention_mask"].bool()
-    return ((got - want)[real].abs().max() / want[real].abs().max()).item()
+    with torch.no_grad():
+        peer, got = theirs(**inputs).logits[real], ours(**inputs).logits[real]
+        with float64_inside():
+            exact = copy.deepcopy(theirs).double()(**inputs).logits[real]
+    return error_and_bound({"": got}, {"": peer}, {"": exact})
+
+
+def assert_same_logits(theirs, ours, inputs) -> None:
+    error, bound = logit_errors(theirs, ours, inputs)
+    assert error <= bound
 
 
 def gradients(model, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -93,7 +101,7 @@ def gradient_error(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) 
 @pytest.mark.parametrize("padding", [(0, 0, 0), PADDED])
 def test_logits_equal_transformers(top_k, padding):
     theirs, ours = model_pair(num_experts_per_tok=top_k)
-    assert logit_error(theirs, ours, batch(padding)) < 1e-5
+    assert_same_logits(theirs, ours, batch(padding))
 
 
 @pytest.mark.parametrize(
@@ -114,8 +122,8 @@ def test_logits_equal_transformers(top_k, padding):
 )
 def test_variants_of_the_config_equal_transformers(changes):
     theirs, ours = model_pair(**changes)
-    assert logit_error(theirs, ours, batch()) < 1e-5
-    assert logit_error(theirs, ours, batch(PADDED)) < 1e-5
+    assert_same_logits(theirs, ours, batch())
+    assert_same_logits(theirs, ours, batch(PADDED))
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -124,10 +132,12 @@ def test_gradients_equal_transformers(top_k, padding):
     theirs, ours = model_pair(scale=0.15, num_experts_per_tok=top_k)
     inputs = batch(padding)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    want_loss, want = gradients(theirs, **inputs, labels=labels)
+    peer_loss, peer = gradients(theirs, **inputs, labels=labels)
     got_loss, got = gradients(ours, **inputs, labels=labels)
-    torch.testing.assert_close(got_loss, want_loss, rtol=1e-6, atol=0)
-    assert gradient_error(got, want) < 1e-6
+    with float64_inside():
+        exact_loss, exact = gradients(copy.deepcopy(theirs).double(), **inputs, labels=labels)
+    assert_as_exact(got_loss, peer_loss, exact_loss)
+    assert_as_exact(got, peer, exact)
 
 
 def test_right_padding_equals_transformers_on_real_tokens():
@@ -135,7 +145,7 @@ def test_right_padding_equals_transformers_on_real_tokens():
     inputs = batch()
     inputs["attention_mask"][0, 15:] = 0
     inputs["attention_mask"][1, 20:] = 0
-    assert logit_error(theirs, ours, inputs) < 1e-5
+    assert_same_logits(theirs, ours, inputs)
 
 
 def test_logits_to_keep_and_hidden_states():
@@ -314,9 +324,11 @@ def top_two_pair():
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutated_detail_fails_parity(name, top_two_pair, monkeypatch):
     theirs, ours = top_two_pair
-    assert max(logit_error(theirs, ours, batch(padding)) for padding in ((0, 0, 0), PADDED)) < 1e-5
+    for padding in ((0, 0, 0), PADDED):
+        assert_same_logits(theirs, ours, batch(padding))
     MUTATIONS[name](monkeypatch, ours)
-    assert max(logit_error(theirs, ours, batch(padding)) for padding in ((0, 0, 0), PADDED)) > 1e-3
+    found = [logit_errors(theirs, ours, batch(padding)) for padding in ((0, 0, 0), PADDED)]
+    assert max(error / bound for error, bound in found) > 50
 
 
 # --- packed documents -----------------------------------------------------------------------------------------

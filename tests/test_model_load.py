@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from closeness import assert_as_exact, float64_inside
 from safetensors.torch import load_file, save_file
 from test_model_router import IDS, tiny_model
 from tokenizers import Tokenizer
@@ -32,13 +33,16 @@ def folder(tmp_path):
 
 
 def test_round_trip(folder):
-    want = tiny_model().eval()(IDS).logits
+    peer = load_model(folder, "transformers")(IDS).logits
+    with float64_inside():
+        exact = load_model(folder, "transformers").double()(IDS).logits
+    torch.testing.assert_close(dict(load_model(folder).state_dict()), dict(tiny_model().state_dict()), rtol=0, atol=0)
     for implementation, model_class in (("native", NativeLlama4ForCausalLM), ("transformers", Llama4ForCausalLM)):
         model = load_model(folder, implementation)
         assert type(model) is model_class
         assert model.dtype == torch.float32
         assert not model.training
-        torch.testing.assert_close(model(IDS).logits, want, rtol=1e-5, atol=1e-6)
+        assert_as_exact(model(IDS).logits, peer, exact)
     assert load_tokenizer(folder)("a").input_ids == [0]
     assert load_model(folder, dtype="bfloat16").dtype == torch.bfloat16
 
@@ -88,7 +92,9 @@ def test_text_model_of_a_multimodal_folder(tmp_path):
     whole.save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert type(model) is NativeLlama4ForCausalLM
-    torch.testing.assert_close(model(IDS).logits, whole.language_model(IDS).logits, rtol=1e-5, atol=1e-6)
+    peer = whole.language_model(IDS).logits
+    with float64_inside():
+        assert_as_exact(model(IDS).logits, peer, whole.double().language_model(IDS).logits)
 
 
 def _edit(change):

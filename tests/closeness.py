@@ -1,0 +1,53 @@
+"""How close two computations of one thing must be, on any CPU: bounds from a float64 reference, not from a machine.
+
+The rule. `exact` is computed in float64 by the peer's code, `peer` in fp32 by the same code. The peer's error against
+`exact` is what rounding does to this computation here. Ours may have another order of sums, another kernel, another
+instruction set, but the same number of roundings of the same size:
+
+    max |ours - exact| <= SPREAD * max |peer - exact| + FLOOR * eps * max |exact|
+
+SPREAD = 8: two sums of n terms in other orders differ from the exact one by errors of one distribution, and the largest
+of many such errors differs between two draws by a small factor; a blocked and a plain sum differ by up to the root of
+the block's length, 8 for 64 terms. FLOOR = 64: where few numbers are compared the peer may be right by luck, and then a
+sum of 64 terms may still be off by an eps each. Errors of meaning (another pairing in the rotary embedding, a
+missing temperature, a chunk one token longer) are larger than this by a factor of a hundred and more.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from unittest import mock
+
+import torch
+
+SPREAD, FLOOR = 8, 64
+Tensors = Mapping[str, torch.Tensor]
+
+
+@contextlib.contextmanager
+def float64_inside() -> Iterator[None]:
+    """Compute in float64 what transformers' code computes in fp32: `x.float()` in norms, rotary embedding, router."""
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        yield
+
+
+def error_and_bound(ours: Tensors, peer: Tensors, exact: Tensors, *, scale: float = 0.0) -> tuple[float, float]:
+    """The largest error of ours in any tensor, and what the rule allows; both relative to the largest exact value.
+
+    scale: the largest term, where the values are sums whose terms cancel: they are rounded by the size of the terms.
+    """
+    assert ours.keys() == peer.keys() == exact.keys()
+    largest = max(scale, *(float(value.detach().abs().max()) for value in exact.values()))
+
+    def error(found: Tensors) -> float:
+        return max(float((found[name].detach().double() - exact[name].detach()).abs().max()) for name in exact)
+
+    return error(ours) / largest, SPREAD * error(peer) / largest + FLOOR * torch.finfo(torch.float32).eps
+
+
+def assert_as_exact(
+    ours: Tensors | torch.Tensor, peer: Tensors | torch.Tensor, exact: Tensors | torch.Tensor, *, scale: float = 0.0
+) -> None:
+    """Raises AssertionError where ours is not as close to `exact` as the rule asks."""
+    tables = [x if isinstance(x, Mapping) else {"": x} for x in (ours, peer, exact)]
+    error, bound = error_and_bound(*tables, scale=scale)
+    assert error <= bound, f"{error:.2e} of the largest value, allowed {bound:.2e}"
