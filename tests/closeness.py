@@ -51,3 +51,22 @@ def assert_as_exact(
     tables = [x if isinstance(x, Mapping) else {"": x} for x in (ours, peer, exact)]
     error, bound = error_and_bound(*tables, scale=scale)
     assert error <= bound, f"{error:.2e} of the largest value, allowed {bound:.2e}"
+
+
+def assert_trained_as_exact(ours: Tensors, peer: Tensors, exact: Tensors, start: Tensors) -> None:
+    """The rule for weights after steps of Adam: root mean square errors, relative to that of the change since `start`.
+
+    Adam divides by the root of tiny squares. A weight whose gradient is about as large as its rounding may move either
+    way, so the largest error of a training is that of a few such weights, and differs much between two roundings.
+    """
+
+    def rms(values: Tensors, base: Tensors) -> float:
+        return float(
+            torch.cat([(values[name].double() - base[name]).flatten() for name in exact]).square().mean().sqrt()
+        )
+
+    assert ours.keys() == peer.keys() == exact.keys()
+    change = rms(exact, start)
+    error = rms(ours, exact) / change
+    bound = SPREAD * rms(peer, exact) / change + FLOOR * torch.finfo(torch.float32).eps
+    assert error <= bound, f"{error:.2e} of the change, allowed {bound:.2e}"
