@@ -357,7 +357,7 @@ def test_reload_repair_is_needed_and_sufficient(ray_session, models, tmp_path):
         for x, y in zip(before, after, strict=True)
         for a, b in zip(x[0].logprobs, y[0].logprobs, strict=False)
     )
-    assert gap > 0.01, "vLLM reloads MoE weights rightly now: remove repair_cpu_moe_reload"
+    assert gap > 0.01, "vLLM packs reloaded experts now: remove repack_experts_on_reload"
 
 
 @pytest.mark.slow

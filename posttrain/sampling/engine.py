@@ -16,11 +16,11 @@ import json
 import os
 import time
 from collections.abc import Awaitable, Iterable, Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from posttrain.actors.processes import place_of_this
+from posttrain.compat import vllm as compat
 from posttrain.config.shared import EngineConfig, ServedModelConfig
 from posttrain.errors import StageError
 from posttrain.records import FinishReason, VersionSpan
@@ -67,11 +67,7 @@ def engine_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str
     }
     if engine.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
-    text = read_model_config(model.path)
-    if text.get("attn_temperature_tuning"):
-        # vLLM turns attention temperature off for short contexts unless it is told to keep it.
-        arguments["override_generation_config"] = {"attn_temperature_tuning": True}
-    return arguments
+    return {**arguments, **compat.keep_attention_temperature(read_model_config(model.path))}
 
 
 def read_model_config(path: str) -> dict[str, Any]:
@@ -130,7 +126,7 @@ class EngineActor:
             self._engine_config.deadline_s,
             is_dead=lambda: self._llm.errored,
             is_busy=lambda: not self._is_updating and bool(self._outbox.open or self._num_waiting),
-            ping=self._llm.engine_core.get_weight_version_async,
+            ping=self._llm.get_weight_version,
             say=self._say,
             on_lost=lambda: self._outbox.flush(),
         )
@@ -146,7 +142,7 @@ class EngineActor:
 
     async def pids(self) -> dict[str, int]:
         """Process ids of the actor and of the engine's core."""
-        return {"actor": os.getpid(), "core": self._llm.engine_core.resources.engine_manager.processes[0].pid}
+        return {"actor": os.getpid(), "core": compat.core_pid(self._llm)}
 
     # ------------------------------------------------------------------ pieces, while replies grow
 
@@ -170,19 +166,16 @@ class EngineActor:
         for place, (reply, core_request) in enumerate(admitted):
             if self._outbox.open.get(reply.key, {}).get(reply.index) is not reply:
                 continue  # cancelled while others were admitted
-            processor = self._llm.output_processor
-            processor.add_request(core_request, None, None, reply.index, reply)
-            reply.follow(processor.request_states[reply.request_id])
-            await self._send(core_request)
+            await self._admit(reply, core_request)
             if place % ADMIT_AT_ONCE == ADMIT_AT_ONCE - 1:
                 await asyncio.sleep(0)  # outputs are taken in meanwhile
 
-    async def _send(self, core_request: Any) -> None:
-        """Put a request on its way; thousands a second go here, and sending waits for nobody."""
+    async def _admit(self, reply: Reply, core_request: Any) -> None:
+        """Queue a request and send it to the core; thousands a second go here, and sending waits for nobody."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            await self._llm.engine_core.add_request_async(core_request)
+            await compat.admit(self._llm, core_request, reply.index, queue=reply, on_admitted=reply.follow)
         except EngineDeadError:
             raise self._watch.lose("its core process has died") from None
 
@@ -235,19 +228,14 @@ class EngineActor:
                 if not begun:
                     shared = core_request
             else:
-                core_request = copy(shared)
-            core_request.request_id = core_request.external_req_id = name
-            admitted.append((Reply(self._outbox, key, index, name, begun), core_request))
+                core_request = shared
+            admitted.append((Reply(self._outbox, key, index, name, begun), compat.named_copy(core_request, name)))
 
     def _core_request(self, key: int, prompt: list[int], params: Any, priority: int) -> Any:
         from vllm.exceptions import VLLMClientError
-        from vllm.inputs.engine import tokens_input
 
         try:
-            tasks = self._llm._supported_tasks  # asked for, and kept by vLLM, at the start
-            return self._llm.input_processor.process_inputs(
-                "", tokens_input(prompt), params, supported_tasks=tasks, priority=priority
-            )
+            return compat.prepare_request(self._llm, prompt, params, priority=priority)
         except (ValueError, VLLMClientError) as error:
             raise StageError(f"engine {self.name}: request {key} cannot be sampled: {error}") from None
 
@@ -259,9 +247,7 @@ class EngineActor:
 
     def _eos_ids(self) -> list[int]:
         """Ends of a reply besides those of the request: the tokenizer's, and those in the model's folder."""
-        eos = self._llm.input_processor.generation_config_fields.get("eos_token_id")
-        more = [] if eos is None else [eos] if isinstance(eos, int) else eos
-        return [self._tokenizer.eos_token_id, *more]
+        return [self._tokenizer.eos_token_id, *compat.end_token_ids(self._llm)]
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -295,7 +281,7 @@ class EngineActor:
                 raise StageError(f"engine {self.name}: a wave was asked for with other requests in flight")
             self._num_waiting += 1
             try:
-                await self._ask("wave", self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True))
+                await self._ask("wave", compat.pause_between_steps(self._llm, clear_cache=True))
                 await self._ask("wave", self._llm.collective_rpc("seed_sampling", args=(seed,)))
                 queues = [await self._alive(self._add(request)) for request in requests]
                 await self._ask("wave", self._llm.resume_generation())
@@ -392,11 +378,10 @@ class EngineActor:
             self._is_updating = True
             try:
                 what = f"the update to policy version {policy_version}"
-                core = self._llm.engine_core
-                await self._ask(what, core.pause_scheduler_async(mode="keep", clear_cache=kv == "recompute"))
+                await self._ask(what, compat.pause_between_steps(self._llm, clear_cache=kv == "recompute"))
                 await self._load(source, policy_version)
                 if kv == "keep":
-                    await self._ask(what, core.reset_prefix_cache_async())
+                    await self._ask(what, self._llm.reset_prefix_cache())
                 await self._ask(what, self._llm.update_weight_version(str(policy_version)))
                 self._policy_version = policy_version
                 await self._ask(what, self._llm.resume_generation())

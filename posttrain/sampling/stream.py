@@ -1,4 +1,4 @@
-"""Replies on their way out of the engine: vLLM gathers the tokens, they are handed on in pieces.
+"""Replies on their way out of the engine: vLLM gathers the tokens, and they are handed on in pieces.
 
 vLLM's output handler puts every output of a request into a queue of its own, which a task then waits for. A `Reply`
 takes that queue's place and only notes that there is something to take: no task and no copy for each token. The tokens
@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from posttrain.compat.vllm import GrowingReply
 from posttrain.errors import StageError
 from posttrain.records import FinishReason, VersionSpan
 from posttrain.sampling.requests import Piece
@@ -43,7 +44,7 @@ def join_spans(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
 class Reply:
     """One reply in the engine. Stands in for vLLM's `RequestOutputCollector`, of which only `put` is called."""
 
-    __slots__ = ("_final", "_outbox", "_sent", "_spans", "_state", "begun", "index", "key", "request_id")
+    __slots__ = ("_final", "_outbox", "_received", "_sent", "_spans", "begun", "index", "key", "request_id")
 
     def __init__(self, outbox: "Outbox", key: int, index: int, request_id: str, begun: tuple[int, ...]):
         self.key = key
@@ -51,19 +52,19 @@ class Reply:
         self.request_id = request_id
         self.begun = begun
         self._outbox = outbox
-        self._state: Any = None  # vLLM's RequestState
+        self._received: GrowingReply | None = None
         self._sent = 0  # tokens of this engine that are handed on
         self._spans: list[VersionSpan] = []
         self._final: Any = None
 
     def follow(self, state: Any) -> None:
         """state: vLLM's `RequestState` of this request, which its output handler fills."""
-        self._state = state
+        self._received = GrowingReply(state)
 
     @property
     def num_unsent(self) -> int:
         """Tokens that are here and not handed on."""
-        return self._state.detokenizer.num_output_tokens() - self._sent if self._state is not None else 0
+        return self._received.num_tokens - self._sent if self._received is not None else 0
 
     def put(self, output: Any) -> None:
         """Called by vLLM now and then while the reply grows, when it is finished, and with an error if the engine dies.
@@ -80,20 +81,21 @@ class Reply:
 
     def take(self, decode: Callable[[list[int]], str]) -> Piece:
         """What has come since the last time. Raises StageError where vLLM's own spans are not those handed on."""
-        state, first, shift = self._state, self._sent, len(self.begun)
-        token_ids = tuple(state.detokenizer.output_token_ids[first:])
-        logprobs = tuple(state.logprobs_processor.logprobs.logprobs[first:])
+        received, first, shift = self._received, self._sent, len(self.begun)
+        assert received is not None
+        token_ids = tuple(received.token_ids(first))
+        logprobs = tuple(received.logprobs(first))
         if len(logprobs) != len(token_ids):
             raise StageError(f"vLLM gave {len(logprobs)} log-probabilities for {len(token_ids)} tokens")
         self._sent = end = first + len(token_ids)
-        versions = spans_between(state.weight_version_starts, first, end, shift)
+        versions = spans_between(received.version_starts, first, end, shift)
         if sum(span.end - span.start for span in versions) != len(token_ids):
             raise StageError(f"reply {self.key}/{self.index}: vLLM does not say which weights sampled its tokens")
         self._spans += versions
         finish_reason, text = FinishReason.RUNNING, ""
         if self._final is not None:
             finish_reason = finish_reason_of(self._final.finish_reason)
-            text = decode([*self.begun, *state.detokenizer.output_token_ids])
+            text = decode([*self.begun, *received.token_ids()])
             self._compare()
         return Piece(self.key, self.index, shift + first, token_ids, logprobs, versions, finish_reason, text)
 

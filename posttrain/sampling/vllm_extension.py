@@ -1,4 +1,4 @@
-"""Runs inside vLLM's worker process: the shared-memory weight backend and a repair of weight reloading.
+"""Runs inside vLLM's worker process: the shared-memory weight backend and the methods of our worker extension.
 
 vLLM imports this module through `worker_extension_cls`; importing it registers the backend `shm`.
 
@@ -7,7 +7,6 @@ Source: vLLM's interfaces `WeightTransferEngine` (vllm/distributed/weight_transf
 """
 
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +19,14 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.platforms import current_platform
 
 from posttrain.actors.parent import die_with_parent
+from posttrain.compat.vllm import (
+    note_loaded_tensors,
+    register_weight_backend,
+    repack_experts_on_reload,
+    transfer_engine,
+)
 from posttrain.sampling.progress import Progress
 from posttrain.sampling.transfer import open_update
 from posttrain.sampling.weights import open_weights
@@ -34,31 +38,6 @@ def note(text: str) -> None:
     """Say where this worker is, for the case that it never answers."""
     if _progress is not None:
         _progress.note(text)
-
-
-def repair_cpu_moe_reload() -> None:
-    """Redo the CPU prepack of expert weights on every reload, which vLLM 0.32 does on the first load only.
-
-    Without it a reload leaves the packed copy that the CPU kernel reads as it was, or half new: reloading identical
-    weights moves log-probabilities by 0.5 with no error. On GPUs the kernel reads the parameters themselves, so the
-    repair is not applied there.
-    """
-    if not current_platform.is_cpu():
-        return
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
-
-    if getattr(Method, "_posttrain_repaired", False):
-        return
-    setup_kernel = Method._setup_kernel
-
-    def setup_kernel_and_prepack(self: Any, layer: Any, w13: torch.Tensor, w2: torch.Tensor) -> None:
-        is_reload = self.moe_kernel is not None
-        setup_kernel(self, layer, w13, w2)
-        if is_reload:
-            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
-
-    Method._setup_kernel = setup_kernel_and_prepack  # type: ignore[method-assign]
-    Method._posttrain_repaired = True  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -111,9 +90,7 @@ class WorkerExtension:
         """Note in the file at `path` which tensor is worked on, whatever backend it comes by."""
         global _progress
         _progress = Progress(path)
-        model = self.model_runner.get_model()
-        load_weights = model.load_weights
-        model.load_weights = lambda weights: load_weights(told(weights))
+        note_loaded_tensors(self, lambda name: note(f"tensor {name}"))
 
     def seed_sampling(self, seed: int) -> None:
         """Seed the generators that tokens are drawn from."""
@@ -134,15 +111,10 @@ class WorkerExtension:
         source: of `open_weights`, or `GpuManifest.to_json` (see posttrain/sampling/transfer.py).
         """
         backend = source.get("backend", "shm")
-        own = self.weight_transfer_engine
-        if backend != "shm":
-            self.weight_transfer_engine = self._engine_of(source)
-        try:
+        with transfer_engine(self, None if backend == "shm" else self._engine_of(source)):
             self.start_weight_update()
             self.update_weights({"source": source} if backend == "shm" else open_update(source))
             self.finish_weight_update()
-        finally:
-            self.weight_transfer_engine = own
 
     def _engine_of(self, source: dict[str, Any]) -> Any:
         """vLLM's engine of another backend, made and introduced to the trainer when its first manifest comes."""
@@ -159,14 +131,6 @@ class WorkerExtension:
         return engines[peer]
 
 
-def told(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Note every tensor before it is loaded."""
-    for name, tensor in weights:
-        note(f"tensor {name}")
-        yield name, tensor
-
-
-if "shm" not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine("shm", ShmWeightTransferEngine)
+register_weight_backend("shm", ShmWeightTransferEngine)
 if os.environ.get("POSTTRAIN_WITHOUT_RELOAD_REPAIR") != "1":  # set by the regression test only
-    repair_cpu_moe_reload()
+    repack_experts_on_reload()

@@ -1,0 +1,17 @@
+"""Every place that depends on how an upstream library works inside, one module a library.
+
+An upgrade of a library means reading one module here. Each function carries a `Patch` record: the library's version,
+the reason, the upstream reference, and the test that says when the function can go. `PATCHES` lists them all, and
+docs/compat.md is made from it by `python -m posttrain.compat`.
+
+    patches.py        the record, the list, the check of installed versions
+    vllm.py           weight reloading, prefix caches, the queue of requests, tokens of growing replies
+
+Importing this package imports no upstream library: each function imports what it needs when it is called.
+Our own features on public seams (a worker extension, a scheduler subclass, a trainer subclass) stay where they belong.
+"""
+
+from posttrain.compat import vllm
+from posttrain.compat.patches import PATCHES, Patch, changed_versions
+
+__all__ = ["PATCHES", "Patch", "changed_versions", "vllm"]

@@ -1,0 +1,57 @@
+"""Ray: a local session that only this host can reach, and environment variables that change while a process lives.
+
+Importing this module does not import Ray.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from posttrain.compat.patches import patch
+
+_patch = partial(patch, "ray")
+CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
+@_patch(
+    "2.60.0",
+    "gap",
+    reason="A local Ray listens on the address of the network; with the variable for hosts that are never part of a "
+    "cluster every server binds to 127.0.0.1",
+    reference="ray-project/ray#31166 (the variable); `ENABLE_RAY_CLUSTER` of ray/_private/ray_constants.py",
+    test="tests/test_pipeline_run.py::test_a_local_ray_is_closed_to_others",
+)
+def loopback_environment() -> dict[str, str]:
+    """The variables under which a local Ray binds to 127.0.0.1 only; set them before `reread_environment`."""
+    return {CLUSTER_VARIABLE: "0"}
+
+
+@_patch(
+    "2.60.0",
+    "gap",
+    reason="`ray.init` has no public argument for the address that a local node binds to, nor for its folder",
+    reference="`_node_ip_address` and `_temp_dir` of `ray.init`, ray/_private/worker.py",
+    test="tests/test_pipeline_run.py::test_a_local_ray_is_closed_to_others",
+)
+def loopback_options(temp_dir: Path) -> dict[str, Any]:
+    """Arguments of `ray.init` for a local node on 127.0.0.1 whose files are all in `temp_dir`."""
+    return {"_node_ip_address": "127.0.0.1", "_temp_dir": str(temp_dir)}
+
+
+@_patch(
+    "2.60.0",
+    "gap",
+    reason="Ray keeps the configuration, the token and `ENABLE_RAY_CLUSTER` of the time when it was imported or last "
+    "used; a process that starts a second session would use the first one's token",
+    reference="ray/_private/ray_constants.py; `AuthenticationTokenLoader` and `Config` of ray/_raylet.pyx",
+    test="tests/test_compat.py::test_ray_still_keeps_the_environment_of_its_import",
+)
+def reread_environment() -> None:
+    """Let Ray read the environment variables as they are now."""
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(CLUSTER_VARIABLE) != "0"

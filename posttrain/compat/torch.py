@@ -1,0 +1,43 @@
+"""torch: schedules that continue with another number of parameter groups, and the names of operators.
+
+Importing this module does not import torch.
+"""
+
+from functools import partial
+from typing import Any
+
+from posttrain.compat.patches import patch
+
+_patch = partial(patch, "torch")
+
+
+@_patch(
+    "2.13.0",
+    "gap",
+    reason="The state of a `LambdaLR` holds one entry for each parameter group, and experts that are divided among "
+    "ranks are groups of their own: a state of another layout does not fit",
+    reference="torch/optim/lr_scheduler.py, `LambdaLR.load_state_dict`",
+    test="tests/test_compat.py::test_torch_still_ties_a_schedule_to_its_parameter_groups",
+)
+def advance_schedule(schedule: Any, steps: int) -> None:
+    """Set a `LambdaLR` to what it is after `steps` steps, whatever its parameter groups."""
+    schedule.last_epoch = steps
+    schedule._step_count = steps + 1
+    rates = [base * scale(steps) for base, scale in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
+@_patch(
+    "2.13.0",
+    "gap",
+    reason="A selective checkpointing policy is given operators, and the class that has their names is private",
+    reference="torch/_ops.py, `OpOverload`; torch.utils.checkpoint.create_selective_checkpoint_contexts",
+    test="tests/test_model.py::test_selective_checkpointing_computes_no_product_or_attention_again",
+)
+def operator_name(op: Any) -> str:
+    """The name of an operator without its overload, such as aten::mm; "" for what is no operator."""
+    import torch
+
+    return op.name().partition(".")[0] if isinstance(op, torch._ops.OpOverload) else ""
