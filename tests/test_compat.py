@@ -6,10 +6,14 @@ been mended: delete the patch together with the test.
 
 import ast
 import inspect
+import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +72,7 @@ def test_the_page_in_the_docs_is_the_one_of_the_code():
     assert (ROOT / "docs" / "compat.md").read_text() == page(), "run: python -m posttrain.compat > docs/compat.md"
 
 
+@pytest.mark.slow  # a fresh process: others have imported the libraries here
 def test_importing_the_records_imports_no_library():
     libraries = sorted({item.library for item in PATCHES.values()})
     program = f"import sys, posttrain.compat; print(sorted(set({libraries}) & set(sys.modules)))"
@@ -77,7 +82,6 @@ def test_importing_the_records_imports_no_library():
 
 # ------------------------------------------------------------------ no private part of upstream outside of compat
 
-NOT_YET = ("model/", "parallel/", "pipeline/ray_session.py", "train/", "cli/doctor_probes.py")
 OWN_ATTRIBUTES = {"_exit", "_base_executable"}  # of the standard library
 
 
@@ -114,7 +118,7 @@ def test_private_parts_of_upstream_are_used_in_compat_only():
     found = {
         f"{name}: {access}"
         for name, source in sources.items()
-        if not name.startswith(("compat/", *NOT_YET))
+        if not name.startswith("compat/")
         for access in private_accesses(source, own_names(source) | OWN_ATTRIBUTES)
     }
     assert found == set(), "move each into a function of posttrain/compat with a Patch record"
@@ -193,3 +197,157 @@ def test_a_priority_overtakes_only_where_the_queue_is_changed():
     assert scheduler.waiting.peek_request().request_id == "late"
     serve_by(scheduler, SchedulingPolicy.PRIORITY)
     assert scheduler.waiting.peek_request().request_id == "urgent"
+
+
+# ------------------------------------------------------------------ DeepSpeed and Accelerate as they are
+
+ENGINES = """
+import json, os
+os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+import deepspeed, torch
+import torch.distributed as dist
+from posttrain.compat import deepspeed as compat
+
+found = {"compiles": bool(deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"])}
+compat.skip_shared_memory_all_reduce()
+found["compiles_with_patch"] = bool(deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"])
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+def build(zero, bf16):
+    optimizer = {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.5, "torch_adam": True}}
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": optimizer, "bf16": {"enabled": bf16},
+              "zero_optimization": {"stage": zero}, "gradient_clipping": 0.0}
+    return deepspeed.initialize(model=torch.nn.Linear(4, 1, bias=False), config=config)[0]
+
+def steps(engine):
+    return [int(values["step"]) for values in engine.optimizer.optimizer.state.values()]
+
+def decay(engine):
+    return float((engine.optimizer.fp32_groups[0][0] - engine.module.weight.float()).abs().max())
+
+found["checks"] = build(1, False).optimizer.check_grad_overflow
+engine = build(0, True)
+found["steps"], found["decay"] = steps(engine), decay(engine)
+compat.forget_trial_step(engine)
+found["steps_with_patch"], found["decay_with_patch"] = steps(engine), decay(engine)
+print(json.dumps(found))
+os._exit(0)
+"""
+
+
+def run_program(program: str, **environment: str) -> dict[str, Any]:
+    """What a program prints as its last line, as JSON."""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300,
+                            env={**os.environ, **environment})  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def engines() -> dict[str, Any]:
+    return run_program(ENGINES)
+
+
+@pytest.mark.slow
+def test_deepspeed_still_compiles_an_all_reduce(engines):
+    assert engines["compiles"]
+    assert not engines["compiles_with_patch"]
+
+
+@pytest.mark.slow
+def test_deepspeed_still_takes_a_trial_step(engines):
+    assert engines["steps"] == [1]
+    assert engines["decay"] > 0
+    assert engines["steps_with_patch"] == []
+    assert engines["decay_with_patch"] == 0
+
+
+@pytest.mark.slow
+def test_zero_still_applies_infinite_gradients(engines):
+    assert engines["checks"] is False
+
+
+ACCELERATE = """
+import json, os
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
+plugin = DeepSpeedPlugin(zero_stage=1)
+print(json.dumps({"type": str(Accelerator(deepspeed_plugin=plugin).distributed_type)}), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_still_turns_deepspeed_off_by_a_variable():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    assert "DEEPSPEED" in run_program(ACCELERATE, **ranks, DS_ACCELERATOR="cpu")["type"]
+    turned_off = run_program(ACCELERATE, **ranks, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="true")
+    assert "DEEPSPEED" not in turned_off["type"]
+
+
+# ------------------------------------------------------------------ transformers, torch and Ray as they are
+
+
+def test_transformers_still_gives_llama4_a_prefix_that_it_does_not_have():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    from posttrain.compat.transformers import name_base_model
+
+    config = Llama4TextConfig(hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=1,
+                              num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=32,
+                              num_local_experts=2)  # fmt: skip
+    model = Llama4ForCausalLM(config)
+    assert not hasattr(model, model.base_model_prefix)
+    assert model.base_model is model
+    name_base_model(model)
+    assert model.base_model is model.model
+
+
+def schedule(num_groups: int) -> Any:
+    import torch
+
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(num_groups)]
+    optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=1.0)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+
+def test_torch_still_ties_a_schedule_to_its_parameter_groups():
+    from posttrain.compat.torch import advance_schedule
+
+    one, two = schedule(1), schedule(2)
+    for _ in range(3):
+        one.optimizer.step()
+        one.step()
+    advance_schedule(two, 3)
+    assert two.get_last_lr() == one.get_last_lr() * 2
+    assert [group["lr"] for group in two.optimizer.param_groups] == [0.25, 0.25]
+    restored = schedule(2)
+    try:
+        restored.load_state_dict(one.state_dict())
+        restored.optimizer.step()
+        restored.step()
+        right = restored.get_last_lr() == [0.2, 0.2]
+    except (ValueError, IndexError, RuntimeError):
+        right = False
+    assert not right, "a schedule of one group continues with two now: use its own state"
+
+
+@pytest.mark.slow
+def test_ray_still_keeps_the_environment_of_its_import(monkeypatch):
+    from ray._private import ray_constants
+
+    from posttrain.compat.ray import loopback_environment, reread_environment
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    for name, value in loopback_environment().items():
+        monkeypatch.setenv(name, value)
+    assert ray_constants.ENABLE_RAY_CLUSTER is before is True
+    reread_environment()
+    assert ray_constants.ENABLE_RAY_CLUSTER is False
+    monkeypatch.undo()
+    reread_environment()
+    assert ray_constants.ENABLE_RAY_CLUSTER is True

@@ -100,10 +100,10 @@ def deepspeed_rank(rank: int, world: int, folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    from posttrain.compat.deepspeed import skip_shared_memory_all_reduce
     from posttrain.parallel.ending import end_rank
 
-    # Without this DeepSpeed compiles a shared-memory all-reduce here: a minute, and a failure without g++.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_all_reduce()
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

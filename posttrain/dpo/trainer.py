@@ -6,13 +6,12 @@ forward, and its supervised term a mean over the tokens of each forward, so that
 ranks would decide what it learns; here both are divided by the counts of the whole step.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from posttrain.compat.trl import reference_pass_with_whole_model
 from posttrain.dpo.losses import LOSSES, PairInputs, step_share
 
 NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
@@ -35,12 +34,7 @@ class TokenizedPairTrainer(DPOTrainer):
         return dataset
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        # Every rank still holds the whole model. TRL would build an engine for this pass, and with it divide the
-        # experts, which cannot be divided once more for the training.
-        self._precompute_engine = self.model
-        if not self.is_deepspeed_enabled:
-            return super()._precompute_ref_logps(*args, **kwargs)
-        with _known_as_whole(self.model):
+        with reference_pass_with_whole_model(self):
             return super()._precompute_ref_logps(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
@@ -99,18 +93,3 @@ class TokenizedPairTrainer(DPOTrainer):
             logs["entropy"] = sums.pop("entropy") / reply_tokens
             logs |= {name: value / pairs for name, value in sums.items()}
         super().log(logs, start_time)
-
-
-@contextmanager
-def _known_as_whole(model: Any) -> Iterator[None]:
-    """Within, TRL does not try to gather weights that ZeRO-3 has not divided yet: it asks each for its status."""
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    weights: list[Any] = list(model.parameters())
-    for weight in weights:
-        weight.ds_status = ZeroParamStatus.AVAILABLE
-    try:
-        yield
-    finally:
-        for weight in weights:
-            del weight.ds_status

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.module_inject.auto_ep_presets import registry
 from deepspeed.module_inject.auto_ep_presets.base import AutoEPPresetAdapter, MoEModelPreset
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import nn
 
+from posttrain.compat.deepspeed import change_expert_layers, register_expert_preset
 from posttrain.model.moe import Routing, choose_experts
 
 PRESET = "posttrain_llama4"
@@ -31,8 +31,7 @@ class _Adapter(AutoEPPresetAdapter):
 
 def register_preset() -> None:
     """Let AutoEP find the native model's mixture-of-experts layers, and compute what they compute."""
-    registry._PRESET_ADAPTERS[PRESET] = _Adapter()
-    registry.PRESET_MODELS[PRESET] = MoEModelPreset(
+    preset = MoEModelPreset(
         moe_layer_pattern=r".*layers\.\d+\.feed_forward",
         router_pattern="router",
         experts_pattern="experts",
@@ -51,6 +50,7 @@ def register_preset() -> None:
         preset_adapter=PRESET,
         hf_model_types=(),
     )
+    register_expert_preset(PRESET, preset, _Adapter())
 
 
 class ExpertParallelRouter(TokenChoiceTopKRouter):
@@ -112,14 +112,9 @@ class ExpertParallelMoE(AutoEPMoELayer):
 
 
 def adopt(model: nn.Module) -> int:
-    """Turn the layers that AutoEP has put into a model into ours, with the weights they hold; returns how many.
-
-    The class is changed in place: AutoEP makes its layers inside `deepspeed.initialize`, from a fixed class.
-    """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, AutoEPMoELayer)]
+    """Turn the layers that AutoEP has put into a model into ours, with the weights that they hold; returns how many."""
+    layers = change_expert_layers(model, ExpertParallelMoE, ExpertParallelRouter)
     for layer in layers:
-        layer.__class__ = ExpertParallelMoE
-        layer.router.__class__ = ExpertParallelRouter
         layer.router.replay_TK = None
         layer.router.recorder = None
         layer.router.choice_bias_E = None

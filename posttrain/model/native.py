@@ -23,16 +23,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from posttrain.compat.transformers import clear_unread_aux_loss
 from posttrain.model.attention import Attention, Positions
 from posttrain.model.moe import Experts, GatedMLP, MoE, Routing
 from posttrain.model.norm import RMSNorm
 from posttrain.model.placement import Layout, layout_of, place
 from posttrain.model.rope import inverse_frequencies
 from posttrain.model.router_stats import RouterLossWeights, RouterStats, load_balance_loss, router_stats, z_loss
-
-# Llama4TextConfig's own default, which transformers never reads. A config that holds it, and does not ask for router
-# logits either, never chose a load-balance loss.
-_UNREAD_AUX_DEFAULT = 0.001
 
 
 @dataclass
@@ -233,8 +230,7 @@ class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: Llama4TextConfig):
-        if config.router_aux_loss_coef == _UNREAD_AUX_DEFAULT and not config.output_router_logits:
-            config.router_aux_loss_coef = 0.0
+        clear_unread_aux_loss(config)
         super().__init__(config)
         self.model = NativeLlama4Model(config)
         self.vocab_size = config.vocab_size

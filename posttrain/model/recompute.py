@@ -7,9 +7,9 @@ Source: torch.utils.checkpoint.create_selective_checkpoint_contexts.
 
 from typing import Any
 
-import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from posttrain.compat.torch import operator_name
 from posttrain.config.shared import GradientCheckpointing
 
 _KEPT = frozenset(
@@ -22,8 +22,7 @@ _KEPT = frozenset(
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = isinstance(op, torch._ops.OpOverload) and op.name().partition(".")[0] in _KEPT
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator_name(op) in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def selective_contexts() -> Any:

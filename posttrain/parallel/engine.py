@@ -1,16 +1,16 @@
 """A DeepSpeed engine around a model, as `parallel` in a config asks for it.
 
-One rank or many, one code path. What upstream leaves out is made good in `finish`: the layers that AutoEP puts into the
+One rank or many, one code path. `finish` makes every engine safe to train with: the layers that AutoEP puts into the
 model become ours, gradients that are not finite are never applied, and without ZeRO they are clipped by the norm of the
-whole model (upstream would clip each rank by the norm of its own experts, and the ranks would drift apart).
+whole model. What DeepSpeed does wrong there, and how it is mended, is in posttrain/compat/deepspeed.py.
 """
 
-import math
 import os
 import shutil
 from importlib.util import find_spec
 from typing import Any
 
+from posttrain.compat import deepspeed as compat
 from posttrain.config.shared import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from posttrain.errors import ConfigError
 
@@ -44,7 +44,7 @@ def quiet_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    compat.skip_shared_memory_all_reduce()
     return deepspeed
 
 
@@ -107,66 +107,17 @@ def engine_report(engine: Any, parallel: ParallelConfig | None) -> dict[str, Any
 
 
 def finish(engine: Any) -> Any:
-    """Make good what upstream leaves out; see the module's text. Returns the engine."""
-    if engine._config.expert_parallel_config is not None and engine._config.expert_parallel_config.enabled:
+    """Make an engine safe to train with; see the module's text. Returns the engine."""
+    if compat.divides_experts(engine):
         from posttrain.model.expert_parallel import adopt
 
         adopt(engine.module)
     if engine.zero_optimization():
-        engine.optimizer.check_grad_overflow = True
+        compat.skip_infinite_steps(engine)
     else:
-        engine.clip_fp32_gradients = lambda: _clip_by_whole_norm(engine)
-        _forget_trial_step(engine.optimizer)
+        compat.clip_by_whole_norm(engine)
+        compat.forget_trial_step(engine)
     return engine
-
-
-def _forget_trial_step(optimizer: Any) -> None:
-    """Undo the step that DeepSpeed takes, in bf16 without ZeRO, to have Adam's state made: it counts as Adam's first,
-    so that the next is a quarter too small, and it decays the fp32 masters."""
-    masters = getattr(optimizer, "fp32_groups", None)
-    if masters is None:
-        return
-    optimizer.optimizer.state.clear()
-    for group, weights in zip(masters, optimizer.fp16_groups, strict=True):
-        for master, weight in zip(group, weights, strict=True):
-            master.data.copy_(weight)
-
-
-def _clip_by_whole_norm(engine: Any) -> None:
-    """Scale all gradients by the norm over every expert of every rank; drop them all if it is not finite.
-
-    Gradients are averaged over their replicas already. Experts of the other ranks of this rank's expert group are the
-    only ones that are missing here.
-    """
-    import torch
-    import torch.distributed as dist
-
-    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-    shared = torch.zeros((), dtype=torch.float64)
-    own_experts = torch.zeros((), dtype=torch.float64)
-    for parameter in parameters:
-        square = parameter.grad.double().square().sum().cpu()
-        if getattr(parameter, "allreduce", True):
-            shared += square
-        else:
-            own_experts += square
-    groups = {getattr(parameter, "group_name", None) for parameter in parameters} - {None}
-    for name in groups:
-        from deepspeed.utils.groups import _get_expert_parallel_group
-
-        device = parameters[0].device
-        own_experts = own_experts.to(device)
-        dist.all_reduce(own_experts, group=_get_expert_parallel_group(name))
-        own_experts = own_experts.cpu()
-    norm = float((shared + own_experts).sqrt())
-    engine._global_grad_norm = norm
-    limit = engine.gradient_clipping()
-    if not math.isfinite(norm):
-        for parameter in parameters:
-            parameter.grad = None
-    elif limit and norm > limit:
-        for parameter in parameters:
-            parameter.grad.mul_(limit / norm)
 
 
 def check_parallel(parallel: ParallelConfig | None, model: ModelConfig, lora: LoraConfig | None) -> None:

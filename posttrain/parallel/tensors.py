@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from posttrain.compat.deepspeed import expert_group, is_divided, whole_shape
+
 Read = Callable[[nn.Parameter], torch.Tensor]
 
 
@@ -72,7 +74,7 @@ def read_weights(items: list[WholeTensor]) -> Iterator[tuple[WholeTensor, torch.
 @contextmanager
 def gathered(parameters: tuple[nn.Parameter, ...], changed: bool = False) -> Iterator[None]:
     """Within, parameters that ZeRO-3 divides are whole on every rank. `changed`: keep what rank 0 makes of them."""
-    divided = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    divided = [parameter for parameter in parameters if is_divided(parameter)]
     if not divided:
         yield
         return
@@ -101,13 +103,9 @@ def _is_divided(module: nn.Module) -> Any:
     return hasattr(module, "num_local_experts") and hasattr(module, "ep_group_name")
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def _plain(name: str, parameter: nn.Parameter) -> WholeTensor:
     return WholeTensor(
-        name, _shape(parameter), parameter.dtype, (parameter,), lambda read: read(parameter), lambda whole: [whole]
+        name, whole_shape(parameter), parameter.dtype, (parameter,), lambda read: read(parameter), lambda whole: [whole]
     )
 
 
@@ -122,11 +120,9 @@ def _folder_name(name: str) -> str:
 
 def _expert_tensors(prefix: str, layer: Any) -> list[WholeTensor]:
     """gate_up_proj [E, D, 2 I] and down_proj [E, I, D] from w1 (gate) [L, I, D], w3 (up) and w2 (down) [L, D, I]."""
-    from deepspeed.utils.groups import _get_expert_parallel_group
-
-    group, rank = _get_expert_parallel_group(layer.ep_group_name), layer.ep_rank
+    group, rank = expert_group(layer.ep_group_name), layer.ep_rank
     w1, w2, w3 = layer.experts.w1, layer.experts.w2, layer.experts.w3
-    own, width, hidden = _shape(w1)
+    own, width, hidden = whole_shape(w1)
     mine = slice(rank * own, (rank + 1) * own)
 
     def all_experts(part: torch.Tensor) -> torch.Tensor:

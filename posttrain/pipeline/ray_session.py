@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from posttrain.compat.ray import loopback_environment, loopback_options, reread_environment
 from posttrain.errors import StageError, UserError
 from posttrain.pipeline import watchdog
 from posttrain.pipeline.plan import local_cpus
@@ -64,8 +65,7 @@ def ray_session() -> Iterator[RaySession]:
     session = RaySession(secrets.token_hex(8), not joins_cluster(), Path(tempfile.mkdtemp(prefix="ptr-", dir="/tmp")))
     environment = {**QUIET, watchdog.VARIABLE: session.session}
     if session.local:
-        # Ray's name for "never leave this host": with 0, every server binds to 127.0.0.1.
-        environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        environment |= loopback_environment()
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     guard = _start_watchdog(session)
     with _signals() as handlers:
@@ -79,7 +79,7 @@ def ray_session() -> Iterator[RaySession]:
                 _close(session)
                 guard.kill()
                 guard.wait()
-                _reread_environment()
+                reread_environment()
 
 
 def _connect(session: RaySession, address: str) -> None:
@@ -89,11 +89,11 @@ def _connect(session: RaySession, address: str) -> None:
         _check_reachable(address)
     if ray.is_initialized():
         raise UserError("Ray is already initialised in this process; call ray.shutdown() before running a pipeline")
-    _reread_environment()
+    reread_environment()
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     if session.local:
-        options |= {"num_cpus": local_cpus(), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        options |= {"object_store_memory": _object_store_bytes(), "_temp_dir": str(session.temp_dir)}
+        options |= {"num_cpus": local_cpus(), "include_dashboard": False}
+        options |= {"object_store_memory": _object_store_bytes(), **loopback_options(session.temp_dir)}
     else:
         environment = {name: os.environ[name] for name in (*QUIET, watchdog.VARIABLE)}
         options |= {"address": address, "runtime_env": {"env_vars": environment}}
@@ -117,16 +117,6 @@ def _check_reachable(address: str) -> None:
     except OSError as error:
         rule = "start the cluster, or unset RAY_ADDRESS to run on this machine"
         raise UserError(f"RAY_ADDRESS: got {address!r}: cannot be reached: {error}; {rule}") from None
-
-
-def _reread_environment() -> None:
-    """Let Ray see the variables as they are now: it keeps what it read when it was imported, or used last."""
-    from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
-    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") != "0"
 
 
 def _object_store_bytes() -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from posttrain.compat.torch import advance_schedule
 from posttrain.errors import StageError
 from posttrain.parallel.engine import finish
 from posttrain.parallel.export import barrier
@@ -31,7 +32,7 @@ class EngineTrainer:
         if resume_from_checkpoint is not None:
             load_state(engine, resume_from_checkpoint)
             steps = json.loads((Path(resume_from_checkpoint) / SCHEDULE).read_text())["steps"]
-            _advance(engine.lr_scheduler, steps)
+            advance_schedule(engine.lr_scheduler, steps)
         return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -45,17 +46,6 @@ class EngineTrainer:
         if dist.get_rank() == 0:
             steps = self.model_wrapped.lr_scheduler.last_epoch
             (Path(output_dir) / SCHEDULE).write_text(json.dumps({"steps": steps}) + "\n")
-
-
-def _advance(schedule: Any, steps: int) -> None:
-    """Set a `LambdaLR` to what it is after `steps` steps. Its own state dict fits one number of parameter groups only,
-    and divided experts are groups of their own."""
-    schedule.last_epoch = steps
-    schedule._step_count = steps + 1
-    rates = [base * scale(steps) for base, scale in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates
 
 
 def require_engine(wrapped: Any) -> Any:

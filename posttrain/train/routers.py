@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from posttrain.compat.transformers import sums_over_forwards
 from posttrain.model.router_bias import RouterBias, native_layers
 from posttrain.model.router_stats import RouterStats
 
@@ -38,17 +39,9 @@ class RouterLossTrainer:
         if not losses:
             return loss
         # A loss that is divided by the tokens of all forwards of a step is summed over them; ours is a mean of each.
-        forwards = self.current_gradient_accumulation_steps if self._sums_over_forwards(num_items_in_batch) else 1
+        forwards = self.current_gradient_accumulation_steps if sums_over_forwards(self, num_items_in_batch) else 1
         added = sum(losses) / forwards
         return (loss[0] + added, loss[1]) if return_outputs else loss + added
-
-    def _sums_over_forwards(self, num_items_in_batch: Any) -> bool:
-        """As `transformers.Trainer.training_step` asks it, which divides the loss where this is false."""
-        trainer: Any = self
-        if trainer.loss_is_scaled_for_ga is not None:
-            return trainer.loss_is_scaled_for_ga
-        by_count = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return by_count or trainer.compute_loss_func is not None
 
 
 def with_router_loss(trainer_class: type) -> type:

@@ -84,14 +84,11 @@ def common_arguments(
 
 
 def prepare_model(model: Any) -> None:
-    """Move a model to the GPU, if there is one, and make it fit for TRL.
-
-    TRL runs the layers and the head separately, and finds the layers by `base_model_prefix`; transformers' Llama 4 has
-    the name of another class there.
-    """
+    """Move a model to the GPU, if there is one, and let TRL find its layers."""
     import torch
+
+    from posttrain.compat.transformers import name_base_model
 
     if torch.cuda.is_available():
         model.to("cuda")
-    if model.base_model is model and hasattr(model, "model"):
-        model.base_model_prefix = "model"
+    name_base_model(model)
