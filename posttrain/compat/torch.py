@@ -6,7 +6,7 @@ Importing this module does not import torch.
 from functools import partial
 from typing import Any
 
-from posttrain.compat.patches import patch
+from posttrain.compat.patches import patch, record
 
 _patch = partial(patch, "torch")
 
@@ -41,3 +41,15 @@ def operator_name(op: Any) -> str:
     import torch
 
     return op.name().partition(".")[0] if isinstance(op, torch._ops.OpOverload) else ""
+
+
+record(
+    "posttrain.parallel.ending.end_rank",
+    "torch",
+    "2.13.0",
+    "fault",
+    reason="A thread of gloo that asks for Python's lock while Python finalises aborts the process (status -6); a "
+    "rank ends without finalisation",
+    reference="pytorch/pytorch#190489, pytorch/pytorch#179291",
+    test="tests/test_rank_ending.py::test_a_late_callback_aborts_finalisation_and_not_a_rank_that_ends",
+)

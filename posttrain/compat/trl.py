@@ -50,7 +50,8 @@ record(
     "1.16.0",
     "gap",
     reason="DPOTrainer tokenizes preference data itself, whatever columns it is given; prompts must be the ids that "
-    "sampling sends, and a truncated reply must not get an end of turn. `_prepare_dataset` is overridden",
-    reference="`_prepare_dataset` of trl/trainer/dpo_trainer.py",
+    "sampling sends, and a truncated reply must not get an end of turn. `_prepare_dataset` is overridden, and "
+    "`_get_num_items_in_batch`, so that a loss is divided by the counts of the whole step",
+    reference="`_prepare_dataset` of trl/trainer/dpo_trainer.py; `_get_num_items_in_batch` of transformers/trainer.py",
     test="tests/test_dpo.py::test_prompts_are_what_sampling_sends_and_replies_end_their_turn",
 )
