@@ -163,6 +163,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "loss.icepop_*": {"loss.name": "icepop"},
             "loss.decoupled_*": {"loss.name": "decoupled"},
             "evaluation.samples": {"evaluation": {**HELDOUT, "temperature": 1.0}},
+            "evaluation.top_p": {"evaluation": {**HELDOUT, "temperature": 1.0}},
             "evaluation.*": {"evaluation": HELDOUT},
             "judge.long_rows": {**JUDGE, "judge.max_prompt_tokens": 100},
             "judge.endpoint.*": RL_ENDPOINT,

@@ -158,10 +158,9 @@ class EngineConfig(Config):
 
 
 class SamplingConfig(Config):
-    """How replies are drawn."""
+    """How replies are drawn. Example: `{temperature: 1.0, max_tokens: 512}`."""
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Annotated[int, Field(ge=1)] = Field(
         default=1024, description="Longest reply; a longer one is truncated."
     )

@@ -24,6 +24,14 @@ class EvalResources(Config):
     rollout: ActorResources = Field(default_factory=ActorResources, description="Engines that serve the policy.")
 
 
+class EvalSamplingConfig(SamplingConfig):
+    """How samples are drawn. Nothing is trained on them, so a part of the vocabulary may be left out."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="Only the likeliest tokens that together have this probability."
+    )
+
+
 class EvalConfig(Config):
     """The `eval` stage: greedy accuracy, pass@1 and pass@k by capability, with 95% intervals."""
 
@@ -41,8 +49,8 @@ class EvalConfig(Config):
         default=None,
         description="Draw samples for this many prompts only, a fair share of each capability; None: for all.",
     )
-    sampling: SamplingConfig = Field(
-        default_factory=SamplingConfig, description="How samples are drawn; greedy uses its max_tokens only."
+    sampling: EvalSamplingConfig = Field(
+        default_factory=EvalSamplingConfig, description="How samples are drawn; greedy uses its max_tokens only."
     )
     observe: dict[str, str] = Field(
         default_factory=dict,

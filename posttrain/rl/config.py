@@ -1,6 +1,6 @@
 """The RL stage's knobs."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -38,6 +38,42 @@ class OverlongConfig(Config):
         description="Over the last so many tokens before sampling.max_tokens the penalty grows from 0 to -1."
     )
     weight: Positive = Field(default=1.0, description="The penalty is multiplied by this.")
+
+
+# What an engine can do to the distribution besides the temperature, and the value with which it does nothing.
+RENORMALISING = {
+    "top_p": 1,
+    "top_k": 0,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+}
+
+
+class RlSamplingConfig(SamplingConfig):
+    """How the replies that are trained on are drawn: from the whole vocabulary, at a temperature.
+
+    There is no `top_p` here, nor anything else that changes the distribution: the engine's log-probabilities would be
+    of the changed one and the trainer's of the whole vocabulary. With top_p 0.9, a token whose nucleus has a mass of
+    0.9 gets an importance ratio of 0.9 from weights that are equal. The temperature is applied on both sides.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_vocabulary(cls, data: Any) -> Any:
+        """Leaves out the keys of RENORMALISING where they change nothing, such as `top_p: 1.0`."""
+        if not isinstance(data, dict):
+            return data
+        changing = [f"{key} {data[key]}" for key, neutral in RENORMALISING.items() if data.get(key, neutral) != neutral]
+        if changing:
+            raise ValueError(
+                f"got {', '.join(changing)}: RL samples from the whole vocabulary. The engine's log-probabilities "
+                "would be of what is left of the distribution and the trainer's of all of it, so that every importance "
+                "ratio would be wrong; remove the key. Sharper replies: a lower temperature, which both sides apply. "
+                "`evaluation.top_p` and the eval stage's `sampling.top_p` may be below 1"
+            )
+        return {key: value for key, value in data.items() if key not in RENORMALISING}
 
 
 def check_band(band: list[float]) -> list[float]:
@@ -191,7 +227,10 @@ class EvaluationConfig(Config):
     )
     samples: Annotated[int, Field(ge=1)] = Field(default=1, description="Replies to each prompt.")
     temperature: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="Of these replies; 0: the likeliest. top_p and max_tokens are those of `sampling`."
+        default=0.0, description="Of these replies; 0: the likeliest. max_tokens is that of `sampling`."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="With a temperature above 0: only the likeliest tokens that together have this mass."
     )
     correct_threshold: Probability | None = Field(
         default=None, description="That of `reward`, which it must equal where it is given."
@@ -293,7 +332,7 @@ class RlConfig(Config):
     trainer_restarts: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Start a trainer that died again from the last checkpoint, so often, instead of ending."
     )
-    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    sampling: RlSamplingConfig = Field(default_factory=RlSamplingConfig)
     advantage: Literal["group_mean", "grpo", "rloo", "batch_norm"] = Field(
         default="group_mean", description="Baseline of a group's rewards, and their scale."
     )

@@ -52,7 +52,7 @@ def evaluation_request(
         prompt.prompt.token_ids,
         asked.samples,
         asked.temperature,
-        config.sampling.top_p if asked.temperature else 1.0,
+        asked.top_p if asked.temperature else 1.0,
         config.sampling.max_tokens,
         stop_ids,
     )

@@ -9,5 +9,5 @@ def sample_request(config: RlConfig, prompt: DrawnPrompt, n: int, stop_ids: tupl
     """The request for `n` replies to a prompt."""
     sampling = config.sampling
     return SampleRequest(
-        prompt.prompt.token_ids, n, sampling.temperature, sampling.top_p, sampling.max_tokens, stop_token_ids=stop_ids
+        prompt.prompt.token_ids, n, sampling.temperature, max_tokens=sampling.max_tokens, stop_token_ids=stop_ids
     )
