@@ -26,6 +26,7 @@ FAULTS = (
     {"event": "alarm", "reason": "unscored", "values": {"unscored_fraction": 0.25, "step": 20}},
     {"event": "rolled_back", "steps": 2},
 )
+RL_CONFIG = "reward: {name: final_answer, alarm_fraction: 0.2, correct_threshold: 0.5}\n"
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 
 
@@ -38,7 +39,7 @@ def write_sample(root: Path, seed: int = 0) -> Path:
         at += wall + 1.5
         folder = root / name
         (folder / "model").mkdir(parents=True)
-        (folder / "config.yaml").write_text(f"seed: {seed}\nstage: {name}\n")
+        (folder / "config.yaml").write_text(f"seed: {seed}\nstage: {name}\n" + (RL_CONFIG if name == "rl" else ""))
         (folder / "DONE").write_text("{}")
     (root / "pipeline.yaml").write_text("name: quickstart\nstages:\n  - {name: base, kind: base}\n")
     events = _stage_events(starts)

@@ -336,9 +336,31 @@ def shown(display: LiveDisplay) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize(("share", "alarms"), [(0.2, False), (0.21, True)])
-def test_many_unscored_replies_alarm(share: float, alarms: bool):
-    assert figures({"unscored_fraction": share})["groups"] == [("unscored replies", f"{share:.1%}", alarms)]
+@pytest.mark.parametrize(
+    ("limit", "share", "alarms"), [(0.2, 0.2, False), (0.2, 0.21, True), (0.5, 0.4, False), (None, 0.9, False)]
+)
+def test_many_unscored_replies_alarm(limit: float | None, share: float, alarms: bool):
+    assert figures({"unscored_fraction": share}, limit)["groups"] == [("unscored replies", f"{share:.1%}", alarms)]
+
+
+@pytest.mark.parametrize(("limit", "alarms"), [(0.2, True), (0.3, False)])
+def test_the_panel_alarms_above_what_the_stage_was_given(tmp_path: Path, limit: float, alarms: bool):
+    """The stage's own config says from where on: it is written before the stage starts."""
+    display, file = LiveDisplay(), tmp_path / "events.jsonl"
+    display._state = RunState(NODES, file)
+    (tmp_path / "rl").mkdir()
+    (tmp_path / "rl" / "config.yaml").write_text(f"reward: {{name: x, alarm_fraction: {limit}}}\n")
+    StageContext("rl", tmp_path / "rl", file).metrics(0, {"unscored_fraction": 0.25})
+    file.write_text(event("rl", "stage_start"))
+    display.refresh()
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system="standard")
+    console.print(display._render())
+    assert ("\x1b[1;31m25.0%" in console.file.getvalue()) == alarms
+
+
+def test_drops_by_length_are_not_shown_as_more_drops():
+    metrics = {"groups_dropped_stale": 2, "groups_dropped_length/32": 2}
+    assert figures(metrics)["groups"] == [("dropped stale", "2", False)]
 
 
 def test_the_panel_says_what_goes_on_before_the_first_step(tmp_path: Path):

@@ -11,16 +11,22 @@ import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_sample import ACCURACY, CAPABILITIES, FAULTS, HOSTILE, STEPS, results, write_lines, write_sample
+from report_sample import ACCURACY, CAPABILITIES, FAULTS, HOSTILE, RL_CONFIG, STEPS, results, write_lines, write_sample
 
+import posttrain
 from posttrain.report import write_report
 from posttrain.report.blocks import Chart, Grid
 from posttrain.report.busy import intersection, length, measure_overlap, union
+from posttrain.report.charts import Values
 from posttrain.report.read import Run, Stage, read_run
+from posttrain.report.sections.flow import DROPPED, FATES
 from posttrain.report.sections.rollouts import SAMPLE, sample_rollouts
+from posttrain.report.series import Series
 from posttrain.report.statements import Change, Share, changes, gain_sentences, headline
 from posttrain.report.write import build_sections
+from posttrain.rl.loop.tally import REASONS
 
+PREFIXES = ("reward/", "staleness/", "idle/", DROPPED)  # of metrics whose names end with a capability, an age, ...
 RL_SECTIONS = ["rl", "rl-timeline", "rl-rollouts"]
 ALL_SECTIONS = ["result", "pipeline", "faults", "base", "filter", "sft", *RL_SECTIONS, "dpo", "again"]
 
@@ -211,16 +217,65 @@ def test_without_causes_zero_advantage_is_one_fate(copy: Path) -> None:
     assert not any("too" in name for name in fates)
 
 
-@pytest.mark.parametrize(("share", "alarms"), [(0.19, False), (0.21, True)])
-def test_many_unscored_replies_stand_out(copy: Path, share: float, alarms: bool) -> None:
+@pytest.mark.parametrize(
+    ("limit", "share", "alarms"), [(0.2, 0.19, False), (0.2, 0.21, True), (0.4, 0.39, False), (0.05, 0.06, True)]
+)
+def test_many_unscored_replies_stand_out(copy: Path, limit: float, share: float, alarms: bool) -> None:
+    (copy / "rl" / "config.yaml").write_text(f"reward: {{alarm_fraction: {limit}}}\n")
     lines = [json.loads(line) for line in (copy / "rl" / "metrics.jsonl").open()]
     for line in lines:
         line |= {"unscored_fraction": share if line["step"] == 3 else 0.0, "skipped": 0}
     write_lines(copy / "rl" / "metrics.jsonl", lines)
     page = page_of(copy)
     assert any(attributes.get("class") == "bad" for tag, attributes in page.elements if tag == "dd") == alarms
-    above = drawn(charts_of(copy, "rl")["Unscored replies"])["above 20%"]
+    above = drawn(charts_of(copy, "rl")["Unscored replies"])[f"above {limit:.0%}"]
     assert [value for value in above if value is not None] == ([share] if alarms else [])
+
+
+@pytest.mark.parametrize("text", ["", "reward: [", "reward: {alarm_fraction: often}"])
+def test_without_a_readable_config_nothing_is_called_right_or_an_alarm(copy: Path, text: str) -> None:
+    (copy / "rl" / "config.yaml").write_text(text)
+    traces = drawn(charts_of(copy, "rl")["Unscored replies"])
+    assert not any(name.startswith("above") for name in traces)
+    leaves = [leaf for leaves in page_of(copy).data()["leaves"] for leaf in leaves]
+    assert {leaf["right"] for leaf in leaves} == {None}
+
+
+def test_drops_by_length_and_pass_rate_are_not_counted_as_more_drops(copy: Path) -> None:
+    before = drawn(charts_of(copy, "rl")["Where the groups went"])
+    lines = [json.loads(line) for line in (copy / "rl" / "metrics.jsonl").open()]
+    views = {"groups_dropped_length/32": 7, "groups_dropped_pass_rate/0.25": 7}
+    write_lines(copy / "rl" / "metrics.jsonl", [{**line, **views} for line in lines])
+    assert drawn(charts_of(copy, "rl")["Where the groups went"]) == before
+
+
+def test_every_metric_that_the_report_reads_is_written_by_a_stage(
+    sample: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, in the source of the stages. A reason for a drop must be one that the tally counts."""
+    read: set[str] = {name for name, _, _ in FATES}
+    get, named = Series.get, Series.named
+
+    def note_get(self: Series, *names: str) -> Values:
+        read.update(names)
+        return get(self, *names)
+
+    def note_named(self: Series, prefix: str) -> list[str]:
+        read.add(prefix)
+        return named(self, prefix)
+
+    monkeypatch.setattr(Series, "get", note_get)
+    monkeypatch.setattr(Series, "named", note_named)
+    build_sections(read_run(sample))
+    package = Path(posttrain.__file__).parent
+    parts = [package / part for part in ("base", "filtering", "sft", "dpo", "rl", "train")]
+    source = "".join(file.read_text() for part in parts for file in part.rglob("*.py"))
+    assert {"reward_mean", "loss", "staleness/", "idle/", DROPPED} <= read
+    drops = {name.removeprefix(DROPPED) for name, _, _ in FATES if name.startswith(DROPPED)}
+    assert drops <= set(REASONS)
+    for name in read:
+        if not any(name != prefix and name.startswith(prefix) for prefix in PREFIXES):
+            assert (f'f"{name}{{' if name in PREFIXES else f'"{name}"') in source, name
 
 
 def test_faults_and_recoveries_are_listed(copy: Path) -> None:
@@ -374,7 +429,7 @@ def test_interval_arithmetic_agrees_with_counting_seconds(left: list, right: lis
 
 
 def test_rollouts_of_every_kind_are_sampled(sample: Path) -> None:
-    total, rows, unreadable = sample_rollouts(sample / "rl" / "rollouts", SAMPLE)
+    total, rows, unreadable = sample_rollouts(sample / "rl" / "rollouts", SAMPLE, 0.5)
     assert (total, len(rows), unreadable) == (16 * STEPS, SAMPLE, 0)
     assert {row["capability"] for row in rows} == set(CAPABILITIES)
     assert {row["status"] for row in rows} == {"trained", "dropped:zero_advantage", "dropped:unscored"}
@@ -388,7 +443,7 @@ def test_rollouts_of_every_kind_are_sampled(sample: Path) -> None:
 
 
 def test_fewer_rollouts_than_asked_for_are_all_shown(sample: Path) -> None:
-    total, rows, _ = sample_rollouts(sample / "rl" / "rollouts", 10_000)
+    total, rows, _ = sample_rollouts(sample / "rl" / "rollouts", 10_000, 0.5)
     assert len(rows) == total
 
 
@@ -397,6 +452,7 @@ def leaf_of(run_dir: Path, **columns: object) -> dict:
     folder = run_dir / "rl" / "rollouts"
     folder.mkdir(parents=True)
     parquet.write_table(arrow.Table.from_pylist([columns]), folder / "step_000000.parquet")
+    (run_dir / "rl" / "config.yaml").write_text(RL_CONFIG)
     return page_of(run_dir).data()["leaves"][0][0]
 
 

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from posttrain.cli.rl_panel import rl_panel
 from posttrain.metrics.faults import fault_words
 from posttrain.metrics.tail import NewLines
+from posttrain.report.read import read_config, setting
 
 PLAIN_INTERVAL_S = 10.0
 
@@ -66,6 +67,7 @@ class StageState:
     values: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    unscored_limit: float | None = None  # reward.alarm_fraction, of an RL stage
 
     @property
     def seconds(self) -> float | None:
@@ -93,6 +95,7 @@ class RunState:
 
     def __init__(self, nodes: Sequence[tuple[str, str]], events: Path):
         self.stages = {name: StageState(name, kind) for name, kind in nodes}
+        self._dir = events.parent
         self._tail = EventTail(events)
         self._lines = {name: NewLines(events.parent / name / "metrics.jsonl") for name, kind in nodes if kind == "rl"}
 
@@ -105,6 +108,9 @@ class RunState:
             stage = self.stages.get(str(event.get("stage")))
             if stage:
                 stage.take(event)
+                if stage.kind == "rl" and event.get("event") == "stage_start":
+                    config = read_config(self._dir / stage.name, [])
+                    stage.unscored_limit = setting(config, "reward.alarm_fraction")
                 yield stage, event
 
 
@@ -187,7 +193,10 @@ class LiveDisplay:
 
         stages = list(self._state.stages.values()) if self._state else []
         running = [stage for stage in stages if stage.kind == "rl" and stage.status == "running"]
-        panels = [rl_panel(stage.name, stage.metrics, values_text(stage.values) or "no step yet") for stage in running]
+        panels = [
+            rl_panel(stage.name, stage.metrics, values_text(stage.values) or "no step yet", stage.unscored_limit)
+            for stage in running
+        ]
         return Group(_stage_table(stages), *panels)
 
 

@@ -1,9 +1,7 @@
 """The panel of an RL stage that runs: the figures of its last optimizer step, one line a subject."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from posttrain.metrics.faults import UNSCORED_ALARM
 
 # Subject -> figures: key in metrics.jsonl, its label, and how it is written. A key that ends with / is the start of
 # several, such as idle/trainer; what follows is their label.
@@ -50,21 +48,25 @@ SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
 }
 PREFIXES = ("/", "_")
-# Figures that alarm, and when.
-ALARMS: dict[str, Callable[[float], bool]] = {
-    "unscored_fraction": lambda share: share > UNSCORED_ALARM,
-    "grad_norm": lambda norm: norm < 0,  # the step was skipped
-}
 
 
-def figures(metrics: Mapping[str, float]) -> dict[str, list[tuple[str, str, bool]]]:
+def alarms(name: str, value: float, unscored_limit: float | None) -> bool:
+    """Whether a figure is shown as an alarm. unscored_limit: the stage's reward.alarm_fraction, where it is known."""
+    if name == "unscored_fraction":
+        return unscored_limit is not None and value > unscored_limit
+    return name == "grad_norm" and value < 0  # the step was skipped
+
+
+def figures(
+    metrics: Mapping[str, float], unscored_limit: float | None = None
+) -> dict[str, list[tuple[str, str, bool]]]:
     """Subject -> (label, value as text, whether it alarms) of its figures; subjects without any are left out."""
     found: dict[str, list[tuple[str, str, bool]]] = {}
     for subject, entries in SUBJECTS.items():
         for key, label, form in entries:
             for name, words in _named(metrics, key, label):
-                alarms = name in ALARMS and ALARMS[name](metrics[name])
-                found.setdefault(subject, []).append((words, form.format(metrics[name]), alarms))
+                value = metrics[name]
+                found.setdefault(subject, []).append((words, form.format(value), alarms(name, value, unscored_limit)))
     return found
 
 
@@ -72,11 +74,13 @@ def _named(metrics: Mapping[str, float], key: str, label: str) -> list[tuple[str
     """(key, label) of the metrics that an entry of SUBJECTS means. Of drops, those that there were."""
     if not key.endswith(PREFIXES):
         return [(key, label)] if key in metrics else []
-    names = [name for name in metrics if name.startswith(key) and (key.endswith("/") or metrics[name])]
+    names = [name for name in metrics if name.startswith(key)]
+    if not key.endswith("/"):  # `groups_dropped_length/32` counts the same groups again
+        names = [name for name in names if metrics[name] and "/" not in name]
     return [(name, f"{label}{name.removeprefix(key).replace('_', ' ')}") for name in names]
 
 
-def rl_panel(title: str, metrics: Mapping[str, float], otherwise: str) -> Any:
+def rl_panel(title: str, metrics: Mapping[str, float], otherwise: str, unscored_limit: float | None = None) -> Any:
     """A panel; `otherwise` is said in it while no step is done."""
     from rich.panel import Panel
     from rich.table import Table
@@ -85,11 +89,11 @@ def rl_panel(title: str, metrics: Mapping[str, float], otherwise: str) -> Any:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    for subject, entries in figures(metrics).items():
+    for subject, entries in figures(metrics, unscored_limit).items():
         parts: list[Any] = []
-        for label, value, alarms in entries:
-            style = "bold red" if alarms else "bold"
-            parts += [("   " if parts else "", ""), (f"{label} ", "red" if alarms else "dim"), (value, style)]
+        for label, value, is_alarm in entries:
+            style = "bold red" if is_alarm else "bold"
+            parts += [("   " if parts else "", ""), (f"{label} ", "red" if is_alarm else "dim"), (value, style)]
         table.add_row(subject, Text.assemble(*parts))
     body = table if metrics else Text(otherwise, "dim")
     return Panel(body, title=title, title_align="left", border_style="cyan", expand=False)

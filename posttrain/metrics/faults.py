@@ -15,7 +15,6 @@ WORDS = {
 }
 SUBJECTS = ("name", "tracker", "reason", "error")  # said first and without their key
 OF_EVERY_EVENT = ("time", "t", "stage", "event")
-UNSCORED_ALARM = 0.2  # share of a step's rollouts without a reward above which it is shown as an alarm
 
 
 def fault_words(event: Mapping[str, Any]) -> tuple[str, str] | None:

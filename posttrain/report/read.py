@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.base import read_yaml
+from posttrain.errors import ConfigError
+
 KINDS = ("base", "filter", "sft", "rl", "dpo", "eval")
 LEFT_BY_STAGES = (
     "config.yaml", "metrics.jsonl", "DONE", "results.json",
@@ -24,7 +27,8 @@ class Stage:
     """One stage of the run, or the evaluation of a stage.
 
     start, end: Unix times or None. figures: what it returned beside files. metrics: the lines of its metrics.jsonl.
-    of: the stage that this evaluates, else empty.
+    of: the stage that this evaluates, else empty. config: its config.yaml, with every default filled in; empty where
+    there is none.
     """
 
     name: str
@@ -38,6 +42,11 @@ class Stage:
     metrics: tuple[dict[str, Any], ...] = ()
     error: str = ""
     of: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def setting(self, key: str) -> float | None:
+        """The number at a key path of the config, such as `reward.alarm_fraction`; None where it is not known."""
+        return setting(self.config, key)
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,26 @@ def number(value: Any) -> float | None:
 def mapping(value: Any) -> dict[str, Any]:
     """`value` where it is a JSON object, else an empty one."""
     return dict(value) if isinstance(value, Mapping) else {}
+
+
+def setting(config: Mapping[str, Any], key: str) -> float | None:
+    """The number at a key path of a recorded config, or None."""
+    value: Any = config
+    for part in key.split("."):
+        value = mapping(value).get(part)
+    return number(value)
+
+
+def read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
+    """The config that a stage's folder records, or an empty one."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        return read_yaml(path)
+    except ConfigError as error:
+        notes.append(f"{folder.name}/config.yaml could not be read and was left out: {error}")
+        return {}
 
 
 def read_run(run_dir: Path) -> Run:
@@ -160,6 +189,7 @@ def _read_stage(run_dir: Path, record: dict[str, Any], events: tuple[dict, ...],
         metrics=tuple(read_lines(folder / "metrics.jsonl", notes)),
         error=str(error),
         of=of,
+        config=read_config(folder, notes),
     )
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from posttrain.metrics.faults import UNSCORED_ALARM
 from posttrain.report.blocks import Chart, Key
 from posttrain.report.charts import CATEGORICAL, axis, bars, dots, figure, line
 from posttrain.report.series import Series
@@ -17,8 +16,7 @@ FATES = (
     ("groups_dropped_unscored", "dropped: unscored", "--bad"),
     ("groups_dropped_truncated", "dropped: truncated", "--c5"),
     ("groups_dropped_stale", "dropped: stale", "--c2"),
-    ("groups_dropped_rolled_back", "dropped: rolled back", "--c4"),
-    ("groups_dropped_cancelled", "dropped: cancelled", "--c6"),
+    ("groups_dropped_surplus", "dropped: surplus", "--c4"),
 )
 OTHER_COLOURS = ("--c7", "--c8", "--muted")
 
@@ -29,16 +27,21 @@ def fates(series: Series) -> list[tuple[str, str, str]]:
     split = series.has("groups_too_easy") and series.has("groups_too_hard")
     left_out = ("groups_dropped_zero_advantage",) if split else ("groups_too_easy", "groups_too_hard")
     found = [entry for entry in FATES if entry[0] not in left_out and sum(series.known(entry[0]))]
-    others = [reason for reason in series.named(DROPPED) if DROPPED + reason not in known]
+    others = [reason for reason in drop_reasons(series) if DROPPED + reason not in known]
     for i, reason in enumerate(reason for reason in others if sum(series.known(DROPPED + reason))):
         words = f"dropped: {reason.replace('_', ' ')}"
         found.append((DROPPED + reason, words, OTHER_COLOURS[i % len(OTHER_COLOURS)]))
     return found
 
 
+def drop_reasons(series: Series) -> list[str]:
+    """Why groups were dropped. `groups_dropped_length/32` and the like count the same groups again, by another view."""
+    return [reason for reason in series.named(DROPPED) if "/" not in reason]
+
+
 def dropped_total(series: Series) -> float:
     """Groups that were dropped, for whatever reason, in all steps."""
-    return sum(series.total(DROPPED + reason) or 0.0 for reason in series.named(DROPPED))
+    return sum(series.total(DROPPED + reason) or 0.0 for reason in drop_reasons(series))
 
 
 def groups_chart(series: Series) -> Chart | None:
@@ -139,23 +142,24 @@ def lengths_chart(series: Series) -> Chart | None:
     return lines_chart(series, "Length of a reply", "tokens", shown, "%{y:.0f} tokens")
 
 
-def unscored_chart(series: Series) -> Chart | None:
-    """The share of rollouts without a reward; absent where every one had its reward."""
+def unscored_chart(series: Series, alarm: float | None) -> Chart | None:
+    """The share of rollouts without a reward; absent where every one had its reward. alarm: the share above which the
+    run alarms, None where it is not known."""
     name = "unscored_fraction"
     values = series.get(name)
     if not any(series.known(name)):
         return None
     chart = lines_chart(series, "Unscored replies", "share of a step's", [(name, "unscored", "--accent")], "%{y:.1%}")
-    above = [value if value is not None and value > UNSCORED_ALARM else None for value in values]
-    if chart is None:
-        return None
+    if chart is None or alarm is None:
+        return chart
+    above = [value if value is not None and value > alarm else None for value in values]
     spec = dict(chart.spec)
-    spec["data"] = [*spec["data"], dots(series.steps, above, "--bad", f"above {UNSCORED_ALARM:.0%}", "%{y:.1%}", 6)]
-    limit = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": UNSCORED_ALARM, "y1": UNSCORED_ALARM}
+    spec["data"] = [*spec["data"], dots(series.steps, above, "--bad", f"above {alarm:.0%}", "%{y:.1%}", 6)]
+    limit = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": alarm, "y1": alarm}
     limit["line"] = {"color": "--bad", "width": 1, "dash": "dot"}
     y = {**spec["layout"]["yaxis"], "tickformat": ".0%"}
     spec["layout"] = {**spec["layout"], "shapes": [limit], "yaxis": y}
-    return Chart(chart.title, spec, chart.height, chart.unit, f"Dotted: {UNSCORED_ALARM:.0%}, above which it alarms.")
+    return Chart(chart.title, spec, chart.height, chart.unit, f"Dotted: {alarm:.0%}, above which it alarms.")
 
 
 def times_chart(series: Series) -> Chart | None:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from posttrain.metrics.faults import UNSCORED_ALARM
 from posttrain.report.blocks import Chart, Grid, Key, Section, Stat, Stats
 from posttrain.report.charts import axis, dots, figure, line, smooth, smoothing
 from posttrain.report.format import count, percent, plain, plural
@@ -50,7 +49,7 @@ def rl_section(run: Run, stage: Stage, colours: dict[str, str]) -> Section | Non
         _single(series, "Dead experts", "dead_experts", "of all layers") if any(series.known("dead_experts")) else None,
         lengths_chart(series),
         _single(series, "Truncated replies", "truncated_fraction", "share of a step's", tickformat="~%"),
-        unscored_chart(series),
+        unscored_chart(series, stage.setting("reward.alarm_fraction")),
         _single(series, "Generation", "generate_tokens_per_s", "tokens a second"),
         idle_chart(series),
         times_chart(series),
@@ -74,7 +73,9 @@ def _stats(run: Run, stage: Stage, series: Series) -> list[Stat]:
         stats.append(Stat("zero-advantage groups", percent(share), "dropped and replaced"))
     if unscored := series.known("unscored_fraction"):
         note = f"mean of the steps, at most {percent(max(unscored), 1)}"
-        stats.append(Stat("unscored replies", percent(sum(unscored) / len(unscored), 1), note, _alarms(unscored)))
+        stats.append(
+            Stat("unscored replies", percent(sum(unscored) / len(unscored), 1), note, _alarms(stage, unscored))
+        )
     if skipped := series.total("skipped"):
         stats.append(Stat("skipped steps", count(skipped), "loss or gradient was not finite", alarm=True))
     if mean := series.known("staleness_mean"):
@@ -90,8 +91,9 @@ def _stats(run: Run, stage: Stage, series: Series) -> list[Stat]:
     return stats
 
 
-def _alarms(unscored: list[float]) -> bool:
-    return max(unscored) > UNSCORED_ALARM
+def _alarms(stage: Stage, unscored: list[float]) -> bool:
+    limit = stage.setting("reward.alarm_fraction")
+    return limit is not None and max(unscored) > limit
 
 
 def _reward(series: Series) -> Chart | None:

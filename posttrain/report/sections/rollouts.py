@@ -8,6 +8,7 @@ from typing import Any
 
 from posttrain.data.messages import RowError, to_messages
 from posttrain.data.transcript import message_text
+from posttrain.metrics.correctness import is_right
 from posttrain.records import Message
 from posttrain.report.blocks import Leaf, Section
 from posttrain.report.format import count
@@ -20,16 +21,16 @@ LIGHT = ("step", "capability", "status", "reward", "versions")
 
 def rollouts_section(run: Run, stage: Stage) -> Section | None:
     """Nothing when no rollout was kept."""
-    total, rows, unreadable = sample_rollouts(stage.dir / "rollouts", SAMPLE)
+    total, rows, unreadable = sample_rollouts(stage.dir / "rollouts", SAMPLE, stage.setting("reward.correct_threshold"))
     if not rows:
         return None
-    leaves = [_leaf(row) for row in rows]
+    leaves = [_leaf(row, stage.setting("reward.correct_threshold")) for row in rows]
     text = f"{count(len(leaves))} of {count(total)}, spread over steps, capabilities and outcomes, oldest first."
     lead = [text, *([f"{unreadable} rollout file(s) could not be read."] if unreadable else [])]
     return Section(f"{stage.name}-rollouts", "Rollouts", [Leaf(leaves)], lead)
 
 
-def sample_rollouts(folder: Path, amount: int) -> tuple[int, list[dict[str, Any]], int]:
+def sample_rollouts(folder: Path, amount: int, threshold: float | None) -> tuple[int, list[dict[str, Any]], int]:
     """(how many there are, `amount` of them in order of training, how many files could not be read).
 
     Every kind of rollout (status, capability, right or wrong, one policy version or several) gets its turn, and within
@@ -49,7 +50,7 @@ def sample_rollouts(folder: Path, amount: int) -> tuple[int, list[dict[str, Any]
             continue
         for i, row in enumerate(light):
             reward = number(row.get("reward"))
-            right = None if reward is None else reward > 0.5
+            right = _right(reward, threshold)
             several = len(versions_of(row.get("versions"))) > 1
             kind = (str(row.get("status") or ""), str(row.get("capability") or ""), str(right), several)
             kinds[kind].append((number(row.get("step")) or float(i), path, i))
@@ -95,14 +96,19 @@ def versions_of(text: Any) -> list[tuple[int, int, int]]:
     return [(int(version), int(start), int(end)) for version, start, end in whole]
 
 
-def _leaf(row: Mapping[str, Any]) -> dict[str, Any]:
+def _right(reward: float | None, threshold: float | None) -> bool | None:
+    """None for a rollout without a reward, and where the run does not say from which reward on a reply is right."""
+    return None if reward is None or threshold is None else is_right(reward, threshold)
+
+
+def _leaf(row: Mapping[str, Any], threshold: float | None) -> dict[str, Any]:
     """What the page's script shows of one rollout. All of it is text, and is set as text."""
     reward = number(row.get("reward"))
     return {
         "prompt": [{"role": turn.role, "content": _short(message_text(turn))} for turn in _prompt(row.get("prompt"))],
         "reply": _segments(row),
         "reward": reward,
-        "right": None if reward is None else reward > 0.5,
+        "right": _right(reward, threshold),
         "reason": _short(row.get("reason")),
         "capability": str(row.get("capability") or ""),
         "status": str(row.get("status") or ""),
