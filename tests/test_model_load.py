@@ -113,6 +113,13 @@ def _cut(size):
 NORM = "model.norm.weight"
 INDEX = "model.safetensors.index.json"
 SHARDS = {"weight_map": {NORM: "gone.safetensors"}}
+
+
+def _index_alone(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps(SHARDS))
+
+
 FAULTS = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read"),
@@ -131,7 +138,7 @@ FAULTS = {
         _edit(lambda tensors: tensors.update({NORM: torch.ones(3)})),
         rf"another shape .*{NORM} is \[3\], must be \[16\]",
     ),
-    "shard missing": (lambda folder: (folder / INDEX).write_text(json.dumps(SHARDS)), "gone.safetensors: missing"),
+    "shard missing": (_index_alone, "gone.safetensors: missing"),
     "broken index": (lambda folder: (folder / INDEX).write_text("[]"), "not an index"),
 }
 

@@ -27,10 +27,11 @@ from transformers.utils import logging as transformers_logging
 from posttrain.config.shared import ModelConfig
 from posttrain.errors import CheckpointError, ConfigError
 from posttrain.files import replacing
+from posttrain.model.folder import INDEX as _INDEX
+from posttrain.model.folder import tokenizer_problems, weight_problems
 from posttrain.model.native import NativeLlama4ForCausalLM
 from posttrain.model.router_stats import RouterLossWeights
 
-_INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LLAMA4 = ("llama4_text", "llama4")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -52,8 +53,9 @@ def load_model(
         dtype: float32, bfloat16 or float16, whatever the folder holds.
 
     Raises:
-        CheckpointError: no such folder, no or bad config.json, no safetensors (or only a pickle), a file that is
-            corrupt or listed but missing, tensors that are missing, unknown or of another shape.
+        CheckpointError: no such folder, no or bad config.json, no safetensors (or only a pickle), two sets of
+            weights, a file that is corrupt or listed but missing, tensors that are missing, unknown or of another
+            shape.
         ValueError: an unknown implementation or dtype.
     """
     if implementation not in ("native", "transformers"):
@@ -102,15 +104,19 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder.
 
     Raises:
-        CheckpointError: no such folder, no tokenizer in it, or one that cannot be read.
+        CheckpointError: no such folder, no tokenizer in it, one that cannot be read, or one with ids beyond the
+            embeddings of the model in the folder.
     """
     folder = _folder(path)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise CheckpointError(f"{folder}: no tokenizer (tokenizer.json); a model folder must hold its tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+    if problems := tokenizer_problems(folder, tokenizer.get_vocab()):
+        raise CheckpointError(f"{folder}: " + "; ".join(problems))
+    return tokenizer
 
 
 def save_model(
@@ -157,7 +163,9 @@ def _config(folder: Path) -> PreTrainedConfig:
 
 
 def _check_weight_files(folder: Path) -> None:
-    """Open the header of every safetensors file: cheap, and an error there names the file."""
+    """One set of weights, whose safetensors files all open: only headers are read, and an error names the file."""
+    if problems := weight_problems(folder):
+        raise CheckpointError(f"{folder}: " + "; ".join(problems))
     index = folder / _INDEX
     if index.is_file():
         try:

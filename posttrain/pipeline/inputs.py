@@ -25,6 +25,7 @@ from posttrain.config.shared import (
 )
 from posttrain.errors import UserError
 from posttrain.judging.config import EndpointConfig
+from posttrain.model.folder import folder_problems
 from posttrain.pipeline.kinds import Rows, StageKind, kind_name
 from posttrain.pipeline.references import has_reference
 
@@ -202,7 +203,7 @@ def _reward_problems(reward: RewardFunctionConfig) -> list[str]:
 
 
 def model_folder_problems(path: str) -> list[str]:
-    """What keeps a folder from being a model: it must hold config.json, safetensors and a tokenizer."""
+    """What keeps a folder from being a model: config.json, one set of safetensors, and a tokenizer that fits."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         what = "is a file; give the folder it lies in" if folder.exists() else "no such folder"
@@ -220,7 +221,7 @@ def model_folder_problems(path: str) -> list[str]:
         problems.append(f"got {path!r}: no *.safetensors in this folder; pickled weights are not loaded")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         problems.append(f"got {path!r}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); a model folder must hold one")
-    return problems
+    return problems + [f"got {path!r}: this folder {problem}" for problem in folder_problems(folder)]
 
 
 def needed_packages(config: BaseModel, kind: StageKind) -> list[str]:

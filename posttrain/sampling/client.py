@@ -16,6 +16,7 @@ from posttrain.actors.losses import MAX_CONSECUTIVE_LOSSES, is_loss, reason_of
 from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import MissingDependencyError, StageError
+from posttrain.model.folder import check_folder
 from posttrain.sampling.registry import start_registry
 from posttrain.sampling.requests import Completion, EngineLostError, SampleRequest
 
@@ -59,6 +60,7 @@ class Engines:
         import ray
 
         require_vllm()
+        check_folder(self._model.path)
         self._registry = start_registry()
         served = self._model.model_dump(include=set(ServedModelConfig.model_fields))
         leased = ray.get(
