@@ -12,6 +12,7 @@ import torch
 
 from posttrain.config.shared import EngineConfig, ServedModelConfig
 from posttrain.records import VersionSpan
+from posttrain.sampling.engine import EngineActor
 from posttrain.sampling.requests import EngineLostError, SampleRequest
 from posttrain.sampling.stream import join_spans, spans_between
 
@@ -293,6 +294,36 @@ def test_a_wave_is_decided_by_its_seed(engines):
     assert wave(0, 6) != first
     replies = [reply for group in first for reply in group]
     assert len(set(replies)) > len(replies) // 2
+
+
+@slow
+@limited
+def test_a_request_beside_a_wave_is_refused(engines):
+    """On a CPU vLLM draws all tokens of a batch from one generator, so that one more reply would change the others."""
+    import ray
+
+    requests = [SampleRequest(prompt, n=4, max_tokens=60) for prompt in PROMPTS]
+    engine, other = engines[0], SampleRequest(PROMPTS[0], max_tokens=4)
+
+    def replies(completions):
+        return [[(reply.token_ids, reply.logprobs) for reply in group] for group in completions]
+
+    alone, _, _ = ray.get(engine.generate_wave.remote(requests, 9))
+    wave = engine.generate_wave.remote(requests, 9)
+    for beside in (engine.submit.remote([(1, other)]), engine.generate.remote([other])):
+        with pytest.raises(ray.exceptions.RayTaskError, match="a wave is being sampled"):
+            ray.get(beside)
+    again, _, _ = ray.get(wave)
+    assert replies(again) == replies(alone)
+    assert ray.get(engine.generate.remote([other]))[0][0][0].token_ids  # after it, as before
+
+
+@slow
+def test_no_request_has_a_seed_of_its_own():
+    """The engine's own seed and that of a wave are the only ones: vLLM ignores a request's beside others on a CPU."""
+    engine = EngineActor.__new__(EngineActor)
+    assert "seed" not in SampleRequest.__struct_fields__
+    assert {engine._params(SampleRequest((1,)), stream=stream).seed for stream in (False, True)} == {None}
 
 
 @slow

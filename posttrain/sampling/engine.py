@@ -95,6 +95,7 @@ class EngineActor:
         self._policy_version = 0
         self._num_waiting = 0  # calls of generate and generate_wave
         self._num_collecting = 0  # calls of collect
+        self._is_wave = False
         self._is_updating = False
         self._update_lock: asyncio.Lock
         self._outbox: Outbox
@@ -149,9 +150,11 @@ class EngineActor:
     async def submit(self, requests: Sequence[tuple[int, SampleRequest]]) -> None:
         """Admit requests under the caller's keys; returns when the engine has them.
 
-        Raises StageError if a key is in use or a request cannot be sampled (none is admitted then), EngineLostError.
+        Raises StageError if a key is in use, a request cannot be sampled or a wave is being sampled (none is admitted
+        then), EngineLostError.
         """
         self._watch.check()
+        self._refuse_beside_wave()
         admitted: list[tuple[Reply, Any]] = []
         finished: list[Piece] = []
         keys = [key for key, _ in requests]
@@ -258,6 +261,7 @@ class EngineActor:
         """Sample every request; returns completions by request, and the Unix times of the first start and last end."""
         began = time.time()
         self._refuse_begun(requests)
+        self._refuse_beside_wave()
         self._num_waiting += 1
         try:
             results = await self._alive(asyncio.gather(*(self._generate_one(request) for request in requests)))
@@ -272,7 +276,9 @@ class EngineActor:
 
         The scheduler is held while the caches are emptied, the worker's generator is seeded and all requests are
         queued in their order; then nothing else is in the engine until they are finished. vLLM draws the tokens of a
-        step from one generator in the order of its batch. Raises StageError if requests are in flight.
+        step from one generator in the order of its batch, so a request beside a wave would change its tokens: one that
+        comes during a wave is refused. No request has a seed of its own: on a CPU vLLM ignores it where others in the
+        batch have none (vllm-project/vllm#51226). Raises StageError if requests are in flight.
         """
         began = time.time()
         self._refuse_begun(requests)
@@ -280,6 +286,7 @@ class EngineActor:
             if self._outbox.open or self._num_waiting:
                 raise StageError(f"engine {self.name}: a wave was asked for with other requests in flight")
             self._num_waiting += 1
+            self._is_wave = True
             try:
                 await self._ask("wave", compat.pause_between_steps(self._llm, clear_cache=True))
                 await self._ask("wave", self._llm.collective_rpc("seed_sampling", args=(seed,)))
@@ -288,6 +295,7 @@ class EngineActor:
                 outputs = await self._alive(asyncio.gather(*(queue.get() for queue in queues)))
             finally:
                 self._num_waiting -= 1
+                self._is_wave = False
         pairs = zip(outputs, requests, strict=True)
         return [self._completions(output, request) for output, request in pairs], began, time.time()
 
@@ -298,6 +306,12 @@ class EngineActor:
         name = f"{self.name}-{self._next_request}"
         prompt, params = tokens_input(list(request.prompt_ids)), self._params(request)
         return await self._llm.add_request(name, prompt, params, priority=request.priority)
+
+    def _refuse_beside_wave(self) -> None:
+        if self._is_wave:
+            raise StageError(
+                f"engine {self.name}: a wave is being sampled, and a request beside it would change its tokens"
+            )
 
     def _refuse_begun(self, requests: Sequence[SampleRequest]) -> None:
         if any(request.begun for request in requests):
