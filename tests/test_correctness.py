@@ -10,16 +10,18 @@ from posttrain.eval.config import EvalConfig
 from posttrain.eval.replies import PromptReplies, Reply
 from posttrain.eval.stage import measure
 from posttrain.metrics.correctness import is_right
-from posttrain.records import Message, RewardResult, Rollout, Row, Scored, VersionSpan
+from posttrain.records import FinishReason, Message, Prompt, RewardResult, Rollout, Row, Scored, Segment, VersionSpan
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import passes_and_failures, scored_group
 from posttrain.rl.loop.evaluation import accuracies
 from posttrain.rl.loop.tally import StepTally
 from posttrain.rl.prompts.profile import difficulties
-from posttrain.rl.records import DrawnPrompt, Group
+from posttrain.rl.records import DrawnPrompt, Drop, DropReason, Group
 
 REWARDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROW = Row("p", "math", (Message("user", "?"),))
+PROMPT = Prompt(ROW.messages, (1,))
+REPLY = Segment((2,), True, (0.0,), (VersionSpan(0, 0, 1),))
 
 
 def rl_config(**changes: Any) -> RlConfig:
@@ -47,11 +49,9 @@ def eval_config(**changes: Any) -> EvalConfig:
 def shares(threshold: float) -> dict[str, float]:
     """The share of right replies among REWARDS, as each part of a run counts it."""
     config = rl_config(reward={"name": "final_answer", "correct_threshold": threshold})
-    rollouts = [
-        Rollout("p", "g0", index, (1,), (2,), "x", (0.0,), (VersionSpan(0, 0, 1),), "stop") for index in range(5)
-    ]
+    rollouts = [Rollout("p", "g0", index, PROMPT, (REPLY,), "x", FinishReason.STOP) for index in range(5)]
     scores = [Scored(RewardResult(reward)) for reward in REWARDS]
-    scored = scored_group(Group(0, DrawnPrompt(ROW, None, ROW.messages, (1,)), tuple(rollouts)), scores, config)
+    scored = scored_group(Group(0, DrawnPrompt(ROW, None, PROMPT), tuple(rollouts)), scores, config)
     tally = StepTally({}, {}, config.reward.correct_threshold)
     tally.decided(scored, None)
     replies = [PromptReplies(ROW, Reply("x", 1, False, reward), ()) for reward in REWARDS]
@@ -76,13 +76,11 @@ def test_a_reward_that_equals_the_threshold_is_right():
 
 @pytest.mark.parametrize(("threshold", "name"), [(0.5, "groups_too_easy"), (0.6, "groups_too_hard")])
 def test_a_group_of_equal_rewards_is_too_easy_if_they_are_right(threshold: float, name: str):
-    rollouts = tuple(
-        Rollout("p", "g0", index, (1,), (2,), "x", (0.0,), (VersionSpan(0, 0, 1),), "stop") for index in range(2)
-    )
-    group = Group(0, DrawnPrompt(ROW, None, ROW.messages, (1,)), rollouts)
+    rollouts = tuple(Rollout("p", "g0", index, PROMPT, (REPLY,), "x", FinishReason.STOP) for index in range(2))
+    group = Group(0, DrawnPrompt(ROW, None, PROMPT), rollouts)
     scored = scored_group(group, [Scored(RewardResult(0.5))] * 2, rl_config())
     tally = StepTally({}, {}, threshold)
-    tally.decided(scored, "zero_advantage")
+    tally.decided(scored, Drop(DropReason.ZERO_ADVANTAGE))
     assert tally.values(0, [scored], [0.0], 0.0, {})[name] == 1
 
 

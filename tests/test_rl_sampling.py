@@ -6,13 +6,14 @@ import pytest
 
 from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError
-from posttrain.records import Message, Row
+from posttrain.records import Message, Prompt, Row
 from posttrain.rl.config import RENORMALISING, RlConfig
 from posttrain.rl.loop.evaluation import evaluation_request
 from posttrain.rl.records import DrawnPrompt
 from posttrain.rl.rollouts.requests import sample_request
 
-PROMPT = DrawnPrompt(Row("p", "math", (Message("user", "?"),)), None, (Message("user", "?"),), (1,))
+ROW = Row("p", "math", (Message("user", "?"),))
+PROMPT = DrawnPrompt(ROW, None, Prompt(ROW.messages, (1,)))
 
 
 def config_of(**changes: Any) -> RlConfig:
