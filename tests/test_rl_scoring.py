@@ -280,11 +280,12 @@ class TestActor:
 
         assert gone(with_client(reward, work, workers=2))
 
-    def test_what_cannot_be_sent_is_raised_where_it_is_waited_for(self, ray_session: None, reward: str) -> None:
+    def test_what_cannot_be_sent_is_not_scored_and_named(self, ray_session: None, reward: str) -> None:
         async def work(client: RewardClient) -> None:
             row = Row("r", "math", (Message("user", "?"),), None, {"lock": threading.Lock()})
-            with pytest.raises(TypeError, match="lock"):
-                await asyncio.wait_for(client.score([(make_rollout("right 1", 0), row)]), 30.0)
+            (scored,) = await asyncio.wait_for(client.score([(make_rollout("right 1", 0), row)]), 30.0)
+            assert (scored.outcome, scored.result) == ("error", None)
+            assert scored.reason == "row r: a lock cannot be sent to a reward process"
             assert [scored.outcome for scored in await client.score(pairs_of("right 1"))] == ["scored"]
 
         with_client(reward, work)

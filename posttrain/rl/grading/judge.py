@@ -8,6 +8,7 @@ yours may do anything with them. A reply without a verdict is unscored with its 
 """
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from msgspec.structs import replace
@@ -34,7 +35,7 @@ class Judge:
         self._prompts = prepared.prompts
         self._name = prepared.config.judge_name
         self._backend = backend
-        self._rendering = asyncio.Lock()  # a tokenizer is for one thread at a time
+        self._rendering = threading.Lock()  # a tokenizer is for one thread at a time
 
     @property
     def logs(self) -> Mapping[str, BusyLog]:
@@ -44,8 +45,7 @@ class Judge:
     async def score(self, score: Score, pairs: Sequence[Pair]) -> list[Scored]:
         """`score` of the pairs with their verdicts, in order; a pair without a verdict is not scored."""
         try:
-            async with self._rendering:
-                questions = await asyncio.to_thread(self.questions, pairs)
+            questions = await asyncio.to_thread(self.questions, pairs)
         except UserError as error:
             return [_unscored(Undecided("error", str(error)))] * len(pairs)
         answers = await self._backend.rate(questions)
@@ -60,10 +60,11 @@ class Judge:
     def questions(self, pairs: Sequence[Pair]) -> list[Question]:
         """What the judge is asked about each reply. Raises DataError for one that does not fit, if the config says
         so."""
-        return [
-            self._prompts.render(replace(row, messages=(*row.messages, Message("assistant", rollout.text))))
-            for rollout, row in pairs
-        ]
+        with self._rendering:
+            return [
+                self._prompts.render(replace(row, messages=(*row.messages, Message("assistant", rollout.text))))
+                for rollout, row in pairs
+            ]
 
     def flush(self) -> None:
         """Write the busy times that are not in the timeline yet."""

@@ -19,7 +19,7 @@ from posttrain.errors import PluginError
 from posttrain.records import RewardResult, Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward, resolve
 from posttrain.scoring.pool.slot import Item, Reports, Slot
-from posttrain.scoring.pool.wire import Answer, EncodedPair, PairEncoder, Setup, frame
+from posttrain.scoring.pool.wire import Answer, EncodedPair, Setup, encode_pairs, frame
 
 _NEVER = float("-inf")
 
@@ -116,17 +116,20 @@ class RewardPool:
 
     def begin(self, pairs: Iterable[tuple[Rollout, Row]]) -> list[asyncio.Future[Scored]]:
         """Begins to score. Returns what `score` would wait for, of each pair; one that is cancelled is let go."""
+        return self.begin_encoded(encode_pairs(pairs))
+
+    def begin_encoded(self, pairs: Iterable[EncodedPair | str]) -> list[asyncio.Future[Scored]]:
+        """`begin`, with pairs that another process has encoded. A text in the place of one says why it has no score."""
         if not self._is_open:
             raise RuntimeError("start the pool before scoring")
-        encode = PairEncoder()
         futures = []
-        for rollout, row in pairs:
+        for pair in pairs:
             future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
             futures.append(future)
-            try:
-                self._add(encode(rollout, row), future)
-            except (TypeError, ValueError, OverflowError, RecursionError) as error:
-                future.set_result(self._count(Scored(None, "error", f"row {row.id}: {error}")))
+            if isinstance(pair, str):
+                future.set_result(self._count(Scored(None, "error", pair)))
+            else:
+                self._add(pair, future)
         self._dispatch()
         return futures
 

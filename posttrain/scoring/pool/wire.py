@@ -10,7 +10,7 @@ sees a row as JSON would carry it: tuples in `fields` and `answer` are lists, ke
 and lists, dates are text.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -86,6 +86,16 @@ class PairEncoder:
         if row is not self._row:
             self._encoded, self._row = msgspec.Raw(_encoder.encode(_plain_row(row))), row
         return EncodedPair(msgspec.Raw(_encoder.encode(rollout)), self._encoded)
+
+
+def encode_pairs(pairs: Iterable[tuple[Rollout, Row]]) -> "Iterator[EncodedPair | str]":
+    """Each pair encoded, or why it cannot be."""
+    encode = PairEncoder()
+    for rollout, row in pairs:
+        try:
+            yield encode(rollout, row)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            yield f"row {row.id}: {error}"
 
 
 class EncodedPair(Struct, frozen=True):

@@ -11,22 +11,17 @@ call between processes costs more than a score.
 import asyncio
 import contextlib
 import os
-import pickle
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from posttrain.actors.processes import place_of_this
 from posttrain.errors import PluginError
-from posttrain.records import Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec
+from posttrain.scoring.plugins.target import describe
 from posttrain.scoring.pool.pool import PoolStats, RewardPool
+from posttrain.scoring.remote.messages import Done, pack_done, unpack_scorings
 
 # In the environment of the reward processes and of all they start: which actor they belong to.
 MARK = "POSTTRAIN_REWARD_ACTOR"
-
-
-Scoring = tuple[int, Sequence[tuple[Rollout, Row]]]
-Done = tuple[int, list[Scored] | Exception]  # the scores in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,27 +56,26 @@ class RewardActor:
         return ""
 
     async def submit(self, scorings: bytes) -> None:
-        """Begins to score under the caller's keys. scorings: pickled pairs of a key and what to score under it."""
-        work: list[Scoring] = pickle.loads(scorings)
-        for key, pairs in work:
+        """Begins to score under the caller's keys. scorings: of `pack_scorings`."""
+        for scoring in unpack_scorings(scorings):
             try:
-                scores = asyncio.gather(*self._pool.begin(pairs))
+                scores = asyncio.gather(*self._pool.begin_encoded(scoring.encoded()))
             except Exception as error:  # raised where the scores are waited for
-                self._finish(key, error)
+                self._finish(Done(scoring.key, [], describe(error)))
             else:
-                scores.add_done_callback(lambda scores, key=key: self._finish(key, scores.result()))
+                scores.add_done_callback(lambda scores, key=scoring.key: self._finish(Done(key, list(scores.result()))))
 
     async def collect(self, wait_s: float) -> tuple[bytes, Health]:
-        """What was done since the last call, waiting up to `wait_s` for the first: a pickled list of `Done`."""
+        """What was done since the last call, waiting up to `wait_s` for the first: as `pack_done` gives it."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._event.wait()
         self._event.clear()
         done, self._done = self._done, []
-        return pickle.dumps(done), await self.ping()
+        return pack_done(done), await self.ping()
 
-    def _finish(self, key: int, scores: list[Scored] | Exception) -> None:
-        self._done.append((key, scores))
+    def _finish(self, done: Done) -> None:
+        self._done.append(done)
         self._event.set()
 
     async def ping(self) -> Health:

@@ -8,7 +8,6 @@ all its processes, and every call that waits for it ends with ActorLostError.
 import asyncio
 import contextlib
 import os
-import pickle
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,7 +21,8 @@ from posttrain.config.shared import RewardResources
 from posttrain.errors import PluginError, StageError
 from posttrain.records import Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec
-from posttrain.scoring.remote.actor import MARK, Done, Health, RewardActor, Scoring
+from posttrain.scoring.remote.actor import MARK, Health, RewardActor
+from posttrain.scoring.remote.messages import Scoring, pack_scorings, scoring_of, unpack_done
 
 PLACE_S = 180.0
 CLOSE_S = 10.0
@@ -49,13 +49,12 @@ class ActorLife:
         self._process: psutil.Process | None = None
         self._serving: asyncio.Task[None] | None = None
         self._lane: Lane[Scoring, tuple[bytes, Health]] = Lane(
-            # Pickled here, once: Ray's own pickler asks Python about each record.
-            lambda scorings: self._actor.submit.remote(pickle.dumps(scorings)),
+            lambda scorings: self._actor.submit.remote(pack_scorings(scorings)),
             lambda: self._actor.collect.remote(COLLECT_S),
             lambda collected: self._take(*collected),
             deadline_s=deadline_s,
             name=lambda: "it",
-            refused=lambda scorings, error: self._resolve((key, error) for key, _ in scorings),
+            refused=lambda scorings, error: self._fail((scoring.key for scoring in scorings), error),
         )
         self._scoring: dict[int, asyncio.Future[list[Scored]]] = {}
         self._num_scorings = 0
@@ -105,7 +104,7 @@ class ActorLife:
         self._num_scorings += 1
         key = self._num_scorings
         done = self._scoring[key] = asyncio.get_running_loop().create_future()
-        self._lane.send((key, pairs))
+        self._lane.send(scoring_of(key, pairs))
         try:
             return await done
         finally:
@@ -145,22 +144,27 @@ class ActorLife:
             await self._lane.serve()
         except Exception as error:
             if not is_loss(error):  # a defect of the actor's own code, for whoever waits for its scores
-                self._resolve((key, error) for key in self._scoring)
+                self._fail(list(self._scoring), error)
             self._lose(_reason_of_loss(error))
 
     def _take(self, answered: bytes, health: Health) -> None:
         self.health = health
-        self._resolve(pickle.loads(answered))
+        for done in unpack_done(answered):
+            if done.error:
+                self._fail([done.key], StageError(f"the reward actor could not score: {done.error}"))
+            elif (waiting := self._waiting(done.key)) is not None:
+                waiting.set_result(done.scores)
 
-    def _resolve(self, done: Iterable[Done]) -> None:
-        for key, scores in done:
-            waiting = self._scoring.get(key)
-            if waiting is None or waiting.done():  # its caller gave up
-                continue
-            if isinstance(scores, Exception):
-                waiting.set_exception(scores)
-            else:
-                waiting.set_result(scores)
+    def _fail(self, keys: Iterable[int], error: Exception) -> None:
+        """Whoever waits for these scores gets the error."""
+        for key in keys:
+            if (waiting := self._waiting(key)) is not None:
+                waiting.set_exception(error)
+
+    def _waiting(self, key: int) -> asyncio.Future[list[Scored]] | None:
+        """What the caller of a scoring waits for; None where it gave up."""
+        waiting = self._scoring.get(key)
+        return None if waiting is None or waiting.done() else waiting
 
     def _lose(self, reason: str, is_empty: bool = False) -> None:
         """Nothing of the actor is left alive: a frozen one is deaf to Ray, and does not end its own processes.
@@ -172,7 +176,7 @@ class ActorLife:
         if self.is_lost:
             return
         self._lost.set_result(reason)
-        self._resolve((key, ActorLostError(reason)) for key in self._scoring)
+        self._fail(list(self._scoring), ActorLostError(reason))
         if self._process is not None and not is_empty:
             with contextlib.suppress(psutil.Error):
                 self._process.kill()  # of this very process: psutil knows a number that was given to another
