@@ -36,6 +36,9 @@ from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.loop.controller import Controller, Parts
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.records import DrawnPrompt, make_group
+from posttrain.rl.training.protocol import StepResult
+from posttrain.rl.training.samples import TrainSample
+from posttrain.sampling.manifests import WeightManifest
 from posttrain.sampling.requests import Completion, Piece, SampleRequest
 from posttrain.scoring.remote.client import RewardClient
 
@@ -83,19 +86,19 @@ class PreparedEngine:
 
 
 class ReadyTrainer:
-    """In the place of a `RankGroup`: a step takes no time, or as long as `held` says."""
+    """In the place of a `TrainerClient`: a step takes no time, or as long as `held` says."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, float]] = []  # wall and processor time of this process, at each step
         self.held: asyncio.Event | None = None
 
-    async def call(self, method: str, *arguments: Any) -> Any:
+    async def async_step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
         if self.held is not None:
             await self.held.wait()
         await asyncio.sleep(0)
         self.times.append((time.perf_counter(), time.process_time()))
         now = time.time()
-        return {"metrics": {}, "began": now, "ended": now, "nonfinite": None, "manifest": {}}
+        return StepResult({}, WeightManifest("none", step + 1, 0, "none", ()), now, now)
 
 
 def settings(batch: int, staleness: int, steps: int) -> RlConfig:

@@ -56,10 +56,10 @@ from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.eval.config import EvalConfig
 from posttrain.files import read_jsonl
-from posttrain.parallel.ranks import RankGroup
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.rl.config import RlConfig
 from posttrain.rl.history.replay import recorded_steps, weight_gaps
+from posttrain.rl.training.client import TrainerClient
 
 HERE = Path(__file__).parent
 SEEDS = tuple(int(seed) for seed in os.environ.get("TRL_SEEDS", "0,1,2").split(","))
@@ -226,7 +226,6 @@ def dense_base(folder: Path) -> tuple[Path, dict[str, Path]]:
 def train_ours(folder: Path, model: Path, prompts: Path, seed: int) -> Training:
     """The stage as it is; its policies are made afterwards, by doing its steps again from what it recorded."""
     from posttrain.rl.stage import run
-    from posttrain.rl.training.trainer import PolicyTrainer
 
     given = {"model": _served(model), "prompts": {"path": str(prompts)}, "reward": {"name": "puzzles"}}
     config = validate_config(RlConfig, {**OURS, **given}, "benchmark")
@@ -238,19 +237,19 @@ def train_ours(folder: Path, model: Path, prompts: Path, seed: int) -> Training:
         events = list(read_jsonl(context.events))
         began = next(event["t"] for event in events if event["event"] == "profile")
         ended = [event["end"] for event in events if event["event"] == "busy" and event["what"] == "train"]
-        trainer = RankGroup(config.parallel, config.resources.trainer, PolicyTrainer, config, seed)
+        trainer = TrainerClient(config, seed)
         points = []
         every = -(-config.steps // MAX_POINTS)
         try:
             for recorded in recorded_steps(folder):
-                trainer.get("step", recorded.samples, recorded.step)
+                trainer.step(recorded.samples, recorded.step)
                 step = recorded.step + 1
                 if step % every == 0 or step == config.steps:
                     path = folder / f"step_{step}"
-                    trainer.get("save", str(path))
+                    trainer.save(path)
                     points.append({"step": step, "seconds": ended[step - 1] - began, "model": path})
         finally:
-            trainer.close(last="close")
+            trainer.close()
     if weight_gaps(folder / "model", points[-1]["model"]):
         raise StageError("our steps, done again, gave other weights than the run")
     generated = [line["tokens_generated"] for line in read_jsonl(folder / "metrics.jsonl")]

@@ -45,7 +45,7 @@ def weight_update(size: str) -> tuple[float, dict[str, float]]:
                 began = time.perf_counter()
                 manifest = shared.publish(specs, iter(weights.values()), 2 * turn)  # even: one segment is enough
                 published = time.perf_counter()
-                paused, resumed = ray.get(engine.update_weights.remote(manifest.to_json(), 2 * turn))
+                paused, resumed = ray.get(engine.update_weights.remote(manifest, 2 * turn))
                 times["update"].append(1e3 * (time.perf_counter() - began))
                 times["publish"].append(1e3 * (published - began))
                 times["pause"].append(1e3 * (resumed - paused))

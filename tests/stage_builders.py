@@ -478,10 +478,12 @@ def rl_trainer_deadline(config: Any) -> Any:
     """How long the trainer's ranks may take for a call; they are not started."""
     from unittest.mock import patch
 
-    from posttrain.rl import stage
+    from posttrain.rl.training import client
 
-    with patch.object(stage, "RankGroup", lambda *_, **given: given["deadline_s"]):
-        return stage._start_trainer(config, 0)
+    asked: dict[str, Any] = {}
+    with patch.object(client, "RankGroup", lambda *_, **given: asked.update(given)):
+        client.TrainerClient(config, 0)
+    return asked["deadline_s"]
 
 
 def rl_judge(config: Any) -> Any:
@@ -506,9 +508,10 @@ def rl_judge(config: Any) -> Any:
 def rl_stops(config: Any) -> Any:
     """Why training stops after so many updates in a row that were left out."""
     from posttrain.rl.training.evidence import stop_reason
+    from posttrain.rl.training.protocol import SkippedUpdate
 
-    found = {"step": 7, "loss": "nan", "grad_norm": "nan"}
-    return [stop_reason(config, {**found, "skipped_in_a_row": skipped}) for skipped in range(1, 12)]
+    found = SkippedUpdate(7, 7, 1e-5, "nan", "nan", [], skipped_in_a_row=1)
+    return [stop_reason(config, msgspec.structs.replace(found, skipped_in_a_row=skipped)) for skipped in range(1, 12)]
 
 
 def rl_rescoring(config: Any) -> Any:

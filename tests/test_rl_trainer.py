@@ -11,6 +11,7 @@ import pytest
 import ray.cloudpickle
 import torch
 from closeness import assert_as_exact, assert_trained_as_exact, float64_inside
+from msgspec import to_builtins
 from msgspec.structs import replace
 from rollout_records import reply_sample
 from tiny_policy import save_tiny_policy
@@ -22,9 +23,12 @@ from posttrain.model.load import load_model
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
 from posttrain.rl.losses import LOSSES, LossInputs, batch_share
+from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.evidence import keep_evidence, read_batch, stop_reason
+from posttrain.rl.training.protocol import SkippedUpdate
 from posttrain.rl.training.samples import TrainSample
 from posttrain.rl.training.trainer import PolicyTrainer, dealt
+from posttrain.sampling.manifests import Manifest, WeightManifest
 from posttrain.sampling.weights import open_weights
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks do not find the tests' folder
@@ -118,23 +122,23 @@ class Cases:
             results.append(trainer.step(batch(step), step))
             if step == 1:
                 trainer.save_checkpoint(f"{folder}/checkpoint", {"seen": 2})
-        weights = self._weights(results[-1]["manifest"])
+        weights = self._weights(results[-1].manifest)
         trainer.save(f"{folder}/model")
         broken = batch(0)
         broken[3] = replace(broken[3], advantage=math.inf)
         skipped = trainer.step(broken, STEPS - 1)
-        unchanged = self._weights(skipped["manifest"])
+        unchanged = self._weights(skipped.manifest)
         again = trainer.step(broken, STEPS - 1)
         good = trainer.step(batch(0), STEPS - 1)
-        after = self._weights(good["manifest"])
+        after = self._weights(good.manifest)
         third = trainer.step(broken, STEPS - 1)
         trainer.close()
         trainer._engine.destroy()
         return {
-            "metrics": [result["metrics"] for result in results],
+            "metrics": [result.metrics for result in results],
             "weights": weights,
-            "skipped": skipped["metrics"],
-            "nonfinite": [result["nonfinite"] for result in (skipped, again, good, third)],
+            "skipped": skipped.metrics,
+            "nonfinite": [result.nonfinite for result in (skipped, again, good, third)],
             "after": after,
             "unchanged": all(weights[name].equal(unchanged[name]) for name in weights),
             "report": trainer.report(),
@@ -146,10 +150,10 @@ class Cases:
         for config in configs:
             trainer = PolicyTrainer(config, 0)
             results = [trainer.step(batch(step), step) for step in range(STEPS)]
-            weights = self._weights(results[-1]["manifest"])
+            weights = self._weights(results[-1].manifest)
             trainer.close()
             trainer._engine.destroy()
-            found.append({"metrics": [result["metrics"] for result in results], "weights": weights})
+            found.append({"metrics": [result.metrics for result in results], "weights": weights})
         return found
 
     def resume(self, config: RlConfig, folder: str) -> dict[str, Any]:
@@ -157,15 +161,19 @@ class Cases:
         state = trainer.load_checkpoint(f"{folder}/checkpoint")
         for step in range(trainer.policy_version, STEPS):
             result = trainer.step(batch(step), step)
-        weights = self._weights(result["manifest"])
-        after = self._weights(trainer.step(batch(0), STEPS - 1)["manifest"])
+        weights = self._weights(result.manifest)
+        after = self._weights(trainer.step(batch(0), STEPS - 1).manifest)
         trainer.close()
         trainer._engine.destroy()
         return {"state": state, "weights": weights, "after": after}
 
     @staticmethod
-    def _weights(manifest: dict[str, Any] | None) -> dict[str, torch.Tensor]:
-        return {name: value.clone() for name, value in open_weights(manifest)} if manifest else {}
+    def _weights(manifest: Manifest | None) -> dict[str, torch.Tensor]:
+        return (
+            {name: value.clone() for name, value in open_weights(manifest)}
+            if isinstance(manifest, WeightManifest)
+            else {}
+        )
 
 
 def layout(expert: int, zero: int) -> dict[str, int]:
@@ -238,11 +246,11 @@ def test_an_infinite_loss_changes_no_weight(trained, expert, zero):
     assert "loss" not in result["skipped"]
     first, second, good, third = result["nonfinite"]
     assert good is None
-    assert [found["skipped_in_a_row"] for found in (first, second, third)] == [1, 2, 1]
-    assert first["policy_version"] == STEPS
-    assert 3 in first["samples"]
-    assert len(first["samples"]) < 7  # of a micro-batch, wherever it was trained
-    json.dumps(first, allow_nan=False)
+    assert [found.skipped_in_a_row for found in (first, second, third)] == [1, 2, 1]
+    assert first.policy_version == STEPS
+    assert 3 in first.samples
+    assert len(first.samples) < 7  # of a micro-batch, wherever it was trained
+    json.dumps(to_builtins(first), allow_nan=False)
 
 
 @pytest.mark.slow
@@ -340,8 +348,8 @@ def test_figures_of_a_batch_are_those_of_all_its_tokens(trained, model):
 def test_when_training_stops_for_updates_that_were_left_out():
     def stops(**changes: Any) -> list[bool]:
         config = make_config("unused", **changes)
-        found = {"step": 3, "loss": "nan", "grad_norm": "nan"}
-        return [stop_reason(config, {**found, "skipped_in_a_row": skipped}) is not None for skipped in range(1, 7)]
+        found = SkippedUpdate(3, 3, 1e-2, "nan", "nan", [], skipped_in_a_row=1)
+        return [stop_reason(config, replace(found, skipped_in_a_row=skipped)) is not None for skipped in range(1, 7)]
 
     assert stops() == [False, False, False, False, True, True]
     assert stops(max_skipped=2) == [False, True, True, True, True, True]
@@ -355,15 +363,15 @@ def test_a_step_that_was_left_out_can_be_run_again_from_its_evidence(ray_session
     broken[3] = replace(broken[3], advantage=math.inf)
     broken[5] = replace(broken[5], ref_logprobs=(), sampler_logprobs=(math.nan, *broken[5].sampler_logprobs[1:]))
     broken = [replace(sample, ref_logprobs=()) for sample in broken]
-    group = RankGroup(ParallelConfig(), TrainerResources(cpus=0.25), PolicyTrainer, config, 0)
+    trainer = TrainerClient(config, 0)
     try:
-        group.get("step", batch(1), 0)
-        result = group.get("step", broken, 1)
+        trainer.step(batch(1), 0)
+        result = trainer.step(broken, 1)
         with pytest.raises(StageError, match=r"step 1: the loss is (nan|inf|-inf).*on_nonfinite is stop.*step_1.json"):
-            asyncio.run(keep_evidence(config, tmp_path, group, 1, broken, result["nonfinite"]))
-        asyncio.run(keep_evidence(config, tmp_path, group, 2, broken, None))
+            asyncio.run(keep_evidence(config, tmp_path, trainer, samples=broken, nonfinite=result.nonfinite))
+        asyncio.run(keep_evidence(config, tmp_path, trainer, samples=broken, nonfinite=None))
     finally:
-        group.close("close")
+        trainer.close()
     evidence = tmp_path / "evidence"
     assert sorted(path.name for path in evidence.iterdir()) == ["step_1.json", "step_1.parquet", "step_1_model"]
     kept = read_batch(evidence / "step_1.json")
@@ -371,15 +379,16 @@ def test_a_step_that_was_left_out_can_be_run_again_from_its_evidence(ray_session
     found = json.loads((evidence / "step_1.json").read_text())
     assert {3, 5} <= set(found["samples"])
     again_config = make_config(str(evidence / "step_1_model"))
-    group = RankGroup(ParallelConfig(), TrainerResources(cpus=0.25), PolicyTrainer, again_config, 0)
+    trainer = TrainerClient(again_config, 0)
     try:
-        again = group.get("step", kept, found["step"])["nonfinite"]
-        good = group.get("step", [kept[index] for index in range(7) if index not in found["samples"]], found["step"])
+        again = trainer.step(kept, found["step"]).nonfinite
+        good = trainer.step([kept[index] for index in range(7) if index not in found["samples"]], found["step"])
     finally:
-        group.close("close")
+        trainer.close()
+    assert again is not None
     same = ("loss", "grad_norm", "samples", "learning_rate")
-    assert {name: again[name] for name in same} == {name: found[name] for name in same}
-    assert good["nonfinite"] is None
+    assert {name: getattr(again, name) for name in same} == {name: found[name] for name in same}
+    assert good.nonfinite is None
 
 
 def test_every_rank_gets_as_many_forwards_and_every_sample_once(tmp_path):

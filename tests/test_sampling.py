@@ -10,6 +10,7 @@ import torch
 
 from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
 from posttrain.context import StageContext
+from posttrain.sampling.manifests import FolderWeights, GpuManifest, from_plain, to_plain
 from posttrain.sampling.requests import EngineLostError, SampleRequest
 from posttrain.sampling.weights import SharedWeights, TensorSpec, WeightTransferError, open_weights
 
@@ -38,7 +39,7 @@ def test_published_weights_arrive_exactly(tmp_path):
     }
     shared = SharedWeights(tmp_path)
     manifest = publish(shared, sent, 3)
-    received = dict(open_weights(manifest.to_json()))
+    received = dict(open_weights(manifest))
     assert list(received) == list(sent)
     for name, tensor in sent.items():
         assert received[name].dtype == tensor.dtype
@@ -50,7 +51,7 @@ def test_published_weights_arrive_exactly(tmp_path):
 def test_next_version_does_not_overwrite_what_is_being_read(tmp_path):
     shared = SharedWeights(tmp_path)
     first = publish(shared, {"w": torch.full((1000,), 1.0)}, 1)
-    reading = dict(open_weights(first.to_json()))
+    reading = dict(open_weights(first))
     publish(shared, {"w": torch.full((1000,), 2.0)}, 2)
     assert torch.equal(reading["w"], torch.full((1000,), 1.0))
 
@@ -72,7 +73,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert len(list(tmp_path.iterdir())) == 3
     SharedWeights(tmp_path)
     assert [str(path) for path in tmp_path.iterdir()] == [manifest.path]
-    assert dict(open_weights(manifest.to_json()))["w"].equal(torch.ones(3))
+    assert dict(open_weights(manifest))["w"].equal(torch.ones(3))
 
 
 def test_damaged_weights_are_refused(tmp_path):
@@ -82,10 +83,10 @@ def test_damaged_weights_are_refused(tmp_path):
         segment.seek(400)
         segment.write(b"\xff")
     with pytest.raises(WeightTransferError, match=r"policy version 5 from process \d+ on .*: tensor w has checksum"):
-        list(open_weights(manifest.to_json()))
+        list(open_weights(manifest))
     shared.close()
     with pytest.raises(WeightTransferError, match="is gone"):
-        list(open_weights(manifest.to_json()))
+        list(open_weights(manifest))
 
 
 def test_the_tensor_that_differs_is_named(tmp_path):
@@ -96,7 +97,7 @@ def test_the_tensor_that_differs_is_named(tmp_path):
         segment.write(b"\xff")
     notes = []
     with pytest.raises(WeightTransferError, match="tensor b has checksum"):
-        next(open_weights(manifest.to_json(), notes.append))  # before anything is loaded
+        next(open_weights(manifest, notes.append))  # before anything is loaded
     assert notes == ["the checksum of tensor a", "the checksum of tensor b"]
 
 
@@ -187,7 +188,7 @@ def test_nccl_manifests_are_what_vllm_takes():
         NCCLWeightTransferEngine,
     )
 
-    from posttrain.sampling.transfer import GpuManifest, GpuWeights, _Client, _source, open_update, source_for
+    from posttrain.sampling.transfer import GpuWeights, _Client, _source, open_update, source_for
 
     weights = GpuWeights("nccl", 5, 1.0)
     info = weights.init_info()
@@ -197,12 +198,14 @@ def test_nccl_manifests_are_what_vllm_takes():
     assert WeightTransferTrainerFactory._registry[info.backend]() is NCCLTrainerWeightTransferEngine
     assert WeightTransferEngineFactory._registry["nccl"]() is NCCLWeightTransferEngine
     assert isinstance(_Client(), VLLMWeightSyncClient)
-    manifest = GpuManifest("nccl", 3, "trainer", weights.manifest_init(), weights.update_names(SPECS)).to_json()
-    source = source_for(json.loads(json.dumps(manifest)), 1, 2)
+    manifest = GpuManifest("nccl", 3, "trainer", weights.manifest_init(), weights.update_names(SPECS))
+    source = source_for(manifest, 1, 2)
+    source = from_plain(json.loads(json.dumps(to_plain(source))))
+    assert isinstance(source, GpuManifest)
     worker = object.__new__(NCCLWeightTransferEngine)  # its constructor needs a model; parsing does not
-    init = worker.parse_init_info(source["init"])
+    init = worker.parse_init_info(source.init)
     assert init.rank_offset == 3  # the trainer, then two GPUs of the first engine
-    assert worker_init_payload(init).items() >= source["init"].items()
+    assert worker_init_payload(init).items() >= source.init.items()
     update = worker.parse_update_info(open_update(source))
     assert update.names == list(NAMED)
     assert update.shapes == [[3, 5], [7]]
@@ -226,7 +229,7 @@ def test_ipc_manifests_are_what_vllm_takes():
         IPCWeightTransferEngine,
     )
 
-    from posttrain.sampling.transfer import GpuManifest, GpuWeights, _source, open_update
+    from posttrain.sampling.transfer import GpuWeights, _source, open_update
 
     weights = GpuWeights("ipc", 2, 30.0)
     info = weights.init_info()
@@ -238,12 +241,13 @@ def test_ipc_manifests_are_what_vllm_takes():
     sender.client, sender.is_sender, sender.gpu_uuid = weights.client, True, "GPU-0"
     thread = threading.Thread(target=sender._send_unpacked, args=(_source(weights),), daemon=True)
     thread.start()
-    manifest = GpuManifest("ipc", 3, "trainer", weights.manifest_init(), weights.handles()).to_json()
+    manifest = GpuManifest("ipc", 3, "trainer", weights.manifest_init(), weights.handles())
     weights.client.taken.set()
     thread.join(30)
-    source = json.loads(json.dumps(manifest))
+    source = from_plain(json.loads(json.dumps(to_plain(manifest))))
+    assert isinstance(source, GpuManifest)
     worker = object.__new__(IPCWeightTransferEngine)
-    assert worker.parse_init_info(source["init"]).packed is info.packed
+    assert worker.parse_init_info(source.init).packed is info.packed
     update = worker.parse_update_info(open_update(source))
     assert update.names == list(NAMED)
     assert [list(handle) for handle in update.ipc_handles] == [["GPU-0"], ["GPU-0"]]
@@ -341,7 +345,7 @@ def test_reload_repair_is_needed_and_sufficient(ray_session, models, tmp_path):
     try:
         ray.get(actor.start.remote())
         before, _, _ = ray.get(actor.generate.remote(GREEDY))
-        ray.get(actor.update_weights.remote({"folder": model.path}, 1))
+        ray.get(actor.update_weights.remote(FolderWeights(model.path), 1))
         after, _, _ = ray.get(actor.generate.remote(GREEDY))
         damaged = publish(SharedWeights(tmp_path), {"a": torch.ones(9), "w": torch.ones(9)}, 2)
         with open(damaged.path, "r+b") as segment:
@@ -349,7 +353,7 @@ def test_reload_repair_is_needed_and_sufficient(ray_session, models, tmp_path):
             segment.write(b"\xff")
         where = "engine unrepaired, policy version 1: the update to policy version 2, at the checksum of tensor w"
         with pytest.raises(EngineLostError, match=f"{where}, failed.* tensor w has checksum"):
-            ray.get(actor.update_weights.remote(damaged.to_json(), 2))
+            ray.get(actor.update_weights.remote(damaged, 2))
     finally:
         ray.kill(actor)
     gap = max(
@@ -376,7 +380,7 @@ def test_update_in_flight_is_recorded_token_by_token(ray_session, models, tmp_pa
     async def sample_and_update(actor):
         sampling = asyncio.ensure_future(actor.generate.remote(requests))
         await asyncio.sleep(0.4)
-        began, ended = await actor.update_weights.remote({"folder": models[1].path}, 1)
+        began, ended = await actor.update_weights.remote(FolderWeights(models[1].path), 1)
         completions, _, _ = await sampling
         return completions, ended - began
 
@@ -386,7 +390,7 @@ def test_update_in_flight_is_recorded_token_by_token(ray_session, models, tmp_pa
             straddling = [reply for group in completions for reply in group if len(reply.versions) == 2]
             if len(straddling) >= 10:
                 break
-            ray.get(engines.actors[0].update_weights.remote({"folder": models[0].path}, 0))
+            ray.get(engines.actors[0].update_weights.remote(FolderWeights(models[0].path), 0))
     stop_registry()
     assert len(straddling) >= 10
     policies = [load_model(model.path) for model in models]

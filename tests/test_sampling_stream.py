@@ -13,6 +13,7 @@ import torch
 from posttrain.config.shared import EngineConfig, ServedModelConfig
 from posttrain.records import VersionSpan
 from posttrain.sampling.engine import EngineActor
+from posttrain.sampling.manifests import FolderWeights
 from posttrain.sampling.requests import EngineLostError, SampleRequest
 from posttrain.sampling.stream import join_spans, spans_between
 
@@ -163,7 +164,7 @@ def test_an_update_in_flight_is_labelled_in_the_pieces(engines, models):
         async def update_once(pieces):
             nonlocal update
             if update is None and pieces:
-                update = engines[0].update_weights.remote({"folder": models[1]}, 1)
+                update = engines[0].update_weights.remote(FolderWeights(models[1]), 1)
 
         replies = await collect(engines[0], 4 * len(requests), on_pieces=update_once)
         began, ended = await update
@@ -261,7 +262,7 @@ def test_five_updates_in_flight_leave_the_engine_as_freshly_loaded(engines, mode
                 named = load_file(f"{models[version]}/model.safetensors")
                 specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named.items()]
                 manifest = shared.publish(specs, named.values(), version)
-                await engines[0].update_weights.remote(manifest.to_json(), version)
+                await engines[0].update_weights.remote(manifest, version)
 
         return await collect(engines[0], 4 * len(requests), on_pieces=update)
 
@@ -343,13 +344,13 @@ def test_kept_caches_do_not_leak_into_new_requests(engines, models):
 
     async def run():
         update = None
-        await engines[0].update_weights.remote({"folder": models[4]}, 6)
+        await engines[0].update_weights.remote(FolderWeights(models[4]), 6)
         await engines[0].submit.remote(requests)
 
         async def update_once(pieces):
             nonlocal update
             if update is None and pieces:
-                update = engines[0].update_weights.remote({"folder": models[5]}, 7, kv="keep")
+                update = engines[0].update_weights.remote(FolderWeights(models[5]), 7, kv="keep")
 
         replies = await collect(engines[0], 3 * len(requests), on_pieces=update_once)
         await update
@@ -390,7 +391,7 @@ async def lost(actor, key):
     with pytest.raises(EngineLostError):
         await actor.generate.remote([SampleRequest(PROMPTS[0])])
     with pytest.raises(EngineLostError):
-        await actor.update_weights.remote({"folder": "nowhere"}, 9)
+        await actor.update_weights.remote(FolderWeights("nowhere"), 9)
     return pieces, str(error.value)
 
 

@@ -18,7 +18,6 @@ from posttrain.errors import TrainerLostError
 from posttrain.files import keep_lines
 from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
 from posttrain.parallel.engine import check_parallel
-from posttrain.parallel.ranks import RankGroup
 from posttrain.records import Message, Prompt, Row
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import passes_and_failures
@@ -48,6 +47,7 @@ from posttrain.rl.prompts.profile import Difficulty, drawn_rows, profile_prompts
 from posttrain.rl.prompts.quotas import mixture_shares
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.records import DrawnPrompt, GroupState
+from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.reference import Reference, check_reference
 from posttrain.sampling.client import Engines
 
@@ -72,13 +72,13 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     with ExitStack() as models:
         engines = models.enter_context(Engines(context, config.model, config.engine, config.resources.rollout))
         judge = _start_judge(config, prepared, context, models)
-        trainer = _start_trainer(config, context.seed)  # beside the profile
+        trainer = TrainerClient(config, context.seed)  # beside the profile
         try:
             order = list(prompts)
             random.Random(context.seed).shuffle(order)
             difficulties = profile_prompts(config, context, engines, order, stop_ids, judge)
         except BaseException:
-            trainer.close()
+            trainer.close(at_once=True)
             raise
         selected = select_band(difficulties, rows, config.profile.band)
         shares = mixture_shares(selected, config.mixture)
@@ -101,8 +101,8 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
                     if not left:
                         raise
                     context.event("trainer_restarted", reason=str(error), restarts_left=left - 1)
-                    trainer.close()
-                    trainer = _start_trainer(config, context.seed)
+                    trainer.close(at_once=True)
+                    trainer = TrainerClient(config, context.seed)
             outputs = {
                 "profiled_prompts": len(difficulties),
                 "selected_prompts": len(selected),
@@ -115,7 +115,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
             return outputs
         finally:
             ledger.close()
-            trainer.close(last="close")
+            trainer.close()
             if reference is not None:
                 reference.close()
 
@@ -149,21 +149,6 @@ def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[D
     return prompts
 
 
-def _start_trainer(config: RlConfig, seed: int) -> RankGroup:
-    from posttrain.rl.training.trainer import PolicyTrainer
-
-    return RankGroup(
-        config.parallel,
-        config.resources.trainer,
-        PolicyTrainer,
-        config,
-        seed,
-        deadline_s=config.trainer_deadline_s,
-        name="the trainer",
-        lost=TrainerLostError,
-    )
-
-
 def _start_judge(
     config: RlConfig, prepared: PreparedJudge | None, context: StageContext, models: ExitStack
 ) -> Judge | None:
@@ -192,19 +177,19 @@ def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], folder: P
 def _train(config: RlConfig, context: StageContext, parts: Parts, prompts: list[DrawnPrompt]) -> dict[str, Any]:
     """From the last commit to the last step, and the policy's folder."""
     first_step, left = _resume(config, context, parts)
-    manifest = parts.trainer.get("publish")
+    manifest = parts.trainer.publish()
     parity = check_engine_parity(config, parts.engines, parts.trainer, prompts, parts.stop_ids, manifest, first_step)
     context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
     controller = Controller(config, context, parts, manifest, first_step, left)
     asyncio.run(controller.run())
     controller.finish()
-    parts.trainer.get("save", str(context.dir / MODEL))
+    parts.trainer.save(context.dir / MODEL)
     return {
         "model": str(context.dir / MODEL),
         "rollouts": str(context.dir / "rollouts"),
         "steps": config.steps,
         "parity_mean_gap": parity.mean_gap,
-        **parts.trainer.get("report"),
+        **parts.trainer.report(),
     }
 
 
@@ -217,7 +202,7 @@ def _resume(config: RlConfig, context: StageContext, parts: Parts) -> tuple[int,
     state: dict[str, Any] = {"seq": 0, "next_order": 0}
     first_step = 0
     if checkpoint is not None:
-        state = parts.trainer.get("load_checkpoint", str(checkpoint))
+        state = parts.trainer.load_checkpoint(checkpoint)
         first_step = version_of(checkpoint)
         source.restore(state["source"])
     undone = ledger.roll_back(first_step)

@@ -17,6 +17,7 @@ from posttrain.config.shared import ActorResources, EngineConfig, ServedModelCon
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import MissingDependencyError, StageError
 from posttrain.model.folder import check_folder
+from posttrain.sampling.manifests import FolderWeights
 from posttrain.sampling.registry import start_registry
 from posttrain.sampling.requests import Completion, EngineLostError, SampleRequest
 
@@ -101,11 +102,12 @@ class Engines:
     async def _prepare(self, index: int, is_new: bool) -> None:
         """Start a new engine, or load the model's weights into a warm one. One that was lost is replaced."""
         name, actor = self.names[index], self.actors[index]
+        source = FolderWeights(self._model.path)
         try:
             if is_new:
                 await actor.start.remote()
             else:
-                await self._await_engine(actor, actor.update_weights.remote({"folder": self._model.path}, 0), name)
+                await self._await_engine(actor, actor.update_weights.remote(source, 0), name)
         except Exception as error:
             if not is_loss(error):
                 raise

@@ -24,6 +24,7 @@ from posttrain.compat import vllm as compat
 from posttrain.config.shared import EngineConfig, ServedModelConfig
 from posttrain.errors import StageError
 from posttrain.records import FinishReason, VersionSpan
+from posttrain.sampling.manifests import WeightSource, to_plain
 from posttrain.sampling.progress import Progress
 from posttrain.sampling.requests import Completion, Piece, SampleRequest
 from posttrain.sampling.stream import Outbox, Reply, finish_reason_of
@@ -373,11 +374,11 @@ class EngineActor:
     # ------------------------------------------------------------------ weights
 
     async def update_weights(
-        self, source: dict[str, Any], policy_version: int, kv: Literal["recompute", "keep"] = "recompute"
+        self, source: WeightSource, policy_version: int, kv: Literal["recompute", "keep"] = "recompute"
     ) -> tuple[float, float]:
         """Swap in new weights between two steps; running requests go on under them.
 
-        source: `WeightManifest.to_json()`, or {"folder": path}. kv="recompute": the KV cache of running requests is
+        kv="recompute": the KV cache of running requests is
         computed again, so that every later token is exactly the new policy's. kv="keep": they go on with the KV cache
         of the old weights, and later tokens are of neither policy alone (the recorded log-probabilities are right in
         both cases). What is cached of finished prefixes is dropped in both, so that a request that comes later never
@@ -404,10 +405,10 @@ class EngineActor:
                 self._watch.heard()
             return began, time.time()
 
-    async def _load(self, source: dict[str, Any], policy_version: int) -> None:
+    async def _load(self, source: WeightSource, policy_version: int) -> None:
         """Wait for the workers to load `source`, as long as they get on from tensor to tensor."""
         deadline_s = self._engine_config.deadline_s
-        task = asyncio.ensure_future(self._alive(self._llm.collective_rpc("apply_weights", args=(source,))))
+        task = asyncio.ensure_future(self._alive(self._llm.collective_rpc("apply_weights", args=(to_plain(source),))))
         seen, since = self._progress.read(), time.monotonic()
         while True:
             await asyncio.wait({task}, timeout=look_every_s(deadline_s))

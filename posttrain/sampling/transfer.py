@@ -15,22 +15,15 @@ import queue
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+from msgspec.structs import replace
 
+from posttrain.sampling.manifests import GpuManifest, Manifest
 from posttrain.sampling.weights import SharedWeights, TensorSpec, WeightTransferError
 
-Backend = str  # "shm", "nccl" or "ipc"
-
-
-class Manifest(Protocol):
-    """What `publish` returns."""
-
-    def to_json(self) -> dict[str, Any]:
-        """What `EngineActor.update_weights` takes, after `source_for`."""
-        ...
+Backend = Literal["shm", "nccl", "ipc"]
 
 
 class Publisher(Protocol):
@@ -52,26 +45,11 @@ def make_publisher(backend: Backend, num_engines: int, tensor_parallel: int, dea
     return GpuWeights(backend, 1 + num_engines * tensor_parallel, deadline_s)
 
 
-def source_for(manifest: dict[str, Any], engine: int, tensor_parallel: int) -> dict[str, Any]:
+def source_for(manifest: Manifest, engine: int, tensor_parallel: int) -> Manifest:
     """The manifest as engine number `engine` (from 0) takes it: with nccl each of its GPUs has a rank of its own."""
-    if manifest.get("backend") != "nccl":
+    if not isinstance(manifest, GpuManifest) or manifest.backend != "nccl":
         return manifest
-    return {**manifest, "init": {**manifest["init"], "rank_offset": 1 + engine * tensor_parallel}}
-
-
-@dataclass(frozen=True)
-class GpuManifest:
-    """Describes one version. `init` and `update` are the fields of vLLM's init and update infos of `backend`."""
-
-    backend: str
-    policy_version: int
-    peer: str
-    init: dict[str, Any]
-    update: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dictionary for the way to the engine."""
-        return asdict(self)
+    return replace(manifest, init={**manifest.init, "rank_offset": 1 + engine * tensor_parallel})
 
 
 class _Client:
@@ -99,8 +77,8 @@ class _Client:
 class GpuWeights:
     """The trainer's end of nccl and ipc. world_size: the trainer's rank and all GPUs of the engines."""
 
-    def __init__(self, backend: Backend, world_size: int, deadline_s: float):
-        self.backend = backend
+    def __init__(self, backend: Literal["nccl", "ipc"], world_size: int, deadline_s: float):
+        self.backend: Literal["nccl", "ipc"] = backend
         self._deadline_s = deadline_s
         self._address, self._port = socket.gethostbyname(socket.gethostname()), _free_port()
         self._world_size = world_size
@@ -229,10 +207,10 @@ def _source(weights: GpuWeights) -> Any:
     return Source()
 
 
-def open_update(source: dict[str, Any]) -> dict[str, Any]:
+def open_update(manifest: GpuManifest) -> dict[str, Any]:
     """The fields of vLLM's update info from a manifest, in the engine's worker."""
-    update = source["update"]
-    if source["backend"] == "ipc":
+    update = manifest.update
+    if manifest.backend == "ipc":
         return {**update, "ipc_handles": pickle.loads(base64.b64decode(update["ipc_handles"]))}
     return update
 

@@ -27,6 +27,7 @@ from posttrain.compat.vllm import (
     repack_experts_on_reload,
     transfer_engine,
 )
+from posttrain.sampling.manifests import GpuManifest, from_plain
 from posttrain.sampling.progress import Progress
 from posttrain.sampling.transfer import open_update
 from posttrain.sampling.weights import open_weights
@@ -47,7 +48,7 @@ class ShmInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class ShmUpdateInfo(WeightTransferUpdateInfo):
-    """`source` is what `posttrain.sampling.weights.open_weights` takes."""
+    """`source`: a `WeightManifest` or `FolderWeights`, by `to_plain`."""
 
     source: dict[str, Any] = field(default_factory=dict)
 
@@ -68,7 +69,9 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     def receive_weights(self, update_info: ShmUpdateInfo, *args: Any, **kwargs: Any) -> None:
         """Load every tensor of the source; vLLM's own loader shards and fuses as for a checkpoint."""
         model: Any = self.model
-        model.load_weights(open_weights(update_info.source, note))
+        source = from_plain(update_info.source)
+        assert not isinstance(source, GpuManifest)
+        model.load_weights(open_weights(source, note))
 
     def finish_weight_update(self) -> None:
         """Bring the layers into the layout that the kernels read."""
@@ -108,25 +111,25 @@ class WorkerExtension:
     def apply_weights(self, source: dict[str, Any]) -> None:
         """One whole weight update: between two engine steps when generation is paused.
 
-        source: of `open_weights`, or `GpuManifest.to_json` (see posttrain/sampling/transfer.py).
+        source: a `WeightSource`, by `to_plain`.
         """
-        backend = source.get("backend", "shm")
-        with transfer_engine(self, None if backend == "shm" else self._engine_of(source)):
+        manifest = from_plain(source)
+        with transfer_engine(self, self._engine_of(manifest) if isinstance(manifest, GpuManifest) else None):
             self.start_weight_update()
-            self.update_weights({"source": source} if backend == "shm" else open_update(source))
+            self.update_weights(open_update(manifest) if isinstance(manifest, GpuManifest) else {"source": source})
             self.finish_weight_update()
 
-    def _engine_of(self, source: dict[str, Any]) -> Any:
+    def _engine_of(self, manifest: GpuManifest) -> Any:
         """vLLM's engine of another backend, made and introduced to the trainer when its first manifest comes."""
         engines = self.__dict__.setdefault("_transfer_engines", {})
-        peer = (source["backend"], source["peer"])
+        peer = (manifest.backend, manifest.peer)
         if peer not in engines:
-            note(f"the introduction to {source['peer']} by {source['backend']}")
-            config = WeightTransferConfig(backend=source["backend"])
+            note(f"the introduction to {manifest.peer} by {manifest.backend}")
+            config = WeightTransferConfig(backend=manifest.backend)
             engine = WeightTransferEngineFactory.create_engine(
                 config, self.vllm_config, self.device, self.model_runner.get_model()
             )
-            engine.init_transfer_engine(engine.parse_init_info(source["init"]))
+            engine.init_transfer_engine(engine.parse_init_info(manifest.init))
             engines[peer] = engine
         return engines[peer]
 

@@ -13,14 +13,14 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 
 from posttrain.errors import PosttrainError
+from posttrain.sampling.manifests import FolderWeights, TensorEntry, WeightManifest
 
 ALIGNMENT = 64
 PREFIX = "posttrain-weights-"
@@ -42,42 +42,6 @@ class TensorSpec:
     def num_bytes(self) -> int:
         """Size of the values."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """Where one tensor lies in a segment. `dtype` is torch's name without the prefix; `offset` is in bytes.
-
-    A stack of matrices lies there with each transposed, see `_write`. checksum: XXH3-64 of its bytes; a CRC-32 takes
-    three times as long as the copy, this half as long.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    checksum: int
-
-
-@dataclass(frozen=True, slots=True)
-class WeightManifest:
-    """Describes one published version. `peer` says who wrote it."""
-
-    path: str
-    policy_version: int
-    num_bytes: int
-    peer: str
-    tensors: tuple[TensorEntry, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dictionary for the way to the engine."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "WeightManifest":
-        """The inverse of `to_json`."""
-        tensors = tuple(TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["tensors"])
-        return cls(**{**data, "tensors": tensors})
 
 
 class SharedWeights:
@@ -179,20 +143,19 @@ def checksum(place: torch.Tensor) -> int:
 
 
 def open_weights(
-    source: dict[str, Any], note: Callable[[str], None] = lambda name: None
+    source: WeightManifest | FolderWeights, note: Callable[[str], None] = lambda name: None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) from a manifest (`WeightManifest.to_json`) or from {"folder": a Hugging Face folder}.
+    """Yield (name, tensor) from shared memory or a folder.
 
-    note: hears what is checked before anything is yielded.
+    note: is called with what is checked before anything is yielded.
     """
-    if "folder" in source:
-        yield from _open_folder(Path(source["folder"]))
+    if isinstance(source, FolderWeights):
+        yield from _open_folder(Path(source.folder))
     else:
         yield from _open_segment(source, note)
 
 
-def _open_segment(source: dict[str, Any], note: Callable[[str], None]) -> Iterator[tuple[str, torch.Tensor]]:
-    manifest = WeightManifest.from_json(source)
+def _open_segment(manifest: WeightManifest, note: Callable[[str], None]) -> Iterator[tuple[str, torch.Tensor]]:
     who = f"policy version {manifest.policy_version} from {manifest.peer}"
     try:
         descriptor = os.open(manifest.path, os.O_RDONLY)

@@ -15,12 +15,12 @@ from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError, StageError
-from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
 from posttrain.rl.history.archive import check_archive, recorded_rollout
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.history.recovery import SNAPSHOT, rl_stages
 from posttrain.rl.records import GroupState
+from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.samples import TrainSample, is_trained_on, train_sample
 
 
@@ -63,25 +63,23 @@ def replay(config: RlConfig, context: StageContext, source: Path) -> dict[str, A
 
     Returns figures: steps, batches_equal, weights_equal (None where the run has no model yet).
     """
-    from posttrain.rl.training.trainer import PolicyTrainer
-
     wanted = ledger_batches(source)
-    trainer = RankGroup(config.parallel, config.resources.trainer, PolicyTrainer, config, context.seed)
+    trainer = TrainerClient(config, context.seed)
     try:
         differ, steps = [], 0
         for recorded in recorded_steps(source):
             if list(recorded.group_ids) != wanted.get(recorded.step):
                 differ.append(recorded.step)
-            result = trainer.get("step", recorded.samples, recorded.step)
-            context.metrics(recorded.step, result["metrics"])
-            context.busy("trainer", "train", result["began"], result["ended"])
+            result = trainer.step(recorded.samples, recorded.step)
+            context.metrics(recorded.step, result.metrics)
+            context.busy("trainer", "train", result.began, result.ended)
             steps = recorded.step + 1
-            context.progress(steps, config.steps, "steps", {"loss": result["metrics"]["loss"]})
+            context.progress(steps, config.steps, "steps", {"loss": result.metrics["loss"]})
         if steps != len(wanted):
             differ += sorted(set(wanted) - set(range(steps)))
-        trainer.get("save", str(context.dir / "model"))
+        trainer.save(context.dir / "model")
     finally:
-        trainer.close(last="close")
+        trainer.close()
     found: dict[str, Any] = {"steps": steps, "batches_equal": not differ, "weights_equal": None}
     if steps == config.steps and (source / "model").is_dir():
         gaps = weight_gaps(source / "model", context.dir / "model")
@@ -111,9 +109,10 @@ def weight_gaps(one: Path, other: Path) -> dict[str, float]:
     """Largest absolute gap of each tensor that is not bit-equal in two model folders; inf where one lacks it."""
     import torch
 
+    from posttrain.sampling.manifests import FolderWeights
     from posttrain.sampling.weights import open_weights
 
-    first, second = dict(open_weights({"folder": str(one)})), dict(open_weights({"folder": str(other)}))
+    first, second = (dict(open_weights(FolderWeights(str(folder)))) for folder in (one, other))
     gaps = {name: float("inf") for name in first.keys() ^ second.keys()}
     for name in sorted(first.keys() & second.keys()):
         if first[name].shape != second[name].shape:

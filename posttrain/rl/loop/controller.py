@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import StageError
-from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.alarm import UnscoredAlarm
 from posttrain.rl.grading.groups import drop_reason, over_batch, passes_and_failures, score_group
@@ -43,10 +42,12 @@ from posttrain.rl.records import DrawnPrompt, Drop, DropReason, Group, LedgerEve
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.rl.rollouts.weights import update_calls
 from posttrain.rl.rollouts.workers import Flight, RolloutWorkers
+from posttrain.rl.training.client import TrainerClient, manifest_of
 from posttrain.rl.training.evidence import keep_evidence
 from posttrain.rl.training.reference import Reference, with_reference
 from posttrain.rl.training.samples import train_samples
 from posttrain.sampling.client import Engines
+from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.requests import NOTHING, Completion, SampleRequest
 from posttrain.sampling.rollouts import completion_of, reply_of
 
@@ -56,14 +57,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a controller moves records between. trainer holds `PolicyTrainer`s.
+    """What a controller moves records between.
 
     shares: of each capability in every batch. stop_ids: token ids that end a reply. heldout:
     prompts of `evaluation`. profile: of the prompts.
     """
 
     engines: Engines
-    trainer: RankGroup
+    trainer: TrainerClient
     reference: Reference | None
     source: PromptSource
     shares: Mapping[str, float]
@@ -86,7 +87,7 @@ class Controller:
         config: RlConfig,
         context: StageContext,
         parts: Parts,
-        manifest: dict[str, Any],
+        manifest: Manifest,
         first_step: int = 0,
         survivors: Sequence[Survivor] = (),
     ):
@@ -368,20 +369,19 @@ class Controller:
         self._next_version = step + 1
         self._drop_expired()  # the batch's places are free: generation goes on beside the step
         samples = train_samples(batch, step)
-        result = await self._beside(self._trainer.call("step", samples, step))
-        self._context.busy("trainer", "train", result["began"], result["ended"])
-        nonfinite = result["nonfinite"]
-        await keep_evidence(self._config, self._context.dir, self._trainer, step, samples, nonfinite)
+        result = await self._beside(self._trainer.async_step(samples, step))
+        self._context.busy("trainer", "train", result.began, result.ended)
+        await keep_evidence(self._config, self._context.dir, self._trainer, samples=samples, nonfinite=result.nonfinite)
         # Two segments are written in turn: the engines must have taken the last version before the next is written.
         await self._finish_update()
-        self._update = self._start(self._workers.update(result["manifest"], step + 1))
+        self._update = self._start(self._workers.update(manifest_of(result), step + 1))
         self._ledger.trained([scored.group.order for scored in batch], step)
         for scored in batch:
             self._archive.add(scored, step, step, "trained")
         self._archive.write(step)
         self._archived_seq = self._ledger.seq
         ages_s = [now - since for since in ready_since]
-        metrics = self._tally.values(step, batch, ages_s, now - waiting, result["metrics"])
+        metrics = self._tally.values(step, batch, ages_s, now - waiting, result.metrics)
         self._tell(step, {**metrics, **self._source.advance(step + 1, metrics["pass_rate"])})
         if self._checkpoint_is_due(step + 1):
             await self._checkpoint(step + 1)
@@ -409,7 +409,7 @@ class Controller:
 
         async def write() -> str:
             await self._ledger.snapshot(aside)
-            await self._trainer.call("save_checkpoint", str(folder), state)
+            await self._trainer.async_save_checkpoint(folder, state)
             aside.rename(folder / SNAPSHOT)
             return await asyncio.to_thread(folder_hash, folder)
 

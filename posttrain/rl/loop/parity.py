@@ -5,16 +5,16 @@ of reloading shows here too, before a step is trained.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from posttrain.errors import StageError
-from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
 from posttrain.rl.records import DrawnPrompt, make_group
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.rl.rollouts.weights import update_calls
+from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.samples import train_sample
 from posttrain.sampling.client import Engines
+from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.rollouts import reply_of
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
@@ -38,10 +38,10 @@ def allowed_gap(config: RlConfig) -> float:
 def check_engine_parity(
     config: RlConfig,
     engines: Engines,
-    trainer: RankGroup,
+    trainer: TrainerClient,
     prompts: list[DrawnPrompt],
     stop_ids: tuple[int, ...],
-    manifest: dict[str, Any],
+    manifest: Manifest,
     version: int,
 ) -> Parity:
     """Compare on a few prompts, with the weights of `manifest`; raises `StageError` where the mean gap is too large."""
@@ -59,7 +59,7 @@ def check_engine_parity(
             for index, (prompt, replies) in enumerate(zip(prompts[:PROMPTS], completions, strict=True))
         ]
         samples = [train_sample(rollout, version, 0.0) for group in groups for rollout in group.rollouts]
-        policy = trainer.get("logprobs", samples)
+        policy = trainer.logprobs(samples)
         gaps = [
             abs(ours - theirs)
             for sample, values in zip(samples, policy, strict=True)

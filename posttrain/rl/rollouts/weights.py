@@ -3,6 +3,7 @@
 from typing import Any
 
 from posttrain.rl.config import RlConfig
+from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.transfer import Publisher, make_publisher, source_for
 
 
@@ -12,9 +13,7 @@ def publisher(config: RlConfig) -> Publisher:
     return make_publisher(config.weights.backend, engines, config.engine.tensor_parallel, config.engine.deadline_s)
 
 
-def update_calls(
-    config: RlConfig, manifest: dict[str, Any], policy_version: int
-) -> list[list[tuple[int, dict[str, Any]]]]:
+def update_calls(config: RlConfig, manifest: Manifest, policy_version: int) -> list[list[tuple[int, dict[str, Any]]]]:
     """What `EngineActor.update_weights` is called with: (number of the engine, arguments) for each.
 
     Those of one inner list take the weights at the same time; the next list follows when all of them have.

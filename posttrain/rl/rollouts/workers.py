@@ -23,6 +23,7 @@ from posttrain.context import BusyLog, StageContext
 from posttrain.errors import StageError
 from posttrain.rl.records import DrawnPrompt, LedgerEvent
 from posttrain.sampling.client import Engines
+from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.requests import Completion, Piece, SampleRequest
 from posttrain.sampling.stream import join_spans
 
@@ -104,9 +105,9 @@ class RolloutWorkers:
         self,
         context: StageContext,
         engines: Engines,
-        manifest: dict[str, Any],
+        manifest: Manifest,
         version: int,
-        calls: Callable[[dict[str, Any], int], list[list[tuple[int, dict[str, Any]]]]],
+        calls: Callable[[Manifest, int], list[list[tuple[int, dict[str, Any]]]]],
         deadline_s: float,
         finished: Callable[[Flight, float], None],
         begun: Callable[[Flight], None],
@@ -191,13 +192,13 @@ class RolloutWorkers:
 
     # ------------------------------------------------------------------ weights
 
-    def update(self, manifest: dict[str, Any], version: int) -> Coroutine[Any, Any, None]:
+    def update(self, manifest: Manifest, version: int) -> Coroutine[Any, Any, None]:
         """Have every worker take a version; one that is being replaced takes it when it starts, one that is kept at
         its version when it is released."""
         self._newest = (manifest, version)  # set before anything is awaited: a replaced engine then loads this version
         return self._update_all(manifest, version)
 
-    async def _update_all(self, manifest: dict[str, Any], version: int) -> None:
+    async def _update_all(self, manifest: Manifest, version: int) -> None:
         for together in self._calls(manifest, version):
             await asyncio.gather(*(self._update(self.workers[index], arguments) for index, arguments in together))
 

@@ -10,44 +10,47 @@ only).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from posttrain.errors import StageError
-from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
+from posttrain.rl.training.client import TrainerClient
+from posttrain.rl.training.protocol import SkippedUpdate
 from posttrain.rl.training.samples import TrainSample
 
 
 async def keep_evidence(
     config: RlConfig,
     folder: Path,
-    trainer: RankGroup,
-    step: int,
+    trainer: TrainerClient,
+    *,
     samples: Sequence[TrainSample],
-    nonfinite: Mapping[str, Any] | None,
+    nonfinite: SkippedUpdate | None,
 ) -> None:
-    """Write what is known of step `step` below the stage's `folder`, if it was left out; `nonfinite` is its result's.
+    """Write what is known of a step below the stage's `folder`, if its update was left out.
+
+    samples: the step's batch. nonfinite: of the step's `StepResult`.
 
     Raises StageError, after saving the policy too, where `on_nonfinite` and `max_skipped` say to stop.
     """
     if nonfinite is None:
         return
-    path = write_evidence(folder, step, samples, nonfinite)
+    path = write_evidence(folder, samples, nonfinite)
     reason = stop_reason(config, nonfinite)
     if reason is not None:
-        await trainer.call("save", str(path.with_name(f"{path.stem}_model")))
+        await trainer.async_save(path.with_name(f"{path.stem}_model"))
         raise StageError(f"{reason}; {path} and its neighbours hold the batch and the policy")
 
 
-def stop_reason(config: RlConfig, nonfinite: Mapping[str, Any]) -> str | None:
+def stop_reason(config: RlConfig, nonfinite: SkippedUpdate) -> str | None:
     """Why training must stop after an update that was left out, or None to go on."""
-    skipped = nonfinite["skipped_in_a_row"]
+    skipped = nonfinite.skipped_in_a_row
     what = (
-        f"step {nonfinite['step']}: the loss is {nonfinite['loss']} and the gradient's norm {nonfinite['grad_norm']}, "
+        f"step {nonfinite.step}: the loss is {nonfinite.loss} and the gradient's norm {nonfinite.grad_norm}, "
         "so its update was left out"
     )
     if config.on_nonfinite == "stop":
@@ -57,7 +60,7 @@ def stop_reason(config: RlConfig, nonfinite: Mapping[str, Any]) -> str | None:
     return None
 
 
-def write_evidence(folder: Path, step: int, samples: Sequence[TrainSample], nonfinite: Mapping[str, Any]) -> Path:
+def write_evidence(folder: Path, samples: Sequence[TrainSample], nonfinite: SkippedUpdate) -> Path:
     """Write a step's batch and what is known of it under `folder`/evidence; returns the path of the JSON file.
 
     Values that are not finite are kept as they are.
@@ -65,11 +68,11 @@ def write_evidence(folder: Path, step: int, samples: Sequence[TrainSample], nonf
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = folder / "evidence" / f"step_{step}.json"
+    path = folder / "evidence" / f"step_{nonfinite.step}.json"
     path.parent.mkdir(exist_ok=True)
     rows = [msgspec.structs.asdict(sample) for sample in samples]
     pq.write_table(pa.Table.from_pylist(rows, schema=_schema(pa)), path.with_suffix(".parquet"))
-    path.write_text(json.dumps(nonfinite, indent=1) + "\n")
+    path.write_text(json.dumps(msgspec.to_builtins(nonfinite), indent=1) + "\n")
     return path
 
 

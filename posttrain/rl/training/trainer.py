@@ -32,7 +32,9 @@ from posttrain.rl.config import RlConfig
 from posttrain.rl.losses import LOSSES, LossInputs, LossOutputs, batch_share, ratio_of, reference_kl
 from posttrain.rl.rollouts.weights import publisher
 from posttrain.rl.training.policy import PAD_ID, load_token_policy, sample_logprobs
+from posttrain.rl.training.protocol import SkippedUpdate, StepResult
 from posttrain.rl.training.samples import MicroBatch, TrainSample, collate, micro_batches
+from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.weights import TensorSpec
 from posttrain.train.routers import figures
 
@@ -49,7 +51,7 @@ def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class PolicyTrainer:
-    """Holds this rank's part of the policy and its optimizer; the ranks must have met.
+    """The `Trainer` of a policy; holds this rank's part of the policy and its optimizer; the ranks must have met.
 
     `policy_version` is the number of optimizer steps applied. Methods are called on every rank with the same arguments.
     """
@@ -77,8 +79,8 @@ class PolicyTrainer:
         """What trains: the engine's class, and the layout."""
         return engine_report(self._engine, self._config.parallel)
 
-    def publish(self) -> dict[str, Any] | None:
-        """Make the weights ready for the engines; returns the manifest that an engine takes, on rank 0."""
+    def publish(self) -> Manifest | None:
+        """See `Trainer.publish`."""
         items = whole_tensors(self._engine.module)
         values = (value for _, value in read_weights(items))
         if self._rank:
@@ -86,19 +88,18 @@ class PolicyTrainer:
                 pass
             return None
         specs = [TensorSpec(item.name, item.dtype, item.shape) for item in items]
-        return self._weights.publish(specs, values, self.policy_version).to_json()
+        return self._weights.publish(specs, values, self.policy_version)
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """Log-probabilities of each sample's trained tokens under the current policy, in the order given."""
         self._engine.eval()
         return sample_logprobs(self._engine, samples, self._config.micro_batch_tokens, self._device)
 
-    def step(self, samples: Sequence[TrainSample], step: int) -> dict[str, Any]:
-        """One optimizer step. Returns metrics, the Unix times of start and end, and the manifest of the new weights.
+    def step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
+        """See `Trainer.step`.
 
-        A loss or gradient that is not finite leaves the weights as they were and is counted in `skipped`. `nonfinite`
-        then says what is known of it, as JSON (see `evidence`); it is None otherwise. Metrics that are not
-        finite are left out.
+        A loss or gradient that is not finite leaves the weights as they were and is counted in `skipped`; `nonfinite`
+        then says what is known of it. Metrics that are not finite are left out.
         """
         began = time.time()
         rate = learning_rate(self._config.optimizer, step, self._config.steps)
@@ -110,15 +111,9 @@ class PolicyTrainer:
         norm = float(self._engine.get_global_grad_norm())
         applied = self._engine.was_step_applied() and math.isfinite(norm)
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
-        nonfinite = None if applied else {
-            "step": step,
-            "policy_version": self.policy_version,
-            "learning_rate": rate,
-            "loss": str(totals["loss"]),
-            "grad_norm": str(norm),
-            "samples": suspects,
-            "skipped_in_a_row": self._skipped_in_a_row,
-        }  # fmt: skip
+        nonfinite = None if applied else SkippedUpdate(
+            step, self.policy_version, rate, str(totals["loss"]), str(norm), suspects, self._skipped_in_a_row
+        )  # fmt: skip
         self.policy_version += 1
         routers = self._routers and self._routers.update(min(1.0, self.policy_version / self._config.steps))
         trained = time.time()
@@ -132,13 +127,7 @@ class PolicyTrainer:
             "train_s": trained - began,
             "publish_s": time.time() - trained,
         }
-        return {
-            "metrics": metrics,
-            "began": began,
-            "ended": time.time(),
-            "manifest": manifest,
-            "nonfinite": nonfinite,
-        }
+        return StepResult(metrics, manifest, began, time.time(), nonfinite)
 
     def _accumulate(self, samples: Sequence[TrainSample]) -> tuple[dict[str, float], list[int]]:
         """Forward and backward of this rank's micro-batches, each divided by the count of the whole batch.

@@ -1,0 +1,89 @@
+"""The trainer as the rest of RL calls it: typed methods over the ranks of a `RankGroup`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import StageError, TrainerLostError
+from posttrain.parallel.ranks import RankGroup
+from posttrain.rl.config import RlConfig
+from posttrain.rl.training.protocol import StepResult, Trainer
+from posttrain.rl.training.samples import TrainSample
+from posttrain.sampling.manifests import Manifest
+
+
+def manifest_of(result: StepResult) -> Manifest:
+    """The manifest of a step's new weights; rank 0 publishes after every step."""
+    return _published(result.manifest)
+
+
+def _published(manifest: Manifest | None) -> Manifest:
+    if manifest is None:
+        raise StageError("rank 0 of the trainer published no weights")
+    return manifest
+
+
+class TrainerClient:
+    """A `Trainer` on the ranks that `parallel` and `resources.trainer` ask for; must be used inside a Ray session.
+
+    The ranks start in the background, and the first call waits for them. Methods wait for the answer; those whose
+    names begin with `async_` let the caller do other things meanwhile. make: `make(config, seed)` gives the trainer of
+    one rank; by default `PolicyTrainer`. Raises `TrainerLostError` where a rank has died or is silent for longer than
+    `trainer_deadline_s`.
+    """
+
+    def __init__(self, config: RlConfig, seed: int, make: Callable[[RlConfig, int], Trainer] | None = None):
+        if make is None:
+            from posttrain.rl.training.trainer import PolicyTrainer
+
+            make = PolicyTrainer
+        self._ranks = RankGroup(
+            config.parallel,
+            config.resources.trainer,
+            make,
+            config,
+            seed,
+            deadline_s=config.trainer_deadline_s,
+            name="the trainer",
+            lost=TrainerLostError,
+        )
+
+    async def async_step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
+        """See `Trainer.step`."""
+        return await self._ranks.call("step", samples, step)
+
+    async def async_save(self, folder: Path) -> None:
+        """See `Trainer.save`."""
+        await self._ranks.call("save", str(folder))
+
+    async def async_save_checkpoint(self, folder: Path, controller: dict[str, Any]) -> None:
+        """See `Trainer.save_checkpoint`."""
+        await self._ranks.call("save_checkpoint", str(folder), controller)
+
+    def step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
+        """See `Trainer.step`."""
+        return self._ranks.get("step", samples, step)
+
+    def publish(self) -> Manifest:
+        """See `Trainer.publish`; the manifest is rank 0's."""
+        return _published(self._ranks.get("publish"))
+
+    def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
+        """See `Trainer.logprobs`."""
+        return self._ranks.get("logprobs", samples)
+
+    def save(self, folder: Path) -> None:
+        """See `Trainer.save`."""
+        self._ranks.get("save", str(folder))
+
+    def load_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """See `Trainer.load_checkpoint`."""
+        return self._ranks.get("load_checkpoint", str(folder))
+
+    def report(self) -> dict[str, Any]:
+        """See `Trainer.report`."""
+        return self._ranks.get("report")
+
+    def close(self, at_once: bool = False) -> None:
+        """End every rank. Trainers give back what they hold first, unless `at_once`: one of them may be lost."""
+        self._ranks.close(None if at_once else "close")

@@ -1,0 +1,82 @@
+"""What a trainer of RL does, as types: any class with these methods can take the place of `PolicyTrainer`.
+
+    controller, parity, replay ──► TrainerClient ──► RankGroup ──► one `Trainer` on every rank
+                                        ◄── StepResult of rank 0
+
+The methods of a `Trainer` are called on every rank with the same arguments; what rank 0 returns is the answer.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from posttrain.rl.training.samples import TrainSample
+from posttrain.sampling.manifests import Manifest
+
+
+class SkippedUpdate(msgspec.Struct, frozen=True):
+    """What is known of an update that was left out, because its loss or gradient was not finite.
+
+    loss, grad_norm: as text, since JSON has no infinity. samples: indices, in the step's batch, of those in
+    micro-batches whose loss was not finite. Example:
+    `SkippedUpdate(7, 7, 1e-5, loss="nan", grad_norm="nan", samples=[3], skipped_in_a_row=1)`.
+    """
+
+    step: int
+    policy_version: int
+    learning_rate: float
+    loss: str
+    grad_norm: str
+    samples: list[int]
+    skipped_in_a_row: int
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    """What one optimizer step gives.
+
+    metrics: finite figures. manifest: of the new weights, for the engines. began, ended: Unix times. nonfinite: None
+    where the update was applied. Example: `StepResult({"loss": 0.2}, manifest, 1764.0, 1766.5)`.
+    """
+
+    metrics: dict[str, float]
+    manifest: Manifest | None
+    began: float
+    ended: float
+    nonfinite: SkippedUpdate | None = None
+
+
+class Trainer(Protocol):
+    """A policy and its optimizer; its version is the number of optimizer steps applied."""
+
+    def step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
+        """Do optimizer step `step`, from 0, on a whole batch, and publish the new weights."""
+        ...
+
+    def publish(self) -> Manifest | None:
+        """Make the weights ready for the engines. Ranks other than 0 return None."""
+        ...
+
+    def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
+        """Log-probabilities of each sample's reply tokens under the policy, in the order given."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Write the policy as a model folder."""
+        ...
+
+    def save_checkpoint(self, folder: str, controller: dict[str, Any]) -> None:
+        """Write policy, optimizer and the controller's state (JSON), whole or not at all."""
+        ...
+
+    def load_checkpoint(self, folder: str) -> dict[str, Any]:
+        """Continue from `save_checkpoint`; returns the controller's state."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """What trains, for the stage's figures."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held outside this process."""
+        ...

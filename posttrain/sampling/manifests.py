@@ -1,0 +1,67 @@
+"""Where an engine finds weights: records that cross between processes, as plain JSON where vLLM carries them.
+
+trainer ── WeightManifest (shared memory) or GpuManifest ──► controller ──► EngineActor.update_weights
+a stage's start ── FolderWeights ──────────────────────────────────────────►
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class TensorEntry(msgspec.Struct, frozen=True):
+    """Where one tensor lies in a segment. `dtype` is torch's name without the prefix; `offset` is in bytes.
+
+    A stack of matrices lies there with each transposed, see `SharedWeights`. checksum: XXH3-64 of its bytes; a CRC-32
+    takes three times as long as the copy, this half as long. Example: `TensorEntry("lm_head.weight", "bfloat16",
+    (495, 64), offset=128, checksum=0x9B)`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    checksum: int
+
+
+class WeightManifest(msgspec.Struct, frozen=True, tag_field="kind", tag="segment"):
+    """One version in a shared-memory segment. `peer` says who wrote it, for messages.
+
+    Example: `WeightManifest("/dev/shm/posttrain-weights-7-a", 3, 4096, "process 7 on host", (entry, ...))`.
+    """
+
+    path: str
+    policy_version: int
+    num_bytes: int
+    peer: str
+    tensors: tuple[TensorEntry, ...]
+
+
+class GpuManifest(msgspec.Struct, frozen=True, tag_field="kind", tag="gpu"):
+    """One version on the trainer's GPU. `init` and `update` are the fields of vLLM's init and update infos."""
+
+    backend: Literal["nccl", "ipc"]
+    policy_version: int
+    peer: str
+    init: dict[str, Any]
+    update: dict[str, Any]
+
+
+class FolderWeights(msgspec.Struct, frozen=True, tag_field="kind", tag="folder"):
+    """The weights of a Hugging Face folder. Example: `FolderWeights("runs/a/sft/model")`."""
+
+    folder: str
+
+
+Manifest = WeightManifest | GpuManifest
+WeightSource = WeightManifest | GpuManifest | FolderWeights
+
+
+def to_plain(source: WeightSource) -> dict[str, Any]:
+    """The source as JSON types, for the way through vLLM to its workers."""
+    return msgspec.to_builtins(source)
+
+
+def from_plain(data: dict[str, Any]) -> WeightSource:
+    """The inverse of `to_plain`; raises msgspec.ValidationError that names the field."""
+    return msgspec.convert(data, WeightSource)
