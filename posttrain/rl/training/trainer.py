@@ -242,7 +242,7 @@ def forward_share(
     policy_T, entropy_T, router_loss = policy(batch)
     inputs = loss_inputs(policy_T, batch, config.sampling.max_tokens)
     outputs = LOSSES[config.loss.name](inputs, config.loss)
-    num_tokens = sum(len(sample.token_ids) for sample in samples)
+    num_tokens = sum(sample.num_trained for sample in samples)
     loss = batch_share(outputs, inputs, entropy_T, num_tokens, len(samples), config.loss)
     fed = sum(len(sample) - 1 for sample in chunk) / sum(len(sample) - 1 for sample in samples)
     return ForwardShare(loss + fed * router_loss, inputs, outputs, entropy_T)
