@@ -1,6 +1,8 @@
-"""Read and validate rows; render chat. Public names are handed on when they are first asked for."""
+"""Read and validate rows; render chat. Public names are imported when they are first used."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from posttrain.lazy import lazy_names
 
 if TYPE_CHECKING:
     from posttrain.data.pairs import Pair, load_pairs, write_pairs
@@ -8,14 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pair", "check_data", "load_pairs", "load_rows", "write_pairs", "write_rows"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in ("check_data", "load_rows", "write_rows"):
-        from posttrain.data import rows
-
-        return getattr(rows, name)
-    if name in ("Pair", "load_pairs", "write_pairs"):
-        from posttrain.data import pairs
-
-        return getattr(pairs, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {"rows": ["check_data", "load_rows", "write_rows"], "pairs": ["Pair", "load_pairs", "write_pairs"]},
+)

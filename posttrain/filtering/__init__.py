@@ -1,10 +1,11 @@
 """A judge rates how hard each supervised row is; the hardest stay.
 
-`filter_rows`, `select`, `FilterResult` and `FilterConfig` are handed on when first asked for, so that importing this
-package loads neither Ray nor torch.
+Public names are imported when they are first used, so that importing this package loads neither Ray nor torch.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from posttrain.lazy import lazy_names
 
 if TYPE_CHECKING:
     from posttrain.filtering.config import FilterConfig
@@ -13,12 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FilterConfig", "FilterResult", "filter_rows", "select"]
 
-_HOMES = {"FilterConfig": "config", "FilterResult": "stage", "filter_rows": "stage", "select": "selection"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {"config": ["FilterConfig"], "selection": ["select"], "stage": ["FilterResult", "filter_rows"]},
+)

@@ -1,10 +1,11 @@
 """Models: the native Llama 4 mixture of experts, and reading and writing model folders.
 
-Names are handed on lazily, so importing the package does not import torch.
+Public names are imported when they are first used, so that importing this package does not import torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from posttrain.lazy import lazy_names
 
 if TYPE_CHECKING:
     from posttrain.model.load import load_model, load_tokenizer, save_model
@@ -20,10 +21,11 @@ __all__ = [
     "save_model",
 ]
 
-_HOME = {"NativeLlama4ForCausalLM": "native", "NativeLlama4Model": "native", "RouterStats": "router_stats"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module(f"{__name__}.{_HOME.get(name, 'load')}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "native": ["NativeLlama4ForCausalLM", "NativeLlama4Model"],
+        "router_stats": ["RouterStats"],
+        "load": ["load_model", "load_tokenizer", "save_model"],
+    },
+)

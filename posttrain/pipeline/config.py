@@ -130,17 +130,23 @@ def read_pipeline(source: str | Path | Mapping[str, Any], overrides: Sequence[st
 
 
 def single_stage(
-    kind: str, path: str | Path, overrides: Sequence[str] = (), seed: int = 0, open_references: bool = False
+    kind: str,
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    open_references: bool = False,
 ) -> RawPipeline:
-    """A stage file as a pipeline of one stage, named after its kind. Overrides are keys of the stage's config.
+    """A stage file, or a mapping with its keys, as a pipeline of one stage, named after its kind.
 
+    overrides: `key.path=value`, keys of the stage's config.
     open_references: let `${stage.output}` stand, to check a file that is meant for a pipeline; it cannot be run.
     """
-    data = apply_overrides(read_yaml(path), overrides)
+    label, read = (kind, dict(config)) if isinstance(config, Mapping) else (str(config), read_yaml(config))
+    data = apply_overrides(read, overrides)
     entry = StageEntry(name=kind, kind=kind, config=data)
-    config = PipelineConfig(name=kind, seed=seed, warm_engines=False, trackers=None, stages=[entry])
-    stage = RawStage(kind, kind, data, str(path), "")
-    return RawPipeline(str(path), config, [stage], alone=True, open_references=open_references)
+    pipeline = PipelineConfig(name=kind, seed=seed, warm_engines=False, trackers=None, stages=[entry])
+    stage = RawStage(kind, kind, data, label, "")
+    return RawPipeline(label, pipeline, [stage], alone=True, open_references=open_references)
 
 
 def _read_stage(

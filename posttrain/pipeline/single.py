@@ -1,0 +1,74 @@
+"""One stage from Python: `run_stage("sft", config, "runs/sft")` is what `posttrain sft config.yaml` does.
+
+The stage runs as a pipeline of one: checked before anything starts, in a process of its own, with a run directory that
+can be continued. Left out: the report, which `write_report` makes of the run directory.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.base import Config
+from posttrain.pipeline.config import RawPipeline, single_stage
+from posttrain.pipeline.run import run_pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What one stage left behind.
+
+    folder: the stage's own, with metrics.jsonl and log.txt. outputs: by the name that `${stage.output}` would use, for
+    example {"model": Path("runs/sft/sft/model")}. stats: the figures that the stage returned.
+    """
+
+    folder: Path
+    outputs: Mapping[str, Path]
+    stats: Mapping[str, Any]
+
+
+def run_stage(
+    kind: str,
+    config: Config | Mapping[str, Any] | str | Path,
+    run_dir: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+) -> StageResult:
+    """Run one stage to its end; a second call with the same input finds it done and returns the same.
+
+    kind: base, filter, sft, rl, dpo or eval. config: the stage's config object, a mapping with the keys of its YAML, or
+    the path of a YAML file. run_dir: runs/KIND if None. Raises UserError before anything starts, StageError where the
+    stage failed; after that the same call continues it.
+    """
+    summary = run_pipeline(as_pipeline(kind, config, overrides, seed=seed), run_dir, command=f"run_stage({kind!r}, ...)")
+    place = Path(run_dir or Path("runs") / kind)
+    (record,) = summary.stages
+    outputs = {name: place / path for name, path in record["outputs"].items()}
+    return StageResult(place / kind, outputs, record["stats"] or {})
+
+
+def evaluate(
+    config: Config | Mapping[str, Any] | str | Path,
+    run_dir: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Measure a policy on held-out prompts: the eval stage, and what its results.json holds.
+
+    Returns {capability: {"n": prompts, "greedy": rate, "greedy_ci95": [low, high], "pass@1": rate, ...}}; "all" holds
+    every capability together.
+    """
+    result = run_stage("eval", config, run_dir, overrides=overrides, seed=seed)
+    return json.loads(result.outputs["results"].read_text())
+
+
+def as_pipeline(
+    kind: str, config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), *, seed: int = 0
+) -> RawPipeline:
+    """A pipeline of this one stage."""
+    if isinstance(config, Config):
+        config = config.model_dump()
+    return single_stage(kind, config, overrides, seed)
