@@ -1,13 +1,13 @@
-# Everything from a bare clone. Needs make and Python 3.11; `make install` says what else is missing.
+# Everything from a bare clone. Needs make and Python 3.11, 3.12 or 3.13; `make install` says what else is missing.
 #
 # pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf) are honoured and never changed.
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
-# The first interpreter that runs and is 3.11; `make PYTHON=/path/to/python3.11` says otherwise.
-PYTHON ?= $(shell for p in python3.11 python3 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+# The first interpreter that runs and is 3.11 (which the tests were run with), 3.12 or 3.13; PYTHON=... takes another.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 VENV := .venv
 # cpu, gpu, or auto: by what pip finds and whether nvidia-smi sees a GPU.
 EXTRA ?= auto
@@ -28,7 +28,7 @@ help: ## Show this list
 
 install: ## Make .venv and install everything into it; a second run installs nothing
 	@if [ -z "$(PYTHON)" ]; then \
-	echo "install: no Python 3.11 found; install python3.11 with its venv module, or say make PYTHON=/path/to/python3.11" >&2; \
+	echo "install: no Python 3.11, 3.12 or 3.13 found; install python3.11 with its venv module, or say make PYTHON=/path/to/python3.11" >&2; \
 	exit 2; fi
 	@$(PYTHON) scripts/install.py --venv $(VENV) --extra $(EXTRA)
 

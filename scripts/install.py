@@ -1,4 +1,4 @@
-"""Makes .venv and installs the project into it: `make install`. Runs on a bare Python 3.11, standard library only.
+"""Makes .venv and installs the project into it: `make install`. Needs Python 3.11 or later and nothing else.
 
 1. torch comes first and alone, because everything else must resolve against the build that pip finds. pip's own
    settings (environment, pip.conf) decide where it looks; this script names no index and changes none. On a machine
@@ -26,6 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_AND_SOUND = ("torchvision", "torchaudio", "torchcodec")
+# The range of requires-python in pyproject.toml, for which the pinned packages have wheels.
+OLDEST_PYTHON, FIRST_TOO_NEW = (3, 11), (3, 14)
 MIN_DISK_GIB = {"cpu": 7, "gpu": 20}
 # pip repeats this for each package that a file:// index does not hold; it says nothing about the outcome.
 NOISE = re.compile(r"^WARNING: Location '.*' is ignored: it is neither a file nor a directory\.$")
@@ -206,7 +208,8 @@ def install(venv: Path, wanted: str) -> None:
         compile_packages(python)
     stamp.write_text(json.dumps(now) + "\n")
     if shutil.which("g++") is None:
-        say("no C++ compiler; vLLM and DeepSpeed need one on CPUs (Debian, Ubuntu: apt-get install g++ python3.11-dev)")
+        headers = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        say(f"no C++ compiler; vLLM and DeepSpeed need one on CPUs (Debian, Ubuntu: apt-get install g++ {headers})")
     say(f"done in {time.monotonic() - started:.0f} s; {venv.name}/bin/posttrain doctor says what works here")
 
 
@@ -215,8 +218,8 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, default=Path(".venv"))
     parser.add_argument("--extra", choices=["auto", "cpu", "gpu"], default="auto")
     arguments = parser.parse_args()
-    if sys.version_info[:2] != (3, 11):
-        print(f"install: Python 3.11 is needed, this is {sys.version.split()[0]}", file=sys.stderr)
+    if not OLDEST_PYTHON <= sys.version_info[:2] < FIRST_TOO_NEW:
+        print(f"install: Python 3.11, 3.12 or 3.13 is needed, this is {sys.version.split()[0]}", file=sys.stderr)
         return 2
     wanted = arguments.extra if arguments.extra != "auto" else ("gpu" if has_gpu() else "cpu")
     venv = (ROOT / arguments.venv).absolute()

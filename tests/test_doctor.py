@@ -11,7 +11,14 @@ import psutil
 import pytest
 
 from posttrain.cli.doctor import PROBES, Probe, judge, judge_torch, remedy, run_probe
-from posttrain.cli.doctor_checks import ENABLES, _package_check, machine_checks, package_checks, pinned_versions
+from posttrain.cli.doctor_checks import (
+    ENABLES,
+    _package_check,
+    machine_checks,
+    package_checks,
+    pinned_versions,
+    python_check,
+)
 from posttrain.cli.doctor_probes import PROBES as PROGRAMS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,6 +141,22 @@ def test_nothing_that_a_probe_started_is_left(hangs: bool) -> None:
     children = [int(pid) for pid in outcome.output.split()]
     assert len(children) == 2
     assert all(map(is_gone, children))
+
+
+@pytest.mark.parametrize(
+    ("running", "status", "expected"),
+    [
+        ((3, 10), "fail", "3.11, 3.12 or 3.13"),
+        ((3, 11), "ok", "3.11"),
+        ((3, 12), "warn", "tested with 3.11"),
+        ((3, 13), "warn", "tested with 3.11"),
+        ((3, 14), "fail", "3.11, 3.12 or 3.13"),
+    ],
+)
+def test_a_python_that_was_not_tested_is_said(running: tuple[int, int], status: str, expected: str) -> None:
+    check = python_check(running, ".".join(map(str, running)) + ".1")
+    assert (check.status, check.expected) == (status, expected)
+    assert bool(check.mend) == (status != "ok")
 
 
 def test_every_probe_has_a_program() -> None:

@@ -71,6 +71,14 @@ def test_metadata_names_extras_python_and_licence(metadata: email.message.Messag
     assert any(name.endswith("/LICENSE") for name in names)
 
 
+def test_the_installer_takes_the_same_pythons(metadata: email.message.Message) -> None:
+    source = (ROOT / "scripts" / "install.py").read_text()
+    assert "OLDEST_PYTHON, FIRST_TOO_NEW = (3, 11), (3, 14)" in source
+    assert metadata["Requires-Python"] == "<3.14,>=3.11"
+    classifiers = metadata.get_all("Classifier", [])
+    assert [line[-4:] for line in classifiers if "Python :: 3." in line] == ["3.11", "3.12", "3.13"]
+
+
 def test_versions_agree(metadata: email.message.Message) -> None:
     import posttrain
 

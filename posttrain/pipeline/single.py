@@ -42,7 +42,9 @@ def run_stage(
     the path of a YAML file. run_dir: runs/KIND if None. Raises UserError before anything starts, StageError where the
     stage failed; after that the same call continues it.
     """
-    summary = run_pipeline(as_pipeline(kind, config, overrides, seed=seed), run_dir, command=f"run_stage({kind!r}, ...)")
+    summary = run_pipeline(
+        as_pipeline(kind, config, overrides, seed=seed), run_dir, command=f"run_stage({kind!r}, ...)"
+    )
     place = Path(run_dir or Path("runs") / kind)
     (record,) = summary.stages
     outputs = {name: place / path for name, path in record["outputs"].items()}

@@ -11,25 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
+from posttrain.data.messages import to_messages
 from posttrain.errors import DataError
-from posttrain.records import Message, Rollout, VersionSpan
+from posttrain.records import Rollout
+from posttrain.rl.history.archive import check_archive, recorded_rollout
 
 
 class RecordedRollout(msgspec.Struct, frozen=True):
     """One rollout, what it was worth and what became of it.
 
-    status: "trained", or "dropped:" with the reason, as "dropped:zero_advantage". step: the optimizer step that it was
-    part of; None where it was dropped. prompt: the messages as they were sent. reward, advantage: None where there is
-    none. staleness: versions by which the trainer was ahead of the oldest token. ref_logprobs: one a token of the
-    reply; empty where no reference policy was used.
+    rollout: with the messages of its prompt as they were sent. status: "trained", or "dropped:" with the reason, as
+    "dropped:zero_advantage". step: the optimizer step that it was part of; None where it was dropped. reward, advantage:
+    None where there is none. staleness: versions by which the trainer was ahead of the oldest token. ref_logprobs: one
+    a trained token; empty where no reference policy was used.
     """
 
+    rollout: Rollout
+    capability: str
     status: str
     step: int | None
-    capability: str
-    prompt: tuple[Message, ...]
-    rollout: Rollout
     reward: float | None
     reason: str
     advantage: float | None
@@ -40,7 +42,8 @@ class RecordedRollout(msgspec.Struct, frozen=True):
 def read_rollouts(folder: str | Path) -> Iterator[RecordedRollout]:
     """The rollouts of an RL stage in the order in which they were decided, one file (an optimizer step) at a time.
 
-    folder: of the stage, or its `rollouts`. Raises DataError if there are no rollouts, or a file is not of this format.
+    folder: of the stage, or its `rollouts`. Raises DataError if there are no rollouts or a file cannot be read, and
+    CheckpointError for a file that another version of this package wrote.
     """
     folder = Path(folder).expanduser()
     files = sorted(folder.glob("rollouts/*.parquet")) or sorted(folder.glob("*.parquet"))
@@ -55,39 +58,24 @@ def _read_file(file: Path) -> Iterator[RecordedRollout]:
     import pyarrow.parquet as pq
 
     try:
-        for record in pq.read_table(file).to_pylist():
-            yield _to_record(record)
+        check_archive(file)
+        rows = pq.read_table(file).to_pylist()
     except pa.ArrowException as error:
         raise DataError(f"{file}: not a whole parquet file: {error}") from None
-    except KeyError as error:
-        raise DataError(f"{file}: no column {error}; these are not rollouts of an RL stage of this version") from None
+    yield from map(_to_record, rows)
 
 
 def _to_record(row: Mapping[str, Any]) -> RecordedRollout:
+    rollout = recorded_rollout(row)
+    prompt = replace(rollout.prompt, messages=to_messages(json.loads(row["prompt"]), "prompt"))
     return RecordedRollout(
+        rollout=replace(rollout, prompt=prompt, system=row["system"]),
+        capability=row["capability"],
         status=row["status"],
         step=row["step"],
-        capability=row["capability"],
-        prompt=msgspec.convert(json.loads(row["prompt"]), tuple[Message, ...]),
-        rollout=_to_rollout(row),
         reward=row["reward"],
         reason=row["reason"],
         advantage=row["advantage"],
         staleness=row["staleness"],
         ref_logprobs=tuple(row["ref_logprobs"] or ()),
-    )
-
-
-def _to_rollout(row: Mapping[str, Any]) -> Rollout:
-    return Rollout(
-        prompt_id=row["prompt_id"],
-        group_id=row["group_id"],
-        index=row["index"],
-        prompt_ids=tuple(row["prompt_ids"]),
-        token_ids=tuple(row["token_ids"]),
-        text=row["reply"],
-        sampler_logprobs=tuple(row["sampler_logprobs"]),
-        versions=tuple(VersionSpan(*span) for span in json.loads(row["versions"])),
-        finish_reason=row["finish_reason"],
-        system=row["system"],
     )
