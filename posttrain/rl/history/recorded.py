@@ -23,7 +23,7 @@ class RecordedRollout(msgspec.Struct, frozen=True):
     """One rollout, what it was worth and what became of it.
 
     rollout: with the messages of its prompt as they were sent. status: "trained", or "dropped:" with the reason, as
-    "dropped:zero_advantage". step: the optimizer step that it was part of; None where it was dropped. reward, advantage:
+    "dropped:zero_advantage". step: the optimizer step that it was part of, or None. reward, advantage:
     None where there is none. staleness: versions by which the trainer was ahead of the oldest token. ref_logprobs: one
     a trained token; empty where no reference policy was used.
     """
