@@ -1,10 +1,13 @@
 import ast
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import posttrain
+from posttrain.pipeline import hashing
+from posttrain.pipeline.kinds import KINDS
 from posttrain.pipeline.layers import FLOORS, ROOMS, may_import, parts_below
 
 PACKAGE = Path(posttrain.__file__).parent
@@ -82,3 +85,26 @@ def test_a_forbidden_arrow_is_found(module, source):
 def test_a_stage_depends_on_itself_and_what_lies_below_it():
     assert {"rl", "judging", "sampling", "records"} <= parts_below("rl")
     assert not {"filtering", "sft", "pipeline", "cli", "report"} & parts_below("rl")
+
+
+def test_a_change_of_the_judge_changes_the_hash_of_what_asks_it(tmp_path, monkeypatch):
+    copy = tmp_path / "posttrain"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(posttrain, "__file__", str(copy / "__init__.py"))
+
+    def hashes() -> list[str]:
+        hashing._source_hashes.cache_clear()
+        return [hashing.code_hash(KINDS[name]) for name in ("filter", "rl")]
+
+    try:
+        before = hashes()
+        assert hashes() == before
+        for name in ("prompts.py", "forms.py", "requests.py"):
+            (copy / "judging" / name).write_text((copy / "judging" / name).read_text() + "\n# changed\n")
+            after = hashes()
+            assert all(now != then for now, then in zip(after, before, strict=True))
+            before = after
+        (copy / "dpo" / "mine.py").write_text("# changed\n")
+        assert hashes() == before, "no stage depends on another stage"
+    finally:
+        hashing._source_hashes.cache_clear()

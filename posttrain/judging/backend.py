@@ -70,11 +70,7 @@ def open_judge(
 
         assert prepared.form is not None
         context.event("judge_endpoint", base_url=source.base_url, model=source.model, form=prepared.form.name)
-        judge = EndpointJudge(source, config.labels, prepared.form, context)
-        try:
-            yield judge
-        finally:
-            flush(judge)
+        yield EndpointJudge(source, config.labels, prepared.form, context)
         return
     from posttrain.judging.engines import BUSY, EngineJudge
     from posttrain.sampling.client import Engines
@@ -83,9 +79,3 @@ def open_judge(
     assert resources is not None
     with Engines(context, source, config.engine, resources, BUSY) as engines:
         yield EngineJudge(engines, config.labels, prepared.prompts.choice_ids)
-
-
-def flush(judge: JudgeBackend) -> None:
-    """Write the busy times that are not in the timeline yet."""
-    for log in judge.logs.values():
-        log.flush()

@@ -33,6 +33,7 @@ class EndpointJudge:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: openai.AsyncOpenAI | None = None
         self._seats = asyncio.Semaphore(endpoint.concurrency)
+        self._num_calls = 0  # of `rate`, in progress
         self.logs = {NAME: BusyLog(context, NAME, BUSY)}
 
     async def rate(
@@ -58,7 +59,13 @@ class EndpointJudge:
                 if on_done is not None:
                     on_done(finished)
 
-        await asyncio.gather(*(drain() for _ in range(min(self._endpoint.concurrency, len(questions)))))
+        self._num_calls += 1
+        try:
+            await asyncio.gather(*(drain() for _ in range(min(self._endpoint.concurrency, len(questions)))))
+        finally:
+            self._num_calls -= 1
+            if not self._num_calls:
+                self.logs[NAME].flush()
         return found
 
     async def _rate_one(self, client: openai.AsyncOpenAI, question: Question) -> Verdict | Undecided:

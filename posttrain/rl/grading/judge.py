@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from posttrain.config.shared import RewardConfig, RewardResources
 from posttrain.context import BusyLog
 from posttrain.errors import UserError
-from posttrain.judging.backend import JudgeBackend, PreparedJudge, flush
+from posttrain.judging.backend import JudgeBackend, PreparedJudge
 from posttrain.judging.prompts import Question
 from posttrain.judging.verdicts import Undecided, Verdict
 from posttrain.records import Message, Rollout, Row, Scored
@@ -65,10 +65,6 @@ class Judge:
                 self._prompts.render(replace(row, messages=(*row.messages, Message("assistant", rollout.text))))
                 for rollout, row in pairs
             ]
-
-    def flush(self) -> None:
-        """Write the busy times that are not in the timeline yet."""
-        flush(self._backend)
 
     def _with_verdict(self, row: Row, verdict: Verdict) -> Row:
         return replace(row, fields={**row.fields, JUDGE_FIELD: verdict.to_json(self._name)})
