@@ -117,7 +117,7 @@ def test_blocks_that_need_no_engine(place):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_blocks_that_share_a_run(place):
     names = run_blocks(lambda note: note and not note.startswith("not run"))
     result, trained = names["result"], names["trained"]
