@@ -1,4 +1,4 @@
-"""One vLLM engine in a Ray actor: samples, takes new weights in flight, and says which weights sampled which token.
+"""One vLLM engine in a Ray actor: samples, takes new weights in flight, and reports which weights sampled each token.
 
 ```
 submit ──► vLLM: core process ──► output handler ──► Reply.put ──► outbox ──► collect     pieces, while they grow
@@ -200,14 +200,16 @@ class EngineActor:
         return pieces, time.time()
 
     async def cancel(self, keys: Iterable[int]) -> None:
-        """End requests; no piece of them is handed on any more. Keys that are not in the engine are passed over."""
+        """End requests and drop the pieces that were not collected. Keys that are not in the engine are ignored."""
         replies = [reply for key in keys for reply in self._outbox.remove(key)]
         if replies and self._watch.error is None:
             await self._alive(self._llm.abort([reply.request_id for reply in replies], internal=True))
 
     async def forget(self) -> None:
-        """End every request of `submit`, and every `collect` that waits: one that an earlier caller left behind would
-        take the pieces of the next one."""
+        """End every request of `submit`, and every `collect` that still waits.
+
+        A `collect` of an earlier caller, which may have died, would take the pieces of the next caller.
+        """
         await self.cancel(list(self._outbox.open))
         while self._num_collecting:
             self._outbox.wake()

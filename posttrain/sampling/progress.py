@@ -1,4 +1,4 @@
-"""Where a worker is in a long piece of work, seen from another process even when the worker is frozen."""
+"""What a vLLM worker is working on, written where another process can read it even when the worker is frozen."""
 
 import mmap
 import os
@@ -10,7 +10,10 @@ HEAD = struct.Struct("<QI")  # how many notes there were; length of the last in 
 
 
 class Progress:
-    """A note of up to 500 bytes in a small shared file."""
+    """A counter and a note of up to 500 bytes in a small file that two processes map.
+
+    The reader sees that the writer gets on when the counter changes between two reads.
+    """
 
     def __init__(self, path: str):
         self.path = path
@@ -23,7 +26,7 @@ class Progress:
 
     @classmethod
     def create(cls) -> "Progress":
-        """Make a new file. Unlink it once the other process has opened it."""
+        """Make a new file. Call `unlink` once the other process has opened it."""
         folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
         descriptor, path = tempfile.mkstemp(prefix="posttrain-progress-", dir=folder)
         os.ftruncate(descriptor, SIZE)
@@ -31,16 +34,16 @@ class Progress:
         return cls(path)
 
     def note(self, text: str) -> None:
-        """Say where we are."""
+        """Write what this process begins to work on."""
         self._count += 1
         data = text.encode()[: SIZE - HEAD.size]
         self._map[: HEAD.size + len(data)] = HEAD.pack(self._count, len(data)) + data
 
     def read(self) -> tuple[int, str]:
-        """How many notes there were, and the last."""
+        """(number of notes so far, the last note)."""
         count, length = HEAD.unpack_from(self._map)
         return count, self._map[HEAD.size : HEAD.size + length].decode(errors="replace")
 
     def unlink(self) -> None:
-        """Remove the file; both ends keep what they have open."""
+        """Remove the file's name; both processes keep their mapping."""
         os.unlink(self.path)

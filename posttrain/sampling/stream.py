@@ -1,8 +1,9 @@
 """Replies on their way out of the engine: vLLM gathers the tokens, and they are handed on in pieces.
 
-vLLM's output handler puts every output of a request into a queue of its own, which a task then waits for. A `Reply`
-takes that queue's place and only notes that there is something to take: no task and no copy for each token. The tokens
-are read from vLLM's own lists when a piece is taken, so that all of them can be had even after the engine has died.
+vLLM's output handler puts every output of a request into that request's queue, for which a task waits. A `Reply` takes
+the queue's place and only marks itself as ready, which needs no task and no copy for each token. The tokens are read
+from vLLM's own lists when the caller collects a piece. All that have arrived can therefore be read even after the
+engine has died.
 """
 
 import asyncio
@@ -17,9 +18,14 @@ from posttrain.sampling.requests import Piece
 GATHER_S = 0.02  # some engine steps; a call between processes costs about a millisecond on either side
 
 
-def spans_between(starts: Sequence[tuple[str, int]], begin: int, end: int, shift: int = 0) -> tuple[VersionSpan, ...]:
-    """Who sampled tokens [begin, end). starts: (version, place of its first token), in order; the places in the
-    result are moved by `shift`."""
+def spans_between(
+    starts: Sequence[tuple[str, int]], begin: int, end: int, *, shift: int = 0
+) -> tuple[VersionSpan, ...]:
+    """Which weights sampled tokens [begin, end), with all places in the result moved by `shift`.
+
+    starts: (version, place of its first token), in order. Example: spans_between([("3", 0), ("4", 10)], 8, 12) is
+    (VersionSpan(3, 8, 10), VersionSpan(4, 10, 12)).
+    """
     if not starts:
         return ()
     ends = [*(place for _, place in starts[1:]), end]
@@ -31,7 +37,7 @@ def spans_between(starts: Sequence[tuple[str, int]], begin: int, end: int, shift
 
 
 def join_spans(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
-    """Neighbours of one version as one span."""
+    """Join neighbouring spans of the same version."""
     joined: list[VersionSpan] = []
     for span in spans:
         if joined and joined[-1].policy_version == span.policy_version and joined[-1].end == span.start:
@@ -42,7 +48,11 @@ def join_spans(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
 
 
 class Reply:
-    """One reply in the engine. Stands in for vLLM's `RequestOutputCollector`, of which only `put` is called."""
+    """One reply in the engine, in place of vLLM's `RequestOutputCollector`, of which vLLM calls only `put`.
+
+    key, index: the caller's key of the request, and which of its replies this is. begun: tokens that another engine
+    sampled before; places in pieces are counted from the first of them.
+    """
 
     __slots__ = ("_final", "_outbox", "_received", "_sent", "_spans", "begun", "index", "key", "request_id")
 
@@ -53,7 +63,7 @@ class Reply:
         self.begun = begun
         self._outbox = outbox
         self._received: GrowingReply | None = None
-        self._sent = 0  # tokens of this engine that are handed on
+        self._sent = 0  # tokens of this engine that the caller has collected
         self._spans: list[VersionSpan] = []
         self._final: Any = None
 
@@ -63,7 +73,7 @@ class Reply:
 
     @property
     def num_unsent(self) -> int:
-        """Tokens that are here and not handed on."""
+        """Tokens that have arrived and that the caller has not collected."""
         return self._received.num_tokens - self._sent if self._received is not None else 0
 
     def put(self, output: Any) -> None:
@@ -80,7 +90,10 @@ class Reply:
             self._outbox.add(self)
 
     def take(self, decode: Callable[[list[int]], str]) -> Piece:
-        """What has come since the last time. Raises StageError where vLLM's own spans are not those handed on."""
+        """The tokens that arrived since the last call.
+
+        Raises StageError if the version spans of all pieces are not those that vLLM reports for the finished reply.
+        """
         received, first, shift = self._received, self._sent, len(self.begun)
         assert received is not None
         token_ids = tuple(received.token_ids(first))
@@ -88,7 +101,7 @@ class Reply:
         if len(logprobs) != len(token_ids):
             raise StageError(f"vLLM gave {len(logprobs)} log-probabilities for {len(token_ids)} tokens")
         self._sent = end = first + len(token_ids)
-        versions = spans_between(received.version_starts, first, end, shift)
+        versions = spans_between(received.version_starts, first, end, shift=shift)
         if sum(span.end - span.start for span in versions) != len(token_ids):
             raise StageError(f"reply {self.key}/{self.index}: vLLM does not say which weights sampled its tokens")
         self._spans += versions
@@ -101,7 +114,7 @@ class Reply:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last token is here."""
+        """Whether the last token has arrived."""
         return self._final is not None
 
     def _compare(self) -> None:
@@ -115,9 +128,9 @@ class Reply:
 
 
 class Outbox:
-    """The replies of an engine, and which of them have a piece to hand on.
+    """The open replies of an engine, and which of them have a piece for the caller.
 
-    on_output: hears every output or error of vLLM before it is taken in.
+    on_output: called with every output or error of vLLM before anything else is done with it.
     """
 
     def __init__(self, stream_interval: int, on_output: Callable[[Any], None]):
@@ -130,26 +143,26 @@ class Outbox:
 
     @property
     def num_open(self) -> int:
-        """Replies that are not finished, or whose last piece is not taken."""
+        """Replies that are not finished, or whose last piece the caller has not collected."""
         return sum(map(len, self.open.values()))
 
     def admit(self, reply: Reply) -> None:
-        """A new reply."""
+        """Open a reply, before its request is sent to the engine."""
         self.open.setdefault(reply.key, {})[reply.index] = reply
 
     def add(self, reply: Reply) -> None:
-        """`reply` has a piece. Passed over if the request was removed: vLLM says goodbye to those too."""
+        """Mark that `reply` has a piece. Ignored if its request was removed: vLLM sends a last output for it too."""
         if self.open.get(reply.key, {}).get(reply.index) is reply:
             self._ready[reply] = None
             self._event.set()
 
     def add_piece(self, piece: Piece) -> None:
-        """A piece of a reply that never was in the engine."""
+        """Add the piece of a reply that needed no engine, because it was complete when it was submitted."""
         self._made.append(piece)
         self._event.set()
 
     def flush(self) -> None:
-        """Everything that is here is to be taken: no more will come."""
+        """Mark every reply that has tokens, because the engine is lost and no more will arrive."""
         for replies in self.open.values():
             for reply in replies.values():
                 if reply.num_unsent:
@@ -157,11 +170,11 @@ class Outbox:
         self._event.set()
 
     def wake(self) -> None:
-        """Let who waits return, though there is nothing."""
+        """Let a waiting `wait` return although there is no piece."""
         self._event.set()
 
     async def wait(self, seconds: float) -> None:
-        """Until there is a piece, at most so long; and a moment more for others, so that one call brings many."""
+        """Wait for a piece, for at most `seconds`, and then a moment more, so that one call returns many pieces."""
         if seconds <= 0:
             return
         try:
@@ -172,7 +185,7 @@ class Outbox:
             pass
 
     def take(self, decode: Callable[[list[int]], str]) -> list[Piece]:
-        """Every piece that is there."""
+        """Return every piece that is ready."""
         ready, self._ready = self._ready, {}
         pieces, self._made = self._made, []
         self._event.clear()
@@ -183,7 +196,7 @@ class Outbox:
         return pieces
 
     def remove(self, key: int) -> list[Reply]:
-        """Forget a request; what it still had to hand on is dropped. Returns its replies."""
+        """Remove a request with the pieces that were not collected; returns its replies."""
         replies = list(self.open.pop(key, {}).values())
         for reply in replies:
             self._ready.pop(reply, None)

@@ -1,11 +1,11 @@
-"""Weights on their way from GPU to GPU, with vLLM's own transfer engines behind the interface of `SharedWeights`.
+"""Weights from GPU to GPU: vLLM's own transfer engines behind the interface of `SharedWeights`.
 
 nccl: one broadcast to all engines, on any host. ipc: the engine reads the trainer's GPU memory, on the same GPU.
 
-vLLM's trainer side drives the engines through a client and waits for them. Here the trainer only publishes, and the
-controller tells each engine when to take: `publish` keeps a copy of the weights, starts vLLM's sending in a thread, and
-returns a manifest of plain JSON; the next `publish` waits until the last version was taken. Neither backend has been
-run: they need GPUs. What is tested is that they fit vLLM's classes.
+In vLLM the trainer calls the engines through a client and waits for them. Here the trainer only publishes, and RL's
+controller tells each engine when to load the new version. `publish` copies the weights on their GPU, starts vLLM's
+sender in a thread and returns a manifest of plain JSON. The next `publish` waits until the version before has been
+sent. Neither backend has been run, because they need GPUs; tests show that the manifests are what vLLM's classes take.
 """
 
 import base64
@@ -30,16 +30,16 @@ class Publisher(Protocol):
     """The trainer's end of a backend."""
 
     def publish(self, specs: Sequence[TensorSpec], values: Iterable[torch.Tensor], policy_version: int) -> Manifest:
-        """Make the tensors, in the order of `specs`, ready to be taken as `policy_version`."""
+        """Make the tensors, in the order of `specs`, ready for the engines to load as `policy_version`."""
         ...
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Free memory, threads and files."""
         ...
 
 
 def make_publisher(backend: Backend, num_engines: int, tensor_parallel: int, deadline_s: float) -> Publisher:
-    """The trainer's end. `num_engines` engines of `tensor_parallel` GPUs each take every version."""
+    """The trainer's end of a backend. `num_engines` engines of `tensor_parallel` GPUs each load every version."""
     if backend == "shm":
         return SharedWeights()
     return GpuWeights(backend, 1 + num_engines * tensor_parallel, deadline_s)
@@ -53,25 +53,25 @@ def source_for(manifest: Manifest, engine: int, tensor_parallel: int) -> Manifes
 
 
 class _Client:
-    """Stands in for the engines, towards vLLM's trainer side: the controller drives the engines itself."""
+    """The client that vLLM's sender calls instead of the engines, which RL's controller calls itself."""
 
     def __init__(self) -> None:
         self.updates: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
         self.taken = threading.Event()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """The manifest says it."""
+        """Nothing to do: the manifest carries the init info to the engine."""
 
     def start_weight_update(self) -> None:
-        """The engine does it when it takes the weights."""
+        """Nothing to do: the engine starts the update when it is told to load the weights."""
 
     def update_weights(self, update_info: Any) -> None:
-        """Hold the sent tensors until the engine has them."""
+        """Keep the sender, and so its tensors, waiting until the engines have loaded them."""
         self.updates.put(update_info)
         self.taken.wait()
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """The engine does it when it has taken the weights."""
+        """Nothing to do: the engine finishes the update when it has loaded the weights."""
 
 
 class GpuWeights:
@@ -91,9 +91,9 @@ class GpuWeights:
         self._version = -1
 
     def publish(self, specs: Sequence[TensorSpec], values: Iterable[torch.Tensor], policy_version: int) -> GpuManifest:
-        """Copy the tensors on their GPU, and send them as soon as the engines take them.
+        """Copy the tensors on their GPU, and send them as soon as the engines are ready to receive.
 
-        Raises WeightTransferError when the last version was not taken within the deadline.
+        Raises WeightTransferError when the version before was not received within the deadline.
         """
         self._finish()
         self._version = policy_version
@@ -105,7 +105,7 @@ class GpuWeights:
         return GpuManifest(self.backend, policy_version, self._peer, self.manifest_init(), update)
 
     def hold(self, specs: Sequence[TensorSpec], values: Iterable[torch.Tensor]) -> None:
-        """Copy what is sent next: the trainer goes on while it is taken."""
+        """Copy the tensors to send next, because the trainer changes its own while they are being sent."""
         self._tensors = [
             (spec.name, value.detach().to(spec.dtype).clone()) for spec, value in zip(specs, values, strict=True)
         ]
@@ -122,7 +122,7 @@ class GpuWeights:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         if self.backend == "nccl":
-            # One tensor a broadcast, so that an engine that stands still can say at which.
+            # One tensor a broadcast, so that an engine that hangs can say at which tensor.
             return NCCLTrainerInitInfo(
                 rank=0, master_address=self._address, master_port=self._port, world_size=self._world_size, packed=False
             )
@@ -162,7 +162,7 @@ class GpuWeights:
             self.client.updates.put(error)
 
     def handles(self) -> dict[str, Any]:
-        """What vLLM's ipc engine would send to the engines; its handles are pickled, since the rest is JSON."""
+        """What vLLM's ipc engine would send to the engines. CUDA handles have no JSON form, so they are pickled."""
         try:
             update = self.client.updates.get(timeout=self._deadline_s)
         except queue.Empty:
@@ -172,7 +172,7 @@ class GpuWeights:
         return {**update, "ipc_handles": base64.b64encode(pickle.dumps(update["ipc_handles"])).decode()}
 
     def _finish(self) -> None:
-        """Wait for the last version to be sent; the engines have taken it when the controller publishes again."""
+        """Wait for the version before; the engines have loaded it when the controller publishes again."""
         if self._sending is None:
             return
         self.client.taken.set()
@@ -190,7 +190,7 @@ class GpuWeights:
 
     @property
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """What is being sent, under checkpoint names."""
+        """The tensors that are being sent, with their names in a checkpoint."""
         return self._tensors
 
 

@@ -36,14 +36,14 @@ _progress: Progress | None = None
 
 
 def note(text: str) -> None:
-    """Say where this worker is, for the case that it never answers."""
+    """Write what this worker begins to work on, so that an update that hangs can be traced to it."""
     if _progress is not None:
         _progress.note(text)
 
 
 @dataclass
 class ShmInitInfo(WeightTransferInitInfo):
-    """The backend needs no introduction between the peers."""
+    """Empty: trainer and engine need not exchange anything before the first update."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Nothing to free."""
 
 
 class WorkerExtension:
@@ -90,7 +90,7 @@ class WorkerExtension:
         return os.getpid()
 
     def note_progress(self, path: str) -> None:
-        """Note in the file at `path` which tensor is worked on, whatever backend it comes by."""
+        """Write the name of each tensor into the file at `path` before it is loaded, whatever the backend."""
         global _progress
         _progress = Progress(path)
         note_loaded_tensors(self, lambda name: note(f"tensor {name}"))
@@ -99,7 +99,7 @@ class WorkerExtension:
         """Seed the generators that tokens are drawn from."""
         torch.manual_seed(seed)
 
-    # What the worker that vLLM adds this class to has.
+    # Attributes of vLLM's worker, to which vLLM adds this class.
     start_weight_update: Any
     update_weights: Any
     finish_weight_update: Any
@@ -120,7 +120,7 @@ class WorkerExtension:
             self.finish_weight_update()
 
     def _engine_of(self, manifest: GpuManifest) -> Any:
-        """vLLM's engine of another backend, made and introduced to the trainer when its first manifest comes."""
+        """vLLM's transfer engine of another backend; it connects to the trainer at the trainer's first manifest."""
         engines = self.__dict__.setdefault("_transfer_engines", {})
         peer = (manifest.backend, manifest.peer)
         if peer not in engines:

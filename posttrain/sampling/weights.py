@@ -1,9 +1,9 @@
-"""Weights on their way from a trainer to the engines: one write into shared memory, one checksummed read.
+"""Weights from a trainer to the engines of one host: written into shared memory once, read with checksums.
 
-A publisher owns two segments and writes them in turn, so that the version that an engine is still reading is never
-overwritten by the next one. What crosses between processes is a manifest of names, dtypes, shapes and offsets: plain
-JSON, never a pickle. A folder of safetensors is read through the same `open_weights`, so that loading a checkpoint
-into a running engine and taking an update are one code path.
+The trainer's publisher owns two segments and writes them in turn, so that it never overwrites the version that an
+engine is still reading. The engine is sent a manifest with the names, dtypes, shapes and offsets of the tensors: plain
+JSON, never a pickle. `open_weights` also reads a folder of safetensors, so that an engine loads a checkpoint and takes
+an update by the same code.
 """
 
 import contextlib
@@ -32,7 +32,10 @@ class WeightTransferError(PosttrainError):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What is said of a tensor before its values are there."""
+    """Name, dtype and shape of a tensor, known before its values are.
+
+    Example: TensorSpec("lm_head.weight", torch.float32, (512, 64))
+    """
 
     name: str
     dtype: torch.dtype
@@ -47,8 +50,9 @@ class TensorSpec:
 class SharedWeights:
     """The trainer's end: publishes versions into two shared-memory segments in turn.
 
-    Their names carry the mark of the Ray session, which removes them at its end. Each is locked as long as its process
-    lives, so that what a killed one left is known, from other containers too, and removed here.
+    The names of the segments carry the mark of the Ray session, which removes them at its end. Each segment is locked
+    while its process lives. One without a lock was left behind by a killed process, which can be seen from another
+    container too, and the next publisher removes it.
     """
 
     def __init__(self, directory: str | Path = "/dev/shm"):
@@ -58,14 +62,15 @@ class SharedWeights:
         self._peer = f"process {os.getpid()} on {socket.gethostname()}"
         self._paths = [Path(directory) / f"{stem}-{half}" for half in "ab"]
         self._descriptors: dict[Path, int] = {}
-        self._segments: dict[Path, mmap.mmap] = {}  # kept: mapping anew costs more than the copy
+        self._segments: dict[Path, mmap.mmap] = {}  # mapped once: mapping again costs more than the copy
 
     def publish(
         self, specs: Sequence[TensorSpec], values: Iterable[torch.Tensor], policy_version: int
     ) -> WeightManifest:
         """Write tensors of any dtype and device, under their checkpoint names, as `policy_version`.
 
-        values: one for each of `specs`, in their order; each is written before the next is asked for.
+        values: one for each of `specs`, in their order. Each is written before the iterator gives the next, so that no
+        more than one whole tensor is in memory.
         """
         offsets, end = [], 0
         for spec in specs:
@@ -90,7 +95,7 @@ class SharedWeights:
         return segment
 
     def _open(self, path: Path) -> int:
-        """The segment's descriptor; a new one has its name only when it is locked."""
+        """The segment's descriptor. A new file is locked before it is renamed, so no other process sees it unlocked."""
         if path not in self._descriptors:
             aside = path.with_name(f".{path.name}")
             self._descriptors[path] = os.open(aside, os.O_RDWR | os.O_CREAT, 0o600)
@@ -120,10 +125,10 @@ def remove_abandoned(directory: Path) -> None:
 
 
 def _write(place: torch.Tensor, value: torch.Tensor) -> None:
-    """Put a tensor into its flat place; of a stack of matrices (experts) each is transposed.
+    """Copy a tensor into its flat place; each matrix of a stack (experts) is transposed.
 
-    vLLM keeps experts transposed. It would transpose the whole stack in one strided copy, three times as slow as one
-    matrix after another here, and while generation is paused.
+    vLLM stores experts transposed. It would transpose the whole stack in one strided copy, while generation is paused.
+    Transposing one matrix after another here takes a third of the time, and generation goes on meanwhile.
     """
     if value.dim() != 3:
         place.view(value.shape).copy_(value)
@@ -147,7 +152,7 @@ def open_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) from shared memory or a folder.
 
-    note: is called with what is checked before anything is yielded.
+    note: called with the name of each tensor whose checksum is verified. All are verified before the first is yielded.
     """
     if isinstance(source, FolderWeights):
         yield from _open_folder(Path(source.folder))
