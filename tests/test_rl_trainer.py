@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import closeness
 import pytest
 import ray.cloudpickle
+import rollout_records
 import torch
 from closeness import assert_as_exact, assert_trained_as_exact, float64_inside
 from msgspec import to_builtins
@@ -31,7 +33,8 @@ from posttrain.rl.training.trainer import PolicyTrainer, dealt
 from posttrain.sampling.manifests import Manifest, WeightManifest
 from posttrain.sampling.weights import open_weights
 
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks do not find the tests' folder
+for module in (sys.modules[__name__], closeness, rollout_records):  # the ranks do not find the tests' folder
+    ray.cloudpickle.register_pickle_by_value(module)
 
 STEPS, RATE, TEMPERATURE = 4, 1e-2, 0.8
 LAYOUTS = [(1, zero) for zero in (0, 1)] + [(2, zero) for zero in (0, 1, 2, 3)]  # (expert, zero) on two ranks
