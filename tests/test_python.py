@@ -116,9 +116,8 @@ def test_blocks_that_need_no_engine(place):
     assert len(posttrain.load_rows("hard.jsonl", kind="prompt")) == len(names["hard"]) == 4
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_blocks_that_share_a_run(place):
+def check_shared_run() -> None:
+    """Run the blocks that need engines in the current folder, and look at what they leave."""
     names = run_blocks(lambda note: note and not note.startswith("not run"))
     result, trained = names["result"], names["trained"]
     assert (result.outputs["model"] / "model.safetensors").exists()
@@ -133,6 +132,17 @@ def test_blocks_that_share_a_run(place):
     assert all(type(message) is Message for item in recorded for message in item.rollout.prompt.messages)
     assert msgspec.json.decode(msgspec.json.encode(trained[0]), type=type(trained[0])) == trained[0]
     assert names["rates"]["math"]["n"] == 16
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_blocks_that_share_a_run(place):
+    """In a process of its own: a pipeline starts its own Ray, and other tests hold one in this process."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_python; test_python.check_shared_run()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_a_config_that_is_wrong_is_refused_before_anything_starts(place):

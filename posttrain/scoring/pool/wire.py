@@ -139,7 +139,21 @@ class FrameBuffer(Generic[T]):
 
 
 def _plain_row(row: Row) -> Any:
-    return msgspec.to_builtins(row, str_keys=True, builtin_types=(bytes, bytearray), enc_hook=_plain)
+    plain = msgspec.to_builtins(row, str_keys=True, builtin_types=(bytes, bytearray), enc_hook=_plain)
+    _refuse_bytes(plain)
+    return plain
+
+
+def _refuse_bytes(value: Any) -> None:
+    """JSON has no bytes, and as text a reward would take them for something else."""
+    if isinstance(value, bytes | bytearray):
+        raise TypeError(f"a {type(value).__name__} cannot be sent to a reward process")
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return
+    for item in value:
+        _refuse_bytes(item)
 
 
 def _plain(value: Any) -> Any:
