@@ -28,7 +28,7 @@ from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.shared import SystemsConfig
 from posttrain.context import StageContext
 from posttrain.pipeline.ray_session import ray_session
-from posttrain.records import Message, Row, VersionSpan
+from posttrain.records import FinishReason, Message, Row, VersionSpan
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.verifiers import reward_config
 from posttrain.rl.history.archive import RolloutArchive
@@ -40,6 +40,7 @@ from posttrain.rl.training.protocol import StepResult
 from posttrain.rl.training.samples import TrainSample
 from posttrain.sampling.manifests import WeightManifest
 from posttrain.sampling.requests import Completion, Piece, SampleRequest
+from posttrain.sampling.rollouts import reply_of
 from posttrain.scoring.remote.client import RewardClient
 
 GROUP, TOKENS, PROMPT_TOKENS, ROWS = 2, 8, 64, 10_000
@@ -163,8 +164,8 @@ def groups_per_s(seed: int = 0, profile: bool = False) -> tuple[float, dict[str,
 
 async def reward_groups_per_s(config: RlConfig, prompt: DrawnPrompt) -> float:
     """What one reward actor with one process scores a second, given 128 groups a call and two calls at once."""
-    reply = Completion(tuple(range(TOKENS)), "12", (-1.0,) * TOKENS, "stop", (VersionSpan(0, 0, TOKENS),))
-    group = make_group(0, prompt, [reply] * GROUP, "engine0", 0.0, 0.0)
+    reply = Completion(tuple(range(TOKENS)), "12", (-1.0,) * TOKENS, FinishReason.STOP, (VersionSpan(0, 0, TOKENS),))
+    group = make_group(0, prompt, [reply_of(reply)] * GROUP, worker="engine0")
     pairs = [(rollout, prompt.row) for rollout in group.rollouts] * 128
     client = RewardClient(reward_config(config), config.resources.reward)
     await client.start()

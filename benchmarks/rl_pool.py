@@ -25,6 +25,7 @@ from posttrain.data.chat import end_token_ids, render_prompt
 from posttrain.data.rows import load_rows
 from posttrain.files import read_jsonl
 from posttrain.model.load import load_tokenizer
+from posttrain.records import Prompt, Row
 from posttrain.rl.config import RlConfig
 from posttrain.rl.records import DrawnPrompt
 
@@ -87,11 +88,16 @@ def _pass_rates(folder: Path, model: str, settings: dict[str, Any]) -> dict[str,
     config = validate_config(RlConfig, data | {"prompts": {"path": str(folder / "candidates.jsonl")}}, "benchmark")
     tokenizer = load_tokenizer(config.model.path)
     rows = load_rows(config.prompts, kind="prompt")
-    prompts = [DrawnPrompt(row, None, row.messages, tuple(render_prompt(tokenizer, row.messages))) for row in rows]
+    prompts = [_plain(row, tokenizer) for row in rows]
     context = StageContext("pool", folder, folder / "events.jsonl", 0, warm_engines=True)
     with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
         found = profile_prompts(config, context, engines, prompts, tuple(end_token_ids(tokenizer)))
     return {item.prompt_id: item.pass_rate for item in found if item.n == SAMPLES}
+
+
+def _plain(row: Row, tokenizer: Any) -> DrawnPrompt:
+    """A row as a prompt without a sampled system instruction."""
+    return DrawnPrompt(row, None, Prompt(row.messages, tuple(render_prompt(tokenizer, row.messages))))
 
 
 def _unsolvable(row: dict[str, Any]) -> dict[str, Any]:

@@ -21,17 +21,16 @@ from rl_models import save, start_engine
 from posttrain.config.shared import EngineConfig
 from posttrain.context import StageContext
 from posttrain.pipeline.ray_session import ray_session
-from posttrain.records import Message, Row
+from posttrain.records import Message, Prompt, Row
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.records import DrawnPrompt
 from posttrain.rl.rollouts.workers import Flight, RolloutWorkers
 from posttrain.sampling.engine import ENGINE_ENV, engine_arguments
-from posttrain.sampling.requests import Completion, SampleRequest
+from posttrain.sampling.requests import NOTHING, SampleRequest
 
 PROMPT_TOKENS = 20
 SHAPES = {"1m": (512, 128, 4), "50m": (128, 48, 3)}  # requests, tokens of each reply, rounds
 ENGINE = EngineConfig(max_model_len=256, kv_cache_gib=0.5)
-NOTHING = Completion((), "", (), "", ())
 
 
 class RawLLM:
@@ -96,7 +95,7 @@ class Ours:
         for ids in prompts:
             self._next += 1
             ledger.reserve(self._next, "p", "sums", None, 0, 0)
-            prompt = DrawnPrompt(row, None, row.messages, ids)
+            prompt = DrawnPrompt(row, None, Prompt(row.messages, ids))
             workers.send(Flight(self._next, 0, prompt, SampleRequest(ids, max_tokens=num_tokens), [NOTHING]))
         waiting = asyncio.ensure_future(done.wait())
         await asyncio.wait({waiting, *running}, return_when=asyncio.FIRST_COMPLETED)

@@ -2,7 +2,7 @@
 
     python benchmarks/rl_trl_base.py SPEC.json
 
-The spec is that of posttrain/base/worker.py, whose processes, text and optimizers these are; only the model is another.
+The spec is that of posttrain/base/rank.py, whose processes, text and optimizers these are; only the model is another.
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.base import model as base_model
-from posttrain.base import worker
+from posttrain.base import rank
 from posttrain.base.config import ModelSizes
 
 SIZES = {
@@ -35,9 +35,9 @@ def build_dense(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, s
 
 
 def _without_balance_loss(module: Any, inputs: Any, output: Any) -> None:
-    output.aux_loss = None  # which the worker asks for
+    output.aux_loss = None  # which the rank asks for
 
 
 if __name__ == "__main__":
-    worker.build_model = build_dense
-    worker.main(sys.argv[1])
+    rank.build_model = build_dense
+    rank.main(sys.argv[1])

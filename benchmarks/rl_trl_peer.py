@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 from posttrain.config.shared import DataConfig
 from posttrain.data.messages import messages_to_json
 from posttrain.data.rows import load_rows
-from posttrain.records import Rollout
+from posttrain.records import FinishReason, Prompt, Rollout, Segment
 from posttrain.scoring.plugins.lookup import load_reward
 
 
@@ -98,7 +98,8 @@ def main(spec: dict[str, Any]) -> None:
 
 def _rollout(row_id: str, text: str, ids: list[int], has_ended: bool) -> Rollout:
     """What a scorer looks at, of a reply of TRL's."""
-    return Rollout(row_id, row_id, 0, (), tuple(ids), text, (), (), "stop" if has_ended else "length")
+    reason = FinishReason.STOP if has_ended else FinishReason.LENGTH
+    return Rollout(row_id, row_id, 0, Prompt((), ()), (Segment(tuple(ids), True, ()),), text, reason)
 
 
 if __name__ == "__main__":
