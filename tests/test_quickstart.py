@@ -15,6 +15,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from posttrain.data.messages import messages_to_json
+from posttrain.data.pairs import load_pairs
 from posttrain.files import read_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -134,18 +136,17 @@ def test_rl_was_asynchronous_mixed_and_bounded(run):
 
 
 def test_dpo_pairs_prefer_the_right_reply(run):
-    pairs = list(read_jsonl(run / "dpo" / "pairs.jsonl"))
+    pairs = load_pairs(run / "dpo" / "pairs.jsonl")
     assert pairs
     rewards = defaultdict(set)  # of each reply to each prompt: equal texts may have ended in different ways
     for path in (run / "rl" / "rollouts").glob("*.parquet"):
         for row in pq.read_table(path).to_pylist():
-            messages = json.dumps([[message["role"], message["content"]] for message in json.loads(row["prompt"])])
-            rewards[messages, row["reply"].strip()].add(row["reward"])
+            rewards[row["prompt"], row["reply"].strip()].add(row["reward"])
     for pair in pairs:
-        messages = json.dumps([[message["role"], message["content"]] for message in pair["prompt"]])
-        assert pair["chosen_reward"] in rewards[messages, pair["chosen"]]
-        assert pair["rejected_reward"] in rewards[messages, pair["rejected"]]
-        assert pair["chosen_reward"] > (pair["rejected_reward"] or 0)
+        prompt = json.dumps(messages_to_json(pair.prompt))
+        assert pair.fields["chosen_reward"] in rewards[prompt, pair.chosen]
+        assert pair.fields["rejected_reward"] in rewards[prompt, pair.rejected]
+        assert pair.fields["chosen_reward"] > (pair.fields["rejected_reward"] or 0)
 
 
 def test_report_is_one_self_contained_page(run):
