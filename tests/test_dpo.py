@@ -282,6 +282,15 @@ def test_right_is_set_against_wrong_of_the_same_prompt():
     assert pair.fields == {"reason": "wrong", "chosen_reward": 1.0, "rejected_reward": 0.0, "policy_version": 0}
 
 
+def test_pairs_of_one_row_under_two_system_instructions_have_their_own_ids(tmp_path):
+    other = json.dumps([{"role": "system", "content": "Be short."}, {"role": "user", "content": "Sum: 1 + 2"}])
+    replies = [reply(text, reward, prompt=p) for p in (PROMPT, other) for text, reward in (("yes", 1.0), ("no", 0.0))]
+    pairs = mine(replies, MiningConfig(), None, 0)
+    assert {pair.id for pair in pairs} == {"a:0:0", "a:0:1"}
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    assert load_pairs(tmp_path / "pairs.jsonl") == pairs
+
+
 def test_complete_is_set_against_truncated():
     replies = [reply("right", 1.0), reply("on and on", None, complete=False)]
     (pair,) = mine(replies, MiningConfig(), None, 0)

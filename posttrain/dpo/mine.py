@@ -9,7 +9,7 @@ Left out: judging quality beyond the reward, and pairs across prompts.
 
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +81,9 @@ def mine(replies: Sequence[Reply], config: MiningConfig, max_pairs: int | None, 
     for reply in replies:
         by_prompt[reply.prompt].append(reply)
     by_capability: dict[str, list[Pair]] = defaultdict(list)
+    ids: Counter[str] = Counter()  # prompts with one id differ where a system instruction was drawn for each group
     for prompt, group in by_prompt.items():
-        for pair in _pairs_of_prompt(prompt, group, config, rng):
+        for pair in _pairs_of_prompt(prompt, group, config, rng, ids):
             by_capability[pair.capability].append(pair)
     if not by_capability:
         raise StageError(_nothing_to_mine(by_prompt, config))
@@ -92,7 +93,9 @@ def mine(replies: Sequence[Reply], config: MiningConfig, max_pairs: int | None, 
     return list(_take_turns(by_capability, max_pairs))
 
 
-def _pairs_of_prompt(prompt: str, group: Sequence[Reply], config: MiningConfig, rng: random.Random) -> Iterator[Pair]:
+def _pairs_of_prompt(
+    prompt: str, group: Sequence[Reply], config: MiningConfig, rng: random.Random, ids: Counter[str]
+) -> Iterator[Pair]:
     chosen_pool = _newest_first((r for r in group if r.complete and r.reward is not None and r.text), rng)
     chosen_pool.sort(key=lambda reply: -(reply.reward or 0.0))  # the best first; among equals the newest
     rejected_pool = _newest_first((r for r in group if _reason(r) in config.reasons and r.text), rng)
@@ -108,7 +111,7 @@ def _pairs_of_prompt(prompt: str, group: Sequence[Reply], config: MiningConfig, 
         if rejected is None:
             return
         used |= {chosen.text, rejected.text}
-        yield _to_pair(prompt, chosen, rejected, count)
+        yield _to_pair(prompt, chosen, rejected, ids)
         count += 1
 
 
@@ -135,15 +138,17 @@ def _beats(chosen: Reply, rejected: Reply, margin: float) -> bool:
     return chosen.text != rejected.text and (chosen.reward or 0.0) - (rejected.reward or 0.0) >= margin
 
 
-def _to_pair(prompt: str, chosen: Reply, rejected: Reply, index: int) -> Pair:
+def _to_pair(prompt: str, chosen: Reply, rejected: Reply, ids: Counter[str]) -> Pair:
     try:
         messages = to_messages(json.loads(prompt), "prompt")
         check_turns(messages, "prompt", "prompt")
     except (RowError, ValueError) as error:
         raise DataError(f"rollouts of prompt {chosen.prompt_id!r}: {error}") from None
     version = min(chosen.policy_version, rejected.policy_version)
+    stem = f"{chosen.prompt_id}:{version}"
+    ids[stem] += 1
     return Pair(
-        id=f"{chosen.prompt_id}:{version}:{index}",
+        id=f"{stem}:{ids[stem] - 1}",
         capability=chosen.capability,
         prompt=messages,
         chosen=chosen.text,
