@@ -45,14 +45,16 @@ def plan(only: set[str], random: Random) -> Iterator[Strike]:
         turn += 1
 
 
-def chaos(scratch: Path, model: Path, number: int, strikes: list[Strike], reference: Path, seed: int) -> dict[str, Any]:
+def chaos(
+    scratch: Path, model: Path, number: int, *, strikes: list[Strike], reference: Path, seed: int
+) -> dict[str, Any]:
     """One run with its strikes; returns what is written of it."""
     from posttrain.rl.history.audit import audit_stage
     from posttrain.rl.history.replay import weight_gaps
 
     is_deterministic = number % 3 == 2
     changes = DETERMINISTIC if is_deterministic else {"trainer_restarts": number % 2}
-    folder = write_stage(scratch / f"run{number}", model, STEPS, seed, **changes)
+    folder = write_stage(scratch / f"run{number}", model, STEPS, seed=seed, **changes)
     run = ChaosRun(folder, Random(seed * 1000 + number))
     found: dict[str, Any] = {"run": number, "deterministic": is_deterministic, **changes, "kills": [], "not_sent": []}
     try:
@@ -88,7 +90,7 @@ def chaos(scratch: Path, model: Path, number: int, strikes: list[Strike], refere
 
 def undisturbed(scratch: Path, model: Path, seed: int) -> Path:
     """The weights of a deterministic run that is left alone."""
-    folder = write_stage(scratch / "undisturbed", model, STEPS, seed, **DETERMINISTIC)
+    folder = write_stage(scratch / "undisturbed", model, STEPS, seed=seed, **DETERMINISTIC)
     run = ChaosRun(folder, Random(0))
     try:
         run.start()
@@ -155,7 +157,7 @@ def main() -> None:
         while sent < arguments.kills and len(runs) < 2 * arguments.kills:
             wanted = min(KILLS_A_RUN, arguments.kills - sent)
             mine = [replace(strike) for strike in [*waiting, *islice(strikes, wanted - len(waiting))]]
-            runs.append(chaos(scratch, model, len(runs), mine, reference, arguments.seed))
+            runs.append(chaos(scratch, model, len(runs), strikes=mine, reference=reference, seed=arguments.seed))
             run = runs[-1]
             sent += len(run["kills"])
             waiting = [Strike(*missed[:3]) for missed in run["not_sent"]][:KILLS_A_RUN]

@@ -106,7 +106,7 @@ def save_policy(folder: Path) -> Path:
     return folder
 
 
-def write_stage(folder: Path, model: Path, steps: int, seed: int = 3, **changes: Any) -> Path:
+def write_stage(folder: Path, model: Path, steps: int, *, seed: int = 3, **changes: Any) -> Path:
     """Write what the driver needs to run the stage in `folder`. changes: of the configuration."""
     from posttrain.config.base import dump_yaml, validate_config
     from posttrain.rl.config import RlConfig

@@ -43,7 +43,7 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def ratio(peer: Callable[[], None], ours: Callable[[], None], rounds: int, inner: int = 2) -> float:
+def ratio(peer: Callable[[], None], ours: Callable[[], None], rounds: int, *, inner: int = 2) -> float:
     """Median over rounds of peer's time over ours; each round times both, as the best of `inner` calls."""
     seconds(peer), seconds(ours)  # warm, and nothing left running on a GPU
     return statistics.median(

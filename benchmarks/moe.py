@@ -109,7 +109,7 @@ def floor_fraction(dtype: torch.dtype) -> float:
     return ratio(bare_products(dtype), forward_backward(ours), rounds=11)
 
 
-def memory_fraction(ours: Run, theirs: Run, clear: Run, device: str = "cpu") -> tuple[float, dict[str, float]]:
+def memory_fraction(ours: Run, theirs: Run, clear: Run, *, device: str = "cpu") -> tuple[float, dict[str, float]]:
     """Ours over theirs, and both in MiB. `clear` drops gradients, so that they count."""
     peaks = [peak_mib(lambda run=run: (run(), clear())[1], device) for run in (ours, theirs)]
     return peaks[0] / peaks[1], {"ours_mib": peaks[0], "transformers_mib": peaks[1]}

@@ -79,8 +79,7 @@ def mfu(name: str) -> tuple[float, dict[str, float]]:
 
 def memory(name: str) -> tuple[float, dict[str, float]]:
     ours, theirs, num_experts = pair(name)
-    runs = (timed(layer) for layer in (ours, theirs))
-    fraction, peaks = memory_fraction(*runs, ours.zero_grad, "cuda")
+    fraction, peaks = memory_fraction(timed(ours), timed(theirs), ours.zero_grad, device="cuda")
     return fraction, {"experts": num_experts, **peaks}
 
 

@@ -73,14 +73,14 @@ def curriculum_token_ratio() -> tuple[float, dict[str, float]]:
             folder.mkdir(parents=True, exist_ok=True)
             with ray_session():
                 for arm, seed in missing:
-                    run = run_arm(folder, make_pool(folder, SETTINGS), arm, seed)
+                    run = run_arm(folder, make_pool(folder, SETTINGS), arm, seed=seed)
                     files[arm, seed].write_text(json.dumps(run))
         runs = {key: json.loads(file.read_text()) for key, file in files.items()}
         composition = json.loads((folder / "pool.json").read_text())["composition"]
     return compare(runs, composition)
 
 
-def run_arm(scratch: Path, pool: Pool, arm: str, seed: int) -> dict[str, Any]:
+def run_arm(scratch: Path, pool: Pool, arm: str, *, seed: int) -> dict[str, Any]:
     """One arm's figures: of each evaluation the `tokens` sampled before it and its `accuracy`; sums over its groups."""
     from posttrain.rl.stage import run
 

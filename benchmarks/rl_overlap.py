@@ -42,7 +42,7 @@ def _overlap(balance: str, seed: int = 0) -> dict[str, float]:
         rounds = []
         for number in range(ROUNDS):
             strict, overlapped = (
-                _steps(Path(scratch) / f"{number}-{staleness}", model, balance, staleness, seed)
+                _steps(Path(scratch) / f"{number}-{staleness}", model, balance, staleness=staleness, seed=seed)
                 for staleness in (0, STALENESS)
             )
             gen_s = statistics.median(step["wait_s"] for step in strict)
@@ -56,7 +56,7 @@ def _overlap(balance: str, seed: int = 0) -> dict[str, float]:
     return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
 
 
-def _steps(folder: Path, model: str, balance: str, staleness: int, seed: int) -> list[dict[str, Any]]:
+def _steps(folder: Path, model: str, balance: str, *, staleness: int, seed: int) -> list[dict[str, Any]]:
     """The metrics of each step after the first ones."""
     from posttrain.rl.stage import run
 

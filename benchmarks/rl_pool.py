@@ -63,7 +63,7 @@ def make_pool(folder: Path, settings: dict[str, Any]) -> Pool:
         rows += [_unsolvable(row) for row in countdowns[: WANTED["unsolvable"]]]
         _write(folder / "candidates.jsonl", rows)
         rates = _pass_rates(folder, base["model"], settings)
-        composition = _choose(folder, base, rows, rates)
+        composition = _choose(folder, base, rows, rates=rates)
         told.write_text(json.dumps({"model": base["model"], "composition": composition}))
     known = json.loads(told.read_text())
     prompts, heldout = (str(folder / f"{name}.jsonl") for name in ("pool", "heldout"))
@@ -90,7 +90,7 @@ def _pass_rates(folder: Path, model: str, settings: dict[str, Any]) -> dict[str,
     rows = load_rows(config.prompts, kind="prompt")
     prompts = [_plain(row, tokenizer) for row in rows]
     context = StageContext("pool", folder, folder / "events.jsonl", 0, warm_engines=True)
-    with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
+    with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
         found = profile_prompts(config, context, engines, prompts, tuple(end_token_ids(tokenizer)))
     return {item.prompt_id: item.pass_rate for item in found if item.n == SAMPLES}
 
@@ -107,7 +107,9 @@ def _unsolvable(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"id": f"{row['id']}-unsolvable", "target": target, "messages": [moved], "key": moved["content"]}
 
 
-def _choose(folder: Path, base: dict[str, Any], rows: list[dict[str, Any]], rates: dict[str, float]) -> dict[str, int]:
+def _choose(
+    folder: Path, base: dict[str, Any], rows: list[dict[str, Any]], *, rates: dict[str, float]
+) -> dict[str, int]:
     """Write pool.jsonl and heldout.jsonl; returns how many prompts of the pool are of which kind."""
     rows = [row for row in rows if row["id"] in rates]
     random.Random(0).shuffle(rows)

@@ -145,11 +145,11 @@ def trl_speedup() -> tuple[float, dict[str, Any]]:
         chosen = ""
         trials: dict[str, float] = {}
         for seed in SEEDS:
-            ours = train_ours(folder / f"ours_{seed}", model, data["prompts"], seed)
+            ours = train_ours(folder / f"ours_{seed}", model, data["prompts"], seed=seed)
             ids = selected(folder / f"ours_{seed}")
             if not chosen:
                 trials = {
-                    name: _trial(folder / f"trial_{name}", model, data["prompts"], ids, setting)
+                    name: _trial(folder / f"trial_{name}", model, data["prompts"], ids=ids, setting=setting)
                     for name, setting in PEER_SETTINGS.items()
                 }
                 chosen = max(trials, key=lambda name: trials[name])
@@ -157,9 +157,11 @@ def trl_speedup() -> tuple[float, dict[str, Any]]:
                     raise StageError("TRL ran with none of its settings")
                 print(f"TRL, replies/s in {TRIAL_S:.0f} s: {_rounded(trials)}; trains as {chosen}", flush=True)
             setting = PEER_SETTINGS[chosen]
-            peer = train_peer(folder / f"trl_{seed}", model, data["prompts"], ids, seed, PEER_S, setting)
+            peer = train_peer(
+                folder / f"trl_{seed}", model, data["prompts"], ids=ids, seed=seed, seconds=PEER_S, setting=setting
+            )
             pairs.append((ours, peer))
-        evaluate(folder, model, pairs, data["heldout"])
+        evaluate(folder, model, pairs, heldout=data["heldout"])
         found = [_compared(seed, ours, peer) for seed, (ours, peer) in zip(SEEDS, pairs, strict=True)]
     for line in found:
         print("  ".join(f"{name} {value}" for name, value in line.items() if not name.endswith("_curve")), flush=True)
@@ -218,12 +220,12 @@ def dense_base(folder: Path) -> tuple[Path, dict[str, Path]]:
     key = f"{cache_key(BASE, 0)}-{sha256(script.read_bytes()).hexdigest()[:8]}"
     if not fetch(key, model):
         spec = {"config": BASE.model_dump(mode="json"), "seed": 0, "out": str(model), "parent": os.getpid()}
-        _run_script(script, spec, folder / "base_training", BASE_LIMIT_S)
+        _run_script(script, spec, folder / "base_training", limit_s=BASE_LIMIT_S)
         store(key, model)
     return model, data
 
 
-def train_ours(folder: Path, model: Path, prompts: Path, seed: int) -> Training:
+def train_ours(folder: Path, model: Path, prompts: Path, *, seed: int) -> Training:
     """The stage as it is; its policies are made afterwards, by doing its steps again from what it recorded."""
     from posttrain.rl.stage import run
 
@@ -265,7 +267,7 @@ def selected(folder: Path) -> list[str]:
 
 
 def train_peer(
-    folder: Path, model: Path, prompts: Path, ids: Sequence[str], seed: int, seconds: float, setting: PeerSetting
+    folder: Path, model: Path, prompts: Path, *, ids: Sequence[str], seed: int, seconds: float, setting: PeerSetting
 ) -> Training:
     """TRL on the prompts of these ids, for so many seconds."""
     spec = {
@@ -276,7 +278,9 @@ def train_peer(
     if setting.processes > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(setting.processes)]
     started = time.time()
-    _run_script(HERE / "rl_trl_peer.py", spec, folder, seconds + PEER_START_S, setting.threads, launch)
+    _run_script(
+        HERE / "rl_trl_peer.py", spec, folder, limit_s=seconds + PEER_START_S, threads=setting.threads, launch=launch
+    )
     lines = list(read_jsonl(folder / "steps.jsonl"))
     if len(lines) < 2:
         raise StageError(f"TRL did {len(lines)} steps in {seconds:.0f} s; its log is\n{_tail(folder / 'log.txt')}")
@@ -289,10 +293,10 @@ def train_peer(
     return Training(began - started, points, lines[-1]["step"], lines[-1]["tokens"], lines[-1]["seconds"])
 
 
-def _trial(folder: Path, model: Path, prompts: Path, ids: Sequence[str], setting: PeerSetting) -> float:
+def _trial(folder: Path, model: Path, prompts: Path, *, ids: Sequence[str], setting: PeerSetting) -> float:
     """Replies trained on a second, after the first generation, which warms up; 0 where this setting does not run."""
     try:
-        train_peer(folder, model, prompts, ids, 0, TRIAL_S, setting)
+        train_peer(folder, model, prompts, ids=ids, seed=0, seconds=TRIAL_S, setting=setting)
     except StageError as error:
         print(f"{folder.name}: {error}", flush=True)
         return 0.0
@@ -303,7 +307,7 @@ def _trial(folder: Path, model: Path, prompts: Path, ids: Sequence[str], setting
     return REPLIES * (lines[-1]["step"] - lines[0]["step"]) / (lines[-1]["seconds"] - lines[0]["seconds"])
 
 
-def evaluate(folder: Path, model: Path, pairs: Sequence[tuple[Training, Training]], heldout: Path) -> None:
+def evaluate(folder: Path, model: Path, pairs: Sequence[tuple[Training, Training]], *, heldout: Path) -> None:
     """Greedy accuracy on the held-out set, into every point; both sides and the base by the same engines and scorer."""
     from posttrain.eval.stage import run
 
@@ -329,7 +333,7 @@ def evaluate(folder: Path, model: Path, pairs: Sequence[tuple[Training, Training
 
 
 def _run_script(
-    script: Path, spec: dict[str, Any], folder: Path, limit_s: float, threads: int = 1, launch: Sequence[str] = ()
+    script: Path, spec: dict[str, Any], folder: Path, *, limit_s: float, threads: int = 1, launch: Sequence[str] = ()
 ) -> None:
     """Run a script of this folder with its spec; raises StageError, with the end of its log, where it fails."""
     folder.mkdir(parents=True)

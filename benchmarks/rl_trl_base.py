@@ -25,7 +25,7 @@ SIZES = {
 }
 
 
-def build_dense(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, seed: int) -> LlamaForCausalLM:
+def build_dense(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, *, seed: int) -> LlamaForCausalLM:
     """In fp32, with first weights like those of the quick start's model. The sizes are `SIZES`, not those given."""
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES, **special, dtype="float32"))

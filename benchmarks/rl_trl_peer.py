@@ -49,7 +49,7 @@ class Clock(TrainerCallback):
             torch.distributed.all_reduce(over)  # all stop at the same step
         control.should_training_stop |= bool(over)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **objects: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **objects: Any) -> None:
         """After each step; after one that generated, with what all processes' replies were like."""
         if "loss" not in logs:
             return
@@ -81,7 +81,7 @@ def main(spec: dict[str, Any]) -> None:
     def reward(completions: list[Any], completion_ids: list[list[int]], row: list[str], **_: Any) -> list[float]:
         """As ours: the scorer is asked about each reply, with how it ended."""
         return [
-            puzzles(_rollout(name, reply[0]["content"], ids, ids[-1] in ends), rows[name]).value
+            puzzles(_rollout(name, reply[0]["content"], ids, has_ended=ids[-1] in ends), rows[name]).value
             for name, reply, ids in zip(row, completions, completion_ids, strict=True)
         ]
 
@@ -96,7 +96,7 @@ def main(spec: dict[str, Any]) -> None:
     trainer.train()
 
 
-def _rollout(row_id: str, text: str, ids: list[int], has_ended: bool) -> Rollout:
+def _rollout(row_id: str, text: str, ids: list[int], *, has_ended: bool) -> Rollout:
     """What a scorer looks at, of a reply of TRL's."""
     reason = FinishReason.STOP if has_ended else FinishReason.LENGTH
     return Rollout(row_id, row_id, 0, Prompt((), ()), (Segment(tuple(ids), True, ()),), text, reason)

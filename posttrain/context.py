@@ -33,11 +33,13 @@ class StageContext:
         """Record that something happened. `fields` must be JSON."""
         append_jsonl(self.events, {"time": utc_now(), "t": time.time(), "stage": self.name, "event": event, **fields})
 
-    def busy(self, actor: str, what: str, start: float, end: float) -> None:
+    def busy(self, actor: str, what: str, *, start: float, end: float) -> None:
         """Record that `actor` did `what` between two Unix times, for the timeline."""
         self.event("busy", actor=actor, what=what, start=start, end=end)
 
-    def progress(self, done: float, total: float, unit: str, values: Mapping[str, float | str] | None = None) -> None:
+    def progress(
+        self, done: float, total: float, unit: str, *, values: Mapping[str, float | str] | None = None
+    ) -> None:
         """Say how far the stage is. Calls closer together than half a second are dropped, but never the last one."""
         now = time.time()
         if done < total and now - self._last_progress < PROGRESS_INTERVAL_S:
@@ -99,5 +101,5 @@ class BusyLog:
         """Tell what has been merged so far."""
         if self._start is not None and self._end > self._start:
             self.total_s += self._end - self._start
-            self._context.busy(self._actor, self._what, self._start, self._end)
+            self._context.busy(self._actor, self._what, start=self._start, end=self._end)
         self._start = None

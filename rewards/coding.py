@@ -46,7 +46,9 @@ for kind, text in job["checks"]:
 """
 
 
-def code(rollout: Rollout, row: Row, partial: bool = False, wall_s: float = 5.0, memory_mib: int = 512) -> RewardResult:
+def code(
+    rollout: Rollout, row: Row, partial: bool = False, *, wall_s: float = 5.0, memory_mib: int = 512
+) -> RewardResult:
     """1 if the program in the reply's last fenced block passes every one of the row's `tests`.
 
     Tests, a list in the row's fields: `{stdin, stdout}` (a run of the program each, whitespace at the ends ignored),

@@ -24,7 +24,7 @@ def weighted_sum(rollout: Rollout, row: Row, rewards: Mapping[str, Any]) -> Rewa
     parts, reasons = {}, []
     for name, value in rewards.items():
         weight, args = (value["weight"], value.get("args")) if isinstance(value, Mapping) else (value, None)
-        result = _call(name, args, rollout, row)
+        result = _call(name, args, rollout, row=row)
         parts[name] = result.value * float(weight)
         reasons += [f"{name}: {result.reason}"] if result.reason else []
     return RewardResult(sum(parts.values()), parts, "; ".join(reasons))
@@ -39,11 +39,11 @@ def by_capability(rollout: Rollout, row: Row, rewards: Mapping[str, Any]) -> Rew
     if choice is None:
         raise ValueError(f"row {row.id}: no reward for capability {row.capability!r}; there are {', '.join(rewards)}")
     spec = RewardSpec.of(choice)
-    return _call(spec.name, spec.args, rollout, row)
+    return _call(spec.name, spec.args, rollout, row=row)
 
 
 def by_system(
-    rollout: Rollout, row: Row, reward: str | Mapping[str, Any], verifiers: Mapping[str, Any]
+    rollout: Rollout, row: Row, reward: str | Mapping[str, Any], *, verifiers: Mapping[str, Any]
 ) -> RewardResult:
     """(1 - w) R + w V: R of the task's reward, V of the verifier of the system instruction that was sampled.
 
@@ -71,10 +71,10 @@ def warm_up(**args: Any) -> None:
 
 
 def _call_spec(spec: RewardSpec, rollout: Rollout, row: Row) -> RewardResult:
-    return _call(spec.name, spec.args, rollout, row)
+    return _call(spec.name, spec.args, rollout, row=row)
 
 
-def _call(name: str, args: Mapping[str, Any] | None, rollout: Rollout, row: Row) -> RewardResult:
+def _call(name: str, args: Mapping[str, Any] | None, rollout: Rollout, *, row: Row) -> RewardResult:
     value = _load(name)[1](rollout, row, **(args or {}))
     if isinstance(value, numbers.Real):
         return RewardResult(float(value))

@@ -8,7 +8,7 @@ REQUIRES = {"exact_match": ["answer"]}
 
 
 def exact_match(
-    rollout: Rollout, row: Row, marker: str = "", ignore_case: bool = False, collapse_whitespace: bool = True
+    rollout: Rollout, row: Row, marker: str = "", *, ignore_case: bool = False, collapse_whitespace: bool = True
 ) -> RewardResult:
     """1 if the last line of the reply (or the text after `marker`) is the row's answer, or one of its answers.
 

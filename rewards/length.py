@@ -3,7 +3,7 @@
 from posttrain.records import RewardResult, Rollout, Row
 
 
-def overlong(rollout: Rollout, row: Row, max_tokens: int, buffer_tokens: int | None = None) -> RewardResult:
+def overlong(rollout: Rollout, row: Row, max_tokens: int, *, buffer_tokens: int | None = None) -> RewardResult:
     """0 up to `max_tokens - buffer_tokens`, falling in a line to -1 at `max_tokens` and beyond.
 
     buffer_tokens: a fifth of max_tokens where it is not given. Raises ValueError unless 0 < buffer <= max.

@@ -54,7 +54,7 @@ def run(config: CountConfig, context: StageContext) -> dict[str, Any]:
     context.event("begins", step=start)
     for step in range(start, config.steps):
         time.sleep(config.step_s)
-        context.progress(step + 1, config.steps, "steps", {"reward": step / config.steps})
+        context.progress(step + 1, config.steps, "steps", values={"reward": step / config.steps})
         if config.checkpoint:
             aside = context.dir / ".checkpoint"
             aside.write_text(str(step + 1))

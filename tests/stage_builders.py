@@ -165,7 +165,7 @@ def trackers(config: Any) -> Any:
 
     if not isinstance(config, PipelineConfig):
         config = with_trackers(config, TrackersConfig(tensorboard=True))
-    return arguments(config.trackers, "run", "stage", Path("stage"))
+    return arguments(config.trackers, "run", "stage", folder=Path("stage"))
 
 
 @cache
@@ -262,7 +262,7 @@ def _endpoint_settings(endpoint: Any, labels: Any) -> Any:
     sender = retrying(endpoint, endpoint.retries)
     state = RetryCallState(sender, None, (), {})
     state.attempt_number = 20
-    seats = EndpointJudge(endpoint, labels, FORMS[0], CONTEXT)._seats
+    seats = EndpointJudge(endpoint, labels, FORMS[0], context=CONTEXT)._seats
     return (
         body, str(client.base_url), client.timeout, client.api_key, sender.wait(state), seats._value,
         vars(sender.stop)["max_attempt_number"],
@@ -277,7 +277,7 @@ def filter_split(config: Any) -> Any:
     rows = load_rows(config.data, kind="supervised")
     hardness = sorted(range(len(rows)), key=lambda index: rows[index].capability)  # one capability's rows are hardest
     logprobs = [[-0.1 * (1 + hardness.index(index))] + [-1.0] * (len(config.labels) - 1) for index in range(len(rows))]
-    return split(rows, [verdict_of(config.labels, item) for item in logprobs], config, 0)
+    return split(rows, [verdict_of(config.labels, item) for item in logprobs], config, seed=0)
 
 
 # --- sft and dpo ---
@@ -589,7 +589,9 @@ def _controller(config: Any) -> Any:
     from posttrain.rl.loop.controller import Controller, Parts
     from posttrain.sampling.client import Engines
 
-    engines = Engines(CONTEXT, config.model, config.engine, config.resources.rollout)  # not entered: nothing starts
+    engines = Engines(
+        CONTEXT, config.model, config.engine, resources=config.resources.rollout
+    )  # not entered: nothing starts
     unused: Any = None
     shares, ledger = {"math": 0.5, "coding": 0.5}, Ledger(Path(":memory:"))
     return Controller(config, CONTEXT, Parts(engines, unused, unused, unused, shares, unused, ledger, (0,)), {})

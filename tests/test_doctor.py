@@ -75,7 +75,7 @@ def test_packages_here_are_the_tested_ones() -> None:
     ],
 )
 def test_package_check(name: str, version: str, extra: str, engine: str, status: str) -> None:
-    check = _package_check(name, version, extra, engine)
+    check = _package_check(name, version, extra, engine=engine)
     assert check.status == status
     assert bool(check.mend) == (status in ("fail", "warn"))
     if check.mend:

@@ -163,7 +163,7 @@ def test_a_profile_survives_the_kill_of_its_engines_core(
     prompts = _draw_plain(_rows_to_profile(config, 0), tokenizer, config)
     both = contexts(tmp_path, monkeypatch, signal.SIGKILL, "core")
     for context in both:
-        with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
+        with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
             found = profile_prompts(config, context, engines, prompts, tuple(end_token_ids(tokenizer)))
         assert [item.prompt_id for item in found] == [prompt.row.id for prompt in prompts]
         assert {item.n for item in found} == {2}

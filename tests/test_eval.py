@@ -80,7 +80,7 @@ def test_unscored_replies_are_counted_and_never_wrong() -> None:
 @given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=4, max_size=4), min_size=1, max_size=12))
 def test_pass_rates_lie_in_their_intervals_and_rise_with_k(rewards: list[list[float]]) -> None:
     prompts = [PromptReplies(_row(str(i)), None, tuple(map(_reply, r))) for i, r in enumerate(rewards)]
-    by_k = [results(prompts, k, 0.5, {}, 1)["all"] for k in (1, 2, 4)]
+    by_k = [results(prompts, k, 0.5, observe={}, seed=1)["all"] for k in (1, 2, 4)]
     assert by_k[0]["pass@k"] == pytest.approx(by_k[0]["pass@1"])
     assert by_k[0]["pass@k"] <= by_k[1]["pass@k"] + 1e-12 <= by_k[2]["pass@k"] + 2e-12
     assert by_k[2]["pass@k"] == pytest.approx(sum(map(any, rewards)) / len(rewards))
@@ -111,12 +111,14 @@ def test_replies_find_their_prompts(tiny_tokenizer: Any) -> None:
     texts = [(kind, row, f"{kind} {row.id} {i}") for kind, row, request in asked for i in range(request.n)]
     pairs = [(one_turn(row.id, row.id, 0, (1,), (2, 3), text, (0, 0), (), "length"), row) for _, row, text in texts]
     scores = [Scored(RewardResult(1.0)) if i % 2 else Scored(None, "timeout") for i in range(len(pairs))]
-    for item in by_prompt(rows, asked, pairs, scores):
+    for item in by_prompt(rows, asked, pairs, scores=scores):
         assert item.greedy is not None
         assert item.greedy.text == f"greedy {item.row.id} 0"
         assert [reply.text for reply in item.samples] == [f"sample {item.row.id} {i}" for i in range(len(item.samples))]
         assert item.greedy.truncated
-    kept = [reply for item in by_prompt(rows, asked, pairs, scores) for reply in item.samples if reply.reward is None]
+    kept = [
+        reply for item in by_prompt(rows, asked, pairs, scores=scores) for reply in item.samples if reply.reward is None
+    ]
     assert kept[0].reason == "unscored: timeout"
 
 

@@ -46,7 +46,7 @@ def test_select_keeps_exactly_the_fraction_the_hardest_of_each_stratum(
 ) -> None:
     rows = [_row(f"r{i}", capability) for i, (capability, _) in enumerate(rated)]
     score = {row.id: value for row, (_, value) in zip(rows, rated, strict=True)}
-    kept, dropped = select(rows, [score[row.id] for row in rows], keep_fraction, stratify, seed)
+    kept, dropped = select(rows, [score[row.id] for row in rows], keep_fraction, stratify=stratify, seed=seed)
 
     assert len(kept) == round(keep_fraction * len(rows))
     assert sorted(row.id for row in [*kept, *dropped]) == sorted(score)
@@ -68,7 +68,7 @@ def test_select_does_not_depend_on_the_order_of_the_file(
     score = {row.id: value for row, (_, value) in zip(rows, rated, strict=True)}
     shuffled = random.sample(rows, len(rows))
     picks = [
-        {row.id for row in select(order, [score[row.id] for row in order], keep_fraction, stratify, 5)[0]}
+        {row.id for row in select(order, [score[row.id] for row in order], keep_fraction, stratify=stratify, seed=5)[0]}
         for order in (rows, shuffled)
     ]
     assert picks[0] == picks[1]
@@ -76,7 +76,9 @@ def test_select_does_not_depend_on_the_order_of_the_file(
 
 def test_ties_are_settled_by_the_seed() -> None:
     rows = [_row(f"r{i}") for i in range(40)]
-    picks = [frozenset(row.id for row in select(rows, [0.5] * 40, 0.5, True, seed)[0]) for seed in range(4)]
+    picks = [
+        frozenset(row.id for row in select(rows, [0.5] * 40, 0.5, stratify=True, seed=seed)[0]) for seed in range(4)
+    ]
     assert len(set(picks)) == 4
     assert picks[0] != frozenset(row.id for row in rows[:20])
 

@@ -259,9 +259,9 @@ def _swap_gate_and_up(patch, model):
 def _chunks_from_row_start(patch, model):
     original = placement.row_mask
 
-    def row_mask(mask, queries, keys, chunk_size, device):
-        everything = original(mask, queries, keys, None, device)
-        return everything & original(None, queries, keys, chunk_size, device)
+    def row_mask(mask, queries, keys, *, chunk_size, device):
+        everything = original(mask, queries, keys, chunk_size=None, device=device)
+        return everything & original(None, queries, keys, chunk_size=chunk_size, device=device)
 
     patch.setattr(placement, "row_mask", row_mask)
 

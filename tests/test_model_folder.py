@@ -79,7 +79,9 @@ def test_two_sets_of_weights_are_refused_by_trainer_engine_and_validate(case: st
 
 def engines(folder: Path) -> Engines:
     model = ServedModelConfig(path=str(folder), dtype="float32")
-    return Engines(StageContext("eval", folder, folder / "events.jsonl"), model, EngineConfig(), ActorResources())
+    return Engines(
+        StageContext("eval", folder, folder / "events.jsonl"), model, EngineConfig(), resources=ActorResources()
+    )
 
 
 @pytest.mark.parametrize("change", [lambda folder: None, sharded, lambda folder: index(folder, "model.safetensors")])

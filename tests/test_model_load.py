@@ -55,7 +55,7 @@ def test_bf16_weights_are_written_as_bf16(tmp_path):
 def test_given_weights_are_written_in_place_of_the_models_own(tmp_path):
     model = tiny_model()
     weights = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
-    path = save_model(model, tiny_tokenizer(), tmp_path / "model", weights)
+    path = save_model(model, tiny_tokenizer(), tmp_path / "model", state_dict=weights)
     assert not load_model(path)(IDS).logits.any()
 
 

@@ -49,7 +49,7 @@ def test_vllm_and_the_native_model_agree(ray_session, tmp_path: Path):
     context = StageContext("test", tmp_path, tmp_path / "events.jsonl", warm_engines=False)
     served = ServedModelConfig(path=str(folder), dtype="float32")
     engine = EngineConfig(max_model_len=512, kv_cache_gib=0.1)
-    with Engines(context, served, engine, ActorResources(cpus=0.5)) as engines:
+    with Engines(context, served, engine, resources=ActorResources(cpus=0.5)) as engines:
         replies = [reply for (reply,) in engines.generate(requests)]
     sampled = [(request.prompt_ids, reply) for request, reply in zip(requests, replies, strict=True)]
     assert sum(len(reply.token_ids) for reply in replies) > 2 * REPLY

@@ -119,7 +119,7 @@ def test_saved_activations(shape, dtype, checkpointing):
         out = model(input_ids=ids, labels=ids, use_cache=False)
     measured = sum(storage.nbytes() for storage in kept.values())
     assert out.loss.requires_grad
-    assert saved_bytes(model.config, TOKENS, dtype, checkpointing) == pytest.approx(measured, rel=0.1)
+    assert saved_bytes(model.config, TOKENS, dtype, checkpointing=checkpointing) == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -134,7 +134,7 @@ def test_peak_of_forward_and_backward(dtype, checkpointing):
     with Alive() as alive:
         out = model(input_ids=ids, labels=ids, use_cache=False)
         out.loss.backward()
-    assert peak_bytes(config, tokens, dtype, checkpointing) == pytest.approx(alive.peak, rel=0.1)
+    assert peak_bytes(config, tokens, dtype, checkpointing=checkpointing) == pytest.approx(alive.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("length", [5, 40])
@@ -146,7 +146,7 @@ def test_cache(length):
         model(input_ids=torch.randint(3, 96, (3, length)), past_key_values=cache, use_cache=True)
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     measured = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    assert kv_bytes(config, 3, length, "float32") == pytest.approx(measured, rel=0.1)
+    assert kv_bytes(config, 3, length, dtype="float32") == pytest.approx(measured, rel=0.1)
 
 
 # --- real engines ---
@@ -206,7 +206,7 @@ def test_state_of_an_engine(measured, case):
     got = measured(case)
     sizes = count_sizes(Llama4TextConfig(**plan_ranks.SHAPE))
     parallel = ParallelConfig(processes=case["processes"], expert=case["expert"], zero=case["zero"])
-    want = state_bytes(sizes.total, sizes.experts, parallel, case["dtype"], bucket=plan_ranks.BUCKET, live=0)
+    want = state_bytes(sizes.total, sizes.experts, parallel, dtype=case["dtype"], bucket=plan_ranks.BUCKET, live=0)
     backward, steps = got["backward"], got["steps"]
     assert want.weights == pytest.approx(backward["weights"], rel=0.1)
     assert want.gradients == pytest.approx(backward["gradients"], rel=0.1)
@@ -215,7 +215,7 @@ def test_state_of_an_engine(measured, case):
     if case["zero"] in (1, 3):  # those of ZeRO-2 are gone when its backward returns
         assert want.buffers == pytest.approx(backward["buckets"], rel=0.1)
     # In total, whatever the tensors are for; all that one pass holds beside them is small.
-    without_buckets = state_bytes(sizes.total, sizes.experts, parallel, case["dtype"], bucket=0, live=0)
+    without_buckets = state_bytes(sizes.total, sizes.experts, parallel, dtype=case["dtype"], bucket=0, live=0)
     largest = max(sum(moment.values()) - moment["buckets"] for moment in (backward, *steps))
     assert without_buckets.total() == pytest.approx(largest, rel=0.1)
 

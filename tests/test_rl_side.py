@@ -77,7 +77,7 @@ def check_by_itself(config: RlConfig, folder: Path) -> tuple[float, list[bool]]:
     stop_ids = tuple(end_token_ids(tokenizer))
     requests = [evaluation_request(config, config.evaluation, prompt, stop_ids) for prompt in prompts]
     context = StageContext("check", folder, folder / "check.jsonl", warm_engines=True)
-    with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
+    with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
         replies = [completion.token_ids for (completion,) in engines.generate(requests)]
         order = asyncio.run(finish_order(engines.actors[0], prompts[0].prompt.token_ids))
     right = [sum(token % 2 == 0 for token in ids) / len(ids) >= 0.5 for ids in replies]

@@ -310,12 +310,12 @@ def test_warm_engine_with_swapped_weights_equals_a_fresh_one(ray_session, models
     resources = ActorResources(cpus=0.5)
     seen, names = [], set()
     for model in (first, second, first, second):
-        with Engines(context_in(tmp_path, "test"), model, ENGINE, resources) as engines:
+        with Engines(context_in(tmp_path, "test"), model, ENGINE, resources=resources) as engines:
             seen.append(replies(engines))
             names.update(engines.names)
     assert len(names) == 1  # one engine served all four
     other_shape = ENGINE.model_copy(update={"max_num_seqs": 128})
-    with Engines(context_in(tmp_path, "test", warm=False), second, other_shape, resources) as fresh:
+    with Engines(context_in(tmp_path, "test", warm=False), second, other_shape, resources=resources) as fresh:
         assert not names & set(fresh.names)
         freshly_loaded = replies(fresh)
     stop_registry()
@@ -384,7 +384,9 @@ def test_update_in_flight_is_recorded_token_by_token(ray_session, models, tmp_pa
         completions, _, _ = await sampling
         return completions, ended - began
 
-    with Engines(context_in(tmp_path, "test", warm=False), models[0], ENGINE, ActorResources(cpus=0.5)) as engines:
+    with Engines(
+        context_in(tmp_path, "test", warm=False), models[0], ENGINE, resources=ActorResources(cpus=0.5)
+    ) as engines:
         for _ in range(3):  # the first try may finish before the update on a quick machine
             completions, _ = asyncio.run(sample_and_update(engines.actors[0]))
             straddling = [reply for group in completions for reply in group if len(reply.versions) == 2]
@@ -427,7 +429,7 @@ def test_two_stages_at_the_same_time_never_lease_one_engine(ray_session, models)
 
     def acquire(registry, stage, engine=ENGINE, workers=2):
         resources = ActorResources(cpus=0.1, workers=workers)
-        return registry.acquire(stage, model, engine.model_dump(), resources.model_dump())
+        return registry.acquire(stage, model, engine.model_dump(), resources=resources.model_dump())
 
     async def lease():
         registry = EngineRegistry()
@@ -451,7 +453,9 @@ def test_choices_are_renormalised(ray_session, models, tmp_path):
     from posttrain.sampling.client import Engines
     from posttrain.sampling.registry import stop_registry
 
-    with Engines(context_in(tmp_path, "test", warm=False), models[0], ENGINE, ActorResources(cpus=0.5)) as engines:
+    with Engines(
+        context_in(tmp_path, "test", warm=False), models[0], ENGINE, resources=ActorResources(cpus=0.5)
+    ) as engines:
         done = []
         answers = engines.generate([SampleRequest(p, choice_ids=(30, 40, 50)) for p in PROMPTS], done.append)
     stop_registry()

@@ -66,7 +66,7 @@ def test_each_tracker_is_given_the_numbers_of_each_step(context: StageContext, t
     with tracked(config, context, openers):
         context.metrics(1, {"loss": 0.5, "reward/math": 1, "note": "text", "none": None})
         context.metrics(2, {"loss": 0.25})
-    for name, kwargs in arguments(config, "trial", "rl", context.dir).items():
+    for name, kwargs in arguments(config, "trial", "rl", folder=context.dir).items():
         assert list(read_jsonl(tmp_path / name)) == [
             {"opened": kwargs, "first": 1},
             {"step": 1, "loss": 0.5, "reward/math": 1},

@@ -24,7 +24,7 @@ async def await_call(call: Awaitable[T], timeout_s: float, message: str) -> T:
 
 
 async def await_with_heartbeat(
-    call: Awaitable[T], ping: Callable[[], Awaitable[object]], timeout_s: float, name: str
+    call: Awaitable[T], ping: Callable[[], Awaitable[object]], timeout_s: float, *, name: str
 ) -> T:
     """The result of a call that may take long, of an actor that answers other calls meanwhile.
 

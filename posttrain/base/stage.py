@@ -59,7 +59,7 @@ def _train(config: StageConfig, context: StageContext) -> None:
     train_base(config, context.seed, aside, scratch, reporter.on_step)
     ended = time.time()
     for rank in range(config.processes):
-        context.busy(f"trainer-{rank}", "base training", started, ended)
+        context.busy(f"trainer-{rank}", "base training", start=started, end=ended)
     aside.rename(context.dir / "model")
     shutil.rmtree(scratch)
 
@@ -75,7 +75,7 @@ class _Reporter:
     def on_step(self, values: Mapping[str, Any]) -> None:
         step = int(values["step"])
         self._window.append(values)
-        self._context.progress(step, self._steps, "steps", {"loss": round(values["loss"], 3)})
+        self._context.progress(step, self._steps, "steps", values={"loss": round(values["loss"], 3)})
         if len(self._window) < _METRICS_EVERY and step < self._steps:
             return
         reply_tokens = sum(line["reply_tokens"] for line in self._window)

@@ -194,7 +194,12 @@ class LiveDisplay:
         stages = list(self._state.stages.values()) if self._state else []
         running = [stage for stage in stages if stage.kind == "rl" and stage.status == "running"]
         panels = [
-            rl_panel(stage.name, stage.metrics, values_text(stage.values) or "no step yet", stage.unscored_limit)
+            rl_panel(
+                stage.name,
+                stage.metrics,
+                values_text(stage.values) or "no step yet",
+                unscored_limit=stage.unscored_limit,
+            )
             for stage in running
         ]
         return Group(_stage_table(stages), *panels)

@@ -122,10 +122,10 @@ def package_checks() -> list[Check]:
         mend = "install the project itself: make install, or pip install ."
         return [Check("packages", "posttrain", "fail", "its metadata is not installed", "", "everything", mend)]
     engine = next((name for name in ENGINES if installed(name)), None)
-    return [_package_check(name, version, extra, engine) for name, version, extra in tested]
+    return [_package_check(name, version, extra, engine=engine) for name, version, extra in tested]
 
 
-def _package_check(name: str, version: str, extra: str, engine: str | None) -> Check:
+def _package_check(name: str, version: str, extra: str, *, engine: str | None) -> Check:
     found = installed(name)
     enables = ENABLES.get(name, "")
     if found is None:
@@ -148,10 +148,10 @@ def machine_checks() -> tuple[list[Check], bool]:
     cores = len(os.sched_getaffinity(0))
     checks = [
         Check("machine", "cores", "ok" if cores > 1 else "warn", str(cores), ">= 2", "", "" if cores > 1 else SLOW),
-        _size_check("memory", memory_gib(), MIN_MEMORY_GIB, "close other programs, or use a machine with more"),
-        _size_check("/dev/shm", _free_gib("/dev/shm"), MIN_SHM_GIB, "in a container: docker run --shm-size=8g"),
-        _size_check("disk here", _free_gib("."), MIN_DISK_GIB, "free some disk, or run in another folder"),
-        _size_check("disk for temporary files", _free_gib(tempfile.gettempdir()), 1.0, "free some, or set TMPDIR"),
+        _size_check("memory", memory_gib(), MIN_MEMORY_GIB, mend="close other programs, or use a machine with more"),
+        _size_check("/dev/shm", _free_gib("/dev/shm"), MIN_SHM_GIB, mend="in a container: docker run --shm-size=8g"),
+        _size_check("disk here", _free_gib("."), MIN_DISK_GIB, mend="free some disk, or run in another folder"),
+        _size_check("disk for temporary files", _free_gib(tempfile.gettempdir()), 1.0, mend="free some, or set TMPDIR"),
         Check("machine", "GPUs (nvidia-smi)", "ok" if gpus else "absent", ", ".join(gpus) or "none"),
         _compiler_check(),
         _image_packages_check(),
@@ -162,7 +162,7 @@ def machine_checks() -> tuple[list[Check], bool]:
 SLOW = "one core works, but sampler and trainer take turns on it"
 
 
-def _size_check(name: str, gib: float | None, least: float, mend: str) -> Check:
+def _size_check(name: str, gib: float | None, least: float, *, mend: str) -> Check:
     if gib is None:
         return Check("machine", name, "warn", "cannot be read", f">= {least:g} GiB", "", mend)
     status = "ok" if gib >= least else "warn"

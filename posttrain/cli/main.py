@@ -47,6 +47,7 @@ def run(
     pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="A YAML file, or a bundled name: quickstart.")],
     overrides: Overrides = None,
     run_dir: RunDirOption = None,
+    *,
     start_from: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="Run this stage, and what needs it, again.")
     ] = None,
@@ -70,17 +71,17 @@ def run(
 
     raw = read_pipeline(pipeline, overrides or [])
     again = ["posttrain", "run", pipeline, *(overrides or [])]
-    _run(raw, run_dir, dry_run, again, start_from=start_from, only=only)
+    _run(raw, run_dir, dry_run, command=again, start_from=start_from, only=only)
 
 
 def _run_stage(
-    kind: str, config: Path, overrides: list[str] | None, run_dir: Path | None, dry_run: bool, seed: int
+    kind: str, config: Path, overrides: list[str] | None, *, run_dir: Path | None, dry_run: bool, seed: int
 ) -> None:
     from posttrain.pipeline.config import single_stage
 
-    raw = single_stage(kind, config, overrides or [], seed)
+    raw = single_stage(kind, config, overrides or [], seed=seed)
     again = ["posttrain", kind, str(config), *(overrides or []), *(["--seed", str(seed)] if seed else [])]
-    _run(raw, run_dir, dry_run, again)
+    _run(raw, run_dir, dry_run, command=again)
 
 
 def _stage_command(kind: str, summary: str, details: str) -> None:
@@ -90,10 +91,11 @@ def _stage_command(kind: str, summary: str, details: str) -> None:
         config: ConfigFile,
         overrides: Overrides = None,
         run_dir: RunDirOption = None,
+        *,
         dry_run: DryRun = False,
         seed: Seed = 0,
     ) -> None:
-        _run_stage(kind, config, overrides, run_dir, dry_run, seed)
+        _run_stage(kind, config, overrides, run_dir=run_dir, dry_run=dry_run, seed=seed)
 
     command.__doc__ = f"{summary}\n\n{details}\n\nThe run is kept in runs/{kind} unless --run-dir says otherwise."
     app.command(name=kind)(command)
@@ -119,6 +121,7 @@ def rl(
     ] = None,
     overrides: Overrides = None,
     run_dir: RunDirOption = None,
+    *,
     dry_run: DryRun = False,
     seed: Seed = 0,
     replay: Annotated[
@@ -148,7 +151,7 @@ def rl(
         raise typer.Exit(replay_run(replay, run_dir or Path("runs") / "replay"))
     if config is None:
         raise ConfigError("posttrain rl", ["CONFIG.yaml is missing; or give --replay RUN_DIR"])
-    _run_stage("rl", config, overrides, run_dir, dry_run, seed)
+    _run_stage("rl", config, overrides, run_dir=run_dir, dry_run=dry_run, seed=seed)
 
 
 _stage_command(
@@ -168,6 +171,7 @@ def validate(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A pipeline or a stage's config.", show_default=False)],
     overrides: Overrides = None,
     kind: Annotated[str | None, typer.Option("--kind", help="Kind of a stage's config; guessed if not given.")] = None,
+    *,
     run_dir: RunDirOption = None,
 ) -> None:
     """Check a pipeline or a stage's config, report every problem, and print the resolved plan. Nothing is started.
@@ -181,7 +185,7 @@ def validate(
     from posttrain.cli.check import read_any
 
     raw = read_any(file, overrides or [], kind)
-    _print_plan(raw, run_dir, None, None)
+    _print_plan(raw, run_dir, start_from=None, only=None)
 
 
 @app.command()
@@ -194,6 +198,7 @@ def plan(
     ],
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs; the same as parallel.processes=N.")] = None,
+    *,
     gpu_gib: Annotated[list[float] | None, typer.Option(help="Memory of a GPU, GiB; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -227,7 +232,7 @@ def plan(
 
     sizes = count_sizes(read_config(find_model(model)))
     shown = to_json if as_json else render
-    found = shown(model, sizes, asked, gpu_gib or [80.0, 141.0])
+    found = shown(model, sizes, asked, gpu_gib=gpu_gib or [80.0, 141.0])
     typer.echo(json.dumps(found, indent=2) if as_json else found)
 
 
@@ -297,12 +302,13 @@ def _run(
     raw: "RawPipeline",
     run_dir: Path | None,
     dry_run: bool,
+    *,
     command: list[str],
     start_from: str | None = None,
     only: str | None = None,
 ) -> None:
     if dry_run:
-        _print_plan(raw, run_dir, start_from, only)
+        _print_plan(raw, run_dir, start_from=start_from, only=only)
         return
     from posttrain.cli.display import make_display
     from posttrain.pipeline.run import run_pipeline
@@ -335,7 +341,7 @@ def _write_report(run_dir: Path) -> None:
         _say(f"the report could not be written: {type(error).__name__}: {error}")
 
 
-def _print_plan(raw: "RawPipeline", run_dir: Path | None, start_from: str | None, only: str | None) -> None:
+def _print_plan(raw: "RawPipeline", run_dir: Path | None, *, start_from: str | None, only: str | None) -> None:
     from posttrain.pipeline.decide import decide
     from posttrain.pipeline.graph import load_pipeline
     from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_plan, render_plan
@@ -346,11 +352,11 @@ def _print_plan(raw: "RawPipeline", run_dir: Path | None, start_from: str | None
     place = RunDir(run_dir or Path("runs") / pipeline.name)
     plan = make_plan(pipeline, place.path)
     if not joins_cluster():
-        check_fits(plan, pipeline.source, local_cpus(), local_gpus())
+        check_fits(plan, pipeline.source, cpus=local_cpus(), gpus=local_gpus())
     place.check(pipeline)
     states = None
     if not raw.open_references:
-        decisions = decide(pipeline, place, start_from, only)
+        decisions = decide(pipeline, place, start_from=start_from, only=only)
         states = {name: f"{item.action}: {item.why}" for name, item in decisions.items()}
     typer.echo(render_plan(pipeline, plan, states))
 

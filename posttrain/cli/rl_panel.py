@@ -80,7 +80,7 @@ def _named(metrics: Mapping[str, float], key: str, label: str) -> list[tuple[str
     return [(name, f"{label}{name.removeprefix(key).replace('_', ' ')}") for name in names]
 
 
-def rl_panel(title: str, metrics: Mapping[str, float], otherwise: str, unscored_limit: float | None = None) -> Any:
+def rl_panel(title: str, metrics: Mapping[str, float], otherwise: str, *, unscored_limit: float | None = None) -> Any:
     """A panel; `otherwise` is said in it while no step is done."""
     from rich.panel import Panel
     from rich.table import Table

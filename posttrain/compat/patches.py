@@ -42,7 +42,7 @@ class Patch:
 PATCHES: dict[str, Patch] = {}
 
 
-def record(where: str, library: str, version: str, kind: Kind, *, reason: str, reference: str, test: str) -> None:
+def record(where: str, library: str, version: str, *, kind: Kind, reason: str, reference: str, test: str) -> None:
     """Add a patch whose code stays outside of `posttrain.compat`, such as an override of a private upstream method."""
     PATCHES[where] = Patch(where, library, version, kind, reason, reference, test)
 
@@ -52,7 +52,7 @@ def patch(library: str, version: str, kind: Kind, *, reason: str, reference: str
 
     def add(target: T) -> T:
         where = f"{target.__module__}.{target.__qualname__}"
-        record(where, library, version, kind, reason=reason, reference=reference, test=test)
+        record(where, library, version, kind=kind, reason=reason, reference=reference, test=test)
         return target
 
     return add

@@ -47,7 +47,7 @@ record(
     "posttrain.parallel.ending.end_rank",
     "torch",
     "2.13.0",
-    "fault",
+    kind="fault",
     reason="A thread of gloo that asks for Python's lock while Python finalises aborts the process (status -6); a "
     "rank ends without finalisation",
     reference="pytorch/pytorch#190489, pytorch/pytorch#179291",

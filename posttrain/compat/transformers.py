@@ -59,7 +59,7 @@ record(
     "posttrain.train.engine_trainer.EngineTrainer",
     "transformers",
     "5.19.0",
-    "fault",
+    kind="fault",
     reason="With divided experts `save_model` writes this rank's experts as if they were all, and a checkpoint opens "
     "in the same layout only. `_prepare_for_training` and `_save_optimizer_and_scheduler` are overridden",
     reference="transformers/trainer.py, `Trainer._save_optimizer_and_scheduler`; deepspeedai/DeepSpeed#7938 (AutoEP)",
@@ -69,7 +69,7 @@ record(
     "posttrain.train.engine_trainer.require_engine",
     "transformers",
     "5.19.0",
-    "fault",
+    kind="fault",
     reason="ACCELERATE_USE_CPU and ACCELERATE_USE_DEEPSPEED turn DeepSpeed off without a message; the class of what "
     "trains is checked before the first step",
     reference="accelerate/state.py, `AcceleratorState.__init__`",

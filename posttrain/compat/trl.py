@@ -48,7 +48,7 @@ record(
     "posttrain.dpo.trainer.TokenizedPairTrainer",
     "trl",
     "1.16.0",
-    "gap",
+    kind="gap",
     reason="DPOTrainer tokenizes preference data itself, whatever columns it is given; prompts must be the ids that "
     "sampling sends, and a truncated reply must not get an end of turn. `_prepare_dataset` is overridden, and "
     "`_get_num_items_in_batch`, so that a loss is divided by the counts of the whole step",

@@ -79,7 +79,7 @@ def render_prompt(tokenizer: Any, messages: Messages, tools: Tools = None) -> li
     """
     dicts = as_dicts(messages)
     ids = _prompt_ids(tokenizer, dicts, tools)
-    _require_tools_shown(tokenizer, dicts, tools, ids, add_generation_prompt=True)
+    _require_tools_shown(tokenizer, dicts, tools, ids=ids, add_generation_prompt=True)
     return ids
 
 
@@ -107,14 +107,14 @@ def render_conversation(tokenizer: Any, messages: Messages, tools: Tools = None)
     marked = _GENERATION_MARKER.search(chat_template(tokenizer)) is not None
     rendered = _apply(tokenizer, dicts, tools=tools, return_assistant_tokens_mask=marked)
     ids = list(rendered["input_ids"])
-    _require_tools_shown(tokenizer, dicts, tools, ids)
+    _require_tools_shown(tokenizer, dicts, tools, ids=ids)
     all_learned = len(learned) == sum(item["role"] == "assistant" for item in dicts)
     ends = set(end_token_ids(tokenizer))
     if marked:
         mask = _with_end_of_turn(ids, [int(bit) for bit in rendered["assistant_masks"]], ends)
-        mask = mask if all_learned else _within(mask, _turn_spans(tokenizer, dicts, tools, ids, learned))
+        mask = mask if all_learned else _within(mask, _turn_spans(tokenizer, dicts, tools, ids=ids, turns=learned))
     else:
-        spans = _turn_spans(tokenizer, dicts, tools, ids, learned)
+        spans = _turn_spans(tokenizer, dicts, tools, ids=ids, turns=learned)
         mask = _within([1] * len(ids), [_up_to_end_of_turn(ids, span, ends) for span in spans])
     if not any(mask):
         raise DataError("the chat template marks no token of the assistant turns; check its generation markers")
@@ -140,7 +140,7 @@ def check_parity(tokenizer: Any, messages: Messages, tools: Tools = None) -> Non
     dicts = as_dicts(messages)
     for index in learned_turns(messages):
         prompt = _prompt_ids(tokenizer, dicts[:index], tools)
-        _require_prefix(tokenizer, prompt, ids, f"the prompt before message {index}")
+        _require_prefix(tokenizer, prompt, ids, what=f"the prompt before message {index}")
         start = len(prompt)
         if start >= len(mask) or not mask[start] or mask[start - 1]:
             raise DataError(
@@ -165,7 +165,7 @@ def _apply(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Ma
 
 
 def _require_tools_shown(
-    tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools, ids: list[int], **options: Any
+    tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools, *, ids: list[int], **options: Any
 ) -> None:
     """Raise `DataError` if the template leaves out a call, a result or the declared tools: many templates drop what
     they do not know, and the model would learn to answer from results that it never sees.
@@ -205,15 +205,15 @@ def _tool_variants(dicts: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict
 
 
 def _turn_spans(
-    tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools, ids: list[int], turns: Sequence[int]
+    tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools, *, ids: list[int], turns: Sequence[int]
 ) -> list[tuple[int, int]]:
     """Where in `ids` each of these turns begins and ends: it is what it adds to the prompt rendered before it."""
     spans: list[tuple[int, int]] = []
     for index in turns:
         prompt = _prompt_ids(tokenizer, dicts[:index], tools)
         through = list(_apply(tokenizer, dicts[: index + 1], tools=tools)["input_ids"])
-        _require_prefix(tokenizer, prompt, ids, f"the prompt before message {index}")
-        _require_prefix(tokenizer, through, ids, f"the conversation up to message {index}")
+        _require_prefix(tokenizer, prompt, ids, what=f"the prompt before message {index}")
+        _require_prefix(tokenizer, through, ids, what=f"the conversation up to message {index}")
         spans.append((len(prompt), len(through)))
     return spans
 
@@ -241,7 +241,7 @@ def _with_end_of_turn(ids: list[int], mask: list[int], ends: set[int]) -> list[i
     ]
 
 
-def _require_prefix(tokenizer: Any, prefix: list[int], ids: list[int], what: str) -> None:
+def _require_prefix(tokenizer: Any, prefix: list[int], ids: list[int], *, what: str) -> None:
     if ids[: len(prefix)] == prefix:
         return
     pairs = zip(prefix, ids, strict=False)

@@ -32,12 +32,12 @@ class Pair:
 
 def load_pairs(data: Data, *, limit: int | None = None, stage: str | None = None) -> list[Pair]:
     """Read and validate preference pairs; `stage` and what is raised are as in `load_rows`."""
-    return collect(data, _parser(stage), limit, lambda pair: pair.id)
+    return collect(data, _parser(stage), limit, identity=lambda pair: pair.id)
 
 
 def check_pairs(data: Data, rows: int = 100, *, stage: str | None = None) -> list[str]:
     """Problems in the first pairs, one line each."""
-    return check(data, _parser(stage), rows, lambda pair: pair.id)
+    return check(data, _parser(stage), rows, identity=lambda pair: pair.id)
 
 
 def _parser(stage: str | None) -> Callable[[Record, DataConfig], Pair]:

@@ -33,12 +33,12 @@ def load_rows(data: Data, *, kind: Kind, limit: int | None = None, stage: str | 
     are refused in its name. Returns at least one row. Raises `DataError` that names file, row number, the value got and
     the rule, for the first few bad rows.
     """
-    return collect(data, _parser(kind, stage), limit, lambda row: row.id)
+    return collect(data, _parser(kind, stage), limit, identity=lambda row: row.id)
 
 
 def check_data(data: Data, kind: Kind, rows: int = 100, *, stage: str | None = None) -> list[str]:
     """Problems in the first rows of a dataset, one line each; a path that still holds `${...}` is not looked at."""
-    return check(data, _parser(kind, stage), rows, lambda row: row.id)
+    return check(data, _parser(kind, stage), rows, identity=lambda row: row.id)
 
 
 def _parser(kind: Kind, stage: str | None) -> Callable[[Record, DataConfig], Row]:
@@ -77,7 +77,7 @@ def as_config(data: Data) -> DataConfig:
 
 
 def scan(
-    data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, identity: Callable[[T], str]
+    data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, *, identity: Callable[[T], str]
 ) -> Iterator[T | str]:
     """Yield each row parsed, or one line that says what is wrong with it."""
     config = as_config(data)
@@ -100,12 +100,12 @@ def scan(
 
 
 def collect(
-    data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, identity: Callable[[T], str]
+    data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, *, identity: Callable[[T], str]
 ) -> list[T]:
     """Every row of a dataset; raises `DataError` if one is bad or there are none."""
     rows: list[T] = []
     problems: list[str] = []
-    for item in scan(data, parse, limit, identity):
+    for item in scan(data, parse, limit, identity=identity):
         if isinstance(item, str):
             problems.append(item)
         else:
@@ -119,12 +119,14 @@ def collect(
     return rows
 
 
-def check(data: Data, parse: Callable[[Record, DataConfig], T], rows: int, identity: Callable[[T], str]) -> list[str]:
+def check(
+    data: Data, parse: Callable[[Record, DataConfig], T], rows: int, *, identity: Callable[[T], str]
+) -> list[str]:
     """Problems in the first rows, as lines."""
     if "${" in _shown_path(data):
         return []
     try:
-        found = list(scan(data, parse, rows, identity))
+        found = list(scan(data, parse, rows, identity=identity))
     except DataError as error:
         return str(error).splitlines()
     if not found:

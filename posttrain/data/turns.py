@@ -36,7 +36,7 @@ def check_turns(messages: Sequence[Message], name: str, kind: Kind) -> None:
         if message.role == "assistant" and message.tool_calls:
             calling = index
         elif message.role == "tool" and (index + 1 == len(messages) or messages[index + 1].role != "tool"):
-            _check_results(messages, name, calling, index + 1)
+            _check_results(messages, name, calling, end=index + 1)
     if messages[-1].role not in _ENDS[kind]:
         what = "a supervised row" if kind == "supervised" else "a prompt"
         roles = " or ".join(map(repr, _ENDS[kind]))
@@ -59,7 +59,7 @@ def _expected(before: Message | None) -> tuple[str, ...]:
     return ("tool", "assistant") if before.role == "tool" else ("assistant",)
 
 
-def _check_results(messages: Sequence[Message], name: str, calling: int, end: int) -> None:
+def _check_results(messages: Sequence[Message], name: str, calling: int, *, end: int) -> None:
     """Hold the results in [calling + 1, end) against the calls: by id where both sides have one, else by number."""
     calls = messages[calling].tool_calls
     open_ids = [call.id for call in calls if call.id is not None]

@@ -74,7 +74,7 @@ def rollouts(
 
 def by_prompt(
     rows: Sequence[Row], asked: Sequence[tuple[str, Row, SampleRequest]], pairs: Sequence[tuple[Rollout, Row]],
-    scores: Sequence[Scored],
+    *, scores: Sequence[Scored],
 ) -> list[PromptReplies]:  # fmt: skip
     """Gather scored rollouts by prompt, in the order of `rows`. Every row gets an entry."""
     greedy: dict[str, Reply] = {}

@@ -15,7 +15,7 @@ from posttrain.metrics.pass_at_k import pass_at_k
 
 
 def results(
-    prompts: Sequence[PromptReplies], k: int, threshold: float, observe: Mapping[str, str], seed: int
+    prompts: Sequence[PromptReplies], k: int, threshold: float, *, observe: Mapping[str, str], seed: int
 ) -> dict[str, dict[str, Any]]:
     """The content of results.json: one entry a capability, in order of name, and "all".
 
@@ -29,11 +29,11 @@ def results(
     # "all" is written last and wins over a capability that somebody named so.
     parts["all"] = list(prompts)
     patterns = {name: re.compile(pattern) for name, pattern in observe.items()}
-    return {name: _entry(part, k, threshold, patterns, seed) for name, part in parts.items()}
+    return {name: _entry(part, k, threshold, patterns=patterns, seed=seed) for name, part in parts.items()}
 
 
 def _entry(
-    prompts: Sequence[PromptReplies], k: int, threshold: float, patterns: Mapping[str, re.Pattern[str]], seed: int
+    prompts: Sequence[PromptReplies], k: int, threshold: float, *, patterns: Mapping[str, re.Pattern[str]], seed: int
 ) -> dict[str, Any]:
     greedy = [item.greedy for item in prompts if item.greedy is not None]
     samples = [reply for item in prompts for reply in item.samples]
@@ -41,7 +41,7 @@ def _entry(
     return {
         "n": len(prompts),
         **_greedy(greedy, threshold),
-        **_sampled(prompts, k, threshold, seed),
+        **_sampled(prompts, k, threshold, seed=seed),
         "truncated": sum(reply.truncated for reply in shown),
         "reply_tokens_mean": sum(reply.num_tokens for reply in shown) / len(shown) if shown else None,
         "unscored": sum(reply.reward is None for reply in [*greedy, *samples]),
@@ -59,7 +59,7 @@ def _greedy(replies: Sequence[Reply], threshold: float) -> dict[str, Any]:
     }
 
 
-def _sampled(prompts: Sequence[PromptReplies], k: int, threshold: float, seed: int) -> dict[str, Any]:
+def _sampled(prompts: Sequence[PromptReplies], k: int, threshold: float, *, seed: int) -> dict[str, Any]:
     counts = []
     for item in prompts:
         rewards = [reply.reward for reply in item.samples if reply.reward is not None]

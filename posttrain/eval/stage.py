@@ -48,14 +48,14 @@ def evaluate(config: EvalConfig, context: StageContext) -> list[PromptReplies]:
     check_reward(config.reward.name, config.reward.args)
     rows, asked = prepare(config)
     requests = [request for _, _, request in asked]
-    with Engines(context, config.model, config.engine, config.resources.rollout) as engines:
+    with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
         answers = engines.generate(requests, _reporter(context, len(requests)))
     pairs = list(rollouts(asked, answers))
     began = time.time()
     scores = reward_pool(config).score_all(pairs)
-    context.busy("reward", "score", began, time.time())
+    context.busy("reward", "score", start=began, end=time.time())
     _report_unscored(scores, context)
-    return by_prompt(rows, asked, pairs, scores)
+    return by_prompt(rows, asked, pairs, scores=scores)
 
 
 def prepare(config: EvalConfig) -> tuple[list[Row], list[tuple[str, Row, SampleRequest]]]:
@@ -75,7 +75,7 @@ def reward_pool(config: EvalConfig) -> RewardPool:
 
 def measure(prompts: Sequence[PromptReplies], config: EvalConfig, seed: int) -> dict[str, dict[str, Any]]:
     """The content of results.json."""
-    return results(prompts, config.k, config.reward.correct_threshold, config.observe, seed)
+    return results(prompts, config.k, config.reward.correct_threshold, observe=config.observe, seed=seed)
 
 
 def _report_unscored(scores: Sequence[Scored], context: StageContext) -> None:

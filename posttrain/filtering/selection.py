@@ -14,7 +14,7 @@ def num_kept(num_rows: int, keep_fraction: float) -> int:
 
 
 def select(
-    rows: Sequence[Row], scores: Sequence[float], keep_fraction: float, stratify: bool = True, seed: int = 0
+    rows: Sequence[Row], scores: Sequence[float], keep_fraction: float, *, stratify: bool = True, seed: int = 0
 ) -> tuple[list[Row], list[Row]]:
     """Split rows into (kept, dropped), both in the order they came in.
 

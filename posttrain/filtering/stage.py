@@ -75,7 +75,7 @@ def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext
     with open_judge(prepared, context, config.resources.judge) as judge:
         answers = asyncio.run(judge.rate(questions, _reporter(context, len(rows))))
     found = decided(answers)
-    kept, dropped = split(rows, found, config, context.seed)
+    kept, dropped = split(rows, found, config, seed=context.seed)
     by_id = {row.id: verdict for row, verdict in zip(rows, found, strict=True)}
     return FilterResult(kept, dropped, by_id, prepared.prompts.num_shortened)
 
@@ -92,11 +92,13 @@ def decided(answers: Sequence[Verdict | Undecided]) -> list[Verdict]:
 
 
 def split(
-    rows: Sequence[Row], found: Sequence[Verdict], config: FilterConfig, seed: int
+    rows: Sequence[Row], found: Sequence[Verdict], config: FilterConfig, *, seed: int
 ) -> tuple[list[Row], list[Row]]:
     """(kept, dropped) rows, each with its verdict."""
     rated = [_with_difficulty(row, verdict, config.judge_name) for row, verdict in zip(rows, found, strict=True)]
-    return select(rated, [verdict.score for verdict in found], config.keep_fraction, config.stratify, seed)
+    return select(
+        rated, [verdict.score for verdict in found], config.keep_fraction, stratify=config.stratify, seed=seed
+    )
 
 
 def histogram(result: FilterResult, labels: Sequence[str]) -> dict[str, Any]:

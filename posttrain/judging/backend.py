@@ -70,12 +70,12 @@ def open_judge(
 
         assert prepared.form is not None
         context.event("judge_endpoint", base_url=source.base_url, model=source.model, form=prepared.form.name)
-        yield EndpointJudge(source, config.labels, prepared.form, context)
+        yield EndpointJudge(source, config.labels, prepared.form, context=context)
         return
     from posttrain.judging.engines import BUSY, EngineJudge
     from posttrain.sampling.client import Engines
 
     assert config.engine is not None  # both are checked by the schemas
     assert resources is not None
-    with Engines(context, source, config.engine, resources, BUSY) as engines:
+    with Engines(context, source, config.engine, resources=resources, activity=BUSY) as engines:
         yield EngineJudge(engines, config.labels, prepared.prompts.choice_ids)

@@ -26,7 +26,7 @@ BUSY = "judge"
 class EndpointJudge:
     """Rates at `endpoint`, asking in the form that `preflight.choose_form` found."""
 
-    def __init__(self, endpoint: EndpointConfig, labels: Sequence[str], form: Form, context: StageContext):
+    def __init__(self, endpoint: EndpointConfig, labels: Sequence[str], form: Form, *, context: StageContext):
         self._endpoint = endpoint
         self._labels = labels
         self._form = form

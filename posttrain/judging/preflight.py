@@ -43,7 +43,7 @@ async def choose_form(endpoint: EndpointConfig, labels: Sequence[str]) -> Form:
         refusal = ""
         for form in FORMS:
             try:
-                answer = await _ask(client, endpoint, form, labels)
+                answer = await _ask(client, endpoint, form, labels=labels)
             except (openai.OpenAIError, TimeoutError, ValueError) as error:
                 if not is_refused_form(error):
                     raise UserError(f"judge.endpoint: {why(error, endpoint)}") from None
@@ -57,7 +57,7 @@ async def choose_form(endpoint: EndpointConfig, labels: Sequence[str]) -> Form:
         return taken[0]
 
 
-async def _ask(client: openai.AsyncOpenAI, endpoint: EndpointConfig, form: Form, labels: Sequence[str]) -> Any:
+async def _ask(client: openai.AsyncOpenAI, endpoint: EndpointConfig, form: Form, *, labels: Sequence[str]) -> Any:
     text = PROBE.format(labels=", ".join(labels))
     body = request_body(form, endpoint.model, text, labels=labels, top_logprobs=endpoint.top_logprobs)
     return await complete(client, _patient(endpoint), body)

@@ -32,7 +32,7 @@ class Tracker:
 Opener = Callable[[dict[str, Any], int], Tracker]  # keyword arguments of `arguments`, the first step
 
 
-def arguments(config: TrackersConfig | None, run: str, stage: str, folder: Path) -> dict[str, dict[str, Any]]:
+def arguments(config: TrackersConfig | None, run: str, stage: str, *, folder: Path) -> dict[str, dict[str, Any]]:
     """What the library of each tracker that is on is opened with, by the tracker's name. folder: the stage's."""
     config = config or TrackersConfig()
     found: dict[str, dict[str, Any]] = {}
@@ -83,7 +83,7 @@ def tracked(
 ) -> Iterator[None]:
     """Inside, what is added to the stage's metrics.jsonl goes to the trackers that are on."""
     run = context.events.resolve().parent.name
-    found = arguments(config, run, context.name, context.dir)
+    found = arguments(config, run, context.name, folder=context.dir)
     if not found:
         yield
         return

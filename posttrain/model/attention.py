@@ -58,5 +58,5 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         dropout = self.config.attention_dropout if self.training else 0.0
-        out_BHSd = positions.visibility[self.kind].attend(q, k, v, dropout)
+        out_BHSd = positions.visibility[self.kind].attend(q, k, v, dropout=dropout)
         return self.o_proj(out_BHSd.transpose(1, 2).reshape(*x_BSD.shape[:-1], -1))

@@ -123,6 +123,7 @@ def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     path: str | os.PathLike,
+    *,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a model folder beside `path`, then rename it into place: a reader sees all of it or none.

@@ -137,10 +137,14 @@ class NativeLlama4Model(_NativeLlama4):
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x_BSD.shape[:2]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        layout = layout_of(batch, length, past, attention_mask, position_ids, x_BSD.device)
+        layout = layout_of(
+            batch, length, past, attention_mask=attention_mask, position_ids=position_ids, device=x_BSD.device
+        )
         cache = self._cache(past_key_values, use_cache, layout)
-        positions = place(self.config, layout, length, cache, self._frequencies_on(x_BSD.device))
-        routings, hidden_states = self._run_layers(x_BSD, positions, cache, routed_experts, bool(output_hidden_states))
+        positions = place(self.config, layout, length, cache=cache, frequencies=self._frequencies_on(x_BSD.device))
+        routings, hidden_states = self._run_layers(
+            x_BSD, positions, cache, routed_experts=routed_experts, keep_all=bool(output_hidden_states)
+        )
         keep_T = None if attention_mask is None else attention_mask[:, past:].reshape(-1).bool()
         self.last_routings = ([Routing(r.logits_TE.detach(), r.expert_ids_TK) for r in routings], keep_T)
         # cast: transformers annotates its outputs with FloatTensor, which no function of torch is typed to return.
@@ -170,6 +174,7 @@ class NativeLlama4Model(_NativeLlama4):
         x_BSD: torch.Tensor,
         positions: Positions,
         cache: Cache | None,
+        *,
         routed_experts: torch.Tensor | None,
         keep_all: bool,
     ) -> tuple[list[Routing], list[torch.Tensor]]:

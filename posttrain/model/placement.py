@@ -35,6 +35,7 @@ def layout_of(
     batch: int,
     length: int,
     past: int,
+    *,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     device: torch.device,
@@ -79,7 +80,12 @@ def _document_starts(position_ids_BS: torch.Tensor, mask_BS: torch.Tensor | None
 
 
 def place(
-    config: Llama4TextConfig, layout: Layout, length: int, cache: Cache | None, frequencies: tuple[torch.Tensor, float]
+    config: Llama4TextConfig,
+    layout: Layout,
+    length: int,
+    *,
+    cache: Cache | None,
+    frequencies: tuple[torch.Tensor, float],
 ) -> Positions:
     """Build what the layers need. `frequencies` are those of rope.inverse_frequencies, on the right device."""
     turns = rotations(layout.position_ids_BS, *frequencies)
@@ -92,7 +98,7 @@ def place(
     if past == 0 and layout.attention_mask_BK is None:
         visibility = {kind: _plain(config, kind, length) for kind in kinds}
     else:
-        visibility = {kind: _masked(config, layout, kind, slots, cache) for kind in kinds}
+        visibility = {kind: _masked(config, layout, kind, slots=slots, cache=cache) for kind in kinds}
     return Positions(turns, slots, visibility)
 
 
@@ -113,7 +119,7 @@ def _packed(config: Llama4TextConfig, layout: Layout, kind: str) -> Visibility:
 
 
 def _masked(
-    config: Llama4TextConfig, layout: Layout, kind: str, slots: torch.Tensor, cache: Cache | None
+    config: Llama4TextConfig, layout: Layout, kind: str, *, slots: torch.Tensor, cache: Cache | None
 ) -> Visibility:
     length, device = slots.shape[1], slots.device
     past = cache.get_seq_length() if cache is not None else 0
@@ -122,4 +128,6 @@ def _masked(
         # A layer whose window is bounded keeps only its last keys; the mask must start where they start.
         total, offset = cache.get_mask_sizes(length, list(config.layer_types or ()).index(kind))
     keys, queries = range(offset, offset + total), range(past, past + length)
-    return MaskedRows(row_mask(layout.attention_mask_BK, queries, keys, _chunk_size(config, kind), device))
+    return MaskedRows(
+        row_mask(layout.attention_mask_BK, queries, keys, chunk_size=_chunk_size(config, kind), device=device)
+    )

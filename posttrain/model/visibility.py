@@ -24,6 +24,7 @@ def _sdpa(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    *,
     mask: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
@@ -37,8 +38,8 @@ def _sdpa(
 class CausalRows:
     """Every token sees itself and all before it in its row."""
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-        return _sdpa(q, k, v, None, dropout)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float) -> torch.Tensor:
+        return _sdpa(q, k, v, mask=None, dropout=dropout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +48,18 @@ class ChunkedRows:
 
     chunk_size: int
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float) -> torch.Tensor:
         whole = q.shape[2] // self.chunk_size * self.chunk_size
-        parts = [self._whole_chunks(q[:, :, :whole], k[:, :, :whole], v[:, :, :whole], dropout)]
+        parts = [self._whole_chunks(q[:, :, :whole], k[:, :, :whole], v[:, :, :whole], dropout=dropout)]
         if whole < q.shape[2]:
-            parts.append(_sdpa(q[:, :, whole:], k[:, :, whole:], v[:, :, whole:], None, dropout))
+            parts.append(_sdpa(q[:, :, whole:], k[:, :, whole:], v[:, :, whole:], mask=None, dropout=dropout))
         return torch.cat(parts, dim=2)
 
-    def _whole_chunks(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    def _whole_chunks(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float) -> torch.Tensor:
         def split(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(2, (-1, self.chunk_size)).transpose(1, 2).flatten(0, 1)
 
-        out = _sdpa(split(q), split(k), split(v), None, dropout)
+        out = _sdpa(split(q), split(k), split(v), mask=None, dropout=dropout)
         return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
 
 
@@ -68,8 +69,8 @@ class MaskedRows:
 
     mask: torch.Tensor
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-        return _sdpa(q, k, v, self.mask, dropout)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float) -> torch.Tensor:
+        return _sdpa(q, k, v, mask=self.mask, dropout=dropout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class PackedSegments:
 
     batches: tuple[_Batch, ...]
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float) -> torch.Tensor:
         tokens = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [T, heads, d]
         if len(self.batches) == 1:
             out = _attend_batch(tokens, self.batches[0], dropout)
@@ -106,7 +107,7 @@ def _attend_batch(tokens: list[torch.Tensor], batch: _Batch, dropout: float) -> 
         flat = x.new_zeros(batch.rows * batch.length, *x.shape[1:]).index_copy(0, batch.slots_N, x)
         return flat.unflatten(0, (batch.rows, batch.length)).transpose(1, 2)
 
-    out = _sdpa(place(tokens[0]), place(tokens[1]), place(tokens[2]), None, dropout)
+    out = _sdpa(place(tokens[0]), place(tokens[1]), place(tokens[2]), mask=None, dropout=dropout)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, batch.slots_N)
 
 
@@ -141,7 +142,7 @@ def _batches_by_length(lengths: torch.Tensor, segment: torch.Tensor, offset: tor
 
 
 def row_mask(
-    attention_mask_BK: torch.Tensor | None, queries: range, keys: range, chunk_size: int | None, device: torch.device
+    attention_mask_BK: torch.Tensor | None, queries: range, keys: range, *, chunk_size: int | None, device: torch.device
 ) -> torch.Tensor:
     """Boolean [B or 1, 1, S, K] for queries and keys at the given slots of their rows.
 

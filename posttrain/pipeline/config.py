@@ -119,13 +119,29 @@ def read_pipeline(source: str | Path | Mapping[str, Any], overrides: Sequence[st
     problems += _name_problems(config)
     stages = []
     for entry in config.stages:
-        stage = _read_stage(entry.name, entry.kind, entry.config, folder, label, inner.get(entry.name, []), problems)
+        stage = _read_stage(
+            entry.name,
+            entry.kind,
+            entry.config,
+            folder=folder,
+            label=label,
+            overrides=inner.get(entry.name, []),
+            problems=problems,
+        )
         if stage:
             stages.append(stage)
     evaluate = None
     if config.evaluate:
         item = config.evaluate
-        evaluate = _read_stage("evaluate", "eval", item.config, folder, label, inner.get("evaluate", []), problems)
+        evaluate = _read_stage(
+            "evaluate",
+            "eval",
+            item.config,
+            folder=folder,
+            label=label,
+            overrides=inner.get("evaluate", []),
+            problems=problems,
+        )
     return RawPipeline(label, config, stages, evaluate, problems)
 
 
@@ -133,6 +149,7 @@ def single_stage(
     kind: str,
     config: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
+    *,
     seed: int = 0,
     open_references: bool = False,
 ) -> RawPipeline:
@@ -153,6 +170,7 @@ def _read_stage(
     name: str,
     kind: str,
     config: str | dict[str, Any],
+    *,
     folder: Path,
     label: str,
     overrides: Sequence[str],

@@ -27,7 +27,7 @@ class Decision:
 
 
 def decide(
-    pipeline: Pipeline, run_dir: RunDir, start_from: str | None = None, only: str | None = None
+    pipeline: Pipeline, run_dir: RunDir, *, start_from: str | None = None, only: str | None = None
 ) -> dict[str, Decision]:
     """Decide for every node, by name.
 
@@ -50,11 +50,11 @@ def decide(
     problems: list[str] = []
     for name, node in pipeline.nodes.items():
         if name in as_is:
-            decisions[name] = _taken_as_it_is(node, pipeline, run_dir, decisions)
+            decisions[name] = _taken_as_it_is(node, pipeline, run_dir, decisions=decisions)
             if name in needed and decisions[name].action == "leave out":
                 problems.append(f"stage {name!r} has not been finished in {run_dir.path}; run it first")
         else:
-            decisions[name] = _decide_one(node, pipeline, run_dir, decisions, name in forced)
+            decisions[name] = _decide_one(node, pipeline, run_dir, decisions=decisions, forced=name in forced)
             lost = decisions[name].action == "run" and not decisions[name].forced
             if lost and run_dir.has_unfinished_work(node):
                 problems.append(
@@ -68,7 +68,7 @@ def decide(
 
 
 def _decide_one(
-    node: Node, pipeline: Pipeline, run_dir: RunDir, decisions: dict[str, Decision], forced: bool
+    node: Node, pipeline: Pipeline, run_dir: RunDir, *, decisions: dict[str, Decision], forced: bool
 ) -> Decision:
     digest = _hash(node, pipeline, decisions)
     state = run_dir.state(node, digest)
@@ -81,7 +81,7 @@ def _decide_one(
     return Decision("run", digest, "new" if state == "new" else "config, inputs, code or outputs have changed")
 
 
-def _taken_as_it_is(node: Node, pipeline: Pipeline, run_dir: RunDir, decisions: dict[str, Decision]) -> Decision:
+def _taken_as_it_is(node: Node, pipeline: Pipeline, run_dir: RunDir, *, decisions: dict[str, Decision]) -> Decision:
     record = run_dir.done(node)
     if record is None:
         return Decision("leave out", "", "not asked for")

@@ -102,7 +102,11 @@ def load_pipeline(source: str | Path | Mapping[str, Any] | RawPipeline, override
     raw = source if isinstance(source, RawPipeline) else read_pipeline(source, overrides)
     problems = list(raw.problems)
     kinds = {} if raw.alone else {entry.name: entry.kind for entry in raw.config.stages}
-    nodes = [node for stage in raw.stages if (node := _make_node(stage, kinds, problems, raw.open_references))]
+    nodes = [
+        node
+        for stage in raw.stages
+        if (node := _make_node(stage, kinds, problems, open_references=raw.open_references))
+    ]
     nodes += _evaluations(raw, kinds, problems)
     problems += tracker_problems(raw.config)
     for node in nodes:
@@ -129,7 +133,7 @@ def with_trackers(config: Config, trackers: TrackersConfig | None) -> Config:
 
 
 def _make_node(
-    stage: RawStage, kinds: Mapping[str, str], problems: list[str], open_references: bool = False
+    stage: RawStage, kinds: Mapping[str, str], problems: list[str], *, open_references: bool = False
 ) -> Node | None:
     """Validate one stage; None if its config cannot be built. `kinds`: kind of each stage that can be referred to."""
     if stage.kind not in KINDS:

@@ -98,7 +98,7 @@ def _actors(node: Node, pipeline: Pipeline, run_dir: Path) -> list[Actor]:
     if not declared and node.stage_kind.trains_itself:
         declared = {"trainer": ActorResources(workers=getattr(node.config, "processes", 1))}
     return [
-        Actor(role, _workers(role, node, item), item.cpus, item.gpus, _memory(role, node, pipeline, run_dir))
+        Actor(role, _workers(role, node, item), item.cpus, item.gpus, _memory(role, node, pipeline, run_dir=run_dir))
         for role, item in declared.items()
     ]
 
@@ -124,7 +124,7 @@ def trainer_resources(node: Node) -> tuple[float, float]:
     return float(getattr(node.config, "processes", 1)), 0.0
 
 
-def check_fits(plan: list[Step], source: str, cpus: float, gpus: float) -> None:
+def check_fits(plan: list[Step], source: str, *, cpus: float, gpus: float) -> None:
     """Raise ConfigError if a step asks for more than there is in all."""
     problems = [
         f"{step.key}: asks for {need:g} {unit}s ({_sum(step, unit)}), but there are {have:g}"
@@ -160,7 +160,7 @@ def _sum(step: Step, unit: str) -> str:
 # --- memory ---
 
 
-def _memory(role: str, node: Node, pipeline: Pipeline, run_dir: Path) -> str:
+def _memory(role: str, node: Node, pipeline: Pipeline, *, run_dir: Path) -> str:
     """An estimate for one actor of a role, such as `0.02 GiB`, or `after sft`."""
     model = _model_of(role, node)
     if model is None or role == "reward":  # rewards hold no model that is known here
@@ -172,7 +172,7 @@ def _memory(role: str, node: Node, pipeline: Pipeline, run_dir: Path) -> str:
     weights = size * BYTES[model.dtype]
     if role == "trainer":
         parallel = getattr(node.config, "parallel", None) or ParallelConfig(zero=0)
-        state = state_bytes(size, 0, parallel, model.dtype)
+        state = state_bytes(size, 0, parallel, dtype=model.dtype)
         frozen = getattr(node.config, "lora", None) is not None
         total = state.weights + (0 if frozen else state.gradients + state.optimizer)
     elif role == "reference":

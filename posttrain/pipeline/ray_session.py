@@ -142,7 +142,7 @@ def _close(session: RaySession) -> None:
         closing.join(SHUTDOWN_S)
         _terminate(session, spare)
         closing.join(SHUTDOWN_S)
-    left = watchdog.kill_session(session.session, str(session.temp_dir), SHUTDOWN_S, spare)
+    left = watchdog.kill_session(session.session, str(session.temp_dir), SHUTDOWN_S, spare=spare)
     if left:
         print(f"posttrain: processes {sorted(left)} could not be ended", file=sys.stderr)
     watchdog.remove_traces(session.session, str(session.temp_dir))

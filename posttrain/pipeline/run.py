@@ -68,13 +68,13 @@ def run_pipeline(
     command = command or shlex.join(["posttrain", "run", pipeline.source, "--run-dir", str(place.path), *overrides])
     plan = make_plan(pipeline, place.path)
     if not joins_cluster():
-        check_fits(plan, pipeline.source, local_cpus(), local_gpus())
+        check_fits(plan, pipeline.source, cpus=local_cpus(), gpus=local_gpus())
     try:
         place.check(pipeline)
-        decisions = decide(pipeline, place, start_from, only)
+        decisions = decide(pipeline, place, start_from=start_from, only=only)
         _check_endpoints(pipeline, decisions)
         with place.open(pipeline):
-            return _run(pipeline, place, decisions, display or _Silent(), command)
+            return _run(pipeline, place, decisions, display=display or _Silent(), command=command)
     except OSError as error:
         raise StageError(f"{_os_error(error)}\n{_resume(command)}") from error
 
@@ -99,7 +99,7 @@ def _check_endpoints(pipeline: Pipeline, decisions: Mapping[str, Decision]) -> N
 
 
 def _run(
-    pipeline: Pipeline, place: RunDir, decisions: Mapping[str, Decision], display: Display, command: str
+    pipeline: Pipeline, place: RunDir, decisions: Mapping[str, Decision], *, display: Display, command: str
 ) -> Summary:
     summary = SummaryWriter(pipeline, place, command)
     todo = [pipeline.nodes[name] for name, item in decisions.items() if item.action in ("run", "resume")]
@@ -112,11 +112,11 @@ def _run(
     status = "failed"
     try:
         with sampler:
-            _note_skipped(pipeline, place, decisions, summary)
+            _note_skipped(pipeline, place, decisions, summary=summary)
             display.refresh()
             summary.write("interrupted", sampler.peak_gib)
             if todo:
-                _execute(pipeline, place, decisions, summary, sampler, display)
+                _execute(pipeline, place, decisions, summary=summary, sampler=sampler, display=display)
         status = "done"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -137,13 +137,14 @@ def _execute(
     pipeline: Pipeline,
     place: RunDir,
     decisions: Mapping[str, Decision],
+    *,
     summary: SummaryWriter,
     sampler: MemorySampler,
     display: Display,
 ) -> None:
     plan = make_plan(pipeline, place.path)
     with ray_session() as session:
-        check_fits(plan, pipeline.source, session.cpus, session.gpus)
+        check_fits(plan, pipeline.source, cpus=session.cpus, gpus=session.gpus)
         todo = [node for name, node in pipeline.nodes.items() if decisions[name].action in ("run", "resume")]
         if any("vllm" in needed_packages(node.config, node.stage_kind) for node in todo):
             from posttrain.sampling.registry import start_registry
@@ -153,10 +154,14 @@ def _execute(
         def save() -> None:
             summary.write("interrupted", sampler.peak_gib)
 
-        Scheduler(pipeline, place, decisions, plan, session, summary, save, display.refresh).run()
+        Scheduler(
+            pipeline, place, decisions, plan=plan, session=session, summary=summary, save=save, refresh=display.refresh
+        ).run()
 
 
-def _note_skipped(pipeline: Pipeline, place: RunDir, decisions: Mapping[str, Decision], summary: SummaryWriter) -> None:
+def _note_skipped(
+    pipeline: Pipeline, place: RunDir, decisions: Mapping[str, Decision], *, summary: SummaryWriter
+) -> None:
     for name, decision in decisions.items():
         node = pipeline.nodes[name]
         if decision.action == "skip":

@@ -105,7 +105,7 @@ class RunDir:
         checkpoints = folder / "checkpoints"
         return not (folder / DONE).exists() and checkpoints.is_dir() and any(checkpoints.glob("step_*"))
 
-    def begin(self, node: Node, input_hash: str, config: Mapping[str, Any], resume: bool) -> None:
+    def begin(self, node: Node, input_hash: str, config: Mapping[str, Any], *, resume: bool) -> None:
         """Make the folder ready: emptied unless its work is resumed, with config.yaml and STARTED in it."""
         folder = self.folder(node)
         if not resume:

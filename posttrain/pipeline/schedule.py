@@ -42,6 +42,7 @@ class Scheduler:
         pipeline: Pipeline,
         run_dir: RunDir,
         decisions: Mapping[str, Decision],
+        *,
         plan: list[Step],
         session: RaySession,
         summary: SummaryWriter,
@@ -66,7 +67,9 @@ class Scheduler:
             self._loop()
         except BaseException:
             for running in self.running.values():
-                self._record(running.node, "interrupted", time.time() - running.started, {}, event="stage_interrupted")
+                self._record(
+                    running.node, "interrupted", time.time() - running.started, record={}, event="stage_interrupted"
+                )
             raise
         if self.failures:
             raise self.failures[0]
@@ -134,14 +137,14 @@ class Scheduler:
         if error:
             self._keep_worker_logs(node, running.started)
             self.failures.append(self._failure(node, error, answer.user))
-            self._record(node, "failed", wall_s, {"error": error}, event="stage_failed")
+            self._record(node, "failed", wall_s, record={"error": error}, event="stage_failed")
         else:
             stats = {key: value for key, value in answer.result.items() if key not in node.stage_kind.outputs}
             record = {"outputs": self._outputs(node), "stats": stats.get("stats", stats)}
             done = {"input_hash": self.decisions[node.name].input_hash, "wall_s": round(wall_s, 3), **record}
             self.run_dir.finish(node, done)
             self.finished.add(node.name)
-            self._record(node, "done", wall_s, record, event="stage_done")
+            self._record(node, "done", wall_s, record=record, event="stage_done")
         self.save()
 
     def _answer(self, task: Any, wall_s: float) -> StageAnswer:
@@ -160,7 +163,7 @@ class Scheduler:
             return UserError("\n".join(f"stage {node.name}: {line}" for line in error.splitlines()))
         return StageError(f"stage {node.name} failed: {error}\n  log: {self.run_dir.folder(node) / 'log.txt'}")
 
-    def _record(self, node: Node, status: str, wall_s: float, record: Mapping[str, Any], event: str) -> None:
+    def _record(self, node: Node, status: str, wall_s: float, *, record: Mapping[str, Any], event: str) -> None:
         digest = self.decisions[node.name].input_hash
         self.summary.add(node, status, {"wall_s": round(wall_s, 3), "input_hash": digest, "outputs": {}, **record})
         error = {"error": record["error"]} if "error" in record else {}

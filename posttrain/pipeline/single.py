@@ -73,4 +73,4 @@ def as_pipeline(
     """A pipeline of this one stage."""
     if isinstance(config, Config):
         config = config.model_dump()
-    return single_stage(kind, config, overrides, seed)
+    return single_stage(kind, config, overrides, seed=seed)

@@ -75,7 +75,7 @@ def descendants(roots: set[int]) -> set[int]:
 
 
 def kill_session(
-    session: str, temp_dir: str, deadline_s: float = DEADLINE_S, spare: frozenset[int] = frozenset()
+    session: str, temp_dir: str, deadline_s: float = DEADLINE_S, *, spare: frozenset[int] = frozenset()
 ) -> set[int]:
     """SIGKILL every process of the session, again and again until none is left. Returns those that would not die."""
     end = time.monotonic() + deadline_s

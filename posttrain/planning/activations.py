@@ -12,21 +12,21 @@ from posttrain.config.shared import GradientCheckpointing
 from posttrain.planning.memory import BYTES, FP32
 
 
-def saved_bytes(config: Any, tokens: int, dtype: str, checkpointing: GradientCheckpointing) -> int:
+def saved_bytes(config: Any, tokens: int, dtype: str, *, checkpointing: GradientCheckpointing) -> int:
     """Bytes saved at the end of a forward with labels: what the layers keep, and the head."""
     # The final norm, and the log-probabilities of the loss in fp32.
     head = 8 * config.hidden_size + FP32 * config.vocab_size
     return tokens * (_kept_bytes(config, dtype, checkpointing) + head)
 
 
-def peak_bytes(config: Any, tokens: int, dtype: str, checkpointing: GradientCheckpointing) -> int:
+def peak_bytes(config: Any, tokens: int, dtype: str, *, checkpointing: GradientCheckpointing) -> int:
     """Largest number of bytes alive at once in forward and backward, beside weights and gradients.
 
     At the loss: what is saved, the logits, and their gradient twice in fp32 (of the loss and of the log-softmax).
     With checkpointing a layer is computed again later, when the head's share is free.
     """
     at_loss = tokens * (BYTES[dtype] + 2 * FP32) * config.vocab_size
-    saved = saved_bytes(config, tokens, dtype, checkpointing)
+    saved = saved_bytes(config, tokens, dtype, checkpointing=checkpointing)
     if checkpointing == "none":
         return saved + at_loss
     largest = max(layer_bytes(config, index, dtype) for index in range(config.num_hidden_layers))
@@ -77,7 +77,7 @@ def layer_bytes(config: Any, index: int, dtype: str) -> int:
     return norms + attention + shared + routed + router
 
 
-def kv_bytes(config: Any, sequences: int, length: int, dtype: str) -> int:
+def kv_bytes(config: Any, sequences: int, length: int, *, dtype: str) -> int:
     """Bytes of a `DynamicCache`: chunked layers keep no more than a chunk."""
     chunked = config.attention_chunk_size or length
     kinds = config.layer_types

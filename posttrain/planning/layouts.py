@@ -38,11 +38,11 @@ def need(sizes: Sizes, plan: PlanConfig, parallel: ParallelConfig | None = None)
     if experts % parallel.expert:
         raise ConfigError("parallel.expert", [f"got {parallel.expert}; it must divide the model's experts ({experts})"])
     largest = max(sizes.largest // parallel.expert, sizes.parts.get("embeddings", 0))
-    state = state_bytes(sizes.total, sizes.experts, parallel, plan.dtype, largest)
+    state = state_bytes(sizes.total, sizes.experts, parallel, dtype=plan.dtype, largest=largest)
     activations = None
     if sizes.native:
-        activations = peak_bytes(sizes.config, plan.tokens, plan.dtype, plan.gradient_checkpointing)
-    kv = kv_bytes(sizes.config, plan.kv_sequences, plan.kv_length, plan.dtype) if sizes.native else 0
+        activations = peak_bytes(sizes.config, plan.tokens, plan.dtype, checkpointing=plan.gradient_checkpointing)
+    kv = kv_bytes(sizes.config, plan.kv_sequences, plan.kv_length, dtype=plan.dtype) if sizes.native else 0
     return Need(parallel, state, activations, kv)
 
 

@@ -42,6 +42,7 @@ def state_bytes(
     total: int,
     experts: int,
     parallel: ParallelConfig,
+    *,
     dtype: str,
     largest: int = 0,
     bucket: int = BUCKET,
@@ -69,7 +70,7 @@ def state_bytes(
         weights=b * (share if zero == 3 else held),
         gradients=gradients,
         optimizer=optimizer,
-        step=_step_gradients(dense, experts, parallel, b),
+        step=_step_gradients(dense, experts, parallel, b=b),
         buffers=buffers,
     )
     if parallel.offload == "none":
@@ -78,7 +79,7 @@ def state_bytes(
     return State(state.weights, state.gradients, 0, 0, state.buffers, host=optimizer + FP32 * share)
 
 
-def _step_gradients(dense: int, experts: int, parallel: ParallelConfig, b: int) -> int:
+def _step_gradients(dense: int, experts: int, parallel: ParallelConfig, *, b: int) -> int:
     """Gradients at their largest in the step: the optimizer takes them in fp32, divided experts after the rest."""
     ranks = parallel.processes
     if parallel.zero == 0:

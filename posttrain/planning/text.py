@@ -11,7 +11,7 @@ from posttrain.planning.sizes import Sizes
 GIB = 1 << 30
 
 
-def render(name: str, sizes: Sizes, plan: PlanConfig, gpu_gib: Sequence[float]) -> str:
+def render(name: str, sizes: Sizes, plan: PlanConfig, *, gpu_gib: Sequence[float]) -> str:
     """Parameters, one layout by part, and the table of layouts."""
     lines = [f"{name}: {sizes.total / 1e9:.2f}B parameters, {sizes.active / 1e9:.2f}B active per token", ""]
     lines += [f"  {part:<14} {count / 1e9:>10.3f}B" for part, count in sizes.parts.items()]
@@ -42,7 +42,7 @@ def render(name: str, sizes: Sizes, plan: PlanConfig, gpu_gib: Sequence[float]) 
     return "\n".join(lines)
 
 
-def to_json(name: str, sizes: Sizes, plan: PlanConfig, gpu_gib: Sequence[float]) -> dict[str, Any]:
+def to_json(name: str, sizes: Sizes, plan: PlanConfig, *, gpu_gib: Sequence[float]) -> dict[str, Any]:
     """The same for machines; sizes in bytes."""
     own = need(sizes, plan)
     rows = [need(sizes, plan, layout) for layout in layouts(sizes, plan.parallel.processes, plan.parallel.offload)]

@@ -65,7 +65,7 @@ def rows_figure(data: Sequence[dict[str, Any]], x: dict[str, Any], names: Sequen
     return figure(data, x, y, margin=margin, **layout)
 
 
-def line(x: Values, y: Values, colour: str, name: str, hover: str = "%{y:.3g}", **style: Any) -> dict[str, Any]:
+def line(x: Values, y: Values, colour: str, *, name: str, hover: str = "%{y:.3g}", **style: Any) -> dict[str, Any]:
     """A line. `style` is plotly's line style (width, dash, shape)."""
     return {
         "type": "scatter",
@@ -80,7 +80,7 @@ def line(x: Values, y: Values, colour: str, name: str, hover: str = "%{y:.3g}", 
 
 
 def dots(
-    x: Sequence[Any], y: Values, colour: str, name: str, hover: str = "%{y:.3g}", size: float = 4
+    x: Sequence[Any], y: Values, colour: str, *, name: str, hover: str = "%{y:.3g}", size: float = 4
 ) -> dict[str, Any]:
     """Points without a line."""
     return {
@@ -95,7 +95,9 @@ def dots(
     }
 
 
-def bars(x: Sequence[Any], y: Values, colour: str, name: str, hover: str = "%{y:.3g}", **more: Any) -> dict[str, Any]:
+def bars(
+    x: Sequence[Any], y: Values, colour: str, *, name: str, hover: str = "%{y:.3g}", **more: Any
+) -> dict[str, Any]:
     """Vertical bars. `more` adds to the trace."""
     return {
         "type": "bar",

@@ -109,10 +109,10 @@ def read_run(run_dir: Path) -> Run:
     notes: list[str] = []
     summary = mapping(read_json(run_dir / "summary.json", notes))
     events = tuple(sorted(read_lines(run_dir / "events.jsonl", notes), key=lambda e: number(e.get("t")) or 0.0))
-    every = [_read_stage(run_dir, record, events, notes) for record in _stage_records(run_dir, summary, events)]
+    every = [_read_stage(run_dir, record, events, notes=notes) for record in _stage_records(run_dir, summary, events)]
     stages = tuple(stage for stage in every if not stage.of)
     evaluations = tuple(stage for stage in every if stage.of)
-    evals = _read_evals(summary, stages, evaluations, notes)
+    evals = _read_evals(summary, stages, evaluations, notes=notes)
     return Run(run_dir, summary, stages, evaluations, events, evals, tuple(notes))
 
 
@@ -162,7 +162,7 @@ def _looks_like_stage(folder: Path) -> bool:
     return any((folder / name).exists() for name in LEFT_BY_STAGES)
 
 
-def _read_stage(run_dir: Path, record: dict[str, Any], events: tuple[dict, ...], notes: list[str]) -> Stage:
+def _read_stage(run_dir: Path, record: dict[str, Any], events: tuple[dict, ...], *, notes: list[str]) -> Stage:
     name = str(record["name"])
     of = name.removesuffix(EVALUATION) if name.endswith(EVALUATION) else ""
     folder = run_dir / of / "eval" if of else run_dir / name
@@ -210,7 +210,7 @@ def _guess_status(by_event: Mapping[str, Any], folder: Path) -> str:
 
 
 def _read_evals(
-    summary: Mapping[str, Any], stages: tuple[Stage, ...], evaluations: tuple[Stage, ...], notes: list[str]
+    summary: Mapping[str, Any], stages: tuple[Stage, ...], evaluations: tuple[Stage, ...], *, notes: list[str]
 ) -> dict[str, dict[str, Any]]:
     """Results by stage, in the order of the stages: the summary's, else what the folders hold."""
     found = {str(name): mapping(results) for name, results in mapping(summary.get("eval")).items()}

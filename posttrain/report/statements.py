@@ -132,7 +132,7 @@ def main_change(run: Run) -> tuple[str, str, Change] | None:
     return (pairs[0][0], pairs[-1][1], whole) if whole.before.n == whole.after.n else pairs[-1]
 
 
-def change_sentence(run: Run, before: str, after: str, change: Change) -> str:
+def change_sentence(run: Run, before: str, after: str, *, change: Change) -> str:
     """One sentence on one change, with both intervals. A change over several stages is not laid to the last."""
     alone = (before, after) in [pair[:2] for pair in changes(run)]
     who = label(run, after) if alone else f"from {label(run, before)} to {label(run, after)}"
@@ -149,7 +149,8 @@ def headline(run: Run) -> str:
     """The measured result of the run in one sentence."""
     main = main_change(run)
     if main is not None:
-        return change_sentence(run, *main)
+        before, after, change = main
+        return change_sentence(run, before, after, change=change)
     measured = [(label(run, name), share) for name, results in run.evals.items() if (share := greedy(results))]
     if not measured:
         return "This run holds no held-out evaluation."
@@ -168,7 +169,7 @@ def gain_sentences(run: Run) -> list[str]:
         before, after = (observed(run.evals[stage], name) for stage in main[:2])
         if before and after:
             sentences.append(_observed_sentence(words, before, after))
-            sentences.extend(_parts_sentence(words, main[2], before, after))
+            sentences.extend(_parts_sentence(words, main[2], before, after=after))
     return sentences
 
 
@@ -186,7 +187,7 @@ def _observed_sentence(words: str, before: Observed, after: Observed) -> str:
     return f"{text} {among}"
 
 
-def _parts_sentence(words: str, change: Change, before: Observed, after: Observed) -> list[str]:
+def _parts_sentence(words: str, change: Change, before: Observed, *, after: Observed) -> list[str]:
     """Split the points gained into more replies with the property and more right replies of either sort.
 
     accuracy = share × accuracy with + (1 − share) × accuracy without, so the difference is the change of the share at

@@ -70,7 +70,9 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     check_reference(config)
     prepared = prepare_judge(config.judge) if config.judge is not None else None
     with ExitStack() as models:
-        engines = models.enter_context(Engines(context, config.model, config.engine, config.resources.rollout))
+        engines = models.enter_context(
+            Engines(context, config.model, config.engine, resources=config.resources.rollout)
+        )
         judge = _start_judge(config, prepared, context, models)
         trainer = TrainerClient(config, context.seed)  # beside the profile
         try:

@@ -40,6 +40,7 @@ class Engines:
         context: StageContext,
         model: ServedModelConfig,
         engine: EngineConfig,
+        *,
         resources: ActorResources,
         activity: str = "generate",
     ):
@@ -66,7 +67,7 @@ class Engines:
         served = self._model.model_dump(include=set(ServedModelConfig.model_fields))
         leased = ray.get(
             self._registry.acquire.remote(
-                self._context.name, served, self._engine.model_dump(), self._resources.model_dump()
+                self._context.name, served, self._engine.model_dump(), resources=self._resources.model_dump()
             )
         )
         self.names = [name for name, _, _ in leased]
@@ -237,7 +238,7 @@ class Engines:
 
     async def _await_engine(self, actor: Any, call: Awaitable[Any], name: str) -> Any:
         """The result of a call that may take long; TimeoutError if the actor does not answer a heartbeat meanwhile."""
-        return await await_with_heartbeat(call, actor.pids.remote, 3 * self._engine.deadline_s, name)
+        return await await_with_heartbeat(call, actor.pids.remote, 3 * self._engine.deadline_s, name=name)
 
     @contextmanager
     def _call(self) -> Iterator[None]:

@@ -162,7 +162,7 @@ class EngineActor:
         if len(set(keys)) < len(keys) or any(key in self._outbox.open for key in keys):
             raise StageError(f"engine {self.name}: a key was submitted twice, among {sorted(keys)[:10]}")
         for key, request in requests:
-            self._prepare(key, request, admitted, finished)
+            self._prepare(key, request, admitted, finished=finished)
         for reply, _ in admitted:  # before the first await, so that no other call takes the same key
             self._outbox.admit(reply)
         for piece in finished:
@@ -215,7 +215,7 @@ class EngineActor:
             self._outbox.wake()
             await asyncio.sleep(WAKE_S)
 
-    def _prepare(self, key: int, request: SampleRequest, admitted: list[tuple[Reply, Any]], finished: list[Piece]):
+    def _prepare(self, key: int, request: SampleRequest, admitted: list[tuple[Reply, Any]], *, finished: list[Piece]):
         """Make what the engine is given for each reply; a reply that was begun and is at its end is a piece at once."""
         if request.choice_ids is not None:
             raise StageError(f"engine {self.name}: request {key} has choice_ids; those are for generate")
@@ -230,14 +230,16 @@ class EngineActor:
             if begun or shared is None:
                 prompt = [*request.prompt_ids, *begun]
                 params = self._params(request, len(begun), stream=True)
-                core_request = self._core_request(key, prompt, params, request.priority)
+                core_request = self._core_request(key, prompt, params, priority=request.priority)
                 if not begun:
                     shared = core_request
             else:
                 core_request = shared
-            admitted.append((Reply(self._outbox, key, index, name, begun), compat.named_copy(core_request, name)))
+            admitted.append(
+                (Reply(self._outbox, key, index, request_id=name, begun=begun), compat.named_copy(core_request, name))
+            )
 
-    def _core_request(self, key: int, prompt: list[int], params: Any, priority: int) -> Any:
+    def _core_request(self, key: int, prompt: list[int], params: Any, *, priority: int) -> Any:
         from vllm.exceptions import VLLMClientError
 
         try:

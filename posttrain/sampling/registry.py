@@ -56,7 +56,7 @@ class EngineRegistry:
         self._changing = asyncio.Lock()
 
     async def acquire(
-        self, stage: str, model: dict[str, Any], engine: dict[str, Any], resources: dict[str, Any]
+        self, stage: str, model: dict[str, Any], engine: dict[str, Any], *, resources: dict[str, Any]
     ) -> list[tuple[str, Any, bool]]:
         """Lease `resources.workers` engines: (name, actor, is_new). The caller starts new ones and loads warm ones."""
         wanted = ActorResources(**resources)
@@ -69,7 +69,7 @@ class EngineRegistry:
             if len(leased) < wanted.workers:
                 await self._end([held for held in self._held if held.stage is None])
             for _ in range(wanted.workers - len(leased)):
-                held = self._make(signature, stage, model, engine, wanted.cpus, wanted.gpus)
+                held = self._make(signature, stage, model, engine=engine, cpus=wanted.cpus, gpus=wanted.gpus)
                 leased.append((held.name, held.actor, True))
             return leased
 
@@ -78,7 +78,7 @@ class EngineRegistry:
         async with self._changing:
             name = self._latest(name)
             old = next(held for held in self._held if held.name == name)
-            held = self._make(old.signature, old.stage, old.model, old.engine, old.cpus, old.gpus)
+            held = self._make(old.signature, old.stage, old.model, engine=old.engine, cpus=old.cpus, gpus=old.gpus)
             self._successors[name] = held.name
             await self._end([old])
             return held.name, held.actor
@@ -90,7 +90,14 @@ class EngineRegistry:
         return name
 
     def _make(
-        self, signature: str, stage: str | None, model: dict[str, Any], engine: dict[str, Any], cpus: float, gpus: float
+        self,
+        signature: str,
+        stage: str | None,
+        model: dict[str, Any],
+        *,
+        engine: dict[str, Any],
+        cpus: float,
+        gpus: float,
     ) -> _Held:
         import ray
 

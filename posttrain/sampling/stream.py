@@ -56,7 +56,7 @@ class Reply:
 
     __slots__ = ("_final", "_outbox", "_received", "_sent", "_spans", "begun", "index", "key", "request_id")
 
-    def __init__(self, outbox: "Outbox", key: int, index: int, request_id: str, begun: tuple[int, ...]):
+    def __init__(self, outbox: "Outbox", key: int, index: int, *, request_id: str, begun: tuple[int, ...]):
         self.key = key
         self.index = index
         self.request_id = request_id

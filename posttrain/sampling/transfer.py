@@ -38,7 +38,7 @@ class Publisher(Protocol):
         ...
 
 
-def make_publisher(backend: Backend, num_engines: int, tensor_parallel: int, deadline_s: float) -> Publisher:
+def make_publisher(backend: Backend, num_engines: int, tensor_parallel: int, *, deadline_s: float) -> Publisher:
     """The trainer's end of a backend. `num_engines` engines of `tensor_parallel` GPUs each load every version."""
     if backend == "shm":
         return SharedWeights()

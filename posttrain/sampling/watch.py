@@ -32,6 +32,7 @@ class Watch:
         deadline_s: float,
         is_dead: Callable[[], bool],
         is_busy: Callable[[], bool],
+        *,
         ping: Callable[[], Awaitable[Any]],
         say: Callable[[str], str],
         on_lost: Callable[[], None],

@@ -62,7 +62,7 @@ class StageCallback(TrainerCallback):
         self.history.append(values)
         self.context.metrics(state.global_step, values)
         shown = {name: values[name] for name in ("loss", "accuracy") if name in values}
-        self.context.progress(state.global_step, state.max_steps, "steps", shown)
+        self.context.progress(state.global_step, state.max_steps, "steps", values=shown)
         self._busy(at_least_s=BUSY_INTERVAL_S)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class StageCallback(TrainerCallback):
     def _busy(self, at_least_s: float) -> None:
         now = time.time()
         if now - self._busy_since >= at_least_s:
-            self.context.busy("trainer", self.what, self._busy_since, now)
+            self.context.busy("trainer", self.what, start=self._busy_since, end=now)
             self._busy_since = now
 
 

@@ -69,8 +69,8 @@ def _histogram(kept: list, dropped: list, scores: list[float]) -> Chart:
         return [places[i] for i in range(BINS)]
 
     data = [
-        bars(centres, binned(dropped), "--faint", "dropped", "%{y} examples"),
-        bars(centres, binned(kept), "--accent", "kept", "%{y} examples"),
+        bars(centres, binned(dropped), "--faint", name="dropped", hover="%{y} examples"),
+        bars(centres, binned(kept), "--accent", name="kept", hover="%{y} examples"),
     ]
     spec = figure(data, axis("score, higher is harder", grid=False), axis(), barmode="stack", bargap=0.08)
     keys = [Key("kept", "--accent", "box"), Key("dropped", "--faint", "box")]

@@ -46,16 +46,18 @@ def dropped_total(series: Series) -> float:
 
 def groups_chart(series: Series) -> Chart | None:
     """What became of the groups of each step."""
-    return _stacked(series, "Where the groups went", fates(series), "groups a step", "%{y} groups", 230)
+    return _stacked(
+        series, "Where the groups went", fates(series), unit="groups a step", hover="%{y} groups", height=230
+    )
 
 
 def staleness_chart(series: Series, zero: float | None) -> Chart | None:
     x, data, keys = series.seconds(zero), [], []
     if series.has("staleness_mean"):
-        data.append(line(x, series.get("staleness_mean"), "--accent", "mean of the batch"))
+        data.append(line(x, series.get("staleness_mean"), "--accent", name="mean of the batch"))
         keys.append(Key("mean of the batch", "--accent"))
     if series.has("staleness_max"):
-        data.append(dots(x, series.get("staleness_max"), "--c2", "oldest of the batch", size=5))
+        data.append(dots(x, series.get("staleness_max"), "--c2", name="oldest of the batch", size=5))
         keys.append(Key("oldest of the batch", "--c2", "dot"))
     if not data:
         return None
@@ -74,7 +76,9 @@ def ages_chart(series: Series) -> Chart | None:
         (f"staleness/{age}", f"{age} version{'s' * (age != '1')} old", f"--accent@{shade:.2f}")
         for age, shade in zip(ages, shades, strict=True)
     ]
-    return _stacked(series, "Age of the groups trained on", entries, "groups a step", "%{y} groups", 210)
+    return _stacked(
+        series, "Age of the groups trained on", entries, unit="groups a step", hover="%{y} groups", height=210
+    )
 
 
 def queue_chart(series: Series, zero: float | None) -> Chart | None:
@@ -85,7 +89,7 @@ def queue_chart(series: Series, zero: float | None) -> Chart | None:
         ("places_lent", "places lent to another capability", "--c4"),
     ):
         if series.has(name) and (name != "places_lent" or any(series.known(name))):
-            data.append(line(x, series.get(name), colour, text, "%{y} groups", shape="hv", width=1.75))
+            data.append(line(x, series.get(name), colour, name=text, hover="%{y} groups", shape="hv", width=1.75))
             keys.append(Key(text, colour))
     if not data:
         return None
@@ -94,7 +98,13 @@ def queue_chart(series: Series, zero: float | None) -> Chart | None:
 
 
 def lines_chart(
-    series: Series, title: str, unit: str, entries: list[tuple[str, str, str]], hover: str = "%{y:.3g}", **settings: Any
+    series: Series,
+    title: str,
+    unit: str,
+    *,
+    entries: list[tuple[str, str, str]],
+    hover: str = "%{y:.3g}",
+    **settings: Any,
 ) -> Chart | None:
     """Several columns over the steps; `entries` are (column, words, colour). None where fewer than two steps have any.
 
@@ -103,7 +113,9 @@ def lines_chart(
     drawn = [entry for entry in entries if len(series.known(entry[0])) >= 2]
     if not drawn:
         return None
-    data = [line(series.steps, series.get(name), colour, text, hover, width=1.75) for name, text, colour in drawn]
+    data = [
+        line(series.steps, series.get(name), colour, name=text, hover=hover, width=1.75) for name, text, colour in drawn
+    ]
     keys = [Key(text, colour) for _, text, colour in drawn] if len(entries) > 1 else []
     y: dict[str, Any] = {**axis(rangemode="tozero"), **settings}
     return Chart(title, figure(data, axis("step", grid=False), y), 190, unit, keys=keys)
@@ -112,7 +124,7 @@ def lines_chart(
 def queue_age_chart(series: Series) -> Chart | None:
     """How long groups that were ready waited to be trained on."""
     entries = [("queue_age_s_mean", "mean of the batch", "--accent"), ("queue_age_s_max", "longest", "--c2")]
-    return lines_chart(series, "Wait in the queue", "seconds", entries, "%{y:.2f} s")
+    return lines_chart(series, "Wait in the queue", "seconds", entries=entries, hover="%{y:.2f} s")
 
 
 def idle_chart(series: Series) -> Chart | None:
@@ -120,7 +132,14 @@ def idle_chart(series: Series) -> Chart | None:
     actors = series.named("idle/")
     entries = [(f"idle/{name}", name, CATEGORICAL[i % len(CATEGORICAL)]) for i, name in enumerate(actors)]
     return lines_chart(
-        series, "Idle", "share of the step", entries, "%{y:.0%}", range=[0, 1.05], tickformat=".0%", dtick=0.25
+        series,
+        "Idle",
+        "share of the step",
+        entries=entries,
+        hover="%{y:.0%}",
+        range=[0, 1.05],
+        tickformat=".0%",
+        dtick=0.25,
     )
 
 
@@ -129,7 +148,7 @@ def held_back_chart(series: Series) -> Chart | None:
     entries = [("masked_fraction", "masked", "--accent"), ("clipped_fraction", "clipped", "--c2")]
     shown = [entry for entry in entries if series.has(entry[0])]
     title = " and ".join(text for _, text, _ in shown).capitalize() + " tokens"
-    return lines_chart(series, title, "share of the batch", shown, "%{y:.2%}", tickformat="~%")
+    return lines_chart(series, title, "share of the batch", entries=shown, hover="%{y:.2%}", tickformat="~%")
 
 
 def lengths_chart(series: Series) -> Chart | None:
@@ -139,7 +158,7 @@ def lengths_chart(series: Series) -> Chart | None:
         ("dropped_reply_tokens_mean", "dropped", "--c2"),
     ]
     shown = [entry for entry in entries if any(series.known(entry[0]))]
-    return lines_chart(series, "Length of a reply", "tokens", shown, "%{y:.0f} tokens")
+    return lines_chart(series, "Length of a reply", "tokens", entries=shown, hover="%{y:.0f} tokens")
 
 
 def unscored_chart(series: Series, alarm: float | None) -> Chart | None:
@@ -149,12 +168,17 @@ def unscored_chart(series: Series, alarm: float | None) -> Chart | None:
     values = series.get(name)
     if not any(series.known(name)):
         return None
-    chart = lines_chart(series, "Unscored replies", "share of a step's", [(name, "unscored", "--accent")], "%{y:.1%}")
+    chart = lines_chart(
+        series, "Unscored replies", "share of a step's", entries=[(name, "unscored", "--accent")], hover="%{y:.1%}"
+    )
     if chart is None or alarm is None:
         return chart
     above = [value if value is not None and value > alarm else None for value in values]
     spec = dict(chart.spec)
-    spec["data"] = [*spec["data"], dots(series.steps, above, "--bad", f"above {alarm:.0%}", "%{y:.1%}", 6)]
+    spec["data"] = [
+        *spec["data"],
+        dots(series.steps, above, "--bad", name=f"above {alarm:.0%}", hover="%{y:.1%}", size=6),
+    ]
     limit = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": alarm, "y1": alarm}
     limit["line"] = {"color": "--bad", "width": 1, "dash": "dot"}
     y = {**spec["layout"]["yaxis"], "tickformat": ".0%"}
@@ -172,15 +196,15 @@ def times_chart(series: Series) -> Chart | None:
     shown = [entry for entry in entries if series.has(entry[0])]
     if len(series) < 2:
         return None
-    return _stacked(series, "The trainer's time", shown, "seconds a step", "%{y:.2f} s", 200)
+    return _stacked(series, "The trainer's time", shown, unit="seconds a step", hover="%{y:.2f} s", height=200)
 
 
 def _stacked(
-    series: Series, title: str, entries: list[tuple[str, str, str]], unit: str, hover: str, height: int
+    series: Series, title: str, entries: list[tuple[str, str, str]], *, unit: str, hover: str, height: int
 ) -> Chart | None:
     if not entries:
         return None
-    data = [bars(series.steps, series.get(name), colour, text, hover) for name, text, colour in entries]
+    data = [bars(series.steps, series.get(name), colour, name=text, hover=hover) for name, text, colour in entries]
     spec = figure(data, axis("step", grid=False), axis(), barmode="stack", bargap=0.15)
     keys = [Key(text, colour, "box") for _, text, colour in entries]
     return Chart(title, spec, height, unit, keys=keys)

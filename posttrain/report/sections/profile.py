@@ -26,8 +26,8 @@ def profile_chart(run: Run, stage: Stage) -> Chart | None:
     for rate, chosen in measured:
         counts[chosen][round(min(max(rate, 0.0), 1.0) * bins)] += 1
     data = [
-        bars(centres, counts[True], "--accent", "selected", "%{y} prompts"),
-        bars(centres, counts[False], "--faint", "left out", "%{y} prompts"),
+        bars(centres, counts[True], "--accent", name="selected", hover="%{y} prompts"),
+        bars(centres, counts[False], "--faint", name="left out", hover="%{y} prompts"),
     ]
     low, high = (number(rows[0].get(name)) for name in ("band_low", "band_high"))
     x = axis("share of replies that pass", grid=False, tickformat=".0%", range=[-0.06, 1.06])

@@ -33,14 +33,17 @@ def result_section(run: Run) -> Section | None:
     at_k = f"pass@{ks[0]}" if len(ks) == 1 else "pass@k"
     main = main_change(run)
     others = [pair for pair in changes(run) if main is None or pair[:2] != main[:2]]
-    gains, sentences = gain_sentences(run), [change_sentence(run, *pair) for pair in others]
+    gains, sentences = (
+        gain_sentences(run),
+        [change_sentence(run, before, after, change=change) for before, after, change in others],
+    )
     keys = [Key("greedy", "--accent", "dot"), Key(f"{at_k}, sampled", "--muted", "ring")]
     blocks = [
         *([Text(gains)] if gains else []),
-        Grid([_panel(run, names, capability, at_k) for capability in capabilities], min_width=250, keys=keys),
+        Grid([_panel(run, names, capability, at_k=at_k) for capability in capabilities], min_width=250, keys=keys),
         *([Text(sentences)] if sentences else []),
         *_observed_tables(run, names, capabilities),
-        *_tables(run, names, capabilities, at_k),
+        *_tables(run, names, capabilities, at_k=at_k),
     ]
     lead = ["After each stage, on problems held out from training, with 95% intervals."]
     return Section("result", "Held-out accuracy", blocks, lead)
@@ -56,23 +59,25 @@ def _cell(run: Run, stage: str, capability: str) -> Mapping[str, Any]:
     return mapping(run.evals[stage].get(capability))
 
 
-def _sampled(run: Run, stage: str, capability: str, name: str) -> Share | None:
+def _sampled(run: Run, stage: str, capability: str, *, name: str) -> Share | None:
     """pass@1 or pass@k with its interval."""
     cell = _cell(run, stage, capability)
     return share_of(cell.get(name), cell.get(f"{name}_ci95"), cell.get("pass@k_n", cell.get("n")))
 
 
 def _measured(run: Run, stage: str, capability: str) -> bool:
-    return greedy(run.evals[stage], capability) is not None or _sampled(run, stage, capability, "pass@k") is not None
+    return (
+        greedy(run.evals[stage], capability) is not None or _sampled(run, stage, capability, name="pass@k") is not None
+    )
 
 
-def _panel(run: Run, names: list[str], capability: str, at_k: str) -> Chart:
+def _panel(run: Run, names: list[str], capability: str, *, at_k: str) -> Chart:
     """One capability: greedy accuracy after each stage, joined by a line, and pass@k beside it as a ring."""
     shares = [greedy(run.evals[name], capability) for name in names]
-    sampled = [_sampled(run, name, capability, "pass@k") for name in names]
-    points = _points(shares, 0.0, "--accent", "greedy")
+    sampled = [_sampled(run, name, capability, name="pass@k") for name in names]
+    points = _points(shares, 0.0, "--accent", name="greedy")
     points |= {"mode": "lines+markers", "line": {"color": "--accent@0.35", "width": 1.5}}
-    rings = _points(sampled, RING_SHIFT, "--muted", at_k)
+    rings = _points(sampled, RING_SHIFT, "--muted", name=at_k)
     rings["marker"] |= {"symbol": "circle-open", "line": {"width": 1.5}}
     rings["error_y"] |= {"thickness": 1, "width": 0}
     size, sampled_size = _size(shares), _size(sampled)
@@ -86,11 +91,11 @@ def _panel(run: Run, names: list[str], capability: str, at_k: str) -> Chart:
     return Chart(title, figure([rings, points], x, y), height=210, unit=unit)
 
 
-def _points(shares: list[Share | None], shift: float, colour: str, name: str) -> dict[str, Any]:
+def _points(shares: list[Share | None], shift: float, colour: str, *, name: str) -> dict[str, Any]:
     """A marker with its interval for each stage, `shift` to the right of the stage's place."""
     places = [i + shift for i in range(len(shares))]
     values = rounded([None if s is None else s.value for s in shares])
-    trace = dots(places, values, colour, name, "%{y:.1%}", 8)
+    trace = dots(places, values, colour, name=name, hover="%{y:.1%}", size=8)
     trace["error_y"] = {
         "type": "data",
         "symmetric": False,
@@ -109,14 +114,16 @@ def _size(shares: list[Share | None]) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def _tables(run: Run, names: list[str], capabilities: list[str], at_k: str) -> list[Table]:
+def _tables(run: Run, names: list[str], capabilities: list[str], *, at_k: str) -> list[Table]:
     """One table a measure: capabilities down, stages across."""
     tables = []
     for title, measure in (("Greedy accuracy", "greedy"), (at_k, "pass@k"), ("pass@1", "pass@1")):
         rows = []
         for capability in capabilities:
             shares = [
-                greedy(run.evals[name], capability) if measure == "greedy" else _sampled(run, name, capability, measure)
+                greedy(run.evals[name], capability)
+                if measure == "greedy"
+                else _sampled(run, name, capability, name=measure)
                 for name in names
             ]
             count = next((str(share.n) for share in shares if share and share.n), NONE)

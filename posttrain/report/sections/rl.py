@@ -39,18 +39,20 @@ def rl_section(run: Run, stage: Stage, colours: dict[str, str]) -> Section | Non
         ages_chart(series),
         queue_chart(series, zero),
         queue_age_chart(series),
-        _single(series, "KL between sampler and trainer", "mismatch_kl", "nats a token", tickformat="~g"),
-        _single(series, "Effective sample size", "ess", "share of the batch", range=[0, 1.05], tickformat=".0%"),
+        _single(series, "KL between sampler and trainer", "mismatch_kl", unit="nats a token", tickformat="~g"),
+        _single(series, "Effective sample size", "ess", unit="share of the batch", range=[0, 1.05], tickformat=".0%"),
         held_back_chart(series),
-        _single(series, "Entropy of the policy", "entropy", "nats a token"),
+        _single(series, "Entropy of the policy", "entropy", unit="nats a token"),
         _gradient(series),
-        _single(series, "Entropy of the routers", "router_entropy", "nats, mean of the layers"),
-        _single(series, "Busiest expert", "expert_load_max", "times an even load"),
-        _single(series, "Dead experts", "dead_experts", "of all layers") if any(series.known("dead_experts")) else None,
+        _single(series, "Entropy of the routers", "router_entropy", unit="nats, mean of the layers"),
+        _single(series, "Busiest expert", "expert_load_max", unit="times an even load"),
+        _single(series, "Dead experts", "dead_experts", unit="of all layers")
+        if any(series.known("dead_experts"))
+        else None,
         lengths_chart(series),
-        _single(series, "Truncated replies", "truncated_fraction", "share of a step's", tickformat="~%"),
+        _single(series, "Truncated replies", "truncated_fraction", unit="share of a step's", tickformat="~%"),
         unscored_chart(series, stage.setting("reward.alarm_fraction")),
-        _single(series, "Generation", "generate_tokens_per_s", "tokens a second"),
+        _single(series, "Generation", "generate_tokens_per_s", unit="tokens a second"),
         idle_chart(series),
         times_chart(series),
     ]
@@ -108,8 +110,8 @@ def _reward(series: Series) -> Chart | None:
         if len(series.known(name)) < 2:
             continue
         if width > 1:
-            data.append(dots(series.steps, values, f"{colour}@0.35", f"{text}, one step"))
-        data.append(line(series.steps, smooth(values, width), colour, text))
+            data.append(dots(series.steps, values, f"{colour}@0.35", name=f"{text}, one step"))
+        data.append(line(series.steps, smooth(values, width), colour, name=text))
         keys.append(Key(text, colour))
     if not data:
         return None
@@ -127,7 +129,7 @@ def _by_capability(series: Series, colours: dict[str, str]) -> Chart | None:
     data, keys = [], []
     for name in names:
         colour = colours.get(name, "--muted")
-        data.append(line(series.steps, smooth(series.get(f"reward/{name}"), width), colour, name, width=1.75))
+        data.append(line(series.steps, smooth(series.get(f"reward/{name}"), width), colour, name=name, width=1.75))
         keys.append(Key(name, colour))
     caption = f"Trained groups, mean of {width} steps." if width > 1 else "Trained groups."
     return Chart("Reward by capability", _over_steps(data), 230, "", caption, keys)
@@ -140,13 +142,13 @@ def _band(series: Series) -> Chart | None:
         return None
     shade = {"fill": "tonexty", "fillcolor": "--c2@0.15"}
     data = [
-        line(series.steps, low, "--c2", "lowest", "%{y:.0%}", width=1),
-        {**line(series.steps, high, "--c2", "highest", "%{y:.0%}", width=1), **shade},
+        line(series.steps, low, "--c2", name="lowest", hover="%{y:.0%}", width=1),
+        {**line(series.steps, high, "--c2", name="highest", hover="%{y:.0%}", width=1), **shade},
     ]
     keys = [Key("band of the curriculum", "--c2", "box")]
     if series.has("pass_rate"):
         measured = smooth(series.get("pass_rate"), smoothing(len(series)))
-        data.append(line(series.steps, measured, "--accent", "pass rate, all replies", "%{y:.0%}"))
+        data.append(line(series.steps, measured, "--accent", name="pass rate, all replies", hover="%{y:.0%}"))
         keys.append(Key("pass rate, all replies", "--accent"))
     spec = _over_steps(data, range=[0, 1.02], tickformat=".0%")
     return Chart("Curriculum", spec, 210, "pass rate", keys=keys)
@@ -159,7 +161,7 @@ def _prompts(series: Series) -> Chart | None:
         ("prompts_retired", "solved", "--c3"),
         ("prompts_parked", "impossible", "--bad"),
     ]
-    return lines_chart(series, "Prompts of the curriculum", "prompts", entries, "%{y:.0f} prompts")
+    return lines_chart(series, "Prompts of the curriculum", "prompts", entries=entries, hover="%{y:.0f} prompts")
 
 
 def _gradient(series: Series) -> Chart | None:
@@ -167,13 +169,15 @@ def _gradient(series: Series) -> Chart | None:
     norms = [value if value is not None and value >= 0 else None for value in series.get("grad_norm")]
     if sum(value is not None for value in norms) < 2:
         return None
-    return Chart("Gradient", _over_steps([line(series.steps, norms, "--accent", "norm")]), 190, "norm, before clipping")
+    return Chart(
+        "Gradient", _over_steps([line(series.steps, norms, "--accent", name="norm")]), 190, "norm, before clipping"
+    )
 
 
-def _single(series: Series, title: str, name: str, unit: str, **settings: Any) -> Chart | None:
+def _single(series: Series, title: str, name: str, *, unit: str, **settings: Any) -> Chart | None:
     if len(series.known(name)) < 2:
         return None
-    data = [line(series.steps, series.get(name), "--accent", title)]
+    data = [line(series.steps, series.get(name), "--accent", name=title)]
     return Chart(title, _over_steps(data, **settings), 190, unit)
 
 

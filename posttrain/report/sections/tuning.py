@@ -18,23 +18,23 @@ def base_section(run: Run, stage: Stage) -> Section | None:
     stats = [Stat("steps", count(series.steps[-1]))] if len(series) else []
     if loss := _first_to_last(series, "loss"):
         stats.append(Stat("loss", loss, "first and last step"))
-    return _section(stage, "Base", stats, [_curve(series, "Loss", "loss")])
+    return _section(stage, "Base", stats, charts=[_curve(series, "Loss", "loss")])
 
 
 def sft_section(run: Run, stage: Stage) -> Section | None:
     series = Series(stage.metrics)
     charts = [
-        _curve(series, "Loss on assistant tokens", "loss", "nats a token", rangemode="tozero"),
-        _curve(series, "Entropy on the training rows", "entropy", "nats a token", rangemode="tozero"),
+        _curve(series, "Loss on assistant tokens", "loss", unit="nats a token", rangemode="tozero"),
+        _curve(series, "Entropy on the training rows", "entropy", unit="nats a token", rangemode="tozero"),
     ]
-    return _section(stage, "Light SFT", _light(stage, series), charts)
+    return _section(stage, "Light SFT", _light(stage, series), charts=charts)
 
 
 def dpo_section(run: Run, stage: Stage) -> Section | None:
     series = Series(stage.metrics)
     charts = [
         _curve(series, "Loss", "loss"),
-        _curve(series, "Margin, chosen over rejected", "margin", "implicit reward"),
+        _curve(series, "Margin, chosen over rejected", "margin", unit="implicit reward"),
         _curve(series, "Pairs ranked right", "accuracy", tickformat=".0%", range=[0, 1.05]),
     ]
     pairs = _pairs(stage)
@@ -42,26 +42,26 @@ def dpo_section(run: Run, stage: Stage) -> Section | None:
     if pairs:
         kinds = ", ".join(f"{count(amount)} {PAIRS.get(kind, kind)}" for kind, amount in pairs.most_common() if kind)
         stats.append(Stat("preference pairs", count(sum(pairs.values())), kinds))
-    return _section(stage, "Light DPO", stats + _light(stage, series), charts)
+    return _section(stage, "Light DPO", stats + _light(stage, series), charts=charts)
 
 
-def _section(stage: Stage, title: str, stats: list[Stat], charts: list[Chart | None]) -> Section | None:
+def _section(stage: Stage, title: str, stats: list[Stat], *, charts: list[Chart | None]) -> Section | None:
     drawn = [chart for chart in charts if chart is not None]
     known = [stat for stat in stats if stat.value != NONE]
     blocks: list[Any] = [*([Stats(known)] if known else []), *([Grid(drawn)] if drawn else [])]
     return Section(stage.name, title, blocks) if blocks else None
 
 
-def _curve(series: Series, title: str, name: str, unit: str = "", **settings: Any) -> Chart | None:
+def _curve(series: Series, title: str, name: str, *, unit: str = "", **settings: Any) -> Chart | None:
     """One column over the steps, or nothing when it was not written or is a single point."""
     values = series.get(name)
     if len(series.known(name)) < 2:
         return None
     width = smoothing(len(values))
-    data = [line(series.steps, smooth(values, width), "--accent", title)]
+    data = [line(series.steps, smooth(values, width), "--accent", name=title)]
     keys: tuple[Key, ...] = ()
     if width > 1:
-        data.insert(0, dots(series.steps, values, "--accent@0.35", "recorded"))
+        data.insert(0, dots(series.steps, values, "--accent@0.35", name="recorded"))
         keys = (Key("recorded", "--accent@0.35", "dot"), Key(f"smoothed over {width}", "--accent"))
     spec = figure(data, axis("step", grid=False), axis(**settings))
     return Chart(title, spec, 200, unit, keys=keys)

@@ -72,9 +72,9 @@ def replay(config: RlConfig, context: StageContext, source: Path) -> dict[str, A
                 differ.append(recorded.step)
             result = trainer.step(recorded.samples, recorded.step)
             context.metrics(recorded.step, result.metrics)
-            context.busy("trainer", "train", result.began, result.ended)
+            context.busy("trainer", "train", start=result.began, end=result.ended)
             steps = recorded.step + 1
-            context.progress(steps, config.steps, "steps", {"loss": result.metrics["loss"]})
+            context.progress(steps, config.steps, "steps", values={"loss": result.metrics["loss"]})
         if steps != len(wanted):
             differ += sorted(set(wanted) - set(range(steps)))
         trainer.save(context.dir / "model")

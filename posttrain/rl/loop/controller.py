@@ -370,7 +370,7 @@ class Controller:
         self._drop_expired()  # the batch's places are free: generation goes on beside the step
         samples = train_samples(batch, step)
         result = await self._beside(self._trainer.async_step(samples, step))
-        self._context.busy("trainer", "train", result.began, result.ended)
+        self._context.busy("trainer", "train", start=result.began, end=result.ended)
         await keep_evidence(self._config, self._context.dir, self._trainer, samples=samples, nonfinite=result.nonfinite)
         # Two segments are written in turn: the engines must have taken the last version before the next is written.
         await self._finish_update()
@@ -438,5 +438,8 @@ class Controller:
             step + 1,
             self._config.steps,
             "steps",
-            {**{name: values[name] for name in shown}, "dropped_groups": values["groups_dropped_zero_advantage"]},
+            values={
+                **{name: values[name] for name in shown},
+                "dropped_groups": values["groups_dropped_zero_advantage"],
+            },
         )

@@ -130,7 +130,7 @@ async def _sample(
 
             def done(count: int, start: int = start) -> None:
                 progress[start] = count
-                context.progress(progress.total(), len(prompts), "prompts", {"phase": "pass@k profile"})
+                context.progress(progress.total(), len(prompts), "prompts", values={"phase": "pass@k profile"})
 
             requests = profile_requests(config, chunk, stop_ids)
             if config.deterministic:  # one chunk after another: those that are known are the first ones

@@ -10,7 +10,9 @@ from posttrain.sampling.transfer import Publisher, make_publisher, source_for
 def publisher(config: RlConfig) -> Publisher:
     """The trainer's end of the backend."""
     engines = config.resources.rollout.workers
-    return make_publisher(config.weights.backend, engines, config.engine.tensor_parallel, config.engine.deadline_s)
+    return make_publisher(
+        config.weights.backend, engines, config.engine.tensor_parallel, deadline_s=config.engine.deadline_s
+    )
 
 
 def update_calls(config: RlConfig, manifest: Manifest, policy_version: int) -> list[list[tuple[int, dict[str, Any]]]]:

@@ -216,7 +216,7 @@ class RolloutWorkers:
                 return
             worker.policy_version = version
         self._told(LedgerEvent.WEIGHTS_TAKEN, [worker.name, version])
-        self._context.busy(worker.name, "update_weights", began, ended)
+        self._context.busy(worker.name, "update_weights", start=began, end=ended)
         self._send_waiting()
 
     async def settled(self) -> None:
@@ -297,7 +297,7 @@ class RolloutWorkers:
     async def _await_busy(self, worker: Worker, call: Any) -> Any:
         """The result of a call that may take long, of an actor that must answer meanwhile."""
         name = f"{worker.name} (policy version {worker.policy_version})"
-        return await await_with_heartbeat(call, worker.actor.pids.remote, 3 * self._deadline_s, name)
+        return await await_with_heartbeat(call, worker.actor.pids.remote, 3 * self._deadline_s, name=name)
 
     # ------------------------------------------------------------------ a lost engine
 
