@@ -52,19 +52,23 @@ class StageContext:
         append_jsonl(self.dir / "metrics.jsonl", {"step": step, "t": time.time(), **values})
 
 
-class QuietContext(StageContext):
-    """What every rank but the first is given: it has the stage's folder and seed, and says nothing."""
+class SilentContext(StageContext):
+    """A context with the stage's folder and seed whose events and metrics are discarded.
 
-    @classmethod
-    def of(cls, context: StageContext) -> "QuietContext":
-        """The quiet one of a stage."""
-        return cls(context.name, context.dir, context.events, context.seed, context.warm_engines)
+    All training ranks run the same code; rank 0 keeps the stage's own context, the others get this one, so that each
+    event and each line of metrics is written once.
+    """
 
     def event(self, event: str, **fields: Any) -> None:
-        """Nothing."""
+        """Discard the event."""
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Discard the metrics."""
+
+
+def silenced(context: StageContext) -> SilentContext:
+    """The same context, silent: its events and metrics are discarded."""
+    return SilentContext(context.name, context.dir, context.events, context.seed, context.warm_engines)
 
 
 MERGE_GAP_S = 0.02

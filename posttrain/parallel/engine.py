@@ -83,7 +83,8 @@ def deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype
             "enabled": True,
             "autoep_size": parallel.expert,
             "preset_model": PRESET,
-            # One product, as in one process: two would round the gradient of their input twice.
+            # Multiply by the gate and up weights in one fused product, as a single process does: with two products
+            # the gradient of their input would be rounded twice.
             "gate_up_impl": "fused",
         }
     return config

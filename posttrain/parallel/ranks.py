@@ -163,8 +163,9 @@ class RankGroup:
         for rank in self._ranks:
             ray.kill(rank)
         for place in ray.wait(self._places, num_returns=len(self._ranks), timeout=0)[0] if self._ranks else []:
-            with contextlib.suppress(RayError):  # it died before it could say
-                kill_process(*ray.get(place))  # a frozen one does not hear Ray
+            # ray.kill does not end a process that is stopped (SIGSTOP), so each rank is killed by its process id too.
+            with contextlib.suppress(RayError):  # the rank died before it reported its process id
+                kill_process(*ray.get(place))
         self._ranks = []
 
 

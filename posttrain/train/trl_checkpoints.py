@@ -38,12 +38,12 @@ def digest_ids(sequences: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path, step: int, print_: str, tokens: int) -> Path:
-    """Mark `checkpoint-N` as complete, after `tokens` tokens, and name it `step_N`; all but the last two go."""
+def seal(folder: Path, step: int, fingerprint: str, tokens: int) -> Path:
+    """Mark `checkpoint-N` as complete, after `tokens` tokens, and name it `step_N`. Only the last two are kept."""
     written = folder / f"checkpoint-{step}"
     (folder / "README.md").unlink(missing_ok=True)  # TRL's model card
     (written / SEAL).write_text(
-        json.dumps({"step": step, "tokens": tokens, "fingerprint": print_}) + "\n", encoding="utf-8"
+        json.dumps({"step": step, "tokens": tokens, "fingerprint": fingerprint}) + "\n", encoding="utf-8"
     )
     final = folder / f"step_{step}"
     if final.exists():
@@ -63,14 +63,14 @@ class Sealed:
     tokens: int = 0
 
 
-def latest(folder: Path, print_: str) -> Sealed:
-    """The last checkpoint of the training with this fingerprint. Clears away the rest."""
+def latest(folder: Path, fingerprint: str) -> Sealed:
+    """The last checkpoint of the training with this fingerprint. Deletes the checkpoints of any other training."""
     for partial in folder.glob("checkpoint-*"):
         shutil.rmtree(partial, ignore_errors=True)
     found = Sealed()
     for step, path in sorted(_sealed(folder)):
         note = json.loads((path / SEAL).read_text(encoding="utf-8"))
-        if note["fingerprint"] == print_:
+        if note["fingerprint"] == fingerprint:
             found = Sealed(path, step, note["tokens"])
         else:
             shutil.rmtree(path, ignore_errors=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import PrinterCallback, TrainerCallback
 
 from posttrain.config.shared import ParallelConfig
-from posttrain.context import QuietContext, StageContext
+from posttrain.context import StageContext, silenced
 from posttrain.errors import StageError
 from posttrain.files import keep_lines
 from posttrain.model.load import save_model
@@ -131,7 +131,7 @@ def _of_first_rank(make: Callable[[], Any]) -> Any:
 
 def own_context(context: StageContext) -> StageContext:
     """The context itself in a stage's own process and in rank 0; a silent one in the other ranks."""
-    return context if not dist.is_initialized() or dist.get_rank() == 0 else QuietContext.of(context)
+    return context if not dist.is_initialized() or dist.get_rank() == 0 else silenced(context)
 
 
 def training_recipe(config: Any, inputs: set[str]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from posttrain.rl.rollouts.workers import Flight, RolloutWorkers, Worker
 from posttrain.sampling.requests import NOTHING, SampleRequest
 from posttrain.sampling.rollouts import reply_of
 
-LATER = 1  # the priority; training's replies have 0, and start first
+LOW_PRIORITY = 1  # vLLM starts requests of a lower number first; training's replies have 0
 
 
 @dataclass(eq=False)
@@ -173,7 +173,7 @@ class SideWork:
         order = self._next_order
         self._next_order -= 1
         self._sent[order] = sent
-        return Flight(order, 0, prompt, replace(request, priority=LATER), [NOTHING] * request.n, version=version)
+        return Flight(order, 0, prompt, replace(request, priority=LOW_PRIORITY), [NOTHING] * request.n, version=version)
 
     # ------------------------------------------------------------------ probes
 

@@ -28,10 +28,14 @@ from posttrain.rl.prompts.prior import UNIFORM, Prior
 from posttrain.scoring.plugins.lookup import load_function
 from posttrain.scoring.plugins.target import describe
 
-SURE = 0.9  # a prompt whose mean lies this far to one side is solved or impossible
-EVIDENCE = 4.0  # once it rests on so many rollouts
+# A prompt counts as solved above this mean pass rate, and as impossible below 1 minus it...
+SOLVED_PASS_RATE = 0.9
+# ...once the mean rests on at least this many rollouts (after the discount).
+MIN_ROLLOUTS = 4.0
 ADAPTIVE_GAIN = 4.0
-OUTSIDE = 1.0  # a miss from here on is of a prompt that is not to be drawn while there are others
+# A pass rate lies less than 1 outside the band.
+# A miss of 1 or more marks a prompt that is drawn only when no other is left.
+EXCLUDED_MISS = 1.0
 _GRID = (np.arange(256) + 0.5) / 256
 
 State = Literal["active", "retired", "parked"]
@@ -66,9 +70,9 @@ class Belief:
     @property
     def verdict(self) -> State:
         """What the belief alone says."""
-        if self.evidence < EVIDENCE or 1 - SURE <= self.mean <= SURE:
+        if self.evidence < MIN_ROLLOUTS or 1 - SOLVED_PASS_RATE <= self.mean <= SOLVED_PASS_RATE:
             return "active"
-        return "retired" if self.mean > SURE else "parked"
+        return "retired" if self.mean > SOLVED_PASS_RATE else "parked"
 
 
 class Curriculum:
@@ -134,7 +138,8 @@ class Curriculum:
         kept = 1.0 if version is None else self._kept(self._version - version)
         belief = replace(belief, passes=belief.passes + kept * passes, failures=belief.failures + kept * failures)
         self._beliefs[prompt_id] = belief
-        # What faded only says less: to come back, a prompt must have shown the contrary.
+        # Decay alone never changes a state: it only weakens the evidence. A retired prompt returns only after a
+        # failure, a parked one only after a pass.
         contrary = {"active": passes + failures, "retired": failures, "parked": passes}[state]
         if contrary:
             self._states[prompt_id] = belief.verdict
@@ -143,18 +148,18 @@ class Curriculum:
         """How far a pass rate drawn from the belief lies outside the band; 0 inside. Nothing is changed by asking.
 
         Prompts that are taken when it is 0 are taken in proportion to the belief that they lie in the band. That of a
-        parked prompt is 0 as often as the budget allows, else it is OUTSIDE or more, as is that of a retired one:
-        looking at those does not count as a try.
+        parked prompt is 0 as often as the budget allows, otherwise EXCLUDED_MISS or more; a retired prompt's always is.
+        The draw does not count looking at such a prompt as a try.
         """
         belief, state = self.belief(prompt_id), self.state_of(prompt_id)
         rate = rng.betavariate(*belief.shape)
         low, high = self.band
         miss = max(low - rate, rate - high, 0.0)
         if state == "retired":
-            return 2 * OUTSIDE + miss
+            return 2 * EXCLUDED_MISS + miss
         if state == "parked":
             chance = self._reprobe_chance.get(self._capability.get(prompt_id, ""), 0.0)
-            return 0.0 if rng.random() < chance else OUTSIDE + miss
+            return 0.0 if rng.random() < chance else EXCLUDED_MISS + miss
         return miss
 
     def advance(self, version: int, pass_rate: float) -> None:
@@ -176,7 +181,7 @@ class Curriculum:
         return {
             "band_low": low,
             "band_high": high,
-            "prompts_known": sum(self.belief(name).evidence >= EVIDENCE for name in self._beliefs),
+            "prompts_known": sum(self.belief(name).evidence >= MIN_ROLLOUTS for name in self._beliefs),
             "prompts_retired": states["retired"],
             "prompts_parked": states["parked"],
             "reprobes": self._num_reprobes,

@@ -14,7 +14,7 @@ from typing import Any
 
 from posttrain.config.shared import SystemsConfig
 from posttrain.records import Message, Prompt, Row
-from posttrain.rl.prompts.curriculum import OUTSIDE, Curriculum
+from posttrain.rl.prompts.curriculum import EXCLUDED_MISS, Curriculum
 from posttrain.rl.records import DrawnPrompt
 
 
@@ -88,7 +88,7 @@ class PromptSource:
             miss = curriculum.miss(row.id, rng)
             if miss < least:
                 nearest, least = row, miss
-            tries += miss < OUTSIDE
+            tries += miss < EXCLUDED_MISS
             if miss == 0 or tries == self._tries:
                 break
             row = self._next(row.capability)

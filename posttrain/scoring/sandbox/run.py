@@ -91,7 +91,7 @@ def find_sandbox() -> str | None:
 
 def _run(way: str, source: str, stdin: bytes, limits: Limits) -> SandboxResult:
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    # Bubblewrap keeps root as root, whom no limit on processes binds: as root, it is run as somebody else.
+    # Root is exempt from RLIMIT_NPROC, and root stays root inside bubblewrap: so the program runs under another uid.
     user = 20_000 if way == "bubblewrap" and os.geteuid() == 0 else None
     visible = [path for path in (*_SYSTEM, sys.base_prefix) if os.path.lexists(path)]
     job = {"source": source, "python": python, "visible": visible, "limits": asdict(limits), "parent": os.getpid()}
@@ -181,7 +181,9 @@ def _watch(process: "subprocess.Popen[bytes]", ready: IO[bytes], limits: Limits)
     if not is_ready:
         late = f"not within {_SETUP_S:g} s" if limit else f"exit code {exit_code}"
         raise SandboxError(f"the sandbox could not be set up: {words[-300:] or late}")
-    if exit_code < 0 and not limit:  # from inside nothing can reach the process that ended so
+    # The program in the sandbox cannot signal this process, so a death by signal that no limit explains came from
+    # outside: it says nothing about the program, and must not become a reward of 0.
+    if exit_code < 0 and not limit:
         raise SandboxError(f"the sandbox was killed by {signal.Signals(-exit_code).name}")
     wall_s = time.monotonic() - started_s
     limit = limit or _limit_of(exit_code, words, wall_s)
