@@ -167,7 +167,7 @@ async def reward_groups_per_s(config: RlConfig, prompt: DrawnPrompt) -> float:
     reply = Completion(tuple(range(TOKENS)), "12", (-1.0,) * TOKENS, FinishReason.STOP, (VersionSpan(0, 0, TOKENS),))
     group = make_group(0, prompt, [reply_of(reply)] * GROUP, worker="engine0")
     pairs = [(rollout, prompt.row) for rollout in group.rollouts] * 128
-    client = RewardClient(reward_config(config), config.resources.reward)
+    client = RewardClient(reward_config(config.reward, config.systems), config.resources.reward)
     await client.start()
     try:
         await client.score(pairs)

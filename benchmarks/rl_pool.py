@@ -91,7 +91,8 @@ def _pass_rates(folder: Path, model: str, settings: dict[str, Any]) -> dict[str,
     prompts = [_plain(row, tokenizer) for row in rows]
     context = StageContext("pool", folder, folder / "events.jsonl", 0, warm_engines=True)
     with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
-        found = profile_prompts(config, context, engines, prompts, tuple(end_token_ids(tokenizer)))
+        stop_ids = tuple(end_token_ids(tokenizer))
+        found = profile_prompts(config, context, engines, prompts=prompts, stop_ids=stop_ids)
     return {item.prompt_id: item.pass_rate for item in found if item.n == SAMPLES}
 
 

@@ -445,7 +445,7 @@ def rl_groups(config: Any) -> Any:
         scored = scored_group(group, scores, config)
         built.append((scored.reasons, drop_reason(scored, config)))
         batch.append(scored)
-    return built, [msgspec.structs.astuple(sample) for sample in train_samples(over_batch(batch, config), 0)]
+    return built, [msgspec.structs.astuple(sample) for sample in train_samples(over_batch(batch, config.advantage), 0)]
 
 
 def rl_loss(config: Any) -> Any:
@@ -469,9 +469,11 @@ def rl_loss(config: Any) -> Any:
 
 def rl_reference(config: Any) -> Any:
     """The reference policy's weights, where there is one."""
-    from posttrain.rl.training.reference import reference_config
+    from posttrain.rl.training.reference import reference_model
 
-    return _model(reference_config(config).model.model_dump_json()).state_dict() if config.loss.reference else None
+    if config.loss.reference is None:
+        return None
+    return _model(reference_model(config.loss.reference, config.model).model_dump_json()).state_dict()
 
 
 def rl_trainer_deadline(config: Any) -> Any:
@@ -520,12 +522,13 @@ def rl_rescoring(config: Any) -> Any:
     from posttrain.rl.grading.groups import rescore_pauses, scored_group
     from posttrain.rl.records import Group
 
-    prompt, alarm, told = _drawn()[0], UnscoredAlarm(config), []
+    alarm = UnscoredAlarm(config.reward.alarm_fraction, config.groups_per_step)
+    prompt, told = _drawn()[0], []
     scores = [Scored(None, "timeout"), *[Scored(RewardResult(1.0))] * 3]
     for order in range(100):
         group = Group(order, prompt, tuple(_rollout(prompt, index) for index in range(4)))
         told.append(alarm.observe(scored_group(group, scores, config)))
-    return rescore_pauses(config), told
+    return rescore_pauses(config.reward.rescores), told
 
 
 def rl_knowledge(config: Any) -> Any:
@@ -539,7 +542,7 @@ def rl_knowledge(config: Any) -> Any:
     from posttrain.rl.prompts.refilter import Refilter
 
     rows = [prompt.row for prompt in _drawn()]
-    store = profile_store(config, Path("stage"), Basis("policy", "scoring"))
+    store = profile_store(config.profile.store, Path("stage"), Basis("policy", "scoring"))
     found = [Difficulty(row.id, row.capability, 8, 8 - index, 0, index > 3) for index, row in enumerate(rows)]
     probes = None
     if config.refilter is not None:
@@ -548,7 +551,7 @@ def rl_knowledge(config: Any) -> Any:
         due = [step for step in range(40) if refilter.due(step)]
         probes = due, refilter.samples, refilter.choose(curriculum, 1, random.Random(0))
     drawn = [row.id for row in drawn_rows(config, [item for item in found if item.selected], rows)]
-    return store and str(store.folder), reward_spec(config), probes, drawn
+    return store and str(store.folder), reward_spec(config.reward, config.systems), probes, drawn
 
 
 def rl_parked_draws(config: Any) -> Any:
@@ -648,7 +651,8 @@ def rl_policy(config: Any) -> Any:
     """How the policy's layers are run in training."""
     from posttrain.rl.training.policy import load_token_policy
 
-    layers: Any = load_token_policy(config).policy.model.layers
+    policy = load_token_policy(config.model, config.sampling.temperature, config.gradient_checkpointing)
+    layers: Any = policy.policy.model.layers
     recomputed = getattr(layers[0], "_gradient_checkpointing_func", None)
     return layers[0].gradient_checkpointing, sorted(recomputed.keywords) if recomputed else None
 
@@ -658,7 +662,7 @@ def rl_micro_batches(config: Any) -> Any:
     from posttrain.rl.training.trainer import dealt
 
     samples = [reply_sample((1,) * 30, (2,) * length, (-1.0,) * length, (0,) * length, 1.0) for length in range(1, 60)]
-    return [(len(chunk), weight) for chunk, weight in dealt(config, samples, 1, 2)]
+    return [(len(chunk), weight) for chunk, weight in dealt(samples, config.micro_batch_tokens, rank=1, world=2)]
 
 
 # --- base ---

@@ -164,7 +164,8 @@ def test_a_profile_survives_the_kill_of_its_engines_core(
     both = contexts(tmp_path, monkeypatch, signal.SIGKILL, "core")
     for context in both:
         with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
-            found = profile_prompts(config, context, engines, prompts, tuple(end_token_ids(tokenizer)))
+            stop_ids = tuple(end_token_ids(tokenizer))
+            found = profile_prompts(config, context, engines, prompts=prompts, stop_ids=stop_ids)
         assert [item.prompt_id for item in found] == [prompt.row.id for prompt in prompts]
         assert {item.n for item in found} == {2}
         assert all(2 <= item.tokens <= 12 for item in found)

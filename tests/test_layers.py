@@ -74,6 +74,7 @@ def test_every_part_and_room_has_a_floor():
         ("posttrain.data.rows", "import posttrain.model.load"),
         ("posttrain.rl.rollouts.workers", "from posttrain.rl.loop.tally import StepTally"),
         ("posttrain.rl.rollouts.workers", "from ..loop import tally"),
+        ("posttrain.rl.grading.groups", "from posttrain.rl.config import RlConfig"),
         ("posttrain.config.base", "from posttrain import cli"),
         ("posttrain.dpo.stage", "from posttrain.rewards.coding import code"),
     ],

@@ -12,7 +12,8 @@ from posttrain.config.base import validate_config
 from posttrain.config.shared import SystemsConfig
 from posttrain.errors import ConfigError, PluginError
 from posttrain.records import Message, Row
-from posttrain.rl.config import CurriculumConfig, RefilterConfig, RlConfig
+from posttrain.rl.config import RlConfig
+from posttrain.rl.prompts.config import CurriculumConfig, RefilterConfig
 from posttrain.rl.prompts.curriculum import Curriculum
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.prior import UNIFORM, fit_prior

@@ -345,9 +345,8 @@ def batch_loss(chunks, config):
 
 
 def assert_split_changes_nothing(samples, config, ranks):
-    small = make_rl_config(micro_batch_tokens=64)
     loss, counted, gradient = batch_loss([samples], config)
-    shares = [chunk for rank in range(ranks) for chunk, weight in dealt(small, samples, rank, ranks) if weight]
+    shares = [chunk for rank in range(ranks) for chunk, weight in dealt(samples, 64, rank=rank, world=ranks) if weight]
     assert len(shares) > 3
     other_loss, other_counted, other_gradient = batch_loss(shares, config)
     assert other_loss == pytest.approx(loss, rel=1e-9)
@@ -429,21 +428,20 @@ def test_batch_norm_by_hand():
     groups = [scored_rewards(config, rewards) for rewards in ([1.0, 0.0, 1.0, 0.0], [0.2, 0.0, 0.0, 0.0])]
     deviation = math.sqrt(1.03 / 8)
     centred = [0.5, -0.5, 0.5, -0.5, 0.15, -0.05, -0.05, -0.05]
-    batch = over_batch(groups, config)
+    batch = over_batch(groups, config.advantage)
     assert [sample.advantage for sample in train_samples(batch, 1)] == pytest.approx(
         [value / deviation for value in centred], rel=1e-5
     )
     # Dropping is judged by the group: equal rewards are no advantage, whatever the batch.
     assert str(drop_reason(scored_rewards(config, [0.2] * 4), config)) == "zero_advantage"
     assert [drop_reason(group, config) for group in groups] == [None, None]
-    other = make_rl_config()
-    assert over_batch(groups, other) == groups
+    assert over_batch(groups, "group_mean") == groups
 
 
 def test_overlong_penalty_by_hand():
     # L = 16, b = 4: nothing up to 12 tokens, then a quarter of the weight for each token, all of it at 16.
     config = make_rl_config(overlong={"buffer_tokens": 4, "weight": 0.5})
-    found = [overlong_penalty(length, config) for length in (2, 12, 13, 14, 16, 17)]
+    found = [overlong_penalty(length, config.overlong, 16) for length in (2, 12, 13, 14, 16, 17)]
     assert found == pytest.approx([0.0, 0.0, -0.125, -0.25, -0.5, -0.5])
     # Equal rewards with unequal penalties teach: rewards 1, 1, 0.75, 0.5; mean 0.8125.
     scored = scored_rewards(config, [1.0] * 4, lengths=(2, 12, 14, 16))

@@ -159,10 +159,9 @@ def test_a_profile_goes_on_from_what_is_known(tmp_path: Path):
     store = DifficultyStore(tmp_path / "store", BASIS, tmp_path / "other")
     store.add([item("a", 3), item("e", 3)])
     store = DifficultyStore(tmp_path / "store", BASIS, run)
-    known = known_difficulties(config_of(), run, BASIS, store, rows, keys)
+    known = known_difficulties(run, BASIS, store, rows=rows, keys=keys, samples=4)
     assert {name: (found.n, found.passes) for name, found in known.items()} == {"a": (4, 1), "b": (0, 0), "e": (4, 3)}
-    more = config_of(profile={"samples": 5})
-    assert known_difficulties(more, run, BASIS, store, rows, keys) == {}
+    assert known_difficulties(run, BASIS, store, rows=rows, keys=keys, samples=5) == {}
 
 
 def test_with_refilter_training_may_draw_what_the_band_left_out():
@@ -190,7 +189,7 @@ def test_a_prompt_needs_room_with_every_system_instruction():
         rows = [Row(f"p{index}", "math", (Message("user", text),)) for index, text in enumerate(texts)]
         rows.append(Row("own", "math", (Message("system", "one two"), Message("user", "three four"))))
         prompts = [drawn(row, row.messages, tuple(render(row.messages))) for row in rows]
-        check_room(config_of(engine={"max_model_len": 20}, **systems), prompts, render)
+        check_room(prompts, render, config_of(**systems).systems.instructions, max_tokens=16, max_model_len=20)
 
     instructions = {"systems": {"instructions": [{"text": ""}, {"text": "a b"}]}}
     check("one", "one two three four")
@@ -264,13 +263,12 @@ def test_a_prompt_is_what_the_policy_and_the_reward_see():
 
 def test_a_checkpoint_of_other_data_or_of_another_model_is_told(tiny_model: Path):
     rows = [row_of("a"), row_of("b")]
-    config = config_of(tiny_model)
-    saved = run_fingerprints(config, rows)
-    check_resumed(saved, run_fingerprints(config, rows), Path("run/rl"))
+    saved = run_fingerprints(str(tiny_model), rows)
+    check_resumed(saved, run_fingerprints(str(tiny_model), rows), Path("run/rl"))
     with pytest.raises(
         CheckpointError, match=r"prompts: their rows changed since the run began \(fingerprint \w+, now"
     ):
-        check_resumed(saved, run_fingerprints(config, rows[:1]), Path("run/rl"))
+        check_resumed(saved, run_fingerprints(str(tiny_model), rows[:1]), Path("run/rl"))
     with pytest.raises(CheckpointError, match=r"model.path: holds another model.*run/rl cannot go on.*start anew"):
         check_resumed(saved, {**saved, "policy": "another"}, Path("run/rl"))
 
@@ -300,7 +298,7 @@ PROFILE = """
     contexts = [StageContext(name, Path(name), Path(name) / "events.jsonl") for name in sys.argv[1:]]
     with Engines(contexts[0], config.model, config.engine, config.resources.rollout) as engines:
         for context in contexts:
-            profile_prompts(config, context, engines, prompts, stop_ids)
+            profile_prompts(config, context, engines, prompts=prompts, stop_ids=stop_ids)
 """
 
 REWARD = """

@@ -86,16 +86,20 @@ def test_it_answers_from_a_process_of_its_own(ray_session, policy):
 
 
 def test_a_folder_that_cannot_be_a_reference_is_refused_before_anything_is_loaded(policy, tiny_model, tmp_path):
-    check_reference(make_config(policy))
-    check_reference(make_config(policy, {"path": str(tiny_model)}))  # another shape, the same tokens
+    def check(reference: dict[str, Any] | None = None) -> None:
+        config = make_config(policy, reference)
+        check_reference(config.loss.reference, config.model)
+
+    check()
+    check({"path": str(tiny_model)})  # another shape, the same tokens
     with pytest.raises(CheckpointError, match="no such folder"):
-        check_reference(make_config(policy, {"path": str(tmp_path / "none")}))
+        check({"path": str(tmp_path / "none")})
     other = save_tiny_policy(tmp_path / "other")
     text = (other / "tokenizer.json").read_text()
     assert '"a"' in text
     (other / "tokenizer.json").write_text(text.replace('"a"', '"\u2603"', 1))
     with pytest.raises(ConfigError, match=r"loss.reference.path: got .* whose tokenizer is not that of model.path"):
-        check_reference(make_config(policy, {"path": str(other)}))
+        check({"path": str(other)})
 
 
 def test_the_plan_counts_one_process_whatever_the_trainer_has(policy):

@@ -7,9 +7,10 @@ import pytest
 from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError
 from posttrain.records import Message, Prompt, Row
-from posttrain.rl.config import RENORMALISING, RlConfig
+from posttrain.rl.config import RlConfig
 from posttrain.rl.loop.evaluation import evaluation_request
 from posttrain.rl.records import DrawnPrompt
+from posttrain.rl.rollouts.config import RENORMALISING
 from posttrain.rl.rollouts.requests import sample_request
 
 ROW = Row("p", "math", (Message("user", "?"),))
@@ -38,7 +39,7 @@ def test_what_changes_the_distribution_is_refused_with_the_reason(key: str, valu
 def test_values_that_change_nothing_are_taken():
     config = config_of(sampling={"temperature": 0.7, "max_tokens": 16, **RENORMALISING})
     assert config.sampling.model_dump() == {"temperature": 0.7, "max_tokens": 16}
-    request = sample_request(config, PROMPT, 4, (2,))
+    request = sample_request(config.sampling, PROMPT, 4, stop_ids=(2,))
     assert (request.temperature, request.top_p, request.max_tokens, request.stop_token_ids) == (0.7, 1.0, 16, (2,))
 
 

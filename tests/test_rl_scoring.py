@@ -179,7 +179,7 @@ class TestAlarm:
         good = score_texts(["right 1"] * 4, config)
         half = score_texts(["right 1", "right 1", "raise", "raise"], config)
         lost = score_texts(["raise", "raise", "raise", "die"], config)
-        alarm = UnscoredAlarm(config)  # over 4 groups of 4
+        alarm = UnscoredAlarm(config.reward.alarm_fraction, config.groups_per_step)  # over 4 groups of 4
         told = [alarm.observe(scored) for scored in [good, *[half] * 4, lost, lost, lost, *[good] * 4]]
         assert [index for index, fields in enumerate(told) if fields is not None] == [5]
         assert told[5] is not None

@@ -395,8 +395,8 @@ def test_a_step_that_was_left_out_can_be_run_again_from_its_evidence(ray_session
 
 
 def test_every_rank_gets_as_many_forwards_and_every_sample_once(tmp_path):
-    config = make_config("unused")
-    shares = [dealt(config, batch(0), rank, 4) for rank in range(4)]
+    max_tokens = make_config("unused").micro_batch_tokens
+    shares = [dealt(batch(0), max_tokens, rank=rank, world=4) for rank in range(4)]
     assert len({len(share) for share in shares}) == 1
     seen = [sample for share in shares for chunk, weight in share if weight for sample in chunk]
     assert sorted(seen, key=len) == batch(0)

@@ -73,7 +73,7 @@ def config_of(*instructions: dict, **changes: object) -> RlConfig:
 
 
 def pool_of(config: RlConfig) -> RewardPool:
-    return RewardPool(reward_spec(config), config.reward.workers, config.reward.timeout_s)
+    return RewardPool(reward_spec(config.reward, config.systems), config.reward.workers, config.reward.timeout_s)
 
 
 # --- verifiers ---
@@ -105,7 +105,7 @@ def test_the_reward_is_the_tasks_and_the_verifiers_of_what_was_drawn(plugin: Pat
 
 def test_without_verifiers_the_reward_is_what_was_configured():
     config = config_of({"text": BRIEF}, reward={"name": "final_answer", "args": {"marker": "="}})
-    assert reward_spec(config) == RewardSpec("final_answer", {"marker": "="})
+    assert reward_spec(config.reward, config.systems) == RewardSpec("final_answer", {"marker": "="})
 
 
 @pytest.mark.slow

@@ -130,7 +130,8 @@ def sft_trainers(policy: Path, data: Path, tmp_path_factory) -> dict[bool, tuple
 
 @pytest.fixture(scope="module")
 def token_policy(policy: Path) -> Any:
-    return load_token_policy(test_rl_trainer.make_config(str(policy)))
+    config = test_rl_trainer.make_config(str(policy))
+    return load_token_policy(config.model, config.sampling.temperature)
 
 
 @settings(max_examples=6)
@@ -147,7 +148,9 @@ def test_a_step_of_rl_is_the_same_however_it_is_split(policy, token_policy, name
         total = 0.0
         for part in parts:
             chunk = [samples[i] for i in part]
-            share = forward_share(token_policy, chunk, samples, config=config, device="cpu")
+            share = forward_share(
+                token_policy, chunk, samples, config=config.loss, max_tokens=config.sampling.max_tokens, device="cpu"
+            )
             share.loss.backward()
             total += float(share.loss.detach())
         return total, torch.cat([p.grad.flatten() for p in token_policy.parameters() if p.grad is not None])

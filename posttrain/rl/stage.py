@@ -67,7 +67,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     prompts = _draw_plain(rows, tokenizer, config)
     evaluated = heldout_prompts(config, heldout, partial(render_prompt, tokenizer))
     stop_ids = tuple(end_token_ids(tokenizer))
-    check_reference(config)
+    check_reference(config.loss.reference, config.model)
     prepared = prepare_judge(config.judge) if config.judge is not None else None
     with ExitStack() as models:
         engines = models.enter_context(
@@ -78,7 +78,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         try:
             order = list(prompts)
             random.Random(context.seed).shuffle(order)
-            difficulties = profile_prompts(config, context, engines, order, stop_ids, judge)
+            difficulties = profile_prompts(config, context, engines, prompts=order, stop_ids=stop_ids, judge=judge)
         except BaseException:
             trainer.close(at_once=True)
             raise
@@ -147,7 +147,13 @@ def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[D
         return render_prompt(tokenizer, messages)
 
     prompts = [DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))) for row in rows]
-    check_room(config, prompts, render)
+    check_room(
+        prompts,
+        render,
+        config.systems.instructions,
+        max_tokens=config.sampling.max_tokens,
+        max_model_len=config.engine.max_model_len,
+    )
     return prompts
 
 
@@ -168,7 +174,7 @@ def restarts_left(config: RlConfig) -> range:
 
 def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], folder: Path, seed: int) -> None:
     """A run goes on with the dataset and the model that it began with, or not at all."""
-    now = run_fingerprints(config, rows)
+    now = run_fingerprints(config.model.path, rows)
     if (saved := ledger.fact("fingerprints")) is not None:
         check_resumed(saved, now, folder)
     ledger.set_fact("fingerprints", now)

@@ -4,7 +4,6 @@ made by its failures."""
 from collections import Counter, deque
 from typing import Any
 
-from posttrain.rl.config import RlConfig
 from posttrain.rl.records import ScoredGroup
 
 MOST_FREQUENT = 3
@@ -16,9 +15,9 @@ class UnscoredAlarm:
     An alarm starts a new window, so that a reward that stays broken raises one a step and not one a group.
     """
 
-    def __init__(self, config: RlConfig):
-        self._limit = config.reward.alarm_fraction
-        self._num_groups = config.groups_per_step
+    def __init__(self, limit: float, num_groups: int):
+        self._limit = limit
+        self._num_groups = num_groups
         self._groups: deque[ScoredGroup] = deque()
         self._num_rollouts = self._num_unscored = 0  # of the window
 

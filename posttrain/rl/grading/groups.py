@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from posttrain.metrics.correctness import is_right
 from posttrain.records import FinishReason, Rollout, Row, Scored
 from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, is_zero
-from posttrain.rl.config import RlConfig
+from posttrain.rl.grading.config import GradingConfig, OverlongConfig
 from posttrain.rl.records import Drop, DropReason, Group, ScoredGroup
 
 FIRST_PAUSE_S = 0.25
@@ -25,11 +25,11 @@ class Scorer(Protocol):
         ...
 
 
-async def score_group(group: Group, scorer: Scorer, config: RlConfig) -> ScoredGroup:
+async def score_group(group: Group, scorer: Scorer, config: GradingConfig) -> ScoredGroup:
     """Score every rollout, and those without a score again, `reward.rescores` times; then advantages."""
     pairs = [(rollout, group.prompt.row) for rollout in group.rollouts]
     scores = await scorer.score(pairs)
-    for pause_s in rescore_pauses(config):
+    for pause_s in rescore_pauses(config.reward.rescores):
         unscored = [index for index, scored in enumerate(scores) if scored.result is None]
         if not unscored:
             break
@@ -39,12 +39,12 @@ async def score_group(group: Group, scorer: Scorer, config: RlConfig) -> ScoredG
     return scored_group(group, scores, config)
 
 
-def rescore_pauses(config: RlConfig) -> list[float]:
+def rescore_pauses(rescores: int) -> list[float]:
     """Seconds to wait before each further scoring, growing: a service that is down has a moment to come back."""
-    return [FIRST_PAUSE_S * 2**attempt for attempt in range(config.reward.rescores)]
+    return [FIRST_PAUSE_S * 2**attempt for attempt in range(rescores)]
 
 
-def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> ScoredGroup:
+def scored_group(group: Group, scores: Sequence[Scored], config: GradingConfig) -> ScoredGroup:
     """The group with its rewards, and advantages if at least `min_group` rollouts have one.
 
     A rollout that cannot be trained on, as a log-probability of the sampler's is not finite, counts as unscored.
@@ -54,7 +54,8 @@ def scored_group(group: Group, scores: Sequence[Scored], config: RlConfig) -> Sc
     """
     scores = [_refused(rollout) or scored for rollout, scored in zip(group.rollouts, scores, strict=True)]
     rewards = tuple(None if scored.result is None else scored.result.value for scored in scores)
-    penalties = [overlong_penalty(rollout.num_sampled, config) for rollout in group.rollouts]
+    max_tokens = config.sampling.max_tokens
+    penalties = [overlong_penalty(rollout.num_sampled, config.overlong, max_tokens) for rollout in group.rollouts]
     known = [reward + penalty for reward, penalty in zip(rewards, penalties, strict=True) if reward is not None]
     advantages: list[float | None] = [None] * len(rewards)
     if len(known) >= config.min_group:
@@ -78,16 +79,18 @@ def _refused(rollout: Rollout) -> Scored | None:
     return Scored(None, "infrastructure", f"{bad} of the sampler's log-probabilities are not finite")
 
 
-def overlong_penalty(num_tokens: int, config: RlConfig) -> float:
+def overlong_penalty(num_tokens: int, overlong: OverlongConfig | None, max_tokens: int) -> float:
     """weight * max(-1, min(-(n - (L - b)) / b, 0)): 0 up to L - b tokens, then falling to -weight at L.
 
-    L is sampling.max_tokens, b overlong.buffer_tokens. Source: DAPO, arXiv 2503.14476, equation 13.
+    n is num_tokens, of one reply; L is max_tokens, the longest reply; b is overlong.buffer_tokens.
+
+    Source: DAPO, arXiv 2503.14476, equation 13.
     """
-    if config.overlong is None:
+    if overlong is None:
         return 0.0
-    buffer = config.overlong.buffer_tokens
-    beyond = num_tokens - (config.sampling.max_tokens - buffer)
-    return -config.overlong.weight * min(1.0, max(0.0, beyond / buffer))
+    buffer = overlong.buffer_tokens
+    beyond = num_tokens - (max_tokens - buffer)
+    return -overlong.weight * min(1.0, max(0.0, beyond / buffer))
 
 
 def _reason(scored: Scored, penalty: float) -> str:
@@ -98,12 +101,12 @@ def _reason(scored: Scored, penalty: float) -> str:
     return f"{reason}; overlong {penalty:.3g}".removeprefix("; ") if penalty else reason
 
 
-def over_batch(groups: Sequence[ScoredGroup], config: RlConfig) -> list[ScoredGroup]:
+def over_batch(groups: Sequence[ScoredGroup], advantage: str) -> list[ScoredGroup]:
     """The groups of a batch with the advantages that are trained on, where the rule needs the whole batch for them.
 
     Done once, before the ranks share the batch out, and over the rollouts that are trained on.
     """
-    rule = OVER_BATCH.get(config.advantage)
+    rule = OVER_BATCH.get(advantage)
     if rule is None:
         return list(groups)
     values = iter(rule([value for scored in groups for value in scored.advantages if value is not None]))
@@ -113,7 +116,7 @@ def over_batch(groups: Sequence[ScoredGroup], config: RlConfig) -> list[ScoredGr
     ]
 
 
-def drop_reason(scored: ScoredGroup, config: RlConfig) -> Drop | None:
+def drop_reason(scored: ScoredGroup, config: GradingConfig) -> Drop | None:
     """Why the group is not trained on, or None; judged by itself, over the rollouts that would be trained on."""
     known = [advantage for advantage in scored.advantages if advantage is not None]
     if len(scored.scored_rewards) < config.min_group:

@@ -20,7 +20,7 @@ from posttrain.judging.backend import JudgeBackend, PreparedJudge
 from posttrain.judging.prompts import Question
 from posttrain.judging.verdicts import Undecided, Verdict
 from posttrain.records import Message, Rollout, Row, Scored
-from posttrain.rl.config import RlConfig
+from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.verifiers import JUDGE_FIELD, reward_config
 from posttrain.scoring.remote.client import RewardClient
 
@@ -74,9 +74,9 @@ def _unscored(answer: Undecided) -> Scored:
     return Scored(None, answer.outcome, f"the judge: {' '.join(answer.reason.split())[:300]}")
 
 
-def rewards(config: RlConfig, judge: Judge | None) -> RewardClient:
+def rewards(config: GradingConfig, judge: Judge | None) -> RewardClient:
     """What scores replies during training: the reward actor, behind the judge if there is one."""
-    reward, resources = reward_config(config), config.resources.reward
+    reward, resources = reward_config(config.reward, config.systems), config.resources.reward
     return RewardClient(reward, resources) if judge is None else JudgedRewards(judge, reward, resources)
 
 

@@ -6,9 +6,9 @@ turns that a row brings itself.
 
 from collections.abc import Sequence
 
-from posttrain.config.shared import RewardConfig
+from posttrain.config.shared import RewardConfig, SystemsConfig
 from posttrain.records import Row
-from posttrain.rl.config import RlConfig
+from posttrain.rl.grading.config import GradingConfig, RlJudgeConfig
 from posttrain.scoring.plugins.lookup import RewardSpec
 from posttrain.scoring.plugins.requirements import check_fields
 
@@ -16,29 +16,30 @@ JUDGE_FIELD = "judge"  # of the row that the reward function gets, see judge.py
 BY_SYSTEM = "posttrain.rewards.combine:by_system"
 
 
-def reward_spec(config: RlConfig) -> RewardSpec:
+def reward_spec(reward: RewardConfig, systems: SystemsConfig) -> RewardSpec:
     """The task's reward; with verifiers, the combination that chooses one by the rollout's system instruction."""
-    task = {"name": config.reward.name, "args": config.reward.args}
-    verifiers = {item.text: item.verifier.model_dump() for item in config.systems.instructions if item.verifier}
+    task = {"name": reward.name, "args": reward.args}
+    verifiers = {item.text: item.verifier.model_dump() for item in systems.instructions if item.verifier}
     if not verifiers:
-        return RewardSpec(config.reward.name, config.reward.args)
+        return RewardSpec(reward.name, reward.args)
     return RewardSpec(BY_SYSTEM, {"reward": task, "verifiers": verifiers})
 
 
-def reward_config(config: RlConfig) -> RewardConfig:
+def reward_config(reward: RewardConfig, systems: SystemsConfig) -> RewardConfig:
     """The reward's section, with what is really called."""
-    spec = reward_spec(config)
-    return config.reward.model_copy(update={"name": spec.name, "args": dict(spec.args)})
+    spec = reward_spec(reward, systems)
+    return reward.model_copy(update={"name": spec.name, "args": dict(spec.args)})
 
 
-def check_rewardable(config: RlConfig, rows: Sequence[Row]) -> None:
+def check_rewardable(config: GradingConfig, rows: Sequence[Row]) -> None:
     """Raises DataError for rows that lack a field which the reward, or a verifier that may meet them, needs."""
     own_system = [row for row in rows if row.messages[0].role == "system"]
-    given = given_fields(config)
+    others = [row for row in rows if row.messages[0].role != "system"]
+    given = given_fields(config.judge)
     check_fields(RewardSpec(config.reward.name, config.reward.args), own_system, given)
-    check_fields(reward_spec(config), [row for row in rows if row.messages[0].role != "system"], given)
+    check_fields(reward_spec(config.reward, config.systems), others, given)
 
 
-def given_fields(config: RlConfig) -> tuple[str, ...]:
+def given_fields(judge: RlJudgeConfig | None) -> tuple[str, ...]:
     """Fields that the reward gets beside those of the row."""
-    return () if config.judge is None else (JUDGE_FIELD,)
+    return () if judge is None else (JUDGE_FIELD,)

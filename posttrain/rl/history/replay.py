@@ -15,12 +15,12 @@ from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError, StageError
-from posttrain.rl.config import RlConfig
 from posttrain.rl.history.archive import check_archive, recorded_rollout
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.history.recovery import SNAPSHOT, rl_stages
 from posttrain.rl.records import GroupState
 from posttrain.rl.training.client import TrainerClient
+from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.samples import TrainSample, is_trained_on, train_sample
 
 
@@ -58,7 +58,7 @@ def recorded_steps(stage: Path) -> Iterator[RecordedStep]:
         yield RecordedStep(step, groups, tuple(samples))
 
 
-def replay(config: RlConfig, context: StageContext, source: Path) -> dict[str, Any]:
+def replay(config: TrainingConfig, context: StageContext, source: Path) -> dict[str, Any]:
     """Do the optimizer steps of the RL stage in `source` again, with its config and seed; compare batches and weights.
 
     Returns figures: steps, batches_equal, weights_equal (None where the run has no model yet).

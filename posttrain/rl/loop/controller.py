@@ -140,7 +140,7 @@ class Controller:
         )
         self._tokens_sampled = sampled_before(context.dir, sum(item.tokens for item in parts.profile))
         self._pool = rewards(config, parts.judge)
-        self._alarm = UnscoredAlarm(config)
+        self._alarm = UnscoredAlarm(config.reward.alarm_fraction, config.groups_per_step)
         self._side = SideWork(
             config, context, self._workers, self._pool, parts.source, first_step, parts.heldout, parts.stop_ids,
             ledger.event,
@@ -245,7 +245,8 @@ class Controller:
         self._workers.send(Flight(order, stamp, prompt, self._request(prompt), there))
 
     def _request(self, prompt: DrawnPrompt) -> SampleRequest:
-        return sample_request(self._config, prompt, self._config.group_size, self._parts.stop_ids)
+        config = self._config
+        return sample_request(config.sampling, prompt, config.group_size, stop_ids=self._parts.stop_ids)
 
     def _begun(self, flight: Flight) -> None:
         if flight.order >= 0:
@@ -338,7 +339,7 @@ class Controller:
             orders = self._queue.take(self._next_version)
             if orders is not None:
                 groups, ready_since = zip(*(self._ready.pop(order) for order in orders), strict=True)
-                return over_batch(groups, self._config), list(ready_since)
+                return over_batch(groups, self._config.advantage), list(ready_since)
             self._changed.clear()
             await self._changed.wait()
 

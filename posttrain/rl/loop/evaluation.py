@@ -39,8 +39,7 @@ def heldout_prompts(
 ) -> list[DrawnPrompt]:
     """The rows as prompts, without a sampled system instruction; one that leaves no room for a reply is an error."""
     prompts = [DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))) for row in rows]
-    plain = config.systems.model_copy(update={"instructions": []})
-    check_room(config.model_copy(update={"systems": plain}), prompts, render)
+    check_room(prompts, render, max_tokens=config.sampling.max_tokens, max_model_len=config.engine.max_model_len)
     return prompts
 
 

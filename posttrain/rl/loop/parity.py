@@ -52,7 +52,7 @@ def check_engine_parity(
     tolerance = allowed_gap(config)
     worst = Parity(0.0, 0.0, 0)
     for name, actor in zip(engines.names, engines.actors, strict=True):
-        requests = [sample_request(config, prompt, 1, stop_ids) for prompt in prompts[:PROMPTS]]
+        requests = [sample_request(config.sampling, prompt, 1, stop_ids=stop_ids) for prompt in prompts[:PROMPTS]]
         completions, _, _ = ray.get(actor.generate.remote(requests))
         groups = [
             make_group(index, prompt, [reply_of(replies[0])])

@@ -158,7 +158,7 @@ class SideWork:
             return self._flight(prompt, request, _Sent(request.n, running, number), running.version)
         if self._refilter is not None and self._probes and self._has_room(self._refilter.samples):
             prompt = self._source.prompt(self._probes.popleft(), None)  # as the profile asks
-            request = sample_request(self._config, prompt, self._refilter.samples, self._stop_ids)
+            request = sample_request(self._config.sampling, prompt, self._refilter.samples, stop_ids=self._stop_ids)
             self._probed.add(prompt.row.id)
             return self._flight(prompt, request, _Sent(request.n), None)
         return None

@@ -1,5 +1,6 @@
 """Which prompts are sampled, and how hard each is.
 
+config.py         the keys that say which prompts are drawn
 source.py         the order in which prompts are drawn, each with a system instruction
 profile.py        pass@k of every prompt with the starting policy
 difficulty.py     the measured pass rates, and the store that runs share

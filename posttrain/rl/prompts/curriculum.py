@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from posttrain.errors import PluginError
-from posttrain.rl.config import SCHEDULES, CurriculumConfig
+from posttrain.rl.prompts.config import SCHEDULES, CurriculumConfig
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.prior import UNIFORM, Prior
 from posttrain.scoring.plugins.lookup import load_function

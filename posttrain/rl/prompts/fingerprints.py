@@ -15,7 +15,7 @@ from posttrain.data.rows import row_to_json
 from posttrain.errors import CheckpointError
 from posttrain.judging.config import EndpointConfig
 from posttrain.records import Row
-from posttrain.rl.config import RlConfig
+from posttrain.rl.grading.config import GradingConfig, RlJudgeConfig
 from posttrain.scoring.plugins.requirements import reward_sources
 
 # Weights, architecture, tokenizer and chat template: all that decides which tokens a policy samples.
@@ -37,7 +37,7 @@ def policy_fingerprint(path: str | Path) -> str:
     return _digest([[file.name, value] for file, value in zip(files, hashes, strict=True)])
 
 
-def scoring_fingerprint(config: RlConfig) -> str:
+def scoring_fingerprint(config: GradingConfig) -> str:
     """Hash of what decides whether a reply passes, beside policy and prompt: the sampling, the type of the weights,
     the reward with its arguments, and the source files in its folder."""
     sources = reward_sources(config.reward.name, config.reward.args)
@@ -45,7 +45,7 @@ def scoring_fingerprint(config: RlConfig) -> str:
     return _digest(
         {
             "reward": [config.reward.name, config.reward.args],
-            "judge": _judge(config),
+            "judge": None if config.judge is None else _judge(config.judge),
             "sources": sorted([file.name, _file_hash(file)] for file in beside),
             "sampling": config.sampling.model_dump(),
             "dtype": config.model.dtype,
@@ -54,12 +54,10 @@ def scoring_fingerprint(config: RlConfig) -> str:
     )
 
 
-def _judge(config: RlConfig) -> Any:
-    """The judge's model and question, where there is one. The weights at an endpoint cannot be seen: its address and
-    the model's name stand for them."""
-    if config.judge is None:
-        return None
-    asked, source = config.judge.model_dump(exclude={"engine", "model", "endpoint"}), config.judge.source
+def _judge(judge: RlJudgeConfig) -> dict[str, Any]:
+    """The judge's model and question. The weights behind an endpoint cannot be read, so its address and the model's
+    name stand for them."""
+    asked, source = judge.model_dump(exclude={"engine", "model", "endpoint"}), judge.source
     if isinstance(source, EndpointConfig):
         seen = source.model_dump(include={"base_url", "model", "top_logprobs", "max_prompt_chars"})
         return {**asked, "endpoint": seen}
@@ -76,9 +74,9 @@ def dataset_fingerprint(rows: Iterable[Row]) -> str:
     return _digest([[row.id, prompt_fingerprint(row)] for row in rows])
 
 
-def run_fingerprints(config: RlConfig, rows: Sequence[Row]) -> dict[str, str]:
+def run_fingerprints(model_path: str, rows: Sequence[Row]) -> dict[str, str]:
     """What a checkpoint is bound to: the dataset and the policy that training started from."""
-    return {"dataset": dataset_fingerprint(rows), "policy": policy_fingerprint(config.model.path)}
+    return {"dataset": dataset_fingerprint(rows), "policy": policy_fingerprint(model_path)}
 
 
 def check_resumed(saved: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:

@@ -23,8 +23,8 @@ from posttrain.context import StageContext
 from posttrain.errors import ConfigError, StageError
 from posttrain.metrics.correctness import is_right
 from posttrain.records import Rollout, Row, Scored
-from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.judge import Judge, rewards
+from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.prompts.difficulty import (
     Basis,
     Difficulty,
@@ -44,9 +44,10 @@ CHUNKS_AT_ONCE = 2  # the engines are busy with one while the last replies of an
 
 
 def profile_prompts(
-    config: RlConfig,
+    config: PromptsConfig,
     context: StageContext,
     engines: Engines,
+    *,
     prompts: Sequence[DrawnPrompt],
     stop_ids: tuple[int, ...],
     judge: Judge | None = None,
@@ -57,12 +58,23 @@ def profile_prompts(
     if not one reply could be scored.
     """
     basis = profile_basis(config)
-    store = profile_store(config, context.dir, basis)
+    store = profile_store(config.profile.store, context.dir, basis)
     keys = {prompt.row.id: prompt_fingerprint(prompt.row) for prompt in prompts}
-    known = known_difficulties(config, context.dir, basis, store, [prompt.row for prompt in prompts], keys)
+    known = known_difficulties(
+        context.dir,
+        basis,
+        store,
+        rows=[prompt.row for prompt in prompts],
+        keys=keys,
+        samples=config.profile.samples,
+    )
     missing = [prompt for prompt in prompts if prompt.row.id not in known]
     context.event("profile", prompts=len(prompts), known=len(known))
-    sampled = asyncio.run(_sample(config, context, engines, missing, stop_ids, keys, basis, judge)) if missing else []
+    sampled: list[Difficulty] = []
+    if missing:
+        sampled = asyncio.run(
+            _sample(config, context, engines, prompts=missing, stop_ids=stop_ids, keys=keys, basis=basis, judge=judge)
+        )
     found = {**known, **{item.prompt_id: item for item in sampled}}
     band = config.profile.band
     ordered = [replace(found[name], selected=found[name].in_band(band)) for name in keys]
@@ -75,27 +87,30 @@ def profile_prompts(
     return [item for item in ordered if item.n]
 
 
-def profile_basis(config: RlConfig) -> Basis:
+def profile_basis(config: PromptsConfig) -> Basis:
     """What the estimates of a run rest on, beside the prompts."""
     return Basis(policy_fingerprint(config.model.path), scoring_fingerprint(config))
 
 
-def profile_store(config: RlConfig, run: Path, basis: Basis) -> DifficultyStore | None:
-    """The estimates that runs share, if they do. run: the stage's folder."""
-    folder = config.profile.store
+def profile_store(folder: str | None, run: Path, basis: Basis) -> DifficultyStore | None:
+    """The estimates that runs share in `folder`, None where they share none. run: the stage's folder."""
     return None if folder is None else DifficultyStore(Path(folder).expanduser(), basis, run)
 
 
 def known_difficulties(
-    config: RlConfig,
     run: Path,
     basis: Basis,
     store: DifficultyStore | None,
+    *,
     rows: Sequence[Row],
     keys: Mapping[str, str],
+    samples: int,
 ) -> dict[str, Difficulty]:
-    """What this run measured already, else what others did, by prompt id. keys: fingerprint of each row by its id."""
-    samples = config.profile.samples
+    """What this run has measured already, else what other runs have, by prompt id.
+
+    run: the stage's folder. keys: the fingerprint of each row by its id. samples: an estimate from fewer replies than
+    these does not count.
+    """
     own = _partial(run, basis) + (read_estimates(run / FILE, basis) if (run / FILE).exists() else [])
     known = {item.prompt_id: item for item in own if item.prompt == keys.get(item.prompt_id)}
     known = {name: item for name, item in known.items() if item.samples >= samples}
@@ -106,9 +121,10 @@ def known_difficulties(
 
 
 async def _sample(
-    config: RlConfig,
+    config: PromptsConfig,
     context: StageContext,
     engines: Engines,
+    *,
     prompts: Sequence[DrawnPrompt],
     stop_ids: tuple[int, ...],
     keys: Mapping[str, str],
@@ -160,7 +176,7 @@ async def _sample(
     return found
 
 
-def chunk_size(config: RlConfig) -> int:
+def chunk_size(config: PromptsConfig) -> int:
     """Prompts in a chunk: enough to fill every engine, so that writing chunks costs no time."""
     seats = config.engine.max_num_seqs * config.resources.rollout.workers
     return max(CHUNK_REQUESTS, math.ceil(2 * seats / config.profile.samples))
@@ -182,13 +198,15 @@ def nothing_scored(scores: Sequence[Scored] = ()) -> StageError:
 
 
 def profile_requests(
-    config: RlConfig, prompts: Sequence[DrawnPrompt], stop_ids: tuple[int, ...]
+    config: PromptsConfig, prompts: Sequence[DrawnPrompt], stop_ids: tuple[int, ...]
 ) -> list[SampleRequest]:
     """One request a prompt."""
-    return [sample_request(config, prompt, config.profile.samples, stop_ids) for prompt in prompts]
+    return [sample_request(config.sampling, prompt, config.profile.samples, stop_ids=stop_ids) for prompt in prompts]
 
 
-def difficulties(config: RlConfig, pairs: Sequence[tuple[Rollout, Row]], scores: Sequence[Scored]) -> list[Difficulty]:
+def difficulties(
+    config: PromptsConfig, pairs: Sequence[tuple[Rollout, Row]], scores: Sequence[Scored]
+) -> list[Difficulty]:
     """How often each prompt was passed, in the order of the prompts; n is 0 where nothing of it was scored."""
     passes: Counter[str] = Counter()
     scored: Counter[str] = Counter()
@@ -232,7 +250,7 @@ def _bands(difficulties: Sequence[Difficulty], band: Sequence[float]) -> str:
     return f"prompts by rate: {found}; other bands would select: {selected}"
 
 
-def drawn_rows(config: RlConfig, difficulties: Sequence[Difficulty], rows: Sequence[Row]) -> list[Row]:
+def drawn_rows(config: PromptsConfig, difficulties: Sequence[Difficulty], rows: Sequence[Row]) -> list[Row]:
     """The rows that training may draw: those in the band; with `refilter` also the others, which start outside.
 
     Raises ConfigError if the band selects nothing.

@@ -8,7 +8,7 @@ on by itself.
 import random
 from collections.abc import Collection
 
-from posttrain.rl.config import RefilterConfig
+from posttrain.rl.prompts.config import RefilterConfig
 from posttrain.rl.prompts.curriculum import Curriculum
 
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from posttrain.rl.config import RlConfig
+from posttrain.rl.rollouts.config import RolloutsConfig
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.transfer import Publisher, make_publisher, source_for
 
 
-def publisher(config: RlConfig) -> Publisher:
+def publisher(config: RolloutsConfig) -> Publisher:
     """The trainer's end of the backend."""
     engines = config.resources.rollout.workers
     return make_publisher(
@@ -15,7 +15,9 @@ def publisher(config: RlConfig) -> Publisher:
     )
 
 
-def update_calls(config: RlConfig, manifest: Manifest, policy_version: int) -> list[list[tuple[int, dict[str, Any]]]]:
+def update_calls(
+    config: RolloutsConfig, manifest: Manifest, policy_version: int
+) -> list[list[tuple[int, dict[str, Any]]]]:
     """What `EngineActor.update_weights` is called with: (number of the engine, arguments) for each.
 
     Those of one inner list take the weights at the same time; the next list follows when all of them have.

@@ -6,7 +6,7 @@ from typing import Any
 
 from posttrain.errors import StageError, TrainerLostError
 from posttrain.parallel.ranks import RankGroup
-from posttrain.rl.config import RlConfig
+from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.protocol import StepResult, Trainer
 from posttrain.rl.training.samples import TrainSample
 from posttrain.sampling.manifests import Manifest
@@ -32,7 +32,7 @@ class TrainerClient:
     `trainer_deadline_s`.
     """
 
-    def __init__(self, config: RlConfig, seed: int, make: Callable[[RlConfig, int], Trainer] | None = None):
+    def __init__(self, config: TrainingConfig, seed: int, make: Callable[[TrainingConfig, int], Trainer] | None = None):
         if make is None:
             from posttrain.rl.training.trainer import PolicyTrainer
 

@@ -17,14 +17,14 @@ from typing import Any
 import msgspec
 
 from posttrain.errors import StageError
-from posttrain.rl.config import RlConfig
 from posttrain.rl.training.client import TrainerClient
+from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.protocol import SkippedUpdate
 from posttrain.rl.training.samples import TrainSample
 
 
 async def keep_evidence(
-    config: RlConfig,
+    config: TrainingConfig,
     folder: Path,
     trainer: TrainerClient,
     *,
@@ -46,7 +46,7 @@ async def keep_evidence(
         raise StageError(f"{reason}; {path} and its neighbours hold the batch and the policy")
 
 
-def stop_reason(config: RlConfig, nonfinite: SkippedUpdate) -> str | None:
+def stop_reason(config: TrainingConfig, nonfinite: SkippedUpdate) -> str | None:
     """Why training must stop after an update that was left out, or None to go on."""
     skipped = nonfinite.skipped_in_a_row
     what = (

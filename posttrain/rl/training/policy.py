@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from posttrain.config.shared import GradientCheckpointing, ModelConfig
 from posttrain.model.load import load_policy
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.model.router_bias import native_layers
-from posttrain.rl.config import RlConfig
 from posttrain.rl.training.samples import MicroBatch, TrainSample, collate, micro_batches
 from posttrain.train.logprobs import token_logprobs
 
@@ -51,12 +51,14 @@ class TokenPolicy(nn.Module):
         deepspeed.zero.register_external_parameter(self, self.policy.get_output_embeddings().weight)
 
 
-def load_token_policy(config: RlConfig) -> TokenPolicy:
-    """The policy of a config, on the CPU, as it is trained."""
-    policy: Any = load_policy(config.model)
-    if config.gradient_checkpointing != "none":
-        policy.gradient_checkpointing_enable(checkpointing_arguments(config.gradient_checkpointing))
-    return TokenPolicy(policy, config.sampling.temperature)
+def load_token_policy(
+    model: ModelConfig, temperature: float, gradient_checkpointing: GradientCheckpointing = "none"
+) -> TokenPolicy:
+    """The policy in a model folder, on the CPU. temperature: at which its replies are sampled."""
+    policy: Any = load_policy(model)
+    if gradient_checkpointing != "none":
+        policy.gradient_checkpointing_enable(checkpointing_arguments(gradient_checkpointing))
+    return TokenPolicy(policy, temperature)
 
 
 def sample_logprobs(

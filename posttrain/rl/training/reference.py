@@ -10,33 +10,34 @@ from collections.abc import Sequence
 import torch
 from msgspec.structs import replace
 
-from posttrain.config.shared import ParallelConfig
+from posttrain.config.shared import ModelConfig, ParallelConfig
 from posttrain.errors import ConfigError
 from posttrain.model.load import load_tokenizer
 from posttrain.parallel.ranks import RankGroup
-from posttrain.rl.config import RlConfig
+from posttrain.rl.loss_config import ReferenceConfig
 from posttrain.rl.records import ScoredGroup
+from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.policy import load_token_policy, sample_logprobs
 from posttrain.rl.training.samples import TrainSample, is_trained_on, train_samples
 
 
-def reference_config(config: RlConfig) -> RlConfig:
-    """The config under which the reference is the policy. `loss.reference` must be set."""
-    assert config.loss.reference is not None
-    path = config.loss.reference.path or config.model.path
-    model = config.model.model_copy(update={"path": path})
-    return config.model_copy(update={"model": model, "gradient_checkpointing": "none"})
+def reference_model(reference: ReferenceConfig, model: ModelConfig) -> ModelConfig:
+    """The model of the reference policy: of its own folder, or the one that training starts from."""
+    return model.model_copy(update={"path": reference.path or model.path})
 
 
-def check_reference(config: RlConfig) -> None:
-    """Raise `ConfigError` or `CheckpointError` where the reference cannot be that of the policy. Loads no weights."""
-    if config.loss.reference is None or config.loss.reference.path is None:
+def check_reference(reference: ReferenceConfig | None, model: ModelConfig) -> None:
+    """Raise `ConfigError` or `CheckpointError` where a model cannot be the reference of a policy. Loads no weights.
+
+    reference: None where there is none to check. model: the policy's.
+    """
+    if reference is None or reference.path is None:
         return
-    own, other = (load_tokenizer(path).get_vocab() for path in (config.model.path, config.loss.reference.path))
+    own, other = (load_tokenizer(path).get_vocab() for path in (model.path, reference.path))
     if own != other:
         raise ConfigError(
             "loss.reference.path",
-            [f"got {config.loss.reference.path!r}, whose tokenizer is not that of model.path {config.model.path!r}: "
+            [f"got {reference.path!r}, whose tokenizer is not that of model.path {model.path!r}: "
              "the ids of one would mean other tokens to the other"],
         )  # fmt: skip
 
@@ -47,7 +48,7 @@ class Reference:
     It starts in the background; the first call waits for it.
     """
 
-    def __init__(self, config: RlConfig, seed: int):
+    def __init__(self, config: TrainingConfig, seed: int):
         resources = config.resources.reference
         assert resources is not None
         self._process = RankGroup(ParallelConfig(), resources, FrozenPolicy, config, seed, name="the reference")
@@ -64,15 +65,17 @@ class Reference:
 class FrozenPolicy:
     """In the process: the model, on its GPU if it has one."""
 
-    def __init__(self, config: RlConfig, seed: int):
-        resources = config.resources.reference
+    def __init__(self, config: TrainingConfig, seed: int):
+        resources, reference = config.resources.reference, config.loss.reference
         assert resources is not None
+        assert reference is not None
         torch.manual_seed(seed)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cpu":
             torch.set_num_threads(max(1, int(resources.cpus)))
         self._max_tokens = config.micro_batch_tokens
-        self._policy = load_token_policy(reference_config(config)).to(self._device).eval()
+        policy = load_token_policy(reference_model(reference, config.model), config.sampling.temperature)
+        self._policy = policy.to(self._device).eval()
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """See `Reference.logprobs`."""

@@ -28,9 +28,10 @@ from posttrain.parallel.engine import engine_report, start_engine
 from posttrain.parallel.export import barrier, export_model
 from posttrain.parallel.state import load_state, save_state
 from posttrain.parallel.tensors import read_weights, whole_tensors
-from posttrain.rl.config import RlConfig
+from posttrain.rl.loss_config import LossConfig
 from posttrain.rl.losses import LOSSES, LossInputs, LossOutputs, batch_share, ratio_of, reference_kl
 from posttrain.rl.rollouts.weights import publisher
+from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.policy import PAD_ID, load_token_policy, sample_logprobs
 from posttrain.rl.training.protocol import SkippedUpdate, StepResult
 from posttrain.rl.training.samples import MicroBatch, TrainSample, collate, micro_batches
@@ -56,13 +57,14 @@ class PolicyTrainer:
     `policy_version` is the number of optimizer steps applied. Methods are called on every rank with the same arguments.
     """
 
-    def __init__(self, config: RlConfig, seed: int):
+    def __init__(self, config: TrainingConfig, seed: int):
         self._config = config
         torch.manual_seed(seed)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cpu":
             torch.set_num_threads(max(1, int(config.resources.trainer.cpus)))
-        module = load_token_policy(config).to(self._device)
+        policy = load_token_policy(config.model, config.sampling.temperature, config.gradient_checkpointing)
+        module = policy.to(self._device)
         self._policy = module.policy
         self._engine = start_engine(module, config.parallel, config.optimizer, config.model.dtype)
         if config.parallel.zero == 3:
@@ -135,14 +137,16 @@ class PolicyTrainer:
         Returns the metrics of all ranks, and which samples are in micro-batches whose loss is not finite.
         """
         num_tokens = sum(sample.num_trained for sample in samples)
-        config = self._config.loss
+        config, max_tokens = self._config.loss, self._config.sampling.max_tokens
         sums: dict[str, float] = defaultdict(float)
         largest = {"ratio_max": 0.0, "sampler_trainer_gap_max": 0.0}
         place = {id(sample): index for index, sample in enumerate(samples)}
         suspects_N = torch.zeros(len(samples), device=self._device)
-        chunks = dealt(self._config, samples, self._rank, self._world)
+        chunks = dealt(samples, self._config.micro_batch_tokens, rank=self._rank, world=self._world)
         for index, (chunk, weight) in enumerate(chunks):
-            share = forward_share(self._engine, chunk, samples, config=self._config, device=self._device)
+            share = forward_share(
+                self._engine, chunk, samples, config=config, max_tokens=max_tokens, device=self._device
+            )
             inputs, outputs, entropy_T = share.inputs, share.outputs, share.entropy_T
             loss = weight * share.loss
             if not torch.isfinite(loss):
@@ -231,19 +235,20 @@ def forward_share(
     chunk: Sequence[TrainSample],
     samples: Sequence[TrainSample],
     *,
-    config: RlConfig,
+    config: LossConfig,
+    max_tokens: int,
     device: str,
 ) -> ForwardShare:
     """Forward one micro-batch of the step's `samples`; the shares of all micro-batches add up to the step's loss.
 
-    policy: a `TokenPolicy`, or an engine around one.
+    policy: a `TokenPolicy`, or an engine around one. max_tokens: the longest reply that could be sampled.
     """
     batch = collate(chunk, PAD_ID, device)
     policy_T, entropy_T, router_loss = policy(batch)
-    inputs = loss_inputs(policy_T, batch, config.sampling.max_tokens)
-    outputs = LOSSES[config.loss.name](inputs, config.loss)
+    inputs = loss_inputs(policy_T, batch, max_tokens)
+    outputs = LOSSES[config.name](inputs, config)
     num_tokens = sum(sample.num_trained for sample in samples)
-    loss = batch_share(outputs, inputs, entropy_T, num_tokens, len(samples), config.loss)
+    loss = batch_share(outputs, inputs, entropy_T, num_tokens, len(samples), config)
     fed = sum(len(sample) - 1 for sample in chunk) / sum(len(sample) - 1 for sample in samples)
     return ForwardShare(loss + fed * router_loss, inputs, outputs, entropy_T)
 
@@ -269,13 +274,15 @@ def token_advantage_std(samples: Sequence[TrainSample]) -> float:
 
 
 def dealt(
-    config: RlConfig, samples: Sequence[TrainSample], rank: int, world: int
+    samples: Sequence[TrainSample], max_tokens: int, *, rank: int, world: int
 ) -> list[tuple[list[TrainSample], float]]:
-    """A rank's micro-batches with their weights. Every rank gets as many, since each forward is collective.
+    """A rank's micro-batches of at most `max_tokens` padded tokens, with their weights.
+
+    Every rank gets the same number of them, since each forward is collective.
 
     Where they do not divide evenly, the last ranks repeat one sample with weight 0.
     """
-    chunks = micro_batches(samples, config.micro_batch_tokens)
+    chunks = micro_batches(samples, max_tokens)
     mine = [(chunk, 1.0) for chunk in chunks[rank::world]]
     rounds = -(-len(chunks) // world)
     return mine + [(chunks[0][:1], 0.0)] * (rounds - len(mine))
