@@ -1,4 +1,4 @@
-"""Pipeline YAML: its schema, and the road from a file and overrides to one raw mapping a stage.
+"""Pipeline YAML: its schema, and how a file and its overrides become one raw mapping for each stage.
 
     name: quickstart
     stages:
@@ -7,7 +7,7 @@
     evaluate: {config: ../configs/quickstart/eval.yaml, stages: [sft, rl]}
 
 A `config` path is relative to the pipeline file; paths inside a stage's config are relative to the current directory.
-What the stages mean, and whether they fit together, is graph.py's business.
+graph.py then checks what the stages mean and whether they fit together.
 """
 
 import difflib
@@ -31,16 +31,22 @@ _NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_-]*$")
 class StageEntry(Config):
     """One stage of a pipeline."""
 
-    name: str = Field(description="Its folder in the run directory, and what ${name.output} refers to.")
-    kind: str = Field(description="base, filter, sft, rl, dpo or eval.")
-    config: str | dict[str, Any] = Field(description="Path of the stage's YAML, relative to this file; or the mapping.")
+    name: str = Field(
+        description="Name of the stage: of its folder in the run directory, and in references such as ${sft.model}."
+    )
+    kind: str = Field(description="Kind of the stage: base, filter, sft, rl, dpo or eval.")
+    config: str | dict[str, Any] = Field(
+        description="Path of the stage's YAML file, relative to this file, or the mapping itself."
+    )
 
 
 class EvaluateEntry(Config):
-    """Evaluate the model of these stages, each as soon as it is there."""
+    """Which stages' models are evaluated, each as soon as its stage is finished, and with which config."""
 
-    config: str | dict[str, Any] = Field(description="Config of kind eval; model.path is set to the stage's model.")
-    stages: list[str] = Field(description="Names of stages that make a model.")
+    config: str | dict[str, Any] = Field(
+        description="Path or mapping of an eval config. Its model.path is set to the model of each stage in turn."
+    )
+    stages: list[str] = Field(description="Names of the stages to evaluate; each must make a model.")
 
 
 class PipelineConfig(Config):
@@ -48,9 +54,14 @@ class PipelineConfig(Config):
 
     name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Given to every stage.")
-    warm_engines: bool = Field(False, description="Hand vLLM engines on from stage to stage.")
+    warm_engines: bool = Field(
+        False,
+        description="Keep vLLM engines running between stages, so that a stage with the same engine settings loads its "
+        "weights into them rather than starting its own.",
+    )
     trackers: TrackersConfig | None = Field(
-        default=None, description="Where metrics go besides metrics.jsonl, of every stage that does not say so itself."
+        default=None,
+        description="Trackers that get the metrics besides metrics.jsonl, for each stage without trackers of its own.",
     )
     stages: Annotated[list[StageEntry], Field(min_length=1)]
     evaluate: EvaluateEntry | None = None
@@ -61,7 +72,10 @@ RESERVED = (*PipelineConfig.model_fields, "run")
 
 @dataclass(frozen=True, slots=True)
 class RawStage:
-    """A stage before its schema is applied. `file` is where the config came from; `prefix` leads its key paths."""
+    """A stage before its schema is applied.
+
+    file: where the config was read. prefix: put before its key paths in messages.
+    """
 
     name: str
     kind: str
@@ -72,9 +86,10 @@ class RawStage:
 
 @dataclass(frozen=True)
 class RawPipeline:
-    """A pipeline before its stages are validated. `problems` are those found so far, one line each.
+    """A pipeline before its stages are validated. problems: those found so far, one line each.
 
-    alone: a stage file read by itself; open_references: it may refer to stages of a pipeline that is not here.
+    alone: a stage file that was read by itself. open_references: it may refer to stages of a pipeline that was not
+    read.
     """
 
     source: str
@@ -153,10 +168,10 @@ def single_stage(
     seed: int = 0,
     open_references: bool = False,
 ) -> RawPipeline:
-    """A stage file, or a mapping with its keys, as a pipeline of one stage, named after its kind.
+    """A pipeline of one stage, named after its kind, from a stage file or from a mapping with the same keys.
 
-    overrides: `key.path=value`, keys of the stage's config.
-    open_references: let `${stage.output}` stand, to check a file that is meant for a pipeline; it cannot be run.
+    overrides: `key.path=value`, with keys of the stage's config.
+    open_references: accept `${stage.output}`, to check a file that belongs to a pipeline; the result cannot be run.
     """
     label, read = (kind, dict(config)) if isinstance(config, Mapping) else (str(config), read_yaml(config))
     data = apply_overrides(read, overrides)
@@ -176,7 +191,7 @@ def _read_stage(
     overrides: Sequence[str],
     problems: list[str],
 ) -> RawStage | None:
-    """The stage's mapping, or None with a line added to `problems`."""
+    """One stage with its config as a mapping; None, with a line added to `problems`, if it cannot be read."""
     file = label
     try:
         if isinstance(config, str):
@@ -192,7 +207,7 @@ def _read_stage(
 def _split_overrides(
     data: Mapping[str, Any], overrides: Sequence[str]
 ) -> tuple[list[str], dict[str, list[str]], list[str]]:
-    """(those for the pipeline itself, those for each stage's config, problems)."""
+    """(overrides of the pipeline itself, overrides of each stage's config by stage name, problems)."""
     listed = data.get("stages")
     entries = listed if isinstance(listed, list) else []
     names = [entry["name"] for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("name"), str)]
@@ -220,6 +235,7 @@ def _split_overrides(
 
 
 def _name_problems(config: PipelineConfig) -> list[str]:
+    """Problems with the names of the pipeline and of its stages."""
     problems = []
     if not _NAME.match(config.name):
         problems.append(f"name: got {config.name!r}: must be letters, digits, - and _, beginning with a letter")
@@ -229,8 +245,10 @@ def _name_problems(config: PipelineConfig) -> list[str]:
         if not _NAME.match(entry.name):
             problems.append(f"{key}: got {entry.name!r}: must be letters, digits, - and _, beginning with a letter")
         elif entry.name in RESERVED:
-            problems.append(f"{key}: got {entry.name!r}: means something else here; choose another name")
+            problems.append(f"{key}: got {entry.name!r}: this name is reserved; choose another name")
         if entry.name in seen:
-            problems.append(f"{key}: got {entry.name!r}: stages.{seen[entry.name]} has this name already")
+            problems.append(
+                f"{key}: got {entry.name!r}: stages.{seen[entry.name]} has this name already; names must differ"
+            )
         seen.setdefault(entry.name, index)
     return problems

@@ -1,6 +1,6 @@
-"""What is to happen to each node of a pipeline in a run directory: run, resume, skip, or leave out. Nothing is changed.
+"""Decides what happens to each node of a pipeline in a run directory: run, resume, skip or leave out. Changes nothing.
 
-A node's hash needs only the hashes of the nodes it refers to, so all of this is known before anything runs.
+The hash of a node needs only the hashes of the nodes it refers to, so all decisions are made before anything runs.
 """
 
 import difflib
@@ -18,7 +18,7 @@ Action = Literal["run", "resume", "skip", "leave out"]
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One node's fate. `why` is for the user; `forced`: its folder is emptied before anything starts."""
+    """What happens to one node. why: the reason, for the user. forced: its folder is emptied before anything starts."""
 
     action: Action
     input_hash: str
@@ -29,10 +29,10 @@ class Decision:
 def decide(
     pipeline: Pipeline, run_dir: RunDir, *, start_from: str | None = None, only: str | None = None
 ) -> dict[str, Decision]:
-    """Decide for every node, by name.
+    """The decision for each node, by name.
 
-    start_from: run this node and all that need it again, whatever they hold; what it needs is taken as it is.
-    only: leave every other node out (the evaluation of a stage belongs to it); what it needs is taken as it is.
+    start_from: run this node and all that need it again, even if they are finished. The nodes that it needs are taken
+    as they are. only: leave out every other node, except the stage's own evaluation; what it needs is taken as it is.
     Raises ConfigError for an unknown name, and for a needed stage that was never finished.
     """
     for option, name in (("--from", start_from), ("--only", only)):
@@ -70,6 +70,7 @@ def decide(
 def _decide_one(
     node: Node, pipeline: Pipeline, run_dir: RunDir, *, decisions: dict[str, Decision], forced: bool
 ) -> Decision:
+    """The decision for a node that may run: by the state of its folder and its hash."""
     digest = _hash(node, pipeline, decisions)
     state = run_dir.state(node, digest)
     if state == "resume":
@@ -82,6 +83,7 @@ def _decide_one(
 
 
 def _taken_as_it_is(node: Node, pipeline: Pipeline, run_dir: RunDir, *, decisions: dict[str, Decision]) -> Decision:
+    """The decision for a node that must not run again: skip it if it is finished, else leave it out."""
     record = run_dir.done(node)
     if record is None:
         return Decision("leave out", "", "not asked for")
@@ -99,6 +101,7 @@ def _hash(node: Node, pipeline: Pipeline, decisions: dict[str, Decision]) -> str
 
 
 def _ancestors(pipeline: Pipeline, name: str) -> set[str]:
+    """Names of all nodes that `name` needs, directly or through others."""
     found: set[str] = set()
     waiting = list(pipeline.nodes[name].needs)
     while waiting:
@@ -110,5 +113,5 @@ def _ancestors(pipeline: Pipeline, name: str) -> set[str]:
 
 
 def default_run_dir(pipeline: Pipeline) -> Path:
-    """runs/NAME below the current directory."""
+    """runs/NAME, relative to the current directory."""
     return Path("runs") / pipeline.name

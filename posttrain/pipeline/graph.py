@@ -1,7 +1,7 @@
-"""From a raw pipeline to its nodes: every config validated, every `${stage.output}` resolved to a node, ordered.
+"""From a raw pipeline to its nodes: each config validated, each `${stage.output}` resolved to a node, all in order.
 
-All problems of all stages are reported at once, before anything heavy is imported. Whether the files and folders that
-the configs name are there is inputs.py's business.
+The problems of all stages are reported together, before anything heavy is imported. inputs.py checks whether the files
+and folders that the configs name exist.
 """
 
 import difflib
@@ -25,9 +25,9 @@ from posttrain.pipeline.references import Reference, find_cycle, find_references
 class Node:
     """One thing to run: a stage, or the evaluation of a stage's model.
 
-    name: `sft`, or `sft.eval` for its evaluation; folder: below the run directory, `sft` or `sft/eval`.
-    config: validated, with `${stage.output}` still in it; needs: names of the nodes it refers to.
-    of: the stage that is evaluated, else empty.
+    name: `sft`, or `sft.eval` for its evaluation. folder: relative to the run directory, `sft` or `sft/eval`.
+    config: validated, with `${stage.output}` still in it. needs: names of the nodes that it refers to.
+    of: for an evaluation, the name of the stage that it evaluates; else "".
     """
 
     name: str
@@ -41,10 +41,11 @@ class Node:
 
     @property
     def stage_kind(self) -> StageKind:
+        """The kind's line in the table of kinds."""
         return KINDS[self.kind]
 
     def resolved(self, run_dir: Path, nodes: "Mapping[str, Node]") -> Config:
-        """The config with paths below `run_dir` in place of references."""
+        """The config with paths below `run_dir` in place of its references."""
         data = replace_references(
             self.config.model_dump(), lambda stage, output: str(output_path(nodes[stage], output, run_dir))
         )
@@ -53,7 +54,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline that can run. `nodes` are in an order in which each comes after what it needs."""
+    """A checked pipeline. `nodes` are in an order in which each node comes after the nodes it needs."""
 
     source: str
     name: str
@@ -63,11 +64,11 @@ class Pipeline:
 
     @property
     def stages(self) -> list[Node]:
-        """The stages as the user listed them, without their evaluations."""
+        """The stages in the user's order, without their evaluations."""
         return [node for node in self.nodes.values() if not node.of]
 
     def dump(self) -> dict[str, Any]:
-        """The resolved pipeline YAML: every default written out; it is a pipeline itself."""
+        """The pipeline with every default written out, as a mapping. Written as YAML it is a pipeline file itself."""
         stages = [
             {"name": node.name, "kind": node.kind, "config": node.config.model_dump(mode="json")}
             for node in self.stages
@@ -80,7 +81,7 @@ class Pipeline:
         return data
 
     def descendants(self, name: str) -> set[str]:
-        """Names of all nodes that need `name`, directly or not."""
+        """Names of all nodes that need `name`, directly or through others."""
         found: set[str] = set()
         for node in self.nodes.values():
             if name in node.needs or found & set(node.needs):
@@ -89,7 +90,7 @@ class Pipeline:
 
 
 def output_path(node: Node, output: str, run_dir: Path) -> Path:
-    """Where `${node.output}` is, whether or not it has been made."""
+    """The path that `${node.output}` stands for, whether or not it exists yet."""
     return run_dir / node.folder / node.stage_kind.outputs[output]
 
 
@@ -126,7 +127,7 @@ def load_pipeline(source: str | Path | Mapping[str, Any] | RawPipeline, override
 
 
 def with_trackers(config: Config, trackers: TrackersConfig | None) -> Config:
-    """A stage's config with the pipeline's trackers, if it names none and its metrics are of steps."""
+    """A stage's config with the pipeline's trackers, if the stage names none itself and reports metrics by step."""
     if "trackers" not in type(config).model_fields or getattr(config, "trackers", None) is not None:
         return config
     return config.model_copy(update={"trackers": trackers})
@@ -135,7 +136,10 @@ def with_trackers(config: Config, trackers: TrackersConfig | None) -> Config:
 def _make_node(
     stage: RawStage, kinds: Mapping[str, str], problems: list[str], *, open_references: bool = False
 ) -> Node | None:
-    """Validate one stage; None if its config cannot be built. `kinds`: kind of each stage that can be referred to."""
+    """The node of one stage; None, with lines added to `problems`, if its config is wrong.
+
+    kinds: name to kind of each stage that may be referred to.
+    """
     if stage.kind not in KINDS:
         problems.append(f"{stage.prefix}kind: {unknown_kind(stage.kind)}")
         return None
@@ -157,7 +161,9 @@ def _make_node(
 
 
 def _evaluations(raw: RawPipeline, kinds: Mapping[str, str], problems: list[str]) -> list[Node]:
-    """A node for each stage that is to be evaluated, with the model path set to that stage's model."""
+    """One node for each stage that is to be evaluated: its config is the shared one, with `model.path` set to the
+    stage's model.
+    """
     if raw.config.evaluate is None or raw.evaluate is None:
         return []
     nodes: list[Node] = []
@@ -179,7 +185,7 @@ def _evaluations(raw: RawPipeline, kinds: Mapping[str, str], problems: list[str]
 
 
 def _reference_problem(reference: Reference, kinds: Mapping[str, str]) -> str:
-    """What is wrong with a reference, or nothing. `kinds`: kind of each stage by name."""
+    """What is wrong with a reference, or "". kinds: name to kind of each stage that may be referred to."""
     if not reference.stage:
         return f"{reference.key}: got {reference.text!r}: must have the form ${{stage.output}}"
     if not kinds:
@@ -202,6 +208,6 @@ def _no_stage(name: str, kinds: Mapping[str, str]) -> str:
 
 
 def _located(stage: RawStage | Node, problem: str) -> str:
-    """A problem with its key path from the top of the pipeline, and the file it stands in."""
+    """A problem with its full key path in the pipeline, and the file it was read from."""
     where = f" (in {stage.file})" if stage.prefix else ""
     return f"{stage.prefix}{problem}{where}"

@@ -1,8 +1,8 @@
 """What a stage's result depends on, as one hash: its config, its inputs, the seed and the code.
 
-The hash of a stage holds the hashes of the stages it refers to, not the paths of their outputs, so a run directory may
-be moved. Content decides: a touched but unchanged file changes nothing. Files over 256 MiB (weights) are judged by
-their size and three samples of 1 MiB; installed packages other than this one are not looked at.
+A stage's hash holds the hashes of the stages it refers to, not the paths of their outputs, so a run directory may be
+moved. Only content counts: a file with a new date and the same content changes nothing. Files over 256 MiB (weights)
+are hashed by their size and three samples of 1 MiB. Installed packages other than this one are not hashed.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ SAMPLE_BYTES = 1 << 20
 
 
 def input_hash(node: Node, pipeline: Pipeline, upstream: Mapping[str, str]) -> str:
-    """Hash of everything that decides what a node makes. `upstream`: hashes of the nodes it needs, by name."""
+    """The hash of everything that decides a node's result. upstream: the hashes of the nodes it needs, by name."""
     config = replace_references(
         node.config.model_dump(mode="json", exclude={"trackers"}), lambda stage, output: f"{upstream[stage]}:{output}"
     )
@@ -79,7 +79,7 @@ def _function_sources(name: str) -> list[str]:
 
 
 def path_hash(path: Path) -> str:
-    """Hash of a file's content, or of the names and contents of a folder's files. Hidden files do not count."""
+    """The hash of a file's content, or of the names and contents of a folder's files. Hidden files do not count."""
     if path.is_dir():
         files = sorted(item for item in path.rglob("*") if item.is_file() and not _hidden(item, path))
         return _digest("\n".join(f"{item.relative_to(path)} {file_hash(item)}" for item in files).encode())
@@ -87,7 +87,7 @@ def path_hash(path: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Hash of one file; of its size and three samples if it is large."""
+    """The hash of one file's content; of its size and three samples if it is large."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = path.stat().st_size
@@ -103,8 +103,11 @@ def file_hash(path: Path) -> str:
 
 
 def code_hash(kind: StageKind) -> str:
-    """Hash of the source that a kind of stage may use: its own folder and every part that it may import by the table
-    of layers; all of the package, and the stage's own module, for a stage that lies outside of it."""
+    """The hash of the source code that a kind of stage can depend on.
+
+    For a stage of this package: its own folder, and each part that the table of layers lets it import. For a stage from
+    outside: the whole package and the stage's own module.
+    """
     own = _package(kind)
     allowed = parts_below(own) if own is not None else None
     parts = [text for top, text in _source_hashes() if allowed is None or top in allowed]
@@ -115,14 +118,14 @@ def code_hash(kind: StageKind) -> str:
 
 
 def _package(kind: StageKind) -> str | None:
-    """The folder of this package that a kind of stage lives in, if it does."""
+    """The folder of this package that a kind of stage lives in; None for a stage from outside."""
     parts = kind.run.partition(":")[0].split(".")
     return parts[1] if parts[0] == "posttrain" and len(parts) > 1 else None
 
 
 @cache
 def _source_hashes() -> list[tuple[str, str]]:
-    """(first part of the path, path and hash) of each file of this package's source."""
+    """(part of the package, path and hash) of each source file of this package."""
     root = Path(posttrain.__file__).parent
     paths = [item.relative_to(root) for item in sorted(root.rglob("*.py"))]
     return [(path.parts[0].removesuffix(".py"), f"{path} {file_hash(root / path)}") for path in paths]

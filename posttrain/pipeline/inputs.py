@@ -1,8 +1,8 @@
 """What a stage's config points at outside of the pipeline: model folders, datasets, rewards, installed packages.
 
-`input_problems` looks at them without loading any: a folder's listing, the first rows of a dataset, the source of a
-reward. A path with `${...}` in it does not exist yet and is left alone. The whole scan of the rows comes when the stage
-starts.
+`input_problems` checks them without loading any: it lists a model's folder, reads the first rows of a dataset and
+parses the source of a reward. A path that holds `${...}` does not exist yet and is not checked. The stage itself scans
+all rows when it starts.
 """
 
 import json
@@ -32,20 +32,20 @@ from posttrain.pipeline.references import has_reference
 CHECKED_ROWS = 100
 SHOWN_ROWS = 5
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-# How to install what is not part of the core; everything else comes with the package itself.
+# How to install the packages that are extras; all others come with posttrain itself.
 INSTALL = {"vllm": "pip install 'posttrain[cpu]' on a CPU, 'posttrain[gpu]' with GPUs"}
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One thing a config points at. `key` is the key path of its section."""
+    """One thing that a config points at. `key`: key path of its section, for example `reward` or `model`."""
 
     key: str
     value: ServedModelConfig | FilesConfig | RewardFunctionConfig
 
 
 def walk(config: BaseModel, key: str = "") -> Iterator[tuple[str, BaseModel]]:
-    """Every model inside a validated config, with its key path, the config itself first."""
+    """Every pydantic model inside a validated config with its key path, beginning with the config itself."""
     yield key, config
     for name in type(config).model_fields:
         yield from _walk_value(getattr(config, name), f"{key}.{name}" if key else name)
@@ -63,7 +63,7 @@ def _walk_value(value: Any, key: str) -> Iterator[tuple[str, BaseModel]]:
 
 
 def find_inputs(config: BaseModel) -> list[Input]:
-    """Model folders, datasets and rewards that a config names, in its order."""
+    """The model folders, datasets and rewards that a config names, in the order of its keys."""
     return [
         Input(key, value)
         for key, value in walk(config)
@@ -72,7 +72,7 @@ def find_inputs(config: BaseModel) -> list[Input]:
 
 
 def find_endpoints(config: BaseModel) -> list[tuple[str, EndpointConfig]]:
-    """(key path, section) of the servers that a config names."""
+    """(key path, section) of each server that a config names."""
     return [(key, value) for key, value in walk(config) if isinstance(value, EndpointConfig)]
 
 
@@ -84,7 +84,7 @@ def _key_problems(endpoint: EndpointConfig) -> list[str]:
 
 
 def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
-    """One line a problem, led by the key path; nothing is loaded."""
+    """One line for each problem, which begins with the key path. Nothing is loaded."""
     problems = [f"{found.key}{line}" for found in find_inputs(config) for line in _problems(found, kind)]
     problems += [f"{key}{line}" for key, endpoint in find_endpoints(config) for line in _key_problems(endpoint)]
     problems += [] if problems else _row_problems(config, kind)
@@ -93,7 +93,7 @@ def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
 
 
 def _row_problems(config: BaseModel, kind: StageKind) -> list[str]:
-    """The first rows of prompts that lack what a reward of the same config needs; both are fine by themselves."""
+    """The first prompts that lack a field which a reward of the same config needs. Each side is fine by itself."""
     inputs = find_inputs(config)
     rewards = [item.value for item in inputs if isinstance(item.value, RewardFunctionConfig)]
     given = [] if getattr(config, "judge", None) is None else ["judge"]  # RL's judge gives its verdict to the reward
@@ -112,9 +112,11 @@ def _rows_without_fields(data: DataConfig, rewards: Sequence[RewardFunctionConfi
 
     try:
         rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS)
-    except UserError:  # told by data_problems
+    except UserError:  # data_problems reports it
         return []
-    bare = [row for row in rows if row.messages[0].role != "system"]  # a verifier meets no others
+    bare = [
+        row for row in rows if row.messages[0].role != "system"
+    ]  # the only rows to which a verifier's system instruction is added
     lines: list[str] = []
     try:
         for reward in rewards:
@@ -130,12 +132,12 @@ def _refers(data: FilesConfig) -> bool:
 
 
 def other_paths(config: BaseModel, kind: StageKind) -> list[tuple[str, str]]:
-    """(key path, path) of the plain paths that a kind of stage reads, those of earlier stages left out."""
+    """(key path, path) of the other files that a kind of stage reads, without outputs of earlier stages."""
     return [(key, value) for key, value in _texts(config, kind.paths) if not has_reference(value)]
 
 
 def other_functions(config: BaseModel, kind: StageKind) -> list[tuple[str, str]]:
-    """(key path, name) of the functions that a config of this kind names beside its rewards."""
+    """(key path, name) of the functions that a config names besides its rewards."""
     return [(key, value) for key, value in _texts(config, kind.functions) if ":" in value]
 
 
@@ -163,13 +165,15 @@ def _problems(found: Input, kind: StageKind) -> list[str]:
 
 
 def data_kind(key: str, kind: StageKind) -> Rows:
-    """What rows the dataset at a key path must hold. Indices of a list do not count."""
+    """The kind of rows that the dataset at a key path must hold. Indices of a list in the key path are ignored."""
     return kind.data[".".join(part for part in key.split(".") if not part.isdigit())]
 
 
 def data_problems(data: FilesConfig, rows: Rows, stage: str | None) -> list[str]:
-    """Problems in the first rows of a dataset that `stage` reads; of one that may hold anything, whether it can be
-    read."""
+    """Problems in the first rows of a dataset that `stage` reads.
+
+    Where any rows are allowed: whether it can be read.
+    """
     if rows == "any" or not isinstance(data, DataConfig):
         return _unreadable(data)
     if rows == "pairs":
@@ -203,7 +207,7 @@ def _reward_problems(reward: RewardFunctionConfig) -> list[str]:
 
 
 def model_folder_problems(path: str) -> list[str]:
-    """What keeps a folder from being a model: config.json, one set of safetensors, and a tokenizer that fits."""
+    """What a folder lacks to be a model: config.json, exactly one set of safetensors, and a tokenizer that fits."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         what = "is a file; give the folder it lies in" if folder.exists() else "no such folder"
@@ -225,19 +229,22 @@ def model_folder_problems(path: str) -> list[str]:
 
 
 def needed_packages(config: BaseModel, kind: StageKind) -> list[str]:
-    """Packages that a stage needs, by import name: those of its kind, less vLLM where its config has no engine."""
+    """Import names of the packages that a stage needs: those of its kind.
+
+    vLLM is left out if its config has no engine.
+    """
     has_engine = any(isinstance(value, EngineConfig) for _, value in walk(config))
     return [package for package in kind.packages if package != "vllm" or has_engine]
 
 
 def package_problems(config: BaseModel, kind: StageKind) -> list[str]:
-    """Packages that a stage needs and that are not installed. They are looked for, not imported."""
+    """The needed packages that are not installed. They are searched for, not imported."""
     missing = [package for package in needed_packages(config, kind) if find_spec(package) is None]
     return [f"needs {name}, which is not installed: {INSTALL.get(name, 'install posttrain again')}" for name in missing]
 
 
 def tracker_problems(config: BaseModel) -> list[str]:
-    """Trackers that are on and whose packages are not installed. They are looked for, not imported."""
+    """The trackers that are switched on but not installed. They are searched for, not imported."""
     trackers = getattr(config, "trackers", None)
     missing = [package for package in trackers.packages if find_spec(package) is None] if trackers else []
     return [f"trackers.{name}: {name} is not installed: pip install 'posttrain[{name}]'" for name in missing]

@@ -1,7 +1,7 @@
-"""The kinds of stage there are: one visible table, from a kind's name to its schema, its function and its files.
+"""The table of the kinds of stage: for each kind its config schema, the function that runs it, and its files.
 
-A kind is added by adding a line here; nothing is registered elsewhere. Modules are named as text and imported when a
-stage of that kind is used, so the table itself costs nothing.
+A new kind is one more line here; nothing is registered elsewhere. Modules are named as text and imported when a stage
+of that kind is used, so reading the table imports nothing heavy.
 """
 
 import difflib
@@ -19,14 +19,15 @@ Rows = Literal["supervised", "prompt", "pairs", "any"]
 class StageKind:
     """What the pipeline has to know about one kind of stage.
 
-    schema: `module:Class` of its config, free of torch; run: `module:function`, called as `run(config, context)`.
-    outputs: name used in `${stage.name}` to the path below the stage's folder. The first one always exists afterwards.
-    data: key path of a dataset in the config to the kind of rows it must hold.
+    schema: `module:Class` of its config, which must not import torch.
+    run: `module:function`, called as `run(config, context)`.
+    outputs: the name in `${stage.name}` to a path below the stage's folder. The first output exists after every run.
+    data: key path of a dataset in the config to the kind of rows that it must hold.
     paths: key paths of other files and folders that the stage reads.
-    functions: key paths of texts that may name a function, by path/to/file.py:function or package.module:function.
-    packages: what must be installed, by import name.
-    trains_itself: the stage's own process does the work, and is given `resources.trainer`. Otherwise it only directs
-    actors, which ask for their own resources.
+    functions: key paths of texts that may name a function, as path/to/file.py:function or package.module:function.
+    packages: import names of the packages that must be installed.
+    trains_itself: True if the stage's own process does the work and is given `resources.trainer`. Otherwise it only
+    directs actors, which ask for their own resources.
     """
 
     schema: str
@@ -97,7 +98,7 @@ KINDS: dict[str, StageKind] = {
 
 
 def load_object(target: str) -> Any:
-    """Import what a `module:name` text means."""
+    """Import the object that a `module:name` text names."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -108,12 +109,12 @@ def load_schema(kind: StageKind) -> type[Config]:
 
 
 def kind_name(kind: StageKind) -> str | None:
-    """The name of a kind in the table, None for one that is not in it."""
+    """The name of a kind in the table; None for a kind that is not in it, as in tests."""
     return next((name for name, known in KINDS.items() if known is kind), None)
 
 
 def unknown_kind(kind: str) -> str:
-    """The message for a kind that is not in the table."""
+    """The error message for a kind that is not in the table."""
     near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"kinds: {', '.join(KINDS)}"
     return f"got {kind!r}: no such kind of stage; {hint}"

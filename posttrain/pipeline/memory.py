@@ -1,8 +1,8 @@
-"""Peak memory of a run: the proportional set size (PSS) of this process and all below it, sampled by a thread.
+"""Peak memory of a run: the proportional set size (PSS) of this process and all its descendants, sampled by a thread.
 
-PSS counts a page shared by n processes as 1/n in each, so the sum counts shared memory once: Ray's object store and
-the copies of weights handed over through shared memory are in it, nothing is in it twice. Where the kernel gives no
-PSS, private memory (RSS minus shared) is used instead. A cluster's other machines are not seen.
+PSS counts a page that n processes share as 1/n in each, so that the sum counts shared memory once: Ray's object store
+and the weights that are handed over through shared memory are in it, and nothing is in it twice. Where the kernel gives
+no PSS, private memory (RSS minus shared) is used instead. Other machines of a cluster are not measured.
 """
 
 import threading
@@ -14,7 +14,7 @@ GIB = 1 << 30
 
 
 class MemorySampler:
-    """Samples while its `with` block runs; `peak_gib` is the largest sum seen so far."""
+    """Measures once every `interval_s` seconds while its `with` block runs. peak_gib: the largest sum so far."""
 
     def __init__(self, interval_s: float = 1.5):
         self.interval_s = interval_s
@@ -38,12 +38,13 @@ class MemorySampler:
 
 
 def tree_memory_bytes() -> int:
-    """PSS of this process and its descendants now, in bytes."""
+    """Memory of this process and its descendants now: the sum of their PSS in bytes."""
     this = psutil.Process()
     return sum(_memory(process) for process in [this, *this.children(recursive=True)])
 
 
 def _memory(process: psutil.Process) -> int:
+    """PSS of one process in bytes, or its private memory where there is no PSS."""
     try:
         return process.memory_full_info().pss
     except (psutil.AccessDenied, AttributeError):

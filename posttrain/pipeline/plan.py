@@ -1,9 +1,9 @@
-"""The resolved plan of a pipeline, as `validate` and `run --dry-run` print it: nothing is started.
+"""The resolved plan of a pipeline, which `validate` and `run --dry-run` print. Nothing is started.
 
-Resources are what the configs declare. Memory is an estimate for each actor from the tensors' headers: weights,
-gradients and Adam's two moments for one that trains, weights and KV cache for one that serves; activations are left
-out (`posttrain plan` estimates them), and experts are counted as if no expert parallelism divided them. A model that an
-earlier stage makes has no size until it is there.
+CPUs and GPUs are what the configs declare. Memory is an estimate for each actor, from the headers of the weight files:
+weights, gradients and Adam's two moments for an actor that trains; weights and KV cache for one that serves.
+Activations are left out (`posttrain plan` estimates them), and experts count in full, as if expert parallelism did not
+divide them. A model that an earlier stage makes has no size until that stage has run.
 """
 
 import json
@@ -36,7 +36,10 @@ _RESOURCES = ActorResources | RewardResources | TrainerResources
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """What one role of a stage asks for: `workers` actors, each with these CPUs and GPUs."""
+    """What one role of a stage asks for: `workers` actors, each with these CPUs and GPUs.
+
+    Example: `Actor("rollout", 2, cpus=0.5, gpus=0.0, memory="0.02 GiB")` is two rollout engines.
+    """
 
     role: str
     workers: int
@@ -47,7 +50,10 @@ class Actor:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One node of the plan. inputs and outputs: name to path, or to the reference that gives it; key: of resources."""
+    """One stage in the plan.
+
+    inputs, outputs: name to path, or to the reference that gives it. key: of its `resources`.
+    """
 
     name: str
     kind: str
@@ -68,7 +74,7 @@ class Step:
 
 
 def make_plan(pipeline: Pipeline, run_dir: Path) -> list[Step]:
-    """The steps in the order in which they may start."""
+    """One step for each stage, in the order in which the stages may start."""
     return [_step(node, pipeline, run_dir) for node in pipeline.nodes.values()]
 
 
@@ -104,7 +110,7 @@ def _actors(node: Node, pipeline: Pipeline, run_dir: Path) -> list[Actor]:
 
 
 def _workers(role: str, node: Node, item: ActorResources | RewardResources | TrainerResources) -> int:
-    """How many actors a section asks for; a trainer has as many processes as `parallel` says."""
+    """Number of actors that a section of `resources` asks for. A trainer has `parallel.processes` of them."""
     if isinstance(item, ActorResources):
         return item.workers
     if role != "trainer":
@@ -125,7 +131,7 @@ def trainer_resources(node: Node) -> tuple[float, float]:
 
 
 def check_fits(plan: list[Step], source: str, *, cpus: float, gpus: float) -> None:
-    """Raise ConfigError if a step asks for more than there is in all."""
+    """Raise ConfigError if a stage asks for more CPUs or GPUs than there are in all."""
     problems = [
         f"{step.key}: asks for {need:g} {unit}s ({_sum(step, unit)}), but there are {have:g}"
         for step in plan
@@ -137,12 +143,14 @@ def check_fits(plan: list[Step], source: str, *, cpus: float, gpus: float) -> No
 
 
 def local_cpus() -> int:
-    """CPUs that a local Ray is given. Two at least: a trainer and an engine run side by side even on one core."""
+    """CPUs that a local Ray is given: those of this machine, but at least 2, as a trainer and an engine run side by
+    side.
+    """
     return max(os.cpu_count() or 1, 2)
 
 
 def local_gpus() -> int:
-    """GPUs of this machine, from device files; nothing is imported."""
+    """Number of GPUs of this machine, counted by their device files, so that no library has to be imported."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
     return found if visible is None else min(found, len([item for item in visible.split(",") if item.strip()]))
@@ -163,7 +171,7 @@ def _sum(step: Step, unit: str) -> str:
 def _memory(role: str, node: Node, pipeline: Pipeline, *, run_dir: Path) -> str:
     """An estimate for one actor of a role, such as `0.02 GiB`, or `after sft`."""
     model = _model_of(role, node)
-    if model is None or role == "reward":  # rewards hold no model that is known here
+    if model is None or role == "reward":  # a reward may load a model, but its config does not name one
         return "-"
     path, after = _model_folder(model, pipeline, run_dir)
     size = count_parameters(path) if path else None
@@ -185,20 +193,20 @@ def _memory(role: str, node: Node, pipeline: Pipeline, *, run_dir: Path) -> str:
 
 
 def _model_of(role: str, node: Node) -> ServedModelConfig | None:
-    """The model a role works on: of its own name, else the stage's first."""
+    """The model that a role works on: the section named after the role, else the stage's first model."""
     models = {item.key: item.value for item in find_inputs(node.config) if isinstance(item.value, ServedModelConfig)}
     own = (value for key, value in models.items() if key.split(".")[0] == role)
     return next(own, next(iter(models.values()), None))
 
 
 def _engine_of(role: str, node: Node) -> EngineConfig | None:
-    """The settings of a role's engines: of its own section, else the stage's."""
+    """The settings of a role's engines: the section named after the role, else the stage's own."""
     engines = {key: value for key, value in walk(node.config) if isinstance(value, EngineConfig)}
     return engines.get(f"{role}.engine", engines.get("engine"))
 
 
 def _model_folder(model: ServedModelConfig, pipeline: Pipeline, run_dir: Path) -> tuple[Path | None, str]:
-    """(folder if it is there, name of the stage that makes it)."""
+    """(the model's folder if it exists, the name of the stage that makes it or "")."""
     reference = next(find_references(model.path), None)
     if reference is None:
         return Path(model.path).expanduser(), ""
@@ -208,7 +216,7 @@ def _model_folder(model: ServedModelConfig, pipeline: Pipeline, run_dir: Path) -
 
 
 def count_parameters(folder: Path) -> int | None:
-    """Number of parameters in a folder's safetensors, from their headers; None if there are none to be read."""
+    """Number of parameters in a folder's safetensors files, from their headers; None if none can be read."""
     total = 0
     for file in folder.glob("*.safetensors"):
         try:
@@ -225,7 +233,7 @@ def count_parameters(folder: Path) -> int | None:
 
 
 def render_plan(pipeline: Pipeline, plan: list[Step], states: Mapping[str, str] | None = None) -> str:
-    """The plan as plain text. `states`: what would happen to each node, by name."""
+    """The plan as plain text. `states`: what would happen to each stage, by name."""
     lines = [f"pipeline {pipeline.name} · seed {pipeline.seed} · {len(pipeline.stages)} stages · {pipeline.source}"]
     for step in plan:
         state = f"  [{states[step.name]}]" if states and step.name in states else ""

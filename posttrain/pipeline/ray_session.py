@@ -1,8 +1,9 @@
 """A Ray session that leaves nothing behind: started on this machine, or joined where RAY_ADDRESS says.
 
-A local Ray listens on the loopback interface only, asks for a token that is made afresh, has no dashboard and sends no
-statistics. Its processes, and whatever they start, inherit a mark in their environment, by which they are found and
-ended on the way out: after an orderly end, an exception or a signal by `close`, after SIGKILL by watchdog.py.
+A Ray that is started here listens on the loopback interface only, asks for a token that is made for this session, has
+no dashboard and sends no usage statistics. Its processes, and all that they start, inherit a mark in their environment.
+By that mark they are found and ended: by `_close` after an orderly end, an exception or a signal; by watchdog.py when
+this process was killed with SIGKILL.
 """
 
 import os
@@ -28,7 +29,7 @@ from posttrain.pipeline.plan import local_cpus
 NAMESPACE = "posttrain"
 SHUTDOWN_S = 10.0
 REACH_S = 10.0
-# What every process of the session is given, unless the user has set it otherwise.
+# Environment variables of every process of the session. A value that the user has set is kept.
 QUIET = {
     "OMP_NUM_THREADS": "1",
     "TQDM_DISABLE": "1",
@@ -42,7 +43,7 @@ QUIET = {
 
 
 class RaySession:
-    """A running session. cpus, gpus: of the whole cluster; local: started here rather than joined."""
+    """A running session. cpus, gpus: totals of the whole cluster. local: True if Ray was started here, not joined."""
 
     def __init__(self, session: str, local: bool, temp_dir: Path):
         self.session = session
@@ -52,7 +53,9 @@ class RaySession:
         self.gpus = 0.0
 
     def worker_logs(self, since: float) -> list[Path]:
-        """What Ray kept of its workers' output since a Unix time, oldest first; only a local session's."""
+        """Files with the output of Ray's worker processes since a Unix time, oldest first; none for a cluster that was
+        joined.
+        """
         files = [path for path in self.temp_dir.glob("session_2*/logs/worker-*") if path.suffix in (".out", ".err")]
         recent = [path for path in files if path.stat().st_size and path.stat().st_mtime >= since]
         return sorted(recent, key=lambda path: path.stat().st_mtime)
@@ -72,7 +75,7 @@ def ray_session() -> Iterator[RaySession]:
         try:
             with _environment(environment):
                 _connect(session, address)
-                handlers()  # Ray installs its own on the way
+                handlers()  # again: ray.init installed handlers of its own
                 yield session
         finally:
             with _uninterrupted():
@@ -83,6 +86,7 @@ def ray_session() -> Iterator[RaySession]:
 
 
 def _connect(session: RaySession, address: str) -> None:
+    """Start a local Ray or join the cluster. Raises UserError or StageError with the reason."""
     import ray
 
     if not session.local:
@@ -99,7 +103,8 @@ def _connect(session: RaySession, address: str) -> None:
         options |= {"address": address, "runtime_env": {"env_vars": environment}}
     try:
         ray.init(**options)
-    except Exception as error:  # Ray raises bare ones as well, as when a busy machine starts it too slowly
+    # Ray raises bare `Exception` too, for example when a busy machine starts it too slowly.
+    except Exception as error:
         cluster = f"the cluster at RAY_ADDRESS={address} was not reached"
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise StageError(f"{'a local Ray could not be started' if session.local else cluster}: {reason}") from error
@@ -108,7 +113,10 @@ def _connect(session: RaySession, address: str) -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray tries for minutes; a wrong address is worth an answer at once. Other forms than host:port are left to Ray."""
+    """Raise UserError at once if nothing listens at host:port; Ray itself would try for minutes.
+
+    An address of any other form is left to Ray.
+    """
     host, _, port = address.rpartition(":")
     if not host or "/" in address or not port.isdigit():
         return
@@ -120,7 +128,10 @@ def _check_reachable(address: str) -> None:
 
 
 def _object_store_bytes() -> int:
-    """A tenth of the memory, within what /dev/shm holds; large tensors do not travel through it."""
+    """Size of Ray's object store in bytes: a tenth of the memory, but no more than /dev/shm holds.
+
+    That is enough because large tensors are handed over outside of the object store.
+    """
     import psutil
 
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
@@ -136,7 +147,7 @@ def _close(session: RaySession) -> None:
         with suppress(Exception):
             ray.shutdown()
     else:
-        # Ray's own shutdown may wait for a server that is gone already; its processes are ended below in any case.
+        # ray.shutdown may wait for a server that is already gone. The processes are ended below in any case.
         closing = threading.Thread(target=lambda: _quietly(ray.shutdown), daemon=True)
         closing.start()
         closing.join(SHUTDOWN_S)
@@ -149,12 +160,15 @@ def _close(session: RaySession) -> None:
 
 
 def _quietly(function: Callable[[], Any]) -> None:
+    """Call a function and ignore its exceptions."""
     with suppress(Exception):
         function()
 
 
 def _terminate(session: RaySession, spare: frozenset[int], wait_s: float = 2.0) -> None:
-    """SIGTERM what is left and give it a moment: an engine frees its shared memory when it is asked to end."""
+    """Send SIGTERM to the processes that are left and wait up to `wait_s`: an engine frees its shared memory on
+    SIGTERM.
+    """
     temp_dir = str(session.temp_dir)
     alive = watchdog.descendants(watchdog.session_processes(session.session, temp_dir)) - spare
     for pid in alive:
@@ -166,7 +180,7 @@ def _terminate(session: RaySession, spare: frozenset[int], wait_s: float = 2.0) 
 
 
 def _start_watchdog(session: RaySession) -> subprocess.Popen:
-    """A small process in a session of its own: a signal to this process group does not reach it."""
+    """Start watchdog.py in a process session of its own, so that a signal to our process group does not reach it."""
     command = [sys.executable, "-S", "-E", watchdog.__file__, str(os.getpid()), session.session, str(session.temp_dir)]
     null = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd="/")
@@ -174,7 +188,7 @@ def _start_watchdog(session: RaySession) -> subprocess.Popen:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables that are not set, and put everything back."""
+    """Set the environment variables that are not set, and restore all of them at the end of the `with` block."""
     before = dict(os.environ)
     for name, value in values.items():
         if name in QUIET:
@@ -193,7 +207,10 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[Callable[[], None]]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does; only the main thread can arrange it."""
+    """Turn SIGTERM and SIGHUP into KeyboardInterrupt, as SIGINT does.
+
+    Only the main thread can install signal handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
@@ -216,7 +233,7 @@ def _signals() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Cleaning up takes seconds; a second Ctrl-C must not stop it half-way."""
+    """Ignore signals for a while: closing takes seconds, and a second Ctrl-C must not stop it half-way."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,6 +1,6 @@
-"""`${stage.output}`: finding the references in a config, putting paths in their place, and ordering what refers.
+"""`${stage.output}`: find the references in a config, put paths in their place, and order what refers to each other.
 
-Works on plain YAML values. Nothing here knows what a stage does.
+Everything here works on plain YAML values and knows nothing about stages.
 """
 
 import re
@@ -14,7 +14,7 @@ _REFERENCE = re.compile(r"^([A-Za-z][\w-]*)\.([A-Za-z]\w*)$")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One `${stage.output}`. `key` is the key path it stands at; `stage` is empty if the text is not of that form."""
+    """One `${stage.output}`. key: key path of the text that holds it. stage: "" if the text does not have that form."""
 
     key: str
     text: str
@@ -53,12 +53,12 @@ def replace_references(value: Any, replace: Callable[[str, str], str]) -> Any:
 
 
 def has_reference(text: str) -> bool:
-    """True if the text holds a `${...}`, whose value is not known yet."""
+    """True if the text holds a `${...}`, so that its value is not known yet."""
     return "${" in text
 
 
 def find_cycle(needs: Mapping[str, Sequence[str]]) -> list[str] | None:
-    """Names along one cycle, the first repeated at the end; None if there is none."""
+    """The names along one cycle, with the first repeated at the end; None if there is no cycle."""
     finished: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str] | None:
@@ -81,7 +81,7 @@ def find_cycle(needs: Mapping[str, Sequence[str]]) -> list[str] | None:
 
 
 def topological(needs: Mapping[str, Sequence[str]]) -> list[str]:
-    """Names ordered so that each comes after what it needs, otherwise as given. There must be no cycle."""
+    """The names in an order in which each comes after what it needs, and otherwise as given. There must be no cycle."""
     order: list[str] = []
 
     def place(name: str) -> None:

@@ -1,9 +1,9 @@
-"""Run a pipeline: check, decide what is to be done, do it on Ray, and leave a run directory that can be continued.
+"""Run a pipeline: check it, decide what is to be done, do that on Ray, and leave a run directory that can be continued.
 
     load_pipeline ─► decide (hashes) ─► Ray ─► Scheduler ─► summary.json ─► report.html
 
-Everything that is the user's to mend is found before Ray starts. What is left out: retries; a failed stage is started
-again by the same command, and continues from its checkpoints.
+Every mistake that the user can correct is found before Ray starts. There are no automatic retries of a stage: the same
+command starts a failed stage again, and it continues from its last checkpoint.
 """
 
 import shlex
@@ -27,19 +27,21 @@ from posttrain.pipeline.summary import Summary, SummaryWriter
 
 
 class Display(Protocol):
-    """Shows a run while it goes on; it learns everything from events.jsonl."""
+    """Shows a run while it goes on. Everything it shows, it reads from events.jsonl."""
 
     def start(self, nodes: Sequence[tuple[str, str]], events: Path) -> None:
-        """(name, kind) of each node, and the file to follow from its present end."""
+        """Begin to show these nodes, given as (name, kind), and to follow the file of events from its present end."""
 
     def refresh(self) -> None:
-        """Called a few times a second."""
+        """Show what is new. Called a few times a second."""
 
     def stop(self) -> None:
-        """Show what is new, and end."""
+        """Show what is new and end."""
 
 
 class _Silent:
+    """Shows nothing."""
+
     def start(self, nodes: Sequence[tuple[str, str]], events: Path) -> None: ...
     def refresh(self) -> None: ...
     def stop(self) -> None: ...
@@ -55,13 +57,13 @@ def run_pipeline(
     display: Display | None = None,
     command: str = "",
 ) -> Summary:
-    """Run a pipeline (a file, a bundled name, a mapping or a stage file read by `single_stage`) to its end.
+    """Run a pipeline (a file, a bundled name, a mapping, or what `single_stage` returned) to its end.
 
-    run_dir: runs/NAME if None. start_from: run this stage and those that need it again; only: run this stage alone.
-    command: what a user types to run this again, for messages.
-    Returns what summary.json holds. Raises UserError (exit code 2) before anything starts, or for rows that a stage
-    finds wrong; StageError (3) when a stage failed; KeyboardInterrupt (130). After each of the last three the run
-    can be continued by the same call.
+    run_dir: runs/NAME if None. start_from: run this stage again, and all stages that need it. only: run this stage
+    alone. command: what a user types to continue this run; error messages show it. Returns what summary.json holds.
+    Raises UserError (exit code 2) before anything starts, or for rows that a stage finds wrong; StageError (3) when a
+    stage failed; KeyboardInterrupt (130). After a StageError, a KeyboardInterrupt or a UserError of a stage, the same
+    call continues the run.
     """
     pipeline = load_pipeline(source, overrides)
     place = RunDir(run_dir or default_run_dir(pipeline))
@@ -80,7 +82,7 @@ def run_pipeline(
 
 
 def _check_endpoints(pipeline: Pipeline, decisions: Mapping[str, Decision]) -> None:
-    """Whether the judges at endpoints can be used, before any stage runs for hours. Raises ConfigError."""
+    """Check that the judges at endpoints answer, before stages run for hours. Raises ConfigError where one does not."""
     found = [
         (node, endpoint)
         for name, node in pipeline.nodes.items()
@@ -173,7 +175,7 @@ def _note_skipped(
 
 
 def _write_last(summary: SummaryWriter, status: str, peak_gib: float) -> Summary | None:
-    """The final summary; a full disk must not hide why the run ended."""
+    """Write the final summary; None if it cannot be written, so that a full disk does not hide why the run ended."""
     try:
         return summary.write(status, peak_gib)
     except OSError:
@@ -181,6 +183,7 @@ def _write_last(summary: SummaryWriter, status: str, peak_gib: float) -> Summary
 
 
 def _note_end(place: RunDir, status: str) -> None:
+    """Write the event `run_end`, if the disk has room for it."""
     try:
         StageContext("", place.path, place.events).event("run_end", status=status)
     except OSError:

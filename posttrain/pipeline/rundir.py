@@ -1,7 +1,8 @@
-"""The run directory on disk: which pipeline it belongs to, what each stage's folder has reached, and its lock.
+"""The run directory on disk: which pipeline it belongs to, what each stage has reached, and the lock of the run.
 
-A stage's folder tells its own story: STARTED holds the hash of what is being run there, DONE (written last) the hash
-and the outputs of what was finished. Every file that another process may read is written aside and renamed.
+The files in a stage's folder tell its state. STARTED holds the hash of the run that was begun there. DONE, which is
+written last, holds the hash and the outputs of the run that was finished. Every file that another process may read is
+written under another name and then renamed, so nobody sees half of it.
 """
 
 import fcntl
@@ -23,7 +24,7 @@ State = Literal["done", "resume", "new", "changed"]
 
 
 class RunDir:
-    """One run directory. Nothing is created until `open` is entered."""
+    """One run directory. Nothing is created before `open` is entered."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser().resolve()
@@ -32,7 +33,7 @@ class RunDir:
 
     @contextmanager
     def open(self, pipeline: Pipeline) -> Iterator[None]:
-        """Create the folder, refuse another pipeline's, hold its lock, and write the resolved pipeline.yaml."""
+        """Create the folder, refuse one of another pipeline, hold the lock, and write the resolved pipeline.yaml."""
         self.check(pipeline)
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(str(self.path), ["is a file; the run directory must be a folder or not exist yet"])
@@ -69,7 +70,7 @@ class RunDir:
                     str(self.path), [f"process {lock.read().strip() or '?'} is running in it; wait for it to end"]
                 ) from None
             except OSError:
-                pass  # a file system without locks
+                pass  # this file system has no locks; run without one
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
@@ -82,14 +83,17 @@ class RunDir:
         return self.path / node.folder
 
     def done(self, node: Node) -> dict[str, Any] | None:
-        """What DONE of a node says, if it was finished and its outputs are still there."""
+        """The content of a node's DONE, if the node was finished and its outputs still exist; else None."""
         record = _read_json(self.folder(node) / DONE)
         if record is None or not isinstance(record.get("outputs"), dict):
             return None
         return record if all((self.path / path).exists() for path in record["outputs"].values()) else None
 
     def state(self, node: Node, input_hash: str) -> State:
-        """done: finished from the same inputs; resume: begun from the same; changed: holds something else."""
+        """done: finished with the same hash.
+
+        resume: begun with the same hash. changed: the folder holds something else.
+        """
         record = self.done(node)
         if record and record.get("input_hash") == input_hash:
             return "done"
@@ -100,13 +104,13 @@ class RunDir:
         return "changed" if folder.exists() and any(folder.iterdir()) else "new"
 
     def has_unfinished_work(self, node: Node) -> bool:
-        """Whether a stage was interrupted after its first checkpoint."""
+        """True if a stage was interrupted after its first checkpoint."""
         folder = self.folder(node)
         checkpoints = folder / "checkpoints"
         return not (folder / DONE).exists() and checkpoints.is_dir() and any(checkpoints.glob("step_*"))
 
     def begin(self, node: Node, input_hash: str, config: Mapping[str, Any], *, resume: bool) -> None:
-        """Make the folder ready: emptied unless its work is resumed, with config.yaml and STARTED in it."""
+        """Prepare the folder: empty it unless its work is resumed, then write config.yaml and STARTED."""
         folder = self.folder(node)
         if not resume:
             self.clear(node)
@@ -115,7 +119,7 @@ class RunDir:
         write_text(folder / STARTED, json.dumps({"input_hash": input_hash}) + "\n")
 
     def clear(self, node: Node) -> None:
-        """Empty a stage's folder, DONE first and STARTED last, so that no half-emptied folder is taken for done."""
+        """Empty a stage's folder. DONE goes first and STARTED last, so a half-emptied folder never looks finished."""
         folder = self.folder(node)
         if not folder.exists() or not any(folder.iterdir()):
             return
@@ -132,7 +136,7 @@ class RunDir:
         (folder / STARTED).unlink(missing_ok=True)
 
     def forget_events(self, nodes: set[str]) -> None:
-        """Take the events of nodes that begin anew out of events.jsonl, with any line that a full disk cut off."""
+        """Remove the events of nodes that start anew from events.jsonl, and any line that a full disk cut off."""
         if not self.events.exists():
             return
         lines = self.events.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)

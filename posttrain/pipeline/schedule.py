@@ -1,9 +1,10 @@
-"""Runs nodes as Ray tasks: in order of need, side by side where their declared resources fit together.
+"""Runs the stages of a pipeline as Ray tasks: each after the stages it needs, and side by side where resources allow.
 
-    ready nodes, in order ─► all declared CPUs and GPUs free? ─► STARTED, task ─► DONE, summary.json ─► frees, next
+    ready stages, in order ─► are all declared CPUs and GPUs free? ─► STARTED, Ray task ─► DONE, summary.json ─► next
 
-A node is launched only when everything it declares, for itself and its actors, is left free by the running nodes, so
-two nodes never wait for each other's half. A ready node that does not fit holds back those after it: none starves.
+A stage starts only when the running stages leave free all that it declares, for itself and for its actors. Otherwise
+two stages could each hold half of what the other needs, and wait for ever. A stage that is ready but does not fit also
+holds back the stages behind it, so that a large stage is not passed over again and again.
 """
 
 import contextlib
@@ -29,13 +30,15 @@ LOG_TAIL_LINES = 200
 
 @dataclass(frozen=True, slots=True)
 class _Running:
+    """A stage that is running. started: Unix time."""
+
     node: Node
     step: Step
     started: float
 
 
 class Scheduler:
-    """One run of the nodes that are to run. `refresh` is called a few times a second; `save` after each node."""
+    """Runs the stages that `decide` chose, once. `refresh` is called a few times a second, `save` after each stage."""
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class Scheduler:
         self.failures: list[PosttrainError] = []
 
     def run(self) -> None:
-        """Run all; raises the first failure after the nodes that were running beside it have ended."""
+        """Run all stages. When one fails, those beside it run to their end; then the first failure is raised."""
         try:
             self._loop()
         except BaseException:
@@ -75,10 +78,11 @@ class Scheduler:
             raise self.failures[0]
 
     def _loop(self) -> None:
+        """Start what fits, wait for a task to end, record it; until nothing is left, or nothing more may start."""
         import ray
 
         waiting = [node for name, node in self.pipeline.nodes.items() if name not in self.finished]
-        # The way to the last stage first; evaluations fill the gaps.
+        # Stages go before evaluations: the run takes as long as its chain of stages, and evaluations fit in the gaps.
         waiting.sort(key=lambda node: bool(node.of))
         while waiting or self.running:
             while not self.failures and (node := self._next(waiting)):
@@ -92,6 +96,7 @@ class Scheduler:
             self.refresh()
 
     def _next(self, waiting: list[Node]) -> Node | None:
+        """The first waiting stage whose needs are finished, if the resources left free are enough for it; else None."""
         node = next((node for node in waiting if self.finished.issuperset(node.needs)), None)
         if node is None:
             return None
@@ -104,6 +109,7 @@ class Scheduler:
         return node if fits else None
 
     def _launch(self, node: Node) -> None:
+        """Write STARTED and submit the Ray task of one stage."""
         import ray
 
         decision = self.decisions[node.name]
@@ -112,13 +118,16 @@ class Scheduler:
         self.run_dir.begin(node, decision.input_hash, job.config, resume=decision.action == "resume")
         self._event(node, "stage_start", kind=node.kind, resumed=decision.action == "resume")
         cpus, gpus = trainer_resources(node)
-        # A process of its own for each stage: what it imported and allocated is gone with it.
+        # max_calls=1 gives each stage a fresh process, so that no stage inherits imports or memory of the one before.
         task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(run_stage)
         self.running[task.options(name=node.name).remote(job)] = _Running(node, self.steps[node.name], time.time())
 
     def _make_room(self, step: Step) -> None:
-        """Warm engines hold CPUs and GPUs while they idle. They may keep what nobody needs, and what `step` will
-        lease itself; anything beyond would let its other actors wait for ever."""
+        """End idle warm engines where `step` needs their CPUs and GPUs.
+
+        Warm engines hold resources while they idle. They may keep what nobody else needs, and what `step` will lease
+        from them; with more than that, the other actors of `step` would wait for ever.
+        """
         used = [running.step for running in self.running.values()] + [step]
         free_cpus = self.session.cpus - sum(other.cpus for other in used)
         free_gpus = self.session.gpus - sum(other.gpus for other in used)
@@ -128,7 +137,7 @@ class Scheduler:
         _quietly_call("trim_idle", cpus, gpus)
 
     def _end(self, task: Any) -> None:
-        """Take a task's answer: DONE and the summary, or a failure."""
+        """Record how a Ray task ended: DONE and the summary, or the failure."""
         running = self.running.pop(task)
         node, wall_s = running.node, time.time() - running.started
         answer = self._answer(task, wall_s)
@@ -148,6 +157,7 @@ class Scheduler:
         self.save()
 
     def _answer(self, task: Any, wall_s: float) -> StageAnswer:
+        """The stage's answer, or one made up here when its process died without giving any."""
         import ray
         from ray.exceptions import RayError
 
@@ -159,18 +169,23 @@ class Scheduler:
             return StageAnswer({}, wall_s, f"its process ended without an answer (killed, or out of memory?): {what}")
 
     def _failure(self, node: Node, error: str, user: bool) -> PosttrainError:
+        """The exception for a stage that failed: UserError where the user's input was at fault, else StageError."""
         if user:
             return UserError("\n".join(f"stage {node.name}: {line}" for line in error.splitlines()))
         return StageError(f"stage {node.name} failed: {error}\n  log: {self.run_dir.folder(node) / 'log.txt'}")
 
     def _record(self, node: Node, status: str, wall_s: float, *, record: Mapping[str, Any], event: str) -> None:
+        """Add a stage to the summary and write its event."""
         digest = self.decisions[node.name].input_hash
         self.summary.add(node, status, {"wall_s": round(wall_s, 3), "input_hash": digest, "outputs": {}, **record})
         error = {"error": record["error"]} if "error" in record else {}
         self._event(node, event, kind=node.kind, wall_s=round(wall_s, 3), **error)
 
     def _event(self, node: Node, event: str, **fields: Any) -> None:
-        """Recorded if it can be: on a full disk the failure itself matters more than its event."""
+        """Write an event if that is possible.
+
+        On a full disk it is not, and the failure itself matters more than its event.
+        """
         try:
             StageContext(node.name, self.run_dir.folder(node), self.run_dir.events).event(event, **fields)
         except OSError:
@@ -178,12 +193,12 @@ class Scheduler:
                 raise
 
     def _outputs(self, node: Node) -> dict[str, str]:
-        """Outputs that exist, relative to the run directory."""
+        """The outputs that exist, by name, as paths relative to the run directory."""
         paths = {name: output_path(node, name, self.run_dir.path) for name in node.stage_kind.outputs}
         return {name: str(path.relative_to(self.run_dir.path)) for name, path in paths.items() if path.exists()}
 
     def _missing_output(self, node: Node) -> str:
-        """The first output, and those that other nodes refer to, must be there."""
+        """An error if the stage's first output, or one that another stage refers to, was not written; else ""."""
         from posttrain.pipeline.references import find_references
 
         references = [
@@ -197,12 +212,14 @@ class Scheduler:
         return f"it ended without writing {', '.join(sorted(missing))}" if missing else ""
 
     def _keep_worker_logs(self, node: Node, since: float) -> None:
-        """Ray's folder is deleted at the end: the end of what the stage's actors wrote goes to its log.txt."""
+        """Append the last lines that the stage's actors wrote to its log.txt: Ray's folder is deleted when the run
+        ends.
+        """
         for path in self.session.worker_logs(since):
             try:
                 tail = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
                 if all(line.startswith(":") or not line for line in tail):
-                    continue  # Ray's own marks: nothing was written
+                    continue  # only Ray's own marker lines: the actor wrote nothing
                 with (self.run_dir.folder(node) / "log.txt").open("a", encoding="utf-8") as log:
                     log.write(f"\n--- {path.name} ---\n" + "\n".join(tail) + "\n")
             except OSError:
@@ -210,7 +227,7 @@ class Scheduler:
 
 
 def make_job(node: Node, pipeline: Pipeline, run_dir: RunDir) -> StageJob:
-    """What a node's process is told."""
+    """What a stage's process is told, with the paths of earlier stages' outputs in place of references."""
     return StageJob(
         node.name,
         node.stage_kind,
@@ -224,8 +241,10 @@ def make_job(node: Node, pipeline: Pipeline, run_dir: RunDir) -> StageJob:
 
 
 def _quietly_call(function: str, *arguments: Any) -> None:
-    """Call a function of the engine registry. Engines end with the session in any case, so what goes wrong there must
-    not decide a stage's outcome."""
+    """Call a function of the engine registry and ignore its errors.
+
+    Engines end with the Ray session in any case, so trouble in the registry must not decide how a stage ends.
+    """
     from posttrain.sampling import registry
 
     with contextlib.suppress(Exception):

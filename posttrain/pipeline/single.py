@@ -1,7 +1,7 @@
-"""One stage from Python: `run_stage("sft", config, "runs/sft")` is what `posttrain sft config.yaml` does.
+"""One stage from Python: `run_stage("sft", config, "runs/sft")` does what `posttrain sft config.yaml` does.
 
-The stage runs as a pipeline of one: checked before anything starts, in a process of its own, with a run directory that
-can be continued. Left out: the report, which `write_report` makes of the run directory.
+The stage runs as a pipeline of one stage: it is checked before anything starts, runs in a process of its own, and has a
+run directory that can be continued. No report is written; `write_report` makes one from the run directory.
 """
 
 import json
@@ -19,7 +19,7 @@ from posttrain.pipeline.run import run_pipeline
 class StageResult:
     """What one stage left behind.
 
-    folder: the stage's own, with metrics.jsonl and log.txt. outputs: by the name that `${stage.output}` would use, for
+    folder: the stage's own folder, with metrics.jsonl and log.txt. outputs: paths by the name in `${stage.output}`, for
     example {"model": Path("runs/sft/sft/model")}. stats: the figures that the stage returned.
     """
 
@@ -36,11 +36,11 @@ def run_stage(
     overrides: Sequence[str] = (),
     seed: int = 0,
 ) -> StageResult:
-    """Run one stage to its end; a second call with the same input finds it done and returns the same.
+    """Run one stage to its end. A second call with the same input finds it finished and returns the same result.
 
     kind: base, filter, sft, rl, dpo or eval. config: the stage's config object, a mapping with the keys of its YAML, or
-    the path of a YAML file. run_dir: runs/KIND if None. Raises UserError before anything starts, StageError where the
-    stage failed; after that the same call continues it.
+    the path of a YAML file. run_dir: runs/KIND if None. Raises UserError before anything starts, and StageError if the
+    stage failed; the same call then continues it.
     """
     summary = run_pipeline(
         as_pipeline(kind, config, overrides, seed=seed), run_dir, command=f"run_stage({kind!r}, ...)"
@@ -58,10 +58,10 @@ def evaluate(
     overrides: Sequence[str] = (),
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Measure a policy on held-out prompts: the eval stage, and what its results.json holds.
+    """Measure a policy on held-out prompts: run the eval stage and return the content of its results.json.
 
-    Returns {capability: {"n": prompts, "greedy": rate, "greedy_ci95": [low, high], "pass@1": rate, ...}}; "all" holds
-    every capability together.
+    Returns {capability: {"n": prompts, "greedy": rate, "greedy_ci95": [low, high], "pass@1": rate, ...}}. The entry
+    "all" is over all capabilities together.
     """
     result = run_stage("eval", config, run_dir, overrides=overrides, seed=seed)
     return json.loads(result.outputs["results"].read_text())
@@ -70,7 +70,7 @@ def evaluate(
 def as_pipeline(
     kind: str, config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), *, seed: int = 0
 ) -> RawPipeline:
-    """A pipeline of this one stage."""
+    """A pipeline whose only stage is this one."""
     if isinstance(config, Config):
         config = config.model_dump()
     return single_stage(kind, config, overrides, seed=seed)

@@ -1,7 +1,8 @@
-"""What happens in a stage's own process: output to log.txt, seeds, the stage's function, and a plain answer.
+"""What happens in a stage's own process: send output to log.txt, seed, call the stage's function, return a plain
+answer.
 
-An exception does not travel through Ray: its traceback goes to log.txt and one message goes back, with whether it is
-the user's to mend.
+Exceptions are not sent through Ray. The traceback goes to log.txt; the answer carries one message, and whether the user
+can correct its cause.
 """
 
 import contextlib
@@ -24,7 +25,10 @@ OUT_OF_SPACE = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
 
 @dataclass(frozen=True)
 class StageJob:
-    """All that a stage's process is told. `config` is resolved; `cwd` is where relative paths start."""
+    """Everything that a stage's process is told.
+
+    config: resolved. cwd: the directory that relative paths start from.
+    """
 
     name: str
     kind: StageKind
@@ -38,7 +42,7 @@ class StageJob:
 
 @dataclass(frozen=True)
 class StageAnswer:
-    """How a stage ended. `error` is empty when it went well; `user` when the user's input was at fault."""
+    """How a stage ended. error: "" if it went well. user: True if the user's input was at fault."""
 
     result: dict[str, Any]
     wall_s: float
@@ -47,14 +51,14 @@ class StageAnswer:
 
 
 def run_stage(job: StageJob) -> StageAnswer:
-    """Run one stage; never raises an Exception."""
+    """Run one stage. Every Exception is turned into an answer."""
     started = time.perf_counter()
     try:
         redirect_output(job.dir / "log.txt")
         if os.path.isdir(job.cwd):
             os.chdir(job.cwd)
             if job.cwd not in sys.path:
-                sys.path.insert(0, job.cwd)  # a reward or dataset module beside the user's YAML
+                sys.path.insert(0, job.cwd)  # so that a reward's module beside the user's YAML can be imported
         run = load_object(job.kind.run)
         config = load_schema(job.kind).model_validate(job.config)
         seed_everything(job.seed)
@@ -64,7 +68,7 @@ def run_stage(job: StageJob) -> StageAnswer:
         return StageAnswer(dict(result), time.perf_counter() - started)
     except Exception as error:
         log_error()
-        # Ray wraps what an actor raised; the actor's own error says what to mend.
+        # Ray wraps what an actor raised. The actor's own error tells the user what to correct.
         cause = getattr(error, "cause", None) or error
         return StageAnswer({}, time.perf_counter() - started, describe(cause), isinstance(cause, UserError))
 
@@ -81,7 +85,7 @@ def redirect_output(path: Path) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of the libraries that the stage has imported."""
+    """Seed the random generators of Python, NumPy and torch, as far as the stage has imported them."""
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)
@@ -90,13 +94,13 @@ def seed_everything(seed: int) -> None:
 
 
 def log_error() -> None:
-    """Write the traceback to log.txt; on a full disk there may be no room for it."""
+    """Write the traceback to log.txt, if the disk has room for it."""
     with contextlib.suppress(OSError):
         traceback.print_exc()
 
 
 def describe(error: BaseException) -> str:
-    """One message for a user: our own as it is, a full disk by name, anything else by its type and first line."""
+    """One message for a user: our own errors as they are, a full disk by name, any other by its type and first line."""
     if isinstance(error, PosttrainError):
         return str(error)
     if isinstance(error, OSError) and error.errno in OUT_OF_SPACE:

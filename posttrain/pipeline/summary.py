@@ -1,6 +1,6 @@
-"""summary.json: what a run has come to, rewritten as a whole after each node.
+"""summary.json: how a run is going, written as a whole after each node.
 
-Until a run has ended its status is "interrupted": that is what it is if nothing writes the file again.
+While a run goes on the file says "interrupted", which is then true if the run dies before it writes the file again.
 """
 
 import json
@@ -24,9 +24,9 @@ PACKAGES = ("torch", "vllm", "ray", "trl", "deepspeed", "transformers")
 class Summary:
     """What summary.json holds.
 
-    wall_s: of this invocation; peak_rss_gib: largest over the invocations of this run directory (see memory.py).
-    stages: one record a stage that was dealt with, in pipeline order; evaluations: the same for the evaluations of
-    stages. eval: results.json by name of the stage whose policy was evaluated.
+    wall_s: of this call. peak_rss_gib: the largest over all calls for this run directory (see memory.py).
+    stages: one record for each stage that was handled, in pipeline order. evaluations: the same for the evaluations.
+    eval: the results.json of each evaluation, by the name of the stage whose policy was evaluated.
     """
 
     status: str
@@ -42,7 +42,7 @@ class Summary:
 
 
 class SummaryWriter:
-    """Collects the records of nodes and writes the file."""
+    """Collects the records of the nodes and writes summary.json."""
 
     def __init__(self, pipeline: Pipeline, run_dir: RunDir, command: str):
         self._pipeline = pipeline
@@ -53,7 +53,10 @@ class SummaryWriter:
         self._earlier_peak = float(_read(run_dir.summary).get("peak_rss_gib") or 0.0)
 
     def add(self, node: Node, status: str, record: Mapping[str, Any]) -> None:
-        """Note how a node ended. `record`: wall_s, input_hash, outputs, and perhaps stats, error, why."""
+        """Note how a node ended.
+
+        record: wall_s, input_hash and outputs, and where there are any stats, error and why.
+        """
         self._records[node.name] = {"name": node.name, "kind": node.kind, "status": status, **record}
 
     def write(self, status: str, peak_rss_gib: float) -> Summary:
@@ -85,7 +88,7 @@ class SummaryWriter:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on most; a package that is not installed is left out."""
+    """Versions of this package, Python and the libraries that decide a result most, without those not installed."""
     found = {"posttrain": posttrain.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         for distribution in (name, f"{name}-cpu"):

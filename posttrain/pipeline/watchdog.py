@@ -1,14 +1,15 @@
-"""Ends what a run left behind when its driver was killed outright. Run by path, standard library only.
+"""Ends what a run left behind when its driver process was killed outright. Run by path, with the standard library only.
 
     python watchdog.py DRIVER_PID SESSION TEMP_DIR
 
-Ray's own servers die with the driver, but its agents linger for most of a minute and engine processes of killed workers
-may live on. Every process of a session carries POSTTRAIN_SESSION in its environment, which children inherit; that mark
-is what this looks for. Ray's agents and workers write their title over a part of their environment, and which part is
-chance, so that some lose the mark: those have files open under TEMP_DIR, their logs. It sleeps until the driver dies,
-and is itself ended by a driver that closes in order.
+When the driver dies, Ray's servers die with it, but Ray's agents stay for most of a minute, and engine processes of
+killed workers may stay for ever. Every process of a session carries POSTTRAIN_SESSION in its environment, which its
+children inherit; the watchdog searches for that mark. Ray's agents and workers write their title over a part of their
+environment, which may destroy the mark. Those processes have log files open under TEMP_DIR, and are found by that.
 
-It walks /proc by itself, where the rest of the package uses psutil (`posttrain/actors/processes.py`): started with
+The watchdog sleeps until the driver dies. A driver that closes in order ends the watchdog.
+
+It reads /proc itself, where the rest of the package uses psutil (`posttrain/actors/processes.py`): started with
 `python -S -E` it imports no package, so it starts in milliseconds and no broken environment can stop it.
 """
 
@@ -25,7 +26,9 @@ DEADLINE_S = 20.0
 
 
 def session_processes(session: str, temp_dir: str = "") -> set[int]:
-    """Ids of live processes with the session's mark, or with files open in its folder if given; this one excepted."""
+    """Ids of live processes with the session's mark, or with files open in `temp_dir` if that is given; not this
+    process.
+    """
     mark = f"{VARIABLE}={session}".encode()
     found = set()
     for entry in os.listdir("/proc"):
@@ -48,13 +51,13 @@ def _has_open(pid: str, folder: str) -> bool:
         try:
             if os.readlink(f"/proc/{pid}/fd/{number}").startswith(f"{folder}/"):
                 return True
-        except FileNotFoundError:  # closed meanwhile
+        except FileNotFoundError:  # the process closed the file in the meantime
             continue
     return False
 
 
 def descendants(roots: set[int]) -> set[int]:
-    """`roots` and every process below them."""
+    """The processes `roots` and all processes below them."""
     children: dict[int, set[int]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -77,7 +80,10 @@ def descendants(roots: set[int]) -> set[int]:
 def kill_session(
     session: str, temp_dir: str, deadline_s: float = DEADLINE_S, *, spare: frozenset[int] = frozenset()
 ) -> set[int]:
-    """SIGKILL every process of the session, again and again until none is left. Returns those that would not die."""
+    """SIGKILL the processes of the session repeatedly until none is left, for up to `deadline_s`; returns those left.
+
+    A process may fork between the search and the signal, so one pass is not enough.
+    """
     end = time.monotonic() + deadline_s
     while True:
         alive = descendants(session_processes(session, temp_dir)) - spare - {os.getpid()}
@@ -92,7 +98,7 @@ def kill_session(
 
 
 def remove_traces(session: str, temp_dir: str) -> None:
-    """Delete the session's temporary folder and its shared-memory files."""
+    """Delete the session's temporary folder and its files in shared memory."""
     shutil.rmtree(temp_dir, ignore_errors=True)
     for path in Path("/dev/shm").glob(f"*{session}*"):
         path.unlink(missing_ok=True)
@@ -103,7 +109,7 @@ def _wait_for_death(pid: int) -> None:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return
-    except OSError:  # an old kernel
+    except OSError:  # a kernel without pidfd_open
         while Path(f"/proc/{pid}").exists():
             time.sleep(0.5)
         return
@@ -111,7 +117,7 @@ def _wait_for_death(pid: int) -> None:
 
 
 def main() -> None:
-    """Wait, then kill."""
+    """Wait until the driver is dead, then end its session."""
     pid, session, temp_dir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
