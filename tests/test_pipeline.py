@@ -102,7 +102,7 @@ def test_an_evaluation_is_a_node_in_its_stages_folder(monkeypatch: pytest.Monkey
         ([stage("a"), stage("a")], "stages.1.name: got 'a': stages.0 has this name already"),
         ([stage("a.b")], "stages.0.name: got 'a.b': must be letters"),
         ([stage("../x")], "stages.0.name: got '../x': must be letters"),
-        ([stage("seed")], "stages.0.name: got 'seed': means something else"),
+        ([stage("seed")], "stages.0.name: got 'seed': this name is reserved"),
         ([stage("a", kind="stf")], "a.kind: got 'stf': no such kind of stage; did you mean 'sft'?"),
         ([stage("a", ad=1)], "a.ad: unknown key; did you mean 'add'?"),
         ([stage("a", steps="3")], "a.steps: got '3': "),

@@ -592,7 +592,7 @@ def test_a_run_continued_days_later_is_laid_end_to_end(copy: Path) -> None:
     write_lines(copy / "events.jsonl", events)
     page = page_of(copy)
     titles = [c["layout"]["xaxis"].get("title", {}).get("text", "") for c in page.data()["charts"]]
-    assert "seconds of work, pauses between sittings left out" in titles
+    assert "seconds of work, without the pauses of the run" in titles
     assert "meets" in page.text or "misses" in page.text
 
 

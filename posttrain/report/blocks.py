@@ -1,6 +1,6 @@
-"""What a page is made of: sections of blocks, each a plain record that page.html.jinja knows how to draw.
+"""What a page is made of: sections of blocks. Each block is a plain record that page.html.jinja can draw.
 
-All text here is plain text: the template escapes it. Nothing in this file knows about runs.
+All text in blocks is plain text, which the template escapes. Nothing in this file knows about runs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stat:
-    """One figure with a name, as text. `note` is a smaller second line; `alarm`: it is shown as what is wrong."""
+    """One figure with a name. note: a smaller second line. alarm: True if the figure is shown as a problem.
+
+    Example: `Stat("tokens trained", "41 200", "of 52 000 generated")`.
+    """
 
     name: str
     value: str
@@ -20,13 +23,15 @@ class Stat:
 
 @dataclass(frozen=True)
 class Stats:
+    """Figures side by side."""
+
     items: Sequence[Stat]
     type: str = "stats"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Paragraphs. `tone`: body | note | alert."""
+    """Paragraphs of text. tone: body, note or alert."""
 
     paragraphs: Sequence[str]
     tone: str = "body"
@@ -35,7 +40,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a chart's legend. `mark`: line | dash | dot | ring | box; `colour`: a colour token of the page."""
+    """One entry of a chart's legend. mark: line, dash, dot, ring or box. colour: a colour token of the page."""
 
     name: str
     colour: str
@@ -44,8 +49,10 @@ class Key:
 
 @dataclass(frozen=True)
 class Chart:
-    """A plotly figure. `spec` is {"data": [...], "layout": {...}}; colours in it are tokens such as "--c1" or
-    "--c1@0.3", which the page resolves for light and for dark."""
+    """A plotly figure. spec: {"data": [...], "layout": {...}}.
+
+    Colours in `spec` are tokens such as "--c1" or "--c1@0.3", which the page turns into light or dark colours.
+    """
 
     title: str
     spec: Mapping[str, Any]
@@ -58,7 +65,10 @@ class Chart:
 
 @dataclass(frozen=True)
 class Grid:
-    """Charts side by side where there is room. `min_width`: pixels below which a chart takes the next row."""
+    """Charts side by side, as many as fit.
+
+    min_width: the least width of a chart in pixels; a narrower page has fewer a row.
+    """
 
     charts: Sequence[Chart]
     min_width: int = 380
@@ -69,8 +79,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` hold texts; `numeric` are the columns set to the right. A row in `strong` (by index) stands out.
-    `folded`: only the title shows until it is opened."""
+    """A table of texts. numeric: columns aligned to the right. strong: indices of the rows that stand out.
+
+    folded: only the title shows until the reader opens it.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -84,7 +96,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """Text shown as it is. With `summary` it is folded under that line."""
+    """Preformatted text. With a `summary` it is folded under that line."""
 
     text: str
     summary: str = ""
@@ -93,7 +105,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Leaf:
-    """The rollouts to leaf through, as the page's script reads them."""
+    """The rollouts that the reader can leaf through, as the page's script reads them."""
 
     rollouts: Sequence[Mapping[str, Any]]
     type: str = "leaf"
@@ -101,7 +113,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Section:
-    """One section. `lead`: sentences under the title."""
+    """One section of the page. lead: the sentences under its title."""
 
     id: str
     title: str

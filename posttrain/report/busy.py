@@ -1,7 +1,7 @@
 """How much generation and training ran at the same time, from the busy events of a stage.
 
-Intervals are (start, end) Unix times. Several actors that generate at once count once: the question is for how long
-the run had generation going, not how much of it.
+Intervals are (start, end) in Unix seconds. Several engines that generate at the same time count once: the question is
+how long the run was generating, not how much.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,14 +10,14 @@ from typing import Any
 
 Interval = tuple[float, float]
 
-GOAL = 0.8  # of what perfect overlap would give
+GOAL = 0.8  # share of the best possible overlap that a run should reach
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Seconds between the start of the first and the end of the last optimizer step.
+    """Seconds between the start of the first optimizer step and the end of the last.
 
-    window_s: the whole of it; gen_s, train_s: with generation, with training going; both_s: with both.
+    window_s: all of them. gen_s: those with generation. train_s: those with training. both_s: those with both.
     """
 
     window_s: float
@@ -27,22 +27,23 @@ class Overlap:
 
     @property
     def share(self) -> float:
-        """Share of the window in which both ran."""
+        """Share of the window in which generation and training both ran, in [0, 1]."""
         return self.both_s / self.window_s if self.window_s > 0 else 0.0
 
     @property
     def best(self) -> float:
-        """The share that perfect overlap would reach with these two times: the shorter over the longer."""
+        """The share that perfect overlap would reach with these times: the shorter of the two over the longer."""
         longer = max(self.gen_s, self.train_s)
         return min(self.gen_s, self.train_s) / longer if longer > 0 else 0.0
 
     @property
     def goal(self) -> float:
+        """The share that a run should reach: GOAL times the best."""
         return GOAL * self.best
 
 
 def union(intervals: Iterable[Interval], gap_s: float = 0.0) -> list[Interval]:
-    """Disjoint intervals that cover the same time, in order; neighbours closer than `gap_s` become one."""
+    """Disjoint intervals that cover the same time, in order. Neighbours less than `gap_s` seconds apart become one."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1] + gap_s:
@@ -53,12 +54,12 @@ def union(intervals: Iterable[Interval], gap_s: float = 0.0) -> list[Interval]:
 
 
 def length(intervals: Iterable[Interval]) -> float:
-    """Total seconds of disjoint intervals."""
+    """Total length of disjoint intervals in seconds."""
     return sum(end - start for start, end in intervals)
 
 
 def intersection(left: list[Interval], right: list[Interval]) -> list[Interval]:
-    """The time that two lists of disjoint intervals share. Both are in order."""
+    """The intervals that two ordered lists of disjoint intervals have in common."""
     shared, i, j = [], 0, 0
     while i < len(left) and j < len(right):
         start, end = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
@@ -72,7 +73,7 @@ def intersection(left: list[Interval], right: list[Interval]) -> list[Interval]:
 
 
 def measure_overlap(busy: Iterable[Mapping[str, Any]]) -> Overlap | None:
-    """The overlap of `generate` and `train` in these busy events, or None when one of the two never happened."""
+    """The overlap of the `generate` and `train` events of a stage; None if either never happened."""
     events = list(busy)
     train = union((e["start"], e["end"]) for e in events if e.get("what") == "train")
     generate = union((e["start"], e["end"]) for e in events if e.get("what") == "generate")

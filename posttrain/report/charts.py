@@ -1,8 +1,8 @@
 """Plotly figures as plain dictionaries, in one restrained style: thin axes, no frame, colours by token.
 
-A token ("--c1", or "--c1@0.3" with an opacity) is a CSS variable of page.css, which has a light and a dark value; the
-page's script puts the colour in when it draws. So a figure here is drawn right in both, and again when the reader
-switches. Units stand in a chart's title, not along its axis, where they would have to be read sideways.
+A colour token ("--c1", or "--c1@0.3" with an opacity) names a CSS variable of page.css, which has a light and a dark
+value. The page's script looks the colour up when it draws, and again when the reader switches between light and dark.
+Units stand in a chart's title: along the axis they would have to be read sideways.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ Values = Sequence[float | None]
 
 
 def colours_of(names: Sequence[str]) -> dict[str, str]:
-    """One colour token a name, the same in every chart of a report."""
+    """One colour token for each name, the same in every chart of a report."""
     return {name: CATEGORICAL[i % len(CATEGORICAL)] for i, name in enumerate(names)}
 
 
 def axis(title: str = "", grid: bool = True, **settings: Any) -> dict[str, Any]:
-    """One axis. `settings` are plotly's (range, tickformat, type, ...)."""
+    """One plotly axis. settings: plotly's own (range, tickformat, type, ...)."""
     base: dict[str, Any] = {
         "showgrid": grid,
         "gridcolor": "--grid",
@@ -37,7 +37,7 @@ def axis(title: str = "", grid: bool = True, **settings: Any) -> dict[str, Any]:
 
 
 def figure(data: Sequence[dict[str, Any]], x: dict[str, Any], y: dict[str, Any], **layout: Any) -> dict[str, Any]:
-    """A figure with one pair of axes. `layout` adds to plotly's layout."""
+    """A figure with one pair of axes. layout: added to plotly's layout."""
     return {
         "data": list(data),
         "layout": {
@@ -56,7 +56,7 @@ def figure(data: Sequence[dict[str, Any]], x: dict[str, Any], y: dict[str, Any],
 
 
 def rows_figure(data: Sequence[dict[str, Any]], x: dict[str, Any], names: Sequence[str], **layout: Any) -> dict:
-    """A figure with one row a name, the first on top, and room on the left for the names."""
+    """A figure with one row for each name, the first on top, and room for the names on the left."""
     order = [escape(name) for name in reversed(names)]
     y = axis(grid=False, type="category", categoryorder="array", categoryarray=order, range=[-0.5, len(names) - 0.5])
     y["tickfont"] = {"size": 12, "color": "--ink"}
@@ -66,7 +66,7 @@ def rows_figure(data: Sequence[dict[str, Any]], x: dict[str, Any], names: Sequen
 
 
 def line(x: Values, y: Values, colour: str, *, name: str, hover: str = "%{y:.3g}", **style: Any) -> dict[str, Any]:
-    """A line. `style` is plotly's line style (width, dash, shape)."""
+    """A trace that draws a line. style: plotly's line style (width, dash, shape)."""
     return {
         "type": "scatter",
         "mode": "lines",
@@ -82,7 +82,7 @@ def line(x: Values, y: Values, colour: str, *, name: str, hover: str = "%{y:.3g}
 def dots(
     x: Sequence[Any], y: Values, colour: str, *, name: str, hover: str = "%{y:.3g}", size: float = 4
 ) -> dict[str, Any]:
-    """Points without a line."""
+    """A trace that draws points without a line. size: in pixels."""
     return {
         "type": "scatter",
         "mode": "markers",
@@ -98,7 +98,7 @@ def dots(
 def bars(
     x: Sequence[Any], y: Values, colour: str, *, name: str, hover: str = "%{y:.3g}", **more: Any
 ) -> dict[str, Any]:
-    """Vertical bars. `more` adds to the trace."""
+    """A trace that draws vertical bars. more: added to the trace."""
     return {
         "type": "bar",
         "x": list(x),
@@ -111,7 +111,7 @@ def bars(
 
 
 def smooth(values: Values, width: int) -> list[float | None]:
-    """The mean of each value and its neighbours, `width` in all, fewer at the ends. Gaps stay gaps."""
+    """The mean of each value and its neighbours, `width` values in all, fewer at the ends. A gap (None) stays a gap."""
     half = width // 2
     means: list[float | None] = []
     for i, value in enumerate(values):
@@ -121,15 +121,15 @@ def smooth(values: Values, width: int) -> list[float | None]:
 
 
 def smoothing(count: int) -> int:
-    """How many points to average over in a series of `count`: none when it is short."""
+    """Number of points to average over in a series of `count` points: 1, which is no smoothing, for a short series."""
     return 1 if count < 12 else 5 if count < 100 else 1 + 2 * (count // 50)
 
 
 def escape(text: str) -> str:
-    """Plotly reads a little HTML in names and labels; text of ours or of a model must not be any."""
+    """Text with HTML escaped: plotly renders some HTML in names and labels, and a model's text must not become any."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def rounded(values: Values, digits: int = 5) -> list[float | None]:
-    """Values cut to `digits` significant digits: a report needs no more, and they are a third of its size."""
+    """Values rounded to `digits` significant digits. The report needs no more, and they take a third of the space."""
     return [None if value is None else float(f"{value:.{digits}g}") for value in values]

@@ -1,4 +1,4 @@
-"""How the report writes numbers: durations, counts, shares, times."""
+"""How the report writes numbers: durations, counts, shares and times."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -10,7 +10,7 @@ RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def seconds(value: Any) -> str:
-    """12.3 s, 4 min 05 s, 2 h 10 min."""
+    """A duration, such as 12.3 s, 4 min 05 s or 2 h 10 min."""
     wall = number(value)
     if wall is None:
         return NONE
@@ -25,7 +25,7 @@ def seconds(value: Any) -> str:
 
 
 def count(value: Any) -> str:
-    """1 234, with thin spaces; large counts shortened to three digits."""
+    """A count with thin spaces, such as 1 234. Counts from a million on are shortened to three digits: 1.23 M."""
     amount = number(value)
     if amount is None:
         return NONE
@@ -37,12 +37,13 @@ def count(value: Any) -> str:
 
 
 def percent(value: Any, digits: int = 0) -> str:
+    """A share in [0, 1] as a percentage, such as 12.5%."""
     share = number(value)
     return NONE if share is None else f"{100 * share:.{digits}f}%"
 
 
 def plain(value: Any, digits: int = 3) -> str:
-    """A number to so many significant digits."""
+    """A number with `digits` significant digits; a very small one as 1.2 × 10⁻⁵, a large one as a count."""
     amount = number(value)
     if amount is None:
         return NONE
@@ -53,7 +54,7 @@ def plain(value: Any, digits: int = 3) -> str:
 
 
 def utc(value: Any) -> str:
-    """A Unix time as a date and a minute, UTC."""
+    """A Unix time as a date and minute in UTC."""
     moment = number(value)
     if moment is None:
         return ""
@@ -61,4 +62,5 @@ def utc(value: Any) -> str:
 
 
 def plural(amount: float, noun: str) -> str:
+    """A count with its noun: 1 step, 2 steps."""
     return f"{count(amount)} {noun}{'' if round(amount) == 1 else 's'}"

@@ -1,7 +1,7 @@
-"""Reads a run directory into one record for the report. It never fails on what a broken run left behind.
+"""Reads a run directory into one record for the report. It never fails on the files that a broken run left behind.
 
-A file that is missing is an empty answer; a line or file that cannot be read is left out and named in `notes`, which
-the report prints. Parquet files are not read here: their sections read the columns that they need.
+A missing file counts as empty. A line or file that cannot be read is left out, and a line in `notes`, which the report
+prints, says so. Parquet files are not read here: each section reads the columns that it needs.
 """
 
 import json
@@ -19,16 +19,16 @@ LEFT_BY_STAGES = (
     "config.yaml", "metrics.jsonl", "DONE", "results.json",
     "kept.jsonl", "difficulty.parquet", "rollouts", "pairs.jsonl",
 )  # fmt: skip
-EVALUATION = ".eval"  # ends the name of the evaluation of a stage
+EVALUATION = ".eval"  # the end of the name of a stage's evaluation, as in "sft.eval"
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage of the run, or the evaluation of a stage.
 
-    start, end: Unix times or None. figures: what it returned beside files. metrics: the lines of its metrics.jsonl.
-    of: the stage that this evaluates, else empty. config: its config.yaml, with every default filled in; empty where
-    there is none.
+    start, end: Unix times or None. figures: the stats that it returned. metrics: the lines of its metrics.jsonl. of:
+    for an evaluation, the stage that it evaluates; else "". config: its config.yaml with every default filled in, or {}
+    if there is none.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Stage:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def setting(self, key: str) -> float | None:
-        """The number at a key path of the config, such as `reward.alarm_fraction`; None where it is not known."""
+        """The number at a key path of the config, such as `reward.alarm_fraction`; None if the config has none."""
         return setting(self.config, key)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory holds. `evals`: stage name -> its results by capability, in the order of the stages."""
+    """The content of a run directory. evals: stage name to its results by capability, in the order of the stages."""
 
     dir: Path
     summary: Mapping[str, Any]
@@ -62,10 +62,14 @@ class Run:
     notes: tuple[str, ...] = ()
 
     def of_kind(self, kind: str) -> list[Stage]:
+        """The stages of one kind."""
         return [stage for stage in self.stages if stage.kind == kind]
 
     def busy(self, stage: Stage) -> list[dict[str, Any]]:
-        """The busy events of a stage that have a length, oldest first; of its last attempt, if it was resumed."""
+        """The busy events of a stage, oldest first, without those of no length.
+
+        A resumed stage: those of its last attempt.
+        """
         found = [event for event in self.events if event.get("event") == "busy" and event.get("stage") == stage.name]
         whole = [e for e in found if number(e.get("start")) is not None and number(e.get("end")) is not None]
         since = stage.start or 0.0
@@ -73,14 +77,14 @@ class Run:
 
 
 def number(value: Any) -> float | None:
-    """`value` as a float, or None when it is not a finite number."""
+    """`value` as a float; None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """`value` where it is a JSON object, else an empty one."""
+    """`value` if it is a JSON object; else an empty one."""
     return dict(value) if isinstance(value, Mapping) else {}
 
 
@@ -93,7 +97,7 @@ def setting(config: Mapping[str, Any], key: str) -> float | None:
 
 
 def read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
-    """The config that a stage's folder records, or an empty one."""
+    """The config.yaml of a stage's folder; {} if there is none or it cannot be read."""
     path = folder / "config.yaml"
     if not path.is_file():
         return {}
@@ -105,7 +109,7 @@ def read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read what is there. Raises nothing for content; a folder without anything gives a run without stages."""
+    """Read what the run directory holds. Nothing in the files raises; an empty folder gives a run without stages."""
     notes: list[str] = []
     summary = mapping(read_json(run_dir / "summary.json", notes))
     events = tuple(sorted(read_lines(run_dir / "events.jsonl", notes), key=lambda e: number(e.get("t")) or 0.0))
@@ -117,7 +121,7 @@ def read_run(run_dir: Path) -> Run:
 
 
 def read_json(path: Path, notes: list[str]) -> Any:
-    """The content of a JSON file, or None."""
+    """The content of a JSON file; None if it is missing or cannot be read."""
     if not path.is_file():
         return None
     try:
@@ -128,7 +132,7 @@ def read_json(path: Path, notes: list[str]) -> Any:
 
 
 def read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines. Lines that are not whole are counted in `notes`."""
+    """The JSON objects of a JSON-lines file. Lines that cannot be read are counted in `notes`."""
     if not path.is_file():
         return []
     records, bad = [], 0
@@ -147,7 +151,7 @@ def read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _stage_records(run_dir: Path, summary: Mapping[str, Any], events: tuple[dict, ...]) -> list[dict[str, Any]]:
-    """The stages that the summary lists, then those only the events or the folders know (a run that was cut off)."""
+    """The stages that the summary lists, then those that only events or folders show, as in a run that was killed."""
     records: list[dict[str, Any]] = []
     for part in ("stages", "evaluations"):
         listed = summary.get(part)
@@ -163,6 +167,7 @@ def _looks_like_stage(folder: Path) -> bool:
 
 
 def _read_stage(run_dir: Path, record: dict[str, Any], events: tuple[dict, ...], *, notes: list[str]) -> Stage:
+    """One stage from its record in the summary, its events and its folder."""
     name = str(record["name"])
     of = name.removesuffix(EVALUATION) if name.endswith(EVALUATION) else ""
     folder = run_dir / of / "eval" if of else run_dir / name
@@ -171,7 +176,7 @@ def _read_stage(run_dir: Path, record: dict[str, Any], events: tuple[dict, ...],
     started = by_event.get("stage_start", {})
     ended = next((by_event[e] for e in ("stage_done", "stage_failed", "stage_interrupted") if e in by_event), {})
     start, end = number(started.get("t")), number(ended.get("t"))
-    # A first attempt may have failed and a second one begun after it: the end then belongs to the first.
+    # A stage may have failed and then started again. An end before the last start belongs to the earlier attempt.
     end = None if start is not None and end is not None and end < start else end
     wall_s = number(record.get("wall_s"))
     if wall_s is None and start is not None and end is not None:
@@ -194,6 +199,7 @@ def _read_stage(run_dir: Path, record: dict[str, Any], events: tuple[dict, ...],
 
 
 def _guess_kind(name: str, folder: Path) -> str:
+    """The kind of a stage that no summary lists, from its name and its files."""
     if (folder / "kept.jsonl").exists():
         return "filter"
     if (folder / "rollouts").exists() or (folder / "difficulty.parquet").exists():
@@ -204,6 +210,7 @@ def _guess_kind(name: str, folder: Path) -> str:
 
 
 def _guess_status(by_event: Mapping[str, Any], folder: Path) -> str:
+    """The status of a stage that no summary lists, from its last event and whether DONE exists."""
     if (folder / "DONE").exists():
         return "done"
     return "failed" if "stage_failed" in by_event else "interrupted"
@@ -212,7 +219,7 @@ def _guess_status(by_event: Mapping[str, Any], folder: Path) -> str:
 def _read_evals(
     summary: Mapping[str, Any], stages: tuple[Stage, ...], evaluations: tuple[Stage, ...], *, notes: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Results by stage, in the order of the stages: the summary's, else what the folders hold."""
+    """Results by stage name, in the order of the stages: from the summary, else from the folders."""
     found = {str(name): mapping(results) for name, results in mapping(summary.get("eval")).items()}
     for stage in (*stages, *evaluations):
         name = stage.of or stage.name

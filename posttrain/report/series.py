@@ -1,4 +1,4 @@
-"""Columns of a metrics.jsonl: each metric is optional, in any line, in any run."""
+"""The columns of a metrics.jsonl. Any metric may be missing in any line and in any run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from posttrain.report.read import number
 
 
 class Series:
-    """The lines of one stage's metrics.jsonl, by column. Lines of one step are merged, the later value wins."""
+    """The lines of one stage's metrics.jsonl by column. Lines of the same step are merged; the later value counts."""
 
     def __init__(self, lines: Sequence[Mapping[str, Any]]):
         steps: dict[float, dict[str, Any]] = {}
@@ -23,7 +23,7 @@ class Series:
         return len(self.lines)
 
     def get(self, *names: str) -> Values:
-        """The column of the first of these names that holds any number; None where a line has none."""
+        """The first of these columns that holds any number, one value for each line; None where a line has no value."""
         for name in names:
             column = [number(line.get(name)) for line in self.lines]
             if any(value is not None for value in column):
@@ -31,29 +31,33 @@ class Series:
         return [None] * len(self.lines)
 
     def has(self, *names: str) -> bool:
+        """True if one of these columns holds any number."""
         return any(value is not None for value in self.get(*names))
 
     def known(self, *names: str) -> list[float]:
-        """The numbers of a column, without its gaps."""
+        """The numbers of a column without its gaps."""
         return [value for value in self.get(*names) if value is not None]
 
     def first(self, *names: str) -> float | None:
+        """The first number of a column, or None."""
         return next(iter(self.known(*names)), None)
 
     def last(self, *names: str) -> float | None:
+        """The last number of a column, or None."""
         return next(reversed(self.known(*names)), None)
 
     def total(self, *names: str) -> float | None:
+        """The sum of a column, or None."""
         values = self.known(*names)
         return sum(values) if values else None
 
     def named(self, prefix: str) -> list[str]:
-        """What follows `prefix` in the names of columns that start with it, in order of appearance."""
+        """The rest of the name of each column that starts with `prefix`, in order of appearance."""
         found = dict.fromkeys(name for line in self.lines for name in line if name.startswith(prefix))
         return [name[len(prefix) :] for name in found if self.has(name)]
 
     def seconds(self, zero: float | None = None) -> Values:
-        """Seconds since `zero` (a Unix time) or since the first line."""
+        """For each line, the seconds since `zero` (a Unix time), or since the first line if it is None."""
         times = [number(line.get("t")) for line in self.lines]
         start = zero if zero is not None else next((t for t in times if t is not None), 0.0)
         return [None if t is None else round(t - start, 2) for t in times]

@@ -1,7 +1,7 @@
-"""The sentences of the report: what changed between two evaluated stages, and only what the numbers carry.
+"""The sentences of the report: what changed between two evaluated stages, and nothing that the numbers do not support.
 
-Two accuracies whose 95% intervals overlap are "no measurable change". That is stricter than a test of the difference,
-and a reader can check it by eye.
+Two accuracies whose 95% intervals overlap are called "no measurable change". That is stricter than a test of the
+difference, and a reader can check it by eye.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from posttrain.metrics.intervals import wilson_ci95
 from posttrain.report.read import Run, mapping, number
 
 LABELS = {"base": "base", "filter": "filter", "sft": "SFT", "rl": "RL", "dpo": "DPO", "eval": "evaluation"}
-SHOWN = {"worked": "show their work"}  # properties of a reply that the evaluation may count, in words
+SHOWN = {"worked": "show their work"}  # properties of a reply that an evaluation may count, as words in a sentence
 
 
 @dataclass(frozen=True)
 class Share:
-    """A measured share in [0, 1] with its 95% interval; `n` counts what it was measured on."""
+    """A measured share in [0, 1] with its 95% interval. n: the number of problems it was measured on."""
 
     value: float
     low: float
@@ -31,25 +31,29 @@ class Share:
 
 @dataclass(frozen=True)
 class Change:
-    """One accuracy before and after. `verdict`: raised | lowered | none (the intervals overlap)."""
+    """An accuracy before and after. verdict: raised, lowered, or none if the intervals overlap."""
 
     before: Share
     after: Share
 
     @property
     def verdict(self) -> str:
+        """raised, lowered or none."""
         if self.after.low > self.before.high:
             return "raised"
         return "lowered" if self.after.high < self.before.low else "none"
 
     @property
     def points(self) -> float:
+        """The difference in percentage points."""
         return 100 * (self.after.value - self.before.value)
 
 
 @dataclass(frozen=True)
 class Observed:
-    """How often replies had a property (they show work), and how often they were right with it and without."""
+    """How often replies had a property (such as showing their work), and how often they were right with and
+    without it.
+    """
 
     share: Share
     accuracy: Share | None
@@ -57,7 +61,7 @@ class Observed:
 
 
 def share_of(value: Any, interval: Any, n: Any) -> Share | None:
-    """A share from what a results file says; its own interval where it has one, else Wilson's."""
+    """A share from the entry of a results file, with the interval given there or else Wilson's."""
     point, count = number(value), number(n) or 0.0
     if point is None or not -1e-9 <= point <= 1 + 1e-9:
         return None
@@ -71,13 +75,13 @@ def share_of(value: Any, interval: Any, n: Any) -> Share | None:
 
 
 def greedy(results: Mapping[str, Any], capability: str = "all") -> Share | None:
-    """Greedy held-out accuracy of one capability, or of all."""
+    """Greedy held-out accuracy in one capability, or over all."""
     cell = mapping(results.get(capability))
     return share_of(cell.get("greedy"), cell.get("greedy_ci95"), cell.get("greedy_n", cell.get("n")))
 
 
 def observed(results: Mapping[str, Any], name: str, capability: str = "all") -> Observed | None:
-    """A property that the task's own check counted in the greedy replies."""
+    """A property that the evaluation counted in the greedy replies; None if it did not."""
     cell = mapping(results.get(capability))
     found = mapping(mapping(cell.get("observed")).get(name))
     n = number(found.get("of")) or number(cell.get("n")) or 0.0
@@ -94,14 +98,14 @@ def observed(results: Mapping[str, Any], name: str, capability: str = "all") -> 
 
 
 def properties(run: Run) -> dict[str, str]:
-    """Name of each property that an evaluation counted -> how sentences go on after "replies that"."""
+    """Name of each property that an evaluation counted, to the words that follow "replies that" in a sentence."""
     cells = [mapping(cell) for results in run.evals.values() for cell in results.values()]
     names = dict.fromkeys(name for cell in cells for name in mapping(cell.get("observed")))
     return {name: SHOWN.get(name, f"match “{name}”") for name in names}
 
 
 def label(run: Run, name: str) -> str:
-    """How sentences call a stage: its kind where the name is the kind or there is only one of them, else its name."""
+    """What sentences call a stage: its kind if that is clear (it is also the name, or the only one), else its name."""
     stage = next((stage for stage in run.stages if stage.name == name), None)
     if stage is None or stage.kind not in LABELS:
         return name
@@ -112,7 +116,8 @@ def label(run: Run, name: str) -> str:
 def changes(run: Run) -> list[tuple[str, str, Change]]:
     """(stage before, stage after, change of greedy accuracy over all) for each evaluated stage after the first.
 
-    Stages of kind `eval` are left out, and pairs of other sizes: they may have been measured on other problems.
+    Stages of kind `eval` are left out. So are pairs measured on different numbers of problems, as the problems may
+    differ.
     """
     kinds = {stage.name: stage.kind for stage in run.stages}
     measured = [(n, share) for n, r in run.evals.items() if kinds.get(n) != "eval" and (share := greedy(r))]
@@ -120,7 +125,9 @@ def changes(run: Run) -> list[tuple[str, str, Change]]:
 
 
 def main_change(run: Run) -> tuple[str, str, Change] | None:
-    """The change the headline is about: the first RL stage's, else from the first evaluated stage to the last."""
+    """The change that the headline is about: that of the first RL stage, else from the first evaluated stage to the
+    last.
+    """
     pairs = changes(run)
     kinds = {stage.name: stage.kind for stage in run.stages}
     for pair in pairs:
@@ -133,7 +140,10 @@ def main_change(run: Run) -> tuple[str, str, Change] | None:
 
 
 def change_sentence(run: Run, before: str, after: str, *, change: Change) -> str:
-    """One sentence on one change, with both intervals. A change over several stages is not laid to the last."""
+    """One sentence about one change, with both intervals.
+
+    A change over several stages is not attributed to the last one.
+    """
     alone = (before, after) in [pair[:2] for pair in changes(run)]
     who = label(run, after) if alone else f"from {label(run, before)} to {label(run, after)}"
     who = who[0].upper() + who[1:]
@@ -160,7 +170,7 @@ def headline(run: Run) -> str:
 
 
 def gain_sentences(run: Run) -> list[str]:
-    """What the headline's change consists of, where the evaluation counted a property of the replies."""
+    """What the headline's change consists of, if the evaluation counted a property of the replies."""
     main = main_change(run)
     if main is None:
         return []
@@ -174,7 +184,10 @@ def gain_sentences(run: Run) -> list[str]:
 
 
 def _observed_sentence(words: str, before: Observed, after: Observed) -> str:
-    """The share with the property, and the accuracy among them: of other replies than before when the share moved."""
+    """How the share of replies with the property changed, and the accuracy among them.
+
+    When the share changed, the accuracy is over other problems than before, and the sentence says so.
+    """
     share = Change(before.share, after.share)
     verbs = {"raised": "rose", "lowered": "fell", "none": "did not measurably change:"}
     text = f"The share of replies that {words} {verbs[share.verdict]} {share.before} → {share.after}."
@@ -188,10 +201,10 @@ def _observed_sentence(words: str, before: Observed, after: Observed) -> str:
 
 
 def _parts_sentence(words: str, change: Change, before: Observed, *, after: Observed) -> list[str]:
-    """Split the points gained into more replies with the property and more right replies of either sort.
+    """Split the gained points into two parts: more replies with the property, and more right replies of either sort.
 
-    accuracy = share × accuracy with + (1 − share) × accuracy without, so the difference is the change of the share at
-    mean accuracies plus the change of the accuracies at mean shares. Source: Kitagawa (1955), the two-part split.
+    accuracy = share × accuracy with + (1 − share) × accuracy without. So the difference is the change of the share at
+    mean accuracies, plus the changes of the accuracies at mean shares. Source: Kitagawa (1955), the two-part split.
     """
     known = (before.accuracy, after.accuracy, before.otherwise, after.otherwise)
     if change.verdict == "none" or any(share is None for share in known):

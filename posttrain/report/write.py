@@ -1,7 +1,7 @@
 """Puts the report of a run together: reads the run directory, builds each section, fills the page.
 
-A section whose data is missing is left out; one whose data cannot be understood says so in its place. The page loads
-nothing from anywhere: script, style and data are inside, and its content policy forbids the rest.
+A section without data is left out. A section whose data cannot be understood is replaced by a note that says so. The
+page loads nothing from elsewhere: script, style and data are in it, and its content security policy forbids the rest.
 """
 
 import json
@@ -36,9 +36,9 @@ INTERVAL = re.compile(r"\[[\d., \u2013-]+\]")
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write RUN_DIR/report.html from what is in the run directory, however far the run came, and return its path.
+    """Write RUN_DIR/report.html from what the run directory holds, however far the run came, and return its path.
 
-    Raises FileNotFoundError when `run_dir` is no folder, OSError when the file cannot be written.
+    Raises FileNotFoundError if `run_dir` is not a folder, OSError if the file cannot be written.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -50,7 +50,7 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: Run) -> str:
     """The whole page as text."""
-    # Imported late: plotly takes a third of a second, and the command line should not pay it for `--help`.
+    # Imported here and not above: plotly takes a third of a second, which `posttrain --help` should not have to wait.
     from plotly.offline import get_plotlyjs
 
     sections = build_sections(run)
@@ -75,7 +75,7 @@ def render(run: Run) -> str:
 
 
 def build_sections(run: Run) -> list[Section]:
-    """Every section that the run has something for, in the order in which things happened, the result first."""
+    """Every section that the run has data for: the result first, then in the order in which things happened."""
     capabilities = [name for name in capabilities_of(run) if name != "all"]
     trained = [key[7:] for s in run.of_kind("rl") for line in s.metrics for key in line if key.startswith("reward/")]
     colours = colours_of(list(dict.fromkeys([*capabilities, *trained])))
@@ -99,7 +99,10 @@ def build_sections(run: Run) -> list[Section]:
 
 
 def _guarded(name: str, build: Callable[[], Section | None]) -> Section | None:
-    """A file of a run that broke off may hold anything; one section that cannot read it must not cost the others."""
+    """Build one section; a note in its place if that fails.
+
+    A file of a run that broke off may hold anything. A section that cannot read its file must not cost the others.
+    """
     try:
         return build()
     except Exception as error:
@@ -108,7 +111,7 @@ def _guarded(name: str, build: Callable[[], Section | None]) -> Section | None:
 
 
 def _distinct(sections: list[Section], run: Run) -> list[Section]:
-    """Name the stage in titles that would otherwise stand there twice, and make every id usable as an anchor."""
+    """Add the stage's name to titles that would otherwise appear twice, and make every id a valid anchor."""
     titles = [section.title for section in sections]
     named = []
     for section in sections:
@@ -132,7 +135,7 @@ def _charts(block: Any) -> Iterator[Chart]:
 
 
 def _facts(run: Run) -> list[str]:
-    """The line under the title: when, how long, how much memory, on how many problems it was judged."""
+    """The line under the title: when the run was, how long it took, its memory, and on how many problems it was judged."""
     first = min((t for event in run.events if (t := number(event.get("t")))), default=None)
     facts = [utc(first)] if first else []
     facts += _wall(run)
@@ -145,7 +148,7 @@ def _facts(run: Run) -> list[str]:
 
 
 def _wall(run: Run) -> list[str]:
-    """How long it took. The summary's time is that of the last sitting, so a continued run adds up its stages."""
+    """How long the run took. The summary has the time of the last call only, so a continued run adds up its stages."""
     nodes = (*run.stages, *run.evaluations)
     if any(stage.status == "skipped" for stage in nodes):
         return [f"{seconds(sum(stage.wall_s or 0.0 for stage in nodes))} of work, in several sittings"]
@@ -154,7 +157,7 @@ def _wall(run: Run) -> list[str]:
 
 
 def _troubles(run: Run) -> list[str]:
-    """One sentence a stage that did not end well."""
+    """One sentence for each stage that did not end well."""
     sentences = []
     for stage in (*run.stages, *run.evaluations):
         if stage.status in ("failed", "interrupted"):
@@ -164,7 +167,7 @@ def _troubles(run: Run) -> list[str]:
 
 
 def mark_intervals(text: str) -> Markup:
-    """The text, escaped, with its [low, high] intervals set back."""
+    """The text, escaped, with its [low, high] intervals in a fainter style."""
     safe = str(escape(text))
     return Markup(INTERVAL.sub(lambda found: f'<span class="interval">{found.group()}</span>', safe))
 
@@ -178,7 +181,7 @@ def json_for_script(value: Any) -> Markup:
 
 
 def _finite(value: Any) -> Any:
-    """The same value with NaN and infinities as null, which JSON knows."""
+    """The same value with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

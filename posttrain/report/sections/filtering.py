@@ -1,4 +1,4 @@
-"""The filter: how hard the judge found the examples, what was kept and what was dropped."""
+"""The filter: how hard the judge found the examples, which were kept and which were dropped."""
 
 import json
 import math
@@ -17,7 +17,7 @@ TAGS = ("easy", "medium", "hard")
 
 
 def filter_section(run: Run, stage: Stage) -> Section | None:
-    """Nothing when the stage wrote no rows."""
+    """The section, or None if the stage wrote no rows."""
     kept = list(_difficulties(stage.dir / "kept.jsonl"))
     dropped = list(_difficulties(stage.dir / "dropped.jsonl"))
     total = len(kept) + len(dropped)
@@ -33,7 +33,7 @@ def filter_section(run: Run, stage: Stage) -> Section | None:
 
 
 def _difficulties(path: Path) -> Iterator[tuple[str, str, float | None]]:
-    """(capability, tag, score) of each row."""
+    """(capability, tag, score) of each row of a file."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:

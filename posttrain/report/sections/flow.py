@@ -1,4 +1,4 @@
-"""The charts of asynchronous RL's machinery: groups, their age, the queue, who idled, sampler against trainer."""
+"""The charts of asynchronous RL: groups, their staleness, the queue, idle actors, and sampler against trainer."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from posttrain.report.charts import CATEGORICAL, axis, bars, dots, figure, line
 from posttrain.report.series import Series
 
 DROPPED = "groups_dropped_"
-# Column, what it is called, colour. Zero advantage is told apart into its two causes where these are known.
+# (column, words, colour). Groups of zero advantage are shown by cause, all right or all wrong, where that is known.
 FATES = (
     ("groups_trained", "trained", "--accent"),
     ("groups_too_easy", "dropped: too easy", "--c3"),
@@ -22,7 +22,7 @@ OTHER_COLOURS = ("--c7", "--c8", "--muted")
 
 
 def fates(series: Series) -> list[tuple[str, str, str]]:
-    """(column, words, colour) of what became of groups: those of FATES that hold any, then reasons not listed there."""
+    """(column, words, colour) of what became of groups: the entries of FATES with any groups, then other reasons."""
     known = {name for name, _, _ in FATES}
     split = series.has("groups_too_easy") and series.has("groups_too_hard")
     left_out = ("groups_dropped_zero_advantage",) if split else ("groups_too_easy", "groups_too_hard")
@@ -35,12 +35,15 @@ def fates(series: Series) -> list[tuple[str, str, str]]:
 
 
 def drop_reasons(series: Series) -> list[str]:
-    """Why groups were dropped. `groups_dropped_length/32` and the like count the same groups again, by another view."""
+    """The reasons for which groups were dropped.
+
+    Columns such as `groups_dropped_length/32` are left out: they count the same groups again, by length.
+    """
     return [reason for reason in series.named(DROPPED) if "/" not in reason]
 
 
 def dropped_total(series: Series) -> float:
-    """Groups that were dropped, for whatever reason, in all steps."""
+    """Number of dropped groups over all steps and reasons."""
     return sum(series.total(DROPPED + reason) or 0.0 for reason in drop_reasons(series))
 
 
@@ -52,6 +55,7 @@ def groups_chart(series: Series) -> Chart | None:
 
 
 def staleness_chart(series: Series, zero: float | None) -> Chart | None:
+    """Mean and largest staleness of the groups trained on, over time."""
     x, data, keys = series.seconds(zero), [], []
     if series.has("staleness_mean"):
         data.append(line(x, series.get("staleness_mean"), "--accent", name="mean of the batch"))
@@ -67,7 +71,7 @@ def staleness_chart(series: Series, zero: float | None) -> Chart | None:
 
 
 def ages_chart(series: Series) -> Chart | None:
-    """A histogram of staleness for each step, the freshest groups at the bottom and strongest."""
+    """For each step, how many groups had each staleness. The freshest are at the bottom, in the strongest colour."""
     ages = sorted((age for age in series.named("staleness/") if age.isdigit()), key=int)
     if not ages:
         return None
@@ -82,6 +86,7 @@ def ages_chart(series: Series) -> Chart | None:
 
 
 def queue_chart(series: Series, zero: float | None) -> Chart | None:
+    """How many groups were in each part of the queue, over time."""
     x, data, keys = series.seconds(zero), [], []
     for name, text, colour in (
         ("queue_groups", "waiting to be trained", "--accent"),
@@ -106,9 +111,9 @@ def lines_chart(
     hover: str = "%{y:.3g}",
     **settings: Any,
 ) -> Chart | None:
-    """Several columns over the steps; `entries` are (column, words, colour). None where fewer than two steps have any.
+    """Several columns over the steps; None if fewer than two steps have a value.
 
-    settings: of the y axis.
+    entries: (column, words, colour). settings: of the y axis.
     """
     drawn = [entry for entry in entries if len(series.known(entry[0])) >= 2]
     if not drawn:
@@ -122,7 +127,7 @@ def lines_chart(
 
 
 def queue_age_chart(series: Series) -> Chart | None:
-    """How long groups that were ready waited to be trained on."""
+    """How long groups that were ready waited for the trainer, in seconds."""
     entries = [("queue_age_s_mean", "mean of the batch", "--accent"), ("queue_age_s_max", "longest", "--c2")]
     return lines_chart(series, "Wait in the queue", "seconds", entries=entries, hover="%{y:.2f} s")
 
@@ -144,7 +149,7 @@ def idle_chart(series: Series) -> Chart | None:
 
 
 def held_back_chart(series: Series) -> Chart | None:
-    """Tokens whose gradient the loss held back."""
+    """The share of tokens whose gradient the loss masked or clipped."""
     entries = [("masked_fraction", "masked", "--accent"), ("clipped_fraction", "clipped", "--c2")]
     shown = [entry for entry in entries if series.has(entry[0])]
     title = " and ".join(text for _, text, _ in shown).capitalize() + " tokens"
@@ -152,7 +157,7 @@ def held_back_chart(series: Series) -> Chart | None:
 
 
 def lengths_chart(series: Series) -> Chart | None:
-    """Whether what is dropped is shorter or longer than what is trained on."""
+    """Reply lengths of trained and of dropped groups, which shows whether dropping prefers short or long replies."""
     entries = [
         ("reply_tokens_mean", "trained on", "--accent"),
         ("dropped_reply_tokens_mean", "dropped", "--c2"),
@@ -162,8 +167,10 @@ def lengths_chart(series: Series) -> Chart | None:
 
 
 def unscored_chart(series: Series, alarm: float | None) -> Chart | None:
-    """The share of rollouts without a reward; absent where every one had its reward. alarm: the share above which the
-    run alarms, None where it is not known."""
+    """The share of rollouts without a reward; None if all were scored.
+
+    alarm: the share above which the run alarms, or None if it is not known.
+    """
     name = "unscored_fraction"
     values = series.get(name)
     if not any(series.known(name)):
@@ -183,11 +190,11 @@ def unscored_chart(series: Series, alarm: float | None) -> Chart | None:
     limit["line"] = {"color": "--bad", "width": 1, "dash": "dot"}
     y = {**spec["layout"]["yaxis"], "tickformat": ".0%"}
     spec["layout"] = {**spec["layout"], "shapes": [limit], "yaxis": y}
-    return Chart(chart.title, spec, chart.height, chart.unit, f"Dotted: {alarm:.0%}, above which it alarms.")
+    return Chart(chart.title, spec, chart.height, chart.unit, f"Dotted line: {alarm:.0%}; the run alarms above it.")
 
 
 def times_chart(series: Series) -> Chart | None:
-    """What a step's time went to, on the trainer's side."""
+    """What the trainer spent the time of each step on, in seconds."""
     entries = [
         ("train_s", "training", "--accent"),
         ("publish_s", "handing on weights", "--c4"),

@@ -1,4 +1,4 @@
-"""The pipeline: which stages ran, when, for how long, and what came out of each."""
+"""The pipeline: which stages ran, when and for how long, and what each of them made."""
 
 from posttrain.report.blocks import Chart, Key, Section, Table
 from posttrain.report.charts import axis, escape, rows_figure
@@ -7,7 +7,7 @@ from posttrain.report.read import Run, Stage
 
 STATUS_COLOUR = {"done": "--accent", "skipped": "--accent", "failed": "--bad", "interrupted": "--c2"}
 HIDDEN = {"config.yaml", "log.txt", "DONE", "STARTED", "metrics.jsonl"}
-LONG_PAUSE = 0.3  # of the whole span: then the stages did not run in one sitting
+LONG_PAUSE = 0.3  # share of the whole time; a longer pause means that the run was stopped and continued later
 
 
 def pipeline_section(run: Run) -> Section | None:
@@ -24,7 +24,7 @@ def pipeline_section(run: Run) -> Section | None:
 
 
 def _gantt(run: Run) -> list[Chart]:
-    """One row a stage, with its evaluation in the same row, over the seconds since the first began."""
+    """One row for each stage, with its evaluation in the same row, in seconds since the first stage began."""
     shown = [s for s in (*run.stages, *run.evaluations) if s.start is not None and s.wall_s is not None]
     rows = [stage.name for stage in run.stages if any(stage.name in (s.name, s.of) for s in shown)]
     if not rows:
@@ -38,7 +38,7 @@ def _gantt(run: Run) -> list[Chart]:
          "showarrow": False, "align": "right", "font": {"size": 11.5, "color": "--muted"}}
         for row in rows
     ]  # fmt: skip
-    words = "seconds of work, pauses between sittings left out" if pauses else "seconds since the first stage began"
+    words = "seconds of work, without the pauses of the run" if pauses else "seconds since the first stage began"
     x = axis(words, range=[0, span * 1.005])
     spec = rows_figure(bars, x, rows, annotations=notes, barmode="overlay", bargap=0.45, margin={"r": 78})
     keys = [Key("the stage", "--accent", "box"), Key("its evaluation", "--faint", "box")] if run.evaluations else []
@@ -46,7 +46,10 @@ def _gantt(run: Run) -> list[Chart]:
 
 
 def _begins(stages: list[Stage]) -> tuple[dict[str, float], bool]:
-    """When each bar begins. A run that was continued later has long pauses: its stages are then laid end to end."""
+    """(where each bar begins in seconds, whether pauses were left out).
+
+    A run that was continued later has long pauses; its stages are then drawn one right after the other.
+    """
     ordered = sorted(stages, key=lambda stage: stage.start or 0.0)
     zero = ordered[0].start or 0.0
     begins = {stage.name: (stage.start or 0.0) - zero for stage in ordered}
@@ -79,7 +82,7 @@ def _bars(stages: list[Stage], begins: dict[str, float]) -> dict:
 
 
 def _left(stage: Stage) -> str:
-    """What the stage left, by name: folders with a slash."""
+    """Names of what the stage made; folders end in a slash."""
     if not stage.dir.is_dir():
         return NONE
     found = sorted(p.name + "/" * p.is_dir() for p in stage.dir.iterdir() if p.name not in HIDDEN and p.name[0] != ".")

@@ -1,4 +1,4 @@
-"""The pass@k profile of the prompts before training, and the band of difficulty that RL chose from."""
+"""The pass@k profile of the prompts before training, and the band of pass rates from which RL chose prompts."""
 
 from posttrain.report.blocks import Chart, Key
 from posttrain.report.charts import axis, bars, figure
@@ -9,7 +9,7 @@ MAX_BARS = 17
 
 
 def profile_chart(run: Run, stage: Stage) -> Chart | None:
-    """A histogram of pass rates, selected and not, with the band shaded. None when no profile was written."""
+    """A histogram of pass rates, selected and left out, with the band shaded; None if there is no profile."""
     path = stage.dir / "difficulty.parquet"
     if not path.is_file():
         return None

@@ -20,11 +20,11 @@ from posttrain.report.statements import (
     share_of,
 )
 
-RING_SHIFT = 0.2  # of the way to the next stage
+RING_SHIFT = 0.2  # how far right of its stage a pass@k ring is drawn, where 1 is the distance to the next stage
 
 
 def result_section(run: Run) -> Section | None:
-    """Nothing when no stage was evaluated."""
+    """The section, or None if no stage was evaluated."""
     capabilities = capabilities_of(run)
     names = [name for name in run.evals if any(_measured(run, name, c) for c in capabilities)]
     if not names:
@@ -50,7 +50,7 @@ def result_section(run: Run) -> Section | None:
 
 
 def capabilities_of(run: Run) -> list[str]:
-    """The capabilities that any evaluation knows, in order, all of them together first."""
+    """The capabilities of all evaluations in order; "all", which is over all of them, comes first."""
     found = dict.fromkeys(c for results in run.evals.values() for c in results if mapping(results[c]))
     return [*(["all"] if "all" in found else []), *(c for c in found if c != "all")]
 
@@ -60,7 +60,7 @@ def _cell(run: Run, stage: str, capability: str) -> Mapping[str, Any]:
 
 
 def _sampled(run: Run, stage: str, capability: str, *, name: str) -> Share | None:
-    """pass@1 or pass@k with its interval."""
+    """pass@1 or pass@k of a stage with its interval."""
     cell = _cell(run, stage, capability)
     return share_of(cell.get(name), cell.get(f"{name}_ci95"), cell.get("pass@k_n", cell.get("n")))
 
@@ -72,7 +72,7 @@ def _measured(run: Run, stage: str, capability: str) -> bool:
 
 
 def _panel(run: Run, names: list[str], capability: str, *, at_k: str) -> Chart:
-    """One capability: greedy accuracy after each stage, joined by a line, and pass@k beside it as a ring."""
+    """One capability: greedy accuracy after each stage, joined by a line, with pass@k as a ring beside each."""
     shares = [greedy(run.evals[name], capability) for name in names]
     sampled = [_sampled(run, name, capability, name="pass@k") for name in names]
     points = _points(shares, 0.0, "--accent", name="greedy")
@@ -109,13 +109,13 @@ def _points(shares: list[Share | None], shift: float, colour: str, *, name: str)
 
 
 def _size(shares: list[Share | None]) -> int | None:
-    """On how many problems all of them were measured, if on equally many."""
+    """The number of problems that all shares were measured on; None if they differ."""
     counts = {share.n for share in shares if share is not None}
     return counts.pop() if len(counts) == 1 else None
 
 
 def _tables(run: Run, names: list[str], capabilities: list[str], *, at_k: str) -> list[Table]:
-    """One table a measure: capabilities down, stages across."""
+    """One table for each measure, with a row for each capability and a column for each stage."""
     tables = []
     for title, measure in (("Greedy accuracy", "greedy"), (at_k, "pass@k"), ("pass@1", "pass@1")):
         rows = []
@@ -137,7 +137,9 @@ def _tables(run: Run, names: list[str], capabilities: list[str], *, at_k: str) -
 
 
 def _observed_tables(run: Run, names: list[str], capabilities: list[str]) -> list[Table]:
-    """How often replies had each property that the evaluation counted, and were right with it and without."""
+    """How often replies had each property that the evaluation counted, and how often they were right with it and
+    without.
+    """
     tables = []
     for key, words in properties(run).items():
         seen = [(name, found) for name in names if (found := observed(run.evals[name], key))]

@@ -1,4 +1,4 @@
-"""Online RL: what training did to the policy, over the steps. The machinery beside it is drawn by flow.py."""
+"""Online RL: how training changed the policy over the steps. flow.py draws the queue, the actors and the timing."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ from posttrain.report.series import Series
 
 
 def rl_section(run: Run, stage: Stage, colours: dict[str, str]) -> Section | None:
-    """`colours`: the colour of each capability, the same in the whole report."""
+    """The section of an RL stage. colours: one for each capability, the same in the whole report."""
     series = Series(stage.metrics)
     zero = stage.start
     charts = [
@@ -99,7 +99,7 @@ def _alarms(stage: Stage, unscored: list[float]) -> bool:
 
 
 def _reward(series: Series) -> Chart | None:
-    """What the groups that were trained on scored, and what all generated replies did."""
+    """The reward of the groups that were trained on, and of all replies that were generated."""
     width = smoothing(len(series))
     data, keys = [], []
     for name, text, colour in (
@@ -122,6 +122,7 @@ def _reward(series: Series) -> Chart | None:
 
 
 def _by_capability(series: Series, colours: dict[str, str]) -> Chart | None:
+    """The reward of the groups that were trained on, one line for each capability."""
     names = series.named("reward/")
     if len(names) < 2 or len(series) < 2:
         return None
@@ -155,7 +156,7 @@ def _band(series: Series) -> Chart | None:
 
 
 def _prompts(series: Series) -> Chart | None:
-    """How many prompts the curriculum holds for solved, and for impossible."""
+    """How many prompts the curriculum counts as solved, and how many as impossible."""
     entries = [
         ("prompts_known", "known well enough", "--faint"),
         ("prompts_retired", "solved", "--c3"),
@@ -165,7 +166,7 @@ def _prompts(series: Series) -> Chart | None:
 
 
 def _gradient(series: Series) -> Chart | None:
-    """Steps that were skipped have no norm."""
+    """The norm of the gradient; a step that was skipped has none."""
     norms = [value if value is not None and value >= 0 else None for value in series.get("grad_norm")]
     if sum(value is not None for value in norms) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Sample rollouts to leaf through: prompt, reply, reward and why, and which policy version wrote which token."""
+"""Sample rollouts to leaf through: prompt, reply, reward with its reason, and the policy version of each token."""
 
 import json
 from collections import defaultdict
@@ -20,7 +20,7 @@ LIGHT = ("step", "capability", "status", "reward", "versions")
 
 
 def rollouts_section(run: Run, stage: Stage) -> Section | None:
-    """Nothing when no rollout was kept."""
+    """The section, or None if the stage kept no rollouts."""
     total, rows, unreadable = sample_rollouts(stage.dir / "rollouts", SAMPLE, stage.setting("reward.correct_threshold"))
     if not rows:
         return None
@@ -31,10 +31,11 @@ def rollouts_section(run: Run, stage: Stage) -> Section | None:
 
 
 def sample_rollouts(folder: Path, amount: int, threshold: float | None) -> tuple[int, list[dict[str, Any]], int]:
-    """(how many there are, `amount` of them in order of training, how many files could not be read).
+    """(number of rollouts, `amount` of them in order of training, number of files that could not be read).
 
-    Every kind of rollout (status, capability, right or wrong, one policy version or several) gets its turn, and within
-    a kind they are spread evenly over the steps. Only the sampled rows are read whole.
+    Rollouts are grouped by status, capability, right or wrong, and one policy version or several. Each of these groups
+    gets its share, and within a group the sample is spread evenly over the steps. Only the sampled rows are read in
+    full.
     """
     import pyarrow as arrow
     import pyarrow.parquet as parquet
@@ -66,7 +67,7 @@ def sample_rollouts(folder: Path, amount: int, threshold: float | None) -> tuple
 
 
 def _pick(kinds: list[list[tuple[float, Path, int]]], amount: int) -> list[tuple[float, Path, int]]:
-    """Share `amount` out evenly over the kinds; a kind too small to use its share leaves it to the others."""
+    """Share `amount` evenly over the kinds. What a small kind does not need goes to the others."""
     picked = []
     for done, kind in enumerate(sorted(kinds, key=len)):
         share = min(len(kind), round((amount - len(picked)) / (len(kinds) - done)))
@@ -76,7 +77,7 @@ def _pick(kinds: list[list[tuple[float, Path, int]]], amount: int) -> list[tuple
 
 
 def _order(row: Mapping[str, Any]) -> tuple[float, float, str, float]:
-    """In order of the policy that wrote it, since a dropped rollout has no step."""
+    """Sort key: the policy version that sampled the rollout, because a dropped rollout has no step."""
     version = number(row.get("policy_version"))
     step = number(row.get("step"))
     return (
@@ -88,7 +89,7 @@ def _order(row: Mapping[str, Any]) -> tuple[float, float, str, float]:
 
 
 def versions_of(text: Any) -> list[tuple[int, int, int]]:
-    """[(policy version, start, end), ...] of a versions column, empty when it does not hold that."""
+    """[(policy version, start, end), ...] from a versions column; [] if the column does not hold that."""
     spans = _json(text)
     if not isinstance(spans, list):
         return []
@@ -97,12 +98,14 @@ def versions_of(text: Any) -> list[tuple[int, int, int]]:
 
 
 def _right(reward: float | None, threshold: float | None) -> bool | None:
-    """None for a rollout without a reward, and where the run does not say from which reward on a reply is right."""
+    """Whether the reply is right; None without a reward, or if the run does not say from which reward on a reply is
+    right.
+    """
     return None if reward is None or threshold is None else is_right(reward, threshold)
 
 
 def _leaf(row: Mapping[str, Any], threshold: float | None) -> dict[str, Any]:
-    """What the page's script shows of one rollout. All of it is text, and is set as text."""
+    """What the page's script shows of one rollout. All of it is plain text and is inserted as text."""
     reward = number(row.get("reward"))
     return {
         "prompt": [{"role": turn.role, "content": _short(message_text(turn))} for turn in _prompt(row.get("prompt"))],
@@ -123,7 +126,7 @@ def _leaf(row: Mapping[str, Any], threshold: float | None) -> dict[str, Any]:
 
 
 def _prompt(column: Any) -> tuple[Message, ...]:
-    """The turns of a prompt column; one that holds no messages is shown as it is."""
+    """The messages of a prompt column; text that holds no messages becomes one message."""
     try:
         return to_messages(column, "prompt")
     except RowError:
@@ -131,9 +134,9 @@ def _prompt(column: Any) -> tuple[Message, ...]:
 
 
 def _segments(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The reply cut where the policy version changes: {"v": version or None, "text": ..., "n": tokens}.
+    """The reply cut where the policy version changes: {"v": version or None, "text": ..., "n": number of tokens}.
 
-    Without the texts of the tokens a reply of several versions cannot be cut, and is one segment of version None.
+    If the texts of the tokens are missing, a reply of several versions cannot be cut: it is one part with version None.
     """
     spans = versions_of(row.get("versions"))
     reply = str(row.get("reply") or "")
@@ -148,7 +151,7 @@ def _segments(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _readable(tokens: Sequence[str], reply: str) -> list[str]:
-    """Token texts as a reader knows them: the marks of byte-level tokenizers for a space and a new line undone."""
+    """Token texts as a reader expects them: byte-level tokenizers' marks for a space and a new line are replaced."""
     if "".join(tokens).startswith(reply[:40]):
         return list(tokens)
     return [token.replace("Ġ", " ").replace("Ċ", "\n") for token in tokens]

@@ -1,4 +1,4 @@
-"""Who was busy when: one row an actor, one colour a kind of work, and how much of it ran at the same time."""
+"""Who was busy when: one row for each actor, one colour for each kind of work, and how much ran at the same time."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ MAX_BARS = 2500
 
 
 def timeline_section(run: Run, stage: Stage) -> Section | None:
-    """Nothing when the stage wrote down no busy times."""
+    """The section, or None if the stage recorded no busy times."""
     busy = run.busy(stage)
     if not busy:
         return None
@@ -62,7 +62,7 @@ def _chart(busy: Sequence[Mapping[str, Any]], stage: Stage) -> Chart:
         merged = {key: union(spans, gap) for key, spans in rows.items()}
     actors = list(dict.fromkeys(actor for actor, _ in merged))
     kinds = list(dict.fromkeys(what for _, what in merged))
-    # The short updates are drawn last, over the long bars they interrupt.
+    # Weight updates are short. They are drawn last, so that they lie on top of the long bars that they interrupt.
     kinds.sort(key=lambda what: -max(length(s) for (_, w), s in merged.items() if w == what))
     traces = [_trace(what, merged) for what in kinds]
     x = axis("seconds of the stage", fixedrange=False, range=[0, (end - zero) * 1.01])

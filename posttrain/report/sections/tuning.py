@@ -1,4 +1,4 @@
-"""Base, SFT and DPO: the loss, and how light a stage was: tokens seen, distance from its start, entropy kept."""
+"""Base, SFT and DPO: the loss, and how light the stage was: tokens seen, KL from its start, entropy kept."""
 
 import json
 from collections import Counter
@@ -53,7 +53,7 @@ def _section(stage: Stage, title: str, stats: list[Stat], *, charts: list[Chart 
 
 
 def _curve(series: Series, title: str, name: str, *, unit: str = "", **settings: Any) -> Chart | None:
-    """One column over the steps, or nothing when it was not written or is a single point."""
+    """One column over the steps; None if it was not written or has a single point."""
     values = series.get(name)
     if len(series.known(name)) < 2:
         return None
@@ -68,7 +68,7 @@ def _curve(series: Series, title: str, name: str, *, unit: str = "", **settings:
 
 
 def _light(stage: Stage, series: Series) -> list[Stat]:
-    """How much the stage moved the policy: what it measured at its end, beside its losses."""
+    """How much the stage changed the policy: the figures that it measured at its end."""
 
     def at_end(name: str) -> float | None:
         figure_ = number(stage.figures.get(name))
@@ -95,7 +95,7 @@ def _first_to_last(series: Series, name: str) -> str:
 
 
 def _pairs(stage: Stage) -> Counter[str]:
-    """Pairs by what sets the chosen reply apart from the rejected one."""
+    """Number of pairs by what makes the chosen reply better than the rejected one."""
     kinds: Counter[str] = Counter()
     path = stage.dir / "pairs.jsonl"
     if not path.is_file():
