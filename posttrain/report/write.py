@@ -135,7 +135,7 @@ def _charts(block: Any) -> Iterator[Chart]:
 
 
 def _facts(run: Run) -> list[str]:
-    """The line under the title: when the run was, how long it took, its memory, and on how many problems it was judged."""
+    """The line under the title: when the run was, how long it took, its memory, and how many problems judged it."""
     first = min((t for event in run.events if (t := number(event.get("t")))), default=None)
     facts = [utc(first)] if first else []
     facts += _wall(run)
