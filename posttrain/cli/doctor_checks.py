@@ -50,6 +50,7 @@ ENABLES = {
     "vllm": "sampling on GPUs: filter, rl, eval",
     "pytest": "make test",
     "pytest-timeout": "make test",
+    "pytest-xdist": "make test",
     "hypothesis": "make test",
     "ruff": "make check",
     "pyright": "make check",
