@@ -15,10 +15,10 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/quickstart
 # More arguments for pytest: make test PYTEST_ARGS="-k losses -x"
 PYTEST_ARGS ?=
-# Fast tests run in two processes. Slow ones use both cores by themselves: one after the other, in one process. pytest
-# ends with 5 where PYTEST_ARGS leaves nothing to run, which is a failure only if it is so for both.
+# Two processes: most tests keep one core busy. Slow ones are dealt out by whole files, so that the tests of a file share
+# their engines. pytest ends with 5 where PYTEST_ARGS leaves nothing to run, which is a failure only if it is so for both.
 FAST = $(BIN)/python -m pytest -m "not slow and not full" -n 2 --dist worksteal
-SLOW = $(BIN)/python -m pytest -m "slow and not full"
+SLOW = $(BIN)/python -m pytest -m "slow and not full" -n 2 --dist loadfile
 
 # One OpenMP thread a process: with more, the processes of a run fight for the same cores and slow down tenfold.
 export OMP_NUM_THREADS := 1

@@ -8,19 +8,19 @@ every answer belongs to its own request.
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_policy import ENGINE
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
 from posttrain.files import read_jsonl
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 NUM_ROWS = 256  # four chunks of requests, of which at most two are in flight
-ENGINE = {"max_model_len": 256, "kv_cache_gib": 0.1, "max_num_seqs": 64, "deadline_s": 6.0}
 
 
 class Disturbed(StageContext):
@@ -33,14 +33,6 @@ class Disturbed(StageContext):
         if event == "progress" and fields["done"] < fields["total"] and self.disturb is not None:
             disturb, self.disturb = self.disturb, None
             disturb()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def engines_end(ray_session: None) -> Iterator[None]:
-    from posttrain.sampling.registry import stop_registry
-
-    yield
-    stop_registry()
 
 
 @pytest.fixture

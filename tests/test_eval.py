@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rollout_records import one_turn
+from tiny_policy import ENGINE
 
 from posttrain.config.base import load_config, validate_config
 from posttrain.config.shared import DataConfig
@@ -217,7 +218,7 @@ def _stage(
         data={"path": str(tmp_path / "heldout.jsonl")},
         reward={"name": f"{tmp_path / 'reward.py'}:letters"},
         sampling={"max_tokens": 12},
-        engine={"max_model_len": 256, "kv_cache_gib": 0.1, "max_num_seqs": 64},
+        engine=ENGINE,
         resources={"rollout": {"cpus": 0.5}},
         **values,
     )

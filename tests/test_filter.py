@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_policy import ENGINE
 
 from posttrain.config.base import load_config, validate_config
 from posttrain.context import StageContext
@@ -255,7 +256,7 @@ def _stage(tmp_path: Path, tiny_model: Path, rows_file: Path, **values: Any) -> 
         judge={"path": str(tiny_model), "dtype": "float32"},
         data={"path": str(rows_file)},
         template="Rate: {prompt}",
-        engine={"max_model_len": 256, "kv_cache_gib": 0.1, "max_num_seqs": 64},
+        engine=ENGINE,
         resources={"judge": {"cpus": 0.5}},
         **values,
     )

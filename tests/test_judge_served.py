@@ -18,6 +18,7 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
+from tiny_policy import ENGINE
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
@@ -113,7 +114,7 @@ def test_scores_of_the_endpoint_equal_those_of_an_engine(
     near = _filtered(
         folders[1],
         {"path": str(tiny_model), "dtype": "float32"},
-        engine={"max_model_len": 256, "kv_cache_gib": 0.1, "max_num_seqs": 16},
+        engine=ENGINE,
         resources={"judge": {"cpus": 0.5}},
     )
     [event] = [line for line in read_jsonl(folders[0] / "events.jsonl") if line["event"] == "judge_endpoint"]

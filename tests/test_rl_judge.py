@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rollout_records import one_turn
+from tiny_policy import ENGINE
 
 from posttrain.config.base import dump_yaml, validate_config
 from posttrain.context import StageContext
@@ -32,7 +33,6 @@ def make_config(folder: Path, model: Path, **changes):
         for index in range(12)
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    engine = {"max_model_len": 256, "kv_cache_gib": 0.1}
     data = {
         "model": {"path": str(model), "dtype": "float32"},
         "prompts": {"path": str(folder / "prompts.jsonl")},
@@ -41,16 +41,16 @@ def make_config(folder: Path, model: Path, **changes):
             "model": {"path": str(model), "dtype": "float32"},
             "template": TEMPLATE,
             "labels": LABELS,
-            "engine": engine,
+            "engine": ENGINE,
         },
         "profile": {"samples": 2, "band": [0.0, 1.0]},
-        "steps": 12,
+        "steps": 6,
         "groups_per_step": 4,
         "group_size": 4,
         "sampling": {"max_tokens": 24},
         "optimizer": {"learning_rate": 1e-4},
-        "engine": engine,
-        "resources": {"rollout": {"cpus": 0.4}, "judge": {"cpus": 0.4}},
+        "engine": ENGINE,
+        "resources": {"rollout": {"cpus": 0.5}, "judge": {"cpus": 0.5}, "trainer": {"cpus": 0.5}},
         **changes,
     }
     return validate_config(RlConfig, {key: value for key, value in data.items() if value is not None}, "test")
@@ -137,7 +137,7 @@ def test_rewards_are_what_the_judge_says_though_it_is_killed(ray_session, tiny_m
     monkeypatch.setattr(judging_engines, "EngineJudge", Seen)
     threading.Thread(target=kill, daemon=True).start()
     outputs = stage.run(config, StageContext("rl", folder, folder / "events.jsonl", seed=3))
-    assert outputs["steps"] == 12
+    assert outputs["steps"] == 6
     replaced = [line["name"] for line in read_jsonl(folder / "events.jsonl") if line["event"] == "engine_replaced"]
     assert replaced == killed
     assert len(killed) == 1
@@ -146,7 +146,7 @@ def test_rewards_are_what_the_judge_says_though_it_is_killed(ray_session, tiny_m
     rollouts = [
         row for path in sorted((folder / "rollouts").glob("*.parquet")) for row in pq.read_table(path).to_pylist()
     ]
-    assert len(rollouts) >= 12 * 16
+    assert len(rollouts) >= 6 * 16
     assert all(row["reward"] is not None for row in rollouts)
     assert config.judge is not None
     prompts = prepare_judge(config.judge).prompts

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from rollout_records import drawn
 from test_rl import make_config, read_rollouts, rows_of, run_stage
+from tiny_policy import ENGINE
 
 from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError
@@ -31,9 +32,6 @@ from posttrain.rl.records import Group, ScoredGroup
 from posttrain.sampling.requests import SampleRequest
 
 HELDOUT = [row | {"id": f"heldout-{row['id']}"} for row in rows_of(["math", "coding"], 12, heldout=True)]
-
-
-ENGINE = {"max_model_len": 256, "kv_cache_gib": 0.1, "max_num_seqs": 24, "stream_interval": 8}
 
 
 def write_heldout(folder: Path) -> str:

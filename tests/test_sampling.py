@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_policy
 import torch
 
 from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
@@ -14,7 +15,7 @@ from posttrain.sampling.manifests import FolderWeights, GpuManifest, from_plain,
 from posttrain.sampling.requests import EngineLostError, SampleRequest
 from posttrain.sampling.weights import SharedWeights, TensorSpec, WeightTransferError, open_weights
 
-ENGINE = EngineConfig(max_model_len=256, kv_cache_gib=0.1)
+ENGINE = EngineConfig(**tiny_policy.ENGINE)
 PROMPTS = [tuple(range(5 + i, 25 + i)) for i in range(12)]
 GREEDY = [SampleRequest(prompt, temperature=0.0, max_tokens=24) for prompt in PROMPTS]
 
@@ -302,9 +303,25 @@ def replies(engines):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_choices_are_renormalised(ray_session, models, tmp_path):
+    import math
+
+    from posttrain.sampling.client import Engines
+
+    with Engines(context_in(tmp_path, "test"), models[0], ENGINE, resources=ActorResources(cpus=0.5)) as engines:
+        done = []
+        answers = engines.generate([SampleRequest(p, choice_ids=(30, 40, 50)) for p in PROMPTS], done.append)
+    assert done[-1] == len(PROMPTS)
+    for (reply,) in answers:
+        assert set(reply.choice_logprobs) == {30, 40, 50}
+        assert reply.token_ids[0] in (30, 40, 50)
+        assert sum(map(math.exp, reply.choice_logprobs.values())) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_warm_engine_with_swapped_weights_equals_a_fresh_one(ray_session, models, tmp_path):
     from posttrain.sampling.client import Engines
-    from posttrain.sampling.registry import stop_registry
 
     first, second = models
     resources = ActorResources(cpus=0.5)
@@ -318,7 +335,6 @@ def test_warm_engine_with_swapped_weights_equals_a_fresh_one(ray_session, models
     with Engines(context_in(tmp_path, "test", warm=False), second, other_shape, resources=resources) as fresh:
         assert not names & set(fresh.names)
         freshly_loaded = replies(fresh)
-    stop_registry()
     assert seen[0] == seen[2]
     assert seen[1] == seen[3] == freshly_loaded
     assert seen[0] != seen[1]
@@ -443,24 +459,3 @@ def test_two_stages_at_the_same_time_never_lease_one_engine(ray_session, models)
     leases = asyncio.run(lease())
     assert sorted(is_new for lease in leases for _, _, is_new in lease) == [False, True, True, True]
     assert len({name for lease in leases for name, _, _ in lease}) == 4
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_choices_are_renormalised(ray_session, models, tmp_path):
-    import math
-
-    from posttrain.sampling.client import Engines
-    from posttrain.sampling.registry import stop_registry
-
-    with Engines(
-        context_in(tmp_path, "test", warm=False), models[0], ENGINE, resources=ActorResources(cpus=0.5)
-    ) as engines:
-        done = []
-        answers = engines.generate([SampleRequest(p, choice_ids=(30, 40, 50)) for p in PROMPTS], done.append)
-    stop_registry()
-    assert done[-1] == len(PROMPTS)
-    for (reply,) in answers:
-        assert set(reply.choice_logprobs) == {30, 40, 50}
-        assert reply.token_ids[0] in (30, 40, 50)
-        assert sum(map(math.exp, reply.choice_logprobs.values())) == pytest.approx(1.0, abs=1e-5)

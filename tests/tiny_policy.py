@@ -7,6 +7,16 @@ from typing import Any
 
 from posttrain.files import write_jsonl
 
+# One shape of engine, with half a CPU, for every test that serves `tiny_model`: an engine that one test leaves warm
+# serves the next. Few replies at once, so that some wait; a short deadline, so that a lost engine is soon replaced.
+ENGINE: dict[str, Any] = {
+    "max_model_len": 256,
+    "kv_cache_gib": 0.1,
+    "max_num_seqs": 24,
+    "stream_interval": 8,
+    "deadline_s": 8.0,
+}
+
 
 def save_tiny_policy(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write the model folder. `changes` go into its config."""
