@@ -53,6 +53,22 @@ def assert_as_exact(
     assert error <= bound, f"{error:.2e} of the largest value, allowed {bound:.2e}"
 
 
+def apart(ours: Tensors, peer: Tensors, start: Tensors) -> float:
+    """Root mean square of the difference of two trainings' weights, relative to that of the change since `start`.
+
+    Where no float64 training can be had. By rounding alone it is below 1e-3, whatever the machine, for a few steps of
+    Adam; a gradient that lacks one rank's part, or counts it twice, gives 0.1 and more.
+    """
+
+    def rms(values: Tensors, base: Tensors) -> float:
+        return float(
+            torch.cat([(values[name].double() - base[name].double()).flatten() for name in base]).square().mean().sqrt()
+        )
+
+    assert ours.keys() == peer.keys() == start.keys()
+    return rms(ours, peer) / rms(peer, start)
+
+
 def assert_trained_as_exact(ours: Tensors, peer: Tensors, exact: Tensors, start: Tensors) -> None:
     """The rule for weights after steps of Adam: root mean square errors, relative to that of the change since `start`.
 

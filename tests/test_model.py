@@ -85,7 +85,11 @@ def gradients(model, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     loss = model(**inputs).loss
     loss.backward()
-    return loss.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    return loss.detach(), named_gradients(model)
+
+
+def named_gradients(model) -> dict[str, torch.Tensor]:
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
 def gradient_error(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
@@ -351,23 +355,29 @@ LENGTHS = [[7, 1, 19, 4, 12], [5, 5, 10], [60, *[3] * 9]]
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_packed_equals_separate(lengths, top_k):
-    _, ours = model_pair(scale=0.15, num_experts_per_tok=top_k)
+    """The peer is transformers' model on each document by itself."""
+    theirs, ours = model_pair(scale=0.15, num_experts_per_tok=top_k)
     docs = documents(lengths)
     count = sum(length - 1 for length in lengths)
-    ours.zero_grad()
-    losses = [ours(doc, labels=doc).loss * (doc.shape[1] - 1) / count for doc in docs if doc.shape[1] > 1]
-    torch.stack(losses).sum().backward()
-    want = {name: weight.grad.clone() for name, weight in ours.named_parameters()}
+
+    def one_by_one(model):
+        model.zero_grad()
+        losses = [model(doc, labels=doc).loss * (doc.shape[1] - 1) / count for doc in docs if doc.shape[1] > 1]
+        torch.stack(losses).sum().backward()
+        logits = torch.cat([model(doc).logits for doc in docs], 1).detach()
+        return torch.stack(losses).sum().detach(), named_gradients(model), logits
+
+    peer = one_by_one(theirs)
+    with float64_inside():
+        exact = one_by_one(copy.deepcopy(theirs).double())
     packed = pack(docs)
-    got_loss, got = gradients(ours, **packed, labels=packed["input_ids"])
-    torch.testing.assert_close(got_loss, torch.stack(losses).sum().detach(), rtol=1e-5, atol=0)
-    assert gradient_error(got, want) < 1e-5
-    separate = torch.cat([ours(doc).logits for doc in docs], 1)
-    torch.testing.assert_close(ours(**packed).logits, separate, rtol=1e-5, atol=1e-5 * separate.abs().max().item())
+    loss, got = gradients(ours, **packed, labels=packed["input_ids"])
+    for found in zip((loss, got, ours(**packed).logits), peer, exact, strict=True):
+        assert_as_exact(*found)
 
 
 def test_packed_rows_of_a_batch_and_padding_at_their_end():
-    _, ours = model_pair()
+    theirs, ours = model_pair()
     docs = documents([9, 14, 17, 3])
     rows = [pack(docs[:2]), pack(docs[2:])]
     ids, positions = (
@@ -377,8 +387,11 @@ def test_packed_rows_of_a_batch_and_padding_at_their_end():
     mask = torch.ones_like(ids)
     mask[1, 20:] = 0
     out = ours(ids, attention_mask=mask, position_ids=positions).logits
-    separate = torch.cat([ours(doc).logits for doc in docs], 1)[0]
-    torch.testing.assert_close(torch.cat([out[0], out[1, :20]]), separate, rtol=1e-5, atol=1e-4)
+    peer = torch.cat([theirs(doc).logits for doc in docs], 1)[0]
+    with float64_inside():
+        double = copy.deepcopy(theirs).double()
+        exact = torch.cat([double(doc).logits for doc in docs], 1)[0]
+    assert_as_exact(torch.cat([out[0], out[1, :20]]), peer, exact)
 
 
 def test_a_document_does_not_see_its_neighbour():

@@ -255,7 +255,7 @@ def test_an_interrupt_ends_every_process_and_the_run_can_be_continued(project: P
     assert "interrupted" in error
     assert "To continue: posttrain run p.yaml" in error
     assert "Traceback" not in error
-    assert gone(session, children, 1), "something outlived the driver"
+    assert gone(session, children, 5), "something outlived the driver"
     assert project.summary()["status"] == "interrupted"
     assert project.statuses() == {"a": "done", "b": "interrupted"}
     assert not (project.run_dir / "b" / "DONE").exists()

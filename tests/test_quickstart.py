@@ -165,11 +165,18 @@ def test_nothing_is_left_running(run):
     assert [process.info["cmdline"] for process in alive] == []
 
 
-def test_second_run_skips_what_is_done_and_reruns_what_changed(run, installed_wheel, empty):
+def test_second_run_skips_what_is_done(run, installed_wheel, empty):
     said = call(installed_wheel, empty, "run", "quickstart", *REDUCED)
     whole = json.loads((run / "summary.json").read_text())
     assert {stage["status"] for stage in whole["stages"]} == {"skipped"}, said
     assert whole["eval"].keys() == {"base", "sft", "rl", "dpo"}
+    planned = call(installed_wheel, empty, "run", "quickstart", *REDUCED, "dpo.beta=0.2", "--dry-run")
+    changed = {line.split()[0] for line in planned.splitlines() if "[run" in line}
+    assert changed == {"dpo", "dpo.eval"}, planned
+
+
+@pytest.mark.full  # test_pipeline_run.py runs a changed stage again, and its evaluation
+def test_a_changed_stage_is_run_again_alone(run, installed_wheel, empty):
     call(installed_wheel, empty, "run", "quickstart", *REDUCED, "dpo.beta=0.2")
     whole = json.loads((run / "summary.json").read_text())
     status = {stage["name"]: stage["status"] for stage in whole["stages"] + whole["evaluations"]}

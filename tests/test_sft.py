@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_as_exact, float64_inside
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_policy import write_sums
+from torch.nn import functional
 
 from posttrain.config.base import dump_yaml, validate_config
 from posttrain.config.shared import LoraConfig, OptimizerConfig
@@ -157,17 +159,34 @@ def test_packed_rows_are_full_and_mixed():
         pack([5], 4, 0)
 
 
-def loss_and_gradient(trainer) -> tuple[float, torch.Tensor]:
+def loss_and_gradient(trainer) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss a token over the whole dataset, and its gradient, from one accumulated step."""
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64), 0
     trainer.model.zero_grad()
     for batch in trainer.get_train_dataloader():
         num = int((batch["labels"][:, 1:] != IGNORED).sum())
         loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(1))
         loss.backward()
-        total += loss.item()
+        total += loss.detach()
         count += num
-    gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    named = sorted(trainer.model.named_parameters())
+    gradient = torch.cat([weight.grad.flatten() for _, weight in named if weight.grad is not None])
+    return total / count, gradient / count
+
+
+def exact_loss_and_gradient(policy: Path, trainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of transformers' model in float64: the native one's grouped products have none."""
+    model = load_model(policy, "transformers").double()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    with float64_inside():
+        for batch in trainer.get_train_dataloader():
+            labels = batch["labels"][:, 1:]
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+            loss = functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="sum")
+            loss.backward()
+            total += loss.detach()
+            count += int((labels != IGNORED).sum())
+    gradient = torch.cat([weight.grad.flatten() for _, weight in sorted(model.named_parameters())])
     return total / count, gradient / count
 
 
@@ -175,8 +194,8 @@ def test_packed_loss_and_gradient_equal_unpacked(policy, data, tmp_path):
     packed = loss_and_gradient(make_trainer(make_config(policy, data), tmp_path))
     alone = make_config(policy, data, packing=False, batch_tokens=None, batch_size=1)
     unpacked = loss_and_gradient(make_trainer(alone, tmp_path))
-    assert packed[0] == pytest.approx(unpacked[0], abs=1e-5)
-    torch.testing.assert_close(packed[1], unpacked[1], atol=1e-5, rtol=1e-4)
+    for found in zip(packed, unpacked, exact_loss_and_gradient(policy, make_trainer(alone, tmp_path)), strict=True):
+        assert_as_exact(*found)
 
 
 def test_a_model_that_leaks_between_packed_documents_is_refused(policy, data):
@@ -274,8 +293,15 @@ def test_lora_trains_adapters_and_exports_them_merged(policy, data, tmp_path):
                 parameter.normal_(0, 0.1, generator=generator)
         ids = torch.tensor([examples_of(policy, data)[0].ids])
         with_adapter = adapted(input_ids=ids).logits
-        after_merge = merged(adapted)(input_ids=ids).logits
-    torch.testing.assert_close(after_merge, with_adapter, atol=1e-5, rtol=1e-5)
+        plain = merged(adapted)
+        after_merge = plain(input_ids=ids).logits
+        peer = load_model(policy, "transformers", "float32")
+        peer.load_state_dict(plain.state_dict())
+        theirs = peer(input_ids=ids).logits
+        with float64_inside():
+            exact = peer.double()(input_ids=ids).logits
+    assert_as_exact(after_merge, theirs, exact)
+    assert_as_exact(with_adapter, theirs, exact)
     assert not torch.allclose(after_merge, load_model(policy, dtype="float32")(input_ids=ids).logits, atol=1e-2)
 
 
