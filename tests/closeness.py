@@ -20,6 +20,9 @@ from unittest import mock
 import torch
 
 SPREAD, FLOOR = 8, 64
+# Of `apart`. Rounding gives some 1e-4 after a few steps of Adam, which makes much of tiny gradients; a gradient that
+# lacks the part of one rank, or counts it twice, gives more than 0.1.
+ROUNDING = 1e-2
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -56,8 +59,7 @@ def assert_as_exact(
 def apart(ours: Tensors, peer: Tensors, start: Tensors) -> float:
     """Root mean square of the difference of two trainings' weights, relative to that of the change since `start`.
 
-    Where no float64 training can be had. By rounding alone it is below 1e-3, whatever the machine, for a few steps of
-    Adam; a gradient that lacks one rank's part, or counts it twice, gives 0.1 and more.
+    For trainings that cannot be had in float64: it is to be less than ROUNDING.
     """
 
     def rms(values: Tensors, base: Tensors) -> float:

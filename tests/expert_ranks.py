@@ -25,6 +25,8 @@ def data(vocabulary: int) -> torch.Tensor:
 def load(folder: Path, dtype: str) -> Any:
     from posttrain.model.load import load_model
 
+    if dtype == "float64":  # the native model's grouped products have none
+        return load_model(folder / "model", "transformers").double().train()
     return load_model(folder / "model", "native", dtype).train()
 
 
@@ -41,7 +43,7 @@ def one_process(folder: Path, optimizer: str, dtype: str = "float32", rows_at_on
     if optimizer == "sgd":
         stepper: Any = torch.optim.SGD(model.parameters(), lr=RATE["sgd"], momentum=0.9)
     else:
-        kind = torch.optim.AdamW if dtype == "float32" else MasterAdamW
+        kind = MasterAdamW if dtype == "bfloat16" else torch.optim.AdamW
         stepper = kind(model.parameters(), lr=RATE["adamw"], betas=(0.9, 0.95), weight_decay=0.01)
     losses, first = [], {}
     for step, rows in enumerate(data(model.config.vocab_size)):

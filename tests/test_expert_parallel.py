@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_as_exact, assert_trained_as_exact, float64_inside
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -160,11 +161,24 @@ def plain(runs) -> dict[str, dict[str, Any]]:
     return {optimizer: expert_ranks.one_process(runs.folder, optimizer) for optimizer in ("sgd", "adamw")}
 
 
+@pytest.fixture(scope="module")
+def exact(runs) -> dict[str, dict[str, Any]]:
+    """The same trainings in float64."""
+    with float64_inside():
+        return {
+            optimizer: expert_ranks.one_process(runs.folder, optimizer, "float64") for optimizer in ("sgd", "adamw")
+        }
+
+
+def assert_losses_as_exact(got: list[float], peer: list[float], exact: list[float]) -> None:
+    assert_as_exact(*(torch.tensor(losses, dtype=torch.float64) for losses in (got, peer, exact)))
+
+
 @pytest.mark.parametrize(
     ("processes", "zero"),
     [*((2, zero) for zero in ZEROS), (4, 3), *(pytest.param(4, z, marks=pytest.mark.full) for z in (0, 1, 2))],
 )
-def test_ranks_train_as_one_process(runs, plain, processes, zero, record_property):
+def test_ranks_train_as_one_process(runs, plain, exact, processes, zero, record_property):
     sgd, adamw = (runs[f"{processes}x2z{zero}{optimizer}"] for optimizer in ("sgd", "adamw"))
     assert sgd["kinds"] == ["ExpertParallelMoE"]
     for optimizer, got in (("sgd", sgd), ("adamw", adamw)):
@@ -172,10 +186,12 @@ def test_ranks_train_as_one_process(runs, plain, processes, zero, record_propert
         gaps = [abs(a / b - 1) for a, b in zip(got["losses"], want["losses"], strict=True)]
         record_property(f"{optimizer}_losses", max(gaps))
         record_property(f"{optimizer}_first_gradients", error(got["first"], want["first_gradients"]))
-        assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
-        assert error(got["first"], want["first_gradients"]) < 1e-6
+        assert_losses_as_exact(got["losses"], want["losses"], exact[optimizer]["losses"])
+        assert_as_exact(got["first"], want["first_gradients"], exact[optimizer]["first_gradients"])
     record_property("sgd_weights", error(sgd["weights"], plain["sgd"]["weights"]))
-    assert error(sgd["weights"], plain["sgd"]["weights"]) < 1e-5
+    start = {name: weight.detach() for name, weight in expert_ranks.load(runs.folder, "float32").named_parameters()}
+    for optimizer, got in (("sgd", sgd), ("adamw", adamw)):
+        assert_trained_as_exact(got["weights"], plain[optimizer]["weights"], exact[optimizer]["weights"], start)
 
 
 def distances(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
@@ -233,15 +249,15 @@ def test_resumed_in_its_layout_is_bit_equal(runs, zero):
     ("old", "new"),
     [(3, 0), (1, 2), pytest.param(2, 1, marks=pytest.mark.full), pytest.param(0, 3, marks=pytest.mark.full)],
 )
-def test_resumed_in_another_layout(runs, old, new):
-    whole, resumed = runs[f"2x2z{old}adamw"], runs[f"resumed-{old}-{new}"]
+def test_resumed_in_another_layout(runs, plain, exact, old, new):
+    resumed = runs[f"resumed-{old}-{new}"]
     assert error(resumed["loaded"], runs[f"half-z{old}"]["weights"]) == 0
-    assert resumed["losses"] == pytest.approx(whole["losses"][HALF:], rel=1e-5)
+    assert_losses_as_exact(resumed["losses"], plain["adamw"]["losses"][HALF:], exact["adamw"]["losses"][HALF:])
 
 
 @pytest.mark.parametrize(("name", "processes", "expert"), OTHERS)
-def test_resumed_by_another_number_of_ranks(runs, name, processes, expert):
-    whole, resumed = runs["2x2z3adamw"], runs[name]
+def test_resumed_by_another_number_of_ranks(runs, plain, exact, name, processes, expert):
+    resumed = runs[name]
     assert resumed["kinds"] == ["MoE" if expert == 1 else "ExpertParallelMoE"]
     assert error(resumed["loaded"], runs["half-z3"]["weights"]) == 0
-    assert resumed["losses"] == pytest.approx(whole["losses"][HALF:], rel=1e-5)
+    assert_losses_as_exact(resumed["losses"], plain["adamw"]["losses"][HALF:], exact["adamw"]["losses"][HALF:])
