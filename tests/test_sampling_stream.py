@@ -277,10 +277,11 @@ def test_five_updates_in_flight_leave_the_engine_as_freshly_loaded(engines, mode
 
 @slow
 @limited
-def test_a_wave_is_decided_by_its_seed(engines):
+def test_a_wave_is_decided_by_its_seed(engines, models):
     """Two engines that did different work before, and one engine twice, with other work between."""
     import ray
 
+    ray.get([engine.update_weights.remote(FolderWeights(models[5]), 5) for engine in engines])
     requests = [SampleRequest(prompt, n=4, max_tokens=60) for prompt in PROMPTS]
 
     def wave(engine, seed):
