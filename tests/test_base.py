@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from closeness import assert_as_exact, float64_inside
 from rollout_records import one_turn
 
 from posttrain.base.cache import cache_key
@@ -285,11 +286,15 @@ def test_transformers_and_the_native_model_agree_on_the_folder(trained):
 
     folder = trained[1].dir / "model"
     ids = AutoTokenizer.from_pretrained(folder)("Sum: 3 + 4\nSteps: 3 + 4 = 7.", return_tensors="pt").input_ids
-    logits = [
-        kind.from_pretrained(folder, dtype=torch.float32).eval()(ids, use_cache=False).logits
+    theirs, ours = (
+        kind.from_pretrained(folder, dtype=torch.float32).eval()
         for kind in (Llama4ForCausalLM, NativeLlama4ForCausalLM)
-    ]
-    assert torch.allclose(*logits, atol=1e-5)
+    )
+    with torch.no_grad():
+        peer, got = theirs(ids, use_cache=False).logits, ours(ids, use_cache=False).logits
+        with float64_inside():
+            exact = theirs.double()(ids, use_cache=False).logits
+    assert_as_exact(got, peer, exact)
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["Llama4ForCausalLM"]
 
 
