@@ -20,7 +20,7 @@ from posttrain.context import StageContext
 from posttrain.files import read_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
-NUM_ROWS = 256  # four chunks of requests, of which at most two are in flight
+NUM_ROWS = 192  # three chunks of requests, of which at most two are in flight
 
 
 class Disturbed(StageContext):

@@ -37,7 +37,13 @@ for module in (sys.modules[__name__], closeness, rollout_records):  # the ranks 
     ray.cloudpickle.register_pickle_by_value(module)
 
 STEPS, RATE, TEMPERATURE = 4, 1e-2, 0.8
-LAYOUTS = [(1, zero) for zero in (0, 1)] + [(2, zero) for zero in (0, 1, 2, 3)]  # (expert, zero) on two ranks
+# (expert, zero) on two ranks. test_expert_parallel.py trains in all of these without a stage's trainer.
+LAYOUTS = [
+    (1, 1),
+    (2, 1),
+    (2, 3),
+    *(pytest.param(*layout, marks=pytest.mark.full) for layout in ((1, 0), (2, 0), (2, 2))),
+]
 
 
 def make_config(model: str, **changes: Any) -> RlConfig:
