@@ -208,15 +208,23 @@ class RewardResult(Struct, frozen=True):
     reason: str = ""
 
 
+class Outcome(StrEnum):
+    """How the scoring of one rollout ended. The last three leave it unscored, which is never a reward of 0."""
+
+    SCORED = "scored"  # the reward function returned a number; whether the reply is right is not said here
+    UNPARSEABLE = "unparseable"  # the reply hung the reward function, though others were scored: scored 0
+    TIMEOUT = "timeout"  # the reward function was not done by its deadline
+    ERROR = "error"  # the reward function raised, or the judge's answer is no verdict
+    INFRASTRUCTURE = "infrastructure"  # a process, an actor or a server was lost: scoring it again may succeed
+
+
 class Scored(Struct, frozen=True):
     """The outcome of scoring one rollout. `result` is None when it could not be scored.
 
-    outcome: scored (the reward function returned a number; whether the reply is right is not said here) | unparseable
-    (scored 0), else unscored: timeout | error | infrastructure. reason: why it is unparseable or unscored; else the
-    result has its own.
+    reason: why it is unparseable or unscored; else the result has its own. wall_s: seconds that the scoring took.
     """
 
     result: RewardResult | None
-    outcome: str = "scored"
+    outcome: Outcome = Outcome.SCORED
     reason: str = ""
     wall_s: float = 0.0

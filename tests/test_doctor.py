@@ -16,10 +16,12 @@ from posttrain.cli.doctor_checks import (
     _package_check,
     machine_checks,
     package_checks,
+    patch_checks,
     pinned_versions,
     python_check,
 )
 from posttrain.cli.doctor_probes import PROBES as PROGRAMS
+from posttrain.compat import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = Probe("vllm", "vLLM samples", "sampling", 5, "reinstall it")
@@ -157,6 +159,20 @@ def test_a_python_that_was_not_tested_is_said(running: tuple[int, int], status: 
     check = python_check(running, ".".join(map(str, running)) + ".1")
     assert (check.status, check.expected) == (status, expected)
     assert bool(check.mend) == (status != "ok")
+
+
+def test_patches_of_upstream_libraries_are_listed_and_a_library_they_were_not_read_for_is_said(monkeypatch) -> None:
+    checks = {check.name: check for check in patch_checks()}
+    assert set(checks) == {patch.library for patch in PATCHES.values()}
+    count = sum(patch.library == "deepspeed" for patch in PATCHES.values())
+    assert checks["deepspeed"].enables == f"{count} patches, docs/compat.md"
+    assert checks["deepspeed"].status == "ok"
+    versions = {"deepspeed": "0.0.1", "vllm": None}
+    monkeypatch.setattr("posttrain.cli.doctor_checks.installed_version", lambda library: versions.get(library, "0"))
+    changed = {check.name: check for check in patch_checks()}
+    assert (changed["deepspeed"].status, changed["deepspeed"].found) == ("warn", "0.0.1")
+    assert f"deepspeed=={checks['deepspeed'].expected}" in changed["deepspeed"].mend
+    assert changed["vllm"].status == "absent"
 
 
 def test_every_probe_has_a_program() -> None:

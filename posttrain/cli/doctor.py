@@ -21,7 +21,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from posttrain.actors.processes import kill_marked
-from posttrain.cli.doctor_checks import IMAGE_AND_SOUND, Check, installed, machine_checks, package_checks, python_check
+from posttrain.cli.doctor_checks import (
+    IMAGE_AND_SOUND,
+    Check,
+    installed,
+    machine_checks,
+    package_checks,
+    patch_checks,
+    python_check,
+)
 from posttrain.errors import EXIT_OK, EXIT_USER
 
 MAX_MESSAGE = 300
@@ -65,7 +73,7 @@ PROBES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ProbeEnd:
     """How a probe ended. found: its JSON, None if it failed; output: all it printed; wall_s: seconds."""
 
     found: Mapping[str, Any] | None
@@ -74,7 +82,7 @@ class Outcome:
     wall_s: float
 
 
-def run_probe(name: str, deadline_s: float, command: Sequence[str] | None = None) -> Outcome:
+def run_probe(name: str, deadline_s: float, command: Sequence[str] | None = None) -> ProbeEnd:
     """Run one probe to its end or its deadline, and kill whatever it left. `command` runs something else instead."""
     started = time.monotonic()
     mark = uuid.uuid4().hex
@@ -92,7 +100,7 @@ def run_probe(name: str, deadline_s: float, command: Sequence[str] | None = None
         log.seek(0)
         output = log.read()
     found = _last_json(output) if code == 0 else None
-    return Outcome(found, output, code is None, time.monotonic() - started)
+    return ProbeEnd(found, output, code is None, time.monotonic() - started)
 
 
 def _environment(mark: str) -> dict[str, str]:
@@ -135,20 +143,20 @@ def _last_json(output: str) -> Mapping[str, Any] | None:
     return None
 
 
-def judge(probe: Probe, outcome: Outcome) -> Check:
+def judge(probe: Probe, end: ProbeEnd) -> Check:
     """Turn the end of a probe into a check, with the remedy that its message asks for."""
-    if outcome.found is not None:
-        return Check("works", probe.title, "ok", str(outcome.found["found"]), wall_s=outcome.wall_s)
-    lines = [line.strip() for line in outcome.output.splitlines() if line.strip()]
+    if end.found is not None:
+        return Check("works", probe.title, "ok", str(end.found["found"]), wall_s=end.wall_s)
+    lines = [line.strip() for line in end.output.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Refused)\b.*", line)]
     message = (errors or lines or ["ended without a message"])[-1]
-    if outcome.timed_out:
+    if end.timed_out:
         message = f"not done after {probe.deadline_s:.0f} s; its last line: {message}"
-    mend = remedy(outcome.output, probe.mend)
+    mend = remedy(end.output, probe.mend)
     mend += f"  (all it says: {sys.executable} -m posttrain.cli.doctor_probes {probe.name})"
     status = "fail" if probe.needed else "warn"
     found = message if len(message) < MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
-    return Check("works", probe.title, status, found, "", probe.enables, mend, outcome.wall_s)
+    return Check("works", probe.title, status, found, "", probe.enables, mend, end.wall_s)
 
 
 def remedy(output: str, otherwise: str) -> str:
@@ -160,9 +168,9 @@ def remedy(output: str, otherwise: str) -> str:
     return otherwise
 
 
-def judge_torch(check: Check, outcome: Outcome, has_gpu: bool) -> Check:
+def judge_torch(check: Check, end: ProbeEnd, has_gpu: bool) -> Check:
     """Whether the build of torch fits the machine."""
-    if outcome.found is None or bool(outcome.found["cuda"]) == has_gpu:
+    if end.found is None or bool(end.found["cuda"]) == has_gpu:
         return check
     if has_gpu:
         mend = "let pip find a CUDA build (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL), remove .venv, make install EXTRA=gpu"
@@ -179,19 +187,19 @@ def try_everything(has_gpu: bool, done: Callable[[str], None]) -> list[Check]:
     wanted = [probe for probe in PROBES if probe.name != "imports" or any(map(installed, IMAGE_AND_SOUND))]
 
     def one(probe: Probe) -> Check:
-        outcome = run_probe(probe.name, probe.deadline_s)
-        check = judge(probe, outcome)
+        end = run_probe(probe.name, probe.deadline_s)
+        check = judge(probe, end)
         done(probe.title)
-        return judge_torch(check, outcome, has_gpu) if probe.name == "torch" else check
+        return judge_torch(check, end, has_gpu) if probe.name == "torch" else check
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         return list(pool.map(one, wanted))
 
 
 def collect(done: Callable[[str], None] = lambda title: None) -> list[Check]:
-    """Every check: the packages, the machine, and what works."""
+    """Every check: the packages, the patches of upstream libraries, the machine, and what works."""
     machine, has_gpu = machine_checks()
-    return [python_check(), *package_checks(), *machine, *try_everything(has_gpu, done)]
+    return [python_check(), *package_checks(), *patch_checks(), *machine, *try_everything(has_gpu, done)]
 
 
 def run_doctor(as_json: bool = False) -> int:

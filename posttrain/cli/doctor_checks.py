@@ -14,6 +14,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain.compat import PATCHES
+from posttrain.compat.patches import installed_version
+
 TESTED_PYTHON = (3, 11)
 FIRST_TOO_NEW = (3, 14)  # the pinned packages have no wheels for it
 IMAGE_AND_SOUND = ("torchvision", "torchaudio", "torchcodec")
@@ -67,8 +70,9 @@ NOT_NEEDED = ("dev", "tensorboard", "trackio", "wandb")  # extras that nobody la
 class Check:
     """One line of the doctor's answer.
 
-    group: packages | machine | works. status: ok | warn (works, or may) | fail (needed, does not work) | absent (not
-    needed here). enables: what would be missing without it. mend: what to do, one line. wall_s: seconds it took.
+    group: packages | patches (of upstream libraries) | machine | works. status: ok | warn (works, or may) | fail
+    (needed, does not work) | absent (not needed here). enables: what would be missing without it. mend: what to do,
+    one line. wall_s: seconds it took.
     """
 
     group: str
@@ -114,6 +118,23 @@ def pinned_versions() -> list[tuple[str, str, str]]:
         if pin:
             found.append((pin[1], pin[2], extra[1] if extra else ""))
     return found
+
+
+def patch_checks() -> list[Check]:
+    """Each upstream library that posttrain patches: the installed version against the one the patches were read for."""
+    checks = []
+    for library in sorted({patch.library for patch in PATCHES.values()}):
+        patches = [patch for patch in PATCHES.values() if patch.library == library]
+        found, expected = installed_version(library), "/".join(sorted({patch.version for patch in patches}))
+        count = f"{len(patches)} {'patches' if len(patches) > 1 else 'patch'}, docs/compat.md"
+        if found is None:
+            checks.append(Check("patches", library, "absent", "not installed", expected, count))
+        elif found == expected:
+            checks.append(Check("patches", library, "ok", found, expected, count))
+        else:
+            mend = f"install {library}=={expected}, or run tests/test_compat.py, which says which patches still hold"
+            checks.append(Check("patches", library, "warn", found, expected, count, mend))
+    return checks
 
 
 def package_checks() -> list[Check]:

@@ -18,6 +18,7 @@ from posttrain.judging.forms import Form, read_answer, request_body
 from posttrain.judging.prompts import Question
 from posttrain.judging.requests import complete, is_outage, make_client, why
 from posttrain.judging.verdicts import Undecided, Verdict
+from posttrain.records import Outcome
 
 NAME = "judge endpoint"
 BUSY = "judge"
@@ -41,7 +42,7 @@ class EndpointJudge:
     ) -> list[Verdict | Undecided]:
         """An answer to each question, in order. on_done: called with the number of questions that are finished."""
         client = self._client_of_this_loop()
-        found: list[Verdict | Undecided] = [Undecided("infrastructure", "was not asked")] * len(questions)
+        found: list[Verdict | Undecided] = [Undecided(Outcome.INFRASTRUCTURE, "was not asked")] * len(questions)
         todo = iter(enumerate(questions))
         finished, given_up = 0, 0
 
@@ -53,7 +54,7 @@ class EndpointJudge:
                         return
                     answer = await self._rate_one(client, question)
                 found[index] = answer
-                is_out = isinstance(answer, Undecided) and answer.outcome == "infrastructure"
+                is_out = isinstance(answer, Undecided) and answer.outcome is Outcome.INFRASTRUCTURE
                 given_up = given_up + 1 if is_out else 0
                 finished += 1
                 if on_done is not None:
@@ -76,7 +77,7 @@ class EndpointJudge:
         try:
             answer = await complete(client, endpoint, body)
         except (openai.OpenAIError, TimeoutError, ValueError) as error:
-            return Undecided("infrastructure" if is_outage(error) else "error", why(error, endpoint))
+            return Undecided(Outcome.INFRASTRUCTURE if is_outage(error) else Outcome.ERROR, why(error, endpoint))
         self.logs[NAME].add(began, time.time())
         return read_answer(answer, self._form, self._labels)
 

@@ -12,6 +12,7 @@ from posttrain.context import BusyLog
 from posttrain.errors import StageError
 from posttrain.judging.prompts import Question
 from posttrain.judging.verdicts import Undecided, Verdict, verdict_of
+from posttrain.records import Outcome
 from posttrain.sampling.client import Engines
 from posttrain.sampling.requests import Completion, SampleRequest
 
@@ -41,7 +42,7 @@ class EngineJudge:
         except Exception as error:
             if not (is_loss(error) or isinstance(error, StageError)):
                 raise
-            return [Undecided("infrastructure", reason_of(error))] * len(questions)
+            return [Undecided(Outcome.INFRASTRUCTURE, reason_of(error))] * len(questions)
         return [read_choice(answer[0], self._labels, self._choice_ids) for answer in completions]
 
 
@@ -50,4 +51,4 @@ def read_choice(answer: Completion, labels: Sequence[str], choice_ids: Sequence[
     try:
         return verdict_of(labels, [answer.choice_logprobs.get(token, -math.inf) for token in choice_ids])
     except ValueError as error:
-        return Undecided("error", f"the answer cannot be used: {error}")
+        return Undecided(Outcome.ERROR, f"the answer cannot be used: {error}")

@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from posttrain.judging.verdicts import Undecided, Verdict, sure_verdict, verdict_of
+from posttrain.records import Outcome
 
 # A distribution is used where what it leaves open moves no label's probability by more than this.
 OPEN_MASS = 0.005
@@ -108,14 +109,14 @@ def read_answer(answer: Any, form: Form, labels: Sequence[str]) -> Verdict | Und
     try:
         choice = msgspec.convert(answer, _Answer).choices[0]
     except msgspec.ValidationError as error:
-        return Undecided("error", f"the answer is no chat completion: {error}")
+        return Undecided(Outcome.ERROR, f"the answer is no chat completion: {error}")
     except IndexError:
-        return Undecided("error", "the answer is no chat completion: `choices` is empty")
+        return Undecided(Outcome.ERROR, "the answer is no chat completion: `choices` is empty")
     text = (choice.message.content or "").strip()
     label = _label_in_json(text) if form.as_json else text
     if label not in labels:
         what = f"answered {text[:80]!r}, which is none of the labels" if text else "gave an empty answer"
-        return Undecided("error", f"{what} ({', '.join(labels)})")
+        return Undecided(Outcome.ERROR, f"{what} ({', '.join(labels)})")
     tokens = (choice.logprobs.content or []) if choice.logprobs is not None else []
     first = next((token for token in tokens if _without_space(token.token)), None)
     if first is not None and first.top_logprobs:

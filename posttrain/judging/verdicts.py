@@ -7,17 +7,19 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from posttrain.records import Outcome
+
 
 class Undecided(Struct, frozen=True):
     """Why there is no verdict on a row. It is never taken for one.
 
-    outcome: "infrastructure" where the judge could not be reached, so that the same question may be answered later;
-    "error" where it answered with something that is no verdict. reason: one line.
+    outcome: INFRASTRUCTURE where the judge could not be reached, so that the same question may be answered later;
+    ERROR where it answered with something that is no verdict. reason: one line.
 
-    Example: Undecided("infrastructure", "http://127.0.0.1:8000/v1: no connection")
+    Example: Undecided(Outcome.INFRASTRUCTURE, "http://127.0.0.1:8000/v1: no connection")
     """
 
-    outcome: Literal["infrastructure", "error"]
+    outcome: Literal[Outcome.INFRASTRUCTURE, Outcome.ERROR]
     reason: str
 
 

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-from posttrain.records import Prompt, Rollout, Row
+from posttrain.records import Outcome, Prompt, Rollout, Row
 from posttrain.sampling.rollouts import Reply, make_rollout
 
 
@@ -95,7 +95,7 @@ class ScoredGroup(Struct, frozen=True):
     rewards: tuple[float | None, ...]
     reasons: tuple[str, ...]
     advantages: tuple[float | None, ...]
-    outcomes: tuple[str, ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
     ref_logprobs: tuple[tuple[float, ...], ...] = ()
 
     @property

@@ -9,7 +9,7 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from posttrain.metrics.correctness import is_right
-from posttrain.records import FinishReason, Rollout, Row, Scored
+from posttrain.records import FinishReason, Outcome, Rollout, Row, Scored
 from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, is_zero
 from posttrain.rl.grading.config import GradingConfig, OverlongConfig
 from posttrain.rl.records import Drop, DropReason, Group, ScoredGroup
@@ -76,7 +76,7 @@ def _refused(rollout: Rollout) -> Scored | None:
     bad = sum(len(values) - sum(map(math.isfinite, values)) for values in sampled)
     if not bad:
         return None
-    return Scored(None, "infrastructure", f"{bad} of the sampler's log-probabilities are not finite")
+    return Scored(None, Outcome.INFRASTRUCTURE, f"{bad} of the sampler's log-probabilities are not finite")
 
 
 def overlong_penalty(num_tokens: int, overlong: OverlongConfig | None, max_tokens: int) -> float:
@@ -94,7 +94,7 @@ def overlong_penalty(num_tokens: int, overlong: OverlongConfig | None, max_token
 
 
 def _reason(scored: Scored, penalty: float) -> str:
-    if scored.result is None or scored.outcome == "unparseable":
+    if scored.result is None or scored.outcome is Outcome.UNPARSEABLE:
         reason = f"{scored.outcome}: {scored.reason}"
     else:
         reason = scored.result.reason
@@ -133,6 +133,6 @@ def passes_and_failures(scored: ScoredGroup, threshold: float) -> tuple[int, int
     return passes, len(scored.scored_rewards) - passes
 
 
-def unscored_outcomes(scored: ScoredGroup) -> list[str]:
+def unscored_outcomes(scored: ScoredGroup) -> list[Outcome]:
     """The outcome of each rollout that has no reward."""
     return [outcome for outcome, reward in zip(scored.outcomes, scored.rewards, strict=False) if reward is None]

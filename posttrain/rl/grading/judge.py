@@ -19,7 +19,7 @@ from posttrain.errors import UserError
 from posttrain.judging.backend import JudgeBackend, PreparedJudge
 from posttrain.judging.prompts import Question
 from posttrain.judging.verdicts import Undecided, Verdict
-from posttrain.records import Message, Rollout, Row, Scored
+from posttrain.records import Message, Outcome, Rollout, Row, Scored
 from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.verifiers import JUDGE_FIELD, reward_config
 from posttrain.scoring.remote.client import RewardClient
@@ -47,7 +47,7 @@ class Judge:
         try:
             questions = await asyncio.to_thread(self.questions, pairs)
         except UserError as error:
-            return [_unscored(Undecided("error", str(error)))] * len(pairs)
+            return [_unscored(Undecided(Outcome.ERROR, str(error)))] * len(pairs)
         answers = await self._backend.rate(questions)
         rated = [
             (rollout, self._with_verdict(row, answer))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ConfigError, StageError
+from posttrain.records import Outcome
 from posttrain.rl.history.ledger import UNDECIDED, Commit, Entry, Ledger
 from posttrain.rl.history.replies import unpack
 from posttrain.rl.prompts.source import PromptSource
@@ -122,8 +123,9 @@ def scores_json(scored: ScoredGroup) -> dict[str, Any]:
 def scored_from_json(group: Group, scores: dict[str, Any]) -> ScoredGroup:
     """The inverse of `scores_json`."""
     references = tuple(tuple(values) for values in scores["ref_logprobs"])
-    others = {name: tuple(values) for name, values in scores.items() if name != "ref_logprobs"}
-    return ScoredGroup(group, **others, ref_logprobs=references)
+    outcomes = tuple(Outcome(name) for name in scores["outcomes"])
+    others = {name: tuple(scores[name]) for name in ("rewards", "reasons", "advantages")}
+    return ScoredGroup(group, **others, outcomes=outcomes, ref_logprobs=references)
 
 
 def group_of(entry: Entry, source: PromptSource) -> Group:

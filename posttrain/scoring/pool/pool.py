@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 from posttrain.errors import PluginError
-from posttrain.records import RewardResult, Rollout, Row, Scored
+from posttrain.records import Outcome, RewardResult, Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward, resolve
 from posttrain.scoring.pool.slot import Item, Reports, Slot
 from posttrain.scoring.pool.wire import Answer, EncodedPair, Setup, encode_pairs, frame
@@ -31,7 +31,7 @@ class PoolStats:
     num_retries: of single rollouts; num_restarts: of workers.
     """
 
-    outcomes: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[Outcome] = field(default_factory=Counter)
     busy_s: float = 0.0
     num_retries: int = 0
     num_restarts: int = 0
@@ -127,7 +127,7 @@ class RewardPool:
             future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
             futures.append(future)
             if isinstance(pair, str):
-                future.set_result(self._count(Scored(None, "error", pair)))
+                future.set_result(self._count(Scored(None, Outcome.ERROR, pair)))
             else:
                 self._add(pair, future)
         self._dispatch()
@@ -158,7 +158,7 @@ class RewardPool:
         waiting = [*self._queue, *(item for slot in self._slots for item in slot.take_all())]
         self._queue.clear()
         for item in waiting:
-            self._resolve(item, Scored(None, "infrastructure", "the pool was closed"))
+            self._resolve(item, Scored(None, Outcome.INFRASTRUCTURE, "the pool was closed"))
         for task in self._settling:
             task.cancel()
         await asyncio.gather(*(slot.close() for slot in self._slots), *self._settling, return_exceptions=True)
@@ -199,7 +199,7 @@ class RewardPool:
         waiting = list(self._queue)
         self._queue.clear()
         for item in waiting:
-            self._resolve(item, Scored(None, "infrastructure", reason))
+            self._resolve(item, Scored(None, Outcome.INFRASTRUCTURE, reason))
         for slot in broken:  # for the scores to come
             slot.revive()
 
@@ -211,7 +211,7 @@ class RewardPool:
         if answer.is_late:
             self._late(item)
         elif answer.result is None:
-            self._resolve(item, Scored(None, "error", answer.error))
+            self._resolve(item, Scored(None, Outcome.ERROR, answer.error))
         else:
             self._last_scored_s = time.monotonic()
             self._control = item.pair
@@ -227,7 +227,7 @@ class RewardPool:
     def _died(self, item: Item, reason: str) -> None:
         item.num_deaths += 1
         if not self._retry(item):
-            self._resolve(item, Scored(None, "infrastructure", reason))
+            self._resolve(item, Scored(None, Outcome.INFRASTRUCTURE, reason))
 
     def _retry(self, item: Item) -> bool:
         if item.is_control or item.num_timeouts + item.num_deaths > self.retries:
@@ -242,9 +242,9 @@ class RewardPool:
         reason = f"no score within {self.timeout_s:g} s" + (f", {item.num_timeouts} times" if self.retries else "")
         if not item.is_control and item.num_timeouts > 1 and await self._others_pass(item.sent_s):
             result = RewardResult(0.0, reason="unparseable")
-            self._resolve(item, Scored(result, "unparseable", f"{reason}, while others were scored"))
+            self._resolve(item, Scored(result, Outcome.UNPARSEABLE, f"{reason}, while others were scored"))
         else:
-            self._resolve(item, Scored(None, "timeout", reason))
+            self._resolve(item, Scored(None, Outcome.TIMEOUT, reason))
 
     async def _others_pass(self, since_s: float) -> bool:
         """Whether another rollout was scored since then, or one that was scored before is scored again now."""
@@ -255,7 +255,7 @@ class RewardPool:
         future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
         self._add(self._control, future, is_control=True)
         self._dispatch()
-        return (await future).outcome == "scored"
+        return (await future).outcome is Outcome.SCORED
 
     def _resolve(self, item: Item, scored: Scored) -> None:
         if item.future.done():

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from posttrain.actors.losses import ActorLostError
 from posttrain.config.shared import RewardConfig, RewardResources
 from posttrain.errors import PluginError, StageError
-from posttrain.records import Rollout, Row, Scored
+from posttrain.records import Outcome, Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
 from posttrain.scoring.pool.pool import PoolStats
 from posttrain.scoring.remote.life import ActorLife
@@ -79,7 +79,7 @@ class RewardClient:
             if any(scored.result is not None for scored in scores):
                 self._lost_in_a_row = 0
             return scores
-        return [Scored(None, "infrastructure", reason)] * len(pairs)
+        return [Scored(None, Outcome.INFRASTRUCTURE, reason)] * len(pairs)
 
     async def close(self) -> None:
         """End the actor and its processes. What is still being scored comes back as `infrastructure`."""
