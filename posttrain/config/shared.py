@@ -1,4 +1,4 @@
-"""Schemas that several stages share. No torch here: a config loads in milliseconds."""
+"""Config sections that several stages share. Nothing here imports torch, so that a config loads in milliseconds."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,8 +12,9 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 GradientCheckpointing = Annotated[
     Literal["none", "full", "selective"],
     Field(
-        description="What the backward computes again, to save memory: nothing, whole layers, or all of a layer "
-        "but its matrix products and attention."
+        description="What the backward pass computes again rather than keeping it in memory. none: nothing, which is "
+        "fastest. full: whole layers, which saves most. selective: all of a layer but its matrix products and "
+        "attention."
     ),
 ]
 
@@ -21,93 +22,138 @@ GradientCheckpointing = Annotated[
 class ServedModelConfig(Config):
     """A Hugging Face model folder that an engine serves with its own model code."""
 
-    path: str = Field(description="Folder with config.json, safetensors and tokenizer; or ${stage.model}.")
+    path: str = Field(
+        description="Folder with config.json, safetensors and a tokenizer; in a pipeline also ${stage.model}."
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
-        default="bfloat16", description="Type of the weights and activations."
+        default="bfloat16", description="Data type of the weights and activations."
     )
 
 
 class RouterConfig(Config):
-    """How the routers of a native Llama 4 are kept from favouring a few experts while it is trained; 0 is off."""
+    """How the routers of a native Llama 4 are kept from favouring a few experts during training. 0 switches a part off.
 
-    balance_loss: NotNegative = Field(default=0.0, description="Weight of the load-balance loss.")
-    z_loss: NotNegative = Field(default=0.0, description="Weight of the z-loss, which keeps router logits small.")
+    Example: `router: {balance_loss: 0.01, z_loss: 0.001}`.
+    """
+
+    balance_loss: NotNegative = Field(
+        default=0.0, description="Weight of the load-balance loss, which pushes all experts towards the same load."
+    )
+    z_loss: NotNegative = Field(
+        default=0.0, description="Weight of the z-loss, which keeps the logits of the router small."
+    )
     bias_rate: NotNegative = Field(
         default=0.0,
-        description="How far a step moves the bias on the choice of each expert towards equal loads; the bias fades "
-        "to nothing over the training.",
+        description="How far each step moves a bias on the choice of every expert, up for experts with too little "
+        "load and down for those with too much. The bias fades to 0 over the training, so the model that is exported "
+        "needs none.",
     )
 
 
 class ModelConfig(ServedModelConfig):
-    """A Hugging Face model folder that is trained, and how it is held in memory."""
+    """A Hugging Face model folder that is trained, and which code runs it."""
 
     implementation: Literal["native", "transformers"] = Field(
-        default="native", description="Model code for Llama 4; other architectures always use transformers."
+        default="native",
+        description="Model code for Llama 4: our own, or that of transformers. Other architectures always use "
+        "transformers.",
     )
-    router: RouterConfig = Field(default_factory=RouterConfig)
+    router: RouterConfig = Field(
+        default_factory=RouterConfig, description="How experts are kept evenly loaded. Off by default."
+    )
 
 
 class FilesConfig(Config):
-    """Records of any kind: JSON lines, JSON, parquet or CSV files, a folder of them, or a saved `datasets` folder."""
+    """Records of any kind: JSON lines, JSON, Parquet or CSV files, a folder of such files, or a saved `datasets`
+    folder.
+    """
 
-    path: str | list[str] = Field(description="File or folder, or several; or ${stage.output}.")
-    limit: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Use only the first rows.")
+    path: str | list[str] = Field(
+        description="A file or folder, or a list of them; in a pipeline also ${stage.output}."
+    )
+    limit: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="Number of rows to use, from the first on; null uses all."
+    )
 
 
 class DataConfig(FilesConfig):
-    """A dataset of rows or pairs, in the same kinds of file."""
+    """A dataset of rows or preference pairs. Example: `{path: data/train.jsonl, capability: math}`."""
 
-    capability: str = Field(default="general", description="Capability of rows that do not name one.")
+    capability: str = Field(default="general", description="Capability of the rows that do not name one themselves.")
 
 
 class RewardFunctionConfig(Config):
-    """A reward plug-in: the name of an entry point, a dotted path, or path/to/file.py:function."""
+    """A reward plug-in. Example: `{name: exact_match, args: {marker: "Answer:"}}`."""
 
-    name: str
-    args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments given to the function.")
+    name: str = Field(
+        description="Which function: a registered name (`posttrain rewards list`), package.module:function, or "
+        "path/to/file.py:function."
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments that the function is called with."
+    )
 
 
 class RewardConfig(RewardFunctionConfig):
-    """A reward plug-in, and the processes that run it."""
+    """A reward plug-in, and the reward processes that run it."""
 
-    workers: Annotated[int, Field(ge=1)] = Field(default=1, description="Processes that score side by side.")
-    timeout_s: Positive = Field(default=10.0, description="A scoring that takes longer is killed with its process.")
+    workers: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Number of reward processes that score side by side."
+    )
+    timeout_s: Positive = Field(
+        default=10.0,
+        description="Seconds that the reward of one rollout may take. After that its process is killed, and the "
+        "rollout is unscored.",
+    )
     correct_threshold: Probability = Field(
         default=0.5,
-        description="A reply with at least this reward counts as right, wherever these are counted.",
+        description="A reply with at least this reward counts as right, wherever right replies are counted: in the "
+        "profile, the curriculum, the metrics and evaluations.",
     )
 
 
 class ActorResources(Config):
-    """What one kind of actor asks of the Ray cluster. `workers` is how many there are; the rest is for each."""
+    """What the actors of one role ask of the Ray cluster. Example: `{workers: 2, cpus: 1, gpus: 1}` is two engines."""
 
-    workers: Annotated[int, Field(ge=1)] = 1
-    cpus: Annotated[float, Field(ge=0)] = 1.0
-    gpus: Annotated[float, Field(ge=0)] = 0.0
+    workers: Annotated[int, Field(ge=1)] = Field(default=1, description="Number of actors, one engine in each.")
+    cpus: Annotated[float, Field(ge=0)] = Field(default=1.0, description="CPUs that Ray reserves for each actor.")
+    gpus: Annotated[float, Field(ge=0)] = Field(default=0.0, description="GPUs that Ray reserves for each actor.")
 
 
 class RewardResources(Config):
-    """What the actor that holds the reward processes asks of the Ray cluster, for all of them together."""
+    """What the actor that holds all reward processes asks of the Ray cluster."""
 
-    cpus: Annotated[float, Field(ge=0)] = 0.0
-    gpus: Annotated[float, Field(ge=0)] = 0.0
+    cpus: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="CPUs that Ray reserves for all reward processes together."
+    )
+    gpus: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="GPUs that Ray reserves for all reward processes together."
+    )
 
 
 class ParallelConfig(Config):
-    """A training spread over processes, each with a DeepSpeed engine; the stage starts them itself."""
+    """How training is spread over ranks, each with a DeepSpeed engine. The stage starts the ranks itself.
+
+    Example: `{processes: 16, expert: 8, zero: 2}`: 16 ranks, and each copy of the experts divided over 8 of them.
+    """
 
     processes: Annotated[int, Field(ge=1)] = Field(
-        default=1, description="Ranks. Each takes its own rows, so a step trains on that many times the rows."
+        default=1,
+        description="Number of ranks. Each rank takes rows of its own, so a step trains on that many times the rows.",
     )
     expert: Annotated[int, Field(ge=1)] = Field(
-        default=1, description="Ranks that share one copy of the experts; it divides processes and the experts."
+        default=1,
+        description="Number of ranks over which one copy of the experts is divided (expert parallelism). It must "
+        "divide both `processes` and the number of experts.",
     )
     zero: Annotated[int, Field(ge=0, le=3)] = Field(
-        default=1, description="What ranks divide among them: 1 optimizer state, 2 gradients too, 3 weights too."
+        default=1,
+        description="ZeRO stage, which says what the ranks divide among them. 0: nothing; 1: the optimizer state; "
+        "2: the gradients too; 3: the weights too.",
     )
     offload: Literal["none", "optimizer"] = Field(
-        default="none", description="Keep optimizer state and its step on the CPU; needs zero of 1 to 3."
+        default="none",
+        description="optimizer keeps the optimizer state on the CPU and computes its step there; it needs zero 1 to 3.",
     )
 
     @model_validator(mode="after")
@@ -120,110 +166,158 @@ class ParallelConfig(Config):
 
 
 class TrainerResources(Config):
-    """What each training process of a stage asks of the Ray cluster."""
+    """What each rank of a stage asks of the Ray cluster."""
 
-    cpus: Annotated[float, Field(ge=0)] = 1.0
-    gpus: Annotated[float, Field(ge=0)] = 0.0
+    cpus: Annotated[float, Field(ge=0)] = Field(default=1.0, description="CPUs that Ray reserves for each rank.")
+    gpus: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="GPUs that Ray reserves for each rank, at most 1."
+    )
 
     @field_validator("gpus")
     @classmethod
     def _at_most_one(cls, gpus: float) -> float:
         if gpus > 1:
-            raise ValueError("a training process uses at most one GPU; more GPUs: parallel.processes")
+            raise ValueError("a rank uses at most one GPU; to train on more GPUs raise parallel.processes")
         return gpus
 
 
 class EngineConfig(Config):
-    """The vLLM engine that serves the model."""
+    """The vLLM engine that serves a model. Example: `{max_model_len: 8192, tensor_parallel: 2}`."""
 
     max_model_len: Annotated[int, Field(ge=16)] = Field(
-        default=4096, description="Longest prompt plus reply, in tokens."
+        default=4096, description="Largest number of tokens of a prompt and its reply together."
     )
-    max_num_seqs: Annotated[int, Field(ge=1)] = Field(default=256, description="Sequences decoded at the same time.")
-    kv_cache_gib: Positive | None = Field(default=None, description="Memory for the KV cache; None lets vLLM decide.")
+    max_num_seqs: Annotated[int, Field(ge=1)] = Field(
+        default=256, description="Largest number of sequences that the engine decodes at the same time."
+    )
+    kv_cache_gib: Positive | None = Field(
+        default=None, description="Memory for the KV cache in GiB; null lets vLLM decide."
+    )
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.9, description="Share of a GPU given to vLLM."
+        default=0.9, description="Share of a GPU's memory that vLLM may use. It has no meaning on a CPU."
     )
-    tensor_parallel: Annotated[int, Field(ge=1)] = Field(default=1, description="GPUs that one engine is split over.")
-    enforce_eager: bool = Field(default=True, description="Do not capture graphs. On a CPU it must stay true.")
-    prefix_caching: bool = Field(default=True, description="Share the KV cache of equal prefixes.")
+    tensor_parallel: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Number of GPUs that one engine is split over."
+    )
+    enforce_eager: bool = Field(
+        default=True,
+        description="Run the model without capturing CUDA graphs. On a CPU this must stay true; on a GPU false is "
+        "faster, but the engine takes longer to start.",
+    )
+    prefix_caching: bool = Field(
+        default=True,
+        description="Compute the KV cache of a prefix once for all requests that begin with it, as the replies of a "
+        "group do.",
+    )
     stream_interval: Annotated[int, Field(ge=1)] = Field(
-        default=256, description="Tokens of a reply after which they are handed on, before the reply is finished."
+        default=256,
+        description="Number of tokens after which the engine hands on a part of an unfinished reply. If the engine is "
+        "lost, another continues the reply from there. Smaller values cost more calls between processes.",
     )
     deadline_s: Positive = Field(
         default=60.0,
-        description="An engine that is silent for this long with work to do is asked for an answer, and is taken for "
-        "lost if none comes within the same time. No engine step may last as long.",
+        description="Seconds of silence after which an engine with work to do is asked for a sign of life. If none "
+        "comes within the same time, the engine counts as lost and is replaced. It must be longer than the longest "
+        "engine step.",
     )
 
 
 class SamplingConfig(Config):
     """How replies are drawn. Example: `{temperature: 1.0, max_tokens: 512}`."""
 
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        default=1.0,
+        description="The logits are divided by it before a token is drawn. 0 always takes the likeliest token.",
+    )
     max_tokens: Annotated[int, Field(ge=1)] = Field(
-        default=1024, description="Longest reply; a longer one is truncated."
+        default=1024, description="Largest number of tokens of a reply; a longer reply is cut off there."
     )
 
 
 class OptimizerConfig(Config):
-    """AdamW and its learning-rate schedule."""
+    """AdamW and its learning-rate schedule. Example: `{learning_rate: 2e-5, schedule: cosine, warmup_steps: 20}`."""
 
-    learning_rate: Positive = 1e-5
-    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Positive = 1.0
+    learning_rate: Positive = Field(default=1e-5, description="Learning rate at the end of the warm-up.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="How the learning rate goes on after the warm-up: it stays, or it falls to 0 at the last step in a "
+        "line or a half cosine.",
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Number of steps over which the learning rate rises from 0 in a line."
+    )
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Decay of AdamW's mean of the gradients, for each step."
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.95, description="Decay of AdamW's mean of the squared gradients, for each step."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Share of each weight, times the learning rate, that a step takes away."
+    )
+    max_grad_norm: Positive = Field(
+        default=1.0, description="A gradient whose norm is larger is scaled down to this norm."
+    )
 
 
 class TrackioConfig(Config):
-    """trackio, on this machine unless its own variables say otherwise."""
+    """Metrics to trackio, which stores them on this machine unless its own environment variables say otherwise."""
 
-    project: str = Field(min_length=1, description="Its run is called RUN-STAGE.")
+    project: str = Field(min_length=1, description="Name of the project. Each stage is a run in it, called RUN-STAGE.")
 
 
 class WandbConfig(Config):
-    """Weights & Biases."""
+    """Metrics to Weights & Biases."""
 
-    project: str = Field(min_length=1, description="Its run is called RUN-STAGE, in the group RUN.")
+    project: str = Field(
+        min_length=1,
+        description="Name of the project. Each stage is a run in it, called RUN-STAGE, in the group RUN.",
+    )
     mode: Literal["offline", "online"] = Field(
-        default="offline", description="offline writes to the stage's folder; online sends to the service."
+        default="offline",
+        description="offline writes into the stage's folder and sends nothing; online sends to the service.",
     )
 
 
 class TrackersConfig(Config):
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl. Example: `{tensorboard: true, trackio: {project: mine}}`."""
 
-    tensorboard: bool = Field(default=False, description="Event files in the stage's folder tensorboard/.")
-    trackio: TrackioConfig | None = None
-    wandb: WandbConfig | None = None
+    tensorboard: bool = Field(
+        default=False, description="Write TensorBoard event files into the folder tensorboard/ of the stage."
+    )
+    trackio: TrackioConfig | None = Field(default=None, description="Send metrics to trackio; null does not.")
+    wandb: WandbConfig | None = Field(default=None, description="Send metrics to Weights & Biases; null does not.")
 
     @property
     def packages(self) -> list[str]:
-        """The packages of those that are on; the extra of the same name installs each."""
+        """The packages of the trackers that are switched on. The extra of the same name installs each."""
         return [name for name in type(self).model_fields if getattr(self, name)]
 
 
 class LoraConfig(Config):
-    """Low-rank adapters, merged into the exported model."""
+    """Low-rank adapters (LoRA), which are merged into the exported model. Example: `{rank: 8, alpha: 16}`."""
 
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Positive = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rank: Annotated[int, Field(ge=1)] = Field(default=16, description="Rank of each adapter.")
+    alpha: Positive = Field(default=32.0, description="The output of an adapter is multiplied by alpha / rank.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Share of an adapter's inputs that is set to 0 in training."
+    )
     target_modules: list[str] = Field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], description="Names of linear modules."
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
+        description="Names of the linear modules that get an adapter. The default is those of the attention.",
     )
     target_parameters: list[str] = Field(
         default_factory=list,
-        description="Weights of all experts in one, such as experts.gate_up_proj; each expert gets its own adapter.",
+        description="Names of weights that hold all experts in one tensor, such as experts.gate_up_proj. Each expert "
+        "gets an adapter of its own.",
     )
 
     @model_validator(mode="after")
     def _fits(self) -> "LoraConfig":
         if not self.target_modules and not self.target_parameters:
-            raise ValueError("target_modules and target_parameters are both empty; name what is to be adapted")
+            raise ValueError(
+                "target_modules and target_parameters are both empty; name at least one module or parameter to adapt"
+            )
         if self.target_parameters and self.dropout > 0:
             raise ValueError(
                 f"dropout: got {self.dropout} with target_parameters; adapters of experts are added to the weight, "
@@ -233,20 +327,25 @@ class LoraConfig(Config):
 
 
 class VerifierConfig(RewardFunctionConfig):
-    """A reward plug-in that says whether a reply keeps to a system instruction."""
+    """A reward plug-in that checks whether a reply follows a system instruction."""
 
     weight: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.2, description="w in the reward (1 - w) R + w V: V is the verifier's, R that of the task."
+        default=0.2,
+        description="w in the reward (1 - w) R + w V, where R is the reward of the task and V that of the verifier.",
     )
 
 
 class SystemInstruction(Config):
-    """One system instruction and how often it is drawn; an empty text means no system turn."""
+    """One system instruction and how often it is drawn. Example: `{text: "Answer briefly.", weight: 0.5}`."""
 
-    text: str
-    weight: Positive = 1.0
+    text: str = Field(description="The text of the system turn; an empty text means that there is no system turn.")
+    weight: Positive = Field(
+        default=1.0, description="How often this instruction is drawn, relative to the weights of the others."
+    )
     verifier: VerifierConfig | None = Field(
-        default=None, description="Checks replies to prompts that drew this instruction; None: the task's reward alone."
+        default=None,
+        description="A reward that checks replies to prompts which drew this instruction; null leaves only the reward "
+        "of the task.",
     )
 
     @model_validator(mode="after")
@@ -257,9 +356,11 @@ class SystemInstruction(Config):
 
 
 class SystemsConfig(Config):
-    """The set that system instructions are sampled from, for prompts that bring none of their own."""
+    """The system instructions that are sampled for prompts which have no system turn of their own."""
 
-    instructions: list[SystemInstruction] = Field(default_factory=list)
+    instructions: list[SystemInstruction] = Field(
+        default_factory=list, description="The instructions to draw from; an empty list adds no system turn."
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> "SystemsConfig":

@@ -1,4 +1,4 @@
-"""Schema of the `eval` stage: pass@1 and pass@k of a policy on problems it was never trained on."""
+"""Config of the `eval` stage, which measures pass@1 and pass@k of a policy on problems that it was never trained on."""
 
 import re
 from typing import Annotated, Any
@@ -19,16 +19,19 @@ from posttrain.config.shared import (
 
 
 class EvalResources(Config):
-    """Who needs what: the policy is the only model of this stage."""
+    """Resources of the eval stage, whose only model is the policy."""
 
-    rollout: ActorResources = Field(default_factory=ActorResources, description="Engines that serve the policy.")
+    rollout: ActorResources = Field(
+        default_factory=ActorResources, description="Engines that serve the policy, and what each asks for."
+    )
 
 
 class EvalSamplingConfig(SamplingConfig):
-    """How samples are drawn. Nothing is trained on them, so a part of the vocabulary may be left out."""
+    """How replies are sampled. Nothing is trained on them, so a part of the vocabulary may be excluded."""
 
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="Only the likeliest tokens that together have this probability."
+        default=1.0,
+        description="Draw only from the likeliest tokens that together have this probability; 1 excludes none.",
     )
 
 
@@ -36,34 +39,46 @@ class EvalConfig(Config):
     """The `eval` stage: greedy accuracy, pass@1 and pass@k by capability, with 95% intervals."""
 
     model: ServedModelConfig = Field(description="The policy to measure.")
-    data: DataConfig = Field(description="Held-out prompts: each ends with a user turn.")
-    reward: RewardConfig = Field(description="What scores a reply.")
+    data: DataConfig = Field(description="The held-out prompts; each ends with a user or tool turn.")
+    reward: RewardConfig = Field(description="The reward that scores each reply.")
     correct_threshold: Probability | None = Field(
         default=None,
         description="Another place for reward.correct_threshold: a reply with at least this reward counts as right.",
     )
-    greedy: bool = Field(default=True, description="Also take the likeliest reply to every prompt.")
-    samples: Annotated[int, Field(ge=0)] = Field(default=8, description="Sampled replies a prompt; 0: greedy only.")
+    greedy: bool = Field(
+        default=True, description="Also take the greedy reply to every prompt, in which each token is the likeliest."
+    )
+    samples: Annotated[int, Field(ge=0)] = Field(
+        default=8, description="Number of replies sampled for each prompt; 0 measures greedy replies only."
+    )
     k: Annotated[int, Field(ge=1)] = Field(default=8, description="The k of pass@k, at most `samples`.")
     pass_k_limit: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
-        description="Draw samples for this many prompts only, a fair share of each capability; None: for all.",
+        description="Number of prompts for which replies are sampled, a fair share of each capability; null samples "
+        "for all prompts. Greedy replies are taken for all prompts in any case.",
     )
     sampling: EvalSamplingConfig = Field(
-        default_factory=EvalSamplingConfig, description="How samples are drawn; greedy uses its max_tokens only."
+        default_factory=EvalSamplingConfig,
+        description="How replies are sampled. Greedy replies use only its max_tokens.",
     )
     observe: dict[str, str] = Field(
         default_factory=dict,
-        description="Regular expressions by name: the share of replies in which each is found, and their accuracy.",
+        description="Regular expressions by name. For each, the results hold the share of replies in which it is "
+        "found, and the accuracy of those replies.",
     )
     exclude: list[FilesConfig] = Field(
-        default_factory=list, description="Training sets; a held-out problem that stands in one of them is an error."
+        default_factory=list,
+        description="Training sets. A held-out problem that also appears in one of them is an error.",
     )
     key_field: str | None = Field(
-        default=None, description="Column with the canonical key of a problem, for `exclude`."
+        default=None, description="Column with the canonical key of a problem, by which `exclude` compares problems."
     )
-    engine: EngineConfig = Field(default_factory=EngineConfig, description="vLLM engine of the policy.")
-    resources: EvalResources = Field(default_factory=EvalResources)
+    engine: EngineConfig = Field(
+        default_factory=EngineConfig, description="Settings of the vLLM engine that serves the policy."
+    )
+    resources: EvalResources = Field(
+        default_factory=EvalResources, description="CPUs and GPUs of the policy's engines."
+    )
 
     @field_validator("observe")
     @classmethod
@@ -78,7 +93,7 @@ class EvalConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _threshold_of_the_reward(cls, data: Any) -> Any:
-        """Where only `correct_threshold` is given, it is the reward's: from here on there is one threshold."""
+        """Copy `correct_threshold` into the reward if only it is given, so that the stage reads one threshold."""
         reward = data.get("reward") if isinstance(data, dict) else None
         if not isinstance(reward, dict) or data.get("correct_threshold") is None or "correct_threshold" in reward:
             return data

@@ -1,4 +1,6 @@
-"""Schema of the `filter` stage: a judge rates how hard each supervised row is, and the easy majority goes."""
+"""Config of the `filter` stage, in which a judge rates how hard each supervised row is and the easy ones are
+dropped.
+"""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -11,10 +13,11 @@ from posttrain.judging.config import EndpointConfig, JudgeQuestion
 
 
 class FilterResources(Config):
-    """Who needs what: the judge is the only model of this stage."""
+    """Resources of the filter stage, whose only model is the judge."""
 
     judge: ActorResources | None = Field(
-        default_factory=ActorResources, description="Engines that serve the judge; null with an endpoint."
+        default_factory=ActorResources,
+        description="Engines that serve the judge, and what each asks for; null if the judge is an endpoint.",
     )
 
 
@@ -24,11 +27,11 @@ class JudgeEndpoint(Config):
     judge: {endpoint: {base_url: "http://127.0.0.1:8000/v1", model: judge-70b}}
     """
 
-    endpoint: EndpointConfig
+    endpoint: EndpointConfig = Field(description="The server, and the name of the model there.")
 
 
 def _has_endpoint(judge: Any) -> bool:
-    """Of the section `judge`, as it was written or already read."""
+    """Whether the section `judge`, raw or validated, names an endpoint."""
     return isinstance(judge, JudgeEndpoint) or (isinstance(judge, Mapping) and judge.get("endpoint") is not None)
 
 
@@ -58,13 +61,19 @@ class FilterConfig(JudgeQuestion):
         description="The model that rates, an instruction-tuned one with a chat template: a model folder (path, dtype) "
         "that engines of this stage serve, or endpoint."
     )
-    data: DataConfig = Field(description="Supervised rows: each ends with an assistant turn.")
+    data: DataConfig = Field(description="The supervised rows to rate; each ends with an assistant turn.")
     keep_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5,
-        description="Share of the rows that stays, the hardest; exactly round(keep_fraction * rows) of them.",
+        description="Share of the rows that is kept, the hardest ones: exactly round(keep_fraction * rows) rows.",
     )
-    stratify: bool = Field(default=True, description="Keep the same share of every capability.")
-    resources: FilterResources = Field(default_factory=FilterResources)
+    stratify: bool = Field(
+        default=True,
+        description="Keep the same share of every capability, so that a capability which the judge finds easy stays in "
+        "the data. false keeps the hardest rows over all.",
+    )
+    resources: FilterResources = Field(
+        default_factory=FilterResources, description="CPUs and GPUs of the judge's engines."
+    )
 
     @property
     def source(self) -> ServedModelConfig | EndpointConfig:

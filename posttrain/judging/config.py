@@ -53,28 +53,37 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class EndpointConfig(Config):
     """A server that speaks the chat completions protocol of OpenAI, such as `vllm serve` or a hosted service."""
 
-    base_url: str = Field(description="Address of the server, with its version: http://127.0.0.1:8000/v1.")
+    base_url: str = Field(description="Address of the server up to its version, such as http://127.0.0.1:8000/v1.")
     model: str = Field(min_length=1, description="Name under which the server offers the model.")
     api_key_env: str | None = Field(
         default=None,
-        description="Name of the environment variable that holds the key; None: the server needs no key. The key "
-        "itself never stands in YAML.",
+        description="Name of the environment variable that holds the key; null if the server needs no key. The key "
+        "itself must not be written into YAML.",
     )
-    concurrency: Annotated[int, Field(ge=1)] = Field(default=16, description="Requests in flight at the same time.")
-    timeout_s: Positive = Field(default=60.0, description="A request without an answer for this long has failed.")
+    concurrency: Annotated[int, Field(ge=1)] = Field(
+        default=16, description="Largest number of requests that wait for an answer at the same time."
+    )
+    timeout_s: Positive = Field(
+        default=60.0, description="Seconds after which a request without an answer counts as failed."
+    )
     retries: Annotated[int, Field(ge=0)] = Field(
-        default=6, description="A request that failed for a passing reason is sent so many times more."
+        default=6,
+        description="How many times a request is sent again after it failed for a reason that may pass, such as a "
+        "timeout or status 429.",
     )
     max_wait_s: Positive = Field(
         default=60.0,
-        description="Longest wait between two tries. A server that asks for a longer one (Retry-After) is taken to be "
-        "out of service.",
+        description="Longest wait between two tries, in seconds. A server that asks for a longer one (Retry-After) "
+        "counts as out of service.",
     )
     top_logprobs: Annotated[int, Field(ge=1)] = Field(
-        default=20, description="Likeliest tokens of which log-probabilities are requested; many servers allow 20."
+        default=20,
+        description="Number of likeliest tokens whose log-probabilities are requested. Many servers allow at most 20.",
     )
     max_prompt_chars: Annotated[int, Field(ge=64)] = Field(
-        default=24_000, description="Longest prompt of the judge, in characters: there is no tokenizer to count tokens."
+        default=24_000,
+        description="Longest prompt of the judge in characters. Tokens cannot be counted, as the server's tokenizer is "
+        "not here.",
     )
 
     @model_validator(mode="after")
@@ -105,20 +114,25 @@ class JudgeQuestion(Config):
 
     template: str = Field(
         default=DEFAULT_TEMPLATE,
-        description="The judge's user turn, with {prompt} and, if wanted, {response}, {system}, {answer} and {labels}.",
+        description="Text of the user turn that the judge reads. It must contain {prompt} and may contain {response}, "
+        "{system}, {answer} and {labels}; each is replaced by the row's own text.",
     )
     labels: list[str] = Field(
         default_factory=lambda: ["easy", "medium", "hard"],
-        description="What the judge may answer, from the easiest to the hardest.",
+        description="The words that the judge may answer with, from the easiest rating to the hardest.",
     )
     max_prompt_tokens: Annotated[int, Field(ge=16)] | None = Field(
-        default=None, description="Longest prompt of the judge; None: what engine.max_model_len leaves."
+        default=None,
+        description="Longest prompt of the judge in tokens; null allows what engine.max_model_len leaves.",
     )
     long_rows: Literal["shorten", "error"] = Field(
-        default="shorten", description="Texts too long for the judge: show it their beginning and end, or stop."
+        default="shorten",
+        description="What happens to a text that is too long for the judge. shorten: the judge reads its beginning and "
+        "its end. error: the stage stops.",
     )
     engine: EngineConfig | None = Field(
-        default_factory=EngineConfig, description="vLLM engine of the judge; null with an endpoint."
+        default_factory=EngineConfig,
+        description="Settings of the vLLM engine that serves the judge; null if the judge is an endpoint.",
     )
 
     @field_validator("template")

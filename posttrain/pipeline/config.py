@@ -52,8 +52,8 @@ class EvaluateEntry(Config):
 class PipelineConfig(Config):
     """A pipeline: stages that refer to each other's outputs."""
 
-    name: str
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Given to every stage.")
+    name: str = Field(description="Name of the pipeline; its run directory is runs/NAME by default.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of every stage.")
     warm_engines: bool = Field(
         False,
         description="Keep vLLM engines running between stages, so that a stage with the same engine settings loads its "
@@ -63,8 +63,12 @@ class PipelineConfig(Config):
         default=None,
         description="Trackers that get the metrics besides metrics.jsonl, for each stage without trackers of its own.",
     )
-    stages: Annotated[list[StageEntry], Field(min_length=1)]
-    evaluate: EvaluateEntry | None = None
+    stages: Annotated[list[StageEntry], Field(min_length=1)] = Field(
+        description="The stages, in any order that the references between them allow."
+    )
+    evaluate: EvaluateEntry | None = Field(
+        default=None, description="Which stages' models are evaluated, and how; null evaluates none."
+    )
 
 
 RESERVED = (*PipelineConfig.model_fields, "run")
