@@ -2,6 +2,7 @@
 finds."""
 
 import asyncio
+import re
 import sqlite3
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from posttrain.rl.history.recovery import (
 from posttrain.rl.history.replay import recorded_steps
 from posttrain.rl.history.replies import pack, unpack
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DrawnPrompt, Group, LedgerEvent, ScoredGroup
+from posttrain.rl.records import DrawnPrompt, Group, GroupState, LedgerEvent, ScoredGroup
 from posttrain.rl.training.samples import train_sample
 from posttrain.sampling.requests import NOTHING, Completion
 from posttrain.sampling.rollouts import Reply, completion_of, reply_of, up_to
@@ -350,6 +351,35 @@ def test_an_archive_of_another_format_is_refused(finished):
         list(recorded_steps(finished))
 
 
-def test_replies_that_cannot_be_read_are_refused_by_the_field():
-    with pytest.raises(StageError, match=r"the ledger holds replies that cannot be read: .* at `\$\[0\]\[1\]`"):
-        unpack(msgspec.msgpack.encode([[[], 7, "stop"]]))
+@pytest.mark.parametrize(
+    ("written", "field"),
+    [
+        ([[[], 7, "stop"]], "[0].text"),
+        ([[[], "", "stop"], [[], "", "halted"]], "[1].finish_reason"),
+        ([[[{"token_ids": [1, "2"], "trained": True}], "", "stop"]], "[0].segments[0].token_ids[1]"),
+        ([[[{"token_ids": [1], "trained": 1}], "", "stop"]], "[0].segments[0].trained"),
+        ([["", "", "stop"]], "[0].segments"),
+    ],
+)
+def test_replies_that_cannot_be_read_are_refused_by_the_field(written, field):
+    with pytest.raises(StageError, match=rf"the ledger holds replies that cannot be read: .* at `{re.escape(field)}`"):
+        unpack(msgspec.msgpack.encode(written))
+
+
+@pytest.mark.parametrize(("column", "value"), [("state", "trianed"), ("stamp", "first"), ("tokens", None)])
+def test_a_group_that_cannot_be_read_is_refused_by_the_column(tmp_path, column, value):
+    ledger = Ledger(tmp_path / SNAPSHOT)
+    walk(ledger, 0, "generated")
+    ledger.close()
+    with sqlite3.connect(tmp_path / SNAPSHOT) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = 1")
+        if value is None:
+            connection.execute("ALTER TABLE groups RENAME COLUMN tokens TO old")
+            connection.execute("ALTER TABLE groups ADD COLUMN tokens INTEGER")
+        else:
+            connection.execute(f"UPDATE groups SET {column} = ?", (value,))
+    connection.close()
+    ledger = Ledger(tmp_path / SNAPSHOT)
+    with pytest.raises(StageError, match=rf"ledger\.sqlite holds a group that cannot be read: .* at `\[0\]\.{column}`"):
+        ledger.entries(tuple(GroupState) if column != "state" else ("trianed",))
+    ledger.close()

@@ -7,7 +7,7 @@ one floor do not know each other. `tests/test_layers.py` holds every import of t
 
 # From the ground up. The stages share a floor: only the pipeline joins them.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "lazy"),
+    ("decoding", "errors", "lazy"),
     ("records", "files", "resources", "compat"),
     ("config",),
     ("context",),

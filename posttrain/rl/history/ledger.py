@@ -30,6 +30,7 @@ from typing import Any
 
 import msgspec
 
+from posttrain.decoding import named_field
 from posttrain.errors import CheckpointError, StageError
 from posttrain.rl.history.replies import pack
 from posttrain.rl.records import GroupState, LedgerEvent
@@ -257,7 +258,11 @@ class Ledger:
         rows = self._connection.execute(
             f"SELECT {names}{columns} FROM groups{joined} WHERE state IN ({marks}) ORDER BY id", tuple(states)
         )
-        return msgspec.convert(rows.fetchall(), list[Entry])
+        try:
+            return msgspec.convert(rows.fetchall(), list[Entry])
+        except msgspec.ValidationError as error:
+            reason = named_field(error, list[Entry])
+            raise StageError(f"{self.path} holds a group that cannot be read: {reason}") from None
 
     def log(self) -> list[tuple[int, float, str, int | None, Any]]:
         """Every transition: (sequence number, Unix time, event, group, value)."""

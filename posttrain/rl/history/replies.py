@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from posttrain.decoding import named_field
 from posttrain.errors import StageError
 from posttrain.sampling.requests import Completion
 from posttrain.sampling.rollouts import Reply, reply_of
@@ -22,4 +23,5 @@ def unpack(data: bytes) -> tuple[Reply, ...]:
     try:
         return _decode(data)
     except msgspec.DecodeError as error:
-        raise StageError(f"the ledger holds replies that cannot be read: {error}") from None
+        reason = named_field(error, tuple[Reply, ...]) if isinstance(error, msgspec.ValidationError) else error
+        raise StageError(f"the ledger holds replies that cannot be read: {reason}") from None

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from posttrain.decoding import named_field
 from posttrain.errors import StageError
 from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.config import TrainingConfig
@@ -77,11 +78,19 @@ def write_evidence(folder: Path, samples: Sequence[TrainSample], nonfinite: Skip
 
 
 def read_batch(path: Path) -> list[TrainSample]:
-    """The batch that was written beside a step's JSON file, or whose parquet file this is."""
+    """The batch that was written beside a step's JSON file, or whose parquet file this is.
+
+    Raises StageError, which names the column, for a file that holds something else.
+    """
     import pyarrow.parquet as pq
 
     rows = pq.read_table(path.with_suffix(".parquet")).to_pylist()
-    return msgspec.convert(rows, list[TrainSample])
+    try:
+        return msgspec.convert(rows, list[TrainSample])
+    except msgspec.ValidationError as error:
+        raise StageError(
+            f"{path.with_suffix('.parquet')} holds no batch that can be read: {named_field(error, list[TrainSample])}"
+        ) from None
 
 
 def _schema(pa: Any) -> Any:
