@@ -14,6 +14,7 @@ from posttrain.base.config import StageConfig
 from posttrain.base.sets import draw_sets, write_sets
 from posttrain.base.train import train_base
 from posttrain.context import StageContext
+from posttrain.files import replace_folder
 
 _METRICS_EVERY = 10
 
@@ -60,7 +61,7 @@ def _train(config: StageConfig, context: StageContext) -> None:
     ended = time.time()
     for rank in range(config.processes):
         context.busy(f"trainer-{rank}", "base training", start=started, end=ended)
-    aside.rename(context.dir / "model")
+    replace_folder(aside, context.dir / "model")
     shutil.rmtree(scratch)
 
 
