@@ -337,10 +337,10 @@ class TestPool:
     def test_warm_up_is_outside_the_deadline(self, tmp_path: Path) -> None:
         path = tmp_path / "warm.py"
         path.write_text(
-            "import time\nready = []\ndef warm_up():\n    time.sleep(1.5)\n    ready.append(1)\n"
+            "import time\nready = []\ndef warm_up():\n    time.sleep(3)\n    ready.append(1)\n"
             "def f(rollout, row):\n    return len(ready)\n"
         )
-        results, _ = score(f"{path}:f", ["a"], timeout_s=1.0, retries=0)
+        results, _ = score(f"{path}:f", ["a"], timeout_s=2.5, retries=0)
         assert results[0].result == RewardResult(1.0)
 
     def test_workers_die_with_the_pool_process(self, hostile: str) -> None:
