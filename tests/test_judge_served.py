@@ -28,7 +28,7 @@ from posttrain.filtering.config import FilterConfig
 from posttrain.filtering.stage import FilterResult, filter_rows
 from posttrain.judging.backend import prepare_judge
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 KEY = "a-key-of-the-test"
 START_S = 240.0

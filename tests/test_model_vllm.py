@@ -14,7 +14,7 @@ from posttrain.context import StageContext
 from posttrain.model import load_model
 from posttrain.sampling.requests import Completion, SampleRequest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 CHUNK = 128  # vLLM wants a multiple of its blocks of the KV cache
 HEAD = 32  # of the widths that its CPU kernels know, the least
 LENGTHS = (140, 250, 300)

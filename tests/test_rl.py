@@ -94,7 +94,6 @@ def read_rollouts(folder: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_rollouts_straddle_updates_within_the_staleness_bound(ray_session, tiny_model, tmp_path):
     """Replies much longer than a trainer step are trained with the versions that sampled them, token by token."""
     config = make_config(
@@ -148,7 +147,6 @@ def test_rollouts_straddle_updates_within_the_staleness_bound(ray_session, tiny_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_groups_that_grow_too_old_are_dropped_where_nobody_waits(ray_session, tiny_model, tmp_path):
     """Replies much longer than a trainer step with `staleness: drop`; running replies keep their KV cache."""
     config = make_config(
@@ -172,7 +170,6 @@ def test_groups_that_grow_too_old_are_dropped_where_nobody_waits(ray_session, ti
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_groups_that_teach_nothing_are_replaced_and_a_curriculum_leaves_their_prompts_alone(
     ray_session, tiny_model, tmp_path
 ):
@@ -200,7 +197,6 @@ def test_groups_that_teach_nothing_are_replaced_and_a_curriculum_leaves_their_pr
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_learns_the_reward(ray_session, tiny_model, tmp_path):
     config = make_config(
         tmp_path, tiny_model, rows_of(["math"]), steps=14, groups_per_step=8, optimizer={"learning_rate": 3e-3}
@@ -212,7 +208,6 @@ def test_learns_the_reward(ray_session, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_engines_follow_a_trainer_of_two_ranks(ray_session, tiny_model, tmp_path):
     """Experts divided between the ranks, weights by ZeRO-3: what is published is what the engines must have."""
     config = make_config(
@@ -234,7 +229,6 @@ def test_engines_follow_a_trainer_of_two_ranks(ray_session, tiny_model, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_refuses_to_train_when_sampler_and_trainer_disagree(ray_session, tiny_model, tmp_path):
     config = make_config(tmp_path, tiny_model, rows_of(["math"]), parity_tolerance=1e-12)
     with pytest.raises(StageError, match="disagree on the log-probabilities"):
@@ -243,7 +237,6 @@ def test_refuses_to_train_when_sampler_and_trainer_disagree(ray_session, tiny_mo
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_stops_when_nothing_teaches(ray_session, tiny_model, tmp_path):
     config = make_config(tmp_path, tiny_model, rows_of(["math"], flat=True), stop_after_idle_steps=2)
     with pytest.raises(StageError, match="groups in a row taught nothing"):
@@ -251,7 +244,6 @@ def test_stops_when_nothing_teaches(ray_session, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ray_session, tiny_model, tmp_path):
     """SIGKILL of the actor, then SIGSTOP of the core of its successor, each with groups in flight."""
     config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=12, sampling={"max_tokens": 200})
@@ -293,7 +285,6 @@ def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ray
 
 @pytest.mark.slow
 @pytest.mark.full  # three engines to start
-@pytest.mark.timeout(400)
 def test_an_engine_that_is_killed_while_it_takes_anothers_place_is_replaced_too(ray_session, tiny_model, tmp_path):
     config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=10, sampling={"max_tokens": 200})
     folder = tmp_path / "rl"
@@ -334,7 +325,6 @@ def test_an_engine_that_is_killed_while_it_takes_anothers_place_is_replaced_too(
 
 @pytest.mark.slow
 @pytest.mark.full  # the one that kills an engine freezes a core too
-@pytest.mark.timeout(400)
 def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ray_session, tiny_model, tmp_path, monkeypatch):
     """In a deterministic run nothing is sent to an engine that lacks a version: its taking of weights must find out."""
     from posttrain.rl.rollouts.workers import RolloutWorkers

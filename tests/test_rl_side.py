@@ -83,7 +83,6 @@ def check_by_itself(config: RlConfig, folder: Path) -> tuple[float, list[bool]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_probes_and_evaluations_run_beside_the_training(ray_session, tiny_model, tmp_path):
     config = make_config(
         tmp_path,
@@ -160,7 +159,6 @@ def test_probes_and_evaluations_run_beside_the_training(ray_session, tiny_model,
 
 @pytest.mark.slow
 @pytest.mark.full  # two engines to start
-@pytest.mark.timeout(400)
 def test_of_two_workers_one_is_kept_at_its_version_and_the_other_goes_on(ray_session, tiny_model, tmp_path):
     config = make_config(
         tmp_path,
@@ -203,7 +201,6 @@ def test_of_two_workers_one_is_kept_at_its_version_and_the_other_goes_on(ray_ses
 
 @pytest.mark.slow
 @pytest.mark.full  # test_rl.py kills one in training
-@pytest.mark.timeout(300)
 def test_an_engine_is_killed_while_it_evaluates(ray_session, tiny_model, tmp_path):
     """Strictly on-policy, so that the training waits for each evaluation; one is begun anew, nothing is lost."""
     config = make_config(

@@ -302,7 +302,6 @@ def replies(engines):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_choices_are_renormalised(ray_session, models, tmp_path):
     import math
 
@@ -319,7 +318,6 @@ def test_choices_are_renormalised(ray_session, models, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_warm_engine_with_swapped_weights_equals_a_fresh_one(ray_session, models, tmp_path):
     from posttrain.sampling.client import Engines
 
@@ -341,7 +339,6 @@ def test_warm_engine_with_swapped_weights_equals_a_fresh_one(ray_session, models
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_reload_repair_is_needed_and_sufficient(ray_session, models, tmp_path):
     """Without the repair the same weights, loaded again, give other log-probabilities: the upstream fault is real.
 
@@ -382,7 +379,6 @@ def test_reload_repair_is_needed_and_sufficient(ray_session, models, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.full  # test_sampling_stream.py asks the same of the pieces
-@pytest.mark.timeout(300)
 def test_update_in_flight_is_recorded_token_by_token(ray_session, models, tmp_path):
     """Replies that straddle an update: spans cover them, and each part has the log-probabilities of its policy."""
     import ray

@@ -122,11 +122,9 @@ def logprobs_of(policy, prompt, token_ids):
 
 
 slow = pytest.mark.slow
-limited = pytest.mark.timeout(300)
 
 
 @slow
-@limited
 def test_pieces_make_whole_replies(engines):
     requests = [(100 + i, SampleRequest(prompt, n=3, max_tokens=50)) for i, prompt in enumerate(PROMPTS)]
 
@@ -149,7 +147,6 @@ def test_pieces_make_whole_replies(engines):
 
 
 @slow
-@limited
 def test_an_update_in_flight_is_labelled_in_the_pieces(engines, models):
     """Tokens before and after are of the policy that the pieces name: recomputed with another implementation."""
     from posttrain.model.load import load_model
@@ -185,7 +182,6 @@ def test_an_update_in_flight_is_labelled_in_the_pieces(engines, models):
 
 
 @slow
-@limited
 def test_replies_begun_elsewhere_are_continued(engines, models):
     """A greedy reply that is cut anywhere and submitted again ends as it would have ended."""
     import ray
@@ -211,7 +207,6 @@ def test_replies_begun_elsewhere_are_continued(engines, models):
 
 
 @slow
-@limited
 def test_cancelled_and_refused_requests(engines):
     import ray
 
@@ -242,7 +237,6 @@ def replies_one_by_one(actor, requests):
 
 
 @slow
-@limited
 def test_five_updates_in_flight_leave_the_engine_as_freshly_loaded(engines, models, tmp_path):
     from safetensors.torch import load_file
 
@@ -276,7 +270,6 @@ def test_five_updates_in_flight_leave_the_engine_as_freshly_loaded(engines, mode
 
 
 @slow
-@limited
 def test_a_wave_is_decided_by_its_seed(engines, models):
     """Two engines that did different work before, and one engine twice, with other work between."""
     import ray
@@ -299,7 +292,6 @@ def test_a_wave_is_decided_by_its_seed(engines, models):
 
 
 @slow
-@limited
 def test_a_request_beside_a_wave_is_refused(engines):
     """On a CPU vLLM draws all tokens of a batch from one generator, so that one more reply would change the others."""
     import ray
@@ -329,7 +321,6 @@ def test_no_request_has_a_seed_of_its_own():
 
 
 @slow
-@limited
 def test_kept_caches_do_not_leak_into_new_requests(engines, models):
     """kv: keep. Running replies go on with old keys and values; a request that comes later sees none of them.
 
@@ -410,7 +401,6 @@ async def signal_in_flight(actor, number):
 
 
 @slow
-@limited
 def test_a_killed_core_is_an_error_and_no_token_is_lost(engines):
     pieces, rest, message = asyncio.run(signal_in_flight(engines[0], signal.SIGKILL))
     assert "engine engine-0, policy version" in message
@@ -424,7 +414,6 @@ def test_a_killed_core_is_an_error_and_no_token_is_lost(engines):
 
 
 @slow
-@limited
 def test_a_frozen_core_is_an_error(engines):
     import ray
 
