@@ -40,7 +40,10 @@ class StageContext:
     def progress(
         self, done: float, total: float, unit: str, *, values: Mapping[str, float | str] | None = None
     ) -> None:
-        """Say how far the stage is. Calls closer together than half a second are dropped, but never the last one."""
+        """Write an event that says how far the stage is. Calls within half a second of another are dropped.
+
+        The last call, with done equal to total, is always written. done, total: in `unit`, such as steps. values: figures to show beside them, such as the loss.
+        """
         now = time.time()
         if done < total and now - self._last_progress < PROGRESS_INTERVAL_S:
             return
@@ -76,7 +79,7 @@ FLUSH_S = 5.0
 
 
 class BusyLog:
-    """Merges the intervals of one actor and activity."""
+    """Merges the busy intervals of one actor and one activity into longer ones, so that the events stay few."""
 
     def __init__(self, context: StageContext, actor: str, what: str):
         self._context = context
@@ -87,7 +90,7 @@ class BusyLog:
         self.total_s = 0.0
 
     def add(self, start: float, end: float) -> None:
-        """Intervals come roughly in the order of their ends."""
+        """Add an interval of Unix times. Intervals must come roughly in the order of their ends."""
         if self._start is not None and (start > self._end + MERGE_GAP_S or self._end - self._start > FLUSH_S):
             start = max(start, self._end)
             self.flush()
@@ -98,11 +101,11 @@ class BusyLog:
 
     @property
     def busy_s(self) -> float:
-        """Seconds of all that was merged so far."""
+        """Seconds of everything merged so far."""
         return self.total_s + (max(0.0, self._end - self._start) if self._start is not None else 0.0)
 
     def flush(self) -> None:
-        """Tell what has been merged so far."""
+        """Write the event of what is merged so far."""
         if self._start is not None and self._end > self._start:
             self.total_s += self._end - self._start
             self._context.busy(self._actor, self._what, start=self._start, end=self._end)

@@ -1,8 +1,8 @@
-"""One exception hierarchy, and the exit code that each branch of it means.
+"""The exceptions of this package, and the exit code that each branch of them means.
 
-`UserError` is for what the user can mend (config, data, plug-in, checkpoint): the command line prints its
-message alone and exits with 2. `StageError` is for a run that failed after it had started and can be resumed: exit
-code 3. Anything else is a defect of ours; the traceback goes to the log and the exit code is 3 too.
+`UserError` is for what the user can correct (config, data, plug-in, checkpoint): the command line prints only its
+message and exits with 2. `StageError` is for a run that failed after it had started and can be resumed: exit code 3.
+Any other exception is a defect of this package; its traceback goes to the log, and the exit code is 3 too.
 """
 
 EXIT_OK = 0

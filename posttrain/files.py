@@ -1,8 +1,8 @@
-"""The files of a run: JSON lines that grow, and files and folders that are whole or absent.
+"""The files of a run: JSON lines that grow, and files and folders that are either whole or absent.
 
-A reader never sees half a result. A file or folder is written under another name beside its place, and renamed when it
-is complete: a crash leaves the old content, or none. What grows is appended to by whole lines, one `write` each, so
-that several processes may write to one file and a crash can cut off the last line only.
+A reader never sees half of a file. A file or folder is written under another name in the same folder, and renamed when
+it is complete: a crash leaves the old content, or none. A file that grows is appended to by whole lines with one
+`write` each, so that several processes may write to it and a crash can cut off only the last line.
 """
 
 import glob
@@ -52,7 +52,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(aside: Path, target: Path) -> None:
-    """Rename a folder that is complete to its place. For folders that several processes write; else `replacing`."""
+    """Rename a complete folder to its place, for folders that several processes write together; use `replacing`
+    for others.
+    """
     old = aside.with_suffix(".old")
     with suppress(FileNotFoundError):
         target.rename(old)
@@ -61,7 +63,7 @@ def replace_folder(aside: Path, target: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Delete what processes of this host that are no more left of writing `path`."""
+    """Delete what dead processes of this host left behind when they wrote `path`."""
     start = f".{path.name}.{platform.node()}-"
     for left in path.parent.glob(f"{glob.escape(start)}*{_SUFFIX}"):
         number = left.name.removeprefix(start).partition("-")[0]
@@ -70,7 +72,7 @@ def _sweep(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder; nothing where there is none."""
+    """Delete a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

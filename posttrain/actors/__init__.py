@@ -1,8 +1,8 @@
-"""Ray actors and other processes of this package: how they are called, watched, given up, and ended.
+"""Ray actors and other processes of this package: how they are called, watched, given up and ended.
 
-calls.py       await one remote call: with a deadline, or as long as the actor answers a heartbeat
+calls.py       await one remote call, with a deadline or as long as the actor answers a heartbeat
 losses.py      which errors mean that an actor is gone, as opposed to a fault that another actor would have too
-lane.py        work to one actor in batches, and its results back in batches
-processes.py   end a process for certain, or everything that carries a mark
-parent.py      a process that ends when the one that started it does
+lane.py        send work to one actor in batches, and fetch its results in batches
+processes.py   end a process for certain, or every process that carries a mark
+parent.py      a process that ends when the process that started it ends
 """

@@ -1,7 +1,7 @@
 """Await a remote call, with a deadline or with a heartbeat.
 
-Neither is a timeout around the call: where this process itself was stopped for a while, the answer is there when the
-time is up, and then it counts.
+Neither uses a timeout around the call. If this process itself was stopped for a while, the answer may have arrived by
+the time the deadline is checked, and then it counts.
 """
 
 import asyncio
@@ -26,10 +26,10 @@ async def await_call(call: Awaitable[T], timeout_s: float, message: str) -> T:
 async def await_with_heartbeat(
     call: Awaitable[T], ping: Callable[[], Awaitable[object]], timeout_s: float, *, name: str
 ) -> T:
-    """The result of a call that may take long, of an actor that answers other calls meanwhile.
+    """The result of a long call of an actor that answers other calls in the meantime.
 
-    ping: makes a call that the actor answers at once; one is made each second. Raises TimeoutError, which says that
-    `name` did not answer, when a ping takes more than `timeout_s`.
+    ping: makes a short call that the actor answers at once; one is made each second. Raises TimeoutError, which says
+    that `name` did not answer, when a ping takes more than `timeout_s` seconds.
     """
     waiting = asyncio.ensure_future(call)
     try:

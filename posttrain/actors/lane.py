@@ -56,21 +56,21 @@ class Lane(Generic[Work, Results]):
         self._error: BaseException | None = None
 
     def send(self, work: Work) -> None:
-        """Have the actor do this."""
+        """Queue work for the actor."""
         self._outbox.append(work)
         self._wake.set()
 
     def withdraw(self, is_unwanted: Callable[[Work], bool]) -> None:
-        """Do not send this work, where it is still here."""
+        """Drop queued work that has not been sent yet."""
         self._outbox = [work for work in self._outbox if not is_unwanted(work)]
 
     def fail(self, error: BaseException) -> None:
-        """The actor was found to be lost by another call: `serve` raises this."""
+        """Make `serve` raise this error, because another call has found that the actor is lost."""
         self._error = error
         self._wake.set()
 
     async def serve(self) -> None:
-        """Hand work to the actor and take its results until cancelled. Raises what the actor was lost by."""
+        """Send work to the actor and take its results until cancelled. Raises the error by which the actor was lost."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._feed())
@@ -79,7 +79,7 @@ class Lane(Generic[Work, Results]):
             raise errors.exceptions[0] from None
 
     async def next_batch(self) -> list[Work]:
-        """The next work to be sent, once there is some. Raises the error of `fail`."""
+        """Wait for work and return the next batch. Raises the error given to `fail`."""
         while True:
             if self._error is not None:
                 raise self._error

@@ -1,6 +1,6 @@
-"""A process that ends with the one that started it, however that one dies. Standard library only.
+"""A process that ends with the process that started it, however that one ends. Standard library only.
 
-`scoring/sandbox/inside.py` makes the same call by itself: it runs in a sandbox that cannot import this package.
+`scoring/sandbox/inside.py` makes the same call by itself, because it runs in a sandbox that cannot import this package.
 """
 
 import ctypes

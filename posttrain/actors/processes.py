@@ -1,7 +1,7 @@
-"""End processes for certain: one that is frozen hears neither Ray nor a polite signal.
+"""End processes for certain: a frozen process reacts neither to Ray nor to SIGTERM.
 
-`pipeline/watchdog.py` has a walk of its own over the processes: it runs by path, without this package and without
-psutil, so that it starts in milliseconds and nothing can break it.
+`pipeline/watchdog.py` searches the processes by itself: it runs by path, without this package and without psutil, so
+that it starts in milliseconds and no broken installation can stop it.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ def place_of_this() -> tuple[str, int]:
 
 
 def kill_process(node: str, pid: int) -> None:
-    """End a process that Ray was told to end, on a node of this cluster: SIGKILL if it is there after two seconds.
+    """End a process that Ray was told to end, on any node of the cluster: SIGKILL if it still runs after two seconds.
 
-    It may be gone already, and the node may be.
+    It is no error if the process or its node is already gone.
     """
     import ray
     from ray.exceptions import RayError
@@ -52,11 +52,12 @@ def _kill(pid: int) -> None:
 
 
 def kill_marked(variable: str, value: str, session: int | None = None) -> list[psutil.Process]:
-    """SIGKILL every process whose environment has this variable with this value. Returns those that got the signal.
+    """SIGKILL every process whose environment has this variable with this value. Returns the processes that were
+    signalled.
 
-    session: the processes of this session are killed too. A child that moved to another session and was orphaned can
-    be found by its environment only. Looks again until nothing new is found, since a process may fork between the
-    look and the signal. Does not wait for the processes to be gone.
+    session: processes of this session are killed too. A child that moved to another session and lost its parent can be
+    found only by its environment. The search repeats until it finds no new process, since a process may fork between
+    the search and the signal. It does not wait for the processes to end.
     """
     killed: set[psutil.Process] = set()
     while found := _marked(variable, value, session) - killed:

@@ -1,4 +1,4 @@
-"""What `posttrain ledger audit` prints."""
+"""The output of `posttrain ledger audit`."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from posttrain.rl.history.recovery import rl_stages
 
 
 def print_audits(run_dir: Path, as_json: bool) -> int:
-    """Audit every RL stage of a run; returns the exit code."""
+    """Audit every RL stage of a run and print the result; returns the exit code."""
     audits = [audit_stage(stage) for stage in rl_stages(run_dir)]
     if as_json:
         found = [

@@ -1,4 +1,4 @@
-"""Which schema a file is checked under: a pipeline, or the config of one kind of stage."""
+"""Which schema a file is checked with: that of a pipeline, or that of one kind of stage."""
 
 import difflib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from posttrain.pipeline.kinds import KINDS, load_schema, unknown_kind
 
 
 def read_any(file: str, overrides: Sequence[str] = (), kind: str | None = None) -> RawPipeline:
-    """Read a pipeline (it has `stages`) or a stage's config. Without `kind` the schema that fits best is taken."""
+    """Read a pipeline (a file with `stages`) or a stage's config. Without `kind` the schema that fits best is used."""
     path = find_pipeline(file)
     data = read_yaml(path)
     if kind is None and "stages" in data:
@@ -25,7 +25,10 @@ def read_any(file: str, overrides: Sequence[str] = (), kind: str | None = None) 
 
 
 def guess_kind(path: Path, data: dict) -> str:
-    """The kind of stage whose schema finds the fewest faults; a file named after a kind breaks a tie."""
+    """The kind of stage whose schema finds the fewest faults.
+
+    Between equals, the kind that the file is named after wins.
+    """
     faults: dict[str, int] = {}
     for name, kind in KINDS.items():
         try:
@@ -39,7 +42,7 @@ def guess_kind(path: Path, data: dict) -> str:
 
 
 def schema_of(name: str) -> type[Config]:
-    """The schema of a kind of stage, or of a pipeline."""
+    """The schema of a kind of stage, or of a pipeline. Raises ConfigError for another name."""
     if name == "pipeline":
         return PipelineConfig
     if name in KINDS:

@@ -1,10 +1,10 @@
-"""Shows a run while it goes on: a live stage list and an RL panel on a terminal, plain lines anywhere else.
+"""Shows a run while it goes on: a live table of stages and an RL panel on a terminal, plain lines anywhere else.
 
     events.jsonl ─► EventTail ─┬─► RunState ─► LiveDisplay (rich) | PlainDisplay
     metrics.jsonl of RL ───────┘
 
-Stages never print. All that is shown was read from the run's files, so a display can neither slow a stage nor miss what
-a resumed run does. Left out: metrics over time, which are the report's.
+Stages never print. The display reads everything from the run's files, so it cannot slow a stage down, and it shows a
+resumed run as well. Charts over time are left to the report.
 """
 
 import json
@@ -24,7 +24,7 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class EventTail:
-    """Reads the whole lines that were added to a file since the last call."""
+    """Reads the complete lines that were added to a file since the last call."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -32,7 +32,7 @@ class EventTail:
         self._rest = b""
 
     def read(self) -> list[dict[str, Any]]:
-        """New events, in order; lines that are not JSON are left out."""
+        """New events in order. Lines that are not JSON are skipped."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -54,7 +54,7 @@ class EventTail:
 
 @dataclass
 class StageState:
-    """What is known of one stage. `values` are those of its last progress event, `metrics` those of its last step."""
+    """What is known about one stage. values: from its last progress event. metrics: from its last step."""
 
     name: str
     kind: str
@@ -71,13 +71,13 @@ class StageState:
 
     @property
     def seconds(self) -> float | None:
-        """How long it has run, or ran."""
+        """How long the stage has been running, or took, in seconds."""
         if self.status == "running":
             return max(time.time() - self.started, 0.0)
         return self.wall_s
 
     def take(self, event: dict[str, Any]) -> None:
-        """Update from one event."""
+        """Update the state from one event."""
         kind = event.get("event")
         if kind == "stage_start":
             self.status, self.started = "running", float(event.get("t") or time.time())
@@ -91,7 +91,7 @@ class StageState:
 
 
 class RunState:
-    """The state of every stage, kept up to date from events."""
+    """The state of every stage, updated from events."""
 
     def __init__(self, nodes: Sequence[tuple[str, str]], events: Path):
         self.stages = {name: StageState(name, kind) for name, kind in nodes}
@@ -100,7 +100,7 @@ class RunState:
         self._lines = {name: NewLines(events.parent / name / "metrics.jsonl") for name, kind in nodes if kind == "rl"}
 
     def update(self) -> Iterator[tuple[StageState, dict[str, Any]]]:
-        """Read what is new; yields each event that concerns a stage, with the stage as it is after it."""
+        """Read what is new. Yields each event that belongs to a stage, with the state of the stage after it."""
         for name, lines in self._lines.items():
             for _, self.stages[name].metrics in lines.read():
                 pass
@@ -115,7 +115,7 @@ class RunState:
 
 
 class PlainDisplay:
-    """One dated line for each start, end, skip and fault, and one every few seconds for progress."""
+    """Prints one dated line for each start, end, skip and fault, and one every few seconds for progress."""
 
     def __init__(self, out: TextIO | None = None):
         self._out = out or sys.stdout
@@ -157,8 +157,10 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A table of stages that is drawn again in place, with a panel of figures for the RL stage that runs. Faults are
-    lines above it, which stay."""
+    """A table of stages that is redrawn in place, with a panel of figures for the running RL stage.
+
+    Faults are printed as lines above the table, and stay there.
+    """
 
     def __init__(self, console: Any = None) -> None:
         self._console = console  # rich's; None: standard output
@@ -176,14 +178,14 @@ class LiveDisplay:
         self._live.start()
 
     def refresh(self) -> None:
-        """Take in new events; rich draws on a thread of its own."""
+        """Read new events. rich redraws the table in a thread of its own."""
         for stage, event in self._state.update() if self._state else ():
             line = fault_text(stage.name, event)
             if line and self._live:
                 self._live.console.print(dated(event, line), style="yellow", markup=False, highlight=False)
 
     def stop(self) -> None:
-        """Draw once more and leave the table on the screen."""
+        """Draw a last time and leave the table on the screen."""
         self.refresh()
         if self._live:
             self._live.stop()
@@ -240,28 +242,30 @@ def _stage_table(stages: Sequence[StageState]) -> Any:
 
 
 def dated(event: dict[str, Any], line: str) -> str:
-    """The line after the time of its event."""
+    """A line with the local time of its event in front."""
     return f"{time.strftime('%H:%M:%S', time.localtime(float(event.get('t') or time.time())))}  {line}"
 
 
 def fault_text(stage: str, event: dict[str, Any]) -> str:
-    """Such as `rl  engine replaced: engine-0: its process ended`; empty for an event that is no fault."""
+    """The text of a fault, such as `rl  engine replaced: engine-0: its process ended`; "" for an event that is no
+    fault.
+    """
     words = fault_words(event)
     return "" if words is None else f"{stage}  {': '.join(part for part in words if part)}"
 
 
 def progress_text(stage: StageState) -> str:
-    """Such as `12/40 steps`."""
+    """How far a stage is, such as `12/40 steps`."""
     return f"{stage.done:g}/{stage.total:g} {stage.unit}" if stage.total else ""
 
 
 def values_text(values: dict[str, Any]) -> str:
-    """Such as `reward 0.41 · staleness 1.2`."""
+    """Figures on one line, such as `reward 0.41 · staleness 1.2`."""
     return " · ".join(f"{key} {_short(value)}" for key, value in values.items())
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Such as `7.3 s` or `2 min 05 s`."""
+    """A duration such as `7.3 s` or `2 min 05 s`."""
     if seconds is None:
         return ""
     if seconds < 60:
@@ -274,5 +278,5 @@ def _short(value: Any) -> str:
 
 
 def make_display() -> PlainDisplay | LiveDisplay:
-    """A live one on a terminal, a plain one elsewhere."""
+    """A live display on a terminal, a plain one elsewhere."""
     return LiveDisplay() if sys.stdout.isatty() else PlainDisplay()

@@ -1,8 +1,8 @@
-"""`posttrain doctor`: what works on this machine, what does not, and how to mend it in one line each.
+"""`posttrain doctor`: what works on this machine, what does not, and how to fix it, one line for each.
 
-Packages and machine are read; torch, vLLM, DeepSpeed, Ray and the sandbox are tried, each in a process of its own with
-a deadline, two at a time, and whatever such a process started is gone when its check ends. Nothing is downloaded and
-nothing outside temporary folders is written. The exit code is 0 if all that is needed works, else 2.
+Packages and the machine are only looked at. torch, vLLM, DeepSpeed, Ray and the sandbox are tried, two at a time, each
+in a process of its own with a deadline; everything that such a process started is ended with its check. Nothing is
+downloaded, and nothing is written outside of temporary folders. The exit code is 0 if all that is needed works, else 2.
 """
 
 import json
@@ -35,7 +35,7 @@ from posttrain.errors import EXIT_OK, EXIT_USER
 MAX_MESSAGE = 300
 MARK = "POSTTRAIN_DOCTOR_PROBE"
 UNINSTALL = f"pip uninstall -y {' '.join(IMAGE_AND_SOUND)}"
-# What a message means, most particular first; {0} is the first group.
+# (pattern of an error message, remedy), the most specific first. {0} in a remedy is the pattern's first group.
 REMEDIES = (
     (r"torchvision::nms|torchaudio|torchcodec|libcudart", f"built for another torch, and text needs none: {UNINSTALL}"),
     (r"InvalidCxxCompiler|No working C\+\+ compiler|CppCompileError", "install a C++ compiler: apt-get install g++"),
@@ -52,7 +52,7 @@ REMEDIES = (
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A program of doctor_probes. mend: what to do if its message says nothing more particular."""
+    """A program of doctor_probes. mend: the remedy if no pattern of REMEDIES fits its message."""
 
     name: str
     title: str
@@ -83,7 +83,10 @@ class ProbeEnd:
 
 
 def run_probe(name: str, deadline_s: float, command: Sequence[str] | None = None) -> ProbeEnd:
-    """Run one probe to its end or its deadline, and kill whatever it left. `command` runs something else instead."""
+    """Run a probe to its end or its deadline, and kill whatever it left behind.
+
+    `command` replaces the probe's own command.
+    """
     started = time.monotonic()
     mark = uuid.uuid4().hex
     command = command or [sys.executable, "-P", "-m", "posttrain.cli.doctor_probes", name]
@@ -128,7 +131,9 @@ def _environment(mark: str) -> dict[str, str]:
 
 
 def _kill_all(process: "subprocess.Popen[Any]", mark: str) -> None:
-    """Kill the probe and everything it started: its session, and whatever still carries the mark in its environment."""
+    """Kill the probe and everything that it started: its session, and every process with the mark in its
+    environment.
+    """
     import psutil
 
     psutil.wait_procs(kill_marked(MARK, mark, session=process.pid), timeout=5)
@@ -144,7 +149,7 @@ def _last_json(output: str) -> Mapping[str, Any] | None:
 
 
 def judge(probe: Probe, end: ProbeEnd) -> Check:
-    """Turn the end of a probe into a check, with the remedy that its message asks for."""
+    """The check for an ended probe, with the remedy that fits its message."""
     if end.found is not None:
         return Check("works", probe.title, "ok", str(end.found["found"]), wall_s=end.wall_s)
     lines = [line.strip() for line in end.output.splitlines() if line.strip()]
@@ -160,7 +165,7 @@ def judge(probe: Probe, end: ProbeEnd) -> Check:
 
 
 def remedy(output: str, otherwise: str) -> str:
-    """What to do about a message, in one line."""
+    """What to do about an error message, on one line."""
     for pattern, mend in REMEDIES:
         match = re.search(pattern, output)
         if match:
@@ -169,7 +174,7 @@ def remedy(output: str, otherwise: str) -> str:
 
 
 def judge_torch(check: Check, end: ProbeEnd, has_gpu: bool) -> Check:
-    """Whether the build of torch fits the machine."""
+    """Whether the build of torch fits the machine: a CUDA build where there is a GPU, a CPU build elsewhere."""
     if end.found is None or bool(end.found["cuda"]) == has_gpu:
         return check
     if has_gpu:
@@ -183,7 +188,7 @@ def judge_torch(check: Check, end: ProbeEnd, has_gpu: bool) -> Check:
 
 
 def try_everything(has_gpu: bool, done: Callable[[str], None]) -> list[Check]:
-    """Run the probes, two at a time, and return their checks in order."""
+    """Run the probes, two at a time, and return their checks in order. `done` is called with the title of each."""
     wanted = [probe for probe in PROBES if probe.name != "imports" or any(map(installed, IMAGE_AND_SOUND))]
 
     def one(probe: Probe) -> Check:
@@ -197,7 +202,7 @@ def try_everything(has_gpu: bool, done: Callable[[str], None]) -> list[Check]:
 
 
 def collect(done: Callable[[str], None] = lambda title: None) -> list[Check]:
-    """Every check: the packages, the patches of upstream libraries, the machine, and what works."""
+    """All checks: of the packages, of the machine, and of what works."""
     machine, has_gpu = machine_checks()
     return [python_check(), *package_checks(), *patch_checks(), *machine, *try_everything(has_gpu, done)]
 

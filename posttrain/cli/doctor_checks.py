@@ -1,6 +1,7 @@
-"""The checks of `posttrain doctor` that only look: Python, packages against the tested versions, and the machine.
+"""The checks of `posttrain doctor` that run nothing: Python, the packages' versions against the tested ones, the
+machine.
 
-The tested versions are read from the package's own metadata, so that there is one list of them, in pyproject.toml.
+The tested versions are read from the metadata of this package, so that pyproject.toml holds the only list of them.
 """
 
 import importlib.metadata
@@ -63,7 +64,7 @@ ENABLES = {
     "trackio": "trackers: trackio",
     "wandb": "trackers: wandb",
 }
-NOT_NEEDED = ("dev", "tensorboard", "trackio", "wandb")  # extras that nobody lacks who did not ask for them
+NOT_NEEDED = ("dev", "tensorboard", "trackio", "wandb")  # extras that are no fault if they are not installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def installed(name: str) -> str | None:
 
 
 def python_check(running: tuple[int, int] = sys.version_info[:2], version: str = platform.python_version()) -> Check:
-    """Python itself: the pinned set has wheels for some minor versions, and was tested with one of them."""
+    """Python itself: the pinned packages have wheels for some minor versions, and were tested with one of them."""
     tested = ".".join(map(str, TESTED_PYTHON))
     if running == TESTED_PYTHON:
         return Check("packages", "python", "ok", version, tested, "everything")
@@ -106,7 +107,7 @@ def python_check(running: tuple[int, int] = sys.version_info[:2], version: str =
 
 
 def pinned_versions() -> list[tuple[str, str, str]]:
-    """(name, version, extra) of each pinned requirement, from the installed metadata; extra is "" for the core."""
+    """(name, version, extra) of each pinned requirement, from the installed metadata. extra is "" for the core."""
     try:
         lines = importlib.metadata.requires("posttrain") or []
     except importlib.metadata.PackageNotFoundError:
@@ -138,7 +139,7 @@ def patch_checks() -> list[Check]:
 
 
 def package_checks() -> list[Check]:
-    """Each pinned package: installed version against tested version."""
+    """One check for each pinned package: its installed version against the tested one."""
     tested = pinned_versions()
     if not tested:
         mend = "install the project itself: make install, or pip install ."
@@ -165,7 +166,7 @@ def _package_check(name: str, version: str, extra: str, *, engine: str | None) -
 
 
 def machine_checks() -> tuple[list[Check], bool]:
-    """Cores, memory, shared memory, disk, compiler and GPUs; and whether there is a GPU."""
+    """Checks of cores, memory, shared memory, disk, compiler and GPUs; and whether there is a GPU."""
     gpus = gpu_names()
     cores = len(os.sched_getaffinity(0))
     checks = [
@@ -201,7 +202,7 @@ def _free_gib(folder: str) -> float | None:
 
 
 def memory_gib() -> float | None:
-    """Memory that can still be used, in GiB: the machine's, or the container's limit where that is lower."""
+    """Memory that is still free, in GiB: of the machine, or below the container's limit if that is less."""
     try:
         import psutil
     except ImportError:

@@ -54,10 +54,10 @@ def run(
     only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Run this stage and no other.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Run a pipeline, or continue it where it stood.
+    """Run a pipeline, or continue an earlier run of it.
 
-    A stage whose config, inputs and code are as before is skipped. The same command after Ctrl-C or a failure
-    continues. In an override the first part of the key is the stage's name.
+    A stage whose config, inputs and code have not changed is skipped. After Ctrl-C or a failure the same command
+    continues the run. In an override the first part of the key is the stage's name.
 
     Examples:
 
@@ -251,7 +251,7 @@ def schema(stage: Annotated[str, typer.Argument(help="base, filter, sft, rl, dpo
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
-    """Say what is installed, what works on this machine, and how to mend what does not."""
+    """Say what is installed, what works on this machine, and how to fix what does not."""
     from posttrain.cli.doctor import run_doctor
 
     raise typer.Exit(run_doctor(as_json))
@@ -330,7 +330,10 @@ def _run(
 
 
 def _write_report(run_dir: Path) -> None:
-    """A report of what there is. That it could not be written must not hide how the run ended."""
+    """Write the report of what the run directory holds.
+
+    A failure here must not hide how the run ended, so it is only printed.
+    """
     if not (run_dir / "summary.json").exists() or isinstance(sys.exc_info()[1], KeyboardInterrupt | ConfigError):
         return
     try:

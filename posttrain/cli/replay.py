@@ -1,4 +1,4 @@
-"""`posttrain rl --replay`: train again on the batches of a run, and say whether the weights are the same."""
+"""`posttrain rl --replay`: train again on the batches of a run, and say whether the weights come out equal."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from posttrain.rl.history.replay import replay, seed_of
 
 
 def replay_run(run_dir: Path, target: Path) -> int:
-    """Replay every RL stage of a run, each into a folder of `target`; returns the exit code."""
+    """Replay every RL stage of a run, each into its own folder of `target`; returns the exit code."""
     equal = True
     for stage in rl_stages(run_dir):
         if not (stage / "config.yaml").exists():

@@ -1,10 +1,10 @@
-"""The panel of an RL stage that runs: the figures of its last optimizer step, one line a subject."""
+"""The panel of a running RL stage: the figures of its last optimizer step, one line for each subject."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Subject -> figures: key in metrics.jsonl, its label, and how it is written. A key that ends with / is the start of
-# several, such as idle/trainer; what follows is their label.
+# Subject -> its figures: the key in metrics.jsonl, a label and a format. A key that ends in / stands for all keys that
+# begin with it, such as idle/trainer; the rest of the key is then the label.
 SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "reward": (
         ("reward_mean", "mean", "{:.3f}"),
@@ -51,7 +51,7 @@ PREFIXES = ("/", "_")
 
 
 def alarms(name: str, value: float, unscored_limit: float | None) -> bool:
-    """Whether a figure is shown as an alarm. unscored_limit: the stage's reward.alarm_fraction, where it is known."""
+    """Whether a figure is shown as an alarm. unscored_limit: the stage's reward.alarm_fraction, None if not known."""
     if name == "unscored_fraction":
         return unscored_limit is not None and value > unscored_limit
     return name == "grad_norm" and value < 0  # the step was skipped
@@ -60,7 +60,10 @@ def alarms(name: str, value: float, unscored_limit: float | None) -> bool:
 def figures(
     metrics: Mapping[str, float], unscored_limit: float | None = None
 ) -> dict[str, list[tuple[str, str, bool]]]:
-    """Subject -> (label, value as text, whether it alarms) of its figures; subjects without any are left out."""
+    """Subject -> (label, value as text, whether it is an alarm) of its figures.
+
+    Subjects without any figure are left out.
+    """
     found: dict[str, list[tuple[str, str, bool]]] = {}
     for subject, entries in SUBJECTS.items():
         for key, label, form in entries:
@@ -71,7 +74,7 @@ def figures(
 
 
 def _named(metrics: Mapping[str, float], key: str, label: str) -> list[tuple[str, str]]:
-    """(key, label) of the metrics that an entry of SUBJECTS means. Of drops, those that there were."""
+    """(key, label) of the metrics that an entry of SUBJECTS stands for; of drop counters, only those above 0."""
     if not key.endswith(PREFIXES):
         return [(key, label)] if key in metrics else []
     names = [name for name in metrics if name.startswith(key)]
@@ -81,7 +84,7 @@ def _named(metrics: Mapping[str, float], key: str, label: str) -> list[tuple[str
 
 
 def rl_panel(title: str, metrics: Mapping[str, float], otherwise: str, *, unscored_limit: float | None = None) -> Any:
-    """A panel; `otherwise` is said in it while no step is done."""
+    """The panel. `otherwise` is the text in it before the first step is done."""
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text

@@ -1,12 +1,12 @@
-"""The one home of chat rendering: messages in, token ids and the loss mask out, the same for every stage.
+"""Renders chats for every stage: messages in, token ids and the loss mask out.
 
-Text is rendered by the tokenizer's own chat template. The mask comes from the template's `{% generation %}` markers;
-a template without them is rendered prefix by prefix, and the prefixes are checked, never assumed. A reply is trained
-on together with the token that ends its turn, else the model would not learn to stop. A template that leaves out calls
-or results of tools is refused.
+Text is rendered by the tokenizer's own chat template. The mask comes from the template's `{% generation %}` markers. If
+a template has none, the conversation is rendered prefix by prefix, and each prefix is checked to be a beginning of the
+next. The token that ends a turn is trained on too: otherwise the model would not learn to stop. A template that leaves
+out tool calls or tool results is refused.
 
-Left out: truncation and packing (see packing), and any repair of a template; a template that renders a prompt one
-way for sampling and another way for training is an error here, not a surprise in the loss.
+Left out: truncation and packing, and any repair of a template. A template that renders a prompt one way for sampling
+and another way for training raises an error here, where it would otherwise show only in the loss.
 
 `tokenizer` is any Hugging Face tokenizer with a chat template (`PreTrainedTokenizerBase`); this module imports none.
 """
@@ -38,7 +38,7 @@ def _as_dict(message: Message) -> dict[str, Any]:
     if not isinstance(message.content, str):
         raise DataError("a message has an image: only text can be rendered")
     record: dict[str, Any] = {"role": message.role, "content": message.content}
-    # Templates ask whether a key is there, so one that says nothing is left out.
+    # Templates ask whether a key exists, so a key without a value must not be there.
     if message.tool_calls:
         record["tool_calls"] = [tool_call_to_json(call) for call in message.tool_calls]
     optional = {"tool_call_id": message.tool_call_id, "name": message.name}
@@ -122,7 +122,7 @@ def render_conversation(tokenizer: Any, messages: Messages, tools: Tools = None)
 
 
 def learned_turns(messages: Messages) -> list[int]:
-    """Indices of the assistant turns that are trained on; a mapping is, a record may say otherwise."""
+    """Indices of the assistant turns that are trained on. A turn may say otherwise by `trained=False`."""
     return [
         index
         for index, item in enumerate(messages)
@@ -178,7 +178,7 @@ def _require_tools_shown(
     for where, variant, shown_tools in variants:
         try:
             same = list(_apply(tokenizer, variant, tools=shown_tools, **options)["input_ids"]) == ids
-        except DataError:  # the template looks at it closely enough to refuse it
+        except DataError:  # the template refuses the changed conversation, so it does read this part
             continue
         if same:
             raise DataError(
@@ -187,7 +187,7 @@ def _require_tools_shown(
 
 
 def _tool_variants(dicts: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Each thing that has to do with a tool, named, and the conversation with only that changed."""
+    """For each part that has to do with a tool: its name, and the conversation with only this part changed."""
     for index, item in enumerate(dicts):
         before, after = dicts[:index], dicts[index + 1 :]
         calls = item.get("tool_calls") or []
@@ -207,7 +207,7 @@ def _tool_variants(dicts: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict
 def _turn_spans(
     tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools, *, ids: list[int], turns: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Where in `ids` each of these turns begins and ends: it is what it adds to the prompt rendered before it."""
+    """(start, end) in `ids` of each of these turns: the tokens that the turn adds to the prompt rendered before it."""
     spans: list[tuple[int, int]] = []
     for index in turns:
         prompt = _prompt_ids(tokenizer, dicts[:index], tools)
@@ -219,14 +219,17 @@ def _turn_spans(
 
 
 def _up_to_end_of_turn(ids: list[int], span: tuple[int, int], ends: set[int]) -> tuple[int, int]:
-    """What follows the end of the turn (a newline, in some formats) is the template's, not the model's."""
+    """The span cut after the token that ends the turn.
+
+    What some templates add after it, such as a newline, is not the model's.
+    """
     start, stop = span
     last = next((at for at in range(stop - 1, start - 1, -1) if ids[at] in ends), stop - 1)
     return start, last + 1
 
 
 def _within(mask: list[int], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The mask, 0 outside of the spans."""
+    """The mask with 0 outside of the spans."""
     kept = [0] * len(mask)
     for start, stop in spans:
         kept[start:stop] = mask[start:stop]
@@ -234,7 +237,9 @@ def _within(mask: list[int], spans: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _with_end_of_turn(ids: list[int], mask: list[int], ends: set[int]) -> list[int]:
-    """Some templates close the marker before the end-of-turn token; it belongs to the reply."""
+    """The mask with the end-of-turn token included: some templates close the marker before it, but it belongs to
+    the reply.
+    """
     return [
         1 if bit or (at and mask[at - 1] and token in ends and ids[at - 1] not in ends) else 0
         for at, (token, bit) in enumerate(zip(ids, mask, strict=True))

@@ -1,8 +1,8 @@
-"""Datasets to validated rows: read every row, name every bad one, before any model is loaded.
+"""From datasets to validated rows: read every row and name every bad one, before any model is loaded.
 
-Two kinds of row: a `supervised` example ends with an assistant turn, a `prompt` ends with a user or tool
-turn. What is left out: single messages (messages.py), their order (turns.py), tokens (chat.py), mixing, and repair: a
-bad row is an error with its file and number, never dropped.
+There are two kinds of row: a `supervised` example ends with an assistant turn, a `prompt` with a user or tool turn.
+messages.py reads single messages, turns.py checks their order, chat.py makes tokens. Rows are never repaired or
+dropped: a bad row is an error that names its file and number.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,7 +37,7 @@ def load_rows(data: Data, *, kind: Kind, limit: int | None = None, stage: str | 
 
 
 def check_data(data: Data, kind: Kind, rows: int = 100, *, stage: str | None = None) -> list[str]:
-    """Problems in the first rows of a dataset, one line each; a path that still holds `${...}` is not looked at."""
+    """Problems in the first rows of a dataset, one line each. A path that still holds `${...}` is not checked."""
     return check(data, _parser(kind, stage), rows, identity=lambda row: row.id)
 
 
@@ -79,7 +79,7 @@ def as_config(data: Data) -> DataConfig:
 def scan(
     data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, *, identity: Callable[[T], str]
 ) -> Iterator[T | str]:
-    """Yield each row parsed, or one line that says what is wrong with it."""
+    """For each row, the parsed row, or one line that says what is wrong with it."""
     config = as_config(data)
     paths = [config.path] if isinstance(config.path, str) else config.path
     limits = [value for value in (limit, config.limit) if value is not None]
@@ -102,7 +102,7 @@ def scan(
 def collect(
     data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, *, identity: Callable[[T], str]
 ) -> list[T]:
-    """Every row of a dataset; raises `DataError` if one is bad or there are none."""
+    """All rows of a dataset. Raises `DataError` if any is bad, or if there are none."""
     rows: list[T] = []
     problems: list[str] = []
     for item in scan(data, parse, limit, identity=identity):
@@ -122,7 +122,7 @@ def collect(
 def check(
     data: Data, parse: Callable[[Record, DataConfig], T], rows: int, *, identity: Callable[[T], str]
 ) -> list[str]:
-    """Problems in the first rows, as lines."""
+    """Problems in the first `rows` rows, one line each."""
     if "${" in _shown_path(data):
         return []
     try:
@@ -157,7 +157,7 @@ def parse_row(record: Record, kind: Kind, capability: str) -> Row:
 
 
 def take_conversation(value: dict[str, Any], kind: Kind) -> tuple[Message, ...]:
-    """Remove the conversation from a raw row: `messages`, or `prompt` with `completion` or `response`."""
+    """Remove the conversation from a raw row and return it: `messages`, or `prompt` with `completion` or `response`."""
     if value.get("messages") is not None:
         return to_messages(value.pop("messages"), "messages")
     if value.get("prompt") is None:
@@ -173,7 +173,7 @@ def take_conversation(value: dict[str, Any], kind: Kind) -> tuple[Message, ...]:
 
 
 def take_turns(value: dict[str, Any], name: str, role: str) -> tuple[Message, ...]:
-    """Remove a field that holds messages, or text that is one turn of `role`."""
+    """Remove a field and return its messages. A plain text is one turn of `role`."""
     turns = from_json_text(value.pop(name))
     if isinstance(turns, str):
         turns = [{"role": role, "content": turns}]
@@ -181,7 +181,7 @@ def take_turns(value: dict[str, Any], name: str, role: str) -> tuple[Message, ..
 
 
 def take_id(value: dict[str, Any], record: Record) -> str:
-    """Remove the row's id, or make one of its file and number."""
+    """Remove and return the row's id; without one, make it from file and number."""
     identity = value.pop("id", None)
     if identity is None:
         return f"{record.label}:{record.number}"
@@ -191,7 +191,7 @@ def take_id(value: dict[str, Any], record: Record) -> str:
 
 
 def take_capability(value: dict[str, Any], default: str) -> str:
-    """Remove the row's capability, or use the dataset's."""
+    """Remove and return the row's capability; without one, that of the dataset."""
     capability = value.pop("capability", None)
     if capability is None:
         return default

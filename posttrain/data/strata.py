@@ -8,7 +8,7 @@ from posttrain.records import Row
 
 
 def hash_order(seed: int, name: str) -> int:
-    """A number that looks random, but is the same for the same seed and name everywhere: sort by it."""
+    """A number to sort by. It looks random, but the same seed and name give the same number everywhere."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "big")
 
 
@@ -32,9 +32,9 @@ def proportional_shares(sizes: Mapping[str, int], total: int, seed: int = 0) -> 
 
 
 def sampled_rows(rows: Sequence[Row], limit: int | None) -> list[Row]:
-    """All rows, or `limit` of them, a fair share of each capability.
+    """All rows, or `limit` of them with a fair share of each capability.
 
-    The choice hangs on the rows' ids alone, not on a seed, so that two policies are measured on the same prompts.
+    The choice depends only on the rows' ids, not on a seed, so that two policies are measured on the same prompts.
     """
     if limit is None or limit >= len(rows):
         return list(rows)

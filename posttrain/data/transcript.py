@@ -1,4 +1,4 @@
-"""Messages as text for a reader: a judge, a page, a line of a log. Not for a model that is trained: see chat.py."""
+"""Messages as plain text, for a judge, a page or a log. What a model is trained on is rendered by chat.py."""
 
 import json
 from collections.abc import Sequence

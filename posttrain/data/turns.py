@@ -1,4 +1,4 @@
-"""The rules of a whole conversation: the order of its turns, how it ends, and what a stage can use of it."""
+"""The rules of a whole conversation: the order of its turns, how it ends, and what each stage can use of it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -26,7 +26,7 @@ def check_turns(messages: Sequence[Message], name: str, kind: Kind) -> None:
     assistant turn, and at least one of its assistant turns is trained on.
     """
     start = 1 if messages[0].role == "system" else 0
-    calling = -1  # the assistant turn whose calls are being answered
+    calling = -1  # index of the assistant turn whose calls the tool turns answer
     for index, message in enumerate(messages[start:], start):
         expected = _expected(messages[index - 1] if index > start else None)
         if message.role not in expected:
@@ -46,12 +46,12 @@ def check_turns(messages: Sequence[Message], name: str, kind: Kind) -> None:
 
 
 def is_learned(message: Message) -> bool:
-    """Whether supervised training learns this turn."""
+    """Whether supervised training trains on this turn."""
     return message.role == "assistant" and message.trained is not False
 
 
 def _expected(before: Message | None) -> tuple[str, ...]:
-    """The roles that may follow a turn; None: none but a system turn came before."""
+    """The roles that may follow a turn. None stands for the start, with or without a system turn."""
     if before is None or (before.role == "assistant" and not before.tool_calls):
         return ("user",)
     if before.role == "assistant":
@@ -60,7 +60,7 @@ def _expected(before: Message | None) -> tuple[str, ...]:
 
 
 def _check_results(messages: Sequence[Message], name: str, calling: int, *, end: int) -> None:
-    """Hold the results in [calling + 1, end) against the calls: by id where both sides have one, else by number."""
+    """Compare the tool results in [calling + 1, end) with the calls: by id where both have one, else by number."""
     calls = messages[calling].tool_calls
     open_ids = [call.id for call in calls if call.id is not None]
     for index in range(calling + 1, end):

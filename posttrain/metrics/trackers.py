@@ -1,9 +1,9 @@
-"""Hands a stage's metrics on to TensorBoard, trackio and wandb while it runs. Off unless the config asks for it.
+"""Sends a stage's metrics to TensorBoard, trackio and wandb while it runs, if the config asks for it.
 
     StageContext.metrics ─► metrics.jsonl ─► Follower, a thread of the stage's process ─► each tracker's own library
 
-metrics.jsonl stays the truth: a tracker is given what is added to it, the numbers only. The stage waits for a tracker
-at its end alone, and not for long; one that raises is reported once, as an event, and is off from then on.
+metrics.jsonl stays the record of the run. A tracker gets the numbers of each line that is added to it. The stage waits
+for trackers only at its end, and not for long. A tracker that raises is reported once, as an event, and then off.
 """
 
 import threading
@@ -18,12 +18,12 @@ from posttrain.context import StageContext
 from posttrain.metrics.tail import NewLines
 
 POLL_S = 1.0
-END_S = 60.0  # to hand on the rest and to finish
+END_S = 60.0  # seconds that the trackers have to send the rest and finish when the stage has ended
 
 
 @dataclass(frozen=True, slots=True)
 class Tracker:
-    """One that is open. log: takes a step and the numbers of its line; close: writes out what is left."""
+    """An open tracker. log: takes a step and the numbers of its line. close: writes out what is left."""
 
     log: Callable[[int, dict[str, float]], Any]
     close: Callable[[], Any]
@@ -33,7 +33,7 @@ Opener = Callable[[dict[str, Any], int], Tracker]  # keyword arguments of `argum
 
 
 def arguments(config: TrackersConfig | None, run: str, stage: str, *, folder: Path) -> dict[str, dict[str, Any]]:
-    """What the library of each tracker that is on is opened with, by the tracker's name. folder: the stage's."""
+    """The keyword arguments that each tracker's library is opened with, by the tracker's name. folder: the stage's."""
     config = config or TrackersConfig()
     found: dict[str, dict[str, Any]] = {}
     if config.tensorboard:
@@ -81,7 +81,7 @@ OPENERS: Mapping[str, Opener] = {"tensorboard": _tensorboard, "trackio": _tracki
 def tracked(
     config: TrackersConfig | None, context: StageContext, openers: Mapping[str, Opener] = OPENERS
 ) -> Iterator[None]:
-    """Inside, what is added to the stage's metrics.jsonl goes to the trackers that are on."""
+    """While the `with` block runs, new lines of the stage's metrics.jsonl go to the trackers that are switched on."""
     run = context.events.resolve().parent.name
     found = arguments(config, run, context.name, folder=context.dir)
     if not found:
@@ -96,7 +96,7 @@ def tracked(
 
 
 class Follower(threading.Thread):
-    """Reads what is added to metrics.jsonl, and opens each tracker at the first line there is for it."""
+    """Reads what is added to metrics.jsonl. It opens each tracker when there is the first line for it."""
 
     def __init__(self, context: StageContext, trackers: Mapping[str, tuple[Opener, dict[str, Any]]]):
         super().__init__(name="trackers", daemon=True)
@@ -107,7 +107,7 @@ class Follower(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Hand on until `end` is called, then the rest."""
+        """Send new lines until `end` is called, then the rest."""
         while not self._ended.wait(POLL_S):
             self._hand_on()
         self._hand_on()
@@ -115,7 +115,7 @@ class Follower(threading.Thread):
             self._guarded(name, tracker.close)
 
     def end(self) -> None:
-        """Hand on the rest and close; a tracker that takes too long is left behind."""
+        """Send the rest and close. A tracker that takes longer than END_S is abandoned."""
         self._ended.set()
         self.join(END_S)
         if self.is_alive():
@@ -130,7 +130,7 @@ class Follower(threading.Thread):
                 self._guarded(name, lambda t=tracker, s=step, v=values: t.log(s, v))
 
     def _guarded(self, name: str, call: Callable[[], Any]) -> None:
-        """A tracker must not end a run: whatever it raises turns it off."""
+        """Call a tracker. A tracker must not end a run, so any exception switches it off."""
         try:
             call()
         except (Exception, SystemExit) as error:

@@ -1,4 +1,4 @@
-"""What a layout needs on each GPU, and which layouts fit."""
+"""The memory that a layout needs on each GPU, and which layouts fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ class Need:
 
     @property
     def total(self) -> int:
-        """What must be there at once."""
+        """The largest number of bytes in use at one time."""
         return self.state.total(self.activations or 0) + self.kv
 
 
 def need(sizes: Sizes, plan: PlanConfig, parallel: ParallelConfig | None = None) -> Need:
-    """What one GPU needs under `parallel` (default: the plan's own).
+    """The memory of one GPU in the layout `parallel`, by default that of the plan.
 
     Raises ConfigError if the layout's `expert` does not fit the model.
     """
@@ -47,7 +47,7 @@ def need(sizes: Sizes, plan: PlanConfig, parallel: ParallelConfig | None = None)
 
 
 def layouts(sizes: Sizes, gpus: int, offload: str = "none") -> Iterator[ParallelConfig]:
-    """Every zero and every expert size that divides both the GPUs and the experts."""
+    """Every combination of a ZeRO stage and an expert size that divides both the GPUs and the experts."""
     experts = sizes.config.num_local_experts if sizes.experts else 1
     for zero in (0, 1, 2, 3):
         for expert in range(1, min(experts, gpus) + 1):
@@ -59,12 +59,12 @@ def layouts(sizes: Sizes, gpus: int, offload: str = "none") -> Iterator[Parallel
 
 
 def fits(needed: Need, plan: PlanConfig, gpu_gib: float) -> bool:
-    """True if a GPU of so many GiB has room, its reserve kept free."""
+    """True if a GPU with `gpu_gib` GiB has room for it, with the plan's reserve left free."""
     return needed.total <= gpu_gib * (1 - plan.reserve) * 2**30
 
 
 def fewest(sizes: Sizes, plan: PlanConfig, gpu_gib: float) -> Need | None:
-    """The best layout on the fewest GPUs (a power of two) that fit; None if not even a very large number does."""
+    """The layout that needs the fewest GPUs (a power of two); None if not even a very large number is enough."""
     gpus = 1
     while gpus <= MOST_GPUS:
         found = [need(sizes, plan, layout) for layout in layouts(sizes, gpus, plan.parallel.offload)]

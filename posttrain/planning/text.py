@@ -12,7 +12,7 @@ GIB = 1 << 30
 
 
 def render(name: str, sizes: Sizes, plan: PlanConfig, *, gpu_gib: Sequence[float]) -> str:
-    """Parameters, one layout by part, and the table of layouts."""
+    """The plan as text: parameters, the memory of one layout by part, and a table of all layouts."""
     lines = [f"{name}: {sizes.total / 1e9:.2f}B parameters, {sizes.active / 1e9:.2f}B active per token", ""]
     lines += [f"  {part:<14} {count / 1e9:>10.3f}B" for part, count in sizes.parts.items()]
     own = need(sizes, plan)
@@ -43,7 +43,7 @@ def render(name: str, sizes: Sizes, plan: PlanConfig, *, gpu_gib: Sequence[float
 
 
 def to_json(name: str, sizes: Sizes, plan: PlanConfig, *, gpu_gib: Sequence[float]) -> dict[str, Any]:
-    """The same for machines; sizes in bytes."""
+    """The same plan as a JSON object, with sizes in bytes."""
     own = need(sizes, plan)
     rows = [need(sizes, plan, layout) for layout in layouts(sizes, plan.parallel.processes, plan.parallel.offload)]
     best = {f"{size:g}": fewest(sizes, plan, size) for size in gpu_gib}

@@ -23,16 +23,18 @@ from posttrain.sampling.requests import Completion, EngineLostError, SampleReque
 
 CHUNK_REQUESTS = 64
 START_S = 900.0
-MAX_STARTS = 3  # of engines in the place of one, before it is given up
+MAX_STARTS = 3  # how many engines may fail to start in the place of a lost one before the stage fails
 
-Sampled = tuple[list[list[Completion]], float, float]  # by request, and the Unix times of start and end
+Sampled = tuple[list[list[Completion]], float, float]  # completions by request; Unix times of start and end
 
 
 class Engines:
-    """A context manager over the leased engine actors. Must run inside an initialised Ray session.
+    """The engines that a stage has leased, as a context manager. It needs an initialised Ray session.
 
-    activity: what the engines do, for the timeline. logs: when they did it, by the name that the first engine in each
-    place had; another engine in its place goes on with its log.
+    activity: the word for what the engines do, for the timeline. logs: when each engine was busy, by the name of the
+    first engine in each place; an engine that replaces it continues its log.
+
+    Example: `with Engines(context, config.model, config.engine, resources=actor_resources) as engines: ...`.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Engines:
         self._give_back(keep=kind is None and self._context.warm_engines)
 
     def _give_back(self, keep: bool) -> None:
-        """Release all engines. One that is still starting is never kept: a later stage could not use it."""
+        """Release all engines. One that is still starting is never kept warm: a later stage could not use it."""
         import ray
 
         ready = [name for name in self.names if name not in self._unstarted]
@@ -101,7 +103,10 @@ class Engines:
     # ------------------------------------------------------------------ start and replacement
 
     async def _prepare(self, index: int, is_new: bool) -> None:
-        """Start a new engine, or load the model's weights into a warm one. One that was lost is replaced."""
+        """Start a new engine, or load the model's weights into a warm one.
+
+        An engine that is lost in that is replaced.
+        """
         name, actor = self.names[index], self.actors[index]
         source = FolderWeights(self._model.path)
         try:
@@ -117,10 +122,10 @@ class Engines:
             self._unstarted.remove(name)
 
     async def replace(self, index: int, cause: BaseException) -> tuple[str, Any]:
-        """Another engine in the place of one that was lost: its name and actor, started with the model's own weights.
+        """Replace an engine that was lost; returns the new one's name and actor, started with the model's own weights.
 
-        One that is lost before it has started is replaced too; StageError where that happens MAX_STARTS times in a
-        row.
+        An engine that is lost while it starts is replaced too. Raises StageError when that happens MAX_STARTS times in
+        a row.
         """
         for num_left in reversed(range(MAX_STARTS)):
             lost = self.names[index]
@@ -141,7 +146,9 @@ class Engines:
         return self.names[index], self.actors[index]
 
     def _begin_replacing(self, index: int, lost: Any, cause: BaseException) -> None:
-        """Replace an engine in the background, unless another call that was lost with it has begun to."""
+        """Begin to replace an engine in the background, unless another call that lost the same engine has already
+        begun.
+        """
         if index in self._replacing or self.actors[index] is not lost:
             return
 
@@ -168,9 +175,9 @@ class Engines:
     ) -> list[list[Completion]]:
         """Sample every request on all engines; returns the completions in the order of the requests.
 
-        on_done: hears how many requests are finished. May be called by many at a time. An engine that is lost is
-        replaced, and what it was working on is sampled again. Raises EngineLostError for requests that were lost
-        with MAX_CONSECUTIVE_LOSSES engines, and StageError where no engine can be started.
+        on_done: called with the number of finished requests. Any number of calls may run at the same time. An engine
+        that is lost is replaced, and its unfinished requests are sampled again. Raises EngineLostError for requests
+        that were lost with MAX_CONSECUTIVE_LOSSES engines in a row, and StageError if no engine can be started.
         """
         results: list[list[Completion]] = [[] for _ in requests]
         starts = iter(range(0, len(requests), CHUNK_REQUESTS))
@@ -186,7 +193,7 @@ class Engines:
                     on_done(num_finished)
 
         with self._call():
-            # Several chunks in flight an engine, so that it never waits for the next one.
+            # Each engine has several chunks in flight, so that it never waits for the next one.
             num_seats = (max(1, self._engine.max_num_seqs // CHUNK_REQUESTS) + 1) * len(self.actors)
             num_chunks = -(-len(requests) // CHUNK_REQUESTS)
             await _all(drain() for _ in range(min(num_seats, num_chunks)))
@@ -194,7 +201,9 @@ class Engines:
         return results
 
     async def sample_wave(self, requests: Sequence[SampleRequest], seed: int) -> list[list[Completion]]:
-        """As `sample`, on the first engine alone and with tokens that depend on weights, requests and seed alone."""
+        """Sample as `sample` does, but on the first engine alone: the tokens depend only on weights, requests and
+        seed.
+        """
         with self._call():
             completions = await self._attempt(lambda actor: actor.generate_wave.remote(requests, seed), lambda: 0)
             await self._settle()
@@ -251,18 +260,18 @@ class Engines:
                 self._flush()
 
     async def _settle(self) -> None:
-        """Wait for engines that are being replaced: whoever is next must find them ready."""
+        """Wait until no engine is being replaced, so that the next caller finds all of them ready."""
         while self._replacing:
             await asyncio.shield(next(iter(self._replacing.values())))
 
     def _flush(self) -> None:
-        """Tell the timeline what is not told yet."""
+        """Write the busy events that are still held back."""
         for log in self.logs.values():
             log.flush()
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Until all is done; the first error ends the others, and is raised."""
+    """Run coroutines side by side until all are done. The first error cancels the others and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             for one in work:

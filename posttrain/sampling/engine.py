@@ -57,11 +57,11 @@ def engine_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str
         "gpu_memory_utilization": engine.gpu_memory_fraction,
         "enforce_eager": engine.enforce_eager,
         "enable_prefix_caching": engine.prefix_caching,
-        "logprobs_mode": "processed_logprobs",  # those of the distribution that the tokens are drawn from
+        "logprobs_mode": "processed_logprobs",  # of the very distribution that tokens are drawn from, as RL needs
         "worker_extension_cls": "posttrain.sampling.vllm_extension.WorkerExtension",
         "weight_transfer_config": {"backend": "shm"},
         "stream_interval": engine.stream_interval,
-        "generation_config": "vllm",  # the request alone decides how to sample
+        "generation_config": "vllm",  # ignore the folder's generation_config.json: requests say how to sample
         "disable_log_stats": True,
         "seed": 0,
         "trust_remote_code": False,
@@ -105,7 +105,7 @@ class EngineActor:
         self._progress: Progress
 
     async def where(self) -> tuple[str, int]:
-        """The id of this node in Ray, and of this process."""
+        """The id of this actor's node in Ray, and its process id: what `kill_process` takes."""
         return place_of_this()
 
     async def start(self) -> dict[str, Any]:
@@ -240,6 +240,7 @@ class EngineActor:
             )
 
     def _core_request(self, key: int, prompt: list[int], params: Any, *, priority: int) -> Any:
+        """vLLM's own request. Raises StageError if vLLM refuses it."""
         from vllm.exceptions import VLLMClientError
 
         try:

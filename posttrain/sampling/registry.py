@@ -1,9 +1,9 @@
-"""Who holds which vLLM engine. Start-up is seconds of imports, so stages of one run hand warm engines on.
+"""Leases vLLM engines to the stages of a run, and keeps them warm in between: starting one takes many seconds.
 
-The registry is a Ray actor owned by the run: it makes the engine actors, so that they die with the run, whatever
-happens to the stage that leased them. An idle engine serves a later stage when the model's architecture, the engine's
-configuration and the resources are the same; the weights are then swapped in, which equals a fresh load exactly.
-Idle engines of another shape are ended before new ones start, since they hold memory that the new ones may need.
+The registry is a Ray actor that the run owns. It makes the engine actors, so that they end with the run whatever
+happens to the stage that leased them. An idle engine serves a later stage if the model's architecture, the engine's
+settings and its resources are equal; its weights are then replaced, which gives exactly what a fresh load would. Idle
+engines of another kind are ended before new ones start, since they hold memory that the new ones may need.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ class _Held:
     name: str
     signature: str
     actor: Any
-    where: Any  # reference of the process's node and id, there once it has started
+    where: Any  # Ray reference of (node id, process id), which resolves once the process has started
     stage: str | None  # None while idle
     model: dict[str, Any]
     engine: dict[str, Any]
@@ -39,13 +39,13 @@ class _Held:
 
 
 def engine_signature(model: ServedModelConfig, engine: EngineConfig, resources: ActorResources) -> str:
-    """Equal for engines that differ in their weights only."""
+    """A text that is equal for engines which differ in nothing but their weights."""
     parts = [read_model_config(model.path), model.dtype, engine.model_dump(), resources.cpus, resources.gpus]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class EngineRegistry:
-    """Leases engines to stages; see the module's text."""
+    """Leases engines to stages; runs as a Ray actor. The module's docstring explains it."""
 
     def __init__(self) -> None:
         self._held: list[_Held] = []
@@ -74,7 +74,9 @@ class EngineRegistry:
             return leased
 
     async def replace(self, name: str) -> tuple[str, Any]:
-        """End an engine that is lost, whatever state its process is in; returns another of its kind, not started."""
+        """End a lost engine, whatever state its process is in, and return another of its kind that is not started
+        yet.
+        """
         async with self._changing:
             name = self._latest(name)
             old = next(held for held in self._held if held.name == name)
@@ -112,7 +114,7 @@ class EngineRegistry:
         return held
 
     async def release(self, names: list[str], keep: bool) -> None:
-        """Give engines back: kept warm for a later stage, or ended."""
+        """Give engines back: `keep` leaves them warm for a later stage, otherwise they are ended."""
         async with self._changing:
             strays = {self._latest(name) for name in names} - set(names)
             await self._end([held for held in self._held if held.name in strays])
@@ -123,14 +125,14 @@ class EngineRegistry:
                 await self._end(released)
 
     async def trim_idle(self, cpus: float, gpus: float) -> None:
-        """End idle engines, oldest first, until those left hold no more than this."""
+        """End idle engines, oldest first, until the idle ones hold no more than these CPUs and GPUs."""
         async with self._changing:
             idle = [held for held in self._held if held.stage is None]
             while idle and (sum(h.cpus for h in idle) > cpus + 1e-9 or sum(h.gpus for h in idle) > gpus + 1e-9):
                 await self._end([idle.pop(0)])
 
     async def end_stage(self, stage: str) -> None:
-        """End what a stage that failed still holds: the state of those engines is unknown."""
+        """End the engines that a failed stage still holds, because their state is unknown."""
         async with self._changing:
             await self._end([held for held in self._held if held.stage == stage])
 
@@ -158,7 +160,7 @@ class EngineRegistry:
 
 
 def start_registry() -> Any:
-    """The registry of this Ray session; started, and from then on owned, by the first process that asks."""
+    """The registry of this Ray session. The first process that asks starts it, and owns it from then on."""
     import ray
 
     global _registry
@@ -171,7 +173,7 @@ def start_registry() -> Any:
 
 
 def release_stage(stage: str) -> None:
-    """End what `stage` still holds, if a registry is running."""
+    """End the engines that `stage` still holds, if a registry is running."""
     import ray
 
     try:
@@ -182,7 +184,7 @@ def release_stage(stage: str) -> None:
 
 
 def trim_idle(cpus: float, gpus: float) -> None:
-    """Let idle engines hold at most these resources, so that what starts next finds its own free."""
+    """Let idle engines hold at most these CPUs and GPUs, so that the next stage finds its own free."""
     import ray
 
     try:

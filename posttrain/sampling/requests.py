@@ -1,4 +1,4 @@
-"""What is asked of a rollout engine and what it answers: token ids in, token ids out."""
+"""What a rollout engine is asked and what it answers: token ids in, token ids out."""
 
 from collections.abc import Mapping
 
@@ -9,19 +9,21 @@ from posttrain.records import FinishReason, VersionSpan
 
 
 class EngineLostError(ActorLostError):
-    """The engine's core process has died or does not answer; the actor is of no use any more. The message says which
-    engine, which policy version, and how it was found."""
+    """The engine's core process has died or does not answer, and the actor is of no use any more.
+
+    The message names the engine and its policy version, and says how the loss was found.
+    """
 
 
 class SampleRequest(Struct, frozen=True):
-    """Sample `n` replies to one prompt.
+    """A request for `n` replies to one prompt. Example: `SampleRequest((5, 6, 7), n=8, max_tokens=512)`.
 
-    prompt_ids: token ids, rendered by `posttrain.data.chat`. stop_token_ids: ids that end a reply (kept in it).
+    prompt_ids: token ids, rendered by `posttrain.data.chat`. stop_token_ids: ids that end a reply, and are part of it.
     choice_ids: if set, the reply is exactly one of these token ids, and `Completion.choice_logprobs` holds the
-    log-probability of each, renormalised over the choices: the distribution of constrained decoding.
-    begun: token ids of replies that were begun elsewhere, one entry for each reply that is wanted (`n` is ignored
-    then): each is continued, and `max_tokens` counts what is there. Only `EngineActor.submit` takes them.
-    priority: replies of a larger one start later, and are interrupted first where memory is short.
+    log-probability of each, renormalised over the choices: the distribution of constrained decoding. begun: token ids
+    of replies that another engine began, one entry for each reply wanted (`n` is then ignored). Each is continued, and
+    `max_tokens` counts its tokens too. Only `EngineActor.submit` takes them. priority: requests with a larger number
+    start later, and are interrupted first when memory is short.
     """
 
     prompt_ids: tuple[int, ...]
@@ -49,9 +51,9 @@ class Completion(Struct, frozen=True):
 class Piece(Struct, frozen=True):
     """The next tokens of reply `index` of the request that was submitted as `key`.
 
-    start: place of the first token in the whole reply; tokens that were begun elsewhere count. versions: cover this
-    piece exactly, in places of the whole reply. finish_reason: RUNNING while the reply goes on. text: of the whole
-    reply, with what was begun elsewhere; in the last piece only.
+    start: place of the first token in the whole reply, counting tokens that another engine began. versions: spans that
+    cover this piece exactly, in places of the whole reply. finish_reason: RUNNING while the reply goes on. text: that
+    of the whole reply; set only in the last piece.
     """
 
     key: int

@@ -31,9 +31,10 @@ def completion_of(reply: Reply) -> Completion:
 
 
 def up_to(reply: Reply, version: int) -> Reply:
-    """What is left of a reply when every token sampled by a later version than this is taken away, and what follows.
+    """The reply without any token that a version later than `version` sampled, and without all that follows such a
+    token.
 
-    If none is, it is whole; if some are, it goes on from there.
+    A reply from which nothing is removed stays finished; any other is unfinished and can be continued from there.
     """
     kept: list[Segment] = []
     for segment in reply.segments:

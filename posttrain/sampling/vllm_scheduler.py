@@ -48,4 +48,4 @@ class Scheduler(_Ours, scheduler.Scheduler):
 
 
 class AsyncScheduler(_Ours, async_scheduler.AsyncScheduler):
-    """For the others."""
+    """For executors with asynchronous scheduling."""

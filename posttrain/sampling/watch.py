@@ -1,7 +1,7 @@
-"""Whether an engine's core process is alive: heard of lately, or answers when it is asked.
+"""Whether an engine's core process is alive.
 
-A dead process is noticed by vLLM. A frozen one is silent; so is one that has nothing to do, or one that takes weights.
-So silence counts only while the engine has work, and then a question decides.
+vLLM notices when the process has died. A frozen process is silent, but so is one that has nothing to do or is loading
+weights. So silence counts only while the engine has work, and then a ping decides.
 """
 
 import asyncio
@@ -15,16 +15,17 @@ T = TypeVar("T")
 
 
 def look_every_s(deadline_s: float) -> float:
-    """Seconds from look to look: a silence is noticed at most this late."""
+    """Seconds between two checks; a silence is noticed at most this late."""
     return deadline_s / 16
 
 
 class Watch:
-    """deadline_s: silence after which the core is asked, and the time it has to answer.
+    """Watches one engine core.
 
+    deadline_s: seconds of silence after which the core is pinged, and seconds that it has to answer.
     is_dead: whether vLLM has noticed that the process is gone. is_busy: whether the engine has work.
-    ping: answered by the core between two steps. say: completes a message with the engine's name and policy version.
-    on_lost: called once.
+    ping: a call that the core answers between two steps. say: adds the engine's name and policy version to a message.
+    on_lost: called once, when the engine is found to be lost.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class Watch:
         self._lost = asyncio.Event()
 
     def heard(self) -> None:
-        """A sign of life."""
+        """Note a sign of life."""
         self._heard = time.monotonic()
 
     def lose(self, message: str) -> EngineLostError:
-        """The engine is lost; the first message stays."""
+        """Mark the engine as lost and return the error. If it was lost before, the first message is kept."""
         if self.error is None:
             self.error = EngineLostError(self._say(message))
             self._lost.set()
@@ -67,7 +68,7 @@ class Watch:
             raise EngineLostError(str(self.error))
 
     async def run(self) -> None:
-        """Look now and then, until the engine is lost."""
+        """Check from time to time, until the engine is lost."""
         while self.error is None:
             await asyncio.sleep(look_every_s(self.deadline_s))
             if self._is_dead():
@@ -84,14 +85,14 @@ class Watch:
                 await self._ping()
         except Exception as error:
             if not self._is_busy() or time.monotonic() - self._heard < self.deadline_s:
-                return  # it spoke, or its work was taken back, while the question was out
+                return  # output arrived, or the work was cancelled, during the ping
             detail = "" if isinstance(error, TimeoutError) else f" ({error})"
-            self.lose(f"no token for {silent_s:.0f} s, and no answer to a question in {self.deadline_s:g} s{detail}")
+            self.lose(f"no token for {silent_s:.0f} s, and no answer to a ping in {self.deadline_s:g} s{detail}")
         else:
             self.heard()
 
     async def guard(self, awaitable: Awaitable[T]) -> T:
-        """The result of `awaitable`; EngineLostError as soon as the engine is lost."""
+        """The result of `awaitable`, or EngineLostError as soon as the engine is lost."""
         self.check()
         task = asyncio.ensure_future(awaitable)
         lost = asyncio.ensure_future(self._lost.wait())
