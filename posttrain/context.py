@@ -42,7 +42,8 @@ class StageContext:
     ) -> None:
         """Write an event that says how far the stage is. Calls within half a second of another are dropped.
 
-        The last call, with done equal to total, is always written. done, total: in `unit`, such as steps. values: figures to show beside them, such as the loss.
+        The last call, with done equal to total, is always written.
+        done, total: in `unit`, such as steps. values: figures to show beside them, such as the loss.
         """
         now = time.time()
         if done < total and now - self._last_progress < PROGRESS_INTERVAL_S:
