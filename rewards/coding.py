@@ -1,8 +1,9 @@
-"""Runs the program in the reply against the row's tests, in a sandbox. Without a sandbox nothing is run or scored.
+"""Runs the program in the reply against the row's tests, in a sandbox. Without a sandbox nothing is run and nothing
+scored.
 
-What is compared with an expected value is compared here, outside: the program never sees the value, and can neither
-stop early nor forge a pass. The exception is an assertion that is no `assert EXPRESSION == LITERAL`: it runs beside
-the program, which could fake it, so prefer the other kinds.
+A result is compared with the expected value out here: the program never sees that value, so it can neither stop early
+nor forge a pass. The exception is an assertion of another form than `assert EXPRESSION == LITERAL`. It runs beside the
+program, which could fake it, so prefer the other kinds of test.
 """
 
 import ast
@@ -19,7 +20,7 @@ _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORE
 _MAX_VALUE_CHARS = 100_000
 _PROGRAM = "the program: "
 
-# Runs in the sandbox: defines what the program defines, then evaluates each check and writes one line for it.
+# This program runs in the sandbox. It executes the reply's program, then evaluates each check and writes a line for it.
 _HARNESS = """
 import json, os, sys
 job = json.loads(sys.stdin.buffer.read())
@@ -49,12 +50,13 @@ for kind, text in job["checks"]:
 def code(
     rollout: Rollout, row: Row, partial: bool = False, *, wall_s: float = 5.0, memory_mib: int = 512
 ) -> RewardResult:
-    """1 if the program in the reply's last fenced block passes every one of the row's `tests`.
+    """1 if the program in the reply's last fenced block passes every one of the row's `tests`, else 0.
 
-    Tests, a list in the row's fields: `{stdin, stdout}` (a run of the program each, whitespace at the ends ignored),
-    `{call, expected}` (an expression, and a JSON value), or a text `assert ...`. partial: the share passed instead.
-    wall_s, memory_mib: limits of one run; reaching one is a wrong answer with reason "limit". Raises SandboxError
-    where the code cannot be isolated, ValueError for a row without proper tests.
+    Tests are a list in the row's fields. Each is `{stdin, stdout}` (the program is run once, and whitespace at the ends
+    is ignored), `{call, expected}` (an expression and a JSON value), or a text `assert ...`. partial: return the share
+    of the tests that pass instead. wall_s, memory_mib: limits of one run, in seconds and MiB; reaching one is a wrong
+    answer with the reason "limit". Raises SandboxError if the program cannot be isolated, and ValueError for a row
+    without proper tests.
     """
     tests = row.fields.get("tests")
     if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
@@ -73,7 +75,7 @@ def code(
 
 
 def _run_program(source: str, test: Mapping[str, Any], limits: Limits) -> str:
-    """ "" if the program writes what is expected, else why not."""
+    """ "" if the program writes the expected output, else why not."""
     result = run_python(source, str(test.get("stdin", "")).encode(), limits)
     if result.limit or result.exit_code:
         return _failure(result)
@@ -81,7 +83,7 @@ def _run_program(source: str, test: Mapping[str, Any], limits: Limits) -> str:
 
 
 def _run_checks(source: str, checks: list[tuple[str, str, Any]], limits: Limits) -> list[str]:
-    """For each check "" if it holds, else why not; all in one run of the sandbox."""
+    """For each check "" if it holds, else why not. All checks share one run of the sandbox."""
     asked = [(kind, text) for kind, text, _ in checks]
     job = {"source": source, "checks": asked, "max_chars": _MAX_VALUE_CHARS}
     result = run_python(_HARNESS, json.dumps(job).encode(), limits)
@@ -99,12 +101,12 @@ def _verdict(line: str, kind: str, expected: Any) -> str:
             return "" if answer.get("passed") is True else "wrong"
         value = ast.literal_eval(answer["value"])
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
-        return "wrong"  # no value of a plain type
+        return "wrong"  # the value is not a number, text, list or other literal
     return "" if _same(value, expected) else "wrong"
 
 
 def _same(value: Any, expected: Any) -> bool:
-    """Equality in which a tuple equals a list, since JSON has no tuples, and True is no 1."""
+    """Equality in which a tuple equals a list, since JSON has no tuples, and True does not equal 1."""
     if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
         return len(value) == len(expected) and all(map(_same, value, expected))
     if isinstance(value, bool) or isinstance(expected, bool):
@@ -134,7 +136,7 @@ def _check(test: Any, row_id: str) -> tuple[str, str, Any]:
 
 
 def _failure(result: SandboxResult) -> str:
-    """Why a run came to no good end; "" for one that did."""
+    """Why a run failed; "" if it did not."""
     if result.limit:
         return "limit"
     last = result.stderr.rpartition("\n")[2]
@@ -142,5 +144,5 @@ def _failure(result: SandboxResult) -> str:
 
 
 def _named(error: str) -> str:
-    """An exception as a reason; one that tells of a limit is called so."""
+    """An exception's text as a reason; an exception that reports a limit becomes "limit"."""
     return "limit" if limit_of_error(error.removeprefix(_PROGRAM)) else error[:200]

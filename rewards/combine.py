@@ -1,5 +1,8 @@
-"""Rewards made of other rewards: a weighted sum, another reward for each capability, and a verifier for each system
-instruction. Plain functions only: an async reward belongs in a pool of its own."""
+"""Rewards made of other rewards: a weighted sum, a reward for each capability, and a verifier for each system
+instruction.
+
+Only plain functions can be combined. An async reward needs a pool of its own.
+"""
 
 import functools
 import inspect
@@ -17,7 +20,7 @@ _ANY = "default"
 
 
 def weighted_sum(rollout: Rollout, row: Row, rewards: Mapping[str, Any]) -> RewardResult:
-    """The sum of several rewards times their weights; each is a part of the result.
+    """The sum of several rewards times their weights. The parts of the result are the weighted rewards by name.
 
     rewards: name -> weight, or name -> {weight, args}. An exception in one of them leaves the rollout unscored.
     """
@@ -31,7 +34,7 @@ def weighted_sum(rollout: Rollout, row: Row, rewards: Mapping[str, Any]) -> Rewa
 
 
 def by_capability(rollout: Rollout, row: Row, rewards: Mapping[str, Any]) -> RewardResult:
-    """The reward that is named for the row's capability, or the one under `default`.
+    """The reward named for the row's capability, else the one named `default`.
 
     rewards: capability -> name, or capability -> {name, args}. Raises ValueError for a capability without a reward.
     """
@@ -45,11 +48,11 @@ def by_capability(rollout: Rollout, row: Row, rewards: Mapping[str, Any]) -> Rew
 def by_system(
     rollout: Rollout, row: Row, reward: str | Mapping[str, Any], *, verifiers: Mapping[str, Any]
 ) -> RewardResult:
-    """(1 - w) R + w V: R of the task's reward, V of the verifier of the system instruction that was sampled.
+    """(1 - w) R + w V, with R the reward of the task and V that of the verifier of the sampled system instruction.
 
-    reward: name, or {name, args}. verifiers: text of a system instruction -> {name, args, weight}, w is the weight.
-    Parts are `task` and `system`, R and V before they are weighted, and their own parts behind these names. Without a
-    system instruction, or with one that has no verifier, it is the task's reward alone.
+    reward: name, or {name, args}. verifiers: text of a system instruction -> {name, args, weight}, where weight is w.
+    The parts are `task` (R) and `system` (V), unweighted, and their own parts as `task.NAME` and `system.NAME`. Without
+    a system instruction, or with one that has no verifier, the result is the reward of the task alone.
     """
     task = _call_spec(RewardSpec.of(reward), rollout, row)
     choice = verifiers.get(rollout.system) if rollout.system is not None else None
@@ -65,7 +68,9 @@ def by_system(
 
 
 def warm_up(**args: Any) -> None:
-    """Loads the rewards that these arguments name and warms them up: before the first deadline, not within it."""
+    """Load and warm up the rewards that these arguments name, so that their slow imports do not count against a
+    deadline.
+    """
     for spec in combined_rewards(args):
         warm(_load(spec.name)[0], spec.args)
 

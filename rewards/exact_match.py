@@ -1,4 +1,7 @@
-"""The last line, or what follows a marker, equals the row's answer as text. No mathematics, no partial credit."""
+"""The last line of the reply, or the text after a marker, must equal the row's answer as text.
+
+There is no mathematics and no partial credit.
+"""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The reply must end its turn with exactly one marked answer. Leaves out any mathematics: text is compared as text."""
+"""The reply must end its turn with exactly one marked answer. Answers are compared as text, without any mathematics."""
 
 from posttrain.records import RewardResult, Rollout, Row
 

@@ -1,14 +1,14 @@
-"""What the RL stage's judge model found, as the reward. To be weighed with other rewards: see `weighted_sum`."""
+"""The verdict of the RL stage's judge as the reward. To weigh it with other rewards see `weighted_sum`."""
 
 from posttrain.records import RewardResult, Rollout, Row
 
-REQUIRES = {"judged": ["judge"]}  # given by the RL stage's section `judge`, not by the row
+REQUIRES = {"judged": ["judge"]}  # the RL stage's section `judge` provides it, not the row
 
 
 def judged(rollout: Rollout, row: Row) -> RewardResult:
-    """The judge's expected place among its labels: 0 surely the first, 1 surely the last. The reason is the likeliest.
+    """The judge's expected place among its labels, in [0, 1]: 0 is surely the first label, 1 surely the last.
 
-    Raises ValueError where there was no judge.
+    The reason is the likeliest label. Raises ValueError if no judge has rated the reply.
     """
     verdict = row.fields.get("judge")
     if verdict is None:

@@ -4,9 +4,9 @@ from posttrain.records import RewardResult, Rollout, Row
 
 
 def overlong(rollout: Rollout, row: Row, max_tokens: int, *, buffer_tokens: int | None = None) -> RewardResult:
-    """0 up to `max_tokens - buffer_tokens`, falling in a line to -1 at `max_tokens` and beyond.
+    """0 up to `max_tokens - buffer_tokens` tokens, then falling in a line to -1 at `max_tokens` and beyond.
 
-    buffer_tokens: a fifth of max_tokens where it is not given. Raises ValueError unless 0 < buffer <= max.
+    buffer_tokens: a fifth of max_tokens if None. Raises ValueError unless 0 < buffer_tokens <= max_tokens.
     Source: DAPO, arXiv 2503.14476, soft overlong punishment.
     """
     buffer = max_tokens // 5 if buffer_tokens is None else buffer_tokens

@@ -19,7 +19,7 @@ _MARK = re.compile(r"(?:\banswer\b(?:\s+is|\s*[:=])|####)[ \t]*:?", re.IGNORECAS
 _SENTENCE_END = re.compile(r"[.;!?](?=\s|$)")
 _FORMULA = re.compile(r"\$+([^$]+)\$+")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-# Words and signs between alternatives. math-verify would read one side of them and drop the other.
+# Words and signs between alternatives. math-verify would read only one side of them and ignore the other.
 _CHOICE = re.compile(r"\bor\b|\bbut\b|[$;|→⇒]|[-=]>|\\\\|\\n\b|\\to\b|\\[lL]?(?:ong)?[rR]ightarrow", re.IGNORECASE)
 
 

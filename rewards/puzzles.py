@@ -1,5 +1,8 @@
-"""The puzzle families of the quick start. Countdown has many right answers, so its expression is worked out;
-the others have one. Leaves out eval() and every operation but + and -: the reply is somebody else's text."""
+"""The puzzle families of the quick start.
+
+A Countdown puzzle has many right answers, so the expression in the reply is computed; the other families have one right
+answer. The reply is untrusted text, so eval() is not used, and only + and - are understood.
+"""
 
 import re
 from collections import Counter

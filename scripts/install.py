@@ -42,7 +42,7 @@ or the same in pip.conf. On a machine whose GPU is not visible now: make install
 
 
 class InstallError(Exception):
-    """Something that the user has to mend; the message says what."""
+    """Something that the user has to correct; the message says what."""
 
 
 def say(message: str) -> None:
@@ -101,7 +101,9 @@ def make_venv(venv: Path) -> Path:
 
 
 def pip_install(python: Path) -> list[str]:
-    """pip without byte-compiling: a third of the time goes into that, for modules that mostly are never imported."""
+    """The pip command without byte-compiling, which takes a third of the time, mostly for modules that are never
+    imported.
+    """
     return [str(python), "-m", "pip", "install", "-q", "--no-compile"]
 
 
@@ -173,15 +175,16 @@ def remove_broken_image_packages(python: Path) -> None:
 
 
 def compile_packages(python: Path) -> None:
-    """Byte-compile now where Python is told never to do so: else every process compiles all that it imports again.
+    """Byte-compile the packages now if Python is told not to do it later: else every process would compile what it
+    imports.
 
-    The recipe starts dozens of processes, and each would take ten seconds and more for that.
+    The recipe starts dozens of processes, and each would spend ten seconds or more on that.
     """
     if os.environ.get("PYTHONDONTWRITEBYTECODE"):
         say("byte-compiling the packages, since PYTHONDONTWRITEBYTECODE is set")
         packages = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
                                   capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
-        # A file that is not Python of this version, as some templates are, stops nothing.
+        # Some packages ship templates that are not valid Python. Errors in them are ignored.
         subprocess.run([python, "-m", "compileall", "-q", "-j", "0", packages], stdout=subprocess.DEVNULL)
 
 
@@ -225,7 +228,7 @@ def main() -> int:
     venv = (ROOT / arguments.venv).absolute()
     venv.parent.mkdir(parents=True, exist_ok=True)
     with open(venv.parent / f"{venv.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once install once
+        fcntl.flock(lock, fcntl.LOCK_EX)  # if two `make install` run at the same time, the second waits
         try:
             install(venv, wanted)
         except InstallError as error:
