@@ -223,7 +223,7 @@ def engine(model_of: Callable[[Any], Any]) -> Builder:
 
 
 def _pool(pool: Any) -> Any:
-    return pool.spec, pool.num_workers, pool.timeout_s
+    return pool.spec, pool.num_processes, pool.timeout_s
 
 
 # --- filter ---

@@ -90,7 +90,7 @@ def test_the_reward_is_the_tasks_and_the_verifiers_of_what_was_drawn(plugin: Pat
     texts = [("Answer: 4", BRIEF), ("so it is Answer: 4", BRIEF), ("Answer: 5", BRIEF), ("ever so long a reply", BRIEF),
              ("so it is Answer: 4", LOUD), ("so it is Answer: 4", None)]  # fmt: skip
     pool = pool_of(config)
-    assert pool.num_workers == 2
+    assert pool.num_processes == 2
     results = [scored.result for scored in pool.score_all((reply(*item), row_of()) for item in texts)]
     assert all(results)
     assert [result.value for result in results if result] == [1.0, 0.75, 0.25, 0.0, 1.0, 1.0]

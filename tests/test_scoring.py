@@ -114,7 +114,7 @@ def reply(text: str, index: int = 0) -> Rollout:
 ROW = Row("r1", "math", (Message("user", "?"),), "4", {"level": 1})
 
 
-def score(name: str, texts: list[str], num_workers: int = 1, **options: float) -> tuple[list[Scored], RewardPool]:
+def score(name: str, texts: list[str], num_processes: int = 1, **options: float) -> tuple[list[Scored], RewardPool]:
     async def run() -> list[Scored]:
         await pool.start()
         try:
@@ -122,7 +122,7 @@ def score(name: str, texts: list[str], num_workers: int = 1, **options: float) -
         finally:
             await pool.close()
 
-    pool = RewardPool(name, num_workers=num_workers, **options)  # type: ignore[arg-type]
+    pool = RewardPool(name, num_processes=num_processes, **options)  # type: ignore[arg-type]
     return asyncio.run(run()), pool
 
 
@@ -168,15 +168,15 @@ class TestPool:
         assert results[0].wall_s >= 0.6
         assert (pool.stats.num_retries, pool.stats.num_restarts) == (1, 2)
 
-    @pytest.mark.parametrize("num_workers", [1, 2])
-    def test_a_hang_while_others_pass_is_unparseable(self, hostile: str, num_workers: int) -> None:
-        results, pool = score(f"{hostile}:by_text", ["a", "hang", "b", "c"], num_workers, timeout_s=0.8)
+    @pytest.mark.parametrize("num_processes", [1, 2])
+    def test_a_hang_while_others_pass_is_unparseable(self, hostile: str, num_processes: int) -> None:
+        results, pool = score(f"{hostile}:by_text", ["a", "hang", "b", "c"], num_processes, timeout_s=0.8)
         assert [scored.outcome for scored in results] == ["scored", "unparseable", "scored", "scored"]
         assert results[1].result == RewardResult(0.0, reason="unparseable")
         assert pool.stats.outcomes == {"scored": 3, "unparseable": 1}
 
-    @pytest.mark.parametrize("num_workers", [1, 2])
-    def test_of_many_begun_at_once_each_has_its_own_fate(self, hostile: str, num_workers: int) -> None:
+    @pytest.mark.parametrize("num_processes", [1, 2])
+    def test_of_many_begun_at_once_each_has_its_own_fate(self, hostile: str, num_processes: int) -> None:
         fates = {150: ("hang", "unparseable"), 250: ("os._exit", "infrastructure"), 300: ("raise", "error")}
         unsendable = Row("r2", "math", (), None, {"image": b"123"})
         pairs = [(reply(fates[i][0] if i in fates else "a", i), unsendable if i == 200 else ROW) for i in range(400)]
@@ -188,7 +188,7 @@ class TestPool:
             finally:
                 await pool.close()
 
-        pool = RewardPool(f"{hostile}:by_text", num_workers, timeout_s=1.0)
+        pool = RewardPool(f"{hostile}:by_text", num_processes, timeout_s=1.0)
         outcomes = asyncio.run(run())
         expected = {index: outcome for index, (_, outcome) in fates.items()} | {200: "error"}
         assert {index: outcome for index, outcome in enumerate(outcomes) if outcome != "scored"} == expected
@@ -268,7 +268,7 @@ class TestPool:
         assert [scored.result.value for scored in results if scored.result] == [1.0, 0.0, 0.0]
 
     def test_args_reach_the_function(self, hostile: str) -> None:
-        pool = RewardPool(RewardSpec(f"{hostile}:by_text", {"bonus": 0.5}), num_workers=2)
+        pool = RewardPool(RewardSpec(f"{hostile}:by_text", {"bonus": 0.5}), num_processes=2)
         results = pool.score_all((reply(str(index)), ROW) for index in range(300))
         assert len(results) == 300
         assert all(scored.result == RewardResult(1.5) for scored in results)
@@ -276,7 +276,7 @@ class TestPool:
     def test_under_uvloop(self, hostile: str) -> None:
         """vLLM installs it: its transports are not subclasses of asyncio's."""
         uvloop = pytest.importorskip("uvloop")
-        pool = RewardPool(f"{hostile}:by_text", num_workers=1, timeout_s=1, retries=0)
+        pool = RewardPool(f"{hostile}:by_text", num_processes=1, timeout_s=1, retries=0)
 
         async def work() -> list[str]:
             await pool.start()
@@ -289,7 +289,7 @@ class TestPool:
     def test_score_all_keeps_the_order(self, tmp_path: Path) -> None:
         path = tmp_path / "order.py"
         path.write_text("def value(rollout, row):\n    return float(rollout.text)\n")
-        results = RewardPool(f"{path}:value", num_workers=2).score_all((reply(str(i)), ROW) for i in range(200))
+        results = RewardPool(f"{path}:value", num_processes=2).score_all((reply(str(i)), ROW) for i in range(200))
         assert [scored.result.value for scored in results if scored.result] == [float(i) for i in range(200)]
 
     def test_a_row_that_json_cannot_carry(self, hostile: str) -> None:
@@ -350,7 +350,7 @@ class TestPool:
             from posttrain.scoring.pool.pool import RewardPool
             from tests.test_scoring import ROW, reply
             async def main():
-                pool = RewardPool({hostile + ":by_text"!r}, num_workers=2, timeout_s=100)
+                pool = RewardPool({hostile + ":by_text"!r}, num_processes=2, timeout_s=100)
                 await pool.start()
                 tasks = [asyncio.create_task(pool.score(reply(text), ROW)) for text in ("spin", "hang")]
                 while not all(os.path.exists({hostile!r} + "." + text) for text in ("spin", "hang")):

@@ -1,7 +1,7 @@
 """Reward plug-ins by name: an entry point of group `posttrain.rewards`, a dotted path, or a file and a function.
 
 `check_reward` is what validation calls: quick, nothing is imported or executed. `load_reward` imports, so it belongs
-in a process that may be killed. Nothing here runs a reward: see `pool`.
+in a process that may be killed. Nothing here runs a reward: that is done in `scoring/pool/`.
 """
 
 import difflib
@@ -61,7 +61,7 @@ def load_reward(name: str, args: Mapping[str, Any] | None = None) -> RewardFunct
     function = import_target(target)[1]
     try:
         signature = inspect.signature(function)
-    except (ValueError, TypeError):  # a compiled function may not tell
+    except (ValueError, TypeError):  # a compiled function may have no signature
         signature = None
     if signature is not None:
         _check_call(str(target), signature, args or {})
@@ -71,7 +71,7 @@ def load_reward(name: str, args: Mapping[str, Any] | None = None) -> RewardFunct
 def check_reward(name: str, args: Mapping[str, Any] | None = None) -> None:
     """Raises PluginError with one clear message unless the reward is there and can be called. Executes nothing."""
     target = resolve(name)
-    _check_source(f"reward {name!r}", name, target, ("rollout", "row"), args or {})
+    _check_source(f"reward {name!r}", name, target, parameters=("rollout", "row"), args=args or {})
     for inner in inner_rewards(RewardSpec(name, args or {})):
         check_reward(inner.name, inner.args)
 
@@ -82,7 +82,7 @@ def check_function(name: str, what: str, parameters: Sequence[str]) -> None:
     name: `package.module:function` or `path/to/file.py:function`. what: what it is for, to begin a message with.
     """
     target = resolve_function(name, what)
-    _check_source(f"{what} {name!r}", name, target, parameters, {})
+    _check_source(f"{what} {name!r}", name, target, parameters=parameters, args={})
 
 
 def load_function(name: str, what: str) -> Callable[..., Any]:
@@ -105,19 +105,25 @@ def function_file(target: Target) -> Path | None:
     return Path(target.path) if target.path else find_module(target.module)
 
 
-def _check_source(title: str, name: str, target: Target, parameters: Sequence[str], args: Mapping[str, Any]) -> None:
+def _check_source(title: str, name: str, target: Target, *, parameters: Sequence[str], args: Mapping[str, Any]) -> None:
+    """Raises PluginError unless the target's source has the function, and it can be called with these arguments.
+
+    title: begins a message, as "reward 'math'". parameters: given by place. args: given by name.
+    """
     if target.path:
         path: Path | None = Path(target.path)
     else:
         path = _module_file(title, name, target)
-    if path is None:  # a compiled module: only importing it can tell
+    if path is None:  # a compiled module can only be checked by importing it
         import_target(target, title.partition(" ")[0])
         return
     module = read_module(path)
     function = module.functions.get(target.function)
     if function is not None:
         if target.function not in module.unknown:
-            _check_call(f"{path}:{function.line}", function.signature, args, target.function, parameters)
+            _check_call(
+                f"{path}:{function.line}", function.signature, args, name=target.function, parameters=parameters
+            )
     elif target.function in module.others:
         raise PluginError(f"{title}: {target.function} in {path} is {module.others[target.function]}, not a function")
     elif target.function not in module.unknown and not module.open_ended:
@@ -147,7 +153,7 @@ def _of_system(args: Mapping[str, Any]) -> list[RewardSpec]:
 
 
 def _of_mapping(args: Mapping[str, Any]) -> list[RewardSpec]:
-    """Named by the keys where the values hold weights."""
+    """The rewards in `rewards`: where a value holds a weight, its key is the reward; else the value is."""
     rewards = args.get("rewards")
     if not isinstance(rewards, Mapping) or not rewards:
         raise PluginError(f"rewards is {rewards!r}; give a mapping (see the rewards weighted_sum and by_capability)")
@@ -229,6 +235,7 @@ def _check_call(
     where: str,
     signature: inspect.Signature,
     args: Mapping[str, Any],
+    *,
     name: str = "",
     parameters: Sequence[str] = ("rollout", "row"),
 ) -> None:

@@ -22,7 +22,7 @@ _DEFAULT = "default"
 
 
 def required_fields(spec: RewardSpec, capability: str) -> list[str]:
-    """What the reward needs of rows of a capability, those that it is made of included."""
+    """The fields that the reward, and the rewards that it combines, need of rows of a capability."""
     target = resolve(spec.name)
     needed = _declared(function_file(target), target.function)
     inner = inner_rewards(spec)
@@ -62,7 +62,7 @@ def check_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str] =
 
 
 def reward_sources(name: str, args: dict | None = None) -> list[Path]:
-    """The source files of a reward and of those that it is made of; compiled ones have none."""
+    """The source files of a reward and of the rewards that it combines; a compiled one has none."""
     spec = RewardSpec(name, args or {})
     own = function_file(resolve(name))
     inner = [path for other in inner_rewards(spec) for path in reward_sources(other.name, dict(other.args))]

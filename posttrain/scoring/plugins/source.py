@@ -1,7 +1,7 @@
 """Reads what a Python file defines without executing it: its functions, their parameters and docstrings.
 
 This is how a reward is checked before anything runs: no import, so nothing heavy and no side effect. What only
-execution can tell (a name made by a call, or imported from elsewhere) is reported as unknown, never as wrong.
+execution can tell (a name made by a call, or imported from elsewhere) is reported as unknown, never as an error.
 """
 
 import ast
@@ -28,7 +28,7 @@ class FunctionSource:
 class ModuleSource:
     """The names that a file binds at its top level.
 
-    functions: defined with def or async def. others: name -> what it is ("a class", "a constant"), surely no function.
+    functions: defined with def or async def. others: name -> what it is ("a class", "a constant"); none is a function.
     unknown: names bound by a call or an import. open_ended: a star import or a module `__getattr__` may bind more.
     """
 

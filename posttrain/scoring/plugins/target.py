@@ -1,6 +1,6 @@
 """Where a reward function is (module or file, and its name there), and how it is imported.
 
-Only what a worker process needs, so that it starts fast: finding a target by name is in `plugins`.
+Only what a reward process needs, so that it starts fast: finding a target by its name is in `lookup.py`.
 """
 
 import functools

@@ -1,12 +1,12 @@
-"""Scores rollouts in killable worker processes, each item with a deadline of its own.
+"""Scores rollouts in reward processes that can be killed, each item with a deadline of its own.
 
-    score() ─► queue ─► slot: a worker and the items sent to it ─► reply ─► Scored
-                 ▲            │ deadline passed: SIGKILL, new worker
+    score() ─► queue ─► slot: a process and the items sent to it ─► reply ─► Scored
+                 ▲            │ deadline passed: SIGKILL, new process
                  └────────────┘ late item to the back of the queue (once), its neighbours to the front, unharmed
 
-What waits for what: `score` waits for its item's future; a slot waits for a reply, a deadline or the worker's exit.
-A plain function runs one item at a time, so only the first item of a slot is on the clock; items behind it are
-there to hide the round trip, as many as fit into about 20 ms. An async function runs up to `concurrency` at once.
+What waits for what: `score` waits for its item's future; a slot waits for a reply, a deadline or the process's end.
+A plain function runs one item at a time, so only the first item of a slot has a running deadline; the items behind it
+hide the time of the round trip, as many as fit into about 20 ms. An async function runs up to `concurrency` at once.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ _NEVER = float("-inf")
 
 @dataclass(slots=True)
 class PoolStats:
-    """What a pool has done. outcomes: scorings by outcome; busy_s: seconds inside the reward function, all workers.
+    """What a pool has done. outcomes: scorings by outcome; busy_s: seconds inside the reward function, all processes.
 
-    num_retries: of single rollouts; num_restarts: of workers.
+    num_retries: of single rollouts; num_restarts: of processes.
     """
 
     outcomes: Counter[Outcome] = field(default_factory=Counter)
@@ -46,28 +46,28 @@ class PoolStats:
 
 
 class RewardPool:
-    """A reward function in `num_workers` processes.
+    """A reward function in `num_processes` processes.
 
     spec: a name or RewardSpec. timeout_s: deadline of one score. retries: further tries after a timeout or a lost
-    worker. concurrency: items at once in a worker of an async function. memory_gib: private memory that a worker may
+    process. concurrency: items at once in a process of an async function. memory_gib: private memory that a process may
     use, None for no limit. start_timeout_s: for importing the plug-in and for its `warm_up()`.
     """
 
     def __init__(
         self,
         spec: str | RewardSpec,
-        num_workers: int = 1,
+        num_processes: int = 1,
         timeout_s: float = 10.0,
-        retries: int = 1,
         *,
+        retries: int = 1,
         concurrency: int = 32,
         memory_gib: float | None = 8.0,
         start_timeout_s: float = 60.0,
     ):
-        if num_workers < 1 or timeout_s <= 0 or retries < 0 or concurrency < 1:
-            raise ValueError("num_workers and concurrency must be at least 1, timeout_s above 0, retries at least 0")
+        if num_processes < 1 or timeout_s <= 0 or retries < 0 or concurrency < 1:
+            raise ValueError("num_processes and concurrency must be at least 1, timeout_s above 0, retries at least 0")
         self.spec = RewardSpec.of(spec)
-        self.num_workers = num_workers
+        self.num_processes = num_processes
         self.timeout_s = timeout_s
         self.retries = retries
         self.concurrency = concurrency
@@ -89,19 +89,25 @@ class RewardPool:
 
     @property
     def pids(self) -> list[int]:
-        """Of the workers that are ready."""
+        """Of the reward processes that are ready."""
         return [slot.pid for slot in self._slots if slot.pid is not None]
 
     async def start(self) -> None:
-        """Checks the plug-in and starts the workers. Raises PluginError where they cannot load it."""
+        """Checks the plug-in and starts the processes. Raises PluginError where they cannot load it."""
         check_reward(self.spec.name, self.spec.args)
         reports = Reports(
             self._replied, self._late, self._died, self._queue_in_front, self._dispatch, lambda _: self._dispatch()
         )
         setup = self._setup()
         self._slots = [
-            Slot(setup, self.timeout_s, self.start_timeout_s, self.concurrency, reports)
-            for _ in range(self.num_workers)
+            Slot(
+                setup,
+                reports,
+                timeout_s=self.timeout_s,
+                start_timeout_s=self.start_timeout_s,
+                concurrency=self.concurrency,
+            )
+            for _ in range(self.num_processes)
         ]
         self._is_open = True
         failures = [reason for reason in await asyncio.gather(*(slot.start() for slot in self._slots)) if reason]
@@ -115,11 +121,11 @@ class RewardPool:
         return await self.begin([(rollout, row)])[0]
 
     def begin(self, pairs: Iterable[tuple[Rollout, Row]]) -> list[asyncio.Future[Scored]]:
-        """Begins to score. Returns what `score` would wait for, of each pair; one that is cancelled is let go."""
+        """Begins to score. Returns what `score` would wait for, for each pair; cancel one to give its score up."""
         return self.begin_encoded(encode_pairs(pairs))
 
     def begin_encoded(self, pairs: Iterable[EncodedPair | str]) -> list[asyncio.Future[Scored]]:
-        """`begin`, with pairs that another process has encoded. A text in the place of one says why it has no score."""
+        """`begin`, with pairs that another process has encoded; a text in place of a pair is why it has no score."""
         if not self._is_open:
             raise RuntimeError("start the pool before scoring")
         futures = []
@@ -145,7 +151,7 @@ class RewardPool:
             await self.start()
             try:
                 source = enumerate(pairs)
-                await asyncio.gather(*(work(source) for _ in range(2 * self.concurrency * self.num_workers)))
+                await asyncio.gather(*(work(source) for _ in range(2 * self.concurrency * self.num_processes)))
             finally:
                 await self.close()
 
@@ -153,7 +159,7 @@ class RewardPool:
         return [results[index] for index in sorted(results)]
 
     async def close(self) -> None:
-        """Ends the workers and all they started. What is still being scored comes back as `infrastructure`."""
+        """Ends the processes and all they started. What is still being scored comes back as `infrastructure`."""
         self._is_open = False
         waiting = [*self._queue, *(item for slot in self._slots for item in slot.take_all())]
         self._queue.clear()
@@ -175,7 +181,7 @@ class RewardPool:
         self._queue.append(Item(self._num_items, pair, future, time.monotonic(), is_control=is_control))
 
     def _dispatch(self) -> None:
-        """Sends what can be sent; where no worker can be had any more, fails what waits."""
+        """Sends what can be sent; where no process can be started any more, ends what waits as `infrastructure`."""
         self._fill_slots()
         for slot in self._slots:
             slot.flush()
@@ -195,7 +201,7 @@ class RewardPool:
             slot.send(self._queue.popleft())
 
     def _fail_waiting(self, broken: Sequence[Slot]) -> None:
-        reason = f"no worker could be started: {broken[0].broken_by}"
+        reason = f"no reward process could be started: {broken[0].broken_by}"
         waiting = list(self._queue)
         self._queue.clear()
         for item in waiting:
@@ -237,17 +243,20 @@ class RewardPool:
         return True
 
     async def _settle_late(self, item: Item) -> None:
-        """A reply on which the grader hangs again and again while it passes on others is a wrong answer; where
-        others do not pass either the grader is at fault, and nothing is known of the reply."""
+        """Decide what a rollout is that passed its deadline in every try.
+
+        A grader that hangs on this reply again and again, while it scores others, cannot parse the reply: a wrong
+        answer. Where others are not scored either, the grader is at fault, and nothing is known of the reply.
+        """
         reason = f"no score within {self.timeout_s:g} s" + (f", {item.num_timeouts} times" if self.retries else "")
-        if not item.is_control and item.num_timeouts > 1 and await self._others_pass(item.sent_s):
+        if not item.is_control and item.num_timeouts > 1 and await self._others_are_scored(item.sent_s):
             result = RewardResult(0.0, reason="unparseable")
             self._resolve(item, Scored(result, Outcome.UNPARSEABLE, f"{reason}, while others were scored"))
         else:
             self._resolve(item, Scored(None, Outcome.TIMEOUT, reason))
 
-    async def _others_pass(self, since_s: float) -> bool:
-        """Whether another rollout was scored since then, or one that was scored before is scored again now."""
+    async def _others_are_scored(self, since_s: float) -> bool:
+        """Whether another rollout was scored since then; if none was, score one again that was scored before."""
         if self._last_scored_s > since_s:
             return True
         if not self._control:

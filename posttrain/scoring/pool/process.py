@@ -1,7 +1,7 @@
-"""One reward worker as an operating-system process: start it, send to it, hear from it, kill it with its children.
+"""One reward process: start it, send to it, hear from it, kill it with its children.
 
-Knows nothing of rollouts, deadlines or retries: those are `pool`'s. Standard error is drained all the time and only
-its tail kept, so that a reward may print without end.
+It knows nothing of rollouts, deadlines or retries, which are `pool.py`'s. Standard error is read all the time and only
+its end is kept, so that a reward may print without end.
 """
 
 import asyncio
@@ -22,8 +22,8 @@ _TAIL_BYTES = 4096
 _DRAIN_S = 0.3
 
 
-class WorkerProcess(asyncio.SubprocessProtocol):
-    """A running worker. `on_messages(messages)` is called for replies, `on_exit()` once, after the last."""
+class RewardProcess(asyncio.SubprocessProtocol):
+    """A running reward process. `on_messages(messages)` is called for replies, `on_exit()` once, after the last."""
 
     def __init__(self, on_messages: Callable[[Iterator[Loaded | Answer]], None], on_exit: Callable[[], None]):
         self._on_messages = on_messages
@@ -49,7 +49,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a signal has frozen it (Linux; elsewhere that cannot be told)."""
+        """Whether a signal such as SIGSTOP has frozen it. Always False where there is no /proc."""
         try:
             stat = Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
@@ -61,13 +61,13 @@ class WorkerProcess(asyncio.SubprocessProtocol):
         return self._errors.decode(errors="replace").strip()
 
     def send(self, data: bytes) -> None:
-        """Queues frames; a worker that has just died is reported by `on_exit`, not here."""
+        """Queues frames; a process that has just died is reported by `on_exit`, not here."""
         pipe = self._transport.get_pipe_transport(0) if self._transport is not None else None
         if pipe is not None and not pipe.is_closing():
             cast(asyncio.WriteTransport, pipe).write(data)
 
     def kill(self) -> None:
-        """SIGKILL to the worker, to its process group, and to whatever it started in other sessions."""
+        """SIGKILL to the process, to its process group, and to whatever it started in other sessions."""
         if self._transport is None:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -75,7 +75,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
         kill_marked(_VARIABLE, self._token)
 
     async def close(self, grace_s: float = 0.5) -> None:
-        """Ends the worker: the end of its input first, SIGKILL after `grace_s`. Returns when it has been reaped."""
+        """Ends the process: the end of its input first, SIGKILL after `grace_s`. Returns when it has been reaped."""
         if self._transport is None:
             return
         if self.exit_code is None and (pipe := self._transport.get_pipe_transport(0)) is not None:
@@ -96,7 +96,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
             return
         try:
             self._on_messages(self._buffer.feed(data))
-        except (ValueError, KeyError, TypeError) as error:  # something else wrote on the protocol's descriptor
+        except (ValueError, KeyError, TypeError) as error:  # the reward wrote to the descriptor of the replies
             self._errors += f"\nbad reply: {error}".encode()
             self.kill()
 
@@ -109,7 +109,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
     def process_exited(self) -> None:
         assert self._transport is not None
         self.exit_code = self._transport.get_returncode()
-        self.kill()  # children that outlive it
+        self.kill()  # its children may still run
         if self._drained:
             self._end()
         else:  # its last replies may still be in the pipe
@@ -123,7 +123,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
             self._on_exit()
 
     def _environment(self) -> dict[str, str]:
-        """Ours, with our import path, one thread for numerical libraries, and the mark that `kill` looks for."""
+        """This process's environment and import path, one thread for numerical libraries, and the mark of `kill`."""
         paths = [path or os.getcwd() for path in sys.path]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), _VARIABLE: self._token}
         environment.setdefault("OMP_NUM_THREADS", "1")

@@ -3,8 +3,8 @@
     pool ── Setup ─────► imports the function ── Loaded ─► pool
     pool ── Question ──► calls it             ── Answer ─► pool
 
-It never judges a deadline of a plain function: the pool kills it. An async function runs many requests at once, so
-there a late one is cancelled alone. It imports no torch and no pydantic, so that it starts in about 0.1 s.
+The deadline of a plain function is the pool's, which kills this process. An async function runs many requests at once,
+so this process cancels a late one by itself. It imports no torch and no pydantic, so that it starts in about 0.1 s.
 Run as `python -m posttrain.scoring.pool.reward_process PARENT_PID`.
 """
 
@@ -39,13 +39,13 @@ def main() -> None:
         return
     setup = msgspec.msgpack.decode(data, type=Setup)
     try:
-        function, many = _prepare(setup)
+        function, is_async = _prepare(setup)
     except BaseException as error:
-        _reply(replies, Loaded(failed=_words(error)))
+        _reply(replies, Loaded(failed=_reason(error)))
         return
-    _reply(replies, Loaded(is_async=many))
-    if many:
-        asyncio.run(_serve_many(function, requests, replies, setup.timeout_s))
+    _reply(replies, Loaded(is_async=is_async))
+    if is_async:
+        asyncio.run(_serve_many(function, requests, replies, timeout_s=setup.timeout_s))
     else:
         _serve(function, requests, replies)
 
@@ -65,21 +65,21 @@ def _score(function: RewardFunction, question: Question) -> tuple[RewardResult |
         if not isinstance(value, float) and inspect.isawaitable(value):
             value = asyncio.run(_await(value))
         return to_result(value), ""
-    except BaseException as error:  # sys.exit() and the like are the reward's failures, not ours
-        return None, _words(error)
+    except BaseException as error:  # sys.exit() in a reward is a failure of this one score
+        return None, _reason(error)
 
 
-async def _serve_many(function: RewardFunction, requests: BinaryIO, replies: int, timeout_s: float) -> None:
+async def _serve_many(function: RewardFunction, requests: BinaryIO, replies: int, *, timeout_s: float) -> None:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), requests)
     running: set[asyncio.Task[None]] = set()
     while (data := await _read(reader)) is not None:
-        task = asyncio.create_task(_score_async(function, _questions.decode(data), replies, timeout_s))
+        task = asyncio.create_task(_score_async(function, _questions.decode(data), replies, timeout_s=timeout_s))
         running.add(task)
         task.add_done_callback(running.discard)
 
 
-async def _score_async(function: RewardFunction, question: Question, replies: int, timeout_s: float) -> None:
+async def _score_async(function: RewardFunction, question: Question, replies: int, *, timeout_s: float) -> None:
     started_s = time.monotonic()
     result, reason, is_late = None, "", False
     deadline = asyncio.timeout(timeout_s)
@@ -91,7 +91,7 @@ async def _score_async(function: RewardFunction, question: Question, replies: in
         if isinstance(error, TimeoutError) and deadline.expired():
             is_late = True
         else:
-            reason = _words(error)
+            reason = _reason(error)
     _reply(replies, Answer(question.key, time.monotonic() - started_s, result, reason, is_late))
 
 
@@ -161,7 +161,7 @@ async def _await(value: Awaitable[Any]) -> Any:
     return await value
 
 
-def _words(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     return (str(error) if isinstance(error, PosttrainError) else describe(error))[:_MAX_REASON]
 
 

@@ -1,7 +1,7 @@
-"""One place of a pool: a worker process, the items sent to it, and the clock on the first of them.
+"""One slot of a pool: a reward process, the items sent to it, and the deadline of the first of them.
 
-It reports what happened to each item and starts a new worker where one was lost; what an item's fate means (retry,
-outcome) is the pool's business.
+A slot reports what happened to each item, and starts a new process where one was lost. Whether an item is tried again,
+and which outcome it gets, is decided by the pool.
 """
 
 import asyncio
@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from posttrain.records import Scored
-from posttrain.scoring.pool.process import WorkerProcess
+from posttrain.scoring.pool.process import RewardProcess
 from posttrain.scoring.pool.wire import Answer, EncodedPair, Loaded
 
 _PIPELINE_S = 0.02
 _MAX_PIPELINE = 256
-_ASYNC_GRACE_S = 1.0  # an async worker cancels a late item itself; this much later it is taken to be stuck
+# The process of an async function cancels a late item itself; when so much more time has passed, it counts as stuck.
+_ASYNC_GRACE_S = 1.0
 _MAX_START_FAILURES = 3
 _BACKOFF_S = 0.2
 
@@ -25,8 +26,8 @@ _BACKOFF_S = 0.2
 class Item:
     """A rollout to be scored, and what has happened to it so far. Times are monotonic seconds.
 
-    alone: it was in flight beside others when their worker was lost; running alone
-    shows which one did it.
+    alone: it was in flight beside others when their process was lost, so it runs alone the next time, which shows
+    whether it was this item that ended the process.
     """
 
     key: int
@@ -42,8 +43,12 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Reports:
-    """Whom a slot tells: of a reply, of an item that ran late or lost its worker, of items to send again, of room,
-    and of a worker that cannot be started."""
+    """What a slot calls.
+
+    replied: an item has an answer. late: it passed its deadline. died: its process was lost, with the reason. unharmed:
+    items that were lost with the process through no fault of theirs, to be sent again. room: more items can be sent.
+    broken: no process can be started, with the reason.
+    """
 
     replied: Callable[[Item, Answer], None]
     late: Callable[[Item], None]
@@ -54,9 +59,9 @@ class Reports:
 
 
 class Slot:
-    """Keeps one worker alive and feeds it. `setup` is the frame that tells a worker what to load."""
+    """Keeps one reward process alive and feeds it. `setup` is the frame that tells a process what to load."""
 
-    def __init__(self, setup: bytes, timeout_s: float, start_timeout_s: float, concurrency: int, reports: Reports):
+    def __init__(self, setup: bytes, reports: Reports, *, timeout_s: float, start_timeout_s: float, concurrency: int):
         self._setup = setup
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
@@ -64,14 +69,14 @@ class Slot:
         self._reports = reports
         self._items: dict[int, Item] = {}  # in the order sent
         self._unsent: list[bytes] = []
-        self._worker: WorkerProcess | None = None
+        self._process: RewardProcess | None = None
         self._loaded: asyncio.Future[str] | None = None
         self._is_async = False
         self._is_ready = False
         self._mean_s = _PIPELINE_S
         self._last_reply_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._dying: set[WorkerProcess] = set()
+        self._dying: set[RewardProcess] = set()
         self._restarting: asyncio.Task[None] | None = None
         self.broken_by = ""
         self.num_restarts = 0
@@ -81,25 +86,25 @@ class Slot:
 
     @property
     def pid(self) -> int | None:
-        """Of the worker, if there is one that has loaded the plug-in."""
-        return self._worker.pid if self._worker is not None and self._is_ready else None
+        """Of the process, if there is one that has loaded the plug-in."""
+        return self._process.pid if self._process is not None and self._is_ready else None
 
     async def start(self) -> str:
-        """Starts a worker and has it load the plug-in. Returns "" or the reason why it could not."""
+        """Starts a process and has it load the plug-in. Returns "" or the reason why it could not."""
         loop = asyncio.get_running_loop()
         loaded = self._loaded = loop.create_future()
-        worker = WorkerProcess(lambda messages: self._on_messages(worker, messages), lambda: self._on_exit(worker))
-        self._worker = worker
+        process = RewardProcess(lambda messages: self._on_messages(process, messages), lambda: self._on_exit(process))
+        self._process = process
         try:
-            await worker.start()
-            worker.send(self._setup)
+            await process.start()
+            process.send(self._setup)
             reason = await asyncio.wait_for(loaded, self._start_timeout_s)
         except OSError as error:  # TimeoutError is one too
             late = isinstance(error, TimeoutError)
             reason = f"loading it took more than {self._start_timeout_s:g} s" if late else f"no new process: {error}"
         if reason:
-            self._worker = None
-            await worker.close(grace_s=0.0)
+            self._process = None
+            await process.close(grace_s=0.0)
         self._is_ready = not reason
         return reason
 
@@ -116,7 +121,7 @@ class Slot:
         return len(self._items) < min(_PIPELINE_S / self._mean_s, _MAX_PIPELINE)
 
     def send(self, item: Item) -> None:
-        """Takes an item; `flush` hands all that were taken to the worker at once."""
+        """Takes an item; `flush` hands all that were taken to the process at once."""
         item.sent_s = time.monotonic()
         self._items[item.key] = item
         self._unsent.append(item.pair.question(item.key))
@@ -124,12 +129,12 @@ class Slot:
             self._arm()
 
     def flush(self) -> None:
-        if self._unsent and self._worker is not None:
-            self._worker.send(b"".join(self._unsent))
+        if self._unsent and self._process is not None:
+            self._process.send(b"".join(self._unsent))
         self._unsent.clear()
 
     def revive(self) -> None:
-        """Tries once more to start a worker where that was given up."""
+        """Tries once more to start a process where that was given up."""
         if self.broken_by and (self._restarting is None or self._restarting.done()):
             self._restart(num_tries=1)
 
@@ -145,19 +150,19 @@ class Slot:
         if self._restarting is not None:
             self._restarting.cancel()
             await asyncio.gather(self._restarting, return_exceptions=True)
-        worker, self._worker = self._worker, None
-        await asyncio.gather(*(w.close() for w in (worker, *self._dying) if w is not None))
+        process, self._process = self._process, None
+        await asyncio.gather(*(w.close() for w in (process, *self._dying) if w is not None))
 
-    def _on_messages(self, worker: WorkerProcess, messages: Iterable[Loaded | Answer]) -> None:
+    def _on_messages(self, process: RewardProcess, messages: Iterable[Loaded | Answer]) -> None:
         try:
             for message in messages:
-                self._on_message(worker, message)
+                self._on_message(process, message)
         finally:  # also of those before one that cannot be read
             self._arm()
             self._reports.room()
 
-    def _on_message(self, worker: WorkerProcess, message: Loaded | Answer) -> None:
-        if worker is not self._worker:
+    def _on_message(self, process: RewardProcess, message: Loaded | Answer) -> None:
+        if process is not self._process:
             return
         if isinstance(message, Loaded):
             self._is_async = message.is_async
@@ -172,7 +177,7 @@ class Slot:
         self._reports.replied(item, message)
 
     def _arm(self) -> None:
-        """Puts the clock on the first item: from when it was sent, or, behind others, from when they were done."""
+        """Starts the deadline of the first item: from when it was sent, or from the answer to the item before it."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -185,33 +190,33 @@ class Slot:
         self._timer = asyncio.get_running_loop().call_later(delay_s, self._expire)
 
     def _expire(self) -> None:
-        worker = self._worker
-        assert worker is not None
-        self._dying.add(worker)
-        was_stopped = worker.is_stopped  # then it is not the reply that takes so long
-        worker.kill()
+        process = self._process
+        assert process is not None
+        self._dying.add(process)
+        was_stopped = process.is_stopped  # then the item is late because its process is frozen
+        process.kill()
         stopped = "the reward's process was stopped"
         self._lose((lambda item: self._reports.died(item, stopped)) if was_stopped else self._reports.late)
 
-    def _on_exit(self, worker: WorkerProcess) -> None:
-        self._dying.discard(worker)
-        if worker is not self._worker:
+    def _on_exit(self, process: RewardProcess) -> None:
+        self._dying.discard(process)
+        if process is not self._process:
             return
-        how = _exit_words(worker.exit_code)
-        if worker.stderr_tail:
-            how += f"; its last words: {worker.stderr_tail[-300:]}"
+        how = _exit_words(process.exit_code)
+        if process.stderr_tail:
+            how += f"; its last words: {process.stderr_tail[-300:]}"
         if self._loaded is not None and not self._loaded.done():
             self._loaded.set_result(f"its process {how}")
         elif self._is_ready:
             self._lose(lambda item: self._reports.died(item, f"the reward's process {how}"))
 
     def _lose(self, blame: Callable[[Item], None]) -> None:
-        """The worker is gone: blame the item that did it, send the others again, start another worker.
+        """The process is gone: report the item that ended it, send the others again, start another process.
 
-        A plain function was at the first item. Of an async function's many any could have done it, so each is sent
-        again alone, and is to blame only if it was alone already.
+        A plain function was working on the first item. An async function worked on all of them, so each is sent again
+        alone, and an item counts as the cause only if it was alone already.
         """
-        self._worker, self._is_ready = None, False
+        self._process, self._is_ready = None, False
         items = self.take_all()
         if self._is_async and len(items) > 1:
             for item in items:

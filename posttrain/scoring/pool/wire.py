@@ -5,8 +5,8 @@
          ── Question ─► reward process     one rollout and its row
          ◄── Answer ──                     its result, or why there is none
 
-Nothing is pickled, and a message that is no such record is refused with the name of the field that is wrong. A reward
-sees a row as JSON would carry it: tuples in `fields` and `answer` are lists, keys are text, NumPy values are numbers
+Nothing is pickled. A message that is not one of these records is refused, with the name of the wrong field. A reward
+gets a row as JSON would carry it: tuples in `fields` and `answer` are lists, keys are text, NumPy values are numbers
 and lists, dates are text.
 """
 
@@ -40,8 +40,8 @@ class Question(Struct, frozen=True):
     row: Row
 
 
-class _Asked(Struct, frozen=True):
-    """A `Question` whose parts are encoded already: the row of a group is encoded once for all its rollouts."""
+class _EncodedQuestion(Struct, frozen=True):
+    """A `Question` whose parts are encoded already, so that the row of a group is encoded once for all its rollouts."""
 
     key: int
     rollout: msgspec.Raw
@@ -106,7 +106,7 @@ class EncodedPair(Struct, frozen=True):
 
     def question(self, key: int) -> bytes:
         """The frame that asks for its score."""
-        return frame(_Asked(key, self.rollout, self.row))
+        return frame(_EncodedQuestion(key, self.rollout, self.row))
 
 
 class FrameBuffer(Generic[T]):
@@ -145,7 +145,7 @@ def _plain_row(row: Row) -> Any:
 
 
 def _refuse_bytes(value: Any) -> None:
-    """JSON has no bytes, and as text a reward would take them for something else."""
+    """Raises TypeError for bytes: JSON has none, and a reward that got them as text would misread them."""
     if isinstance(value, bytes | bytearray):
         raise TypeError(f"a {type(value).__name__} cannot be sent to a reward process")
     if isinstance(value, dict):

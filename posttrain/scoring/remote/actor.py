@@ -26,7 +26,7 @@ MARK = "POSTTRAIN_REWARD_ACTOR"
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What an actor tells of itself with every answer. pids: of its reward processes."""
+    """What an actor reports of itself with every answer. pids: of its reward processes."""
 
     pids: tuple[int, ...] = ()
     stats: PoolStats = field(default_factory=PoolStats)
@@ -35,11 +35,11 @@ class Health:
 class RewardActor:
     """Holds a pool. mark: value of MARK for its processes; folder: where relative paths of plug-ins begin."""
 
-    def __init__(self, spec: RewardSpec, num_workers: int, timeout_s: float, mark: str, folder: str):
+    def __init__(self, spec: RewardSpec, num_processes: int, timeout_s: float, *, mark: str, folder: str):
         os.environ[MARK] = mark
         with contextlib.suppress(OSError):  # another node need not have it
             os.chdir(folder)
-        self._pool = RewardPool(spec, num_workers, timeout_s)
+        self._pool = RewardPool(spec, num_processes, timeout_s)
         self._done: list[Done] = []
         self._event = asyncio.Event()
 

@@ -2,9 +2,9 @@
 
     score() ──► ActorLife.score ──► scores
        ▲             │ the actor died or froze
-       └── again ◄── a new ActorLife, started by the first who needs it; all others wait for it
+       └── again ◄── a new ActorLife, started by the first call that needs it; all others wait for it
 
-A scoring that was lost with an actor is sent to the next one: that is never a score.
+A scoring that was lost with an actor is sent to the next one; the loss of an actor never becomes a score.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ class RewardClient:
 
     def __init__(self, reward: RewardConfig, resources: RewardResources, deadline_s: float = DEADLINE_S):
         self.spec = RewardSpec(reward.name, reward.args)
-        self.num_workers = reward.workers
+        self.num_processes = reward.workers
         self.timeout_s = reward.timeout_s
         self._resources = resources
         self._deadline_s = deadline_s
@@ -111,7 +111,9 @@ class RewardClient:
             self._lost_in_a_row += 1
             self.num_restarts += 1
             self._past += lost.health.stats
-        self._life = ActorLife(self.spec, self.num_workers, self.timeout_s, self._resources, self._deadline_s)
+        self._life = ActorLife(
+            self.spec, self.num_processes, self.timeout_s, resources=self._resources, deadline_s=self._deadline_s
+        )
         try:
             await self._life.start()
         except ActorLostError:

@@ -35,16 +35,21 @@ class ActorLife:
     """
 
     def __init__(
-        self, spec: RewardSpec, num_workers: int, timeout_s: float, resources: RewardResources, deadline_s: float
+        self,
+        spec: RewardSpec,
+        num_processes: int,
+        timeout_s: float,
+        *,
+        resources: RewardResources,
+        deadline_s: float,
     ):
         import ray
 
         self._resources = resources
         self._mark = uuid.uuid4().hex
         options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_concurrency": 10_000}
-        self._actor: Any = (
-            ray.remote(RewardActor).options(**options).remote(spec, num_workers, timeout_s, self._mark, os.getcwd())
-        )
+        actor = ray.remote(RewardActor).options(**options)
+        self._actor: Any = actor.remote(spec, num_processes, timeout_s, mark=self._mark, folder=os.getcwd())
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._process: psutil.Process | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -162,14 +167,14 @@ class ActorLife:
                 waiting.set_exception(error)
 
     def _waiting(self, key: int) -> asyncio.Future[list[Scored]] | None:
-        """What the caller of a scoring waits for; None where it gave up."""
+        """The future that the caller of a scoring waits for; None where the caller has given up."""
         waiting = self._scoring.get(key)
         return None if waiting is None or waiting.done() else waiting
 
     def _lose(self, reason: str, is_empty: bool = False) -> None:
-        """Nothing of the actor is left alive: a frozen one is deaf to Ray, and does not end its own processes.
+        """Kill the actor and its processes: a frozen actor does not hear `ray.kill`, and cannot end its processes.
 
-        is_empty: it has ended them, and Ray is enough for what is left.
+        is_empty: the actor has ended them already, so `ray.kill` is enough.
         """
         import ray
 
@@ -179,7 +184,7 @@ class ActorLife:
         self._fail(list(self._scoring), ActorLostError(reason))
         if self._process is not None and not is_empty:
             with contextlib.suppress(psutil.Error):
-                self._process.kill()  # of this very process: psutil knows a number that was given to another
+                self._process.kill()  # psutil refuses if the pid belongs to another process by now
             kill_marked(MARK, self._mark)
         ray.kill(self._actor)
 

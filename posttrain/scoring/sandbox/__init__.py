@@ -1,5 +1,5 @@
-"""Programs that nobody trusts, run without network, host files or unlimited resources.
+"""Untrusted programs, run without network, host files or unlimited resources.
 
 run.py      start a program, limit it, read what it printed
-inside.py   the first program in the sandbox, which closes the door behind itself
+inside.py   the first program in the sandbox: it isolates itself, then becomes the program to run
 """

@@ -1,4 +1,4 @@
-"""The first thing that runs in a sandbox: builds the isolation, gives up every right, becomes the program.
+"""The first code that runs in a sandbox: it builds the isolation, gives up every right, and becomes the program.
 
 Run by `sandbox` as `python -I -S inside.py JOB_FD READY_FD isolate|limit`; imports the standard library only,
 because the project is not visible inside. "isolate": new namespaces (network, processes, mounts, IPC) and a new root
@@ -31,7 +31,7 @@ def main() -> None:
     job_fd, ready_fd, way = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     with os.fdopen(job_fd, "rb") as file:
         job = json.load(file)
-    os.set_inheritable(ready_fd, False)  # the program must not be able to speak for us
+    os.set_inheritable(ready_fd, False)  # the program must not be able to write "ready"
     if way == "isolate":
         user = _enter_namespaces(job["parent"])
         child = os.fork()
@@ -48,9 +48,9 @@ def main() -> None:
 
 
 def _enter_namespaces(parent: int) -> int | None:
-    """New namespaces. Returns the user id to change to where we are root, None where we stay who we are.
+    """Enter new namespaces. Returns the user id to change to where this process is root, else None.
 
-    Each run as root takes another user id, so that the limit on processes counts those of one sandbox alone.
+    Each run as root takes another user id, so that the limit on processes counts those of one sandbox only.
     """
     user = None
     if os.geteuid() == 0 and _libc.unshare(_NEW_NAMESPACES) == 0:
@@ -72,18 +72,18 @@ def _enter_namespaces(parent: int) -> int | None:
 
 def _build_root(job: Mapping[str, Any]) -> None:
     root = next(path for path in ("/mnt", "/srv", "/media", "/tmp") if os.path.isdir(path))
-    _mount(None, "/", None, _MS_REC | _MS_PRIVATE, None)
-    _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
+    _mount(None, "/", _MS_REC | _MS_PRIVATE)
+    _mount("tmpfs", root, _MS_NOSUID | _MS_NODEV, kind="tmpfs", options="size=1m,mode=755")
     os.chdir(root)
     for path in job["visible"]:
         _show(path, root)
     os.mkdir(f"{root}/dev")
     for device in _DEVICES:
         open(f"{root}/dev/{device}", "w").close()
-        _mount(f"/dev/{device}", f"{root}/dev/{device}", None, _MS_BIND, None)
+        _mount(f"/dev/{device}", f"{root}/dev/{device}", _MS_BIND)
     os.mkdir(f"{root}/tmp")
     size = job["limits"]["disk_mib"]
-    _mount("tmpfs", f"{root}/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size}m,mode=1777")
+    _mount("tmpfs", f"{root}/tmp", _MS_NOSUID | _MS_NODEV, kind="tmpfs", options=f"size={size}m,mode=1777")
     _read_only(root, recursive=False)
     _check(_libc.pivot_root(b".", b"."), "a new root")
     _check(_libc.umount2(b".", _MNT_DETACH), "leaving the old root")
@@ -103,7 +103,7 @@ def _show(path: str, root: str) -> None:
         os.mkdir(place)
     else:
         open(place, "w").close()
-    _mount(path, place, None, _MS_BIND | _MS_REC, None)
+    _mount(path, place, _MS_BIND | _MS_REC)
     _read_only(place, recursive=True)
 
 
@@ -130,7 +130,8 @@ def _become_program(job: Mapping[str, Any], ready_fd: int) -> None:
 
 
 def _die_with(parent: int | None) -> None:
-    """SIGKILL for this process when its parent ends. Asked for after every change of identity, which resets it."""
+    """Have the kernel send SIGKILL to this process when its parent ends. A change of user resets that, so it is asked
+    for again after each."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
@@ -149,7 +150,7 @@ def _read_only(path: str, recursive: bool) -> None:
     _check(_libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, path.encode(), flags, attributes, size), f"{path} read-only")
 
 
-def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None) -> None:
+def _mount(source: str | None, target: str, flags: int, *, kind: str | None = None, options: str | None = None) -> None:
     words = [word.encode() if word is not None else None for word in (source, target, kind, options)]
     _check(_libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]), f"mounting {target}")
 

@@ -1,8 +1,8 @@
-"""Runs a Python program that nobody trusts: no network, no host files but the interpreter, hard limits on time,
-memory, processes and output. Never in this process, and not at all where the system cannot isolate it.
+"""Runs an untrusted Python program: no network, no host files but the interpreter, hard limits on time, memory,
+processes and output. It never runs in this process, and not at all where the system cannot isolate it.
 
-Two ways, tried once and remembered: Linux namespaces (`inside`, as root or with user namespaces), else
-bubblewrap. Leaves out seccomp filters and packages of the environment: a program sees the standard library only.
+There are two ways, tried once and remembered: Linux namespaces (`inside.py`, as root or with user namespaces), else
+bubblewrap. Left out: seccomp filters, and packages of the environment. A program sees the standard library only.
 """
 
 import functools
@@ -25,7 +25,7 @@ _INIT = Path(__file__).with_name("inside.py")
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
 _MAX_STDERR = 4096
 _SETUP_S = 30.0
-# The last words of a Python program that met a limit which the kernel sets: how a line of them begins.
+# How the last line of stderr begins when a Python program met a limit that the kernel sets, and which limit it was.
 _LIMIT_ERRORS = {
     "MemoryError": "memory",
     "BlockingIOError: [Errno 11]": "processes",
@@ -74,22 +74,22 @@ def run_python(source: str, stdin: bytes = b"", limits: Limits | None = None) ->
             "no sandbox for model-written code: this system allows neither Linux namespaces nor bubblewrap (bwrap); "
             "install bubblewrap or allow user namespaces. The code was not run."
         )
-    return _run(way, source, stdin, limits or Limits())
+    return _run(way, source, stdin, limits=limits or Limits())
 
 
 @functools.cache
 def find_sandbox() -> str | None:
-    """Either "namespaces" or "bubblewrap" or None: what really runs a program here. Tried once a process."""
+    """Which way runs a program here, "namespaces" or "bubblewrap"; None if neither does. Tried once a process."""
     for way in ("namespaces", "bubblewrap"):
         try:
-            if _run(way, "print(6 * 7)", b"", Limits(wall_s=20.0)).stdout == b"42\n":
+            if _run(way, "print(6 * 7)", b"", limits=Limits(wall_s=20.0)).stdout == b"42\n":
                 return way
         except (SandboxError, OSError):
             continue
     return None
 
 
-def _run(way: str, source: str, stdin: bytes, limits: Limits) -> SandboxResult:
+def _run(way: str, source: str, stdin: bytes, *, limits: Limits) -> SandboxResult:
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     # Root is exempt from RLIMIT_NPROC, and root stays root inside bubblewrap: so the program runs under another uid.
     user = 20_000 if way == "bubblewrap" and os.geteuid() == 0 else None
@@ -105,7 +105,7 @@ def _run(way: str, source: str, stdin: bytes, limits: Limits) -> SandboxResult:
             descriptors = (job_file.fileno(), ready_write)
             try:
                 process = subprocess.Popen(
-                    _command(way, python, visible, descriptors),
+                    _command(way, python, visible, descriptors=descriptors),
                     stdin=input_file,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -121,7 +121,7 @@ def _run(way: str, source: str, stdin: bytes, limits: Limits) -> SandboxResult:
             return _watch(process, ready, limits)
 
 
-def _command(way: str, python: str, visible: list[str], descriptors: tuple[int, int]) -> list[str]:
+def _command(way: str, python: str, visible: list[str], *, descriptors: tuple[int, int]) -> list[str]:
     init = [python, "-I", "-S", "-B", str(_INIT), *map(str, descriptors)]
     if way == "namespaces":
         return [*init, "isolate"]
@@ -137,14 +137,14 @@ def _command(way: str, python: str, visible: list[str], descriptors: tuple[int, 
 
 
 def limit_of_error(line: str) -> str:
-    """The limit that an exception tells of, written as Python writes it (`Type: message`); "" if none."""
+    """The limit that a line of a traceback tells of (`Type: message`); "" if it tells of none."""
     return next((limit for begin, limit in _LIMIT_ERRORS.items() if line.startswith(begin)), "")
 
 
 def _watch(process: "subprocess.Popen[bytes]", ready: IO[bytes], limits: Limits) -> SandboxResult:
-    """Reads what the program writes until it ends or reaches a limit; then it and all it started are dead.
+    """Reads what the program writes until it ends or reaches a limit; afterwards it and all it started are dead.
 
-    Its clock starts when the sandbox stands: a machine that is slow to set one up is no fault of the program.
+    Its time starts when the sandbox is ready: it is not the program's fault if setting one up takes long.
     """
     assert process.stdout is not None
     assert process.stderr is not None
