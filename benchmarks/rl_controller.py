@@ -128,7 +128,7 @@ def parts(folder: Path, seed: int, mute: bool):
     actors = [actor.remote(mute) for _ in range(ENGINES)]
     engines: Any = SimpleNamespace(names=[f"engine{index}" for index in range(ENGINES)], actors=actors)
     trainer: Any = ReadyTrainer()
-    source = PromptSource(rows, SystemsConfig(), render, seed)
+    source = PromptSource(rows, SystemsConfig(), render, seed=seed)
     ledger = Ledger(folder / "ledger.sqlite")
     archive = RolloutArchive(folder / "rollouts", build_tokenizer())
     try:

@@ -423,7 +423,7 @@ def rl_draws(config: Any) -> Any:
 
     rows = [prompt.row for prompt in _drawn()]
     profile = [Difficulty(row.id, row.capability, 8, index, 0, True) for index, row in enumerate(rows)]
-    source = prompt_source(config, rows, profile, _tokenizer(), 0)
+    source = prompt_source(config, rows, profile, tokenizer=_tokenizer(), seed=0)
     drawn = []
     for step, capability in enumerate(islice(places(mixture_shares(rows, config.mixture)), 48)):
         drawn.append(source.draw(capability, step))
@@ -464,7 +464,11 @@ def rl_loss(config: Any) -> Any:
     )  # fmt: skip
     outputs = LOSSES[config.loss.name](inputs, config.loss)
     entropy = torch.full_like(advantages, 2.0)
-    return outputs.loss_sum, outputs.metrics, batch_share(outputs, inputs, entropy, 16, 4, config.loss)
+    return (
+        outputs.loss_sum,
+        outputs.metrics,
+        batch_share(outputs, inputs, entropy, num_tokens=16, num_sequences=4, config=config.loss),
+    )
 
 
 def rl_reference(config: Any) -> Any:
@@ -562,7 +566,7 @@ def rl_parked_draws(config: Any) -> Any:
     rows = [prompt.row for prompt in _drawn() if prompt.row.capability == "general"]
     rows = [msgspec.structs.replace(row, id=f"{row.id}-{copy}") for row in rows for copy in range(8)]
     profile = [Difficulty(row.id, row.capability, 16, 8 * (index % 2), 0, True) for index, row in enumerate(rows)]
-    source = prompt_source(config, rows, profile, _tokenizer(), 0)
+    source = prompt_source(config, rows, profile, tokenizer=_tokenizer(), seed=0)
     return [source.draw(rows[0].capability, order).row.id for order in range(100)]
 
 

@@ -31,7 +31,7 @@ def curriculum_of(passes: dict[str, int], steps: int = 10, **changes) -> Curricu
 def source_of(curriculum: Curriculum, names, tries: int = 32, seed: int = 0) -> PromptSource:
     rows = [Row(name, "math", (Message("user", name),)) for name in names]
     systems = validate_config(SystemsConfig, {}, "test")
-    return PromptSource(rows, systems, lambda messages: [1], seed, curriculum, tries)
+    return PromptSource(rows, systems, lambda messages: [1], seed=seed, curriculum=curriculum, tries=tries)
 
 
 def test_a_belief_is_the_beta_of_its_counts_and_fades_by_half():
@@ -75,12 +75,12 @@ def test_the_prior_is_that_of_the_whole_profile():
 def test_a_belief_starts_from_the_prior():
     """P(0.25 <= rate <= 0.75) of Beta(1/2, 1/2), whose distribution is 2/pi asin(sqrt(x)), is 1/3."""
     config = validate_config(CurriculumConfig, {"schedule": "constant", "first": [0.25, 0.75]}, "test")
-    curriculum = Curriculum(config, [Difficulty("p", "math", 2, 2, 0, True)], 10, (0.5, 0.5))
+    curriculum = Curriculum(config, [Difficulty("p", "math", 2, 2, 0, True)], 10, prior=(0.5, 0.5))
     rng = random.Random(0)
     taken = sum(curriculum.miss("unknown", rng) == 0 for _ in range(20_000)) / 20_000
     assert taken == pytest.approx(1 / 3, abs=0.012)
     assert curriculum.belief("p").mean == pytest.approx(2.5 / 3)
-    again = Curriculum(config, [], 10, (0.5, 0.5))
+    again = Curriculum(config, [], 10, prior=(0.5, 0.5))
     again.restore(json.loads(json.dumps(curriculum.state())))
     assert again.belief("p").mean == pytest.approx(2.5 / 3)
 
@@ -93,7 +93,7 @@ def test_in_a_profile_of_extremes_few_replies_say_much():
     curriculum = {"schedule": "constant", "first": [0.2, 0.8], "reprobe_fraction": 0.0}
     data = {"model": {"path": "m"}, "prompts": {"path": "p"}, "reward": {"name": "math"}, "curriculum": curriculum}
     config = validate_config(RlConfig, data, "test")
-    source = prompt_source(config, rows, difficulties, build_tokenizer(), 0)
+    source = prompt_source(config, rows, difficulties, tokenizer=build_tokenizer(), seed=0)
     assert kinds(source, 400)["half"] > 340
     uniform = validate_config(CurriculumConfig, curriculum, "test")
     assert kinds(source_of(Curriculum(uniform, difficulties, 10), passes), 400)["half"] < 240

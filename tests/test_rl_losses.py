@@ -226,7 +226,9 @@ def test_entropy_bonus_by_hand():
     _, _, outputs = evaluate("grpo", [0.3, 0.1, 0.1, 0.3], [0.2] * 4, [1.0, -1.0, 1.0, -1.0])
     entropy_T = torch.tensor([0.5, 0.7, 0.0, 0.8], requires_grad=True)
     unused: Any = None
-    share = batch_share(outputs, unused, entropy_T, 4, 2, LossConfig(name="grpo", entropy_bonus=0.1))
+    share = batch_share(
+        outputs, unused, entropy_T, num_tokens=4, num_sequences=2, config=LossConfig(name="grpo", entropy_bonus=0.1)
+    )
     assert float(share.detach()) == pytest.approx(0.52 / 4 - 0.1 * 2.0 / 4)
     (gradient,) = torch.autograd.grad(share, entropy_T)
     assert gradient.tolist() == pytest.approx([-0.025] * 4)
@@ -296,10 +298,11 @@ def test_reference_term_of_the_loss_by_hand():
     zero_T = torch.zeros(4)
     policy_T = torch.tensor(policy).log()
     inputs = LossInputs(policy_T, torch.tensor(sampler).log(), zero_T, zero_T, zero_T, 10, policy_T - math.log(2))
-    share = batch_share(outputs, inputs, zero_T, 4, 2, config)
+    share = batch_share(outputs, inputs, zero_T, num_tokens=4, num_sequences=2, config=config)
     assert float(share.detach()) == pytest.approx(0.52 / 4 + 0.1 * math.log(2) ** 2 / 2)
+    unreferenced = LossInputs(policy_T, policy_T, zero_T, zero_T, zero_T, 10)
     with pytest.raises(ValueError, match="no log-probabilities of the reference"):
-        batch_share(outputs, LossInputs(policy_T, policy_T, zero_T, zero_T, zero_T, 10), zero_T, 4, 2, config)
+        batch_share(outputs, unreferenced, zero_T, num_tokens=4, num_sequences=2, config=config)
 
 
 def test_reference_and_its_resources_go_together():
@@ -337,7 +340,7 @@ def batch_loss(chunks, config):
         policy_T = batch.sampler_logprobs_T.double() + weights_V[batch.target_T]
         inputs = loss_inputs(policy_T, batch, 8)
         outputs = LOSSES[config.name](inputs, config)
-        share = batch_share(outputs, inputs, -policy_T, tokens, len(samples), config)
+        share = batch_share(outputs, inputs, -policy_T, num_tokens=tokens, num_sequences=len(samples), config=config)
         share.backward()
         total += float(share.detach())
         counted += sum(int(value) for value in outputs.metrics.values())

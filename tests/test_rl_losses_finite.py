@@ -43,7 +43,9 @@ def inputs_of(tokens, reply_tokens, max_tokens=8):
 def loss_and_gradient(inputs, config):
     outputs = LOSSES[config.name](inputs, config)
     num_tokens, num_sequences = len(inputs.sequence_T), len(inputs.sequence_T.unique())
-    loss = batch_share(outputs, inputs, -inputs.policy_logprobs_T, num_tokens, num_sequences, config)
+    loss = batch_share(
+        outputs, inputs, -inputs.policy_logprobs_T, num_tokens=num_tokens, num_sequences=num_sequences, config=config
+    )
     (gradient_T,) = torch.autograd.grad(loss, inputs.policy_logprobs_T)
     return loss.detach(), gradient_T
 

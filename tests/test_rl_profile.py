@@ -64,7 +64,7 @@ def measured(prompt: str, n: int = 4, passes: int = 2, samples: int = 4) -> Diff
 def test_an_estimate_is_stored_with_its_uncertainty_and_what_it_rests_on(tmp_path: Path):
     """Of 8 replies 2 passed. Wilson's interval and pass@k are worked out by hand: pass@2 = 1 - C(6,2)/C(8,2)."""
     items = [Difficulty("p", "math", 8, 2, 0, True, "key", 8, 90), Difficulty("q", "math", 0, 0, 0, False, "other", 8)]
-    write_estimates(tmp_path / FILE, items, BASIS, {"band_low": 0.1, "band_high": 0.7})
+    write_estimates(tmp_path / FILE, items, BASIS, extra={"band_low": 0.1, "band_high": 0.7})
     first, second = pq.read_table(tmp_path / FILE).to_pylist()
     assert first["pass_rate"] == 0.25
     assert (first["ci95_low"], first["ci95_high"]) == pytest.approx((0.0715, 0.5907), abs=1e-4)

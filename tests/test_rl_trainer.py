@@ -110,7 +110,9 @@ def _plain_training(model: Any, config: RlConfig) -> tuple[list[float], list[flo
             inputs = LossInputs(policy, sampler, advantages, ages, row, 16, reference)
             outputs = LOSSES[config.loss.name](inputs, config.loss)
             entropy = -(logprobs.exp() * logprobs).sum(-1)
-            loss = batch_share(outputs, inputs, entropy, tokens, len(samples), config.loss)
+            loss = batch_share(
+                outputs, inputs, entropy, num_tokens=tokens, num_sequences=len(samples), config=config.loss
+            )
             loss.backward()
             total += float(loss.detach())
         losses.append(total)

@@ -85,7 +85,7 @@ def dppo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
 
 
 def _clipped(
-    log_ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float, dual: float | None = None
+    log_ratio: torch.Tensor, advantages: torch.Tensor, *, low: float, high: float, dual: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO's term -min(r A, clip(r, 1 - low, 1 + high) A), at most -dual * A for A < 0; and where a clip binds."""
     ratio = ratio_of(log_ratio)
@@ -105,7 +105,9 @@ def grpo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     of DAPO (arXiv 2503.14476); dual clip: arXiv 1912.09729.
     """
     log_ratio_T = inputs.policy_logprobs_T - inputs.sampler_logprobs_T
-    loss_T, clipped_T = _clipped(log_ratio_T, inputs.advantages_T, config.clip_low, config.clip_high, config.dual_clip)
+    loss_T, clipped_T = _clipped(
+        log_ratio_T, inputs.advantages_T, low=config.clip_low, high=config.clip_high, dual=config.dual_clip
+    )
     return LossOutputs(loss_T.sum(), "tokens", {"clipped_fraction": clipped_T.sum()})
 
 
@@ -151,7 +153,7 @@ def gspo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
 
     log_ratio_S = mean_S(inputs.policy_logprobs_T - inputs.sampler_logprobs_T)
     loss_S, clipped_S = _clipped(
-        log_ratio_S, mean_S(inputs.advantages_T), config.sequence_clip_low, config.sequence_clip_high
+        log_ratio_S, mean_S(inputs.advantages_T), low=config.sequence_clip_low, high=config.sequence_clip_high
     )
     return LossOutputs(loss_S.sum(), "sequences", {"clipped_fraction": (clipped_S * length_S).sum()})
 
@@ -205,7 +207,11 @@ def decoupled(inputs: LossInputs, config: LossConfig) -> LossOutputs:
         prox_T = inputs.sampler_logprobs_T + log_weight_T
         weight_T = ratio_of(log_weight_T).clamp(max=config.decoupled_cap)
     loss_T, clipped_T = _clipped(
-        inputs.policy_logprobs_T - prox_T, inputs.advantages_T, config.clip_low, config.clip_high, config.dual_clip
+        inputs.policy_logprobs_T - prox_T,
+        inputs.advantages_T,
+        low=config.clip_low,
+        high=config.clip_high,
+        dual=config.dual_clip,
     )
     return LossOutputs((weight_T * loss_T).sum(), "tokens", {"clipped_fraction": clipped_T.sum()})
 
@@ -263,6 +269,7 @@ def batch_share(
     outputs: LossOutputs,
     inputs: LossInputs,
     entropy_T: torch.Tensor,
+    *,
     num_tokens: int,
     num_sequences: int,
     config: LossConfig,

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from posttrain.context import StageContext
@@ -73,7 +72,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         engines = models.enter_context(
             Engines(context, config.model, config.engine, resources=config.resources.rollout)
         )
-        judge = _start_judge(config, prepared, context, models)
+        judge = _start_judge(config, prepared, context, models=models)
         trainer = TrainerClient(config, context.seed)  # beside the profile
         try:
             order = list(prompts)
@@ -88,16 +87,16 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         reference = Reference(config, context.seed) if config.loss.reference is not None else None
         ledger = open_ledger(context.dir)
         try:
-            _check_same(ledger, config, rows, context.dir, context.seed)
+            _check_same(ledger, config, rows, context=context)
             for left in restarts_left(config):
-                source = prompt_source(config, drawn, difficulties, tokenizer, context.seed)
+                source = prompt_source(config, drawn, difficulties, tokenizer=tokenizer, seed=context.seed)
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
                 parts = Parts(
                     engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated, judge,
                     difficulties,
                 )  # fmt: skip
                 try:
-                    figures = _train(config, context, parts, prompts)
+                    figures = _train(config, context, parts, prompts=prompts)
                     break
                 except TrainerLostError as error:
                     if not left:
@@ -158,7 +157,7 @@ def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[D
 
 
 def _start_judge(
-    config: RlConfig, prepared: PreparedJudge | None, context: StageContext, models: ExitStack
+    config: RlConfig, prepared: PreparedJudge | None, context: StageContext, *, models: ExitStack
 ) -> Judge | None:
     """The judge, if the stage has one: on its engines, or at its endpoint."""
     if prepared is None:
@@ -172,17 +171,17 @@ def restarts_left(config: RlConfig) -> range:
     return range(config.trainer_restarts, -1, -1)
 
 
-def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], folder: Path, seed: int) -> None:
+def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], *, context: StageContext) -> None:
     """A run goes on with the dataset and the model that it began with, or not at all."""
     now = run_fingerprints(config.model.path, rows)
     if (saved := ledger.fact("fingerprints")) is not None:
-        check_resumed(saved, now, folder)
+        check_resumed(saved, now, context.dir)
     ledger.set_fact("fingerprints", now)
-    ledger.set_fact("seed", seed)
+    ledger.set_fact("seed", context.seed)
     ledger.flush_now()
 
 
-def _train(config: RlConfig, context: StageContext, parts: Parts, prompts: list[DrawnPrompt]) -> dict[str, Any]:
+def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: list[DrawnPrompt]) -> dict[str, Any]:
     """From the last commit to the last step, and the policy's folder."""
     first_step, left = _resume(config, context, parts)
     manifest = parts.trainer.publish()
@@ -236,7 +235,7 @@ def _resume(config: RlConfig, context: StageContext, parts: Parts) -> tuple[int,
 
 
 def prompt_source(
-    config: RlConfig, selected: Sequence[Row], difficulties: Sequence[Difficulty], tokenizer: Any, seed: int
+    config: RlConfig, selected: Sequence[Row], difficulties: Sequence[Difficulty], *, tokenizer: Any, seed: int
 ) -> PromptSource:
     """Where prompts are drawn from, each with its system instruction."""
 
@@ -244,8 +243,10 @@ def prompt_source(
         return render_prompt(tokenizer, messages)
 
     if config.curriculum is None:
-        return PromptSource(selected, config.systems, render, seed)
+        return PromptSource(selected, config.systems, render, seed=seed)
     ids = {row.id for row in selected}
     known = [item for item in difficulties if item.prompt_id in ids]
-    curriculum = Curriculum(config.curriculum, known, config.steps, fit_prior(difficulties))
-    return PromptSource(selected, config.systems, render, seed, curriculum, config.curriculum.tries)
+    curriculum = Curriculum(config.curriculum, known, config.steps, prior=fit_prior(difficulties))
+    return PromptSource(
+        selected, config.systems, render, seed=seed, curriculum=curriculum, tries=config.curriculum.tries
+    )

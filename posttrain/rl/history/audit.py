@@ -54,7 +54,7 @@ def audit_stage(stage: Path) -> Audit:
     finally:
         ledger.close()
     config = read_yaml(stage / "config.yaml") if (stage / "config.yaml").exists() else {}
-    _count(audit, entries, log, len(commits))
+    _count(audit, entries, log, num_commits=len(commits))
     _nothing_lost(audit, entries, log)
     _transitions(audit, log)
     last = commits[-1] if commits else None
@@ -63,12 +63,12 @@ def audit_stage(stage: Path) -> Audit:
             audit.problems.append(f"the last commit names {last.folder}, which is gone")
         elif folder_hash(stage / last.folder) != last.hash:
             audit.problems.append(f"the content of {last.folder} is not what the last commit names")
-    _steps(audit, entries, config.get("groups_per_step"), last.version if last else 0)
-    _archive(audit, entries, stage, config.get("max_staleness"))
+    _steps(audit, entries, groups_per_step=config.get("groups_per_step"), committed=last.version if last else 0)
+    _archive(audit, entries, stage, max_staleness=config.get("max_staleness"))
     return audit
 
 
-def _count(audit: Audit, entries: list[Entry], log: list[Any], commits: int) -> None:
+def _count(audit: Audit, entries: list[Entry], log: list[Any], *, num_commits: int) -> None:
     states = Counter(entry.state for entry in entries)
     reasons = Counter(entry.reason for entry in entries if entry.state == GroupState.DROPPED)
     rolled = [value for _, _, event, _, value in log if event == LedgerEvent.ROLLED_BACK]
@@ -77,7 +77,7 @@ def _count(audit: Audit, entries: list[Entry], log: list[Any], commits: int) -> 
         **{name: states[name] for name in _SHOWN_STATES},
         **{f"dropped:{reason}": count for reason, count in sorted(reasons.items())},
         "steps": len({entry.step for entry in entries if entry.state in _TRAINED}),
-        "commits": commits,
+        "commits": num_commits,
         "resumed": len(rolled),
         "steps_rolled_back": sum(value["steps"] for value in rolled),
         "groups_rolled_back": sum(value["groups"] for value in rolled),
@@ -109,7 +109,7 @@ def _transitions(audit: Audit, log: list[Any]) -> None:
         last[order] = event
 
 
-def _steps(audit: Audit, entries: list[Entry], groups_per_step: int | None, committed: int) -> None:
+def _steps(audit: Audit, entries: list[Entry], *, groups_per_step: int | None, committed: int) -> None:
     by_step: dict[int, int] = Counter(
         entry.step for entry in entries if entry.state in _TRAINED and entry.step is not None
     )
@@ -123,7 +123,7 @@ def _steps(audit: Audit, entries: list[Entry], groups_per_step: int | None, comm
         audit.problems.append(f"groups {late[:_SHOWN]} are committed, but their steps are not")
 
 
-def _archive(audit: Audit, entries: list[Entry], stage: Path, max_staleness: int | None) -> None:
+def _archive(audit: Audit, entries: list[Entry], stage: Path, *, max_staleness: int | None) -> None:
     """The rollouts themselves: every trained group in one step only, the ledger's, and within the bound."""
     import pyarrow.parquet as pq
 

@@ -51,7 +51,7 @@ def recorded_steps(stage: Path) -> Iterator[RecordedStep]:
             raise StageError(f"{path}: expected the rollouts of step {step}, found {sorted({r['step'] for r in rows})}")
         groups = tuple(dict.fromkeys(row["group_id"] for row in rows))
         samples = [
-            train_sample(rollout, step, row["advantage"], tuple(row["ref_logprobs"]))
+            train_sample(rollout, step, row["advantage"], ref_logprobs=tuple(row["ref_logprobs"]))
             for row, rollout in ((row, recorded_rollout(row)) for row in rows)
             if is_trained_on(rollout, row["advantage"])
         ]

@@ -184,7 +184,7 @@ class SideWork:
             return
         self._refreshed = step
         rng = random.Random(f"{self._context.seed}/refilter/{step}")
-        self._probes = deque(self._refilter.choose(curriculum, step, rng, self._probed))
+        self._probes = deque(self._refilter.choose(curriculum, step, rng, exclude=self._probed))
 
     async def _observe(self, group: Group) -> None:
         name = group.prompt.row.id
@@ -194,7 +194,7 @@ class SideWork:
         self._counts["prompts_probed"] += 1
         curriculum = self._source.curriculum
         if curriculum is not None and passes + failures:
-            curriculum.observe(name, passes, failures, group.oldest_version, refresh=True)
+            curriculum.observe(name, passes, failures, version=group.oldest_version, refresh=True)
         self._told(LedgerEvent.PROBED, [name, passes, failures, group.oldest_version])
 
     # ------------------------------------------------------------------ evaluations

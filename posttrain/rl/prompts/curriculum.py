@@ -9,13 +9,13 @@ half every `half_life` steps. A prompt is sampled in proportion to the belief th
             ──────────────────►         a re-probe or refresh passes
 
 Retired prompts are not drawn. Parked ones are, within a budget: `reprobe_fraction` of the draws, on average. A state
-changes by what is seen, never by time alone. Left out: who draws (prompts.py), and who refreshes (refilter.py).
+changes by what is seen, never by time alone. Left out: who draws (source.py), and who refreshes (refilter.py).
 """
 
 import numbers
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -39,7 +39,6 @@ EXCLUDED_MISS = 1.0
 _GRID = (np.arange(256) + 0.5) / 256
 
 State = Literal["active", "retired", "parked"]
-Schedule = Callable[[int, int, float, float], float]
 
 
 @dataclass(slots=True)
@@ -83,12 +82,12 @@ class Curriculum:
     """
 
     def __init__(
-        self, config: CurriculumConfig, difficulties: Iterable[Difficulty], steps: int, prior: Prior = UNIFORM
+        self, config: CurriculumConfig, difficulties: Iterable[Difficulty], steps: int, *, prior: Prior = UNIFORM
     ):
         self._config = config
         self._prior = prior
         self._steps = steps
-        self._schedule = self._load_schedule()
+        self._function = None if config.schedule in SCHEDULES else load_function(config.schedule, "schedule")
         self._version = 0
         self._position = 0.0  # of the band on its way from `first` to `last`
         self._num_reprobes = 0
@@ -126,7 +125,7 @@ class Curriculum:
         return replace(belief, passes=belief.passes * kept, failures=belief.failures * kept, version=at)
 
     def observe(
-        self, prompt_id: str, passes: int, failures: int, version: int | None = None, refresh: bool = False
+        self, prompt_id: str, passes: int, failures: int, *, version: int | None = None, refresh: bool = False
     ) -> None:
         """Rollouts of a prompt were scored. version: of the policy that sampled them; the current one if None.
 
@@ -171,7 +170,7 @@ class Curriculum:
         raises PluginError where it does not.
         """
         self._version = version
-        self._position = self._schedule(version, self._steps, pass_rate, self._position)
+        self._position = self._next_position(version, pass_rate)
         self._reprobe_chance = self._reprobe_chances()
 
     def figures(self) -> dict[str, float]:
@@ -246,39 +245,33 @@ class Curriculum:
             total += float((density[:, inside].sum(axis=1) / density.sum(axis=1)).sum())
         return total
 
-    def _load_schedule(self) -> Schedule:
+    def _next_position(self, step: int, pass_rate: float) -> float:
+        """Where the band lies between `first` (0) and `last` (1) after optimizer step `step`. See `advance`."""
+        if self._function is not None:
+            return self._called_position(step, pass_rate)
+        if self._config.schedule == "linear":
+            return min(1.0, step / self._steps)
+        if self._config.schedule == "adaptive":
+            moved = ADAPTIVE_GAIN * (pass_rate - sum(self.band) / 2) / self._steps
+            return min(1.0, max(0.0, self._position + moved))
+        return self._position
+
+    def _called_position(self, step: int, pass_rate: float) -> float:
+        """The position that the user's function returns. Raises PluginError where it returns none."""
         name = self._config.schedule
-        if name not in SCHEDULES:
-            return _checked(name, load_function(name, "schedule"))
-
-        def adaptive(step: int, steps: int, pass_rate: float, position: float) -> float:
-            return min(1.0, max(0.0, position + ADAPTIVE_GAIN * (pass_rate - sum(self.band) / 2) / steps))
-
-        def linear(step: int, steps: int, pass_rate: float, position: float) -> float:
-            return min(1.0, step / steps)
-
-        def constant(step: int, steps: int, pass_rate: float, position: float) -> float:
-            return position
-
-        return {"adaptive": adaptive, "linear": linear, "constant": constant}[name]
-
-
-def _odds(chance: float) -> float:
-    return chance / (1 - chance)
-
-
-def _checked(name: str, function: Schedule) -> Schedule:
-    def schedule(step: int, steps: int, pass_rate: float, position: float) -> float:
+        assert self._function is not None
         try:
-            value = function(step, steps, pass_rate, position)
+            value: Any = self._function(step, self._steps, pass_rate, self._position)
         except Exception as error:
             raise PluginError(f"curriculum.schedule {name!r} failed at step {step}: {describe(error)}") from error
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not is_number or not 0 <= value <= 1:  # NaN is neither
+        if not is_number or not 0 <= float(value) <= 1:  # NaN is neither
             raise PluginError(
                 f"curriculum.schedule {name!r} returned {value!r} at step {step}; it must return a number from 0 "
                 "(the band `first`) to 1 (`last`)"
             )
         return float(value)
 
-    return schedule
+
+def _odds(chance: float) -> float:
+    return chance / (1 - chance)

@@ -104,7 +104,7 @@ class DifficultyStore:
 
 
 def write_estimates(
-    path: Path, difficulties: Sequence[Difficulty], basis: Basis, extra: Mapping[str, Any] | None = None
+    path: Path, difficulties: Sequence[Difficulty], basis: Basis, *, extra: Mapping[str, Any] | None = None
 ) -> None:
     """Write a table of estimates, aside and then renamed. extra: further columns, the same in each row."""
     import pyarrow as pa

@@ -80,7 +80,7 @@ def profile_prompts(
     ordered = [replace(found[name], selected=found[name].in_band(band)) for name in keys]
     if not any(item.n for item in ordered):
         raise nothing_scored()
-    write_estimates(context.dir / FILE, ordered, basis, {"band_low": float(band[0]), "band_high": float(band[1])})
+    write_estimates(context.dir / FILE, ordered, basis, extra={"band_low": float(band[0]), "band_high": float(band[1])})
     if store is not None:
         store.add(_partial(context.dir, basis))
     shutil.rmtree(_parts(context.dir), ignore_errors=True)

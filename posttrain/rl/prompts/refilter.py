@@ -1,8 +1,8 @@
-"""Which prompts are probed beside the training, so that what is believed of them is of the current policy.
+"""Which prompts are probed during training, so that their estimated pass rates are those of the current policy.
 
-The controller sends probes as groups of low priority that are never trained on, and reports what came of them to
-`Curriculum.observe`. Nothing is kept here: what was probed last is in the curriculum's beliefs, so a resumed run goes
-on by itself.
+The controller samples probes as groups of low priority that are never trained on, and gives their results to
+`Curriculum.observe`. The refilter has no state of its own: which prompts were probed last follows from the curriculum's
+beliefs, so a resumed run needs nothing else.
 """
 
 import random
@@ -13,7 +13,7 @@ from posttrain.rl.prompts.curriculum import Curriculum
 
 
 class Refilter:
-    """Every `every` steps, the `prompts` prompts of which least is known."""
+    """Every `every` steps, the `prompts` prompts with the least evidence."""
 
     def __init__(self, config: RefilterConfig):
         self._config = config
@@ -24,15 +24,17 @@ class Refilter:
         return self._config.samples
 
     def due(self, step: int) -> bool:
-        """Whether probes are to be sent when `step` optimizer steps are done; never at 0, the profile is fresh then."""
+        """Whether probes are sent when `step` optimizer steps are done. Never at 0, when the profile is fresh."""
         return step > 0 and step % self._config.every == 0
 
-    def choose(self, curriculum: Curriculum, step: int, rng: random.Random, exclude: Collection[str] = ()) -> list[str]:
-        """Ids of the prompts to probe, the one of which least is known first; parked and retired ones are among them.
+    def choose(
+        self, curriculum: Curriculum, step: int, rng: random.Random, *, exclude: Collection[str] = ()
+    ) -> list[str]:
+        """Ids of the prompts to probe, those with the least evidence first; parked and retired prompts are included.
 
-        Little is known of a prompt that was sampled long ago, or seldom: evidence fades by half every `half_life`
-        steps. step: optimizer steps done, at which the evidence is compared. rng: settles ties. exclude: ids that
-        are being probed already.
+        The evidence of a prompt is low if it was sampled long ago or seldom: it fades by half every `half_life` steps.
+        step: optimizer steps done, at which the evidence is compared. rng: settles ties. exclude: ids of prompts that
+        are being probed now.
         """
         ids = sorted(set(curriculum.prompt_ids) - set(exclude))
         rng.shuffle(ids)

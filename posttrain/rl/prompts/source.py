@@ -26,6 +26,7 @@ class PromptSource:
         rows: Sequence[Row],
         systems: SystemsConfig,
         render: Callable[[Sequence[Message]], Sequence[int]],
+        *,
         seed: int,
         curriculum: Curriculum | None = None,
         tries: int = 1,

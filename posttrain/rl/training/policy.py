@@ -62,7 +62,7 @@ def load_token_policy(
 
 
 def sample_logprobs(
-    forward: Callable[[MicroBatch], Any], samples: Sequence[TrainSample], max_tokens: int, device: str
+    forward: Callable[[MicroBatch], Any], samples: Sequence[TrainSample], max_tokens: int, *, device: str
 ) -> list[list[float]]:
     """Log-probabilities of each sample's reply tokens, without gradients, in the order given.
 

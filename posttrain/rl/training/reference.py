@@ -79,7 +79,7 @@ class FrozenPolicy:
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """See `Reference.logprobs`."""
-        return sample_logprobs(self._policy, samples, self._max_tokens, self._device)
+        return sample_logprobs(self._policy, samples, self._max_tokens, device=self._device)
 
 
 async def with_reference(scored: ScoredGroup, reference: Reference) -> ScoredGroup:

@@ -49,7 +49,7 @@ class TrainSample(Struct, frozen=True):
 def train_samples(groups: Sequence[ScoredGroup], version: int) -> list[TrainSample]:
     """Every rollout that has an advantage and tokens to train on. version: of the trainer, before the step."""
     return [
-        train_sample(rollout, version, advantage or 0.0, reference)
+        train_sample(rollout, version, advantage or 0.0, ref_logprobs=reference)
         for scored in groups
         for rollout, advantage, reference in zip(
             scored.group.rollouts,
@@ -66,7 +66,9 @@ def is_trained_on(rollout: Rollout, advantage: float | None) -> bool:
     return advantage is not None and any(segment.trained for segment in rollout.segments)
 
 
-def train_sample(rollout: Rollout, version: int, advantage: float, ref_logprobs: tuple[float, ...] = ()) -> TrainSample:
+def train_sample(
+    rollout: Rollout, version: int, advantage: float, *, ref_logprobs: tuple[float, ...] = ()
+) -> TrainSample:
     """One rollout as a sample. Raises ValueError where a segment that is trained on was not sampled."""
     first = len(rollout.prompt_ids)
     spans, logprobs, ages = [], [], []

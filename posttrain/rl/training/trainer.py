@@ -95,7 +95,7 @@ class PolicyTrainer:
     def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """Log-probabilities of each sample's trained tokens under the current policy, in the order given."""
         self._engine.eval()
-        return sample_logprobs(self._engine, samples, self._config.micro_batch_tokens, self._device)
+        return sample_logprobs(self._engine, samples, self._config.micro_batch_tokens, device=self._device)
 
     def step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
         """See `Trainer.step`.
@@ -248,7 +248,7 @@ def forward_share(
     inputs = loss_inputs(policy_T, batch, max_tokens)
     outputs = LOSSES[config.name](inputs, config)
     num_tokens = sum(sample.num_trained for sample in samples)
-    loss = batch_share(outputs, inputs, entropy_T, num_tokens, len(samples), config)
+    loss = batch_share(outputs, inputs, entropy_T, num_tokens=num_tokens, num_sequences=len(samples), config=config)
     fed = sum(len(sample) - 1 for sample in chunk) / sum(len(sample) - 1 for sample in samples)
     return ForwardShare(loss + fed * router_loss, inputs, outputs, entropy_T)
 
