@@ -1,15 +1,21 @@
-"""Python's garbage collector beside a loop that moves many records, which it looks at again and again for nothing."""
+"""Run Python's cyclic garbage collector rarely while RL runs: scanning its many records over and over is wasted
+time.
+"""
 
 import contextlib
 import gc
 from collections.abc import Iterator
 
-ALLOCATIONS = 100_000  # more containers made than freed, before it looks at the youngest
+ALLOCATIONS = 100_000  # the collector scans the youngest objects when so many more were made than freed
 
 
 @contextlib.contextmanager
 def rare_collections() -> Iterator[None]:
-    """Records hold no cycles, so they are freed without it. What is there already, libraries mostly, is left out."""
+    """Make collections rare in the `with` block.
+
+    Records hold no reference cycles, so they are freed without the collector. Objects that exist already, mostly those
+    of libraries, are excluded from its scans.
+    """
     thresholds = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(ALLOCATIONS, *thresholds[1:])

@@ -75,7 +75,7 @@ def frame(message: Struct) -> bytes:
 
 
 class PairEncoder:
-    """Encodes rollouts and rows to be sent. A row that comes again and again is encoded once."""
+    """Encodes rollouts and rows to be sent. A row that is sent many times is encoded once."""
 
     def __init__(self) -> None:
         self._row: Row | None = None
