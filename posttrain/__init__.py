@@ -9,6 +9,7 @@ torch, Ray nor vLLM. docs/python.md shows each of them.
     load_model, load_tokenizer, save_model  model folders
     LOSSES, LossInputs, LossConfig          the losses of RL as functions of tensors
     ADVANTAGES                              the advantages of RL as functions of rewards
+    Trainer, StepResult                     what RL asks of whatever trains its policy, as types
     read_rollouts                           what an RL stage recorded
     write_report                            one HTML page of a run
 """
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from posttrain.rl.history.recorded import RecordedRollout, read_rollouts
     from posttrain.rl.loss_config import LossConfig
     from posttrain.rl.losses import LOSSES, LossInputs, LossOutputs
+    from posttrain.rl.training.protocol import StepResult, Trainer
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,7 @@ _HOMES = {
     "rl.history.recorded": ["RecordedRollout", "read_rollouts"],
     "rl.loss_config": ["LossConfig"],
     "rl.losses": ["LOSSES", "LossInputs", "LossOutputs"],
+    "rl.training.protocol": ["StepResult", "Trainer"],
 }
 
 __all__ = [
@@ -75,7 +78,9 @@ __all__ = [
     "StageContext",
     "StageError",
     "StageResult",
+    "StepResult",
     "Summary",
+    "Trainer",
     "UserError",
     "__version__",
     "evaluate",

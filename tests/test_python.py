@@ -1,6 +1,7 @@
 """`import posttrain` as a library: what it offers, what importing it loads, and the blocks of docs/python.md."""
 
 import ast
+import inspect
 import json
 import re
 import subprocess
@@ -46,6 +47,18 @@ def test_every_public_name_is_there_and_listed(name):
         assert public in dir(package)
     with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
         _ = package.no_such_name
+
+
+def test_what_rl_trains_with_is_a_trainer_as_offered():
+    from posttrain.rl.training.trainer import PolicyTrainer
+
+    asked = {name for name in vars(posttrain.Trainer) if not name.startswith("_")}
+    assert {"step", "publish", "logprobs", "save", "save_checkpoint", "load_checkpoint", "report", "close"} <= asked
+    for name in asked:
+        parameters, own = (
+            list(inspect.signature(getattr(t, name)).parameters) for t in (posttrain.Trainer, PolicyTrainer)
+        )
+        assert own == parameters, name
 
 
 @pytest.mark.parametrize("name", LAZY)
