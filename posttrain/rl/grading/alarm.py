@@ -1,5 +1,7 @@
-"""Tells when too many rollouts cannot be scored: then it is the reward that fails, and what is trained on is a choice
-made by its failures."""
+"""An alarm for when too many rollouts cannot be scored.
+
+Then the reward function itself is at fault, and the rollouts that it can still score are no fair sample to train on.
+"""
 
 from collections import Counter, deque
 from typing import Any
@@ -10,9 +12,10 @@ MOST_FREQUENT = 3
 
 
 class UnscoredAlarm:
-    """Watches the share of unscored rollouts over a step's worth of decided groups, trained on or dropped.
+    """Watches the share of unscored rollouts over the last `num_groups` decided groups, trained on or dropped.
 
-    An alarm starts a new window, so that a reward that stays broken raises one a step and not one a group.
+    limit: the alarm is raised above this share, 0 to 1. After an alarm the window starts anew, so that a reward that
+    stays broken raises one alarm for each `num_groups` groups, and not one for each group.
     """
 
     def __init__(self, limit: float, num_groups: int):

@@ -47,10 +47,11 @@ def rescore_pauses(rescores: int) -> list[float]:
 def scored_group(group: Group, scores: Sequence[Scored], config: GradingConfig) -> ScoredGroup:
     """The group with its rewards, and advantages if at least `min_group` rollouts have one.
 
-    A rollout that cannot be trained on, as a log-probability of the sampler's is not finite, counts as unscored.
+    A rollout with a sampler log-probability that is not finite cannot be trained on, and counts as unscored.
 
-    `rewards` are what the reward function said; advantages are of the rewards with `overlong`'s penalty, which the
-    reason tells. A truncated reply that is masked is part of its group's baseline, but has no advantage.
+    `rewards` are what the reward function returned. Advantages are computed from the rewards with the penalty of
+    `overlong`, which the reason names. A truncated reply that is masked counts in its group's baseline, but has no
+    advantage.
     """
     scores = [_refused(rollout) or scored for rollout, scored in zip(group.rollouts, scores, strict=True)]
     rewards = tuple(None if scored.result is None else scored.result.value for scored in scores)

@@ -1,6 +1,6 @@
-"""What a result rests on, as short hashes: a policy, how it is sampled and scored, a prompt, a dataset.
+"""Short hashes of what a result depends on: a policy, how it is sampled and scored, a prompt, a dataset.
 
-Content decides: a model folder that was moved or touched keeps its fingerprint. Left out: installed packages, and
+Only content counts: a model folder that was moved or touched keeps its fingerprint. Left out: installed packages, and
 what a reward imports from elsewhere than its own folder.
 """
 

@@ -25,7 +25,7 @@ def mixture_shares(rows: Sequence[Row], mixture: Mapping[str, float]) -> dict[st
 
 
 def places(shares: Mapping[str, float], first: int = 0) -> Iterator[str]:
-    """The capability of place `first` and of all that follow, for ever.
+    """The capability of place `first` in a batch, and of all later places, without end.
 
     Each goes to the capability that is furthest behind its share of all places so far: the largest remainder, carried
     from batch to batch, so that a small share gets its places too. Pure: a resumed run continues the same sequence.

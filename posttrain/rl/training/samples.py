@@ -1,6 +1,6 @@
 """Rollouts as training samples, and their micro-batches.
 
-A sample is the very ids that the engine sampled, with their log-probabilities and ages, the ids around them, and an
+A sample holds the token ids that the engine sampled, with their log-probabilities and ages, the ids around them, and an
 advantage. Rows are sorted by length and right-padded, so that attention is plainly causal and needs no mask; a
 micro-batch holds at most so many padded tokens.
 """
