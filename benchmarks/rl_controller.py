@@ -40,7 +40,7 @@ from posttrain.rl.training.protocol import StepResult
 from posttrain.rl.training.samples import TrainSample
 from posttrain.sampling.manifests import WeightManifest
 from posttrain.sampling.requests import Completion, Piece, SampleRequest
-from posttrain.sampling.rollouts import reply_of
+from posttrain.sampling.rollouts import whole_reply
 from posttrain.scoring.remote.client import RewardClient
 
 GROUP, TOKENS, PROMPT_TOKENS, ROWS = 2, 8, 64, 10_000
@@ -165,7 +165,7 @@ def groups_per_s(seed: int = 0, profile: bool = False) -> tuple[float, dict[str,
 async def reward_groups_per_s(config: RlConfig, prompt: DrawnPrompt) -> float:
     """What one reward actor with one process scores a second, given 128 groups a call and two calls at once."""
     reply = Completion(tuple(range(TOKENS)), "12", (-1.0,) * TOKENS, FinishReason.STOP, (VersionSpan(0, 0, TOKENS),))
-    group = make_group(0, prompt, [reply_of(reply)] * GROUP, worker="engine0")
+    group = make_group(0, prompt, [whole_reply(reply)] * GROUP, worker="engine0")
     pairs = [(rollout, prompt.row) for rollout in group.rollouts] * 128
     client = RewardClient(reward_config(config.reward, config.systems), config.resources.reward)
     await client.start()
@@ -204,11 +204,11 @@ async def _fill(controller: Controller, ledger: Ledger) -> int:
             await asyncio.sleep(0.5)
             await ledger.flush()
             workers = controller._workers.workers
-            if sum(len(worker.flights) for worker in workers) >= IN_FLIGHT and not any(w.outbox for w in workers):
+            if sum(len(worker.asks) for worker in workers) >= IN_FLIGHT:
                 break
         else:
             running.result()
-        return sum(len(worker.flights) for worker in controller._workers.workers)
+        return sum(len(worker.asks) for worker in controller._workers.workers)
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

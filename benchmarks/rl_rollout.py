@@ -21,12 +21,12 @@ from rl_models import save, start_engine
 from posttrain.config.shared import EngineConfig
 from posttrain.context import StageContext
 from posttrain.pipeline.ray_session import ray_session
-from posttrain.records import Message, Prompt, Row
+from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.history.ledger import Ledger
-from posttrain.rl.records import DrawnPrompt
-from posttrain.rl.rollouts.workers import Flight, RolloutWorkers
 from posttrain.sampling.engine import ENGINE_ENV, engine_arguments
-from posttrain.sampling.requests import NOTHING, SampleRequest
+from posttrain.sampling.requests import SampleRequest
+from posttrain.sampling.rollouter import Flight
+from posttrain.sampling.workers import RolloutWorkers
 
 PROMPT_TOKENS = 20
 SHAPES = {"1m": (512, 128, 4), "50m": (128, 48, 3)}  # requests, tokens of each reply, rounds
@@ -72,10 +72,10 @@ class Ours:
         ledger, done = self._ledger, asyncio.Event()
         left, tokens = len(prompts), 0
 
-        def finished(flight: Flight, now: float) -> None:
+        def finished(flight: Flight) -> None:
             nonlocal left, tokens
             ledger.generated(flight.order, flight.replies)
-            left, tokens = left - 1, tokens + len(flight.replies[0].token_ids)
+            left, tokens = left - 1, tokens + flight.rollouts[0].num_sampled
             if not left:
                 done.set()
 
@@ -86,8 +86,8 @@ class Ours:
 
         context = StageContext("rl", self._folder, self._folder / "events.jsonl")
         workers = RolloutWorkers(
-            context, self._engines, {}, 0, lambda manifest, version: [], ENGINE.deadline_s, finished,
-            lambda flight: ledger.begun(flight.order, tuple(flight.replies)), ledger.event,
+            context, self._engines, deadline_s=ENGINE.deadline_s, finished=finished,
+            begun=lambda flight: ledger.begun(flight.order, flight.replies),
         )  # fmt: skip
         row = Row("p", "sums", (Message("user", "1 + 1 ="),))
         began = time.perf_counter()
@@ -96,7 +96,7 @@ class Ours:
             self._next += 1
             ledger.reserve(self._next, "p", "sums", None, 0, 0)
             prompt = DrawnPrompt(row, None, Prompt(row.messages, ids))
-            workers.send(Flight(self._next, 0, prompt, SampleRequest(ids, max_tokens=num_tokens), [NOTHING]))
+            workers.send(Flight(self._next, 0, prompt, SampleRequest(ids, max_tokens=num_tokens)))
         waiting = asyncio.ensure_future(done.wait())
         await asyncio.wait({waiting, *running}, return_when=asyncio.FIRST_COMPLETED)
         ended = time.perf_counter()

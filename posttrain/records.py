@@ -5,7 +5,7 @@ Nothing here imports torch, and nothing is filled in later: each step makes a ne
 `msgspec.structs.replace`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import chain
 from typing import Any
@@ -113,6 +113,14 @@ class Prompt(Struct, frozen=True):
     media: tuple[Media, ...] = ()
 
 
+class DrawnPrompt(Struct, frozen=True):
+    """A row as it is sent to the policy, with the system instruction that was sampled for it, or None."""
+
+    row: Row
+    system: str | None
+    prompt: Prompt
+
+
 class VersionSpan(Struct, frozen=True, array_like=True):
     """Tokens [start, end) of a segment were sampled by this version of the policy."""
 
@@ -142,6 +150,11 @@ class Segment(Struct, frozen=True):
     trained: bool
     sampler_logprobs: tuple[float, ...] | None = None
     versions: tuple[VersionSpan, ...] = ()
+
+
+def num_sampled(segments: Sequence[Segment]) -> int:
+    """How many tokens of the segments the policy sampled."""
+    return sum(len(segment.token_ids) for segment in segments if segment.sampler_logprobs is not None)
 
 
 class Rollout(Struct, frozen=True):
@@ -183,7 +196,7 @@ class Rollout(Struct, frozen=True):
     @property
     def num_sampled(self) -> int:
         """How many tokens the policy sampled."""
-        return sum(len(segment.token_ids) for segment in self.segments if segment.sampler_logprobs is not None)
+        return num_sampled(self.segments)
 
     @property
     def versions(self) -> Iterator[int]:

@@ -402,9 +402,9 @@ def rl_rows(config: Any) -> Any:
 
 
 def rl_requests(config: Any) -> Any:
-    from posttrain.rl.prompts.profile import profile_requests
+    from posttrain.rl.rollouts.requests import sample_request
 
-    return profile_requests(config, _drawn(), (0,))
+    return [sample_request(config, prompt, config.profile.samples, (0,)) for prompt in _drawn()]
 
 
 def rl_difficulties(config: Any) -> Any:
@@ -615,7 +615,7 @@ def rl_controller(config: Any) -> Any:
         order, capability = controller._queue.admit(0)
         controller._queue.drop(order)
         capabilities.append(capability)
-    waits = controller._workers._deadline_s, controller._workers._wave_seed
+    waits = controller._workers._deadline_s, controller._workers._wave_seed is not None
     built = _pool(controller._pool), controller._request(_drawn()[0]), controller._idle_limit, due, room, capabilities
     return built, waits, list(restarts_left(config))
 

@@ -327,7 +327,7 @@ def test_an_engine_that_is_killed_while_it_takes_anothers_place_is_replaced_too(
 @pytest.mark.full  # the one that kills an engine freezes a core too
 def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ray_session, tiny_model, tmp_path, monkeypatch):
     """In a deterministic run nothing is sent to an engine that lacks a version: its taking of weights must find out."""
-    from posttrain.rl.rollouts.workers import RolloutWorkers
+    from posttrain.sampling.workers import RolloutWorkers
 
     changes = {"engine": {"max_model_len": 256, "kv_cache_gib": 0.1, "deadline_s": 3}}
     rows = rows_of(["math"])

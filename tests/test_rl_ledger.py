@@ -33,8 +33,7 @@ from posttrain.rl.history.replies import pack, unpack
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.records import DrawnPrompt, Group, GroupState, LedgerEvent, ScoredGroup
 from posttrain.rl.training.samples import train_sample
-from posttrain.sampling.requests import NOTHING, Completion
-from posttrain.sampling.rollouts import Reply, completion_of, reply_of, up_to
+from posttrain.sampling.rollouts import UNBEGUN, Reply, up_to
 
 ROWS = [Row(f"p{index}", "math", (Message("user", f"question {index}"),), "1") for index in range(40)]
 
@@ -46,9 +45,8 @@ def reply(*spans, finish="stop"):
         versions.append(VersionSpan(version, end, end + count))
         end += count
     ids = tuple(range(3, 3 + end))
-    return Completion(
-        ids, "text é", tuple(-0.1 * (token + 1 / 3) for token in ids), FinishReason(finish), tuple(versions)
-    )
+    segment = Segment(ids, True, tuple(-0.1 * (token + 1 / 3) for token in ids), tuple(versions))
+    return Reply((segment,), "text é", FinishReason(finish))
 
 
 def source():
@@ -85,18 +83,19 @@ def test_a_flush_waits_for_what_a_cancelled_one_took(tmp_path):
 
 
 def test_replies_come_back_as_they_were():
-    replies = [reply((0, 3), (2, 4)), reply((1, 5), finish="length"), NOTHING]
-    assert [completion_of(item) for item in unpack(pack(replies))] == replies
+    replies = [reply((0, 3), (2, 4)), reply((1, 5), finish="length"), UNBEGUN]
+    assert list(unpack(pack(replies))) == replies
 
 
 @pytest.mark.parametrize(("version", "kept"), [(0, 3), (1, 3), (2, 7), (3, 9), (9, 9)])
 def test_tokens_of_versions_that_are_gone_are_taken_away(version, kept):
     whole = reply((0, 3), (2, 4), (3, 2))
-    left = completion_of(up_to(reply_of(whole), version))
-    assert len(left.token_ids) == len(left.logprobs) == kept
+    left = up_to(whole, version)
+    (segment,) = left.segments
+    assert len(segment.token_ids) == len(segment.sampler_logprobs) == kept
     assert left.finish_reason == ("stop" if kept == 9 else "")
-    assert [span.end for span in left.versions][-1:] == [kept]
-    assert whole.token_ids[:kept] == left.token_ids
+    assert [span.end for span in segment.versions][-1:] == [kept]
+    assert whole.segments[0].token_ids[:kept] == segment.token_ids
 
 
 def walk(ledger: Ledger, order: int, until: str, step: int = 0, versions=((0, 4),)):
@@ -126,7 +125,7 @@ def test_after_a_crash_every_group_is_where_it_was_and_undone_steps_are_scored_a
     ledger = Ledger(tmp_path / SNAPSHOT)
     for order, state in enumerate(["trained", "trained", "scored", "dropped", "generated", "reserved", "trained"]):
         walk(ledger, order, state, step=0 if order < 2 else 1, versions=((0, 4),) if order != 6 else ((0, 2), (2, 2)))
-    ledger.begun(5, [reply((0, 2), (1, 3), finish=""), NOTHING])
+    ledger.begun(5, [reply((0, 2), (1, 3), finish=""), UNBEGUN])
     asyncio.run(ledger.commit(Commit(1, "checkpoints/step_1", "hash"), 0))
     ledger.dropped(4, "never written")  # a SIGKILL comes before the next flush
     crashed = Ledger(tmp_path / SNAPSHOT)
@@ -142,12 +141,14 @@ def test_after_a_crash_every_group_is_where_it_was_and_undone_steps_are_scored_a
     assert found[2].scored.group.rollouts[1].token_ids == (3, 4, 5, 6)
     assert found[4].scored is None
     assert found[4].group is not None
-    assert [len(completion_of(part).token_ids) for part in found[5].replies] == [5, 0]
+    assert [part.num_sampled for part in found[5].replies] == [5, 0]
     assert found[5].stamp == 0
     # Group 6 was finished by version 2, which is gone: it goes on from what version 0 sampled.
     assert found[6].scored is found[6].group is None
-    rest = [completion_of(part) for part in found[6].replies]
-    assert [(len(part.token_ids), part.finish_reason) for part in rest] == [(2, FinishReason.RUNNING)] * 2
+    rest = [part.segments[0] for part in found[6].replies]
+    assert [(len(part.token_ids), whole.finish_reason) for part, whole in zip(rest, found[6].replies, strict=True)] == [
+        (2, FinishReason.RUNNING)
+    ] * 2
 
 
 def test_what_was_committed_is_never_undone(tmp_path):
@@ -331,8 +332,6 @@ def test_tokens_of_versions_that_are_gone_take_the_turns_after_them_along():
     assert [len(segment.token_ids) for segment in left.segments] == [2, 3, 1]
     assert left.finish_reason == FinishReason.RUNNING
     assert up_to(reply, 0) == Reply((), "", FinishReason.RUNNING)
-    with pytest.raises(ValueError, match="3 segments is not one turn"):
-        completion_of(reply)
 
 
 def test_a_ledger_of_another_format_is_refused(tmp_path):

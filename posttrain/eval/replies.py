@@ -3,7 +3,7 @@
 A reply that could not be scored has no reward: it is left out of every rate and counted, never taken for a wrong one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,9 +12,9 @@ from posttrain.data.chat import end_token_ids, render_prompt, render_row
 from posttrain.data.strata import sampled_rows
 from posttrain.errors import DataError
 from posttrain.eval.config import EvalConfig
-from posttrain.records import FinishReason, Prompt, Rollout, Row, Scored
-from posttrain.sampling.requests import Completion, SampleRequest
-from posttrain.sampling.rollouts import make_rollout, reply_of
+from posttrain.records import DrawnPrompt, FinishReason, Prompt, Rollout, Row, Scored
+from posttrain.sampling.requests import SampleRequest
+from posttrain.sampling.rollouter import Flight
 
 GREEDY, SAMPLE = "greedy", "sample"
 
@@ -61,15 +61,12 @@ def eval_requests(rows: Sequence[Row], tokenizer: Any, config: EvalConfig) -> li
     return asked
 
 
-def rollouts(
-    asked: Sequence[tuple[str, Row, SampleRequest]], answers: Sequence[Sequence[Completion]]
-) -> Iterator[tuple[Rollout, Row]]:
-    """Every reply as a rollout beside its row, in order."""
-    for (_, row, request), completions in zip(asked, answers, strict=True):
-        for index, completion in enumerate(completions):
-            prompt = Prompt(row.messages, request.prompt_ids)
-            rollout = make_rollout(prompt, reply_of(completion), prompt_id=row.id, group_id=row.id, index=index)
-            yield rollout, row
+def flights(asked: Sequence[tuple[str, Row, SampleRequest]]) -> list[Flight]:
+    """What is asked as groups to be sampled, in order."""
+    return [
+        Flight(order, 0, DrawnPrompt(row, None, Prompt(row.messages, request.prompt_ids)), request)
+        for order, (_, row, request) in enumerate(asked)
+    ]
 
 
 def by_prompt(

@@ -5,7 +5,8 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-from posttrain.records import Outcome, Prompt, Rollout, Row
+from posttrain.records import DrawnPrompt, Outcome, Rollout
+from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.rollouts import Reply, make_rollout
 
 
@@ -61,14 +62,6 @@ class Drop(Struct, frozen=True):
     def __str__(self) -> str:
         """As the ledger and the archive write it: "zero_advantage", "unscored:timeout"."""
         return f"{self.reason}:{self.detail}" if self.detail else str(self.reason)
-
-
-class DrawnPrompt(Struct, frozen=True):
-    """A row as it is sent to the policy, with the system instruction that was sampled for it, or None."""
-
-    row: Row
-    system: str | None
-    prompt: Prompt
 
 
 class Group(Struct, frozen=True):
@@ -129,6 +122,11 @@ def make_group(
         for index, reply in enumerate(replies)
     )
     return Group(order, prompt, rollouts)
+
+
+def group_of_flight(flight: Flight) -> Group:
+    """The group of finished rollouts."""
+    return Group(flight.order, flight.prompt, flight.rollouts)
 
 
 def num_tokens(groups: Sequence[ScoredGroup]) -> int:

@@ -54,7 +54,7 @@ class Engines:
         self._registry: Any = None
         self._unstarted: set[str] = set()  # engines that are leased and not ready
         self._num_chunks: list[int] = []  # in flight, by engine
-        self._num_calls = 0  # of `sample` and `sample_wave`, in progress
+        self._num_calls = 0  # of `sample`, in progress
         self._replacing: dict[int, asyncio.Task[None]] = {}
         self.logs: dict[str, BusyLog] = {}
         self.names: list[str] = []
@@ -199,15 +199,6 @@ class Engines:
             await _all(drain() for _ in range(min(num_seats, num_chunks)))
             await self._settle()
         return results
-
-    async def sample_wave(self, requests: Sequence[SampleRequest], seed: int) -> list[list[Completion]]:
-        """Sample as `sample` does, but on the first engine alone: the tokens depend only on weights, requests and
-        seed.
-        """
-        with self._call():
-            completions = await self._attempt(lambda actor: actor.generate_wave.remote(requests, seed), lambda: 0)
-            await self._settle()
-        return completions
 
     async def _sample_chunk(self, chunk: Sequence[SampleRequest]) -> list[list[Completion]]:
         return await self._attempt(lambda actor: actor.generate.remote(chunk), self._least_busy)

@@ -2,8 +2,8 @@
 
 from msgspec import Struct
 
-from posttrain.records import FinishReason, Prompt, Rollout, Segment
-from posttrain.sampling.requests import NOTHING, Completion
+from posttrain.records import FinishReason, Prompt, Rollout, Segment, num_sampled
+from posttrain.sampling.requests import Completion
 
 
 class Reply(Struct, frozen=True, array_like=True):
@@ -13,21 +13,28 @@ class Reply(Struct, frozen=True, array_like=True):
     text: str
     finish_reason: FinishReason
 
+    @property
+    def num_sampled(self) -> int:
+        """How many tokens the policy sampled."""
+        return num_sampled(self.segments)
 
-def reply_of(completion: Completion) -> Reply:
-    """One turn of the policy as a reply: a single segment, sampled and trained on."""
-    segment = Segment(completion.token_ids, True, completion.logprobs, completion.versions)
-    return Reply((segment,), completion.text, completion.finish_reason)
+
+UNBEGUN = Reply((), "", FinishReason.RUNNING)
 
 
-def completion_of(reply: Reply) -> Completion:
-    """The inverse of `reply_of`. Raises ValueError for a reply of several turns: an engine alone cannot continue it."""
-    if not reply.segments:
-        return NOTHING
-    segment = reply.segments[0]
-    if len(reply.segments) > 1 or segment.sampler_logprobs is None:
-        raise ValueError(f"a reply of {len(reply.segments)} segments is not one turn of the policy")
-    return Completion(segment.token_ids, reply.text, segment.sampler_logprobs, reply.finish_reason, segment.versions)
+def segment_of(completion: Completion) -> Segment:
+    """One turn of the policy as a segment: sampled, and trained on."""
+    return Segment(completion.token_ids, True, completion.logprobs, completion.versions)
+
+
+def whole_reply(completion: Completion) -> Reply:
+    """The reply of one turn that is all there."""
+    return Reply((segment_of(completion),), completion.text, completion.finish_reason)
+
+
+def reply_of(rollout: Rollout) -> Reply:
+    """A finished rollout without its prompt."""
+    return Reply(rollout.segments, rollout.text, rollout.finish_reason)
 
 
 def up_to(reply: Reply, version: int) -> Reply:

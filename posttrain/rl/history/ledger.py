@@ -34,7 +34,7 @@ from posttrain.decoding import named_field
 from posttrain.errors import CheckpointError, StageError
 from posttrain.rl.history.replies import pack
 from posttrain.rl.records import GroupState, LedgerEvent
-from posttrain.sampling.requests import Completion
+from posttrain.sampling.rollouts import Reply
 
 FORMAT = 2  # of the tables and of the replies in them; kept in the file as `user_version`
 UNDECIDED = (GroupState.RESERVED, GroupState.GENERATED, GroupState.SCORED)
@@ -97,7 +97,7 @@ class _Batch:
 
     logged: list[tuple[Any, ...]]
     pending: list[tuple[str, Sequence[Any]]]
-    begun: dict[int, Sequence[Completion]]
+    begun: dict[int, Sequence[Reply]]
 
 
 class Ledger:
@@ -126,7 +126,7 @@ class Ledger:
         self._logged: list[tuple[Any, ...]] = []  # rows of the log: half of all that is written
         self._batches: deque[_Batch] = deque()
         # Replies in flight, to be written if they are still so at a flush.
-        self._begun: dict[int, Sequence[Completion]] = {}
+        self._begun: dict[int, Sequence[Reply]] = {}
 
     def _check_format(self) -> None:
         """Raise CheckpointError for a ledger that another version of this package wrote."""
@@ -150,16 +150,16 @@ class Ledger:
         )
         self._log(LedgerEvent.RESERVED, order, stamp)
 
-    def begun(self, order: int, replies: Sequence[Completion]) -> None:
+    def begun(self, order: int, replies: Sequence[Reply]) -> None:
         """More of a group's replies is there."""
         self._begun[order] = replies
 
-    def generated(self, order: int, replies: Sequence[Completion]) -> None:
+    def generated(self, order: int, replies: Sequence[Reply]) -> None:
         """All replies of a group are there."""
         self._begun.pop(order, None)
-        versions = [span.policy_version for reply in replies for span in reply.versions]
-        oldest, newest = min(versions), max(versions)
-        tokens = sum(len(reply.token_ids) for reply in replies)
+        spans = [span for reply in replies for segment in reply.segments for span in segment.versions]
+        oldest, newest = min(span.policy_version for span in spans), max(span.policy_version for span in spans)
+        tokens = sum(reply.num_sampled for reply in replies)
         self._write("INSERT OR REPLACE INTO replies (id, data) VALUES (?, ?)", (order, partial(pack, replies)))
         self._write(
             "UPDATE groups SET state = 'generated', oldest = ?, newest = ?, tokens = ? WHERE id = ?",
@@ -220,7 +220,7 @@ class Ledger:
         self.flush_now()
         return RolledBack(steps, groups)
 
-    def restart_group(self, order: int, stamp: int, replies: Sequence[Completion]) -> None:
+    def restart_group(self, order: int, stamp: int, replies: Sequence[Reply]) -> None:
         """A group is sampled again, from what is left of its replies; if that is none, from the start."""
         self._write("DELETE FROM replies WHERE id = ?", (order,))
         if replies:

@@ -6,16 +6,15 @@ import msgspec
 
 from posttrain.decoding import named_field
 from posttrain.errors import StageError
-from posttrain.sampling.requests import Completion
-from posttrain.sampling.rollouts import Reply, reply_of
+from posttrain.sampling.rollouts import Reply
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(tuple[Reply, ...]).decode
 
 
-def pack(replies: Sequence[Completion]) -> bytes:
+def pack(replies: Sequence[Reply]) -> bytes:
     """The replies of a group as bytes."""
-    return _encode([reply_of(reply) for reply in replies])
+    return _encode(replies)
 
 
 def unpack(data: bytes) -> tuple[Reply, ...]:

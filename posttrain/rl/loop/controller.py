@@ -38,18 +38,19 @@ from posttrain.rl.loop.staleness import StalenessQueue
 from posttrain.rl.loop.tally import StepTally, sampled_before
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DrawnPrompt, Drop, DropReason, Group, LedgerEvent, ScoredGroup, make_group
-from posttrain.rl.rollouts.requests import sample_request
+from posttrain.rl.records import DrawnPrompt, Drop, DropReason, Group, LedgerEvent, ScoredGroup, group_of_flight
+from posttrain.rl.rollouts.requests import sample_request, wave_seed
 from posttrain.rl.rollouts.weights import update_calls
-from posttrain.rl.rollouts.workers import Flight, RolloutWorkers
 from posttrain.rl.training.client import TrainerClient, manifest_of
 from posttrain.rl.training.evidence import keep_evidence
 from posttrain.rl.training.reference import Reference, with_reference
 from posttrain.rl.training.samples import train_samples
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest
-from posttrain.sampling.requests import NOTHING, Completion, SampleRequest
-from posttrain.sampling.rollouts import completion_of, reply_of
+from posttrain.sampling.requests import SampleRequest
+from posttrain.sampling.rollouter import Flight
+from posttrain.sampling.rollouts import Reply
+from posttrain.sampling.workers import RolloutWorkers
 
 FLUSH_S = 0.05
 T = TypeVar("T")
@@ -122,14 +123,15 @@ class Controller:
         self._workers = RolloutWorkers(
             context,
             parts.engines,
-            manifest,
-            first_step,
-            partial(update_calls, config),
-            config.engine.deadline_s,
-            self._sampled,
-            self._begun,
-            self._noted,
-            context.seed if config.deterministic else None,
+            deadline_s=config.engine.deadline_s,
+            finished=self._sampled,
+            begun=self._begun,
+            calls=partial(update_calls, config),
+            manifest=manifest,
+            version=first_step,
+            took=self._took,
+            replaced=self._replaced,
+            wave_seed=partial(wave_seed, context.seed) if config.deterministic else None,
         )
         self._scored = BusyLog(context, "reward", "score")
         self._tally = StepTally(
@@ -214,10 +216,9 @@ class Controller:
             elif survivor.group is not None:
                 self._begin_scoring(survivor.group)
             else:
-                replies = [completion_of(reply) for reply in survivor.replies]
-                self._ledger.restart_group(entry.id, survivor.stamp, replies)
+                self._ledger.restart_group(entry.id, survivor.stamp, survivor.replies)
                 prompt = self._source.prompt(entry.prompt_id, entry.system)
-                self._send(entry.id, survivor.stamp, prompt, replies)
+                self._send(entry.id, survivor.stamp, prompt, survivor.replies)
 
     def _dispatch(self) -> None:
         """Admit as many groups as there is room for; a deterministic run in waves, one when the last is decided."""
@@ -240,9 +241,8 @@ class Controller:
     def _first_returning(self, capability: str) -> int | None:
         return next((order for order, entry in self._returning.items() if entry.capability == capability), None)
 
-    def _send(self, order: int, stamp: int, prompt: DrawnPrompt, replies: Sequence[Completion] = ()) -> None:
-        there = [*replies] or [NOTHING] * self._config.group_size
-        self._workers.send(Flight(order, stamp, prompt, self._request(prompt), there))
+    def _send(self, order: int, stamp: int, prompt: DrawnPrompt, recorded: Sequence[Reply] = ()) -> None:
+        self._workers.send(Flight(order, stamp, prompt, self._request(prompt), recorded))
 
     def _request(self, prompt: DrawnPrompt) -> SampleRequest:
         config = self._config
@@ -250,23 +250,23 @@ class Controller:
 
     def _begun(self, flight: Flight) -> None:
         if flight.order >= 0:
-            self._ledger.begun(flight.order, tuple(flight.replies))
+            self._ledger.begun(flight.order, flight.replies)
 
-    def _noted(self, event: LedgerEvent, value: Any) -> None:
-        """What the workers tell; there may be room now."""
-        self._ledger.event(event, value)
+    def _took(self, worker: str, version: int) -> None:
+        """A worker has new weights: there may be room now."""
+        self._ledger.event(LedgerEvent.WEIGHTS_TAKEN, [worker, version])
         self._changed.set()
 
-    def _sampled(self, flight: Flight, now: float) -> None:
+    def _replaced(self, worker: str, reason: str) -> None:
+        self._ledger.event(LedgerEvent.ENGINE_REPLACED, [worker, reason])
+        self._changed.set()
+
+    def _sampled(self, flight: Flight) -> None:
         if flight.order < 0:
-            self._start(self._side.take(flight, now))
+            self._start(self._side.take(flight))
             return
         self._ledger.generated(flight.order, flight.replies)
-        replies = [reply_of(reply) for reply in flight.replies]
-        group = make_group(
-            flight.order, flight.prompt, replies, worker=flight.worker, started_s=flight.began, finished_s=now
-        )
-        self._begin_scoring(group)
+        self._begin_scoring(group_of_flight(flight))
 
     def _begin_scoring(self, group: Group) -> None:
         self._scoring[group.order] = group
@@ -326,7 +326,7 @@ class Controller:
             if group is not None:
                 self._tally.expired(reason, group.prompt.row.id, [rollout.num_sampled for rollout in group.rollouts])
             elif flight is not None:
-                self._tally.expired(reason, flight.prompt.row.id, [len(reply.token_ids) for reply in flight.replies])
+                self._tally.expired(reason, flight.prompt.row.id, [reply.num_sampled for reply in flight.replies])
 
     # ------------------------------------------------------------------ training
 

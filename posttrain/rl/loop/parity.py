@@ -15,7 +15,7 @@ from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.samples import train_sample
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest
-from posttrain.sampling.rollouts import reply_of
+from posttrain.sampling.rollouts import whole_reply
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 PROMPTS = 16
@@ -55,7 +55,7 @@ def check_engine_parity(
         requests = [sample_request(config.sampling, prompt, 1, stop_ids=stop_ids) for prompt in prompts[:PROMPTS]]
         completions, _, _ = ray.get(actor.generate.remote(requests))
         groups = [
-            make_group(index, prompt, [reply_of(replies[0])])
+            make_group(index, prompt, [whole_reply(replies[0])])
             for index, (prompt, replies) in enumerate(zip(prompts[:PROMPTS], completions, strict=True))
         ]
         samples = [train_sample(rollout, version, 0.0) for group in groups for rollout in group.rollouts]

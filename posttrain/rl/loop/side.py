@@ -31,11 +31,11 @@ from posttrain.rl.grading.groups import Scorer, passes_and_failures, score_group
 from posttrain.rl.loop.evaluation import FILE, accuracies, evaluation_request, is_due, last_evaluated
 from posttrain.rl.prompts.refilter import Refilter
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DrawnPrompt, Group, LedgerEvent, ScoredGroup, make_group
+from posttrain.rl.records import DrawnPrompt, Group, LedgerEvent, ScoredGroup, group_of_flight
 from posttrain.rl.rollouts.requests import sample_request
-from posttrain.rl.rollouts.workers import Flight, RolloutWorkers, Worker
-from posttrain.sampling.requests import NOTHING, SampleRequest
-from posttrain.sampling.rollouts import reply_of
+from posttrain.sampling.requests import SampleRequest
+from posttrain.sampling.rollouter import Flight
+from posttrain.sampling.workers import RolloutWorkers, Worker
 
 LOW_PRIORITY = 1  # vLLM starts requests of a lower number first; training's replies have 0
 
@@ -127,18 +127,11 @@ class SideWork:
             running.worker.is_kept = False
             self._told(LedgerEvent.EVALUATION_ABANDONED, running.version)
 
-    async def take(self, flight: Flight, now: float) -> None:
+    async def take(self, flight: Flight) -> None:
         """A group of this side is sampled."""
         sent = self._sent.pop(flight.order)
-        group = make_group(
-            flight.order,
-            flight.prompt,
-            [reply_of(reply) for reply in flight.replies],
-            worker=flight.worker,
-            started_s=flight.began,
-            finished_s=now,
-        )
-        tokens = sum(len(reply.token_ids) for reply in flight.replies)
+        group = group_of_flight(flight)
+        tokens = sum(rollout.num_sampled for rollout in group.rollouts)
         if sent.evaluation is None:
             self._counts["tokens_probed"] += tokens
             await self._observe(group)
@@ -166,14 +159,14 @@ class SideWork:
     def _has_room(self, replies: int) -> bool:
         taken = sum(sent.replies for sent in self._sent.values())
         places = self._config.engine.max_num_seqs
-        is_idle = all(order < 0 for worker in self._workers.workers for order in worker.flights)
+        is_idle = all(order < 0 for order in self._workers.flights)
         return not taken or taken + replies <= (places if is_idle else places // 2)
 
     def _flight(self, prompt: DrawnPrompt, request: SampleRequest, sent: _Sent, version: int | None) -> Flight:
         order = self._next_order
         self._next_order -= 1
         self._sent[order] = sent
-        return Flight(order, 0, prompt, replace(request, priority=LOW_PRIORITY), [NOTHING] * request.n, version=version)
+        return Flight(order, 0, prompt, replace(request, priority=LOW_PRIORITY), version=version)
 
     # ------------------------------------------------------------------ probes
 

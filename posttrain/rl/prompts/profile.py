@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError, StageError
 from posttrain.metrics.correctness import is_right
-from posttrain.records import Rollout, Row, Scored
+from posttrain.records import DrawnPrompt, Rollout, Row, Scored
 from posttrain.rl.grading.judge import Judge, rewards
 from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.prompts.difficulty import (
@@ -33,11 +33,11 @@ from posttrain.rl.prompts.difficulty import (
     write_estimates,
 )
 from posttrain.rl.prompts.fingerprints import policy_fingerprint, prompt_fingerprint, scoring_fingerprint
-from posttrain.rl.records import DrawnPrompt, make_group
+from posttrain.rl.records import group_of_flight
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.sampling.client import CHUNK_REQUESTS, Engines
-from posttrain.sampling.requests import SampleRequest
-from posttrain.sampling.rollouts import reply_of
+from posttrain.sampling.groups import SampledGroups
+from posttrain.sampling.rollouter import Flight
 
 FILE = "difficulty.parquet"
 CHUNKS_AT_ONCE = 2  # the engines are busy with one while the last replies of another are sampled and scored
@@ -148,17 +148,17 @@ async def _sample(
                 progress[start] = count
                 context.progress(progress.total(), len(prompts), "prompts", values={"phase": "pass@k profile"})
 
-            requests = profile_requests(config, chunk, stop_ids)
-            if config.deterministic:  # one chunk after another: those that are known are the first ones
-                seed = zlib.crc32(f"{context.seed}/{chunk[0].row.id}".encode()) >> 1
-                completions = await engines.sample_wave(requests, seed)
-                done(len(chunk))
-            else:
-                completions = await engines.sample(requests, done)
-            groups = [
-                make_group(start + index, prompt, [reply_of(reply) for reply in replies], worker="profile")
-                for index, (prompt, replies) in enumerate(zip(chunk, completions, strict=True))
+            flights = [
+                Flight(
+                    start + index,
+                    0,
+                    prompt,
+                    request=sample_request(config.sampling, prompt, config.profile.samples, stop_ids=stop_ids),
+                )
+                for index, prompt in enumerate(chunk)
             ]
+            await sampled.groups(flights, done)
+            groups = [group_of_flight(flight) for flight in flights]
             pairs = [(rollout, group.prompt.row) for group in groups for rollout in group.rollouts]
             scores = await client.score(pairs)
             measured = difficulties(config, pairs, scores)
@@ -168,9 +168,18 @@ async def _sample(
                 raise nothing_scored(scores)
             write_estimates(folder / f"{uuid.uuid4().hex[:16]}.parquet", measured, basis)
 
+    def seed(flight: Flight) -> int:
+        """Of the wave's first row: the same whether the chunks before were known or not."""
+        return zlib.crc32(f"{context.seed}/{flight.prompt.row.id}".encode()) >> 1
+
     await client.start()
     try:
-        await asyncio.gather(*(drain() for _ in range(1 if config.deterministic else CHUNKS_AT_ONCE)))
+        # Deterministic: one chunk after another. Those that are known are the first ones.
+        num_at_once = 1 if config.deterministic else CHUNKS_AT_ONCE
+        async with SampledGroups(
+            context, engines, config.engine, wave_seed=seed if config.deterministic else None
+        ) as sampled:
+            await asyncio.gather(*(drain() for _ in range(num_at_once)))
     finally:
         await client.close()
     return found
@@ -195,13 +204,6 @@ def nothing_scored(scores: Sequence[Scored] = ()) -> StageError:
     reasons = Counter(f"{score.outcome}: {score.reason}" for score in scores).most_common(1)
     why = "".join(f"; most often: {reason}" for reason, _ in reasons)
     return StageError(f"not one reply of the profile could be scored{why}")
-
-
-def profile_requests(
-    config: PromptsConfig, prompts: Sequence[DrawnPrompt], stop_ids: tuple[int, ...]
-) -> list[SampleRequest]:
-    """One request a prompt."""
-    return [sample_request(config.sampling, prompt, config.profile.samples, stop_ids=stop_ids) for prompt in prompts]
 
 
 def difficulties(

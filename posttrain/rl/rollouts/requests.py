@@ -1,8 +1,9 @@
-"""What the policy is asked for: a request for the replies to one prompt."""
+"""What the policy is asked for: a request for the replies to one prompt, and the seed of a deterministic wave."""
 
 from posttrain.config.shared import SamplingConfig
-from posttrain.rl.records import DrawnPrompt
+from posttrain.records import DrawnPrompt
 from posttrain.sampling.requests import SampleRequest
+from posttrain.sampling.rollouter import Flight
 
 
 def sample_request(
@@ -12,3 +13,8 @@ def sample_request(
     return SampleRequest(
         prompt.prompt.token_ids, n, sampling.temperature, max_tokens=sampling.max_tokens, stop_token_ids=stop_ids
     )
+
+
+def wave_seed(seed: int, flight: Flight) -> int:
+    """The seed of a deterministic wave whose first group is `flight`: of its place alone, whatever happened before."""
+    return (seed * 1_000_003 + flight.order) % 2**31

@@ -1,0 +1,89 @@
+"""Whole groups for a stage that trains nothing: a profile, an evaluation. Workers serve while the stage waits.
+
+    async with SampledGroups(context, engines, engine_config) as sampled:
+        flights = await sampled.groups(flights)
+
+The workers are those of RL (workers.py), whose weights never change here: an engine that is lost is replaced, and its
+replies go on where they stood.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from posttrain.config.shared import EngineConfig
+from posttrain.context import StageContext
+from posttrain.sampling.client import Engines
+from posttrain.sampling.rollouter import Flight, Rollouter
+from posttrain.sampling.workers import RolloutWorkers
+
+MIN_GROUPS = 64  # at an engine at once
+
+
+class SampledGroups:
+    """Has groups sampled by `rollouter`; None: by one turn each. wave_seed: see `RolloutWorkers`."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        engines: Engines,
+        engine: EngineConfig,
+        *,
+        rollouter: Rollouter | None = None,
+        wave_seed: Callable[[Flight], int] | None = None,
+    ):
+        self._workers = RolloutWorkers(
+            context,
+            engines,
+            deadline_s=engine.deadline_s,
+            finished=self._finish,
+            rollouter=rollouter,
+            wave_seed=wave_seed,
+        )
+        # An engine is busy with some groups while others wait in it for a place; more of them would only take memory.
+        # A wave is whole.
+        self._places = None if wave_seed else max(MIN_GROUPS, 2 * engine.max_num_seqs) * len(engines.names)
+        self._unfinished: dict[int, asyncio.Future[None]] = {}
+        self._serving: asyncio.Task[None]
+
+    async def __aenter__(self) -> "SampledGroups":
+        self._serving = asyncio.ensure_future(self._workers.run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._serving.cancel()
+        await asyncio.gather(self._serving, return_exceptions=True)
+
+    async def groups(self, flights: Sequence[Flight], on_done: Callable[[int], None] | None = None) -> None:
+        """Returns when every flight has all its rollouts. Their orders must not be those of flights in progress.
+
+        on_done: hears how many are finished. May be called by many at a time. Raises StageError where no engine can be
+        started, and what the rollouter raises.
+        """
+        waiting = iter(flights)
+        num_finished = 0
+
+        async def drain() -> None:
+            nonlocal num_finished
+            for flight in waiting:
+                self._unfinished[flight.order] = asyncio.get_running_loop().create_future()
+                self._workers.send(flight)
+                await self._unfinished.pop(flight.order)
+                num_finished += 1
+                if on_done is not None:
+                    on_done(num_finished)
+
+        places = len(flights) if self._places is None else min(self._places, len(flights))
+        drains = asyncio.gather(*(drain() for _ in range(places)))
+        try:
+            await asyncio.wait({drains, self._serving}, return_when=asyncio.FIRST_COMPLETED)
+            if self._serving.done():
+                self._serving.result()
+            await drains
+        finally:
+            drains.cancel()
+
+    def _finish(self, flight: Flight) -> None:
+        self._unfinished[flight.order].set_result(None)

@@ -1,0 +1,255 @@
+"""How a rollout comes about: a rollouter decides what is asked of the policy, a session gets it.
+
+    rollouter.run(prompt, session) ──► session.sample()   one turn of the policy: a trained segment
+                                       session.add(ids)   what the world says: a segment of context
+                                       session.rollout()  the record of both
+
+A rollouter sees one rollout and one session, and none of what is behind it: which engine samples, under which weights,
+in which batch, and that an engine is lost in the middle of a reply, which then goes on at another engine.
+
+Left out: text. A session takes and gives token ids, so that what was sampled is never tokenized again.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from posttrain.errors import StageError
+from posttrain.records import DrawnPrompt, FinishReason, Prompt, Rollout, Row, Segment
+from posttrain.sampling.requests import NOTHING, Completion, Piece, SampleRequest
+from posttrain.sampling.rollouts import UNBEGUN, Reply, make_rollout, reply_of, segment_of
+from posttrain.sampling.stream import join_spans
+
+
+class Rollouter(Protocol):
+    """Makes one rollout. Many run at the same time, in one event loop: what takes long must be awaited."""
+
+    async def run(self, prompt: Prompt, session: "Session") -> Rollout:
+        """The rollout of `session`, which begins with `prompt`.
+
+        It may be run again from the start after a crash. `session.sample` then gives the turns that it gave before,
+        as long as the same context is added between them.
+        """
+        ...
+
+
+class SingleTurn:
+    """One reply of the policy to the prompt."""
+
+    async def run(self, prompt: Prompt, session: "Session") -> Rollout:
+        """Sample once."""
+        await session.sample()
+        return session.rollout()
+
+
+class Turn:
+    """One reply of the policy while it is sampled.
+
+    flight: the group that it belongs to. request: what is asked; its `n` does not count. number: segments before it in
+    its rollout. completion: what there is of the reply. done: is resolved when that is all. key: of the request to the
+    engine that it is part of. worker: name of the one that samples it. ended_s: Unix time of the last piece.
+    """
+
+    __slots__ = ("completion", "done", "ended_s", "flight", "key", "number", "request", "worker")
+
+    def __init__(
+        self, flight: "Flight", request: SampleRequest, *, number: int, begun: Completion, last_worker: str
+    ) -> None:
+        self.flight = flight
+        self.request = request
+        self.number = number
+        self.completion = begun
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.key = 0
+        self.worker = last_worker
+        self.ended_s = 0.0
+
+    def take(self, piece: Piece, now: float) -> None:
+        """Add the next tokens. Raises StageError for a piece that does not follow."""
+        before = self.completion
+        if piece.start != len(before.token_ids):
+            order = self.flight.order
+            raise StageError(f"group {order}: a piece starts at {piece.start}, not at {len(before.token_ids)}")
+        if before.token_ids:
+            completion = Completion(
+                before.token_ids + piece.token_ids,
+                piece.text,
+                before.logprobs + piece.logprobs,
+                piece.finish_reason,
+                join_spans((*before.versions, *piece.versions)),
+            )
+        else:
+            completion = Completion(
+                piece.token_ids, piece.text, piece.logprobs, piece.finish_reason, join_spans(piece.versions)
+            )
+        if piece.finish_reason:
+            self.finish(completion, now)
+        else:
+            self.completion = completion
+
+    def finish(self, completion: Completion, now: float) -> None:
+        """This is the whole reply."""
+        self.completion, self.ended_s = completion, now
+        if not self.done.done():  # else the rollout was cancelled
+            self.done.set_result(None)
+
+
+class Session:
+    """One rollout that is being made: what there is of it, and the one way to get more.
+
+    index: place of the rollout in its group. ask: has a turn sampled. recorded: what a run before had of this rollout.
+    """
+
+    __slots__ = ("_ask", "_flight", "_last", "_recorded", "_segments", "_turn", "_worker", "ended_s", "index")
+
+    def __init__(self, flight: "Flight", index: int, ask: Callable[[Turn], None], *, recorded: Reply):
+        self.index = index
+        self.ended_s = 0.0  # Unix time of the last sampled token
+        self._flight = flight
+        self._ask = ask
+        self._recorded = recorded
+        self._segments: tuple[Segment, ...] = ()
+        self._turn: Turn | None = None  # that is being sampled
+        self._last = NOTHING
+        self._worker = ""
+
+    @property
+    def row(self) -> Row:
+        """The row of the prompt, with the answer and all other columns."""
+        return self._flight.prompt.row
+
+    @property
+    def reply(self) -> Reply:
+        """What there is of the rollout after its prompt, with what is sampled now. It is not finished."""
+        if self._turn is None or not self._turn.completion.token_ids:
+            return Reply(self._segments, "", FinishReason.RUNNING)
+        return Reply((*self._segments, segment_of(self._turn.completion)), "", FinishReason.RUNNING)
+
+    async def sample(self, *, max_tokens: int | None = None) -> Completion:
+        """The policy's next turn, sampled after the prompt and every segment so far; it is a trained segment.
+
+        max_tokens: limit of this turn; None: as the config says. Raises StageError while another turn is sampled.
+        """
+        if self._turn is not None:
+            raise StageError(f"{self._name}: a turn was asked for while another one is sampled")
+        begun, is_whole = self._recorded_turn()
+        if is_whole:
+            completion = begun
+        else:
+            turn = self._turn = Turn(
+                self._flight,
+                self._request(max_tokens),
+                number=len(self._segments),
+                begun=begun,
+                last_worker=self._worker,
+            )
+            self._ask(turn)
+            await turn.done
+            completion, self._worker, self.ended_s = turn.completion, turn.worker, turn.ended_s
+            self._turn = None
+        self._segments = (*self._segments, segment_of(completion))
+        self._last = completion
+        return completion
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """Add context, which nobody sampled: a tool's result, a user's turn. It is not trained on.
+
+        token_ids: exactly as the policy is to read them. Raises StageError while a turn is sampled.
+        """
+        if self._turn is not None:
+            raise StageError(f"{self._name}: context was added while a turn is sampled")
+        segment = Segment(tuple(token_ids), False)
+        place = len(self._segments)
+        if self._recorded.segments[place : place + 1] != (segment,):
+            self._recorded = UNBEGUN  # the world says something else now, so what followed is of no use
+        self._segments = (*self._segments, segment)
+
+    def rollout(self) -> Rollout:
+        """The rollout of all segments so far. Raises StageError if nothing was sampled."""
+        if not self._last.finish_reason:
+            raise StageError(f"{self._name}: a rollout was made of which nothing was sampled")
+        flight = self._flight
+        return make_rollout(
+            flight.prompt.prompt,
+            Reply(self._segments, self._last.text, self._last.finish_reason),
+            prompt_id=flight.prompt.row.id,
+            group_id=f"g{flight.order}",
+            index=self.index,
+            system=flight.prompt.system,
+            worker=self._worker,
+            started_s=flight.began_s,
+            finished_s=self.ended_s,
+        )
+
+    @property
+    def _name(self) -> str:
+        return f"row {self._flight.prompt.row.id}, rollout {self.index} of group {self._flight.order}"
+
+    def _request(self, max_tokens: int | None) -> SampleRequest:
+        request = self._flight.request
+        if self._segments:
+            after = (token for segment in self._segments for token in segment.token_ids)
+            request = replace(request, prompt_ids=(*request.prompt_ids, *after))
+        return request if max_tokens is None else replace(request, max_tokens=max_tokens)
+
+    def _recorded_turn(self) -> tuple[Completion, bool]:
+        """What was recorded of the next turn, and whether it is known to be the whole of it."""
+        place, recorded = len(self._segments), self._recorded
+        if place >= len(recorded.segments):
+            return NOTHING, False
+        segment = recorded.segments[place]
+        if segment.sampler_logprobs is None:  # there was context before; now the rollouter samples at once
+            self._recorded = UNBEGUN
+            return NOTHING, False
+        is_whole = bool(recorded.finish_reason) and place == len(recorded.segments) - 1
+        text, reason = (recorded.text, recorded.finish_reason) if is_whole else ("", FinishReason.RUNNING)
+        return Completion(segment.token_ids, text, segment.sampler_logprobs, reason, segment.versions), is_whole
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A group that is being sampled.
+
+    order: place in which it was dispatched; groups with an order below 0 are beside the training (side.py).
+    stamp: no worker of an older policy version may sample for it. version: if given, only the worker that is kept at
+    it may. request: of the first turn, for the whole group: `n` is its size. recorded: what a run before had of each
+    rollout, or (). began_s: Unix time at which it was first given to an engine. finished: rollouts by index.
+    """
+
+    order: int
+    stamp: int
+    prompt: DrawnPrompt
+    request: SampleRequest
+    recorded: Sequence[Reply] = ()
+    version: int | None = None
+    began_s: float = 0.0
+    sessions: list[Session] = field(default_factory=list)
+    finished: dict[int, Rollout] = field(default_factory=dict)
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """The finished rollouts, in the order of their indices."""
+        return tuple(self.finished[index] for index in sorted(self.finished))
+
+    @property
+    def replies(self) -> tuple[Reply, ...]:
+        """What there is of each rollout, finished or not."""
+        if not self.sessions:
+            return tuple(self.recorded) or (UNBEGUN,) * self.request.n
+        return tuple(
+            session.reply if (rollout := self.finished.get(session.index)) is None else reply_of(rollout)
+            for session in self.sessions
+        )
+
+    @property
+    def keys(self) -> set[int]:
+        """The requests to engines that are under way for it."""
+        return {session._turn.key for session in self.sessions if session._turn is not None}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every rollout is there."""
+        return len(self.finished) == self.request.n

@@ -1,0 +1,434 @@
+"""The rollout workers: engines that are fed and emptied in batches, take new weights, and are replaced when lost.
+
+    send ──► rollouters ──► turns ──► lane ──► engine ──► lane ──► pieces ──► turns ──► rollouters ──► finished group
+              one for each             ▲          │ SIGKILL, SIGSTOP, a deadline passed: another engine takes the
+              rollout                  └──────────┘ newest weights, and the turns go on where they stood, there or on
+                                                    another worker
+
+What waits for what: a rollouter waits for its turn; each worker has a lane to its engine (actors/lane.py), which hands
+over requests and fetches pieces in batches; nothing waits for a whole group. Each wait on an engine has a deadline.
+
+The turns that a group's rollouters ask for in one round of the event loop, and that begin with the same tokens, are
+one request: at the first turn the whole group, whose prompt the engine then prepares once.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec.structs import replace
+
+from posttrain.actors.calls import await_call, await_with_heartbeat
+from posttrain.actors.lane import COLLECT_S, Lane
+from posttrain.actors.losses import MAX_CONSECUTIVE_LOSSES, is_loss, reason_of, root_of
+from posttrain.context import BusyLog, StageContext
+from posttrain.errors import StageError
+from posttrain.sampling.client import Engines
+from posttrain.sampling.manifests import Manifest
+from posttrain.sampling.requests import Piece, SampleRequest
+from posttrain.sampling.rollouter import Flight, Rollouter, Session, SingleTurn, Turn
+from posttrain.sampling.rollouts import UNBEGUN
+
+SUBMIT_REQUESTS = 256
+TURN_SEEDS = 998_244_353  # apart, so that no later turn has the seed of another group's first one
+
+Collected = tuple[list[Piece], float]  # of `EngineActor.collect`: pieces, and the Unix time
+UpdateCalls = list[list[tuple[int, dict[str, Any]]]]  # see `rl.rollouts.weights.update_calls`
+
+
+@dataclass(slots=True, eq=False)
+class Ask:
+    """What one request to an engine is for: turns of one group that begin with the same tokens.
+
+    key: the engine's name for it. waiting: the turns that the engine was last asked for, in the order of its replies.
+    began_s: Unix time.
+    """
+
+    key: int
+    turns: list[Turn]
+    waiting: list[Turn] = field(default_factory=list)
+    began_s: float = 0.0
+
+    @property
+    def flight(self) -> Flight:
+        """The group."""
+        return self.turns[0].flight
+
+    def rest(self) -> SampleRequest:
+        """The request for what is missing."""
+        self.waiting = [turn for turn in self.turns if not turn.completion.finish_reason]
+        request = self.turns[0].request
+        if any(turn.completion.token_ids for turn in self.waiting):
+            return replace(request, begun=tuple(turn.completion.token_ids for turn in self.waiting))
+        return request if request.n == len(self.waiting) else replace(request, n=len(self.waiting))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every turn is there."""
+        return all(turn.completion.finish_reason for turn in self.turns)
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One engine: `policy_version` is the one that it samples with; `asks` are what it was given, by key.
+
+    is_kept: it takes no new weights for now. num_losses: engines lost in a row, without a finished request in between.
+    """
+
+    name: str
+    actor: Any
+    policy_version: int
+    log: BusyLog
+    is_alive: bool = True
+    is_kept: bool = False
+    asks: dict[int, Ask] = field(default_factory=dict)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one taking of weights at a time
+    num_losses: int = 0
+    lane: Lane[Ask, Collected] = field(init=False)
+
+
+class RolloutWorkers:
+    """Has `rollouter` make groups of rollouts on the engines, which hold policy version `version`.
+
+    finished: hears of each group whose rollouts are all there. begun: hears of each group that has more tokens.
+    calls, manifest: how the weights of a version are taken, and those of `version`; None: they never change, and an
+    engine that is lost is replaced by one with the model's own. took: hears of a worker and the version it has taken.
+    replaced: hears of a worker and why it was lost. wave_seed: if given, turns are sampled in deterministic waves: all
+    that are waited for, and none before the wave is finished. It is asked for the wave's first group.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        engines: Engines,
+        *,
+        deadline_s: float,
+        finished: Callable[[Flight], None],
+        begun: Callable[[Flight], None] | None = None,
+        rollouter: Rollouter | None = None,
+        calls: Callable[[Manifest, int], UpdateCalls] | None = None,
+        manifest: Manifest | None = None,
+        version: int = 0,
+        took: Callable[[str, int], None] | None = None,
+        replaced: Callable[[str, str], None] | None = None,
+        wave_seed: Callable[[Flight], int] | None = None,
+    ):
+        self._context = context
+        self._engines = engines
+        self._deadline_s = deadline_s
+        self._finished = finished
+        self._begun = begun
+        self._rollouter = rollouter or SingleTurn()
+        self._calls = calls
+        self._newest = (manifest, version)
+        self._took = took
+        self._replaced = replaced
+        self._wave_seed = wave_seed
+        self._next_key = 0
+        self._asked: list[Turn] = []  # in this round of the event loop
+        self._is_sending = False
+        self._unsent: list[Ask] = []  # which no worker may sample now
+        self._tasks: dict[int, list[asyncio.Task[None]]] = {}  # of the rollouters, by group
+        self._error: BaseException | None = None
+        self._has_failed = asyncio.Event()
+        self.num_replaced = 0
+        self.flights: dict[int, Flight] = {}  # by order
+        self.workers = [
+            Worker(name, actor, version, BusyLog(context, name, "generate"))
+            for name, actor in zip(engines.names, engines.actors, strict=True)
+        ]
+        for worker in self.workers:
+            worker.lane = self._lane_to(worker)
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest version that a group which is sent now may be sampled with."""
+        alive = [worker.policy_version for worker in self.workers if worker.is_alive]
+        return min(alive or [worker.policy_version for worker in self.workers])
+
+    async def run(self) -> None:
+        """Serve until cancelled; raises what cannot be mended."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._look_for_failure())
+                for worker in self.workers:
+                    group.create_task(self._serve(worker))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            for order in list(self.flights):
+                self._forget(order)
+            for worker in self.workers:
+                worker.log.flush()
+            await asyncio.gather(*(self._leave(worker) for worker in self.workers), return_exceptions=True)
+
+    async def _leave(self, worker: Worker) -> None:
+        """Nothing of ours is left in the engine: its next user has keys of its own."""
+        if worker.is_alive:
+            await await_call(
+                worker.actor.forget.remote(), self._deadline_s, f"{worker.name} did not forget its requests"
+            )
+
+    # ------------------------------------------------------------------ groups and their rollouters
+
+    def send(self, flight: Flight) -> None:
+        """Have the rollouts of a group made."""
+        self.flights[flight.order] = flight
+        recorded = flight.recorded or (UNBEGUN,) * flight.request.n
+        flight.sessions = [Session(flight, index, self._ask, recorded=reply) for index, reply in enumerate(recorded)]
+        self._tasks[flight.order] = [asyncio.ensure_future(self._roll_out(flight, one)) for one in flight.sessions]
+
+    async def _roll_out(self, flight: Flight, session: Session) -> None:
+        try:
+            flight.finished[session.index] = await self._rollouter.run(flight.prompt.prompt, session)
+            if flight.is_finished:
+                del self.flights[flight.order], self._tasks[flight.order]
+                self._finished(flight)
+        except Exception as error:
+            self._error = self._error or error
+            self._has_failed.set()
+        if self._wave_seed is not None:
+            self._send_soon()  # the wave may have waited for this rollout
+
+    async def _look_for_failure(self) -> None:
+        await self._has_failed.wait()
+        assert self._error is not None
+        raise self._error
+
+    def cancel(self, order: int) -> Flight | None:
+        """Stop sampling for a group; returns what there was of it."""
+        flight = self._forget(order)
+        if flight is None:
+            return None
+        self._asked = [turn for turn in self._asked if turn.flight is not flight]
+        self._unsent = [ask for ask in self._unsent if ask.flight is not flight]
+        for worker in self.workers:
+            keys = [key for key in flight.keys if worker.asks.pop(key, None) is not None]
+            if keys:
+                worker.lane.withdraw(lambda ask: ask.flight is flight)
+                if worker.is_alive:
+                    worker.actor.cancel.remote(keys)
+        return flight
+
+    def _forget(self, order: int) -> Flight | None:
+        for task in self._tasks.pop(order, ()):
+            task.cancel()
+        return self.flights.pop(order, None)
+
+    # ------------------------------------------------------------------ turns
+
+    def _ask(self, turn: Turn) -> None:
+        """Have a turn sampled, with all others of this round."""
+        self._asked.append(turn)
+        self._send_soon()
+
+    def _send_soon(self) -> None:
+        if not self._is_sending:
+            self._is_sending = True
+            asyncio.get_running_loop().call_soon(self._send_asked)
+
+    def _send_asked(self) -> None:
+        self._is_sending = False
+        if self._wave_seed is not None:
+            # A wave is of all rollouts that are not finished: which turns it holds must not depend on the time.
+            num_unfinished = sum(len(flight.sessions) - len(flight.finished) for flight in self.flights.values())
+            if len(self._asked) < num_unfinished:
+                return
+        asked, self._asked = self._asked, []
+        together: list[Turn] = []
+        for turn in asked:
+            if together and not (turn.flight is together[0].flight and turn.request == together[0].request):
+                self._send(self._ask_of(together))
+                together = []
+            together.append(turn)
+        if together:
+            self._send(self._ask_of(together))
+
+    def _ask_of(self, turns: list[Turn]) -> Ask:
+        self._next_key += 1
+        for turn in turns:
+            turn.key = self._next_key
+        return Ask(self._next_key, turns)
+
+    def _send(self, ask: Ask) -> None:
+        """To the worker that sampled the rollout's last turn, if it may: it may still have the tokens in its cache;
+        else to the one with the fewest requests of those that may."""
+        flight, last = ask.flight, ask.turns[0].worker
+        if flight.version is None:
+            able = [worker for worker in self.workers if worker.is_alive and worker.policy_version >= flight.stamp]
+        else:
+            able = [worker for worker in self.workers if worker.is_kept and worker.policy_version == flight.version]
+        if not able:
+            if flight.version is None:
+                self._unsent.append(ask)
+            else:  # nobody can sample it any more, which whoever sent it looks for
+                self.cancel(flight.order)
+            return
+        worker = next((worker for worker in able if worker.name == last), None) if last else None
+        worker = worker or min(able, key=lambda worker: len(worker.asks))
+        ask.began_s = ask.began_s or time.time()
+        flight.began_s = flight.began_s or ask.began_s
+        for turn in ask.turns:
+            turn.worker = worker.name
+        worker.asks[ask.key] = ask
+        worker.lane.send(ask)
+
+    def _send_waiting(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        for ask in unsent:
+            self._send(ask)
+
+    # ------------------------------------------------------------------ weights
+
+    def update(self, manifest: Manifest, version: int) -> Coroutine[Any, Any, None]:
+        """Have every worker take a version; one that is being replaced takes it when it starts, one that is kept at
+        its version when it is released."""
+        assert self._calls is not None
+        self._newest = (manifest, version)  # set before anything is awaited: a replaced engine then loads this version
+        return self._update_all(self._calls(manifest, version))
+
+    async def _update_all(self, calls: UpdateCalls) -> None:
+        for together in calls:
+            await asyncio.gather(*(self._update(self.workers[index], arguments) for index, arguments in together))
+
+    async def _update(self, worker: Worker, arguments: dict[str, Any]) -> None:
+        async with worker.lock:
+            version = arguments["policy_version"]
+            if not worker.is_alive or worker.is_kept or worker.policy_version >= version:
+                return
+            try:
+                began, ended = await self._await_busy(worker, worker.actor.update_weights.remote(**arguments))
+            except Exception as error:
+                if not is_loss(error):
+                    raise
+                worker.lane.fail(error)  # the lane may have nothing to send by which it would find out
+                return
+            worker.policy_version = version
+        self._has_taken(worker)
+        self._context.busy(worker.name, "update_weights", start=began, end=ended)
+        self._send_waiting()
+
+    async def settled(self) -> None:
+        """Until nobody reads weights, so that the trainer may write over those before the newest."""
+        while busy := [worker for worker in self.workers if worker.lock.locked()]:
+            async with busy[0].lock:
+                pass
+
+    def newest(self) -> Worker | None:
+        """The worker of the newest version among those that are not taking weights, if there is one."""
+        able = [worker for worker in self.workers if worker.is_alive and not worker.lock.locked()]
+        return max(able, key=lambda worker: worker.policy_version, default=None)
+
+    async def release(self, worker: Worker) -> None:
+        """Let a worker that was kept take the newest weights."""
+        worker.is_kept = False
+        arguments = self._newest_for(worker)
+        if arguments is not None:
+            await self._update(worker, arguments)
+
+    def _newest_for(self, worker: Worker) -> dict[str, Any] | None:
+        """With which arguments a worker takes the newest weights; None where they never change."""
+        manifest, version = self._newest
+        if self._calls is None or manifest is None:
+            return None
+        calls = [call for together in self._calls(manifest, version) for call in together]
+        return dict(calls)[self.workers.index(worker)]
+
+    def _has_taken(self, worker: Worker) -> None:
+        if self._took is not None:
+            self._took(worker.name, worker.policy_version)
+
+    # ------------------------------------------------------------------ requests and pieces
+
+    async def _serve(self, worker: Worker) -> None:
+        """Work, and mend what can be mended, without end."""
+        cause: BaseException | None = None
+        while True:
+            try:
+                if cause is not None:
+                    await self._replace(worker, cause)
+                if self._wave_seed is not None:
+                    await self._sample_waves(worker, self._wave_seed)
+                await worker.lane.serve()
+            except Exception as error:  # a replacement may be lost too, before it serves
+                cause = root_of(error)
+                if not is_loss(cause):
+                    raise cause from None
+
+    def _lane_to(self, worker: Worker) -> Lane[Ask, Collected]:
+        return Lane(
+            lambda asks: worker.actor.submit.remote([(ask.key, ask.rest()) for ask in asks]),
+            lambda: worker.actor.collect.remote(COLLECT_S),
+            lambda collected: self._take(worker, *collected),
+            deadline_s=3 * self._deadline_s,
+            name=lambda: f"{worker.name} (policy version {worker.policy_version})",
+            batch_size=SUBMIT_REQUESTS if self._wave_seed is None else None,
+        )
+
+    def _take(self, worker: Worker, pieces: list[Piece], now: float) -> None:
+        grown: dict[int, Flight] = {}
+        for piece in pieces:
+            ask = worker.asks.get(piece.key)
+            if ask is None:  # cancelled
+                continue
+            ask.waiting[piece.index].take(piece, now)
+            if piece.finish_reason and ask.is_finished:
+                self._end(worker, ask, now)
+                grown.pop(ask.flight.order, None)
+            else:
+                grown[ask.flight.order] = ask.flight
+        if self._begun is not None:
+            for flight in grown.values():
+                self._begun(flight)
+
+    def _end(self, worker: Worker, ask: Ask, now: float) -> None:
+        del worker.asks[ask.key]
+        worker.num_losses = 0
+        worker.log.add(ask.began_s, now)
+
+    async def _sample_waves(self, worker: Worker, wave_seed: Callable[[Flight], int]) -> None:
+        """Deterministic: the wave's seed is of its first group and turn, whatever happened before."""
+        while True:
+            asks = await worker.lane.next_batch()
+            first = asks[0].turns[0]
+            seed = (wave_seed(first.flight) + TURN_SEEDS * first.number) % 2**31
+            wave = worker.actor.generate_wave.remote([ask.rest() for ask in asks], seed)
+            replies, _, ended = await self._await_busy(worker, wave)
+            for ask, completions in zip(asks, replies, strict=True):
+                for turn, completion in zip(ask.waiting, completions, strict=True):
+                    turn.finish(completion, ended)
+                self._end(worker, ask, ended)
+
+    async def _await_busy(self, worker: Worker, call: Any) -> Any:
+        """The result of a call that may take long, of an actor that must answer meanwhile."""
+        name = f"{worker.name} (policy version {worker.policy_version})"
+        return await await_with_heartbeat(call, worker.actor.pids.remote, 3 * self._deadline_s, name=name)
+
+    # ------------------------------------------------------------------ a lost engine
+
+    async def _replace(self, worker: Worker, cause: BaseException) -> None:
+        """Another engine under the worker; its turns go on where they stand, on whichever worker is there first."""
+        worker.is_alive = worker.is_kept = False
+        worker.num_losses += 1
+        self.num_replaced += 1
+        reason = reason_of(cause)
+        if worker.num_losses >= MAX_CONSECUTIVE_LOSSES:
+            raise StageError(
+                f"{worker.name} was lost {MAX_CONSECUTIVE_LOSSES} times in a row; the last time: {reason}"
+            ) from cause
+        if self._replaced is not None:
+            self._replaced(worker.name, reason)
+        self._unsent += worker.asks.values()
+        worker.asks, worker.lane = {}, self._lane_to(worker)
+        self._send_waiting()
+        index = self.workers.index(worker)
+        worker.name, worker.actor = await self._engines.replace(index, cause)
+        async with worker.lock:  # an update waits for it, so that the trainer does not write over what is read here
+            if (arguments := self._newest_for(worker)) is not None:
+                await self._await_busy(worker, worker.actor.update_weights.remote(**arguments))
+                worker.policy_version = arguments["policy_version"]
+            worker.is_alive = True
+        self._has_taken(worker)
+        self._send_waiting()

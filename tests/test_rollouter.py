@@ -1,0 +1,376 @@
+"""Rollouters and their sessions: what a session keeps and asks for, and two turns over a real engine."""
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_as_exact, float64_inside
+from rollout_records import drawn
+
+from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
+from posttrain.context import StageContext
+from posttrain.errors import StageError
+from posttrain.files import read_jsonl
+from posttrain.records import FinishReason, Message, Prompt, Rollout, Row, Segment, VersionSpan
+from posttrain.rl.records import group_of_flight
+from posttrain.rl.training.samples import train_sample
+from posttrain.sampling.manifests import FolderWeights
+from posttrain.sampling.requests import Completion, SampleRequest
+from posttrain.sampling.rollouter import Flight, Session, SingleTurn, Turn
+from posttrain.sampling.rollouts import UNBEGUN, Reply
+
+MESSAGES = (Message("user", "a question"),)
+SAID = (30, 31, 32)  # what the world answers to the first turn
+REQUEST = SampleRequest((5, 6, 7), n=2, max_tokens=8)
+
+
+class TwoTurns:
+    """Samples, is told something, and samples again. between: is called after each rollout's first turn."""
+
+    def __init__(self, between: Any = None):
+        self._between = between
+
+    async def run(self, prompt: Prompt, session: Session) -> Rollout:
+        await session.sample()
+        if self._between is not None:
+            await self._between()
+        session.add(SAID)
+        await session.sample(max_tokens=60)
+        return session.rollout()
+
+
+# ---------------------------------------------------------------- what a session keeps, its turns answered by hand
+
+
+def flight_of(order: int, prompt_ids: tuple[int, ...], request: SampleRequest) -> Flight:
+    return Flight(order, 0, drawn(Row(f"r{order}", "math", MESSAGES), MESSAGES, prompt_ids), request)
+
+
+def completion(*token_ids: int, version: int = 0, text: str = "text") -> Completion:
+    spans = (VersionSpan(version, 0, len(token_ids)),)
+    return Completion(token_ids, text, (-0.5,) * len(token_ids), FinishReason.STOP, spans)
+
+
+def played(rollouter: Any, recorded: Reply, *answers: Completion) -> tuple[Rollout, list[Turn]]:
+    """The rollout where each turn that is asked for gets the next answer, and those turns."""
+    left, asked = iter(answers), []
+
+    async def run() -> Rollout:
+        def ask(turn: Turn) -> None:
+            asked.append(turn)
+            turn.worker = "engine1"
+            turn.finish(next(left), 7.0)
+
+        flight = flight_of(3, REQUEST.prompt_ids, REQUEST)
+        return await rollouter.run(flight.prompt.prompt, Session(flight, 1, ask, recorded=recorded))
+
+    return asyncio.run(run()), asked
+
+
+def test_one_turn_is_one_trained_segment():
+    rollout, (turn,) = played(SingleTurn(), UNBEGUN, completion(9, 2))
+    assert turn.request is REQUEST  # the very one of its group, so that the whole group can be one request
+    assert rollout.segments == (Segment((9, 2), True, (-0.5, -0.5), (VersionSpan(0, 0, 2),)),)
+    assert (rollout.prompt_id, rollout.group_id, rollout.index, rollout.prompt_ids) == ("r3", "g3", 1, (5, 6, 7))
+    assert (rollout.text, rollout.finish_reason, rollout.worker) == ("text", FinishReason.STOP, "engine1")
+    assert rollout.finished_s == 7.0
+
+
+def test_a_second_turn_is_asked_for_with_the_tokens_of_the_first_and_what_was_added():
+    rollout, (first, second) = played(TwoTurns(), UNBEGUN, completion(9, 2), completion(8, 4, version=1, text="last"))
+    assert (first.number, second.number) == (0, 2)
+    assert second.request.prompt_ids == (5, 6, 7, 9, 2, *SAID)
+    assert second.request.max_tokens == 60
+    assert [segment.trained for segment in rollout.segments] == [True, False, True]
+    assert rollout.segments[1].sampler_logprobs is None
+    assert rollout.token_ids == (9, 2, *SAID, 8, 4)
+    assert list(rollout.versions) == [0, 1]
+    assert rollout.text == "last"
+
+
+def test_what_was_recorded_is_not_sampled_again():
+    """After a crash: the first turn is handed to the engine with all its tokens, the second with those that it has."""
+    whole, _ = played(TwoTurns(), UNBEGUN, completion(9, 2), completion(8, 4, version=1))
+    cut = Segment((8,), True, (-0.5,), (VersionSpan(1, 0, 1),))
+    recorded = Reply((*whole.segments[:2], cut), "", FinishReason.RUNNING)
+    rollout, turns = played(TwoTurns(), recorded, completion(9, 2), completion(8, 4, version=1))
+    assert rollout.segments == whole.segments
+    asyncio.run(begun_turns(recorded, [(9, 2), (8,)]))
+    assert len(turns) == 2
+    # Of one that was finished the last turn is not asked for.
+    finished = Reply(whole.segments, "text", FinishReason.STOP)
+    again, turns = played(TwoTurns(), finished, completion(9, 2))
+    assert (len(turns), again.segments) == (1, whole.segments)
+
+
+async def begun_turns(recorded: Reply, expected: list[tuple[int, ...]]) -> None:
+    """The tokens with which each turn begins."""
+    found = []
+
+    def ask(turn: Turn) -> None:
+        found.append(turn.completion.token_ids)
+        turn.finish(completion(*turn.completion.token_ids), 7.0)
+
+    flight = flight_of(3, REQUEST.prompt_ids, REQUEST)
+    await TwoTurns().run(flight.prompt.prompt, Session(flight, 0, ask, recorded=recorded))
+    assert found == expected
+
+
+def test_what_followed_other_context_is_forgotten():
+    other = Segment((40, 41), False)
+    first = Segment((9, 2), True, (-0.5, -0.5), (VersionSpan(0, 0, 2),))
+    last = Segment((8, 4), True, (-0.5, -0.5), (VersionSpan(1, 0, 2),))
+    recorded = Reply((first, other, last), "text", FinishReason.STOP)
+    asyncio.run(begun_turns(recorded, [(9, 2), ()]))
+
+
+def test_a_rollouter_that_does_not_sample_is_told_so():
+    class Silent:
+        async def run(self, prompt: Prompt, session: Session) -> Rollout:
+            session.add(SAID)
+            return session.rollout()
+
+    with pytest.raises(StageError, match="row r3, rollout 1 of group 3: a rollout was made of which nothing was samp"):
+        played(Silent(), UNBEGUN)
+
+
+def test_a_session_samples_one_turn_at_a_time():
+    class Hasty:
+        async def run(self, prompt: Prompt, session: Session) -> Rollout:
+            await asyncio.gather(session.sample(), session.sample())
+            return session.rollout()
+
+    async def run() -> None:
+        flight = flight_of(3, REQUEST.prompt_ids, REQUEST)
+        await Hasty().run(flight.prompt.prompt, Session(flight, 1, lambda turn: None, recorded=UNBEGUN))
+
+    with pytest.raises(StageError, match="a turn was asked for while another one is sampled"):
+        asyncio.run(run())
+
+
+# ---------------------------------------------------------------- two turns over a real engine
+
+slow = pytest.mark.slow
+ENGINE = EngineConfig(max_model_len=512, kv_cache_gib=0.1, stream_interval=4, deadline_s=8)
+PROMPTS = [tuple(range(5 + i, 25 + i)) for i in range(4)]
+GROUP, FIRST, SECOND = 3, 24, 60
+
+
+@pytest.fixture(scope="module")
+def policies(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Folders of policy versions 0 and 1."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("policies") / "1"
+    shutil.copytree(tiny_model, folder)
+    generator = torch.Generator().manual_seed(1)
+    weights = load_file(folder / "model.safetensors")
+    changed = {
+        name: (tensor + 0.3 * torch.randn(tensor.shape, generator=generator) * tensor.std()).contiguous()
+        for name, tensor in weights.items()
+    }
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return [str(tiny_model), str(folder)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engines_end(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "ray_session" in request.fixturenames:
+        from posttrain.sampling.registry import stop_registry
+
+        stop_registry()
+
+
+def sent(order: int, prompt_ids: tuple[int, ...]) -> Flight:
+    return flight_of(order, prompt_ids, SampleRequest(prompt_ids, n=GROUP, max_tokens=FIRST))
+
+
+def weights(folder: str) -> Any:
+    """In the place of a trainer's manifest: the engine loads the folder itself."""
+    return FolderWeights(folder)
+
+
+class Run:
+    """Workers of RL over a leased engine, which make groups with a rollouter until all are finished."""
+
+    def __init__(self, context: StageContext, engines: Any, policies: list[str], rollouter: Any, **settings: Any):
+        from posttrain.sampling.workers import RolloutWorkers
+
+        self.num_finished, self.flights = 0, [sent(order, ids) for order, ids in enumerate(PROMPTS)]
+        self.finished = asyncio.Event()
+        self.workers = RolloutWorkers(
+            context,
+            engines,
+            deadline_s=ENGINE.deadline_s,
+            finished=self._finish,
+            rollouter=rollouter,
+            calls=lambda folder, version: [[(0, {"source": folder, "policy_version": version})]],
+            manifest=weights(policies[0]),
+            **settings,
+        )
+
+    def _finish(self, flight: Flight) -> None:
+        self.num_finished += 1
+        if self.num_finished == len(self.flights):
+            self.finished.set()
+
+    async def groups(self, *beside: Coroutine[Any, Any, None]) -> list[tuple[Rollout, ...]]:
+        serving = asyncio.ensure_future(self.workers.run())
+        for flight in self.flights:
+            self.workers.send(flight)
+        others = [asyncio.ensure_future(one) for one in beside]
+        try:
+            waiting = asyncio.ensure_future(self.finished.wait())
+            await asyncio.wait({waiting, serving}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()
+            await asyncio.gather(*others)
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+        return [group_of_flight(flight).rollouts for flight in self.flights]
+
+
+def leased(tmp_path: Path, policies: list[str]) -> Any:
+    from posttrain.sampling.client import Engines
+
+    context = StageContext("rl", tmp_path, tmp_path / "events.jsonl", seed=3, warm_engines=True)
+    served = ServedModelConfig(path=policies[0], dtype="float32")
+    return context, Engines(context, served, ENGINE, resources=ActorResources(cpus=0.5))
+
+
+def check_form(rollout: Rollout) -> None:
+    first, said, second = rollout.segments
+    assert said == Segment(SAID, False)
+    assert 0 < len(first.token_ids) <= FIRST
+    assert 0 < len(second.token_ids) <= SECOND
+    for segment in (first, second):
+        assert segment.trained
+        assert segment.sampler_logprobs is not None
+        assert len(segment.sampler_logprobs) == len(segment.token_ids)
+        covered = [place for span in segment.versions for place in range(span.start, span.end)]
+        assert covered == list(range(len(segment.token_ids)))
+    sample = train_sample(rollout, 1, 1.0)
+    begins = len(rollout.prompt_ids)
+    between = begins + len(first.token_ids) + len(SAID)
+    assert sample.trained == ((begins, begins + len(first.token_ids)), (between, between + len(second.token_ids)))
+    assert sample.token_ids == rollout.prompt_ids + first.token_ids + SAID + second.token_ids
+
+
+def logprobs(policy: Any, token_ids: tuple[int, ...]) -> torch.Tensor:
+    """Log-probabilities of tokens 1.. of a sequence in one forward pass. Shape [T - 1]."""
+    ids = torch.tensor([token_ids])
+    with torch.no_grad():
+        found = policy(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+    return found.gather(1, ids[0, 1:, None])[:, 0]
+
+
+@slow
+@pytest.mark.timeout(300)
+def test_both_turns_have_the_trainers_log_probabilities(ray_session, policies, tmp_path):
+    """New weights come between the turns: the second is of them, over every token before it."""
+    from posttrain.model.load import load_model
+
+    context, engines = leased(tmp_path, policies)
+
+    async def run() -> list[tuple[Rollout, ...]]:
+        num_waiting, all_wait, is_updated = 0, asyncio.Event(), asyncio.Event()
+
+        async def between() -> None:
+            nonlocal num_waiting
+            num_waiting += 1
+            if num_waiting == GROUP * len(PROMPTS):
+                all_wait.set()
+            await is_updated.wait()
+
+        made = Run(context, engines, policies, TwoTurns(between))
+
+        async def update() -> None:
+            await all_wait.wait()
+            await made.workers.update(weights(policies[1]), 1)
+            is_updated.set()
+
+        return await made.groups(update())
+
+    with engines:
+        rollouts = [rollout for group in asyncio.run(run()) for rollout in group]
+    assert len({rollout.token_ids for rollout in rollouts}) == len(rollouts) == GROUP * len(PROMPTS)
+    models = [load_model(folder) for folder in policies]
+    exact = [load_model(folder, "transformers").double() for folder in policies]
+    for rollout in rollouts:
+        check_form(rollout)
+        sample = train_sample(rollout, 1, 1.0)
+        assert [segment.versions[0].policy_version for segment in (rollout.segments[0], rollout.segments[2])] == [0, 1]
+        assert set(sample.staleness[: len(rollout.segments[0].token_ids)]) == {1}
+        assert set(sample.staleness[len(rollout.segments[0].token_ids) :]) == {0}
+        for version, (start, end) in enumerate(sample.trained):
+            segment = rollout.segments[2 * version]
+            places = slice(start - 1, end - 1)
+            with float64_inside():
+                reference = logprobs(exact[version], sample.token_ids)[places]
+            assert_as_exact(
+                torch.tensor(segment.sampler_logprobs),
+                logprobs(models[version], sample.token_ids)[places],
+                reference,
+                scale=float(models[version](input_ids=torch.tensor([sample.token_ids])).logits.detach().abs().max()),
+            )
+
+
+@slow
+@pytest.mark.timeout(300)
+def test_a_second_turn_goes_on_where_a_lost_engine_left_it(ray_session, policies, tmp_path):
+    """Not a token that was there is lost, and no rollouter hears of it."""
+    context, engines = leased(tmp_path, policies)
+    kept: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    async def run() -> list[tuple[Rollout, ...]]:
+        pids = await engines.actors[0].pids.remote()
+
+        def kill_once(flight: Flight) -> None:
+            replies = [reply for other in made.flights for reply in other.replies]
+            if kept or not any(len(reply.segments) == 3 and not reply.finish_reason for reply in replies):
+                return
+            for other in made.flights:
+                for index, reply in enumerate(other.replies):
+                    kept[other.order, index] = tuple(t for segment in reply.segments for t in segment.token_ids)
+            os.kill(pids["core"], signal.SIGKILL)
+
+        made = Run(context, engines, policies, TwoTurns(), begun=kill_once)
+        return await made.groups()
+
+    with engines:
+        groups = asyncio.run(run())
+    assert kept
+    for order, group in enumerate(groups):
+        for rollout in group:
+            check_form(rollout)
+            there = kept[order, rollout.index]
+            assert rollout.token_ids[: len(there)] == there
+    assert [line for line in read_jsonl(context.events) if line["event"] == "engine_replaced"]
+
+
+@slow
+@pytest.mark.timeout(300)
+def test_two_turns_in_waves_are_the_same_bits_again(ray_session, policies, tmp_path):
+    context, engines = leased(tmp_path, policies)
+
+    def made() -> Run:
+        return Run(context, engines, policies, TwoTurns(), wave_seed=lambda flight: 17 + flight.order)
+
+    async def run() -> list[tuple[Rollout, ...]]:
+        return await made().groups()
+
+    with engines:
+        once, again = asyncio.run(run()), asyncio.run(run())
+    for group, other in zip(once, again, strict=True):
+        for rollout, same in zip(group, other, strict=True):
+            check_form(rollout)
+            assert rollout.segments == same.segments
+    assert len({rollout.token_ids for group in once for rollout in group}) == GROUP * len(PROMPTS)
