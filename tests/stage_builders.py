@@ -404,7 +404,7 @@ def rl_rows(config: Any) -> Any:
 def rl_requests(config: Any) -> Any:
     from posttrain.rl.rollouts.requests import sample_request
 
-    return [sample_request(config, prompt, config.profile.samples, (0,)) for prompt in _drawn()]
+    return [sample_request(config.sampling, prompt, config.profile.samples, stop_ids=(0,)) for prompt in _drawn()]
 
 
 def rl_difficulties(config: Any) -> Any:

@@ -5,7 +5,6 @@
 Data, keys and the reward are checked before an engine starts. Left out: comparing two policies; the report does that.
 """
 
-import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +22,8 @@ from posttrain.files import write_json, write_jsonl
 from posttrain.model.load import load_tokenizer
 from posttrain.records import Row, Scored
 from posttrain.sampling.client import Engines
-from posttrain.sampling.groups import SampledGroups
+from posttrain.sampling.groups import sample_groups
 from posttrain.sampling.requests import SampleRequest
-from posttrain.sampling.rollouter import Flight
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
 from posttrain.scoring.plugins.requirements import check_fields
 from posttrain.scoring.pool.pool import RewardPool
@@ -52,18 +50,13 @@ def evaluate(config: EvalConfig, context: StageContext) -> list[PromptReplies]:
     rows, asked = prepare(config)
     groups = flights(asked)
     with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
-        asyncio.run(_sample_groups(config, context, engines, groups))
+        sample_groups(context, engines, config.engine, flights=groups, on_done=_reporter(context, len(groups)))
     pairs = [(rollout, group.prompt.row) for group in groups for rollout in group.rollouts]
     began = time.time()
     scores = reward_pool(config).score_all(pairs)
     context.busy("reward", "score", start=began, end=time.time())
     _report_unscored(scores, context)
     return by_prompt(rows, asked, pairs, scores=scores)
-
-
-async def _sample_groups(config: EvalConfig, context: StageContext, engines: Engines, groups: Sequence[Flight]) -> None:
-    async with SampledGroups(context, engines, config.engine) as sampled:
-        await sampled.groups(groups, _reporter(context, len(groups)))
 
 
 def prepare(config: EvalConfig) -> tuple[list[Row], list[tuple[str, Row, SampleRequest]]]:

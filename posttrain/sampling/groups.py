@@ -1,7 +1,7 @@
 """Whole groups for a stage that trains nothing: a profile, an evaluation. Workers serve while the stage waits.
 
     async with SampledGroups(context, engines, engine_config) as sampled:
-        flights = await sampled.groups(flights)
+        await sampled.groups(flights)  # each has its rollouts then
 
 The workers are those of RL (workers.py), whose weights never change here: an engine that is lost is replaced, and its
 replies go on where they stood.
@@ -87,3 +87,20 @@ class SampledGroups:
 
     def _finish(self, flight: Flight) -> None:
         self._unfinished[flight.order].set_result(None)
+
+
+def sample_groups(
+    context: StageContext,
+    engines: Engines,
+    engine: EngineConfig,
+    *,
+    flights: Sequence[Flight],
+    on_done: Callable[[int], None] | None = None,
+) -> None:
+    """`SampledGroups.groups` for a caller without an event loop."""
+
+    async def sample() -> None:
+        async with SampledGroups(context, engines, engine) as sampled:
+            await sampled.groups(flights, on_done)
+
+    asyncio.run(sample())
