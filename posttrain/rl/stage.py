@@ -185,7 +185,16 @@ def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: li
     """From the last commit to the last step, and the policy's folder."""
     first_step, left = _resume(config, context, parts)
     manifest = parts.trainer.publish()
-    parity = check_engine_parity(config, parts.engines, parts.trainer, prompts, parts.stop_ids, manifest, first_step)
+    parity = check_engine_parity(
+        config,
+        context,
+        parts.engines,
+        trainer=parts.trainer,
+        prompts=prompts,
+        stop_ids=parts.stop_ids,
+        manifest=manifest,
+        version=first_step,
+    )
     context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
     controller = Controller(config, context, parts, manifest, first_step, left)
     asyncio.run(controller.run())

@@ -1,27 +1,28 @@
-"""Whole groups for a stage that trains nothing: a profile, an evaluation. Workers serve while the stage waits.
+"""Whole groups for who trains nothing: a profile, an evaluation, the check of the engines. Workers serve meanwhile.
 
     async with SampledGroups(context, engines, engine_config) as sampled:
         await sampled.groups(flights)  # each has its rollouts then
 
-The workers are those of RL (workers.py), whose weights never change here: an engine that is lost is replaced, and its
-replies go on where they stood.
+The workers are those of RL (workers.py): an engine that is lost is replaced, and its replies go on where they stood.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 
 from posttrain.config.shared import EngineConfig
 from posttrain.context import StageContext
 from posttrain.sampling.client import Engines
+from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.rollouter import Flight, Rollouter
-from posttrain.sampling.workers import RolloutWorkers
+from posttrain.sampling.workers import RolloutWorkers, UpdateCalls
 
 MIN_GROUPS = 64  # at an engine at once
+REPLACED_S = 0.2  # between two looks whether an engine that was lost is replaced
 
 
 class SampledGroups:
-    """Has groups sampled by `rollouter`; None: by one turn each. wave_seed: see `RolloutWorkers`."""
+    """Has groups sampled by `rollouter`; None: by one turn each. For the other arguments see `RolloutWorkers`."""
 
     def __init__(
         self,
@@ -31,6 +32,8 @@ class SampledGroups:
         *,
         rollouter: Rollouter | None = None,
         wave_seed: Callable[[Flight], int] | None = None,
+        calls: Callable[[Manifest, int], UpdateCalls] | None = None,
+        version: int = 0,
     ):
         self._workers = RolloutWorkers(
             context,
@@ -39,6 +42,8 @@ class SampledGroups:
             finished=self._finish,
             rollouter=rollouter,
             wave_seed=wave_seed,
+            calls=calls,
+            version=version,
         )
         # An engine is busy with some groups while others wait in it for a place; more of them would only take memory.
         # A wave is whole.
@@ -76,14 +81,35 @@ class SampledGroups:
                     on_done(num_finished)
 
         places = len(flights) if self._places is None else min(self._places, len(flights))
-        drains = asyncio.gather(*(drain() for _ in range(places)))
+
+        async def sample() -> None:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(places):
+                    group.create_task(drain())
+
+        await self._while_served(sample())
+
+    async def update(self, manifest: Manifest, version: int) -> list[str]:
+        """Have every worker take new weights, those of engines that are lost meanwhile too; returns their names."""
+
+        async def update() -> None:
+            await self._workers.update(manifest, version)
+            while any(not one.is_alive or one.policy_version < version for one in self._workers.workers):
+                await asyncio.sleep(REPLACED_S)
+
+        await self._while_served(update())
+        return [worker.name for worker in self._workers.workers]
+
+    async def _while_served(self, work: Coroutine[None, None, None]) -> None:
+        """Until the work is done, or the workers have failed, whose error is raised then."""
+        doing = asyncio.ensure_future(work)
         try:
-            await asyncio.wait({drains, self._serving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({doing, self._serving}, return_when=asyncio.FIRST_COMPLETED)
             if self._serving.done():
                 self._serving.result()
-            await drains
+            await doing
         finally:
-            drains.cancel()
+            doing.cancel()
 
     def _finish(self, flight: Flight) -> None:
         self._unfinished[flight.order].set_result(None)

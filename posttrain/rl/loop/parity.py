@@ -4,18 +4,24 @@ The engines first take the trainer's own version-0 weights over the same road th
 of reloading shows here too, before a step is trained.
 """
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from posttrain.context import StageContext
 from posttrain.errors import StageError
+from posttrain.records import DrawnPrompt, Rollout
 from posttrain.rl.config import RlConfig
-from posttrain.rl.records import DrawnPrompt, make_group
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.rl.rollouts.weights import update_calls
 from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.samples import train_sample
 from posttrain.sampling.client import Engines
+from posttrain.sampling.groups import SampledGroups
 from posttrain.sampling.manifests import Manifest
-from posttrain.sampling.rollouts import whole_reply
+from posttrain.sampling.requests import SampleRequest
+from posttrain.sampling.rollouter import Flight
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 PROMPTS = 16
@@ -37,28 +43,25 @@ def allowed_gap(config: RlConfig) -> float:
 
 def check_engine_parity(
     config: RlConfig,
+    context: StageContext,
     engines: Engines,
+    *,
     trainer: TrainerClient,
-    prompts: list[DrawnPrompt],
+    prompts: Sequence[DrawnPrompt],
     stop_ids: tuple[int, ...],
     manifest: Manifest,
     version: int,
 ) -> Parity:
-    """Compare on a few prompts, with the weights of `manifest`; raises `StageError` where the mean gap is too large."""
-    import ray
+    """Compare on a few prompts, with the weights of `manifest`; raises `StageError` where the mean gap is too large.
 
-    for calls in update_calls(config, manifest, version):
-        ray.get([engines.actors[engine].update_weights.remote(**arguments) for engine, arguments in calls])
+    An engine that is lost meanwhile is replaced, and its replacement is compared.
+    """
+    asked = [(prompt, sample_request(config.sampling, prompt, 1, stop_ids=stop_ids)) for prompt in prompts[:PROMPTS]]
+    sampled = asyncio.run(_sample(config, context, engines, asked=asked, manifest=manifest, version=version))
     tolerance = allowed_gap(config)
     worst = Parity(0.0, 0.0, 0)
-    for name, actor in zip(engines.names, engines.actors, strict=True):
-        requests = [sample_request(config.sampling, prompt, 1, stop_ids=stop_ids) for prompt in prompts[:PROMPTS]]
-        completions, _, _ = ray.get(actor.generate.remote(requests))
-        groups = [
-            make_group(index, prompt, [whole_reply(replies[0])])
-            for index, (prompt, replies) in enumerate(zip(prompts[:PROMPTS], completions, strict=True))
-        ]
-        samples = [train_sample(rollout, version, 0.0) for group in groups for rollout in group.rollouts]
+    for name, rollouts in sampled.items():
+        samples = [train_sample(rollout, version, 0.0) for rollout in rollouts]
         policy = trainer.logprobs(samples)
         gaps = [
             abs(ours - theirs)
@@ -74,3 +77,31 @@ def check_engine_parity(
             )
         worst = max(worst, parity, key=lambda item: item.mean_gap)
     return worst
+
+
+async def _sample(
+    config: RlConfig,
+    context: StageContext,
+    engines: Engines,
+    *,
+    asked: Sequence[tuple[DrawnPrompt, SampleRequest]],
+    manifest: Manifest,
+    version: int,
+) -> dict[str, list[Rollout]]:
+    """Rollouts by the name of the engine that sampled them: at least one of each that is there in the end."""
+    found: dict[str, list[Rollout]] = {}
+    calls = partial(update_calls, config)
+    async with SampledGroups(context, engines, config.engine, calls=calls, version=version - 1) as sampled:
+        names = await sampled.update(manifest, version)
+        while not found.keys() >= set(names):
+            # The worker with the least to do is asked, so each gets its share.
+            flights = [
+                Flight(order, version, prompt, request=request)
+                for order, (prompt, request) in enumerate(list(asked) * len(names))
+            ]
+            await sampled.groups(flights)
+            for flight in flights:
+                (rollout,) = flight.rollouts
+                found.setdefault(rollout.worker, []).append(rollout)
+            names = await sampled.update(manifest, version)
+    return {name: found[name] for name in names}
