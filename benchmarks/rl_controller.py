@@ -28,14 +28,14 @@ from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.shared import SystemsConfig
 from posttrain.context import StageContext
 from posttrain.pipeline.ray_session import ray_session
-from posttrain.records import FinishReason, Message, Row, VersionSpan
+from posttrain.records import DrawnPrompt, FinishReason, Message, Row, VersionSpan
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.verifiers import reward_config
 from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.loop.controller import Controller, Parts
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DrawnPrompt, make_group
+from posttrain.rl.records import make_group
 from posttrain.rl.training.protocol import StepResult
 from posttrain.rl.training.samples import TrainSample
 from posttrain.sampling.manifests import WeightManifest

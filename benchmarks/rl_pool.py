@@ -25,9 +25,8 @@ from posttrain.data.chat import end_token_ids, render_prompt
 from posttrain.data.rows import load_rows
 from posttrain.files import read_jsonl
 from posttrain.model.load import load_tokenizer
-from posttrain.records import Prompt, Row
+from posttrain.records import DrawnPrompt, Prompt, Row
 from posttrain.rl.config import RlConfig
-from posttrain.rl.records import DrawnPrompt
 
 BASE = Path(__file__).parents[1] / "configs" / "quickstart" / "base.yaml"
 SAMPLES = 16

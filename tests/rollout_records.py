@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from posttrain.records import FinishReason, Message, Prompt, Rollout, Row, Segment, VersionSpan
-from posttrain.rl.records import DrawnPrompt
+from posttrain.records import DrawnPrompt, FinishReason, Message, Prompt, Rollout, Row, Segment, VersionSpan
 from posttrain.rl.training.samples import TrainSample
 
 

@@ -10,13 +10,24 @@ from posttrain.eval.config import EvalConfig
 from posttrain.eval.replies import PromptReplies, Reply
 from posttrain.eval.stage import measure
 from posttrain.metrics.correctness import is_right
-from posttrain.records import FinishReason, Message, Prompt, RewardResult, Rollout, Row, Scored, Segment, VersionSpan
+from posttrain.records import (
+    DrawnPrompt,
+    FinishReason,
+    Message,
+    Prompt,
+    RewardResult,
+    Rollout,
+    Row,
+    Scored,
+    Segment,
+    VersionSpan,
+)
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import passes_and_failures, scored_group
 from posttrain.rl.loop.evaluation import accuracies
 from posttrain.rl.loop.tally import StepTally
 from posttrain.rl.prompts.profile import difficulties
-from posttrain.rl.records import DrawnPrompt, Drop, DropReason, Group
+from posttrain.rl.records import Drop, DropReason, Group
 
 REWARDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROW = Row("p", "math", (Message("user", "?"),))

@@ -14,7 +14,7 @@ import pytest
 from posttrain.config.base import dump_yaml
 from posttrain.config.shared import SystemsConfig
 from posttrain.errors import CheckpointError, StageError
-from posttrain.records import FinishReason, Message, Prompt, Rollout, Row, Segment, VersionSpan
+from posttrain.records import DrawnPrompt, FinishReason, Message, Prompt, Rollout, Row, Segment, VersionSpan
 from posttrain.rl.history.archive import RolloutArchive, check_archive, recorded_rollout
 from posttrain.rl.history.audit import audit_stage
 from posttrain.rl.history.ledger import Commit, Ledger
@@ -31,7 +31,7 @@ from posttrain.rl.history.recovery import (
 from posttrain.rl.history.replay import recorded_steps
 from posttrain.rl.history.replies import pack, unpack
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DrawnPrompt, Group, GroupState, LedgerEvent, ScoredGroup
+from posttrain.rl.records import Group, GroupState, LedgerEvent, ScoredGroup
 from posttrain.rl.training.samples import train_sample
 from posttrain.sampling.rollouts import UNBEGUN, Reply, up_to
 

@@ -6,10 +6,9 @@ import pytest
 
 from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError
-from posttrain.records import Message, Prompt, Row
+from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.config import RlConfig
 from posttrain.rl.loop.evaluation import evaluation_request
-from posttrain.rl.records import DrawnPrompt
 from posttrain.rl.rollouts.config import RENORMALISING
 from posttrain.rl.rollouts.requests import sample_request
 

@@ -17,7 +17,7 @@ from posttrain.errors import TrainerLostError
 from posttrain.files import keep_lines
 from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
 from posttrain.parallel.engine import check_parallel
-from posttrain.records import Message, Prompt, Row
+from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import passes_and_failures
 from posttrain.rl.grading.judge import Judge
@@ -45,7 +45,7 @@ from posttrain.rl.prompts.prior import fit_prior
 from posttrain.rl.prompts.profile import Difficulty, drawn_rows, profile_prompts, select_band
 from posttrain.rl.prompts.quotas import mixture_shares
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DrawnPrompt, GroupState
+from posttrain.rl.records import GroupState
 from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.reference import Reference, check_reference
 from posttrain.sampling.client import Engines

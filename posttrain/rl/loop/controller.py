@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import StageError
+from posttrain.records import DrawnPrompt
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.alarm import UnscoredAlarm
 from posttrain.rl.grading.groups import drop_reason, over_batch, passes_and_failures, score_group
@@ -38,7 +39,7 @@ from posttrain.rl.loop.staleness import StalenessQueue
 from posttrain.rl.loop.tally import StepTally, sampled_before
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DrawnPrompt, Drop, DropReason, Group, LedgerEvent, ScoredGroup, group_of_flight
+from posttrain.rl.records import Drop, DropReason, Group, LedgerEvent, ScoredGroup, group_of_flight
 from posttrain.rl.rollouts.requests import sample_request, wave_seed
 from posttrain.rl.rollouts.weights import update_calls
 from posttrain.rl.training.client import TrainerClient, manifest_of

@@ -15,11 +15,11 @@ from posttrain.data.strata import sampled_rows
 from posttrain.files import keep_lines, read_jsonl
 from posttrain.metrics.correctness import is_right
 from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
-from posttrain.records import Message, Prompt, Row
+from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.config import EvaluationConfig, RlConfig
 from posttrain.rl.grading.verifiers import check_rewardable
 from posttrain.rl.prompts.lengths import check_room
-from posttrain.rl.records import DrawnPrompt, ScoredGroup
+from posttrain.rl.records import ScoredGroup
 from posttrain.sampling.requests import SampleRequest
 
 FILE = "evaluations.jsonl"

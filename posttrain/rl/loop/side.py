@@ -26,12 +26,13 @@ from msgspec.structs import replace
 
 from posttrain.context import StageContext
 from posttrain.files import append_jsonl
+from posttrain.records import DrawnPrompt
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import Scorer, passes_and_failures, score_group
 from posttrain.rl.loop.evaluation import FILE, accuracies, evaluation_request, is_due, last_evaluated
 from posttrain.rl.prompts.refilter import Refilter
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DrawnPrompt, Group, LedgerEvent, ScoredGroup, group_of_flight
+from posttrain.rl.records import Group, LedgerEvent, ScoredGroup, group_of_flight
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight

@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 
 from posttrain.config.shared import SystemInstruction
 from posttrain.errors import DataError
-from posttrain.records import Message
-from posttrain.rl.records import DrawnPrompt
+from posttrain.records import DrawnPrompt, Message
 
 _NEAR = 32  # tokens; an instruction adds about as many to every prompt, so only those this near are rendered
 

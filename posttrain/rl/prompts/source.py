@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.config.shared import SystemsConfig
-from posttrain.records import Message, Prompt, Row
+from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.prompts.curriculum import EXCLUDED_MISS, Curriculum
-from posttrain.rl.records import DrawnPrompt
 
 
 class PromptSource:
