@@ -1,6 +1,7 @@
 """Rollouters and their sessions: what a session keeps and asks for, and two turns over a real engine."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -39,7 +40,7 @@ class TwoTurns:
     async def run(self, prompt: Prompt, session: Session) -> Rollout:
         await session.sample()
         if self._between is not None:
-            await self._between()
+            await session.outside(self._between())
         session.add(SAID)
         await session.sample(max_tokens=60)
         return session.rollout()
@@ -60,17 +61,16 @@ def completion(*token_ids: int, version: int = 0, text: str = "text") -> Complet
 def played(rollouter: Any, recorded: Reply, *answers: Completion) -> tuple[Rollout, list[Turn]]:
     """The rollout where each turn that is asked for gets the next answer, and those turns."""
     left, asked = iter(answers), []
-
-    async def run() -> Rollout:
-        def ask(turn: Turn) -> None:
+    flight = flight_of(3, REQUEST.prompt_ids, REQUEST)
+    running = rollouter.run(flight.prompt.prompt, Session(flight, 1, recorded))
+    try:
+        while True:
+            turn = running.send(None)
             asked.append(turn)
             turn.worker = "engine1"
             turn.finish(next(left), 7.0)
-
-        flight = flight_of(3, REQUEST.prompt_ids, REQUEST)
-        return await rollouter.run(flight.prompt.prompt, Session(flight, 1, ask, recorded=recorded))
-
-    return asyncio.run(run()), asked
+    except StopIteration as end:
+        return end.value, asked
 
 
 def test_one_turn_is_one_trained_segment():
@@ -101,7 +101,7 @@ def test_what_was_recorded_is_not_sampled_again():
     recorded = Reply((*whole.segments[:2], cut), "", FinishReason.RUNNING)
     rollout, turns = played(TwoTurns(), recorded, completion(9, 2), completion(8, 4, version=1))
     assert rollout.segments == whole.segments
-    asyncio.run(begun_turns(recorded, [(9, 2), (8,)]))
+    assert begun_turns(recorded) == [(9, 2), (8,)]
     assert len(turns) == 2
     # Of one that was finished the last turn is not asked for.
     finished = Reply(whole.segments, "text", FinishReason.STOP)
@@ -109,17 +109,17 @@ def test_what_was_recorded_is_not_sampled_again():
     assert (len(turns), again.segments) == (1, whole.segments)
 
 
-async def begun_turns(recorded: Reply, expected: list[tuple[int, ...]]) -> None:
-    """The tokens with which each turn begins."""
+def begun_turns(recorded: Reply) -> list[tuple[int, ...]]:
+    """The tokens with which each turn that is asked for begins."""
     found = []
-
-    def ask(turn: Turn) -> None:
-        found.append(turn.completion.token_ids)
-        turn.finish(completion(*turn.completion.token_ids), 7.0)
-
     flight = flight_of(3, REQUEST.prompt_ids, REQUEST)
-    await TwoTurns().run(flight.prompt.prompt, Session(flight, 0, ask, recorded=recorded))
-    assert found == expected
+    running = TwoTurns().run(flight.prompt.prompt, Session(flight, 0, recorded))
+    with contextlib.suppress(StopIteration):
+        while True:
+            turn: Any = running.send(None)
+            found.append(turn.completion.token_ids)
+            turn.finish(completion(*turn.completion.token_ids), 7.0)
+    return found
 
 
 def test_what_followed_other_context_is_forgotten():
@@ -127,7 +127,7 @@ def test_what_followed_other_context_is_forgotten():
     first = Segment((9, 2), True, (-0.5, -0.5), (VersionSpan(0, 0, 2),))
     last = Segment((8, 4), True, (-0.5, -0.5), (VersionSpan(1, 0, 2),))
     recorded = Reply((first, other, last), "text", FinishReason.STOP)
-    asyncio.run(begun_turns(recorded, [(9, 2), ()]))
+    assert begun_turns(recorded) == [(9, 2), ()]
 
 
 def test_a_rollouter_that_does_not_sample_is_told_so():
@@ -141,16 +141,32 @@ def test_a_rollouter_that_does_not_sample_is_told_so():
 
 
 def test_a_session_samples_one_turn_at_a_time():
-    class Hasty:
+    session = Session(flight_of(3, REQUEST.prompt_ids, REQUEST), 1, UNBEGUN)
+    session.sample().send(None)
+    with pytest.raises(StageError, match="a turn was asked for while another one is sampled"):
+        session.sample().send(None)
+    with pytest.raises(StageError, match="context was added while a turn is sampled"):
+        session.add(SAID)
+
+
+def test_a_rollouter_that_awaits_something_else_is_told_what_to_do(tmp_path):
+    from types import SimpleNamespace
+
+    from posttrain.sampling.workers import RolloutWorkers
+
+    class Sleepy:
         async def run(self, prompt: Prompt, session: Session) -> Rollout:
-            await asyncio.gather(session.sample(), session.sample())
+            await asyncio.sleep(0)
             return session.rollout()
 
     async def run() -> None:
-        flight = flight_of(3, REQUEST.prompt_ids, REQUEST)
-        await Hasty().run(flight.prompt.prompt, Session(flight, 1, lambda turn: None, recorded=UNBEGUN))
+        context = StageContext("rl", tmp_path, tmp_path / "events.jsonl")
+        none: Any = SimpleNamespace(names=[], actors=[])
+        workers = RolloutWorkers(context, none, deadline_s=1.0, finished=lambda flight: None, rollouter=Sleepy())
+        workers.send(flight_of(3, REQUEST.prompt_ids, REQUEST))
+        await workers.run()
 
-    with pytest.raises(StageError, match="a turn was asked for while another one is sampled"):
+    with pytest.raises(StageError, match=r"rollout 0 of group 3: the rollouter awaited None; .* by session.outside"):
         asyncio.run(run())
 
 

@@ -2,18 +2,23 @@
 
     rollouter.run(prompt, session) ──► session.sample()   one turn of the policy: a trained segment
                                        session.add(ids)   what the world says: a segment of context
-                                       session.rollout()  the record of both
+                                       session.outside(w) what w returns: a tool, a timer, another process
+                                       session.rollout()  the record of all turns
 
 A rollouter sees one rollout and one session, and none of what is behind it: which engine samples, under which weights,
 in which batch, and that an engine is lost in the middle of a reply, which then goes on at another engine.
+
+A rollouter awaits its session and nothing else. The workers run it in place, at the cost of a function call, where a
+task for each of a hundred thousand rollouts would cost the controller a fifth of its time. What it waits for outside of
+the session becomes a task by `session.outside`.
 
 Left out: text. A session takes and gives token ids, so that what was sampled is never tokenized again.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Coroutine, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from msgspec.structs import replace
 
@@ -23,9 +28,11 @@ from posttrain.sampling.requests import NOTHING, Completion, Piece, SampleReques
 from posttrain.sampling.rollouts import UNBEGUN, Reply, make_rollout, reply_of, segment_of
 from posttrain.sampling.stream import join_spans
 
+T = TypeVar("T")
+
 
 class Rollouter(Protocol):
-    """Makes one rollout. Many run at the same time, in one event loop: what takes long must be awaited."""
+    """Makes one rollout. Many run at the same time in one thread: what takes long belongs into `session.outside`."""
 
     async def run(self, prompt: Prompt, session: "Session") -> Rollout:
         """The rollout of `session`, which begins with `prompt`.
@@ -48,24 +55,28 @@ class SingleTurn:
 class Turn:
     """One reply of the policy while it is sampled.
 
-    flight: the group that it belongs to. request: what is asked; its `n` does not count. number: segments before it in
-    its rollout. completion: what there is of the reply. done: is resolved when that is all. key: of the request to the
-    engine that it is part of. worker: name of the one that samples it. ended_s: Unix time of the last piece.
+    session: of its rollout. flight: the group. request: what is asked; its `n` does not count. number: segments before
+    it in its rollout. completion: what there is of the reply. key: of the request to the engine that it is part of.
+    worker: name of the one that samples it. ended_s: Unix time of the last piece.
     """
 
-    __slots__ = ("completion", "done", "ended_s", "flight", "key", "number", "request", "worker")
+    __slots__ = ("completion", "ended_s", "flight", "key", "number", "request", "session", "worker")
 
     def __init__(
-        self, flight: "Flight", request: SampleRequest, *, number: int, begun: Completion, last_worker: str
+        self, session: "Session", request: SampleRequest, *, number: int, begun: Completion, last_worker: str
     ) -> None:
-        self.flight = flight
+        self.session = session
+        self.flight = session.flight
         self.request = request
         self.number = number
         self.completion = begun
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.key = 0
         self.worker = last_worker
         self.ended_s = 0.0
+
+    def __await__(self) -> Generator["Turn", None, Completion]:
+        yield self
+        return self.completion
 
     def take(self, piece: Piece, now: float) -> None:
         """Add the next tokens. Raises StageError for a piece that does not follow."""
@@ -93,23 +104,39 @@ class Turn:
     def finish(self, completion: Completion, now: float) -> None:
         """This is the whole reply."""
         self.completion, self.ended_s = completion, now
-        if not self.done.done():  # else the rollout was cancelled
-            self.done.set_result(None)
+
+
+class Outside:
+    """Work that a rollouter waits for beside its session; whoever runs the rollouter makes a task of it."""
+
+    __slots__ = ("task", "work")
+
+    def __init__(self, work: Coroutine[Any, Any, Any]):
+        self.work = work
+        self.task: asyncio.Task[Any] | None = None
+
+    def __await__(self) -> Generator["Outside", None, Any]:
+        yield self
+        assert self.task is not None
+        return self.task.result()
 
 
 class Session:
     """One rollout that is being made: what there is of it, and the one way to get more.
 
-    index: place of the rollout in its group. ask: has a turn sampled. recorded: what a run before had of this rollout.
+    index: place of the rollout in its group. recorded: what a run before had of this rollout.
     """
 
-    __slots__ = ("_ask", "_flight", "_last", "_recorded", "_segments", "_turn", "_worker", "ended_s", "index")
+    __slots__ = (
+        "_last", "_recorded", "_segments", "_turn", "_worker", "ended_s", "flight", "index", "running", "waits_for"
+    )  # fmt: skip
 
-    def __init__(self, flight: "Flight", index: int, ask: Callable[[Turn], None], *, recorded: Reply):
+    def __init__(self, flight: "Flight", index: int, recorded: Reply):
+        self.flight = flight
         self.index = index
         self.ended_s = 0.0  # Unix time of the last sampled token
-        self._flight = flight
-        self._ask = ask
+        self.running: Coroutine[Any, Any, Rollout] | None = None  # the rollouter, for whoever runs it
+        self.waits_for: Outside | None = None
         self._recorded = recorded
         self._segments: tuple[Segment, ...] = ()
         self._turn: Turn | None = None  # that is being sampled
@@ -119,7 +146,12 @@ class Session:
     @property
     def row(self) -> Row:
         """The row of the prompt, with the answer and all other columns."""
-        return self._flight.prompt.row
+        return self.flight.prompt.row
+
+    @property
+    def turn(self) -> Turn | None:
+        """The turn that is being sampled."""
+        return self._turn
 
     @property
     def reply(self) -> Reply:
@@ -134,25 +166,24 @@ class Session:
         max_tokens: limit of this turn; None: as the config says. Raises StageError while another turn is sampled.
         """
         if self._turn is not None:
-            raise StageError(f"{self._name}: a turn was asked for while another one is sampled")
+            raise StageError(f"{self.name}: a turn was asked for while another one is sampled")
         begun, is_whole = self._recorded_turn()
         if is_whole:
             completion = begun
         else:
             turn = self._turn = Turn(
-                self._flight,
-                self._request(max_tokens),
-                number=len(self._segments),
-                begun=begun,
-                last_worker=self._worker,
+                self, self._request(max_tokens), number=len(self._segments), begun=begun, last_worker=self._worker
             )
-            self._ask(turn)
-            await turn.done
-            completion, self._worker, self.ended_s = turn.completion, turn.worker, turn.ended_s
+            completion = await turn
+            self._worker, self.ended_s = turn.worker, turn.ended_s
             self._turn = None
         self._segments = (*self._segments, segment_of(completion))
         self._last = completion
         return completion
+
+    async def outside(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns, or its error; a task of its own meanwhile, which ends with the rollout."""
+        return await Outside(work)
 
     def add(self, token_ids: Sequence[int]) -> None:
         """Add context, which nobody sampled: a tool's result, a user's turn. It is not trained on.
@@ -160,7 +191,7 @@ class Session:
         token_ids: exactly as the policy is to read them. Raises StageError while a turn is sampled.
         """
         if self._turn is not None:
-            raise StageError(f"{self._name}: context was added while a turn is sampled")
+            raise StageError(f"{self.name}: context was added while a turn is sampled")
         segment = Segment(tuple(token_ids), False)
         place = len(self._segments)
         if self._recorded.segments[place : place + 1] != (segment,):
@@ -170,8 +201,8 @@ class Session:
     def rollout(self) -> Rollout:
         """The rollout of all segments so far. Raises StageError if nothing was sampled."""
         if not self._last.finish_reason:
-            raise StageError(f"{self._name}: a rollout was made of which nothing was sampled")
-        flight = self._flight
+            raise StageError(f"{self.name}: a rollout was made of which nothing was sampled")
+        flight = self.flight
         return make_rollout(
             flight.prompt.prompt,
             Reply(self._segments, self._last.text, self._last.finish_reason),
@@ -185,11 +216,12 @@ class Session:
         )
 
     @property
-    def _name(self) -> str:
-        return f"row {self._flight.prompt.row.id}, rollout {self.index} of group {self._flight.order}"
+    def name(self) -> str:
+        """For messages."""
+        return f"row {self.flight.prompt.row.id}, rollout {self.index} of group {self.flight.order}"
 
     def _request(self, max_tokens: int | None) -> SampleRequest:
-        request = self._flight.request
+        request = self.flight.request
         if self._segments:
             after = (token for segment in self._segments for token in segment.token_ids)
             request = replace(request, prompt_ids=(*request.prompt_ids, *after))
@@ -216,7 +248,8 @@ class Flight:
     order: place in which it was dispatched; groups with an order below 0 are beside the training (side.py).
     stamp: no worker of an older policy version may sample for it. version: if given, only the worker that is kept at
     it may. request: of the first turn, for the whole group: `n` is its size. recorded: what a run before had of each
-    rollout, or (). began_s: Unix time at which it was first given to an engine. finished: rollouts by index.
+    rollout, or (). began_s: Unix time at which it was first given to an engine. sessions: of those
+    that are not all finished. finished: rollouts by index.
     """
 
     order: int
@@ -237,6 +270,8 @@ class Flight:
     @property
     def replies(self) -> tuple[Reply, ...]:
         """What there is of each rollout, finished or not."""
+        if self.is_finished:
+            return tuple(reply_of(rollout) for rollout in self.rollouts)
         if not self.sessions:
             return tuple(self.recorded) or (UNBEGUN,) * self.request.n
         return tuple(
@@ -247,7 +282,7 @@ class Flight:
     @property
     def keys(self) -> set[int]:
         """The requests to engines that are under way for it."""
-        return {session._turn.key for session in self.sessions if session._turn is not None}
+        return {turn.key for session in self.sessions if (turn := session.turn) is not None}
 
     @property
     def is_finished(self) -> bool:

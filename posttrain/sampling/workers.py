@@ -8,7 +8,7 @@
 What waits for what: a rollouter waits for its turn; each worker has a lane to its engine (actors/lane.py), which hands
 over requests and fetches pieces in batches; nothing waits for a whole group. Each wait on an engine has a deadline.
 
-The turns that a group's rollouters ask for in one round of the event loop, and that begin with the same tokens, are
+The turns that a group's rollouters ask for in one round, and that begin with the same tokens, are
 one request: at the first turn the whole group, whose prompt the engine then prepares once.
 """
 
@@ -28,7 +28,7 @@ from posttrain.errors import StageError
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.requests import Piece, SampleRequest
-from posttrain.sampling.rollouter import Flight, Rollouter, Session, SingleTurn, Turn
+from posttrain.sampling.rollouter import Flight, Outside, Rollouter, Session, SingleTurn, Turn
 from posttrain.sampling.rollouts import UNBEGUN
 
 SUBMIT_REQUESTS = 256
@@ -128,9 +128,9 @@ class RolloutWorkers:
         self._wave_seed = wave_seed
         self._next_key = 0
         self._asked: list[Turn] = []  # in this round of the event loop
-        self._is_sending = False
+        self._ready: list[Session] = []  # whose rollouters can go on
+        self._is_going_on = False
         self._unsent: list[Ask] = []  # which no worker may sample now
-        self._tasks: dict[int, list[asyncio.Task[None]]] = {}  # of the rollouters, by group
         self._error: BaseException | None = None
         self._has_failed = asyncio.Event()
         self.num_replaced = 0
@@ -177,20 +177,62 @@ class RolloutWorkers:
         """Have the rollouts of a group made."""
         self.flights[flight.order] = flight
         recorded = flight.recorded or (UNBEGUN,) * flight.request.n
-        flight.sessions = [Session(flight, index, self._ask, recorded=reply) for index, reply in enumerate(recorded)]
-        self._tasks[flight.order] = [asyncio.ensure_future(self._roll_out(flight, one)) for one in flight.sessions]
+        flight.sessions = [Session(flight, index, reply) for index, reply in enumerate(recorded)]
+        for session in flight.sessions:
+            session.running = self._rollouter.run(flight.prompt.prompt, session)
+        self._ready += flight.sessions
+        self._go_on_soon()
 
-    async def _roll_out(self, flight: Flight, session: Session) -> None:
+    def _go_on_soon(self) -> None:
+        if not self._is_going_on:
+            self._is_going_on = True
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """Run every rollouter that can go on until it waits again, then send what all of them ask for.
+
+        A callback of the event loop, so that no rollouter runs within a task that is not its own.
+        """
+        self._is_going_on = False
+        ready, self._ready = self._ready, []
         try:
-            flight.finished[session.index] = await self._rollouter.run(flight.prompt.prompt, session)
-            if flight.is_finished:
-                del self.flights[flight.order], self._tasks[flight.order]
-                self._finished(flight)
+            for session in ready:
+                if self.flights.get(session.flight.order) is session.flight:  # else it was cancelled
+                    self._run(session)
+            self._send_asked()
         except Exception as error:
             self._error = self._error or error
             self._has_failed.set()
-        if self._wave_seed is not None:
-            self._send_soon()  # the wave may have waited for this rollout
+
+    def _run(self, session: Session) -> None:
+        """Run a rollouter until it waits for its session, or has ended."""
+        assert session.running is not None
+        flight, session.waits_for = session.flight, None
+        try:
+            waits_for: Any = session.running.send(None)
+        except StopIteration as end:
+            flight.finished[session.index] = end.value
+            session.running = None
+            if flight.is_finished:
+                del self.flights[flight.order]
+                flight.sessions.clear()  # else each would hold the other: collections of garbage are rare
+                self._finished(flight)
+            return
+        if isinstance(waits_for, Turn):
+            self._asked.append(waits_for)
+        elif isinstance(waits_for, Outside):
+            session.waits_for = waits_for
+            waits_for.task = asyncio.ensure_future(waits_for.work)
+            waits_for.task.add_done_callback(lambda _: self._can_go_on(session))
+        else:
+            raise StageError(
+                f"{session.name}: the rollouter awaited {waits_for!r}; it may await its session, and everything else "
+                "by session.outside"
+            )
+
+    def _can_go_on(self, session: Session) -> None:
+        self._ready.append(session)
+        self._go_on_soon()
 
     async def _look_for_failure(self) -> None:
         await self._has_failed.wait()
@@ -213,24 +255,19 @@ class RolloutWorkers:
         return flight
 
     def _forget(self, order: int) -> Flight | None:
-        for task in self._tasks.pop(order, ()):
-            task.cancel()
-        return self.flights.pop(order, None)
+        flight = self.flights.pop(order, None)
+        for session in flight.sessions if flight is not None else ():
+            if session.running is not None:
+                session.running.close()
+            if session.waits_for is not None and session.waits_for.task is not None:
+                session.waits_for.task.cancel()
+        return flight
 
     # ------------------------------------------------------------------ turns
 
-    def _ask(self, turn: Turn) -> None:
-        """Have a turn sampled, with all others of this round."""
-        self._asked.append(turn)
-        self._send_soon()
-
-    def _send_soon(self) -> None:
-        if not self._is_sending:
-            self._is_sending = True
-            asyncio.get_running_loop().call_soon(self._send_asked)
-
     def _send_asked(self) -> None:
-        self._is_sending = False
+        self._ready: list[Session] = []  # whose rollouters can go on
+        self._is_going_on = False
         if self._wave_seed is not None:
             # A wave is of all rollouts that are not finished: which turns it holds must not depend on the time.
             num_unfinished = sum(len(flight.sessions) - len(flight.finished) for flight in self.flights.values())
@@ -373,7 +410,10 @@ class RolloutWorkers:
             ask = worker.asks.get(piece.key)
             if ask is None:  # cancelled
                 continue
-            ask.waiting[piece.index].take(piece, now)
+            turn = ask.waiting[piece.index]
+            turn.take(piece, now)
+            if piece.finish_reason:
+                self._can_go_on(turn.session)
             if piece.finish_reason and ask.is_finished:
                 self._end(worker, ask, now)
                 grown.pop(ask.flight.order, None)
@@ -399,6 +439,7 @@ class RolloutWorkers:
             for ask, completions in zip(asks, replies, strict=True):
                 for turn, completion in zip(ask.waiting, completions, strict=True):
                     turn.finish(completion, ended)
+                    self._can_go_on(turn.session)
                 self._end(worker, ask, ended)
 
     async def _await_busy(self, worker: Worker, call: Any) -> Any:
