@@ -73,9 +73,9 @@ class SampledGroups:
         async def drain() -> None:
             nonlocal num_finished
             for flight in waiting:
-                self._unfinished[flight.order] = asyncio.get_running_loop().create_future()
+                finished = self._unfinished[flight.order] = asyncio.get_running_loop().create_future()
                 self._workers.send(flight)
-                await self._unfinished.pop(flight.order)
+                await finished
                 num_finished += 1
                 if on_done is not None:
                     on_done(num_finished)
@@ -112,7 +112,9 @@ class SampledGroups:
             doing.cancel()
 
     def _finish(self, flight: Flight) -> None:
-        self._unfinished[flight.order].set_result(None)
+        finished = self._unfinished.pop(flight.order)
+        if not finished.done():  # else whoever waited has given up
+            finished.set_result(None)
 
 
 def sample_groups(
