@@ -144,7 +144,7 @@ def groups_per_s(seed: int = 0, profile: bool = False) -> tuple[float, dict[str,
         config = settings(BATCH, STALENESS, WARM + STEPS)
         context = StageContext("rl", Path(scratch), Path(scratch) / "events.jsonl", seed)
         floor = asyncio.run(reward_groups_per_s(config, made.source.draw("sums", 0)))
-        controller = Controller(config, context, made, {})
+        controller = Controller(config, context, made, manifest={})
         watch = cProfile.Profile() if profile else contextlib.nullcontext()
         with watch:
             asyncio.run(controller.run())
@@ -184,7 +184,7 @@ def rss_gib(seed: int = 0) -> tuple[float, dict[str, float]]:
         batch = IN_FLIGHT // 10
         config = settings(batch, 9, 1)
         context = StageContext("rl", Path(scratch), Path(scratch) / "events.jsonl", seed)
-        controller = Controller(config, context, made, {})
+        controller = Controller(config, context, made, manifest={})
         before = _rss_gib()
         began = time.perf_counter()
         admitted = asyncio.run(_fill(controller, made.ledger))

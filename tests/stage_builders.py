@@ -601,28 +601,37 @@ def _controller(config: Any) -> Any:
     )  # not entered: nothing starts
     unused: Any = None
     shares, ledger = {"math": 0.5, "coding": 0.5}, Ledger(Path(":memory:"))
-    return Controller(config, CONTEXT, Parts(engines, unused, unused, unused, shares, unused, ledger, (0,)), {})
+    parts = Parts(engines, unused, unused, unused, shares, unused, ledger, (0,))
+    return Controller(config, CONTEXT, parts, manifest={})
 
 
 def rl_controller(config: Any) -> Any:
     from posttrain.rl.stage import restarts_left
 
     controller = _controller(config)
-    due = [version for version in range(200) if controller._checkpoint_is_due(version)]
-    room = [controller._queue.room(version) for version in range(4)]
+    due = [version for version in range(200) if controller._checkpoints.is_due(version)]
+    queue = controller._book._queue
+    room = [queue.room(version) for version in range(4)]
     capabilities = []
     for _ in range(12):  # the same place, dropped again and again
-        order, capability = controller._queue.admit(0)
-        controller._queue.drop(order)
+        order, capability = queue.admit(0)
+        queue.drop(order)
         capabilities.append(capability)
     waits = controller._workers._deadline_s, controller._workers._wave_seed is not None
-    built = _pool(controller._pool), controller._request(_drawn()[0]), controller._idle_limit, due, room, capabilities
+    built = (
+        _pool(controller._scorer),
+        controller._request(_drawn()[0]),
+        controller._book._idle_limit,
+        due,
+        room,
+        capabilities,
+    )
     return built, waits, list(restarts_left(config))
 
 
 def rl_first_batch(config: Any) -> Any:
     """The first batch where the oldest group is slow."""
-    queue = _controller(config)._queue
+    queue = _controller(config)._book._queue
     slow, *others = [queue.admit(0)[0] for _ in range(queue.room(0))]
     for order in others:
         queue.ready(order)

@@ -69,7 +69,7 @@ def shares(threshold: float) -> dict[str, float]:
     return {
         "profile": difficulties(config, [(rollout, ROW) for rollout in rollouts], scores)[0].pass_rate,
         "curriculum": passes_and_failures(scored, config.reward.correct_threshold)[0] / 5,
-        "steps": tally.values(0, [scored], [0.0], 0.0, {})["pass_rate"],
+        "steps": tally.values(0, [scored], ages_s=[0.0], waited_s=0.0, trained={})["pass_rate"],
         "evaluation": accuracies([scored], samples=5, threshold=config.reward.correct_threshold)["all"]["accuracy"],
         "eval": measure(replies, eval_config(correct_threshold=threshold), 0)["all"]["greedy"],
     }
@@ -92,7 +92,7 @@ def test_a_group_of_equal_rewards_is_too_easy_if_they_are_right(threshold: float
     scored = scored_group(group, [Scored(RewardResult(0.5))] * 2, rl_config())
     tally = StepTally({}, {}, threshold)
     tally.decided(scored, Drop(DropReason.ZERO_ADVANTAGE))
-    assert tally.values(0, [scored], [0.0], 0.0, {})[name] == 1
+    assert tally.values(0, [scored], ages_s=[0.0], waited_s=0.0, trained={})[name] == 1
 
 
 def test_the_evaluation_beside_the_training_has_no_other_threshold():

@@ -49,7 +49,9 @@ def test_bound_and_quotas_hold_and_nothing_is_lost(
     names = "abcd"[: len(drop_rates)]
     weights = {name: rng.uniform(0.2, 3) for name in names}
     shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-    queue = StalenessQueue(batch, max_staleness, shares, refills, first, mode, 0, over_provision)
+    queue = StalenessQueue(
+        batch, max_staleness, shares, refills=refills, version=first, mode=mode, over_provision=over_provision
+    )
     in_flight: list[int] = []
     returning: list[int] = []  # groups of before a crash that wait for a place
     stamps: dict[int, int] = {}
@@ -67,13 +69,22 @@ def test_bound_and_quotas_hold_and_nothing_is_lost(
             ready |= set(undone)
             version = engine = committed
             order = max(stamps, default=-1) + 1
-            queue = StalenessQueue(batch, max_staleness, shares, refills, version, mode, order, over_provision)
+            queue = StalenessQueue(
+                batch,
+                max_staleness,
+                shares,
+                refills=refills,
+                version=version,
+                mode=mode,
+                first_order=order,
+                over_provision=over_provision,
+            )
             survivors = sorted({*ready, *in_flight, *returning}, key=lambda order: (stamps[order], order))
             in_flight, returning = [], []
             for order in survivors:
                 # What was sampled by a version that is gone starts again, and so does half of what was in flight.
                 fresh = stamps[order] > version or (order not in ready and rng.random() < 0.5)
-                if fresh or not queue.adopt(order, capabilities[order], stamps[order], order in ready):
+                if fresh or not queue.adopt(order, capabilities[order], stamps[order], is_ready=order in ready):
                     ready.discard(order)
                     returning.append(order)
                 elif order not in ready:
@@ -188,7 +199,7 @@ def test_strictly_on_policy_admits_one_batch():
 
 
 def test_waiting_takes_the_oldest_even_where_others_are_ready():
-    queue = StalenessQueue(1, 2, ONE, 4, mode="wait")
+    queue = StalenessQueue(1, 2, ONE, refills=4, mode="wait")
     first, second, _ = (queue.admit(0)[0] for _ in range(3))
     queue.ready(second)
     assert queue.take(0) is None
@@ -197,7 +208,7 @@ def test_waiting_takes_the_oldest_even_where_others_are_ready():
 
 
 def test_dropping_goes_on_without_a_slow_group():
-    queue = StalenessQueue(1, 1, ONE, 4, mode="drop")
+    queue = StalenessQueue(1, 1, ONE, refills=4, mode="drop")
     slow, second = (queue.admit(0)[0] for _ in range(2))
     queue.ready(second)
     assert queue.take(0) == [second]

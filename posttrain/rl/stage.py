@@ -196,7 +196,7 @@ def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: li
         version=first_step,
     )
     context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
-    controller = Controller(config, context, parts, manifest, first_step, left)
+    controller = Controller(config, context, parts, manifest=manifest, first_step=first_step, survivors=left)
     asyncio.run(controller.run())
     controller.finish()
     parts.trainer.save(context.dir / MODEL)

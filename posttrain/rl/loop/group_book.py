@@ -57,7 +57,7 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The groups of one optimizer step, in dispatch order. ready_since: for each, the Unix time since which it waited."""
+    """The groups of one optimizer step, in dispatch order. ready_since: Unix times since which they waited."""
 
     groups: list[ScoredGroup]
     ready_since: list[float]
@@ -158,8 +158,8 @@ class GroupBook:
     def adopt(self, survivor: Survivor) -> Admission | Group | None:
         """Let a group of before a crash go on from where it stood; survivors come with the oldest stamp first.
 
-        Returns what is left to do: sample the rest of it, score it, or None. It is None for a group that has its scores,
-        and for one that has no place early enough: that group is admitted again once there is room.
+        Returns what is left to do: its rest is to be sampled, or it is to be scored. That is None for a group that has
+        its scores, and for one that has no place early enough, which is admitted again once there is room.
         """
         entry, scored = survivor.entry, survivor.scored
         order = entry.id

@@ -80,6 +80,7 @@ class SideWork:
         config: RlConfig,
         context: StageContext,
         workers: RolloutWorkers,
+        *,
         scorer: Scorer,
         source: PromptSource,
         version: int,
@@ -149,12 +150,12 @@ class SideWork:
             number = running.unsent.popleft()
             prompt = self._heldout[number]
             request = evaluation_request(self._config, self._asked, prompt, self._stop_ids)
-            return self._flight(prompt, request, _Sent(request.n, running, number), running.version)
+            return self._flight(prompt, request, _Sent(request.n, running, number), version=running.version)
         if self._refilter is not None and self._probes and self._has_room(self._refilter.samples):
             prompt = self._source.prompt(self._probes.popleft(), None)  # as the profile asks
             request = sample_request(self._config.sampling, prompt, self._refilter.samples, stop_ids=self._stop_ids)
             self._probed.add(prompt.row.id)
-            return self._flight(prompt, request, _Sent(request.n), None)
+            return self._flight(prompt, request, _Sent(request.n), version=None)
         return None
 
     def _has_room(self, replies: int) -> bool:
@@ -163,7 +164,7 @@ class SideWork:
         is_idle = all(order < 0 for order in self._workers.flights)
         return not taken or taken + replies <= (places if is_idle else places // 2)
 
-    def _flight(self, prompt: DrawnPrompt, request: SampleRequest, sent: _Sent, version: int | None) -> Flight:
+    def _flight(self, prompt: DrawnPrompt, request: SampleRequest, sent: _Sent, *, version: int | None) -> Flight:
         order = self._next_order
         self._next_order -= 1
         self._sent[order] = sent

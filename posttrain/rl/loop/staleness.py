@@ -75,6 +75,7 @@ class StalenessQueue:
         groups_per_step: int,
         max_staleness: int,
         shares: Mapping[str, float],
+        *,
         refills: int,
         version: int = 0,
         mode: Mode = "pace",
@@ -166,7 +167,7 @@ class StalenessQueue:
         self._undecided[order] = _Undecided(engine_version, place, capability)
         return order, capability
 
-    def adopt(self, order: int, capability: str, stamp: int, is_ready: bool) -> bool:
+    def adopt(self, order: int, capability: str, stamp: int, *, is_ready: bool) -> bool:
         """Let a group from before a crash take a place again; False if no place is early enough for it.
 
         Groups are adopted before any is admitted, those with the lowest `stamp` first.

@@ -71,7 +71,13 @@ class StepTally:
         counts[f"dropped_pass_rate/{'unknown' if rate is None else f'{round(4 * rate) / 4:g}'}"] += 1
 
     def values(
-        self, step: int, batch: Sequence[ScoredGroup], ages_s: Sequence[float], waited_s: float, trained: dict[str, Any]
+        self,
+        step: int,
+        batch: Sequence[ScoredGroup],
+        *,
+        ages_s: Sequence[float],
+        waited_s: float,
+        trained: dict[str, Any],
     ) -> dict[str, Any]:
         """The metrics of optimizer step `step`; what comes after belongs to the next.
 
