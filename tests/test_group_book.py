@@ -321,13 +321,21 @@ def test_a_transition_that_cannot_follow_is_refused_by_name(tmp_path, reached, w
     follows = {("admitted", "generated"), ("generated", "scored"), ("taken", "trained")}
     if (reached, wanted) in follows:
         attempt()
-    elif wanted == "taken" or (wanted == "scored" and reached in ("trained", "dropped")):
-        assert not attempt()  # nothing is handed out twice, and scores that come too late change nothing
+    elif wanted == "taken":
+        assert attempt() is None  # nothing is handed out twice
         assert bench.states == states
     else:
-        with pytest.raises(StageError, match=rf"group {admission.order} .*(be sampled|be scored|be trained on)"):
+        needed = {"generated": "be sampled: it is {}, not reserved", "scored": "be scored: it is {}, not generated"}
+        message = needed.get(wanted, "be trained on").format(states[admission.order])
+        with pytest.raises(StageError, match=f"group {admission.order} .*{message}"):
             attempt()
         assert bench.states == states
+
+
+def test_a_group_that_was_never_admitted_is_refused(bench):
+    flight = bench.sampled(Admission(7, 0, bench.source.prompt("p0", None)))
+    with pytest.raises(StageError, match="group 7 cannot be sampled: it is not admitted, not reserved"):
+        bench.book.generated(flight)
 
 
 def test_the_curriculum_hears_of_every_scored_group(bench):

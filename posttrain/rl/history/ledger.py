@@ -264,6 +264,12 @@ class Ledger:
             reason = named_field(error, list[Entry])
             raise StageError(f"{self.path} holds a group that cannot be read: {reason}") from None
 
+    def state_of(self, order: int) -> GroupState | None:
+        """Where a group stands, with what is not on the disk yet; None for one that was never reserved."""
+        self.flush_now()
+        row = self._connection.execute("SELECT state FROM groups WHERE id = ?", (order,)).fetchone()
+        return None if row is None else GroupState(row[0])
+
     def log(self) -> list[tuple[int, float, str, int | None, Any]]:
         """Every transition: (sequence number, Unix time, event, group, value)."""
         rows = self._connection.execute("SELECT seq, time, event, id, value FROM log ORDER BY seq")

@@ -104,6 +104,7 @@ class GroupBook:
         self._idle_limit = config.stop_after_idle_steps * config.groups_per_step
         self._too_old = DropReason.STALE if config.staleness == "drop" else DropReason.SURPLUS
         self._undecided: dict[int, _Undecided] = {}
+        self._too_old_for_scores: set[int] = set()  # groups that became too old while they were scored
         self._returning: dict[int, Entry] = {}  # groups of before a crash that are sampled again once there is room
         self._dropped_in_a_row = 0
         self._archived_seq = 0
@@ -201,7 +202,8 @@ class GroupBook:
         taught nothing that there is no point in going on.
         """
         order = scored.group.order
-        if order not in self._undecided:
+        if order in self._too_old_for_scores:
+            self._too_old_for_scores.remove(order)
             return
         undecided = self._in_state(order, GroupState.GENERATED, "be scored")
         undecided.state = GroupState.SCORED
@@ -229,6 +231,8 @@ class GroupBook:
         for order in self._queue.expired():
             undecided = self._undecided[order]
             self._drop(order, self._too_old, undecided.scored)
+            if undecided.state is GroupState.GENERATED:
+                self._too_old_for_scores.add(order)
             flight = stop_sampling(order)
             if undecided.group is not None:
                 lengths = [rollout.num_sampled for rollout in undecided.group.rollouts]
@@ -302,7 +306,8 @@ class GroupBook:
         """The group, which must be in a state. what: the transition, for the error."""
         undecided = self._undecided.get(order)
         if undecided is None:
-            raise StageError(f"group {order} cannot {what}: it is decided already, or was never admitted")
+            found = self._ledger.state_of(order) or "not admitted"
+            raise StageError(f"group {order} cannot {what}: it is {found}, not {state}")
         if undecided.state is not state:
             raise StageError(f"group {order} cannot {what}: it is {undecided.state}, not {state}")
         return undecided
