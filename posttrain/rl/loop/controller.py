@@ -33,6 +33,7 @@ from typing import Any
 
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import StageError
+from posttrain.records import DrawnPrompt
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import drop_reason, over_batch, score_group
 from posttrain.rl.grading.judge import Judge, rewards
@@ -47,7 +48,7 @@ from posttrain.rl.loop.staleness import StalenessQueue
 from posttrain.rl.loop.tally import StepTally, sampled_before
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DrawnPrompt, Group, LedgerEvent, ScoredGroup
+from posttrain.rl.records import Group, LedgerEvent, ScoredGroup
 from posttrain.rl.rollouts.requests import sample_request, wave_seed
 from posttrain.rl.rollouts.weights import update_calls
 from posttrain.rl.training.client import TrainerClient, manifest_of
