@@ -52,11 +52,11 @@ def _rank(rank: int, world: int, port: int) -> float:
     from posttrain.parallel.engine import join_ranks, start_engine
 
     torch.set_num_threads(1)
-    join_ranks(rank, world, "127.0.0.1", port)
+    join_ranks(rank, world, ("127.0.0.1", port))
     torch.manual_seed(0)
     model = NativeLlama4ForCausalLM(config(16)).train()
     parallel = ParallelConfig(processes=world, expert=world, zero=1)
-    engine = start_engine(model, parallel, OptimizerConfig(), "float32")
+    engine = start_engine(model, parallel, OptimizerConfig(), dtype="float32")
     ids = torch.randint(1, 512, (ROWS, LENGTH), generator=torch.Generator().manual_seed(rank))
     times = []
     for _ in range(1 + STEPS):

@@ -56,25 +56,6 @@ class StageContext:
         append_jsonl(self.dir / "metrics.jsonl", {"step": step, "t": time.time(), **values})
 
 
-class SilentContext(StageContext):
-    """A context with the stage's folder and seed whose events and metrics are discarded.
-
-    All training ranks run the same code; rank 0 keeps the stage's own context, the others get this one, so that each
-    event and each line of metrics is written once.
-    """
-
-    def event(self, event: str, **fields: Any) -> None:
-        """Discard the event."""
-
-    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Discard the metrics."""
-
-
-def silenced(context: StageContext) -> SilentContext:
-    """The same context, silent: its events and metrics are discarded."""
-    return SilentContext(context.name, context.dir, context.events, context.seed, context.warm_engines)
-
-
 MERGE_GAP_S = 0.02
 FLUSH_S = 5.0
 

@@ -97,6 +97,15 @@ def ray_session() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def ranks(ray_session: None) -> Iterator[Any]:
+    """Ranks that stay for the tests of a module: SFT and DPO train on them, not on ranks of their own."""
+    from warm_ranks import warm_ranks
+
+    with warm_ranks() as found:
+        yield found
+
+
 @pytest.fixture(scope="session")
 def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout, built from a copy, so that the checkout gets no build folder."""

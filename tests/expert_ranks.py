@@ -35,10 +35,29 @@ def row_loss(model: Any, row: torch.Tensor) -> torch.Tensor:
     return model(input_ids=row[None], labels=row[None], use_cache=False).loss
 
 
+class MasterAdamW:
+    """torch's AdamW on fp32 copies of the parameters, which are rounded into them after each step."""
+
+    def __init__(self, parameters: Any, **options: Any):
+        self._parameters = list(parameters)
+        self._masters = [parameter.detach().float().clone() for parameter in self._parameters]
+        self._adamw = torch.optim.AdamW(self._masters, **options)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self._adamw.step()
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            parameter.copy_(master)
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
 def one_process(folder: Path, optimizer: str, dtype: str = "float32", rows_at_once: int = 1) -> dict[str, Any]:
     """losses, first_gradients and weights of the plain training."""
-    from posttrain.train.master_adamw import MasterAdamW
-
     model = load(folder, dtype)
     if optimizer == "sgd":
         stepper: Any = torch.optim.SGD(model.parameters(), lr=RATE["sgd"], momentum=0.9)
@@ -131,8 +150,14 @@ def run(case: dict[str, Any], rank: int, world: int, folder: Path) -> dict[str, 
         from posttrain.parallel.export import export_model
 
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-        export_model(engine.module, engine.module.config, "Llama4ForCausalLM", tokenizer, folder / case["export"],
-                     case.get("shard_bytes", 1 << 30))  # fmt: skip
+        export_model(
+            engine.module,
+            engine.module.config,
+            "Llama4ForCausalLM",
+            tokenizer=tokenizer,
+            path=folder / case["export"],
+            shard_bytes=case.get("shard_bytes", 1 << 30),
+        )
     kinds = sorted({type(module).__name__ for module in engine.module.modules() if "MoE" in type(module).__name__})
     engine.destroy()
     return {"losses": losses, "kinds": kinds, **kept}
@@ -146,7 +171,7 @@ def main() -> None:
     from posttrain.parallel.engine import join_ranks
 
     torch.set_num_threads(1)
-    join_ranks(rank, world, "127.0.0.1", port)
+    join_ranks(rank, world, ("127.0.0.1", port))
     for case in json.loads((folder / "cases.json").read_text()):
         if case["processes"] != world:
             continue

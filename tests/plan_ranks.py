@@ -116,7 +116,7 @@ def main() -> None:
     from posttrain.parallel.engine import join_ranks
 
     torch.set_num_threads(1)
-    join_ranks(rank, world, "127.0.0.1", port)
+    join_ranks(rank, world, ("127.0.0.1", port))
     for case in json.loads((folder / "cases.json").read_text()):
         if case["processes"] == world:
             result = measure(case)

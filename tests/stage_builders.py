@@ -199,7 +199,7 @@ def router_bias(config: Any) -> Any:
 
 
 def adapters(config: Any) -> Any:
-    from posttrain.train.adapters import adapter_config
+    from posttrain.tune.adapters import adapter_config
 
     return (
         adapter_config(_model('{"path": "model_a", "dtype": "float32"}'), config.lora).to_dict()
@@ -287,26 +287,19 @@ def engine_settings(config: Any) -> Any:
     """DeepSpeed's configuration, and how many processes it is for."""
     from posttrain.parallel.engine import deepspeed_config
 
-    if config.parallel is None:
-        return None
     return config.parallel.processes, deepspeed_config(config.parallel, config.optimizer, config.model.dtype)
 
 
-def _alone(config: Any) -> Any:
-    """Arguments that name an engine can be made in a rank only."""
-    return config.model_copy(update={"parallel": None})
-
-
 def sft_arguments(config: Any) -> Any:
-    from posttrain.sft.stage import build_arguments
+    from posttrain.sft.stage import trainer_arguments
 
-    return build_arguments(_alone(config), Path("stage"), 0).to_dict()
+    return trainer_arguments(config, Path("stage"), 0)
 
 
 def sft_packing(config: Any) -> Any:
-    from posttrain.sft.stage import build_arguments
+    from posttrain.sft.stage import trainer_arguments
 
-    return build_arguments(_alone(config), Path("stage"), 0).packing
+    return trainer_arguments(config, Path("stage"), 0)["packing"]
 
 
 def sft_examples(config: Any) -> Any:
@@ -316,9 +309,9 @@ def sft_examples(config: Any) -> Any:
 
 
 def dpo_arguments(config: Any) -> Any:
-    from posttrain.dpo.stage import build_arguments
+    from posttrain.dpo.stage import trainer_arguments
 
-    return build_arguments(_alone(config), Path("stage"), 0).to_dict()
+    return trainer_arguments(config, Path("stage"), 0)
 
 
 def dpo_loss(config: Any) -> Any:

@@ -1,7 +1,11 @@
-"""The DPO stage with real TRL on a tiny model: which tokens, which loss, which pairs."""
+"""The DPO stage with real TRL on a tiny model: which tokens, which loss, which pairs.
+
+Where the stage is run, it trains on a real rank with a DeepSpeed engine.
+"""
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,15 @@ from posttrain.data.chat import end_token_ids, render_prompt
 from posttrain.data.pairs import Pair, load_pairs, write_pairs
 from posttrain.dpo import stage
 from posttrain.dpo.config import DpoConfig, MiningConfig
-from posttrain.dpo.examples import tokenize_pairs
+from posttrain.dpo.examples import PairIds, blank_record, to_record, tokenize_pairs
 from posttrain.dpo.mine import Reply, mine, read_replies
+from posttrain.dpo.trainer import PairTrainer
 from posttrain.errors import ConfigError, DataError, StageError
 from posttrain.files import read_jsonl
 from posttrain.model import load_model, load_tokenizer
+from posttrain.model.load import load_policy
 from posttrain.records import Message, ToolCall
+from posttrain.tune.steps import rows_and_blank
 
 PROMPT = json.dumps([{"role": "user", "content": "Sum: 1 + 2"}])
 
@@ -65,7 +72,7 @@ def steps_of(folder: Path) -> list[dict]:
 def test_prompts_are_what_sampling_sends_and_replies_end_their_turn(policy):
     tokenizer = load_tokenizer(policy)
     pairs = make_pairs(3)
-    ids, kept = tokenize_pairs(tokenizer, pairs, 128, "error")
+    ids, kept = tokenize_pairs(tokenizer, pairs, 128, overlong="error")
     assert kept == pairs
     for pair, item in zip(pairs, ids, strict=True):
         assert item.prompt_ids == render_prompt(tokenizer, pair.prompt)
@@ -77,7 +84,7 @@ def test_a_truncated_reply_gets_no_end_of_turn(policy):
     """It never sampled one: with it, training would push the end of turn down."""
     tokenizer = load_tokenizer(policy)
     pair = Pair("p", "sums", (Message("user", "Sum: 1 + 2"),), "Answer: 3", "1 + 2 = 3, 3", {"reason": "truncated"})
-    (item,), _ = tokenize_pairs(tokenizer, [pair], 128, "error")
+    (item,), _ = tokenize_pairs(tokenizer, [pair], 128, overlong="error")
     assert tokenizer.decode(item.rejected_ids) == "1 + 2 = 3, 3"
     assert not set(end_token_ids(tokenizer)) & set(item.rejected_ids)
     assert item.chosen_ids[-1] in end_token_ids(tokenizer)
@@ -88,7 +95,7 @@ def test_turns_of_tools_and_earlier_replies_are_context(policy):
     calling = Message("assistant", "", (ToolCall("add", {"a": 1, "b": 2}, "1"),))
     result = Message("tool", "3", tool_call_id="1")
     prompt = (Message("user", "Sum: 1 + 2"), calling, result)
-    (item,), _ = tokenize_pairs(tokenizer, [Pair("p", "sums", prompt, "Answer: 3", "Answer: 4")], 200, "error")
+    (item,), _ = tokenize_pairs(tokenizer, [Pair("p", "sums", prompt, "Answer: 3", "Answer: 4")], 200, overlong="error")
     assert item.prompt_ids == render_prompt(tokenizer, prompt)
     text = tokenizer.decode(item.prompt_ids)
     assert '{"name": "add", "parameters": {"a": 1, "b": 2}}' in text
@@ -104,7 +111,7 @@ def test_a_pair_may_begin_with_reasoning_that_its_template_removes_later(policy)
     tokenizer = load_tokenizer(policy)
     tokenizer.chat_template = CHATML_THAT_CUTS
     prompt = (Message("user", "1?"), Message("assistant", "hm#1"), Message("user", "2?"))
-    (item,), _ = tokenize_pairs(tokenizer, [Pair("p", "sums", prompt, "so#2", "so#3")], 128, "error")
+    (item,), _ = tokenize_pairs(tokenizer, [Pair("p", "sums", prompt, "so#2", "so#3")], 128, overlong="error")
     assert tokenizer.decode(item.prompt_ids) == "user:1?<|eot|>assistant:1<|eot|>user:2?<|eot|>assistant:"
     assert tokenizer.decode(item.chosen_ids) == "so#2<|eot|>"
 
@@ -113,16 +120,16 @@ def test_pairs_that_are_too_long_are_an_error_or_dropped(policy):
     tokenizer = load_tokenizer(policy)
     pairs = [*make_pairs(2), Pair("long", "sums", (Message("user", "Sum: 1 + 2"),), "3", "1 + 2 = 3, " * 20)]
     with pytest.raises(DataError, match=r"pair 'long': \d+ tokens, but max_length is 64"):
-        tokenize_pairs(tokenizer, pairs, 64, "error")
-    assert tokenize_pairs(tokenizer, pairs, 64, "drop")[1] == pairs[:2]
+        tokenize_pairs(tokenizer, pairs, 64, overlong="error")
+    assert tokenize_pairs(tokenizer, pairs, 64, overlong="drop")[1] == pairs[:2]
     with pytest.raises(DataError, match="all 3 pairs are longer than max_length 4"):
-        tokenize_pairs(tokenizer, pairs, 4, "drop")
+        tokenize_pairs(tokenizer, pairs, 4, overlong="drop")
 
 
 def test_replies_that_become_the_same_tokens_are_refused(policy):
     pair = Pair("p", "sums", (Message("user", "Sum: 1 + 2"),), "Answer: 3", "Answer: 3 ")
     with pytest.raises(DataError, match=r"pair 'p': chosen and rejected .* the same tokens"):
-        tokenize_pairs(load_tokenizer(policy), [pair], 128, "error")
+        tokenize_pairs(load_tokenizer(policy), [pair], 128, overlong="error")
 
 
 # --- training ---
@@ -134,24 +141,25 @@ def reply_logprob(model, prompt_ids: list[int], reply_ids: list[int]) -> torch.T
     return logps.gather(1, ids[0, 1:, None])[len(prompt_ids) - 1 :, 0]
 
 
-def test_the_loss_is_the_formula(policy, tmp_path):
-    """From the trainer of the stage, with a policy that has moved, against DPO written out."""
-    from datasets import Dataset
+def make_trainer(config: DpoConfig, ids: list[PairIds], folder: Path) -> PairTrainer:
+    """The very trainer of the stage, without an engine and not started."""
+    from trl import DPOConfig
 
-    from posttrain.dpo.trainer import TokenizedPairTrainer
-
-    tokenizer = load_tokenizer(policy)
-    ids, _ = tokenize_pairs(tokenizer, make_pairs(4), 128, "error")
-    config = make_config(policy, pairs={"path": "x"}, batch_size=4, beta=0.3, nll_weight=0.2)
-    model, start = load_model(policy, dtype="float32"), load_model(policy, dtype="float32")
-    records = [{"prompt_ids": i.prompt_ids, "chosen_ids": i.chosen_ids, "rejected_ids": i.rejected_ids} for i in ids]
-    trainer = TokenizedPairTrainer(
-        model=model,
-        args=stage.build_arguments(config, tmp_path),
-        train_dataset=Dataset.from_list(records),
-        processing_class=tokenizer,
+    return PairTrainer(
+        model=load_policy(config.model),
+        args=DPOConfig(**stage.trainer_arguments(config, folder)),
+        train_dataset=rows_and_blank([to_record(item) for item in ids], blank_record(ids[0])),
+        processing_class=load_tokenizer(config.model.path),
         nll_weight=config.nll_weight,
     )
+
+
+def test_the_loss_is_the_formula(policy, tmp_path):
+    """From the trainer of the stage, with a policy that has moved, against DPO written out."""
+    ids, _ = tokenize_pairs(load_tokenizer(policy), make_pairs(4), 128, overlong="error")
+    config = make_config(policy, pairs={"path": "x"}, batch_size=4, beta=0.3, nll_weight=0.2)
+    trainer = make_trainer(config, ids, tmp_path)
+    model, start = trainer.model, load_model(policy, dtype="float32")
     with torch.no_grad():
         model.lm_head.weight.add_(torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(1)))
         (batch,), counts = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
@@ -165,7 +173,8 @@ def test_the_loss_is_the_formula(policy, tmp_path):
     assert loss == pytest.approx(preference + 0.2 * float(nll), rel=1e-4)
 
 
-def test_the_stage_trains_measures_and_exports(policy, tmp_path):
+@pytest.mark.slow
+def test_the_stage_trains_measures_and_exports(ranks, policy, tmp_path):
     write_pairs(tmp_path / "in.jsonl", make_pairs(40))
     config = make_config(policy, pairs={"path": str(tmp_path / "in.jsonl")}, epochs=2, max_pairs=32)
     result = stage.run(config, make_context(tmp_path / "run"))
@@ -179,11 +188,13 @@ def test_the_stage_trains_measures_and_exports(policy, tmp_path):
     assert result["kl_from_start"] > 0
     assert load_pairs(result["pairs"]) == stage.read_pairs(config, 0)
     assert result["num_pairs"] == 32
+    assert result["reasons"] == {"given": 32}
     before, after = load_model(policy, dtype="float32"), load_model(result["model"], dtype="float32")
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
-def test_lora_uses_the_start_policy_as_reference_and_merges(policy, tmp_path):
+@pytest.mark.slow
+def test_lora_uses_the_start_policy_as_reference_and_merges(ranks, policy, tmp_path):
     write_pairs(tmp_path / "in.jsonl", make_pairs(16))
     lora = {"rank": 4, "target_modules": ["q_proj", "v_proj"]}
     config = make_config(
@@ -198,38 +209,31 @@ def test_lora_uses_the_start_policy_as_reference_and_merges(policy, tmp_path):
     assert changed == {name for name in before if name.endswith(("q_proj.weight", "v_proj.weight"))}
 
 
-def test_a_stopped_stage_goes_on_to_the_same_weights(policy, tmp_path, monkeypatch):
-    """Stopped by an exception after a checkpoint: the reference must still be the start policy afterwards."""
-    from posttrain.train.trl_loop import StageCallback
-
+@pytest.mark.slow
+def test_a_stopped_stage_goes_on_to_the_same_weights(ranks, policy, tmp_path):
+    """From a checkpoint on: the reference must still be the start policy afterwards."""
     write_pairs(tmp_path / "in.jsonl", make_pairs(40))
     config = make_config(policy, pairs={"path": str(tmp_path / "in.jsonl")}, epochs=2, checkpoint_every=3)
-    whole = stage.run(config, make_context(tmp_path / "whole"))
-
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageCallback, "on_step_begin", stop)
-        with pytest.raises(KeyboardInterrupt):
-            stage.run(config, make_context(tmp_path / "stopped"))
-    again = stage.run(config, make_context(tmp_path / "stopped"))
-    events = list(read_jsonl(tmp_path / "stopped" / "events.jsonl"))
-    assert [event["step"] for event in events if event["event"] == "resumed"] == [3]
-    one, other = (load_model(result["model"], dtype="float32").state_dict() for result in (whole, again))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert [line["loss"] for line in steps_of(tmp_path / "whole")] == [
-        line["loss"] for line in steps_of(tmp_path / "stopped")
-    ]
-    assert steps_of(tmp_path / "whole")[-1]["tokens"] == steps_of(tmp_path / "stopped")[-1]["tokens"]
+    context = make_context(tmp_path / "run")
+    whole = load_model(stage.run(config, context)["model"], dtype="float32").state_dict()
+    lines = steps_of(context.dir)
+    steps = sorted(int(path.name.removeprefix("step_")) for path in (context.dir / "checkpoints").glob("step_*"))
+    for step in steps[1:]:
+        shutil.rmtree(context.dir / "checkpoints" / f"step_{step}")
+    again = load_model(stage.run(config, context)["model"], dtype="float32").state_dict()
+    assert [event["step"] for event in read_jsonl(context.events) if event["event"] == "resumed"] == [steps[0]]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    for name in ("step", "loss", "tokens"):
+        assert [line[name] for line in steps_of(context.dir)] == [line[name] for line in lines]
 
 
 def test_every_field_reaches_trl(policy, tmp_path):
+    from trl import DPOConfig
+
     config = make_config(policy, rollouts="x", beta=0.4, loss_type="ipo", batch_size=5, epochs=2,
                          gradient_accumulation=3, checkpoint_every=9, gradient_checkpointing="full",
                          optimizer={"learning_rate": 2e-5, "schedule": "linear", "warmup_steps": 2})  # fmt: skip
-    args = stage.build_arguments(config, tmp_path, seed=4)
+    args = DPOConfig(**stage.trainer_arguments(config, tmp_path, seed=4))
     expected = {
         "beta": 0.4, "loss_type": ["ipo"], "per_device_train_batch_size": 5,
         "num_train_epochs": 2, "gradient_accumulation_steps": 3, "save_steps": 9, "gradient_checkpointing": True,
@@ -237,7 +241,7 @@ def test_every_field_reaches_trl(policy, tmp_path):
         "precompute_ref_log_probs": True, "bf16": False, "report_to": [],
     }  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
-    assert stage.build_arguments(make_config(policy, rollouts="x"), tmp_path).loss_type == ["sigmoid"]
+    assert stage.trainer_arguments(make_config(policy, rollouts="x"), tmp_path)["loss_type"] == ["sigmoid"]
 
 
 @pytest.mark.parametrize(
@@ -378,12 +382,10 @@ def test_the_stage_mines_the_rollouts_of_an_rl_stage(policy, tmp_path):
     write_rollouts(tmp_path / "rl" / "rollouts")
     assert read_replies(tmp_path / "rl" / "rollouts") == read_replies(tmp_path / "rl")
     config = make_config(policy, rollouts=str(tmp_path / "rl"), mining={"max_per_prompt": 2}, max_pairs=10)
-    result = stage.run(config, make_context(tmp_path / "dpo"))
-    lines = [json.loads(line) for line in Path(result["pairs"]).read_text().splitlines()]
-    assert len(lines) == result["num_pairs"] == 10
-    assert lines[0]["policy_version"] == 2
-    assert {line["reason"] for line in lines} <= {"wrong", "truncated"}
-    assert sum(result["reasons"].values()) == 10
+    _, ids, pairs, dropped = stage.prepare(config, seed=0)
+    assert (len(ids), len(pairs), dropped) == (10, 10, 0)
+    assert pairs[0].fields["policy_version"] == 2
+    assert {pair.fields["reason"] for pair in pairs} <= {"wrong", "truncated"}
 
 
 def test_rollouts_that_are_not_there_or_not_rollouts_are_named(tmp_path):

@@ -22,8 +22,10 @@ from posttrain.dpo.config import DpoConfig
 from posttrain.errors import ConfigError
 from posttrain.files import read_jsonl
 from posttrain.model import load_model
+from posttrain.parallel.export import without_adapters
+from posttrain.parallel.tensors import read_weights, whole_tensors
 from posttrain.sft import stage as sft
-from posttrain.train.adapters import adapter_config, merged
+from posttrain.tune.adapters import adapter_config
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 LORA = {"rank": 3, "alpha": 6.0, "target_parameters": EXPERTS}
@@ -43,6 +45,11 @@ def adapted(lora: dict[str, Any], implementation: str = "native") -> tuple[Any, 
     return start, model
 
 
+def exported(model: Any) -> dict[str, torch.Tensor]:
+    """What an export writes: every weight by the name that it has in a model folder."""
+    return {item.name: value.clone() for item, value in read_weights(whole_tensors(model))}
+
+
 @pytest.mark.parametrize("implementation", ["native", "transformers"])
 def test_merged_is_the_adapted_model(implementation):
     start, model = adapted(LORA, implementation)
@@ -51,10 +58,10 @@ def test_merged_is_the_adapted_model(implementation):
         want = model(**inputs).logits
         with model.disable_adapter():
             without = model(**inputs).logits
-        plain = merged(model)
+        plain = without_adapters(model)
         got = plain(**inputs).logits
     real = inputs["attention_mask"].bool()
-    after = plain.state_dict()
+    after = exported(plain)
     theirs, _ = model_pair()
     theirs.load_state_dict(after)
     with torch.no_grad():
@@ -83,7 +90,7 @@ def test_gradients_reach_every_adapter_and_nothing_else():
 
 def test_every_expert_has_adapters_of_its_own():
     start, model = adapted({**LORA, "target_modules": []})
-    after = merged(model).state_dict()
+    after = exported(without_adapters(model))
     for name in (name for name in start if name.endswith(tuple(EXPERTS))):
         change = after[name] - start[name]
         assert [int(torch.linalg.matrix_rank(expert, tol=1e-4)) for expert in change] == [3] * len(change), name
@@ -112,7 +119,8 @@ def test_a_model_without_such_weights_is_refused():
         adapter_config(dense, LoraConfig(target_parameters=EXPERTS))
 
 
-def test_sft_trains_adapters_of_experts_and_exports_them_merged(policy, data, tmp_path):
+@pytest.mark.slow
+def test_sft_trains_adapters_of_experts_and_exports_them_merged(ranks, policy, data, tmp_path):
     from transformers import AutoModelForCausalLM, Llama4ForCausalLM
 
     lora = {**LORA, "target_modules": ["q_proj"]}
@@ -133,7 +141,8 @@ def test_sft_trains_adapters_of_experts_and_exports_them_merged(policy, data, tm
     assert_as_exact(ours, theirs, exact)
 
 
-def test_a_stopped_sft_with_adapters_of_experts_goes_on_to_the_same_weights(policy, data, tmp_path):
+@pytest.mark.slow
+def test_a_stopped_sft_with_adapters_of_experts_goes_on_to_the_same_weights(ranks, policy, data, tmp_path):
     config = make_config(policy, data, lora={**LORA, "target_modules": ["q_proj"]}, checkpoint_every=2)
     context = make_context(tmp_path)
     whole = weights(Path(sft.run(config, context)["model"]))
@@ -144,7 +153,8 @@ def test_a_stopped_sft_with_adapters_of_experts_goes_on_to_the_same_weights(poli
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_dpo_trains_adapters_of_experts_from_the_start_policy(policy, tmp_path):
+@pytest.mark.slow
+def test_dpo_trains_adapters_of_experts_from_the_start_policy(ranks, policy, tmp_path):
     write_pairs(tmp_path / "in.jsonl", make_pairs(16))
     config = validate_config(
         DpoConfig,

@@ -1,4 +1,4 @@
-"""SFT and DPO over several ranks, each with a real DeepSpeed engine, against the same training in one process."""
+"""SFT and DPO over several ranks, each with a real DeepSpeed engine, against the same training on one."""
 
 import json
 import shutil
@@ -22,6 +22,7 @@ from posttrain.sft import stage as sft
 pytestmark = pytest.mark.slow
 # The session is shared with tests that leave a warm engine on one of the two CPUs.
 RESOURCES = {"trainer": {"cpus": 0.25}}
+TWO = {"parallel": {"processes": 2, "expert": 2, "zero": 2}, "resources": RESOURCES}
 EXPERT = {"processes": 2, "expert": 2}
 LINEAR = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of attention, dense layers and shared experts
 ADAPTERS = {
@@ -45,11 +46,7 @@ def distance(one: Path, other: Path, start: Path) -> float:
     return apart(weights_of(one / "model"), weights_of(other / "model"), weights_of(start))
 
 
-SFT_ON_TWO = {
-    "checkpoint_every": 2,
-    "parallel": {"processes": 2, "expert": 2, "zero": 2},
-    "resources": RESOURCES,
-}
+SFT_ON_TWO = {"checkpoint_every": 2, **TWO}
 LORA_ON_TWO = {
     "checkpoint_every": 2,
     "parallel": {"processes": 2, "zero": 2},
@@ -60,7 +57,7 @@ LORA_ON_TWO = {
 
 
 @pytest.fixture(scope="module")
-def on_two(ray_session, policy, data, tmp_path_factory):
+def on_two(ranks, policy, data, tmp_path_factory):
     """What SFT on two ranks reports and its folder: of whole weights or of adapters, each run once."""
     found: dict[str, tuple[dict, Path]] = {}
 
@@ -84,9 +81,10 @@ def stopped(folder: Path, copy: Path) -> StageContext:
     return make_context(copy)
 
 
-def test_sft_on_two_ranks_is_the_training_of_one_process(on_two, policy, data, tmp_path):
+def test_sft_on_two_ranks_is_the_training_of_one(on_two, policy, data, tmp_path):
     alone = make_context(tmp_path / "alone")
-    sft.run(make_config(policy, data, gradient_accumulation=2), alone)
+    one_report = sft.run(make_config(policy, data, gradient_accumulation=2), alone)
+    assert (one_report["engine"], one_report["processes"]) == ("DeepSpeedEngine", 1)
     report, two = on_two("whole")
     assert report["engine"] == "DeepSpeedEngine"
     assert (report["processes"], report["expert"]) == (2, 2)
@@ -98,9 +96,28 @@ def test_sft_on_two_ranks_is_the_training_of_one_process(on_two, policy, data, t
     assert json.loads((two / "model" / "config.json").read_text())["architectures"] == ["Llama4ForCausalLM"]
 
 
+def test_the_last_step_of_an_epoch_repeats_no_row(ranks, policy, tmp_path):
+    """Rows that do not divide among the ranks: one of them trains on a blank row in each epoch's last step."""
+    data = write_sums(tmp_path / "sft.jsonl", 13)
+    model = {"path": str(policy), "dtype": "float32", "router": {"z_loss": 0.25, "bias_rate": 0.05}}
+    common = {"model": model, "packing": False, "batch_tokens": None, "batch_size": 3, "epochs": 2}
+    alone, two = (make_context(tmp_path / name) for name in ("alone", "two"))
+    sft.run(make_config(policy, data, **common, gradient_accumulation=2, resources=RESOURCES), alone)
+    sft.run(make_config(policy, data, **common, **TWO), two)
+    ours, theirs = (
+        [line for line in read_jsonl(context.dir / "metrics.jsonl") if "learning_rate" in line]
+        for context in (two, alone)
+    )
+    assert len(ours) == len(theirs) == 2 * 3  # forwards of 3, 3, 3, 3 and 1 rows, two a step
+    assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
+    for name in ("loss", "router_entropy", "expert_load_max", "dead_experts"):
+        assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-4), name
+    assert distance(two.dir, alone.dir, policy) < ROUNDING
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(("expert", "zero"), [(2, 1), (2, 2), (1, 3)])
-def test_an_optimizer_on_the_cpu_trains_the_same(ray_session, policy, data, tmp_path, expert, zero):
+def test_an_optimizer_on_the_cpu_trains_the_same(ranks, policy, data, tmp_path, expert, zero):
     for name, offload in (("own", "none"), ("offloaded", "optimizer")):
         parallel = {"processes": 2, "expert": expert, "zero": zero, "offload": offload}
         sft.run(make_config(policy, data, parallel=parallel, resources=RESOURCES), make_context(tmp_path / name))
@@ -115,8 +132,8 @@ def test_offload_without_a_compiler_is_refused(policy, data, tmp_path, monkeypat
 
 
 @pytest.fixture(scope="module")
-def adapted_alone(ray_session, policy, data, tmp_path_factory):
-    """The folder of SFT with adapters of one kind, in one process; each kind is trained once."""
+def adapted_alone(ranks, policy, data, tmp_path_factory):
+    """The folder of SFT with adapters of one kind, on one rank; each kind is trained once."""
     folders: dict[str, Path] = {}
 
     def get(name: str) -> Path:
@@ -141,7 +158,7 @@ def adapted_alone(ray_session, policy, data, tmp_path_factory):
         ("linear", 2, 3),
     ],
 )
-def test_lora_on_two_ranks_is_the_training_of_one_process(
+def test_lora_on_two_ranks_is_the_training_of_one(
     on_two, policy, data, adapted_alone, tmp_path, adapters, expert, zero, record_property
 ):
     parallel = {"processes": 2, "expert": expert, "zero": zero}
@@ -189,7 +206,7 @@ def test_a_stopped_sft_goes_on_in_another_layout(on_two, policy, data, tmp_path,
 
 
 @pytest.mark.parametrize("zeros", [(3,), pytest.param((0, 1, 2), marks=pytest.mark.full)])
-def test_dpo_on_two_ranks_learns_the_same_preferences(ray_session, policy, tmp_path, zeros):
+def test_dpo_on_two_ranks_learns_the_same_preferences(ranks, policy, tmp_path, zeros):
     pairs = tmp_path / "pairs.jsonl"
     with pairs.open("w") as file:
         for a in range(2, 10):

@@ -1,4 +1,4 @@
-"""transformers: Llama 4's prefix and unread default, and how its trainer divides a loss.
+"""transformers: Llama 4's prefix and unread default, and what its trainer does on engines.
 
 Importing this module does not import transformers.
 """
@@ -39,24 +39,8 @@ def clear_unread_aux_loss(config: Any) -> None:
         config.router_aux_loss_coef = 0.0
 
 
-@_patch(
-    "5.19.0",
-    "gap",
-    reason="Whether the trainer divides a loss by the number of forwards of a step is decided inside `training_step`; "
-    "a loss that is added to it must be divided in the same way",
-    reference="transformers/trainer.py, `Trainer.training_step`",
-    test="tests/test_routers_in_training.py::test_sft_adds_the_mean_of_its_forwards_losses_to_the_loss",
-)
-def sums_over_forwards(trainer: Any, num_items_in_batch: Any) -> bool:
-    """Whether the losses of the forwards of a step are added up, rather than averaged by the trainer."""
-    if trainer.loss_is_scaled_for_ga is not None:
-        return trainer.loss_is_scaled_for_ga
-    by_count = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-    return by_count or trainer.compute_loss_func is not None
-
-
 record(
-    "posttrain.train.engine_trainer.EngineTrainer",
+    "posttrain.tune.engine.EngineTrainer",
     "transformers",
     "5.19.0",
     kind="fault",
@@ -66,7 +50,7 @@ record(
     test="tests/test_parallel_stages.py::test_a_stopped_sft_goes_on_in_another_layout",
 )
 record(
-    "posttrain.train.engine_trainer.require_engine",
+    "posttrain.tune.engine.require_engine",
     "transformers",
     "5.19.0",
     kind="fault",
@@ -74,4 +58,16 @@ record(
     "trains is checked before the first step",
     reference="accelerate/state.py, `AcceleratorState.__init__`",
     test="tests/test_compat.py::test_accelerate_still_turns_deepspeed_off_by_a_variable",
+)
+record(
+    "posttrain.tune.steps.StepTrainer",
+    "transformers",
+    "5.19.0",
+    "gap",
+    reason="Where the rows of an epoch do not divide among the ranks, accelerate repeats some, and gives the "
+    "trainer no way to weight them; the batch sampler that it wraps is replaced by one that adds blank rows. "
+    "`_get_train_sampler` is overridden, and `loss_is_scaled_for_ga` is set, since losses are divided by counts of the "
+    "step",
+    reference="accelerate/data_loader.py, `BatchSamplerShard`; transformers/trainer.py, `Trainer.training_step`",
+    test="tests/test_parallel_stages.py::test_the_last_step_of_an_epoch_repeats_no_row",
 )

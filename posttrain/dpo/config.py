@@ -68,8 +68,9 @@ class DpoConfig(Config):
     overlong: Literal["error", "drop"] = Field("error", description="What to do with a longer pair.")
     gradient_checkpointing: GradientCheckpointing = "none"
     checkpoint_every: Count = Field(200, description="Optimiser steps between checkpoints.")
-    parallel: ParallelConfig | None = Field(
-        None, description="Train over several processes, with DeepSpeed; absent: in one, without."
+    parallel: ParallelConfig = Field(
+        default_factory=ParallelConfig,
+        description="The ranks that train, each with a DeepSpeed engine; each takes rows of its own. One by default.",
     )
     trackers: TrackersConfig | None = Field(
         default=None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."

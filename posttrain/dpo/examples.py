@@ -16,7 +16,7 @@ from posttrain.data.pairs import Pair
 from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
 from posttrain.records import Message
-from posttrain.train.drift import Example
+from posttrain.tune.drift import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,18 @@ class PairIds:
         return Example(self.prompt_ids + self.chosen_ids, mask)
 
 
+def to_record(ids: PairIds) -> dict[str, list[int]]:
+    """A row of the trainer's dataset."""
+    return {"prompt_ids": ids.prompt_ids, "chosen_ids": ids.chosen_ids, "rejected_ids": ids.rejected_ids}
+
+
+def blank_record(ids: PairIds) -> dict[str, list[int]]:
+    """A row without replies, from which nothing is learned; see posttrain/tune/steps.py."""
+    return {"prompt_ids": (ids.prompt_ids + ids.chosen_ids)[:2], "chosen_ids": [], "rejected_ids": []}
+
+
 def tokenize_pairs(
-    tokenizer: Any, pairs: Sequence[Pair], max_length: int, overlong: Literal["error", "drop"]
+    tokenizer: Any, pairs: Sequence[Pair], max_length: int, *, overlong: Literal["error", "drop"]
 ) -> tuple[list[PairIds], list[Pair]]:
     """Return the ids and the pairs that were kept, in step.
 
@@ -62,8 +72,8 @@ def tokenize_pairs(
 
 def _tokenize(tokenizer: Any, pair: Pair) -> PairIds:
     prompt_ids = render_prompt(tokenizer, pair.prompt, tools_of(pair.fields))
-    chosen_ids = _reply_ids(tokenizer, pair, pair.chosen, len(prompt_ids))
-    rejected_ids = _reply_ids(tokenizer, pair, pair.rejected, len(prompt_ids))
+    chosen_ids = _reply_ids(tokenizer, pair, pair.chosen, start=len(prompt_ids))
+    rejected_ids = _reply_ids(tokenizer, pair, pair.rejected, start=len(prompt_ids))
     if pair.fields.get("reason") == "truncated":
         ends = set(end_token_ids(tokenizer))
         while rejected_ids and rejected_ids[-1] in ends:
@@ -73,7 +83,7 @@ def _tokenize(tokenizer: Any, pair: Pair) -> PairIds:
     return PairIds(prompt_ids, chosen_ids, rejected_ids)
 
 
-def _reply_ids(tokenizer: Any, pair: Pair, reply: str, start: int) -> list[int]:
+def _reply_ids(tokenizer: Any, pair: Pair, reply: str, *, start: int) -> list[int]:
     # Earlier assistant turns are part of the prompt: only the reply is trained on.
     context = [replace(message, trained=False) if message.role == "assistant" else message for message in pair.prompt]
     messages, tools = (*context, Message("assistant", reply)), tools_of(pair.fields)

@@ -76,7 +76,7 @@ LOSSES: dict[str, Callable[[PairInputs, float], torch.Tensor]] = {
 
 
 def step_share(
-    losses_P: torch.Tensor, chosen_logprobs_P: torch.Tensor, nll_weight: float, counts: torch.Tensor
+    losses_P: torch.Tensor, chosen_logprobs_P: torch.Tensor, nll_weight: float, *, counts: torch.Tensor
 ) -> torch.Tensor:
     """One forward's share of the loss of its optimizer step, a scalar; the shares of all forwards add up to it.
 

@@ -13,6 +13,8 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from posttrain.compat.trl import reference_pass_with_whole_model
 from posttrain.dpo.losses import LOSSES, PairInputs, step_share
+from posttrain.tune.engine import EngineTrainer
+from posttrain.tune.steps import StepTrainer
 
 NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
@@ -20,10 +22,9 @@ NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 class TokenizedPairTrainer(DPOTrainer):
     """Trains on a dataset of prompt_ids, chosen_ids and rejected_ids.
 
-    nll_weight: of the mean negative log-likelihood of chosen tokens.
+    A pair without replies is a blank one, from which nothing is learned. nll_weight: of the mean negative
+    log-likelihood of chosen tokens.
     """
-
-    loss_is_scaled_for_ga = True  # `step_share` divides; transformers must not divide by the forwards as well
 
     def __init__(self, *args: Any, nll_weight: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -41,15 +42,14 @@ class TokenizedPairTrainer(DPOTrainer):
         """The pairs and the chosen tokens of a whole optimizer step, over all its forwards and ranks, fp32 [2]."""
         counts = torch.zeros(2, device=device)
         for batch in batch_samples:
-            chosen_mask_PS = batch["completion_mask"].chunk(2)[0]
-            counts += torch.tensor([len(chosen_mask_PS), int(chosen_mask_PS.sum())], device=device)
+            chosen_tokens_P = batch["completion_mask"].chunk(2)[0].sum(dim=1)
+            counts += torch.stack([(chosen_tokens_P > 0).sum(), chosen_tokens_P.sum()])
         return self.accelerator.reduce(counts, reduction="sum")  # type: ignore[return-value]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """One forward's share of the step's loss. `num_items_in_batch`: of `_get_num_items_in_batch`."""
-        assert not return_outputs, "evaluation is a stage of its own"
+        """One forward's share of the step's loss. num_items_in_batch: of `_get_num_items_in_batch`."""
         mask = inputs["completion_mask"]
         arguments = {name: value for name, value in inputs.items() if name not in NOT_OF_THE_MODEL}
         labels = inputs["input_ids"].masked_fill(mask == 0, -100)
@@ -57,19 +57,20 @@ class TokenizedPairTrainer(DPOTrainer):
         chosen_P, rejected_P = outputs.log_probs.sum(dim=1).chunk(2)  # 0 where there is no label
         chosen_tokens_P, rejected_tokens_P = mask.sum(dim=1).chunk(2)
         references = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        pairs = PairInputs(chosen_P, rejected_P, *references, chosen_tokens_P, rejected_tokens_P)
+        columns = (chosen_P, rejected_P, *references, chosen_tokens_P, rejected_tokens_P)
+        # A blank pair has no length to divide by.
+        pairs = PairInputs(*(column[chosen_tokens_P > 0] for column in columns))
         losses_P = LOSSES[self.loss_types[0]](pairs, self.beta)
         with torch.no_grad():
-            self._add_figures(pairs, outputs.entropy.sum(), inputs["attention_mask"].sum())
-        share = step_share(losses_P, chosen_P, self._nll_weight, num_items_in_batch)
+            self._add_figures(pairs, outputs.entropy.sum())
+        share = step_share(losses_P, chosen_P, self._nll_weight, counts=num_items_in_batch)
         return share * self.accelerator.num_processes  # gradients are averaged over the ranks
 
-    def _add_figures(self, pairs: PairInputs, entropy: torch.Tensor, num_tokens: torch.Tensor) -> None:
+    def _add_figures(self, pairs: PairInputs, entropy: torch.Tensor) -> None:
         chosen_P, rejected_P = self.beta * pairs.chosen_scores_P, self.beta * pairs.rejected_scores_P
         found = {
             "pairs": chosen_P.new_tensor(len(chosen_P)),
             "reply_tokens": pairs.chosen_tokens_P.sum() + pairs.rejected_tokens_P.sum(),
-            "num_tokens": num_tokens,
             "entropy": entropy,
             "rewards/chosen": chosen_P.sum(),
             "rewards/rejected": rejected_P.sum(),
@@ -88,8 +89,10 @@ class TokenizedPairTrainer(DPOTrainer):
             sums = dict(zip(self._sums, values.tolist(), strict=True))  # type: ignore[union-attr]
             self._sums = {}
             pairs, reply_tokens = sums.pop("pairs"), sums.pop("reply_tokens")
-            self._total_train_tokens += int(sums.pop("num_tokens"))
-            logs["num_tokens"] = self._total_train_tokens
             logs["entropy"] = sums.pop("entropy") / reply_tokens
             logs |= {name: value / pairs for name, value in sums.items()}
         super().log(logs, start_time)
+
+
+class PairTrainer(EngineTrainer, StepTrainer, TokenizedPairTrainer):
+    """The same on an engine; the last row of its dataset is the blank one."""

@@ -29,6 +29,7 @@ class RouterBias:
 
     Forwards in training mode with gradients are counted, padding left out; call `update` after each optimizer step, on
     every rank. What checkpointing computes again is not counted again. With a rate of 0 it counts only.
+    counting: False for the time of forwards that are not to be counted.
     """
 
     def __init__(self, model: nn.Module, rate: float):
@@ -38,6 +39,7 @@ class RouterBias:
             raise ValueError(f"{type(model).__name__} has no native mixture-of-experts layers")
         self.rate = rate
         self.progress = 0.0
+        self.counting = True
         self._layers = layers
         size = (len(layers.moe_layers), layers.config.num_local_experts)
         self.bias_LE = torch.zeros(size)
@@ -85,7 +87,7 @@ class RouterBias:
     @torch.no_grad()
     def _count(self, layers: Any, arguments: Any, output: Any) -> None:
         routings, keep_T = layers.last_routings
-        if not (layers.training and output.last_hidden_state.requires_grad):
+        if not (self.counting and layers.training and output.last_hidden_state.requires_grad):
             return
         stats = router_stats(routings, keep_T)
         counts_LE = torch.stack([expert_counts(r.expert_ids_TK, r.logits_TE.shape[-1], keep_T) for r in routings])

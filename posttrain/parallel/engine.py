@@ -17,9 +17,14 @@ from posttrain.errors import ConfigError
 LOOPBACK = "127.0.0.1"
 
 
-def join_ranks(rank: int, world: int, address: str, port: int) -> None:
-    """Make this process rank `rank` of `world`; returns when all have met at `address`. One GPU a process, or none."""
+def join_ranks(rank: int, world: int, meeting: tuple[str, int]) -> None:
+    """Make this process rank `rank` of `world`; returns when all have met. One GPU a process, or none.
+
+    meeting: address and port of rank 0.
+    """
     import torch
+
+    address, port = meeting
 
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": address, "MASTER_PORT": str(port),
@@ -90,7 +95,7 @@ def deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype
     return config
 
 
-def start_engine(module: Any, parallel: ParallelConfig, optimizer: OptimizerConfig, dtype: str) -> Any:
+def start_engine(module: Any, parallel: ParallelConfig, optimizer: OptimizerConfig, *, dtype: str) -> Any:
     """A `DeepSpeedEngine` around `module`, finished. The ranks must have met, and each hold the same weights."""
     return build_engine(module, deepspeed_config(parallel, optimizer, dtype))
 
@@ -102,9 +107,9 @@ def build_engine(module: Any, config: dict[str, Any]) -> Any:
     return finish(deepspeed.initialize(model=module, model_parameters=trained, config=config)[0])
 
 
-def engine_report(engine: Any, parallel: ParallelConfig | None) -> dict[str, Any]:
-    """For a stage's figures: the class of what trained, and its layout; nothing for a plain process."""
-    return {} if parallel is None else {"engine": type(engine).__name__, **parallel.model_dump()}
+def engine_report(engine: Any, parallel: ParallelConfig) -> dict[str, Any]:
+    """For a stage's figures: the class of what trained, and its layout."""
+    return {"engine": type(engine).__name__, **parallel.model_dump()}
 
 
 def finish(engine: Any) -> Any:
@@ -121,10 +126,8 @@ def finish(engine: Any) -> Any:
     return engine
 
 
-def check_parallel(parallel: ParallelConfig | None, model: ModelConfig, lora: LoraConfig | None) -> None:
+def check_parallel(parallel: ParallelConfig, model: ModelConfig, lora: LoraConfig | None) -> None:
     """Raise `ConfigError` for a layout that this model, or upstream, cannot be trained in. Reads config.json only."""
-    if parallel is None:
-        return
     if parallel.offload == "optimizer" and not _can_offload():
         rule = "DeepSpeed's CPU Adam is compiled at its first use, which needs a C++ compiler and ninja; install them"
         raise ConfigError("parallel.offload", [f"got optimizer: {rule}, or set parallel.offload: none"])

@@ -1,13 +1,12 @@
 """A model folder written from the whole tensors of an engine, shard by shard.
 
-Every rank takes part in reading; rank 0 writes, and holds one shard at most beside its own part of the model. The
-folder is written beside its path and renamed into place: a reader sees all of it or none.
+Every rank takes part in reading; rank 0 writes, and holds one shard at most beside its own part of the model.
 """
 
 import copy
 import json
-import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from posttrain.files import replace_folder
+from posttrain.files import replacing
 from posttrain.parallel.tensors import WholeTensor, gathered, in_shards, read_weights, whole_tensors
 
 SHARD_BYTES = 4 << 30
@@ -23,45 +22,76 @@ WEIGHTS = "model.safetensors"
 
 
 def export_model(
-    model: nn.Module, config: Any, architecture: str, tokenizer: Any, path: str | Path, shard_bytes: int = SHARD_BYTES
+    model: nn.Module,
+    config: Any,
+    architecture: str,
+    *,
+    tokenizer: Any,
+    path: str | Path,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a Hugging Face folder with every weight of a model that ranks hold in parts. Collective.
 
     model: an engine's module. config: its transformers config, and `architecture` the class that config.json is to
     name. Returns `path` on every rank, once the folder is there.
     """
-    target = Path(path)
     shards = in_shards(whole_tensors(model), shard_bytes)
-    aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    if _is_writer():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
     names = _shard_names(len(shards))
-    for name, shard in zip(names, shards, strict=True):
-        held = {
-            item.name: value.detach().to("cpu", copy=True).contiguous()
-            for item, value in read_weights(shard)
-            if _is_writer()
-        }
-        if held:
-            _save(held, aside / name)
-    if _is_writer():
-        generation = getattr(model, "generation_config", None)
-        _write_rest(aside, config, generation, architecture, tokenizer, dict(zip(names, shards, strict=True)))
-        replace_folder(aside, target)
+    with folder_of_first_rank(path) as aside:
+        for name, shard in zip(names, shards, strict=True):
+            held = {
+                item.name: value.detach().to("cpu", copy=True).contiguous()
+                for item, value in read_weights(shard)
+                if is_first_rank()
+            }
+            if held:
+                _save(held, aside / name)
+        if is_first_rank():
+            generation = getattr(model, "generation_config", None)
+            _write_rest(
+                aside,
+                config,
+                generation,
+                architecture=architecture,
+                tokenizer=tokenizer,
+                shards=dict(zip(names, shards, strict=True)),
+            )
+    return Path(path)
+
+
+@contextmanager
+def folder_of_first_rank(path: str | Path) -> Iterator[Path]:
+    """A folder that all ranks work on and rank 0 writes; when the block ends it is at `path`, whole. Collective.
+
+    The block is given an empty folder beside `path`, which rank 0 alone may write to. An error on rank 0, or a crash,
+    leaves what was at `path`.
+    """
+    target = Path(path)
+    if is_first_rank():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as aside:
+            aside.mkdir()
+            yield aside
+    else:
+        yield target
     barrier()
-    return target
 
 
-def merge_adapters(model: nn.Module) -> None:
-    """Add every adapter into the weight that it adapts. Collective; training cannot go on afterwards."""
+def without_adapters(model: Any) -> Any:
+    """The model itself, every adapter added into the weight that it adapts; a model without adapters as it is.
+
+    Collective; training cannot go on afterwards.
+    """
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if not isinstance(model, PeftModel):
+        return model
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             with torch.no_grad(), gathered(tuple(module.parameters()), changed=True):
                 module.merge()
+    return model.get_base_model()
 
 
 def barrier() -> None:
@@ -70,7 +100,8 @@ def barrier() -> None:
         dist.barrier()
 
 
-def _is_writer() -> bool:
+def is_first_rank() -> bool:
+    """True on rank 0, and in a process that is not a rank."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -87,7 +118,13 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _write_rest(
-    folder: Path, config: Any, generation: Any, architecture: str, tokenizer: Any, shards: dict[str, list[WholeTensor]]
+    folder: Path,
+    config: Any,
+    generation: Any,
+    *,
+    architecture: str,
+    tokenizer: Any,
+    shards: dict[str, list[WholeTensor]],
 ) -> None:
     own = copy.deepcopy(config)
     own.architectures = [architecture]

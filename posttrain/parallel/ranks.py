@@ -46,7 +46,7 @@ class _Rank:
     def start(self, rank: int, world: int, meeting: tuple[str, int], make: Callable[..., Any], *arguments: Any) -> None:
         from posttrain.parallel.engine import join_ranks
 
-        join_ranks(rank, world, *meeting)
+        join_ranks(rank, world, meeting)
         self._made = make(*arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:

@@ -66,7 +66,8 @@ KINDS: dict[str, StageKind] = {
         run="posttrain.sft.stage:run",
         outputs={"model": "model"},
         data={"data": "supervised"},
-        packages=("torch", "transformers", "trl", "peft"),
+        packages=("torch", "transformers", "trl", "peft", "deepspeed"),
+        trains_itself=False,
     ),
     "rl": StageKind(
         schema="posttrain.rl.config:RlConfig",
@@ -84,7 +85,8 @@ KINDS: dict[str, StageKind] = {
         outputs={"model": "model", "pairs": "pairs.jsonl"},
         data={"pairs": "pairs"},
         paths=("rollouts",),
-        packages=("torch", "transformers", "trl", "peft"),
+        packages=("torch", "transformers", "trl", "peft", "deepspeed"),
+        trains_itself=False,
     ),
     "eval": StageKind(
         schema="posttrain.eval.config:EvalConfig",

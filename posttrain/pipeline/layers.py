@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planning",),
     ("train",),
     ("sampling",),
-    ("judging",),
+    ("judging", "tune"),
     ("base", "filtering", "sft", "rl", "dpo", "eval"),
     ("rewards",),
     ("pipeline",),

@@ -41,8 +41,9 @@ class SftConfig(Config):
     overlong: Literal["error", "drop"] = Field("error", description="What to do with a longer conversation.")
     gradient_checkpointing: GradientCheckpointing = "none"
     checkpoint_every: Count = Field(200, description="Optimiser steps between checkpoints.")
-    parallel: ParallelConfig | None = Field(
-        None, description="Train over several processes, with DeepSpeed; absent: in one, without."
+    parallel: ParallelConfig = Field(
+        default_factory=ParallelConfig,
+        description="The ranks that train, each with a DeepSpeed engine; each takes rows of its own. One by default.",
     )
     trackers: TrackersConfig | None = Field(
         default=None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
@@ -55,7 +56,7 @@ class SftConfig(Config):
             raise ValueError("packing: true needs batch_tokens, and takes no batch_size")
         if not self.packing and (self.batch_size is None or self.batch_tokens is not None):
             raise ValueError("packing: false needs batch_size, and takes no batch_tokens")
-        if self.gradient_checkpointing == "selective" and self.lora and self.parallel and self.parallel.zero == 3:
+        if self.gradient_checkpointing == "selective" and self.lora and self.parallel.zero == 3:
             raise ValueError(
                 "gradient_checkpointing: got selective with lora and parallel.zero 3, for which TRL checkpoints in a "
                 "way that keeps nothing; set it to full, or parallel.zero to 0, 1 or 2"

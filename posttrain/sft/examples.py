@@ -11,11 +11,11 @@ from posttrain.data.messages import RowError
 from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
 from posttrain.records import Row
-from posttrain.train.drift import Example
+from posttrain.tune.drift import Example
 
 
 def tokenize(
-    tokenizer: Any, rows: Sequence[Row], max_length: int, overlong: Literal["error", "drop"]
+    tokenizer: Any, rows: Sequence[Row], max_length: int, *, overlong: Literal["error", "drop"]
 ) -> tuple[list[Example], int]:
     """Return the examples and how many rows were dropped as longer than `max_length`.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from posttrain.errors import ConfigError
-from posttrain.train.drift import Example
+from posttrain.tune.drift import Example
 
 # Far above rounding, far below a leak (5.5 was measured for transformers' Llama 4 with a cache).
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}

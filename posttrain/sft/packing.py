@@ -9,9 +9,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.train.drift import Example
-
-IGNORED = -100
+from posttrain.tune.drift import Example
+from posttrain.tune.steps import IGNORED
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
@@ -56,3 +55,9 @@ def to_records(examples: Sequence[Example], capacity: int | None, seed: int) -> 
         }
         for row in pack([len(e.ids) for e in examples], capacity, seed)
     ]
+
+
+def blank_record(example: Example, *, packed: bool) -> dict[str, Any]:
+    """A row of two tokens from which nothing is learned; see posttrain/tune/steps.py."""
+    record: dict[str, Any] = {"input_ids": list(example.ids[:2]), "labels": [IGNORED, IGNORED]}
+    return {**record, "seq_lengths": [2]} if packed else record

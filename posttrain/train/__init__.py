@@ -1,0 +1,1 @@
+"""What every trainer of a policy shares: log-probabilities straight from hidden states, and figures on routers."""

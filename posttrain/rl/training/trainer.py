@@ -9,7 +9,6 @@ own process: its log-probabilities come with the samples.
 
 import json
 import math
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -21,11 +20,10 @@ import torch
 import torch.distributed as dist
 
 from posttrain.config.shared import OptimizerConfig
-from posttrain.files import replace_folder
 from posttrain.model.load import load_tokenizer
 from posttrain.model.router_bias import RouterBias, native_layers
 from posttrain.parallel.engine import engine_report, start_engine
-from posttrain.parallel.export import barrier, export_model
+from posttrain.parallel.export import export_model, folder_of_first_rank
 from posttrain.parallel.state import load_state, save_state
 from posttrain.parallel.tensors import read_weights, whole_tensors
 from posttrain.rl.loss_config import LossConfig
@@ -66,7 +64,7 @@ class PolicyTrainer:
         policy = load_token_policy(config.model, config.sampling.temperature, config.gradient_checkpointing)
         module = policy.to(self._device)
         self._policy = module.policy
-        self._engine = start_engine(module, config.parallel, config.optimizer, config.model.dtype)
+        self._engine = start_engine(module, config.parallel, config.optimizer, dtype=config.model.dtype)
         if config.parallel.zero == 3:
             module.share_head()
         has_routers = native_layers(self._policy) is not None
@@ -182,28 +180,21 @@ class PolicyTrainer:
     def save(self, folder: str) -> None:
         """Write the policy as a model folder."""
         architecture = type(self._policy).__name__.removeprefix("Native")
-        export_model(self._engine.module.policy, self._policy.config, architecture, self._tokenizer, folder)
+        policy = self._engine.module.policy
+        export_model(policy, self._policy.config, architecture, tokenizer=self._tokenizer, path=folder)
 
     def save_checkpoint(self, folder: str, controller: dict[str, Any]) -> None:
         """Write policy, optimizer and the controller's state; renamed into place when whole."""
-        target = Path(folder)
-        aside = target.with_name(f".{target.name}.writing")
-        if self._rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        barrier()
-        save_state(self._engine, aside)
-        if self._rank == 0:
-            routers = self._routers and self._routers.state()
-            state = {
-                "policy_version": self.policy_version,
-                "skipped_in_a_row": self._skipped_in_a_row,
-                "routers": routers,
-                "controller": controller,
-            }
-            (aside / "trainer.json").write_text(json.dumps(state))
-            replace_folder(aside, target)
-        barrier()
+        with folder_of_first_rank(folder) as aside:
+            save_state(self._engine, aside)
+            if self._rank == 0:
+                state = {
+                    "policy_version": self.policy_version,
+                    "skipped_in_a_row": self._skipped_in_a_row,
+                    "routers": self._routers and self._routers.state(),
+                    "controller": controller,
+                }
+                (aside / "trainer.json").write_text(json.dumps(state))
 
     def load_checkpoint(self, folder: str) -> dict[str, Any]:
         """Continue from `save_checkpoint` of any layout; returns the controller's state."""

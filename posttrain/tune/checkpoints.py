@@ -1,16 +1,18 @@
 """Checkpoints of a TRL trainer: whole or absent, of this very training or not used, the last two kept.
 
-The trainer writes `checkpoint-N`; once it is complete it is sealed (the fingerprint of the training goes in) and
-renamed to `step_N`. A process that dies while writing leaves a `checkpoint-N`, which the next one clears away.
+All ranks write into `checkpoint-N`, a name that transformers chooses. Once it is complete, rank 0 seals it (adds the
+fingerprint of the training) and renames it to `step_N`. A training that dies while it writes leaves a `checkpoint-N`,
+which the next one clears away.
 """
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from posttrain.files import remove, replace_folder, write_json
 
 SEAL = "posttrain.json"
 KEPT = 2
@@ -38,19 +40,17 @@ def digest_ids(sequences: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path, step: int, fingerprint: str, tokens: int) -> Path:
-    """Mark `checkpoint-N` as complete, after `tokens` tokens, and name it `step_N`. Only the last two are kept."""
-    written = folder / f"checkpoint-{step}"
-    (folder / "README.md").unlink(missing_ok=True)  # TRL's model card
-    (written / SEAL).write_text(
-        json.dumps({"step": step, "tokens": tokens, "fingerprint": fingerprint}) + "\n", encoding="utf-8"
-    )
-    final = folder / f"step_{step}"
-    if final.exists():
-        shutil.rmtree(final)
-    written.rename(final)
+def seal(folder: Path, step: int, fingerprint: str, *, tokens: int) -> Path:
+    """Mark `checkpoint-N` as complete, after `tokens` tokens, and name it `step_N`. Only the last two are kept.
+
+    For rank 0, when every rank has written its part.
+    """
+    written, final = folder / f"checkpoint-{step}", folder / f"step_{step}"
+    remove(folder / "README.md")  # TRL's model card
+    write_json(written / SEAL, {"step": step, "tokens": tokens, "fingerprint": fingerprint})
+    replace_folder(written, final)
     for _, path in sorted(_sealed(folder), reverse=True)[KEPT:]:
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
     return final
 
 
@@ -66,14 +66,14 @@ class Sealed:
 def latest(folder: Path, fingerprint: str) -> Sealed:
     """The last checkpoint of the training with this fingerprint. Deletes the checkpoints of any other training."""
     for partial in folder.glob("checkpoint-*"):
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
     found = Sealed()
     for step, path in sorted(_sealed(folder)):
         note = json.loads((path / SEAL).read_text(encoding="utf-8"))
         if note["fingerprint"] == fingerprint:
             found = Sealed(path, step, note["tokens"])
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
     return found
 
 

@@ -1,7 +1,8 @@
-"""A TRL trainer on a DeepSpeed engine: its checkpoints are ours, whole tensors of no layout.
+"""TRL's trainer on a DeepSpeed engine: its checkpoints are ours, whole tensors that belong to no layout.
 
-Upstream's checkpoint of an expert-parallel engine opens in the same layout alone, and its `save_model` writes this
-rank's experts as if they were all. Both are replaced by `posttrain.parallel.state`; export is the stage's.
+Upstream's checkpoint of an expert-parallel engine can be opened in the same layout only, and its `save_model` writes
+the experts of one rank as if they were all. Both are replaced by `posttrain.parallel.state`. Left out: the export of
+the trained model, which is `run.py`'s.
 """
 
 import json
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from posttrain.compat.torch import advance_schedule
 from posttrain.errors import StageError
+from posttrain.files import write_json
 from posttrain.parallel.engine import finish
 from posttrain.parallel.export import barrier
 from posttrain.parallel.state import load_state, save_state
@@ -36,7 +38,7 @@ class EngineTrainer:
         return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Make the folder of a checkpoint; the weights are written with the optimizer's state."""
+        """Make the folder of a checkpoint. The weights are written later, with the state of the optimizer."""
         assert output_dir is not None
         os.makedirs(output_dir, exist_ok=True)
         barrier()
@@ -44,8 +46,7 @@ class EngineTrainer:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(self.model_wrapped, output_dir)
         if dist.get_rank() == 0:
-            steps = self.model_wrapped.lr_scheduler.last_epoch
-            (Path(output_dir) / SCHEDULE).write_text(json.dumps({"steps": steps}) + "\n")
+            write_json(Path(output_dir) / SCHEDULE, {"steps": self.model_wrapped.lr_scheduler.last_epoch})
 
 
 def require_engine(wrapped: Any) -> Any:
@@ -54,18 +55,7 @@ def require_engine(wrapped: Any) -> Any:
 
     if not isinstance(wrapped, DeepSpeedEngine):
         raise StageError(
-            f"parallel was asked for, but the model is trained by {type(wrapped).__name__} and not by a DeepSpeed "
-            "engine; is ACCELERATE_USE_CPU or ACCELERATE_USE_DEEPSPEED set in the environment?"
+            f"the model is trained by {type(wrapped).__name__} and not by a DeepSpeed engine; is ACCELERATE_USE_CPU or "
+            "ACCELERATE_USE_DEEPSPEED set in the environment?"
         )
     return wrapped
-
-
-def with_engine(trainer_class: type) -> type:
-    """A TRL trainer class whose checkpoints are those of `EngineTrainer`."""
-    return type(f"Engine{trainer_class.__name__}", (EngineTrainer, trainer_class), {})
-
-
-def trainer_config(config: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's configuration as a `TrainingArguments` wants it: batch sizes are the trainer's to fill in."""
-    automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    return {**config, **dict.fromkeys(automatic, "auto")}

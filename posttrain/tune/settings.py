@@ -1,7 +1,7 @@
-"""What every TRL trainer of this package is told, and what it is kept from doing.
+"""The arguments of TRL's trainers, as far as the stages share them.
 
-Logs at every step, nothing printed, nothing downloaded, nothing reported anywhere. `use_cpu` is an
-argument and never the variable ACCELERATE_USE_CPU, which turns DeepSpeed off without a word.
+The trainers log at every step, print nothing, download nothing and report nothing anywhere. `use_cpu` is an argument
+and never the variable ACCELERATE_USE_CPU, which turns DeepSpeed off without a message.
 """
 
 import os
@@ -35,22 +35,17 @@ def common_arguments(
     gradient_checkpointing: GradientCheckpointing,
     checkpoint_every: int,
     seed: int,
-    parallel: ParallelConfig | None = None,
-    dtype: str = "float32",
+    dtype: str,
 ) -> dict[str, Any]:
-    """Keyword arguments that `SFTConfig` and `DPOConfig` share. `batch_size` counts rows of one forward."""
+    """Keyword arguments that `SFTConfig` and `DPOConfig` share, but for `engine_arguments`.
+
+    batch_size: rows of one forward. dtype: the type that the model is trained in.
+    """
     import torch
 
     from posttrain.model.recompute import checkpointing_arguments
 
-    distributed: dict[str, Any] = {}
-    if parallel is not None:
-        from posttrain.parallel.engine import deepspeed_config
-        from posttrain.train.engine_trainer import trainer_config
-
-        distributed["deepspeed"] = trainer_config(deepspeed_config(parallel, optimizer, dtype))
     return {
-        **distributed,
         "output_dir": str(checkpoints),
         "num_train_epochs": epochs,
         "per_device_train_batch_size": batch_size,
@@ -64,7 +59,6 @@ def common_arguments(
         "adam_beta2": optimizer.beta2,
         "weight_decay": optimizer.weight_decay,
         "max_grad_norm": optimizer.max_grad_norm,
-        "optim": "adamw_torch_fused",
         "seed": seed,
         "data_seed": seed,
         "save_strategy": "steps",
@@ -72,8 +66,7 @@ def common_arguments(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # else a loss that is not a number is logged as the last good one
         "use_cpu": not torch.cuda.is_available(),
-        # No autocast: the model is loaded in the type that it is trained in. DeepSpeed's own bf16 mode is not autocast.
-        "bf16": parallel is not None and dtype == "bfloat16",
+        "bf16": dtype == "bfloat16",  # DeepSpeed's own mode, with fp32 masters: no autocast
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
         "disable_tqdm": True,
@@ -81,6 +74,15 @@ def common_arguments(
         # TRL would compute a balance loss that does not know Llama 4's names; `router` in the config adds ours.
         "router_aux_loss_coef": 0.0,
     }
+
+
+def engine_arguments(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype: str) -> dict[str, Any]:
+    """Keyword arguments that put TRL's trainer on a DeepSpeed engine. They can be used in a rank only."""
+    from posttrain.parallel.engine import deepspeed_config
+
+    automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = deepspeed_config(parallel, optimizer, dtype)
+    return {"deepspeed": {**config, **dict.fromkeys(automatic, "auto")}}  # the trainer fills them in
 
 
 def prepare_model(model: Any) -> None:

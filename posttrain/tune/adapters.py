@@ -1,4 +1,4 @@
-"""LoRA: the adapter that a trainer is given, and the plain model that comes out of it."""
+"""LoRA: the adapter that a trainer is given."""
 
 from typing import Any
 
@@ -35,8 +35,3 @@ def _check_known(key: str, names: list[str], known: set[str], what: str) -> None
     if missing:
         rule = f"the {what} of this model are {', '.join(sorted(known))}" if known else f"this model has no {what}"
         raise ConfigError(f"lora.{key}", [f"got {', '.join(missing)}: {rule}"])
-
-
-def merged(model: Any) -> Any:
-    """The model with its adapters added into its weights; a model without adapters as it is."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

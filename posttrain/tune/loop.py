@@ -1,0 +1,122 @@
+"""Run a TRL trainer inside the ranks of a stage: progress and metrics out, checkpoints sealed, resumed after a kill.
+
+Every rank runs the loop; rank 0 alone tells the stage what happens. Left out: evaluation during training (a stage of
+its own) and TRL's own trackers (see metrics/trackers.py).
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PrinterCallback, TrainerCallback
+
+from posttrain.context import StageContext
+from posttrain.errors import StageError
+from posttrain.files import keep_lines
+from posttrain.model.router_bias import native_layers
+from posttrain.parallel.export import barrier, is_first_rank
+from posttrain.tune.checkpoints import Sealed, latest, seal
+from posttrain.tune.routers import ROUTER_METRICS, RouterCallback
+
+BUSY_INTERVAL_S = 1.0
+
+
+class StageCallback(TrainerCallback):
+    """Hands what the trainer logs to the stage's context, and seals checkpoints.
+
+    names: logged name -> name in metrics.jsonl; anything else that TRL logs is left out. fingerprint: of the training.
+    resumed: where the training goes on; the trainer counts the tokens from there.
+    """
+
+    def __init__(
+        self, context: StageContext, trainer: Any, *, names: Mapping[str, str], fingerprint: str, resumed: Sealed
+    ):
+        self.context = context
+        self.names = dict(names)
+        self.fingerprint = fingerprint
+        self.history: list[dict[str, float]] = []
+        self._trainer = trainer
+        self._tokens_before = resumed.tokens
+        self._busy_since = time.time()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps, of those before a resumption too."""
+        return self._tokens_before + self._trainer.tokens_seen
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._busy_since = time.time()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:  # the summary at the end
+            return
+        values = {name: float(logs[logged]) for logged, name in self.names.items() if logged in logs}
+        bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
+        if bad is not None:
+            raise StageError(
+                f"{self.context.name}: {bad} is {values[bad]} at step {state.global_step}; lower "
+                "optimizer.learning_rate (checkpoints of earlier steps are intact)"
+            )
+        values["tokens"] = self.tokens
+        self.history.append(values)
+        if not is_first_rank():
+            return
+        self.context.metrics(state.global_step, values)
+        shown = {name: values[name] for name in ("loss", "accuracy") if name in values}
+        self.context.progress(state.global_step, state.max_steps, "steps", values=shown)
+        self._busy(at_least_s=BUSY_INTERVAL_S)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        barrier()  # every rank has written its part
+        if is_first_rank():
+            path = seal(Path(args.output_dir), state.global_step, self.fingerprint, tokens=self.tokens)
+            self.context.event("checkpoint", step=state.global_step, path=str(path))
+        barrier()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if is_first_rank():
+            self._busy(at_least_s=0.0)
+
+    def _busy(self, at_least_s: float) -> None:
+        now = time.time()
+        if now - self._busy_since >= at_least_s:
+            self.context.busy("trainer", self.context.name, start=self._busy_since, end=now)
+            self._busy_since = now
+
+
+def train(
+    trainer: Any, context: StageContext, names: Mapping[str, str], *, fingerprint: str, router_bias_rate: float
+) -> list[dict[str, float]]:
+    """Train a `StepTrainer` to the end, from the last checkpoint of the same training if there is one. Collective.
+
+    names: as for `StageCallback`. Returns the metrics of each step trained by this call. Raises `StageError` if the
+    loss or the gradient is not a number.
+    """
+    resumed = _resume_point(trainer, context, fingerprint)
+    callback = StageCallback(
+        context, trainer, names={**names, **ROUTER_METRICS}, fingerprint=fingerprint, resumed=resumed
+    )
+    trainer.remove_callback(PrinterCallback)
+    if native_layers(trainer.model) is not None:
+        # Before the other: it adds to what that one logs and to the checkpoint that it seals.
+        routers = RouterCallback(trainer.model, router_bias_rate, resumed.path)
+        trainer.router_bias = routers.bias
+        trainer.add_callback(routers)
+    trainer.add_callback(callback)
+    if resumed.path is not None and is_first_rank():
+        context.event("resumed", step=resumed.step, path=str(resumed.path))
+    trainer.train(resume_from_checkpoint=None if resumed.path is None else str(resumed.path))
+    return callback.history
+
+
+def _resume_point(trainer: Any, context: StageContext, fingerprint: str) -> Sealed:
+    """Where to go on, as rank 0 finds it, on every rank; rank 0 clears away what was written after it."""
+    held: list[Any] = [None]
+    if is_first_rank():
+        found = held[0] = latest(Path(trainer.args.output_dir), fingerprint)
+        keep_lines(context.dir / "metrics.jsonl", lambda line: line["step"] <= found.step)
+    dist.broadcast_object_list(held, src=0)
+    return held[0]

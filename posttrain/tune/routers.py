@@ -1,0 +1,42 @@
+"""Routers of a native Llama 4 in a training with TRL: their bias, and their figures for metrics."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from posttrain.files import write_json
+from posttrain.model.router_bias import RouterBias
+from posttrain.train.routers import figures
+
+ROUTER_METRICS = {name: name for name in ("router_entropy", "expert_load_max", "dead_experts")}
+STATE = "router_bias.json"
+
+
+class RouterCallback(TrainerCallback):
+    """Moves the bias after each step, adds figures of the step to what is logged, keeps the bias in checkpoints.
+
+    resumed: the checkpoint that training goes on from, or None.
+    """
+
+    def __init__(self, model: Any, rate: float, resumed: Path | None):
+        self.bias = RouterBias(model, rate)
+        self._figures: dict[str, float] = {}
+        if resumed is not None:
+            self.bias.load_state(json.loads((resumed / STATE).read_text()))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        stats = self.bias.update(min(1.0, state.global_step / state.max_steps))
+        self._figures = {} if stats is None else figures(stats)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            logs.update(self._figures)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE, self.bias.state())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bias.close()

@@ -1,0 +1,129 @@
+"""An optimizer step that is the same however its rows are dealt out to forwards and ranks.
+
+The losses of the stages are sums, divided by counts of the whole step. Three things remain, and are done here:
+
+- Ranks that find no more rows in the last step of an epoch. accelerate would repeat rows of the epoch's beginning,
+  which would then count twice; here such a rank gets a forward of a *blank* row, from which nothing is learned. It
+  cannot go without a forward, because the forwards of all ranks exchange experts and weights.
+- The losses on routers, which are means over the tokens of one forward: each forward's is weighted by its share of the
+  step's tokens. TRL computes its own losses from hidden states and has none of these for Llama 4, so they are taken
+  from the layers' output and added to the loss that TRL makes.
+- The count of tokens, which is of the rows and not of the blanks.
+
+One term still depends on the split: `balance_loss` multiplies, for each expert, its share of the tokens by its mean
+probability. Both would have to be taken over the whole step, but a forward is differentiated before the next one has
+run, so both are taken over one forward (Switch Transformer does the same). Dropout of adapters, too, is drawn for each
+forward.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from posttrain.model.router_bias import RouterBias, native_layers
+
+IGNORED = -100  # the label of a token that is not trained on
+
+
+def rows_and_blank(rows: Sequence[Mapping[str, Any]], blank: Mapping[str, Any]) -> Any:
+    """The `datasets.Dataset` that a `StepTrainer` trains on: the rows, and behind them the blank one."""
+    from datasets import Dataset
+
+    return Dataset.from_list([*map(dict, rows), dict(blank)])
+
+
+def fed_tokens(batch: Mapping[str, Any]) -> int:
+    """Tokens of one forward, padding left out; 0 for a forward from which nothing is learned."""
+    trained = batch["completion_mask"] if "completion_mask" in batch else batch["labels"] != IGNORED
+    if not trained.any():
+        return 0
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+
+
+class EvenBatches:
+    """The batches of a `BatchSampler`, and as many blank ones behind them as make their number divide among the ranks.
+
+    Has what accelerate and `DataLoader` ask of a batch sampler.
+    """
+
+    def __init__(self, batches: Any, ranks: int, blank: int):
+        """blank: index of the blank row."""
+        self._batches = batches
+        self._blank = blank
+        self._added = -len(batches) % ranks
+        self.sampler = batches.sampler
+        self.batch_size: int = batches.batch_size
+        self.drop_last = False
+
+    def __len__(self) -> int:
+        return len(self._batches) + self._added
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self._batches
+        yield from ([self._blank] for _ in range(self._added))
+
+
+class StepTrainer:
+    """Mixed into a TRL trainer class, before it. The last row of its dataset is the blank one.
+
+    tokens_seen: the tokens of all ranks that were trained on so far, without padding. router_bias: what counts the
+    routers' choices, if anything does.
+    """
+
+    model: Any
+    accelerator: Any
+    train_dataset: Any
+    loss_is_scaled_for_ga = True  # losses are divided by counts of the step; transformers must not divide them again
+    tokens_seen = 0
+    router_bias: RouterBias | None = None
+    _step_tokens = 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(rows.select(range(len(rows) - 1)))  # type: ignore[misc]
+
+    def get_train_dataloader(self) -> Any:
+        """The batches of this rank; every rank has as many."""
+        from accelerate.data_loader import BatchSamplerShard
+
+        loader = super().get_train_dataloader()  # type: ignore[misc]
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard):  # accelerate deals out nothing to a single rank
+            shard.batch_sampler = EvenBatches(shard.batch_sampler, shard.num_processes, len(self.train_dataset) - 1)  # type: ignore[assignment]
+            shard.even_batches = False
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The batches of one optimizer step on this rank, and the counts that their losses are divided by."""
+        batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        tokens = torch.tensor(sum(map(fed_tokens, batches)), device=device)
+        self._step_tokens = int(self.accelerator.reduce(tokens, reduction="sum"))
+        self.tokens_seen += self._step_tokens
+        return batches, counts
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """One forward's share of the loss of its step, that on routers included."""
+        assert not return_outputs, "evaluation is a stage of its own"
+        tokens = fed_tokens(inputs)
+        if self.router_bias is not None:
+            self.router_bias.counting = tokens > 0
+        layers = native_layers(self.model)
+        losses: list[torch.Tensor] = []
+
+        def keep(module: Any, given: Any, output: Any) -> None:
+            if output.router_loss is not None:
+                losses.append(output.router_loss)
+
+        hook = layers.register_forward_hook(keep) if layers is not None else None
+        try:
+            loss = super().compute_loss(model, inputs, False, num_items_in_batch)  # type: ignore[misc]
+        finally:
+            if hook is not None:
+                hook.remove()
+        if not losses:
+            return loss
+        share = tokens / self._step_tokens * self.accelerator.num_processes  # gradients are averaged over the ranks
+        return loss + share * sum(losses)
