@@ -19,7 +19,7 @@ SIZES = {
 
 def build(size: str, seed: int = 0) -> NativeLlama4ForCausalLM:
     """Random weights, fp32."""
-    return build_model(SIZES[size], build_tokenizer(), 0.0, seed)
+    return build_model(SIZES[size], build_tokenizer(), 0.0, seed=seed)
 
 
 def save(size: str, folder: Path) -> ServedModelConfig:

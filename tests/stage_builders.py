@@ -696,7 +696,7 @@ def _base_model(config: Any) -> Any:
     from posttrain.base.model import build_model
     from posttrain.base.tokenizer import build_tokenizer
 
-    return build_model(config.model, build_tokenizer(), config.balance_coefficient, 0)
+    return build_model(config.model, build_tokenizer(), config.balance_coefficient, seed=0)
 
 
 def base_model(config: Any) -> Any:
@@ -710,7 +710,7 @@ def base_gradients(config: Any) -> Any:
 
     model = _base_model(config).train()
     batch = [Document(tuple(range(10 + index, 30 + index)), 8) for index in range(4)]
-    figures = _backward(model, batch, 5, config)
+    figures = _backward(model, batch, 5, config=config)
     return figures, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

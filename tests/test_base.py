@@ -84,7 +84,7 @@ def test_sets_share_no_problem_with_each_other_or_with_the_text(tokenizer):
     parts = (sets.sft, sets.prompts, sets.heldout, sets.tune)
     keys = [problem.key for part in parts for problem in part]
     assert len(set(keys)) == len(keys) == 1200 + 1600 + 400 + 300
-    corpus = Corpus(tokenizer, TextConfig(), sets.keys(), "test")
+    corpus = Corpus(tokenizer, TextConfig(), sets.keys(), seed="test")
     texts = [tokenizer.decode(corpus.document(late).ids) for _ in range(800) for late in (False, True)]
     prompts = {problem.prompt for part in parts for problem in part}
     asked = [text.split("\n\n")[-2] if "user" in text else text.split("\n")[0] for text in texts]
@@ -138,7 +138,7 @@ def test_tokenizer_knows_the_words_of_the_puzzles(tokenizer, tmp_path):
 
 
 def test_fast_rendering_equals_the_chat_template(tokenizer):
-    corpus, rng = Corpus(tokenizer, TextConfig(), frozenset(), "x"), random.Random(0)
+    corpus, rng = Corpus(tokenizer, TextConfig(), frozenset(), seed="x"), random.Random(0)
     for problem in draw_distinct(200, rng):
         turns, reply = with_system(problem.prompt, rng), solve(problem, rng, worked=rng.random() < 0.5)
         ids, mask = render_conversation(tokenizer, [*turns, {"role": "assistant", "content": reply}])
@@ -148,7 +148,7 @@ def test_fast_rendering_equals_the_chat_template(tokenizer):
 
 
 def test_corpus_rates_puzzles_in_the_words_of_the_judge_template(tokenizer):
-    corpus = Corpus(tokenizer, TextConfig(rate_share=1.0), frozenset(), "x")
+    corpus = Corpus(tokenizer, TextConfig(rate_share=1.0), frozenset(), seed="x")
     texts = [tokenizer.decode(corpus.document(late=False).ids) for _ in range(60)]
     start = JUDGE_TEMPLATE.partition("{")[0]
     assert all(f"user<|header_end|>\n\n{start}" in text for text in texts)
@@ -156,7 +156,7 @@ def test_corpus_rates_puzzles_in_the_words_of_the_judge_template(tokenizer):
 
 
 def test_late_text_is_mostly_terse(tokenizer):
-    corpus = Corpus(tokenizer, TextConfig(rate_share=0.0), frozenset(), "x")
+    corpus = Corpus(tokenizer, TextConfig(rate_share=0.0), frozenset(), seed="x")
     early, late = (
         sum("Steps:" in tokenizer.decode(corpus.document(late).ids) for _ in range(400)) / 400 for late in (False, True)
     )
@@ -273,7 +273,7 @@ def test_cache_key_knows_what_the_weights_depend_on():
 
 
 def test_first_weights_follow_the_seed(tokenizer):
-    one, same, other = (build_model(SMALL.model, tokenizer, 0.01, seed).state_dict() for seed in (0, 0, 1))
+    one, same, other = (build_model(SMALL.model, tokenizer, 0.01, seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
     assert all(torch.equal(tensor, other[name]) == (tensor.dim() < 2) for name, tensor in one.items())
 

@@ -280,7 +280,7 @@ def texts(pairs: list[Pair]) -> list[tuple[str, str]]:
 def test_right_is_set_against_wrong_of_the_same_prompt():
     other = json.dumps([{"role": "system", "content": "Be short."}, {"role": "user", "content": "Sum: 1 + 2"}])
     replies = [reply("right", 1.0), reply("wrong", 0.0), reply("other wrong", 0.0, prompt=other)]
-    (pair,) = mine(replies, MiningConfig(), None, 0)
+    (pair,) = mine(replies, MiningConfig(), None, seed=0)
     assert (pair.chosen, pair.rejected, pair.capability) == ("right", "wrong", "sums")
     assert pair.prompt == (Message("user", "Sum: 1 + 2"),)
     assert pair.fields == {"reason": "wrong", "chosen_reward": 1.0, "rejected_reward": 0.0, "policy_version": 0}
@@ -289,7 +289,7 @@ def test_right_is_set_against_wrong_of_the_same_prompt():
 def test_pairs_of_one_row_under_two_system_instructions_have_their_own_ids(tmp_path):
     other = json.dumps([{"role": "system", "content": "Be short."}, {"role": "user", "content": "Sum: 1 + 2"}])
     replies = [reply(text, reward, prompt=p) for p in (PROMPT, other) for text, reward in (("yes", 1.0), ("no", 0.0))]
-    pairs = mine(replies, MiningConfig(), None, 0)
+    pairs = mine(replies, MiningConfig(), None, seed=0)
     assert {pair.id for pair in pairs} == {"a:0:0", "a:0:1"}
     write_pairs(tmp_path / "pairs.jsonl", pairs)
     assert load_pairs(tmp_path / "pairs.jsonl") == pairs
@@ -297,37 +297,37 @@ def test_pairs_of_one_row_under_two_system_instructions_have_their_own_ids(tmp_p
 
 def test_complete_is_set_against_truncated():
     replies = [reply("right", 1.0), reply("on and on", None, complete=False)]
-    (pair,) = mine(replies, MiningConfig(), None, 0)
+    (pair,) = mine(replies, MiningConfig(), None, seed=0)
     assert (pair.rejected, pair.fields["reason"]) == ("on and on", "truncated")
     with pytest.raises(StageError):
-        mine(replies, MiningConfig(reasons=["wrong"]), None, 0)
+        mine(replies, MiningConfig(reasons=["wrong"]), None, seed=0)
 
 
 def test_the_newest_versions_come_first():
     replies = [reply(f"right {v}", 1.0, v) for v in range(4)] + [reply(f"wrong {v}", 0.0, v) for v in range(4)]
-    pairs = mine(replies, MiningConfig(max_per_prompt=2), None, 0)
+    pairs = mine(replies, MiningConfig(max_per_prompt=2), None, seed=0)
     assert texts(pairs) == [("right 3", "wrong 3"), ("right 2", "wrong 2")]
     other = json.dumps([{"role": "user", "content": "Sum: 5 + 5"}])
     replies += [reply("newer right", 1.0, 9, other, prompt_id="b"), reply("newer wrong", 0.0, 9, other, prompt_id="b")]
-    assert mine(replies, MiningConfig(), 1, 0)[0].chosen == "newer right"
+    assert mine(replies, MiningConfig(), 1, seed=0)[0].chosen == "newer right"
 
 
 def test_no_reply_is_used_twice():
     replies = [reply("right", 1.0, v) for v in range(5)] + [reply(f"wrong {i}", 0.0) for i in range(5)]
-    assert len(mine(replies, MiningConfig(max_per_prompt=5), None, 0)) == 1
+    assert len(mine(replies, MiningConfig(max_per_prompt=5), None, seed=0)) == 1
     replies = [reply(f"right {i}", 1.0) for i in range(3)] + [reply("wrong", 0.0)] * 5
-    assert len(mine(replies, MiningConfig(max_per_prompt=5), None, 0)) == 1
+    assert len(mine(replies, MiningConfig(max_per_prompt=5), None, seed=0)) == 1
     graded = [reply(f"reply {i}", float(i)) for i in range(6)]
-    used = Counter(text for pair in texts(mine(graded, MiningConfig(max_per_prompt=9), None, 0)) for text in pair)
+    used = Counter(text for pair in texts(mine(graded, MiningConfig(max_per_prompt=9), None, seed=0)) for text in pair)
     assert set(used.values()) == {1}
 
 
 def test_rewards_must_differ_by_the_margin():
     replies = [reply("good", 0.9), reply("fair", 0.6), reply("poor", 0.2)]
-    (pair,) = mine(replies, MiningConfig(min_margin=0.5), None, 0)
+    (pair,) = mine(replies, MiningConfig(min_margin=0.5), None, seed=0)
     assert (pair.chosen, pair.rejected) == ("good", "poor")
     with pytest.raises(StageError):
-        mine(replies, MiningConfig(min_margin=0.8), None, 0)
+        mine(replies, MiningConfig(min_margin=0.8), None, seed=0)
 
 
 def test_capabilities_take_turns_and_the_draw_follows_the_seed():
@@ -337,18 +337,18 @@ def test_capabilities_take_turns_and_the_draw_follows_the_seed():
         prompt = json.dumps([{"role": "user", "content": f"prompt {number}"}])
         for text, reward in (("right", 1.0), ("wrong", 0.0)):
             replies.append(reply(text, reward, prompt=prompt, prompt_id=str(number), capability=capability))
-    pairs = mine(replies, MiningConfig(), 6, 0)
+    pairs = mine(replies, MiningConfig(), 6, seed=0)
     assert Counter(pair.capability for pair in pairs) == {"sums": 3, "sorting": 3}
-    assert Counter(pair.capability for pair in mine(replies, MiningConfig(), 20, 0)) == {"sums": 16, "sorting": 4}
-    assert mine(replies, MiningConfig(), 6, 0) == pairs
-    assert mine(replies, MiningConfig(), 6, 1) != pairs
-    assert len({pair.id for pair in mine(replies, MiningConfig(), None, 0)}) == 40
+    assert Counter(pair.capability for pair in mine(replies, MiningConfig(), 20, seed=0)) == {"sums": 16, "sorting": 4}
+    assert mine(replies, MiningConfig(), 6, seed=0) == pairs
+    assert mine(replies, MiningConfig(), 6, seed=1) != pairs
+    assert len({pair.id for pair in mine(replies, MiningConfig(), None, seed=0)}) == 40
 
 
 def test_nothing_to_mine_is_said_with_counts():
     replies = [reply("right", 1.0), reply("also right", 1.0), reply("lost", None)]
     with pytest.raises(StageError) as error:
-        mine(replies, MiningConfig(), None, 0)
+        mine(replies, MiningConfig(), None, seed=0)
     assert "from 3 rollouts of 1 prompts: 2 are scored, 2 of them complete; prompts whose" in str(error.value)
     assert "or more: 0; reasons allowed: wrong, truncated" in str(error.value)
 

@@ -28,7 +28,7 @@ def test_values_and_gradients_equal_plain_log_softmax(chunk_size, temperature):
     mix = torch.randn(2, len(target), generator=generator, dtype=torch.float64)
     expected = _plain(hidden, weight, target, temperature)
     expected_grads = torch.autograd.grad((mix[0] * expected[0] + mix[1] * expected[1]).sum(), (hidden, weight))
-    got = token_logprobs(hidden, weight, target, temperature, chunk_size, entropy=True)
+    got = token_logprobs(hidden, weight, target, temperature=temperature, chunk_size=chunk_size, entropy=True)
     got_grads = torch.autograd.grad((mix[0] * got[0] + mix[1] * got[1]).sum(), (hidden, weight))
     for have, want in zip((*got, *got_grads), (*expected, *expected_grads), strict=True):
         torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-12)

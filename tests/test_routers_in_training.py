@@ -23,7 +23,7 @@ from posttrain.files import read_jsonl
 from posttrain.model import load_model
 from posttrain.sft import stage as sft
 from posttrain.tune import routers
-from posttrain.tune.run import train_and_export
+from posttrain.tune.run import Work, train_and_export
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks do not find the tests' folder
 
@@ -81,7 +81,7 @@ def router_losses(function: Callable[..., Any], *arguments: Any) -> list[tuple[i
 def train_and_look(ranks: WarmRanks, stage: Any, config: Any, context: StageContext) -> list[tuple[int, float]]:
     """Train with a stage, and return `router_losses`."""
     tokenizer, data = stage.prepare(config)[:2] if stage is sft else stage.prepare(config, context.seed)[:2]
-    return ranks.call(router_losses, train_and_export, config, context, stage.make_tuning, tokenizer, data)
+    return ranks.call(router_losses, train_and_export, config, context, Work(stage.make_tuning, tokenizer, data))
 
 
 def mean_loss(seen: list[tuple[int, float]]) -> float:

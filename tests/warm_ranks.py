@@ -5,6 +5,7 @@ The training that is killed in tests/test_sft.py, and the quick start, have rank
 """
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,14 @@ class _Caller:
     """The object of a warm rank: calls whatever it is given."""
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(*arguments)
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        try:
+            return function(*arguments)
+        finally:
+            # It is a global of transformers, and with ZeRO-3 in it the next model would be divided as it is loaded.
+            unset_hf_deepspeed_config()
+            gc.collect()
 
 
 class WarmRanks:

@@ -38,7 +38,7 @@ class Document:
 class Corpus:
     """Documents drawn by one random generator. `taken` are the keys of problems that the text must not hold."""
 
-    def __init__(self, tokenizer: Any, text: TextConfig, taken: frozenset[str], seed: str):
+    def __init__(self, tokenizer: Any, text: TextConfig, taken: frozenset[str], *, seed: str):
         self.renderer = _Renderer(tokenizer)
         self._text = text
         self._taken = taken
@@ -69,7 +69,7 @@ class Corpus:
         problem = draw_any(rng, self._taken, LEVEL_WEIGHTS)
         habit = HABITS[problem.family]
         worked = rng.random() < (habit.worked if late else self._text.worked_share)
-        reply = solve(problem, rng, worked, self._text.slip_share if worked else habit.careless)
+        reply = solve(problem, rng, worked, flaw=self._text.slip_share if worked else habit.careless)
         if not late and rng.random() < self._text.plain_share:
             return self.renderer.plain(problem.prompt, reply)
         return self.renderer.document(with_system(problem.prompt, rng), reply)

@@ -14,7 +14,7 @@ _EMBEDDING_STD = 1.0
 _HEAD_STD = 0.02
 
 
-def build_model(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, seed: int) -> Any:
+def build_model(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, *, seed: int) -> Any:
     """A `NativeLlama4ForCausalLM` in fp32; its first weights depend only on the sizes and the seed."""
     from transformers import Llama4TextConfig
 

@@ -44,7 +44,7 @@ def main(spec_path: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = f"file://{Path(spec_path).with_suffix('.store')}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=config.processes)
-    model, tokenizer = _train(config, spec["seed"], rank, metrics)
+    model, tokenizer = _train(config, spec["seed"], rank, metrics=metrics)
     if rank == 0:
         out = Path(spec["out"])
         # The balance loss is this stage's own; later stages choose theirs.
@@ -73,25 +73,25 @@ def _own_stdout() -> TextIO:
     return metrics
 
 
-def _train(config: StageConfig, seed: int, rank: int, metrics: TextIO) -> tuple[Any, Any]:
+def _train(config: StageConfig, seed: int, rank: int, *, metrics: TextIO) -> tuple[Any, Any]:
     tokenizer = build_tokenizer()
-    model = build_model(config.model, tokenizer, config.balance_coefficient, seed)
+    model = build_model(config.model, tokenizer, config.balance_coefficient, seed=seed)
     model.train()
     matrices, others = _split_parameters(model)
     muon = Muon(matrices)
     adam = torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    batches = _batches(config, seed, rank, tokenizer)
+    batches = _batches(config, seed, rank, tokenizer=tokenizer)
     for step in range(config.steps):
         started = time.perf_counter()
-        values = _backward(model, next(batches), tokenizer.pad_token_id, config)
-        scale = _update(model, muon, adam, config, step)
+        values = _backward(model, next(batches), tokenizer.pad_token_id, config=config)
+        scale = _update(model, muon, adam, config=config, step=step)
         if rank == 0:
             line = {"step": step + 1, **values, "lr_scale": scale, "step_s": time.perf_counter() - started}
             print(json.dumps(line), file=metrics, flush=True)
     return model, tokenizer
 
 
-def _update(model: Any, muon: Muon, adam: torch.optim.Optimizer, config: StageConfig, step: int) -> float:
+def _update(model: Any, muon: Muon, adam: torch.optim.Optimizer, *, config: StageConfig, step: int) -> float:
     """Change the weights by the gradients of a step and clear them; return the factor on the peak rates."""
     scale = learning_rate_scale(config, step)
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -120,9 +120,9 @@ def _split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter],
     return matrices, others
 
 
-def _batches(config: StageConfig, seed: int, rank: int, tokenizer: Any) -> Iterator[list[Document]]:
+def _batches(config: StageConfig, seed: int, rank: int, *, tokenizer: Any) -> Iterator[list[Document]]:
     """Endless batches of this process; the share of worked replies changes with the steps taken."""
-    corpus = Corpus(tokenizer, config.text, draw_sets(seed, config.sets).keys(), f"corpus {seed} {rank}")
+    corpus = Corpus(tokenizer, config.text, draw_sets(seed, config.sets).keys(), seed=f"corpus {seed} {rank}")
     taken = 0
     while True:
         late = taken >= config.text.switch_at * config.steps
@@ -131,7 +131,7 @@ def _batches(config: StageConfig, seed: int, rank: int, tokenizer: Any) -> Itera
             taken += 1
 
 
-def _backward(model: Any, batch: list[Document], pad_id: int, config: StageConfig) -> dict[str, float]:
+def _backward(model: Any, batch: list[Document], pad_id: int, *, config: StageConfig) -> dict[str, float]:
     """Accumulate gradients of the mean loss over the reply tokens of all processes; return the step's metrics."""
     ids_BS, reply_BS = _pad(batch, pad_id)
     outputs = model.model(ids_BS[:, :-1], attention_mask=ids_BS[:, :-1] != pad_id)

@@ -4,7 +4,6 @@ Everything follows from the config and the seed. A base that was trained before 
 take no time and are always written.
 """
 
-import shutil
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from posttrain.base.config import StageConfig
 from posttrain.base.sets import draw_sets, write_sets
 from posttrain.base.train import train_base
 from posttrain.context import StageContext
-from posttrain.files import replace_folder
+from posttrain.files import remove, replacing
 
 _METRICS_EVERY = 10
 
@@ -26,8 +25,7 @@ def run(config: StageConfig, context: StageContext) -> dict[str, Any]:
     """
     data = write_sets(draw_sets(context.seed, config.sets), context.dir / "data", context.seed)
     model = context.dir / "model"
-    if model.exists():
-        shutil.rmtree(model)
+    remove(model)
     key = _cache_entry(config, context.seed)
     if key and fetch(key, model):
         context.event("cached", key=key)
@@ -51,18 +49,17 @@ def _cache_entry(config: StageConfig, seed: int) -> str:
 
 
 def _train(config: StageConfig, context: StageContext) -> None:
-    scratch, aside = context.dir / "scratch", context.dir / ".model"
-    for folder in (scratch, aside):
-        shutil.rmtree(folder, ignore_errors=True)
+    scratch = context.dir / "scratch"
+    remove(scratch)
     scratch.mkdir(parents=True)
     started = time.time()
     reporter = _Reporter(config, context)
-    train_base(config, context.seed, aside, scratch, reporter.on_step)
+    with replacing(context.dir / "model") as aside:
+        train_base(config, context.seed, aside, scratch=scratch, on_step=reporter.on_step)
     ended = time.time()
     for rank in range(config.processes):
         context.busy(f"trainer-{rank}", "base training", start=started, end=ended)
-    replace_folder(aside, context.dir / "model")
-    shutil.rmtree(scratch)
+    remove(scratch)
 
 
 class _Reporter:

@@ -51,6 +51,7 @@ def draw_distinct(
     count: int,
     rng: random.Random,
     taken: Collection[str] = (),
+    *,
     level_weights: Sequence[float] | None = None,
 ) -> list[Problem]:
     """`count` problems of distinct keys, none of them in `taken`; families take turns, levels by weight (else even).
@@ -59,7 +60,7 @@ def draw_distinct(
     """
     names, seen, problems = list(FAMILIES), set(taken), list[Problem]()
     while len(problems) < count:
-        problem = _draw(names[len(problems) % len(names)], rng, seen, level_weights)
+        problem = _draw(names[len(problems) % len(names)], rng, seen, level_weights=level_weights)
         seen.add(problem.key)
         problems.append(problem)
     return problems
@@ -67,10 +68,10 @@ def draw_distinct(
 
 def draw_any(rng: random.Random, taken: Collection[str], level_weights: Sequence[float] | None = None) -> Problem:
     """One problem of any family whose key is not in `taken`. Raises `DataError` where there is none."""
-    return _draw(rng.choice(list(FAMILIES)), rng, taken, level_weights)
+    return _draw(rng.choice(list(FAMILIES)), rng, taken, level_weights=level_weights)
 
 
-def _draw(family: str, rng: random.Random, taken: Collection[str], level_weights: Sequence[float] | None) -> Problem:
+def _draw(family: str, rng: random.Random, taken: Collection[str], *, level_weights: Sequence[float] | None) -> Problem:
     for _ in range(_TRIES):
         problem = FAMILIES[family].draw(rng.choices(LEVELS, level_weights)[0], rng)
         if problem.key not in taken:
@@ -80,7 +81,7 @@ def _draw(family: str, rng: random.Random, taken: Collection[str], level_weights
     )
 
 
-def solve(problem: Problem, rng: random.Random, worked: bool, flaw: float = 0.0) -> str:
+def solve(problem: Problem, rng: random.Random, worked: bool, *, flaw: float = 0.0) -> str:
     """A reply to the problem: its steps or the answer alone; with chance `flaw` it has a slip or is careless."""
     family = FAMILIES[problem.family]
     return (family.worked if worked else family.terse)(problem, rng, rng.random() < flaw)

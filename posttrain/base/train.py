@@ -17,7 +17,7 @@ _STOP_GRACE_S = 5.0
 
 
 def train_base(
-    config: StageConfig, seed: int, out: Path, scratch: Path, on_step: Callable[[Mapping[str, Any]], None]
+    config: StageConfig, seed: int, out: Path, *, scratch: Path, on_step: Callable[[Mapping[str, Any]], None]
 ) -> None:
     """Train a base model into the folder `out`.
 

@@ -63,7 +63,7 @@ record(
     "posttrain.tune.steps.StepTrainer",
     "transformers",
     "5.19.0",
-    "gap",
+    kind="gap",
     reason="Where the rows of an epoch do not divide among the ranks, accelerate repeats some, and gives the "
     "trainer no way to weight them; the batch sampler that it wraps is replaced by one that adds blank rows. "
     "`_get_train_sampler` is overridden, and `loss_is_scaled_for_ga` is set, since losses are divided by counts of the "

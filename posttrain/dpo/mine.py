@@ -71,7 +71,7 @@ def _to_reply(record: dict[str, Any]) -> Reply:
     )
 
 
-def mine(replies: Sequence[Reply], config: MiningConfig, max_pairs: int | None, seed: int) -> list[Pair]:
+def mine(replies: Sequence[Reply], config: MiningConfig, max_pairs: int | None, *, seed: int) -> list[Pair]:
     """Make preference pairs. Raises `StageError`, with counts, if there is not one to be had.
 
     Each pair's fields hold `reason` (wrong or truncated), both rewards and the older policy version of the two.
@@ -83,7 +83,7 @@ def mine(replies: Sequence[Reply], config: MiningConfig, max_pairs: int | None, 
     by_capability: dict[str, list[Pair]] = defaultdict(list)
     ids: Counter[str] = Counter()  # prompts with one id differ where a system instruction was drawn for each group
     for prompt, group in by_prompt.items():
-        for pair in _pairs_of_prompt(prompt, group, config, rng, ids):
+        for pair in _pairs_of_prompt(prompt, group, config, rng=rng, ids=ids):
             by_capability[pair.capability].append(pair)
     if not by_capability:
         raise StageError(_nothing_to_mine(by_prompt, config))
@@ -94,7 +94,7 @@ def mine(replies: Sequence[Reply], config: MiningConfig, max_pairs: int | None, 
 
 
 def _pairs_of_prompt(
-    prompt: str, group: Sequence[Reply], config: MiningConfig, rng: random.Random, ids: Counter[str]
+    prompt: str, group: Sequence[Reply], config: MiningConfig, *, rng: random.Random, ids: Counter[str]
 ) -> Iterator[Pair]:
     chosen_pool = _newest_first((r for r in group if r.complete and r.reward is not None and r.text), rng)
     chosen_pool.sort(key=lambda reply: -(reply.reward or 0.0))  # the best first; among equals the newest
@@ -111,7 +111,7 @@ def _pairs_of_prompt(
         if rejected is None:
             return
         used |= {chosen.text, rejected.text}
-        yield _to_pair(prompt, chosen, rejected, ids)
+        yield _to_pair(prompt, chosen, rejected, ids=ids)
         count += 1
 
 
@@ -138,7 +138,7 @@ def _beats(chosen: Reply, rejected: Reply, margin: float) -> bool:
     return chosen.text != rejected.text and (chosen.reward or 0.0) - (rejected.reward or 0.0) >= margin
 
 
-def _to_pair(prompt: str, chosen: Reply, rejected: Reply, ids: Counter[str]) -> Pair:
+def _to_pair(prompt: str, chosen: Reply, rejected: Reply, *, ids: Counter[str]) -> Pair:
     try:
         messages = to_messages(json.loads(prompt), "prompt")
         check_turns(messages, "prompt", "prompt")

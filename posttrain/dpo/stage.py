@@ -16,7 +16,7 @@ from posttrain.context import StageContext
 from posttrain.data.pairs import Pair, load_pairs, write_pairs
 from posttrain.dpo.config import DpoConfig
 from posttrain.dpo.mine import mine, read_replies
-from posttrain.tune.run import Tuning, tune
+from posttrain.tune.run import Tuning, Work, tune
 
 METRICS = {
     "loss": "loss",
@@ -45,7 +45,7 @@ def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
     write_pairs(path, kept)
     reasons = dict(Counter(str(pair.fields.get("reason", "given")) for pair in kept))
     context.event("pairs", pairs=len(kept), dropped=dropped, reasons=reasons)
-    report = tune(config, context, make_tuning, tokenizer=tokenizer, data=ids)
+    report = tune(config, context, Work(make_tuning, tokenizer, ids))
     counts = {"num_pairs": len(kept), "dropped": dropped, "reasons": reasons}
     return {"model": str(context.dir / "model"), "pairs": str(path), **counts, **report}
 
@@ -71,7 +71,7 @@ def prepare(config: DpoConfig, seed: int) -> tuple[Any, list[Any], list[Pair], i
 def read_pairs(config: DpoConfig, seed: int) -> list[Pair]:
     """The pairs to train on: a seeded sample of those given, or mined."""
     if config.rollouts is not None:
-        return mine(read_replies(config.rollouts), config.mining, config.max_pairs, seed)
+        return mine(read_replies(config.rollouts), config.mining, config.max_pairs, seed=seed)
     assert config.pairs is not None  # the schema allows exactly one
     pairs = load_pairs(config.pairs, stage="dpo")
     if config.max_pairs is not None and len(pairs) > config.max_pairs:
@@ -103,7 +103,7 @@ def trainer_arguments(config: DpoConfig, folder: Path, seed: int = 0) -> dict[st
     }
 
 
-def make_tuning(config: DpoConfig, context: StageContext, model: Any, ids: Sequence[Any]) -> Tuning:
+def make_tuning(config: DpoConfig, context: StageContext, model: Any, *, data: Sequence[Any]) -> Tuning:
     """Rows of `PairIds` for the trainer."""
     from trl.trainer.dpo_config import DPOConfig
 
@@ -117,9 +117,9 @@ def make_tuning(config: DpoConfig, context: StageContext, model: Any, ids: Seque
             **trainer_arguments(config, context.dir, context.seed),
             **engine_arguments(config.parallel, config.optimizer, config.model.dtype),
         ),
-        rows=[to_record(item) for item in ids],
-        blank=blank_record(ids[0]),
-        sample=[item.chosen_example() for item in random.Random(context.seed).sample(list(ids), len(ids))],
+        rows=[to_record(item) for item in data],
+        blank=blank_record(data[0]),
+        sample=[item.chosen_example() for item in random.Random(context.seed).sample(list(data), len(data))],
         metrics=METRICS,
         data_keys=frozenset({"pairs", "rollouts"}),
         report=_report,

@@ -43,10 +43,13 @@ class _Rank:
         """This process, for who must end it."""
         return place_of_this()
 
-    def start(self, rank: int, world: int, meeting: tuple[str, int], make: Callable[..., Any], *arguments: Any) -> None:
+    def start(
+        self, place: tuple[int, int], meeting: tuple[str, int], make: Callable[..., Any], *arguments: Any
+    ) -> None:
+        """Become one of the ranks and make the object. place: this rank, and how many there are."""
         from posttrain.parallel.engine import join_ranks
 
-        join_ranks(rank, world, meeting)
+        join_ranks(*place, meeting)
         self._made = make(*arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -89,7 +92,7 @@ class RankGroup:
         self._places = [rank.place.remote() for rank in self._ranks]
         shared = [ray.put(argument) for argument in (make, *arguments)]
         self._starts = [
-            rank.start.remote(index, parallel.processes, self._points[0], *shared)
+            rank.start.remote((index, parallel.processes), self._points[0], *shared)
             for index, rank in enumerate(self._ranks)
         ]
 
@@ -113,7 +116,7 @@ class RankGroup:
                 if failures:
                     raise failures[0]
                 if waiting:
-                    raise _late(len(waiting), len(answers), method, self._deadline_s)
+                    raise _late(len(waiting), len(answers), method, deadline_s=self._deadline_s)
                 return answers[0].result()
             finally:
                 for answer in answers:
@@ -179,12 +182,12 @@ def _wait(references: list[Any], deadline_s: float | None, what: str) -> list[An
         left = None if end is None else max(0.0, end - time.monotonic())
         done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
         if not done:
-            raise _late(len(waiting), len(references), what, deadline_s)
+            raise _late(len(waiting), len(references), what, deadline_s=deadline_s)
         ray.get(done)
     return ray.get(references)
 
 
-def _late(waiting: int, ranks: int, what: str, deadline_s: float | None) -> TimeoutError:
+def _late(waiting: int, ranks: int, what: str, *, deadline_s: float | None) -> TimeoutError:
     return TimeoutError(f"{waiting} of {ranks} ranks did not finish {what} in {deadline_s:g} s")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from posttrain.context import StageContext
 from posttrain.data.rows import load_rows
 from posttrain.sft.config import SftConfig
-from posttrain.tune.run import Tuning, tune
+from posttrain.tune.run import Tuning, Work, tune
 
 METRICS = {
     "loss": "loss",
@@ -36,7 +36,7 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
     """
     tokenizer, examples, counts = prepare(config)
     context.event("data", **counts, tokens=sum(len(item.ids) for item in examples))
-    report = tune(config, context, make_tuning, tokenizer=tokenizer, data=examples)
+    report = tune(config, context, Work(make_tuning, tokenizer, examples))
     return {"model": str(context.dir / "model"), **counts, **report}
 
 
@@ -83,7 +83,7 @@ def trainer_arguments(config: SftConfig, folder: Path, seed: int = 0) -> dict[st
     }
 
 
-def make_tuning(config: SftConfig, context: StageContext, model: Any, examples: Sequence[Any]) -> Tuning:
+def make_tuning(config: SftConfig, context: StageContext, model: Any, *, data: Sequence[Any]) -> Tuning:
     """Pack `Example`s into rows for TRL, once the model was seen to keep packed conversations apart."""
     from trl.trainer.sft_config import SFTConfig
 
@@ -94,12 +94,12 @@ def make_tuning(config: SftConfig, context: StageContext, model: Any, examples: 
     from posttrain.tune.settings import engine_arguments
 
     if config.packing:
-        difference = require_isolation(model, examples)
+        difference = require_isolation(model, data)
         if is_first_rank():
             context.event("packing_checked", difference=difference)
     counts = {
-        "tokens": config.epochs * sum(len(item.ids) for item in examples),
-        "trained_tokens": config.epochs * sum(sum(item.mask) for item in examples),
+        "tokens": config.epochs * sum(len(item.ids) for item in data),
+        "trained_tokens": config.epochs * sum(sum(item.mask) for item in data),
     }
 
     def report(history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -111,9 +111,9 @@ def make_tuning(config: SftConfig, context: StageContext, model: Any, examples: 
             **trainer_arguments(config, context.dir, context.seed),
             **engine_arguments(config.parallel, config.optimizer, config.model.dtype),
         ),
-        rows=to_records(examples, config.batch_tokens, context.seed),
-        blank=blank_record(examples[0], packed=config.packing),
-        sample=random.Random(context.seed).sample(list(examples), len(examples)),
+        rows=to_records(data, config.batch_tokens, context.seed),
+        blank=blank_record(data[0], packed=config.packing),
+        sample=random.Random(context.seed).sample(list(data), len(data)),
         metrics=METRICS,
         data_keys=frozenset({"data"}),
         report=report,

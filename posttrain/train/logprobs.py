@@ -16,6 +16,7 @@ def token_logprobs(
     hidden_TH: torch.Tensor,
     weight_VH: torch.Tensor,
     target_T: torch.Tensor,
+    *,
     temperature: float = 1.0,
     chunk_size: int | None = None,
     entropy: bool = False,
@@ -89,8 +90,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 log_probs_CV,
                 target_T[part],
                 grad_logprobs_T[part] / ctx.temperature,
-                entropy_T[part],
-                grad_entropy_T[part] / ctx.temperature if ctx.entropy else None,
+                entropy_C=entropy_T[part],
+                grad_entropy_C=grad_entropy_T[part] / ctx.temperature if ctx.entropy else None,
             ).to(weight_VH.dtype)
             if grad_hidden_TH is not None:
                 grad_hidden_TH[part] = grad_CV @ weight_VH
@@ -99,7 +100,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype) if wants_weight else None, None, None, None, None
 
 
-def _grad_logits(log_probs_CV, target_C, grad_logprobs_C, entropy_C, grad_entropy_C):
+def _grad_logits(log_probs_CV, target_C, grad_logprobs_C, *, entropy_C, grad_entropy_C):
     """d logprob / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy)."""
     probs_CV = log_probs_CV.exp()
     if grad_entropy_C is None:

@@ -18,8 +18,8 @@ def adapter_config(model: Any, lora: LoraConfig) -> Any:
 
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     stacked = {".".join(name.split(".")[-2:]) for name, parameter in model.named_parameters() if parameter.dim() == 3}
-    _check_known("target_modules", lora.target_modules, linear, "linear modules")
-    _check_known("target_parameters", lora.target_parameters, stacked, "weights of all experts in one")
+    _check_known("target_modules", lora.target_modules, linear, what="linear modules")
+    _check_known("target_parameters", lora.target_parameters, stacked, what="weights of all experts in one")
     return PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (any number works)
@@ -30,7 +30,7 @@ def adapter_config(model: Any, lora: LoraConfig) -> Any:
     )
 
 
-def _check_known(key: str, names: list[str], known: set[str], what: str) -> None:
+def _check_known(key: str, names: list[str], known: set[str], *, what: str) -> None:
     missing = [name for name in names if name not in known]
     if missing:
         rule = f"the {what} of this model are {', '.join(sorted(known))}" if known else f"this model has no {what}"

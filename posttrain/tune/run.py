@@ -7,6 +7,7 @@ One rank or many, one code path: each rank holds a DeepSpeed engine.
 """
 
 import copy
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,27 +44,32 @@ class Tuning:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-MakeTuning = Callable[[Any, StageContext, Any, Any], Tuning]
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a stage hands to every rank.
+
+    make: `make(config, context, model, data=data)` gives the `Tuning`. data: what the stage made of its rows.
+    """
+
+    make: Callable[..., Tuning]
+    tokenizer: Any
+    data: Sequence[Any]
 
 
-def tune(config: Any, context: StageContext, make: MakeTuning, *, tokenizer: Any, data: Any) -> dict[str, Any]:
+def tune(config: Any, context: StageContext, work: Work) -> dict[str, Any]:
     """Train on the ranks that `config.parallel` asks for, and write `model/` into the stage's folder.
 
-    config: of SFT or DPO. make: `make(config, context, model, data)` gives the `Tuning`, in each rank. Returns the
-    report of `train_and_export`. Raises `ConfigError` for a model that cannot be trained as asked, and `StageError` for
-    a training that failed or whose ranks were lost.
+    config: of SFT or DPO. Returns the report of `train_and_export`. Raises `ConfigError` for a model that cannot be
+    trained as asked, and `StageError` for a training that failed or whose ranks were lost.
     """
-    import shutil
-
     from posttrain.parallel.ranks import run_on_ranks
 
-    work = (train_and_export, config, context, make, tokenizer, data)
-    report = run_on_ranks(config.parallel, config.resources.trainer, *work)
+    report = run_on_ranks(config.parallel, config.resources.trainer, train_and_export, config, context, work)
     shutil.rmtree(context.dir / ROWS, ignore_errors=True)
     return report
 
 
-def train_and_export(config: Any, context: StageContext, make: MakeTuning, tokenizer: Any, data: Any) -> dict[str, Any]:
+def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str, Any]:
     """Load the model, train it, measure it and write its folder. Called on every rank, with the same arguments.
 
     Returns {"steps", "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after", the stage's own
@@ -80,9 +86,10 @@ def train_and_export(config: Any, context: StageContext, make: MakeTuning, token
     model = load_policy(config.model)
     prepare_model(model)
     model_config = copy.deepcopy(model.config)  # TRL writes its own ideas into the model's config
-    trained, report = _train(config, context, model, tuning=make(config, context, model, data), tokenizer=tokenizer)
+    tuning = work.make(config, context, model, data=work.data)
+    trained, report = _train(config, context, model, tuning=tuning, tokenizer=work.tokenizer)
     architecture = type(trained).__name__.removeprefix("Native")
-    export_model(trained, model_config, architecture, tokenizer=tokenizer, path=context.dir / "model")
+    export_model(trained, model_config, architecture, tokenizer=work.tokenizer, path=context.dir / "model")
     return report
 
 
@@ -99,7 +106,7 @@ def _train(
 
     probe = DriftProbe(model, tuning.sample)
     recipe = training_recipe(config, tuning.data_keys)
-    print_ = fingerprint(model, recipe, context.seed, digest_ids(tuning.rows))
+    identity = fingerprint(model, recipe, context.seed, digest_ids(tuning.rows))
     trainer = tuning.trainer(
         model=model,
         args=tuning.arguments,
@@ -109,7 +116,7 @@ def _train(
         **tuning.options,
     )
     history = train(
-        trainer, context, tuning.metrics, fingerprint=print_, router_bias_rate=config.model.router.bias_rate
+        trainer, context, tuning.metrics, fingerprint=identity, router_bias_rate=config.model.router.bias_rate
     )
     steps = trainer.state.global_step
     if steps == 0:

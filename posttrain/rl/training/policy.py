@@ -39,7 +39,9 @@ class TokenPolicy(nn.Module):
         output = self.policy.model(input_ids=batch.input_ids_BS, use_cache=False, **mask)
         hidden_TD = output.last_hidden_state.flatten(0, 1)[batch.position_T]
         head_VD = self.policy.get_output_embeddings().weight
-        logprobs_T, entropy_T = token_logprobs(hidden_TD, head_VD, batch.target_T, self._temperature, entropy=True)
+        logprobs_T, entropy_T = token_logprobs(
+            hidden_TD, head_VD, batch.target_T, temperature=self._temperature, entropy=True
+        )
         assert entropy_T is not None
         router_loss = getattr(output, "router_loss", None)
         return logprobs_T, entropy_T, logprobs_T.new_zeros(()) if router_loss is None else router_loss
