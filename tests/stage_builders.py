@@ -323,7 +323,7 @@ def dpo_loss(config: Any) -> Any:
     chosen_P, rejected_P = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -2.0])
     pairs = PairInputs(chosen_P, rejected_P, chosen_P - 1, rejected_P + 1, torch.tensor([3, 4]), torch.tensor([5, 6]))
     losses_P = LOSSES[config.loss_type](pairs, config.beta)
-    return step_share(losses_P, chosen_P, config.nll_weight, torch.tensor([2.0, 7.0]))
+    return step_share(losses_P, chosen_P, config.nll_weight, counts=torch.tensor([2.0, 7.0]))
 
 
 def dpo_pairs(config: Any) -> Any:
@@ -728,10 +728,10 @@ def base_update(config: Any) -> Any:
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     # Adam's first step is the same for gradients of any size, its second is not.
-    _update(model, muon, adam, config, 30)
+    _update(model, muon, adam, config=config, step=30)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
-    _update(model, muon, adam, config, 31)
+    _update(model, muon, adam, config=config, step=31)
     return model.state_dict()
 
 
@@ -740,7 +740,7 @@ def base_documents(config: Any) -> Any:
     from posttrain.base.rank import _batches
     from posttrain.base.tokenizer import build_tokenizer
 
-    return list(islice(_batches(config, 0, 0, build_tokenizer()), 4))
+    return list(islice(_batches(config, 0, 0, tokenizer=build_tokenizer()), 4))
 
 
 # --- the pipeline ---

@@ -121,7 +121,7 @@ def _workers(role: str, node: Node, item: ActorResources | RewardResources | Tra
 
 def trainer_resources(node: Node) -> tuple[float, float]:
     """(CPUs, GPUs) of the stage's own process. A stage that only directs actors asks for none itself."""
-    if not node.stage_kind.trains_itself or getattr(node.config, "parallel", None) is not None:
+    if not node.stage_kind.trains_itself:
         return 0.0, 0.0
     trainer = getattr(getattr(node.config, "resources", None), "trainer", None)
     if isinstance(trainer, ActorResources | TrainerResources):
