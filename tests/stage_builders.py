@@ -572,7 +572,9 @@ def rl_side(config: Any) -> Any:
     if asked is None:
         return rows
     prompts = heldout_prompts(config, rows, lambda messages: [len(message.content) for message in messages])
-    requests = [evaluation_request(config, asked, prompt, (0,)) for prompt in prompts]
+    requests = [
+        evaluation_request(asked, prompt, max_tokens=config.sampling.max_tokens, stop_ids=(0,)) for prompt in prompts
+    ]
     due = [version for version in range(100) if is_due(asked, version, 0)]
     groups = [ScoredGroup(Group(-1, prompts[0], ()), tuple(index / 8 for index in range(9)), (), ())]
     return rows, requests, due, accuracies(groups, samples=asked.samples, threshold=config.reward.correct_threshold)

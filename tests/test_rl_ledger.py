@@ -63,7 +63,7 @@ def test_a_flush_waits_for_what_a_cancelled_one_took(tmp_path):
 
     async def run():
         ledger = Ledger(tmp_path / "ledger.sqlite")
-        ledger.reserve(0, "p0", "math", None, 1, 0)
+        ledger.reserve(0, "p0", "math", system=None, looks=1, stamp=0)
         other = sqlite3.connect(ledger.path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")  # as long as another process writes, no flush can end
         first = asyncio.create_task(ledger.flush())
@@ -101,7 +101,7 @@ def test_tokens_of_versions_that_are_gone_are_taken_away(version, kept):
 def walk(ledger: Ledger, order: int, until: str, step: int = 0, versions=((0, 4),)):
     """Take a group from its reservation to a state."""
     prompts = source()
-    ledger.reserve(order, f"p{order}", "math", None, order + 1, versions[0][0])
+    ledger.reserve(order, f"p{order}", "math", system=None, looks=order + 1, stamp=versions[0][0])
     if until == "reserved":
         return
     replies = [reply(*versions), reply(*versions)]
@@ -230,7 +230,7 @@ def finished(tmp_path):
                 "outcomes": ["scored", "scored"],
             }
             scored = scored_from_json(group_of(entry, source()), {**scores, "ref_logprobs": []})
-            archive.add(scored, step, step, "trained")
+            archive.add(scored, step=step, trainer_version=step, status="trained")
         archive.write(step)
     walk(ledger, 6, "dropped")
     (tmp_path / "model").mkdir()
@@ -310,7 +310,7 @@ def test_a_rollout_of_several_turns_is_archived_and_read_back(tmp_path):
     prompt = DrawnPrompt(ROWS[0], None, Prompt(ROWS[0].messages, (1, 2, 3)))
     group = ScoredGroup(Group(0, prompt, (rollout,)), (1.0,), ("",), (0.5,))
     archive = RolloutArchive(tmp_path, Tokenizer())
-    archive.add(group, 3, 3, "trained")
+    archive.add(group, step=3, trainer_version=3, status="trained")
     archive.write(3)
     path = tmp_path / "step_000003.parquet"
     check_archive(path)

@@ -47,4 +47,4 @@ def test_the_evaluation_has_a_nucleus_of_its_own(temperature: float, top_p: floa
     """Of the likeliest reply there is one nucleus, whatever its size."""
     config = config_of(evaluation={"data": {"path": "heldout.jsonl"}, "temperature": temperature, "top_p": 0.8})
     assert config.evaluation is not None
-    assert evaluation_request(config, config.evaluation, PROMPT, ()).top_p == top_p
+    assert evaluation_request(config.evaluation, PROMPT, max_tokens=8, stop_ids=()).top_p == top_p

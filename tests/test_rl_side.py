@@ -73,7 +73,10 @@ def check_by_itself(config: RlConfig, folder: Path) -> tuple[float, list[bool]]:
     rows = [Row(row["id"], row["capability"], (Message("user", row["messages"][0]["content"]),)) for row in HELDOUT]
     prompts = heldout_prompts(config, rows, lambda messages: render_prompt(tokenizer, messages))
     stop_ids = tuple(end_token_ids(tokenizer))
-    requests = [evaluation_request(config, config.evaluation, prompt, stop_ids) for prompt in prompts]
+    requests = [
+        evaluation_request(config.evaluation, prompt, max_tokens=config.sampling.max_tokens, stop_ids=stop_ids)
+        for prompt in prompts
+    ]
     context = StageContext("check", folder, folder / "check.jsonl", warm_engines=True)
     with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
         replies = [completion.token_ids for (completion,) in engines.generate(requests)]

@@ -13,8 +13,6 @@ PACKAGE = Path(posttrain.__file__).parent
 ROOT = PACKAGE.parent
 # torch calls `forward` and `backward` by place, and transformers the methods of models, trainers and callbacks.
 CALLED_BY_PLACE_UPSTREAM = {"forward", "compute_loss", "on_log"}
-# Parts of posttrain/ whose functions do not follow the rule yet.
-NOT_YET = {"rl"}
 
 
 def too_long(source: str) -> Iterator[tuple[int, str]]:
@@ -28,9 +26,7 @@ def too_long(source: str) -> Iterator[tuple[int, str]]:
 
 def sources() -> Iterator[Path]:
     for folder in (PACKAGE, ROOT / "rewards", ROOT / "benchmarks", ROOT / "scripts"):
-        for path in sorted(folder.rglob("*.py")):
-            if folder != PACKAGE or path.relative_to(PACKAGE).parts[0] not in NOT_YET:
-                yield path
+        yield from sorted(folder.rglob("*.py"))
 
 
 def test_the_fourth_parameter_is_keyword_only():

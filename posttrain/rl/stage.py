@@ -235,7 +235,7 @@ def _resume(config: RlConfig, context: StageContext, parts: Parts) -> tuple[int,
         if entry.scored_seq is not None and entry.scored_seq > state["seq"]:
             source.observe(entry.prompt_id, *passes_and_failures(scored, config.reward.correct_threshold))
         if entry.state == GroupState.DROPPED:
-            archive.add(scored, None, first_step, f"dropped:{entry.reason}")
+            archive.add(scored, step=None, trainer_version=first_step, status=f"dropped:{entry.reason}")
     left = survivors(ledger, source, first_step)
     context.event("resumed", step=first_step, groups=len(left))
     if undone.steps:

@@ -43,7 +43,7 @@ class RolloutArchive:
         self._decided: list[_Decided] = []
         self._pieces = _Pieces(tokenizer)
 
-    def add(self, scored: ScoredGroup, step: int | None, trainer_version: int, status: str) -> None:
+    def add(self, scored: ScoredGroup, *, step: int | None, trainer_version: int, status: str) -> None:
         """status: "trained" or "dropped:<reason>"; step: the optimizer step it was trained in, or None."""
         self._decided.append(_Decided(scored, step, trainer_version, status))
 

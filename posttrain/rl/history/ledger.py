@@ -141,7 +141,9 @@ class Ledger:
 
     # ------------------------------------------------------------------ transitions
 
-    def reserve(self, order: int, prompt_id: str, capability: str, system: str | None, looks: int, stamp: int) -> None:
+    def reserve(
+        self, order: int, prompt_id: str, capability: str, *, system: str | None, looks: int, stamp: int
+    ) -> None:
         """A group is admitted; it is about to be sampled with policy version `stamp` or later."""
         self._write(
             "INSERT INTO groups (id, prompt_id, capability, system, looks, stamp, state) "

@@ -44,15 +44,15 @@ def heldout_prompts(
 
 
 def evaluation_request(
-    config: RlConfig, asked: EvaluationConfig, prompt: DrawnPrompt, stop_ids: tuple[int, ...]
+    asked: EvaluationConfig, prompt: DrawnPrompt, *, max_tokens: int, stop_ids: tuple[int, ...]
 ) -> SampleRequest:
-    """The request for all replies to a prompt."""
+    """The request for all replies to a prompt. max_tokens: of each. stop_ids: token ids that end one."""
     return SampleRequest(
         prompt.prompt.token_ids,
         asked.samples,
         asked.temperature,
         asked.top_p if asked.temperature else 1.0,
-        config.sampling.max_tokens,
+        max_tokens,
         stop_ids,
     )
 

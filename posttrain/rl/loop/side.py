@@ -139,7 +139,7 @@ class SideWork:
             await self._observe(group)
             return
         self._counts["tokens_evaluated"] += tokens
-        await self._evaluated(sent.evaluation, sent.number, group, tokens)
+        await self._evaluated(sent.evaluation, sent.number, group, tokens=tokens)
 
     # ------------------------------------------------------------------ what is sent
 
@@ -149,7 +149,8 @@ class SideWork:
         if running is not None and self._asked is not None and running.unsent and self._has_room(self._asked.samples):
             number = running.unsent.popleft()
             prompt = self._heldout[number]
-            request = evaluation_request(self._config, self._asked, prompt, self._stop_ids)
+            max_tokens = self._config.sampling.max_tokens
+            request = evaluation_request(self._asked, prompt, max_tokens=max_tokens, stop_ids=self._stop_ids)
             return self._flight(prompt, request, _Sent(request.n, running, number), version=running.version)
         if self._refilter is not None and self._probes and self._has_room(self._refilter.samples):
             prompt = self._source.prompt(self._probes.popleft(), None)  # as the profile asks
@@ -212,7 +213,7 @@ class SideWork:
         self._last_evaluated = version
         self._told(LedgerEvent.EVALUATION_STARTED, [worker.name, version])
 
-    async def _evaluated(self, running: Evaluation, number: int, group: Group, tokens: int) -> None:
+    async def _evaluated(self, running: Evaluation, number: int, group: Group, *, tokens: int) -> None:
         """A prompt's replies are there; they count if all their tokens are of the one version."""
         running.tokens += tokens
         versions = {version for rollout in group.rollouts for version in rollout.versions}
