@@ -31,6 +31,10 @@ class ConfigError(UserError):
         self.problems = list(problems)
         super().__init__("\n".join(f"{source}: {problem}" for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, list[str]]]:
+        """A rank raises it too, and it must arrive in the stage's process as it was."""
+        return type(self), (self.source, self.problems)
+
 
 class DataError(UserError):
     """A dataset cannot be read, or one of its rows breaks the rules."""

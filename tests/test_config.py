@@ -1,6 +1,7 @@
 """YAML and its strictness: every file of the repository under its own schema, and what a wrong one is told."""
 
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -153,3 +154,9 @@ def test_the_schema_of_a_pipeline_exports():
         "stages",
         "evaluate",
     }
+
+
+def test_a_config_error_crosses_from_one_process_to_another():
+    error = pickle.loads(pickle.dumps(ConfigError("lora.rank", ["got 0", "got text"])))
+    assert (type(error), error.source, error.problems) == (ConfigError, "lora.rank", ["got 0", "got text"])
+    assert str(error) == "lora.rank: got 0\nlora.rank: got text"
