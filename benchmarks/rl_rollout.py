@@ -94,7 +94,7 @@ class Ours:
         running = [asyncio.ensure_future(workers.run()), asyncio.ensure_future(keep())]
         for ids in prompts:
             self._next += 1
-            ledger.reserve(self._next, "p", "sums", system=None, looks=0, stamp=0)
+            ledger.reserve(self._next, "p", "sums", system=None, prompts_seen=0, stamp=0)
             prompt = DrawnPrompt(row, None, Prompt(row.messages, ids))
             workers.send(Flight(self._next, 0, prompt, SampleRequest(ids, max_tokens=num_tokens)))
         waiting = asyncio.ensure_future(done.wait())

@@ -43,6 +43,7 @@ class Project:
         path = os.pathsep.join([str(self.source), str(TESTS)])
         environment = {**os.environ, "PYTHONPATH": path, "POSTTRAIN_TEST_EVAL": "1", "OMP_NUM_THREADS": "1"}
         environment.pop("RAY_ADDRESS", None)
+        environment.pop(VARIABLE, None)  # of a session that this process may have: its mark is not the driver's
         return subprocess.Popen(
             [sys.executable, str(TESTS / "pipeline_kinds.py"), *arguments],
             cwd=self.folder,

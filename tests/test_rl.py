@@ -470,7 +470,7 @@ def test_draws_go_on_after_a_checkpoint_and_after_groups_dispatched_since():
     for order, capability in draws[7:12]:
         first.draw(capability, order)
     for capability in ("math", "coding"):
-        second.skip_to(capability, first.looks(capability))
+        second.skip_to(capability, first.prompts_seen(capability))
     drawn = [first.draw(name, order) for order, name in draws[12:]]
     assert drawn == [second.draw(name, order) for order, name in draws[12:]]
     assert drawn != [source_of(rows, 6, instructions).draw(name, order) for order, name in draws[12:]]

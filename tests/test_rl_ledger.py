@@ -63,7 +63,7 @@ def test_a_flush_waits_for_what_a_cancelled_one_took(tmp_path):
 
     async def run():
         ledger = Ledger(tmp_path / "ledger.sqlite")
-        ledger.reserve(0, "p0", "math", system=None, looks=1, stamp=0)
+        ledger.reserve(0, "p0", "math", system=None, prompts_seen=1, stamp=0)
         other = sqlite3.connect(ledger.path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")  # as long as another process writes, no flush can end
         first = asyncio.create_task(ledger.flush())
@@ -101,7 +101,7 @@ def test_tokens_of_versions_that_are_gone_are_taken_away(version, kept):
 def walk(ledger: Ledger, order: int, until: str, step: int = 0, versions=((0, 4),)):
     """Take a group from its reservation to a state."""
     prompts = source()
-    ledger.reserve(order, f"p{order}", "math", system=None, looks=order + 1, stamp=versions[0][0])
+    ledger.reserve(order, f"p{order}", "math", system=None, prompts_seen=order + 1, stamp=versions[0][0])
     if until == "reserved":
         return
     replies = [reply(*versions), reply(*versions)]

@@ -144,7 +144,7 @@ class TestGroups:
         tally = StepTally({}, {}, 0.5)
         tally.decided(lost, reason)
         tally.decided(good, None)
-        metrics = tally.values(0, [good], [0.0], 0.0, {})
+        metrics = tally.values(0, [good], ages_s=[0.0], waited_s=0.0, trained={})
         assert (metrics["groups_dropped_unscored"], metrics["rollouts_unscored"]) == (1, 3)
         assert metrics["unscored_fraction"] == 3 / 8
 
@@ -159,7 +159,7 @@ class TestGroups:
         tally.decided(same, Drop(DropReason.ZERO_ADVANTAGE))
         tally.expired(DropReason.STALE, prompt_id, [9, 0, 0, 9])
         tally.expired(DropReason.SURPLUS, "another", [0, 0, 0, 0])
-        metrics = tally.values(0, [good], [0.0], 0.0, {})
+        metrics = tally.values(0, [good], ages_s=[0.0], waited_s=0.0, trained={})
         tokens = len(same.group.rollouts[0].token_ids)
         dropped = {name: count for name, count in metrics.items() if name.startswith("groups_dropped_") and count}
         by_length = Counter([2 ** (tokens - 1).bit_length(), 8, 0])

@@ -227,7 +227,7 @@ def _resume(config: RlConfig, context: StageContext, parts: Parts) -> tuple[int,
     archive.forget_after(first_step - 1)
     keep_lines(context.dir / "metrics.jsonl", lambda line: line["step"] < first_step)
     for entry in ledger.entries():
-        source.skip_to(entry.capability, entry.looks)
+        source.skip_to(entry.capability, entry.prompts_seen)
     for entry in ledger.entries((GroupState.SCORED, GroupState.DROPPED), with_data=True):
         if entry.scores is None or entry.data is None:
             continue

@@ -266,8 +266,6 @@ class RolloutWorkers:
     # ------------------------------------------------------------------ turns
 
     def _send_asked(self) -> None:
-        self._ready: list[Session] = []  # whose rollouters can go on
-        self._is_going_on = False
         if self._wave_seed is not None:
             # A wave is of all rollouts that are not finished: which turns it holds must not depend on the time.
             num_unfinished = sum(len(flight.sessions) - len(flight.finished) for flight in self.flights.values())

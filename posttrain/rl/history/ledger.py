@@ -41,9 +41,10 @@ UNDECIDED = (GroupState.RESERVED, GroupState.GENERATED, GroupState.SCORED)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS groups (
-    id INTEGER PRIMARY KEY, prompt_id TEXT NOT NULL, capability TEXT NOT NULL, system TEXT, looks INTEGER NOT NULL,
-    stamp INTEGER NOT NULL, state TEXT NOT NULL, reason TEXT, step INTEGER, oldest INTEGER, newest INTEGER,
-    tokens INTEGER NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 1, scored_seq INTEGER);
+    id INTEGER PRIMARY KEY, prompt_id TEXT NOT NULL, capability TEXT NOT NULL, system TEXT,
+    prompts_seen INTEGER NOT NULL, stamp INTEGER NOT NULL, state TEXT NOT NULL, reason TEXT, step INTEGER,
+    oldest INTEGER, newest INTEGER, tokens INTEGER NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 1,
+    scored_seq INTEGER);
 CREATE INDEX IF NOT EXISTS groups_by_state ON groups (state);
 CREATE TABLE IF NOT EXISTS replies (id INTEGER PRIMARY KEY, data BLOB NOT NULL, scores TEXT);
 CREATE TABLE IF NOT EXISTS log (
@@ -63,13 +64,16 @@ class Commit:
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
-    """One group's row. `looks`: how far its capability's draw of prompts had come. `data`, `scores`: see `Ledger`."""
+    """One group's row. data, scores: see `Ledger`.
+
+    prompts_seen: how many prompts of its capability had been looked at when its own was drawn.
+    """
 
     id: int
     prompt_id: str
     capability: str
     system: str | None
-    looks: int
+    prompts_seen: int
     stamp: int
     state: GroupState
     reason: str | None
@@ -142,13 +146,13 @@ class Ledger:
     # ------------------------------------------------------------------ transitions
 
     def reserve(
-        self, order: int, prompt_id: str, capability: str, *, system: str | None, looks: int, stamp: int
+        self, order: int, prompt_id: str, capability: str, *, system: str | None, prompts_seen: int, stamp: int
     ) -> None:
         """A group is admitted; it is about to be sampled with policy version `stamp` or later."""
         self._write(
-            "INSERT INTO groups (id, prompt_id, capability, system, looks, stamp, state) "
+            "INSERT INTO groups (id, prompt_id, capability, system, prompts_seen, stamp, state) "
             "VALUES (?,?,?,?,?,?,'reserved')",
-            (order, prompt_id, capability, system, looks, stamp),
+            (order, prompt_id, capability, system, prompts_seen, stamp),
         )
         self._log(LedgerEvent.RESERVED, order, stamp)
 
@@ -254,8 +258,8 @@ class Ledger:
         joined = " LEFT JOIN replies USING (id)" if with_data else ""
         marks = ",".join("?" * len(states))
         names = (
-            "id, prompt_id, capability, system, looks, stamp, state, reason, step, oldest, newest, tokens, attempts, "
-            "scored_seq"
+            "id, prompt_id, capability, system, prompts_seen, stamp, state, reason, step, oldest, newest, tokens, "
+            "attempts, scored_seq"
         )
         rows = self._connection.execute(
             f"SELECT {names}{columns} FROM groups{joined} WHERE state IN ({marks}) ORDER BY id", tuple(states)

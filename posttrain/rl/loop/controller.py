@@ -173,7 +173,7 @@ class Controller:
                 await self._parts.ledger.flush()
 
     def finish(self) -> None:
-        """After the last step: what is not decided never will be."""
+        """Drop the groups that are not decided yet; called once, after the last step."""
         self._book.finish()
 
     async def _run_loops(self) -> None:

@@ -144,8 +144,15 @@ class GroupBook:
         new = self._queue.next_order
         order, capability = self._queue.admit(stamp, self._first_returning if self._returning else None)
         if order == new:
-            prompt, looks = self._source.draw(capability, order), self._source.looks(capability)
-            self._ledger.reserve(order, prompt.row.id, capability, system=prompt.system, looks=looks, stamp=stamp)
+            prompt = self._source.draw(capability, order)
+            self._ledger.reserve(
+                order,
+                prompt.row.id,
+                capability,
+                system=prompt.system,
+                prompts_seen=self._source.prompts_seen(capability),
+                stamp=stamp,
+            )
         else:
             entry = self._returning.pop(order)
             prompt = self._source.prompt(entry.prompt_id, entry.system)
@@ -242,7 +249,7 @@ class GroupBook:
                 self._tally.expired(self._too_old, flight.prompt.row.id, lengths)
 
     def finish(self) -> None:
-        """Training has ended: what is not decided never will be. The ledger must be on the disk."""
+        """Training has ended: drop every group that is not decided. The ledger must have been written to the disk."""
         for entry in self._ledger.entries(UNDECIDED):
             undecided = self._undecided.pop(entry.id, None)
             self._record_drop(entry.id, DropReason.FINISHED, undecided.scored if undecided is not None else None)

@@ -101,8 +101,8 @@ class SideWork:
         self._probes: deque[str] = deque()
         self._probed: set[str] = set()  # being sampled or scored
         self._evaluation: Evaluation | None = None
-        self._asked = config.evaluation
-        self._last_evaluated = last_evaluated(context.dir, version) if self._asked is not None else None
+        self._evaluation_config = config.evaluation
+        self._last_evaluated = last_evaluated(context.dir, version) if self._evaluation_config is not None else None
         self._step = version
         self._sent: dict[int, _Sent] = {}
         self._next_order = -1
@@ -146,11 +146,18 @@ class SideWork:
     def _next_flight(self) -> Flight | None:
         """The next group, if there is one and its replies find a place."""
         running = self._evaluation
-        if running is not None and self._asked is not None and running.unsent and self._has_room(self._asked.samples):
+        if (
+            running is not None
+            and self._evaluation_config is not None
+            and running.unsent
+            and self._has_room(self._evaluation_config.samples)
+        ):
             number = running.unsent.popleft()
             prompt = self._heldout[number]
             max_tokens = self._config.sampling.max_tokens
-            request = evaluation_request(self._asked, prompt, max_tokens=max_tokens, stop_ids=self._stop_ids)
+            request = evaluation_request(
+                self._evaluation_config, prompt, max_tokens=max_tokens, stop_ids=self._stop_ids
+            )
             return self._flight(prompt, request, _Sent(request.n, running, number), version=running.version)
         if self._refilter is not None and self._probes and self._has_room(self._refilter.samples):
             prompt = self._source.prompt(self._probes.popleft(), None)  # as the profile asks
@@ -196,7 +203,7 @@ class SideWork:
     # ------------------------------------------------------------------ evaluations
 
     def _begin_evaluation(self) -> None:
-        if self._asked is None:
+        if self._evaluation_config is None:
             return
         if (running := self._evaluation) is not None:
             if running.worker.is_kept:
@@ -205,7 +212,7 @@ class SideWork:
             self._evaluation, self._last_evaluated = None, running.last
             self._sent = {order: sent for order, sent in self._sent.items() if sent.evaluation is not running}
         worker = self._workers.newest()
-        if worker is None or not is_due(self._asked, worker.policy_version, self._last_evaluated):
+        if worker is None or not is_due(self._evaluation_config, worker.policy_version, self._last_evaluated):
             return
         worker.is_kept = True
         version, all_numbers = worker.policy_version, deque(range(len(self._heldout)))
@@ -226,13 +233,13 @@ class SideWork:
             self._evaluation = None
             await self._workers.release(running.worker)
         running.scored[number] = await score_group(group, self._scorer, self._config)
-        if self._asked is not None and len(running.scored) == len(self._heldout):
+        if self._evaluation_config is not None and len(running.scored) == len(self._heldout):
             groups = [running.scored[at] for at in sorted(running.scored)]
             line = {
                 "policy_version": running.version,
                 "step": self._step,
                 "capabilities": accuracies(
-                    groups, samples=self._asked.samples, threshold=self._config.reward.correct_threshold
+                    groups, samples=self._evaluation_config.samples, threshold=self._config.reward.correct_threshold
                 ),
                 "seconds": time.time() - running.began,
                 "tokens": running.tokens,

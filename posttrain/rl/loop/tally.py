@@ -19,7 +19,7 @@ REASONS = tuple(reason for reason in DropReason if reason is not DropReason.FINI
 
 # Of every dropped group: the mean length of its replies, up to a power of two; its prompt's pass rate by the profile,
 # to the nearest quarter.
-BY = ("dropped_length/", "dropped_pass_rate/")
+DROP_COUNTERS = ("dropped_length/", "dropped_pass_rate/")
 
 
 def sampled_before(folder: Path, profiled: int) -> int:
@@ -107,7 +107,7 @@ class StepTally:
             "groups_trained": len(batch),
             "groups_generated": counts["groups"],
             **{f"groups_dropped_{reason}": counts[f"dropped_{reason}"] for reason in REASONS},
-            **{f"groups_{name}": count for name, count in sorted(counts.items()) if name.startswith(BY)},
+            **{f"groups_{name}": count for name, count in sorted(counts.items()) if name.startswith(DROP_COUNTERS)},
             "groups_too_easy": counts["too_easy"],
             "groups_too_hard": counts["too_hard"],
             "rollouts_unscored": unscored,

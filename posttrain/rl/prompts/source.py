@@ -39,7 +39,7 @@ class PromptSource:
         self._seed = seed
         self._curriculum = curriculum
         self._tries = tries
-        self._looks = dict.fromkeys(self._by_capability, 0)
+        self._prompts_seen = dict.fromkeys(self._by_capability, 0)
         self._passes: dict[tuple[str, int], list[int]] = {}  # the order of the current pass over a capability's rows
 
     @property
@@ -63,18 +63,18 @@ class PromptSource:
         messages = row.messages if system is None else (Message("system", system), *row.messages)
         return DrawnPrompt(row, system, Prompt(messages, tuple(self._render(messages))))
 
-    def looks(self, capability: str) -> int:
+    def prompts_seen(self, capability: str) -> int:
         """How many prompts of a capability have been looked at so far."""
-        return self._looks[capability]
+        return self._prompts_seen[capability]
 
-    def skip_to(self, capability: str, looks: int) -> None:
+    def skip_to(self, capability: str, prompts_seen: int) -> None:
         """At least so many prompts of a capability have been looked at."""
-        self._looks[capability] = max(self._looks[capability], looks)
+        self._prompts_seen[capability] = max(self._prompts_seen[capability], prompts_seen)
 
     def _next(self, capability: str) -> Row:
         rows = self._by_capability[capability]
-        number, place = divmod(self._looks[capability], len(rows))
-        self._looks[capability] += 1
+        number, place = divmod(self._prompts_seen[capability], len(rows))
+        self._prompts_seen[capability] += 1
         if (capability, number) not in self._passes:
             self._passes = {key: value for key, value in self._passes.items() if key[0] != capability}
             rng = random.Random(f"{self._seed}/{capability}/{number}")
@@ -115,10 +115,10 @@ class PromptSource:
 
     def state(self) -> dict[str, Any]:
         """JSON state for a checkpoint."""
-        return {"looks": self._looks, "curriculum": self._curriculum and self._curriculum.state()}
+        return {"prompts_seen": self._prompts_seen, "curriculum": self._curriculum and self._curriculum.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
-        self._looks = {name: state["looks"].get(name, 0) for name in self._by_capability}
+        self._prompts_seen = {name: state["prompts_seen"].get(name, 0) for name in self._by_capability}
         if self._curriculum is not None and state["curriculum"] is not None:
             self._curriculum.restore(state["curriculum"])
