@@ -13,6 +13,7 @@ half a reply, rewards are scored again); `serve` raises, and the owner makes a l
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from posttrain.actors.calls import await_call
@@ -54,6 +55,7 @@ class Lane(Generic[Work, Results]):
         self._outbox: list[Work] = []
         self._wake = asyncio.Event()
         self._error: BaseException | None = None
+        self._handing: Awaitable[object] | None = None  # the last call of `submit`
 
     def send(self, work: Work) -> None:
         """Queue work for the actor."""
@@ -78,6 +80,12 @@ class Lane(Generic[Work, Results]):
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
+    async def handed_over(self) -> None:
+        """Wait until the actor has the batch that `serve` was handing over when it was cancelled, or has refused it."""
+        if self._handing is not None:
+            with suppress(Exception):  # whether the actor took the batch is of no interest any more
+                await await_call(self._handing, self._deadline_s, f"{self._name()} did not take work")
+
     async def next_batch(self) -> list[Work]:
         """Wait for work and return the next batch. Raises the error given to `fail`."""
         while True:
@@ -93,8 +101,9 @@ class Lane(Generic[Work, Results]):
     async def _feed(self) -> None:
         while True:
             batch = await self.next_batch()
+            self._handing = self._submit(batch)
             try:
-                await await_call(self._submit(batch), self._deadline_s, f"{self._name()} did not take work")
+                await await_call(self._handing, self._deadline_s, f"{self._name()} did not take work")
             except Exception as error:
                 if self._refused is None or is_loss(error):
                     raise

@@ -13,6 +13,7 @@ one request: at the first turn the whole group, whose prompt the engine then pre
 """
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -126,7 +127,8 @@ class RolloutWorkers:
         self._took = took
         self._replaced = replaced
         self._wave_seed = wave_seed
-        self._next_key = 0
+        # Keys are like nobody else's: an engine may still be handed requests of its caller before.
+        self._next_key = secrets.randbits(48)
         self._asked: list[Turn] = []  # in this round of the event loop
         self._ready: list[Session] = []  # whose rollouters can go on
         self._is_going_on = False
@@ -165,8 +167,13 @@ class RolloutWorkers:
             await asyncio.gather(*(self._leave(worker) for worker in self.workers), return_exceptions=True)
 
     async def _leave(self, worker: Worker) -> None:
-        """Nothing of ours is left in the engine: its next user has keys of its own."""
+        """Leave nothing of ours in the engine, which its next caller would have to wait for.
+
+        Requests that are on their way must arrive first: Ray may begin with a call whose arguments are small before an
+        earlier one whose arguments are large, and would hand them over after the engine has forgotten all.
+        """
         if worker.is_alive:
+            await worker.lane.handed_over()
             await await_call(
                 worker.actor.forget.remote(), self._deadline_s, f"{worker.name} did not forget its requests"
             )
