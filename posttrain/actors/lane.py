@@ -55,7 +55,7 @@ class Lane(Generic[Work, Results]):
         self._outbox: list[Work] = []
         self._wake = asyncio.Event()
         self._error: BaseException | None = None
-        self._handing: Awaitable[object] | None = None  # the last call of `submit`
+        self._calls: dict[str, Awaitable[object]] = {}  # the last call of `submit`, and of `collect`
 
     def send(self, work: Work) -> None:
         """Queue work for the actor."""
@@ -80,11 +80,24 @@ class Lane(Generic[Work, Results]):
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def handed_over(self) -> None:
-        """Wait until the actor has the batch that `serve` was handing over when it was cancelled, or has refused it."""
-        if self._handing is not None:
-            with suppress(Exception):  # whether the actor took the batch is of no interest any more
-                await await_call(self._handing, self._deadline_s, f"{self._name()} did not take work")
+    async def leave(self, forget: Callable[[], Awaitable[object]]) -> None:
+        """Leave nothing of this lane's in an actor that goes on for another caller. `serve` was cancelled before.
+
+        forget: makes the call by which the actor drops its work and lets a waiting `collect` return. Ray may begin the
+        calls of an asynchronous actor in another order than they were made in. So the last batch must have arrived
+        before `forget` is called; and the last `collect` is waited for, because one that begins after `forget` would
+        take the next caller's results. Raises what `forget` raises, and TimeoutError if all of this takes more than
+        `deadline_s`.
+        """
+        async with asyncio.timeout(self._deadline_s):
+            await self._ended("submit")
+            await forget()
+            await self._ended("collect")
+
+    async def _ended(self, kind: str) -> None:
+        if (call := self._calls.get(kind)) is not None:
+            with suppress(Exception):  # how the call ended is of no interest any more
+                await call
 
     async def next_batch(self) -> list[Work]:
         """Wait for work and return the next batch. Raises the error given to `fail`."""
@@ -101,9 +114,9 @@ class Lane(Generic[Work, Results]):
     async def _feed(self) -> None:
         while True:
             batch = await self.next_batch()
-            self._handing = self._submit(batch)
+            call = self._calls["submit"] = self._submit(batch)
             try:
-                await await_call(self._handing, self._deadline_s, f"{self._name()} did not take work")
+                await await_call(call, self._deadline_s, f"{self._name()} did not take work")
             except Exception as error:
                 if self._refused is None or is_loss(error):
                     raise
@@ -111,5 +124,5 @@ class Lane(Generic[Work, Results]):
 
     async def _empty(self) -> None:
         while True:
-            call = self._collect()
+            call = self._calls["collect"] = self._collect()
             self._take(await await_call(call, COLLECT_S + self._deadline_s, f"{self._name()} did not answer"))

@@ -1,4 +1,4 @@
-"""Whole groups for who trains nothing: a profile, an evaluation, the check of the engines. Workers serve meanwhile.
+"""Whole groups for callers that train nothing: a profile, an evaluation, the check of the engines.
 
     async with SampledGroups(context, engines, engine_config) as sampled:
         await sampled.groups(flights)  # each has its rollouts then
@@ -46,7 +46,7 @@ class SampledGroups:
             version=version,
         )
         # An engine is busy with some groups while others wait in it for a place; more of them would only take memory.
-        # A wave is whole.
+        # A deterministic wave must be sent whole, because its content decides its samples.
         self._places = None if wave_seed else max(MIN_GROUPS, 2 * engine.max_num_seqs) * len(engines.names)
         self._unfinished: dict[int, asyncio.Future[None]] = {}
         self._serving: asyncio.Task[None]

@@ -21,7 +21,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from posttrain.actors.calls import await_call, await_with_heartbeat
+from posttrain.actors.calls import await_with_heartbeat
 from posttrain.actors.lane import COLLECT_S, Lane
 from posttrain.actors.losses import MAX_CONSECUTIVE_LOSSES, is_loss, reason_of, root_of
 from posttrain.context import BusyLog, StageContext
@@ -127,7 +127,7 @@ class RolloutWorkers:
         self._took = took
         self._replaced = replaced
         self._wave_seed = wave_seed
-        # Keys are like nobody else's: an engine may still be handed requests of its caller before.
+        # No other caller of a warm engine has the same keys. One that was killed may have left requests in it.
         self._next_key = secrets.randbits(48)
         self._asked: list[Turn] = []  # in this round of the event loop
         self._ready: list[Session] = []  # whose rollouters can go on
@@ -167,16 +167,9 @@ class RolloutWorkers:
             await asyncio.gather(*(self._leave(worker) for worker in self.workers), return_exceptions=True)
 
     async def _leave(self, worker: Worker) -> None:
-        """Leave nothing of ours in the engine, which its next caller would have to wait for.
-
-        Requests that are on their way must arrive first: Ray may begin with a call whose arguments are small before an
-        earlier one whose arguments are large, and would hand them over after the engine has forgotten all.
-        """
+        """Leave nothing of ours in the engine, which may have another caller next."""
         if worker.is_alive:
-            await worker.lane.handed_over()
-            await await_call(
-                worker.actor.forget.remote(), self._deadline_s, f"{worker.name} did not forget its requests"
-            )
+            await worker.lane.leave(worker.actor.forget.remote)
 
     # ------------------------------------------------------------------ groups and their rollouters
 
@@ -295,8 +288,9 @@ class RolloutWorkers:
         return Ask(self._next_key, turns)
 
     def _send(self, ask: Ask) -> None:
-        """To the worker that sampled the rollout's last turn, if it may: it may still have the tokens in its cache;
-        else to the one with the fewest requests of those that may."""
+        """Give a request to a worker: to the one that sampled the rollout's last turn, which may still have its tokens
+        in the cache, if that worker may sample it; else to the one with the fewest requests of those that may.
+        """
         flight, last = ask.flight, ask.turns[0].worker
         if flight.version is None:
             able = [worker for worker in self.workers if worker.is_alive and worker.policy_version >= flight.stamp]

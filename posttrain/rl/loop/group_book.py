@@ -75,9 +75,9 @@ class _Undecided:
 
 
 class GroupBook:
-    """Holds the undecided groups of a run whose next optimizer step makes version `version + 1`.
+    """Holds the undecided groups of a run whose next batch is trained at policy version `version`.
 
-    tally and alarm count what is decided from now on. idle_limit: so many groups dropped in a row end the run.
+    queue, ledger, archive, tally and source are told of every transition, and nobody else may tell them of one.
     """
 
     def __init__(
