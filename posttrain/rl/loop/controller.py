@@ -282,7 +282,6 @@ class Controller:
     async def _next_batch(self) -> Batch:
         """The one place where training waits for generation."""
         while True:
-            self._dispatch()  # here too, so that what is sent does not depend on which loop wakes first
             if (batch := self._book.take(self._next_version)) is not None:
                 return batch
             await self._changed.wait()
