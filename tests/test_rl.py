@@ -349,7 +349,7 @@ def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ray_session, tiny_m
     assert frozen
     assert not any(process.is_running() for process in frozen)
     assert [line["step"] for line in metrics] == list(range(5))
-    assert metrics[-1]["engines_replaced"] == 1
+    assert metrics[-1]["engines_replaced"] >= 1
     assert audit_stage(tmp_path / "rl").is_clean
 
 

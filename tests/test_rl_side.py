@@ -235,7 +235,7 @@ def test_an_engine_is_killed_while_it_evaluates(ray_session, tiny_model, tmp_pat
     _, metrics = run_stage(config, tmp_path / "rl")
     assert killed
     assert [line["step"] for line in metrics] == list(range(8))
-    assert metrics[-1]["engines_replaced"] == 1
+    assert metrics[-1]["engines_replaced"] >= 1
     assert max(line["staleness_max"] for line in metrics) == 0
     assert audit_stage(tmp_path / "rl").is_clean
     lines = list(read_jsonl(tmp_path / "rl" / FILE))
