@@ -1,4 +1,12 @@
-"""Models: the native Llama 4 mixture of experts, and reading and writing model folders.
+"""Models: our own Llama 4 ("native"), and the reading and writing of model folders.
+
+native.py            the model, with the names and weights of transformers' Llama 4
+attention.py rope.py visibility.py placement.py    attention, positions, and which token sees which
+norm.py moe.py       normalisation, and the feed-forward layers with and without experts
+router_stats.py router_bias.py    losses and figures on routers; experts balanced by a bias instead of a loss
+expert_parallel.py   experts divided among ranks by DeepSpeed
+recompute.py         gradient checkpointing
+load.py folder.py    load and save a model folder; the checks that need no torch
 
 Public names are imported when they are first used, so that importing this package does not import torch.
 """

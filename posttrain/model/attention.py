@@ -1,4 +1,10 @@
-"""Attention of a Llama 4 layer: rotary with normalised queries and keys, or no positions with a temperature."""
+"""Attention of a Llama 4 layer.
+
+A layer is of one of two sorts. Most have rotary positions, and may normalise queries and keys. The others have no
+positions; instead, their queries may be scaled by a temperature that grows with the position.
+
+Shapes: B rows, S tokens of a row, D hidden, H query heads, d channels of a head.
+"""
 
 from dataclasses import dataclass
 
@@ -14,10 +20,11 @@ from posttrain.model.visibility import Visibility
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """What the layers of one forward need to know about places.
+    """The positions of the tokens of one forward, in the form in which every layer needs them.
 
-    rotations_BS1d: complex rotary factors. slots_BS: places from which the temperature follows.
-    visibility: {"full_attention": ..., "chunked_attention": ...}.
+    rotations_BS1d: complex rotary factors, [B or 1, S, 1, head_dim / 2]. slots_BS: int64, the position from which the
+    temperature of a token is computed. visibility: which token sees which, for each kind of layer that the config
+    names: {"full_attention": ..., "chunked_attention": ...}.
     """
 
     rotations_BS1d: torch.Tensor
@@ -34,7 +41,7 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.kind = list(config.layer_types or ())[layer_idx]
-        self.use_rope = bool(list(config.no_rope_layers or ())[layer_idx])  # the name is upside down: 1 means rotary
+        self.use_rope = bool(list(config.no_rope_layers or ())[layer_idx])  # despite the name, 1 means rotary
         self.use_qk_norm = bool(config.use_qk_norm) and self.use_rope
         width, key_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
@@ -43,7 +50,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
 
     def forward(self, x_BSD: torch.Tensor, positions: Positions, cache: Cache | None = None) -> torch.Tensor:
-        """Return the attention output [B, S, D]; appends to `cache` where there is one."""
+        """Return the attention output [B, S, D]. Appends the new keys and values to `cache`, if one is given."""
         heads = (*x_BSD.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(x_BSD).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.use_rope:

@@ -1,12 +1,13 @@
 """Expert parallelism for the native model, by DeepSpeed's AutoEP.
 
 AutoEP replaces each `MoE` by a layer that holds this rank's share of the experts and exchanges tokens with the other
-ranks. What it must be told, and what it lacks, is here: the preset that says what Llama 4's experts look like, and
-`adopt`, which gives the replaced layers what the native ones have (fp32 router, router replay, recorded routings).
+ranks. This module adds two things. `register_preset` tells AutoEP how Llama 4's experts are named and computed.
+`adopt` gives AutoEP's layers what the native ones have and they lack: a router in fp32, router replay, recorded
+routings and a bias on the choice of experts.
 
 Importing this module imports DeepSpeed. Left out: tensor parallelism of experts.
 
-Shapes: T tokens, E experts of all ranks, K experts a token.
+Shapes: T tokens, E experts of all ranks, K experts of each token, B rows, S tokens of a row, D hidden.
 """
 
 from typing import Any
@@ -30,7 +31,7 @@ class _Adapter(AutoEPPresetAdapter):
 
 
 def register_preset() -> None:
-    """Let AutoEP find the native model's mixture-of-experts layers, and compute what they compute."""
+    """Tell AutoEP how to find the native model's mixture-of-experts layers, and how their scores are computed."""
     preset = MoEModelPreset(
         moe_layer_pattern=r".*layers\.\d+\.feed_forward",
         router_pattern="router",
@@ -54,7 +55,11 @@ def register_preset() -> None:
 
 
 class ExpertParallelRouter(TokenChoiceTopKRouter):
-    """AutoEP's router with the native one's numbers: logits in fp32, chosen by logit (a sigmoid saturates)."""
+    """AutoEP's router, computing exactly what the native router does.
+
+    Logits are in fp32. Experts are chosen by logit and not by score, because a sigmoid rounds large logits to the same
+    score. replay_TK: expert ids to use instead of choosing, or None. recorder, choice_bias_E: as in `MoE`.
+    """
 
     replay_TK: torch.Tensor | None
     recorder: list[Routing] | None
@@ -63,7 +68,7 @@ class ExpertParallelRouter(TokenChoiceTopKRouter):
     def forward(
         self, x: torch.Tensor, expert_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [T, D] -> scores [T, K] in x's dtype, expert ids [T, K], tokens of each expert [E] (int32)."""
+        """x [T, D] -> scores [T, K] in the dtype of x, expert ids [T, K], tokens of each expert [E] (int32)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         logits_TE = F.linear(x.to(dtype), self.gate.weight.to(dtype))
         if self.replay_TK is None:
@@ -107,12 +112,12 @@ class ExpertParallelMoE(AutoEPMoELayer):
             out = super().forward(hidden_states)
         finally:
             self.router.replay_TK = None
-        assert isinstance(out, torch.Tensor)  # the preset asks for no router logits beside it
+        assert isinstance(out, torch.Tensor)  # a tuple would hold router logits too, which the preset does not ask for
         return out
 
 
 def adopt(model: nn.Module) -> int:
-    """Turn the layers that AutoEP has put into a model into ours, with the weights that they hold; returns how many."""
+    """Make every layer that AutoEP put into a model an `ExpertParallelMoE`; weights are kept. Returns their number."""
     layers = change_expert_layers(model, ExpertParallelMoE, ExpertParallelRouter)
     for layer in layers:
         layer.router.replay_TK = None

@@ -1,7 +1,7 @@
-"""What a model folder must be before anything of it is loaded. The trainer, the engines and `validate` share it.
+"""Checks of a model folder before any weight is loaded. The trainer, the engines and `posttrain validate` share them.
 
-Only names, sizes and JSON are read, so it takes milliseconds and needs no torch. Left out: what the tensors are, which
-loading checks.
+Only file names and JSON are read, so a check takes milliseconds and needs no torch. Left out: the tensors themselves,
+which are checked when they are loaded.
 """
 
 import json
@@ -23,14 +23,19 @@ def check_folder(path: str | Path) -> None:
 
 
 def folder_problems(folder: Path) -> list[str]:
-    """What is wrong with the weights and the tokenizer of a folder, each in one line. A part that is missing or cannot
-    be read is left to those who look for it."""
+    """The faults of a folder's weights and tokenizer, one line each.
+
+    A file that is missing or cannot be read is no fault here: the code that needs the file reports it.
+    """
     return [*weight_problems(folder), *tokenizer_problems(folder)]
 
 
 def weight_problems(folder: Path) -> list[str]:
-    """Two sets of weights in one folder: transformers prefers model.safetensors, vLLM the index or every file, so that
-    one model would be trained and another sampled."""
+    """One line if a folder holds two sets of weights, else an empty list.
+
+    From such a folder transformers loads model.safetensors, and vLLM the files of the index or all files. So one model
+    would be trained and another one sampled.
+    """
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     indexes = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
     rule = "a model folder must hold one set of weights; move the other files elsewhere"
@@ -63,10 +68,10 @@ def _some(names: list[str]) -> str:
 
 
 def tokenizer_problems(folder: Path, vocabulary: Mapping[str, int] | None = None) -> list[str]:
-    """A token whose id is beyond the embeddings: reading it would fail, or read what is no embedding.
+    """One line if the tokenizer has token ids for which the model has no embedding, else an empty list.
 
-    vocabulary: ids by token, of a tokenizer that is loaded; None: as the folder's files say, which name no tokens of a
-    tokenizer.model.
+    Looking such an id up would fail, or read memory that is no embedding. vocabulary: token -> id of a loaded
+    tokenizer; None reads the folder's JSON files, which do not list the tokens of a tokenizer.model.
     """
     size = embeddings(folder)
     ids = dict(vocabulary) if vocabulary is not None else dict(_tokens(folder))
@@ -84,7 +89,7 @@ def tokenizer_problems(folder: Path, vocabulary: Mapping[str, int] | None = None
 
 
 def embeddings(folder: Path) -> int | None:
-    """How many tokens the model of a folder has embeddings for, as its config.json says; None where it does not."""
+    """The number of embeddings of a folder's model, from its config.json; None if config.json does not say."""
     config = _json(folder / "config.json")
     for part in (config.get("text_config"), config) if isinstance(config, dict) else ():
         size = part.get("vocab_size") if isinstance(part, dict) else None
@@ -94,14 +99,14 @@ def embeddings(folder: Path) -> int | None:
 
 
 def _tokens(folder: Path) -> Iterator[tuple[str, int]]:
-    """(token, id) of all tokens that the JSON files of a tokenizer name, added ones among them."""
+    """(token, id) of every token in the JSON files of a tokenizer, with the added tokens."""
     data = _json(folder / "tokenizer.json")
     data = data if isinstance(data, dict) else {}
     model = data.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
         yield from ((str(token), number) for token, number in vocabulary.items() if isinstance(number, int))
-    elif isinstance(vocabulary, list):  # of (token, score): its place is its id
+    elif isinstance(vocabulary, list):  # entries are (token, score), and the id is the place in the list
         yield from ((str(entry[0]), number) for number, entry in enumerate(vocabulary) if entry)
     for entry in data.get("added_tokens") or ():
         yield str(entry.get("content")), int(entry.get("id", 0))

@@ -1,6 +1,7 @@
 """Read and write model folders in the Hugging Face layout (safetensors, config.json, tokenizer).
 
-Every fault that a folder can have is found here and named in one message; nothing is filled in with random weights.
+Loading checks the whole folder and reports its faults in one message. A missing weight is an error; transformers alone
+would fill it with random numbers.
 Left out: downloading (give a local folder), pickle checkpoints (they can run code), sharded training state.
 """
 
@@ -35,7 +36,7 @@ from posttrain.model.router_stats import RouterLossWeights
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LLAMA4 = ("llama4_text", "llama4")
 _DTYPES = ("float32", "bfloat16", "float16")
-# A folder of the whole multimodal Llama 4 keeps its text model under a prefix, beside tensors that are not needed here.
+# In a folder of the multimodal Llama 4 the text model's tensors have a prefix, and the image tensors are not needed.
 _TEXT_MODEL = {r"^language_model\.": ""}
 _IMAGE_TENSORS = ("vision_model.", "multi_modal_projector.")
 _SHOWN = 5
@@ -44,19 +45,19 @@ _SHOWN = 5
 def load_model(
     path: str | os.PathLike, implementation: Literal["native", "transformers"] = "native", dtype: str = "float32"
 ) -> PreTrainedModel:
-    """Load the causal language model of a folder, on the CPU, in evaluation mode.
+    """Load the causal language model of a folder onto the CPU, in evaluation mode.
 
     Args:
         path: folder with config.json and model*.safetensors.
         implementation: for Llama 4 folders, `native` (NativeLlama4ForCausalLM) or `transformers`; other architectures
             always come from transformers.
-        dtype: float32, bfloat16 or float16, whatever the folder holds.
+        dtype: float32, bfloat16 or float16; weights in another type are converted.
 
     Raises:
-        CheckpointError: no such folder, no or bad config.json, no safetensors (or only a pickle), two sets of
-            weights, a file that is corrupt or listed but missing, tensors that are missing, unknown or of another
-            shape.
-        ValueError: an unknown implementation or dtype.
+        CheckpointError: the folder is missing; config.json is missing or unreadable; there are no safetensors (or only
+            a pickle), or two sets of weights; a file is corrupt, or listed in the index but missing; tensors are
+            missing, unknown or of the wrong shape.
+        ValueError: implementation or dtype is unknown.
     """
     if implementation not in ("native", "transformers"):
         raise ValueError(f"implementation is {implementation!r}; it must be native or transformers")
@@ -76,7 +77,10 @@ def load_model(
 
 
 def load_policy(model: ModelConfig) -> PreTrainedModel:
-    """Load the model that a stage trains, as its config says; see `load_model` and `check_router`."""
+    """Load the model that a stage trains, with the losses on routers that `model.router` asks for.
+
+    Raises what `load_model` and `check_router` raise.
+    """
     check_router(model)
     loaded = load_model(model.path, model.implementation, model.dtype)
     if isinstance(loaded, NativeLlama4ForCausalLM):
@@ -85,7 +89,10 @@ def load_policy(model: ModelConfig) -> PreTrainedModel:
 
 
 def check_router(model: ModelConfig) -> None:
-    """Raise `ConfigError` for a `router` section that this model has no routers for. Reads config.json only."""
+    """Raise `ConfigError` if the `router` section sets a value, but this model has no routers that could use it.
+
+    Only config.json is read.
+    """
     asked = {f"router.{name}": value for name, value in model.router.model_dump().items() if value}
     if not asked:
         return
@@ -104,8 +111,8 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder.
 
     Raises:
-        CheckpointError: no such folder, no tokenizer in it, one that cannot be read, or one with ids beyond the
-            embeddings of the model in the folder.
+        CheckpointError: the folder or its tokenizer is missing, the tokenizer cannot be read, or it has ids for which
+            the model in the folder has no embedding.
     """
     folder = _folder(path)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
@@ -126,12 +133,12 @@ def save_model(
     *,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write a model folder beside `path`, then rename it into place: a reader sees all of it or none.
+    """Write a model folder under a temporary name, then rename it to `path`: a reader sees all of it or nothing.
 
-    Tensors keep the dtype they have. An older folder at `path` is replaced.
+    Tensors keep their dtype. An older folder at `path` is replaced.
 
     Args:
-        state_dict: weights to write in place of the model's own, such as those gathered from several processes.
+        state_dict: weights to write instead of the model's own, such as weights gathered from several processes.
 
     Returns:
         `path` as a Path.
@@ -164,7 +171,10 @@ def _config(folder: Path) -> PreTrainedConfig:
 
 
 def _check_weight_files(folder: Path) -> None:
-    """One set of weights, whose safetensors files all open: only headers are read, and an error names the file."""
+    """Raise CheckpointError unless the folder has one set of weights and every file of it opens.
+
+    Only the headers of the files are read. The error names the file.
+    """
     if problems := weight_problems(folder):
         raise CheckpointError(f"{folder}: " + "; ".join(problems))
     index = folder / _INDEX
@@ -200,7 +210,7 @@ def _read(model_class: Any, folder: Path, arguments: dict[str, Any]) -> PreTrain
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below, all of them at once
+                ignore_mismatched_sizes=True,  # reported below, all of them in one error
                 output_loading_info=True,
                 **arguments,
             )
@@ -233,7 +243,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and loading reports off the console. Problems are raised as errors."""
+    """Silence transformers' progress bars and loading reports. Faults of a folder are raised as errors instead."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

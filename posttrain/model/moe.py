@@ -1,10 +1,11 @@
 """Feed-forward layers: dense, and the mixture of experts with a shared expert.
 
-Routing is dropless: tokens are sorted by expert and every expert multiplies its own run of rows, so nothing has a
-capacity and no expert computes for tokens that are not its own. Left out: expert parallelism (DeepSpeed replaces the
-layer for that).
+Routing is dropless: tokens are sorted by expert, and each expert multiplies its own run of rows. So experts have no
+capacity limit, no token is dropped, and no expert computes for tokens of another. Left out: expert parallelism (for
+that, DeepSpeed replaces the layer; see expert_parallel.py).
 
-Shapes: T tokens, D hidden, I expert width, E experts, K experts a token.
+Shapes: T tokens, D hidden, I expert width, E experts, K experts of each token, N = T * K rows, one for each token and
+expert that it chose.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,10 @@ from transformers.activations import ACT2FN
 
 
 class _Gated(torch.autograd.Function):
-    """act(gate) * up. Backward computes act(gate) again: a quarter less is kept between forward and backward."""
+    """act(gate) * up. Backward computes act(gate) again instead of keeping it from forward to backward.
+
+    Without this class autograd would keep gate, up and act(gate).
+    """
 
     @staticmethod
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -51,7 +55,7 @@ class GatedMLP(nn.Module):
 
 
 class Router(nn.Linear):
-    """A linear layer to one logit an expert, computed in fp32 whatever the dtype of the model."""
+    """A linear layer with one logit for each expert, computed in fp32 (fp64 for a model in fp64)."""
 
     def __init__(self, config: Llama4TextConfig):
         super().__init__(config.hidden_size, config.num_local_experts, bias=False)
@@ -62,7 +66,10 @@ class Router(nn.Linear):
 
 
 class Experts(nn.Module):
-    """The weights of all experts: gate_up_proj [E, D, 2 I] with the gate first, down_proj [E, I, D]; y = x @ W."""
+    """The weights of all experts: gate_up_proj [E, D, 2 I], in which the gate comes first, and down_proj [E, I, D].
+
+    Both are applied as x @ W, so the input is on the second axis, unlike in `nn.Linear`.
+    """
 
     is_transposed = True  # peft asks which side is the input: adapters have A on it, as those of linear modules
 
@@ -74,22 +81,31 @@ class Experts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x_ND: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-        """Apply expert e to rows [ends_E[e - 1], ends_E[e]); `ends_E` is int32. Experts without rows are fine."""
+        """Apply expert e to rows ends_E[e - 1] to ends_E[e], the latter excluded. An expert may have no rows.
+
+        ends_E: int32. Returns [N, D].
+        """
         gate, up = _grouped_mm(x_ND, self.gate_up_proj, ends_E).chunk(2, dim=-1)
         return _grouped_mm(_Gated.apply(gate, up, self.act_fn), self.down_proj, ends_E)
 
 
 def _grouped_mm(x_ND: torch.Tensor, weight_EDO: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """Rows of group e times weight e. The kernel wants rows of whole 16-byte words; odd widths go expert by expert."""
+    """The rows of expert e times its weight, for all experts: [N, O].
+
+    The grouped kernel needs rows that are a multiple of 16 bytes long. Other widths are multiplied expert by expert.
+    """
     if not any(size * x_ND.element_size() % 16 for size in weight_EDO.shape[1:]):
         return F.grouped_mm(x_ND, weight_EDO, offs=ends_E)
     counts = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).tolist()
-    # unbind, not weight[e]: the backward of each index would be a gradient of the full size.
+    # unbind and not weight[e], because the backward of each index would make a gradient of the size of all experts.
     return torch.cat([rows @ weight for rows, weight in zip(x_ND.split(counts), weight_EDO.unbind(0), strict=True)])
 
 
 class _Dispatch(torch.autograd.Function):
-    """rows[n] = x[order[n] // K]. Backward gathers through the inverse order: no accumulating scatter."""
+    """rows[n] = x[order[n] // K]: one row for each choice of a token, sorted by expert.
+
+    Backward gathers through the inverse order. Autograd would use a scatter that accumulates, which is slower.
+    """
 
     @staticmethod
     def forward(ctx, x_TD: torch.Tensor, order_N: torch.Tensor, inverse_N: torch.Tensor, k: int) -> torch.Tensor:
@@ -105,7 +121,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """out[t] = sum over K of rows[inverse[t * K + k]]; the transpose of _Dispatch."""
+    """out[t] = sum over k of rows[inverse[t * K + k]]: adds the K rows of each token. The transpose of _Dispatch."""
 
     @staticmethod
     def forward(ctx, rows_ND: torch.Tensor, order_N: torch.Tensor, inverse_N: torch.Tensor, k: int) -> torch.Tensor:
@@ -121,7 +137,7 @@ class _Combine(torch.autograd.Function):
 
 
 class _Scale(torch.autograd.Function):
-    """rows_ND * scores_N1. Backward sums the gradient of a score in fp32 whatever the rows are."""
+    """rows_ND * scores_N1. Backward sums the gradient of a score in fp32 even if the rows are bf16."""
 
     @staticmethod
     def forward(ctx, rows_ND: torch.Tensor, scores_N1: torch.Tensor) -> torch.Tensor:
@@ -138,23 +154,26 @@ class _Scale(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What one router did: `logits_TE` fp32 with its graph, `expert_ids_TK` int64."""
+    """The routing of one layer in one forward: `logits_TE` in fp32, with its graph, and `expert_ids_TK`, int64."""
 
     logits_TE: torch.Tensor
     expert_ids_TK: torch.Tensor
 
 
 def choose_experts(logits_TE: torch.Tensor, top_k: int, choice_bias_E: torch.Tensor | None) -> torch.Tensor:
-    """The K experts of each token, int64 [T, K], best first: by logit, or by logit plus a bias that no gate sees."""
+    """The K experts with the largest logits of each token, int64 [T, K], best first.
+
+    choice_bias_E: added to the logits for the choice alone; the scores of the chosen experts are computed without it.
+    """
     wanted_TE = logits_TE if choice_bias_E is None else logits_TE + choice_bias_E
     return wanted_TE.topk(top_k, dim=-1).indices
 
 
 class MoE(nn.Module):
-    """Shared expert plus the top-K routed experts. Returns a plain tensor, as DeepSpeed's replacement for it does.
+    """A shared expert plus the top-K routed experts. Returns a plain tensor, as DeepSpeed's replacement does.
 
-    While `recorder` is a list (the model sets it for the length of a forward), each call appends its Routing there.
-    `choice_bias_E` is fp32 or None, see `choose_experts`; it is no part of the weights and never saved.
+    recorder: while it is a list, each call appends its `Routing`; the model sets it during a forward. choice_bias_E:
+    fp32 or None, see `choose_experts`. It is not a weight, and is never saved.
     """
 
     def __init__(self, config: Llama4TextConfig):
@@ -168,7 +187,7 @@ class MoE(nn.Module):
         self.choice_bias_E: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, expert_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., D] -> [..., D]. `expert_ids` [..., K] replays a choice of experts; the gate keeps its gradient."""
+        """x [..., D] -> [..., D]. expert_ids [..., K]: replay this choice; scores still have their gradient."""
         x_TD = x.reshape(-1, x.shape[-1])
         logits_TE = self.router(x_TD)
         if expert_ids is None:
@@ -178,7 +197,8 @@ class MoE(nn.Module):
         chosen_TK = logits_TE.gather(-1, ids_TK)
         if self.recorder is not None:
             self.recorder.append(Routing(logits_TE, ids_TK))
-        # In the order of expert parallelism: gradients of x are added in the same order too, with the same rounding.
+        # Routed experts come first, as under expert parallelism. So backward adds the gradients of x in the same order
+        # in both, and rounds them in the same way.
         routed_TD = self._routed(x_TD, chosen_TK, ids_TK)
         return routed_TD.view(x.shape) + self.shared_expert(x)
 

@@ -1,8 +1,9 @@
 """Llama 4 (text) as a transformers `PreTrainedModel`, with dropless grouped experts and isolated packed documents.
 
-Parameter names, shapes and numbers are those of transformers' `Llama4ForCausalLM`: weights and folders go both ways.
-What differs: experts compute only for their own tokens, documents packed into a row never see each other, the router
-works in fp32, and a load-balance loss and a z-loss on the routers are there when they are asked for.
+Parameters have the names and shapes of transformers' `Llama4ForCausalLM`, and the model computes the same function, so
+each of the two loads the other's folders. What differs: experts compute only for their own tokens, documents packed
+into a row never see each other, the router works in fp32, and a load-balance loss and a z-loss on the routers can be
+added.
 
 Left out: images, tensor parallelism, returned attention weights, attention implementations other than SDPA.
 """
@@ -47,7 +48,7 @@ class NativeModelOutput(MoeModelOutputWithPast):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Attention, then a dense or a mixture-of-experts feed-forward, each on a normalised residual."""
+    """Attention, then a dense or mixture-of-experts feed-forward. Each reads the normalised residual and adds to it."""
 
     def __init__(self, config: Llama4TextConfig, layer_idx: int):
         super().__init__()
@@ -100,7 +101,7 @@ class NativeLlama4Model(_NativeLlama4):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
-        # Not a buffer: loading on the meta device leaves buffers without values.
+        # Not a buffer, because loading on the meta device leaves buffers without values.
         self._frequencies: tuple[torch.Tensor, float] | None = None
         self.last_routings: tuple[list[Routing], torch.Tensor | None] = ([], None)
         self.router_loss_weights = RouterLossWeights(balance=config.router_aux_loss_coef)
@@ -108,12 +109,12 @@ class NativeLlama4Model(_NativeLlama4):
 
     @property
     def moe_layers(self) -> list[Any]:
-        """The mixture-of-experts layers, in order: `MoE`, or what expert parallelism puts in its place."""
+        """The mixture-of-experts layers in order: `MoE`, or `ExpertParallelMoE` under expert parallelism."""
         return [layer.feed_forward for layer in self.layers if layer.is_moe]
 
     @property
     def last_router_stats(self) -> RouterStats | None:
-        """Expert loads and router entropy of the last forward, padding left out; None before one. Computed on read."""
+        """Figures on the routers in the last forward, without padding; None before the first. Computed when read."""
         routings, keep_T = self.last_routings
         return router_stats(routings, keep_T) if routings else None
 
@@ -131,7 +132,10 @@ class NativeLlama4Model(_NativeLlama4):
         routed_experts: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> NativeModelOutput:
-        """As NativeLlama4ForCausalLM.forward; `last_hidden_state` is [B, S, D] after the final norm."""
+        """Run the layers. Arguments are those of `NativeLlama4ForCausalLM.forward`.
+
+        `last_hidden_state` is [B, S, D], after the final norm.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -147,7 +151,7 @@ class NativeLlama4Model(_NativeLlama4):
         )
         keep_T = None if attention_mask is None else attention_mask[:, past:].reshape(-1).bool()
         self.last_routings = ([Routing(r.logits_TE.detach(), r.expert_ids_TK) for r in routings], keep_T)
-        # cast: transformers annotates its outputs with FloatTensor, which no function of torch is typed to return.
+        # The casts are needed because transformers types its outputs as FloatTensor, which no torch function returns.
         return NativeModelOutput(
             last_hidden_state=cast(Any, hidden_states[-1]),
             past_key_values=cache,
@@ -178,7 +182,7 @@ class NativeLlama4Model(_NativeLlama4):
         routed_experts: torch.Tensor | None,
         keep_all: bool,
     ) -> tuple[list[Routing], list[torch.Tensor]]:
-        """Return what the routers did and the hidden states (only the last, normalised, unless `keep_all`)."""
+        """Return the routing of each MoE layer, and hidden states: the last, normalised one, or all if `keep_all`."""
         routings: list[Routing] = []
         hidden_states = [x_BSD] if keep_all else []
         moe_layers = self.moe_layers
@@ -206,7 +210,11 @@ class NativeLlama4Model(_NativeLlama4):
             )
 
     def _cache(self, given: Cache | None, use_cache: bool | None, layout: Layout) -> Cache | None:
-        """The cache to fill: none for packed rows, which no next token could continue, nor by default in training."""
+        """The cache that this forward fills, or None.
+
+        Packed rows have none, because no next token could continue their documents. Nor is one made by default while
+        gradients are on.
+        """
         if layout.starts_BS is not None:
             if given is not None or use_cache:
                 raise ValueError("position_ids restart within a row (packed documents): use_cache must be False")
@@ -225,7 +233,7 @@ class NativeLlama4Model(_NativeLlama4):
 
 
 class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
-    """Llama 4 text model with its language-model head; the same weights as transformers' `Llama4ForCausalLM`.
+    """The Llama 4 text model with its head. It has the same weights as transformers' `Llama4ForCausalLM`.
 
     `model.router_loss_weights` says what multiples of the load-balance loss and the z-loss are added to `loss`. They
     start as `config.router_aux_loss_coef` and 0; the former is set to 0 where the config holds only the default that
@@ -262,21 +270,21 @@ class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
 
         Args:
             input_ids: int64 [B, S]; or inputs_embeds [B, S, D].
-            attention_mask: [B, seen + S], 0 for padding; None where nothing is padded.
-            position_ids: int64 [B or 1, S]. Where they restart within a row, the row is packed: documents are
-                isolated, and the first label of each is ignored (no token of its own precedes it).
-            labels: int64 [B, S], -100 is ignored; shifted here.
+            attention_mask: [B, cached tokens + S], 0 for padding; None if no token is padding.
+            position_ids: int64 [B or 1, S]. If they restart within a row, the row is packed: its documents are
+                isolated, and the first label of each is ignored, since no token of the document precedes it.
+            labels: int64 [B, S], at the place of the token that they name; this method shifts them. -100 is ignored.
             past_key_values, use_cache: as in transformers, but by default no cache is made while gradients are on.
-            logits_to_keep: logits of the last so many tokens only (0: all), or of these indices.
-            routed_experts: int64 [B, S, MoE layers, K], experts to use in place of the router's choice; the gate
-                is still computed, with its gradient, from the logits. Source: arXiv 2510.11370.
+            logits_to_keep: how many tokens to compute logits for, counted from the end (0: all), or their indices.
+            routed_experts: int64 [B, S, MoE layers, K], experts to use instead of the router's choice. Their scores
+                are still computed from the logits, with a gradient. Source: arXiv 2510.11370.
 
         Returns:
             loss, logits [B, S, V], past_key_values, aux_loss (the load-balance loss as it is, where it
             has a weight or `output_router_logits` asks), and hidden_states and router_logits where asked for.
 
         Raises:
-            ValueError: a mask or routed_experts of another shape, or a cache with packed rows.
+            ValueError: attention_mask or routed_experts has the wrong shape, or a cache is given with packed rows.
         """
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, use_cache, inputs_embeds,
@@ -302,7 +310,7 @@ class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; config.json names `Llama4ForCausalLM`, so that other tools load the folder."""
+        """Save as transformers does, but config.json names `Llama4ForCausalLM`, so that other tools load the folder."""
         super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory) / "config.json"
         if path.exists() and kwargs.get("is_main_process", True):
@@ -312,7 +320,7 @@ class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
 
 
 def _without_first_labels(labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-    """Ignore the labels that would be predicted from another document's last token."""
+    """Ignore the first label of each document, which would be predicted from the last token of another document."""
     if position_ids is None or labels.shape[1] < 2:
         return labels
     restarts = (position_ids[:, 1:] != position_ids[:, :-1] + 1).expand(labels.shape[0], -1)

@@ -1,11 +1,11 @@
-"""From position ids, padding and cache to the Positions of one forward.
+"""Make the `Positions` of one forward from position ids, padding mask and cache.
 
-Two ways to give documents:
+A caller gives documents in one of two ways:
 
-  padded   one document a row, `attention_mask` marks padding. As in transformers, chunks are counted from the first
-           real token and the attention temperature from the start of the row.
-  packed   several documents a row, `position_ids` restart at each. Documents do not see each other; chunks and
-           temperature are counted within the document, so a packed document gets what it gets alone.
+  padded   one document in each row; `attention_mask` marks padding. As in transformers, chunks are counted from the
+           first real token, and the attention temperature from the start of the row.
+  packed   several documents in a row; `position_ids` restart at each. Documents do not see each other. Chunks and
+           temperature are counted within the document, so a packed document has the same outputs as it has alone.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,11 @@ from posttrain.model.visibility import CausalRows, ChunkedRows, MaskedRows, Visi
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the tokens of a forward are. attention_mask_BK: bool, or None where no row is padded on the left.
+    """How the rows of a forward are laid out.
 
-    starts_BS: bool, first token of each document, or None where no row is packed.
+    position_ids_BS: int64, [B or 1, S]. attention_mask_BK: bool, False for padding, over the cached and new tokens of a
+    row; None if the mask would hide nothing that causal attention shows. starts_BS: bool, True at the first token of
+    each document; None if no row is packed.
     """
 
     position_ids_BS: torch.Tensor
@@ -40,10 +42,10 @@ def layout_of(
     position_ids: torch.Tensor | None,
     device: torch.device,
 ) -> Layout:
-    """Find out whether rows are plain, padded or packed.
+    """Find out whether rows are plain, padded or packed. past: how many tokens of each row are in the cache.
 
     Raises:
-        ValueError: the attention mask is not [batch, past + length].
+        ValueError: the shape of the attention mask is not [batch, past + length].
     """
     if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + length):
         raise ValueError(
@@ -61,7 +63,10 @@ def layout_of(
 
 
 def _needed(mask_BK: torch.Tensor | None, past: int) -> torch.Tensor | None:
-    """Drop a mask that hides nothing a real token could see: no padding, or padding only at the end of new rows."""
+    """The mask, or None if causal attention alone hides all padding from real tokens.
+
+    That is so without padding, and where padding is only at the end of rows that have no cached tokens.
+    """
     if mask_BK is None or bool(mask_BK.all()):
         return None
     if past == 0 and bool((mask_BK[:, 1:] <= mask_BK[:, :-1]).all()):
@@ -70,6 +75,11 @@ def _needed(mask_BK: torch.Tensor | None, past: int) -> torch.Tensor | None:
 
 
 def _document_starts(position_ids_BS: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor | None:
+    """The first token of each document, bool [B, S], or None if no row holds more than one document.
+
+    A row is packed if its positions restart between two real tokens; a jump next to padding alone does not count. In a
+    packed row, each run of padding then counts as a document of its own.
+    """
     breaks = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
     between_real = breaks if mask_BS is None else breaks & mask_BS[:, 1:] & mask_BS[:, :-1]
     if not bool(between_real.any()):
@@ -87,7 +97,7 @@ def place(
     cache: Cache | None,
     frequencies: tuple[torch.Tensor, float],
 ) -> Positions:
-    """Build what the layers need. `frequencies` are those of rope.inverse_frequencies, on the right device."""
+    """The `Positions` of a forward. frequencies: of rope.inverse_frequencies, on the device of the forward."""
     turns = rotations(layout.position_ids_BS, *frequencies)
     kinds = set(config.layer_types or ())
     if layout.starts_BS is not None:
@@ -125,7 +135,7 @@ def _masked(
     past = cache.get_seq_length() if cache is not None else 0
     total, offset = past + length, 0
     if cache is not None:
-        # A layer whose window is bounded keeps only its last keys; the mask must start where they start.
+        # In the cache, a layer of chunked attention keeps only its latest keys: the mask must start where they start.
         total, offset = cache.get_mask_sizes(length, list(config.layer_types or ()).index(kind))
     keys, queries = range(offset, offset + total), range(past, past + length)
     return MaskedRows(

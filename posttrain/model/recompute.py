@@ -1,7 +1,8 @@
 """Gradient checkpointing, full or selective: which results of a layer's forward the backward computes again.
 
-full keeps a layer's input alone. selective also keeps what is dear to compute and small to hold: the results of matrix
-products and of attention; norms, rotary factors, activations and the moving of tokens to experts are computed again.
+Full checkpointing keeps only a layer's input. Selective checkpointing also keeps results that take long to compute but
+little memory: those of matrix products and of attention. Norms, rotary factors, activations and the moving of tokens to
+experts are computed again.
 Source: torch.utils.checkpoint.create_selective_checkpoint_contexts.
 """
 
@@ -31,5 +32,5 @@ def selective_contexts() -> Any:
 
 
 def checkpointing_arguments(mode: GradientCheckpointing) -> dict[str, Any] | None:
-    """What `gradient_checkpointing_enable` of a transformers model is given; None is its default, which is full."""
+    """The argument of a model's `gradient_checkpointing_enable`; None, its default, is full checkpointing."""
     return {"use_reentrant": False, "context_fn": selective_contexts} if mode == "selective" else None

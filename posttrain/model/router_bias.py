@@ -1,8 +1,10 @@
-"""Balanced experts without a loss: a bias on the choice of each expert, moved after each step by the loads of the step.
+"""Balance experts without a loss: a bias on the choice of each expert, moved after each step by the loads of the step.
 
-Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (arXiv 2408.15664), algorithm 1; here the
-bias is on logits, by which Llama 4 chooses. A model folder has no place for a bias, and engines route without one, so
-what is applied fades: bias * (1 - progress), nothing at the end, and the exported router is the one that was trained.
+Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (arXiv 2408.15664), algorithm 1. Here the
+bias is added to logits, because Llama 4 chooses experts by logit.
+
+A model folder has no place for a bias, and engines route without one. So the bias that is applied shrinks during the
+training, as bias * (1 - progress). At the end it is zero, and the exported router routes as it did in training.
 
 Left out: models that are not the native Llama 4.
 Shapes: L mixture-of-experts layers, E experts.
@@ -19,21 +21,21 @@ from posttrain.model.router_stats import RouterStats, expert_counts, router_stat
 
 
 def native_layers(model: nn.Module) -> NativeLlama4Model | None:
-    """The native layers in a model, whatever wraps them; None if there are none, or no mixture of experts in them."""
+    """The native layers inside a model and its wrappers; None if it has none, or none with a mixture of experts."""
     found = next((module for module in model.modules() if isinstance(module, NativeLlama4Model)), None)
     return found if found is not None and found.moe_layers else None
 
 
 class RouterBias:
-    """The bias of every router of a model, and what its routers did in each step.
+    """The bias of every router of a model, and the counts of what each router chose in a step.
 
-    Forwards in training mode with gradients are counted, padding left out; call `update` after each optimizer step, on
-    every rank. What checkpointing computes again is not counted again. With a rate of 0 it counts only.
-    counting: False for the time of forwards that are not to be counted.
+    It counts every forward in training mode with gradients, without padding. A layer that gradient checkpointing
+    computes again is not counted again. Call `update` after each optimizer step, on every rank. With a rate of 0 it
+    counts and moves no bias. counting: set it to False during forwards that must not be counted.
     """
 
     def __init__(self, model: nn.Module, rate: float):
-        """rate: how far a step moves each bias, in logits. Raises ValueError for a model without native experts."""
+        """rate: how far each step moves a bias, in logits. Raises ValueError for a model without native experts."""
         layers = native_layers(model)
         if layers is None:
             raise ValueError(f"{type(model).__name__} has no native mixture-of-experts layers")
@@ -44,15 +46,15 @@ class RouterBias:
         size = (len(layers.moe_layers), layers.config.num_local_experts)
         self.bias_LE = torch.zeros(size)
         self._counts_LE = torch.zeros(size, dtype=torch.float64)
-        self._entropy_L = torch.zeros(size[0], dtype=torch.float64)  # summed over tokens
+        self._entropy_L = torch.zeros(size[0], dtype=torch.float64)  # summed over choices
         self._hook = layers.register_forward_hook(self._count)
 
     @torch.no_grad()
     def update(self, progress: float) -> RouterStats | None:
-        """Move the bias by what all ranks counted since the last call, and apply it for the next step.
+        """Move the bias by the counts of all ranks since the last call, and apply it to the next step. Collective.
 
-        progress: share of the training that is done, 0 to 1; at 1 no bias is left. Returns what was counted, on the
-        CPU; None if no forward was.
+        progress: share of the training that is done, 0 to 1; at 1 no bias is applied. Returns the figures of what was
+        counted, on the CPU, or None if no token was.
         """
         counts_LE, entropy_L = self._take()
         total_L1 = counts_LE.sum(-1, keepdim=True)
@@ -64,16 +66,16 @@ class RouterBias:
         return stats
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON holds it exactly."""
+        """What a checkpoint keeps: values that JSON holds exactly."""
         return {"bias": self.bias_LE.tolist(), "progress": self.progress}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Continue from the result of `state`."""
         self.bias_LE = torch.tensor(state["bias"])
         self._apply(state["progress"])
 
     def close(self) -> None:
-        """Take bias and counting off the model."""
+        """Remove the bias from the model and stop counting."""
         self._hook.remove()
         self._apply(1.0)
 
@@ -96,7 +98,7 @@ class RouterBias:
         self._entropy_L = self._entropy_L.to(counts_LE.device) + stats.entropy_L.double().nan_to_num() * choices_L
 
     def _take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts [L, E] and summed entropy [L] over all ranks, in fp64 on the CPU; begins anew."""
+        """Counts [L, E] and summed entropy [L] over all ranks, in fp64 on the CPU. Counting then starts from zero."""
         sums = torch.cat([self._counts_LE, self._entropy_L[:, None]], dim=1)
         self._counts_LE, self._entropy_L = torch.zeros_like(self._counts_LE), torch.zeros_like(self._entropy_L)
         if dist.is_initialized():

@@ -1,14 +1,15 @@
-"""Which token may see which, decided once a forward and shared by all layers of a kind.
+"""Which token may see which. It is decided once for each forward, and all layers of one kind share it.
 
-Four cases, each with one method `attend(q_BHSd, k_BGSd, v_BGSd, dropout) -> out_BHSd`, where H query heads share G
-key heads:
+There are four cases. Each is a class with one method, `attend(q_BHSd, k_BGSd, v_BGSd, dropout) -> out_BHSd`, where H
+query heads share G key heads:
 
-  CausalRows     plain rows: the kernel's own causal mask, nothing materialised.
-  ChunkedRows    plain rows longer than attention_chunk_size: chunks become rows of their own.
-  PackedSegments documents packed into rows: each document (or each chunk of it) becomes a row of its own.
-  MaskedRows     padding, or keys from a cache: a boolean mask.
+  CausalRows     plain rows. The kernel's own causal mask is used, so no mask is stored.
+  ChunkedRows    plain rows longer than attention_chunk_size. Each chunk is attended as a row.
+  PackedSegments documents packed into rows. Each document, or each chunk of one, is attended as a row.
+  MaskedRows     rows with padding, or with keys from a cache. A boolean mask is used.
 
-Left out: attention kernels with variable lengths (flash-attn); segments of similar length share a batch instead.
+Left out: attention kernels for rows of different lengths (flash-attn); here segments of similar length are padded and
+share a batch.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# Segments are padded to the longest of their batch. Up to this factor of wasted rows one batch is faster than several.
+# Segments are padded to the longest of their batch. While padding makes the tokens at most this many times as many,
+# one batch is faster than several.
 _MAX_PADDING = 2.0
 
 
@@ -36,7 +38,7 @@ def _sdpa(
 
 @dataclass(frozen=True, slots=True)
 class CausalRows:
-    """Every token sees itself and all before it in its row."""
+    """Every token sees itself and all earlier tokens of its row."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float) -> torch.Tensor:
         return _sdpa(q, k, v, mask=None, dropout=dropout)
@@ -44,7 +46,7 @@ class CausalRows:
 
 @dataclass(frozen=True, slots=True)
 class ChunkedRows:
-    """As CausalRows, but only within chunks of `chunk_size` tokens counted from the start of the row."""
+    """Every token sees itself and earlier tokens of its chunk. Chunks of `chunk_size` tokens start with the row."""
 
     chunk_size: int
 
@@ -65,7 +67,7 @@ class ChunkedRows:
 
 @dataclass(frozen=True, slots=True)
 class MaskedRows:
-    """`mask` [B or 1, 1, S, K] is True where a query sees a key."""
+    """mask: bool [B or 1, 1, S, K], True where a query sees a key."""
 
     mask: torch.Tensor
 
@@ -75,7 +77,11 @@ class MaskedRows:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Segments that are attended together. `slots_N` are places in [rows * length], `tokens_N` flat token indices."""
+    """Segments that are padded to one length and attended together.
+
+    tokens_N: indices of their tokens among all B * S tokens; None if they are all of them. slots_N: the place of each
+    of these tokens in the padded [rows * length].
+    """
 
     rows: int
     length: int
@@ -85,7 +91,10 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True)
 class PackedSegments:
-    """Runs of tokens that see only earlier tokens of their own run, padded on the right, where causality hides it."""
+    """Every token sees itself and the earlier tokens of its segment.
+
+    Segments are padded on the right, where causal attention hides the padding from real tokens.
+    """
 
     batches: tuple[_Batch, ...]
 
@@ -103,7 +112,7 @@ class PackedSegments:
 def _attend_batch(tokens: list[torch.Tensor], batch: _Batch, dropout: float) -> torch.Tensor:
     def place(x: torch.Tensor) -> torch.Tensor:
         x = x if batch.tokens_N is None else x.index_select(0, batch.tokens_N)
-        # index_copy's backward is a plain gather; a gather here would need an accumulating scatter in backward.
+        # The backward of index_copy is a plain gather. That of a gather would be a scatter that accumulates, and slow.
         flat = x.new_zeros(batch.rows * batch.length, *x.shape[1:]).index_copy(0, batch.slots_N, x)
         return flat.unflatten(0, (batch.rows, batch.length)).transpose(1, 2)
 
@@ -115,7 +124,7 @@ Visibility = CausalRows | ChunkedRows | PackedSegments | MaskedRows
 
 
 def packed_segments(starts_BS: torch.Tensor) -> PackedSegments:
-    """Build PackedSegments from the first token of each segment (bool [B, S]; column 0 must be True)."""
+    """Build PackedSegments. starts_BS: bool, True at the first token of each segment; column 0 must be True."""
     first = starts_BS.flatten().nonzero().squeeze(1)
     total = starts_BS.numel()
     lengths = torch.diff(first, append=first.new_tensor([total]))
@@ -128,7 +137,7 @@ def packed_segments(starts_BS: torch.Tensor) -> PackedSegments:
 
 
 def _batches_by_length(lengths: torch.Tensor, segment: torch.Tensor, offset: torch.Tensor) -> list[_Batch]:
-    """One batch for each power of two of length, so that padding at most doubles a row."""
+    """One batch for the lengths between two powers of two, so that padding at most doubles a row."""
     power = torch.ceil(torch.log2(lengths.double())).long()
     batches = []
     for value in power.unique().tolist():
@@ -144,10 +153,10 @@ def _batches_by_length(lengths: torch.Tensor, segment: torch.Tensor, offset: tor
 def row_mask(
     attention_mask_BK: torch.Tensor | None, queries: range, keys: range, *, chunk_size: int | None, device: torch.device
 ) -> torch.Tensor:
-    """Boolean [B or 1, 1, S, K] for queries and keys at the given slots of their rows.
+    """The mask of `MaskedRows`, bool [B or 1, 1, S, K]. queries, keys: their places in the row.
 
-    Chunks are counted from the first token that is not padding. A query that sees nothing (it is padding itself)
-    is left so: its output is zero and no one reads it.
+    Chunks are counted from the first token that is not padding. A query that is padding may see no key at all. Its
+    output is then zero, and nothing reads it.
     """
     query = torch.arange(queries.start, queries.stop, device=device)[None, :, None]
     key = torch.arange(keys.start, keys.stop, device=device)[None, None, :]
