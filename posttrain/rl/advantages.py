@@ -1,4 +1,8 @@
-"""Advantages from rewards: of one group, `(rewards_G) -> advantages_G`; where a rule needs it, then of the batch."""
+"""Advantages from rewards.
+
+A rule is a function from the rewards of one group to its advantages, `(rewards_G) -> advantages_G`. Some rules have a
+second function, which is applied to the advantages of a whole batch.
+"""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
@@ -7,7 +11,11 @@ STD_FLOOR = 1e-6
 
 
 def group_mean(rewards_G: Sequence[float]) -> list[float]:
-    """A_i = R_i - mean(R). No division by the deviation, so easy and hard prompts are not blown up.
+    """A_i = R_i - mean(R). Example: rewards 1, 0, 0, 1 give 0.5, -0.5, -0.5, 0.5.
+
+    There is no division by the standard deviation, which would give groups of very easy and very hard prompts more
+    weight, since their rewards hardly differ.
+
 
     Source: Dr. GRPO, arXiv 2503.20783.
     """
@@ -16,7 +24,7 @@ def group_mean(rewards_G: Sequence[float]) -> list[float]:
 
 
 def grpo(rewards_G: Sequence[float]) -> list[float]:
-    """A_i = (R_i - mean(R)) / (std(R) + 1e-6), with the deviation of the group itself.
+    """A_i = (R_i - mean(R)) / (std(R) + 1e-6), with the standard deviation of the group.
 
     Source: GRPO, arXiv 2402.03300.
     """
@@ -25,7 +33,7 @@ def grpo(rewards_G: Sequence[float]) -> list[float]:
 
 
 def rloo(rewards_G: Sequence[float]) -> list[float]:
-    """A_i = R_i - mean of the others' rewards. Needs two rewards at least.
+    """A_i = R_i - mean of the other rewards of the group, which must have at least two.
 
     Source: RLOO, arXiv 2402.14740.
     """
@@ -42,9 +50,10 @@ ADVANTAGES: dict[str, Callable[[Sequence[float]], list[float]]] = {
 
 
 def batch_norm(advantages_N: Sequence[float]) -> list[float]:
-    """A_i / (std(A) + 1e-6), with the deviation of the N centred rewards of the whole batch.
+    """A_i / (std(A) + 1e-6), with the standard deviation of the N advantages of the whole batch.
 
-    One scale for all groups: a group whose rewards hardly differ is not blown up, as a deviation of its own would.
+    advantages_N: from `group_mean`. All groups are divided by the same number, so a group whose rewards hardly differ
+    does not get more weight, as it would from its own standard deviation.
 
     Source: REINFORCE++ with baseline, arXiv 2501.03262.
     """
@@ -52,10 +61,10 @@ def batch_norm(advantages_N: Sequence[float]) -> list[float]:
     return [advantage / (deviation + STD_FLOOR) for advantage in advantages_N]
 
 
-# What is done to the advantages of a whole batch, for the names of ADVANTAGES that need it.
+# For the names in ADVANTAGES that have a second function: it is applied to the advantages of a whole batch.
 OVER_BATCH: dict[str, Callable[[Sequence[float]], list[float]]] = {"batch_norm": batch_norm}
 
 
 def is_zero(advantages_G: Sequence[float]) -> bool:
-    """True when the group teaches nothing: every advantage is zero up to rounding."""
+    """True if every advantage is zero up to rounding, so that the group teaches nothing."""
     return all(abs(advantage) < 1e-9 for advantage in advantages_G)

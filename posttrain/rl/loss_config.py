@@ -1,4 +1,7 @@
-"""Which loss the RL stage trains with, its constants, and the penalty on the divergence from a reference."""
+"""The section `loss` of an RL stage: the loss, its constants, and the penalty on the divergence from a reference.
+
+Example: `loss: {name: grpo, clip_high: 0.3, reference: {weight: 0.01}}`.
+"""
 
 from typing import Annotated, Literal
 
@@ -25,15 +28,17 @@ CONSTANTS: dict[str, tuple[str, ...]] = {
 class ReferenceConfig(Config):
     """A penalty on the divergence of the policy from a frozen reference policy, as a term of the loss."""
 
-    weight: Positive = Field(description="Times the mean over the batch's tokens, added to the loss.")
+    weight: Positive = Field(
+        description="Factor of the penalty: its mean over the batch's tokens times this is added to the loss."
+    )
     estimator: Literal["k1", "k2", "k3"] = Field(
         default="k2",
-        description="Of KL(policy, reference). Gradients in expectation: k2 that of KL(policy, reference), k3 (GRPO's) "
-        "that of KL(reference, policy), k1 none.",
+        description="Estimator of KL(policy, reference). In expectation, k2 has the gradient of KL(policy, reference), "
+        "k3 (used by GRPO) that of KL(reference, policy), and k1 none.",
     )
     ratio_cap: Positive | None = Field(
         default=20.0,
-        description="Tokens weigh as much as the policy's ratio to the sampler, up to here; None: all the same.",
+        description="Each token is weighted by its ratio policy / sampler, capped here; None: no weights.",
     )
     path: str | None = Field(
         default=None, description="Model folder of the reference; None: model.path, where training starts."
@@ -41,22 +46,28 @@ class ReferenceConfig(Config):
 
 
 class LossConfig(Config):
-    """Which loss of `posttrain.rl.losses.LOSSES`, its constants, and what goes with any loss."""
+    """The loss, by its name in `posttrain.rl.losses.LOSSES`, its constants, and the settings that fit any loss."""
 
     name: Literal["dppo", "grpo", "dr_grpo", "cispo", "gspo", "tis", "icepop", "decoupled"] = Field(
         default="dppo",
-        description="dppo: divergence mask; grpo: clipped ratio, by tokens; dr_grpo: the same, by sequences; "
-        "cispo: capped weight; gspo: one ratio a sequence; tis, icepop: weight of the trainer over the sampler, capped "
-        "or masked; decoupled: clipped ratio to a policy one version old.",
+        description="dppo: masks tokens that moved far; grpo: clipped ratio, mean over tokens; dr_grpo: the same, mean "
+        "over sequences; cispo: capped weight; gspo: one clipped ratio for each sequence; tis, icepop: weight "
+        "trainer / sampler, capped or masked; decoupled: clipped ratio to a policy one version old.",
     )
-    entropy_bonus: NotNegative = Field(default=0.0, description="Weight of the mean entropy, taken off the loss.")
+    entropy_bonus: NotNegative = Field(
+        default=0.0, description="The mean entropy times this is subtracted from the loss."
+    )
     reference: ReferenceConfig | None = Field(
-        default=None, description="Penalty on the divergence from a reference policy; None: no such model is loaded."
+        default=None,
+        description="Penalty on the divergence from a reference policy; None: no penalty, and no second model.",
     )
     truncated: Literal["train", "mask"] = Field(
-        default="train", description="Replies cut off by sampling.max_tokens: train on them, or leave them out."
+        default="train",
+        description="Replies cut off by sampling.max_tokens: train on them, or mask them, so that they have no loss.",
     )
-    divergence: Positive = Field(default=0.2, description="dppo: tokens whose probability moved further are masked.")
+    divergence: Positive = Field(
+        default=0.2, description="dppo: tokens whose probability has moved further than this are masked."
+    )
     ratio_cap: Positive = Field(default=20.0, description="dppo: importance ratios are capped here.")
     kl_weight: NotNegative = Field(default=1e-3, description="dppo: weight of (log ratio)^2.")
     clip_low: Positive = Field(
@@ -67,7 +78,7 @@ class LossConfig(Config):
     )
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
         default=None,
-        description="grpo, dr_grpo, decoupled: with a negative advantage, ratios are clipped here too; 3 is usual.",
+        description="grpo, dr_grpo, decoupled: ratios are clipped here too if the advantage is negative; 3 is usual.",
     )
     cispo_cap: Positive = Field(default=5.0, description="cispo: importance ratios are capped here.")
     sequence_clip_low: Positive = Field(
@@ -76,11 +87,11 @@ class LossConfig(Config):
     sequence_clip_high: Positive = Field(
         default=4e-4, description="gspo: ratios of sequences above 1 + sequence_clip_high are clipped."
     )
-    tis_cap: Positive = Field(default=2.0, description="tis: weights of the trainer over the sampler are capped here.")
+    tis_cap: Positive = Field(default=2.0, description="tis: weights trainer / sampler are capped here.")
     icepop_low: Positive = Field(default=0.5, description="icepop: tokens with a smaller weight are masked.")
     icepop_high: Positive = Field(default=5.0, description="icepop: tokens with a larger weight are masked.")
     decoupled_cap: Positive = Field(
-        default=5.0, description="decoupled: weights of the proximal policy over the sampler are capped here."
+        default=5.0, description="decoupled: weights proximal policy / sampler are capped here."
     )
 
     @model_validator(mode="after")

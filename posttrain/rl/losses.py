@@ -1,11 +1,22 @@
-"""Losses of RL. Each returns a sum and names what it is divided by; one place divides, by the whole batch's count.
+"""The losses of RL.
 
-Two terms go with any of them: the entropy bonus, and the divergence from a reference policy.
-The ratio r = pi_theta / pi_sampler is anchored on the log-probabilities that the sampler recorded, so no forward
-pass of an old policy is needed. A batch is trained on in one optimizer step: where a form speaks of pi_old, the
-trainer's policy before the batch's updates, that is pi_theta itself without a gradient, sg(pi_theta).
-No token can make a loss or its gradient infinite or NaN, however far policy, sampler and reference are apart: every
-ratio goes through `ratio_of`.
+Each loss is a function that returns a sum and names its denominator, tokens or sequences. Only `batch_share` divides,
+by the count of the whole batch. Two terms can be added to any loss: an entropy bonus, and a penalty on the divergence
+from a reference policy.
+
+The notation of the docstrings:
+
+  pi_theta    the policy that is being trained
+  pi_sampler  the policy that sampled the token, as the engine recorded its log-probability
+  pi_old      the trainer's policy before the updates of a batch, of which some papers speak. Here a batch is trained on
+              in one optimizer step, so pi_old is pi_theta without a gradient, sg(pi_theta)
+  r           pi_theta / pi_sampler, of one token. Because the sampler's log-probabilities are recorded, no forward
+              pass of an old policy is needed
+  A           the token's advantage
+  sg(x)       x without a gradient
+
+No finite log-probabilities, however far policy, sampler and reference are apart, make a loss or its gradient infinite
+or NaN: every ratio is computed by `ratio_of`.
 Shapes: T, the reply tokens of a micro-batch; S, its replies.
 """
 
@@ -17,31 +28,38 @@ import torch
 
 from posttrain.rl.loss_config import LossConfig, ReferenceConfig
 
-# Beyond this log ratio the exponential goes on as its tangent. exp(30) = 1e13: no token that a sampler really drew has
-# a ratio like it. The squares of such gradients still add up below fp32's largest number, 3e38, in a batch's norm.
+# Above this log ratio `ratio_of` replaces the exponential by its tangent. exp(30) = 1e13 is far above the ratio of any
+# token that a sampler really drew, and small enough that the squares of such gradients, summed for the gradient norm of
+# a batch, stay below fp32's largest number, 3e38.
 MAX_LOG_RATIO = 30.0
 
 
 def ratio_of(log_ratio: torch.Tensor) -> torch.Tensor:
-    """exp(log_ratio), and its tangent above MAX_LOG_RATIO = b: exp(b) * (1 + log_ratio - b), finite where exp is not.
+    """exp(log_ratio) up to b = MAX_LOG_RATIO; above b the tangent of exp in b, exp(b) * (1 + log_ratio - b).
 
-    fp32's exp overflows at 88.7. An infinite ratio gives 0 * inf = NaN in the value (advantage or weight 0) or in the
-    gradient (a clip that stops the gradient multiplies it by 0), and one such token spoils the step of a whole batch.
-    Up to b the value and the gradient are those of exp, bit for bit. A clamp would do for the value, but it has no
-    gradient: k3's term would push a policy far below its reference further down, by the 1 of its linear part.
-    An infinite or NaN log ratio stays one, for the trainer to find.
+    Up to b, value and gradient are those of exp, bit for bit. The tangent is there because fp32's exp overflows at
+    88.7. An infinite ratio becomes NaN (0 * inf) in the value if the advantage or a weight is 0, and in the gradient if
+    a clip multiplies the gradient by 0. One such token spoils the step of the whole batch.
+
+    A clamp would keep the value finite too, but a clamped value has no gradient. Of the k3 penalty (`reference_kl`)
+    only the gradient of its linear part, 1, would then be left, and that pushes a policy which is far below its
+    reference further down.
+
+    An infinite or NaN log_ratio gives an infinite or NaN ratio, which the trainer finds and reports.
     """
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp() * (1 + torch.relu(log_ratio - MAX_LOG_RATIO))
 
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """One entry a reply token; whole replies only, the tokens of a reply side by side.
+    """The reply tokens of a micro-batch, one entry for each token. Replies are whole, and their tokens consecutive.
 
-    policy_logprobs_T (with gradient), sampler_logprobs_T, advantages_T: fp32. The advantage is the same for all tokens
-    of a reply. staleness_T: int64, the trainer's policy version minus the version that sampled the token, 0 or more.
-    sequence_T: int64, which reply the token belongs to. max_tokens: the longest reply that could be sampled.
-    ref_logprobs_T: fp32, of the reference policy, or None where there is none.
+    policy_logprobs_T (with gradient), sampler_logprobs_T, advantages_T: fp32. All tokens of a reply have the same
+    advantage. staleness_T: int64, the trainer's policy version minus the version that sampled the token, 0 or more.
+    sequence_T: int64, the number of the token's reply. max_tokens: the longest reply that could be sampled.
+    ref_logprobs_T: fp32, log-probabilities under the reference policy, or None without one.
+
+    Example: two replies of 2 tokens and 1 token have sequence_T = [0, 0, 1] and advantages_T = [0.5, 0.5, -0.5].
     """
 
     policy_logprobs_T: torch.Tensor
@@ -55,7 +73,10 @@ class LossInputs:
 
 @dataclass(frozen=True, slots=True)
 class LossOutputs:
-    """loss_sum: a scalar, not yet divided, and what divides it. metrics: counts of tokens (fractions of them later)."""
+    """loss_sum: a scalar that is not divided yet. denominator: whose count in the batch divides it.
+
+    metrics: counts of tokens; the trainer divides them by the batch's tokens, so that they become fractions.
+    """
 
     loss_sum: torch.Tensor
     denominator: Literal["tokens", "sequences"]
@@ -65,9 +86,11 @@ class LossOutputs:
 def dppo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     """-keep * A * sg(min(r, cap)) * log pi_theta + kl_weight * (log r)^2, summed over tokens.
 
-    keep = 0 where the update would push a probability that has already moved by more than `divergence` further the
-    same way: (A > 0 and p_theta - p_sampler > d) or (A <= 0 and p_theta - p_sampler < -d). The bound is on the total
-    variation of the token's own binary event, so rare tokens are not masked for a large ratio alone.
+    keep = 0 masks a token whose probability has already moved by more than d = `divergence`, if the update would move
+    it further in that direction: (A > 0 and p_theta - p_sampler > d) or (A <= 0 and p_theta - p_sampler < -d).
+    Otherwise keep = 1. The difference of the two probabilities is the total variation between policy and sampler, as
+    far as the choice "this token or another" goes. A rare token can have a large ratio at a small difference, and is
+    then not masked.
 
     Source: DPPO, arXiv 2602.04879, with its binary total-variation mask; cap and squared term as in prime-rl's default
     loss.
@@ -87,7 +110,10 @@ def dppo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
 def _clipped(
     log_ratio: torch.Tensor, advantages: torch.Tensor, *, low: float, high: float, dual: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's term -min(r A, clip(r, 1 - low, 1 + high) A), at most -dual * A for A < 0; and where a clip binds."""
+    """PPO's term -min(r A, clip(r, 1 - low, 1 + high) A), and a mask of the entries that a clip changed.
+
+    dual: if set, the term is at most -dual * A where A < 0. Arguments and results are of tokens or of sequences.
+    """
     ratio = ratio_of(log_ratio)
     plain = ratio * advantages
     objective = torch.minimum(plain, ratio.clamp(1 - low, 1 + high) * advantages)
@@ -99,7 +125,7 @@ def _clipped(
 def grpo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), summed over tokens.
 
-    With `dual_clip` = c, a token with A < 0 costs at most -c A: beyond r = c it has no gradient.
+    With `dual_clip` = c, a token with A < 0 adds at most -c A to the loss. Above r = c it has no gradient.
 
     Source: PPO's clipped objective with GRPO's advantages (arXiv 2402.03300) and clip-higher and the token-level mean
     of DAPO (arXiv 2503.14476); dual clip: arXiv 1912.09729.
@@ -114,9 +140,10 @@ def grpo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
 def dr_grpo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     """The terms of `grpo`, summed over tokens and divided by max_tokens; the batch divides by its sequences.
 
-    So each token weighs 1 / (sequences * max_tokens) whatever the length of its reply: no long wrong reply is made
-    cheap by its length. The paper's formula has the mean over sequences only; its authors' code divides by the
-    generation budget too, a constant, which keeps gradients in the range of the other losses.
+    So each token has the weight 1 / (sequences * max_tokens), whatever the length of its reply. With a mean over the
+    tokens of each reply, a wrong reply would be punished less at each token the longer it is. The paper's formula has
+    the mean over sequences only. Its authors' code divides by the longest reply allowed too, a constant, which keeps
+    gradients in the range of the other losses.
 
     Source: Dr. GRPO, arXiv 2503.20783 (its advantage is `group_mean`).
     """
@@ -127,7 +154,7 @@ def dr_grpo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
 def cispo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     """-sg(min(r, cispo_cap)) * A * log pi_theta, summed over tokens.
 
-    No token loses its gradient; only its weight is cut.
+    Every token keeps its gradient; the cap limits only its weight.
 
     Source: CISPO, arXiv 2506.13585, without a lower clip; the cap as in ScaleRL, arXiv 2510.13786.
     """
@@ -141,8 +168,8 @@ def cispo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
 def gspo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     """-min(s A, clip(s, 1 - sequence_clip_low, 1 + sequence_clip_high) A), summed over sequences.
 
-    s = exp(mean over the reply's tokens of log r): one ratio a reply. `clipped_fraction` counts the tokens of clipped
-    replies.
+    s = exp(mean over the reply's tokens of log r) is one ratio for the whole reply. `clipped_fraction` counts the
+    tokens of clipped replies.
 
     Source: GSPO, arXiv 2507.18071, equation 5; constants of its section 5.1.
     """
@@ -161,7 +188,8 @@ def gspo(inputs: LossInputs, config: LossConfig) -> LossOutputs:
 def tis(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     """-sg(min(rho, tis_cap)) * A * pi_theta / pi_old, summed over tokens; rho = pi_old / pi_sampler.
 
-    pi_old = sg(pi_theta), so the ratio is 1 with the gradient of log pi_theta, and PPO's clip on it never binds.
+    Since pi_old = sg(pi_theta), pi_theta / pi_old is 1, with the gradient of log pi_theta, and PPO's clip never
+    changes it.
 
     Source: truncated importance sampling, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
     RL training".
@@ -174,8 +202,8 @@ def tis(inputs: LossInputs, config: LossConfig) -> LossOutputs:
 def icepop(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     """-sg(rho * [icepop_low <= rho <= icepop_high]) * A * pi_theta / pi_old, summed over tokens; rho as in `tis`.
 
-    A token on which sampler and trainer disagree beyond the bounds, either way, is left out of the sum, but counts
-    in the denominator.
+    If rho of a token is outside the bounds, so that sampler and trainer disagree about it, the token is left out of the
+    sum. It still counts in the denominator.
 
     Source: IcePop, arXiv 2510.18855 (Ring-1T).
     """
@@ -186,7 +214,7 @@ def icepop(inputs: LossInputs, config: LossConfig) -> LossOutputs:
 
 
 def _on_policy(inputs: LossInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """pi_theta / pi_old, which is 1 and has the gradient of log pi_theta; and pi_old / pi_sampler, which has none."""
+    """Two ratios: pi_theta / pi_old, which is 1 with the gradient of log pi_theta; pi_old / pi_sampler, without one."""
     old_T = inputs.policy_logprobs_T.detach()
     return ratio_of(inputs.policy_logprobs_T - old_T), ratio_of(old_T - inputs.sampler_logprobs_T)
 
@@ -194,10 +222,12 @@ def _on_policy(inputs: LossInputs) -> tuple[torch.Tensor, torch.Tensor]:
 def decoupled(inputs: LossInputs, config: LossConfig) -> LossOutputs:
     """sg(min(w, decoupled_cap)) times the terms of `grpo` on pi_theta / pi_prox, summed over tokens.
 
-    w = pi_prox / pi_sampler, and log pi_prox = log pi_sampler + alpha * (log pi_theta - log pi_sampler) without a
-    gradient. With d = staleness of the token, alpha = max(0, d - 1) / d, and 0 for d = 0: the proximal policy lies one
-    version behind the trainer's. So tokens up to one version old have the terms of `grpo`, and the clip is on the d-th
-    root of r for older ones.
+    pi_prox, the proximal policy, stands for the trainer's policy of one version ago. It is interpolated, without a
+    gradient: log pi_prox = log pi_sampler + alpha * (log pi_theta - log pi_sampler), where a token of staleness d has
+    alpha = (d - 1) / d, and alpha = 0 if d = 0. The weight is w = pi_prox / pi_sampler.
+
+    So a token of staleness 0 or 1 has the term of `grpo`. For an older token the clip is on pi_theta / pi_prox, which
+    is the d-th root of r.
 
     Source: decoupled PPO, arXiv 2505.24298 (AReaL); pi_prox without a forward pass: A-3PO, arXiv 2512.06547.
     """
@@ -228,7 +258,7 @@ LOSSES: dict[str, Callable[[LossInputs, LossConfig], LossOutputs]] = {
 }
 
 
-# Of KL(policy, reference), from l = log pi_theta - log pi_ref of a token that the policy sampled.
+# Estimators of KL(policy, reference). Each takes l = log pi_theta - log pi_ref of tokens; see `reference_kl`.
 KL_ESTIMATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "k1": lambda log_ratio: log_ratio,
     "k2": lambda log_ratio: log_ratio.square() / 2,
@@ -237,19 +267,23 @@ KL_ESTIMATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def reference_kl(inputs: LossInputs, config: ReferenceConfig, estimator: str | None = None) -> torch.Tensor:
-    """sg(min(r, ratio_cap)) * k(l) of each token, fp32 [T]; k is `estimator`, by default the config's.
+    """sg(min(r, ratio_cap)) * k(l) of each token, fp32 [T]. k is `estimator`, or the config's if that is None.
 
-    With l = log pi_theta - log pi_ref: k1 = l, k2 = l^2 / 2, k3 = exp(-l) - 1 + l. As values under the policy, k1 and
-    k3 have the mean KL(pi_theta, pi_ref), k2 nearly so where the two are close. As terms of a loss it is their
-    gradients that count. With respect to log pi_theta they are 1, l and 1 - pi_ref / pi_theta, so in expectation under
-    the policy, the prefix of the token taken as given,
-        k1: E[grad log pi_theta] = 0; the score function alone, noise without a direction;
-        k2: E[l grad log pi_theta] = grad KL(pi_theta, pi_ref), the right one;
-        k3: -E[(pi_ref / pi_theta) grad log pi_theta] = grad KL(pi_ref, pi_theta), of the other direction.
-    Tokens come from the sampler, so these expectations need the weight r = pi_theta / pi_sampler, which has no
-    gradient. It is capped, and left out (GRPO has none) where ratio_cap is None.
+    With l = log pi_theta - log pi_ref, the estimators are k1 = l, k2 = l^2 / 2 and k3 = exp(-l) - 1 + l.
 
-    Raises ValueError where the inputs have no ref_logprobs_T.
+    Their values: over tokens that the policy sampled, the mean of k1 and of k3 is KL(pi_theta, pi_ref). That of k2 is
+    close to it if the two policies are close.
+
+    Their gradients, which are what counts in a loss, are different. With respect to log pi_theta they are 1, l and
+    1 - pi_ref / pi_theta. So, given the tokens before it, the expectation over a token that the policy samples is
+        k1: E[grad log pi_theta] = 0, noise without a direction;
+        k2: E[l grad log pi_theta] = grad KL(pi_theta, pi_ref), the gradient that a penalty should have;
+        k3: -E[(pi_ref / pi_theta) grad log pi_theta] = grad KL(pi_ref, pi_theta), that of the reverse divergence.
+
+    Tokens were sampled by the sampler and not by the policy. The weight r = pi_theta / pi_sampler, without a gradient,
+    corrects the expectations for this. It is capped at ratio_cap. With ratio_cap None there is no weight, as in GRPO.
+
+    Raises ValueError if the inputs have no ref_logprobs_T.
 
     Source: J. Schulman 2020, "Approximating KL Divergence"; k3 as a loss: GRPO, arXiv 2402.03300; the gradients: arXiv
     2510.01555, which also asks for the weight.
@@ -274,12 +308,13 @@ def batch_share(
     num_sequences: int,
     config: LossConfig,
 ) -> torch.Tensor:
-    """A micro-batch's share of its batch's loss, a scalar.
+    """A micro-batch's share of the loss of its batch, a scalar:
 
-    loss_sum / denominator - entropy_bonus * mean entropy + reference.weight * mean of `reference_kl`
+        loss_sum / denominator - entropy_bonus * mean entropy + reference.weight * mean of `reference_kl`
 
-    entropy_T: nats, with gradient. num_tokens, num_sequences: of the whole batch, over all ranks; the means are over
-    its tokens. The shares of all micro-batches add up to the loss of the batch, however it is split.
+    entropy_T: nats, with gradient. num_tokens, num_sequences: counts of the whole batch, over all ranks. The means
+    divide by the tokens of the whole batch too, so the shares of all micro-batches add up to the batch's loss however
+    the batch is split.
     """
     divisor = {"tokens": num_tokens, "sequences": num_sequences}[outputs.denominator]
     loss = outputs.loss_sum / divisor
