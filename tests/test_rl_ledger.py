@@ -185,7 +185,7 @@ def test_a_checkpoint_that_no_commit_names_is_removed_and_a_damaged_one_is_refus
         last_checkpoint(tmp_path, ledger)
     (good / "model.safetensors").unlink()
     good.rmdir()
-    with pytest.raises(StageError, match="step_2 is gone"):
+    with pytest.raises(StageError, match="step_2 is missing"):
         last_checkpoint(tmp_path, ledger)
 
 
@@ -264,19 +264,22 @@ def test_a_clean_run_is_clean(finished):
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda s: edit(s, "DELETE FROM groups WHERE id = 3"), "1 dispatched groups are lost: [3]"),
+        (lambda s: edit(s, "DELETE FROM groups WHERE id = 3"), "1 dispatched groups are missing from the ledger: [3]"),
         (lambda s: edit(s, "UPDATE groups SET state = 'scored' WHERE id = 6"), "1 groups are undecided: [6]"),
-        (lambda s: edit(s, "UPDATE groups SET step = 1 WHERE id = 0"), "step 0 was made of 1 groups, not 2"),
+        (lambda s: edit(s, "UPDATE groups SET step = 1 WHERE id = 0"), "step 0 trained on 1 groups, not 2"),
         (lambda s: edit(s, "DELETE FROM log WHERE id = 2 AND event = 'scored'"), "group 2 was trained after generated"),
         (lambda s: (s / "model" / "model.safetensors").write_text("w"), "content of model is not what the last commit"),
         (
             lambda s: rewrite(s, 2, lambda row: {**row, "group_id": row["group_id"].replace("g4", "g0")}),
             "1 groups were trained twice: ['g0']",
         ),
-        (lambda s: (s / "rollouts" / "step_000001.parquet").unlink(), "trained by the ledger, but not in the rollouts"),
+        (
+            lambda s: (s / "rollouts" / "step_000001.parquet").unlink(),
+            "trained according to the ledger, but not in the rollouts",
+        ),
         (
             lambda s: rewrite(s, 2, lambda row: {**row, "versions": row["versions"].replace("[1, 0", "[-1, 0")}),
-            "tokens over the bound of 2 versions",
+            "tokens with a staleness above max_staleness (2)",
         ),
         (
             lambda s: rewrite(s, 1, lambda row: {**row, "versions": row["versions"].replace("3, 5]", "4, 5]")}),

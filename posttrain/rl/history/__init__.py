@@ -1,10 +1,10 @@
-"""What was recorded of a run, and how a run goes on from it.
+"""The records that an RL run keeps, and how an interrupted run continues from them.
 
-ledger.py     every group and its state, in SQLite
-replies.py    replies as bytes, for the ledger
-archive.py    rollouts as parquet files, for people, the report and DPO
-recorded.py   the archive's rollouts as typed records, for notebooks
-recovery.py   from ledger and checkpoint back to where a run stood
-audit.py      is what the ledger says consistent with the checkpoints and with itself?
-replay.py     the recorded batches trained on again, to compare the weights
+ledger.py     the state of every group, in SQLite
+replies.py    encodes replies as bytes, for the ledger
+archive.py    writes rollouts to parquet files, for people, the report and DPO
+recorded.py   reads the archive's rollouts as typed records, for notebooks
+recovery.py   finds where an interrupted run stood, from the ledger and the last checkpoint
+audit.py      checks that ledger, checkpoints and archive agree
+replay.py     trains on the recorded batches again, to compare the weights
 """

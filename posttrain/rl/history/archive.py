@@ -1,8 +1,14 @@
-"""Every rollout that was decided, trained on or dropped, as parquet: one file an optimizer step.
+"""The archive: every rollout that was trained on or dropped, in parquet files, one file for each optimizer step.
 
-The rows of a step's trained groups, in their order, are what the step was made of: with them it can be done again.
-Places in `versions` and `segments` count the tokens after the prompt, as `token_ids` has them. `sampler_logprobs` has
-one entry for each of these tokens, null for one that nobody sampled; `ref_logprobs` one for each trained token.
+A row is a rollout. The rows with status "trained" hold all that the step was trained on, in order, so the step can be
+done again from them.
+
+`token_ids` are the tokens after the prompt. Places in `versions` and `segments` count these tokens from 0.
+`sampler_logprobs` has one entry for each of them, null for a token that was not sampled (the result of a tool, for
+example). `ref_logprobs` has one entry for each trained token. Example of a reply of three tokens, the last one sampled
+by version 5 and the others by version 4:
+
+    versions = [[4, 0, 2], [5, 2, 3]]   segments = [[0, 3, true]]   sampler_logprobs = [-0.1, -2.3, -0.7]
 """
 
 import json
@@ -19,14 +25,14 @@ from posttrain.files import replacing
 from posttrain.records import FinishReason, Prompt, Rollout, Segment, VersionSpan
 from posttrain.rl.records import Group, ScoredGroup
 
-# Of the columns; kept in the schema's metadata under this name.
+# The version of the columns. It is kept in the schema's metadata under FORMAT_KEY.
 FORMAT = "2"
 FORMAT_KEY = b"posttrain.rollouts"
 
 
 @dataclass(frozen=True, slots=True)
 class _Decided:
-    """What `RolloutArchive.add` was told."""
+    """The arguments of one call of `RolloutArchive.add`."""
 
     scored: ScoredGroup
     step: int | None
@@ -35,7 +41,7 @@ class _Decided:
 
 
 class RolloutArchive:
-    """Collects decided groups and writes them when a step is done."""
+    """Collects the groups that were trained on or dropped, and writes them to a file when a step is done."""
 
     def __init__(self, folder: Path, tokenizer: Any):
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,11 +50,15 @@ class RolloutArchive:
         self._pieces = _Pieces(tokenizer)
 
     def add(self, scored: ScoredGroup, *, step: int | None, trainer_version: int, status: str) -> None:
-        """status: "trained" or "dropped:<reason>"; step: the optimizer step it was trained in, or None."""
+        """Collect a group.
+
+        status: "trained" or "dropped:<reason>". step: the optimizer step that trained on it, or None. trainer_version:
+        the trainer's policy version at that time, from which the staleness of a rollout is computed.
+        """
         self._decided.append(_Decided(scored, step, trainer_version, status))
 
     def write(self, step: int) -> None:
-        """Write what was collected since the last call as the file of this step."""
+        """Write the groups that were collected since the last call to the file of this step."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -60,7 +70,7 @@ class RolloutArchive:
         self._decided = []
 
     def _columns(self) -> dict[str, list[Any]]:
-        """One value a rollout in each: a table is made of columns, rows would only be taken apart again."""
+        """The columns of the file by name, each with one value for every rollout."""
         rows = [(item, rollout) for item in self._decided for rollout in item.scored.group.rollouts]
         oldest = [min(rollout.versions) for _, rollout in rows]
         ids = [rollout.token_ids for _, rollout in rows]
@@ -102,7 +112,7 @@ class RolloutArchive:
         }
 
     def forget_after(self, step: int) -> None:
-        """Remove files of steps later than a checkpoint that is resumed: they will be written again."""
+        """Remove the files of later steps, which a run that resumes after `step` writes again."""
         for path in self._folder.glob("step_*.parquet"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
@@ -115,13 +125,13 @@ def check_archive(path: Path) -> None:
     found = (pq.read_schema(path).metadata or {}).get(FORMAT_KEY, b"1").decode()
     if found != FORMAT:
         raise CheckpointError(
-            f"{path} holds rollouts of format {found}, which another version of posttrain wrote; this one reads format "
-            f"{FORMAT}. Use the version that wrote them, or make them anew"
+            f"{path} holds rollouts of format {found}, which another version of posttrain wrote; this version reads "
+            f"format {FORMAT}. Use the version that wrote them, or sample them again"
         )
 
 
 def recorded_rollout(row: Mapping[str, Any]) -> Rollout:
-    """The rollout of an archive's row. The messages of its prompt are in the row's `prompt`."""
+    """The rollout in a row of the archive. Its prompt has token ids only; the messages are in the row's `prompt`."""
     spans = [VersionSpan(*span) for span in json.loads(row["versions"])]
     segments = []
     for start, end, is_trained in json.loads(row["segments"]):
@@ -147,7 +157,7 @@ def recorded_rollout(row: Mapping[str, Any]) -> Rollout:
 
 
 class _Pieces(dict[int, str]):
-    """The text of each token, as JSON; made when it is first looked up."""
+    """Token id -> its text as a JSON string. A text is decoded when it is first looked up."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -162,7 +172,7 @@ def _prompt_json(group: Group) -> str:
 
 
 def _versions_json(rollout: Rollout) -> str:
-    """[[policy version, start, end], ...] of the sampled tokens."""
+    """The spans of sampled tokens: [[policy version, start, end], ...]."""
     spans = [
         f"[{span.policy_version}, {start + span.start}, {start + span.end}]"
         for start, segment in _placed(rollout)
@@ -172,13 +182,13 @@ def _versions_json(rollout: Rollout) -> str:
 
 
 def _segments_json(rollout: Rollout) -> str:
-    """[[start, end, whether it is trained on], ...] of all segments."""
+    """All segments: [[start, end, whether it is trained on], ...]."""
     places = [[start, start + len(segment.token_ids), segment.trained] for start, segment in _placed(rollout)]
     return json.dumps(places)
 
 
 def _placed(rollout: Rollout) -> Iterator[tuple[int, Segment]]:
-    """(place of its first token after the prompt, segment) of each segment."""
+    """Each segment with the place of its first token, counted from the end of the prompt."""
     start = 0
     for segment in rollout.segments:
         yield start, segment

@@ -1,6 +1,7 @@
-"""Proof that a run lost nothing and trained nothing twice, from two witnesses: the ledger, and the rollouts themselves.
+"""`posttrain ledger audit`: check that a run lost no group and trained on none twice.
 
-The ledger says what became of each group; the archive holds what each step was made of. Neither is believed alone.
+Two records of the run are compared. The ledger says what became of each group, and the archive holds the rollouts that
+each step trained on. The audit checks each for itself, and that both agree.
 """
 
 import json
@@ -15,7 +16,8 @@ from posttrain.rl.history.ledger import Entry, Ledger
 from posttrain.rl.history.recovery import SNAPSHOT, folder_hash
 from posttrain.rl.records import GroupState, LedgerEvent
 
-# Which events may follow which, for one group. RESTARTED is what a crash or a lost version does.
+# Which events may follow which event of one group. RESTARTED: it was sampled again, after a crash or because the policy
+# version of its tokens was lost.
 _UNFINISHED = (LedgerEvent.DROPPED, LedgerEvent.RESTARTED)
 _FOLLOWS: dict[str | None, tuple[str, ...]] = {
     None: (LedgerEvent.RESERVED,),
@@ -23,7 +25,7 @@ _FOLLOWS: dict[str | None, tuple[str, ...]] = {
     LedgerEvent.RESTARTED: (LedgerEvent.GENERATED, *_UNFINISHED),
     LedgerEvent.GENERATED: (LedgerEvent.SCORED, *_UNFINISHED),
     LedgerEvent.SCORED: (LedgerEvent.TRAINED, *_UNFINISHED),
-    LedgerEvent.TRAINED: (LedgerEvent.TRAINED, *_UNFINISHED),  # after a roll back, which the log has too
+    LedgerEvent.TRAINED: (LedgerEvent.TRAINED, *_UNFINISHED),  # TRAINED twice: the first step was rolled back
     LedgerEvent.DROPPED: (),
 }
 _SHOWN = 5
@@ -33,7 +35,7 @@ _SHOWN_STATES = tuple(GroupState)
 
 @dataclass
 class Audit:
-    """What was found. `totals` are counts by name; `problems` is empty if all is well."""
+    """The result of an audit. totals: counts by name. problems: one text for each fault; empty if there is none."""
 
     stage: Path
     totals: dict[str, int] = field(default_factory=dict)
@@ -41,12 +43,12 @@ class Audit:
 
     @property
     def is_clean(self) -> bool:
-        """Nothing is lost, nothing trained twice, nothing over the bound."""
+        """True if no problem was found."""
         return not self.problems
 
 
 def audit_stage(stage: Path) -> Audit:
-    """Audit the RL stage whose folder is given."""
+    """Audit the RL stage in the folder `stage`."""
     audit = Audit(stage)
     ledger = Ledger(stage / SNAPSHOT)
     try:
@@ -60,9 +62,9 @@ def audit_stage(stage: Path) -> Audit:
     last = commits[-1] if commits else None
     if last is not None:
         if not (stage / last.folder).is_dir():
-            audit.problems.append(f"the last commit names {last.folder}, which is gone")
+            audit.problems.append(f"the last commit names {last.folder}, which does not exist")
         elif folder_hash(stage / last.folder) != last.hash:
-            audit.problems.append(f"the content of {last.folder} is not what the last commit names")
+            audit.problems.append(f"the content of {last.folder} is not what the last commit recorded")
     _steps(audit, entries, groups_per_step=config.get("groups_per_step"), committed=last.version if last else 0)
     _archive(audit, entries, stage, max_staleness=config.get("max_staleness"))
     return audit
@@ -90,7 +92,7 @@ def _nothing_lost(audit: Audit, entries: list[Entry], log: list[Any]) -> None:
     there = {entry.id for entry in entries}
     missing = sorted(set(range(max(there, default=-1) + 1)) - there)
     if missing:
-        audit.problems.append(f"{len(missing)} dispatched groups are lost: {missing[:_SHOWN]}")
+        audit.problems.append(f"{len(missing)} dispatched groups are missing from the ledger: {missing[:_SHOWN]}")
     finished = any(event == LedgerEvent.FINISHED for _, _, event, _, _ in log)
     pending = [entry.id for entry in entries if entry.state not in (GroupState.COMMITTED, GroupState.DROPPED)]
     if finished and pending:
@@ -100,7 +102,7 @@ def _nothing_lost(audit: Audit, entries: list[Entry], log: list[Any]) -> None:
 def _transitions(audit: Audit, log: list[Any]) -> None:
     last: dict[int, str] = {}
     for seq, _, event, order, value in log:
-        if event == LedgerEvent.FORGOTTEN:  # a deterministic run starts again from there
+        if event == LedgerEvent.FORGOTTEN:  # a deterministic run dispatches these groups again
             last = {known: state for known, state in last.items() if known < value}
         if order is None:
             continue
@@ -114,17 +116,19 @@ def _steps(audit: Audit, entries: list[Entry], *, groups_per_step: int | None, c
         entry.step for entry in entries if entry.state in _TRAINED and entry.step is not None
     )
     if sorted(by_step) != list(range(len(by_step))):
-        audit.problems.append(f"steps are missing: there are {sorted(by_step)[:20]}")
+        audit.problems.append(
+            f"steps are missing: groups were trained in steps {sorted(by_step)[:20]}, which are not consecutive from 0"
+        )
     for step, count in sorted(by_step.items()):
         if groups_per_step is not None and count != groups_per_step:
-            audit.problems.append(f"step {step} was made of {count} groups, not {groups_per_step}")
+            audit.problems.append(f"step {step} trained on {count} groups, not {groups_per_step}")
     late = [entry.id for entry in entries if entry.state == GroupState.COMMITTED and (entry.step or 0) >= committed]
     if late:
-        audit.problems.append(f"groups {late[:_SHOWN]} are committed, but their steps are not")
+        audit.problems.append(f"groups {late[:_SHOWN]} are committed, but no commit covers their steps")
 
 
 def _archive(audit: Audit, entries: list[Entry], stage: Path, *, max_staleness: int | None) -> None:
-    """The rollouts themselves: every trained group in one step only, the ledger's, and within the bound."""
+    """Check the rollouts: every trained group is in one step only, the same as in the ledger, and not too stale."""
     import pyarrow.parquet as pq
 
     seen: dict[str, set[tuple[int, int]]] = defaultdict(set)
@@ -152,7 +156,7 @@ def _archive(audit: Audit, entries: list[Entry], stage: Path, *, max_staleness: 
     if twice:
         audit.problems.append(f"{len(twice)} groups were trained twice: {twice[:_SHOWN]}")
     if too_old:
-        audit.problems.append(f"tokens over the bound of {max_staleness} versions in {too_old[:_SHOWN]}")
+        audit.problems.append(f"tokens with a staleness above max_staleness ({max_staleness}) in {too_old[:_SHOWN]}")
     if uncovered:
         audit.problems.append(f"sampled or trained tokens without exactly one policy version in {uncovered[:_SHOWN]}")
     ledger = {f"g{entry.id}": entry.step for entry in entries if entry.state in _TRAINED}
@@ -161,9 +165,9 @@ def _archive(audit: Audit, entries: list[Entry], stage: Path, *, max_staleness: 
     only_archive = sorted(name for name, step in archive.items() if ledger.get(name) != step)
     audit.totals["lost"] = len(only_ledger)
     if only_ledger:
-        audit.problems.append(f"trained by the ledger, but not in the rollouts: {only_ledger[:_SHOWN]}")
+        audit.problems.append(f"trained according to the ledger, but not in the rollouts: {only_ledger[:_SHOWN]}")
     if only_archive:
-        audit.problems.append(f"trained by the rollouts, but not in the ledger: {only_archive[:_SHOWN]}")
+        audit.problems.append(f"trained according to the rollouts, but not in the ledger: {only_archive[:_SHOWN]}")
 
 
 def _is_covered(row: dict[str, Any], spans: list[list[int]]) -> bool:

@@ -1,19 +1,19 @@
-"""The ledger: where every prompt group stands, in SQLite, so that a crash neither loses a group nor trains it twice.
+"""The ledger: the state of every group, in SQLite. After a crash no group is lost and none is trained on twice.
 
     reserved ──► generated ──► scored ──► trained(step) ──► committed
         └─────────────────────────┴─────► dropped(reason)
 
-A group is one row, under the place in which it was dispatched. Beside it lie its replies (as far as they are sampled,
-while it is in flight) and its scores, until the step that trained it is committed. The log has every transition in the
-order in which it happened.
+A group is one row, and its id is its place in the order of dispatch. Another table holds its replies and scores until
+the step that trained on it is committed; while a group is in flight, the replies are those sampled so far. The log
+lists every transition in the order in which it happened.
 
-The commit point is one transaction: it names a checkpoint by its hash, and every group trained in a step before it
-becomes committed. A checkpoint that no commit names does not count. After a crash `roll_back` undoes what came after
-the last commit: groups of undone steps that were sampled by versions that still exist are scored again as they were,
-replies lose the tokens of versions that are gone, and dropped groups stay dropped.
+A commit is one transaction. It names a checkpoint by its hash, and makes every group committed that an earlier step
+trained on. A checkpoint that no commit names does not count. After a crash the run continues from the last commit:
+`roll_back` undoes the steps after it, and their groups become "scored" again. `recovery.py` then finds which of their
+replies can stay: tokens of policy versions that no longer exist are cut off. Dropped groups stay dropped.
 
-Writes are collected and made in one transaction by `flush`, in a thread: the controller never waits for the disk,
-and what a SIGKILL takes is what happened in the last moments. That is never wrong: such a group is only sampled again.
+Writes are collected, and `flush` makes them in one transaction, in a thread, so that the controller never waits for the
+disk. A SIGKILL loses the transitions since the last flush. This is no error: at worst a group is sampled again.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from posttrain.rl.history.replies import pack
 from posttrain.rl.records import GroupState, LedgerEvent
 from posttrain.sampling.rollouts import Reply
 
-FORMAT = 2  # of the tables and of the replies in them; kept in the file as `user_version`
+FORMAT = 2  # the version of the tables and of the replies in them; kept in the file as `user_version`
 UNDECIDED = (GroupState.RESERVED, GroupState.GENERATED, GroupState.SCORED)
 
 _SCHEMA = """
@@ -56,7 +56,10 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Policy version `version` is safe in `folder` (within the stage's), whose content hashes to `hash`."""
+    """Policy version `version` is saved in `folder`, a path within the stage's folder. hash: see `folder_hash`.
+
+    Example: Commit(40, "checkpoints/step_40", "3b1f...").
+    """
 
     version: int
     folder: str
@@ -64,9 +67,14 @@ class Commit:
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
-    """One group's row. data, scores: see `Ledger`.
+    """The ledger's row of one group.
 
-    prompts_seen: how many prompts of its capability had been looked at when its own was drawn.
+    id: its place in the order of dispatch, from 0. system: the system instruction that was drawn for it, or None.
+    prompts_seen: how many prompts of its capability had been looked at when its own was drawn. stamp: the oldest policy
+    version that it may be sampled with. reason: why it was dropped. step: the optimizer step that trained on it.
+    oldest, newest: the policy versions of its tokens, once all its replies are sampled. tokens: how many were sampled.
+    attempts: how often its sampling was begun. scored_seq: the number of its transition to scored. data: its replies,
+    as `pack` writes them, and scores: JSON of `scores_json`; both only if `Ledger.entries` was asked for them.
     """
 
     id: int
@@ -89,7 +97,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class RolledBack:
-    """What was undone: optimizer steps, and the groups that were trained in them."""
+    """What `Ledger.roll_back` undid: how many optimizer steps, and how many groups they had trained on."""
 
     steps: int
     groups: int
@@ -97,7 +105,7 @@ class RolledBack:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """What one transaction writes."""
+    """The writes of one transaction."""
 
     logged: list[tuple[Any, ...]]
     pending: list[tuple[str, Sequence[Any]]]
@@ -105,7 +113,7 @@ class _Batch:
 
 
 class Ledger:
-    """The ledger of one RL stage. Methods that change something return at once; `flush` makes it durable."""
+    """The ledger of one RL stage. Methods that change something return at once; `flush` writes the changes to disk."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -123,13 +131,15 @@ class Ledger:
         except sqlite3.DatabaseError as error:
             self._connection.close()
             raise StageError(
-                f"{path} is no ledger that can be read ({error}); restore it or start in a new folder"
+                f"{path} is no ledger that can be read ({error}); restore it, or start again in a new run directory"
             ) from None
         self._lock = threading.Lock()  # one writer at a time: flush runs in a thread
         self._pending: list[tuple[str, Sequence[Any]]] = []
-        self._logged: list[tuple[Any, ...]] = []  # rows of the log: half of all that is written
+        self._logged: list[
+            tuple[Any, ...]
+        ] = []  # rows of the log, apart because they are half of all writes and go in one call
         self._batches: deque[_Batch] = deque()
-        # Replies in flight, to be written if they are still so at a flush.
+        # The latest replies of groups in flight. They are written at a flush if the group is still in flight then.
         self._begun: dict[int, Sequence[Reply]] = {}
 
     def _check_format(self) -> None:
@@ -138,9 +148,9 @@ class Ledger:
         is_new = not self._value("SELECT count(*) FROM sqlite_master WHERE name = 'groups'")
         if not is_new and version != FORMAT:
             raise CheckpointError(
-                f"{self.path} is a ledger of format {version or 1}, which another version of posttrain wrote; this one "
-                f"reads format {FORMAT}. Finish the run with the version that began it, or start again in another run "
-                "directory"
+                f"{self.path} is a ledger of format {version or 1}, which another version of posttrain wrote; this "
+                f"version reads format {FORMAT}. Finish the run with the version that began it, or start again in "
+                "another run directory"
             )
 
     # ------------------------------------------------------------------ transitions
@@ -148,7 +158,7 @@ class Ledger:
     def reserve(
         self, order: int, prompt_id: str, capability: str, *, system: str | None, prompts_seen: int, stamp: int
     ) -> None:
-        """A group is admitted; it is about to be sampled with policy version `stamp` or later."""
+        """Note that a group is admitted and is about to be sampled, by policy version `stamp` or later ones."""
         self._write(
             "INSERT INTO groups (id, prompt_id, capability, system, prompts_seen, stamp, state) "
             "VALUES (?,?,?,?,?,?,'reserved')",
@@ -157,11 +167,11 @@ class Ledger:
         self._log(LedgerEvent.RESERVED, order, stamp)
 
     def begun(self, order: int, replies: Sequence[Reply]) -> None:
-        """More of a group's replies is there."""
+        """Note the replies of a group as far as they are sampled."""
         self._begun[order] = replies
 
     def generated(self, order: int, replies: Sequence[Reply]) -> None:
-        """All replies of a group are there."""
+        """Note that all replies of a group are sampled."""
         self._begun.pop(order, None)
         spans = [span for reply in replies for segment in reply.segments for span in segment.versions]
         oldest, newest = min(span.policy_version for span in spans), max(span.policy_version for span in spans)
@@ -174,31 +184,32 @@ class Ledger:
         self._log(LedgerEvent.GENERATED, order, [oldest, newest])
 
     def scored(self, order: int, scores: Any) -> None:
-        """A group has its rewards. scores: JSON."""
+        """Note that a group has its rewards. scores: as `scores_json` gives them."""
         self._write("UPDATE replies SET scores = ? WHERE id = ?", (json.dumps(scores), order))
         self._log(LedgerEvent.SCORED, order)
         self._write("UPDATE groups SET state = 'scored', scored_seq = ? WHERE id = ?", (self._seq, order))
 
     def dropped(self, order: int, reason: str) -> None:
-        """A group will never be trained on."""
+        """Note that a group will never be trained on, and why."""
         self._begun.pop(order, None)
         self._write("UPDATE groups SET state = 'dropped', reason = ? WHERE id = ?", (reason, order))
         self._log(LedgerEvent.DROPPED, order, reason)
 
     def trained(self, orders: Iterable[int], step: int) -> None:
-        """Optimizer step `step` was made of these groups."""
+        """Note that optimizer step `step` trained on these groups."""
         for order in orders:
             self._write("UPDATE groups SET state = 'trained', step = ? WHERE id = ?", (step, order))
             self._log(LedgerEvent.TRAINED, order, step)
 
     def event(self, event: LedgerEvent, value: Any = None) -> None:
-        """Log what concerns no single group: a version that an engine took, an engine that was replaced."""
+        """Log an event that concerns no single group, such as an engine that was replaced."""
         self._log(event, None, value)
 
     async def commit(self, commit: Commit, archived_seq: int) -> None:
-        """The commit point: the commit's folder counts from here on.
+        """Commit a checkpoint. Once this returns, the run continues from it after a crash.
 
-        archived_seq: replies of groups dropped up to there are in the archive and need not be kept.
+        archived_seq: a number in the log. Groups that were dropped up to there are in the archive, so the ledger
+        deletes their replies.
         """
         self._write("UPDATE groups SET state = 'committed' WHERE state = 'trained' AND step < ?", (commit.version,))
         self._write(
@@ -212,13 +223,13 @@ class Ledger:
         await self.flush()
 
     def set_fact(self, name: str, value: Any) -> None:
-        """Remember something about the run, as JSON."""
+        """Keep a fact about the run, such as its seed, as JSON."""
         self._write("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, json.dumps(value)))
 
     # ------------------------------------------------------------------ after a crash
 
     def roll_back(self, version: int) -> RolledBack:
-        """Undo what came after the commit of `version`. Groups of undone steps are scored (not trained) again."""
+        """Undo the steps after the commit of `version`. Their groups have the state "scored" again."""
         steps = self._value("SELECT count(DISTINCT step) FROM groups WHERE state = 'trained'")
         groups = self._value("SELECT count(*) FROM groups WHERE state = 'trained'")
         self._write("UPDATE groups SET state = 'scored', step = NULL WHERE state = 'trained'", ())
@@ -227,7 +238,7 @@ class Ledger:
         return RolledBack(steps, groups)
 
     def restart_group(self, order: int, stamp: int, replies: Sequence[Reply]) -> None:
-        """A group is sampled again, from what is left of its replies; if that is none, from the start."""
+        """Note that a group is sampled again. replies: what is left of its replies, to go on from; may be empty."""
         self._write("DELETE FROM replies WHERE id = ?", (order,))
         if replies:
             self._write("INSERT INTO replies (id, data) VALUES (?, ?)", (order, partial(pack, replies)))
@@ -239,7 +250,7 @@ class Ledger:
         self._log(LedgerEvent.RESTARTED, order, stamp)
 
     def forget_from(self, order: int) -> None:
-        """Remove every group from `order` on, as if it had never been: what a deterministic run starts again from."""
+        """Remove group `order` and all later ones. A run with `deterministic: true` dispatches them again."""
         self._write("DELETE FROM replies WHERE id >= ?", (order,))
         self._write("DELETE FROM groups WHERE id >= ?", (order,))
         self._log(LedgerEvent.FORGOTTEN, None, order)
@@ -248,12 +259,15 @@ class Ledger:
     # ------------------------------------------------------------------ reading
 
     def last_commit(self) -> Commit | None:
-        """The newest commit."""
+        """The newest commit, or None."""
         row = self._connection.execute("SELECT version, folder, hash FROM commits ORDER BY version DESC").fetchone()
         return None if row is None else Commit(*row)
 
     def entries(self, states: Sequence[GroupState] = tuple(GroupState), with_data: bool = False) -> list[Entry]:
-        """Groups in one of the states, in dispatch order; `data` and `scores` only on request."""
+        """The groups in one of the states, in dispatch order; with `data` and `scores` if `with_data`.
+
+        Raises StageError, which names the field, for a row that cannot be read.
+        """
         columns = ", data, scores" if with_data else ""
         joined = " LEFT JOIN replies USING (id)" if with_data else ""
         marks = ",".join("?" * len(states))
@@ -271,7 +285,7 @@ class Ledger:
             raise StageError(f"{self.path} holds a group that cannot be read: {reason}") from None
 
     def state_of(self, order: int) -> GroupState | None:
-        """Where a group stands, with what is not on the disk yet; None for one that was never reserved."""
+        """The state of a group, after a flush; None if it was never reserved."""
         self.flush_now()
         row = self._connection.execute("SELECT state FROM groups WHERE id = ?", (order,)).fetchone()
         return None if row is None else GroupState(row[0])
@@ -292,25 +306,25 @@ class Ledger:
         ]
 
     def fact(self, name: str) -> Any:
-        """What was remembered under a name; None if nothing was."""
+        """The fact that `set_fact` kept under a name, or None."""
         row = self._connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     @property
     def seq(self) -> int:
-        """Number of the latest transition."""
+        """The number of the latest transition in the log."""
         return self._seq
 
     @property
     def next_order(self) -> int:
-        """The dispatch order that no group has yet."""
+        """The order of the next group to be dispatched: one more than the highest so far."""
         return self._value("SELECT coalesce(max(id) + 1, 0) FROM groups")
 
     # ------------------------------------------------------------------ the disk
 
     async def flush(self) -> None:
-        """Write what was collected, in a thread; all of it is on the disk when this returns."""
-        # What a flush that was cancelled took may still be waiting, or be in its thread.
+        """Write all collected changes in a thread. They are on the disk when this returns."""
+        # If an earlier flush was cancelled, its changes may still wait in `_batches` or be in their thread.
         if self._take() or self._batches or self._lock.locked():
             await asyncio.to_thread(self._write_out)
 
@@ -320,7 +334,10 @@ class Ledger:
         self._write_out()
 
     def _take(self) -> bool:
-        """Queue what was collected for writing; called where it is collected, so that nothing slips between."""
+        """Move the collected changes into one batch; False if there are none.
+
+        It is called in the thread that collects, so that no change can come in between.
+        """
         if self._pending or self._begun or self._logged:
             self._batches.append(_Batch(self._logged, self._pending, self._begun))
             self._logged, self._pending, self._begun = [], [], {}
@@ -349,7 +366,7 @@ class Ledger:
                     raise
 
     async def snapshot(self, path: Path) -> None:
-        """Copy the ledger as it stands."""
+        """Copy the ledger to `path`, with all changes up to now."""
         self._take()
         await asyncio.to_thread(self._snapshot, path)
 
@@ -364,7 +381,7 @@ class Ledger:
                 copy.close()
 
     def close(self) -> None:
-        """Write what is left and close."""
+        """Write the changes that are left, and close the file."""
         self.flush_now()
         self._connection.close()
 

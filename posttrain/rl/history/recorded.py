@@ -1,6 +1,6 @@
-"""The rollouts that a run recorded, read back as typed records: for notebooks, and whatever looks at a run afterwards.
+"""Read the rollouts that a run recorded as typed records, for notebooks and other analysis of a run.
 
-Example: the rewards of what step 3 was trained on.
+Example: the rewards of the rollouts that step 3 trained on.
 
     [item.reward for item in read_rollouts("runs/mine/rl") if item.status == "trained" and item.step == 3]
 """
@@ -20,12 +20,12 @@ from posttrain.rl.history.archive import check_archive, recorded_rollout
 
 
 class RecordedRollout(msgspec.Struct, frozen=True):
-    """One rollout, what it was worth and what became of it.
+    """One rollout, its reward, and what became of it.
 
-    rollout: with the messages of its prompt as they were sent. status: "trained", or "dropped:" with the reason, as
-    "dropped:zero_advantage". step: the optimizer step that it was part of, or None. reward, advantage:
-    None where there is none. staleness: versions by which the trainer was ahead of the oldest token. ref_logprobs: one
-    a trained token; empty where no reference policy was used.
+    rollout: its prompt has the messages as they were sent. status: "trained", or "dropped:" and the reason, such as
+    "dropped:zero_advantage". step: the optimizer step that trained on it, or None. reward, advantage: None if the
+    rollout has none. staleness: by how many versions the trainer was ahead of the rollout's oldest token; None for a
+    dropped rollout. ref_logprobs: one for each trained token; empty without a reference policy.
     """
 
     rollout: Rollout
@@ -40,10 +40,10 @@ class RecordedRollout(msgspec.Struct, frozen=True):
 
 
 def read_rollouts(folder: str | Path) -> Iterator[RecordedRollout]:
-    """The rollouts of an RL stage in the order in which they were decided, one file (an optimizer step) at a time.
+    """The rollouts of an RL stage, in the order in which they were trained on or dropped. Files are read one by one.
 
-    folder: of the stage, or its `rollouts`. Raises DataError if there are no rollouts or a file cannot be read, and
-    CheckpointError for a file that another version of this package wrote.
+    folder: the stage's folder, or the `rollouts` folder in it. Raises DataError if there are no rollouts or a file
+    cannot be read, and CheckpointError for a file that another version of this package wrote.
     """
     folder = Path(folder).expanduser()
     files = sorted(folder.glob("rollouts/*.parquet")) or sorted(folder.glob("*.parquet"))

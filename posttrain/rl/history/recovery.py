@@ -1,8 +1,8 @@
-"""Where a run stands: the last commit, and the groups of the ledger that can go on from there.
+"""Continue an interrupted run: find the last commit, and the undecided groups that go on from there.
 
-A group goes on as what it was, if all its tokens were sampled by versions that still exist and a batch is left that is
-early enough for the oldest of them; the controller's queue decides the latter. Otherwise it is sampled again, from
-those tokens that may stay.
+An undecided group keeps its state if all its tokens were sampled by policy versions that still exist. Otherwise it is
+sampled again, from the tokens that can stay. The staleness queue decides later whether a batch is left that is early
+enough for its oldest token.
 """
 
 import asyncio
@@ -30,9 +30,10 @@ _SCORES = ("rewards", "reasons", "advantages", "outcomes", "ref_logprobs")
 
 @dataclass(frozen=True, slots=True)
 class Survivor:
-    """A group that is not decided. scored or group: how far it has come; replies: what is there of it otherwise.
+    """An undecided group of before a crash: neither trained on nor dropped.
 
-    stamp: the oldest version of its tokens, or the version that it may be sampled with from now on.
+    stamp: the policy version of its oldest token; if it has no token, the version from which it may be sampled.
+    replies: what is left of its replies. group: set if all of them are finished. scored: set if they have rewards too.
     """
 
     entry: Entry
@@ -43,12 +44,12 @@ class Survivor:
 
 
 def open_ledger(folder: Path) -> Ledger:
-    """The stage's ledger; where it is missing, the copy in the newest checkpoint."""
+    """The stage's ledger. If the file is missing, it is restored from the copy in the newest checkpoint."""
     checkpoints = sorted((folder / CHECKPOINTS).glob("step_*"), key=version_of, reverse=True)
     path = folder / SNAPSHOT
     if path.exists() or not checkpoints or not (checkpoints[0] / SNAPSHOT).exists():
         return Ledger(path)
-    # The copy was made before its checkpoint was whole: it does not name it yet.
+    # The copy was made before its checkpoint was complete, so it has no commit of this checkpoint yet.
     commit = Commit(version_of(checkpoints[0]), f"{CHECKPOINTS}/{checkpoints[0].name}", folder_hash(checkpoints[0]))
     shutil.copyfile(checkpoints[0] / SNAPSHOT, path)
     ledger = Ledger(path)
@@ -57,7 +58,7 @@ def open_ledger(folder: Path) -> Ledger:
 
 
 def finished_outputs(folder: Path, steps: int) -> dict[str, Any] | None:
-    """The outputs of a stage whose result is committed already (it was killed right after); None if it is not."""
+    """The outputs of a stage that was killed after its result was committed; None if the result is not committed."""
     if not (folder / SNAPSHOT).exists():
         return None
     ledger = Ledger(folder / SNAPSHOT)
@@ -71,7 +72,10 @@ def finished_outputs(folder: Path, steps: int) -> dict[str, Any] | None:
 
 
 def rl_stages(run_dir: Path) -> Sequence[Path]:
-    """The folders of RL stages of a run: itself, or those within."""
+    """The folders of a run's RL stages: `run_dir` if it is one itself, else those in it.
+
+    Raises ConfigError if there are none.
+    """
     if (run_dir / SNAPSHOT).exists():
         return [run_dir]
     found = sorted(path.parent for path in run_dir.glob(f"*/{SNAPSHOT}"))
@@ -81,14 +85,14 @@ def rl_stages(run_dir: Path) -> Sequence[Path]:
 
 
 def version_of(checkpoint: Path) -> int:
-    """The policy version of a checkpoint's folder."""
+    """The policy version of a checkpoint, from the name of its folder (step_40: 40)."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def last_checkpoint(folder: Path, ledger: Ledger) -> Path | None:
-    """The folder that the last commit names; all others under `checkpoints` do not count and are removed.
+    """The folder that the last commit names, or None without a commit. Every other checkpoint is removed.
 
-    Raises StageError if its content is not what was committed.
+    Raises StageError if the folder is missing or its content is not what was committed.
     """
     commit = ledger.last_commit()
     named = folder / commit.folder if commit is not None else None
@@ -98,13 +102,13 @@ def last_checkpoint(folder: Path, ledger: Ledger) -> Path | None:
     if commit is None or named is None:
         return None
     if not named.is_dir() or folder_hash(named) != commit.hash:
-        state = "damaged: its content is not what was committed" if named.is_dir() else "gone"
+        state = "damaged: its content is not what was committed" if named.is_dir() else "missing"
         raise StageError(f"{named} is {state}; restore it, or remove {folder} to start again")
     return named
 
 
 def folder_hash(folder: Path) -> str:
-    """A hash of the names and contents of all files of a folder."""
+    """A hash of the names and contents of all files in a folder, as 32 hexadecimal digits."""
     total = hashlib.blake2b(digest_size=16)
     for path in sorted(item for item in folder.rglob("*") if item.is_file()):
         one = hashlib.blake2b(digest_size=16)
@@ -116,7 +120,7 @@ def folder_hash(folder: Path) -> str:
 
 
 def scores_json(scored: ScoredGroup) -> dict[str, Any]:
-    """What the ledger keeps of a group's scores."""
+    """The scores of a group, as the ledger keeps them in JSON."""
     return {name: getattr(scored, name) for name in _SCORES}
 
 
@@ -129,14 +133,14 @@ def scored_from_json(group: Group, scores: dict[str, Any]) -> ScoredGroup:
 
 
 def group_of(entry: Entry, source: PromptSource) -> Group:
-    """The group of an entry whose replies are all there."""
+    """The group of an entry whose replies are all sampled."""
     assert entry.data is not None
     prompt = source.prompt(entry.prompt_id, entry.system)
     return make_group(entry.id, prompt, unpack(entry.data))
 
 
 def survivors(ledger: Ledger, source: PromptSource, version: int) -> list[Survivor]:
-    """Every undecided group, the oldest stamp first. version: of the commit that the run goes on from."""
+    """Every undecided group, the lowest stamp first. version: that of the commit from which the run continues."""
     found = [_survivor(entry, source, version) for entry in ledger.entries(UNDECIDED, with_data=True)]
     return sorted(found, key=lambda item: (item.stamp, item.entry.id))
 

@@ -1,10 +1,13 @@
-"""Train again from what a run left behind: the same batches, without an engine, and on a CPU the same weights.
+"""`posttrain rl --replay`: train again on the recorded batches of a run, without an engine.
+
+On a CPU the weights come out bit for bit equal.
 
     rollouts/*.parquet ──► the batch of each step ──► trainer ──► model ──► compared with the run's own
     ledger.sqlite ─────────► says which groups each step was made of
 
-An asynchronous run's timing decided what its batches were; the ledger and the archive hold what was decided. A run that
-was killed and went on is replayed as one line of steps: what was rolled back is in neither.
+In an asynchronous run the timing decides which groups are in which batch. The ledger and the archive recorded the
+batches. If a run was killed and continued, the replay has the steps that count: those that were rolled back are in
+neither record.
 """
 
 from collections.abc import Iterator
@@ -26,7 +29,7 @@ from posttrain.rl.training.samples import TrainSample, is_trained_on, train_samp
 
 @dataclass(frozen=True, slots=True)
 class RecordedStep:
-    """What optimizer step `step` was made of, in order. group_ids: of its groups."""
+    """The samples that optimizer step `step` trained on, in order, and the ids of their groups."""
 
     step: int
     group_ids: tuple[str, ...]
@@ -34,7 +37,10 @@ class RecordedStep:
 
 
 def recorded_steps(stage: Path) -> Iterator[RecordedStep]:
-    """The steps of a finished or interrupted run, from the first. Raises StageError where one cannot be rebuilt."""
+    """The steps of a finished or interrupted run, from the first.
+
+    Raises ConfigError if there are no rollouts, and StageError if a file holds rollouts of another step.
+    """
     import pyarrow.parquet as pq
 
     names = ["step", "group_id", "index", "prompt_id", "reply", "finish_reason", "advantage", "versions", "segments",
@@ -46,7 +52,7 @@ def recorded_steps(stage: Path) -> Iterator[RecordedStep]:
         check_archive(path)
         rows = [row for row in pq.read_table(path, columns=names).to_pylist() if row["status"] == "trained"]
         if not rows:
-            return  # groups that were decided after the last step
+            return  # the last file: groups that were dropped after the last step
         if {row["step"] for row in rows} != {step}:
             raise StageError(f"{path}: expected the rollouts of step {step}, found {sorted({r['step'] for r in rows})}")
         groups = tuple(dict.fromkeys(row["group_id"] for row in rows))
@@ -59,9 +65,11 @@ def recorded_steps(stage: Path) -> Iterator[RecordedStep]:
 
 
 def replay(config: TrainingConfig, context: StageContext, source: Path) -> dict[str, Any]:
-    """Do the optimizer steps of the RL stage in `source` again, with its config and seed; compare batches and weights.
+    """Do the optimizer steps of the RL stage in `source` again, and compare batches and weights.
 
-    Returns figures: steps, batches_equal, weights_equal (None where the run has no model yet).
+    config, and the seed in `context`: those of the stage in `source`. The new model is written into the context's
+    folder. Returns {"model", "steps", "batches_equal", "weights_equal" (None if the run has no model yet), and, if
+    weights were compared, "largest_gap"}.
     """
     wanted = ledger_batches(source)
     trainer = TrainerClient(config, context.seed)
@@ -90,7 +98,7 @@ def replay(config: TrainingConfig, context: StageContext, source: Path) -> dict[
 
 
 def ledger_batches(stage: Path) -> dict[int, list[str]]:
-    """Group ids of each step, in dispatch order, as the ledger has them."""
+    """The group ids of each step according to the ledger, in dispatch order."""
     with closing(Ledger(rl_stages(stage)[0] / SNAPSHOT)) as ledger:
         batches: dict[int, list[str]] = {}
         for entry in ledger.entries((GroupState.TRAINED, GroupState.COMMITTED)):
@@ -106,7 +114,10 @@ def seed_of(stage: Path) -> int:
 
 
 def weight_gaps(one: Path, other: Path) -> dict[str, float]:
-    """Largest absolute gap of each tensor that is not bit-equal in two model folders; inf where one lacks it."""
+    """The tensors that are not bit-equal in two model folders, each with its largest absolute difference.
+
+    The difference is inf if one folder lacks the tensor or has it in another shape.
+    """
     import torch
 
     from posttrain.sampling.manifests import FolderWeights

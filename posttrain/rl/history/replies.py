@@ -1,4 +1,4 @@
-"""Replies as bytes, for the ledger: MessagePack, exact in both directions, read without executing anything."""
+"""Encode replies as bytes for the ledger, in MessagePack: values come back exactly, and reading cannot run code."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ _decode = msgspec.msgpack.Decoder(tuple[Reply, ...]).decode
 
 
 def pack(replies: Sequence[Reply]) -> bytes:
-    """The replies of a group as bytes."""
+    """Encode the replies of a group."""
     return _encode(replies)
 
 
 def unpack(data: bytes) -> tuple[Reply, ...]:
-    """The replies that `pack` wrote. Raises StageError, which names the field, for anything else."""
+    """Decode the bytes of `pack`. Raises StageError, which names the field, for any other bytes."""
     try:
         return _decode(data)
     except msgspec.DecodeError as error:
