@@ -1,6 +1,6 @@
-"""How a process that is a rank ends: in one order, and without Python's finalisation.
+"""End a process that is a rank, in a fixed order and without Python's finalisation.
 
-barrier (all are alive) ─► destroy the process groups ─► forked ranks end ─► flush what was written ─► status 0
+barrier (all ranks are alive) ─► destroy process groups ─► wait for forked ranks to end ─► flush output ─► status 0
 """
 
 import logging
@@ -11,17 +11,17 @@ import torch.distributed as dist
 
 
 def end_rank(forked: int = 0) -> None:
-    """End this rank's process with status 0, once all ranks are here; does not return.
+    """End this process with status 0 once all ranks have called this function. It does not return.
 
-    For a process that is a rank and nothing else, when its work is done and its files are closed. A rank that failed
-    raises instead, which ends it with status 1. forked: ranks that this process forked; they end before it.
+    It is for a process that is a rank and nothing else, when its work is done and its files are closed. A rank that
+    failed raises instead, which ends it with status 1. forked: how many ranks this process forked; they end before it.
 
-    Why `os._exit`: gloo's threads take Python's lock after a collective, for instance to run a callback. On a loaded
-    machine one of them may come to this when the main thread, which the collective has already let go, finalises
-    Python. Python up to 3.13 ends a thread that asks for the lock then by unwinding its stack. That stack holds C++
-    that forbids unwinding, so the process aborts with "terminate called without an active exception", status -6
-    (tests/test_rank_ending.py forces this order). Destroying the groups alone is no guard: DeepSpeed holds references
-    to them. `os._exit` finalises nothing; beyond flushing, which is done here, that would only free memory.
+    Why `os._exit`: after a collective, gloo's threads take Python's lock, for instance to run a callback. On a loaded
+    machine a thread may do so late, when the main thread has left the collective and already finalises Python. Python
+    up to 3.13 ends a thread that asks for the lock at that time by unwinding its stack. The stack holds C++ code that
+    forbids unwinding, so the process aborts with "terminate called without an active exception", status -6
+    (tests/test_rank_ending.py forces this order). Destroying the process groups does not prevent it, because DeepSpeed
+    holds references to them. `os._exit` skips finalisation, which would only flush output, done here, and free memory.
     Functions registered with `atexit` do not run.
     """
     if dist.is_initialized():

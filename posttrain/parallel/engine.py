@@ -1,8 +1,8 @@
-"""A DeepSpeed engine around a model, as `parallel` in a config asks for it.
+"""Make a DeepSpeed engine of a model, in the layout that the section `parallel` of a config asks for.
 
-One rank or many, one code path. `finish` makes every engine safe to train with: the layers that AutoEP puts into the
-model become ours, gradients that are not finite are never applied, and without ZeRO they are clipped by the norm of the
-whole model. What DeepSpeed does wrong there, and how it is mended, is in posttrain/compat/deepspeed.py.
+One rank takes the same path as many. `finish` makes every engine safe to train with: the layers that AutoEP puts into
+the model become ours, gradients that are not finite are never applied, and without ZeRO gradients are clipped by the
+norm of the whole model. posttrain/compat/deepspeed.py explains what DeepSpeed does wrong there, and mends it.
 """
 
 import os
@@ -18,9 +18,10 @@ LOOPBACK = "127.0.0.1"
 
 
 def join_ranks(rank: int, world: int, meeting: tuple[str, int]) -> None:
-    """Make this process rank `rank` of `world`; returns when all have met. One GPU a process, or none.
+    """Make this process rank `rank` of `world`. Returns when all ranks have joined.
 
-    meeting: address and port of rank 0.
+    meeting: address and port of rank 0. Collectives use NCCL if the process sees a GPU, which must be its only one, and
+    gloo otherwise.
     """
     import torch
 
@@ -28,10 +29,10 @@ def join_ranks(rank: int, world: int, meeting: tuple[str, int]) -> None:
 
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": address, "MASTER_PORT": str(port),
-        # Each process sees its own GPU only, as number 0.
+        # Each process sees no other GPU than its own, as number 0.
         "LOCAL_RANK": "0",
     }  # fmt: skip
-    os.environ.pop("ACCELERATE_USE_CPU", None)  # it turns DeepSpeed off without a word
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # it would turn DeepSpeed off without a message
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -42,7 +43,10 @@ def join_ranks(rank: int, world: int, meeting: tuple[str, int]) -> None:
 
 
 def quiet_deepspeed() -> Any:
-    """Import DeepSpeed: it says little, and compiles no kernel for shared memory between ranks (gloo does the same)."""
+    """Import DeepSpeed so that it logs errors only.
+
+    It does not compile its kernel for all-reduce over shared memory either; gloo does the same work.
+    """
     import logging
 
     import deepspeed
@@ -54,15 +58,17 @@ def quiet_deepspeed() -> Any:
 
 
 def deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype: str) -> dict[str, Any]:
-    """DeepSpeed's configuration. Every default of DeepSpeed that would change the training is set here."""
+    """DeepSpeed's configuration as a dict. It sets every value whose default in DeepSpeed would change the training."""
     zero: dict[str, Any] = {"stage": parallel.zero, "overlap_comm": False}
     if parallel.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu"}
     if parallel.zero == 3:
-        zero["stage3_param_persistence_threshold"] = 0  # every parameter in one way: divided
+        zero["stage3_param_persistence_threshold"] = (
+            0  # divide every parameter, the small ones too, so that there is one case
+        )
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # the caller says where a step ends
+        "gradient_accumulation_steps": 1,  # the caller tells the engine where a step ends
         "gradient_clipping": optimizer.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -74,7 +80,8 @@ def deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype
                 "betas": [optimizer.beta1, optimizer.beta2],
                 "eps": 1e-8,
                 "weight_decay": optimizer.weight_decay,
-                # DeepSpeed's own kernels are compiled at run time; its CPU Adam is needed where state is offloaded.
+                # DeepSpeed's own Adam is compiled at run time, so torch's is used, except if the state is offloaded:
+                # that needs DeepSpeed's CPU Adam.
                 "torch_adam": parallel.offload == "none",
             },
         },
@@ -96,24 +103,27 @@ def deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype
 
 
 def start_engine(module: Any, parallel: ParallelConfig, optimizer: OptimizerConfig, *, dtype: str) -> Any:
-    """A `DeepSpeedEngine` around `module`, finished. The ranks must have met, and each hold the same weights."""
+    """A `DeepSpeedEngine` around `module`, made safe by `finish`.
+
+    Call it after `join_ranks`, on every rank and with the same weights.
+    """
     return build_engine(module, deepspeed_config(parallel, optimizer, dtype))
 
 
 def build_engine(module: Any, config: dict[str, Any]) -> Any:
-    """As `start_engine`, from DeepSpeed's own configuration."""
+    """As `start_engine`, from a configuration of DeepSpeed, as `deepspeed_config` gives it."""
     deepspeed = quiet_deepspeed()
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return finish(deepspeed.initialize(model=module, model_parameters=trained, config=config)[0])
 
 
 def engine_report(engine: Any, parallel: ParallelConfig) -> dict[str, Any]:
-    """For a stage's figures: the class of what trained, and its layout."""
+    """Figures for a stage's report: the class of the engine, and the layout."""
     return {"engine": type(engine).__name__, **parallel.model_dump()}
 
 
 def finish(engine: Any) -> Any:
-    """Make an engine safe to train with; see the module's text. Returns the engine."""
+    """Make an engine safe to train with, as the module's docstring says. Returns the engine."""
     if compat.divides_experts(engine):
         from posttrain.model.expert_parallel import adopt
 
@@ -127,7 +137,10 @@ def finish(engine: Any) -> Any:
 
 
 def check_parallel(parallel: ParallelConfig, model: ModelConfig, lora: LoraConfig | None) -> None:
-    """Raise `ConfigError` for a layout that this model, or upstream, cannot be trained in. Reads config.json only."""
+    """Raise `ConfigError` for a layout in which this model cannot be trained, by its sizes or by limits of DeepSpeed.
+
+    Of the model only config.json is read.
+    """
     if parallel.offload == "optimizer" and not _can_offload():
         rule = "DeepSpeed's CPU Adam is compiled at its first use, which needs a C++ compiler and ninja; install them"
         raise ConfigError("parallel.offload", [f"got optimizer: {rule}, or set parallel.offload: none"])
@@ -145,7 +158,7 @@ def _can_offload() -> bool:
 
 
 def _lora_problems(parallel: ParallelConfig, lora: LoraConfig) -> list[str]:
-    """What DeepSpeed cannot do with adapters where experts are divided; each goes on after "got 2"."""
+    """What DeepSpeed cannot do with adapters if experts are divided. Each text continues a message, "got 2"."""
     problems = []
     if lora.target_parameters:
         problems.append(
@@ -154,14 +167,14 @@ def _lora_problems(parallel: ParallelConfig, lora: LoraConfig) -> list[str]:
         )
     if parallel.zero in (1, 2):
         problems.append(
-            f" with lora and parallel.zero {parallel.zero}: DeepSpeed's ZeRO 1 and 2 do not start where the divided "
+            f" with lora and parallel.zero {parallel.zero}: DeepSpeed's ZeRO 1 and 2 do not start if the divided "
             "experts are frozen; set parallel.zero: 0 or 3, or parallel.expert: 1"
         )
     return problems
 
 
 def _expert_problems(expert: int, model: ModelConfig) -> list[str]:
-    """What is wrong with dividing a model's experts among `expert` ranks; each goes on after "got 2"."""
+    """Why a model's experts cannot be divided among `expert` ranks. Each text continues a message, "got 2"."""
     from transformers import AutoConfig, Llama4Config, Llama4TextConfig
 
     config = AutoConfig.from_pretrained(model.path, local_files_only=True)

@@ -1,6 +1,6 @@
-"""A model folder written from the whole tensors of an engine, shard by shard.
+"""Write a model folder from the whole tensors of an engine, shard by shard.
 
-Every rank takes part in reading; rank 0 writes, and holds one shard at most beside its own part of the model.
+Reading a tensor needs every rank. Only rank 0 writes; beside its own part of the model it holds at most one shard.
 """
 
 import copy
@@ -30,10 +30,10 @@ def export_model(
     path: str | Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a Hugging Face folder with every weight of a model that ranks hold in parts. Collective.
+    """Write a Hugging Face folder with every weight of a model that the ranks hold in parts. Collective.
 
-    model: an engine's module. config: its transformers config, and `architecture` the class that config.json is to
-    name. Returns `path` on every rank, once the folder is there.
+    model: an engine's module. config: its transformers config. architecture: name of the class for config.json, such as
+    "Llama4ForCausalLM". Returns `path` on every rank, once the folder is complete.
     """
     shards = in_shards(whole_tensors(model), shard_bytes)
     names = _shard_names(len(shards))
@@ -61,10 +61,11 @@ def export_model(
 
 @contextmanager
 def folder_of_first_rank(path: str | Path) -> Iterator[Path]:
-    """A folder that all ranks work on and rank 0 writes; when the block ends it is at `path`, whole. Collective.
+    """Write a folder whole or not at all, from work that needs all ranks. Collective.
 
-    The block is given an empty folder beside `path`, which rank 0 alone may write to. An error on rank 0, or a crash,
-    leaves what was at `path`.
+    On rank 0 the block is given a new, empty folder, and may write to it. When the block ends the folder is moved to
+    `path`. After an error on rank 0, or a crash, an older folder at `path` is unchanged. Other ranks are given `path`
+    and must not write.
     """
     target = Path(path)
     if is_first_rank():
@@ -78,9 +79,9 @@ def folder_of_first_rank(path: str | Path) -> Iterator[Path]:
 
 
 def without_adapters(model: Any) -> Any:
-    """The model itself, every adapter added into the weight that it adapts; a model without adapters as it is.
+    """Add every adapter into the weight that it adapts, and return the model itself. Collective.
 
-    Collective; training cannot go on afterwards.
+    A model without adapters is returned as it is. Training cannot continue afterwards.
     """
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -95,7 +96,7 @@ def without_adapters(model: Any) -> Any:
 
 
 def barrier() -> None:
-    """Wait for every rank; nothing for one process."""
+    """Wait until every rank has called this. In a process that is not a rank it does nothing."""
     if dist.is_initialized():
         dist.barrier()
 

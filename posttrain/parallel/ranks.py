@@ -1,11 +1,12 @@
-"""Ranks of one training: Ray actors that meet, and are then called as one.
+"""Start the ranks of one training as Ray actors, and call a method on all of them at once.
 
     caller ──► RankGroup.get("step") ──┬──► rank 0 ─┐
                                        ├──► rank 1 ─┤ collectives (gloo on CPUs, NCCL on GPUs)
                                        └──► ...    ─┘
-           ◄── rank 0's answer, or the first failure of any rank
+           ◄── rank 0's result, or the first error of any rank
 
-A rank that fails leaves the others waiting in a collective; its error is raised at once and `close` ends them all.
+If a rank fails, the others wait in a collective for ever. So the first error is raised at once, and `close` ends all
+ranks.
 """
 
 import asyncio
@@ -19,9 +20,9 @@ from posttrain.actors.processes import kill_process, place_of_this
 from posttrain.config.shared import ParallelConfig, TrainerResources
 from posttrain.errors import StageError
 
-PLACE_S = 180.0
-START_S = 1800.0
-LAST_S = 10.0
+PLACE_S = 180.0  # for Ray to place the ranks on the cluster
+START_S = 1800.0  # for them to join and to make their objects: load the model, start the engine
+LAST_S = 10.0  # for the last call before they are ended
 
 
 class _Rank:
@@ -31,7 +32,7 @@ class _Rank:
         self._made: Any = None
 
     def meeting_point(self) -> tuple[str, int]:
-        """An address of this host, and a port that is free there."""
+        """The address of this host, and a free port of it."""
         import ray
 
         address = ray.util.get_node_ip_address()
@@ -40,13 +41,13 @@ class _Rank:
             return address, server.getsockname()[1]
 
     def place(self) -> tuple[str, int]:
-        """This process, for who must end it."""
+        """The Ray node and the process id of this process, with which `kill_process` can end it."""
         return place_of_this()
 
     def start(
         self, place: tuple[int, int], meeting: tuple[str, int], make: Callable[..., Any], *arguments: Any
     ) -> None:
-        """Become one of the ranks and make the object. place: this rank, and how many there are."""
+        """Join the other ranks and make the object. place: (number of this rank, number of ranks)."""
         from posttrain.parallel.engine import join_ranks
 
         join_ranks(*place, meeting)
@@ -57,12 +58,14 @@ class _Rank:
 
 
 class RankGroup:
-    """The processes that `parallel` asks for; must be used inside an initialised Ray session.
+    """The ranks that `parallel` asks for, one process each. Ray must be initialised.
 
-    In each, once all have met, `make(*arguments)` gives the object whose methods are called. The processes start in
-    the background; the first call waits for them, and raises `StageError` if they find no place on the cluster.
-    deadline_s: a call that takes longer means that a rank is lost; None: there is no limit. name: what they are, for
-    messages. lost: raised when a rank has died, or did not answer in time.
+    Once all ranks have joined, each makes an object by `make(*arguments)`; `get` and `call` call its methods. The ranks
+    start in the background. The first call waits for them, and raises `StageError` if the cluster has no room for them.
+    deadline_s: seconds after which a call counts as lost; None: no limit. name: what the ranks are, for messages.
+    lost: the error that is raised if a rank has died or did not answer within the deadline.
+
+    Example: `RankGroup(parallel, resources, PolicyTrainer, config, seed).get("step", samples, 0)`.
     """
 
     def __init__(
@@ -97,18 +100,19 @@ class RankGroup:
         ]
 
     def get(self, method: str, *arguments: Any) -> Any:
-        """Call a method on every rank and wait; returns rank 0's answer."""
+        """Call a method on every rank and wait. Returns the result of rank 0; raises the first error of any rank."""
         with self._losses(method):
             self._await_start()
             return _wait(self._submit(method, arguments), self._deadline_s, method)[0]
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """As `get`, for a caller that has other things to do meanwhile."""
+        """As `get`, but awaited, for a caller that does other work in the meantime."""
         with self._losses(method):
             self._await_start()
             answers = [asyncio.ensure_future(reference) for reference in self._submit(method, arguments)]
             try:
-                # Not wait_for: where this process itself was stopped meanwhile, the answers are there when time is up.
+                # Not asyncio.wait_for: if this process itself was stopped for a while, the answers have arrived when
+                # the time is up, and must count.
                 done, waiting = await asyncio.wait(
                     answers, timeout=self._deadline_s, return_when=asyncio.FIRST_EXCEPTION
                 )
@@ -124,7 +128,7 @@ class RankGroup:
 
     @contextlib.contextmanager
     def _losses(self, method: str) -> Iterator[None]:
-        """A rank that is gone, or silent for too long, as `lost`."""
+        """Raise `lost` in place of the error of a rank that has died or did not answer in time."""
         from ray.exceptions import RayActorError
 
         try:
@@ -146,8 +150,8 @@ class RankGroup:
         placed, waiting = ray.wait(self._points, num_returns=len(self._points), timeout=PLACE_S)
         if waiting:
             raise StageError(
-                f"only {len(placed)} of {len(self._points)} ranks found a place within {PLACE_S:g} s, each with "
-                f"{self._resources.cpus:g} CPU and {self._resources.gpus:g} GPU; lower resources.trainer or "
+                f"only {len(placed)} of {len(self._points)} ranks were placed on the cluster within {PLACE_S:g} s, each "
+                f"with {self._resources.cpus:g} CPU and {self._resources.gpus:g} GPU; lower resources.trainer or "
                 "parallel.processes"
             )
         _wait(self._starts, START_S, "its start")
@@ -156,7 +160,8 @@ class RankGroup:
     def close(self, last: str | None = None) -> None:
         """End every rank, frozen ones too.
 
-        last: a method to call before, where all have started; ranks that fail to answer are ended all the same.
+        last: a method to call on the ranks before they are ended, if they have started. A rank that does not answer is
+        ended too.
         """
         import ray
         from ray.exceptions import RayError
@@ -173,7 +178,7 @@ class RankGroup:
 
 
 def _wait(references: list[Any], deadline_s: float | None, what: str) -> list[Any]:
-    """Results in order; the first failure is raised as soon as it is there, TimeoutError when time is up."""
+    """The results in order. Raises the first error as soon as it arrives, and TimeoutError after the deadline."""
     import ray
 
     end = None if deadline_s is None else time.monotonic() + deadline_s
@@ -192,7 +197,7 @@ def _late(waiting: int, ranks: int, what: str, *, deadline_s: float | None) -> T
 
 
 class _Work:
-    """A function as the object of a `RankGroup`, for work that is one call."""
+    """The object of a `RankGroup` whose work is one function call."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
         self._function = function
@@ -205,7 +210,7 @@ class _Work:
 def run_on_ranks(
     parallel: ParallelConfig, resources: TrainerResources, function: Callable[..., Any], *arguments: Any
 ) -> Any:
-    """`function(*arguments)` on every rank at the same time; returns rank 0's result."""
+    """Call `function(*arguments)` on every rank at the same time, and return the result of rank 0."""
     group = RankGroup(parallel, resources, _Work, function, *arguments)
     try:
         return group.get("run")

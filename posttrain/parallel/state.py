@@ -1,12 +1,12 @@
-"""Training state on disk that no layout has a part in: whole tensors by their names.
+"""Save and load training state that does not depend on the layout: whole tensors by their names.
 
-Weights (fp32 masters where there are any), Adam's two moments and the step are written as the one process would write
-them, so a training goes on with another number of ranks, another ZeRO stage or another expert size; in the same layout
-it goes on bit for bit. How DeepSpeed's optimizers are read and written is in posttrain/compat/deepspeed.py.
+Weights (the fp32 masters, if there are any), Adam's two moments and the step are written as a single process would
+write them. So a training can continue with another number of ranks, another ZeRO stage or another `parallel.expert`. In
+the same layout it continues bit for bit. posttrain/compat/deepspeed.py reads and writes DeepSpeed's optimizers.
 
     weights-0.safetensors, -1, ...   exp_avg-0, ...   exp_avg_sq-0, ...   state.json {"step", "tensors": name -> shape}
 
-A shard is the same run of tensors in each of the three; rank 0 holds one at a time.
+Shard number i holds the same tensors in each of the three views. Rank 0 holds one shard at a time.
 """
 
 import json
@@ -21,13 +21,13 @@ from posttrain.errors import CheckpointError
 from posttrain.parallel.export import SHARD_BYTES, barrier
 from posttrain.parallel.tensors import WholeTensor, in_shards, trained_tensors
 
-# What is written of each tensor: its value, and the two moments of Adam.
+# What is written of each tensor, and the moment of Adam that it is; None: the value itself.
 VIEWS: dict[str, str | None] = {"weights": None, **{name: name for name in MOMENTS}}
-LIMIT = SHARD_BYTES // 2  # sizes are counted in the model's type, and what is written is fp32
+LIMIT = SHARD_BYTES // 2  # half, because sizes are counted in the model's dtype (bf16) and written in fp32
 
 
 def save_state(engine: Any, folder: str | Path) -> None:
-    """Write the state into an existing folder. Collective; rank 0 writes, one view of the model at a time."""
+    """Write the state into an existing folder, one view after the other. Collective; only rank 0 writes."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -51,7 +51,7 @@ def save_state(engine: Any, folder: str | Path) -> None:
 
 
 def load_state(engine: Any, folder: str | Path) -> None:
-    """Continue from `save_state`, of any layout. Raises `CheckpointError` if it is of another model."""
+    """Load what `save_state` wrote in any layout. Collective. Raises `CheckpointError` if the tensors differ."""
     from safetensors import safe_open
 
     folder = Path(folder)

@@ -1,10 +1,10 @@
-"""Whole tensors out of an engine and into it, one at a time, whatever divides them: ZeRO, expert parallelism or both.
+"""Read whole tensors from an engine and write them into it, whether ZeRO, expert parallelism or both divide them.
 
-A `WholeTensor` is one tensor as a Hugging Face folder names and shapes it, and the parameters of this rank that it is
-made of. Reading one is collective: every rank reads the same tensors in the same order, and each gets the whole.
-No more than one whole tensor is held at a time.
+A `WholeTensor` describes one tensor, with its name and shape in a Hugging Face folder, and the parameters of this rank
+that hold parts of it. Reading is collective: every rank reads the same tensors in the same order, and each gets the
+whole tensor. Only one is held at a time.
 
-Shapes: E experts, L experts of this rank, D hidden, I expert width.
+Shapes: E experts of all ranks, L experts of this rank, D hidden, I expert width.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,9 +23,11 @@ Read = Callable[[nn.Parameter], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class WholeTensor:
-    """name, shape and dtype of the whole, and this rank's `parameters` that it is made of.
+    """One tensor of a model folder. name, shape, dtype: of the whole tensor.
 
-    `join(read)` makes the whole of what `read` gives for each of them; `split` cuts a whole into what each would hold.
+    parameters: those of this rank that hold it or a part of it. join: `join(read)` puts the whole tensor together from
+    `read(parameter)` of each of them; collective. split: the inverse, which cuts a whole tensor into a value for each
+    parameter.
     """
 
     name: str
@@ -37,22 +39,22 @@ class WholeTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the whole in its own dtype."""
+        """Bytes of the whole tensor in its dtype."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def whole_tensors(model: nn.Module) -> list[WholeTensor]:
-    """Every weight of a model, as a folder holds it, all experts included. Adapters must have been merged before."""
+    """Every weight of a model, as a model folder holds it. Adapters must have been merged before."""
     return [item for item in _tensors(model) if ".lora_" not in item.name]
 
 
 def trained_tensors(model: nn.Module) -> list[WholeTensor]:
-    """What an optimizer moves: every parameter with a gradient, adapters by themselves."""
+    """Every tensor that the optimizer changes. Adapters are tensors of their own."""
     return [item for item in _tensors(model) if any(parameter.requires_grad for parameter in item.parameters)]
 
 
 def in_shards(items: list[WholeTensor], limit: int) -> list[list[WholeTensor]]:
-    """Split into runs of at most `limit` bytes; a tensor that is larger stands alone."""
+    """Split the list into consecutive shards of at most `limit` bytes. A larger tensor is a shard of its own."""
     shards: list[list[WholeTensor]] = [[]]
     size = 0
     for item in items:
@@ -65,7 +67,7 @@ def in_shards(items: list[WholeTensor], limit: int) -> list[list[WholeTensor]]:
 
 
 def read_weights(items: list[WholeTensor]) -> Iterator[tuple[WholeTensor, torch.Tensor]]:
-    """Each tensor with its value, in the dtype that it is trained in. Collective."""
+    """Each tensor with its whole value, in the dtype of the model. Collective."""
     for item in items:
         with torch.no_grad(), gathered(item.parameters):
             yield item, item.join(lambda parameter: parameter.detach())
@@ -73,7 +75,10 @@ def read_weights(items: list[WholeTensor]) -> Iterator[tuple[WholeTensor, torch.
 
 @contextmanager
 def gathered(parameters: tuple[nn.Parameter, ...], changed: bool = False) -> Iterator[None]:
-    """Within, parameters that ZeRO-3 divides are whole on every rank. `changed`: keep what rank 0 makes of them."""
+    """Within the block, parameters that ZeRO-3 divides are whole on every rank. Collective.
+
+    changed: keep the changes that rank 0 makes to them in the block.
+    """
     divided = [parameter for parameter in parameters if is_divided(parameter)]
     if not divided:
         yield
@@ -84,7 +89,7 @@ def gathered(parameters: tuple[nn.Parameter, ...], changed: bool = False) -> Ite
         yield
 
 
-# ------------------------------------------------------------------ what a model's tensors are
+# ------------------------------------------------------------------ the tensors of a model
 
 
 def _tensors(model: nn.Module) -> list[WholeTensor]:
@@ -110,16 +115,19 @@ def _plain(name: str, parameter: nn.Parameter) -> WholeTensor:
 
 
 def _folder_name(name: str) -> str:
-    """The name in a model folder of what a wrapper of ours, peft or AutoEP has renamed."""
+    """The name in a model folder of a parameter that our wrapper, peft or AutoEP has renamed."""
     for added in ("policy.", "base_model.model."):
         name = name.removeprefix(added)
-    if ".lora_" not in name:  # adapters of two weights of one module differ by nothing but this
+    if ".lora_" not in name:  # only this part distinguishes adapters of two weights of one module
         name = name.replace(".base_layer", "")
     return name.replace(".router.gate.weight", ".router.weight").replace(".shared_experts.", ".shared_expert.")
 
 
 def _expert_tensors(prefix: str, layer: Any) -> list[WholeTensor]:
-    """gate_up_proj [E, D, 2 I] and down_proj [E, I, D] from w1 (gate) [L, I, D], w3 (up) and w2 (down) [L, D, I]."""
+    """The two tensors of all experts of a layer that AutoEP divides.
+
+    gate_up_proj [E, D, 2 I] is made of w1 (gate) and w3 (up), both [L, I, D], and down_proj [E, I, D] of w2 [L, D, I].
+    """
     group, rank = expert_group(layer.ep_group_name), layer.ep_rank
     w1, w2, w3 = layer.experts.w1, layer.experts.w2, layer.experts.w3
     own, width, hidden = whole_shape(w1)
