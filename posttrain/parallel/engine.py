@@ -63,9 +63,7 @@ def deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype
     if parallel.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu"}
     if parallel.zero == 3:
-        zero["stage3_param_persistence_threshold"] = (
-            0  # divide every parameter, the small ones too, so that there is one case
-        )
+        zero["stage3_param_persistence_threshold"] = 0  # divide small parameters too, so that there is one case
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the caller tells the engine where a step ends

@@ -150,8 +150,8 @@ class RankGroup:
         placed, waiting = ray.wait(self._points, num_returns=len(self._points), timeout=PLACE_S)
         if waiting:
             raise StageError(
-                f"only {len(placed)} of {len(self._points)} ranks were placed on the cluster within {PLACE_S:g} s, each "
-                f"with {self._resources.cpus:g} CPU and {self._resources.gpus:g} GPU; lower resources.trainer or "
+                f"only {len(placed)} of {len(self._points)} ranks were placed on the cluster within {PLACE_S:g} s, "
+                f"each with {self._resources.cpus:g} CPU and {self._resources.gpus:g} GPU; lower resources.trainer or "
                 "parallel.processes"
             )
         _wait(self._starts, START_S, "its start")
