@@ -186,12 +186,12 @@ def router_bias(config: Any) -> Any:
     """The bias of routers after a first step of one token, by each of which a rate shows."""
     import torch
 
-    from posttrain.model.router_bias import RouterBias, native_layers
+    from posttrain.model.router_balance import RouterBalance, native_layers
 
     model = _model(config.model.model_dump_json())
     if native_layers(model) is None:
         return None
-    bias = RouterBias(model.train(), config.model.router.bias_rate)
+    bias = RouterBalance(model.train(), config.model.router.bias_rate)
     model(torch.tensor([[5]]))
     bias.update(0.0)
     bias.close()

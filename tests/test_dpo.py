@@ -29,6 +29,8 @@ from posttrain.files import read_jsonl
 from posttrain.model import load_model, load_tokenizer
 from posttrain.model.load import load_policy
 from posttrain.records import Message, ToolCall
+from posttrain.tune.adapters import adapter_config
+from posttrain.tune.dropout import use_row_dropout
 from posttrain.tune.steps import rows_and_blank
 
 PROMPT = json.dumps([{"role": "user", "content": "Sum: 1 + 2"}])
@@ -145,13 +147,18 @@ def make_trainer(config: DpoConfig, ids: list[PairIds], folder: Path) -> PairTra
     """The very trainer of the stage, without an engine and not started."""
     from trl import DPOConfig
 
-    return PairTrainer(
-        model=load_policy(config.model),
+    model = load_policy(config.model)
+    trainer = PairTrainer(
+        model=model,
         args=DPOConfig(**stage.trainer_arguments(config, folder)),
         train_dataset=rows_and_blank([to_record(item) for item in ids], blank_record(ids[0])),
         processing_class=load_tokenizer(config.model.path),
+        peft_config=adapter_config(model, config.lora) if config.lora else None,
         nll_weight=config.nll_weight,
     )
+    if config.lora and config.lora.dropout:
+        trainer.row_keys = use_row_dropout(trainer.model, seed=0)
+    return trainer
 
 
 def test_the_loss_is_the_formula(policy, tmp_path):

@@ -13,7 +13,7 @@ from transformers import Llama4TextConfig
 from posttrain.model import NativeLlama4ForCausalLM
 from posttrain.model.moe import MoE, Routing
 from posttrain.model.recompute import checkpointing_arguments
-from posttrain.model.router_bias import RouterBias
+from posttrain.model.router_balance import RouterBalance
 from posttrain.model.router_stats import RouterLossWeights, load_balance_loss, router_stats, z_loss
 
 
@@ -261,7 +261,7 @@ def _counted(model) -> list[int]:
 
 def test_a_step_moves_the_bias_by_its_rate_towards_even_loads():
     model = tiny_model(num_experts_per_tok=1, moe_layers=[1])
-    bias = RouterBias(model, rate=0.125)
+    bias = RouterBalance(model, rate=0.125)
     with torch.no_grad():
         model(IDS)  # not a step of training
     counts = [0, 0, 0, 0]
@@ -273,6 +273,7 @@ def test_a_step_moves_the_bias_by_its_rate_towards_even_loads():
     assert stats.load_LE.tolist() == [pytest.approx([count / 30 for count in counts])]
     want = [0.125 * ((count < 7.5) - (count > 7.5)) for count in counts]
     assert bias.bias_LE.tolist() == [want]
+    assert model.model.step_load_LE.tolist() == stats.load_LE.tolist()
     layer = model.model.layers[1].feed_forward
     assert layer.choice_bias_E.tolist() == [0.75 * value for value in want]
     assert bias.update(progress=0.5) is None  # nothing was counted since
@@ -289,7 +290,7 @@ def test_the_bias_balances_a_skewed_router():
         model.model.embed_tokens.weight[:, 0] = 2.0
         model.model.layers[1].feed_forward.router.weight[3, 0] += 1.0  # what every token has, this expert likes
     generator = torch.Generator().manual_seed(2)
-    bias = RouterBias(model, rate=0.01)
+    bias = RouterBalance(model, rate=0.01)
 
     def loads(progress: float) -> torch.Tensor:
         model(torch.randint(1, 499, (8, 100), generator=generator))
@@ -306,25 +307,40 @@ def test_the_bias_balances_a_skewed_router():
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_what_is_computed_again_is_not_counted_again(mode):
     model = tiny_model()
-    bias = RouterBias(model, rate=0.0)
+    bias = RouterBalance(model, rate=0.0)
     model.gradient_checkpointing_enable(checkpointing_arguments(mode))
     model(IDS, labels=IDS).loss.backward()
     assert bias._counts_LE.sum(-1).tolist() == [60, 60]
     assert bias.update(0.5).load_LE.shape == (2, 4)
-    assert model.model.layers[0].feed_forward.choice_bias_E is None  # a rate of 0 counts only
+    assert model.model.layers[0].feed_forward.choice_bias_E is None  # a rate of 0 makes no bias
+
+
+def test_the_balance_loss_of_a_training_takes_the_loads_of_the_step_before():
+    model = tiny_model(router_aux_loss_coef=1.0)
+    balance = RouterBalance(model, rate=0.0)
+    first = model.model(IDS)
+    assert first.aux_loss.item() == pytest.approx(1.0, rel=1e-6)  # no step before: even loads, which push no router
+    balance.update(0.5)
+    load_LE, (routings, _) = balance.load_LE, model.model.last_routings
+    second = model.model(IDS[:1])
+    means_LE = torch.stack([routing.logits_TE[: IDS.shape[1]].softmax(-1).mean(0) for routing in routings])
+    assert second.aux_loss.item() == pytest.approx(float((4 * load_LE * means_LE).sum(-1).mean()), rel=1e-5)
+    assert second.aux_loss.item() != pytest.approx(load_balance_loss(*model.model.last_routings).item(), rel=1e-3)
 
 
 def test_a_bias_goes_on_from_its_state():
     models = [tiny_model(), tiny_model()]
-    first = RouterBias(models[0], rate=0.1)
+    first = RouterBalance(models[0], rate=0.1)
     for step in range(3):
         models[0](IDS)
         first.update(step / 10)
-    second = RouterBias(models[1], rate=0.1)
+    second = RouterBalance(models[1], rate=0.1)
     second.load_state(json.loads(json.dumps(first.state())))
     for one, other in zip(models[0].model.moe_layers, models[1].model.moe_layers, strict=True):
         assert torch.equal(one.choice_bias_E, other.choice_bias_E)
     assert torch.equal(models[0](IDS).logits, models[1](IDS).logits)
+    assert torch.equal(models[0].model.step_load_LE, models[1].model.step_load_LE)
     first.close()
+    assert models[0].model.step_load_LE is None
     assert models[0].model.moe_layers[0].choice_bias_E is None
     assert not torch.equal(models[0](IDS).logits, models[1](IDS).logits)

@@ -26,7 +26,7 @@ TWO = {"parallel": {"processes": 2, "expert": 2, "zero": 2}, "resources": RESOUR
 EXPERT = {"processes": 2, "expert": 2}
 LINEAR = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of attention, dense layers and shared experts
 ADAPTERS = {
-    "linear": {"rank": 4, "alpha": 8.0, "target_modules": LINEAR},
+    "linear": {"rank": 4, "alpha": 8.0, "dropout": 0.2, "target_modules": LINEAR},
     "experts": {
         "rank": 4,
         "alpha": 8.0,

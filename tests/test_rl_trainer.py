@@ -46,9 +46,9 @@ LAYOUTS = [
 ]
 
 
-def make_config(model: str, **changes: Any) -> RlConfig:
+def make_config(model: str, router: dict[str, float] | None = None, **changes: Any) -> RlConfig:
     data = {
-        "model": {"path": model, "dtype": "float32"},
+        "model": {"path": model, "dtype": "float32", "router": router or {}},
         "prompts": {"path": "unused.jsonl"},
         "reward": {"name": "unused"},
         "steps": STEPS,

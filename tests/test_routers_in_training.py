@@ -68,7 +68,7 @@ def router_losses(function: Callable[..., Any], *arguments: Any) -> list[tuple[i
         if self.training and output.last_hidden_state.requires_grad:
             with torch.no_grad():
                 routings, keep_T = self.last_routings
-                loss = 0.5 * load_balance_loss(routings, keep_T) + 0.25 * z_loss(routings, keep_T)
+                loss = 0.5 * load_balance_loss(routings, keep_T, self.step_load_LE) + 0.25 * z_loss(routings, keep_T)
                 seen.append((len(routings[0].logits_TE) if keep_T is None else int(keep_T.sum()), float(loss)))
         return output
 

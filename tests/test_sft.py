@@ -39,7 +39,9 @@ from posttrain.sft.examples import tokenize
 from posttrain.sft.isolation import packing_difference, require_isolation
 from posttrain.sft.packing import IGNORED, blank_record, pack, to_records
 from posttrain.sft.trainer import RowTrainer
+from posttrain.tune.adapters import adapter_config
 from posttrain.tune.drift import DriftProbe, Example
+from posttrain.tune.dropout import use_row_dropout
 from posttrain.tune.steps import rows_and_blank
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks do not find the tests' folder
@@ -80,12 +82,17 @@ def make_trainer(config: SftConfig, folder: Path) -> RowTrainer:
 
     examples = examples_of(Path(config.model.path), Path(str(config.data.path)))
     rows = to_records(examples, config.batch_tokens, seed=0)
-    return RowTrainer(
-        model=load_policy(config.model),
+    model = load_policy(config.model)
+    trainer = RowTrainer(
+        model=model,
         args=SFTConfig(**stage.trainer_arguments(config, folder)),
         train_dataset=rows_and_blank(rows, blank_record(examples[0], packed=config.packing)),
         processing_class=load_tokenizer(config.model.path),
+        peft_config=adapter_config(model, config.lora) if config.lora else None,
     )
+    if config.lora and config.lora.dropout:
+        trainer.row_keys = use_row_dropout(trainer.model, seed=0)
+    return trainer
 
 
 def test_only_assistant_tokens_are_trained_on(policy, data, tmp_path):

@@ -2,7 +2,7 @@
 
 With the trainers of the stages on a tiny model in one process, and blank rows among the forwards, as a rank gets them
 that finds no more rows; tests/test_parallel_stages.py and tests/test_rl_trainer.py have the same property over ranks.
-The balance loss of routers is the exception: see posttrain/tune/steps.py.
+Losses on routers and dropout of adapters are included.
 """
 
 import itertools
@@ -22,6 +22,7 @@ from posttrain.data.pairs import Pair
 from posttrain.dpo.examples import tokenize_pairs
 from posttrain.dpo.losses import LOSSES as PAIR_LOSSES
 from posttrain.model import load_tokenizer
+from posttrain.model.router_balance import RouterBalance
 from posttrain.records import Message
 from posttrain.rl.losses import LOSSES as RL_LOSSES
 from posttrain.rl.training.policy import load_token_policy
@@ -30,7 +31,8 @@ from posttrain.sft.packing import blank_record, to_records
 
 ROWS = 12
 BLANK = ROWS  # the row behind the others
-ROUTER = {"z_loss": 0.1}
+LORA = {"rank": 4, "dropout": 0.3, "target_modules": ["q_proj", "o_proj", "up_proj"]}
+ROUTER = {"z_loss": 0.1, "balance_loss": 0.2}
 Split = list[list[int]]  # which rows each forward has
 Step = tuple[float, torch.Tensor]
 
@@ -41,6 +43,22 @@ def splits(draw: Any, rows: int = ROWS) -> Split:
     order = draw(st.permutations(range(rows)))
     cuts = [0, *sorted(draw(st.sets(st.integers(1, rows - 1)))), rows]
     return [list(order[start:end]) for start, end in itertools.pairwise(cuts)]
+
+
+def have_loads(model: Any) -> None:
+    """Give the routers of a model uneven loads of a step before, as a training does after its first step."""
+    balance = RouterBalance(model, rate=0.0)
+    load_E = torch.arange(1.0, balance.load_LE.shape[1] + 1)
+    balance.load_state({**balance.state(), "load": (load_E / load_E.sum()).expand(balance.load_LE.shape).tolist()})
+
+
+def move(model: Any) -> None:
+    """Change what is trained: the head, and adapters, whose product is 0 at first."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or (name.endswith("lm_head.weight") and parameter.requires_grad):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def step_of(trainer: Any, batches: Sequence[Any]) -> Step:
@@ -58,7 +76,7 @@ def check_same(step: Step, whole: Step) -> None:
     torch.testing.assert_close(step[1], whole[1], rtol=1e-4, atol=1e-5 * float(whole[1].abs().max()))
 
 
-@pytest.fixture(scope="module", params=sorted(PAIR_LOSSES))
+@pytest.fixture(scope="module", params=[*sorted(PAIR_LOSSES), "sigmoid with adapters"])
 def pair_step(request, policy: Path, tmp_path_factory) -> Callable[[Split], Step]:
     """A step of DPO with a supervised term, on pairs of many lengths; the policy has moved from the reference."""
     pairs = [
@@ -73,12 +91,13 @@ def pair_step(request, policy: Path, tmp_path_factory) -> Callable[[Split], Step
     ]
     ids, _ = tokenize_pairs(load_tokenizer(policy), pairs, 128, overlong="error")
     model = {"path": str(policy), "dtype": "float32", "router": ROUTER}
-    config = test_dpo.make_config(policy, pairs={"path": "x"}, loss_type=request.param, nll_weight=0.5, model=model)
+    loss, *adapters = request.param.split(" with ")
+    lora = LORA if adapters else None
+    config = test_dpo.make_config(policy, pairs={"path": "x"}, loss_type=loss, nll_weight=0.5, model=model, lora=lora)
     trainer = test_dpo.make_trainer(config, ids, tmp_path_factory.mktemp("dpo"))
+    have_loads(trainer.model)
     rows = list(trainer.train_dataset)
-    with torch.no_grad():
-        head = trainer.model.lm_head.weight
-        head.add_(0.1 * torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
+    move(trainer.model)
     return lambda split: step_of(trainer, [trainer.data_collator([rows[i] for i in part]) for part in split])
 
 
@@ -90,10 +109,11 @@ def test_a_step_of_dpo_is_the_same_however_it_is_split(pair_step, split, blanks)
 
 @settings(max_examples=12)
 @given(split=splits(), blanks=st.integers(0, 2))
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_step_of_sft_is_the_same_however_it_is_split(sft_trainers, packed, split, blanks):
+def test_a_step_of_sft_is_the_same_however_it_is_split(sft_trainers, packed, adapted, split, blanks):
     """Packed, a forward is one row of several conversations; else a padded batch of them."""
-    trainer, examples = sft_trainers[packed]
+    trainer, examples = sft_trainers[packed, adapted]
 
     def step(parts: Split, blanks: int = 0) -> Step:
         capacity = 1 << 20 if packed else None
@@ -105,25 +125,34 @@ def test_a_step_of_sft_is_the_same_however_it_is_split(sft_trainers, packed, spl
 
 
 @pytest.fixture(scope="module")
-def sft_trainers(policy: Path, data: Path, tmp_path_factory) -> dict[bool, tuple[Any, list[Any]]]:
+def sft_trainers(policy: Path, data: Path, tmp_path_factory) -> dict[tuple[bool, bool], tuple[Any, list[Any]]]:
     model = {"path": str(policy), "dtype": "float32", "router": ROUTER}
     alone = {"packing": False, "batch_tokens": None, "batch_size": 4}
-    return {
-        packed: (
+    made = {
+        (packed, adapted): (
             test_sft.make_trainer(
-                test_sft.make_config(policy, data, model=model, **({} if packed else alone)),
+                test_sft.make_config(
+                    policy, data, model=model, lora=LORA if adapted else None, **({} if packed else alone)
+                ),
                 tmp_path_factory.mktemp("sft"),
             ),
             test_sft.examples_of(policy, data)[:ROWS],
         )
         for packed in (False, True)
+        for adapted in (False, True)
     }
+    for trainer, _ in made.values():
+        have_loads(trainer.model)
+        move(trainer.model)
+    return made
 
 
 @pytest.fixture(scope="module")
 def token_policy(policy: Path) -> Any:
-    config = test_rl_trainer.make_config(str(policy))
-    return load_token_policy(config.model, config.sampling.temperature)
+    config = test_rl_trainer.make_config(str(policy), ROUTER)
+    loaded = load_token_policy(config.model, config.sampling.temperature)
+    have_loads(loaded)
+    return loaded
 
 
 @settings(max_examples=6)
@@ -132,7 +161,7 @@ def token_policy(policy: Path) -> Any:
 def test_a_step_of_rl_is_the_same_however_it_is_split(policy, token_policy, name, split):
     """With the entropy bonus and the reference term, which go with any of the losses."""
     loss = {"name": name, "entropy_bonus": 0.01, "reference": {"weight": 0.2, "estimator": "k3", "ratio_cap": 3.0}}
-    config = test_rl_trainer.make_config(str(policy), loss=loss, resources={"reference": {}})
+    config = test_rl_trainer.make_config(str(policy), ROUTER, loss=loss, resources={"reference": {}})
     samples = test_rl_trainer.batch(0)
 
     def step(parts: Split) -> Step:

@@ -8,6 +8,7 @@ added.
 Left out: images, tensor parallelism, returned attention weights, attention implementations other than SDPA.
 """
 
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ class NativeLlama4Model(_NativeLlama4):
     """The layers without the head.
 
     `router_loss_weights` starts as the config's `router_aux_loss_coef` for the load-balance loss; a training sets it.
+    `step_load_LE` holds the loads that this loss takes; None, outside a training, for those of the forward itself.
     """
 
     def __init__(self, config: Llama4TextConfig):
@@ -105,6 +107,7 @@ class NativeLlama4Model(_NativeLlama4):
         self._frequencies: tuple[torch.Tensor, float] | None = None
         self.last_routings: tuple[list[Routing], torch.Tensor | None] = ([], None)
         self.router_loss_weights = RouterLossWeights(balance=config.router_aux_loss_coef)
+        self.step_load_LE: torch.Tensor | None = None
         self.post_init()
 
     @property
@@ -166,7 +169,8 @@ class NativeLlama4Model(_NativeLlama4):
         trained = torch.is_grad_enabled()
         losses: dict[str, torch.Tensor] = {}
         weighted: list[torch.Tensor] = []
-        for name, weight, loss in (("aux_loss", weights.balance, load_balance_loss), ("z_loss", weights.z, z_loss)):
+        balance = functools.partial(load_balance_loss, load_LE=self.step_load_LE)
+        for name, weight, loss in (("aux_loss", weights.balance, balance), ("z_loss", weights.z, z_loss)):
             if routings and (asked or (weight and trained)):
                 losses[name] = loss(routings, keep_T)
                 if weight:

@@ -44,20 +44,24 @@ def expert_load(expert_ids_TK: torch.Tensor, num_experts: int, keep_T: torch.Ten
     return counts.float() / counts.sum().clamp(min=1)
 
 
-def load_balance_loss(routings: Sequence[Routing], keep_T: torch.Tensor | None = None) -> torch.Tensor:
+def load_balance_loss(
+    routings: Sequence[Routing], keep_T: torch.Tensor | None = None, load_LE: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean over layers of E * sum_e load_e * mean probability_e: 1 when balanced, up to E when one expert has all.
 
     Args:
         routings: one a MoE layer.
         keep_T: bool, False for padding.
+        load_LE: loads to take in place of those of these tokens; a training gives those of its last step, so that the
+            loss is a mean over tokens, which does not depend on how a step is split into forwards.
     Source: Switch Transformer (arXiv 2101.03961), equations 4 to 6, with the load taken over all K choices.
     """
     losses = []
-    for routing in routings:
+    for index, routing in enumerate(routings):
         logits, ids = routing.logits_TE, routing.expert_ids_TK
-        kept = logits if keep_T is None else logits[keep_T]
-        load = expert_load(ids, logits.shape[-1], keep_T)
-        losses.append(logits.shape[-1] * (load * kept.softmax(-1).mean(0)).sum())
+        kept_TE = logits if keep_T is None else logits[keep_T]
+        load_E = expert_load(ids, logits.shape[-1], keep_T) if load_LE is None else load_LE[index]
+        losses.append(logits.shape[-1] * (load_E * kept_TE.softmax(-1).mean(0)).sum())
     return torch.stack(losses).mean()
 
 

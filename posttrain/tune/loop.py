@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.files import keep_lines
-from posttrain.model.router_bias import native_layers
+from posttrain.model.router_balance import native_layers
 from posttrain.parallel.export import barrier, is_first_rank
 from posttrain.tune.checkpoints import Sealed, latest, seal
 from posttrain.tune.routers import ROUTER_METRICS, RouterCallback
@@ -103,7 +103,7 @@ def train(
     if native_layers(trainer.model) is not None:
         # Before the other: it adds to what that one logs and to the checkpoint that it seals.
         routers = RouterCallback(trainer.model, router_bias_rate, resumed.path)
-        trainer.router_bias = routers.bias
+        trainer.router_balance = routers.balance
         trainer.add_callback(routers)
     trainer.add_callback(callback)
     if resumed.path is not None and is_first_rank():

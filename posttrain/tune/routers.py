@@ -1,4 +1,4 @@
-"""Routers of a native Llama 4 in a training with TRL: their bias, and their figures for metrics."""
+"""Routers of a native Llama 4 in a training with TRL: what balances their experts, and their figures for metrics."""
 
 import json
 from pathlib import Path
@@ -7,27 +7,27 @@ from typing import Any
 from transformers import TrainerCallback
 
 from posttrain.files import write_json
-from posttrain.model.router_bias import RouterBias
+from posttrain.model.router_balance import RouterBalance
 from posttrain.train.routers import figures
 
 ROUTER_METRICS = {name: name for name in ("router_entropy", "expert_load_max", "dead_experts")}
-STATE = "router_bias.json"
+STATE = "router_balance.json"
 
 
 class RouterCallback(TrainerCallback):
-    """Moves the bias after each step, adds figures of the step to what is logged, keeps the bias in checkpoints.
+    """Takes the loads of each step for the balance of the next, logs figures of them, keeps them in checkpoints.
 
     resumed: the checkpoint that training goes on from, or None.
     """
 
-    def __init__(self, model: Any, rate: float, resumed: Path | None):
-        self.bias = RouterBias(model, rate)
+    def __init__(self, model: Any, bias_rate: float, resumed: Path | None):
+        self.balance = RouterBalance(model, bias_rate)
         self._figures: dict[str, float] = {}
         if resumed is not None:
-            self.bias.load_state(json.loads((resumed / STATE).read_text()))
+            self.balance.load_state(json.loads((resumed / STATE).read_text()))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stats = self.bias.update(min(1.0, state.global_step / state.max_steps))
+        stats = self.balance.update(min(1.0, state.global_step / state.max_steps))
         self._figures = {} if stats is None else figures(stats)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -36,7 +36,7 @@ class RouterCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE, self.bias.state())
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE, self.balance.state())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bias.close()
+        self.balance.close()

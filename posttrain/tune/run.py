@@ -102,6 +102,7 @@ def _train(
     from posttrain.tune.adapters import adapter_config
     from posttrain.tune.checkpoints import digest_ids, fingerprint
     from posttrain.tune.drift import DriftProbe
+    from posttrain.tune.dropout import use_row_dropout
     from posttrain.tune.loop import train
 
     probe = DriftProbe(model, tuning.sample)
@@ -115,6 +116,8 @@ def _train(
         peft_config=adapter_config(model, config.lora) if config.lora else None,
         **tuning.options,
     )
+    if config.lora and config.lora.dropout:
+        trainer.row_keys = use_row_dropout(trainer.model, context.seed)
     history = train(
         trainer, context, tuning.metrics, fingerprint=identity, router_bias_rate=config.model.router.bias_rate
     )

@@ -1,19 +1,16 @@
 """An optimizer step that is the same however its rows are dealt out to forwards and ranks.
 
-The losses of the stages are sums, divided by counts of the whole step. Three things remain, and are done here:
+The losses of the stages are sums, divided by counts of the whole step. Four things remain, and are done here:
 
 - Ranks that find no more rows in the last step of an epoch. accelerate would repeat rows of the epoch's beginning,
   which would then count twice; here such a rank gets a forward of a *blank* row, from which nothing is learned. It
   cannot go without a forward, because the forwards of all ranks exchange experts and weights.
 - The losses on routers, which are means over the tokens of one forward: each forward's is weighted by its share of the
-  step's tokens. TRL computes its own losses from hidden states and has none of these for Llama 4, so they are taken
-  from the layers' output and added to the loss that TRL makes.
+  step's tokens, and the loads of experts are those of the step before (`RouterBalance`). TRL computes its own losses
+  from hidden states and has none of these for Llama 4, so they are taken from the layers' output and added to the loss
+  that TRL makes.
 - The count of tokens, which is of the rows and not of the blanks.
-
-One term still depends on the split: `balance_loss` multiplies, for each expert, its share of the tokens by its mean
-probability. Both would have to be taken over the whole step, but a forward is differentiated before the next one has
-run, so both are taken over one forward (Switch Transformer does the same). Dropout of adapters, too, is drawn for each
-forward.
+- Dropout of adapters, which follows from row and step (`TokenDropout`), and is told the step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +18,8 @@ from typing import Any
 
 import torch
 
-from posttrain.model.router_bias import RouterBias, native_layers
+from posttrain.model.router_balance import RouterBalance, native_layers
+from posttrain.tune.dropout import RowKeys
 
 IGNORED = -100  # the label of a token that is not trained on
 
@@ -67,16 +65,18 @@ class EvenBatches:
 class StepTrainer:
     """Mixed into a TRL trainer class, before it. The last row of its dataset is the blank one.
 
-    tokens_seen: the tokens of all ranks that were trained on so far, without padding. router_bias: what counts the
-    routers' choices, if anything does.
+    tokens_seen: the tokens of all ranks that were trained on so far, without padding. router_balance: what
+    counts the routers' choices, if anything does. row_keys: what dropout of adapters follows from, if there is any.
     """
 
     model: Any
+    state: Any
     accelerator: Any
     train_dataset: Any
     loss_is_scaled_for_ga = True  # losses are divided by counts of the step; transformers must not divide them again
     tokens_seen = 0
-    router_bias: RouterBias | None = None
+    router_balance: RouterBalance | None = None
+    row_keys: RowKeys | None = None
     _step_tokens = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -108,8 +108,10 @@ class StepTrainer:
         """One forward's share of the loss of its step, that on routers included."""
         assert not return_outputs, "evaluation is a stage of its own"
         tokens = fed_tokens(inputs)
-        if self.router_bias is not None:
-            self.router_bias.counting = tokens > 0
+        if self.router_balance is not None:
+            self.router_balance.counting = tokens > 0
+        if self.row_keys is not None:
+            self.row_keys.step = self.state.global_step
         layers = native_layers(self.model)
         losses: list[torch.Tensor] = []
 

@@ -5,8 +5,8 @@
     evidence/step_N_model/     the policy that the update was left out of, where training stops for it
 
 An update that is left out changes no weight, so that the policy saved after it is the one that it was computed with,
-and `PolicyTrainer.step` on the batch computes it again (a bias of routers, `model.router.bias_rate`, is in checkpoints
-only).
+and `PolicyTrainer.step` on the batch computes it again (the loads by which
+`model.router` balances experts are in checkpoints only).
 """
 
 import json

@@ -12,7 +12,7 @@ from torch import nn
 from posttrain.config.shared import GradientCheckpointing, ModelConfig
 from posttrain.model.load import load_policy
 from posttrain.model.recompute import checkpointing_arguments
-from posttrain.model.router_bias import native_layers
+from posttrain.model.router_balance import native_layers
 from posttrain.rl.training.samples import MicroBatch, TrainSample, collate, micro_batches
 from posttrain.train.logprobs import token_logprobs
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from posttrain.config.shared import OptimizerConfig
 from posttrain.model.load import load_tokenizer
-from posttrain.model.router_bias import RouterBias, native_layers
+from posttrain.model.router_balance import RouterBalance, native_layers
 from posttrain.parallel.engine import engine_report, start_engine
 from posttrain.parallel.export import export_model, folder_of_first_rank
 from posttrain.parallel.state import load_state, save_state
@@ -68,7 +68,7 @@ class PolicyTrainer:
         if config.parallel.zero == 3:
             module.share_head()
         has_routers = native_layers(self._policy) is not None
-        self._routers = RouterBias(self._policy, config.model.router.bias_rate) if has_routers else None
+        self._routers = RouterBalance(self._policy, config.model.router.bias_rate) if has_routers else None
         self._tokenizer = load_tokenizer(config.model.path)
         self._weights = publisher(config)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()

@@ -1,10 +1,16 @@
-"""Balance experts without a loss: a bias on the choice of each expert, moved after each step by the loads of the step.
+"""Balance experts from one optimizer step to the next, by the load of each expert over the whole step.
 
-Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (arXiv 2408.15664), algorithm 1. Here the
-bias is added to logits, because Llama 4 chooses experts by logit.
+All forwards of a step, on all ranks, are counted. The counts serve the next step in two ways:
 
-A model folder has no place for a bias, and engines route without one. So the bias that is applied shrinks during the
-training, as bias * (1 - progress). At the end it is zero, and the exported router routes as it did in training.
+- A bias on the choice of each expert moves towards even loads, without a loss. Source: "Auxiliary-Loss-Free Load
+  Balancing Strategy for Mixture-of-Experts" (arXiv 2408.15664), algorithm 1. Here the bias is added to logits, because
+  Llama 4 chooses experts by logit. A model folder has no place for a bias, and engines route without one. So the bias
+  that is applied shrinks during the training, as bias * (1 - progress). At the end it is zero, and the exported router
+  routes as it did in training.
+- The load-balance loss multiplies the probability of each expert by its load. The load of a step is known only after
+  the last forward of the step, when the first forward has already been differentiated. The load of the step before is
+  known to all forwards, so this loss does not depend on how a step is split into forwards and ranks. The first step has
+  no step before it: its loads count as even, and even loads push no router.
 
 Left out: models that are not the native Llama 4.
 Shapes: L mixture-of-experts layers, E experts.
@@ -26,8 +32,8 @@ def native_layers(model: nn.Module) -> NativeLlama4Model | None:
     return found if found is not None and found.moe_layers else None
 
 
-class RouterBias:
-    """The bias of every router of a model, and the counts of what each router chose in a step.
+class RouterBalance:
+    """The bias of every router of a model, the loads of its experts in the last step, and the counts of this step.
 
     It counts every forward in training mode with gradients, without padding. A layer that gradient checkpointing
     computes again is not counted again. Call `update` after each optimizer step, on every rank. With a rate of 0 it
@@ -45,13 +51,15 @@ class RouterBias:
         self._layers = layers
         size = (len(layers.moe_layers), layers.config.num_local_experts)
         self.bias_LE = torch.zeros(size)
+        self.load_LE = torch.full(size, 1 / size[1])  # of the last step, as the load-balance loss takes it
         self._counts_LE = torch.zeros(size, dtype=torch.float64)
         self._entropy_L = torch.zeros(size[0], dtype=torch.float64)  # summed over choices
         self._hook = layers.register_forward_hook(self._count)
+        self._apply(0.0)
 
     @torch.no_grad()
     def update(self, progress: float) -> RouterStats | None:
-        """Move the bias by the counts of all ranks since the last call, and apply it to the next step. Collective.
+        """Turn the counts of all ranks since the last call into the loads and the bias of the next step. Collective.
 
         progress: share of the training that is done, 0 to 1; at 1 no bias is applied. Returns the figures of what was
         counted, on the CPU, or None if no token was.
@@ -60,29 +68,33 @@ class RouterBias:
         total_L1 = counts_LE.sum(-1, keepdim=True)
         stats = None
         if total_L1.all():
-            stats = RouterStats((counts_LE / total_L1).float(), (entropy_L / total_L1[:, 0]).float())
+            self.load_LE = (counts_LE / total_L1).float()
+            stats = RouterStats(self.load_LE, (entropy_L / total_L1[:, 0]).float())
             self.bias_LE += self.rate * torch.sign(counts_LE.mean(-1, keepdim=True) - counts_LE).float()
         self._apply(progress)
         return stats
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: values that JSON holds exactly."""
-        return {"bias": self.bias_LE.tolist(), "progress": self.progress}
+        return {"bias": self.bias_LE.tolist(), "load": self.load_LE.tolist(), "progress": self.progress}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from the result of `state`."""
         self.bias_LE = torch.tensor(state["bias"])
+        self.load_LE = torch.tensor(state["load"])
         self._apply(state["progress"])
 
     def close(self) -> None:
-        """Remove the bias from the model and stop counting."""
+        """Remove the bias and the loads from the model and stop counting."""
         self._hook.remove()
         self._apply(1.0)
+        self._layers.step_load_LE = None
 
     def _apply(self, progress: float) -> None:
         self.progress = progress
         applied_LE = self.bias_LE * (1 - progress) if self.rate and progress < 1 else None
         device = next(self._layers.parameters()).device
+        self._layers.step_load_LE = self.load_LE.to(device)
         for index, layer in enumerate(self._layers.moe_layers):
             layer.choice_bias_E = None if applied_LE is None else applied_LE[index].to(device)
 
