@@ -23,7 +23,7 @@ def dropped(ids, positions=None, mask=None, *, step=3, seed=1, salt=7, width=409
     """What an adapter is given in place of ones, [B, S, width]."""
     keys = RowKeys(seed)
     keys.step = step
-    keys.note(None, (), {"input_ids": ids, "position_ids": positions, "attention_mask": mask})
+    keys.note(torch.nn.Identity(), (), {"input_ids": ids, "position_ids": positions, "attention_mask": mask})
     return TokenDropout(keys, SHARE, salt=salt, name="q_proj")(torch.ones(*ids.shape, width))
 
 
@@ -64,6 +64,6 @@ def test_nothing_is_dropped_outside_training():
 
 def test_a_module_that_does_not_see_every_token_is_refused():
     keys = RowKeys(0)
-    keys.note(None, (), {"input_ids": torch.tensor([[1, 2, 3]])})
+    keys.note(torch.nn.Identity(), (), {"input_ids": torch.tensor([[1, 2, 3]])})
     with pytest.raises(ConfigError, match=r"lora.dropout: got 0.25: expert_3 is not applied to every token"):
         TokenDropout(keys, SHARE, salt=0, name="expert_3")(torch.ones(2, 8))

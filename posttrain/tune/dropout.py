@@ -93,8 +93,10 @@ class RowKeys:
         return mixed(self._keys_BS + mixed(seed * GOLDEN + self.step))
 
     def note(self, module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """A hook before the forward of the layers, which are given `input_ids` by name."""
-        self._keys_BS = token_keys(named["input_ids"], named.get("position_ids"), named.get("attention_mask"))
+        """Compute the keys of a forward: the hook before the forward of the model's layers."""
+        if module.training:
+            ids_BS = named["input_ids"] if "input_ids" in named else arguments[0]
+            self._keys_BS = token_keys(ids_BS, named.get("position_ids"), named.get("attention_mask"))
 
 
 def use_row_dropout(model: Any, seed: int) -> RowKeys:
