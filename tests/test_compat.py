@@ -64,7 +64,7 @@ def test_another_version_is_noticed(monkeypatch):
         "posttrain.compat.patches.installed_version", lambda library: "99.0" if library == "vllm" else None
     )
     (message,) = changed_versions()
-    assert message.startswith("vllm is 99.0 now; look at these patches again")
+    assert message.startswith("vllm is 99.0 now; read these patches again")
     assert "posttrain.compat.vllm.repack_experts_on_reload" in message
 
 

@@ -1,20 +1,20 @@
-"""Every place that depends on how an upstream library works inside, one module a library.
+"""All code that depends on the internals of an upstream library, one module for each library.
 
-An upgrade of a library means reading one module here. Each function carries a `Patch` record: the library's version,
-the reason, the upstream reference, and the test that says when the function can go. `PATCHES` lists them all, and
-docs/compat.md is made from it by `python -m posttrain.compat`.
+Whoever upgrades a library reads one module here. Each function has a `Patch` record: the library's version, the reason,
+the upstream reference, and the test that tells when the function can be deleted. `PATCHES` lists all records, and
+`python -m posttrain.compat` prints docs/compat.md from them.
 
     patches.py        the record, the list, the check of installed versions
-    deepspeed.py      expert parallelism, the first and the clipped step, state of optimizers
+    deepspeed.py      expert parallelism, the first step, clipping, the state of optimizers
     ray.py            a session that only this host can reach
-    torch.py          schedules of another layout, names of operators
-    transformers.py   Llama 4's prefix and unread default, how a trainer divides a loss
+    torch.py          learning-rate schedules in another layout, names of operators
+    transformers.py   two faults of Llama 4's classes, how a trainer divides a loss
     trl.py            the pass over the reference model under DeepSpeed
-    vllm.py           weight reloading, prefix caches, the queue of requests, tokens of growing replies
+    vllm.py           weight reloading, prefix caches, the queue of requests, tokens of unfinished replies
 
 Importing this package imports no upstream library: each function imports what it needs when it is called.
-Our own features on public seams (a worker extension, a scheduler subclass, a trainer subclass) stay where they belong;
-an override of a private method is recorded here.
+Code of ours that uses a public interface (a worker extension, a scheduler subclass, a trainer subclass) stays in the
+folder of its feature. Where it overrides a private method, a record here says so.
 """
 
 from posttrain.compat import deepspeed, ray, torch, transformers, trl, vllm

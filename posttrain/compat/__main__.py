@@ -6,9 +6,10 @@ HEAD = """# Patches of upstream libraries
 
 Made by `python -m posttrain.compat > docs/compat.md`; a test compares it with the code. Do not edit it by hand.
 
-The code depends in these places on how a library works inside. A *fault* is something that upstream does wrong; its
-patch goes when upstream is mended. A *gap* is something that upstream offers no public way to do; its patch goes when
-there is one. When a library is upgraded, `tests/test_compat.py` names the patches to look at again.
+In these places the code depends on the internals of a library. A *fault* is something that the library does wrong; the
+patch is deleted once the library does it right. A *gap* is something that the library has no public function for; the
+patch is deleted once there is one. After an upgrade of a library, `tests/test_compat.py` names the patches to read
+again.
 """
 
 

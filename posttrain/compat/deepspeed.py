@@ -1,7 +1,7 @@
-"""DeepSpeed: expert parallelism, the first and the clipped step, and the state of its optimizers.
+"""DeepSpeed: expert parallelism, the first step, clipping, and the state of its optimizers.
 
-Importing this module imports neither DeepSpeed nor torch. Source of the accessors of state: DeepSpeed's
-`deepspeed.utils.safe_*` interface, and what it leaves out.
+Importing this module imports neither DeepSpeed nor torch. The functions that read and write state use DeepSpeed's
+`deepspeed.utils.safe_*` functions, and do themselves what those leave out.
 """
 
 import math
@@ -25,13 +25,13 @@ _RESUMED = "tests/test_expert_parallel.py::test_resumed_in_another_layout"
 @_patch(
     "0.19.8",
     "gap",
-    reason="DeepSpeed compiles an all-reduce over shared memory at its first use: a minute, and a failure without a "
-    "C++ compiler. Nothing public turns it off",
+    reason="DeepSpeed compiles an all-reduce over shared memory at its first use, which takes a minute and fails "
+    "without a C++ compiler. No public setting turns it off",
     reference="`__compatible_ops__` of deepspeed/ops/__init__.py; deepspeed/comm/torch.py",
     test="tests/test_compat.py::test_deepspeed_still_compiles_an_all_reduce",
 )
 def skip_shared_memory_all_reduce() -> None:
-    """Let gloo do the all-reduce, so that nothing is compiled."""
+    """Let gloo do the all-reduce instead, so that nothing is compiled."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -43,12 +43,12 @@ def skip_shared_memory_all_reduce() -> None:
 @_patch(
     "0.19.8",
     "gap",
-    reason="AutoEP knows its models from a table, and offers no function that adds one",
+    reason="AutoEP looks its models up in a table, and no public function adds a model to it",
     reference="deepspeedai/DeepSpeed#7938; deepspeed/module_inject/auto_ep_presets/registry.py",
     test=_LAYOUTS,
 )
 def register_expert_preset(name: str, preset: Any, adapter: Any) -> None:
-    """Let AutoEP find the mixture-of-experts layers of a model of ours. See posttrain/model/expert_parallel.py."""
+    """Let AutoEP find the mixture-of-experts layers of our own model. See posttrain/model/expert_parallel.py."""
     from deepspeed.module_inject.auto_ep_presets import registry
 
     registry._PRESET_ADAPTERS[name] = adapter
@@ -58,13 +58,13 @@ def register_expert_preset(name: str, preset: Any, adapter: Any) -> None:
 @_patch(
     "0.19.8",
     "gap",
-    reason="AutoEP makes its layers inside `deepspeed.initialize`, from fixed classes; the router must work in fp32, "
-    "replay a choice of experts and record routings, as the native one does",
+    reason="`deepspeed.initialize` makes AutoEP's layers from fixed classes. Our layers need a router that works in "
+    "fp32, replays a choice of experts and records routings, as the native one does",
     reference="deepspeed/module_inject/auto_ep_layer.py; deepspeed/moe/ep_router.py",
     test=_LAYOUTS,
 )
 def change_expert_layers(model: "nn.Module", layer_class: type, router_class: type) -> list[Any]:
-    """Change the class of every layer that AutoEP made, and of its router, in place; returns the layers."""
+    """Change the class of every layer that AutoEP made, and of its router, in place. Returns the layers."""
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
     layers: list[Any] = [module for module in model.modules() if isinstance(module, AutoEPMoELayer)]
@@ -77,7 +77,7 @@ def change_expert_layers(model: "nn.Module", layer_class: type, router_class: ty
 @_patch(
     "0.19.8",
     "gap",
-    reason="An engine does not say whether AutoEP divided its model",
+    reason="An engine has no public attribute that says whether AutoEP divided its model",
     reference="`expert_parallel_config` of deepspeed/runtime/config.py",
     test=_LAYOUTS,
 )
@@ -90,12 +90,12 @@ def divides_experts(engine: Any) -> bool:
 @_patch(
     "0.19.8",
     "gap",
-    reason="The ranks that hold the other experts of a layer are known to a private function only",
+    reason="Only a private function gives the group of ranks that hold the other experts of a layer",
     reference="deepspeed/utils/groups.py, `_get_expert_parallel_group`",
     test="tests/test_expert_parallel.py::test_export_holds_every_expert",
 )
 def expert_group(name: str) -> Any:
-    """The process group among whose ranks the experts of a layer are divided."""
+    """The process group of the ranks that share the experts of a layer. name: the layer's `ep_group_name`."""
     from deepspeed.utils.groups import _get_expert_parallel_group
 
     return _get_expert_parallel_group(name)
@@ -107,25 +107,25 @@ def expert_group(name: str) -> Any:
 @_patch(
     "0.19.8",
     "fault",
-    reason="ZeRO in fp32 and bf16 applies gradients that are not finite unless its optimizer is told to check",
+    reason="In fp32 and bf16, ZeRO applies gradients that are not finite unless its optimizer is told to check them",
     reference="`check_grad_overflow` of deepspeed/runtime/zero/stage_1_and_2.py and stage3.py",
     test="tests/test_compat.py::test_zero_still_applies_infinite_gradients",
 )
 def skip_infinite_steps(engine: Any) -> None:
-    """Let an engine with ZeRO leave out a step whose gradients are not finite."""
+    """Make an engine with ZeRO skip a step whose gradients are not finite."""
     engine.optimizer.check_grad_overflow = True
 
 
 @_patch(
     "0.19.8",
     "fault",
-    reason="In bf16 without ZeRO an engine takes an optimizer step when it is made, so that Adam has its state. It "
-    "counts as the first, which makes the next a quarter too small, and it decays the fp32 masters",
+    reason="In bf16 without ZeRO an engine takes an optimizer step when it is made, so that Adam has its state. Adam "
+    "counts it as the first step, which makes the next one a quarter too small, and it decays the fp32 masters",
     reference="deepspeedai/DeepSpeed#5151, deepspeedai/DeepSpeed#5104",
     test="tests/test_compat.py::test_deepspeed_still_takes_a_trial_step",
 )
 def forget_trial_step(engine: Any) -> None:
-    """Undo the step that the engine took when it was made."""
+    """Undo the optimizer step that the engine took when it was made."""
     optimizer = engine.optimizer
     masters = getattr(optimizer, "fp32_groups", None)
     if masters is None:
@@ -139,19 +139,22 @@ def forget_trial_step(engine: Any) -> None:
 @_patch(
     "0.19.8",
     "fault",
-    reason="Without ZeRO each rank clips by a norm that averages those of the ranks, which hold different experts; "
-    "the gradients of shared weights are scaled wrongly, and infinite ones are applied",
+    reason="Without ZeRO each rank clips by the average of the ranks' gradient norms, although the ranks hold "
+    "different experts. So the gradients of shared weights are scaled wrongly, and infinite gradients are applied",
     reference="deepspeedai/DeepSpeed#8475, deepspeedai/DeepSpeed#8476",
     test=_LAYOUTS,
 )
 def clip_by_whole_norm(engine: Any) -> None:
-    """Let an engine without ZeRO scale its gradients by the norm of the whole model, and drop infinite ones."""
+    """Make an engine without ZeRO clip its gradients by the norm of the whole model, and drop them if not finite."""
     engine.clip_fp32_gradients = lambda: _clip_by_whole_norm(engine)
 
 
 def _clip_by_whole_norm(engine: Any) -> None:
-    """Gradients are averaged over their replicas already. The experts of the other ranks of this rank's expert group
-    are the only gradients that are missing here."""
+    """Clip by the norm over all parameters, those of other ranks' experts too.
+
+    The gradients of replicated weights are averaged over the ranks already. So the norm lacks only the experts of the
+    other ranks in this rank's expert group; their squares are summed by an all-reduce.
+    """
     import torch
     import torch.distributed as dist
 
@@ -195,25 +198,25 @@ def whole_shape(parameter: "nn.Parameter") -> tuple[int, ...]:
 
 
 def inner_optimizer(engine: Any) -> "torch.optim.Optimizer":
-    """torch's optimizer under DeepSpeed's."""
+    """The torch optimizer that DeepSpeed's optimizer wraps."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 @_patch(
     "0.19.8",
     "gap",
-    reason="Adam has no moments before its first step, and ZeRO links those of the first group only, when the others "
-    "(such as that of the experts) have none yet; a checkpoint of another layout could not be filled in",
+    reason="Adam has no moments before its first step. ZeRO makes those of the first parameter group accessible, and "
+    "misses other groups, such as that of the experts. A checkpoint of another layout could not be loaded into them",
     reference="`_lazy_init_hp_params_optimizer_state` of deepspeed/runtime/zero/stage_1_and_2.py; "
     "`fp32_partitioned_groups_flat` of stage3.py",
     test=_RESUMED,
 )
 def make_moments(engine: Any) -> None:
-    """Let the optimizer have its state before its first step, and the accessors find it."""
+    """Give the optimizer its moments before its first step, and let DeepSpeed's accessors find them."""
     import torch
 
     inner = inner_optimizer(engine)
-    # ZeRO-3 hands its flat tensors to the optimizer only while it steps.
+    # Under ZeRO-3 the optimizer has its flat tensors only during a step, so they are taken from the engine.
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
     for parameter in flat or [parameter for group in inner.param_groups for parameter in group["params"]]:
         if not inner.state.get(parameter):
@@ -227,7 +230,7 @@ def make_moments(engine: Any) -> None:
 
 
 def _master(engine: Any, parameter: "nn.Parameter") -> "torch.Tensor":
-    """What the optimizer moves for a parameter that nothing divides: its fp32 master in bf16, or itself."""
+    """The tensor that the optimizer changes for an undivided parameter: its fp32 master in bf16, else the parameter."""
     masters = getattr(engine.optimizer, "fp32_groups", ())
     weights = getattr(engine.optimizer, "fp16_groups", ())
     for master_group, weight_group in zip(masters, weights, strict=False):
@@ -240,12 +243,12 @@ def _master(engine: Any, parameter: "nn.Parameter") -> "torch.Tensor":
 @_patch(
     "0.19.8",
     "gap",
-    reason="`safe_get_full_*` answers None for a parameter that neither ZeRO nor a bf16 optimizer has mapped",
+    reason="`safe_get_full_*` returns None for a parameter that neither ZeRO nor a bf16 optimizer has mapped",
     reference="deepspeed/utils/tensor_fragment.py",
     test=_RESUMED,
 )
 def read_whole(engine: Any, parameter: "nn.Parameter", moment: str | None) -> "torch.Tensor":
-    """The whole fp32 weight (moment None) or one of `MOMENTS` of a parameter. Collective where it is divided."""
+    """The whole fp32 weight of a parameter (moment None), or one of its `MOMENTS`. Collective if it is divided."""
     import torch
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -264,12 +267,12 @@ def read_whole(engine: Any, parameter: "nn.Parameter", moment: str | None) -> "t
 @_patch(
     "0.19.8",
     "gap",
-    reason="`safe_set_full_*` does nothing for a parameter that is not mapped, and leaves the bf16 weight as it was",
+    reason="`safe_set_full_*` does nothing for a parameter that is not mapped, and does not change the bf16 weight",
     reference="deepspeed/utils/tensor_fragment.py",
     test=_RESUMED,
 )
 def write_whole(engine: Any, parameter: "nn.Parameter", moment: str | None, *, value: "torch.Tensor") -> None:
-    """The inverse of `read_whole`: each rank keeps its part of `value`."""
+    """The inverse of `read_whole`: each rank stores its part of `value`."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     if is_divided(parameter):
@@ -289,7 +292,7 @@ def write_whole(engine: Any, parameter: "nn.Parameter", moment: str | None, *, v
 
 
 def _write_divided(parameter: Any, moment: str | None, value: "torch.Tensor") -> None:
-    """This rank's slice of a parameter that ZeRO-3 divides, padded as DeepSpeed pads it."""
+    """Store this rank's slice of a parameter that ZeRO-3 divides, padded as DeepSpeed pads it."""
     import torch
     import torch.distributed as dist
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state

