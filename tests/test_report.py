@@ -555,7 +555,7 @@ def test_a_failed_run_says_where_and_why(copy: Path) -> None:
     summary = json.loads((copy / "summary.json").read_text())
     summary["status"] = "failed"
     summary["stages"] = [s for s in summary["stages"] if s["name"] in ("base", "filter", "sft")]
-    summary["stages"][2] |= {"status": "failed", "error": "no optimiser step was made"}
+    summary["stages"][2] |= {"status": "failed", "error": "no optimizer step was made"}
     summary["eval"] = {"base": summary["eval"]["base"]}
     summary["evaluations"] = summary["evaluations"][:1]
     (copy / "summary.json").write_text(json.dumps(summary))
@@ -564,7 +564,7 @@ def test_a_failed_run_says_where_and_why(copy: Path) -> None:
     events = [e for e in map(json.loads, (copy / "events.jsonl").open()) if str(e["stage"])[:2] not in ("rl", "dp")]
     write_lines(copy / "events.jsonl", events)
     page = page_of(copy)
-    assert "Stage sft failed: no optimiser step was made" in page.text
+    assert "Stage sft failed: no optimizer step was made" in page.text
     assert "Held-out accuracy is 46.6% [" in page.text
     assert page.sections() == ["result", "pipeline", "base", "filter", "sft", "again"]
 

@@ -3,7 +3,7 @@
 native.py            the model, with the names and weights of transformers' Llama 4
 attention.py rope.py visibility.py placement.py    attention, positions, and which token sees which
 norm.py moe.py       normalisation, and the feed-forward layers with and without experts
-router_stats.py router_bias.py    losses and figures on routers; experts balanced by a bias instead of a loss
+router_stats.py router_balance.py    losses and figures on routers; balance of experts from step to step
 expert_parallel.py   experts divided among ranks by DeepSpeed
 recompute.py         gradient checkpointing
 load.py folder.py    load and save a model folder; the checks that need no torch

@@ -1,1 +1,1 @@
-"""What every trainer of a policy shares: log-probabilities straight from hidden states, and figures on routers."""
+"""Shared by all trainers of a policy: log-probabilities from hidden states (logprobs.py), figures on routers."""

@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens straight from hidden states, without ever holding all logits.
+"""Log-probabilities of given tokens from hidden states, without holding the logits of all tokens at once.
 
-The head's product, the log-softmax and the gather run on a chunk of tokens at a time; backward computes each chunk's
-logits again. Left out: a bias on the head, and gathering a head that is sharded (the caller does, where ZeRO-3 is on).
+The product with the head, the log-softmax and the gather run on one chunk of tokens at a time. Backward computes the
+logits of each chunk again. Left out: a bias on the head, and gathering a head that ZeRO-3 divides (the caller does).
 
 Shapes: T tokens, H hidden, V vocabulary.
 """
@@ -25,17 +25,17 @@ def token_logprobs(
 
     Args:
         hidden_TH, weight_VH: final hidden states and head, of one floating dtype. The product runs in that dtype, the
-            softmax in fp32 (or fp64 if they are).
+            softmax in fp32 (in fp64 for fp64 inputs).
         target_T: int64 ids in [0, V); hidden state t is the one that predicts target t.
         temperature: positive.
-        chunk_size: tokens a chunk; by default as many as keep a chunk's logits within 64 MiB.
+        chunk_size: tokens of a chunk; by default so many that the logits of a chunk take at most 64 MiB in fp32.
         entropy: also return the entropy of each distribution, differentiable as well.
 
     Returns:
         logprobs_T and entropy_T (nats, or None), both fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes that do not fit, a temperature or a chunk size that is not positive.
+        ValueError: the shapes do not fit, or temperature or chunk_size is not positive.
     """
     tokens, width = hidden_TH.shape
     if weight_VH.shape[1] != width or target_T.shape != (tokens,):

@@ -1,8 +1,9 @@
-"""Checkpoints of a TRL trainer: whole or absent, of this very training or not used, the last two kept.
+"""Checkpoints of a TRL trainer. The last two are kept.
 
-All ranks write into `checkpoint-N`, a name that transformers chooses. Once it is complete, rank 0 seals it (adds the
-fingerprint of the training) and renames it to `step_N`. A training that dies while it writes leaves a `checkpoint-N`,
-which the next one clears away.
+All ranks write into the folder `checkpoint-N`, whose name transformers chooses. Once it is complete, rank 0 seals it:
+it adds the fingerprint of the training and renames the folder to `step_N`. So a folder `step_N` is always complete. A
+training that dies while it writes leaves a `checkpoint-N`, which the next training deletes. A training continues only
+from a checkpoint with its own fingerprint.
 """
 
 import hashlib
@@ -19,7 +20,10 @@ KEPT = 2
 
 
 def fingerprint(model: Any, *parts: Any) -> str:
-    """A hash of the start weights (a sample of each tensor) and of everything else that decides the training."""
+    """A hash of the start weights (a sample of each tensor) and of the parts, which JSON can hold.
+
+    parts: everything else that decides the training, such as its settings, seed and data.
+    """
     import torch
 
     digest = hashlib.sha256()
@@ -33,7 +37,7 @@ def fingerprint(model: Any, *parts: Any) -> str:
 
 
 def digest_ids(sequences: Iterable[Any]) -> str:
-    """A hash of tokenized data."""
+    """A hash of the rows that a training reads."""
     digest = hashlib.sha256()
     for sequence in sequences:
         digest.update(json.dumps(sequence).encode())
@@ -41,9 +45,9 @@ def digest_ids(sequences: Iterable[Any]) -> str:
 
 
 def seal(folder: Path, step: int, fingerprint: str, *, tokens: int) -> Path:
-    """Mark `checkpoint-N` as complete, after `tokens` tokens, and name it `step_N`. Only the last two are kept.
+    """Seal `checkpoint-N` as `step_N` and delete all but the last two. tokens: trained on up to this step.
 
-    For rank 0, when every rank has written its part.
+    Rank 0 calls it, once every rank has written its part.
     """
     written, final = folder / f"checkpoint-{step}", folder / f"step_{step}"
     remove(folder / "README.md")  # TRL's model card
@@ -56,7 +60,10 @@ def seal(folder: Path, step: int, fingerprint: str, *, tokens: int) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """Where training can go on: the checkpoint (None: from the start), and the steps and tokens seen until then."""
+    """A checkpoint from which training can continue, with the steps and tokens trained until then.
+
+    path: None: there is no checkpoint, and training starts from the beginning.
+    """
 
     path: Path | None = None
     step: int = 0

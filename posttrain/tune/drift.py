@@ -1,7 +1,7 @@
-"""How far training moved a model: "light" as two figures on a fixed sample.
+"""Measure how far training moved a model, as KL divergence and entropy on a fixed sample of its data.
 
-The sample is a set of conversations with the tokens that are trained on. Before training the full next-token
-distributions at those tokens are kept; after it, the KL divergence from them is exact, not sampled.
+The sample holds conversations in which the trained tokens are marked. Before training, the next-token distributions at
+these tokens are kept in full. So the KL divergence after training is computed exactly, and not estimated from samples.
 
 Shapes: N measured tokens, V vocabulary.
 """
@@ -26,7 +26,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """kl: mean over tokens of KL(now || start), nats; entropy_before, entropy_after: mean, nats; tokens: how many."""
+    """kl: mean over tokens of KL(now || start), nats. entropy_before, entropy_after: means over tokens, nats.
+
+    tokens: how many tokens were measured.
+    """
 
     kl: float
     entropy_before: float
@@ -35,7 +38,10 @@ class Drift:
 
 
 class DriftProbe:
-    """Made from the start model; `measure` compares a later one with it."""
+    """Keeps the distributions of the start model, with which `measure` compares a later model.
+
+    max_tokens: only so many tokens of the sample are measured.
+    """
 
     def __init__(self, model: Any, sample: Sequence[Example], max_tokens: int = SAMPLE_TOKENS):
         self.sample = sample
@@ -50,7 +56,7 @@ class DriftProbe:
 
     @torch.no_grad()
     def _log_probs(self, model: Any) -> torch.Tensor:
-        """fp32 log-probabilities [N, V] at the tokens trained on, one conversation at a time."""
+        """fp32 log-probabilities [N, V] at the trained tokens. Conversations run one at a time."""
         was_training = model.training
         model.eval()
         device = next(model.parameters()).device

@@ -1,8 +1,8 @@
-"""TRL's trainer on a DeepSpeed engine: its checkpoints are ours, whole tensors that belong to no layout.
+"""TRL's trainer on a DeepSpeed engine, with checkpoints that any layout can load.
 
-Upstream's checkpoint of an expert-parallel engine can be opened in the same layout only, and its `save_model` writes
-the experts of one rank as if they were all. Both are replaced by `posttrain.parallel.state`. Left out: the export of
-the trained model, which is `run.py`'s.
+With expert parallelism, a checkpoint of transformers can be loaded in the same layout only, and `save_model` of
+transformers writes the experts of one rank as if they were all. `posttrain.parallel.state` replaces both. Left out: the
+export of the trained model, which `run.py` does.
 """
 
 import json
@@ -23,7 +23,7 @@ SCHEDULE = "schedule.json"
 
 
 class EngineTrainer:
-    """Mixed into a `transformers.Trainer` class, before it."""
+    """Mix-in for a `transformers.Trainer` class, to be named before it among the bases."""
 
     model_wrapped: Any
 
@@ -38,7 +38,7 @@ class EngineTrainer:
         return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Make the folder of a checkpoint. The weights are written later, with the state of the optimizer."""
+        """Make the folder of a checkpoint. `_save_optimizer_and_scheduler` writes the weights into it later."""
         assert output_dir is not None
         os.makedirs(output_dir, exist_ok=True)
         barrier()
@@ -50,7 +50,10 @@ class EngineTrainer:
 
 
 def require_engine(wrapped: Any) -> Any:
-    """The engine, or `StageError`: an environment variable turns DeepSpeed off, and nothing upstream says so."""
+    """Return the engine, or raise `StageError` if there is none.
+
+    accelerate turns DeepSpeed off without a message if certain environment variables are set.
+    """
     from deepspeed import DeepSpeedEngine
 
     if not isinstance(wrapped, DeepSpeedEngine):

@@ -1,7 +1,7 @@
-"""Run a TRL trainer inside the ranks of a stage: progress and metrics out, checkpoints sealed, resumed after a kill.
+"""Run a TRL trainer in every rank of a stage: report progress and metrics, seal checkpoints, resume after a kill.
 
-Every rank runs the loop; rank 0 alone tells the stage what happens. Left out: evaluation during training (a stage of
-its own) and TRL's own trackers (see metrics/trackers.py).
+Only rank 0 reports to the stage. Left out: evaluation during training (a stage of its own) and TRL's own trackers (see
+metrics/trackers.py).
 """
 
 import math
@@ -27,8 +27,8 @@ BUSY_INTERVAL_S = 1.0
 class StageCallback(TrainerCallback):
     """Hands what the trainer logs to the stage's context, and seals checkpoints.
 
-    names: logged name -> name in metrics.jsonl; anything else that TRL logs is left out. fingerprint: of the training.
-    resumed: where the training goes on; the trainer counts the tokens from there.
+    names: name that TRL logs -> name in metrics.jsonl; other logged values are left out. fingerprint: of the training.
+    resumed: the checkpoint from which the training continues. The trainer counts tokens only since then.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class StageCallback(TrainerCallback):
 
     @property
     def tokens(self) -> int:
-        """Tokens of all steps, of those before a resumption too."""
+        """Tokens of all steps, including those before the training was resumed."""
         return self._tokens_before + self._trainer.tokens_seen
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._busy_since = time.time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:  # the summary at the end
+        if not logs or "loss" not in logs:  # TRL's summary at the end of the training
             return
         values = {name: float(logs[logged]) for logged, name in self.names.items() if logged in logs}
         bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
@@ -92,8 +92,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Train a `StepTrainer` to the end, from the last checkpoint of the same training if there is one. Collective.
 
-    names: as for `StageCallback`. Returns the metrics of each step trained by this call. Raises `StageError` if the
-    loss or the gradient is not a number.
+    names: as for `StageCallback`. Returns the metrics of each step that this call trained. Raises `StageError` if a
+    metric, such as the loss or the gradient norm, is not a finite number.
     """
     resumed = _resume_point(trainer, context, fingerprint)
     callback = StageCallback(
@@ -101,7 +101,8 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     if native_layers(trainer.model) is not None:
-        # Before the other: it adds to what that one logs and to the checkpoint that it seals.
+        # It must come before StageCallback, because it adds figures that StageCallback logs, and a file to the
+        # checkpoint that StageCallback seals.
         routers = RouterCallback(trainer.model, router_bias_rate, resumed.path)
         trainer.router_balance = routers.balance
         trainer.add_callback(routers)
@@ -113,7 +114,10 @@ def train(
 
 
 def _resume_point(trainer: Any, context: StageContext, fingerprint: str) -> Sealed:
-    """Where to go on, as rank 0 finds it, on every rank; rank 0 clears away what was written after it."""
+    """The checkpoint to continue from, the same on every rank.
+
+    Rank 0 finds it, and removes the lines of later steps from metrics.jsonl.
+    """
     held: list[Any] = [None]
     if is_first_rank():
         found = held[0] = latest(Path(trainer.args.output_dir), fingerprint)

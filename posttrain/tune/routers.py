@@ -15,9 +15,9 @@ STATE = "router_balance.json"
 
 
 class RouterCallback(TrainerCallback):
-    """Takes the loads of each step for the balance of the next, logs figures of them, keeps them in checkpoints.
+    """Updates the `RouterBalance` after each step, logs its figures, and saves it in checkpoints.
 
-    resumed: the checkpoint that training goes on from, or None.
+    resumed: the checkpoint from which training continues, or None.
     """
 
     def __init__(self, model: Any, bias_rate: float, resumed: Path | None):

@@ -1,9 +1,10 @@
-"""One training of SFT or DPO: from checked examples to a model folder, on ranks that `parallel` lays out.
+"""One training of SFT or DPO on ranks, from checked examples to a model folder.
 
     stage's process: rows ─► examples ─► tune() ──┬─► rank 0: train_and_export() ─► model/, report ─► stage's process
                                                   └─► rank 1: ...        collectives with rank 0
 
-One rank or many, one code path: each rank holds a DeepSpeed engine.
+`parallel` in the config says how many ranks there are. One rank takes the same path as many: each holds a DeepSpeed
+engine.
 """
 
 import copy
@@ -16,21 +17,21 @@ from typing import Any
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 
-ROWS = "tokenized"  # the rows on disk, while ranks read them
-# What does not decide a training, besides the names of its data: how rows are dealt out to ranks and forwards does not,
-# as long as a step has as many.
+ROWS = "tokenized"  # the folder of the rows on disk, from which all ranks read them
+# The keys of a config that do not change what a training learns, besides those that name its data. `parallel` and
+# `gradient_accumulation` are among them, because only the number of forwards of a step counts (see `training_recipe`).
 NOT_IN_RECIPE = {"resources", "checkpoint_every", "model", "parallel", "gradient_accumulation", "trackers"}
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What a stage adds to the common training; made in each rank, once the model is there.
+    """The parts of a training that a stage adds. Each rank makes them once it has loaded the model.
 
-    trainer: a class of `EngineTrainer`, `StepTrainer` and one of TRL's. arguments: TRL's arguments for it. rows: what
-    it trains on; the trainer shuffles them. blank: a row from which it learns nothing. sample: conversations on which
-    the drift is measured. metrics: name that TRL logs -> name in metrics.jsonl. data_keys: keys of the config that name
-    the data. report: from the metrics of each step to figures of the stage. options: more keyword arguments of the
-    trainer.
+    trainer: a class derived from `EngineTrainer`, `StepTrainer` and one of TRL's trainers. arguments: TRL's arguments
+    for it. rows: the training data; the trainer shuffles them. blank: a row from which nothing is learned. sample:
+    conversations on which the drift is measured. metrics: name that TRL logs -> name in metrics.jsonl. data_keys: keys
+    of the config that name the data. report: makes the stage's own figures from the metrics of each step. options:
+    further keyword arguments of the trainer.
     """
 
     trainer: Any
@@ -46,9 +47,9 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a stage hands to every rank.
+    """What a stage sends to every rank.
 
-    make: `make(config, context, model, data=data)` gives the `Tuning`. data: what the stage made of its rows.
+    make: a function; `make(config, context, model, data=data)` returns the `Tuning`. data: the stage's tokenized rows.
     """
 
     make: Callable[..., Tuning]
@@ -59,8 +60,8 @@ class Work:
 def tune(config: Any, context: StageContext, work: Work) -> dict[str, Any]:
     """Train on the ranks that `config.parallel` asks for, and write `model/` into the stage's folder.
 
-    config: of SFT or DPO. Returns the report of `train_and_export`. Raises `ConfigError` for a model that cannot be
-    trained as asked, and `StageError` for a training that failed or whose ranks were lost.
+    config: of SFT or DPO. Returns the report of `train_and_export`. Raises `ConfigError` if the model cannot be trained
+    as the config asks, and `StageError` if the training fails or a rank is lost.
     """
     from posttrain.parallel.ranks import run_on_ranks
 
@@ -70,10 +71,10 @@ def tune(config: Any, context: StageContext, work: Work) -> dict[str, Any]:
 
 
 def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str, Any]:
-    """Load the model, train it, measure it and write its folder. Called on every rank, with the same arguments.
+    """Load the model, train it, measure its drift and write its folder. Every rank calls it with the same arguments.
 
     Returns {"steps", "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after", the stage's own
-    figures, "engine": the class of what trained, and its layout}.
+    figures, "engine": the class of the engine, and the keys of `parallel`}.
     """
     import torch
 
@@ -82,10 +83,10 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
     from posttrain.tune.settings import prepare_model, quiet_environment
 
     quiet_environment()
-    torch.manual_seed(context.seed)  # adapters begin with random weights
+    torch.manual_seed(context.seed)  # adapters start from random weights
     model = load_policy(config.model)
     prepare_model(model)
-    model_config = copy.deepcopy(model.config)  # TRL writes its own ideas into the model's config
+    model_config = copy.deepcopy(model.config)  # a copy, because TRL changes values in the model's config
     tuning = work.make(config, context, model, data=work.data)
     trained, report = _train(config, context, model, tuning=tuning, tokenizer=work.tokenizer)
     architecture = type(trained).__name__.removeprefix("Native")
@@ -96,7 +97,7 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
 def _train(
     config: Any, context: StageContext, model: Any, *, tuning: Tuning, tokenizer: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Returns this rank's part of the trained model, adapters added into its weights, and the report."""
+    """Train. Returns this rank's part of the trained model, with adapters added into its weights, and the report."""
     from posttrain.parallel.engine import engine_report
     from posttrain.parallel.export import is_first_rank, without_adapters
     from posttrain.tune.adapters import adapter_config
@@ -123,7 +124,7 @@ def _train(
     )
     steps = trainer.state.global_step
     if steps == 0:
-        raise StageError(f"{context.name}: no optimiser step was made")
+        raise StageError(f"{context.name}: no optimizer step was made")
     trained = without_adapters(trainer.model)
     drift = probe.measure(trained)
     figures = {
@@ -141,9 +142,9 @@ def _train(
 
 
 def training_recipe(config: Any, data_keys: frozenset[str]) -> dict[str, Any]:
-    """What of a config decides a training, besides its start weights and data.
+    """The settings of a config that decide what a training learns, besides the start weights and the data.
 
-    A checkpoint is continued in any layout that has as many forwards a step.
+    A training continues from a checkpoint of any layout if each step has as many forwards as in that layout.
     """
     recipe = config.model_dump(mode="json", exclude=NOT_IN_RECIPE | data_keys)
     forwards = config.parallel.processes * config.gradient_accumulation
@@ -151,7 +152,10 @@ def training_recipe(config: Any, data_keys: frozenset[str]) -> dict[str, Any]:
 
 
 def _shared_rows(tuning: Tuning, folder: Path) -> Any:
-    """The dataset, read from a folder that rank 0 writes. TRL lets rank 0 add columns, which the others read there."""
+    """The dataset, read from a folder that rank 0 writes.
+
+    A shared folder is needed because TRL lets rank 0 add columns to the dataset on disk, which the other ranks read.
+    """
     from datasets import load_from_disk
 
     from posttrain.parallel.export import barrier, is_first_rank

@@ -1,7 +1,7 @@
-"""The arguments of TRL's trainers, as far as the stages share them.
+"""The arguments of TRL's trainers that SFT and DPO share.
 
-The trainers log at every step, print nothing, download nothing and report nothing anywhere. `use_cpu` is an argument
-and never the variable ACCELERATE_USE_CPU, which turns DeepSpeed off without a message.
+With them, trainers log at every step, print nothing, download nothing and send nothing to trackers. The CPU is chosen
+by the argument `use_cpu`, and never by the variable ACCELERATE_USE_CPU, which turns DeepSpeed off without a message.
 """
 
 import os
@@ -14,7 +14,7 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 
 
 def quiet_environment() -> None:
-    """Keep the Hugging Face libraries offline and silent. Call before TRL is used."""
+    """Keep the Hugging Face libraries offline and silent. Call this before TRL is imported."""
     for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TQDM_DISABLE", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,9 +37,9 @@ def common_arguments(
     seed: int,
     dtype: str,
 ) -> dict[str, Any]:
-    """Keyword arguments that `SFTConfig` and `DPOConfig` share, but for `engine_arguments`.
+    """The keyword arguments that TRL's `SFTConfig` and `DPOConfig` share, without those of `engine_arguments`.
 
-    batch_size: rows of one forward. dtype: the type that the model is trained in.
+    batch_size: rows of one forward. dtype: of the model in training.
     """
     import torch
 
@@ -64,20 +64,20 @@ def common_arguments(
         "save_strategy": "steps",
         "save_steps": checkpoint_every,
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # else a loss that is not a number is logged as the last good one
+        "logging_nan_inf_filter": False,  # if True, a loss that is not finite would be logged as the last finite one
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": dtype == "bfloat16",  # DeepSpeed's own mode, with fp32 masters: no autocast
+        "bf16": dtype == "bfloat16",  # DeepSpeed's bf16 mode with fp32 masters, not autocast
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
         "disable_tqdm": True,
         "push_to_hub": False,
-        # TRL would compute a balance loss that does not know Llama 4's names; `router` in the config adds ours.
+        # TRL's own balance loss does not work with Llama 4's names; `model.router` adds ours instead.
         "router_aux_loss_coef": 0.0,
     }
 
 
 def engine_arguments(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype: str) -> dict[str, Any]:
-    """Keyword arguments that put TRL's trainer on a DeepSpeed engine. They can be used in a rank only."""
+    """The keyword arguments that make TRL's trainer use a DeepSpeed engine. They work only in a rank."""
     from posttrain.parallel.engine import deepspeed_config
 
     automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -86,7 +86,7 @@ def engine_arguments(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype
 
 
 def prepare_model(model: Any) -> None:
-    """Move a model to the GPU, if there is one, and let TRL find its layers."""
+    """Move a model to the GPU, if there is one, and let TRL find the layers of the model."""
     import torch
 
     from posttrain.compat.transformers import name_base_model

@@ -1,16 +1,17 @@
-"""An optimizer step that is the same however its rows are dealt out to forwards and ranks.
+"""Make an optimizer step independent of how its rows are divided among forwards and ranks.
 
-The losses of the stages are sums, divided by counts of the whole step. Four things remain, and are done here:
+The losses of the stages are sums, divided by counts of the whole step, so they are independent already. This module
+does the same for four other things:
 
-- Ranks that find no more rows in the last step of an epoch. accelerate would repeat rows of the epoch's beginning,
-  which would then count twice; here such a rank gets a forward of a *blank* row, from which nothing is learned. It
-  cannot go without a forward, because the forwards of all ranks exchange experts and weights.
-- The losses on routers, which are means over the tokens of one forward: each forward's is weighted by its share of the
-  step's tokens, and the loads of experts are those of the step before (`RouterBalance`). TRL computes its own losses
-  from hidden states and has none of these for Llama 4, so they are taken from the layers' output and added to the loss
-  that TRL makes.
-- The count of tokens, which is of the rows and not of the blanks.
-- Dropout of adapters, which follows from row and step (`TokenDropout`), and is told the step.
+- Rows of the last step of an epoch. There may be too few for all ranks. accelerate would repeat rows from the beginning
+  of the epoch, which would then count twice. Here a rank without a row gets a forward of a *blank* row, from which
+  nothing is learned. It needs a forward because the forwards of all ranks exchange experts and weights.
+- Losses on routers. Each is a mean over the tokens of one forward, so it is weighted by the forward's share of the
+  step's tokens. The loads of experts in it are those of the step before (`RouterBalance`). TRL computes its losses from
+  hidden states, without any loss on routers for Llama 4, so the router loss is taken from the output of the layers and
+  added to TRL's loss.
+- The count of tokens, which leaves out the blank rows.
+- Dropout of adapters, which depends on row and step (`TokenDropout`); it is told the step here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,14 +26,14 @@ IGNORED = -100  # the label of a token that is not trained on
 
 
 def rows_and_blank(rows: Sequence[Mapping[str, Any]], blank: Mapping[str, Any]) -> Any:
-    """The `datasets.Dataset` that a `StepTrainer` trains on: the rows, and behind them the blank one."""
+    """The `datasets.Dataset` of a `StepTrainer`: the rows, and the blank row as the last one."""
     from datasets import Dataset
 
     return Dataset.from_list([*map(dict, rows), dict(blank)])
 
 
 def fed_tokens(batch: Mapping[str, Any]) -> int:
-    """Tokens of one forward, padding left out; 0 for a forward from which nothing is learned."""
+    """How many tokens one forward has, without padding; 0 for a forward from which nothing is learned."""
     trained = batch["completion_mask"] if "completion_mask" in batch else batch["labels"] != IGNORED
     if not trained.any():
         return 0
@@ -40,9 +41,9 @@ def fed_tokens(batch: Mapping[str, Any]) -> int:
 
 
 class EvenBatches:
-    """The batches of a `BatchSampler`, and as many blank ones behind them as make their number divide among the ranks.
+    """The batches of a `BatchSampler`, and then so many blank batches that every rank gets the same number.
 
-    Has what accelerate and `DataLoader` ask of a batch sampler.
+    It has the attributes that accelerate and `DataLoader` read from a batch sampler.
     """
 
     def __init__(self, batches: Any, ranks: int, blank: int):
@@ -63,10 +64,10 @@ class EvenBatches:
 
 
 class StepTrainer:
-    """Mixed into a TRL trainer class, before it. The last row of its dataset is the blank one.
+    """Mix-in for a TRL trainer class, to be named before it among the bases. The last row of its dataset is blank.
 
-    tokens_seen: the tokens of all ranks that were trained on so far, without padding. router_balance: what
-    counts the routers' choices, if anything does. row_keys: what dropout of adapters follows from, if there is any.
+    tokens_seen: how many tokens all ranks have trained on so far, without padding. router_balance: counts the choices
+    of the routers; None if the model has no native experts. row_keys: the keys of `TokenDropout`; None without dropout.
     """
 
     model: Any
@@ -84,18 +85,18 @@ class StepTrainer:
         return super()._get_train_sampler(rows.select(range(len(rows) - 1)))  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
-        """The batches of this rank; every rank has as many."""
+        """The batches of this rank. Every rank has the same number of batches."""
         from accelerate.data_loader import BatchSamplerShard
 
         loader = super().get_train_dataloader()  # type: ignore[misc]
         shard = loader.batch_sampler
-        if isinstance(shard, BatchSamplerShard):  # accelerate deals out nothing to a single rank
+        if isinstance(shard, BatchSamplerShard):  # with a single rank accelerate makes no shards
             shard.batch_sampler = EvenBatches(shard.batch_sampler, shard.num_processes, len(self.train_dataset) - 1)  # type: ignore[assignment]
             shard.even_batches = False
         return loader
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The batches of one optimizer step on this rank, and the counts that their losses are divided by."""
+        """The batches of one optimizer step on this rank, and the counts by which their losses are divided."""
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         tokens = torch.tensor(sum(map(fed_tokens, batches)), device=device)
         self._step_tokens = int(self.accelerator.reduce(tokens, reduction="sum"))
@@ -105,7 +106,7 @@ class StepTrainer:
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """One forward's share of the loss of its step, that on routers included."""
+        """One forward's share of the loss of its step, with the losses on routers."""
         assert not return_outputs, "evaluation is a stage of its own"
         tokens = fed_tokens(inputs)
         if self.router_balance is not None:
