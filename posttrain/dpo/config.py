@@ -1,4 +1,4 @@
-"""Schema of the direct preference optimisation stage."""
+"""The config of the stage `dpo`, direct preference optimization. configs/dpo.yaml is an example."""
 
 from typing import Annotated, Literal
 
@@ -21,56 +21,59 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class DpoResources(Config):
-    """Who the stage needs."""
+    """The processes that the stage starts."""
 
     trainer: TrainerResources = Field(default_factory=TrainerResources)
 
 
 class MiningConfig(Config):
-    """How preference pairs are made of the rollouts of an RL stage."""
+    """How preference pairs are made from the rollouts of an RL stage. Example: `mining: {min_margin: 0.3}`."""
 
-    min_margin: Positive = Field(default=0.5, description="Least difference in reward between chosen and rejected.")
-    max_per_prompt: Count = Field(default=1, description="Pairs from one prompt; no reply is used twice.")
+    min_margin: Positive = Field(default=0.5, description="Smallest difference in reward between chosen and rejected.")
+    max_per_prompt: Count = Field(default=1, description="Most pairs from one prompt; no reply is used twice.")
     reasons: list[Literal["wrong", "truncated"]] = Field(
         default_factory=lambda: ["wrong", "truncated"],
         min_length=1,
-        description="What may be rejected: a complete reply with a lower reward; a reply that ran out of tokens.",
+        description="What may be rejected. wrong: a complete reply with a lower reward; truncated: one out of tokens.",
     )
 
 
 class DpoOptimizerConfig(OptimizerConfig):
-    """AdamW at a rate for preferences: a tenth of that for supervised fine-tuning."""
+    """AdamW. The default learning rate is a tenth of that of supervised fine-tuning."""
 
     learning_rate: Positive = 1e-6
 
 
 class DpoConfig(Config):
-    """Direct preference optimisation on given pairs, or on pairs mined from rollouts."""
+    """Direct preference optimization on given pairs, or on pairs that are mined from rollouts."""
 
     model: ModelConfig
-    pairs: DataConfig | None = Field(None, description="Rows of prompt, chosen and rejected.")
-    rollouts: str | None = Field(None, description="Folder of an RL stage's rollouts; or ${stage.rollouts}.")
+    pairs: DataConfig | None = Field(None, description="Files of pairs; each row has prompt, chosen and rejected.")
+    rollouts: str | None = Field(None, description="Folder of the rollouts of an RL stage, such as ${rl.rollouts}.")
     mining: MiningConfig = Field(default_factory=MiningConfig)
-    max_pairs: Count | None = Field(None, description="Train on at most so many pairs, balanced over capabilities.")
-    beta: Positive = Field(0.1, description="Strength of the pull towards the start policy.")
+    max_pairs: Count | None = Field(
+        None, description="Train on at most this many pairs; mined pairs are taken from all capabilities in turn."
+    )
+    beta: Positive = Field(0.1, description="How strongly the policy is held near the start policy.")
     loss_type: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo"] = Field(
-        "sigmoid", description="sigmoid is DPO; sigmoid_norm divides by reply length; hinge is SLiC; ipo is IPO."
+        "sigmoid",
+        description="sigmoid: DPO; sigmoid_norm: DPO with scores divided by reply length; hinge: SLiC; ipo: IPO.",
     )
     nll_weight: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Weight of a supervised term on the chosen reply, which keeps its likelihood from falling."
+        0.0, description="Weight of a supervised loss on the chosen reply, which keeps its probability from falling."
     )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
     optimizer: DpoOptimizerConfig = Field(default_factory=DpoOptimizerConfig)
-    epochs: Count = Field(1, description="Passes over the pairs. Light preference optimisation needs one.")
-    batch_size: Count = Field(8, description="Pairs of one forward and backward.")
-    gradient_accumulation: Count = Field(1, description="Forwards and backwards of one optimiser step.")
-    max_length: Annotated[int, Field(ge=2)] = Field(4096, description="Longest prompt plus reply, in tokens.")
-    overlong: Literal["error", "drop"] = Field("error", description="What to do with a longer pair.")
+    epochs: Count = Field(1, description="Passes over the pairs. Light preference optimization needs one.")
+    batch_size: Count = Field(8, description="Pairs in each forward and backward.")
+    gradient_accumulation: Count = Field(1, description="Forwards and backwards in each optimizer step, on each rank.")
+    max_length: Annotated[int, Field(ge=2)] = Field(4096, description="Most tokens of a prompt and its longer reply.")
+    overlong: Literal["error", "drop"] = Field("error", description="What to do with a pair that is longer.")
     gradient_checkpointing: GradientCheckpointing = "none"
-    checkpoint_every: Count = Field(200, description="Optimiser steps between checkpoints.")
+    checkpoint_every: Count = Field(200, description="Optimizer steps between checkpoints.")
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig,
-        description="The ranks that train, each with a DeepSpeed engine; each takes rows of its own. One by default.",
+        description="The ranks that train, each with a DeepSpeed engine and with rows of its own. One by default.",
     )
     trackers: TrackersConfig | None = Field(
         default=None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."

@@ -1,7 +1,8 @@
-"""Preference pairs to token ids, through the one home of chat rendering.
+"""Turn preference pairs into token ids, with `posttrain.data.chat`, as all stages do.
 
-The prompt is what sampling would send. A reply is rendered as a turn, with the token that ends it; a reply that was
-rejected because it ran out of tokens never had that token, so it is left out: else training would punish stopping.
+The prompt has exactly the token ids that sampling would send. A reply is rendered as a turn, with the token that ends
+it. A reply that was rejected because it ran out of tokens never had an end token, so it gets none here: otherwise
+training would lower the probability of ending a turn.
 """
 
 from collections.abc import Sequence
@@ -21,20 +22,20 @@ from posttrain.tune.drift import Example
 
 @dataclass(frozen=True, slots=True)
 class PairIds:
-    """Token ids of a prompt and of the two replies that follow it."""
+    """Token ids of a prompt, and of the two replies to it."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
 
     def chosen_example(self) -> Example:
-        """The chosen conversation, its reply marked."""
+        """The prompt with the chosen reply, whose tokens are marked as trained on."""
         mask = [0] * len(self.prompt_ids) + [1] * len(self.chosen_ids)
         return Example(self.prompt_ids + self.chosen_ids, mask)
 
 
 def to_record(ids: PairIds) -> dict[str, list[int]]:
-    """A row of the trainer's dataset."""
+    """The row of the trainer's dataset for a pair."""
     return {"prompt_ids": ids.prompt_ids, "chosen_ids": ids.chosen_ids, "rejected_ids": ids.rejected_ids}
 
 
@@ -46,10 +47,10 @@ def blank_record(ids: PairIds) -> dict[str, list[int]]:
 def tokenize_pairs(
     tokenizer: Any, pairs: Sequence[Pair], max_length: int, *, overlong: Literal["error", "drop"]
 ) -> tuple[list[PairIds], list[Pair]]:
-    """Return the ids and the pairs that were kept, in step.
+    """Return the ids of the pairs that were kept, and these pairs, in the same order.
 
-    Raises `DataError` that names the pair: it does not render as sampling would, its replies become the same tokens,
-    or it is too long (with "error"), or nothing is left.
+    Raises `DataError`, which names the pair, if a pair does not render as sampling would render it, if its replies
+    become the same tokens, or if it is too long and overlong is "error". Also raises it if no pair is left.
     """
     kept_ids: list[PairIds] = []
     kept: list[Pair] = []
@@ -84,11 +85,11 @@ def _tokenize(tokenizer: Any, pair: Pair) -> PairIds:
 
 
 def _reply_ids(tokenizer: Any, pair: Pair, reply: str, *, start: int) -> list[int]:
-    # Earlier assistant turns are part of the prompt: only the reply is trained on.
+    # Only the reply is trained on; earlier assistant turns are part of the prompt.
     context = [replace(message, trained=False) if message.role == "assistant" else message for message in pair.prompt]
     messages, tools = (*context, Message("assistant", reply)), tools_of(pair.fields)
     check_parity(tokenizer, messages, tools)
     ids, mask = render_conversation(tokenizer, messages, tools)
-    # What a template puts behind the end of the turn (a newline, in some) is not the model's.
+    # Some templates add tokens, such as a newline, after the end of the turn. The model does not sample them.
     stop = max(at for at, bit in enumerate(mask) if bit) + 1
     return ids[start:stop]

@@ -1,7 +1,8 @@
-"""The losses of preference pairs, and the one place where they are divided.
+"""The losses of preference pairs.
 
-A loss is a sum over pairs and, with `nll_weight`, a sum over the tokens of chosen replies. Both are divided by counts
-of the whole optimizer step, over all its forwards and ranks, so that a step is the same however it is split.
+A loss is a sum over pairs. With `nll_weight`, a sum over the tokens of chosen replies is added. Only `step_share`
+divides, by counts of the whole optimizer step, over all its forwards and ranks. So the result of a step does not depend
+on how it is split.
 Shapes: P pairs of one forward, S tokens of a padded row.
 """
 
@@ -14,9 +15,11 @@ from torch.nn.functional import logsigmoid
 
 @dataclass(frozen=True, slots=True)
 class PairInputs:
-    """Summed log-probabilities of replies, fp32 [P]: of the policy (with gradient) and of the reference.
+    """The pairs of one forward.
 
-    chosen_tokens_P, rejected_tokens_P: how many tokens each reply has.
+    chosen_logprobs_P, rejected_logprobs_P: fp32, summed log-probabilities of each reply under the policy, with
+    gradient. The `ref_` fields: the same under the reference, without. chosen_tokens_P, rejected_tokens_P: how many
+    tokens each reply has.
     """
 
     chosen_logprobs_P: torch.Tensor
@@ -38,12 +41,12 @@ class PairInputs:
 
     @property
     def margin_P(self) -> torch.Tensor:
-        """By how much the policy moved towards the chosen reply, in nats."""
+        """How far the policy has moved towards the chosen reply and away from the rejected one, in nats."""
         return self.chosen_scores_P - self.rejected_scores_P
 
     @property
     def margin_a_token_P(self) -> torch.Tensor:
-        """The margin with each reply's score divided by its tokens."""
+        """The margin, with the score of each reply divided by its number of tokens."""
         return self.chosen_scores_P / self.chosen_tokens_P - self.rejected_scores_P / self.rejected_tokens_P
 
 
@@ -63,7 +66,7 @@ def hinge(inputs: PairInputs, beta: float) -> torch.Tensor:
 
 
 def ipo(inputs: PairInputs, beta: float) -> torch.Tensor:
-    """(margin a token - 1 / (2 beta))^2. Source: IPO, arXiv 2310.12036, equation 17; a token as its authors do it."""
+    """(margin a token - 1 / (2 beta))^2. Source: IPO, arXiv 2310.12036, equation 17; margin as its authors do."""
     return (inputs.margin_a_token_P - 1 / (2 * beta)).square()
 
 
@@ -78,9 +81,9 @@ LOSSES: dict[str, Callable[[PairInputs, float], torch.Tensor]] = {
 def step_share(
     losses_P: torch.Tensor, chosen_logprobs_P: torch.Tensor, nll_weight: float, *, counts: torch.Tensor
 ) -> torch.Tensor:
-    """One forward's share of the loss of its optimizer step, a scalar; the shares of all forwards add up to it.
+    """One forward's share of the loss of its optimizer step, a scalar. The shares of all forwards add up to that loss.
 
-    counts: [2], the pairs and the chosen tokens of the whole step, over all forwards and ranks.
+    counts: [2], how many pairs and how many chosen tokens the whole step has, over all forwards and ranks.
     """
     pairs, chosen_tokens = counts.unbind()
     return losses_P.sum() / pairs - nll_weight * chosen_logprobs_P.sum() / chosen_tokens

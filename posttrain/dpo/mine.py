@@ -1,10 +1,11 @@
-"""Preference pairs from the rollouts of an RL stage: corner cases that the policy itself produced.
+"""Mine preference pairs from the rollouts of an RL stage: mistakes that the policy itself made.
 
-Within one prompt (the same messages, the sampled system instruction among them) a complete reply with a high reward
-is set against a complete reply with a lower one (`wrong`), or against one that ran out of tokens (`truncated`). The
-newest policy's replies come first, so that the pairs are close to the policy that is trained. Capabilities take turns.
+Both replies of a pair answer the same prompt: the same messages, with the same system instruction. The chosen reply is
+complete and has a high reward. The rejected reply is complete with a lower reward (`wrong`), or it ran out of tokens
+(`truncated`). Replies of newer policy versions are preferred, so that the pairs are close to the policy that is
+trained. Pairs are taken from each capability in turn.
 
-Left out: judging quality beyond the reward, and pairs across prompts.
+Left out: any judgement of quality besides the reward, and pairs from different prompts.
 """
 
 import json
@@ -26,7 +27,7 @@ COLUMNS = ("step", "prompt_id", "capability", "prompt", "reply", "reward", "fini
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One rollout as mining sees it. reward: None where it could not be scored."""
+    """The columns of one rollout that mining reads. prompt: its messages as JSON. reward: None if it was not scored."""
 
     prompt_id: str
     capability: str
@@ -45,13 +46,15 @@ def read_replies(folder: str | Path) -> list[Reply]:
     folder = Path(folder).expanduser()
     files = sorted(folder.glob("*.parquet")) or sorted((folder / "rollouts").glob("*.parquet"))
     if not files:
-        raise DataError(f"{folder}: no rollouts (*.parquet); `rollouts` names the rollouts folder of an RL stage")
+        raise DataError(f"{folder}: no rollouts (*.parquet); set `rollouts` to the rollouts folder of an RL stage")
     replies: list[Reply] = []
     for file in files:
         try:
             missing = [name for name in COLUMNS if name not in pq.read_schema(file).names]
             if missing:
-                raise DataError(f"{file}: no column {', '.join(missing)}; not rollouts of an RL stage")
+                raise DataError(
+                    f"{file}: no column {', '.join(missing)}; the file does not hold rollouts of an RL stage"
+                )
             records = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
         except pa.ArrowException as error:
             raise DataError(f"{file}: not a whole parquet file: {error}") from None
@@ -72,16 +75,19 @@ def _to_reply(record: dict[str, Any]) -> Reply:
 
 
 def mine(replies: Sequence[Reply], config: MiningConfig, max_pairs: int | None, *, seed: int) -> list[Pair]:
-    """Make preference pairs. Raises `StageError`, with counts, if there is not one to be had.
+    """Make preference pairs. Raises `StageError`, with counts, if no pair can be made.
 
-    Each pair's fields hold `reason` (wrong or truncated), both rewards and the older policy version of the two.
+    The fields of each pair are `reason` (wrong or truncated), `chosen_reward`, `rejected_reward`, and `policy_version`,
+    the older one of its two replies.
     """
     rng = random.Random(seed)
     by_prompt: dict[str, list[Reply]] = defaultdict(list)
     for reply in replies:
         by_prompt[reply.prompt].append(reply)
     by_capability: dict[str, list[Pair]] = defaultdict(list)
-    ids: Counter[str] = Counter()  # prompts with one id differ where a system instruction was drawn for each group
+    # How many pairs there are of each prompt id and version so far. Prompts of one id can differ in the system
+    # instruction that was drawn for their group.
+    ids: Counter[str] = Counter()
     for prompt, group in by_prompt.items():
         for pair in _pairs_of_prompt(prompt, group, config, rng=rng, ids=ids):
             by_capability[pair.capability].append(pair)
@@ -97,9 +103,9 @@ def _pairs_of_prompt(
     prompt: str, group: Sequence[Reply], config: MiningConfig, *, rng: random.Random, ids: Counter[str]
 ) -> Iterator[Pair]:
     chosen_pool = _newest_first((r for r in group if r.complete and r.reward is not None and r.text), rng)
-    chosen_pool.sort(key=lambda reply: -(reply.reward or 0.0))  # the best first; among equals the newest
+    chosen_pool.sort(key=lambda reply: -(reply.reward or 0.0))  # the highest reward first; of equal ones the newest
     rejected_pool = _newest_first((r for r in group if _reason(r) in config.reasons and r.text), rng)
-    used: set[str] = set()  # texts: equal replies are one
+    used: set[str] = set()  # texts, so that equal replies count as one
     count = 0
     for chosen in chosen_pool:
         if count == config.max_per_prompt:
@@ -116,7 +122,7 @@ def _pairs_of_prompt(
 
 
 def _newest_first(replies: Iterable[Reply], rng: random.Random) -> list[Reply]:
-    """Distinct texts, newest policy first, in random order within a policy."""
+    """Replies with distinct texts, the newest policy version first, in random order within a version."""
     shuffled = list(replies)
     rng.shuffle(shuffled)
     shuffled.sort(key=lambda reply: -reply.policy_version)
@@ -127,14 +133,14 @@ def _newest_first(replies: Iterable[Reply], rng: random.Random) -> list[Reply]:
 
 
 def _reason(reply: Reply) -> str | None:
-    """Why a reply may be rejected; None for a complete one without a score."""
+    """The reason for which a reply may be rejected; None if it cannot be: a complete reply without a reward."""
     if not reply.complete:
         return "truncated"
     return None if reply.reward is None else "wrong"
 
 
 def _beats(chosen: Reply, rejected: Reply, margin: float) -> bool:
-    """A truncated reply that was never scored counts as 0."""
+    """True if the rewards differ by `margin` or more. A truncated reply without a reward counts as 0."""
     return chosen.text != rejected.text and (chosen.reward or 0.0) - (rejected.reward or 0.0) >= margin
 
 
@@ -163,7 +169,7 @@ def _to_pair(prompt: str, chosen: Reply, rejected: Reply, *, ids: Counter[str]) 
 
 
 def _take_turns(by_capability: dict[str, list[Pair]], max_pairs: int | None) -> Iterator[Pair]:
-    """One pair of each capability in turn, until there are enough or no more."""
+    """One pair of each capability in turn, up to `max_pairs`."""
     queues = [iter(by_capability[name]) for name in sorted(by_capability)]
     taken = 0
     while queues:

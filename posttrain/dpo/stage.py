@@ -1,8 +1,8 @@
-"""Light direct preference optimisation with TRL's DPOTrainer, at the end of the recipe.
+"""The stage `dpo`: light direct preference optimization with TRL's DPOTrainer, at the end of the recipe.
 
-Pairs are given, or mined from the rollouts of the RL stage. They are tokenized here (TRL's own tokenization is turned
-off), the reference is the start policy, frozen, and how far the policy moved is measured and reported. What begins with
-loading the model runs on ranks, and is `posttrain.tune`'s.
+The stage's process reads the pairs, or mines them from the rollouts of an RL stage, and tokenizes them; TRL's own
+tokenization is turned off. The rest is done by `posttrain.tune` on ranks: load the model, train, measure how far the
+policy moved, write the model folder. The reference is the start policy, frozen.
 Left out: evaluation (a stage of its own).
 """
 
@@ -33,12 +33,13 @@ METRICS = {
 
 
 def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
-    """Optimise on preferences and export.
+    """Train on preference pairs and write the model folder.
 
     Returns {"model": folder, "pairs": pairs.jsonl, "num_pairs", "dropped", "reasons", "steps", "tokens", "loss_first",
     "loss_last", "margin", "accuracy" (means over the last quarter of the steps), "kl_from_start", "entropy_before",
-    "entropy_after", "engine" and its layout}. Raises `DataError` before a model is loaded, `StageError` if no pair can
-    be mined or training failed.
+    "entropy_after", "engine", and the keys of `parallel`}. Raises `DataError` for bad pairs, before a model is loaded,
+    `ConfigError` if the model cannot be trained as the config asks, and `StageError` if no pair can be mined or
+    training fails.
     """
     tokenizer, ids, kept, dropped = prepare(config, context.seed)
     path = context.dir / "pairs.jsonl"
@@ -51,7 +52,11 @@ def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
 
 
 def prepare(config: DpoConfig, seed: int) -> tuple[Any, list[Any], list[Pair], int]:
-    """Read or mine the pairs and check them: (tokenizer, `PairIds`, their pairs, how many were dropped as too long)."""
+    """Read or mine the pairs and check them.
+
+    Returns the tokenizer, the `PairIds`, the pairs that they were made from, and how many pairs were dropped as too
+    long.
+    """
     from posttrain.parallel.engine import check_parallel
 
     check_parallel(config.parallel, config.model, config.lora)
@@ -69,7 +74,7 @@ def prepare(config: DpoConfig, seed: int) -> tuple[Any, list[Any], list[Pair], i
 
 
 def read_pairs(config: DpoConfig, seed: int) -> list[Pair]:
-    """The pairs to train on: a seeded sample of those given, or mined."""
+    """The pairs to train on: mined, or those given, of which `max_pairs` are sampled with the seed."""
     if config.rollouts is not None:
         return mine(read_replies(config.rollouts), config.mining, config.max_pairs, seed=seed)
     assert config.pairs is not None  # the schema allows exactly one
@@ -80,7 +85,7 @@ def read_pairs(config: DpoConfig, seed: int) -> list[Pair]:
 
 
 def trainer_arguments(config: DpoConfig, folder: Path, seed: int = 0) -> dict[str, Any]:
-    """Keyword arguments of `trl.DPOConfig` for a stage whose folder is `folder`, but for those of the engine."""
+    """Keyword arguments of `trl.DPOConfig`, without those of the engine. folder: the stage's."""
     from posttrain.tune.settings import common_arguments
 
     return {
@@ -97,14 +102,14 @@ def trainer_arguments(config: DpoConfig, folder: Path, seed: int = 0) -> dict[st
         ),
         "beta": config.beta,
         "loss_type": [config.loss_type],
-        "max_length": None,  # pairs are within config.max_length already
-        # The start policy's log-probabilities are computed once, before the first step: no second model in memory.
+        "max_length": None,  # the pairs were checked against config.max_length before
+        # The reference's log-probabilities are computed before the first step, so no second model stays in memory.
         "precompute_ref_log_probs": True,
     }
 
 
 def make_tuning(config: DpoConfig, context: StageContext, model: Any, *, data: Sequence[Any]) -> Tuning:
-    """Rows of `PairIds` for the trainer."""
+    """The `Tuning` of DPO. data: `PairIds`."""
     from trl.trainer.dpo_config import DPOConfig
 
     from posttrain.dpo.examples import blank_record, to_record

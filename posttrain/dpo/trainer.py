@@ -1,9 +1,11 @@
-"""TRL's DPOTrainer, given token ids instead of text, with the losses of `posttrain.dpo.losses`.
+"""TRL's DPOTrainer with token ids instead of text as data, and with the losses of `posttrain.dpo.losses`.
 
-TRL tokenizes preference data itself whatever columns it is given. Prompts must be the very ids that sampling sends and
-a truncated reply must not get an end-of-turn token, so its tokenization is turned off. TRL's loss is a mean over each
-forward, and its supervised term a mean over the tokens of each forward, so that how a step is split into forwards and
-ranks would decide what it learns; here both are divided by the counts of the whole step.
+TRL always tokenizes preference data itself. Here its tokenization is turned off, because prompts must have exactly the
+token ids that sampling sends, and a truncated reply must not get an end-of-turn token.
+
+TRL's loss is a mean over the pairs of a forward, and its supervised term a mean over the tokens of a forward. So the
+split of a step into forwards and ranks would change what is learned. Here both are divided by the counts of the whole
+step.
 """
 
 from typing import Any
@@ -22,14 +24,14 @@ NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 class TokenizedPairTrainer(DPOTrainer):
     """Trains on a dataset of prompt_ids, chosen_ids and rejected_ids.
 
-    A pair without replies is a blank one, from which nothing is learned. nll_weight: of the mean negative
-    log-likelihood of chosen tokens.
+    A pair without replies is blank: nothing is learned from it. nll_weight: weight of the supervised term, the mean
+    negative log-likelihood of chosen tokens.
     """
 
     def __init__(self, *args: Any, nll_weight: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._nll_weight = nll_weight
-        self._sums: dict[str, torch.Tensor] = {}  # of the pairs and tokens of this rank since the last log
+        self._sums: dict[str, torch.Tensor] = {}  # sums over this rank's pairs and tokens since the last log
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -49,7 +51,7 @@ class TokenizedPairTrainer(DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """One forward's share of the step's loss. num_items_in_batch: of `_get_num_items_in_batch`."""
+        """One forward's share of the step's loss. num_items_in_batch: the result of `_get_num_items_in_batch`."""
         mask = inputs["completion_mask"]
         arguments = {name: value for name, value in inputs.items() if name not in NOT_OF_THE_MODEL}
         labels = inputs["input_ids"].masked_fill(mask == 0, -100)
@@ -58,7 +60,7 @@ class TokenizedPairTrainer(DPOTrainer):
         chosen_tokens_P, rejected_tokens_P = mask.sum(dim=1).chunk(2)
         references = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         columns = (chosen_P, rejected_P, *references, chosen_tokens_P, rejected_tokens_P)
-        # A blank pair has no length to divide by.
+        # Leave out blank pairs, whose length of 0 some losses would divide by.
         pairs = PairInputs(*(column[chosen_tokens_P > 0] for column in columns))
         losses_P = LOSSES[self.loss_types[0]](pairs, self.beta)
         with torch.no_grad():
@@ -83,7 +85,7 @@ class TokenizedPairTrainer(DPOTrainer):
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means over the pairs, or reply tokens, of the steps since the last log, of all ranks."""
+        """Log, with means over the pairs (for entropy: over the reply tokens) of all ranks since the last log."""
         if self._sums:
             values = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
             sums = dict(zip(self._sums, values.tolist(), strict=True))  # type: ignore[union-attr]
@@ -95,4 +97,4 @@ class TokenizedPairTrainer(DPOTrainer):
 
 
 class PairTrainer(EngineTrainer, StepTrainer, TokenizedPairTrainer):
-    """The same on an engine; the last row of its dataset is the blank one."""
+    """`TokenizedPairTrainer` on a DeepSpeed engine. The last row of its dataset is the blank one."""

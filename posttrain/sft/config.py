@@ -1,4 +1,4 @@
-"""Schema of the supervised fine-tuning stage."""
+"""The config of the stage `sft`, supervised fine-tuning. configs/sft.yaml is an example."""
 
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class SftResources(Config):
-    """Who the stage needs."""
+    """The processes that the stage starts."""
 
     trainer: TrainerResources = Field(default_factory=TrainerResources)
 
@@ -34,16 +34,18 @@ class SftConfig(Config):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     epochs: Count = Field(1, description="Passes over the data. Light fine-tuning needs one.")
     packing: bool = Field(True, description="Put whole conversations side by side into rows of batch_tokens.")
-    batch_tokens: Count | None = Field(None, description="With packing: tokens of one forward and backward.")
-    batch_size: Count | None = Field(None, description="Without packing: conversations of one forward and backward.")
-    gradient_accumulation: Count = Field(1, description="Forwards and backwards of one optimiser step.")
-    max_length: Annotated[int, Field(ge=2)] = Field(4096, description="Longest conversation, in tokens.")
-    overlong: Literal["error", "drop"] = Field("error", description="What to do with a longer conversation.")
+    batch_tokens: Count | None = Field(
+        None, description="With packing: tokens in each forward and backward, and so in each row."
+    )
+    batch_size: Count | None = Field(None, description="Without packing: conversations in each forward and backward.")
+    gradient_accumulation: Count = Field(1, description="Forwards and backwards in each optimizer step, on each rank.")
+    max_length: Annotated[int, Field(ge=2)] = Field(4096, description="Most tokens of a conversation.")
+    overlong: Literal["error", "drop"] = Field("error", description="What to do with a conversation that is longer.")
     gradient_checkpointing: GradientCheckpointing = "none"
-    checkpoint_every: Count = Field(200, description="Optimiser steps between checkpoints.")
+    checkpoint_every: Count = Field(200, description="Optimizer steps between checkpoints.")
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig,
-        description="The ranks that train, each with a DeepSpeed engine; each takes rows of its own. One by default.",
+        description="The ranks that train, each with a DeepSpeed engine and with rows of its own. One by default.",
     )
     trackers: TrackersConfig | None = Field(
         default=None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
@@ -58,8 +60,8 @@ class SftConfig(Config):
             raise ValueError("packing: false needs batch_size, and takes no batch_tokens")
         if self.gradient_checkpointing == "selective" and self.lora and self.parallel.zero == 3:
             raise ValueError(
-                "gradient_checkpointing: got selective with lora and parallel.zero 3, for which TRL checkpoints in a "
-                "way that keeps nothing; set it to full, or parallel.zero to 0, 1 or 2"
+                "gradient_checkpointing: got selective with lora and parallel.zero 3, for which TRL always uses full "
+                "checkpointing; set it to full, or parallel.zero to 0, 1 or 2"
             )
         if self.batch_tokens is not None and self.batch_tokens < self.max_length:
             raise ValueError(f"batch_tokens {self.batch_tokens} is less than max_length {self.max_length}")

@@ -1,6 +1,6 @@
-"""Rows to token ids and masks, through the one home of chat rendering, with the parity gate.
+"""Turn rows into token ids and masks with `posttrain.data.chat`, and check each against sampling.
 
-The gate: for every row, what is trained on must begin with exactly the ids that sampling would send for its prompt.
+The check: the token ids of every row must begin with exactly those that sampling would send as its prompt.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from posttrain.tune.drift import Example
 def tokenize(
     tokenizer: Any, rows: Sequence[Row], max_length: int, *, overlong: Literal["error", "drop"]
 ) -> tuple[list[Example], int]:
-    """Return the examples and how many rows were dropped as longer than `max_length`.
+    """Return the examples, and how many rows were dropped because they are longer than `max_length`.
 
-    Raises `DataError` that names the row: it does not render as sampling would, or it is too long (with "error"), or
-    nothing is left.
+    Raises `DataError`, which names the row, if a row does not render as sampling would render it, or if it is too long
+    and overlong is "error". Also raises it if no row is left.
     """
     examples: list[Example] = []
     too_long: list[tuple[str, int]] = []

@@ -1,7 +1,8 @@
-"""Packing must not change what a conversation is: checked on the model itself before it is trained.
+"""Check, before training, that the model keeps packed conversations apart.
 
-Two documents are run alone and then side by side. Where attention leaks between them, or positions do not restart,
-their log-probabilities differ, silently: no error is raised and the loss looks healthy.
+A model may let attention pass between the conversations of a row, or not restart positions. It raises no error then,
+and the loss looks healthy. So two conversations are run alone and then packed into one row, and their log-probabilities
+are compared.
 """
 
 from collections.abc import Sequence
@@ -12,13 +13,13 @@ import torch
 from posttrain.errors import ConfigError
 from posttrain.tune.drift import Example
 
-# Far above rounding, far below a leak (5.5 was measured for transformers' Llama 4 with a cache).
+# Far above differences by rounding, and far below those of a leak (5.5 for transformers' Llama 4 with a cache).
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
 @torch.no_grad()
 def packing_difference(model: Any, examples: Sequence[Example]) -> float:
-    """Mean over tokens of the difference in log-probability between documents packed and documents alone."""
+    """The mean over tokens of the absolute difference in log-probability, packed against alone, in nats."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -35,7 +36,10 @@ def packing_difference(model: Any, examples: Sequence[Example]) -> float:
 
 
 def require_isolation(model: Any, examples: Sequence[Example]) -> float:
-    """Raise `ConfigError` unless packed documents get what they get alone. Returns the difference found."""
+    """Raise `ConfigError` if packing changes the log-probabilities of a conversation. Returns the mean difference.
+
+    The first and the longest example are compared.
+    """
     longest = max(examples, key=lambda item: len(item.ids))
     difference = packing_difference(model, [examples[0], longest])
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
@@ -43,9 +47,9 @@ def require_isolation(model: Any, examples: Sequence[Example]) -> float:
         raise ConfigError(
             "packing",
             [
-                f"got true: {type(model).__name__} lets packed conversations see each other or counts their positions "
-                f"through (log-probabilities move by {difference:.2g}, tolerance {tolerance}); set packing: false and "
-                "batch_size, or model.implementation: native"
+                f"got true: {type(model).__name__} lets packed conversations see each other or does not restart "
+                f"their positions (log-probabilities differ by {difference:.2g}, tolerance {tolerance}); set packing: "
+                "false and batch_size, or model.implementation: native"
             ],
         )
     return difference

@@ -1,7 +1,7 @@
-"""Whole conversations side by side into rows of a fixed capacity: best fit, in random order.
+"""Pack whole conversations into rows of a fixed capacity: best fit, in random order.
 
-TRL's own packing sorts by length first. That fills rows a little better, but then one optimiser step sees only long
-conversations and the next only short ones; here every row is a random sample.
+TRL's own packing sorts conversations by length first. This fills rows a little better, but one optimizer step then
+trains on long conversations alone and the next on short ones alone. Here the conversations of every row are random.
 """
 
 import bisect
@@ -14,10 +14,10 @@ from posttrain.tune.steps import IGNORED
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Return rows of indices into `lengths`, each row's lengths summing to at most `capacity`.
+    """Return rows of indices into `lengths`. The lengths of each row add up to at most `capacity`.
 
-    Every index is in exactly one row. Rows stay in the order in which they were opened. Raises ValueError for a length
-    above the capacity.
+    Every index is in exactly one row. Rows are in the order in which they were opened. Raises ValueError for a length
+    above the capacity. Example: lengths 3, 2, 5 and capacity 5 give rows with the lengths {3, 2} and {5}.
     """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
@@ -40,9 +40,9 @@ def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
 
 
 def to_records(examples: Sequence[Example], capacity: int | None, seed: int) -> list[dict[str, Any]]:
-    """Rows for TRL: input_ids, labels (IGNORED where the mask is 0) and, packed, the lengths of the documents.
+    """Rows for TRL: input_ids, labels (IGNORED where the mask is 0), and seq_lengths of packed conversations.
 
-    `capacity` None: one conversation a row.
+    capacity: tokens of a row. None: one conversation in each row, and no seq_lengths.
     """
     labels = [[token if bit else IGNORED for token, bit in zip(e.ids, e.mask, strict=True)] for e in examples]
     if capacity is None:
@@ -58,6 +58,6 @@ def to_records(examples: Sequence[Example], capacity: int | None, seed: int) -> 
 
 
 def blank_record(example: Example, *, packed: bool) -> dict[str, Any]:
-    """A row of two tokens from which nothing is learned; see posttrain/tune/steps.py."""
+    """A row of two tokens, from which nothing is learned; see posttrain/tune/steps.py."""
     record: dict[str, Any] = {"input_ids": list(example.ids[:2]), "labels": [IGNORED, IGNORED]}
     return {**record, "seq_lengths": [2]} if packed else record

@@ -1,8 +1,8 @@
-"""Light supervised fine-tuning with TRL's SFTTrainer on rows that are tokenized here.
+"""The stage `sft`: light supervised fine-tuning with TRL's SFTTrainer.
 
-In order: read and check every row, tokenize and compare with what sampling would send, load the model, check that
-packing isolates, train on assistant tokens only, measure how far the model moved, export a plain model folder. What
-begins with loading the model runs on ranks, and is `posttrain.tune`'s.
+The stage's process reads and checks every row, tokenizes it, and compares the result with what sampling would send. The
+rest is done by `posttrain.tune` on ranks: load the model, check that it keeps packed conversations apart, train on
+assistant tokens, measure how far the model moved, write the model folder.
 Left out: evaluation (a stage of its own).
 """
 
@@ -27,12 +27,12 @@ METRICS = {
 
 
 def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
-    """Fine-tune and export.
+    """Fine-tune a model and write its folder.
 
     Returns {"model": folder, "rows", "dropped", "rows_by_capability", "steps", "tokens" and "trained_tokens" (seen
-    over all epochs), "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after", "engine" and its
-    layout}. Raises `DataError` before a model is loaded, `ConfigError` for a model that cannot be trained as asked,
-    `StageError` for a training that failed.
+    over all epochs), "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after", "engine", and the
+    keys of `parallel`}. Raises `DataError` for bad rows, before a model is loaded, `ConfigError` if the model cannot be
+    trained as the config asks, and `StageError` if training fails.
     """
     tokenizer, examples, counts = prepare(config)
     context.event("data", **counts, tokens=sum(len(item.ids) for item in examples))
@@ -41,7 +41,10 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
 
 
 def prepare(config: SftConfig) -> tuple[Any, list[Any], dict[str, Any]]:
-    """Read and check every row: (tokenizer, `Example`s, {"rows", "dropped" as too long, "rows_by_capability"})."""
+    """Read and check every row.
+
+    Returns the tokenizer, the `Example`s, and {"rows", "dropped": how many were too long, "rows_by_capability"}.
+    """
     from posttrain.parallel.engine import check_parallel
 
     check_parallel(config.parallel, config.model, config.lora)
@@ -60,7 +63,7 @@ def prepare(config: SftConfig) -> tuple[Any, list[Any], dict[str, Any]]:
 
 
 def trainer_arguments(config: SftConfig, folder: Path, seed: int = 0) -> dict[str, Any]:
-    """Keyword arguments of `trl.SFTConfig` for a stage whose folder is `folder`, but for those of the engine."""
+    """Keyword arguments of `trl.SFTConfig`, without those of the engine. folder: the stage's."""
     from posttrain.tune.settings import common_arguments
 
     return {
@@ -76,15 +79,18 @@ def trainer_arguments(config: SftConfig, folder: Path, seed: int = 0) -> dict[st
             dtype=config.model.dtype,
         ),
         "packing": config.packing,
-        "packing_strategy": "bfd",  # with it TRL gives the model position ids that restart at each conversation
+        "packing_strategy": "bfd",  # with this value TRL makes position ids that restart at each conversation
         "max_length": config.batch_tokens,
-        # Rows are tokenized, cut to length and packed already.
+        # The rows are already tokenized, checked for length and packed.
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
 
 
 def make_tuning(config: SftConfig, context: StageContext, model: Any, *, data: Sequence[Any]) -> Tuning:
-    """Pack `Example`s into rows for TRL, once the model was seen to keep packed conversations apart."""
+    """The `Tuning` of SFT. data: `Example`s.
+
+    With packing, the model is checked first: it must keep packed conversations apart.
+    """
     from trl.trainer.sft_config import SFTConfig
 
     from posttrain.parallel.export import is_first_rank

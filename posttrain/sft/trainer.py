@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on an engine, with steps that do not depend on how rows are dealt out."""
+"""TRL's SFTTrainer on a DeepSpeed engine, with steps that do not depend on how they are split."""
 
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -7,4 +7,4 @@ from posttrain.tune.steps import StepTrainer
 
 
 class RowTrainer(EngineTrainer, StepTrainer, SFTTrainer):
-    """Trains on rows of `posttrain.sft.packing`; the last row of its dataset is the blank one."""
+    """Trains on the rows of `posttrain.sft.packing`. The last row of its dataset is the blank one."""
