@@ -154,7 +154,11 @@ class Segment(Struct, frozen=True):
 
 def num_sampled(segments: Sequence[Segment]) -> int:
     """How many tokens of the segments the policy sampled."""
-    return sum(len(segment.token_ids) for segment in segments if segment.sampler_logprobs is not None)
+    count = 0
+    for segment in segments:  # asked several times for each rollout: a generator would take twice as long
+        if segment.sampler_logprobs is not None:
+            count += len(segment.token_ids)
+    return count
 
 
 class Rollout(Struct, frozen=True):

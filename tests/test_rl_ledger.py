@@ -2,6 +2,7 @@
 finds."""
 
 import asyncio
+import json
 import re
 import sqlite3
 from pathlib import Path
@@ -278,11 +279,11 @@ def test_a_clean_run_is_clean(finished):
             "trained according to the ledger, but not in the rollouts",
         ),
         (
-            lambda s: rewrite(s, 2, lambda row: {**row, "versions": row["versions"].replace("[1, 0", "[-1, 0")}),
+            lambda s: rewrite(s, 2, lambda row: {**row, "versions": row["versions"].replace("[1,0", "[-1,0")}),
             "tokens with a staleness above max_staleness (2)",
         ),
         (
-            lambda s: rewrite(s, 1, lambda row: {**row, "versions": row["versions"].replace("3, 5]", "4, 5]")}),
+            lambda s: rewrite(s, 1, lambda row: {**row, "versions": row["versions"].replace("3,5]", "4,5]")}),
             "sampled or trained tokens without exactly one policy version",
         ),
         (
@@ -318,7 +319,7 @@ def test_a_rollout_of_several_turns_is_archived_and_read_back(tmp_path):
     path = tmp_path / "step_000003.parquet"
     check_archive(path)
     (row,) = pq.read_table(path).to_pylist()
-    assert row["versions"] == "[[1, 0, 2], [1, 5, 6], [2, 6, 7]]"
+    assert json.loads(row["versions"]) == [[1, 0, 2], [1, 5, 6], [2, 6, 7]]
     assert row["sampler_logprobs"] == [-0.1, -0.2, None, None, None, -0.3, -0.4]
     assert (row["num_tokens"], row["policy_version"], row["staleness"]) == (4, 1, 2)
     assert recorded_rollout(row) == rollout

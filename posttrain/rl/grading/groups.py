@@ -56,7 +56,9 @@ def scored_group(group: Group, scores: Sequence[Scored], config: GradingConfig) 
     scores = [_refused(rollout) or scored for rollout, scored in zip(group.rollouts, scores, strict=True)]
     rewards = tuple(None if scored.result is None else scored.result.value for scored in scores)
     max_tokens = config.sampling.max_tokens
-    penalties = [overlong_penalty(rollout.num_sampled, config.overlong, max_tokens) for rollout in group.rollouts]
+    penalties = [0.0] * len(rewards)
+    if config.overlong is not None:
+        penalties = [overlong_penalty(rollout.num_sampled, config.overlong, max_tokens) for rollout in group.rollouts]
     known = [reward + penalty for reward, penalty in zip(rewards, penalties, strict=True) if reward is not None]
     advantages: list[float | None] = [None] * len(rewards)
     if len(known) >= config.min_group:
@@ -80,15 +82,13 @@ def _refused(rollout: Rollout) -> Scored | None:
     return Scored(None, Outcome.INFRASTRUCTURE, f"{bad} of the sampler's log-probabilities are not finite")
 
 
-def overlong_penalty(num_tokens: int, overlong: OverlongConfig | None, max_tokens: int) -> float:
+def overlong_penalty(num_tokens: int, overlong: OverlongConfig, max_tokens: int) -> float:
     """weight * max(-1, min(-(n - (L - b)) / b, 0)): 0 up to L - b tokens, then falling to -weight at L.
 
     n is num_tokens, of one reply; L is max_tokens, the longest reply; b is overlong.buffer_tokens.
 
     Source: DAPO, arXiv 2503.14476, equation 13.
     """
-    if overlong is None:
-        return 0.0
     buffer = overlong.buffer_tokens
     beyond = num_tokens - (max_tokens - buffer)
     return -overlong.weight * min(1.0, max(0.0, beyond / buffer))

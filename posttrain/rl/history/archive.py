@@ -19,6 +19,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from posttrain.data.messages import messages_to_json
 from posttrain.errors import CheckpointError
 from posttrain.files import replacing
@@ -28,6 +30,7 @@ from posttrain.rl.records import Group, ScoredGroup
 # The version of the columns. It is kept in the schema's metadata under FORMAT_KEY.
 FORMAT = "2"
 FORMAT_KEY = b"posttrain.rollouts"
+_json = msgspec.json.Encoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,23 +171,23 @@ class _Pieces(dict[int, str]):
 
 
 def _prompt_json(group: Group) -> str:
-    return json.dumps(messages_to_json(group.prompt.prompt.messages))
+    return _json.encode(messages_to_json(group.prompt.prompt.messages)).decode()
 
 
 def _versions_json(rollout: Rollout) -> str:
     """The spans of sampled tokens: [[policy version, start, end], ...]."""
     spans = [
-        f"[{span.policy_version}, {start + span.start}, {start + span.end}]"
+        f"[{span.policy_version},{start + span.start},{start + span.end}]"
         for start, segment in _placed(rollout)
         for span in segment.versions
     ]
-    return f"[{', '.join(spans)}]"
+    return f"[{','.join(spans)}]"
 
 
 def _segments_json(rollout: Rollout) -> str:
     """All segments: [[start, end, whether it is trained on], ...]."""
     places = [[start, start + len(segment.token_ids), segment.trained] for start, segment in _placed(rollout)]
-    return json.dumps(places)
+    return _json.encode(places).decode()
 
 
 def _placed(rollout: Rollout) -> Iterator[tuple[int, Segment]]:

@@ -17,7 +17,6 @@ disk. A SIGKILL loses the transitions since the last flush. This is no error: at
 """
 
 import asyncio
-import json
 import sqlite3
 import threading
 import time
@@ -35,6 +34,8 @@ from posttrain.errors import CheckpointError, StageError
 from posttrain.rl.history.replies import pack
 from posttrain.rl.records import GroupState, LedgerEvent
 from posttrain.sampling.rollouts import Reply
+
+_json = msgspec.json.Encoder()
 
 FORMAT = 2  # the version of the tables and of the replies in them; kept in the file as `user_version`
 UNDECIDED = (GroupState.RESERVED, GroupState.GENERATED, GroupState.SCORED)
@@ -185,7 +186,7 @@ class Ledger:
 
     def scored(self, order: int, scores: Any) -> None:
         """Note that a group has its rewards. scores: as `scores_json` gives them."""
-        self._write("UPDATE replies SET scores = ? WHERE id = ?", (json.dumps(scores), order))
+        self._write("UPDATE replies SET scores = ? WHERE id = ?", (_json.encode(scores).decode(), order))
         self._log(LedgerEvent.SCORED, order)
         self._write("UPDATE groups SET state = 'scored', scored_seq = ? WHERE id = ?", (self._seq, order))
 
@@ -224,7 +225,7 @@ class Ledger:
 
     def set_fact(self, name: str, value: Any) -> None:
         """Keep a fact about the run, such as its seed, as JSON."""
-        self._write("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, json.dumps(value)))
+        self._write("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, _json.encode(value).decode()))
 
     # ------------------------------------------------------------------ after a crash
 
@@ -294,7 +295,7 @@ class Ledger:
         """Every transition: (sequence number, Unix time, event, group, value)."""
         rows = self._connection.execute("SELECT seq, time, event, id, value FROM log ORDER BY seq")
         return [
-            (seq, at, event, order, None if value is None else json.loads(value))
+            (seq, at, event, order, None if value is None else msgspec.json.decode(value))
             for seq, at, event, order, value in rows
         ]
 
@@ -308,7 +309,7 @@ class Ledger:
     def fact(self, name: str) -> Any:
         """The fact that `set_fact` kept under a name, or None."""
         row = self._connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        return None if row is None else msgspec.json.decode(row[0])
 
     @property
     def seq(self) -> int:
@@ -390,7 +391,7 @@ class Ledger:
 
     def _log(self, event: LedgerEvent, order: int | None, value: Any = None) -> None:
         self._seq += 1
-        text = None if value is None else str(value) if type(value) is int else json.dumps(value)
+        text = None if value is None else _json.encode(value).decode()
         self._logged.append((self._seq, time.time(), event.value, order, text))
 
     def _value(self, sql: str) -> int:

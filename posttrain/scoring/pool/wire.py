@@ -10,7 +10,7 @@ gets a row as JSON would carry it: tuples in `fields` and `answer` are lists, ke
 and lists, dates are text.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -144,16 +144,13 @@ def _plain_row(row: Row) -> Any:
     return plain
 
 
-def _refuse_bytes(value: Any) -> None:
+def _refuse_bytes(value: dict[Any, Any] | Sequence[Any]) -> None:
     """Raises TypeError for bytes: JSON has none, and a reward that got them as text would misread them."""
-    if isinstance(value, bytes | bytearray):
-        raise TypeError(f"a {type(value).__name__} cannot be sent to a reward process")
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return
-    for item in value:
-        _refuse_bytes(item)
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, dict | list | tuple):
+            _refuse_bytes(item)
+        elif isinstance(item, bytes | bytearray):
+            raise TypeError(f"a {type(item).__name__} cannot be sent to a reward process")
 
 
 def _plain(value: Any) -> Any:
