@@ -2,9 +2,10 @@
 
 python benchmarks/chaos.py [--kills N] [--seed S] [--json FILE] [--only VICTIM[:SIGNAL][,...]]
 
-Kills are spread evenly over victims, signals and states; each run takes up to three, every third run is deterministic.
-After its last step a run is audited, and its weights compared, bit for bit: those of an asynchronous run with its
-replay from the archive, those of a deterministic one with a run that nothing disturbed. Every wait has a deadline.
+Faults are spread evenly over processes, signals and states of groups. Each run gets up to three faults, and every third
+run is deterministic. After the last step a run is audited, and its weights are compared bit for bit: those of an
+asynchronous run with its replay from the archive, those of a deterministic run with an undisturbed run. Every wait has
+a deadline.
 """
 
 import argparse

@@ -1,14 +1,15 @@
-"""An RL run that faults are sent to: started as a process of its own, watched from outside, started again when it ends.
+"""Run an RL stage in a process of its own, send faults to it, and start it again when it ends.
 
-    python benchmarks/chaos_run.py FOLDER [SOURCE]     the stage of FOLDER, or SOURCE's steps again into FOLDER
+    python benchmarks/chaos_run.py FOLDER             run the stage of FOLDER
+    python benchmarks/chaos_run.py FOLDER SOURCE      replay the steps of SOURCE into FOLDER
 
     ChaosRun ── starts ──► driver (the controller) ──► Ray ──► engines, reward actor, trainer's rank
-       │  ▲                      │ ledger.sqlite, read only: what state the groups are in
+       │  ▲                      │ ledger.sqlite, read only: the states of the groups
        │  └──────────────────────┘
        └── SIGKILL, SIGSTOP ──► one of them
 
-The policy is tiny and random, the reward a function of token ids alone, which takes its time. Left out: faults of
-another host, of the disk and of the network.
+The policy is tiny and random. The reward depends on token ids alone, and sleeps, so that a fault can hit a group while
+it is scored. Left out: faults of another host, of the disk and of the network.
 """
 
 import contextlib

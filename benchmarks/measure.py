@@ -1,4 +1,4 @@
-"""What the benchmarks of this folder share: times in turns, peak memory, the machine, and their command line.
+"""Shared by the benchmarks: time several things in turns, measure peak memory, describe the machine, read the options.
 
 python benchmarks/NAME.py [--json FILE] [--only NAME[,NAME]] [--seed N]
 """

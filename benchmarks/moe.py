@@ -1,20 +1,22 @@
-"""The native mixture-of-experts layer and model beside their peers and their floor, in one process on one thread.
+"""Time the native mixture-of-experts layer and model against transformers, and against bounds, on one CPU thread.
 
     python benchmarks/moe.py [--json FILE] [--only NAME[,NAME]] [--seed N]
 
-Each figure is a ratio of two things timed in turns within this run, so that a busy machine slows both alike. A layer is
-timed forward + backward on 4096 tokens of hidden 256; E is 16 or 128 experts, which is 256 or 32 tokens an expert:
+Each figure is a ratio of two things that are timed in turns in one run, so that a busy machine slows both alike. A
+layer is timed in forward + backward on 4096 tokens of width 256. E is 16 or 128 experts: 256 or 32 tokens for each
+expert.
 
-  layer_speedup_E_{fp32,bf16}   transformers' Llama4TextMoe over ours, the same weights
-  dense_fraction_E_{fp32,bf16}  a dense layer with as many floating-point operations a token, over ours
-  floor_fraction_{fp32,bf16}    the bare matrix products at 256 tokens an expert, over ours
-  memory_fraction_16            extra peak memory of forward + backward, ours over transformers'; both in MiB
-  step_speedup_16               a training step (loss, backward, AdamW) of a four-layer model with 16 experts,
-                                transformers' over ours, the same weights
-  quickstart_step_speedup       the same step of the quick start's own model, which has 4 experts
-  step_memory_fraction_16       extra peak memory of its loss and backward, ours over transformers'; both in MiB
-  ranks_speedup_2               tokens a second of two ranks that share the experts, over those of one; see moe_ranks.py
-  gpu_*                         layers as wide as Scout's and Maverick's, where there is a GPU; see moe_gpu.py
+  layer_speedup_E_{fp32,bf16}   time of transformers' Llama4TextMoe / time of ours, with the same weights
+  dense_fraction_E_{fp32,bf16}  time of a dense layer with as many operations for each token / time of ours
+  floor_fraction_{fp32,bf16}    time of the matrix products alone, at 256 tokens for each expert / time of ours
+  memory_fraction_16            extra peak memory of forward + backward, ours / transformers'; also both in MiB
+  step_speedup_16               a training step (loss, backward, AdamW) of a four-layer model with 16 experts:
+                                transformers' time / ours, with the same weights
+  quickstart_step_speedup       the same for the quick start's own model, which has 4 experts
+  step_memory_fraction_16       extra peak memory of loss and backward of that four-layer model, ours / transformers';
+                                also both in MiB
+  ranks_speedup_2               tokens a second of two ranks that share the experts / of one rank; see moe_ranks.py
+  gpu_*                         layers as wide as Scout's and Maverick's, if there is a GPU; see moe_gpu.py
 """
 
 import os

@@ -1,12 +1,13 @@
-"""Entries of moe.py for a GPU: one bf16 layer as wide as Scout's (16 experts) and Maverick's (128, or as many as fit).
+"""Figures of moe.py for a GPU: a bf16 layer as wide as Scout's (16 experts) and Maverick's (128, or as many as fit).
 
 For each of the two, forward + backward of 4096 tokens, hidden 5120, experts of width 8192:
 
-  gpu_speedup_NAME           transformers' layer over ours, the same weights
-  gpu_grouped_fraction_NAME  the routed experts' products alone, by torch.nn.functional.grouped_mm, over our layer
-  gpu_mfu_NAME               our layer's floating-point operations a second over those of a large matrix product that is
-                             measured beside it (no data sheet)
-  gpu_memory_fraction_NAME   extra peak memory, ours over transformers'
+  gpu_speedup_NAME           time of transformers' layer / time of ours, with the same weights
+  gpu_grouped_fraction_NAME  time of the products of routed experts alone, by torch.nn.functional.grouped_mm / time of
+  ours gpu_mfu_NAME               floating-point operations a second of our layer / of a large matrix product that is
+  measured
+                             in the same run (and not taken from a data sheet)
+  gpu_memory_fraction_NAME   extra peak memory, ours / transformers'
 """
 
 import statistics

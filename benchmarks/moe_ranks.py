@@ -1,9 +1,9 @@
-"""Tokens a second of a training step on two ranks that share the experts, over those of one rank.
+"""Measure tokens a second of a training step on two ranks that share the experts, and on one rank.
 
     python benchmarks/moe_ranks.py RANK WORLD PORT    one rank; rank 0 prints its tokens a second
 
-Every rank is a real process with one thread and a DeepSpeed engine, over gloo (no GPU is used). Each takes 2,048 tokens
-a step, however many ranks there are: 2 is the best that two ranks on two idle cores can do.
+Every rank is a process with one thread and a DeepSpeed engine. Ranks use gloo and no GPU. Each takes 2,048 tokens a
+step, however many ranks there are. So the best possible ratio of two ranks, on two idle cores, is 2.
 """
 
 import os

@@ -1,9 +1,12 @@
-"""The quick start, whole and from nothing, once a seed: time, memory, accuracy after each stage, overlap.
+"""Run the whole quick start from random weights, once for each seed, and measure it.
+
+The figures are time, peak memory, accuracy after each stage, and overlap.
 
     python benchmarks/quickstart.py [--seeds 0,1,2] [--json FILE]
 
-Each seed trains its own base (no cache) and runs every stage and evaluation. Accuracies are on the held-out set, on
-which no setting was chosen. Overlap: of generation and training, between the first and the last optimizer step.
+Each seed trains its own base (no cache) and runs every stage and evaluation. Accuracies are on the held-out set, which
+was not used to choose any setting. The overlap is that of generation and training, between the first and the last
+optimizer step.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""The asynchronous RL runtime beside its peers and its floors.
+"""Measure the asynchronous RL runtime, beside other implementations and lower bounds.
 
     python benchmarks/rl.py [--json FILE] [--only NAME[,NAME]] [--seed N]
 
-Each figure is a ratio of two things measured in turns within this run, or a rate with what bounds it beside it. A goal
-is what is aimed at, not what is asserted. `load` is the machine's load average of a minute when an entry ends: above
-the number of processors, the figures are of a machine that others use too.
+Each figure is a ratio of two things that are measured in turns in one run, or a rate beside its bound. A goal is an
+aim, and nothing is asserted. `load` is the machine's load average over the last minute when an entry ends. If it is
+above the number of processors, other programs used the machine too.
 
   rollout_vs_raw, _50m        rl_rollout.py
   weight_update_vs_memcpy_*   rl_weights.py
   controller_*                rl_controller.py
   async_overlap               rl_overlap.py
-  trl_speedup                 rl_trl.py; half an hour
+  trl_speedup                 rl_trl.py; takes half an hour
   curriculum_token_ratio      rl_curriculum.py
 """
 

@@ -1,14 +1,16 @@
-"""Entries of rl.py for the controller alone: engines and trainer answer at once, everything between them is real.
+"""Figures of rl.py for the controller alone: engines and trainer answer at once, and everything between them is real.
 
-Engines are Ray actors with the engine's interface that hand out prepared replies; the trainer is an object that
-returns at once. Real are the controller, Ray's calls, the ledger on the disk, the queue, the archive, the reward actor
-with one process, and a reward that costs nothing. Groups of 2 replies of 8 tokens: the cost of a group, not of tokens.
+Engines are Ray actors with the engine's interface that return prepared replies. The trainer is an object that returns
+at once. Real are the controller, Ray's calls, the ledger on the disk, the queue, the archive, and the reward actor with
+one process. The reward itself computes almost nothing. Groups have 2 replies of 8 tokens, so that the cost of groups is
+measured and not that of tokens.
 
-  controller_groups_per_s   groups trained on a second, from admission to the archive. Beside it: microseconds of the
-                            controller's own processor time a group, and the groups a second that the reward actor
-                            scores when it is given nothing else to do (its floor: 128 groups a call)
-  controller_rss_gib        what the controller's process holds with 100,000 groups in flight, and how much of it
-                            came with them. The trainer waits until all are admitted, engines answer nothing
+  controller_groups_per_s   groups a second that are trained on, from admission to the archive. Beside it: the processor
+                            time of the controller for each group in microseconds, and the groups a second that the
+                            reward actor scores by itself, in calls of 128 groups
+  controller_rss_gib        memory of the controller's process with 100,000 groups in flight, and the part of it that
+  was
+                            added by these groups. The trainer waits until all are admitted, and engines do not answer
 """
 
 import asyncio

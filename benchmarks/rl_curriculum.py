@@ -1,28 +1,30 @@
-"""Entry of rl.py for the curriculum: what it saves in sampled tokens where most prompts teach nothing.
+"""Figure of rl.py for the curriculum: how many sampled tokens it saves if most prompts teach nothing.
 
-  curriculum_token_ratio   tokens that the arm `uniform` samples until the policy reaches TARGET on held-out problems,
-      over those of the arm `curriculum`; geometric mean over SEEDS. `curriculum_low`, `curriculum_high`: its 95%
-      interval, Student's t over the logarithms of the seeds' ratios; both arms of a ratio have the same seed
+  curriculum_token_ratio   tokens that the arm `uniform` samples until the policy reaches TARGET on held-out problems /
+      tokens of the arm `curriculum`; geometric mean over SEEDS. `curriculum_low` and `curriculum_high` are its 95%
+      interval: Student's t over the logarithms of the ratios, one for each seed. Both arms of a ratio have the same
+      seed
 
-The pool is that of rl_pool.py: 30% medium prompts, the others passed always or never. The arms differ in nothing but
+The pool is that of rl_pool.py: 30% medium prompts; the others are passed always or never. The arms differ only in this:
 
-  uniform      every prompt alike; groups without an advantage are trained on like the others
-  refill       such groups are dropped and replaced
-  curriculum   that, a short profile of its own, and prompts drawn by what is believed of them
+  uniform      all prompts are drawn alike, and groups without an advantage are trained on like the others
+  refill       groups without an advantage are dropped and replaced
+  curriculum   as `refill`, with a short profile of its own, and with prompts drawn by their beliefs
 
-Every sampled token counts: of dropped groups, of the profile, of probes; those of evaluations do not (the metric
-`tokens_sampled_total`). What was sampled to put the pool together is no arm's; `uniform` and `refill` take their
-estimates from there, for they need none. Held-out accuracy is the mean over HELDOUT problems of 2 replies at
-temperature 1, every EVERY policy versions; made monotone (isotonic regression) and interpolated it gives the tokens to
-TARGET.
+Every sampled token counts (the metric `tokens_sampled_total`), those of dropped groups, of the profile and of probes
+too; only those of evaluations do not. The tokens that were sampled to make the pool count for no arm. `uniform` and
+`refill` take their estimates of prompts from the pool, since they make no use of them. Held-out accuracy is the mean
+over HELDOUT problems with 2 replies at temperature 1, every EVERY policy versions. The accuracies are made monotone
+(isotonic regression) and interpolated, which gives the tokens to TARGET.
 
-TARGET is 80% of the way from the start to the best of `uniform`, in a run of seed 0, which is none of SEEDS. Batch,
-rate and profile were chosen with that seed too.
+TARGET is 80% of the way from the start to the best of `uniform` in a run of seed 0, which is not among SEEDS. Batch,
+learning rate and profile were chosen with that seed too.
 
-What bounds the figure on this policy: a batch with three times the groups that teach needs only a quarter fewer steps,
-for the rate of learning is that of the optimizer; and each step costs more, by refills and by longer replies.
+Two things limit the figure on this policy. A batch with three times as many groups that teach needs only a quarter
+fewer steps, because the optimizer limits the rate of learning. And each step costs more tokens, by refills and longer
+replies.
 
-RL_CURRICULUM_DIR names a folder that keeps the pool and each finished run; without it everything is made anew.
+RL_CURRICULUM_DIR names a folder that keeps the pool and each finished run. Without it everything is made anew.
 """
 
 import json

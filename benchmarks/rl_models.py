@@ -1,4 +1,4 @@
-"""Random Llama 4 models with the quick start's tokenizer, as folders, and engines that serve them. For rl.py."""
+"""For rl.py: write random Llama 4 models with the quick start's tokenizer to folders, and start engines for them."""
 
 from pathlib import Path
 from typing import Any

@@ -1,14 +1,16 @@
-"""Entries of rl.py for the overlap of generation and training: the same stage, strictly on-policy and asynchronous.
+"""Figure of rl.py for the overlap of generation and training: one stage, run strictly on-policy and asynchronously.
 
-  async_overlap   how much faster the asynchronous stage is than the strict one (max_staleness 0, where one waits for
-      the other), over how much faster it could be if generation and training overlapped whole:
-      (T_gen + T_train) / max(T_gen, T_train). Both times are the strict stage's own, a step: T_gen is what its trainer
-      waits for a batch, T_train the rest of the step. Engine, trainer and controller have one core each where there are
-      three; on two they share them, and so does whatever else runs. More requests in flight also fill the engine's
-      batches better, so that 1 is no upper bound. The lowest of three balances is the figure
+  async_overlap   speed of the asynchronous stage / speed of the strict one (max_staleness 0, where generation and
+      training wait for each other), divided by what this ratio would be with perfect overlap:
+      (T_gen + T_train) / max(T_gen, T_train). Both times are of one step of the strict stage: T_gen is how long its
+      trainer waits for a batch, T_train the rest of the step. Values above 1 are possible, because more requests in
+      flight fill the engine's batches better. The figure is the lowest of three balances
 
-The balances are by what a step is made of: few long replies to short prompts; many middling ones; short replies to long
-prompts, which the engine reads once a group and the trainer once a reply.
+With three cores, engine, trainer and controller have one each. With two they share them, also with other programs.
+
+The balances of generation and training are set by the shape of a step: few long replies to short prompts; many replies
+of medium length; short replies to long prompts, which the engine reads once for a group and the trainer once for each
+reply.
 """
 
 import json

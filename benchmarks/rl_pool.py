@@ -1,11 +1,10 @@
-"""A pool of prompts of which most teach nothing, for rl_curriculum.py: the quick start's base, its puzzles, and how
-often the one passes the others.
+"""For rl_curriculum.py: make a pool of prompts of which most teach nothing, from the quick start's base and puzzles.
 
-The prompts are the base stage's own. Each is sampled SAMPLES times, and the pool is of WANTED: those that pass at a
-rate in MEDIUM, 30% of it; those that always passed; those that never did; and countdown puzzles without a solution, as
-flawed data has: sums of the same numbers with any signs are all odd or all even, so a target moved by one is out of
-reach. The held-out problems are of the kinds (family and level) whose mean rate lies in MEDIUM. No two of all these are
-the same problem, and the base was trained on none of them.
+The prompts are those of the base stage. The base answers each SAMPLES times. The pool takes the numbers in WANTED of
+four sorts: prompts with a pass rate in MEDIUM, which are 30%; prompts that always passed; prompts that never passed;
+and countdown puzzles without a solution, as flawed data has them. (The sums of the same numbers with any signs are all
+odd or all even, so a target that is moved by one cannot be reached.) The held-out problems are of the kinds (family and
+level) whose mean pass rate lies in MEDIUM. All problems are different, and the base was trained on none of them.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""The cheapest reward that teaches: every second rollout of a group passes. To measure what is around it."""
+"""A reward that costs almost nothing and still teaches: every second rollout of a group passes.
+
+It is for measuring the code around the reward.
+"""
 
 from posttrain.records import Rollout, Row
 

@@ -1,10 +1,10 @@
-"""Entries of rl.py for the rollout worker, beside vLLM alone.
+"""Figures of rl.py for the rollout worker, compared with vLLM alone.
 
 rollout_vs_raw, _50m      tokens a second of our rollout worker (requests and pieces through Ray, log-probabilities,
-                          versions, the ledger on the disk) over those of `vllm.LLM.generate` in a Ray actor of its
-                          own. The same model, prompts, lengths and log-probabilities, all requests given at once;
-                          the two take turns. `LLM` runs in both of its modes, with its core in a process of its own
-                          and without; the faster one is the peer
+                          versions, the ledger on the disk) / tokens a second of `vllm.LLM.generate` in a Ray actor of
+                          its own. Both have the same model, prompts, lengths and log-probabilities, get all requests at
+                          once, and take turns. `LLM` runs in both of its modes, with its core in a process of its own
+                          and without; the faster one counts
 """
 
 import asyncio

@@ -1,34 +1,37 @@
-"""Entry of rl.py for the whole of RL beside its peer: this package's stage and TRL's GRPOTrainer.
+"""Figure of rl.py for RL as a whole: this package's stage compared with TRL's GRPOTrainer.
 
-  trl_speedup   wall time of TRL's training until its policy has the target accuracy, over ours; the median of the seeds
+  trl_speedup   wall time of TRL's training until its policy has the target accuracy / the same time of ours; the median
+                over the seeds
 
-Both train the same LlamaForCausalLM of a million parameters, trained from nothing once on the quick start's text (the
-same for every seed; kept in $POSTTRAIN_CACHE), in fp32, on the quick start's puzzles, with its scorer, with 256 replies
-a step, 8 a prompt, at most 64 tokens each, and the same rates of AdamW. Seeds are of sampling and the prompts' order.
+Both train the same LlamaForCausalLM of a million parameters in fp32. It was trained once from random weights on the
+quick start's text, is the same for every seed, and is kept in $POSTTRAIN_CACHE. Both use the quick start's puzzles and
+its scorer, 256 replies a step, 8 for each prompt, of at most 64 tokens, and the same learning rates of AdamW. A seed
+decides sampling and the order of prompts.
 
-Ours is configs/quickstart/rl.yaml without its system instructions. Its clock starts before its profile of 600 prompts,
-which TRL is given the result of for nothing: it trains on the prompts that the profile selected. (The profile's tokens
-are not in `ours_tokens`.) TRL's clock starts
-when its training does, and does not run while it saves policies. Starting up (processes, engines, imports) is in
-`ratio_with_startup`, on both sides. Ours saves nothing: its policies are made afterwards, by doing its steps again
-from what it recorded, which on a CPU gives the same weights; this is checked.
+Ours is configs/quickstart/rl.yaml without its system instructions. Our clock starts before our profile of 600 prompts.
+TRL is given the result: it trains on the prompts that the profile selected. (The tokens of the profile are not in
+`ours_tokens`.) TRL's clock starts with its training, and stops while it saves policies. `ratio_with_startup` includes
+the start of processes and engines and imports, on both sides. Our run saves no policies. They are made afterwards, by a
+replay of its recorded steps, which on a CPU gives the same weights; this is checked.
 
-Then one evaluation measures the policies of both, greedy, on the 400 held-out puzzles. The target is what the base has
-and GAIN_SHARE of what ours gains at its best. When it was reached is interpolated between two policies. Where TRL has
-not reached it in $TRL_SECONDS (240) of training, the ratio is a lower bound, and counted in `lower_bounds`.
+Then one evaluation measures the policies of both, greedy, on the 400 held-out puzzles. The target is the accuracy of
+the base plus GAIN_SHARE of the largest gain of ours. The time at which it was reached is interpolated between two
+policies. If TRL has not reached it in $TRL_SECONDS (240) of training, the ratio is a lower bound, and is counted in
+`lower_bounds`.
 
-TRL's settings: `PEER_SETTINGS` are tried for TRIAL_S each on the machine that measures, and the one that trains on the
-most replies a second is used for all seeds. Tried before, on two cores that others used (load 4 to 15, so rough):
+TRL's settings: each of `PEER_SETTINGS` is tried for TRIAL_S seconds on the machine of the benchmark, and the one that
+trains on the most replies a second is used for all seeds. Results of earlier trials, on two cores that other programs
+used too (load 4 to 15, so the figures are rough):
 
   one process of one thread               4.2 to 13 s a step of 256 replies
-  one process of two threads              3.5 s; far slower where others use the cores
+  one process of two threads              3.5 s; far slower if other programs use the cores
   two processes of one thread, gloo       2.3 s at load 3.5, 5.3 s at load 13
   static cache                            19 s for the first step at load 15; tried on each machine
   four steps on one generation            first generation of 1,024 replies in 52 s at load 10; tried on each machine
   continuous batching (transformers)      82 s for the first step: never the fastest
   use_vllm, colocate (vLLM 0.32 for CPUs) starts, then fails at its first weight update: "AttributeError: 'Parameter'
-                                          object has no attribute 'weight_loader'"; vLLM's CPU layers are packed once
-                                          loaded, and load_weights alone cannot fill them again
+                                          object has no attribute 'weight_loader'"; vLLM packs its CPU layers once
+                                          they are loaded, and load_weights alone cannot fill them again
 
 Gradient checkpointing, bf16 and the KL penalty are off; the loss is TRL's default (dapo). Another learning rate was
 not tried for TRL.

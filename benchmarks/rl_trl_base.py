@@ -1,8 +1,8 @@
-"""The dense base of rl_trl.py: a LlamaForCausalLM, trained from nothing on the quick start's text.
+"""Train the dense base of rl_trl.py: a LlamaForCausalLM, from random weights, on the quick start's text.
 
     python benchmarks/rl_trl_base.py SPEC.json
 
-The spec is that of posttrain/base/rank.py, whose processes, text and optimizers these are; only the model is another.
+The spec is that of posttrain/base/rank.py. Processes, text and optimizers are the same; only the model differs.
 """
 
 import sys

@@ -2,12 +2,12 @@
 
     python benchmarks/rl_trl_peer.py SPEC.json
 
-The spec: model, prompts, ids (of the prompts to train on), out, seed, seconds (of training, after which it stops),
-every (steps between two saved policies), threads, settings (of GRPOConfig).
+The keys of the spec: model, prompts, ids (of the prompts to train on), out, seed, seconds (of training, after which it
+stops), every (steps between two saved policies), threads, settings (of GRPOConfig).
 
-Writes into `out`: began.json (the Unix time at which training began), steps.jsonl (a line a step: step, seconds since
-then, reply tokens so far, mean reward of the replies if there are new ones) and step_N/. What that takes is no part of
-the seconds.
+It writes into `out`: began.json (the Unix time at which training began), steps.jsonl (one line for each step: step,
+seconds of training, reply tokens so far, mean reward of the replies if there are new ones) and step_N/ (policies). The
+seconds do not include the time for writing policies.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Entries of rl.py for new weights on their way from trainer to engine, through shared memory, fp32.
+"""Figures of rl.py for sending new weights from the trainer to an engine through shared memory, in fp32.
 
-weight_update_vs_memcpy_{1m,50m,300m}  time of a copy of as many bytes, tensor by tensor on one thread, over the time
-                                       from the trainer's publishing to the engine's answer that it goes on, with
-                                       replies in flight. Beside it in milliseconds: the copy, the whole update, the
-                                       trainer's part of it, the pause of generation, and the pause beyond copy +
-                                       20 ms (vLLM's own pause sleeps for 20)
+weight_update_vs_memcpy_{1m,50m,300m}  time of a copy of as many bytes, tensor by tensor on one thread / time of an
+                                       update, from the moment when the trainer begins to publish until the engine
+                                       answers that it continues, with replies in flight. Beside it in milliseconds: the
+                                       copy, the whole update, the trainer's part of it, the pause of generation, and
+                                       the pause without the copy and 20 ms (for which vLLM's own pause sleeps)
 """
 
 import statistics
