@@ -99,7 +99,11 @@ TABLE: dict[str, dict[str, Any]] = {
             "data.path": files("sft"),
             "max_prompt_tokens": [100],
         },
-        "given": {"long_rows": {"max_prompt_tokens": 100}, "judge.endpoint.*": FILTER_ENDPOINT},
+        "given": {
+            "data.special_*": {"data": {"path": "sft_special.jsonl"}},
+            "long_rows": {"max_prompt_tokens": 100},
+            "judge.endpoint.*": FILTER_ENDPOINT,
+        },
     },
     "sft": {
         "base": {"model": MODEL, "data": {"path": "sft_a.jsonl"}, **LENGTHS},
@@ -111,6 +115,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "lora.target_parameters": [["experts.down_proj"]],
         },
         "given": {
+            "data.special_*": {"data": {"path": "sft_special.jsonl"}},
             "batch_size": {"packing": False, "batch_tokens": None, "batch_size": 4},
             "overlong": {"max_length": 100},
             "parallel.*": {"parallel": {"processes": 2}},
@@ -146,6 +151,8 @@ TABLE: dict[str, dict[str, Any]] = {
             "evaluation.prompts": [1],
         },
         "given": {
+            "prompts.special_*": {"prompts": {"path": "prompts_special.jsonl"}},
+            "evaluation.data.special_*": {"evaluation": {"data": {"path": "prompts_special.jsonl"}}},
             "optimizer.warmup_steps": {"optimizer.schedule": "linear"},
             "systems.instructions.0.verifier.*": {"systems.instructions": VERIFIED},
             "systems.instructions.*": {"systems.instructions": INSTRUCTIONS},
@@ -202,6 +209,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "nll_weight": [0.2, 0.0],
         },
         "given": {
+            "pairs.special_*": {"pairs": {"path": "pairs_special.jsonl"}},
             "nll_weight": {"nll_weight": 0.1},
             "rollouts": {"pairs": None, "rollouts": "rollouts_a"},
             "mining.*": {"pairs": None, "rollouts": "rollouts_a"},
@@ -221,6 +229,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "key_field": ["other"],
         },
         "given": {
+            "data.special_*": {"data": {"path": "prompts_special.jsonl"}},
             "exclude.0.limit": {"exclude": [{"path": "train_b.jsonl"}], "key_field": "key"},
             "exclude*": {"exclude": [{"path": "train_a.jsonl"}], "key_field": "key"},
             "key_field": {"exclude": [{"path": "train_a.jsonl"}], "key_field": "key"},

@@ -15,7 +15,7 @@ from typing import Any
 from posttrain.base.config import TextConfig
 from posttrain.base.sets import with_system
 from posttrain.base.tasks import HABITS, draw_any, solve
-from posttrain.base.tokenizer import BOS, EOT, PAD
+from posttrain.base.tokenizer import BOS, EOT
 from posttrain.data.chat import render_prompt
 
 JUDGE_TEMPLATE = "Rate: {prompt}"
@@ -23,6 +23,7 @@ RATINGS = {1: "easy", 2: "easy", 3: "medium", 4: "hard", 5: "hard"}
 LEVEL_WEIGHTS = (0.28, 0.24, 0.20, 0.16, 0.12)
 
 _POOL = 640
+_PLACEHOLDERS = ("1", "2")  # each is one token
 # At least as long as the pieces that the tokenizer splits text into.
 _PIECE = re.compile(r" ?x [-+*]?=[^ ]*| ?[^ ]+| ")
 
@@ -78,22 +79,26 @@ class Corpus:
 class _Renderer:
     """What `render_conversation` gives for a prompt and a reply, thirty times faster.
 
-    A chat template costs more time than a step of this small model can spare. So the turns are rendered once around a
-    placeholder, and because the tokenizer splits at spaces, words are looked up one by one.
+    A chat template costs more time than a step of this small model can spare. So the turns are rendered once around
+    each of two placeholders, which show in what place the text stands, and because the tokenizer splits at spaces,
+    words are looked up one by one.
     """
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._bos, self._placeholder, self._end = tokenizer.convert_tokens_to_ids([BOS, PAD, EOT])
+        self._bos, self._end = tokenizer.convert_tokens_to_ids([BOS, EOT])
         self._words: dict[str, list[int]] = {}
         self._frames: dict[str | None, tuple[list[int], list[int]]] = {}
 
     def document(self, turns: list[dict[str, str]], reply: str) -> Document:
         system = turns[0]["content"] if len(turns) > 1 else None
         if system not in self._frames:
-            framed = render_prompt(self._tokenizer, [*turns[:-1], {"role": "user", "content": PAD}])
-            at = framed.index(self._placeholder)
-            self._frames[system] = (framed[:at], framed[at + 1 :])
+            one, other = (
+                render_prompt(self._tokenizer, [*turns[:-1], {"role": "user", "content": place}])
+                for place in _PLACEHOLDERS
+            )
+            at = next(index for index, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+            self._frames[system] = (one[:at], one[at + 1 :])
         before, after = self._frames[system]
         prompt = [*before, *self._encode(turns[-1]["content"]), *after]
         return Document((*prompt, *self._encode(reply), self._end), len(prompt))

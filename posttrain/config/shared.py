@@ -80,6 +80,11 @@ class DataConfig(FilesConfig):
     """A dataset of rows or preference pairs. Example: `{path: data/train.jsonl, capability: math}`."""
 
     capability: str = Field(default="general", description="Capability of the rows that do not name one themselves.")
+    special_tokens_in_text: Literal["encode", "refuse"] = Field(
+        default="encode",
+        description="What to do with a special token, such as <|im_end|>, in the text of a row. encode makes it plain "
+        "text, so that no row can forge a turn; refuse makes it an error.",
+    )
 
 
 class RewardFunctionConfig(Config):

@@ -3,7 +3,7 @@
 Text is rendered by the tokenizer's own chat template. The mask comes from the template's `{% generation %}` markers. If
 a template has none, the conversation is rendered prefix by prefix, and each prefix is checked to be a beginning of the
 next. The token that ends a turn is trained on too: otherwise the model would not learn to stop. A template that leaves
-out tool calls or tool results is refused.
+out tool calls or tool results is refused. Special tokens in the texts of a row are encoded as text (special.py).
 
 Left out: truncation and packing, and any repair of a template. A template that renders a prompt one way for sampling
 and another way for training raises an error here, where it would otherwise show only in the loss.
@@ -12,10 +12,12 @@ and another way for training raises an error here, where it would otherwise show
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from posttrain.config.shared import DataConfig
 from posttrain.data.messages import tool_call_to_json
+from posttrain.data.special import Guard, guard_of, special_token_problem
 from posttrain.data.turns import is_learned
 from posttrain.errors import CheckpointError, DataError
 from posttrain.records import Message, Row
@@ -91,6 +93,19 @@ def render_row(render: Callable[[Sequence[Message]], Sequence[int]], row: Row) -
         raise DataError(f"row {row.id!r}: {error}") from None
 
 
+def check_special_tokens(tokenizer: Any, data: DataConfig, rows: Iterable[tuple[str, Messages, Tools]]) -> None:
+    """Raise `DataError` for a special token in the text of a row, if `data.special_tokens_in_text` refuses it.
+
+    rows: (name of the row for the error, its messages, its tools) of each row.
+    """
+    if data.special_tokens_in_text == "encode":
+        return
+    guard = guard_of(tokenizer, chat_template(tokenizer))
+    for name, messages, tools in rows:
+        if (token := guard.found_in(as_dicts(messages), tools)) is not None:
+            raise DataError(special_token_problem(name, token))
+
+
 def render_conversation(tokenizer: Any, messages: Messages, tools: Tools = None) -> tuple[list[int], list[int]]:
     """Token ids of a whole conversation, and for each id 1 if it is trained on, else 0.
 
@@ -156,12 +171,38 @@ def _prompt_ids(tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools) -> li
 def _apply(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Mapping[str, Any]:
     from jinja2.exceptions import TemplateError
 
-    chat_template(tokenizer)
+    guard = guard_of(tokenizer, chat_template(tokenizer))
     try:
+        if guard.found_in(messages, options.get("tools")) is not None:
+            return _apply_guarded(tokenizer, guard, messages, **options)
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except TemplateError as error:
         roles = [item.get("role") for item in messages]
         raise DataError(f"the chat template refuses messages with roles {roles}: {error}") from None
+
+
+def _apply_guarded(
+    tokenizer: Any, guard: Guard, messages: list[dict[str, Any]], *, tools: Tools = None,
+    return_assistant_tokens_mask: bool = False, **options: Any,
+) -> Mapping[str, Any]:  # fmt: skip
+    """The same for a conversation whose texts hold special tokens, which become text."""
+    messages, tools = guard.cover(messages, tools)
+    rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+    ids, places = guard.encode(rendered)
+    if not return_assistant_tokens_mask:
+        return {"input_ids": ids}
+    covered = tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True}, **options,
+    )  # fmt: skip
+    runs: list[tuple[int, int]] = []  # places in the text that the generation markers enclose
+    before = 0
+    for bit, (start, end) in zip(covered["assistant_masks"], covered["offset_mapping"], strict=True):
+        if bit:
+            runs = [*runs[:-1], (runs[-1][0], end)] if before else [*runs, (start, end)]
+        before = bit
+    masks = [int(any(first <= start and end <= last for first, last in runs)) for start, end in places]
+    return {"input_ids": ids, "assistant_masks": masks}
 
 
 def _require_tools_shown(

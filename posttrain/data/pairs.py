@@ -29,6 +29,11 @@ class Pair:
     rejected: str
     fields: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """Every turn: those of the prompt, then both replies."""
+        return (*self.prompt, Message("assistant", self.chosen), Message("assistant", self.rejected))
+
 
 def load_pairs(data: Data, *, limit: int | None = None, stage: str | None = None) -> list[Pair]:
     """Read and validate preference pairs; `stage` and what is raised are as in `load_rows`."""

@@ -64,11 +64,17 @@ def prepare(config: DpoConfig, seed: int) -> tuple[Any, list[Any], list[Pair], i
     from posttrain.tune.settings import quiet_environment
 
     quiet_environment()
+    from posttrain.data.chat import check_special_tokens
+    from posttrain.data.turns import tools_of
     from posttrain.dpo.examples import tokenize_pairs
     from posttrain.model.load import check_router, load_tokenizer
 
     check_router(config.model)
     tokenizer = load_tokenizer(config.model.path)
+    if config.pairs is not None:
+        check_special_tokens(
+            tokenizer, config.pairs, ((f"pair {pair.id!r}", pair.turns, tools_of(pair.fields)) for pair in pairs)
+        )
     ids, kept = tokenize_pairs(tokenizer, pairs, config.max_length, overlong=config.overlong)
     return tokenizer, ids, kept, len(pairs) - len(kept)
 

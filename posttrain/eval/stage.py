@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.context import StageContext
+from posttrain.data.chat import check_special_tokens
 from posttrain.data.messages import messages_to_json
 from posttrain.data.rows import load_rows
 from posttrain.errors import StageError
@@ -65,7 +66,9 @@ def prepare(config: EvalConfig) -> tuple[list[Row], list[tuple[str, Row, SampleR
     check_fields(RewardSpec(config.reward.name, config.reward.args), rows)
     if config.key_field is not None:
         check_heldout(rows, config.exclude, config.key_field)
-    return rows, eval_requests(rows, load_tokenizer(config.model.path), config)
+    tokenizer = load_tokenizer(config.model.path)
+    check_special_tokens(tokenizer, config.data, ((f"row {row.id!r}", row.messages, None) for row in rows))
+    return rows, eval_requests(rows, tokenizer, config)
 
 
 def reward_pool(config: EvalConfig) -> RewardPool:

@@ -18,11 +18,13 @@ from msgspec.structs import replace
 
 from posttrain.context import StageContext
 from posttrain.data.rows import load_rows, write_rows
+from posttrain.data.special import special_token_problem
 from posttrain.errors import DataError, StageError
 from posttrain.files import write_json
 from posttrain.filtering.config import FilterConfig
 from posttrain.filtering.selection import num_kept, select
 from posttrain.judging.backend import open_judge, prepare_judge
+from posttrain.judging.prompts import JudgePrompts, Question
 from posttrain.judging.verdicts import Undecided, Verdict
 from posttrain.records import Row
 
@@ -58,7 +60,8 @@ def run(config: FilterConfig, context: StageContext) -> dict[str, Any]:
 
 
 def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext) -> FilterResult:
-    """Rate `rows` (supervised, at least one) with the judge and split them. `config.data` is not read.
+    """Rate `rows` (supervised, at least one) with the judge and split them. Of `config.data` only
+    `special_tokens_in_text` is read.
 
     A judge on engines needs an initialised Ray session; an endpoint needs none. Raises UserError for labels that cannot
     be told apart, for an endpoint that cannot be used and for rows that do not fit, before an engine is started;
@@ -71,13 +74,22 @@ def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext
             f"keep_fraction {config.keep_fraction} of {len(rows)} rows keeps none of them; raise it or add rows"
         )
     prepared = prepare_judge(config)
-    questions = [prepared.prompts.render(row) for row in rows]
+    questions = ask(rows, config, prepared.prompts)
     with open_judge(prepared, context, config.resources.judge) as judge:
         answers = asyncio.run(judge.rate(questions, _reporter(context, len(rows))))
     found = decided(answers)
     kept, dropped = split(rows, found, config, seed=context.seed)
     by_id = {row.id: verdict for row, verdict in zip(rows, found, strict=True)}
     return FilterResult(kept, dropped, by_id, prepared.prompts.num_shortened)
+
+
+def ask(rows: Sequence[Row], config: FilterConfig, prompts: JudgePrompts) -> list[Question]:
+    """What the judge is asked about each row. Raises DataError for special tokens, where `config.data` refuses them."""
+    if config.data.special_tokens_in_text == "refuse":
+        for row in rows:
+            if (token := prompts.special_token_in(row)) is not None:
+                raise DataError(special_token_problem(f"row {row.id!r}", token))
+    return [prompts.render(row) for row in rows]
 
 
 def decided(answers: Sequence[Verdict | Undecided]) -> list[Verdict]:

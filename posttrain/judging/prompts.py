@@ -12,13 +12,15 @@ from typing import Any
 
 from msgspec import Struct
 
-from posttrain.data.chat import render_prompt
+from posttrain.data.chat import chat_template, render_prompt
+from posttrain.data.special import guard_of
 from posttrain.data.transcript import message_text, transcript
 from posttrain.errors import DataError, UserError
 from posttrain.judging.config import PLACEHOLDER, EndpointConfig, JudgeQuestion
 from posttrain.records import Message, Row
 
 _TAG = re.compile(r"</?\s*([A-Za-z][\w-]*)")
+_SHOWN = 20
 _GAP = "\n[...]\n"
 # The first character of what common chat formats use as special tokens: <|eot|>, <turn|>, </s>, <start_of_turn>,
 # [/INST], <<SYS>>. Some models write the bar in full width.
@@ -53,7 +55,8 @@ class JudgePrompts:
     def __init__(self, config: JudgeQuestion, tokenizer: Any = None):
         self._config = config
         self._tokenizer = tokenizer
-        self._escape = _escaper(tokenizer, config.template)
+        self._special = _special_pattern(tokenizer)
+        self._escape = _escaper(self._special, config.template)
         self.choice_ids = () if tokenizer is None else label_token_ids(tokenizer, config.labels)
         self.num_shortened = 0
 
@@ -76,6 +79,13 @@ class JudgePrompts:
             )
         self.num_shortened += 1
         return self._shorten(row, texts, limit)
+
+    def special_token_in(self, row: Row) -> str | None:
+        """A special token in the texts of a row, or for a judge at an endpoint what looks like one; None if none is."""
+        for text in row_texts(row).values():
+            if (match := self._special.search(text)) is not None:
+                return match[0] if self._tokenizer is not None else text[match.start() : match.start() + _SHOWN]
+        return None
 
     def _words(self) -> tuple[str, str]:
         """The unit of lengths, and the keys that limit them."""
@@ -161,18 +171,19 @@ def _first_token(tokenizer: Any, prompt: list[int], label: str) -> int:
     return tokenizer(label, add_special_tokens=False)["input_ids"][0]
 
 
-def _escaper(tokenizer: Any, template: str) -> Callable[[str], str]:
+def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Matches special tokens; without a tokenizer, the first character of what looks like one."""
+    if tokenizer is None:
+        return re.compile(_LOOKS_SPECIAL)
+    return re.compile("|".join(map(re.escape, guard_of(tokenizer, chat_template(tokenizer)).tokens)) or "(?!)")
+
+
+def _escaper(special: re.Pattern[str], template: str) -> Callable[[str], str]:
     """A function that makes special tokens, and tags of the names that the template uses, plain text."""
-    parts = [_LOOKS_SPECIAL]
-    if tokenizer is not None:
-        special = {str(token) for token in tokenizer.all_special_tokens}
-        special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        parts = [re.escape(token) for token in sorted(special, key=len, reverse=True) if token.strip()]
+    parts = [special.pattern]
     tags = sorted(set(_TAG.findall(template)))
     if tags:
         parts.append(r"<(?=\s*/?\s*(?i:" + "|".join(map(re.escape, tags)) + r")\b)")
-    if not parts:
-        return lambda text: text
     pattern = re.compile("|".join(parts))
     return lambda text: pattern.sub(lambda match: f"&#{ord(match[0][0])};{match[0][1:]}", text)
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from posttrain.context import StageContext
-from posttrain.data.chat import end_token_ids, render_prompt, render_row
+from posttrain.data.chat import check_special_tokens, end_token_ids, render_prompt, render_row
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import hash_order
 from posttrain.errors import TrainerLostError
@@ -63,6 +63,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
 
     check_router(config.model)
     tokenizer = load_tokenizer(config.model.path)
+    _check_special_tokens(tokenizer, config, rows, heldout=heldout)
     prompts = _draw_plain(rows, tokenizer, config)
     evaluated = heldout_prompts(config, heldout, partial(render_prompt, tokenizer))
     stop_ids = tuple(end_token_ids(tokenizer))
@@ -119,6 +120,12 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
             trainer.close()
             if reference is not None:
                 reference.close()
+
+
+def _check_special_tokens(tokenizer: Any, config: RlConfig, rows: Sequence[Row], *, heldout: Sequence[Row]) -> None:
+    evaluated = config.evaluation.data if config.evaluation is not None else config.prompts
+    for data, those in ((config.prompts, rows), (evaluated, heldout)):
+        check_special_tokens(tokenizer, data, ((f"row {row.id!r}", row.messages, None) for row in those))
 
 
 def _rows_to_profile(config: RlConfig, seed: int) -> list[Row]:

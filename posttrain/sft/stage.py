@@ -52,11 +52,16 @@ def prepare(config: SftConfig) -> tuple[Any, list[Any], dict[str, Any]]:
     from posttrain.tune.settings import quiet_environment
 
     quiet_environment()
+    from posttrain.data.chat import check_special_tokens
+    from posttrain.data.turns import tools_of
     from posttrain.model.load import check_router, load_tokenizer
     from posttrain.sft.examples import tokenize
 
     check_router(config.model)
     tokenizer = load_tokenizer(config.model.path)
+    check_special_tokens(
+        tokenizer, config.data, ((f"row {row.id!r}", row.messages, tools_of(row.fields)) for row in rows)
+    )
     examples, dropped = tokenize(tokenizer, rows, config.max_length, overlong=config.overlong)
     by_capability = dict(sorted(Counter(row.capability for row in rows).items()))
     return tokenizer, examples, {"rows": len(rows), "dropped": dropped, "rows_by_capability": by_capability}
