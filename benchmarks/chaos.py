@@ -37,7 +37,7 @@ DETERMINISTIC = {"deterministic": True, "max_staleness": 0}
 
 
 def plan(only: set[str], random: Random) -> Iterator[Strike]:
-    """Strikes without end: every victim and signal once a round, each time in another state."""
+    """An endless list of faults. Each round has every victim and signal once, and each time in another state."""
     pairs = [pair for pair in PAIRS if not only or only & {pair[0], ":".join(pair)}]
     turn = 0
     while True:
@@ -49,7 +49,7 @@ def plan(only: set[str], random: Random) -> Iterator[Strike]:
 def chaos(
     scratch: Path, model: Path, number: int, *, strikes: list[Strike], reference: Path, seed: int
 ) -> dict[str, Any]:
-    """One run with its strikes; returns what is written of it."""
+    """Do one run with its faults, and return what the results file says about it."""
     from posttrain.rl.history.audit import audit_stage
     from posttrain.rl.history.replay import weight_gaps
 
@@ -66,7 +66,7 @@ def chaos(
                 tell(number, strike)
             except (Ended, Late) as reason:
                 found["not_sent"].append([strike.victim, strike.signal, strike.state, type(reason).__name__])
-        for _ in range(3):  # a run that ended by itself is a defect, but says more when it is finished
+        for _ in range(3):  # a run that ended by itself is a defect, but a finished run shows more about it
             found["exit_code"] = run.finish(FINISH_S)
             if found["exit_code"] in (0, None):
                 break
@@ -90,7 +90,7 @@ def chaos(
 
 
 def undisturbed(scratch: Path, model: Path, seed: int) -> Path:
-    """The weights of a deterministic run that is left alone."""
+    """The weights of a deterministic run that gets no faults."""
     folder = write_stage(scratch / "undisturbed", model, STEPS, seed=seed, **DETERMINISTIC)
     run = ChaosRun(folder, Random(0))
     try:
@@ -146,7 +146,7 @@ def main() -> None:
     known = {*VICTIMS, *(":".join(pair) for pair in PAIRS)}
     if only - known:
         parser.error(f"--only: no victim {', '.join(sorted(only - known))}; there are: {', '.join(sorted(known))}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the run that is under way
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running run is ended too
     began = time.time()
     strikes = plan(only, Random(arguments.seed))
     runs: list[dict[str, Any]] = []
@@ -174,7 +174,7 @@ def main() -> None:
 
 
 def report_of(arguments: argparse.Namespace, runs: list[dict[str, Any]], began: float) -> dict[str, Any]:
-    """What goes into the file."""
+    """The content of the results file."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),

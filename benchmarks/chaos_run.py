@@ -62,10 +62,11 @@ SPARE_S = 5.0
 
 @dataclass
 class Strike:
-    """One fault and what became of it. `counts`: of groups in each state right before it, as the ledger had them.
+    """One fault and its outcome. counts: groups in each state right before it, according to the ledger.
 
-    seconds: until a group that was admitted after it was trained, or until the run ended. resumed_s: from the start of
-    the next run until one was. left: processes of the victim that were still there seconds later.
+    seconds: time until a group was trained on that was admitted after the fault, or until the run ended. resumed_s:
+    time from the next start of the run until such a group was trained on. left: processes of the victim that still
+    existed seconds later.
     """
 
     victim: str
@@ -86,7 +87,7 @@ class Ended(Exception):
 
 
 class Late(Exception):
-    """What was waited for did not happen in time."""
+    """An expected event did not happen in time."""
 
 
 def save_policy(folder: Path) -> Path:
@@ -101,14 +102,14 @@ def save_policy(folder: Path) -> Path:
     sizes = ModelSizes(hidden=64, heads=2, kv_heads=1, head_dim=32, ffn=128, expert_ffn=96)
     model = build_model(sizes, tokenizer, 0.0, seed=1)
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # else every token is about as likely as any other
+        model.lm_head.weight.mul_(20)  # otherwise all tokens would be about equally likely
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     return folder
 
 
 def write_stage(folder: Path, model: Path, steps: int, *, seed: int = 3, **changes: Any) -> Path:
-    """Write what the driver needs to run the stage in `folder`. changes: of the configuration."""
+    """Write the files that the driver needs to run the stage in `folder`. changes: keys of the config to set."""
     from posttrain.config.base import dump_yaml, validate_config
     from posttrain.rl.config import RlConfig
 
@@ -146,7 +147,7 @@ def write_stage(folder: Path, model: Path, steps: int, *, seed: int = 3, **chang
 
 
 class ChaosRun:
-    """The stage in `folder`, which `write_stage` made. `close` ends whatever is left of it."""
+    """A run of the stage in `folder`, which `write_stage` made. `close` ends all processes that are left of it."""
 
     def __init__(self, folder: Path, random: Random):
         self.folder = folder
@@ -159,10 +160,10 @@ class ChaosRun:
         self._sessions: dict[str, str] = {}  # name of the session: its temporary folder
         self._counted = 0.0
 
-    # ------------------------------------------------------------------ lives
+    # ------------------------------------------------------------------ start and end
 
     def start(self) -> None:
-        """Start the driver; it goes on where the last one ended."""
+        """Start the driver. It continues from the last commit of the one before."""
         self.lives += 1
         self._began = time.time()
         self._driver = self._spawn(str(self.folder))
@@ -177,18 +178,18 @@ class ChaosRun:
 
     @property
     def exit_code(self) -> int | None:
-        """The driver's; None while it runs."""
+        """The exit code of the driver; None while it runs."""
         assert self._driver is not None
         return self._driver.poll()
 
     def finish(self, deadline_s: float) -> int | None:
-        """Wait for the end; None if it takes too long."""
+        """Wait for the driver to end and return its exit code; None if that takes too long."""
         with contextlib.suppress(Late):
             self._until(lambda: self.exit_code is not None, deadline_s, may_end=True)
         return self.exit_code
 
     def replay(self, deadline_s: float) -> dict[str, Any]:
-        """What `posttrain.rl.history.replay` finds in the finished run."""
+        """The result of `posttrain.rl.history.replay` for the finished run."""
         folder = self.folder.with_name(f"{self.folder.name}-replay")
         again = self._spawn(str(folder), str(self.folder))
         self._driver = again
@@ -199,9 +200,9 @@ class ChaosRun:
     # ------------------------------------------------------------------ a fault
 
     def strike(self, strike: Strike, deadline_s: float) -> Strike:
-        """Wait for the state, send the signal, and wait until the run goes on, by itself or started again.
+        """Wait for the state, send the signal, and wait until the run continues, by itself or started again.
 
-        Raises Ended, or Late, if there was no occasion: nothing was sent then.
+        Raises Ended or Late if the state did not occur; then no signal was sent.
         """
         self._until(lambda: self._trained_since(self._began), START_S)
         dropped, trained = self._counts()["dropped"], self._last_step()
@@ -286,7 +287,7 @@ class ChaosRun:
         try:
             with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1)) as connection:
                 return connection.execute(sql, values).fetchall()
-        except sqlite3.OperationalError:  # it is being made, or recovered
+        except sqlite3.OperationalError:  # the database is being made or recovered
             return []
 
     def _counts(self) -> Counter[str]:
@@ -297,7 +298,7 @@ class ChaosRun:
         return rows[0][0] if rows else 0
 
     def _trained_since(self, moment: float) -> bool:
-        """Whether a group is trained that was admitted after a moment: every part of the run has worked since."""
+        """True if a group is trained that was admitted after a moment: since then every part of the run has worked."""
         return bool(
             self._read(
                 "SELECT 1 FROM groups JOIN log ON log.id = groups.id WHERE state IN ('trained', 'committed') AND "
@@ -342,7 +343,7 @@ class ChaosRun:
         return [_described(process) for process in alive]
 
     def orphans(self) -> list[str]:
-        """What is left of a driver that has ended: processes, shared memory, temporary folders. They are removed."""
+        """List and remove what a driver that has ended left: processes, shared memory, temporary folders."""
         end = time.monotonic() + END_S
         while left := [process for process in self._seen | self._marked() if _is_alive(process)]:
             if time.monotonic() > end:
@@ -367,7 +368,7 @@ class ChaosRun:
         return found + [str(path) for path in (*segments, *folders)]
 
     def close(self) -> None:
-        """End everything that is left."""
+        """End all processes that are left."""
         if self._driver is not None and self._driver.poll() is None:
             self._note_processes()
             self._driver.kill()
@@ -393,7 +394,7 @@ def _described(process: psutil.Process) -> str:
 
 
 def drive(folder: Path, source: Path | None) -> None:
-    """Run the stage, or train `source`'s steps again."""
+    """Run the stage, or replay the steps of `source`."""
     from posttrain.config.base import validate_config
     from posttrain.context import StageContext
     from posttrain.errors import PosttrainError
@@ -419,7 +420,7 @@ def drive(folder: Path, source: Path | None) -> None:
 
 
 def as_json(strike: Strike) -> dict[str, Any]:
-    """A strike as plain data."""
+    """A fault as plain data, for JSON."""
     return asdict(strike)
 
 

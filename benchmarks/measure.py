@@ -25,9 +25,9 @@ MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 @dataclass(frozen=True)
 class Entry:
-    """run() gives the figure, or the figure and what else to write; of the latter, lists and dicts are not printed.
+    """One benchmark. run: returns the figure, or the figure and further values for the results file.
 
-    goal: what the figure is to reach, in words; None: none.
+    Of the further values, lists and dicts are not printed. goal: the goal of the figure, in words, or None.
     """
 
     run: Callable[[], Any]
@@ -35,7 +35,7 @@ class Entry:
 
 
 def seconds(run: Callable[[], None]) -> float:
-    """How long one call takes, the work it put on a GPU included."""
+    """How long one call takes, including the work that it started on a GPU."""
     start = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -44,18 +44,18 @@ def seconds(run: Callable[[], None]) -> float:
 
 
 def ratio(peer: Callable[[], None], ours: Callable[[], None], rounds: int, *, inner: int = 2) -> float:
-    """Median over rounds of peer's time over ours; each round times both, as the best of `inner` calls."""
-    seconds(peer), seconds(ours)  # warm, and nothing left running on a GPU
+    """The time of the peer / ours: the median over rounds, each of which times both as the best of `inner` calls."""
+    seconds(peer), seconds(ours)  # warm up, and wait for all work on a GPU
     return statistics.median(
         min(seconds(peer) for _ in range(inner)) / min(seconds(ours) for _ in range(inner)) for _ in range(rounds)
     )
 
 
 def peak_mib(run: Callable[[], None], device: str) -> float:
-    """Most memory in use during the second of two calls above what was in use before it, MiB.
+    """The peak of memory during the second of two calls, less the memory in use before it, in MiB.
 
-    On a CPU it is what the process holds, with an allocator that gives large blocks back at once: else blocks that are
-    free but kept would count, or hide what is used.
+    On a CPU the memory of the process is measured. The allocator is set to give large blocks back at once; otherwise
+    free blocks that it keeps would count as used, or hide memory that is used.
     """
     if device == "cuda":
         run()
@@ -71,7 +71,7 @@ def peak_mib(run: Callable[[], None], device: str) -> float:
     before = _status_kib("VmRSS")
     run()
     peak = _status_kib("VmHWM")
-    libc.mallopt(MMAP_THRESHOLD, 1 << 25)  # what glibc comes to by itself
+    libc.mallopt(MMAP_THRESHOLD, 1 << 25)  # the value that glibc arrives at by itself
     return (peak - before) / 1024
 
 
@@ -81,7 +81,7 @@ def _status_kib(key: str) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what the figures were taken."""
+    """The machine and the package versions of the figures."""
     models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -96,7 +96,7 @@ def machine() -> dict[str, Any]:
 
 
 def main(doc: str, table: Mapping[str, Entry], libraries: Sequence[str] = LIBRARIES) -> None:
-    """Run the entries that the command line names; print each, and write them where it says."""
+    """Run the entries that the command line names, print each figure, and write them to the file of `--json`."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--only", default="", help="entries to run, comma-separated")

@@ -51,7 +51,7 @@ def config(num_experts: int, **changes) -> Llama4TextConfig:
 
 
 def layers(sizes: Llama4TextConfig, dtype: torch.dtype, device: str = "cpu") -> tuple[MoE, Llama4TextMoe]:
-    """Ours and theirs on the same parameters; a router spread enough that no expert is idle."""
+    """Our layer and transformers', with the same parameters. The router is spread so far that no expert is idle."""
     with torch.device(device):
         ours = MoE(sizes).to(dtype)
     with torch.no_grad():
@@ -83,14 +83,14 @@ def layer_speedup(num_experts: int, dtype: torch.dtype) -> float:
 
 
 def dense_fraction(num_experts: int, dtype: torch.dtype) -> float:
-    """The dense layer is as wide as the shared expert and the one chosen expert together."""
+    """The figure for a dense layer, which is as wide as the shared expert and the one chosen expert together."""
     ours, _ = layers(config(num_experts), dtype)
     dense = GatedMLP(config(num_experts), 2 * WIDTH).to(dtype)
     return ratio(forward_backward(dense), forward_backward(ours), rounds=11)
 
 
 def bare_products(dtype: torch.dtype) -> Run:
-    """The products of routed experts and of the shared one, forward and both gradients; nothing else."""
+    """Only the matrix products of routed experts and shared expert, for forward and both gradients."""
     products = []
     for rows in (*[TOKENS_AN_EXPERT] * (TOKENS // TOKENS_AN_EXPERT), TOKENS):
         for inner, outer in ((HIDDEN, 2 * WIDTH), (WIDTH, HIDDEN)):
@@ -112,7 +112,7 @@ def floor_fraction(dtype: torch.dtype) -> float:
 
 
 def memory_fraction(ours: Run, theirs: Run, clear: Run, *, device: str = "cpu") -> tuple[float, dict[str, float]]:
-    """Ours over theirs, and both in MiB. `clear` drops gradients, so that they count."""
+    """Extra peak memory, ours / transformers', and both in MiB. clear: drops gradients, so that they count too."""
     peaks = [peak_mib(lambda run=run: (run(), clear())[1], device) for run in (ours, theirs)]
     return peaks[0] / peaks[1], {"ours_mib": peaks[0], "transformers_mib": peaks[1]}
 
@@ -130,7 +130,7 @@ def models() -> Models:
 
 
 def quickstart_models() -> Models:
-    """The model that the quick start trains: 4 experts, under a million parameters."""
+    """The quick start's model, with 4 experts and under a million parameters."""
     return beside_theirs(build_model(ModelSizes(), build_tokenizer(), 0.0, seed=0))
 
 

@@ -20,13 +20,14 @@ from moe import TOKENS, Run, config, forward_backward, layers, memory_fraction
 
 HIDDEN, WIDTH = 5120, 8192
 EXPERTS = {"scout": 16, "maverick": 128}
-SQUARE = 8192  # of the matrix product whose rate is the measure
+SQUARE = 8192  # side of the matrices whose product is the reference for gpu_mfu
 BF16 = torch.bfloat16
 
 
 def fitting(num_experts: int) -> int:
-    """As many experts as the free memory holds, halved until they fit."""
-    # Weight and gradient, and what transformers keeps for every token in every expert (input, gate and up, product).
+    """The number of experts, halved until the layer fits into the free memory."""
+    # Memory: weight and gradient, and what transformers keeps for every token in every expert (input, gate, up,
+    # product).
     each = 2 * (2 * 3 * HIDDEN * WIDTH + 2 * TOKENS * (2 * HIDDEN + 4 * WIDTH))
     while num_experts > 1 and num_experts * each > 0.9 * torch.cuda.mem_get_info()[0]:
         num_experts //= 2
@@ -34,7 +35,7 @@ def fitting(num_experts: int) -> int:
 
 
 def pair(name: str):
-    """Ours, theirs, and how many experts they have."""
+    """Our layer, transformers' layer, and the number of their experts."""
     torch.cuda.empty_cache()
     num_experts = fitting(EXPERTS[name])
     sizes = config(num_experts, hidden_size=HIDDEN, intermediate_size=WIDTH)
@@ -71,7 +72,8 @@ def mfu(name: str) -> tuple[float, dict[str, float]]:
     left, right = (torch.randn(SQUARE, SQUARE, device="cuda", dtype=BF16) for _ in range(2))
     layer, product = timed(ours), lambda: left @ right
     seconds(layer), seconds(product)
-    layer_flops = 3 * 2 * TOKENS * 2 * 3 * HIDDEN * WIDTH  # forward and both gradients; a routed and the shared expert
+    # Forward and both gradients, of a routed expert and the shared one.
+    layer_flops = 3 * 2 * TOKENS * 2 * 3 * HIDDEN * WIDTH
     rounds = [(seconds(layer), min(seconds(product) for _ in range(5))) for _ in range(15)]
     fraction = statistics.median(layer_flops / a / (2 * SQUARE**3 / b) for a, b in rounds)
     rate = 2 * SQUARE**3 / statistics.median(b for _, b in rounds)
@@ -85,7 +87,7 @@ def memory(name: str) -> tuple[float, dict[str, float]]:
 
 
 def gpu_entries() -> dict[str, Entry]:
-    """By name, for both widths."""
+    """The entries of both widths, by name."""
     kinds: dict[str, Callable] = {
         "speedup": speedup, "grouped_fraction": grouped_fraction, "mfu": mfu, "memory_fraction": memory
     }  # fmt: skip

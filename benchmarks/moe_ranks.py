@@ -17,7 +17,7 @@ ROWS, LENGTH, STEPS, ROUNDS = 16, 128, 6, 3
 
 
 def ranks_speedup() -> tuple[float, dict[str, float]]:
-    """Median over rounds; each round starts one rank, then two. Also the medians of tokens a second."""
+    """The ratio as the median over rounds, and the medians of tokens a second. A round starts one rank, then two."""
     rates = [[_tokens_per_s(world) for world in (1, 2)] for _ in range(ROUNDS)]
     one, two = (statistics.median(column) for column in zip(*rates, strict=True))
     return statistics.median(two / one for one, two in rates), {"tokens_per_s_1": one, "tokens_per_s_2": two}
@@ -43,7 +43,7 @@ def _tokens_per_s(world: int) -> float:
 
 
 def _rank(rank: int, world: int, port: int) -> float:
-    """This rank's part of the training; returns the tokens a second of all ranks in the median step."""
+    """Train as one rank; returns the tokens a second of all ranks in the median step."""
     import torch
     from moe import config
 

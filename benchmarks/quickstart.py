@@ -27,7 +27,7 @@ STAGES = ("base", "sft", "rl", "dpo")
 
 
 def run_seed(seed: int) -> dict[str, Any]:
-    """One whole run; returns its figures."""
+    """Do one whole run and return its figures."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         command = [sys.executable, "-m", "posttrain.cli.main", "run", "quickstart", f"seed={seed}"]

@@ -53,7 +53,7 @@ PIECES_AT_ONCE = 1024
 
 
 class PreparedEngine:
-    """The rollout side of `EngineActor`: what is submitted is answered by the next `collect`; mute: never."""
+    """Has the methods of `EngineActor` for rollouts. `collect` answers every request; mute: it answers none."""
 
     def __init__(self, mute: bool):
         self._mute = mute
@@ -82,14 +82,14 @@ class PreparedEngine:
         return time.time(), time.time()
 
     async def cancel(self, keys: Sequence[int]) -> None:
-        """Nothing runs."""
+        """Do nothing, as no request runs."""
 
     async def pids(self) -> dict[str, int]:
         return {}
 
 
 class ReadyTrainer:
-    """In the place of a `TrainerClient`: a step takes no time, or as long as `held` says."""
+    """Takes the place of a `TrainerClient`. A step takes no time, or as long as `held` says."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, float]] = []  # wall and processor time of this process, at each step
@@ -117,7 +117,7 @@ def settings(batch: int, staleness: int, steps: int) -> RlConfig:
 
 @contextlib.contextmanager
 def parts(folder: Path, seed: int, mute: bool):
-    """Everything a controller moves records between."""
+    """The parts between which a controller moves records."""
     import ray
 
     rows = [Row(f"r{index}", "sums", (Message("user", f"{index} + 1 ="),), str(index + 1)) for index in range(ROWS)]
@@ -165,7 +165,7 @@ def groups_per_s(seed: int = 0, profile: bool = False) -> tuple[float, dict[str,
 
 
 async def reward_groups_per_s(config: RlConfig, prompt: DrawnPrompt) -> float:
-    """What one reward actor with one process scores a second, given 128 groups a call and two calls at once."""
+    """Groups a second that a reward actor with one process scores, in calls of 128 groups, two calls at a time."""
     reply = Completion(tuple(range(TOKENS)), "12", (-1.0,) * TOKENS, FinishReason.STOP, (VersionSpan(0, 0, TOKENS),))
     group = make_group(0, prompt, [whole_reply(reply)] * GROUP, worker="engine0")
     pairs = [(rollout, prompt.row) for rollout in group.rollouts] * 128
@@ -199,7 +199,7 @@ def rss_gib(seed: int = 0) -> tuple[float, dict[str, float]]:
 
 
 async def _fill(controller: Controller, ledger: Ledger) -> int:
-    """Run until everything is admitted, handed to the engines and on the disk; how many groups."""
+    """Run until all groups are admitted, sent to the engines and on the disk. Returns how many there are."""
     running = asyncio.ensure_future(controller.run())
     try:
         while not running.done():
@@ -221,7 +221,7 @@ def _rss_gib() -> float:
     return int(line.split()[1]) / 2**20
 
 
-if __name__ == "__main__":  # where the time goes
+if __name__ == "__main__":  # profile the controller
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     figure, detail = groups_per_s(profile="profile" in sys.argv)
     print(figure, detail)

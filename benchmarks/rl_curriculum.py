@@ -47,7 +47,7 @@ from posttrain.rl.config import RlConfig
 
 SEEDS, TARGET = (1, 2, 3), 0.52
 STEPS, EVERY = 67, 8
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t, 97.5%, of so many seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t at 97.5%, by the number of seeds
 SETTINGS: dict[str, Any] = {
     "reward": {"name": "puzzles"}, "steps": STEPS, "groups_per_step": 4, "group_size": 8, "max_staleness": 1,
     "sampling": {"temperature": 1.0, "max_tokens": 64}, "checkpoint_every": STEPS,
@@ -83,7 +83,7 @@ def curriculum_token_ratio() -> tuple[float, dict[str, float]]:
 
 
 def run_arm(scratch: Path, pool: Pool, arm: str, *, seed: int) -> dict[str, Any]:
-    """One arm's figures: of each evaluation the `tokens` sampled before it and its `accuracy`; sums over its groups."""
+    """Run one arm. For each evaluation: `tokens` sampled before it, and `accuracy`; also sums over the arm's groups."""
     from posttrain.rl.stage import run
 
     with tempfile.TemporaryDirectory(dir=scratch) as name:
@@ -94,7 +94,7 @@ def run_arm(scratch: Path, pool: Pool, arm: str, *, seed: int) -> dict[str, Any]
             "evaluation": {"data": {"path": pool.heldout}, "every": EVERY, "samples": 2, "temperature": 1.0},
         }  # fmt: skip
         if "curriculum" not in data:
-            data["profile"] = data["profile"] | {"store": pool.store}  # knows all of them, so samples none
+            data["profile"] = data["profile"] | {"store": pool.store}  # it has all prompts, so none is sampled
         config = validate_config(RlConfig, data, "benchmark")
         run(config, StageContext("rl", folder, folder / "events.jsonl", seed, warm_engines=True))
         steps = list(read_jsonl(folder / "metrics.jsonl"))
@@ -115,7 +115,7 @@ def run_arm(scratch: Path, pool: Pool, arm: str, *, seed: int) -> dict[str, Any]
 
 
 def _check_counted(folder: Path, steps: Sequence[dict[str, Any]]) -> None:
-    """What the metrics count as generated is what the archive of all rollouts holds, but for the last that came."""
+    """Check that the metrics count the generated groups that the archive holds, except for the last ones."""
     import pyarrow.parquet as pq
 
     files = (folder / "rollouts").glob("*.parquet")
@@ -126,7 +126,7 @@ def _check_counted(folder: Path, steps: Sequence[dict[str, Any]]) -> None:
 
 
 def compare(runs: dict[tuple[str, int], dict[str, Any]], composition: dict[str, int]) -> tuple[float, dict[str, float]]:
-    """The figure, and what is told beside it: of each arm the means over seeds."""
+    """The figure, and the means over seeds of each arm."""
     seeds = sorted({seed for _, seed in runs})
     detail: dict[str, float] = {"seeds": len(seeds), "target": TARGET, "heldout": HELDOUT}
     detail |= {f"pool_{name}": count for name, count in composition.items()}
@@ -150,7 +150,7 @@ def compare(runs: dict[tuple[str, int], dict[str, Any]], composition: dict[str, 
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The nearest sequence that never falls, by least squares (pool adjacent violators)."""
+    """The nearest sequence, by least squares, that never falls (pool adjacent violators)."""
     blocks: list[tuple[float, int]] = []
     for value in values:
         mean, count = value, 1
@@ -162,7 +162,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def to_target(tokens: Sequence[float], accuracy: Sequence[float], target: float) -> tuple[float, float, bool]:
-    """Tokens and evaluations until `target`, interpolated; where it is never reached all of them, and False."""
+    """Tokens and evaluations until `target`, interpolated, and True; if it is never reached, all of them and False."""
     rising = smooth(accuracy)
     for index in range(1, len(rising)):
         if rising[index] >= target:

@@ -18,7 +18,7 @@ SIZES = {
 
 
 def build(size: str, seed: int = 0) -> NativeLlama4ForCausalLM:
-    """Random weights, fp32."""
+    """A model with random weights, in fp32."""
     return build_model(SIZES[size], build_tokenizer(), 0.0, seed=seed)
 
 
@@ -29,7 +29,7 @@ def save(size: str, folder: Path) -> ServedModelConfig:
 
 
 class FixedLength(EngineActor):
-    """An engine whose replies always have `max_tokens` tokens, so that two of them do the same work."""
+    """An engine whose replies all have `max_tokens` tokens, so that two engines do the same work."""
 
     def _params(self, *arguments: Any, **options: Any) -> Any:
         params = super()._params(*arguments, **options)
@@ -38,7 +38,7 @@ class FixedLength(EngineActor):
 
 
 def start_engine(name: str, served: ServedModelConfig, engine: EngineConfig) -> Any:
-    """A started engine actor. It asks for little of the cluster, so that others fit beside it."""
+    """Start an engine actor. It asks the cluster for few resources, so that others fit beside it."""
     import ray
 
     from posttrain.sampling.engine import ENGINE_ENV

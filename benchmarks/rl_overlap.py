@@ -27,7 +27,7 @@ from posttrain.files import read_jsonl
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.rl.config import RlConfig
 
-# Groups a step, replies a group, tokens of a reply, words of a prompt.
+# Groups of a step, replies of a group, tokens of a reply, words of a prompt.
 BALANCES = {"generation": (4, 4, 96, 4), "balanced": (16, 8, 24, 16), "training": (16, 8, 8, 60)}
 STALENESS, WARM, STEPS, ROUNDS = 3, 3, 10, 2
 
@@ -49,7 +49,7 @@ def _overlap(balance: str, seed: int = 0) -> dict[str, float]:
             )
             gen_s = statistics.median(step["wait_s"] for step in strict)
             wall_s = statistics.median(step["step_wall_s"] for step in strict)
-            # Asynchronous steps come in bursts: their mean counts, not their median.
+            # Asynchronous steps come in bursts, so their mean is taken and not their median.
             async_s = statistics.fmean(step["step_wall_s"] for step in overlapped)
             ideal = wall_s / max(gen_s, wall_s - gen_s)
             speedup = statistics.fmean(step["step_wall_s"] for step in strict) / async_s

@@ -36,9 +36,9 @@ HELDOUT = 320
 
 @dataclass(frozen=True)
 class Pool:
-    """Files of prompts to train on and of held-out problems, and the policy that they were chosen for.
+    """The files of training prompts and of held-out problems, and the policy for which they were chosen.
 
-    store: folder of the estimates that they were chosen by. composition: number of prompts by kind of pass rate.
+    store: folder of the pass rates by which they were chosen. composition: number of prompts of each sort.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Pool:
 
 
 def make_pool(folder: Path, settings: dict[str, Any]) -> Pool:
-    """Train or fetch the base, sample its prompts, and choose; what is there already is not made again.
+    """Train or fetch the base, sample its prompts, and choose. Files that exist already are not made again.
 
     settings: of an RL stage, without model and prompts. Needs a Ray session.
     """
@@ -109,7 +109,7 @@ def _unsolvable(row: dict[str, Any]) -> dict[str, Any]:
 def _choose(
     folder: Path, base: dict[str, Any], rows: list[dict[str, Any]], *, rates: dict[str, float]
 ) -> dict[str, int]:
-    """Write pool.jsonl and heldout.jsonl; returns how many prompts of the pool are of which kind."""
+    """Write pool.jsonl and heldout.jsonl. Returns how many prompts of each sort the pool has."""
     rows = [row for row in rows if row["id"] in rates]
     random.Random(0).shuffle(rows)
     chosen, counts, by_kind = [], Counter[str](), defaultdict[tuple[str, int], list[float]](list)

@@ -7,5 +7,5 @@ from posttrain.records import Rollout, Row
 
 
 def every_second(rollout: Rollout, row: Row) -> float:
-    """0 or 1, by the rollout's place in its group, so that no group has equal rewards."""
+    """0 or 1 by the place of the rollout in its group, so that no group has equal rewards only."""
     return float(rollout.index % 2)

@@ -58,7 +58,7 @@ class RawLLM:
 
 
 class Ours:
-    """One rollout worker, fed with all requests at once, its transitions written to a ledger."""
+    """One rollout worker that gets all requests at once. Its transitions are written to a ledger."""
 
     def __init__(self, actor: Any, folder: Path):
         self._folder, self._next = folder, 0
@@ -130,7 +130,7 @@ def rollout_vs_raw(size: str) -> tuple[float, dict[str, float]]:
                 for name, own_core in (("raw_in_process", "0"), ("raw_own_core", "1"))
             }
             rates: dict[str, list[float]] = {"ours": [], **{name: [] for name in raw}}
-            for _ in range(1 + rounds):  # the first warms
+            for _ in range(1 + rounds):  # the first round warms up
                 rates["ours"].append(ours.tokens_per_s(prompts, num_tokens))
                 for name, actor in raw.items():
                     rates[name].append(ray.get(actor.tokens_per_s.remote(prompts, num_tokens)))

@@ -66,11 +66,11 @@ from posttrain.rl.training.client import TrainerClient
 
 HERE = Path(__file__).parent
 SEEDS = tuple(int(seed) for seed in os.environ.get("TRL_SEEDS", "0,1,2").split(","))
-GAIN_SHARE = 0.8  # of what ours gains at its best, over the base: the target of both
-PEER_S = float(os.environ.get("TRL_SECONDS", "240"))  # of training, a seed
+GAIN_SHARE = 0.8  # the target is the base plus this share of the largest gain of ours
+PEER_S = float(os.environ.get("TRL_SECONDS", "240"))  # seconds of training for each seed
 TRIAL_S = 25.0
-REPLIES = 256  # a step, of both
-MAX_POINTS = 10  # policies that are evaluated, of each side and seed
+REPLIES = 256  # replies of a step, of both
+MAX_POINTS = 10  # policies that are evaluated for each side and seed
 BASE_LIMIT_S, PEER_START_S = 600.0, 120.0
 
 BASE = StageConfig(steps=1300)
@@ -85,8 +85,8 @@ OURS: dict[str, Any] = {
     "optimizer": {"learning_rate": RATE, "schedule": "constant", "warmup_steps": 4},
     "checkpoint_every": 1000, "resources": {"rollout": ROLLOUT, "trainer": {"cpus": 1.0}},
 }  # fmt: skip
-# Of GRPOConfig. The optimizer is ours (TRL's warm-up begins with a rate of 0, so it is a step shorter); whatever costs
-# time and is not needed is off.
+# Settings of GRPOConfig. The optimizer is set as ours; its warm-up is one step shorter, because TRL's begins with a
+# rate of 0. Everything that costs time and is not needed is off.
 PEER: dict[str, Any] = {
     "learning_rate": RATE, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3, "adam_beta2": 0.95,
     "num_generations": 8, "max_completion_length": 64, "temperature": 1.0, "beta": 0.0,
@@ -96,26 +96,26 @@ PEER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class PeerSetting:
-    """processes of `threads` threads each; settings: of GRPOConfig, beside `PEER`."""
+    """How TRL runs: `processes` with `threads` threads each. settings: of GRPOConfig, in addition to `PEER`."""
 
     processes: int
     threads: int
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-# What TRL's speed may depend on; 256 replies a step in each, as ours. The fastest of a short trial trains.
+# Settings on which TRL's speed may depend, each with 256 replies a step, as ours. The fastest in a short trial is used.
 PEER_SETTINGS = {
     "one_process": PeerSetting(1, 2, {"per_device_train_batch_size": 256}),
     "two_processes": PeerSetting(2, 1, {"per_device_train_batch_size": 128}),
     "static_cache": PeerSetting(1, 2, {"per_device_train_batch_size": 256, "cache_implementation": "static"}),
-    # As stale at most as ours: four steps on 1,024 replies of one policy.
+    # At most as stale as ours: four steps on 1,024 replies of one policy.
     "four_steps": PeerSetting(1, 2, {"per_device_train_batch_size": 256, "steps_per_generation": 4}),
 }
 
 
 @dataclass
 class Training:
-    """One training: the policies saved, as {step, seconds, tokens, model, accuracy}, and what it took before."""
+    """One training: its saved policies, as {step, seconds, tokens, model, accuracy}, and the time before it."""
 
     startup_s: float
     points: list[dict[str, Any]]
@@ -132,7 +132,7 @@ class Training:
         return max(point["accuracy"] for point in self.points)
 
     def seconds_to(self, accuracy: float) -> float | None:
-        """When the accuracy was first reached, between two policies in a line; None: never."""
+        """Seconds until the accuracy was first reached, interpolated linearly between two policies; None: never."""
         for before, after in zip(self.points, self.points[1:], strict=False):
             if after["accuracy"] >= accuracy:
                 share = (accuracy - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
@@ -184,7 +184,7 @@ def trl_speedup() -> tuple[float, dict[str, Any]]:
 
 
 def _compared(seed: int, ours: Training, peer: Training) -> dict[str, Any]:
-    """The figures of a seed. A peer that never had the target is taken to have it at its last policy: a lower bound."""
+    """The figures of a seed. A peer that never reached the target counts as if its last policy had: a lower bound."""
     base = ours.points[0]["accuracy"]
     target = base + GAIN_SHARE * (ours.best - base)
     if ours.best - base < 0.05:
@@ -217,7 +217,7 @@ def _compared(seed: int, ours: Training, peer: Training) -> dict[str, Any]:
 
 
 def dense_base(folder: Path) -> tuple[Path, dict[str, Path]]:
-    """The model that both begin with, and the quick start's sets, of seed 0 for every seed here. Trained once."""
+    """The model from which both start, trained once, and the quick start's datasets of seed 0, for every seed here."""
     data = write_sets(draw_sets(0, BASE.sets), folder / "data", 0)
     script, model = HERE / "rl_trl_base.py", folder / "base"
     key = f"{cache_key(BASE, 0)}-{sha256(script.read_bytes()).hexdigest()[:8]}"
@@ -229,7 +229,7 @@ def dense_base(folder: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def train_ours(folder: Path, model: Path, prompts: Path, *, seed: int) -> Training:
-    """The stage as it is; its policies are made afterwards, by doing its steps again from what it recorded."""
+    """Run our stage as it is. Its policies are made afterwards, by a replay of its recorded steps."""
     from posttrain.rl.stage import run
 
     given = {"model": _served(model), "prompts": {"path": str(prompts)}, "reward": {"name": "puzzles"}}
@@ -272,7 +272,7 @@ def selected(folder: Path) -> list[str]:
 def train_peer(
     folder: Path, model: Path, prompts: Path, *, ids: Sequence[str], seed: int, seconds: float, setting: PeerSetting
 ) -> Training:
-    """TRL on the prompts of these ids, for so many seconds."""
+    """Train with TRL on the prompts of these ids for a number of seconds."""
     spec = {
         "model": str(model), "prompts": str(prompts), "ids": list(ids), "out": str(folder), "seed": seed,
         "seconds": seconds, "every": 2, "threads": setting.threads, "settings": {**PEER, **setting.settings},
@@ -290,14 +290,14 @@ def train_peer(
     began = json.loads((folder / "began.json").read_text())["time"]
     saved = [{**line, "model": folder / f"step_{line['step']}"} for line in lines]
     saved = [line for line in saved if line["model"].is_dir()]
-    # As many policies as of ours, evenly over the time; the last in any case.
+    # As many policies as of ours, evenly spread over the time, and always the last one.
     picked = {round((index + 1) * len(saved) / MAX_POINTS) - 1 for index in range(MAX_POINTS)} - {-1}
     points = [saved[index] for index in sorted(picked)]
     return Training(began - started, points, lines[-1]["step"], lines[-1]["tokens"], lines[-1]["seconds"])
 
 
 def _trial(folder: Path, model: Path, prompts: Path, *, ids: Sequence[str], setting: PeerSetting) -> float:
-    """Replies trained on a second, after the first generation, which warms up; 0 where this setting does not run."""
+    """Replies a second that are trained on, without the first generation, a warm-up; 0 if the setting does not run."""
     try:
         train_peer(folder, model, prompts, ids=ids, seed=0, seconds=TRIAL_S, setting=setting)
     except StageError as error:
@@ -311,7 +311,7 @@ def _trial(folder: Path, model: Path, prompts: Path, *, ids: Sequence[str], sett
 
 
 def evaluate(folder: Path, model: Path, pairs: Sequence[tuple[Training, Training]], *, heldout: Path) -> None:
-    """Greedy accuracy on the held-out set, into every point; both sides and the base by the same engines and scorer."""
+    """Add greedy accuracy on the held-out set to every point. All have the same engines and scorer."""
     from posttrain.eval.stage import run
 
     with ray_session():
@@ -338,7 +338,7 @@ def evaluate(folder: Path, model: Path, pairs: Sequence[tuple[Training, Training
 def _run_script(
     script: Path, spec: dict[str, Any], folder: Path, *, limit_s: float, threads: int = 1, launch: Sequence[str] = ()
 ) -> None:
-    """Run a script of this folder with its spec; raises StageError, with the end of its log, where it fails."""
+    """Run a script of this folder with its spec. Raises StageError, with the end of its log, if the script fails."""
     folder.mkdir(parents=True)
     (folder / "spec.json").write_text(json.dumps(spec))
     log = folder / "log.txt"

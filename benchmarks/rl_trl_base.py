@@ -26,7 +26,7 @@ SIZES = {
 
 
 def build_dense(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, *, seed: int) -> LlamaForCausalLM:
-    """In fp32, with first weights like those of the quick start's model. The sizes are `SIZES`, not those given."""
+    """A dense model in fp32, initialised like the quick start's model. Its sizes are `SIZES`; `sizes` is ignored."""
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES, **special, dtype="float32"))
     base_model._initialize(model, SIZES["num_hidden_layers"], seed)
@@ -35,7 +35,7 @@ def build_dense(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, *
 
 
 def _without_balance_loss(module: Any, inputs: Any, output: Any) -> None:
-    output.aux_loss = None  # which the rank asks for
+    output.aux_loss = None  # an attribute that the rank reads
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from posttrain.scoring.plugins.lookup import load_reward
 
 
 class Clock(TrainerCallback):
-    """Tells when each step was done, saves policies, and ends the training in time."""
+    """Records the time of each step, saves policies, and ends the training when its time is up."""
 
     def __init__(self, spec: dict[str, Any]):
         self._spec = spec
@@ -50,7 +50,7 @@ class Clock(TrainerCallback):
         control.should_training_stop |= bool(over)
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **objects: Any) -> None:
-        """After each step; after one that generated, with what all processes' replies were like."""
+        """After each step. After a step that generated, the logs describe the replies of all processes."""
         if "loss" not in logs:
             return
         seconds, now = self._seconds(), time.perf_counter()
@@ -79,7 +79,7 @@ def main(spec: dict[str, Any]) -> None:
     puzzles = load_reward("puzzles")
 
     def reward(completions: list[Any], completion_ids: list[list[int]], row: list[str], **_: Any) -> list[float]:
-        """As ours: the scorer is asked about each reply, with how it ended."""
+        """Score each reply with our scorer, which is also told how the reply ended."""
         return [
             puzzles(_rollout(name, reply[0]["content"], ids, has_ended=ids[-1] in ends), rows[name]).value
             for name, reply, ids in zip(row, completions, completion_ids, strict=True)
@@ -97,7 +97,7 @@ def main(spec: dict[str, Any]) -> None:
 
 
 def _rollout(row_id: str, text: str, ids: list[int], *, has_ended: bool) -> Rollout:
-    """What a scorer looks at, of a reply of TRL's."""
+    """A reply of TRL as the rollout that our scorer takes."""
     reason = FinishReason.STOP if has_ended else FinishReason.LENGTH
     return Rollout(row_id, row_id, 0, Prompt((), ()), (Segment(tuple(ids), True, ()),), text, reason)
 

@@ -43,7 +43,8 @@ def weight_update(size: str) -> tuple[float, dict[str, float]]:
                 time.sleep(0.2)
                 times["copy"].append(_copy_ms(weights, target))
                 began = time.perf_counter()
-                manifest = shared.publish(specs, iter(weights.values()), 2 * turn)  # even: one segment is enough
+                # Versions are even numbers, so that one segment is enough.
+                manifest = shared.publish(specs, iter(weights.values()), 2 * turn)
                 published = time.perf_counter()
                 paused, resumed = ray.get(engine.update_weights.remote(manifest, 2 * turn))
                 times["update"].append(1e3 * (time.perf_counter() - began))
@@ -56,7 +57,7 @@ def weight_update(size: str) -> tuple[float, dict[str, float]]:
 
 
 def _summary(times: dict[str, list[float]], num_bytes: int) -> tuple[float, dict[str, float]]:
-    kept = {name: values[1:] for name, values in times.items()}  # the first round warms
+    kept = {name: values[1:] for name, values in times.items()}  # the first round warms up
     ratio = statistics.median(copy / update for copy, update in zip(kept["copy"], kept["update"], strict=True))
     medians: dict[str, Any] = {f"{name}_ms": statistics.median(values) for name, values in kept.items()}
     beyond = medians["pause_ms"] - medians["copy_ms"] - 20
