@@ -1,8 +1,8 @@
-"""Base models trained before, by what determines them: config, seed, source and torch version.
+"""A cache of base models. The key of an entry is a hash of config, seed, source code and torch version.
 
-Kept under $POSTTRAIN_CACHE/base, or ~/.cache/posttrain/base. An entry is written aside and renamed, so it is whole or
-not there; nothing is ever removed but what a crash left half-written. Left out: the processor, on which the last
-bits of a float depend.
+The cache is in $POSTTRAIN_CACHE/base, or else in ~/.cache/posttrain/base. An entry is written under another name and
+then renamed, so it is complete or absent. Entries are never removed, except for those that a crash left half-written.
+Left out of the key: the processor, on which the last bits of a float depend.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ _HASH_CHARS = 24
 
 
 def cache_root() -> Path:
-    """Where the entries are kept."""
+    """The folder of the cache."""
     given = os.environ.get("POSTTRAIN_CACHE")
     return (Path(given) if given else Path.home() / ".cache" / "posttrain") / "base"
 
 
 def cache_key(config: StageConfig, seed: int) -> str:
-    """Hash of everything that the weights depend on."""
+    """A hash of everything on which the weights depend, except for the processor."""
     import torch
 
     settings = config.model_dump(mode="json", exclude={"cache", "trackers"})
@@ -40,7 +40,7 @@ def cache_key(config: StageConfig, seed: int) -> str:
 
 
 def fetch(key: str, out: Path) -> bool:
-    """Copy the entry's model folder to `out`, which must not exist; False if there is no such entry."""
+    """Copy the model folder of an entry to `out`, which must not exist. False if there is no such entry."""
     entry = cache_root() / key
     if not (entry / "config.json").is_file():
         return False
@@ -50,7 +50,7 @@ def fetch(key: str, out: Path) -> bool:
 
 
 def store(key: str, model: Path) -> None:
-    """Keep a copy of a model folder. A cache that cannot be written is no reason to fail."""
+    """Keep a copy of a model folder. If the cache cannot be written, nothing is kept, and no error is raised."""
     entry = cache_root() / key
     if entry.exists():
         return

@@ -7,15 +7,15 @@ import torch
 
 from posttrain.base.config import ModelSizes
 
-# Far above the length of any puzzle, so that chunks and attention temperature, which engines treat differently at
-# their borders, never come into play.
+# Far above the length of any puzzle, so that chunks and attention temperature never have an effect. Engines treat both
+# differently at the limits.
 _MAX_LENGTH = 2048
 _EMBEDDING_STD = 1.0
 _HEAD_STD = 0.02
 
 
 def build_model(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, *, seed: int) -> Any:
-    """A `NativeLlama4ForCausalLM` in fp32; its first weights depend only on the sizes and the seed."""
+    """A `NativeLlama4ForCausalLM` in fp32. Its first weights depend on the sizes and the seed alone."""
     from transformers import Llama4TextConfig
 
     from posttrain.model.native import NativeLlama4ForCausalLM
@@ -50,10 +50,11 @@ def build_model(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, *
 
 @torch.no_grad()
 def _initialize(model: torch.nn.Module, layers: int, seed: int) -> None:
-    """Normal weights of 1 / sqrt(fan-in), smaller into the residual stream and for the head.
+    """Draw weights from a normal distribution with the standard deviation 1 / sqrt(fan-in).
 
-    Embeddings are as large as what the layers add to them. With the usual 0.02 a token's identity drowns in the
-    residual stream, and the loss after 250 steps was 0.65 rather than 0.47.
+    It is smaller for projections into the residual stream and for the head. Embeddings have a standard deviation of 1,
+    so that they are as large as the values that the layers add to them. With the usual 0.02 the layers' values would
+    hide which token it is: the loss after 250 steps was 0.65 instead of 0.47.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
-"""Muon: momentum whose update is made nearly orthogonal, with the matrices shared out over the processes.
+"""The optimizer Muon: momentum, whose update is made nearly orthogonal. The matrices are divided among the processes.
 
-Each process keeps the momentum of its own matrices, orthogonalises those alone, and hands the result to the others:
-the step costs 1/N of the time, and every process ends with the same weights.
+Each process keeps the momentum of its own matrices, makes their updates orthogonal, and sends them to the others. So
+the step takes 1/N of the time, and every process ends with the same weights.
 
 Source: Muon (Jordan et al. 2024), Nesterov momentum and the quintic Newton-Schulz iteration with its coefficients.
 """
@@ -27,9 +27,9 @@ def orthogonalize(update: torch.Tensor) -> torch.Tensor:
 
 
 class Muon:
-    """One optimizer over all processes of the default group (or over one, without a group).
+    """One optimizer over all processes of the default process group; over this process alone if there is no group.
 
-    parameters: matrices, or stacks of them [E, M, N]; the same list in the same order on every process.
+    parameters: matrices, or stacks of matrices [E, M, N]. Every process gives the same list in the same order.
     """
 
     def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95):
@@ -52,12 +52,12 @@ class Muon:
             updates.append(orthogonalize(gradient + self._momentum * velocity))
         for share, flat in zip(self._shares, self._exchange(updates), strict=True):
             for parameter, update in zip(share, flat.split([p.numel() for p in share]), strict=True):
-                # Wide or tall, an update moves the output by the same amount.
+                # With this factor an update moves the output by the same amount for wide and for tall matrices.
                 scale = max(1.0, parameter.shape[-2] / parameter.shape[-1]) ** 0.5
                 parameter.add_(update.view_as(parameter), alpha=-learning_rate * scale)
 
     def _exchange(self, updates: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The flat updates of every share, in order, without the padding that makes them equally long."""
+        """Exchange updates. Returns the flat updates of every share in order, without the padding of the exchange."""
         flat = torch.cat([update.flatten() for update in updates]) if updates else torch.zeros(0)
         if self._world == 1:
             return [flat]
@@ -69,7 +69,7 @@ class Muon:
 
 
 def _share_out(parameters: list[nn.Parameter], world: int) -> list[list[nn.Parameter]]:
-    """Shares of about equal cost: the largest first, each to the share that has least so far."""
+    """Divide the parameters into shares of about equal cost: the largest first, each to the cheapest share so far."""
     shares: list[list[nn.Parameter]] = [[] for _ in range(world)]
     costs = [0] * world
     for parameter in sorted(parameters, key=_cost, reverse=True):

@@ -1,4 +1,4 @@
-"""One small puzzle, and what a family of puzzles provides. Nothing here knows of tokens or models."""
+"""The records of a puzzle and of a family of puzzles. Left out: tokens and models."""
 
 import random
 from collections.abc import Callable
@@ -12,11 +12,10 @@ LEVELS = (1, 2, 3, 4, 5)
 class Problem:
     """A puzzle with its right answer.
 
-    family, level: where it comes from; level 1 is the easiest of five.
-    prompt, answer: what is asked, and a right answer (the only one, except in countdown).
-    key: the same for problems that are the same in another wording, such as "3 + 4" and "4 + 3".
-    parts: what the family needs to write a solution.
-    fields: further columns of the dataset row, which a reward needs.
+    family: name in `tasks.FAMILIES`. level: 1 to 5; 1 is the easiest. prompt: the text of the question. answer: a right
+    answer; only in countdown there may be others. key: equal for problems that differ only in their wording, such as
+    "3 + 4" and "4 + 3". parts: the values from which the family writes a solution. fields: further columns of the
+    dataset row, which a reward needs.
     """
 
     family: str
@@ -32,8 +31,9 @@ class Problem:
 class Family:
     """A family of puzzles.
 
-    draw: (level, rng) -> Problem. worked: (problem, rng, slip) -> the steps, then the answer; with `slip` one step goes
-    wrong. terse: (problem, rng, careless) -> the answer alone; a careless one skips what takes effort.
+    draw: (level, rng) -> Problem. worked: (problem, rng, slip) -> a reply with the steps and then the answer; with
+    `slip` one step is wrong. terse: (problem, rng, careless) -> a reply with the answer alone; a careless one skips the
+    work.
     """
 
     capability: str
@@ -43,5 +43,5 @@ class Family:
 
 
 def with_steps(steps: list[str], answer: str, separator: str = ", ") -> str:
-    """A worked reply."""
+    """The text of a worked reply."""
     return f"Steps: {separator.join(steps)}. Answer: {answer}"

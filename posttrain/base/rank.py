@@ -1,13 +1,14 @@
 """The processes of base training: `python -m posttrain.base.rank SPEC.json`.
 
-The first imports what is needed and forks the others, which saves each of them five seconds of importing. If one
-dies, its peers fail in the next exchange; if the starter dies, all do.
+The first process imports all modules and then forks the others, which saves each of them five seconds of importing. If
+one dies, the others fail in the next exchange. If the process that started them dies, all of them end.
 
     every step, on each process:
       own documents -> forward, backward -> sum of gradients over processes -> Muon (own matrices, exchanged) + AdamW
 
-Rank 0 writes one JSON line a step to stdout and saves the model at the end. There is no checkpoint: the whole takes
-about as long as starting the tools around it. Runs on CPU, fp32, one thread a process.
+Rank 0 writes one JSON line for each step to stdout, and saves the model at the end. There is no checkpoint, because the
+whole training takes about as long as starting the tools around it. It runs on the CPU, in fp32, with one thread for
+each process.
 """
 
 import json
@@ -33,7 +34,11 @@ from posttrain.parallel.ending import end_rank
 
 
 def main(spec_path: str) -> None:
-    """Train as the spec says: {"config", "seed", "out", "parent"}; `out` is the model folder to write."""
+    """Train as a spec says.
+
+    Its keys: "config", "seed", "out" (the model folder to write), "parent" (process id of the process that starts this
+    one).
+    """
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     die_with_parent(spec["parent"])
     metrics = _own_stdout()
@@ -47,7 +52,7 @@ def main(spec_path: str) -> None:
     model, tokenizer = _train(config, spec["seed"], rank, metrics=metrics)
     if rank == 0:
         out = Path(spec["out"])
-        # The balance loss is this stage's own; later stages choose theirs.
+        # The coefficient is for this stage alone; later stages choose their own.
         model.config.router_aux_loss_coef = 0.0
         model.save_pretrained(out)
         save_tokenizer(tokenizer, out)
@@ -55,8 +60,8 @@ def main(spec_path: str) -> None:
 
 
 def _fork(processes: int) -> int:
-    """Fork the other processes, and return the rank of the one that this returns in."""
-    import posttrain.model.native  # noqa: F401  (slow to import: once, before the fork)
+    """Fork the other processes. Returns in every process, with its rank."""
+    import posttrain.model.native  # noqa: F401  (imported once, before the fork, because it is slow)
 
     first = os.getpid()
     for rank in range(1, processes):
@@ -67,7 +72,7 @@ def _fork(processes: int) -> int:
 
 
 def _own_stdout() -> TextIO:
-    """Keep stdout for metrics alone: what libraries print goes to stderr."""
+    """Reserve stdout for metrics: output that libraries print goes to stderr."""
     metrics = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return metrics
@@ -92,7 +97,7 @@ def _train(config: StageConfig, seed: int, rank: int, *, metrics: TextIO) -> tup
 
 
 def _update(model: Any, muon: Muon, adam: torch.optim.Optimizer, *, config: StageConfig, step: int) -> float:
-    """Change the weights by the gradients of a step and clear them; return the factor on the peak rates."""
+    """Update the weights by the gradients of a step, and clear the gradients. Returns the factor on the peak rates."""
     scale = learning_rate_scale(config, step)
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     muon.step(config.muon_learning_rate * scale)
@@ -104,7 +109,7 @@ def _update(model: Any, muon: Muon, adam: torch.optim.Optimizer, *, config: Stag
 
 
 def learning_rate_scale(config: StageConfig, step: int) -> float:
-    """Factor on the peak rates at a step counted from 0: up over the warm-up, flat, then down in a line."""
+    """The factor on the peak learning rates at a step, counted from 0: linear warm-up, constant, linear decay."""
     left = 1 - step / config.steps
     up = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     down = min(1.0, max(0.02, left / config.decay_share)) if config.decay_share else 1.0
@@ -112,7 +117,7 @@ def learning_rate_scale(config: StageConfig, step: int) -> float:
 
 
 def _split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """Matrices inside the layers, for Muon; and embeddings, head, routers and norms, for AdamW."""
+    """Two lists: matrices inside the layers, for Muon; embeddings, head, routers and norms, for AdamW."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         inside = parameter.dim() >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "router"))
@@ -121,7 +126,7 @@ def _split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter],
 
 
 def _batches(config: StageConfig, seed: int, rank: int, *, tokenizer: Any) -> Iterator[list[Document]]:
-    """Endless batches of this process; the share of worked replies changes with the steps taken."""
+    """An endless sequence of batches for this process. The share of worked replies depends on the steps done."""
     corpus = Corpus(tokenizer, config.text, draw_sets(seed, config.sets).keys(), seed=f"corpus {seed} {rank}")
     taken = 0
     while True:
@@ -139,7 +144,7 @@ def _backward(model: Any, batch: list[Document], pad_id: int, *, config: StageCo
     loss_sum = F.cross_entropy(logits_TV, ids_BS[:, 1:][reply_BS[:, 1:]], reduction="sum")
     count = logits_TV.shape[0]
     total = loss_sum
-    if outputs.aux_loss is not None:  # there is none without a layer of experts, or with a coefficient of 0
+    if outputs.aux_loss is not None:  # it is None without a layer of experts, or with a coefficient of 0
         total = total + config.balance_coefficient * outputs.aux_loss * count
     total.backward()
     totals = _sum_over_processes(model, torch.tensor([loss_sum.item(), count, ids_BS.numel()]))
@@ -150,7 +155,7 @@ def _backward(model: Any, batch: list[Document], pad_id: int, *, config: StageCo
 
 
 def _pad(batch: list[Document], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids int64 [B, S], padded on the right; and a bool mask [B, S] of the replies."""
+    """Token ids, int64 [B, S], padded on the right, and a mask of the replies, bool [B, S]."""
     longest = max(len(document.ids) for document in batch)
     ids_BS = torch.full((len(batch), longest), pad_id)
     reply_BS = torch.zeros(len(batch), longest, dtype=torch.bool)
@@ -161,7 +166,7 @@ def _pad(batch: list[Document], pad_id: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _sum_over_processes(model: Any, extra: torch.Tensor) -> torch.Tensor:
-    """Sum all gradients, and `extra` fp32 [N], over the processes in one exchange; return the summed `extra`."""
+    """Sum all gradients, and `extra` (fp32 [N]), over the processes in one exchange. Returns the sum of `extra`."""
     if not dist.is_initialized():
         return extra
     gradients = [parameter.grad for parameter in model.parameters()]

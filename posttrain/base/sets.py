@@ -1,7 +1,8 @@
 """The quick start's datasets: supervised examples, prompts for reinforcement learning, tune and held-out puzzles.
 
-No two sets share a problem, by canonical key, and the base model's training text shares none with any of them. The
-held-out and tune sets are the same for every seed: held-out measures, tune is what settings may be chosen on.
+No problem, by its canonical key, is in two of the sets, or in a set and in the base model's training text. The held-out
+and the tune set are the same for every seed. Settings may be chosen on the tune set; the held-out set is only for
+measuring.
 """
 
 import json
@@ -15,8 +16,8 @@ from posttrain.base.config import SetSizes
 from posttrain.base.problem import Problem
 from posttrain.base.tasks import FAMILIES, HABITS, draw_distinct, solve
 
-# Neutral instructions that half of the conversations open with. The policy has seen them from the start, so they can
-# be sampled during reinforcement learning.
+# Neutral instructions. Half of the conversations begin with one of them. So the policy knows them, and reinforcement
+# learning can sample them.
 SYSTEM_INSTRUCTIONS = (
     "Solve the puzzle.",
     "Give one answer.",
@@ -29,7 +30,7 @@ _FIXED_SEED = 20_261
 
 @dataclass(frozen=True, slots=True)
 class Sets:
-    """Problems of each set, in order."""
+    """The problems of each set, in order."""
 
     sft: tuple[Problem, ...]
     prompts: tuple[Problem, ...]
@@ -37,12 +38,12 @@ class Sets:
     tune: tuple[Problem, ...]
 
     def keys(self) -> frozenset[str]:
-        """Canonical keys that the base model's training text must avoid."""
+        """The canonical keys of all sets, which the base model's training text must not contain."""
         return frozenset(problem.key for part in (self.sft, self.prompts, self.heldout, self.tune) for problem in part)
 
 
 def draw_sets(seed: int, sizes: SetSizes) -> Sets:
-    """Draw all sets; only the supervised examples and the prompts depend on the seed."""
+    """Draw all sets. Only the supervised examples and the prompts depend on the seed."""
     fixed, taken = random.Random(_FIXED_SEED), set[str]()
     seeded = random.Random(f"sets {seed}")
     parts: dict[str, tuple[Problem, ...]] = {}
@@ -53,7 +54,7 @@ def draw_sets(seed: int, sizes: SetSizes) -> Sets:
 
 
 def write_sets(sets: Sets, folder: Path, seed: int) -> dict[str, Path]:
-    """Write one JSON-lines file a set and return their paths by name; only `sft` has assistant turns."""
+    """Write one JSON-lines file for each set, and return the paths by name. Only `sft` has assistant turns."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"rows {seed}")
     rows = {
@@ -69,7 +70,7 @@ def write_sets(sets: Sets, folder: Path, seed: int) -> dict[str, Path]:
 
 
 def with_system(prompt: str, rng: random.Random) -> list[dict[str, str]]:
-    """The turns before a reply: half of the time a system instruction, then the prompt."""
+    """The turns before a reply: in half of all cases a system instruction, and then the prompt."""
     turns = [{"role": "user", "content": prompt}]
     if rng.random() < 0.5:
         turns.insert(0, {"role": "system", "content": rng.choice(SYSTEM_INSTRUCTIONS)})

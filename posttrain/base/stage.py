@@ -1,7 +1,7 @@
-"""The `base` stage: the quick start's model, trained from nothing, and its datasets.
+"""The stage `base`: train the quick start's model from random weights, and write its datasets.
 
-Everything follows from the config and the seed. A base that was trained before is taken from the cache; the datasets
-take no time and are always written.
+The result depends on the config and the seed alone. A base that was trained before is taken from the cache. The
+datasets take no time, and are always written.
 """
 
 import time
@@ -44,7 +44,7 @@ def run(config: StageConfig, context: StageContext) -> dict[str, Any]:
 
 
 def _cache_entry(config: StageConfig, seed: int) -> str:
-    """Name of its entry in the cache; empty where the cache is not to be used."""
+    """The key of the base in the cache; empty if the config does not use the cache."""
     return cache_key(config, seed) if config.cache else ""
 
 
@@ -63,7 +63,7 @@ def _train(config: StageConfig, context: StageContext) -> None:
 
 
 class _Reporter:
-    """Turns each step's line into progress and metrics; metrics are means over `_METRICS_EVERY` steps."""
+    """Reports the line of each step as progress, and means over `_METRICS_EVERY` steps as metrics."""
 
     def __init__(self, config: StageConfig, context: StageContext):
         self._steps = config.steps

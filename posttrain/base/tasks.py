@@ -1,7 +1,7 @@
-"""The puzzles of the quick start: five families of five levels, and sets of them that share no problem.
+"""The puzzles of the quick start: five families with five levels each, and functions that draw distinct problems.
 
-They are made so that effort pays: a reply that shows its steps is right far more often than a terse one, and the base
-model mostly answers tersely. What reinforcement learning can find is to do the work.
+In these puzzles work pays: a reply that shows its steps is right far more often than a terse one. But the base model
+mostly gives terse replies. Reinforcement learning can find out that showing the steps is better.
 """
 
 import random
@@ -29,9 +29,9 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True, slots=True)
 class Habit:
-    """How people answer a family of puzzles when nobody asks for more.
+    """How often replies to a family of puzzles show their steps, in the later training text and in the examples.
 
-    worked: share of replies that show their steps. careless: share of the terse ones that skip what takes effort.
+    worked: share of replies that show their steps. careless: share of the terse replies that skip the work.
     """
 
     worked: float
@@ -54,9 +54,10 @@ def draw_distinct(
     *,
     level_weights: Sequence[float] | None = None,
 ) -> list[Problem]:
-    """`count` problems of distinct keys, none of them in `taken`; families take turns, levels by weight (else even).
+    """`count` problems with distinct keys, none of which is in `taken`.
 
-    Raises `DataError` where a family has no more problems to give.
+    Families are drawn from in turn. Levels are drawn by weight, or evenly without weights. Raises `DataError` if a
+    family has no more problems.
     """
     names, seen, problems = list(FAMILIES), set(taken), list[Problem]()
     while len(problems) < count:
@@ -67,7 +68,7 @@ def draw_distinct(
 
 
 def draw_any(rng: random.Random, taken: Collection[str], level_weights: Sequence[float] | None = None) -> Problem:
-    """One problem of any family whose key is not in `taken`. Raises `DataError` where there is none."""
+    """One problem of any family whose key is not in `taken`. Raises `DataError` if none is found."""
     return _draw(rng.choice(list(FAMILIES)), rng, taken, level_weights=level_weights)
 
 

@@ -1,8 +1,8 @@
-"""The quick start's tokenizer: the words of the puzzles are one token each, everything else is bytes.
+"""The quick start's tokenizer: each word of the puzzles is one token, and any other text is split into bytes.
 
-A byte-level BPE with an empty list of merges: a whole word of the vocabulary is one token, any other text falls back
-to its bytes, so no text is unknown. It is written down rather than trained, thus the same on every machine. Special
-tokens and chat template follow Llama 4.
+It is a byte-level BPE with an empty list of merges. A word of the vocabulary is one token. Any other text becomes its
+bytes, so no text is unknown. The vocabulary is written in this file and not trained, so it is the same on every
+machine. Special tokens and chat template follow Llama 4.
 """
 
 import json
@@ -40,8 +40,8 @@ CHAT_TEMPLATE = """{{- bos_token }}
 
 _LARGEST_NUMBER = 99
 _MAX_LENGTH = 2048
-# The head of a statement, a letter run with its colon, a number of up to two digits, a run of signs: each with the
-# space before it, if any.
+# A piece of text is the head of a statement, a run of letters with its colon, a number of up to two digits, or a run of
+# signs, each with the space before it, if there is one.
 _SPLIT = r" ?x [-+*]?=| ?\p{L}+:?| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s"
 _WORDS = (
     *("system", "user", "assistant", "Steps:", "Answer:", "Rate:", "easy", "medium", "hard", "yes", "no", "none"),

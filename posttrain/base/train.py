@@ -1,4 +1,4 @@
-"""Starts base training, listens to the first of its processes, and leaves none behind."""
+"""Start the processes of base training, read the metrics of the first one, and end them all."""
 
 import json
 import os
@@ -21,8 +21,8 @@ def train_base(
 ) -> None:
     """Train a base model into the folder `out`.
 
-    scratch: an existing folder for the log and the processes' meeting point.
-    on_step: called with each step's metrics: step (from 1), loss, tokens, reply_tokens, lr_scale, step_s.
+    scratch: an existing folder for the log and for the file through which the processes meet. on_step: called with the
+    metrics of each step: step (from 1), loss, tokens, reply_tokens, lr_scale, step_s.
     Raises `StageError` with the end of the log if a process fails.
     """
     spec = scratch.resolve() / "spec.json"
@@ -65,7 +65,7 @@ def _start(spec: Path, log: Path) -> "subprocess.Popen[str]":
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:
-    """End the first process; those it forked end with it."""
+    """End the first process. The processes that it forked end with it."""
     if process.poll() is None:
         process.terminate()
         try:

@@ -1,1 +1,1 @@
-"""The five families of small puzzles, one a file: how a problem is drawn, and its worked and terse solutions."""
+"""The five families of puzzles, one in each file: draw a problem, and write its worked and terse solutions."""
