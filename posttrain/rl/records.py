@@ -11,34 +11,34 @@ from posttrain.sampling.rollouts import Reply, make_rollout
 
 
 class GroupState(StrEnum):
-    """Where a group stands in the ledger. A group only moves forward, but for a crash: see `history.ledger`."""
+    """The state of a group in the ledger. Only after a crash can it move back; see `history.ledger`."""
 
-    RESERVED = "reserved"  # admitted: it is sampled, or about to be
-    GENERATED = "generated"  # all its replies are there
-    SCORED = "scored"  # its rewards are there
+    RESERVED = "reserved"  # admitted: it is being sampled, or will be next
+    GENERATED = "generated"  # all its replies are sampled
+    SCORED = "scored"  # it has its rewards
     TRAINED = "trained"  # it was part of an optimizer step
     COMMITTED = "committed"  # that step is part of a committed checkpoint
     DROPPED = "dropped"  # it will never be trained on
 
 
 class LedgerEvent(StrEnum):
-    """What the ledger's log says: first the transitions of a group, then what concerns no single group."""
+    """An event in the ledger's log: first the transitions of a group, then events that concern no single group."""
 
     RESERVED = "reserved"
     GENERATED = "generated"
     SCORED = "scored"
     TRAINED = "trained"
     DROPPED = "dropped"
-    RESTARTED = "restarted"  # it is sampled again, from what a crash or a lost version left of it
+    RESTARTED = "restarted"  # it is sampled again, from the tokens that a crash or a lost version left
     COMMITTED = "committed"  # value: the policy version
     ROLLED_BACK = "rolled_back"  # the steps after the last commit were undone
-    FORGOTTEN = "forgotten"  # a deterministic run starts again from the group of this order
+    FORGOTTEN = "forgotten"  # the groups from this order on were removed; a deterministic run dispatches them again
     WEIGHTS_TAKEN = "took"  # value: [worker, policy version]
     ENGINE_REPLACED = "replaced"  # value: [worker, reason]
     PROBED = "probed"  # value: [prompt, passes, failures, policy version]
     EVALUATION_STARTED = "evaluation"  # value: [worker, policy version]
     EVALUATED = "evaluated"  # value: the policy version
-    EVALUATION_ABANDONED = "evaluation_left"  # training ended before it; value: the policy version
+    EVALUATION_ABANDONED = "evaluation_left"  # training ended before the evaluation; value: the policy version
     FINISHED = "finished"  # value: the policy version
 
 
@@ -47,25 +47,25 @@ class DropReason(StrEnum):
 
     ZERO_ADVANTAGE = "zero_advantage"  # all its rewards are equal
     UNSCORED = "unscored"  # too few of its rollouts have a reward
-    TRUNCATED = "truncated"  # every rollout met the limit of tokens, and such rollouts are masked
-    STALE = "stale"  # too old for every batch to come
+    TRUNCATED = "truncated"  # every rollout was cut off at the limit of tokens, and such rollouts are masked
+    STALE = "stale"  # too old for every later batch
     SURPLUS = "surplus"  # a spare group that was not needed
-    FINISHED = "finished"  # training ended before it was decided
+    FINISHED = "finished"  # training ended before it was trained on or dropped
 
 
 class Drop(Struct, frozen=True):
-    """A reason, and for UNSCORED the outcome that most rollouts without a reward had, such as "timeout"."""
+    """The reason why a group was dropped. detail: for UNSCORED, the commonest outcome without a reward, "timeout"."""
 
     reason: DropReason
     detail: str = ""
 
     def __str__(self) -> str:
-        """As the ledger and the archive write it: "zero_advantage", "unscored:timeout"."""
+        """The text in the ledger and the archive, such as "zero_advantage" or "unscored:timeout"."""
         return f"{self.reason}:{self.detail}" if self.detail else str(self.reason)
 
 
 class Group(Struct, frozen=True):
-    """The G rollouts of one prompt. `order` is the place in which it was dispatched, from 0."""
+    """The G rollouts of one prompt. order: the group's place in the order of dispatch, from 0."""
 
     order: int
     prompt: DrawnPrompt
@@ -78,10 +78,14 @@ class Group(Struct, frozen=True):
 
 
 class ScoredGroup(Struct, frozen=True):
-    """A group with what its rewards said. Where a rollout could not be scored, reward and advantage are None.
+    """A group with its rewards. Each sequence has one entry for each rollout.
 
-    A rollout that has a reward but is not to be trained on has no advantage either. outcomes: as in `Scored`.
-    ref_logprobs: of each rollout's trained tokens under the reference policy; empty where there is none.
+    rewards, advantages: None for a rollout that could not be scored. A rollout that has a reward but is not trained on
+    has no advantage either. outcomes: as in `Scored`. ref_logprobs: of the trained tokens under the reference policy;
+    empty without a reference.
+
+    Example: four rollouts, of which the last one could not be scored, have rewards (1.0, 0.0, 0.5, None) and, by
+    `group_mean`, advantages (0.5, -0.5, 0.0, None).
     """
 
     group: Group
@@ -106,7 +110,7 @@ def make_group(
     started_s: float = 0.0,
     finished_s: float = 0.0,
 ) -> Group:
-    """The group of a prompt's finished replies. worker: that sampled them; the times are Unix times."""
+    """The group of a prompt's finished replies. worker: which sampled them. started_s, finished_s: Unix times."""
     rollouts = tuple(
         make_rollout(
             prompt.prompt,
@@ -130,5 +134,5 @@ def group_of_flight(flight: Flight) -> Group:
 
 
 def num_tokens(groups: Sequence[ScoredGroup]) -> int:
-    """Tokens that the policy sampled for the groups."""
+    """How many tokens the policy sampled for the groups."""
     return sum(rollout.num_sampled for scored in groups for rollout in scored.group.rollouts)

@@ -18,7 +18,7 @@ from posttrain.config.shared import (
     TrainerResources,
 )
 
-# What an engine can do to the distribution besides the temperature, and the value with which it does nothing.
+# Settings besides the temperature that change the distribution, each with the value at which it has no effect.
 RENORMALISING = {
     "top_p": 1,
     "top_k": 0,
@@ -30,46 +30,48 @@ RENORMALISING = {
 
 
 class RlSamplingConfig(SamplingConfig):
-    """How the replies that are trained on are drawn: from the whole vocabulary, at a temperature.
+    """How training's replies are sampled: from the whole vocabulary, at a temperature that both sides apply.
 
-    There is no `top_p` here, nor anything else that changes the distribution: the engine's log-probabilities would be
-    of the changed one and the trainer's of the whole vocabulary. With top_p 0.9, a token whose nucleus has a mass of
-    0.9 gets an importance ratio of 0.9 from weights that are equal. The temperature is applied on both sides.
+    There is no `top_p`, nor any other setting that changes the distribution. The engine's log-probabilities would be
+    those of the changed distribution, and the trainer's those of the whole vocabulary. For example, with top_p 0.9 a
+    token from a nucleus with a mass of 0.9 would have an importance ratio of 0.9 although both sides have the same
+    weights.
     """
 
     @model_validator(mode="before")
     @classmethod
     def _whole_vocabulary(cls, data: Any) -> Any:
-        """Leaves out the keys of RENORMALISING where they change nothing, such as `top_p: 1.0`."""
+        """Refuse the keys of RENORMALISING, but ignore those that have no effect, such as `top_p: 1.0`."""
         if not isinstance(data, dict):
             return data
         changing = [f"{key} {data[key]}" for key, neutral in RENORMALISING.items() if data.get(key, neutral) != neutral]
         if changing:
             raise ValueError(
                 f"got {', '.join(changing)}: RL samples from the whole vocabulary. The engine's log-probabilities "
-                "would be of what is left of the distribution and the trainer's of all of it, so that every importance "
-                "ratio would be wrong; remove the key. Sharper replies: a lower temperature, which both sides apply. "
-                "`evaluation.top_p` and the eval stage's `sampling.top_p` may be below 1"
+                "would be those of the changed distribution and the trainer's those of the whole one, so that every "
+                "importance ratio would be wrong; remove the key. For sharper replies lower the temperature, which "
+                "both sides apply. `evaluation.top_p` and the eval stage's `sampling.top_p` may be below 1"
             )
         return {key: value for key, value in data.items() if key not in RENORMALISING}
 
 
 class RlResources(Config):
-    """Engines that generate, the trainer's ranks, the actor of the reward processes, a reference, a judge."""
+    """CPUs and GPUs of the engines, the trainer's ranks, the reward actor, the reference, and the judge's engines."""
 
     rollout: ActorResources = Field(default_factory=ActorResources)
     trainer: TrainerResources = Field(default_factory=TrainerResources)
     reward: RewardResources = Field(default_factory=RewardResources)
     reference: TrainerResources | None = Field(
-        default=None, description="Of the one process that holds the reference policy; set it with loss.reference."
+        default=None,
+        description="The one process that holds the reference policy; set it together with loss.reference.",
     )
     judge: ActorResources | None = Field(
-        default=None, description="Engines that serve the judge; set it with the section judge."
+        default=None, description="Engines that serve the judge; set it together with the section judge."
     )
 
 
 class WeightsConfig(Config):
-    """How new weights get to the engines, and what becomes of the replies that are being sampled."""
+    """How new weights are sent to the engines, and how running replies continue."""
 
     backend: Literal["shm", "nccl", "ipc"] = Field(
         default="shm",
@@ -78,18 +80,18 @@ class WeightsConfig(Config):
     )
     kv: Literal["recompute", "keep"] = Field(
         default="recompute",
-        description="The KV cache of running replies: compute it again under the new weights, or keep it.",
+        description="The KV cache of running replies: compute it again with the new weights, or keep it.",
     )
     order: Literal["together", "one_by_one"] = Field(
-        default="together", description="Engines take new weights at the same time, or each when the last one has."
+        default="together", description="Engines take new weights at the same time, or one after the other."
     )
 
 
 class RolloutsConfig(Config):
-    """What is sampled, and on which engines. `resources` names the actors of all rooms, so it is here."""
+    """What is sampled, and on which engines. `resources` is here because it names the actors of all rooms."""
 
     model: ModelConfig
-    prompts: DataConfig = Field(description="Rows that end with a user turn and carry what the reward needs.")
+    prompts: DataConfig = Field(description="Rows that end with a user turn and have the fields that the reward needs.")
     group_size: int = Field(default=8, description="Rollouts of one prompt, at least 2.")
     deterministic: bool = Field(
         default=False,
@@ -107,7 +109,7 @@ class RolloutsConfig(Config):
         if group_size < 2:
             raise ValueError(
                 "must be at least 2: an advantage compares the rewards of one prompt's rollouts with each other, and "
-                "that of a single one would always be 0"
+                "the advantage of a single one would always be 0"
             )
         return group_size
 
@@ -124,14 +126,14 @@ class RolloutsConfig(Config):
 
     @model_validator(mode="after")
     def _check_weights(self) -> "RolloutsConfig":
-        """The backends between GPUs need GPUs, and vLLM's `ipc` needs one GPU that engine and trainer share."""
+        """`nccl` and `ipc` need GPUs, and `ipc` needs one GPU that engine and trainer share."""
         backend, resources = self.weights.backend, self.resources
         if backend == "shm":
             return self
         for name, gpus in (("rollout", resources.rollout.gpus), ("trainer", resources.trainer.gpus)):
             if not gpus:
                 raise ValueError(
-                    f"weights.backend: {backend} moves weights from GPU to GPU, and resources.{name}.gpus is 0; "
+                    f"weights.backend: {backend} sends weights from GPU to GPU, but resources.{name}.gpus is 0; "
                     "set it, or weights.backend: shm"
                 )
         if backend == "nccl":

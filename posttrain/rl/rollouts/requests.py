@@ -1,4 +1,4 @@
-"""What the policy is asked for: a request for the replies to one prompt, and the seed of a deterministic wave."""
+"""The request for the replies to one prompt, and the seed of a deterministic wave."""
 
 from posttrain.config.shared import SamplingConfig
 from posttrain.records import DrawnPrompt
@@ -16,5 +16,5 @@ def sample_request(
 
 
 def wave_seed(seed: int, flight: Flight) -> int:
-    """The seed of a deterministic wave whose first group is `flight`: of its place alone, whatever happened before."""
+    """The seed of a deterministic wave whose first group is `flight`. It depends on `seed` and the group's order."""
     return (seed * 1_000_003 + flight.order) % 2**31

@@ -1,4 +1,4 @@
-"""New weights on their way to all engines: by which backend, which engines at the same time, with which arguments."""
+"""The update of all engines with new weights: the backend, the order of the engines, and the arguments of each."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from posttrain.sampling.transfer import Publisher, make_publisher, source_for
 
 
 def publisher(config: RolloutsConfig) -> Publisher:
-    """The trainer's end of the backend."""
+    """The object with which the trainer publishes weights through the backend of the config."""
     engines = config.resources.rollout.workers
     return make_publisher(
         config.weights.backend, engines, config.engine.tensor_parallel, deadline_s=config.engine.deadline_s
@@ -18,9 +18,9 @@ def publisher(config: RolloutsConfig) -> Publisher:
 def update_calls(
     config: RolloutsConfig, manifest: Manifest, policy_version: int
 ) -> list[list[tuple[int, dict[str, Any]]]]:
-    """What `EngineActor.update_weights` is called with: (number of the engine, arguments) for each.
+    """The calls of `EngineActor.update_weights`: (number of the engine, arguments) for each engine.
 
-    Those of one inner list take the weights at the same time; the next list follows when all of them have.
+    The engines of one inner list take the weights at the same time. The next list follows once all of them are done.
     """
     calls = [
         (

@@ -1,11 +1,11 @@
 """From scored groups to an optimizer step.
 
 config.py      the keys that say how the policy is trained
-client.py      the trainer as the rest of RL calls it, over its ranks
-protocol.py    what a trainer does, as types
-samples.py     groups as training samples, and samples as tensors
+client.py      the interface through which the rest of RL calls the trainer's ranks
+protocol.py    the methods of a trainer, as types
+samples.py     make training samples of groups, and tensors of samples
 policy.py      the policy as a function from tensors to log-probabilities
-trainer.py     the ranks that step
+trainer.py     the optimizer step, in each rank
 reference.py   the frozen reference policy, in a process of its own
-evidence.py    what is kept of an update that was not finite
+evidence.py    keep the batch of an update that was not finite
 """

@@ -13,7 +13,7 @@ from posttrain.sampling.manifests import Manifest
 
 
 def manifest_of(result: StepResult) -> Manifest:
-    """The manifest of a step's new weights; rank 0 publishes after every step."""
+    """The manifest of the new weights, which rank 0 publishes after every step. Raises StageError without one."""
     return _published(result.manifest)
 
 
@@ -24,11 +24,11 @@ def _published(manifest: Manifest | None) -> Manifest:
 
 
 class TrainerClient:
-    """A `Trainer` on the ranks that `parallel` and `resources.trainer` ask for; must be used inside a Ray session.
+    """A `Trainer` on the ranks that `parallel` and `resources.trainer` ask for. Ray must be initialised.
 
-    The ranks start in the background, and the first call waits for them. Methods wait for the answer; those whose
-    names begin with `async_` let the caller do other things meanwhile. make: `make(config, seed)` gives the trainer of
-    one rank; by default `PolicyTrainer`. Raises `TrainerLostError` where a rank has died or is silent for longer than
+    The ranks start in the background, and the first call waits for them. Methods wait for the result; those whose names
+    begin with `async_` can be awaited. make: a function; `make(config, seed)` returns the trainer of one rank, by
+    default a `PolicyTrainer`. Every method raises `TrainerLostError` if a rank has died or does not answer within
     `trainer_deadline_s`.
     """
 
@@ -65,7 +65,7 @@ class TrainerClient:
         return self._ranks.get("step", samples, step)
 
     def publish(self) -> Manifest:
-        """See `Trainer.publish`; the manifest is rank 0's."""
+        """See `Trainer.publish`. Returns the manifest of rank 0."""
         return _published(self._ranks.get("publish"))
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
@@ -85,5 +85,5 @@ class TrainerClient:
         return self._ranks.get("report")
 
     def close(self, at_once: bool = False) -> None:
-        """End every rank. Trainers give back what they hold first, unless `at_once`: one of them may be lost."""
+        """End every rank. Trainers free their shared memory first, unless `at_once`, for when a rank may be lost."""
         self._ranks.close(None if at_once else "close")

@@ -1,12 +1,12 @@
-"""What is kept of an update whose loss or gradient was not finite, and when training stops for it.
+"""Keep the evidence of an update whose loss or gradient was not finite, and decide whether training stops.
 
     evidence/step_N.json       what was not finite, and in which rollouts
-    evidence/step_N.parquet    the batch, as the trainer was given it; `read_batch` gives it back
-    evidence/step_N_model/     the policy that the update was left out of, where training stops for it
+    evidence/step_N.parquet    the batch, as the trainer got it; `read_batch` reads it
+    evidence/step_N_model/     the policy before the update, if training stops
 
-An update that is left out changes no weight, so that the policy saved after it is the one that it was computed with,
-and `PolicyTrainer.step` on the batch computes it again (the loads by which
-`model.router` balances experts are in checkpoints only).
+A skipped update changes no weight. So the policy that is saved after it is the one with which it was computed, and
+`PolicyTrainer.step` on the batch computes it again. Left out: the loads by which `model.router` balances experts, which
+are in checkpoints only.
 """
 
 import json
@@ -32,11 +32,11 @@ async def keep_evidence(
     samples: Sequence[TrainSample],
     nonfinite: SkippedUpdate | None,
 ) -> None:
-    """Write what is known of a step below the stage's `folder`, if its update was left out.
+    """Write the evidence of a step into the stage's `folder`, if its update was skipped.
 
-    samples: the step's batch. nonfinite: of the step's `StepResult`.
+    samples: the step's batch. nonfinite: that of the `StepResult` of the step.
 
-    Raises StageError, after saving the policy too, where `on_nonfinite` and `max_skipped` say to stop.
+    Raises StageError if `on_nonfinite` and `max_skipped` say that training stops; the policy is saved before.
     """
     if nonfinite is None:
         return
@@ -44,15 +44,15 @@ async def keep_evidence(
     reason = stop_reason(config, nonfinite)
     if reason is not None:
         await trainer.async_save(path.with_name(f"{path.stem}_model"))
-        raise StageError(f"{reason}; {path} and its neighbours hold the batch and the policy")
+        raise StageError(f"{reason}; {path} and the files beside it hold the batch and the policy")
 
 
 def stop_reason(config: TrainingConfig, nonfinite: SkippedUpdate) -> str | None:
-    """Why training must stop after an update that was left out, or None to go on."""
+    """The reason to stop training after a skipped update, or None to continue."""
     skipped = nonfinite.skipped_in_a_row
     what = (
         f"step {nonfinite.step}: the loss is {nonfinite.loss} and the gradient's norm {nonfinite.grad_norm}, "
-        "so its update was left out"
+        "so its update was skipped"
     )
     if config.on_nonfinite == "stop":
         return f"{what}, and on_nonfinite is stop"
@@ -62,9 +62,9 @@ def stop_reason(config: TrainingConfig, nonfinite: SkippedUpdate) -> str | None:
 
 
 def write_evidence(folder: Path, samples: Sequence[TrainSample], nonfinite: SkippedUpdate) -> Path:
-    """Write a step's batch and what is known of it under `folder`/evidence; returns the path of the JSON file.
+    """Write a step's batch and its `SkippedUpdate` into `folder`/evidence. Returns the path of the JSON file.
 
-    Values that are not finite are kept as they are.
+    The batch keeps values that are not finite.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -78,9 +78,9 @@ def write_evidence(folder: Path, samples: Sequence[TrainSample], nonfinite: Skip
 
 
 def read_batch(path: Path) -> list[TrainSample]:
-    """The batch that was written beside a step's JSON file, or whose parquet file this is.
+    """Read the batch of a step. path: of the step's JSON file or of its parquet file.
 
-    Raises StageError, which names the column, for a file that holds something else.
+    Raises StageError, which names the column, if the file holds something else.
     """
     import pyarrow.parquet as pq
 

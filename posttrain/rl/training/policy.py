@@ -1,6 +1,7 @@
-"""The policy as the trainer's engine holds it: token ids in, log-probabilities of given tokens out.
+"""The module that the trainer's engine holds: it maps token ids to log-probabilities of given tokens.
 
-The head is multiplied here and not by its own layer, so that no step holds the logits of a whole batch.
+The product with the head is computed here and not by the head's own layer, so that a step never holds the logits of a
+whole batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,25 +17,25 @@ from posttrain.model.router_balance import native_layers
 from posttrain.rl.training.samples import MicroBatch, TrainSample, collate, micro_batches
 from posttrain.train.logprobs import token_logprobs
 
-PAD_ID = 0  # any id: padding is to the right, where no reply token sees it
+PAD_ID = 0  # any id will do: padding is on the right, where no reply token sees it
 
 
 class TokenPolicy(nn.Module):
-    """A causal language model under `policy`, called with a micro-batch."""
+    """A causal language model, in the attribute `policy`, that is called with a `MicroBatch`."""
 
     def __init__(self, policy: Any, temperature: float):
         super().__init__()
         self.policy = policy
-        self.config = policy.config  # DeepSpeed reads the sizes of the experts there
+        self.config = policy.config  # from which DeepSpeed reads the sizes of the experts
         self._temperature = temperature
         self._has_routers = native_layers(policy) is not None
 
     def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probability of each target and entropy of its distribution, fp32 [T] both, and the loss on routers [].
+        """Log-probability of each target and entropy of its distribution, both fp32 [T]; loss on routers, a scalar.
 
-        The last is a mean over real tokens, already weighted; 0 where none is asked for.
+        The loss on routers is a mean over real tokens, weighted already. It is 0 if the config asks for none.
         """
-        # Padding is on the right, where attention needs no mask; but routers must not be judged by it.
+        # Padding is on the right, so attention needs no mask; the losses on routers need one, to leave padding out.
         mask = {"attention_mask": batch.mask_BS} if self._has_routers else {}
         output = self.policy.model(input_ids=batch.input_ids_BS, use_cache=False, **mask)
         hidden_TD = output.last_hidden_state.flatten(0, 1)[batch.position_T]
@@ -47,7 +48,7 @@ class TokenPolicy(nn.Module):
         return logprobs_T, entropy_T, logprobs_T.new_zeros(()) if router_loss is None else router_loss
 
     def share_head(self) -> None:
-        """Tell ZeRO-3, which divides every parameter, that this module needs the head's whole weight."""
+        """Tell ZeRO-3, which divides every parameter, that this module needs the whole weight of the head."""
         import deepspeed
 
         deepspeed.zero.register_external_parameter(self, self.policy.get_output_embeddings().weight)
@@ -56,7 +57,7 @@ class TokenPolicy(nn.Module):
 def load_token_policy(
     model: ModelConfig, temperature: float, gradient_checkpointing: GradientCheckpointing = "none"
 ) -> TokenPolicy:
-    """The policy in a model folder, on the CPU. temperature: at which its replies are sampled."""
+    """Load the policy of a model folder onto the CPU. temperature: that of sampling."""
     policy: Any = load_policy(model)
     if gradient_checkpointing != "none":
         policy.gradient_checkpointing_enable(checkpointing_arguments(gradient_checkpointing))

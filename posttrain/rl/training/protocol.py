@@ -1,9 +1,9 @@
-"""What a trainer of RL does, as types: any class with these methods can take the place of `PolicyTrainer`.
+"""The methods of a trainer of RL, as types. Any class with these methods can take the place of `PolicyTrainer`.
 
     controller, parity, replay ──► TrainerClient ──► RankGroup ──► one `Trainer` on every rank
                                         ◄── StepResult of rank 0
 
-The methods of a `Trainer` are called on every rank with the same arguments; what rank 0 returns is the answer.
+The methods of a `Trainer` are called on every rank with the same arguments. The result of rank 0 is returned.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from posttrain.sampling.manifests import Manifest
 
 
 class SkippedUpdate(msgspec.Struct, frozen=True):
-    """What is known of an update that was left out, because its loss or gradient was not finite.
+    """A record of an update that was skipped because its loss or gradient was not finite.
 
-    loss, grad_norm: as text, since JSON has no infinity. samples: indices, in the step's batch, of those in
+    loss, grad_norm: as text, since JSON has no infinity. samples: indices, in the step's batch, of the samples in
     micro-batches whose loss was not finite. Example:
     `SkippedUpdate(7, 7, 1e-5, loss="nan", grad_norm="nan", samples=[3], skipped_in_a_row=1)`.
     """
@@ -33,10 +33,11 @@ class SkippedUpdate(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """What one optimizer step gives.
+    """The result of one optimizer step.
 
-    metrics: finite figures. manifest: of the new weights, for the engines. began, ended: Unix times. nonfinite: None
-    where the update was applied. Example: `StepResult({"loss": 0.2}, manifest, 1764.0, 1766.5)`.
+    metrics: figures, finite ones only. manifest: tells the engines where the new weights are; None on ranks other than
+    0. began, ended: Unix times. nonfinite: None if the update was applied. Example: `StepResult({"loss": 0.2},
+    manifest, 1764.0, 1766.5)`.
     """
 
     metrics: dict[str, float]
@@ -47,14 +48,14 @@ class StepResult(msgspec.Struct, frozen=True):
 
 
 class Trainer(Protocol):
-    """A policy and its optimizer; its version is the number of optimizer steps applied."""
+    """A policy and its optimizer. The policy's version is the number of optimizer steps that it has had."""
 
     def step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
-        """Do optimizer step `step`, from 0, on a whole batch, and publish the new weights."""
+        """Do optimizer step `step`, counted from 0, on a whole batch, and publish the new weights."""
         ...
 
     def publish(self) -> Manifest | None:
-        """Make the weights ready for the engines. Ranks other than 0 return None."""
+        """Make the weights available to the engines. Ranks other than 0 return None."""
         ...
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
@@ -74,9 +75,9 @@ class Trainer(Protocol):
         ...
 
     def report(self) -> dict[str, Any]:
-        """What trains, for the stage's figures."""
+        """The engine and its layout, for the stage's figures."""
         ...
 
     def close(self) -> None:
-        """Give back what is held outside this process."""
+        """Free everything that is held outside this process, such as shared memory."""
         ...

@@ -1,8 +1,8 @@
 """The reference policy: a frozen model in a process of its own, which gives the log-probabilities of sampled tokens.
 
-It is loaded from `loss.reference.path`, by default from the folder that training starts from; that folder does not
-change, so a resumed stage has the same reference. Left out: an optimizer, and more than one process (a model that one
-GPU cannot hold cannot be a reference).
+It is loaded from `loss.reference.path`, or by default from the folder from which training starts. That folder does not
+change, so a resumed stage has the same reference. Left out: an optimizer, and more than one process, so the reference
+must fit on one GPU.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ from posttrain.rl.training.samples import TrainSample, is_trained_on, train_samp
 
 
 def reference_model(reference: ReferenceConfig, model: ModelConfig) -> ModelConfig:
-    """The model of the reference policy: of its own folder, or the one that training starts from."""
+    """The config of the reference model: its own folder, or the folder from which training starts."""
     return model.model_copy(update={"path": reference.path or model.path})
 
 
 def check_reference(reference: ReferenceConfig | None, model: ModelConfig) -> None:
-    """Raise `ConfigError` or `CheckpointError` where a model cannot be the reference of a policy. Loads no weights.
+    """Raise `ConfigError` or `CheckpointError` if a model cannot be the reference of a policy. No weights are loaded.
 
-    reference: None where there is none to check. model: the policy's.
+    reference: None if the stage has no reference. model: the policy's.
     """
     if reference is None or reference.path is None:
         return
@@ -38,14 +38,14 @@ def check_reference(reference: ReferenceConfig | None, model: ModelConfig) -> No
         raise ConfigError(
             "loss.reference.path",
             [f"got {reference.path!r}, whose tokenizer is not that of model.path {model.path!r}: "
-             "the ids of one would mean other tokens to the other"],
+             "token ids would mean different tokens to the two models"],
         )  # fmt: skip
 
 
 class Reference:
-    """The process of the reference policy, with `resources.reference`; must be used inside a Ray session.
+    """The process of the reference policy, with the resources `resources.reference`. Ray must be initialised.
 
-    It starts in the background; the first call waits for it.
+    The process starts in the background, and the first call waits for it.
     """
 
     def __init__(self, config: TrainingConfig, seed: int):
@@ -63,7 +63,7 @@ class Reference:
 
 
 class FrozenPolicy:
-    """In the process: the model, on its GPU if it has one."""
+    """The object in the reference's process: it holds the model, on a GPU if there is one."""
 
     def __init__(self, config: TrainingConfig, seed: int):
         resources, reference = config.resources.reference, config.loss.reference

@@ -1,8 +1,8 @@
 """Rollouts as training samples, and their micro-batches.
 
-A sample holds the token ids that the engine sampled, with their log-probabilities and ages, the ids around them, and an
-advantage. Rows are sorted by length and right-padded, so that attention is plainly causal and needs no mask; a
-micro-batch holds at most so many padded tokens.
+A sample holds the token ids that the engine sampled, with their log-probabilities and staleness, the ids around them,
+and an advantage. Samples are sorted by length and padded on the right, so that causal attention needs no mask. A
+micro-batch holds a limited number of padded tokens.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from posttrain.rl.records import ScoredGroup
 
 
 class TrainSample(Struct, frozen=True):
-    """One rollout as the trainer is given it: all its tokens, and which of them are trained on.
+    """One rollout as the trainer gets it: all its tokens, and which of them are trained on.
 
     token_ids: of the prompt and of all segments. trained: (start, end) places in `token_ids` of the tokens that are
     trained on, in order, none at place 0. The other sequences have one entry for each trained token, in order:
     sampler_logprobs; staleness: the version of the trainer that steps on it minus the version that sampled the token;
-    ref_logprobs: log-probability under the reference policy at the sampling temperature, empty where there is none.
+    ref_logprobs: log-probability under the reference policy at the sampling temperature, empty without a reference.
     advantage: of every trained token.
 
     Example: a prompt of three tokens and a reply of two: `TrainSample((1, 2, 3, 7, 8), ((3, 5),), (-0.1, -0.2),
@@ -47,7 +47,7 @@ class TrainSample(Struct, frozen=True):
 
 
 def train_samples(groups: Sequence[ScoredGroup], version: int) -> list[TrainSample]:
-    """Every rollout that has an advantage and tokens to train on. version: of the trainer, before the step."""
+    """The samples of rollouts that have an advantage and trained tokens. version: the trainer's, before the step."""
     return [
         train_sample(rollout, version, advantage or 0.0, ref_logprobs=reference)
         for scored in groups
@@ -62,19 +62,21 @@ def train_samples(groups: Sequence[ScoredGroup], version: int) -> list[TrainSamp
 
 
 def is_trained_on(rollout: Rollout, advantage: float | None) -> bool:
-    """Whether a rollout is part of a batch: it has an advantage, and tokens to train on."""
+    """True if a rollout is part of a batch, because it has an advantage and trained tokens."""
     return advantage is not None and any(segment.trained for segment in rollout.segments)
 
 
 def train_sample(
     rollout: Rollout, version: int, advantage: float, *, ref_logprobs: tuple[float, ...] = ()
 ) -> TrainSample:
-    """One rollout as a sample. Raises ValueError where a segment that is trained on was not sampled."""
+    """The sample of one rollout. Raises ValueError if a segment that is trained on was not sampled."""
     first = len(rollout.prompt_ids)
     spans, logprobs, ages = [], [], []
     for start, segment in rollout.trained_segments:
         if segment.sampler_logprobs is None:
-            raise ValueError(f"rollout {rollout.group_id}/{rollout.index}: a segment is trained on that nobody sampled")
+            raise ValueError(
+                f"rollout {rollout.group_id}/{rollout.index}: a segment is marked as trained on, but was not sampled"
+            )
         spans.append((first + start, first + start + len(segment.token_ids)))
         logprobs.append(segment.sampler_logprobs)
         ages += [(version - span.policy_version,) * (span.end - span.start) for span in segment.versions]
@@ -89,7 +91,7 @@ def train_sample(
 
 
 def micro_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[list[TrainSample]]:
-    """Split into micro-batches of at most `max_tokens` padded tokens (a longer sample stands alone)."""
+    """Split into micro-batches of at most `max_tokens` padded tokens. A longer sample is a micro-batch of its own."""
     batches: list[list[TrainSample]] = []
     current: list[TrainSample] = []
     for sample in sorted(samples, key=len):
@@ -106,7 +108,7 @@ class MicroBatch:
 
     input_ids_BS: int64. mask_BS: False for padding. position_T: index into the flattened [B * S] hidden states of the
     state that predicts each trained token. target_T, staleness_T: int64. sequence_T: int64, the row of each trained
-    token. sampler_logprobs_T, advantages_T: fp32; ref_logprobs_T: fp32, or None where no sample has any.
+    token. sampler_logprobs_T, advantages_T: fp32. ref_logprobs_T: fp32, or None if no sample has any.
     """
 
     input_ids_BS: torch.Tensor
@@ -121,10 +123,10 @@ class MicroBatch:
 
 
 def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | str = "cpu") -> MicroBatch:
-    """Tensors of a micro-batch. The last token of each row is not fed: it predicts nothing.
+    """The tensors of a micro-batch. The last token of each row is left out of the input, as it predicts no token.
 
-    Raises ValueError where some trained tokens have a log-probability of the reference and others have none, and where
-    a sample's sequences do not fit its trained tokens.
+    Raises ValueError if some samples have log-probabilities of the reference and others do not, or if the lengths of a
+    sample's sequences do not fit its trained tokens.
     """
     width = max(map(len, samples)) - 1
     lengths = torch.tensor([len(sample) - 1 for sample in samples], device=device)
@@ -134,7 +136,8 @@ def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | 
         _check_lengths(sample, bool(ref_logprobs))
         rows.append(list(sample.token_ids[:-1]) + [pad_id] * (width - len(sample) + 1))
         for start, end in sample.trained:
-            positions += range(index * width + start - 1, index * width + end - 1)  # the state before predicts it
+            # The hidden state at a token predicts the next one, so each target has the place before its own.
+            positions += range(index * width + start - 1, index * width + end - 1)
             targets += sample.token_ids[start:end]
         logprobs += sample.sampler_logprobs
         advantages += [sample.advantage] * sample.num_trained
@@ -158,7 +161,7 @@ def _check_lengths(sample: TrainSample, has_reference: bool) -> None:
     if not len(sample.sampler_logprobs) == len(sample.staleness) == count:
         raise ValueError(
             f"{count} tokens are trained on, but there are {len(sample.sampler_logprobs)} log-probabilities of the "
-            f"sampler and {len(sample.staleness)} ages"
+            f"sampler and {len(sample.staleness)} values of staleness"
         )
     if has_reference and len(sample.ref_logprobs) != count:
         raise ValueError("each trained token needs a log-probability of the reference policy, or none may have one")

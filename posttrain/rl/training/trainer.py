@@ -1,10 +1,11 @@
-"""The trainer: one optimizer step on a batch of rollouts, the new weights published for the engines.
+"""The trainer: do one optimizer step on a batch of rollouts, and publish the new weights for the engines.
 
-Runs as one rank of several or alone, always with a DeepSpeed engine, at the same time as the rollout engines. It waits
-for nothing: the controller hands it a whole batch. Every rank gets all rollouts of a step and takes its share of the
-micro-batches; publishing, saving and checkpoints are collective, and rank 0 writes. Left out: value models; an old
-policy's forward pass (the ratio is anchored on the sampler's log-probabilities); the reference policy, which has its
-own process: its log-probabilities come with the samples.
+It is one rank of one or several, always with a DeepSpeed engine, and runs at the same time as the rollout engines. It
+does not wait for them: the controller gives it a whole batch. Every rank gets all rollouts of a step and takes its
+share of the micro-batches. Publishing, saving and checkpoints are collective, and rank 0 writes.
+
+Left out: value models; a forward pass of an old policy, because ratios are to the sampler's log-probabilities; the
+reference policy, which has a process of its own and whose log-probabilities come with the samples.
 """
 
 import json
@@ -39,7 +40,7 @@ from posttrain.train.routers import figures
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `steps`."""
+    """The learning rate of optimizer step `step`, counted from 0, of `steps`."""
     rate = optimizer.learning_rate * min(1.0, (step + 1) / (optimizer.warmup_steps + 1))
     progress = max(0.0, (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
     if optimizer.schedule == "linear":
@@ -50,9 +51,10 @@ def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class PolicyTrainer:
-    """The `Trainer` of a policy; holds this rank's part of the policy and its optimizer; the ranks must have met.
+    """The `Trainer` of a policy. It holds this rank's part of the policy and its optimizer.
 
-    `policy_version` is the number of optimizer steps applied. Methods are called on every rank with the same arguments.
+    Make it after `join_ranks`. policy_version: how many optimizer steps the policy has had. Every rank must call the
+    same method with the same arguments.
     """
 
     def __init__(self, config: TrainingConfig, seed: int):
@@ -76,7 +78,7 @@ class PolicyTrainer:
         self._skipped_in_a_row = 0
 
     def report(self) -> dict[str, Any]:
-        """What trains: the engine's class, and the layout."""
+        """See `Trainer.report`."""
         return engine_report(self._engine, self._config.parallel)
 
     def publish(self) -> Manifest | None:
@@ -84,7 +86,7 @@ class PolicyTrainer:
         items = whole_tensors(self._engine.module)
         values = (value for _, value in read_weights(items))
         if self._rank:
-            for _ in values:  # this rank's part in gathering what rank 0 writes
+            for _ in values:  # take part in gathering the tensors, which rank 0 writes
                 pass
             return None
         specs = [TensorSpec(item.name, item.dtype, item.shape) for item in items]
@@ -98,8 +100,8 @@ class PolicyTrainer:
     def step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
         """See `Trainer.step`.
 
-        A loss or gradient that is not finite leaves the weights as they were and is counted in `skipped`; `nonfinite`
-        then says what is known of it. Metrics that are not finite are left out.
+        If the loss or the gradient is not finite, the weights are not changed, the metric `skipped` is 1, and
+        `nonfinite` describes the update. Metrics that are not finite are left out.
         """
         began = time.time()
         rate = learning_rate(self._config.optimizer, step, self._config.steps)
@@ -130,7 +132,7 @@ class PolicyTrainer:
         return StepResult(metrics, manifest, began, time.time(), nonfinite)
 
     def _accumulate(self, samples: Sequence[TrainSample]) -> tuple[dict[str, float], list[int]]:
-        """Forward and backward of this rank's micro-batches, each divided by the count of the whole batch.
+        """Forward and backward of this rank's micro-batches. Each loss is divided by the count of the whole batch.
 
         Returns the metrics of all ranks, and which samples are in micro-batches whose loss is not finite.
         """
@@ -148,7 +150,7 @@ class PolicyTrainer:
             inputs, outputs, entropy_T = share.inputs, share.outputs, share.entropy_T
             loss = weight * share.loss
             if not torch.isfinite(loss):
-                loss = loss * math.nan  # no gradient of it may be finite: the engine applies none of the step's then
+                loss = loss * math.nan  # makes every gradient NaN, so that the engine skips the step
                 suspects_N[[place[id(sample)] for sample in chunk]] = 1
             self._engine.set_gradient_accumulation_boundary(index == len(chunks) - 1)
             self._engine.backward(loss * self._world)  # the engine takes the mean over ranks
@@ -184,7 +186,7 @@ class PolicyTrainer:
         export_model(policy, self._policy.config, architecture, tokenizer=self._tokenizer, path=folder)
 
     def save_checkpoint(self, folder: str, controller: dict[str, Any]) -> None:
-        """Write policy, optimizer and the controller's state; renamed into place when whole."""
+        """See `Trainer.save_checkpoint`."""
         with folder_of_first_rank(folder) as aside:
             save_state(self._engine, aside)
             if self._rank == 0:
@@ -213,7 +215,7 @@ class PolicyTrainer:
 
 @dataclass(frozen=True, slots=True)
 class ForwardShare:
-    """One forward's share of its step's loss, with what it was made of."""
+    """One forward's share of the loss of its step, and the tensors from which it was computed."""
 
     loss: torch.Tensor
     inputs: LossInputs
@@ -230,7 +232,7 @@ def forward_share(
     max_tokens: int,
     device: str,
 ) -> ForwardShare:
-    """Forward one micro-batch of the step's `samples`; the shares of all micro-batches add up to the step's loss.
+    """Run one micro-batch, `chunk`, of the step's `samples`. The shares of all micro-batches add up to the step's loss.
 
     policy: a `TokenPolicy`, or an engine around one. max_tokens: the longest reply that could be sampled.
     """
@@ -245,7 +247,7 @@ def forward_share(
 
 
 def loss_inputs(policy_logprobs_T: torch.Tensor, batch: MicroBatch, max_tokens: int) -> LossInputs:
-    """What a loss is given of a micro-batch and the policy's log-probabilities of it."""
+    """The inputs of a loss: a micro-batch and the policy's log-probabilities of its trained tokens."""
     return LossInputs(
         policy_logprobs_T,
         batch.sampler_logprobs_T,
@@ -258,7 +260,7 @@ def loss_inputs(policy_logprobs_T: torch.Tensor, batch: MicroBatch, max_tokens: 
 
 
 def token_advantage_std(samples: Sequence[TrainSample]) -> float:
-    """Standard deviation of the advantage over trained tokens."""
+    """The standard deviation of the advantage over trained tokens."""
     num_tokens = sum(sample.num_trained for sample in samples)
     mean = sum(sample.num_trained * sample.advantage for sample in samples) / num_tokens
     return math.sqrt(sum(sample.num_trained * (sample.advantage - mean) ** 2 for sample in samples) / num_tokens)
@@ -267,11 +269,10 @@ def token_advantage_std(samples: Sequence[TrainSample]) -> float:
 def dealt(
     samples: Sequence[TrainSample], max_tokens: int, *, rank: int, world: int
 ) -> list[tuple[list[TrainSample], float]]:
-    """A rank's micro-batches of at most `max_tokens` padded tokens, with their weights.
+    """A rank's micro-batches of at most `max_tokens` padded tokens, each with its weight, 1 or 0.
 
-    Every rank gets the same number of them, since each forward is collective.
-
-    Where they do not divide evenly, the last ranks repeat one sample with weight 0.
+    Every rank gets the same number of micro-batches, because each forward is collective. If they cannot be divided
+    evenly, the last ranks run one sample again, with weight 0.
     """
     chunks = micro_batches(samples, max_tokens)
     mine = [(chunk, 1.0) for chunk in chunks[rank::world]]
@@ -280,7 +281,7 @@ def dealt(
 
 
 def _over_ranks(found: dict[str, float], device: str, operation: Any = dist.ReduceOp.SUM) -> dict[str, float]:
-    """Each entry summed over the ranks, or another operation; all ranks have the same names."""
+    """Reduce each entry over the ranks, by default to a sum. All ranks must have the same names."""
     names = sorted(found)
     values = torch.tensor([found[name] for name in names], dtype=torch.float64, device=device)
     dist.all_reduce(values, operation)
