@@ -141,7 +141,7 @@ def test_dpo_pairs_prefer_the_right_reply(run):
     rewards = defaultdict(set)  # of each reply to each prompt: equal texts may have ended in different ways
     for path in (run / "rl" / "rollouts").glob("*.parquet"):
         for row in pq.read_table(path).to_pylist():
-            rewards[row["prompt"], row["reply"].strip()].add(row["reward"])
+            rewards[json.dumps(json.loads(row["prompt"])), row["reply"].strip()].add(row["reward"])
     for pair in pairs:
         prompt = json.dumps(messages_to_json(pair.prompt))
         assert pair.fields["chosen_reward"] in rewards[prompt, pair.chosen]
