@@ -60,6 +60,14 @@ def write_inputs(folder: Path, model: Path) -> None:
     _write(folder / "sft_special.jsonl", [{"messages": [*turns, {"role": "assistant", "content": "Answer: 2"}]}] * 2)
     _write(folder / "prompts_special.jsonl", [{"messages": turns, "answer": "2"}])
     _write(folder / "pairs_special.jsonl", [{"prompt": turns, "chosen": "Answer: 2", "rejected": "Answer: 3"}])
+    user = [{"role": "user", "content": "Sum: 1 + 1"}]
+    alike = {"prompt": "Sum: 1 + 2", "completion": "Answer: 3", "label": True, "text": "Sum: 1 + 4"}
+    shapes = {**alike, "messages": user, "instruction": "Sum: 1 + 3", "output": "Answer: 4", "conversations": user}
+    _write(folder / "prompts_shapes.jsonl", [shapes])
+    whole = [*user, {"role": "assistant", "content": "Answer: 2"}]
+    _write(folder / "sft_shapes.jsonl", [{**shapes, "messages": whole, "conversations": whole}] * 2)
+    pair = {**shapes, "prompt": user, "chosen": "Answer: 2", "rejected": "Answer: 3"}
+    _write(folder / "pairs_shapes.jsonl", [pair])
     _write(folder / "train_a.jsonl", [{"key": "z0", "other": "k0"}, {"key": "z1", "other": "z1"}])
     _write(folder / "train_b.jsonl", [{"key": "z2", "other": "z2"}, {"key": "k1", "other": "z3"}])
     (folder / "first.yaml").write_text("steps: 6\n")

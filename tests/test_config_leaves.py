@@ -97,10 +97,12 @@ TABLE: dict[str, dict[str, Any]] = {
             "judge.path": ["model_b"],
             "judge.endpoint.max_prompt_chars": [70],
             "data.path": files("sft"),
+            "data.roles": [{"user": "assistant"}],
             "max_prompt_tokens": [100],
         },
         "given": {
             "data.special_*": {"data": {"path": "sft_special.jsonl"}},
+            "data.format": {"data": {"path": "sft_shapes.jsonl"}},
             "long_rows": {"max_prompt_tokens": 100},
             "judge.endpoint.*": FILTER_ENDPOINT,
         },
@@ -110,12 +112,14 @@ TABLE: dict[str, dict[str, Any]] = {
         "values": {
             "model.path": ["model_b"],
             "data.path": files("sft"),
+            "data.roles": [{"user": "assistant"}],
             "max_length": [100],
             "parallel.expert": [2],
             "lora.target_parameters": [["experts.down_proj"]],
         },
         "given": {
             "data.special_*": {"data": {"path": "sft_special.jsonl"}},
+            "data.format": {"data": {"path": "sft_shapes.jsonl"}},
             "batch_size": {"packing": False, "batch_tokens": None, "batch_size": 4},
             "overlong": {"max_length": 100},
             "parallel.*": {"parallel": {"processes": 2}},
@@ -133,6 +137,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "values": {
             "model.path": ["model_b"],
             "prompts.path": files("prompts"),
+            "prompts.roles": [{"user": "assistant"}],
             "mixture": [{"math": 3.0, "coding": 1.0}],
             "micro_batch_tokens": [400],
             "parallel.expert": [2],
@@ -148,10 +153,13 @@ TABLE: dict[str, dict[str, Any]] = {
             "judge.endpoint.max_prompt_chars": [80],
             "evaluation": [HELDOUT],
             "evaluation.data.path": files("prompts"),
+            "evaluation.data.roles": [{"user": "assistant"}],
             "evaluation.prompts": [1],
         },
         "given": {
             "prompts.special_*": {"prompts": {"path": "prompts_special.jsonl"}},
+            "prompts.format": {"prompts": {"path": "prompts_shapes.jsonl"}},
+            "evaluation.data.format": {"evaluation": {"data": {"path": "prompts_shapes.jsonl"}}},
             "evaluation.data.special_*": {"evaluation": {"data": {"path": "prompts_special.jsonl"}}},
             "optimizer.warmup_steps": {"optimizer.schedule": "linear"},
             "systems.instructions.0.verifier.*": {"systems.instructions": VERIFIED},
@@ -202,6 +210,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "values": {
             "model.path": ["model_b"],
             "pairs.path": files("pairs"),
+            "pairs.roles": [{"user": "assistant"}],
             "rollouts": ["rollouts_b"],
             "parallel.expert": [2],
             "lora.target_parameters": [["experts.down_proj"]],
@@ -210,6 +219,7 @@ TABLE: dict[str, dict[str, Any]] = {
         },
         "given": {
             "pairs.special_*": {"pairs": {"path": "pairs_special.jsonl"}},
+            "pairs.format": {"pairs": {"path": "pairs_shapes.jsonl"}},
             "nll_weight": {"nll_weight": 0.1},
             "rollouts": {"pairs": None, "rollouts": "rollouts_a"},
             "mining.*": {"pairs": None, "rollouts": "rollouts_a"},
@@ -222,6 +232,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "values": {
             "model.path": ["model_b"],
             "data.path": files("prompts"),
+            "data.roles": [{"user": "assistant"}],
             "observe": [{"answered": "Answer: 0"}],
             "exclude": [[{"path": "train_a.jsonl"}, {"path": "train_b.jsonl"}]],
             "exclude.0.path": ["train_b.jsonl", ["train_a.jsonl", "train_b.jsonl"]],
@@ -230,6 +241,7 @@ TABLE: dict[str, dict[str, Any]] = {
         },
         "given": {
             "data.special_*": {"data": {"path": "prompts_special.jsonl"}},
+            "data.format": {"data": {"path": "prompts_shapes.jsonl"}},
             "exclude.0.limit": {"exclude": [{"path": "train_b.jsonl"}], "key_field": "key"},
             "exclude*": {"exclude": [{"path": "train_a.jsonl"}], "key_field": "key"},
             "key_field": {"exclude": [{"path": "train_a.jsonl"}], "key_field": "key"},

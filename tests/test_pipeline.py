@@ -223,12 +223,12 @@ def test_a_model_folder_must_be_whole(tmp_path: Path, missing: str, expected: st
 def test_the_first_hundred_rows_are_read(tmp_path: Path):
     good = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
     rows = [good] * 200
-    rows[36] = json.dumps({"text": "x"})
+    rows[36] = json.dumps({"body": "x"})
     rows[150] = "{"
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(rows))
     text = problems(stage("a", data={"path": str(file)}))
-    assert f"a.data.path: {file}: row 37: no 'messages'" in text
+    assert f"a.data.path: {file}: row 37: no known format" in text
     assert "row 151" not in text
     file.write_text("")
     assert "holds no rows" in problems(stage("a", data={"path": str(file)}))

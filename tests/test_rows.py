@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from posttrain.config.shared import DataConfig
 from posttrain.data import check_data, load_pairs, load_rows, write_pairs, write_rows
-from posttrain.data.messages import messages_to_json, to_messages
+from posttrain.data.messages import FLAGS, INVERSE_FLAGS, messages_to_json, to_messages
 from posttrain.data.pairs import check_pairs
 from posttrain.errors import DataError
 from posttrain.records import ImagePart, Message, Row, TextPart, ToolCall
@@ -109,8 +109,9 @@ def turns(*roles: str) -> dict[str, object]:
 
 
 BAD_ROWS = [
-    ({"text": "x"}, "supervised", "no 'messages' (and no 'prompt'); its fields are: text"),
-    ({"prompt": "x"}, "supervised", "a 'prompt' without 'completion' or 'response'"),
+    ({"body": "x", "id": 1}, "supervised", "no known format; its columns are: body, id; the formats are messages, "),
+    ({"prompt": "x"}, "supervised", "near are kto (lacks completion or response, label); prompt_completion (lacks "),
+    ({"text": "x"}, "prompt", "no known format; its columns are: text"),
     ({"messages": "hello"}, "supervised", "messages: got 'hello': must be a list"),
     ({"messages": []}, "supervised", "messages: got []: must be a list of at least one"),
     ({"messages": ["hello"]}, "supervised", "messages[0]: got 'hello': must be an object with 'role' and 'content'"),
@@ -328,7 +329,13 @@ def test_a_table_gives_every_message_every_key_and_null_is_absent(tmp_path):
     assert row.messages[3] == Message("assistant", "4")
 
 
-@pytest.mark.parametrize(("flag", "trained"), [("weight", (0, 1)), ("weight", (0.0, 1.0)), ("train", (False, True))])
+@pytest.mark.parametrize(
+    ("flag", "trained"),
+    [
+        *[(flag, values) for flag in FLAGS for values in ((0, 1), (0.0, 1.0), (False, True))],
+        *[(flag, (True, False)) for flag in INVERSE_FLAGS],
+    ],
+)
 def test_turns_are_marked_as_context_or_trained_on(tmp_path, flag, trained):
     no, yes = trained
     path = write_lines(
@@ -357,22 +364,22 @@ def test_text_parts_are_joined_and_images_keep_the_parts(tmp_path):
 
 NO_RESULT = "the call '1' has no result"
 BAD_MESSAGES = [
-    ([USER, {**ASSISTANT, "loss": 0}], "messages[1].loss: got 0: not a key of a message"),
-    ([USER, {**ASSISTANT, "loss": False}], "to leave an assistant turn out of training, write train: false"),
-    ([USER, {**ASSISTANT, "masked": True}], "messages[1].masked: got True: not a key"),
+    ([USER, {**ASSISTANT, "mask": 0}], "messages[1].mask: got 0: not a key of a message"),
+    ([USER, {**ASSISTANT, "mask": 1}], "to leave an assistant turn out of training, write train: false"),
+    ([USER, {**ASSISTANT, "loss_scale": 0.3}], "messages[1].loss_scale: got 0.3: must be true or 1, or false or 0"),
     ([USER, {**ASSISTANT, "thinking": "x"}], "messages[1].thinking: got 'x': not a key of a message (role, content, "),
     ([USER, {**ASSISTANT, "reasoning_content": "x"}], "write it in content, between the tags"),
     ([USER, {**ASSISTANT, "function_call": {"name": "x"}}], "write it as tool_calls"),
     ([USER, {**ASSISTANT, "prefix": True}], "messages[1].prefix: got True: not a key"),
     ([{**USER, "images": ["x.png"]}, ASSISTANT], "write it as a part of content"),
     ([{**USER, "foo": 1}, ASSISTANT], "messages[0].foo: got 1: not a key of a message"),
-    ([{"role": "developer", "content": "x"}, USER, ASSISTANT], "write 'developer' as system"),
-    ([USER, {**ASSISTANT, "weight": 0.5}], "messages[1].weight: got 0.5: must be 0 (context only) or 1"),
-    ([USER, {**ASSISTANT, "weight": True}], "messages[1].weight: got True: must be 0"),
-    ([USER, {**ASSISTANT, "train": 1}], "messages[1].train: got 1: must be true or false"),
-    ([USER, {**ASSISTANT, "train": False, "weight": 1}], "contradict each other"),
-    ([{**USER, "train": False}, ASSISTANT], "messages[0].train: got False: only an assistant turn can be trained on"),
-    ([{**USER, "weight": 0}, ASSISTANT], "messages[0].weight: got 0: only an assistant turn"),
+    ([{"role": "developer", "content": "x"}, USER, ASSISTANT], "set roles, such as roles: {developer: system}"),
+    ([USER, {**ASSISTANT, "weight": 0.5}], "messages[1].weight: got 0.5: must be true or 1, or false or 0"),
+    ([USER, {**ASSISTANT, "train": "no"}], "messages[1].train: got 'no': must be true or 1, or false or 0"),
+    ([USER, {**ASSISTANT, "train": False, "weight": 1}], "train False and weight 1 contradict each other"),
+    ([USER, {**ASSISTANT, "loss": True, "masked": True}], "loss True and masked True contradict each other"),
+    ([{**USER, "train": True}, ASSISTANT], "messages[0].train: got True: only an assistant turn can be trained on"),
+    ([{**USER, "weight": 1}, ASSISTANT], "messages[0].weight: got 1: only an assistant turn"),
     ([USER, {**ASSISTANT, "train": False}], "messages: no assistant turn is trained on"),
     ([{**USER, "tool_calls": [OPENAI_CALL]}, ASSISTANT], "messages[0].tool_calls: got"),
     ([{**USER, "tool_call_id": "1"}, ASSISTANT], "only a tool turn answers a call"),

@@ -80,6 +80,19 @@ class DataConfig(FilesConfig):
     """A dataset of rows or preference pairs. Example: `{path: data/train.jsonl, capability: math}`."""
 
     capability: str = Field(default="general", description="Capability of the rows that do not name one themselves.")
+    format: Literal["messages", "prompt_completion", "sharegpt", "alpaca", "kto", "text", "pairs"] | None = Field(
+        default=None,
+        description="The shape of the rows, see docs/data.md; null tells it from the columns of each row.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Which columns of the data hold what, the name that is used here first: "
+        "{prompt: question, completion: answer}.",
+    )
+    roles: dict[str, str] = Field(
+        default_factory=dict,
+        description="Other names of roles in the data and what they mean, such as {developer: system}.",
+    )
     special_tokens_in_text: Literal["encode", "refuse"] = Field(
         default="encode",
         description="What to do with a special token, such as <|im_end|>, in the text of a row. encode makes it plain "

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from posttrain.config.shared import DataConfig
-from posttrain.data.messages import tool_call_to_json
-from posttrain.data.special import Guard, guard_of, special_token_problem
+from posttrain.data.messages import TEXT_ROLE, tool_call_to_json
+from posttrain.data.special import apply_guarded, encode_text, guard_of, special_token_problem
 from posttrain.data.turns import is_learned
 from posttrain.errors import CheckpointError, DataError
 from posttrain.records import Message, Row
@@ -114,6 +114,8 @@ def render_conversation(tokenizer: Any, messages: Messages, tools: Tools = None)
     leaves out calls or results of tools, or if it marks no generation and its prefixes disagree.
     """
     dicts = as_dicts(messages)
+    if dicts[0]["role"] == TEXT_ROLE:
+        return _plain_text(tokenizer, dicts[0]["content"])
     learned = learned_turns(messages)
     if not learned:
         raise DataError(
@@ -153,6 +155,8 @@ def check_parity(tokenizer: Any, messages: Messages, tools: Tools = None) -> Non
     """
     ids, mask = render_conversation(tokenizer, messages, tools)
     dicts = as_dicts(messages)
+    if dicts[0]["role"] == TEXT_ROLE:
+        return
     for index in learned_turns(messages):
         prompt = _prompt_ids(tokenizer, dicts[:index], tools)
         _require_prefix(tokenizer, prompt, ids, what=f"the prompt before message {index}")
@@ -162,6 +166,14 @@ def check_parity(tokenizer: Any, messages: Messages, tools: Tools = None) -> Non
                 f"message {index}: sampling starts at token {start}, but the tokens trained on do not; "
                 "check the generation markers of the chat template"
             )
+
+
+def _plain_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """A text without turns, with the token that ends a text; all but the token that begins one is trained on."""
+    ids = encode_text(tokenizer, guard_of(tokenizer, chat_template(tokenizer)), text)
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = end_token_ids(tokenizer)[:1]
+    return [*start, *ids, *end], [0] * len(start) + [1] * (len(ids) + len(end))
 
 
 def _prompt_ids(tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools) -> list[int]:
@@ -174,35 +186,11 @@ def _apply(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Ma
     guard = guard_of(tokenizer, chat_template(tokenizer))
     try:
         if guard.found_in(messages, options.get("tools")) is not None:
-            return _apply_guarded(tokenizer, guard, messages, **options)
+            return apply_guarded(tokenizer, guard, messages, **options)
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except TemplateError as error:
         roles = [item.get("role") for item in messages]
         raise DataError(f"the chat template refuses messages with roles {roles}: {error}") from None
-
-
-def _apply_guarded(
-    tokenizer: Any, guard: Guard, messages: list[dict[str, Any]], *, tools: Tools = None,
-    return_assistant_tokens_mask: bool = False, **options: Any,
-) -> Mapping[str, Any]:  # fmt: skip
-    """The same for a conversation whose texts hold special tokens, which become text."""
-    messages, tools = guard.cover(messages, tools)
-    rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
-    ids, places = guard.encode(rendered)
-    if not return_assistant_tokens_mask:
-        return {"input_ids": ids}
-    covered = tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True}, **options,
-    )  # fmt: skip
-    runs: list[tuple[int, int]] = []  # places in the text that the generation markers enclose
-    before = 0
-    for bit, (start, end) in zip(covered["assistant_masks"], covered["offset_mapping"], strict=True):
-        if bit:
-            runs = [*runs[:-1], (runs[-1][0], end)] if before else [*runs, (start, end)]
-        before = bit
-    masks = [int(any(first <= start and end <= last for first, last in runs)) for start, end in places]
-    return {"input_ids": ids, "assistant_masks": masks}
 
 
 def _require_tools_shown(

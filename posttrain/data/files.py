@@ -108,8 +108,39 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON value")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is larger than any number that can be written again")
+    return number
+
+
 def _parse_json(text: str) -> Any:
-    return json.loads(text, parse_constant=_no_constant)
+    value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    if "\\u" in text and (problem := unwritable(value)):
+        raise ValueError(problem)
+    return value
+
+
+def unwritable(value: Any, name: str = "") -> str:
+    """What in a value could not be written as JSON again, and where; "" if all can."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"{name}: character {error.start + 1} is half of a surrogate pair, which is not text"
+    elif isinstance(value, float) and not math.isfinite(value):
+        return f"{name}: got {value}, which JSON cannot hold"
+    elif isinstance(value, bytes):
+        return f"{name}: holds bytes, which JSON cannot hold; remove the column, or write it as text"
+    elif isinstance(value, dict):
+        parts = ((key, f"{name}.{key}" if name else str(key)) for key in value)
+        return next(
+            (problem for key, at in parts if (problem := unwritable(key, at) or unwritable(value[key], at))), ""
+        )
+    elif isinstance(value, list):
+        return next((problem for at, item in enumerate(value) if (problem := unwritable(item, f"{name}[{at}]"))), "")
+    return ""
 
 
 Parsed = tuple[int, Any, str]
@@ -167,7 +198,19 @@ def _read_csv(file: Path) -> Iterator[Parsed]:
         if None in row or None in row.values():
             yield number, {}, f"does not have the header's {width} columns"
         else:
-            yield number, {name: value for name, value in row.items() if value != ""}, ""
+            yield number, {name: _cell(value) for name, value in row.items() if value != ""}, ""
+
+
+def _cell(value: str) -> Any:
+    """CSV has no lists: a cell that holds a JSON list of messages is one. Any other text stays text."""
+    if not value.lstrip().startswith("[{"):
+        return value
+    try:
+        found = _parse_json(value)
+    except (ValueError, RecursionError):
+        return value
+    is_turns = all(isinstance(item, dict) and ("role" in item or "from" in item) for item in found)
+    return found if is_turns else value
 
 
 def _read_parquet(file: Path) -> Iterator[Parsed]:
@@ -197,7 +240,15 @@ def _batch_rows(batches: Any) -> Iterator[Parsed]:
         for row in batch.to_pylist():
             number += 1
             # Tables written by pandas mark a missing value as NaN.
-            yield number, {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}, ""
+            row = {k: None if isinstance(v, float) and math.isnan(v) else _without_nulls(v) for k, v in row.items()}
+            yield number, row, unwritable(row)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys that a table adds to its objects, as null, because others of the column have them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], Iterator[Parsed]]] = {

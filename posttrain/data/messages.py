@@ -3,9 +3,10 @@
     {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "1",
         "function": {"name": "weather", "arguments": {"city": "Paris"}}}], "train": false}
 
-A key that is not known is refused by its name, because a key that is ignored (`loss`, `thinking`) silently trains on
-something else than the author meant. A key whose value is null or empty is absent: tables of columns (parquet,
-`datasets`) give every message every key. Left out: the order of the turns (turns.py).
+Whether a turn is trained on may be said under the names that other tools use (`FLAGS`). A key that is not known is
+refused by its name, because a key that is ignored (`thinking`) silently trains on something else than the author meant.
+A key whose value is null or empty is absent: tables of columns (parquet, `datasets`) give every message every key.
+Left out: the order of the turns (turns.py).
 """
 
 import json
@@ -15,7 +16,11 @@ from typing import Any
 from posttrain.records import ContentPart, ImagePart, Message, TextPart, ToolCall
 
 ROLES = ("system", "user", "assistant", "tool")
-KNOWN_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "weight", "train")
+TEXT_ROLE = "text"  # of a text without turns
+# Names under which tools say whether a turn is trained on, and those under which they say that it is not.
+FLAGS = ("train", "weight", "loss", "loss_mask", "loss_weight", "loss_scale", "trainable", "trained", "training")
+INVERSE_FLAGS = ("masked",)
+KNOWN_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", *FLAGS, *INVERSE_FLAGS)
 IMAGE_KEYS = ("image", "path", "url", "image_url")
 SHOWN_CHARACTERS = 60
 
@@ -24,7 +29,7 @@ _USE_CONTENT = "write it in content, between the tags that the model's chat temp
 _USE_PARTS = 'write it as a part of content, {"type": "image", "image": path}'
 # Keys that other tools know, and what to write here instead.
 _ADVICE = {
-    **dict.fromkeys(("loss", "loss_mask", "loss_weight", "mask", "masked", "trainable", "trained"), _USE_TRAIN),
+    **dict.fromkeys(("mask", "train_detail", "loss_masks"), _USE_TRAIN),
     **dict.fromkeys(("thinking", "reasoning", "reasoning_content", "thoughts"), _USE_CONTENT),
     **dict.fromkeys(("image", "images"), _USE_PARTS),
     "function_call": "write it as tool_calls",
@@ -76,22 +81,13 @@ def tool_call_to_json(call: ToolCall) -> dict[str, Any]:
 # --- reading ---
 
 
-def to_messages(value: Any, name: str) -> tuple[Message, ...]:
-    """Read a list of messages, or its JSON text; `name` is the field it stands in. Raises `RowError`."""
-    value = from_json_text(value)
+def to_messages(value: Any, name: str, *, texts: bool = False) -> tuple[Message, ...]:
+    """Read a list of messages; `name` is the field it stands in. texts: it is plain text. Raises `RowError`."""
+    if texts:
+        return (Message(TEXT_ROLE, _read_content(value[0]["content"], name, may_be_empty=False)),)
     if not isinstance(value, list) or not value:
         raise RowError(f"{name}: got {shown(value)}: must be a list of at least one message")
     return tuple(_to_message(item, f"{name}[{index}]") for index, item in enumerate(value))
-
-
-def from_json_text(value: Any) -> Any:
-    """CSV has no lists: a cell that holds a JSON list of objects is one."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
 
 
 def is_absent(value: Any) -> bool:
@@ -121,7 +117,8 @@ def _to_message(item: Any, name: str) -> Message:
 def _read_role(role: Any, name: str) -> str:
     if role in ROLES:
         return role
-    advice = "; write 'developer' as system" if role == "developer" else ""
+    target = {"developer": "system", "human": "user", "gpt": "assistant"}.get(str(role), "user")
+    advice = f"; set roles, such as roles: {{{role}: {target}}}" if isinstance(role, str) and role else ""
     raise RowError(f"{name}.role: got {shown(role)}: must be one of {', '.join(ROLES)}{advice}")
 
 
@@ -143,21 +140,31 @@ def _read_optional_text(given: Mapping[str, Any], key: str, name: str) -> str | 
     return value
 
 
+def is_flag_set(value: Any) -> bool | None:
+    """What a flag says: true or 1, false or 0; None if it says neither."""
+    if isinstance(value, bool):
+        return value
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
+
 def _read_trained(given: Mapping[str, Any], role: str, name: str) -> bool | None:
-    """`train: true | false`, or `weight: 0 | 1` in OpenAI's spelling; None where neither is given."""
-    train, weight = given.get("train"), given.get("weight")
-    if train is None and weight is None:
-        return None
-    key = "train" if train is not None else "weight"
+    """What the flags say of a turn, such as `train: false` or OpenAI's `weight: 0`; None where there is none."""
+    said: dict[str, bool] = {}
+    for key in (*FLAGS, *INVERSE_FLAGS):
+        if key not in given:
+            continue
+        flag = is_flag_set(given[key])
+        if flag is None:
+            raise RowError(f"{name}.{key}: got {shown(given[key])}: must be true or 1, or false or 0")
+        said[key] = flag if key in FLAGS else not flag
     if role != "assistant":
-        raise RowError(f"{name}.{key}: got {shown(given[key])}: only an assistant turn can be trained on; remove it")
-    if train is not None and not isinstance(train, bool):
-        raise RowError(f"{name}.train: got {shown(train)}: must be true or false")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise RowError(f"{name}.weight: got {shown(weight)}: must be 0 (context only) or 1 (trained on)")
-    if train is not None and weight is not None and train != bool(weight):
-        raise RowError(f"{name}: train is {train} but weight is {weight}: they contradict each other; remove one")
-    return train if train is not None else bool(weight)
+        if wrong := next((key for key, trained in said.items() if trained), None):
+            raise RowError(f"{name}.{wrong}: got {shown(given[wrong])}: only an assistant turn can be trained on")
+        return None
+    if len(set(said.values())) > 1:
+        flags = " and ".join(f"{key} {shown(given[key])}" for key in said)
+        raise RowError(f"{name}: {flags} contradict each other; keep one")
+    return next(iter(said.values()), None)
 
 
 def _read_content(content: Any, name: str, *, may_be_empty: bool) -> str | tuple[ContentPart, ...]:

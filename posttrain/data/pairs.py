@@ -1,19 +1,32 @@
 """Preference pairs: one prompt with a reply to prefer and a reply to reject.
 
 Read from {"prompt", "chosen", "rejected"} rows, each field text or a list of messages. `chosen` and `rejected` may
-also be whole conversations that begin with the same turns; then `prompt` may be left out.
+also be whole conversations that begin with the same turns; then `prompt` may be left out. Rows of {"prompt",
+"completion", "label"}, as KTO has them, are joined: a good and a bad reply to one prompt are a pair.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.shared import DataConfig
 from posttrain.data.files import Record
+from posttrain.data.formats import (
+    CONVERSATIONS,
+    REPLY_FIELDS,
+    label_of,
+    refuse_columns,
+    renamed,
+    take_instruction,
+    take_turns,
+    with_context,
+)
 from posttrain.data.messages import RowError, messages_to_json, shown
-from posttrain.data.rows import Data, check, collect, take_capability, take_id, take_turns
+from posttrain.data.rows import Data, check, collect, take_capability, take_id
 from posttrain.data.turns import check_turns, check_usable
+from posttrain.errors import DataError
 from posttrain.files import write_jsonl
 from posttrain.records import Message
 
@@ -35,9 +48,43 @@ class Pair:
         return (*self.prompt, Message("assistant", self.chosen), Message("assistant", self.rejected))
 
 
+@dataclass(frozen=True, slots=True)
+class _Labelled:
+    """One reply to a prompt, and whether it is good."""
+
+    id: str
+    capability: str
+    prompt: tuple[Message, ...]
+    reply: str
+    good: bool
+    fields: Mapping[str, Any]
+
+
 def load_pairs(data: Data, *, limit: int | None = None, stage: str | None = None) -> list[Pair]:
     """Read and validate preference pairs; `stage` and what is raised are as in `load_rows`."""
-    return collect(data, _parser(stage), limit, identity=lambda pair: pair.id)
+    return _joined(collect(data, _parser(stage), limit, identity=lambda pair: pair.id))
+
+
+def _joined(items: Sequence["Pair | _Labelled"]) -> list[Pair]:
+    """The pairs, with labelled replies to the same prompt joined to pairs. Raises `DataError` for one left alone."""
+    labelled: dict[str, tuple[list[_Labelled], list[_Labelled]]] = {}
+    for item in items:
+        if isinstance(item, _Labelled):
+            key = json.dumps(messages_to_json(item.prompt), sort_keys=True)
+            labelled.setdefault(key, ([], []))[item.good].append(item)
+    alone = [group for group in labelled.values() if len(group[0]) != len(group[1])]
+    if alone:
+        bad, good = alone[0]
+        raise DataError(
+            f"{len(alone)} of {len(labelled)} prompts do not have as many replies with label true as with label false "
+            f"({(good or bad)[0].id!r} has {len(good)} and {len(bad)}), so they make no pairs; add or remove replies"
+        )
+    pairs = [item for item in items if isinstance(item, Pair)]
+    for rejected, chosen in (both for bad, good in labelled.values() for both in zip(bad, good, strict=True)):
+        if chosen.reply == rejected.reply:
+            raise DataError(f"{chosen.id!r} and {rejected.id!r}: the same reply has label true and label false")
+        pairs.append(Pair(chosen.id, chosen.capability, chosen.prompt, chosen.reply, rejected.reply, chosen.fields))
+    return pairs
 
 
 def check_pairs(data: Data, rows: int = 100, *, stage: str | None = None) -> list[str]:
@@ -45,8 +92,8 @@ def check_pairs(data: Data, rows: int = 100, *, stage: str | None = None) -> lis
     return check(data, _parser(stage), rows, identity=lambda pair: pair.id)
 
 
-def _parser(stage: str | None) -> Callable[[Record, DataConfig], Pair]:
-    def parse(record: Record, config: DataConfig) -> Pair:
+def _parser(stage: str | None) -> Callable[[Record, DataConfig], Pair | _Labelled]:
+    def parse(record: Record, config: DataConfig) -> Pair | _Labelled:
         pair = _parse(record, config)
         if stage is not None:
             check_usable(pair.prompt, pair.fields, name="prompt", stage=stage)
@@ -72,15 +119,22 @@ def pair_to_json(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _parse(record: Record, config: DataConfig) -> Pair:
-    value = dict(record.value)
+def _parse(record: Record, config: DataConfig) -> Pair | _Labelled:
+    value = renamed(record.value, config)
+    if _format(value, config.format) == "kto":
+        return _labelled(value, record, config)
     for name in ("chosen", "rejected"):
         if value.get(name) is None:
-            raise RowError(f"no {name!r}: a pair has 'prompt', 'chosen' and 'rejected'")
-    given = take_turns(value, "prompt", "user") if value.get("prompt") is not None else ()
-    chosen_start, chosen = _take_reply(value, "chosen")
-    rejected_start, rejected = _take_reply(value, "rejected")
-    prompt = _shared_prompt(given, chosen_start, rejected_start)
+            have = ", ".join(map(str, value)) or "none"
+            raise RowError(
+                f"no {name!r}: a pair has 'prompt', 'chosen' and 'rejected'; its columns are: {have}; set columns to "
+                "name them"
+            )
+    refuse_columns(value)
+    given = _take_prompt(value, config.roles)
+    chosen_start, chosen = _take_reply(value, "chosen", config.roles)
+    rejected_start, rejected = _take_reply(value, "rejected", config.roles)
+    prompt = with_context(value, _shared_prompt(given, chosen_start, rejected_start))
     check_turns(prompt, "prompt", "prompt")
     if chosen == rejected:
         raise RowError("chosen and rejected are the same text: a pair must show a difference")
@@ -88,9 +142,46 @@ def _parse(record: Record, config: DataConfig) -> Pair:
     return Pair(identity, capability, prompt, chosen, rejected, value)
 
 
-def _take_reply(value: dict[str, Any], name: str) -> tuple[tuple[Message, ...], str]:
+def _has_label(value: Mapping[str, Any]) -> bool:
+    return value.get("label") is not None and any(value.get(name) is not None for name in REPLY_FIELDS)
+
+
+def _format(value: Mapping[str, Any], declared: str | None) -> str:
+    """pairs or kto. Raises `RowError` for a declared format of another kind, and where both fit."""
+    if declared is not None:
+        if declared not in ("pairs", "kto"):
+            raise RowError(f"format: {declared} holds no preferences; set pairs or kto, or leave it out")
+        return declared
+    if _has_label(value) and isinstance(value["label"], bool) and value.get("chosen") is not None:
+        raise RowError("the columns fit several formats: pairs, kto; set format to one of them")
+    return "kto" if _has_label(value) and value.get("chosen") is None else "pairs"
+
+
+def _labelled(value: dict[str, Any], record: Record, config: DataConfig) -> _Labelled:
+    if value.get("prompt") is None or not _has_label(value):
+        raise RowError(f"format: kto has 'prompt', 'completion' and 'label'; its columns are: {', '.join(value)}")
+    refuse_columns(value)
+    name = next(name for name in REPLY_FIELDS if value.get(name) is not None)
+    prompt = with_context(value, take_turns(value, "prompt", "user", roles=config.roles))
+    start, reply = _take_reply(value, name, config.roles)
+    if start:
+        raise RowError(f"{name}: got {len(start) + 1} turns: must be the reply alone")
+    check_turns(prompt, "prompt", "prompt")
+    good = label_of(value)
+    return _Labelled(take_id(value, record), take_capability(value, config.capability), prompt, reply, good, value)
+
+
+def _take_prompt(value: dict[str, Any], roles: Mapping[str, str]) -> tuple[Message, ...]:
+    """Remove the prompt: `prompt`, ShareGPT's `conversations`, or alpaca's `instruction` and `input`."""
+    for name in ("prompt", *CONVERSATIONS):
+        if value.get(name) is not None:
+            return take_turns(value, name, "user", roles=roles)
+    return take_instruction(value) if value.get("instruction") is not None else ()
+
+
+def _take_reply(value: dict[str, Any], name: str, roles: Mapping[str, str]) -> tuple[tuple[Message, ...], str]:
     """Remove a reply; returns the turns before it (if it was a whole conversation) and its text."""
-    turns = take_turns(value, name, "assistant")
+    turns = take_turns(value, name, "assistant", roles=roles)
     if turns[-1].role != "assistant":
         raise RowError(f"{name}: the last turn is {turns[-1].role!r}: a reply must end with 'assistant'")
     reply = turns[-1]
@@ -112,6 +203,7 @@ def _shared_prompt(
     prompt = chosen or given
     if not prompt:
         raise RowError("no 'prompt': a pair has 'prompt', 'chosen' and 'rejected'")
-    if given and chosen and given[-1] != chosen[-1]:
+    bare = chosen[1:] if chosen and chosen[0].role == "system" and given and given[0].role != "system" else chosen
+    if given and chosen and given != bare:
         raise RowError("'prompt' is not the prompt that chosen and rejected begin with; leave one of them out")
     return prompt

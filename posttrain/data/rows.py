@@ -12,16 +12,16 @@ from typing import Any, TypeVar
 
 from posttrain.config.shared import DataConfig
 from posttrain.data.files import Record, read_records
-from posttrain.data.messages import RowError, from_json_text, messages_to_json, shown, to_messages
+from posttrain.data.formats import renamed, take_conversation
+from posttrain.data.messages import TEXT_ROLE, RowError, messages_to_json, shown
 from posttrain.data.turns import Kind, check_turns, check_usable
 from posttrain.errors import DataError
 from posttrain.files import write_jsonl
-from posttrain.records import Message, Row
+from posttrain.records import Row
 
 Data = DataConfig | str | Path | Sequence[str | Path]
 T = TypeVar("T")
 
-REPLY_FIELDS = ("completion", "response")
 MAX_SHOWN_PROBLEMS = 5
 
 
@@ -43,7 +43,7 @@ def check_data(data: Data, kind: Kind, rows: int = 100, *, stage: str | None = N
 
 def _parser(kind: Kind, stage: str | None) -> Callable[[Record, DataConfig], Row]:
     def parse(record: Record, config: DataConfig) -> Row:
-        row = parse_row(record, kind, config.capability)
+        row = parse_row(record, kind, config)
         if stage is not None:
             check_usable(row.messages, row.fields, name="messages", stage=stage)
         return row
@@ -58,7 +58,11 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
 
 def row_to_json(row: Row) -> dict[str, Any]:
     """The JSON object that `load_rows` reads back as an equal row."""
-    record: dict[str, Any] = {"id": row.id, "capability": row.capability, "messages": messages_to_json(row.messages)}
+    record: dict[str, Any] = {"id": row.id, "capability": row.capability}
+    if row.messages[0].role == TEXT_ROLE:
+        record["text"] = row.messages[0].text
+    else:
+        record["messages"] = messages_to_json(row.messages)
     if row.answer is not None:
         record["answer"] = row.answer
     return {**row.fields, **record}
@@ -111,9 +115,7 @@ def collect(
         else:
             rows.append(item)
     if problems:
-        rest = len(problems) - MAX_SHOWN_PROBLEMS
-        more = [f"and {rest} more rows with problems"] if rest > 0 else []
-        raise DataError("\n".join(problems[:MAX_SHOWN_PROBLEMS] + more))
+        raise DataError("\n".join(summary(problems)))
     if not rows:
         raise DataError(f"{_shown_path(data)}: holds no rows; at least one is needed")
     return rows
@@ -131,7 +133,13 @@ def check(
         return str(error).splitlines()
     if not found:
         return [f"{_shown_path(data)}: holds no rows; at least one is needed"]
-    return [item for item in found if isinstance(item, str)]
+    return summary([item for item in found if isinstance(item, str)])
+
+
+def summary(problems: Sequence[str]) -> list[str]:
+    """The first few problems, and how many more there are."""
+    rest = len(problems) - MAX_SHOWN_PROBLEMS
+    return [*problems[:MAX_SHOWN_PROBLEMS], *([f"and {rest} more rows with problems"] if rest > 0 else [])]
 
 
 def _shown_path(data: Data) -> str:
@@ -142,42 +150,18 @@ def _shown_path(data: Data) -> str:
 # --- one row ---
 
 
-def parse_row(record: Record, kind: Kind, capability: str) -> Row:
+def parse_row(record: Record, kind: Kind, config: DataConfig) -> Row:
     """Make a `Row` of one record; raises `RowError`."""
-    value = dict(record.value)
-    messages = take_conversation(value, kind)
+    value = renamed(record.value, config)
+    messages = take_conversation(value, kind, config)
     check_turns(messages, "messages", kind)
     return Row(
         id=take_id(value, record),
-        capability=take_capability(value, capability),
+        capability=take_capability(value, config.capability),
         messages=messages,
         answer=value.pop("answer", None),
         fields=value,
     )
-
-
-def take_conversation(value: dict[str, Any], kind: Kind) -> tuple[Message, ...]:
-    """Remove the conversation from a raw row and return it: `messages`, or `prompt` with `completion` or `response`."""
-    if value.get("messages") is not None:
-        return to_messages(value.pop("messages"), "messages")
-    if value.get("prompt") is None:
-        columns = ", ".join(sorted(map(str, value))) or "none"
-        raise RowError(f"no 'messages' (and no 'prompt'); its fields are: {columns}")
-    prompt = take_turns(value, "prompt", "user")
-    if kind == "prompt":
-        return prompt
-    reply = next((name for name in REPLY_FIELDS if value.get(name) is not None), None)
-    if reply is None:
-        raise RowError("a 'prompt' without 'completion' or 'response': a supervised row needs the reply")
-    return prompt + take_turns(value, reply, "assistant")
-
-
-def take_turns(value: dict[str, Any], name: str, role: str) -> tuple[Message, ...]:
-    """Remove a field and return its messages. A plain text is one turn of `role`."""
-    turns = from_json_text(value.pop(name))
-    if isinstance(turns, str):
-        turns = [{"role": role, "content": turns}]
-    return to_messages(turns, name)
 
 
 def take_id(value: dict[str, Any], record: Record) -> str:

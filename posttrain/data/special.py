@@ -105,7 +105,8 @@ class Guard:
             self._copy = self._renamed()
         copy, ids = self._copy
         encoding = copy.encode(text, add_special_tokens=False)
-        return [ids.get(token, token) for token in encoding.ids], list(encoding.offsets)
+        numbers: list[int] = encoding.ids
+        return [ids.get(token, token) for token in numbers], list(encoding.offsets)
 
     def _renamed(self) -> tuple[Any, dict[int, int]]:
         """A copy of the tokenizer whose special tokens have private names, and the ids that these have here."""
@@ -137,6 +138,38 @@ class Guard:
             if text not in self._names:
                 ids[copy.token_to_id(text)] = number
         return copy, ids
+
+
+def apply_guarded(
+    tokenizer: Any, guard: Guard, messages: Sequence[Mapping[str, Any]], *, tools: Any = None,
+    return_assistant_tokens_mask: bool = False, **options: Any,
+) -> Mapping[str, Any]:  # fmt: skip
+    """What `tokenizer.apply_chat_template` gives for a conversation whose special tokens become text."""
+    messages, tools = guard.cover(messages, tools)
+    rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+    ids, places = guard.encode(rendered)
+    if not return_assistant_tokens_mask:
+        return {"input_ids": ids}
+    covered = tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True}, **options,
+    )  # fmt: skip
+    runs: list[tuple[int, int]] = []  # places in the text that the generation markers enclose
+    before = 0
+    for bit, (start, end) in zip(covered["assistant_masks"], covered["offset_mapping"], strict=True):
+        if bit:
+            runs = [*runs[:-1], (runs[-1][0], end)] if before else [*runs, (start, end)]
+        before = bit
+    masks = [int(any(first <= start and end <= last for first, last in runs)) for start, end in places]
+    return {"input_ids": ids, "assistant_masks": masks}
+
+
+def encode_text(tokenizer: Any, guard: Guard, text: str) -> list[int]:
+    """Token ids of a text, in which no special token is one."""
+    messages = [{"role": "text", "content": text}]
+    if guard.found_in(messages) is None:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return guard.encode(guard.cover(messages, None)[0][0]["content"])[0]
 
 
 def special_token_problem(name: str, token: str) -> str:

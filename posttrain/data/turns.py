@@ -1,9 +1,11 @@
 """The rules of a whole conversation: the order of its turns, how it ends, and what each stage can use of it."""
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
-from posttrain.data.messages import RowError, from_json_text, is_absent, shown
+from posttrain.data.messages import TEXT_ROLE, RowError, is_absent, shown
 from posttrain.records import ImagePart, Message
 
 Kind = Literal["supervised", "prompt"]
@@ -25,6 +27,8 @@ def check_turns(messages: Sequence[Message], name: str, kind: Kind) -> None:
     come their results, then an assistant turn. A prompt ends with a user or tool turn, a supervised row with an
     assistant turn, and at least one of its assistant turns is trained on.
     """
+    if messages[0].role == TEXT_ROLE:
+        return
     start = 1 if messages[0].role == "system" else 0
     calling = -1  # index of the assistant turn whose calls the tool turns answer
     for index, message in enumerate(messages[start:], start):
@@ -47,7 +51,7 @@ def check_turns(messages: Sequence[Message], name: str, kind: Kind) -> None:
 
 def is_learned(message: Message) -> bool:
     """Whether supervised training trains on this turn."""
-    return message.role == "assistant" and message.trained is not False
+    return message.role in ("assistant", TEXT_ROLE) and message.trained is not False
 
 
 def _expected(before: Message | None) -> tuple[str, ...]:
@@ -84,8 +88,11 @@ def tools_of(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
     A list of JSON schemas of functions, or its JSON text. Raises `RowError` for anything else.
     """
-    tools = from_json_text(fields.get("tools"))
-    if is_absent(tools) or tools == "[]":
+    tools = fields.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        with suppress(ValueError, RecursionError):
+            tools = json.loads(tools)
+    if is_absent(tools):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError(f"tools: got {shown(tools)}: must be a list of function schemas, or its JSON text")
