@@ -1,8 +1,8 @@
 """From rollouts to rewards and advantages.
 
-config.py      the keys that say what a rollout is worth
-verifiers.py   the reward function of the config, and whether the rows carry what it needs
-judge.py       a judge model whose verdict on each reply the reward can read
-groups.py      scores, advantages, and whether a group is worth training on
-alarm.py       too many rollouts without a score: say so
+config.py      the keys of reward, judge, advantage and loss
+verifiers.py   the reward that the config asks for, and the check that rows have the fields that it needs
+judge.py       a judge model, whose verdict on each reply the reward can read
+groups.py      scores, advantages, and the decision whether a group is trained on
+alarm.py       an alarm for too many rollouts without a score
 """

@@ -18,7 +18,7 @@ FIRST_PAUSE_S = 0.25
 
 
 class Scorer(Protocol):
-    """What scores: a `RewardClient`."""
+    """The interface of a scorer, such as `RewardClient`."""
 
     async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
         """The scores in order."""
@@ -26,7 +26,10 @@ class Scorer(Protocol):
 
 
 async def score_group(group: Group, scorer: Scorer, config: GradingConfig) -> ScoredGroup:
-    """Score every rollout, and those without a score again, `reward.rescores` times; then advantages."""
+    """Score every rollout, and compute advantages.
+
+    Rollouts without a score are scored again, up to `reward.rescores` times.
+    """
     pairs = [(rollout, group.prompt.row) for rollout in group.rollouts]
     scores = await scorer.score(pairs)
     for pause_s in rescore_pauses(config.reward.rescores):
@@ -40,7 +43,7 @@ async def score_group(group: Group, scorer: Scorer, config: GradingConfig) -> Sc
 
 
 def rescore_pauses(rescores: int) -> list[float]:
-    """Seconds to wait before each further scoring, growing: a service that is down has a moment to come back."""
+    """Seconds to wait before each further scoring. They grow, so that a service that is down has time to recover."""
     return [FIRST_PAUSE_S * 2**attempt for attempt in range(rescores)]
 
 
@@ -74,7 +77,7 @@ def scored_group(group: Group, scores: Sequence[Scored], config: GradingConfig) 
 
 
 def _refused(rollout: Rollout) -> Scored | None:
-    """What a rollout is scored as if it cannot be trained on, else None."""
+    """The result for a rollout that cannot be trained on, or None if it can."""
     sampled = [segment.sampler_logprobs for segment in rollout.segments if segment.sampler_logprobs is not None]
     bad = sum(len(values) - sum(map(math.isfinite, values)) for values in sampled)
     if not bad:
@@ -103,9 +106,10 @@ def _reason(scored: Scored, penalty: float) -> str:
 
 
 def over_batch(groups: Sequence[ScoredGroup], advantage: str) -> list[ScoredGroup]:
-    """The groups of a batch with the advantages that are trained on, where the rule needs the whole batch for them.
+    """The groups of a batch with the advantages to train on. They differ if the rule needs the whole batch.
 
-    Done once, before the ranks share the batch out, and over the rollouts that are trained on.
+    It is called once, before the batch is divided among the ranks. The rule is applied to the rollouts that are trained
+    on.
     """
     rule = OVER_BATCH.get(advantage)
     if rule is None:
@@ -118,7 +122,7 @@ def over_batch(groups: Sequence[ScoredGroup], advantage: str) -> list[ScoredGrou
 
 
 def drop_reason(scored: ScoredGroup, config: GradingConfig) -> Drop | None:
-    """Why the group is not trained on, or None; judged by itself, over the rollouts that would be trained on."""
+    """Why the group is not trained on, or None. Only the rollouts that would be trained on are considered."""
     known = [advantage for advantage in scored.advantages if advantage is not None]
     if len(scored.scored_rewards) < config.min_group:
         outcomes = Counter(unscored_outcomes(scored)).most_common(1)

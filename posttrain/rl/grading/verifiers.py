@@ -1,7 +1,7 @@
-"""The reward that replies are scored by: the task's, and beside it the verifier of the system instruction drawn.
+"""The reward that scores replies: that of the task, combined with the verifier of the drawn system instruction.
 
-Both run in one process, as the reward `by_system`, and the result is (1 - w) R + w V. Left out: verifiers for system
-turns that a row brings itself.
+Both run in one process, as the reward `by_system`. The result is (1 - w) R + w V, where R is the reward of the task, V
+the result of the verifier and w the verifier's weight. Left out: verifiers for system turns that are part of a row.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ BY_SYSTEM = "posttrain.rewards.combine:by_system"
 
 
 def reward_spec(reward: RewardConfig, systems: SystemsConfig) -> RewardSpec:
-    """The task's reward; with verifiers, the combination that chooses one by the rollout's system instruction."""
+    """The reward of the task; if there are verifiers, `by_system`, which chooses one by the rollout's instruction."""
     task = {"name": reward.name, "args": reward.args}
     verifiers = {item.text: item.verifier.model_dump() for item in systems.instructions if item.verifier}
     if not verifiers:
@@ -26,13 +26,13 @@ def reward_spec(reward: RewardConfig, systems: SystemsConfig) -> RewardSpec:
 
 
 def reward_config(reward: RewardConfig, systems: SystemsConfig) -> RewardConfig:
-    """The reward's section, with what is really called."""
+    """The section `reward`, with the name and arguments of the reward that is really called."""
     spec = reward_spec(reward, systems)
     return reward.model_copy(update={"name": spec.name, "args": dict(spec.args)})
 
 
 def check_rewardable(config: GradingConfig, rows: Sequence[Row]) -> None:
-    """Raises DataError for rows that lack a field which the reward, or a verifier that may meet them, needs."""
+    """Raise DataError for a row without a field that the reward needs, or a verifier that may be drawn for it."""
     own_system = [row for row in rows if row.messages[0].role == "system"]
     others = [row for row in rows if row.messages[0].role != "system"]
     given = given_fields(config.judge)
@@ -41,5 +41,5 @@ def check_rewardable(config: GradingConfig, rows: Sequence[Row]) -> None:
 
 
 def given_fields(judge: RlJudgeConfig | None) -> tuple[str, ...]:
-    """Fields that the reward gets beside those of the row."""
+    """The fields that the reward gets in addition to those of the row."""
     return () if judge is None else (JUDGE_FIELD,)

@@ -5,9 +5,9 @@ source.py         the order in which prompts are drawn, each with a system instr
 profile.py        pass@k of every prompt with the starting policy
 difficulty.py     the measured pass rates, and the store that runs share
 fingerprints.py   what a measured pass rate depends on
-prior.py          what to expect of a prompt that was not measured
-curriculum.py     the moving band of pass rates that is drawn from
+prior.py          the prior belief about a prompt, fitted to the profile
+curriculum.py     beliefs about pass rates, and the moving band from which prompts are drawn
 refilter.py       which prompts are measured again during training
 quotas.py         the share of each capability in a batch
-lengths.py        do prompt and reply fit into the engine?
+lengths.py        check that prompt and reply fit into the engine
 """

@@ -1,15 +1,16 @@
-"""Which prompts are worth sampling now: a belief about each one's pass rate, and a band that moves from easy to hard.
+"""The curriculum: a belief about the pass rate of each prompt, and a band of pass rates that moves from easy to hard.
 
-The belief is a Beta distribution over the pass rate: a + passes, b + failures, of the profile and of every rollout
-since, with the prior (a, b) that fits the whole profile (prior.py). What was seen of an older policy counts less, by
-half every `half_life` steps. A prompt is sampled in proportion to the belief that its pass rate lies in the band.
+The belief is a Beta distribution with the parameters a + passes and b + failures. It counts the rollouts of the profile
+and all rollouts since; the prior (a, b) fits the whole profile (prior.py). A rollout counts half after `half_life`
+steps, a quarter after twice as many, and so on. A prompt is drawn in proportion to the probability, according to its
+belief, that its pass rate lies in the band.
 
                  surely solved                        surely impossible
     retired ◄─────────────────── active ◄──────────────────────────────► parked
             ──────────────────►         a re-probe or refresh passes
 
-Retired prompts are not drawn. Parked ones are, within a budget: `reprobe_fraction` of the draws, on average. A state
-changes by what is seen, never by time alone. Left out: who draws (source.py), and who refreshes (refilter.py).
+Retired prompts are not drawn. Parked ones are drawn within a budget: `reprobe_fraction` of the draws, on average. Only
+rollouts change a state, never time alone. Left out: drawing (source.py) and refreshes (refilter.py).
 """
 
 import numbers
@@ -33,8 +34,8 @@ SOLVED_PASS_RATE = 0.9
 # ...once the mean rests on at least this many rollouts (after the discount).
 MIN_ROLLOUTS = 4.0
 ADAPTIVE_GAIN = 4.0
-# A pass rate lies less than 1 outside the band.
-# A miss of 1 or more marks a prompt that is drawn only when no other is left.
+# A pass rate always lies less than 1 outside the band. So a miss of 1 or more can mark a prompt that is drawn only if
+# no other is left.
 EXCLUDED_MISS = 1.0
 _GRID = (np.arange(256) + 0.5) / 256
 
@@ -63,12 +64,12 @@ class Belief:
 
     @property
     def evidence(self) -> float:
-        """Rollouts that it rests on, after the discount."""
+        """How many rollouts the belief counts, after the discount."""
         return self.passes + self.failures
 
     @property
     def verdict(self) -> State:
-        """What the belief alone says."""
+        """The state that the belief alone would give a prompt."""
         if self.evidence < MIN_ROLLOUTS or 1 - SOLVED_PASS_RATE <= self.mean <= SOLVED_PASS_RATE:
             return "active"
         return "retired" if self.mean > SOLVED_PASS_RATE else "parked"
@@ -77,8 +78,8 @@ class Belief:
 class Curriculum:
     """Beliefs about prompts, and the band of optimizer step `step` of `steps`.
 
-    A difficulty that is not selected starts outside: retired if most of its replies passed, else parked. prior: of
-    every prompt's pass rate.
+    A prompt that the profile did not select starts as retired if most of its replies passed, else as parked. prior: the
+    prior of every prompt's pass rate.
     """
 
     def __init__(
@@ -104,12 +105,12 @@ class Curriculum:
 
     @property
     def prompt_ids(self) -> list[str]:
-        """Every prompt that something is known of."""
+        """The ids of all prompts about which there is a belief."""
         return list(self._beliefs)
 
     @property
     def band(self) -> tuple[float, float]:
-        """Lowest and highest pass rate that is wanted now."""
+        """The lowest and highest pass rate of the current band."""
         (low, high), (last_low, last_high) = self._config.first, self._config.last
         return low + self._position * (last_low - low), high + self._position * (last_high - high)
 
@@ -118,7 +119,7 @@ class Curriculum:
         return self._states.get(prompt_id, "active")
 
     def belief(self, prompt_id: str, version: int | None = None) -> Belief:
-        """What is believed of a prompt at a version; at the current one if None. Nothing is changed by asking."""
+        """The belief about a prompt at a policy version; None: the current one. This changes nothing."""
         at = self._version if version is None else version
         belief = self._beliefs.get(prompt_id, Belief(0.0, 0.0, at, self._prior))
         kept = self._kept(at - belief.version)
@@ -127,9 +128,9 @@ class Curriculum:
     def observe(
         self, prompt_id: str, passes: int, failures: int, *, version: int | None = None, refresh: bool = False
     ) -> None:
-        """Rollouts of a prompt were scored. version: of the policy that sampled them; the current one if None.
+        """Count scored rollouts of a prompt. version: of the policy that sampled them; None: the current one.
 
-        refresh: they are a probe of the refilter, so they do not count as a draw.
+        refresh: the rollouts are a probe of the refilter, and do not count as a draw.
         """
         state = self.state_of(prompt_id)
         self._num_reprobes += state == "parked" and not refresh
@@ -144,11 +145,11 @@ class Curriculum:
             self._states[prompt_id] = belief.verdict
 
     def miss(self, prompt_id: str, rng: random.Random) -> float:
-        """How far a pass rate drawn from the belief lies outside the band; 0 inside. Nothing is changed by asking.
+        """How far a pass rate, drawn from the belief, lies outside the band; 0 if inside. This changes nothing.
 
-        Prompts that are taken when it is 0 are taken in proportion to the belief that they lie in the band. That of a
-        parked prompt is 0 as often as the budget allows, otherwise EXCLUDED_MISS or more; a retired prompt's always is.
-        The draw does not count looking at such a prompt as a try.
+        So if a prompt is taken whenever its miss is 0, it is taken in proportion to the probability that it lies in the
+        band. The miss of a parked prompt is 0 as often as the budget allows, and otherwise EXCLUDED_MISS or more. That
+        of a retired prompt is always more. The draw does not count a look at such a prompt as a try.
         """
         belief, state = self.belief(prompt_id), self.state_of(prompt_id)
         rate = rng.betavariate(*belief.shape)
@@ -162,19 +163,19 @@ class Curriculum:
         return miss
 
     def advance(self, version: int, pass_rate: float) -> None:
-        """An optimizer step is done; pass_rate: of all that was generated for it.
+        """Move the band after an optimizer step. pass_rate: of all rollouts that were generated for the step.
 
-        constant: the band stays. linear: it is at `last` when training ends. adaptive: it gets harder as fast as
-        rollouts pass more often than its middle, and easier while they pass less often. A function of the user's is
-        called with (step, steps, pass_rate, position) and returns the new position, from 0 (`first`) to 1 (`last`);
-        raises PluginError where it does not.
+        constant: the band stays. linear: it reaches `last` when training ends. adaptive: it gets harder while rollouts
+        pass more often than the middle of the band, and easier while they pass less often, in proportion to the
+        difference. A function of the user is called with (step, steps, pass_rate, position) and returns the new
+        position, from 0 (`first`) to 1 (`last`); PluginError is raised if it does not.
         """
         self._version = version
         self._position = self._next_position(version, pass_rate)
         self._reprobe_chance = self._reprobe_chances()
 
     def figures(self) -> dict[str, float]:
-        """For the metrics of a step. reprobes: groups of parked prompts since training began."""
+        """Figures for the metrics of a step. reprobes: groups of parked prompts since training began."""
         low, high = self.band
         states = Counter(self._states.values())
         return {
@@ -212,13 +213,14 @@ class Curriculum:
         return 0.5 ** (max(0, age) / self._config.half_life)
 
     def _reprobe_chances(self) -> dict[str, float]:
-        """For each capability, how often a parked prompt that is looked at is taken.
+        """For each capability, the chance with which a parked prompt is taken when a draw looks at it.
 
-        A draw tries up to T = `tries` prompts of its capability that are active, or parked and taken, and takes the
-        first of the latter or of those in the band. Of a look, let f be the chance that it finds an active prompt,
-        y that it finds one in the band, x that it takes a parked one. Then a draw takes a parked one with a chance of
-        at most x / (x + y), and at most T x / (x + f): x is the largest for which one of them is within the budget r.
-        It holds for what was believed when the step began.
+        A draw looks at prompts one by one. It stops at the first parked prompt that is taken by this chance, at the
+        first active prompt in the band, or after T = `tries` prompts that are active or taken. For one look, let f be
+        the chance of an active prompt, y that of an active prompt in the band, and x that of a parked prompt which is
+        taken. Then the chance that a draw takes a parked prompt is at most x / (x + y), and also at most T x / (x + f).
+        The method chooses the largest x for which one of these two bounds is within the budget r. It uses the beliefs
+        at the beginning of the step.
         """
         budget, per_try = self._config.reprobe_fraction, self._config.reprobe_fraction / self._config.tries
         names: dict[str, list[str]] = {}
@@ -234,7 +236,7 @@ class Curriculum:
         return chances
 
     def _in_band(self, beliefs: list[Belief]) -> float:
-        """How many of the prompts lie in the band, by expectation: the mass of each Beta there, on a grid."""
+        """The expected number of prompts in the band: the sum of the mass of each Beta there, on a grid."""
         low, high = self.band
         inside = (low <= _GRID) & (high >= _GRID)
         total = 0.0
@@ -246,7 +248,7 @@ class Curriculum:
         return total
 
     def _next_position(self, step: int, pass_rate: float) -> float:
-        """Where the band lies between `first` (0) and `last` (1) after optimizer step `step`. See `advance`."""
+        """The position of the band, from 0 (`first`) to 1 (`last`), after optimizer step `step`; see `advance`."""
         if self._function is not None:
             return self._called_position(step, pass_rate)
         if self._config.schedule == "linear":
@@ -257,7 +259,7 @@ class Curriculum:
         return self._position
 
     def _called_position(self, step: int, pass_rate: float) -> float:
-        """The position that the user's function returns. Raises PluginError where it returns none."""
+        """The position that the user's function returns. Raises PluginError if it returns no number from 0 to 1."""
         name = self._config.schedule
         assert self._function is not None
         try:

@@ -1,4 +1,4 @@
-"""Whether every prompt leaves room for a reply, with each system instruction that may be drawn for it."""
+"""Check that every prompt leaves room for a reply, also with each system instruction that may be drawn for it."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,9 @@ from posttrain.config.shared import SystemInstruction
 from posttrain.errors import DataError
 from posttrain.records import DrawnPrompt, Message
 
-_NEAR = 32  # tokens; an instruction adds about as many to every prompt, so only those this near are rendered
+# In tokens. An instruction adds about as many tokens to every prompt, so only prompts that are this near to the limit
+# are rendered with it.
+_NEAR = 32
 
 
 def check_room(
@@ -17,10 +19,10 @@ def check_room(
     max_tokens: int,
     max_model_len: int,
 ) -> None:
-    """Raises DataError for the first prompt that is too long.
+    """Raise DataError for the first prompt that is too long.
 
-    prompts: without a sampled instruction. instructions: that may be drawn for them. max_tokens: of a reply.
-    max_model_len: tokens of prompt and reply that an engine holds.
+    prompts: without a sampled instruction. instructions: those that may be drawn for them. max_tokens: of a reply.
+    max_model_len: how many tokens of prompt and reply an engine can hold.
     """
     limit = max_model_len - max_tokens
 

@@ -1,8 +1,8 @@
-"""What to believe of a prompt's pass rate before it is sampled: the Beta distribution that fits the whole profile.
+"""The prior belief about a prompt's pass rate: the Beta distribution that fits the whole profile.
 
-Where most prompts are passed always or never, two replies of one kind already say much; with a uniform prior they would
-say little, and the profile would be lost on the draw. Empirical Bayes: the counts of all prompts, as draws of a
-beta-binomial distribution, choose the prior that each of them starts from.
+If most prompts are passed always or never, two equal replies already make a belief strong. With a uniform prior they
+would hardly change it, and the profile would have little effect on the draw of prompts. The method is empirical Bayes:
+the counts of all prompts are taken as draws of a beta-binomial distribution, whose parameters are fitted.
 """
 
 import math
@@ -11,16 +11,16 @@ from collections.abc import Iterable
 
 from posttrain.rl.prompts.difficulty import Difficulty
 
-Prior = tuple[float, float]  # of a Beta distribution
+Prior = tuple[float, float]  # the parameters (a, b) of a Beta distribution
 UNIFORM: Prior = (1.0, 1.0)
 _VALUES = [2.0 ** (exponent / 4) for exponent in range(-16, 9)]  # from 1/16 to 4
 
 
 def fit_prior(difficulties: Iterable[Difficulty]) -> Prior:
-    """The likeliest (a, b), each from 1/16 to 4, for counts of passes among n replies.
+    """The likeliest (a, b), each from 1/16 to 4, for the counts of passes among n replies of each prompt.
 
-    log a and log b are normal around 0 beforehand, with a deviation of 1: few prompts, or one reply each, which tell no
-    more than a mean, leave the prior near the uniform one.
+    log a and log b have a normal prior with mean 0 and standard deviation 1. So the result is near the uniform prior if
+    there are few prompts, or only one reply to each, which tells no more than the mean pass rate.
     """
     counts = Counter((item.passes, item.n) for item in difficulties if item.n)
     if not counts:

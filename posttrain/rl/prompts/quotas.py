@@ -1,4 +1,4 @@
-"""Which capability each place of a batch belongs to, from the shares of the mixture alone."""
+"""The capability of each place of a batch, computed from the shares of the mixture alone."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +9,9 @@ from posttrain.records import Row
 
 
 def mixture_shares(rows: Sequence[Row], mixture: Mapping[str, float]) -> dict[str, float]:
-    """Share of each capability, 1 in all: as `mixture` says (on any scale); if it is empty, as in `rows`.
+    """The share of each capability; their sum is 1. They follow `mixture` (on any scale), or `rows` if it is empty.
 
-    One of weight 0 is left out. Raises ConfigError for a capability that no row has.
+    A capability of weight 0 is left out. Raises ConfigError for a capability that no row has.
     """
     there = Counter(row.capability for row in rows)
     mixture = {name: weight for name, weight in mixture.items() if weight > 0}
@@ -27,8 +27,9 @@ def mixture_shares(rows: Sequence[Row], mixture: Mapping[str, float]) -> dict[st
 def places(shares: Mapping[str, float], first: int = 0) -> Iterator[str]:
     """The capability of place `first` in a batch, and of all later places, without end.
 
-    Each goes to the capability that is furthest behind its share of all places so far: the largest remainder, carried
-    from batch to batch, so that a small share gets its places too. Pure: a resumed run continues the same sequence.
+    Each place goes to the capability that is furthest behind its share of all places so far (the largest remainder).
+    The remainder is carried from batch to batch, so that a small share gets its places too. The sequence depends on the
+    shares alone, so a resumed run continues it.
     """
     return islice(_from_the_first(shares), first, None)
 

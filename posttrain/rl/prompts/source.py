@@ -1,10 +1,11 @@
 """Which prompt of a capability is sent next, and the system instruction that is sampled for it.
 
-Without a curriculum every prompt comes once before any comes again. With one, prompts are looked at in that order too,
-and the first is taken whose pass rate, drawn from what is believed of it, lies in the band.
+Without a curriculum every prompt is drawn once before any is drawn again. With one, prompts are looked at in the same
+order. For each, a pass rate is drawn from the belief about it, and the first prompt whose pass rate lies in the band is
+taken.
 
-Every draw is a pure function of the seed, the group's dispatch order, how many prompts of the capability have been
-looked at, and the beliefs. So a resumed run knows where it stood from two numbers in the ledger.
+Every draw depends only on the seed, the group's dispatch order, how many prompts of the capability have been looked at,
+and the beliefs. So a resumed run finds its position from two numbers in the ledger.
 """
 
 import math
@@ -44,11 +45,11 @@ class PromptSource:
 
     @property
     def curriculum(self) -> Curriculum | None:
-        """What is believed of the prompts, if they are drawn by it."""
+        """The beliefs by which prompts are drawn; None without a curriculum."""
         return self._curriculum
 
     def draw(self, capability: str, order: int) -> DrawnPrompt:
-        """The prompt of the group that is dispatched at place `order`."""
+        """Draw the prompt of the group with the dispatch order `order`."""
         row = self._next(capability)
         if self._curriculum is None and not self._systems.instructions:
             return self.prompt(row.id, None)
@@ -58,7 +59,7 @@ class PromptSource:
         return self.prompt(row.id, self._draw_system(row, rng))
 
     def prompt(self, prompt_id: str, system: str | None) -> DrawnPrompt:
-        """A row of the selection as a prompt, with this system instruction."""
+        """The prompt of a selected row, with a system instruction or without (None)."""
         row = self._by_id[prompt_id]
         messages = row.messages if system is None else (Message("system", system), *row.messages)
         return DrawnPrompt(row, system, Prompt(messages, tuple(self._render(messages))))
@@ -68,7 +69,7 @@ class PromptSource:
         return self._prompts_seen[capability]
 
     def skip_to(self, capability: str, prompts_seen: int) -> None:
-        """At least so many prompts of a capability have been looked at."""
+        """Continue as if at least this many prompts of a capability had been looked at."""
         self._prompts_seen[capability] = max(self._prompts_seen[capability], prompts_seen)
 
     def _next(self, capability: str) -> Row:
@@ -82,7 +83,10 @@ class PromptSource:
         return rows[self._passes[capability, number][place]]
 
     def _in_band(self, row: Row, curriculum: Curriculum, rng: random.Random) -> Row:
-        """The first row in the band from this one on, else the nearest; those outside are no tries."""
+        """The first row, from `row` on, in the band, or after `tries` rows the nearest one.
+
+        Retired prompts, and parked ones outside of the budget, do not count as tries.
+        """
         nearest, least, tries = row, math.inf, 0
         for _ in range(self._tries + 2 * len(self._by_capability[row.capability])):
             miss = curriculum.miss(row.id, rng)
@@ -95,12 +99,15 @@ class PromptSource:
         return nearest
 
     def observe(self, prompt_id: str, passes: int, failures: int) -> None:
-        """Rollouts of a prompt were scored."""
+        """Tell the curriculum how many scored rollouts of a prompt passed and failed."""
         if self._curriculum is not None:
             self._curriculum.observe(prompt_id, passes, failures)
 
     def advance(self, version: int, pass_rate: float) -> dict[str, float]:
-        """An optimizer step is done; pass_rate: of all that was generated. Returns figures of the curriculum."""
+        """Tell the curriculum that an optimizer step is done, and return its figures.
+
+        pass_rate: of all rollouts that were generated for the step.
+        """
         if self._curriculum is None:
             return {}
         self._curriculum.advance(version, pass_rate)
