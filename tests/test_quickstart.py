@@ -26,7 +26,6 @@ REDUCED = [
     "rl.steps=5",
     "rl.profile.prompts=120",
     "rl.groups_per_step=16",
-    "rl.resources={rollout: {workers: 2, cpus: 0.5}, trainer: {cpus: 0.5}}",
     "evaluate.pass_k_limit=20",
 ]
 CAPABILITIES = {"math", "coding", "reasoning", "instruction_following"}
