@@ -62,6 +62,12 @@ def replace_folder(aside: Path, target: Path) -> None:
     remove(old)
 
 
+def move_folder(path: Path, target: Path) -> None:
+    """Move a folder, at once, to a place on the same file system where nothing is; folders above it are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
+
+
 def _sweep(path: Path) -> None:
     """Delete what dead processes of this host left behind when they wrote `path`."""
     start = f".{path.name}.{platform.node()}-"

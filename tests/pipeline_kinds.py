@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from posttrain.config.base import Config
+from posttrain.config.base import MAY_GROW, RESULT_STAYS, Config
 from posttrain.config.shared import ActorResources, DataConfig, ModelConfig, RewardConfig
 from posttrain.context import StageContext
 from posttrain.errors import DataError
@@ -32,8 +32,8 @@ class CountConfig(Config):
 
     add: int = 1
     source: str | None = None
-    steps: Annotated[int, Field(ge=1)] = 2
-    step_s: float = 0.0
+    steps: Annotated[int, Field(ge=1)] = Field(2, json_schema_extra=MAY_GROW)
+    step_s: float = Field(0.0, json_schema_extra=RESULT_STAYS)
     checkpoint: bool = True
     write_bytes: int = 0
     limit_bytes: int | None = None
@@ -49,16 +49,16 @@ def run(config: CountConfig, context: StageContext) -> dict[str, Any]:
     """Count, from the checkpoint if there is one."""
     print(f"counting in process {os.getpid()}")
     os.write(1, b"written to the descriptor itself\n")
-    saved = context.dir / "checkpoint"
-    start = int(saved.read_text()) if saved.exists() else 0
+    saved = context.dir / "checkpoints"
+    saved.mkdir(exist_ok=True)
+    start = max((int(path.name.removeprefix("step_")) for path in saved.glob("step_*")), default=0)
     context.event("begins", step=start)
     for step in range(start, config.steps):
         time.sleep(config.step_s)
         context.progress(step + 1, config.steps, "steps", values={"reward": step / config.steps})
         if config.checkpoint:
-            aside = context.dir / ".checkpoint"
-            aside.write_text(str(step + 1))
-            aside.rename(saved)
+            (saved / f"step_{step + 1}").touch()
+            (saved / f"step_{step}").unlink(missing_ok=True)
     if config.trouble and not (config.trouble_unless and Path(config.trouble_unless).exists()):
         make_trouble(config.trouble)
         return {}

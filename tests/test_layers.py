@@ -124,7 +124,7 @@ def test_a_change_of_the_judge_changes_the_hash_of_what_asks_it(tmp_path, monkey
 
     def hashes() -> list[str]:
         hashing._source_hashes.cache_clear()
-        return [hashing.code_hash(KINDS[name]) for name in ("filter", "rl")]
+        return [hashing.code_hashes(KINDS[name]) for name in ("filter", "rl")]
 
     try:
         before = hashes()

@@ -16,7 +16,6 @@ from pipeline_kinds import CountConfig
 from posttrain.errors import ConfigError, UserError
 from posttrain.pipeline import load_pipeline, run_pipeline
 from posttrain.pipeline.config import single_stage
-from posttrain.pipeline.decide import decide
 from posttrain.pipeline.graph import Pipeline
 from posttrain.pipeline.hashing import WHOLE_FILE_BYTES, file_hash, path_hash
 from posttrain.pipeline.plan import check_fits, count_parameters, make_plan, render_plan
@@ -319,22 +318,7 @@ def test_more_than_there_is_cannot_start(tmp_path: Path):
     check_fits(plan, "p.yaml", cpus=6, gpus=3)
 
 
-# --- hashes and decisions ---
-
-
-def finish(made: Pipeline, place: RunDir, *names: str) -> None:
-    """Pretend that these nodes were run."""
-    decisions = decide(made, place)
-    for name in names:
-        node = made.nodes[name]
-        place.begin(node, decisions[name].input_hash, {}, resume=False)
-        (place.folder(node) / "count.txt").write_text(name)
-        outputs = {"count": f"{node.folder}/count.txt"}
-        place.finish(node, {"input_hash": decisions[name].input_hash, "outputs": outputs, "wall_s": 1.0})
-
-
-def actions(made: Pipeline, place: RunDir, **options: Any) -> dict[str, str]:
-    return {name: decision.action for name, decision in decide(made, place, **options).items()}
+# --- the run directory ---
 
 
 @pytest.fixture
@@ -342,121 +326,13 @@ def place(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def test_what_is_unchanged_is_skipped(place: RunDir):
-    made = pipeline(*CHAIN)
-    assert actions(made, place) == {"a": "run", "b": "run", "c": "run"}
-    finish(made, place, "a", "b")
-    assert actions(made, place) == {"a": "skip", "b": "skip", "c": "run"}
-
-
-def test_a_change_reaches_what_needs_it(place: RunDir):
-    finish(pipeline(*CHAIN), place, "a", "b", "c")
-    assert actions(pipeline(CHAIN[0], stage("b", source="${a.count}", add=9), CHAIN[2]), place) == {
-        "a": "skip",
-        "b": "run",
-        "c": "run",
-    }
-    assert set(actions(pipeline(*CHAIN, seed=1), place).values()) == {"run"}
-
-
-def test_input_files_count_by_content(place: RunDir, tmp_path: Path):
-    row = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
-    file = tmp_path / "rows.jsonl"
-    file.write_text(row + "\n")
-    made = pipeline(stage("a", data={"path": str(file)}), stage("b", source="${a.count}"))
-    finish(made, place, "a", "b")
-    os.utime(file, (1, 1))
-    assert actions(made, place) == {"a": "skip", "b": "skip"}
-    file.write_text(row.replace("q", "r") + "\n")
-    assert actions(made, place) == {"a": "run", "b": "run"}
-
-
-def test_a_rewards_source_counts(place: RunDir, tmp_path: Path):
-    file = tmp_path / "mine.py"
-    file.write_text("def score(rollout, row):\n    return 1.0\n")
-    made = pipeline(stage("a", reward={"name": f"{file}:score"}))
-    finish(made, place, "a")
-    assert actions(made, place) == {"a": "skip"}
-    file.write_text("def score(rollout, row):\n    return 0.0\n")
-    assert actions(made, place) == {"a": "run"}
-
-
-def test_an_output_that_is_gone_is_made_again(place: RunDir):
-    made = pipeline(*CHAIN)
-    finish(made, place, "a", "b", "c")
-    (place.path / "b" / "count.txt").unlink()
-    assert actions(made, place) == {"a": "skip", "b": "run", "c": "skip"}
-
-
-def test_a_moved_run_directory_is_still_done(place: RunDir, tmp_path: Path):
-    made = pipeline(*CHAIN)
-    finish(made, place, "a", "b", "c")
-    place.path.rename(tmp_path / "elsewhere")
-    assert set(actions(made, RunDir(tmp_path / "elsewhere")).values()) == {"skip"}
-
-
-def test_work_of_an_interrupted_stage_is_not_thrown_away_when_its_inputs_change(place: RunDir):
-    made = pipeline(*CHAIN)
-    finish(made, place, "a")
-    place.begin(made.nodes["b"], "what it was", {}, resume=False)
-    (place.folder(made.nodes["b"]) / "checkpoints" / "step_4").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"stage 'b' was interrupted, and its config, inputs .* have changed since"):
-        decide(made, place)
-    assert (place.folder(made.nodes["b"]) / "checkpoints" / "step_4").exists()
-    assert decide(made, place, start_from="b")["b"].action == "run"
-
-
-def test_an_interrupted_stage_resumes_only_from_the_same_inputs(place: RunDir):
-    made = pipeline(*CHAIN)
-    finish(made, place, "a")
-    digest = decide(made, place)["b"].input_hash
-    place.begin(made.nodes["b"], digest, {}, resume=False)
-    (place.path / "b" / "checkpoint").write_text("5")
-    assert actions(made, place) == {"a": "skip", "b": "resume", "c": "run"}
-    place.begin(made.nodes["b"], digest, {}, resume=True)
-    assert (place.path / "b" / "checkpoint").exists()
-    changed = pipeline(CHAIN[0], stage("b", source="${a.count}", add=9), CHAIN[2])
-    assert actions(changed, place) == {"a": "skip", "b": "run", "c": "run"}
-    place.begin(changed.nodes["b"], "other", {}, resume=False)
-    assert not (place.path / "b" / "checkpoint").exists()
-    assert (place.path / "a" / "DONE").exists()
-
-
-def test_from_runs_it_and_what_needs_it_again_and_takes_the_rest_as_it_is(place: RunDir):
-    made = pipeline(*CHAIN, stage("d", add=4))
-    finish(made, place, "a", "b", "c", "d")
-    assert actions(made, place, start_from="b") == {"a": "skip", "b": "run", "c": "run", "d": "skip"}
-    assert actions(made, place, start_from="a") == {"a": "run", "b": "run", "c": "run", "d": "skip"}
-    changed = pipeline(stage("a", add=5), *CHAIN[1:], stage("d", add=4))
-    decisions = decide(changed, place, start_from="b")
-    assert decisions["a"].action == "skip"
-    assert "taken as it is" in decisions["a"].why
-    assert decisions["b"].forced
-
-
-def test_only_leaves_the_rest_out(place: RunDir):
-    made = pipeline(*CHAIN)
-    with pytest.raises(ConfigError, match="stage 'a' has not been finished"):
-        decide(made, place, only="b")
-    finish(made, place, "a")
-    assert actions(made, place, only="b") == {"a": "skip", "b": "run", "c": "leave out"}
-
-
-@pytest.mark.parametrize("option", ["start_from", "only"])
-def test_an_unknown_stage_to_start_from(place: RunDir, option: str):
-    with pytest.raises(ConfigError, match="no such stage; did you mean 'b'"):
-        decide(pipeline(stage("a"), stage("b")), place, **{option: "bb"})
-
-
 def test_another_pipelines_run_directory_is_refused(place: RunDir):
     with place.open(pipeline(*CHAIN)):
         pass
-    with pytest.raises(ConfigError, match=r"holds a run of pipeline 'test' \(a: count, b: count, c: count\), not of"):
-        RunDir(place.path).check(pipeline(stage("a"), stage("other")))
     other = load_pipeline({"name": "else", "stages": list(CHAIN)})
-    with pytest.raises(ConfigError, match=r"'test'.*'else'"):
+    with pytest.raises(ConfigError, match=r"holds a run of pipeline 'test', not of 'else'; choose another --run-dir"):
         RunDir(place.path).check(other)
-    RunDir(place.path).check(pipeline(*CHAIN[:2], stage("c", add=100)))
+    RunDir(place.path).check(pipeline(stage("a"), stage("other")))
 
 
 def test_a_run_directory_has_one_runner_at_a_time(place: RunDir):
@@ -473,7 +349,7 @@ def test_a_folder_of_the_users_is_never_emptied(place: RunDir):
     (place.path / "a").mkdir(parents=True)
     (place.path / "a" / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds files that no stage made"):
-        place.begin(made.nodes["a"], "x", {}, resume=False)
+        place.begin(made.nodes["a"], "x", {}, basis=None, resume=False)
     assert (place.path / "a" / "thesis.txt").read_text() == "mine"
 
 

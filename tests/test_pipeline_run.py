@@ -39,7 +39,7 @@ class Project:
     def write(self, *stages: dict[str, Any], **more: Any) -> None:
         (self.folder / "p.yaml").write_text(yaml.safe_dump({"name": "p", "stages": list(stages), **more}))
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, terminal: int | None = None) -> subprocess.Popen[str]:
         path = os.pathsep.join([str(self.source), str(TESTS)])
         environment = {**os.environ, "PYTHONPATH": path, "POSTTRAIN_TEST_EVAL": "1", "OMP_NUM_THREADS": "1"}
         environment.pop("RAY_ADDRESS", None)
@@ -48,11 +48,25 @@ class Project:
             [sys.executable, str(TESTS / "pipeline_kinds.py"), *arguments],
             cwd=self.folder,
             env=environment,
+            stdin=terminal if terminal is not None else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=terminal if terminal is not None else subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
+
+    def answer(self, answer: str, *arguments: str) -> tuple[int, str, str]:
+        """Run on a terminal where a user types `answer`; returns the exit code, the output, and what was asked."""
+        master, terminal = os.openpty()
+        try:
+            os.write(master, f"{answer}\n".encode())
+            process = self.start(*arguments, terminal=terminal)
+            out, _ = process.communicate(timeout=180)
+            os.set_blocking(master, False)
+            return process.returncode, out, os.read(master, 1 << 16).decode()
+        finally:
+            os.close(master)
+            os.close(terminal)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*(arguments or ("run", "p.yaml")))
@@ -166,11 +180,23 @@ def test_run_skip_change_and_evaluate(project: Project):
     assert project.summary()["eval"] == summary["eval"]
     assert project.summary()["peak_rss_gib"] >= summary["peak_rss_gib"]
 
-    third = project.run("run", "p.yaml", "c.add=5")
-    assert third.returncode == 0, third.stderr
-    assert project.statuses() == {"a": "skipped", "b": "skipped", "c": "done"}
+    refused = project.run("run", "p.yaml", "c.add=5")
+    assert refused.returncode == 2
+    assert "c, a finished result: add: 2 → 5\n  c.eval, a finished result: stage c runs anew" in refused.stderr
+    planned = project.run("run", "p.yaml", "c.add=5", "--dry-run").stdout
+    assert "c (count)  [run anew because add: 2 → 5]\n  replaces  a finished result in " in planned
+    assert (project.run_dir / "c" / "DONE").exists()
+
+    code, out, asked = project.answer("y", "run", "p.yaml", "c.add=5", "b.steps=12")
+    assert code == 0, out + asked
+    assert "c, a finished result: add: 2 → 5" in asked
+    assert project.statuses() == {"a": "skipped", "b": "done", "c": "done"}
     assert project.summary()["eval"]["c"]["all"]["greedy"] == 6
     assert len(project.events("begins", "c")) == 1, "events of the earlier run of c are gone with its folder"
+    assert [event["step"] for event in project.events("begins", "b")] == [0, 10], "b went on from its last checkpoint"
+    assert "c  its earlier result is kept until the new one is whole: " in out
+    assert "c  its new result is whole; the earlier one is deleted: " in out
+    assert not (project.run_dir / ".replaced").exists()
 
     other = project.run("run", "p.yaml", "name=q", "--run-dir", "runs/p")
     assert other.returncode == 2
@@ -194,8 +220,10 @@ def test_a_failed_stage_leaves_the_rest_and_is_continued(project: Project):
     assert not (project.run_dir / "b" / "DONE").exists()
     assert (project.run_dir / "report.html").exists()
 
-    raised = project.run("run", "p.yaml", "b.trouble=error")
+    raised = project.run("run", "p.yaml", "b.trouble=error", "--overwrite")
     assert raised.returncode == 3
+    (earlier,) = (project.run_dir / ".replaced" / "b").iterdir()
+    assert f"The earlier result of b is in {earlier}" in raised.stderr
     assert "stage b failed: ValueError: the experts disagree\n" in raised.stderr
     assert "a second line" not in raised.stderr
     log = (project.run_dir / "b" / "log.txt").read_text()
@@ -209,6 +237,7 @@ def test_a_failed_stage_leaves_the_rest_and_is_continued(project: Project):
     assert project.statuses() == {"a": "skipped", "b": "done", "c": "done"}
     assert [event["step"] for event in project.events("begins", "b")] == [0, 3], "it went on from its checkpoint"
     assert project.events("stage_start", "b")[-1]["resumed"] is True
+    assert not earlier.exists(), "a later run made the result that it was kept for"
 
 
 def test_a_users_mistake_found_by_a_stage_exits_with_2_and_a_missing_output_is_a_failure(project: Project):
@@ -216,7 +245,7 @@ def test_a_users_mistake_found_by_a_stage_exits_with_2_and_a_missing_output_is_a
     done = project.run()
     assert done.returncode == 2
     assert done.stderr.startswith("stage a: rows.jsonl: row 37: no 'messages'\n")
-    done = project.run("run", "p.yaml", "a.trouble=nothing")
+    done = project.run("run", "p.yaml", "a.trouble=nothing", "--overwrite")
     assert done.returncode == 3
     assert "stage a failed: it ended without writing count" in done.stderr
     assert not (project.run_dir / "a" / "DONE").exists()
@@ -286,7 +315,7 @@ def test_nothing_survives_a_killed_driver(project: Project):
     assert project.summary()["status"] == "interrupted"
     assert not (project.run_dir / "b" / "DONE").exists()
     again = project.run("run", "p.yaml", "--dry-run")
-    assert "b (count)  [resume: continues where it was interrupted]" in again.stdout
+    assert re.search(r"b \(count\)  \[continue from step \d+: it was interrupted\]", again.stdout)
 
 
 @pytest.fixture
@@ -313,7 +342,7 @@ def test_a_full_disk_in_mid_stage(project: Project, small_disk: Path | None):
     if small_disk is None:
         return
     project.run_dir = small_disk / "run"
-    full = project.run("run", "p.yaml", "b.limit_bytes=null", "--run-dir", str(project.run_dir))
+    full = project.run("run", "p.yaml", "b.limit_bytes=null", "--run-dir", str(project.run_dir), "--overwrite")
     assert full.returncode == 3, full.stderr
     assert "No space left on device" in full.stderr
     assert "Traceback" not in full.stderr
@@ -322,7 +351,8 @@ def test_a_full_disk_in_mid_stage(project: Project, small_disk: Path | None):
     assert not (project.run_dir / "b" / "DONE").exists()
     (project.run_dir / "b" / "big").unlink()
     mended = project.run(
-        "run", "p.yaml", "b.limit_bytes=null", "b.write_bytes=65536", "--run-dir", str(project.run_dir)
+        *("run", "p.yaml", "b.limit_bytes=null", "b.write_bytes=65536", "--run-dir", str(project.run_dir)),
+        "--overwrite",
     )
     assert mended.returncode == 0, mended.stderr
     assert project.statuses() == {"a": "skipped", "b": "done"}

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import Config
+from posttrain.config.base import RESULT_STAYS, Config
 from posttrain.config.shared import Positive, Probability, TrackersConfig
 
 # More than any document has.
@@ -76,10 +76,14 @@ class StageConfig(Config):
     )
     max_grad_norm: Positive = Field(default=1.0, description="Gradients with a larger norm are scaled down to it.")
     cache: bool = Field(
-        default=True, description="Reuse a base trained before with the same config, seed, code and torch."
+        default=True,
+        description="Reuse a base trained before with the same config, seed, code and torch.",
+        json_schema_extra=RESULT_STAYS,
     )
     trackers: TrackersConfig | None = Field(
-        default=None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
+        default=None,
+        description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere.",
+        json_schema_extra=RESULT_STAYS,
     )
     model: ModelSizes = Field(default_factory=ModelSizes)
     sets: SetSizes = Field(default_factory=SetSizes)

@@ -115,7 +115,7 @@ class RunState:
 
 
 class PlainDisplay:
-    """Prints one dated line for each start, end, skip and fault, and one every few seconds for progress."""
+    """Prints one dated line for each start, end, skip, fault and notice, and one every few seconds for progress."""
 
     def __init__(self, out: TextIO | None = None):
         self._out = out or sys.stdout
@@ -153,13 +153,13 @@ class PlainDisplay:
             return f"{name}  skipped: {stage.note}"
         if kind in ("stage_failed", "stage_interrupted"):
             return f"{name}  {stage.status}" + (f": {stage.note}" if stage.note else "")
-        return fault_text(name, event)
+        return fault_text(name, event) or notice_text(name, event)
 
 
 class LiveDisplay:
     """A table of stages that is redrawn in place, with a panel of figures for the running RL stage.
 
-    Faults are printed as lines above the table, and stay there.
+    Faults and notices are printed as lines above the table, and stay there.
     """
 
     def __init__(self, console: Any = None) -> None:
@@ -180,9 +180,10 @@ class LiveDisplay:
     def refresh(self) -> None:
         """Read new events. rich redraws the table in a thread of its own."""
         for stage, event in self._state.update() if self._state else ():
-            line = fault_text(stage.name, event)
-            if line and self._live:
-                self._live.console.print(dated(event, line), style="yellow", markup=False, highlight=False)
+            fault = fault_text(stage.name, event)
+            if (line := fault or notice_text(stage.name, event)) and self._live:
+                style = "yellow" if fault else None
+                self._live.console.print(dated(event, line), style=style, markup=False, highlight=False)
 
     def stop(self) -> None:
         """Draw a last time and leave the table on the screen."""
@@ -252,6 +253,15 @@ def fault_text(stage: str, event: dict[str, Any]) -> str:
     """
     words = fault_words(event)
     return "" if words is None else f"{stage}  {': '.join(part for part in words if part)}"
+
+
+def notice_text(stage: str, event: dict[str, Any]) -> str:
+    """Where an earlier result is, or that it is gone; "" for any other event."""
+    if event.get("event") == "earlier_kept":
+        return f"{stage}  its earlier result is kept until the new one is whole: {event.get('path')}"
+    if event.get("event") == "earlier_deleted":
+        return f"{stage}  its new result is whole; the earlier one is deleted: {event.get('path')}"
+    return ""
 
 
 def progress_text(stage: StageState) -> str:

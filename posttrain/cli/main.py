@@ -3,17 +3,13 @@
 Exit codes: 0 done; 2 the input is wrong; 3 the run failed and can be resumed; 130 interrupted, resumable.
 """
 
-import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from posttrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, ConfigError, PosttrainError
-
-if TYPE_CHECKING:
-    from posttrain.pipeline.config import RawPipeline
 
 # What typer raises for wrong arguments. It carries its own copy of click, so click's class by import is another one.
 UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -38,6 +34,13 @@ Overrides = Annotated[
 ]
 RunDirOption = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run is kept.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and start nothing.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace finished results and unfinished work of another config; else a run asks or refuses.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the run.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Config of the stage.", show_default=False)]
 
@@ -52,12 +55,14 @@ def run(
         str | None, typer.Option("--from", metavar="STAGE", help="Run this stage, and what needs it, again.")
     ] = None,
     only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Run this stage and no other.")] = None,
+    overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
     """Run a pipeline, or continue an earlier run of it.
 
-    A stage whose config, inputs and code have not changed is skipped. After Ctrl-C or a failure the same command
-    continues the run. In an override the first part of the key is the stage's name.
+    A stage whose config, inputs and code have not changed is skipped, and one with more steps or epochs goes on. Any
+    other change of a finished stage asks first. After Ctrl-C or a failure the same command continues the run. In an
+    override the first part of the key is the stage's name.
 
     Examples:
 
@@ -67,21 +72,30 @@ def run(
 
       posttrain run my.yaml --from rl
     """
+    from posttrain.cli.runs import run_or_plan
     from posttrain.pipeline.config import read_pipeline
 
     raw = read_pipeline(pipeline, overrides or [])
     again = ["posttrain", "run", pipeline, *(overrides or [])]
-    _run(raw, run_dir, dry_run, command=again, start_from=start_from, only=only)
+    run_or_plan(raw, run_dir, dry_run, command=again, overwrite=overwrite, start_from=start_from, only=only)
 
 
 def _run_stage(
-    kind: str, config: Path, overrides: list[str] | None, *, run_dir: Path | None, dry_run: bool, seed: int
+    kind: str,
+    config: Path,
+    overrides: list[str] | None,
+    *,
+    run_dir: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    seed: int,
 ) -> None:
+    from posttrain.cli.runs import run_or_plan
     from posttrain.pipeline.config import single_stage
 
     raw = single_stage(kind, config, overrides or [], seed=seed)
     again = ["posttrain", kind, str(config), *(overrides or []), *(["--seed", str(seed)] if seed else [])]
-    _run(raw, run_dir, dry_run, command=again)
+    run_or_plan(raw, run_dir, dry_run, command=again, overwrite=overwrite)
 
 
 def _stage_command(kind: str, summary: str, details: str) -> None:
@@ -92,10 +106,11 @@ def _stage_command(kind: str, summary: str, details: str) -> None:
         overrides: Overrides = None,
         run_dir: RunDirOption = None,
         *,
+        overwrite: Overwrite = False,
         dry_run: DryRun = False,
         seed: Seed = 0,
     ) -> None:
-        _run_stage(kind, config, overrides, run_dir=run_dir, dry_run=dry_run, seed=seed)
+        _run_stage(kind, config, overrides, run_dir=run_dir, overwrite=overwrite, dry_run=dry_run, seed=seed)
 
     command.__doc__ = f"{summary}\n\n{details}\n\nThe run is kept in runs/{kind} unless --run-dir says otherwise."
     app.command(name=kind)(command)
@@ -122,6 +137,7 @@ def rl(
     overrides: Overrides = None,
     run_dir: RunDirOption = None,
     *,
+    overwrite: Overwrite = False,
     dry_run: DryRun = False,
     seed: Seed = 0,
     replay: Annotated[
@@ -132,8 +148,9 @@ def rl(
     """Asynchronous online reinforcement learning on prompts and a reward.
 
     Generation and training run at the same time; weights are handed over in flight. After a crash the same command
-    goes on from the last commit. With --replay the batches of a run are trained on again, without an engine, and the
-    weights are compared with the run's own: on a CPU they are equal, bit for bit.
+    goes on from the last commit; after the end, one with more steps does. With --replay the batches of a run are
+    trained on again, without an engine, and the weights are compared with the run's own: on a CPU they are equal, bit
+    for bit.
 
     Examples:
 
@@ -151,7 +168,7 @@ def rl(
         raise typer.Exit(replay_run(replay, run_dir or Path("runs") / "replay"))
     if config is None:
         raise ConfigError("posttrain rl", ["CONFIG.yaml is missing; or give --replay RUN_DIR"])
-    _run_stage("rl", config, overrides, run_dir=run_dir, dry_run=dry_run, seed=seed)
+    _run_stage("rl", config, overrides, run_dir=run_dir, overwrite=overwrite, dry_run=dry_run, seed=seed)
 
 
 _stage_command(
@@ -183,9 +200,10 @@ def validate(
       posttrain validate sft.yaml --kind sft
     """
     from posttrain.cli.check import read_any
+    from posttrain.cli.runs import print_plan
 
     raw = read_any(file, overrides or [], kind)
-    _print_plan(raw, run_dir, start_from=None, only=None)
+    print_plan(raw, run_dir)
 
 
 @app.command()
@@ -298,76 +316,6 @@ def ledger_audit(
     raise typer.Exit(print_audits(run_dir, as_json))
 
 
-def _run(
-    raw: "RawPipeline",
-    run_dir: Path | None,
-    dry_run: bool,
-    *,
-    command: list[str],
-    start_from: str | None = None,
-    only: str | None = None,
-) -> None:
-    if dry_run:
-        _print_plan(raw, run_dir, start_from=start_from, only=only)
-        return
-    from posttrain.cli.display import make_display
-    from posttrain.pipeline.run import run_pipeline
-
-    place = run_dir or Path("runs") / raw.config.name
-    again = shlex.join([*command, *(["--run-dir", str(place)] if run_dir else [])])
-    try:
-        summary = run_pipeline(raw, place, start_from=start_from, only=only, display=make_display(), command=again)
-    except KeyboardInterrupt:
-        _say(f"interrupted. What is finished is kept. To continue: {again}")
-        raise
-    finally:
-        _write_report(place)
-    skipped = sum(stage["status"] == "skipped" for stage in summary.stages)
-    note = f" ({skipped} of {len(summary.stages)} stages skipped: nothing had changed)" if skipped else ""
-    typer.echo(f"done in {summary.wall_s:.0f} s{note}, peak memory {summary.peak_rss_gib:.1f} GiB: {place}")
-    if (place / "report.html").exists():
-        typer.echo(place / "report.html")
-
-
-def _write_report(run_dir: Path) -> None:
-    """Write the report of what the run directory holds.
-
-    A failure here must not hide how the run ended, so it is only printed.
-    """
-    if not (run_dir / "summary.json").exists() or isinstance(sys.exc_info()[1], KeyboardInterrupt | ConfigError):
-        return
-    try:
-        from posttrain.report import write_report
-
-        write_report(run_dir)
-    except Exception as error:
-        _say(f"the report could not be written: {type(error).__name__}: {error}")
-
-
-def _print_plan(raw: "RawPipeline", run_dir: Path | None, *, start_from: str | None, only: str | None) -> None:
-    from posttrain.pipeline.decide import decide
-    from posttrain.pipeline.graph import load_pipeline
-    from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_plan, render_plan
-    from posttrain.pipeline.ray_session import joins_cluster
-    from posttrain.pipeline.rundir import RunDir
-
-    pipeline = load_pipeline(raw)
-    place = RunDir(run_dir or Path("runs") / pipeline.name)
-    plan = make_plan(pipeline, place.path)
-    if not joins_cluster():
-        check_fits(plan, pipeline.source, cpus=local_cpus(), gpus=local_gpus())
-    place.check(pipeline)
-    states = None
-    if not raw.open_references:
-        decisions = decide(pipeline, place, start_from=start_from, only=only)
-        states = {name: f"{item.action}: {item.why}" for name, item in decisions.items()}
-    typer.echo(render_plan(pipeline, plan, states))
-
-
-def _say(message: str) -> None:
-    print(f"posttrain: {message}", file=sys.stderr)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
@@ -384,7 +332,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return EXIT_OK
     except Exception as error:
-        _say(f"failed: {type(error).__name__}: {error}; the traceback is in {_keep_traceback()}")
+        traceback = _keep_traceback()
+        print(f"posttrain: failed: {type(error).__name__}: {error}; the traceback is in {traceback}", file=sys.stderr)
         return EXIT_FAILED
 
 

@@ -12,10 +12,16 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.config import JsonDict
 
 from posttrain.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+
+# Marks of a field, given as `json_schema_extra`: what another value means for a stage that has run. A field without a
+# mark decides the result, so that another value makes another result (pipeline/changes.py).
+MAY_GROW: JsonDict = {"when_changed": "a larger value continues the training from its last checkpoint"}
+RESULT_STAYS: JsonDict = {"when_changed": "the result stays as it is"}
 
 
 class Config(BaseModel):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import Config
+from posttrain.config.base import MAY_GROW, RESULT_STAYS, Config
 from posttrain.config.shared import (
     DataConfig,
     GradientCheckpointing,
@@ -64,19 +64,25 @@ class DpoConfig(Config):
     )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
     optimizer: DpoOptimizerConfig = Field(default_factory=DpoOptimizerConfig)
-    epochs: Count = Field(1, description="Passes over the pairs. Light preference optimization needs one.")
+    epochs: Count = Field(
+        1, description="Passes over the pairs. Light preference optimization needs one.", json_schema_extra=MAY_GROW
+    )
     batch_size: Count = Field(8, description="Pairs in each forward and backward.")
     gradient_accumulation: Count = Field(1, description="Forwards and backwards in each optimizer step, on each rank.")
     max_length: Annotated[int, Field(ge=2)] = Field(4096, description="Most tokens of a prompt and its longer reply.")
     overlong: Literal["error", "drop"] = Field("error", description="What to do with a pair that is longer.")
     gradient_checkpointing: GradientCheckpointing = "none"
-    checkpoint_every: Count = Field(200, description="Optimizer steps between checkpoints.")
+    checkpoint_every: Count = Field(
+        200, description="Optimizer steps between checkpoints.", json_schema_extra=RESULT_STAYS
+    )
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig,
         description="The ranks that train, each with a DeepSpeed engine and with rows of its own. One by default.",
     )
     trackers: TrackersConfig | None = Field(
-        default=None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
+        default=None,
+        description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere.",
+        json_schema_extra=RESULT_STAYS,
     )
     resources: DpoResources = Field(default_factory=DpoResources)
 

@@ -1,6 +1,8 @@
-"""Decides what happens to each node of a pipeline in a run directory: run, resume, skip or leave out. Changes nothing.
+"""Decides what happens to each node of a pipeline: run, continue, skip or leave out. Changes nothing.
 
-The hash of a node needs only the hashes of the nodes it refers to, so all decisions are made before anything runs.
+The basis of a node needs only the hashes of the nodes it refers to, so all decisions are made before anything runs, and
+`run`, `run --dry-run` and `validate` share them. A finished result, and work that is not finished, is continued or
+replaced; who wants it replaced must say so (replace.py).
 """
 
 import difflib
@@ -9,21 +11,43 @@ from pathlib import Path
 from typing import Literal
 
 from posttrain.errors import ConfigError
+from posttrain.pipeline.changes import find_changes
 from posttrain.pipeline.graph import Node, Pipeline
-from posttrain.pipeline.hashing import input_hash
+from posttrain.pipeline.hashing import Basis, basis_hash, make_basis
 from posttrain.pipeline.rundir import RunDir
 
-Action = Literal["run", "resume", "skip", "leave out"]
+Action = Literal["run", "continue", "skip", "leave out"]
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens to one node. why: the reason, for the user. forced: its folder is emptied before anything starts."""
+    """What happens to one node.
+
+    why: the reason, for the user. basis: what it would run with; None where that does not matter. step: that it
+    continues from. replaces: what its folder holds that would go, such as `a finished result`; "" for nothing.
+    agreed: the user asked for just that (--from).
+    """
 
     action: Action
     input_hash: str
     why: str
-    forced: bool = False
+    basis: Basis | None = None
+    step: int = 0
+    replaces: str = ""
+    agreed: bool = False
+
+    @property
+    def text(self) -> str:
+        """The decision for the user, such as `continue from step 30: steps: 30 → 40`."""
+        if self.action == "run" and self.replaces:
+            return f"run anew because {self.why}"
+        start = f" from step {self.step}" if self.action == "continue" and self.step else ""
+        return f"{self.action}{start}: {self.why}"
+
+    @property
+    def to_do(self) -> bool:
+        """Whether the node runs."""
+        return self.action in ("run", "continue")
 
 
 def decide(
@@ -55,13 +79,6 @@ def decide(
                 problems.append(f"stage {name!r} has not been finished in {run_dir.path}; run it first")
         else:
             decisions[name] = _decide_one(node, pipeline, run_dir, decisions=decisions, forced=name in forced)
-            lost = decisions[name].action == "run" and not decisions[name].forced
-            if lost and run_dir.has_unfinished_work(node):
-                problems.append(
-                    f"stage {name!r} was interrupted, and its config, inputs (a dataset, a model) or code have changed "
-                    f"since: {run_dir.folder(node)} cannot go on from its checkpoint; give back what it began with, or "
-                    f"start it anew in another --run-dir (posttrain run: or with --from {name})"
-                )
     if problems:
         raise ConfigError(pipeline.source, problems)
     return decisions
@@ -70,16 +87,24 @@ def decide(
 def _decide_one(
     node: Node, pipeline: Pipeline, run_dir: RunDir, *, decisions: dict[str, Decision], forced: bool
 ) -> Decision:
-    """The decision for a node that may run: by the state of its folder and its hash."""
-    digest = _hash(node, pipeline, decisions)
-    state = run_dir.state(node, digest)
-    if state == "resume":
-        return Decision("resume", digest, "continues where it was interrupted")
+    """The decision for a node that may run: by what its folder holds, and what is different now."""
+    basis = make_basis(node, pipeline, _hashes(node, decisions))
+    digest, held = basis_hash(basis), run_dir.held(node)
+    if held.input_hash == digest and not held.finished:
+        return Decision("continue", digest, "it was interrupted", basis, held.step)
     if forced:
-        return Decision("run", digest, "asked for by --from", forced=True)
-    if state == "done":
-        return Decision("skip", digest, "config, inputs and code are as before")
-    return Decision("run", digest, "new" if state == "new" else "config, inputs, code or outputs have changed")
+        return Decision("run", digest, "asked for by --from", basis, replaces=held.worth, agreed=True)
+    if held.input_hash == digest and held.missing:
+        return Decision("continue", digest, f"{', '.join(held.missing)} is gone", basis, held.step)
+    if held.input_hash == digest:
+        return Decision("skip", digest, "config, inputs and code are as before", basis)
+    if not held.input_hash:
+        return Decision("run", digest, "new", basis)
+    changes = find_changes(held.basis, basis, node.config, _fates(node, decisions))
+    why = "; ".join(change.text for change in changes)
+    if held.step and all(change.goes_on for change in changes):
+        return Decision("continue", digest, why, basis, held.step)
+    return Decision("run", digest, why, basis, replaces=held.worth)
 
 
 def _taken_as_it_is(node: Node, pipeline: Pipeline, run_dir: RunDir, *, decisions: dict[str, Decision]) -> Decision:
@@ -89,15 +114,21 @@ def _taken_as_it_is(node: Node, pipeline: Pipeline, run_dir: RunDir, *, decision
         return Decision("leave out", "", "not asked for")
     digest = str(record.get("input_hash", ""))
     try:
-        same = digest == _hash(node, pipeline, decisions)
+        same = digest == basis_hash(make_basis(node, pipeline, _hashes(node, decisions)))
     except FileNotFoundError:
         same = False
     why = "finished before" if same else "finished before, from another config, inputs or code; taken as it is"
     return Decision("skip", digest, why)
 
 
-def _hash(node: Node, pipeline: Pipeline, decisions: dict[str, Decision]) -> str:
-    return input_hash(node, pipeline, {name: decisions[name].input_hash for name in node.needs})
+def _hashes(node: Node, decisions: dict[str, Decision]) -> dict[str, str]:
+    return {name: decisions[name].input_hash for name in node.needs}
+
+
+def _fates(node: Node, decisions: dict[str, Decision]) -> dict[str, str]:
+    """What happens to the nodes that a node needs, for the user."""
+    words = {"run": "runs anew", "continue": "goes on"}
+    return {name: words[decisions[name].action] for name in node.needs if decisions[name].to_do}
 
 
 def _ancestors(pipeline: Pipeline, name: str) -> set[str]:

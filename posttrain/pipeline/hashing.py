@@ -1,8 +1,10 @@
-"""What a stage's result depends on, as one hash: its config, its inputs, the seed and the code.
+"""What a stage's result depends on, its basis: its config, its inputs, the seed, the code and the stages it needs.
 
-A stage's hash holds the hashes of the stages it refers to, not the paths of their outputs, so a run directory may be
-moved. Only content counts: a file with a new date and the same content changes nothing. Files over 256 MiB (weights)
-are hashed by their size and three samples of 1 MiB. Installed packages other than this one are not hashed.
+The basis is kept beside the result, so that a later run can say what is different (changes.py); its hash tells whether
+anything is. It names stages by their hashes, not by the paths of their outputs, so a run directory may be moved. Only
+content counts: a file with a new date and the same content changes nothing. Files over 256 MiB (weights) are hashed by
+their size and three samples of 1 MiB. Installed packages other than this one are not hashed. Left out of the config are
+the fields that are marked RESULT_STAYS.
 """
 
 import hashlib
@@ -14,31 +16,63 @@ from pathlib import Path
 from typing import Any
 
 import posttrain
+from posttrain.config.base import RESULT_STAYS, Config
 from posttrain.config.shared import FilesConfig, RewardFunctionConfig, ServedModelConfig
 from posttrain.errors import UserError
 from posttrain.pipeline.graph import Node, Pipeline
-from posttrain.pipeline.inputs import find_inputs, other_functions, other_paths
+from posttrain.pipeline.inputs import find_inputs, other_functions, other_paths, walk
 from posttrain.pipeline.kinds import StageKind
 from posttrain.pipeline.layers import parts_below
-from posttrain.pipeline.references import has_reference, replace_references
+from posttrain.pipeline.references import has_reference
 
 WHOLE_FILE_BYTES = 256 << 20
 SAMPLE_BYTES = 1 << 20
 
+Basis = dict[str, Any]  # JSON: kind, config, seed, inputs, stages and code; the last three hold hashes by name
 
-def input_hash(node: Node, pipeline: Pipeline, upstream: Mapping[str, str]) -> str:
-    """The hash of everything that decides a node's result. upstream: the hashes of the nodes it needs, by name."""
-    config = replace_references(
-        node.config.model_dump(mode="json", exclude={"trackers"}), lambda stage, output: f"{upstream[stage]}:{output}"
-    )
-    parts = {
+
+def make_basis(node: Node, pipeline: Pipeline, upstream: Mapping[str, str]) -> Basis:
+    """Everything that decides a node's result. upstream: the hashes of the nodes it needs, by name."""
+    return {
         "kind": node.kind,
-        "config": config,
+        "config": _deciding(node.config),
         "seed": pipeline.seed,
         "inputs": _inputs(node),
-        "code": code_hash(node.stage_kind),
+        "stages": {name: upstream[name] for name in node.needs},
+        "code": code_hashes(node.stage_kind),
     }
-    return _digest(json.dumps(parts, sort_keys=True).encode())
+
+
+def basis_hash(basis: Basis) -> str:
+    """One hash of a basis."""
+    return _digest(json.dumps(basis, sort_keys=True).encode())
+
+
+def input_hash(node: Node, pipeline: Pipeline, upstream: Mapping[str, str]) -> str:
+    """The hash of a node's basis."""
+    return basis_hash(make_basis(node, pipeline, upstream))
+
+
+def marked(config: Config, mark: Mapping[str, Any]) -> set[str]:
+    """Key paths of the fields of a config, at any depth, that have this mark as their `json_schema_extra`."""
+    return {
+        f"{key}.{name}" if key else name
+        for key, section in walk(config)
+        for name, field in type(section).model_fields.items()
+        if field.json_schema_extra == mark
+    }
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    """The config as JSON, without the fields that do not decide the result."""
+    data = config.model_dump(mode="json")
+    for key in marked(config, RESULT_STAYS):
+        *way, last = key.split(".")
+        target: Any = data
+        for part in way:
+            target = target[int(part)] if isinstance(target, list) else target[part]
+        del target[last]
+    return data
 
 
 def _inputs(node: Node) -> dict[str, Any]:
@@ -102,19 +136,20 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def code_hash(kind: StageKind) -> str:
-    """The hash of the source code that a kind of stage can depend on.
+def code_hashes(kind: StageKind) -> dict[str, str]:
+    """Hashes of the source code that a kind of stage can depend on, by part, such as posttrain/rl.
 
     For a stage of this package: its own folder, and each part that the table of layers lets it import. For a stage from
     outside: the whole package and the stage's own module.
     """
     own = _package(kind)
     allowed = parts_below(own) if own is not None else None
-    parts = [text for top, text in _source_hashes() if allowed is None or top in allowed]
-    module = find_spec(kind.run.partition(":")[0])
-    if own is None and module and module.origin:
-        parts.append(file_hash(Path(module.origin)))
-    return _digest("\n".join(parts).encode())
+    found = {f"posttrain/{top}": text for top, text in _source_hashes().items() if allowed is None or top in allowed}
+    module = kind.run.partition(":")[0]
+    spec = find_spec(module)
+    if own is None and spec and spec.origin:
+        found[module] = file_hash(Path(spec.origin))
+    return found
 
 
 def _package(kind: StageKind) -> str | None:
@@ -124,11 +159,13 @@ def _package(kind: StageKind) -> str | None:
 
 
 @cache
-def _source_hashes() -> list[tuple[str, str]]:
-    """(part of the package, path and hash) of each source file of this package."""
+def _source_hashes() -> dict[str, str]:
+    """The hash of each part of this package: of the paths and contents of its source files."""
     root = Path(posttrain.__file__).parent
-    paths = [item.relative_to(root) for item in sorted(root.rglob("*.py"))]
-    return [(path.parts[0].removesuffix(".py"), f"{path} {file_hash(root / path)}") for path in paths]
+    lines: dict[str, list[str]] = {}
+    for path in sorted(item.relative_to(root) for item in root.rglob("*.py")):
+        lines.setdefault(path.parts[0].removesuffix(".py"), []).append(f"{path} {file_hash(root / path)}")
+    return {part: _digest("\n".join(of).encode()) for part, of in lines.items()}
 
 
 def _hidden(path: Path, root: Path) -> bool:

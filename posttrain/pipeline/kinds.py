@@ -26,6 +26,8 @@ class StageKind:
     paths: key paths of other files and folders that the stage reads.
     functions: key paths of texts that may name a function, as path/to/file.py:function or package.module:function.
     packages: import names of the packages that must be installed.
+    checkpoints: pattern of a whole checkpoint below the stage's folder; the number in it is that of its step.
+    progress: other files that hold work of a stage which is not finished.
     trains_itself: True if the stage's own process does the work and is given `resources.trainer`. Otherwise it only
     directs actors, which ask for their own resources.
     """
@@ -37,6 +39,8 @@ class StageKind:
     paths: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    checkpoints: str = "checkpoints/step_*"
+    progress: tuple[str, ...] = ()
     trains_itself: bool = True
 
 
@@ -77,6 +81,8 @@ KINDS: dict[str, StageKind] = {
         paths=("loss.reference.path",),
         functions=("curriculum.schedule",),
         packages=("torch", "transformers", "deepspeed", "vllm"),
+        checkpoints="checkpoints/step_*/ledger.sqlite",
+        progress=("difficulty.parquet",),
         trains_itself=False,
     ),
     "dpo": StageKind(

@@ -2,7 +2,7 @@
 
 A part is a folder or module directly under `posttrain/`. It may import itself and the parts of earlier floors; parts of
 one floor do not know each other. `tests/test_layers.py` holds every import of the source against this table, and
-`hashing.code_hash` uses it to tell which code a stage's result can depend on.
+`hashing.code_hashes` uses it to tell which code a stage's result can depend on.
 """
 
 # From the ground up. The stages share a floor: only the pipeline joins them.

@@ -25,6 +25,7 @@ from posttrain.config.shared import (
     TrainerResources,
 )
 from posttrain.errors import ConfigError
+from posttrain.pipeline.decide import Decision
 from posttrain.pipeline.graph import Node, Pipeline, output_path
 from posttrain.pipeline.inputs import find_endpoints, find_inputs, walk
 from posttrain.pipeline.references import find_references
@@ -232,12 +233,16 @@ def count_parameters(folder: Path) -> int | None:
 # --- as text ---
 
 
-def render_plan(pipeline: Pipeline, plan: list[Step], states: Mapping[str, str] | None = None) -> str:
-    """The plan as plain text. `states`: what would happen to each stage, by name."""
+def render_plan(
+    pipeline: Pipeline, plan: list[Step], decisions: Mapping[str, Decision] | None = None, run_dir: Path | None = None
+) -> str:
+    """The plan as plain text. decisions: what would happen to each stage in the run directory `run_dir`, by name."""
     lines = [f"pipeline {pipeline.name} · seed {pipeline.seed} · {len(pipeline.stages)} stages · {pipeline.source}"]
     for step in plan:
-        state = f"  [{states[step.name]}]" if states and step.name in states else ""
-        lines.append(f"\n{step.name} ({step.kind}){state}")
+        decision = (decisions or {}).get(step.name)
+        lines.append(f"\n{step.name} ({step.kind})" + (f"  [{decision.text}]" if decision else ""))
+        if decision and decision.replaces:
+            lines.append(f"  replaces  {decision.replaces} in {(run_dir or Path()) / pipeline.nodes[step.name].folder}")
         lines += [f"  in   {name} = {value}" for name, value in step.inputs.items()]
         lines += [f"  out  {name} = {value}" for name, value in step.outputs.items()]
         lines += [f"  use  {_render_actor(actor)}" for actor in step.actors]

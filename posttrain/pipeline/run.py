@@ -1,6 +1,6 @@
 """Run a pipeline: check it, decide what is to be done, do that on Ray, and leave a run directory that can be continued.
 
-    load_pipeline ─► decide (hashes) ─► Ray ─► Scheduler ─► summary.json ─► report.html
+    load_pipeline ─► decide (what changed) ─► consent ─► Ray ─► Scheduler ─► summary.json ─► report.html
 
 Every mistake that the user can correct is found before Ray starts. There are no automatic retries of a stage: the same
 command starts a failed stage again, and it continues from its last checkpoint.
@@ -20,6 +20,7 @@ from posttrain.pipeline.inputs import find_endpoints, needed_packages
 from posttrain.pipeline.memory import MemorySampler
 from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_plan
 from posttrain.pipeline.ray_session import joins_cluster, ray_session
+from posttrain.pipeline.replace import Ask, delete_kept, kept, kept_text, move_aside, require_consent
 from posttrain.pipeline.rundir import RunDir
 from posttrain.pipeline.schedule import Scheduler
 from posttrain.pipeline.stage_process import OUT_OF_SPACE
@@ -54,13 +55,17 @@ def run_pipeline(
     start_from: str | None = None,
     only: str | None = None,
     overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    ask: Ask | None = None,
     display: Display | None = None,
     command: str = "",
 ) -> Summary:
     """Run a pipeline (a file, a bundled name, a mapping, or what `single_stage` returned) to its end.
 
     run_dir: runs/NAME if None. start_from: run this stage again, and all stages that need it. only: run this stage
-    alone. command: what a user types to continue this run; error messages show it. Returns what summary.json holds.
+    alone. overwrite: finished results and unfinished work of other configs may be replaced; else `ask` asks for each
+    run, and without it such a run is refused. command: what a user types to continue this run; error messages show it.
+    Returns what summary.json holds.
     Raises UserError (exit code 2) before anything starts, or for rows that a stage finds wrong; StageError (3) when a
     stage failed; KeyboardInterrupt (130). After a StageError, a KeyboardInterrupt or a UserError of a stage, the same
     call continues the run.
@@ -74,11 +79,12 @@ def run_pipeline(
     try:
         place.check(pipeline)
         decisions = decide(pipeline, place, start_from=start_from, only=only)
+        require_consent(place, decisions, overwrite=overwrite, ask=ask)
         _check_endpoints(pipeline, decisions)
         with place.open(pipeline):
             return _run(pipeline, place, decisions, display=display or _Silent(), command=command)
     except OSError as error:
-        raise StageError(f"{_os_error(error)}\n{_resume(command)}") from error
+        raise StageError(f"{_os_error(error)}\n{_resume(command)}{kept_text(pipeline, place)}") from error
 
 
 def _check_endpoints(pipeline: Pipeline, decisions: Mapping[str, Decision]) -> None:
@@ -86,7 +92,7 @@ def _check_endpoints(pipeline: Pipeline, decisions: Mapping[str, Decision]) -> N
     found = [
         (node, endpoint)
         for name, node in pipeline.nodes.items()
-        if decisions[name].action in ("run", "resume")
+        if decisions[name].to_do
         for _, endpoint in find_endpoints(node.config)
     ]
     if not found:
@@ -104,34 +110,36 @@ def _run(
     pipeline: Pipeline, place: RunDir, decisions: Mapping[str, Decision], *, display: Display, command: str
 ) -> Summary:
     summary = SummaryWriter(pipeline, place, command)
-    todo = [pipeline.nodes[name] for name, item in decisions.items() if item.action in ("run", "resume")]
+    todo = [pipeline.nodes[name] for name, item in decisions.items() if item.to_do]
+    moved = move_aside(pipeline, place, decisions)
     place.forget_events({node.name for node in todo if decisions[node.name].action == "run"})
-    for node in todo:
-        if decisions[node.name].forced:
-            place.clear(node)
     display.start([(name, node.kind) for name, node in pipeline.nodes.items()], place.events)
     sampler = MemorySampler()
     status = "failed"
     try:
         with sampler:
+            _note_moved(pipeline, place, moved)
             _note_skipped(pipeline, place, decisions, summary=summary)
             display.refresh()
             summary.write("interrupted", sampler.peak_gib)
             if todo:
                 _execute(pipeline, place, decisions, summary=summary, sampler=sampler, display=display)
         status = "done"
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         status = "interrupted"
+        error.args = tuple(filter(None, [kept_text(pipeline, place).lstrip("\n")]))
         raise
     except PosttrainError as error:
-        error.args = (f"{error}\n{_resume(command)}",) if not isinstance(error, ConfigError) else error.args
+        end = kept_text(pipeline, place)
+        error.args = (f"{error}\n{_resume(command)}{end}",) if not isinstance(error, ConfigError) else error.args
         raise
     finally:
         result = _write_last(summary, status, sampler.peak_gib)
         _note_end(place, status)
         display.stop()
     if result is None:
-        raise StageError(f"{place.summary} could not be written (is the disk full?)\n{_resume(command)}")
+        end = f"{_resume(command)}{kept_text(pipeline, place)}"
+        raise StageError(f"{place.summary} could not be written (is the disk full?)\n{end}")
     return result
 
 
@@ -147,7 +155,7 @@ def _execute(
     plan = make_plan(pipeline, place.path)
     with ray_session() as session:
         check_fits(plan, pipeline.source, cpus=session.cpus, gpus=session.gpus)
-        todo = [node for name, node in pipeline.nodes.items() if decisions[name].action in ("run", "resume")]
+        todo = [node for name, node in pipeline.nodes.items() if decisions[name].to_do]
         if any("vllm" in needed_packages(node.config, node.stage_kind) for node in todo):
             from posttrain.sampling.registry import start_registry
 
@@ -161,12 +169,23 @@ def _execute(
         ).run()
 
 
+def _note_moved(pipeline: Pipeline, place: RunDir, moved: Mapping[str, Path]) -> None:
+    """Tell where earlier results are kept: those that were moved now, and those of a run that ended too early."""
+    for node in pipeline.nodes.values():
+        for path in kept(place, node):
+            context = StageContext(node.name, place.folder(node), place.events)
+            context.event("earlier_kept", path=str(path), moved=moved.get(node.name) == path)
+
+
 def _note_skipped(
     pipeline: Pipeline, place: RunDir, decisions: Mapping[str, Decision], *, summary: SummaryWriter
 ) -> None:
     for name, decision in decisions.items():
         node = pipeline.nodes[name]
         if decision.action == "skip":
+            if decision.basis is not None:  # what does not decide the result may be set in another way now
+                place.write_config(node, node.resolved(place.path, pipeline.nodes).model_dump(mode="json"))
+            delete_kept(place, node)  # a run was killed just before it did
             record = place.done(node) or {}
             kept = {key: record.get(key) for key in ("wall_s", "outputs", "stats")}
             summary.add(node, "skipped", {**kept, "input_hash": decision.input_hash, "why": decision.why})

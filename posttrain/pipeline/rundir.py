@@ -1,17 +1,19 @@
 """The run directory on disk: which pipeline it belongs to, what each stage has reached, and the lock of the run.
 
-The files in a stage's folder tell its state. STARTED holds the hash of the run that was begun there. DONE, which is
-written last, holds the hash and the outputs of the run that was finished. Every file that another process may read is
+The files in a stage's folder tell its state. STARTED holds the basis (hashing.py) of the run that was begun there.
+DONE, which is written last, holds the outputs of the run that was finished. Every file that another process may read is
 written under another name and then renamed, so nobody sees half of it.
 """
 
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from posttrain.config.base import dump_yaml, read_yaml
 from posttrain.errors import ConfigError
@@ -20,7 +22,30 @@ from posttrain.pipeline.graph import Node, Pipeline
 
 STARTED = "STARTED"
 DONE = "DONE"
-State = Literal["done", "resume", "new", "changed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a stage's folder holds.
+
+    input_hash, basis: of the run that was begun there; "" and None where none was, or another version of this package
+    began it. finished: it ended well. missing: outputs of a finished run that are gone. step: of the last checkpoint,
+    0 for none. has_work: there is a checkpoint or other progress.
+    """
+
+    input_hash: str = ""
+    basis: dict[str, Any] | None = None
+    finished: bool = False
+    missing: tuple[str, ...] = ()
+    step: int = 0
+    has_work: bool = False
+
+    @property
+    def worth(self) -> str:
+        """What would be lost with the folder, for the user; "" for nothing."""
+        if self.finished:
+            return "a finished result"
+        return f"an unfinished run at step {self.step}" if self.step else "an unfinished run" if self.has_work else ""
 
 
 class RunDir:
@@ -33,7 +58,7 @@ class RunDir:
 
     @contextmanager
     def open(self, pipeline: Pipeline) -> Iterator[None]:
-        """Create the folder, refuse one of another pipeline, hold the lock, and write the resolved pipeline.yaml."""
+        """Create the folder, refuse one of another name, hold the lock, and write the resolved pipeline.yaml."""
         self.check(pipeline)
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(str(self.path), ["is a file; the run directory must be a folder or not exist yet"])
@@ -43,20 +68,13 @@ class RunDir:
             yield
 
     def check(self, pipeline: Pipeline) -> None:
-        """Raise ConfigError if the folder holds the run of another pipeline."""
+        """Raise ConfigError if the folder holds the run of a pipeline of another name. Its stages may differ."""
         file = self.path / "pipeline.yaml"
-        if not file.exists():
-            return
-        held = read_yaml(file)
-        stages = [(entry.get("name"), entry.get("kind")) for entry in held.get("stages", [])]
-        wanted = [(node.name, node.kind) for node in pipeline.stages]
-        if held.get("name") != pipeline.name or sorted(map(str, stages)) != sorted(map(str, wanted)):
+        held = read_yaml(file).get("name") if file.exists() else pipeline.name
+        if held != pipeline.name:
             raise ConfigError(
                 str(self.path),
-                [
-                    f"holds a run of pipeline {held.get('name')!r} ({_list(stages)}), not of {pipeline.name!r} "
-                    f"({_list(wanted)}); choose another --run-dir"
-                ],
+                [f"holds a run of pipeline {held!r}, not of {pipeline.name!r}; choose another --run-dir"],
             )
 
     @contextmanager
@@ -89,34 +107,37 @@ class RunDir:
             return None
         return record if all((self.path / path).exists() for path in record["outputs"].values()) else None
 
-    def state(self, node: Node, input_hash: str) -> State:
-        """done: finished with the same hash.
+    def held(self, node: Node) -> Held:
+        """What the node's folder holds."""
+        folder = self.folder(node)
+        started = _read_json(folder / STARTED) or {}
+        done = _read_json(folder / DONE)
+        outputs = (done or {}).get("outputs")
+        missing = [name for name, path in outputs.items() if not (self.path / path).exists()] if outputs else []
+        found = [str(path.relative_to(folder)) for path in folder.glob(node.stage_kind.checkpoints)]
+        step = max((int(number) for path in found for number in re.findall(r"\d+", path)[:1]), default=0)
+        has_work = bool(found) or any((folder / name).exists() for name in node.stage_kind.progress)
+        digest = str((done or started).get("input_hash", ""))
+        return Held(digest, started.get("basis"), done is not None, tuple(missing), step, has_work)
 
-        resume: begun with the same hash. changed: the folder holds something else.
+    def begin(
+        self, node: Node, input_hash: str, config: Mapping[str, Any], *, basis: Mapping[str, Any] | None, resume: bool
+    ) -> None:
+        """Prepare the folder: empty it unless its work is continued, then write config.yaml and STARTED.
+
+        A finished stage that is continued counts as unfinished from here on: DONE goes before anything else changes.
         """
-        record = self.done(node)
-        if record and record.get("input_hash") == input_hash:
-            return "done"
-        folder = self.folder(node)
-        started = _read_json(folder / STARTED)
-        if started and started.get("input_hash") == input_hash and not (folder / DONE).exists():
-            return "resume"
-        return "changed" if folder.exists() and any(folder.iterdir()) else "new"
-
-    def has_unfinished_work(self, node: Node) -> bool:
-        """True if a stage was interrupted after its first checkpoint."""
-        folder = self.folder(node)
-        checkpoints = folder / "checkpoints"
-        return not (folder / DONE).exists() and checkpoints.is_dir() and any(checkpoints.glob("step_*"))
-
-    def begin(self, node: Node, input_hash: str, config: Mapping[str, Any], *, resume: bool) -> None:
-        """Prepare the folder: empty it unless its work is resumed, then write config.yaml and STARTED."""
         folder = self.folder(node)
         if not resume:
             self.clear(node)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", dump_yaml(dict(config)))
-        write_text(folder / STARTED, json.dumps({"input_hash": input_hash}) + "\n")
+        (folder / DONE).unlink(missing_ok=True)
+        self.write_config(node, config)
+        write_text(folder / STARTED, json.dumps({"input_hash": input_hash, "basis": basis}) + "\n")
+
+    def write_config(self, node: Node, config: Mapping[str, Any]) -> None:
+        """Write a stage's config.yaml: resolved, with real paths."""
+        write_text(self.folder(node) / "config.yaml", dump_yaml(dict(config)))
 
     def clear(self, node: Node) -> None:
         """Empty a stage's folder. DONE goes first and STARTED last, so a half-emptied folder never looks finished."""
@@ -162,7 +183,3 @@ def _is_whole(line: str) -> bool:
         return isinstance(json.loads(line), dict)
     except ValueError:
         return False
-
-
-def _list(stages: list[tuple[Any, Any]]) -> str:
-    return ", ".join(str(name) if name == kind else f"{name}: {kind}" for name, kind in stages)

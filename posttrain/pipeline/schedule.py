@@ -20,6 +20,7 @@ from posttrain.pipeline.decide import Decision
 from posttrain.pipeline.graph import Node, Pipeline, output_path
 from posttrain.pipeline.plan import Step, trainer_resources
 from posttrain.pipeline.ray_session import RaySession
+from posttrain.pipeline.replace import delete_kept
 from posttrain.pipeline.rundir import RunDir
 from posttrain.pipeline.stage_process import StageAnswer, StageJob, run_stage
 from posttrain.pipeline.summary import SummaryWriter
@@ -115,8 +116,9 @@ class Scheduler:
         decision = self.decisions[node.name]
         self._make_room(self.steps[node.name])
         job = make_job(node, self.pipeline, self.run_dir)
-        self.run_dir.begin(node, decision.input_hash, job.config, resume=decision.action == "resume")
-        self._event(node, "stage_start", kind=node.kind, resumed=decision.action == "resume")
+        resumed = decision.action == "continue"
+        self.run_dir.begin(node, decision.input_hash, job.config, basis=decision.basis, resume=resumed)
+        self._event(node, "stage_start", kind=node.kind, resumed=resumed)
         cpus, gpus = trainer_resources(node)
         # max_calls=1 gives each stage a fresh process, so that no stage inherits imports or memory of the one before.
         task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(run_stage)
@@ -154,6 +156,8 @@ class Scheduler:
             self.run_dir.finish(node, done)
             self.finished.add(node.name)
             self._record(node, "done", wall_s, record=record, event="stage_done")
+            for path in delete_kept(self.run_dir, node):
+                self._event(node, "earlier_deleted", path=str(path))
         self.save()
 
     def _answer(self, task: Any, wall_s: float) -> StageAnswer:

@@ -35,16 +35,17 @@ def run_stage(
     *,
     overrides: Sequence[str] = (),
     seed: int = 0,
+    overwrite: bool = False,
 ) -> StageResult:
     """Run one stage to its end. A second call with the same input finds it finished and returns the same result.
 
     kind: base, filter, sft, rl, dpo or eval. config: the stage's config object, a mapping with the keys of its YAML, or
-    the path of a YAML file. run_dir: runs/KIND if None. Raises UserError before anything starts, and StageError if the
-    stage failed; the same call then continues it.
+    the path of a YAML file. run_dir: runs/KIND if None. overwrite: replace the result of another config there; else it
+    is refused. Raises UserError before anything starts, and StageError if the stage failed; the same call then
+    continues it.
     """
-    summary = run_pipeline(
-        as_pipeline(kind, config, overrides, seed=seed), run_dir, command=f"run_stage({kind!r}, ...)"
-    )
+    pipeline = as_pipeline(kind, config, overrides, seed=seed)
+    summary = run_pipeline(pipeline, run_dir, overwrite=overwrite, command=f"run_stage({kind!r}, ...)")
     place = Path(run_dir or Path("runs") / kind)
     (record,) = summary.stages
     outputs = {name: place / path for name, path in record["outputs"].items()}
@@ -57,13 +58,14 @@ def evaluate(
     *,
     overrides: Sequence[str] = (),
     seed: int = 0,
+    overwrite: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Measure a policy on held-out prompts: run the eval stage and return the content of its results.json.
 
     Returns {capability: {"n": prompts, "greedy": rate, "greedy_ci95": [low, high], "pass@1": rate, ...}}. The entry
     "all" is over all capabilities together.
     """
-    result = run_stage("eval", config, run_dir, overrides=overrides, seed=seed)
+    result = run_stage("eval", config, run_dir, overrides=overrides, seed=seed, overwrite=overwrite)
     return json.loads(result.outputs["results"].read_text())
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import Config
+from posttrain.config.base import RESULT_STAYS, Config
 from posttrain.config.shared import DataConfig, NotNegative, Positive, Probability, TrackersConfig
 from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.training.config import TrainingConfig
@@ -73,7 +73,7 @@ class RlConfig(TrainingConfig, PromptsConfig):
         "dropped groups asks for, so that a batch need not wait for refills.",
     )
     checkpoint_every: Annotated[int, Field(ge=1)] = Field(
-        default=20, description="Optimizer steps between checkpoints."
+        default=20, description="Optimizer steps between checkpoints.", json_schema_extra=RESULT_STAYS
     )
     stop_after_idle_steps: Annotated[int, Field(ge=1)] = Field(
         default=20, description="Stop when so many batches' worth of groups in a row had no advantage."
@@ -83,7 +83,9 @@ class RlConfig(TrainingConfig, PromptsConfig):
         description="Largest mean gap of sampler and trainer log-probabilities; None: 1e-3 fp32, 0.1 bf16.",
     )
     trackers: TrackersConfig | None = Field(
-        default=None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
+        default=None,
+        description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere.",
+        json_schema_extra=RESULT_STAYS,
     )
 
     @model_validator(mode="after")

@@ -23,11 +23,12 @@ from posttrain.rl.grading.groups import passes_and_failures
 from posttrain.rl.grading.judge import Judge
 from posttrain.rl.grading.verifiers import check_rewardable
 from posttrain.rl.history.archive import RolloutArchive
-from posttrain.rl.history.ledger import Commit, Ledger
+from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.history.recovery import (
+    MODEL,
     Survivor,
+    commit_result,
     finished_outputs,
-    folder_hash,
     group_of,
     last_checkpoint,
     open_ledger,
@@ -49,8 +50,6 @@ from posttrain.rl.records import GroupState
 from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.reference import Reference, check_reference
 from posttrain.sampling.client import Engines
-
-MODEL = "model"
 
 
 def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
@@ -112,8 +111,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
                 **figures,
             }
             ledger.set_fact("outputs", outputs)
-            commit = Commit(config.steps, MODEL, folder_hash(context.dir / MODEL))
-            asyncio.run(ledger.commit(commit, ledger.seq))
+            asyncio.run(commit_result(context.dir, ledger))
             return outputs
         finally:
             ledger.close()

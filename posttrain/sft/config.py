@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import Config
+from posttrain.config.base import MAY_GROW, RESULT_STAYS, Config
 from posttrain.config.shared import (
     DataConfig,
     GradientCheckpointing,
@@ -32,7 +32,9 @@ class SftConfig(Config):
     data: DataConfig
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    epochs: Count = Field(1, description="Passes over the data. Light fine-tuning needs one.")
+    epochs: Count = Field(
+        1, description="Passes over the data. Light fine-tuning needs one.", json_schema_extra=MAY_GROW
+    )
     packing: bool = Field(True, description="Put whole conversations side by side into rows of batch_tokens.")
     batch_tokens: Count | None = Field(
         None, description="With packing: tokens in each forward and backward, and so in each row."
@@ -42,13 +44,17 @@ class SftConfig(Config):
     max_length: Annotated[int, Field(ge=2)] = Field(4096, description="Most tokens of a conversation.")
     overlong: Literal["error", "drop"] = Field("error", description="What to do with a conversation that is longer.")
     gradient_checkpointing: GradientCheckpointing = "none"
-    checkpoint_every: Count = Field(200, description="Optimizer steps between checkpoints.")
+    checkpoint_every: Count = Field(
+        200, description="Optimizer steps between checkpoints.", json_schema_extra=RESULT_STAYS
+    )
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig,
         description="The ranks that train, each with a DeepSpeed engine and with rows of its own. One by default.",
     )
     trackers: TrackersConfig | None = Field(
-        default=None, description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere."
+        default=None,
+        description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere.",
+        json_schema_extra=RESULT_STAYS,
     )
     resources: SftResources = Field(default_factory=SftResources)
 

@@ -20,7 +20,8 @@ from posttrain.errors import StageError
 ROWS = "tokenized"  # the folder of the rows on disk, from which all ranks read them
 # The keys of a config that do not change what a training learns, besides those that name its data. `parallel` and
 # `gradient_accumulation` are among them, because only the number of forwards of a step counts (see `training_recipe`).
-NOT_IN_RECIPE = {"resources", "checkpoint_every", "model", "parallel", "gradient_accumulation", "trackers"}
+# `epochs` is, because more epochs go on from the checkpoint at which fewer ended.
+NOT_IN_RECIPE = {"resources", "checkpoint_every", "model", "parallel", "gradient_accumulation", "trackers", "epochs"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import Config
+from posttrain.config.base import RESULT_STAYS, Config
 from posttrain.config.shared import Positive, Probability, RewardConfig, ServedModelConfig, SystemsConfig
 from posttrain.judging.config import EndpointConfig, JudgeQuestion
 from posttrain.rl.loss_config import LossConfig
@@ -27,7 +27,9 @@ class RlRewardConfig(RewardConfig):
         default=1, description="Rollouts of a group that could not be scored are scored so many times more."
     )
     alarm_fraction: Probability = Field(
-        default=0.2, description="Share of a step's rollouts without a score above which the run raises an alarm."
+        default=0.2,
+        description="Share of a step's rollouts without a score above which the run raises an alarm.",
+        json_schema_extra=RESULT_STAYS,
     )
 
 

@@ -93,7 +93,8 @@ def _nothing_lost(audit: Audit, entries: list[Entry], log: list[Any]) -> None:
     missing = sorted(set(range(max(there, default=-1) + 1)) - there)
     if missing:
         audit.problems.append(f"{len(missing)} dispatched groups are missing from the ledger: {missing[:_SHOWN]}")
-    finished = any(event == LedgerEvent.FINISHED for _, _, event, _, _ in log)
+    ends = [event for _, _, event, _, _ in log if event in (LedgerEvent.FINISHED, LedgerEvent.ROLLED_BACK)]
+    finished = ends[-1:] == [LedgerEvent.FINISHED]  # a finished stage that goes on with more steps begins anew here
     pending = [entry.id for entry in entries if entry.state not in (GroupState.COMMITTED, GroupState.DROPPED)]
     if finished and pending:
         audit.problems.append(f"the run is finished, but {len(pending)} groups are undecided: {pending[:_SHOWN]}")

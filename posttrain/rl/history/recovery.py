@@ -23,6 +23,8 @@ from posttrain.rl.records import Group, GroupState, ScoredGroup, make_group
 from posttrain.sampling.rollouts import Reply, up_to
 
 CHECKPOINTS = "checkpoints"
+MODEL = "model"
+LAST_CHECKPOINT = "last_checkpoint"  # the fact that keeps its commit beside that of the result, of the same version
 SNAPSHOT = "ledger.sqlite"
 _READ_BYTES = 1 << 24
 _SCORES = ("rewards", "reasons", "advantages", "outcomes", "ref_logprobs")
@@ -64,7 +66,9 @@ def finished_outputs(folder: Path, steps: int) -> dict[str, Any] | None:
     ledger = Ledger(folder / SNAPSHOT)
     try:
         commit = ledger.last_commit()
-        if commit is None or commit.version != steps or folder_hash(folder / commit.folder) != commit.hash:
+        if commit is None or (commit.version, commit.folder) != (steps, MODEL):
+            return None
+        if folder_hash(folder / MODEL) != commit.hash:
             return None
         return ledger.fact("outputs")
     finally:
@@ -89,12 +93,24 @@ def version_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+async def commit_result(folder: Path, ledger: Ledger) -> None:
+    """Commit the stage's model as its result. The last checkpoint, of the same version, is remembered."""
+    last = ledger.last_commit()
+    assert last is not None  # the last version has a checkpoint
+    if last.folder != MODEL:
+        ledger.set_fact(LAST_CHECKPOINT, [last.version, last.folder, last.hash])
+    await ledger.commit(Commit(last.version, MODEL, folder_hash(folder / MODEL)), ledger.seq)
+
+
 def last_checkpoint(folder: Path, ledger: Ledger) -> Path | None:
     """The folder that the last commit names, or None without a commit. Every other checkpoint is removed.
 
+    Where the last commit names the result of a finished stage, it is the checkpoint that the result was written with.
     Raises StageError if the folder is missing or its content is not what was committed.
     """
     commit = ledger.last_commit()
+    if commit is not None and commit.folder == MODEL:  # a finished stage that goes on, with more steps
+        commit = Commit(*ledger.fact(LAST_CHECKPOINT))
     named = folder / commit.folder if commit is not None else None
     for other in (folder / CHECKPOINTS).glob("*"):
         if other != named:

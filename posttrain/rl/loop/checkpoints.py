@@ -21,8 +21,8 @@ class Checkpoints:
         self._steps = steps
 
     def is_due(self, version: int) -> bool:
-        """Whether this version is to be kept. The last version needs no checkpoint: it is the stage's result."""
-        return version % self._every == 0 and version < self._steps
+        """Whether this version is to be kept. The last is: a larger `steps` goes on from there."""
+        return version % self._every == 0 or version == self._steps
 
     async def write(self, version: int, state: dict[str, Any], *, archived_seq: int) -> None:
         """Write a checkpoint and commit it: from that transaction on it counts, and the one before it is removed.

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.config.base import MAY_GROW
 from posttrain.config.shared import GradientCheckpointing, OptimizerConfig, ParallelConfig, Positive
 from posttrain.rl.grading.config import GradingConfig
 
@@ -11,7 +12,7 @@ from posttrain.rl.grading.config import GradingConfig
 class TrainingConfig(GradingConfig):
     """How the policy is trained."""
 
-    steps: Annotated[int, Field(ge=1)] = Field(default=100, description="Optimizer steps.")
+    steps: Annotated[int, Field(ge=1)] = Field(default=100, description="Optimizer steps.", json_schema_extra=MAY_GROW)
     trainer_deadline_s: Positive = Field(
         default=1800.0, description="A step or checkpoint of the trainer that takes longer means that it is lost."
     )

@@ -1,0 +1,100 @@
+"""What the commands that run something have in common: the plan, the question before a result is replaced, the end."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import typer
+
+from posttrain.errors import ConfigError
+from posttrain.pipeline.config import RawPipeline
+
+
+def run_or_plan(
+    raw: RawPipeline,
+    run_dir: Path | None,
+    dry_run: bool,
+    *,
+    command: list[str],
+    overwrite: bool,
+    start_from: str | None = None,
+    only: str | None = None,
+) -> None:
+    """Run a pipeline and write its report; with `dry_run`, print its plan.
+
+    command: what the user typed, without options, which is what continues the run. The rest is as for `run_pipeline`.
+    """
+    if dry_run:
+        print_plan(raw, run_dir, start_from=start_from, only=only)
+        return
+    from posttrain.cli.display import make_display
+    from posttrain.pipeline.run import run_pipeline
+
+    place = run_dir or Path("runs") / raw.config.name
+    again = shlex.join([*command, *(["--run-dir", str(place)] if run_dir else [])])
+    try:
+        summary = run_pipeline(
+            raw,
+            place,
+            start_from=start_from,
+            only=only,
+            overwrite=overwrite,
+            ask=_ask if sys.stdin.isatty() and sys.stderr.isatty() else None,
+            display=make_display(),
+            command=again,
+        )
+    except KeyboardInterrupt as error:
+        _say("\n".join(["interrupted. What is finished is kept. To continue: " + again, *map(str, error.args)]))
+        raise
+    finally:
+        _write_report(place)
+    skipped = sum(stage["status"] == "skipped" for stage in summary.stages)
+    note = f" ({skipped} of {len(summary.stages)} stages skipped: nothing had changed)" if skipped else ""
+    typer.echo(f"done in {summary.wall_s:.0f} s{note}, peak memory {summary.peak_rss_gib:.1f} GiB: {place}")
+    if (place / "report.html").exists():
+        typer.echo(place / "report.html")
+
+
+def _write_report(run_dir: Path) -> None:
+    """Write the report of what the run directory holds.
+
+    A failure here must not hide how the run ended, so it is only printed.
+    """
+    if not (run_dir / "summary.json").exists() or isinstance(sys.exc_info()[1], KeyboardInterrupt | ConfigError):
+        return
+    try:
+        from posttrain.report import write_report
+
+        write_report(run_dir)
+    except Exception as error:
+        _say(f"the report could not be written: {type(error).__name__}: {error}")
+
+
+def _ask(question: str) -> bool:
+    return typer.confirm(question, err=True)
+
+
+def print_plan(
+    raw: RawPipeline, run_dir: Path | None, *, start_from: str | None = None, only: str | None = None
+) -> None:
+    """Print the resolved plan, and what would happen to each stage in the run directory."""
+    from posttrain.pipeline.decide import decide
+    from posttrain.pipeline.graph import load_pipeline
+    from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_plan, render_plan
+    from posttrain.pipeline.ray_session import joins_cluster
+    from posttrain.pipeline.rundir import RunDir
+
+    pipeline = load_pipeline(raw)
+    place = RunDir(run_dir or Path("runs") / pipeline.name)
+    plan = make_plan(pipeline, place.path)
+    if not joins_cluster():
+        check_fits(plan, pipeline.source, cpus=local_cpus(), gpus=local_gpus())
+    place.check(pipeline)
+    decisions = None
+    if not raw.open_references:
+        decisions = decide(pipeline, place, start_from=start_from, only=only)
+    typer.echo(render_plan(pipeline, plan, decisions, place.path))
+
+
+def _say(message: str) -> None:
+    print(f"posttrain: {message}", file=sys.stderr)
