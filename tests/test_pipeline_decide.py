@@ -223,7 +223,7 @@ def test_inputs_seed_stages_and_code_are_named(place: RunDir, tmp_path: Path, mo
         )
         assert texts(made, place)["a"] == "run anew because the code of posttrain/rl has changed"
     node = made.nodes["a"]
-    (change,) = find_changes(None, {}, node.config, {})
+    (change,) = find_changes(None, {}, node.config, upstream={})
     assert change.text == "what it ran with is not known: another version of posttrain made it"
 
 

@@ -446,6 +446,34 @@ def test_a_deterministic_run_that_was_killed_equals_one_that_was_not(ray_session
     assert audit_stage(folder).is_clean
 
 
+@pytest.mark.slow
+def test_more_steps_go_on_from_the_end_to_the_weights_of_a_longer_run(ray_session, tiny_model, tmp_path):
+    """A finished stage with more steps: bit for bit what it would have been with so many from the start."""
+
+    def config(steps):
+        return make_config(
+            tmp_path, tiny_model, rows_of(["math"], 8), steps=steps, groups_per_step=2, checkpoint_every=50,
+            max_staleness=0, deterministic=True, sampling={"max_tokens": 16},
+        )  # fmt: skip
+
+    run_stage(config(3), tmp_path / "whole")
+    folder = tmp_path / "longer"
+    run_stage(config(2), folder)
+    profiled = (folder / "difficulty.parquet").read_bytes()
+    rollouts = {path.name: path.read_bytes() for path in (folder / "rollouts").glob("step_00000[01].parquet")}
+    outputs, metrics = run_stage(config(3), folder)
+    assert outputs["steps"] == 3
+    assert [line["step"] for line in read_jsonl(folder / "events.jsonl") if line["event"] == "resumed"] == [2]
+    assert [line["step"] for line in metrics] == list(range(3))
+    assert weight_gaps(tmp_path / "whole" / "model", folder / "model") == {}
+    assert weight_gaps(tiny_model, folder / "model") != {}
+    assert {name: (folder / "rollouts" / name).read_bytes() for name in rollouts} == rollouts
+    assert len(rollouts) == 2
+    assert (folder / "difficulty.parquet").read_bytes() == profiled
+    audit = audit_stage(folder)
+    assert audit.is_clean, audit.problems
+
+
 def row_named(name, capability="math"):
     return Row(name, capability, (Message("user", name),))
 

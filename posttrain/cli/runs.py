@@ -93,7 +93,7 @@ def print_plan(
     decisions = None
     if not raw.open_references:
         decisions = decide(pipeline, place, start_from=start_from, only=only)
-    typer.echo(render_plan(pipeline, plan, decisions, place.path))
+    typer.echo(render_plan(pipeline, plan, decisions, run_dir=place.path))
 
 
 def _say(message: str) -> None:

@@ -29,7 +29,7 @@ class Change:
     goes_on: bool = False
 
 
-def find_changes(old: Basis | None, new: Basis, config: Config, upstream: Mapping[str, str]) -> list[Change]:
+def find_changes(old: Basis | None, new: Basis, config: Config, *, upstream: Mapping[str, str]) -> list[Change]:
     """The differences, those of the config first. old: None where it is not known.
 
     config: the stage's new one. upstream: what happens to the stages that it needs, by name, where that is known:

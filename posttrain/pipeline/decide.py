@@ -100,7 +100,7 @@ def _decide_one(
         return Decision("skip", digest, "config, inputs and code are as before", basis)
     if not held.input_hash:
         return Decision("run", digest, "new", basis)
-    changes = find_changes(held.basis, basis, node.config, _fates(node, decisions))
+    changes = find_changes(held.basis, basis, node.config, upstream=_fates(node, decisions))
     why = "; ".join(change.text for change in changes)
     if held.step and all(change.goes_on for change in changes):
         return Decision("continue", digest, why, basis, held.step)

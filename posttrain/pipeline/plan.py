@@ -234,7 +234,11 @@ def count_parameters(folder: Path) -> int | None:
 
 
 def render_plan(
-    pipeline: Pipeline, plan: list[Step], decisions: Mapping[str, Decision] | None = None, run_dir: Path | None = None
+    pipeline: Pipeline,
+    plan: list[Step],
+    decisions: Mapping[str, Decision] | None = None,
+    *,
+    run_dir: Path | None = None,
 ) -> str:
     """The plan as plain text. decisions: what would happen to each stage in the run directory `run_dir`, by name."""
     lines = [f"pipeline {pipeline.name} · seed {pipeline.seed} · {len(pipeline.stages)} stages · {pipeline.source}"]
