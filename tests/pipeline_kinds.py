@@ -21,6 +21,19 @@ from posttrain.errors import DataError
 from posttrain.pipeline.kinds import KINDS, StageKind
 
 
+def said_on(master: int) -> str:
+    """What was written to a terminal, of which nobody has the other end open any more. Closes it."""
+    parts: list[bytes] = []
+    try:
+        while part := os.read(master, 1 << 16):
+            parts.append(part)
+    except OSError:  # the kernel has handed over everything
+        pass
+    finally:
+        os.close(master)
+    return b"".join(parts).decode()
+
+
 class CountResources(Config):
     """What the counting stage declares."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import pipeline_kinds
 import pytest
 import yaml
+from pipeline_kinds import said_on
 from test_pipeline import CHAIN, pipeline, stage
 
 from posttrain.cli.main import main
@@ -299,15 +300,12 @@ def test_the_command_asks_on_a_terminal_and_refuses_elsewhere(
         assert f"  replaces  a finished result in {place.path}/a\n" in shown
     master, terminal = os.openpty()
     os.write(master, b"n\n")
-    with os.fdopen(terminal, "r") as typed, open(os.dup(terminal), "w") as said, monkeypatch.context() as patch:
+    with os.fdopen(os.dup(terminal), "r") as typed, os.fdopen(terminal, "w") as said, monkeypatch.context() as patch:
         if on_terminal:
             patch.setattr("sys.stdin", typed)
             patch.setattr("sys.stderr", said)
         assert main(["run", "p.yaml", "a.add=9"]) == 2
-        said.flush()
-        os.set_blocking(master, False)
-        shown = os.read(master, 1 << 16).decode() if on_terminal else capsys.readouterr().err
-    os.close(master)
+    shown = said_on(master) + capsys.readouterr().err
     assert "a, a finished result: add: 1 → 9" in shown
     assert ("[y/N]" in shown, "--overwrite does" in shown) == (on_terminal, not on_terminal)
     assert ("nothing was replaced, and nothing was started" in shown) == on_terminal

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from pipeline_kinds import said_on
 
 from posttrain.files import read_jsonl
 from posttrain.pipeline.watchdog import VARIABLE, session_processes
@@ -58,15 +59,11 @@ class Project:
     def answer(self, answer: str, *arguments: str) -> tuple[int, str, str]:
         """Run on a terminal where a user types `answer`; returns the exit code, the output, and what was asked."""
         master, terminal = os.openpty()
-        try:
-            os.write(master, f"{answer}\n".encode())
-            process = self.start(*arguments, terminal=terminal)
-            out, _ = process.communicate(timeout=180)
-            os.set_blocking(master, False)
-            return process.returncode, out, os.read(master, 1 << 16).decode()
-        finally:
-            os.close(master)
-            os.close(terminal)
+        os.write(master, f"{answer}\n".encode())
+        process = self.start(*arguments, terminal=terminal)
+        os.close(terminal)
+        out, _ = process.communicate(timeout=180)
+        return process.returncode, out, said_on(master)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*(arguments or ("run", "p.yaml")))
