@@ -172,11 +172,15 @@ def test_second_run_skips_what_is_done(run, installed_wheel, empty):
     planned = call(installed_wheel, empty, "run", "quickstart", *REDUCED, "dpo.beta=0.2", "--dry-run")
     changed = {line.split()[0] for line in planned.splitlines() if "[run" in line}
     assert changed == {"dpo", "dpo.eval"}, planned
+    refused = call(installed_wheel, empty, "run", "quickstart", *REDUCED, "dpo.beta=0.2", expect=2)
+    assert "dpo, a finished result: beta: 0.1 → 0.2" in refused
+    assert "dpo.eval, a finished result: stage dpo runs anew" in refused
+    assert (run / "dpo" / "DONE").exists()
 
 
 @pytest.mark.full  # test_pipeline_run.py runs a changed stage again, and its evaluation
 def test_a_changed_stage_is_run_again_alone(run, installed_wheel, empty):
-    call(installed_wheel, empty, "run", "quickstart", *REDUCED, "dpo.beta=0.2")
+    call(installed_wheel, empty, "run", "quickstart", *REDUCED, "dpo.beta=0.2", "--overwrite")
     whole = json.loads((run / "summary.json").read_text())
     status = {stage["name"]: stage["status"] for stage in whole["stages"] + whole["evaluations"]}
     assert {name for name, value in status.items() if value == "done"} == {"dpo", "dpo.eval"}
