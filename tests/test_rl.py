@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -446,32 +447,56 @@ def test_a_deterministic_run_that_was_killed_equals_one_that_was_not(ray_session
     assert audit_stage(folder).is_clean
 
 
-@pytest.mark.slow
-def test_more_steps_go_on_from_the_end_to_the_weights_of_a_longer_run(ray_session, tiny_model, tmp_path):
-    """A finished stage with more steps: bit for bit what it would have been with so many from the start."""
+@pytest.fixture(scope="module")
+def deterministic(tiny_model, tmp_path_factory):
+    """`make(steps)`: the config of a small deterministic run."""
+    folder = tmp_path_factory.mktemp("deterministic")
 
-    def config(steps):
+    def make(steps):
         return make_config(
-            tmp_path, tiny_model, rows_of(["math"], 8), steps=steps, groups_per_step=2, checkpoint_every=50,
+            folder, tiny_model, rows_of(["math"], 8), steps=steps, groups_per_step=2, checkpoint_every=50,
             max_staleness=0, deterministic=True, sampling={"max_tokens": 16},
         )  # fmt: skip
 
-    run_stage(config(3), tmp_path / "whole")
-    folder = tmp_path / "longer"
-    run_stage(config(2), folder)
-    profiled = (folder / "difficulty.parquet").read_bytes()
-    rollouts = {path.name: path.read_bytes() for path in (folder / "rollouts").glob("step_00000[01].parquet")}
-    outputs, metrics = run_stage(config(3), folder)
+    return make
+
+
+@pytest.fixture(scope="module")
+def longer(ray_session, deterministic, tmp_path_factory):
+    """A stage that was finished after two steps and then asked for a third. Also what was there after two."""
+    folder = tmp_path_factory.mktemp("longer") / "rl"
+    run_stage(deterministic(2), folder)
+    kept = [folder / "difficulty.parquet", *sorted((folder / "rollouts").glob("step_00000[01].parquet"))]
+    before = {path: path.read_bytes() for path in kept}
+    outputs, metrics = run_stage(deterministic(3), folder)
     assert outputs["steps"] == 3
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    return folder, before
+
+
+@pytest.mark.slow
+def test_more_steps_go_on_from_the_end_of_a_finished_stage(longer):
+    folder, before = longer
     assert [line["step"] for line in read_jsonl(folder / "events.jsonl") if line["event"] == "resumed"] == [2]
-    assert [line["step"] for line in metrics] == list(range(3))
-    assert weight_gaps(tmp_path / "whole" / "model", folder / "model") == {}
-    assert weight_gaps(tiny_model, folder / "model") != {}
-    assert {name: (folder / "rollouts" / name).read_bytes() for name in rollouts} == rollouts
-    assert len(rollouts) == 2
-    assert (folder / "difficulty.parquet").read_bytes() == profiled
+    assert len(before) == 3
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert Counter(row["step"] for row in read_rollouts(folder) if row["status"] == "trained") == {0: 8, 1: 8, 2: 8}
     audit = audit_stage(folder)
     assert audit.is_clean, audit.problems
+
+
+@pytest.mark.slow
+@pytest.mark.full  # test_sft.py compares weights too
+def test_more_steps_give_the_weights_of_a_longer_run(longer, deterministic, tiny_model, tmp_path):
+    """Bit for bit; and again when the model is lost, which is written from the last checkpoint then."""
+    folder, _ = longer
+    run_stage(deterministic(3), tmp_path / "whole")
+    assert weight_gaps(tmp_path / "whole" / "model", folder / "model") == {}
+    assert weight_gaps(tiny_model, folder / "model") != {}
+    shutil.rmtree(folder / "model")
+    run_stage(deterministic(3), folder)
+    assert weight_gaps(tmp_path / "whole" / "model", folder / "model") == {}
+    assert audit_stage(folder).is_clean
 
 
 def row_named(name, capability="math"):
