@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from config_leaves import find_leaves
 
-from posttrain.config.base import apply_overrides, load_config, parse_yaml, read_yaml, validate_config
+from posttrain.config.base import apply_overrides, dump_yaml, load_config, parse_yaml, read_yaml, validate_config
 from posttrain.config.shared import FilesConfig, ServedModelConfig
 from posttrain.errors import ConfigError
 from posttrain.pipeline.config import PipelineConfig, read_pipeline
@@ -61,9 +61,23 @@ def test_the_kinds_table_matches_the_schemas(kind: str):
     assert set(KINDS[kind].paths) <= {leaf.key for leaf in find_leaves(schema, {})}
 
 
-def test_numbers_are_yaml_1_2():
-    text = "a: 1e-5\nb: 1.5\nc: yes\nd: 0.1e+3\ne: true\nf: -3"
-    assert parse_yaml(text, "x") == {"a": 1e-5, "b": 1.5, "c": "yes", "d": 100.0, "e": True, "f": -3}
+SCALARS = {
+    "1e-5": 1e-5, "1.5": 1.5, "0.1e+3": 100.0, "1.": 1.0, ".5": 0.5, "-.inf": float("-inf"), "1E3": 1000.0,
+    "-3": -3, "+12": 12, "010": 10, "0o17": 15, "0x1F": 31, "true": True, "TRUE": True, "null": None, "~": None,
+    "yes": "yes", "off": "off", "1:30": "1:30", "1_000": "1_000", "0b11": "0b11", "2024-01-01": "2024-01-01", "=": "=",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SCALARS)
+def test_scalars_are_those_of_yaml_1_2(text: str):
+    value = parse_yaml(f"a: {text}", "x")["a"]
+    assert (value, type(value)) == (SCALARS[text], type(SCALARS[text]))
+    assert parse_yaml(dump_yaml({"value": value, "text": text}), "x") == {"value": value, "text": text}
+
+
+def test_a_merge_key_is_an_unknown_key():
+    with pytest.raises(ConfigError, match="<<: unknown key"):
+        validate_config(SftConfig, {**SFT, **parse_yaml("<<: {epochs: 2}", "x")}, "x")
 
 
 @pytest.mark.parametrize(
