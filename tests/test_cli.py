@@ -116,6 +116,46 @@ def test_a_wrong_command_exits_with_2_and_one_message(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["sft", "s.yaml", "--learning_rate", "1e-5"], "KEY.PATH=VALUE: optimizer.learning_rate=1e-5\n"),
+        (["sft", "s.yaml", "--optimizer.learning-rate=1e-5"], "KEY.PATH=VALUE: optimizer.learning_rate=1e-5\n"),
+        (["run", "p.yaml", "--groups_per_step", "8"], "KEY.PATH=VALUE: STAGE.groups_per_step=8\n"),
+        (["rl", "r.yaml", "--steps"], "KEY.PATH=VALUE: steps=VALUE\n"),
+        (["sft", "s.yaml", "--moonshine", "1"], "No such option: --moonshine"),
+    ],
+)
+def test_a_key_given_as_an_option_is_shown_as_it_must_be(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert ("Keys of a config" in error) == ("KEY.PATH" in expected)
+
+
+def test_a_pipeline_and_a_stage_are_told_apart(capsys: pytest.CaptureFixture[str]):
+    write("p.yaml", {"name": "p", "stages": [{"name": "base", "kind": "base", "config": {}}]})
+    write("s.yaml", {"model": {"path": "m"}, "data": {"path": "d"}, "batch_tokens": 4096, "packing": True})
+    assert main(["sft", "p.yaml"]) == 2
+    assert "is a pipeline, as it has `stages`, not the config of one sft stage; use posttrain run p.yaml" in (
+        capsys.readouterr().err
+    )
+    assert main(["run", "s.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "s.yaml: has no `stages`, so it is not a pipeline but the config of one stage; use posttrain sft s.yaml\n"
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="has no /proc")
+def test_a_run_directory_that_cannot_be_is_the_users_mistake(capsys: pytest.CaptureFixture[str]):
+    write("p.yaml", {"name": "p", "stages": [{"name": "base", "kind": "base", "config": {}}]})
+    assert main(["run", "p.yaml", "--run-dir", "/proc/x"]) == 2
+    assert "/proc/x: nothing can be written there" in capsys.readouterr().err
+
+
 BAD_FILES = [
     ("epoch: 1\n", "p.yaml: epoch: unknown key; did you mean 'epochs'?"),
     ("model:\n\tpath: x\n", "p.yaml: line 2: a tab character; YAML is indented with spaces only"),

@@ -24,6 +24,19 @@ def read_any(file: str, overrides: Sequence[str] = (), kind: str | None = None) 
     return single_stage(kind, path, overrides, open_references=True)
 
 
+def read_pipeline_file(file: str, overrides: Sequence[str] = ()) -> RawPipeline:
+    """Read a pipeline. Raises ConfigError that names the right command for the config of a stage."""
+    path = find_pipeline(file)
+    data = read_yaml(path)
+    if "stages" not in data and not data.keys() <= PipelineConfig.model_fields.keys():
+        kind = guess_kind(path, data)
+        command = f"posttrain {kind} {file}" if kind != "base" else "a pipeline with a stage of kind base"
+        raise ConfigError(
+            file, [f"has no `stages`, so it is not a pipeline but the config of one stage; use {command}"]
+        )
+    return read_pipeline(path, overrides)
+
+
 def guess_kind(path: Path, data: dict) -> str:
     """The kind of stage whose schema finds the fewest faults.
 

@@ -72,10 +72,10 @@ def run(
 
       posttrain run my.yaml --from rl
     """
+    from posttrain.cli.check import read_pipeline_file
     from posttrain.cli.runs import run_or_plan
-    from posttrain.pipeline.config import read_pipeline
 
-    raw = read_pipeline(pipeline, overrides or [])
+    raw = read_pipeline_file(pipeline, overrides or [])
     again = ["posttrain", "run", pipeline, *(overrides or [])]
     run_or_plan(raw, run_dir, dry_run, command=again, overwrite=overwrite, start_from=start_from, only=only)
 
@@ -325,6 +325,10 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except UsageError as error:
         error.show(file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
+        if (option := getattr(error, "option_name", None)) is not None:
+            from posttrain.cli.hints import override_hint
+
+            print(override_hint(option, sys.argv[1:] if arguments is None else arguments), end="", file=sys.stderr)
         return EXIT_USER
     except PosttrainError as error:
         print(error, file=sys.stderr)

@@ -131,13 +131,13 @@ def _value_at(data: Any, location: Sequence[Any]) -> Any:
     return data
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
     """The sections that a field's type allows: none, one, or the branches of a union."""
     if get_origin(annotation) is Annotated:
-        return _sections(get_args(annotation)[0])
+        return sections_of(get_args(annotation)[0])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [section for option in get_args(annotation) for section in _sections(option)]
+    return [section for option in get_args(annotation) for section in sections_of(option)]
 
 
 def _known_keys(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
@@ -147,7 +147,7 @@ def _known_keys(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
             section
             for model in models
             if isinstance(part, str) and part in model.model_fields
-            for section in _sections(model.model_fields[part].annotation)
+            for section in sections_of(model.model_fields[part].annotation)
         ]
         models = inner or models
     return list(dict.fromkeys(name for model in models for name in model.model_fields))

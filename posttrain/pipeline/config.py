@@ -178,6 +178,9 @@ def single_stage(
     open_references: accept `${stage.output}`, to check a file that belongs to a pipeline; the result cannot be run.
     """
     label, read = (kind, dict(config)) if isinstance(config, Mapping) else (str(config), read_yaml(config))
+    if isinstance(read.get("stages"), list):
+        raise ConfigError(label, [f"is a pipeline, as it has `stages`, not the config of one {kind} stage; use "
+                                  f"posttrain run {label}"])  # fmt: skip
     data = apply_overrides(read, overrides)
     entry = StageEntry(name=kind, kind=kind, config=data)
     pipeline = PipelineConfig(name=kind, seed=seed, warm_engines=False, trackers=None, stages=[entry])

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from posttrain.config.base import dump_yaml, read_yaml
 from posttrain.errors import ConfigError
 from posttrain.files import remove, write_text
 from posttrain.pipeline.graph import Node, Pipeline
+from posttrain.pipeline.stage_process import OUT_OF_SPACE
 
 STARTED = "STARTED"
 DONE = "DONE"
@@ -62,7 +64,15 @@ class RunDir:
         self.check(pipeline)
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(str(self.path), ["is a file; the run directory must be a folder or not exist yet"])
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            if error.errno in OUT_OF_SPACE:
+                raise
+            problem = f"nothing can be written there ({error.strerror}); choose another --run-dir"
+            raise ConfigError(str(self.path), [problem]) from None
         with self._locked():
             write_text(self.path / "pipeline.yaml", dump_yaml(pipeline.dump()))
             yield

@@ -1,0 +1,47 @@
+"""The override that is meant by a key given as an option: `--learning_rate 1e-5` is `optimizer.learning_rate=1e-5`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from posttrain.config.base import sections_of
+from posttrain.pipeline.kinds import KINDS, load_schema
+
+SHOWN = 3
+
+
+def override_hint(option: str, arguments: Sequence[str]) -> str:
+    """One line that names the override for an option that there is not; "" if no key of the stage is called so.
+
+    arguments: of the command, the command first. For `run` the keys of all kinds are searched, after the stage's name.
+    """
+    command, *words = arguments or [""]
+    kinds = [command] if command in KINDS else list(KINDS) if command in ("run", "validate") else []
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    keys = [key for kind in kinds for key in _keys(load_schema(KINDS[kind])) if f".{key}".endswith(f".{name}")]
+    found = list(dict.fromkeys(keys))[:SHOWN]
+    if not found:
+        return ""
+    stage = "STAGE." if command == "run" else ""
+    value = _value_of(option, words)
+    return f"Keys of a config are given as KEY.PATH=VALUE: {' or '.join(f'{stage}{key}={value}' for key in found)}\n"
+
+
+def _value_of(option: str, words: Sequence[str]) -> str:
+    """What was given after the option, as `--key=value` or as the next word."""
+    for place, word in enumerate(words):
+        name, sign, value = word.partition("=")
+        if name == option.partition("=")[0]:
+            return value if sign else next(iter(words[place + 1 : place + 2]), "VALUE")
+    return "VALUE"
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The key paths of a schema, through its sections, the shortest first within each."""
+    inner: list[tuple[Any, str]] = []
+    for name, field in schema.model_fields.items():
+        yield f"{prefix}{name}"
+        inner += [(section, f"{prefix}{name}.") for section in sections_of(field.annotation)]
+    for section, before in inner:
+        yield from _keys(section, before)
