@@ -17,6 +17,7 @@ import posttrain
 from posttrain.cli.check import guess_kind
 from posttrain.cli.display import EventTail, LiveDisplay, PlainDisplay, RunState, seconds_text
 from posttrain.cli.main import app, main
+from posttrain.cli.outcome import outcome_lines
 from posttrain.cli.rl_panel import PREFIXES, SUBJECTS, figures
 from posttrain.context import StageContext
 from posttrain.errors import StageError
@@ -418,6 +419,53 @@ def test_the_figures_of_the_panel_are_those_that_rl_reports():
     for key, _, _ in [entry for entries in SUBJECTS.values() for entry in entries]:
         start = f'f"{key}{{' if key.endswith(PREFIXES) else f'"{key}"'
         assert start in source, key
+
+
+MADE = {
+    "filter": (
+        {"outputs": {"kept": "x/kept.jsonl"}, "stats": {"num_kept": 600, "num_rows": 1200}},
+        "kept 600 of 1\u202f200 rows: {run}/x/kept.jsonl",
+    ),
+    "sft": (
+        {"outputs": {"model": "x/model"}, "stats": {"steps": 120, "loss_first": 1.234, "loss_last": 0.871}},
+        "120 steps, loss 1.23 → 0.871: {run}/x/model",
+    ),
+    "rl": (
+        {"outputs": {"model": "x/model", "rollouts": "x/rollouts"}, "stats": {"steps": 1, "selected_prompts": 87}},
+        "1 step on 87 prompts: {run}/x/model",
+    ),
+    "base": ({"outputs": {"model": "x/model"}, "stats": {}}, "{run}/x/model"),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_stage_ends_with_what_it_made(kind: str, tmp_path: Path):
+    record, expected = MADE[kind]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "DONE").write_text(json.dumps(record))
+    assert outcome_lines(tmp_path, "x", kind) == [expected.format(run=tmp_path)]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_an_evaluation_ends_with_its_table(live: bool, tmp_path: Path):
+    file, out = tmp_path / "events.jsonl", io.StringIO()
+    folder = tmp_path / "rl" / "eval"
+    folder.mkdir(parents=True)
+    (folder / "DONE").write_text(json.dumps({"outputs": {"results": "rl/eval/results.json"}}))
+    math = {"n": 36, "greedy": 0.5, "greedy_ci95": [0.34, 0.66], "pass@1": 0.4, "pass@k": None, "k": 8, "unscored": 2}
+    (folder / "results.json").write_text(json.dumps({"math": math, "all": {**math, "unscored": 0}}))
+    display: Any = LiveDisplay(Console(file=out, width=200)) if live else PlainDisplay(out)
+    display.start(NODES, file)
+    file.write_text(event("rl.eval", "stage_done", wall_s=2.0))
+    display.stop()
+    said = [line.split("rl.eval  ", 1)[1].rstrip() for line in out.getvalue().splitlines() if line[2:3] == ":"]
+    assert said[-4:] == [
+        f"results: {folder}/results.json",
+        "      n   greedy              pass@1  unscored",
+        "math  36  50.0% (34% to 66%)  40.0%   2",
+        "all   36  50.0% (34% to 66%)  40.0%   0",
+    ]
+    assert outcome_lines(tmp_path, "sft", "sft") == [], "it is not finished"
 
 
 FAULTS = (

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from posttrain.cli.outcome import notice_text, outcome_lines
 from posttrain.cli.rl_panel import rl_panel
 from posttrain.metrics.faults import fault_words
 from posttrain.metrics.tail import NewLines
@@ -95,7 +96,7 @@ class RunState:
 
     def __init__(self, nodes: Sequence[tuple[str, str]], events: Path):
         self.stages = {name: StageState(name, kind) for name, kind in nodes}
-        self._dir = events.parent
+        self.run_dir = events.parent
         self._tail = EventTail(events)
         self._lines = {name: NewLines(events.parent / name / "metrics.jsonl") for name, kind in nodes if kind == "rl"}
 
@@ -109,7 +110,7 @@ class RunState:
             if stage:
                 stage.take(event)
                 if stage.kind == "rl" and event.get("event") == "stage_start":
-                    config = read_config(self._dir / stage.name, [])
+                    config = read_config(self.run_dir / stage.name, [])
                     stage.unscored_limit = setting(config, "reward.alarm_fraction")
                 yield stage, event
 
@@ -129,8 +130,7 @@ class PlainDisplay:
     def refresh(self) -> None:
         """Print what is new."""
         for stage, event in self._state.update() if self._state else ():
-            line = self._line(stage, event)
-            if line:
+            for line in filter(None, [self._line(stage, event), *end_lines(self._state, stage, event)]):
                 print(dated(event, line), file=self._out, flush=True)
 
     def stop(self) -> None:
@@ -159,7 +159,7 @@ class PlainDisplay:
 class LiveDisplay:
     """A table of stages that is redrawn in place, with a panel of figures for the running RL stage.
 
-    Faults and notices are printed as lines above the table, and stay there.
+    Faults, notices and what each stage made are printed as lines above the table, and stay there.
     """
 
     def __init__(self, console: Any = None) -> None:
@@ -181,9 +181,10 @@ class LiveDisplay:
         """Read new events. rich redraws the table in a thread of its own."""
         for stage, event in self._state.update() if self._state else ():
             fault = fault_text(stage.name, event)
-            if (line := fault or notice_text(stage.name, event)) and self._live:
-                style = "yellow" if fault else None
-                self._live.console.print(dated(event, line), style=style, markup=False, highlight=False)
+            style = "yellow" if fault else None
+            for line in [fault or notice_text(stage.name, event), *end_lines(self._state, stage, event)]:
+                if line and self._live:
+                    self._live.console.print(dated(event, line), style=style, markup=False, highlight=False)
 
     def stop(self) -> None:
         """Draw a last time and leave the table on the screen."""
@@ -247,21 +248,19 @@ def dated(event: dict[str, Any], line: str) -> str:
     return f"{time.strftime('%H:%M:%S', time.localtime(float(event.get('t') or time.time())))}  {line}"
 
 
+def end_lines(state: RunState | None, stage: StageState, event: dict[str, Any]) -> list[str]:
+    """What a stage made, if this event is its end."""
+    if state is None or event.get("event") not in ("stage_done", "stage_skipped"):
+        return []
+    return [f"{stage.name}  {line}" for line in outcome_lines(state.run_dir, stage.name, stage.kind)]
+
+
 def fault_text(stage: str, event: dict[str, Any]) -> str:
     """The text of a fault, such as `rl  engine replaced: engine-0: its process ended`; "" for an event that is no
     fault.
     """
     words = fault_words(event)
     return "" if words is None else f"{stage}  {': '.join(part for part in words if part)}"
-
-
-def notice_text(stage: str, event: dict[str, Any]) -> str:
-    """Where an earlier result is, or that it is gone; "" for any other event."""
-    if event.get("event") == "earlier_kept":
-        return f"{stage}  its earlier result is kept until the new one is whole: {event.get('path')}"
-    if event.get("event") == "earlier_deleted":
-        return f"{stage}  its new result is whole; the earlier one is deleted: {event.get('path')}"
-    return ""
 
 
 def progress_text(stage: StageState) -> str:

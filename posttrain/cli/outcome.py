@@ -1,0 +1,82 @@
+"""What a finished stage made, in a line or two for the terminal: the figures that matter most, and the path.
+
+Also what became of an earlier result that it replaces. Everything else is read from the stage's DONE and, for an
+evaluation, from its results.json. The report shows the rest.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.report.format import percent, plain, plural
+
+COLUMNS = ("greedy", "pass@1", "pass@k")
+
+
+def outcome_lines(run_dir: Path, name: str, kind: str) -> list[str]:
+    """The outcome of the stage or evaluation of this name; nothing where it is not finished."""
+    folder = run_dir.joinpath(*name.split("."))  # the evaluation `sft.eval` lies in sft/eval
+    record = _read(folder / "DONE")
+    outputs, stats = record.get("outputs"), record.get("stats") or {}
+    if not outputs:
+        return []
+    if kind == "eval":
+        results = folder / "results.json"
+        return [f"results: {results}", *_table(_read(results))]
+    path = run_dir / next(iter(outputs.values()))
+    figures = ", ".join(filter(None, [*_figures(kind, stats)]))
+    return [f"{figures}: {path}" if figures else str(path)]
+
+
+def notice_text(stage: str, event: dict[str, Any]) -> str:
+    """Where an earlier result is, or that it is gone; "" for any other event."""
+    if event.get("event") == "earlier_kept":
+        return f"{stage}  its earlier result is kept until the new one is whole: {event.get('path')}"
+    if event.get("event") == "earlier_deleted":
+        return f"{stage}  its new result is whole; the earlier one is deleted: {event.get('path')}"
+    return ""
+
+
+def _figures(kind: str, stats: Mapping[str, Any]) -> list[str]:
+    if kind == "filter":
+        return [f"kept {stats.get('num_kept')} of {plural(stats.get('num_rows') or 0, 'row')}"]
+    steps = plural(stats["steps"], "step") if stats.get("steps") else ""
+    first, last = stats.get("loss_first"), stats.get("loss_last")
+    loss = f"loss {plain(first)} → {plain(last)}" if first is not None and last is not None else ""
+    prompts = stats.get("selected_prompts")
+    on = f"on {plural(prompts, 'prompt')}" if prompts else ""
+    return [" ".join(filter(None, [steps, on])), loss]
+
+
+def _table(results: Mapping[str, Any]) -> list[str]:
+    """One line for each capability, with a 95% interval behind each share."""
+    entries = {name: entry for name, entry in results.items() if isinstance(entry, Mapping)}
+    names = [column for column in COLUMNS if any(entry.get(column) is not None for entry in entries.values())]
+    k = next((entry.get("k") for entry in entries.values()), None)
+    head = ["", "n", *(f"pass@{k}" if column == "pass@k" else column for column in names)]
+    rows = [
+        [name, str(entry.get("n")), *(_share(entry, column) for column in names)] for name, entry in entries.items()
+    ]
+    if any(entry.get("unscored") for entry in entries.values()):
+        head.append("unscored")
+        for row, entry in zip(rows, entries.values(), strict=True):
+            row.append(str(entry.get("unscored")))
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    ]
+
+
+def _share(entry: Mapping[str, Any], column: str) -> str:
+    interval = entry.get(f"{column}_ci95")
+    around = f" ({percent(interval[0])} to {percent(interval[1])})" if interval else ""
+    return f"{percent(entry.get(column), 1)}{around}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
