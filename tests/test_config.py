@@ -113,6 +113,19 @@ def test_all_problems_of_a_file_come_at_once():
     assert len(error.value.problems) == 5
 
 
+def test_a_path_in_the_home_folder_is_found_and_an_environment_variable_is_the_fault(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = validate_config(SftConfig, {**SFT, "model": {"path": "~/m"}, "data": {"path": ["~/d", "~", "e~"]}}, "x")
+    assert (config.model.path, config.data.path) == (f"{tmp_path}/m", [f"{tmp_path}/d", str(tmp_path), "e~"])
+    with pytest.raises(ConfigError) as error:
+        validate_config(SftConfig, {**SFT, "model": {"path": "$HOME/m"}, "data": {"path": "${HOME}.x"}}, "x")
+    assert error.value.problems == [
+        "model.path: got '$HOME/m': environment variables are not expanded here; write out what $HOME stands for"
+    ]
+    (tmp_path / "$5").mkdir()
+    validate_config(SftConfig, {**SFT, "model": {"path": f"{tmp_path}/$5"}}, "x")
+
+
 @pytest.mark.parametrize("value", ["1", 1.0, True, None])
 def test_types_are_not_coerced(value: object):
     with pytest.raises(ConfigError):

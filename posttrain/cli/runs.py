@@ -30,7 +30,7 @@ def run_or_plan(
     from posttrain.cli.display import make_display
     from posttrain.pipeline.run import run_pipeline
 
-    place = run_dir or Path("runs") / raw.config.name
+    place = (run_dir or Path("runs") / raw.config.name).expanduser()
     again = shlex.join([*command, *(["--run-dir", str(place)] if run_dir else [])])
     try:
         summary = run_pipeline(

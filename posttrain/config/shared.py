@@ -1,11 +1,23 @@
 """Config sections that several stages share. Nothing here imports torch, so that a config loads in milliseconds."""
 
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from posttrain.config.base import Config
 
+
+def _real_path(path: str) -> str:
+    """The path with its `~` expanded. Raises ValueError for an environment variable, which only a shell expands."""
+    variable = re.search(r"\$\w+", path)
+    if variable and not Path(path).exists():
+        raise ValueError(f"environment variables are not expanded here; write out what {variable[0]} stands for")
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+PathText = Annotated[str, AfterValidator(_real_path)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -22,7 +34,7 @@ GradientCheckpointing = Annotated[
 class ServedModelConfig(Config):
     """A Hugging Face model folder that an engine serves with its own model code."""
 
-    path: str = Field(
+    path: PathText = Field(
         description="Folder with config.json, safetensors and a tokenizer; in a pipeline also ${stage.model}."
     )
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -68,7 +80,7 @@ class FilesConfig(Config):
     folder.
     """
 
-    path: str | list[str] = Field(
+    path: PathText | list[PathText] = Field(
         description="A file or folder, or a list of them; in a pipeline also ${stage.output}."
     )
     limit: Annotated[int, Field(gt=0)] | None = Field(

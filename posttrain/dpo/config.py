@@ -12,6 +12,7 @@ from posttrain.config.shared import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PathText,
     Positive,
     TrackersConfig,
     TrainerResources,
@@ -49,7 +50,9 @@ class DpoConfig(Config):
 
     model: ModelConfig
     pairs: DataConfig | None = Field(None, description="Files of pairs; each row has prompt, chosen and rejected.")
-    rollouts: str | None = Field(None, description="Folder of the rollouts of an RL stage, such as ${rl.rollouts}.")
+    rollouts: PathText | None = Field(
+        None, description="Folder of the rollouts of an RL stage, such as ${rl.rollouts}."
+    )
     mining: MiningConfig = Field(default_factory=MiningConfig)
     max_pairs: Count | None = Field(
         None, description="Train on at most this many pairs; mined pairs are taken from all capabilities in turn."

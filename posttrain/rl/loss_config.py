@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import NotNegative, Positive
+from posttrain.config.shared import NotNegative, PathText, Positive
 
 _PPO = ("clip_low", "clip_high", "dual_clip")
 
@@ -40,7 +40,7 @@ class ReferenceConfig(Config):
         default=20.0,
         description="Each token is weighted by its ratio policy / sampler, capped here; None: no weights.",
     )
-    path: str | None = Field(
+    path: PathText | None = Field(
         default=None, description="Model folder of the reference; None: model.path, where training starts."
     )
 

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import NotNegative, Positive, Probability
+from posttrain.config.shared import NotNegative, PathText, Positive, Probability
 from posttrain.rl.grading.config import GradingConfig
 
 # Schedules of the curriculum that need no function.
@@ -28,7 +28,7 @@ class ProfileConfig(Config):
         default_factory=lambda: [0.1, 0.7], description="Lowest and highest pass rate that is medium to hard."
     )
 
-    store: str | None = Field(
+    store: PathText | None = Field(
         default=None,
         description="Folder of profiles that runs share: what one measured of the same policy, reward, sampling and "
         "prompt is reused, and what is new is added. None: only this run's own.",
