@@ -192,7 +192,14 @@ def test_a_reference_in_a_stage_file_needs_a_pipeline(capsys: pytest.CaptureFixt
     expected = "e.yaml: model.path: got '${base.model}': there are no other stages here; give a path\n"
     assert capsys.readouterr().err == expected
     assert main(["validate", "e.yaml"]) == 0
-    assert "model = ${base.model}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "model = ${base.model}" in shown
+    assert "eval (eval)\n" in shown
+    Path("model").mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (Path("model") / name).write_text("{}")
+    assert main(["validate", "e.yaml", "model.path=model"]) == 0
+    assert "eval (eval)  [run: new]\n" in capsys.readouterr().out
     assert main(["validate", "e.yaml", "k=9"]) == 2
     assert "pass@k needs at least k samples" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,15 @@ def test_any_other_change_is_named_with_both_values(place: RunDir, config: dict[
     finish(pipeline(stage("a")), place, "a")
     decision = decide(pipeline(stage("a", **config)), place)["a"]
     assert (decision.text, decision.replaces) == (f"run anew because {why}", "a finished result")
+
+
+def test_an_unfinished_run_without_a_checkpoint_goes_on_with_more_steps(place: RunDir, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(KINDS, "count", replace(KINDS["count"], progress=("profile",)))
+    begin(pipeline(stage("a")), place, "a")
+    assert texts(pipeline(stage("a", steps=9)), place)["a"] == "run: steps: 2 → 9"
+    (place.path / "a" / "profile").touch()
+    assert texts(pipeline(stage("a", steps=9)), place)["a"] == "continue: steps: 2 → 9"
+    assert decide(pipeline(stage("a", add=9)), place)["a"].replaces == "an unfinished run"
 
 
 def test_without_a_checkpoint_more_steps_begin_anew(place: RunDir):

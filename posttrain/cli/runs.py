@@ -82,6 +82,7 @@ def print_plan(
     from posttrain.pipeline.graph import load_pipeline
     from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_plan, render_plan
     from posttrain.pipeline.ray_session import joins_cluster
+    from posttrain.pipeline.references import find_references
     from posttrain.pipeline.rundir import RunDir
 
     pipeline = load_pipeline(raw)
@@ -90,8 +91,9 @@ def print_plan(
     if not joins_cluster():
         check_fits(plan, pipeline.source, cpus=local_cpus(), gpus=local_gpus())
     place.check(pipeline)
-    decisions = None
-    if not raw.open_references:
+    refers = any(any(find_references(node.config.model_dump())) for node in pipeline.nodes.values())
+    decisions = None  # of a stage's file that belongs to a pipeline: its inputs are not known
+    if not (raw.open_references and refers):
         decisions = decide(pipeline, place, start_from=start_from, only=only)
     typer.echo(render_plan(pipeline, plan, decisions, run_dir=place.path))
 

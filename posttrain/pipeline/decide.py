@@ -102,7 +102,8 @@ def _decide_one(
         return Decision("run", digest, "new", basis)
     changes = find_changes(held.basis, basis, node.config, upstream=_fates(node, decisions))
     why = "; ".join(change.text for change in changes)
-    if held.step and all(change.goes_on for change in changes):
+    unfinished = held.has_work and not held.finished
+    if (held.step or unfinished) and all(change.goes_on for change in changes):
         return Decision("continue", digest, why, basis, held.step)
     return Decision("run", digest, why, basis, replaces=held.worth)
 
