@@ -61,6 +61,9 @@ def write_inputs(folder: Path, model: Path) -> None:
     _write(folder / "prompts_special.jsonl", [{"messages": turns, "answer": "2"}])
     _write(folder / "pairs_special.jsonl", [{"prompt": turns, "chosen": "Answer: 2", "rejected": "Answer: 3"}])
     user = [{"role": "user", "content": "Sum: 1 + 1"}]
+    for name in ("sft", "prompts", "pairs"):
+        good = (folder / f"{name}_a.jsonl").read_text()
+        (folder / f"{name}_bad.jsonl").write_text(good + '{"body": "no row"}\n')
     alike = {"prompt": "Sum: 1 + 2", "completion": "Answer: 3", "label": True, "text": "Sum: 1 + 4"}
     shapes = {**alike, "messages": user, "instruction": "Sum: 1 + 3", "output": "Answer: 4", "conversations": user}
     _write(folder / "prompts_shapes.jsonl", [shapes])

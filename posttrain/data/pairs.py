@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.shared import DataConfig
+from posttrain.context import StageContext
 from posttrain.data.files import Record
 from posttrain.data.formats import (
     CONVERSATIONS,
@@ -60,9 +61,11 @@ class _Labelled:
     fields: Mapping[str, Any]
 
 
-def load_pairs(data: Data, *, limit: int | None = None, stage: str | None = None) -> list[Pair]:
-    """Read and validate preference pairs; `stage` and what is raised are as in `load_rows`."""
-    return _joined(collect(data, _parser(stage), limit, identity=lambda pair: pair.id))
+def load_pairs(
+    data: Data, *, limit: int | None = None, stage: str | None = None, context: StageContext | None = None
+) -> list[Pair]:
+    """Read and validate preference pairs; `stage`, `context` and what is raised are as in `load_rows`."""
+    return _joined(collect(data, _parser(stage), limit, identity=lambda pair: pair.id, context=context))
 
 
 def _joined(items: Sequence["Pair | _Labelled"]) -> list[Pair]:

@@ -1,8 +1,8 @@
 """From datasets to validated rows: read every row and name every bad one, before any model is loaded.
 
 There are two kinds of row: a `supervised` example ends with an assistant turn, a `prompt` with a user or tool turn.
-messages.py reads single messages, turns.py checks their order, chat.py makes tokens. Rows are never repaired or
-dropped: a bad row is an error that names its file and number.
+messages.py reads single messages, turns.py checks their order, chat.py makes tokens. Rows are never repaired: a
+bad row is an error that names its file and number, or is set aside where the config says so (bad_rows.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from posttrain.config.shared import DataConfig
+from posttrain.context import StageContext
+from posttrain.data.bad_rows import BadRow, SeenIds, set_aside, summary
 from posttrain.data.files import Record, read_records
 from posttrain.data.formats import renamed, take_conversation
 from posttrain.data.messages import TEXT_ROLE, RowError, messages_to_json, shown
@@ -22,18 +24,23 @@ from posttrain.records import Row
 Data = DataConfig | str | Path | Sequence[str | Path]
 T = TypeVar("T")
 
-MAX_SHOWN_PROBLEMS = 5
 
-
-def load_rows(data: Data, *, kind: Kind, limit: int | None = None, stage: str | None = None) -> list[Row]:
+def load_rows(
+    data: Data, *, kind: Kind, limit: int | None = None, stage: str | None = None, context: StageContext | None = None
+) -> list[Row]:
     """Read and validate a dataset.
 
     data: a `DataConfig`, a path, or several; kind: how a conversation must end; limit: use only the first rows (the
     smaller of this and `data.limit`); stage: the kind of stage that reads: rows with what it cannot use yet (images)
-    are refused in its name. Returns at least one row. Raises `DataError` that names file, row number, the value got and
-    the rule, for the first few bad rows.
+    are refused in its name; context: of the stage, which is told of rows that are set aside. Returns at least one row.
+    Raises `DataError` that names file, row number, the value got and the rule, for the first few bad rows.
     """
-    return collect(data, _parser(kind, stage), limit, identity=lambda row: row.id)
+    return collect(data, _parser(kind, stage), limit, identity=lambda row: row.id, context=context)
+
+
+def iter_rows(data: Data, *, kind: Kind, limit: int | None = None) -> Iterator[Row | BadRow]:
+    """The rows of a dataset one by one, a bad one as a `BadRow`; memory stays flat however many there are."""
+    return scan(data, _parser(kind, None), limit, identity=lambda row: row.id)
 
 
 def check_data(data: Data, kind: Kind, rows: int = 100, *, stage: str | None = None) -> list[str]:
@@ -82,42 +89,45 @@ def as_config(data: Data) -> DataConfig:
 
 def scan(
     data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, *, identity: Callable[[T], str]
-) -> Iterator[T | str]:
-    """For each row, the parsed row, or one line that says what is wrong with it."""
+) -> Iterator[T | BadRow]:
+    """For each row, the parsed row, or what is wrong with it. Memory does not grow but for the rows' own ids."""
     config = as_config(data)
     paths = [config.path] if isinstance(config.path, str) else config.path
     limits = [value for value in (limit, config.limit) if value is not None]
-    seen: dict[str, str] = {}
-    for record in islice(read_records(paths), min(limits, default=None)):
+    seen = SeenIds()
+    for record in islice(read_records(paths, config.weights, config.mix_seed), min(limits, default=None)):
         try:
             if record.problem:
                 raise RowError(record.problem)
             row = parse(record, config)
             name = identity(row)
-            if name in seen:
-                raise RowError(f"id {name!r}: already used by {seen[name]}; every id must be unique")
-            seen[name] = record.where
+            if (earlier := seen.add(name, record.where)) is not None:
+                raise RowError(f"id {name!r}: already used by {earlier}; every id must be unique")
         except RowError as error:
-            yield f"{record.where}: {error}"
+            yield BadRow(record, str(error))
         else:
             yield row
 
 
 def collect(
-    data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, *, identity: Callable[[T], str]
-) -> list[T]:
-    """All rows of a dataset. Raises `DataError` if any is bad, or if there are none."""
+    data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, *, identity: Callable[[T], str],
+    context: StageContext | None = None,
+) -> list[T]:  # fmt: skip
+    """All rows of a dataset. Raises `DataError` if there are none, or if any is bad and is not to be set aside."""
     rows: list[T] = []
-    problems: list[str] = []
+    bad: list[BadRow] = []
     for item in scan(data, parse, limit, identity=identity):
-        if isinstance(item, str):
-            problems.append(item)
+        if isinstance(item, BadRow):
+            bad.append(item)
         else:
             rows.append(item)
-    if problems:
-        raise DataError("\n".join(summary(problems)))
+    config = as_config(data)
+    if bad and (config.on_bad_row == "fail" or not rows):
+        raise DataError("\n".join(summary(list(map(str, bad)))))
     if not rows:
         raise DataError(f"{_shown_path(data)}: holds no rows; at least one is needed")
+    if bad:
+        set_aside(bad, len(rows) + len(bad), context)
     return rows
 
 
@@ -133,13 +143,8 @@ def check(
         return str(error).splitlines()
     if not found:
         return [f"{_shown_path(data)}: holds no rows; at least one is needed"]
-    return summary([item for item in found if isinstance(item, str)])
-
-
-def summary(problems: Sequence[str]) -> list[str]:
-    """The first few problems, and how many more there are."""
-    rest = len(problems) - MAX_SHOWN_PROBLEMS
-    return [*problems[:MAX_SHOWN_PROBLEMS], *([f"and {rest} more rows with problems"] if rest > 0 else [])]
+    bad = [str(item) for item in found if isinstance(item, BadRow)]
+    return [] if as_config(data).on_bad_row == "set_aside" and len(bad) < len(found) else summary(bad)
 
 
 def _shown_path(data: Data) -> str:

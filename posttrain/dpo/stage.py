@@ -41,7 +41,7 @@ def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
     `ConfigError` if the model cannot be trained as the config asks, and `StageError` if no pair can be mined or
     training fails.
     """
-    tokenizer, ids, kept, dropped = prepare(config, context.seed)
+    tokenizer, ids, kept, dropped = prepare(config, context.seed, context)
     path = context.dir / "pairs.jsonl"
     write_pairs(path, kept)
     reasons = dict(Counter(str(pair.fields.get("reason", "given")) for pair in kept))
@@ -51,7 +51,9 @@ def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
     return {"model": str(context.dir / "model"), "pairs": str(path), **counts, **report}
 
 
-def prepare(config: DpoConfig, seed: int) -> tuple[Any, list[Any], list[Pair], int]:
+def prepare(
+    config: DpoConfig, seed: int, context: StageContext | None = None
+) -> tuple[Any, list[Any], list[Pair], int]:
     """Read or mine the pairs and check them.
 
     Returns the tokenizer, the `PairIds`, the pairs that they were made from, and how many pairs were dropped as too
@@ -60,7 +62,7 @@ def prepare(config: DpoConfig, seed: int) -> tuple[Any, list[Any], list[Pair], i
     from posttrain.parallel.engine import check_parallel
 
     check_parallel(config.parallel, config.model, config.lora)
-    pairs = read_pairs(config, seed)
+    pairs = read_pairs(config, seed, context)
     from posttrain.tune.settings import quiet_environment
 
     quiet_environment()
@@ -79,12 +81,12 @@ def prepare(config: DpoConfig, seed: int) -> tuple[Any, list[Any], list[Pair], i
     return tokenizer, ids, kept, len(pairs) - len(kept)
 
 
-def read_pairs(config: DpoConfig, seed: int) -> list[Pair]:
+def read_pairs(config: DpoConfig, seed: int, context: StageContext | None = None) -> list[Pair]:
     """The pairs to train on: mined, or those given, of which `max_pairs` are sampled with the seed."""
     if config.rollouts is not None:
         return mine(read_replies(config.rollouts), config.mining, config.max_pairs, seed=seed)
     assert config.pairs is not None  # the schema allows exactly one
-    pairs = load_pairs(config.pairs, stage="dpo")
+    pairs = load_pairs(config.pairs, stage="dpo", context=context)
     if config.max_pairs is not None and len(pairs) > config.max_pairs:
         pairs = random.Random(seed).sample(pairs, config.max_pairs)
     return pairs

@@ -48,7 +48,7 @@ def run(config: EvalConfig, context: StageContext) -> dict[str, Any]:
 def evaluate(config: EvalConfig, context: StageContext) -> list[PromptReplies]:
     """The scored replies to every prompt, in the order of the data. Needs an initialised Ray session."""
     check_reward(config.reward.name, config.reward.args)
-    rows, asked = prepare(config)
+    rows, asked = prepare(config, context)
     groups = flights(asked)
     with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
         sample_groups(context, engines, config.engine, flights=groups, on_done=_reporter(context, len(groups)))
@@ -60,9 +60,11 @@ def evaluate(config: EvalConfig, context: StageContext) -> list[PromptReplies]:
     return by_prompt(rows, asked, pairs, scores=scores)
 
 
-def prepare(config: EvalConfig) -> tuple[list[Row], list[tuple[str, Row, SampleRequest]]]:
+def prepare(
+    config: EvalConfig, context: StageContext | None = None
+) -> tuple[list[Row], list[tuple[str, Row, SampleRequest]]]:
     """The held-out rows, and what to ask about them. Raises DataError for a row that is wrong or not held out."""
-    rows = load_rows(config.data, kind="prompt", stage="eval")
+    rows = load_rows(config.data, kind="prompt", stage="eval", context=context)
     check_fields(RewardSpec(config.reward.name, config.reward.args), rows)
     if config.key_field is not None:
         check_heldout(rows, config.exclude, config.key_field)

@@ -47,7 +47,7 @@ class FilterResult:
 
 def run(config: FilterConfig, context: StageContext) -> dict[str, Any]:
     """Filter the configured rows. Returns {"kept": path, "dropped": path, "stats": {...}}."""
-    rows = load_rows(config.data, kind="supervised", stage="filter")
+    rows = load_rows(config.data, kind="supervised", stage="filter", context=context)
     started = time.time()
     result = filter_rows(rows, config, context)
     paths = {"kept": context.dir / "kept.jsonl", "dropped": context.dir / "dropped.jsonl"}

@@ -11,6 +11,7 @@ WORDS = {
     "engine_replaced": "engine replaced",
     "reward_restarted": "reward processes restarted",
     "rolled_back": "rolled back",
+    "rows_set_aside": "rows set aside",
     "tracker_failed": "tracker turned off",
 }
 SUBJECTS = ("name", "tracker", "reason", "error")  # said first and without their key

@@ -18,6 +18,7 @@ from typing import Any
 import posttrain
 from posttrain.config.base import RESULT_STAYS, Config
 from posttrain.config.shared import FilesConfig, RewardFunctionConfig, ServedModelConfig
+from posttrain.data.hub import local_path
 from posttrain.errors import UserError
 from posttrain.pipeline.graph import Node, Pipeline
 from posttrain.pipeline.inputs import find_inputs, other_functions, other_paths, walk
@@ -85,7 +86,7 @@ def _inputs(node: Node) -> dict[str, Any]:
             paths = [value.path] if isinstance(value.path, str) else value.path
         else:
             paths = _reward_sources(value)
-        found[item.key] = [path_hash(Path(path).expanduser()) for path in paths if not has_reference(path)]
+        found[item.key] = [path_hash(local_path(path)) for path in paths if not has_reference(path)]
     for key, path in other_paths(node.config, node.stage_kind):
         found[key] = [path_hash(Path(path).expanduser())]
     for key, name in other_functions(node.config, node.stage_kind):

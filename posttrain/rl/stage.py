@@ -55,7 +55,7 @@ from posttrain.sampling.client import Engines
 def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
     check_parallel(config.parallel, config.model, None)
-    rows, heldout = _rows_to_profile(config, context.seed), heldout_rows(config)
+    rows, heldout = _rows_to_profile(config, context.seed, context), heldout_rows(config, context)
     if (finished := finished_outputs(context.dir, config.steps)) is not None:
         return finished
     from posttrain.model.load import check_router, load_tokenizer
@@ -126,9 +126,9 @@ def _check_special_tokens(tokenizer: Any, config: RlConfig, rows: Sequence[Row],
         check_special_tokens(tokenizer, data, ((f"row {row.id!r}", row.messages, None) for row in those))
 
 
-def _rows_to_profile(config: RlConfig, seed: int) -> list[Row]:
+def _rows_to_profile(config: RlConfig, seed: int, context: StageContext | None = None) -> list[Row]:
     """The prompts, or a seeded subset of them spread evenly over the capabilities."""
-    rows = load_rows(config.prompts, kind="prompt", stage="rl")
+    rows = load_rows(config.prompts, kind="prompt", stage="rl", context=context)
     check_rewardable(config, rows)
     limit = config.profile.prompts
     if limit is None or limit >= len(rows):

@@ -34,13 +34,13 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
     keys of `parallel`}. Raises `DataError` for bad rows, before a model is loaded, `ConfigError` if the model cannot be
     trained as the config asks, and `StageError` if training fails.
     """
-    tokenizer, examples, counts = prepare(config)
+    tokenizer, examples, counts = prepare(config, context)
     context.event("data", **counts, tokens=sum(len(item.ids) for item in examples))
     report = tune(config, context, Work(make_tuning, tokenizer, examples))
     return {"model": str(context.dir / "model"), **counts, **report}
 
 
-def prepare(config: SftConfig) -> tuple[Any, list[Any], dict[str, Any]]:
+def prepare(config: SftConfig, context: StageContext | None = None) -> tuple[Any, list[Any], dict[str, Any]]:
     """Read and check every row.
 
     Returns the tokenizer, the `Example`s, and {"rows", "dropped": how many were too long, "rows_by_capability"}.
@@ -48,7 +48,7 @@ def prepare(config: SftConfig) -> tuple[Any, list[Any], dict[str, Any]]:
     from posttrain.parallel.engine import check_parallel
 
     check_parallel(config.parallel, config.model, config.lora)
-    rows = load_rows(config.data, kind="supervised", stage="sft")
+    rows = load_rows(config.data, kind="supervised", stage="sft", context=context)
     from posttrain.tune.settings import quiet_environment
 
     quiet_environment()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.formats import json_list
 from posttrain.data.messages import RowError, to_messages
 from posttrain.data.transcript import message_text
 from posttrain.metrics.correctness import is_right
@@ -128,7 +129,7 @@ def _leaf(row: Mapping[str, Any], threshold: float | None) -> dict[str, Any]:
 def _prompt(column: Any) -> tuple[Message, ...]:
     """The messages of a prompt column; text that holds no messages becomes one message."""
     try:
-        return to_messages(column, "prompt")
+        return to_messages(json_list(column) if isinstance(column, str) else column, "prompt")
     except RowError:
         return (Message("user", str(column or "")),)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from posttrain.context import StageContext
 from posttrain.data.chat import render_row
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import sampled_rows
@@ -25,11 +26,11 @@ from posttrain.sampling.requests import SampleRequest
 FILE = "evaluations.jsonl"
 
 
-def heldout_rows(config: RlConfig) -> list[Row]:
+def heldout_rows(config: RlConfig, context: StageContext | None = None) -> list[Row]:
     """The rows that are evaluated on, none without `evaluation`. Raises UserError for data that does not fit."""
     if config.evaluation is None:
         return []
-    rows = load_rows(config.evaluation.data, kind="prompt", stage="rl")
+    rows = load_rows(config.evaluation.data, kind="prompt", stage="rl", context=context)
     check_rewardable(config, rows)
     return sampled_rows(rows, config.evaluation.prompts)
 

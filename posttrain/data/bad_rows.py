@@ -1,0 +1,81 @@
+"""Rows that cannot be used: named in an error, or set aside in a file and counted. And which ids rows have had."""
+
+import hashlib
+import warnings
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.context import StageContext
+from posttrain.data.files import Record
+from posttrain.files import write_jsonl
+
+MAX_SHOWN_PROBLEMS = 5
+_NAMED_IDS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    record: Record
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.record.where}: {self.problem}"
+
+
+def summary(problems: Sequence[str]) -> list[str]:
+    """The first few problems, and how many more there are."""
+    rest = len(problems) - MAX_SHOWN_PROBLEMS
+    return [*problems[:MAX_SHOWN_PROBLEMS], *([f"and {rest} more rows with problems"] if rest > 0 else [])]
+
+
+def set_aside(bad: Sequence[BadRow], total: int, context: StageContext | None) -> None:
+    """Write bad rows to the stage's folder and report how many of `total` they are; without a stage, warn."""
+    first = str(bad[0])
+    if context is None:
+        warnings.warn(f"{len(bad)} of {total} rows are left out; the first: {first}", stacklevel=4)
+        return
+    path = context.dir / f"set_aside_{Path(bad[0].record.label).name.partition('.')[0]}.jsonl"
+    rows = ({"file": b.record.file, "row": b.record.number, "problem": b.problem, "value": b.record.value} for b in bad)
+    write_jsonl(path, rows)
+    context.event("rows_set_aside", rows=len(bad), of=total, file=str(path), first=first)
+
+
+class SeenIds:
+    """Which ids there were: the first by name and place, the others as 8 bytes each in a table of open addresses."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, str] = {}
+        self._table = array("Q", bytes(8 << 16))
+        self._filled = 0
+
+    def add(self, name: str, where: str) -> str | None:
+        """Remember an id; returns where it was used before, or None."""
+        if name in self._places:
+            return self._places[name]
+        if len(self._places) < _NAMED_IDS:
+            self._places[name] = where
+            return None
+        digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") or 1
+        if not self._insert(digest):
+            return "an earlier row"
+        if self._filled * 3 > len(self._table) * 2:
+            old, self._table, self._filled = self._table, array("Q", bytes(16 * len(self._table))), 0
+            for value in old:
+                if value:
+                    self._insert(value)
+        return None
+
+    def _insert(self, digest: int) -> bool:
+        table = self._table
+        at, size = digest % len(table), len(table)
+        while table[at]:
+            if table[at] == digest:
+                return False
+            at = (at + 1) % size
+        table[at] = digest
+        self._filled += 1
+        return True

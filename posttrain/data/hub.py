@@ -1,0 +1,64 @@
+"""A dataset that is named rather than kept here: the copy of it on this machine, fetched from a hub if there is none.
+
+Left out: scripts of datasets; only their files are read, as those of a folder are.
+"""
+
+import os
+import re
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from posttrain.data.readers import READERS, data_suffix
+from posttrain.errors import DataError
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CONNECT_S = 3.0
+
+
+def is_name(path: str) -> bool:
+    """Whether a path that does not exist can be the name of a dataset: OWNER/NAME, and no data file's name."""
+    return bool(_NAME.fullmatch(path)) and data_suffix(Path(path)) not in READERS and not Path(path).parent.exists()
+
+
+def local_path(path: str) -> Path:
+    """Where a path lies, or the copy of the dataset that it names."""
+    found = Path(path).expanduser()
+    return snapshot(path) if not found.exists() and is_name(path) else found
+
+
+def snapshot(name: str) -> Path:
+    """The folder of a dataset's files. Raises `DataError` if it is neither on this machine nor to be fetched."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    if (why := _unreachable(constants.ENDPOINT)) is not None:
+        raise DataError(
+            f"{name}: no such file or folder, and as a dataset's name it cannot be fetched: {constants.ENDPOINT} "
+            f"{why}; name a local path, or fetch it where there is a network: hf download --repo-type dataset {name}"
+        )
+    try:
+        return Path(snapshot_download(name, repo_type="dataset"))
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{name}: no such file or folder, and not to be had from {constants.ENDPOINT}: {reason}"
+        ) from None
+
+
+def _unreachable(endpoint: str) -> str | None:
+    """Why the hub cannot be reached, or None."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return "is switched off by HF_HUB_OFFLINE"
+    where = urlsplit(endpoint)
+    try:
+        socket.create_connection(
+            (where.hostname, where.port or (80 if where.scheme == "http" else 443)), _CONNECT_S
+        ).close()
+    except OSError as error:
+        return f"cannot be reached ({error.strerror or error})"
+    return None

@@ -1,0 +1,203 @@
+"""The readers of data files by suffix: each yields (row number, value, problem) of one row after another.
+
+.jsonl and .ndjson, .json (a list of objects) and .csv may be compressed: .gz, .bz2, .xz, .zst. .parquet and .arrow (a
+stream or a file) are read batch by batch.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from posttrain.errors import DataError
+
+CSV_FIELD_LIMIT = 1 << 27
+BATCH = 256
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_COMPRESSED = (*_OPENERS, ".zst")
+
+
+def data_suffix(file: Path) -> str:
+    """The suffix that says what a file holds, without that of its compression."""
+    if file.suffix in _COMPRESSED and (inner := Path(file.stem).suffix) in (".jsonl", ".ndjson", ".json", ".csv"):
+        return inner
+    return file.suffix
+
+
+def open_bytes(file: Path) -> BinaryIO:
+    """Open a file for reading, decompressed."""
+    if file.suffix == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"))  # pyright: ignore
+    return _OPENERS.get(file.suffix, open)(file, "rb")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is larger than any number that can be written again")
+    return number
+
+
+def _parse_json(text: str) -> Any:
+    value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    if "\\u" in text and (problem := unwritable(value)):
+        raise ValueError(problem)
+    return value
+
+
+def unwritable(value: Any, name: str = "") -> str:
+    """What in a value could not be written as JSON again, and where; "" if all can."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"{name}: character {error.start + 1} is half of a surrogate pair, which is not text"
+    elif isinstance(value, float) and not math.isfinite(value):
+        return f"{name}: got {value}, which JSON cannot hold"
+    elif isinstance(value, bytes):
+        return f"{name}: holds bytes, which JSON cannot hold; remove the column, or write it as text"
+    elif isinstance(value, dict):
+        parts = ((key, f"{name}.{key}" if name else str(key)) for key in value)
+        return next(
+            (problem for key, at in parts if (problem := unwritable(key, at) or unwritable(value[key], at))), ""
+        )
+    elif isinstance(value, list):
+        return next((problem for at, item in enumerate(value) if (problem := unwritable(item, f"{name}[{at}]"))), "")
+    return ""
+
+
+Parsed = tuple[int, Any, str]
+
+
+def _read_jsonl(file: Path) -> Iterator[Parsed]:
+    with open_bytes(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            try:
+                yield number, _parse_json(line.decode("utf-8")), ""
+            except UnicodeDecodeError as error:
+                yield number, {}, f"not UTF-8 (byte {line[error.start]:#04x} at position {error.start + 1})"
+            except (ValueError, RecursionError) as error:
+                yield number, {}, f"not JSON: {error}"
+
+
+def _read_text(file: Path) -> str:
+    with open_bytes(file) as source:
+        data = source.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{file}: line {row}: not UTF-8 (byte {data[error.start]:#04x}); convert the file") from None
+
+
+def _read_json(file: Path) -> Iterator[Parsed]:
+    try:
+        rows = _parse_json(_read_text(file))
+    except (ValueError, RecursionError) as error:
+        hint = "; if it is JSON lines, name it .jsonl" if "Extra data" in str(error) else ""
+        raise DataError(f"{file}: not JSON: {error}{hint}") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{file}: holds {type(rows).__name__}, but must hold a list of objects")
+    for number, row in enumerate(rows, 1):
+        yield number, row, ""
+
+
+def _read_csv(file: Path) -> Iterator[Parsed]:
+    csv.field_size_limit(CSV_FIELD_LIMIT)
+    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
+    number = 0
+    while True:
+        number += 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{file}: row {number}: not CSV: {error}") from None
+        width = len(reader.fieldnames or ())
+        if None in row or None in row.values():
+            yield number, {}, f"does not have the header's {width} columns"
+        else:
+            yield number, {name: _cell(value) for name, value in row.items() if value != ""}, ""
+
+
+def _cell(value: str) -> Any:
+    """CSV has no lists: a cell that holds a JSON list of messages is one. Any other text stays text."""
+    if not value.lstrip().startswith("[{"):
+        return value
+    try:
+        found = _parse_json(value)
+    except (ValueError, RecursionError):
+        return value
+    is_turns = all(isinstance(item, dict) and ("role" in item or "from" in item) for item in found)
+    return found if is_turns else value
+
+
+def _read_parquet(file: Path) -> Iterator[Parsed]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            yield from _batch_rows(table.iter_batches(batch_size=BATCH))
+    except pa.ArrowException as error:
+        raise DataError(f"{file}: not a whole parquet file: {error}") from None
+
+
+def _read_arrow(file: Path) -> Iterator[Parsed]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(file)) as source:
+            if source.read(6) == b"ARROW1":
+                table = pa.ipc.open_file(source)
+                yield from _batch_rows(table.get_batch(index) for index in range(table.num_record_batches))
+            else:
+                source.seek(0)
+                yield from _batch_rows(pa.ipc.open_stream(source))
+    except pa.ArrowException as error:
+        raise DataError(f"{file}: not a whole Arrow file: {error}") from None
+
+
+def _batch_rows(batches: Any) -> Iterator[Parsed]:
+    number = 0
+    for batch in batches:
+        for row in (row for start in range(0, len(batch), BATCH) for row in batch.slice(start, BATCH).to_pylist()):
+            number += 1
+            # Tables written by pandas mark a missing value as NaN.
+            row = {k: None if isinstance(v, float) and math.isnan(v) else _without_nulls(v) for k, v in row.items()}
+            problem = unwritable(row)
+            yield number, {} if problem else row, problem
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys that a table adds to its objects, as null, because others of the column have them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+READERS: dict[str, Callable[[Path], Iterator[Parsed]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
