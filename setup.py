@@ -6,6 +6,6 @@ that are shipped inside the package, and an explicit list would be forgotten whe
 
 from setuptools import find_namespace_packages, setup
 
-MAPPED = ["posttrain.rewards", "posttrain.pipelines", "posttrain.configs"]
+MAPPED = ["posttrain.rewards", "posttrain.rewards.expressions", "posttrain.pipelines", "posttrain.configs"]
 
 setup(packages=[*find_namespace_packages(include=["posttrain", "posttrain.*"], exclude=["*.__pycache__*"]), *MAPPED])

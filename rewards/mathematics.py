@@ -1,99 +1,169 @@
-"""Mathematical equality by math-verify. A reply that states several different answers gets nothing.
-
-math-verify's own time limits are left off: they need a signal that only the main thread gets, and they turn a late
-verdict into a wrong one. The pool's deadline is the limit. Source: https://github.com/huggingface/Math-Verify.
+"""Mathematical equality. A reply that states several different answers gets nothing, and so does one of which only a
+part can be read. How an answer is read and compared is the folder `expressions/`.
 """
 
 import functools
-import itertools
-import logging
 import re
 from typing import Any
 
-from posttrain.errors import MissingDependencyError
 from posttrain.records import RewardResult, Rollout, Row
+
+from .expressions.answers import parse_answer
+from .expressions.compare import same_answer
+from .expressions.notation import key
+from .expressions.records import Answer
+from .expressions.tokens import Unreadable
+from .expressions.units import unit_at
+from .stated import boxes, marked, tagged, without_reasoning
 
 REQUIRES = {"math": ["answer"]}
 _MAX_CHARS = 500
-_MARK = re.compile(r"(?:\banswer\b(?:\s+is|\s*[:=])|####)[ \t]*:?", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.;!?](?=\s|$)")
-_FORMULA = re.compile(r"\$+([^$]+)\$+")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-# Words and signs between alternatives. math-verify would read only one side of them and ignore the other.
-_CHOICE = re.compile(r"\bor\b|\bbut\b|[$;|→⇒]|[-=]>|\\\\|\\n\b|\\to\b|\\[lL]?(?:ong)?[rR]ightarrow", re.IGNORECASE)
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_SENTENCE_END = re.compile(r"(?<!\d)[.;?!](?=\s|$)|(?<=\d)[.;?](?=\s|$)|(?<=\d)!\s(?=[A-Z])")
+_FILLERS = re.compile(
+    r"(?:(?:therefore|thus|then|hence|so|clearly|simply|just|obviously|indeed|of course|exactly|equal to|given by|"
+    r"still|again|now|also|in fact|precisely|evidently|consequently|finally|definitely|actually)\b|,)[\s,:]*",
+    re.IGNORECASE,
+)
+_REASON = re.compile(
+    r"[,;]?\s*(?:\(\s*|[—–-]\s+)?(?:,\s*not\b(?!\s+equal)|"
+    r"\bsince\b|\bbecause\b|\bas\b(?!\w)|\bwhere\b|\bwhich\b|\bwhen\b|"
+    r"\bgiven\b|\bobtained\b|\busing\b|\bi\.e\.|\bby the\b|\bfrom the\b|\brounded\b|"
+    r",\s*so\b|,\s*with\b|,\s*for\b)(?![^$]*\$\s*$)",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(r"(?:not|n't)\b", re.IGNORECASE)
+_HEDGE = re.compile(r"\b(?:or|but|maybe|perhaps|alternatively|either|possibly)\b", re.IGNORECASE)
+_NOTE = re.compile(r"\s+\((?![^)]*\d)[A-Za-z][^()]{2,}\)\s*$")
+_NUMBER = re.compile(
+    r"[-−]?(?:\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?!\d)|\d[\d,]*)?[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]|"
+    r"[-−]?\d+ \d+/\d+|"
+    r"[-−]?\$?(?:\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?!\d)|\d+(?:,\d{3})*)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/\d+)?%?"
+)
+_UNIT = re.compile(
+    r"\s?(?:°[CF]?|(?:km/h|m/s(?:\^2|²)?|kph|mph|[munkcd]?m[²³]?|km|k?g|mg|lbs?|oz|ft|min|hours?|minutes?|seconds?|days?|"
+    r"met(?:er|re)s?|kilomet(?:er|re)s?|centimet(?:er|re)s?|kilograms?|grams?|lit(?:er|re)s?|dollars?|cents?|inches|feet|miles?)\b)"
+)
 
 
 def warm_up() -> None:
-    """Imports math-verify and builds its parser, which takes seconds: before the first deadline, not within it."""
-    _parse("1")
+    """Import what comparing needs: before the first deadline, not within it."""
+    same_answer(parse_answer("\\sqrt{2}x"), parse_answer("x\\sqrt{2}"))
 
 
 def math(rollout: Rollout, row: Row) -> RewardResult:
-    """1 if the reply's stated answer is mathematically equal to the row's answer.
+    """1 if the reply's stated answer is mathematically equal to the row's answer, or to one of a list of answers.
 
-    Stated: in `\\boxed{}`, after "answer is", "answer:" or "####"; else the only formula or number of the last line.
-    All answers stated must be equal to each other. Raises ValueError where the row's answer is no mathematics.
+    Stated: in `\\boxed{}` or `<answer>`, after "answer is", "answer:" or "####"; else the only formula or number of the
+    last line. Text inside `<think>` is not stated. All answers stated must be equal to each other, and each must be
+    read to its end. Two units that are both named must agree. Raises ValueError where the row has no answer.
     """
-    gold_text = str(row.answer if row.answer is not None else "")
-    gold = _parse(gold_text)
-    if not gold:
-        raise ValueError(f"row {row.id}: its answer {gold_text[:50]!r} cannot be read as mathematics")
-    stated = stated_answers(rollout.text)
+    golds = [_gold(str(one)) for one in _accepted(row.answer)]
+    if not any(gold.strip() for gold in golds):
+        raise ValueError(f"row {row.id}: its answer {str(row.answer)[:50]!r} cannot be read as mathematics")
+    stated = list(dict.fromkeys(stated_answers(rollout.text)))
     if not stated:
         return RewardResult(0.0, reason="no stated answer")
-    if any(len(text) > _MAX_CHARS for text in stated):
+    limit = max(_MAX_CHARS, *(2 * len(gold) for gold in golds))
+    if any(len(text) > limit for text in stated):
         return RewardResult(0.0, reason="answer too long")
-    if any(_CHOICE.search(text.replace("\\$", "")) for text in stated) and not _CHOICE.search(gold_text.strip("$")):
+    if any(not _same(stated[0], text) for text in stated[1:]):
         return RewardResult(0.0, reason="several answers")
-    parsed = [_parse(text) for text in dict.fromkeys(stated)]
-    if not all(parsed):
-        return RewardResult(0.0, reason="not mathematics")
-    if not all(_equal(parsed[0], other) for other in parsed[1:]):
-        return RewardResult(0.0, reason="several answers")
-    return RewardResult(1.0) if _equal(gold, parsed[0]) else RewardResult(0.0, reason="wrong")
+    if any(_same(gold, stated[0]) for gold in golds):
+        return RewardResult(1.0)
+    return RewardResult(0.0, reason="not mathematics" if _parsed(stated[0]) is None else "wrong")
 
 
 def stated_answers(text: str) -> list[str]:
-    """Every final answer that the text states, in order of kind, as written and without the dollar signs around."""
-    stated = _boxed(text)
-    marks = list(_MARK.finditer(text))
-    for mark, following in itertools.zip_longest(marks, marks[1:]):
-        line = text[mark.end() : following.start() if following else len(text)].strip().split("\n")[0]
-        if line and "\\boxed" not in line:
-            stated += _FORMULA.findall(line) or [_SENTENCE_END.split(line)[0]]
-    if not stated:
+    """Every final answer that the text states, in order of kind, as written."""
+    text = without_reasoning(text)
+    stated = boxes(text)
+    for rest in tagged(text) + marked(text):
+        if not boxes(rest) and not rest.startswith(("</", "\\boxed")):
+            stated += _from_line(re.split(r"</answer>|<answer>", rest)[0])
+    if not stated and not any(_DENIED.match(rest) for rest in marked(text)):
         last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-        found = _FORMULA.findall(last) or _NUMBER.findall(last)
-        stated = found if len(found) == 1 else []
-    return [answer.strip().strip("*$ ").strip() for answer in stated]
+        formulas = _formulas(last)
+        numbers = list(_NUMBER.finditer(last))
+        if len(formulas) == 1:
+            stated = formulas
+        elif len(numbers) == 1 and not formulas:
+            unit = _UNIT.match(last, numbers[0].end())
+            stated = [numbers[0][0] + (unit[0] if unit else "")]
+    return [text for text in map(_trimmed, stated) if text]
 
 
-def _boxed(text: str) -> list[str]:
-    """The contents of each `\\boxed{...}`, with braces counted, since they nest."""
-    found = []
-    for match in re.finditer(r"\\boxed\s*\{", text):
-        depth, end = 1, match.end()
-        while end < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        if not depth:
-            found.append(text[match.end() : end - 1])
-    return found
+def _from_line(rest: str) -> list[str]:
+    """The answer at the beginning of what follows a mark, without the reasons that are given for it."""
+    display = re.match(r"(?:\\\[|\$\$)(.+?)(?:\\\]|\$\$)", rest, re.DOTALL)
+    line = display[0] if display else rest.split("\n")[0]
+    while filler := _FILLERS.match(line):
+        line = line[filler.end() :]
+    if _DENIED.match(line):
+        return []
+    sentence = line if display else _SENTENCE_END.split(_masked(line))[0]
+    sentence = line[: len(sentence)]
+    reason = _REASON.search(_masked(sentence))
+    if reason and not _HEDGE.search(sentence[reason.start() :]):
+        sentence = sentence[: reason.start()]
+    sentence = sentence if _HEDGE.search(sentence) else _NOTE.sub("", sentence)
+    formulas = _formulas(sentence)
+    outside = _FORMULA.sub("", sentence)
+    if len(formulas) == 1 and not _HEDGE.search(outside):
+        unit = "1 " + outside.strip(" .*:")
+        return [sentence if re.match(r"\s*(?:\$|\\\()", sentence) and unit_at(unit, 2) is not None else formulas[0]]
+    return formulas if len(formulas) > 1 and not re.search(r"\b(?:and|or)\b|,", outside) else [sentence]
 
 
-def _parse(text: str) -> list[Any]:
-    return _math_verify().parse(f"${text.strip().strip('$')}$", parsing_timeout=None)
+def _masked(line: str) -> str:
+    """The line with its formulas blotted out, so that no word of theirs is taken for the sentence's."""
+    return _FORMULA.sub(lambda match: "#" * len(match[0]), line)
 
 
-def _equal(gold: list[Any], answer: list[Any]) -> bool:
-    return bool(_math_verify().verify(gold, answer, timeout_seconds=None))
+def _formulas(text: str) -> list[str]:
+    return [next(part for part in parts if part) for parts in _FORMULA.findall(text)]
 
 
-@functools.cache
-def _math_verify() -> Any:
+def _trimmed(text: str) -> str:
+    text = text.strip().strip("*").strip()
+    text = re.sub(r"(?<!\.)\.$", "", text).strip()
+    return text[:-1].strip() if re.search(r"(?<!\\),$", text) else text
+
+
+def _accepted(answer: Any) -> list[Any]:
+    found = answer if isinstance(answer, list | tuple) else [answer]
+    return [int(one) if isinstance(one, float) and one.is_integer() else one for one in found if one is not None] or [
+        ""
+    ]
+
+
+def _gold(text: str) -> str:
+    """The row's answer, or what is stated at the end of a whole solution."""
+    if "####" in text or "\\boxed" in text:
+        return next(iter(stated_answers(text)[-1:]), text)
+    return text
+
+
+def _same(gold: str, reply: str) -> bool:
+    if key(gold) == key(reply):
+        return not _is_false(gold)
+    one, other = _parsed(gold), _parsed(reply)
+    if one is None or other is None:
+        return False
     try:
-        import math_verify
-    except ImportError as error:
-        raise MissingDependencyError("reward 'math' needs math-verify: pip install math-verify") from error
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at every call that its limits are off
-    return math_verify
+        return same_answer(one, other)
+    except (Unreadable, RecursionError, OverflowError):
+        return False
+
+
+def _is_false(text: str) -> bool:
+    return bool(re.search(r"\b(?:or|but)\s+(?:so|maybe|perhaps)\b", text))
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(text: str) -> Answer | None:
+    """The answer, or None where it cannot be read to its end."""
+    try:
+        return parse_answer(text)
+    except (Unreadable, RecursionError, OverflowError):
+        return None

@@ -1,0 +1,353 @@
+"""One formula as a tree, by recursive descent. The whole text is read, or all but a unit at its end.
+
+A tree is a tuple: ("num", Fraction), ("sym", name), ("const", name), ("add" | "mul" | "div" | "pow", left, right),
+("fn", name, *arguments), ("sum" | "prod", variable, first, last, body). Relations and lists are read in `answers.py`.
+"""
+
+from fractions import Fraction
+from typing import Any
+
+from .tokens import NAMES, Token, Unreadable, tokens_of, words
+from .units import unit_at
+
+Tree = tuple[Any, ...]
+MAX_DEPTH = 40
+_GREEK = words(
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell aleph"
+)
+_FUNCTIONS = set(NAMES) - {"infinity", "infty", "inf", "pi", "theta", "alpha", "beta", "sqrt"}
+_TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
+_ACCENTS = {"overline", "vec", "hat", "bar", "tilde", "dot", "widehat", "overrightarrow", "mathcal", "mathfrak"}
+_CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
+_OPENING = {"frac", "binom", "sqrt", "radical", "cuberadical", "pi", "infty", "lfloor", "lceil", "sum", "prod"}
+_TIMES = {"times", "cdot"}
+MINUS_ONE: Tree = ("num", Fraction(-1))
+
+
+def parse_formula(text: str) -> tuple[Tree, str]:
+    """The tree of a formula in one spelling, and the unit at its end ("" without). Raises Unreadable."""
+    parser = _Parser(text)
+    tree = parser.sum()
+    rest = parser.peek()
+    if rest is None:
+        return tree, ""
+    unit = unit_at(text, rest.start)
+    if unit is None:
+        raise Unreadable(f"nothing reads {text[rest.start :][:30]!r}")
+    return tree, unit
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.text, self.tokens, self.place = text, tokens_of(text), 0
+        self.depth, self.bars, self.angles = 0, 0, 0
+
+    def peek(self, ahead: int = 0) -> Token | None:
+        place = self.place + ahead
+        return self.tokens[place] if place < len(self.tokens) else None
+
+    def at(self, *texts: str, ahead: int = 0) -> bool:
+        token = self.peek(ahead)
+        return token is not None and token.text in texts and token.kind in ("sign", "command")
+
+    def take(self, *texts: str) -> bool:
+        if found := self.at(*texts):
+            self.place += 1
+        return found
+
+    def need(self, text: str) -> None:
+        if not self.take(text):
+            raise Unreadable(f"{text!r} is missing")
+
+    def sum(self) -> Tree:
+        left = self.signed()
+        while token := self.peek():
+            if not self.at("+", "-", "pm", "mp"):
+                break
+            self.place += 1
+            left = ("add", left, _with_sign(token.text, self.signed()))
+        return left
+
+    def signed(self) -> Tree:
+        signs = []
+        while self.at("+", "-", "pm", "mp"):
+            signs.append(self.tokens[self.place].text)
+            self.place += 1
+        tree = self.product()
+        for sign in reversed(signs):
+            tree = _with_sign(sign, tree)
+        return tree
+
+    def product(self) -> Tree:
+        left = self.factor()
+        while token := self.peek():
+            if self.at("*", *_TIMES) or self.is_cross():
+                self.place += 1
+                left = ("mul", left, self.operand())
+            elif self.take("/"):
+                left = ("div", left, self.operand())
+            elif self.starts_factor(token):
+                left = ("mul", left, self.factor())
+            else:
+                break
+        return left
+
+    def operand(self) -> Tree:
+        """What follows a sign of multiplication: it may have a sign of its own."""
+        if self.take("-"):
+            return ("mul", MINUS_ONE, self.factor())
+        self.take("+")
+        return self.factor()
+
+    def is_cross(self) -> bool:
+        """The letter x between two numerals is a sign of multiplication, as in 1.2 x 10^5."""
+        token, before, after = self.peek(), self.peek(-1) if self.place else None, self.peek(1)
+        return bool(
+            token and token.kind == "letter" and token.text in "xX" and before and before.kind == "number"
+            and after and after.kind == "number"
+        )  # fmt: skip
+
+    def starts_factor(self, token: Token) -> bool:
+        """Whether the token continues a product without a sign between. A number does not, and neither does a unit."""
+        if not self.depth and unit_at(self.text, token.start) is not None:
+            return False
+        if token.kind in ("letter", "name", "text"):
+            return True
+        if token.kind == "sign":
+            return token.text in "({[" or (token.text == "|" and not self.bars)
+        return token.kind == "command" and (
+            token.text in _GREEK or token.text in _FUNCTIONS or token.text in _ACCENTS
+            or token.text in _OPENING
+        )  # fmt: skip
+
+    def factor(self) -> Tree:
+        tree = self.primary()
+        while self.peek():
+            if self.at("^") and self.at("circ", ahead=1):
+                if not self.angles and not self.depth and unit_at(self.text, self.tokens[self.place].start) is not None:
+                    break
+                self.place += 2
+                tree = ("mul", tree, ("div", ("const", "pi"), ("num", Fraction(180))) if self.angles else ("sym", "°"))
+            elif self.take("^"):
+                tree = ("pow", tree, self.exponent())
+            elif self.take("!"):
+                tree = ("fn", "factorial2" if self.take("!") else "factorial", tree)
+            else:
+                break
+        return tree
+
+    def exponent(self) -> Tree:
+        if self.take("-"):
+            return ("mul", MINUS_ONE, self.exponent())
+        token = self.peek()
+        if token and token.kind == "number":
+            self.place += 1
+            return ("num", token.value)
+        if self.at("(", "{", "["):
+            return self.group()
+        tree = self.primary()
+        return ("pow", tree, self.exponent()) if self.take("^") else tree
+
+    def group(self) -> Tree:
+        token = self.peek()
+        if token is None or token.text not in _CLOSING:
+            raise Unreadable("a bracket is missing")
+        if self.depth >= MAX_DEPTH:
+            raise Unreadable("brackets are too deep")
+        self.place += 1
+        self.depth += 1
+        outer, self.bars = self.bars, int(token.text == "|")
+        tree = self.sum()
+        self.need(_CLOSING[token.text])
+        self.bars = outer
+        self.depth -= 1
+        return tree
+
+    def argument(self) -> Tree:
+        """What a LaTeX command applies to: a group in braces, one digit, one letter or one command; no bracket."""
+        token = self.peek()
+        if token is None or token.text in ("(", "[", "|"):
+            raise Unreadable("an argument is missing")
+        if self.at("{"):
+            return self.group()
+        if token.kind == "number":
+            if not token.text.isdigit():
+                raise Unreadable("an argument needs braces")
+            first, rest = token.text[0], token.text[1:]
+            self.place += 1
+            if rest:
+                self.place -= 1
+                self.tokens[self.place] = Token("number", rest, token.start + 1, False, Fraction(rest))
+            return ("num", Fraction(first))
+        if token.kind == "sign":
+            raise Unreadable("an argument is missing")
+        return self.primary()
+
+    def primary(self) -> Tree:
+        token = self.peek()
+        if token is None:
+            raise Unreadable("the formula ends too early")
+        if token.text in ("(", "{", "[") and token.kind == "sign":
+            return self.group()
+        if token.text == "|" and not self.bars:
+            return ("fn", "abs", self.group())
+        self.place += 1
+        if token.kind == "number":
+            return self.numeral(token)
+        if token.kind in ("letter", "text"):
+            return self.named(token)
+        if token.kind in ("command", "name"):
+            return self.command(token)
+        raise Unreadable(f"nothing reads {token.text!r} here")
+
+    def numeral(self, token: Token) -> Tree:
+        """A number, with what belongs to it: the base below it, or the fraction of a mixed number behind it."""
+        if self.take("_"):
+            return ("sym", f"{token.text}_{self.index()}")
+        number: Tree = ("num", token.value)
+        if token.text.isdigit():
+            if self.at("frac"):
+                start, kept = self.place, list(self.tokens)
+                self.place += 1
+                above, below = self.argument(), self.argument()
+                if above[0] == below[0] == "num" and 0 < above[1] < below[1]:
+                    return ("add", number, ("div", above, below))
+                self.place, self.tokens = start, kept
+            above, slash, below = self.peek(), self.at("/", ahead=1), self.peek(2)
+            if above and above.kind == "number" and above.spaced and slash and below and below.kind == "number":
+                if above.value is None or below.value is None or not 0 < above.value < below.value:
+                    raise Unreadable("no mixed number")
+                self.place += 3
+                return ("add", number, ("num", above.value / below.value))
+        return number
+
+    def named(self, token: Token) -> Tree:
+        """A variable, or one of the constants e and i, upright or not."""
+        name = token.text
+        if token.kind == "text":
+            if name in _FUNCTIONS:
+                return self.function(name)
+            if not name or not name.replace(" ", "").isalnum():
+                raise Unreadable(f"nothing reads {name!r} here")
+        if name in ("e", "i"):
+            return ("const", name)
+        while self.take("'"):
+            name += "'"
+        if self.take("_"):
+            name += "_" + self.index()
+        if name[0] in "fgh" and len(name) < 4 and self.at("("):
+            return ("call", name, *self.arguments())
+        return ("sym", name)
+
+    def index(self) -> str:
+        """The text below a name: in braces, or one sign."""
+        token = self.peek()
+        if token is None:
+            raise Unreadable("an index is missing")
+        self.place += 1
+        if token.text != "{":
+            return token.text
+        depth, parts = 1, []
+        while depth:
+            token = self.peek()
+            if token is None:
+                raise Unreadable("'}' is missing")
+            self.place += 1
+            depth += {"{": 1, "}": -1}.get(token.text, 0)
+            parts.append(token.text)
+        return "".join(parts[:-1])
+
+    def arguments(self) -> list[Tree]:
+        self.need("(")
+        self.depth += 1
+        found = [self.sum()]
+        while self.take(","):
+            found.append(self.sum())
+        self.need(")")
+        self.depth -= 1
+        return found
+
+    def command(self, token: Token) -> Tree:
+        name = token.text
+        if name == "frac":
+            return ("div", self.argument(), self.argument())
+        if name == "binom":
+            return ("fn", "binomial", self.argument(), self.argument())
+        if name == "sqrt" and token.kind == "command":
+            order = self.group() if self.at("[") else ("num", Fraction(2))
+            return ("fn", "root", self.argument(), order)
+        if name in ("radical", "cuberadical", "sqrt"):
+            order = ("num", Fraction(3 if name == "cuberadical" else 2))
+            return ("fn", "root", self.group() if self.at("(", "{") else self.primary(), order)
+        if name in _FUNCTIONS:
+            return self.function(name)
+        if name == "pi":
+            return ("const", "pi")
+        if name in ("infty", "infinity", "inf"):
+            return ("const", "inf")
+        if name in _GREEK or name in NAMES:
+            return self.named(Token("letter", name, token.start, token.spaced))
+        if name in ("lfloor", "lceil"):
+            self.depth += 1
+            tree = self.sum()
+            self.need("r" + name[1:])
+            self.depth -= 1
+            return ("fn", name[1:], tree)
+        if name in ("sum", "prod"):
+            return self.series(name)
+        if name in _ACCENTS:
+            return ("sym", f"{name}({self.index()})")
+        raise Unreadable(f"nothing reads \\{name}")
+
+    def series(self, name: str) -> Tree:
+        """A sum or product with bounds below and above."""
+        self.need("_")
+        self.need("{")
+        variable = self.peek()
+        self.place += 1
+        if variable is None or variable.kind != "letter":
+            raise Unreadable("a sum has no variable")
+        self.need("=")
+        first = self.sum()
+        self.need("}")
+        self.need("^")
+        last = self.exponent()
+        return (name, variable.text, first, last, self.product())
+
+    def function(self, name: str) -> Tree:
+        """A function with its power and base in front of the argument, which needs no brackets: \\sin^2 2x."""
+        power: Tree | None = None
+        base: Tree | None = None
+        for _ in range(2):
+            if self.take("^"):
+                power = self.exponent()
+            elif name == "log" and self.take("_"):
+                base = self.argument()
+        if name in _TRIGONOMETRIC and power in (MINUS_ONE, ("mul", MINUS_ONE, ("num", Fraction(1)))):
+            name, power = "arc" + name, None
+        self.angles += name in _TRIGONOMETRIC
+        arguments = self.arguments() if self.at("(") else [self.bare_argument()]
+        self.angles -= name in _TRIGONOMETRIC
+        if base is not None:
+            arguments.append(base)
+        tree: Tree = ("fn", name, *arguments)
+        return tree if power is None else ("pow", tree, power)
+
+    def bare_argument(self) -> Tree:
+        tree = self.factor()
+        while token := self.peek():
+            function = token.text in _FUNCTIONS and token.kind in ("command", "name")
+            if function or token.text in ("(", "[") or not self.starts_factor(token):
+                break
+            tree = ("mul", tree, self.factor())
+        return tree
+
+
+def _with_sign(sign: str, tree: Tree) -> Tree:
+    if sign == "+":
+        return tree
+    if sign == "-":
+        return ("num", -tree[1]) if tree[0] == "num" else ("mul", MINUS_ONE, tree)
+    both: Tree = ("sym", "±")
+    return ("mul", both if sign == "pm" else ("mul", MINUS_ONE, both), tree)

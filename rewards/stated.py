@@ -1,0 +1,56 @@
+"""Where a reply states its answer: after its reasoning, in a box or a tag, or behind a mark such as "answer is"."""
+
+import re
+
+_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
+_OPEN = re.compile(r"<(?:think|thinking|thought|reasoning)>.*\Z", re.DOTALL | re.IGNORECASE)
+_CLOSE = re.compile(r"\A.*</(?:think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE)
+_BOX = re.compile(r"\\f?boxed?(?![A-Za-z])\s*")
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_FOREIGN = "Antwort|Réponse|Respuesta|Risposta|Resposta|Ответ|答案|答え|정답"
+MARK = re.compile(
+    rf"(?:\banswers?\b[*_ ]*(?:\s+(?:is|are|equals|must be|would be|should be|seems to be)\b|\s*[:=：])"
+    rf"|\b(?:{_FOREIGN})\b[*_ ]*\s*[:：]|(?:答案|答え|정답)\s*[:：]|####)[*_ \t]*[:：]?[*_ \t]*",
+    re.IGNORECASE,
+)
+
+
+def without_reasoning(text: str) -> str:
+    """The text after the model's reasoning: what stands in `<think>` is not stated, even if the block never ends."""
+    text = _THOUGHT.sub("\n", text)
+    return _OPEN.sub("", _CLOSE.sub("", text))
+
+
+def boxes(text: str) -> list[str]:
+    """The contents of each outermost `\\boxed{...}` and `\\fbox{...}`, braces counted; of `\\boxed 12` the word."""
+    found, place = [], 0
+    while match := _BOX.search(text, place):
+        place = match.end()
+        if not text.startswith("{", place):
+            word = re.match(r"[^\s$.,;]+(?:\.\d+)?", text[place:])
+            found += [word[0]] if word and match[0].endswith(" ") else []
+            continue
+        depth, start = 1, place + 1
+        place = start
+        while place < len(text) and depth:
+            depth += 0 if text[place - 1] == "\\" else {"{": 1, "}": -1}.get(text[place], 0)
+            place += 1
+        if not depth:
+            found.append(text[start : place - 1])
+    return found
+
+
+def tagged(text: str) -> list[str]:
+    """The contents of each `<answer>...</answer>`."""
+    return [content.strip() for content in _TAG.findall(text)]
+
+
+def marked(text: str) -> list[str]:
+    """What follows each mark, up to the next mark: the rest of its line, or else the next lines."""
+    found = []
+    marks = list(MARK.finditer(text))
+    for number, mark in enumerate(marks):
+        end = marks[number + 1].start() if number + 1 < len(marks) else len(text)
+        if rest := text[mark.end() : end].strip():
+            found.append(rest)
+    return found
