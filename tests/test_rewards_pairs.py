@@ -27,9 +27,7 @@ def verdict(name: str, case: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(path.stem for path in TABLES.glob("*.jsonl") if path.stem != "code") + [
-        pytest.param("code", marks=pytest.mark.slow)
-    ]
+    "name", [*sorted(path.stem for path in TABLES.glob("*.jsonl") if path.stem != "code"), pytest.param("code", marks=pytest.mark.slow)]
 )  # fmt: skip
 def test_every_pair_of_the_table(name: str) -> None:
     cases = list(lines(name))

@@ -105,18 +105,18 @@ def _of_relation(relation: Relation) -> tuple[str, Region]:
     (name,) = names
     region = ALL
     for left, sign, right in zip(relation.sides, relation.signs, relation.sides[1:], strict=False):
-        region = combined(region, _solved(left, sign, right, name), lambda a, b: a and b)
+        region = combined(region, _solved(left, sign, right, name=name), lambda a, b: a and b)
     return name, region
 
 
-def _solved(left: Tree, sign: str, right: Tree, name: str) -> Region:
+def _solved(left: Tree, sign: str, right: Tree, *, name: str) -> Region:
     """The solutions of a condition that is linear in its variable, or the absolute value of something linear."""
     if right[:2] == ("fn", "abs") and name not in symbols(left):
         left, sign, right = right, _MIRRORED[sign], left
     if left[:2] == ("fn", "abs") and name not in symbols(right):
         negative = ("mul", MINUS_ONE, right)
-        upper = _solved(left[2], sign, right, name)
-        lower = _solved(left[2], _MIRRORED[sign], negative, name)
+        upper = _solved(left[2], sign, right, name=name)
+        lower = _solved(left[2], _MIRRORED[sign], negative, name=name)
         return combined(upper, lower, (lambda a, b: a and b) if sign in ("<", "\\le") else (lambda a, b: a or b))
     try:
         gap: Tree = ("add", left, ("mul", MINUS_ONE, right))
