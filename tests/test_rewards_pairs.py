@@ -26,9 +26,11 @@ def verdict(name: str, case: dict[str, Any]) -> float:
     return result.value  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
-    "name", [*sorted(path.stem for path in TABLES.glob("*.jsonl") if path.stem != "code"), pytest.param("code", marks=pytest.mark.slow)]
-)  # fmt: skip
+NAMES = sorted(path.stem for path in TABLES.glob("*.jsonl"))
+MARKS = {"code": [pytest.mark.slow]}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in NAMES])
 def test_every_pair_of_the_table(name: str) -> None:
     cases = list(lines(name))
     wrong = [case for case in cases if verdict(name, case) != case["right"]]
