@@ -361,10 +361,13 @@ def test_a_killed_stage_goes_on_from_its_last_checkpoint_to_the_same_weights(
 @pytest.mark.slow
 def test_more_epochs_go_on_from_the_last_checkpoint_to_the_weights_of_a_longer_training(ranks, policy, data, tmp_path):
     whole, longer = tmp_path / "whole", tmp_path / "longer"
-    stage.run(make_config(policy, data, epochs=3, checkpoint_every=100), make_context(whole, 5))
+    at_once = stage.run(make_config(policy, data, epochs=3, checkpoint_every=100), make_context(whole, 5))
     first = stage.run(make_config(policy, data, epochs=2, checkpoint_every=100), make_context(longer, 5))
     short = weights(longer / "model")
-    stage.run(make_config(policy, data, epochs=3, checkpoint_every=50), make_context(longer, 5))
+    second = stage.run(make_config(policy, data, epochs=3, checkpoint_every=50), make_context(longer, 5))
+    assert [second[name] for name in ("steps", "loss_first", "loss_last")] == [
+        at_once[name] for name in ("steps", "loss_first", "loss_last")
+    ]
     resumed = [event["step"] for event in read_jsonl(longer / "events.jsonl") if event["event"] == "resumed"]
     assert resumed == [first["steps"]]
     before, after = weights(whole / "model"), weights(longer / "model")

@@ -16,6 +16,7 @@ from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.errors import StageError
+from posttrain.files import read_jsonl
 
 ROWS = "tokenized"  # the folder of the rows on disk, from which all ranks read them
 # The keys of a config that do not change what a training learns, besides those that name its data. `parallel` and
@@ -128,9 +129,10 @@ def _train(
         raise StageError(f"{context.name}: no optimizer step was made")
     trained = without_adapters(trainer.model)
     drift = probe.measure(trained)
+    logged = context.dir / "metrics.jsonl"  # of all steps: `history` begins where the training was continued
     figures = {
         **tuning.report(history),
-        "loss_first": history[0]["loss"] if history else None,
+        "loss_first": next((line["loss"] for line in read_jsonl(logged) if "loss" in line), None),
         "loss_last": history[-1]["loss"] if history else None,
         "kl_from_start": drift.kl,
         "entropy_before": drift.entropy_before,
