@@ -8,17 +8,21 @@ program, which could fake it, so prefer the other kinds of test.
 
 import ast
 import json
-import re
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.records import RewardResult, Rollout, Row
 from posttrain.scoring.sandbox.run import Limits, SandboxResult, limit_of_error, run_python
 
+from .blocks import fenced_blocks
+from .stated import without_reasoning
+
 REQUIRES = {"code": ["tests"]}
-_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
-_MAX_VALUE_CHARS = 100_000
+_TAGS = {"python", "python3", "py", "py3", "python2", "ipython"}
+_MAX_VALUE_CHARS = 500_000
 _PROGRAM = "the program: "
+_Step = tuple[str, str, Any]
 
 # This program runs in the sandbox. It executes the reply's program, then evaluates each check and writes a line for it.
 _HARNESS = """
@@ -36,7 +40,11 @@ except BaseException as error:
 for kind, text in job["checks"]:
     try:
         if kind == "value":
-            line = {"value": repr(eval(text, scope))[:job["max_chars"]]}
+            value = repr(eval(text, scope))
+            line = {"value": value} if len(value) <= job["max_chars"] else {"error": "MemoryError: a long value"}
+        elif kind == "setup":
+            exec(text, scope)
+            line = {"passed": True}
         else:
             exec(text, scope)
             line = {"passed": True}
@@ -50,25 +58,29 @@ for kind, text in job["checks"]:
 def code(
     rollout: Rollout, row: Row, partial: bool = False, *, wall_s: float = 5.0, memory_mib: int = 512
 ) -> RewardResult:
-    """1 if the program in the reply's last fenced block passes every one of the row's `tests`, else 0.
+    """1 if the program of the reply passes every one of the row's `tests`, else 0.
 
-    Tests are a list in the row's fields. Each is `{stdin, stdout}` (the program is run once, and whitespace at the ends
-    is ignored), `{call, expected}` (an expression and a JSON value), or a text `assert ...`. partial: return the share
+    The program is the last fenced block that is tagged as Python, else the last without a tag.
+    Tests are a list in the row's fields. Each is `{stdin, stdout}` (the program is run once; spaces at line ends do not
+    count), `{call, expected}` (an expression and a JSON value), or a text with
+    assertions, whose other statements are run too. partial: return the share
     of the tests that pass instead. wall_s, memory_mib: limits of one run, in seconds and MiB; reaching one is a wrong
     answer with the reason "limit". Raises SandboxError if the program cannot be isolated, and ValueError for a row
     without proper tests.
     """
-    tests = row.fields.get("tests")
+    tests = _as_list(row.fields.get("tests"))
     if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
         raise ValueError(f"row {row.id} needs `tests`, a list")
-    blocks = _FENCED.findall(rollout.text)
-    if not blocks:
+    tests = [_without_null(test) for test in tests]
+    source = _program_in(without_reasoning(rollout.text))
+    if source is None:
         return RewardResult(0.0, reason="no code block")
     limits = Limits(wall_s=wall_s, cpu_s=max(1, round(wall_s)), memory_mib=memory_mib)
     programs = [test for test in tests if isinstance(test, Mapping) and "stdout" in test]
-    checks = [_check(test, row.id) for test in tests if not (isinstance(test, Mapping) and "stdout" in test)]
-    outcomes = [_run_program(blocks[-1], test, limits) for test in programs]
-    outcomes += _run_checks(blocks[-1], checks, limits) if checks else []
+    others = [test for test in tests if not (isinstance(test, Mapping) and "stdout" in test)]
+    checks = [_check(test, row.id) for test in others]
+    outcomes = [_run_program(source, test, limits) for test in programs]
+    outcomes += _run_checks(source, checks, limits) if checks else []
     share = outcomes.count("") / len(outcomes)
     reason = next((outcome for outcome in outcomes if outcome), "")
     return RewardResult(share if partial else float(share == 1.0), {"passed": share}, reason)
@@ -79,11 +91,27 @@ def _run_program(source: str, test: Mapping[str, Any], limits: Limits) -> str:
     result = run_python(source, str(test.get("stdin", "")).encode(), limits)
     if result.limit or result.exit_code:
         return _failure(result)
-    return "" if result.stdout.decode(errors="replace").strip() == str(test["stdout"]).strip() else "wrong"
+    wanted = test["stdout"]
+    wanted = "\n".join(map(str, wanted)) if isinstance(wanted, list | tuple) else str(wanted)
+    return "" if _lines(result.stdout.decode(errors="replace")) == _lines(wanted) else "wrong"
 
 
-def _run_checks(source: str, checks: list[tuple[str, str, Any]], limits: Limits) -> list[str]:
-    """For each check "" if it holds, else why not. All checks share one run of the sandbox."""
+def _lines(output: str) -> list[str]:
+    """The lines without the spaces at their ends, and without empty lines at the end of all."""
+    return [line.rstrip() for line in output.replace("\r\n", "\n").strip().split("\n")]
+
+
+def _run_checks(source: str, groups: list[list[_Step]], limits: Limits) -> list[str]:
+    """For each test "" if all its steps hold, else why not. All tests share one run of the sandbox."""
+    outcomes = _run_steps(source, [step for group in groups for step in group], limits)
+    found = []
+    for group in groups:
+        own, outcomes = outcomes[: len(group)], outcomes[len(group) :]
+        found.append(next((outcome for outcome in own if outcome), ""))
+    return found
+
+
+def _run_steps(source: str, checks: list[_Step], limits: Limits) -> list[str]:
     asked = [(kind, text) for kind, text, _ in checks]
     job = {"source": source, "checks": asked, "max_chars": _MAX_VALUE_CHARS}
     result = run_python(_HARNESS, json.dumps(job).encode(), limits)
@@ -97,42 +125,95 @@ def _verdict(line: str, kind: str, expected: Any) -> str:
         answer = json.loads(line)
         if "error" in answer:
             return _named(str(answer["error"]))
-        if kind == "assert":
+        if kind != "value":
             return "" if answer.get("passed") is True else "wrong"
-        value = ast.literal_eval(answer["value"])
+        value = _literal(answer["value"])
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
         return "wrong"  # the value is not a number, text, list or other literal
     return "" if _same(value, expected) else "wrong"
 
 
+def _literal(text: str) -> Any:
+    """A value from its repr: a literal, or a float that has no literal."""
+    if text in ("inf", "-inf", "nan"):
+        return float(text)
+    return ast.literal_eval(text)
+
+
 def _same(value: Any, expected: Any) -> bool:
-    """Equality in which a tuple equals a list, since JSON has no tuples, and True does not equal 1."""
+    """Equality in which a tuple equals a list, since JSON has no tuples, True is not 1, and floats are rounded."""
     if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
         return len(value) == len(expected) and all(map(_same, value, expected))
+    if isinstance(value, Mapping) and isinstance(expected, Mapping):
+        if len(value) != len(expected):
+            return False
+        if all(isinstance(key, str) for key in expected) and not all(isinstance(key, str) for key in value):
+            value = {key if isinstance(key, str) else str(key): item for key, item in value.items()}
+        return all(key in value and _same(value[key], expected[key]) for key in expected)
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
-    if isinstance(value, float) and isinstance(expected, float):
-        return abs(value - expected) <= 1e-9 * max(1.0, abs(expected))
+    if isinstance(value, int | float) and isinstance(expected, int | float) and float in (type(value), type(expected)):
+        return value == expected or abs(value - expected) <= 1e-9 * max(1.0, abs(expected)) < math.inf
     return value == expected
 
 
-def _check(test: Any, row_id: str) -> tuple[str, str, Any]:
-    """A test as (value, expression, expected), or as (assert, statement, None) where nothing can be compared here."""
+def _check(test: Any, row_id: str) -> list[_Step]:
+    """The steps of a test: (value, expression, expected), (assert, statement, None) or (setup, statement, None)."""
     if isinstance(test, Mapping) and {"call", "expected"} <= set(test):
-        return "value", str(test["call"]), test["expected"]
-    if not isinstance(test, str) or not test.strip().startswith("assert"):
+        return [("value", str(test["call"]), test["expected"])]
+    if not isinstance(test, str) or "assert" not in test:
         raise ValueError(f"row {row_id}: a test is {{stdin, stdout}}, {{call, expected}} or 'assert ...', not {test!r}")
     try:
-        statement = ast.parse(test.strip()).body[0]
+        statements = ast.parse(test.strip()).body
     except SyntaxError as error:
         raise ValueError(f"row {row_id}: test {test!r} is not Python: {error.msg}") from error
+    if not any(isinstance(node, ast.Assert) for statement in statements for node in ast.walk(statement)):
+        raise ValueError(f"row {row_id}: test {test!r} asserts nothing")
+    return [_step(statement) for statement in statements]
+
+
+def _step(statement: ast.stmt) -> _Step:
     match statement:
         case ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right])):
             try:
-                return "value", ast.unparse(left), ast.literal_eval(right)
+                return "value", ast.unparse(left), _expected(right)
             except ValueError:
                 pass
-    return "assert", test, None
+    return ("assert" if isinstance(statement, ast.Assert) else "setup"), ast.unparse(statement), None
+
+
+def _expected(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and ast.unparse(node) in ("float('inf')", "float('-inf')"):
+        return float(ast.literal_eval(node.args[0]))
+    return ast.literal_eval(node)
+
+
+def _as_list(tests: Any) -> Any:
+    """The tests, read where a table stores them as JSON text."""
+    if isinstance(tests, str):
+        try:
+            return json.loads(tests)
+        except ValueError:
+            return tests
+    return tests
+
+
+def _without_null(test: Any) -> Any:
+    """A test without the keys that a table has padded with null. `expected` may be null where it has a call."""
+    if not isinstance(test, Mapping):
+        return test
+    kept = {key: value for key, value in test.items() if value is not None}
+    if "call" in kept and "stdout" not in kept and "expected" in test:
+        kept["expected"] = test["expected"]
+    return kept
+
+
+def _program_in(text: str) -> str | None:
+    """The last block that is tagged as Python; without one, the last block without a tag."""
+    blocks = fenced_blocks(text)
+    tagged = [block.text for block in blocks if block.tag in _TAGS]
+    untagged = [block.text for block in blocks if not block.tag]
+    return (tagged or untagged or [None])[-1]
 
 
 def _failure(result: SandboxResult) -> str:

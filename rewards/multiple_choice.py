@@ -1,48 +1,131 @@
 """One letter of several choices. A reply that names two different letters as its answer gets nothing."""
 
+import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from posttrain.records import RewardResult, Rollout, Row
 
+from .stated import MARK, boxes, tagged, without_reasoning
+
 REQUIRES = {"multiple_choice": ["answer"]}
-_MARKED = re.compile(r"\banswer\b(?:\s+is|\s*[:=])[\s:*$]*(?:option\s+|choice\s+)?", re.IGNORECASE)
-_BOXED = re.compile(r"\\boxed\s*\{(?:\\text\s*\{)?\s*")
-_LETTER = re.compile(r"\(?([A-Z])(?![A-Za-z'])\)?")
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_OPTION = re.compile(r"\b(?:option|choice|letter)\s+(?:is|would be)\b[\s:*]*", re.IGNORECASE)
+_MACRO = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathsf|bf|rm)\b\s*")
+_BEFORE = re.compile(
+    r"(?:[\s*_$:({\[\"'`]|\\\(|\\\[|(?:the|correct|right|best|answer|option|choice|letter|therefore|thus|clearly|indeed|"
+    r"simply|definitely|probably|most likely|likely|hence|so|still|again|is|i think|i believe|i would say|"
+    r"it is|it's)\b,?)*",
+    re.IGNORECASE,
+)
+_JOINT = re.compile(r"[\s*_$)\]}]*(?:\bor\b|\band\b|/|,|\||&)[\s*_$(\[{]*", re.IGNORECASE)
+# What may follow the letter: the end, a closing sign, or the beginning of a reason or of the choice's own text.
+_CLOSED = re.compile(r"[*_$)\]}\"'`]*\s*(?:$|\n|[.,;:!)\]}(*|/—–-](?!\w)|\\|<)")
+_REASON = re.compile(r"[*_$)\]}\"'`]*\s+(?:because|since|as|for|given|or|and|with|which|where|by|due|not|but)\b")
+_OPERATOR = re.compile(r"[*_$)\]}]*\s*[=<>^+]|\s*\\(?:le|ge|ne|in|times|cdot|rangle)\b|_|\^")
+_DENIED = re.compile(r"\s*not\b", re.IGNORECASE)
+_ALONE = re.compile(r"[\s*_$(\[{`]*([A-Za-z])[\s*_$)\]}.`]*")
+_SHOWN = re.compile(r"\*\*\s*\(?([A-Z])\)?(?:[.:)][^*\n]*)?\s*\*\*|\(([A-Z])\)")
 
 
 def multiple_choice(rollout: Rollout, row: Row, num_choices: int = 26) -> RewardResult:
     """1 if the reply names the row's letter, and no other, as its answer.
 
-    Named: after "answer is" or "answer:", in `\\boxed{}`, or as the beginning of a reply of one line ("B", "(B) red").
-    The row's `choices` (a list in its fields), else `num_choices`, says which letters there are. Raises ValueError
-    where the row's answer is not one of them.
+    Named: after "answer is", "answer:" or "option is", in `\\boxed{}` or `<answer>`; without these, as the beginning of
+    a reply of one line ("B", "(B) red"), as its last line, or as the only letter in bold or brackets. Text inside
+    `<think>` does not count. The row's `choices` (a list in its fields, also as JSON text or as {label, text}), else
+    `num_choices`, says which letters there are. Its answer is a letter, the place of a choice from 0 on, or the text of
+    a choice. Raises ValueError where it is none of them.
     """
-    choices = row.fields.get("choices")
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices) if isinstance(choices, list | tuple) else num_choices]
-    gold = str(row.answer).strip().strip("().").upper()
-    if len(gold) != 1 or gold not in letters:
-        raise ValueError(f"row {row.id}: its answer {row.answer!r} is none of the letters {letters}")
-    named = named_letters(rollout.text) & set(letters)
+    labels, texts = _choices(row.fields.get("choices"), num_choices)
+    gold = _gold(row.answer, labels, texts)
+    if gold is None:
+        raise ValueError(f"row {row.id}: its answer {row.answer!r} is none of the letters {labels}")
+    named = named_letters(rollout.text, labels)
     if len(named) != 1:
         return RewardResult(0.0, reason="several answers" if named else "no stated answer")
     return RewardResult(1.0) if named == {gold} else RewardResult(0.0, reason="wrong")
 
 
-def named_letters(text: str) -> set[str]:
+def named_letters(text: str, letters: str = _LETTERS) -> set[str]:
     """Every letter that the text names as its answer; alternatives joined by "or", "and", "/" or a comma count too."""
-    starts = [match.end() for pattern in (_MARKED, _BOXED) for match in pattern.finditer(text)]
-    stripped = text.strip()
-    if not starts and "\n" not in stripped:
-        text, starts = stripped, [0]
-    return set().union(*(_letters_at(text, start) for start in starts))
-
-
-def _letters_at(text: str, start: int) -> set[str]:
+    text = _MACRO.sub("", without_reasoning(text).replace("\r\n", "\n"))
     found: set[str] = set()
-    while match := _LETTER.match(text, start):
-        found.add(match[1])
-        joint = re.compile(r"[\s*$]*(?:\bor\b|\band\b|/|,|\|)[\s*$]*", re.IGNORECASE).match(text, match.end())
-        if joint is None:
+    for content in boxes(text) + tagged(text):
+        found |= _letters_at(content.strip(), letters)
+    marks = [match.end() for pattern in (MARK, _OPTION) for match in pattern.finditer(text)]
+    for start in marks:
+        if not text[start:].lstrip(" *_").startswith("\\boxed"):
+            found |= _letters_at(text[start:].lstrip(), letters)
+    if found or marks:
+        return found
+    return _unmarked(text.strip(), letters)
+
+
+def _unmarked(text: str, letters: str) -> set[str]:
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) == 1 and (found := _letters_at(text, letters)):
+        return found
+    if lines and (alone := _ALONE.fullmatch(lines[-1])):
+        return {alone[1].upper()} & set(letters)
+    return {bold or bracketed for bold, bracketed in _SHOWN.findall(lines[-1] if lines else "")} & set(letters)
+
+
+def _letters_at(text: str, letters: str) -> set[str]:
+    if _DENIED.match(text):
+        return set()
+    start = _start(text)
+    found: set[str] = set()
+    while start < len(text) and _is_letter(text, start, letters, first=not found):
+        found.add(text[start].upper())
+        joint = _JOINT.match(text, start + 1)
+        if joint is None or _DENIED.match(text, joint.end()):
             break
         start = joint.end()
     return found
+
+
+def _start(text: str) -> int:
+    """Where the letter stands: behind brackets and words such as "therefore option"."""
+    match = _BEFORE.match(text)
+    return match.end() if match else 0
+
+
+def _is_letter(text: str, place: int, letters: str, *, first: bool) -> bool:
+    """Whether a letter of the choices stands there for itself, and not for an article, a pronoun or a variable."""
+    sign = text[place]
+    if sign.upper() not in letters or (
+        place + 1 < len(text) and (text[place + 1].isalnum() or text[place + 1] in "'’")
+    ):
+        return False
+    if _OPERATOR.match(text, place + 1):
+        return False
+    closed = bool(_CLOSED.match(text, place + 1) or _REASON.match(text, place + 1))
+    return closed or (first and sign.isupper() and sign not in "AI")
+
+
+def _choices(choices: Any, num_choices: int) -> tuple[str, list[str]]:
+    """The letters that there are, and the texts of the choices where they are known."""
+    if isinstance(choices, str):
+        try:
+            choices = json.loads(choices)
+        except ValueError:
+            choices = None
+    if isinstance(choices, Mapping):
+        choices = choices.get("text") or choices.get("texts") or list(choices.values())
+    if isinstance(choices, list | tuple):
+        return _LETTERS[: len(choices)], [str(choice).strip() for choice in choices]
+    return _LETTERS[:num_choices], []
+
+
+def _gold(answer: Any, letters: str, texts: list[str]) -> str | None:
+    text = str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer).strip()
+    letter = text.strip("().").upper()
+    if len(letter) == 1 and letter in letters:
+        return letter
+    if texts.count(text) == 1:
+        return letters[texts.index(text)]
+    if not isinstance(answer, bool) and text.isdigit() and texts and int(text) < len(letters):
+        return letters[int(text)]
+    return None

@@ -1,36 +1,64 @@
 """The reply is JSON, and fits the row's JSON schema if it has one. Schemas are never fetched from anywhere."""
 
 import json
-import re
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from posttrain.errors import MissingDependencyError
 from posttrain.records import RewardResult, Rollout, Row
 
-_FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+from .blocks import fenced_blocks
+from .stated import without_reasoning
+
+_TAGS = {"json", "jsonc", "json5", "jsonl"}
 
 
 def valid_json(rollout: Rollout, row: Row, schema: dict[str, Any] | None = None) -> RewardResult:
-    """1 if the whole reply, or its only fenced block, is JSON that fits the schema and equals the row's answer, if any.
+    """1 if the reply, or its only block of JSON, is JSON that fits the schema and equals the row's answer, if any.
 
     schema: a JSON schema for every row; a row's own `schema` field comes first. Strict JSON: no NaN, no key twice.
     Raises ValueError where the schema itself is wrong.
     """
-    blocks = _FENCED.findall(rollout.text)
+    text = without_reasoning(rollout.text)
+    found = fenced_blocks(text)
+    blocks = [block.text for block in found if block.tag in _TAGS] or [block.text for block in found if not block.tag]
     if len(blocks) > 1:
         return RewardResult(0.0, reason="several blocks")
     try:
         value = json.loads(
-            blocks[0] if blocks else rollout.text, object_pairs_hook=_unique_keys, parse_constant=_no_constant
+            blocks[0] if blocks else text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_constant,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
         return RewardResult(0.0, reason=f"not JSON: {str(error)[:80]}")
-    wanted = row.fields.get("schema", schema)
+    wanted = row.fields.get("schema")
+    wanted = _expected(schema if wanted is None else wanted)
     if wanted is not None and (problem := _misfit(value, wanted, row.id)):
         return RewardResult(0.0, reason=f"does not fit the schema: {problem[:120]}")
-    if row.answer is not None and value != _expected(row.answer):
+    if row.answer is not None and not _same(value, _expected(row.answer)):
         return RewardResult(0.0, reason="wrong")
     return RewardResult(1.0)
+
+
+def _same(value: Any, expected: Any) -> bool:
+    """Equality in which true is not 1, at any depth, while 1.0 is 1."""
+    if isinstance(value, dict) and isinstance(expected, Mapping):
+        return value.keys() == expected.keys() and all(_same(value[key], expected[key]) for key in value)
+    if isinstance(value, list) and isinstance(expected, list | tuple):
+        return len(value) == len(expected) and all(map(_same, value, expected))
+    if isinstance(value, bool) or isinstance(expected, bool):
+        return value is expected
+    return value == expected
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is out of range")
+    return number
 
 
 def _expected(answer: Any) -> Any:
