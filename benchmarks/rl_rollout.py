@@ -19,7 +19,7 @@ from typing import Any
 from rl_models import save, start_engine
 
 from posttrain.config.shared import EngineConfig
-from posttrain.context import StageContext
+from posttrain.context import BusyLog, StageContext
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.history.ledger import Ledger
@@ -62,7 +62,10 @@ class Ours:
 
     def __init__(self, actor: Any, folder: Path):
         self._folder, self._next = folder, 0
-        self._engines: Any = SimpleNamespace(names=["ours"], actors=[actor])
+        log = BusyLog(StageContext("rl", folder, folder / "events.jsonl"), "ours", "generate")
+        self._engines: Any = SimpleNamespace(
+            names=["ours"], actors=[actor], logs={"ours": log}, is_ready=lambda index: True
+        )
         self._ledger = Ledger(folder / "ledger.sqlite")
 
     def tokens_per_s(self, prompts: list[tuple[int, ...]], num_tokens: int) -> float:

@@ -29,6 +29,11 @@ class StageContext:
     warm_engines: bool = False
     _last_progress: float = field(default=0.0, repr=False)
 
+    @property
+    def run_dir(self) -> Path:
+        """The run directory. What a stage keeps here outlives its own folder, which a change of its config empties."""
+        return self.events.parent
+
     def event(self, event: str, **fields: Any) -> None:
         """Record that something happened. `fields` must be JSON."""
         append_jsonl(self.events, {"time": utc_now(), "t": time.time(), "stage": self.name, "event": event, **fields})

@@ -6,6 +6,7 @@ it is complete: a crash leaves the old content, or none. A file that grows is ap
 """
 
 import glob
+import hashlib
 import itertools
 import json
 import os
@@ -136,6 +137,12 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Take the records out of a file of JSON lines for which `wanted` is False. Nothing where there is no file."""
     if path.exists():
         write_jsonl(path, [record for record in read_jsonl(path) if wanted(record)])
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, which is read whole."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def utc_now() -> str:

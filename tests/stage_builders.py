@@ -5,6 +5,7 @@ relative to the folder that `write_inputs` fills. Nothing here starts Ray or vLL
 hashes or dumps a whole config (cache keys, input hashes, the resolved YAML) is left out: it changes with every field.
 """
 
+import asyncio
 import dataclasses
 import hashlib
 import json
@@ -271,15 +272,16 @@ def _endpoint_settings(endpoint: Any, labels: Any) -> Any:
 
     from posttrain.judging.endpoint import EndpointJudge
     from posttrain.judging.forms import FORMS, request_body
-    from posttrain.judging.requests import make_client, retrying
+    from posttrain.judging.requests import retrying
 
     body = request_body(FORMS[0], endpoint.model, "?", labels=labels, top_logprobs=endpoint.top_logprobs)
+    judge = EndpointJudge(endpoint, labels, FORMS[0], context=CONTEXT)
     with patch.dict("os.environ", {"KEY_A": "a", "KEY_ax": "b", "x": "c"}):
-        client = make_client(endpoint)
+        asyncio.run(judge.start())
+    client, seats = judge._client, judge._seats
     sender = retrying(endpoint, endpoint.retries)
     state = RetryCallState(sender, None, (), {})
     state.attempt_number = 20
-    seats = EndpointJudge(endpoint, labels, FORMS[0], context=CONTEXT)._seats
     return (
         body, str(client.base_url), client.timeout, client.api_key, sender.wait(state), seats._value,
         vars(sender.stop)["max_attempt_number"],

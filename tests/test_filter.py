@@ -98,6 +98,19 @@ def test_proportional_shares_are_whole_fair_and_possible(sizes: dict[str, int], 
     for name, size in sizes.items():
         assert 0 <= shares[name] <= size
         assert size == 0 or abs(shares[name] - total * size / sum(sizes.values())) < 1
+    # Who has two places took none that was left over by rounding from one that has nothing.
+    exact = {name: total * size / sum(sizes.values()) for name, size in sizes.items() if total}
+    rounded_up = [name for name in exact if shares[name] > exact[name] > 1]
+    assert not rounded_up or all(shares[name] for name in exact if sizes[name])
+
+
+def test_a_small_capability_keeps_a_row_as_long_as_rounding_leaves_one() -> None:
+    rows = [_row(f"m{i}") for i in range(98)] + [_row("c0", "chat"), _row("c1", "chat")]
+    kept, _ = select(rows, [1.0] * 98 + [0.0, 0.1], 0.1, stratify=True)
+    assert Counter(row.capability for row in kept) == {"math": 9, "chat": 1}
+    assert kept[-1].id == "c1"
+    many = [_row(f"r{i}", f"small{i}") for i in range(20)]  # each has a share of a tenth of a row
+    assert len(select(many, [0.0] * 20, 0.1, stratify=True)[0]) == 2
 
 
 def test_verdict_by_hand() -> None:

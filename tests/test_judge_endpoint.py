@@ -21,7 +21,7 @@ from posttrain.errors import ConfigError, DataError, StageError, UserError
 from posttrain.files import read_jsonl
 from posttrain.filtering.config import FilterConfig
 from posttrain.filtering.stage import run
-from posttrain.judging.backend import open_judge, prepare_judge
+from posttrain.judging.backend import open_judge, prepare_judge, rate_all
 from posttrain.judging.config import EndpointConfig
 from posttrain.judging.forms import FORMS, label_logprobs, read_answer
 from posttrain.judging.preflight import check_server
@@ -60,7 +60,7 @@ def rate(server: Server, folder: Path, count: int, **endpoint: Any) -> list[Verd
     """The answers to `count` questions."""
     prepared = prepare_judge(config_of(server.url, **endpoint))
     with open_judge(prepared, context_of(folder), None) as judge:
-        return asyncio.run(judge.rate([Question(f"r{i}", f"Rate: {i}") for i in range(count)]))
+        return rate_all(judge, [Question(f"r{i}", f"Rate: {i}") for i in range(count)])
 
 
 def rate_broken(server: Server, answer: Any, folder: Path, count: int = 1, **endpoint: Any) -> list[Any]:
@@ -68,7 +68,7 @@ def rate_broken(server: Server, answer: Any, folder: Path, count: int = 1, **end
     prepared = prepare_judge(config_of(server.url, **endpoint))
     server.answer = answer
     with open_judge(prepared, context_of(folder), None) as judge:
-        return asyncio.run(judge.rate([Question(f"r{i}", f"Rate: {i}") for i in range(count)]))
+        return rate_all(judge, [Question(f"r{i}", f"Rate: {i}") for i in range(count)])
 
 
 # --- answers ---
@@ -289,7 +289,11 @@ def test_no_more_requests_are_in_flight_than_allowed(tmp_path):
         questions = [Question(f"r{i}", f"Rate: {i}") for i in range(12)]
 
         async def two_groups() -> Any:
-            return await asyncio.gather(judge.rate(questions), judge.rate(questions))
+            await judge.start()
+            try:
+                return await asyncio.gather(judge.rate(questions), judge.rate(questions))
+            finally:
+                await judge.close()
 
         with open_judge(prepared, context_of(tmp_path), None) as judge:
             found = asyncio.run(two_groups())
@@ -544,7 +548,15 @@ def test_a_reply_that_the_endpoint_could_not_rate_is_unscored(tmp_path):
         server.answer = answer
         with open_judge(prepared, context_of(tmp_path), None) as backend:
             judge = Judge(prepared, backend)
-            scores = asyncio.run(judge.score(score, [(rollout, row) for rollout in rollouts]))
+
+            async def scored() -> list[Scored]:
+                await judge.start()
+                try:
+                    return await judge.score(score, [(rollout, row) for rollout in rollouts])
+                finally:
+                    await judge.close()
+
+            scores = asyncio.run(scored())
     assert [item.outcome for item in scores] == ["ok", "infrastructure", "error", "ok"]
     assert scores[1].reason == f"the judge: {server.url}: status 500: broken"
     assert all(item.result is None for item in scores)

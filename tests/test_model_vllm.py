@@ -39,6 +39,8 @@ def gap(model, sampled: list[tuple[tuple[int, ...], Completion]]) -> float:
 
 
 def test_vllm_and_the_native_model_agree(ray_session, tmp_path: Path):
+    import ray
+
     from posttrain.sampling.client import Engines
 
     folder = save_tiny_policy(tmp_path / "model", seed=3, attention_chunk_size=CHUNK, head_dim=HEAD)
@@ -50,7 +52,8 @@ def test_vllm_and_the_native_model_agree(ray_session, tmp_path: Path):
     served = ServedModelConfig(path=str(folder), dtype="float32")
     engine = EngineConfig(max_model_len=512, kv_cache_gib=0.1)
     with Engines(context, served, engine, resources=ActorResources(cpus=0.5)) as engines:
-        replies = [reply for (reply,) in engines.generate(requests)]
+        sampled, _, _ = ray.get(engines.actors[0].generate_wave.remote(requests, 0))
+    replies = [reply for (reply,) in sampled]
     sampled = [(request.prompt_ids, reply) for request, reply in zip(requests, replies, strict=True)]
     assert sum(len(reply.token_ids) for reply in replies) > 2 * REPLY
     assert gap(native, sampled) < 1e-4

@@ -23,13 +23,13 @@ from rollout_records import drawn, one_turn
 from posttrain.config.base import validate_config
 from posttrain.errors import CheckpointError, ConfigError, DataError
 from posttrain.files import read_jsonl
+from posttrain.model.fingerprint import model_fingerprint
 from posttrain.records import Message, RewardResult, Row, Scored, VersionSpan
 from posttrain.rl.config import RlConfig
 from posttrain.rl.prompts.difficulty import Basis, Difficulty, DifficultyStore, read_estimates, write_estimates
 from posttrain.rl.prompts.fingerprints import (
     check_resumed,
     dataset_fingerprint,
-    policy_fingerprint,
     prompt_fingerprint,
     run_fingerprints,
     scoring_fingerprint,
@@ -208,17 +208,17 @@ def test_a_policy_is_its_content_and_not_its_place(tiny_model: Path, tmp_path: P
 
     folder = tmp_path / "moved"
     shutil.copytree(tiny_model, folder)
-    before = policy_fingerprint(tiny_model)
+    before = model_fingerprint(tiny_model)
     (folder / "README.md").write_text("notes")
-    assert policy_fingerprint(folder) == before
+    assert model_fingerprint(folder) == before
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
     name = sorted(tensors)[-1]
     tensors[name].view(-1)[-1] += 1  # one number of one tensor
     save_file(tensors, weights, metadata={"format": "pt"})
-    assert policy_fingerprint(folder) != before
+    assert model_fingerprint(folder) != before
     with pytest.raises(CheckpointError, match=r"must be a model folder with config\.json and \*\.safetensors"):
-        policy_fingerprint(tmp_path)
+        model_fingerprint(tmp_path)
 
 
 def test_scoring_is_the_reward_and_the_sampling_and_nothing_else(tmp_path: Path):

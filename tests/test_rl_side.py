@@ -63,6 +63,8 @@ async def finish_order(actor: Any, prompt_ids: tuple[int, ...]) -> list[bool]:
 
 def check_by_itself(config: RlConfig, folder: Path) -> tuple[float, list[bool]]:
     """Greedy accuracy of the model that training began with, sampled by itself; and `finish_order`."""
+    import ray
+
     from posttrain.context import StageContext
     from posttrain.data.chat import end_token_ids, render_prompt
     from posttrain.model.load import load_tokenizer
@@ -79,7 +81,8 @@ def check_by_itself(config: RlConfig, folder: Path) -> tuple[float, list[bool]]:
     ]
     context = StageContext("check", folder, folder / "check.jsonl", warm_engines=True)
     with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
-        replies = [completion.token_ids for (completion,) in engines.generate(requests)]
+        sampled, _, _ = ray.get(engines.actors[0].generate_wave.remote(requests, 0))
+        replies = [completion.token_ids for (completion,) in sampled]
         order = asyncio.run(finish_order(engines.actors[0], prompts[0].prompt.token_ids))
     right = [sum(token % 2 == 0 for token in ids) / len(ids) >= 0.5 for ids in replies]
     return sum(right) / len(right), order

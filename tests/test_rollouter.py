@@ -161,7 +161,7 @@ def test_a_rollouter_that_awaits_something_else_is_told_what_to_do(tmp_path):
 
     async def run() -> None:
         context = StageContext("rl", tmp_path, tmp_path / "events.jsonl")
-        none: Any = SimpleNamespace(names=[], actors=[])
+        none: Any = SimpleNamespace(names=[], actors=[], logs={})
         workers = RolloutWorkers(context, none, deadline_s=1.0, finished=lambda flight: None, rollouter=Sleepy())
         workers.send(flight_of(3, REQUEST.prompt_ids, REQUEST))
         await workers.run()

@@ -298,23 +298,32 @@ def context_in(folder, name, warm=True):
 
 def replies(engines):
     """One request at a time: sums then have one order, and equal weights give equal bits."""
-    return [(reply.token_ids, reply.logprobs) for request in GREEDY for reply in engines.generate([request])[0]]
+    import ray
+
+    (actor,) = engines.actors
+    waves = [ray.get(actor.generate_wave.remote([request], 0))[0] for request in GREEDY]
+    return [(reply.token_ids, reply.logprobs) for ((reply,),) in waves]
 
 
 @pytest.mark.slow
 def test_choices_are_renormalised(ray_session, models, tmp_path):
     import math
 
+    import ray
+
     from posttrain.sampling.client import Engines
 
+    requests = [(key, SampleRequest(p, max_tokens=1, choice_ids=(30, 40, 50))) for key, p in enumerate(PROMPTS)]
+    pieces = {}
     with Engines(context_in(tmp_path, "test"), models[0], ENGINE, resources=ActorResources(cpus=0.5)) as engines:
-        done = []
-        answers = engines.generate([SampleRequest(p, choice_ids=(30, 40, 50)) for p in PROMPTS], done.append)
-    assert done[-1] == len(PROMPTS)
-    for (reply,) in answers:
-        assert set(reply.choice_logprobs) == {30, 40, 50}
-        assert reply.token_ids[0] in (30, 40, 50)
-        assert sum(map(math.exp, reply.choice_logprobs.values())) == pytest.approx(1.0, abs=1e-5)
+        ray.get(engines.actors[0].submit.remote(requests))
+        while len(pieces) < len(PROMPTS):
+            pieces |= {piece.key: piece for piece in ray.get(engines.actors[0].collect.remote(1.0))[0]}
+    for piece in pieces.values():
+        assert set(piece.choice_logprobs) == {30, 40, 50}
+        (token,) = piece.token_ids
+        assert piece.logprobs == (piece.choice_logprobs[token],)
+        assert sum(map(math.exp, piece.choice_logprobs.values())) == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -357,9 +366,9 @@ def test_reload_repair_is_needed_and_sufficient(ray_session, models, tmp_path):
     )
     try:
         ray.get(actor.start.remote())
-        before, _, _ = ray.get(actor.generate.remote(GREEDY))
+        before, _, _ = ray.get(actor.generate_wave.remote(GREEDY, 0))
         ray.get(actor.update_weights.remote(FolderWeights(model.path), 1))
-        after, _, _ = ray.get(actor.generate.remote(GREEDY))
+        after, _, _ = ray.get(actor.generate_wave.remote(GREEDY, 0))
         damaged = publish(SharedWeights(tmp_path), {"a": torch.ones(9), "w": torch.ones(9)}, 2)
         with open(damaged.path, "r+b") as segment:
             segment.seek(damaged.tensors[1].offset)
@@ -375,56 +384,6 @@ def test_reload_repair_is_needed_and_sufficient(ray_session, models, tmp_path):
         for a, b in zip(x[0].logprobs, y[0].logprobs, strict=False)
     )
     assert gap > 0.01, "vLLM packs reloaded experts now: remove repack_experts_on_reload"
-
-
-@pytest.mark.slow
-@pytest.mark.full  # test_sampling_stream.py asks the same of the pieces
-def test_update_in_flight_is_recorded_token_by_token(ray_session, models, tmp_path):
-    """Replies that straddle an update: spans cover them, and each part has the log-probabilities of its policy."""
-    import ray
-
-    from posttrain.model.load import load_model
-    from posttrain.sampling.client import Engines
-    from posttrain.sampling.registry import stop_registry
-
-    requests = [SampleRequest(prompt, n=4, max_tokens=200) for prompt in PROMPTS]
-
-    async def sample_and_update(actor):
-        sampling = asyncio.ensure_future(actor.generate.remote(requests))
-        await asyncio.sleep(0.4)
-        began, ended = await actor.update_weights.remote(FolderWeights(models[1].path), 1)
-        completions, _, _ = await sampling
-        return completions, ended - began
-
-    with Engines(
-        context_in(tmp_path, "test", warm=False), models[0], ENGINE, resources=ActorResources(cpus=0.5)
-    ) as engines:
-        for _ in range(3):  # the first try may finish before the update on a quick machine
-            completions, _ = asyncio.run(sample_and_update(engines.actors[0]))
-            straddling = [reply for group in completions for reply in group if len(reply.versions) == 2]
-            if len(straddling) >= 10:
-                break
-            ray.get(engines.actors[0].update_weights.remote(FolderWeights(models[0].path), 0))
-    stop_registry()
-    assert len(straddling) >= 10
-    policies = [load_model(model.path) for model in models]
-    prompts = {
-        reply: request.prompt_ids
-        for request, group in zip(requests, completions, strict=True)
-        for reply in map(id, group)
-    }
-    for reply in straddling[:10]:
-        assert next((span.policy_version, span.start) for span in reply.versions) == (0, 0)
-        assert reply.versions[0].end == reply.versions[1].start
-        assert reply.versions[1].end == len(reply.token_ids) == len(reply.logprobs)
-        ids = torch.tensor([[*prompts[id(reply)], *reply.token_ids]])
-        for span in reply.versions:
-            with torch.no_grad():
-                logits = policies[span.policy_version](input_ids=ids).logits[0].log_softmax(-1)
-            start = len(prompts[id(reply)]) - 1
-            for place in range(span.start, span.end):
-                expected = float(logits[start + place, reply.token_ids[place]])
-                assert reply.logprobs[place] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.slow

@@ -187,7 +187,7 @@ def test_replies_begun_elsewhere_are_continued(engines, models):
     import ray
 
     prompt = PROMPTS[0]
-    whole, _, _ = ray.get(engines[1].generate.remote([SampleRequest(prompt, temperature=0.0, max_tokens=60)]))
+    whole, _, _ = ray.get(engines[1].generate_wave.remote([SampleRequest(prompt, temperature=0.0, max_tokens=60)], 0))
     whole = whole[0][0]
     begun = (whole.token_ids[:7], (), whole.token_ids[:15], whole.token_ids)
 
@@ -232,7 +232,7 @@ def replies_one_by_one(actor, requests):
     """One request at a time: sums then have one order, and equal weights give equal bits."""
     import ray
 
-    answers = [ray.get(actor.generate.remote([request]))[0][0][0] for request in requests]
+    answers = [ray.get(actor.generate_wave.remote([request], 0))[0][0][0] for request in requests]
     return [(reply.token_ids, reply.logprobs) for reply in answers]
 
 
@@ -283,7 +283,8 @@ def test_a_wave_is_decided_by_its_seed(engines, models):
         return [[(reply.token_ids, reply.logprobs, reply.text) for reply in group] for group in completions]
 
     first = wave(0, 5)
-    ray.get(engines[0].generate.remote(requests[3:8]))
+    ray.get(engines[0].submit.remote(list(enumerate(requests[3:8]))))
+    asyncio.run(collect(engines[0], 4 * 5))
     assert wave(1, 5) == first
     assert wave(0, 5) == first
     assert wave(0, 6) != first
@@ -304,12 +305,12 @@ def test_a_request_beside_a_wave_is_refused(engines):
 
     alone, _, _ = ray.get(engine.generate_wave.remote(requests, 9))
     wave = engine.generate_wave.remote(requests, 9)
-    for beside in (engine.submit.remote([(1, other)]), engine.generate.remote([other])):
-        with pytest.raises(ray.exceptions.RayTaskError, match="a wave is being sampled"):
-            ray.get(beside)
+    with pytest.raises(ray.exceptions.RayTaskError, match="a wave is being sampled"):
+        ray.get(engine.submit.remote([(1, other)]))
     again, _, _ = ray.get(wave)
     assert replies(again) == replies(alone)
-    assert ray.get(engine.generate.remote([other]))[0][0][0].token_ids  # after it, as before
+    ray.get(engine.submit.remote([(1, other)]))  # after it, as before
+    assert asyncio.run(collect(engine, 1))[1, 0].token_ids
 
 
 @slow
@@ -381,7 +382,7 @@ async def lost(actor, key):
     with pytest.raises(EngineLostError):
         await actor.submit.remote([(key, SampleRequest(PROMPTS[0]))])
     with pytest.raises(EngineLostError):
-        await actor.generate.remote([SampleRequest(PROMPTS[0])])
+        await actor.generate_wave.remote([SampleRequest(PROMPTS[0])], 0)
     with pytest.raises(EngineLostError):
         await actor.update_weights.remote(FolderWeights("nowhere"), 9)
     return pieces, str(error.value)

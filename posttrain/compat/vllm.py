@@ -280,6 +280,12 @@ class GrowingReply:
         """Log-probabilities of the sampled tokens from place `first` on."""
         return self._state.logprobs_processor.logprobs.logprobs[first:]
 
+    def choice_logprobs(self) -> dict[int, float]:
+        """Log-probabilities by token id, at the only place of a reply whose likeliest tokens were asked for; the
+        sampled token is the first."""
+        flat = self._state.logprobs_processor.logprobs
+        return dict(zip(flat.token_ids, flat.logprobs, strict=True))
+
     @property
     def version_starts(self) -> list[tuple[str, int]]:
         """(weight version, place of the first token that it sampled), in order."""

@@ -16,8 +16,12 @@ def proportional_shares(sizes: Mapping[str, int], total: int, seed: int = 0) -> 
     """Split `total` places between strata in proportion to their sizes, by the largest remainder.
 
     sizes: rows in each stratum. The shares sum to `total`, none exceeds its stratum, and each is within one of its
-    exact proportional share. Equal remainders are settled by a seeded hash of the stratum's name. Raises ValueError
-    unless 0 <= total <= the sum of the sizes.
+    exact proportional share. The places that rounding leaves go first to strata that would have none, so that a small
+    one vanishes only where there are more such strata than places left. Equal remainders are settled by a seeded hash
+    of the stratum's name. Raises ValueError unless 0 <= total <= the sum of the sizes.
+
+    Example: proportional_shares({"chat": 2, "math": 98}, 10) is {"chat": 1, "math": 9}; the exact shares are 0.2 and
+    9.8.
     """
     num_rows = sum(sizes.values())
     if not 0 <= total <= num_rows:
@@ -25,8 +29,10 @@ def proportional_shares(sizes: Mapping[str, int], total: int, seed: int = 0) -> 
     if not num_rows:
         return dict.fromkeys(sizes, 0)
     shares = {name: total * size // num_rows for name, size in sizes.items()}
-    by_remainder = sorted(sizes, key=lambda name: (-(total * sizes[name] % num_rows), hash_order(seed, name), name))
-    for name in by_remainder[: total - sum(shares.values())]:
+    remainders = {name: total * size % num_rows for name, size in sizes.items()}
+    unfinished = [name for name, remainder in remainders.items() if remainder]
+    unfinished.sort(key=lambda name: (shares[name] > 0, -remainders[name], hash_order(seed, name), name))
+    for name in unfinished[: total - sum(shares.values())]:
         shares[name] += 1
     return shares
 

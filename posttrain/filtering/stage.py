@@ -1,16 +1,15 @@
 """The `filter` stage: rows in, a judge's verdict on each, the hardest part out.
 
-    rows ─► questions ─► judge (engines or an endpoint) ─► a verdict on each ─► select ─► kept.jsonl, dropped.jsonl
+    rows ─► a verdict on each (rating.py) ─► select ─► kept.jsonl, dropped.jsonl
 
 Rows, labels, questions and the endpoint are checked before an engine starts. A row without a verdict ends the stage:
 which rows stay depends on all scores, and a missing score is not a low one. Left out: the policy's own pass rate, which
 is the better measure where replies can be scored; see the RL stage.
 """
 
-import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +21,11 @@ from posttrain.data.special import special_token_problem
 from posttrain.errors import DataError, StageError
 from posttrain.files import write_json
 from posttrain.filtering.config import FilterConfig
+from posttrain.filtering.rating import rate
 from posttrain.filtering.selection import num_kept, select
-from posttrain.judging.backend import open_judge, prepare_judge
+from posttrain.judging.backend import prepare_judge
 from posttrain.judging.prompts import JudgePrompts, Question
-from posttrain.judging.verdicts import Undecided, Verdict
+from posttrain.judging.verdicts import Answer, Undecided, Verdict
 from posttrain.records import Row
 
 NUM_BINS = 20
@@ -36,13 +36,16 @@ SHOWN_REASONS = 3
 class FilterResult:
     """What `filter_rows` found. Rows carry their verdict in `fields["difficulty"]`.
 
-    verdicts: by row id; num_shortened: rows of which the judge saw the beginning and end only.
+    verdicts: by row id; num_shortened: rows of which the judge saw the beginning and end only; num_known: rows that an
+    earlier run had had rated; judging_s: seconds in which the judge rated the other rows, without its start.
     """
 
     kept: list[Row]
     dropped: list[Row]
     verdicts: dict[str, Verdict]
     num_shortened: int
+    num_known: int = 0
+    judging_s: float = 0.0
 
 
 def run(config: FilterConfig, context: StageContext) -> dict[str, Any]:
@@ -63,9 +66,10 @@ def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext
     """Rate `rows` (supervised, at least one) with the judge and split them. Of `config.data` only
     `special_tokens_in_text` is read.
 
-    A judge on engines needs an initialised Ray session; an endpoint needs none. Raises UserError for labels that cannot
-    be told apart, for an endpoint that cannot be used and for rows that do not fit, before an engine is started;
-    StageError where rows are left without a verdict.
+    Verdicts are kept in the run directory, and those found there are used again. A judge on engines needs an
+    initialised Ray session; an endpoint needs none. Raises UserError for labels that cannot be told apart, for an
+    endpoint that cannot be used and for rows that do not fit, before an engine is started; StageError where rows are
+    left without a verdict.
     """
     if len({row.id for row in rows}) != len(rows):
         raise DataError("two rows have the same id; every id must be unique")
@@ -75,12 +79,11 @@ def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext
         )
     prepared = prepare_judge(config)
     questions = ask(rows, config, prepared.prompts)
-    with open_judge(prepared, context, config.resources.judge) as judge:
-        answers = asyncio.run(judge.rate(questions, _reporter(context, len(rows))))
-    found = decided(answers)
+    rated = rate(questions, prepared, config.resources.judge, context=context)
+    found = decided(rated.answers)
     kept, dropped = split(rows, found, config, seed=context.seed)
     by_id = {row.id: verdict for row, verdict in zip(rows, found, strict=True)}
-    return FilterResult(kept, dropped, by_id, prepared.prompts.num_shortened)
+    return FilterResult(kept, dropped, by_id, prepared.prompts.num_shortened, rated.num_known, rated.judging_s)
 
 
 def ask(rows: Sequence[Row], config: FilterConfig, prompts: JudgePrompts) -> list[Question]:
@@ -92,7 +95,7 @@ def ask(rows: Sequence[Row], config: FilterConfig, prompts: JudgePrompts) -> lis
     return [prompts.render(row) for row in rows]
 
 
-def decided(answers: Sequence[Verdict | Undecided]) -> list[Verdict]:
+def decided(answers: Sequence[Answer]) -> list[Verdict]:
     """The verdicts. Raises StageError, which counts the rows without one and says why, if there are any."""
     reasons = Counter(answer.reason for answer in answers if isinstance(answer, Undecided))
     if reasons:
@@ -133,16 +136,22 @@ def histogram(result: FilterResult, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def statistics(result: FilterResult, wall_s: float) -> dict[str, Any]:
-    """Counts and means of a filtering, for metrics.jsonl and the report."""
+    """Counts and means of a filtering, for metrics.jsonl and the report.
+
+    rows_per_s: of the rows that the judge rated in this run, while it rated them; None if there were none.
+    """
     parts = {"kept": result.kept, "dropped": result.dropped}
     num_rows = sum(map(len, parts.values()))
+    num_judged = num_rows - result.num_known
     return {
         "num_rows": num_rows,
         **{f"num_{name}": len(rows) for name, rows in parts.items()},
         **{f"score_mean_{name}": _score_mean(result, rows) for name, rows in parts.items()},
         "num_shortened": result.num_shortened,
         "tags": dict(sorted(Counter(verdict.tag for verdict in result.verdicts.values()).items())),
-        "rows_per_s": num_rows / max(wall_s, 1e-9),
+        "num_known": result.num_known,
+        "rows_per_s": num_judged / result.judging_s if num_judged else None,
+        "judging_s": result.judging_s,
         "wall_s": wall_s,
     }
 
@@ -153,10 +162,6 @@ def _with_difficulty(row: Row, verdict: Verdict, judge: str) -> Row:
     if "difficulty" in row.fields:
         difficulty["previous"] = row.fields["difficulty"]
     return replace(row, fields={**row.fields, "difficulty": difficulty})
-
-
-def _reporter(context: StageContext, total: int) -> Callable[[int], None]:
-    return lambda done: context.progress(done, total, "rows")
 
 
 def _score_mean(result: FilterResult, rows: Sequence[Row]) -> float | None:

@@ -3,11 +3,11 @@
 prepared = prepare_judge(config)                        # checks labels, tokenizer or endpoint; starts nothing
 questions = [prepared.prompts.render(row) for row in rows]
 with open_judge(prepared, context, resources) as judge:
-    answers = await judge.rate(questions)               # a Verdict or an Undecided for each, in order
+    answers = rate_all(judge, questions)                # a Verdict or an Undecided for each, in order
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,22 +17,32 @@ from posttrain.context import BusyLog, StageContext
 from posttrain.judging.config import EndpointConfig, JudgeQuestion
 from posttrain.judging.forms import Form
 from posttrain.judging.prompts import JudgePrompts, Question, judge_prompts
-from posttrain.judging.verdicts import Undecided, Verdict
+from posttrain.judging.verdicts import Answer, OnAnswer
 
 
 class JudgeBackend(Protocol):
     """Something that answers questions about rows.
 
-    logs: when the judge worked, by the name of each engine or endpoint, for the timeline.
+    Between `start` and `close` it works in one event loop; it may be started again in another. logs: when the judge
+    worked, by the name of each engine or endpoint, for the timeline.
     """
 
     @property
     def logs(self) -> Mapping[str, BusyLog]: ...
 
-    async def rate(
-        self, questions: Sequence[Question], on_done: Callable[[int], None] | None = None
-    ) -> list[Verdict | Undecided]:
-        """An answer to each question, in order. on_done: called with the number of questions that are finished."""
+    async def start(self) -> None:
+        """Begin to work."""
+        ...
+
+    async def rate(self, questions: Sequence[Question], on_answer: OnAnswer | None = None) -> list[Answer]:
+        """An answer to each question, in order. Any number of calls may run at the same time.
+
+        on_answer: hears of each answer at once, with the place of its question; not of a question that was not asked.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End what `start` began. No call of `rate` may be in progress."""
         ...
 
 
@@ -78,4 +88,19 @@ def open_judge(
     assert config.engine is not None  # both are checked by the schemas
     assert resources is not None
     with Engines(context, source, config.engine, resources=resources, activity=BUSY) as engines:
-        yield EngineJudge(engines, config.labels, prepared.prompts.choice_ids)
+        yield EngineJudge(
+            engines, config.engine, config.labels, choice_ids=prepared.prompts.choice_ids, context=context
+        )
+
+
+def rate_all(judge: JudgeBackend, questions: Sequence[Question], on_answer: OnAnswer | None = None) -> list[Answer]:
+    """Start the judge, have it rate all questions, close it: for a caller without an event loop."""
+
+    async def rate() -> list[Answer]:
+        await judge.start()
+        try:
+            return await judge.rate(questions, on_answer)
+        finally:
+            await judge.close()
+
+    return asyncio.run(rate())

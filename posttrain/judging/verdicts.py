@@ -1,7 +1,7 @@
 """The judge's verdict on a row: a distribution over the labels, and from it one number; or why there is none."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +43,10 @@ class Verdict:
             "probabilities": {label: round(value, 6) for label, value in self.probabilities.items()},
             "judge": judge,
         }
+
+
+Answer = Verdict | Undecided
+OnAnswer = Callable[[int, Answer], None]  # the place of the question, and the answer
 
 
 def verdict_of(labels: Sequence[str], logprobs: Sequence[float]) -> Verdict:

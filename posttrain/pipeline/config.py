@@ -71,7 +71,7 @@ class PipelineConfig(Config):
     )
 
 
-RESERVED = (*PipelineConfig.model_fields, "run")
+RESERVED = (*PipelineConfig.model_fields, "run", "verdicts")
 
 
 @dataclass(frozen=True, slots=True)

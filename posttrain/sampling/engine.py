@@ -94,7 +94,6 @@ class EngineActor:
         self._tokenizer: Any = None
         self._next_request = 0
         self._policy_version = 0
-        self._num_waiting = 0  # calls of generate and generate_wave
         self._num_collecting = 0  # calls of collect
         self._is_wave = False
         self._is_updating = False
@@ -127,7 +126,7 @@ class EngineActor:
         self._watch = Watch(
             self._engine_config.deadline_s,
             is_dead=lambda: self._llm.errored,
-            is_busy=lambda: not self._is_updating and bool(self._outbox.open or self._num_waiting),
+            is_busy=lambda: not self._is_updating and bool(self._outbox.open or self._is_wave),
             ping=self._llm.get_weight_version,
             say=self._say,
             on_lost=lambda: self._outbox.flush(),
@@ -217,8 +216,6 @@ class EngineActor:
 
     def _prepare(self, key: int, request: SampleRequest, admitted: list[tuple[Reply, Any]], *, finished: list[Piece]):
         """Make what the engine is given for each reply; a reply that was begun and is at its end is a piece at once."""
-        if request.choice_ids is not None:
-            raise StageError(f"engine {self.name}: request {key} has choice_ids; those are for generate")
         shared: Any = None  # replies that start from the prompt alone differ in their ids only
         for index, begun in enumerate(request.begun or ((),) * request.n):
             ended = self._end_of(begun, request)
@@ -235,9 +232,8 @@ class EngineActor:
                     shared = core_request
             else:
                 core_request = shared
-            admitted.append(
-                (Reply(self._outbox, key, index, request_id=name, begun=begun), compat.named_copy(core_request, name))
-            )
+            reply = Reply(self._outbox, key, index, request_id=name, begun=begun, choice_ids=request.choice_ids)
+            admitted.append((reply, compat.named_copy(core_request, name)))
 
     def _core_request(self, key: int, prompt: list[int], params: Any, *, priority: int) -> Any:
         """vLLM's own request. Raises StageError if vLLM refuses it."""
@@ -263,22 +259,12 @@ class EngineActor:
 
     # ------------------------------------------------------------------ whole replies
 
-    async def generate(self, requests: Sequence[SampleRequest]) -> tuple[list[list[Completion]], float, float]:
-        """Sample every request; returns completions by request, and the Unix times of the first start and last end."""
-        began = time.time()
-        self._refuse_begun(requests)
-        self._refuse_beside_wave()
-        self._num_waiting += 1
-        try:
-            results = await self._alive(asyncio.gather(*(self._generate_one(request) for request in requests)))
-        finally:
-            self._num_waiting -= 1
-        return results, began, time.time()
-
     async def generate_wave(
         self, requests: Sequence[SampleRequest], seed: int
     ) -> tuple[list[list[Completion]], float, float]:
-        """As `generate`, but the tokens depend on the weights, the requests and `seed` alone.
+        """Sample every request; the tokens depend on the weights, the requests and `seed` alone.
+
+        Returns the completions by request, and the Unix times of the first start and the last end.
 
         The scheduler is held while the caches are emptied, the worker's generator is seeded and all requests are
         queued in their order; then nothing else is in the engine until they are finished. vLLM draws the tokens of a
@@ -287,11 +273,10 @@ class EngineActor:
         batch have none (vllm-project/vllm#51226). Raises StageError if requests are in flight.
         """
         began = time.time()
-        self._refuse_begun(requests)
+        self._refuse_for_wave(requests)
         async with self._update_lock:
-            if self._outbox.open or self._num_waiting:
+            if self._outbox.open:
                 raise StageError(f"engine {self.name}: a wave was asked for with other requests in flight")
-            self._num_waiting += 1
             self._is_wave = True
             try:
                 await self._ask("wave", compat.pause_between_steps(self._llm, clear_cache=True))
@@ -300,10 +285,8 @@ class EngineActor:
                 await self._ask("wave", self._llm.resume_generation())
                 outputs = await self._alive(asyncio.gather(*(queue.get() for queue in queues)))
             finally:
-                self._num_waiting -= 1
                 self._is_wave = False
-        pairs = zip(outputs, requests, strict=True)
-        return [self._completions(output, request) for output, request in pairs], began, time.time()
+        return [self._completions(output) for output in outputs], began, time.time()
 
     async def _add(self, request: SampleRequest) -> Any:
         from vllm.inputs.engine import tokens_input
@@ -319,9 +302,9 @@ class EngineActor:
                 f"engine {self.name}: a wave is being sampled, and a request beside it would change its tokens"
             )
 
-    def _refuse_begun(self, requests: Sequence[SampleRequest]) -> None:
-        if any(request.begun for request in requests):
-            raise StageError(f"engine {self.name}: replies that were begun elsewhere are for submit")
+    def _refuse_for_wave(self, requests: Sequence[SampleRequest]) -> None:
+        if any(request.begun or request.choice_ids for request in requests):
+            raise StageError(f"engine {self.name}: replies that were begun elsewhere, and choices, are for submit")
 
     def _params(self, request: SampleRequest, num_begun: int = 0, stream: bool = False) -> Any:
         from vllm import SamplingParams
@@ -335,37 +318,19 @@ class EngineActor:
             stop_token_ids=list(request.stop_token_ids),
             allowed_token_ids=list(request.choice_ids) if request.choice_ids else None,
             logprobs=len(request.choice_ids) if request.choice_ids else 0,
-            flat_logprobs=request.choice_ids is None,
+            flat_logprobs=True,
             detokenize=False,  # the whole reply is decoded at once when it is finished
             output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
 
-    async def _generate_one(self, request: SampleRequest) -> list[Completion]:
-        self._next_request += 1
-        prompt = {"prompt_token_ids": list(request.prompt_ids)}
-        final = None
-        name, params = f"{self.name}-{self._next_request}", self._params(request)
-        async for output in self._llm.generate(prompt, params, name, priority=request.priority):
-            final = output
-        if final is None:
-            raise StageError(f"engine {self.name} ended a request without an answer")
-        return self._completions(final, request)
-
-    def _completions(self, final: Any, request: SampleRequest) -> list[Completion]:
+    def _completions(self, final: Any) -> list[Completion]:
         outputs = sorted(final.outputs, key=lambda output: output.index)
-        return [self._completion(output, request) for output in outputs]
+        return [self._completion(output) for output in outputs]
 
-    def _completion(self, output: Any, request: SampleRequest) -> Completion:
-        token_ids = tuple(output.token_ids)
-        choices: dict[int, float] = {}
-        if request.choice_ids:
-            first = output.logprobs[0]
-            choices = {token: first[token].logprob for token in request.choice_ids if token in first}
-            logprobs = (first[token_ids[0]].logprob,)
-        else:
-            flat = output.logprobs
-            logprobs = tuple(flat.logprobs[start] for start in flat.start_indices)
+    def _completion(self, output: Any) -> Completion:
+        token_ids, flat = tuple(output.token_ids), output.logprobs
+        logprobs = tuple(flat.logprobs[start] for start in flat.start_indices)
         versions = tuple(VersionSpan(int(span.version), span.start, span.end) for span in output.weight_versions or ())
         return Completion(
             token_ids=token_ids,
@@ -373,7 +338,6 @@ class EngineActor:
             logprobs=logprobs,
             finish_reason=finish_reason_of(output.finish_reason),
             versions=versions,
-            choice_logprobs=choices,
         )
 
     # ------------------------------------------------------------------ weights

@@ -1,4 +1,4 @@
-"""Whole groups for callers that train nothing: a profile, an evaluation, the check of the engines.
+"""Whole groups for callers that train nothing: a profile, an evaluation, a judge, the check of the engines.
 
     async with SampledGroups(context, engines, engine_config) as sampled:
         await sampled.groups(flights)  # each has its rollouts then
@@ -7,7 +7,7 @@ The workers are those of RL (workers.py): an engine that is lost is replaced, an
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 
 from posttrain.config.shared import EngineConfig
@@ -61,12 +61,18 @@ class SampledGroups:
         self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
 
-    async def groups(self, flights: Sequence[Flight], on_done: Callable[[int], None] | None = None) -> None:
+    async def groups(self, flights: Iterable[Flight], on_done: Callable[[int], None] | None = None) -> None:
         """Returns when every flight has all its rollouts. Their orders must not be those of flights in progress.
 
+        flights: each is taken when there is a place for it in an engine; all at once for a deterministic wave.
         on_done: hears how many are finished. May be called by many at a time. Raises StageError where no engine can be
         started, and what the rollouter raises.
         """
+        if self._places is None:
+            flights = list(flights)
+            places = len(flights)
+        else:
+            places = self._places
         waiting = iter(flights)
         num_finished = 0
 
@@ -79,8 +85,6 @@ class SampledGroups:
                 num_finished += 1
                 if on_done is not None:
                     on_done(num_finished)
-
-        places = len(flights) if self._places is None else min(self._places, len(flights))
 
         async def sample() -> None:
             async with asyncio.TaskGroup() as group:

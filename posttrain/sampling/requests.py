@@ -20,10 +20,10 @@ class SampleRequest(Struct, frozen=True):
 
     prompt_ids: token ids, rendered by `posttrain.data.chat`. stop_token_ids: ids that end a reply, and are part of it.
     choice_ids: if set, the reply is exactly one of these token ids, and `Completion.choice_logprobs` holds the
-    log-probability of each, renormalised over the choices: the distribution of constrained decoding. begun: token ids
-    of replies that another engine began, one entry for each reply wanted (`n` is then ignored). Each is continued, and
-    `max_tokens` counts its tokens too. Only `EngineActor.submit` takes them. priority: requests with a larger number
-    start later, and are interrupted first when memory is short.
+    log-probability of each, renormalised over the choices: the distribution of constrained decoding. `max_tokens` must
+    be 1 then. begun: token ids of replies that another engine began, one entry for each reply wanted (`n` is then
+    ignored). Each is continued, and `max_tokens` counts its tokens too. Only `EngineActor.submit` takes them.
+    priority: requests with a larger number start later, and are interrupted first when memory is short.
     """
 
     prompt_ids: tuple[int, ...]
@@ -38,7 +38,10 @@ class SampleRequest(Struct, frozen=True):
 
 
 class Completion(Struct, frozen=True):
-    """One sampled reply. `logprobs` are those of the distribution that the tokens were drawn from."""
+    """One sampled reply. `logprobs` are those of the distribution that the tokens were drawn from.
+
+    choice_logprobs: by token id, for a request with `choice_ids` only.
+    """
 
     token_ids: tuple[int, ...]
     text: str
@@ -53,7 +56,7 @@ class Piece(Struct, frozen=True):
 
     start: place of the first token in the whole reply, counting tokens that another engine began. versions: spans that
     cover this piece exactly, in places of the whole reply. finish_reason: RUNNING while the reply goes on. text: that
-    of the whole reply; set only in the last piece.
+    of the whole reply; set only in the last piece. choice_logprobs: see `Completion`; in the piece with the token.
     """
 
     key: int
@@ -64,6 +67,7 @@ class Piece(Struct, frozen=True):
     versions: tuple[VersionSpan, ...]
     finish_reason: FinishReason = FinishReason.RUNNING
     text: str = ""
+    choice_logprobs: Mapping[int, float] = field(default_factory=dict)
 
 
 NOTHING = Completion((), "", (), FinishReason.RUNNING, ())

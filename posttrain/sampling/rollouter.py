@@ -91,10 +91,16 @@ class Turn:
                 before.logprobs + piece.logprobs,
                 piece.finish_reason,
                 join_spans((*before.versions, *piece.versions)),
+                piece.choice_logprobs or before.choice_logprobs,
             )
         else:
             completion = Completion(
-                piece.token_ids, piece.text, piece.logprobs, piece.finish_reason, join_spans(piece.versions)
+                piece.token_ids,
+                piece.text,
+                piece.logprobs,
+                piece.finish_reason,
+                join_spans(piece.versions),
+                piece.choice_logprobs,
             )
         if piece.finish_reason:
             self.finish(completion, now)

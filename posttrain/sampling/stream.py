@@ -51,16 +51,28 @@ class Reply:
     """One reply in the engine, in place of vLLM's `RequestOutputCollector`, of which vLLM calls only `put`.
 
     key, index: the caller's key of the request, and which of its replies this is. begun: tokens that another engine
-    sampled before; places in pieces are counted from the first of them.
+    sampled before; places in pieces are counted from the first of them. choice_ids: see `SampleRequest`.
     """
 
-    __slots__ = ("_final", "_outbox", "_received", "_sent", "_spans", "begun", "index", "key", "request_id")
+    __slots__ = (
+        "_choice_ids", "_final", "_outbox", "_received", "_sent", "_spans", "begun", "index", "key", "request_id"
+    )  # fmt: skip
 
-    def __init__(self, outbox: "Outbox", key: int, index: int, *, request_id: str, begun: tuple[int, ...]):
+    def __init__(
+        self,
+        outbox: "Outbox",
+        key: int,
+        index: int,
+        *,
+        request_id: str,
+        begun: tuple[int, ...] = (),
+        choice_ids: tuple[int, ...] | None = None,
+    ):
         self.key = key
         self.index = index
         self.request_id = request_id
         self.begun = begun
+        self._choice_ids = choice_ids
         self._outbox = outbox
         self._received: GrowingReply | None = None
         self._sent = 0  # tokens of this engine that the caller has collected
@@ -97,7 +109,13 @@ class Reply:
         received, first, shift = self._received, self._sent, len(self.begun)
         assert received is not None
         token_ids = tuple(received.token_ids(first))
-        logprobs = tuple(received.logprobs(first))
+        choices: dict[int, float] = {}
+        if self._choice_ids and token_ids:
+            found = received.choice_logprobs()
+            choices = {token: found[token] for token in self._choice_ids if token in found}
+            logprobs = tuple(found[token] for token in token_ids)
+        else:
+            logprobs = tuple(received.logprobs(first))
         if len(logprobs) != len(token_ids):
             raise StageError(f"vLLM gave {len(logprobs)} log-probabilities for {len(token_ids)} tokens")
         self._sent = end = first + len(token_ids)
@@ -110,7 +128,7 @@ class Reply:
             finish_reason = finish_reason_of(self._final.finish_reason)
             text = decode([*self.begun, *received.token_ids()])
             self._compare()
-        return Piece(self.key, self.index, shift + first, token_ids, logprobs, versions, finish_reason, text)
+        return Piece(self.key, self.index, shift + first, token_ids, logprobs, versions, finish_reason, text, choices)
 
     @property
     def is_finished(self) -> bool:

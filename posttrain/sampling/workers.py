@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from posttrain.actors.calls import await_with_heartbeat
 from posttrain.actors.lane import COLLECT_S, Lane
-from posttrain.actors.losses import MAX_CONSECUTIVE_LOSSES, is_loss, reason_of, root_of
+from posttrain.actors.losses import MAX_CONSECUTIVE_LOSSES, ActorLostError, is_loss, reason_of, root_of
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import StageError
 from posttrain.sampling.client import Engines
@@ -138,8 +138,10 @@ class RolloutWorkers:
         self.num_replaced = 0
         self.flights: dict[int, Flight] = {}  # by order
         self.workers = [
-            Worker(name, actor, version, BusyLog(context, name, "generate"))
-            for name, actor in zip(engines.names, engines.actors, strict=True)
+            Worker(name, actor, version, log, is_alive=engines.is_ready(index))
+            for index, (name, actor, log) in enumerate(
+                zip(engines.names, engines.actors, engines.logs.values(), strict=True)
+            )
         ]
         for worker in self.workers:
             worker.lane = self._lane_to(worker)
@@ -380,7 +382,7 @@ class RolloutWorkers:
 
     async def _serve(self, worker: Worker) -> None:
         """Work, and mend what can be mended, without end."""
-        cause: BaseException | None = None
+        cause: BaseException | None = None if worker.is_alive else ActorLostError("its start was broken off")
         while True:
             try:
                 if cause is not None:

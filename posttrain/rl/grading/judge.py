@@ -42,6 +42,14 @@ class Judge:
         """When the judge worked, by the name of each engine or endpoint."""
         return self._backend.logs
 
+    async def start(self) -> None:
+        """Begin to work in this event loop."""
+        await self._backend.start()
+
+    async def close(self) -> None:
+        """End what `start` began."""
+        await self._backend.close()
+
     async def score(self, score: Score, pairs: Sequence[Pair]) -> list[Scored]:
         """`score` of the pairs with their verdicts, in order; a pair without a verdict is not scored."""
         try:
@@ -86,6 +94,18 @@ class JudgedRewards(RewardClient):
     def __init__(self, judge: Judge, reward: RewardConfig, resources: RewardResources):
         super().__init__(reward, resources)
         self._judge = judge
+
+    async def start(self) -> None:
+        """Start both. If the reward cannot be loaded, `RewardClient.start` closes both again."""
+        await self._judge.start()
+        await super().start()
+
+    async def close(self) -> None:
+        """End both."""
+        try:
+            await self._judge.close()
+        finally:
+            await super().close()
 
     async def score(self, pairs: Sequence[Pair]) -> list[Scored]:
         """The scores in order; see `Judge.score`."""

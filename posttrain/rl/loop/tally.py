@@ -40,7 +40,7 @@ class StepTally:
         self._pass_rates = pass_rates
         self._counts: Counter[str] = Counter()
         self._told = time.time()
-        self._busy_s = dict.fromkeys(logs, 0.0)
+        self._busy_s = {name: log.busy_s for name, log in logs.items()}  # the profile's, which is no step's
 
     def decided(self, scored: ScoredGroup, dropped: Drop | None) -> None:
         """A group was sampled and scored; `dropped` says why it is not trained on, None that it is."""

@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError, StageError
 from posttrain.metrics.correctness import is_right
+from posttrain.model.fingerprint import model_fingerprint
 from posttrain.records import DrawnPrompt, Rollout, Row, Scored
 from posttrain.rl.grading.judge import Judge, rewards
 from posttrain.rl.prompts.config import PromptsConfig
@@ -32,11 +33,11 @@ from posttrain.rl.prompts.difficulty import (
     read_estimates,
     write_estimates,
 )
-from posttrain.rl.prompts.fingerprints import policy_fingerprint, prompt_fingerprint, scoring_fingerprint
+from posttrain.rl.prompts.fingerprints import prompt_fingerprint, scoring_fingerprint
 from posttrain.rl.records import group_of_flight
 from posttrain.rl.rollouts.requests import sample_request
-from posttrain.sampling.client import CHUNK_REQUESTS, Engines
-from posttrain.sampling.groups import SampledGroups
+from posttrain.sampling.client import Engines
+from posttrain.sampling.groups import MIN_GROUPS, SampledGroups
 from posttrain.sampling.rollouter import Flight
 
 FILE = "difficulty.parquet"
@@ -89,7 +90,7 @@ def profile_prompts(
 
 def profile_basis(config: PromptsConfig) -> Basis:
     """What the estimates of a run rest on, beside the prompts."""
-    return Basis(policy_fingerprint(config.model.path), scoring_fingerprint(config))
+    return Basis(model_fingerprint(config.model.path), scoring_fingerprint(config))
 
 
 def profile_store(folder: str | None, run: Path, basis: Basis) -> DifficultyStore | None:
@@ -188,7 +189,7 @@ async def _sample(
 def chunk_size(config: PromptsConfig) -> int:
     """Prompts in a chunk: enough to fill every engine, so that writing chunks costs no time."""
     seats = config.engine.max_num_seqs * config.resources.rollout.workers
-    return max(CHUNK_REQUESTS, math.ceil(2 * seats / config.profile.samples))
+    return max(MIN_GROUPS, math.ceil(2 * seats / config.profile.samples))
 
 
 def _parts(run: Path) -> Path:
