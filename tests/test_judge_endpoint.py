@@ -509,7 +509,7 @@ def test_the_filter_keeps_the_rows_that_the_endpoint_finds_hardest(tmp_path):
     assert any(line["event"] == "busy" and line["actor"] == "judge endpoint" for line in events)
 
 
-def test_an_outage_ends_the_filter_and_the_same_stage_goes_on_later(tmp_path):
+def test_after_an_outage_the_filter_asks_about_the_rows_that_are_left(tmp_path):
     asked: list[int] = []
 
     def answer(body: dict[str, Any]) -> Any:
@@ -522,9 +522,51 @@ def test_an_outage_ends_the_filter_and_the_same_stage_goes_on_later(tmp_path):
         with pytest.raises(StageError, match=r"no verdict on 14 of 20 rows, and nothing was filtered: .*status 500"):
             run(config, context_of(tmp_path))
         assert not (tmp_path / "stage" / "kept.jsonl").exists()
+        server.bodies.clear()
         server.answer = lambda body: chat("easy", GOOD)
-        outputs = run(config, context_of(tmp_path))
-    assert outputs["stats"]["num_kept"] == 10
+        stats = run(config, context_of(tmp_path))["stats"]
+        assert len({body["messages"][0]["content"] for body in server.questions()}) == len(server.questions()) == 14
+    assert (stats["num_known"], stats["num_kept"]) == (6, 10)
+    assert stats["rows_per_s"] == 14 / stats["judging_s"]
+
+
+def test_another_selection_of_rated_rows_asks_nothing(tmp_path):
+    write_rows(tmp_path, 20)
+    with serving(lambda body: chat("easy", GOOD)) as server:
+        first = run(config_of(server.url, tmp_path), context_of(tmp_path))["stats"]
+        changes = [{"keep_fraction": 0.25}, {"stratify": False}]
+        for change in changes:
+            server.bodies.clear()
+            config = config_of(server.url, tmp_path).model_copy(update=change)
+            again = run(config, context_of(tmp_path))["stats"]
+            assert server.questions() == []
+            assert (again["num_known"], again["rows_per_s"], again["judging_s"]) == (20, None, 0.0)
+            assert again["num_kept"] == round(20 * config.keep_fraction)
+            assert again["tags"] == first["tags"]
+    told = [line for line in read_jsonl(tmp_path / "events.jsonl") if line["event"] == "progress"]
+    assert told[-1]["done"] == told[-1]["total"] == 20
+    assert told[-1]["values"] == {"rated before": 20}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"template": "How hard: {prompt}"},
+        {"labels": ["easy", "hard"]},
+        {"labels": ["hard", "medium", "easy"]},
+        {"model": "judge-2"},
+    ],
+)
+def test_another_question_or_another_judge_is_asked(tmp_path, change):
+    write_rows(tmp_path, 4)
+    with serving(lambda body: chat("easy", GOOD)) as server:
+        server.models = [MODEL, "judge-2"]
+        run(config_of(server.url, tmp_path), context_of(tmp_path))
+        server.bodies.clear()
+        config = config_of(server.url, tmp_path, **{key: value for key, value in change.items() if key == "model"})
+        config = config.model_copy(update={key: value for key, value in change.items() if key != "model"})
+        assert run(config, context_of(tmp_path))["stats"]["num_known"] == 0
+        assert len(server.questions()) == 4
 
 
 def test_a_reply_that_the_endpoint_could_not_rate_is_unscored(tmp_path):

@@ -25,8 +25,10 @@ FOLDER = "verdicts"
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """The answers in the order of the questions. num_known: how many of them an earlier run had got. judging_s: seconds in which
-    the judge gave the others."""
+    """The answers in the order of the questions.
+
+    num_known: how many of them an earlier run had got. judging_s: seconds in which the judge gave the others.
+    """
 
     answers: list[Answer]
     num_known: int
