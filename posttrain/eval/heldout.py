@@ -1,7 +1,7 @@
-"""Held-out means held out: no problem of the evaluation may stand in a training set, in whatever wording.
+"""Checks that no held-out problem is also in a training set, in whatever wording.
 
-Problems are compared by a canonical key that the data brings with it (the same for "3 + 4" and "4 + 3"), since only
-who made the problems knows when two are the same.
+Problems are compared by a key that each row carries and that is equal for two forms of one problem, such as "3 + 4" and
+"4 + 3". Only the author of the problems knows when two are the same.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""What is asked of the policy, and its replies with their scores, by prompt.
+"""The requests to the policy, and its scored replies, gathered by prompt.
 
-A reply that could not be scored has no reward: it is left out of every rate and counted, never taken for a wrong one.
+A reply that could not be scored has no reward. It is counted and left out of every rate; it does not count as wrong.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ GREEDY, SAMPLE = "greedy", "sample"
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One reply. reward: None where it could not be scored; reason: why it is what it is, in a few words."""
+    """One reply. reward: None if it could not be scored. reason: the reward function's reason, or why there is no
+    reward."""
 
     text: str
     num_tokens: int
@@ -40,7 +41,8 @@ class PromptReplies:
 
 
 def eval_requests(rows: Sequence[Row], tokenizer: Any, config: EvalConfig) -> list[tuple[str, Row, SampleRequest]]:
-    """What to ask: (GREEDY or SAMPLE, row, request). Raises DataError for a prompt that leaves no room for a reply."""
+    """The requests, each as (GREEDY or SAMPLE, row, request). Raises DataError for a prompt that leaves no room for a
+    reply."""
     prompts = {row.id: _prompt_ids(row, tokenizer, config) for row in rows}
     stop = tuple(end_token_ids(tokenizer))
     drawn = config.sampling
@@ -62,7 +64,7 @@ def eval_requests(rows: Sequence[Row], tokenizer: Any, config: EvalConfig) -> li
 
 
 def flights(asked: Sequence[tuple[str, Row, SampleRequest]]) -> list[Flight]:
-    """What is asked as groups to be sampled, in order."""
+    """The requests as groups to be sampled, in order."""
     return [
         Flight(order, 0, DrawnPrompt(row, None, Prompt(row.messages, request.prompt_ids)), request)
         for order, (_, row, request) in enumerate(asked)

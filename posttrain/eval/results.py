@@ -1,7 +1,7 @@
 """From scored replies to results.json: rates by capability and over all, each with its 95% interval.
 
-Greedy accuracy is a share of yes-or-no outcomes (Wilson). pass@1 and pass@k are means over prompts of an estimate
-made from several samples, so prompts are what is resampled (bootstrap); "all" is over all prompts, as they are mixed.
+Greedy accuracy is a share of yes-or-no outcomes, so its interval is Wilson's. pass@1 and pass@k are means over prompts,
+so their interval comes from a bootstrap that draws prompts. The entry "all" is over all prompts of the data together.
 """
 
 import re
@@ -22,7 +22,7 @@ def results(
     Each holds n (prompts), greedy, greedy_ci95, greedy_n (prompts with a scored greedy reply), reward_mean (of
     those); pass@1, pass@k with *_ci95 and k, pass@k_n (prompts with at least k scored samples); truncated (number)
     and reply_tokens_mean of the greedy replies, or of the samples where there are none; unscored (number of replies);
-    observed. A rate with nothing behind it is None.
+    observed. A rate over no reply at all is None.
     """
     capabilities = sorted({item.row.capability for item in prompts})
     parts = {name: [item for item in prompts if item.row.capability == name] for name in capabilities}

@@ -1,4 +1,4 @@
-"""The `eval` stage: a policy's replies to held-out prompts, scored, as rates with intervals.
+"""The `eval` stage: samples a policy's replies to held-out prompts, scores them, and writes rates with intervals.
 
     prompts ─► one greedy reply and n samples each (engines) ─► reward processes ─► results.json, samples.jsonl
 

@@ -1,5 +1,9 @@
 """A judge rates how hard each supervised row is; the hardest stay.
 
+rating.py      the verdict on each row, from an earlier run or from the judge
+selection.py   which rows stay
+stage.py       the stage: rows in, kept.jsonl and dropped.jsonl out
+
 Public names are imported when they are first used, so that importing this package loads neither Ray nor torch.
 """
 

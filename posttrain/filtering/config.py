@@ -68,8 +68,8 @@ class FilterConfig(JudgeQuestion):
     )
     stratify: bool = Field(
         default=True,
-        description="Keep the same share of every capability, so that a capability which the judge finds easy stays in "
-        "the data. false keeps the hardest rows over all.",
+        description="Keep the same share of every capability, to within one row, so that a capability whose rows are "
+        "all easy stays in the data. false keeps the hardest rows, whatever their capability.",
     )
     resources: FilterResources = Field(
         default_factory=FilterResources, description="CPUs and GPUs of the judge's engines."

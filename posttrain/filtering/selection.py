@@ -18,10 +18,11 @@ def select(
 ) -> tuple[list[Row], list[Row]]:
     """Split rows into (kept, dropped), both in the order they came in.
 
-    scores: hardness of each row, higher is harder; keep_fraction: in (0, 1]. Exactly round(keep_fraction * N) rows
-    are kept. stratify: each capability keeps its proportional share, to within one row, and within a capability no
-    dropped row is harder than a kept one; without it, that holds over all rows. Equal scores are settled by a seeded
-    hash of the row's id, never by the order of the file. Raises ValueError for a score that is not finite.
+    scores: hardness of each row, higher is harder. keep_fraction: in (0, 1]; exactly round(keep_fraction * N) of N
+    rows are kept. stratify: each capability keeps its proportional share, to within one row (see
+    `proportional_shares`), and within a capability no dropped row is harder than a kept one. Without `stratify`, no
+    dropped row at all is harder than a kept one. A seeded hash of the row's id decides between equal scores, so the
+    order of the file does not matter. Raises ValueError for a score that is not finite.
     """
     if len(scores) != len(rows) or not all(math.isfinite(score) for score in scores):
         raise ValueError(f"{len(rows)} rows need as many finite scores; got {len(scores)}")

@@ -1,9 +1,9 @@
 """The judge at a server that speaks the chat completions protocol of OpenAI.
 
-    questions ─► `concurrency` lanes ─► one request each, with its retries ─► Verdict or Undecided
+    questions ─► at most `concurrency` requests at a time, each with its retries ─► Verdict or Undecided
 
-A server that is out of service must not be asked about every row of a large dataset, each with all of its retries.
-When as many questions in a row as there are lanes were given up, the rest of the call is not asked.
+A server that is out of service must not be asked about every row of a large dataset, each with all of its retries. So
+when `concurrency` questions in a row have failed for good, `rate` does not ask the other questions.
 """
 
 import asyncio

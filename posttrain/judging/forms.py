@@ -7,8 +7,9 @@ Servers differ in what they understand, so there are four forms, tried from the 
     json                          a JSON object that a schema constrains (`response_format`); no log-probabilities
     text                          any answer
 
-A verdict always needs an answer that is exactly one label. Its log-probabilities then give the distribution over all
-labels; without them, all of the probability is on the label. Prose, an empty answer and an unknown label are undecided.
+Only an answer that is exactly one label becomes a verdict. If the answer has log-probabilities, they give the
+distribution over all labels; else the label has all of the probability. Prose, an empty answer and an unknown label are
+undecided.
 """
 
 import json
@@ -23,7 +24,7 @@ from msgspec import Struct
 from posttrain.judging.verdicts import Undecided, Verdict, sure_verdict, verdict_of
 from posttrain.records import Outcome
 
-# A distribution is used where what it leaves open moves no label's probability by more than this.
+# A distribution counts only if the probability that cannot be assigned to one label is at most this share.
 OPEN_MASS = 0.005
 _ROOM_TOKENS = 16
 
@@ -144,9 +145,10 @@ def _without_space(token: str) -> str:
 def label_logprobs(tokens: Mapping[str, float], labels: Sequence[str]) -> list[float] | None:
     """The log-probability of each label from the likeliest first tokens; None where they leave too much open.
 
-    A label begins with the longest token that begins it and no other label, if possible without a space before it.
-    A label without one is less likely than every token that is given. That, and what tokens hold that begin several
-    labels, is open; where it could matter the whole answer is not used.
+    The probability of a label is that of the longest token that begins this label and no other one; a token without a
+    space before it is preferred. Two things stay open: the probability of a label without such a token, which is at
+    most that of the least likely token given, and the probability of tokens that begin several labels. If they add up
+    to more than OPEN_MASS of what is known, the result is None.
     """
     if any(math.isnan(value) for value in tokens.values()):
         return None

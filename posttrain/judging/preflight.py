@@ -1,6 +1,6 @@
-"""What is asked of an endpoint before anything heavy starts: is it up, does it serve the model, how can it be asked.
+"""Checks an endpoint before anything heavy starts: is it up, does it serve the model, which form of request works.
 
-Every fault is a UserError: one message that says what to correct. Nothing is waited for longer than PATIENCE_S.
+Every fault is a UserError: one message that says what to correct. No request waits longer than PATIENCE_S.
 """
 
 import asyncio

@@ -1,9 +1,10 @@
 """What the judge is asked about a row, and which token stands for which label.
 
-The text of a row is data that anyone may have written. It cannot leave its place in the judge's prompt: special tokens
-and the tags of the template are escaped in it, and it is put in once, so that a placeholder in it is left alone. For a
-judge on engines the special tokens are those of its tokenizer, and lengths are counted in tokens. For an endpoint there
-is no tokenizer here: what looks like a special token is escaped, and lengths are counted in characters.
+Anyone may have written the text of a row, so it must not pass for another part of the judge's prompt. Special tokens
+and the template's tags are escaped in it. All texts are put into the template in one pass, so a placeholder that stands
+in a row's text is not replaced. For a judge on engines the special tokens are those of its tokenizer, and lengths are
+counted in tokens. The tokenizer of a judge at an endpoint is not here: what looks like a special token is escaped, and
+lengths are counted in characters.
 """
 
 import re
