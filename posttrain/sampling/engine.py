@@ -273,6 +273,7 @@ class EngineActor:
         batch have none (vllm-project/vllm#51226). Raises StageError if requests are in flight.
         """
         began = time.time()
+        self._watch.check()
         self._refuse_for_wave(requests)
         async with self._update_lock:
             if self._outbox.open:
