@@ -1,38 +1,55 @@
-"""The one queue between generation and training: how old a trained token may be, and what a batch is made of.
+"""The queue between sampling and training. It bounds the age of trained tokens and decides what a batch consists of.
 
-Pure bookkeeping, no clocks and no threads: the controller asks it what may happen next.
+The queue only keeps counts and lists. It has no clock and no thread: the controller asks it what may happen next.
 
-    admit ──► in flight ──► ready (by dispatch order) ──► batch
-                   └─────────► dropped (zero advantage, unscored): its place is free at once
+    admit ──► in flight ──► ready ──► part of a batch
+                 └────────────┴─────► dropped (for example, because all advantages are zero): its place becomes free
 
-Places. Every place of every batch belongs to a capability (`quotas`). A group that is admitted takes the next one; if
-it is dropped, the next to be admitted takes the same place. A batch holds exactly as many groups of each capability as
-it has places for it. A place that has been refilled `refills` times in vain goes to another capability, so that one
-that has run dry delays a batch by no more than that.
+Words. The version of the trainer is the number of optimizer steps that it has made. The batch of version v is the
+batch that is trained on at version v. The staleness of a token is the version at which it is trained on, minus the
+version that sampled it. A group is undecided from its admission until it is trained on or dropped.
 
-The bound. A group is stamped, when it is admitted, with the oldest version that an engine may sample its first token
-with; no token of it can be older. Trained at version s its staleness is at most s - stamp, so its last chance is the
-batch of version stamp + max_staleness. Every undecided group keeps a place in a batch up to its last chance; for every
-capability and every version d:
+Places. A batch consists of `groups_per_step` places. Each place belongs to a capability, by the shares of the mixture
+(quotas.py). A group needs a free place to be admitted. If the group is dropped, its place becomes free for another
+group of the same capability. After a place has been refilled `refills` times and lost its group again, it is given to
+another capability. So a capability whose prompts teach nothing cannot hold up a batch for ever.
 
-    groups whose last chance is d or earlier  <=  places in the batches up to d
+The bound. A group is stamped at its admission with the oldest version that an engine may still sample with. No token
+of the group can be older than its stamp. So the last batch that may contain the group is that of version
+stamp + max_staleness: this is the group's last chance. To ensure that no group misses its last chance, the queue keeps
+this rule in the modes `pace` and `wait`, for every capability and every version d:
 
-Admission keeps that true, since only places up to the last chance are given out. What the batch that is trained at
-version v may be made of depends on the mode:
+    number of undecided groups whose last chance is d or earlier  <=  number of their places in the batches up to d
 
-    pace  a batch is closed only if the sentence above stays true for what is left; else it waits for a slow group
-          instead of being filled with later ones. Nothing is dropped for its age, and nothing slow is starved.
-    wait  a batch is always the oldest groups of each capability: the trainer waits for the slowest of them.
-    drop  a batch is whatever is ready, and admission asks for the trainer's version only: nobody waits for a slow
-          group or a slow engine, and groups past their last chance are `expired`, to be dropped.
+Admission keeps the rule because a group only gets a place in a batch up to its last chance.
 
-Spares. Where `max_staleness` is 0 nothing can be sampled ahead, and a batch that lost groups would wait for their
-refills. So spare groups without a place are sampled beside it, as many as the measured drop rate lets expect losses
-(and at most `over_provision` batches); a spare takes the place of a group that is dropped, and one that is not needed
-is `expired` when the batch is taken.
+Modes. A place is counted, but not tied to one group: any ready group of the capability can fill it. The mode decides
+which groups fill a batch:
 
-After a crash, groups that are still there are adopted: each takes a place again that is early enough, or is told that
-there is none.
+    pace  The oldest ready groups, if the rule above still holds for the groups that are left. Otherwise the batch
+          waits for a slow group. No group is dropped for its age.
+    wait  The oldest groups, ready or not. The trainer waits for the slowest of them.
+    drop  The oldest ready groups, always. The trainer never waits for a slow group, and admission does not wait for a
+          slow engine. Groups past their last chance are `expired`, and the controller drops them.
+
+Example. `groups_per_step` is 2, `max_staleness` is 1, and there is one capability. Trainer and engines have version 0.
+The batches of versions 0 and 1 have 4 places, so groups 0, 1, 2 and 3 are admitted. Their stamp is 0, and their last
+chance is the batch of version 1. Groups 1 and 3 are ready first.
+
+    Batch 0:  In `pace` and `drop` it is groups 1 and 3. Groups 0 and 2 still fit into batch 1.
+              In `wait` it is groups 0 and 1, and the trainer waits for group 0.
+    Then, in `pace` and `drop`, trainer and engines take version 1, and the 2 places of batch 2 may be given out. Groups
+    4 and 5 are admitted with stamp 1, so their last chance is batch 2. They are ready before groups 0 and 2.
+    Batch 1:  In `pace` it waits for groups 0 and 2, since this is their last chance.
+              In `drop` it is groups 4 and 5. Groups 0 and 2 expire.
+
+Spares. If `max_staleness` is 0, no group can be sampled ahead, and a batch that loses groups would have to wait until
+their places are refilled. So the queue also admits spares, which are groups without a place. Their number is the
+number of drops to expect by the measured drop rate, and at most `over_provision` batches. A spare takes the place of a
+dropped group of its capability. A spare that was not needed is `expired` once the batch is taken.
+
+After a crash, undecided groups from before it are adopted: a group gets a place in a batch up to its last chance, or
+the caller is told that there is none.
 """
 
 import math
@@ -48,7 +65,7 @@ Mode = Literal["pace", "wait", "drop"]
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A place that is waiting for a group: whose it is, and how often it has been refilled."""
+    """A place of a batch, the capability that it belongs to, and how often it has been refilled."""
 
     capability: str
     refills: int = 0
@@ -56,18 +73,20 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _Undecided:
+    """A group that is neither trained on nor dropped. Its stamp and place are explained at the top of this file."""
+
     stamp: int
-    place: _Place | None  # None: a spare
+    place: _Place | None  # None for a spare
     capability: str
     is_ready: bool = False
 
 
 class StalenessQueue:
-    """Admits groups, takes their results, and forms batches of `groups_per_step` in dispatch order.
+    """Admits groups, is told what became of them, and forms batches of `groups_per_step` groups.
 
-    shares: of each capability, 1 in all. refills: how often a place is refilled before another capability takes it.
-    version: at which the first batch will be trained. first_order: the dispatch order of the next new group.
-    over_provision: spare groups, in batches.
+    shares: the share of each capability; their sum is 1. refills: how often a place is refilled before it is given to
+    another capability. version: the version of the first batch. first_order: the dispatch order of the next new group.
+    over_provision: the largest number of spares, in batches.
     """
 
     def __init__(
@@ -90,11 +109,11 @@ class StalenessQueue:
         self._most_spares = 0 if max_staleness else int(over_provision * groups_per_step)
         self._spares_coming = places(shares)
         self._drop_rate = 0.0
-        self._decided: Counter[bool] = Counter()  # since the last batch: dropped, or not
-        self._version = version  # of the next batch
+        self._decided: Counter[bool] = Counter()  # groups since the last batch, by whether they were dropped
+        self._version = version  # the version of the next batch
         self._coming = places(shares, version * groups_per_step)
         self._num_given = version * groups_per_step
-        self._places: dict[int, Counter[str]] = {}  # of batches that are not trained yet
+        self._places: dict[int, Counter[str]] = {}  # by version, for each batch that is not taken yet
         self._free: list[_Place] = []
         self._lent: Counter[str] = Counter()
         self._undecided: dict[int, _Undecided] = {}
@@ -126,14 +145,14 @@ class StalenessQueue:
         return order in self._undecided
 
     def room(self, engine_version: int) -> int:
-        """How many groups may be admitted now; engine_version: the oldest that an engine may still sample with."""
+        """How many groups may be admitted now. engine_version: the oldest that an engine may still sample with."""
         return self._places_left(engine_version) or self._spares_left()
 
     def _places_left(self, engine_version: int) -> int:
         version = engine_version
         if self._mode == "drop":
             if engine_version + self._max_staleness < self._version:
-                return 0  # it would be too old at once
+                return 0  # the group would be past its last chance at once
             version = self._version
         return max(0, (version + self._max_staleness + 1) * self._batch - self._num_given + len(self._free))
 
@@ -146,13 +165,14 @@ class StalenessQueue:
 
     @property
     def num_spares(self) -> int:
-        """Groups without a place."""
+        """The number of spares, which are groups without a place."""
         return sum(item.place is None for item in self._undecided.values())
 
     def admit(self, engine_version: int, choose: Callable[[str], int | None] | None = None) -> tuple[int, str]:
-        """Take a place; returns the group's dispatch order and the capability that its prompt must have.
+        """Admit a group. Returns its dispatch order and the capability that its prompt must have.
 
-        choose: gives the order of a group of a capability that was admitted before a crash, if there is one.
+        The group becomes a spare if there is no place for it. choose: returns, for a capability, the order of a group
+        that was admitted before a crash and has no place yet, or None if there is none.
         """
         place = None
         if self._places_left(engine_version):
@@ -168,9 +188,9 @@ class StalenessQueue:
         return order, capability
 
     def adopt(self, order: int, capability: str, stamp: int, *, is_ready: bool) -> bool:
-        """Let a group from before a crash take a place again; False if no place is early enough for it.
+        """Give a place to a group from before a crash. Returns False if no place is early enough for it.
 
-        Groups are adopted before any is admitted, those with the lowest `stamp` first.
+        All groups are adopted before any is admitted, in the order of their stamps, oldest first.
         """
         last_chance = stamp + self._max_staleness
         end = (last_chance + 1) * self._batch
@@ -191,7 +211,7 @@ class StalenessQueue:
         return any(place.capability == capability for place in self._free)
 
     def _give_place(self) -> None:
-        """The next place of all batches is free from now on."""
+        """Make the next place free, in the order of the batches."""
         place = _Place(next(self._coming))
         self._places.setdefault(self._num_given // self._batch, Counter())[place.capability] += 1
         self._num_given += 1
@@ -205,7 +225,7 @@ class StalenessQueue:
         self._num_ready += not item.is_ready
 
     def drop(self, order: int) -> None:
-        """The group teaches nothing; its place goes to a spare of its capability, or is free."""
+        """Drop a group. A spare of its capability gets the place; without one the place becomes free."""
         dropped = self._undecided.pop(order)
         self._decided[True] += not dropped.is_ready
         self._num_ready -= dropped.is_ready
@@ -227,9 +247,10 @@ class StalenessQueue:
             self._free.append(_Place(self._lend(place.capability, others)))
 
     def _lend(self, capability: str, others: list[str]) -> str:
-        """Give a place of a capability to the one of the others that has had the least of such places.
+        """Give a place of a capability to another one, and return its name.
 
-        It is the capability's last place: earlier ones may be needed by groups of it that are in flight.
+        It is the one that is furthest behind its share of all places that were given away so far. The place is the
+        capability's latest, because groups of the capability that are in flight may need the earlier ones.
         """
         total = self._lent.total() + 1
         heir = max(others, key=lambda name: (self._shares[name] * total - self._lent[name], name))
@@ -243,9 +264,10 @@ class StalenessQueue:
         self._places[last][heir] += 1
 
     def take(self, version: int) -> list[int] | None:
-        """The next batch, to be trained at `version`, in dispatch order; None while it is not complete."""
+        """The groups of the batch of `version`, in dispatch order; None if the batch cannot be formed yet."""
         wanted = self._places.get(version, Counter())
-        if wanted.total() < self._batch or self._num_ready < self._batch:  # asked at every change: first what is cheap
+        # The controller asks after every change, so the cheap test comes first.
+        if wanted.total() < self._batch or self._num_ready < self._batch:
             return None
         batch: list[int] = []
         for capability, count in wanted.items():
@@ -274,11 +296,11 @@ class StalenessQueue:
         return sorted(batch)
 
     def expired(self) -> list[int]:
-        """Groups that are too old for every batch to come: spares, and in mode `drop` any."""
+        """Groups past their last chance. These are spares, and in mode `drop` any groups."""
         return [order for order, item in self._undecided.items() if item.stamp + self._max_staleness < self._version]
 
     def _fit(self, capability: str, last_chances: list[int], version: int) -> bool:
-        """True if all groups that are left find a place in the batches after `version`, up to their last chances."""
+        """Whether groups with these last chances all find a place in time in the batches after `version`."""
         room, num_due = 0, Counter(last_chances)
         for last_chance in range(version, version + self._max_staleness):
             if last_chance > version:
