@@ -158,7 +158,7 @@ def test_a_group_from_its_admission_to_the_step_that_trains_it(bench):
 def test_replies_that_have_begun_outlive_a_crash(bench):
     admission = bench.book.admit(0)
     begun = Reply((Segment((5, 6), True, (-0.5, -0.5), (VersionSpan(0, 0, 2),)),), "", FinishReason.RUNNING)
-    bench.book.begun(bench.flight(admission, [begun, UNBEGUN]))
+    bench.book.sampled_so_far(bench.flight(admission, [begun, UNBEGUN]))
     bench.ledger.flush_now()
     (survivor,) = survivors(bench.ledger, bench.source, 0)
     assert survivor.replies == (begun, UNBEGUN)
@@ -252,7 +252,7 @@ def test_after_a_crash_every_group_goes_on_from_where_it_stood(tmp_path):
     before.book.generated(before.sampled(scoring))
     sampling = before.book.admit(0)
     begun = Reply((Segment((5, 6), True, (-0.5, -0.5), (VersionSpan(0, 0, 2),)),), "", FinishReason.RUNNING)
-    before.book.begun(before.flight(sampling, [begun, UNBEGUN]))
+    before.book.sampled_so_far(before.flight(sampling, [begun, UNBEGUN]))
     unbegun = before.book.admit(0)
     before.ledger.flush_now()
     before.ledger.close()

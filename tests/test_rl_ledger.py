@@ -126,7 +126,7 @@ def test_after_a_crash_every_group_is_where_it_was_and_undone_steps_are_scored_a
     ledger = Ledger(tmp_path / SNAPSHOT)
     for order, state in enumerate(["trained", "trained", "scored", "dropped", "generated", "reserved", "trained"]):
         walk(ledger, order, state, step=0 if order < 2 else 1, versions=((0, 4),) if order != 6 else ((0, 2), (2, 2)))
-    ledger.begun(5, [reply((0, 2), (1, 3), finish=""), UNBEGUN])
+    ledger.sampled_so_far(5, [reply((0, 2), (1, 3), finish=""), UNBEGUN])
     asyncio.run(ledger.commit(Commit(1, "checkpoints/step_1", "hash"), 0))
     ledger.dropped(4, "never written")  # a SIGKILL comes before the next flush
     crashed = Ledger(tmp_path / SNAPSHOT)

@@ -110,7 +110,7 @@ class _Batch:
 
     logged: list[tuple[Any, ...]]
     pending: list[tuple[str, Sequence[Any]]]
-    begun: dict[int, Sequence[Reply]]
+    sampled_so_far: dict[int, Sequence[Reply]]
 
 
 class Ledger:
@@ -141,7 +141,7 @@ class Ledger:
         ] = []  # rows of the log, apart because they are half of all writes and go in one call
         self._batches: deque[_Batch] = deque()
         # The latest replies of groups in flight. They are written at a flush if the group is still in flight then.
-        self._begun: dict[int, Sequence[Reply]] = {}
+        self._sampled_so_far: dict[int, Sequence[Reply]] = {}
 
     def _check_format(self) -> None:
         """Raise CheckpointError for a ledger that another version of this package wrote."""
@@ -167,13 +167,13 @@ class Ledger:
         )
         self._log(LedgerEvent.RESERVED, order, stamp)
 
-    def begun(self, order: int, replies: Sequence[Reply]) -> None:
-        """Note the replies of a group as far as they are sampled."""
-        self._begun[order] = replies
+    def sampled_so_far(self, order: int, replies: Sequence[Reply]) -> None:
+        """Note the replies of a group as far as they are sampled. Later replies of the same group replace them."""
+        self._sampled_so_far[order] = replies
 
     def generated(self, order: int, replies: Sequence[Reply]) -> None:
         """Note that all replies of a group are sampled."""
-        self._begun.pop(order, None)
+        self._sampled_so_far.pop(order, None)
         spans = [span for reply in replies for segment in reply.segments for span in segment.versions]
         oldest, newest = min(span.policy_version for span in spans), max(span.policy_version for span in spans)
         tokens = sum(reply.num_sampled for reply in replies)
@@ -192,7 +192,7 @@ class Ledger:
 
     def dropped(self, order: int, reason: str) -> None:
         """Note that a group will never be trained on, and why."""
-        self._begun.pop(order, None)
+        self._sampled_so_far.pop(order, None)
         self._write("UPDATE groups SET state = 'dropped', reason = ? WHERE id = ?", (reason, order))
         self._log(LedgerEvent.DROPPED, order, reason)
 
@@ -339,9 +339,9 @@ class Ledger:
 
         It is called in the thread that collects, so that no change can come in between.
         """
-        if self._pending or self._begun or self._logged:
-            self._batches.append(_Batch(self._logged, self._pending, self._begun))
-            self._logged, self._pending, self._begun = [], [], {}
+        if self._pending or self._sampled_so_far or self._logged:
+            self._batches.append(_Batch(self._logged, self._pending, self._sampled_so_far))
+            self._logged, self._pending, self._sampled_so_far = [], [], {}
             return True
         return False
 
@@ -355,7 +355,7 @@ class Ledger:
                     self._connection.executemany("INSERT INTO log VALUES (?,?,?,?,?)", batch.logged)
                     for sql, values in batch.pending:
                         execute(sql, [value() if callable(value) else value for value in values])
-                    for order, replies in batch.begun.items():
+                    for order, replies in batch.sampled_so_far.items():
                         execute(
                             "INSERT OR REPLACE INTO replies (id, data) SELECT id, ? FROM groups WHERE id = ? AND "
                             "state = 'reserved'",

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written beside the generation, and the commit that makes one count."""
+"""Write checkpoints of a run while engines sample, and commit each of them in the ledger."""
 
 import asyncio
 import shutil
@@ -11,7 +11,7 @@ from posttrain.rl.training.client import TrainerClient
 
 
 class Checkpoints:
-    """Those of the stage in `folder`, one every `every` versions up to `steps`, the version of the last step."""
+    """The checkpoints of the stage in `folder`: one every `every` policy versions, and one at the last, `steps`."""
 
     def __init__(self, folder: Path, ledger: Ledger, trainer: TrainerClient, *, every: int, steps: int):
         self._folder = folder
@@ -21,13 +21,14 @@ class Checkpoints:
         self._steps = steps
 
     def is_due(self, version: int) -> bool:
-        """Whether this version is to be kept. The last is: a larger `steps` goes on from there."""
+        """Whether this version gets a checkpoint. The last one does, so that a larger `steps` can continue from it."""
         return version % self._every == 0 or version == self._steps
 
     async def write(self, version: int, state: dict[str, Any], *, archived_seq: int) -> None:
-        """Write a checkpoint and commit it: from that transaction on it counts, and the one before it is removed.
+        """Write a checkpoint, commit it in the ledger, and then remove the older ones.
 
-        state: of the controller, as JSON. archived_seq: see `Ledger.commit`.
+        A run that is killed before the commit resumes from the checkpoint before. state: that of the controller, as
+        JSON. archived_seq: see `Ledger.commit`.
         """
         folder = self._folder / CHECKPOINTS / f"step_{version}"
         folder.parent.mkdir(exist_ok=True)

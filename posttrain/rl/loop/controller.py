@@ -1,27 +1,27 @@
-"""The controller of asynchronous RL: one small asyncio process that moves records and waits in one place.
+"""The controller of asynchronous RL: asyncio loops that move records between engines, reward actor and trainer.
 
     prompts ──► dispatch ──► engines (vLLM actors) ──► [judge] ──► reward actor ──► [reference] ──► group
                    ▲                                                     │ zero advantage, unscored: dropped,
                    │ room in the queue                                   │ its place free at once
                    └──────────────── StalenessQueue ◄────────────────────┘
-                                          │ a whole batch, in dispatch order; the trainer waits here only
+                                          │ a whole batch, in dispatch order; the trainer waits only here
                                           ▼
                      engines ◄── weights v+1 ── trainer (its own ranks): step ──► metrics, checkpoint, commit
 
-Judge and reference are models of their own, where the config names them: on engines, and in a process.
+Parts in brackets are optional. The judge runs on engines or behind an endpoint, the reference in a process of its own.
 
-Everything runs in one TaskGroup, whose first failure ends the rest:
+All loops run in one TaskGroup, so the first failure ends all of them:
 
     workers.run        feeds the engines, fetches what they sampled, replaces those that are lost
     _dispatch_groups   admits groups whenever there is room
     _begin_scoring     starts a task for each sampled group: rewards, advantages, whether it is trained on
     _train             takes a batch, has the trainer make a step, sends the new weights; the only loop that waits for
                        generation
-    _update            one task for each version: the engines take it between two of their steps, with requests in
-                       flight, while the trainer makes its next step
-    _keep_ledger       writes to the disk what the ledger was told
+    _update            is one task for each new version. An engine loads it between two of its own steps, while its
+                       requests are in flight and the trainer makes the next step
+    _keep_ledger       writes the changes of the ledger to the disk
 
-The loops meet in the `GroupBook`, where every group changes its state.
+The loops share the `GroupBook`, which is the only place where the state of a group changes.
 """
 
 import asyncio
@@ -61,15 +61,15 @@ from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.workers import RolloutWorkers
 
-FLUSH_S = 0.05  # what a SIGKILL may take from the ledger
+FLUSH_S = 0.05  # pause between two writes of the ledger: a SIGKILL loses the changes since the last one
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a controller moves records between.
+    """The actors and stores that the controller works with.
 
-    shares: of each capability in every batch. stop_ids: token ids that end a reply. heldout:
-    prompts of `evaluation`. profile: of the prompts.
+    shares: the share of each capability in a batch. stop_ids: token ids that end a reply. heldout: the prompts of
+    `evaluation`. profile: the measured pass rates of the prompts.
     """
 
     engines: Engines
@@ -86,13 +86,14 @@ class Parts:
 
 
 class _LastStepDone(Exception):
-    """Ends the TaskGroup: what the other loops still do is not needed."""
+    """Ends the TaskGroup after the last step. The other loops have no end of their own."""
 
 
 class Controller:
-    """Runs `steps` optimizer steps. The engines hold version `first_step`, whose weights are `manifest`.
+    """Runs optimizer steps `first_step` to `steps` - 1.
 
-    survivors: groups of before a crash, the oldest stamp first.
+    At the start the engines have policy version `first_step`, whose weights are `manifest`. survivors: groups from
+    before a crash, the oldest stamp first.
     """
 
     def __init__(
@@ -108,18 +109,18 @@ class Controller:
         self._config = config
         self._context = context
         self._parts = parts
-        self._next_version = first_step  # at which the next batch will be trained
+        self._next_version = first_step  # the version at which the next batch will be trained on
         self._survivors = survivors
         self._changed = asyncio.Event()
         self._tasks: asyncio.TaskGroup
-        self._unscored: asyncio.Queue[Group | Flight] = asyncio.Queue()  # sampled groups, and flights of the side work
+        self._unscored: asyncio.Queue[Group | Flight] = asyncio.Queue()  # also flights of side work
         self._update: asyncio.Task[None] | None = None
         self._workers = RolloutWorkers(
             context,
             parts.engines,
             deadline_s=config.engine.deadline_s,
             finished=self._sampled,
-            begun=self._begun,
+            begun=self._sampled_so_far,
             calls=partial(update_calls, config),
             manifest=manifest,
             version=first_step,
@@ -162,7 +163,7 @@ class Controller:
         )
 
     async def run(self) -> None:
-        """Train to the last step. Raises the first failure of a loop, as it is."""
+        """Train to the last step. If a loop fails, its exception is raised; of several failures, the first."""
         await self._scorer.start()
         with rare_collections():
             try:
@@ -173,7 +174,7 @@ class Controller:
                 await self._parts.ledger.flush()
 
     def finish(self) -> None:
-        """Drop the groups that are not decided yet; called once, after the last step."""
+        """Drop the groups that are still undecided. It is called once, after the last step."""
         self._book.finish()
 
     async def _run_loops(self) -> None:
@@ -187,7 +188,7 @@ class Controller:
                 self._tasks.create_task(self._dispatch_groups())
                 self._tasks.create_task(self._train())
         except BaseExceptionGroup as failures:
-            failure = failures.exceptions[0]  # those after it may be its consequences
+            failure = failures.exceptions[0]  # the others may be its consequences
         if failure is not None and not isinstance(failure, _LastStepDone):
             raise failure
 
@@ -197,7 +198,7 @@ class Controller:
             await asyncio.sleep(FLUSH_S)
 
     def _something_changed(self) -> None:
-        """Wake the loops that wait: there may be room, or a whole batch."""
+        """Wake the loops that wait for room in the queue or for a complete batch."""
         self._changed.set()
         self._changed.clear()
 
@@ -217,7 +218,10 @@ class Controller:
             await self._changed.wait()
 
     def _dispatch(self) -> None:
-        """Admit as many groups as there is room for; a deterministic run in waves, one when the last is decided."""
+        """Admit as many groups as there is room for.
+
+        A deterministic run admits them in waves: the next one begins when no group of the last one is in flight.
+        """
         if self._config.deterministic and self._book.num_in_flight:
             return
         self._side.dispatch(self._next_version)
@@ -240,9 +244,9 @@ class Controller:
         self._parts.ledger.event(LedgerEvent.ENGINE_REPLACED, [worker, reason])
         self._something_changed()
 
-    def _begun(self, flight: Flight) -> None:
+    def _sampled_so_far(self, flight: Flight) -> None:
         if flight.order >= 0:
-            self._book.begun(flight)
+            self._book.sampled_so_far(flight)
 
     def _sampled(self, flight: Flight) -> None:
         self._unscored.put_nowait(self._book.generated(flight) if flight.order >= 0 else flight)
@@ -250,7 +254,11 @@ class Controller:
     # ------------------------------------------------------------------ scoring
 
     async def _begin_scoring(self) -> None:
-        """A loop of its own, since a rollout may still end when the TaskGroup has failed and starts no more tasks."""
+        """Start a task for each sampled group.
+
+        This is a loop, not a call in `_sampled`: a rollout may still end after the TaskGroup has failed, and then the
+        group refuses new tasks.
+        """
         while True:
             sampled = await self._unscored.get()
             work = self._take_beside(sampled) if isinstance(sampled, Flight) else self._score(sampled)
@@ -280,7 +288,7 @@ class Controller:
         raise _LastStepDone
 
     async def _next_batch(self) -> Batch:
-        """The one place where training waits for generation."""
+        """Wait for the next batch. Training waits for generation only here."""
         while True:
             if (batch := self._book.take(self._next_version)) is not None:
                 return batch
@@ -295,15 +303,16 @@ class Controller:
         self._check_staleness(groups, step)
         self._next_version = step + 1
         self._book.drop_expired(self._workers.cancel)
-        self._something_changed()  # the batch's places are free: generation goes on beside the step
+        # The batch has left the queue, so there is room for new groups while the trainer makes the step.
+        self._something_changed()
         samples = train_samples(groups, step)
         result = await self._parts.trainer.async_step(samples, step)
         self._context.busy("trainer", "train", start=result.began, end=result.ended)
         await keep_evidence(
             self._config, self._context.dir, self._parts.trainer, samples=samples, nonfinite=result.nonfinite
         )
-        # Two segments of memory are written in turn, so the engines must have taken the last version before the next
-        # is written.
+        # The trainer writes weights to two segments of memory in turn. So all engines must have taken one version
+        # before the trainer writes the version after the next.
         await self._finish_update()
         self._update = self._tasks.create_task(self._workers.update(manifest_of(result), step + 1))
         self._book.trained(groups, step)

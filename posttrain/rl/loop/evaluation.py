@@ -1,7 +1,7 @@
-"""What is asked of the policy in an evaluation beside the training, and what is written of its replies.
+"""The prompts and requests of an evaluation beside the training, and the accuracies of its replies.
 
-One line of evaluations.jsonl is one evaluation, of exactly one policy version. Left out: when, and by which engine
-(side.py).
+Each line of evaluations.jsonl is one evaluation, of exactly one policy version. Left out: the choice of the engine, and
+the sampling (side.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ FILE = "evaluations.jsonl"
 
 
 def heldout_rows(config: RlConfig, context: StageContext | None = None) -> list[Row]:
-    """The rows that are evaluated on, none without `evaluation`. Raises UserError for data that does not fit."""
+    """The rows of `evaluation`; none if the config has no such section. Raises UserError for rows that do not fit."""
     if config.evaluation is None:
         return []
     rows = load_rows(config.evaluation.data, kind="prompt", stage="rl", context=context)
@@ -38,7 +38,7 @@ def heldout_rows(config: RlConfig, context: StageContext | None = None) -> list[
 def heldout_prompts(
     config: RlConfig, rows: Sequence[Row], render: Callable[[Sequence[Message]], Sequence[int]]
 ) -> list[DrawnPrompt]:
-    """The rows as prompts, without a sampled system instruction; one that leaves no room for a reply is an error."""
+    """The rows as prompts, without a sampled system instruction. Raises DataError if one leaves no room for a reply."""
     prompts = [DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))) for row in rows]
     check_room(prompts, render, max_tokens=config.sampling.max_tokens, max_model_len=config.engine.max_model_len)
     return prompts
@@ -59,17 +59,17 @@ def evaluation_request(
 
 
 def is_due(asked: EvaluationConfig, version: int, last: int | None) -> bool:
-    """Whether an evaluation begins with `version`; last: the version of the one before, None if there was none.
+    """Whether to evaluate `version`. last: the version of the evaluation before, None if there was none.
 
-    A turn that passes while another evaluation is running is made up for when that is done.
+    If an evaluation becomes due while another one is running, it begins when that one has ended.
     """
     return last is None or version // asked.every > last // asked.every
 
 
 def last_evaluated(folder: Path, version: int) -> int | None:
-    """The version of the last evaluation, of those up to `version`: later ones are of steps that were undone.
+    """The version of the last evaluation up to `version`, None if there is none.
 
-    Takes the lines of the latter out of the file.
+    Lines of later versions are removed from the file: a crash has undone their steps.
     """
     path = folder / FILE
     keep_lines(path, lambda line: line["policy_version"] <= version)
@@ -77,12 +77,14 @@ def last_evaluated(folder: Path, version: int) -> int | None:
 
 
 def accuracies(groups: Sequence[ScoredGroup], *, samples: int, threshold: float) -> dict[str, dict[str, Any]]:
-    """For each capability in order of name, and "all": n (prompts with a scored reply), accuracy, ci95, unscored.
+    """The accuracy on each capability, in order of name, and on "all" prompts.
 
-    samples: replies to each prompt. threshold: the least reward of a right reply.
+    samples: replies to each prompt. threshold: the least reward of a right reply. The entry of a capability has
 
-    accuracy: mean over prompts of the share of scored replies that are right. ci95: Wilson's interval for one reply a
-    prompt, else by resampling prompts. unscored: number of replies.
+    n          the number of prompts with a scored reply
+    accuracy   the share of scored replies that are right, averaged over prompts; None if n is 0
+    ci95       its interval: Wilson's for one reply to each prompt, otherwise a bootstrap over prompts
+    unscored   the number of replies without a score
     """
     names = sorted({scored.group.prompt.row.capability for scored in groups})
     parts: Mapping[str, Sequence[ScoredGroup]] = {

@@ -1,12 +1,10 @@
-"""Run Python's cyclic garbage collector rarely while RL runs: scanning its many records over and over is wasted
-time.
-"""
+"""Run Python's cyclic garbage collector rarely during RL, because its scans of the many records find nothing."""
 
 import contextlib
 import gc
 from collections.abc import Iterator
 
-ALLOCATIONS = 100_000  # the collector scans the youngest objects when so many more were made than freed
+ALLOCATIONS = 100_000  # the youngest objects are scanned when this many more were made than freed
 
 
 @contextlib.contextmanager

@@ -1,15 +1,22 @@
-"""Where every group stands. The one object in which a group changes its state.
+"""The state of every group. The `GroupBook` is the only object that changes it.
 
-    admit ──► begun ──► generated ──► scored ──► take ──► trained
-      │                     │            │
-      └─────────────────────┴────────────┴─────► dropped: it teaches nothing, is too old, or is not needed
+    admit ──► sampled_so_far ──► generated ──► scored ──► take ──► trained
+      │                              │            │
+      └──────────────────────────────┴────────────┴─────► dropped: it teaches nothing, is too old, or is not needed
 
-What is known of a group lies in several places, each with a purpose of its own: the queue knows which batch the group
-may become part of, the ledger what a crash must not lose, the archive every rollout that was decided, the tally the
-metrics of the step, the curriculum what is believed of the prompt, and the alarm how many rollouts had no score. Each
-method here is one transition, and it tells all of them. Nothing else in the package may change a group's state.
+Six objects keep something about a group, each for its own purpose:
 
-A transition that cannot follow the group's state raises StageError: it would train a group twice, or lose one.
+    queue        which batch the group may become part of
+    ledger       what a crash must not lose
+    archive      every rollout of a scored group that was trained on or dropped
+    tally        the metrics of the step
+    curriculum   the belief about the pass rate of the prompt
+    alarm        how many rollouts had no score
+
+Each method of the book is one transition, and it informs all of them. So they cannot come to disagree.
+
+A transition that is not allowed in the state of the group raises StageError, because it would train on a group twice,
+or lose one.
 """
 
 import time
@@ -44,9 +51,10 @@ from posttrain.sampling.rollouts import Reply
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A group that has a place in a batch and is now to be sampled.
+    """A group that was admitted by the queue and is to be sampled now.
 
-    stamp: the oldest policy version that may sample for it. recorded: what a run before had of each rollout, or ().
+    stamp: the oldest policy version that may sample for it. recorded: the replies as far as they were sampled before a
+    crash, or ().
     """
 
     order: int
@@ -57,7 +65,7 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The groups of one optimizer step, in dispatch order. ready_since: Unix times since which they waited."""
+    """The groups of one optimizer step, in dispatch order. ready_since: the Unix time at which each was ready."""
 
     groups: list[ScoredGroup]
     ready_since: list[float]
@@ -65,19 +73,21 @@ class Batch:
 
 @dataclass(slots=True)
 class _Undecided:
-    """A group that is neither trained on nor dropped. group: once it is sampled. scored: once it is ready."""
+    """A group that is neither trained on nor dropped. group: None until it is sampled. scored: None until
+    it is ready.
+    """
 
     state: GroupState
     group: Group | None = None
     scored: ScoredGroup | None = None
     ready_since: float = 0.0
-    is_taken: bool = False  # it is part of the step that is being trained
+    is_taken: bool = False  # whether it is part of the batch that is being trained on
 
 
 class GroupBook:
     """Holds the undecided groups of a run whose next batch is trained at policy version `version`.
 
-    queue, ledger, archive, tally and source are told of every transition, and nobody else may tell them of one.
+    The book informs queue, ledger, archive, tally and source of every transition. No other code may do so.
     """
 
     def __init__(
@@ -99,13 +109,13 @@ class GroupBook:
         self._archive = archive
         self._tally = tally
         self._source = source
-        self._version = version  # at which the next batch will be trained
+        self._version = version  # the version at which the next batch will be trained on
         self._alarm = UnscoredAlarm(config.reward.alarm_fraction, config.groups_per_step)
         self._idle_limit = config.stop_after_idle_steps * config.groups_per_step
         self._too_old = DropReason.STALE if config.staleness == "drop" else DropReason.SURPLUS
         self._undecided: dict[int, _Undecided] = {}
         self._too_old_for_scores: set[int] = set()  # groups that became too old while they were scored
-        self._returning: dict[int, Entry] = {}  # groups of before a crash that are sampled again once there is room
+        self._returning: dict[int, Entry] = {}  # groups from before a crash that wait for a place, to be sampled again
         self._dropped_in_a_row = 0
         self._archived_seq = 0
 
@@ -118,15 +128,15 @@ class GroupBook:
 
     @property
     def archived_seq(self) -> int:
-        """The ledger's transition up to which every dropped group is in the archive."""
+        """The number of the ledger's transition up to which every dropped group is in the archive."""
         return self._archived_seq
 
     def room(self, oldest_version: int) -> int:
-        """How many groups may be admitted now. oldest_version: that a worker may still sample with."""
+        """How many groups may be admitted now. oldest_version: the oldest that a worker may still sample with."""
         return self._queue.room(oldest_version)
 
     def figures(self) -> dict[str, int]:
-        """How many groups wait to be trained on and are in flight, and how many places went to another capability."""
+        """For the metrics of a step: groups that are ready, groups in flight, places given to another capability."""
         return {
             "queue_groups": self._queue.num_ready,
             "in_flight_groups": self._queue.num_in_flight,
@@ -140,7 +150,7 @@ class GroupBook:
     # ------------------------------------------------------------------ from admission to scores
 
     def admit(self, stamp: int) -> Admission:
-        """Give the next place to a group that a crash left without one, or to a new one of the place's capability."""
+        """Admit a group from before a crash that waits for a place, or a new group if there is none that fits."""
         new = self._queue.next_order
         order, capability = self._queue.admit(stamp, self._first_returning if self._returning else None)
         if order == new:
@@ -164,10 +174,11 @@ class GroupBook:
         return next((order for order, entry in self._returning.items() if entry.capability == capability), None)
 
     def adopt(self, survivor: Survivor) -> Admission | Group | None:
-        """Let a group of before a crash go on from where it stood; survivors come with the oldest stamp first.
+        """Continue with a group from before a crash. Call it for the oldest stamp first.
 
-        Returns what is left to do: its rest is to be sampled, or it is to be scored. That is None for a group that has
-        its scores, and for one that has no place early enough, which is admitted again once there is room.
+        Returns the work that is left: an Admission if replies are to be sampled, a Group if it is to be scored, or
+        None. It is None for a group that has its scores, which is ready or dropped. It is also None for a group that
+        gets no place early enough, or has no replies: a later `admit` has it sampled again.
         """
         entry, scored = survivor.entry, survivor.scored
         order = entry.id
@@ -189,13 +200,13 @@ class GroupBook:
         prompt = self._source.prompt(entry.prompt_id, entry.system)
         return Admission(order, survivor.stamp, prompt, survivor.replies)
 
-    def begun(self, flight: Flight) -> None:
-        """More of a group's replies is there, which a crash should not lose."""
+    def sampled_so_far(self, flight: Flight) -> None:
+        """Record the replies of a group as far as they are sampled, so that a crash does not lose them."""
         self._in_state(flight.order, GroupState.RESERVED, "be sampled")
-        self._ledger.begun(flight.order, flight.replies)
+        self._ledger.sampled_so_far(flight.order, flight.replies)
 
     def generated(self, flight: Flight) -> Group:
-        """All replies of a group are there. Returns the group, which is to be scored."""
+        """Record that all replies of a group are sampled. Returns the group, which is to be scored."""
         undecided = self._in_state(flight.order, GroupState.RESERVED, "be sampled")
         self._ledger.generated(flight.order, flight.replies)
         group = group_of_flight(flight)
@@ -203,10 +214,10 @@ class GroupBook:
         return group
 
     def scored(self, scored: ScoredGroup, reason: Drop | None) -> None:
-        """A group has its rewards, and for the trainer its reference log-probabilities. reason: `drop_reason` of it.
+        """Record the rewards of a group. It becomes ready, or is dropped if there is a `reason` (see `drop_reason`).
 
-        A group that became too old while it was scored stays dropped. Raises StageError where so many groups in a row
-        taught nothing that there is no point in going on.
+        A group that became too old while it was scored stays dropped. Raises StageError if as many groups in a row were
+        dropped as `stop_after_idle_steps` steps would need.
         """
         order = scored.group.order
         if order in self._too_old_for_scores:
@@ -233,7 +244,7 @@ class GroupBook:
     def drop_expired(self, stop_sampling: Callable[[int], Flight | None]) -> None:
         """Drop spare groups that were not needed and, in mode `drop`, groups too old for every batch to come.
 
-        stop_sampling: has the workers cancel a group, and returns what there was of it.
+        stop_sampling: cancels a group at the workers, and returns its flight with the replies so far.
         """
         for order in self._queue.expired():
             undecided = self._undecided[order]
@@ -249,7 +260,7 @@ class GroupBook:
                 self._tally.expired(self._too_old, flight.prompt.row.id, lengths)
 
     def finish(self) -> None:
-        """Training has ended: drop every group that is not decided. The ledger must have been written to the disk."""
+        """Drop every undecided group after the last step. Before, the ledger must have been written to the disk."""
         for entry in self._ledger.entries(UNDECIDED):
             undecided = self._undecided.pop(entry.id, None)
             self._record_drop(entry.id, DropReason.FINISHED, undecided.scored if undecided is not None else None)
@@ -257,7 +268,7 @@ class GroupBook:
         self._ledger.event(LedgerEvent.FINISHED, self._version)
 
     def _drop(self, order: int, reason: Drop | DropReason, scored: ScoredGroup | None) -> None:
-        """Drop a group that has a place in the queue. scored: its rewards, where it has them."""
+        """Drop a group that is in the queue. scored: the group with its rewards, if it has them."""
         del self._undecided[order]
         self._queue.drop(order)
         self._record_drop(order, reason, scored)
@@ -281,7 +292,7 @@ class GroupBook:
     # ------------------------------------------------------------------ groups that are trained on
 
     def take(self, version: int) -> Batch | None:
-        """The batch to be trained at `version`, or None while it is not complete."""
+        """The batch to be trained on at `version`, or None if it is not complete yet."""
         orders = self._queue.take(version)
         if orders is None:
             return None
@@ -290,14 +301,14 @@ class GroupBook:
         ready_since: list[float] = []
         for order in orders:
             undecided = self._in_state(order, GroupState.SCORED, "be part of a batch")
-            assert undecided.scored is not None  # the queue gives out none that is not ready
+            assert undecided.scored is not None  # the queue only puts ready groups into a batch
             undecided.is_taken = True
             groups.append(undecided.scored)
             ready_since.append(undecided.ready_since)
         return Batch(groups, ready_since)
 
     def trained(self, groups: Sequence[ScoredGroup], step: int) -> None:
-        """Optimizer step `step` was made of these groups, with the advantages that they have here."""
+        """Record that optimizer step `step` trained on these groups, with the advantages that they have here."""
         for scored in groups:
             order = scored.group.order
             if not self._in_state(order, GroupState.SCORED, "be trained on").is_taken:
@@ -310,7 +321,7 @@ class GroupBook:
         self._archived_seq = self._ledger.seq
 
     def _in_state(self, order: int, state: GroupState, what: str) -> _Undecided:
-        """The group, which must be in a state. what: the transition, for the error."""
+        """Return the group. Raises StageError if it is not in `state`. what: the transition, for the message."""
         undecided = self._undecided.get(order)
         if undecided is None:
             found = self._ledger.state_of(order) or "not admitted"

@@ -1,7 +1,7 @@
-"""The start-up gate: the engines' log-probabilities must be the trainer's, or RL would train on a lie.
+"""The check before the first step that engines and trainer compute the same log-probabilities.
 
-The engines first take the trainer's own version-0 weights over the same road that every later update takes, so a fault
-of reloading shows here too, before a step is trained.
+If they did not, the importance ratios of every step would be wrong, and training would not show it. The engines first
+load the trainer's weights in the same way as in every later update. So the check also finds faults of that update.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ PROMPTS = 16
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Mean and largest absolute gap of log-probabilities over the sampled tokens."""
+    """The mean and the largest absolute difference of log-probabilities (in nats) over the sampled tokens."""
 
     mean_gap: float
     max_gap: float
@@ -37,7 +37,7 @@ class Parity:
 
 
 def allowed_gap(config: RlConfig) -> float:
-    """Largest mean gap that is rounding."""
+    """The largest mean difference that rounding can explain."""
     return config.parity_tolerance or TOLERANCE[config.model.dtype]
 
 
@@ -52,9 +52,10 @@ def check_engine_parity(
     manifest: Manifest,
     version: int,
 ) -> Parity:
-    """Compare on a few prompts, with the weights of `manifest`; raises `StageError` where the mean gap is too large.
+    """Compare engines and trainer on a few prompts. Returns the figures of the engine with the largest mean gap.
 
-    An engine that is lost meanwhile is replaced, and its replacement is compared.
+    All have the weights of `manifest`. Raises StageError if the mean gap of an engine is too large. An engine that is
+    lost during the check is replaced, and its replacement is compared.
     """
     asked = [(prompt, sample_request(config.sampling, prompt, 1, stop_ids=stop_ids)) for prompt in prompts[:PROMPTS]]
     sampled = asyncio.run(_sample(config, context, engines, asked=asked, manifest=manifest, version=version))
@@ -88,13 +89,13 @@ async def _sample(
     manifest: Manifest,
     version: int,
 ) -> dict[str, list[Rollout]]:
-    """Rollouts by the name of the engine that sampled them: at least one of each that is there in the end."""
+    """Rollouts by the name of the engine that sampled them. Every engine that is alive at the end has at least one."""
     found: dict[str, list[Rollout]] = {}
     calls = partial(update_calls, config)
     async with SampledGroups(context, engines, config.engine, calls=calls, version=version - 1) as sampled:
         names = await sampled.update(manifest, version)
         while not found.keys() >= set(names):
-            # The worker with the least to do is asked, so each gets its share.
+            # Each flight goes to the worker with the least work, so every worker gets some.
             flights = [
                 Flight(order, version, prompt, request=request)
                 for order, (prompt, request) in enumerate(list(asked) * len(names))

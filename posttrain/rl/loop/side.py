@@ -1,18 +1,17 @@
-"""Sampling beside the training, on the same engines: probes of the refilter, and evaluations. Nothing waits for it.
+"""Side work: probes of the refilter and evaluations, which are sampled beside the training on the same engines.
 
     refilter is due ───► probes ──────────────► any worker ─────► reward ──► curriculum
     evaluation is due ─► one worker is kept ──► its replies ────► reward ──► evaluations.jsonl
-                         at its version            └ all are there: it takes the newest version
+                         at its version            └ all are sampled: the worker takes the newest version
 
-Its replies have a low priority in the engines and take at most half of one engine's places, unless the training has
-nothing in flight. They are groups with an
-order below 0, which neither the staleness queue nor the ledger's groups nor the rollouts ever see. None of it survives
-the run: what is not finished is begun again when it is due again.
+Replies of side work have a low priority in the engines. They take at most half of the places of one engine, unless
+training has no group in flight. Their groups have a dispatch order below 0. They are not part of the staleness queue,
+of the ledger's groups or of the archive. A crash loses unfinished side work, which begins again when it is next due.
 
-An evaluation is of one policy version. The worker that is kept at it goes on with training's groups, so that their
-stamps, and with them the bound on staleness, are those of that version: an evaluation that lasts longer than
-`max_staleness` steps holds the training up, and never breaks the bound. If the worker is lost, the evaluation begins
-anew, with the newest version then.
+An evaluation has exactly one policy version, so one worker is kept at that version until all replies are sampled. The
+worker still samples groups of the training. While it is kept, new groups are stamped with its version, so the bound on
+staleness holds for them too. The price: an evaluation that lasts longer than `max_staleness` steps makes the training
+wait. If the worker is lost, the evaluation begins again with the newest version.
 """
 
 import random
@@ -38,14 +37,16 @@ from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.workers import RolloutWorkers, Worker
 
-LOW_PRIORITY = 1  # vLLM starts requests of a lower number first; training's replies have 0
+LOW_PRIORITY = 1  # vLLM starts requests with a lower number first; those of the training have 0
 
 
 @dataclass(eq=False)
 class Evaluation:
-    """One that is running, of the version that `worker` is kept at. Prompts are known by their number.
+    """A running evaluation of policy version `version`, at which `worker` is kept.
 
-    last: the version of the evaluation before it. tokens: with those of replies that were sampled again.
+    last: the version of the evaluation before. unsent: the numbers of the prompts that are still to be sent. tokens:
+    all sampled tokens, also those of replies that had to be sampled again. resampled: how often a prompt had to be
+    sampled again.
     """
 
     worker: Worker
@@ -61,7 +62,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """What a flight is for: a probe, or prompt `number` of an evaluation."""
+    """The purpose of a flight: prompt `number` of an evaluation, or a probe if `evaluation` is None."""
 
     replies: int
     evaluation: Evaluation | None = None
@@ -69,10 +70,10 @@ class _Sent:
 
 
 class SideWork:
-    """What is pending beside the training, what of it is sent now, and what is done with its results.
+    """Sends probes and evaluations when they are due, and takes their results.
 
-    version: at which training begins or goes on. heldout: the prompts of `evaluation`. stop_ids: token ids that end a
-    reply. told: hears of events for the ledger's log.
+    version: the policy version from which training starts or continues. heldout: the prompts of `evaluation`. stop_ids:
+    token ids that end a reply. told: is called with each event for the ledger's log.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class SideWork:
         self._refilter = Refilter(config.refilter) if config.refilter is not None else None
         self._refreshed = -1  # step of the last refresh
         self._probes: deque[str] = deque()
-        self._probed: set[str] = set()  # being sampled or scored
+        self._probed: set[str] = set()  # probes that are being sampled or scored
         self._evaluation: Evaluation | None = None
         self._evaluation_config = config.evaluation
         self._last_evaluated = last_evaluated(context.dir, version) if self._evaluation_config is not None else None
@@ -109,7 +110,7 @@ class SideWork:
         self._counts: Counter[str] = Counter()
 
     def dispatch(self, step: int) -> None:
-        """Send what there is room for. step: optimizer steps done."""
+        """Send as much side work as there is room for. step: the number of optimizer steps so far."""
         self._step = step
         self._begin_refresh(step)
         self._begin_evaluation()
@@ -117,20 +118,20 @@ class SideWork:
             self._workers.send(flight)
 
     def figures(self) -> dict[str, int]:
-        """What was sampled since the last call, for the metrics of a step; only of what is configured."""
+        """For the metrics of a step: counts since the last call, for the kinds of side work that are configured."""
         names = ["prompts_probed", "tokens_probed"] if self._config.refilter is not None else []
         names += ["tokens_evaluated"] if self._config.evaluation is not None else []
         counts, self._counts = self._counts, Counter()
         return {name: counts[name] for name in names}
 
     def stop(self) -> None:
-        """Training has ended: what is pending is left."""
+        """Abandon a running evaluation after the last step."""
         if (running := self._evaluation) is not None:
             running.worker.is_kept = False
             self._told(LedgerEvent.EVALUATION_ABANDONED, running.version)
 
     async def take(self, flight: Flight) -> None:
-        """A group of this side is sampled."""
+        """Take a sampled group of side work: score it, and pass the result on."""
         sent = self._sent.pop(flight.order)
         group = group_of_flight(flight)
         tokens = sum(rollout.num_sampled for rollout in group.rollouts)
@@ -144,7 +145,7 @@ class SideWork:
     # ------------------------------------------------------------------ what is sent
 
     def _next_flight(self) -> Flight | None:
-        """The next group, if there is one and its replies find a place."""
+        """The next group to send, or None if there is none or no room for its replies."""
         running = self._evaluation
         if (
             running is not None
@@ -160,7 +161,8 @@ class SideWork:
             )
             return self._flight(prompt, request, _Sent(request.n, running, number), version=running.version)
         if self._refilter is not None and self._probes and self._has_room(self._refilter.samples):
-            prompt = self._source.prompt(self._probes.popleft(), None)  # as the profile asks
+            # As in the profile, there is no sampled system instruction.
+            prompt = self._source.prompt(self._probes.popleft(), None)
             request = sample_request(self._config.sampling, prompt, self._refilter.samples, stop_ids=self._stop_ids)
             self._probed.add(prompt.row.id)
             return self._flight(prompt, request, _Sent(request.n), version=None)
@@ -181,7 +183,10 @@ class SideWork:
     # ------------------------------------------------------------------ probes
 
     def _begin_refresh(self, step: int) -> None:
-        """What the last refresh has not sent by now is forgotten: it may not be what least is known of any more."""
+        """Choose the prompts of a refresh if it is due.
+
+        Prompts that the last refresh chose but has not sent are forgotten, because more may be known of them by now.
+        """
         curriculum = self._source.curriculum
         if self._refilter is None or curriculum is None or step == self._refreshed or not self._refilter.due(step):
             return
@@ -208,7 +213,7 @@ class SideWork:
         if (running := self._evaluation) is not None:
             if running.worker.is_kept:
                 return
-            # Its worker is lost, and what it was to sample.
+            # The worker was lost, and its requests with it, so this evaluation ends without a result.
             self._evaluation, self._last_evaluated = None, running.last
             self._sent = {order: sent for order, sent in self._sent.items() if sent.evaluation is not running}
         worker = self._workers.newest()
@@ -221,7 +226,7 @@ class SideWork:
         self._told(LedgerEvent.EVALUATION_STARTED, [worker.name, version])
 
     async def _evaluated(self, running: Evaluation, number: int, group: Group, *, tokens: int) -> None:
-        """A prompt's replies are there; they count if all their tokens are of the one version."""
+        """Take the replies to a prompt. If any token is of another version, the prompt is sampled again."""
         running.tokens += tokens
         versions = {version for rollout in group.rollouts for version in rollout.versions}
         if versions != {running.version}:

@@ -1,4 +1,4 @@
-"""What happened from one optimizer step to the next, counted, and told as the metrics of the step."""
+"""Count what happened between two optimizer steps, and compute the metrics of a step from the counts."""
 
 import math
 import time
@@ -14,24 +14,25 @@ from posttrain.metrics.correctness import is_right
 from posttrain.records import FinishReason
 from posttrain.rl.records import Drop, DropReason, ScoredGroup, num_tokens
 
-# FINISHED has no step that could report it.
+# Groups are dropped as FINISHED after the last step, so no step could report them.
 REASONS = tuple(reason for reason in DropReason if reason is not DropReason.FINISHED)
 
-# Of every dropped group: the mean length of its replies, up to a power of two; its prompt's pass rate by the profile,
-# to the nearest quarter.
+# Names of the counters of dropped groups. One kind counts groups by the mean length of their replies, rounded up to a
+# power of two. The other counts them by the prompt's pass rate in the profile, rounded to a quarter.
 DROP_COUNTERS = ("dropped_length/", "dropped_pass_rate/")
 
 
 def sampled_before(folder: Path, profiled: int) -> int:
-    """Tokens sampled before the next step: by the last line of the stage's metrics, else `profiled`, the profile's."""
+    """How many tokens were sampled so far: by the last line of the metrics, or `profiled` if there is none yet."""
     lines = list(read_jsonl(folder / "metrics.jsonl"))
     return lines[-1]["tokens_sampled_total"] if lines else profiled
 
 
 class StepTally:
-    """Counts decided groups. logs: of each actor beside the trainer, by its name, from which its idle time is known.
+    """Counts the groups that were scored or dropped since the last step.
 
-    pass_rates: of the prompts, by the profile. threshold: the least reward of a right reply.
+    logs: the busy times of each actor other than the trainer, by its name; its idle time is computed from them.
+    pass_rates: those of the profile, by prompt. threshold: the least reward of a right reply.
     """
 
     def __init__(self, logs: Mapping[str, BusyLog], pass_rates: Mapping[str, float], threshold: float):
@@ -43,7 +44,7 @@ class StepTally:
         self._busy_s = {name: log.busy_s for name, log in logs.items()}  # the profile's, which is no step's
 
     def decided(self, scored: ScoredGroup, dropped: Drop | None) -> None:
-        """A group was sampled and scored; `dropped` says why it is not trained on, None that it is."""
+        """Count a group that was sampled and scored. dropped: why it is not trained on, None if it is."""
         rollouts, rewards, counts = scored.group.rollouts, scored.scored_rewards, self._counts
         lengths = [rollout.num_sampled for rollout in rollouts]
         counts["groups"] += 1
@@ -58,7 +59,7 @@ class StepTally:
             counts["too_easy" if is_right(fmean(rewards), self._threshold) else "too_hard"] += 1
 
     def expired(self, reason: DropReason, prompt_id: str, lengths: Sequence[int]) -> None:
-        """A group is too old, or not needed. lengths: sampled tokens of each of its replies by then."""
+        """Count a group that was dropped as too old or not needed. lengths: sampled tokens of each of its replies."""
         self._drop(reason, prompt_id, lengths)
 
     def _drop(self, reason: DropReason, prompt_id: str, lengths: Sequence[int]) -> None:
@@ -79,7 +80,7 @@ class StepTally:
         waited_s: float,
         trained: dict[str, Any],
     ) -> dict[str, Any]:
-        """The metrics of optimizer step `step`; what comes after belongs to the next.
+        """The metrics of optimizer step `step`. The counts start again from zero.
 
         ages_s: how long each group of the batch waited to be trained on. waited_s: how long the trainer waited for the
         batch. trained: the trainer's own metrics.
@@ -125,7 +126,10 @@ class StepTally:
         }
 
     def _idle(self, wall_s: float) -> dict[str, float]:
-        """Share of the time in which an actor finished no work that it was then busy with."""
+        """For each actor, the share of the last `wall_s` seconds in which it was not busy.
+
+        Work is counted when it ends. So long work may count in a later step than the one in which it was done.
+        """
         shares = {}
         for name, log in self._logs.items():
             busy_s = log.busy_s - self._busy_s[name]
@@ -135,5 +139,5 @@ class StepTally:
 
 
 def _power_of_two(length: float) -> int:
-    """The smallest that is no less."""
+    """The smallest power of two that is at least `length`; 0 for 0."""
     return 2 ** max(0, math.ceil(math.log2(length))) if length else 0
