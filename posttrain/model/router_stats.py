@@ -1,4 +1,4 @@
-"""What the routers did in one forward: the losses on them and figures for metrics."""
+"""The losses on the routers of a mixture of experts, and the figures on them for metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from posttrain.model.moe import Routing
 
 @dataclass(frozen=True, slots=True)
 class RouterStats:
-    """Routing of the last forward, one entry a MoE layer, without gradient.
+    """Figures on the routing of one forward, with one entry for each MoE layer, without gradient.
 
     load_LE: fraction of expert choices that went to each expert. entropy_L: mean entropy of softmax(logits), in nats.
-    dead_L: int64, experts that no token went to.
+    dead_L: the number of experts that no token went to, int64.
     """
 
     load_LE: torch.Tensor
@@ -26,7 +26,7 @@ class RouterStats:
 
 @dataclass(frozen=True, slots=True)
 class RouterLossWeights:
-    """What multiplies the losses on routers before they are added to a training's loss."""
+    """The factors by which the losses on routers are multiplied before they are added to the loss."""
 
     balance: float = 0.0
     z: float = 0.0
@@ -50,10 +50,10 @@ def load_balance_loss(
     """Mean over layers of E * sum_e load_e * mean probability_e: 1 when balanced, up to E when one expert has all.
 
     Args:
-        routings: one a MoE layer.
+        routings: one for each MoE layer.
         keep_T: bool, False for padding.
-        load_LE: loads to take in place of those of these tokens; a training gives those of its last step, so that the
-            loss is a mean over tokens, which does not depend on how a step is split into forwards.
+        load_LE: loads to use instead of the loads of these tokens. A training gives those of its last step. Then the
+            loss is a mean over tokens, so it does not depend on how a step is split into forwards.
     Source: Switch Transformer (arXiv 2101.03961), equations 4 to 6, with the load taken over all K choices.
     """
     losses = []
@@ -79,7 +79,7 @@ def z_loss(routings: Sequence[Routing], keep_T: torch.Tensor | None = None) -> t
 
 @torch.no_grad()
 def router_stats(routings: Sequence[Routing], keep_T: torch.Tensor | None = None) -> RouterStats:
-    """Figures for metrics; arguments as in load_balance_loss."""
+    """The figures for metrics. The arguments are those of `load_balance_loss`."""
     loads, entropies = [], []
     for routing in routings:
         logits, ids = routing.logits_TE, routing.expert_ids_TK

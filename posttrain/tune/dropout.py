@@ -1,9 +1,9 @@
 """Dropout of LoRA adapters that does not depend on how a step is split into forwards and ranks.
 
-Which inputs of an adapter are dropped follows from a hash of the step, of the row that a token belongs to, of the
-token's position in it, of the adapter, and of the input's index; no random state is drawn from. So a row meets the
-same dropout in any forward of the step, on any rank, after a resumption, and where checkpointing computes it again.
-Two equal rows of one step meet the same dropout.
+A hash decides whether an input of an adapter is dropped. It is computed from the seed, the step, the tokens of the row,
+the token's position in the row, the adapter and the index of the input. No random generator is used. So a row has the
+same dropout in any forward of the step, on any rank, after a resume, and when gradient checkpointing computes it again.
+Two equal rows in one step have the same dropout, too.
 
 Left out: adapters of all experts at once, which peft adds to the weight (the config refuses dropout with them).
 """
@@ -20,7 +20,7 @@ from posttrain.errors import ConfigError
 # 2014), as signed integers: torch's int64 wraps around in a product, as the generator's unsigned ones do.
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 FIRST, SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
-BITS = 53  # of a uniform number, as many as a double holds
+BITS = 53  # bits of a uniform random number, as many as the mantissa of a double has
 
 
 def mixed(x: torch.Tensor) -> torch.Tensor:
@@ -31,20 +31,21 @@ def mixed(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift right as if unsigned; torch's own shift repeats the sign."""
+    """Shift right as if `x` was unsigned. The shift of torch copies the sign bit instead."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def token_keys(ids_BS: torch.Tensor, positions_BS: torch.Tensor | None, mask_BS: torch.Tensor | None) -> torch.Tensor:
     """An int64 key for each token, [B, S], from the ids of its whole row and its position in it.
 
-    positions_BS: begin anew at 0 where several rows are packed into one. mask_BS: 0 for padding, which does not count.
+    positions_BS: start again at 0 for each row that is packed into a sequence. mask_BS: 0 for padding, which does not
+    change the keys.
     """
     real_BS = torch.ones_like(ids_BS) if mask_BS is None else mask_BS.to(ids_BS.dtype)
     if positions_BS is None:
         positions_BS = real_BS.cumsum(-1) - 1
     starts_BS = (positions_BS == 0) & (real_BS != 0)
-    starts_BS[:, 0] = True  # of a row that begins with padding, too
+    starts_BS[:, 0] = True  # also if the row begins with padding
     row_T = starts_BS.flatten().cumsum(0) - 1
     token_BS = mixed(mixed(ids_BS.long() + GOLDEN) + positions_BS.long() * GOLDEN) * real_BS.long()
     rows = torch.zeros(int(row_T[-1]) + 1, dtype=torch.int64, device=ids_BS.device)
@@ -53,16 +54,16 @@ def token_keys(ids_BS: torch.Tensor, positions_BS: torch.Tensor | None, mask_BS:
 
 
 class TokenDropout(nn.Module):
-    """In the place of `nn.Dropout` before an adapter; scales what it keeps by 1 / (1 - share), as that does."""
+    """Replaces `nn.Dropout` before an adapter. Like it, it scales the inputs that it keeps by 1 / (1 - share)."""
 
     def __init__(self, keys: "RowKeys", share: float, *, salt: int, name: str):
-        """salt: tells this adapter from others. name: of the module that is adapted, for messages."""
+        """salt: a number that differs from that of other adapters. name: the adapted module, for messages."""
         super().__init__()
         self.share, self.salt, self.name = share, salt, name
         self._keys = keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., D], as many tokens as the forward of the model has."""
+        """x: [..., D]. It must have as many tokens as the input of the model; ConfigError is raised otherwise."""
         if not self.training:
             return x
         keys = self._keys.of_step()
@@ -76,9 +77,9 @@ class TokenDropout(nn.Module):
 
 
 class RowKeys:
-    """The keys of the tokens of a model's forward, which every `TokenDropout` of it reads.
+    """The keys of the tokens in the current forward of a model. All its `TokenDropout` modules read them.
 
-    step: of the training, set before each forward.
+    step: the optimizer step. The training sets it before each forward.
     """
 
     def __init__(self, seed: int):
@@ -93,14 +94,14 @@ class RowKeys:
         return mixed(self._keys_BS + mixed(seed * GOLDEN + self.step))
 
     def note(self, module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Compute the keys of a forward: the hook before the forward of the model's layers."""
+        """Compute the keys of a forward. It is called as a hook before the forward of the model."""
         if module.training:
             ids_BS = named["input_ids"] if "input_ids" in named else arguments[0]
             self._keys_BS = token_keys(ids_BS, named.get("position_ids"), named.get("attention_mask"))
 
 
 def use_row_dropout(model: Any, seed: int) -> RowKeys:
-    """Put `TokenDropout` in the place of each dropout of the adapters of a `PeftModel`, and return their keys."""
+    """Replace the dropout of each adapter of a `PeftModel` by `TokenDropout`. Returns the keys that they read."""
     from peft.tuners.lora import LoraLayer
 
     keys = RowKeys(seed)
