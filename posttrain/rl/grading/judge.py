@@ -3,8 +3,8 @@
     (rollout, row) ─► question ─► judge (engines or an endpoint) ─► row with the field "judge" ─► reward function
 
 The row that the reward function gets has a field `judge`: the likeliest label, the expected place among the labels in
-[0, 1], and the probability of each (see `Verdict.to_json`). The reward `judged` returns the middle one; a function of
-yours may do anything with them. A reply without a verdict is unscored with its reason; its reward is never 0.
+[0, 1], and the probability of each label (see `Verdict.to_json`). The reward `judged` returns the expected place. A
+reward function of yours may use all of them. A reply without a verdict has no score, which is not a reward of 0.
 """
 
 import asyncio
@@ -29,17 +29,17 @@ Score = Callable[[Sequence[Pair]], Awaitable[Sequence[Scored]]]
 
 
 class Judge:
-    """Rates replies with `backend`, then has them scored."""
+    """Rates replies with `backend`, and then has the reward function score them."""
 
     def __init__(self, prepared: PreparedJudge, backend: JudgeBackend):
         self._prompts = prepared.prompts
         self._name = prepared.config.judge_name
         self._backend = backend
-        self._rendering = threading.Lock()  # a tokenizer is for one thread at a time
+        self._rendering = threading.Lock()  # a tokenizer must not be used by two threads at once
 
     @property
     def logs(self) -> Mapping[str, BusyLog]:
-        """When the judge worked, by the name of each engine or endpoint."""
+        """The busy times of the judge, by the name of each engine or endpoint."""
         return self._backend.logs
 
     async def start(self) -> None:
@@ -51,7 +51,7 @@ class Judge:
         await self._backend.close()
 
     async def score(self, score: Score, pairs: Sequence[Pair]) -> list[Scored]:
-        """`score` of the pairs with their verdicts, in order; a pair without a verdict is not scored."""
+        """Rate the pairs, and call `score` for those with a verdict. Returns all in order; the others are unscored."""
         try:
             questions = await asyncio.to_thread(self.questions, pairs)
         except UserError as error:
@@ -66,8 +66,10 @@ class Judge:
         return [_unscored(answer) if isinstance(answer, Undecided) else next(scores) for answer in answers]
 
     def questions(self, pairs: Sequence[Pair]) -> list[Question]:
-        """What the judge is asked about each reply. Raises DataError for one that does not fit, if the config says
-        so."""
+        """The question to the judge about each reply.
+
+        If the config asks for it, DataError is raised for a question that is too long.
+        """
         with self._rendering:
             return [
                 self._prompts.render(replace(row, messages=(*row.messages, Message("assistant", rollout.text))))
@@ -83,13 +85,13 @@ def _unscored(answer: Undecided) -> Scored:
 
 
 def rewards(config: GradingConfig, judge: Judge | None) -> RewardClient:
-    """What scores replies during training: the reward actor, behind the judge if there is one."""
+    """The client that scores replies during training: the reward actor, with the judge before it if there is one."""
     reward, resources = reward_config(config.reward, config.systems), config.resources.reward
     return RewardClient(reward, resources) if judge is None else JudgedRewards(judge, reward, resources)
 
 
 class JudgedRewards(RewardClient):
-    """The reward actor behind a judge."""
+    """A reward client that has the judge rate the replies first."""
 
     def __init__(self, judge: Judge, reward: RewardConfig, resources: RewardResources):
         super().__init__(reward, resources)

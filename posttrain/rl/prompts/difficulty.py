@@ -66,10 +66,10 @@ class Difficulty(Struct, frozen=True):
 
 
 class DifficultyStore:
-    """Estimates that runs share through a folder: each run reads the files of all and writes one of its own.
+    """Estimates that runs share through a folder. Each run reads the files of all runs and writes one of its own.
 
-    A file is renamed into place whole, so runs may come and go side by side. run: the stage's folder, whose place
-    names the run's file.
+    A file is written aside and then renamed, so several runs may use the folder at the same time. run: the stage's
+    folder. The name of the run's file is a hash of its path, of the host and of the basis.
     """
 
     def __init__(self, folder: Path, basis: Basis, run: Path):
@@ -87,14 +87,14 @@ class DifficultyStore:
                     self._found[item.prompt] = item
 
     def find(self, row: Row, prompt: str, samples: int) -> Difficulty | None:
-        """The estimate of a prompt (by its fingerprint) from at least so many samples, as one of this row."""
+        """The estimate with the fingerprint `prompt`, from at least `samples` replies, as an estimate of this row."""
         found = self._found.get(prompt)
         if found is None or found.samples < samples:
             return None
         return replace(found, prompt_id=row.id, capability=row.capability, tokens=0)
 
     def add(self, difficulties: Iterable[Difficulty]) -> None:
-        """Put estimates into this run's file, beside those that it holds already."""
+        """Add estimates to this run's file."""
         new = {item.prompt: item for item in difficulties if item.n}
         if not new:
             return
@@ -106,7 +106,7 @@ class DifficultyStore:
 def write_estimates(
     path: Path, difficulties: Sequence[Difficulty], basis: Basis, *, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a table of estimates, aside and then renamed. extra: further columns, the same in each row."""
+    """Write a table of estimates, as a whole or not at all. extra: more columns, with one value for all rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -136,13 +136,13 @@ def write_estimates(
 
 
 def read_estimates(path: Path, basis: Basis | None = None) -> list[Difficulty]:
-    """The estimates of a file, those on that basis only where one is given. Raises ConfigError for another file."""
+    """The estimates of a file; if `basis` is given, only those on it. Raises ConfigError for a file of another kind."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = ("prompt_id", "capability", "n", "passes", "policy_version", "selected", "prompt", "samples", "tokens")
     try:
-        with path.open("rb") as file:  # one open file, for another may take its name at any time
+        with path.open("rb") as file:  # opened once, because another run may replace the file at any time
             rows = pq.read_table(file, columns=[*names, "policy", "scoring"]).to_pylist()
         return [
             Difficulty(**{name: row[name] for name in names})

@@ -1,11 +1,12 @@
-"""pass@k profile of the prompts with the policy that starts, and the band of them that is worth training on.
+"""The pass@k profile of the prompts with the starting policy, and the selection of prompts by a band of pass rates.
 
     prompts ─► known? ── this run's files, the shared store ─────────────────────────────► difficulty.parquet
                  └─ no ─► chunks, two at a time: engines ─► reward actor ─► a file ─►             │
                                                                                            selected by band
 
-Each chunk is written when it is scored, so a run that is stopped in its profile goes on from there. What is known is
-known of a fingerprint of policy, sampling, reward and prompt (fingerprints.py), so nothing stale is ever reused.
+Each chunk is written to a file when it is scored, so a run that is stopped during the profile continues from there. An
+estimate is stored with fingerprints of policy, sampling, reward and prompt (fingerprints.py). It is reused only if all
+of them are the same.
 """
 
 import asyncio
@@ -41,7 +42,7 @@ from posttrain.sampling.groups import MIN_GROUPS, SampledGroups
 from posttrain.sampling.rollouter import Flight
 
 FILE = "difficulty.parquet"
-CHUNKS_AT_ONCE = 2  # the engines are busy with one while the last replies of another are sampled and scored
+CHUNKS_AT_ONCE = 2  # so engines work on one while the last replies of the other are sampled and scored
 
 
 def profile_prompts(
@@ -53,10 +54,10 @@ def profile_prompts(
     stop_ids: tuple[int, ...],
     judge: Judge | None = None,
 ) -> list[Difficulty]:
-    """How often the policy passes each prompt; those of which nothing could be scored are left out.
+    """Measure how often the policy passes each prompt. Prompts without any scored reply are left out of the result.
 
-    Only what is not known is sampled: `profile.samples` replies a prompt. Writes difficulty.parquet. Raises StageError
-    if not one reply could be scored.
+    Prompts with a known estimate are not sampled again; the others get `profile.samples` replies each. The function
+    writes difficulty.parquet. Raises StageError if not one reply could be scored.
     """
     basis = profile_basis(config)
     store = profile_store(config.profile.store, context.dir, basis)
@@ -89,12 +90,12 @@ def profile_prompts(
 
 
 def profile_basis(config: PromptsConfig) -> Basis:
-    """What the estimates of a run rest on, beside the prompts."""
+    """The fingerprints that the estimates of a run depend on, apart from those of the prompts."""
     return Basis(model_fingerprint(config.model.path), scoring_fingerprint(config))
 
 
 def profile_store(folder: str | None, run: Path, basis: Basis) -> DifficultyStore | None:
-    """The estimates that runs share in `folder`, None where they share none. run: the stage's folder."""
+    """The store of estimates that runs share in `folder`; None if `folder` is None. run: the stage's folder."""
     return None if folder is None else DifficultyStore(Path(folder).expanduser(), basis, run)
 
 
@@ -107,10 +108,10 @@ def known_difficulties(
     keys: Mapping[str, str],
     samples: int,
 ) -> dict[str, Difficulty]:
-    """What this run has measured already, else what other runs have, by prompt id.
+    """The known estimates by prompt id: those of this run, and for other prompts those of other runs.
 
-    run: the stage's folder. keys: the fingerprint of each row by its id. samples: an estimate from fewer replies than
-    these does not count.
+    run: the stage's folder. keys: the fingerprint of each row by its id. samples: estimates from fewer replies are
+    ignored.
     """
     own = _partial(run, basis) + (read_estimates(run / FILE, basis) if (run / FILE).exists() else [])
     known = {item.prompt_id: item for item in own if item.prompt == keys.get(item.prompt_id)}
@@ -132,7 +133,7 @@ async def _sample(
     basis: Basis,
     judge: Judge | None,
 ) -> list[Difficulty]:
-    """Sample and score the prompts, chunk by chunk, each written when it is done."""
+    """Sample and score the prompts in chunks. Each chunk is written when it is done."""
     found: list[Difficulty] = []
     progress: Counter[int] = Counter()
     folder = _parts(context.dir)
@@ -165,17 +166,17 @@ async def _sample(
             measured = difficulties(config, pairs, scores)
             measured = [replace(item, prompt=keys[item.prompt_id]) for item in measured]
             found.extend(measured)
-            if not any(item.n for item in found):  # a broken reward is told now, not after all prompts
+            if not any(item.n for item in found):  # report a broken reward now, not after all prompts
                 raise nothing_scored(scores)
             write_estimates(folder / f"{uuid.uuid4().hex[:16]}.parquet", measured, basis)
 
     def seed(flight: Flight) -> int:
-        """Of the wave's first row: the same whether the chunks before were known or not."""
+        """The seed of a wave. It depends on the first row alone, not on how many chunks were known before."""
         return zlib.crc32(f"{context.seed}/{flight.prompt.row.id}".encode()) >> 1
 
     await client.start()
     try:
-        # Deterministic: one chunk after another. Those that are known are the first ones.
+        # A deterministic run samples one chunk after another, so a stopped run has written the first ones.
         num_at_once = 1 if config.deterministic else CHUNKS_AT_ONCE
         async with SampledGroups(
             context, engines, config.engine, wave_seed=seed if config.deterministic else None
@@ -187,7 +188,7 @@ async def _sample(
 
 
 def chunk_size(config: PromptsConfig) -> int:
-    """Prompts in a chunk: enough to fill every engine, so that writing chunks costs no time."""
+    """The number of prompts in a chunk: enough to fill every engine, so that engines need not wait between chunks."""
     seats = config.engine.max_num_seqs * config.resources.rollout.workers
     return max(MIN_GROUPS, math.ceil(2 * seats / config.profile.samples))
 
@@ -201,7 +202,7 @@ def _partial(run: Path, basis: Basis) -> list[Difficulty]:
 
 
 def nothing_scored(scores: Sequence[Scored] = ()) -> StageError:
-    """The error of a profile in which no reply has a score; `scores` say why."""
+    """The error of a profile in which no reply has a score. scores: give the most frequent reason."""
     reasons = Counter(f"{score.outcome}: {score.reason}" for score in scores).most_common(1)
     why = "".join(f"; most often: {reason}" for reason, _ in reasons)
     return StageError(f"not one reply of the profile could be scored{why}")
@@ -210,7 +211,7 @@ def nothing_scored(scores: Sequence[Scored] = ()) -> StageError:
 def difficulties(
     config: PromptsConfig, pairs: Sequence[tuple[Rollout, Row]], scores: Sequence[Scored]
 ) -> list[Difficulty]:
-    """How often each prompt was passed, in the order of the prompts; n is 0 where nothing of it was scored."""
+    """How often each prompt was passed, in the order of the prompts. n is 0 for a prompt without a scored reply."""
     passes: Counter[str] = Counter()
     scored: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
