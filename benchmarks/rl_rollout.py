@@ -90,7 +90,7 @@ class Ours:
         context = StageContext("rl", self._folder, self._folder / "events.jsonl")
         workers = RolloutWorkers(
             context, self._engines, deadline_s=ENGINE.deadline_s, finished=finished,
-            begun=lambda flight: ledger.begun(flight.order, flight.replies),
+            begun=lambda flight: ledger.sampled_so_far(flight.order, flight.replies),
         )  # fmt: skip
         row = Row("p", "sums", (Message("user", "1 + 1 ="),))
         began = time.perf_counter()
