@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from posttrain.cli.data import data_app
 from posttrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, ConfigError, PosttrainError
 
 # What typer raises for wrong arguments. It carries its own copy of click, so click's class by import is another one.
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 rewards_app = typer.Typer(no_args_is_help=True, help="Reward plug-ins.")
 app.add_typer(rewards_app, name="rewards")
+app.add_typer(data_app, name="data")
 ledger_app = typer.Typer(no_args_is_help=True, help="What became of every prompt group of an RL stage.")
 app.add_typer(ledger_app, name="ledger")
 

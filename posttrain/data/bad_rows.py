@@ -47,7 +47,8 @@ def set_aside(bad: Sequence[BadRow], total: int, context: StageContext | None) -
 class SeenIds:
     """Which ids there were: the first by name and place, the others as 8 bytes each in a table of open addresses."""
 
-    def __init__(self) -> None:
+    def __init__(self, named: int | None = None) -> None:
+        self._named = _NAMED_IDS if named is None else named
         self._places: dict[str, str] = {}
         self._table = array("Q", bytes(8 << 16))
         self._filled = 0
@@ -56,7 +57,7 @@ class SeenIds:
         """Remember an id; returns where it was used before, or None."""
         if name in self._places:
             return self._places[name]
-        if len(self._places) < _NAMED_IDS:
+        if len(self._places) < self._named:
             self._places[name] = where
             return None
         digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") or 1

@@ -6,13 +6,14 @@ also be whole conversations that begin with the same turns; then `prompt` may be
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.shared import DataConfig
 from posttrain.context import StageContext
+from posttrain.data.bad_rows import BadRow
 from posttrain.data.files import Record
 from posttrain.data.formats import (
     CONVERSATIONS,
@@ -25,7 +26,7 @@ from posttrain.data.formats import (
     with_context,
 )
 from posttrain.data.messages import RowError, messages_to_json, shown
-from posttrain.data.rows import Data, check, collect, take_capability, take_id
+from posttrain.data.rows import Data, check, collect, scan, take_capability, take_id
 from posttrain.data.turns import check_turns, check_usable
 from posttrain.errors import DataError
 from posttrain.files import write_jsonl
@@ -66,6 +67,13 @@ def load_pairs(
 ) -> list[Pair]:
     """Read and validate preference pairs; `stage`, `context` and what is raised are as in `load_rows`."""
     return _joined(collect(data, _parser(stage), limit, identity=lambda pair: pair.id, context=context))
+
+
+def scan_pairs(data: Data) -> Iterator["Pair | BadRow"]:
+    """Pairs one by one, a bad one as a `BadRow`. Replies with labels are left out: they are no pairs yet."""
+    for item in scan(data, _parser(None), None, identity=lambda pair: pair.id):
+        if not isinstance(item, _Labelled):
+            yield item
 
 
 def _joined(items: Sequence["Pair | _Labelled"]) -> list[Pair]:

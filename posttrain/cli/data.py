@@ -1,0 +1,147 @@
+"""`posttrain data`: look at a dataset before anything is trained on it, and write it in this package's own form."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from posttrain.errors import ConfigError
+
+data_app = typer.Typer(no_args_is_help=True, help="Look at rows, and convert them.")
+
+DataPath = Annotated[str, typer.Argument(metavar="PATH", help="File, folder or dataset.", show_default=False)]
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of a data section, such as format=alpaca.")
+]
+KindOption = Annotated[str | None, typer.Option("--kind", help="supervised, prompt or pairs; told from the first row.")]
+KINDS = ("supervised", "prompt", "pairs")
+BAR = 40
+
+
+def _config(path: str, settings: list[str] | None) -> Any:
+    from posttrain.config.base import apply_overrides, validate_config
+    from posttrain.config.shared import DataConfig
+
+    return validate_config(DataConfig, apply_overrides({"path": path}, settings or []), "data")
+
+
+def _kind(config: Any, given: str | None) -> str:
+    from posttrain.data.inspection import kind_of
+
+    if given is not None and given not in KINDS:
+        raise ConfigError("--kind", [f"got {given!r}; it must be one of {', '.join(KINDS)}"])
+    return given or kind_of(config)
+
+
+@data_app.command("inspect")
+def inspect_data(
+    path: DataPath,
+    settings: Settings = None,
+    kind: KindOption = None,
+    *,
+    model: Annotated[Path | None, typer.Option(help="Model folder: lengths are in its tokens.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Say which share of the rows is longer.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count rows, formats, capabilities, lengths, duplicates and problems. Exits with 2 where rows are bad.
+
+    Example: posttrain data inspect data/sft.jsonl --model models/scout --max-length 4096
+    """
+    from posttrain.data.inspection import inspect
+    from posttrain.data.lengths import character_length, token_length
+
+    config = _config(path, settings)
+    length = character_length
+    if model is not None:
+        from posttrain.model.load import load_tokenizer
+
+        length = token_length(load_tokenizer(str(model)))
+    found = inspect(config, _kind(config, kind), length, max_length=max_length)
+    typer.echo(json.dumps(found, indent=2) if as_json else _text(found, "tokens" if model else "characters"))
+    if found["bad_rows"]:
+        raise typer.Exit(2)
+
+
+def _text(found: dict[str, Any], unit: str) -> str:
+    lines = [f"{found['rows']} {found['kind']} rows, {found['bad_rows']} bad, {found['duplicates']} duplicates"]
+    counts = {"formats": found["formats"], "capabilities": found["capabilities"], unit: found["lengths"]}
+    lines += [
+        f"{name}: " + ", ".join(f"{key} {n}" for key, n in given.items()) for name, given in counts.items() if given
+    ]
+    if found["lengths"]:
+        most = max(count for *_, count in found["histogram"])
+        for start, end, count in found["histogram"]:
+            lines.append(f"  {start:>7}-{end:<7} {'#' * round(BAR * count / most)} {count}")
+    if found["over_max_length"] is not None:
+        lines.append(f"longer than max_length: {found['over_max_length']:.1%}")
+    return "\n".join([*lines, *found["problems"]])
+
+
+@data_app.command()
+def convert(
+    path: DataPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="File to write.", show_default=False)],
+    settings: Settings = None,
+    *,
+    kind: KindOption = None,
+) -> None:
+    """Write rows as JSON lines of messages, one by one. A bad row ends it, unless on_bad_row=set_aside is given.
+
+    Example: posttrain data convert sharegpt.json sft.jsonl on_bad_row=set_aside
+    """
+    from posttrain.data.bad_rows import BadRow
+    from posttrain.data.pairs import load_pairs, write_pairs
+    from posttrain.data.rows import iter_rows, write_rows
+    from posttrain.errors import DataError
+
+    config = _config(path, settings)
+    found = _kind(config, kind)
+    if found == "pairs":
+        typer.echo(f"{write_pairs(out, load_pairs(config))} pairs: {out}")
+        return
+    left: list[str] = []
+
+    def good() -> Any:
+        for item in iter_rows(config, kind="prompt" if found == "prompt" else "supervised"):
+            if not isinstance(item, BadRow):
+                yield item
+            elif config.on_bad_row == "fail":
+                raise DataError(str(item))
+            else:
+                left.append(str(item))
+
+    written = write_rows(out, good())
+    typer.echo(f"{written} rows: {out}" + (f"; {len(left)} left out, the first: {left[0]}" if left else ""))
+
+
+@data_app.command()
+def preview(
+    path: DataPath,
+    model: Annotated[Path, typer.Option(help="Model folder, whose tokenizer and chat template are used.")],
+    settings: Settings = None,
+    *,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows, from the first on.")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="Print token ids too.")] = False,
+) -> None:
+    """Show rows as the model sees them; what is trained on is green, and between [[ and ]] where there is no colour.
+
+    Example: posttrain data preview data/sft.jsonl --model models/scout --ids
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from posttrain.data.lengths import runs
+    from posttrain.data.rows import load_rows
+    from posttrain.model.load import load_tokenizer
+
+    tokenizer, console = load_tokenizer(str(model)), Console(soft_wrap=True, highlight=False)
+    for row in load_rows(_config(path, settings), kind="supervised", limit=rows):
+        console.print(Text(f"--- {row.id}", style="bold"))
+        for part, trained in runs(tokenizer, row):
+            text = str(tokenizer.decode(part))
+            shown = text if console.is_terminal or not trained else f"[[{text}]]"
+            console.print(Text(shown, style="green" if trained else "dim"), end="")
+            if ids:
+                console.print(Text(f" {part} "), end="")
+        console.print()
