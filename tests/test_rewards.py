@@ -177,6 +177,11 @@ class TestMath:
         assert result.value == 0.0
         assert result.reason
 
+    def test_sums_within_sums_are_bounded_together(self) -> None:
+        text = "\\boxed{\\sum_{k=1}^{1000}\\sum_{j=1}^{1000}\\sum_{i=1}^{1000}i}"
+        assert math(reply(text), row("4")).value == 0.0
+        assert math(reply("\\boxed{\\sum_{k=1}^{10}\\sum_{j=1}^{k}j}"), row("220")).value == 1.0
+
     def test_gold_that_is_no_mathematics(self) -> None:
         with pytest.raises(ValueError, match="cannot be read as mathematics"):
             math(reply("\\boxed{4}"), row(""))

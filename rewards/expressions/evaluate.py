@@ -28,8 +28,9 @@ def long(number: Number) -> Any:
 class Evaluator:
     """Computes trees with the precision that mpmath is set to. point: the values of the variables."""
 
-    def __init__(self, mp: Any, point: Mapping[str, Any]) -> None:
+    def __init__(self, mp: Any, point: Mapping[str, Any], terms_left: list[int] | None = None) -> None:
         self.mp, self.point = mp, point
+        self.terms_left = terms_left or [MAX_TERMS]  # shared by sums within sums
 
     def of(self, tree: Tree) -> Number:
         kind = tree[0]
@@ -127,11 +128,12 @@ class Evaluator:
         start, end = self.of(first), self.of(last)
         if not all(isinstance(bound, Fraction) and bound.denominator == 1 for bound in (start, end)):
             raise Unreadable("a sum without whole bounds")
-        if end - start > MAX_TERMS:
-            raise Unreadable("a sum is too long")
         total: Number = Fraction(kind == "prod")
         for step in range(int(start), int(end) + 1):
-            term = Evaluator(self.mp, {**self.point, variable: Fraction(step)}).of(body)
+            self.terms_left[0] -= 1
+            if self.terms_left[0] < 0:
+                raise Unreadable("a sum is too long")
+            term = Evaluator(self.mp, {**self.point, variable: Fraction(step)}, self.terms_left).of(body)
             total = self.operation("add" if kind == "sum" else "mul", total, term)
         return total
 
