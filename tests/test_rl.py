@@ -245,7 +245,6 @@ def test_stops_when_nothing_teaches(ray_session, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.full  # tests/test_rl_faults.py has both faults, among others, in one run
 def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ray_session, tiny_model, tmp_path):
     """SIGKILL of the actor, then SIGSTOP of the core of its successor, each with groups in flight."""
     config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=12, sampling={"max_tokens": 200})

@@ -22,7 +22,7 @@ from posttrain.records import Message
 
 REPLY_FIELDS = ("completion", "response")
 CONVERSATIONS = ("conversations", "conversation")
-# The columns by which a format is known. A prompt needs no reply.
+# The columns by which a format is known.
 _REPLY = " or ".join(REPLY_FIELDS)
 _COLUMNS = {
     "messages": ("messages",),
@@ -132,12 +132,15 @@ def _agree(value: Mapping[str, Any]) -> bool:
     return isinstance(turns, list) and isinstance(prompt, list) and turns[: len(prompt)] == prompt
 
 
+def _needed(name: str, kind: Kind) -> tuple[str, ...]:
+    """The columns of a format that a row must have. A prompt needs no reply."""
+    columns = _COLUMNS[name]
+    return columns[:1] if kind == "prompt" and name in ("alpaca", "prompt_completion") else columns
+
+
 def _lacking(value: Mapping[str, Any], name: str, kind: Kind) -> list[str]:
     """The columns of a format that a row lacks."""
-    needed = _COLUMNS[name]
-    if kind == "prompt" and name in ("alpaca", "prompt_completion"):
-        needed = needed[:1]
-    return [column for column in needed if not _has(value, column)]
+    return [column for column in _needed(name, kind) if not _has(value, column)]
 
 
 def _has(value: Mapping[str, Any], column: str) -> bool:
@@ -157,8 +160,8 @@ def _unknown(value: Mapping[str, Any], kind: Kind) -> str:
         return f"no known format: it is a preference pair, which the dpo stage reads; its columns are: {have}"
     near = [
         f"{name} (lacks {', '.join(lacking)})"
-        for name, columns in _COLUMNS.items()
-        if (lacking := _lacking(value, name, kind)) and len(lacking) < len(columns)
+        for name in _COLUMNS
+        if (lacking := _lacking(value, name, kind)) and len(lacking) < len(_needed(name, kind))
     ]
     nearest = f"near are {'; '.join(near)}" if near else f"the formats are {', '.join(_COLUMNS)}"
     return (
