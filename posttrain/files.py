@@ -97,6 +97,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if the file is missing, cannot be read or holds something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Append one record as one line. A single `write` to a file opened for appending does not interleave."""
     line = (json.dumps(record, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()

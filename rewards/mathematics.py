@@ -146,7 +146,7 @@ def _gold(text: str) -> str:
 
 def _same(gold: str, reply: str) -> bool:
     if key(gold) == key(reply):
-        return not _is_false(gold)
+        return not _is_hedged(gold)
     one, other = _parsed(gold), _parsed(reply)
     if one is None or other is None:
         return False
@@ -156,7 +156,8 @@ def _same(gold: str, reply: str) -> bool:
         return False
 
 
-def _is_false(text: str) -> bool:
+def _is_hedged(text: str) -> bool:
+    """Whether the text takes its answer back, as in "4 or so": then even the same text as the gold's is no answer."""
     return bool(re.search(r"\b(?:or|but)\s+(?:so|maybe|perhaps)\b", text))
 
 

@@ -4,11 +4,11 @@ Also what became of an earlier result that it replaces. Everything else is read 
 evaluation, from its results.json. The report shows the rest.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.files import read_object
 from posttrain.report.format import percent, plain, plural
 
 COLUMNS = ("greedy", "pass@1", "pass@k")
@@ -17,13 +17,13 @@ COLUMNS = ("greedy", "pass@1", "pass@k")
 def outcome_lines(run_dir: Path, name: str, kind: str) -> list[str]:
     """The outcome of the stage or evaluation of this name; nothing where it is not finished."""
     folder = run_dir.joinpath(*name.split("."))  # the evaluation `sft.eval` lies in sft/eval
-    record = _read(folder / "DONE")
+    record = read_object(folder / "DONE") or {}
     outputs, stats = record.get("outputs"), record.get("stats") or {}
     if not outputs:
         return []
     if kind == "eval":
         results = folder / "results.json"
-        return [f"results: {results}", *_table(_read(results))]
+        return [f"results: {results}", *_table(read_object(results) or {})]
     path = run_dir / next(iter(outputs.values()))
     figures = ", ".join(filter(None, [*_figures(kind, stats)]))
     return [f"{figures}: {path}" if figures else str(path)]
@@ -72,11 +72,3 @@ def _share(entry: Mapping[str, Any], column: str) -> str:
     interval = entry.get(f"{column}_ci95")
     around = f" ({percent(interval[0])} to {percent(interval[1])})" if interval else ""
     return f"{percent(entry.get(column), 1)}{around}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}

@@ -18,7 +18,7 @@ from typing import Any
 
 from posttrain.config.base import dump_yaml, read_yaml
 from posttrain.errors import ConfigError
-from posttrain.files import remove, write_text
+from posttrain.files import read_object, remove, write_text
 from posttrain.pipeline.graph import Node, Pipeline
 from posttrain.pipeline.stage_process import OUT_OF_SPACE
 
@@ -112,7 +112,7 @@ class RunDir:
 
     def done(self, node: Node) -> dict[str, Any] | None:
         """The content of a node's DONE, if the node was finished and its outputs still exist; else None."""
-        record = _read_json(self.folder(node) / DONE)
+        record = read_object(self.folder(node) / DONE)
         if record is None or not isinstance(record.get("outputs"), dict):
             return None
         return record if all((self.path / path).exists() for path in record["outputs"].values()) else None
@@ -120,8 +120,8 @@ class RunDir:
     def held(self, node: Node) -> Held:
         """What the node's folder holds."""
         folder = self.folder(node)
-        started = _read_json(folder / STARTED) or {}
-        done = _read_json(folder / DONE)
+        started = read_object(folder / STARTED) or {}
+        done = read_object(folder / DONE)
         outputs = (done or {}).get("outputs")
         missing = [name for name, path in outputs.items() if not (self.path / path).exists()] if outputs else []
         found = [str(path.relative_to(folder)) for path in folder.glob(node.stage_kind.checkpoints)]
@@ -178,14 +178,6 @@ class RunDir:
     def finish(self, node: Node, record: Mapping[str, Any]) -> None:
         """Write DONE, the last file of a stage."""
         write_text(self.folder(node) / DONE, json.dumps(record, indent=1, default=str) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
 
 
 def _is_whole(line: str) -> bool:

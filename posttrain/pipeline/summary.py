@@ -9,11 +9,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import posttrain
-from posttrain.files import write_text
+from posttrain.files import read_object, write_text
 from posttrain.pipeline.graph import Node, Pipeline
 from posttrain.pipeline.rundir import RunDir
 
@@ -50,7 +49,7 @@ class SummaryWriter:
         self._command = command
         self._started = time.monotonic()
         self._records: dict[str, dict[str, Any]] = {}
-        self._earlier_peak = float(_read(run_dir.summary).get("peak_rss_gib") or 0.0)
+        self._earlier_peak = float((read_object(run_dir.summary) or {}).get("peak_rss_gib") or 0.0)
 
     def add(self, node: Node, status: str, record: Mapping[str, Any]) -> None:
         """Note how a node ended.
@@ -81,7 +80,7 @@ class SummaryWriter:
         results = {}
         for node in nodes:
             if node.kind == "eval" and self._records[node.name]["status"] in ("done", "skipped"):
-                found = _read(self._run_dir.folder(node) / "results.json")
+                found = read_object(self._run_dir.folder(node) / "results.json")
                 if found:
                     results[node.of or node.name] = found
         return results
@@ -98,11 +97,3 @@ def versions() -> dict[str, str]:
             except metadata.PackageNotFoundError:
                 continue
     return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
