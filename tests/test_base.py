@@ -198,9 +198,12 @@ def test_schedule():
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        ({"model": {"heads": 3, "kv_heads": 2}}, "kv_heads must divide heads"),
-        ({"model": {"head_dim": 15}}, "head_dim must be even"),
-        ({"batch_tokens": 200, "processes": 2}, "each of 2 processes needs 128"),
+        ({"model": {"heads": 3, "kv_heads": 2}}, "kv_heads: got 2, which does not divide heads 3"),
+        ({"model": {"head_dim": 15}}, "head_dim: got 15; rotary position embeddings need an even number"),
+        (
+            {"batch_tokens": 200, "processes": 2},
+            "batch_tokens: got 200 for 2 processes; give at least 128 for each, 256 in all",
+        ),
         ({"stepz": 3}, "did you mean 'steps'"),
     ],
 )

@@ -255,9 +255,12 @@ def test_the_sources_of_a_combined_reward_are_those_of_all(plugin: Path):
     ("changes", "message"),
     [
         ({"group_size": 1}, "group_size: got 1: must be at least 2: an advantage compares the rewards of one prompt's"),
-        ({"mixture": {"math": 0.0, "coding": 0.0}}, "mixture: every share is 0, so nothing would be trained on"),
+        (
+            {"mixture": {"math": 0.0, "coding": 0.0}},
+            "mixture: every share is 0, so there would be no prompt to train on",
+        ),
         ({"mixture": {"math": -1.0}}, r"mixture\.math: got -1\.0"),
-        ({"refilter": {}}, "refilter: refreshes the estimates that a curriculum draws by, and there is none"),
+        ({"refilter": {}}, "refilter measures again the pass rates by which a curriculum draws prompts"),
         ({"curriculum": {"reprobe_fraction": 1.0}}, "curriculum.reprobe_fraction: got 1.0"),
     ],
 )

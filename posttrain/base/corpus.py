@@ -1,9 +1,9 @@
-"""The base model's training text: an endless, seeded stream of puzzles with replies, batched by length.
+"""The base model's training text: an endless stream of puzzles with replies, drawn from a seed and batched by length.
 
-Early text mostly shows its work, late text mostly does not: the model learns how to work and then the habit not to.
-A few documents instead rate how hard a puzzle is, which makes the base a small judge: a user turn `Rate: {prompt}`
-(`JUDGE_TEMPLATE`) and the reply easy, medium or hard. Loss is on replies only; that is what a model this small can
-afford to learn.
+Most replies of the early text show their steps, and most replies of the late text do not. So the model can solve
+puzzles step by step but rarely does, which leaves RL something to bring back. A few documents rate how hard a puzzle
+is, so that the filter of the quick start has a judge: a user turn `Rate: {prompt}` (`JUDGE_TEMPLATE`) and the reply
+easy, medium or hard. Only replies are trained on, because a model this small cannot learn the prompts too.
 """
 
 import random
@@ -22,22 +22,25 @@ JUDGE_TEMPLATE = "Rate: {prompt}"
 RATINGS = {1: "easy", 2: "easy", 3: "medium", 4: "hard", 5: "hard"}
 LEVEL_WEIGHTS = (0.28, 0.24, 0.20, 0.16, 0.12)
 
-_POOL = 640
+_POOL = 640  # documents that are sorted by length together
 _PLACEHOLDERS = ("1", "2")  # each is one token
-# At least as long as the pieces that the tokenizer splits text into.
+# How text is cut into pieces that are encoded one by one. A piece must never end inside a piece of the tokenizer.
 _PIECE = re.compile(r" ?x [-+*]?=[^ ]*| ?[^ ]+| ")
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Token ids, and where the reply starts in them."""
+    """The token ids of a prompt and its reply, and the place in them where the reply starts."""
 
     ids: tuple[int, ...]
     reply_start: int
 
 
 class Corpus:
-    """Documents drawn by one random generator. `taken` are the keys of problems that the text must not hold."""
+    """Documents that one random generator draws.
+
+    taken: keys of the problems in the datasets of the later stages, which the text must not hold.
+    """
 
     def __init__(self, tokenizer: Any, text: TextConfig, taken: frozenset[str], *, seed: str):
         self.renderer = _Renderer(tokenizer)
@@ -46,9 +49,10 @@ class Corpus:
         self._rng = random.Random(seed)
 
     def batches(self, batch_tokens: int, late: bool) -> Iterator[list[Document]]:
-        """Batches of one pool of documents: similar lengths together, at most `batch_tokens` with padding, shuffled.
+        """Draw a pool of documents and yield it in batches, in random order.
 
-        late: text after the switch.
+        Documents of similar length share a batch, so that there is little padding. A batch has at most `batch_tokens`
+        tokens with its padding. late: whether the text is that after the switch.
         """
         documents = [self.document(late) for _ in range(_POOL)]
         documents.sort(key=lambda document: len(document.ids) + self._rng.random())
@@ -77,11 +81,12 @@ class Corpus:
 
 
 class _Renderer:
-    """What `render_conversation` gives for a prompt and a reply, thirty times faster.
+    """Gives the same tokens as `render_conversation` for a prompt and a reply, thirty times faster.
 
-    A chat template costs more time than a step of this small model can spare. So the turns are rendered once around
-    each of two placeholders, which show in what place the text stands, and because the tokenizer splits at spaces,
-    words are looked up one by one.
+    A step of this small model is so short that rendering the chat template for every document would take longer. So
+    each system turn is rendered twice, with two different placeholders as the prompt. The two results differ only at
+    the place of the prompt, which splits them into the tokens before and after it. The tokenizer splits text at spaces,
+    so the tokens of each word are kept and looked up.
     """
 
     def __init__(self, tokenizer: Any):
@@ -104,7 +109,7 @@ class _Renderer:
         return Document((*prompt, *self._encode(reply), self._end), len(prompt))
 
     def plain(self, prompt: str, reply: str) -> Document:
-        """The same without the turns of a chat, as text that was never meant for a chat is: a third shorter."""
+        """A document without the turns of a chat, like most text that a base model reads. It is a third shorter."""
         start = [self._bos, *self._encode(prompt + "\n")]
         return Document((*start, *self._encode(reply), self._end), len(start))
 

@@ -84,7 +84,7 @@ class DpoConfig(Config):
     )
     trackers: TrackersConfig | None = Field(
         default=None,
-        description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere.",
+        description="Where metrics go besides metrics.jsonl. If this is left out, the pipeline's `trackers` apply.",
         json_schema_extra=RESULT_STAYS,
     )
     resources: DpoResources = Field(default_factory=DpoResources)

@@ -1,12 +1,13 @@
-"""The config of the RL stage: the sections of its rooms, all on one level of the YAML, and the keys of the loop.
+"""The config of the RL stage, which joins the sections of its rooms and adds the keys of the loop.
 
-Each room declares its keys in its own `config.py`, and its functions take that section:
+The YAML shows no rooms: all keys stand on one level. In the code each room declares its keys in its own `config.py`,
+and the functions of a room take the section of that room:
 
     RolloutsConfig ◄── GradingConfig ◄─┬─ PromptsConfig ◄──┬── RlConfig
                                        └─ TrainingConfig ◄─┘
 
-A section extends the one that the arrow points to. So a function of grading can read the keys of grading and of
-rollouts, and a type checker refuses all others.
+A section extends the section that the arrow points to. So a function of grading can read the keys of grading and of
+rollouts, and the type checker refuses any other key.
 """
 
 from typing import Annotated, Literal
@@ -20,71 +21,91 @@ from posttrain.rl.training.config import TrainingConfig
 
 
 class EvaluationConfig(Config):
-    """Pass rates on prompts that are not trained on, of the policy of the time, beside the training."""
+    """Measure the current policy on held-out prompts while the training goes on.
 
-    data: DataConfig = Field(description="Held-out prompts: each ends with a user turn. `reward` scores the replies.")
+    Example: `{data: {path: heldout.jsonl}, every: 20, prompts: 100}`.
+    """
+
+    data: DataConfig = Field(
+        description="Held-out prompts, each of which ends with a user turn. The section `reward` scores the replies."
+    )
     every: Annotated[int, Field(ge=1)] = Field(
-        default=20, description="Policy versions from one evaluation to the next; the first is of the start."
+        default=20,
+        description="Number of policy versions from one evaluation to the next. The first measures the starting "
+        "policy.",
     )
     prompts: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Only so many of them, a fair share of each capability; None: all."
+        default=None,
+        description="Number of held-out prompts to use, with a fair share for each capability; null uses all.",
     )
-    samples: Annotated[int, Field(ge=1)] = Field(default=1, description="Replies to each prompt.")
+    samples: Annotated[int, Field(ge=1)] = Field(default=1, description="Number of replies to each prompt.")
     temperature: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="Of these replies; 0: the likeliest. max_tokens is that of `sampling`."
+        default=0.0,
+        description="Sampling temperature of these replies; 0 always takes the likeliest token. Their largest length "
+        "is sampling.max_tokens.",
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="With a temperature above 0: only the likeliest tokens that together have this mass."
+        default=1.0,
+        description="Sample only from the likeliest tokens whose probabilities add up to this. It has no effect at "
+        "temperature 0.",
     )
     correct_threshold: Probability | None = Field(
-        default=None, description="That of `reward`, which it must equal where it is given."
+        default=None, description="If given, it must equal reward.correct_threshold, which is what counts."
     )
 
     @model_validator(mode="after")
     def _samples_differ(self) -> "EvaluationConfig":
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
-                f"temperature is 0, so all {self.samples} samples of a prompt would be equal; set it above 0, or "
-                "samples: 1"
+                f"temperature is 0, so all {self.samples} samples of a prompt would be equal; set a temperature above "
+                "0, or samples: 1"
             )
         return self
 
 
 class RlConfig(TrainingConfig, PromptsConfig):
-    """Asynchronous online RL: prompts in, a better policy out."""
+    """Asynchronous online RL. Engines sample groups of rollouts while the trainer makes its steps."""
 
     evaluation: EvaluationConfig | None = Field(
-        default=None, description="Measure the policy on held-out prompts during training; None: not."
+        default=None,
+        description="Measure the policy on held-out prompts during the training; null measures nothing.",
     )
     groups_per_step: Annotated[int, Field(ge=1)] = Field(
-        default=32, description="Groups (prompts) trained on in a step."
+        default=32, description="Number of groups in an optimizer step. A group holds all rollouts of one prompt."
     )
     max_staleness: Annotated[int, Field(ge=0)] = Field(
-        default=4, description="No token is trained on that is more versions old than this; 0 is strictly on-policy."
+        default=4,
+        description="Largest staleness of a token that is trained on, in policy versions. 0 is strictly on-policy.",
     )
     staleness: Literal["pace", "wait", "drop"] = Field(
         default="pace",
-        description="How the bound is kept: as many groups are admitted as can be trained in time, and a batch waits "
-        "for a slow one only at its last chance; every batch is the oldest groups; or groups too old are dropped.",
+        description="How max_staleness is kept. pace: admit only as many groups as can be trained on in time; a batch "
+        "waits for a slow group only when no later batch could take that group. wait: every batch is the oldest "
+        "groups, so it waits for each of them. drop: groups that are too old are dropped.",
     )
     over_provision: NotNegative = Field(
         default=0.5,
-        description="With max_staleness 0: at most so many batches of spare groups, as many as the measured share of "
-        "dropped groups asks for, so that a batch need not wait for refills.",
+        description="With max_staleness 0: most spare groups that are sampled beside a batch, in batches, so that the "
+        "batch need not wait while dropped groups are replaced. How many are sampled follows from the measured share "
+        "of dropped groups.",
     )
     checkpoint_every: Annotated[int, Field(ge=1)] = Field(
-        default=20, description="Optimizer steps between checkpoints.", json_schema_extra=RESULT_STAYS
+        default=20,
+        description="Number of optimizer steps from one checkpoint to the next.",
+        json_schema_extra=RESULT_STAYS,
     )
     stop_after_idle_steps: Annotated[int, Field(ge=1)] = Field(
-        default=20, description="Stop when so many batches' worth of groups in a row had no advantage."
+        default=20,
+        description="The run stops when this many batches of groups in a row are dropped because they teach nothing.",
     )
     parity_tolerance: Positive | None = Field(
         default=None,
-        description="Largest mean gap of sampler and trainer log-probabilities; None: 1e-3 fp32, 0.1 bf16.",
+        description="Largest allowed mean difference between the log-probabilities of sampler and trainer at the same "
+        "weights; null means 1e-3 for float32 and 0.1 for bfloat16.",
     )
     trackers: TrackersConfig | None = Field(
         default=None,
-        description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere.",
+        description="Where metrics go besides metrics.jsonl. If this is left out, the pipeline's `trackers` apply.",
         json_schema_extra=RESULT_STAYS,
     )
 
@@ -93,12 +114,12 @@ class RlConfig(TrainingConfig, PromptsConfig):
         if self.deterministic and (self.max_staleness or self.resources.rollout.workers > 1):
             raise ValueError(
                 f"deterministic needs max_staleness 0 (got {self.max_staleness}) and resources.rollout.workers 1 "
-                f"(got {self.resources.rollout.workers}): else the timing decides what is trained on"
+                f"(got {self.resources.rollout.workers}): otherwise timing decides which groups are trained on"
             )
         if self.deterministic and (self.refilter is not None or self.evaluation is not None):
             raise ValueError(
-                f"deterministic does not go with {'evaluation' if self.refilter is None else 'refilter'}: the timing "
-                "decides beside which groups its replies are sampled; remove one of the two"
+                f"deterministic does not go with {'evaluation' if self.refilter is None else 'refilter'}: timing "
+                "decides which other replies are sampled in the same batch as its replies; remove one of the two"
             )
         return self
 
@@ -108,8 +129,8 @@ class RlConfig(TrainingConfig, PromptsConfig):
             return self
         if self.weights.backend != "shm":
             raise ValueError(
-                f"evaluation needs weights.backend: shm (got {self.weights.backend}): an engine that evaluates leaves "
-                "out the updates that come meanwhile"
+                f"evaluation needs weights.backend: shm (got {self.weights.backend}): an engine skips the new weights "
+                "that come while it evaluates, and only shm lets it load the newest ones afterwards"
             )
         given = self.evaluation.correct_threshold
         if given is not None and given != self.reward.correct_threshold:

@@ -29,7 +29,7 @@ class ReferenceConfig(Config):
     """A penalty on the divergence of the policy from a frozen reference policy, as a term of the loss."""
 
     weight: Positive = Field(
-        description="Factor of the penalty: its mean over the batch's tokens times this is added to the loss."
+        description="Weight of the penalty. The mean over the batch's tokens is multiplied by it and added to the loss."
     )
     estimator: Literal["k1", "k2", "k3"] = Field(
         default="k2",
@@ -38,10 +38,12 @@ class ReferenceConfig(Config):
     )
     ratio_cap: Positive | None = Field(
         default=20.0,
-        description="Each token is weighted by its ratio policy / sampler, capped here; None: no weights.",
+        description="The penalty of each token is weighted by the ratio policy / sampler, but by no more than this; "
+        "null uses no weights.",
     )
     path: PathText | None = Field(
-        default=None, description="Model folder of the reference; None: model.path, where training starts."
+        default=None,
+        description="Model folder of the reference; null uses model.path, the policy that training starts from.",
     )
 
 
@@ -59,11 +61,12 @@ class LossConfig(Config):
     )
     reference: ReferenceConfig | None = Field(
         default=None,
-        description="Penalty on the divergence from a reference policy; None: no penalty, and no second model.",
+        description="Penalty on the divergence from a reference policy; null has no penalty and loads no second model.",
     )
     truncated: Literal["train", "mask"] = Field(
         default="train",
-        description="Replies cut off by sampling.max_tokens: train on them, or mask them, so that they have no loss.",
+        description="What to do with replies that sampling.max_tokens cut off. train: train on them. mask: leave their "
+        "tokens out of the loss.",
     )
     divergence: Positive = Field(
         default=0.2, description="dppo: tokens whose probability has moved further than this are masked."

@@ -53,7 +53,7 @@ class SftConfig(Config):
     )
     trackers: TrackersConfig | None = Field(
         default=None,
-        description="Where metrics go besides metrics.jsonl; absent: as the pipeline says, else nowhere.",
+        description="Where metrics go besides metrics.jsonl. If this is left out, the pipeline's `trackers` apply.",
         json_schema_extra=RESULT_STAYS,
     )
     resources: SftResources = Field(default_factory=SftResources)

@@ -1,4 +1,4 @@
-"""The keys of an RL stage that say what a rollout is worth: the reward, a judge, the advantage, what is dropped."""
+"""The keys of an RL stage that turn a rollout into an advantage: reward, judge, baseline, and which groups to drop."""
 
 from typing import Annotated, Literal
 
@@ -12,23 +12,27 @@ from posttrain.rl.rollouts.config import RolloutsConfig
 
 
 class OverlongConfig(Config):
-    """A soft penalty on replies that come close to the limit, added to the reward."""
+    """A penalty, added to the reward, for replies that come close to `sampling.max_tokens`.
+
+    Example: with `{buffer_tokens: 100, weight: 0.5}` and max_tokens 512, the penalty is 0 up to 412 tokens, -0.25 at
+    462 and -0.5 at 512.
+    """
 
     buffer_tokens: Annotated[int, Field(ge=1)] = Field(
-        description="Over the last so many tokens before sampling.max_tokens the penalty grows from 0 to -1."
+        description="Number of tokens before sampling.max_tokens over which the penalty grows from 0 to -weight."
     )
-    weight: Positive = Field(default=1.0, description="The penalty is multiplied by this.")
+    weight: Positive = Field(default=1.0, description="Size of the penalty at sampling.max_tokens.")
 
 
 class RlRewardConfig(RewardConfig):
-    """The reward, and what is done where it gives no score."""
+    """The reward plug-in, and what happens to rollouts for which it fails to give a score."""
 
     rescores: Annotated[int, Field(ge=0)] = Field(
-        default=1, description="Rollouts of a group that could not be scored are scored so many times more."
+        default=1, description="How many more times the reward is tried on a rollout that it failed to score."
     )
     alarm_fraction: Probability = Field(
         default=0.2,
-        description="Share of a step's rollouts without a score above which the run raises an alarm.",
+        description="The run raises an alarm when more than this share of a step's rollouts has no score.",
         json_schema_extra=RESULT_STAYS,
     )
 
@@ -53,22 +57,27 @@ Answer with exactly one of these words and nothing else: {labels}."""
 
 
 class RlJudgeConfig(JudgeQuestion):
-    """A model that rates every reply before the reward sees it: the row then has a field `judge`."""
+    """A model that rates every reply before the reward is called, which finds the rating in the row under `judge`.
+
+    Example: `{model: {path: judge}}` together with `resources: {judge: {cpus: 2}}`.
+    """
 
     model: ServedModelConfig | None = Field(
         default=None,
-        description="The model that rates, on engines of this stage; an instruction-tuned one with a chat template.",
+        description="The judge as a model folder, which engines of this stage serve. The model should be "
+        "instruction-tuned and needs a chat template.",
     )
     endpoint: EndpointConfig | None = Field(
-        default=None, description="The server that rates. Exactly one of model and endpoint is given."
+        default=None, description="The judge as a server that already runs. Give either model or endpoint."
     )
     template: str = Field(
         default=JUDGE_TEMPLATE,
-        description="The judge's user turn, with {prompt} and, if wanted, {response}, {answer}, {system} and {labels}.",
+        description="The text of the judge's user turn. It must hold {prompt}, and may hold {response}, {answer}, "
+        "{system} and {labels}.",
     )
     labels: list[str] = Field(
         default_factory=lambda: ["wrong", "partly", "right"],
-        description="What the judge may answer, from the worst to the best.",
+        description="The words that the judge may answer with, from the worst rating to the best.",
     )
 
     @property
@@ -83,24 +92,34 @@ class RlJudgeConfig(JudgeQuestion):
 
 
 class GradingConfig(RolloutsConfig):
-    """What a rollout is worth. `loss` is here because `loss.truncated` decides which rollouts get an advantage."""
+    """How rollouts are scored, and how rewards become advantages.
+
+    `loss` is declared here because `loss.truncated` decides which rollouts get an advantage.
+    """
 
     reward: RlRewardConfig
     judge: RlJudgeConfig | None = Field(
-        default=None, description="A model that rates replies for the reward; None: no such model is served."
+        default=None, description="A model that rates replies for the reward; null uses no judge."
     )
     systems: SystemsConfig = Field(
-        default_factory=SystemsConfig, description="System instructions, sampled for prompts that have none."
+        default_factory=SystemsConfig,
+        description="System instructions. One is drawn for each prompt that has no system turn.",
     )
     advantage: Literal["group_mean", "grpo", "rloo", "batch_norm"] = Field(
-        default="group_mean", description="Baseline of a group's rewards, and their scale."
+        default="group_mean",
+        description="How the rewards of a group become advantages: which baseline is subtracted, and what the "
+        "difference is divided by.",
     )
-    overlong: OverlongConfig | None = Field(default=None, description="Penalty on long replies; None: none.")
+    overlong: OverlongConfig | None = Field(
+        default=None, description="Penalty for replies that come close to sampling.max_tokens; null has no penalty."
+    )
     drop_zero_advantage: bool = Field(
-        default=True, description="Drop and replace groups whose rewards (with overlong's penalty) are all equal."
+        default=True,
+        description="Drop a group whose rewards (with the overlong penalty) are all equal, and sample another group "
+        "in its place. Such a group has zero advantage and teaches nothing.",
     )
     min_group: Annotated[int, Field(ge=2)] = Field(
-        default=2, description="Fewer scored rollouts than this drop the group."
+        default=2, description="A group in which fewer rollouts than this have a score is dropped."
     )
     loss: LossConfig = Field(default_factory=LossConfig)
 
@@ -126,7 +145,7 @@ class GradingConfig(RolloutsConfig):
             )
         if self.deterministic and self.judge is not None:
             raise ValueError(
-                "deterministic does not go with judge: which replies it rates in one batch, and so the last bits of "
-                "its probabilities, is decided by the timing; remove one of the two"
+                "deterministic does not go with judge: timing decides which replies the judge rates in one batch, and "
+                "the batch decides the last bits of its probabilities; remove one of the two"
             )
         return self

@@ -1,7 +1,7 @@
-"""How often a policy passes each prompt: the record, its uncertainty, and the parquet files that keep it.
+"""How often a policy passes each prompt: the estimate, its uncertainty, and the Parquet files that keep estimates.
 
-An estimate is worth something as long as what it rests on is the same: the policy, the sampling, the reward, the
-prompt. Each row of a file names all of them by fingerprint, so files of any runs may be read together.
+An estimate holds only for the policy, sampling, reward and prompt that it was measured with. Each row of a file names
+them by fingerprint, so that a run can read the files of all other runs and pick the estimates that hold for itself.
 """
 
 import hashlib
@@ -21,18 +21,21 @@ from posttrain.records import Row
 
 
 class Basis(Struct, frozen=True):
-    """Fingerprints of the policy, and of the way that it was sampled and scored."""
+    """What an estimate was measured with: fingerprints of the policy, and of its sampling and scoring."""
 
     policy: str
     scoring: str
 
 
 class Difficulty(Struct, frozen=True):
-    """How often the policy of `policy_version` passed a prompt: `passes` of the `n` replies that could be scored.
+    """How often one policy passed one prompt: `passes` of the `n` replies that got a score.
 
-    selected: whether the pass rate lies in the band that is trained on. prompt: fingerprint of the prompt. samples:
-    replies asked for. n is 0 where nothing could be scored; such a record says nothing but that it was tried.
-    tokens: of all replies that this run sampled for it, 0 where another run's estimate was taken.
+    Example: n 8 and passes 2 are a pass rate of 0.25. n is 0 if the prompt was tried and no reply got a score; such a
+    record has no pass rate.
+
+    policy_version: the version of the policy. selected: whether the pass rate lies in the band that is trained on.
+    prompt: the fingerprint of the prompt. samples: how many replies were asked for. tokens: how many tokens this run
+    sampled for the estimate, 0 if it took the estimate of another run.
     """
 
     prompt_id: str
@@ -66,10 +69,10 @@ class Difficulty(Struct, frozen=True):
 
 
 class DifficultyStore:
-    """Estimates that runs share through a folder. Each run reads the files of all runs and writes one of its own.
+    """Estimates that runs share through a folder. Each run reads the files of all runs and writes a file of its own.
 
-    A file is written aside and then renamed, so several runs may use the folder at the same time. run: the stage's
-    folder. The name of the run's file is a hash of its path, of the host and of the basis.
+    Several runs may use the folder at the same time, because each file is written under another name and then renamed.
+    run: the stage's folder. Its path, the host and the basis are hashed to name the run's file.
     """
 
     def __init__(self, folder: Path, basis: Basis, run: Path):
@@ -87,7 +90,10 @@ class DifficultyStore:
                     self._found[item.prompt] = item
 
     def find(self, row: Row, prompt: str, samples: int) -> Difficulty | None:
-        """The estimate with the fingerprint `prompt`, from at least `samples` replies, as an estimate of this row."""
+        """The estimate for a row, or None if no run asked for `samples` or more replies to it.
+
+        prompt: the row's fingerprint, by which the estimate is found even if the row had another id in that run.
+        """
         found = self._found.get(prompt)
         if found is None or found.samples < samples:
             return None
@@ -106,7 +112,7 @@ class DifficultyStore:
 def write_estimates(
     path: Path, difficulties: Sequence[Difficulty], basis: Basis, *, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a table of estimates, as a whole or not at all. extra: more columns, with one value for all rows."""
+    """Write a table of estimates, whole or not at all. extra: further columns, each with one value for all rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -136,7 +142,10 @@ def write_estimates(
 
 
 def read_estimates(path: Path, basis: Basis | None = None) -> list[Difficulty]:
-    """The estimates of a file; if `basis` is given, only those on it. Raises ConfigError for a file of another kind."""
+    """The estimates in a file; if `basis` is given, only those that were measured with it.
+
+    Raises ConfigError for a file that is not a table of estimates.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -151,7 +160,7 @@ def read_estimates(path: Path, basis: Basis | None = None) -> list[Difficulty]:
         ]
     except (pa.ArrowException, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError("profile", [f"{path} is no table of pass rates; move it away ({reason})"]) from error
+        raise ConfigError("profile", [f"{path} is not a table of pass rates ({reason}); move it away"]) from error
 
 
 def _schema(pa: Any, extra: Mapping[str, Any]) -> Any:

@@ -1,7 +1,8 @@
-"""Short hashes of what a result depends on: a policy, how it is sampled and scored, a prompt, a dataset.
+"""Fingerprints, which are short hashes of all that a pass rate depends on: how replies are sampled and scored, the
+prompt and the dataset.
 
-Only content counts: a model folder that was moved or touched keeps its fingerprint. Left out: installed packages, and
-what a reward imports from elsewhere than its own folder.
+A fingerprint covers content only, so a model folder that was moved keeps its fingerprint. It does not cover installed
+packages, nor modules that a reward imports from outside its own folder.
 """
 
 import hashlib
@@ -21,8 +22,11 @@ from posttrain.scoring.plugins.requirements import reward_sources
 
 
 def scoring_fingerprint(config: GradingConfig) -> str:
-    """Hash of what decides whether a reply passes, beside policy and prompt: the sampling, the type of the weights,
-    the reward with its arguments, and the source files in its folder."""
+    """Fingerprint of everything, apart from policy and prompt, that decides whether a reply passes.
+
+    It covers the sampling, the data type of the weights, the judge, and the reward with its arguments and the source
+    files in its folder.
+    """
     sources = reward_sources(config.reward.name, config.reward.args)
     beside = sorted({file for source in sources for file in source.parent.glob("*.py")})
     return _digest(
@@ -38,34 +42,35 @@ def scoring_fingerprint(config: GradingConfig) -> str:
 
 
 def _judge(judge: RlJudgeConfig) -> dict[str, Any]:
-    """The judge's model and question."""
+    """What decides the judge's ratings: its model or endpoint, and its question."""
     asked = judge.model_dump(include={"template", "labels", "long_rows"})
     return {**asked, "prompt_limit": judge.prompt_limit, "judge": judge_identity(judge)}
 
 
 def prompt_fingerprint(row: Row) -> str:
-    """Hash of a row without its id: its messages, and all that a reward may look at."""
+    """Fingerprint of a row without its id: the messages, and every field that a reward can read."""
     return _digest({name: value for name, value in row_to_json(row).items() if name != "id"})
 
 
 def dataset_fingerprint(rows: Iterable[Row]) -> str:
-    """Hash of the rows with their ids, in their order."""
+    """Fingerprint of the rows with their ids, in their order."""
     return _digest([[row.id, prompt_fingerprint(row)] for row in rows])
 
 
 def run_fingerprints(model_path: str, rows: Sequence[Row]) -> dict[str, str]:
-    """What a checkpoint is bound to: the dataset and the policy that training started from."""
+    """Fingerprints of the dataset and of the policy that the training starts from, which each checkpoint records."""
     return {"dataset": dataset_fingerprint(rows), "policy": model_fingerprint(model_path)}
 
 
 def check_resumed(saved: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
-    """Whether a checkpoint belongs to what would be trained now. `folder`: that of the checkpoint.
+    """Check that a checkpoint belongs to the dataset and policy of this run.
 
-    Raises CheckpointError that says what changed and what to do.
+    saved: the fingerprints in the checkpoint; now: those of this run, see `run_fingerprints`. folder: the checkpoint's
+    folder. Raises CheckpointError, which says what changed and what to do.
     """
     what = {
-        "dataset": "prompts: their rows changed since the run began",
-        "policy": "model.path: holds another model than the run began with",
+        "dataset": "prompts: the rows have changed since the run began",
+        "policy": "model.path: this is not the model that the run began with",
     }
     changed = [
         f"{rule} (fingerprint {saved[name]}, now {now[name]})"
@@ -74,8 +79,8 @@ def check_resumed(saved: Mapping[str, str], now: Mapping[str, str], folder: Path
     ]
     if changed:
         raise CheckpointError(
-            f"{'; '.join(changed)}; {folder} cannot go on from there: give back what it began with, "
-            "or start anew in another run directory"
+            f"{'; '.join(changed)}; training cannot continue from {folder}. Restore what the run began with, or start "
+            "again in another run directory"
         )
 
 

@@ -1,6 +1,7 @@
 """The keys of an RL stage that say what is sampled: from which policy, how, and on which engines.
 
-Each key is declared in the section of the lowest room that needs it; the sections of the rooms above extend that one.
+This is the lowest section. A key that several rooms read is declared in the section of the lowest of them, and the
+sections of the rooms above extend that section.
 """
 
 from typing import Any, Literal
@@ -71,32 +72,41 @@ class RlResources(Config):
 
 
 class WeightsConfig(Config):
-    """How new weights are sent to the engines, and how running replies continue."""
+    """How new weights are sent to the engines, and how replies that are being sampled continue with them."""
 
     backend: Literal["shm", "nccl", "ipc"] = Field(
         default="shm",
-        description="shm: shared memory, one host; nccl: broadcast between GPUs of any hosts; ipc: the engine reads "
-        "the memory of the GPU that it shares with the trainer.",
+        description="shm: through shared memory, on one host. nccl: a broadcast between GPUs, of one host or several. "
+        "ipc: the engine shares a GPU with the trainer and reads its memory.",
     )
     kv: Literal["recompute", "keep"] = Field(
         default="recompute",
-        description="The KV cache of running replies: compute it again with the new weights, or keep it.",
+        description="What happens to the KV cache of unfinished replies. recompute: the engine computes it again with "
+        "the new weights. keep: the reply continues on the cache of the old weights.",
     )
     order: Literal["together", "one_by_one"] = Field(
-        default="together", description="Engines take new weights at the same time, or one after the other."
+        default="together",
+        description="together: all engines load new weights at the same time. one_by_one: one after the other, so "
+        "that the others go on sampling.",
     )
 
 
 class RolloutsConfig(Config):
-    """What is sampled, and on which engines. `resources` is here because it names the actors of all rooms."""
+    """What is sampled, and on which engines.
+
+    `resources` names the actors of all rooms. It is declared here because the checks of this section read it.
+    """
 
     model: ModelConfig
-    prompts: DataConfig = Field(description="Rows that end with a user turn and have the fields that the reward needs.")
-    group_size: int = Field(default=8, description="Rollouts of one prompt, at least 2.")
+    prompts: DataConfig = Field(
+        description="The prompts. Each row ends with a user turn and has the fields that the reward reads."
+    )
+    group_size: int = Field(default=8, description="Number of rollouts of each prompt, at least 2.")
     deterministic: bool = Field(
         default=False,
-        description="On a CPU, the same weights bit for bit in every run, however often it is resumed. Needs "
-        "max_staleness 0 and one rollout worker; groups are sampled in waves.",
+        description="Get the same weights, bit for bit, from every run with the same seed on the same kind of CPU, "
+        "however often the run is resumed. It needs max_staleness 0 and one rollout worker, and samples groups in "
+        "waves, which is slower.",
     )
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
     sampling: RlSamplingConfig = Field(default_factory=RlSamplingConfig)

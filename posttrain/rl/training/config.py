@@ -1,4 +1,4 @@
-"""The keys of an RL stage that say how the policy is trained: steps, optimizer, ranks, and what a bad update does."""
+"""The keys of an RL stage that say how the policy is trained: steps, optimizer, ranks, and what happens on failures."""
 
 from typing import Annotated, Literal
 
@@ -12,27 +12,31 @@ from posttrain.rl.grading.config import GradingConfig
 class TrainingConfig(GradingConfig):
     """How the policy is trained."""
 
-    steps: Annotated[int, Field(ge=1)] = Field(default=100, description="Optimizer steps.", json_schema_extra=MAY_GROW)
+    steps: Annotated[int, Field(ge=1)] = Field(
+        default=100, description="Number of optimizer steps.", json_schema_extra=MAY_GROW
+    )
     trainer_deadline_s: Positive = Field(
-        default=1800.0, description="A step or checkpoint of the trainer that takes longer means that it is lost."
+        default=1800.0,
+        description="Seconds that a step or a checkpoint may take. If one takes longer, the trainer counts as lost.",
     )
     trainer_restarts: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Start a trainer that died again from the last checkpoint, so often, instead of ending."
+        default=0,
+        description="How many times a lost trainer is started again from the last checkpoint before the stage fails.",
     )
     on_nonfinite: Literal["skip", "stop"] = Field(
         default="skip",
-        description="A loss or gradient that is not finite: leave that update out and go on, or stop at once. What it "
-        "was computed from is kept under evidence/ either way.",
+        description="What to do when a loss or gradient is not finite. skip: leave out this update and go on. stop: "
+        "end the stage. In both cases the rollouts that caused it are kept under evidence/.",
     )
     max_skipped: Annotated[int, Field(ge=1)] = Field(
-        default=5, description="With on_nonfinite skip: stop when so many updates in a row were left out."
+        default=5, description="With on_nonfinite: skip, the stage ends after this many skipped updates in a row."
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = Field(
-        default_factory=ParallelConfig, description="The trainer's ranks; all of them share each step's rollouts."
+        default_factory=ParallelConfig, description="The trainer's ranks. They share the rollouts of each step."
     )
     micro_batch_tokens: Annotated[int, Field(ge=64)] = Field(
-        default=8192, description="Padded tokens of one forward pass."
+        default=8192, description="Largest number of tokens in one forward pass of a rank, with padding."
     )
     gradient_checkpointing: GradientCheckpointing = "none"
 
