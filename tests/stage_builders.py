@@ -438,7 +438,7 @@ def rl_draws(config: Any) -> Any:
 
     rows = [prompt.row for prompt in _drawn()]
     profile = [Difficulty(row.id, row.capability, 8, index, 0, True) for index, row in enumerate(rows)]
-    source = prompt_source(config, rows, profile, tokenizer=_tokenizer(), seed=0)
+    source = prompt_source(config, rows, profile, tokenizer=_tokenizer(), seed=0, steps=config.steps)
     drawn = []
     for step, capability in enumerate(islice(places(mixture_shares(rows, config.mixture)), 48)):
         drawn.append(source.draw(capability, step))
@@ -581,7 +581,7 @@ def rl_parked_draws(config: Any) -> Any:
     rows = [prompt.row for prompt in _drawn() if prompt.row.capability == "general"]
     rows = [msgspec.structs.replace(row, id=f"{row.id}-{copy}") for row in rows for copy in range(8)]
     profile = [Difficulty(row.id, row.capability, 16, 8 * (index % 2), 0, True) for index, row in enumerate(rows)]
-    source = prompt_source(config, rows, profile, tokenizer=_tokenizer(), seed=0)
+    source = prompt_source(config, rows, profile, tokenizer=_tokenizer(), seed=0, steps=config.steps)
     return [source.draw(rows[0].capability, order).row.id for order in range(100)]
 
 
@@ -674,7 +674,7 @@ def rl_weights(config: Any) -> Any:
 def rl_allowed_gap(config: Any) -> Any:
     from posttrain.rl.loop.parity import allowed_gap
 
-    return allowed_gap(config)
+    return allowed_gap(config.parity_tolerance, config.model.dtype)
 
 
 def rl_policy(config: Any) -> Any:

@@ -68,6 +68,7 @@ class Bench:
             archive=RolloutArchive(folder / "rollouts", build_tokenizer()),
             tally=self.tally,
             source=self.source,
+            idle_steps=self.config.stop_after_idle_steps,
             version=version,
         )
 

@@ -93,7 +93,7 @@ def test_in_a_profile_of_extremes_few_replies_say_much():
     curriculum = {"schedule": "constant", "first": [0.2, 0.8], "reprobe_fraction": 0.0}
     data = {"model": {"path": "m"}, "prompts": {"path": "p"}, "reward": {"name": "math"}, "curriculum": curriculum}
     config = validate_config(RlConfig, data, "test")
-    source = prompt_source(config, rows, difficulties, tokenizer=build_tokenizer(), seed=0)
+    source = prompt_source(config, rows, difficulties, tokenizer=build_tokenizer(), seed=0, steps=config.steps)
     assert kinds(source, 400)["half"] > 340
     uniform = validate_config(CurriculumConfig, curriculum, "test")
     assert kinds(source_of(Curriculum(uniform, difficulties, 10), passes), 400)["half"] < 240

@@ -1,4 +1,4 @@
-"""The RL stage: profile the prompts, select the medium-to-hard band, train asynchronously, write the policy."""
+"""The RL stage: profile the prompts, select those of medium to hard difficulty, train on them, write the policy."""
 
 import asyncio
 import json
@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from posttrain.config.shared import ActorResources
 from posttrain.context import StageContext
 from posttrain.data.chat import check_special_tokens, end_token_ids, render_prompt, render_row
 from posttrain.data.rows import load_rows
@@ -19,6 +20,7 @@ from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
 from posttrain.parallel.engine import check_parallel
 from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.config import RlConfig
+from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.groups import passes_and_failures
 from posttrain.rl.grading.judge import Judge
 from posttrain.rl.grading.verifiers import check_rewardable
@@ -38,7 +40,8 @@ from posttrain.rl.history.recovery import (
 )
 from posttrain.rl.loop.controller import Controller, Parts
 from posttrain.rl.loop.evaluation import heldout_prompts, heldout_rows
-from posttrain.rl.loop.parity import check_engine_parity
+from posttrain.rl.loop.parity import allowed_gap, check_engine_parity
+from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.prompts.curriculum import Curriculum
 from posttrain.rl.prompts.fingerprints import check_resumed, run_fingerprints
 from posttrain.rl.prompts.lengths import check_room
@@ -48,6 +51,7 @@ from posttrain.rl.prompts.quotas import mixture_shares
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.records import GroupState
 from posttrain.rl.training.client import TrainerClient
+from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.reference import Reference, check_reference
 from posttrain.sampling.client import Engines
 
@@ -72,7 +76,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         engines = models.enter_context(
             Engines(context, config.model, config.engine, resources=config.resources.rollout)
         )
-        judge = _start_judge(config, prepared, context, models=models)
+        judge = _start_judge(prepared, config.resources.judge, context, models=models)
         trainer = TrainerClient(config, context.seed)  # beside the profile
         try:
             order = list(prompts)
@@ -87,9 +91,11 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         reference = Reference(config, context.seed) if config.loss.reference is not None else None
         ledger = open_ledger(context.dir)
         try:
-            _check_same(ledger, config, rows, context=context)
+            _check_same(ledger, config.model.path, rows, context=context)
             for left in restarts_left(config):
-                source = prompt_source(config, drawn, difficulties, tokenizer=tokenizer, seed=context.seed)
+                source = prompt_source(
+                    config, drawn, difficulties, tokenizer=tokenizer, seed=context.seed, steps=config.steps
+                )
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
                 parts = Parts(
                     engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated, judge,
@@ -126,7 +132,7 @@ def _check_special_tokens(tokenizer: Any, config: RlConfig, rows: Sequence[Row],
         check_special_tokens(tokenizer, data, ((f"row {row.id!r}", row.messages, None) for row in those))
 
 
-def _rows_to_profile(config: RlConfig, seed: int, context: StageContext | None = None) -> list[Row]:
+def _rows_to_profile(config: PromptsConfig, seed: int, context: StageContext | None = None) -> list[Row]:
     """The prompts, or a seeded subset of them spread evenly over the capabilities."""
     rows = load_rows(config.prompts, kind="prompt", stage="rl", context=context)
     check_rewardable(config, rows)
@@ -144,8 +150,8 @@ def _rows_to_profile(config: RlConfig, seed: int, context: StageContext | None =
     return [row for _, _, _, row in places[:limit]]
 
 
-def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[DrawnPrompt]:
-    """Each row as a prompt without a sampled system instruction; one that leaves no room for a reply is an error."""
+def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: GradingConfig) -> list[DrawnPrompt]:
+    """Each row as a prompt without a system instruction. Raises DataError if one leaves no room for a reply."""
 
     def render(messages: Sequence[Message]) -> list[int]:
         return render_prompt(tokenizer, messages)
@@ -162,23 +168,23 @@ def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: RlConfig) -> list[D
 
 
 def _start_judge(
-    config: RlConfig, prepared: PreparedJudge | None, context: StageContext, *, models: ExitStack
+    prepared: PreparedJudge | None, resources: ActorResources | None, context: StageContext, *, models: ExitStack
 ) -> Judge | None:
-    """The judge, if the stage has one: on its engines, or at its endpoint."""
+    """Start the judge on engines with `resources`, or connect to its endpoint. None for a stage without a judge."""
     if prepared is None:
         return None
-    backend = models.enter_context(open_judge(prepared, context, config.resources.judge))
+    backend = models.enter_context(open_judge(prepared, context, resources))
     return Judge(prepared, backend)
 
 
-def restarts_left(config: RlConfig) -> range:
-    """How often the trainer may still be started again, for each time that it is."""
+def restarts_left(config: TrainingConfig) -> range:
+    """For each start of the trainer, how many more times it may be started again."""
     return range(config.trainer_restarts, -1, -1)
 
 
-def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], *, context: StageContext) -> None:
-    """A run goes on with the dataset and the model that it began with, or not at all."""
-    now = run_fingerprints(config.model.path, rows)
+def _check_same(ledger: Ledger, model_path: str, rows: Sequence[Row], *, context: StageContext) -> None:
+    """Raise CheckpointError if the run began with another dataset or another model."""
+    now = run_fingerprints(model_path, rows)
     if (saved := ledger.fact("fingerprints")) is not None:
         check_resumed(saved, now, context.dir)
     ledger.set_fact("fingerprints", now)
@@ -187,7 +193,7 @@ def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], *, contex
 
 
 def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: list[DrawnPrompt]) -> dict[str, Any]:
-    """From the last commit to the last step, and the policy's folder."""
+    """Train from the last commit to the last step, and write the policy. Returns outputs and figures of the stage."""
     first_step, left = _resume(config, context, parts)
     manifest = parts.trainer.publish()
     parity = check_engine_parity(
@@ -199,6 +205,7 @@ def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: li
         stop_ids=parts.stop_ids,
         manifest=manifest,
         version=first_step,
+        tolerance=allowed_gap(config.parity_tolerance, config.model.dtype),
     )
     context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
     controller = Controller(config, context, parts, manifest=manifest, first_step=first_step, survivors=left)
@@ -214,8 +221,8 @@ def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: li
     }
 
 
-def _resume(config: RlConfig, context: StageContext, parts: Parts) -> tuple[int, list[Survivor]]:
-    """Bring everything to where the last commit left it; returns its version, and the groups that go on."""
+def _resume(config: GradingConfig, context: StageContext, parts: Parts) -> tuple[int, list[Survivor]]:
+    """Return to the last commit: undo what came after it. Returns its version, and the groups that can continue."""
     ledger, source, archive = parts.ledger, parts.source, parts.archive
     if not ledger.next_order:
         return 0, []
@@ -249,9 +256,15 @@ def _resume(config: RlConfig, context: StageContext, parts: Parts) -> tuple[int,
 
 
 def prompt_source(
-    config: RlConfig, selected: Sequence[Row], difficulties: Sequence[Difficulty], *, tokenizer: Any, seed: int
+    config: PromptsConfig,
+    selected: Sequence[Row],
+    difficulties: Sequence[Difficulty],
+    *,
+    tokenizer: Any,
+    seed: int,
+    steps: int,
 ) -> PromptSource:
-    """Where prompts are drawn from, each with its system instruction."""
+    """The source that draws the selected prompts, each with its system instruction, over `steps` optimizer steps."""
 
     def render(messages: Sequence[Message]) -> list[int]:
         return render_prompt(tokenizer, messages)
@@ -260,7 +273,7 @@ def prompt_source(
         return PromptSource(selected, config.systems, render, seed=seed)
     ids = {row.id for row in selected}
     known = [item for item in difficulties if item.prompt_id in ids]
-    curriculum = Curriculum(config.curriculum, known, config.steps, prior=fit_prior(difficulties))
+    curriculum = Curriculum(config.curriculum, known, steps, prior=fit_prior(difficulties))
     return PromptSource(
         selected, config.systems, render, seed=seed, curriculum=curriculum, tries=config.curriculum.tries
     )

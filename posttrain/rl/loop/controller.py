@@ -145,6 +145,7 @@ class Controller:
             archive=parts.archive,
             tally=self._tally,
             source=parts.source,
+            idle_steps=config.stop_after_idle_steps,
             version=first_step,
         )
         self._checkpoints = Checkpoints(
@@ -157,6 +158,7 @@ class Controller:
             scorer=self._scorer,
             source=parts.source,
             version=first_step,
+            evaluation=config.evaluation,
             heldout=parts.heldout,
             stop_ids=parts.stop_ids,
             told=parts.ledger.event,

@@ -21,6 +21,7 @@ from posttrain.rl.config import EvaluationConfig, RlConfig
 from posttrain.rl.grading.verifiers import check_rewardable
 from posttrain.rl.prompts.lengths import check_room
 from posttrain.rl.records import ScoredGroup
+from posttrain.rl.rollouts.config import RolloutsConfig
 from posttrain.sampling.requests import SampleRequest
 
 FILE = "evaluations.jsonl"
@@ -36,7 +37,7 @@ def heldout_rows(config: RlConfig, context: StageContext | None = None) -> list[
 
 
 def heldout_prompts(
-    config: RlConfig, rows: Sequence[Row], render: Callable[[Sequence[Message]], Sequence[int]]
+    config: RolloutsConfig, rows: Sequence[Row], render: Callable[[Sequence[Message]], Sequence[int]]
 ) -> list[DrawnPrompt]:
     """The rows as prompts, without a sampled system instruction. Raises DataError if one leaves no room for a reply."""
     prompts = [DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))) for row in rows]

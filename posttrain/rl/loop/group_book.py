@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 from posttrain.context import StageContext
 from posttrain.errors import StageError
-from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.alarm import UnscoredAlarm
+from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.groups import drop_reason, passes_and_failures
 from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import UNDECIDED, Entry, Ledger
@@ -88,11 +88,12 @@ class GroupBook:
     """Holds the undecided groups of a run whose next batch is trained at policy version `version`.
 
     The book informs queue, ledger, archive, tally and source of every transition. No other code may do so.
+    idle_steps: the run fails when as many groups in a row are dropped for their rewards as so many steps would need.
     """
 
     def __init__(
         self,
-        config: RlConfig,
+        config: GradingConfig,
         context: StageContext,
         queue: StalenessQueue,
         *,
@@ -100,6 +101,7 @@ class GroupBook:
         archive: RolloutArchive,
         tally: StepTally,
         source: PromptSource,
+        idle_steps: int,
         version: int = 0,
     ):
         self._config = config
@@ -110,9 +112,8 @@ class GroupBook:
         self._tally = tally
         self._source = source
         self._version = version  # the version at which the next batch will be trained on
-        self._alarm = UnscoredAlarm(config.reward.alarm_fraction, config.groups_per_step)
-        self._idle_limit = config.stop_after_idle_steps * config.groups_per_step
-        self._too_old = DropReason.STALE if config.staleness == "drop" else DropReason.SURPLUS
+        self._alarm = UnscoredAlarm(config.reward.alarm_fraction, queue.groups_per_step)
+        self._idle_limit = idle_steps * queue.groups_per_step
         self._undecided: dict[int, _Undecided] = {}
         self._too_old_for_scores: set[int] = set()  # groups that became too old while they were scored
         self._returning: dict[int, Entry] = {}  # groups from before a crash that wait for a place, to be sampled again
@@ -217,7 +218,7 @@ class GroupBook:
         """Record the rewards of a group. It becomes ready, or is dropped if there is a `reason` (see `drop_reason`).
 
         A group that became too old while it was scored stays dropped. Raises StageError if as many groups in a row were
-        dropped as `stop_after_idle_steps` steps would need.
+        dropped as `idle_steps` steps would need.
         """
         order = scored.group.order
         if order in self._too_old_for_scores:
@@ -248,16 +249,16 @@ class GroupBook:
         """
         for order in self._queue.expired():
             undecided = self._undecided[order]
-            self._drop(order, self._too_old, undecided.scored)
+            self._drop(order, self._queue.too_old, undecided.scored)
             if undecided.state is GroupState.GENERATED:
                 self._too_old_for_scores.add(order)
             flight = stop_sampling(order)
             if undecided.group is not None:
                 lengths = [rollout.num_sampled for rollout in undecided.group.rollouts]
-                self._tally.expired(self._too_old, undecided.group.prompt.row.id, lengths)
+                self._tally.expired(self._queue.too_old, undecided.group.prompt.row.id, lengths)
             elif flight is not None:
                 lengths = [reply.num_sampled for reply in flight.replies]
-                self._tally.expired(self._too_old, flight.prompt.row.id, lengths)
+                self._tally.expired(self._queue.too_old, flight.prompt.row.id, lengths)
 
     def finish(self) -> None:
         """Drop every undecided group after the last step. Before, the ledger must have been written to the disk."""

@@ -12,7 +12,7 @@ from functools import partial
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.records import DrawnPrompt, Rollout
-from posttrain.rl.config import RlConfig
+from posttrain.rl.rollouts.config import RolloutsConfig
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.rl.rollouts.weights import update_calls
 from posttrain.rl.training.client import TrainerClient
@@ -36,13 +36,13 @@ class Parity:
     num_tokens: int
 
 
-def allowed_gap(config: RlConfig) -> float:
-    """The largest mean difference that rounding can explain."""
-    return config.parity_tolerance or TOLERANCE[config.model.dtype]
+def allowed_gap(parity_tolerance: float | None, dtype: str) -> float:
+    """The largest mean gap that rounding can explain: the one that the config gives, or that of the data type."""
+    return parity_tolerance or TOLERANCE[dtype]
 
 
 def check_engine_parity(
-    config: RlConfig,
+    config: RolloutsConfig,
     context: StageContext,
     engines: Engines,
     *,
@@ -51,15 +51,15 @@ def check_engine_parity(
     stop_ids: tuple[int, ...],
     manifest: Manifest,
     version: int,
+    tolerance: float,
 ) -> Parity:
     """Compare engines and trainer on a few prompts. Returns the figures of the engine with the largest mean gap.
 
-    All have the weights of `manifest`. Raises StageError if the mean gap of an engine is too large. An engine that is
-    lost during the check is replaced, and its replacement is compared.
+    All have the weights of `manifest`. Raises StageError if the mean gap of an engine is above `tolerance`. An engine
+    that is lost during the check is replaced, and its replacement is compared.
     """
     asked = [(prompt, sample_request(config.sampling, prompt, 1, stop_ids=stop_ids)) for prompt in prompts[:PROMPTS]]
     sampled = asyncio.run(_sample(config, context, engines, asked=asked, manifest=manifest, version=version))
-    tolerance = allowed_gap(config)
     worst = Parity(0.0, 0.0, 0)
     for name, rollouts in sampled.items():
         samples = [train_sample(rollout, version, 0.0) for rollout in rollouts]
@@ -81,7 +81,7 @@ def check_engine_parity(
 
 
 async def _sample(
-    config: RlConfig,
+    config: RolloutsConfig,
     context: StageContext,
     engines: Engines,
     *,

@@ -26,9 +26,10 @@ from msgspec.structs import replace
 from posttrain.context import StageContext
 from posttrain.files import append_jsonl
 from posttrain.records import DrawnPrompt
-from posttrain.rl.config import RlConfig
+from posttrain.rl.config import EvaluationConfig
 from posttrain.rl.grading.groups import Scorer, passes_and_failures, score_group
 from posttrain.rl.loop.evaluation import FILE, accuracies, evaluation_request, is_due, last_evaluated
+from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.prompts.refilter import Refilter
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.records import Group, LedgerEvent, ScoredGroup, group_of_flight
@@ -78,13 +79,14 @@ class SideWork:
 
     def __init__(
         self,
-        config: RlConfig,
+        config: PromptsConfig,
         context: StageContext,
         workers: RolloutWorkers,
         *,
         scorer: Scorer,
         source: PromptSource,
         version: int,
+        evaluation: EvaluationConfig | None,
         heldout: Sequence[DrawnPrompt],
         stop_ids: tuple[int, ...],
         told: Callable[[LedgerEvent, Any], None],
@@ -102,7 +104,7 @@ class SideWork:
         self._probes: deque[str] = deque()
         self._probed: set[str] = set()  # probes that are being sampled or scored
         self._evaluation: Evaluation | None = None
-        self._evaluation_config = config.evaluation
+        self._evaluation_config = evaluation
         self._last_evaluated = last_evaluated(context.dir, version) if self._evaluation_config is not None else None
         self._step = version
         self._sent: dict[int, _Sent] = {}
@@ -120,7 +122,7 @@ class SideWork:
     def figures(self) -> dict[str, int]:
         """For the metrics of a step: counts since the last call, for the kinds of side work that are configured."""
         names = ["prompts_probed", "tokens_probed"] if self._config.refilter is not None else []
-        names += ["tokens_evaluated"] if self._config.evaluation is not None else []
+        names += ["tokens_evaluated"] if self._evaluation_config is not None else []
         counts, self._counts = self._counts, Counter()
         return {name: counts[name] for name in names}
 

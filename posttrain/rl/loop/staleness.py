@@ -59,6 +59,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from posttrain.rl.prompts.quotas import places
+from posttrain.rl.records import DropReason
 
 Mode = Literal["pace", "wait", "drop"]
 
@@ -119,6 +120,16 @@ class StalenessQueue:
         self._undecided: dict[int, _Undecided] = {}
         self._num_ready = 0
         self._next_order = first_order
+
+    @property
+    def groups_per_step(self) -> int:
+        """The number of groups in a batch."""
+        return self._batch
+
+    @property
+    def too_old(self) -> DropReason:
+        """Why the groups of `expired` are dropped: stale in mode `drop`, otherwise spares that no batch needed."""
+        return DropReason.STALE if self._mode == "drop" else DropReason.SURPLUS
 
     @property
     def num_ready(self) -> int:
