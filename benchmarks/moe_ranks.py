@@ -47,7 +47,7 @@ def _rank(rank: int, world: int, port: int) -> float:
     import torch
     from moe import config
 
-    from posttrain.config.shared import OptimizerConfig, ParallelConfig
+    from posttrain.config.training import OptimizerConfig, ParallelConfig
     from posttrain.model import NativeLlama4ForCausalLM
     from posttrain.parallel.engine import join_ranks, start_engine
 

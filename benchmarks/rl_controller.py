@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from posttrain.base.tokenizer import build_tokenizer
-from posttrain.config.shared import SystemsConfig
+from posttrain.config.rewards import SystemsConfig
 from posttrain.context import StageContext
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.records import DrawnPrompt, FinishReason, Message, Row, VersionSpan

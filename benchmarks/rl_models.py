@@ -6,7 +6,8 @@ from typing import Any
 from posttrain.base.config import ModelSizes
 from posttrain.base.model import build_model
 from posttrain.base.tokenizer import build_tokenizer
-from posttrain.config.shared import EngineConfig, ServedModelConfig
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
 from posttrain.model import NativeLlama4ForCausalLM, save_model
 from posttrain.sampling.engine import EngineActor
 

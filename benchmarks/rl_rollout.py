@@ -18,7 +18,7 @@ from typing import Any
 
 from rl_models import save, start_engine
 
-from posttrain.config.shared import EngineConfig
+from posttrain.config.engines import EngineConfig
 from posttrain.context import BusyLog, StageContext
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.records import DrawnPrompt, Message, Prompt, Row
@@ -37,7 +37,7 @@ class RawLLM:
     """`vllm.LLM` with our engine's settings."""
 
     def __init__(self, served: dict[str, Any]):
-        from posttrain.config.shared import ServedModelConfig
+        from posttrain.config.models import ServedModelConfig
 
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         from vllm import LLM

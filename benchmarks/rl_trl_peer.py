@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from posttrain.config.shared import DataConfig
+from posttrain.config.data import DataConfig
 from posttrain.data.messages import messages_to_json
 from posttrain.data.rows import load_rows
 from posttrain.records import FinishReason, Prompt, Rollout, Segment

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rl_models import build, save, start_engine
 
-from posttrain.config.shared import EngineConfig
+from posttrain.config.engines import EngineConfig
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.weights import SharedWeights, TensorSpec

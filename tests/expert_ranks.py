@@ -82,7 +82,7 @@ def one_process(folder: Path, optimizer: str, dtype: str = "float32", rows_at_on
 
 
 def build(folder: Path, case: dict[str, Any]) -> Any:
-    from posttrain.config.shared import OptimizerConfig, ParallelConfig
+    from posttrain.config.training import OptimizerConfig, ParallelConfig
     from posttrain.parallel.engine import build_engine, deepspeed_config
 
     parallel = ParallelConfig(processes=case["processes"], expert=case["expert"], zero=case["zero"])

@@ -15,7 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from posttrain.config.base import MAY_GROW, RESULT_STAYS, Config
-from posttrain.config.shared import ActorResources, DataConfig, ModelConfig, RewardConfig
+from posttrain.config.data import DataConfig
+from posttrain.config.models import ModelConfig
+from posttrain.config.resources import ActorResources
+from posttrain.config.rewards import RewardConfig
 from posttrain.context import StageContext
 from posttrain.errors import DataError
 from posttrain.pipeline.kinds import KINDS, StageKind

@@ -80,7 +80,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Bytes at the end of a backward that is not the last of its step, and at each step of the inner optimizer."""
     from transformers import Llama4TextConfig
 
-    from posttrain.config.shared import OptimizerConfig, ParallelConfig
+    from posttrain.config.training import OptimizerConfig, ParallelConfig
     from posttrain.model.native import NativeLlama4ForCausalLM
     from posttrain.parallel.engine import build_engine, deepspeed_config
 

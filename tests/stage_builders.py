@@ -176,7 +176,7 @@ def resources_of(kind: str) -> Builder:
 
 def trackers(config: Any) -> Any:
     """What each tracker's library is opened with in a pipeline that has TensorBoard on, or by the pipeline itself."""
-    from posttrain.config.shared import TrackersConfig
+    from posttrain.config.trackers import TrackersConfig
     from posttrain.metrics.trackers import arguments
     from posttrain.pipeline.config import PipelineConfig
 
@@ -187,7 +187,7 @@ def trackers(config: Any) -> Any:
 
 @cache
 def _model(model: str) -> Any:
-    from posttrain.config.shared import ModelConfig
+    from posttrain.config.models import ModelConfig
     from posttrain.model.load import load_policy
 
     return load_policy(ModelConfig.model_validate_json(model))

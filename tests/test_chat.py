@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from posttrain.base.tokenizer import build_tokenizer
-from posttrain.config.shared import DataConfig
+from posttrain.config.data import DataConfig
 from posttrain.data.chat import (
     check_parity,
     check_special_tokens,

@@ -9,7 +9,8 @@ import pytest
 from config_leaves import find_leaves
 
 from posttrain.config.base import apply_overrides, dump_yaml, load_config, parse_yaml, read_yaml, validate_config
-from posttrain.config.shared import FilesConfig, ServedModelConfig
+from posttrain.config.data import FilesConfig
+from posttrain.config.models import ServedModelConfig
 from posttrain.errors import ConfigError
 from posttrain.pipeline.config import PipelineConfig, read_pipeline
 from posttrain.pipeline.inputs import walk

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config.shared import DataConfig
+from posttrain.config.data import DataConfig
 from posttrain.data import check_data, load_pairs, load_rows, write_rows
 from posttrain.data.chat import check_parity, render_conversation
 from posttrain.errors import DataError

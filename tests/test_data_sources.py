@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from posttrain.config.shared import DataConfig
+from posttrain.config.data import DataConfig
 from posttrain.context import StageContext
 from posttrain.data import check_data, load_pairs, load_rows
 from posttrain.data.bad_rows import BadRow, SeenIds

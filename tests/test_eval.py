@@ -13,7 +13,7 @@ from rollout_records import one_turn
 from tiny_policy import ENGINE
 
 from posttrain.config.base import load_config, validate_config
-from posttrain.config.shared import DataConfig
+from posttrain.config.data import DataConfig
 from posttrain.context import StageContext
 from posttrain.data.strata import sampled_rows
 from posttrain.errors import ConfigError, DataError, PluginError, StageError

@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.base import validate_config
-from posttrain.config.shared import SystemsConfig
+from posttrain.config.rewards import SystemsConfig
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.files import read_jsonl

@@ -15,7 +15,7 @@ from test_model import PADDED, batch, model_pair
 from test_sft import make_config, make_context, weights
 
 from posttrain.config.base import validate_config
-from posttrain.config.shared import LoraConfig
+from posttrain.config.training import LoraConfig
 from posttrain.data.pairs import write_pairs
 from posttrain.dpo import stage as dpo
 from posttrain.dpo.config import DpoConfig

@@ -9,7 +9,9 @@ import pytest
 from test_model_load import tiny_tokenizer
 from test_model_router import tiny_model
 
-from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
 from posttrain.errors import CheckpointError
 from posttrain.model import load_model, load_tokenizer, save_model

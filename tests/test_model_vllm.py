@@ -9,7 +9,9 @@ import pytest
 import torch
 from tiny_policy import save_tiny_policy
 
-from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
 from posttrain.model import load_model
 from posttrain.sampling.requests import Completion, SampleRequest

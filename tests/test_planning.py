@@ -19,7 +19,7 @@ import plan_ranks
 from test_expert_parallel import free_port
 
 from posttrain.cli.main import main
-from posttrain.config.shared import ParallelConfig
+from posttrain.config.training import ParallelConfig
 from posttrain.model.native import NativeLlama4ForCausalLM
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.planning.activations import kv_bytes, peak_bytes, saved_bytes

@@ -503,7 +503,7 @@ def row_named(name, capability="math"):
 
 
 def source_of(rows, seed=0, instructions=()):
-    from posttrain.config.shared import SystemsConfig
+    from posttrain.config.rewards import SystemsConfig
 
     systems = validate_config(SystemsConfig, {"instructions": list(instructions)}, "test")
     return PromptSource(rows, systems, lambda messages: [len(m.content) for m in messages], seed=seed)

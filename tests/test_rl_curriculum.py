@@ -9,7 +9,7 @@ import pytest
 
 from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.base import validate_config
-from posttrain.config.shared import SystemsConfig
+from posttrain.config.rewards import SystemsConfig
 from posttrain.errors import ConfigError, PluginError
 from posttrain.records import Message, Row
 from posttrain.rl.config import RlConfig

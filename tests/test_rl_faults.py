@@ -13,7 +13,8 @@ import pytest
 import ray
 from chaos_run import ChaosRun, Strike, save_policy, write_stage
 
-from posttrain.config.shared import ParallelConfig, TrainerResources
+from posttrain.config.resources import TrainerResources
+from posttrain.config.training import ParallelConfig
 from posttrain.errors import StageError, TrainerLostError
 from posttrain.files import read_jsonl
 from posttrain.parallel.ranks import RankGroup

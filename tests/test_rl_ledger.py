@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from posttrain.config.base import dump_yaml
-from posttrain.config.shared import SystemsConfig
+from posttrain.config.rewards import SystemsConfig
 from posttrain.errors import CheckpointError, StageError
 from posttrain.records import DrawnPrompt, FinishReason, Message, Prompt, Rollout, Row, Segment, VersionSpan
 from posttrain.rl.history.archive import RolloutArchive, check_archive, recorded_rollout

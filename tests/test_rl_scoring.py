@@ -16,7 +16,8 @@ import pytest
 from rollout_records import drawn, one_turn
 
 from posttrain.config.base import validate_config
-from posttrain.config.shared import RewardConfig, RewardResources
+from posttrain.config.resources import RewardResources
+from posttrain.config.rewards import RewardConfig
 from posttrain.errors import PluginError, StageError
 from posttrain.records import Message, Rollout, Row, Scored, VersionSpan
 from posttrain.rl.config import RlConfig

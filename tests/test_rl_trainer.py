@@ -19,7 +19,8 @@ from rollout_records import reply_sample
 from tiny_policy import save_tiny_policy
 
 from posttrain.config.base import validate_config
-from posttrain.config.shared import ParallelConfig, TrainerResources
+from posttrain.config.resources import TrainerResources
+from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError, StageError
 from posttrain.model.load import load_model
 from posttrain.parallel.ranks import RankGroup

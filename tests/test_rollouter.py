@@ -14,7 +14,9 @@ import torch
 from closeness import assert_as_exact, float64_inside
 from rollout_records import drawn
 
-from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.files import read_jsonl

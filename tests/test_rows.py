@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.config.shared import DataConfig
+from posttrain.config.data import DataConfig
 from posttrain.data import check_data, load_pairs, load_rows, write_pairs, write_rows
 from posttrain.data.messages import FLAGS, INVERSE_FLAGS, messages_to_json, to_messages
 from posttrain.data.pairs import check_pairs

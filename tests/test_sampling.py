@@ -9,7 +9,9 @@ import pytest
 import tiny_policy
 import torch
 
-from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
 from posttrain.sampling.manifests import FolderWeights, GpuManifest, from_plain, to_plain
 from posttrain.sampling.requests import EngineLostError, SampleRequest

@@ -10,7 +10,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from posttrain.config.shared import EngineConfig, ServedModelConfig
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
 from posttrain.records import VersionSpan
 from posttrain.sampling.engine import EngineActor
 from posttrain.sampling.manifests import FolderWeights

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.config.shared import TrackersConfig
+from posttrain.config.trackers import TrackersConfig
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError
 from posttrain.files import keep_lines, read_jsonl
@@ -145,7 +145,7 @@ def test_a_package_that_went_missing_after_the_check_costs_no_run(context: Stage
 STAGE_MODULE = """
 from pathlib import Path
 from posttrain.config.base import Config
-from posttrain.config.shared import TrackersConfig
+from posttrain.config.trackers import TrackersConfig
 from posttrain.pipeline.kinds import StageKind
 from posttrain.pipeline.stage_process import StageJob, run_stage
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import ray.cloudpickle
 
-from posttrain.config.shared import ParallelConfig, TrainerResources
+from posttrain.config.resources import TrainerResources
+from posttrain.config.training import ParallelConfig
 from posttrain.parallel.ranks import RankGroup
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks do not find the tests' folder

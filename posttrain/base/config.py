@@ -5,7 +5,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from posttrain.config.base import RESULT_STAYS, Config
-from posttrain.config.shared import Positive, Probability, TrackersConfig
+from posttrain.config.fields import Positive, Probability
+from posttrain.config.trackers import TrackersConfig
 
 # A batch must hold at least one document, and every document of the corpus is shorter than this.
 MIN_BATCH_TOKENS = 128

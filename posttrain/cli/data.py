@@ -21,7 +21,7 @@ BAR = 40
 
 def _config(path: str, settings: list[str] | None) -> Any:
     from posttrain.config.base import apply_overrides, validate_config
-    from posttrain.config.shared import DataConfig
+    from posttrain.config.data import DataConfig
 
     return validate_config(DataConfig, apply_overrides({"path": path}, settings or []), "data")
 

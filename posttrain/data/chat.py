@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from posttrain.config.shared import DataConfig
+from posttrain.config.data import DataConfig
 from posttrain.data.messages import TEXT_ROLE, tool_call_to_json
 from posttrain.data.special import apply_guarded, encode_text, guard_of, special_token_problem
 from posttrain.data.turns import is_learned

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain.config.shared import DataConfig
+from posttrain.config.data import DataConfig
 from posttrain.data.messages import RowError, is_absent, is_flag_set, shown, to_messages
 from posttrain.data.turns import Kind
 from posttrain.records import Message

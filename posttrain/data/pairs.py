@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.shared import DataConfig
+from posttrain.config.data import DataConfig
 from posttrain.context import StageContext
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.files import Record

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from posttrain.config.shared import DataConfig
+from posttrain.config.data import DataConfig
 from posttrain.context import StageContext
 from posttrain.data.bad_rows import BadRow, SeenIds, set_aside, summary
 from posttrain.data.files import Record, read_records

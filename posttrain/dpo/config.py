@@ -5,18 +5,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import MAY_GROW, RESULT_STAYS, Config
-from posttrain.config.shared import (
-    DataConfig,
-    GradientCheckpointing,
-    LoraConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PathText,
-    Positive,
-    TrackersConfig,
-    TrainerResources,
-)
+from posttrain.config.data import DataConfig
+from posttrain.config.fields import PathText, Positive
+from posttrain.config.models import ModelConfig
+from posttrain.config.resources import TrainerResources
+from posttrain.config.trackers import TrackersConfig
+from posttrain.config.training import GradientCheckpointing, LoraConfig, OptimizerConfig, ParallelConfig
 
 Count = Annotated[int, Field(ge=1)]
 

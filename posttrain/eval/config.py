@@ -6,16 +6,12 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import (
-    ActorResources,
-    DataConfig,
-    EngineConfig,
-    FilesConfig,
-    Probability,
-    RewardConfig,
-    SamplingConfig,
-    ServedModelConfig,
-)
+from posttrain.config.data import DataConfig, FilesConfig
+from posttrain.config.engines import EngineConfig, SamplingConfig
+from posttrain.config.fields import Probability
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.resources import ActorResources
+from posttrain.config.rewards import RewardConfig
 
 
 class EvalResources(Config):

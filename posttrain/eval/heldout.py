@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from posttrain.config.shared import FilesConfig
+from posttrain.config.data import FilesConfig
 from posttrain.data.files import read_records
 from posttrain.data.rows import row_to_json
 from posttrain.errors import DataError

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import ActorResources, DataConfig, ServedModelConfig
+from posttrain.config.data import DataConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.resources import ActorResources
 from posttrain.judging.config import EndpointConfig, JudgeQuestion
 
 

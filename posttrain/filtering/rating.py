@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from posttrain.config.shared import ActorResources
+from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
 from posttrain.judging.backend import PreparedJudge, open_judge, rate_all
 from posttrain.judging.cache import VerdictCache

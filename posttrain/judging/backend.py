@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from posttrain.config.shared import ActorResources
+from posttrain.config.resources import ActorResources
 from posttrain.context import BusyLog, StageContext
 from posttrain.judging.config import EndpointConfig, JudgeQuestion
 from posttrain.judging.forms import Form

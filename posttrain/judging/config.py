@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import EngineConfig, Positive, ServedModelConfig
+from posttrain.config.engines import EngineConfig
+from posttrain.config.fields import Positive
+from posttrain.config.models import ServedModelConfig
 
 PLACEHOLDERS = ("prompt", "response", "system", "answer", "labels")
 PLACEHOLDER = re.compile(r"\{(" + "|".join(PLACEHOLDERS) + r")\}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 from posttrain.actors.losses import is_loss, reason_of
-from posttrain.config.shared import EngineConfig
+from posttrain.config.engines import EngineConfig
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import StageError
 from posttrain.judging.prompts import Question

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.shared import TrackersConfig
+from posttrain.config.trackers import TrackersConfig
 from posttrain.context import StageContext
 from posttrain.metrics.tail import NewLines
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from posttrain.config.shared import ModelConfig
+from posttrain.config.models import ModelConfig
 from posttrain.errors import CheckpointError, ConfigError
 from posttrain.files import replacing
 from posttrain.model.folder import INDEX as _INDEX

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from posttrain.compat.torch import operator_name
-from posttrain.config.shared import GradientCheckpointing
+from posttrain.config.training import GradientCheckpointing
 
 _KEPT = frozenset(
     {

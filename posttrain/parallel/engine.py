@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from posttrain.compat import deepspeed as compat
-from posttrain.config.shared import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from posttrain.config.models import ModelConfig
+from posttrain.config.training import LoraConfig, OptimizerConfig, ParallelConfig
 from posttrain.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"

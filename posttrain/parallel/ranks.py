@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from posttrain.actors.processes import kill_process, place_of_this
-from posttrain.config.shared import ParallelConfig, TrainerResources
+from posttrain.config.resources import TrainerResources
+from posttrain.config.training import ParallelConfig
 from posttrain.errors import StageError
 
 PLACE_S = 180.0  # for Ray to place the ranks on the cluster

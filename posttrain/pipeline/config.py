@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from posttrain.config.base import Config, apply_overrides, config_problems, read_yaml
-from posttrain.config.shared import TrackersConfig
+from posttrain.config.trackers import TrackersConfig
 from posttrain.errors import ConfigError
 from posttrain.resources import bundled, bundled_names
 

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from posttrain.config.base import Config, config_problems
-from posttrain.config.shared import TrackersConfig
+from posttrain.config.trackers import TrackersConfig
 from posttrain.errors import ConfigError
 from posttrain.pipeline.config import RawPipeline, RawStage, read_pipeline
 from posttrain.pipeline.inputs import input_problems, package_problems, tracker_problems

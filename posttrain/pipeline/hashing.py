@@ -17,7 +17,9 @@ from typing import Any
 
 import posttrain
 from posttrain.config.base import RESULT_STAYS, Config
-from posttrain.config.shared import FilesConfig, RewardFunctionConfig, ServedModelConfig
+from posttrain.config.data import FilesConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.rewards import RewardFunctionConfig
 from posttrain.data.hub import local_path
 from posttrain.errors import UserError
 from posttrain.pipeline.graph import Node, Pipeline

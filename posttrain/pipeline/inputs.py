@@ -15,14 +15,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from posttrain.config.shared import (
-    DataConfig,
-    EngineConfig,
-    FilesConfig,
-    RewardFunctionConfig,
-    ServedModelConfig,
-    VerifierConfig,
-)
+from posttrain.config.data import DataConfig, FilesConfig
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.rewards import RewardFunctionConfig, VerifierConfig
 from posttrain.errors import UserError
 from posttrain.judging.config import EndpointConfig
 from posttrain.model.folder import folder_problems

@@ -15,15 +15,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.shared import (
-    ActorResources,
-    EngineConfig,
-    FilesConfig,
-    ParallelConfig,
-    RewardResources,
-    ServedModelConfig,
-    TrainerResources,
-)
+from posttrain.config.data import FilesConfig
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.resources import ActorResources, RewardResources, TrainerResources
+from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError
 from posttrain.pipeline.decide import Decision
 from posttrain.pipeline.graph import Node, Pipeline, output_path

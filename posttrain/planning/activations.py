@@ -8,7 +8,7 @@ Names: D hidden, Q and K widths of queries and keys, I expert width, V vocabular
 
 from typing import Any
 
-from posttrain.config.shared import GradientCheckpointing
+from posttrain.config.training import GradientCheckpointing
 from posttrain.planning.memory import BYTES, FP32
 
 

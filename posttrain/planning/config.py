@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from posttrain.config.base import Config
-from posttrain.config.shared import GradientCheckpointing, ParallelConfig
+from posttrain.config.training import GradientCheckpointing, ParallelConfig
 
 Count = Annotated[int, Field(ge=1)]
 

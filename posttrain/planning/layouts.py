@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from posttrain.config.shared import ParallelConfig
+from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError
 from posttrain.planning.activations import kv_bytes, peak_bytes
 from posttrain.planning.config import PlanConfig

@@ -8,7 +8,7 @@ Left out: the CUDA context, NCCL, workspaces of kernels, fragmentation.
 
 from dataclasses import dataclass
 
-from posttrain.config.shared import ParallelConfig
+from posttrain.config.training import ParallelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 FP32 = 4

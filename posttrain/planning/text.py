@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.config.shared import ParallelConfig
+from posttrain.config.training import ParallelConfig
 from posttrain.planning.config import PlanConfig
 from posttrain.planning.layouts import Need, fewest, fits, layouts, need
 from posttrain.planning.sizes import Sizes

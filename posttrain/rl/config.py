@@ -15,7 +15,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import RESULT_STAYS, Config
-from posttrain.config.shared import DataConfig, NotNegative, Positive, Probability, TrackersConfig
+from posttrain.config.data import DataConfig
+from posttrain.config.fields import NotNegative, Positive, Probability
+from posttrain.config.trackers import TrackersConfig
 from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.training.config import TrainingConfig
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import NotNegative, PathText, Positive
+from posttrain.config.fields import NotNegative, PathText, Positive
 
 _PPO = ("clip_low", "clip_high", "dual_clip")
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from posttrain.config.shared import ActorResources
+from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
 from posttrain.data.chat import check_special_tokens, end_token_ids, render_prompt, render_row
 from posttrain.data.rows import load_rows

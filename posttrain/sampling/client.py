@@ -10,7 +10,9 @@ from typing import Any
 
 from posttrain.actors.calls import await_call, await_with_heartbeat
 from posttrain.actors.losses import is_loss, reason_of
-from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.resources import ActorResources
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import MissingDependencyError, StageError
 from posttrain.model.folder import check_folder

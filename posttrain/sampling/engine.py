@@ -21,7 +21,8 @@ from typing import Any, Literal, TypeVar
 
 from posttrain.actors.processes import place_of_this
 from posttrain.compat import vllm as compat
-from posttrain.config.shared import EngineConfig, ServedModelConfig
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
 from posttrain.errors import StageError
 from posttrain.records import FinishReason, VersionSpan
 from posttrain.sampling.manifests import WeightSource, to_plain

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 
-from posttrain.config.shared import EngineConfig
+from posttrain.config.engines import EngineConfig
 from posttrain.context import StageContext
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.actors.processes import kill_process
-from posttrain.config.shared import ActorResources, EngineConfig, ServedModelConfig
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.resources import ActorResources
 from posttrain.sampling.engine import ENGINE_ENV, EngineActor, read_model_config
 
 REGISTRY_NAME = "engine-registry"

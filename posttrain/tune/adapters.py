@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from posttrain.config.shared import LoraConfig
+from posttrain.config.training import LoraConfig
 from posttrain.errors import ConfigError
 
 

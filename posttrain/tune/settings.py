@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.shared import GradientCheckpointing, OptimizerConfig, ParallelConfig
+from posttrain.config.training import GradientCheckpointing, OptimizerConfig, ParallelConfig
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 

@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import RESULT_STAYS, Config
-from posttrain.config.shared import Positive, Probability, RewardConfig, ServedModelConfig, SystemsConfig
+from posttrain.config.fields import Positive, Probability
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.rewards import RewardConfig, SystemsConfig
 from posttrain.judging.config import EndpointConfig, JudgeQuestion
 from posttrain.rl.loss_config import LossConfig
 from posttrain.rl.rollouts.config import RolloutsConfig

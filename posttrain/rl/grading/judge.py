@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from msgspec.structs import replace
 
-from posttrain.config.shared import RewardConfig, RewardResources
+from posttrain.config.resources import RewardResources
+from posttrain.config.rewards import RewardConfig
 from posttrain.context import BusyLog
 from posttrain.errors import UserError
 from posttrain.judging.backend import JudgeBackend, PreparedJudge

@@ -6,7 +6,7 @@ the result of the verifier and w the verifier's weight. Left out: verifiers for 
 
 from collections.abc import Sequence
 
-from posttrain.config.shared import RewardConfig, SystemsConfig
+from posttrain.config.rewards import RewardConfig, SystemsConfig
 from posttrain.records import Row
 from posttrain.rl.grading.config import GradingConfig, RlJudgeConfig
 from posttrain.scoring.plugins.lookup import RewardSpec

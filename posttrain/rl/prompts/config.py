@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import NotNegative, PathText, Positive, Probability
+from posttrain.config.fields import NotNegative, PathText, Positive, Probability
 from posttrain.rl.grading.config import GradingConfig
 
 # The built-in schedules of the curriculum. Any other name is that of a function which the user brings.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from posttrain.config.shared import SystemInstruction
+from posttrain.config.rewards import SystemInstruction
 from posttrain.errors import DataError
 from posttrain.records import DrawnPrompt, Message
 

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from posttrain.config.shared import SystemsConfig
+from posttrain.config.rewards import SystemsConfig
 from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.prompts.curriculum import EXCLUDED_MISS, Curriculum
 

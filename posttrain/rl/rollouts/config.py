@@ -9,15 +9,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.shared import (
-    ActorResources,
-    DataConfig,
-    EngineConfig,
-    ModelConfig,
-    RewardResources,
-    SamplingConfig,
-    TrainerResources,
-)
+from posttrain.config.data import DataConfig
+from posttrain.config.engines import EngineConfig, SamplingConfig
+from posttrain.config.models import ModelConfig
+from posttrain.config.resources import ActorResources, RewardResources, TrainerResources
 
 # Settings besides the temperature that change the distribution, each with the value at which it has no effect.
 RENORMALISING = {

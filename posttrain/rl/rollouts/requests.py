@@ -1,6 +1,6 @@
 """The request for the replies to one prompt, and the seed of a deterministic wave."""
 
-from posttrain.config.shared import SamplingConfig
+from posttrain.config.engines import SamplingConfig
 from posttrain.records import DrawnPrompt
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight

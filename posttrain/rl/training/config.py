@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import MAY_GROW
-from posttrain.config.shared import GradientCheckpointing, OptimizerConfig, ParallelConfig, Positive
+from posttrain.config.fields import Positive
+from posttrain.config.training import GradientCheckpointing, OptimizerConfig, ParallelConfig
 from posttrain.rl.grading.config import GradingConfig
 
 

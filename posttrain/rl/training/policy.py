@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from posttrain.config.shared import GradientCheckpointing, ModelConfig
+from posttrain.config.models import ModelConfig
+from posttrain.config.training import GradientCheckpointing
 from posttrain.model.load import load_policy
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.model.router_balance import native_layers

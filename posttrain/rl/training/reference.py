@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from msgspec.structs import replace
 
-from posttrain.config.shared import ModelConfig, ParallelConfig
+from posttrain.config.models import ModelConfig
+from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError
 from posttrain.model.load import load_tokenizer
 from posttrain.parallel.ranks import RankGroup

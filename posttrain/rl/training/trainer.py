@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from posttrain.config.shared import OptimizerConfig
+from posttrain.config.training import OptimizerConfig
 from posttrain.model.load import load_tokenizer
 from posttrain.model.router_balance import RouterBalance, native_layers
 from posttrain.parallel.engine import engine_report, start_engine

@@ -11,7 +11,8 @@ import asyncio
 from collections.abc import Sequence
 
 from posttrain.actors.losses import ActorLostError
-from posttrain.config.shared import RewardConfig, RewardResources
+from posttrain.config.resources import RewardResources
+from posttrain.config.rewards import RewardConfig
 from posttrain.errors import PluginError, StageError
 from posttrain.records import Outcome, Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward

@@ -17,7 +17,7 @@ import psutil
 from posttrain.actors.lane import COLLECT_S, Lane
 from posttrain.actors.losses import ActorLostError, is_loss
 from posttrain.actors.processes import kill_marked
-from posttrain.config.shared import RewardResources
+from posttrain.config.resources import RewardResources
 from posttrain.errors import PluginError, StageError
 from posttrain.records import Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec

@@ -1,0 +1,61 @@
+"""Sections about vLLM engines, and how replies are sampled on them."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from posttrain.config.base import Config
+from posttrain.config.fields import Positive
+
+
+class EngineConfig(Config):
+    """The vLLM engine that serves a model. Example: `{max_model_len: 8192, tensor_parallel: 2}`."""
+
+    max_model_len: Annotated[int, Field(ge=16)] = Field(
+        default=4096, description="Largest number of tokens of a prompt and its reply together."
+    )
+    max_num_seqs: Annotated[int, Field(ge=1)] = Field(
+        default=256, description="Largest number of sequences that the engine decodes at the same time."
+    )
+    kv_cache_gib: Positive | None = Field(
+        default=None, description="Memory for the KV cache in GiB; null lets vLLM decide."
+    )
+    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.9, description="Share of a GPU's memory that vLLM may use. It has no meaning on a CPU."
+    )
+    tensor_parallel: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Number of GPUs that one engine is split over."
+    )
+    enforce_eager: bool = Field(
+        default=True,
+        description="Run the model without capturing CUDA graphs. On a CPU this must stay true; on a GPU false is "
+        "faster, but the engine takes longer to start.",
+    )
+    prefix_caching: bool = Field(
+        default=True,
+        description="Compute the KV cache of a prefix once for all requests that begin with it, as the replies of a "
+        "group do.",
+    )
+    stream_interval: Annotated[int, Field(ge=1)] = Field(
+        default=256,
+        description="Number of tokens after which the engine hands on a part of an unfinished reply. If the engine is "
+        "lost, another continues the reply from there. Smaller values cost more calls between processes.",
+    )
+    deadline_s: Positive = Field(
+        default=60.0,
+        description="Seconds of silence after which an engine with work to do is asked for a sign of life. If none "
+        "comes within the same time, the engine counts as lost and is replaced. It must be longer than the longest "
+        "engine step.",
+    )
+
+
+class SamplingConfig(Config):
+    """How replies are drawn. Example: `{temperature: 1.0, max_tokens: 512}`."""
+
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        default=1.0,
+        description="The logits are divided by it before a token is drawn. 0 always takes the likeliest token.",
+    )
+    max_tokens: Annotated[int, Field(ge=1)] = Field(
+        default=1024, description="Largest number of tokens of a reply; a longer reply is cut off there."
+    )

@@ -1,0 +1,42 @@
+"""Sections that say what the actors of a stage ask of the Ray cluster."""
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from posttrain.config.base import Config
+
+
+class ActorResources(Config):
+    """What the actors of one role ask of the Ray cluster. Example: `{workers: 2, cpus: 1, gpus: 1}` is two engines."""
+
+    workers: Annotated[int, Field(ge=1)] = Field(default=1, description="Number of actors, one engine in each.")
+    cpus: Annotated[float, Field(ge=0)] = Field(default=1.0, description="CPUs that Ray reserves for each actor.")
+    gpus: Annotated[float, Field(ge=0)] = Field(default=0.0, description="GPUs that Ray reserves for each actor.")
+
+
+class RewardResources(Config):
+    """What the actor that holds all reward processes asks of the Ray cluster."""
+
+    cpus: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="CPUs that Ray reserves for all reward processes together."
+    )
+    gpus: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="GPUs that Ray reserves for all reward processes together."
+    )
+
+
+class TrainerResources(Config):
+    """What each rank of a stage asks of the Ray cluster."""
+
+    cpus: Annotated[float, Field(ge=0)] = Field(default=1.0, description="CPUs that Ray reserves for each rank.")
+    gpus: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="GPUs that Ray reserves for each rank, at most 1."
+    )
+
+    @field_validator("gpus")
+    @classmethod
+    def _at_most_one(cls, gpus: float) -> float:
+        if gpus > 1:
+            raise ValueError("a rank uses at most one GPU; to train on more GPUs raise parallel.processes")
+        return gpus
