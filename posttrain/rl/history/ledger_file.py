@@ -1,0 +1,190 @@
+"""The SQLite file of a ledger: its tables, and changes that are collected and then written in one transaction.
+
+Changes are collected in the controller's thread, which never waits for the disk. `flush` writes them in a thread of its
+own: first the lines of the log, then the other changes in the order in which they were made. It takes everything that
+was collected or nothing. A SIGKILL loses the changes since the last flush.
+"""
+
+import asyncio
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from posttrain.errors import CheckpointError, StageError
+from posttrain.rl.records import LedgerEvent
+
+# A value of a row. A function is called when the value is written, so that its work is done in the thread of the flush.
+SqlValue = None | int | float | str | bytes | Callable[[], bytes]
+
+FORMAT = 2  # the version of the tables and of the replies in them; kept in the file as `user_version`
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS groups (
+    id INTEGER PRIMARY KEY, prompt_id TEXT NOT NULL, capability TEXT NOT NULL, system TEXT,
+    prompts_seen INTEGER NOT NULL, stamp INTEGER NOT NULL, state TEXT NOT NULL, reason TEXT, step INTEGER,
+    oldest INTEGER, newest INTEGER, tokens INTEGER NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 1,
+    scored_seq INTEGER);
+CREATE INDEX IF NOT EXISTS groups_by_state ON groups (state);
+CREATE TABLE IF NOT EXISTS replies (id INTEGER PRIMARY KEY, data BLOB NOT NULL, scores TEXT);
+CREATE TABLE IF NOT EXISTS log (
+    seq INTEGER PRIMARY KEY, time REAL NOT NULL, event TEXT NOT NULL, id INTEGER, value TEXT);
+CREATE TABLE IF NOT EXISTS commits (version INTEGER PRIMARY KEY, folder TEXT NOT NULL, hash TEXT NOT NULL, time REAL);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+_json = msgspec.json.Encoder()
+
+
+def json_text(value: object) -> str:
+    """The value as JSON. Raises TypeError for a value that JSON cannot hold."""
+    return _json.encode(value).decode()
+
+
+_Change = tuple[str, Sequence[SqlValue]]  # a statement and its values
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The changes of one transaction. logged: the new rows of the log, which one call of SQLite writes."""
+
+    logged: list[tuple[int, float, str, int | None, str | None]]
+    changes: list[_Change]
+    latest: dict[Hashable, _Change]
+
+
+class LedgerFile:
+    """The open file. Raises CheckpointError for a ledger of another format, StageError for any other file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
+        try:
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._check_format()
+            self._connection.executescript(_SCHEMA)
+            self._connection.execute(f"PRAGMA user_version = {FORMAT}")
+            self._seq = self.number("SELECT coalesce(max(seq), 0) FROM log")
+        except CheckpointError:
+            self._connection.close()
+            raise
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            raise StageError(
+                f"{path} is no ledger that can be read ({error}); restore it, or start again in a new run directory"
+            ) from None
+        self._lock = threading.Lock()  # one writer at a time: flush runs in a thread
+        self._next = _Batch([], [], {})
+        self._batches: deque[_Batch] = deque()
+
+    def _check_format(self) -> None:
+        version = self.number("PRAGMA user_version")
+        is_new = not self.number("SELECT count(*) FROM sqlite_master WHERE name = 'groups'")
+        if not is_new and version != FORMAT:
+            raise CheckpointError(
+                f"{self.path} is a ledger of format {version or 1}, which another version of posttrain wrote; this "
+                f"version reads format {FORMAT}. Finish the run with the version that began it, or start again in "
+                "another run directory"
+            )
+
+    # ------------------------------------------------------------------ changes
+
+    @property
+    def seq(self) -> int:
+        """The number of the latest line of the log."""
+        return self._seq
+
+    def log(self, event: LedgerEvent, order: int | None, value: object = None) -> int:
+        """Add a line to the log. Returns its number."""
+        self._seq += 1
+        text = None if value is None else json_text(value)
+        self._next.logged.append((self._seq, time.time(), event.value, order, text))
+        return self._seq
+
+    def write(self, sql: str, values: Sequence[SqlValue] = ()) -> None:
+        """Make a change at the next flush."""
+        self._next.changes.append((sql, values))
+
+    def write_latest(self, key: Hashable, sql: str, values: Sequence[SqlValue]) -> None:
+        """Make a change at the next flush, after all others. A later change with the same key replaces it."""
+        self._next.latest[key] = (sql, values)
+
+    def discard_latest(self, key: Hashable) -> None:
+        """Do not make the change with this key, unless it has been written already."""
+        self._next.latest.pop(key, None)
+
+    # ------------------------------------------------------------------ reading
+
+    def rows(self, sql: str, values: Sequence[int | str] = ()) -> list[tuple]:
+        """The rows that are in the file. Changes since the last flush are not."""
+        return self._connection.execute(sql, values).fetchall()
+
+    def number(self, sql: str) -> int:
+        """The one value of a query that gives a number."""
+        return self._connection.execute(sql).fetchone()[0]
+
+    # ------------------------------------------------------------------ the disk
+
+    async def flush(self) -> None:
+        """Write all collected changes in a thread. They are on the disk when this returns."""
+        # If an earlier flush was cancelled, its changes may still wait in `_batches` or be in their thread.
+        if self._take() or self._batches or self._lock.locked():
+            await asyncio.to_thread(self._write_out)
+
+    def flush_now(self) -> None:
+        """As `flush`, in this thread."""
+        self._take()
+        self._write_out()
+
+    def _take(self) -> bool:
+        """Close the batch of collected changes; False if it is empty.
+
+        It is called in the thread that collects, so that no change can come in between.
+        """
+        batch = self._next
+        if batch.changes or batch.latest or batch.logged:
+            self._batches.append(batch)
+            self._next = _Batch([], [], {})
+            return True
+        return False
+
+    def _write_out(self) -> None:
+        with self._lock:
+            execute = self._connection.execute
+            while self._batches:
+                batch = self._batches.popleft()
+                execute("BEGIN IMMEDIATE")
+                try:
+                    self._connection.executemany("INSERT INTO log VALUES (?,?,?,?,?)", batch.logged)
+                    for sql, values in (*batch.changes, *batch.latest.values()):
+                        execute(sql, [value() if callable(value) else value for value in values])
+                    execute("COMMIT")
+                except BaseException:
+                    execute("ROLLBACK")
+                    raise
+
+    async def snapshot(self, path: Path) -> None:
+        """Copy the file to `path`, with all changes up to now."""
+        self._take()
+        await asyncio.to_thread(self._snapshot, path)
+
+    def _snapshot(self, path: Path) -> None:
+        self._write_out()
+        path.unlink(missing_ok=True)
+        with self._lock:
+            copy = sqlite3.connect(path)
+            try:
+                self._connection.backup(copy)
+            finally:
+                copy.close()
+
+    def close(self) -> None:
+        """Write the changes that are left, and close the file."""
+        self.flush_now()
+        self._connection.close()
