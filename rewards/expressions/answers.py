@@ -8,11 +8,12 @@ import re
 from fractions import Fraction
 
 from .cutting import BRACKETS, MAX_PARTS, cut, rejoined, split, step, without_thousands
-from .formula import Tree, parse_formula
+from .formula import parse_formula
 from .notation import normal
 from .numbers import equal, real, symbols
 from .records import Answer, Domain, Either, Joined, Listing, Matrix, Named, Parts, Relation, Value, Word
 from .tokens import Unreadable
+from .tree import Tree
 
 _OF_MONEY = re.compile(r"(?:per|an?|each|in|dollars?|euros?|total)\b|/")
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv)(?![A-Za-z])|<=|>=|!=|==|<|>|=")

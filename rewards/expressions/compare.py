@@ -3,11 +3,11 @@
 import itertools
 from fractions import Fraction
 
-from .formula import MINUS_ONE, Tree
 from .numbers import equal, proportional, symbols
 from .records import Answer, Domain, Either, Joined, Listing, Matrix, Named, Parts, Relation, Value, Word
 from .regions import region_of
 from .tokens import Unreadable
+from .tree import MINUS_ONE, Tree
 from .units import same_unit
 
 _UP = {">": "<", "\\ge": "\\le"}

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from .formula import Tree
 from .tokens import Unreadable
+from .tree import Tree
 
 MAX_BITS = 100_000
 MAX_TERMS = 2_000

@@ -1,16 +1,15 @@
-"""One formula as a tree, by recursive descent. The whole text is read, or all but a unit at its end.
+"""Reads one formula into a tree, by recursive descent: a sum of products of factors, of which each has a primary.
 
-A tree is a tuple: ("num", Fraction), ("sym", name), ("const", name), ("add" | "mul" | "div" | "pow", left, right),
-("fn", name, *arguments), ("sum" | "prod", variable, first, last, body). Relations and lists are read in `answers.py`.
+The whole text is read, or all but a unit at its end; otherwise it is Unreadable. Relations and lists are read in
+`answers.py`.
 """
 
 from fractions import Fraction
-from typing import Any
 
-from .tokens import NAMES, Token, Unreadable, tokens_of, words
+from .tokens import NAMES, Cursor, Token, Unreadable, words
+from .tree import MINUS_ONE, Tree, with_sign
 from .units import unit_at
 
-Tree = tuple[Any, ...]
 MAX_DEPTH = 40
 _GREEK = words(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi "
@@ -22,7 +21,6 @@ _ACCENTS = {"overline", "vec", "hat", "bar", "tilde", "dot", "widehat", "overrig
 _CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
 _OPENING = {"frac", "binom", "sqrt", "radical", "cuberadical", "pi", "infty", "lfloor", "lceil", "sum", "prod"}
 _TIMES = {"times", "cdot"}
-MINUS_ONE: Tree = ("num", Fraction(-1))
 
 
 def parse_formula(text: str) -> tuple[Tree, str]:
@@ -38,27 +36,13 @@ def parse_formula(text: str) -> tuple[Tree, str]:
     return tree, unit
 
 
-class _Parser:
+class _Parser(Cursor):
+    """depth: how many brackets are open. bars: whether a | would close an absolute value. angles: how many
+    trigonometric functions enclose the place, within which a degree sign means pi / 180."""
+
     def __init__(self, text: str) -> None:
-        self.text, self.tokens, self.place = text, tokens_of(text), 0
+        super().__init__(text)
         self.depth, self.bars, self.angles = 0, 0, 0
-
-    def peek(self, ahead: int = 0) -> Token | None:
-        place = self.place + ahead
-        return self.tokens[place] if place < len(self.tokens) else None
-
-    def at(self, *texts: str, ahead: int = 0) -> bool:
-        token = self.peek(ahead)
-        return token is not None and token.text in texts and token.kind in ("sign", "command")
-
-    def take(self, *texts: str) -> bool:
-        if found := self.at(*texts):
-            self.place += 1
-        return found
-
-    def need(self, text: str) -> None:
-        if not self.take(text):
-            raise Unreadable(f"{text!r} is missing")
 
     def sum(self) -> Tree:
         left = self.signed()
@@ -66,7 +50,7 @@ class _Parser:
             if not self.at("+", "-", "pm", "mp"):
                 break
             self.place += 1
-            left = ("add", left, _with_sign(token.text, self.signed()))
+            left = ("add", left, with_sign(token.text, self.signed()))
         return left
 
     def signed(self) -> Tree:
@@ -76,7 +60,7 @@ class _Parser:
             self.place += 1
         tree = self.product()
         for sign in reversed(signs):
-            tree = _with_sign(sign, tree)
+            tree = with_sign(sign, tree)
         return tree
 
     def product(self) -> Tree:
@@ -342,12 +326,3 @@ class _Parser:
                 break
             tree = ("mul", tree, self.factor())
         return tree
-
-
-def _with_sign(sign: str, tree: Tree) -> Tree:
-    if sign == "+":
-        return tree
-    if sign == "-":
-        return ("num", -tree[1]) if tree[0] == "num" else ("mul", MINUS_ONE, tree)
-    both: Tree = ("sym", "±")
-    return ("mul", both if sign == "pm" else ("mul", MINUS_ONE, both), tree)

@@ -11,8 +11,8 @@ from fractions import Fraction
 from typing import Any
 
 from .evaluate import SMALL, Evaluator, Number, Undefined, long
-from .formula import Tree
 from .tokens import Unreadable
+from .tree import Tree
 
 _DIGITS = 60
 _POINTS = 6

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .formula import Tree
+from .tree import Tree
 
 
 @dataclass(frozen=True)

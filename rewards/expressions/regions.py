@@ -10,10 +10,10 @@ from fractions import Fraction
 from typing import Any
 
 from .evaluate import Undefined
-from .formula import MINUS_ONE, Tree
 from .numbers import real, symbols, value
 from .records import Answer, Domain, Joined, Listing, Named, Relation, Value
 from .tokens import Unreadable
+from .tree import MINUS_ONE, Tree
 
 Cut = tuple[Any, int]
 Region = tuple[tuple[Cut, Cut], ...]

@@ -103,3 +103,31 @@ def _number(text: str, match: re.Match[str]) -> tuple[Fraction, int]:
     if exponent := _EXPONENT.match(text, end):
         return value * Fraction(10) ** int(exponent[1]), exponent.end()
     return value, end
+
+
+class Cursor:
+    """The tokens of a text, and the place up to which they are read."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.tokens, self.place = text, tokens_of(text), 0
+
+    def peek(self, ahead: int = 0) -> Token | None:
+        """The token at the place, or `ahead` tokens later; None beyond the end."""
+        place = self.place + ahead
+        return self.tokens[place] if place < len(self.tokens) else None
+
+    def at(self, *texts: str, ahead: int = 0) -> bool:
+        """Whether the token there is one of these signs or commands."""
+        token = self.peek(ahead)
+        return token is not None and token.text in texts and token.kind in ("sign", "command")
+
+    def take(self, *texts: str) -> bool:
+        """Read the token if it is one of these signs or commands; whether it is."""
+        if found := self.at(*texts):
+            self.place += 1
+        return found
+
+    def need(self, text: str) -> None:
+        """Read this sign. Raises Unreadable if another token is there."""
+        if not self.take(text):
+            raise Unreadable(f"{text!r} is missing")
