@@ -17,7 +17,7 @@ RUN_DIR ?= runs/quickstart
 PYTEST_ARGS ?=
 # Two processes: most tests keep one core busy. Slow ones are dealt out by whole files, so that the tests of a file share
 # their engines. pytest ends with 5 where PYTEST_ARGS leaves nothing to run, which is a failure only if it is so for both.
-FAST = $(BIN)/python -m pytest -m "not slow and not full" -n 2 --dist worksteal
+FAST = $(BIN)/python -m pytest -m "not slow and not full and not gpu" -n 2 --dist worksteal
 SLOW = $(BIN)/python -m pytest -m "slow and not full" -n 2 --dist loadfile
 
 # One OpenMP thread a process: with more, the processes of a run fight for the same cores and slow down tenfold.
@@ -25,7 +25,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install quickstart test test-fast test-all check format doctor clean
+.PHONY: help install quickstart test test-fast test-all test-gpu check format doctor clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ test-fast: install ## Run the tests that need no engine and no second process
 
 test-all: install ## Run every test, full matrices included; the figures of the layouts go to benchmarks/results
 	@$(BIN)/python -m pytest --figures benchmarks/results/layouts.json $(PYTEST_ARGS)
+
+test-gpu: install ## Run the tests that need an NVIDIA GPU
+	@$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py $(PYTEST_ARGS)
 
 check: install ## Lint, formatting and types
 	@$(BIN)/ruff check .

@@ -16,7 +16,7 @@ expert.
   step_memory_fraction_16       extra peak memory of loss and backward of that four-layer model, ours / transformers';
                                 also both in MiB
   ranks_speedup_2               tokens a second of two ranks that share the experts / of one rank; see moe_ranks.py
-  gpu_*                         layers as wide as Scout's and Maverick's, if there is a GPU; see moe_gpu.py
+  gpu_*                         layers as wide as Scout's and Maverick's, and a step, if there is a GPU; see moe_gpu.py
 """
 
 import os
@@ -140,8 +140,9 @@ def beside_theirs(ours: NativeLlama4ForCausalLM) -> Models:
     return ours.train(), theirs.train()
 
 
-def loss_backward(model: torch.nn.Module) -> Run:
-    ids = torch.randint(1, 200, (16, 128))
+def loss_backward(model: torch.nn.Module, ids: torch.Tensor | None = None) -> Run:
+    """One loss of these token ids and its backward; without ids, of 16 random rows of 128."""
+    ids = torch.randint(1, 200, (16, 128)) if ids is None else ids
 
     def run() -> None:
         model.zero_grad()

@@ -1,13 +1,21 @@
-"""Figures of moe.py for a GPU: a bf16 layer as wide as Scout's (16 experts) and Maverick's (128, or as many as fit).
+"""Figures of moe.py for a GPU: layers as wide as Scout's and Maverick's, and a whole training step, in bf16.
 
-For each of the two, forward + backward of 4096 tokens, hidden 5120, experts of width 8192:
+A layer is timed in forward + backward of 4096 tokens, hidden 5120, experts of width 8192: 16 experts as in Scout, and
+128 as in Maverick, or as many as fit.
 
   gpu_speedup_NAME           time of transformers' layer / time of ours, with the same weights
   gpu_grouped_fraction_NAME  time of the products of routed experts alone, by torch.nn.functional.grouped_mm / time of
-  ours gpu_mfu_NAME               floating-point operations a second of our layer / of a large matrix product that is
-  measured
-                             in the same run (and not taken from a data sheet)
+                             ours
+  gpu_mfu_NAME               floating-point operations a second of our layer / of a large matrix product, which is
+                             measured in the same run (and not taken from a data sheet)
   gpu_memory_fraction_NAME   extra peak memory, ours / transformers'
+
+A model of 2.5 billion parameters has 6 layers of 16 experts, hidden 2048, width 4096, and takes 4096 tokens a step:
+
+  gpu_step_speedup           a training step (loss, backward, AdamW): transformers' time / ours, with the same weights
+  gpu_step_memory_fraction   extra peak memory of loss and backward, ours / transformers'
+  gpu_plan_MODE              what `posttrain plan` computes for activations and loss / the measured peak beside weights
+                             and gradients, for gradient checkpointing MODE
 """
 
 import statistics
@@ -15,13 +23,19 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import Entry, ratio, seconds
-from moe import TOKENS, Run, config, forward_backward, layers, memory_fraction
+from measure import Entry, peak_mib, ratio, seconds
+from moe import TOKENS, Models, Run, beside_theirs, config, forward_backward, layers, loss_backward, memory_fraction
+from transformers import Llama4TextConfig
+
+from posttrain.model import NativeLlama4ForCausalLM
+from posttrain.model.recompute import checkpointing_arguments
+from posttrain.planning.activations import peak_bytes
 
 HIDDEN, WIDTH = 5120, 8192
 EXPERTS = {"scout": 16, "maverick": 128}
 SQUARE = 8192  # side of the matrices whose product is the reference for gpu_mfu
 BF16 = torch.bfloat16
+ROWS, LENGTH = 2, 2048  # of a training step
 
 
 def fitting(num_experts: int) -> int:
@@ -86,13 +100,70 @@ def memory(name: str) -> tuple[float, dict[str, float]]:
     return fraction, {"experts": num_experts, **peaks}
 
 
+def model_config() -> Llama4TextConfig:
+    return config(
+        16, vocab_size=32768, hidden_size=2048, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=16,
+        num_key_value_heads=4, head_dim=128, interleave_moe_layer_step=1,
+    )  # fmt: skip
+
+
+def ours_alone() -> NativeLlama4ForCausalLM:
+    torch.cuda.empty_cache()
+    with torch.device("cuda"):
+        return NativeLlama4ForCausalLM(model_config()).to(BF16).train()
+
+
+def both() -> Models:
+    with torch.device("cuda"):
+        ours, theirs = beside_theirs(ours_alone())
+    return ours, theirs.to(BF16)
+
+
+def backward(model: torch.nn.Module) -> Run:
+    return loss_backward(model, torch.randint(1, 200, (ROWS, LENGTH), device="cuda"))
+
+
+def step_speedup() -> tuple[float, dict[str, float]]:
+    def step(model: torch.nn.Module) -> Run:
+        run = backward(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        return lambda: (run(), optimizer.step())[0]
+
+    ours, theirs = (step(model) for model in both())
+    figure = ratio(theirs, ours, rounds=5)
+    best = min(seconds(ours) for _ in range(3))
+    return figure, {"tokens_per_second": ROWS * LENGTH / best}
+
+
+def step_memory() -> tuple[float, dict[str, float]]:
+    ours, theirs = both()
+    return memory_fraction(
+        backward(ours), backward(theirs), lambda: (ours.zero_grad(), theirs.zero_grad())[0], device="cuda"
+    )
+
+
+def planned(mode: str) -> tuple[float, dict[str, float]]:
+    model = ours_alone()
+    if mode != "none":
+        model.gradient_checkpointing_enable(checkpointing_arguments(mode))
+    backward(model)()
+    ids = torch.randint(1, 200, (ROWS, LENGTH), device="cuda")
+    # The gradients of before stay where they are, so that what is measured is beside weights and gradients.
+    measured = peak_mib(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss.backward(), "cuda")
+    plan = peak_bytes(model.config, ROWS * LENGTH, "bfloat16", checkpointing=mode) / 2**20
+    return plan / measured, {"planned_mib": plan, "measured_mib": measured}
+
+
 def gpu_entries() -> dict[str, Entry]:
     """The entries of both widths, by name."""
     kinds: dict[str, Callable] = {
         "speedup": speedup, "grouped_fraction": grouped_fraction, "mfu": mfu, "memory_fraction": memory
     }  # fmt: skip
-    return {
+    table = {
         f"gpu_{kind}_{name}": Entry(lambda m=measure, n=name: m(n))
         for name in EXPERTS
         for kind, measure in kinds.items()
     }
+    table |= {"gpu_step_speedup": Entry(step_speedup), "gpu_step_memory_fraction": Entry(step_memory)}
+    modes = ("none", "selective", "full")
+    return table | {f"gpu_plan_{mode}": Entry(lambda m=mode: planned(m)) for mode in modes}
