@@ -16,7 +16,8 @@ from closeness import ROUNDING, apart, assert_as_exact, assert_trained_as_exact,
 from moe import config, layers
 from test_model import LENGTHS, PADDED, batch, documents, gradients, model_pair, pack
 
-from posttrain.config.shared import ParallelConfig, TrainerResources
+from posttrain.config.resources import TrainerResources
+from posttrain.config.training import ParallelConfig
 from posttrain.data.pairs import write_pairs
 from posttrain.dpo import stage as dpo_stage
 from posttrain.parallel.ranks import RankGroup
