@@ -42,6 +42,10 @@ class StageContext:
         """Record that `actor` did `what` between two Unix times, for the timeline."""
         self.event("busy", actor=actor, what=what, start=start, end=end)
 
+    def phase(self, phase: str) -> None:
+        """Say what the stage does while there is no progress to count, such as "starting 2 engines"."""
+        self.event("phase", phase=phase)
+
     def progress(
         self, done: float, total: float, unit: str, *, values: Mapping[str, float | str] | None = None
     ) -> None:

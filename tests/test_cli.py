@@ -47,6 +47,16 @@ def rows(path: str, *roles: str) -> str:
     return path
 
 
+def model_folder(path: str, **config: Any) -> Path:
+    """The folder of a model without any weights."""
+    folder = Path(path)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    return folder
+
+
 def eval_config() -> dict[str, Any]:
     return {
         "model": {"path": "${base.model}"},
@@ -171,10 +181,7 @@ BAD_FILES = [
 @pytest.mark.parametrize("command", ["sft", "validate"])
 def test_a_wrong_stage_file(command: str, text: str, expected: str, capsys: pytest.CaptureFixture[str]):
     good = {"model": {"path": "model"}, "data": {"path": rows("rows.jsonl", "user", "assistant")}, "batch_tokens": 8192}
-    folder = Path("model")
-    folder.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (folder / name).write_text("{}")
+    model_folder("model")
     if "\t" not in text:
         text = yaml.safe_dump({**good, **yaml.safe_load(text)})
     write("p.yaml", text)
@@ -195,9 +202,7 @@ def test_a_reference_in_a_stage_file_needs_a_pipeline(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert "model = ${base.model}" in shown
     assert "eval (eval)\n" in shown
-    Path("model").mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (Path("model") / name).write_text("{}")
+    model_folder("model")
     assert main(["validate", "e.yaml", "model.path=model"]) == 0
     assert "eval (eval)  [run: new]\n" in capsys.readouterr().out
     assert main(["validate", "e.yaml", "k=9"]) == 2

@@ -76,9 +76,24 @@ def test_scalars_are_those_of_yaml_1_2(text: str):
     assert parse_yaml(dump_yaml({"value": value, "text": text}), "x") == {"value": value, "text": text}
 
 
-def test_a_merge_key_is_an_unknown_key():
-    with pytest.raises(ConfigError, match="<<: unknown key"):
-        validate_config(SftConfig, {**SFT, **parse_yaml("<<: {epochs: 2}", "x")}, "x")
+def test_a_merge_key_is_refused_in_plain_words():
+    with pytest.raises(ConfigError, match=r"line 2: YAML 1\.2 has no merge key `<<`; write the keys out"):
+        parse_yaml("common: &c {epochs: 2}\n<<: *c", "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "variables"),
+    [
+        ("model: {path: ${sft.model}}", False),
+        ("model: {path: ${oc.env:MODEL}}", True),
+        ("model: {path: ${env:MODEL}}", True),
+        ("model: {path: ${MODEL}}", True),
+    ],
+)
+def test_a_reference_in_braces_must_be_quoted(text, variables):
+    with pytest.raises(ConfigError, match="within braces or brackets a reference is quoted") as error:
+        parse_yaml(text, "x")
+    assert ("environment variables are not read" in str(error.value)) is variables
 
 
 @pytest.mark.parametrize(

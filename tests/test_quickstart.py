@@ -193,7 +193,15 @@ def right(rollout, row):
     """1 if the reply ends its turn with the right answer."""
     return float(rollout.finish_reason == "stop" and rollout.text.split("Answer:")[-1].strip() == row.answer)
 '''
-ENGINE = "engine: {max_model_len: 192, kv_cache_gib: 0.1}\n"
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def readme_block(language: str) -> str:
+    """The README's first block of code in a language."""
+    return README.split(f"```{language}\n")[1].split("```")[0]
+
+
+# Nothing here says how large an engine's cache is, or how long its sequences are, as in a user's first file.
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +209,9 @@ def own(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty directory with a user's model, rows and reward."""
     folder = tmp_path_factory.mktemp("own") / "work"
     folder.mkdir()
-    (folder / "policy").symlink_to(run / "base" / "model")
+    for name in ("policy", "my-model"):
+        (folder / name).symlink_to(run / "base" / "model")
+    (folder / "brevity.py").write_text(readme_block("python"))
     (folder / "right.py").write_text(REWARD)
     rows = [(a, b) for a in range(2, 8) for b in range(2, 8)]
     with (folder / "prompts.jsonl").open("w") as prompts, (folder / "train.jsonl").open("w") as train:
@@ -215,24 +225,23 @@ def own(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CONFIGS = {
     "filter": "judge: {path: policy, dtype: float32}\ndata: {path: train.jsonl}\nkeep_fraction: 0.5\n"
-    'template: "Rate: {prompt}"\n' + ENGINE,
+    'template: "Rate: {prompt}"\n',
     "sft": "model: {path: policy, dtype: float32}\ndata: {path: runs/filter/filter/kept.jsonl}\nepochs: 1\n"
     "max_length: 192\nbatch_tokens: 512\noptimizer: {learning_rate: 1e-4}\n",
-    "rl": "model: {path: policy, dtype: float32}\nprompts: {path: prompts.jsonl}\nreward: {name: right.py:right}\n"
-    "profile: {band: [0.0, 1.0]}\nsteps: 3\ngroups_per_step: 4\nsampling: {max_tokens: 48}\n"
-    "optimizer: {learning_rate: 1e-4}\nresources: {rollout: {cpus: 0.5}}\n" + ENGINE,
+    "rl": readme_block("yaml"),
     "dpo": "model: {path: policy, dtype: float32}\nrollouts: runs/rl/rl/rollouts\nmax_length: 192\n"
     "optimizer: {learning_rate: 1e-5}\n",
     "eval": "model: {path: runs/rl/rl/model, dtype: float32}\ndata: {path: prompts.jsonl}\n"
-    "reward: {name: right.py:right}\nsampling: {max_tokens: 48}\nsamples: 4\nk: 4\n" + ENGINE,
+    "reward: {name: right.py:right}\nsampling: {max_tokens: 48}\nsamples: 4\nk: 4\n",
 }
+CHANGES = {"rl": ["steps=3", "groups_per_step=8"]}  # for time; the README changes a key in this way too
 
 
 def test_stage_commands_over_ones_own_data(own, installed_wheel):
     for kind, text in CONFIGS.items():
         (own / f"{kind}.yaml").write_text(text)
         assert len(text.splitlines()) <= 12
-        call(installed_wheel, own, kind, f"{kind}.yaml")
+        call(installed_wheel, own, kind, f"{kind}.yaml", *CHANGES.get(kind, []))
     kept = list(read_jsonl(own / "runs/filter/filter/kept.jsonl"))
     assert len(kept) == 18
     assert len(list(read_jsonl(own / "runs/rl/rl/metrics.jsonl"))) == 3

@@ -469,8 +469,8 @@ def test_a_template_that_renders_a_prompt_another_way_is_refused(policy, data):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"batch_size": 4}, "packing: true needs batch_tokens, and takes no batch_size"),
-        ({"packing": False}, "packing: false needs batch_size, and takes no batch_tokens"),
+        ({"batch_size": 4}, "packing: true takes batch_tokens and no batch_size"),
+        ({"packing": False}, "packing: false takes batch_size and no batch_tokens"),
         ({"max_length": 512}, "batch_tokens 256 is less than max_length 512"),
         ({"resources": {"trainer": {"gpus": 2.0}}}, "a rank uses at most one GPU"),
         ({"batch_token": 3}, "unknown key; did you mean 'batch_tokens'"),

@@ -196,7 +196,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_a_missing_package_is_said_before_anything_starts(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("posttrain.pipeline.inputs.find_spec", lambda found: None if found == name else object())
-    message = f"trackers.{name}: {name} is not installed: pip install 'posttrain[{name}]'"
+    message = f"trackers.{name}: {name} is not installed: pip install {name}"
     with pytest.raises(ConfigError) as error:
         load_pipeline(pipeline(ALL))
     assert error.value.problems == [message]  # once, not for each stage

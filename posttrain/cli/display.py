@@ -65,6 +65,7 @@ class StageState:
     done: float = 0.0
     total: float = 0.0
     unit: str = ""
+    phase: str = ""  # what it does while there is no progress to count
     values: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     note: str = ""
@@ -83,7 +84,10 @@ class StageState:
         if kind == "stage_start":
             self.status, self.started = "running", float(event.get("t") or time.time())
             self.note = "resumed" if event.get("resumed") else ""
+        elif kind == "phase":
+            self.phase = str(event.get("phase") or "")
         elif kind == "progress":
+            self.phase = ""
             self.done, self.total = float(event.get("done") or 0), float(event.get("total") or 0)
             self.unit, self.values = str(event.get("unit") or ""), dict(event.get("values") or {})
         elif kind in ("stage_done", "stage_skipped", "stage_failed", "stage_interrupted"):
@@ -145,6 +149,8 @@ class PlainDisplay:
                 return ""
             self._shown[name] = now
             return f"{name}  {progress_text(stage)}  {values_text(stage.values)}".rstrip()
+        if kind == "phase":
+            return f"{name}  {stage.phase}"
         if kind == "stage_start":
             return f"{name}  {'continues' if event.get('resumed') else 'starts'}"
         if kind == "stage_done":
@@ -201,7 +207,7 @@ class LiveDisplay:
             rl_panel(
                 stage.name,
                 stage.metrics,
-                values_text(stage.values) or "no step yet",
+                stage.phase or values_text(stage.values) or "no step yet",
                 unscored_limit=stage.unscored_limit,
             )
             for stage in running
@@ -232,7 +238,9 @@ def _stage_table(stages: Sequence[StageState]) -> Any:
         running = stage.status == "running"
         bar = ProgressBar(total=stage.total, completed=stage.done, width=24) if running and stage.total else Text("")
         detail = stage.note
-        if running and stage.total:
+        if running and stage.phase:
+            detail = stage.phase
+        elif running and stage.total:
             figures = "" if stage.kind == "rl" else values_text(stage.values)  # RL has a panel of its own
             detail = f"{progress_text(stage)}  {figures}".rstrip()
         indent = "  " if "." in stage.name else ""

@@ -1,7 +1,8 @@
 """`posttrain doctor`: what works on this machine, what does not, and how to fix it, one line for each.
 
 Packages and the machine are only looked at. torch, vLLM, DeepSpeed, Ray and the sandbox are tried, two at a time, each
-in a process of its own with a deadline; everything that such a process started is ended with its check. Nothing is
+in a process of its own with a deadline; everything that such a process started is ended with its check. What does not
+work is tried once more, so that a fault of the moment is told from one that stays. Nothing is
 downloaded, and nothing is written outside of temporary folders. The exit code is 0 if all that is needed works, else 2.
 """
 
@@ -17,7 +18,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from posttrain.actors.processes import kill_marked
@@ -46,6 +47,10 @@ REMEDIES = (
     (r"No module named '([\w.]+)'", "install what is missing: make install (module {0})"),
     (r"No space left on device", "free some disk, and look at /dev/shm: docker run --shm-size=8g"),
     (r"MemoryError|Cannot allocate memory|out of memory", "free some memory, or use a machine with more"),
+    (
+        r"Connection (refused|reset)|[Cc]onnect timeout|connectFullMesh failed|No route to host",
+        "allow connections to localhost, then try again",
+    ),
     (r"There is no sandbox|SandboxError", "allow user namespaces, or install bubblewrap: apt-get install bubblewrap"),
 )
 
@@ -66,7 +71,7 @@ PROBES = (
     Probe("torch", "accelerators", "every stage", 120, "reinstall torch: make install"),
     Probe("vllm", "vLLM samples", "filter, rl, eval: every sampled token", 300, "reinstall vLLM: make install"),
     Probe("imports", "vLLM and Llama 4 import", "every stage", 120, UNINSTALL),
-    Probe("deepspeed", "DeepSpeed trains", "base, sft, rl, dpo", 180, "allow connections to localhost, then try again"),
+    Probe("deepspeed", "DeepSpeed trains", "base, sft, rl, dpo", 180, "reinstall DeepSpeed: make install"),
     Probe("ray", "Ray starts", "every pipeline and stage", 120, "stop a stale one: ray stop; unset RAY_ADDRESS"),
     Probe("sandbox", "sandbox", "rewards that run model-written code", 60, "apt-get install bubblewrap", needed=False),
 )
@@ -164,6 +169,23 @@ def judge(probe: Probe, end: ProbeEnd) -> Check:
     return Check("works", probe.title, status, found, "", probe.enables, mend, end.wall_s)
 
 
+def try_probe(probe: Probe, command: Sequence[str] | None = None) -> tuple[ProbeEnd, Check]:
+    """Run a probe, and once more if it fails; the end of the last try and its check. `command` as for `run_probe`.
+
+    A probe that works at the second try is ok, and the check tells what failed at the first. One that ran into its
+    deadline is not tried again.
+    """
+    end = run_probe(probe.name, probe.deadline_s, command)
+    check = judge(probe, end)
+    if end.found is not None or end.timed_out:
+        return end, check
+    again = run_probe(probe.name, probe.deadline_s, command)
+    if again.found is None:
+        return again, judge(probe, again)
+    works = judge(probe, again)
+    return again, replace(works, found=f"{works.found}; at a second try, after: {check.found}")
+
+
 def remedy(output: str, otherwise: str) -> str:
     """What to do about an error message, on one line."""
     for pattern, mend in REMEDIES:
@@ -192,8 +214,7 @@ def try_everything(has_gpu: bool, done: Callable[[str], None]) -> list[Check]:
     wanted = [probe for probe in PROBES if probe.name != "imports" or any(map(installed, IMAGE_AND_SOUND))]
 
     def one(probe: Probe) -> Check:
-        end = run_probe(probe.name, probe.deadline_s)
-        check = judge(probe, end)
+        end, check = try_probe(probe)
         done(probe.title)
         return judge_torch(check, end, has_gpu) if probe.name == "torch" else check
 

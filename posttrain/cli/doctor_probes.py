@@ -10,6 +10,7 @@ task. Deadlines and cleaning up are the caller's, see doctor.py.
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -135,11 +136,29 @@ def probe_deepspeed() -> Found:
     world = 2
     with tempfile.TemporaryDirectory(prefix="posttrain-doctor-") as folder:
         command = [sys.executable, "-P", "-m", "posttrain.cli.doctor_probes", "deepspeed-rank"]
-        ranks = [subprocess.Popen([*command, str(rank), str(world), folder]) for rank in range(world)]
+        logs = [Path(folder, f"rank{rank}.log") for rank in range(world)]
+        ranks = []
+        for rank, log in enumerate(logs):
+            with log.open("wb") as file:
+                one = [*command, str(rank), str(world), folder]
+                ranks.append(subprocess.Popen(one, stdout=file, stderr=subprocess.STDOUT))
         codes = [rank.wait() for rank in ranks]
+        printed_by = [log.read_text(errors="replace") for log in logs]
+    print(*printed_by, sep="")
     if any(codes):
-        raise RuntimeError(f"exit statuses of the ranks: {codes}")
+        raise RuntimeError(rank_failure(codes, printed_by))
     return {"found": f"{world} ranks took a ZeRO-1 step over gloo"}
+
+
+def rank_failure(codes: list[int], printed: list[str]) -> str:
+    """One line on ranks that failed: how each ended, and the last line that it printed."""
+    ends = []
+    for rank, (code, text) in enumerate(zip(codes, printed, strict=True)):
+        if code:
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+            last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "nothing was printed")
+            ends.append(f"rank {rank} {how}; its last line: {last}")
+    return "; ".join(ends)
 
 
 def probe_ray() -> Found:

@@ -28,7 +28,8 @@ def replay_run(run_dir: Path, target: Path) -> int:
         context = StageContext(stage.name, folder, target / "events.jsonl", seed=seed_of(stage))
         with ray_session():
             found = replay(config, context, stage)
-        weights = {True: "equal", False: f"differ by up to {found.get('largest_gap', 0):.2g}", None: "not compared"}
+        gap, why_not = found.get("largest_gap", 0.0), found.get("why_not")
+        weights = {True: "equal", False: f"differ by up to {gap:.2g}", None: f"not compared ({why_not})"}
         typer.echo(
             f"{stage}: {found['steps']} steps again; batches {'equal' if found['batches_equal'] else 'DIFFER'}, "
             f"weights {weights[found['weights_equal']]}: {folder / 'model'}"

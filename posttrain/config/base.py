@@ -5,6 +5,7 @@ What it leaves out, on purpose: inheritance between files and environment interp
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -16,6 +17,9 @@ from pydantic.config import JsonDict
 from posttrain.config.yaml_core import Dumper, Loader
 from posttrain.errors import ConfigError
 
+NO_VARIABLES = (
+    'environment variables are not read; write the value out, or give it on the command line: key.path="$NAME"'
+)
 ConfigT = TypeVar("ConfigT", bound="Config")
 
 # Marks of a field, given as `json_schema_extra`: what another value means for a stage that has run. A field without a
@@ -40,6 +44,11 @@ def parse_yaml(text: str, source: str) -> Any:
         problem = str(getattr(error, "problem", None) or error)
         if "\\t" in problem:
             problem = "a tab character; YAML is indented with spaces only"
+        line = text.splitlines()[mark.line] if mark is not None and mark.line < len(text.splitlines()) else ""
+        if "${" in line:
+            problem += '; within braces or brackets a reference is quoted, as in {path: "${sft.model}"}' + (
+                f"; {NO_VARIABLES}" if re.search(r"\$\{\s*(oc\.|env\b|[A-Z_]+\s*\})", line) else ""
+            )
         raise ConfigError(source, [f"{where}{problem}"]) from None
 
 

@@ -7,18 +7,25 @@ from pydantic import Field
 from posttrain.config.base import Config
 from posttrain.config.fields import Positive
 
+DEFAULT_LENGTH = 4096  # of an engine whose max_model_len is not set
+
 
 class EngineConfig(Config):
     """The vLLM engine that serves a model. Example: `{max_model_len: 8192, tensor_parallel: 2}`."""
 
-    max_model_len: Annotated[int, Field(ge=16)] = Field(
-        default=4096, description="Largest number of tokens of a prompt and its reply together."
+    max_model_len: Annotated[int, Field(ge=16)] | None = Field(
+        default=None,
+        description="Largest number of tokens of a prompt and its reply together; null: 4096, or what the model can "
+        "hold if that is less.",
     )
     max_num_seqs: Annotated[int, Field(ge=1)] = Field(
         default=256, description="Largest number of sequences that the engine decodes at the same time."
     )
     kv_cache_gib: Positive | None = Field(
-        default=None, description="Memory for the KV cache in GiB; null lets vLLM decide."
+        default=None,
+        description="Memory for the KV cache in GiB. null: on a GPU what gpu_memory_fraction leaves; on a CPU enough "
+        "for max_num_seqs sequences of max_model_len, but at most a quarter of the memory that is free when the engine "
+        "starts.",
     )
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.9, description="Share of a GPU's memory that vLLM may use. It has no meaning on a CPU."
@@ -47,6 +54,12 @@ class EngineConfig(Config):
         "comes within the same time, the engine counts as lost and is replaced. It must be longer than the longest "
         "engine step.",
     )
+
+    @property
+    def length(self) -> int:
+        """Most tokens of a prompt and its reply together. Where a stage runs, this is no more than the model can hold
+        (pipeline/lengths.py)."""
+        return DEFAULT_LENGTH if self.max_model_len is None else self.max_model_len
 
 
 class SamplingConfig(Config):

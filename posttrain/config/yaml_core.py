@@ -1,7 +1,8 @@
 """YAML with the scalars of version 1.2 (its core schema), on PyYAML, which reads those of 1.1.
 
 So `1e-5` is a number, `010` is ten, and `yes`, `1:30`, `1_000` and `2024-01-01` are text. A key that appears twice is
-an error, and `<<` is a key like any other. What is written is read back as it was. Source: yaml.org/spec/1.2.2, 10.3.2.
+an error, and so is `<<`, the merge key of version 1.1. What is written is read back as it was.
+Source: yaml.org/spec/1.2.2, 10.3.2.
 """
 
 import re
@@ -18,6 +19,9 @@ _SCALARS = {
     ),
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
 }
+
+
+NO_MERGE = "YAML 1.2 has no merge key `<<`; write the keys out (an alias, `key: *name`, stands for a whole value)"
 
 
 class Loader(yaml.SafeLoader):
@@ -44,6 +48,8 @@ def _construct_mapping(loader: Loader, node: yaml.MappingNode) -> dict[str, Any]
     mapping: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if key == "<<":
+            raise yaml.constructor.ConstructorError(None, None, NO_MERGE, key_node.start_mark)
         if key in mapping:
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
         mapping[key] = loader.construct_object(value_node, deep=True)

@@ -116,6 +116,8 @@ def collect(
     """All rows of a dataset. Raises `DataError` if there are none, or if any is bad and is not to be set aside."""
     rows: list[T] = []
     bad: list[BadRow] = []
+    if context is not None:
+        context.phase(f"reading {_shown_path(data)}")
     for item in scan(data, parse, limit, identity=identity):
         if isinstance(item, BadRow):
             bad.append(item)

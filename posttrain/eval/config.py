@@ -108,10 +108,10 @@ class EvalConfig(Config):
             raise ValueError(f"k is {self.k} and samples is {self.samples}: pass@k needs at least k samples a prompt")
         if self.samples > 1 and self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0, so all samples would be equal; set it above 0, or samples: 0")
-        if self.sampling.max_tokens >= self.engine.max_model_len:
+        if self.sampling.max_tokens >= self.engine.length:
             raise ValueError(
                 f"sampling.max_tokens is {self.sampling.max_tokens}; it must be below engine.max_model_len "
-                f"({self.engine.max_model_len}), which also holds the prompt"
+                f"({self.engine.length}), which also holds the prompt"
             )
         if bool(self.exclude) != (self.key_field is not None):
             raise ValueError("exclude and key_field belong together: set both, or neither")

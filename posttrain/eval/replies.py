@@ -101,11 +101,11 @@ def _reply(rollout: Rollout, scored: Scored) -> Reply:
 
 def _prompt_ids(row: Row, tokenizer: Any, config: EvalConfig) -> tuple[int, ...]:
     ids = render_row(partial(render_prompt, tokenizer), row)
-    room = config.engine.max_model_len - len(ids)
+    room = config.engine.length - len(ids)
     if room < config.sampling.max_tokens:
         raise DataError(
             f"row {row.id}: its prompt has {len(ids)} tokens, which with sampling.max_tokens "
-            f"{config.sampling.max_tokens} is more than engine.max_model_len {config.engine.max_model_len}; "
+            f"{config.sampling.max_tokens} is more than engine.max_model_len {config.engine.length}; "
             "raise engine.max_model_len, lower sampling.max_tokens, or remove the row"
         )
     return ids

@@ -188,10 +188,10 @@ class JudgeQuestion(Config):
             return self
         if self.engine is None:
             raise ValueError("engine: got null, but a judge without an endpoint is served by an engine")
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens >= self.engine.max_model_len:
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens >= self.engine.length:
             raise ValueError(
                 f"max_prompt_tokens is {self.max_prompt_tokens}; it must be below engine.max_model_len "
-                f"({self.engine.max_model_len}), which also holds the answer"
+                f"({self.engine.length}), which also holds the answer"
             )
         return self
 
@@ -206,4 +206,4 @@ class JudgeQuestion(Config):
         if isinstance(self.source, EndpointConfig):
             return self.source.max_prompt_chars
         assert self.engine is not None  # see _prompt_fits
-        return self.max_prompt_tokens or self.engine.max_model_len - 1
+        return self.max_prompt_tokens or self.engine.length - 1

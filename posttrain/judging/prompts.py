@@ -116,8 +116,9 @@ class JudgePrompts:
                 high = middle - 1
         if best is None:
             unit, keys = self._words()
+            least = self._question(row, {name: _cut(text, 0) for name, text in texts.items()})[1]
             raise DataError(
-                f"row {row.id}: the judge's template alone takes more than the {limit} {unit} that fit; raise {keys}, "
+                f"row {row.id}: the judge's template alone takes {least} {unit}, of which {limit} fit; raise {keys}, "
                 "or shorten template"
             )
         return best

@@ -8,6 +8,7 @@ from typing import Any
 
 WORDS = {
     "alarm": "alarm",
+    "doubtful": "doubtful",
     "engine_replaced": "engine replaced",
     "reward_restarted": "reward processes restarted",
     "rolled_back": "rolled back",

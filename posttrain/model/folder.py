@@ -1,7 +1,7 @@
 """Checks of a model folder before any weight is loaded. The trainer, the engines and `posttrain validate` share them.
 
-Only file names and JSON are read, so a check takes milliseconds and needs no torch. Left out: the tensors themselves,
-which are checked when they are loaded.
+Only file names, JSON and the headers of weight files are read, so a check takes milliseconds and needs no torch. Left
+out: the tensors themselves, which are checked when they are loaded.
 """
 
 import json
@@ -13,6 +13,7 @@ from posttrain.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LENGTH_BYTES = 8  # at the beginning of a safetensors file: the length of its header
 
 
 def check_folder(path: str | Path) -> None:
@@ -27,7 +28,49 @@ def folder_problems(folder: Path) -> list[str]:
 
     A file that is missing or cannot be read is no fault here: the code that needs the file reports it.
     """
-    return [*weight_problems(folder), *tokenizer_problems(folder)]
+    return [*weight_problems(folder), *header_problems(folder), *tokenizer_problems(folder)]
+
+
+def header_problems(folder: Path) -> list[str]:
+    """One line for each safetensors file whose header cannot be read, or does not fit the size of the file."""
+    problems = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            read_header(path)
+        except (OSError, ValueError) as error:
+            problems.append(f"has {path.name}, which cannot be read as safetensors: {error}; copy or download it again")
+    return problems
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The tensors of a safetensors file by name: dtype, shape, data_offsets. Reads the header alone.
+
+    Raises OSError, and ValueError for a file that is not whole.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(LENGTH_BYTES)
+        length = int.from_bytes(first, "little")
+        if len(first) < LENGTH_BYTES or length > size - LENGTH_BYTES:
+            raise ValueError(f"its header would end after the file's {size} bytes")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            wanted = LENGTH_BYTES + length + max((item["data_offsets"][1] for item in header.values()), default=0)
+        except (ValueError, AttributeError, TypeError, KeyError, IndexError):
+            raise ValueError("its header is damaged") from None
+    if size != wanted:
+        raise ValueError(f"it has {size} bytes, and its header lists {wanted}")
+    return header
+
+
+def quantization(folder: Path) -> str | None:
+    """How the weights of a folder's model are quantized, such as gptq; None if they are not."""
+    config = _json(folder / "config.json")
+    for part in (config, config.get("text_config")) if isinstance(config, dict) else ():
+        if isinstance(part, dict) and isinstance(found := part.get("quantization_config"), dict):
+            return str(found.get("quant_method", "quantization_config"))
+    return None
 
 
 def weight_problems(folder: Path) -> list[str]:

@@ -12,12 +12,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from posttrain.config.base import Config, config_problems
+from posttrain.config.base import NO_VARIABLES, Config, config_problems
 from posttrain.config.trackers import TrackersConfig
 from posttrain.errors import ConfigError
 from posttrain.pipeline.config import RawPipeline, RawStage, read_pipeline
 from posttrain.pipeline.inputs import input_problems, package_problems, tracker_problems
 from posttrain.pipeline.kinds import KINDS, StageKind, load_schema, unknown_kind
+from posttrain.pipeline.lengths import length_problems
 from posttrain.pipeline.references import Reference, find_cycle, find_references, replace_references, topological
 
 
@@ -114,6 +115,7 @@ def load_pipeline(source: str | Path | Mapping[str, Any] | RawPipeline, override
         missing = package_problems(node.config, node.stage_kind)
         problems += [f"{node.name}: kind {node.kind} {line}" for line in missing]
         found = tracker_problems(node.config) + input_problems(node.config, node.stage_kind)
+        found += length_problems(node.config)
         problems += [_located(node, problem) for problem in found]
     cycle = find_cycle({node.name: node.needs for node in nodes})
     if cycle:
@@ -144,9 +146,8 @@ def _make_node(
         problems.append(f"{stage.prefix}kind: {unknown_kind(stage.kind)}")
         return None
     references = list(find_references(stage.config))
-    wrong = [problem for reference in references if (problem := _reference_problem(reference, kinds))]
-    if open_references:
-        wrong = []
+    checked = [item for item in references if not (open_references and item.stage)]  # other stages are not known then
+    wrong = [problem for reference in checked if (problem := _reference_problem(reference, kinds))]
     schema = load_schema(KINDS[stage.kind])
     config, found = None, []
     try:
@@ -187,7 +188,7 @@ def _evaluations(raw: RawPipeline, kinds: Mapping[str, str], problems: list[str]
 def _reference_problem(reference: Reference, kinds: Mapping[str, str]) -> str:
     """What is wrong with a reference, or "". kinds: name to kind of each stage that may be referred to."""
     if not reference.stage:
-        return f"{reference.key}: got {reference.text!r}: must have the form ${{stage.output}}"
+        return f"{reference.key}: got {reference.text!r}: must have the form ${{stage.output}}; {NO_VARIABLES}"
     if not kinds:
         return f"{reference.key}: got {reference.text!r}: there are no other stages here; give a path"
     if reference.stage not in kinds:

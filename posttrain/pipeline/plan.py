@@ -6,14 +6,11 @@ Activations are left out (`posttrain plan` estimates them), and experts count in
 divide them. A model that an earlier stage makes has no size until that stage has run.
 """
 
-import json
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from posttrain.config.data import FilesConfig
 from posttrain.config.engines import EngineConfig
@@ -21,7 +18,9 @@ from posttrain.config.models import ServedModelConfig
 from posttrain.config.resources import ActorResources, RewardResources, TrainerResources
 from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError
+from posttrain.model.folder import read_header
 from posttrain.pipeline.decide import Decision
+from posttrain.pipeline.doubts import doubts
 from posttrain.pipeline.graph import Node, Pipeline, output_path
 from posttrain.pipeline.inputs import find_endpoints, find_inputs, walk
 from posttrain.pipeline.references import find_references
@@ -217,12 +216,10 @@ def count_parameters(folder: Path) -> int | None:
     total = 0
     for file in folder.glob("*.safetensors"):
         try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                header: dict[str, Any] = json.loads(stream.read(length))
-        except (OSError, ValueError, struct.error):
+            header = read_header(file)
+        except (OSError, ValueError):
             return None
-        total += sum(prod(item["shape"]) for name, item in header.items() if name != "__metadata__")
+        total += sum(prod(item["shape"]) for item in header.values())
     return total or None
 
 
@@ -246,6 +243,7 @@ def render_plan(
         lines += [f"  in   {name} = {value}" for name, value in step.inputs.items()]
         lines += [f"  out  {name} = {value}" for name, value in step.outputs.items()]
         lines += [f"  use  {_render_actor(actor)}" for actor in step.actors]
+        lines += [f"  doubtful  {line}" for line in doubts(pipeline.nodes[step.name].config)]
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ from posttrain.pipeline.stage_process import OUT_OF_SPACE
 
 STARTED = "STARTED"
 DONE = "DONE"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,18 @@ class Held:
         if self.finished:
             return "a finished result"
         return f"an unfinished run at step {self.step}" if self.step else "an unfinished run" if self.has_work else ""
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether a process is running in this run directory. False where the file system has no locks."""
+    try:
+        with (run_dir / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 class RunDir:
@@ -89,7 +102,7 @@ class RunDir:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.path / ".lock").open("a+") as lock:
+        with (self.path / LOCK).open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -17,6 +17,7 @@ from typing import Any
 from posttrain.context import StageContext
 from posttrain.errors import PosttrainError, StageError, UserError
 from posttrain.pipeline.decide import Decision
+from posttrain.pipeline.doubts import doubts
 from posttrain.pipeline.graph import Node, Pipeline, output_path
 from posttrain.pipeline.plan import Step, trainer_resources
 from posttrain.pipeline.ray_session import RaySession
@@ -119,6 +120,8 @@ class Scheduler:
         resumed = decision.action == "continue"
         self.run_dir.begin(node, decision.input_hash, job.config, basis=decision.basis, resume=resumed)
         self._event(node, "stage_start", kind=node.kind, resumed=resumed)
+        for line in doubts(node.config):
+            self._event(node, "doubtful", reason=line)
         cpus, gpus = trainer_resources(node)
         # max_calls=1 gives each stage a fresh process, so that no stage inherits imports or memory of the one before.
         task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(run_stage)

@@ -19,6 +19,7 @@ from posttrain.context import StageContext
 from posttrain.errors import PosttrainError, UserError
 from posttrain.metrics.trackers import tracked
 from posttrain.pipeline.kinds import StageKind, load_object, load_schema
+from posttrain.pipeline.lengths import settled
 
 OUT_OF_SPACE = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
 
@@ -60,7 +61,7 @@ def run_stage(job: StageJob) -> StageAnswer:
             if job.cwd not in sys.path:
                 sys.path.insert(0, job.cwd)  # so that a reward's module beside the user's YAML can be imported
         run = load_object(job.kind.run)
-        config = load_schema(job.kind).model_validate(job.config)
+        config = settled(load_schema(job.kind).model_validate(job.config), job.name)
         seed_everything(job.seed)
         context = StageContext(job.name, job.dir, job.events, job.seed, job.warm_engines)
         with tracked(getattr(config, "trackers", None), context):

@@ -60,6 +60,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
     check_parallel(config.parallel, config.model, None)
     rows, heldout = _rows_to_profile(config, context.seed, context), heldout_rows(config, context)
+    mixture_shares(rows, config.mixture, "prompt")  # a capability that no row has is found before anything starts
     if (finished := finished_outputs(context.dir, config.steps)) is not None:
         return finished
     from posttrain.model.load import check_router, load_tokenizer
@@ -162,7 +163,7 @@ def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: GradingConfig) -> l
         render,
         config.systems.instructions,
         max_tokens=config.sampling.max_tokens,
-        max_model_len=config.engine.max_model_len,
+        max_model_len=config.engine.length,
     )
     return prompts
 
@@ -194,8 +195,10 @@ def _check_same(ledger: Ledger, model_path: str, rows: Sequence[Row], *, context
 
 def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: list[DrawnPrompt]) -> dict[str, Any]:
     """Train from the last commit to the last step, and write the policy. Returns outputs and figures of the stage."""
+    context.phase("waiting for the trainer")
     first_step, left = _resume(config, context, parts)
     manifest = parts.trainer.publish()
+    context.phase("comparing the log-probabilities of engines and trainer")
     parity = check_engine_parity(
         config,
         context,
@@ -208,6 +211,7 @@ def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: li
         tolerance=allowed_gap(config.parity_tolerance, config.model.dtype),
     )
     context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
+    context.phase("sampling the first batch")
     controller = Controller(config, context, parts, manifest=manifest, first_step=first_step, survivors=left)
     asyncio.run(controller.run())
     controller.finish()

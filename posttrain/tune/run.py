@@ -67,6 +67,7 @@ def tune(config: Any, context: StageContext, work: Work) -> dict[str, Any]:
     """
     from posttrain.parallel.ranks import run_on_ranks
 
+    context.phase(f"starting ranks, which load the model: {config.parallel.processes}")
     report = run_on_ranks(config.parallel, config.resources.trainer, train_and_export, config, context, work)
     shutil.rmtree(context.dir / ROWS, ignore_errors=True)
     return report

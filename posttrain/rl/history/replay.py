@@ -68,8 +68,8 @@ def replay(config: TrainingConfig, context: StageContext, source: Path) -> dict[
     """Do the optimizer steps of the RL stage in `source` again, and compare batches and weights.
 
     config, and the seed in `context`: those of the stage in `source`. The new model is written into the context's
-    folder. Returns {"model", "steps", "batches_equal", "weights_equal" (None if the run has no model yet), and, if
-    weights were compared, "largest_gap"}.
+    folder. Returns {"model", "steps", "batches_equal", "weights_equal"}: with "largest_gap" if weights were compared;
+    else weights_equal is None, and "why_not" says why.
     """
     wanted = ledger_batches(source)
     trainer = TrainerClient(config, context.seed)
@@ -89,7 +89,11 @@ def replay(config: TrainingConfig, context: StageContext, source: Path) -> dict[
     finally:
         trainer.close()
     found: dict[str, Any] = {"steps": steps, "batches_equal": not differ, "weights_equal": None}
-    if steps == config.steps and (source / "model").is_dir():
+    if steps < config.steps:
+        found["why_not"] = f"the run has trained {steps} of its {config.steps} steps, and writes its model at the end"
+    elif not (source / "model").is_dir():
+        found["why_not"] = f"there is no {source / 'model'}"
+    else:
         gaps = weight_gaps(source / "model", context.dir / "model")
         found["weights_equal"] = not gaps
         found["largest_gap"] = max(gaps.values(), default=0.0)

@@ -41,7 +41,7 @@ def heldout_prompts(
 ) -> list[DrawnPrompt]:
     """The rows as prompts, without a sampled system instruction. Raises DataError if one leaves no room for a reply."""
     prompts = [DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))) for row in rows]
-    check_room(prompts, render, max_tokens=config.sampling.max_tokens, max_model_len=config.engine.max_model_len)
+    check_room(prompts, render, max_tokens=config.sampling.max_tokens, max_model_len=config.engine.length)
     return prompts
 
 

@@ -8,16 +8,19 @@ from posttrain.errors import ConfigError
 from posttrain.records import Row
 
 
-def mixture_shares(rows: Sequence[Row], mixture: Mapping[str, float]) -> dict[str, float]:
+def mixture_shares(
+    rows: Sequence[Row], mixture: Mapping[str, float], among: str = "selected prompt"
+) -> dict[str, float]:
     """The share of each capability; their sum is 1. They follow `mixture` (on any scale), or `rows` if it is empty.
 
-    A capability of weight 0 is left out. Raises ConfigError for a capability that no row has.
+    among: what a message calls the rows. A capability of weight 0 is left out. Raises ConfigError for a capability that
+    no row has.
     """
     there = Counter(row.capability for row in rows)
     mixture = {name: weight for name, weight in mixture.items() if weight > 0}
     missing = sorted(set(mixture) - set(there))
     if missing:
-        rule = f"no selected prompt has this capability; there are: {', '.join(sorted(there))}"
+        rule = f"no {among} has this capability; there are: {', '.join(sorted(there))}"
         raise ConfigError("mixture", [f"{name}: {rule}" for name in missing])
     weights = dict(mixture) or {name: float(count) for name, count in there.items()}
     total = sum(weights.values())

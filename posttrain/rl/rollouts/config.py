@@ -122,10 +122,10 @@ class RolloutsConfig(Config):
     def _check_sampling(self) -> "RolloutsConfig":
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature: RL needs replies that differ, so it must be above 0")
-        if self.sampling.max_tokens >= self.engine.max_model_len:
+        if self.sampling.max_tokens >= self.engine.length:
             raise ValueError(
                 f"sampling.max_tokens ({self.sampling.max_tokens}) must be below engine.max_model_len "
-                f"({self.engine.max_model_len}): the prompt needs room too"
+                f"({self.engine.length}): the prompt needs room too"
             )
         return self
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import PluginError
+from posttrain.scoring.plugins.foreign import how_to_wrap
 from posttrain.scoring.plugins.source import find_module, read_module
 from posttrain.scoring.plugins.target import RewardFunction, Target, bind, import_target
 
@@ -239,6 +240,8 @@ def _check_call(
     name: str = "",
     parameters: Sequence[str] = ("rollout", "row"),
 ) -> None:
+    if parameters == ("rollout", "row") and (wrap := how_to_wrap(name or where.rpartition(":")[2], signature)):
+        raise PluginError(f"{where}: {name}{signature}: {wrap}")
     try:
         signature.bind(*parameters, **args)
     except TypeError as error:

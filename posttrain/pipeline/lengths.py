@@ -1,0 +1,83 @@
+"""Holds the length of each engine against what its model can hold, before the engine starts.
+
+`length_problems` refuses a length that was asked for and is too long, as far as the model is there. `settled` gives an
+engine for which none was asked the length that its model allows; the stage's own process does that, since an earlier
+stage may have made the model. Left out: how much of its length a model is any good at.
+"""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from posttrain.config.base import Config, validate_config
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.errors import ConfigError
+from posttrain.judging.config import JudgeQuestion
+from posttrain.model.length import ModelLength, engine_length, model_length
+from posttrain.pipeline.inputs import walk
+from posttrain.pipeline.references import has_reference
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def length_problems(config: BaseModel) -> list[str]:
+    """One line for each engine that is asked to hold more tokens than its model can, beginning with the key path."""
+    problems = []
+    for key, engine, path, length in _engines(config):
+        asked = engine.max_model_len
+        if asked is not None and asked > length.tokens:
+            problems.append(
+                f"{key}.max_model_len: got {asked}: the model in {path!r} can hold {length.tokens} tokens "
+                f"({length.key} in its config.json); set at most {length.tokens}, or remove the key for as many as fit"
+            )
+        elif asked is None and length.tokens < engine.length:
+            problems += _refused(config, key, path, length=length)
+    return problems
+
+
+def settled(config: ConfigT, source: str) -> ConfigT:
+    """The config with the length of every engine written out, no longer than its model can hold.
+
+    source: of the config, for error messages. Raises ConfigError for a length that was asked for and is too long, and
+    for one that leaves no room for what other keys ask.
+    """
+    if problems := length_problems(config):
+        raise ConfigError(source, problems)
+    data = config.model_dump()
+    for key, engine, path, _ in _engines(config):
+        _set(data, key, engine_length(engine, path))
+    return validate_config(type(config), data, source)
+
+
+def _refused(config: BaseModel, key: str, path: str, *, length: ModelLength) -> list[str]:
+    """What the schema says to an engine that is as short as its model."""
+    data = config.model_dump()
+    _set(data, key, length.tokens)
+    try:
+        validate_config(type(config), data, "")  # pyright: ignore[reportArgumentType]
+    except ConfigError as error:
+        why = f"the model in {path!r} can hold {length.tokens} tokens, {length.key} in its config.json"
+        return [f"{problem.removeprefix('(whole file): ')}; {why}" for problem in error.problems]
+    return []
+
+
+def _set(data: dict, key: str, tokens: int) -> None:
+    for part in key.split("."):
+        data = data[part]
+    data["max_model_len"] = tokens
+
+
+def _engines(config: BaseModel) -> Iterator[tuple[str, EngineConfig, str, ModelLength]]:
+    """(key path, engine, folder of its model, what that can hold) of each engine whose model's length is known."""
+    for key, section in walk(config):
+        engine = getattr(section, "engine", None)
+        if not isinstance(engine, EngineConfig):
+            continue
+        model = section.source if isinstance(section, JudgeQuestion) else getattr(section, "model", None)
+        if not isinstance(model, ServedModelConfig) or has_reference(model.path):
+            continue
+        length = model_length(model.path)
+        if length is not None:
+            yield f"{key}.engine" if key else "engine", engine, model.path, length

@@ -1,0 +1,162 @@
+"""What a new user writes first, checked by `posttrain validate` alone: the shortest YAML of each stage, and the usual
+mistakes, each of which is one message that says what to do.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from posttrain.cli.main import main
+from posttrain.pipeline.kinds import KINDS
+
+ROWS = {
+    "train.jsonl": [{"prompt": "2 + 2?", "completion": "4", "capability": "math"}] * 3,
+    "prompts.jsonl": [{"prompt": "2 + 2?", "answer": "4", "capability": "math"}] * 3,
+    "pairs.jsonl": [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}],
+}
+MODEL = {"model_type": "llama", "max_position_embeddings": 2048, "vocab_size": 8}
+MATH = {"name": "math"}
+# Model and data, and the reward where replies are scored.
+SHORTEST: dict[str, dict[str, Any]] = {
+    "base": {},
+    "filter": {"judge": {"path": "model"}, "data": {"path": "train.jsonl"}},
+    "sft": {"model": {"path": "model"}, "data": {"path": "train.jsonl"}},
+    "rl": {"model": {"path": "model"}, "prompts": {"path": "prompts.jsonl"}, "reward": MATH},
+    "dpo": {"model": {"path": "model"}, "pairs": {"path": "pairs.jsonl"}},
+    "eval": {"model": {"path": "model"}, "data": {"path": "prompts.jsonl"}, "reward": MATH},
+}
+REWARDS = """
+def trl(prompts, completions, answer, **kwargs):
+    return [1.0 for _ in completions]
+
+
+def trl_short(completions, **kwargs):
+    return [1.0 for _ in completions]
+
+
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    return 1.0
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, rows in ROWS.items():
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for kind, config in SHORTEST.items():
+        Path(f"{kind}.yaml").write_text(yaml.safe_dump(config))
+    Path("rw.py").write_text(REWARDS)
+    model_folder("model")
+    return tmp_path
+
+
+def model_folder(path: str, header: bytes = b"{}", content: bytes = b"", **config: Any) -> None:
+    Path(path).mkdir()
+    Path(path, "config.json").write_text(json.dumps({**MODEL, **config}))
+    Path(path, "tokenizer.json").write_text("{}")
+    Path(path, "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content)
+
+
+def validate(kind: str, *overrides: str) -> int:
+    return main(["validate", f"{kind}.yaml", *overrides, "--kind", kind])
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_shortest_file_of_a_stage_is_valid(kind: str, capsys: pytest.CaptureFixture[str]):
+    assert validate(kind) == 0, capsys.readouterr().err
+    assert f"{kind} ({kind})  [run: new]" in capsys.readouterr().out
+
+
+ONE_TENSOR = b'{"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'
+DAMAGED = {
+    "cut": (ONE_TENSOR, b"\0" * 9),
+    "longer": (ONE_TENSOR, b"\0" * 17),
+    "not json": (b"{{}}", b""),
+    "no offsets": (b'{"w": {"dtype": "F32"}}', b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_weights_are_found_by_their_header(damage: str, capsys: pytest.CaptureFixture[str]):
+    model_folder("whole", ONE_TENSOR, b"\0" * 16)
+    model_folder("damaged", *DAMAGED[damage])
+    assert validate("eval", "model.path=whole") == 0
+    capsys.readouterr()
+    assert validate("eval", "model.path=damaged") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.path: got 'damaged': this folder has model.safetensors, which cannot be read as safetensors: " in line
+    assert "copy or download it again" in line
+
+
+def test_a_header_longer_than_the_file_is_refused(capsys: pytest.CaptureFixture[str]):
+    Path("model", "model.safetensors").write_bytes(b"\xff" * 12)
+    assert validate("eval") == 2
+    assert "its header would end after the file's 12 bytes" in capsys.readouterr().err
+
+
+def test_quantized_weights_are_served_and_not_trained(capsys: pytest.CaptureFixture[str]):
+    model_folder("small", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert validate("eval", "model.path=small") == 0
+    for kind in ("sft", "rl", "dpo"):
+        capsys.readouterr()
+        assert validate(kind, "model.path=small") == 2
+        assert "its weights are quantized (gptq; quantization_config in config.json)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "expected"),
+    [
+        (
+            "sft",
+            ["model.path=Qwen/Qwen2.5-0.5B-Instruct"],
+            "no such folder; models are not downloaded by name: hf download Qwen/Qwen2.5-0.5B-Instruct --local-dir "
+            "models/Qwen2.5-0.5B-Instruct, then give models/Qwen2.5-0.5B-Instruct\n",
+        ),
+        ("sft", ["model.path=nowhere"], "got 'nowhere': no such folder\n"),
+        (
+            "sft",
+            ["model.path=${oc.env:MODEL}"],
+            "must have the form ${stage.output}; environment variables are not read",
+        ),
+        ("rl", ["engine.max_model_len=4096"], "got 4096: the model in 'model' can hold 2048 tokens"),
+        ("rl", ["mixture={coding: 1}"], "mixture.coding: no prompt has this capability; there are: math\n"),
+        (
+            "rl",
+            ["reward.name=rw.py:trl"],
+            "it has the parameters of a reward for TRL; wrap it: def reward(rollout, row): return "
+            "trl(prompts=[row.messages], completions=[rollout.text], answer=[row.answer])[0]\n",
+        ),
+        ("eval", ["reward.name=rw.py:trl_short"], "return trl_short(completions=[rollout.text])[0]\n"),
+        (
+            "rl",
+            ["reward.name=rw.py:verl"],
+            "it has the parameters of a reward for verl; wrap it: def reward(rollout, row): return "
+            "verl(data_source=row.capability, solution_str=rollout.text, ground_truth=row.answer)\n",
+        ),
+    ],
+)
+def test_a_usual_mistake_is_one_message_with_the_way_out(
+    kind: str, overrides: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+):
+    assert validate(kind, *overrides) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_mixture_is_left_to_the_stage_where_not_all_rows_are_read():
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS["prompts.jsonl"] * 40))
+    assert validate("rl", "mixture={coding: 1}") == 0
+
+
+def test_a_learning_rate_that_diverges_is_doubted(capsys: pytest.CaptureFixture[str]):
+    for kind in ("sft", "rl", "dpo"):
+        assert validate(kind, "optimizer.learning_rate=1000") == 0
+        assert "doubtful  optimizer.learning_rate: got 1000; " in capsys.readouterr().out
+        assert validate(kind, "optimizer.learning_rate=1e-3") == 0
+        assert "doubtful" not in capsys.readouterr().out
