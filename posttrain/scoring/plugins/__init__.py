@@ -1,7 +1,7 @@
-"""A reward plug-in: where it is, what it needs, what it is called with.
+"""Reward plug-ins: how one is found, what fields of a row it needs, and with which arguments it is called.
 
-lookup.py         a name in a config -> the function, checked without importing it
-source.py         a module's source, read without running it
-target.py         the function itself, with its arguments bound
-requirements.py   the fields of a row that a reward needs, and the files it consists of
+lookup.py         finds the function that a config names, and checks it without importing it
+source.py         reads a module's source without running it
+target.py         imports the function and binds its arguments
+requirements.py   tells which fields of a row a reward needs, and which source files it consists of
 """

@@ -30,7 +30,7 @@ class RewardSpec:
 
     @classmethod
     def of(cls, value: "str | RewardSpec | Mapping[str, Any]") -> "RewardSpec":
-        """From what a config holds: a name, or a mapping with `name` and perhaps `args`."""
+        """A RewardSpec from the value in a config: a name, or a mapping with `name` and, if wanted, `args`."""
         if isinstance(value, RewardSpec):
             return value
         if isinstance(value, str):
@@ -56,7 +56,7 @@ def load_reward(name: str, args: Mapping[str, Any] | None = None) -> RewardFunct
     """The reward function of that name, imported, with `args` bound to it.
 
     name: an entry point of group `posttrain.rewards`, `package.module:function`, `package.module.function` or
-    `path/to/file.py:function`. Raises PluginError where it cannot be found, imported, or called with (rollout, row).
+    `path/to/file.py:function`. Raises PluginError if it cannot be found, imported, or called with (rollout, row).
     """
     target = resolve(name)
     function = import_target(target)[1]
@@ -70,7 +70,7 @@ def load_reward(name: str, args: Mapping[str, Any] | None = None) -> RewardFunct
 
 
 def check_reward(name: str, args: Mapping[str, Any] | None = None) -> None:
-    """Raises PluginError with one clear message unless the reward is there and can be called. Executes nothing."""
+    """Raise PluginError unless the reward exists and can be called. No code of the reward is executed."""
     target = resolve(name)
     _check_source(f"reward {name!r}", name, target, parameters=("rollout", "row"), args=args or {})
     for inner in inner_rewards(RewardSpec(name, args or {})):
@@ -87,7 +87,7 @@ def check_function(name: str, what: str, parameters: Sequence[str]) -> None:
 
 
 def load_function(name: str, what: str) -> Callable[..., Any]:
-    """The function of that name, imported. Raises PluginError where it cannot be."""
+    """Import the function of that name. Raises PluginError if that fails."""
     return import_target(resolve_function(name, what), what)[1]
 
 
@@ -107,7 +107,7 @@ def function_file(target: Target) -> Path | None:
 
 
 def _check_source(title: str, name: str, target: Target, *, parameters: Sequence[str], args: Mapping[str, Any]) -> None:
-    """Raises PluginError unless the target's source has the function, and it can be called with these arguments.
+    """Raise PluginError unless the target's source defines the function, and it can be called with these arguments.
 
     title: begins a message, as "reward 'math'". parameters: given by place. args: given by name.
     """
@@ -135,12 +135,12 @@ def _check_source(title: str, name: str, target: Target, *, parameters: Sequence
 
 
 def inner_rewards(spec: RewardSpec) -> list[RewardSpec]:
-    """The rewards that a combining reward is made of, none for any other. Raises PluginError where args are wrong."""
+    """The rewards that a combining reward calls; any other reward has none. Raises PluginError if `args` is wrong."""
     return combined_rewards(spec.args) if resolve(spec.name).module == _COMBINING else []
 
 
 def combined_rewards(args: Mapping[str, Any]) -> list[RewardSpec]:
-    """The rewards that the arguments of a combining reward name. Raises PluginError where they are wrong."""
+    """The rewards that the arguments of a combining reward name. Raises PluginError if the arguments are wrong."""
     return _of_system(args) if "verifiers" in args else _of_mapping(args)
 
 

@@ -1,11 +1,11 @@
-"""What a reward needs of a row, read from its source without executing it, and the rows that do not have it.
+"""Which fields of a row a reward needs, read from its source without executing it, and which rows lack them.
 
-A module declares it beside its functions, by name:
+A module declares the fields beside its functions, by the name of each function:
 
     REQUIRES = {"exact_match": ["answer"], "puzzles": ["answer|numbers"]}
 
-Each entry is a field of the row (`answer`, or a column of its own), or several of which one will do. Left out: what the
-field must hold; the reward itself says that.
+Each entry names a field of the row (`answer`, or another column), or several fields of which the row must have one.
+What a field must hold is not declared; the reward checks that when it is called.
 """
 
 import ast
@@ -22,7 +22,7 @@ _DEFAULT = "default"
 
 
 def required_fields(spec: RewardSpec, capability: str) -> list[str]:
-    """The fields that the reward, and the rewards that it combines, need of rows of a capability."""
+    """The fields that rows of a capability must have for the reward, and for the rewards that it combines."""
     target = resolve(spec.name)
     needed = _declared(function_file(target), target.function)
     inner = inner_rewards(spec)
@@ -40,7 +40,7 @@ def required_fields(spec: RewardSpec, capability: str) -> list[str]:
 
 
 def missing_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str] = ()) -> Iterator[str]:
-    """One line for each row that lacks what the reward needs and is not given to it otherwise.
+    """One line for each row that lacks a field which the reward needs and which no argument supplies.
 
     Raises PluginError for a reward that is wrong itself.
     """
@@ -53,7 +53,7 @@ def missing_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str]
 
 
 def check_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str] = ()) -> None:
-    """Raises DataError that names the first rows that lack what the reward needs, and counts the rest."""
+    """Raise DataError if rows lack a field that the reward needs. It names the first such rows and counts the rest."""
     problems = list(missing_fields(spec, rows, given))
     if problems:
         rest = len(problems) - MAX_SHOWN
@@ -62,7 +62,7 @@ def check_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str] =
 
 
 def reward_sources(name: str, args: dict | None = None) -> list[Path]:
-    """The source files of a reward and of the rewards that it combines; a compiled one has none."""
+    """The source files of a reward and of the rewards that it combines. A compiled reward has no source file."""
     spec = RewardSpec(name, args or {})
     own = function_file(resolve(name))
     inner = [path for other in inner_rewards(spec) for path in reward_sources(other.name, dict(other.args))]

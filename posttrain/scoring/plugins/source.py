@@ -1,7 +1,7 @@
 """Reads what a Python file defines without executing it: its functions, their parameters and docstrings.
 
-This is how a reward is checked before anything runs: no import, so nothing heavy and no side effect. What only
-execution can tell (a name made by a call, or imported from elsewhere) is reported as unknown, never as an error.
+In this way a reward is checked before anything runs, without the time and the side effects of an import. A name that
+only execution can explain (it is the result of a call, or is imported) is reported as unknown, never as an error.
 """
 
 import ast
@@ -39,7 +39,7 @@ class ModuleSource:
 
 
 def read_module(path: Path) -> ModuleSource:
-    """What the file defines. Raises PluginError with file and line where it is no valid Python."""
+    """The names that the file defines. Raises PluginError, with file and line, if it is not valid Python."""
     try:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except SyntaxError as error:
@@ -79,7 +79,7 @@ def _find_spec(name: str, locations: Sequence[str] | None) -> importlib.machiner
 
 
 def _top_level(body: Iterable[ast.stmt]) -> Iterable[ast.stmt]:
-    """The statements that run when the module is executed, also those inside if, try and with."""
+    """The statements that run when the module is executed, including those inside if, try and with."""
     for statement in body:
         yield statement
         for inner in ("body", "orelse", "finalbody"):
@@ -129,7 +129,7 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> FunctionSource:
 
 
 def _signature(arguments: ast.arguments) -> inspect.Signature:
-    """The parameters as an inspect.Signature; a default is only there or not, its value is not known."""
+    """The parameters as an inspect.Signature. It tells whether a parameter has a default, but not which value."""
     kinds = inspect.Parameter
     positional = [(a.arg, kinds.POSITIONAL_ONLY) for a in arguments.posonlyargs]
     positional += [(a.arg, kinds.POSITIONAL_OR_KEYWORD) for a in arguments.args]

@@ -1,6 +1,6 @@
-"""Where a reward function is (module or file, and its name there), and how it is imported.
+"""Where a reward function is (a module or file, and its name in it), and how it is imported.
 
-Only what a reward process needs, so that it starts fast: finding a target by its name is in `lookup.py`.
+Reward processes import this module, so it is small and they start fast. `lookup.py` finds the target for a name.
 """
 
 import functools
@@ -35,10 +35,10 @@ class Target:
 
 
 def import_target(target: Target, what: str = "reward") -> tuple[ModuleType, RewardFunction]:
-    """The module of the target, executed, and the function of that name in it.
+    """Import the target's module and return it with the function.
 
-    what: what it is for, to begin a message with. Raises PluginError with the exception's own message and the line
-    that raised it, or where it is no function.
+    what: the purpose of the function, with which an error message begins. Raises PluginError if the import raises an
+    exception, with its message and line, or if the name is not that of a function.
     """
     try:
         module = _import_file(target.path) if target.path else importlib.import_module(target.module)
@@ -55,27 +55,27 @@ def import_target(target: Target, what: str = "reward") -> tuple[ModuleType, Rew
 
 
 def bind(function: RewardFunction, args: Mapping[str, Any]) -> RewardFunction:
-    """The function with `args` given to it as keyword arguments at every call."""
+    """The function, which will get `args` as keyword arguments at every call."""
     return functools.partial(function, **args) if args else function
 
 
 def warm(module: ModuleType, args: Mapping[str, Any]) -> None:
-    """Call the module's `warm_up()` if there is one; one that takes parameters is given the reward's `args`."""
+    """Call the module's `warm_up()` if there is one. If it takes parameters, it is called with the reward's `args`."""
     warm_up = getattr(module, "warm_up", None)
     if callable(warm_up):
         warm_up(**(args if inspect.signature(warm_up).parameters else {}))
 
 
 def describe(error: BaseException) -> str:
-    """`Type: message (file:line)`, where the line is the innermost one; at most 500 characters of message."""
+    """The exception as `Type: message (file:line)`, with the line that raised it. Long messages are cut."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {str(error)[:500]}{where}"
 
 
 def _import_file(path: str) -> ModuleType:
-    """Executes the file as a module of its own. Its folder goes to the end of sys.path, so that it can import its
-    neighbours but cannot shadow the standard library."""
+    """Execute the file as a module. Its folder is added at the end of sys.path, so that the file can import its
+    neighbours, and these cannot shadow the standard library."""
     folder = str(Path(path).parent)
     if folder not in sys.path:
         sys.path.append(folder)

@@ -1,8 +1,8 @@
 """Reward functions in killable processes of their own.
 
-pool.py             pairs in, scores out, over any number of processes
-slot.py             one slot of the pool: its process, deadline and replacement
-process.py          starting, reaching and killing a process
-reward_process.py   what runs in it
-wire.py             what travels between pool and process
+pool.py             scores pairs of rollout and row, over any number of processes
+slot.py             keeps one process of the pool alive, feeds it and watches its deadlines
+process.py          starts one process, sends to it, reads from it and kills it
+reward_process.py   the program that runs in such a process
+wire.py             the messages between pool and process
 """

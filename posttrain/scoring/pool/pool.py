@@ -4,9 +4,10 @@
                  ▲            │ deadline passed: SIGKILL, new process
                  └────────────┘ late item to the back of the queue (once), its neighbours to the front, unharmed
 
-What waits for what: `score` waits for its item's future; a slot waits for a reply, a deadline or the process's end.
-A plain function runs one item at a time, so only the first item of a slot has a running deadline; the items behind it
-hide the time of the round trip, as many as fit into about 20 ms. An async function runs up to `concurrency` at once.
+What waits for what: `score` waits for the future of its item. A slot waits for a reply, a deadline or the end of its
+process. A plain function scores one item at a time, so the deadline of only the first item in a slot is running. More
+items, as many as take about 20 ms, are sent behind it, so that the process need not wait for the next message. An async
+function scores up to `concurrency` items at once.
 """
 
 import asyncio
@@ -26,9 +27,8 @@ _NEVER = float("-inf")
 
 @dataclass(slots=True)
 class PoolStats:
-    """What a pool has done. outcomes: scorings by outcome; busy_s: seconds inside the reward function, all processes.
-
-    num_retries: of single rollouts; num_restarts: of processes.
+    """Counts of a pool's work. outcomes: number of scores by outcome. busy_s: seconds that all processes together spent
+    in the reward function. num_retries: how often a rollout was tried again. num_restarts: how often a process was.
     """
 
     outcomes: Counter[Outcome] = field(default_factory=Counter)
@@ -48,9 +48,10 @@ class PoolStats:
 class RewardPool:
     """A reward function in `num_processes` processes.
 
-    spec: a name or RewardSpec. timeout_s: deadline of one score. retries: further tries after a timeout or a lost
-    process. concurrency: items at once in a process of an async function. memory_gib: private memory that a process may
-    use, None for no limit. start_timeout_s: for importing the plug-in and for its `warm_up()`.
+    spec: a name or RewardSpec. timeout_s: seconds that one score may take. retries: how often a rollout is tried again
+    after a timeout or a lost process. concurrency: how many items an async function scores at once in one process.
+    memory_gib: private memory that a process may use; None sets no limit. start_timeout_s: seconds that the import of
+    the plug-in, with its `warm_up()`, may take.
     """
 
     def __init__(
@@ -89,11 +90,11 @@ class RewardPool:
 
     @property
     def pids(self) -> list[int]:
-        """Of the reward processes that are ready."""
+        """The process ids of the reward processes that are ready."""
         return [slot.pid for slot in self._slots if slot.pid is not None]
 
     async def start(self) -> None:
-        """Checks the plug-in and starts the processes. Raises PluginError where they cannot load it."""
+        """Check the plug-in and start the processes. Raises PluginError if they cannot load it."""
         check_reward(self.spec.name, self.spec.args)
         reports = Reports(
             self._replied, self._late, self._died, self._queue_in_front, self._dispatch, lambda _: self._dispatch()
@@ -117,15 +118,17 @@ class RewardPool:
             raise PluginError(reason if reason.startswith("reward ") else f"reward {self.spec.name!r}: {reason}")
 
     async def score(self, rollout: Rollout, row: Row) -> Scored:
-        """The rollout's score, or why there is none. Whatever the reward function does, this does not raise."""
+        """The rollout's score, or the reason why it has none. It raises nothing, whatever the reward function does."""
         return await self.begin([(rollout, row)])[0]
 
     def begin(self, pairs: Iterable[tuple[Rollout, Row]]) -> list[asyncio.Future[Scored]]:
-        """Begins to score. Returns what `score` would wait for, for each pair; cancel one to give its score up."""
+        """Begin to score. Returns a future for the score of each pair. A cancelled future gives up its score."""
         return self.begin_encoded(encode_pairs(pairs))
 
     def begin_encoded(self, pairs: Iterable[EncodedPair | str]) -> list[asyncio.Future[Scored]]:
-        """`begin`, with pairs that another process has encoded; a text in place of a pair is why it has no score."""
+        """As `begin`, for pairs that another process has encoded. If it could not encode a pair, the reason is given in
+        place of the pair.
+        """
         if not self._is_open:
             raise RuntimeError("start the pool before scoring")
         futures = []
@@ -140,7 +143,7 @@ class RewardPool:
         return futures
 
     def score_all(self, pairs: Iterable[tuple[Rollout, Row]]) -> list[Scored]:
-        """Starts the pool, scores all pairs, closes it: for a caller without an event loop. Results in order."""
+        """For callers without an event loop: start the pool, score all pairs, close it. Returns the scores in order."""
         results: dict[int, Scored] = {}
 
         async def work(source: Iterator[tuple[int, tuple[Rollout, Row]]]) -> None:
@@ -159,7 +162,7 @@ class RewardPool:
         return [results[index] for index in sorted(results)]
 
     async def close(self) -> None:
-        """Ends the processes and all they started. What is still being scored comes back as `infrastructure`."""
+        """End the reward processes and everything that they started. Unfinished scores get outcome `infrastructure`."""
         self._is_open = False
         waiting = [*self._queue, *(item for slot in self._slots for item in slot.take_all())]
         self._queue.clear()
@@ -181,7 +184,9 @@ class RewardPool:
         self._queue.append(Item(self._num_items, pair, future, time.monotonic(), is_control=is_control))
 
     def _dispatch(self) -> None:
-        """Sends what can be sent; where no process can be started any more, ends what waits as `infrastructure`."""
+        """Send queued items to slots with room. If no process can be started any more, all items end as
+        `infrastructure`.
+        """
         self._fill_slots()
         for slot in self._slots:
             slot.flush()
@@ -243,10 +248,10 @@ class RewardPool:
         return True
 
     async def _settle_late(self, item: Item) -> None:
-        """Decide what a rollout is that passed its deadline in every try.
+        """Decide the outcome of a rollout that passed its deadline in every try.
 
-        A grader that hangs on this reply again and again, while it scores others, cannot parse the reply: a wrong
-        answer. Where others are not scored either, the grader is at fault, and nothing is known of the reply.
+        If the reward scores other rollouts meanwhile, it hangs because of this reply, which counts as a wrong answer.
+        If it scores no others either, the reward is at fault, and the rollout is unscored.
         """
         reason = f"no score within {self.timeout_s:g} s" + (f", {item.num_timeouts} times" if self.retries else "")
         if not item.is_control and item.num_timeouts > 1 and await self._others_are_scored(item.sent_s):
@@ -256,7 +261,7 @@ class RewardPool:
             self._resolve(item, Scored(None, Outcome.TIMEOUT, reason))
 
     async def _others_are_scored(self, since_s: float) -> bool:
-        """Whether another rollout was scored since then; if none was, score one again that was scored before."""
+        """Whether the reward has scored another rollout since then; if not, an earlier rollout is scored again."""
         if self._last_scored_s > since_s:
             return True
         if not self._control:

@@ -1,7 +1,7 @@
 """One reward process: start it, send to it, hear from it, kill it with its children.
 
-It knows nothing of rollouts, deadlines or retries, which are `pool.py`'s. Standard error is read all the time and only
-its end is kept, so that a reward may print without end.
+Rollouts, deadlines and retries are the business of `pool.py`. Standard error is read all the time and only its end is
+kept, so that a reward may print as much as it likes.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ _DRAIN_S = 0.3
 
 
 class RewardProcess(asyncio.SubprocessProtocol):
-    """A running reward process. `on_messages(messages)` is called for replies, `on_exit()` once, after the last."""
+    """A running reward process. It calls `on_messages(messages)` for replies and, after the last, `on_exit()` once."""
 
     def __init__(self, on_messages: Callable[[Iterator[Loaded | Answer]], None], on_exit: Callable[[], None]):
         self._on_messages = on_messages
@@ -37,7 +37,7 @@ class RewardProcess(asyncio.SubprocessProtocol):
         self.exit_code: int | None = None
 
     async def start(self) -> None:
-        """Spawns the process in a session of its own. Raises OSError where the system cannot."""
+        """Start the process in a session of its own. Raises OSError if the system cannot."""
         loop = asyncio.get_running_loop()
         command = [sys.executable, "-m", "posttrain.scoring.pool.reward_process", str(os.getpid())]
         await loop.subprocess_exec(lambda: self, *command, start_new_session=True, env=self._environment())
@@ -49,7 +49,7 @@ class RewardProcess(asyncio.SubprocessProtocol):
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a signal such as SIGSTOP has frozen it. Always False where there is no /proc."""
+        """Whether a signal such as SIGSTOP has frozen the process. Always False on a system without /proc."""
         try:
             stat = Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
@@ -61,13 +61,13 @@ class RewardProcess(asyncio.SubprocessProtocol):
         return self._errors.decode(errors="replace").strip()
 
     def send(self, data: bytes) -> None:
-        """Queues frames; a process that has just died is reported by `on_exit`, not here."""
+        """Queue frames to be sent. If the process has just died, `on_exit` reports that, and nothing is raised here."""
         pipe = self._transport.get_pipe_transport(0) if self._transport is not None else None
         if pipe is not None and not pipe.is_closing():
             cast(asyncio.WriteTransport, pipe).write(data)
 
     def kill(self) -> None:
-        """SIGKILL to the process, to its process group, and to whatever it started in other sessions."""
+        """Send SIGKILL to the process, to its process group, and to everything that it started in other sessions."""
         if self._transport is None:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -75,7 +75,7 @@ class RewardProcess(asyncio.SubprocessProtocol):
         kill_marked(_VARIABLE, self._token)
 
     async def close(self, grace_s: float = 0.5) -> None:
-        """Ends the process: the end of its input first, SIGKILL after `grace_s`. Returns when it has been reaped."""
+        """End the process: close its input, and send SIGKILL after `grace_s` seconds. Returns once it has ended."""
         if self._transport is None:
             return
         if self.exit_code is None and (pipe := self._transport.get_pipe_transport(0)) is not None:
@@ -123,7 +123,9 @@ class RewardProcess(asyncio.SubprocessProtocol):
             self._on_exit()
 
     def _environment(self) -> dict[str, str]:
-        """This process's environment and import path, one thread for numerical libraries, and the mark of `kill`."""
+        """The environment of a reward process: that of this process with its import path, one thread for numerical
+        libraries, and the mark by which `kill` finds what it started.
+        """
         paths = [path or os.getcwd() for path in sys.path]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), _VARIABLE: self._token}
         environment.setdefault("OMP_NUM_THREADS", "1")

@@ -1,10 +1,10 @@
-"""The process that runs one reward function: reads requests on stdin, writes one reply each on stdout.
+"""The program of a reward process. It reads requests from stdin, and writes one reply to each on stdout.
 
     pool ── Setup ─────► imports the function ── Loaded ─► pool
     pool ── Question ──► calls it             ── Answer ─► pool
 
-The deadline of a plain function is the pool's, which kills this process. An async function runs many requests at once,
-so this process cancels a late one by itself. It imports no torch and no pydantic, so that it starts in about 0.1 s.
+If a plain function is late, the pool kills this process. An async function handles many requests at once, so this
+process cancels a late request by itself. It imports neither torch nor pydantic, so that it starts in about 0.1 s.
 Run as `python -m posttrain.scoring.pool.reward_process PARENT_PID`.
 """
 
@@ -96,7 +96,7 @@ async def _score_async(function: RewardFunction, question: Question, replies: in
 
 
 def to_result(value: Any) -> RewardResult:
-    """What the function returned, as a RewardResult. Raises PluginError where it is no reward."""
+    """Convert what the function returned into a RewardResult. Raises PluginError if it is not a reward."""
     if isinstance(value, numbers.Real):
         value = RewardResult(float(value))
     if not isinstance(value, RewardResult):
@@ -109,7 +109,7 @@ def to_result(value: Any) -> RewardResult:
 
 
 def _prepare(setup: Setup) -> tuple[RewardFunction, bool]:
-    """Imports the function, calls its module's `warm_up()` if there is one, and tells whether it is async."""
+    """Import the function and call its module's `warm_up()` if there is one. Returns whether the function is async."""
     _limit_memory(setup.memory_gib)
     module, function = import_target(Target(**setup.target))
     warm(module, setup.args)
@@ -127,7 +127,7 @@ def _limit_memory(memory_gib: float | None) -> None:
 
 
 def _take_pipes() -> tuple[BinaryIO, int]:
-    """Moves the protocol off descriptors 0 and 1, so that a reward that prints or reads cannot disturb it."""
+    """Move the messages off descriptors 0 and 1, so that a reward which prints or reads cannot disturb them."""
     requests, replies = os.fdopen(os.dup(0), "rb", buffering=1 << 16), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

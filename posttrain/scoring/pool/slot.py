@@ -1,7 +1,7 @@
 """One slot of a pool: a reward process, the items sent to it, and the deadline of the first of them.
 
-A slot reports what happened to each item, and starts a new process where one was lost. Whether an item is tried again,
-and which outcome it gets, is decided by the pool.
+A slot reports what happened to each item, and replaces a process that was lost. The pool decides whether an item is
+tried again, and which outcome it gets.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from posttrain.scoring.pool.wire import Answer, EncodedPair, Loaded
 
 _PIPELINE_S = 0.02
 _MAX_PIPELINE = 256
-# The process of an async function cancels a late item itself; when so much more time has passed, it counts as stuck.
+# The process of an async function cancels a late item itself. If it takes this much longer, it counts as stuck.
 _ASYNC_GRACE_S = 1.0
 _MAX_START_FAILURES = 3
 _BACKOFF_S = 0.2
@@ -26,8 +26,8 @@ _BACKOFF_S = 0.2
 class Item:
     """A rollout to be scored, and what has happened to it so far. Times are monotonic seconds.
 
-    alone: it was in flight beside others when their process was lost, so it runs alone the next time, which shows
-    whether it was this item that ended the process.
+    alone: whether the item must be the only one in its process. It is set when a process is lost while it scores
+    several items, because only a run alone shows which item ended the process.
     """
 
     key: int
@@ -43,11 +43,11 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Reports:
-    """What a slot calls.
+    """The functions by which a slot reports to its pool.
 
-    replied: an item has an answer. late: it passed its deadline. died: its process was lost, with the reason. unharmed:
-    items that were lost with the process through no fault of theirs, to be sent again. room: more items can be sent.
-    broken: no process can be started, with the reason.
+    replied: an item has an answer. late: an item passed its deadline. died: an item's process was lost, and why.
+    unharmed: items that another item's failure took down with the process, and which must be sent again. room: the slot
+    can take more items. broken: no process can be started, and why.
     """
 
     replied: Callable[[Item, Answer], None]
@@ -59,7 +59,7 @@ class Reports:
 
 
 class Slot:
-    """Keeps one reward process alive and feeds it. `setup` is the frame that tells a process what to load."""
+    """Keeps one reward process alive and feeds it. setup: the frame that tells a new process what to load."""
 
     def __init__(self, setup: bytes, reports: Reports, *, timeout_s: float, start_timeout_s: float, concurrency: int):
         self._setup = setup
@@ -86,11 +86,11 @@ class Slot:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, if there is one that has loaded the plug-in."""
+        """The id of the process; None until it has loaded the plug-in."""
         return self._process.pid if self._process is not None and self._is_ready else None
 
     async def start(self) -> str:
-        """Starts a process and has it load the plug-in. Returns "" or the reason why it could not."""
+        """Start a process and have it load the plug-in. Returns "", or the reason if it could not."""
         loop = asyncio.get_running_loop()
         loaded = self._loaded = loop.create_future()
         process = RewardProcess(lambda messages: self._on_messages(process, messages), lambda: self._on_exit(process))
@@ -109,7 +109,7 @@ class Slot:
         return reason
 
     def accepts(self, item: Item) -> bool:
-        """Whether the item can be sent now."""
+        """Whether the slot can take the item now."""
         if not self._is_ready:
             return False
         if not self._items:
@@ -121,7 +121,7 @@ class Slot:
         return len(self._items) < min(_PIPELINE_S / self._mean_s, _MAX_PIPELINE)
 
     def send(self, item: Item) -> None:
-        """Takes an item; `flush` hands all that were taken to the process at once."""
+        """Take an item. `flush` then sends all items that were taken to the process, in one write."""
         item.sent_s = time.monotonic()
         self._items[item.key] = item
         self._unsent.append(item.pair.question(item.key))
@@ -134,7 +134,7 @@ class Slot:
         self._unsent.clear()
 
     def revive(self) -> None:
-        """Tries once more to start a process where that was given up."""
+        """Try once more to start a process, if the slot had given up."""
         if self.broken_by and (self._restarting is None or self._restarting.done()):
             self._restart(num_tries=1)
 
@@ -177,7 +177,7 @@ class Slot:
         self._reports.replied(item, message)
 
     def _arm(self) -> None:
-        """Starts the deadline of the first item: from when it was sent, or from the answer to the item before it."""
+        """Start the deadline of the first item: at the time it was sent, or at the answer to the item before it."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -211,10 +211,10 @@ class Slot:
             self._lose(lambda item: self._reports.died(item, f"the reward's process {how}"))
 
     def _lose(self, blame: Callable[[Item], None]) -> None:
-        """The process is gone: report the item that ended it, send the others again, start another process.
+        """Handle the loss of the process: report the item that ended it, send the others again, start another process.
 
-        A plain function was working on the first item. An async function worked on all of them, so each is sent again
-        alone, and an item counts as the cause only if it was alone already.
+        A plain function was working on the first item, which therefore is the cause. An async function was working on
+        all items. So each is sent again alone, and an item counts as the cause only if it was already alone.
         """
         self._process, self._is_ready = None, False
         items = self.take_all()

@@ -1,13 +1,13 @@
-"""What a pool and its reward processes say to each other: MessagePack of typed records, in frames with a length.
+"""The messages between a pool and its reward processes: typed records in MessagePack, each in a frame with its length.
 
     pool ── Setup ───► reward process      loads the reward function
          ◄── Loaded ──                     or why it could not
          ── Question ─► reward process     one rollout and its row
          ◄── Answer ──                     its result, or why there is none
 
-Nothing is pickled. A message that is not one of these records is refused, with the name of the wrong field. A reward
-gets a row as JSON would carry it: tuples in `fields` and `answer` are lists, keys are text, NumPy values are numbers
-and lists, dates are text.
+Nothing is pickled. A message that is not one of these records is refused with the name of the wrong field. The reward
+gets a row as if it came from JSON: in `fields` and `answer` tuples have become lists, keys text, NumPy values numbers
+and lists, and dates text.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Setup(Struct, frozen=True):
-    """What a reward process loads. target: fields of a `plugins.target.Target`; args: of the reward, JSON values."""
+    """Tells a reward process what to load. target: the fields of a `plugins.target.Target`. args: for the reward."""
 
     target: dict[str, Any]
     args: dict[str, Any]
@@ -33,7 +33,7 @@ class Setup(Struct, frozen=True):
 
 
 class Question(Struct, frozen=True):
-    """One rollout to score, under the pool's key for it."""
+    """One rollout to score. key: the pool's name for it, which comes back with the answer."""
 
     key: int
     rollout: Rollout
@@ -49,14 +49,14 @@ class _EncodedQuestion(Struct, frozen=True):
 
 
 class Loaded(Struct, frozen=True, tag="loaded"):
-    """The function is there, or `failed` says why not. is_async: it is a coroutine function."""
+    """Says that the function is loaded, or in `failed` why not. is_async: whether it is a coroutine function."""
 
     is_async: bool = False
     failed: str = ""
 
 
 class Answer(Struct, frozen=True, tag="answer"):
-    """What became of a question: a result, an error, or a deadline that passed. seconds: spent in the function."""
+    """The answer to a question: a result, an error, or a missed deadline. seconds: time spent in the function."""
 
     key: int
     seconds: float
@@ -69,27 +69,27 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def frame(message: Struct) -> bytes:
-    """The message behind its length. Raises TypeError or ValueError for a value that MessagePack cannot carry."""
+    """Encode a message with its length in front. Raises TypeError or ValueError for a value that MessagePack lacks."""
     body = _encoder.encode(message)
     return len(body).to_bytes(HEADER_BYTES, "big") + body
 
 
 class PairEncoder:
-    """Encodes rollouts and rows to be sent. A row that is sent many times is encoded once."""
+    """Encodes pairs of rollout and row. A row that belongs to several rollouts is encoded once."""
 
     def __init__(self) -> None:
         self._row: Row | None = None
         self._encoded = msgspec.Raw()
 
     def __call__(self, rollout: Rollout, row: Row) -> "EncodedPair":
-        """Raises TypeError, ValueError or OverflowError where MessagePack cannot carry a value."""
+        """Encode a pair. Raises TypeError, ValueError or OverflowError for a value that MessagePack lacks."""
         if row is not self._row:
             self._encoded, self._row = msgspec.Raw(_encoder.encode(_plain_row(row))), row
         return EncodedPair(msgspec.Raw(_encoder.encode(rollout)), self._encoded)
 
 
 def encode_pairs(pairs: Iterable[tuple[Rollout, Row]]) -> "Iterator[EncodedPair | str]":
-    """Each pair encoded, or why it cannot be."""
+    """Encode each pair. A pair that cannot be encoded gives the reason, as text."""
     encode = PairEncoder()
     for rollout, row in pairs:
         try:
@@ -105,14 +105,14 @@ class EncodedPair(Struct, frozen=True):
     row: msgspec.Raw
 
     def question(self, key: int) -> bytes:
-        """The frame that asks for its score."""
+        """The frame that asks for the score of this pair."""
         return frame(_EncodedQuestion(key, self.rollout, self.row))
 
 
 class FrameBuffer(Generic[T]):
-    """Collects bytes as they come and gives out whole messages of one type.
+    """Collects bytes as they come, and returns whole messages of one type.
 
-    Raises ValueError on what cannot be a message, with the field that is wrong.
+    Raises ValueError, which names the wrong field, for bytes that cannot be such a message.
     """
 
     def __init__(self, kind: Any, max_bytes: int = MAX_REPLY_BYTES):
@@ -121,7 +121,7 @@ class FrameBuffer(Generic[T]):
         self._max_bytes = max_bytes
 
     def feed(self, data: bytes) -> Iterator[T]:
-        """Take bytes; yields the messages that they complete."""
+        """Take bytes, and yield the messages that they complete."""
         self._data += data
         while len(self._data) >= HEADER_BYTES:
             length = int.from_bytes(self._data[:HEADER_BYTES], "big")
@@ -145,7 +145,7 @@ def _plain_row(row: Row) -> Any:
 
 
 def _refuse_bytes(value: dict[Any, Any] | Sequence[Any]) -> None:
-    """Raises TypeError for bytes: JSON has none, and a reward that got them as text would misread them."""
+    """Raise TypeError for bytes. JSON has no bytes, and a reward that got them as text would misread them."""
     for item in value.values() if isinstance(value, dict) else value:
         if isinstance(item, dict | list | tuple):
             _refuse_bytes(item)
@@ -154,7 +154,7 @@ def _refuse_bytes(value: dict[Any, Any] | Sequence[Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Plain values for the few other types that rows hold: mappings, NumPy values, dates of other libraries."""
+    """Convert a value of another type that rows may hold: a mapping, a NumPy value, or a date of another library."""
     if isinstance(value, Mapping):
         return dict(value)
     if hasattr(value, "tolist"):

@@ -1,7 +1,7 @@
-"""The pool as a Ray actor.
+"""The reward pool as a Ray actor.
 
-messages.py what goes between the two, as bytes
-actor.py    the actor: scorings are submitted and collected in batches
-life.py     one actor from start to end, watched
-client.py   what a stage uses: an actor that is lost is replaced
+client.py   what a stage uses: it scores, and replaces an actor that is lost
+life.py     starts one actor, watches it with a heartbeat, and ends it
+actor.py    the actor, which holds the pool
+messages.py the messages between stage and actor
 """

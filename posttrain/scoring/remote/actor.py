@@ -1,11 +1,10 @@
-"""The reward pool as a Ray actor, so that scoring costs the controller's process nothing. `life` holds one, `client`
-is what a stage uses.
+"""The reward pool as a Ray actor, so that scoring takes no time of the controller's process. Stages use `client.py`.
 
     client ── submit: any number of scorings ──► RewardActor ── one by one ──► RewardPool ──► reward processes
            ◄── collect: those that are done, and how the pool is ──
 
-A scoring is any number of rollouts under one key; each waits for its own rollouts only. One call for many of them: a
-call between processes costs more than a score.
+A scoring is any number of rollouts under one key. It is done when its own rollouts are. One call brings or fetches many
+scorings, because a call between processes takes longer than a score.
 """
 
 import asyncio
@@ -20,20 +19,20 @@ from posttrain.scoring.plugins.target import describe
 from posttrain.scoring.pool.pool import PoolStats, RewardPool
 from posttrain.scoring.remote.messages import Done, pack_done, unpack_scorings
 
-# In the environment of the reward processes and of all they start: which actor they belong to.
+# An environment variable of the reward processes and of everything that they start. It names the actor they belong to.
 MARK = "POSTTRAIN_REWARD_ACTOR"
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What an actor reports of itself with every answer. pids: of its reward processes."""
+    """An actor's report about itself, which comes with every answer. pids: the ids of its reward processes."""
 
     pids: tuple[int, ...] = ()
     stats: PoolStats = field(default_factory=PoolStats)
 
 
 class RewardActor:
-    """Holds a pool. mark: value of MARK for its processes; folder: where relative paths of plug-ins begin."""
+    """Holds a pool. mark: the value of MARK in its processes. folder: relative paths of plug-ins start here."""
 
     def __init__(self, spec: RewardSpec, num_processes: int, timeout_s: float, *, mark: str, folder: str):
         os.environ[MARK] = mark
@@ -48,7 +47,7 @@ class RewardActor:
         return place_of_this()
 
     async def start(self) -> str:
-        """Starts the reward processes. Returns "" or why they cannot load the plug-in."""
+        """Start the reward processes. Returns "", or the reason if they cannot load the plug-in."""
         try:
             await self._pool.start()
         except PluginError as error:
@@ -56,7 +55,7 @@ class RewardActor:
         return ""
 
     async def submit(self, scorings: bytes) -> None:
-        """Begins to score under the caller's keys. scorings: of `pack_scorings`."""
+        """Begin to score under the caller's keys. scorings: bytes from `pack_scorings`."""
         for scoring in unpack_scorings(scorings):
             try:
                 scores = asyncio.gather(*self._pool.begin_encoded(scoring.encoded()))
@@ -66,7 +65,9 @@ class RewardActor:
                 scores.add_done_callback(lambda scores, key=scoring.key: self._finish(Done(key, list(scores.result()))))
 
     async def collect(self, wait_s: float) -> tuple[bytes, Health]:
-        """What was done since the last call, waiting up to `wait_s` for the first: as `pack_done` gives it."""
+        """Wait up to `wait_s` for a scoring to be done. Returns all that are done since the last call, as `pack_done`
+        encodes them.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._event.wait()
@@ -79,9 +80,9 @@ class RewardActor:
         self._event.set()
 
     async def ping(self) -> Health:
-        """Answers as long as the actor lives."""
+        """Return at once. An actor that does not answer this call is frozen or dead."""
         return Health(tuple(self._pool.pids), self._pool.stats)
 
     async def close(self) -> None:
-        """Ends the reward processes."""
+        """End the reward processes."""
         await self._pool.close()

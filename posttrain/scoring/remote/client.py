@@ -1,4 +1,4 @@
-"""A stage's view of its reward: pairs go in, scores come out, whatever happens to the actor that scores.
+"""The reward as a stage uses it: it scores pairs, and replaces an actor that dies or freezes.
 
     score() ──► ActorLife.score ──► scores
        ▲             │ the actor died or froze
@@ -26,7 +26,8 @@ DEADLINE_S = 30.0
 class RewardClient:
     """A reward pool in a Ray actor of its own. Must be used inside an initialised Ray session.
 
-    deadline_s: an actor that does not answer for so long is killed and replaced. num_restarts: how often one was.
+    deadline_s: an actor that does not answer for so many seconds is killed and replaced. num_restarts: how often that
+    has happened.
     """
 
     def __init__(self, reward: RewardConfig, resources: RewardResources, deadline_s: float = DEADLINE_S):
@@ -44,15 +45,17 @@ class RewardClient:
 
     @property
     def stats(self) -> PoolStats:
-        """What the pools of all actors have done, as of their last answers (at most a second old)."""
+        """The counts of the pools of all actors so far, from their last answers, which are at most a second old."""
         return self._past if self._life is None else self._past + self._life.health.stats
 
     def pids(self) -> list[int]:
-        """The processes of the actor (if it is on this node) and of the rewards, as of its last answer."""
+        """The process ids of the actor (if it is on this node) and of its reward processes, from its last answer."""
         return [] if self._life is None else self._life.pids
 
     async def start(self) -> None:
-        """Start the actor and its processes. Raises PluginError where the reward cannot be loaded, else StageError."""
+        """Start the actor and its processes. Raises PluginError if the reward cannot be loaded, StageError if an actor
+        cannot be started.
+        """
         check_reward(self.spec.name, self.spec.args)
         self._is_open = True
         try:
@@ -62,7 +65,7 @@ class RewardClient:
             raise
 
     async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
-        """The scores in order; one call of the actor for all pairs. Raises StageError where no actor stays alive."""
+        """The scores of the pairs, in order, from one call of the actor. Raises StageError if no actor stays alive."""
         if not self._is_open:
             raise RuntimeError("start the client before scoring")
         if not pairs:
@@ -83,7 +86,7 @@ class RewardClient:
         return [Scored(None, Outcome.INFRASTRUCTURE, reason)] * len(pairs)
 
     async def close(self) -> None:
-        """End the actor and its processes. What is still being scored comes back as `infrastructure`."""
+        """End the actor and its processes. Unfinished scores get outcome `infrastructure`."""
         self._is_open = False
         async with self._replacing:
             life, self._life = self._life, None
@@ -92,7 +95,7 @@ class RewardClient:
                 self._past += life.health.stats
 
     async def _living(self) -> ActorLife:
-        """The actor, or a new one where it was lost."""
+        """The actor, or a new one if it was lost."""
         if self._life is not None and not self._life.is_lost and not self._replacing.locked():
             return self._life
         async with self._replacing:

@@ -1,8 +1,8 @@
 """One life of the reward actor: from its start until it is closed, dies, or no longer answers.
 
-Scorings go to the actor and scores come back over a lane (actors/lane.py), whose calls are the heartbeat: what an actor
-does on its loop takes milliseconds, so one that is late with an answer is frozen. An actor that is lost is killed with
-all its processes, and every call that waits for it ends with ActorLostError.
+Scorings go to the actor and scores come back over a lane (actors/lane.py). The calls of the lane are also the
+heartbeat: the actor answers each within milliseconds, so an actor that is late is frozen. An actor that is lost is
+killed with all its processes, and every call that waits for it ends with ActorLostError.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ CLOSE_S = 10.0
 class ActorLife:
     """An actor from its start on. Must be used inside an initialised Ray session and a running event loop.
 
-    deadline_s: an actor that does not answer for so long is lost.
+    deadline_s: an actor that does not answer for so many seconds counts as lost.
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class ActorLife:
 
     @property
     def reason(self) -> str:
-        """Why it is lost."""
+        """Why the actor counts as lost."""
         return self._lost.result()
 
     @property
     def pids(self) -> list[int]:
-        """The actor's process, if it is on this node, and the reward processes as of the last answer."""
+        """The process ids of the actor, if it is on this node, and of the reward processes, from the last answer."""
         return [*([self._process.pid] if self._process is not None else []), *self.health.pids]
 
     async def start(self) -> None:
-        """Waits until the pool is ready. Raises PluginError where it cannot load the reward, StageError where the
-        cluster has no place for the actor, ActorLostError."""
+        """Wait until the pool is ready. Raises PluginError if it cannot load the reward, StageError if the cluster has
+        no place for the actor, and ActorLostError if the actor is lost."""
         import ray
 
         placed = asyncio.ensure_future(self._call("where"))
@@ -103,7 +103,7 @@ class ActorLife:
         self.health = await self._call("ping")
 
     async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
-        """The scores in order. Raises ActorLostError."""
+        """The scores of the pairs, in order. Raises ActorLostError if the actor is lost meanwhile."""
         if self.is_lost:
             raise ActorLostError(self.reason)
         self._num_scorings += 1
@@ -116,7 +116,7 @@ class ActorLife:
             del self._scoring[key]
 
     async def close(self) -> None:
-        """Ends the pool, then the actor; what still waits for a score gets none."""
+        """End the pool, then the actor. Rollouts that still wait for a score get none."""
         if not self.is_lost:
             closing = asyncio.ensure_future(self._call("close"))
             ended, _ = await asyncio.wait({closing}, timeout=CLOSE_S)
@@ -161,20 +161,20 @@ class ActorLife:
                 waiting.set_result(done.scores)
 
     def _fail(self, keys: Iterable[int], error: Exception) -> None:
-        """Whoever waits for these scores gets the error."""
+        """Raise the error in the calls that wait for these scores."""
         for key in keys:
             if (waiting := self._waiting(key)) is not None:
                 waiting.set_exception(error)
 
     def _waiting(self, key: int) -> asyncio.Future[list[Scored]] | None:
-        """The future that the caller of a scoring waits for; None where the caller has given up."""
+        """The future that the caller of a scoring waits for; None if the caller has given up."""
         waiting = self._scoring.get(key)
         return None if waiting is None or waiting.done() else waiting
 
     def _lose(self, reason: str, is_empty: bool = False) -> None:
-        """Kill the actor and its processes: a frozen actor does not hear `ray.kill`, and cannot end its processes.
+        """Kill the actor and its processes. A frozen actor does not react to `ray.kill`, and cannot end its processes.
 
-        is_empty: the actor has ended them already, so `ray.kill` is enough.
+        is_empty: whether the actor has ended its processes already, so that `ray.kill` is enough.
         """
         import ray
 

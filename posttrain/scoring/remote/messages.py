@@ -1,6 +1,6 @@
-"""What a stage and its reward actor say to each other: MessagePack of typed records, many scorings in one message.
+"""The messages between a stage and its reward actor: typed records in MessagePack, with many scorings in one message.
 
-Rollouts and rows are encoded once, where they are, and are handed on as they are to the reward process that reads them.
+The stage encodes rollouts and rows once. The actor passes the bytes on to a reward process, which decodes them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,21 +13,21 @@ from posttrain.scoring.pool.wire import EncodedPair, encode_pairs
 
 
 class Scoring(Struct, frozen=True, array_like=True):
-    """Rollouts to score under the caller's key. rows: encoded, each once. pairs: (place in `rows`, encoded rollout) of
-    each rollout, or why it could not be encoded."""
+    """Rollouts to score under the caller's key. rows: the encoded rows, each once. pairs: for each rollout its encoding
+    and the place of its row in `rows`, or the reason why it could not be encoded."""
 
     key: int
     rows: list[Raw]
     pairs: list[tuple[int, Raw] | str]
 
     def encoded(self) -> Iterator[EncodedPair | str]:
-        """What the pool is given for each rollout."""
+        """The pair of each rollout, or the reason why it has none, as `RewardPool.begin_encoded` takes them."""
         for pair in self.pairs:
             yield pair if isinstance(pair, str) else EncodedPair(pair[1], self.rows[pair[0]])
 
 
 class Done(Struct, frozen=True, array_like=True):
-    """The scores of a scoring, in order; or `error`, a defect for which there are none."""
+    """The scores of a scoring, in order. error: a defect in the actor's own code, because of which there are none."""
 
     key: int
     scores: list[Scored]
@@ -40,7 +40,7 @@ _done = msgspec.msgpack.Decoder(list[Done])
 
 
 def scoring_of(key: int, pairs: Sequence[tuple[Rollout, Row]]) -> Scoring:
-    """The pairs under a key. The rollouts of a group follow each other, so that their row is encoded once."""
+    """Encode pairs under a key. Consecutive rollouts of one group share their row, which is encoded once."""
     rows: list[Raw] = []
     encoded: list[tuple[int, Raw] | str] = []
     for pair in encode_pairs(pairs):
@@ -54,7 +54,7 @@ def scoring_of(key: int, pairs: Sequence[tuple[Rollout, Row]]) -> Scoring:
 
 
 def pack_scorings(scorings: Iterable[Scoring]) -> bytes:
-    """Scorings as bytes."""
+    """Encode scorings as bytes."""
     return _encoder.encode(list(scorings))
 
 
@@ -64,7 +64,7 @@ def unpack_scorings(data: bytes) -> list[Scoring]:
 
 
 def pack_done(done: Iterable[Done]) -> bytes:
-    """Finished scorings as bytes."""
+    """Encode finished scorings as bytes."""
     return _encoder.encode(list(done))
 
 

@@ -1,8 +1,9 @@
-"""The first code that runs in a sandbox: it builds the isolation, gives up every right, and becomes the program.
+"""The first code that runs in a sandbox. It isolates the process, gives up all rights, and becomes the program.
 
-Run by `sandbox` as `python -I -S inside.py JOB_FD READY_FD isolate|limit`; imports the standard library only,
-because the project is not visible inside. "isolate": new namespaces (network, processes, mounts, IPC) and a new root
-that holds the interpreter read-only and an empty /tmp. "limit": bubblewrap has done that; only limits are set.
+`run.py` starts it as `python -I -S inside.py JOB_FD READY_FD isolate|limit`. It imports the standard library only,
+because this package is not visible in the sandbox. isolate: enter new namespaces (network, processes, mounts, IPC) and
+a new root, which holds the interpreter read-only and an empty /tmp. limit: bubblewrap has done that already, so only
+the limits are set.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ def main() -> None:
         if child:
             os.close(ready_fd)
             os._exit(_wait(child))
-        # A PID namespace ends with its first process, which this is: nothing that the program starts outlives it.
+        # This is the first process of a PID namespace, which ends with it: nothing that the program starts outlives it.
         _build_root(job)
         if user is not None:
             os.setgroups([])
@@ -48,9 +49,9 @@ def main() -> None:
 
 
 def _enter_namespaces(parent: int) -> int | None:
-    """Enter new namespaces. Returns the user id to change to where this process is root, else None.
+    """Enter new namespaces. Returns the user id to change to if this process is root, otherwise None.
 
-    Each run as root takes another user id, so that the limit on processes counts those of one sandbox only.
+    Each run as root takes another user id, because the limit on processes counts all processes of a user.
     """
     user = None
     if os.geteuid() == 0 and _libc.unshare(_NEW_NAMESPACES) == 0:
@@ -91,7 +92,7 @@ def _build_root(job: Mapping[str, Any]) -> None:
 
 
 def _show(path: str, root: str) -> None:
-    """Makes a host file or folder visible at the same place in the new root, read-only; a link stays a link."""
+    """Make a host file or folder visible, read-only, at the same place in the new root. A link stays a link."""
     place = root + path
     os.makedirs(os.path.dirname(place), exist_ok=True)
     if os.path.lexists(place):  # inside a folder that is visible already
@@ -130,8 +131,8 @@ def _become_program(job: Mapping[str, Any], ready_fd: int) -> None:
 
 
 def _die_with(parent: int | None) -> None:
-    """Have the kernel send SIGKILL to this process when its parent ends. A change of user resets that, so it is asked
-    for again after each."""
+    """Have the kernel send SIGKILL to this process when its parent ends. A change of user cancels this request, so this
+    is called again after each change."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
@@ -143,7 +144,7 @@ def _wait(child: int) -> int:
 
 
 def _read_only(path: str, recursive: bool) -> None:
-    """Adds read-only, no-suid and no-device to a mount and, if recursive, to those below it (Linux 5.12)."""
+    """Make a mount read-only, without suid and devices, and if `recursive` the mounts below it too (Linux 5.12)."""
     attributes = (ctypes.c_uint64 * 4)(_ATTR_READ_ONLY | _ATTR_NO_SUID | (_ATTR_NO_DEV if recursive else 0), 0, 0, 0)
     flags = _AT_RECURSIVE if recursive else 0
     size = ctypes.c_size_t(ctypes.sizeof(attributes))

@@ -1,8 +1,9 @@
-"""Runs an untrusted Python program: no network, no host files but the interpreter, hard limits on time, memory,
-processes and output. It never runs in this process, and not at all where the system cannot isolate it.
+"""Runs an untrusted Python program without network, with no host files but the interpreter, and with hard limits on
+time, memory, processes and output. It runs in a process of its own, and not at all if the system cannot isolate it.
 
-There are two ways, tried once and remembered: Linux namespaces (`inside.py`, as root or with user namespaces), else
-bubblewrap. Left out: seccomp filters, and packages of the environment. A program sees the standard library only.
+There are two ways to isolate it: Linux namespaces (`inside.py`, as root or with user namespaces) or bubblewrap. The
+first that works is used from then on. Left out: seccomp filters, and installed packages: a program can import the
+standard library only.
 """
 
 import functools
@@ -25,7 +26,7 @@ _INIT = Path(__file__).with_name("inside.py")
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
 _MAX_STDERR = 4096
 _SETUP_S = 30.0
-# How the last line of stderr begins when a Python program met a limit that the kernel sets, and which limit it was.
+# If a Python program meets a limit of the kernel, the last line of stderr begins like this; and which limit it was.
 _LIMIT_ERRORS = {
     "MemoryError": "memory",
     "BlockingIOError: [Errno 11]": "processes",
@@ -37,12 +38,12 @@ _LIMIT_ERRORS = {
 
 
 class SandboxError(PosttrainError):
-    """There is no sandbox here, or it could not be set up: the program was not run."""
+    """The program was not run, because this system has no sandbox or the sandbox could not be set up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a program may use. wall_s, cpu_s: seconds; memory_mib: address space of one process; disk_mib: its /tmp."""
+    """What a program may use. wall_s, cpu_s: seconds. memory_mib: address space of a process. disk_mib: its /tmp."""
 
     wall_s: float = 5.0
     cpu_s: int = 5
@@ -56,7 +57,7 @@ class Limits:
 class SandboxResult:
     """How a program ended. limit: "" or the limit that ended it (wall, cpu, output, memory, processes, files, disk).
 
-    exit_code: as a shell tells it (128 + signal). stderr: its last 4 KB. wall_s: without setting up the sandbox.
+    exit_code: as in a shell (128 + signal). stderr: the last 4 KB. wall_s: seconds, without the sandbox's setup.
     """
 
     exit_code: int
@@ -67,7 +68,7 @@ class SandboxResult:
 
 
 def run_python(source: str, stdin: bytes = b"", limits: Limits | None = None) -> SandboxResult:
-    """Runs the source as a program of its own and waits for its end. Raises SandboxError where it cannot be run."""
+    """Run the source as a program and wait for its end. Raises SandboxError if it cannot be run."""
     way = find_sandbox()
     if way is None:
         raise SandboxError(
@@ -79,7 +80,7 @@ def run_python(source: str, stdin: bytes = b"", limits: Limits | None = None) ->
 
 @functools.cache
 def find_sandbox() -> str | None:
-    """Which way runs a program here, "namespaces" or "bubblewrap"; None if neither does. Tried once a process."""
+    """How this system can isolate a program: "namespaces", "bubblewrap" or None. It is tried once in each process."""
     for way in ("namespaces", "bubblewrap"):
         try:
             if _run(way, "print(6 * 7)", b"", limits=Limits(wall_s=20.0)).stdout == b"42\n":
@@ -137,14 +138,14 @@ def _command(way: str, python: str, visible: list[str], *, descriptors: tuple[in
 
 
 def limit_of_error(line: str) -> str:
-    """The limit that a line of a traceback tells of (`Type: message`); "" if it tells of none."""
+    """The limit that the last line of a traceback (`Type: message`) points to; "" if it points to none."""
     return next((limit for begin, limit in _LIMIT_ERRORS.items() if line.startswith(begin)), "")
 
 
 def _watch(process: "subprocess.Popen[bytes]", ready: IO[bytes], limits: Limits) -> SandboxResult:
-    """Reads what the program writes until it ends or reaches a limit; afterwards it and all it started are dead.
+    """Read the program's output until it ends or reaches a limit. Afterwards it and everything that it started is dead.
 
-    Its time starts when the sandbox is ready: it is not the program's fault if setting one up takes long.
+    The program's time starts when the sandbox is ready, because a slow setup is not the program's fault.
     """
     assert process.stdout is not None
     assert process.stderr is not None
@@ -181,8 +182,8 @@ def _watch(process: "subprocess.Popen[bytes]", ready: IO[bytes], limits: Limits)
     if not is_ready:
         late = f"not within {_SETUP_S:g} s" if limit else f"exit code {exit_code}"
         raise SandboxError(f"the sandbox could not be set up: {words[-300:] or late}")
-    # The program in the sandbox cannot signal this process, so a death by signal that no limit explains came from
-    # outside: it says nothing about the program, and must not become a reward of 0.
+    # The program cannot signal the process that this function watches. If a signal ended it and no limit explains that,
+    # the signal came from outside. It says nothing about the program, so it must not become a reward of 0.
     if exit_code < 0 and not limit:
         raise SandboxError(f"the sandbox was killed by {signal.Signals(-exit_code).name}")
     wall_s = time.monotonic() - started_s
