@@ -1,4 +1,4 @@
-"""Ray actors and other processes of this package: how they are called, watched, given up and ended.
+"""How Ray actors and other processes are called, watched and ended.
 
 calls.py       await one remote call, with a deadline or as long as the actor answers a heartbeat
 losses.py      which errors mean that an actor is gone, as opposed to a fault that another actor would have too

@@ -1,14 +1,15 @@
-"""Work to one actor and its results back, each in batches: a call between processes costs more than most work does.
+"""Sends work to one actor and fetches its results, both in batches, because a call between processes takes longer than
+most pieces of work.
 
     send ──► outbox ──► submit ──► actor ──► collect ──► take
-                 next_batch: what waits          one call after another: it brings results, and is the heartbeat
+                 next_batch: what waits          one call after another, which fetches results and is the heartbeat
 
-What waits for what: one call brings work and one fetches results, both for any number of pieces of work; nothing waits
-for a whole piece. Work that comes while a call is on its way goes with the next. `collect` waits on the actor for
-COLLECT_S at most, so an actor that is frozen is noticed though it has nothing to do.
+What waits for what: there is always at most one call that brings work and one that fetches results. Each carries any
+number of pieces of work, and none waits until a piece is done. Work that comes while a call is in progress goes with
+the next call. `collect` waits at most COLLECT_S on the actor, so a frozen actor is noticed even if it has no work.
 
-Left out: what becomes of an actor that was lost and of the work it had, which differs (rollout workers go on with
-half a reply, rewards are scored again); `serve` raises, and the owner makes a lane to another actor.
+Left out: what happens to a lost actor and its work, because that differs: rollout workers continue half a reply, and
+rewards are scored again. `serve` raises, and the owner makes a lane to another actor.
 """
 
 import asyncio
@@ -27,11 +28,11 @@ COLLECT_S = 1.0
 class Lane(Generic[Work, Results]):
     """Both directions between this process and one actor.
 
-    submit: makes the call that hands a batch of at most `batch_size` to the actor. collect: makes the call that
-    returns what is done since the last one, waiting up to COLLECT_S for the first result. take: is given that.
-    deadline_s: an actor that is later with an answer is lost. name: says who was lost, in a TimeoutError.
-    refused: is given a batch that could not be submitted for an error that says nothing about the actor; None: such an
-    error ends the lane. Example: see `scoring/remote/life.py`.
+    submit: makes the call that sends a batch of at most `batch_size` to the actor. collect: makes the call that
+    returns the results since the last call, and waits up to COLLECT_S for the first. take: is called with them.
+    deadline_s: an actor that takes longer for an answer counts as lost. name: names the actor in a TimeoutError.
+    refused: is called with a batch that the actor refused by an error which does not mean that the actor is lost; if
+    it is None, such an error ends the lane. Example: see `scoring/remote/life.py`.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class Lane(Generic[Work, Results]):
             raise errors.exceptions[0] from None
 
     async def leave(self, forget: Callable[[], Awaitable[object]]) -> None:
-        """Leave nothing of this lane's in an actor that goes on for another caller. `serve` was cancelled before.
+        """Remove this lane's work from an actor that another caller will use next. Cancel `serve` before.
 
         forget: makes the call by which the actor drops its work and lets a waiting `collect` return. Ray may begin the
-        calls of an asynchronous actor in another order than they were made in. So the last batch must have arrived
-        before `forget` is called; and the last `collect` is waited for, because one that begins after `forget` would
-        take the next caller's results. Raises what `forget` raises, and TimeoutError if all of this takes more than
-        `deadline_s`.
+        calls of an asynchronous actor in another order than they were made in. So this waits until the last batch has
+        arrived before it calls `forget`. It also waits for the last `collect`, because a `collect` that begins after
+        `forget` would take the next caller's results. Raises what `forget` raises, and TimeoutError if all of this
+        takes more than `deadline_s`.
         """
         async with asyncio.timeout(self._deadline_s):
             await self._ended("submit")

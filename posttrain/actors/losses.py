@@ -4,13 +4,15 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 
 from posttrain.errors import StageError
 
-MAX_CONSECUTIVE_LOSSES = 3  # actors lost in a row at one place or at the same work, without a result in between
+MAX_CONSECUTIVE_LOSSES = (
+    3  # so many actors may be lost in a row, in one place or with the same work, without a result in between
+)
 
 
 class ActorLostError(StageError):
     """An actor, or the process that it works with, has died or does not answer, and is of no use any more.
 
-    The work that was sent to it may be sent to another.
+    The work that was sent to it may be sent to another actor.
     """
 
 

@@ -1,4 +1,4 @@
-"""A stage's view of its engines: lease them, start another in the place of one that is lost, give them back.
+"""The engines as a stage uses them: it leases them, has lost ones replaced, and gives them back.
 
 Left out: sampling. Every stage samples with the workers of workers.py, RL directly and the others by groups.py.
 """
@@ -101,7 +101,7 @@ class Engines:
     async def _prepare(self, index: int, is_new: bool) -> None:
         """Start a new engine, or load the model's weights into a warm one.
 
-        An engine that is lost in that is replaced.
+        An engine that is lost meanwhile is replaced.
         """
         name, actor = self.names[index], self.actors[index]
         source = FolderWeights(self._model.path)
@@ -118,7 +118,7 @@ class Engines:
             self._unstarted.remove(name)
 
     async def replace(self, index: int, cause: BaseException) -> tuple[str, Any]:
-        """Replace an engine that was lost; returns the new one's name and actor, started with the model's own weights.
+        """Replace a lost engine by a new one with the weights of the model folder. Returns its name and its actor.
 
         An engine that is lost while it starts is replaced too. Raises StageError when that happens MAX_STARTS times in
         a row.
@@ -142,7 +142,7 @@ class Engines:
         return self.names[index], self.actors[index]
 
     async def _await_engine(self, actor: Any, call: Awaitable[Any], name: str) -> Any:
-        """The result of a call that may take long; TimeoutError if the actor does not answer a heartbeat meanwhile."""
+        """The result of a long call. Raises TimeoutError if the actor does not answer a heartbeat meanwhile."""
         return await await_with_heartbeat(call, actor.pids.remote, 3 * self._engine.deadline_s, name=name)
 
 

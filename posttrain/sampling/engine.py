@@ -177,10 +177,10 @@ class EngineActor:
     # ------------------------------------------------------------------ pieces, while replies grow
 
     async def submit(self, requests: Sequence[tuple[int, SampleRequest]]) -> None:
-        """Admit requests under the caller's keys; returns when the engine has them.
+        """Admit requests under the caller's keys. Returns when the engine has them.
 
-        Raises StageError if a key is in use, a request cannot be sampled or a wave is being sampled (none is admitted
-        then), EngineLostError.
+        Raises StageError, and admits none, if a key is in use, a request cannot be sampled or a wave is being sampled.
+        Raises EngineLostError if the engine is lost.
         """
         self._watch.check()
         self._refuse_beside_wave()
@@ -203,7 +203,7 @@ class EngineActor:
                 await asyncio.sleep(0)  # outputs are taken in meanwhile
 
     async def _admit(self, reply: Reply, core_request: Any) -> None:
-        """Queue a request and send it to the core; thousands a second go here, and sending waits for nobody."""
+        """Queue a request and send it to the core. It is called thousands of times a second, and waits for nothing."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -244,7 +244,7 @@ class EngineActor:
             await asyncio.sleep(WAKE_S)
 
     def _prepare(self, key: int, request: SampleRequest, admitted: list[tuple[Reply, Any]], *, finished: list[Piece]):
-        """Make what the engine is given for each reply; a reply that was begun and is at its end is a piece at once."""
+        """Make the engine's request for each reply. A reply that is at its end already becomes a finished piece."""
         shared: Any = None  # replies that start from the prompt alone differ in their ids only
         for index, begun in enumerate(request.begun or ((),) * request.n):
             ended = self._end_of(begun, request)
@@ -280,7 +280,7 @@ class EngineActor:
         return FinishReason.LENGTH if len(begun) >= request.max_tokens else FinishReason.RUNNING
 
     def _eos_ids(self) -> list[int]:
-        """Ends of a reply besides those of the request: the tokenizer's, and those in the model's folder."""
+        """Token ids that end a reply besides those of the request: the tokenizer's, and those in the model's folder."""
         return [self._tokenizer.eos_token_id, *compat.end_token_ids(self._llm)]
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -375,16 +375,16 @@ class EngineActor:
     async def update_weights(
         self, source: WeightSource, policy_version: int, kv: Literal["recompute", "keep"] = "recompute"
     ) -> tuple[float, float]:
-        """Swap in new weights between two steps; running requests go on under them.
+        """Load new weights between two steps of the engine. Running requests continue with them.
 
-        kv="recompute": the KV cache of running requests is
-        computed again, so that every later token is exactly the new policy's. kv="keep": they go on with the KV cache
-        of the old weights, and later tokens are of neither policy alone (the recorded log-probabilities are right in
-        both cases). What is cached of finished prefixes is dropped in both, so that a request that comes later never
-        sees the old weights. Returns the Unix times of the pause's start and end.
+        kv="recompute": the KV cache of running requests is computed again, so that every later token is exactly the new
+        policy's. kv="keep": running requests continue on the KV cache of the old weights, so their later tokens belong
+        to neither policy alone. The recorded log-probabilities are right in both cases. Cached prefixes of finished
+        requests are always dropped, so that a later request never sees the old weights. Returns the Unix times of the
+        pause's start and end.
 
-        Raises EngineLostError, naming engine, version and tensor, when the update fails or stands still for
-        `deadline_s`: the weights may be half new then, so the engine is of no use.
+        Raises EngineLostError, which names engine, version and tensor, when the update fails or makes no progress for
+        `deadline_s`. Some weights may be new and others old then, so the engine is of no use.
         """
         async with self._update_lock:
             self._watch.check()
@@ -405,7 +405,7 @@ class EngineActor:
             return began, time.time()
 
     async def _load(self, source: WeightSource, policy_version: int) -> None:
-        """Wait for the workers to load `source`, as long as they get on from tensor to tensor."""
+        """Wait for vLLM's workers to load `source`, as long as they make progress from tensor to tensor."""
         deadline_s = self._engine_config.deadline_s
         task = asyncio.ensure_future(self._alive(self._llm.collective_rpc("apply_weights", args=(to_plain(source),))))
         seen, since = self._progress.read(), time.monotonic()
@@ -445,7 +445,7 @@ class EngineActor:
             raise self._watch.lose("its core process has died") from None
 
     async def _ask(self, what: str, awaitable: Awaitable[T]) -> T:
-        """The core's answer, which is due within `deadline_s`."""
+        """The core's answer. Raises EngineLostError if it does not come within `deadline_s`."""
         deadline_s = self._engine_config.deadline_s
         try:
             async with asyncio.timeout(deadline_s):

@@ -22,7 +22,7 @@ REPLACED_S = 0.2  # between two looks whether an engine that was lost is replace
 
 
 class SampledGroups:
-    """Has groups sampled by `rollouter`; None: by one turn each. For the other arguments see `RolloutWorkers`."""
+    """Samples groups with `rollouter`; None means one turn for each. For the other arguments see `RolloutWorkers`."""
 
     def __init__(
         self,
@@ -62,11 +62,12 @@ class SampledGroups:
         await asyncio.gather(self._serving, return_exceptions=True)
 
     async def groups(self, flights: Iterable[Flight], on_done: Callable[[int], None] | None = None) -> None:
-        """Returns when every flight has all its rollouts. Their orders must not be those of flights in progress.
+        """Sample the flights, and return when every flight has all its rollouts. Several calls may run at a time, if
+        the orders of their flights differ.
 
-        flights: each is taken when there is a place for it in an engine; all at once for a deterministic wave.
-        on_done: hears how many are finished. May be called by many at a time. Raises StageError where no engine can be
-        started, and what the rollouter raises.
+        flights: each is taken when an engine has a place for it; in a deterministic wave all are taken at once.
+        on_done: is called with the number of finished flights. Raises StageError if no engine can be started, and any
+        error of the rollouter.
         """
         if self._places is None:
             flights = list(flights)
@@ -94,7 +95,7 @@ class SampledGroups:
         await self._while_served(sample())
 
     async def update(self, manifest: Manifest, version: int) -> list[str]:
-        """Have every worker take new weights, those of engines that are lost meanwhile too; returns their names."""
+        """Have every worker load new weights, also a worker whose engine is replaced meanwhile. Returns their names."""
 
         async def update() -> None:
             await self._workers.update(manifest, version)
@@ -105,7 +106,7 @@ class SampledGroups:
         return [worker.name for worker in self._workers.workers]
 
     async def _while_served(self, work: Coroutine[None, None, None]) -> None:
-        """Until the work is done, or the workers have failed, whose error is raised then."""
+        """Wait until the work is done. If the workers fail before, raise their error."""
         doing = asyncio.ensure_future(work)
         try:
             await asyncio.wait({doing, self._serving}, return_when=asyncio.FIRST_COMPLETED)

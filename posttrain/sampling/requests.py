@@ -1,4 +1,4 @@
-"""What a rollout engine is asked and what it answers: token ids in, token ids out."""
+"""The requests to an engine and its answers, both as token ids."""
 
 from collections.abc import Mapping
 

@@ -1,18 +1,18 @@
-"""How a rollout comes about: a rollouter decides what is asked of the policy, a session gets it.
+"""How a rollout is made: a rollouter decides what the policy is asked, and a session asks it.
 
     rollouter.run(prompt, session) ──► session.sample()   one turn of the policy: a trained segment
-                                       session.add(ids)   what the world says: a segment of context
-                                       session.outside(w) what w returns: a tool, a timer, another process
+                                       session.add(ids)   text that is not the policy's: a segment of context
+                                       session.outside(w) the result of other work: a tool, a timer, another process
                                        session.rollout()  the record of all turns
 
-A rollouter sees one rollout and one session, and none of what is behind it: which engine samples, under which weights,
-in which batch, and that an engine is lost in the middle of a reply, which then goes on at another engine.
+A rollouter sees one rollout and its session. It does not see which engine samples, with which weights and in which
+batch, nor that an engine is lost in the middle of a reply, which another engine then continues.
 
-A rollouter awaits its session and nothing else. The workers run it in place, at the cost of a function call, where a
-task for each of a hundred thousand rollouts would cost the controller a fifth of its time. What it waits for outside of
-the session becomes a task by `session.outside`.
+A rollouter awaits its session and nothing else. So the workers can run it without a task of its own, at the cost of a
+function call; a task for each of a hundred thousand rollouts would take a fifth of the controller's time. Only work
+outside of the session becomes a task, by `session.outside`.
 
-Left out: text. A session takes and gives token ids, so that what was sampled is never tokenized again.
+Left out: text. A session takes and returns token ids, so that sampled tokens are never decoded and tokenized again.
 """
 
 import asyncio
@@ -32,13 +32,13 @@ T = TypeVar("T")
 
 
 class Rollouter(Protocol):
-    """Makes one rollout. Many run at the same time in one thread: what takes long belongs into `session.outside`."""
+    """Makes one rollout. Many run at the same time in one thread, so anything slow belongs into `session.outside`."""
 
     async def run(self, prompt: Prompt, session: "Session") -> Rollout:
-        """The rollout of `session`, which begins with `prompt`.
+        """Make the rollout of `session`, which begins with `prompt`.
 
-        It may be run again from the start after a crash. `session.sample` then gives the turns that it gave before,
-        as long as the same context is added between them.
+        After a crash it is run again from the start. `session.sample` then returns the turns that it returned before,
+        as long as the rollouter adds the same context between them.
         """
         ...
 
@@ -55,9 +55,9 @@ class SingleTurn:
 class Turn:
     """One reply of the policy while it is sampled.
 
-    session: of its rollout. flight: the group. request: what is asked; its `n` does not count. number: segments before
-    it in its rollout. completion: what there is of the reply. key: of the request to the engine that it is part of.
-    worker: name of the one that samples it. ended_s: Unix time of the last piece.
+    session: that of its rollout. flight: its group. request: the request for this turn, whose `n` is ignored. number:
+    how many segments are before it in its rollout. completion: the reply as far as it is sampled. key: the key of the
+    request to the engine. worker: the name of the worker that samples it. ended_s: Unix time of the last piece.
     """
 
     __slots__ = ("completion", "ended_s", "flight", "key", "number", "request", "session", "worker")
@@ -108,12 +108,12 @@ class Turn:
             self.completion = completion
 
     def finish(self, completion: Completion, now: float) -> None:
-        """This is the whole reply."""
+        """Note that the whole reply is sampled."""
         self.completion, self.ended_s = completion, now
 
 
 class Outside:
-    """Work that a rollouter waits for beside its session; whoever runs the rollouter makes a task of it."""
+    """Work that a rollouter waits for beside its session. The code that runs the rollouter makes a task of it."""
 
     __slots__ = ("task", "work")
 
@@ -128,9 +128,9 @@ class Outside:
 
 
 class Session:
-    """One rollout that is being made: what there is of it, and the one way to get more.
+    """One rollout that is being made: its segments so far, and the only way to add to them.
 
-    index: place of the rollout in its group. recorded: what a run before had of this rollout.
+    index: place of the rollout in its group. recorded: the reply as far as it was sampled before a crash.
     """
 
     __slots__ = (
@@ -161,7 +161,7 @@ class Session:
 
     @property
     def reply(self) -> Reply:
-        """What there is of the rollout after its prompt, with what is sampled now. It is not finished."""
+        """The unfinished rollout after its prompt, with the part of the current turn that is sampled already."""
         if self._turn is None or not self._turn.completion.token_ids:
             return Reply(self._segments, "", FinishReason.RUNNING)
         return Reply((*self._segments, segment_of(self._turn.completion)), "", FinishReason.RUNNING)
@@ -169,7 +169,7 @@ class Session:
     async def sample(self, *, max_tokens: int | None = None) -> Completion:
         """The policy's next turn, sampled after the prompt and every segment so far; it is a trained segment.
 
-        max_tokens: limit of this turn; None: as the config says. Raises StageError while another turn is sampled.
+        max_tokens: limit of this turn; None means that of the config. Raises StageError while another turn is sampled.
         """
         if self._turn is not None:
             raise StageError(f"{self.name}: a turn was asked for while another one is sampled")
@@ -188,13 +188,13 @@ class Session:
         return completion
 
     async def outside(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns, or its error; a task of its own meanwhile, which ends with the rollout."""
+        """Run `work` as a task and return its result, or raise its error. The task is cancelled if the rollout ends."""
         return await Outside(work)
 
     def add(self, token_ids: Sequence[int]) -> None:
-        """Add context, which nobody sampled: a tool's result, a user's turn. It is not trained on.
+        """Add context that the policy did not sample, such as a tool's result or a user's turn. It is not trained on.
 
-        token_ids: exactly as the policy is to read them. Raises StageError while a turn is sampled.
+        token_ids: the ids exactly as the policy is to read them. Raises StageError while a turn is sampled.
         """
         if self._turn is not None:
             raise StageError(f"{self.name}: context was added while a turn is sampled")
@@ -223,7 +223,7 @@ class Session:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name of the rollout in messages."""
         return f"row {self.flight.prompt.row.id}, rollout {self.index} of group {self.flight.order}"
 
     def _request(self, max_tokens: int | None) -> SampleRequest:
@@ -234,7 +234,7 @@ class Session:
         return request if max_tokens is None else replace(request, max_tokens=max_tokens)
 
     def _recorded_turn(self) -> tuple[Completion, bool]:
-        """What was recorded of the next turn, and whether it is known to be the whole of it."""
+        """The next turn as far as it was recorded before a crash, and whether that is known to be the whole turn."""
         place, recorded = len(self._segments), self._recorded
         if place >= len(recorded.segments):
             return NOTHING, False
@@ -251,11 +251,11 @@ class Session:
 class Flight:
     """A group that is being sampled.
 
-    order: place in which it was dispatched; groups with an order below 0 are beside the training (side.py).
-    stamp: no worker of an older policy version may sample for it. version: if given, only the worker that is kept at
-    it may. request: of the first turn, for the whole group: `n` is its size. recorded: what a run before had of each
-    rollout, or (). began_s: Unix time at which it was first given to an engine. sessions: of those
-    that are not all finished. finished: rollouts by index.
+    order: its place in the order of dispatch; groups with an order below 0 are side work (side.py). stamp: no worker of
+    an older policy version may sample for it. version: if given, only the worker that is kept at this version may.
+    request: the request for the first turn of the whole group, whose `n` is the group's size. recorded: each rollout as
+    far as it was sampled before a crash, or (). began_s: Unix time at which an engine first got it. sessions: those of
+    the unfinished rollouts. finished: the finished rollouts by index.
     """
 
     order: int
@@ -275,7 +275,7 @@ class Flight:
 
     @property
     def replies(self) -> tuple[Reply, ...]:
-        """What there is of each rollout, finished or not."""
+        """Each rollout after its prompt, finished or as far as it is sampled."""
         if self.is_finished:
             return tuple(reply_of(rollout) for rollout in self.rollouts)
         if not self.sessions:
@@ -287,10 +287,10 @@ class Flight:
 
     @property
     def keys(self) -> set[int]:
-        """The requests to engines that are under way for it."""
+        """The keys of its requests that are at engines now."""
         return {turn.key for session in self.sessions if (turn := session.turn) is not None}
 
     @property
     def is_finished(self) -> bool:
-        """Whether every rollout is there."""
+        """Whether every rollout is finished."""
         return len(self.finished) == self.request.n

@@ -1,4 +1,4 @@
-"""From what an engine sampled to a rollout: the one place where rollouts are made."""
+"""Makes rollouts of the replies that an engine sampled. No other code makes rollouts."""
 
 from msgspec import Struct
 
@@ -7,7 +7,7 @@ from posttrain.sampling.requests import Completion
 
 
 class Reply(Struct, frozen=True, array_like=True):
-    """What there is of a rollout after its prompt, finished or not (FinishReason.RUNNING). The ledger keeps these."""
+    """A rollout without its prompt, finished or not (FinishReason.RUNNING). The ledger keeps these."""
 
     segments: tuple[Segment, ...]
     text: str
@@ -28,7 +28,7 @@ def segment_of(completion: Completion) -> Segment:
 
 
 def whole_reply(completion: Completion) -> Reply:
-    """The reply of one turn that is all there."""
+    """The reply that consists of one finished turn."""
     return Reply((segment_of(completion),), completion.text, completion.finish_reason)
 
 
@@ -68,7 +68,7 @@ def make_rollout(
     started_s: float = 0.0,
     finished_s: float = 0.0,
 ) -> Rollout:
-    """The rollout of a finished reply; for the arguments see `Rollout`."""
+    """Make the rollout of a finished reply. For the arguments see `Rollout`."""
     return Rollout(
         prompt_id,
         group_id,

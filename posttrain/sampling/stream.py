@@ -1,4 +1,4 @@
-"""Replies on their way out of the engine: vLLM gathers the tokens, and they are handed on in pieces.
+"""Replies between vLLM, which collects their tokens, and the caller, who gets them in pieces.
 
 vLLM's output handler puts every output of a request into that request's queue, for which a task waits. A `Reply` takes
 the queue's place and only marks itself as ready, which needs no task and no copy for each token. The tokens are read
