@@ -1,1 +1,1 @@
-"""Built-in reward plug-ins, one family a file. Installed as posttrain.rewards."""
+"""Built-in reward plug-ins, installed as posttrain.rewards. Each file holds one family of rewards."""

@@ -1,4 +1,4 @@
-"""Fenced blocks of a reply, as CommonMark has them: three or more backticks or tildes, a tag, a title."""
+"""Finds the fenced blocks of a reply by the rules of CommonMark: three or more backticks or tildes, a tag, a title."""
 
 import re
 from typing import NamedTuple
@@ -32,7 +32,7 @@ def fenced_blocks(text: str) -> list[Block]:
 
 
 def _end(lines: list[str], start: int, fence: str, *, indent: int) -> int | None:
-    """The line that closes the block: the same sign, at least as often, not indented deeper, and nothing behind it."""
+    """The line that closes the block: the same sign at least as often, not indented deeper, and no text behind it."""
     closing = re.compile(rf" {{0,{indent}}}{re.escape(fence[0])}{{{len(fence)},}}[ \t]*")
     return next((place for place in range(start, len(lines)) if closing.fullmatch(lines[place])), None)
 

@@ -1,9 +1,9 @@
 """Runs the program in the reply against the row's tests, in a sandbox. Without a sandbox nothing is run and nothing
 scored.
 
-A result is compared with the expected value out here: the program never sees that value, so it can neither stop early
-nor forge a pass. The exception is an assertion of another form than `assert EXPRESSION == LITERAL`. It runs beside the
-program, which could fake it, so prefer the other kinds of test.
+The sandbox returns results, and this process compares them with the expected values. The program never sees these
+values, so it can neither stop early nor fake a success. The exception is an assertion that has not the form
+`assert EXPRESSION == LITERAL`. It runs beside the program, which could fake it, so prefer the other kinds of test.
 """
 
 import ast
@@ -102,7 +102,7 @@ def _lines(output: str) -> list[str]:
 
 
 def _run_checks(source: str, groups: list[list[_Step]], limits: Limits) -> list[str]:
-    """For each test "" if all its steps hold, else why not. All tests share one run of the sandbox."""
+    """For each test "" if all its steps hold, otherwise the reason. All tests share one run of the sandbox."""
     outcomes = _run_steps(source, [step for group in groups for step in group], limits)
     found = []
     for group in groups:
@@ -189,7 +189,7 @@ def _expected(node: ast.expr) -> Any:
 
 
 def _as_list(tests: Any) -> Any:
-    """The tests, read where a table stores them as JSON text."""
+    """The tests as a list. A table without lists stores them as JSON text, which is read here."""
     if isinstance(tests, str):
         try:
             return json.loads(tests)
@@ -217,7 +217,7 @@ def _program_in(text: str) -> str | None:
 
 
 def _failure(result: SandboxResult) -> str:
-    """Why a run failed; "" if it did not."""
+    """Why a run failed; "" if it succeeded."""
     if result.limit:
         return "limit"
     last = result.stderr.rpartition("\n")[2]

@@ -1,4 +1,4 @@
-"""Rewards made of other rewards: a weighted sum, a reward for each capability, and a verifier for each system
+"""Rewards that combine other rewards: a weighted sum, a reward for each capability, and a verifier for each system
 instruction.
 
 Only plain functions can be combined. An async reward needs a pool of its own.

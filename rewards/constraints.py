@@ -1,7 +1,7 @@
-"""The constraints of the reward `instructions`: each a function of the reply's text and the constraint's value.
+"""The constraints of the reward `instructions`. Each is a function of the reply's text and the constraint's value.
 
-Source: IFEval, arXiv 2311.07911, whose verifiable instructions these follow. Its checks of languages are left out: they
-are guesses by a model.
+Source: IFEval, arXiv 2311.07911, whose verifiable instructions these follow. Left out: its checks of the language, for
+which a model would have to guess.
 """
 
 import json
@@ -15,7 +15,7 @@ _HIGHLIGHT = re.compile(r"\*\*[^\n*]+\*\*|(?<!\*)\*[^\s*][^\n*]*\*(?!\*)")
 
 
 def loose_variants(text: str) -> list[str]:
-    """The text, and the text without its first line, its last line, both, and markdown stars: IFEval's loose check."""
+    """The texts of IFEval's loose check: the reply, and the reply without its first line, last line, both, or stars."""
     lines = text.split("\n")
     cut = ["\n".join(part).strip() for part in (lines, lines[1:], lines[:-1], lines[1:-1])]
     return list(dict.fromkeys([variant for part in cut for variant in (part, part.replace("*", ""))]))
@@ -43,7 +43,7 @@ def _phrases(value: Any) -> list[str]:
 
 
 def _same_case(text: str, wanted: bool, cased: str) -> bool:
-    """Whether the text is written in that case, and has letters at all; `wanted: false` asks for the contrary."""
+    """Whether the text has letters, and all are in that case. With `wanted: false`, whether that is not so."""
     return (any(letter.isalpha() for letter in text) and text == cased) == bool(wanted)
 
 

@@ -1,7 +1,7 @@
-"""The last line of the reply, or the text after a marker, must equal the row's answer as text.
+"""Compares the last line of the reply, or the text after a marker, with the row's answer, as text.
 
 There is no mathematics and no partial credit. Different codes for the same sign (NFC and NFD, kinds of spaces,
-quotes and minus signs, full-width digits) are the same text; x² is not x2.
+quotes and minus signs, full-width digits) are the same text. x² and x2 are different texts.
 """
 
 import json
@@ -50,7 +50,7 @@ def exact_match(
 
 
 def _accepted(answer: Any) -> list[Any]:
-    """The answers that count: of a list all but null; a list may be stored as JSON text."""
+    """The accepted answers. Of a list these are all items but null; the list may be stored as JSON text."""
     if isinstance(answer, str) and answer.lstrip().startswith("["):
         try:
             read = json.loads(answer)
@@ -61,7 +61,7 @@ def _accepted(answer: Any) -> list[Any]:
 
 
 def _spellings(answer: Any) -> set[str]:
-    """How the answer may be written. A number has no exponent there, and a whole one no `.0`."""
+    """The ways in which the answer may be written. Numbers have no exponent, and whole numbers no `.0`."""
     if isinstance(answer, float) and answer == answer and abs(answer) != float("inf"):
         plain = format(Decimal(repr(answer)), "f")
         return {repr(answer), plain, plain.rstrip("0").rstrip(".") if "." in plain else plain}

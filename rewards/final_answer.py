@@ -1,4 +1,4 @@
-"""The reply must end its turn with exactly one marked answer. Answers are compared as text, without any mathematics."""
+"""Expects exactly one marked answer at the end of the reply, and compares it as text, without any mathematics."""
 
 from posttrain.records import RewardResult, Rollout, Row
 
@@ -7,7 +7,7 @@ MARKER = "Answer:"
 
 
 def marked_answer(rollout: Rollout, marker: str = MARKER) -> tuple[str | None, str]:
-    """The text after the only marker of a finished reply, or None and the reason why there is none."""
+    """The text after the only marker of a finished reply. If there is no such text: None, and the reason."""
     if rollout.finish_reason != "stop":
         return None, "unfinished"
     count = rollout.text.count(marker)

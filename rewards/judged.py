@@ -6,7 +6,7 @@ REQUIRES = {"judged": ["judge"]}  # the RL stage's section `judge` provides it, 
 
 
 def judged(rollout: Rollout, row: Row) -> RewardResult:
-    """The judge's expected place among its labels, in [0, 1]: 0 is surely the first label, 1 surely the last.
+    """The judge's expected place among its labels, in [0, 1]. 0 means certainly the first label, 1 certainly the last.
 
     The reason is the likeliest label. Raises ValueError if no judge has rated the reply.
     """

@@ -1,5 +1,5 @@
-"""Mathematical equality. A reply that states several different answers gets nothing, and so does one of which only a
-part can be read. How an answer is read and compared is the folder `expressions/`.
+"""Compares answers mathematically. A reply that states several different answers gets 0, and so does a reply whose
+answer cannot be read to its end. The folder `expressions/` reads and compares answers.
 """
 
 import functools
@@ -47,7 +47,7 @@ _UNIT = re.compile(
 
 
 def warm_up() -> None:
-    """Import what comparing needs: before the first deadline, not within it."""
+    """Import what comparing needs, so that the first score need not wait for it."""
     same_answer(parse_answer("\\sqrt{2}x"), parse_answer("x\\sqrt{2}"))
 
 
@@ -116,7 +116,7 @@ def _from_line(rest: str) -> list[str]:
 
 
 def _masked(line: str) -> str:
-    """The line with its formulas blotted out, so that no word of theirs is taken for the sentence's."""
+    """The line with its formulas masked, so that no word in them is taken for a word of the sentence."""
     return _FORMULA.sub(lambda match: "#" * len(match[0]), line)
 
 
@@ -157,13 +157,13 @@ def _same(gold: str, reply: str) -> bool:
 
 
 def _is_hedged(text: str) -> bool:
-    """Whether the text takes its answer back, as in "4 or so": then even the same text as the gold's is no answer."""
+    """Whether the text is unsure of its answer, as "4 or so" is. It gets 0 even if the gold answer is the same text."""
     return bool(re.search(r"\b(?:or|but)\s+(?:so|maybe|perhaps)\b", text))
 
 
 @functools.lru_cache(maxsize=4096)
 def _parsed(text: str) -> Answer | None:
-    """The answer, or None where it cannot be read to its end."""
+    """The answer, or None if it cannot be read to its end."""
     try:
         return parse_answer(text)
     except (Unreadable, RecursionError, OverflowError):

@@ -1,4 +1,4 @@
-"""One letter of several choices. A reply that names two different letters as its answer gets nothing."""
+"""Expects the letter of one of several choices. A reply that names two different letters as its answer gets 0."""
 
 import json
 import re
@@ -87,13 +87,13 @@ def _letters_at(text: str, letters: str) -> set[str]:
 
 
 def _start(text: str) -> int:
-    """Where the letter stands: behind brackets and words such as "therefore option"."""
+    """The place of the letter, after any brackets and words such as "therefore option"."""
     match = _BEFORE.match(text)
     return match.end() if match else 0
 
 
 def _is_letter(text: str, place: int, letters: str, *, first: bool) -> bool:
-    """Whether a letter of the choices stands there for itself, and not for an article, a pronoun or a variable."""
+    """Whether the letter there is one of the choices, and not an article ("A"), a pronoun ("I") or a variable."""
     sign = text[place]
     if sign.upper() not in letters or (
         place + 1 < len(text) and (text[place + 1].isalnum() or text[place + 1] in "'’")

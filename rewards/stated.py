@@ -1,4 +1,4 @@
-"""Where a reply states its answer: after its reasoning, in a box or a tag, or behind a mark such as "answer is"."""
+"""Finds where a reply states its answer: after its reasoning, in a box or a tag, or after words such as "answer is"."""
 
 import re
 
@@ -16,7 +16,7 @@ MARK = re.compile(
 
 
 def without_reasoning(text: str) -> str:
-    """The text after the model's reasoning: what stands in `<think>` is not stated, even if the block never ends."""
+    """The text without the reasoning in `<think>`, where nothing counts as an answer, even if the block never ends."""
     text = _THOUGHT.sub("\n", text)
     return _OPEN.sub("", _CLOSE.sub("", text))
 

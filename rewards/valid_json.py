@@ -1,4 +1,4 @@
-"""The reply is JSON, and fits the row's JSON schema if it has one. Schemas are never fetched from anywhere."""
+"""Expects JSON that fits the row's JSON schema, if the row has one. Schemas are never fetched from anywhere."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def _finite(text: str) -> float:
 
 
 def _expected(answer: Any) -> Any:
-    """The row's answer as a value: text that is JSON is read, so that datasets may store either."""
+    """The row's answer as a value. If it is a text, the text is read as JSON, so that datasets may store either."""
     if not isinstance(answer, str):
         return answer
     try:

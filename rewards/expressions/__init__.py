@@ -1,10 +1,10 @@
-"""Reads a mathematical answer to its end, or not at all, and compares two of them exactly.
+"""Reads mathematical answers, each to its end or not at all, and compares them exactly.
 
     text ─► notation.py ─► answers.py ─► formula.py (tokens.py) ─► compare.py (numbers.py, regions.py, units.py)
             one spelling   lists, sets,  one formula as a tree     values at sample points, in exact
             of each sign   relations     (tree.py)                 or long arithmetic
 
-A text with a part that no rule reads is `Unreadable`: its readable beginning never counts. Limits, integrals and
-derivatives are not computed; such an answer equals only the same text. Everything is bounded: the size of a number, of
-a sum, of a text, and the depth of brackets.
+A text is `Unreadable` if no rule reads some part of it; a readable beginning never counts. Limits, integrals and
+derivatives are not computed; such an answer equals only the same text. The sizes of numbers, sums and texts and the
+depth of brackets are bounded, so that no answer can take long.
 """

@@ -1,7 +1,7 @@
-"""A whole answer: a value with its unit, a word, a list, a set, an interval, a relation, a matrix.
+"""Reads a whole answer: a value with its unit, a word, a list, a set, an interval, a relation or a matrix.
 
-The text is cut at the signs that join its parts (commas, "or", relations, unions) outside brackets; each part must be
-read to its end by `formula.py`.
+The text is cut at the signs that join its parts (commas, "or", relations, unions) outside brackets. Then `formula.py`
+must be able to read each part to its end.
 """
 
 import re
@@ -32,7 +32,7 @@ _DOTS = Word("...")
 
 
 def parse_answer(text: str) -> Answer:
-    """The answer that the text is, read to its end. Raises Unreadable."""
+    """Read the text to its end as one answer. Raises Unreadable if that is not possible."""
     try:
         return _whole(normal(text), 0)
     except RecursionError as error:
@@ -168,7 +168,7 @@ def _equation(texts: list[str], signs: list[str], depth: int) -> Answer:
 
 
 def _chain(trees: list[Tree], signs: list[str]) -> Answer:
-    """Numbers that are said to be equal, or nearly so. Raises Unreadable where they are not."""
+    """Numbers that the text calls equal or nearly equal. Raises Unreadable if they are not."""
     exact, rounded = [trees[0]], []
     for sign, tree in zip(signs, trees[1:], strict=True):
         (rounded if sign == "\\approx" or rounded else exact).append(tree)
@@ -205,7 +205,7 @@ def _key_of(text: str) -> str:
 
 
 def _bracketed(text: str, depth: int) -> Answer | None:
-    """A list, interval or set in brackets that enclose all of the text; None for mere brackets of a formula."""
+    """A list, interval or set, if brackets enclose all of the text; None if they are only the brackets of a formula."""
     places = list(BRACKETS.finditer(text))
     if not places or places[0].start() or places[-1].end() != len(text):
         return None
@@ -237,7 +237,7 @@ def _bracketed(text: str, depth: int) -> Answer | None:
 
 
 def _builder(head: str, condition: str, depth: int) -> Answer:
-    """`{x | x > 3}` and `{x ∈ R : x > 3}`."""
+    """A set given by a condition, such as `{x | x > 3}` or `{x ∈ R : x > 3}`."""
     sides, signs = cut(head, _RELATION)
     if _name(sides[0]) is None or (signs and (signs != ["\\in"] or sides[1].strip() != "\\mathbb{R}")):
         raise Unreadable("a set of this form")

@@ -1,4 +1,4 @@
-"""Whether two answers are the same. What differs in notation alone is the same; nothing is rounded."""
+"""Decides whether two answers are the same. Answers that differ only in notation are the same. Nothing is rounded."""
 
 import itertools
 from fractions import Fraction
@@ -15,7 +15,7 @@ _HUNDRED = ("num", Fraction(100))
 
 
 def same_answer(gold: Answer, reply: Answer) -> bool:
-    """Whether the reply is the gold answer. Raises Unreadable where computing one of them is out of bounds."""
+    """Whether the reply equals the gold answer. Raises Unreadable if a computation would exceed its bounds."""
     match gold, reply:
         case (_, Either(exact=exact, rounded=rounded)):
             return same_answer(gold, exact) or same_answer(gold, rounded)
@@ -84,7 +84,9 @@ def _inner(answer: Answer) -> Answer:
 
 
 def _same_list(gold: Answer, reply: Answer) -> bool:
-    """Lists: in order where one is a tuple or goes on with dots, else in any order and without repetitions."""
+    """Whether two lists are equal. Order counts if one is a tuple or ends with dots; otherwise neither order nor
+    repetition counts.
+    """
     if isinstance(gold, Value):
         assert isinstance(reply, Listing)
         return reply.kind == "{}" and len(reply.items) == 1 and same_answer(gold, reply.items[0])
@@ -111,13 +113,13 @@ def _same_list(gold: Answer, reply: Answer) -> bool:
 
 
 def _names(listing: Listing) -> dict[str, Answer]:
-    """The answers by name where each has a name of its own."""
+    """The answers by name, if each answer has a different name."""
     found = {item.name: item.answer for item in listing.items if isinstance(item, Named)}
     return found if len(found) == len(listing.items) and len(found) > 1 else {}
 
 
 def _nameless(listing: Listing) -> Listing:
-    """Without the one name that stands before the first item, or before each."""
+    """The list without its name, if the same name stands before the first item or before every item."""
     names = {item.name for item in listing.items if isinstance(item, Named)}
     if len(names) != 1 or not isinstance(listing.items[0], Named):
         return listing
@@ -166,7 +168,7 @@ def _is_clock(tree: Tree) -> bool:
 
 
 def _same_relation(gold: Named | Relation, reply: Named | Relation) -> bool:
-    """Whether two relations say the same: the differences of their sides are multiples of each other."""
+    """Whether two relations mean the same. They do if the differences of their sides are multiples of each other."""
     left, right = _relation(gold), _relation(reply)
     if left is None or right is None or len(left.signs) != len(right.signs):
         return False
@@ -198,7 +200,7 @@ def _differences(relation: Relation) -> list[tuple[str, Tree]]:
 
 
 def _same_region(gold: Answer, reply: Answer) -> bool:
-    """Sets of real numbers: as an interval, an inequality, a union or a set-builder."""
+    """Whether two sets of real numbers are equal: intervals, inequalities, unions or sets given by a condition."""
     kinds = Joined | Domain | Relation | Listing | Named
     if not isinstance(gold, kinds) or not isinstance(reply, kinds):
         return False
@@ -210,7 +212,7 @@ def _same_region(gold: Answer, reply: Answer) -> bool:
 
 
 def _same_symbolic(gold: Answer, reply: Answer) -> bool:
-    """Unions of sets that cannot be ordered, part by part; an interval with variables as ends against a condition."""
+    """Whether sets whose ends have variables are equal: unions part by part, and an interval against a condition."""
     if isinstance(gold, Joined) and isinstance(reply, Joined):
         if gold.sign != reply.sign:
             return False
@@ -224,7 +226,7 @@ def _same_symbolic(gold: Answer, reply: Answer) -> bool:
 
 
 def _as_interval(answer: Answer) -> Listing | None:
-    """The interval that a <= x < b says, with any formulas as ends."""
+    """The interval of a chain such as a <= x < b, whose ends may be any formulas."""
     answer = _inner(answer)
     if isinstance(answer, Listing) and answer.kind in ("()", "[]", "[)", "(]"):
         return answer

@@ -50,7 +50,7 @@ def rejoined(parts: list[str], signs: list[str]) -> str:
 
 
 def without_thousands(text: str) -> str:
-    """Without the commas of numbers as 1,234: outside brackets, where they cannot be a list."""
+    """The text without the commas in numbers such as 1,234. In brackets they stay, because they may separate items."""
 
     def joined(match: re.Match[str]) -> str:
         before = text[: match.start()]

@@ -1,4 +1,4 @@
-"""The value of a formula at a point: an exact fraction as far as it goes, else a number of mpmath. All is bounded."""
+"""Computes a formula at a point, within bounds: as an exact fraction if possible, otherwise as a number of mpmath."""
 
 import math
 import zlib
@@ -16,7 +16,7 @@ Number = Any  # Fraction, mpf or mpc
 
 
 class Undefined(ValueError):
-    """The formula has no value at this point: a division by zero, say."""
+    """The formula has no value at this point, for example because of a division by zero."""
 
 
 def long(number: Number) -> Any:
@@ -105,7 +105,7 @@ class Evaluator:
         return self.bounded(self.mp.power(base, exponent))
 
     def root(self, base: Number, order: Number) -> Number:
-        """The real root where there is one: of a negative number if the order is odd."""
+        """The real root if there is one, as for a negative number and an odd order; otherwise the complex one."""
         if not isinstance(order, Fraction) or order.denominator != 1 or not 1 <= order <= 10_000:
             if isinstance(order, Fraction) and order == 0:
                 raise Undefined("a root of order zero")

@@ -1,5 +1,5 @@
-"""One spelling for each sign: Unicode, LaTeX variants and spacing, before anything is parsed. No rule here changes a
-value; a sign without a rule is left as it is, and the parser refuses it.
+"""Gives each sign one spelling before anything is parsed: Unicode, variants of LaTeX, and spacing. No rule changes a
+value. A sign without a rule stays as it is, and the parser refuses it.
 """
 
 import re
@@ -82,7 +82,7 @@ def normal(text: str) -> str:
 
 
 def key(text: str) -> str:
-    """What two texts have in common that differ in spelling and spacing alone: equal keys mean equal answers."""
+    """A key that is equal for texts which differ in spelling and spacing only. Equal keys mean equal answers."""
     return re.sub(r"(?<=[^\w\s])\s+|\s+(?=[^\w\s])", "", normal(text))
 
 
@@ -102,7 +102,7 @@ def _spelled(text: str, place: int) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Without the signs of mathematics mode: they show where a formula begins, which is known already."""
+    """The text without the signs of mathematics mode, which only show where the formula begins and ends."""
     text = text.replace(r"\(", " ").replace(r"\)", " ").replace(r"\[", " ").replace(r"\]", " ")
     text = text.replace("\\$", "\\dollar ").strip().strip("*").strip()
     if text.startswith("$") and text.count("$") == 1:  # an amount of money

@@ -1,4 +1,4 @@
-"""Values of formulas: exact fractions as far as they go, else numbers of 60 digits and more. Nothing unbounded.
+"""Compares the values of formulas, as exact fractions if possible and otherwise with 60 digits or more, within bounds.
 
 Two formulas with variables are equal if they have equal values at several points, which are drawn from the names of the
 variables: the identity test of Schwartz and Zippel, here in exact or long arithmetic.
@@ -30,7 +30,9 @@ def symbols(tree: Tree) -> frozenset[str]:
 
 
 def points(trees: tuple[Tree, ...]) -> list[dict[str, Fraction]]:
-    """Values for the variables of the trees: of both signs, and whole where only a whole number makes sense."""
+    """Points, which are values for the variables of the trees. The values have both signs, and are whole for variables
+    that only make sense as whole numbers.
+    """
     names = frozenset().union(*map(symbols, trees))
     whole = frozenset().union(*map(_whole, trees))
     order = sorted(names)
@@ -41,7 +43,7 @@ def points(trees: tuple[Tree, ...]) -> list[dict[str, Fraction]]:
 
 
 def equal(one: Tree, other: Tree) -> bool:
-    """Whether two formulas have the same value, wherever both have one. Raises Unreadable if it is out of bounds."""
+    """Whether two formulas have the same value at all points where both have one. Raises Unreadable beyond bounds."""
     compared = 0
     for point in points((one, other)):
         try:
@@ -58,7 +60,7 @@ def equal(one: Tree, other: Tree) -> bool:
 def same_number(one: Tree, other: Tree, point: Mapping[str, Fraction]) -> bool:
     """Whether two formulas have the same value at a point: exactly, or to 40 digits, relative to their size.
 
-    A decimal of 16 digits and more is taken for a float, which is exact to 15 digits only.
+    A decimal of 16 or more digits counts as a printed float, of which only 15 digits are exact.
     """
     left, right = value(one, point), value(other, point)
     if isinstance(left, Fraction) and isinstance(right, Fraction):
@@ -80,7 +82,7 @@ def same_number(one: Tree, other: Tree, point: Mapping[str, Fraction]) -> bool:
 
 
 def proportional(one: Tree, other: Tree) -> int:
-    """The sign of c where one formula is c times the other at all points, c not zero; 0 if there is no such c."""
+    """The sign of c, if one formula is c times the other at all points and c is not zero; 0 if there is no such c."""
     from mpmath import mp
 
     pairs = []
@@ -100,9 +102,9 @@ def proportional(one: Tree, other: Tree) -> int:
 
 
 def real(tree: Tree) -> Any:
-    """The value of a formula without variables as a real number to order: a Fraction, or a float that is infinite.
+    """The value of a formula without variables, as a number that can be ordered: a Fraction, or an infinite float.
 
-    Raises Unreadable where it has no such value. Irrational numbers are rounded to 50 digits.
+    Raises Unreadable if it has no such value. Irrational numbers are rounded to 50 digits.
     """
     from mpmath import mp
 
@@ -122,7 +124,7 @@ def real(tree: Tree) -> Any:
 
 
 def value(tree: Tree, point: Mapping[str, Any]) -> Number:
-    """The value of a formula. Raises Undefined where there is none, Unreadable where it is out of bounds."""
+    """The value of a formula at a point. Raises Undefined if it has none, Unreadable if it exceeds the bounds."""
     from mpmath import mp
 
     with mp.workdps(_digits((tree,))):
@@ -133,7 +135,7 @@ def value(tree: Tree, point: Mapping[str, Any]) -> Number:
 
 
 def _vanishes(tree: Tree, point: Mapping[str, Any], digits: int) -> bool:
-    """Whether a value is zero but for rounding: then it shrinks as digits are added."""
+    """Whether a value is zero apart from rounding, which is so if it shrinks when more digits are computed."""
     from mpmath import mp
 
     sizes = []
@@ -166,7 +168,7 @@ def _is_float(tree: Tree) -> bool:
 
 
 def _digits(trees: tuple[Tree, ...]) -> int:
-    """How many digits to compute with: more where the formula has long numbers, whose last digits must count."""
+    """How many digits to compute with. Long numbers in the formula need more, because their last digits must count."""
     return _DIGITS + min(2000, max(map(_longest, trees)) // 3)
 
 

@@ -1,4 +1,4 @@
-"""What an answer can be, as frozen records."""
+"""The kinds of answers, as frozen records."""
 
 from dataclasses import dataclass
 
@@ -58,7 +58,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Domain:
-    """All real numbers ("R") or none (""), or those for which the condition holds."""
+    """A set of numbers: all real numbers ("R"), none (""), or those for which the condition holds."""
 
     name: str
     condition: "Answer | None" = None
@@ -66,7 +66,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Either:
-    """One number written twice: exactly, and rounded."""
+    """One number that is given twice, exactly and rounded."""
 
     exact: "Answer"
     rounded: "Answer"

@@ -23,7 +23,7 @@ _MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne
 
 
 def region_of(answer: Answer) -> tuple[str, Region]:
-    """The variable of a condition ("" without) and the real numbers of the set. Raises Unreadable if it is none."""
+    """The variable of the set's condition ("" without one), and its real numbers. Raises Unreadable for other kinds."""
     match answer:
         case Domain(name="R", condition=None):
             return "", ALL
@@ -58,7 +58,7 @@ def region_of(answer: Answer) -> tuple[str, Region]:
 
 
 def combined(one: Region, other: Region, rule: Callable[[bool, bool], bool]) -> Region:
-    """The numbers for which the rule holds, given whether they lie in one region and in the other."""
+    """The numbers for which `rule` is true. It gets whether a number lies in `one`, and whether it lies in `other`."""
     cuts = sorted({cut for piece in (*one, *other, *ALL) for cut in piece})
     pieces: list[tuple[Cut, Cut]] = []
     for low, high in itertools.pairwise(cuts):
@@ -86,7 +86,9 @@ def _end(answer: Answer) -> Any:
 
 
 def _of_conditions(kind: str, found: list[tuple[str, Region]]) -> tuple[str, Region]:
-    """Conditions joined by commas or "and" hold together, unless that is impossible; those joined by "or" do not."""
+    """The region of several conditions. Those joined by commas or "and" must all hold, unless no number satisfies all;
+    of those joined by "or", one must hold.
+    """
     names = {name for name, _ in found if name}
     if len(names) != 1:
         raise Unreadable("conditions on several variables")
@@ -110,7 +112,7 @@ def _of_relation(relation: Relation) -> tuple[str, Region]:
 
 
 def _solved(left: Tree, sign: str, right: Tree, *, name: str) -> Region:
-    """The solutions of a condition that is linear in its variable, or the absolute value of something linear."""
+    """The solutions of a condition on an expression that is linear in its variable, or on its absolute value."""
     if right[:2] == ("fn", "abs") and name not in symbols(left):
         left, sign, right = right, _MIRRORED[sign], left
     if left[:2] == ("fn", "abs") and name not in symbols(right):
@@ -132,7 +134,7 @@ def _solved(left: Tree, sign: str, right: Tree, *, name: str) -> Region:
 
 
 def _lone(left: Tree, sign: str, right: Tree) -> Region:
-    """A condition with the variable alone on one side and an irrational number on the other."""
+    """The solutions of a condition with the variable alone on one side and an irrational number on the other."""
     if left[0] == "sym":
         return _beyond(real(right), sign)
     if right[0] == "sym":

@@ -1,4 +1,4 @@
-"""A formula in one spelling (`notation.py`) as tokens. Numbers are exact fractions: no float is made of a decimal."""
+"""Splits a formula in one spelling (`notation.py`) into tokens. Decimals become exact fractions, never floats."""
 
 import re
 from fractions import Fraction

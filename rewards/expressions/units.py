@@ -38,7 +38,7 @@ _MONEY = (
 
 
 def unit_at(text: str, start: int) -> str | None:
-    """The unit that begins there and ends with the text, in plain words; None if the rest is no unit."""
+    """The unit that begins at this place and ends with the text, in plain words; None if the rest is not a unit."""
     rest = text[start:]
     if rest[:1] in "([{|+*=<>!_" or len(rest) > 80:
         return None
@@ -84,9 +84,10 @@ def _plain(rest: str) -> str | None:
 
 
 def same_unit(one: str, other: str) -> Fraction | None:
-    """How many of the other unit one of the first is; None if they measure different things.
+    """The factor from the first unit to the second, such as 100 from m to cm; None if they measure different things.
 
-    Unknown words are the same if they are equal, but for a plural. Neutral words ("units", "in total") match any unit.
+    Unknown words are the same unit if they are equal apart from a plural. Neutral words ("units", "in total") match any
+    unit.
     """
     first, second = _words(one), _words(other)
     if first == second or not first or not second:
