@@ -416,6 +416,30 @@ def test_drops_by_length_are_not_shown_as_more_drops():
     assert figures(metrics)["groups"] == [("dropped stale", "2", False)]
 
 
+def test_a_phase_is_shown_until_there_is_progress(tmp_path: Path):
+    display, file, out = LiveDisplay(), tmp_path / "events.jsonl", io.StringIO()
+    display._state = RunState(NODES, file)
+    plain = PlainDisplay(out)
+    plain.start(NODES, file)
+    context = StageContext("rl", tmp_path / "rl", file)
+    file.write_text(event("rl", "stage_start"))
+    context.phase("starting engines: 2")
+    display.refresh()
+    assert shown(display).count("starting engines: 2") == 2  # in the table and in the panel
+    context.progress(1, 40, "prompts", values={"phase": "pass@k profile"})
+    context.phase("waiting for the trainer")
+    display.refresh()
+    assert shown(display).count("waiting for the trainer") == 2
+    context.progress(40, 40, "prompts", values={"phase": "pass@k profile"})
+    display.refresh()
+    assert "waiting for the trainer" not in shown(display)
+    assert "40/40 prompts" in shown(display)
+    plain.stop()
+    lines = [line[10:] for line in out.getvalue().splitlines()]
+    assert "rl  starting engines: 2" in lines
+    assert "rl  waiting for the trainer" in lines
+
+
 def test_the_panel_says_what_goes_on_before_the_first_step(tmp_path: Path):
     display = LiveDisplay()
     display._state = RunState(NODES, tmp_path / "events.jsonl")

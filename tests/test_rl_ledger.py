@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from posttrain.cli.audit import print_audits
 from posttrain.config.base import dump_yaml
 from posttrain.config.rewards import SystemsConfig
 from posttrain.errors import CheckpointError, StageError
+from posttrain.pipeline.rundir import DONE, RunDir, is_running
 from posttrain.records import DrawnPrompt, FinishReason, Message, Prompt, Rollout, Row, Segment, VersionSpan
 from posttrain.rl.history.archive import RolloutArchive, check_archive, recorded_rollout
 from posttrain.rl.history.audit import audit_stage
@@ -252,6 +254,26 @@ def rewrite(stage, step, change):
     path = stage / "rollouts" / f"step_{step:06d}.parquet"
     rows = [change(row) for row in pq.read_table(path).to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path)
+
+
+def test_an_audit_says_whether_more_is_to_come(finished, capsys):
+    stage = finished / "run" / "rl"
+    stage.mkdir(parents=True)
+    for path in [path for path in finished.iterdir() if path.name != "run"]:
+        path.rename(stage / path.name)
+    run = RunDir(stage.parent)
+    for state, words in (("not finished", "clean so far; the stage is not finished"), ("finished", "clean")):
+        assert print_audits(run.path, as_json=False) == 0
+        assert capsys.readouterr().out.startswith(f"{stage}: {words}\n")
+        print_audits(run.path, as_json=True)
+        assert json.loads(capsys.readouterr().out)[0]["state"] == state
+        (stage / DONE).write_text("{}")
+    (stage / DONE).unlink()
+    assert not is_running(run.path)
+    with run._locked():
+        assert is_running(run.path)
+        print_audits(run.path, as_json=False)
+        assert capsys.readouterr().out.startswith(f"{stage}: clean so far; the stage is running\n")
 
 
 def test_a_clean_run_is_clean(finished):
