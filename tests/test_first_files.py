@@ -3,14 +3,20 @@ mistakes, each of which is one message that says what to do.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rollout_records import one_turn
 
+from posttrain.cli.hints import key_paths
 from posttrain.cli.main import main
-from posttrain.pipeline.kinds import KINDS
+from posttrain.data.rows import load_rows
+from posttrain.pipeline.kinds import KINDS, load_schema
+from posttrain.records import VersionSpan
+from posttrain.scoring.plugins.lookup import load_reward
 
 ROWS = {
     "train.jsonl": [{"prompt": "2 + 2?", "completion": "4", "capability": "math"}] * 3,
@@ -160,3 +166,52 @@ def test_a_learning_rate_that_diverges_is_doubted(capsys: pytest.CaptureFixture[
         assert "doubtful  optimizer.learning_rate: got 1000; " in capsys.readouterr().out
         assert validate(kind, "optimizer.learning_rate=1e-3") == 0
         assert "doubtful" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ docs/coming-from.md
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "coming-from.md").read_text()
+NOT_KEYS = {"top_k", "weighted_sum"}  # a setting that is refused, and a reward
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_every_key_that_the_page_gives_for_another_tools_exists():
+    sections = PAGE.split("\n## ")
+    tables = [part for part in sections if part.startswith(("Supervised", "RL"))]
+    cells = [line.split("|")[-2] for part in tables for line in part.splitlines() if line.startswith("| ")]
+    named = {key for cell in cells for key in re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)(?:: [^`]*)?`", cell)} - NOT_KEYS
+    known = [f".{key}" for kind in ("sft", "dpo", "rl") for key in key_paths(load_schema(KINDS[kind]))]
+    assert len(named) > 30
+    assert [name for name in sorted(named) if not any(key.endswith(f".{name}") for key in known)] == []
+
+
+def test_the_pages_example_and_its_wrapped_rewards_work(folder: Path, capsys: pytest.CaptureFixture[str]):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = {
+        "data_source": "gsm8k",
+        "prompt": [{"role": "user", "content": "2 + 2?"}],
+        "reward_model": {"style": "rule", "ground_truth": "4"},
+    }
+    Path("gsm8k").mkdir()
+    pq.write_table(pa.Table.from_pylist([row] * 3), "gsm8k/train.parquet")
+    convert, wrap, _ = blocks("python")
+    exec(compile(convert, "docs/coming-from.md", "exec"), {})
+    Path("theirs.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return float(ground_truth in solution_str)\n\n\n"
+        "def format_reward(completions, **kwargs):\n    return [len(turns[0]['content']) for turns in completions]\n"
+    )
+    Path("my_rewards.py").write_text(wrap + "\n\ndef accuracy(rollout, row):\n    return rollout.text == row.answer\n")
+    Path("models").mkdir()
+    model_folder("models/qwen")
+    Path("rl.yaml").write_text(blocks("yaml")[0])
+    rows = load_rows("prompts.jsonl", kind="prompt")
+    reply = one_turn(rows[0].id, "g", 0, (5,), (6,), "it is 4", (-0.1,), (VersionSpan(0, 0, 1),), "stop")
+    for name, value in (("from_trl", 7), ("from_verl", 1.0)):
+        assert validate("rl", f"reward.name=my_rewards.py:{name}") == 0, capsys.readouterr().err
+        assert load_reward(f"my_rewards.py:{name}")(reply, rows[0]) == value

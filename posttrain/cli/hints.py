@@ -19,7 +19,7 @@ def override_hint(option: str, arguments: Sequence[str]) -> str:
     command, *words = arguments or [""]
     kinds = [command] if command in KINDS else list(KINDS) if command in ("run", "validate") else []
     name = option.lstrip("-").partition("=")[0].replace("-", "_")
-    keys = [key for kind in kinds for key in _keys(load_schema(KINDS[kind])) if f".{key}".endswith(f".{name}")]
+    keys = [key for kind in kinds for key in key_paths(load_schema(KINDS[kind])) if f".{key}".endswith(f".{name}")]
     found = list(dict.fromkeys(keys))[:SHOWN]
     if not found:
         return ""
@@ -37,11 +37,11 @@ def _value_of(option: str, words: Sequence[str]) -> str:
     return "VALUE"
 
 
-def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def key_paths(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The key paths of a schema, through its sections, the shortest first within each."""
     inner: list[tuple[Any, str]] = []
     for name, field in schema.model_fields.items():
         yield f"{prefix}{name}"
         inner += [(section, f"{prefix}{name}.") for section in sections_of(field.annotation)]
     for section, before in inner:
-        yield from _keys(section, before)
+        yield from key_paths(section, before)
