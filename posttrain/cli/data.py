@@ -1,6 +1,7 @@
 """`posttrain data`: look at a dataset before anything is trained on it, and write it in this package's own form."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,24 +15,48 @@ DataPath = Annotated[str, typer.Argument(metavar="PATH", help="File, folder or d
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of a data section, such as format=alpaca.")
 ]
-KindOption = Annotated[str | None, typer.Option("--kind", help="supervised, prompt or pairs; told from the first row.")]
-KINDS = ("supervised", "prompt", "pairs")
+KindOption = Annotated[
+    str | None, typer.Option("--kind", help="supervised, prompt, pairs or labelled; told from the first row.")
+]
+KINDS = ("supervised", "prompt", "pairs", "labelled")
 BAR = 40
 
 
-def _config(path: str, settings: list[str] | None) -> Any:
+def data_config(path: str, settings: list[str] | None) -> Any:
+    """The data section that a command is given. Raises ConfigError."""
     from posttrain.config.base import apply_overrides, validate_config
     from posttrain.config.data import DataConfig
 
     return validate_config(DataConfig, apply_overrides({"path": path}, settings or []), "data")
 
 
-def _kind(config: Any, given: str | None) -> str:
-    from posttrain.data.inspection import kind_of
+def data_kind(config: Any, given: str | None) -> Any:
+    """The kind of a dataset, as it is given or by its first row. Raises ConfigError for one that does not exist."""
+    from posttrain.data.kinds import kind_of
 
     if given is not None and given not in KINDS:
         raise ConfigError("--kind", [f"got {given!r}; it must be one of {', '.join(KINDS)}"])
     return given or kind_of(config)
+
+
+def good_items(config: Any, kind: Any, left: list[str]) -> Iterator[Any]:
+    """The items of a dataset one by one. Bad rows end it, or are told in `left` where the config sets them aside."""
+    from posttrain.data.bad_rows import BadRow
+    from posttrain.data.kinds import iter_items
+    from posttrain.errors import DataError
+
+    for item in iter_items(config, kind):
+        if not isinstance(item, BadRow):
+            yield item
+        elif config.on_bad_row == "fail":
+            raise DataError(str(item))
+        else:
+            left.append(str(item))
+
+
+def left_out(left: list[str]) -> str:
+    """How many rows were left out, for the end of a line."""
+    return f"; {len(left)} left out, the first: {left[0]}" if left else ""
 
 
 @data_app.command("inspect")
@@ -51,13 +76,13 @@ def inspect_data(
     from posttrain.data.inspection import inspect
     from posttrain.data.lengths import character_length, token_length
 
-    config = _config(path, settings)
+    config = data_config(path, settings)
     length = character_length
     if model is not None:
         from posttrain.model.load import load_tokenizer
 
         length = token_length(load_tokenizer(str(model)))
-    found = inspect(config, _kind(config, kind), length, max_length=max_length)
+    found = inspect(config, data_kind(config, kind), length, max_length=max_length)
     typer.echo(json.dumps(found, indent=2) if as_json else _text(found, "tokens" if model else "characters"))
     if found["bad_rows"]:
         raise typer.Exit(2)
@@ -65,7 +90,7 @@ def inspect_data(
 
 def _text(found: dict[str, Any], unit: str) -> str:
     lines = [f"{found['rows']} {found['kind']} rows, {found['bad_rows']} bad, {found['duplicates']} duplicates"]
-    counts = {"formats": found["formats"], "capabilities": found["capabilities"], unit: found["lengths"]}
+    counts = {name: found[name] for name in ("formats", "labels", "capabilities")} | {unit: found["lengths"]}
     lines += [
         f"{name}: " + ", ".join(f"{key} {n}" for key, n in given.items()) for name, given in counts.items() if given
     ]
@@ -90,29 +115,18 @@ def convert(
 
     Example: posttrain data convert sharegpt.json sft.jsonl on_bad_row=set_aside
     """
-    from posttrain.data.bad_rows import BadRow
+    from posttrain.data.kinds import item_to_json
     from posttrain.data.pairs import load_pairs, write_pairs
-    from posttrain.data.rows import iter_rows, write_rows
-    from posttrain.errors import DataError
+    from posttrain.files import write_jsonl
 
-    config = _config(path, settings)
-    found = _kind(config, kind)
+    config = data_config(path, settings)
+    found = data_kind(config, kind)
     if found == "pairs":
         typer.echo(f"{write_pairs(out, load_pairs(config))} pairs: {out}")
         return
     left: list[str] = []
-
-    def good() -> Any:
-        for item in iter_rows(config, kind="prompt" if found == "prompt" else "supervised"):
-            if not isinstance(item, BadRow):
-                yield item
-            elif config.on_bad_row == "fail":
-                raise DataError(str(item))
-            else:
-                left.append(str(item))
-
-    written = write_rows(out, good())
-    typer.echo(f"{written} rows: {out}" + (f"; {len(left)} left out, the first: {left[0]}" if left else ""))
+    written = write_jsonl(out, map(item_to_json, good_items(config, found, left)))
+    typer.echo(f"{written} rows: {out}{left_out(left)}")
 
 
 @data_app.command()
@@ -136,7 +150,7 @@ def preview(
     from posttrain.model.load import load_tokenizer
 
     tokenizer, console = load_tokenizer(str(model)), Console(soft_wrap=True, highlight=False)
-    for row in load_rows(_config(path, settings), kind="supervised", limit=rows):
+    for row in load_rows(data_config(path, settings), kind="supervised", limit=rows):
         console.print(Text(f"--- {row.id}", style="bold"))
         for part, trained in runs(tokenizer, row):
             text = str(tokenizer.decode(part))

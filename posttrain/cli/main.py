@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from posttrain.cli import prune  # noqa: F401  (adds its commands to data_app)
 from posttrain.cli.data import data_app
 from posttrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, ConfigError, PosttrainError
 

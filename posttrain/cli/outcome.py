@@ -40,7 +40,9 @@ def notice_text(stage: str, event: dict[str, Any]) -> str:
 
 def _figures(kind: str, stats: Mapping[str, Any]) -> list[str]:
     if kind == "filter":
-        return [f"kept {stats.get('num_kept')} of {plural(stats.get('num_rows') or 0, 'row')}"]
+        removed = (stats.get("num_duplicates") or 0) + (stats.get("num_contaminated") or 0)
+        before = f"{removed} removed before as duplicates or contaminated" if removed else ""
+        return [f"kept {stats.get('num_kept')} of {plural(stats.get('num_rows') or 0, 'row')}", before]
     steps = plural(stats["steps"], "step") if stats.get("steps") else ""
     first, last = stats.get("loss_first"), stats.get("loss_last")
     loss = f"loss {plain(first)} → {plain(last)}" if first is not None and last is not None else ""

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from posttrain.config.base import Config
 from posttrain.config.fields import PathText, Positive
 
+NEAR_FLOOR = 0.3  # below it, nearly all rows would be candidates
+
 
 class FilesConfig(Config):
     """Records of any kind: JSON lines, JSON, Parquet or CSV files, a folder of such files, or a saved `datasets`
@@ -64,3 +66,33 @@ class DataConfig(FilesConfig):
                 f"weights: got {len(self.weights)} for {len(paths)} paths; give one for each entry of path"
             )
         return self
+
+
+class DedupConfig(Config):
+    """Which rows repeat an earlier one and are removed. Example: `dedup: {near: 0.9}`; `dedup: {}` for equal ones."""
+
+    near: Annotated[float, Field(ge=NEAR_FLOOR, lt=1)] | None = Field(
+        default=None,
+        description="Also remove a row each of whose texts shares at least this part of its 5-word shingles with an "
+        "earlier row; null removes only equal rows.",
+    )
+
+
+class EvaluationSetsConfig(FilesConfig):
+    """Evaluation sets whose text no row may contain. Example: `decontaminate: {path: [heldout.jsonl, tune.jsonl]}`."""
+
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Which columns of these sets hold what, where a row has them: {prompt: question}.",
+    )
+    ngram: Annotated[int, Field(ge=4)] = Field(
+        default=13, description="Words in a run that counts as shared. Shorter prompts are compared as a whole."
+    )
+    overlap: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="The least share of an evaluation text's words in shared runs that removes a row."
+    )
+
+    @property
+    def paths(self) -> list[str]:
+        """`path` as a list."""
+        return [self.path] if isinstance(self.path, str) else self.path

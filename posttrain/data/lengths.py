@@ -5,27 +5,32 @@ from itertools import groupby
 from typing import Any
 
 from posttrain.data.chat import render_conversation, render_prompt
-from posttrain.data.pairs import Pair
+from posttrain.data.ngrams import Item
+from posttrain.data.pairs import Labelled, Pair
 from posttrain.data.transcript import message_text
 from posttrain.data.turns import is_learned, tools_of
 from posttrain.records import Message, Row
 
 
-def character_length(item: Row | Pair) -> int:
-    """Characters of all texts of a row, or of a pair with its longer reply."""
-    if isinstance(item, Pair):
-        return sum(len(message_text(turn)) for turn in item.prompt) + max(len(item.chosen), len(item.rejected))
-    return sum(len(message_text(turn)) for turn in item.messages)
+def _replies(item: Pair | Labelled) -> tuple[str, ...]:
+    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item.reply,)
+
+
+def character_length(item: Item) -> int:
+    """Characters of all texts of a row, or of a prompt with its reply, of a pair with the longer one."""
+    if isinstance(item, Row):
+        return sum(len(message_text(turn)) for turn in item.messages)
+    return sum(len(message_text(turn)) for turn in item.prompt) + max(map(len, _replies(item)))
 
 
 def token_length(tokenizer: Any) -> Callable[[Any], int]:
     """Counts the tokens of a row as training or sampling sees it, or of a pair with its longer reply."""
 
-    def count(item: Row | Pair) -> int:
+    def count(item: Item) -> int:
         tools = tools_of(item.fields)
-        if isinstance(item, Pair):
-            replies = ((*item.prompt, Message("assistant", reply)) for reply in (item.chosen, item.rejected))
-            return max(len(render_conversation(tokenizer, turns, tools)[0]) for turns in replies)
+        if not isinstance(item, Row):
+            whole = ((*item.prompt, Message("assistant", reply)) for reply in _replies(item))
+            return max(len(render_conversation(tokenizer, turns, tools)[0]) for turns in whole)
         if any(map(is_learned, item.messages)):
             return len(render_conversation(tokenizer, item.messages, tools)[0])
         return len(render_prompt(tokenizer, item.messages, tools))

@@ -51,7 +51,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class _Labelled:
+class Labelled:
     """One reply to a prompt, and whether it is good."""
 
     id: str
@@ -59,7 +59,12 @@ class _Labelled:
     prompt: tuple[Message, ...]
     reply: str
     good: bool
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """Every turn: those of the prompt, then the reply."""
+        return (*self.prompt, Message("assistant", self.reply))
 
 
 def load_pairs(
@@ -69,18 +74,16 @@ def load_pairs(
     return _joined(collect(data, _parser(stage), limit, identity=lambda pair: pair.id, context=context))
 
 
-def scan_pairs(data: Data) -> Iterator["Pair | BadRow"]:
-    """Pairs one by one, a bad one as a `BadRow`. Replies with labels are left out: they are no pairs yet."""
-    for item in scan(data, _parser(None), None, identity=lambda pair: pair.id):
-        if not isinstance(item, _Labelled):
-            yield item
+def scan_pairs(data: Data) -> Iterator["Pair | Labelled | BadRow"]:
+    """Pairs and labelled replies one by one, a bad one as a `BadRow`. Replies are not joined to pairs."""
+    return scan(data, _parser(None), None, identity=lambda item: item.id)
 
 
-def _joined(items: Sequence["Pair | _Labelled"]) -> list[Pair]:
+def _joined(items: Sequence["Pair | Labelled"]) -> list[Pair]:
     """The pairs, with labelled replies to the same prompt joined to pairs. Raises `DataError` for one left alone."""
-    labelled: dict[str, tuple[list[_Labelled], list[_Labelled]]] = {}
+    labelled: dict[str, tuple[list[Labelled], list[Labelled]]] = {}
     for item in items:
-        if isinstance(item, _Labelled):
+        if isinstance(item, Labelled):
             key = json.dumps(messages_to_json(item.prompt), sort_keys=True)
             labelled.setdefault(key, ([], []))[item.good].append(item)
     alone = [group for group in labelled.values() if len(group[0]) != len(group[1])]
@@ -103,8 +106,8 @@ def check_pairs(data: Data, rows: int = 100, *, stage: str | None = None) -> lis
     return check(data, _parser(stage), rows, identity=lambda pair: pair.id)
 
 
-def _parser(stage: str | None) -> Callable[[Record, DataConfig], Pair | _Labelled]:
-    def parse(record: Record, config: DataConfig) -> Pair | _Labelled:
+def _parser(stage: str | None) -> Callable[[Record, DataConfig], Pair | Labelled]:
+    def parse(record: Record, config: DataConfig) -> Pair | Labelled:
         pair = _parse(record, config)
         if stage is not None:
             check_usable(pair.prompt, pair.fields, name="prompt", stage=stage)
@@ -130,9 +133,21 @@ def pair_to_json(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _parse(record: Record, config: DataConfig) -> Pair | _Labelled:
+def labelled_to_json(item: Labelled) -> dict[str, Any]:
+    """The JSON object that is read back as an equal labelled reply."""
+    return {
+        **item.fields,
+        "id": item.id,
+        "capability": item.capability,
+        "prompt": messages_to_json(item.prompt),
+        "completion": [{"role": "assistant", "content": item.reply}],
+        "label": item.good,
+    }
+
+
+def _parse(record: Record, config: DataConfig) -> Pair | Labelled:
     value = renamed(record.value, config)
-    if _format(value, config.format) == "kto":
+    if pair_format(value, config.format) == "kto":
         return _labelled(value, record, config)
     for name in ("chosen", "rejected"):
         if value.get(name) is None:
@@ -157,8 +172,18 @@ def _has_label(value: Mapping[str, Any]) -> bool:
     return value.get("label") is not None and any(value.get(name) is not None for name in REPLY_FIELDS)
 
 
-def _format(value: Mapping[str, Any], declared: str | None) -> str:
-    """pairs or kto. Raises `RowError` for a declared format of another kind, and where both fit."""
+def is_labelled(value: Mapping[str, Any], declared: str | None) -> bool:
+    """Whether a row holds one reply that is marked as good or bad, by its columns or the declared format."""
+    if declared is not None:
+        return declared == "kto"
+    return _has_label(value) and isinstance(value["label"], bool) and value.get("prompt") is not None
+
+
+def pair_format(value: Mapping[str, Any], declared: str | None) -> str:
+    """The format of a row of preferences, pairs or kto.
+
+    Raises `RowError` for a declared format of another kind, and where both fit.
+    """
     if declared is not None:
         if declared not in ("pairs", "kto"):
             raise RowError(f"format: {declared} holds no preferences; set pairs or kto, or leave it out")
@@ -168,7 +193,7 @@ def _format(value: Mapping[str, Any], declared: str | None) -> str:
     return "kto" if _has_label(value) and value.get("chosen") is None else "pairs"
 
 
-def _labelled(value: dict[str, Any], record: Record, config: DataConfig) -> _Labelled:
+def _labelled(value: dict[str, Any], record: Record, config: DataConfig) -> Labelled:
     if value.get("prompt") is None or not _has_label(value):
         raise RowError(f"format: kto has 'prompt', 'completion' and 'label'; its columns are: {', '.join(value)}")
     refuse_columns(value)
@@ -179,7 +204,7 @@ def _labelled(value: dict[str, Any], record: Record, config: DataConfig) -> _Lab
         raise RowError(f"{name}: got {len(start) + 1} turns: must be the reply alone")
     check_turns(prompt, "prompt", "prompt")
     good = label_of(value)
-    return _Labelled(take_id(value, record), take_capability(value, config.capability), prompt, reply, good, value)
+    return Labelled(take_id(value, record), take_capability(value, config.capability), prompt, reply, good, value)
 
 
 def _take_prompt(value: dict[str, Any], roles: Mapping[str, str]) -> tuple[Message, ...]:

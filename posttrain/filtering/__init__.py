@@ -1,5 +1,6 @@
 """A judge rates how hard each supervised row is; the hardest stay.
 
+pruning.py     which rows are removed before: duplicates, and text of evaluation sets
 rating.py      the verdict on each row, from an earlier run or from the judge
 selection.py   which rows stay
 stage.py       the stage: rows in, kept.jsonl and dropped.jsonl out

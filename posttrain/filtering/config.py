@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.data import DataConfig
+from posttrain.config.data import DataConfig, DedupConfig, EvaluationSetsConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.resources import ActorResources
 from posttrain.judging.config import EndpointConfig, JudgeQuestion
@@ -64,6 +64,14 @@ class FilterConfig(JudgeQuestion):
         "that engines of this stage serve, or endpoint."
     )
     data: DataConfig = Field(description="The supervised rows to rate; each ends with an assistant turn.")
+    dedup: DedupConfig | None = Field(
+        default=None,
+        description="Before the judge sees them, remove rows that repeat an earlier one; null removes none.",
+    )
+    decontaminate: EvaluationSetsConfig | None = Field(
+        default=None,
+        description="Before the judge sees them, remove rows that contain text of evaluation sets; null removes none.",
+    )
     keep_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5,
         description="Share of the rows that is kept, the hardest ones: exactly round(keep_fraction * rows) rows.",

@@ -1,6 +1,6 @@
 """The `filter` stage: rows in, a judge's verdict on each, the hardest part out.
 
-    rows ─► a verdict on each (rating.py) ─► select ─► kept.jsonl, dropped.jsonl
+    rows ─► prune (pruning.py) ─► a verdict on each (rating.py) ─► select ─► kept.jsonl, dropped.jsonl
 
 Rows, labels, questions and the endpoint are checked before an engine starts. A row without a verdict ends the stage:
 which rows stay depends on all scores, and a missing score is not a low one. Left out: the policy's own pass rate, which
@@ -21,6 +21,7 @@ from posttrain.data.special import special_token_problem
 from posttrain.errors import DataError, StageError
 from posttrain.files import write_json
 from posttrain.filtering.config import FilterConfig
+from posttrain.filtering.pruning import prune
 from posttrain.filtering.rating import rate
 from posttrain.filtering.selection import num_kept, select
 from posttrain.judging.backend import prepare_judge
@@ -52,12 +53,13 @@ def run(config: FilterConfig, context: StageContext) -> dict[str, Any]:
     """Filter the configured rows. Returns {"kept": path, "dropped": path, "stats": {...}}."""
     rows = load_rows(config.data, kind="supervised", stage="filter", context=context)
     started = time.time()
+    rows, removed = prune(rows, config, context)
     result = filter_rows(rows, config, context)
     paths = {"kept": context.dir / "kept.jsonl", "dropped": context.dir / "dropped.jsonl"}
     write_rows(paths["kept"], result.kept)
     write_rows(paths["dropped"], result.dropped)
     write_json(context.dir / "histogram.json", histogram(result, config.labels))
-    stats = statistics(result, time.time() - started)
+    stats = {**statistics(result, time.time() - started), **removed}
     context.metrics(0, stats)
     return {**{name: str(path) for name, path in paths.items()}, "stats": stats}
 

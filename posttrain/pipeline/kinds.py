@@ -61,7 +61,7 @@ KINDS: dict[str, StageKind] = {
         schema="posttrain.filtering.config:FilterConfig",
         run="posttrain.filtering.stage:run",
         outputs={"kept": "kept.jsonl", "dropped": "dropped.jsonl"},
-        data={"data": "supervised"},
+        data={"data": "supervised", "decontaminate": "any"},
         packages=("torch", "transformers", "vllm"),
         trains_itself=False,
     ),

@@ -1,0 +1,168 @@
+"""Rows that share text with an evaluation set, found by runs of words that both contain.
+
+    evaluation sets ─► n-grams of each text ─► index, in memory
+    row ─► its n-grams ─► evaluation texts that share one ─► share of each text's words that the row contains ─► hits
+
+An evaluation row has a text `prompt`, and one for each other column of text with at least `ngram` words, such as its
+answer. It is compared with each turn of a row, whatever the role, but not with system turns. A shorter prompt has to be
+contained as a whole; one of fewer than 4 words has to be a whole turn. Shorter answers are not compared: "The answer is
+42." says nothing.
+
+Source: n-gram overlap is that of GPT-3 (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C: up to
+13 words, not below 8, without case and punctuation). Weighing the overlap by the share of an evaluation text that it
+covers is that of Llama 2 (Touvron et al., 2023, appendix A.6) and Tülu 3 (Lambert et al., 2024, section 3.2, at 50%).
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import xxhash
+
+from posttrain.config.data import DataConfig, EvaluationSetsConfig
+from posttrain.data.files import Record, read_records
+from posttrain.data.messages import RowError
+from posttrain.data.ngrams import Item, item_texts, ngram_hashes, words
+from posttrain.data.rows import parse_row
+from posttrain.errors import DataError
+from posttrain.records import Row
+
+WHOLE_TURN = 4  # prompts of fewer words must be a whole turn
+COMMON = 100  # an n-gram of more evaluation texts is boilerplate, by which no row is found
+SHOWN_WORDS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A row that contains an evaluation text. One for each evaluation row, of the text with the largest overlap.
+
+    id, part: the row's, `prompt`, `reply`, `chosen` or `rejected`. evaluation: file and row number. evaluation_id,
+    evaluation_part: of the evaluation row, `prompt` or the name of a column. overlap: the share of the evaluation
+    text's words that lie in a shared n-gram. shared: the longest shared passage, as compared, cut after 30 words.
+    """
+
+    id: str
+    part: str
+    evaluation: str
+    evaluation_id: str
+    evaluation_part: str
+    overlap: float
+    shared: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    where: str
+    id: str
+    part: str
+    words: list[str]
+    grams: np.ndarray
+    n: int
+
+
+class EvaluationTexts:
+    """All texts of the evaluation sets that a config names, with which rows are compared.
+
+    They are read whole, and kept in memory. Raises `DataError` for a set that cannot be read, for sets without any row
+    and for a row without a prompt.
+    """
+
+    def __init__(self, config: EvaluationSetsConfig):
+        self.num_rows = 0
+        self._ngram, self._overlap = config.ngram, config.overlap
+        self._texts: list[_Text] = []
+        self._whole: dict[int, list[int]] = defaultdict(list)  # by hash of a short prompt: numbers of texts
+        self._index: dict[int, dict[int, list[int]]] = {}  # by length and hash of an n-gram: numbers of texts
+        for record in islice(read_records(config.paths), config.limit):
+            self._add(_evaluation_row(record, config.columns), record.where)
+        if not self.num_rows:
+            raise DataError(f"{', '.join(config.paths)}: holds no rows; an evaluation set needs at least one")
+        self._fill_index()
+        self._sorted = {n: np.array(sorted(index), np.uint64) for n, index in self._index.items()}
+
+    def _add(self, row: Row, where: str) -> None:
+        self.num_rows += 1
+        prompt = " ".join(text for part, text in item_texts(row) if part == "prompt")
+        texts = {"prompt": prompt, **{name: text for name, text in _columns(row) if len(words(text)) >= self._ngram}}
+        for part, text in texts.items():
+            found = words(text)
+            if len(found) < WHOLE_TURN:
+                self._whole[_whole_hash(found)].append(len(self._texts))
+            n = min(self._ngram, len(found))
+            self._texts.append(_Text(where, row.id, part, found, ngram_hashes(found, n), n))
+
+    def _fill_index(self) -> None:
+        """Index each text by those of its n-grams that few texts contain, and by its rarest one in any case."""
+        counts: Counter[int] = Counter()
+        for text in self._texts:
+            counts.update(set(text.grams.tolist()))
+        for number, text in enumerate(self._texts):
+            grams = set(text.grams.tolist())
+            if len(text.words) < WHOLE_TURN or not grams:
+                continue
+            rarest = min(sorted(grams), key=counts.__getitem__)
+            index = self._index.setdefault(text.n, {})
+            for gram in grams:
+                if counts[gram] <= COMMON or gram == rarest:
+                    index.setdefault(gram, []).append(number)
+
+    def hits(self, item: Item) -> list[Hit]:
+        """The evaluation rows that a row contains, the largest overlap first."""
+        best: dict[str, Hit] = {}
+        for part, text in item_texts(item):
+            for hit in self._hits_of(item.id, part, words(text)):
+                if hit.evaluation not in best or best[hit.evaluation].overlap < hit.overlap:
+                    best[hit.evaluation] = hit
+        return sorted(best.values(), key=lambda hit: -hit.overlap)
+
+    def _hits_of(self, identity: str, part: str, found: list[str]) -> Iterator[Hit]:
+        numbers = set(self._whole.get(_whole_hash(found), ())) if len(found) < WHOLE_TURN else set()
+        for number in sorted(numbers):
+            yield self._hit(identity, part, self._texts[number], np.ones(len(found), bool))
+        for n, known in self._sorted.items():
+            if n > len(found):
+                continue
+            grams = np.unique(ngram_hashes(found, n))
+            shared = grams[known[np.minimum(np.searchsorted(known, grams), len(known) - 1)] == grams]
+            candidates = {number for gram in shared.tolist() for number in self._index[n][gram]}
+            for number in sorted(candidates):
+                text = self._texts[number]
+                covered = np.zeros(len(text.words), bool)
+                for start in np.flatnonzero(np.isin(text.grams, grams)):
+                    covered[start : start + n] = True
+                if covered.mean() >= self._overlap:
+                    yield self._hit(identity, part, text, covered)
+
+    def _hit(self, identity: str, part: str, text: _Text, covered: np.ndarray) -> Hit:
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], covered.astype(int), [0]))))
+        start, end = max(zip(edges[::2], edges[1::2], strict=True), key=lambda run: run[1] - run[0])
+        shared = " ".join(text.words[start : min(end, start + SHOWN_WORDS)])
+        return Hit(identity, part, text.where, text.id, text.part, round(float(covered.mean()), 4), shared)
+
+
+def _evaluation_row(record: Record, columns: Mapping[str, str]) -> Row:
+    """The prompt of an evaluation row; where it is a whole conversation, its replies are in `fields`."""
+    if record.problem:
+        raise DataError(f"{record.where}: {record.problem}")
+    config = DataConfig(path=record.file, columns={a: b for a, b in columns.items() if b in record.value})
+    try:
+        return parse_row(record, "prompt", config)
+    except RowError as error:
+        try:
+            return parse_row(record, "supervised", config)
+        except RowError:
+            raise DataError(f"{record.where}: {error}") from None
+
+
+def _columns(row: Row) -> Iterator[tuple[str, str]]:
+    """(name, text) of the other columns of text, and of the replies of a conversation."""
+    replies = " ".join(text for part, text in item_texts(row) if part == "reply")
+    for name, value in {"reply": replies, "answer": row.answer, **row.fields}.items():
+        if isinstance(value, str) and name != "id":
+            yield name, value
+
+
+def _whole_hash(found: Sequence[str]) -> int:
+    return xxhash.xxh3_64_intdigest(" ".join(found).encode())

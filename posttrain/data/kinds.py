@@ -1,0 +1,55 @@
+"""The kinds of things that a dataset can hold, read one by one whatever they are: rows, pairs, labelled replies.
+
+`supervised` rows end with an assistant turn, `prompt` rows with a user or tool turn; `pairs` prefer one reply to
+another; `labelled` replies are marked as good or bad, as KTO has them.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from posttrain.data.bad_rows import BadRow
+from posttrain.data.files import read_records
+from posttrain.data.formats import renamed
+from posttrain.data.messages import RowError
+from posttrain.data.ngrams import Item
+from posttrain.data.pairs import Pair, is_labelled, labelled_to_json, pair_to_json, scan_pairs
+from posttrain.data.rows import Data, as_config, iter_rows, row_to_json
+from posttrain.errors import DataError
+from posttrain.records import Row
+
+DataKind = Literal["supervised", "prompt", "pairs", "labelled"]
+
+
+def kind_of(data: Data) -> DataKind:
+    """What a dataset holds, by its first row. Raises `DataError` where there is none."""
+    config = as_config(data)
+    paths = [config.path] if isinstance(config.path, str) else config.path
+    first = next(read_records(paths), None)
+    if first is None:
+        raise DataError(f"{', '.join(paths)}: holds no rows; at least one is needed")
+    try:
+        value: Mapping[str, Any] = renamed(first.value, config)
+    except RowError:
+        value = first.value
+    if value.get("chosen") is not None and value.get("rejected") is not None:
+        return "pairs"
+    if is_labelled(value, config.format):
+        return "labelled"
+    good = next(iter_rows(data, kind="supervised", limit=1), None)
+    if isinstance(good, BadRow) and not isinstance(next(iter_rows(data, kind="prompt", limit=1)), BadRow):
+        return "prompt"
+    return "supervised"
+
+
+def iter_items(data: Data, kind: DataKind) -> Iterator[Item | BadRow]:
+    """The items of a dataset one by one, a bad one as a `BadRow`; memory stays flat however many there are."""
+    if kind in ("pairs", "labelled"):
+        return scan_pairs(data)
+    return iter_rows(data, kind="prompt" if kind == "prompt" else "supervised")
+
+
+def item_to_json(item: Item) -> dict[str, Any]:
+    """The JSON object that is read back as an equal item."""
+    if isinstance(item, Row):
+        return row_to_json(item)
+    return pair_to_json(item) if isinstance(item, Pair) else labelled_to_json(item)

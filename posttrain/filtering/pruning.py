@@ -1,0 +1,47 @@
+"""What is removed before the judge sees a row: repetitions of earlier rows, and text of evaluation sets.
+
+Lines of removed.jsonl name each removed row, and the row that it repeats or the evaluation rows that it contains.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from posttrain.context import StageContext
+from posttrain.data.contamination import EvaluationTexts
+from posttrain.data.duplicates import DuplicateIndex
+from posttrain.errors import DataError
+from posttrain.files import write_jsonl
+from posttrain.filtering.config import FilterConfig
+from posttrain.records import Row
+
+FILE = "removed.jsonl"
+
+
+def prune(rows: Sequence[Row], config: FilterConfig, context: StageContext) -> tuple[list[Row], dict[str, int]]:
+    """The rows that stay, and how many were removed for which reason: {"num_duplicates", "num_contaminated"}.
+
+    Without `dedup` and `decontaminate`, all rows and no counts. Raises `DataError` for evaluation sets that cannot be
+    read, and where no row is left.
+    """
+    if config.dedup is None and config.decontaminate is None:
+        return list(rows), {}
+    texts = EvaluationTexts(config.decontaminate) if config.decontaminate is not None else None
+    stay: list[Row] = []
+    removed: list[dict[str, Any]] = []
+    counts = {"num_duplicates": 0, "num_contaminated": 0}
+    with DuplicateIndex(config.dedup.near if config.dedup is not None else None) as index:
+        for number, row in enumerate(rows, 1):
+            context.progress(number, len(rows), "rows compared")
+            if texts is not None and (hits := texts.hits(row)):
+                counts["num_contaminated"] += 1
+                removed += [{"reason": "contaminated", **asdict(hit)} for hit in hits]
+            elif config.dedup is not None and (duplicate := index.find(row)) is not None:
+                counts["num_duplicates"] += 1
+                removed.append({"reason": "duplicate", **asdict(duplicate)})
+            else:
+                stay.append(row)
+    write_jsonl(context.dir / FILE, removed)
+    if not stay:
+        raise DataError(f"all {len(rows)} rows contain text of decontaminate.path; see {context.dir / FILE}")
+    return stay, counts
