@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -72,6 +73,12 @@ def write_inputs(folder: Path, model: Path) -> None:
     _write(folder / "sft_shapes.jsonl", [{**shapes, "messages": whole, "conversations": whole}] * 2)
     pair = {**shapes, "prompt": user, "chosen": "Answer: 2", "rejected": "Answer: 3"}
     _write(folder / "pairs_shapes.jsonl", [pair])
+    common = " ".join(f"w{number}" for number in range(19))
+    twins = [{"prompt": f"{common} {end}", "completion": "Answer: 2"} for end in ("w19", "x19")]
+    _write(folder / "sft_twins.jsonl", [*twins, twins[0], {"prompt": "Sum: 1 + 1", "completion": "Answer: 2"}])
+    half = " ".join([*common.split()[:13], *(f"y{number}" for number in range(7))])
+    _write(folder / "heldout_a.jsonl", [{"prompt": "z " * 20, "question": "Sum: 1 + 1"}, {"prompt": half}])
+    _write(folder / "heldout_b.jsonl", [{"prompt": "Sum: 1 + 1"}])
     _write(folder / "train_a.jsonl", [{"key": "z0", "other": "k0"}, {"key": "z1", "other": "z1"}])
     _write(folder / "train_b.jsonl", [{"key": "z2", "other": "z2"}, {"key": "k1", "other": "z3"}])
     (folder / "first.yaml").write_text("steps: 6\n")
@@ -297,6 +304,18 @@ def filter_split(config: Any) -> Any:
     hardness = sorted(range(len(rows)), key=lambda index: rows[index].capability)  # one capability's rows are hardest
     logprobs = [[-0.1 * (1 + hardness.index(index))] + [-1.0] * (len(config.labels) - 1) for index in range(len(rows))]
     return split(rows, [verdict_of(config.labels, item) for item in logprobs], config, seed=0)
+
+
+def filter_removed(config: Any) -> Any:
+    """The rows that are left for the judge, and what is said of the others."""
+    from posttrain.data.rows import load_rows
+    from posttrain.filtering.pruning import FILE, prune
+
+    with TemporaryDirectory() as folder:
+        context = StageContext("stage", Path(folder), Path(folder) / "events.jsonl")
+        found = prune(load_rows(config.data, kind="supervised"), config, context)
+        path = Path(folder) / FILE
+        return *found, path.read_text() if path.exists() else None
 
 
 # --- sft and dpo ---
@@ -788,7 +807,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         resources_of("base"), base_rates, base_cached, base_sets, base_model, base_gradients, base_update,
         base_documents, trackers,
     ),
-    "filter": (resources_of("filter"), JUDGE_ENGINE, filter_questions, judge_endpoint, filter_split),
+    "filter": (resources_of("filter"), JUDGE_ENGINE, filter_questions, judge_endpoint, filter_split, filter_removed),
     "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings, trackers),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,

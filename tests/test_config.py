@@ -57,7 +57,9 @@ def test_the_kinds_table_matches_the_schemas(kind: str):
     assert exported["type"] == "object"
     assert exported["additionalProperties"] is False
     properties = exported["properties"].items()
-    datasets = {key for key, spec in properties if re.search(r"\b(Data|Files)Config\b", json.dumps(spec))}
+    datasets = {
+        key for key, spec in properties if re.search(r"\b(Data|Files|EvaluationSets)Config\b", json.dumps(spec))
+    }
     assert datasets == set(KINDS[kind].data)
     assert set(KINDS[kind].paths) <= {leaf.key for leaf in find_leaves(schema, {})}
 

@@ -53,9 +53,9 @@ def decontaminate(
     path: DataPath,
     against: Annotated[list[str], typer.Option(help="An evaluation set: file, folder or dataset. May be given again.")],
     out: Out,
+    *,
     hits: Annotated[Path, typer.Option(help="File that lists each hit: row, evaluation row, overlap.")],
     settings: Settings = None,
-    *,
     column: Annotated[
         list[str] | None, typer.Option(help="A column of the evaluation sets, such as prompt=question.")
     ] = None,

@@ -14,7 +14,7 @@ covers is that of Llama 2 (Touvron et al., 2023, appendix A.6) and Tülu 3 (Lamb
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -30,7 +30,7 @@ from posttrain.errors import DataError
 from posttrain.records import Row
 
 WHOLE_TURN = 4  # prompts of fewer words must be a whole turn
-COMMON = 100  # an n-gram of more evaluation texts is boilerplate, by which no row is found
+COMMON = 100  # an n-gram of more evaluation texts is boilerplate, such as an instruction, and is not compared
 SHOWN_WORDS = 30
 
 
@@ -40,7 +40,8 @@ class Hit:
 
     id, part: the row's, `prompt`, `reply`, `chosen` or `rejected`. evaluation: file and row number. evaluation_id,
     evaluation_part: of the evaluation row, `prompt` or the name of a column. overlap: the share of the evaluation
-    text's words that lie in a shared n-gram. shared: the longest shared passage, as compared, cut after 30 words.
+    text's words, without boilerplate, that lie in a shared n-gram. shared: the longest shared passage, as compared,
+    cut after 30 words.
     """
 
     id: str
@@ -60,6 +61,14 @@ class _Text:
     words: list[str]
     grams: np.ndarray
     n: int
+    starts: list[int]  # of the n-grams that are compared; empty for a text that has to be a whole turn
+
+    def covered(self, starts: Iterable[int]) -> np.ndarray:
+        """Which words lie in the n-grams that begin at `starts`, bool [words]."""
+        covered = np.zeros(len(self.words), bool)
+        for start in starts:
+            covered[start : start + self.n] = True
+        return covered
 
 
 class EvaluationTexts:
@@ -91,22 +100,24 @@ class EvaluationTexts:
             if len(found) < WHOLE_TURN:
                 self._whole[_whole_hash(found)].append(len(self._texts))
             n = min(self._ngram, len(found))
-            self._texts.append(_Text(where, row.id, part, found, ngram_hashes(found, n), n))
+            self._texts.append(_Text(where, row.id, part, found, ngram_hashes(found, n), n, []))
 
     def _fill_index(self) -> None:
-        """Index each text by those of its n-grams that few texts contain, and by its rarest one in any case."""
+        """Index each text by its n-grams, without boilerplate unless it is nothing else."""
         counts: Counter[int] = Counter()
         for text in self._texts:
             counts.update(set(text.grams.tolist()))
         for number, text in enumerate(self._texts):
-            grams = set(text.grams.tolist())
-            if len(text.words) < WHOLE_TURN or not grams:
+            grams = text.grams.tolist()
+            if len(text.words) < WHOLE_TURN:
                 continue
-            rarest = min(sorted(grams), key=counts.__getitem__)
+            rare = np.array([counts[gram] <= COMMON for gram in grams])
+            if not rare.any():
+                rare[:] = True
+            text.starts.extend(np.flatnonzero(rare).tolist())
             index = self._index.setdefault(text.n, {})
-            for gram in grams:
-                if counts[gram] <= COMMON or gram == rarest:
-                    index.setdefault(gram, []).append(number)
+            for gram in {grams[start] for start in text.starts}:
+                index.setdefault(gram, []).append(number)
 
     def hits(self, item: Item) -> list[Hit]:
         """The evaluation rows that a row contains, the largest overlap first."""
@@ -120,7 +131,8 @@ class EvaluationTexts:
     def _hits_of(self, identity: str, part: str, found: list[str]) -> Iterator[Hit]:
         numbers = set(self._whole.get(_whole_hash(found), ())) if len(found) < WHOLE_TURN else set()
         for number in sorted(numbers):
-            yield self._hit(identity, part, self._texts[number], np.ones(len(found), bool))
+            text = self._texts[number]
+            yield self._hit((identity, part), text, text.covered([0]))
         for n, known in self._sorted.items():
             if n > len(found):
                 continue
@@ -129,17 +141,17 @@ class EvaluationTexts:
             candidates = {number for gram in shared.tolist() for number in self._index[n][gram]}
             for number in sorted(candidates):
                 text = self._texts[number]
-                covered = np.zeros(len(text.words), bool)
-                for start in np.flatnonzero(np.isin(text.grams, grams)):
-                    covered[start : start + n] = True
-                if covered.mean() >= self._overlap:
-                    yield self._hit(identity, part, text, covered)
+                starts = np.array(text.starts)
+                covered = text.covered(starts[np.isin(text.grams[starts], grams)])
+                if covered.sum() >= self._overlap * text.covered(starts).sum():
+                    yield self._hit((identity, part), text, covered)
 
-    def _hit(self, identity: str, part: str, text: _Text, covered: np.ndarray) -> Hit:
+    def _hit(self, place: tuple[str, str], text: _Text, covered: np.ndarray) -> Hit:
         edges = np.flatnonzero(np.diff(np.concatenate(([0], covered.astype(int), [0]))))
         start, end = max(zip(edges[::2], edges[1::2], strict=True), key=lambda run: run[1] - run[0])
         shared = " ".join(text.words[start : min(end, start + SHOWN_WORDS)])
-        return Hit(identity, part, text.where, text.id, text.part, round(float(covered.mean()), 4), shared)
+        overlap = round(float(covered.sum() / text.covered(text.starts or [0]).sum()), 4)
+        return Hit(*place, text.where, text.id, text.part, overlap, shared)
 
 
 def _evaluation_row(record: Record, columns: Mapping[str, str]) -> Row:

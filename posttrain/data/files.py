@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.hub import local_path
+from posttrain.data.hub import located
 from posttrain.data.readers import READERS, data_suffix
+from posttrain.data.splits import check_one_split, files_of_split
 from posttrain.errors import DataError
 
 
@@ -70,7 +71,7 @@ def read_records(
 
 def _expand(path: Path) -> list[tuple[Path, str]]:
     """The data files under `path`, each with its label."""
-    path = local_path(str(path))
+    path, named = located(str(path))
     if path.is_file():
         return [(path, path.name)]
     if not path.is_dir():
@@ -81,15 +82,22 @@ def _expand(path: Path) -> list[tuple[Path, str]]:
     if (path / "state.json").exists():
         return [(path / name, name) for name in _saved_files(path)]
     files = sorted(
-        f for f in path.rglob("*") if data_suffix(f) in READERS and f.suffix != ".arrow" and not _hidden(f, path)
+        file.relative_to(path)
+        for file in path.rglob("*")
+        if data_suffix(file) in READERS and file.suffix != ".arrow" and not _is_other(file, path)
     )
     if not files:
         raise DataError(f"{path}: no data files in this folder; they end in {', '.join(sorted(READERS))}")
-    return [(file, str(file.relative_to(path))) for file in files]
+    if named is None:
+        check_one_split(str(path), files)
+    else:
+        files = files_of_split(*named, files)
+    return [(path / file, str(file)) for file in files]
 
 
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+def _is_other(file: Path, root: Path) -> bool:
+    """Whether a file is hidden, or describes a dataset on a hub."""
+    return file.name == "dataset_infos.json" or any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
 def _nearest(path: Path) -> str:

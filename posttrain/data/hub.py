@@ -12,19 +12,25 @@ from urllib.parse import urlsplit
 from posttrain.data.readers import READERS, data_suffix
 from posttrain.errors import DataError
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w./-]+))?")
 _CONNECT_S = 3.0
 
 
 def is_name(path: str) -> bool:
-    """Whether a path that does not exist can be the name of a dataset: OWNER/NAME, and no data file's name."""
+    """Whether a path that does not exist can be the name of a dataset: OWNER/NAME[:SPLIT], and no data file's name."""
     return bool(_NAME.fullmatch(path)) and data_suffix(Path(path)) not in READERS and not Path(path).parent.exists()
 
 
 def local_path(path: str) -> Path:
     """Where a path lies, or the copy of the dataset that it names."""
+    return located(path)[0]
+
+
+def located(path: str) -> tuple[Path, tuple[str, str] | None]:
+    """Where a path lies; or the copy of the dataset that it names, with its name and the split, "" if it has none."""
     found = Path(path).expanduser()
-    return snapshot(path) if not found.exists() and is_name(path) else found
+    named = _NAME.fullmatch(path) if not found.exists() and is_name(path) else None
+    return (snapshot(named[1]), (named[1], named[2] or "")) if named else (found, None)
 
 
 def snapshot(name: str) -> Path:
