@@ -180,3 +180,15 @@ def test_an_engine_core_that_dies_at_its_start_says_why(ray_session: None, tiny_
         Engines(context, model, engine, resources=ActorResources(cpus=0.5)),
     ):
         pass
+
+
+def test_the_reason_of_a_remote_error_is_what_was_raised_there():
+    from ray.exceptions import RayTaskError
+
+    from posttrain.actors.losses import reason_of
+    from posttrain.sampling.start_failure import EngineStartError
+
+    remote = RayTaskError("EngineActor.start", "ray::EngineActor.start()\n  a traceback", EngineStartError("no room"))
+    assert reason_of(remote) == reason_of(remote.as_instanceof_cause()) == "no room"
+    assert reason_of(ExceptionGroup("several", [remote])) == "no room"
+    assert reason_of(TimeoutError()) == "TimeoutError"

@@ -30,5 +30,6 @@ def root_of(error: BaseException) -> BaseException:
 
 
 def reason_of(error: BaseException) -> str:
-    """The message of an error on one line, cut to a moderate length."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """The message of the error that was raised first, on one line, cut to a moderate length."""
+    root = root_of(error)
+    return " ".join(str(root).split())[:300] or type(root).__name__
