@@ -115,7 +115,8 @@ def test_bad_rows_are_set_aside_counted_and_written(tmp_path):
     assert [item["row"] for item in written] == [2, 3, 4, 5]
     assert written[0]["value"] == {"body": "x"}
     assert "no known format" in written[0]["problem"]
-    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    phase, event = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert phase["phase"] == f"reading {path}"
     assert (event["event"], event["rows"], event["of"]) == ("rows_set_aside", 4, 6)
     assert check_data(config, "prompt") == []
     with pytest.warns(UserWarning, match=r"4 of 6 rows are left out; the first: .*d\.jsonl: row 2"):
