@@ -61,7 +61,7 @@ def run_stage(job: StageJob) -> StageAnswer:
             if job.cwd not in sys.path:
                 sys.path.insert(0, job.cwd)  # so that a reward's module beside the user's YAML can be imported
         run = load_object(job.kind.run)
-        config = settled(load_schema(job.kind).model_validate(job.config), job.name)
+        config = settled(load_schema(job.kind).model_validate(job.config), "config")
         seed_everything(job.seed)
         context = StageContext(job.name, job.dir, job.events, job.seed, job.warm_engines)
         with tracked(getattr(config, "trackers", None), context):
