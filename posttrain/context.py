@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from posttrain.files import append_jsonl, utc_now
 
@@ -34,7 +33,7 @@ class StageContext:
         """The run directory. What a stage keeps here outlives its own folder, which a change of its config empties."""
         return self.events.parent
 
-    def event(self, event: str, **fields: Any) -> None:
+    def event(self, event: str, **fields: object) -> None:
         """Record that something happened. `fields` must be JSON."""
         append_jsonl(self.events, {"time": utc_now(), "t": time.time(), "stage": self.name, "event": event, **fields})
 
@@ -60,7 +59,7 @@ class StageContext:
         self._last_progress = now
         self.event("progress", done=done, total=total, unit=unit, values=dict(values or {}))
 
-    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+    def metrics(self, step: int, values: Mapping[str, object]) -> None:
         """Append one line to the stage's metrics.jsonl."""
         append_jsonl(self.dir / "metrics.jsonl", {"step": step, "t": time.time(), **values})
 

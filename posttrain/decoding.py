@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 
-def named_field(error: msgspec.ValidationError, kind: Any) -> str:
+def named_field(error: msgspec.ValidationError, kind: object) -> str:
     """The message of `error`, which decoding a `kind` raised, with the names of fields in its path.
 
     msgspec numbers the fields of a record that travels as an array: "Expected `str`, got `int` - at `$[0][1]`" becomes

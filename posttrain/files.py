@@ -92,7 +92,7 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write a JSON file, whole or not at all. Raises ValueError for NaN and infinities."""
     write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
@@ -106,7 +106,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
-def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
     """Append one record as one line. A single `write` to a file opened for appending does not interleave."""
     line = (json.dumps(record, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -116,7 +116,7 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
-def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
+def write_jsonl(path: str | Path, records: Iterable[Mapping[str, object]]) -> int:
     """Write a file of JSON lines, whole or not at all; returns their number. Raises ValueError for NaN and infinity."""
     count = 0
     with replacing(Path(path)) as aside, aside.open("w", encoding="utf-8") as lines:

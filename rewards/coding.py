@@ -86,7 +86,7 @@ def code(
     return RewardResult(share if partial else float(share == 1.0), {"passed": share}, reason)
 
 
-def _run_program(source: str, test: Mapping[str, Any], limits: Limits) -> str:
+def _run_program(source: str, test: Mapping[str, object], limits: Limits) -> str:
     """ "" if the program writes the expected output, else why not."""
     result = run_python(source, str(test.get("stdin", "")).encode(), limits)
     if result.limit or result.exit_code:
@@ -120,7 +120,7 @@ def _run_steps(source: str, checks: list[_Step], limits: Limits) -> list[str]:
     return outcomes + [_failure(result) or "wrong"] * (len(checks) - len(outcomes))
 
 
-def _verdict(line: str, kind: str, expected: Any) -> str:
+def _verdict(line: str, kind: str, expected: object) -> str:
     try:
         answer = json.loads(line)
         if "error" in answer:
@@ -140,7 +140,7 @@ def _literal(text: str) -> Any:
     return ast.literal_eval(text)
 
 
-def _same(value: Any, expected: Any) -> bool:
+def _same(value: object, expected: object) -> bool:
     """Equality in which a tuple equals a list, since JSON has no tuples, True is not 1, and floats are rounded."""
     if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
         return len(value) == len(expected) and all(map(_same, value, expected))
@@ -157,7 +157,7 @@ def _same(value: Any, expected: Any) -> bool:
     return value == expected
 
 
-def _check(test: Any, row_id: str) -> list[_Step]:
+def _check(test: object, row_id: str) -> list[_Step]:
     """The steps of a test: (value, expression, expected), (assert, statement, None) or (setup, statement, None)."""
     if isinstance(test, Mapping) and {"call", "expected"} <= set(test):
         return [("value", str(test["call"]), test["expected"])]
@@ -188,7 +188,7 @@ def _expected(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def _as_list(tests: Any) -> Any:
+def _as_list(tests: object) -> Any:
     """The tests as a list. A table without lists stores them as JSON text, which is read here."""
     if isinstance(tests, str):
         try:
@@ -198,7 +198,7 @@ def _as_list(tests: Any) -> Any:
     return tests
 
 
-def _without_null(test: Any) -> Any:
+def _without_null(test: object) -> Any:
     """A test without the keys that a table has padded with null. `expected` may be null where it has a call."""
     if not isinstance(test, Mapping):
         return test

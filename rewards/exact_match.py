@@ -49,7 +49,7 @@ def exact_match(
     return RewardResult(1.0) if right else RewardResult(0.0, reason="wrong")
 
 
-def _accepted(answer: Any) -> list[Any]:
+def _accepted(answer: object) -> list[Any]:
     """The accepted answers. Of a list these are all items but null; the list may be stored as JSON text."""
     if isinstance(answer, str) and answer.lstrip().startswith("["):
         try:
@@ -60,7 +60,7 @@ def _accepted(answer: Any) -> list[Any]:
     return [one for one in (answer if isinstance(answer, list | tuple) else [answer]) if one is not None]
 
 
-def _spellings(answer: Any) -> set[str]:
+def _spellings(answer: object) -> set[str]:
     """The ways in which the answer may be written. Numbers have no exponent, and whole numbers no `.0`."""
     if isinstance(answer, float) and answer == answer and abs(answer) != float("inf"):
         plain = format(Decimal(repr(answer)), "f")

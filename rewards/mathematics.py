@@ -130,7 +130,7 @@ def _trimmed(text: str) -> str:
     return text[:-1].strip() if re.search(r"(?<!\\),$", text) else text
 
 
-def _accepted(answer: Any) -> list[Any]:
+def _accepted(answer: object) -> list[Any]:
     found = answer if isinstance(answer, list | tuple) else [answer]
     return [int(one) if isinstance(one, float) and one.is_integer() else one for one in found if one is not None] or [
         ""

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from posttrain.records import RewardResult, Rollout, Row
 
@@ -105,7 +104,7 @@ def _is_letter(text: str, place: int, letters: str, *, first: bool) -> bool:
     return closed or (first and sign.isupper() and sign not in "AI")
 
 
-def _choices(choices: Any, num_choices: int) -> tuple[str, list[str]]:
+def _choices(choices: object, num_choices: int) -> tuple[str, list[str]]:
     """The letters that there are, and the texts of the choices where they are known."""
     if isinstance(choices, str):
         try:
@@ -119,7 +118,7 @@ def _choices(choices: Any, num_choices: int) -> tuple[str, list[str]]:
     return _LETTERS[:num_choices], []
 
 
-def _gold(answer: Any, letters: str, texts: list[str]) -> str | None:
+def _gold(answer: object, letters: str, texts: list[str]) -> str | None:
     text = str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer).strip()
     letter = text.strip("().").upper()
     if len(letter) == 1 and letter in letters:

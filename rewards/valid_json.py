@@ -43,7 +43,7 @@ def valid_json(rollout: Rollout, row: Row, schema: dict[str, Any] | None = None)
     return RewardResult(1.0)
 
 
-def _same(value: Any, expected: Any) -> bool:
+def _same(value: object, expected: object) -> bool:
     """Equality in which true is not 1, at any depth, while 1.0 is 1."""
     if isinstance(value, dict) and isinstance(expected, Mapping):
         return value.keys() == expected.keys() and all(_same(value[key], expected[key]) for key in value)
@@ -61,7 +61,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def _expected(answer: Any) -> Any:
+def _expected(answer: object) -> Any:
     """The row's answer as a value. If it is a text, the text is read as JSON, so that datasets may store either."""
     if not isinstance(answer, str):
         return answer

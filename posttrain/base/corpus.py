@@ -10,13 +10,13 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from posttrain.base.config import TextConfig
 from posttrain.base.sets import with_system
 from posttrain.base.tasks import HABITS, draw_any, solve
 from posttrain.base.tokenizer import BOS, EOT
 from posttrain.data.chat import render_prompt
+from posttrain.data.tokenizer import Tokenizer
 
 JUDGE_TEMPLATE = "Rate: {prompt}"
 RATINGS = {1: "easy", 2: "easy", 3: "medium", 4: "hard", 5: "hard"}
@@ -42,7 +42,7 @@ class Corpus:
     taken: keys of the problems in the datasets of the later stages, which the text must not hold.
     """
 
-    def __init__(self, tokenizer: Any, text: TextConfig, taken: frozenset[str], *, seed: str):
+    def __init__(self, tokenizer: Tokenizer, text: TextConfig, taken: frozenset[str], *, seed: str):
         self.renderer = _Renderer(tokenizer)
         self._text = text
         self._taken = taken
@@ -89,7 +89,7 @@ class _Renderer:
     so the tokens of each word are kept and looked up.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._bos, self._end = tokenizer.convert_tokens_to_ids([BOS, EOT])
         self._words: dict[str, list[int]] = {}

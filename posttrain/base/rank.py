@@ -30,6 +30,7 @@ from posttrain.base.model import build_model
 from posttrain.base.muon import Muon
 from posttrain.base.sets import draw_sets
 from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.parallel.ending import end_rank
 
 
@@ -125,7 +126,7 @@ def _split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter],
     return matrices, others
 
 
-def _batches(config: StageConfig, seed: int, rank: int, *, tokenizer: Any) -> Iterator[list[Document]]:
+def _batches(config: StageConfig, seed: int, rank: int, *, tokenizer: Tokenizer) -> Iterator[list[Document]]:
     """An endless sequence of batches for this process. The share of worked replies depends on the steps done."""
     corpus = Corpus(tokenizer, config.text, draw_sets(seed, config.sets).keys(), seed=f"corpus {seed} {rank}")
     taken = 0

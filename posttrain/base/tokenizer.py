@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.base.families.edits import LETTERS
+from posttrain.data.tokenizer import Tokenizer
 
 BOS, EOT, PAD = "<|begin_of_text|>", "<|eot|>", "<|finetune_right_pad|>"
 SPECIAL_TOKENS = (BOS, "<|end_of_text|>", "<|header_start|>", "<|header_end|>", EOT, PAD)
@@ -92,7 +93,7 @@ def build_tokenizer() -> Any:
     )
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write the tokenizer, its chat template and a generation_config.json that knows both ends of a reply."""
     tokenizer.save_pretrained(folder)
     end_ids = tokenizer.convert_tokens_to_ids([EOT, "<|end_of_text|>"])

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import posttrain
 from posttrain.base.config import StageConfig
@@ -17,7 +16,7 @@ _STOP_GRACE_S = 5.0
 
 
 def train_base(
-    config: StageConfig, seed: int, out: Path, *, scratch: Path, on_step: Callable[[Mapping[str, Any]], None]
+    config: StageConfig, seed: int, out: Path, *, scratch: Path, on_step: Callable[[Mapping[str, object]], None]
 ) -> None:
     """Train a base model into the folder `out`.
 

@@ -81,7 +81,7 @@ PROBES = (
 class ProbeEnd:
     """How a probe ended. found: its JSON, None if it failed; output: all it printed; wall_s: seconds."""
 
-    found: Mapping[str, Any] | None
+    found: Mapping[str, object] | None
     output: str
     timed_out: bool
     wall_s: float
@@ -145,7 +145,7 @@ def _kill_all(process: "subprocess.Popen[Any]", mark: str) -> None:
     process.wait()
 
 
-def _last_json(output: str) -> Mapping[str, Any] | None:
+def _last_json(output: str) -> Mapping[str, object] | None:
     for line in reversed(output.splitlines()):
         if line.startswith("{"):
             with suppress(json.JSONDecodeError):

@@ -84,7 +84,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     return data
 
 
-def _deep_copy(value: Any) -> Any:
+def _deep_copy(value: object) -> Any:
     if isinstance(value, dict):
         return {key: _deep_copy(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -105,7 +105,7 @@ def load_config(schema: type[ConfigT], path: str | Path, overrides: Sequence[str
     return validate_config(schema, apply_overrides(read_yaml(path), overrides), str(path))
 
 
-def config_problems(schema: type[Config], data: Any, error: ValidationError) -> list[str]:
+def config_problems(schema: type[Config], data: object, error: ValidationError) -> list[str]:
     """One line a problem: key path, the value got, the rule, and the nearest valid key for a typo."""
     problems = []
     for item in error.errors(include_url=False):
@@ -126,7 +126,7 @@ def config_problems(schema: type[Config], data: Any, error: ValidationError) -> 
     return list(dict.fromkeys(problems))
 
 
-def _is_union_tag(part: Any) -> bool:
+def _is_union_tag(part: object) -> bool:
     """pydantic puts the name of a union's branch (`str`, `list[str]`, a model's class) into a location."""
     return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part or part[:1].isupper())
 
@@ -149,7 +149,7 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
     return [section for option in get_args(annotation) for section in sections_of(option)]
 
 
-def _known_keys(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
+def _known_keys(schema: type[BaseModel], location: Sequence[object]) -> list[str]:
     models = [schema]
     for part in location:
         inner = [

@@ -18,12 +18,13 @@ from typing import Any
 from posttrain.config.data import DataConfig
 from posttrain.data.messages import TEXT_ROLE, tool_call_to_json
 from posttrain.data.special import apply_guarded, encode_text, guard_of, special_token_problem
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import is_learned
 from posttrain.errors import CheckpointError, DataError
 from posttrain.records import Message, Row
 
-Messages = Sequence[Message | Mapping[str, Any]]
-Tools = Sequence[Mapping[str, Any]] | None
+Messages = Sequence[Message | Mapping[str, object]]
+Tools = Sequence[Mapping[str, object]] | None
 
 # Tokens that end a turn in common chat formats, beside the tokenizer's own end-of-sequence token.
 END_OF_TURN_TOKENS = ("<|eot|>", "<|eom|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>")
@@ -47,7 +48,7 @@ def _as_dict(message: Message) -> dict[str, Any]:
     return {**record, **{key: value for key, value in optional.items() if value is not None}}
 
 
-def chat_template(tokenizer: Any) -> str:
+def chat_template(tokenizer: Tokenizer) -> str:
     """The tokenizer's chat template; raises `CheckpointError` if it has none."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, Mapping):
@@ -61,7 +62,7 @@ def chat_template(tokenizer: Any) -> str:
     return template
 
 
-def end_token_ids(tokenizer: Any) -> list[int]:
+def end_token_ids(tokenizer: Tokenizer) -> list[int]:
     """Ids of the tokens that end a turn: end-of-sequence first, then those of `END_OF_TURN_TOKENS` it knows."""
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     for token in END_OF_TURN_TOKENS:
@@ -73,7 +74,7 @@ def end_token_ids(tokenizer: Any) -> list[int]:
     return ids
 
 
-def render_prompt(tokenizer: Any, messages: Messages, tools: Tools = None) -> list[int]:
+def render_prompt(tokenizer: Tokenizer, messages: Messages, tools: Tools = None) -> list[int]:
     """Token ids of a prompt, up to and including the header of the assistant turn that is to come.
 
     tools: the schemas that the row declares. Raises `DataError` if the template refuses the messages or leaves out
@@ -93,7 +94,7 @@ def render_row(render: Callable[[Sequence[Message]], Sequence[int]], row: Row) -
         raise DataError(f"row {row.id!r}: {error}") from None
 
 
-def check_special_tokens(tokenizer: Any, data: DataConfig, rows: Iterable[tuple[str, Messages, Tools]]) -> None:
+def check_special_tokens(tokenizer: Tokenizer, data: DataConfig, rows: Iterable[tuple[str, Messages, Tools]]) -> None:
     """Raise `DataError` for a special token in the text of a row, if `data.special_tokens_in_text` refuses it.
 
     rows: (name of the row for the error, its messages, its tools) of each row.
@@ -147,7 +148,7 @@ def learned_turns(messages: Messages) -> list[int]:
     ]
 
 
-def check_parity(tokenizer: Any, messages: Messages, tools: Tools = None) -> None:
+def check_parity(tokenizer: Tokenizer, messages: Messages, tools: Tools = None) -> None:
     """Raise `DataError` unless what is trained on follows exactly the prompt that sampling would send.
 
     For every assistant turn that is trained on, `render_prompt` of what comes before it must equal, token for token,
@@ -168,7 +169,7 @@ def check_parity(tokenizer: Any, messages: Messages, tools: Tools = None) -> Non
             )
 
 
-def _plain_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+def _plain_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
     """A text without turns, with the token that ends a text; all but the token that begins one is trained on."""
     ids = encode_text(tokenizer, guard_of(tokenizer, chat_template(tokenizer)), text)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -275,7 +276,7 @@ def _with_end_of_turn(ids: list[int], mask: list[int], ends: set[int]) -> list[i
     ]
 
 
-def _require_prefix(tokenizer: Any, prefix: list[int], ids: list[int], *, what: str) -> None:
+def _require_prefix(tokenizer: Tokenizer, prefix: list[int], ids: list[int], *, what: str) -> None:
     if ids[: len(prefix)] == prefix:
         return
     pairs = zip(prefix, ids, strict=False)

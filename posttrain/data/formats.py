@@ -55,7 +55,7 @@ _REFUSED = {
 }
 
 
-def renamed(value: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+def renamed(value: Mapping[str, object], config: DataConfig) -> dict[str, Any]:
     """The row with the columns that `columns` names under the names that are used here. Raises `RowError`."""
     row = dict(value)
     moved: dict[str, Any] = {}
@@ -101,7 +101,7 @@ def take_conversation(value: dict[str, Any], kind: Kind, config: DataConfig) -> 
     return with_context(value, turns, whole=found in ("messages", "sharegpt"))
 
 
-def detect(value: Mapping[str, Any], kind: Kind) -> str:
+def detect(value: Mapping[str, object], kind: Kind) -> str:
     """The format of a row by its columns. Raises `RowError` if none or several fit."""
     fitting = [name for name in _COLUMNS if not _lacking(value, name, kind)]
     if "kto" in fitting and (kind == "prompt" or not isinstance(value["label"], bool | int | float)):
@@ -124,7 +124,7 @@ def detect(value: Mapping[str, Any], kind: Kind) -> str:
     raise RowError(_unknown(value, kind))
 
 
-def _agree(value: Mapping[str, Any]) -> bool:
+def _agree(value: Mapping[str, object]) -> bool:
     """Whether `prompt`, beside `messages`, only repeats what stands in them."""
     turns, prompt = value["messages"], value["prompt"]
     if isinstance(prompt, str) and isinstance(turns, list):
@@ -138,23 +138,23 @@ def _needed(name: str, kind: Kind) -> tuple[str, ...]:
     return columns[:1] if kind == "prompt" and name in ("alpaca", "prompt_completion") else columns
 
 
-def _lacking(value: Mapping[str, Any], name: str, kind: Kind) -> list[str]:
+def _lacking(value: Mapping[str, object], name: str, kind: Kind) -> list[str]:
     """The columns of a format that a row lacks."""
     return [column for column in _needed(name, kind) if not _has(value, column)]
 
 
-def _has(value: Mapping[str, Any], column: str) -> bool:
+def _has(value: Mapping[str, object], column: str) -> bool:
     names = {_REPLY: REPLY_FIELDS, "conversations": CONVERSATIONS}.get(column, (column,))
     return any(value.get(name) is not None for name in names)
 
 
-def _require(value: Mapping[str, Any], name: str, kind: Kind) -> None:
+def _require(value: Mapping[str, object], name: str, kind: Kind) -> None:
     if lacking := _lacking(value, name, kind):
         have = ", ".join(map(str, value)) or "none"
         raise RowError(f"format: {name} needs {' and '.join(lacking)}; its columns are: {have}; set columns or format")
 
 
-def _unknown(value: Mapping[str, Any], kind: Kind) -> str:
+def _unknown(value: Mapping[str, object], kind: Kind) -> str:
     have = ", ".join(sorted(map(str, value))) or "none"
     if _has(value, "chosen") and _has(value, "rejected"):
         return f"no known format: it is a preference pair, which the dpo stage reads; its columns are: {have}"
@@ -198,7 +198,7 @@ def json_list(text: str) -> Any:
     return found if isinstance(found, list) else text
 
 
-def _turn(item: Any, roles: Mapping[str, str], where: str) -> Any:
+def _turn(item: object, roles: Mapping[str, str], where: str) -> Any:
     """A turn with its keys and role as they are called here."""
     if not isinstance(item, Mapping):
         return item
@@ -250,7 +250,7 @@ def with_context(value: dict[str, Any], turns: tuple[Message, ...], *, whole: bo
     )
 
 
-def _history(history: Any) -> tuple[Message, ...]:
+def _history(history: object) -> tuple[Message, ...]:
     rule = "must be a list of [user, assistant] texts"
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RowError(f"history: got {shown(history)}: {rule}")
@@ -270,7 +270,7 @@ def label_of(value: dict[str, Any]) -> bool:
     return bool(label)
 
 
-def refuse_columns(value: Mapping[str, Any]) -> None:
+def refuse_columns(value: Mapping[str, object]) -> None:
     """Raise `RowError` for a column that would change what is trained on, unless it says what holds anyway."""
     for name, advice in _REFUSED.items():
         given = value.get(name)

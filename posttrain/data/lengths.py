@@ -7,6 +7,7 @@ from typing import Any
 from posttrain.data.chat import render_conversation, render_prompt
 from posttrain.data.ngrams import Item
 from posttrain.data.pairs import Labelled, Pair
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.transcript import message_text
 from posttrain.data.turns import is_learned, tools_of
 from posttrain.records import Message, Row
@@ -23,7 +24,7 @@ def character_length(item: Item) -> int:
     return sum(len(message_text(turn)) for turn in item.prompt) + max(map(len, _replies(item)))
 
 
-def token_length(tokenizer: Any) -> Callable[[Any], int]:
+def token_length(tokenizer: Tokenizer) -> Callable[[Any], int]:
     """Counts the tokens of a row as training or sampling sees it, or of a pair with its longer reply."""
 
     def count(item: Item) -> int:
@@ -38,7 +39,7 @@ def token_length(tokenizer: Any) -> Callable[[Any], int]:
     return count
 
 
-def runs(tokenizer: Any, row: Row) -> list[tuple[list[int], bool]]:
+def runs(tokenizer: Tokenizer, row: Row) -> list[tuple[list[int], bool]]:
     """The token ids of a row, cut where training on them begins or ends: (ids, whether they are trained on)."""
     ids, mask = render_conversation(tokenizer, row.messages, tools_of(row.fields))
     groups = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])

@@ -42,7 +42,7 @@ class RowError(ValueError):
     """What is wrong with one row: the value got and the rule, without the place."""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as an error shows it, cut short."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
@@ -90,12 +90,12 @@ def to_messages(value: Any, name: str, *, texts: bool = False) -> tuple[Message,
     return tuple(_to_message(item, f"{name}[{index}]") for index, item in enumerate(value))
 
 
-def is_absent(value: Any) -> bool:
+def is_absent(value: object) -> bool:
     """Whether a key with this value says nothing."""
     return value is None or (isinstance(value, str | list | Mapping) and not value)
 
 
-def _to_message(item: Any, name: str) -> Message:
+def _to_message(item: object, name: str) -> Message:
     if not isinstance(item, Mapping):
         raise RowError(f"{name}: got {shown(item)}: must be an object with 'role' and 'content'")
     given = {key: value for key, value in item.items() if not is_absent(value)}
@@ -114,7 +114,7 @@ def _to_message(item: Any, name: str) -> Message:
     )
 
 
-def _read_role(role: Any, name: str) -> str:
+def _read_role(role: object, name: str) -> str:
     if role in ROLES:
         return role
     target = {"developer": "system", "human": "user", "gpt": "assistant"}.get(str(role), "user")
@@ -122,7 +122,7 @@ def _read_role(role: Any, name: str) -> str:
     raise RowError(f"{name}.role: got {shown(role)}: must be one of {', '.join(ROLES)}{advice}")
 
 
-def _refuse_unknown(given: Mapping[str, Any], name: str) -> None:
+def _refuse_unknown(given: Mapping[str, object], name: str) -> None:
     for key, value in given.items():
         if key not in KNOWN_KEYS:
             advice = _ADVICE.get(key, "remove it")
@@ -130,7 +130,7 @@ def _refuse_unknown(given: Mapping[str, Any], name: str) -> None:
             raise RowError(f"{name}.{key}: got {shown(value)}: not a key of a message ({known}); {advice}")
 
 
-def _read_optional_text(given: Mapping[str, Any], key: str, name: str) -> str | None:
+def _read_optional_text(given: Mapping[str, object], key: str, name: str) -> str | None:
     value = given.get(key)
     if value is None:
         return None
@@ -140,14 +140,14 @@ def _read_optional_text(given: Mapping[str, Any], key: str, name: str) -> str | 
     return value
 
 
-def is_flag_set(value: Any) -> bool | None:
+def is_flag_set(value: object) -> bool | None:
     """What a flag says: true or 1, false or 0; None if it says neither."""
     if isinstance(value, bool):
         return value
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
-def _read_trained(given: Mapping[str, Any], role: str, name: str) -> bool | None:
+def _read_trained(given: Mapping[str, object], role: str, name: str) -> bool | None:
     """What the flags say of a turn, such as `train: false` or OpenAI's `weight: 0`; None where there is none."""
     said: dict[str, bool] = {}
     for key in (*FLAGS, *INVERSE_FLAGS):
@@ -167,7 +167,7 @@ def _read_trained(given: Mapping[str, Any], role: str, name: str) -> bool | None
     return next(iter(said.values()), None)
 
 
-def _read_content(content: Any, name: str, *, may_be_empty: bool) -> str | tuple[ContentPart, ...]:
+def _read_content(content: object, name: str, *, may_be_empty: bool) -> str | tuple[ContentPart, ...]:
     """The content as text, or as parts if one of them is an image.
 
     A list of text parts alone is joined to one text, without anything in between: that is what chat templates that
@@ -188,7 +188,7 @@ def _read_content(content: Any, name: str, *, may_be_empty: bool) -> str | tuple
     return content
 
 
-def _read_part(part: Any, name: str) -> ContentPart:
+def _read_part(part: object, name: str) -> ContentPart:
     if not isinstance(part, Mapping):
         raise RowError(f'{name}: got {shown(part)}: must be a part such as {{"type": "text", "text": ...}}')
     kind = part.get("type")
@@ -199,7 +199,7 @@ def _read_part(part: Any, name: str) -> ContentPart:
     raise RowError(f"{name}.type: got {shown(kind)}: must be text or image")
 
 
-def _read_text_part(part: Mapping[str, Any], name: str) -> TextPart:
+def _read_text_part(part: Mapping[str, object], name: str) -> TextPart:
     text = part.get("text")
     if not isinstance(text, str):
         raise RowError(f"{name}.text: got {shown(text)}: must be text")
@@ -207,7 +207,7 @@ def _read_text_part(part: Mapping[str, Any], name: str) -> TextPart:
     return TextPart(text)
 
 
-def _read_image_part(part: Mapping[str, Any], name: str) -> ImagePart:
+def _read_image_part(part: Mapping[str, object], name: str) -> ImagePart:
     key = next((key for key in IMAGE_KEYS if not is_absent(part.get(key))), None)
     if key is None:
         return ImagePart()
@@ -220,7 +220,7 @@ def _read_image_part(part: Mapping[str, Any], name: str) -> ImagePart:
     return ImagePart(reference)
 
 
-def _read_calls(given: Mapping[str, Any], role: str, name: str) -> tuple[ToolCall, ...]:
+def _read_calls(given: Mapping[str, object], role: str, name: str) -> tuple[ToolCall, ...]:
     calls = given.get("tool_calls")
     if calls is None:
         return ()
@@ -236,7 +236,7 @@ def _read_calls(given: Mapping[str, Any], role: str, name: str) -> tuple[ToolCal
     return read
 
 
-def _read_call(call: Any, name: str) -> ToolCall:
+def _read_call(call: object, name: str) -> ToolCall:
     """A call in OpenAI's form, {"id", "type": "function", "function": {"name", "arguments"}}, or the plain one,
     {"name", "arguments", "id"}."""
     if not isinstance(call, Mapping):

@@ -168,7 +168,7 @@ def _parse(record: Record, config: DataConfig) -> Pair | Labelled:
     return Pair(identity, capability, prompt, chosen, rejected, value)
 
 
-def _has_label(value: Mapping[str, Any]) -> bool:
+def _has_label(value: Mapping[str, object]) -> bool:
     return value.get("label") is not None and any(value.get(name) is not None for name in REPLY_FIELDS)
 
 

@@ -57,7 +57,7 @@ def _parse_json(text: str) -> Any:
     return value
 
 
-def unwritable(value: Any, name: str = "") -> str:
+def unwritable(value: object, name: str = "") -> str:
     """What in a value could not be written as JSON again, and where; "" if all can."""
     if isinstance(value, str):
         try:
@@ -186,7 +186,7 @@ def _batch_rows(batches: Any) -> Iterator[Parsed]:
             yield number, {} if problem else row, problem
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> Any:
     """A value without the keys that a table adds to its objects, as null, because others of the column have them."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import DataError
 
 # What a reply itself may write as a token: it opens no turn.
@@ -45,7 +46,7 @@ class Guard:
     reply may write itself, such as `<think>`, is left to it.
     """
 
-    def __init__(self, tokenizer: Any, template: str):
+    def __init__(self, tokenizer: Tokenizer, template: str):
         self._tokenizer = tokenizer
         added = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         special = {text for text, token in added.items() if token.special}
@@ -59,21 +60,21 @@ class Guard:
         self._originals = {cover: text for text, cover in self._covers.items()}
         self._copy: tuple[Any, dict[int, int]] | None = None
 
-    def found_in(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str | None:
+    def found_in(self, messages: Sequence[Mapping[str, object]], tools: Any = None) -> str | None:
         """The first special token in the texts of a conversation or its tools, or None."""
         return next(self._found(messages, tools), None)
 
-    def _found(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> Iterator[str]:
+    def _found(self, messages: Sequence[Mapping[str, object]], tools: Any) -> Iterator[str]:
         for message in messages:
             for key, value in message.items():
                 if key != "role":
                     yield from (match[0] for text in _texts(value) if (match := self._pattern(message).search(text)))
         yield from (match[0] for text in _texts(tools) if (match := self._anywhere.search(text)))
 
-    def _pattern(self, message: Mapping[str, Any]) -> re.Pattern[str]:
+    def _pattern(self, message: Mapping[str, object]) -> re.Pattern[str]:
         return self._in_replies if message["role"] == "assistant" else self._anywhere
 
-    def cover(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[list[dict[str, Any]], Any]:
+    def cover(self, messages: Sequence[Mapping[str, object]], tools: Any) -> tuple[list[dict[str, Any]], Any]:
         """The conversation and its tools with every special token in their texts covered."""
         if any(_PRIVATE.search(text) for value in (list(messages), tools) for text in _texts(value)):
             raise DataError(
@@ -83,7 +84,7 @@ class Guard:
         covered = [{**self._covered(message, self._pattern(message)), "role": message["role"]} for message in messages]
         return covered, self._covered(tools, self._anywhere)
 
-    def _covered(self, value: Any, pattern: re.Pattern[str]) -> Any:
+    def _covered(self, value: object, pattern: re.Pattern[str]) -> Any:
         if isinstance(value, str):
             return pattern.sub(lambda match: self._covers[match[0]], value)
         if isinstance(value, Mapping):
@@ -141,9 +142,9 @@ class Guard:
 
 
 def apply_guarded(
-    tokenizer: Any, guard: Guard, messages: Sequence[Mapping[str, Any]], *, tools: Any = None,
-    return_assistant_tokens_mask: bool = False, **options: Any,
-) -> Mapping[str, Any]:  # fmt: skip
+    tokenizer: Tokenizer, guard: Guard, messages: Sequence[Mapping[str, object]], *, tools: Any = None,
+    return_assistant_tokens_mask: bool = False, **options: object,
+) -> Mapping[str, object]:  # fmt: skip
     """What `tokenizer.apply_chat_template` gives for a conversation whose special tokens become text."""
     messages, tools = guard.cover(messages, tools)
     rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
@@ -164,7 +165,7 @@ def apply_guarded(
     return {"input_ids": ids, "assistant_masks": masks}
 
 
-def encode_text(tokenizer: Any, guard: Guard, text: str) -> list[int]:
+def encode_text(tokenizer: Tokenizer, guard: Guard, text: str) -> list[int]:
     """Token ids of a text, in which no special token is one."""
     messages = [{"role": "text", "content": text}]
     if guard.found_in(messages) is None:
@@ -189,7 +190,7 @@ def _private(first: int, text: str) -> str:
     return chr(first) + _FILLER * (len(text) - 1)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

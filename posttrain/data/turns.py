@@ -83,7 +83,7 @@ def _check_results(messages: Sequence[Message], name: str, calling: int, *, end:
         raise RowError(f"{name}[{calling}].tool_calls: the call {open_ids[0]!r} has no result; {_CALLS}")
 
 
-def tools_of(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def tools_of(fields: Mapping[str, object]) -> list[dict[str, Any]] | None:
     """The tools that a row declares in its `tools` column, as chat templates take them; None if there are none.
 
     A list of JSON schemas of functions, or its JSON text. Raises `RowError` for anything else.
@@ -99,7 +99,7 @@ def tools_of(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return [dict(tool) for tool in tools]
 
 
-def check_usable(messages: Sequence[Message], fields: Mapping[str, Any], *, name: str, stage: str) -> None:
+def check_usable(messages: Sequence[Message], fields: Mapping[str, object], *, name: str, stage: str) -> None:
     """Raise `RowError` for what a stage cannot use yet and must not drop in silence: images, and declared tools.
 
     fields: the row's other columns. name: the field that the messages stand in.

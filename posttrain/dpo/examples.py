@@ -7,13 +7,14 @@ training would lower the probability of ending a turn.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from msgspec.structs import replace
 
 from posttrain.data.chat import check_parity, end_token_ids, render_conversation, render_prompt
 from posttrain.data.messages import RowError
 from posttrain.data.pairs import Pair
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
 from posttrain.records import Message
@@ -45,7 +46,7 @@ def blank_record(ids: PairIds) -> dict[str, list[int]]:
 
 
 def tokenize_pairs(
-    tokenizer: Any, pairs: Sequence[Pair], max_length: int, *, overlong: Literal["error", "drop"]
+    tokenizer: Tokenizer, pairs: Sequence[Pair], max_length: int, *, overlong: Literal["error", "drop"]
 ) -> tuple[list[PairIds], list[Pair]]:
     """Return the ids of the pairs that were kept, and these pairs, in the same order.
 
@@ -71,7 +72,7 @@ def tokenize_pairs(
     return kept_ids, kept
 
 
-def _tokenize(tokenizer: Any, pair: Pair) -> PairIds:
+def _tokenize(tokenizer: Tokenizer, pair: Pair) -> PairIds:
     prompt_ids = render_prompt(tokenizer, pair.prompt, tools_of(pair.fields))
     chosen_ids = _reply_ids(tokenizer, pair, pair.chosen, start=len(prompt_ids))
     rejected_ids = _reply_ids(tokenizer, pair, pair.rejected, start=len(prompt_ids))
@@ -84,7 +85,7 @@ def _tokenize(tokenizer: Any, pair: Pair) -> PairIds:
     return PairIds(prompt_ids, chosen_ids, rejected_ids)
 
 
-def _reply_ids(tokenizer: Any, pair: Pair, reply: str, *, start: int) -> list[int]:
+def _reply_ids(tokenizer: Tokenizer, pair: Pair, reply: str, *, start: int) -> list[int]:
     # Only the reply is trained on; earlier assistant turns are part of the prompt.
     context = [replace(message, trained=False) if message.role == "assistant" else message for message in pair.prompt]
     messages, tools = (*context, Message("assistant", reply)), tools_of(pair.fields)

@@ -6,10 +6,10 @@ A reply that could not be scored has no reward. It is counted and left out of ev
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from posttrain.data.chat import end_token_ids, render_prompt, render_row
 from posttrain.data.strata import sampled_rows
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import DataError
 from posttrain.eval.config import EvalConfig
 from posttrain.records import DrawnPrompt, FinishReason, Prompt, Rollout, Row, Scored
@@ -40,7 +40,9 @@ class PromptReplies:
     samples: tuple[Reply, ...]
 
 
-def eval_requests(rows: Sequence[Row], tokenizer: Any, config: EvalConfig) -> list[tuple[str, Row, SampleRequest]]:
+def eval_requests(
+    rows: Sequence[Row], tokenizer: Tokenizer, config: EvalConfig
+) -> list[tuple[str, Row, SampleRequest]]:
     """The requests, each as (GREEDY or SAMPLE, row, request). Raises DataError for a prompt that leaves no room for a
     reply."""
     prompts = {row.id: _prompt_ids(row, tokenizer, config) for row in rows}
@@ -99,7 +101,7 @@ def _reply(rollout: Rollout, scored: Scored) -> Reply:
     )
 
 
-def _prompt_ids(row: Row, tokenizer: Any, config: EvalConfig) -> tuple[int, ...]:
+def _prompt_ids(row: Row, tokenizer: Tokenizer, config: EvalConfig) -> tuple[int, ...]:
     ids = render_row(partial(render_prompt, tokenizer), row)
     room = config.engine.length - len(ids)
     if room < config.sampling.max_tokens:

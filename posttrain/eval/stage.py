@@ -112,7 +112,7 @@ def _sample(item: PromptReplies) -> dict[str, Any]:
     }
 
 
-def _flat(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _flat(found: Mapping[str, Mapping[str, object]]) -> dict[str, Any]:
     """The numbers of results.json as `capability/metric`, without intervals."""
     names = ("greedy", "pass@1", "pass@k", "truncated", "reply_tokens_mean", "unscored")
     return {f"{capability}/{name}": entry[name] for capability, entry in found.items() for name in names}

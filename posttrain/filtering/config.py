@@ -32,12 +32,12 @@ class JudgeEndpoint(Config):
     endpoint: EndpointConfig = Field(description="The server, and the name of the model there.")
 
 
-def _has_endpoint(judge: Any) -> bool:
+def _has_endpoint(judge: object) -> bool:
     """Whether the section `judge`, raw or validated, names an endpoint."""
     return isinstance(judge, JudgeEndpoint) or (isinstance(judge, Mapping) and judge.get("endpoint") is not None)
 
 
-def _one_form(judge: Any) -> Any:
+def _one_form(judge: object) -> Any:
     """Either a model folder or an endpoint; raises ValueError for both and for neither. Unknown keys are told later."""
     if not isinstance(judge, Mapping) or set(judge) - {"path", "dtype", "endpoint"}:
         return judge
@@ -91,13 +91,13 @@ class FilterConfig(JudgeQuestion):
         return self.judge.endpoint if isinstance(self.judge, JudgeEndpoint) else self.judge
 
     @classmethod
-    def has_endpoint(cls, data: Mapping[str, Any]) -> bool:
+    def has_endpoint(cls, data: Mapping[str, object]) -> bool:
         """Whether the config, as it was written, names an endpoint."""
         return _has_endpoint(data.get("judge"))
 
     @model_validator(mode="before")
     @classmethod
-    def _no_engines_with_an_endpoint(cls, data: Any) -> Any:
+    def _no_engines_with_an_endpoint(cls, data: object) -> Any:
         """The default resources are those of a judge on engines only."""
         if isinstance(data, Mapping) and cls.has_endpoint(data):
             resources = data.get("resources", {})

@@ -21,10 +21,10 @@ from posttrain.judging.verdicts import Answer, OnAnswer
 
 
 class JudgeBackend(Protocol):
-    """Something that answers questions about rows.
+    """A place where a judge runs and answers questions about rows.
 
-    Between `start` and `close` it works in one event loop; it may be started again in another. logs: when the judge
-    worked, by the name of each engine or endpoint, for the timeline.
+    Between `start` and `close` it works in one event loop. Afterwards it may be started again in another. logs: when
+    each engine or endpoint was busy, by its name, for the timeline.
     """
 
     @property
@@ -37,7 +37,8 @@ class JudgeBackend(Protocol):
     async def rate(self, questions: Sequence[Question], on_answer: OnAnswer | None = None) -> list[Answer]:
         """An answer to each question, in order. Any number of calls may run at the same time.
 
-        on_answer: hears of each answer at once, with the place of its question; not of a question that was not asked.
+        on_answer: called with each answer as soon as it is there, and with the place of its question. It is not called
+        for a question that was not asked.
         """
         ...
 
@@ -48,7 +49,7 @@ class JudgeBackend(Protocol):
 
 @dataclass(frozen=True)
 class PreparedJudge:
-    """A judge that was checked and not yet started. form: how an endpoint is asked; None for engines."""
+    """A judge that has been checked but not started. form: the form of an endpoint's requests; None for engines."""
 
     config: JudgeQuestion
     prompts: JudgePrompts
@@ -73,7 +74,7 @@ def prepare_judge(config: JudgeQuestion) -> PreparedJudge:
 def open_judge(
     prepared: PreparedJudge, context: StageContext, resources: ActorResources | None
 ) -> Iterator[JudgeBackend]:
-    """The judge, ready to be asked. resources: of its engines, which need an initialised Ray session."""
+    """The backend of a judge. resources: those of its engines, which need an initialised Ray session."""
     config, source = prepared.config, prepared.config.source
     if isinstance(source, EndpointConfig):
         from posttrain.judging.endpoint import EndpointJudge
@@ -94,7 +95,7 @@ def open_judge(
 
 
 def rate_all(judge: JudgeBackend, questions: Sequence[Question], on_answer: OnAnswer | None = None) -> list[Answer]:
-    """Start the judge, have it rate all questions, close it: for a caller without an event loop."""
+    """For callers without an event loop: start the judge, have it rate all questions, and close it."""
 
     async def rate() -> list[Answer]:
         await judge.start()

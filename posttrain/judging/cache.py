@@ -1,14 +1,14 @@
-"""The verdicts that a judge has given, in a file, so that it is never asked the same question twice.
+"""Keeps the verdicts of a judge in a file, so that the judge is never asked the same question twice.
 
     question ─► key ─► in the file ─► its verdict
                    └─► not there ───► judge ─► verdict ─► into the file
 
-A key is a hash of the judge, its labels and the question as the judge reads it. So a row keeps its verdict under
-another id, in another place of the dataset and in another selection; a row with another text, another template or
-another model is a new question.
+A key is a hash of the judge, its labels and the question as the judge reads it. So a row keeps its verdict if its id,
+its place in the dataset or the selection changes. If its text, the template or the judge's model changes, it is a new
+question.
 
-SQLite holds the file: memory does not grow with it, and a process that is killed in the middle of writing costs the
-verdicts of the last second. Left out: `Undecided`, which says nothing about the row and may be answered the next time.
+The file is an SQLite database, so that verdicts take no memory, and a process that is killed loses those of the last
+second at most. Left out: `Undecided` answers, which say nothing about the row; the question is asked again.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _SCHEMA = "CREATE TABLE IF NOT EXISTS verdicts (key BLOB PRIMARY KEY, verdict BL
 
 
 def judge_identity(config: JudgeQuestion) -> dict[str, Any]:
-    """What tells one judge from another: the content of its model folder and the type of the weights.
+    """The identity of a judge: the content of its model folder and the data type of the weights.
 
     The weights behind an endpoint cannot be read, so its address and the model's name stand for them.
     """
@@ -45,7 +45,7 @@ def judge_identity(config: JudgeQuestion) -> dict[str, Any]:
 
 
 class VerdictCache:
-    """The verdicts of one judge, as a context manager. The file and its folder are made if they are not there.
+    """The verdicts of one judge, as a context manager. It creates the file and its folder if they are missing.
 
     Raises StageError for a file that cannot be read.
     """
@@ -77,7 +77,7 @@ class VerdictCache:
         self._connection.close()
 
     def get(self, question: Question) -> Verdict | None:
-        """The verdict that was given to this question before."""
+        """The verdict that was given to this question before, or None."""
         rows = self._connection.execute("SELECT verdict FROM verdicts WHERE key = ?", (self._key(question),))
         return next((msgspec.json.decode(verdict, type=Verdict) for (verdict,) in rows), None)
 
@@ -99,7 +99,7 @@ class VerdictCache:
             self._uncommitted_since = None
 
     def _key(self, question: Question) -> bytes:
-        """For a judge on engines the text is that of the tokens; an endpoint is sent the text alone."""
+        """The key of a question: of its tokens for a judge on engines, of its text for an endpoint."""
         digest = hashlib.blake2b(self._judge, digest_size=16)
         digest.update(b"\0")
         digest.update(array("q", question.token_ids).tobytes() or question.text.encode("utf-8", "surrogatepass"))

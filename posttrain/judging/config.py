@@ -90,7 +90,7 @@ class EndpointConfig(Config):
 
     @model_validator(mode="after")
     def _is_usable(self) -> "EndpointConfig":
-        """On the whole section, because a message about a single value shows it, and it may hold a key."""
+        """Check the whole section, because a message about one value would print the value, which may hold a key."""
         if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
             raise ValueError(
                 "api_key_env must be the name of an environment variable, such as JUDGE_API_KEY (what was given is "
@@ -163,14 +163,14 @@ class JudgeQuestion(Config):
         raise NotImplementedError
 
     @classmethod
-    def has_endpoint(cls, data: Mapping[str, Any]) -> bool:
+    def has_endpoint(cls, data: Mapping[str, object]) -> bool:
         """Whether the section, as it was written, names an endpoint."""
         return data.get("endpoint") is not None
 
     @model_validator(mode="before")
     @classmethod
-    def _no_engine_with_an_endpoint(cls, data: Any) -> Any:
-        """The default engine is of a judge on engines only."""
+    def _no_engine_with_an_endpoint(cls, data: object) -> Any:
+        """Leave out the default engine for a judge at an endpoint, which has no engine."""
         if isinstance(data, Mapping) and cls.has_endpoint(data) and "engine" not in data:
             return {**data, "engine": None}
         return data

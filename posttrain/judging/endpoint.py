@@ -25,7 +25,7 @@ BUSY = "judge"
 
 
 class EndpointJudge:
-    """Rates at `endpoint`, asking in the form that `preflight.choose_form` found."""
+    """Rates at `endpoint`, with requests in the form that `preflight.choose_form` found."""
 
     def __init__(self, endpoint: EndpointConfig, labels: Sequence[str], form: Form, *, context: StageContext):
         self._endpoint = endpoint

@@ -2,9 +2,9 @@
 
     questions ─► one group of one rollout each ─► the workers of sampling/workers.py ─► the chosen token ─► Verdict
 
-The engine allows only the first token of each label, so nothing is parsed, and no text in a row can make the answer
-anything else. The workers are those that sample a policy's replies: an engine that is lost is replaced, and what it was
-asked is asked again.
+The engine allows only the first token of each label. So nothing is parsed, and no text in a row can lead to any other
+answer. The workers are those that sample a policy's replies: an engine that is lost is replaced, and its questions are
+asked again.
 """
 
 import itertools
@@ -30,7 +30,7 @@ BUSY = "judge"
 class EngineJudge:
     """Rates on `engines`, which serve the judge's model.
 
-    engine: how they were started. choice_ids: the first token of each label, in the order of the labels.
+    engine: the settings of the engines. choice_ids: the first token of each label, in the order of the labels.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class EngineJudge:
         )
 
     async def close(self) -> None:
-        """Leave the engines to their next caller."""
+        """Stop using the engines, which another caller may use next."""
         await self._serving.aclose()
 
     async def rate(self, questions: Sequence[Question], on_answer: OnAnswer | None = None) -> list[Answer]:
-        """An answer to each question, in order; see `JudgeBackend`. Where no engine stays alive, the questions without
-        an answer are undecided."""
+        """An answer to each question, in order; see `JudgeBackend`. If no engine stays alive, the remaining questions
+        are undecided."""
         answers: dict[int, Answer] = {}
 
         def take(index: int, completion: Completion) -> None:
@@ -87,7 +87,7 @@ class EngineJudge:
         return [answers.get(index) or Undecided(Outcome.INFRASTRUCTURE, reason) for index in range(len(questions))]
 
     async def run(self, prompt: Prompt, session: Session) -> Rollout:
-        """The rollouter of the judge's workers: one token, which goes to whoever asked."""
+        """The rollouter of the judge's workers: sample one token, and give it to the caller that asked the question."""
         completion = await session.sample()
         self._waiting.pop(session.flight.order)(completion)
         return session.rollout()

@@ -8,8 +8,8 @@ Servers differ in what they understand, so there are four forms, tried from the 
     text                          any answer
 
 Only an answer that is exactly one label becomes a verdict. If the answer has log-probabilities, they give the
-distribution over all labels; else the label has all of the probability. Prose, an empty answer and an unknown label are
-undecided.
+distribution over all labels; otherwise the label gets a probability of 1. Prose, an empty answer and an unknown label
+are undecided.
 """
 
 import json
@@ -31,7 +31,9 @@ _ROOM_TOKENS = 16
 
 @dataclass(frozen=True)
 class Form:
-    """One way to ask. name: for events; choice, as_json: how the answer is constrained; logprobs: are requested."""
+    """A form of request. name: its name in events. choice, as_json: how the answer is constrained. logprobs: whether
+    log-probabilities are requested.
+    """
 
     name: str
     choice: bool = False
@@ -105,7 +107,7 @@ class _Answer(Struct):
     choices: list[_Choice]
 
 
-def read_answer(answer: Any, form: Form, labels: Sequence[str]) -> Verdict | Undecided:
+def read_answer(answer: object, form: Form, labels: Sequence[str]) -> Verdict | Undecided:
     """The verdict in the decoded body of a chat completion."""
     try:
         choice = msgspec.convert(answer, _Answer).choices[0]

@@ -1,4 +1,4 @@
-"""Checks an endpoint before anything heavy starts: is it up, does it serve the model, which form of request works.
+"""Checks an endpoint before anything heavy starts: that it is up and serves the model, and which form of request works.
 
 Every fault is a UserError: one message that says what to correct. No request waits longer than PATIENCE_S.
 """
@@ -23,7 +23,7 @@ PROBE += "nothing else: {labels}."
 
 
 def check_server(endpoint: EndpointConfig) -> None:
-    """Whether the server is up, takes the key and serves the model. Raises UserError."""
+    """Raise UserError unless the server is up, accepts the key and serves the model."""
 
     async def check() -> None:
         async with make_client(endpoint) as client:
@@ -33,9 +33,9 @@ def check_server(endpoint: EndpointConfig) -> None:
 
 
 async def choose_form(endpoint: EndpointConfig, labels: Sequence[str]) -> Form:
-    """The best form of request that the server takes: the first whose answer is a verdict, else the first it takes.
+    """The first form of request whose answer is a verdict; if there is none, the first that the server accepts.
 
-    Raises UserError as `check_server` does, and where it takes none.
+    Raises UserError as `check_server` does, and if the server accepts no form.
     """
     async with make_client(endpoint) as client:
         await _check_models(client, endpoint)
@@ -64,7 +64,7 @@ async def _ask(client: openai.AsyncOpenAI, endpoint: EndpointConfig, form: Form,
 
 
 def _patient(endpoint: EndpointConfig) -> EndpointConfig:
-    """The endpoint with limits under which a fault is found soon."""
+    """The endpoint with short limits, so that a fault is found soon."""
     limits = {
         "timeout_s": min(endpoint.timeout_s, PATIENCE_S),
         "retries": min(endpoint.retries, 2),
@@ -74,7 +74,7 @@ def _patient(endpoint: EndpointConfig) -> EndpointConfig:
 
 
 async def _check_models(client: openai.AsyncOpenAI, endpoint: EndpointConfig) -> None:
-    """Raises UserError unless the server lists the model; a server without a list is asked by `choose_form`."""
+    """Raise UserError if the server has a list of models without this one. Without a list, `choose_form` finds out."""
     patient = _patient(endpoint)
     try:
         answer = await list_models(client, patient.timeout_s)

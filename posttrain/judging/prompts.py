@@ -1,10 +1,10 @@
-"""What the judge is asked about a row, and which token stands for which label.
+"""Makes the judge's question about a row, and finds the token that stands for each label.
 
 Anyone may have written the text of a row, so it must not pass for another part of the judge's prompt. Special tokens
 and the template's tags are escaped in it. All texts are put into the template in one pass, so a placeholder that stands
 in a row's text is not replaced. For a judge on engines the special tokens are those of its tokenizer, and lengths are
-counted in tokens. The tokenizer of a judge at an endpoint is not here: what looks like a special token is escaped, and
-lengths are counted in characters.
+counted in tokens. The tokenizer of a judge at an endpoint is not known: whatever looks like a special token is escaped,
+and lengths are counted in characters.
 """
 
 import re
@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from posttrain.data.chat import chat_template, render_prompt
 from posttrain.data.special import guard_of
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.transcript import message_text, transcript
 from posttrain.errors import DataError, UserError
 from posttrain.judging.config import PLACEHOLDER, EndpointConfig, JudgeQuestion
@@ -33,9 +34,9 @@ _LOOKS_SPECIAL = (
 
 
 class Question(Struct, frozen=True):
-    """What a judge is asked about one row.
+    """A question to the judge about one row.
 
-    row_id: of the row; text: the judge's user turn; token_ids: the whole prompt, for a judge on engines only.
+    row_id: the row's id. text: the judge's user turn. token_ids: the whole prompt, for a judge on engines only.
 
     Example: Question("r7", "Rate how hard a task is ... <task_text>1 + 1?</task_text> ...", (200000, 5, ...))
     """
@@ -145,7 +146,7 @@ def row_texts(row: Row) -> dict[str, str]:
     return {"prompt": prompt, "response": message_text(row.messages[-1]), "system": system, "answer": answer}
 
 
-def label_token_ids(tokenizer: Any, labels: Sequence[str]) -> tuple[int, ...]:
+def label_token_ids(tokenizer: Tokenizer, labels: Sequence[str]) -> tuple[int, ...]:
     """The first token of each label as it appears right after the generation prompt, in the order of the labels.
 
     Raises UserError when two labels begin with the same token: a constrained choice could not tell them apart.
@@ -163,7 +164,7 @@ def label_token_ids(tokenizer: Any, labels: Sequence[str]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _first_token(tokenizer: Any, prompt: list[int], label: str) -> int:
+def _first_token(tokenizer: Tokenizer, prompt: list[int], label: str) -> int:
     """How `label` begins after `prompt`: some tokenizers mark a word differently at the start of a text. Where the two
     would merge into one token, a model that continues from `prompt` can only begin the label as it stands alone."""
     text = tokenizer.decode(prompt, clean_up_tokenization_spaces=False) + label
@@ -173,7 +174,7 @@ def _first_token(tokenizer: Any, prompt: list[int], label: str) -> int:
     return tokenizer(label, add_special_tokens=False)["input_ids"][0]
 
 
-def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
+def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Matches special tokens; without a tokenizer, the first character of what looks like one."""
     if tokenizer is None:
         return re.compile(_LOOKS_SPECIAL)

@@ -1,8 +1,8 @@
-"""One request to an endpoint: the client, the key, when it is sent again, and errors in plain words.
+"""Sends one request to an endpoint: the client, the key, retries, and errors in plain words.
 
-The client of `openai` sends each request once; tenacity alone decides about another try: after a lost connection, a
-timeout, 408, 425, 429 or any 5xx, with waits that grow and are spread at random, or as long as the server asks for
-(Retry-After). The key is read from the environment when it is needed. It is never part of a message.
+The client of `openai` sends each request once, and tenacity decides about retries. A request is sent again after a lost
+connection, a timeout, and the status 408, 425, 429 or any 5xx. The waits grow and are spread at random, or are as long
+as the server asks for (Retry-After). The key is read from the environment when it is needed. No message contains it.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ _SHOWN_CHARACTERS = 200
 
 
 def key_of(endpoint: EndpointConfig) -> str | None:
-    """The key, if the endpoint has one. Raises UserError, naming the variable, where it is not set."""
+    """The key, if the endpoint has one. Raises UserError, which names the variable, if the variable is not set."""
     if endpoint.api_key_env is None:
         return None
     key = os.environ.get(endpoint.api_key_env)
@@ -43,7 +43,7 @@ def make_client(endpoint: EndpointConfig) -> openai.AsyncOpenAI:
 
 
 def _options(client: openai.AsyncOpenAI) -> Any:
-    """Headers that the client would send of its own accord, from the environment or in place of a key, are left out."""
+    """Options that remove the headers which the client would add from the environment, or for a key that is not set."""
     left_out = ["OpenAI-Organization", "OpenAI-Project", *(["Authorization"] if client.api_key == NO_KEY else [])]
     return {"headers": {name: openai.Omit() for name in left_out}}
 
@@ -90,13 +90,13 @@ def is_passing(error: BaseException) -> bool:
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether the fault is the server's or the key's, as opposed to one of this request."""
+    """Whether the server or the key is at fault, and not this request."""
     refused = isinstance(error, openai.APIStatusError) and error.status_code in (*_REFUSED_KEY, 404)
     return refused or is_passing(error)
 
 
 def is_refused_form(error: BaseException) -> bool:
-    """Whether the server does not take a request of this form."""
+    """Whether the server refuses requests of this form."""
     return isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError)
 
 
@@ -116,7 +116,7 @@ def retry_after(error: BaseException) -> float | None:
 
 
 def why(error: BaseException, endpoint: EndpointConfig) -> str:
-    """What went wrong, on one line, without the key."""
+    """The cause of an error, on one line, without the key."""
     if isinstance(error, openai.APIStatusError):
         if error.status_code in _REFUSED_KEY:
             return f"{endpoint.base_url}: {_about_the_key(endpoint)} ({error.status_code})"

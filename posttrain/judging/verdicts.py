@@ -1,4 +1,4 @@
-"""The judge's verdict on a row: a distribution over the labels, and from it one number; or why there is none."""
+"""The judge's verdict on a row: a distribution over the labels and one number, or the reason why there is none."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +13,8 @@ from posttrain.records import Outcome
 class Undecided(Struct, frozen=True):
     """Why there is no verdict on a row. It is never taken for one.
 
-    outcome: INFRASTRUCTURE where the judge could not be reached, so that the same question may be answered later;
-    ERROR where it answered with something that is no verdict. reason: one line.
+    outcome: INFRASTRUCTURE if the judge could not be reached, so that the same question may be answered later; ERROR if
+    its answer is not a verdict. reason: one line.
 
     Example: Undecided(Outcome.INFRASTRUCTURE, "http://127.0.0.1:8000/v1: no connection")
     """
@@ -66,5 +66,5 @@ def verdict_of(labels: Sequence[str], logprobs: Sequence[float]) -> Verdict:
 
 
 def sure_verdict(labels: Sequence[str], label: str) -> Verdict:
-    """The verdict of an answer of which only the label is known: all of the probability is on it."""
+    """The verdict of an answer of which only the label is known. The label gets a probability of 1."""
     return verdict_of(labels, [0.0 if other == label else -math.inf for other in labels])

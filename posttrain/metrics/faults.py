@@ -4,7 +4,6 @@ The terminal and the report show them in the same words. Left out: how a stage e
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 WORDS = {
     "alarm": "alarm",
@@ -19,7 +18,7 @@ SUBJECTS = ("name", "tracker", "reason", "error")  # said first and without thei
 OF_EVERY_EVENT = ("time", "t", "stage", "event")
 
 
-def fault_words(event: Mapping[str, Any]) -> tuple[str, str] | None:
+def fault_words(event: Mapping[str, object]) -> tuple[str, str] | None:
     """(what happened, details) of an event that is a fault or a recovery, else None."""
     what = WORDS.get(str(event.get("event")))
     if what is None:
@@ -32,5 +31,5 @@ def fault_words(event: Mapping[str, Any]) -> tuple[str, str] | None:
     return what, ": ".join([*subjects, *([figures] if figures else [])])
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,11 +21,11 @@ from transformers import (
     Llama4ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from posttrain.config.models import ModelConfig
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import CheckpointError, ConfigError
 from posttrain.files import replacing
 from posttrain.model.folder import INDEX as _INDEX
@@ -107,8 +107,8 @@ def check_router(model: ModelConfig) -> None:
     raise ConfigError("model", [f"{key}: got {value} for {what}; {rule}" for key, value in asked.items()])
 
 
-def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder.
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """Load the tokenizer of a folder, as transformers' AutoTokenizer does.
 
     Raises:
         CheckpointError: the folder or its tokenizer is missing, the tokenizer cannot be read, or it has ids for which
@@ -118,7 +118,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise CheckpointError(f"{folder}: no tokenizer (tokenizer.json); a model folder must hold its tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True))
     except Exception as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
     if problems := tokenizer_problems(folder, tokenizer.get_vocab()):
@@ -128,7 +128,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 def save_model(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     path: str | os.PathLike,
     *,
     state_dict: Mapping[str, torch.Tensor] | None = None,

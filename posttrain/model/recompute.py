@@ -22,7 +22,7 @@ _KEPT = frozenset(
 )  # fmt: skip
 
 
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(context: Any, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator_name(op) in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 

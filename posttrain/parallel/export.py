@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.files import replacing
 from posttrain.parallel.tensors import WholeTensor, gathered, in_shards, read_weights, whole_tensors
 
@@ -26,7 +27,7 @@ def export_model(
     config: Any,
     architecture: str,
     *,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     path: str | Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
@@ -124,7 +125,7 @@ def _write_rest(
     generation: Any,
     *,
     architecture: str,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     shards: dict[str, list[WholeTensor]],
 ) -> None:
     own = copy.deepcopy(config)

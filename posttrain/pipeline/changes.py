@@ -76,7 +76,7 @@ def _is_larger(new: Any, old: Any) -> bool:
     return isinstance(new, int | float) and isinstance(old, int | float) and new > old
 
 
-def _unequal(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _unequal(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     return [name for name in dict.fromkeys([*new, *old]) if old.get(name) != new.get(name)]
 
 

@@ -118,7 +118,7 @@ def find_pipeline(name: str | Path) -> Path:
                                   f"bundled: {', '.join(bundled_names('pipelines'))}"])  # fmt: skip
 
 
-def read_pipeline(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RawPipeline:
+def read_pipeline(source: str | Path | Mapping[str, object], overrides: Sequence[str] = ()) -> RawPipeline:
     """Read a pipeline (a file, a bundled name or a mapping) and the files it names, with overrides applied.
 
     An override is `key.path=value`; its first part is a stage's name, `evaluate`, or a key of the pipeline itself.
@@ -166,7 +166,7 @@ def read_pipeline(source: str | Path | Mapping[str, Any], overrides: Sequence[st
 
 def single_stage(
     kind: str,
-    config: str | Path | Mapping[str, Any],
+    config: str | Path | Mapping[str, object],
     overrides: Sequence[str] = (),
     *,
     seed: int = 0,
@@ -212,7 +212,7 @@ def _read_stage(
 
 
 def _split_overrides(
-    data: Mapping[str, Any], overrides: Sequence[str]
+    data: Mapping[str, object], overrides: Sequence[str]
 ) -> tuple[list[str], dict[str, list[str]], list[str]]:
     """(overrides of the pipeline itself, overrides of each stage's config by stage name, problems)."""
     listed = data.get("stages")

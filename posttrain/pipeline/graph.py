@@ -95,7 +95,7 @@ def output_path(node: Node, output: str, run_dir: Path) -> Path:
     return run_dir / node.folder / node.stage_kind.outputs[output]
 
 
-def load_pipeline(source: str | Path | Mapping[str, Any] | RawPipeline, overrides: Sequence[str] = ()) -> Pipeline:
+def load_pipeline(source: str | Path | Mapping[str, object] | RawPipeline, overrides: Sequence[str] = ()) -> Pipeline:
     """Read and check a pipeline: schemas, references, and the inputs that exist outside of it.
 
     source: a file, a bundled name, a mapping, or what `single_stage` returned. Raises ConfigError with every problem.

@@ -56,7 +56,7 @@ def input_hash(node: Node, pipeline: Pipeline, upstream: Mapping[str, str]) -> s
     return basis_hash(make_basis(node, pipeline, upstream))
 
 
-def marked(config: Config, mark: Mapping[str, Any]) -> set[str]:
+def marked(config: Config, mark: Mapping[str, object]) -> set[str]:
     """Key paths of the fields of a config, at any depth, that have this mark as their `json_schema_extra`."""
     return {
         f"{key}.{name}" if key else name

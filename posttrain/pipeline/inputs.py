@@ -48,7 +48,7 @@ def walk(config: BaseModel, key: str = "") -> Iterator[tuple[str, BaseModel]]:
         yield from _walk_value(getattr(config, name), f"{key}.{name}" if key else name)
 
 
-def _walk_value(value: Any, key: str) -> Iterator[tuple[str, BaseModel]]:
+def _walk_value(value: object, key: str) -> Iterator[tuple[str, BaseModel]]:
     if isinstance(value, BaseModel):
         yield from walk(value, key)
     elif isinstance(value, Mapping):

@@ -22,7 +22,7 @@ class Reference:
     output: str = ""
 
 
-def find_references(value: Any, key: str = "") -> Iterator[Reference]:
+def find_references(value: object, key: str = "") -> Iterator[Reference]:
     """Every reference in a YAML value, in order."""
     if isinstance(value, Mapping):
         for name, item in value.items():
@@ -36,7 +36,7 @@ def find_references(value: Any, key: str = "") -> Iterator[Reference]:
             yield Reference(key, found[0], *(match.groups() if match else ()))
 
 
-def replace_references(value: Any, replace: Callable[[str, str], str]) -> Any:
+def replace_references(value: object, replace: Callable[[str, str], str]) -> Any:
     """The value with each `${stage.output}` replaced by `replace(stage, output)`."""
     if isinstance(value, Mapping):
         return {name: replace_references(item, replace) for name, item in value.items()}

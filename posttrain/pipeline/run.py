@@ -9,7 +9,7 @@ command starts a failed stage again, and it continues from its last checkpoint.
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError, PosttrainError, StageError, UserError
@@ -49,7 +49,7 @@ class _Silent:
 
 
 def run_pipeline(
-    source: str | Path | Mapping[str, Any] | RawPipeline,
+    source: str | Path | Mapping[str, object] | RawPipeline,
     run_dir: str | Path | None = None,
     *,
     start_from: str | None = None,

@@ -144,7 +144,13 @@ class RunDir:
         return Held(digest, started.get("basis"), done is not None, tuple(missing), step, has_work)
 
     def begin(
-        self, node: Node, input_hash: str, config: Mapping[str, Any], *, basis: Mapping[str, Any] | None, resume: bool
+        self,
+        node: Node,
+        input_hash: str,
+        config: Mapping[str, object],
+        *,
+        basis: Mapping[str, object] | None,
+        resume: bool,
     ) -> None:
         """Prepare the folder: empty it unless its work is continued, then write config.yaml and STARTED.
 
@@ -158,7 +164,7 @@ class RunDir:
         self.write_config(node, config)
         write_text(folder / STARTED, json.dumps({"input_hash": input_hash, "basis": basis}) + "\n")
 
-    def write_config(self, node: Node, config: Mapping[str, Any]) -> None:
+    def write_config(self, node: Node, config: Mapping[str, object]) -> None:
         """Write a stage's config.yaml: resolved, with real paths."""
         write_text(self.folder(node) / "config.yaml", dump_yaml(dict(config)))
 
@@ -188,7 +194,7 @@ class RunDir:
         if len(kept) != len(lines):
             write_text(self.events, "".join(kept))
 
-    def finish(self, node: Node, record: Mapping[str, Any]) -> None:
+    def finish(self, node: Node, record: Mapping[str, object]) -> None:
         """Write DONE, the last file of a stage."""
         write_text(self.folder(node) / DONE, json.dumps(record, indent=1, default=str) + "\n")
 

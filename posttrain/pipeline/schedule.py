@@ -141,7 +141,7 @@ class Scheduler:
         gpus = free_gpus + sum(actor.workers * actor.gpus for actor in serving)
         _quietly_call("trim_idle", cpus, gpus)
 
-    def _end(self, task: Any) -> None:
+    def _end(self, task: object) -> None:
         """Record how a Ray task ended: DONE and the summary, or the failure."""
         running = self.running.pop(task)
         node, wall_s = running.node, time.time() - running.started
@@ -181,14 +181,14 @@ class Scheduler:
             return UserError("\n".join(f"stage {node.name}: {line}" for line in error.splitlines()))
         return StageError(f"stage {node.name} failed: {error}\n  log: {self.run_dir.folder(node) / 'log.txt'}")
 
-    def _record(self, node: Node, status: str, wall_s: float, *, record: Mapping[str, Any], event: str) -> None:
+    def _record(self, node: Node, status: str, wall_s: float, *, record: Mapping[str, object], event: str) -> None:
         """Add a stage to the summary and write its event."""
         digest = self.decisions[node.name].input_hash
         self.summary.add(node, status, {"wall_s": round(wall_s, 3), "input_hash": digest, "outputs": {}, **record})
         error = {"error": record["error"]} if "error" in record else {}
         self._event(node, event, kind=node.kind, wall_s=round(wall_s, 3), **error)
 
-    def _event(self, node: Node, event: str, **fields: Any) -> None:
+    def _event(self, node: Node, event: str, **fields: object) -> None:
         """Write an event if that is possible.
 
         On a full disk it is not, and the failure itself matters more than its event.

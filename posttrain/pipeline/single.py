@@ -25,12 +25,12 @@ class StageResult:
 
     folder: Path
     outputs: Mapping[str, Path]
-    stats: Mapping[str, Any]
+    stats: Mapping[str, object]
 
 
 def run_stage(
     kind: str,
-    config: Config | Mapping[str, Any] | str | Path,
+    config: Config | Mapping[str, object] | str | Path,
     run_dir: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
@@ -53,7 +53,7 @@ def run_stage(
 
 
 def evaluate(
-    config: Config | Mapping[str, Any] | str | Path,
+    config: Config | Mapping[str, object] | str | Path,
     run_dir: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
@@ -70,7 +70,7 @@ def evaluate(
 
 
 def as_pipeline(
-    kind: str, config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), *, seed: int = 0
+    kind: str, config: Config | Mapping[str, object] | str | Path, overrides: Sequence[str] = (), *, seed: int = 0
 ) -> RawPipeline:
     """A pipeline whose only stage is this one."""
     if isinstance(config, Config):

@@ -33,7 +33,7 @@ class Summary:
     peak_rss_gib: float
     versions: Mapping[str, str]
     stages: list[dict[str, Any]]
-    eval: Mapping[str, Any]
+    eval: Mapping[str, object]
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     pipeline: str = ""
     seed: int = 0
@@ -51,7 +51,7 @@ class SummaryWriter:
         self._records: dict[str, dict[str, Any]] = {}
         self._earlier_peak = float((read_object(run_dir.summary) or {}).get("peak_rss_gib") or 0.0)
 
-    def add(self, node: Node, status: str, record: Mapping[str, Any]) -> None:
+    def add(self, node: Node, status: str, record: Mapping[str, object]) -> None:
         """Note how a node ended.
 
         record: wall_s, input_hash and outputs, and where there are any stats, error and why.

@@ -107,7 +107,7 @@ class Code:
 class Leaf:
     """The rollouts that the reader can leaf through, as the page's script reads them."""
 
-    rollouts: Sequence[Mapping[str, Any]]
+    rollouts: Sequence[Mapping[str, object]]
     type: str = "leaf"
 
 
@@ -117,5 +117,5 @@ class Section:
 
     id: str
     title: str
-    blocks: Sequence[Any] = field(default_factory=tuple)
+    blocks: Sequence[object] = field(default_factory=tuple)
     lead: Sequence[str] = ()

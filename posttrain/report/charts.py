@@ -17,7 +17,7 @@ def colours_of(names: Sequence[str]) -> dict[str, str]:
     return {name: CATEGORICAL[i % len(CATEGORICAL)] for i, name in enumerate(names)}
 
 
-def axis(title: str = "", grid: bool = True, **settings: Any) -> dict[str, Any]:
+def axis(title: str = "", grid: bool = True, **settings: object) -> dict[str, Any]:
     """One plotly axis. settings: plotly's own (range, tickformat, type, ...)."""
     base: dict[str, Any] = {
         "showgrid": grid,
@@ -80,7 +80,7 @@ def line(x: Values, y: Values, colour: str, *, name: str, hover: str = "%{y:.3g}
 
 
 def dots(
-    x: Sequence[Any], y: Values, colour: str, *, name: str, hover: str = "%{y:.3g}", size: float = 4
+    x: Sequence[object], y: Values, colour: str, *, name: str, hover: str = "%{y:.3g}", size: float = 4
 ) -> dict[str, Any]:
     """A trace that draws points without a line. size: in pixels."""
     return {
@@ -96,7 +96,7 @@ def dots(
 
 
 def bars(
-    x: Sequence[Any], y: Values, colour: str, *, name: str, hover: str = "%{y:.3g}", **more: Any
+    x: Sequence[object], y: Values, colour: str, *, name: str, hover: str = "%{y:.3g}", **more: Any
 ) -> dict[str, Any]:
     """A trace that draws vertical bars. more: added to the trace."""
     return {

@@ -1,7 +1,6 @@
 """How the report writes numbers: durations, counts, shares and times."""
 
 from datetime import UTC, datetime
-from typing import Any
 
 from posttrain.report.read import number
 
@@ -9,7 +8,7 @@ NONE = "–"
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def seconds(value: Any) -> str:
+def seconds(value: object) -> str:
     """A duration, such as 12.3 s, 4 min 05 s or 2 h 10 min."""
     wall = number(value)
     if wall is None:
@@ -24,7 +23,7 @@ def seconds(value: Any) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def count(value: Any) -> str:
+def count(value: object) -> str:
     """A count with thin spaces, such as 1 234. Counts from a million on are shortened to three digits: 1.23 M."""
     amount = number(value)
     if amount is None:
@@ -36,13 +35,13 @@ def count(value: Any) -> str:
     return f"{round(amount):,}".replace(",", "\u202f")
 
 
-def percent(value: Any, digits: int = 0) -> str:
+def percent(value: object, digits: int = 0) -> str:
     """A share in [0, 1] as a percentage, such as 12.5%."""
     share = number(value)
     return NONE if share is None else f"{100 * share:.{digits}f}%"
 
 
-def plain(value: Any, digits: int = 3) -> str:
+def plain(value: object, digits: int = 3) -> str:
     """A number with `digits` significant digits; a very small one as 1.2 × 10⁻⁵, a large one as a count."""
     amount = number(value)
     if amount is None:
@@ -53,7 +52,7 @@ def plain(value: Any, digits: int = 3) -> str:
     return f"{amount:.{digits}g}" if abs(amount) < 10**digits else count(amount)
 
 
-def utc(value: Any) -> str:
+def utc(value: object) -> str:
     """A Unix time as a date and minute in UTC."""
     moment = number(value)
     if moment is None:

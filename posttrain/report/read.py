@@ -38,11 +38,11 @@ class Stage:
     wall_s: float | None = None
     start: float | None = None
     end: float | None = None
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, object] = field(default_factory=dict)
     metrics: tuple[dict[str, Any], ...] = ()
     error: str = ""
     of: str = ""
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
 
     def setting(self, key: str) -> float | None:
         """The number at a key path of the config, such as `reward.alarm_fraction`; None if the config has none."""
@@ -54,11 +54,11 @@ class Run:
     """The content of a run directory. evals: stage name to its results by capability, in the order of the stages."""
 
     dir: Path
-    summary: Mapping[str, Any]
+    summary: Mapping[str, object]
     stages: tuple[Stage, ...]
     evaluations: tuple[Stage, ...]
     events: tuple[dict[str, Any], ...]
-    evals: Mapping[str, Mapping[str, Any]]
+    evals: Mapping[str, Mapping[str, object]]
     notes: tuple[str, ...] = ()
 
     def of_kind(self, kind: str) -> list[Stage]:
@@ -76,19 +76,19 @@ class Run:
         return sorted((e for e in whole if since <= e["start"] <= e["end"]), key=lambda event: event["start"])
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """`value` as a float; None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
-def mapping(value: Any) -> dict[str, Any]:
+def mapping(value: object) -> dict[str, Any]:
     """`value` if it is a JSON object; else an empty one."""
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def setting(config: Mapping[str, Any], key: str) -> float | None:
+def setting(config: Mapping[str, object], key: str) -> float | None:
     """The number at a key path of a recorded config, or None."""
     value: Any = config
     for part in key.split("."):
@@ -150,7 +150,7 @@ def read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _stage_records(run_dir: Path, summary: Mapping[str, Any], events: tuple[dict, ...]) -> list[dict[str, Any]]:
+def _stage_records(run_dir: Path, summary: Mapping[str, object], events: tuple[dict, ...]) -> list[dict[str, Any]]:
     """The stages that the summary lists, then those that only events or folders show, as in a run that was killed."""
     records: list[dict[str, Any]] = []
     for part in ("stages", "evaluations"):
@@ -209,7 +209,7 @@ def _guess_kind(name: str, folder: Path) -> str:
     return next((kind for kind in KINDS if kind == name.lower()), "eval" if (folder / "results.json").exists() else "")
 
 
-def _guess_status(by_event: Mapping[str, Any], folder: Path) -> str:
+def _guess_status(by_event: Mapping[str, object], folder: Path) -> str:
     """The status of a stage that no summary lists, from its last event and whether DONE exists."""
     if (folder / "DONE").exists():
         return "done"
@@ -217,7 +217,7 @@ def _guess_status(by_event: Mapping[str, Any], folder: Path) -> str:
 
 
 def _read_evals(
-    summary: Mapping[str, Any], stages: tuple[Stage, ...], evaluations: tuple[Stage, ...], *, notes: list[str]
+    summary: Mapping[str, object], stages: tuple[Stage, ...], evaluations: tuple[Stage, ...], *, notes: list[str]
 ) -> dict[str, dict[str, Any]]:
     """Results by stage name, in the order of the stages: from the summary, else from the folders."""
     found = {str(name): mapping(results) for name, results in mapping(summary.get("eval")).items()}

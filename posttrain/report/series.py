@@ -10,7 +10,7 @@ from posttrain.report.read import number
 class Series:
     """The lines of one stage's metrics.jsonl by column. Lines of the same step are merged; the later value counts."""
 
-    def __init__(self, lines: Sequence[Mapping[str, Any]]):
+    def __init__(self, lines: Sequence[Mapping[str, object]]):
         steps: dict[float, dict[str, Any]] = {}
         for line in lines:
             step = number(line.get("step"))

@@ -7,7 +7,6 @@ difference, and a reader can check it by eye.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from posttrain.metrics.intervals import wilson_ci95
 from posttrain.report.read import Run, mapping, number
@@ -60,7 +59,7 @@ class Observed:
     otherwise: Share | None
 
 
-def share_of(value: Any, interval: Any, n: Any) -> Share | None:
+def share_of(value: object, interval: object, n: object) -> Share | None:
     """A share from the entry of a results file, with the interval given there or else Wilson's."""
     point, count = number(value), number(n) or 0.0
     if point is None or not -1e-9 <= point <= 1 + 1e-9:
@@ -74,13 +73,13 @@ def share_of(value: Any, interval: Any, n: Any) -> Share | None:
     return Share(point, low, high, round(count))
 
 
-def greedy(results: Mapping[str, Any], capability: str = "all") -> Share | None:
+def greedy(results: Mapping[str, object], capability: str = "all") -> Share | None:
     """Greedy held-out accuracy in one capability, or over all."""
     cell = mapping(results.get(capability))
     return share_of(cell.get("greedy"), cell.get("greedy_ci95"), cell.get("greedy_n", cell.get("n")))
 
 
-def observed(results: Mapping[str, Any], name: str, capability: str = "all") -> Observed | None:
+def observed(results: Mapping[str, object], name: str, capability: str = "all") -> Observed | None:
     """A property that the evaluation counted in the greedy replies; None if it did not."""
     cell = mapping(results.get(capability))
     found = mapping(mapping(cell.get("observed")).get(name))

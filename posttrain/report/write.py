@@ -172,7 +172,7 @@ def mark_intervals(text: str) -> Markup:
     return Markup(INTERVAL.sub(lambda found: f'<span class="interval">{found.group()}</span>', safe))
 
 
-def json_for_script(value: Any) -> Markup:
+def json_for_script(value: object) -> Markup:
     """JSON that is safe inside a script element: nothing in it can end the element or begin another."""
     text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in ("<", ">", "&", "\u2028", "\u2029"):
@@ -180,7 +180,7 @@ def json_for_script(value: Any) -> Markup:
     return Markup(text)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     """The same value with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}

@@ -14,6 +14,7 @@ from posttrain.context import StageContext
 from posttrain.data.chat import check_special_tokens, end_token_ids, render_prompt, render_row
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import hash_order
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import TrainerLostError
 from posttrain.files import keep_lines
 from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
@@ -127,7 +128,9 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
                 reference.close()
 
 
-def _check_special_tokens(tokenizer: Any, config: RlConfig, rows: Sequence[Row], *, heldout: Sequence[Row]) -> None:
+def _check_special_tokens(
+    tokenizer: Tokenizer, config: RlConfig, rows: Sequence[Row], *, heldout: Sequence[Row]
+) -> None:
     evaluated = config.evaluation.data if config.evaluation is not None else config.prompts
     for data, those in ((config.prompts, rows), (evaluated, heldout)):
         check_special_tokens(tokenizer, data, ((f"row {row.id!r}", row.messages, None) for row in those))
@@ -151,7 +154,7 @@ def _rows_to_profile(config: PromptsConfig, seed: int, context: StageContext | N
     return [row for _, _, _, row in places[:limit]]
 
 
-def _draw_plain(rows: Sequence[Row], tokenizer: Any, config: GradingConfig) -> list[DrawnPrompt]:
+def _draw_plain(rows: Sequence[Row], tokenizer: Tokenizer, config: GradingConfig) -> list[DrawnPrompt]:
     """Each row as a prompt without a system instruction. Raises DataError if one leaves no room for a reply."""
 
     def render(messages: Sequence[Message]) -> list[int]:
@@ -264,7 +267,7 @@ def prompt_source(
     selected: Sequence[Row],
     difficulties: Sequence[Difficulty],
     *,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     seed: int,
     steps: int,
 ) -> PromptSource:

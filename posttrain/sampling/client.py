@@ -141,7 +141,7 @@ class Engines:
                 cause = error
         return self.names[index], self.actors[index]
 
-    async def _await_engine(self, actor: Any, call: Awaitable[Any], name: str) -> Any:
+    async def _await_engine(self, actor: Any, call: Awaitable[object], name: str) -> Any:
         """The result of a long call. Raises TimeoutError if the actor does not answer a heartbeat meanwhile."""
         return await await_with_heartbeat(call, actor.pids.remote, 3 * self._engine.deadline_s, name=name)
 

@@ -66,7 +66,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         """Bring the layers back to the layout that checkpoints have."""
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: ShmUpdateInfo, *args: Any, **kwargs: Any) -> None:
+    def receive_weights(self, update_info: ShmUpdateInfo, *args: object, **kwargs: object) -> None:
         """Load every tensor of the source; vLLM's own loader shards and fuses as for a checkpoint."""
         model: Any = self.model
         source = from_plain(update_info.source)

@@ -7,7 +7,7 @@ weights. So silence counts only while the engine has work, and then a ping decid
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from posttrain.sampling.requests import EngineLostError
 
@@ -34,7 +34,7 @@ class Watch:
         is_dead: Callable[[], bool],
         is_busy: Callable[[], bool],
         *,
-        ping: Callable[[], Awaitable[Any]],
+        ping: Callable[[], Awaitable[object]],
         say: Callable[[str], str],
         on_lost: Callable[[], None],
     ):

@@ -4,10 +4,11 @@ The check: the token ids of every row must begin with exactly those that samplin
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from posttrain.data.chat import check_parity, render_conversation
 from posttrain.data.messages import RowError
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
 from posttrain.records import Row
@@ -15,7 +16,7 @@ from posttrain.tune.drift import Example
 
 
 def tokenize(
-    tokenizer: Any, rows: Sequence[Row], max_length: int, *, overlong: Literal["error", "drop"]
+    tokenizer: Tokenizer, rows: Sequence[Row], max_length: int, *, overlong: Literal["error", "drop"]
 ) -> tuple[list[Example], int]:
     """Return the examples, and how many rows were dropped because they are longer than `max_length`.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.context import StageContext
 from posttrain.errors import StageError
@@ -47,10 +47,12 @@ class StageCallback(TrainerCallback):
         """Tokens of all steps, including those before the training was resumed."""
         return self._tokens_before + self._trainer.tokens_seen
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._busy_since = time.time()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: object) -> None:
         if not logs or "loss" not in logs:  # TRL's summary at the end of the training
             return
         values = {name: float(logs[logged]) for logged, name in self.names.items() if logged in logs}
@@ -76,7 +78,9 @@ class StageCallback(TrainerCallback):
             self.context.event("checkpoint", step=state.global_step, path=str(path))
         barrier()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if is_first_rank():
             self._busy(at_least_s=0.0)
 

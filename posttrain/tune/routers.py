@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.files import write_json
 from posttrain.model.router_balance import RouterBalance
@@ -26,11 +26,13 @@ class RouterCallback(TrainerCallback):
         if resumed is not None:
             self.balance.load_state(json.loads((resumed / STATE).read_text()))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         stats = self.balance.update(min(1.0, state.global_step / state.max_steps))
         self._figures = {} if stats is None else figures(stats)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: object) -> None:
         if logs and "loss" in logs:
             logs.update(self._figures)
 
@@ -38,5 +40,7 @@ class RouterCallback(TrainerCallback):
         if state.is_world_process_zero:
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE, self.balance.state())
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.balance.close()

@@ -12,11 +12,15 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.context import StageContext
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import StageError
 from posttrain.files import read_jsonl
+
+if TYPE_CHECKING:
+    from posttrain.tune.drift import Example
 
 ROWS = "tokenized"  # the folder of the rows on disk, from which all ranks read them
 # The keys of a config that do not change what a training learns, besides those that name its data. `parallel` and
@@ -38,13 +42,13 @@ class Tuning:
 
     trainer: Any
     arguments: Any
-    rows: Sequence[Mapping[str, Any]]
-    blank: Mapping[str, Any]
-    sample: Sequence[Any]
+    rows: Sequence[Mapping[str, object]]
+    blank: Mapping[str, object]
+    sample: Sequence["Example"]
     metrics: Mapping[str, str]
     data_keys: frozenset[str]
     report: Callable[[Sequence[Mapping[str, float]]], dict[str, Any]]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +59,8 @@ class Work:
     """
 
     make: Callable[..., Tuning]
-    tokenizer: Any
-    data: Sequence[Any]
+    tokenizer: Tokenizer
+    data: Sequence[object]
 
 
 def tune(config: Any, context: StageContext, work: Work) -> dict[str, Any]:

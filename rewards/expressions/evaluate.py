@@ -28,7 +28,7 @@ def long(number: Number) -> Any:
 class Evaluator:
     """Computes trees with the precision that mpmath is set to. point: the values of the variables."""
 
-    def __init__(self, mp: Any, point: Mapping[str, Any], terms_left: list[int] | None = None) -> None:
+    def __init__(self, mp: Any, point: Mapping[str, object], terms_left: list[int] | None = None) -> None:
         self.mp, self.point = mp, point
         self.terms_left = terms_left or [MAX_TERMS]  # shared by sums within sums
 

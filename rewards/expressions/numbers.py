@@ -123,7 +123,7 @@ def real(tree: Tree) -> Any:
     return Fraction(str(mp.nstr(mp.re(found), 50)))
 
 
-def value(tree: Tree, point: Mapping[str, Any]) -> Number:
+def value(tree: Tree, point: Mapping[str, object]) -> Number:
     """The value of a formula at a point. Raises Undefined if it has none, Unreadable if it exceeds the bounds."""
     from mpmath import mp
 
@@ -134,7 +134,7 @@ def value(tree: Tree, point: Mapping[str, Any]) -> Number:
     return found
 
 
-def _vanishes(tree: Tree, point: Mapping[str, Any], digits: int) -> bool:
+def _vanishes(tree: Tree, point: Mapping[str, object], digits: int) -> bool:
     """Whether a value is zero apart from rounding, which is so if it shrinks when more digits are computed."""
     from mpmath import mp
 

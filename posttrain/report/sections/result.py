@@ -55,7 +55,7 @@ def capabilities_of(run: Run) -> list[str]:
     return [*(["all"] if "all" in found else []), *(c for c in found if c != "all")]
 
 
-def _cell(run: Run, stage: str, capability: str) -> Mapping[str, Any]:
+def _cell(run: Run, stage: str, capability: str) -> Mapping[str, object]:
     return mapping(run.evals[stage].get(capability))
 
 

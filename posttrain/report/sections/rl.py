@@ -175,13 +175,13 @@ def _gradient(series: Series) -> Chart | None:
     )
 
 
-def _single(series: Series, title: str, name: str, *, unit: str, **settings: Any) -> Chart | None:
+def _single(series: Series, title: str, name: str, *, unit: str, **settings: object) -> Chart | None:
     if len(series.known(name)) < 2:
         return None
     data = [line(series.steps, series.get(name), "--accent", name=title)]
     return Chart(title, _over_steps(data, **settings), 190, unit)
 
 
-def _over_steps(data: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+def _over_steps(data: list[dict[str, Any]], **settings: object) -> dict[str, Any]:
     y: dict[str, Any] = {**axis(rangemode="tozero"), **settings}
     return figure(data, axis("step", grid=False), y)

@@ -77,7 +77,7 @@ def _pick(kinds: list[list[tuple[float, Path, int]]], amount: int) -> list[tuple
     return picked
 
 
-def _order(row: Mapping[str, Any]) -> tuple[float, float, str, float]:
+def _order(row: Mapping[str, object]) -> tuple[float, float, str, float]:
     """Sort key: the policy version that sampled the rollout, because a dropped rollout has no step."""
     version = number(row.get("policy_version"))
     step = number(row.get("step"))
@@ -89,7 +89,7 @@ def _order(row: Mapping[str, Any]) -> tuple[float, float, str, float]:
     )
 
 
-def versions_of(text: Any) -> list[tuple[int, int, int]]:
+def versions_of(text: object) -> list[tuple[int, int, int]]:
     """[(policy version, start, end), ...] from a versions column; [] if the column does not hold that."""
     spans = _json(text)
     if not isinstance(spans, list):
@@ -105,7 +105,7 @@ def _right(reward: float | None, threshold: float | None) -> bool | None:
     return None if reward is None or threshold is None else is_right(reward, threshold)
 
 
-def _leaf(row: Mapping[str, Any], threshold: float | None) -> dict[str, Any]:
+def _leaf(row: Mapping[str, object], threshold: float | None) -> dict[str, Any]:
     """What the page's script shows of one rollout. All of it is plain text and is inserted as text."""
     reward = number(row.get("reward"))
     return {
@@ -126,7 +126,7 @@ def _leaf(row: Mapping[str, Any], threshold: float | None) -> dict[str, Any]:
     }
 
 
-def _prompt(column: Any) -> tuple[Message, ...]:
+def _prompt(column: object) -> tuple[Message, ...]:
     """The messages of a prompt column; text that holds no messages becomes one message."""
     try:
         return to_messages(json_list(column) if isinstance(column, str) else column, "prompt")
@@ -134,7 +134,7 @@ def _prompt(column: Any) -> tuple[Message, ...]:
         return (Message("user", str(column or "")),)
 
 
-def _segments(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _segments(row: Mapping[str, object]) -> list[dict[str, Any]]:
     """The reply cut where the policy version changes: {"v": version or None, "text": ..., "n": number of tokens}.
 
     If the texts of the tokens are missing, a reply of several versions cannot be cut: it is one part with version None.
@@ -158,7 +158,7 @@ def _readable(tokens: Sequence[str], reply: str) -> list[str]:
     return [token.replace("Ġ", " ").replace("Ċ", "\n") for token in tokens]
 
 
-def _json(text: Any) -> Any:
+def _json(text: object) -> Any:
     if not isinstance(text, str):
         return text
     try:
@@ -167,6 +167,6 @@ def _json(text: Any) -> Any:
         return None
 
 
-def _short(text: Any) -> str:
+def _short(text: object) -> str:
     whole = str(text or "")
     return whole if len(whole) <= MAX_CHARS else whole[:MAX_CHARS] + f" … ({len(whole) - MAX_CHARS} more characters)"

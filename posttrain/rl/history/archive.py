@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from posttrain.data.messages import messages_to_json
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import CheckpointError
 from posttrain.files import replacing
 from posttrain.records import FinishReason, Prompt, Rollout, Segment, VersionSpan
@@ -46,7 +47,7 @@ class _Decided:
 class RolloutArchive:
     """Collects the groups that were trained on or dropped, and writes them to a file when a step is done."""
 
-    def __init__(self, folder: Path, tokenizer: Any):
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._decided: list[_Decided] = []
@@ -78,7 +79,7 @@ class RolloutArchive:
         oldest = [min(rollout.versions) for _, rollout in rows]
         ids = [rollout.token_ids for _, rollout in rows]
 
-        def of_each(values: Callable[[_Decided], Sequence[Any]]) -> list[Any]:
+        def of_each(values: Callable[[_Decided], Sequence[object]]) -> list[Any]:
             return [value for item in self._decided for value in values(item)]
 
         def of_rollouts(name: str) -> list[Any]:
@@ -162,7 +163,7 @@ def recorded_rollout(row: Mapping[str, Any]) -> Rollout:
 class _Pieces(dict[int, str]):
     """Token id -> its text as a JSON string. A text is decoded when it is first looked up."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
 
     def __missing__(self, token: int) -> str:

@@ -110,7 +110,7 @@ class DifficultyStore:
 
 
 def write_estimates(
-    path: Path, difficulties: Sequence[Difficulty], basis: Basis, *, extra: Mapping[str, Any] | None = None
+    path: Path, difficulties: Sequence[Difficulty], basis: Basis, *, extra: Mapping[str, object] | None = None
 ) -> None:
     """Write a table of estimates, whole or not at all. extra: further columns, each with one value for all rows."""
     import pyarrow as pa
@@ -163,7 +163,7 @@ def read_estimates(path: Path, basis: Basis | None = None) -> list[Difficulty]:
         raise ConfigError("profile", [f"{path} is not a table of pass rates ({reason}); move it away"]) from error
 
 
-def _schema(pa: Any, extra: Mapping[str, Any]) -> Any:
+def _schema(pa: Any, extra: Mapping[str, object]) -> Any:
     text, integer, real = pa.string(), pa.int64(), pa.float64()
     types: dict[str, Any] = {
         "prompt_id": text, "capability": text, "pass_rate": real, "ci95_low": real, "ci95_high": real, "n": integer,

@@ -84,6 +84,6 @@ def check_resumed(saved: Mapping[str, str], now: Mapping[str, str], folder: Path
         )
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

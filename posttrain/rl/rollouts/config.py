@@ -36,7 +36,7 @@ class RlSamplingConfig(SamplingConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _whole_vocabulary(cls, data: Any) -> Any:
+    def _whole_vocabulary(cls, data: object) -> Any:
         """Refuse the keys of RENORMALISING, but ignore those that have no effect, such as `top_p: 1.0`."""
         if not isinstance(data, dict):
             return data

@@ -54,12 +54,12 @@ def import_target(target: Target, what: str = "reward") -> tuple[ModuleType, Rew
     return module, cast(RewardFunction, function)
 
 
-def bind(function: RewardFunction, args: Mapping[str, Any]) -> RewardFunction:
+def bind(function: RewardFunction, args: Mapping[str, object]) -> RewardFunction:
     """The function, which will get `args` as keyword arguments at every call."""
     return functools.partial(function, **args) if args else function
 
 
-def warm(module: ModuleType, args: Mapping[str, Any]) -> None:
+def warm(module: ModuleType, args: Mapping[str, object]) -> None:
     """Call the module's `warm_up()` if there is one. If it takes parameters, it is called with the reward's `args`."""
     warm_up = getattr(module, "warm_up", None)
     if callable(warm_up):

@@ -95,7 +95,7 @@ async def _score_async(function: RewardFunction, question: Question, replies: in
     _reply(replies, Answer(question.key, time.monotonic() - started_s, result, reason, is_late))
 
 
-def to_result(value: Any) -> RewardResult:
+def to_result(value: object) -> RewardResult:
     """Convert what the function returned into a RewardResult. Raises PluginError if it is not a reward."""
     if isinstance(value, numbers.Real):
         value = RewardResult(float(value))
@@ -157,7 +157,7 @@ def _reply(replies: int, message: Loaded | Answer) -> None:
         data = data[os.write(replies, data) :]
 
 
-async def _await(value: Awaitable[Any]) -> Any:
+async def _await(value: Awaitable[object]) -> Any:
     return await value
 
 
@@ -165,7 +165,7 @@ def _reason(error: BaseException) -> str:
     return (str(error) if isinstance(error, PosttrainError) else describe(error))[:_MAX_REASON]
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text[:60]}" if value is not None else "None"
 

@@ -115,7 +115,7 @@ class FrameBuffer(Generic[T]):
     Raises ValueError, which names the wrong field, for bytes that cannot be such a message.
     """
 
-    def __init__(self, kind: Any, max_bytes: int = MAX_REPLY_BYTES):
+    def __init__(self, kind: object, max_bytes: int = MAX_REPLY_BYTES):
         self._data = bytearray()
         self._decoder = msgspec.msgpack.Decoder(kind)
         self._max_bytes = max_bytes
@@ -144,7 +144,7 @@ def _plain_row(row: Row) -> Any:
     return plain
 
 
-def _refuse_bytes(value: dict[Any, Any] | Sequence[Any]) -> None:
+def _refuse_bytes(value: dict[Any, Any] | Sequence[object]) -> None:
     """Raise TypeError for bytes. JSON has no bytes, and a reward that got them as text would misread them."""
     for item in value.values() if isinstance(value, dict) else value:
         if isinstance(item, dict | list | tuple):
