@@ -5,8 +5,9 @@
               rollout                  └──────────┘ newest weights, and the turns go on where they stood, there or on
                                                     another worker
 
-What waits for what: a rollouter waits for its turn; each worker has a lane to its engine (actors/lane.py), which hands
-over requests and fetches pieces in batches; nothing waits for a whole group. Each wait on an engine has a deadline.
+What waits for what: a rollouter waits for its turn (running.py). Each worker has a lane to its engine
+(actors/lane.py), which sends requests and fetches pieces in batches. Nothing waits for a whole group. Each wait on an
+engine has a deadline.
 
 The turns that a group's rollouters ask for in one round, and that begin with the same tokens, are
 one request: at the first turn the whole group, whose prompt the engine then prepares once.
@@ -29,8 +30,8 @@ from posttrain.errors import StageError
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.requests import Piece, SampleRequest
-from posttrain.sampling.rollouter import Flight, Outside, Rollouter, Session, SingleTurn, Turn
-from posttrain.sampling.rollouts import UNBEGUN
+from posttrain.sampling.rollouter import Flight, Rollouter, SingleTurn, Turn
+from posttrain.sampling.running import RunningRollouters
 
 SUBMIT_REQUESTS = 256
 TURN_SEEDS = 998_244_353  # apart, so that no later turn has the seed of another group's first one
@@ -43,8 +44,8 @@ UpdateCalls = list[list[tuple[int, dict[str, Any]]]]  # see `rl.rollouts.weights
 class Ask:
     """What one request to an engine is for: turns of one group that begin with the same tokens.
 
-    key: the engine's name for it. waiting: the turns that the engine was last asked for, in the order of its replies.
-    began_s: Unix time.
+    key: the key under which the engine gets it. waiting: the turns that the latest request to an engine asks for, in
+    the order of its replies. began_s: Unix time at which it was first sent.
     """
 
     key: int
@@ -54,11 +55,11 @@ class Ask:
 
     @property
     def flight(self) -> Flight:
-        """The group."""
+        """The group of the turns."""
         return self.turns[0].flight
 
     def rest(self) -> SampleRequest:
-        """The request for what is missing."""
+        """The request for the turns, or parts of turns, that are not sampled yet."""
         self.waiting = [turn for turn in self.turns if not turn.completion.finish_reason]
         request = self.turns[0].request
         if any(turn.completion.token_ids for turn in self.waiting):
@@ -67,15 +68,16 @@ class Ask:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every turn is there."""
+        """Whether every turn is sampled."""
         return all(turn.completion.finish_reason for turn in self.turns)
 
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One engine: `policy_version` is the one that it samples with; `asks` are what it was given, by key.
+    """One place for an engine. If the engine is lost, another takes its place and the worker stays.
 
-    is_kept: it takes no new weights for now. num_losses: engines lost in a row, without a finished request in between.
+    policy_version: the version that the engine samples with. asks: the requests that it has, by key. is_kept: whether
+    it keeps its version for now. num_losses: engines lost in a row, without a finished request in between.
     """
 
     name: str
@@ -85,19 +87,20 @@ class Worker:
     is_alive: bool = True
     is_kept: bool = False
     asks: dict[int, Ask] = field(default_factory=dict)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one taking of weights at a time
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while the engine loads weights
     num_losses: int = 0
     lane: Lane[Ask, Collected] = field(init=False)
 
 
 class RolloutWorkers:
-    """Has `rollouter` make groups of rollouts on the engines, which hold policy version `version`.
+    """Makes groups of rollouts with `rollouter` on the engines, which have the weights of policy version `version`.
 
-    finished: hears of each group whose rollouts are all there. begun: hears of each group that has more tokens.
-    calls, manifest: how the weights of a version are taken, and those of `version`; None: they never change, and an
-    engine that is lost is replaced by one with the model's own. took: hears of a worker and the version it has taken.
-    replaced: hears of a worker and why it was lost. wave_seed: if given, turns are sampled in deterministic waves: all
-    that are waited for, and none before the wave is finished. It is asked for the wave's first group.
+    finished: called with each group whose rollouts are all finished. begun: called with each group that has new tokens.
+    calls: gives the calls by which engines load a version. manifest: the weights of `version`. Both are None if the
+    weights never change; an engine that replaces a lost one then has the weights of the model folder. took: called with
+    the name of a worker and the version that it has loaded. replaced: called with the name of a worker and why its
+    engine was lost. wave_seed: if given, turns are sampled in deterministic waves. A wave holds all turns that are
+    waited for, and the next one starts when it is finished. wave_seed(first group of the wave) is its seed.
     """
 
     def __init__(
@@ -119,9 +122,8 @@ class RolloutWorkers:
         self._context = context
         self._engines = engines
         self._deadline_s = deadline_s
-        self._finished = finished
+        self._rollouters = RunningRollouters(rollouter or SingleTurn(), asked=self._send_asked, finished=finished)
         self._begun = begun
-        self._rollouter = rollouter or SingleTurn()
         self._calls = calls
         self._newest = (manifest, version)
         self._took = took
@@ -129,14 +131,9 @@ class RolloutWorkers:
         self._wave_seed = wave_seed
         # No other caller of a warm engine has the same keys. One that was killed may have left requests in it.
         self._next_key = secrets.randbits(48)
-        self._asked: list[Turn] = []  # in this round of the event loop
-        self._ready: list[Session] = []  # whose rollouters can go on
-        self._is_going_on = False
-        self._unsent: list[Ask] = []  # which no worker may sample now
-        self._error: BaseException | None = None
-        self._has_failed = asyncio.Event()
+        self._asked: list[Turn] = []  # turns that rollouters have asked for and that are not sent yet
+        self._unsent: list[Ask] = []  # requests that no worker may sample now
         self.num_replaced = 0
-        self.flights: dict[int, Flight] = {}  # by order
         self.workers = [
             Worker(name, actor, version, log, is_alive=engines.is_ready(index))
             for index, (name, actor, log) in enumerate(
@@ -148,102 +145,45 @@ class RolloutWorkers:
 
     @property
     def oldest_version(self) -> int:
-        """The oldest version that a group which is sent now may be sampled with."""
+        """The oldest policy version that could sample for a group which is sent now."""
         alive = [worker.policy_version for worker in self.workers if worker.is_alive]
         return min(alive or [worker.policy_version for worker in self.workers])
 
     async def run(self) -> None:
-        """Serve until cancelled; raises what cannot be mended."""
+        """Serve until cancelled. Raises an error that replacing an engine does not mend."""
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._look_for_failure())
+                group.create_task(self._rollouters.raise_failure())
                 for worker in self.workers:
                     group.create_task(self._serve(worker))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
             for order in list(self.flights):
-                self._forget(order)
+                self._rollouters.forget(order)
             for worker in self.workers:
                 worker.log.flush()
             await asyncio.gather(*(self._leave(worker) for worker in self.workers), return_exceptions=True)
 
     async def _leave(self, worker: Worker) -> None:
-        """Leave nothing of ours in the engine, which may have another caller next."""
+        """Remove our requests from the engine, which may serve another caller next."""
         if worker.is_alive:
             await worker.lane.leave(worker.actor.forget.remote)
 
-    # ------------------------------------------------------------------ groups and their rollouters
+    # ------------------------------------------------------------------ groups
+
+    @property
+    def flights(self) -> dict[int, Flight]:
+        """The groups in progress, by order."""
+        return self._rollouters.flights
 
     def send(self, flight: Flight) -> None:
         """Have the rollouts of a group made."""
-        self.flights[flight.order] = flight
-        recorded = flight.recorded or (UNBEGUN,) * flight.request.n
-        flight.sessions = [Session(flight, index, reply) for index, reply in enumerate(recorded)]
-        for session in flight.sessions:
-            session.running = self._rollouter.run(flight.prompt.prompt, session)
-        self._ready += flight.sessions
-        self._go_on_soon()
-
-    def _go_on_soon(self) -> None:
-        if not self._is_going_on:
-            self._is_going_on = True
-            asyncio.get_running_loop().call_soon(self._go_on)
-
-    def _go_on(self) -> None:
-        """Run every rollouter that can go on until it waits again, then send what all of them ask for.
-
-        A callback of the event loop, so that no rollouter runs within a task that is not its own.
-        """
-        self._is_going_on = False
-        ready, self._ready = self._ready, []
-        try:
-            for session in ready:
-                if self.flights.get(session.flight.order) is session.flight:  # else it was cancelled
-                    self._run(session)
-            self._send_asked()
-        except Exception as error:
-            self._error = self._error or error
-            self._has_failed.set()
-
-    def _run(self, session: Session) -> None:
-        """Run a rollouter until it waits for its session, or has ended."""
-        assert session.running is not None
-        flight, session.waits_for = session.flight, None
-        try:
-            waits_for: Any = session.running.send(None)
-        except StopIteration as end:
-            flight.finished[session.index] = end.value
-            session.running = None
-            if flight.is_finished:
-                del self.flights[flight.order]
-                flight.sessions.clear()  # else each would hold the other: collections of garbage are rare
-                self._finished(flight)
-            return
-        if isinstance(waits_for, Turn):
-            self._asked.append(waits_for)
-        elif isinstance(waits_for, Outside):
-            session.waits_for = waits_for
-            waits_for.task = asyncio.ensure_future(waits_for.work)
-            waits_for.task.add_done_callback(lambda _: self._can_go_on(session))
-        else:
-            raise StageError(
-                f"{session.name}: the rollouter awaited {waits_for!r}; it may await its session, and everything else "
-                "by session.outside"
-            )
-
-    def _can_go_on(self, session: Session) -> None:
-        self._ready.append(session)
-        self._go_on_soon()
-
-    async def _look_for_failure(self) -> None:
-        await self._has_failed.wait()
-        assert self._error is not None
-        raise self._error
+        self._rollouters.start(flight)
 
     def cancel(self, order: int) -> Flight | None:
-        """Stop sampling for a group; returns what there was of it."""
-        flight = self._forget(order)
+        """Stop sampling for a group. Returns the group with the replies so far, or None if it is not in progress."""
+        flight = self._rollouters.forget(order)
         if flight is None:
             return None
         self._asked = [turn for turn in self._asked if turn.flight is not flight]
@@ -256,18 +196,11 @@ class RolloutWorkers:
                     worker.actor.cancel.remote(keys)
         return flight
 
-    def _forget(self, order: int) -> Flight | None:
-        flight = self.flights.pop(order, None)
-        for session in flight.sessions if flight is not None else ():
-            if session.running is not None:
-                session.running.close()
-            if session.waits_for is not None and session.waits_for.task is not None:
-                session.waits_for.task.cancel()
-        return flight
-
     # ------------------------------------------------------------------ turns
 
-    def _send_asked(self) -> None:
+    def _send_asked(self, turns: list[Turn]) -> None:
+        """Send the turns that rollouters have asked for, those of a group in one request if they begin alike."""
+        self._asked += turns
         if self._wave_seed is not None:
             # A wave is of all rollouts that are not finished: which turns it holds must not depend on the time.
             num_unfinished = sum(len(flight.sessions) - len(flight.finished) for flight in self.flights.values())
@@ -290,8 +223,10 @@ class RolloutWorkers:
         return Ask(self._next_key, turns)
 
     def _send(self, ask: Ask) -> None:
-        """Give a request to a worker: to the one that sampled the rollout's last turn, which may still have its tokens
-        in the cache, if that worker may sample it; else to the one with the fewest requests of those that may.
+        """Give a request to a worker whose version may sample it.
+
+        The worker that sampled the rollout's last turn comes first, because it may still have the tokens in its cache.
+        Otherwise it is the worker with the fewest requests.
         """
         flight, last = ask.flight, ask.turns[0].worker
         if flight.version is None:
@@ -301,7 +236,7 @@ class RolloutWorkers:
         if not able:
             if flight.version is None:
                 self._unsent.append(ask)
-            else:  # nobody can sample it any more, which whoever sent it looks for
+            else:  # the worker that was kept for it is lost; the sender finds that out (side.py)
                 self.cancel(flight.order)
             return
         worker = next((worker for worker in able if worker.name == last), None) if last else None
@@ -321,8 +256,9 @@ class RolloutWorkers:
     # ------------------------------------------------------------------ weights
 
     def update(self, manifest: Manifest, version: int) -> Coroutine[Any, Any, None]:
-        """Have every worker take a version; one that is being replaced takes it when it starts, one that is kept at
-        its version when it is released."""
+        """Have every worker load a version. A worker whose engine is being replaced loads it when the engine starts,
+        and a worker that is kept at its version loads it when it is released.
+        """
         assert self._calls is not None
         self._newest = (manifest, version)  # set before anything is awaited: a replaced engine then loads this version
         return self._update_all(self._calls(manifest, version))
@@ -349,25 +285,25 @@ class RolloutWorkers:
         self._send_waiting()
 
     async def settled(self) -> None:
-        """Until nobody reads weights, so that the trainer may write over those before the newest."""
+        """Wait until no engine is loading weights. The trainer may then overwrite those before the newest."""
         while busy := [worker for worker in self.workers if worker.lock.locked()]:
             async with busy[0].lock:
                 pass
 
     def newest(self) -> Worker | None:
-        """The worker of the newest version among those that are not taking weights, if there is one."""
+        """The worker with the newest version among those that are not loading weights; None if there is none."""
         able = [worker for worker in self.workers if worker.is_alive and not worker.lock.locked()]
         return max(able, key=lambda worker: worker.policy_version, default=None)
 
     async def release(self, worker: Worker) -> None:
-        """Let a worker that was kept take the newest weights."""
+        """End the keeping of a worker, and have it load the newest weights."""
         worker.is_kept = False
         arguments = self._newest_for(worker)
         if arguments is not None:
             await self._update(worker, arguments)
 
     def _newest_for(self, worker: Worker) -> dict[str, Any] | None:
-        """With which arguments a worker takes the newest weights; None where they never change."""
+        """The arguments of the call by which a worker loads the newest weights; None if weights never change."""
         manifest, version = self._newest
         if self._calls is None or manifest is None:
             return None
@@ -381,7 +317,7 @@ class RolloutWorkers:
     # ------------------------------------------------------------------ requests and pieces
 
     async def _serve(self, worker: Worker) -> None:
-        """Work, and mend what can be mended, without end."""
+        """Serve one worker without end, and replace its engine whenever it is lost."""
         cause: BaseException | None = None if worker.is_alive else ActorLostError("its start was broken off")
         while True:
             try:
@@ -414,7 +350,7 @@ class RolloutWorkers:
             turn = ask.waiting[piece.index]
             turn.take(piece, now)
             if piece.finish_reason:
-                self._can_go_on(turn.session)
+                self._rollouters.can_go_on(turn.session)
             if piece.finish_reason and ask.is_finished:
                 self._end(worker, ask, now)
                 grown.pop(ask.flight.order, None)
@@ -430,7 +366,7 @@ class RolloutWorkers:
         worker.log.add(ask.began_s, now)
 
     async def _sample_waves(self, worker: Worker, wave_seed: Callable[[Flight], int]) -> None:
-        """Deterministic: the wave's seed is of its first group and turn, whatever happened before."""
+        """Sample waves. The seed of a wave depends only on its first group and turn, not on what happened before."""
         while True:
             asks = await worker.lane.next_batch()
             first = asks[0].turns[0]
@@ -440,18 +376,18 @@ class RolloutWorkers:
             for ask, completions in zip(asks, replies, strict=True):
                 for turn, completion in zip(ask.waiting, completions, strict=True):
                     turn.finish(completion, ended)
-                    self._can_go_on(turn.session)
+                    self._rollouters.can_go_on(turn.session)
                 self._end(worker, ask, ended)
 
     async def _await_busy(self, worker: Worker, call: Any) -> Any:
-        """The result of a call that may take long, of an actor that must answer meanwhile."""
+        """The result of a long call. Raises TimeoutError if the engine does not answer a heartbeat meanwhile."""
         name = f"{worker.name} (policy version {worker.policy_version})"
         return await await_with_heartbeat(call, worker.actor.pids.remote, 3 * self._deadline_s, name=name)
 
     # ------------------------------------------------------------------ a lost engine
 
     async def _replace(self, worker: Worker, cause: BaseException) -> None:
-        """Another engine under the worker; its turns go on where they stand, on whichever worker is there first."""
+        """Replace a worker's engine. Its turns continue where they stand, on the first worker that may sample them."""
         worker.is_alive = worker.is_kept = False
         worker.num_losses += 1
         self.num_replaced += 1
@@ -467,7 +403,7 @@ class RolloutWorkers:
         self._send_waiting()
         index = self.workers.index(worker)
         worker.name, worker.actor = await self._engines.replace(index, cause)
-        async with worker.lock:  # an update waits for it, so that the trainer does not write over what is read here
+        async with worker.lock:  # `settled` waits for the lock, so that the trainer does not overwrite these weights
             if (arguments := self._newest_for(worker)) is not None:
                 await self._await_busy(worker, worker.actor.update_weights.remote(**arguments))
                 worker.policy_version = arguments["policy_version"]
