@@ -1,0 +1,9 @@
+"""The stage `base`: it trains the quick start's tiny model from random weights, and writes its datasets.
+
+config.py stage.py        the keys, and the stage
+tasks.py families/ problem.py   the puzzles: five families with five levels each, and their records
+sets.py corpus.py         the datasets of the later stages; the text that the model is trained on
+tokenizer.py model.py     one token for each word of the puzzles; a Llama 4 of under a million parameters
+train.py rank.py muon.py  starts the training processes; what each of them does; their optimizer
+cache.py                  base models that were trained earlier with the same input
+"""

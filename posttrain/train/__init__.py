@@ -1,1 +1,1 @@
-"""Shared by all trainers of a policy: log-probabilities from hidden states (logprobs.py), figures on routers."""
+"""Log-probabilities of tokens from hidden states (logprobs.py) and figures on routers (routers.py), for any trainer."""
