@@ -20,7 +20,8 @@ import yaml
 from posttrain.base.config import StageConfig
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
-from posttrain.data.chat import end_token_ids, render_prompt
+from posttrain.data.chat import render_prompt
+from posttrain.data.ends import end_token_ids
 from posttrain.data.rows import load_rows
 from posttrain.files import read_jsonl
 from posttrain.model.load import load_tokenizer

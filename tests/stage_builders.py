@@ -82,6 +82,9 @@ def write_inputs(folder: Path, model: Path) -> None:
     _write(folder / "train_a.jsonl", [{"key": "z0", "other": "k0"}, {"key": "z1", "other": "z1"}])
     _write(folder / "train_b.jsonl", [{"key": "z2", "other": "z2"}, {"key": "k1", "other": "z3"}])
     (folder / "first.yaml").write_text("steps: 6\n")
+    turn = "{{ '<|header_start|>' + m.role + ' ' + (tone or 'calm') + '<|header_end|>' + m.content + '<|eot|>' }}"
+    prompt = "{% if add_generation_prompt %}<|header_start|>assistant {{ tone or 'calm' }}<|header_end|>{% endif %}"
+    (folder / "template.jinja").write_text(f"{{% for m in messages %}}{turn}{{% endfor %}}{prompt}")
 
 
 def _prompt(name: str, index: int) -> dict[str, Any]:
@@ -428,11 +431,10 @@ def _rollout(prompt: Any, index: int, length: int = 2) -> Rollout:
 
 def rl_rows(config: Any) -> Any:
     from posttrain.rl.loop.evaluation import heldout_rows
-    from posttrain.rl.stage import _check_special_tokens, _rows_to_profile
+    from posttrain.rl.stage import _render, _rows_to_profile
 
     rows = _rows_to_profile(config, 0)
-    _check_special_tokens(_tokenizer(), config, rows, heldout=heldout_rows(config))
-    return rows
+    return rows, _render(config, rows, heldout_rows(config))[1:]
 
 
 def rl_requests(config: Any) -> Any:

@@ -11,11 +11,12 @@ from posttrain.config.data import DataConfig
 from posttrain.data.chat import (
     check_parity,
     check_special_tokens,
-    end_token_ids,
     render_conversation,
     render_prompt,
     render_row,
+    render_samples,
 )
+from posttrain.data.ends import end_token_ids
 from posttrain.errors import CheckpointError, DataError
 from posttrain.records import ImagePart, Message, Row, TextPart, ToolCall
 
@@ -226,7 +227,7 @@ def test_a_template_that_leaves_out_the_declared_tools_is_refused(chatml):
         render_conversation(chatml, WITH_TOOLS, TOOLS)
 
 
-def test_a_template_that_removes_earlier_reasoning_needs_these_turns_as_context(chatml):
+def test_a_template_that_removes_earlier_reasoning_makes_a_sample_of_each_turn(chatml):
     chatml.chat_template = CHATML.replace(
         "{{ message['content'] }}",
         "{{ message['content'] if loop.last or message.role != 'assistant' else message['content'].split('#')[-1] }}",
@@ -234,8 +235,9 @@ def test_a_template_that_removes_earlier_reasoning_needs_these_turns_as_context(
     turns = [
         replace(turn, content=f"Steps: #{turn.text}") if turn.role == "assistant" else turn for turn in CONVERSATION
     ]
-    with pytest.raises(DataError, match=r"not a prefix .* needs train: false on these"):
-        render_conversation(chatml, turns)
+    samples = render_samples(chatml, turns)
+    assert [trained_text(chatml, *each) for each in samples] == ["Steps: #Answer: 7<|eot|>", "Steps: #Answer: 2<|eot|>"]
+    assert "Steps" not in chatml.decode(render_prompt(chatml, turns[:4]))
     turns[2] = replace(turns[2], trained=False)
     ids, mask = render_conversation(chatml, turns)
     assert trained_text(chatml, ids, mask) == "Steps: #Answer: 2<|eot|>"

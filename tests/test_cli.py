@@ -48,11 +48,12 @@ def rows(path: str, *roles: str) -> str:
 
 
 def model_folder(path: str, **config: Any) -> Path:
-    """The folder of a model without any weights."""
+    """The folder of a model without any weights, with the quick start's tokenizer."""
+    from posttrain.base.tokenizer import build_tokenizer
+
     folder = Path(path)
-    folder.mkdir()
+    build_tokenizer().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return folder
 

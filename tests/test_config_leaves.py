@@ -71,6 +71,20 @@ VERIFIED = [{"text": "Be brief.", "verifier": {"name": "instructions"}}]
 EVALUATION = {"model": MODEL, "data": {"path": "prompts_a.jsonl"}, "reward": REWARD}
 
 
+OTHER_TEMPLATE = {"path": "template.jinja"}
+TEMPLATES: dict[str, list[Any]] = {
+    "*chat_template": [OTHER_TEMPLATE],
+    "*chat_template.path": ["template.jinja"],
+    "*chat_template.builtin": ["chatml"],
+    "*chat_template.arguments": [{"tone": "kind"}],
+}
+
+
+def templates_of(key: str) -> dict[str, Any]:
+    """A template that reads an argument, for the leaf of the arguments at this key path."""
+    return {f"{key}.chat_template.arguments": {f"{key}.chat_template": OTHER_TEMPLATE}}
+
+
 def files(name: str) -> list[Any]:
     """One other file, and several: the two forms of a dataset's path."""
     return [f"{name}_b.jsonl", [f"{name}_a.jsonl", f"{name}_b.jsonl"]]
@@ -94,6 +108,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "engine": ENGINE,
         },
         "values": {
+            **TEMPLATES,
             "judge.path": ["model_b"],
             "judge.endpoint.max_prompt_chars": [70],
             "data.path": files("sft"),
@@ -108,6 +123,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "decontaminate.overlap": [0.9],
         },
         "given": {
+            **templates_of("judge"),
             "data.special_*": {"data": {"path": "sft_special.jsonl"}},
             "data.weights": {"data.path": ["sft_a.jsonl", "sft_b.jsonl"]},
             "data.mix_seed": {"data": {"path": ["sft_a.jsonl", "sft_b.jsonl"], "weights": [1.0, 1.0]}},
@@ -127,6 +143,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "sft": {
         "base": {"model": MODEL, "data": {"path": "sft_a.jsonl"}, **LENGTHS},
         "values": {
+            **TEMPLATES,
             "model.path": ["model_b"],
             "data.path": files("sft"),
             "data.roles": [{"user": "assistant"}],
@@ -136,6 +153,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "lora.target_parameters": [["experts.down_proj"]],
         },
         "given": {
+            **templates_of("model"),
             "data.special_*": {"data": {"path": "sft_special.jsonl"}},
             "data.weights": {"data.path": ["sft_a.jsonl", "sft_b.jsonl"]},
             "data.mix_seed": {"data": {"path": ["sft_a.jsonl", "sft_b.jsonl"], "weights": [1.0, 1.0]}},
@@ -156,6 +174,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "engine": ENGINE,
         },
         "values": {
+            **TEMPLATES,
             "model.path": ["model_b"],
             "prompts.path": files("prompts"),
             "prompts.roles": [{"user": "assistant"}],
@@ -180,6 +199,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "evaluation.prompts": [1],
         },
         "given": {
+            **templates_of("model"),
             "prompts.special_*": {"prompts": {"path": "prompts_special.jsonl"}},
             "prompts.weights": {"prompts.path": ["prompts_a.jsonl", "prompts_b.jsonl"]},
             "prompts.mix_seed": {"prompts": {"path": ["prompts_a.jsonl", "prompts_b.jsonl"], "weights": [1.0, 1.0]}},
@@ -213,6 +233,8 @@ TABLE: dict[str, dict[str, Any]] = {
             "evaluation.*": {"evaluation": HELDOUT},
             "judge.long_rows": {**JUDGE, "judge.max_prompt_tokens": 100},
             "judge.endpoint.*": RL_ENDPOINT,
+            "judge.model.chat_template.arguments": {**JUDGE, "judge.model.chat_template": OTHER_TEMPLATE},
+            "judge.model.chat_template.*": {**JUDGE, "judge.model.chat_template": {}},
             "judge.model": RL_ENDPOINT,
             "judge.*": JUDGE,
             "resources.judge.*": JUDGE,
@@ -239,6 +261,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "dpo": {
         "base": {"model": MODEL, "pairs": {"path": "pairs_a.jsonl"}, "max_length": 512},
         "values": {
+            **TEMPLATES,
             "model.path": ["model_b"],
             "pairs.path": files("pairs"),
             "pairs.roles": [{"user": "assistant"}],
@@ -250,6 +273,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "nll_weight": [0.2, 0.0],
         },
         "given": {
+            **templates_of("model"),
             "pairs.special_*": {"pairs": {"path": "pairs_special.jsonl"}},
             "pairs.weights": {"pairs.path": ["pairs_a.jsonl", "pairs_b.jsonl"]},
             "pairs.mix_seed": {"pairs": {"path": ["pairs_a.jsonl", "pairs_b.jsonl"], "weights": [1.0, 1.0]}},
@@ -265,6 +289,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "eval": {
         "base": {**EVALUATION, "samples": 4, "k": 2, "sampling": {"max_tokens": 16}, "engine": ENGINE},
         "values": {
+            **TEMPLATES,
             "model.path": ["model_b"],
             "data.path": files("prompts"),
             "data.roles": [{"user": "assistant"}],
@@ -276,6 +301,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "key_field": ["other"],
         },
         "given": {
+            **templates_of("model"),
             "data.special_*": {"data": {"path": "prompts_special.jsonl"}},
             "data.weights": {"data.path": ["prompts_a.jsonl", "prompts_b.jsonl"]},
             "data.mix_seed": {"data": {"path": ["prompts_a.jsonl", "prompts_b.jsonl"], "weights": [1.0, 1.0]}},

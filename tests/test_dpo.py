@@ -17,7 +17,8 @@ import torch
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
-from posttrain.data.chat import end_token_ids, render_prompt
+from posttrain.data.chat import render_prompt
+from posttrain.data.ends import end_token_ids
 from posttrain.data.pairs import Pair, load_pairs, write_pairs
 from posttrain.dpo import stage
 from posttrain.dpo.config import DpoConfig, MiningConfig

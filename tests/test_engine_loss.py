@@ -133,7 +133,7 @@ def test_an_evaluation_survives_the_freeze_of_its_engine(
 def test_a_profile_survives_the_kill_of_its_engines_core(
     tmp_path: Path, tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from posttrain.data.chat import end_token_ids
+    from posttrain.data.ends import end_token_ids
     from posttrain.model.load import load_tokenizer
     from posttrain.rl.config import RlConfig
     from posttrain.rl.prompts.profile import profile_prompts

@@ -260,7 +260,8 @@ def test_stage_on_a_real_engine(tmp_path: Path, tiny_model: Path, ray_session: N
 def test_greedy_replies_are_the_models_own(tmp_path: Path, tiny_model: Path, ray_session: None) -> None:
     import torch
 
-    from posttrain.data.chat import end_token_ids, render_prompt
+    from posttrain.data.chat import render_prompt
+    from posttrain.data.ends import end_token_ids
     from posttrain.eval.stage import evaluate
     from posttrain.model.load import load_model, load_tokenizer
 

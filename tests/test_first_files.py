@@ -11,6 +11,7 @@ import pytest
 import yaml
 from rollout_records import one_turn
 
+from posttrain.base.tokenizer import build_tokenizer
 from posttrain.cli.hints import key_paths
 from posttrain.cli.main import main
 from posttrain.data.rows import load_rows
@@ -23,7 +24,7 @@ ROWS = {
     "prompts.jsonl": [{"prompt": "2 + 2?", "answer": "4", "capability": "math"}] * 3,
     "pairs.jsonl": [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}],
 }
-MODEL = {"model_type": "llama", "max_position_embeddings": 2048, "vocab_size": 8}
+MODEL = {"model_type": "llama", "max_position_embeddings": 2048, "vocab_size": 495}
 MATH = {"name": "math"}
 # Model and data, and the reward where replies are scored.
 SHORTEST: dict[str, dict[str, Any]] = {
@@ -62,9 +63,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def model_folder(path: str, header: bytes = b"{}", content: bytes = b"", **config: Any) -> None:
-    Path(path).mkdir()
+    build_tokenizer().save_pretrained(path)
     Path(path, "config.json").write_text(json.dumps({**MODEL, **config}))
-    Path(path, "tokenizer.json").write_text("{}")
     Path(path, "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content)
 
 

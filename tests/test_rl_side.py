@@ -66,7 +66,8 @@ def check_by_itself(config: RlConfig, folder: Path) -> tuple[float, list[bool]]:
     import ray
 
     from posttrain.context import StageContext
-    from posttrain.data.chat import end_token_ids, render_prompt
+    from posttrain.data.chat import render_prompt
+    from posttrain.data.ends import end_token_ids
     from posttrain.model.load import load_tokenizer
     from posttrain.sampling.client import Engines
 

@@ -191,13 +191,22 @@ def test_replies_begun_elsewhere_are_continued(engines, models):
     whole, _, _ = ray.get(engines[1].generate_wave.remote([SampleRequest(prompt, temperature=0.0, max_tokens=60)], 0))
     whole = whole[0][0]
     begun = (whole.token_ids[:7], (), whole.token_ids[:15], whole.token_ids)
+    # Sampling stops at the tokens that the request names, and at no others.
+    end = whole.token_ids[20]
+    stopped = whole.token_ids[: whole.token_ids.index(end) + 1]
 
     async def run():
         request = SampleRequest(prompt, temperature=0.0, max_tokens=60, begun=begun)
-        await engines[1].submit.remote([(7, request)])
-        return await collect(engines[1], 4, {(7, index): len(ids) for index, ids in enumerate(begun)})
+        ending = SampleRequest(prompt, temperature=0.0, max_tokens=60, begun=((), stopped), stop_token_ids=(end,))
+        await engines[1].submit.remote([(7, request), (8, ending)])
+        offsets = {(7, index): len(ids) for index, ids in enumerate(begun)}
+        return await collect(engines[1], 6, {**offsets, (8, 1): len(stopped)})
 
     replies = asyncio.run(run())
+    assert len(whole.token_ids) == 60
+    assert tuple(replies[8, 0].token_ids) == stopped
+    assert replies[8, 1].token_ids == []
+    assert replies[8, 0].finish_reason == replies[8, 1].finish_reason == "stop"
     for index, ids in enumerate(begun):
         reply = replies[7, index]
         assert (*ids, *reply.token_ids) == whole.token_ids

@@ -23,9 +23,11 @@ from hypothesis import strategies as st
 from tiny_policy import write_sums
 from torch.nn import functional
 
+from posttrain.base.tokenizer import CHAT_TEMPLATE
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
-from posttrain.data.chat import end_token_ids, render_prompt
+from posttrain.data.chat import render_prompt
+from posttrain.data.ends import end_token_ids, folder_end_ids
 from posttrain.data.rows import load_rows, write_rows
 from posttrain.errors import CheckpointError, ConfigError, DataError, StageError
 from posttrain.files import read_jsonl
@@ -299,8 +301,26 @@ def test_every_field_reaches_trl(policy, data, tmp_path):
 
 @pytest.mark.slow
 def test_lora_trains_adapters_and_exports_them_merged(ranks, policy, data, tmp_path):
-    lora = {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "o_proj"]}
-    result = stage.run(make_config(policy, data, lora=lora, optimizer={"learning_rate": 1e-2}), make_context(tmp_path))
+    """Under a chat template of the config, which the exported folder carries with its end token."""
+    (tmp_path / "mine.jinja").write_text("{{ note }}" + CHAT_TEMPLATE.replace("<|eot|>", "<|end_of_text|>"))
+    template = {"path": str(tmp_path / "mine.jinja"), "arguments": {"note": "Be kind."}}
+    config = make_config(
+        policy,
+        data,
+        model={"path": str(policy), "dtype": "float32", "chat_template": template},
+        lora={"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "o_proj"]},
+        optimizer={"learning_rate": 1e-2},
+    )
+    result = stage.run(config, make_context(tmp_path))
+    tokenizer, trained = load_tokenizer(policy), load_tokenizer(result["model"])
+    asked = [Message("user", "Sum: 1 + 1")]
+    prompt = tokenizer.decode(render_prompt(tokenizer, asked)).replace("<|eot|>", "<|end_of_text|>")
+    assert trained.decode(render_prompt(trained, asked)) == "Be kind." + prompt
+    ends = trained.convert_tokens_to_ids(["<|eot|>", "<|end_of_text|>"])
+    assert folder_end_ids(Path(result["model"])) == end_token_ids(trained) == ends
+    assert folder_end_ids(policy) == end_token_ids(tokenizer) == ends[:1]
+    events = {event["event"]: event for event in read_jsonl(tmp_path / "events.jsonl")}
+    assert events["end_token_added"]["tokens"] == ["<|end_of_text|>"]
     before, after = weights(policy), weights(Path(result["model"]))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys()

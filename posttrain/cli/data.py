@@ -18,6 +18,10 @@ Settings = Annotated[
 KindOption = Annotated[
     str | None, typer.Option("--kind", help="supervised, prompt, pairs or labelled; told from the first row.")
 ]
+TemplateOption = Annotated[
+    list[str] | None,
+    typer.Option("--template", metavar="KEY=VALUE", help="A key of chat_template, such as builtin=qwen3."),
+]
 KINDS = ("supervised", "prompt", "pairs", "labelled")
 BAR = 40
 
@@ -28,6 +32,13 @@ def data_config(path: str, settings: list[str] | None) -> Any:
     from posttrain.config.data import DataConfig
 
     return validate_config(DataConfig, apply_overrides({"path": path}, settings or []), "data")
+
+
+def _template(settings: list[str] | None) -> Any:
+    from posttrain.config.base import apply_overrides, validate_config
+    from posttrain.config.templates import ChatTemplateConfig
+
+    return validate_config(ChatTemplateConfig, apply_overrides({}, settings), "--template") if settings else None
 
 
 def data_kind(config: Any, given: str | None) -> Any:
@@ -66,6 +77,7 @@ def inspect_data(
     kind: KindOption = None,
     *,
     model: Annotated[Path | None, typer.Option(help="Model folder: lengths are in its tokens.")] = None,
+    template: TemplateOption = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Say which share of the rows is longer.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -81,7 +93,7 @@ def inspect_data(
     if model is not None:
         from posttrain.model.load import load_tokenizer
 
-        length = token_length(load_tokenizer(str(model)))
+        length = token_length(load_tokenizer(str(model), _template(template)))
     found = inspect(config, data_kind(config, kind), length, max_length=max_length)
     typer.echo(json.dumps(found, indent=2) if as_json else _text(found, "tokens" if model else "characters"))
     if found["bad_rows"]:
@@ -137,6 +149,7 @@ def preview(
     *,
     rows: Annotated[int, typer.Option(min=1, help="How many rows, from the first on.")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids too.")] = False,
+    template: TemplateOption = None,
 ) -> None:
     """Show rows as the model sees them; what is trained on is green, and between [[ and ]] where there is no colour.
 
@@ -149,13 +162,16 @@ def preview(
     from posttrain.data.rows import load_rows
     from posttrain.model.load import load_tokenizer
 
-    tokenizer, console = load_tokenizer(str(model)), Console(soft_wrap=True, highlight=False)
+    tokenizer, console = load_tokenizer(str(model), _template(template)), Console(soft_wrap=True, highlight=False)
     for row in load_rows(data_config(path, settings), kind="supervised", limit=rows):
-        console.print(Text(f"--- {row.id}", style="bold"))
-        for part, trained in runs(tokenizer, row):
-            text = str(tokenizer.decode(part))
-            shown = text if console.is_terminal or not trained else f"[[{text}]]"
-            console.print(Text(shown, style="green" if trained else "dim"), end="")
-            if ids:
-                console.print(Text(f" {part} "), end="")
-        console.print()
+        samples = runs(tokenizer, row)
+        for place, sample in enumerate(samples, 1):
+            note = f", sample {place} of {len(samples)}" if len(samples) > 1 else ""
+            console.print(Text(f"--- {row.id}{note}", style="bold"))
+            for part, trained in sample:
+                text = str(tokenizer.decode(part))
+                shown = text if console.is_terminal or not trained else f"[[{text}]]"
+                console.print(Text(shown, style="green" if trained else "dim"), end="")
+                if ids:
+                    console.print(Text(f" {part} "), end="")
+            console.print()

@@ -30,11 +30,15 @@ def outcome_lines(run_dir: Path, name: str, kind: str) -> list[str]:
 
 
 def notice_text(stage: str, event: dict[str, Any]) -> str:
-    """Where an earlier result is, or that it is gone; "" for any other event."""
+    """Where an earlier result is, or that it is gone, or where sampling stops besides; "" for any other event."""
     if event.get("event") == "earlier_kept":
         return f"{stage}  its earlier result is kept until the new one is whole: {event.get('path')}"
     if event.get("event") == "earlier_deleted":
         return f"{stage}  its new result is whole; the earlier one is deleted: {event.get('path')}"
+    if event.get("event") == "end_token_added":
+        tokens = " ".join(map(str, event.get("tokens") or ()))
+        rule = "which neither the tokenizer nor generation_config.json names as an end; sampling stops at it too"
+        return f"{stage}  the chat template ends replies with {tokens}, {rule}"
     return ""
 
 

@@ -83,6 +83,7 @@ def print_plan(
     from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_plan, render_plan
     from posttrain.pipeline.ray_session import joins_cluster
     from posttrain.pipeline.references import find_references
+    from posttrain.pipeline.rendering import check_rendering
     from posttrain.pipeline.rundir import RunDir
 
     pipeline = load_pipeline(raw)
@@ -91,6 +92,7 @@ def print_plan(
     if not joins_cluster():
         check_fits(plan, pipeline.source, cpus=local_cpus(), gpus=local_gpus())
     place.check(pipeline)
+    check_rendering(pipeline)
     refers = any(any(find_references(node.config.model_dump())) for node in pipeline.nodes.values())
     decisions = None  # of a stage's file that belongs to a pipeline: its inputs are not known
     if not (raw.open_references and refers):

@@ -1,11 +1,13 @@
-"""TRL: the pass over the reference model under DeepSpeed.
+"""TRL: the pass over the reference model under DeepSpeed, and the chat templates for training by name.
 
 Importing this module does not import TRL or DeepSpeed.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from posttrain.compat.patches import patch, record
@@ -43,6 +45,23 @@ def reference_pass_with_whole_model(trainer: Any) -> Iterator[None]:
     finally:
         for weight in weights:
             del weight.ds_status
+
+
+@_patch(
+    "1.16.0",
+    "gap",
+    reason="`get_training_chat_template` knows a family only by the exact text of the model's template, and imports "
+    "torch. No public function gives a training template by the name of its family",
+    reference="trl/chat_templates",
+    test="tests/test_templates.py::test_every_builtin_template_can_be_read",
+)
+@cache
+def training_templates() -> dict[str, Path]:
+    """The files of TRL's chat templates for training, by the name of the family, such as qwen3."""
+    spec = find_spec("trl")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    files = (file for folder in folders for file in Path(folder).glob("chat_templates/*_training.jinja"))
+    return {file.stem.removesuffix("_training"): file for file in sorted(files)}
 
 
 record(

@@ -295,20 +295,6 @@ class GrowingReply:
 @_patch(
     "0.32.0",
     "gap",
-    reason="No public function says which tokens end a reply besides those of the request. They are needed because a "
-    "reply that another engine began may have ended already",
-    reference="`generation_config_fields` of vllm/v1/engine/input_processor.py",
-    test="tests/test_sampling_stream.py::test_replies_begun_elsewhere_are_continued",
-)
-def end_token_ids(llm: Any) -> list[int]:
-    """The tokens with which the model folder's generation config ends a reply."""
-    eos = llm.input_processor.generation_config_fields.get("eos_token_id")
-    return [] if eos is None else [eos] if isinstance(eos, int) else eos
-
-
-@_patch(
-    "0.32.0",
-    "gap",
     reason="No public function gives the process id of the engine core, which must be killed when it is frozen",
     reference="`resources.engine_manager` of vllm/v1/engine/core_client.py",
     test="tests/test_sampling_stream.py::test_a_frozen_core_is_an_error",

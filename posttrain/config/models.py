@@ -6,6 +6,7 @@ from pydantic import Field
 
 from posttrain.config.base import Config
 from posttrain.config.fields import NotNegative, PathText
+from posttrain.config.templates import ChatTemplateConfig
 
 
 class ServedModelConfig(Config):
@@ -16,6 +17,10 @@ class ServedModelConfig(Config):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Data type of the weights and activations."
+    )
+    chat_template: ChatTemplateConfig | None = Field(
+        default=None,
+        description="The chat template, in prompts, training and the folder that is written; null: the model folder's.",
     )
 
 

@@ -1,35 +1,48 @@
 """Renders chats for every stage: messages in, token ids and the loss mask out.
 
-Text is rendered by the tokenizer's own chat template. The mask comes from the template's `{% generation %}` markers. If
-a template has none, the conversation is rendered prefix by prefix, and each prefix is checked to be a beginning of the
-next. The token that ends a turn is trained on too: otherwise the model would not learn to stop. A template that leaves
-out tool calls or tool results is refused. Special tokens in the texts of a row are encoded as text (special.py).
+Text is rendered by the tokenizer's chat template (templates.py). What is trained on in a turn are the tokens that it
+adds to the prompt which sampling would send for it, up to the token at which sampling stops (ends.py): otherwise the
+model would not learn to stop. `{% generation %}` marks of a template can leave out a part of that.
 
-Left out: truncation and packing, and any repair of a template. A template that renders a prompt one way for sampling
-and another way for training raises an error here, where it would otherwise show only in the loss.
+A template may write a turn in another way once other turns follow: Qwen3's cuts the reasoning of earlier turns. Then a
+conversation becomes several samples, each of which begins with exactly the prompt that sampling would send:
+
+    system, user 1, reply 1, user 2, reply 2  ─►  [system, user 1, REPLY 1]
+                                                  [system, user 1, reply 1 as rewritten, user 2, REPLY 2]
+
+Left out: truncation and packing, and any repair of a template. A template under which no such sample can be made raises
+an error here, where it would otherwise show only in the loss. Special tokens in the texts of a row are encoded as text
+(special.py). A template that leaves out tool calls or tool results is refused (shown.py).
 
 `tokenizer` is any Hugging Face tokenizer with a chat template (`PreTrainedTokenizerBase`); this module imports none.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from posttrain.config.data import DataConfig
+from posttrain.data.ends import end_token_ids
 from posttrain.data.messages import TEXT_ROLE, tool_call_to_json
+from posttrain.data.shown import Tools, require_tools_shown
 from posttrain.data.special import apply_guarded, encode_text, guard_of, special_token_problem
+from posttrain.data.templates import chat_template
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import is_learned
-from posttrain.errors import CheckpointError, DataError
+from posttrain.errors import DataError
 from posttrain.records import Message, Row
 
 Messages = Sequence[Message | Mapping[str, object]]
-Tools = Sequence[Mapping[str, object]] | None
 
-# Tokens that end a turn in common chat formats, beside the tokenizer's own end-of-sequence token.
-END_OF_TURN_TOKENS = ("<|eot|>", "<|eom|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>")
+REMEDY = (
+    "set another chat template beside the model's path (chat_template: {path: FILE} or {builtin: NAME}) or its "
+    "arguments (chat_template: {arguments: {enable_thinking: false}}), or edit chat_template.jinja in the model folder"
+)
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_BEGUN_THINKING = re.compile(r"<think>\s*\Z")
+_SHOWN_TOKENS = 4
 
 
 def as_dicts(messages: Messages) -> list[dict[str, Any]]:
@@ -48,32 +61,6 @@ def _as_dict(message: Message) -> dict[str, Any]:
     return {**record, **{key: value for key, value in optional.items() if value is not None}}
 
 
-def chat_template(tokenizer: Tokenizer) -> str:
-    """The tokenizer's chat template; raises `CheckpointError` if it has none."""
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    if not template:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise CheckpointError(
-            f"{name}: the tokenizer has no chat template; put a chat_template.jinja into the folder that "
-            "`model.path` names, or point `model.path` at an instruction-tuned checkpoint"
-        )
-    return template
-
-
-def end_token_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids of the tokens that end a turn: end-of-sequence first, then those of `END_OF_TURN_TOKENS` it knows."""
-    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    for token in END_OF_TURN_TOKENS:
-        token_id = tokenizer.convert_tokens_to_ids(token)
-        if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != token:
-            continue
-        if token_id not in ids:
-            ids.append(int(token_id))
-    return ids
-
-
 def render_prompt(tokenizer: Tokenizer, messages: Messages, tools: Tools = None) -> list[int]:
     """Token ids of a prompt, up to and including the header of the assistant turn that is to come.
 
@@ -82,7 +69,7 @@ def render_prompt(tokenizer: Tokenizer, messages: Messages, tools: Tools = None)
     """
     dicts = as_dicts(messages)
     ids = _prompt_ids(tokenizer, dicts, tools)
-    _require_tools_shown(tokenizer, dicts, tools, ids=ids, add_generation_prompt=True)
+    require_tools_shown(lambda *given: _prompt_ids(tokenizer, *given), dicts, tools, ids=ids)
     return ids
 
 
@@ -107,36 +94,70 @@ def check_special_tokens(tokenizer: Tokenizer, data: DataConfig, rows: Iterable[
             raise DataError(special_token_problem(name, token))
 
 
-def render_conversation(tokenizer: Any, messages: Messages, tools: Tools = None) -> tuple[list[int], list[int]]:
-    """Token ids of a whole conversation, and for each id 1 if it is trained on, else 0.
+def render_samples(tokenizer: Tokenizer, messages: Messages, tools: Tools = None) -> list[tuple[list[int], list[int]]]:
+    """The samples that a conversation becomes: the token ids of each, and for each id 1 if it is trained on, else 0.
 
     Trained on are the tokens of assistant turns, calls of tools among them, with the token that ends each; not the
-    turns with `trained=False`. Raises `DataError` if no turn is trained on, if the template refuses the messages or
-    leaves out calls or results of tools, or if it marks no generation and its prefixes disagree.
+    turns with `trained=False`. Each of these turns is trained on in exactly one sample, after exactly the tokens that
+    `render_prompt` makes of the messages before it. There is one sample unless the template rewrites turns.
+
+    Raises `DataError` if no turn is trained on, if the template refuses the messages or leaves out calls or results of
+    tools, if it writes a turn otherwise than sampling would begin it, or ends a turn with no token at which sampling
+    stops.
     """
     dicts = as_dicts(messages)
     if dicts[0]["role"] == TEXT_ROLE:
-        return _plain_text(tokenizer, dicts[0]["content"])
+        return [_plain_text(tokenizer, dicts[0]["content"])]
     learned = learned_turns(messages)
     if not learned:
         raise DataError(
             f"messages have roles {[item['role'] for item in dicts]}, but need an assistant turn to train on"
         )
-    marked = _GENERATION_MARKER.search(chat_template(tokenizer)) is not None
-    rendered = _apply(tokenizer, dicts, tools=tools, return_assistant_tokens_mask=marked)
-    ids = list(rendered["input_ids"])
-    _require_tools_shown(tokenizer, dicts, tools, ids=ids)
-    all_learned = len(learned) == sum(item["role"] == "assistant" for item in dicts)
-    ends = set(end_token_ids(tokenizer))
-    if marked:
-        mask = _with_end_of_turn(ids, [int(bit) for bit in rendered["assistant_masks"]], ends)
-        mask = mask if all_learned else _within(mask, _turn_spans(tokenizer, dicts, tools, ids=ids, turns=learned))
-    else:
-        spans = _turn_spans(tokenizer, dicts, tools, ids=ids, turns=learned)
-        mask = _within([1] * len(ids), [_up_to_end_of_turn(ids, span, ends) for span in spans])
-    if not any(mask):
-        raise DataError("the chat template marks no token of the assistant turns; check its generation markers")
-    return ids, mask
+    turns = {index: _render_turn(tokenizer, dicts[: index + 1], tools) for index in learned}
+    ends_learned = learned[-1] == len(dicts) - 1
+    whole = turns[learned[-1]].ids if ends_learned else _conversation_ids(tokenizer, dicts, tools)
+    require_tools_shown(lambda *given: _conversation_ids(tokenizer, *given), dicts, tools, ids=whole)
+    samples: list[tuple[list[int], list[int]]] = []
+    # From the longest rendering to the shortest: a turn is trained on in the first that has it as sampling would.
+    for ids in (whole, *(turns[index].ids for index in reversed(learned))):
+        found = [index for index, turn in turns.items() if ids[: turn.stop] == turn.ids[: turn.stop]]
+        if found:
+            mask = [0] * len(ids)
+            for turn in map(turns.pop, found):
+                mask[turn.start : turn.stop] = turn.bits
+            samples.insert(0, (ids, mask))
+    return samples
+
+
+def render_conversation(tokenizer: Tokenizer, messages: Messages, tools: Tools = None) -> tuple[list[int], list[int]]:
+    """The one sample that a conversation becomes, as `render_samples` makes it.
+
+    Raises `DataError` if it becomes several, besides what `render_samples` raises.
+    """
+    samples = render_samples(tokenizer, messages, tools)
+    if len(samples) > 1:
+        raise DataError(
+            f"the conversation becomes {len(samples)} samples: the chat template rewrites earlier turns, so the "
+            "conversation up to one of them is not a prefix of the rendered conversation"
+        )
+    return samples[0]
+
+
+def render_reply(
+    tokenizer: Tokenizer, prompt: Messages, reply: str, *, tools: Tools = None, ended: bool = True
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt, as `render_prompt` makes them, and of a reply to it with the token that ends it.
+
+    ended: False for a reply that ran out of tokens, which gets no such token. Raises what `render_samples` raises.
+    """
+    dicts = [*as_dicts(prompt), {"role": "assistant", "content": reply}]
+    if not ended and "</think>" not in reply:
+        prompt_ids = render_prompt(tokenizer, prompt, tools)
+        if _begun_thinking(tokenizer, prompt_ids):  # templates have no form for thinking that does not end
+            return prompt_ids, encode_text(tokenizer, guard_of(tokenizer, chat_template(tokenizer)), reply)
+    turn = _render_turn(tokenizer, dicts, tools)
+    require_tools_shown(lambda *given: _conversation_ids(tokenizer, *given), dicts, tools, ids=turn.ids)
+    return turn.ids[: turn.start], turn.ids[turn.start : turn.stop if ended else turn.stop - 1]
 
 
 def learned_turns(messages: Messages) -> list[int]:
@@ -149,24 +170,72 @@ def learned_turns(messages: Messages) -> list[int]:
 
 
 def check_parity(tokenizer: Tokenizer, messages: Messages, tools: Tools = None) -> None:
-    """Raise `DataError` unless what is trained on follows exactly the prompt that sampling would send.
+    """Raise `DataError` if the conversation cannot be trained on as sampling would send and end it.
 
-    For every assistant turn that is trained on, `render_prompt` of what comes before it must equal, token for token,
-    the beginning of `render_conversation`, and training on that turn must start right there.
+    `render_samples` makes no other samples, so this is what it raises.
     """
-    ids, mask = render_conversation(tokenizer, messages, tools)
-    dicts = as_dicts(messages)
-    if dicts[0]["role"] == TEXT_ROLE:
-        return
-    for index in learned_turns(messages):
-        prompt = _prompt_ids(tokenizer, dicts[:index], tools)
-        _require_prefix(tokenizer, prompt, ids, what=f"the prompt before message {index}")
-        start = len(prompt)
-        if start >= len(mask) or not mask[start] or mask[start - 1]:
-            raise DataError(
-                f"message {index}: sampling starts at token {start}, but the tokens trained on do not; "
-                "check the generation markers of the chat template"
-            )
+    render_samples(tokenizer, messages, tools)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """An assistant turn as the last one of its conversation.
+
+    ids: token ids of the conversation. start: where sampling begins. stop: after the token at which sampling stops.
+    bits: which of the tokens between are trained on.
+    """
+
+    ids: list[int]
+    start: int
+    stop: int
+    bits: list[int]
+
+
+def _render_turn(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools) -> _Turn:
+    """The last of these messages. Raises `DataError` unless sampling could have produced it."""
+    name = f"message {len(dicts) - 1}"
+    marked = _GENERATION_MARKER.search(chat_template(tokenizer)) is not None
+    prompt = _prompt_ids(tokenizer, dicts[:-1], tools)
+    content = dicts[-1]["content"]
+    if "</think>" in content and "<think>" not in content:  # a sampled reply goes on with what the prompt began
+        dicts = [*dicts[:-1], {**dicts[-1], "content": _begun_thinking(tokenizer, prompt) + content}]
+    rendered = _apply(tokenizer, dicts, tools=tools, return_assistant_tokens_mask=marked)
+    ids = list(rendered["input_ids"])
+    _require_prefix(tokenizer, prompt, ids, name=name)
+    start, ends = len(prompt), set(end_token_ids(tokenizer))
+    last = next((at for at in range(start, len(ids)) if ids[at] in ends), None)
+    if last is None:
+        raise DataError(_no_end(tokenizer, ids[start:], name))
+    if tokenizer.decode(ids[last + 1 :], skip_special_tokens=True).strip():
+        raise DataError(
+            f"{name}: the chat template goes on with {_shown(tokenizer, ids[last + 1 :])} after "
+            f"{_shown(tokenizer, ids[last : last + 1])}, at which sampling stops; {REMEDY}"
+        )
+    bits = [1] * (last + 1 - start)
+    if marked:
+        bits = _up_to_the_end([int(bit) for bit in rendered["assistant_masks"][start : last + 1]], name)
+    return _Turn(ids, start, last + 1, bits)
+
+
+def _begun_thinking(tokenizer: Tokenizer, prompt: list[int]) -> str:
+    """The beginning of a thinking block with which a prompt ends, such as "<think>\n"; "" if it does not."""
+    found = _BEGUN_THINKING.search(tokenizer.decode(prompt))
+    return found[0] if found else ""
+
+
+def _up_to_the_end(bits: list[int], name: str) -> list[int]:
+    """Marks of a template, with all after the last of them: some templates close the marks before the token that ends
+    the turn, but it belongs to the reply.
+    """
+    if not any(bits):
+        raise DataError(f"{name}: the chat template marks no token of this turn; check its generation markers")
+    if not bits[0]:
+        raise DataError(
+            f"{name}: sampling starts {bits.index(1)} tokens before the first that is trained on; check the generation "
+            "markers of the chat template"
+        )
+    last = len(bits) - 1 - bits[::-1].index(1)
+    return [*bits[:last], *[1] * (len(bits) - last)]
 
 
 def _plain_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
@@ -177,11 +246,15 @@ def _plain_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
     return [*start, *ids, *end], [0] * len(start) + [1] * (len(ids) + len(end))
 
 
-def _prompt_ids(tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools) -> list[int]:
+def _prompt_ids(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools) -> list[int]:
     return list(_apply(tokenizer, dicts, tools=tools, add_generation_prompt=True)["input_ids"])
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Mapping[str, Any]:
+def _conversation_ids(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools) -> list[int]:
+    return list(_apply(tokenizer, dicts, tools=tools)["input_ids"])
+
+
+def _apply(tokenizer: Tokenizer, messages: list[dict[str, Any]], **options: Any) -> Mapping[str, Any]:
     from jinja2.exceptions import TemplateError
 
     guard = guard_of(tokenizer, chat_template(tokenizer))
@@ -191,99 +264,37 @@ def _apply(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Ma
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except TemplateError as error:
         roles = [item.get("role") for item in messages]
-        raise DataError(f"the chat template refuses messages with roles {roles}: {error}") from None
+        raise DataError(f"the chat template refuses messages with roles {roles}: {error}; {REMEDY}") from None
 
 
-def _require_tools_shown(
-    tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools, *, ids: list[int], **options: Any
-) -> None:
-    """Raise `DataError` if the template leaves out a call, a result or the declared tools: many templates drop what
-    they do not know, and the model would learn to answer from results that it never sees.
-
-    Each is changed in turn and rendered again: if the token ids stay the same, the template does not show it.
-    """
-    variants = [(where, variant, tools) for where, variant in _tool_variants(dicts)]
-    if tools:
-        variants.append(("the row's `tools`", dicts, None))
-    for where, variant, shown_tools in variants:
-        try:
-            same = list(_apply(tokenizer, variant, tools=shown_tools, **options)["input_ids"]) == ids
-        except DataError:  # the template refuses the changed conversation, so it does read this part
-            continue
-        if same:
-            raise DataError(
-                f"the chat template leaves out {where}; use a chat template that shows tools, or remove the row"
-            )
-
-
-def _tool_variants(dicts: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """For each part that has to do with a tool: its name, and the conversation with only this part changed."""
-    for index, item in enumerate(dicts):
-        before, after = dicts[:index], dicts[index + 1 :]
-        calls = item.get("tool_calls") or []
-        if item["role"] == "tool" or (calls and item["content"]):
-            what = "the result" if item["role"] == "tool" else "the text beside the calls"
-            yield f"{what} in message {index}", [*before, {**item, "content": f"{item['content']} changed"}, *after]
-        for at, call in enumerate(calls):
-            function = call["function"]
-            other_name = {**function, "name": f"other_{function['name']}"}
-            other_arguments = {**function, "arguments": {**function["arguments"], "changed": 1}}
-            for what, other in (("name", other_name), ("arguments", other_arguments)):
-                changed = [*calls[:at], {**call, "function": other}, *calls[at + 1 :]]
-                where = f"the {what} of the call of {function['name']!r} in message {index}"
-                yield where, [*before, {**item, "tool_calls": changed}, *after]
-
-
-def _turn_spans(
-    tokenizer: Any, dicts: list[dict[str, Any]], tools: Tools, *, ids: list[int], turns: Sequence[int]
-) -> list[tuple[int, int]]:
-    """(start, end) in `ids` of each of these turns: the tokens that the turn adds to the prompt rendered before it."""
-    spans: list[tuple[int, int]] = []
-    for index in turns:
-        prompt = _prompt_ids(tokenizer, dicts[:index], tools)
-        through = list(_apply(tokenizer, dicts[: index + 1], tools=tools)["input_ids"])
-        _require_prefix(tokenizer, prompt, ids, what=f"the prompt before message {index}")
-        _require_prefix(tokenizer, through, ids, what=f"the conversation up to message {index}")
-        spans.append((len(prompt), len(through)))
-    return spans
-
-
-def _up_to_end_of_turn(ids: list[int], span: tuple[int, int], ends: set[int]) -> tuple[int, int]:
-    """The span cut after the token that ends the turn.
-
-    What some templates add after it, such as a newline, is not the model's.
-    """
-    start, stop = span
-    last = next((at for at in range(stop - 1, start - 1, -1) if ids[at] in ends), stop - 1)
-    return start, last + 1
-
-
-def _within(mask: list[int], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The mask with 0 outside of the spans."""
-    kept = [0] * len(mask)
-    for start, stop in spans:
-        kept[start:stop] = mask[start:stop]
-    return kept
-
-
-def _with_end_of_turn(ids: list[int], mask: list[int], ends: set[int]) -> list[int]:
-    """The mask with the end-of-turn token included: some templates close the marker before it, but it belongs to
-    the reply.
-    """
-    return [
-        1 if bit or (at and mask[at - 1] and token in ends and ids[at - 1] not in ends) else 0
-        for at, (token, bit) in enumerate(zip(ids, mask, strict=True))
-    ]
-
-
-def _require_prefix(tokenizer: Tokenizer, prefix: list[int], ids: list[int], *, what: str) -> None:
-    if ids[: len(prefix)] == prefix:
+def _require_prefix(tokenizer: Tokenizer, prompt: list[int], ids: list[int], *, name: str) -> None:
+    """Raise `DataError` unless the conversation begins with the prompt that sampling would send."""
+    if ids[: len(prompt)] == prompt:
         return
-    pairs = zip(prefix, ids, strict=False)
-    at = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(prefix), len(ids)))
-    expected, got = tokenizer.decode(prefix[at : at + 4]), tokenizer.decode(ids[at : at + 4])
-    raise DataError(
-        f"{what} is not a prefix of the rendered conversation: at token {at} it has {expected!r}, the conversation "
-        f"{got!r}; the chat template must render a turn the same way whether or not more turns follow; a template that "
-        "rewrites earlier turns (some remove their reasoning) needs train: false on these"
+    pairs = zip(prompt, ids, strict=False)
+    at = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(prompt), len(ids)))
+    rest = tokenizer.decode(prompt[at:])
+    begun = (
+        "; sampling begins inside of a thinking block, so a reply must begin with one too, and the template must keep "
+        "it (builtin templates do)"
+        if "<think>" in rest
+        else ""
     )
+    raise DataError(
+        f"the prompt before {name} is not a prefix of the rendered conversation: at token {at} it has "
+        f"{_shown(tokenizer, prompt[at:])}, the conversation {_shown(tokenizer, ids[at:])}{begun}; {REMEDY}"
+    )
+
+
+def _no_end(tokenizer: Tokenizer, ids: list[int], name: str) -> str:
+    """What is said of a turn without a token at which sampling stops."""
+    ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(end_token_ids(tokenizer)))) or "none"
+    return (
+        f"{name}: the last token of the turn is {_shown(tokenizer, ids[-1:])}, at which sampling does not stop, so the "
+        f"model would not learn to end a reply; sampling stops at {ends} (eos_token of the tokenizer, eos_token_id in "
+        f"generation_config.json or config.json); {REMEDY}"
+    )
+
+
+def _shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return repr(tokenizer.decode(list(ids[:_SHOWN_TOKENS])))

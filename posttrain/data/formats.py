@@ -49,7 +49,7 @@ _REFUSED = {
     ),
     **dict.fromkeys(
         ("chat_template", "chat_template_kwargs", "enable_thinking", "add_generation_prompt"),
-        "the model folder's chat template is used as it is; remove the column",
+        "the chat template is used as it is for all rows; remove the column, and set model.chat_template instead",
     ),
     **dict.fromkeys(("functions", "function_call"), "write it as tools, a list of function schemas"),
 }

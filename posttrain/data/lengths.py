@@ -4,13 +4,13 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
-from posttrain.data.chat import render_conversation, render_prompt
+from posttrain.data.chat import render_prompt, render_reply, render_samples
 from posttrain.data.ngrams import Item
 from posttrain.data.pairs import Labelled, Pair
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.transcript import message_text
 from posttrain.data.turns import is_learned, tools_of
-from posttrain.records import Message, Row
+from posttrain.records import Row
 
 
 def _replies(item: Pair | Labelled) -> tuple[str, ...]:
@@ -25,22 +25,26 @@ def character_length(item: Item) -> int:
 
 
 def token_length(tokenizer: Tokenizer) -> Callable[[Any], int]:
-    """Counts the tokens of a row as training or sampling sees it, or of a pair with its longer reply."""
+    """Counts the tokens of a row as training or sampling sees it, the longest sample of it where there are several, or
+    of a pair with its longer reply.
+    """
 
     def count(item: Item) -> int:
         tools = tools_of(item.fields)
         if not isinstance(item, Row):
-            whole = ((*item.prompt, Message("assistant", reply)) for reply in _replies(item))
-            return max(len(render_conversation(tokenizer, turns, tools)[0]) for turns in whole)
+            rendered = (render_reply(tokenizer, item.prompt, reply, tools=tools) for reply in _replies(item))
+            return max(len(prompt) + len(reply) for prompt, reply in rendered)
         if any(map(is_learned, item.messages)):
-            return len(render_conversation(tokenizer, item.messages, tools)[0])
+            return max(len(ids) for ids, _ in render_samples(tokenizer, item.messages, tools))
         return len(render_prompt(tokenizer, item.messages, tools))
 
     return count
 
 
-def runs(tokenizer: Tokenizer, row: Row) -> list[tuple[list[int], bool]]:
-    """The token ids of a row, cut where training on them begins or ends: (ids, whether they are trained on)."""
-    ids, mask = render_conversation(tokenizer, row.messages, tools_of(row.fields))
-    groups = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
-    return [([token for token, _ in group], bool(bit)) for bit, group in groups]
+def runs(tokenizer: Tokenizer, row: Row) -> list[list[tuple[list[int], bool]]]:
+    """The token ids of each sample of a row, cut where training on them begins or ends: (ids, whether trained on)."""
+    samples = []
+    for ids, mask in render_samples(tokenizer, row.messages, tools_of(row.fields)):
+        groups = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+        samples.append([([token for token, _ in group], bool(bit)) for bit, group in groups])
+    return samples

@@ -37,8 +37,12 @@ class Tokenizer(Protocol):
         """The ids of tokens; for a token that it does not know, that of the unknown token."""
         ...
 
-    def convert_ids_to_tokens(self, ids: int) -> str | None:
-        """The token of an id."""
+    @overload
+    def convert_ids_to_tokens(self, ids: int) -> str: ...
+    @overload
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
+    def convert_ids_to_tokens(self, ids: int | list[int]) -> str | list[str]:
+        """The tokens of ids."""
         ...
 
     def get_vocab(self) -> dict[str, int]:

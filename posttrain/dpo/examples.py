@@ -9,15 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from msgspec.structs import replace
-
-from posttrain.data.chat import check_parity, end_token_ids, render_conversation, render_prompt
+from posttrain.data.chat import render_reply
 from posttrain.data.messages import RowError
 from posttrain.data.pairs import Pair
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
-from posttrain.records import Message
 from posttrain.tune.drift import Example
 
 
@@ -73,24 +70,10 @@ def tokenize_pairs(
 
 
 def _tokenize(tokenizer: Tokenizer, pair: Pair) -> PairIds:
-    prompt_ids = render_prompt(tokenizer, pair.prompt, tools_of(pair.fields))
-    chosen_ids = _reply_ids(tokenizer, pair, pair.chosen, start=len(prompt_ids))
-    rejected_ids = _reply_ids(tokenizer, pair, pair.rejected, start=len(prompt_ids))
-    if pair.fields.get("reason") == "truncated":
-        ends = set(end_token_ids(tokenizer))
-        while rejected_ids and rejected_ids[-1] in ends:
-            rejected_ids = rejected_ids[:-1]
+    tools = tools_of(pair.fields)
+    prompt_ids, chosen_ids = render_reply(tokenizer, pair.prompt, pair.chosen, tools=tools)
+    ended = pair.fields.get("reason") != "truncated"
+    _, rejected_ids = render_reply(tokenizer, pair.prompt, pair.rejected, tools=tools, ended=ended)
     if not rejected_ids or chosen_ids == rejected_ids:
         raise DataError("chosen and rejected must be two replies, but they become the same tokens")
     return PairIds(prompt_ids, chosen_ids, rejected_ids)
-
-
-def _reply_ids(tokenizer: Tokenizer, pair: Pair, reply: str, *, start: int) -> list[int]:
-    # Only the reply is trained on; earlier assistant turns are part of the prompt.
-    context = [replace(message, trained=False) if message.role == "assistant" else message for message in pair.prompt]
-    messages, tools = (*context, Message("assistant", reply)), tools_of(pair.fields)
-    check_parity(tokenizer, messages, tools)
-    ids, mask = render_conversation(tokenizer, messages, tools)
-    # Some templates add tokens, such as a newline, after the end of the turn. The model does not sample them.
-    stop = max(at for at, bit in enumerate(mask) if bit) + 1
-    return ids[start:stop]

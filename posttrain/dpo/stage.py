@@ -67,12 +67,14 @@ def prepare(
 
     quiet_environment()
     from posttrain.data.chat import check_special_tokens
+    from posttrain.data.ends import note_added_end
     from posttrain.data.turns import tools_of
     from posttrain.dpo.examples import tokenize_pairs
     from posttrain.model.load import check_router, load_tokenizer
 
     check_router(config.model)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+    note_added_end(tokenizer, context)
     if config.pairs is not None:
         check_special_tokens(
             tokenizer, config.pairs, ((f"pair {pair.id!r}", pair.turns, tools_of(pair.fields)) for pair in pairs)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from posttrain.data.chat import end_token_ids, render_prompt, render_row
+from posttrain.data.chat import render_prompt, render_row
+from posttrain.data.ends import end_token_ids
 from posttrain.data.strata import sampled_rows
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import DataError

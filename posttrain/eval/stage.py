@@ -12,6 +12,7 @@ from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.data.chat import check_special_tokens
+from posttrain.data.ends import note_added_end
 from posttrain.data.messages import messages_to_json
 from posttrain.data.rows import load_rows
 from posttrain.errors import StageError
@@ -68,7 +69,8 @@ def prepare(
     check_fields(RewardSpec(config.reward.name, config.reward.args), rows)
     if config.key_field is not None:
         check_heldout(rows, config.exclude, config.key_field)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+    note_added_end(tokenizer, context)
     check_special_tokens(tokenizer, config.data, ((f"row {row.id!r}", row.messages, None) for row in rows))
     return rows, eval_requests(rows, tokenizer, config)
 

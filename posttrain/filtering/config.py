@@ -39,7 +39,7 @@ def _has_endpoint(judge: object) -> bool:
 
 def _one_form(judge: object) -> Any:
     """Either a model folder or an endpoint; raises ValueError for both and for neither. Unknown keys are told later."""
-    if not isinstance(judge, Mapping) or set(judge) - {"path", "dtype", "endpoint"}:
+    if not isinstance(judge, Mapping) or set(judge) - {*ServedModelConfig.model_fields, "endpoint"}:
         return judge
     form = (
         "give one: path is the folder of a model that engines of this stage serve, endpoint is a server that already "

@@ -13,8 +13,9 @@ from typing import Any
 
 from msgspec import Struct
 
-from posttrain.data.chat import chat_template, render_prompt
+from posttrain.data.chat import render_prompt
 from posttrain.data.special import guard_of
+from posttrain.data.templates import chat_template
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.transcript import message_text, transcript
 from posttrain.errors import DataError, UserError
@@ -131,7 +132,7 @@ def judge_prompts(config: JudgeQuestion) -> JudgePrompts:
         return JudgePrompts(config)
     from posttrain.model.load import load_tokenizer
 
-    return JudgePrompts(config, load_tokenizer(config.source.path))
+    return JudgePrompts(config, load_tokenizer(config.source.path, config.source.chat_template))
 
 
 def row_texts(row: Row) -> dict[str, str]:

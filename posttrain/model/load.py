@@ -25,6 +25,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from posttrain.config.models import ModelConfig
+from posttrain.config.templates import ChatTemplateConfig
+from posttrain.data.templates import use_template
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import CheckpointError, ConfigError
 from posttrain.files import replacing
@@ -107,12 +109,13 @@ def check_router(model: ModelConfig) -> None:
     raise ConfigError("model", [f"{key}: got {value} for {what}; {rule}" for key, value in asked.items()])
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Load the tokenizer of a folder, as transformers' AutoTokenizer does.
+def load_tokenizer(path: str | os.PathLike, chat_template: ChatTemplateConfig | None = None) -> Tokenizer:
+    """Load the tokenizer of a folder as transformers' AutoTokenizer does, with its own chat template or another.
 
     Raises:
         CheckpointError: the folder or its tokenizer is missing, the tokenizer cannot be read, or it has ids for which
             the model in the folder has no embedding.
+        ConfigError: the other template cannot be used; see `posttrain.data.templates.use_template`.
     """
     folder = _folder(path)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
@@ -123,6 +126,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
     if problems := tokenizer_problems(folder, tokenizer.get_vocab()):
         raise CheckpointError(f"{folder}: " + "; ".join(problems))
+    use_template(tokenizer, chat_template)
     return tokenizer
 
 

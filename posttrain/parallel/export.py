@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from posttrain.data.ends import end_token_ids
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.files import replacing
 from posttrain.parallel.tensors import WholeTensor, gathered, in_shards, read_weights, whole_tensors
@@ -119,6 +120,10 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def _write_rest(
     folder: Path,
     config: Any,
@@ -133,7 +138,12 @@ def _write_rest(
     own.dtype = next(iter(shards.values()))[0].dtype
     own.save_pretrained(folder)
     if generation is not None:
-        generation.save_pretrained(folder)
+        # Trained replies end with these tokens, so whoever samples from the folder must stop at them too.
+        named = _as_list(generation.eos_token_id)
+        missing = [token for token in end_token_ids(tokenizer) if token not in named]
+        stopping = copy.deepcopy(generation)
+        stopping.eos_token_id = [*named, *missing] if missing else generation.eos_token_id
+        stopping.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if len(shards) > 1:
         index = {

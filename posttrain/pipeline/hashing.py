@@ -83,7 +83,8 @@ def _inputs(node: Node) -> dict[str, Any]:
     for item in find_inputs(node.config):
         value = item.value
         if isinstance(value, ServedModelConfig):
-            paths = [value.path]
+            template = value.chat_template.path if value.chat_template is not None else None
+            paths = [value.path, *([template] if template is not None else [])]
         elif isinstance(value, FilesConfig):
             paths = [value.path] if isinstance(value.path, str) else value.path
         else:

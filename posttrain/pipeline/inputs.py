@@ -142,8 +142,13 @@ def _rows_without_fields(data: DataConfig, rewards: Sequence[RewardFunctionConfi
     return lines
 
 
+def paths_of(data: FilesConfig) -> list[str]:
+    """The paths of a dataset as a list."""
+    return [data.path] if isinstance(data.path, str) else list(data.path)
+
+
 def _refers(data: FilesConfig) -> bool:
-    return any(has_reference(path) for path in ([data.path] if isinstance(data.path, str) else data.path))
+    return any(map(has_reference, paths_of(data)))
 
 
 def other_paths(config: BaseModel, kind: StageKind) -> list[tuple[str, str]]:
@@ -168,9 +173,13 @@ def _texts(config: BaseModel, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _problems(found: Input, kind: StageKind) -> list[str]:
     value = found.value
     if isinstance(value, ServedModelConfig):
-        if has_reference(value.path):
-            return []
-        return [f".path: {line}" for line in model_folder_problems(value.path) or _untrainable(value)]
+        lines: list[str] = []
+        if not has_reference(value.path):
+            lines = [f".path: {line}" for line in model_folder_problems(value.path) or _untrainable(value)]
+        template = value.chat_template.path if value.chat_template is not None else None
+        if template is not None and not Path(template).is_file():
+            lines.append(f".chat_template.path: got {template!r}: no such file; give the file of a Jinja chat template")
+        return lines
     if isinstance(value, RewardFunctionConfig):
         return _reward_problems(value)
     paths = [value.path] if isinstance(value.path, str) else value.path

@@ -20,6 +20,7 @@ from posttrain.pipeline.inputs import find_endpoints, needed_packages
 from posttrain.pipeline.memory import MemorySampler
 from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_plan
 from posttrain.pipeline.ray_session import joins_cluster, ray_session
+from posttrain.pipeline.rendering import check_rendering
 from posttrain.pipeline.replace import Ask, delete_kept, kept, kept_text, move_aside, require_consent
 from posttrain.pipeline.rundir import RunDir
 from posttrain.pipeline.schedule import Scheduler
@@ -81,10 +82,17 @@ def run_pipeline(
         decisions = decide(pipeline, place, start_from=start_from, only=only)
         require_consent(place, decisions, overwrite=overwrite, ask=ask)
         _check_endpoints(pipeline, decisions)
+        _check_later_stages(pipeline, decisions)
         with place.open(pipeline):
             return _run(pipeline, place, decisions, display=display or _Silent(), command=command)
     except OSError as error:
         raise StageError(f"{_os_error(error)}\n{_resume(command)}{kept_text(pipeline, place)}") from error
+
+
+def _check_later_stages(pipeline: Pipeline, decisions: Mapping[str, Decision]) -> None:
+    """Check that stages which wait for others can render their rows. A stage that starts at once finds it itself."""
+    todo = [node for name, node in pipeline.nodes.items() if decisions[name].to_do]
+    check_rendering(pipeline, [node for node in todo if any(decisions[name].to_do for name in node.needs)])
 
 
 def _check_endpoints(pipeline: Pipeline, decisions: Mapping[str, Decision]) -> None:

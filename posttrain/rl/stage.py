@@ -11,7 +11,8 @@ from typing import Any
 
 from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
-from posttrain.data.chat import check_special_tokens, end_token_ids, render_prompt, render_row
+from posttrain.data.chat import check_special_tokens, render_prompt, render_row
+from posttrain.data.ends import end_token_ids, note_added_end
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import hash_order
 from posttrain.data.tokenizer import Tokenizer
@@ -64,13 +65,11 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     mixture_shares(rows, config.mixture, "prompt")  # a capability that no row has is found before anything starts
     if (finished := finished_outputs(context.dir, config.steps)) is not None:
         return finished
-    from posttrain.model.load import check_router, load_tokenizer
+    from posttrain.model.load import check_router
 
     check_router(config.model)
-    tokenizer = load_tokenizer(config.model.path)
-    _check_special_tokens(tokenizer, config, rows, heldout=heldout)
-    prompts = _draw_plain(rows, tokenizer, config)
-    evaluated = heldout_prompts(config, heldout, partial(render_prompt, tokenizer))
+    tokenizer, prompts, evaluated = _render(config, rows, heldout)
+    note_added_end(tokenizer, context)
     stop_ids = tuple(end_token_ids(tokenizer))
     check_reference(config.loss.reference, config.model)
     prepared = prepare_judge(config.judge) if config.judge is not None else None
@@ -126,6 +125,18 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
             trainer.close()
             if reference is not None:
                 reference.close()
+
+
+def _render(
+    config: RlConfig, rows: Sequence[Row], heldout: Sequence[Row]
+) -> tuple[Tokenizer, list[DrawnPrompt], list[DrawnPrompt]]:
+    """The policy's tokenizer, and what it makes of the prompts to train on and of those to evaluate on."""
+    from posttrain.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+    _check_special_tokens(tokenizer, config, rows, heldout=heldout)
+    prompts = _draw_plain(rows, tokenizer, config)
+    return tokenizer, prompts, heldout_prompts(config, heldout, partial(render_prompt, tokenizer))
 
 
 def _check_special_tokens(

@@ -275,13 +275,9 @@ class EngineActor:
 
     def _end_of(self, begun: tuple[int, ...], request: SampleRequest) -> FinishReason:
         """How a reply that was begun elsewhere has ended."""
-        if begun and begun[-1] in {*request.stop_token_ids, *self._eos_ids()}:
+        if begun and begun[-1] in request.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(begun) >= request.max_tokens else FinishReason.RUNNING
-
-    def _eos_ids(self) -> list[int]:
-        """Token ids that end a reply besides those of the request: the tokenizer's, and those in the model's folder."""
-        return [self._tokenizer.eos_token_id, *compat.end_token_ids(self._llm)]
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -346,6 +342,7 @@ class EngineActor:
             top_p=request.top_p,
             max_tokens=1 if request.choice_ids else request.max_tokens - num_begun,
             stop_token_ids=list(request.stop_token_ids),
+            ignore_eos=True,  # the request names all ends; those of the engine's first folder may be of another model
             allowed_token_ids=list(request.choice_ids) if request.choice_ids else None,
             logprobs=len(request.choice_ids) if request.choice_ids else 0,
             flat_logprobs=True,

@@ -18,7 +18,8 @@ class EngineLostError(ActorLostError):
 class SampleRequest(Struct, frozen=True):
     """A request for `n` replies to one prompt. Example: `SampleRequest((5, 6, 7), n=8, max_tokens=512)`.
 
-    prompt_ids: token ids, rendered by `posttrain.data.chat`. stop_token_ids: ids that end a reply, and are part of it.
+    prompt_ids: token ids, rendered by `posttrain.data.chat`. stop_token_ids: the ids that end a reply, and are part
+    of it; no other token does.
     choice_ids: if set, the reply is exactly one of these token ids, and `Completion.choice_logprobs` holds the
     log-probability of each, renormalised over the choices: the distribution of constrained decoding. `max_tokens` must
     be 1 then. begun: token ids of replies that another engine began, one entry for each reply wanted (`n` is then

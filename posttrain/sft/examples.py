@@ -1,12 +1,12 @@
-"""Turn rows into token ids and masks with `posttrain.data.chat`, and check each against sampling.
+"""Turn rows into token ids and masks with `posttrain.data.chat`, which makes no sample that sampling would not begin.
 
-The check: the token ids of every row must begin with exactly those that sampling would send as its prompt.
+A row becomes one sample, or several under a chat template that rewrites earlier turns.
 """
 
 from collections.abc import Sequence
 from typing import Literal
 
-from posttrain.data.chat import check_parity, render_conversation
+from posttrain.data.chat import render_samples
 from posttrain.data.messages import RowError
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
@@ -18,7 +18,7 @@ from posttrain.tune.drift import Example
 def tokenize(
     tokenizer: Tokenizer, rows: Sequence[Row], max_length: int, *, overlong: Literal["error", "drop"]
 ) -> tuple[list[Example], int]:
-    """Return the examples, and how many rows were dropped because they are longer than `max_length`.
+    """Return the examples, and how many rows were dropped because a sample of theirs is longer than `max_length`.
 
     Raises `DataError`, which names the row, if a row does not render as sampling would render it, or if it is too long
     and overlong is "error". Also raises it if no row is left.
@@ -27,15 +27,13 @@ def tokenize(
     too_long: list[tuple[str, int]] = []
     for row in rows:
         try:
-            tools = tools_of(row.fields)
-            check_parity(tokenizer, row.messages, tools)
-            ids, mask = render_conversation(tokenizer, row.messages, tools)
+            samples = render_samples(tokenizer, row.messages, tools_of(row.fields))
         except (DataError, RowError) as error:
             raise DataError(f"row {row.id!r}: {error}") from None
-        if len(ids) > max_length:
-            too_long.append((row.id, len(ids)))
+        if (longest := max(len(ids) for ids, _ in samples)) > max_length:
+            too_long.append((row.id, longest))
         else:
-            examples.append(Example(ids, mask))
+            examples += [Example(ids, mask) for ids, mask in samples]
     if too_long and overlong == "error":
         identity, length = too_long[0]
         rule = "raise max_length, shorten it, or set overlong: drop"

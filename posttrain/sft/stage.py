@@ -29,10 +29,10 @@ METRICS = {
 def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
     """Fine-tune a model and write its folder.
 
-    Returns {"model": folder, "rows", "dropped", "rows_by_capability", "steps", "tokens" and "trained_tokens" (seen
-    over all epochs), "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after", "engine", and the
-    keys of `parallel`}. Raises `DataError` for bad rows, before a model is loaded, `ConfigError` if the model cannot be
-    trained as the config asks, and `StageError` if training fails.
+    Returns {"model": folder, "rows", "dropped", "samples", "rows_by_capability", "steps", "tokens" and "trained_tokens"
+    (seen over all epochs), "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after", "engine", and
+    the keys of `parallel`}. Raises `DataError` for bad rows, before a model is loaded, `ConfigError` if the model
+    cannot be trained as the config asks, and `StageError` if training fails.
     """
     tokenizer, examples, counts = prepare(config, context)
     context.event("data", **counts, tokens=sum(len(item.ids) for item in examples))
@@ -43,7 +43,8 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
 def prepare(config: SftConfig, context: StageContext | None = None) -> tuple[Any, list[Any], dict[str, Any]]:
     """Read and check every row.
 
-    Returns the tokenizer, the `Example`s, and {"rows", "dropped": how many were too long, "rows_by_capability"}.
+    Returns the tokenizer, the `Example`s, and {"rows", "dropped": how many were too long, "samples": how many
+    the others became, "rows_by_capability"}.
     """
     from posttrain.parallel.engine import check_parallel
 
@@ -53,18 +54,21 @@ def prepare(config: SftConfig, context: StageContext | None = None) -> tuple[Any
 
     quiet_environment()
     from posttrain.data.chat import check_special_tokens
+    from posttrain.data.ends import note_added_end
     from posttrain.data.turns import tools_of
     from posttrain.model.load import check_router, load_tokenizer
     from posttrain.sft.examples import tokenize
 
     check_router(config.model)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+    note_added_end(tokenizer, context)
     check_special_tokens(
         tokenizer, config.data, ((f"row {row.id!r}", row.messages, tools_of(row.fields)) for row in rows)
     )
     examples, dropped = tokenize(tokenizer, rows, config.max_length, overlong=config.overlong)
     by_capability = dict(sorted(Counter(row.capability for row in rows).items()))
-    return tokenizer, examples, {"rows": len(rows), "dropped": dropped, "rows_by_capability": by_capability}
+    counts = {"rows": len(rows), "dropped": dropped, "samples": len(examples), "rows_by_capability": by_capability}
+    return tokenizer, examples, counts
 
 
 def trainer_arguments(config: SftConfig, folder: Path, seed: int = 0) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.rows import row_to_json
+from posttrain.data.templates import template_identity
 from posttrain.errors import CheckpointError
 from posttrain.files import content_hash
 from posttrain.judging.cache import judge_identity
@@ -24,8 +25,8 @@ from posttrain.scoring.plugins.requirements import reward_sources
 def scoring_fingerprint(config: GradingConfig) -> str:
     """Fingerprint of everything, apart from policy and prompt, that decides whether a reply passes.
 
-    It covers the sampling, the data type of the weights, the judge, and the reward with its arguments and the source
-    files in its folder.
+    It covers the sampling, the data type of the weights, the chat template of the config, the judge, and the reward
+    with its arguments and the source files in its folder.
     """
     sources = reward_sources(config.reward.name, config.reward.args)
     beside = sorted({file for source in sources for file in source.parent.glob("*.py")})
@@ -36,6 +37,7 @@ def scoring_fingerprint(config: GradingConfig) -> str:
             "sources": sorted([file.name, content_hash(file)] for file in beside),
             "sampling": config.sampling.model_dump(),
             "dtype": config.model.dtype,
+            "chat_template": template_identity(config.model.chat_template),
             "correct_threshold": config.reward.correct_threshold,
         }
     )
@@ -44,7 +46,8 @@ def scoring_fingerprint(config: GradingConfig) -> str:
 def _judge(judge: RlJudgeConfig) -> dict[str, Any]:
     """What decides the judge's ratings: its model or endpoint, and its question."""
     asked = judge.model_dump(include={"template", "labels", "long_rows"})
-    return {**asked, "prompt_limit": judge.prompt_limit, "judge": judge_identity(judge)}
+    template = template_identity(judge.model.chat_template) if judge.model is not None else None
+    return {**asked, "prompt_limit": judge.prompt_limit, "judge": judge_identity(judge), "chat_template": template}
 
 
 def prompt_fingerprint(row: Row) -> str:

@@ -71,7 +71,7 @@ class PolicyTrainer:
             module.share_head()
         has_routers = native_layers(self._policy) is not None
         self._routers = RouterBalance(self._policy, config.model.router.bias_rate) if has_routers else None
-        self._tokenizer = load_tokenizer(config.model.path)
+        self._tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
         self._weights = publisher(config)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self.policy_version = 0

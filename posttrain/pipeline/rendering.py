@@ -1,0 +1,116 @@
+"""Whether the chat templates of a pipeline's models can render its rows, tried on the first of them.
+
+No weights are loaded, but tokenizers are, and with them torch: a few seconds. So `validate` and `--dry-run` do it after
+all other checks, and a run does it if a stage would find the fault only after another stage has worked for hours. Each
+stage renders all of its rows when it starts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from posttrain.config.data import DataConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.errors import ConfigError, UserError
+from posttrain.judging.config import JudgeQuestion
+from posttrain.pipeline.graph import Node, Pipeline
+from posttrain.pipeline.inputs import CHECKED_ROWS, data_kind, find_inputs, paths_of, walk
+from posttrain.pipeline.references import has_reference
+from posttrain.records import Message
+
+
+def check_rendering(pipeline: Pipeline, nodes: Sequence[Node] | None = None) -> None:
+    """Raise ConfigError with every problem of these nodes, or of all.
+
+    Models and data that an earlier stage makes do not exist yet and are left out.
+    """
+    chosen = list(pipeline.nodes.values()) if nodes is None else nodes
+    problems = [f"{node.prefix}{problem}" for node in chosen for problem in rendering_problems(node)]
+    if problems:
+        raise ConfigError(pipeline.source, problems)
+
+
+def rendering_problems(node: Node) -> list[str]:
+    """One line for each model and for each dataset of a node that cannot be rendered, which begins with the key."""
+    config: Any = node.config
+    problems = []
+    for key, section in walk(config):
+        if isinstance(section, JudgeQuestion) and _is_here(section.source):
+            problems += _problem(f"{key}.model" if key else "judge", partial(_ask_judge, section))
+    model = getattr(config, "model", None)
+    if not _is_here(model):
+        return problems
+    assert isinstance(model, ServedModelConfig)
+    loaded: list[Any] = []
+    problems += _problem("model", lambda: loaded.append(_tokenizer(model)))
+    for found in find_inputs(config) if loaded else ():
+        data = found.value
+        if isinstance(data, DataConfig) and not any(map(has_reference, paths_of(data))):
+            with suppress(UserError):  # what is wrong with rows themselves is found by inputs.py, and by the stage
+                rows = list(_renderings(data, data_kind(found.key, node.stage_kind), node, tokenizer=loaded[0]))
+                problems += _first_of(rows, found.key)
+    return problems
+
+
+def _is_here(model: Any) -> bool:
+    return isinstance(model, ServedModelConfig) and not has_reference(model.path)
+
+
+def _tokenizer(model: ServedModelConfig) -> Any:
+    from posttrain.data.templates import chat_template
+    from posttrain.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model.path, model.chat_template)
+    chat_template(tokenizer)
+    return tokenizer
+
+
+def _ask_judge(question: JudgeQuestion) -> None:
+    from posttrain.judging.prompts import judge_prompts
+
+    judge_prompts(question)
+
+
+def _problem(key: str, attempt: Callable[[], Any]) -> list[str]:
+    try:
+        attempt()
+    except UserError as error:
+        return [f"{key}: {line}" for line in str(error).splitlines()]
+    return []
+
+
+def _first_of(rows: list[tuple[str, Callable[[], Any]]], key: str) -> list[str]:
+    """The first row that cannot be rendered, and how many cannot: a template that is at fault fails on most rows."""
+    failed = [line for name, attempt in rows for line in _problem(name, attempt)[:1]]
+    more = f" ({len(failed)} of the first {len(rows)} rows)" if len(failed) > 1 else ""
+    return [f"{key}: {failed[0]}{more}"] if failed else []
+
+
+def _renderings(data: DataConfig, kind: str, node: Node, *, tokenizer: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name of the row, a function that renders it as the stage will) for the first rows of a dataset."""
+    from posttrain.data.chat import check_parity, render_prompt, render_reply
+    from posttrain.data.pairs import load_pairs
+    from posttrain.data.rows import load_rows
+    from posttrain.data.turns import tools_of
+
+    if kind == "pairs":
+        for pair in load_pairs(data, limit=CHECKED_ROWS, stage=node.kind):
+            for reply in (pair.chosen, pair.rejected):
+                yield (
+                    f"pair {pair.id!r}",
+                    partial(render_reply, tokenizer, pair.prompt, reply, tools=tools_of(pair.fields)),
+                )
+    elif kind == "supervised":
+        for row in load_rows(data, kind="supervised", limit=CHECKED_ROWS, stage=node.kind):
+            yield f"row {row.id!r}", partial(check_parity, tokenizer, row.messages, tools_of(row.fields))
+    elif kind == "prompt":
+        rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS, stage=node.kind)
+        for row in rows:
+            yield f"row {row.id!r}", partial(render_prompt, tokenizer, row.messages)
+        systems: Any = getattr(node.config, "systems", None)
+        bare = next((row for row in rows if row.messages[0].role != "system"), None)
+        for item in systems.instructions if systems is not None and bare is not None else ():
+            if item.text and bare is not None:
+                turns = (Message("system", item.text), *bare.messages)
+                yield f"row {bare.id!r} with a system instruction", partial(render_prompt, tokenizer, turns)
