@@ -157,6 +157,39 @@ def test_vllm_still_refuses_to_register_a_backend_twice():
 
 
 @pytest.mark.slow
+def test_vllm_still_spawns_its_engine_core_on_cpus(policy, monkeypatch):
+    import multiprocessing
+    import signal
+
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine import utils
+
+    from posttrain.actors.parent import die_with_parent
+    from posttrain.compat.vllm import forked_core
+
+    def begin(sender):
+        sender.send([os.getpid(), "vllm.v1.engine.async_llm" in sys.modules])
+        signal.pause()
+
+    for name in ("VLLM_WORKER_MULTIPROC_METHOD", "NUMEXPR_MAX_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        monkeypatch.setenv(name, "fork")  # which vLLM overwrites, for the other tests too without this line
+    import vllm.v1.engine.async_llm  # noqa: F401
+
+    AsyncEngineArgs(model=str(policy), dtype="float32").create_engine_config()
+    assert utils.get_mp_context().get_start_method() == "spawn"
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    with forked_core(die_with_parent):
+        core = utils.get_mp_context().Process(target=begin, args=(sender,))
+        core.start()
+    try:
+        assert utils.get_mp_context().get_start_method() == "spawn"
+        assert receiver.recv() == [core.pid, True]
+    finally:
+        core.kill()
+        core.join()
+
+
+@pytest.mark.slow
 def test_vllm_still_sleeps_when_it_pauses():
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -358,6 +391,16 @@ reread_environment()
 found.append(ray_constants.ENABLE_RAY_CLUSTER)
 print(json.dumps({"cluster": found}))
 """
+
+
+@pytest.mark.slow
+def test_a_local_ray_has_no_server_without_work(ray_session):
+    import psutil
+
+    commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert any("gcs_server" in command for command in commands)
+    servers = ("autoscaler/_private/monitor.py", "_private/log_monitor.py", "dashboard/dashboard.py")
+    assert [command for command in commands if any(server in command for server in servers)] == []
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ Importing this module does not import vLLM. The functions of the first part run 
 second in its engine core, and those of the third in the process that holds the `AsyncLLM`.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
+from multiprocessing.context import ForkContext, ForkProcess
 from typing import TYPE_CHECKING, Any
 
 from posttrain.compat.patches import patch
@@ -167,6 +169,41 @@ def salt_prefixes(request: Any, salt: str) -> None:
 
 
 # ------------------------------------------------------------------ in the process of the AsyncLLM
+
+
+@_patch(
+    "0.32.0",
+    "gap",
+    reason="On CPUs, and in every Ray actor, vLLM starts its engine core as a new Python process, which imports all of "
+    "vLLM again: three quarters of the core's start. No argument or variable asks for a fork",
+    reference="`check_and_update_config` of vllm/platforms/cpu.py; `_maybe_force_spawn` of vllm/utils/system_utils.py",
+    test="tests/test_compat.py::test_vllm_still_spawns_its_engine_core_on_cpus",
+)
+@contextmanager
+def forked_core(begin: Callable[[], None]) -> Iterator[None]:
+    """Within the block, an engine core that is started is forked from this process, which has vLLM imported.
+
+    begin: called first in the core. vLLM spawns because a process that has used a GPU or has started OpenMP threads
+    must not fork, so this is for engines on CPUs whose process has one OpenMP thread. The core never calls Ray, and
+    objects that the fork copied are excluded from its garbage collector, so none of Ray's is freed there.
+    """
+    from vllm.v1.engine import utils
+
+    class Core(ForkProcess):
+        def run(self) -> None:
+            gc.freeze()
+            begin()
+            super().run()
+
+    class Context(ForkContext):
+        Process = Core
+
+    own = utils.get_mp_context
+    utils.get_mp_context = Context
+    try:
+        yield
+    finally:
+        utils.get_mp_context = own
 
 
 @_patch(

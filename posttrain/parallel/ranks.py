@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from posttrain.actors.garbage import large_imports
 from posttrain.actors.processes import kill_process, place_of_this
 from posttrain.config.resources import TrainerResources
 from posttrain.config.training import ParallelConfig
@@ -31,6 +32,9 @@ class _Rank:
 
     def __init__(self) -> None:
         self._made: Any = None
+        # Until the object is made. Ray imports what its arguments need before it calls `start`.
+        self._imports = contextlib.ExitStack()
+        self._imports.enter_context(large_imports())
 
     def meeting_point(self) -> tuple[str, int]:
         """The address of this host, and a free port of it."""
@@ -51,8 +55,9 @@ class _Rank:
         """Join the other ranks and make the object. place: (number of this rank, number of ranks)."""
         from posttrain.parallel.engine import join_ranks
 
-        join_ranks(*place, meeting)
-        self._made = make(*arguments)
+        with self._imports:
+            join_ranks(*place, meeting)
+            self._made = make(*arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._made, method)(*arguments)

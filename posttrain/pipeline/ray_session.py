@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from posttrain.compat.ray import loopback_environment, loopback_options, reread_environment
+from posttrain.compat.ray import loopback_environment, loopback_options, needed_servers_only, reread_environment
 from posttrain.errors import StageError, UserError
 from posttrain.pipeline import watchdog
 from posttrain.pipeline.plan import local_cpus
@@ -102,7 +102,8 @@ def _connect(session: RaySession, address: str) -> None:
         environment = {name: os.environ[name] for name in (*QUIET, watchdog.VARIABLE)}
         options |= {"address": address, "runtime_env": {"env_vars": environment}}
     try:
-        ray.init(**options)
+        with needed_servers_only():
+            ray.init(**options)
     # Ray raises bare `Exception` too, for example when a busy machine starts it too slowly.
     except Exception as error:
         cluster = f"the cluster at RAY_ADDRESS={address} was not reached"

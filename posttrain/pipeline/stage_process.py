@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.actors.garbage import rare_collections
 from posttrain.context import StageContext
 from posttrain.errors import PosttrainError, UserError
 from posttrain.metrics.trackers import tracked
@@ -60,12 +61,13 @@ def run_stage(job: StageJob) -> StageAnswer:
             os.chdir(job.cwd)
             if job.cwd not in sys.path:
                 sys.path.insert(0, job.cwd)  # so that a reward's module beside the user's YAML can be imported
-        run = load_object(job.kind.run)
-        config = settled(load_schema(job.kind).model_validate(job.config), "config")
-        seed_everything(job.seed)
-        context = StageContext(job.name, job.dir, job.events, job.seed, job.warm_engines)
-        with tracked(getattr(config, "trackers", None), context):
-            result = run(config, context) or {}
+        with rare_collections():  # of what the stage imports, too
+            run = load_object(job.kind.run)
+            config = settled(load_schema(job.kind).model_validate(job.config), "config")
+            seed_everything(job.seed)
+            context = StageContext(job.name, job.dir, job.events, job.seed, job.warm_engines)
+            with tracked(getattr(config, "trackers", None), context):
+                result = run(config, context) or {}
         return StageAnswer(dict(result), time.perf_counter() - started)
     except Exception as error:
         log_error()

@@ -12,14 +12,18 @@ itself. Each wait ends with EngineLostError when the core has died or does not a
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import time
 import traceback
 from collections.abc import Awaitable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from posttrain.actors.garbage import large_imports
+from posttrain.actors.parent import die_with_parent
 from posttrain.actors.processes import place_of_this
 from posttrain.compat import vllm as compat
 from posttrain.config.engines import EngineConfig
@@ -89,8 +93,6 @@ class EngineActor:
         os.environ.update(ENGINE_ENV)
         self._on_cpu = not os.environ.get("CUDA_VISIBLE_DEVICES")
         if self._on_cpu:
-            # Forked from a process that has vLLM imported, the engine core starts in half the time.
-            os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "fork"
             # vLLM would have a C++ compiler make one small function, whatever `enforce_eager` says.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
         self.name = name
@@ -130,17 +132,21 @@ class EngineActor:
 
     async def _start(self) -> list[int]:
         """Start the engine; returns the process ids of its workers."""
-        from vllm import AsyncEngineArgs
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with large_imports():
+            from vllm import AsyncEngineArgs
+            from vllm.usage.usage_lib import UsageContext
+            from vllm.v1.engine.async_llm import AsyncLLM
 
-        from posttrain.sampling import vllm_extension  # noqa: F401  (registers the backend before the fork)
+            from posttrain.sampling import vllm_extension  # noqa: F401  (registers the backend before the fork)
 
         arguments = AsyncEngineArgs(**{**engine_arguments(self._model, self._engine_config), **self._cache_size()})
         config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
         kind = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
         config.scheduler_config.scheduler_cls = f"posttrain.sampling.vllm_scheduler.{kind}"
-        self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        is_on_cpu = config.device_config.device_type == "cpu"
+        die = partial(die_with_parent, os.getpid())
+        with compat.forked_core(die) if is_on_cpu else contextlib.nullcontext():
+            self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         self._tokenizer = self._llm.get_tokenizer()
         self._update_lock = asyncio.Lock()
         self._watch = Watch(

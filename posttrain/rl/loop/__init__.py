@@ -8,5 +8,4 @@ side.py         probes and evaluations that are sampled beside the training
 evaluation.py   the prompts and the accuracies of an evaluation beside the training
 tally.py        the metrics of a step
 parity.py       the check before the first step that engines and trainer agree on log-probabilities
-garbage.py      how often Python's cyclic garbage collector runs in the controller
 """

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from posttrain.actors.garbage import rare_collections
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import StageError
 from posttrain.records import DrawnPrompt
@@ -41,7 +42,6 @@ from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.history.recovery import Survivor
 from posttrain.rl.loop.checkpoints import Checkpoints
-from posttrain.rl.loop.garbage import rare_collections
 from posttrain.rl.loop.group_book import Admission, Batch, GroupBook
 from posttrain.rl.loop.side import SideWork
 from posttrain.rl.loop.staleness import StalenessQueue
