@@ -161,6 +161,8 @@ def test_vllm_still_spawns_its_engine_core_on_cpus(policy, monkeypatch):
     import multiprocessing
     import signal
 
+    import psutil
+    import vllm.v1.engine.async_llm  # noqa: F401  (what the core shall not import again)
     from vllm import AsyncEngineArgs
     from vllm.v1.engine import utils
 
@@ -171,10 +173,10 @@ def test_vllm_still_spawns_its_engine_core_on_cpus(policy, monkeypatch):
         sender.send([os.getpid(), "vllm.v1.engine.async_llm" in sys.modules])
         signal.pause()
 
-    for name in ("VLLM_WORKER_MULTIPROC_METHOD", "NUMEXPR_MAX_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
-        monkeypatch.setenv(name, "fork")  # which vLLM overwrites, for the other tests too without this line
-    import vllm.v1.engine.async_llm  # noqa: F401
-
+    # vLLM overwrites these variables. Set here, they are as before after the test.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    monkeypatch.setenv("NUMEXPR_MAX_THREADS", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     AsyncEngineArgs(model=str(policy), dtype="float32").create_engine_config()
     assert utils.get_mp_context().get_start_method() == "spawn"
     receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -184,6 +186,7 @@ def test_vllm_still_spawns_its_engine_core_on_cpus(policy, monkeypatch):
     try:
         assert utils.get_mp_context().get_start_method() == "spawn"
         assert receiver.recv() == [core.pid, True]
+        assert psutil.Process(core.pid).cmdline()[0].startswith("VLLM::EngineCore")
     finally:
         core.kill()
         core.join()

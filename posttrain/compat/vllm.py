@@ -184,15 +184,18 @@ def forked_core(begin: Callable[[], None]) -> Iterator[None]:
     """Within the block, an engine core that is started is forked from this process, which has vLLM imported.
 
     begin: called first in the core. vLLM spawns because a process that has used a GPU or has started OpenMP threads
-    must not fork, so this is for engines on CPUs whose process has one OpenMP thread. The core never calls Ray, and
-    objects that the fork copied are excluded from its garbage collector, so none of Ray's is freed there.
+    must not fork, so this is for engines on CPUs whose process has one OpenMP thread. The core makes no call to a
+    cluster, and objects that the fork copied are excluded from its garbage collector, so none of Ray's is freed there.
+    The core is named through Ray, because vLLM's way of naming a process has no effect in a copy of a Ray actor.
     """
+    from ray._raylet import setproctitle  # pyright: ignore[reportAttributeAccessIssue]
     from vllm.v1.engine import utils
 
     class Core(ForkProcess):
         def run(self) -> None:
             gc.freeze()
             begin()
+            setproctitle("VLLM::EngineCore")
             super().run()
 
     class Context(ForkContext):
