@@ -226,10 +226,10 @@ class RewardResult(Struct, frozen=True):
 
 
 class Outcome(StrEnum):
-    """How the scoring of one rollout ended. The last three leave it unscored, which is never a reward of 0."""
+    """How the scoring of one rollout ended. All but the first leave it unscored, which is never a reward of 0."""
 
     SCORED = "scored"  # the reward function returned a number; whether the reply is right is not said here
-    UNPARSEABLE = "unparseable"  # the reply hung the reward function, though others were scored: scored 0
+    UNSCORABLE = "unscorable"  # the reward function hung on this rollout in every try, though others were scored
     TIMEOUT = "timeout"  # the reward function was not done by its deadline
     ERROR = "error"  # the reward function raised, or the judge's answer is no verdict
     INFRASTRUCTURE = "infrastructure"  # a process, an actor or a server was lost: scoring it again may succeed
@@ -238,7 +238,7 @@ class Outcome(StrEnum):
 class Scored(Struct, frozen=True):
     """The outcome of scoring one rollout. `result` is None when it could not be scored.
 
-    reason: why it is unparseable or unscored; else the result has its own. wall_s: seconds that the scoring took.
+    reason: why it is unscored; a result has a reason of its own. wall_s: seconds that the scoring took.
     """
 
     result: RewardResult | None

@@ -22,6 +22,7 @@ REQUIRES = {"code": ["tests"]}
 _TAGS = {"python", "python3", "py", "py3", "python2", "ipython"}
 _MAX_VALUE_CHARS = 500_000
 _PROGRAM = "the program: "
+_LIMIT = "limit"
 _Step = tuple[str, str, Any]
 
 # This program runs in the sandbox. It executes the reply's program, then evaluates each check and writes a line for it.
@@ -65,7 +66,8 @@ def code(
     count), `{call, expected}` (an expression and a JSON value), or a text with
     assertions, whose other statements are run too. partial: return the share
     of the tests that pass instead. wall_s, memory_mib: limits of one run, in seconds and MiB; reaching one is a wrong
-    answer with the reason "limit". Raises SandboxError if the program cannot be isolated, and ValueError for a row
+    answer with the reason "limit", and no further run is begun, so that a program that never ends does not take up the
+    time that the grader itself has. Raises SandboxError if the program cannot be isolated, and ValueError for a row
     without proper tests.
     """
     tests = _as_list(row.fields.get("tests"))
@@ -79,8 +81,11 @@ def code(
     programs = [test for test in tests if isinstance(test, Mapping) and "stdout" in test]
     others = [test for test in tests if not (isinstance(test, Mapping) and "stdout" in test)]
     checks = [_check(test, row.id) for test in others]
-    outcomes = [_run_program(source, test, limits) for test in programs]
-    outcomes += _run_checks(source, checks, limits) if checks else []
+    outcomes: list[str] = []
+    for test in programs:
+        outcomes.append(_LIMIT if _LIMIT in outcomes else _run_program(source, test, limits))
+    if checks:
+        outcomes += [_LIMIT] * len(checks) if _LIMIT in outcomes else _run_checks(source, checks, limits)
     share = outcomes.count("") / len(outcomes)
     reason = next((outcome for outcome in outcomes if outcome), "")
     return RewardResult(share if partial else float(share == 1.0), {"passed": share}, reason)
@@ -219,11 +224,11 @@ def _program_in(text: str) -> str | None:
 def _failure(result: SandboxResult) -> str:
     """Why a run failed; "" if it succeeded."""
     if result.limit:
-        return "limit"
+        return _LIMIT
     last = result.stderr.rpartition("\n")[2]
     return (_named(last) or f"exit code {result.exit_code}") if result.exit_code else ""
 
 
 def _named(error: str) -> str:
     """An exception's text as a reason; an exception that reports a limit becomes "limit"."""
-    return "limit" if limit_of_error(error.removeprefix(_PROGRAM)) else error[:200]
+    return _LIMIT if limit_of_error(error.removeprefix(_PROGRAM)) else error[:200]

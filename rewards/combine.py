@@ -6,7 +6,6 @@ Only plain functions can be combined. An async reward needs a pool of its own.
 
 import functools
 import inspect
-import numbers
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from posttrain.errors import PluginError
 from posttrain.records import RewardResult, Rollout, Row
 from posttrain.scoring.plugins.lookup import RewardSpec, combined_rewards, resolve
+from posttrain.scoring.plugins.results import to_result
 from posttrain.scoring.plugins.target import RewardFunction, import_target, warm
 
 _ANY = "default"
@@ -80,12 +80,10 @@ def _call_spec(spec: RewardSpec, rollout: Rollout, row: Row) -> RewardResult:
 
 
 def _call(name: str, args: Mapping[str, Any] | None, rollout: Rollout, *, row: Row) -> RewardResult:
-    value = _load(name)[1](rollout, row, **(args or {}))
-    if isinstance(value, numbers.Real):
-        return RewardResult(float(value))
-    if not isinstance(value, RewardResult):
-        raise TypeError(f"reward {name!r} returned a {type(value).__name__}; it must return a float or a RewardResult")
-    return value
+    try:
+        return to_result(_load(name)[1](rollout, row, **(args or {})))
+    except PluginError as error:
+        raise PluginError(f"{error} (reward {name!r})") from error
 
 
 @functools.cache

@@ -119,12 +119,14 @@ class TestGroups:
         )
 
     @pytest.mark.slow
-    def test_an_answer_that_the_grader_hangs_on_again_is_worth_nothing(self, reward: str) -> None:
-        config = make_config(reward)
-        scored = score_texts(["right 1", "hang", "right 1", "right 1"], config, timeout_s=2.0)
-        assert scored.rewards == (1.0, 0.0, 1.0, 1.0)
-        assert scored.outcomes[1] == "unparseable"
-        assert scored.reasons[1].startswith("unparseable: no score within 2 s, 2 times")
+    def test_an_answer_that_the_grader_hangs_on_again_has_no_score(self, reward: str, tmp_path: Path) -> None:
+        config = make_config(reward, reward={"name": reward, "rescores": 3})
+        scored = score_texts(["right 1", "hang", "right 1", "wrong 0"], config, timeout_s=2.0)
+        assert scored.rewards == (1.0, None, 1.0, 0.0)
+        assert scored.advantages[1] is None
+        assert scored.outcomes[1] == "unscorable"
+        assert scored.reasons[1].startswith("unscorable: no score within 2 s, 2 times")
+        assert (tmp_path / "seen").read_text().split().count("1") == 2  # a third try would hang too
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("rescores", "rewards"), [(0, (1.0, None, 0.0, None)), (1, (1.0, 1.0, 0.0, 1.0))])

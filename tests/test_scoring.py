@@ -169,15 +169,17 @@ class TestPool:
         assert (pool.stats.num_retries, pool.stats.num_restarts) == (1, 2)
 
     @pytest.mark.parametrize("num_processes", [1, 2])
-    def test_a_hang_while_others_pass_is_unparseable(self, hostile: str, num_processes: int) -> None:
+    def test_a_hang_while_others_pass_is_unscorable(self, hostile: str, num_processes: int) -> None:
         results, pool = score(f"{hostile}:by_text", ["a", "hang", "b", "c"], num_processes, timeout_s=0.8)
-        assert [scored.outcome for scored in results] == ["scored", "unparseable", "scored", "scored"]
-        assert results[1].result == RewardResult(0.0, reason="unparseable")
-        assert pool.stats.outcomes == {"scored": 3, "unparseable": 1}
+        assert [scored.outcome for scored in results] == ["scored", "unscorable", "scored", "scored"]
+        assert results[1].result is None
+        assert results[1].reason == "no score within 0.8 s, 2 times, while others were scored"
+        assert pool.stats.outcomes == {"scored": 3, "unscorable": 1}
+        assert (pool.stats.num_timeouts, pool.stats.late_row) == (2, "r1")
 
     @pytest.mark.parametrize("num_processes", [1, 2])
     def test_of_many_begun_at_once_each_has_its_own_fate(self, hostile: str, num_processes: int) -> None:
-        fates = {150: ("hang", "unparseable"), 250: ("os._exit", "infrastructure"), 300: ("raise", "error")}
+        fates = {150: ("hang", "unscorable"), 250: ("os._exit", "infrastructure"), 300: ("raise", "error")}
         unsendable = Row("r2", "math", (), None, {"image": b"123"})
         pairs = [(reply(fates[i][0] if i in fates else "a", i), unsendable if i == 200 else ROW) for i in range(400)]
 
@@ -193,7 +195,7 @@ class TestPool:
         expected = {index: outcome for index, (_, outcome) in fates.items()} | {200: "error"}
         assert {index: outcome for index, outcome in enumerate(outcomes) if outcome != "scored"} == expected
 
-    def test_a_hang_is_unparseable_where_others_are_wrong(self, hostile: str) -> None:
+    def test_a_hang_is_unscorable_where_others_are_wrong(self, hostile: str) -> None:
         """A score of 0, here given again to an earlier reply, shows as well as any other that the grader works."""
 
         async def run() -> list[str]:
@@ -203,7 +205,7 @@ class TestPool:
             await pool.close()
             return outcomes
 
-        assert asyncio.run(run()) == ["scored", "unparseable"]
+        assert asyncio.run(run()) == ["scored", "unscorable"]
 
     def test_a_process_that_was_frozen_is_not_held_against_the_reply(self, tmp_path: Path) -> None:
         """Frozen at the same reply again and again, while its neighbour's replies pass."""
@@ -246,8 +248,8 @@ class TestPool:
     @pytest.mark.parametrize(
         ("text", "outcome"),
         [
-            ("hang", "unparseable"),
-            ("spin", "unparseable"),
+            ("hang", "unscorable"),
+            ("spin", "unscorable"),
             ("os._exit", "infrastructure"),
             ("raise", "error"),
         ],

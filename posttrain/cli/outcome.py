@@ -52,7 +52,10 @@ def _figures(kind: str, stats: Mapping[str, Any]) -> list[str]:
     loss = f"loss {plain(first)} → {plain(last)}" if first is not None and last is not None else ""
     prompts = stats.get("selected_prompts")
     on = f"on {plural(prompts, 'prompt')}" if prompts else ""
-    return [" ".join(filter(None, [steps, on])), loss]
+    profile = stats.get("profile") or {}
+    lost = profile.get("prompts_unscored")
+    unscored = f"{lost} of {plural(profile.get('prompts') or 0, 'prompt')} could not be scored" if lost else ""
+    return [" ".join(filter(None, [steps, on])), loss, unscored]
 
 
 def _table(results: Mapping[str, Any]) -> list[str]:

@@ -30,6 +30,9 @@ SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("groups_too_easy", "too easy", "{:g}"),
         ("groups_too_hard", "too hard", "{:g}"),
         ("unscored_fraction", "unscored replies", "{:.1%}"),
+        ("probes_unscored", "of probes", "{:g}"),
+        ("evaluated_unscored", "of evaluations", "{:g}"),
+        ("prompts_set_aside", "prompts set aside", "{:g}"),
     ),
     "queue": (
         ("queue_groups", "waiting", "{:g}"),

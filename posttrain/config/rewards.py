@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import Config
+from posttrain.config.base import RESULT_STAYS, Config
 from posttrain.config.fields import Positive, Probability
 
 
@@ -30,6 +30,12 @@ class RewardConfig(RewardFunctionConfig):
         default=10.0,
         description="Seconds that the reward of one rollout may take. After that its process is killed, and the "
         "rollout is unscored.",
+    )
+    alarm_fraction: Probability = Field(
+        default=0.2,
+        description="The run raises an alarm when more than this share of the replies has no score: in the profile, "
+        "over the groups of a step or of a round of probes, and in an evaluation.",
+        json_schema_extra=RESULT_STAYS,
     )
     correct_threshold: Probability = Field(
         default=0.5,

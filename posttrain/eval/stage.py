@@ -2,15 +2,18 @@
 
     prompts ─► one greedy reply and n samples each (engines) ─► reward processes ─► results.json, samples.jsonl
 
+Each request is scored as soon as its replies are sampled, and the progress counts what is scored.
+
 Data, keys and the reward are checked before an engine starts. Left out: comparing two policies; the report does that.
 """
 
+import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain.context import StageContext
+from posttrain.context import BusyLog, StageContext
 from posttrain.data.chat import check_special_tokens
 from posttrain.data.ends import note_added_end
 from posttrain.data.messages import messages_to_json
@@ -21,11 +24,14 @@ from posttrain.eval.heldout import check_heldout
 from posttrain.eval.replies import PromptReplies, by_prompt, eval_requests, flights
 from posttrain.eval.results import results
 from posttrain.files import write_json, write_jsonl
+from posttrain.metrics.unscored import Unscored, failures
 from posttrain.model.load import load_tokenizer
-from posttrain.records import Row, Scored
+from posttrain.records import Rollout, Row, Scored
 from posttrain.sampling.client import Engines
-from posttrain.sampling.groups import sample_groups
+from posttrain.sampling.groups import SampledGroups
 from posttrain.sampling.requests import SampleRequest
+from posttrain.sampling.rollouter import Flight
+from posttrain.sampling.scoring import ScoringProgress, sample_and_score
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
 from posttrain.scoring.plugins.requirements import check_fields
 from posttrain.scoring.pool.pool import RewardPool
@@ -52,13 +58,33 @@ def evaluate(config: EvalConfig, context: StageContext) -> list[PromptReplies]:
     rows, asked = prepare(config, context)
     groups = flights(asked)
     with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
-        sample_groups(context, engines, config.engine, flights=groups, on_done=_reporter(context, len(groups)))
+        scored = asyncio.run(_replies(config, context, engines, groups=groups))
     pairs = [(rollout, group.prompt.row) for group in groups for rollout in group.rollouts]
-    began = time.time()
-    scores = reward_pool(config).score_all(pairs)
-    context.busy("reward", "score", start=began, end=time.time())
-    _report_unscored(scores, context)
+    scores = [score for group in scored for score in group]
+    _report_unscored(pairs, scores, config, context=context)
     return by_prompt(rows, asked, pairs, scores=scores)
+
+
+async def _replies(
+    config: EvalConfig, context: StageContext, engines: Engines, *, groups: Sequence[Flight]
+) -> list[Sequence[Scored]]:
+    """Have every request sampled and scored; returns the scores of each, in order."""
+    pool, log = reward_pool(config), BusyLog(context, "reward", "score")
+    progress = ScoringProgress(context, len(groups), "requests", stats=lambda: pool.stats, unscored=Unscored())
+
+    async def score(pairs: Sequence[tuple[Rollout, Row]]) -> Sequence[Scored]:
+        began = time.time()
+        scores = await asyncio.gather(*pool.begin(pairs))
+        log.add(began, time.time())
+        return scores
+
+    await pool.start()
+    try:
+        async with SampledGroups(context, engines, config.engine) as sampled, progress:
+            return await sample_and_score(sampled, groups, score, progress=progress)
+    finally:
+        await pool.close()
+        log.flush()
 
 
 def prepare(
@@ -86,15 +112,20 @@ def measure(prompts: Sequence[PromptReplies], config: EvalConfig, seed: int) -> 
     return results(prompts, config.k, config.reward.correct_threshold, observe=config.observe, seed=seed)
 
 
-def _report_unscored(scores: Sequence[Scored], context: StageContext) -> None:
-    """Say how many replies could not be scored and why; if none could, the reward is broken and the stage fails."""
-    reasons = Counter(f"{scored.outcome}: {scored.reason}" for scored in scores if scored.result is None)
-    if not reasons:
-        return
-    count = sum(reasons.values())
-    context.event("unscored", count=count, total=len(scores), reasons=dict(reasons.most_common(5)))
-    if count == len(scores):
-        raise StageError(f"none of the {count} replies could be scored; most often: {reasons.most_common(1)[0][0]}")
+def _report_unscored(
+    pairs: Sequence[tuple[Rollout, Row]], scores: Sequence[Scored], config: EvalConfig, *, context: StageContext
+) -> None:
+    """Say how many prompts could not be scored and why; if none could, the reward is broken and the stage fails."""
+    by_row: dict[str, list[Scored]] = {}
+    for (_, row), scored in zip(pairs, scores, strict=True):
+        by_row.setdefault(row.id, []).append(scored)
+    unscored = Unscored()
+    for name, those in by_row.items():
+        unscored.add(name, failures(those), len(those))
+    unscored.tell(context, "evaluation", config.reward.alarm_fraction)
+    if unscored.unscored == len(scores):
+        outcome, reason = Counter(failures(scores)).most_common(1)[0][0]
+        raise StageError(f"none of the {len(scores)} replies could be scored; most often: {outcome}: {reason}")
 
 
 def _sample(item: PromptReplies) -> dict[str, Any]:
@@ -118,7 +149,3 @@ def _flat(found: Mapping[str, Mapping[str, object]]) -> dict[str, Any]:
     """The numbers of results.json as `capability/metric`, without intervals."""
     names = ("greedy", "pass@1", "pass@k", "truncated", "reply_tokens_mean", "unscored")
     return {f"{capability}/{name}": entry[name] for capability, entry in found.items() for name in names}
-
-
-def _reporter(context: StageContext, total: int) -> Callable[[int], None]:
-    return lambda done: context.progress(done, total, "requests")

@@ -13,16 +13,22 @@ WORDS = {
     "rolled_back": "rolled back",
     "rows_set_aside": "rows set aside",
     "tracker_failed": "tracker turned off",
+    "unscored": "unscored",
 }
 SUBJECTS = ("name", "tracker", "reason", "error")  # said first and without their key
 OF_EVERY_EVENT = ("time", "t", "stage", "event")
 
 
 def fault_words(event: Mapping[str, object]) -> tuple[str, str] | None:
-    """(what happened, details) of an event that is a fault or a recovery, else None."""
+    """(what happened, details) of an event that is a fault or a recovery, else None.
+
+    An event that brings its own sentence, `text`, is told by it; of any other, the fields are listed.
+    """
     what = WORDS.get(str(event.get("event")))
     if what is None:
         return None
+    if text := event.get("text"):
+        return what, str(text)
     subjects = [str(event[key]).split("\n")[0] for key in SUBJECTS if event.get(key) not in (None, "")]
     others = {key: value for key, value in event.items() if key not in (*SUBJECTS, *OF_EVERY_EVENT)}
     values = others.pop("values", None)

@@ -43,12 +43,13 @@ from posttrain.rl.history.recovery import (
 from posttrain.rl.loop.controller import Controller, Parts
 from posttrain.rl.loop.evaluation import heldout_prompts, heldout_rows
 from posttrain.rl.loop.parity import allowed_gap, check_engine_parity
+from posttrain.rl.loop.tally import unscored_totals
 from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.prompts.curriculum import Curriculum
 from posttrain.rl.prompts.fingerprints import check_resumed, run_fingerprints
 from posttrain.rl.prompts.lengths import check_room
 from posttrain.rl.prompts.prior import fit_prior
-from posttrain.rl.prompts.profile import Difficulty, drawn_rows, profile_prompts, select_band
+from posttrain.rl.prompts.profile import Difficulty, drawn_rows, profile_figures, profile_prompts, select_band
 from posttrain.rl.prompts.quotas import mixture_shares
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.records import GroupState
@@ -86,6 +87,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         except BaseException:
             trainer.close(at_once=True)
             raise
+        profile = profile_figures(context.dir)
         selected = select_band(difficulties, rows, config.profile.band)
         shares = mixture_shares(selected, config.mixture)
         drawn = drawn_rows(config, difficulties, rows)
@@ -100,7 +102,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
                 parts = Parts(
                     engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated, judge,
-                    difficulties,
+                    difficulties, profile["prompts_unscored"],
                 )  # fmt: skip
                 try:
                     figures = _train(config, context, parts, prompts=prompts)
@@ -113,6 +115,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
                     trainer = TrainerClient(config, context.seed)
             outputs = {
                 "profiled_prompts": len(difficulties),
+                "profile": profile,
                 "selected_prompts": len(selected),
                 "selected_by_capability": dict(Counter(row.capability for row in selected)),
                 **figures,
@@ -235,6 +238,7 @@ def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: li
         "rollouts": str(context.dir / "rollouts"),
         "steps": config.steps,
         "parity_mean_gap": parity.mean_gap,
+        "unscored_replies": unscored_totals(context.dir),
         **parts.trainer.report(),
     }
 

@@ -7,7 +7,7 @@ The workers are those of RL (workers.py): an engine that is lost is replaced, an
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
 
 from posttrain.config.engines import EngineConfig
@@ -61,12 +61,12 @@ class SampledGroups:
         self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
 
-    async def groups(self, flights: Iterable[Flight], on_done: Callable[[int], None] | None = None) -> None:
+    async def groups(self, flights: Iterable[Flight], on_done: Callable[[Flight], None] | None = None) -> None:
         """Sample the flights, and return when every flight has all its rollouts. Several calls may run at a time, if
         the orders of their flights differ.
 
         flights: each is taken when an engine has a place for it; in a deterministic wave all are taken at once.
-        on_done: is called with the number of finished flights. Raises StageError if no engine can be started, and any
+        on_done: is called with each flight that is finished. Raises StageError if no engine can be started, and any
         error of the rollouter.
         """
         if self._places is None:
@@ -75,17 +75,14 @@ class SampledGroups:
         else:
             places = self._places
         waiting = iter(flights)
-        num_finished = 0
 
         async def drain() -> None:
-            nonlocal num_finished
             for flight in waiting:
                 finished = self._unfinished[flight.order] = asyncio.get_running_loop().create_future()
                 self._workers.send(flight)
                 await finished
-                num_finished += 1
                 if on_done is not None:
-                    on_done(num_finished)
+                    on_done(flight)
 
         async def sample() -> None:
             async with asyncio.TaskGroup() as group:
@@ -120,20 +117,3 @@ class SampledGroups:
         finished = self._unfinished.pop(flight.order)
         if not finished.done():  # else whoever waited has given up
             finished.set_result(None)
-
-
-def sample_groups(
-    context: StageContext,
-    engines: Engines,
-    engine: EngineConfig,
-    *,
-    flights: Sequence[Flight],
-    on_done: Callable[[int], None] | None = None,
-) -> None:
-    """`SampledGroups.groups` for a caller without an event loop."""
-
-    async def sample() -> None:
-        async with SampledGroups(context, engines, engine) as sampled:
-            await sampled.groups(flights, on_done)
-
-    asyncio.run(sample())

@@ -1,5 +1,10 @@
 """The pass@k profile of the prompts before training, and the band of pass rates from which RL chose prompts."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain.metrics.unscored import kinds_text
 from posttrain.report.blocks import Chart, Key
 from posttrain.report.charts import axis, bars, figure
 from posttrain.report.format import count, plain
@@ -19,7 +24,7 @@ def profile_chart(run: Run, stage: Stage) -> Chart | None:
     measured = [(rate, bool(row.get("selected"))) for row in rows if (rate := number(row.get("pass_rate"))) is not None]
     if not measured:
         return None
-    sizes = {round(n) for row in rows if (n := number(row.get("n")))}
+    sizes = {round(n) for row in rows if (n := number(row.get("samples") or row.get("n")))}
     bins = min(max(sizes, default=MAX_BARS - 1), MAX_BARS - 1)
     centres = [round(i / bins, 4) for i in range(bins + 1)]
     counts = {True: [0] * (bins + 1), False: [0] * (bins + 1)}
@@ -34,11 +39,18 @@ def profile_chart(run: Run, stage: Stage) -> Chart | None:
     spec = figure(data, x, axis(), barmode="stack", bargap=0.12, shapes=_band(low, high))
     chosen = sum(chosen for _, chosen in measured)
     tries = f", {sizes.pop()} replies each" if len(sizes) == 1 else ""
-    caption = f"{count(chosen)} of {count(len(measured))} prompts selected{tries}."
+    caption = f"{count(chosen)} of {count(len(rows))} prompts selected{tries}."
+    if lost := unscored_prompts(rows):
+        caption += f" {count(lost.total())} could not be scored ({kinds_text(lost)})."
     if low is not None and high is not None:
         caption += f" Shaded: the band from {plain(low)} to {plain(high)}."
     keys = [Key("selected", "--accent", "box"), Key("left out", "--faint", "box")]
     return Chart("Difficulty by the policy itself, before RL", spec, 230, "prompts", caption, keys)
+
+
+def unscored_prompts(rows: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """How many rows of the profile are prompts of which no reply has a score, by why."""
+    return Counter(str(row.get("unscored") or "unknown") for row in rows if number(row.get("n")) == 0)
 
 
 def _band(low: float | None, high: float | None) -> list[dict]:

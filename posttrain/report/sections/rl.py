@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from posttrain.metrics.unscored import kinds_text
 from posttrain.report.blocks import Chart, Grid, Key, Section, Stat, Stats
 from posttrain.report.charts import axis, dots, figure, line, smooth, smoothing
 from posttrain.report.format import count, percent, plain, plural
-from posttrain.report.read import Run, Stage
+from posttrain.report.read import Run, Stage, mapping, number
 from posttrain.report.sections.flow import (
     ages_chart,
     dropped_total,
@@ -78,6 +79,7 @@ def _stats(run: Run, stage: Stage, series: Series) -> list[Stat]:
         stats.append(
             Stat("unscored replies", percent(sum(unscored) / len(unscored), 1), note, _alarms(stage, unscored))
         )
+    stats += _other_unscored(stage, series)
     if skipped := series.total("skipped"):
         stats.append(Stat("skipped steps", count(skipped), "loss or gradient was not finite", alarm=True))
     if mean := series.known("staleness_mean"):
@@ -90,6 +92,21 @@ def _stats(run: Run, stage: Stage, series: Series) -> list[Stat]:
     if parity and parity[-1].get("max_gap") is not None:
         note = f"largest log-probability gap at the start, {plural(parity[-1].get('tokens') or 0, 'token')}"
         stats.append(Stat("sampler against trainer", plain(parity[-1]["max_gap"], 2), note))
+    return stats
+
+
+def _other_unscored(stage: Stage, series: Series) -> list[Stat]:
+    """What could not be scored outside of the training: prompts of the profile, replies of probes and evaluations."""
+    limit, stats = stage.setting("reward.alarm_fraction"), []
+    profile = mapping(stage.figures.get("profile"))
+    if lost := number(profile.get("prompts_unscored")) or series.last("prompts_set_aside"):
+        of, unscored = number(profile.get("replies")), number(profile.get("replies_unscored"))
+        is_alarm = limit is not None and bool(of) and unscored is not None and unscored / of > limit
+        kinds = kinds_text({str(kind): round(number(n) or 0) for kind, n in mapping(profile.get("kinds")).items()})
+        stats.append(Stat("unscored prompts", count(lost), f"of the profile, set aside {kinds}".rstrip(), is_alarm))
+    for name, what in (("probes_unscored", "probes"), ("evaluated_unscored", "evaluations")):
+        if lost := series.total(name):
+            stats.append(Stat(f"unscored replies of {what}", count(lost), "all steps"))
     return stats
 
 

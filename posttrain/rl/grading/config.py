@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import RESULT_STAYS, Config
-from posttrain.config.fields import Positive, Probability
+from posttrain.config.base import Config
+from posttrain.config.fields import Positive
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.rewards import RewardConfig, SystemsConfig
 from posttrain.judging.config import EndpointConfig, JudgeQuestion
@@ -31,11 +31,6 @@ class RlRewardConfig(RewardConfig):
 
     rescores: Annotated[int, Field(ge=0)] = Field(
         default=1, description="How many more times the reward is tried on a rollout that it failed to score."
-    )
-    alarm_fraction: Probability = Field(
-        default=0.2,
-        description="The run raises an alarm when more than this share of a step's rollouts has no score.",
-        json_schema_extra=RESULT_STAYS,
     )
 
 

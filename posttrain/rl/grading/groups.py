@@ -28,18 +28,23 @@ class Scorer(Protocol):
 async def score_group(group: Group, scorer: Scorer, config: GradingConfig) -> ScoredGroup:
     """Score every rollout, and compute advantages.
 
-    Rollouts without a score are scored again, up to `reward.rescores` times.
+    Rollouts without a score are scored again, up to `reward.rescores` times. Those on which the reward function hung,
+    though it scored others, are not: it was tried on them more than once.
     """
     pairs = [(rollout, group.prompt.row) for rollout in group.rollouts]
     scores = await scorer.score(pairs)
     for pause_s in rescore_pauses(config.reward.rescores):
-        unscored = [index for index, scored in enumerate(scores) if scored.result is None]
-        if not unscored:
+        places = [index for index, scored in enumerate(scores) if _is_worth_a_try(scored)]
+        if not places:
             break
         await asyncio.sleep(pause_s)
-        again = iter(await scorer.score([pairs[index] for index in unscored]))
-        scores = [next(again) if scored.result is None else scored for scored in scores]
+        again = iter(await scorer.score([pairs[index] for index in places]))
+        scores = [next(again) if _is_worth_a_try(scored) else scored for scored in scores]
     return scored_group(group, scores, config)
+
+
+def _is_worth_a_try(scored: Scored) -> bool:
+    return scored.result is None and scored.outcome is not Outcome.UNSCORABLE
 
 
 def rescore_pauses(rescores: int) -> list[float]:
@@ -98,7 +103,7 @@ def overlong_penalty(num_tokens: int, overlong: OverlongConfig, max_tokens: int)
 
 
 def _reason(scored: Scored, penalty: float) -> str:
-    if scored.result is None or scored.outcome is Outcome.UNPARSEABLE:
+    if scored.result is None:
         reason = f"{scored.outcome}: {scored.reason}"
     else:
         reason = scored.result.reason

@@ -20,6 +20,7 @@ All loops run in one TaskGroup, so the first failure ends all of them:
     _update            is one task for each new version. An engine loads it between two of its own steps, while its
                        requests are in flight and the trainer makes the next step
     _keep_ledger       writes the changes of the ledger to the disk
+    _watch_reward      shows, beside the progress, that deadlines of the reward pass
 
 The loops share the `GroupBook`, which is the only place where the state of a group changes.
 """
@@ -59,6 +60,7 @@ from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
+from posttrain.sampling.scoring import LOOK_S, timeouts_text
 from posttrain.sampling.workers import RolloutWorkers
 
 FLUSH_S = 0.05  # pause between two writes of the ledger: a SIGKILL loses the changes since the last one
@@ -69,7 +71,8 @@ class Parts:
     """The actors and stores that the controller works with.
 
     shares: the share of each capability in a batch. stop_ids: token ids that end a reply. heldout: the prompts of
-    `evaluation`. profile: the measured pass rates of the prompts.
+    `evaluation`. profile: the measured pass rates of the prompts. num_set_aside: how many prompts the profile
+    could not score.
     """
 
     engines: Engines
@@ -83,6 +86,7 @@ class Parts:
     heldout: Sequence[DrawnPrompt] = ()
     judge: Judge | None = None
     profile: Sequence[Difficulty] = ()
+    num_set_aside: int = 0
 
 
 class _LastStepDone(Exception):
@@ -110,6 +114,8 @@ class Controller:
         self._context = context
         self._parts = parts
         self._next_version = first_step  # the version at which the next batch will be trained on
+        self._steps_done = first_step
+        self._shown: dict[str, float | str] = {}  # figures of the last step, beside the progress
         self._survivors = survivors
         self._changed = asyncio.Event()
         self._tasks: asyncio.TaskGroup
@@ -189,6 +195,7 @@ class Controller:
                 self._go_on_with(self._survivors)
                 self._tasks.create_task(self._dispatch_groups())
                 self._tasks.create_task(self._train())
+                self._tasks.create_task(self._watch_reward())
         except BaseExceptionGroup as failures:
             failure = failures.exceptions[0]  # the others may be its consequences
         if failure is not None and not isinstance(failure, _LastStepDone):
@@ -198,6 +205,14 @@ class Controller:
         while True:
             await self._parts.ledger.flush()
             await asyncio.sleep(FLUSH_S)
+
+    async def _watch_reward(self) -> None:
+        told = 0
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if (found := self._scorer.stats.num_timeouts) > told:
+                told = found
+                self._progress()
 
     def _something_changed(self) -> None:
         """Wake the loops that wait for room in the queue or for a complete batch."""
@@ -343,20 +358,23 @@ class Controller:
             **self._book.figures(),
             "engines_replaced": self._workers.num_replaced,
             **self._side.figures(),
+            **({"prompts_set_aside": self._parts.num_set_aside} if self._parts.num_set_aside else {}),
         }
         self._tokens_sampled += values["tokens_generated"] + values.get("tokens_probed", 0)
         values["tokens_sampled_total"] = self._tokens_sampled
         self._context.metrics(step, values)
         shown = ("reward_mean", "pass_rate", "staleness_mean", "queue_groups", "generate_tokens_per_s")
-        self._context.progress(
-            step + 1,
-            self._config.steps,
-            "steps",
-            values={
-                **{name: values[name] for name in shown},
-                "dropped_groups": values["groups_dropped_zero_advantage"],
-            },
-        )
+        self._shown = {
+            **{name: values[name] for name in shown},
+            "dropped_groups": values["groups_dropped_zero_advantage"],
+        }
+        self._steps_done = step + 1
+        self._progress()
+
+    def _progress(self) -> None:
+        """Write the event: the figures of the last step, and the timeouts of the reward."""
+        values = {**self._shown, **timeouts_text(self._scorer.stats)}
+        self._context.progress(self._steps_done, self._config.steps, "steps", values=values)
 
 
 def _queue(config: RlConfig, parts: Parts, first_step: int) -> StalenessQueue:

@@ -27,6 +27,7 @@ from posttrain.context import StageContext
 from posttrain.files import append_jsonl
 from posttrain.records import DrawnPrompt
 from posttrain.rl.config import EvaluationConfig
+from posttrain.rl.grading.alarm import UnscoredAlarm, unscored_of
 from posttrain.rl.grading.groups import Scorer, passes_and_failures, score_group
 from posttrain.rl.loop.evaluation import FILE, accuracies, evaluation_request, is_due, last_evaluated
 from posttrain.rl.prompts.config import PromptsConfig
@@ -110,6 +111,8 @@ class SideWork:
         self._sent: dict[int, _Sent] = {}
         self._next_order = -1
         self._counts: Counter[str] = Counter()
+        limit = config.reward.alarm_fraction
+        self._probe_alarm = UnscoredAlarm(limit, config.refilter.prompts if config.refilter else 1, "probes")
 
     def dispatch(self, step: int) -> None:
         """Send as much side work as there is room for. step: the number of optimizer steps so far."""
@@ -121,8 +124,8 @@ class SideWork:
 
     def figures(self) -> dict[str, int]:
         """For the metrics of a step: counts since the last call, for the kinds of side work that are configured."""
-        names = ["prompts_probed", "tokens_probed"] if self._config.refilter is not None else []
-        names += ["tokens_evaluated"] if self._evaluation_config is not None else []
+        names = ["prompts_probed", "tokens_probed", "probes_unscored"] if self._config.refilter is not None else []
+        names += ["tokens_evaluated", "evaluated_unscored"] if self._evaluation_config is not None else []
         counts, self._counts = self._counts, Counter()
         return {name: counts[name] for name in names}
 
@@ -202,6 +205,9 @@ class SideWork:
         passes, failures = passes_and_failures(scored, self._config.reward.correct_threshold)
         self._probed.discard(name)
         self._counts["prompts_probed"] += 1
+        self._counts["probes_unscored"] += scored.rewards.count(None)
+        if (alarm := self._probe_alarm.observe(scored)) is not None:
+            self._context.event("alarm", **alarm)
         curriculum = self._source.curriculum
         if curriculum is not None and passes + failures:
             curriculum.observe(name, passes, failures, version=group.oldest_version, refresh=True)
@@ -239,7 +245,8 @@ class SideWork:
         if running.num_sampled == len(self._heldout):
             self._evaluation = None
             await self._workers.release(running.worker)
-        running.scored[number] = await score_group(group, self._scorer, self._config)
+        running.scored[number] = scored = await score_group(group, self._scorer, self._config)
+        self._counts["evaluated_unscored"] += scored.rewards.count(None)
         if self._evaluation_config is not None and len(running.scored) == len(self._heldout):
             groups = [running.scored[at] for at in sorted(running.scored)]
             line = {
@@ -253,4 +260,6 @@ class SideWork:
                 "resampled": running.resampled,
             }
             append_jsonl(self._context.dir / FILE, line)
+            where = f"evaluation of version {running.version}"
+            unscored_of(groups).tell(self._context, where, self._config.reward.alarm_fraction)
             self._told(LedgerEvent.EVALUATED, running.version)

@@ -28,6 +28,16 @@ def sampled_before(folder: Path, profiled: int) -> int:
     return lines[-1]["tokens_sampled_total"] if lines else profiled
 
 
+def unscored_totals(folder: Path) -> dict[str, int]:
+    """How many replies of all steps have no score: of the training, of probes and of evaluations."""
+    columns = {"training": "rollouts_unscored", "probes": "probes_unscored", "evaluations": "evaluated_unscored"}
+    totals = dict.fromkeys(columns, 0)
+    for line in read_jsonl(folder / "metrics.jsonl"):
+        for name, column in columns.items():
+            totals[name] += line.get(column, 0)
+    return totals
+
+
 class StepTally:
     """Counts the groups that were scored or dropped since the last step.
 

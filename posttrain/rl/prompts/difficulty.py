@@ -17,7 +17,10 @@ from posttrain.errors import ConfigError
 from posttrain.files import replacing
 from posttrain.metrics.intervals import wilson_ci95
 from posttrain.metrics.pass_at_k import pass_at_k
-from posttrain.records import Row
+from posttrain.metrics.unscored import Unscored
+from posttrain.records import Outcome, Row
+
+LATER = ("unscored",)  # columns that files of earlier versions lack
 
 
 class Basis(Struct, frozen=True):
@@ -35,7 +38,8 @@ class Difficulty(Struct, frozen=True):
 
     policy_version: the version of the policy. selected: whether the pass rate lies in the band that is trained on.
     prompt: the fingerprint of the prompt. samples: how many replies were asked for. tokens: how many tokens this run
-    sampled for the estimate, 0 if it took the estimate of another run.
+    sampled for the estimate, 0 if it took the estimate of another run. unscored: why most of the replies without a
+    score have none, such as "nan"; "" if every reply has one.
     """
 
     prompt_id: str
@@ -47,6 +51,7 @@ class Difficulty(Struct, frozen=True):
     prompt: str = ""
     samples: int = 0
     tokens: int = 0
+    unscored: str = ""
 
     @property
     def pass_rate(self) -> float:
@@ -131,6 +136,7 @@ def write_estimates(
             "policy_version": item.policy_version,
             "selected": item.selected,
             "prompt": item.prompt,
+            "unscored": item.unscored,
             "policy": basis.policy,
             "scoring": basis.scoring,
             **(extra or {}),
@@ -152,9 +158,11 @@ def read_estimates(path: Path, basis: Basis | None = None) -> list[Difficulty]:
     names = ("prompt_id", "capability", "n", "passes", "policy_version", "selected", "prompt", "samples", "tokens")
     try:
         with path.open("rb") as file:  # opened once, because another run may replace the file at any time
-            rows = pq.read_table(file, columns=[*names, "policy", "scoring"]).to_pylist()
+            parquet = pq.ParquetFile(file)
+            known = [*names, *(name for name in LATER if name in parquet.schema_arrow.names)]
+            rows = parquet.read(columns=[*known, "policy", "scoring"]).to_pylist()
         return [
-            Difficulty(**{name: row[name] for name in names})
+            Difficulty(**{name: row[name] for name in known})
             for row in rows
             if basis is None or (row["policy"], row["scoring"]) == (basis.policy, basis.scoring)
         ]
@@ -163,12 +171,21 @@ def read_estimates(path: Path, basis: Basis | None = None) -> list[Difficulty]:
         raise ConfigError("profile", [f"{path} is not a table of pass rates ({reason}); move it away"]) from error
 
 
+def unscored_before(known: Iterable[Difficulty]) -> Unscored:
+    """What could not be scored of the prompts whose estimates are known; of each, why is known of most replies."""
+    unscored = Unscored()
+    for item in known:
+        unscored.add(item.prompt_id, [(Outcome.ERROR, item.unscored)] * (item.samples - item.n), item.samples)
+    return unscored
+
+
 def _schema(pa: Any, extra: Mapping[str, object]) -> Any:
     text, integer, real = pa.string(), pa.int64(), pa.float64()
     types: dict[str, Any] = {
         "prompt_id": text, "capability": text, "pass_rate": real, "ci95_low": real, "ci95_high": real, "n": integer,
         "passes": integer, "pass_at_k": pa.list_(real), "samples": integer, "tokens": integer,
-        "policy_version": integer, "selected": pa.bool_(), "prompt": text, "policy": text, "scoring": text,
+        "policy_version": integer, "selected": pa.bool_(), "prompt": text, "unscored": text,
+        "policy": text, "scoring": text,
         **dict.fromkeys(extra, real),
     }  # fmt: skip
     return pa.schema(list(types.items()))

@@ -4,6 +4,9 @@
                  └─ no ─► chunks, two at a time: engines ─► reward actor ─► a file ─►             │
                                                                                            selected by band
 
+A prompt of which no reply could be scored is set aside: it is in difficulty.parquet with n = 0 and why, and is not
+trained on. An event tells how many there are, and an alarm where they are many.
+
 Each chunk is written to a file when it is scored, so a run that is stopped during the profile continues from there. An
 estimate is stored with fingerprints of policy, sampling, reward and prompt (fingerprints.py). It is reused only if all
 of them are the same.
@@ -17,12 +20,14 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError, StageError
 from posttrain.metrics.correctness import is_right
+from posttrain.metrics.unscored import Unscored, kind_of
 from posttrain.model.fingerprint import model_fingerprint
 from posttrain.records import DrawnPrompt, Rollout, Row, Scored
 from posttrain.rl.grading.judge import Judge, rewards
@@ -32,14 +37,15 @@ from posttrain.rl.prompts.difficulty import (
     Difficulty,
     DifficultyStore,
     read_estimates,
+    unscored_before,
     write_estimates,
 )
 from posttrain.rl.prompts.fingerprints import prompt_fingerprint, scoring_fingerprint
-from posttrain.rl.records import group_of_flight
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.sampling.client import Engines
 from posttrain.sampling.groups import MIN_GROUPS, SampledGroups
 from posttrain.sampling.rollouter import Flight
+from posttrain.sampling.scoring import ScoringProgress, sample_and_score
 
 FILE = "difficulty.parquet"
 CHUNKS_AT_ONCE = 2  # so engines work on one while the last replies of the other are sampled and scored
@@ -73,10 +79,22 @@ def profile_prompts(
     missing = [prompt for prompt in prompts if prompt.row.id not in known]
     context.event("profile", prompts=len(prompts), known=len(known))
     sampled: list[Difficulty] = []
+    unscored = unscored_before(known.values())
     if missing:
         sampled = asyncio.run(
-            _sample(config, context, engines, prompts=missing, stop_ids=stop_ids, keys=keys, basis=basis, judge=judge)
+            _sample(
+                config,
+                context,
+                engines,
+                prompts=missing,
+                stop_ids=stop_ids,
+                keys=keys,
+                basis=basis,
+                judge=judge,
+                unscored=unscored,
+            )
         )
+        unscored.tell(context, "profile", config.reward.alarm_fraction)
     found = {**known, **{item.prompt_id: item for item in sampled}}
     band = config.profile.band
     ordered = [replace(found[name], selected=found[name].in_band(band)) for name in keys]
@@ -122,6 +140,11 @@ def known_difficulties(
     return known
 
 
+def profile_figures(run: Path) -> dict[str, Any]:
+    """How much a finished profile could not score, and why: see `Unscored.figures`. run: the stage's folder."""
+    return unscored_before(read_estimates(run / FILE)).figures()
+
+
 async def _sample(
     config: PromptsConfig,
     context: StageContext,
@@ -132,24 +155,25 @@ async def _sample(
     keys: Mapping[str, str],
     basis: Basis,
     judge: Judge | None,
+    unscored: Unscored,
 ) -> list[Difficulty]:
-    """Sample and score the prompts in chunks. Each chunk is written when it is done."""
+    """Sample and score the prompts in chunks. Each chunk is written when it is done.
+
+    unscored: counts what could not be scored, beginning with what is known of other prompts.
+    """
     found: list[Difficulty] = []
-    progress: Counter[int] = Counter()
     folder = _parts(context.dir)
     folder.mkdir(exist_ok=True)
     size = chunk_size(config)
     starts = iter(range(0, len(prompts), size))
     client = rewards(config, judge)  # as in training
+    progress = ScoringProgress(
+        context, len(prompts), "prompts", stats=lambda: client.stats, phase="pass@k profile", unscored=unscored
+    )
 
     async def drain() -> None:
         for start in starts:
             chunk = prompts[start : start + size]
-
-            def done(count: int, start: int = start) -> None:
-                progress[start] = count
-                context.progress(progress.total(), len(prompts), "prompts", values={"phase": "pass@k profile"})
-
             flights = [
                 Flight(
                     start + index,
@@ -159,10 +183,9 @@ async def _sample(
                 )
                 for index, prompt in enumerate(chunk)
             ]
-            await sampled.groups(flights, done)
-            groups = [group_of_flight(flight) for flight in flights]
-            pairs = [(rollout, group.prompt.row) for group in groups for rollout in group.rollouts]
-            scores = await client.score(pairs)
+            scored = await sample_and_score(sampled, flights, client.score, progress=progress)
+            pairs = [(rollout, flight.prompt.row) for flight in flights for rollout in flight.rollouts]
+            scores = [score for group in scored for score in group]
             measured = difficulties(config, pairs, scores)
             measured = [replace(item, prompt=keys[item.prompt_id]) for item in measured]
             found.extend(measured)
@@ -178,9 +201,8 @@ async def _sample(
     try:
         # A deterministic run samples one chunk after another, so a stopped run has written the first ones.
         num_at_once = 1 if config.deterministic else CHUNKS_AT_ONCE
-        async with SampledGroups(
-            context, engines, config.engine, wave_seed=seed if config.deterministic else None
-        ) as sampled:
+        wave_seed = seed if config.deterministic else None
+        async with SampledGroups(context, engines, config.engine, wave_seed=wave_seed) as sampled, progress:
             await asyncio.gather(*(drain() for _ in range(num_at_once)))
     finally:
         await client.close()
@@ -215,16 +237,27 @@ def difficulties(
     passes: Counter[str] = Counter()
     scored: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
+    kinds: dict[str, Counter[str]] = {}
     for (rollout, _), score in zip(pairs, scores, strict=True):
         tokens[rollout.prompt_id] += rollout.num_sampled
         if score.result is not None:
             scored[rollout.prompt_id] += 1
             passes[rollout.prompt_id] += is_right(score.result.value, config.reward.correct_threshold)
+        else:
+            kinds.setdefault(rollout.prompt_id, Counter())[kind_of((score.outcome, score.reason))] += 1
     rows = {row.id: row for _, row in pairs}.values()
     samples = config.profile.samples
     counted = [
         Difficulty(
-            row.id, row.capability, scored[row.id], passes[row.id], 0, False, samples=samples, tokens=tokens[row.id]
+            row.id,
+            row.capability,
+            scored[row.id],
+            passes[row.id],
+            0,
+            False,
+            samples=samples,
+            tokens=tokens[row.id],
+            unscored=kinds[row.id].most_common(1)[0][0] if row.id in kinds else "",
         )
         for row in rows
     ]

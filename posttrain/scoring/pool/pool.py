@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 from posttrain.errors import PluginError
-from posttrain.records import Outcome, RewardResult, Rollout, Row, Scored
+from posttrain.records import Outcome, Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward, resolve
 from posttrain.scoring.pool.slot import Item, Reports, Slot
 from posttrain.scoring.pool.wire import Answer, EncodedPair, Setup, encode_pairs, frame
@@ -29,12 +29,16 @@ _NEVER = float("-inf")
 class PoolStats:
     """Counts of a pool's work. outcomes: number of scores by outcome. busy_s: seconds that all processes together spent
     in the reward function. num_retries: how often a rollout was tried again. num_restarts: how often a process was.
+    num_timeouts: how often a deadline passed, which may be several times for a rollout. late_row: the id of the row of
+    the last such rollout.
     """
 
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     busy_s: float = 0.0
     num_retries: int = 0
     num_restarts: int = 0
+    num_timeouts: int = 0
+    late_row: str = ""
 
     def __add__(self, other: "PoolStats") -> "PoolStats":
         return PoolStats(
@@ -42,6 +46,8 @@ class PoolStats:
             self.busy_s + other.busy_s,
             self.num_retries + other.num_retries,
             self.num_restarts + other.num_restarts,
+            self.num_timeouts + other.num_timeouts,
+            other.late_row or self.late_row,
         )
 
 
@@ -230,6 +236,8 @@ class RewardPool:
 
     def _late(self, item: Item) -> None:
         item.num_timeouts += 1
+        self._stats.num_timeouts += 1
+        self._stats.late_row = item.pair.row_id
         if not self._retry(item):
             task = asyncio.get_running_loop().create_task(self._settle_late(item))
             self._settling.add(task)
@@ -248,15 +256,14 @@ class RewardPool:
         return True
 
     async def _settle_late(self, item: Item) -> None:
-        """Decide the outcome of a rollout that passed its deadline in every try.
+        """Decide why a rollout has no score that passed its deadline in every try.
 
-        If the reward scores other rollouts meanwhile, it hangs because of this reply, which counts as a wrong answer.
-        If it scores no others either, the reward is at fault, and the rollout is unscored.
+        If the reward scores other rollouts meanwhile, it hangs because of this one, and further tries are useless. If it
+        scores no others either, the reward or a service that it needs is down, and a later try may succeed.
         """
         reason = f"no score within {self.timeout_s:g} s" + (f", {item.num_timeouts} times" if self.retries else "")
         if not item.is_control and item.num_timeouts > 1 and await self._others_are_scored(item.sent_s):
-            result = RewardResult(0.0, reason="unparseable")
-            self._resolve(item, Scored(result, Outcome.UNPARSEABLE, f"{reason}, while others were scored"))
+            self._resolve(item, Scored(None, Outcome.UNSCORABLE, f"{reason}, while others were scored"))
         else:
             self._resolve(item, Scored(None, Outcome.TIMEOUT, reason))
 

@@ -10,8 +10,6 @@ Run as `python -m posttrain.scoring.pool.reward_process PARENT_PID`.
 
 import asyncio
 import inspect
-import math
-import numbers
 import os
 import resource
 import sys
@@ -22,12 +20,12 @@ from typing import Any, BinaryIO
 import msgspec
 
 from posttrain.actors.parent import die_with_parent
-from posttrain.errors import PluginError, PosttrainError
+from posttrain.errors import PosttrainError
 from posttrain.records import RewardResult
+from posttrain.scoring.plugins.results import MAX_REASON, to_result
 from posttrain.scoring.plugins.target import RewardFunction, Target, bind, describe, import_target, warm
 from posttrain.scoring.pool.wire import HEADER_BYTES, Answer, Loaded, Question, Setup, frame
 
-_MAX_REASON = 2000
 _questions = msgspec.msgpack.Decoder(Question)
 
 
@@ -95,19 +93,6 @@ async def _score_async(function: RewardFunction, question: Question, replies: in
     _reply(replies, Answer(question.key, time.monotonic() - started_s, result, reason, is_late))
 
 
-def to_result(value: object) -> RewardResult:
-    """Convert what the function returned into a RewardResult. Raises PluginError if it is not a reward."""
-    if isinstance(value, numbers.Real):
-        value = RewardResult(float(value))
-    if not isinstance(value, RewardResult):
-        raise PluginError(f"the reward returned {_short(value)}; it must return a float, a bool or a RewardResult")
-    parts = {str(name): float(part) for name, part in value.parts.items()}
-    for name, number in {"value": float(value.value), **parts}.items():
-        if not math.isfinite(number):
-            raise PluginError(f"the reward's {name} is {number}; it must be finite")
-    return RewardResult(float(value.value), parts, str(value.reason)[:_MAX_REASON])
-
-
 def _prepare(setup: Setup) -> tuple[RewardFunction, bool]:
     """Import the function and call its module's `warm_up()` if there is one. Returns whether the function is async."""
     _limit_memory(setup.memory_gib)
@@ -162,12 +147,7 @@ async def _await(value: Awaitable[object]) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error) if isinstance(error, PosttrainError) else describe(error))[:_MAX_REASON]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:60]}" if value is not None else "None"
+    return (str(error) if isinstance(error, PosttrainError) else describe(error))[:MAX_REASON]
 
 
 if __name__ == "__main__":

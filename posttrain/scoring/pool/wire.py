@@ -65,7 +65,14 @@ class Answer(Struct, frozen=True, tag="answer"):
     is_late: bool = False
 
 
+class _Named(Struct, frozen=True):
+    """Of a row, its id alone."""
+
+    id: str
+
+
 _encoder = msgspec.msgpack.Encoder()
+_named = msgspec.msgpack.Decoder(_Named)
 
 
 def frame(message: Struct) -> bytes:
@@ -107,6 +114,11 @@ class EncodedPair(Struct, frozen=True):
     def question(self, key: int) -> bytes:
         """The frame that asks for the score of this pair."""
         return frame(_EncodedQuestion(key, self.rollout, self.row))
+
+    @property
+    def row_id(self) -> str:
+        """The id of the row."""
+        return _named.decode(self.row).id
 
 
 class FrameBuffer(Generic[T]):

@@ -1,0 +1,123 @@
+"""Groups that are scored as soon as they are sampled, and the progress of that, which counts what is scored.
+
+    flights ─► SampledGroups ─► a group is sampled ─► score ─► ScoringProgress.scored
+                                                        └ late ─► ScoringProgress tells of timeouts by itself
+
+So a reward that hangs is seen while it hangs, and not as a stage that stands still at its last prompt.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+
+from posttrain.context import StageContext
+from posttrain.metrics.unscored import Unscored, failures
+from posttrain.records import Rollout, Row, Scored
+from posttrain.sampling.groups import SampledGroups
+from posttrain.sampling.rollouter import Flight
+from posttrain.scoring.pool.pool import PoolStats
+
+Score = Callable[[Sequence[tuple[Rollout, Row]]], Awaitable[Sequence[Scored]]]
+LOOK_S = 2.0  # between two looks at the timeouts
+TELL_S = 10.0  # at most between two events of progress, though nothing changed
+
+
+def timeouts_text(stats: PoolStats) -> dict[str, str]:
+    """A value to show beside the progress: how many deadlines of the reward passed, and a row; {} if none did."""
+    if not stats.num_timeouts:
+        return {}
+    many = "timeout" if stats.num_timeouts == 1 else "timeouts"
+    return {"reward:": f"{stats.num_timeouts} {many} so far, e.g. {stats.late_row}"}
+
+
+class ScoringProgress:
+    """Tells how many of `total` groups are scored: at each score, and every few seconds in between.
+
+    unit: what a group is, such as "prompts". stats: of the reward, at any time. phase: shown beside the progress.
+    unscored: counts what could not be scored.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        total: int,
+        unit: str,
+        *,
+        stats: Callable[[], PoolStats],
+        unscored: Unscored,
+        phase: str = "",
+    ):
+        self._context = context
+        self._total = total
+        self._unit = unit
+        self._stats = stats
+        self._phase = phase
+        self._num_sampled = self._num_scored = 0
+        self._told_s = time.monotonic()
+        self._told_timeouts = 0
+        self._watching: asyncio.Task[None]
+        self._unscored = unscored
+
+    async def __aenter__(self) -> "ScoringProgress":
+        self._watching = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
+
+    def sampled(self) -> None:
+        """A group has all its rollouts."""
+        self._num_sampled += 1
+
+    def scored(self, row: str, scores: Sequence[Scored]) -> None:
+        """A group has its scores."""
+        self._num_scored += 1
+        self._unscored.add(row, failures(scores), len(scores))
+        self.tell()
+
+    def tell(self) -> None:
+        """Write the event."""
+        self._told_s = time.monotonic()
+        stats = self._stats()
+        self._told_timeouts = stats.num_timeouts
+        waiting, lost = self._num_sampled - self._num_scored, len(self._unscored.lost)
+        values = {
+            **({"phase": self._phase} if self._phase else {}),
+            **({"waiting for a score": waiting} if waiting else {}),
+            **({"unscored": lost} if lost else {}),
+            **timeouts_text(stats),
+        }
+        self._context.progress(self._num_scored, self._total, self._unit, values=values)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            is_late = time.monotonic() - self._told_s >= TELL_S
+            if self._num_sampled > self._num_scored and (is_late or self._stats().num_timeouts > self._told_timeouts):
+                self.tell()
+
+
+async def sample_and_score(
+    sampled: SampledGroups, flights: Sequence[Flight], score: Score, *, progress: ScoringProgress
+) -> list[Sequence[Scored]]:
+    """The scores of each flight's rollouts, in order. Raises what `SampledGroups.groups` and `score` raise."""
+    scores: dict[int, Sequence[Scored]] = {}
+
+    async def score_one(flight: Flight) -> None:
+        scores[flight.order] = found = await score([(rollout, flight.prompt.row) for rollout in flight.rollouts])
+        progress.scored(flight.prompt.row.id, found)
+
+    def begin(flight: Flight) -> None:
+        progress.sampled()
+        tasks.create_task(score_one(flight))
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            await sampled.groups(flights, begin)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [scores[flight.order] for flight in flights]
