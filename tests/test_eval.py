@@ -252,8 +252,12 @@ def test_stage_on_a_real_engine(tmp_path: Path, tiny_model: Path, ray_session: N
         assert found[name]["pass@k"] == pytest.approx(sum(expected) / 3)
         assert found[name]["observed"]["a"]["n"] == sum("a" in line["reply"] for line in part)
     events = [json.loads(line) for line in context.events.read_text().splitlines()]
-    unscored = next(event for event in events if event["event"] == "unscored")
-    assert any("no grader for this" in reason for reason in unscored["reasons"])
+    (alarm,) = [event for event in events if event["event"] == "alarm"]
+    assert any("no grader for this" in reason for reason, _ in alarm["reasons"])
+    assert alarm["text"].startswith("evaluation: 12 of 36 prompts could not be scored (RuntimeError 12), e.g. row h2-")
+    progress = [event for event in events if event["event"] == "progress"]
+    assert progress[-1]["values"]["unscored"] > 0
+    assert (progress[-1]["done"], progress[-1]["total"]) == (36 + 9, 36 + 9)
 
 
 @pytest.mark.slow

@@ -39,9 +39,16 @@ from posttrain.rl.prompts.source import PromptSource
 
 REWARD = '''
 def even_share(rollout, row):
-    """Share of even token ids, and so little more that no two replies are alike; a row may ask for one that is flat."""
+    """Share of even token ids, and so little more that no two replies are alike; a row may ask for one that is flat, or
+    for one that cannot be scored."""
     if row.fields.get("flat"):
         return 0.0
+    match row.fields.get("fails"):
+        case "none": return None
+        case "nan": return float("nan")
+        case "raise": raise KeyError("tests")
+        case "hang":
+            while True: pass
     ids = rollout.token_ids
     return sum(token % 2 == 0 for token in ids) / len(ids) + 1e-3 * (sum(token * token for token in ids) % 997) / 997
 '''
@@ -88,6 +95,28 @@ def run_stage(config, folder: Path, warm=True):
     (folder / "config.yaml").write_text(dump_yaml(config))
     context = StageContext("rl", folder, folder / "events.jsonl", seed=3, warm_engines=warm)
     return run(config, context), list(read_jsonl(folder / "metrics.jsonl"))
+
+
+def check_what_could_not_be_scored(folder: Path, outputs, metrics):
+    """Seven of 27 prompts, in the profile: told as an alarm, in the progress, the metrics, the summary and the file."""
+    events = list(read_jsonl(folder / "events.jsonl"))
+    (alarm,) = [event for event in events if event["event"] in ("alarm", "unscored")]
+    assert alarm["event"] == "alarm"
+    kinds = "(none 3, nan 2, KeyError 1, unscorable 1)"
+    assert alarm["text"].startswith(f"profile: 7 of 27 prompts could not be scored {kinds}, e.g. row none-math-")
+    profiled = [e for e in events if e["event"] == "progress" and e["values"].get("phase") == "pass@k profile"]
+    assert (profiled[-1]["done"], profiled[-1]["total"], profiled[-1]["values"]["unscored"]) == (27, 27, 7)
+    late = [event for event in profiled if "reward:" in event["values"]]
+    assert late[0]["done"] < 27  # while the reward hangs
+    assert late[0]["values"]["reward:"].endswith("so far, e.g. hang-math-0")
+    estimates = pq.read_table(folder / "difficulty.parquet").to_pylist()
+    assert [row["prompt_id"] for row in estimates if row["unscored"] == "unscorable"] == ["hang-math-0"]
+    assert {(row["n"], row["pass_rate"]) for row in estimates if row["unscored"]} == {(0, None)}
+    assert (outputs["profile"]["prompts_unscored"], outputs["profile"]["prompts"]) == (7, 27)
+    assert outputs["unscored_replies"] == {"training": 0, "probes": 0, "evaluations": 0}
+    assert all(line["prompts_set_aside"] == 7 for line in metrics)
+    names = {row["prompt_id"].partition("-")[0] for row in read_rollouts(folder)}
+    assert names == {"flat", "math"}  # none of them is trained on
 
 
 def read_rollouts(folder: Path):
@@ -175,8 +204,18 @@ def test_groups_that_teach_nothing_are_replaced_and_a_curriculum_leaves_their_pr
     ray_session, tiny_model, tmp_path
 ):
     rows = rows_of(["math"], 10) + [row | {"id": f"flat-{row['id']}"} for row in rows_of(["math"], 10, flat=True)]
-    config = make_config(tmp_path, tiny_model, rows, curriculum={"first": [0.2, 0.8], "last": [0.2, 0.8]}, steps=16)
-    _, metrics = run_stage(config, tmp_path / "rl")
+    failing = [("none", 3), ("nan", 2), ("raise", 1), ("hang", 1)]
+    rows += [row | {"id": f"{how}-{row['id']}"} for how, n in failing for row in rows_of(["math"], n, fails=how)]
+    config = make_config(
+        tmp_path,
+        tiny_model,
+        rows,
+        reward={"name": f"{tmp_path}/reward.py:even_share", "timeout_s": 2.0},
+        curriculum={"first": [0.2, 0.8], "last": [0.2, 0.8]},
+        steps=16,
+    )
+    outputs, metrics = run_stage(config, tmp_path / "rl")
+    check_what_could_not_be_scored(tmp_path / "rl", outputs, metrics)
     rollouts = read_rollouts(tmp_path / "rl")
     by_status = defaultdict(set)
     for row in rollouts:

@@ -16,7 +16,7 @@ from posttrain.metrics.unscored import Failure, Unscored, kind_of
 from posttrain.records import Message, Outcome, RewardResult, Rollout, Row, Scored
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
-from posttrain.sampling.scoring import ScoringProgress, sample_and_score, timeouts_text
+from posttrain.sampling.scoring import ScoringProgress, lateness, sample_and_score
 from posttrain.scoring.plugins.results import to_result
 from posttrain.scoring.pool.pool import PoolStats
 
@@ -61,8 +61,8 @@ def test_the_sentence_names_prompts_kinds_and_a_row():
     none, nan, bad = returned(None), returned(float("nan")), (Outcome.ERROR, "ValueError: bad (rw.py:3)")
     unscored = counted(("p1", [], 4), ("p2", [none] * 4, 4), ("p3", [nan] * 3 + [bad], 4), ("p4", [nan] * 4, 4))
     assert unscored.sentence("profile") == (
-        "profile: 3 of 4 prompts could not be scored (nan 2, none 1), e.g. row p3: the reward's value is nan; it must be "
-        "finite"
+        "profile: 3 of 4 prompts could not be scored (nan 2, none 1), e.g. row p3: "
+        "the reward's value is nan; it must be finite"
     )
     partly = counted(("p1", [bad], 4), ("p2", [], 4))
     assert partly.sentence("evaluation") == (
@@ -144,7 +144,7 @@ def test_progress_counts_what_is_scored_and_shows_timeouts(tmp_path: Path, monke
     assert lines[-1]["done"] == 3
     assert lines[-1]["values"]["unscored"] == 1
     assert unscored.lost == {"p1": "unscorable"}
-    assert timeouts_text(PoolStats()) == {}
+    assert lateness(PoolStats()) == {}
 
 
 def test_an_error_of_the_scorer_is_raised_as_it_is(tmp_path: Path):

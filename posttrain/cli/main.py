@@ -11,6 +11,7 @@ import typer
 
 from posttrain.cli import prune  # noqa: F401  (adds its commands to data_app)
 from posttrain.cli.data import data_app
+from posttrain.cli.rewards import rewards_app
 from posttrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, ConfigError, PosttrainError
 
 # What typer raises for wrong arguments. It carries its own copy of click, so click's class by import is another one.
@@ -26,7 +27,6 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-rewards_app = typer.Typer(no_args_is_help=True, help="Reward plug-ins.")
 app.add_typer(rewards_app, name="rewards")
 app.add_typer(data_app, name="data")
 ledger_app = typer.Typer(no_args_is_help=True, help="What became of every prompt group of an RL stage.")
@@ -288,19 +288,6 @@ def report(
     from posttrain.report import write_report
 
     typer.echo(write_report(run_dir))
-
-
-@rewards_app.command("list")
-def rewards_list() -> None:
-    """List the registered rewards: name, where the function is, and what it does."""
-    from posttrain.scoring.plugins.lookup import list_rewards
-
-    found = list_rewards()
-    width = max((len(info.name) for info in found), default=0)
-    for info in found:
-        typer.echo(f"{info.name:<{width}}  {info.summary}  ({info.where})")
-    if not found:
-        typer.echo("no rewards are registered; is the package installed? (pip install -e .)", err=True)
 
 
 @ledger_app.command("audit")

@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("base", "filtering", "sft", "rl", "dpo", "eval"),
     ("rewards",),
     ("pipeline",),
-    ("report",),
+    ("report", "reward_tools"),
     ("cli",),
 )
 

@@ -23,12 +23,9 @@ LOOK_S = 2.0  # between two looks at the timeouts
 TELL_S = 10.0  # at most between two events of progress, though nothing changed
 
 
-def timeouts_text(stats: PoolStats) -> dict[str, str]:
-    """A value to show beside the progress: how many deadlines of the reward passed, and a row; {} if none did."""
-    if not stats.num_timeouts:
-        return {}
-    many = "timeout" if stats.num_timeouts == 1 else "timeouts"
-    return {"reward:": f"{stats.num_timeouts} {many} so far, e.g. {stats.late_row}"}
+def lateness(stats: PoolStats) -> dict[str, str]:
+    """A value to show beside the progress: the deadlines of the reward that passed; {} if none did."""
+    return {"reward:": stats.lateness} if stats.lateness else {}
 
 
 class ScoringProgress:
@@ -89,7 +86,7 @@ class ScoringProgress:
             **({"phase": self._phase} if self._phase else {}),
             **({"waiting for a score": waiting} if waiting else {}),
             **({"unscored": lost} if lost else {}),
-            **timeouts_text(stats),
+            **lateness(stats),
         }
         self._context.progress(self._num_scored, self._total, self._unit, values=values)
 

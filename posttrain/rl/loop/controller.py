@@ -60,7 +60,7 @@ from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
-from posttrain.sampling.scoring import LOOK_S, timeouts_text
+from posttrain.sampling.scoring import LOOK_S, lateness
 from posttrain.sampling.workers import RolloutWorkers
 
 FLUSH_S = 0.05  # pause between two writes of the ledger: a SIGKILL loses the changes since the last one
@@ -373,7 +373,7 @@ class Controller:
 
     def _progress(self) -> None:
         """Write the event: the figures of the last step, and the timeouts of the reward."""
-        values = {**self._shown, **timeouts_text(self._scorer.stats)}
+        values = {**self._shown, **lateness(self._scorer.stats)}
         self._context.progress(self._steps_done, self._config.steps, "steps", values=values)
 
 

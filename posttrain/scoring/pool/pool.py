@@ -40,6 +40,12 @@ class PoolStats:
     num_timeouts: int = 0
     late_row: str = ""
 
+    @property
+    def lateness(self) -> str:
+        """Such as "37 timeouts so far, e.g. p55"; "" if no deadline passed."""
+        many = "timeout" if self.num_timeouts == 1 else "timeouts"
+        return f"{self.num_timeouts} {many} so far, e.g. {self.late_row}" if self.num_timeouts else ""
+
     def __add__(self, other: "PoolStats") -> "PoolStats":
         return PoolStats(
             self.outcomes + other.outcomes,
