@@ -13,7 +13,7 @@ import typer
 from posttrain.errors import EXIT_FAILED, ConfigError
 
 if TYPE_CHECKING:
-    from posttrain.config.shared import RewardConfig
+    from posttrain.config.rewards import RewardConfig
     from posttrain.reward_tools.audit import Audit, Finding
     from posttrain.reward_tools.trial import Tried
     from posttrain.scoring.pool.pool import PoolStats
@@ -215,7 +215,7 @@ def rewards_new(
 
 def _config(reward: str, settings: list[str] | None) -> "RewardConfig":
     from posttrain.config.base import apply_overrides, validate_config
-    from posttrain.config.shared import RewardConfig
+    from posttrain.config.rewards import RewardConfig
 
     return validate_config(RewardConfig, apply_overrides({"name": reward}, settings or []), "reward")
 

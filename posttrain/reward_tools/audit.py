@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.config.shared import RewardConfig
+from posttrain.config.rewards import RewardConfig
 from posttrain.records import Row
 from posttrain.reward_tools.controls import Form, forms_with, golds, wrong_replies
 from posttrain.reward_tools.trial import Asked, Tell, Tried, reply_to, score

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.config.shared import DataConfig, RewardConfig
+from posttrain.config.data import DataConfig
+from posttrain.config.rewards import RewardConfig
 from posttrain.data.files import read_records
 from posttrain.data.rows import load_rows
 from posttrain.errors import DataError

@@ -264,8 +264,8 @@ class RewardPool:
     async def _settle_late(self, item: Item) -> None:
         """Decide why a rollout has no score that passed its deadline in every try.
 
-        If the reward scores other rollouts meanwhile, it hangs because of this one, and further tries are useless. If it
-        scores no others either, the reward or a service that it needs is down, and a later try may succeed.
+        If the reward scores other rollouts meanwhile, it hangs because of this one, and further tries are useless. If
+        it scores no others either, the reward or a service that it needs is down, and a later try may succeed.
         """
         reason = f"no score within {self.timeout_s:g} s" + (f", {item.num_timeouts} times" if self.retries else "")
         if not item.is_control and item.num_timeouts > 1 and await self._others_are_scored(item.sent_s):
