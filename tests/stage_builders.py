@@ -23,6 +23,7 @@ from rollout_records import drawn, one_turn, reply_sample
 from posttrain.config.base import Config
 from posttrain.context import StageContext
 from posttrain.errors import UserError
+from posttrain.files import read_jsonl
 from posttrain.pipeline.graph import Node, Pipeline, load_pipeline, with_trackers
 from posttrain.pipeline.plan import make_plan, trainer_resources
 from posttrain.pipeline.schedule import make_job
@@ -386,6 +387,19 @@ def eval_pool(config: Any) -> Any:
     from posttrain.eval.stage import reward_pool
 
     return _pool(reward_pool(config))
+
+
+def eval_unscored(config: Any) -> Any:
+    """What is told where one of four replies has no score."""
+    from posttrain.eval.stage import report_unscored
+
+    prompt = _drawn()[0]
+    pairs = [(_rollout(prompt, index), prompt.row) for index in range(4)]
+    scores = [Scored(None, "timeout"), *[Scored(RewardResult(1.0))] * 3]
+    with TemporaryDirectory() as folder:
+        context = StageContext("eval", Path(folder), Path(folder) / "events.jsonl")
+        report_unscored(pairs, scores, config, context=context)
+        return [event["event"] for event in read_jsonl(context.events)]
 
 
 def eval_results(config: Any) -> Any:
@@ -821,6 +835,6 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         resources_of("dpo"), dpo_arguments, dpo_loss, dpo_pairs, adapters, policy, router_bias, engine_settings,
         trackers,
     ),
-    "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_requests),
+    "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_unscored, eval_requests),
     "pipeline": (pipeline_jobs, trackers),
 }  # fmt: skip

@@ -172,7 +172,7 @@ def rewards_audit(
     config = _config(reward, settings)
     everything = rows_of(on, config)
     step = max(1, len(everything) // rows)
-    found = audit(config, everything[::step][:rows], everything, _tell)
+    found = audit(config, everything[::step][:rows], everything, tell=_tell)
     typer.echo(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(_audit_lines(reward, found)))
     if not found.is_sound:
         raise typer.Exit(EXIT_FAILED)

@@ -61,7 +61,7 @@ def evaluate(config: EvalConfig, context: StageContext) -> list[PromptReplies]:
         scored = asyncio.run(_replies(config, context, engines, groups=groups))
     pairs = [(rollout, group.prompt.row) for group in groups for rollout in group.rollouts]
     scores = [score for group in scored for score in group]
-    _report_unscored(pairs, scores, config, context=context)
+    report_unscored(pairs, scores, config, context=context)
     return by_prompt(rows, asked, pairs, scores=scores)
 
 
@@ -112,7 +112,7 @@ def measure(prompts: Sequence[PromptReplies], config: EvalConfig, seed: int) -> 
     return results(prompts, config.k, config.reward.correct_threshold, observe=config.observe, seed=seed)
 
 
-def _report_unscored(
+def report_unscored(
     pairs: Sequence[tuple[Rollout, Row]], scores: Sequence[Scored], config: EvalConfig, *, context: StageContext
 ) -> None:
     """Say how many prompts could not be scored and why; if none could, the reward is broken and the stage fails."""

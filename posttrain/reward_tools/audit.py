@@ -92,7 +92,7 @@ class Audit:
         }
 
 
-def audit(reward: RewardConfig, rows: Sequence[Row], everything: Sequence[Row], tell: Tell | None = None) -> Audit:
+def audit(reward: RewardConfig, rows: Sequence[Row], everything: Sequence[Row], *, tell: Tell | None = None) -> Audit:
     """Try the reward on controls for each of `rows`. everything: all rows, whose answers are wrong for the others."""
     forms, threshold = forms_with(reward.args), reward.correct_threshold
     right = score(own_answers(rows, forms), reward, tell)
