@@ -77,7 +77,8 @@ def rewards_test(
     if replies is not None:
         asked = replies_of(replies, rows)
     else:
-        asked = own_answers(rows, forms_with(config.args))
+        own = own_answers(rows, forms_with(config.args))
+        asked = [(f"own answer as {form}", row, rollout) for form, row, rollout in own]
         asked += [("an empty reply", row, reply_to(row, "")) for row in rows]
     if not asked:
         raise ConfigError("--replies", [f"{replies} holds no replies"])
