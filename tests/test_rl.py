@@ -108,7 +108,7 @@ def check_what_could_not_be_scored(folder: Path, outputs, metrics):
     assert (profiled[-1]["done"], profiled[-1]["total"], profiled[-1]["values"]["unscored"]) == (27, 27, 7)
     late = [event for event in profiled if "reward:" in event["values"]]
     assert late[0]["done"] < 27  # while the reward hangs
-    assert late[0]["values"]["reward:"].endswith("so far, e.g. hang-math-0")
+    assert any(event["values"]["reward:"].endswith("so far, e.g. hang-math-0") for event in late)
     estimates = pq.read_table(folder / "difficulty.parquet").to_pylist()
     assert [row["prompt_id"] for row in estimates if row["unscored"] == "unscorable"] == ["hang-math-0"]
     assert {(row["n"], row["pass_rate"]) for row in estimates if row["unscored"]} == {(0, None)}
@@ -210,7 +210,7 @@ def test_groups_that_teach_nothing_are_replaced_and_a_curriculum_leaves_their_pr
         tmp_path,
         tiny_model,
         rows,
-        reward={"name": f"{tmp_path}/reward.py:even_share", "timeout_s": 2.0},
+        reward={"name": f"{tmp_path}/reward.py:even_share", "timeout_s": 3.0},
         curriculum={"first": [0.2, 0.8], "last": [0.2, 0.8]},
         steps=16,
     )
