@@ -164,10 +164,12 @@ def test_vllm_still_spawns_its_engine_core_on_cpus(policy, monkeypatch):
     import psutil
     import vllm.v1.engine.async_llm  # noqa: F401  (what the core shall not import again)
     from vllm import AsyncEngineArgs
-    from vllm.v1.engine import utils
+    from vllm.v1.engine import utils as engine_utils
 
     from posttrain.actors.parent import die_with_parent
     from posttrain.compat.vllm import forked_core
+
+    utils: Any = engine_utils
 
     def begin(sender):
         sender.send([os.getpid(), "vllm.v1.engine.async_llm" in sys.modules])

@@ -189,7 +189,7 @@ def forked_core(begin: Callable[[], None]) -> Iterator[None]:
     The core is named through Ray, because vLLM's way of naming a process has no effect in a copy of a Ray actor.
     """
     from ray._raylet import setproctitle  # pyright: ignore[reportAttributeAccessIssue]
-    from vllm.v1.engine import utils
+    from vllm.v1.engine import utils as engine_utils
 
     class Core(ForkProcess):
         def run(self) -> None:
@@ -201,6 +201,7 @@ def forked_core(begin: Callable[[], None]) -> Iterator[None]:
     class Context(ForkContext):
         Process = Core
 
+    utils: Any = engine_utils  # the name is not among those that the module offers
     own = utils.get_mp_context
     utils.get_mp_context = Context
     try:
