@@ -347,7 +347,8 @@ def sft_packing(config: Any) -> Any:
 def sft_examples(config: Any) -> Any:
     from posttrain.sft.stage import prepare
 
-    return prepare(config)[1:]
+    prepared = prepare(config)
+    return prepared.examples, prepared.held_out, prepared.counts
 
 
 def dpo_arguments(config: Any) -> Any:
@@ -371,7 +372,22 @@ def dpo_loss(config: Any) -> Any:
 def dpo_pairs(config: Any) -> Any:
     from posttrain.dpo.stage import prepare
 
-    return prepare(config, 0)[1:]
+    prepared = prepare(config, 0)
+    return prepared.ids, prepared.pairs, prepared.held_out, prepared.dropped
+
+
+def held_out(config: Any) -> Any:
+    """What a training makes of eight evaluations, one in each step."""
+    from posttrain.tune.held_out import HeldOutCallback
+
+    if config.held_out is None:
+        return None
+    evaluation, seen = HeldOutCallback(None, config.held_out, None), []
+    for step, loss in enumerate([2.0, 1.5, 1.6, 1.4, 1.5, 1.6, 1.7, 1.8], 1):
+        if evaluation.is_due(step, 8):
+            evaluation.take(step, loss)
+        seen.append((evaluation.standing, evaluation.kept_step, evaluation.has_ended))
+    return seen
 
 
 # --- eval ---
@@ -824,7 +840,10 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         base_documents, trackers,
     ),
     "filter": (resources_of("filter"), JUDGE_ENGINE, filter_questions, judge_endpoint, filter_split, filter_removed),
-    "sft": (resources_of("sft"), sft_arguments, sft_examples, adapters, policy, router_bias, engine_settings, trackers),
+    "sft": (
+        resources_of("sft"), sft_arguments, sft_examples, held_out, adapters, policy, router_bias, engine_settings,
+        trackers,
+    ),
     "rl": (
         resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
         rl_controller, rl_first_batch, rl_draws, rl_parked_draws, rl_knowledge, rl_side, rl_policy, rl_micro_batches,
@@ -832,8 +851,8 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         router_bias, engine_settings, MODEL_ENGINE, trackers,
     ),
     "dpo": (
-        resources_of("dpo"), dpo_arguments, dpo_loss, dpo_pairs, adapters, policy, router_bias, engine_settings,
-        trackers,
+        resources_of("dpo"), dpo_arguments, dpo_loss, dpo_pairs, held_out, adapters, policy, router_bias,
+        engine_settings, trackers,
     ),
     "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_unscored, eval_requests),
     "pipeline": (pipeline_jobs, trackers),

@@ -68,6 +68,7 @@ HELDOUT = {"data": {"path": "prompts_a.jsonl"}}
 STRICT = {"evaluation.correct_threshold": 0.9, "reward.correct_threshold": 0.9}  # the two must be equal
 INSTRUCTIONS = [{"text": "Be brief."}, {"text": "Take care."}]
 VERIFIED = [{"text": "Be brief.", "verifier": {"name": "instructions"}}]
+COURSE = {"held_out": {"rows": 2, "every": 1}}
 EVALUATION = {"model": MODEL, "data": {"path": "prompts_a.jsonl"}, "reward": REWARD}
 
 
@@ -149,6 +150,12 @@ TABLE: dict[str, dict[str, Any]] = {
             "data.roles": [{"user": "assistant"}],
             "data.weights": [[1.0, 3.0]],
             "max_length": [100],
+            "held_out": [{"rows": 2}],
+            "held_out.fraction": [0.5],
+            "held_out.rows": [3],
+            "held_out.path": ["sft_special.jsonl"],
+            "held_out.every": [2],
+            "held_out.patience": [1],
             "parallel.expert": [2],
             "lora.target_parameters": [["experts.down_proj"]],
         },
@@ -161,6 +168,9 @@ TABLE: dict[str, dict[str, Any]] = {
             "data.format": {"data": {"path": "sft_shapes.jsonl"}},
             "batch_size": {"packing": False, "batch_tokens": None, "batch_size": 4},
             "overlong": {"max_length": 100},
+            "held_out.fraction": {"held_out": {"fraction": 0.25}},
+            "held_out.path": {"held_out": {"path": "sft_b.jsonl"}},
+            "held_out.*": COURSE,
             "parallel.*": {"parallel": {"processes": 2}},
         },
         "together": {"packing": ({"batch_tokens": None, "batch_size": 1, "packing": False}, sft_packing)},
@@ -270,6 +280,12 @@ TABLE: dict[str, dict[str, Any]] = {
             "parallel.expert": [2],
             "lora.target_parameters": [["experts.down_proj"]],
             "max_length": [100],
+            "held_out": [{"rows": 2}],
+            "held_out.fraction": [0.5],
+            "held_out.rows": [3],
+            "held_out.path": ["pairs_special.jsonl"],
+            "held_out.every": [2],
+            "held_out.patience": [1],
             "nll_weight": [0.2, 0.0],
         },
         "given": {
@@ -283,6 +299,9 @@ TABLE: dict[str, dict[str, Any]] = {
             "rollouts": {"pairs": None, "rollouts": "rollouts_a"},
             "mining.*": {"pairs": None, "rollouts": "rollouts_a"},
             "overlong": {"max_length": 100},
+            "held_out.fraction": {"held_out": {"fraction": 0.25}},
+            "held_out.path": {"held_out": {"path": "pairs_b.jsonl"}},
+            "held_out.*": COURSE,
             "parallel.*": {"parallel": {"processes": 2}},
         },
     },

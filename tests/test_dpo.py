@@ -390,8 +390,9 @@ def test_the_stage_mines_the_rollouts_of_an_rl_stage(policy, tmp_path):
     write_rollouts(tmp_path / "rl" / "rollouts")
     assert read_replies(tmp_path / "rl" / "rollouts") == read_replies(tmp_path / "rl")
     config = make_config(policy, rollouts=str(tmp_path / "rl"), mining={"max_per_prompt": 2}, max_pairs=10)
-    _, ids, pairs, dropped = stage.prepare(config, seed=0)
-    assert (len(ids), len(pairs), dropped) == (10, 10, 0)
+    prepared = stage.prepare(config, seed=0)
+    pairs = prepared.pairs
+    assert (len(prepared.ids), len(pairs), prepared.dropped) == (10, 10, 0)
     assert pairs[0].fields["policy_version"] == 2
     assert {pair.fields["reason"] for pair in pairs} <= {"wrong", "truncated"}
 

@@ -80,8 +80,10 @@ def router_losses(function: Callable[..., Any], *arguments: Any) -> list[tuple[i
 
 def train_and_look(ranks: WarmRanks, stage: Any, config: Any, context: StageContext) -> list[tuple[int, float]]:
     """Train with a stage, and return `router_losses`."""
-    tokenizer, data = stage.prepare(config)[:2] if stage is sft else stage.prepare(config, context.seed)[:2]
-    return ranks.call(router_losses, train_and_export, config, context, Work(stage.make_tuning, tokenizer, data))
+    prepared = stage.prepare(config) if stage is sft else stage.prepare(config, context.seed)
+    data = prepared.examples if stage is sft else prepared.ids
+    work = Work(stage.make_tuning, prepared.tokenizer, data)
+    return ranks.call(router_losses, train_and_export, config, context, work)
 
 
 def mean_loss(seen: list[tuple[int, float]]) -> float:

@@ -473,8 +473,8 @@ def test_rows_that_are_too_long_are_an_error_or_dropped_and_counted(policy, data
     assert max(len(example.ids) for example in examples) == limit
     with pytest.raises(DataError, match="all 48 rows are longer than max_length 3"):
         tokenize(tokenizer, rows, 3, overlong="drop")
-    _, kept, counts = stage.prepare(make_config(policy, data, max_length=limit, overlong="drop"))
-    assert (len(kept), counts["rows"], counts["dropped"]) == (48 - longer, 48, longer)
+    prepared = stage.prepare(make_config(policy, data, max_length=limit, overlong="drop"))
+    assert (len(prepared.examples), prepared.counts["rows"], prepared.counts["dropped"]) == (48 - longer, 48, longer)
 
 
 def test_a_template_that_renders_a_prompt_another_way_is_refused(policy, data):

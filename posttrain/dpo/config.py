@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from posttrain.config.base import MAY_GROW, RESULT_STAYS, Config
 from posttrain.config.data import DataConfig
 from posttrain.config.fields import PathText, Positive
+from posttrain.config.held_out import HeldOutConfig, check_held_out
 from posttrain.config.models import ModelConfig
 from posttrain.config.resources import TrainerResources
 from posttrain.config.trackers import TrackersConfig
@@ -51,6 +52,9 @@ class DpoConfig(Config):
     max_pairs: Count | None = Field(
         None, description="Train on at most this many pairs; mined pairs are taken from all capabilities in turn."
     )
+    held_out: HeldOutConfig | None = Field(
+        None, description="Pairs that are not trained on and on which the loss is measured during the training."
+    )
     beta: Positive = Field(0.1, description="How strongly the policy is held near the start policy.")
     loss_type: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo"] = Field(
         "sigmoid",
@@ -87,4 +91,5 @@ class DpoConfig(Config):
     def _one_source(self) -> "DpoConfig":
         if (self.pairs is None) == (self.rollouts is None):
             raise ValueError("exactly one of pairs and rollouts must be set")
+        check_held_out(self.held_out, self.model)
         return self

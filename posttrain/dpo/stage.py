@@ -2,17 +2,21 @@
 
 The stage's process reads the pairs, or mines them from the rollouts of an RL stage, and tokenizes them; TRL's own
 tokenization is turned off. The rest is done by `posttrain.tune` on ranks: load the model, train, measure how far the
-policy moved, write the model folder. The reference is the start policy, frozen.
-Left out: evaluation (a stage of its own).
+policy moved, write the model folder. The reference is the start policy, frozen. Pairs may be held out, and measure the
+training.
+Left out: evaluation by a reward (a stage of its own).
 """
 
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.shared import DataConfig
 from posttrain.context import StageContext
+from posttrain.data.held_out import check_apart, content_key, prompt_key, split
 from posttrain.data.pairs import Pair, load_pairs, write_pairs
 from posttrain.dpo.config import DpoConfig
 from posttrain.dpo.mine import mine, read_replies
@@ -41,28 +45,39 @@ def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
     `ConfigError` if the model cannot be trained as the config asks, and `StageError` if no pair can be mined or
     training fails.
     """
-    tokenizer, ids, kept, dropped = prepare(config, context.seed, context)
+    prepared = prepare(config, context.seed, context)
     path = context.dir / "pairs.jsonl"
-    write_pairs(path, kept)
-    reasons = dict(Counter(str(pair.fields.get("reason", "given")) for pair in kept))
-    context.event("pairs", pairs=len(kept), dropped=dropped, reasons=reasons)
-    report = tune(config, context, Work(make_tuning, tokenizer, ids))
-    counts = {"num_pairs": len(kept), "dropped": dropped, "reasons": reasons}
+    write_pairs(path, prepared.pairs)
+    reasons = dict(Counter(str(pair.fields.get("reason", "given")) for pair in prepared.pairs))
+    counts = {"dropped": prepared.dropped, "reasons": reasons}
+    if prepared.held_out:
+        counts["held_out_pairs"] = len(prepared.held_out)
+    context.event("pairs", pairs=len(prepared.pairs), **counts)
+    report = tune(config, context, Work(make_tuning, prepared.tokenizer, prepared.ids, prepared.held_out))
+    counts["num_pairs"] = len(prepared.pairs)
     return {"model": str(context.dir / "model"), "pairs": str(path), **counts, **report}
 
 
-def prepare(
-    config: DpoConfig, seed: int, context: StageContext | None = None
-) -> tuple[Any, list[Any], list[Pair], int]:
-    """Read or mine the pairs and check them.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The data of a training. ids: `PairIds` that are trained on. pairs: from which they were made.
 
-    Returns the tokenizer, the `PairIds`, the pairs that they were made from, and how many pairs were dropped as too
-    long.
+    held_out: `PairIds` that are not trained on. dropped: how many pairs were too long.
     """
+
+    tokenizer: Any
+    ids: list[Any]
+    pairs: list[Pair]
+    held_out: list[Any]
+    dropped: int
+
+
+def prepare(config: DpoConfig, seed: int, context: StageContext | None = None) -> Prepared:
+    """Read or mine the pairs and check them."""
     from posttrain.parallel.engine import check_parallel
 
     check_parallel(config.parallel, config.model, config.lora)
-    pairs = read_pairs(config, seed, context)
+    pairs, apart = hold_out(config, read_pairs(config, seed, context), context)
     from posttrain.tune.settings import quiet_environment
 
     quiet_environment()
@@ -77,10 +92,31 @@ def prepare(
     note_added_end(tokenizer, context)
     if config.pairs is not None:
         check_special_tokens(
-            tokenizer, config.pairs, ((f"pair {pair.id!r}", pair.turns, tools_of(pair.fields)) for pair in pairs)
+            tokenizer,
+            config.pairs,
+            ((f"pair {pair.id!r}", pair.turns, tools_of(pair.fields)) for pair in [*pairs, *apart]),
         )
     ids, kept = tokenize_pairs(tokenizer, pairs, config.max_length, overlong=config.overlong)
-    return tokenizer, ids, kept, len(pairs) - len(kept)
+    held_out, kept_apart = (
+        tokenize_pairs(tokenizer, apart, config.max_length, overlong=config.overlong) if apart else ([], [])
+    )
+    return Prepared(tokenizer, ids, kept, held_out, len(pairs) - len(kept) + len(apart) - len(kept_apart))
+
+
+def hold_out(
+    config: DpoConfig, pairs: list[Pair], context: StageContext | None = None
+) -> tuple[list[Pair], list[Pair]]:
+    """The pairs that are trained on, and those that are held out."""
+    apart = config.held_out
+    if apart is None:
+        return pairs, []
+    if apart.path is not None:
+        given = config.pairs.model_dump() if config.pairs is not None else {}
+        own = DataConfig.model_validate({**given, "path": apart.path, "limit": None, "weights": None})
+        others = load_pairs(own, stage="dpo", context=context)
+        check_apart(*([(pair.id, content_key(pair.turns)) for pair in side] for side in (pairs, others)))
+        return pairs, others
+    return split(pairs, [prompt_key(pair.prompt) for pair in pairs], apart)
 
 
 def read_pairs(config: DpoConfig, seed: int, context: StageContext | None = None) -> list[Pair]:
@@ -118,8 +154,10 @@ def trainer_arguments(config: DpoConfig, folder: Path, seed: int = 0) -> dict[st
     }
 
 
-def make_tuning(config: DpoConfig, context: StageContext, model: Any, *, data: Sequence[Any]) -> Tuning:
-    """The `Tuning` of DPO. data: `PairIds`."""
+def make_tuning(
+    config: DpoConfig, context: StageContext, model: Any, *, data: Sequence[Any], held_out: Sequence[Any] = ()
+) -> Tuning:
+    """The `Tuning` of DPO. data, held_out: `PairIds`."""
     from trl.trainer.dpo_config import DPOConfig
 
     from posttrain.dpo.examples import blank_record, to_record
@@ -139,6 +177,7 @@ def make_tuning(config: DpoConfig, context: StageContext, model: Any, *, data: S
         data_keys=frozenset({"pairs", "rollouts"}),
         report=_report,
         options={"nll_weight": config.nll_weight},
+        held_out=[to_record(item) for item in held_out],
     )
 
 

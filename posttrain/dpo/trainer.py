@@ -8,6 +8,7 @@ split of a step into forwards and ranks would change what is learned. Here both 
 step.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,6 +53,15 @@ class TokenizedPairTrainer(DPOTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """One forward's share of the step's loss. num_items_in_batch: the result of `_get_num_items_in_batch`."""
+        pairs, entropy = self._pairs(model, inputs)
+        losses_P = LOSSES[self.loss_types[0]](pairs, self.beta)
+        with torch.no_grad():
+            self._add_figures(pairs, entropy)
+        share = step_share(losses_P, pairs.chosen_logprobs_P, self._nll_weight, counts=num_items_in_batch)
+        return share * self.accelerator.num_processes  # gradients are averaged over the ranks
+
+    def _pairs(self, model: Any, inputs: Any) -> tuple[PairInputs, torch.Tensor]:
+        """The pairs of a forward without blank ones, and the entropy of its reply tokens, summed."""
         mask = inputs["completion_mask"]
         arguments = {name: value for name, value in inputs.items() if name not in NOT_OF_THE_MODEL}
         labels = inputs["input_ids"].masked_fill(mask == 0, -100)
@@ -61,12 +71,29 @@ class TokenizedPairTrainer(DPOTrainer):
         references = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         columns = (chosen_P, rejected_P, *references, chosen_tokens_P, rejected_tokens_P)
         # Leave out blank pairs, whose length of 0 some losses would divide by.
-        pairs = PairInputs(*(column[chosen_tokens_P > 0] for column in columns))
-        losses_P = LOSSES[self.loss_types[0]](pairs, self.beta)
-        with torch.no_grad():
-            self._add_figures(pairs, outputs.entropy.sum())
-        share = step_share(losses_P, chosen_P, self._nll_weight, counts=num_items_in_batch)
-        return share * self.accelerator.num_processes  # gradients are averaged over the ranks
+        return PairInputs(*(column[chosen_tokens_P > 0] for column in columns)), outputs.entropy.sum()
+
+    def held_out_sums(self, model: Any, inputs: Any) -> dict[str, torch.Tensor]:
+        """The sums over one forward's pairs and chosen tokens from which `held_out_figures` makes means."""
+        pairs, _ = self._pairs(model, inputs)
+        margin_P = self.beta * pairs.margin_P
+        return {
+            "loss": LOSSES[self.loss_types[0]](pairs, self.beta).sum(),
+            "nll": -pairs.chosen_logprobs_P.sum(),
+            "margin": margin_P.sum(),
+            "right": (margin_P > 0).sum(),
+            "pairs": margin_P.new_tensor(len(margin_P)),
+            "chosen_tokens": pairs.chosen_tokens_P.sum(),
+        }
+
+    def held_out_figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The figures of all held-out pairs: the loss that training lowers, mean margin, share ranked right."""
+        pairs = sums["pairs"]
+        return {
+            "held_out_loss": sums["loss"] / pairs + self._nll_weight * sums["nll"] / sums["chosen_tokens"],
+            "held_out_margin": sums["margin"] / pairs,
+            "held_out_accuracy": sums["right"] / pairs,
+        }
 
     def _add_figures(self, pairs: PairInputs, entropy: torch.Tensor) -> None:
         chosen_P, rejected_P = self.beta * pairs.chosen_scores_P, self.beta * pairs.rejected_scores_P

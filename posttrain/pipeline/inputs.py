@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from posttrain.pipeline.kinds import Rows, StageKind, kind_name
 from posttrain.pipeline.references import has_reference
 
 CHECKED_ROWS = 100
+COUNTED_ROWS = 10_000  # a dataset of so many rows is taken to have enough of them
 SHOWN_ROWS = 5
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # How to install the packages that are extras; all others come with posttrain itself.
@@ -84,7 +86,9 @@ def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
     """One line for each problem, which begins with the key path. Nothing is loaded."""
     problems = [f"{found.key}{line}" for found in find_inputs(config) for line in _problems(found, kind)]
     problems += [f"{key}{line}" for key, endpoint in find_endpoints(config) for line in _key_problems(endpoint)]
-    problems += [] if problems else [*_row_problems(config, kind), *_mixture_problems(config)]
+    problems += (
+        [] if problems else [*_row_problems(config, kind), *_mixture_problems(config), *_held_out_problems(config)]
+    )
     missing = [(key, path) for key, path in other_paths(config, kind) if not Path(path).expanduser().exists()]
     return problems + [f"{key}: got {path!r}: no such file or folder" for key, path in missing]
 
@@ -118,6 +122,22 @@ def _mixture_problems(config: BaseModel) -> list[str]:
     except ConfigError as error:
         return [f"mixture.{problem}" for problem in error.problems]
     return []
+
+
+def _held_out_problems(config: BaseModel) -> list[str]:
+    """What is wrong if the rows that are held out from training are all that a small dataset has."""
+    held_out, data = getattr(config, "held_out", None), [item.value for item in find_inputs(config)]
+    known = next((value for value in data if isinstance(value, DataConfig) and not _refers(value)), None)
+    if held_out is None or held_out.path is not None or known is None:
+        return []
+    from posttrain.data.files import read_records
+    from posttrain.data.held_out import rest_problem
+
+    paths = [known.path] if isinstance(known.path, str) else known.path
+    most = min(known.limit or COUNTED_ROWS, COUNTED_ROWS)
+    total = sum(1 for _ in islice(read_records(paths), most))
+    problem = rest_problem(held_out, total) if total < COUNTED_ROWS else ""
+    return [problem] if problem else []
 
 
 def _rows_without_fields(data: DataConfig, rewards: Sequence[RewardFunctionConfig], given: Sequence[str]) -> list[str]:

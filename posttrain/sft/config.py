@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from posttrain.config.base import MAY_GROW, RESULT_STAYS, Config
 from posttrain.config.data import DataConfig
+from posttrain.config.held_out import HeldOutConfig, check_held_out
 from posttrain.config.models import ModelConfig
 from posttrain.config.resources import TrainerResources
 from posttrain.config.trackers import TrackersConfig
@@ -26,6 +27,9 @@ class SftConfig(Config):
 
     model: ModelConfig
     data: DataConfig
+    held_out: HeldOutConfig | None = Field(
+        None, description="Rows that are not trained on and on which the loss is measured during the training."
+    )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     epochs: Count = Field(
@@ -79,4 +83,5 @@ class SftConfig(Config):
             )
         if self.batch_tokens is not None and self.batch_tokens < self.max_length:
             raise ValueError(f"batch_tokens {self.batch_tokens} is less than max_length {self.max_length}")
+        check_held_out(self.held_out, self.model)
         return self

@@ -2,18 +2,21 @@
 
 The stage's process reads and checks every row, tokenizes it, and compares the result with what sampling would send. The
 rest is done by `posttrain.tune` on ranks: load the model, check that it keeps packed conversations apart, train on
-assistant tokens, measure how far the model moved, write the model folder.
-Left out: evaluation (a stage of its own).
+assistant tokens, measure the loss on held-out rows and how far the model moved, write the model folder.
+Left out: evaluation by a reward (a stage of its own).
 """
 
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.context import StageContext
+from posttrain.data.held_out import check_apart, content_key, prompt_key, split
 from posttrain.data.rows import load_rows
+from posttrain.records import Row
 from posttrain.sft.config import SftConfig
 from posttrain.tune.run import Tuning, Work, tune
 
@@ -34,22 +37,47 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
     the keys of `parallel`}. Raises `DataError` for bad rows, before a model is loaded, `ConfigError` if the model
     cannot be trained as the config asks, and `StageError` if training fails.
     """
-    tokenizer, examples, counts = prepare(config, context)
+    prepared = prepare(config, context)
+    examples, counts = prepared.examples, prepared.counts
     context.event("data", **counts, tokens=sum(len(item.ids) for item in examples))
-    report = tune(config, context, Work(make_tuning, tokenizer, examples))
+    report = tune(config, context, Work(make_tuning, prepared.tokenizer, examples, prepared.held_out))
     return {"model": str(context.dir / "model"), **counts, **report}
 
 
-def prepare(config: SftConfig, context: StageContext | None = None) -> tuple[Any, list[Any], dict[str, Any]]:
-    """Read and check every row.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The data of a training. examples, held_out: `Example`s that are trained on, and those that are not.
 
-    Returns the tokenizer, the `Example`s, and {"rows", "dropped": how many were too long, "samples": how many
-    the others became, "rows_by_capability"}.
+    counts: {"rows", "dropped": how many were too long, "samples": how many the others became, "rows_by_capability"}, and
+    "held_out_rows" if any are.
     """
+
+    tokenizer: Any
+    examples: list[Any]
+    held_out: list[Any]
+    counts: dict[str, Any]
+
+
+def read_rows(config: SftConfig, context: StageContext | None = None) -> tuple[list[Row], list[Row]]:
+    """The rows that are trained on, and those that are held out."""
+    rows = load_rows(config.data, kind="supervised", stage="sft", context=context)
+    apart = config.held_out
+    if apart is None:
+        return rows, []
+    if apart.path is not None:
+        own = config.data.model_copy(update={"path": apart.path, "limit": None, "weights": None})
+        others = load_rows(own, kind="supervised", stage="sft", context=context)
+        check_apart(*([(row.id, content_key(row.messages)) for row in side] for side in (rows, others)))
+        return rows, others
+    return split(rows, [prompt_key(row.messages) for row in rows], apart)
+
+
+def prepare(config: SftConfig, context: StageContext | None = None) -> Prepared:
+    """Read and check every row."""
     from posttrain.parallel.engine import check_parallel
 
     check_parallel(config.parallel, config.model, config.lora)
-    rows = load_rows(config.data, kind="supervised", stage="sft", context=context)
+    rows, apart = read_rows(config, context)
     from posttrain.tune.settings import quiet_environment
 
     quiet_environment()
@@ -63,12 +91,20 @@ def prepare(config: SftConfig, context: StageContext | None = None) -> tuple[Any
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     note_added_end(tokenizer, context)
     check_special_tokens(
-        tokenizer, config.data, ((f"row {row.id!r}", row.messages, tools_of(row.fields)) for row in rows)
+        tokenizer, config.data, ((f"row {row.id!r}", row.messages, tools_of(row.fields)) for row in [*rows, *apart])
     )
     examples, dropped = tokenize(tokenizer, rows, config.max_length, overlong=config.overlong)
+    held_out, dropped_apart = (
+        tokenize(tokenizer, apart, config.max_length, overlong=config.overlong) if apart else ([], 0)
+    )
     by_capability = dict(sorted(Counter(row.capability for row in rows).items()))
-    counts = {"rows": len(rows), "dropped": dropped, "samples": len(examples), "rows_by_capability": by_capability}
-    return tokenizer, examples, counts
+    counts = {
+        "rows": len(rows),
+        "dropped": dropped + dropped_apart,
+        "samples": len(examples),
+        "rows_by_capability": by_capability,
+    }
+    return Prepared(tokenizer, examples, held_out, {**counts, **({"held_out_rows": len(apart)} if apart else {})})
 
 
 def trainer_arguments(config: SftConfig, folder: Path, seed: int = 0) -> dict[str, Any]:
@@ -95,8 +131,10 @@ def trainer_arguments(config: SftConfig, folder: Path, seed: int = 0) -> dict[st
     }
 
 
-def make_tuning(config: SftConfig, context: StageContext, model: Any, *, data: Sequence[Any]) -> Tuning:
-    """The `Tuning` of SFT. data: `Example`s.
+def make_tuning(
+    config: SftConfig, context: StageContext, model: Any, *, data: Sequence[Any], held_out: Sequence[Any] = ()
+) -> Tuning:
+    """The `Tuning` of SFT. data, held_out: `Example`s.
 
     With packing, the model is checked first: it must keep packed conversations apart.
     """
@@ -132,4 +170,5 @@ def make_tuning(config: SftConfig, context: StageContext, model: Any, *, data: S
         metrics=METRICS,
         data_keys=frozenset({"data"}),
         report=report,
+        held_out=to_records(held_out, config.batch_tokens, context.seed),
     )

@@ -1,4 +1,4 @@
-"""Checkpoints of a TRL trainer. The last two are kept.
+"""Checkpoints of a TRL trainer. The last two are kept, and that of the best model if the stage asks for it.
 
 All ranks write into the folder `checkpoint-N`, whose name transformers chooses. Once it is complete, rank 0 seals it:
 it adds the fingerprint of the training and renames the folder to `step_N`. So a folder `step_N` is always complete. A
@@ -44,8 +44,10 @@ def digest_ids(sequences: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path, step: int, fingerprint: str, *, tokens: int) -> Path:
+def seal(folder: Path, step: int, fingerprint: str, *, tokens: int, kept: int | None = None) -> Path:
     """Seal `checkpoint-N` as `step_N` and delete all but the last two. tokens: trained on up to this step.
+
+    kept: the step of a checkpoint that is not deleted, however old it is.
 
     Rank 0 calls it, once every rank has written its part.
     """
@@ -53,8 +55,9 @@ def seal(folder: Path, step: int, fingerprint: str, *, tokens: int) -> Path:
     remove(folder / "README.md")  # TRL's model card
     write_json(written / SEAL, {"step": step, "tokens": tokens, "fingerprint": fingerprint})
     replace_folder(written, final)
-    for _, path in sorted(_sealed(folder), reverse=True)[KEPT:]:
-        remove(path)
+    for number, path in sorted(_sealed(folder), reverse=True)[KEPT:]:
+        if number != kept:
+            remove(path)
     return final
 
 

@@ -1,24 +1,28 @@
 """Run a TRL trainer in every rank of a stage: report progress and metrics, seal checkpoints, resume after a kill.
 
-Only rank 0 reports to the stage. Left out: evaluation during training (a stage of its own) and TRL's own trackers (see
+Only rank 0 reports to the stage. Left out: TRL's own evaluation (see held_out.py) and its trackers (see
 metrics/trackers.py).
 """
 
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from posttrain.config.held_out import HeldOutConfig
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.files import keep_lines
 from posttrain.model.router_balance import native_layers
 from posttrain.parallel.export import barrier, is_first_rank
+from posttrain.parallel.state import load_state
 from posttrain.tune.checkpoints import Sealed, latest, seal
+from posttrain.tune.held_out import HELD_OUT_METRICS, HeldOutCallback
 from posttrain.tune.routers import ROUTER_METRICS, RouterCallback
 
 BUSY_INTERVAL_S = 1.0
@@ -28,11 +32,19 @@ class StageCallback(TrainerCallback):
     """Hands what the trainer logs to the stage's context, and seals checkpoints.
 
     names: name that TRL logs -> name in metrics.jsonl; other logged values are left out. fingerprint: of the training.
-    resumed: the checkpoint from which the training continues. The trainer counts tokens only since then.
+    resumed: the checkpoint from which the training continues. The trainer counts tokens only since then. held_out: what
+    evaluates the held-out rows, or None.
     """
 
     def __init__(
-        self, context: StageContext, trainer: Any, *, names: Mapping[str, str], fingerprint: str, resumed: Sealed
+        self,
+        context: StageContext,
+        trainer: Any,
+        *,
+        names: Mapping[str, str],
+        fingerprint: str,
+        resumed: Sealed,
+        held_out: HeldOutCallback | None,
     ):
         self.context = context
         self.names = dict(names)
@@ -40,6 +52,7 @@ class StageCallback(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self._trainer = trainer
         self._tokens_before = resumed.tokens
+        self._held_out = held_out
         self._busy_since = time.time()
 
     @property
@@ -68,13 +81,16 @@ class StageCallback(TrainerCallback):
             return
         self.context.metrics(state.global_step, values)
         shown = {name: values[name] for name in ("loss", "accuracy") if name in values}
+        if self._held_out is not None and self._held_out.standing.last_loss is not None:
+            shown["held-out loss"] = self._held_out.standing.last_loss
         self.context.progress(state.global_step, state.max_steps, "steps", values=shown)
         self._busy(at_least_s=BUSY_INTERVAL_S)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         barrier()  # every rank has written its part
         if is_first_rank():
-            path = seal(Path(args.output_dir), state.global_step, self.fingerprint, tokens=self.tokens)
+            kept = None if self._held_out is None else self._held_out.kept_step
+            path = seal(Path(args.output_dir), state.global_step, self.fingerprint, tokens=self.tokens, kept=kept)
             self.context.event("checkpoint", step=state.global_step, path=str(path))
         barrier()
 
@@ -91,19 +107,42 @@ class StageCallback(TrainerCallback):
             self._busy_since = now
 
 
-def train(
-    trainer: Any, context: StageContext, names: Mapping[str, str], *, fingerprint: str, router_bias_rate: float
-) -> list[dict[str, float]]:
-    """Train a `StepTrainer` to the end, from the last checkpoint of the same training if there is one. Collective.
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """history: the metrics of each step that this call trained. held_out: what evaluated the held-out rows, or None."""
 
-    names: as for `StageCallback`. Returns the metrics of each step that this call trained. Raises `StageError` if a
-    metric, such as the loss or the gradient norm, is not a finite number.
+    history: list[dict[str, float]]
+    held_out: HeldOutCallback | None
+
+
+def train(
+    trainer: Any,
+    context: StageContext,
+    names: Mapping[str, str],
+    *,
+    fingerprint: str,
+    router_bias_rate: float,
+    held_out: HeldOutConfig | None,
+) -> Trained:
+    """Train a `StepTrainer`, from the last checkpoint of the same training if there is one. Collective.
+
+    It trains to the last step, or until it ends early. names: as for `StageCallback`. With `held_out.keep_best` the
+    weights are those of the best evaluation afterwards. Raises `StageError` if a metric, such as the loss or the
+    gradient norm, is not a finite number.
     """
     resumed = _resume_point(trainer, context, fingerprint)
+    evaluation = HeldOutCallback(trainer, held_out, resumed.path) if held_out is not None else None
     callback = StageCallback(
-        context, trainer, names={**names, **ROUTER_METRICS}, fingerprint=fingerprint, resumed=resumed
+        context,
+        trainer,
+        names={**names, **ROUTER_METRICS, **HELD_OUT_METRICS},
+        fingerprint=fingerprint,
+        resumed=resumed,
+        held_out=evaluation,
     )
     trainer.remove_callback(PrinterCallback)
+    if evaluation is not None:  # before StageCallback, as the routers' below
+        trainer.add_callback(evaluation)
     if native_layers(trainer.model) is not None:
         # It must come before StageCallback, because it adds figures that StageCallback logs, and a file to the
         # checkpoint that StageCallback seals.
@@ -114,7 +153,10 @@ def train(
     if resumed.path is not None and is_first_rank():
         context.event("resumed", step=resumed.step, path=str(resumed.path))
     trainer.train(resume_from_checkpoint=None if resumed.path is None else str(resumed.path))
-    return callback.history
+    steps = trainer.state.global_step
+    if evaluation is not None and evaluation.kept_step not in (None, steps):
+        load_state(trainer.model_wrapped, Path(trainer.args.output_dir) / f"step_{evaluation.kept_step}")
+    return Trained(callback.history, evaluation)
 
 
 def _resume_point(trainer: Any, context: StageContext, fingerprint: str) -> Sealed:

@@ -22,7 +22,8 @@ from posttrain.files import read_jsonl
 if TYPE_CHECKING:
     from posttrain.tune.drift import Example
 
-ROWS = "tokenized"  # the folder of the rows on disk, from which all ranks read them
+ROWS = "tokenized"  # the folder of the rows on disk, from which all ranks read them, and the folders in it
+TRAINED, HELD_OUT = "trained", "held_out"
 # The keys of a config that do not change what a training learns, besides those that name its data. `parallel` and
 # `gradient_accumulation` are among them, because only the number of forwards of a step counts (see `training_recipe`).
 # `epochs` is, because more epochs go on from the checkpoint at which fewer ended.
@@ -37,7 +38,7 @@ class Tuning:
     for it. rows: the training data; the trainer shuffles them. blank: a row from which nothing is learned. sample:
     conversations on which the drift is measured. metrics: name that TRL logs -> name in metrics.jsonl. data_keys: keys
     of the config that name the data. report: makes the stage's own figures from the metrics of each step. options:
-    further keyword arguments of the trainer.
+    further keyword arguments of the trainer. held_out: rows on which the loss is measured during the training.
     """
 
     trainer: Any
@@ -49,18 +50,21 @@ class Tuning:
     data_keys: frozenset[str]
     report: Callable[[Sequence[Mapping[str, float]]], dict[str, Any]]
     options: Mapping[str, object] = field(default_factory=dict)
+    held_out: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a stage sends to every rank.
 
-    make: a function; `make(config, context, model, data=data)` returns the `Tuning`. data: the stage's tokenized rows.
+    make: a function; `make(config, context, model, data=data, held_out=held_out)` returns the `Tuning`. data, held_out:
+    the stage's tokenized rows, and those that are not trained on.
     """
 
     make: Callable[..., Tuning]
     tokenizer: Tokenizer
     data: Sequence[object]
+    held_out: Sequence[object] = ()
 
 
 def tune(config: Any, context: StageContext, work: Work) -> dict[str, Any]:
@@ -81,7 +85,7 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
     """Load the model, train it, measure its drift and write its folder. Every rank calls it with the same arguments.
 
     Returns {"steps", "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after", the stage's own
-    figures, "engine": the class of the engine, and the keys of `parallel`}.
+    figures, those of the held-out rows, "engine": the class of the engine, and the keys of `parallel`}.
     """
     import torch
 
@@ -94,7 +98,7 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
     model = load_policy(config.model)
     prepare_model(model)
     model_config = copy.deepcopy(model.config)  # a copy, because TRL changes values in the model's config
-    tuning = work.make(config, context, model, data=work.data)
+    tuning = work.make(config, context, model, data=work.data, held_out=work.held_out)
     trained, report = _train(config, context, model, tuning=tuning, tokenizer=work.tokenizer)
     architecture = type(trained).__name__.removeprefix("Native")
     export_model(trained, model_config, architecture, tokenizer=work.tokenizer, path=context.dir / "model")
@@ -115,20 +119,28 @@ def _train(
 
     probe = DriftProbe(model, tuning.sample)
     recipe = training_recipe(config, tuning.data_keys)
-    identity = fingerprint(model, recipe, context.seed, digest_ids(tuning.rows))
+    identity = fingerprint(model, recipe, context.seed, digest_ids(tuning.rows), digest_ids(tuning.held_out))
+    folder = context.dir / ROWS
     trainer = tuning.trainer(
         model=model,
         args=tuning.arguments,
-        train_dataset=_shared_rows(tuning, context.dir / ROWS),
+        train_dataset=_shared_rows(tuning.rows, tuning.blank, folder / TRAINED),
+        eval_dataset=_shared_rows(tuning.held_out, tuning.blank, folder / HELD_OUT) if tuning.held_out else None,
         processing_class=tokenizer,
         peft_config=adapter_config(model, config.lora) if config.lora else None,
         **tuning.options,
     )
     if config.lora and config.lora.dropout:
         trainer.row_keys = use_row_dropout(trainer.model, context.seed)
-    history = train(
-        trainer, context, tuning.metrics, fingerprint=identity, router_bias_rate=config.model.router.bias_rate
+    result = train(
+        trainer,
+        context,
+        tuning.metrics,
+        fingerprint=identity,
+        router_bias_rate=config.model.router.bias_rate,
+        held_out=config.held_out,
     )
+    history = result.history
     steps = trainer.state.global_step
     if steps == 0:
         raise StageError(f"{context.name}: no optimizer step was made")
@@ -142,6 +154,7 @@ def _train(
         "kl_from_start": drift.kl,
         "entropy_before": drift.entropy_before,
         "entropy_after": drift.entropy_after,
+        **(result.held_out.report(steps) if result.held_out is not None else {}),
         **engine_report(trainer.model_wrapped, config.parallel),
     }
     if is_first_rank():
@@ -154,12 +167,13 @@ def training_recipe(config: Any, data_keys: frozenset[str]) -> dict[str, Any]:
 
     A training continues from a checkpoint of any layout if each step has as many forwards as in that layout.
     """
-    recipe = config.model_dump(mode="json", exclude=NOT_IN_RECIPE | data_keys)
+    left_out = dict.fromkeys(NOT_IN_RECIPE | data_keys, True) | {"held_out": {"fraction", "rows", "path"}}
+    recipe = config.model_dump(mode="json", exclude=left_out)
     forwards = config.parallel.processes * config.gradient_accumulation
     return {**recipe, "router": config.model.router.model_dump(), "forwards_a_step": forwards}
 
 
-def _shared_rows(tuning: Tuning, folder: Path) -> Any:
+def _shared_rows(rows: Sequence[Mapping[str, Any]], blank: Mapping[str, Any], folder: Path) -> Any:
     """The dataset, read from a folder that rank 0 writes.
 
     A shared folder is needed because TRL lets rank 0 add columns to the dataset on disk, which the other ranks read.
@@ -170,6 +184,6 @@ def _shared_rows(tuning: Tuning, folder: Path) -> Any:
     from posttrain.tune.steps import rows_and_blank
 
     if is_first_rank():
-        rows_and_blank(tuning.rows, tuning.blank).save_to_disk(folder)
+        rows_and_blank(rows, blank).save_to_disk(folder)
     barrier()
     return load_from_disk(folder)

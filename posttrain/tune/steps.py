@@ -72,6 +72,7 @@ class StepTrainer:
 
     model: Any
     state: Any
+    control: Any
     accelerator: Any
     train_dataset: Any
     loss_is_scaled_for_ga = True  # losses are divided by counts of the step; transformers must not divide them again
@@ -83,6 +84,11 @@ class StepTrainer:
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset
         return super()._get_train_sampler(rows.select(range(len(rows) - 1)))  # type: ignore[misc]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch, unless the training has ended early before it was resumed."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         """The batches of this rank. Every rank has the same number of batches."""
@@ -107,7 +113,7 @@ class StepTrainer:
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """One forward's share of the loss of its step, with the losses on routers."""
-        assert not return_outputs, "evaluation is a stage of its own"
+        assert not return_outputs, "held-out rows are evaluated by posttrain.tune.held_out"
         tokens = fed_tokens(inputs)
         if self.router_balance is not None:
             self.router_balance.counting = tokens > 0

@@ -1,0 +1,150 @@
+"""Measure the loss on held-out rows during a training, keep the best model, and end the training early.
+
+    each N steps: held-out rows, divided among the ranks ─► forwards ─► sums over all ranks ─► figures ─► Standing
+                                                            best so far: a checkpoint that is kept ◄───┤
+                                                            no better for long: the training ends ◄────┘
+
+A figure is a sum over all held-out rows divided by a count over all of them, so it does not depend on how they are
+divided among forwards and ranks. The standing is part of each checkpoint. Left out: how a loss is computed, which the
+trainer of the stage does (`held_out_sums`, `held_out_figures`).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from posttrain.config.held_out import HeldOutConfig
+from posttrain.files import write_json
+
+STATE = "held_out.json"
+LOSS = "held_out_loss"
+HELD_OUT_METRICS = {name: name for name in (LOSS, "held_out_margin", "held_out_accuracy")}
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the evaluations have shown so far.
+
+    best_step, best_loss: of the evaluation with the lowest loss; 0 and None before the first. misses: scheduled
+    evaluations in a row since then that were not better. first_loss, last_loss: of the first and the last evaluation.
+    """
+
+    best_step: int = 0
+    best_loss: float | None = None
+    misses: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+
+    def after(self, step: int, loss: float, *, scheduled: bool = True) -> "Standing":
+        """The standing after one more evaluation.
+
+        scheduled: False for the one after the last step of a training, which does not count as a miss: with more epochs
+        the training would not have it.
+        """
+        first = loss if self.first_loss is None else self.first_loss
+        if self.best_loss is None or loss < self.best_loss:
+            return Standing(step, loss, 0, first, loss)
+        return replace(self, misses=self.misses + scheduled, last_loss=loss)
+
+
+def batches(rows: int, size: int, rank: int, *, ranks: int) -> Iterator[list[int]]:
+    """The batches of one rank, as indices of rows. Every rank has equally many.
+
+    Index `rows` is the blank row, of which a rank without rows gets a batch: the forwards of all ranks exchange experts
+    and weights, so each rank needs one.
+    """
+    every = [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
+    every += [[rows]] * (-len(every) % ranks)
+    yield from every[rank::ranks]
+
+
+class HeldOutCallback(TrainerCallback):
+    """Evaluates, logs the figures, and writes the standing into checkpoints.
+
+    trainer: a `StepTrainer`, whose `eval_dataset` holds the held-out rows and the blank row as the last one. resumed:
+    the checkpoint from which training continues, or None.
+    """
+
+    def __init__(self, trainer: Any, config: HeldOutConfig, resumed: Path | None):
+        self.standing = Standing()
+        self.config = config
+        self._trainer = trainer
+        self._figures: dict[str, float] = {}
+        if resumed is not None:
+            self.standing = Standing(**json.loads((resumed / STATE).read_text()))
+
+    @property
+    def kept_step(self) -> int | None:
+        """The step of the best model, whose checkpoint is not deleted; None without keep_best or an evaluation."""
+        return self.standing.best_step or None if self.config.keep_best else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the training ends early."""
+        return self.config.patience is not None and self.standing.misses >= self.config.patience
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether there is an evaluation after this step. last: the last step of the training."""
+        return step % self.config.every == 0 or step >= last
+
+    def take(self, step: int, loss: float) -> None:
+        """Note the loss of the evaluation after this step."""
+        self.standing = self.standing.after(step, loss, scheduled=step % self.config.every == 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A training that was killed between its early end and its export does not train another step.
+        control.should_training_stop = self.has_ended
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        if not self.is_due(step, state.max_steps):
+            return
+        self._figures = evaluate(self._trainer)
+        self.take(step, self._figures[LOSS])
+        if self.has_ended:
+            control.should_training_stop = control.should_save = True
+        if self.kept_step == step:
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            logs.update(self._figures)
+            self._figures = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE, asdict(self.standing))
+
+    def report(self, steps: int) -> dict[str, Any]:
+        """The figures of the stage's end. steps: that were trained."""
+        standing = self.standing
+        return {
+            "held_out_loss_first": standing.first_loss,
+            "held_out_loss_last": standing.last_loss,
+            "held_out_loss_best": standing.best_loss,
+            "best_step": standing.best_step,
+            "result_step": self.kept_step or steps,
+            "stopped_early": self.has_ended,
+        }
+
+
+@torch.no_grad()
+def evaluate(trainer: Any) -> dict[str, float]:
+    """The figures of the held-out rows by name, those of `HELD_OUT_METRICS`, the same on every rank. Collective."""
+    rows, accelerator, model = trainer.eval_dataset, trainer.accelerator, trainer.model_wrapped
+    was_training = model.training
+    model.eval()
+    sums: dict[str, torch.Tensor] = {}
+    size = trainer.args.per_device_train_batch_size
+    for batch in batches(len(rows) - 1, size, accelerator.process_index, ranks=accelerator.num_processes):
+        inputs = trainer._prepare_inputs(trainer.data_collator([rows[index] for index in batch]))
+        for name, value in trainer.held_out_sums(model, inputs).items():
+            sums[name] = sums.get(name, 0.0) + value.double()
+    model.train(was_training)
+    totals: Any = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
+    return trainer.held_out_figures(dict(zip(sums, totals.tolist(), strict=True)))
