@@ -374,7 +374,7 @@ def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
         "mean 0.432   pass rate 37%   math 0.510",
         "entropy 0.48   mismatch KL 0.0006   effective samples 98.5%   masked 0.40%",
         "mean 1.50   groups of age 0 5   groups of age 2 27",
-        "trained 32   dropped stale 17   too hard 11   unscored replies 25.0%",
+        "trained 32   dropped too hard 11   dropped stale 17   unscored replies 25.0%",
         "waiting 6   waited, s 0.6",
         "tokens/s 2,512   idle trainer 12%   idle engine-1 3%",
         "from 0.05   to 0.60   solved 400",
@@ -412,9 +412,13 @@ def test_the_panel_alarms_above_what_the_stage_was_given(tmp_path: Path, limit: 
     assert ("\x1b[1;31m25.0%" in console.file.getvalue()) == alarms
 
 
-def test_drops_by_length_are_not_shown_as_more_drops():
+def test_each_dropped_group_is_shown_once():
     metrics = {"groups_dropped_stale": 2, "groups_dropped_length/32": 2}
     assert figures(metrics)["groups"] == [("dropped stale", "2", False)]
+    metrics = {"groups_dropped_zero_advantage": 5, "groups_dropped_pass_rate/0.25": 5}
+    assert figures(metrics)["groups"] == [("dropped zero advantage", "5", False)]
+    causes = {**metrics, "groups_too_easy": 3, "groups_too_hard": 2}
+    assert figures(causes)["groups"] == [("dropped too easy", "3", False), ("dropped too hard", "2", False)]
 
 
 def test_a_phase_is_shown_until_there_is_progress(tmp_path: Path):

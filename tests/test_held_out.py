@@ -245,13 +245,15 @@ def test_the_figures_of_dpo_are_means_over_pairs(policy: Path, tmp_path: Path):
 # --- whole stages ---
 
 
+def unlike(index: int) -> dict[str, Any]:
+    turns = [{"role": "user", "content": f"Say {index}"}, {"role": "assistant", "content": "zyx! wvu? tsr; qpo." * 2}]
+    return {"messages": turns}
+
+
 def held_out_lines(folder: Path) -> dict[int, float]:
     return {
         line["step"]: line["held_out_loss"] for line in read_jsonl(folder / "metrics.jsonl") if "held_out_loss" in line
     }
-
-
-OVERFITS = {"epochs": 40, "optimizer": {"learning_rate": 1e-2}, "max_length": 128}
 
 
 @pytest.mark.slow
@@ -259,25 +261,29 @@ OVERFITS = {"epochs": 40, "optimizer": {"learning_rate": 1e-2}, "max_length": 12
 def test_sft_ends_early_with_the_best_model_also_when_it_was_stopped(
     ranks: Any, policy: Path, data: Path, tmp_path: Path, processes: int
 ):
-    """Stopped before the best step, and between the end of the training and its export."""
+    """Stopped soon after the best step, and between the end of the training and its export.
+
+    The held-out replies are unlike those that are trained on, so that their loss rises from the first evaluation on.
+    """
+    write_jsonl(tmp_path / "apart.jsonl", [unlike(index) for index in range(10)])
     layout = (
         {} if processes == 1 else {"parallel": {"processes": 2, "zero": 2}, "resources": {"trainer": {"cpus": 0.25}}}
     )
-    apart = {"rows": 10, "every": 4, "keep_best": True, "patience": 2}
-    config = test_sft.make_config(policy, data, **OVERFITS, **layout, held_out=apart, checkpoint_every=3)
+    apart = {"path": str(tmp_path / "apart.jsonl"), "every": 2, "keep_best": True, "patience": 2}
+    changes = {"epochs": 9, "optimizer": {"learning_rate": 3e-2}, "checkpoint_every": 3, "held_out": apart}
+    config = test_sft.make_config(policy, data, **changes, **layout)
     context = test_sft.make_context(tmp_path / "run")
     result = sft.run(config, context)
     lines, best = held_out_lines(context.dir), result["best_step"]
-    assert list(lines) == list(range(4, result["steps"] + 1, 4))
-    assert best == min(lines, key=lambda step: lines[step]) == result["result_step"] == result["steps"] - 8
-    assert result["stopped_early"]
+    assert list(lines) == [2, 4, 6]
+    assert (result["steps"], best, result["result_step"], result["stopped_early"]) == (6, 2, 2, True)
+    assert result["held_out_loss_best"] == min(lines.values()) == lines[2]
     prepared = sft.prepare(config)
-    assert (len(prepared.held_out), result["held_out_rows"], result["rows"]) == (10, 10, 38)
+    assert (len(prepared.held_out), result["held_out_rows"], result["rows"]) == (10, 10, 48)
     exported = load_model(result["model"], dtype="float32")
     assert held_out_loss(exported, prepared.held_out) == pytest.approx(result["held_out_loss_best"], rel=1e-4)
     kept = {int(path.name.removeprefix("step_")) for path in (context.dir / "checkpoints").iterdir()}
-    assert best in kept
-    assert len(kept) == 3
+    assert kept == {2, 3, 6}
     before = test_sft.weights(context.dir / "model")
 
     again = sft.run(config, context)  # as after a kill between the last checkpoint and the export
@@ -285,7 +291,7 @@ def test_sft_ends_early_with_the_best_model_also_when_it_was_stopped(
     for step in kept - {best}:
         shutil.rmtree(context.dir / "checkpoints" / f"step_{step}")
     once_more = sft.run(config, context)  # as after a kill soon after the best step
-    assert [event["step"] for event in read_jsonl(context.events) if event["event"] == "resumed"] == [max(kept), best]
+    assert [event["step"] for event in read_jsonl(context.events) if event["event"] == "resumed"] == [6, 2]
     assert [once_more[name] for name in ("steps", "best_step")] == [result["steps"], best]
     assert held_out_lines(context.dir) == lines
     after = test_sft.weights(context.dir / "model")

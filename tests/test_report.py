@@ -197,6 +197,23 @@ def test_rl_shows_what_its_metrics_hold(sample: Path) -> None:
         assert f'"name": "{words}"' in shown
 
 
+def test_the_loss_on_held_out_rows_is_drawn_over_that_of_training_rows(copy: Path) -> None:
+    lines = [json.loads(line) for line in (copy / "sft" / "metrics.jsonl").open()]
+    assert all("held_out_loss" not in line for line in lines)
+    before = charts_of(copy, "sft")["Loss on assistant tokens"]
+    measured = {lines[1]["step"]: 1.75, lines[4]["step"]: 1.5}
+    end = {"held_out_loss_first": 1.75, "held_out_loss_last": 1.5, "held_out_loss_best": 1.25, "result_step": 3}
+    lines = [{**line, "held_out_loss": measured[line["step"]]} if line["step"] in measured else line for line in lines]
+    write_lines(copy / "sft" / "metrics.jsonl", [*lines, {"step": lines[-1]["step"], **end}])
+    chart = charts_of(copy, "sft")["Loss on assistant tokens"]
+    assert [key.name for key in chart.keys][-1] == "held-out rows"
+    *traces, apart = chart.spec["data"]
+    assert traces == before.spec["data"]
+    assert dict(zip(apart["x"], apart["y"], strict=True)) == measured
+    assert "1.75 → 1.5" in page_of(copy).text
+    assert "the result is step 3, with 1.25" in page_of(copy).text
+
+
 def test_groups_are_told_apart_by_what_became_of_them(sample: Path) -> None:
     fates = drawn(charts_of(sample, "rl")["Where the groups went"])
     assert list(fates) == [
@@ -268,7 +285,7 @@ def test_every_metric_that_the_report_reads_is_written_by_a_stage(
     monkeypatch.setattr(Series, "named", note_named)
     build_sections(read_run(sample))
     package = Path(posttrain.__file__).parent
-    parts = [package / part for part in ("base", "filtering", "sft", "dpo", "rl", "train")]
+    parts = [package / part for part in ("base", "filtering", "sft", "dpo", "tune", "rl", "train")]
     source = "".join(file.read_text() for part in parts for file in part.rglob("*.py"))
     assert {"reward_mean", "loss", "staleness/", "idle/", DROPPED} <= read
     drops = {name.removeprefix(DROPPED) for name, _, _ in FATES if name.startswith(DROPPED)}

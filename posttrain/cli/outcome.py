@@ -55,7 +55,18 @@ def _figures(kind: str, stats: Mapping[str, Any]) -> list[str]:
     profile = stats.get("profile") or {}
     lost = profile.get("prompts_unscored")
     unscored = f"{lost} of {plural(profile.get('prompts') or 0, 'prompt')} could not be scored" if lost else ""
-    return [" ".join(filter(None, [steps, on])), loss, unscored]
+    return [" ".join(filter(None, [steps, on])), loss, _held_out(stats), unscored]
+
+
+def _held_out(stats: Mapping[str, Any]) -> str:
+    """The loss on held-out rows, and which step's model is the result if it is not the last one's."""
+    first, last = stats.get("held_out_loss_first"), stats.get("held_out_loss_last")
+    if first is None or last is None:
+        return ""
+    text = f"held-out loss {plain(first)} → {plain(last)}"
+    if stats.get("result_step") != stats.get("steps"):
+        text += f", of which step {stats.get('result_step')} with {plain(stats.get('held_out_loss_best'))} is kept"
+    return text + (" (ended early)" if stats.get("stopped_early") else "")
 
 
 def _table(results: Mapping[str, Any]) -> list[str]:

@@ -26,9 +26,9 @@ SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "groups": (
         ("groups_trained", "trained", "{:g}"),
+        ("groups_too_easy", "dropped too easy", "{:g}"),
+        ("groups_too_hard", "dropped too hard", "{:g}"),
         ("groups_dropped_", "dropped ", "{:g}"),
-        ("groups_too_easy", "too easy", "{:g}"),
-        ("groups_too_hard", "too hard", "{:g}"),
         ("unscored_fraction", "unscored replies", "{:.1%}"),
         ("probes_unscored", "of probes", "{:g}"),
         ("evaluated_unscored", "of evaluations", "{:g}"),
@@ -77,12 +77,17 @@ def figures(
 
 
 def _named(metrics: Mapping[str, float], key: str, label: str) -> list[tuple[str, str]]:
-    """(key, label) of the metrics that an entry of SUBJECTS stands for; of drop counters, only those above 0."""
+    """(key, label) of the metrics that an entry of SUBJECTS stands for; of drop counters, only those above 0.
+
+    Each dropped group is in one of them: `groups_dropped_length/32` counts the same groups again, and so does
+    `groups_dropped_zero_advantage` where groups that were too easy and too hard are told apart.
+    """
     if not key.endswith(PREFIXES):
         return [(key, label)] if key in metrics else []
     names = [name for name in metrics if name.startswith(key)]
-    if not key.endswith("/"):  # `groups_dropped_length/32` counts the same groups again
-        names = [name for name in names if metrics[name] and "/" not in name]
+    if not key.endswith("/"):
+        again = "groups_dropped_zero_advantage" if "groups_too_easy" in metrics else ""
+        names = [name for name in names if metrics[name] and "/" not in name and name != again]
     return [(name, f"{label}{name.removeprefix(key).replace('_', ' ')}") for name in names]
 
 

@@ -10,6 +10,7 @@ from posttrain.report.format import NONE, count, percent, plain, plural
 from posttrain.report.read import Run, Stage, number
 from posttrain.report.series import Series
 
+LOSS, HELD_OUT = "held_out_loss", "--c2"  # the column, and the colour of all figures on held-out rows
 PAIRS = {"wrong": "right over wrong", "truncated": "complete over truncated", "given": "given"}
 
 
@@ -24,7 +25,7 @@ def base_section(run: Run, stage: Stage) -> Section | None:
 def sft_section(run: Run, stage: Stage) -> Section | None:
     series = Series(stage.metrics)
     charts = [
-        _curve(series, "Loss on assistant tokens", "loss", unit="nats a token", rangemode="tozero"),
+        _curve(series, "Loss on assistant tokens", "loss", apart=LOSS, unit="nats a token", rangemode="tozero"),
         _curve(series, "Entropy on the training rows", "entropy", unit="nats a token", rangemode="tozero"),
     ]
     return _section(stage, "Light SFT", _light(stage, series), charts=charts)
@@ -33,9 +34,9 @@ def sft_section(run: Run, stage: Stage) -> Section | None:
 def dpo_section(run: Run, stage: Stage) -> Section | None:
     series = Series(stage.metrics)
     charts = [
-        _curve(series, "Loss", "loss"),
-        _curve(series, "Margin, chosen over rejected", "margin", unit="implicit reward"),
-        _curve(series, "Pairs ranked right", "accuracy", tickformat=".0%", range=[0, 1.05]),
+        _curve(series, "Loss", "loss", apart=LOSS),
+        _curve(series, "Margin, chosen over rejected", "margin", apart="held_out_margin", unit="implicit reward"),
+        _curve(series, "Pairs ranked right", "accuracy", apart="held_out_accuracy", tickformat=".0%", range=[0, 1.05]),
     ]
     pairs = _pairs(stage)
     stats = []
@@ -52,8 +53,11 @@ def _section(stage: Stage, title: str, stats: list[Stat], *, charts: list[Chart 
     return Section(stage.name, title, blocks) if blocks else None
 
 
-def _curve(series: Series, title: str, name: str, *, unit: str = "", **settings: Any) -> Chart | None:
-    """One column over the steps; None if it was not written or has a single point."""
+def _curve(series: Series, title: str, name: str, *, apart: str = "", unit: str = "", **settings: Any) -> Chart | None:
+    """One column over the steps; None if it was not written or has a single point.
+
+    apart: the column with the same figure on held-out rows, which has a value at each evaluation, or "".
+    """
     values = series.get(name)
     if len(series.known(name)) < 2:
         return None
@@ -63,6 +67,12 @@ def _curve(series: Series, title: str, name: str, *, unit: str = "", **settings:
     if width > 1:
         data.insert(0, dots(series.steps, values, "--accent@0.35", name="recorded"))
         keys = (Key("recorded", "--accent@0.35", "dot"), Key(f"smoothed over {width}", "--accent"))
+    values = series.get(apart) if apart else []
+    measured = [(step, value) for step, value in zip(series.steps, values, strict=False) if value is not None]
+    if measured:
+        steps, shown = zip(*measured, strict=True)
+        data.append({**line(steps, shown, HELD_OUT, name="held-out rows"), "mode": "lines+markers"})
+        keys = (*(keys or (Key("training rows", "--accent"),)), Key("held-out rows", HELD_OUT))
     spec = figure(data, axis("step", grid=False), axis(**settings))
     return Chart(title, spec, 200, unit, keys=keys)
 
@@ -82,6 +92,15 @@ def _light(stage: Stage, series: Series) -> list[Stat]:
         stats.append(Stat("entropy", f"{plain(before)} → {plain(after)}", "nats a token, before and after"))
     if loss := _first_to_last(series, "loss"):
         stats.append(Stat("loss", loss, "first and last step"))
+    first, last, best = (at_end(f"{LOSS}_{which}") for which in ("first", "last", "best"))
+    if first is not None and last is not None:
+        kept, steps_made = at_end("result_step"), at_end("steps") or series.last("step")
+        note = "first and last evaluation"
+        if kept is not None and steps_made is not None and kept < steps_made:
+            note += f"; the result is step {count(kept)}, with {plain(best)}"
+        if stage.figures.get("stopped_early"):
+            note += "; the training ended early"
+        stats.append(Stat("held-out loss", f"{plain(first)} → {plain(last)}", note))
     if (ranked := at_end("accuracy")) is not None:
         stats.append(Stat("pairs ranked right", percent(ranked), "at the end"))
     return stats

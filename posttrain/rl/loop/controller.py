@@ -46,7 +46,7 @@ from posttrain.rl.loop.checkpoints import Checkpoints
 from posttrain.rl.loop.group_book import Admission, Batch, GroupBook
 from posttrain.rl.loop.side import SideWork
 from posttrain.rl.loop.staleness import StalenessQueue
-from posttrain.rl.loop.tally import StepTally, sampled_before
+from posttrain.rl.loop.tally import REASONS, StepTally, sampled_before
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.records import Group, LedgerEvent, ScoredGroup
@@ -366,7 +366,7 @@ class Controller:
         shown = ("reward_mean", "pass_rate", "staleness_mean", "queue_groups", "generate_tokens_per_s")
         self._shown = {
             **{name: values[name] for name in shown},
-            "dropped_groups": values["groups_dropped_zero_advantage"],
+            "dropped_groups": sum(values[f"groups_dropped_{reason}"] for reason in REASONS),
         }
         self._steps_done = step + 1
         self._progress()
