@@ -14,6 +14,7 @@ from posttrain.metrics.intervals import wilson_ci95
 CAPABILITIES = ("sum", "code", "sort", "string", "countdown")
 START = 1_795_000_000.0
 STAGES = (("base", 84.0), ("filter", 21.0), ("sft", 14.0), ("rl", 118.0), ("dpo", 19.0))
+STARTS = {"sft": "${base.model}", "rl": "${sft.model}", "dpo": "${rl.model}"}  # the model that a stage starts from
 EVALUATION_S = 9.0
 ACCURACY = {"base": 0.466, "sft": 0.482, "rl": 0.752, "dpo": 0.747}
 # share of replies that show their work; accuracy of these, and of the others
@@ -41,7 +42,11 @@ def write_sample(root: Path, seed: int = 0) -> Path:
         (folder / "model").mkdir(parents=True)
         (folder / "config.yaml").write_text(f"seed: {seed}\nstage: {name}\n" + (RL_CONFIG if name == "rl" else ""))
         (folder / "DONE").write_text("{}")
-    (root / "pipeline.yaml").write_text("name: quickstart\nstages:\n  - {name: base, kind: base}\n")
+    stages = "".join(
+        f"  - {{name: {name}, kind: {name}, config: {{model: {{path: '{start}'}}}}}}\n"
+        for name, start in STARTS.items()
+    )
+    (root / "pipeline.yaml").write_text(f"name: quickstart\nstages:\n  - {{name: base, kind: base}}\n{stages}")
     events = _stage_events(starts)
     _write_filter(root / "filter", rng)
     _write_tuning(root, starts, rng)

@@ -235,6 +235,24 @@ def test_a_stopped_stage_goes_on_to_the_same_weights(ranks, policy, tmp_path):
         assert [line[name] for line in steps_of(context.dir)] == [line[name] for line in lines]
 
 
+@pytest.mark.slow
+def test_the_stage_measures_held_out_pairs(ranks, policy, tmp_path):
+    write_pairs(tmp_path / "in.jsonl", make_pairs(40))
+    held_out = {"fraction": 0.2, "every": 3}
+    config = make_config(policy, pairs={"path": str(tmp_path / "in.jsonl")}, epochs=2, held_out=held_out)
+    context = make_context(tmp_path / "run")
+    result = stage.run(config, context)
+    assert (result["num_pairs"], result["held_out_pairs"]) == (32, 8)
+    lines = [line for line in read_jsonl(context.dir / "metrics.jsonl") if "held_out_loss" in line]
+    assert [line["step"] for line in lines] == [3, 6, 8]
+    assert lines[-1]["held_out_loss"] < lines[0]["held_out_loss"] < math.log(2)
+    assert lines[-1]["held_out_margin"] > 0
+    assert result["held_out_loss_last"] == lines[-1]["held_out_loss"]
+    shown = [event["values"] for event in read_jsonl(context.events) if event["event"] == "progress"]
+    assert "held-out loss" in shown[-1]
+    assert "held-out loss" not in shown[0]
+
+
 def test_every_field_reaches_trl(policy, tmp_path):
     from trl import DPOConfig
 

@@ -1,8 +1,9 @@
-"""Held-out rows: which they are, what is measured on them, and what a training makes of it."""
+"""Held-out rows: which they are, what is measured on them, and what a training makes of it.
 
-import json
+Whole stages with held-out rows are run in test_sft.py, test_dpo.py and test_parallel_stages.py, whose ranks are warm.
+"""
+
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,6 @@ from pydantic import ValidationError
 
 from posttrain.config.held_out import HeldOutConfig
 from posttrain.data.held_out import prompt_key, split
-from posttrain.data.pairs import write_pairs
-from posttrain.dpo import stage as dpo
 from posttrain.errors import ConfigError, DataError
 from posttrain.files import read_jsonl, write_jsonl
 from posttrain.model import load_model
@@ -28,7 +27,6 @@ from posttrain.pipeline.kinds import KINDS
 from posttrain.records import Message
 from posttrain.sft import stage as sft
 from posttrain.sft.packing import blank_record, to_records
-from posttrain.tune.drift import Example
 from posttrain.tune.held_out import HeldOutCallback, Standing, batches, evaluate
 from posttrain.tune.steps import rows_and_blank
 
@@ -164,19 +162,6 @@ def test_each_row_is_in_one_batch_of_one_rank_and_all_ranks_have_as_many(rows: i
 # --- what is measured ---
 
 
-def held_out_loss(model: Any, examples: Sequence[Example]) -> float:
-    """The mean negative log-likelihood of trained tokens, one conversation at a time."""
-    total, count = 0.0, 0
-    for example in examples:
-        ids = torch.tensor([list(example.ids)])
-        with torch.no_grad():
-            logps = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        on = torch.tensor(list(example.mask[1:]), dtype=torch.bool)
-        total -= float(logps[on].sum())
-        count += int(on.sum())
-    return total / count
-
-
 class OneOf:
     """A rank's place among several, for `evaluate`: what it sums is kept instead of added to the others'."""
 
@@ -199,7 +184,7 @@ def test_the_loss_of_sft_is_the_mean_over_trained_tokens_however_rows_are_divide
     trainer = test_sft.make_trainer(config, tmp_path)
     blank = blank_record(examples[0], packed=packed)
     trainer.eval_dataset = rows_and_blank(to_records(examples, config.batch_tokens, 0), blank)
-    expected = held_out_loss(load_model(policy, dtype="float32"), examples)
+    expected = test_sft.mean_loss(load_model(policy, dtype="float32"), examples)
     trainer.model.train()
     assert evaluate(trainer) == {"held_out_loss": pytest.approx(expected, rel=1e-5)}
     assert trainer.model.training
@@ -240,79 +225,3 @@ def test_the_figures_of_dpo_are_means_over_pairs(policy: Path, tmp_path: Path):
     assert found["held_out_loss"] == pytest.approx(loss, rel=1e-4)
     assert found["held_out_margin"] == pytest.approx(sum(margins) / 7, rel=1e-4)
     assert found["held_out_accuracy"] == sum(margin > 0 for margin in margins) / 7
-
-
-# --- whole stages ---
-
-
-def unlike(index: int) -> dict[str, Any]:
-    turns = [{"role": "user", "content": f"Say {index}"}, {"role": "assistant", "content": "zyx! wvu? tsr; qpo." * 2}]
-    return {"messages": turns}
-
-
-def held_out_lines(folder: Path) -> dict[int, float]:
-    return {
-        line["step"]: line["held_out_loss"] for line in read_jsonl(folder / "metrics.jsonl") if "held_out_loss" in line
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sft_ends_early_with_the_best_model_also_when_it_was_stopped(
-    ranks: Any, policy: Path, data: Path, tmp_path: Path, processes: int
-):
-    """Stopped soon after the best step, and between the end of the training and its export.
-
-    The held-out replies are unlike those that are trained on, so that their loss rises from the first evaluation on.
-    """
-    write_jsonl(tmp_path / "apart.jsonl", [unlike(index) for index in range(10)])
-    layout = (
-        {} if processes == 1 else {"parallel": {"processes": 2, "zero": 2}, "resources": {"trainer": {"cpus": 0.25}}}
-    )
-    apart = {"path": str(tmp_path / "apart.jsonl"), "every": 2, "keep_best": True, "patience": 2}
-    changes = {"epochs": 9, "optimizer": {"learning_rate": 3e-2}, "checkpoint_every": 3, "held_out": apart}
-    config = test_sft.make_config(policy, data, **changes, **layout)
-    context = test_sft.make_context(tmp_path / "run")
-    result = sft.run(config, context)
-    lines, best = held_out_lines(context.dir), result["best_step"]
-    assert list(lines) == [2, 4, 6]
-    assert (result["steps"], best, result["result_step"], result["stopped_early"]) == (6, 2, 2, True)
-    assert result["held_out_loss_best"] == min(lines.values()) == lines[2]
-    prepared = sft.prepare(config)
-    assert (len(prepared.held_out), result["held_out_rows"], result["rows"]) == (10, 10, 48)
-    exported = load_model(result["model"], dtype="float32")
-    assert held_out_loss(exported, prepared.held_out) == pytest.approx(result["held_out_loss_best"], rel=1e-4)
-    kept = {int(path.name.removeprefix("step_")) for path in (context.dir / "checkpoints").iterdir()}
-    assert kept == {2, 3, 6}
-    before = test_sft.weights(context.dir / "model")
-
-    again = sft.run(config, context)  # as after a kill between the last checkpoint and the export
-    assert [again[name] for name in ("steps", "best_step", "stopped_early")] == [result["steps"], best, True]
-    for step in kept - {best}:
-        shutil.rmtree(context.dir / "checkpoints" / f"step_{step}")
-    once_more = sft.run(config, context)  # as after a kill soon after the best step
-    assert [event["step"] for event in read_jsonl(context.events) if event["event"] == "resumed"] == [6, 2]
-    assert [once_more[name] for name in ("steps", "best_step")] == [result["steps"], best]
-    assert held_out_lines(context.dir) == lines
-    after = test_sft.weights(context.dir / "model")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.slow
-def test_dpo_reports_held_out_pairs(ranks: Any, policy: Path, tmp_path: Path):
-    write_pairs(tmp_path / "in.jsonl", test_dpo.make_pairs(40))
-    config = test_dpo.make_config(
-        policy, pairs={"path": str(tmp_path / "in.jsonl")}, epochs=2, held_out={"fraction": 0.2, "every": 3}
-    )
-    context = test_dpo.make_context(tmp_path / "run")
-    result = dpo.run(config, context)
-    assert (result["num_pairs"], result["held_out_pairs"]) == (32, 8)
-    lines = [line for line in read_jsonl(context.dir / "metrics.jsonl") if "held_out_loss" in line]
-    assert [line["step"] for line in lines] == [3, 6, 8]
-    assert lines[-1]["held_out_loss"] < lines[0]["held_out_loss"] < math.log(2)
-    assert lines[-1]["held_out_margin"] > 0
-    assert result["held_out_loss_last"] == lines[-1]["held_out_loss"]
-    shown = [event["values"] for event in read_jsonl(context.events) if event["event"] == "progress"]
-    assert "held-out loss" in shown[-1]
-    assert "held-out loss" not in shown[0]
-    assert json.loads((context.dir / "checkpoints" / "step_8" / "held_out.json").read_text())["best_step"] == 8

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import ROUNDING, apart
-from test_sft import make_config, make_context
+from test_sft import ends_early, make_config, make_context
 from test_sft import weights as weights_of
 from tiny_policy import write_sums
 
@@ -113,6 +113,11 @@ def test_the_last_step_of_an_epoch_repeats_no_row(ranks, policy, tmp_path):
     for name in ("loss", "router_entropy", "expert_load_max", "dead_experts"):
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-4), name
     assert distance(two.dir, alone.dir, policy) < ROUNDING
+
+
+def test_held_out_rows_are_measured_and_the_best_model_kept_on_two_ranks(ranks, policy, tmp_path):
+    """Nine conversations in rows that do not divide among the ranks."""
+    ends_early(policy, write_sums(tmp_path / "sft.jsonl", 48), make_context(tmp_path / "run"), **TWO)
 
 
 @pytest.mark.full

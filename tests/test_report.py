@@ -15,11 +15,12 @@ from report_sample import ACCURACY, CAPABILITIES, FAULTS, HOSTILE, RL_CONFIG, ST
 
 import posttrain
 from posttrain.report import write_report
-from posttrain.report.blocks import Chart, Grid
+from posttrain.report.blocks import Chart, Grid, Table
 from posttrain.report.busy import intersection, length, measure_overlap, union
-from posttrain.report.charts import Values
+from posttrain.report.charts import Values, shortened, text_width
 from posttrain.report.read import Run, Stage, read_run
 from posttrain.report.sections.flow import DROPPED, FATES
+from posttrain.report.sections.result import result_section
 from posttrain.report.sections.rollouts import SAMPLE, sample_rollouts
 from posttrain.report.series import Series
 from posttrain.report.statements import Change, Share, changes, gain_sentences, headline
@@ -346,9 +347,84 @@ def test_a_change_is_claimed_only_when_the_intervals_are_apart(before: Share, af
     assert Change(before, after).verdict == verdict
 
 
-def run_with(evals: dict[str, dict], kinds: dict[str, str] | None = None) -> Run:
-    stages = tuple(Stage(name, (kinds or {}).get(name, name), "done", Path("/nowhere") / name) for name in evals)
+def run_with(evals: dict[str, dict], kinds: dict[str, str] | None = None, models: dict[str, str] | None = None) -> Run:
+    """A run of stages, each of which starts from the model of the one before it, or from what `models` says."""
+    names = [*(models or {}), *(name for name in evals if name not in (models or {}))]
+    starts = models if models is not None else dict(zip(names[1:], names, strict=False))
+    stages = tuple(
+        Stage(name, (kinds or {}).get(name, name), "done", Path("/nowhere") / name, model=starts.get(name, ""))
+        for name in names
+    )
     return Run(Path("/nowhere"), {}, stages, (), (), evals)
+
+
+def pairs_of(run: Run) -> list[tuple[str, str]]:
+    return [pair[:2] for pair in changes(run)]
+
+
+def test_siblings_are_never_compared() -> None:
+    """Two branches of one model: only the model that they started from is a before."""
+    evals = {"mild": results(0.35), "strong": results(0.3)}
+    kinds = {"mild": "sft", "strong": "sft"}
+    run = run_with(evals, kinds, {"mild": "/models/policy", "strong": "/models/policy"})
+    assert pairs_of(run) == []
+    assert headline(run).startswith("Held-out accuracy: mild 34.9% [")
+    assert lines_of(run) == []
+    run = run_with({"start": results(0.6), **evals}, kinds, {"start": "", "mild": "start", "strong": "start"})
+    assert pairs_of(run) == [("start", "mild"), ("start", "strong")]
+    assert headline(run).startswith("Held-out accuracy: start 60.0% [")  # neither branch is the run's result
+    assert lines_of(run) == [(0, 1), (0, 2)]
+
+
+def test_without_an_evaluation_of_the_start_there_is_no_claim_but_a_line() -> None:
+    run = run_with({"base": results(0.3), "rl": results(0.8)}, None, {"base": "", "sft": "base", "rl": "sft"})
+    assert pairs_of(run) == []
+    assert headline(run).startswith("Held-out accuracy: base 30.0% [")
+    assert lines_of(run) == [(0, 1)]  # rl descends from base
+
+
+def lines_of(run: Run) -> list[tuple[int, int]]:
+    """(from, to) of the lines of the chart over all capabilities, as places of the evaluations."""
+    section = result_section(run)
+    assert section is not None
+    grid = next(block for block in section.blocks if isinstance(block, Grid))
+    trace = next(trace for trace in grid.charts[0].spec["data"] if trace["mode"] == "lines")
+    return list(zip(trace["x"][::3], trace["x"][1::3], strict=True))
+
+
+def own_eval(name: str, model: str, data: str) -> Stage:
+    """An evaluation stage of the user's own."""
+    return Stage(name, "eval", "done", Path("/nowhere") / name, model=model, config={"data": {"path": data}})
+
+
+def test_own_evaluations_follow_the_rule_of_all_others() -> None:
+    stages = (
+        Stage("sft", "sft", "done", Path("/nowhere/sft"), model="/models/policy"),
+        own_eval("hard_start", "/models/policy", "hard.jsonl"),
+        own_eval("hard_sft", "sft", "hard.jsonl"),
+        own_eval("easy_sft", "sft", "easy.jsonl"),
+    )
+    evals = {"hard_start": results(0.2), "hard_sft": results(0.6), "easy_sft": results(0.9)}
+    run = Run(Path("/nowhere"), {}, stages, (), (), evals)
+    assert pairs_of(run) == [("hard_start", "hard_sft")]
+    assert headline(run).startswith("SFT (by hard_sft) raised held-out accuracy from 20.0% [")
+    assert lines_of(run) == [(0, 1)]
+
+
+@pytest.mark.parametrize("how", ["by reference", "by path", "by path in a moved run"])
+def test_the_model_a_stage_started_from_is_read_from_the_run(tmp_path: Path, how: str) -> None:
+    made = tmp_path / "run"
+    for name in ("first", "second"):
+        (made / name).mkdir(parents=True)
+    named = "${first.model}" if how != "by path" else str(made / "first" / "model")
+    config = {"name": "second", "kind": "sft", "config": {"model": {"path": named}}}
+    (made / "pipeline.yaml").write_text(json.dumps({"name": "p", "stages": [{"name": "first", "kind": "sft"}, config]}))
+    (made / "second" / "config.yaml").write_text(json.dumps({"model": {"path": str(made / "first" / "model")}}))
+    (made / "first" / "config.yaml").write_text(json.dumps({"model": {"path": "models/policy"}}))
+    if how == "by path in a moved run":
+        made = made.rename(tmp_path / "moved")
+    models = {stage.name: stage.model for stage in read_run(made).stages}
+    assert models == {"first": str(Path("models/policy").resolve()), "second": "first"}
 
 
 def test_headline_makes_no_claim_when_intervals_overlap() -> None:
@@ -374,7 +450,7 @@ def test_headline_names_a_stage_where_there_are_two_of_a_kind() -> None:
     evals = {"sft": results(0.4), "first": results(0.6), "second": results(0.8)}
     run = run_with(evals, {"first": "rl", "second": "rl"})
     assert headline(run).startswith("First raised held-out accuracy from 40.0%")
-    assert [pair[:2] for pair in changes(run)] == [("sft", "first"), ("first", "second")]
+    assert pairs_of(run) == [("sft", "first"), ("first", "second")]
 
 
 def test_headline_of_little() -> None:
@@ -641,6 +717,101 @@ def test_results_are_found_in_the_folders_without_a_summary(copy: Path) -> None:
         (copy / name / "eval").mkdir()
         (copy / name / "eval" / "results.json").write_text(json.dumps(results(accuracy)))
     assert "RL raised held-out accuracy from 48.2%" in page_of(copy).text
+
+
+# ---------------------------------------------------------------- what fits on the page
+
+WIDTHS = {1200: 874, 800: 744}  # of a window, and of the page's text column in it (page.css), in pixels
+
+
+def long_names(run_dir: Path) -> None:
+    """Give the stages of a run names that are far too long, and times that take the most room."""
+    names = {name: f"{name}_with_a_very_long_name_that_says_everything_about_it" for name in ACCURACY}
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for record in summary["stages"] + summary["evaluations"]:
+        stage, dot, rest = record["name"].partition(".")
+        record |= {"name": f"{names.get(stage, stage)}{dot}{rest}", "wall_s": 4_321_000.0, "kind": "sft"}
+    summary["eval"] = {names[name]: cells for name, cells in summary["eval"].items()}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").open()]
+    for event in events:
+        event["stage"] = names.get(event["stage"], event["stage"])
+    write_lines(run_dir / "events.jsonl", events)
+    for name, other in names.items():
+        (run_dir / name).rename(run_dir / other)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_no_text_of_a_chart_runs_off_it(copy: Path, long: bool) -> None:
+    """By an estimate of the widths of texts, in a window of either width and in as many columns as fit into it."""
+    if long:
+        long_names(copy)
+    sections = build_sections(read_run(copy))
+    assert not long or any("…" in str(chart.spec) for chart in charts_in(sections))
+    for content in WIDTHS.values():
+        for section in sections:
+            for block in section.blocks:
+                if isinstance(block, Grid):
+                    columns = max(1, (content + 36) // (block.min_width + 36))
+                    width = (content + 36) / columns - 36
+                    assert block.min_width <= content
+                    for chart in block.charts:
+                        check_fits(chart, width)
+                elif isinstance(block, Chart):
+                    check_fits(block, content)
+
+
+def charts_in(sections: list) -> list[Chart]:
+    blocks = [block for section in sections for block in section.blocks]
+    return [c for b in blocks for c in (b.charts if isinstance(b, Grid) else [b] if isinstance(b, Chart) else [])]
+
+
+def check_fits(chart: Chart, width: float) -> None:
+    layout = chart.spec["layout"]
+    left, right = layout["margin"]["l"], layout["margin"]["r"]
+    plot = width - left - right
+    assert plot > 150, chart.title
+    for note in layout.get("annotations", []):
+        assert text_width(note["text"], note["font"]["size"]) <= note["xshift"] <= right, note
+    x, y = layout["xaxis"], layout["yaxis"]
+    if "title" in x:
+        assert text_width(x["title"]["text"], x["title"]["font"]["size"]) <= plot
+    if "ticktext" in x:
+        low, high = x["range"]
+        for text in x["ticktext"]:
+            assert text_width(text, x["tickfont"]["size"]) <= plot / (high - low), text
+    for text in y.get("ticktext", []):
+        assert text_width(text, y["tickfont"]["size"]) + 5 <= left, text
+
+
+def test_text_of_the_page_can_be_broken_or_is_in_a_box_that_scrolls(copy: Path) -> None:
+    css = (Path(posttrain.__file__).parent / "report" / "page.css").read_text()
+    rules = re.findall(r"([^{}]+)\{([^{}]*)\}", css)
+    stiff = {selector.strip() for selector, style in rules if "white-space: nowrap" in style}
+    assert stiff == {".interval", ".n"}  # an interval is short; numbers of a table are in a box that scrolls
+    assert {selector.strip() for selector, style in rules if "overflow-x: auto" in style} == {".scroll", "pre"}
+    styles = {selector.strip(): style for selector, style in rules}
+    assert "flex-wrap: wrap" in styles[".facts"]
+    page = write_report(copy).read_text(encoding="utf-8")
+    assert page.count("<table>") == len(re.findall(r'<div class="scroll[^"]*"><table>', page)) > 0
+
+
+def test_a_stage_that_an_earlier_call_made_is_shown_as_done(copy: Path) -> None:
+    summary = json.loads((copy / "summary.json").read_text())
+    for record in summary["stages"][:3]:
+        record["status"] = "skipped"
+    (copy / "summary.json").write_text(json.dumps(summary))
+    section = next(section for section in build_sections(read_run(copy)) if section.id == "pipeline")
+    table = next(block for block in section.blocks if isinstance(block, Table))
+    assert {row[2] for row in table.rows} == {"done"}
+
+
+def test_a_text_is_cut_to_a_width() -> None:
+    assert shortened("short", 100, 12) == "short"
+    cut = shortened("a_name_that_is_too_long", 80, 12)
+    assert cut.endswith("…")
+    assert text_width(cut, 12) <= 80 < text_width(f"{cut[:-1]}xx…", 12)
+    assert shortened("abcdef", 1, 12) == "ab…"
 
 
 def test_the_time_of_a_continued_run_is_that_of_all_its_stages(copy: Path) -> None:

@@ -6,6 +6,7 @@ Where the stage is run, it trains on a real rank with a DeepSpeed engine.
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -30,7 +31,7 @@ from posttrain.data.chat import render_prompt
 from posttrain.data.ends import end_token_ids, folder_end_ids
 from posttrain.data.rows import load_rows, write_rows
 from posttrain.errors import CheckpointError, ConfigError, DataError, StageError
-from posttrain.files import read_jsonl
+from posttrain.files import read_jsonl, write_jsonl
 from posttrain.model import load_model, load_tokenizer
 from posttrain.model.load import load_policy
 from posttrain.parallel.ranks import run_on_ranks
@@ -514,3 +515,64 @@ def test_bf16_training_keeps_updates_that_bf16_would_round_away(ranks, policy, d
     large = {name: start[name].abs() > 0.2 for name in start}
     moved = [(start[name] != end[name])[large[name]].float() for name in start if large[name].any()]
     assert torch.cat(moved).mean() > 0.1  # rounded after each step, none of these would have moved
+
+
+def ends_early(policy: Path, data: Path, context: StageContext, **layout: Any) -> tuple[dict[str, Any], SftConfig]:
+    """What a stage reports that ends early, and its config.
+
+    The held-out replies are unlike those that are trained on, so that their loss rises from the first evaluation on.
+    """
+    reply = {"role": "assistant", "content": "zyx! wvu? tsr; qpo." * 2}
+    rows = [{"messages": [{"role": "user", "content": f"Say {index}"}, reply]} for index in range(9)]
+    write_jsonl(context.dir / "apart.jsonl", rows)
+    apart = {"path": str(context.dir / "apart.jsonl"), "every": 2, "keep_best": True, "patience": 2}
+    changes = {"epochs": 9, "optimizer": {"learning_rate": 3e-2}, "checkpoint_every": 3, "held_out": apart}
+    config = make_config(policy, data, **changes, **layout)
+    result = stage.run(config, context)
+    lines = held_out_losses(context.dir)
+    assert list(lines) == [2, 4, 6]
+    names = ("steps", "best_step", "result_step", "stopped_early", "rows", "held_out_rows")
+    assert [result[name] for name in names] == [6, 2, 2, True, 48, 9]
+    assert result["held_out_loss_best"] == min(lines.values()) == lines[2]
+    exported, held_out = load_model(result["model"], dtype="float32"), stage.prepare(config).held_out
+    assert mean_loss(exported, held_out) == pytest.approx(result["held_out_loss_best"], rel=1e-4)
+    return result, config
+
+
+def held_out_losses(folder: Path) -> dict[int, float]:
+    """The held-out loss by step."""
+    lines = read_jsonl(folder / "metrics.jsonl")
+    return {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+
+
+def mean_loss(model: Any, examples: list[Example]) -> float:
+    """The mean negative log-likelihood of trained tokens, one conversation at a time."""
+    total, count = 0.0, 0
+    for example in examples:
+        ids = torch.tensor([list(example.ids)])
+        with torch.no_grad():
+            logps = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        on = torch.tensor(list(example.mask[1:]), dtype=torch.bool)
+        total -= float(logps[on].sum())
+        count += int(on.sum())
+    return total / count
+
+
+@pytest.mark.slow
+def test_a_stage_ends_early_with_the_best_model_also_when_it_was_stopped(ranks, policy, data, tmp_path):
+    """Stopped between the end of the training and its export, and soon after the best step."""
+    context = make_context(tmp_path / "run")
+    result, config = ends_early(policy, data, context)
+    checkpoints, lines = context.dir / "checkpoints", held_out_losses(context.dir)
+    assert {path.name for path in checkpoints.iterdir()} == {"step_2", "step_3", "step_6"}
+    before = weights(context.dir / "model")
+    again = stage.run(config, context)
+    for name in ("step_3", "step_6"):
+        shutil.rmtree(checkpoints / name)
+    once_more = stage.run(config, context)
+    assert [event["step"] for event in read_jsonl(context.events) if event["event"] == "resumed"] == [6, 2]
+    for name in ("steps", "best_step", "stopped_early", "held_out_loss_best", "held_out_loss_last"):
+        assert result[name] == again[name] == once_more[name], name
+    assert held_out_losses(context.dir) == lines
+    after = weights(context.dir / "model")
+    assert all(torch.equal(before[name], after[name]) for name in before)

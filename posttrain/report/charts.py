@@ -5,9 +5,14 @@ value. The page's script looks the colour up when it draws, and again when the r
 Units stand in a chart's title: along the axis they would have to be read sideways.
 """
 
+import math
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+CONTENT_WIDTH = 744  # pixels of the page's text column in a window of 800 pixels; a wider window has no less
+NAMES_WIDTH = 200  # most pixels that names to the left of a plot may take
+WIDE = frozenset("MWmw@%—–")
 CATEGORICAL = ("--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--c7", "--c8")
 Values = Sequence[float | None]
 
@@ -58,9 +63,10 @@ def figure(data: Sequence[dict[str, Any]], x: dict[str, Any], y: dict[str, Any],
 def rows_figure(data: Sequence[dict[str, Any]], x: dict[str, Any], names: Sequence[str], **layout: Any) -> dict:
     """A figure with one row for each name, the first on top, and room for the names on the left."""
     order = [escape(name) for name in reversed(names)]
+    shown = [shortened(name, NAMES_WIDTH, 12) for name in reversed(names)]
     y = axis(grid=False, type="category", categoryorder="array", categoryarray=order, range=[-0.5, len(names) - 0.5])
-    y["tickfont"] = {"size": 12, "color": "--ink"}
-    left = 14 + 7 * max(map(len, names), default=0)
+    y |= {"tickfont": {"size": 12, "color": "--ink"}, "tickvals": order, "ticktext": [escape(name) for name in shown]}
+    left = 14 + math.ceil(max((text_width(name, 12) for name in shown), default=0))
     margin = {"l": left, "r": 12, "t": 4, "b": 40, **layout.pop("margin", {})}
     return figure(data, x, y, margin=margin, **layout)
 
@@ -123,6 +129,22 @@ def smooth(values: Values, width: int) -> list[float | None]:
 def smoothing(count: int) -> int:
     """Number of points to average over in a series of `count` points: 1, which is no smoothing, for a short series."""
     return 1 if count < 12 else 5 if count < 100 else 1 + 2 * (count // 50)
+
+
+def text_width(text: str, size: float) -> float:
+    """The width in pixels that a text of this font size takes at most: an estimate for the usual sans-serif fonts."""
+    ems = (1.0 if c in WIDE or unicodedata.east_asian_width(c) in "WF" else 0.7 if c.isupper() else 0.62 for c in text)
+    return size * sum(ems)
+
+
+def shortened(text: str, width: float, size: float) -> str:
+    """The text, cut and ended with … where it would be wider than `width` pixels. Two characters are always left."""
+    if text_width(text, size) <= width:
+        return text
+    kept = len(text)
+    while kept > 2 and text_width(f"{text[:kept]}…", size) > width:
+        kept -= 1
+    return f"{text[:kept]}…"
 
 
 def escape(text: str) -> str:

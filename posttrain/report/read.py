@@ -6,8 +6,9 @@ prints, says so. Parquet files are not read here: each section reads the columns
 
 import json
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class Stage:
 
     start, end: Unix times or None. figures: the stats that it returned. metrics: the lines of its metrics.jsonl. of:
     for an evaluation, the stage that it evaluates; else "". config: its config.yaml with every default filled in, or {}
-    if there is none.
+    if there is none. model: the model that it started from, or measured, as the name of the stage of this run that made
+    it, else as its path; "" if there is none or it is not known.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Stage:
     error: str = ""
     of: str = ""
     config: Mapping[str, object] = field(default_factory=dict)
+    model: str = ""
 
     def setting(self, key: str) -> float | None:
         """The number at a key path of the config, such as `reward.alarm_fraction`; None if the config has none."""
@@ -114,6 +117,7 @@ def read_run(run_dir: Path) -> Run:
     summary = mapping(read_json(run_dir / "summary.json", notes))
     events = tuple(sorted(read_lines(run_dir / "events.jsonl", notes), key=lambda e: number(e.get("t")) or 0.0))
     every = [_read_stage(run_dir, record, events, notes=notes) for record in _stage_records(run_dir, summary, events)]
+    every = _with_models(every, _given_configs(run_dir, notes))
     stages = tuple(stage for stage in every if not stage.of)
     evaluations = tuple(stage for stage in every if stage.of)
     evals = _read_evals(summary, stages, evaluations, notes=notes)
@@ -160,6 +164,39 @@ def _stage_records(run_dir: Path, summary: Mapping[str, object], events: tuple[d
     started = [str(e["stage"]) for e in events if e.get("event") == "stage_start" and e.get("stage")]
     folders = sorted(p.name for p in run_dir.iterdir() if p.is_dir() and _looks_like_stage(p))
     return records + [{"name": name} for name in dict.fromkeys([*started, *folders]) if name not in names]
+
+
+def _given_configs(run_dir: Path, notes: list[str]) -> dict[str, Mapping[str, Any]]:
+    """The configs of pipeline.yaml by stage: with the references that a stage's own config.yaml has paths for."""
+    if not (run_dir / "pipeline.yaml").is_file():
+        return {}
+    try:
+        stages = read_yaml(run_dir / "pipeline.yaml").get("stages")
+    except ConfigError as error:
+        notes.append(f"pipeline.yaml could not be read and was left out: {error}")
+        return {}
+    listed = map(mapping, stages if isinstance(stages, list) else [])
+    return {str(stage["name"]): mapping(stage.get("config")) for stage in listed if "name" in stage}
+
+
+def _with_models(stages: list[Stage], given: Mapping[str, Mapping[str, Any]]) -> list[Stage]:
+    folders = {stage.name: stage.dir for stage in stages if not stage.of}
+    known = [next(filter(None, (_model_of(c, folders) for c in (given.get(s.name, {}), s.config))), "") for s in stages]
+    return [replace(stage, model=model) for stage, model in zip(stages, known, strict=True)]
+
+
+def _model_of(config: Mapping[str, Any], folders: Mapping[str, Path]) -> str:
+    """The model that a stage's config names: the name of the stage of this run that made it, or its path; or "".
+
+    config: with references such as ${sft.model}, or with paths. folders: of the stages.
+    """
+    path = mapping(config.get("model")).get("path")
+    if not isinstance(path, str):
+        return ""
+    for name, folder in folders.items():
+        if path.startswith(f"${{{name}.") or os.path.realpath(path) == os.path.realpath(folder / "model"):
+            return name
+    return os.path.realpath(path)
 
 
 def _looks_like_stage(folder: Path) -> bool:

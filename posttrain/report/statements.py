@@ -1,4 +1,6 @@
-"""The sentences of the report: what changed between two evaluated stages, and nothing that the numbers do not support.
+"""The sentences of the report: what a stage changed, and nothing that the numbers do not support.
+
+A stage is compared with the model that it started from, and with no other (lineage.py).
 
 Two accuracies whose 95% intervals overlap are called "no measurable change". That is stricter than a test of the
 difference, and a reader can check it by eye.
@@ -6,9 +8,9 @@ difference, and a reader can check it by eye.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 from posttrain.metrics.intervals import wilson_ci95
+from posttrain.report.lineage import before, chain, measured
 from posttrain.report.read import Run, mapping, number
 
 LABELS = {"base": "base", "filter": "filter", "sft": "SFT", "rl": "RL", "dpo": "DPO", "eval": "evaluation"}
@@ -113,29 +115,50 @@ def label(run: Run, name: str) -> str:
 
 
 def changes(run: Run) -> list[tuple[str, str, Change]]:
-    """(stage before, stage after, change of greedy accuracy over all) for each evaluated stage after the first.
+    """(evaluation before, evaluation after, change of greedy accuracy over all) for each stage that has both.
 
-    Stages of kind `eval` are left out. So are pairs measured on different numbers of problems, as the problems may
-    differ.
+    The evaluation before is that of the model from which the stage started (lineage.py). Pairs measured on different
+    numbers of problems are left out, as the problems may differ.
     """
-    kinds = {stage.name: stage.kind for stage in run.stages}
-    measured = [(n, share) for n, r in run.evals.items() if kinds.get(n) != "eval" and (share := greedy(r))]
-    return [(before, after, Change(a, b)) for (before, a), (after, b) in pairwise(measured) if a.n == b.n]
+    found = []
+    for name in run.evals:
+        earlier = before(run, name)
+        change = _change(run, earlier, name) if earlier is not None else None
+        if earlier is not None and change is not None:
+            found.append((earlier, name, change))
+    return found
+
+
+def _change(run: Run, earlier: str, later: str) -> Change | None:
+    shares = greedy(run.evals[earlier]), greedy(run.evals[later])
+    if shares[0] is None or shares[1] is None or shares[0].n != shares[1].n:
+        return None
+    return Change(shares[0], shares[1])
 
 
 def main_change(run: Run) -> tuple[str, str, Change] | None:
-    """The change that the headline is about: that of the first RL stage, else from the first evaluated stage to the
-    last.
+    """The change that the headline is about: that of the first RL stage, else that of the whole chain of stages.
+
+    The chain is the longest in which each stage started from the model of the one before it. Branches of equal length
+    are no chain, and none of them makes the headline.
     """
     pairs = changes(run)
     kinds = {stage.name: stage.kind for stage in run.stages}
     for pair in pairs:
-        if kinds.get(pair[1]) == "rl":
+        if kinds.get(measured(run, pair[1])) == "rl":
             return pair
-    if not pairs:
+    chains = sorted((chain(run, after) for _, after, _ in pairs), key=len, reverse=True)
+    if not chains or (len(chains) > 1 and len(chains[0]) == len(chains[1])):
         return None
-    whole = Change(pairs[0][2].before, pairs[-1][2].after)
-    return (pairs[0][0], pairs[-1][1], whole) if whole.before.n == whole.after.n else pairs[-1]
+    first, last = chains[0][0], chains[0][-1]
+    whole = _change(run, first, last)
+    return (first, last, whole) if whole is not None else pairs[-1]
+
+
+def _trained(run: Run, name: str) -> str:
+    """The stage that made the measured model, with the name of an evaluation that is a stage of its own."""
+    stage = measured(run, name)
+    return label(run, stage) if stage == name else f"{label(run, stage)} (by {name})"
 
 
 def change_sentence(run: Run, before: str, after: str, *, change: Change) -> str:
@@ -144,7 +167,7 @@ def change_sentence(run: Run, before: str, after: str, *, change: Change) -> str
     A change over several stages is not attributed to the last one.
     """
     alone = (before, after) in [pair[:2] for pair in changes(run)]
-    who = label(run, after) if alone else f"from {label(run, before)} to {label(run, after)}"
+    who = _trained(run, after) if alone else f"from {label(run, before)} to {label(run, after)}"
     who = who[0].upper() + who[1:]
     if change.verdict == "none":
         return f"{who}: no measurable change in held-out accuracy, {change.before} before and {change.after} after."

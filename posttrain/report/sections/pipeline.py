@@ -1,10 +1,13 @@
 """The pipeline: which stages ran, when and for how long, and what each of them made."""
 
+import math
+
 from posttrain.report.blocks import Chart, Key, Section, Table
-from posttrain.report.charts import axis, escape, rows_figure
+from posttrain.report.charts import axis, escape, rows_figure, text_width
 from posttrain.report.format import NONE, seconds
 from posttrain.report.read import Run, Stage
 
+STATUS = {"skipped": "done"}  # what an earlier call made and this one kept
 STATUS_COLOUR = {"done": "--accent", "skipped": "--accent", "failed": "--bad", "interrupted": "--c2"}
 HIDDEN = {"config.yaml", "log.txt", "DONE", "STARTED", "metrics.jsonl"}
 LONG_PAUSE = 0.3  # share of the whole time; a longer pause means that the run was stopped and continued later
@@ -14,13 +17,15 @@ def pipeline_section(run: Run) -> Section | None:
     if not run.stages:
         return None
     judged = {stage.of: stage.wall_s for stage in run.evaluations}
-    rows = [
-        (stage.name, stage.kind, stage.status, seconds(stage.wall_s), seconds(judged.get(stage.name)), _left(stage))
-        for stage in run.stages
-    ]
+    rows = [_row(stage, judged.get(stage.name)) for stage in run.stages]
     columns = ("stage", "kind", "status", "time", "evaluation", "in the run directory")
     table = Table(columns, rows, numeric=(3, 4))
     return Section("pipeline", "Pipeline", [*_gantt(run), table])
+
+
+def _row(stage: Stage, judged_s: float | None) -> tuple[str, ...]:
+    status = STATUS.get(stage.status, stage.status)
+    return (stage.name, stage.kind, status, seconds(stage.wall_s), seconds(judged_s), _left(stage))
 
 
 def _gantt(run: Run) -> list[Chart]:
@@ -33,14 +38,15 @@ def _gantt(run: Run) -> list[Chart]:
     bars = [_bars([s for s in shown if not s.of], begins), _bars([s for s in shown if s.of], begins)]
     span = max(begins[s.name] + (s.wall_s or 0.0) for s in shown) or 1.0
     times = {s.name: seconds(s.wall_s) for s in shown}
+    right = 8 + math.ceil(max(text_width(text, 11.5) for text in times.values()))
     notes = [
-        {"xref": "paper", "x": 1, "xanchor": "right", "xshift": 74, "y": escape(row), "text": times.get(row, ""),
+        {"xref": "paper", "x": 1, "xanchor": "right", "xshift": right - 4, "y": escape(row), "text": times.get(row, ""),
          "showarrow": False, "align": "right", "font": {"size": 11.5, "color": "--muted"}}
         for row in rows
     ]  # fmt: skip
     words = "seconds of work, without the pauses of the run" if pauses else "seconds since the first stage began"
     x = axis(words, range=[0, span * 1.005])
-    spec = rows_figure(bars, x, rows, annotations=notes, barmode="overlay", bargap=0.45, margin={"r": 78})
+    spec = rows_figure(bars, x, rows, annotations=notes, barmode="overlay", bargap=0.45, margin={"r": right})
     keys = [Key("the stage", "--accent", "box"), Key("its evaluation", "--faint", "box")] if run.evaluations else []
     return [Chart("", spec, 60 + 32 * len(rows), keys=keys)]
 

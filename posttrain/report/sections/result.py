@@ -1,11 +1,23 @@
 """The result: held-out accuracy by capability after each stage, and what its change consists of."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from posttrain.report.blocks import Chart, Grid, Key, Section, Table, Text
-from posttrain.report.charts import axis, dots, escape, figure, rounded
+from posttrain.report.charts import (
+    CONTENT_WIDTH,
+    axis,
+    dots,
+    escape,
+    figure,
+    line,
+    rounded,
+    shortened,
+    text_width,
+)
 from posttrain.report.format import NONE
+from posttrain.report.lineage import ancestor
 from posttrain.report.read import Run, mapping, number
 from posttrain.report.statements import (
     Share,
@@ -20,6 +32,8 @@ from posttrain.report.statements import (
     share_of,
 )
 
+LABEL_SIZE, LABEL_GAP = 12, 8  # of the names of stages below a panel, in pixels
+MARGINS = 54  # left and right of a panel's plot, in pixels
 RING_SHIFT = 0.2  # how far right of its stage a pass@k ring is drawn, where 1 is the distance to the next stage
 
 
@@ -40,12 +54,14 @@ def result_section(run: Run) -> Section | None:
     keys = [Key("greedy", "--accent", "dot"), Key(f"{at_k}, sampled", "--muted", "ring")]
     blocks = [
         *([Text(gains)] if gains else []),
-        Grid([_panel(run, names, capability, at_k=at_k) for capability in capabilities], min_width=250, keys=keys),
+        Grid([_panel(run, names, c, at_k=at_k) for c in capabilities], _panel_width(run, names), keys),
         *([Text(sentences)] if sentences else []),
         *_observed_tables(run, names, capabilities),
         *_tables(run, names, capabilities, at_k=at_k),
     ]
     lead = ["After each stage, on problems held out from training, with 95% intervals."]
+    if any(ancestor(run, name) for name in names):
+        lead.append("A line leads to each model from the one that it was trained from.")
     return Section("result", "Held-out accuracy", blocks, lead)
 
 
@@ -71,12 +87,27 @@ def _measured(run: Run, stage: str, capability: str) -> bool:
     )
 
 
+def _panel_width(run: Run, names: list[str]) -> int:
+    """The least width of a panel in pixels at which the names of the stages fit side by side, if the page has it."""
+    widest = max(text_width(label(run, name), LABEL_SIZE) for name in names) + LABEL_GAP
+    return math.ceil(min(max(250.0, MARGINS + widest * (len(names) - 0.1)), CONTENT_WIDTH))
+
+
+def _labels(run: Run, names: list[str]) -> list[str]:
+    """The names of the stages below a panel; those that are too long are cut."""
+    room = (_panel_width(run, names) - MARGINS) / (len(names) - 0.1) - LABEL_GAP
+    return [escape(shortened(label(run, name), room, LABEL_SIZE)) for name in names]
+
+
 def _panel(run: Run, names: list[str], capability: str, *, at_k: str) -> Chart:
-    """One capability: greedy accuracy after each stage, joined by a line, with pass@k as a ring beside each."""
+    """One capability: greedy accuracy after each stage, with pass@k as a ring beside each.
+
+    A line leads to each point from that of the nearest model that it descends from.
+    """
     shares = [greedy(run.evals[name], capability) for name in names]
     sampled = [_sampled(run, name, capability, name="pass@k") for name in names]
     points = _points(shares, 0.0, "--accent", name="greedy")
-    points |= {"mode": "lines+markers", "line": {"color": "--accent@0.35", "width": 1.5}}
+    lines = {**line(*_lines(run, names, shares), "--accent@0.35", name="", width=1.5), "hoverinfo": "skip"}
     rings = _points(sampled, RING_SHIFT, "--muted", name=at_k)
     rings["marker"] |= {"symbol": "circle-open", "line": {"width": 1.5}}
     rings["error_y"] |= {"thickness": 1, "width": 0}
@@ -84,11 +115,25 @@ def _panel(run: Run, names: list[str], capability: str, *, at_k: str) -> Chart:
     unit = f"{size} problems" if size else f"{sampled_size} problems" if sampled_size else ""
     if size and sampled_size and size != sampled_size:
         unit += f", {sampled_size} sampled"
-    ticks = {"tickvals": list(range(len(names))), "ticktext": [escape(label(run, name)) for name in names]}
-    x = axis(grid=False, range=[-0.4, len(names) - 0.5], tickfont={"size": 12, "color": "--ink"}, **ticks)
+    ticks = {"tickvals": list(range(len(names))), "ticktext": _labels(run, names), "tickangle": 0}
+    x = axis(grid=False, range=[-0.4, len(names) - 0.5], tickfont={"size": LABEL_SIZE, "color": "--ink"}, **ticks)
     y = axis(range=[0, 1.05], tickformat=".0%", tickvals=[0, 0.25, 0.5, 0.75, 1])
     title = "All capabilities" if capability == "all" else capability
-    return Chart(title, figure([rings, points], x, y), height=210, unit=unit)
+    return Chart(title, figure([lines, rings, points], x, y), height=210, unit=unit)
+
+
+def _lines(run: Run, names: list[str], shares: list[Share | None]) -> tuple[list[float | None], list[float | None]]:
+    """x and y of a line from each point's ancestor to it, with a gap after each line."""
+    xs: list[float | None] = []
+    ys: list[float | None] = []
+    for i, name in enumerate(names):
+        start, share = ancestor(run, name), shares[i]
+        at = names.index(start) if start is not None and start in names else None
+        origin = shares[at] if at is not None else None
+        if share is not None and origin is not None:
+            xs += [at, i, None]
+            ys += [origin.value, share.value, None]
+    return xs, rounded(ys)
 
 
 def _points(shares: list[Share | None], shift: float, colour: str, *, name: str) -> dict[str, Any]:
