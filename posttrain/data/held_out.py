@@ -7,15 +7,19 @@ prompt that was trained on measures little.
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TypeVar
 
+from posttrain.config.data import FilesConfig
 from posttrain.config.held_out import HeldOutConfig
+from posttrain.data.files import read_records
 from posttrain.data.messages import messages_to_json
 from posttrain.data.strata import hash_order
 from posttrain.errors import DataError
 from posttrain.records import Message
 
 T = TypeVar("T")
+COUNTED_ROWS = 10_000  # a dataset of so many rows is taken to have enough of them
 
 
 def prompt_key(messages: Sequence[Message]) -> str:
@@ -73,3 +77,12 @@ def rest_problem(config: HeldOutConfig, total: int) -> str:
         return ""
     name, value = ("rows", config.rows) if config.rows is not None else ("fraction", config.fraction)
     return f"held_out.{name}: got {value}: of {total} rows none would be left to train on; lower it"
+
+
+def share_problem(config: HeldOutConfig, data: FilesConfig) -> str:
+    """As `rest_problem`, for a dataset, of which at most COUNTED_ROWS rows are counted and none is checked."""
+    if config.path is not None:
+        return ""
+    paths = [data.path] if isinstance(data.path, str) else data.path
+    total = sum(1 for _ in islice(read_records(paths), min(data.limit or COUNTED_ROWS, COUNTED_ROWS)))
+    return rest_problem(config, total) if total < COUNTED_ROWS else ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.shared import DataConfig
+from posttrain.config.data import DataConfig
 from posttrain.context import StageContext
 from posttrain.data.held_out import check_apart, content_key, prompt_key, split
 from posttrain.data.pairs import Pair, load_pairs, write_pairs

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from posttrain.pipeline.kinds import Rows, StageKind, kind_name
 from posttrain.pipeline.references import has_reference
 
 CHECKED_ROWS = 100
-COUNTED_ROWS = 10_000  # a dataset of so many rows is taken to have enough of them
 SHOWN_ROWS = 5
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # How to install the packages that are extras; all others come with posttrain itself.
@@ -128,16 +126,11 @@ def _held_out_problems(config: BaseModel) -> list[str]:
     """What is wrong if the rows that are held out from training are all that a small dataset has."""
     held_out, data = getattr(config, "held_out", None), [item.value for item in find_inputs(config)]
     known = next((value for value in data if isinstance(value, DataConfig) and not _refers(value)), None)
-    if held_out is None or held_out.path is not None or known is None:
+    if held_out is None or known is None:
         return []
-    from posttrain.data.files import read_records
-    from posttrain.data.held_out import rest_problem
+    from posttrain.data.held_out import share_problem
 
-    paths = [known.path] if isinstance(known.path, str) else known.path
-    most = min(known.limit or COUNTED_ROWS, COUNTED_ROWS)
-    total = sum(1 for _ in islice(read_records(paths), most))
-    problem = rest_problem(held_out, total) if total < COUNTED_ROWS else ""
-    return [problem] if problem else []
+    return list(filter(None, [share_problem(held_out, known)]))
 
 
 def _rows_without_fields(data: DataConfig, rewards: Sequence[RewardFunctionConfig], given: Sequence[str]) -> list[str]:

@@ -170,5 +170,5 @@ def make_tuning(
         metrics=METRICS,
         data_keys=frozenset({"data"}),
         report=report,
-        held_out=to_records(held_out, config.batch_tokens, context.seed),
+        held_out=to_records(held_out, config.row_tokens, context.seed),
     )
