@@ -290,6 +290,33 @@ def report(
     typer.echo(write_report(run_dir))
 
 
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of a run, of a stage, or of an evaluation.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The same, of what is compared with it.")],
+    stage: Annotated[
+        list[str] | None,
+        typer.Option("--stage", metavar="NAME", help="The evaluated stage; given twice: that of A, then that of B."),
+    ] = None,
+    *,
+    shared: Annotated[bool, typer.Option("--shared", help="Compare only the rows that both have.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two evaluations of the same rows, row by row: McNemar's exact test and paired bootstrap intervals.
+
+    Examples:
+
+      posttrain compare runs/mild runs/strong --stage sft
+
+      posttrain compare runs/quickstart runs/quickstart --stage sft --stage rl
+    """
+    if len(stage or []) > 2:
+        raise ConfigError("--stage", [f"got {', '.join(stage or [])}: give it once, or twice for A and B"])
+    from posttrain.cli.compare import print_comparison
+
+    print_comparison(run_a, run_b, stage or [], shared=shared, as_json=as_json)
+
+
 @ledger_app.command("audit")
 def ledger_audit(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run or of its RL stage.")],

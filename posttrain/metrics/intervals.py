@@ -1,7 +1,6 @@
 """95% intervals: Wilson's for a share of yes-or-no outcomes, the bootstrap for a mean over prompts.
 
-Left out: intervals for a difference between two policies. Two stages are compared on the same prompts, so that needs
-the paired outcomes, which `samples.jsonl` holds.
+Left out: the difference between two policies on the same prompts (paired.py).
 """
 
 from collections.abc import Sequence
