@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from posttrain.config.held_out import HeldOutConfig
@@ -142,7 +143,7 @@ def evaluate(trainer: Any) -> dict[str, float]:
     sums: dict[str, torch.Tensor] = {}
     size = trainer.args.per_device_train_batch_size
     for batch in batches(len(rows) - 1, size, accelerator.process_index, ranks=accelerator.num_processes):
-        inputs = trainer._prepare_inputs(trainer.data_collator([rows[index] for index in batch]))
+        inputs = send_to_device(trainer.data_collator([rows[index] for index in batch]), trainer.args.device)
         for name, value in trainer.held_out_sums(model, inputs).items():
             sums[name] = sums.get(name, 0.0) + value.double()
     model.train(was_training)
