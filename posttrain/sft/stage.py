@@ -48,8 +48,8 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
 class Prepared:
     """The data of a training. examples, held_out: `Example`s that are trained on, and those that are not.
 
-    counts: {"rows", "dropped": how many were too long, "samples": how many the others became, "rows_by_capability"}, and
-    "held_out_rows" if any are.
+    counts: {"rows", "dropped": how many were too long, "samples": how many the others became, "rows_by_capability"},
+    and "held_out_rows" if any are.
     """
 
     tokenizer: Any
