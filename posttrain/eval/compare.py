@@ -131,8 +131,8 @@ def _capabilities(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) 
 
 
 def _entry(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], threshold: float, seed: int) -> Entry:
-    rewards = [[float(pair[side]["reward"]) for pair in pairs] for side in (0, 1)]
-    right_a, right_b = ([float(is_right(reward, threshold)) for reward in side] for side in rewards)
+    rewards_a, rewards_b = ([float(pair[side]["reward"]) for pair in pairs] for side in (0, 1))
+    right_a, right_b = ([float(is_right(reward, threshold)) for reward in side] for side in (rewards_a, rewards_b))
     only_a = sum(x > y for x, y in zip(right_a, right_b, strict=True))
     only_b = sum(y > x for x, y in zip(right_a, right_b, strict=True))
     return Entry(
@@ -143,5 +143,5 @@ def _entry(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], thresho
         only_b=only_b,
         p=mcnemar_p(only_a, only_b),
         accuracy=mean_difference(right_a, right_b, seed),
-        reward=mean_difference(*rewards, seed),
+        reward=mean_difference(rewards_a, rewards_b, seed),
     )
