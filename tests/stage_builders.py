@@ -227,13 +227,12 @@ def router_bias(config: Any) -> Any:
 
 
 def adapters(config: Any) -> Any:
-    from posttrain.tune.adapters import adapter_config
+    from posttrain.tune.adapters import adapter_config, adapter_folder
 
-    return (
-        adapter_config(_model('{"path": "model_a", "dtype": "float32"}'), config.lora).to_dict()
-        if config.lora
-        else None
-    )
+    if config.lora is None:
+        return None
+    model = _model('{"path": "model_a", "dtype": "float32"}')
+    return adapter_config(model, config.lora).to_dict(), adapter_folder(config.lora)
 
 
 def engine(model_of: Callable[[Any], Any]) -> Builder:

@@ -120,10 +120,11 @@ def test_a_model_without_such_weights_is_refused():
 
 
 @pytest.mark.slow
-def test_sft_trains_adapters_of_experts_and_exports_them_merged(ranks, policy, data, tmp_path):
+def test_sft_trains_adapters_of_experts_and_exports_them_both_ways(ranks, policy, data, tmp_path):
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, Llama4ForCausalLM
 
-    lora = {**LORA, "target_modules": ["q_proj"]}
+    lora = {**LORA, "target_modules": ["q_proj"], "save": "both"}
     config = make_config(policy, data, lora=lora, optimizer={"learning_rate": 1e-2}, checkpoint_every=2)
     result = sft.run(config, make_context(tmp_path))
     assert result["loss_last"] < result["loss_first"]
@@ -139,6 +140,12 @@ def test_sft_trains_adapters_of_experts_and_exports_them_merged(ranks, policy, d
         with float64_inside():
             exact = copy.deepcopy(loaded).double()(input_ids=ids).logits
     assert_as_exact(ours, theirs, exact)
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(policy)
+        adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")(input_ids=ids).logits
+        start = load_model(policy)(input_ids=ids).logits
+    assert_as_exact(adapted, theirs, exact)
+    assert (adapted - start).abs().max() > 0.1
 
 
 @pytest.mark.slow

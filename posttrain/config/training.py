@@ -78,7 +78,7 @@ class ParallelConfig(Config):
 
 
 class LoraConfig(Config):
-    """Low-rank adapters (LoRA), which are merged into the exported model. Example: `{rank: 8, alpha: 16}`."""
+    """Low-rank adapters (LoRA) in place of training all weights. Example: `{rank: 8, alpha: 16, save: both}`."""
 
     rank: Annotated[int, Field(ge=1)] = Field(default=16, description="Rank of each adapter.")
     alpha: Positive = Field(default=32.0, description="The output of an adapter is multiplied by alpha / rank.")
@@ -93,6 +93,12 @@ class LoraConfig(Config):
         default_factory=list,
         description="Names of weights that hold all experts in one tensor, such as experts.gate_up_proj. Each expert "
         "gets an adapter of its own.",
+    )
+
+    save: Literal["merged", "adapter", "both"] = Field(
+        default="merged",
+        description="What the stage writes. merged: a whole model in model/. adapter: only the adapters in model/, in "
+        "peft's format, on the base model.path. both: a whole model in model/ and the adapters in adapter/.",
     )
 
     @model_validator(mode="after")

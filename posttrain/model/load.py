@@ -30,6 +30,7 @@ from posttrain.data.templates import use_template
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import CheckpointError, ConfigError
 from posttrain.files import replacing
+from posttrain.model.adapter import is_adapter
 from posttrain.model.folder import INDEX as _INDEX
 from posttrain.model.folder import tokenizer_problems, weight_problems
 from posttrain.model.native import NativeLlama4ForCausalLM
@@ -165,6 +166,11 @@ def _folder(path: str | os.PathLike) -> Path:
 
 def _config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
+    if is_adapter(folder):
+        raise CheckpointError(
+            f"{folder}: holds adapters and no whole model; a stage merges them, and so does "
+            "posttrain.parallel.adapters.merge_adapter"
+        )
     if not path.is_file():
         raise CheckpointError(f"{folder}: no config.json; a model folder must hold one")
     try:

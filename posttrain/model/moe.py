@@ -68,10 +68,9 @@ class Router(nn.Linear):
 class Experts(nn.Module):
     """The weights of all experts: gate_up_proj [E, D, 2 I], in which the gate comes first, and down_proj [E, I, D].
 
-    Both are applied as x @ W, so the input is on the second axis, unlike in `nn.Linear`.
+    Both are applied as x @ W, so the input is on the second axis, unlike in `nn.Linear`. As for the experts of
+    transformers, peft is not told so (`is_transposed`): adapters have A on the last axis, and fit both.
     """
-
-    is_transposed = True  # peft asks which side is the input: adapters have A on it, as those of linear modules
 
     def __init__(self, config: Llama4TextConfig):
         super().__init__()

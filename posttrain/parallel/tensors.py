@@ -48,6 +48,11 @@ def whole_tensors(model: nn.Module) -> list[WholeTensor]:
     return [item for item in _tensors(model) if ".lora_" not in item.name]
 
 
+def adapter_tensors(model: nn.Module) -> list[WholeTensor]:
+    """Every tensor of the adapters of a model."""
+    return [item for item in _tensors(model) if ".lora_" in item.name]
+
+
 def trained_tensors(model: nn.Module) -> list[WholeTensor]:
     """Every tensor that the optimizer changes. Adapters are tensors of their own."""
     return [item for item in _tensors(model) if any(parameter.requires_grad for parameter in item.parameters)]

@@ -22,6 +22,7 @@ from posttrain.config.models import ServedModelConfig
 from posttrain.config.rewards import RewardFunctionConfig
 from posttrain.data.hub import local_path
 from posttrain.errors import UserError
+from posttrain.model.adapter import base_folder, is_adapter
 from posttrain.pipeline.graph import Node, Pipeline
 from posttrain.pipeline.inputs import find_inputs, other_functions, other_paths, walk
 from posttrain.pipeline.kinds import StageKind
@@ -84,17 +85,22 @@ def _inputs(node: Node) -> dict[str, Any]:
         value = item.value
         if isinstance(value, ServedModelConfig):
             template = value.chat_template.path if value.chat_template is not None else None
-            paths = [value.path, *([template] if template is not None else [])]
+            paths = [*_model_paths(value.path), *([template] if template is not None else [])]
         elif isinstance(value, FilesConfig):
             paths = [value.path] if isinstance(value.path, str) else value.path
         else:
             paths = _reward_sources(value)
         found[item.key] = [path_hash(local_path(path)) for path in paths if not has_reference(path)]
     for key, path in other_paths(node.config, node.stage_kind):
-        found[key] = [path_hash(Path(path).expanduser())]
+        found[key] = [path_hash(Path(part).expanduser()) for part in _model_paths(path)]
     for key, name in other_functions(node.config, node.stage_kind):
         found[key] = [path_hash(Path(path)) for path in _function_sources(name)]
     return found
+
+
+def _model_paths(path: str) -> list[str]:
+    """A path itself; of adapters, also the folder of their base."""
+    return [path, *([str(base_folder(path))] if is_adapter(path) else [])]
 
 
 def _reward_sources(reward: RewardFunctionConfig) -> list[str]:

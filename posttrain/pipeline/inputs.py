@@ -22,6 +22,7 @@ from posttrain.config.rewards import RewardFunctionConfig, VerifierConfig
 from posttrain.data.hub import is_name
 from posttrain.errors import ConfigError, UserError
 from posttrain.judging.config import EndpointConfig
+from posttrain.model.adapter import adapter_problems, base_folder, is_adapter
 from posttrain.model.folder import folder_problems, quantization
 from posttrain.pipeline.kinds import Rows, StageKind, kind_name
 from posttrain.pipeline.references import has_reference
@@ -251,6 +252,9 @@ def model_folder_problems(path: str) -> list[str]:
     if not folder.is_dir():
         what = "is a file; give the folder it lies in" if folder.exists() else "no such folder"
         return [f"got {path!r}: {what}{'' if folder.exists() else _download(path)}"]
+    if is_adapter(folder):
+        own = [f"got {path!r}: {problem}" for problem in adapter_problems(folder)]
+        return own or [f"got {path!r}: its base: {line}" for line in model_folder_problems(str(base_folder(folder)))]
     problems = []
     config = folder / "config.json"
     if not config.is_file():
@@ -277,7 +281,7 @@ def _download(path: str) -> str:
 
 def _untrainable(model: ServedModelConfig) -> list[str]:
     """One line for a model that is to be trained and whose weights are quantized."""
-    method = quantization(Path(model.path).expanduser()) if isinstance(model, ModelConfig) else None
+    method = quantization(base_folder(model.path)) if isinstance(model, ModelConfig) else None
     if method is None:
         return []
     what = f"its weights are quantized ({method}; quantization_config in config.json), and such weights are not trained"

@@ -15,6 +15,7 @@ from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.errors import ConfigError
 from posttrain.judging.config import JudgeQuestion
+from posttrain.model.adapter import base_folder
 from posttrain.model.length import ModelLength, engine_length, model_length
 from posttrain.pipeline.inputs import walk
 from posttrain.pipeline.references import has_reference
@@ -78,6 +79,6 @@ def _engines(config: BaseModel) -> Iterator[tuple[str, EngineConfig, str, ModelL
         model = section.source if isinstance(section, JudgeQuestion) else getattr(section, "model", None)
         if not isinstance(model, ServedModelConfig) or has_reference(model.path):
             continue
-        length = model_length(model.path)
+        length = model_length(base_folder(model.path))
         if length is not None:
             yield f"{key}.engine" if key else "engine", engine, model.path, length

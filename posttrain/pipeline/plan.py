@@ -18,6 +18,7 @@ from posttrain.config.models import ServedModelConfig
 from posttrain.config.resources import ActorResources, RewardResources, TrainerResources
 from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError
+from posttrain.model.adapter import base_folder
 from posttrain.model.folder import read_header
 from posttrain.pipeline.decide import Decision
 from posttrain.pipeline.doubts import doubts
@@ -205,7 +206,7 @@ def _model_folder(model: ServedModelConfig, pipeline: Pipeline, run_dir: Path) -
     """(the model's folder if it exists, the name of the stage that makes it or "")."""
     reference = next(find_references(model.path), None)
     if reference is None:
-        return Path(model.path).expanduser(), ""
+        return base_folder(model.path), ""
     if reference.stage not in pipeline.nodes:
         return None, reference.stage
     return output_path(pipeline.nodes[reference.stage], reference.output, run_dir), reference.stage

@@ -19,6 +19,7 @@ from posttrain.actors.garbage import rare_collections
 from posttrain.context import StageContext
 from posttrain.errors import PosttrainError, UserError
 from posttrain.metrics.trackers import tracked
+from posttrain.pipeline.adapters import forget_whole_models, with_whole_models
 from posttrain.pipeline.kinds import StageKind, load_object, load_schema
 from posttrain.pipeline.lengths import settled
 
@@ -63,11 +64,13 @@ def run_stage(job: StageJob) -> StageAnswer:
                 sys.path.insert(0, job.cwd)  # so that a reward's module beside the user's YAML can be imported
         with rare_collections():  # of what the stage imports, too
             run = load_object(job.kind.run)
-            config = settled(load_schema(job.kind).model_validate(job.config), "config")
-            seed_everything(job.seed)
             context = StageContext(job.name, job.dir, job.events, job.seed, job.warm_engines)
+            given = load_schema(job.kind).model_validate(job.config)
+            config = settled(with_whole_models(given, job.kind, context), "config")
+            seed_everything(job.seed)
             with tracked(getattr(config, "trackers", None), context):
                 result = run(config, context) or {}
+            forget_whole_models(config, context)
         return StageAnswer(dict(result), time.perf_counter() - started)
     except Exception as error:
         log_error()

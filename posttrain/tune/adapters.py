@@ -9,8 +9,8 @@ from posttrain.errors import ConfigError
 def adapter_config(model: Any, lora: LoraConfig) -> Any:
     """The `peft.LoraConfig` for a model.
 
-    Linear modules get one adapter each. A weight that holds all experts, [E, in, out] or [E, out, in], gets one of
-    `lora.rank` for every expert: A [E r, in], B [out, E r].
+    Linear modules get one adapter each. A weight that holds all experts, [E, M, N], gets one of `lora.rank` for every
+    expert: A [E r, N], B [M, E r].
     Raises `ConfigError` for a target that the model does not have.
     """
     from peft import LoraConfig as PeftLoraConfig
@@ -28,6 +28,11 @@ def adapter_config(model: Any, lora: LoraConfig) -> Any:
         target_parameters=list(lora.target_parameters) or None,
         task_type="CAUSAL_LM",
     )
+
+
+def adapter_folder(lora: LoraConfig | None) -> str | None:
+    """The name of the folder that the adapters are written to; None if they are only merged."""
+    return None if lora is None else {"merged": None, "adapter": "model", "both": "adapter"}[lora.save]
 
 
 def _check_known(key: str, names: list[str], known: set[str], *, what: str) -> None:

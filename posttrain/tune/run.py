@@ -100,18 +100,23 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
     model_config = copy.deepcopy(model.config)  # a copy, because TRL changes values in the model's config
     tuning = work.make(config, context, model, data=work.data, held_out=work.held_out)
     trained, report = _train(config, context, model, tuning=tuning, tokenizer=work.tokenizer)
-    architecture = type(trained).__name__.removeprefix("Native")
-    export_model(trained, model_config, architecture, tokenizer=work.tokenizer, path=context.dir / "model")
+    if config.lora is None or config.lora.save != "adapter":
+        architecture = type(trained).__name__.removeprefix("Native")
+        export_model(trained, model_config, architecture, tokenizer=work.tokenizer, path=context.dir / "model")
     return report
 
 
 def _train(
     config: Any, context: StageContext, model: Any, *, tuning: Tuning, tokenizer: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Train. Returns this rank's part of the trained model, with adapters added into its weights, and the report."""
+    """Train, and write the adapters where the config asks for them.
+
+    Returns this rank's part of the trained model, with adapters added into its weights, and the report.
+    """
+    from posttrain.parallel.adapters import export_adapter
     from posttrain.parallel.engine import engine_report
     from posttrain.parallel.export import is_first_rank, without_adapters
-    from posttrain.tune.adapters import adapter_config
+    from posttrain.tune.adapters import adapter_config, adapter_folder
     from posttrain.tune.checkpoints import digest_ids, fingerprint
     from posttrain.tune.drift import DriftProbe
     from posttrain.tune.dropout import use_row_dropout
@@ -144,6 +149,8 @@ def _train(
     steps = trainer.state.global_step
     if steps == 0:
         raise StageError(f"{context.name}: no optimizer step was made")
+    if (adapter := adapter_folder(config.lora)) is not None:
+        export_adapter(trainer.model, config.model.path, tokenizer=tokenizer, path=context.dir / adapter)
     trained = without_adapters(trainer.model)
     drift = probe.measure(trained)
     logged = context.dir / "metrics.jsonl"  # of all steps: `history` begins where the training was continued
@@ -169,6 +176,8 @@ def training_recipe(config: Any, data_keys: frozenset[str]) -> dict[str, Any]:
     """
     left_out = dict.fromkeys(NOT_IN_RECIPE | data_keys, True) | {"held_out": {"fraction", "rows", "path"}}
     recipe = config.model_dump(mode="json", exclude=left_out)
+    if recipe["lora"] is not None:
+        del recipe["lora"]["save"]
     forwards = config.parallel.processes * config.gradient_accumulation
     return {**recipe, "router": config.model.router.model_dump(), "forwards_a_step": forwards}
 

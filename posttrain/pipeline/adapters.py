@@ -1,0 +1,53 @@
+"""Model paths that name adapters: before a stage runs, each is merged into a whole model in the stage's folder.
+
+So every stage, trainer and engine meets whole models only. The merged model is deleted when the stage has ended well,
+unless the stage wrote adapters, which stand on it.
+"""
+
+import shutil
+from typing import Any
+
+from posttrain.config.base import validate_config
+from posttrain.config.models import ServedModelConfig
+from posttrain.context import StageContext
+from posttrain.model.adapter import is_adapter
+from posttrain.pipeline.inputs import other_paths, walk
+from posttrain.pipeline.kinds import StageKind
+
+FOLDER = "merged"
+
+
+def with_whole_models(config: Any, kind: StageKind, context: StageContext) -> Any:
+    """The config of a stage with the folder of a whole model wherever it names adapters.
+
+    A folder that is merged already, because the stage was interrupted, is used again. Raises `CheckpointError` for
+    adapters that do not fit their base.
+    """
+    sections = {key: section for key, section in walk(config) if isinstance(section, ServedModelConfig)}
+    paths = {f"{key}.path": (section.path, section.dtype) for key, section in sections.items()}
+    dtype = next((section.dtype for section in sections.values()), "bfloat16")
+    paths |= {key: (path, dtype) for key, path in other_paths(config, kind)}
+    adapters = {key: item for key, item in paths.items() if is_adapter(item[0])}
+    if not adapters:
+        return config
+    from posttrain.parallel.adapters import merge_adapter
+
+    data = config.model_dump()
+    for key, (path, form) in adapters.items():
+        target = context.dir / FOLDER / key.removesuffix(".path")
+        if not target.is_dir():
+            context.phase(f"merging adapters into their base: {path}")
+            merge_adapter(path, form, target=target)
+        *way, last = key.split(".")
+        section = data
+        for part in way:
+            section = section[int(part)] if isinstance(section, list) else section[part]
+        section[last] = str(target)
+    return validate_config(type(config), data, context.name)
+
+
+def forget_whole_models(config: Any, context: StageContext) -> None:
+    """Delete what was merged for a stage that has ended well, unless its adapters stand on it."""
+    lora = getattr(config, "lora", None)
+    if lora is None or lora.save == "merged":
+        shutil.rmtree(context.dir / FOLDER, ignore_errors=True)
