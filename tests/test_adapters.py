@@ -89,10 +89,8 @@ def test_peft_reads_the_adapters_and_merging_their_folder_is_the_trained_model(t
     for model in (ours, trained):
         assert_as_exact(logits(model), logits(peers), exact)
     assert (logits(ours) - logits(load_model(policy))).abs().max() > 0.1
-    merged = dict(
-        (item.name, value.clone())
-        for item, value in read_weights(whole_tensors(without_adapters(copy.deepcopy(trained))))
-    )
+    tensors = whole_tensors(without_adapters(copy.deepcopy(trained)))
+    merged = {item.name: value.clone() for item, value in read_weights(tensors)}
     assert all(torch.equal(value, merged[name]) for name, value in ours.state_dict().items())  # bit for bit
 
 
