@@ -18,7 +18,7 @@ PYTEST_ARGS ?=
 # Two processes: most tests keep one core busy. Slow ones are dealt out by whole files, so that the tests of a file share
 # their engines. pytest ends with 5 where PYTEST_ARGS leaves nothing to run, which is a failure only if it is so for both.
 FAST = $(BIN)/python -m pytest -m "not slow and not full and not gpu" -n 2 --dist worksteal
-SLOW = $(BIN)/python -m pytest -m "slow and not full" -n 2 --dist loadfile
+SLOW = $(BIN)/python -m pytest -m "slow and not full" -n 2 --dist loadfile --no-loadscope-reorder
 
 # One OpenMP thread a process: with more, the processes of a run fight for the same cores and slow down tenfold.
 export OMP_NUM_THREADS := 1

@@ -18,6 +18,21 @@ settings.register_profile("posttrain", deadline=None)
 settings.load_profile("posttrain")
 
 
+# Files whose tests take minutes. They are begun first: one that begins last keeps one process busy and the other idle.
+LONG = (
+    "test_quickstart.py",
+    "test_rl_faults.py",
+    "test_rl.py",
+    "test_rl_judge.py",
+    "test_python.py",
+    "test_sampling.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", help="JSON file for what tests record with record_property, by test")
 
