@@ -24,7 +24,7 @@ from posttrain.data.chat import render_prompt
 from posttrain.data.ends import end_token_ids
 from posttrain.data.rows import load_rows
 from posttrain.files import read_jsonl
-from posttrain.model.load import load_tokenizer
+from posttrain.model.tokenizer import load_tokenizer
 from posttrain.records import DrawnPrompt, Prompt, Row
 from posttrain.rl.config import RlConfig
 

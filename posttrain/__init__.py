@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from posttrain.errors import DataError, StageError, UserError
     from posttrain.filtering.selection import select
     from posttrain.filtering.stage import FilterResult, filter_rows
-    from posttrain.model.load import load_model, load_tokenizer, save_model
+    from posttrain.model.load import load_model, save_model
+    from posttrain.model.tokenizer import load_tokenizer
     from posttrain.pipeline.ray_session import ray_session
     from posttrain.pipeline.run import run_pipeline
     from posttrain.pipeline.single import StageResult, evaluate, run_stage
@@ -47,7 +48,8 @@ _HOMES = {
     "errors": ["DataError", "StageError", "UserError"],
     "filtering.selection": ["select"],
     "filtering.stage": ["FilterResult", "filter_rows"],
-    "model.load": ["load_model", "load_tokenizer", "save_model"],
+    "model.load": ["load_model", "save_model"],
+    "model.tokenizer": ["load_tokenizer"],
     "pipeline.ray_session": ["ray_session"],
     "pipeline.run": ["run_pipeline"],
     "pipeline.single": ["StageResult", "evaluate", "run_stage"],

@@ -438,7 +438,7 @@ def eval_results(config: Any) -> Any:
 
 @cache
 def _tokenizer() -> Any:
-    from posttrain.model.load import load_tokenizer
+    from posttrain.model.tokenizer import load_tokenizer
 
     return load_tokenizer("model_a")
 

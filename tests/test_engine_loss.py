@@ -134,7 +134,7 @@ def test_a_profile_survives_the_kill_of_its_engines_core(
     tmp_path: Path, tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from posttrain.data.ends import end_token_ids
-    from posttrain.model.load import load_tokenizer
+    from posttrain.model.tokenizer import load_tokenizer
     from posttrain.rl.config import RlConfig
     from posttrain.rl.prompts.profile import profile_prompts
     from posttrain.rl.stage import _draw_plain, _rows_to_profile

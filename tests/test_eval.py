@@ -267,7 +267,8 @@ def test_greedy_replies_are_the_models_own(tmp_path: Path, tiny_model: Path, ray
     from posttrain.data.chat import render_prompt
     from posttrain.data.ends import end_token_ids
     from posttrain.eval.stage import evaluate
-    from posttrain.model.load import load_model, load_tokenizer
+    from posttrain.model.load import load_model
+    from posttrain.model.tokenizer import load_tokenizer
 
     config, context = _stage(tmp_path, tiny_model, ("math",), samples=0)
     prompts = evaluate(config, context)

@@ -314,7 +314,8 @@ def test_verdicts_are_the_models_own_distribution_over_the_labels(
     import torch
 
     from posttrain.filtering.stage import filter_rows
-    from posttrain.model.load import load_model, load_tokenizer
+    from posttrain.model.load import load_model
+    from posttrain.model.tokenizer import load_tokenizer
 
     config, context = _stage(tmp_path, tiny_model, rows_file)
     rows = load_rows(config.data, kind="supervised")

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,3 +134,22 @@ def test_tokens_that_stand_beside_the_tokenizer_count(file: str, tmp_path: Path)
     (tmp_path / file).write_text(json.dumps(added[file]))
     (problem,) = folder_problems(tmp_path)
     assert "'far' the id 9" in problem
+
+
+@pytest.mark.slow
+def test_a_generic_tokenizer_is_that_of_auto_tokenizer_and_is_loaded_without_torch(policy):
+    code = (
+        "import sys\n"
+        "from posttrain.model.tokenizer import load_tokenizer\n"
+        "ours = load_tokenizer(sys.argv[1])\n"
+        "assert 'torch' not in sys.modules\n"
+        "from transformers import AutoTokenizer\n"
+        "theirs = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True)\n"
+        "assert type(ours) is type(theirs)\n"
+        "assert ours.init_kwargs == theirs.init_kwargs, (ours.init_kwargs, theirs.init_kwargs)\n"
+        "assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()\n"
+        "assert ours.special_tokens_map == theirs.special_tokens_map\n"
+        "assert ours.chat_template == theirs.chat_template\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(policy)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -286,7 +286,7 @@ PROFILE = """
     from posttrain.config.base import validate_config
     from posttrain.context import StageContext
     from posttrain.data.ends import end_token_ids
-    from posttrain.model.load import load_tokenizer
+    from posttrain.model.tokenizer import load_tokenizer
     from posttrain.rl.config import RlConfig
     from posttrain.rl.prompts.profile import profile_prompts
     from posttrain.rl.stage import _draw_plain, _rows_to_profile

@@ -68,7 +68,7 @@ def check_by_itself(config: RlConfig, folder: Path) -> tuple[float, list[bool]]:
     from posttrain.context import StageContext
     from posttrain.data.chat import render_prompt
     from posttrain.data.ends import end_token_ids
-    from posttrain.model.load import load_tokenizer
+    from posttrain.model.tokenizer import load_tokenizer
     from posttrain.sampling.client import Engines
 
     assert config.evaluation is not None

@@ -91,7 +91,7 @@ def inspect_data(
     config = data_config(path, settings)
     length = character_length
     if model is not None:
-        from posttrain.model.load import load_tokenizer
+        from posttrain.model.tokenizer import load_tokenizer
 
         length = token_length(load_tokenizer(str(model), _template(template)))
     found = inspect(config, data_kind(config, kind), length, max_length=max_length)
@@ -160,7 +160,7 @@ def preview(
 
     from posttrain.data.lengths import runs
     from posttrain.data.rows import load_rows
-    from posttrain.model.load import load_tokenizer
+    from posttrain.model.tokenizer import load_tokenizer
 
     tokenizer, console = load_tokenizer(str(model), _template(template)), Console(soft_wrap=True, highlight=False)
     for row in load_rows(data_config(path, settings), kind="supervised", limit=rows):

@@ -85,7 +85,8 @@ def prepare(config: DpoConfig, seed: int, context: StageContext | None = None) -
     from posttrain.data.ends import note_added_end
     from posttrain.data.turns import tools_of
     from posttrain.dpo.examples import tokenize_pairs
-    from posttrain.model.load import check_router, load_tokenizer
+    from posttrain.model.load import check_router
+    from posttrain.model.tokenizer import load_tokenizer
 
     check_router(config.model)
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)

@@ -25,7 +25,7 @@ from posttrain.eval.replies import PromptReplies, by_prompt, eval_requests, flig
 from posttrain.eval.results import results
 from posttrain.files import write_json, write_jsonl
 from posttrain.metrics.unscored import Unscored, failures
-from posttrain.model.load import load_tokenizer
+from posttrain.model.tokenizer import load_tokenizer
 from posttrain.records import Rollout, Row, Scored
 from posttrain.sampling.client import Engines
 from posttrain.sampling.groups import SampledGroups

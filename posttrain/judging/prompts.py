@@ -130,7 +130,7 @@ def judge_prompts(config: JudgeQuestion) -> JudgePrompts:
     """The renderer for a judge, with its tokenizer where its model folder is here."""
     if isinstance(config.source, EndpointConfig):
         return JudgePrompts(config)
-    from posttrain.model.load import load_tokenizer
+    from posttrain.model.tokenizer import load_tokenizer
 
     return JudgePrompts(config, load_tokenizer(config.source.path, config.source.chat_template))
 

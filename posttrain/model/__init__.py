@@ -7,6 +7,7 @@ router_stats.py router_balance.py    losses and figures on routers; balance of e
 expert_parallel.py   experts divided among ranks by DeepSpeed
 recompute.py         gradient checkpointing
 load.py folder.py    load and save a model folder; the checks that need no torch
+tokenizer.py         load the tokenizer of a model folder, without torch
 
 Public names are imported when they are first used, so that importing this package does not import torch.
 """
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING
 from posttrain.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from posttrain.model.load import load_model, load_tokenizer, save_model
+    from posttrain.model.load import load_model, save_model
     from posttrain.model.native import NativeLlama4ForCausalLM, NativeLlama4Model
     from posttrain.model.router_stats import RouterStats
+    from posttrain.model.tokenizer import load_tokenizer
 
 __all__ = [
     "NativeLlama4ForCausalLM",
@@ -34,6 +36,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "native": ["NativeLlama4ForCausalLM", "NativeLlama4Model"],
         "router_stats": ["RouterStats"],
-        "load": ["load_model", "load_tokenizer", "save_model"],
+        "load": ["load_model", "save_model"],
+        "tokenizer": ["load_tokenizer"],
     },
 )

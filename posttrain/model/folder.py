@@ -5,6 +5,7 @@ out: the tensors themselves, which are checked when they are loaded.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,17 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def existing_folder(path: str | os.PathLike[str]) -> Path:
+    """The path of a model's folder. Raises CheckpointError if there is none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; a model is given by the path of its local folder")
+    return folder
+
+
+def first_line(error: Exception) -> str:
+    """The class of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

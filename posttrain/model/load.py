@@ -10,14 +10,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     Llama4ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,14 +24,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from posttrain.config.models import ModelConfig
-from posttrain.config.templates import ChatTemplateConfig
-from posttrain.data.templates import use_template
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import CheckpointError, ConfigError
 from posttrain.files import replacing
 from posttrain.model.adapter import is_adapter
 from posttrain.model.folder import INDEX as _INDEX
-from posttrain.model.folder import tokenizer_problems, weight_problems
+from posttrain.model.folder import existing_folder, first_line, weight_problems
 from posttrain.model.native import NativeLlama4ForCausalLM
 from posttrain.model.router_stats import RouterLossWeights
 
@@ -66,7 +63,7 @@ def load_model(
         raise ValueError(f"implementation is {implementation!r}; it must be native or transformers")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
-    folder = _folder(path)
+    folder = existing_folder(path)
     config = _config(folder)
     _check_weight_files(folder)
     arguments: dict[str, Any] = {"config": config, "dtype": getattr(torch, dtype)}
@@ -99,7 +96,7 @@ def check_router(model: ModelConfig) -> None:
     asked = {f"router.{name}": value for name, value in model.router.model_dump().items() if value}
     if not asked:
         return
-    config = _config(_folder(model.path))
+    config = _config(existing_folder(model.path))
     if config.model_type not in _LLAMA4 or model.implementation != "native":
         what = f"a {config.model_type} model in the {model.implementation} implementation"
         rule = "routers are those of Llama 4 with model.implementation: native"
@@ -108,27 +105,6 @@ def check_router(model: ModelConfig) -> None:
     else:
         return
     raise ConfigError("model", [f"{key}: got {value} for {what}; {rule}" for key, value in asked.items()])
-
-
-def load_tokenizer(path: str | os.PathLike, chat_template: ChatTemplateConfig | None = None) -> Tokenizer:
-    """Load the tokenizer of a folder as transformers' AutoTokenizer does, with its own chat template or another.
-
-    Raises:
-        CheckpointError: the folder or its tokenizer is missing, the tokenizer cannot be read, or it has ids for which
-            the model in the folder has no embedding.
-        ConfigError: the other template cannot be used; see `posttrain.data.templates.use_template`.
-    """
-    folder = _folder(path)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise CheckpointError(f"{folder}: no tokenizer (tokenizer.json); a model folder must hold its tokenizer")
-    try:
-        tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    except Exception as error:
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
-    if problems := tokenizer_problems(folder, tokenizer.get_vocab()):
-        raise CheckpointError(f"{folder}: " + "; ".join(problems))
-    use_template(tokenizer, chat_template)
-    return tokenizer
 
 
 def save_model(
@@ -157,13 +133,6 @@ def save_model(
     return target
 
 
-def _folder(path: str | os.PathLike) -> Path:
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; a model is given by the path of its local folder")
-    return folder
-
-
 def _config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     if is_adapter(folder):
@@ -177,7 +146,7 @@ def _config(folder: Path) -> PreTrainedConfig:
         json.loads(path.read_text())
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 def _check_weight_files(folder: Path) -> None:
@@ -192,7 +161,7 @@ def _check_weight_files(folder: Path) -> None:
         try:
             files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not an index of safetensors files: {_first_line(error)}") from error
+            raise CheckpointError(f"{index}: not an index of safetensors files: {first_line(error)}") from error
     else:
         files = [folder / "model.safetensors"]
         if not files[0].is_file():
@@ -210,7 +179,7 @@ def _check_weight_files(folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: corrupt or truncated safetensors: {_first_line(error)}") from error
+            raise CheckpointError(f"{file}: corrupt or truncated safetensors: {first_line(error)}") from error
 
 
 def _read(model_class: Any, folder: Path, arguments: dict[str, Any]) -> PreTrainedModel:
@@ -225,7 +194,7 @@ def _read(model_class: Any, folder: Path, arguments: dict[str, Any]) -> PreTrain
                 **arguments,
             )
     except Exception as error:
-        raise CheckpointError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
     unknown = sorted(name for name in info["unexpected_keys"] if not name.startswith(_IMAGE_TENSORS))
     shapes = [f"{name} is {list(got)}, must be {list(want)}" for name, got, want in sorted(info["mismatched_keys"])]
     problems = [
@@ -244,11 +213,6 @@ def _problem(title: str, names: list[str]) -> list[str]:
         return []
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return [f"{len(names)} {title}: {', '.join(names[:_SHOWN])}{more}"]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @contextmanager

@@ -46,7 +46,8 @@ def merge_adapter(path: str | Path, dtype: str, *, target: str | Path) -> Path:
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
-    from posttrain.model.load import load_model, load_tokenizer
+    from posttrain.model.load import load_model
+    from posttrain.model.tokenizer import load_tokenizer
 
     folder, base = Path(path).expanduser(), base_folder(path)
     if problems := adapter_problems(folder):

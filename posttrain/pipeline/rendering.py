@@ -59,7 +59,7 @@ def _is_here(model: Any) -> bool:
 
 def _tokenizer(model: ServedModelConfig) -> Any:
     from posttrain.data.templates import chat_template
-    from posttrain.model.load import load_tokenizer
+    from posttrain.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model.path, model.chat_template)
     chat_template(tokenizer)

@@ -134,7 +134,7 @@ def _render(
     config: RlConfig, rows: Sequence[Row], heldout: Sequence[Row]
 ) -> tuple[Tokenizer, list[DrawnPrompt], list[DrawnPrompt]]:
     """The policy's tokenizer, and what it makes of the prompts to train on and of those to evaluate on."""
-    from posttrain.model.load import load_tokenizer
+    from posttrain.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     _check_special_tokens(tokenizer, config, rows, heldout=heldout)

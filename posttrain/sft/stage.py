@@ -84,7 +84,8 @@ def prepare(config: SftConfig, context: StageContext | None = None) -> Prepared:
     from posttrain.data.chat import check_special_tokens
     from posttrain.data.ends import note_added_end
     from posttrain.data.turns import tools_of
-    from posttrain.model.load import check_router, load_tokenizer
+    from posttrain.model.load import check_router
+    from posttrain.model.tokenizer import load_tokenizer
     from posttrain.sft.examples import tokenize
 
     check_router(config.model)

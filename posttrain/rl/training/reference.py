@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from posttrain.config.models import ModelConfig
 from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError
-from posttrain.model.load import load_tokenizer
+from posttrain.model.tokenizer import load_tokenizer
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.loss_config import ReferenceConfig
 from posttrain.rl.records import ScoredGroup

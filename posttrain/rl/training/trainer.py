@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from posttrain.config.training import OptimizerConfig
-from posttrain.model.load import load_tokenizer
 from posttrain.model.router_balance import RouterBalance, native_layers
+from posttrain.model.tokenizer import load_tokenizer
 from posttrain.parallel.engine import engine_report, start_engine
 from posttrain.parallel.export import export_model, folder_of_first_rank
 from posttrain.parallel.state import load_state, save_state
