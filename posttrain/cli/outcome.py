@@ -63,7 +63,7 @@ def _held_out(stats: Mapping[str, Any]) -> str:
     first, last = stats.get("held_out_loss_first"), stats.get("held_out_loss_last")
     if first is None or last is None:
         return ""
-    text = f"held-out loss {plain(first)} → {plain(last)}"
+    text = "held-out loss " + (plain(last) if first == last else f"{plain(first)} → {plain(last)}")
     if stats.get("result_step") != stats.get("steps"):
         text += f", of which step {stats.get('result_step')} with {plain(stats.get('held_out_loss_best'))} is kept"
     return text + (" (ended early)" if stats.get("stopped_early") else "")

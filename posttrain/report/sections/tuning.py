@@ -100,7 +100,8 @@ def _light(stage: Stage, series: Series) -> list[Stat]:
             note += f"; the result is step {count(kept)}, with {plain(best)}"
         if stage.figures.get("stopped_early"):
             note += "; the training ended early"
-        stats.append(Stat("held-out loss", f"{plain(first)} → {plain(last)}", note))
+        shown = plain(last) if first == last else f"{plain(first)} → {plain(last)}"
+        stats.append(Stat("held-out loss", shown, note))
     if (ranked := at_end("accuracy")) is not None:
         stats.append(Stat("pairs ranked right", percent(ranked), "at the end"))
     return stats
