@@ -4,13 +4,13 @@ The rule is vLLM's, whose engines refuse a longer `max_model_len`: the smallest 
 factor of its rotary scaling where the config gives the length without that factor.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.config.engines import EngineConfig
+from posttrain.files import read_object
 
 # Under these names configs keep the number of positions. Command-R's own name comes first, and overrides the others.
 OWN_KEY = "model_max_length"
@@ -31,11 +31,8 @@ class ModelLength(NamedTuple):
 
 def model_length(folder: str | Path) -> ModelLength | None:
     """The length of the model in a folder; None if its config.json does not say, or cannot be read."""
-    try:
-        whole = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(whole, dict):
+    whole = read_object(Path(folder).expanduser() / "config.json")
+    if whole is None:
         return None
     text = whole.get("text_config")
     config = text if isinstance(text, dict) else whole

@@ -1,8 +1,8 @@
 """Whether the chat templates of a pipeline's models can render its rows, tried on the first of them.
 
-No weights are loaded, but tokenizers are, and with them torch: a few seconds. So `validate` and `--dry-run` do it after
-all other checks, and a run does it if a stage would find the fault only after another stage has worked for hours. Each
-stage renders all of its rows when it starts.
+No weights are loaded, but tokenizers are, which takes seconds, and more of them where a tokenizer's class imports torch
+(model/tokenizer.py). So `validate` and `--dry-run` do it after all other checks, and a run does it if a stage would
+find the fault only after another stage has worked for hours. Each stage renders all of its rows when it starts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
