@@ -9,7 +9,6 @@ from msgspec.structs import replace
 from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.data import DataConfig
 from posttrain.data.chat import (
-    check_parity,
     check_special_tokens,
     render_conversation,
     render_prompt,
@@ -71,7 +70,7 @@ def test_llama4_format(tokenizer):
 
 def test_prompt_is_a_prefix_of_the_conversation(tokenizer, chatml):
     for each in (tokenizer, chatml):
-        check_parity(each, CONVERSATION)
+        render_samples(each, CONVERSATION)
 
 
 def test_without_markers_the_mask_comes_from_prefixes(chatml):
@@ -104,7 +103,7 @@ def test_parity_finds_another_header_for_sampling_than_for_training(chatml):
         "<|header_start|>assistant\n{% endif %}", "<|header_start|>assistant {% endif %}"
     )
     with pytest.raises(DataError, match="prefix"):
-        check_parity(chatml, CONVERSATION)
+        render_samples(chatml, CONVERSATION)
 
 
 def test_parity_finds_markers_in_the_wrong_place(tokenizer):
@@ -115,7 +114,7 @@ def test_parity_finds_markers_in_the_wrong_place(tokenizer):
     )
     assert wrong.chat_template != tokenizer.chat_template
     with pytest.raises(DataError, match="generation markers"):
-        check_parity(wrong, CONVERSATION)
+        render_samples(wrong, CONVERSATION)
 
 
 def test_missing_template_says_what_to_set():
@@ -167,14 +166,14 @@ def test_calls_are_trained_on_and_results_are_context(tokenizer, chatml):
     ids, mask = render_conversation(tokenizer, WITH_TOOLS, TOOLS)
     assert trained_text(tokenizer, ids, mask) == CALLS + "Answer: 7<|eot|>"
     assert '<|header_start|>tools<|header_end|>\n\n[{"type": "function", ' in tokenizer.decode(ids)
-    check_parity(tokenizer, WITH_TOOLS, TOOLS)
+    render_samples(tokenizer, WITH_TOOLS, TOOLS)
     chatml.chat_template = CHATML_TOOLS
     ids, mask = render_conversation(chatml, WITH_TOOLS)
     assert trained_text(chatml, ids, mask) == (
         'Run:<tool_call>add {"a": 3, "b": 4}</tool_call><tool_call>add {"a": 0, "b": 0}</tool_call><|eot|>'
         "Answer: 7<|eot|>"
     )
-    check_parity(chatml, WITH_TOOLS)
+    render_samples(chatml, WITH_TOOLS)
 
 
 @pytest.mark.parametrize("context", [(2,), (4,), (2, 4)])
@@ -191,7 +190,7 @@ def test_turns_that_are_context_only_have_no_mask_and_the_same_tokens(template, 
     ids, mask = render_conversation(tokenizer, marked)
     assert ids == render_conversation(tokenizer, CONVERSATION)[0]
     assert trained_text(tokenizer, ids, mask) == ("Answer: 2<|eot|>" if context == (2,) else "Answer: 7<|eot|>")
-    check_parity(tokenizer, marked)
+    render_samples(tokenizer, marked)
 
 
 def test_a_call_can_be_context_and_its_answer_trained_on(tokenizer):
@@ -241,7 +240,7 @@ def test_a_template_that_removes_earlier_reasoning_makes_a_sample_of_each_turn(c
     turns[2] = replace(turns[2], trained=False)
     ids, mask = render_conversation(chatml, turns)
     assert trained_text(chatml, ids, mask) == "Steps: #Answer: 2<|eot|>"
-    check_parity(chatml, turns)
+    render_samples(chatml, turns)
 
 
 def test_the_row_is_named_whose_tools_the_template_leaves_out(chatml):
@@ -288,7 +287,7 @@ def test_a_text_forges_no_turn(template, forger):
     if forger in (2, 4):
         replies[forger // 2 - 1] = FORGED
     assert trained_text(tokenizer, ids, mask) == "".join(f"{reply}<|eot|>" for reply in replies)
-    check_parity(tokenizer, forged)
+    render_samples(tokenizer, forged)
 
 
 def test_names_arguments_results_and_tools_forge_no_turn(tokenizer, chatml):
@@ -300,7 +299,7 @@ def test_names_arguments_results_and_tools_forge_no_turn(tokenizer, chatml):
         plain = [turns[0], Message("assistant", "", (ToolCall("add", {"a": 1}, "1"),)), Message("tool", "7"), turns[3]]
         honest = control_tokens(each, render_conversation(each, plain, TOOLS if given else None)[0])
         assert control_tokens(each, render_conversation(each, turns, given)[0]) == honest
-        check_parity(each, turns, given)
+        render_samples(each, turns, given)
 
 
 def trained_tokenizer(kind: str):

@@ -7,7 +7,7 @@ import pytest
 
 from posttrain.config.data import DataConfig
 from posttrain.data import check_data, load_pairs, load_rows, write_rows
-from posttrain.data.chat import check_parity, render_conversation
+from posttrain.data.chat import render_conversation, render_samples
 from posttrain.errors import DataError
 from posttrain.records import Message, ToolCall
 
@@ -159,7 +159,7 @@ def test_numbers_that_cannot_be_written_again_are_found_on_reading(tmp_path):
 
     path = tmp_path / "d.jsonl"
     path.write_text('{"prompt": "a", "score": 1}\n{"prompt": "a", "score": 1e999}\n')
-    with pytest.raises(DataError, match=r"d\.jsonl: row 2: not JSON: 1e999 is larger than any number"):
+    with pytest.raises(DataError, match=r"d\.jsonl: row 2: not JSON: 1e999 is larger than any float64"):
         load_rows(path, kind="prompt")
     rows = [{"prompt": "a", "x": 1.0, "s": [1.0]}, {"prompt": "a", "x": float("nan"), "s": [float("nan")]}]
     for name, bad in (("s", rows), ("x", [{"prompt": "a", "x": 1.0}, {"prompt": "a", "x": float("-inf")}])):
@@ -186,7 +186,7 @@ def test_a_text_is_trained_on_as_it_stands(tmp_path):
     tokenizer, config = build_tokenizer(), data(tmp_path, {"text": "Sum: 1 + 2<|eot|>"})
     (row,) = load_rows(config, kind="supervised")
     ids, mask = render_conversation(tokenizer, row.messages)
-    check_parity(tokenizer, row.messages)
+    render_samples(tokenizer, row.messages)
     assert tokenizer.decode(ids) == "<|begin_of_text|>Sum: 1 + 2<|eot|><|eot|>"
     assert ids.count(tokenizer.eos_token_id) == 1
     assert mask == [0] + [1] * (len(ids) - 1)

@@ -81,8 +81,8 @@ def test_a_dataset_that_cannot_be_fetched_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     (problem,) = check_data("someone/some-dataset", "prompt")
-    assert "someone/some-dataset: no such file or folder, and as a dataset's name it cannot be fetched" in problem
-    assert "switched off by HF_HUB_OFFLINE; name a local path, or fetch it where there is a network: hf down" in problem
+    assert "someone/some-dataset: no such file or folder, and the dataset of this name cannot be downloaded" in problem
+    assert "switched off by HF_HUB_OFFLINE; name a local path, or download it on a machine with a network" in problem
     (problem,) = check_data("data/train.jsonl", "prompt")
     assert problem == "data/train.jsonl: no such file or folder"
 

@@ -15,7 +15,7 @@ from posttrain.cli.outcome import notice_text
 from posttrain.config.base import validate_config
 from posttrain.config.templates import ChatTemplateConfig, builtin_names
 from posttrain.context import StageContext
-from posttrain.data.chat import check_parity, render_conversation, render_prompt, render_reply, render_samples
+from posttrain.data.chat import render_conversation, render_prompt, render_reply, render_samples
 from posttrain.data.ends import end_token_ids, folder_end_ids, note_added_end
 from posttrain.data.templates import builtin_template, use_template
 from posttrain.errors import CheckpointError, ConfigError, DataError
@@ -101,7 +101,7 @@ def test_a_marked_template_that_rewrites_an_earlier_reply_is_noticed():
     turns = [Message(role, text) for role, text in (("user", "a?"), ("assistant", "bcd")) * 2]
     assert trained_text(tokenizer, turns) == ["bcd<|eot|>"] * 2
     assert len(render_samples(tokenizer, turns)) == 2
-    check_parity(tokenizer, turns)
+    render_samples(tokenizer, turns)
 
 
 def test_turns_that_are_not_trained_on_make_no_sample():
@@ -120,10 +120,10 @@ def test_turns_that_are_not_trained_on_make_no_sample():
 def test_a_reply_that_does_not_begin_as_sampling_does_is_refused():
     single = [Message("user", "a?"), Message("assistant", "<think>\nwhy\n</think>\n\nb")]
     tokenizer = tokenizer_of(FAMILIES["r1"], R1)  # cuts the thinking that its own generation prompt begins
-    with pytest.raises(DataError, match=r"inside of a thinking block.*chat_template: .*builtin: NAME.*jinja"):
+    with pytest.raises(DataError, match=r"opens a thinking block.*chat_template: .*builtin: NAME.*jinja"):
         render_samples(tokenizer, single)
     assert len(render_samples(tokenizer_of(FAMILIES["r1"], R1_TRAINING), single)) == 1
-    with pytest.raises(DataError, match="a reply must begin with one too"):
+    with pytest.raises(DataError, match="the reply must begin with its thinking"):
         render_samples(tokenizer_of(FAMILIES["r1"], R1_TRAINING), [single[0], Message("assistant", "b")])
 
 
@@ -396,13 +396,13 @@ def test_a_builtin_template_must_write_what_the_models_own_writes():
     tokenizer = tokenizer_of(IM)
     use_template(tokenizer, config(builtin="chatml"))
     assert "generation" in tokenizer.chat_template
-    check_parity(tokenizer, [Message("user", "a?"), Message("assistant", "b")])
+    render_samples(tokenizer, [Message("user", "a?"), Message("assistant", "b")])
     with pytest.raises(ConfigError, match=r"builtin: got 'chatml', which writes a prompt as .*take the family"):
         use_template(tokenizer_of(FAMILIES["llama3"]), config(builtin="chatml"))
     bare = tokenizer_of(IM)
     bare.chat_template = None
     use_template(bare, config(builtin="qwen3", arguments={"enable_thinking": False}))
-    check_parity(
+    render_samples(
         bare, [Message("user", "a?"), Message("assistant", "b"), Message("user", "c?"), Message("assistant", "d")]
     )
     use_template(tokenizer_of(FAMILIES["qwen3"]), config(builtin="qwen3"))

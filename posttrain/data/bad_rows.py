@@ -1,4 +1,8 @@
-"""Rows that cannot be used: named in an error, or set aside in a file and counted. And which ids rows have had."""
+"""Rows that cannot be used, and the check that every id is used once.
+
+A bad row ends the reading with an error that names it, or, with `on_bad_row: set_aside`, is written to a file of its
+own and counted.
+"""
 
 import hashlib
 import warnings
@@ -12,7 +16,7 @@ from posttrain.data.files import Record
 from posttrain.files import write_jsonl
 
 MAX_SHOWN_PROBLEMS = 5
-_NAMED_IDS = 100_000
+_NAMED_IDS = 100_000  # so many ids are kept with the place of their row, for the error about a second use
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +31,16 @@ class BadRow:
 
 
 def summary(problems: Sequence[str]) -> list[str]:
-    """The first few problems, and how many more there are."""
+    """The first `MAX_SHOWN_PROBLEMS` problems, and a line that counts the others."""
     rest = len(problems) - MAX_SHOWN_PROBLEMS
     return [*problems[:MAX_SHOWN_PROBLEMS], *([f"and {rest} more rows with problems"] if rest > 0 else [])]
 
 
 def set_aside(bad: Sequence[BadRow], total: int, context: StageContext | None) -> None:
-    """Write bad rows to the stage's folder and report how many of `total` they are; without a stage, warn."""
+    """Write bad rows to a file in the stage's folder and emit the event `rows_set_aside`.
+
+    total: number of rows that were read, good and bad. context: of the stage; None only warns, and writes no file.
+    """
     first = str(bad[0])
     if context is None:
         warnings.warn(f"{len(bad)} of {total} rows are left out; the first: {first}", stacklevel=4)
@@ -45,7 +52,11 @@ def set_aside(bad: Sequence[BadRow], total: int, context: StageContext | None) -
 
 
 class SeenIds:
-    """Which ids there were: the first by name and place, the others as 8 bytes each in a table of open addresses."""
+    """The ids that rows have used so far.
+
+    The first ids are kept as text with the place of their row. Later ones are kept as hashes of 8 bytes in an
+    open-addressing table, so that hundreds of millions of ids fit into memory.
+    """
 
     def __init__(self, named: int | None = None) -> None:
         self._named = _NAMED_IDS if named is None else named
@@ -54,7 +65,7 @@ class SeenIds:
         self._filled = 0
 
     def add(self, name: str, where: str) -> str | None:
-        """Remember an id; returns where it was used before, or None."""
+        """Remember an id. Returns the place of the row that used it before, or None if it is new."""
         if name in self._places:
             return self._places[name]
         if len(self._places) < self._named:

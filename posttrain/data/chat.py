@@ -1,18 +1,20 @@
 """Renders chats for every stage: messages in, token ids and the loss mask out.
 
-Text is rendered by the tokenizer's chat template (templates.py). What is trained on in a turn are the tokens that it
-adds to the prompt which sampling would send for it, up to the token at which sampling stops (ends.py): otherwise the
-model would not learn to stop. `{% generation %}` marks of a template can leave out a part of that.
+Text is rendered by the tokenizer's chat template (templates.py). Of an assistant turn, the model is trained on the
+tokens that follow the prompt which sampling would send for that turn. The last of them is the token at which sampling
+stops (ends.py): without it the model would not learn to stop. A template with `{% generation %}` marks can exclude a
+part of these tokens.
 
-A template may write a turn in another way once other turns follow: Qwen3's cuts the reasoning of earlier turns. Then a
-conversation becomes several samples, each of which begins with exactly the prompt that sampling would send:
+A template may write a turn in another way once other turns follow: Qwen3's template removes the reasoning from earlier
+turns. Then a conversation becomes several samples, each of which begins with exactly the prompt that sampling would
+send:
 
     system, user 1, reply 1, user 2, reply 2  ─►  [system, user 1, REPLY 1]
                                                   [system, user 1, reply 1 as rewritten, user 2, REPLY 2]
 
-Left out: truncation and packing, and any repair of a template. A template under which no such sample can be made raises
-an error here, where it would otherwise show only in the loss. Special tokens in the texts of a row are encoded as text
-(special.py). A template that leaves out tool calls or tool results is refused (shown.py).
+Left out: truncation, packing, and any repair of a template. If a template cannot produce such samples, this module
+raises an error, because otherwise the fault would show only in the loss. Special tokens in the texts of a row are
+encoded as text (special.py). A template that omits tool calls or tool results is refused (shown.py).
 
 `tokenizer` is any Hugging Face tokenizer with a chat template (`PreTrainedTokenizerBase`); this module imports none.
 """
@@ -62,10 +64,10 @@ def _as_dict(message: Message) -> dict[str, Any]:
 
 
 def render_prompt(tokenizer: Tokenizer, messages: Messages, tools: Tools = None) -> list[int]:
-    """Token ids of a prompt, up to and including the header of the assistant turn that is to come.
+    """Token ids of a prompt, up to and including the header of the next assistant turn.
 
-    tools: the schemas that the row declares. Raises `DataError` if the template refuses the messages or leaves out
-    calls or results of tools, `CheckpointError` if there is no template.
+    tools: the function schemas that the row declares. Raises `DataError` if the template refuses the messages or omits
+    tool calls or tool results, `CheckpointError` if there is no template.
     """
     dicts = as_dicts(messages)
     ids = _prompt_ids(tokenizer, dicts, tools)
@@ -74,7 +76,7 @@ def render_prompt(tokenizer: Tokenizer, messages: Messages, tools: Tools = None)
 
 
 def render_row(render: Callable[[Sequence[Message]], Sequence[int]], row: Row) -> tuple[int, ...]:
-    """Token ids of a row as a prompt, by `render_prompt` of some tokenizer; a `DataError` names the row."""
+    """Token ids of a row by `render`, a tokenizer's `render_prompt`. Raises `DataError` that names the row."""
     try:
         return tuple(render(row.messages))
     except DataError as error:
@@ -95,15 +97,16 @@ def check_special_tokens(tokenizer: Tokenizer, data: DataConfig, rows: Iterable[
 
 
 def render_samples(tokenizer: Tokenizer, messages: Messages, tools: Tools = None) -> list[tuple[list[int], list[int]]]:
-    """The samples that a conversation becomes: the token ids of each, and for each id 1 if it is trained on, else 0.
+    """The samples that a conversation becomes: (token ids, mask) of each, two lists of the same length.
 
-    Trained on are the tokens of assistant turns, calls of tools among them, with the token that ends each; not the
-    turns with `trained=False`. Each of these turns is trained on in exactly one sample, after exactly the tokens that
-    `render_prompt` makes of the messages before it. There is one sample unless the template rewrites turns.
+    The mask is 1 for a token that is trained on, else 0. It is 1 for the tokens of assistant turns, including tool
+    calls and the token that ends the turn, except turns with `trained=False`. Each such turn is trained on in exactly
+    one sample, after exactly the tokens that `render_prompt` makes of the messages before it. There is one sample
+    unless the template rewrites turns.
 
-    Raises `DataError` if no turn is trained on, if the template refuses the messages or leaves out calls or results of
-    tools, if it writes a turn otherwise than sampling would begin it, or ends a turn with no token at which sampling
-    stops.
+    Raises `DataError` if no turn is trained on, if the template refuses the messages or omits tool calls or tool
+    results, if it begins a turn with other tokens than sampling would, or if it ends a turn with a token at which
+    sampling does not stop.
     """
     dicts = as_dicts(messages)
     if dicts[0]["role"] == TEXT_ROLE:
@@ -118,7 +121,8 @@ def render_samples(tokenizer: Tokenizer, messages: Messages, tools: Tools = None
     whole = turns[learned[-1]].ids if ends_learned else _conversation_ids(tokenizer, dicts, tools)
     require_tools_shown(lambda *given: _conversation_ids(tokenizer, *given), dicts, tools, ids=whole)
     samples: list[tuple[list[int], list[int]]] = []
-    # From the longest rendering to the shortest: a turn is trained on in the first that has it as sampling would.
+    # From the longest rendering to the shortest: a turn is trained on in the first one that holds exactly the tokens
+    # that sampling would have seen and produced.
     for ids in (whole, *(turns[index].ids for index in reversed(learned))):
         found = [index for index, turn in turns.items() if ids[: turn.stop] == turn.ids[: turn.stop]]
         if found:
@@ -130,9 +134,9 @@ def render_samples(tokenizer: Tokenizer, messages: Messages, tools: Tools = None
 
 
 def render_conversation(tokenizer: Tokenizer, messages: Messages, tools: Tools = None) -> tuple[list[int], list[int]]:
-    """The one sample that a conversation becomes, as `render_samples` makes it.
+    """The single sample of a conversation, as `render_samples` makes it: (token ids, mask).
 
-    Raises `DataError` if it becomes several, besides what `render_samples` raises.
+    Raises `DataError` if the conversation becomes several samples, and whatever `render_samples` raises.
     """
     samples = render_samples(tokenizer, messages, tools)
     if len(samples) > 1:
@@ -148,7 +152,8 @@ def render_reply(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt, as `render_prompt` makes them, and of a reply to it with the token that ends it.
 
-    ended: False for a reply that ran out of tokens, which gets no such token. Raises what `render_samples` raises.
+    ended: False for a reply that was cut off at the token limit; it gets no end token. Raises what `render_samples`
+    raises.
     """
     dicts = [*as_dicts(prompt), {"role": "assistant", "content": reply}]
     if not ended and "</think>" not in reply:
@@ -161,7 +166,7 @@ def render_reply(
 
 
 def learned_turns(messages: Messages) -> list[int]:
-    """Indices of the assistant turns that are trained on. A turn may say otherwise by `trained=False`."""
+    """Indices of the assistant turns that are trained on: all but those with `trained=False`."""
     return [
         index
         for index, item in enumerate(messages)
@@ -169,20 +174,13 @@ def learned_turns(messages: Messages) -> list[int]:
     ]
 
 
-def check_parity(tokenizer: Tokenizer, messages: Messages, tools: Tools = None) -> None:
-    """Raise `DataError` if the conversation cannot be trained on as sampling would send and end it.
-
-    `render_samples` makes no other samples, so this is what it raises.
-    """
-    render_samples(tokenizer, messages, tools)
-
-
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """An assistant turn as the last one of its conversation.
+    """An assistant turn, rendered as the last turn of a conversation.
 
-    ids: token ids of the conversation. start: where sampling begins. stop: after the token at which sampling stops.
-    bits: which of the tokens between are trained on.
+    ids: token ids of the conversation up to and including this turn. start: index of the first token that sampling
+    would produce. stop: index after the token at which sampling stops. bits: the mask of ids[start:stop], 1 for a token
+    that is trained on.
     """
 
     ids: list[int]
@@ -192,12 +190,12 @@ class _Turn:
 
 
 def _render_turn(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools) -> _Turn:
-    """The last of these messages. Raises `DataError` unless sampling could have produced it."""
+    """Render the last of these messages. Raises `DataError` unless sampling could have produced it."""
     name = f"message {len(dicts) - 1}"
     marked = _GENERATION_MARKER.search(chat_template(tokenizer)) is not None
     prompt = _prompt_ids(tokenizer, dicts[:-1], tools)
     content = dicts[-1]["content"]
-    if "</think>" in content and "<think>" not in content:  # a sampled reply goes on with what the prompt began
+    if "</think>" in content and "<think>" not in content:  # the prompt opened the block, so the reply lacks the tag
         dicts = [*dicts[:-1], {**dicts[-1], "content": _begun_thinking(tokenizer, prompt) + content}]
     rendered = _apply(tokenizer, dicts, tools=tools, return_assistant_tokens_mask=marked)
     ids = list(rendered["input_ids"])
@@ -218,14 +216,15 @@ def _render_turn(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools
 
 
 def _begun_thinking(tokenizer: Tokenizer, prompt: list[int]) -> str:
-    """The beginning of a thinking block with which a prompt ends, such as "<think>\n"; "" if it does not."""
+    """The opening tag with which a prompt ends if it opens a thinking block, such as "<think>\n"; else ""."""
     found = _BEGUN_THINKING.search(tokenizer.decode(prompt))
     return found[0] if found else ""
 
 
 def _up_to_the_end(bits: list[int], name: str) -> list[int]:
-    """Marks of a template, with all after the last of them: some templates close the marks before the token that ends
-    the turn, but it belongs to the reply.
+    """The generation marks of a turn, extended to its end token.
+
+    Some templates close the marked part before the token that ends the turn, but that token belongs to the reply.
     """
     if not any(bits):
         raise DataError(f"{name}: the chat template marks no token of this turn; check its generation markers")
@@ -239,7 +238,7 @@ def _up_to_the_end(bits: list[int], name: str) -> list[int]:
 
 
 def _plain_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """A text without turns, with the token that ends a text; all but the token that begins one is trained on."""
+    """(token ids, mask) of a text without turns, followed by the end token. All but the begin token is trained on."""
     ids = encode_text(tokenizer, guard_of(tokenizer, chat_template(tokenizer)), text)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = end_token_ids(tokenizer)[:1]
@@ -275,8 +274,8 @@ def _require_prefix(tokenizer: Tokenizer, prompt: list[int], ids: list[int], *, 
     at = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(prompt), len(ids)))
     rest = tokenizer.decode(prompt[at:])
     begun = (
-        "; sampling begins inside of a thinking block, so a reply must begin with one too, and the template must keep "
-        "it (builtin templates do)"
+        "; the prompt opens a thinking block, so the reply must begin with its thinking, and the template must keep it "
+        "(the builtin templates do)"
         if "<think>" in rest
         else ""
     )
@@ -287,7 +286,7 @@ def _require_prefix(tokenizer: Tokenizer, prompt: list[int], ids: list[int], *, 
 
 
 def _no_end(tokenizer: Tokenizer, ids: list[int], name: str) -> str:
-    """What is said of a turn without a token at which sampling stops."""
+    """The error text for a turn without a token at which sampling stops."""
     ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(end_token_ids(tokenizer)))) or "none"
     return (
         f"{name}: the last token of the turn is {_shown(tokenizer, ids[-1:])}, at which sampling does not stop, so the "

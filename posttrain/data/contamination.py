@@ -1,12 +1,12 @@
-"""Rows that share text with an evaluation set, found by runs of words that both contain.
+"""Finds rows that share text with an evaluation set, by runs of words (n-grams) that both contain.
 
     evaluation sets ─► n-grams of each text ─► index, in memory
     row ─► its n-grams ─► evaluation texts that share one ─► share of each text's words that the row contains ─► hits
 
-An evaluation row has a text `prompt`, and one for each other column of text with at least `ngram` words, such as its
-answer. It is compared with each turn of a row, whatever the role, but not with system turns. A shorter prompt has to be
-contained as a whole; one of fewer than 4 words has to be a whole turn. Shorter answers are not compared: "The answer is
-42." says nothing.
+An evaluation row has several texts: its `prompt`, and each other text column of at least `ngram` words, such as the
+answer. Each text is compared with every turn of a row except system turns. A prompt of fewer than `ngram` words must be
+contained as a whole, and one of fewer than 4 words must be a whole turn. Other columns of fewer than `ngram` words are
+not compared, because many unrelated rows contain a text such as "The answer is 42.".
 
 Source: n-gram overlap is that of GPT-3 (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C: up to
 13 words, not below 8, without case and punctuation). Weighing the overlap by the share of an evaluation text that it
@@ -30,18 +30,18 @@ from posttrain.errors import DataError
 from posttrain.records import Row
 
 WHOLE_TURN = 4  # prompts of fewer words must be a whole turn
-COMMON = 100  # an n-gram of more evaluation texts is boilerplate, such as an instruction, and is not compared
+COMMON = 100  # an n-gram that more evaluation texts contain is boilerplate, such as an instruction, and is not compared
 SHOWN_WORDS = 30
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A row that contains an evaluation text. One for each evaluation row, of the text with the largest overlap.
+    """A row that contains a text of an evaluation row. If it contains several, the hit is the one with most overlap.
 
-    id, part: the row's, `prompt`, `reply`, `chosen` or `rejected`. evaluation: file and row number. evaluation_id,
-    evaluation_part: of the evaluation row, `prompt` or the name of a column. overlap: the share of the evaluation
-    text's words, without boilerplate, that lie in a shared n-gram. shared: the longest shared passage, as compared,
-    cut after 30 words.
+    id: of the row. part: of the row, `prompt`, `reply`, `chosen` or `rejected`. evaluation: file and row number of the
+    evaluation row. evaluation_id: its id. evaluation_part: `prompt`, or the name of its column. overlap: the share of
+    the evaluation text's words, without boilerplate, that lie in a shared n-gram, in (0, 1]. shared: the longest shared
+    passage, in the normalised words that are compared, cut after 30 words.
     """
 
     id: str
@@ -61,7 +61,7 @@ class _Text:
     words: list[str]
     grams: np.ndarray
     n: int
-    starts: list[int]  # of the n-grams that are compared; empty for a text that has to be a whole turn
+    starts: list[int]  # where the compared n-grams begin; empty for a text that must be a whole turn
 
     def covered(self, starts: Iterable[int]) -> np.ndarray:
         """Which words lie in the n-grams that begin at `starts`, bool [words]."""
@@ -72,18 +72,17 @@ class _Text:
 
 
 class EvaluationTexts:
-    """All texts of the evaluation sets that a config names, with which rows are compared.
+    """The texts of all evaluation sets that a config names, indexed by n-gram and kept in memory.
 
-    They are read whole, and kept in memory. Raises `DataError` for a set that cannot be read, for sets without any row
-    and for a row without a prompt.
+    Raises `DataError` for a set that cannot be read, for sets without any row, and for a row without a prompt.
     """
 
     def __init__(self, config: EvaluationSetsConfig):
         self.num_rows = 0
         self._ngram, self._overlap = config.ngram, config.overlap
         self._texts: list[_Text] = []
-        self._whole: dict[int, list[int]] = defaultdict(list)  # by hash of a short prompt: numbers of texts
-        self._index: dict[int, dict[int, list[int]]] = {}  # by length and hash of an n-gram: numbers of texts
+        self._whole: dict[int, list[int]] = defaultdict(list)  # hash of a short prompt -> indices into the texts
+        self._index: dict[int, dict[int, list[int]]] = {}  # n, then hash of an n-gram -> indices into the texts
         for record in islice(read_records(config.paths), config.limit):
             self._add(_evaluation_row(record, config.columns), record.where)
         if not self.num_rows:
@@ -103,7 +102,7 @@ class EvaluationTexts:
             self._texts.append(_Text(where, row.id, part, found, ngram_hashes(found, n), n, []))
 
     def _fill_index(self) -> None:
-        """Index each text by its n-grams, without boilerplate unless it is nothing else."""
+        """Index each text by its n-grams. Boilerplate is left out, unless the text has no other n-grams."""
         counts: Counter[int] = Counter()
         for text in self._texts:
             counts.update(set(text.grams.tolist()))
@@ -120,7 +119,7 @@ class EvaluationTexts:
                 index.setdefault(gram, []).append(number)
 
     def hits(self, item: Item) -> list[Hit]:
-        """The evaluation rows that a row contains, the largest overlap first."""
+        """The evaluation rows whose text `item` contains, the largest overlap first."""
         best: dict[str, Hit] = {}
         for part, text in item_texts(item):
             for hit in self._hits_of(item.id, part, words(text)):
@@ -155,7 +154,7 @@ class EvaluationTexts:
 
 
 def _evaluation_row(record: Record, columns: Mapping[str, str]) -> Row:
-    """The prompt of an evaluation row; where it is a whole conversation, its replies are in `fields`."""
+    """The evaluation row, with the prompt as its messages. The replies of a whole conversation are in `fields`."""
     if record.problem:
         raise DataError(f"{record.where}: {record.problem}")
     config = DataConfig(path=record.file, columns={a: b for a, b in columns.items() if b in record.value})
@@ -169,7 +168,7 @@ def _evaluation_row(record: Record, columns: Mapping[str, str]) -> Row:
 
 
 def _columns(row: Row) -> Iterator[tuple[str, str]]:
-    """(name, text) of the other columns of text, and of the replies of a conversation."""
+    """(name, text) of the text columns other than the prompt, and of the replies of a conversation."""
     replies = " ".join(text for part, text in item_texts(row) if part == "reply")
     for name, value in {"reply": replies, "answer": row.answer, **row.fields}.items():
         if isinstance(value, str) and name != "id":

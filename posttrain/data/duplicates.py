@@ -1,20 +1,20 @@
-"""Rows that repeat an earlier one, exactly or nearly: of several the first stays.
+"""Finds rows that repeat an earlier row, exactly or nearly. The first of several is kept.
 
-    row ─► exact: digest of its turns ─────────────────────────► table of rows that stay (SQLite, on disk)
+    row ─► exact: digest of its turns ─────────────────────────► table of kept rows (SQLite, on disk)
        └─► near: 5-word shingles ─► MinHash ─► keys of bands ──► candidates ─► their shingles ─► Jaccard, computed
 
-Exact duplicates have equal turns, answer, tools and label. Near-duplicates have an equal answer, tools and label too,
-and each of their texts (prompt; reply, or chosen and rejected) shares at least `near` of its 5-word shingles, as the
-Jaccard index has it. MinHash only proposes candidates, so no row is removed that is less alike. A pair that is exactly
-as alike as `near` is proposed with a probability of at least 99%. The permutations have a fixed seed: equal data, equal
-result.
+Exact duplicates have equal turns, answer, tools and label. Near-duplicates also have an equal answer, tools and label,
+and the Jaccard index of the 5-word shingles is at least `near` for each of their texts (prompt and reply, or prompt,
+chosen and rejected). MinHash only proposes candidates, whose Jaccard index is then computed, so no row below `near` is
+removed. Two rows with a Jaccard index of exactly `near` become candidates with a probability of at least 99%. The
+MinHash permutations have a fixed seed, so equal data give an equal result.
 
 Source: Lee et al., "Deduplicating Training Data Makes Language Models Better", 2022 (5-gram shingles, MinHash);
 Leskovec et al., "Mining of Massive Datasets", chapter 3 (bands).
 
-The memory does not grow. The index is a temporary file of SQLite, which is deleted in the end. It holds, for each row
-that stays, a digest of 16 bytes and the id; with `near` also 8 bytes a word and about 25 bytes for each of the
-bands, of which there are 12 at 0.9.
+Memory does not grow with the number of rows. The index is a temporary SQLite file that is deleted at the end. For each
+kept row it holds a digest of 16 bytes and the id; with `near` also 8 bytes a word and about 25 bytes a band (12 bands
+at 0.9).
 """
 
 import hashlib
@@ -42,10 +42,10 @@ _PARTS = ("prompt", "reply", "chosen", "rejected")
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A row that repeats another one.
+    """A row that repeats an earlier one.
 
-    id: its own. of: the id of the row that stays. similarity: 1 if it is exact, else the Jaccard index of the texts
-    that are least alike.
+    id: of this row. of: the id of the earlier row, which is kept. similarity: 1 for an exact duplicate, else the lowest
+    Jaccard index among the texts of the two rows, in [near, 1].
     """
 
     id: str
@@ -60,18 +60,18 @@ def digest(item: Item) -> bytes:
 
 
 def _apart(item: Item) -> bytes:
-    """What makes two items different however alike their texts are."""
+    """Answer, tools and label as bytes. Two items with different ones are never duplicates, whatever their texts."""
     fields: Mapping[str, Any] = item.fields
     marks = [getattr(item, "answer", None), getattr(item, "good", None), fields.get("tools")]
     return hashlib.blake2b(json.dumps(marks, sort_keys=True, default=str).encode(), digest_size=16).digest()
 
 
 class DuplicateIndex:
-    """The rows that stay. near: the least Jaccard index, in (0, 1), of near-duplicates; None finds exact ones only."""
+    """The kept rows. near: the lowest Jaccard index, in (0, 1), of near-duplicates; None finds only exact ones."""
 
     def __init__(self, near: float | None = None):
         self._near = near
-        # An empty name is a private file, which SQLite keeps in memory while it is small and deletes when it is closed.
+        # An empty name makes SQLite use a private temporary file: in memory while it is small, deleted on close.
         self._base = sqlite3.connect("", isolation_level=None)
         for line in (
             "PRAGMA journal_mode=OFF",
@@ -89,7 +89,7 @@ class DuplicateIndex:
             self._empty = MinHash(PERMUTATIONS, seed=SEED, hashfunc=lambda value: value, scheme="affine32")
 
     def find(self, item: Item) -> Duplicate | None:
-        """The row that stays and that `item` repeats; None if there is none, and then `item` stays."""
+        """The kept row that `item` repeats. None if there is none; then `item` is added to the kept rows."""
         code = digest(item)
         found = self._base.execute("SELECT id FROM exact WHERE digest = ?", (code,)).fetchone()
         if found is not None:
@@ -100,7 +100,7 @@ class DuplicateIndex:
         return None
 
     def _find_near(self, item: Item) -> Duplicate | None:
-        """As `find`, for near-duplicates. A row that stays is put into the tables."""
+        """As `find`, for near-duplicates."""
         shingles = item_shingles(item)
         keys = self._band_keys(shingles, _apart(item))
         places = ", ".join("?" * len(keys))
@@ -120,7 +120,10 @@ class DuplicateIndex:
         return None
 
     def _band_keys(self, shingles: np.ndarray, apart: bytes) -> list[int]:
-        """A key for each band of the signature; items that may be near have one in common. Signed, as SQLite's are."""
+        """One key for each band of the MinHash signature. Two near-duplicates most likely share a key.
+
+        The keys are signed 64-bit integers, because SQLite has no unsigned ones.
+        """
         signature = self._empty.copy()
         signature.update_batch((shingles & np.uint64(0xFFFFFFFF)).tolist())
         values, size = signature.hashvalues, self._band
@@ -140,12 +143,14 @@ class DuplicateIndex:
 
 
 def band_size(near: float) -> int:
-    """The longest band with which a pair that is as alike as `near` misses all bands with at most 1% probability."""
+    """The most permutations a band may have so that two rows with a Jaccard index of `near` share no band with a
+    probability of at most 1%.
+    """
     return max(size for size in range(1, PERMUTATIONS + 1) if (1 - near**size) ** (PERMUTATIONS // size) <= MISSED)
 
 
 def item_shingles(item: Item) -> np.ndarray:
-    """The set of shingles of all texts, sorted uint64; the top two bits say which part they belong to."""
+    """The shingles of all texts of a row: distinct, sorted, uint64 [shingles]. The top two bits say which text."""
     found = [np.zeros(0, np.uint64)]
     for part, text in item_texts(item):
         mark = np.uint64(_PARTS.index(part) << 62)
@@ -154,7 +159,7 @@ def item_shingles(item: Item) -> np.ndarray:
 
 
 def similarity(one: np.ndarray, two: np.ndarray) -> float:
-    """The Jaccard index of two sets of shingles, for each part by itself; the least of them."""
+    """The Jaccard index of two rows' shingles, computed for each text (prompt, reply, ...); the lowest is returned."""
     bounds = np.arange(1, len(_PARTS), dtype=np.uint64) << np.uint64(62)
     least = 1.0
     parts = (np.split(shingles, np.searchsorted(shingles, bounds)) for shingles in (one, two))

@@ -1,8 +1,10 @@
-"""The tokens at which sampling stops. This is their only home: what is trained on ends with one of them, a truncated
-reply has none, and every request to an engine names them all.
+"""The end tokens: the tokens at which sampling stops.
 
-They are the end-of-sequence token of the tokenizer, the `eos_token_id` of the model folder's generation_config.json (of
-its config.json, if the other names none, as transformers and vLLM do), and the special token that the chat template
+Every room takes them from here, so that they agree: a trained reply ends with an end token, a truncated reply has none,
+and every request to an engine names all of them.
+
+They are the tokenizer's end-of-sequence token, the `eos_token_id` in the model folder's generation_config.json (or, as
+in transformers and vLLM, in its config.json if the former names none), and the special token that the chat template
 writes after a reply.
 """
 
@@ -25,9 +27,9 @@ _known: "WeakKeyDictionary[Any, tuple[tuple[Any, ...], list[int]]]" = WeakKeyDic
 
 
 def end_token_ids(tokenizer: Any) -> list[int]:
-    """Ids of the tokens at which sampling stops, the tokenizer's end of sequence first.
+    """Ids of the tokens at which sampling stops, beginning with the tokenizer's end-of-sequence token.
 
-    tokenizer: loaded from a model folder, whose configuration is read too, or made in memory.
+    tokenizer: loaded from a model folder, whose configuration is then read too, or made in memory.
     """
     key = (_folder(tokenizer), str(tokenizer.chat_template), len(tokenizer), tokenizer.eos_token_id)
     if (found := _known.get(tokenizer)) is None or found[0] != key:
@@ -36,8 +38,10 @@ def end_token_ids(tokenizer: Any) -> list[int]:
 
 
 def note_added_end(tokenizer: Any, context: StageContext | None) -> None:
-    """Tell the stage's context of an end token that the chat template alone names: neither the tokenizer nor the model
-    folder does, so another program that samples from the folder would not stop there.
+    """Emit an event if only the chat template names one of the end tokens.
+
+    Neither the tokenizer nor the configuration in the model folder names such a token, so another program that samples
+    from the folder would not stop there.
     """
     ids = end_token_ids(tokenizer)
     if context is not None and (added := ids[len(_named_ids(tokenizer)) :]):
@@ -47,7 +51,8 @@ def note_added_end(tokenizer: Any, context: StageContext | None) -> None:
 def _end_ids(tokenizer: Any) -> list[int]:
     known = _named_ids(tokenizer)
     written = [int(tokenizer.convert_tokens_to_ids(token)) for token in _after_reply(tokenizer)]
-    # A template may write other tokens before the end, so the first is taken only where none of them is an end so far.
+    # A template may write other tokens between the reply and its end token. So the first special token after the reply
+    # is taken only if none of the tokens there is known as an end token.
     return known if set(written) & set(known) else [*known, *written[:1]]
 
 

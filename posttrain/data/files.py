@@ -1,8 +1,9 @@
 """Raw records of a dataset, in order, each with the file and the row number it came from.
 
-Rows come one after another, in memory for one file's batch at most (.json is read whole). A path is a file, a folder of
-files, a folder saved by `datasets.save_to_disk`, or a dataset's name on a hub (hub.py). The `datasets` package is never
-imported: this also runs while a config is validated. Left out: other encodings than UTF-8.
+Rows are yielded one by one, and at most one batch of a file is in memory (.json files are read whole). A path is a
+file, a folder of files, a folder saved by `datasets.save_to_disk`, or a dataset's name on a hub (hub.py). The
+`datasets` package is never imported, because this code also runs while a config is validated and must be fast.
+Left out: encodings other than UTF-8.
 """
 
 import difflib
@@ -44,9 +45,9 @@ def read_records(
 ) -> Iterator[Record]:
     """Yield the records of files and folders, in the order given (files of a folder by name).
 
-    weights: of each path; the next row is then drawn from a path by its weight, with `seed`, until the first path has
-    no more. Raises `DataError` for a path that is missing, of an unknown kind, or unreadable as a whole. A single row
-    that cannot be parsed is yielded with its `problem`.
+    weights: one for each path. With them, each row is drawn from a path with a probability proportional to its weight,
+    by a generator with `seed`, until one path has no more rows. Raises `DataError` for a path that is missing, of an
+    unknown kind, or unreadable as a whole. A single row that cannot be parsed is yielded with its `problem`.
     """
     by_label: dict[str, Path] = {}
     sources = [
@@ -96,7 +97,7 @@ def _expand(path: Path) -> list[tuple[Path, str]]:
 
 
 def _is_other(file: Path, root: Path) -> bool:
-    """Whether a file is hidden, or describes a dataset on a hub."""
+    """Whether a file holds no rows: it is hidden, or only describes a dataset from a hub."""
     return file.name == "dataset_infos.json" or any(part.startswith(".") for part in file.relative_to(root).parts)
 
 

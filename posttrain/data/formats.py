@@ -1,4 +1,4 @@
-"""The shapes that rows come in, and how each becomes a conversation: detected by the columns, or declared.
+"""The formats of rows, and how a row of each becomes a conversation. A format is detected by its columns, or declared.
 
     messages            {"messages": [{"role", "content"}, ...]}
     prompt_completion   {"prompt", "completion" or "response"}
@@ -7,8 +7,9 @@
     kto                 {"prompt", "completion", "label"}: only a reply with label true is trained on
     text                {"text"}: trained on as it stands, without turns
 
-`system` and `history` beside any of them become turns. A column that would change what is trained on, and that cannot
-be followed, is refused by its name. Left out: preference pairs (pairs.py), which share what is here.
+The columns `system` and `history` become turns in any format. A column by which other tools change what is trained on,
+such as `loss_mask`, is refused by its name if this package cannot do the same. Left out: preference pairs, which
+pairs.py reads with the functions at the end of this file.
 """
 
 import json
@@ -39,7 +40,7 @@ _SHAREGPT_ROLES = {
     "system": "system",
     "function_call": "function_call",
 }
-# Columns of a row by which other tools change what is trained on, and what to do instead.
+# Columns by which other tools change what is trained on, and what to do instead.
 _FLAGS = ("train", "training", "trainable", "loss", "loss_mask", "loss_weight", "weight", "sample_weight", "masked")
 _REFUSED = {
     **dict.fromkeys(_FLAGS, "a whole row cannot be weighted; remove the row or the column, or mark single turns"),
@@ -56,7 +57,10 @@ _REFUSED = {
 
 
 def renamed(value: Mapping[str, object], config: DataConfig) -> dict[str, Any]:
-    """The row with the columns that `columns` names under the names that are used here. Raises `RowError`."""
+    """The row with its columns renamed as `config.columns` says, {our name: the row's name}.
+
+    Raises `RowError` for a column that the row lacks, and for a new name that the row already uses.
+    """
     row = dict(value)
     moved: dict[str, Any] = {}
     for ours, theirs in config.columns.items():
@@ -125,7 +129,7 @@ def detect(value: Mapping[str, object], kind: Kind) -> str:
 
 
 def _agree(value: Mapping[str, object]) -> bool:
-    """Whether `prompt`, beside `messages`, only repeats what stands in them."""
+    """Whether the column `prompt` beside `messages` only repeats the beginning of the conversation or one turn."""
     turns, prompt = value["messages"], value["prompt"]
     if isinstance(prompt, str) and isinstance(turns, list):
         return any(isinstance(turn, Mapping) and turn.get("content") == prompt for turn in turns)
@@ -170,13 +174,13 @@ def _unknown(value: Mapping[str, object], kind: Kind) -> str:
     )
 
 
-# --- parts that pairs use too ---
+# --- functions that pairs.py uses too ---
 
 
 def take_turns(
     value: dict[str, Any], name: str, role: str, *, roles: Mapping[str, str] | None = None
 ) -> tuple[Message, ...]:
-    """Remove a column and return its messages. A plain text is one turn of `role`, whatever it looks like."""
+    """Remove a column from a row and return its messages. A plain text becomes one turn with the role `role`."""
     turns = value.pop(name)
     if isinstance(turns, str) and name in ("messages", *CONVERSATIONS):
         turns = json_list(turns)
@@ -190,7 +194,7 @@ def take_turns(
 
 
 def json_list(text: str) -> Any:
-    """A list written as JSON text, as tables without lists hold it; the text itself if it is none."""
+    """The list that a JSON text holds, as in CSV files, which have no lists; the text itself if it holds none."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -199,7 +203,7 @@ def json_list(text: str) -> Any:
 
 
 def _turn(item: object, roles: Mapping[str, str], where: str) -> Any:
-    """A turn with its keys and role as they are called here."""
+    """A turn with ShareGPT's keys and role names replaced by `role`, `content` and this package's roles."""
     if not isinstance(item, Mapping):
         return item
     turn = dict(item)
@@ -218,7 +222,7 @@ def _turn(item: object, roles: Mapping[str, str], where: str) -> Any:
 
 
 def take_instruction(value: dict[str, Any]) -> tuple[Message, ...]:
-    """Remove the instruction and input of an alpaca row; they become one user turn, with an empty line between."""
+    """Remove the instruction and input of an alpaca row and return one user turn: both, with an empty line between."""
     texts = [value.pop("instruction"), value.pop("input", None)]
     for name, text in zip(("instruction", "input"), texts, strict=True):
         if not isinstance(text, str) and not is_absent(text):
@@ -227,7 +231,10 @@ def take_instruction(value: dict[str, Any]) -> tuple[Message, ...]:
 
 
 def with_context(value: dict[str, Any], turns: tuple[Message, ...], *, whole: bool = False) -> tuple[Message, ...]:
-    """The turns with the row's `history` and `system` before them. whole: the turns have their history already."""
+    """The turns with the row's `system` and `history` before them. whole: `turns` are a conversation with its history.
+
+    Raises `RowError` for a `history` or a different `system` text beside a conversation that has its own.
+    """
     history, system = value.pop("history", None), value.get("system")
     if not is_absent(history):
         if whole or turns[0].role == "system":
@@ -271,7 +278,10 @@ def label_of(value: dict[str, Any]) -> bool:
 
 
 def refuse_columns(value: Mapping[str, object]) -> None:
-    """Raise `RowError` for a column that would change what is trained on, unless it says what holds anyway."""
+    """Raise `RowError` for a column by which other tools change what is trained on.
+
+    A column whose value changes nothing, such as `train: true`, is accepted.
+    """
     for name, advice in _REFUSED.items():
         given = value.get(name)
         if is_absent(given) or (name in _FLAGS and is_flag_set(given) is (name != "masked")):

@@ -1,8 +1,8 @@
 """Which rows of a dataset are held out from training.
 
-The choice depends on the content of the rows alone: on a hash of each row's prompt. So it is the same for every seed,
-after a resume, and for rows in another order. Rows with the same prompt are on the same side, because a reply to a
-prompt that was trained on measures little.
+The choice depends only on a hash of each row's prompt. So it is the same for every seed, after a resume, and when the
+rows are in another order. Rows with the same prompt stay together, because a held-out reply to a prompt that was
+trained on says little about new prompts.
 """
 
 import json
@@ -19,11 +19,11 @@ from posttrain.errors import DataError
 from posttrain.records import Message
 
 T = TypeVar("T")
-COUNTED_ROWS = 10_000  # a dataset of so many rows is taken to have enough of them
+COUNTED_ROWS = 10_000  # a check before the run counts no further: a dataset with so many rows is large enough
 
 
 def prompt_key(messages: Sequence[Message]) -> str:
-    """The turns before the first reply that is trained on, as JSON; all turns if there are none before it."""
+    """The turns before the first assistant turn that is trained on, as JSON; all turns if there is no such prompt."""
     first = next((i for i, m in enumerate(messages) if m.role == "assistant" and m.trained is not False), None)
     return content_key(messages[:first] or messages)
 
@@ -34,7 +34,7 @@ def content_key(messages: Sequence[Message]) -> str:
 
 
 def check_apart(trained: Iterable[tuple[str, str]], held_out: Iterable[tuple[str, str]]) -> None:
-    """Raise `DataError` if something held out is also trained on. Both are pairs of an id and a content as text."""
+    """Raise `DataError` if a held-out row is also trained on. Both arguments are pairs (id, content as text)."""
     ids = {content: name for name, content in trained}
     both = [(name, ids[content]) for name, content in held_out if content in ids]
     if both:
@@ -46,10 +46,10 @@ def check_apart(trained: Iterable[tuple[str, str]], held_out: Iterable[tuple[str
 
 
 def split(items: Sequence[T], keys: Sequence[str], config: HeldOutConfig) -> tuple[list[T], list[T]]:
-    """The items that are trained on, and those that are held out, each in their order.
+    """The items that are trained on and the items that are held out, each list in the order of `items`.
 
-    keys: of each item; items with the same key stay together, so that a few less may be held out than asked for.
-    Raises `DataError` if nothing would be left to train on.
+    keys: one for each item, such as `prompt_key`. Items with the same key stay together, so a few fewer than
+    `config` asks for may be held out. Raises `DataError` if no item would be left to train on.
     """
     if problem := rest_problem(config, len(items)):
         raise DataError(problem)
@@ -66,13 +66,13 @@ def split(items: Sequence[T], keys: Sequence[str], config: HeldOutConfig) -> tup
         if sizes[key] <= wanted:
             chosen.add(key)
             wanted -= sizes[key]
-    chosen = chosen or {min(order, key=lambda key: sizes[key])}  # each prompt has more rows than are wanted
+    chosen = chosen or {min(order, key=lambda key: sizes[key])}  # every prompt has more rows than are wanted
     kept = [item for item, key in zip(items, keys, strict=True) if key not in chosen]
     return kept, [item for item, key in zip(items, keys, strict=True) if key in chosen]
 
 
 def rest_problem(config: HeldOutConfig, total: int) -> str:
-    """What is wrong if `config` leaves nothing of `total` rows to train on; "" if it does."""
+    """The error text if `config` leaves none of `total` rows to train on, else ""."""
     if config.count(total) < total:
         return ""
     name, value = ("rows", config.rows) if config.rows is not None else ("fraction", config.fraction)
@@ -80,7 +80,7 @@ def rest_problem(config: HeldOutConfig, total: int) -> str:
 
 
 def share_problem(config: HeldOutConfig, data: FilesConfig) -> str:
-    """As `rest_problem`, for a dataset, of which at most COUNTED_ROWS rows are counted and none is checked."""
+    """As `rest_problem`, for a dataset. At most COUNTED_ROWS rows are counted, and their content is not checked."""
     if config.path is not None:
         return ""
     paths = [data.path] if isinstance(data.path, str) else data.path

@@ -1,6 +1,6 @@
-"""A dataset that is named rather than kept here: the copy of it on this machine, fetched from a hub if there is none.
+"""Finds the local copy of a dataset that a config names as OWNER/NAME, and downloads it from the hub if there is none.
 
-Left out: scripts of datasets; only their files are read, as those of a folder are.
+Left out: loading scripts. Only the data files of the dataset are read, in the same way as those of a local folder.
 """
 
 import os
@@ -17,24 +17,27 @@ _CONNECT_S = 3.0
 
 
 def is_name(path: str) -> bool:
-    """Whether a path that does not exist can be the name of a dataset: OWNER/NAME[:SPLIT], and no data file's name."""
+    """Whether a path that does not exist can be the name of a dataset: OWNER/NAME[:SPLIT], without a data suffix."""
     return bool(_NAME.fullmatch(path)) and data_suffix(Path(path)) not in READERS and not Path(path).parent.exists()
 
 
 def local_path(path: str) -> Path:
-    """Where a path lies, or the copy of the dataset that it names."""
+    """The local path: `path` itself, or the folder with the local copy of the dataset that it names."""
     return located(path)[0]
 
 
 def located(path: str) -> tuple[Path, tuple[str, str] | None]:
-    """Where a path lies; or the copy of the dataset that it names, with its name and the split, "" if it has none."""
+    """(local path, (name, split)) of a dataset's name, downloading it if needed; (path, None) of any other path.
+
+    The split is "" if the name has none. Raises `DataError` if the dataset cannot be downloaded.
+    """
     found = Path(path).expanduser()
     named = _NAME.fullmatch(path) if not found.exists() and is_name(path) else None
     return (snapshot(named[1]), (named[1], named[2] or "")) if named else (found, None)
 
 
 def snapshot(name: str) -> Path:
-    """The folder of a dataset's files. Raises `DataError` if it is neither on this machine nor to be fetched."""
+    """The folder of a dataset's files. Raises `DataError` if it is not on this machine and cannot be downloaded."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -44,15 +47,16 @@ def snapshot(name: str) -> Path:
         pass
     if (why := _unreachable(constants.ENDPOINT)) is not None:
         raise DataError(
-            f"{name}: no such file or folder, and as a dataset's name it cannot be fetched: {constants.ENDPOINT} "
-            f"{why}; name a local path, or fetch it where there is a network: hf download --repo-type dataset {name}"
+            f"{name}: no such file or folder, and the dataset of this name cannot be downloaded: {constants.ENDPOINT} "
+            f"{why}; name a local path, or download it on a machine with a network: "
+            f"hf download --repo-type dataset {name}"
         )
     try:
         return Path(snapshot_download(name, repo_type="dataset"))
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{name}: no such file or folder, and not to be had from {constants.ENDPOINT}: {reason}"
+            f"{name}: no such file or folder, nor can it be downloaded from {constants.ENDPOINT}: {reason}"
         ) from None
 
 

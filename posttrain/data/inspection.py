@@ -1,6 +1,6 @@
-"""What a dataset holds, counted row by row in flat memory: formats, capabilities, lengths, duplicates, problems.
+"""The counts of `posttrain data inspect`: formats, capabilities, lengths, exact duplicates and problems of a dataset.
 
-Left out: rows that are nearly the same; duplicates.py finds them.
+Rows are counted one by one; only a length and a hash of each are kept. Left out: near-duplicates (duplicates.py).
 """
 
 from array import array
@@ -24,7 +24,12 @@ BINS = 10
 def inspect(
     data: Data, kind: DataKind, length: Callable[[Any], int], *, max_length: int | None = None
 ) -> dict[str, Any]:
-    """Counts of a dataset as a JSON object. length: of a row, pair or labelled reply, in `unit`s of the caller."""
+    """Counts of a dataset as a JSON object.
+
+    length: gives the length of a row, pair or labelled reply, in tokens or characters as the caller likes. max_length:
+    in the same unit; `over_max_length` is the share of rows that are longer, None without it. Rows that `length`
+    cannot measure are counted as bad. Raises `DataError` for a dataset that cannot be read.
+    """
     config = as_config(data)
     formats = _formats(data, kind)
     labels: Counter[str] = Counter()
@@ -82,7 +87,7 @@ def _figures(ordered: list[int]) -> dict[str, int]:
 
 
 def _histogram(ordered: list[int]) -> list[list[int]]:
-    """[from, to, rows] of bins of equal width."""
+    """[first length, last length, number of rows] of at most `BINS` bins of equal width."""
     if not ordered:
         return []
     width = ordered[-1] // BINS + 1

@@ -1,7 +1,7 @@
-"""The kinds of things that a dataset can hold, read one by one whatever they are: rows, pairs, labelled replies.
+"""The four kinds of dataset, and one function that reads any of them item by item.
 
-`supervised` rows end with an assistant turn, `prompt` rows with a user or tool turn; `pairs` prefer one reply to
-another; `labelled` replies are marked as good or bad, as KTO has them.
+`supervised` rows end with an assistant turn, `prompt` rows with a user or tool turn. `pairs` prefer one reply to
+another. `labelled` replies are marked as good or bad, as in datasets for KTO.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ DataKind = Literal["supervised", "prompt", "pairs", "labelled"]
 
 
 def kind_of(data: Data) -> DataKind:
-    """What a dataset holds, by its first row. Raises `DataError` where there is none."""
+    """The kind of a dataset, judged by its first row. Raises `DataError` for a dataset without rows."""
     config = as_config(data)
     paths = [config.path] if isinstance(config.path, str) else config.path
     first = next(read_records(paths), None)
@@ -42,14 +42,14 @@ def kind_of(data: Data) -> DataKind:
 
 
 def iter_items(data: Data, kind: DataKind) -> Iterator[Item | BadRow]:
-    """The items of a dataset one by one, a bad one as a `BadRow`; memory stays flat however many there are."""
+    """The items of a dataset one by one, a bad one as a `BadRow`. Only the ids of the items read so far are kept."""
     if kind in ("pairs", "labelled"):
         return scan_pairs(data)
     return iter_rows(data, kind="prompt" if kind == "prompt" else "supervised")
 
 
 def item_to_json(item: Item) -> dict[str, Any]:
-    """The JSON object that is read back as an equal item."""
+    """The item as a JSON object, which the readers turn into an equal item."""
     if isinstance(item, Row):
         return row_to_json(item)
     return pair_to_json(item) if isinstance(item, Pair) else labelled_to_json(item)

@@ -18,15 +18,16 @@ def _replies(item: Pair | Labelled) -> tuple[str, ...]:
 
 
 def character_length(item: Item) -> int:
-    """Characters of all texts of a row, or of a prompt with its reply, of a pair with the longer one."""
+    """The number of characters in all turns of a row, or in the prompt and the reply (of a pair, the longer reply)."""
     if isinstance(item, Row):
         return sum(len(message_text(turn)) for turn in item.messages)
     return sum(len(message_text(turn)) for turn in item.prompt) + max(map(len, _replies(item)))
 
 
 def token_length(tokenizer: Tokenizer) -> Callable[[Any], int]:
-    """Counts the tokens of a row as training or sampling sees it, the longest sample of it where there are several, or
-    of a pair with its longer reply.
+    """A function that counts the tokens of an item as training or sampling sees it.
+
+    If a row becomes several samples, the longest one counts. Of a pair, the longer reply counts.
     """
 
     def count(item: Item) -> int:

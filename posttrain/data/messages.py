@@ -1,12 +1,12 @@
-"""Messages between JSON and the records: reading checks every key, writing is its inverse.
+"""Reads messages from JSON into records, checking every key, and writes them back.
 
     {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "1",
         "function": {"name": "weather", "arguments": {"city": "Paris"}}}], "train": false}
 
-Whether a turn is trained on may be said under the names that other tools use (`FLAGS`). A key that is not known is
-refused by its name, because a key that is ignored (`thinking`) silently trains on something else than the author meant.
-A key whose value is null or empty is absent: tables of columns (parquet, `datasets`) give every message every key.
-Left out: the order of the turns (turns.py).
+`train: false` excludes a turn from training; the names that other tools use for this are accepted too (`FLAGS`). An
+unknown key is refused by its name: if it were ignored, as `thinking` would be, training would silently use something
+else than the author meant. A key whose value is null or empty counts as absent, because tables of columns (parquet,
+`datasets`) give every message every key. Left out: the order of the turns (turns.py).
 """
 
 import json
@@ -16,8 +16,8 @@ from typing import Any
 from posttrain.records import ContentPart, ImagePart, Message, TextPart, ToolCall
 
 ROLES = ("system", "user", "assistant", "tool")
-TEXT_ROLE = "text"  # of a text without turns
-# Names under which tools say whether a turn is trained on, and those under which they say that it is not.
+TEXT_ROLE = "text"  # the role of a text without turns
+# Keys by which tools say that a turn is trained on, and keys by which they say that it is not.
 FLAGS = ("train", "weight", "loss", "loss_mask", "loss_weight", "loss_scale", "trainable", "trained", "training")
 INVERSE_FLAGS = ("masked",)
 KNOWN_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", *FLAGS, *INVERSE_FLAGS)
@@ -27,7 +27,7 @@ SHOWN_CHARACTERS = 60
 _USE_TRAIN = "to leave an assistant turn out of training, write train: false"
 _USE_CONTENT = "write it in content, between the tags that the model's chat template uses, or remove it"
 _USE_PARTS = 'write it as a part of content, {"type": "image", "image": path}'
-# Keys that other tools know, and what to write here instead.
+# Keys that other tools know and this package does not, and what to write instead.
 _ADVICE = {
     **dict.fromkeys(("mask", "train_detail", "loss_masks"), _USE_TRAIN),
     **dict.fromkeys(("thinking", "reasoning", "reasoning_content", "thoughts"), _USE_CONTENT),
@@ -39,11 +39,11 @@ _ADVICE = {
 
 
 class RowError(ValueError):
-    """What is wrong with one row: the value got and the rule, without the place."""
+    """What is wrong with one row: the value got and the rule. The reader adds the file and the row number."""
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it, cut short."""
+    """A value as error texts show it: its `repr`, cut to a readable length."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
@@ -82,7 +82,10 @@ def tool_call_to_json(call: ToolCall) -> dict[str, Any]:
 
 
 def to_messages(value: Any, name: str, *, texts: bool = False) -> tuple[Message, ...]:
-    """Read a list of messages; `name` is the field it stands in. texts: it is plain text. Raises `RowError`."""
+    """Read a list of JSON messages. Raises `RowError`.
+
+    name: the row's field that holds the list, for the error text. texts: the list is one text without turns.
+    """
     if texts:
         return (Message(TEXT_ROLE, _read_content(value[0]["content"], name, may_be_empty=False)),)
     if not isinstance(value, list) or not value:
@@ -91,7 +94,7 @@ def to_messages(value: Any, name: str, *, texts: bool = False) -> tuple[Message,
 
 
 def is_absent(value: object) -> bool:
-    """Whether a key with this value says nothing."""
+    """Whether a key with this value counts as absent: null, or an empty text, list or object."""
     return value is None or (isinstance(value, str | list | Mapping) and not value)
 
 
@@ -141,14 +144,17 @@ def _read_optional_text(given: Mapping[str, object], key: str, name: str) -> str
 
 
 def is_flag_set(value: object) -> bool | None:
-    """What a flag says: true or 1, false or 0; None if it says neither."""
+    """The meaning of a flag: True for true or 1, False for false or 0, None for any other value."""
     if isinstance(value, bool):
         return value
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
 def _read_trained(given: Mapping[str, object], role: str, name: str) -> bool | None:
-    """What the flags say of a turn, such as `train: false` or OpenAI's `weight: 0`; None where there is none."""
+    """Whether the flags of a turn, such as `train: false` or OpenAI's `weight: 0`, include it in training.
+
+    None if the turn has no such flag. Raises `RowError` for flags that contradict each other.
+    """
     said: dict[str, bool] = {}
     for key in (*FLAGS, *INVERSE_FLAGS):
         if key not in given:
@@ -170,8 +176,8 @@ def _read_trained(given: Mapping[str, object], role: str, name: str) -> bool | N
 def _read_content(content: object, name: str, *, may_be_empty: bool) -> str | tuple[ContentPart, ...]:
     """The content as text, or as parts if one of them is an image.
 
-    A list of text parts alone is joined to one text, without anything in between: that is what chat templates that
-    know parts make of it, and those that know only text would fail on a list.
+    A list that holds only text parts is joined to one text, with nothing in between. Chat templates that know parts
+    render the same, and templates that know only text would fail on a list.
     """
     if content is None and may_be_empty:
         return ""

@@ -1,8 +1,8 @@
-"""The words of a row and hashes of their n-grams, by which near-duplicates and overlaps are found.
+"""Splits rows into words and hashes their n-grams, for the search for near-duplicates and contamination.
 
-Words are compared after Unicode's compatibility form (NFKC), without case, punctuation and white space. Signs of
-arithmetic are words, so that 3 + 4 and 3 * 4 differ; so is each character of Chinese and Japanese.
-Left out: words of scripts without spaces other than these two, which are compared as whole runs of letters.
+Words are compared in Unicode's compatibility form (NFKC), without case, punctuation and white space. An arithmetic sign
+is a word, so that 3 + 4 and 3 * 4 differ. Each Chinese or Japanese character is a word.
+Left out: splitting other scripts without spaces; a run of their letters counts as one word.
 """
 
 import re
@@ -18,19 +18,22 @@ from posttrain.records import Row
 
 Item = Row | Pair | Labelled
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-# A hyphen is a minus where no letter stands before it, or a digit behind it.
+# A hyphen is a minus sign if no letter or digit precedes it, or if a digit follows it.
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+|[+*/=<>^%×÷√∑∫≤≥≠−]|(?<!\w)-|-(?=\d)")
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no product loses a bit
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in order; a text without any is one word as it stands."""
+    """The words of a text in order. A text of punctuation alone is one word; an empty text has none."""
     found = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     return found or ([text.strip()] if text.strip() else [])
 
 
 def ngram_hashes(found: list[str], n: int) -> np.ndarray:
-    """The hashes of all runs of `n` words, uint64 [max(words - n + 1, 1)]; fewer words than n are one run."""
+    """The hashes of all runs of `n` words, uint64 [len(found) - n + 1].
+
+    Fewer than `n` words are one run. No words give an empty array.
+    """
     n = min(n, len(found))
     if not n:
         return np.zeros(0, np.uint64)
@@ -43,7 +46,7 @@ def ngram_hashes(found: list[str], n: int) -> np.ndarray:
 
 
 def item_texts(item: Item) -> Iterator[tuple[str, str]]:
-    """(part, text) of each turn: prompt and reply, of a pair prompt, chosen and rejected. System turns are left out."""
+    """(part, text) of each turn except system turns. part: `prompt` or `reply`; for pairs also `chosen`, `rejected`."""
     if isinstance(item, Row):
         turns = item.messages
         replies: tuple[tuple[str, str], ...] = ()

@@ -1,8 +1,8 @@
-"""Preference pairs: one prompt with a reply to prefer and a reply to reject.
+"""Preference pairs: one prompt with a preferred reply (`chosen`) and a rejected one (`rejected`).
 
-Read from {"prompt", "chosen", "rejected"} rows, each field text or a list of messages. `chosen` and `rejected` may
-also be whole conversations that begin with the same turns; then `prompt` may be left out. Rows of {"prompt",
-"completion", "label"}, as KTO has them, are joined: a good and a bad reply to one prompt are a pair.
+A pair is read from a row {"prompt", "chosen", "rejected"}, each field a text or a list of messages. `chosen` and
+`rejected` may also be whole conversations that begin with the same turns; then `prompt` may be absent. Rows {"prompt",
+"completion", "label"}, as in datasets for KTO, are joined: a good and a bad reply to the same prompt become a pair.
 """
 
 import json
@@ -35,7 +35,10 @@ from posttrain.records import Message
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One preference. `prompt` ends with a user or tool turn; `chosen` and `rejected` are replies, which differ."""
+    """One preference. `prompt` ends with a user or tool turn; `chosen` and `rejected` are two different replies.
+
+    fields: the row's other columns, such as `tools`.
+    """
 
     id: str
     capability: str
@@ -52,7 +55,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """One reply to a prompt, and whether it is good."""
+    """One reply to a prompt, and whether it is good. fields: the row's other columns."""
 
     id: str
     capability: str
@@ -70,17 +73,26 @@ class Labelled:
 def load_pairs(
     data: Data, *, limit: int | None = None, stage: str | None = None, context: StageContext | None = None
 ) -> list[Pair]:
-    """Read and validate preference pairs; `stage`, `context` and what is raised are as in `load_rows`."""
+    """Read and validate preference pairs. Returns at least one pair.
+
+    data: a `DataConfig`, a path, or several paths. limit: use only the first rows (the smaller of this and
+    `data.limit`). stage: the kind of stage that reads, named in the error about rows that it cannot use yet (images).
+    context: of the stage, which is told about rows that are set aside. Raises `DataError` that names file, row number,
+    the value got and the rule, and for labelled replies to one prompt that cannot be joined to pairs.
+    """
     return _joined(collect(data, _parser(stage), limit, identity=lambda pair: pair.id, context=context))
 
 
 def scan_pairs(data: Data) -> Iterator["Pair | Labelled | BadRow"]:
-    """Pairs and labelled replies one by one, a bad one as a `BadRow`. Replies are not joined to pairs."""
+    """Pairs and labelled replies one by one, a bad row as a `BadRow`. Labelled replies are not joined to pairs."""
     return scan(data, _parser(None), None, identity=lambda item: item.id)
 
 
 def _joined(items: Sequence["Pair | Labelled"]) -> list[Pair]:
-    """The pairs, with labelled replies to the same prompt joined to pairs. Raises `DataError` for one left alone."""
+    """All pairs, including those made of labelled replies to the same prompt.
+
+    Raises `DataError` for a prompt whose good and bad replies differ in number, or where one reply is both.
+    """
     labelled: dict[str, tuple[list[Labelled], list[Labelled]]] = {}
     for item in items:
         if isinstance(item, Labelled):
@@ -102,7 +114,7 @@ def _joined(items: Sequence["Pair | Labelled"]) -> list[Pair]:
 
 
 def check_pairs(data: Data, rows: int = 100, *, stage: str | None = None) -> list[str]:
-    """Problems in the first pairs, one line each."""
+    """Problems in the first `rows` rows of a dataset of pairs, one line each. `data` and `stage` as in `load_pairs`."""
     return check(data, _parser(stage), rows, identity=lambda pair: pair.id)
 
 
@@ -134,7 +146,7 @@ def pair_to_json(pair: Pair) -> dict[str, Any]:
 
 
 def labelled_to_json(item: Labelled) -> dict[str, Any]:
-    """The JSON object that is read back as an equal labelled reply."""
+    """The JSON object that `scan_pairs` reads back as an equal labelled reply."""
     return {
         **item.fields,
         "id": item.id,
@@ -173,16 +185,19 @@ def _has_label(value: Mapping[str, object]) -> bool:
 
 
 def is_labelled(value: Mapping[str, Any], declared: str | None) -> bool:
-    """Whether a row holds one reply that is marked as good or bad, by its columns or the declared format."""
+    """Whether a row holds one reply that is marked as good or bad.
+
+    declared: the format in the config, which decides; None: the columns decide.
+    """
     if declared is not None:
         return declared == "kto"
     return _has_label(value) and isinstance(value["label"], bool) and value.get("prompt") is not None
 
 
 def pair_format(value: Mapping[str, Any], declared: str | None) -> str:
-    """The format of a row of preferences, pairs or kto.
+    """The format of a row of preferences: `pairs` or `kto`.
 
-    Raises `RowError` for a declared format of another kind, and where both fit.
+    declared: the format in the config, or None. Raises `RowError` if it is neither, or if the columns fit both.
     """
     if declared is not None:
         if declared not in ("pairs", "kto"):
@@ -208,7 +223,9 @@ def _labelled(value: dict[str, Any], record: Record, config: DataConfig) -> Labe
 
 
 def _take_prompt(value: dict[str, Any], roles: Mapping[str, str]) -> tuple[Message, ...]:
-    """Remove the prompt: `prompt`, ShareGPT's `conversations`, or alpaca's `instruction` and `input`."""
+    """Remove the prompt from a row and return it: `prompt`, `conversations` (ShareGPT), or `instruction` and `input`
+    (alpaca).
+    """
     for name in ("prompt", *CONVERSATIONS):
         if value.get(name) is not None:
             return take_turns(value, name, "user", roles=roles)
@@ -216,7 +233,7 @@ def _take_prompt(value: dict[str, Any], roles: Mapping[str, str]) -> tuple[Messa
 
 
 def _take_reply(value: dict[str, Any], name: str, roles: Mapping[str, str]) -> tuple[tuple[Message, ...], str]:
-    """Remove a reply; returns the turns before it (if it was a whole conversation) and its text."""
+    """Remove a reply from a row. Returns the turns before it (none unless it is a whole conversation) and its text."""
     turns = take_turns(value, name, "assistant", roles=roles)
     if turns[-1].role != "assistant":
         raise RowError(f"{name}: the last turn is {turns[-1].role!r}: a reply must end with 'assistant'")
@@ -233,7 +250,7 @@ def _take_reply(value: dict[str, Any], name: str, roles: Mapping[str, str]) -> t
 def _shared_prompt(
     given: tuple[Message, ...], chosen: tuple[Message, ...], rejected: tuple[Message, ...]
 ) -> tuple[Message, ...]:
-    """The prompt, from the field of that name or from the turns that both replies begin with."""
+    """The prompt of a pair: the field `prompt`, or else the turns with which both conversations begin."""
     if chosen != rejected:
         raise RowError("chosen and rejected do not begin with the same turns: a pair has one prompt")
     prompt = chosen or given

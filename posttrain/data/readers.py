@@ -1,4 +1,4 @@
-"""The readers of data files by suffix: each yields (row number, value, problem) of one row after another.
+"""Readers of data files, one for each suffix. Each yields (row number, value, problem) for one row after another.
 
 .jsonl and .ndjson, .json (a list of objects) and .csv may be compressed: .gz, .bz2, .xz, .zst. .parquet and .arrow (a
 stream or a file) are read batch by batch.
@@ -24,14 +24,14 @@ _COMPRESSED = (*_OPENERS, ".zst")
 
 
 def data_suffix(file: Path) -> str:
-    """The suffix that says what a file holds, without that of its compression."""
+    """The suffix of the data format, without the suffix of a compression: ".jsonl" for rows.jsonl.gz."""
     if file.suffix in _COMPRESSED and (inner := Path(file.stem).suffix) in (".jsonl", ".ndjson", ".json", ".csv"):
         return inner
     return file.suffix
 
 
 def open_bytes(file: Path) -> BinaryIO:
-    """Open a file for reading, decompressed."""
+    """Open a file for reading its decompressed bytes."""
     if file.suffix == ".zst":
         import pyarrow as pa
 
@@ -46,7 +46,7 @@ def _no_constant(name: str) -> Any:
 def _finite(text: str) -> float:
     number = float(text)
     if math.isinf(number):
-        raise ValueError(f"{text} is larger than any number that can be written again")
+        raise ValueError(f"{text} is larger than any float64, so it cannot be written again")
     return number
 
 
@@ -58,7 +58,10 @@ def _parse_json(text: str) -> Any:
 
 
 def unwritable(value: object, name: str = "") -> str:
-    """What in a value could not be written as JSON again, and where; "" if all can."""
+    """The error text for the first part of a value that cannot be written as JSON again; "" if there is none.
+
+    name: the place of the value, such as messages[0].content, with which the text begins.
+    """
     if isinstance(value, str):
         try:
             value.encode("utf-8")
@@ -138,7 +141,10 @@ def _read_csv(file: Path) -> Iterator[Parsed]:
 
 
 def _cell(value: str) -> Any:
-    """CSV has no lists: a cell that holds a JSON list of messages is one. Any other text stays text."""
+    """The value of a CSV cell. CSV has no lists, so a cell with the JSON text of a list of messages becomes that list.
+
+    Any other text stays text.
+    """
     if not value.lstrip().startswith("[{"):
         return value
     try:
@@ -187,7 +193,7 @@ def _batch_rows(batches: Any) -> Iterator[Parsed]:
 
 
 def _without_nulls(value: object) -> Any:
-    """A value without the keys that a table adds to its objects, as null, because others of the column have them."""
+    """A value without the keys that are null: in a table every object of a column has the keys of all of them."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

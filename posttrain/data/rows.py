@@ -1,6 +1,6 @@
-"""From datasets to validated rows: read every row and name every bad one, before any model is loaded.
+"""Reads datasets into validated rows, and names every bad row before any model is loaded.
 
-There are two kinds of row: a `supervised` example ends with an assistant turn, a `prompt` with a user or tool turn.
+There are two kinds of row: a `supervised` row ends with an assistant turn, a `prompt` row with a user or tool turn.
 messages.py reads single messages, turns.py checks their order, chat.py makes tokens. Rows are never repaired: a
 bad row is an error that names its file and number, or is set aside where the config says so (bad_rows.py).
 """
@@ -28,23 +28,27 @@ T = TypeVar("T")
 def load_rows(
     data: Data, *, kind: Kind, limit: int | None = None, stage: str | None = None, context: StageContext | None = None
 ) -> list[Row]:
-    """Read and validate a dataset.
+    """Read and validate a dataset. Returns at least one row.
 
-    data: a `DataConfig`, a path, or several; kind: how a conversation must end; limit: use only the first rows (the
-    smaller of this and `data.limit`); stage: the kind of stage that reads: rows with what it cannot use yet (images)
-    are refused in its name; context: of the stage, which is told of rows that are set aside. Returns at least one row.
-    Raises `DataError` that names file, row number, the value got and the rule, for the first few bad rows.
+    data: a `DataConfig`, a path, or several paths. kind: `supervised` rows must end with an assistant turn, `prompt`
+    rows with a user or tool turn. limit: use only the first rows (the smaller of this and `data.limit`). stage: the
+    kind of stage that reads, named in the error about rows that it cannot use yet (images). context: of the stage,
+    which is told about rows that are set aside. Raises `DataError` that names file, row number, the value got and the
+    rule, for the first few bad rows.
     """
     return collect(data, _parser(kind, stage), limit, identity=lambda row: row.id, context=context)
 
 
 def iter_rows(data: Data, *, kind: Kind, limit: int | None = None) -> Iterator[Row | BadRow]:
-    """The rows of a dataset one by one, a bad one as a `BadRow`; memory stays flat however many there are."""
+    """The rows of a dataset one by one, a bad one as a `BadRow`. Only the ids of the rows read so far are kept."""
     return scan(data, _parser(kind, None), limit, identity=lambda row: row.id)
 
 
 def check_data(data: Data, kind: Kind, rows: int = 100, *, stage: str | None = None) -> list[str]:
-    """Problems in the first rows of a dataset, one line each. A path that still holds `${...}` is not checked."""
+    """Problems in the first `rows` rows of a dataset, one line each.
+
+    A path that refers to the output of another stage (`${...}`) does not exist yet, so nothing is checked.
+    """
     return check(data, _parser(kind, stage), rows, identity=lambda row: row.id)
 
 
@@ -59,7 +63,7 @@ def _parser(kind: Kind, stage: str | None) -> Callable[[Record, DataConfig], Row
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
-    """Write rows as JSON lines, atomically; every column a row was read with is kept. Returns how many."""
+    """Write rows as JSON lines, atomically, with all their columns. Returns the number of rows."""
     return write_jsonl(path, (row_to_json(row) for row in rows))
 
 
@@ -75,7 +79,7 @@ def row_to_json(row: Row) -> dict[str, Any]:
     return {**row.fields, **record}
 
 
-# --- the scan that rows and preference pairs share ---
+# --- the scan that rows and pairs share ---
 
 
 def as_config(data: Data) -> DataConfig:
@@ -90,7 +94,10 @@ def as_config(data: Data) -> DataConfig:
 def scan(
     data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, *, identity: Callable[[T], str]
 ) -> Iterator[T | BadRow]:
-    """For each row, the parsed row, or what is wrong with it. Memory does not grow but for the rows' own ids."""
+    """Yield each row of a dataset, parsed by `parse`, or a `BadRow`. Only the ids of the rows read so far are kept.
+
+    identity: gives the id of a parsed row; a second row with the same id is bad.
+    """
     config = as_config(data)
     paths = [config.path] if isinstance(config.path, str) else config.path
     limits = [value for value in (limit, config.limit) if value is not None]
@@ -113,7 +120,7 @@ def collect(
     data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, *, identity: Callable[[T], str],
     context: StageContext | None = None,
 ) -> list[T]:  # fmt: skip
-    """All rows of a dataset. Raises `DataError` if there are none, or if any is bad and is not to be set aside."""
+    """All rows of a dataset. Raises `DataError` if there is no good row, or any bad row under `on_bad_row: fail`."""
     rows: list[T] = []
     bad: list[BadRow] = []
     if context is not None:
@@ -158,7 +165,7 @@ def _shown_path(data: Data) -> str:
 
 
 def parse_row(record: Record, kind: Kind, config: DataConfig) -> Row:
-    """Make a `Row` of one record; raises `RowError`."""
+    """Make a `Row` of one record. Raises `RowError`."""
     value = renamed(record.value, config)
     messages = take_conversation(value, kind, config)
     check_turns(messages, "messages", kind)
@@ -172,7 +179,7 @@ def parse_row(record: Record, kind: Kind, config: DataConfig) -> Row:
 
 
 def take_id(value: dict[str, Any], record: Record) -> str:
-    """Remove and return the row's id; without one, make it from file and number."""
+    """Remove and return the row's id; if it has none, an id made of the file's name and the row number."""
     identity = value.pop("id", None)
     if identity is None:
         return f"{record.label}:{record.number}"
@@ -182,7 +189,7 @@ def take_id(value: dict[str, Any], record: Record) -> str:
 
 
 def take_capability(value: dict[str, Any], default: str) -> str:
-    """Remove and return the row's capability; without one, that of the dataset."""
+    """Remove and return the row's capability; if it has none, `default`, which is the dataset's."""
     capability = value.pop("capability", None)
     if capability is None:
         return default

@@ -1,7 +1,8 @@
-"""Whether a chat template shows what tools do: many templates drop what they do not know, and the model would learn to
-answer from results that it never sees.
+"""Checks that a chat template shows tool calls, tool results and declared tools.
 
-Each part is changed in turn and rendered again: if the token ids stay the same, the template does not show it.
+Many templates omit what they do not know. The model would then learn to answer from results that it never sees. To
+find out, each such part of the conversation is changed in turn and rendered again: if the token ids stay the same, the
+template does not show that part.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +15,10 @@ Render = Callable[[list[dict[str, Any]], Tools], list[int]]
 
 
 def require_tools_shown(render: Render, dicts: list[dict[str, Any]], tools: Tools, *, ids: list[int]) -> None:
-    """Raise `DataError` if the template leaves out a call, a result or the declared tools.
+    """Raise `DataError` if the template omits a tool call, a tool result or the declared tools.
 
-    render: makes token ids of messages and tools, and raises `DataError` if the template refuses them. ids: what it
-    makes of `dicts` and `tools`.
+    render: makes token ids of messages and tools, and raises `DataError` if the template refuses them. ids: the token
+    ids that it makes of `dicts` and `tools`.
     """
     variants = [(where, variant, tools) for where, variant in _tool_variants(dicts)]
     if tools:
@@ -35,7 +36,7 @@ def require_tools_shown(render: Render, dicts: list[dict[str, Any]], tools: Tool
 
 
 def _tool_variants(dicts: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """For each part that has to do with a tool: its name, and the conversation with only this part changed."""
+    """(description, conversation with only this part changed) for each tool call and tool result."""
     for index, item in enumerate(dicts):
         before, after = dicts[:index], dicts[index + 1 :]
         calls = item.get("tool_calls") or []

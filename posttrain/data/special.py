@@ -1,15 +1,20 @@
-"""Special tokens that stand in the text of a row: they are encoded as text, so that a row cannot forge a turn.
+"""Encodes special tokens that occur in the text of a row as plain text, so that a row cannot forge a turn.
 
-A tokenizer reads `<|im_end|>` as the token that ends a turn wherever it stands, so a row could end its own turn and
-open another, such as a system turn. Ids must stay those of `apply_chat_template` in every other respect, hence:
+A tokenizer reads `<|im_end|>` as the token that ends a turn wherever it stands. So a row could end its own turn and
+open another, such as a system turn. In all other respects the token ids must be those of `apply_chat_template`. Hence
+three steps:
 
-1. Each special token in the texts of the row is covered by a private character before the template sees it.
-2. In what the template has written, every special token is now the template's own. It gets a private name.
-3. The covered text comes back, and a copy of the tokenizer encodes all, in which the special tokens have these private
-   names. There `<|im_end|>` is plain text. Rules for spaces, merges and normalisation are those of the tokenizer.
+1. Each special token in the texts of the row is replaced by private-use Unicode characters (its cover) before the
+   template is applied.
+2. Every special token in the rendered text now comes from the template. Each is replaced by another private-use text
+   (its private name).
+3. The covers are replaced by the original text again. A copy of the tokenizer, in which the special tokens have their
+   private names, encodes the result. For this copy `<|im_end|>` is plain text. Its rules for spaces, merges and
+   normalisation are unchanged.
 
-A cover is as long as what it covers, so places in the text stay what they are. Rows without such text never come here.
-Left out: formats whose turns are marked by plain words (`### Instruction:`), which no tokenizer can tell from text.
+A cover is as long as the text that it replaces, so offsets in the text stay valid. Rows without special tokens skip
+all this. Left out: chat formats that mark turns by plain words (`### Instruction:`), which no tokenizer can tell from
+text.
 """
 
 import json
@@ -21,7 +26,7 @@ from weakref import WeakKeyDictionary
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import DataError
 
-# What a reply itself may write as a token: it opens no turn.
+# Special tokens that a reply may contain as tokens, such as <think>: they open no turn.
 _REPLY_MARK = re.compile(
     r"\W*/?(?:begin_of_|end_of_)?(?:think(?:ing)?|thought|reasoning|solution|tool_calls?)\W*", re.I
 )
@@ -32,7 +37,7 @@ _guards: "WeakKeyDictionary[Any, tuple[tuple[str, int], Guard]]" = WeakKeyDictio
 
 
 def guard_of(tokenizer: Any, template: str) -> "Guard":
-    """The guard of a tokenizer with this chat template; made once."""
+    """The guard of a tokenizer with this chat template. It is cached while the tokenizer lives."""
     key = (template, len(tokenizer))
     if (found := _guards.get(tokenizer)) is None or found[0] != key:
         found = _guards[tokenizer] = key, Guard(tokenizer, template)
@@ -42,8 +47,8 @@ def guard_of(tokenizer: Any, template: str) -> "Guard":
 class Guard:
     """Finds the special tokens of a tokenizer in text, and encodes text that holds them.
 
-    They are the tokens that the tokenizer calls special, and the added tokens that its chat template writes. What a
-    reply may write itself, such as `<think>`, is left to it.
+    Special are the tokens that the tokenizer calls special, and the added tokens that its chat template writes. Tokens
+    that a reply may contain, such as `<think>`, stay tokens in assistant turns.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str):
@@ -75,7 +80,7 @@ class Guard:
         return self._in_replies if message["role"] == "assistant" else self._anywhere
 
     def cover(self, messages: Sequence[Mapping[str, object]], tools: Any) -> tuple[list[dict[str, Any]], Any]:
-        """The conversation and its tools with every special token in their texts covered."""
+        """The conversation and its tools, with every special token in their texts replaced by its cover."""
         if any(_PRIVATE.search(text) for value in (list(messages), tools) for text in _texts(value)):
             raise DataError(
                 "the text holds a special token and private characters (U+F0000 and above), so it cannot be encoded as "
@@ -94,9 +99,10 @@ class Guard:
         return value
 
     def encode(self, rendered: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of what the template made of a covered conversation, and the place of each token in the text.
+        """Token ids of a rendered text, and the offsets (start, end) of each token in that text.
 
-        Raises `DataError` if the template changed what is covered, or if the tokenizer cannot be copied.
+        rendered: the template's output for a covered conversation. Raises `DataError` if the template changed a cover,
+        or if the tokenizer cannot be copied.
         """
         named = self._anywhere.sub(lambda match: self._names[match[0]], rendered)
         text = _any_of(list(self._originals)).sub(lambda match: self._originals[match[0]], named)
@@ -110,7 +116,7 @@ class Guard:
         return [ids.get(token, token) for token in numbers], list(encoding.offsets)
 
     def _renamed(self) -> tuple[Any, dict[int, int]]:
-        """A copy of the tokenizer whose special tokens have private names, and the ids that these have here."""
+        """A copy of the tokenizer whose special tokens have private names, and {id in the copy: original id}."""
         if not getattr(self._tokenizer, "is_fast", False):
             raise DataError(
                 f"{type(self._tokenizer).__name__} cannot encode the special tokens in the text of the row as text; "
@@ -134,7 +140,7 @@ class Guard:
         ids = {
             copy.token_to_id(name): self._tokenizer.convert_tokens_to_ids(text) for text, name in self._names.items()
         }
-        # An added token that kept its name may have been given another id, because those before it are new words.
+        # An added token that kept its name may have another id in the copy: the renamed tokens before it are new words.
         for text, number in self._tokenizer.get_added_vocab().items():
             if text not in self._names:
                 ids[copy.token_to_id(text)] = number
@@ -145,7 +151,10 @@ def apply_guarded(
     tokenizer: Tokenizer, guard: Guard, messages: Sequence[Mapping[str, object]], *, tools: Any = None,
     return_assistant_tokens_mask: bool = False, **options: object,
 ) -> Mapping[str, object]:  # fmt: skip
-    """What `tokenizer.apply_chat_template` gives for a conversation whose special tokens become text."""
+    """`tokenizer.apply_chat_template` for a conversation that holds special tokens, which are encoded as plain text.
+
+    Returns {"input_ids"}, and "assistant_masks" if `return_assistant_tokens_mask`. Raises what `Guard.encode` raises.
+    """
     messages, tools = guard.cover(messages, tools)
     rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
     ids, places = guard.encode(rendered)
@@ -155,7 +164,7 @@ def apply_guarded(
         messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
         tokenizer_kwargs={"return_offsets_mapping": True}, **options,
     )  # fmt: skip
-    runs: list[tuple[int, int]] = []  # places in the text that the generation markers enclose
+    runs: list[tuple[int, int]] = []  # (start, end) in the text of each part that generation markers enclose
     before = 0
     for bit, (start, end) in zip(covered["assistant_masks"], covered["offset_mapping"], strict=True):
         if bit:
@@ -166,7 +175,7 @@ def apply_guarded(
 
 
 def encode_text(tokenizer: Tokenizer, guard: Guard, text: str) -> list[int]:
-    """Token ids of a text, in which no special token is one."""
+    """Token ids of a text, with special tokens encoded as plain text."""
     messages = [{"role": "text", "content": text}]
     if guard.found_in(messages) is None:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -174,7 +183,7 @@ def encode_text(tokenizer: Tokenizer, guard: Guard, text: str) -> list[int]:
 
 
 def special_token_problem(name: str, token: str) -> str:
-    """What is said of a row whose text holds a special token, where that is refused."""
+    """The error text for a row whose text holds a special token, for `special_tokens_in_text: refuse`."""
     return (
         f"{name}: its text holds the special token {token!r}; remove it, or set special_tokens_in_text: encode, which "
         "makes it plain text"
@@ -182,7 +191,7 @@ def special_token_problem(name: str, token: str) -> str:
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
-    """Matches any of the texts, the longest first; nothing if there are none."""
+    """A pattern that matches any of the texts, preferring longer ones. Without texts it matches nothing."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 

@@ -1,8 +1,8 @@
-"""Which split a data file belongs to, by its name, so that training and test rows are never mixed unasked.
+"""Finds the split of a data file by its name, so that training and test rows are never mixed by accident.
 
-`train-00000-of-00002.parquet` is of the split `train`, as the shards of a hub are named; else a word such as train,
-validation or test in the file's name says it, or the folder that it lies in. The words are those of the `datasets`
-library.
+`train-00000-of-00002.parquet` belongs to the split `train`: shards on a hub are named so. Otherwise the split is the
+first word such as train, validation or test in the name of the file or of a folder above it. The words are those of
+the `datasets` library.
 """
 
 import re
@@ -16,7 +16,7 @@ _WORDS = ("train", "training", "validation", "valid", "val", "dev", "test", "tes
 
 
 def split_of(file: PurePath) -> str:
-    """The split of a file below a dataset's folder, or ""."""
+    """The split of a file, "" if its name has none. file: path relative to the dataset's folder."""
     name = file.name.partition(".")[0]
     if (shard := _SHARD.fullmatch(name)) is not None:
         return shard[1]
@@ -28,14 +28,14 @@ def split_of(file: PurePath) -> str:
 
 
 def subset_and_split(file: PurePath) -> str:
-    """The split of a file of a dataset on a hub, behind the folder of its subset if there is one: main/train."""
+    """The split of a file of a dataset on a hub, after the name of its subset if it has one, such as main/train."""
     split = split_of(file)
     folders = [part for part in file.parent.parts if part not in ("data", split)]
     return "/".join([*folders, *([split] if split else [])])
 
 
 def check_one_split(path: str, files: Sequence[PurePath]) -> None:
-    """Raise `DataError` where the files of a local folder belong to several splits."""
+    """Raise `DataError` if the files of a local folder belong to several splits."""
     by_split: dict[str, list[PurePath]] = {}
     for file in files:
         by_split.setdefault(split_of(file), []).append(file)
@@ -47,9 +47,9 @@ def check_one_split(path: str, files: Sequence[PurePath]) -> None:
 
 
 def files_of_split(name: str, split: str, files: Sequence[PurePath]) -> list[PurePath]:
-    """The files of one split of a dataset on a hub. split: "" where none is named.
+    """The files of one split of a dataset on a hub. split: "" for the only one.
 
-    Raises `DataError` where there is no such split, and where none is named but there are several.
+    Raises `DataError` if there is no such split, and if `split` is "" although there are several.
     """
     by_label: dict[str, list[PurePath]] = {}
     for file in files:

@@ -1,4 +1,4 @@
-"""Fair shares between capabilities, and an order of rows that does not depend on the order of the file."""
+"""Divides places among strata, such as capabilities, and orders rows independently of their order in the file."""
 
 import hashlib
 from collections import Counter
@@ -8,7 +8,7 @@ from posttrain.records import Row
 
 
 def hash_order(seed: int, name: str) -> int:
-    """A number to sort by. It looks random, but the same seed and name give the same number everywhere."""
+    """A pseudo-random sort key that depends only on seed and name, so it is the same on every machine."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "big")
 
 

@@ -1,10 +1,10 @@
-"""Which chat template a tokenizer uses: its own, a file's or a built-in one, with arguments written into it.
+"""Gives a tokenizer its chat template: its own, one from a file, or a built-in one, with arguments written into it.
 
-The tokenizer itself is changed. So prompts, training, pairs and judge all render with the same text, and the tokenizer
-of a model folder that is written carries the template with which the model was trained.
+The tokenizer object itself is changed. So prompts, training, pairs and the judge all use the same template, and a
+saved model folder contains the template with which the model was trained.
 
-An argument such as `enable_thinking: false` becomes a default at the beginning of the template. Whoever renders with
-the saved folder gets the same tokens, and may still give another value.
+An argument such as `enable_thinking: false` becomes a default at the beginning of the template. A program that renders
+with the saved folder gets the same tokens, and can still pass another value.
 """
 
 import json
@@ -41,7 +41,7 @@ _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 def chat_template(tokenizer: Any) -> str:
-    """The tokenizer's chat template; raises `CheckpointError` if it has none."""
+    """The text of the tokenizer's chat template. Raises `CheckpointError` if it has none."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, Mapping):
         template = template.get("default")
@@ -56,11 +56,11 @@ def chat_template(tokenizer: Any) -> str:
 
 
 def use_template(tokenizer: Any, config: ChatTemplateConfig | None) -> None:
-    """Give a tokenizer the chat template of a config; None leaves it as it is.
+    """Give a tokenizer the chat template of a config. None leaves the tokenizer as it is.
 
-    Raises `ConfigError` for a file that is no template, a built-in template that writes another prompt or another reply
-    than the tokenizer's own, and an argument that the template does not read; `CheckpointError` if there is no template
-    to give arguments to.
+    Raises `ConfigError` for a file that is no template, for a built-in template that renders a prompt or a reply
+    differently from the tokenizer's own, and for an argument that the template does not read. Raises `CheckpointError`
+    for arguments to a template that the tokenizer does not have.
     """
     if config is None:
         return
@@ -76,7 +76,7 @@ def use_template(tokenizer: Any, config: ChatTemplateConfig | None) -> None:
 
 
 def template_identity(config: ChatTemplateConfig | None) -> Any:
-    """What tells one template from another, for hashes: the text of what replaces it, and arguments."""
+    """A JSON value for cache keys: the text of the template that replaces the tokenizer's own, and the arguments."""
     if config is None:
         return None
     text = None
@@ -93,7 +93,10 @@ def builtin_template(name: str) -> str:
 
 
 def with_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> Any:
-    """The tokenizer's chat template, or its templates by name, with these values as defaults of its variables."""
+    """The tokenizer's chat template (or templates by name) with `arguments` as defaults of its variables.
+
+    Raises `ConfigError` for an argument that no template reads.
+    """
     if not arguments:
         return tokenizer.chat_template
     given: Any = tokenizer.chat_template
@@ -106,7 +109,7 @@ def with_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> Any:
                 "chat_template",
                 [f"arguments.{name}: got {value!r}, but the chat template reads no such variable; {known}"],
             )
-    # An expression ends the line, and not a statement: after a statement Jinja would drop the template's first newline.
+    # The line ends with an expression, because Jinja drops a newline after a statement, which would be the template's.
     lines = [
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
         for name, value in arguments.items()
@@ -117,15 +120,15 @@ def with_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> Any:
 
 
 def variables(template: str) -> set[str]:
-    """The variables that a chat template reads and that may be given as arguments."""
+    """The variables of a chat template that can be set as arguments: all but those that transformers passes itself."""
     from jinja2 import Environment, TemplateSyntaxError, meta
     from jinja2.ext import loopcontrols
 
-    # A transformers template may hold generation marks, which plain Jinja does not know; they read no variable.
+    # A template may hold the generation marks of transformers, which plain Jinja does not know. They read no variable.
     text = _GENERATION.sub("", template)
     try:
         found = meta.find_undeclared_variables(Environment(extensions=[loopcontrols]).parse(text))
-    except TemplateSyntaxError:  # of a statement that only transformers knows: any word may be a variable
+    except TemplateSyntaxError:  # a statement that only transformers knows: assume that any word is a variable
         return set(re.findall(r"\b[A-Za-z_]\w*", text))
     return {name for name in found if name not in (*GIVEN, "raise_exception", "strftime_now") and name[-6:] != "_token"}
 
@@ -157,12 +160,15 @@ def _check_syntax(tokenizer: Any, path: str) -> None:
         raise ConfigError(
             "chat_template", [f"path: got {path!r}: not a Jinja template: line {error.lineno}: {error.message}"]
         ) from None
-    except TemplateError:  # it refuses these messages, which is its right
+    except TemplateError:  # a valid template may refuse these messages
         return
 
 
 def _require_same(tokenizer: Any, own: Any, config: ChatTemplateConfig) -> None:
-    """Raise `ConfigError` unless the tokenizer's template writes a prompt, and a reply, as its own one did."""
+    """Raise `ConfigError` unless the tokenizer's new template renders a prompt and a reply as its own template did.
+
+    own: the template that the tokenizer came with.
+    """
     for messages, what in ((_ASKED, "prompt"), (_ANSWERED, "reply")):
         rendered = _render(tokenizer, messages, None, arguments=config.arguments)
         expected = _render(tokenizer, messages, own, arguments=config.arguments)

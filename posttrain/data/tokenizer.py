@@ -1,4 +1,4 @@
-"""What this package asks of a tokenizer, as a type. transformers' fast tokenizers have all of it."""
+"""The attributes of a tokenizer that this package uses, as a type. Fast tokenizers of transformers have all of them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
     @overload
     def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
-        """The ids of tokens; for a token that it does not know, that of the unknown token."""
+        """The ids of tokens. An unknown token has the id of the tokenizer's unknown token."""
         ...
 
     @overload
@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
         ...
 
     def apply_chat_template(self, conversation: Sequence[Mapping[str, object]], **options: object) -> Any:
-        """Render messages. Returns text, token ids or a mapping, as `options` say."""
+        """Render messages. Returns text, token ids or a mapping, depending on `options`."""
         ...
 
     def save_pretrained(self, save_directory: str | Path) -> object:

@@ -1,4 +1,4 @@
-"""Messages as plain text, for a judge, a page or a log. What a model is trained on is rendered by chat.py."""
+"""Messages as plain text, for a judge, a report or a log. Texts for training are rendered by chat.py."""
 
 import json
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from posttrain.records import ImagePart, Message, ToolCall
 
 
 def transcript(messages: Sequence[Message]) -> str:
-    """A conversation with the role before each turn."""
+    """A conversation as one text, in which each turn begins with its role, such as [user]."""
     return "\n\n".join(f"[{message.role}]\n{message_text(message)}" for message in messages)
 
 
 def message_text(message: Message) -> str:
-    """All that a turn says: its text, its images by name, and each call as `weather({"city": "Paris"})`."""
+    """A turn as text: its content, its images by name, and each tool call as `weather({"city": "Paris"})`."""
     text = message.text
     if not isinstance(message.content, str):
         text = "".join(_image(part) if isinstance(part, ImagePart) else part.text for part in message.content)

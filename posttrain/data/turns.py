@@ -1,4 +1,4 @@
-"""The rules of a whole conversation: the order of its turns, how it ends, and what each stage can use of it."""
+"""The rules for a whole conversation: the order of its turns, its last turn, and the parts that a stage can use."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from posttrain.records import ImagePart, Message
 
 Kind = Literal["supervised", "prompt"]
 
-# Columns that hold pictures and the like beside the messages, by the convention of TRL and of chat data sets.
+# Columns that hold images, videos or sounds beside the messages, as in TRL and in many chat datasets.
 MEDIA_COLUMNS = ("images", "videos", "audios")
-# The stages that show the row's `tools` to a model, and the one that only hands rows on.
+# The stages that show the row's `tools` to a model (sft, dpo), and the stage that passes rows on unchanged (filter).
 STAGES_WITH_TOOLS = ("sft", "dpo", "filter")
 
 _ALTERNATE = "after an optional first system turn, user and assistant alternate, user first"
@@ -21,11 +21,13 @@ _ENDS = {"supervised": ("assistant",), "prompt": ("user", "tool")}
 
 
 def check_turns(messages: Sequence[Message], name: str, kind: Kind) -> None:
-    """Raise `RowError` unless the turns follow each other as they must and the conversation ends as its kind must.
+    """Raise `RowError` unless the turns are in a valid order and the conversation ends as its kind requires.
 
-    At most one system turn comes first, then user and assistant take turns. After an assistant turn that makes calls
-    come their results, then an assistant turn. A prompt ends with a user or tool turn, a supervised row with an
-    assistant turn, and at least one of its assistant turns is trained on.
+    At most one system turn comes first; then user and assistant alternate. An assistant turn with tool calls is
+    followed by their results and then by another assistant turn. A prompt ends with a user or tool turn. A supervised
+    row ends with an assistant turn, and at least one of its assistant turns is trained on.
+
+    name: the field that holds the turns, for the error text.
     """
     if messages[0].role == TEXT_ROLE:
         return
@@ -50,12 +52,12 @@ def check_turns(messages: Sequence[Message], name: str, kind: Kind) -> None:
 
 
 def is_learned(message: Message) -> bool:
-    """Whether supervised training trains on this turn."""
+    """Whether supervised training trains on this turn: an assistant turn or a text without `trained=False`."""
     return message.role in ("assistant", TEXT_ROLE) and message.trained is not False
 
 
 def _expected(before: Message | None) -> tuple[str, ...]:
-    """The roles that may follow a turn. None stands for the start, with or without a system turn."""
+    """The roles that may follow a turn. before: None for the first turn, or the first after a system turn."""
     if before is None or (before.role == "assistant" and not before.tool_calls):
         return ("user",)
     if before.role == "assistant":
@@ -64,7 +66,10 @@ def _expected(before: Message | None) -> tuple[str, ...]:
 
 
 def _check_results(messages: Sequence[Message], name: str, calling: int, *, end: int) -> None:
-    """Compare the tool results in [calling + 1, end) with the calls: by id where both have one, else by number."""
+    """Raise `RowError` unless the tool results in messages[calling + 1 : end] answer the calls of messages[calling].
+
+    They are matched by id where both have one; otherwise only their number is compared.
+    """
     calls = messages[calling].tool_calls
     open_ids = [call.id for call in calls if call.id is not None]
     for index in range(calling + 1, end):
@@ -84,9 +89,10 @@ def _check_results(messages: Sequence[Message], name: str, calling: int, *, end:
 
 
 def tools_of(fields: Mapping[str, object]) -> list[dict[str, Any]] | None:
-    """The tools that a row declares in its `tools` column, as chat templates take them; None if there are none.
+    """The function schemas in the column `tools` of a row, in the form that chat templates take; None if it has none.
 
-    A list of JSON schemas of functions, or its JSON text. Raises `RowError` for anything else.
+    fields: the row's columns. `tools` holds a list of JSON schemas of functions, or the JSON text of such a list.
+    Raises `RowError` for anything else.
     """
     tools = fields.get("tools")
     if isinstance(tools, str) and tools.strip():
@@ -100,9 +106,9 @@ def tools_of(fields: Mapping[str, object]) -> list[dict[str, Any]] | None:
 
 
 def check_usable(messages: Sequence[Message], fields: Mapping[str, object], *, name: str, stage: str) -> None:
-    """Raise `RowError` for what a stage cannot use yet and must not drop in silence: images, and declared tools.
+    """Raise `RowError` for a part of a row that a stage cannot use yet: images, and in most stages declared tools.
 
-    fields: the row's other columns. name: the field that the messages stand in.
+    The stage must not ignore them silently. fields: the row's other columns. name: the field that holds the messages.
     """
     for index, message in enumerate(messages):
         if not isinstance(message.content, str) and any(isinstance(part, ImagePart) for part in message.content):

@@ -89,7 +89,7 @@ def _first_of(rows: list[tuple[str, Callable[[], Any]]], key: str) -> list[str]:
 
 def _renderings(data: DataConfig, kind: str, node: Node, *, tokenizer: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name of the row, a function that renders it as the stage will) for the first rows of a dataset."""
-    from posttrain.data.chat import check_parity, render_prompt, render_reply
+    from posttrain.data.chat import render_prompt, render_reply, render_samples
     from posttrain.data.pairs import load_pairs
     from posttrain.data.rows import load_rows
     from posttrain.data.turns import tools_of
@@ -103,7 +103,7 @@ def _renderings(data: DataConfig, kind: str, node: Node, *, tokenizer: Any) -> I
                 )
     elif kind == "supervised":
         for row in load_rows(data, kind="supervised", limit=CHECKED_ROWS, stage=node.kind):
-            yield f"row {row.id!r}", partial(check_parity, tokenizer, row.messages, tools_of(row.fields))
+            yield f"row {row.id!r}", partial(render_samples, tokenizer, row.messages, tools_of(row.fields))
     elif kind == "prompt":
         rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS, stage=node.kind)
         for row in rows:
