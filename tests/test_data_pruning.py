@@ -146,7 +146,7 @@ def test_the_first_of_several_stays(tmp_path, capsys):
     path, out, removed = lines(tmp_path / "d.jsonl", *given), tmp_path / "o.jsonl", tmp_path / "r.jsonl"
     command = ["data", "dedup", str(path), "--out", str(out), "--removed", str(removed)]
     assert main(command) == 0
-    assert capsys.readouterr().out == f"4 rows read, 1 duplicates removed, 3 stay: {out}\n"
+    assert capsys.readouterr().out == f"4 rows read, 1 duplicates removed, 3 kept: {out}\n"
     assert [item.id for item in load_rows(out, kind="supervised")] == ["one", "two", "four"]
     assert load_rows(out, kind="supervised")[1] == load_rows(path, kind="supervised")[1]
     assert read(removed) == [{"id": "three", "of": "one", "similarity": 1.0}]
@@ -268,7 +268,7 @@ def test_decontaminate_lists_its_hits(tmp_path, capsys):
     command = ["data", "decontaminate", str(data), "--out", str(out), "--hits", str(hits), "--against", str(two)]
     assert main([*command, "--against", str(one), "--column", "prompt=question"]) == 0
     said = capsys.readouterr().out
-    assert said == f"2 rows read, 1 share text with 2 evaluation rows, 1 stay: {out}; hits: {hits}\n"
+    assert said == f"2 rows read, 1 share text with 2 evaluation rows, 1 kept: {out}; hits: {hits}\n"
     assert [item.id for item in load_rows(out, kind="supervised")] == ["a"]
     assert [(line["id"], line["evaluation"], line["overlap"]) for line in read(hits)] == [
         ("b", f"{two}: row 1", 1.0), ("b", f"{one}: row 1", 1.0),

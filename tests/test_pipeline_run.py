@@ -191,8 +191,8 @@ def test_run_skip_change_and_evaluate(project: Project):
     assert project.summary()["eval"]["c"]["all"]["greedy"] == 6
     assert len(project.events("begins", "c")) == 1, "events of the earlier run of c are gone with its folder"
     assert [event["step"] for event in project.events("begins", "b")] == [0, 10], "b went on from its last checkpoint"
-    assert "c  its earlier result is kept until the new one is whole: " in out
-    assert "c  its new result is whole; the earlier one is deleted: " in out
+    assert "c  its earlier result is kept until the new one is complete: " in out
+    assert "c  its new result is complete; the earlier one is deleted: " in out
     assert not (project.run_dir / ".replaced").exists()
 
     other = project.run("run", "p.yaml", "name=q", "--run-dir", "runs/p")

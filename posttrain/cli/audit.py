@@ -12,7 +12,7 @@ from posttrain.rl.history.recovery import rl_stages
 
 
 def print_audits(run_dir: Path, as_json: bool) -> int:
-    """Audit every RL stage of a run and print the result; returns the exit code."""
+    """Audit every RL stage of a run and print the results. Returns the exit code."""
     audits = [audit_stage(stage) for stage in rl_stages(run_dir)]
     if as_json:
         found = [

@@ -1,4 +1,4 @@
-"""Which schema a file is checked with: that of a pipeline, or that of one kind of stage."""
+"""Reads a YAML file of the user, and finds its schema: that of a pipeline, or that of one kind of stage."""
 
 import difflib
 from collections.abc import Sequence
@@ -13,7 +13,10 @@ from posttrain.pipeline.kinds import KINDS, load_schema, unknown_kind
 
 
 def read_any(file: str, overrides: Sequence[str] = (), kind: str | None = None) -> RawPipeline:
-    """Read a pipeline (a file with `stages`) or a stage's config. Without `kind` the schema that fits best is used."""
+    """Read a pipeline (a file with `stages`) or the config of one stage.
+
+    kind: the kind of stage; None takes the kind whose schema fits best. Raises ConfigError.
+    """
     path = find_pipeline(file)
     data = read_yaml(path)
     if kind is None and "stages" in data:
@@ -25,7 +28,7 @@ def read_any(file: str, overrides: Sequence[str] = (), kind: str | None = None) 
 
 
 def read_pipeline_file(file: str, overrides: Sequence[str] = ()) -> RawPipeline:
-    """Read a pipeline. Raises ConfigError that names the right command for the config of a stage."""
+    """Read a pipeline. For the config of a single stage, raises ConfigError that names the right command."""
     path = find_pipeline(file)
     data = read_yaml(path)
     if "stages" not in data and not data.keys() <= PipelineConfig.model_fields.keys():
@@ -38,9 +41,9 @@ def read_pipeline_file(file: str, overrides: Sequence[str] = ()) -> RawPipeline:
 
 
 def guess_kind(path: Path, data: dict) -> str:
-    """The kind of stage whose schema finds the fewest faults.
+    """The kind of stage whose schema finds the fewest problems in `data`.
 
-    Between equals, the kind that the file is named after wins.
+    If several kinds find equally few, the kind that occurs in the file's name is taken.
     """
     faults: dict[str, int] = {}
     for name, kind in KINDS.items():
@@ -55,7 +58,7 @@ def guess_kind(path: Path, data: dict) -> str:
 
 
 def schema_of(name: str) -> type[Config]:
-    """The schema of a kind of stage, or of a pipeline. Raises ConfigError for another name."""
+    """The schema of a kind of stage, or of a pipeline. Raises ConfigError for any other name."""
     if name == "pipeline":
         return PipelineConfig
     if name in KINDS:

@@ -13,7 +13,11 @@ COLUMNS = ("", "rows", "A", "B", "B - A, points", "only A", "only B", "p", "mean
 
 
 def print_comparison(run_a: Path, run_b: Path, stages: list[str], *, shared: bool, as_json: bool) -> None:
-    """Compare two evaluations and print the result. stages: none, one for both runs, or one for each."""
+    """Compare two evaluations and print the result.
+
+    stages: names of the evaluated stages: none, one for both runs, or one for each. shared: compare only the rows that
+    both evaluations have.
+    """
     first, last = (stages[0], stages[-1]) if stages else (None, None)
     a, b = (read_evaluation(find_evaluation(run, name)) for run, name in ((run_a, first), (run_b, last)))
     found = compare(a, b, shared=shared)
@@ -23,9 +27,9 @@ def print_comparison(run_a: Path, run_b: Path, stages: list[str], *, shared: boo
     typer.echo(f"A: {a.folder}\nB: {b.folder}\n")
     typer.echo("\n".join(_table(found)))
     if found.unscored:
-        typer.echo(f"\n{found.unscored} shared rows have no reward in one of the two and are left out.")
+        typer.echo(f"\n{found.unscored} rows are left out because one of the two evaluations has no reward for them.")
     if found.left_out:
-        typer.echo(f"\n{found.left_out} rows that only one of the two has are left out.")
+        typer.echo(f"\n{found.left_out} rows are left out because only one of the two evaluations has them.")
 
 
 def _table(found: Comparison) -> list[str]:

@@ -1,4 +1,4 @@
-"""`posttrain data`: look at a dataset before anything is trained on it, and write it in this package's own form."""
+"""`posttrain data`: look at a dataset before a model is trained on it, and convert it to this package's own format."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ Settings = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of a data section, such as format=alpaca.")
 ]
 KindOption = Annotated[
-    str | None, typer.Option("--kind", help="supervised, prompt, pairs or labelled; told from the first row.")
+    str | None, typer.Option("--kind", help="supervised, prompt, pairs or labelled; default: judged by row 1.")
 ]
 TemplateOption = Annotated[
     list[str] | None,
@@ -27,7 +27,7 @@ BAR = 40
 
 
 def data_config(path: str, settings: list[str] | None) -> Any:
-    """The data section that a command is given. Raises ConfigError."""
+    """The `data` section for a path and KEY=VALUE settings of the command line. Raises ConfigError."""
     from posttrain.config.base import apply_overrides, validate_config
     from posttrain.config.data import DataConfig
 
@@ -42,7 +42,7 @@ def _template(settings: list[str] | None) -> Any:
 
 
 def data_kind(config: Any, given: str | None) -> Any:
-    """The kind of a dataset, as it is given or by its first row. Raises ConfigError for one that does not exist."""
+    """The kind that `--kind` gives, or else the kind of the first row. Raises ConfigError for an unknown kind."""
     from posttrain.data.kinds import kind_of
 
     if given is not None and given not in KINDS:
@@ -51,7 +51,10 @@ def data_kind(config: Any, given: str | None) -> Any:
 
 
 def good_items(config: Any, kind: Any, left: list[str]) -> Iterator[Any]:
-    """The items of a dataset one by one. Bad rows end it, or are told in `left` where the config sets them aside."""
+    """The good items of a dataset one by one.
+
+    A bad row raises DataError, or, with `on_bad_row: set_aside`, its problem is appended to `left`.
+    """
     from posttrain.data.bad_rows import BadRow
     from posttrain.data.kinds import iter_items
     from posttrain.errors import DataError
@@ -66,7 +69,7 @@ def good_items(config: Any, kind: Any, left: list[str]) -> Iterator[Any]:
 
 
 def left_out(left: list[str]) -> str:
-    """How many rows were left out, for the end of a line."""
+    """How many rows were left out and the first of them, as the end of a line; "" if there are none."""
     return f"; {len(left)} left out, the first: {left[0]}" if left else ""
 
 
@@ -76,12 +79,12 @@ def inspect_data(
     settings: Settings = None,
     kind: KindOption = None,
     *,
-    model: Annotated[Path | None, typer.Option(help="Model folder: lengths are in its tokens.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder: count tokens, not characters.")] = None,
     template: TemplateOption = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Say which share of the rows is longer.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Print the share of longer rows.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Count rows, formats, capabilities, lengths, duplicates and problems. Exits with 2 where rows are bad.
+    """Count rows, formats, capabilities, lengths, duplicates and problems. Exits with 2 if a row is bad.
 
     Example: posttrain data inspect data/sft.jsonl --model models/scout --max-length 4096
     """
@@ -123,7 +126,7 @@ def convert(
     *,
     kind: KindOption = None,
 ) -> None:
-    """Write rows as JSON lines of messages, one by one. A bad row ends it, unless on_bad_row=set_aside is given.
+    """Write a dataset as JSON lines of messages. A bad row is an error, unless on_bad_row=set_aside is given.
 
     Example: posttrain data convert sharegpt.json sft.jsonl on_bad_row=set_aside
     """
@@ -151,7 +154,7 @@ def preview(
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids too.")] = False,
     template: TemplateOption = None,
 ) -> None:
-    """Show rows as the model sees them; what is trained on is green, and between [[ and ]] where there is no colour.
+    """Show rows as the model sees them. Text that is trained on is green, or between [[ and ]] without colours.
 
     Example: posttrain data preview data/sft.jsonl --model models/scout --ids
     """

@@ -55,7 +55,7 @@ class EventTail:
 
 @dataclass
 class StageState:
-    """What is known about one stage. values: from its last progress event. metrics: from its last step."""
+    """What is known about one stage. values: of its last progress event. metrics: of its last RL step."""
 
     name: str
     kind: str
@@ -65,7 +65,7 @@ class StageState:
     done: float = 0.0
     total: float = 0.0
     unit: str = ""
-    phase: str = ""  # what it does while there is no progress to count
+    phase: str = ""  # what the stage does while it has no steps to count, such as "reading data.jsonl"
     values: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     note: str = ""
@@ -105,7 +105,7 @@ class RunState:
         self._lines = {name: NewLines(events.parent / name / "metrics.jsonl") for name, kind in nodes if kind == "rl"}
 
     def update(self) -> Iterator[tuple[StageState, dict[str, Any]]]:
-        """Read what is new. Yields each event that belongs to a stage, with the state of the stage after it."""
+        """Read the new events. Yields each event of a stage together with the stage's state after it."""
         for name, lines in self._lines.items():
             for _, self.stages[name].metrics in lines.read():
                 pass
@@ -120,7 +120,9 @@ class RunState:
 
 
 class PlainDisplay:
-    """Prints one dated line for each start, end, skip, fault and notice, and one every few seconds for progress."""
+    """Prints a line with the time for each start, end, skip, fault and notice, and one every few seconds for
+    progress.
+    """
 
     def __init__(self, out: TextIO | None = None):
         self._out = out or sys.stdout

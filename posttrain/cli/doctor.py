@@ -1,9 +1,9 @@
 """`posttrain doctor`: what works on this machine, what does not, and how to fix it, one line for each.
 
-Packages and the machine are only looked at. torch, vLLM, DeepSpeed, Ray and the sandbox are tried, two at a time, each
-in a process of its own with a deadline; everything that such a process started is ended with its check. What does not
-work is tried once more, so that a fault of the moment is told from one that stays. Nothing is
-downloaded, and nothing is written outside of temporary folders. The exit code is 0 if all that is needed works, else 2.
+The versions of packages and the sizes of the machine are only read. torch, vLLM, DeepSpeed, Ray and the sandbox are
+really run, two at a time. Each runs in a process of its own with a deadline, and all its child processes are killed at
+the end of its check. A check that fails is tried once more, to tell a passing fault from a lasting one. Nothing is
+downloaded, and nothing is written outside of temporary folders. The exit code is 0 if everything needed works, else 2.
 """
 
 import json
@@ -57,7 +57,10 @@ REMEDIES = (
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A program of doctor_probes. mend: the remedy if no pattern of REMEDIES fits its message."""
+    """A program of doctor_probes, which tries one thing.
+
+    mend: the remedy if no pattern in REMEDIES matches its output.
+    """
 
     name: str
     title: str
@@ -79,7 +82,10 @@ PROBES = (
 
 @dataclass(frozen=True, slots=True)
 class ProbeEnd:
-    """How a probe ended. found: its JSON, None if it failed; output: all it printed; wall_s: seconds."""
+    """How a probe ended.
+
+    found: the JSON that it printed, None if it failed. output: all its output. wall_s: seconds.
+    """
 
     found: Mapping[str, object] | None
     output: str
@@ -88,9 +94,9 @@ class ProbeEnd:
 
 
 def run_probe(name: str, deadline_s: float, command: Sequence[str] | None = None) -> ProbeEnd:
-    """Run a probe to its end or its deadline, and kill whatever it left behind.
+    """Run a probe to its end or its deadline (in seconds), and kill all processes that it started.
 
-    `command` replaces the probe's own command.
+    command: runs instead of the probe's own command, for tests.
     """
     started = time.monotonic()
     mark = uuid.uuid4().hex
@@ -136,8 +142,9 @@ def _environment(mark: str) -> dict[str, str]:
 
 
 def _kill_all(process: "subprocess.Popen[Any]", mark: str) -> None:
-    """Kill the probe and everything that it started: its session, and every process with the mark in its
-    environment.
+    """Kill the probe and all processes that it started.
+
+    These are the processes of its session, and every process that has `mark` in its environment.
     """
     import psutil
 
@@ -154,7 +161,7 @@ def _last_json(output: str) -> Mapping[str, object] | None:
 
 
 def judge(probe: Probe, end: ProbeEnd) -> Check:
-    """The check for an ended probe, with the remedy that fits its message."""
+    """The line of the doctor for a probe that has ended, with the remedy that fits its message."""
     if end.found is not None:
         return Check("works", probe.title, "ok", str(end.found["found"]), wall_s=end.wall_s)
     lines = [line.strip() for line in end.output.splitlines() if line.strip()]
@@ -163,17 +170,17 @@ def judge(probe: Probe, end: ProbeEnd) -> Check:
     if end.timed_out:
         message = f"not done after {probe.deadline_s:.0f} s; its last line: {message}"
     mend = remedy(end.output, probe.mend)
-    mend += f"  (all it says: {sys.executable} -m posttrain.cli.doctor_probes {probe.name})"
+    mend += f"  (for its whole output: {sys.executable} -m posttrain.cli.doctor_probes {probe.name})"
     status = "fail" if probe.needed else "warn"
     found = message if len(message) < MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
     return Check("works", probe.title, status, found, "", probe.enables, mend, end.wall_s)
 
 
 def try_probe(probe: Probe, command: Sequence[str] | None = None) -> tuple[ProbeEnd, Check]:
-    """Run a probe, and once more if it fails; the end of the last try and its check. `command` as for `run_probe`.
+    """Run a probe, and a second time if it fails. Returns the end of the last run, and its check.
 
-    A probe that works at the second try is ok, and the check tells what failed at the first. One that ran into its
-    deadline is not tried again.
+    A probe that works the second time is ok, and its check also shows the first failure. A probe that reached its
+    deadline is not run again. command: as for `run_probe`.
     """
     end = run_probe(probe.name, probe.deadline_s, command)
     check = judge(probe, end)
@@ -187,7 +194,7 @@ def try_probe(probe: Probe, command: Sequence[str] | None = None) -> tuple[Probe
 
 
 def remedy(output: str, otherwise: str) -> str:
-    """What to do about an error message, on one line."""
+    """The remedy for an error message, on one line; `otherwise` if no pattern in REMEDIES matches."""
     for pattern, mend in REMEDIES:
         match = re.search(pattern, output)
         if match:
@@ -196,7 +203,10 @@ def remedy(output: str, otherwise: str) -> str:
 
 
 def judge_torch(check: Check, end: ProbeEnd, has_gpu: bool) -> Check:
-    """Whether the build of torch fits the machine: a CUDA build where there is a GPU, a CPU build elsewhere."""
+    """The check of torch, turned into a warning if its build does not fit the machine.
+
+    A machine with a GPU needs a CUDA build, any other a CPU build.
+    """
     if end.found is None or bool(end.found["cuda"]) == has_gpu:
         return check
     if has_gpu:
@@ -210,7 +220,10 @@ def judge_torch(check: Check, end: ProbeEnd, has_gpu: bool) -> Check:
 
 
 def try_everything(has_gpu: bool, done: Callable[[str], None]) -> list[Check]:
-    """Run the probes, two at a time, and return their checks in order. `done` is called with the title of each."""
+    """Run the probes, two at a time, and return their checks in order.
+
+    done: called with the title of each ended one.
+    """
     wanted = [probe for probe in PROBES if probe.name != "imports" or any(map(installed, IMAGE_AND_SOUND))]
 
     def one(probe: Probe) -> Check:
@@ -229,12 +242,12 @@ def collect(done: Callable[[str], None] = lambda title: None) -> list[Check]:
 
 
 def run_doctor(as_json: bool = False) -> int:
-    """Check the machine, print a table (or JSON), and return the exit code: 0 all needed works, 2 otherwise."""
+    """Check the machine and print a table (or JSON). Returns the exit code: 0 if everything needed works, else 2."""
     from rich.console import Console
 
     progress = Console(stderr=True)
     with progress.status("trying torch, vLLM, DeepSpeed, Ray, sandbox (half a minute)") as status:
-        checks = collect(lambda title: status.update(f"tried {title}; the rest is under way"))
+        checks = collect(lambda title: status.update(f"tried {title}; other checks are running"))
     failed = [check for check in checks if check.status == "fail"]
     if as_json:
         print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))

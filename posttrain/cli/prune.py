@@ -1,4 +1,4 @@
-"""`posttrain data dedup` and `decontaminate`: leave out rows that repeat earlier ones, or an evaluation set."""
+"""`posttrain data dedup` and `decontaminate`: remove rows that repeat earlier rows or texts of an evaluation set."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from posttrain.errors import ConfigError
 
 INTERVAL_S = 10.0
 
-Out = Annotated[Path, typer.Option("--out", help="File for the rows that stay, as JSON lines.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", help="File for the rows that are kept, as JSON lines.", show_default=False)]
 
 
 @data_app.command()
@@ -27,12 +27,12 @@ def dedup(
     *,
     near: Annotated[
         float | None,
-        typer.Option(help="Also remove rows whose texts share at least this part of their 5-word shingles, as 0.9."),
+        typer.Option(help="Also remove near-duplicates: rows with at least this Jaccard index of 5-word runs, as 0.9."),
     ] = None,
-    removed: Annotated[Path | None, typer.Option(help="File that lists what was removed, and for which row.")] = None,
+    removed: Annotated[Path | None, typer.Option(help="File that lists removed rows and what they repeat.")] = None,
     kind: KindOption = None,
 ) -> None:
-    """Leave out rows that repeat an earlier one; of several the first stays.
+    """Remove rows that repeat an earlier row. The first of several is kept.
 
     Example: posttrain data dedup sft.jsonl --out unique.jsonl --near 0.9 --removed removed.jsonl
     """
@@ -40,18 +40,20 @@ def dedup(
     from posttrain.data.duplicates import DuplicateIndex
 
     if near is not None and not NEAR_FLOOR <= near < 1:
-        raise ConfigError("--near", [f"got {near}: must be at least {NEAR_FLOOR} and below 1; leave it out for equals"])
+        raise ConfigError(
+            "--near", [f"got {near}: must be at least {NEAR_FLOOR} and below 1; without it only equal rows go"]
+        )
     with DuplicateIndex(near) as index:
         read, gone, ending = _prune(
             path, settings, kind, out=out, listed=removed, find=lambda item: [d] if (d := index.find(item)) else []
         )
-    typer.echo(f"{read} rows read, {gone} duplicates removed, {read - gone} stay: {out}{ending}")
+    typer.echo(f"{read} rows read, {gone} duplicates removed, {read - gone} kept: {out}{ending}")
 
 
 @data_app.command()
 def decontaminate(
     path: DataPath,
-    against: Annotated[list[str], typer.Option(help="An evaluation set: file, folder or dataset. May be given again.")],
+    against: Annotated[list[str], typer.Option(help="An evaluation set: file, folder or dataset. May be repeated.")],
     out: Out,
     *,
     hits: Annotated[Path, typer.Option(help="File that lists each hit: row, evaluation row, overlap.")],
@@ -59,13 +61,13 @@ def decontaminate(
     column: Annotated[
         list[str] | None, typer.Option(help="A column of the evaluation sets, such as prompt=question.")
     ] = None,
-    ngram: Annotated[int | None, typer.Option(min=4, help="Words in a run that counts as shared; 13.")] = None,
+    ngram: Annotated[int | None, typer.Option(min=4, help="Words in a run that counts as shared; default 13.")] = None,
     overlap: Annotated[
-        float | None, typer.Option(min=0.01, max=1.0, help="Least share of an evaluation text that is a hit; 0.5.")
+        float | None, typer.Option(min=0.01, max=1.0, help="Share of an evaluation text that makes a hit; default 0.5.")
     ] = None,
     kind: KindOption = None,
 ) -> None:
-    """Leave out rows that share long runs of words with an evaluation set, and list them.
+    """Remove rows that share long runs of words with an evaluation set, and list them.
 
     Example: posttrain data decontaminate sft.jsonl --against heldout.jsonl --out clean.jsonl --hits hits.jsonl
     """
@@ -79,7 +81,7 @@ def decontaminate(
     texts = EvaluationTexts(sets)
     read, gone, ending = _prune(path, settings, kind, out=out, listed=hits, find=texts.hits)
     typer.echo(
-        f"{read} rows read, {gone} share text with {texts.num_rows} evaluation rows, {read - gone} stay: {out}; "
+        f"{read} rows read, {gone} share text with {texts.num_rows} evaluation rows, {read - gone} kept: {out}; "
         f"hits: {hits}{ending}"
     )
 
@@ -95,10 +97,10 @@ def _prune(
     path: str, settings: list[str] | None, kind: str | None, *, out: Path, listed: Path | None,
     find: Callable[[Any], Iterable[Any]],
 ) -> tuple[int, int, str]:  # fmt: skip
-    """Write the items of which `find` finds nothing to `out`, and what it finds of the others to `listed`.
+    """Write the items for which `find` returns nothing to `out`, and the findings for all others to `listed`.
 
-    Returns how many items were read, how many were left out, and the end of the line that says so. Both files are
-    written whole or not at all.
+    Returns the number of items read, the number removed, and a text about bad rows for the end of the summary line.
+    Both files are written whole or not at all.
     """
     from posttrain.data.kinds import item_to_json
     from posttrain.files import replacing, write_jsonl

@@ -1,4 +1,4 @@
-"""`posttrain rl --replay`: train again on the batches of a run, and say whether the weights come out equal."""
+"""`posttrain rl --replay`: train again on the batches of a run, and say whether the new weights equal the old ones."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`posttrain rewards`: list the rewards, try one without an engine, find out whether it can be fooled, begin one."""
+"""`posttrain rewards`: list rewards, try one without an engine, audit it for ways to be fooled, begin a new one."""
 
 import json
 import shlex
@@ -59,8 +59,8 @@ def rewards_test(
 ) -> None:
     """Score replies with a reward, in its killable processes and with its limits, but without any engine.
 
-    Without --replies, each row's own answer is stated in several ways, and an empty reply is added. Exits with 3 where
-    a reply could not be scored.
+    Without --replies, the replies are each row's own answer, stated in several ways, and an empty reply. Exits with 3
+    if a reply could not be scored.
 
     Examples:
 
@@ -132,7 +132,7 @@ def _test_lines(reward: str, rows: int, found: dict[str, Any], *, tried: "Sequen
 
 
 def _examples(tried: "Sequence[Tried]") -> "list[Tried]":
-    """Of each reason, the first two replies; at most ten in all, those without a score first."""
+    """At most ten replies: two for each score and for each reason that there is none. Unscored replies come first."""
     by_kind: dict[tuple[Any, ...], list[Tried]] = {}
     for item in tried:
         by_kind.setdefault((item.value is not None, item.why if item.value is None else item.value), []).append(item)
@@ -222,6 +222,6 @@ def _config(reward: str, settings: list[str] | None) -> "RewardConfig":
 
 
 def _tell(done: int, total: int, stats: "PoolStats") -> None:
-    """One line on standard error, so that a reward that hangs is seen."""
+    """Print progress on standard error, so that the user notices a reward that hangs."""
     late = f" · reward: {stats.lateness}" if stats.lateness else ""
     print(f"scored {done}/{total}{late}", file=sys.stderr, flush=True)

@@ -63,10 +63,7 @@ def alarms(name: str, value: float, unscored_limit: float | None) -> bool:
 def figures(
     metrics: Mapping[str, float], unscored_limit: float | None = None
 ) -> dict[str, list[tuple[str, str, bool]]]:
-    """Subject -> (label, value as text, whether it is an alarm) of its figures.
-
-    Subjects without any figure are left out.
-    """
+    """{subject: [(label, value as text, whether it is an alarm) of each figure]}, without subjects that have none."""
     found: dict[str, list[tuple[str, str, bool]]] = {}
     for subject, entries in SUBJECTS.items():
         for key, label, form in entries:
@@ -77,10 +74,11 @@ def figures(
 
 
 def _named(metrics: Mapping[str, float], key: str, label: str) -> list[tuple[str, str]]:
-    """(key, label) of the metrics that an entry of SUBJECTS stands for; of drop counters, only those above 0.
+    """(key, label) of each metric that an entry of SUBJECTS stands for. Drop counters of 0 are left out.
 
-    Each dropped group is in one of them: `groups_dropped_length/32` counts the same groups again, and so does
-    `groups_dropped_zero_advantage` where groups that were too easy and too hard are told apart.
+    So that each dropped group is counted once, counters that count the same groups again are left out too: those with a
+    slash, such as `groups_dropped_length/32`, and `groups_dropped_zero_advantage` if there are counters of groups that
+    were too easy and too hard.
     """
     if not key.endswith(PREFIXES):
         return [(key, label)] if key in metrics else []
@@ -92,7 +90,7 @@ def _named(metrics: Mapping[str, float], key: str, label: str) -> list[tuple[str
 
 
 def rl_panel(title: str, metrics: Mapping[str, float], otherwise: str, *, unscored_limit: float | None = None) -> Any:
-    """The panel. `otherwise` is the text in it before the first step is done."""
+    """The panel as a rich object. otherwise: its text before the first step is done."""
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""What the commands that run something have in common: the plan, the question before a result is replaced, the end."""
+"""What all commands that run stages share: the plan, the question before a result is replaced, the final lines."""
 
 import shlex
 import sys
@@ -20,9 +20,10 @@ def run_or_plan(
     start_from: str | None = None,
     only: str | None = None,
 ) -> None:
-    """Run a pipeline and write its report; with `dry_run`, print its plan.
+    """Run a pipeline and write its report. With `dry_run`, only print its plan.
 
-    command: what the user typed, without options, which is what continues the run. The rest is as for `run_pipeline`.
+    command: the words that the user typed, without options; they are shown as the command that continues the run. The
+    other arguments are those of `run_pipeline`.
     """
     if dry_run:
         print_plan(raw, run_dir, start_from=start_from, only=only)
@@ -56,9 +57,9 @@ def run_or_plan(
 
 
 def _write_report(run_dir: Path) -> None:
-    """Write the report of what the run directory holds.
+    """Write the report of a run directory.
 
-    A failure here must not hide how the run ended, so it is only printed.
+    An error in the report must not hide how the run ended, so it is only printed.
     """
     if not (run_dir / "summary.json").exists() or isinstance(sys.exc_info()[1], KeyboardInterrupt | ConfigError):
         return
@@ -94,7 +95,7 @@ def print_plan(
     place.check(pipeline)
     check_rendering(pipeline)
     refers = any(any(find_references(node.config.model_dump())) for node in pipeline.nodes.values())
-    decisions = None  # of a stage's file that belongs to a pipeline: its inputs are not known
+    decisions = None  # unknown for a stage's file that refers to other stages of a pipeline, which are not read
     if not (raw.open_references and refers):
         decisions = decide(pipeline, place, start_from=start_from, only=only)
     typer.echo(render_plan(pipeline, plan, decisions, run_dir=place.path))
