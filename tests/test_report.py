@@ -164,7 +164,7 @@ def test_full_run_says_what_was_measured(sample: Path) -> None:
     assert "prompts selected, 8 replies each. Shaded: the band from 0.1 to 0.7." in page.text
     for capability in CAPABILITIES:
         assert capability in page.text
-    assert "could not be drawn" not in page.text
+    assert "could not be made" not in page.text
 
 
 def charts_of(run_dir: Path, name: str) -> dict[str, Chart]:
@@ -216,7 +216,7 @@ def test_the_loss_on_held_out_rows_is_drawn_over_that_of_training_rows(copy: Pat
 
 
 def test_groups_are_told_apart_by_what_became_of_them(sample: Path) -> None:
-    fates = drawn(charts_of(sample, "rl")["Where the groups went"])
+    fates = drawn(charts_of(sample, "rl")["What became of the groups"])
     assert list(fates) == [
         *("trained", "dropped: too easy", "dropped: too hard", "dropped: unscored", "dropped: stale", "dropped: lost")
     ]
@@ -230,7 +230,7 @@ def test_without_causes_zero_advantage_is_one_fate(copy: Path) -> None:
     lines = [json.loads(line) for line in (copy / "rl" / "metrics.jsonl").open()]
     causes = ("groups_too_easy", "groups_too_hard")
     write_lines(copy / "rl" / "metrics.jsonl", [{k: v for k, v in line.items() if k not in causes} for line in lines])
-    fates = drawn(charts_of(copy, "rl")["Where the groups went"])
+    fates = drawn(charts_of(copy, "rl")["What became of the groups"])
     assert "dropped: zero advantage" in fates
     assert not any("too" in name for name in fates)
 
@@ -260,11 +260,11 @@ def test_without_a_readable_config_nothing_is_called_right_or_an_alarm(copy: Pat
 
 
 def test_drops_by_length_and_pass_rate_are_not_counted_as_more_drops(copy: Path) -> None:
-    before = drawn(charts_of(copy, "rl")["Where the groups went"])
+    before = drawn(charts_of(copy, "rl")["What became of the groups"])
     lines = [json.loads(line) for line in (copy / "rl" / "metrics.jsonl").open()]
     views = {"groups_dropped_length/32": 7, "groups_dropped_pass_rate/0.25": 7}
     write_lines(copy / "rl" / "metrics.jsonl", [{**line, **views} for line in lines])
-    assert drawn(charts_of(copy, "rl")["Where the groups went"]) == before
+    assert drawn(charts_of(copy, "rl")["What became of the groups"]) == before
 
 
 def test_every_metric_that_the_report_reads_is_written_by_a_stage(
@@ -455,8 +455,8 @@ def test_headline_names_a_stage_where_there_are_two_of_a_kind() -> None:
 
 def test_headline_of_little() -> None:
     assert headline(run_with({"sft": results(0.48)})).startswith("Held-out accuracy is 48.0% [")
-    assert headline(run_with({})) == "This run holds no held-out evaluation."
-    assert headline(run_with({"rl": {"all": {"n": 5, "greedy": None}}})) == "This run holds no held-out evaluation."
+    assert headline(run_with({})) == "This run has no held-out evaluation."
+    assert headline(run_with({"rl": {"all": {"n": 5, "greedy": None}}})) == "This run has no held-out evaluation."
 
 
 def test_results_on_other_problems_are_not_compared() -> None:
@@ -474,7 +474,9 @@ def test_gain_is_split_into_two_parts_that_add_up() -> None:
     assert "rose 20.0%" in first
     assert "among replies that show their work, now on more of the problems, 90.0%" in first
     assert first.endswith(", no measurable change.")
-    assert second.startswith("Of the +36.0 points, +36.0 go with more replies that show their work and +0.0 with")
+    assert second.startswith(
+        "Of the +36.0 points, +36.0 come from a changed share of replies that show their work, and +0.0"
+    )
 
 
 def test_gain_is_not_split_where_a_part_was_never_seen() -> None:
@@ -608,7 +610,7 @@ def test_what_is_missing_makes_the_report_smaller(copy: Path, missing: str, gone
     page = page_of(copy)
     expected = [name for name in ALL_SECTIONS if name not in gone and (missing != "summary.json" or name != "result")]
     assert page.sections() == expected
-    assert "could not be drawn" not in page.text
+    assert "could not be made" not in page.text
     assert len(page.text) < before
 
 
@@ -640,7 +642,7 @@ def test_values_of_the_wrong_type_do_not_reach_a_chart(copy: Path) -> None:
     text = (copy / "rl" / "metrics.jsonl").read_text() + '{"step": 6, "reward_mean": NaN, "ess": Infinity}\n'
     (copy / "rl" / "metrics.jsonl").write_text(text)
     page = page_of(copy)
-    assert "could not be drawn" not in page.text
+    assert "could not be made" not in page.text
     assert "NaN" not in page.scripts[0]
 
 
@@ -691,7 +693,7 @@ def test_a_run_continued_days_later_is_laid_end_to_end(copy: Path) -> None:
 
 def test_an_empty_folder_has_a_report_too(tmp_path: Path) -> None:
     page = page_of(tmp_path)
-    assert "This run holds no held-out evaluation." in page.text
+    assert "This run has no held-out evaluation." in page.text
     assert page.sections() == []
     assert len(page.scripts) == 2  # without plotly
 
@@ -821,4 +823,4 @@ def test_the_time_of_a_continued_run_is_that_of_all_its_stages(copy: Path) -> No
     for stage in summary["stages"][:4]:
         stage["status"] = "skipped"
     (copy / "summary.json").write_text(json.dumps(summary))
-    assert "4 min 52 s of work, in several sittings" in page_of(copy).text
+    assert "4 min 52 s of work, in several calls" in page_of(copy).text

@@ -1,4 +1,12 @@
-"""The report of a run: `write_report` makes one self-contained report.html from what the stages wrote down."""
+"""The report of a run: `write_report` makes one self-contained report.html from the files of the run directory.
+
+write.py     reads the run, builds the sections, fills page.html.jinja (with page.css and page.js)
+read.py      the run directory as one record; series.py: the columns of a metrics.jsonl
+lineage.py   which model each evaluation measured; statements.py: sentences about accuracies before and after
+blocks.py    what sections consist of; charts.py, format.py: plotly figures and numbers in one style
+busy.py      how much sampling and training ran at the same time
+sections/    one file for each section of the page
+"""
 
 from typing import TYPE_CHECKING
 

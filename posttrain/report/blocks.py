@@ -1,4 +1,4 @@
-"""What a page is made of: sections of blocks. Each block is a plain record that page.html.jinja can draw.
+"""The records that a page consists of: sections, which hold blocks. page.html.jinja can draw each kind of block.
 
 All text in blocks is plain text, which the template escapes. Nothing in this file knows about runs.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stat:
-    """One figure with a name. note: a smaller second line. alarm: True if the figure is shown as a problem.
+    """One number with a name. note: a smaller second line. alarm: True if the number is shown as a problem.
 
     Example: `Stat("tokens trained", "41 200", "of 52 000 generated")`.
     """
@@ -23,7 +23,7 @@ class Stat:
 
 @dataclass(frozen=True)
 class Stats:
-    """Figures side by side."""
+    """Several `Stat`s side by side."""
 
     items: Sequence[Stat]
     type: str = "stats"
@@ -67,7 +67,7 @@ class Chart:
 class Grid:
     """Charts side by side, as many as fit.
 
-    min_width: the least width of a chart in pixels; a narrower page has fewer a row.
+    min_width: the smallest width of a chart in pixels; a narrow page has fewer charts in a row.
     """
 
     charts: Sequence[Chart]
@@ -79,9 +79,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts. numeric: columns aligned to the right. strong: indices of the rows that stand out.
+    """A table of texts. numeric: indices of columns aligned to the right. strong: indices of rows in bold.
 
-    folded: only the title shows until the reader opens it.
+    folded: only the title is shown until the reader opens the table.
     """
 
     columns: Sequence[str]
@@ -96,7 +96,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """Preformatted text. With a `summary` it is folded under that line."""
+    """Preformatted text. With a `summary`, only that line is shown until the reader opens the block."""
 
     text: str
     summary: str = ""
@@ -105,7 +105,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Leaf:
-    """The rollouts that the reader can leaf through, as the page's script reads them."""
+    """Rollouts that the reader can browse one by one, in the form that page.js reads."""
 
     rollouts: Sequence[Mapping[str, object]]
     type: str = "leaf"

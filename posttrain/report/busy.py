@@ -1,7 +1,7 @@
-"""How much generation and training ran at the same time, from the busy events of a stage.
+"""How long generation and training ran at the same time, from the busy events of a stage.
 
-Intervals are (start, end) in Unix seconds. Several engines that generate at the same time count once: the question is
-how long the run was generating, not how much.
+Intervals are (start, end) in Unix seconds. Times in which several engines generate at once count once, because the
+question is how long the run was generating, not how many tokens.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,14 +10,14 @@ from typing import Any
 
 Interval = tuple[float, float]
 
-GOAL = 0.8  # share of the best possible overlap that a run should reach
+GOAL = 0.8  # the share of the best possible overlap that a run should reach
 
 
 @dataclass(frozen=True)
 class Overlap:
     """Seconds between the start of the first optimizer step and the end of the last.
 
-    window_s: all of them. gen_s: those with generation. train_s: those with training. both_s: those with both.
+    window_s: all seconds. gen_s: with generation. train_s: with training. both_s: with both.
     """
 
     window_s: float

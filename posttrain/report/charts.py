@@ -1,8 +1,8 @@
-"""Plotly figures as plain dictionaries, in one restrained style: thin axes, no frame, colours by token.
+"""Builds plotly figures as plain dictionaries in one style: thin axes, no frame, colours by token.
 
 A colour token ("--c1", or "--c1@0.3" with an opacity) names a CSS variable of page.css, which has a light and a dark
 value. The page's script looks the colour up when it draws, and again when the reader switches between light and dark.
-Units stand in a chart's title: along the axis they would have to be read sideways.
+Units are part of a chart's title, because text along a vertical axis is hard to read.
 """
 
 import math
@@ -10,8 +10,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-CONTENT_WIDTH = 744  # pixels of the page's text column in a window of 800 pixels; a wider window has no less
-NAMES_WIDTH = 200  # most pixels that names to the left of a plot may take
+CONTENT_WIDTH = 744  # width of the page's text column, in pixels, in a window of 800 pixels; wider in wider windows
+NAMES_WIDTH = 200  # the most pixels that names to the left of a plot may take
 WIDE = frozenset("MWmw@%—–")
 CATEGORICAL = ("--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--c7", "--c8")
 Values = Sequence[float | None]
@@ -117,7 +117,7 @@ def bars(
 
 
 def smooth(values: Values, width: int) -> list[float | None]:
-    """The mean of each value and its neighbours, `width` values in all, fewer at the ends. A gap (None) stays a gap."""
+    """The mean of each value and its neighbours, `width` values in all (fewer at the ends). None stays None."""
     half = width // 2
     means: list[float | None] = []
     for i, value in enumerate(values):
@@ -127,18 +127,18 @@ def smooth(values: Values, width: int) -> list[float | None]:
 
 
 def smoothing(count: int) -> int:
-    """Number of points to average over in a series of `count` points: 1, which is no smoothing, for a short series."""
+    """The number of points to average over in a series of `count` points. A short series is not smoothed: 1."""
     return 1 if count < 12 else 5 if count < 100 else 1 + 2 * (count // 50)
 
 
 def text_width(text: str, size: float) -> float:
-    """The width in pixels that a text of this font size takes at most: an estimate for the usual sans-serif fonts."""
+    """An upper estimate of the width of a text in pixels, for common sans-serif fonts. size: of the font, in pixels."""
     ems = (1.0 if c in WIDE or unicodedata.east_asian_width(c) in "WF" else 0.7 if c.isupper() else 0.62 for c in text)
     return size * sum(ems)
 
 
 def shortened(text: str, width: float, size: float) -> str:
-    """The text, cut and ended with … where it would be wider than `width` pixels. Two characters are always left."""
+    """The text, cut and ended with … if it would be wider than `width` pixels. At least two characters are kept."""
     if text_width(text, size) <= width:
         return text
     kept = len(text)
@@ -148,10 +148,13 @@ def shortened(text: str, width: float, size: float) -> str:
 
 
 def escape(text: str) -> str:
-    """Text with HTML escaped: plotly renders some HTML in names and labels, and a model's text must not become any."""
+    """Text with HTML escaped.
+
+    Plotly renders some HTML in names and labels, and text of a model must not be rendered.
+    """
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def rounded(values: Values, digits: int = 5) -> list[float | None]:
-    """Values rounded to `digits` significant digits. The report needs no more, and they take a third of the space."""
+    """Values rounded to `digits` significant digits, which is precise enough and makes the page a third as large."""
     return [None if value is None else float(f"{value:.{digits}g}") for value in values]

@@ -24,7 +24,7 @@ def seconds(value: object) -> str:
 
 
 def count(value: object) -> str:
-    """A count with thin spaces, such as 1 234. Counts from a million on are shortened to three digits: 1.23 M."""
+    """A count with thin spaces, such as 1 234. A million or more is shortened to three digits, such as 1.23 M."""
     amount = number(value)
     if amount is None:
         return NONE
@@ -42,7 +42,7 @@ def percent(value: object, digits: int = 0) -> str:
 
 
 def plain(value: object, digits: int = 3) -> str:
-    """A number with `digits` significant digits; a very small one as 1.2 × 10⁻⁵, a large one as a count."""
+    """A number with `digits` significant digits. A very small one is written as 1.2 × 10⁻⁵, a large one as a count."""
     amount = number(value)
     if amount is None:
         return NONE

@@ -1,8 +1,9 @@
-"""Which model each evaluation measured, and from which model that one was trained.
+"""Finds the model that each evaluation measured, and the model from which that model was trained.
 
-A stage starts from the model that its `model.path` names. So two evaluations are a before and an after only if the
-model of the later one started from that of the earlier one. The order of the stages says nothing, as two of them may be
-branches. Both must be of the same problems. Own evaluation stages follow the same rule as evaluations of a stage.
+A stage starts from the model that its `model.path` names. Two evaluations are a before and an after only if the model
+of the later one was trained from the model of the earlier one, and if both used the same problems. The order of the
+stages is no evidence, because two of them may be branches. Evaluations that are stages of their own follow the same
+rule as the evaluations that `evaluate` adds to a stage.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,19 +22,22 @@ def measured(run: Run, name: str) -> str:
 
 
 def before(run: Run, name: str) -> str | None:
-    """The evaluation of the model that the measured one started from, of the same problems; None if there is none."""
+    """The evaluation, on the same problems, of the model from which the measured model was trained; else None."""
     start = _start(run, measured(run, name))
     return _evaluation(run, start, like=name) if start else None
 
 
 def ancestor(run: Run, name: str) -> str | None:
-    """The evaluation, of the same problems, of the nearest model that the measured one descends from; None: of none."""
+    """The evaluation, on the same problems, of the nearest ancestor of the measured model that has one; else None.
+
+    The ancestors of a model are the model from which it was trained, the model before that, and so on.
+    """
     found = (_evaluation(run, model, like=name) for model in _line(run, measured(run, name)))
     return next((evaluation for evaluation in found if evaluation is not None), None)
 
 
 def chain(run: Run, name: str) -> list[str]:
-    """The evaluations that end with this one, each of a model that started from that of the one before it."""
+    """A list of evaluations that ends with this one. Each measured a model trained from the model before it."""
     found = [name]
     while (earlier := before(run, found[0])) is not None:
         found.insert(0, earlier)
@@ -41,7 +45,7 @@ def chain(run: Run, name: str) -> list[str]:
 
 
 def _line(run: Run, model: str) -> Iterator[str]:
-    """The models that a model descends from, the nearest first."""
+    """The ancestors of a model, the nearest first."""
     seen = {model}
     while (model := _start(run, model)) and model not in seen:
         seen.add(model)
@@ -49,7 +53,7 @@ def _line(run: Run, model: str) -> Iterator[str]:
 
 
 def _start(run: Run, model: str) -> str:
-    """The model that a stage of the run started from; "" for a model that no stage of it made."""
+    """The model from which a stage of the run started; "" for a model that no stage of the run made."""
     stage = _stage(run, model)
     return stage.model if stage is not None and stage.kind != "eval" else ""
 
@@ -59,13 +63,13 @@ def _stage(run: Run, name: str) -> Stage | None:
 
 
 def _evaluation(run: Run, model: str, *, like: str) -> str | None:
-    """The evaluation of a model that was of the same problems as `like`. That of the stage itself comes first."""
+    """The evaluation of a model on the same problems as the evaluation `like`. One by `evaluate` is preferred."""
     names = sorted((n for n in run.evals if measured(run, n) == model), key=lambda n: n != model)
     return next((name for name in names if name != like and _problems(run, name) == _problems(run, like)), None)
 
 
 def _problems(run: Run, name: str) -> Any:
-    """What decides which problems were measured and how; equal for the evaluations of a pipeline's `evaluate`."""
+    """The settings that decide the problems and how they were measured. All evaluations by `evaluate` share them."""
     own = _stage(run, name)
     by_pipeline = next((stage for stage in run.evaluations if stage.of == name), None)
     stage = own if own is not None and own.kind == "eval" else by_pipeline

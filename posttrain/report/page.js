@@ -1,4 +1,4 @@
-// Draws the charts in the page's colours, again when light changes to dark, and turns the leaves of the rollouts.
+// Draws the charts in the page's colours (and again when light changes to dark), and shows one rollout after another.
 // Text of models is only ever set as text (textContent), never as markup.
 "use strict";
 (() => {
@@ -128,7 +128,7 @@
       const found = all.filter((r) => selects.every((s) => s.value === "any" || read[s.dataset.filter](r) === s.value));
       if (found.length) place = (place + found.length) % found.length;
       root.querySelector(".leaf-place").textContent = found.length ? `${place + 1} of ${found.length}` : "none";
-      const empty = node("p", "leaf-empty", "No sampled rollout is of this kind.");
+      const empty = node("p", "leaf-empty", "No sampled rollout matches these filters.");
       root.querySelector(".leaf-page").replaceChildren(found.length ? shown(found[place]) : empty);
     }
     const turn = (by) => { place += by; show(); };
@@ -146,7 +146,7 @@
   draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { draw(); shows.forEach((show) => show()); });
 
-  // ---- where the reader is
+  // ---- the section that the reader sees, marked in the navigation
   const links = new Map([...document.querySelectorAll("nav a")].map((a) => [a.getAttribute("href").slice(1), a]));
   const watch = new IntersectionObserver((entries) => {
     for (const entry of entries) links.get(entry.target.id)?.classList.toggle("here", entry.isIntersecting);

@@ -1,7 +1,7 @@
-"""Reads a run directory into one record for the report. It never fails on the files that a broken run left behind.
+"""Reads a run directory into one record for the report. Files that a broken run left behind never raise an error.
 
-A missing file counts as empty. A line or file that cannot be read is left out, and a line in `notes`, which the report
-prints, says so. Parquet files are not read here: each section reads the columns that it needs.
+A missing file counts as empty. A line or file that cannot be read is left out, and `notes`, which the report prints,
+gets a line about it. Parquet files are not read here: each section reads the columns that it needs.
 """
 
 import json
@@ -28,9 +28,9 @@ class Stage:
     """One stage of the run, or the evaluation of a stage.
 
     start, end: Unix times or None. figures: the stats that it returned. metrics: the lines of its metrics.jsonl. of:
-    for an evaluation, the stage that it evaluates; else "". config: its config.yaml with every default filled in, or {}
-    if there is none. model: the model that it started from, or measured, as the name of the stage of this run that made
-    it, else as its path; "" if there is none or it is not known.
+    for an evaluation, the stage that it evaluates; else "". config: its config.yaml with every default, or {} if there
+    is none. model: the model from which it started, or which it measured: the name of the stage of this run that made
+    the model, else its path; "" if there is none or it is unknown.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run directory. evals: stage name to its results by capability, in the order of the stages."""
+    """The content of a run directory. evals: {stage name: its results by capability}, in the order of the stages."""
 
     dir: Path
     summary: Mapping[str, object]
@@ -69,9 +69,9 @@ class Run:
         return [stage for stage in self.stages if stage.kind == kind]
 
     def busy(self, stage: Stage) -> list[dict[str, Any]]:
-        """The busy events of a stage, oldest first, without those of no length.
+        """The busy events of a stage that took some time, oldest first.
 
-        A resumed stage: those of its last attempt.
+        Of a resumed stage, those of the last attempt.
         """
         found = [event for event in self.events if event.get("event") == "busy" and event.get("stage") == stage.name]
         whole = [e for e in found if number(e.get("start")) is not None and number(e.get("end")) is not None]
@@ -112,7 +112,7 @@ def read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read what the run directory holds. Nothing in the files raises; an empty folder gives a run without stages."""
+    """Read a run directory. No content of its files raises an error; an empty folder gives a run without stages."""
     notes: list[str] = []
     summary = mapping(read_json(run_dir / "summary.json", notes))
     events = tuple(sorted(read_lines(run_dir / "events.jsonl", notes), key=lambda e: number(e.get("t")) or 0.0))
@@ -155,7 +155,7 @@ def read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _stage_records(run_dir: Path, summary: Mapping[str, object], events: tuple[dict, ...]) -> list[dict[str, Any]]:
-    """The stages that the summary lists, then those that only events or folders show, as in a run that was killed."""
+    """The stages that the summary lists, then those that only events or folders show, such as after a kill."""
     records: list[dict[str, Any]] = []
     for part in ("stages", "evaluations"):
         listed = summary.get(part)
@@ -167,7 +167,7 @@ def _stage_records(run_dir: Path, summary: Mapping[str, object], events: tuple[d
 
 
 def _given_configs(run_dir: Path, notes: list[str]) -> dict[str, Mapping[str, Any]]:
-    """The configs of pipeline.yaml by stage: with the references that a stage's own config.yaml has paths for."""
+    """The configs in pipeline.yaml by stage. They hold references such as ${sft.model}; a config.yaml holds paths."""
     if not (run_dir / "pipeline.yaml").is_file():
         return {}
     try:
@@ -186,9 +186,9 @@ def _with_models(stages: list[Stage], given: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _model_of(config: Mapping[str, Any], folders: Mapping[str, Path]) -> str:
-    """The model that a stage's config names: the name of the stage of this run that made it, or its path; or "".
+    """The model that a stage's config names: the name of the stage of this run that made it, or its path; else "".
 
-    config: with references such as ${sft.model}, or with paths. folders: of the stages.
+    config: with references such as ${sft.model}, or with paths. folders: {stage name: its folder}.
     """
     path = mapping(config.get("model")).get("path")
     if not isinstance(path, str):
@@ -204,7 +204,7 @@ def _looks_like_stage(folder: Path) -> bool:
 
 
 def _read_stage(run_dir: Path, record: dict[str, Any], events: tuple[dict, ...], *, notes: list[str]) -> Stage:
-    """One stage from its record in the summary, its events and its folder."""
+    """Read one stage from its record in the summary, its events and its folder."""
     name = str(record["name"])
     of = name.removesuffix(EVALUATION) if name.endswith(EVALUATION) else ""
     folder = run_dir / of / "eval" if of else run_dir / name
@@ -213,7 +213,7 @@ def _read_stage(run_dir: Path, record: dict[str, Any], events: tuple[dict, ...],
     started = by_event.get("stage_start", {})
     ended = next((by_event[e] for e in ("stage_done", "stage_failed", "stage_interrupted") if e in by_event), {})
     start, end = number(started.get("t")), number(ended.get("t"))
-    # A stage may have failed and then started again. An end before the last start belongs to the earlier attempt.
+    # A stage may have failed and then started again. Then an end before the last start belongs to the earlier attempt.
     end = None if start is not None and end is not None and end < start else end
     wall_s = number(record.get("wall_s"))
     if wall_s is None and start is not None and end is not None:

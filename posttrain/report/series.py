@@ -23,7 +23,7 @@ class Series:
         return len(self.lines)
 
     def get(self, *names: str) -> Values:
-        """The first of these columns that holds any number, one value for each line; None where a line has no value."""
+        """The first of these columns that holds any number: one value for each line, None if a line has none."""
         for name in names:
             column = [number(line.get(name)) for line in self.lines]
             if any(value is not None for value in column):

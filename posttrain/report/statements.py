@@ -1,9 +1,9 @@
-"""The sentences of the report: what a stage changed, and nothing that the numbers do not support.
+"""The sentences of the report about what a stage changed. They claim only what the numbers support.
 
-A stage is compared with the model that it started from, and with no other (lineage.py).
+A stage is compared with the model from which it started, and with no other (lineage.py).
 
-Two accuracies whose 95% intervals overlap are called "no measurable change". That is stricter than a test of the
-difference, and a reader can check it by eye.
+If the 95% intervals of two accuracies overlap, the sentence says "no measurable change". This is stricter than a
+statistical test of the difference, and a reader can check it by eye.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from posttrain.report.lineage import before, chain, measured
 from posttrain.report.read import Run, mapping, number
 
 LABELS = {"base": "base", "filter": "filter", "sft": "SFT", "rl": "RL", "dpo": "DPO", "eval": "evaluation"}
-SHOWN = {"worked": "show their work"}  # properties of a reply that an evaluation may count, as words in a sentence
+SHOWN = {"worked": "show their work"}  # a property that an evaluation may count -> the words after "replies that"
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Share:
 
 @dataclass(frozen=True)
 class Change:
-    """An accuracy before and after. verdict: raised, lowered, or none if the intervals overlap."""
+    """An accuracy before and after a stage."""
 
     before: Share
     after: Share
 
     @property
     def verdict(self) -> str:
-        """raised, lowered or none."""
+        """`raised`, `lowered`, or `none` if the intervals overlap."""
         if self.after.low > self.before.high:
             return "raised"
         return "lowered" if self.after.high < self.before.low else "none"
@@ -52,9 +52,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Observed:
-    """How often replies had a property (such as showing their work), and how often they were right with and
-    without it.
-    """
+    """How often replies had a property, such as showing their work, and their accuracy with and without it."""
 
     share: Share
     accuracy: Share | None
@@ -62,7 +60,7 @@ class Observed:
 
 
 def share_of(value: object, interval: object, n: object) -> Share | None:
-    """A share from the entry of a results file, with the interval given there or else Wilson's."""
+    """A share in an entry of a results file, with the interval given there, or else the Wilson interval."""
     point, count = number(value), number(n) or 0.0
     if point is None or not -1e-9 <= point <= 1 + 1e-9:
         return None
@@ -76,7 +74,7 @@ def share_of(value: object, interval: object, n: object) -> Share | None:
 
 
 def greedy(results: Mapping[str, object], capability: str = "all") -> Share | None:
-    """Greedy held-out accuracy in one capability, or over all."""
+    """Greedy held-out accuracy in one capability, or over all of them ("all")."""
     cell = mapping(results.get(capability))
     return share_of(cell.get("greedy"), cell.get("greedy_ci95"), cell.get("greedy_n", cell.get("n")))
 
@@ -106,7 +104,9 @@ def properties(run: Run) -> dict[str, str]:
 
 
 def label(run: Run, name: str) -> str:
-    """What sentences call a stage: its kind if that is clear (it is also the name, or the only one), else its name."""
+    """The name of a stage in sentences: its kind, such as SFT, if only one stage has it or is named so, else its
+    name.
+    """
     stage = next((stage for stage in run.stages if stage.name == name), None)
     if stage is None or stage.kind not in LABELS:
         return name
@@ -117,8 +117,8 @@ def label(run: Run, name: str) -> str:
 def changes(run: Run) -> list[tuple[str, str, Change]]:
     """(evaluation before, evaluation after, change of greedy accuracy over all) for each stage that has both.
 
-    The evaluation before is that of the model from which the stage started (lineage.py). Pairs measured on different
-    numbers of problems are left out, as the problems may differ.
+    The evaluation before measured the model from which the stage started (lineage.py). Pairs with different numbers of
+    problems are left out, because the problems may differ.
     """
     found = []
     for name in run.evals:
@@ -137,10 +137,10 @@ def _change(run: Run, earlier: str, later: str) -> Change | None:
 
 
 def main_change(run: Run) -> tuple[str, str, Change] | None:
-    """The change that the headline is about: that of the first RL stage, else that of the whole chain of stages.
+    """The change for the headline: that of the first RL stage, or else that of the whole chain of stages.
 
-    The chain is the longest in which each stage started from the model of the one before it. Branches of equal length
-    are no chain, and none of them makes the headline.
+    The chain is the longest one in which each stage started from the model of the stage before. If two branches are
+    equally long, there is no such chain and no headline about a change.
     """
     pairs = changes(run)
     kinds = {stage.name: stage.kind for stage in run.stages}
@@ -156,7 +156,7 @@ def main_change(run: Run) -> tuple[str, str, Change] | None:
 
 
 def _trained(run: Run, name: str) -> str:
-    """The stage that made the measured model, with the name of an evaluation that is a stage of its own."""
+    """The stage that made the measured model; for an evaluation that is a stage of its own, also the evaluation."""
     stage = measured(run, name)
     return label(run, stage) if stage == name else f"{label(run, stage)} (by {name})"
 
@@ -185,14 +185,14 @@ def headline(run: Run) -> str:
         return change_sentence(run, before, after, change=change)
     measured = [(label(run, name), share) for name, results in run.evals.items() if (share := greedy(results))]
     if not measured:
-        return "This run holds no held-out evaluation."
+        return "This run has no held-out evaluation."
     if len(measured) == 1:
         return f"Held-out accuracy is {measured[0][1]}."
     return "Held-out accuracy: " + ", ".join(f"{name} {share}" for name, share in measured) + "."
 
 
 def gain_sentences(run: Run) -> list[str]:
-    """What the headline's change consists of, if the evaluation counted a property of the replies."""
+    """Sentences that split the change of the headline, if the evaluation counted a property of the replies."""
     main = main_change(run)
     if main is None:
         return []
@@ -206,9 +206,9 @@ def gain_sentences(run: Run) -> list[str]:
 
 
 def _observed_sentence(words: str, before: Observed, after: Observed) -> str:
-    """How the share of replies with the property changed, and the accuracy among them.
+    """How the share of replies with a property changed, and the accuracy among these replies.
 
-    When the share changed, the accuracy is over other problems than before, and the sentence says so.
+    If the share changed, the accuracy after is measured on other problems than before, and the sentence says so.
     """
     share = Change(before.share, after.share)
     verbs = {"raised": "rose", "lowered": "fell", "none": "did not measurably change:"}
@@ -223,7 +223,7 @@ def _observed_sentence(words: str, before: Observed, after: Observed) -> str:
 
 
 def _parts_sentence(words: str, change: Change, before: Observed, *, after: Observed) -> list[str]:
-    """Split the gained points into two parts: more replies with the property, and more right replies of either sort.
+    """Split the gained points into two parts: more replies with the property, and higher accuracy with or without it.
 
     accuracy = share × accuracy with + (1 − share) × accuracy without. So the difference is the change of the share at
     mean accuracies, plus the changes of the accuracies at mean shares. Source: Kitagawa (1955), the two-part split.
@@ -235,6 +235,6 @@ def _parts_sentence(words: str, change: Change, before: Observed, *, after: Obse
     gap = (with_before + with_after - without_before - without_after) / 2
     from_share = 100 * (after.share.value - before.share.value) * gap
     return [
-        f"Of the {change.points:+.1f} points, {from_share:+.1f} go with more replies that {words} and "
-        f"{change.points - from_share:+.1f} with replies of either sort being right more often."
+        f"Of the {change.points:+.1f} points, {from_share:+.1f} come from a changed share of replies that {words}, and "
+        f"{change.points - from_share:+.1f} from changed accuracies with and without it."
     ]

@@ -1,7 +1,7 @@
-"""Puts the report of a run together: reads the run directory, builds each section, fills the page.
+"""Writes the report of a run: reads the run directory, builds each section, fills the page.
 
-A section without data is left out. A section whose data cannot be understood is replaced by a note that says so. The
-page loads nothing from elsewhere: script, style and data are in it, and its content security policy forbids the rest.
+A section without data is left out. A section whose data cannot be read is replaced by a note. The page loads nothing:
+script, style and data are in it, and its content security policy forbids everything else.
 """
 
 import json
@@ -36,7 +36,7 @@ INTERVAL = re.compile(r"\[[\d., \u2013-]+\]")
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write RUN_DIR/report.html from what the run directory holds, however far the run came, and return its path.
+    """Write RUN_DIR/report.html and return its path. The run may be finished, running, or broken off at any point.
 
     Raises FileNotFoundError if `run_dir` is not a folder, OSError if the file cannot be written.
     """
@@ -50,7 +50,7 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: Run) -> str:
     """The whole page as text."""
-    # Imported here and not above: plotly takes a third of a second, which `posttrain --help` should not have to wait.
+    # Importing plotly takes a third of a second, for which `posttrain --help` should not wait. So it is imported here.
     from plotly.offline import get_plotlyjs
 
     sections = build_sections(run)
@@ -75,7 +75,7 @@ def render(run: Run) -> str:
 
 
 def build_sections(run: Run) -> list[Section]:
-    """Every section that the run has data for: the result first, then in the order in which things happened."""
+    """The sections for which the run has data: the result first, then the stages in the order in which they ran."""
     capabilities = [name for name in capabilities_of(run) if name != "all"]
     trained = [key[7:] for s in run.of_kind("rl") for line in s.metrics for key in line if key.startswith("reward/")]
     colours = colours_of(list(dict.fromkeys([*capabilities, *trained])))
@@ -99,14 +99,14 @@ def build_sections(run: Run) -> list[Section]:
 
 
 def _guarded(name: str, build: Callable[[], Section | None]) -> Section | None:
-    """Build one section; a note in its place if that fails.
+    """Build one section. If that raises, return a section with a note instead.
 
-    A file of a run that broke off may hold anything. A section that cannot read its file must not cost the others.
+    The files of a run that broke off may hold anything, and one unreadable file must not prevent the other sections.
     """
     try:
         return build()
     except Exception as error:
-        text = f"This part could not be drawn from what the run wrote down: {type(error).__name__}: {error}"
+        text = f"This section could not be made from the files of the run: {type(error).__name__}: {error}"
         return Section(f"{name.lower()}-unreadable", name, [Text([text], tone="alert")])
 
 
@@ -135,7 +135,7 @@ def _charts(block: Any) -> Iterator[Chart]:
 
 
 def _facts(run: Run) -> list[str]:
-    """The line under the title: when the run was, how long it took, its memory, and how many problems judged it."""
+    """The line under the title: date, duration and peak memory of the run, and the number of held-out problems."""
     first = min((t for event in run.events if (t := number(event.get("t")))), default=None)
     facts = [utc(first)] if first else []
     facts += _wall(run)
@@ -143,21 +143,21 @@ def _facts(run: Run) -> list[str]:
         facts.append(f"{peak:.1f} GiB of memory at the peak")
     shares = [share for results in run.evals.values() if (share := greedy(results)) and share.n]
     if shares:
-        facts.append(f"judged on {plural(shares[-1].n, 'held-out problem')}")
+        facts.append(f"evaluated on {plural(shares[-1].n, 'held-out problem')}")
     return facts
 
 
 def _wall(run: Run) -> list[str]:
-    """How long the run took. The summary has the time of the last call only, so a continued run adds up its stages."""
+    """How long the run took. The summary has only the time of the last call, so a continued run adds up its stages."""
     nodes = (*run.stages, *run.evaluations)
     if any(stage.status == "skipped" for stage in nodes):
-        return [f"{seconds(sum(stage.wall_s or 0.0 for stage in nodes))} of work, in several sittings"]
+        return [f"{seconds(sum(stage.wall_s or 0.0 for stage in nodes))} of work, in several calls"]
     wall = number(run.summary.get("wall_s"))
     return [f"{seconds(wall)} in all"] if wall and run.summary.get("status") in ("done", "failed") else []
 
 
 def _troubles(run: Run) -> list[str]:
-    """One sentence for each stage that did not end well."""
+    """One sentence for each stage that failed or was interrupted."""
     sentences = []
     for stage in (*run.stages, *run.evaluations):
         if stage.status in ("failed", "interrupted"):
@@ -173,7 +173,7 @@ def mark_intervals(text: str) -> Markup:
 
 
 def json_for_script(value: object) -> Markup:
-    """JSON that is safe inside a script element: nothing in it can end the element or begin another."""
+    """JSON that is safe inside a script element: it contains no text that can end the element or begin another."""
     text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in ("<", ">", "&", "\u2028", "\u2029"):
         text = text.replace(sign, f"\\u{ord(sign):04x}")

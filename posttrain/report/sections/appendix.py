@@ -1,4 +1,4 @@
-"""How to do the run again: the commands, the versions and every setting."""
+"""The appendix, with all that is needed to repeat the run: commands, versions and every setting."""
 
 import shlex
 from pathlib import Path
@@ -27,7 +27,7 @@ def appendix_section(run: Run) -> Section | None:
 
 
 def _commands(run: Run) -> list[str]:
-    """Every command that worked on this run directory, oldest first, as the events recorded it."""
+    """Every command that was run on this run directory, oldest first, as recorded in the events."""
     found = [event.get("command") for event in run.events] + [run.summary.get("command")]
     lines = [c if isinstance(c, str) else shlex.join(map(str, c)) for c in found if isinstance(c, str | list) and c]
     return list(dict.fromkeys(lines))

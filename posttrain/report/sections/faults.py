@@ -1,4 +1,4 @@
-"""Faults and recoveries: what went wrong during the run, and what was done about it. Absent if nothing went wrong."""
+"""Faults and recoveries: what went wrong during the run and how it was handled. Left out if nothing went wrong."""
 
 from collections import Counter
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ MAX_ROWS = 100
 
 
 def faults_section(run: Run) -> Section | None:
-    """A table of the faults, oldest first; of very many, only the last are shown."""
+    """A table of the faults, oldest first. If there are very many, only the last are shown."""
     found = [(event, words) for event in run.events if (words := fault_words(event))]
     if not found:
         return None

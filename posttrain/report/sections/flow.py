@@ -7,7 +7,7 @@ from posttrain.report.charts import CATEGORICAL, axis, bars, dots, figure, line
 from posttrain.report.series import Series
 
 DROPPED = "groups_dropped_"
-# (column, words, colour). Groups of zero advantage are shown by cause, all right or all wrong, where that is known.
+# (column, words, colour). Groups of zero advantage are shown by cause (all replies right, or all wrong) if it is known.
 FATES = (
     ("groups_trained", "trained", "--accent"),
     ("groups_too_easy", "dropped: too easy", "--c3"),
@@ -22,7 +22,7 @@ OTHER_COLOURS = ("--c7", "--c8", "--muted")
 
 
 def fates(series: Series) -> list[tuple[str, str, str]]:
-    """(column, words, colour) of what became of groups: the entries of FATES with any groups, then other reasons."""
+    """(column, words, colour) for each end of a group: the entries of FATES with any groups, then other reasons."""
     known = {name for name, _, _ in FATES}
     split = series.has("groups_too_easy") and series.has("groups_too_hard")
     left_out = ("groups_dropped_zero_advantage",) if split else ("groups_too_easy", "groups_too_hard")
@@ -50,7 +50,7 @@ def dropped_total(series: Series) -> float:
 def groups_chart(series: Series) -> Chart | None:
     """What became of the groups of each step."""
     return _stacked(
-        series, "Where the groups went", fates(series), unit="groups a step", hover="%{y} groups", height=230
+        series, "What became of the groups", fates(series), unit="groups a step", hover="%{y} groups", height=230
     )
 
 
@@ -127,7 +127,7 @@ def lines_chart(
 
 
 def queue_age_chart(series: Series) -> Chart | None:
-    """How long groups that were ready waited for the trainer, in seconds."""
+    """How long scored groups waited for the trainer, in seconds."""
     entries = [("queue_age_s_mean", "mean of the batch", "--accent"), ("queue_age_s_max", "longest", "--c2")]
     return lines_chart(series, "Wait in the queue", "seconds", entries=entries, hover="%{y:.2f} s")
 
@@ -157,7 +157,10 @@ def held_back_chart(series: Series) -> Chart | None:
 
 
 def lengths_chart(series: Series) -> Chart | None:
-    """Reply lengths of trained and of dropped groups, which shows whether dropping prefers short or long replies."""
+    """Reply lengths of trained and of dropped groups.
+
+    They show whether short or long replies are dropped more often.
+    """
     entries = [
         ("reply_tokens_mean", "trained on", "--accent"),
         ("dropped_reply_tokens_mean", "dropped", "--c2"),
@@ -197,7 +200,7 @@ def times_chart(series: Series) -> Chart | None:
     """What the trainer spent the time of each step on, in seconds."""
     entries = [
         ("train_s", "training", "--accent"),
-        ("publish_s", "handing on weights", "--c4"),
+        ("publish_s", "publishing weights", "--c4"),
         ("wait_s", "waiting for groups", "--faint"),
     ]
     shown = [entry for entry in entries if series.has(entry[0])]

@@ -1,4 +1,4 @@
-"""The pipeline: which stages ran, when and for how long, and what each of them made."""
+"""The pipeline: which stages ran, when and for how long, and the outputs of each."""
 
 import math
 
@@ -7,7 +7,7 @@ from posttrain.report.charts import axis, escape, rows_figure, text_width
 from posttrain.report.format import NONE, seconds
 from posttrain.report.read import Run, Stage
 
-STATUS = {"skipped": "done"}  # what an earlier call made and this one kept
+STATUS = {"skipped": "done"}  # a skipped stage was done by an earlier call
 STATUS_COLOUR = {"done": "--accent", "skipped": "--accent", "failed": "--bad", "interrupted": "--c2"}
 HIDDEN = {"config.yaml", "log.txt", "DONE", "STARTED", "metrics.jsonl"}
 LONG_PAUSE = 0.3  # share of the whole time; a longer pause means that the run was stopped and continued later
@@ -88,7 +88,7 @@ def _bars(stages: list[Stage], begins: dict[str, float]) -> dict:
 
 
 def _left(stage: Stage) -> str:
-    """Names of what the stage made; folders end in a slash."""
+    """The names of the stage's outputs; the name of a folder ends with a slash."""
     if not stage.dir.is_dir():
         return NONE
     found = sorted(p.name + "/" * p.is_dir() for p in stage.dir.iterdir() if p.name not in HIDDEN and p.name[0] != ".")

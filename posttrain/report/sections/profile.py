@@ -49,7 +49,7 @@ def profile_chart(run: Run, stage: Stage) -> Chart | None:
 
 
 def unscored_prompts(rows: Sequence[Mapping[str, Any]]) -> Counter[str]:
-    """How many rows of the profile are prompts of which no reply has a score, by why."""
+    """The number of profiled prompts without any scored reply, by reason."""
     return Counter(str(row.get("unscored") or "unknown") for row in rows if number(row.get("n")) == 0)
 
 

@@ -1,4 +1,4 @@
-"""The result: held-out accuracy by capability after each stage, and what its change consists of."""
+"""The result: held-out accuracy by capability after each stage, and the parts of its change."""
 
 import math
 from collections.abc import Mapping
@@ -32,9 +32,9 @@ from posttrain.report.statements import (
     share_of,
 )
 
-LABEL_SIZE, LABEL_GAP = 12, 8  # of the names of stages below a panel, in pixels
-MARGINS = 54  # left and right of a panel's plot, in pixels
-RING_SHIFT = 0.2  # how far right of its stage a pass@k ring is drawn, where 1 is the distance to the next stage
+LABEL_SIZE, LABEL_GAP = 12, 8  # font size of the stages' names below a panel, and space between them, in pixels
+MARGINS = 54  # sum of the left and right margins of a panel's plot, in pixels
+RING_SHIFT = 0.2  # a pass@k ring is drawn to the right of its stage by this share of the distance between two stages
 
 
 def result_section(run: Run) -> Section | None:
@@ -59,9 +59,9 @@ def result_section(run: Run) -> Section | None:
         *_observed_tables(run, names, capabilities),
         *_tables(run, names, capabilities, at_k=at_k),
     ]
-    lead = ["After each stage, on problems held out from training, with 95% intervals."]
+    lead = ["Accuracy after each stage, on problems held out from training, with 95% intervals."]
     if any(ancestor(run, name) for name in names):
-        lead.append("A line leads to each model from the one that it was trained from.")
+        lead.append("A line connects each model with the model from which it was trained.")
     return Section("result", "Held-out accuracy", blocks, lead)
 
 
@@ -88,13 +88,13 @@ def _measured(run: Run, stage: str, capability: str) -> bool:
 
 
 def _panel_width(run: Run, names: list[str]) -> int:
-    """The least width of a panel in pixels at which the names of the stages fit side by side, if the page has it."""
+    """The smallest width of a panel in pixels at which the names of the stages fit, at most the width of the page."""
     widest = max(text_width(label(run, name), LABEL_SIZE) for name in names) + LABEL_GAP
     return math.ceil(min(max(250.0, MARGINS + widest * (len(names) - 0.1)), CONTENT_WIDTH))
 
 
 def _labels(run: Run, names: list[str]) -> list[str]:
-    """The names of the stages below a panel; those that are too long are cut."""
+    """The names of the stages below a panel, cut if they are too long."""
     room = (_panel_width(run, names) - MARGINS) / (len(names) - 0.1) - LABEL_GAP
     return [escape(shortened(label(run, name), room, LABEL_SIZE)) for name in names]
 
@@ -102,7 +102,7 @@ def _labels(run: Run, names: list[str]) -> list[str]:
 def _panel(run: Run, names: list[str], capability: str, *, at_k: str) -> Chart:
     """One capability: greedy accuracy after each stage, with pass@k as a ring beside each.
 
-    A line leads to each point from that of the nearest model that it descends from.
+    A line leads to each point from the point of the model's nearest ancestor that has one.
     """
     shares = [greedy(run.evals[name], capability) for name in names]
     sampled = [_sampled(run, name, capability, name="pass@k") for name in names]
@@ -182,9 +182,7 @@ def _tables(run: Run, names: list[str], capabilities: list[str], *, at_k: str) -
 
 
 def _observed_tables(run: Run, names: list[str], capabilities: list[str]) -> list[Table]:
-    """How often replies had each property that the evaluation counted, and how often they were right with it and
-    without.
-    """
+    """Tables of each property that the evaluation counted: its share, and the accuracy with and without it."""
     tables = []
     for key, words in properties(run).items():
         seen = [(name, found) for name in names if (found := observed(run.evals[name], key))]

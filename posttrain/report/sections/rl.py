@@ -96,17 +96,17 @@ def _stats(run: Run, stage: Stage, series: Series) -> list[Stat]:
 
 
 def _other_unscored(stage: Stage, series: Series) -> list[Stat]:
-    """What could not be scored outside of the training: prompts of the profile, replies of probes and evaluations."""
+    """Unscored replies outside of training: in the profile, in probes and in evaluations during the stage."""
     limit, stats = stage.setting("reward.alarm_fraction"), []
     profile = mapping(stage.figures.get("profile"))
     if lost := number(profile.get("prompts_unscored")) or series.last("prompts_set_aside"):
         of, unscored = number(profile.get("replies")), number(profile.get("replies_unscored"))
         is_alarm = limit is not None and bool(of) and unscored is not None and unscored / of > limit
         kinds = kinds_text({str(kind): round(number(n) or 0) for kind, n in mapping(profile.get("kinds")).items()})
-        stats.append(Stat("unscored prompts", count(lost), f"of the profile, set aside {kinds}".rstrip(), is_alarm))
+        stats.append(Stat("unscored prompts", count(lost), f"in the profile, set aside {kinds}".rstrip(), is_alarm))
     for name, what in (("probes_unscored", "probes"), ("evaluated_unscored", "evaluations")):
         if lost := series.total(name):
-            stats.append(Stat(f"unscored replies of {what}", count(lost), "all steps"))
+            stats.append(Stat(f"unscored replies in {what}", count(lost), "in all steps"))
     return stats
 
 
@@ -132,7 +132,7 @@ def _reward(series: Series) -> Chart | None:
         keys.append(Key(text, colour))
     if not data:
         return None
-    caption = "On training prompts, chosen for their difficulty: not comparable with held-out accuracy."
+    caption = "On training prompts, which are chosen for their difficulty. Not comparable with held-out accuracy."
     if width > 1:
         caption += f" Lines: mean of {width} steps."
     return Chart("Reward and pass rate", _over_steps(data), 230, "", caption, keys)
@@ -154,7 +154,7 @@ def _by_capability(series: Series, colours: dict[str, str]) -> Chart | None:
 
 
 def _band(series: Series) -> Chart | None:
-    """The band of pass rates that prompts are drawn from, and the pass rate that was measured."""
+    """The band of pass rates from which the curriculum draws prompts, and the measured pass rate."""
     low, high = series.get("band_low"), series.get("band_high")
     if len(series.known("band_low")) < 2 or len(series.known("band_high")) < 2:
         return None
@@ -175,7 +175,7 @@ def _band(series: Series) -> Chart | None:
 def _prompts(series: Series) -> Chart | None:
     """How many prompts the curriculum counts as solved, and how many as impossible."""
     entries = [
-        ("prompts_known", "known well enough", "--faint"),
+        ("prompts_known", "with a known pass rate", "--faint"),
         ("prompts_retired", "solved", "--c3"),
         ("prompts_parked", "impossible", "--bad"),
     ]
@@ -183,7 +183,7 @@ def _prompts(series: Series) -> Chart | None:
 
 
 def _gradient(series: Series) -> Chart | None:
-    """The norm of the gradient; a step that was skipped has none."""
+    """The norm of the gradient. A step that was skipped has none."""
     norms = [value if value is not None and value >= 0 else None for value in series.get("grad_norm")]
     if sum(value is not None for value in norms) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Sample rollouts to leaf through: prompt, reply, reward with its reason, and the policy version of each token."""
+"""Sampled rollouts to browse: prompt, reply, reward with its reason, and the policy version of each token."""
 
 import json
 from collections import defaultdict
@@ -26,7 +26,7 @@ def rollouts_section(run: Run, stage: Stage) -> Section | None:
     if not rows:
         return None
     leaves = [_leaf(row, stage.setting("reward.correct_threshold")) for row in rows]
-    text = f"{count(len(leaves))} of {count(total)}, spread over steps, capabilities and outcomes, oldest first."
+    text = f"{count(len(leaves))} of {count(total)} rollouts from all steps, capabilities and outcomes, oldest first."
     lead = [text, *([f"{unreadable} rollout file(s) could not be read."] if unreadable else [])]
     return Section(f"{stage.name}-rollouts", "Rollouts", [Leaf(leaves)], lead)
 
@@ -34,9 +34,8 @@ def rollouts_section(run: Run, stage: Stage) -> Section | None:
 def sample_rollouts(folder: Path, amount: int, threshold: float | None) -> tuple[int, list[dict[str, Any]], int]:
     """(number of rollouts, `amount` of them in order of training, number of files that could not be read).
 
-    Rollouts are grouped by status, capability, right or wrong, and one policy version or several. Each of these groups
-    gets its share, and within a group the sample is spread evenly over the steps. Only the sampled rows are read in
-    full.
+    Rollouts are sorted into kinds by status, capability, right or wrong, and one policy version or several. Each kind
+    gets its share of the sample, which is spread evenly over the steps. Only the sampled rows are read in full.
     """
     import pyarrow as arrow
     import pyarrow.parquet as parquet
@@ -68,7 +67,7 @@ def sample_rollouts(folder: Path, amount: int, threshold: float | None) -> tuple
 
 
 def _pick(kinds: list[list[tuple[float, Path, int]]], amount: int) -> list[tuple[float, Path, int]]:
-    """Share `amount` evenly over the kinds. What a small kind does not need goes to the others."""
+    """Sample `amount` rollouts, evenly from all kinds. If a kind has fewer, the others get more."""
     picked = []
     for done, kind in enumerate(sorted(kinds, key=len)):
         share = min(len(kind), round((amount - len(picked)) / (len(kinds) - done)))
@@ -78,7 +77,7 @@ def _pick(kinds: list[list[tuple[float, Path, int]]], amount: int) -> list[tuple
 
 
 def _order(row: Mapping[str, object]) -> tuple[float, float, str, float]:
-    """Sort key: the policy version that sampled the rollout, because a dropped rollout has no step."""
+    """Sort key. It begins with the policy version that sampled the rollout, because a dropped rollout has no step."""
     version = number(row.get("policy_version"))
     step = number(row.get("step"))
     return (
@@ -99,14 +98,12 @@ def versions_of(text: object) -> list[tuple[int, int, int]]:
 
 
 def _right(reward: float | None, threshold: float | None) -> bool | None:
-    """Whether the reply is right; None without a reward, or if the run does not say from which reward on a reply is
-    right.
-    """
+    """Whether the reply is right; None without a reward, or without a threshold for it in the config of the stage."""
     return None if reward is None or threshold is None else is_right(reward, threshold)
 
 
 def _leaf(row: Mapping[str, object], threshold: float | None) -> dict[str, Any]:
-    """What the page's script shows of one rollout. All of it is plain text and is inserted as text."""
+    """One rollout in the form that page.js shows. All values are plain text, and page.js inserts them as text."""
     reward = number(row.get("reward"))
     return {
         "prompt": [{"role": turn.role, "content": _short(message_text(turn))} for turn in _prompt(row.get("prompt"))],
@@ -135,9 +132,9 @@ def _prompt(column: object) -> tuple[Message, ...]:
 
 
 def _segments(row: Mapping[str, object]) -> list[dict[str, Any]]:
-    """The reply cut where the policy version changes: {"v": version or None, "text": ..., "n": number of tokens}.
+    """The parts of a reply by policy version: {"v": version or None, "text": ..., "n": number of tokens}.
 
-    If the texts of the tokens are missing, a reply of several versions cannot be cut: it is one part with version None.
+    Without the texts of the tokens, a reply of several versions cannot be divided: it is one part with version None.
     """
     spans = versions_of(row.get("versions"))
     reply = str(row.get("reply") or "")
@@ -152,7 +149,7 @@ def _segments(row: Mapping[str, object]) -> list[dict[str, Any]]:
 
 
 def _readable(tokens: Sequence[str], reply: str) -> list[str]:
-    """Token texts as a reader expects them: byte-level tokenizers' marks for a space and a new line are replaced."""
+    """Token texts with the marks of byte-level tokenizers replaced by the space or new line that they stand for."""
     if "".join(tokens).startswith(reply[:40]):
         return list(tokens)
     return [token.replace("Ġ", " ").replace("Ċ", "\n") for token in tokens]

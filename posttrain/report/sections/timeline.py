@@ -1,4 +1,4 @@
-"""Who was busy when: one row for each actor, one colour for each kind of work, and how much ran at the same time."""
+"""The timeline of engines, rewards and trainer: a row for each actor, a colour for each kind of work, the overlap."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,23 +26,23 @@ def timeline_section(run: Run, stage: Stage) -> Section | None:
     overlap = measure_overlap(busy)
     lead = [_sentence(overlap)] if overlap else []
     blocks = [*([Stats(_stats(overlap))] if overlap else []), _chart(busy, stage)]
-    return Section(f"{stage.name}-timeline", "Who was busy when", blocks, lead)
+    return Section(f"{stage.name}-timeline", "When each actor was busy", blocks, lead)
 
 
 def _sentence(overlap: Overlap) -> str:
     met = "meets" if overlap.share >= overlap.goal else "misses"
     return (
         f"Between the first and the last optimizer step, generation and training ran at the same time for "
-        f"{percent(overlap.share)} of the {seconds(overlap.window_s)}. Perfect overlap of these two times would be "
-        f"{percent(overlap.best)}; this {met} the goal of 0.8 of that, {percent(overlap.goal)}."
+        f"{percent(overlap.share)} of the {seconds(overlap.window_s)}. With perfect overlap it would be "
+        f"{percent(overlap.best)}. The run {met} the goal of {percent(overlap.goal)}, which is 0.8 of that."
     )
 
 
 def _stats(overlap: Overlap) -> list[Stat]:
     return [
-        Stat("T_gen", f"{overlap.gen_s:.1f} s", "with generation going"),
-        Stat("T_train", f"{overlap.train_s:.1f} s", "with training going"),
-        Stat("overlap", f"{overlap.both_s:.1f} s", "with both"),
+        Stat("T_gen", f"{overlap.gen_s:.1f} s", "generation was running"),
+        Stat("T_train", f"{overlap.train_s:.1f} s", "training was running"),
+        Stat("overlap", f"{overlap.both_s:.1f} s", "both were running"),
         Stat("first to last step", f"{overlap.window_s:.1f} s"),
     ]
 
@@ -62,12 +62,12 @@ def _chart(busy: Sequence[Mapping[str, Any]], stage: Stage) -> Chart:
         merged = {key: union(spans, gap) for key, spans in rows.items()}
     actors = list(dict.fromkeys(actor for actor, _ in merged))
     kinds = list(dict.fromkeys(what for _, what in merged))
-    # Weight updates are short. They are drawn last, so that they lie on top of the long bars that they interrupt.
+    # Weight updates are short. They are drawn last, so that they are visible on top of the long bars.
     kinds.sort(key=lambda what: -max(length(s) for (_, w), s in merged.items() if w == what))
     traces = [_trace(what, merged) for what in kinds]
     x = axis("seconds of the stage", fixedrange=False, range=[0, (end - zero) * 1.01])
     spec = rows_figure(traces, x, actors, barmode="overlay", bargap=0.3, dragmode="zoom")
-    caption = "Drag to look closer, double-click to see all."
+    caption = "Drag to zoom in, double-click to zoom out."
     if gap:
         caption += f" Pauses shorter than {seconds(gap)} are not drawn."
     keys = [Key(_work(what)[0], _work(what)[1], "box") for what in kinds]

@@ -1,4 +1,4 @@
-"""Base, SFT and DPO: the loss, and how light the stage was: tokens seen, KL from its start, entropy kept."""
+"""Base, SFT and DPO: the loss, and how much the stage changed the policy: tokens, KL from the start, entropy."""
 
 import json
 from collections import Counter
@@ -54,9 +54,9 @@ def _section(stage: Stage, title: str, stats: list[Stat], *, charts: list[Chart 
 
 
 def _curve(series: Series, title: str, name: str, *, apart: str = "", unit: str = "", **settings: Any) -> Chart | None:
-    """One column over the steps; None if it was not written or has a single point.
+    """One column over the steps; None if it is missing or has a single point.
 
-    apart: the column with the same figure on held-out rows, which has a value at each evaluation, or "".
+    apart: the column with the same measure on held-out rows, which has a value at each evaluation; "" for none.
     """
     values = series.get(name)
     if len(series.known(name)) < 2:
@@ -78,7 +78,7 @@ def _curve(series: Series, title: str, name: str, *, apart: str = "", unit: str 
 
 
 def _light(stage: Stage, series: Series) -> list[Stat]:
-    """How much the stage changed the policy: the figures that it measured at its end."""
+    """How much the stage changed the policy, by the measurements at its end."""
 
     def at_end(name: str) -> float | None:
         figure_ = number(stage.figures.get(name))
@@ -86,7 +86,7 @@ def _light(stage: Stage, series: Series) -> list[Stat]:
 
     steps = f"in {plural(len(series), 'step')}" if len(series) else ""
     stats = [Stat("tokens seen", count(at_end("tokens")), steps)]
-    stats.append(Stat("KL from its start", plain(at_end("kl_from_start")), "nats a token"))
+    stats.append(Stat("KL from the start", plain(at_end("kl_from_start")), "nats a token"))
     before, after = at_end("entropy_before"), at_end("entropy_after")
     if before is not None and after is not None:
         stats.append(Stat("entropy", f"{plain(before)} → {plain(after)}", "nats a token, before and after"))
@@ -115,7 +115,7 @@ def _first_to_last(series: Series, name: str) -> str:
 
 
 def _pairs(stage: Stage) -> Counter[str]:
-    """Number of pairs by what makes the chosen reply better than the rejected one."""
+    """The number of pairs for each reason why the chosen reply is better than the rejected one."""
     kinds: Counter[str] = Counter()
     path = stage.dir / "pairs.jsonl"
     if not path.is_file():
