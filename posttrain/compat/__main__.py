@@ -1,6 +1,15 @@
-"""Print docs/compat.md: `python -m posttrain.compat > docs/compat.md`."""
+"""Print docs/compat.md, or mend torchvision.
+
+python -m posttrain.compat > docs/compat.md
+python -m posttrain.compat torchvision        lets a torchvision for CUDA be imported beside a CPU build of torch
+"""
+
+import sys
+import sysconfig
+from pathlib import Path
 
 from posttrain.compat.patches import table
+from posttrain.compat.torchvision import write_hook
 
 HEAD = """# Patches of upstream libraries
 
@@ -19,4 +28,8 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    if sys.argv[1:] == ["torchvision"]:
+        for written in write_hook(Path(sysconfig.get_path("purelib"))):
+            print(f"wrote {written}")
+    else:
+        print(page(), end="")
