@@ -1,6 +1,6 @@
 """Sections about training: the optimizer, the ranks, adapters, and what is kept for the backward pass."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,10 @@ GradientCheckpointing = Annotated[
         "attention."
     ),
 ]
+
+# The parts of a model with images: the encoder with its adapter, the projector, and the text model.
+Part = Literal["vision", "projector", "text"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class OptimizerConfig(Config):

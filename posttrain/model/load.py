@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Llama4ForCausalLM,
+    Llama4ForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -32,6 +33,7 @@ from posttrain.model.folder import INDEX as _INDEX
 from posttrain.model.folder import existing_folder, first_line, weight_problems
 from posttrain.model.native import NativeLlama4ForCausalLM
 from posttrain.model.router_stats import RouterLossWeights
+from posttrain.model.vision.fusion import NativeLlama4ForConditionalGeneration
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LLAMA4 = ("llama4_text", "llama4")
@@ -43,7 +45,11 @@ _SHOWN = 5
 
 
 def load_model(
-    path: str | os.PathLike, implementation: Literal["native", "transformers"] = "native", dtype: str = "float32"
+    path: str | os.PathLike,
+    implementation: Literal["native", "transformers"] = "native",
+    dtype: str = "float32",
+    *,
+    images: bool = False,
 ) -> PreTrainedModel:
     """Load the causal language model of a folder onto the CPU, in evaluation mode.
 
@@ -52,11 +58,12 @@ def load_model(
         implementation: for Llama 4 folders, `native` (NativeLlama4ForCausalLM) or `transformers`; other architectures
             always come from transformers.
         dtype: float32, bfloat16 or float16; weights in another type are converted.
+        images: load the vision encoder and the projector of a multimodal Llama 4 too. False loads its text model alone.
 
     Raises:
-        CheckpointError: the folder is missing; config.json is missing or unreadable; there are no safetensors (or only
-            a pickle), or two sets of weights; a file is corrupt, or listed in the index but missing; tensors are
-            missing, unknown or of the wrong shape.
+        CheckpointError: `images` is set, and the model has no vision encoder; the folder is missing; config.json is
+            missing or unreadable; there are no safetensors (or only a pickle), or two sets of weights; a file is
+            corrupt, or listed in the index but missing; tensors are missing, unknown or of the wrong shape.
         ValueError: implementation or dtype is unknown.
     """
     if implementation not in ("native", "transformers"):
@@ -68,7 +75,12 @@ def load_model(
     _check_weight_files(folder)
     arguments: dict[str, Any] = {"config": config, "dtype": getattr(torch, dtype)}
     model_class: Any = AutoModelForCausalLM
-    if config.model_type in _LLAMA4:
+    if images:
+        _check_has_vision(folder, config)
+        model_class = NativeLlama4ForConditionalGeneration
+        if implementation == "transformers":
+            model_class = Llama4ForConditionalGeneration
+    elif config.model_type in _LLAMA4:
         model_class = NativeLlama4ForCausalLM if implementation == "native" else Llama4ForCausalLM
         arguments["config"] = config.get_text_config()
         if config.model_type == "llama4":
@@ -149,6 +161,14 @@ def _config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
+def _check_has_vision(folder: Path, config: PreTrainedConfig) -> None:
+    if config.model_type != "llama4":
+        raise CheckpointError(
+            f"{folder}: a model of type {config.model_type}, which takes no images here; images need a multimodal "
+            "Llama 4 (model_type llama4 in config.json)"
+        )
+
+
 def _check_weight_files(folder: Path) -> None:
     """Raise CheckpointError unless the folder has one set of weights and every file of it opens.
 
@@ -195,7 +215,8 @@ def _read(model_class: Any, folder: Path, arguments: dict[str, Any]) -> PreTrain
             )
     except Exception as error:
         raise CheckpointError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
-    unknown = sorted(name for name in info["unexpected_keys"] if not name.startswith(_IMAGE_TENSORS))
+    ignored = () if hasattr(model, "vision_model") else _IMAGE_TENSORS
+    unknown = sorted(name for name in info["unexpected_keys"] if not name.startswith(ignored))
     shapes = [f"{name} is {list(got)}, must be {list(want)}" for name, got, want in sorted(info["mismatched_keys"])]
     problems = [
         *_problem("missing tensors", sorted(info["missing_keys"])),
