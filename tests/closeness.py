@@ -1,16 +1,16 @@
-"""How close two computations of one thing must be, on any CPU: bounds from a float64 reference, not from a machine.
+"""How close two computations of the same value must be on any CPU. Bounds come from a float64 reference.
 
-The rule. `exact` is computed in float64 by the peer's code, `peer` in fp32 by the same code. The peer's error against
-`exact` is what rounding does to this computation here. Ours may have another order of sums, another kernel, another
-instruction set, but the same number of roundings of the same size:
+The rule: `exact` is computed in float64 by the peer's code, `peer` in fp32 by the same code. So the error of the peer
+shows how much rounding changes this computation on this machine. Our computation may use another order of sums, another
+kernel or another instruction set, but it has the same number of roundings of the same size:
 
     max |ours - exact| <= SPREAD * max |peer - exact| + FLOOR * eps * max |exact|
 
-SPREAD = 8: two sums of n terms in other orders differ from the exact one by errors of one distribution, and the largest
-of many such errors differs between two draws by a small factor; a blocked and a plain sum differ by up to the root of
-the block's length, 8 for 64 terms. FLOOR = 64: where few numbers are compared the peer may be right by luck, and then a
-sum of 64 terms may still be off by an eps each. Errors of meaning (another pairing in the rotary embedding, a
-missing temperature, a chunk one token longer) are larger than this by a factor of a hundred and more.
+SPREAD = 8: two sums of n terms in different orders have errors of the same distribution, and the largest of many such
+errors differs between two draws by a small factor. A blocked and a plain sum differ by up to the root of the block's
+length, which is 8 for 64 terms. FLOOR = 64: if few numbers are compared, the peer may be exact by luck, and a sum of 64
+terms may still be wrong by an eps for each. A mistake in the computation (another pairing in the rotary embedding, a
+missing temperature, a chunk one token longer) gives an error that is larger by a factor of a hundred or more.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def error_and_bound(ours: Tensors, peer: Tensors, exact: Tensors, *, scale: floa
 def assert_as_exact(
     ours: Tensors | torch.Tensor, peer: Tensors | torch.Tensor, exact: Tensors | torch.Tensor, *, scale: float = 0.0
 ) -> None:
-    """Raises AssertionError where ours is not as close to `exact` as the rule asks."""
+    """Raise AssertionError if `ours` is not as close to `exact` as the rule requires."""
     tables = [x if isinstance(x, Mapping) else {"": x} for x in (ours, peer, exact)]
     error, bound = error_and_bound(*tables, scale=scale)
     assert error <= bound, f"{error:.2e} of the largest value, allowed {bound:.2e}"
@@ -59,7 +59,7 @@ def assert_as_exact(
 def apart(ours: Tensors, peer: Tensors, start: Tensors) -> float:
     """Root mean square of the difference of two trainings' weights, relative to that of the change since `start`.
 
-    For trainings that cannot be had in float64: it is to be less than ROUNDING.
+    For trainings that cannot run in float64. It must be less than ROUNDING.
     """
 
     def rms(values: Tensors, base: Tensors) -> float:

@@ -1,4 +1,4 @@
-"""The leaves of a config schema, and a valid other value for each: what the test of configuration walks over.
+"""The leaves of a config schema, and another valid value for each, for tests/test_config_leaves.py.
 
 A leaf is a field that holds no section of its own, at any depth: `optimizer.beta1`, `systems.instructions.0.text`. A
 section that may be absent (None, or an empty list) is a leaf itself as well, when it is absent.

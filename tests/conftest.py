@@ -1,4 +1,4 @@
-"""What several test files share: a tiny Llama 4 folder with random weights, its tokenizer, and one Ray session."""
+"""Fixtures that several test files share: a tiny Llama 4 with random weights, its tokenizer, and one Ray session."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A busy machine must not fail a property for being slow.
+# A property test must not fail because the machine is busy, so there is no deadline.
 settings.register_profile("posttrain", deadline=None)
 settings.load_profile("posttrain")
 
 
-# Files whose tests take minutes. They are begun first: one that begins last keeps one process busy and the other idle.
+# Files whose tests take minutes. They are started first: a long file that starts last leaves the other process idle.
 LONG = (
     "test_quickstart.py",
     "test_rl_faults.py",

@@ -42,10 +42,10 @@ Answer = Callable[[dict[str, Any]], Response | dict[str, Any]]
 
 @dataclass
 class Server:
-    """What the server does, which a test may change while it runs, and what it was sent.
+    """The behaviour of the server, which a test may change while it runs, and the requests that it received.
 
-    answer: to the body of a chat completion. models: that it lists, or the response in place of the list. key: the one
-    that it wants.
+    answer: makes the response to the body of a chat completion. models: the models that it lists, or a response to send
+    instead of the list. key: the API key that it requires.
     """
 
     answer: Answer

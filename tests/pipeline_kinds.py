@@ -25,7 +25,7 @@ from posttrain.pipeline.kinds import KINDS, StageKind
 
 
 def said_on(master: int) -> str:
-    """What was written to a terminal, of which nobody has the other end open any more. Closes it."""
+    """The text that was written to a terminal whose other end is closed. Closes this end too."""
     parts: list[bytes] = []
     try:
         while part := os.read(master, 1 << 16):
@@ -93,7 +93,7 @@ def run(config: CountConfig, context: StageContext) -> dict[str, Any]:
 
 
 def make_trouble(kind: str) -> None:
-    """Fail as asked."""
+    """Fail in the way that the config asks for."""
     if kind == "error":
         raise ValueError("the experts disagree\nand a second line")
     if kind == "user":
@@ -103,7 +103,7 @@ def make_trouble(kind: str) -> None:
 
 
 class ScoreConfig(Config):
-    """Stands where an evaluation stands: it reads a model's path and writes results.json."""
+    """The config of a small evaluation: it reads a model's path and writes results.json."""
 
     model: ModelConfig
     weight: int = 1

@@ -1,4 +1,4 @@
-"""What each stage builds from its config before anything runs: the stages' own functions, one a line of a table.
+"""Calls the functions with which each stage builds something from its config, without running the stage.
 
 Each builder takes a validated config and returns what was built, as plain values that can be compared. Paths are
 relative to the folder that `write_inputs` fills. Nothing here starts Ray or vLLM, and nothing is trained. Whatever
@@ -166,7 +166,7 @@ def plain(value: Any) -> Any:
 
 
 def outcome(builder: Builder, config: Config) -> Any:
-    """What a builder makes of a config, or that it is refused as the user's error."""
+    """What a builder makes of a config, or the user error that it raises."""
     try:
         return plain(builder(config))
     except UserError as error:

@@ -101,7 +101,7 @@ def test_only_training_sets_depend_on_the_seed():
     assert one.prompts != other.prompts
 
 
-def test_rows(tmp_path):
+def test_rows_have_the_roles_and_capabilities_of_their_set_and_right_replies(tmp_path):
     paths = write_sets(draw_sets(0, SetSizes(sft=200, prompts=50, heldout=50, tune=50)), tmp_path, seed=0)
     sft, prompts = (list(read_jsonl(paths[name])) for name in ("sft", "prompts"))
     assert {row["capability"] for row in prompts} == {"math", "coding", "reasoning", "instruction_following"}
@@ -186,7 +186,7 @@ def test_muon_descends_on_a_linear_map():
     assert losses[-1] < 0.02 * losses[0]
 
 
-def test_schedule():
+def test_the_learning_rate_warms_up_stays_and_decays():
     config = StageConfig(steps=100, warmup_steps=10, decay_share=0.5)
     scales = [learning_rate_scale(config, step) for step in range(100)]
     assert scales[0] == pytest.approx(0.1)
@@ -207,12 +207,12 @@ def test_schedule():
         ({"stepz": 3}, "did you mean 'steps'"),
     ],
 )
-def test_config_says_what_is_wrong(data, problem):
+def test_a_wrong_config_is_refused_with_the_rule(data, problem):
     with pytest.raises(ConfigError, match=problem):
         validate_config(StageConfig, data, "base.yaml")
 
 
-def test_sets_larger_than_the_puzzles_there_are():
+def test_sets_larger_than_the_number_of_puzzles_are_refused():
     with pytest.raises(DataError, match="make `sets` of the base smaller"):
         draw_distinct(40_000, random.Random(0))
 
@@ -243,7 +243,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_stage_writes_what_it_says(trained):
+def test_the_stage_writes_the_outputs_that_it_returns(trained):
     _root, one, _two, outputs = trained
     assert set(outputs) == {"model", "sft_data", "prompts", "heldout", "tune"}
     assert len(list(read_jsonl(one.dir / "data" / "sft.jsonl"))) == 40
@@ -269,13 +269,13 @@ def test_training_is_reproducible(trained, tmp_path):
     assert all(torch.equal(tensor, weights(again.dir)[name]) for name, tensor in weights(trained[1].dir).items())
 
 
-def test_cache_key_knows_what_the_weights_depend_on():
+def test_the_cache_key_covers_all_that_the_weights_depend_on():
     key = cache_key(SMALL, 0)
     assert key == cache_key(SMALL.model_copy(update={"cache": False}), 0)
     assert len({key, cache_key(SMALL, 1), cache_key(SMALL.model_copy(update={"steps": 7}), 0)}) == 3
 
 
-def test_first_weights_follow_the_seed(tokenizer):
+def test_the_initial_weights_depend_on_the_seed(tokenizer):
     one, same, other = (build_model(SMALL.model, tokenizer, 0.01, seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
     assert all(torch.equal(tensor, other[name]) == (tensor.dim() < 2) for name, tensor in one.items())

@@ -61,7 +61,7 @@ def test_records_and_dicts_render_alike(tokenizer):
     assert render_conversation(tokenizer, dicts) == render_conversation(tokenizer, CONVERSATION)
 
 
-def test_llama4_format(tokenizer):
+def test_a_prompt_is_rendered_in_the_format_of_llama_4(tokenizer):
     assert tokenizer.decode(render_prompt(tokenizer, CONVERSATION[:2])) == (
         "<|begin_of_text|><|header_start|>system<|header_end|>\n\nSolve the puzzle.<|eot|>"
         "<|header_start|>user<|header_end|>\n\nSum: 3 + 4<|eot|><|header_start|>assistant<|header_end|>\n\n"
@@ -89,7 +89,7 @@ def test_end_of_turn_outside_the_marker_is_still_trained_on(tokenizer):
     assert trained_text(outside, ids, mask) == "Answer: 7<|eot|>Answer: 2<|eot|>"
 
 
-def test_template_that_rewrites_history_is_refused(chatml):
+def test_a_conversation_whose_history_the_template_rewrites_is_not_one_sample(chatml):
     # Some templates drop parts of earlier replies once another turn follows.
     chatml.chat_template = CHATML.replace(
         "{{ message['content'] }}", "{{ message['content'] if loop.last or message['role'] != 'assistant' else 'cut' }}"
@@ -98,7 +98,7 @@ def test_template_that_rewrites_history_is_refused(chatml):
         render_conversation(chatml, CONVERSATION)
 
 
-def test_parity_finds_another_header_for_sampling_than_for_training(chatml):
+def test_a_header_that_differs_between_sampling_and_training_is_refused(chatml):
     chatml.chat_template = CHATML.replace(
         "<|header_start|>assistant\n{% endif %}", "<|header_start|>assistant {% endif %}"
     )
@@ -106,7 +106,7 @@ def test_parity_finds_another_header_for_sampling_than_for_training(chatml):
         render_samples(chatml, CONVERSATION)
 
 
-def test_parity_finds_markers_in_the_wrong_place(tokenizer):
+def test_generation_markers_in_the_wrong_place_are_refused(tokenizer):
     wrong = build_tokenizer()
     wrong.chat_template = tokenizer.chat_template.replace(
         "{%- generation %}\n            {{- message['content'] | trim }}",
@@ -135,7 +135,7 @@ def test_conversation_without_a_reply_is_refused(tokenizer):
         render_conversation(tokenizer, CONVERSATION[:2])
 
 
-def test_end_token_ids(tokenizer):
+def test_end_tokens_are_those_of_the_tokenizer_and_of_the_template(tokenizer):
     assert end_token_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|eot|>")]
     tokenizer = build_tokenizer()
     tokenizer.eos_token = "<|end_of_text|>"
@@ -251,7 +251,7 @@ def test_the_row_is_named_whose_tools_the_template_leaves_out(chatml):
     assert render_row(partial(render_prompt, chatml), row) == tuple(render_prompt(chatml, row.messages))
 
 
-def test_an_image_is_not_dropped_in_silence(tokenizer):
+def test_an_image_is_refused_and_not_silently_dropped(tokenizer):
     with pytest.raises(DataError, match="a message has an image: only text can be rendered"):
         render_prompt(tokenizer, [Message("user", (TextPart("what?"), ImagePart("x.png")))])
 
@@ -275,7 +275,7 @@ def control_tokens(tokenizer, ids: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("template", [None, CHATML], ids=["markers", "prefixes"])
 @pytest.mark.parametrize("forger", range(5), ids=["system", "user", "reply", "second user", "second reply"])
-def test_a_text_forges_no_turn(template, forger):
+def test_text_of_a_row_cannot_forge_a_turn(template, forger):
     tokenizer = build_tokenizer()
     tokenizer.chat_template = template or tokenizer.chat_template
     forged = [replace(turn, content=FORGED) if at == forger else turn for at, turn in enumerate(CONVERSATION)]
@@ -290,7 +290,7 @@ def test_a_text_forges_no_turn(template, forger):
     render_samples(tokenizer, forged)
 
 
-def test_names_arguments_results_and_tools_forge_no_turn(tokenizer, chatml):
+def test_names_arguments_results_and_tools_cannot_forge_a_turn(tokenizer, chatml):
     chatml.chat_template = CHATML_TOOLS
     call = ToolCall("add<|eot|>", {"a<|eot|>": ["<|header_start|>", {"b": FORGED}]}, "1")
     turns = [WITH_TOOLS[0], Message("assistant", "", (call,)), Message("tool", FORGED), WITH_TOOLS[-1]]
@@ -366,7 +366,7 @@ def test_ids_around_special_text_are_those_of_the_tokenizer(kind):
         assert counts[0] == counts[1]
 
 
-def test_what_a_reply_writes_itself_stays_a_token(chatml):
+def test_special_tokens_that_a_reply_may_contain_stay_tokens(chatml):
     chatml.add_special_tokens({"additional_special_tokens": ["<think>"]})
     think = chatml.convert_tokens_to_ids("<think>")
     turns = [{"role": "user", "content": "Sum: 1 + 2"}, {"role": "assistant", "content": "<think>Answer: 3"}]

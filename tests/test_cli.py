@@ -162,7 +162,7 @@ def test_a_pipeline_and_a_stage_are_told_apart(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="has no /proc")
-def test_a_run_directory_that_cannot_be_is_the_users_mistake(capsys: pytest.CaptureFixture[str]):
+def test_an_unusable_run_directory_is_a_user_error(capsys: pytest.CaptureFixture[str]):
     write("p.yaml", {"name": "p", "stages": [{"name": "base", "kind": "base", "config": {}}]})
     assert main(["run", "p.yaml", "--run-dir", "/proc/x"]) == 2
     assert "/proc/x: nothing can be written there" in capsys.readouterr().err
@@ -180,7 +180,9 @@ BAD_FILES = [
 
 @pytest.mark.parametrize(("text", "expected"), BAD_FILES)
 @pytest.mark.parametrize("command", ["sft", "validate"])
-def test_a_wrong_stage_file(command: str, text: str, expected: str, capsys: pytest.CaptureFixture[str]):
+def test_a_wrong_stage_file_exits_with_2_and_one_message(
+    command: str, text: str, expected: str, capsys: pytest.CaptureFixture[str]
+):
     good = {"model": {"path": "model"}, "data": {"path": rows("rows.jsonl", "user", "assistant")}, "batch_tokens": 8192}
     model_folder("model")
     if "\t" not in text:
@@ -210,7 +212,9 @@ def test_a_reference_in_a_stage_file_needs_a_pipeline(capsys: pytest.CaptureFixt
     assert "pass@k needs at least k samples" in capsys.readouterr().err
 
 
-def test_failures_and_defects_have_their_own_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_failures_and_defects_have_their_own_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     def fails(error: BaseException) -> int:
         def raise_it(*_: Any, **__: Any) -> None:
             raise error
@@ -399,7 +403,7 @@ def test_many_unscored_replies_alarm(limit: float | None, share: float, alarms: 
 
 @pytest.mark.parametrize(("limit", "alarms"), [(0.2, True), (0.3, False)])
 def test_the_panel_alarms_above_what_the_stage_was_given(tmp_path: Path, limit: float, alarms: bool):
-    """The stage's own config says from where on: it is written before the stage starts."""
+    """The limit comes from the stage's own config.yaml, which is written before the stage starts."""
     display, file = LiveDisplay(), tmp_path / "events.jsonl"
     display._state = RunState(NODES, file)
     (tmp_path / "rl").mkdir()
@@ -445,7 +449,7 @@ def test_a_phase_is_shown_until_there_is_progress(tmp_path: Path):
     assert "rl  waiting for the trainer" in lines
 
 
-def test_the_panel_says_what_goes_on_before_the_first_step(tmp_path: Path):
+def test_the_panel_shows_the_phase_before_the_first_step(tmp_path: Path):
     display = LiveDisplay()
     display._state = RunState(NODES, tmp_path / "events.jsonl")
     profile = event("rl", "progress", done=3, total=9, unit="prompts", values={"phase": "pass@k profile"})
@@ -454,8 +458,8 @@ def test_the_panel_says_what_goes_on_before_the_first_step(tmp_path: Path):
     assert "phase pass@k profile" in shown(display)
 
 
-def test_the_figures_of_the_panel_are_those_that_rl_reports():
-    """By name, in the source of the stage that reports them."""
+def test_rl_reports_every_metric_that_the_panel_shows():
+    """The names are searched in the source of the stage that reports them."""
     source = "".join(file.read_text() for file in (Path(posttrain.__file__).parent / "rl").rglob("*.py"))
     for key, _, _ in [entry for entries in SUBJECTS.values() for entry in entries]:
         start = f'f"{key}{{' if key.endswith(PREFIXES) else f'"{key}"'
@@ -480,7 +484,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_a_stage_ends_with_what_it_made(kind: str, tmp_path: Path):
+def test_the_last_lines_of_a_stage_show_its_output_and_figures(kind: str, tmp_path: Path):
     record, expected = MADE[kind]
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "DONE").write_text(json.dumps(record))
@@ -488,7 +492,7 @@ def test_a_stage_ends_with_what_it_made(kind: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_an_evaluation_ends_with_its_table(live: bool, tmp_path: Path):
+def test_the_last_lines_of_an_evaluation_are_its_table(live: bool, tmp_path: Path):
     file, out = tmp_path / "events.jsonl", io.StringIO()
     folder = tmp_path / "rl" / "eval"
     folder.mkdir(parents=True)
@@ -526,7 +530,7 @@ FAULT_LINES = [
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_faults_are_lines_on_both_displays(tmp_path: Path, live: bool):
+def test_both_displays_print_a_line_for_each_fault(tmp_path: Path, live: bool):
     file, out = tmp_path / "events.jsonl", io.StringIO()
     display: Any = LiveDisplay(Console(file=out, width=120)) if live else PlainDisplay(out)
     display.start(NODES, file)
@@ -536,5 +540,5 @@ def test_faults_are_lines_on_both_displays(tmp_path: Path, live: bool):
     assert said == FAULT_LINES
 
 
-def test_seconds():
+def test_durations_are_written_in_seconds_or_minutes():
     assert [seconds_text(value) for value in (None, 0.04, 59.94, 61)] == ["", "0.0 s", "59.9 s", "1 min 01 s"]

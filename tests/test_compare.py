@@ -41,7 +41,7 @@ def test_the_interval_of_a_difference_uses_that_rows_are_paired():
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=30))
-def test_a_difference_turns_round_with_its_sides(pairs: list[tuple[float, float]]):
+def test_swapping_the_two_sides_negates_the_difference(pairs: list[tuple[float, float]]):
     a, b = [list(side) for side in zip(*pairs, strict=True)]
     one, other = mean_difference(a, b), mean_difference(b, a)
     assert one.mean == pytest.approx(-other.mean, abs=1e-9)
@@ -82,7 +82,7 @@ def test_two_evaluations_are_compared_row_by_row(tmp_path: Path):
     assert compare(a, a).entries["all"].p == 1.0
 
 
-def test_the_threshold_says_what_is_right_and_unscored_rows_count_in_neither(tmp_path: Path):
+def test_the_threshold_decides_what_is_right_and_unscored_rows_are_left_out(tmp_path: Path):
     a = write_evaluation(tmp_path / "a", {"x1": 0.5, "x2": 0.8, "x3": None}, correct_threshold=0.7)
     b = write_evaluation(tmp_path / "b", {"x1": 0.9, "x2": 0.8, "x3": 1.0}, correct_threshold=0.7)
     found = compare(read_evaluation(a), read_evaluation(b))

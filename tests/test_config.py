@@ -123,7 +123,7 @@ def test_a_reference_in_braces_must_be_quoted(text, variables):
         ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
     ],
 )
-def test_wrong_yaml_is_told_where(tmp_path: Path, text: str, expected: str):
+def test_the_error_about_wrong_yaml_names_the_place(tmp_path: Path, text: str, expected: str):
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -145,7 +145,7 @@ def test_all_problems_of_a_file_come_at_once():
     assert len(error.value.problems) == 5
 
 
-def test_a_path_in_the_home_folder_is_found_and_an_environment_variable_is_the_fault(monkeypatch, tmp_path: Path):
+def test_a_path_in_the_home_folder_is_found_and_an_environment_variable_is_refused(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = validate_config(SftConfig, {**SFT, "model": {"path": "~/m"}, "data": {"path": ["~/d", "~", "e~"]}}, "x")
     assert (config.model.path, config.data.path) == (f"{tmp_path}/m", [f"{tmp_path}/d", str(tmp_path), "e~"])

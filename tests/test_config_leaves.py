@@ -1,4 +1,4 @@
-"""No field is decoration: each leaf of every stage's config, set to another value, changes what the stage builds.
+"""Every config field is used: each leaf of every stage's config, set to another value, changes what the stage builds.
 
 The leaves are found in the schemas and their other values made from the types, so a new field is tested the day it is
 added: if no builder of its stage tells two values of it apart, or no second value exists, its test fails. The tables

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md leads a new reader through the code, so what it names must be there."""
+"""CONTRIBUTING.md leads a new reader through the code, so every file that it names must exist."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What counts as a right reply is one rule with one number, in the profile, the training and both evaluations."""
+"""Profile, training and both evaluations call a reply right by the same rule and the same threshold."""
 
 from typing import Any
 

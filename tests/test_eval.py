@@ -39,7 +39,7 @@ def _config(**values: Any) -> EvalConfig:
     return validate_config(EvalConfig, {**needed, **values}, "test")
 
 
-def test_results_by_hand() -> None:
+def test_results_equal_those_worked_out_by_hand() -> None:
     prompts = [
         PromptReplies(_row("a"), _reply(1.0, "1 + 2 = 3. Answer: 3"), tuple(map(_reply, [1.0, 0.0, 0.0, 0.0]))),
         PromptReplies(_row("b"), _reply(0.4, truncated=True, num_tokens=8), tuple(map(_reply, [0.0] * 4))),
@@ -161,7 +161,7 @@ def test_a_heldout_problem_in_a_training_set_is_an_error(tmp_path: Path) -> None
         ({"correct_treshold": 0.5}, "did you mean 'correct_threshold'"),
     ],
 )
-def test_config_says_what_is_wrong(values: dict[str, Any], problem: str) -> None:
+def test_a_wrong_config_is_refused_with_the_rule(values: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         _config(**values)
 

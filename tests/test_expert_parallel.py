@@ -238,7 +238,7 @@ def test_export_holds_every_expert(runs, zero):
 
 
 @pytest.mark.parametrize("zero", ZEROS)
-def test_resumed_in_its_layout_is_bit_equal(runs, zero):
+def test_a_training_resumed_in_its_own_layout_is_bit_equal(runs, zero):
     whole, resumed = runs[f"2x2z{zero}adamw"], runs[f"resumed-{zero}-{zero}"]
     assert error(resumed["loaded"], runs[f"half-z{zero}"]["weights"]) == 0
     assert resumed["losses"] == whole["losses"][HALF:]
@@ -256,7 +256,9 @@ def test_resumed_in_another_layout(runs, plain, exact, old, new):
 
 
 @pytest.mark.parametrize(("name", "processes", "expert"), OTHERS)
-def test_resumed_by_another_number_of_ranks(runs, plain, exact, name, processes, expert):
+def test_a_training_resumed_on_another_number_of_ranks_is_the_same_training(
+    runs, plain, exact, name, processes, expert
+):
     resumed = runs[name]
     assert resumed["kinds"] == ["MoE" if expert == 1 else "ExpertParallelMoE"]
     assert error(resumed["loaded"], runs["half-z3"]["weights"]) == 0

@@ -113,7 +113,7 @@ def test_a_small_capability_keeps_a_row_as_long_as_rounding_leaves_one() -> None
     assert len(select(many, [0.0] * 20, 0.1, stratify=True)[0]) == 2
 
 
-def test_verdict_by_hand() -> None:
+def test_a_verdict_equals_the_one_worked_out_by_hand() -> None:
     verdict = verdict_of(["easy", "medium", "hard"], [math.log(0.1), math.log(0.3), math.log(0.4)])
     assert verdict.probabilities == pytest.approx({"easy": 0.125, "medium": 0.375, "hard": 0.5})
     assert verdict.score == pytest.approx(0.375 / 2 + 0.5)
@@ -123,7 +123,7 @@ def test_verdict_by_hand() -> None:
 
 
 @pytest.mark.parametrize("logprobs", [[-math.inf, -math.inf], [float("nan"), -1.0]])
-def test_verdict_refuses_what_is_no_distribution(logprobs: list[float]) -> None:
+def test_probabilities_that_are_no_distribution_are_refused(logprobs: list[float]) -> None:
     with pytest.raises(ValueError, match="no distribution"):
         verdict_of(["easy", "hard"], logprobs)
 
@@ -136,7 +136,7 @@ def test_verdict_is_a_distribution_with_a_score_between_its_ends(logprobs: list[
     assert verdict.probabilities[verdict.tag] == max(verdict.probabilities.values())
 
 
-def test_texts_of_a_row() -> None:
+def test_the_judge_gets_prompt_response_system_and_answer_of_a_row() -> None:
     assert row_texts(_row("a")) == {"prompt": "Sum: 1 + 2", "response": "Answer: 3", "system": "", "answer": ""}
     turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "1 + 1?"), ("assistant", "2")]
     texts = row_texts(Row("b", "chat", tuple(Message(*turn) for turn in turns)))
@@ -220,7 +220,7 @@ def test_a_long_row_is_shown_by_its_ends_or_refused(tiny_tokenizer: Any) -> None
         ({"keep_fracton": 0.5}, "did you mean 'keep_fraction'"),
     ],
 )
-def test_config_says_what_is_wrong(values: dict[str, Any], problem: str) -> None:
+def test_a_wrong_config_is_refused_with_the_rule(values: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         _config(**values)
 

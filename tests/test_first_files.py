@@ -1,5 +1,5 @@
-"""What a new user writes first, checked by `posttrain validate` alone: the shortest YAML of each stage, and the usual
-mistakes, each of which is one message that says what to do.
+"""The first files of a new user, checked with `posttrain validate`: the shortest YAML of each stage, and common
+mistakes. Each mistake gives one message that says what to do.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Held-out rows: which they are, what is measured on them, and what a training makes of it.
+"""Held-out rows: which rows they are, what is measured on them, and how the measurements end a training.
 
 Whole stages with held-out rows are run in test_sft.py, test_dpo.py and test_parallel_stages.py, whose ranks are warm.
 """
@@ -75,7 +75,7 @@ def test_a_prompt_ends_where_the_first_trained_reply_begins():
         ({"rows": 2, "patience": 0}, "greater than or equal to 1"),
     ],
 )
-def test_a_config_that_cannot_be_meant_is_refused(held_out: dict[str, Any], problem: str):
+def test_settings_that_contradict_each_other_are_refused(held_out: dict[str, Any], problem: str):
     with pytest.raises(ValidationError, match=problem):
         HeldOutConfig.model_validate(held_out)
 
@@ -130,12 +130,12 @@ def test_the_best_is_kept_and_patience_counts_evaluations_without_a_better_one()
     assert [step for step, _ in course(losses, every=1)] == [None] * 7
 
 
-def test_the_evaluation_of_the_last_step_is_no_miss():
+def test_the_evaluation_of_the_last_step_never_ends_the_training_early():
     assert not course([1.0, 2.0, 2.0, 2.0, 2.0], every=2, patience=2)[-1][1]
     assert course([1.0, 1.0, 2.0, 2.0, 2.0, 2.0], every=2, patience=2)[-1][1]
 
 
-def test_an_end_is_part_of_the_checkpoint(tmp_path: Path):
+def test_an_early_end_is_part_of_the_checkpoint(tmp_path: Path):
     config = HeldOutConfig(rows=1, every=1, patience=1, keep_best=True)
     evaluation = HeldOutCallback(None, config, None)
     evaluation.take(1, 1.0)
@@ -163,7 +163,7 @@ def test_each_row_is_in_one_batch_of_one_rank_and_all_ranks_have_as_many(rows: i
 
 
 class OneOf:
-    """A rank's place among several, for `evaluate`: what it sums is kept instead of added to the others'."""
+    """Stands for the other ranks in `evaluate`: records the sums of this rank instead of adding those of the others."""
 
     def __init__(self, rank: int, ranks: int):
         self.process_index, self.num_processes = rank, ranks

@@ -1,4 +1,4 @@
-"""A lane to an actor that goes on for the next caller: nothing of one caller reaches or robs the next."""
+"""A lane to an actor that serves one caller after another: the next caller gets all of its results and no others."""
 
 import asyncio
 import sys
@@ -116,7 +116,7 @@ def test_what_is_on_its_way_arrives_before_it_is_forgotten_and_the_next_caller_g
         ray.kill(desk)
 
 
-def test_leaving_an_actor_that_has_refused_the_last_batch():
+def test_a_caller_can_leave_an_actor_that_has_refused_its_last_batch():
     class Refusing(Desk):
         async def submit(self, batch: list[tuple[str, bytes]]) -> None:
             raise ValueError("not this")

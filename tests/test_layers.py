@@ -35,7 +35,7 @@ def sources() -> Iterator[tuple[str, str]]:
 
 
 def forbidden(module: str, source: str) -> list[str]:
-    """What a module imports and may not."""
+    """The imports of a module that the table of layers forbids."""
     parts = module.split(".")
     if parts[1] == "__init__":  # the public face, which hands names of every part on
         return []

@@ -34,7 +34,7 @@ def test_values_and_gradients_equal_plain_log_softmax(chunk_size, temperature):
         torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-12)
 
 
-def test_without_entropy_and_with_a_frozen_head():
+def test_a_frozen_head_gets_no_gradient_and_entropy_is_optional():
     hidden, weight, target = _inputs()
     logprobs, entropy = token_logprobs(hidden, weight.detach(), target, chunk_size=4)
     assert entropy is None
@@ -76,7 +76,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits():
     assert seen.largest <= 16 * 400
 
 
-def test_no_tokens_at_all():
+def test_without_tokens_the_result_is_empty_and_the_gradient_zero():
     hidden, weight, _ = _inputs()
     logprobs, _ = token_logprobs(hidden[:0], weight, torch.zeros(0, dtype=torch.long))
     logprobs.sum().backward()
@@ -88,7 +88,7 @@ def test_no_tokens_at_all():
     ("change", "message"),
     [({"temperature": 0.0}, "temperature is 0.0"), ({"chunk_size": 0}, "chunk_size is 0"), ({"target": 3}, r"\[T\]")],
 )
-def test_refuses(change, message):
+def test_arguments_that_do_not_fit_are_refused(change, message):
     hidden, weight, target = _inputs()
     target = target[: change.pop("target", None)]
     with pytest.raises(ValueError, match=message):

@@ -1,7 +1,7 @@
-"""The native Llama 4 against transformers' Llama4ForCausalLM, under settings that make every detail visible.
+"""The native Llama 4 against transformers' Llama4ForCausalLM, with settings that make every detail visible.
 
 The sequence is longer than a chunk and than floor_scale, rows are padded on the left, norms are not 1 and weights are
-large: with gentler settings most of the mutations below would pass unseen.
+large. With weaker settings most of the mutations below would not be detected.
 """
 
 import copy
@@ -152,7 +152,7 @@ def test_right_padding_equals_transformers_on_real_tokens():
     assert_same_logits(theirs, ours, inputs)
 
 
-def test_logits_to_keep_and_hidden_states():
+def test_logits_to_keep_and_hidden_states_are_parts_of_the_whole_output():
     _, ours = model_pair()
     inputs = batch(PADDED)
     full = ours(**inputs, output_hidden_states=True)
@@ -185,7 +185,7 @@ def test_bf16_norm_rounds_before_the_weight():
     assert not torch.equal(F.rms_norm(x.float(), (64,), weight.float(), 1e-5).bfloat16(), theirs(x))
 
 
-def test_folders_go_both_ways(tmp_path):
+def test_each_implementation_reads_the_folders_of_the_other(tmp_path):
     theirs, ours = model_pair()
     inputs = batch()
     ours.save_pretrained(tmp_path / "ours")

@@ -1,4 +1,4 @@
-"""Model folders: what is written can be read, and each fault of a folder is one clear message."""
+"""Model folders: a saved model can be loaded, and each fault of a folder is one clear message."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def folder(tmp_path):
     return save_model(tiny_model(), tiny_tokenizer(), tmp_path / "model")
 
 
-def test_round_trip(folder):
+def test_a_saved_model_loads_with_equal_weights_and_logits(folder):
     peer = load_model(folder, "transformers")(IDS).logits
     with float64_inside():
         exact = load_model(folder, "transformers").double()(IDS).logits
@@ -82,7 +82,7 @@ def test_other_architectures_come_from_transformers(tmp_path):
     assert type(load_model(path)) is LlamaForCausalLM
 
 
-def test_text_model_of_a_multimodal_folder(tmp_path):
+def test_the_text_model_of_a_multimodal_folder_is_loaded(tmp_path):
     vision = {
         "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 28,
         "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
@@ -144,7 +144,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_a_folder(fault, folder):
+def test_each_fault_of_a_model_folder_is_one_message(fault, folder):
     damage, message = FAULTS[fault]
     damage(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -153,7 +153,7 @@ def test_faults_of_a_folder(fault, folder):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_folder_and_missing_tokenizer(tmp_path, folder):
+def test_a_missing_folder_and_a_missing_tokenizer_are_refused(tmp_path, folder):
     for read in (load_model, load_tokenizer):
         with pytest.raises(CheckpointError, match="no such folder"):
             read(tmp_path / "nowhere")
@@ -163,13 +163,13 @@ def test_missing_folder_and_missing_tokenizer(tmp_path, folder):
         load_tokenizer(folder)
 
 
-def test_a_broken_tokenizer(folder):
+def test_a_broken_tokenizer_is_refused(folder):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="the tokenizer cannot be read"):
         load_tokenizer(folder)
 
 
-def test_unknown_choices(folder):
+def test_an_unknown_implementation_or_dtype_is_refused(folder):
     with pytest.raises(ValueError, match="implementation is 'jax'"):
         load_model(folder, "jax")
     with pytest.raises(ValueError, match="dtype is 'int8'"):

@@ -1,4 +1,4 @@
-"""What is decided for a run directory: skip, continue, run anew; what is named, asked, moved aside and kept. No Ray."""
+"""The decision for each stage of a run directory: skip, continue or run again; and what is asked and kept. No Ray."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_a_change_reaches_what_needs_it(place: RunDir):
     assert set(actions(pipeline(*CHAIN, seed=1), place).values()) == {"run"}
 
 
-def test_input_files_count_by_content(place: RunDir, tmp_path: Path):
+def test_an_input_file_is_compared_by_content(place: RunDir, tmp_path: Path):
     row = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
     file = tmp_path / "rows.jsonl"
     file.write_text(row + "\n")
@@ -89,7 +89,7 @@ def test_input_files_count_by_content(place: RunDir, tmp_path: Path):
     assert actions(made, place) == {"a": "run", "b": "run"}
 
 
-def test_a_rewards_source_counts(place: RunDir, tmp_path: Path):
+def test_a_change_of_a_rewards_source_runs_the_stage_again(place: RunDir, tmp_path: Path):
     file = tmp_path / "mine.py"
     file.write_text("def score(rollout, row):\n    return 1.0\n")
     made = pipeline(stage("a", reward={"name": f"{file}:score"}))
@@ -148,7 +148,7 @@ def test_from_runs_it_and_what_needs_it_again_and_takes_the_rest_as_it_is(place:
     require_consent(place, decisions, overwrite=False, ask=None)  # --from is consent
 
 
-def test_only_leaves_the_rest_out(place: RunDir):
+def test_only_runs_the_named_stage(place: RunDir):
     made = pipeline(*CHAIN)
     with pytest.raises(ConfigError, match="stage 'a' has not been finished"):
         decide(made, place, only="b")
@@ -157,7 +157,7 @@ def test_only_leaves_the_rest_out(place: RunDir):
 
 
 @pytest.mark.parametrize("option", ["start_from", "only"])
-def test_an_unknown_stage_to_start_from(place: RunDir, option: str):
+def test_an_unknown_stage_to_start_from_is_refused(place: RunDir, option: str):
     with pytest.raises(ConfigError, match="no such stage; did you mean 'b'"):
         decide(pipeline(stage("a"), stage("b")), place, **{option: "bb"})
 
@@ -254,7 +254,7 @@ def test_a_stage_may_be_added_and_taken_away(place: RunDir):
 
 
 def test_every_mark_is_one_that_is_known():
-    """A field that is marked otherwise would count as one that decides the result, in silence."""
+    """A field with an unknown mark would silently count as one that decides the result."""
     growing = {"sft": {"epochs"}, "rl": {"steps"}, "dpo": {"epochs"}}
     for name in ("base", "filter", "sft", "rl", "dpo", "eval"):
         fields = load_schema(KINDS[name]).model_fields
@@ -336,12 +336,12 @@ def test_what_is_replaced_is_kept_until_the_new_is_whole(place: RunDir, monkeypa
     assert (moved["a"] / "count.txt").read_text() == "a"
     assert (moved["a.eval"] / "DONE").exists()
     assert json.loads((moved["a"] / "events.jsonl").read_text()) == {"stage": "a", "n": 1}
-    # The run is killed. The next one asks no more, and knows what is kept.
+    # The run is killed. The next run does not ask again, and knows the earlier results that are kept.
     assert actions(changed, place) == dict.fromkeys(("a", "b", "c", "a.eval"), "run")
     require_consent(place, decide(changed, place), overwrite=False, ask=None)
     assert kept_text(changed, place).count("The earlier result of") == 4
     assert f"The earlier result of a is in {moved['a']}" in kept_text(changed, place)
-    # Its new result is replaced again before it is whole: both earlier ones stay.
+    # Its new result is replaced again before it is complete: both earlier results are kept.
     begin(changed, place, "a")
     checkpoint(place, "a", 1)
     again = move_aside(made, place, decide(made, place))

@@ -1,4 +1,4 @@
-"""The pipeline on a real Ray, with small real stages: what is run, what is left behind, and what survives a kill."""
+"""The pipeline on a real Ray with small real stages: which stages run, and what is left after a failure or a kill."""
 
 import errno
 import json
@@ -328,7 +328,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path | None]:
     subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
 
-def test_a_full_disk_in_mid_stage(project: Project, small_disk: Path | None):
+def test_a_full_disk_is_one_message_and_the_run_can_be_continued(project: Project, small_disk: Path | None):
     """A real full disk if one can be mounted, and a limit on file size anywhere."""
     project.write(stage("a"), stage("b", source="${a.count}", write_bytes=8 << 20, limit_bytes=4 << 20))
     limited = project.run()

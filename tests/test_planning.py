@@ -37,7 +37,7 @@ def sizes_of(name: str):
     ("name", "total", "active"),
     [("llama4-scout", 107.8, 17.2), ("llama4-maverick", 400.7, 17.2), ("llama4-behemoth", 1990.0, 288.0)],
 )
-def test_published_sizes(name, total, active):
+def test_parameters_equal_the_published_numbers(name, total, active):
     sizes = sizes_of(name)
     assert sizes.total / 1e9 == pytest.approx(total, rel=0.005)
     assert sizes.active / 1e9 == pytest.approx(active, rel=0.005)
@@ -104,7 +104,7 @@ def recompute(model, mode: str) -> None:
 @pytest.mark.parametrize("checkpointing", ["none", "full"])  # what selective keeps, the hooks do not see
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_saved_activations(shape, dtype, checkpointing):
+def test_planned_activations_equal_the_saved_tensors(shape, dtype, checkpointing):
     model, ids = build(shape, dtype, checkpointing)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -138,7 +138,7 @@ def test_peak_of_forward_and_backward(dtype, checkpointing):
 
 
 @pytest.mark.parametrize("length", [5, 40])
-def test_cache(length):
+def test_the_planned_kv_cache_equals_the_measured_one(length):
     config = Llama4TextConfig(**{**plan_ranks.SHAPE, "attention_chunk_size": 16})
     model = NativeLlama4ForCausalLM(config).eval()
     cache = DynamicCache(config=config)
@@ -202,7 +202,7 @@ def _run_in_ranks(folder: Path, cases: list[dict[str, Any]]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", CASES)
-def test_state_of_an_engine(measured, case):
+def test_planned_memory_equals_that_of_a_real_engine(measured, case):
     got = measured(case)
     sizes = count_sizes(Llama4TextConfig(**plan_ranks.SHAPE))
     parallel = ParallelConfig(processes=case["processes"], expert=case["expert"], zero=case["zero"])
@@ -223,7 +223,7 @@ def test_state_of_an_engine(measured, case):
 # --- the command ---
 
 
-def test_command(capsys):
+def test_the_command_prints_memory_and_layouts(capsys):
     assert main(["plan", "llama4-scout", "--gpus", "16", "parallel.expert=4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["plan"]["parallel"]["processes"] == 16
@@ -246,7 +246,7 @@ def test_command(capsys):
         (["llama4-scout", "--gpu-gib", "0"], "must be positive"),
     ],
 )
-def test_wrong_input(arguments, said, capsys):
+def test_wrong_input_of_the_command_is_refused(arguments, said, capsys):
     assert main(["plan", *arguments]) == 2
     assert said in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The guard itself: every way to a process or server is refused, a hidden refusal fails the test, `slow` may."""
+"""The guard itself: it refuses every way to start a process or server, except in tests marked `slow` or `full`."""
 
 import contextlib
 import multiprocessing
@@ -50,7 +50,7 @@ def test_a_test_that_is_marked_may_start_processes():
             assert subprocess.run(TRUE).returncode == 0
 
 
-def test_this_test_is_guarded(request):
+def test_every_test_runs_under_the_guard(request):
     """conftest puts a guard around each test."""
     assert not {"slow", "full"} & set(request.node.keywords)
     assert active() == 1

@@ -81,7 +81,7 @@ def test_importing_a_package_loads_nothing_heavy(name):
     assert not HEAVY & {item.split(".")[0] for item in loaded}
 
 
-def test_a_name_is_looked_up_once(monkeypatch):
+def test_a_name_is_imported_once_and_then_cached(monkeypatch):
     package = type(sys)("offered")
     monkeypatch.setitem(sys.modules, "offered", package)
     monkeypatch.setitem(sys.modules, "offered.inner", type(sys)("offered.inner"))

@@ -179,7 +179,7 @@ def test_second_run_skips_what_is_done(run, installed_wheel, empty):
 
 
 @pytest.mark.full  # test_pipeline_run.py runs a changed stage again, and its evaluation
-def test_a_changed_stage_is_run_again_alone(run, installed_wheel, empty):
+def test_only_a_changed_stage_is_run_again(run, installed_wheel, empty):
     call(installed_wheel, empty, "run", "quickstart", *REDUCED, "dpo.beta=0.2", "--overwrite")
     whole = json.loads((run / "summary.json").read_text())
     status = {stage["name"]: stage["status"] for stage in whole["stages"] + whole["evaluations"]}

@@ -1,4 +1,4 @@
-"""The report: what it says, that it is one safe page, and that a broken run only makes it smaller."""
+"""The report: its sentences and charts, that it is one safe page, and that a broken run only makes it shorter."""
 
 import json
 import re
@@ -83,7 +83,7 @@ def page_of(run_dir: Path) -> Page:
 # ---------------------------------------------------------------- one self-contained page
 
 
-def test_everything_is_inside(sample: Path) -> None:
+def test_the_page_contains_everything_that_it_needs(sample: Path) -> None:
     path = write_report(sample)
     assert path == sample / "report.html"
     assert path.stat().st_size < 6 << 20
@@ -215,7 +215,7 @@ def test_the_loss_on_held_out_rows_is_drawn_over_that_of_training_rows(copy: Pat
     assert "the result is step 3, with 1.25" in page_of(copy).text
 
 
-def test_groups_are_told_apart_by_what_became_of_them(sample: Path) -> None:
+def test_groups_are_drawn_by_what_became_of_them(sample: Path) -> None:
     fates = drawn(charts_of(sample, "rl")["What became of the groups"])
     assert list(fates) == [
         *("trained", "dropped: too easy", "dropped: too hard", "dropped: unscored", "dropped: stale", "dropped: lost")
@@ -226,7 +226,7 @@ def test_groups_are_told_apart_by_what_became_of_them(sample: Path) -> None:
     ]
 
 
-def test_without_causes_zero_advantage_is_one_fate(copy: Path) -> None:
+def test_without_known_causes_groups_of_zero_advantage_are_one_series(copy: Path) -> None:
     lines = [json.loads(line) for line in (copy / "rl" / "metrics.jsonl").open()]
     causes = ("groups_too_easy", "groups_too_hard")
     write_lines(copy / "rl" / "metrics.jsonl", [{k: v for k, v in line.items() if k not in causes} for line in lines])
@@ -238,7 +238,7 @@ def test_without_causes_zero_advantage_is_one_fate(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "share", "alarms"), [(0.2, 0.19, False), (0.2, 0.21, True), (0.4, 0.39, False), (0.05, 0.06, True)]
 )
-def test_many_unscored_replies_stand_out(copy: Path, limit: float, share: float, alarms: bool) -> None:
+def test_many_unscored_replies_are_shown_as_an_alarm(copy: Path, limit: float, share: float, alarms: bool) -> None:
     (copy / "rl" / "config.yaml").write_text(f"reward: {{alarm_fraction: {limit}}}\n")
     lines = [json.loads(line) for line in (copy / "rl" / "metrics.jsonl").open()]
     for line in lines:
@@ -433,7 +433,7 @@ def test_headline_makes_no_claim_when_intervals_overlap() -> None:
     assert gain_sentences(run) == []
 
 
-def test_headline_admits_a_loss() -> None:
+def test_the_headline_reports_a_loss_of_accuracy() -> None:
     assert headline(run_with({"sft": results(0.7), "rl": results(0.5)})).startswith(
         "RL lowered held-out accuracy from 70"
     )
@@ -453,7 +453,7 @@ def test_headline_names_a_stage_where_there_are_two_of_a_kind() -> None:
     assert pairs_of(run) == [("sft", "first"), ("first", "second")]
 
 
-def test_headline_of_little() -> None:
+def test_the_headline_without_a_comparison_is_the_accuracy_or_that_there_is_none() -> None:
     assert headline(run_with({"sft": results(0.48)})).startswith("Held-out accuracy is 48.0% [")
     assert headline(run_with({})) == "This run has no held-out evaluation."
     assert headline(run_with({"rl": {"all": {"n": 5, "greedy": None}}})) == "This run has no held-out evaluation."
@@ -628,7 +628,7 @@ def test_what_is_missing_makes_the_report_smaller(copy: Path, missing: str, gone
     ],
 )
 @pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe", b"[1, 2]\n", b'{"step": "x", "t": null, "stage": 3}\n{"cut'])
-def test_a_file_that_holds_anything_costs_no_more_than_its_section(copy: Path, name: str, content: bytes) -> None:
+def test_an_unreadable_file_costs_only_its_own_section(copy: Path, name: str, content: bytes) -> None:
     (copy / name).write_bytes(content)
     page = page_of(copy)
     assert {"pipeline", "dpo", "again"} <= set(page.sections())

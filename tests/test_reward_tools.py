@@ -116,7 +116,7 @@ def test_a_naive_reward_is_caught(reward, fooled, unscored):
         assert finding.control not in found.passed
 
 
-def test_a_reward_that_is_always_right_or_never():
+def test_rewards_that_are_always_right_or_never_right_fail_the_audit():
     every = audit_here(any_reply, rows_of("19", "15", "4.5"))
     assert every.passed == []
     never = audit_here(nothing, rows_of("19", "15", "4.5"))
@@ -124,7 +124,7 @@ def test_a_reward_that_is_always_right_or_never():
     assert never.verdict == "the reward refuses right answers"
 
 
-def test_what_counts_as_another_answer():
+def test_wrong_answers_are_other_answers_that_are_not_the_same():
     rows = rows_of("0.5", "1/2", " 0.50", "Paris", "PARIS", 3, [4, 5], None)
     assert wrong_answers(rows[0], rows) == ["Paris", "PARIS", "3", "4"]
     assert wrong_answers(rows[3], rows) == ["0.5", "1/2", "0.50", "3", "4"]
@@ -138,7 +138,7 @@ def test_what_counts_as_another_answer():
     assert not any(same(text, "cat") for text in look_alikes("cat"))
 
 
-def test_replies_of_a_file_and_of_a_run(tmp_path: Path):
+def test_replies_are_read_from_a_file_and_from_a_run(tmp_path: Path):
     rows = rows_of("4", "5")
     path = tmp_path / "replies.jsonl"
     lines = [

@@ -59,7 +59,7 @@ class TestFinalAnswer:
     def test_empty_gold_is_never_met_by_an_empty_answer(self) -> None:
         assert value(final_answer(reply("Answer: "), row(""))) == 0.0
 
-    def test_row_without_answer(self) -> None:
+    def test_a_row_without_an_answer_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="r1 has no answer"):
             final_answer(reply("Answer: 4"), row())
 
@@ -97,7 +97,7 @@ class TestPuzzles:
         assert value(puzzles(reply("Answer: 1 2 3"), row("1 2 3", family="sort"))) == 1.0
         assert value(puzzles(reply("Answer: 1 3 2"), row("1 2 3", family="sort"))) == 0.0
 
-    def test_unfinished_and_repeated(self) -> None:
+    def test_unfinished_replies_and_repeated_markers_are_wrong(self) -> None:
         assert puzzles(reply("Answer: 5 + 3 - 3", "length"), self.countdown).reason == "unfinished"
         assert puzzles(reply("Answer: 5 Answer: 5 + 3 - 3"), self.countdown).reason == "2 markers"
 
@@ -118,7 +118,7 @@ class TestPuzzles:
 
 
 class TestExactMatch:
-    def test_last_line_marker_and_options(self) -> None:
+    def test_exact_match_follows_last_line_marker_and_options(self) -> None:
         assert value(exact_match(reply("thinking\nParis  \n"), row("Paris"))) == 1.0
         assert value(exact_match(reply("New   York"), row("New York"))) == 1.0
         assert value(exact_match(reply("New   York"), row("New York"), collapse_whitespace=False)) == 0.0
@@ -223,7 +223,7 @@ class TestValidJson:
     def test_wrong(self, text: str) -> None:
         assert value(valid_json(reply(text), row(schema=self.schema))) == 0.0
 
-    def test_bad_schema_is_an_error(self) -> None:
+    def test_a_bad_schema_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="schema is wrong"):
             valid_json(reply("1"), row(schema={"type": "nonsense"}))
 
@@ -245,12 +245,14 @@ class TestInstructions:
             ({"ends_with": "bye"}, "so bye", "bye now"),
         ],
     )
-    def test_each(self, constraints: dict[str, object], good: str, bad: str) -> None:
+    def test_each_constraint_accepts_the_good_reply_and_rejects_the_bad_one(
+        self, constraints: dict[str, object], good: str, bad: str
+    ) -> None:
         assert value(instructions(reply(good), row(constraints=constraints))) == 1.0
         assert value(instructions(reply(bad), row(constraints=constraints))) == 0.0
         assert value(instructions(reply(""), row(constraints=constraints))) == 0.0
 
-    def test_partial_and_parts(self) -> None:
+    def test_partial_credit_is_the_share_of_met_constraints(self) -> None:
         result = instructions(reply("abc def"), row(constraints={"lowercase": True, "max_words": 1}), partial=True)
         assert result == RewardResult(0.5, {"lowercase": 1.0, "max_words": 0.0}, "broken: max_words")
 
@@ -261,16 +263,16 @@ class TestInstructions:
 
 class TestOverlongAndCombinations:
     @pytest.mark.parametrize(("num_tokens", "wanted"), [(1, 0.0), (80, 0.0), (90, -0.5), (100, -1.0), (500, -1.0)])
-    def test_overlong(self, num_tokens: int, wanted: float) -> None:
+    def test_overlong_penalises_the_last_part_of_the_budget(self, num_tokens: int, wanted: float) -> None:
         assert value(overlong(reply("x", num_tokens=num_tokens), row(), max_tokens=100)) == wanted
 
-    def test_weighted_sum(self) -> None:
+    def test_weighted_sum_adds_weighted_rewards(self) -> None:
         rewards = {"final_answer": 2.0, "overlong": {"weight": 0.5, "args": {"max_tokens": 100}}}
         result = weighted_sum(reply("Answer: 4", num_tokens=90), row("4"), rewards)
         assert result.value == 2.0 - 0.25
         assert result.parts == {"final_answer": 2.0, "overlong": -0.25}
 
-    def test_by_capability(self) -> None:
+    def test_by_capability_uses_the_reward_of_the_rows_capability(self) -> None:
         rewards = {"math": "final_answer", "default": {"name": "exact_match", "args": {"ignore_case": True}}}
         assert value(by_capability(reply("Answer: 4"), row("4"), rewards)) == 1.0
         assert value(by_capability(reply("PARIS"), row("Paris", capability="chat"), rewards)) == 1.0
@@ -308,7 +310,7 @@ class TestCode:
     def test_gold(self) -> None:
         assert code(block(ADD), row(tests=self.tests)) == RewardResult(1.0, {"passed": 1.0})
 
-    def test_standard_input(self) -> None:
+    def test_programs_are_tested_with_standard_input(self) -> None:
         tests = [{"stdin": "1 2\n", "stdout": "3"}, {"stdin": "5 5", "stdout": "10\n"}]
         assert value(code(block("print(sum(map(int, input().split())))"), row(tests=tests))) == 1.0
         assert value(code(block("print(3)"), row(tests=tests))) == 0.0
@@ -334,7 +336,7 @@ class TestCode:
         assert result.reason
 
     @pytest.mark.parametrize("source", ["import sys\nsys.exit(3)", "import os\nos._exit(1)", "import os\nos.abort()"])
-    def test_a_program_that_fails_without_a_word_has_not_passed(self, source: str) -> None:
+    def test_a_program_that_fails_silently_has_not_passed(self, source: str) -> None:
         result = code(block(source), row(tests=[{"stdin": "1 2\n", "stdout": "3"}]))
         assert result.value == 0.0
         assert "exit code" in result.reason
@@ -361,7 +363,7 @@ class TestCode:
         tests = [{"call": "f()", "expected": True}, {"call": "1", "expected": 987654}]
         assert value(code(block(spy), row(tests=tests), partial=True)) == 0.0
 
-    def test_no_block(self) -> None:
+    def test_a_reply_without_a_code_block_is_wrong(self) -> None:
         assert code(reply(ADD), row(tests=self.tests)).reason == "no code block"
 
     @pytest.mark.parametrize("tests", [None, [], ["print(1)"], ["assert ("], [{"call": "f()"}]])

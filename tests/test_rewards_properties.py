@@ -41,7 +41,7 @@ def latex(value: Fraction) -> str:
 
 @ROWS
 @given(st.fractions(max_denominator=500).filter(lambda value: abs(value) < 10**9), st.integers(1, 50))
-def test_math_numbers(value: Fraction, step: int) -> None:
+def test_numbers_and_their_corruptions_under_math(value: Fraction, step: int) -> None:
     gold = latex(value)
     assert math(reply(rf"So \boxed{{{gold}}}."), row(gold)).value == 1.0
     assert math(reply(f"The answer is {value}."), row(gold)).value == 1.0
@@ -59,7 +59,7 @@ def test_math_numbers(value: Fraction, step: int) -> None:
 
 @ROWS
 @given(st.integers(-40, 40), st.integers(1, 40), st.sampled_from(["()", "[]", "[)", "(]"]))
-def test_math_intervals(low: int, width: int, kind: str) -> None:
+def test_intervals_and_their_corruptions_under_math(low: int, width: int, kind: str) -> None:
     high = low + width
     gold = f"{kind[0]}{low},{high}{kind[1]}"
     less = {"(": "<", "[": r"\le", ")": "<", "]": r"\le"}
@@ -74,7 +74,7 @@ def test_math_intervals(low: int, width: int, kind: str) -> None:
 
 @ROWS
 @given(st.integers(2, 10), st.data())
-def test_multiple_choice(count: int, data: st.DataObject) -> None:
+def test_choices_and_their_corruptions_under_multiple_choice(count: int, data: st.DataObject) -> None:
     letters = "ABCDEFGHIJ"[:count]
     gold = data.draw(st.sampled_from(letters))
     other = data.draw(st.sampled_from([letter for letter in letters if letter != gold]))
@@ -96,7 +96,7 @@ def test_multiple_choice(count: int, data: st.DataObject) -> None:
 
 @ROWS
 @given(WORDS | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans(), WORDS)
-def test_text(gold: Any, other: str) -> None:
+def test_texts_and_their_corruptions_under_exact_match(gold: Any, other: str) -> None:
     assert exact_match(reply(f"So:\n{gold}"), row(gold)).value == 1.0
     assert final_answer(reply(f"Answer: {gold}"), row(gold)).value == 1.0
     for text in (f"{gold}{other}", f"{other} {gold}", "", "None"):
@@ -106,7 +106,7 @@ def test_text(gold: Any, other: str) -> None:
 
 @ROWS
 @given(VALUES.filter(lambda value: value is not None and not isinstance(value, str)))
-def test_json(gold: Any) -> None:
+def test_values_and_their_corruptions_under_valid_json(gold: Any) -> None:
     text = json.dumps(gold)
     for form in ("{}", "```json\n{}\n```", "```sh\nls\n```\n~~~json\r\n{}\r\n~~~"):
         assert valid_json(reply(form.format(text)), row(gold)).value == 1.0, form
@@ -147,7 +147,7 @@ KEPT: dict[str, tuple[Any, str, str]] = {
 
 @ROWS
 @given(st.sampled_from(sorted(CONSTRAINTS)), WORDS, WORDS)
-def test_instructions(name: str, one: str, other: str) -> None:
+def test_replies_and_their_corruptions_under_instructions(name: str, one: str, other: str) -> None:
     value, kept, broken = KEPT[name]
     for loose in (False, True):
         assert instructions(reply(kept.format(one, other)), row(constraints={name: value}), loose=loose).value == 1.0

@@ -1,7 +1,7 @@
 """The RL stage on a tiny random policy, with a real engine, trainer and reward processes.
 
-The reward asks for nothing a random policy could know: the share of even token ids. So groups differ, and training can
-raise it.
+The reward is the share of even token ids, which a random policy can reach by chance. So the rewards in a group differ,
+and training can raise them.
 """
 
 import contextlib
@@ -237,7 +237,7 @@ def test_groups_that_teach_nothing_are_replaced_and_a_curriculum_leaves_their_pr
 
 
 @pytest.mark.slow
-def test_learns_the_reward(ray_session, tiny_model, tmp_path):
+def test_training_raises_the_reward(ray_session, tiny_model, tmp_path):
     config = make_config(
         tmp_path, tiny_model, rows_of(["math"]), steps=14, groups_per_step=8, optimizer={"learning_rate": 3e-3}
     )
@@ -269,7 +269,7 @@ def test_engines_follow_a_trainer_of_two_ranks(ray_session, tiny_model, tmp_path
 
 
 @pytest.mark.slow
-def test_refuses_to_train_when_sampler_and_trainer_disagree(ray_session, tiny_model, tmp_path):
+def test_training_is_refused_when_sampler_and_trainer_disagree(ray_session, tiny_model, tmp_path):
     config = make_config(tmp_path, tiny_model, rows_of(["math"]), parity_tolerance=1e-12)
     with pytest.raises(StageError, match="disagree on the log-probabilities"):
         run_stage(config, tmp_path / "rl")
@@ -277,7 +277,7 @@ def test_refuses_to_train_when_sampler_and_trainer_disagree(ray_session, tiny_mo
 
 
 @pytest.mark.slow
-def test_stops_when_nothing_teaches(ray_session, tiny_model, tmp_path):
+def test_training_stops_when_no_group_has_an_advantage(ray_session, tiny_model, tmp_path):
     config = make_config(tmp_path, tiny_model, rows_of(["math"], flat=True), stop_after_idle_steps=2)
     with pytest.raises(StageError, match="groups in a row taught nothing"):
         run_stage(config, tmp_path / "rl")
@@ -424,7 +424,7 @@ def kill_when(child, ready):
 @pytest.mark.slow
 @pytest.mark.full  # test_rl_faults.py kills more
 @pytest.mark.timeout(500)
-def test_killed_and_resumed_from_its_checkpoint(ray_session, tiny_model, tmp_path):
+def test_a_killed_run_continues_from_its_checkpoint(ray_session, tiny_model, tmp_path):
     """SIGKILL in mid-training; the second run goes on from the commit, trains every step once, and can be replayed."""
     config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=24, checkpoint_every=2)
     folder = tmp_path / "rl"
@@ -580,7 +580,7 @@ def test_system_instructions_follow_their_weights_and_spare_prompts_that_bring_o
     assert all((prompt.prompt.messages[0].role == "system") == (prompt.system is not None) for prompt in drawn)
 
 
-def test_mixture_of_a_capability_without_prompts():
+def test_a_mixture_with_a_capability_without_prompts_is_refused():
     with pytest.raises(ConfigError, match="poetry: no selected prompt has this capability; there are: math"):
         mixture_shares([row_named("p")], {"poetry": 1.0})
 

@@ -307,7 +307,7 @@ def test_where_nothing_is_in_the_band_the_nearest_is_drawn():
     assert drawn["easy"] > 90
 
 
-def test_draws_go_on_after_a_checkpoint():
+def test_draws_continue_after_a_checkpoint():
     names = [f"p{i}" for i in range(20)]
     passes = {name: index % 9 for index, name in enumerate(names)}
     one, two = (source_of(curriculum_of(passes, schedule="adaptive"), names) for _ in range(2))

@@ -1,4 +1,4 @@
-"""One RL run in which every kind of process is killed once: it goes on or is continued, and nothing is lost.
+"""An RL run in which every kind of process is killed once: it recovers or is continued, and no group is lost.
 
 `benchmarks/chaos.py` does the same for every victim, signal and state of the groups.
 """

@@ -65,7 +65,7 @@ def make_config(folder: Path, model: Path, **changes):
         ({"judge": {"model": {"path": "m"}, "template": "{prompt} {reply}"}}, "{reply} is not a placeholder"),
     ],
 )
-def test_sections_that_do_not_fit(tmp_path, changes, message):
+def test_sections_that_do_not_fit_together_are_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         make_config(tmp_path, tmp_path, **changes)
 

@@ -1,5 +1,4 @@
-"""The ledger's promises on their own: what it holds after a crash at any moment, what counts as a commit, what an audit
-finds."""
+"""The ledger by itself: its content after a crash at any moment, what counts as a commit, what an audit finds."""
 
 import asyncio
 import json
@@ -276,7 +275,7 @@ def test_an_audit_says_whether_more_is_to_come(finished, capsys):
         assert capsys.readouterr().out.startswith(f"{stage}: clean so far; the stage is running\n")
 
 
-def test_a_clean_run_is_clean(finished):
+def test_the_audit_of_a_clean_run_finds_nothing(finished):
     audit = audit_stage(finished)
     assert audit.is_clean, audit.problems
     totals = audit.totals

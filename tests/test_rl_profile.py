@@ -1,4 +1,4 @@
-"""The profile: what is stored of it, what is reused and by whom, and that a crash in it loses at most a chunk."""
+"""The profile: what is stored, which runs reuse it, and that a crash loses at most one chunk of prompts."""
 
 import contextlib
 import json
@@ -118,7 +118,7 @@ def _add_and_read(folder: Path, run: int) -> None:
 
 @pytest.mark.slow
 def test_runs_may_write_side_by_side(tmp_path: Path):
-    """Each reads the files of the others while they are being replaced."""
+    """Each run reads the files of the others while they are being replaced."""
     folder = tmp_path / "store"
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         pool.starmap(_add_and_read, [(folder, run) for run in range(3)])

@@ -1,4 +1,4 @@
-"""Groups whose rewards fail, and the actor that scores them: real reward processes, real Ray, real signals."""
+"""Groups whose rewards fail, and the actor that scores groups: real reward processes, real Ray, real signals."""
 
 import asyncio
 import contextlib
@@ -177,7 +177,7 @@ class TestGroups:
 
 class TestAlarm:
     @pytest.mark.slow
-    def test_one_a_window_while_the_reward_is_broken(self, reward: str) -> None:
+    def test_one_alarm_is_raised_for_each_window_while_the_reward_fails(self, reward: str) -> None:
         config = make_config(reward, reward={"name": reward, "rescores": 0, "alarm_fraction": 0.5})
         good = score_texts(["right 1"] * 4, config)
         half = score_texts(["right 1", "right 1", "raise", "raise"], config)
@@ -249,7 +249,7 @@ def pairs_of(*texts: str) -> list[tuple[Rollout, Row]]:
 
 
 async def at_work(tmp_path: Path, scorings: int) -> None:
-    """Returns when so many scorings have begun."""
+    """Return when this number of scorings have begun."""
     seen = tmp_path / "seen"
     while not seen.exists() or len(seen.read_text().split()) < scorings:
         await asyncio.sleep(0.01)
@@ -294,7 +294,9 @@ class TestActor:
         with_client(reward, work)
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-    def test_a_reward_process_lost_at_work(self, ray_session: None, reward: str, tmp_path: Path, number: int) -> None:
+    def test_a_killed_reward_process_is_replaced_while_it_scores(
+        self, ray_session: None, reward: str, tmp_path: Path, number: int
+    ) -> None:
         async def work(client: RewardClient) -> None:
             scoring = asyncio.create_task(client.score(pairs_of("slow 1", "slow 1", "slow 0", "slow 1")))
             await at_work(tmp_path, 1)
@@ -306,7 +308,9 @@ class TestActor:
         with_client(reward, work, timeout_s=5.0)
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-    def test_an_actor_lost_at_work(self, ray_session: None, reward: str, tmp_path: Path, number: int) -> None:
+    def test_a_killed_reward_actor_is_replaced_while_it_scores(
+        self, ray_session: None, reward: str, tmp_path: Path, number: int
+    ) -> None:
         """What it was scoring is scored by the next one, and nothing that it started is left."""
 
         async def work(client: RewardClient) -> None:
@@ -355,7 +359,7 @@ class TestActor:
 
         with_client(reward, work, deadline_s=2.0, workers=2, timeout_s=3.0)
 
-    def test_gives_up_when_no_actor_stays_alive(self, ray_session: None, reward: str) -> None:
+    def test_scoring_ends_with_an_error_when_no_actor_stays_alive(self, ray_session: None, reward: str) -> None:
         async def work(client: RewardClient) -> None:
             async def kill_each() -> None:
                 killed = set()
@@ -376,7 +380,7 @@ class TestActor:
 
         with_client(reward, work)
 
-    def test_a_reward_that_cannot_be_loaded(self, ray_session: None, tmp_path: Path) -> None:
+    def test_a_reward_that_cannot_be_loaded_is_refused_at_the_start(self, ray_session: None, tmp_path: Path) -> None:
         (tmp_path / "broken.py").write_text("raise ValueError('at import')\ndef f(rollout, row): return 1.0\n")
 
         async def run() -> None:

@@ -1,4 +1,4 @@
-"""Probes and evaluations beside the training: a real stage with a real engine, and what can be known without one."""
+"""Probes and evaluations during training: a real stage with a real engine, and unit tests without an engine."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""The queue's promises under random speeds, drops and version lags: bound and quotas hold, nothing is lost."""
+"""The staleness queue under random speeds, drops and version lags: bound and quotas hold, and no group is lost."""
 
 import random
 from collections import Counter

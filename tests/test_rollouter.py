@@ -1,4 +1,4 @@
-"""Rollouters and their sessions: what a session keeps and asks for, and two turns over a real engine."""
+"""Rollouters and their sessions: what a session records and requests, and two turns on a real engine."""
 
 import asyncio
 import contextlib

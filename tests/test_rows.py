@@ -81,7 +81,7 @@ def test_csv_holds_messages_as_json_text(tmp_path):
 
 
 @pytest.mark.parametrize("reply", ["completion", "response"])
-def test_prompt_and_reply_columns(tmp_path, reply):
+def test_columns_of_prompt_and_reply_become_turns(tmp_path, reply):
     system = {"role": "system", "content": "Be short."}
     path = write_lines(
         tmp_path / "d.jsonl", {"prompt": "2 + 2?", reply: "4"}, {"prompt": [system, USER], reply: [ASSISTANT], "k": 1}
@@ -305,7 +305,7 @@ def test_calls_of_tools_are_read_in_every_form(tmp_path, call, empty):
     assert to_messages(messages_to_json(row.messages), "messages") == row.messages
 
 
-def test_a_call_without_arguments(tmp_path):
+def test_a_call_without_arguments_is_read_as_one_with_none(tmp_path):
     for nothing in ({}, {"arguments": ""}, {"arguments": "{}"}, {"arguments": None}):
         path = write_lines(
             tmp_path / "d.jsonl", {"messages": [USER, {**CALLING, "tool_calls": [{"name": "now", **nothing}]}]}
@@ -488,7 +488,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["d.jsonl"]
 
 
-def test_pairs_in_their_forms(tmp_path):
+def test_pairs_are_read_in_every_form(tmp_path):
     conversation = {"chosen": [USER, ASSISTANT], "rejected": [USER, {**ASSISTANT, "content": "5"}]}
     path = write_lines(
         tmp_path / "p.jsonl",

@@ -105,7 +105,7 @@ def test_the_tensor_that_differs_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_where_a_frozen_process_stood_can_be_read():
+def test_the_stack_of_a_frozen_process_can_be_read():
     import os
     import signal
     import subprocess

@@ -156,7 +156,7 @@ class TestPool:
         ("text", "value"),
         [("prints", 1.0), ("100 MB", 1.0), ("reads stdin", 0.0), ("true", 1.0), ("left behind", 1.0)],
     )
-    def test_odd_but_scored(self, hostile: str, text: str, value: float) -> None:
+    def test_unusual_return_values_are_scored(self, hostile: str, text: str, value: float) -> None:
         results, _ = score(f"{hostile}:by_text", [text, "b"])
         assert results[0].outcome == "scored"
         assert results[0].result == RewardResult(value)
@@ -178,7 +178,7 @@ class TestPool:
         assert (pool.stats.num_timeouts, pool.stats.late_row) == (2, "r1")
 
     @pytest.mark.parametrize("num_processes", [1, 2])
-    def test_of_many_begun_at_once_each_has_its_own_fate(self, hostile: str, num_processes: int) -> None:
+    def test_each_of_many_simultaneous_scorings_has_its_own_outcome(self, hostile: str, num_processes: int) -> None:
         fates = {150: ("hang", "unscorable"), 250: ("os._exit", "infrastructure"), 300: ("raise", "error")}
         unsendable = Row("r2", "math", (), None, {"image": b"123"})
         pairs = [(reply(fates[i][0] if i in fates else "a", i), unsendable if i == 200 else ROW) for i in range(400)]
@@ -196,7 +196,7 @@ class TestPool:
         assert {index: outcome for index, outcome in enumerate(outcomes) if outcome != "scored"} == expected
 
     def test_a_hang_is_unscorable_where_others_are_wrong(self, hostile: str) -> None:
-        """A score of 0, here given again to an earlier reply, shows as well as any other that the grader works."""
+        """A score of 0, here given to an earlier reply, is as good a sign as any other that the grader works."""
 
         async def run() -> list[str]:
             pool = RewardPool(f"{hostile}:by_text", timeout_s=0.8)
@@ -241,7 +241,7 @@ class TestPool:
 
         assert [scored.outcome for scored in asyncio.run(run())] == ["scored", "timeout", "scored"]
 
-    def test_no_retry(self, hostile: str) -> None:
+    def test_without_retries_a_hang_is_a_timeout(self, hostile: str) -> None:
         results, pool = score(f"{hostile}:by_text", ["a", "hang"], timeout_s=1.0, retries=0)
         assert (results[1].result, results[1].outcome, pool.stats.num_retries) == (None, "timeout", 0)
 
@@ -254,7 +254,7 @@ class TestPool:
             ("raise", "error"),
         ],
     )
-    def test_async_function(self, hostile: str, text: str, outcome: str) -> None:
+    def test_async_rewards_are_scored_and_time_out_one_by_one(self, hostile: str, text: str, outcome: str) -> None:
         results, _ = score(f"{hostile}:later", ["a", text, "b", "c"], timeout_s=0.5)
         assert [scored.outcome for scored in results] == ["scored", outcome, "scored", "scored"]
 
@@ -275,7 +275,7 @@ class TestPool:
         assert len(results) == 300
         assert all(scored.result == RewardResult(1.5) for scored in results)
 
-    def test_under_uvloop(self, hostile: str) -> None:
+    def test_the_pool_works_under_uvloop(self, hostile: str) -> None:
         """vLLM installs it: its transports are not subclasses of asyncio's."""
         uvloop = pytest.importorskip("uvloop")
         pool = RewardPool(f"{hostile}:by_text", num_processes=1, timeout_s=1, retries=0)
@@ -330,7 +330,9 @@ class TestPool:
             ("import no_such_package", "No module named 'no_such_package'"),
         ],
     )
-    def test_a_plugin_that_cannot_be_loaded(self, tmp_path: Path, source: str, message: str) -> None:
+    def test_a_plugin_that_cannot_be_loaded_is_refused_at_the_start(
+        self, tmp_path: Path, source: str, message: str
+    ) -> None:
         path = tmp_path / "plug.py"
         path.write_text(source + "\ndef f(rollout, row):\n    return 1.0\n")
         with pytest.raises(PluginError, match=message.replace("(", r"\(").replace(")", r"\)")):
@@ -417,7 +419,7 @@ class TestWire:
 
 
 class TestPlugins:
-    def test_three_ways_to_name_one(self, hostile: str) -> None:
+    def test_a_reward_can_be_named_in_three_ways(self, hostile: str) -> None:
         for name in ("puzzles", "posttrain.rewards.puzzles:puzzles", "posttrain.rewards.puzzles.puzzles"):
             check_reward(name)
             assert load_reward(name).__name__ == "puzzles"
@@ -453,7 +455,7 @@ class TestPlugins:
             ("{broken}:f", r"broken.py:2: syntax error"),
         ],
     )
-    def test_messages(self, tmp_path: Path, name: str, message: str) -> None:
+    def test_each_wrong_plugin_is_one_message(self, tmp_path: Path, name: str, message: str) -> None:
         plug, broken = tmp_path / "plug.py", tmp_path / "broken.py"
         plug.write_text(
             "def good(rollout, row, bonus=0): return 1.0\n\nconstant = 3\ndef one(rollout): return 1.0\n\n"
@@ -464,7 +466,7 @@ class TestPlugins:
             check_reward(name.format(file=plug, broken=broken))
         assert "\n" not in str(raised.value)
 
-    def test_args_are_checked(self, hostile: str) -> None:
+    def test_wrong_args_are_refused_before_anything_runs(self, hostile: str) -> None:
         with pytest.raises(PluginError, match="unexpected keyword argument 'bonsu'"):
             check_reward(f"{hostile}:by_text", {"bonsu": 1})
         with pytest.raises(PluginError, match="max_tokens"):
@@ -486,7 +488,7 @@ class TestPlugins:
         (tmp_path / "p.py").write_text(source)
         check_reward(f"{tmp_path / 'p.py'}:f")
 
-    def test_spec_of(self) -> None:
+    def test_a_spec_is_made_of_a_name_or_a_mapping(self) -> None:
         assert RewardSpec.of("a") == RewardSpec("a")
         assert RewardSpec.of({"name": "a", "args": {"x": 1}}) == RewardSpec("a", {"x": 1})
         with pytest.raises(PluginError, match="give a name, or a mapping"):
@@ -520,14 +522,14 @@ class TestSandbox:
     def run(self, source: str, **limits: float) -> SandboxResult:
         return run_python(source, b"", Limits(**limits))  # type: ignore[arg-type]
 
-    def test_there_is_one(self) -> None:
+    def test_this_machine_has_a_sandbox(self) -> None:
         assert find_sandbox() in ("namespaces", "bubblewrap")
 
     def test_input_output_and_exit_code(self) -> None:
         result = run_python("import sys\nprint(input() + '!')\nprint('e', file=sys.stderr)\nsys.exit(7)", b"hello\n")
         assert (result.stdout, result.stderr, result.exit_code, result.limit) == (b"hello!\n", "e", 7, "")
 
-    def test_no_network(self) -> None:
+    def test_a_program_has_no_network(self) -> None:
         """A listener of ours on the loopback interface cannot be reached either."""
         import socket
 
@@ -538,7 +540,7 @@ class TestSandbox:
         assert result.exit_code == 1
         assert "Error" in result.stderr
 
-    def test_no_host_files(self, tmp_path: Path) -> None:
+    def test_a_program_sees_no_files_of_the_host(self, tmp_path: Path) -> None:
         secret = tmp_path / "secret"
         secret.write_text("x")
         paths = [str(secret), os.path.abspath(__file__), "/etc/passwd", "/proc/1/environ", os.path.expanduser("~/.ssh")]
@@ -551,18 +553,18 @@ class TestSandbox:
         assert self.run(f"open({path!r}, 'w').write('1')").exit_code == 1
         assert not Path(path).exists()
 
-    def test_no_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_program_sees_no_environment_variables(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SECRET_TOKEN", "1")
         assert b"SECRET_TOKEN" not in self.run("import os\nprint(dict(os.environ))").stdout
 
-    def test_memory(self) -> None:
+    def test_a_program_over_the_memory_limit_is_ended(self) -> None:
         assert self.run("x = bytearray(1 << 30)").limit == "memory"
 
-    def test_wall_and_cpu_time(self) -> None:
+    def test_a_program_over_the_wall_or_cpu_time_is_ended(self) -> None:
         assert self.run("import time\ntime.sleep(1000)", wall_s=0.5).limit == "wall"
         assert self.run("while True: pass", cpu_s=1, wall_s=30).limit == "cpu"
 
-    def test_output(self) -> None:
+    def test_a_program_over_the_output_limit_is_ended_and_its_output_cut(self) -> None:
         result = self.run("while True: print('x' * 1000)", output_bytes=10_000)
         assert (result.limit, len(result.stdout)) == ("output", 10_000)
 
@@ -570,11 +572,11 @@ class TestSandbox:
         source = "import os, time\nwhile True:\n    os.write(2, b'x')\n    time.sleep(0.001)"
         assert self.run(source, wall_s=1.0).limit == "wall"
 
-    def test_disk(self) -> None:
+    def test_a_program_over_the_disk_limit_gets_an_error(self) -> None:
         result = self.run("f = open('/tmp/f', 'wb')\nwhile True: f.write(bytes(1 << 16))", disk_mib=4)
         assert (result.limit, "OSError" in result.stderr) == ("disk", True)
 
-    def test_fork_bomb(self) -> None:
+    def test_a_fork_bomb_is_limited(self) -> None:
         result = self.run(FORKS, num_processes=16)
         assert 0 < int(result.stdout.split()[-1]) <= 16
         assert self.run("import os, time\nwhile os.fork(): pass\ntime.sleep(100)").limit == "processes"

@@ -80,7 +80,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def make_trainer(config: SftConfig, folder: Path) -> RowTrainer:
-    """The very trainer of the stage, without an engine and not started."""
+    """The trainer that the stage uses, without an engine and not started."""
     from trl import SFTConfig
 
     examples = examples_of(Path(config.model.path), Path(str(config.data.path)))
@@ -497,7 +497,7 @@ def test_a_template_that_renders_a_prompt_another_way_is_refused(policy, data):
         ({"batch_token": 3}, "unknown key; did you mean 'batch_tokens'"),
     ],
 )
-def test_a_config_that_cannot_be_meant_is_refused(policy, data, changes, problem):
+def test_settings_that_contradict_each_other_are_refused(policy, data, changes, problem):
     with pytest.raises(ConfigError, match=problem):
         make_config(policy, data, **changes)
 

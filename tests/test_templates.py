@@ -128,7 +128,7 @@ def test_a_reply_that_does_not_begin_as_sampling_does_is_refused():
 
 
 @pytest.mark.parametrize("name", ["r1", "thinking"])
-def test_what_was_sampled_after_a_begun_thinking_block_goes_on_from_there(name):
+def test_a_reply_sampled_inside_a_thinking_block_continues_that_block(name):
     tokenizer = tokenizer_of(FAMILIES[name])
     asked, end = [Message("user", "a?")], FAMILIES[name].end
     before, said = render_reply(tokenizer, asked, "why\n</think>\n\nb")
@@ -192,7 +192,7 @@ def test_a_turn_that_goes_on_after_an_end_is_refused():
         render_samples(tokenizer, [Message("user", "a?"), Message("assistant", "yes")])
 
 
-# --- one home for the end tokens ---
+# --- end tokens ---
 
 
 def test_end_tokens_come_from_the_folder_as_transformers_and_vllm_read_them(tmp_path):
@@ -230,7 +230,7 @@ def test_a_stage_is_told_of_an_end_that_only_the_template_names(tmp_path):
 
 
 def folder_of(family, template=None):
-    """What `validate` reads of a model folder, in the current directory."""
+    """The files of a model folder that `validate` reads, written into the current directory."""
     tokenizer = tokenizer_of(family, template)
     tokenizer.save_pretrained("model")
     Path("model/config.json").write_text(json.dumps({"vocab_size": len(tokenizer)}))
@@ -239,7 +239,7 @@ def folder_of(family, template=None):
 
 
 def checked(kind, config, capsys):
-    """(exit code, what is said) of `posttrain validate`."""
+    """(exit code, output) of `posttrain validate`."""
     Path("c.yaml").write_text(yaml.safe_dump(config))
     code = main(["validate", "c.yaml", "--kind", kind])
     out, err = capsys.readouterr()

@@ -1,7 +1,7 @@
-"""Trackers: what they are given of metrics.jsonl, and that none of them can end or hold up a run.
+"""Trackers: what they receive of metrics.jsonl, and that none of them can end or delay a run.
 
-None of the three packages is part of the tested set, so what is run here is all but their own calls, with trackers that
-write to a file, fail or hang.
+None of the three tracker packages is installed for the tests. So the tests run all of our code, but with trackers that
+write to a file, fail or hang in place of these packages.
 """
 
 import json

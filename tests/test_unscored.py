@@ -1,4 +1,4 @@
-"""What could not be scored: why, of which rows, and the sentences and events that tell it."""
+"""Unscored replies: the reasons, the rows, and the sentences and events about them."""
 
 import asyncio
 import time
@@ -46,7 +46,7 @@ def returned(value: object) -> Failure:
         (lambda: (Outcome.ERROR, ""), "error"),
     ],
 )
-def test_why_there_is_no_score_in_a_word(failure, kind):
+def test_the_kind_of_a_missing_score_is_one_word(failure, kind):
     assert kind_of(failure()) == kind
 
 
@@ -75,7 +75,7 @@ def test_the_sentence_names_prompts_kinds_and_a_row():
 
 
 @pytest.mark.parametrize(("lost", "event"), [(0, None), (2, "unscored"), (3, "alarm")])
-def test_few_are_told_and_many_alarm(tmp_path: Path, lost: int, event: str | None):
+def test_few_unscored_replies_are_reported_and_many_raise_an_alarm(tmp_path: Path, lost: int, event: str | None):
     context = StageContext("rl", tmp_path, tmp_path / "events.jsonl")
     unscored = counted(*((f"p{i}", [returned(None)] * 2 if i < lost else [], 2) for i in range(10)))
     unscored.tell(context, "profile", 0.2)
@@ -103,7 +103,7 @@ def flights(count: int) -> list[Flight]:
 
 
 class Sampled:
-    """Groups that are sampled at once, in the place of engines."""
+    """Stands for engines: all groups are sampled at once."""
 
     async def groups(self, flights, on_done):
         for flight in flights:

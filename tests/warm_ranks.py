@@ -1,4 +1,4 @@
-"""Ranks that stay, for tests that train with SFT or DPO: what a rank imports takes longer than what a test trains.
+"""Ranks that live through all tests of a module. Their imports take longer than the trainings of SFT and DPO tests.
 
 A rank is what a stage starts itself, a Ray actor that has joined the others; only it is not ended after one training.
 The training that is killed in tests/test_sft.py, and the quick start, have ranks of the stage's own.
