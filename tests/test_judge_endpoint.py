@@ -27,8 +27,9 @@ from posttrain.judging.forms import FORMS, label_logprobs, read_answer
 from posttrain.judging.preflight import check_server
 from posttrain.judging.prompts import JudgePrompts, Question
 from posttrain.judging.verdicts import Undecided, Verdict
-from posttrain.pipeline.inputs import input_problems, package_problems
+from posttrain.pipeline.inputs import input_problems
 from posttrain.pipeline.kinds import KINDS
+from posttrain.pipeline.packages import package_problems
 from posttrain.records import Message, Rollout, Row, Scored
 from posttrain.rl.config import RlConfig
 
@@ -439,9 +440,9 @@ def test_validate_names_a_variable_that_is_not_set(tmp_path, monkeypatch):
 
 
 def test_vllm_is_not_needed_for_an_endpoint(monkeypatch):
-    from posttrain.pipeline import inputs
+    from posttrain.pipeline import packages
 
-    monkeypatch.setattr(inputs, "find_spec", lambda name: None if name == "vllm" else name)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "vllm" else name)
     with_path = validate_config(FilterConfig, {"judge": {"path": "m"}, "data": {"path": "r"}}, "test")
     assert [line.split(",")[0] for line in package_problems(with_path, KINDS["filter"])] == ["needs vllm"]
     assert package_problems(config_of(URL), KINDS["filter"]) == []

@@ -18,7 +18,7 @@ from posttrain.context import StageContext
 from posttrain.errors import CheckpointError
 from posttrain.model import load_model, load_tokenizer, save_model
 from posttrain.model.folder import INDEX, check_folder, folder_problems
-from posttrain.pipeline.inputs import model_folder_problems
+from posttrain.pipeline.model_folders import model_folder_problems
 from posttrain.sampling.client import Engines
 
 NORM = "model.norm.weight"

@@ -155,7 +155,7 @@ def test_overrides_reach_stages_and_the_pipeline():
 
 
 def test_missing_vllm_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("posttrain.pipeline.inputs.find_spec", lambda name: None if name == "vllm" else object())
+    monkeypatch.setattr("posttrain.pipeline.packages.find_spec", lambda name: None if name == "vllm" else object())
     config = {"judge": {"path": "${a.model}"}, "data": {"path": "${a.count}"}}
     text = problems(stage("a"), stage("f", kind="filter", **config))
     assert text == (

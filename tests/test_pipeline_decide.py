@@ -235,7 +235,7 @@ def test_inputs_seed_stages_and_code_are_named(place: RunDir, tmp_path: Path, mo
         assert texts(made, place)["a"] == "run anew because the code of posttrain/rl has changed"
     node = made.nodes["a"]
     (change,) = find_changes(None, {}, node.config, upstream={})
-    assert change.text == "what it ran with is not known: another version of posttrain made it"
+    assert change.text == "its earlier config is unknown: another version of posttrain made the result"
 
 
 def tail_of(path: Path) -> str:
@@ -282,8 +282,8 @@ def test_everything_that_would_go_is_named_in_one_question(place: RunDir):
         "  a, a finished result: add: 1 → 5\n"
         "  b, a finished result: stage a runs anew\n"
         "  c, a finished result: stage b runs anew\n"
-        f"  --overwrite does, and keeps them in {place.path}/.replaced until the new ones are whole; or choose another "
-        "--run-dir"
+        f"  --overwrite allows it, and keeps them in {place.path}/.replaced until the new ones are complete; "
+        "or choose another --run-dir"
     )
     assert refused.value.exit_code == 2
     asked: list[str] = []
@@ -317,7 +317,7 @@ def test_the_command_asks_on_a_terminal_and_refuses_elsewhere(
         assert main(["run", "p.yaml", "a.add=9"]) == 2
     shown = said_on(master) + capsys.readouterr().err
     assert "a, a finished result: add: 1 → 9" in shown
-    assert ("[y/N]" in shown, "--overwrite does" in shown) == (on_terminal, not on_terminal)
+    assert ("[y/N]" in shown, "--overwrite allows it" in shown) == (on_terminal, not on_terminal)
     assert ("nothing was replaced, and nothing was started" in shown) == on_terminal
     assert (place.path / "a" / "DONE").exists()
 

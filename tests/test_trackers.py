@@ -190,12 +190,12 @@ def pipeline(trackers: Any = None, own: Any = None) -> dict[str, Any]:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.pipeline.inputs.find_spec", lambda name: object())
+    monkeypatch.setattr("posttrain.pipeline.packages.find_spec", lambda name: object())
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_missing_package_is_said_before_anything_starts(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("posttrain.pipeline.inputs.find_spec", lambda found: None if found == name else object())
+    monkeypatch.setattr("posttrain.pipeline.packages.find_spec", lambda found: None if found == name else object())
     message = f"trackers.{name}: {name} is not installed: pip install {name}"
     with pytest.raises(ConfigError) as error:
         load_pipeline(pipeline(ALL))

@@ -45,7 +45,7 @@ def run_or_plan(
             command=again,
         )
     except KeyboardInterrupt as error:
-        _say("\n".join(["interrupted. What is finished is kept. To continue: " + again, *map(str, error.args)]))
+        _say("\n".join(["interrupted. Finished stages are kept. To continue: " + again, *map(str, error.args)]))
         raise
     finally:
         _write_report(place)

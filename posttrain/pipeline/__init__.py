@@ -1,4 +1,17 @@
-"""Pipelines: YAML to a graph of stages on Ray, run directory, resume. Names are imported when they are first used."""
+"""Runs pipelines: from YAML to a graph of stages, on Ray, with a run directory that a later call continues.
+
+config.py graph.py references.py    YAML, overrides and ${stage.output} become checked nodes
+kinds.py layers.py                  the table of the kinds of stage; the table of who may import whom
+inputs.py model_folders.py packages.py lengths.py rendering.py doubts.py   checks before anything starts
+hashing.py changes.py decide.py replace.py   which stages run again, continue or are skipped, and why
+plan.py                             the resolved plan: inputs, outputs, CPUs, GPUs, memory
+run.py schedule.py stage_process.py adapters.py   run the stages as Ray tasks, each in a process of its own
+rundir.py summary.py memory.py      the files of the run directory
+ray_session.py watchdog.py          a Ray session that leaves no process behind
+single.py                           one stage from Python
+
+Public names are imported when they are first used.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""Model paths that name adapters: before a stage runs, each is merged into a whole model in the stage's folder.
+"""Merges adapters into whole models: before a stage runs, each model path that names adapters is replaced.
 
-So every stage, trainer and engine meets whole models only. The merged model is deleted when the stage has ended well,
-unless the stage wrote adapters, which stand on it.
+So stages, trainers and engines work only with whole models. The merged model lies in the stage's folder. It is deleted
+when the stage is finished, unless the stage wrote new adapters, because these need it as their base.
 """
 
 import shutil
@@ -18,10 +18,10 @@ FOLDER = "merged"
 
 
 def with_whole_models(config: Any, kind: StageKind, context: StageContext) -> Any:
-    """The config of a stage with the folder of a whole model wherever it names adapters.
+    """The config of a stage, in which every path of adapters is replaced by the folder of the merged model.
 
-    A folder that is merged already, because the stage was interrupted, is used again. Raises `CheckpointError` for
-    adapters that do not fit their base.
+    A folder that was merged before the stage was interrupted is used again. Raises `CheckpointError` for adapters that
+    do not fit their base.
     """
     sections = {key: section for key, section in walk(config) if isinstance(section, ServedModelConfig)}
     paths = {f"{key}.path": (section.path, section.dtype) for key, section in sections.items()}
@@ -47,7 +47,7 @@ def with_whole_models(config: Any, kind: StageKind, context: StageContext) -> An
 
 
 def forget_whole_models(config: Any, context: StageContext) -> None:
-    """Delete what was merged for a stage that has ended well, unless its adapters stand on it."""
+    """Delete the merged models of a finished stage, except the base of adapters that the stage wrote."""
     lora = getattr(config, "lora", None)
     if lora is None or lora.save == "merged":
         shutil.rmtree(context.dir / FOLDER, ignore_errors=True)

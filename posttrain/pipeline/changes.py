@@ -1,8 +1,9 @@
-"""What is different between the basis that a stage ran with and the one that it would run with now, for the user.
+"""Compares the basis with which a stage ran and the basis with which it would run now, and names the differences.
 
-Each difference is one `Change` that names its key and both values. Most make another result. A field that is marked
-MAY_GROW (`steps`, `epochs`) only makes the training longer when its value is larger. What a field marked RESULT_STAYS
-is set to is not part of a basis. Left out: what follows from the changes, which decide.py says.
+A basis is everything that a stage's result depends on (hashing.py). Each difference is one `Change` with its key
+and both values. Most of them mean another result. A field that is marked MAY_GROW (`steps`, `epochs`) only makes the
+training longer if its value is larger. A field that is marked RESULT_STAYS is not part of a basis. Left out: the
+decision that follows from the changes (decide.py).
 """
 
 import json
@@ -22,7 +23,7 @@ SHOWN_PARTS = 3
 class Change:
     """One difference. text: for the user, such as `optimizer.learning_rate: 0.001 → 0.002`.
 
-    goes_on: the training goes on from its last checkpoint with the new value.
+    goes_on: True if the training continues from its last checkpoint with the new value.
     """
 
     text: str
@@ -30,13 +31,13 @@ class Change:
 
 
 def find_changes(old: Basis | None, new: Basis, config: Config, *, upstream: Mapping[str, str]) -> list[Change]:
-    """The differences, those of the config first. old: None where it is not known.
+    """The differences, those of the config first. old: None if it is unknown.
 
-    config: the stage's new one. upstream: what happens to the stages that it needs, by name, where that is known:
-    `runs anew`.
+    config: the new config of the stage. upstream: by name, what happens to the stages that it needs, such as
+    `runs anew`, as far as it is known.
     """
     if old is None:
-        return [Change("what it ran with is not known: another version of posttrain made it")]
+        return [Change("its earlier config is unknown: another version of posttrain made the result")]
     found = [Change(f"kind: {old['kind']} → {new['kind']}")] if old["kind"] != new["kind"] else []
     growing = marked(config, MAY_GROW)
     keys = []
@@ -54,7 +55,7 @@ def find_changes(old: Basis | None, new: Basis, config: Config, *, upstream: Map
     found += [
         Change(f"stage {name} {upstream.get(name, 'has another result than before')}")
         for name in _unequal(old["stages"], new["stages"])
-        if name in old["stages"] and name in new["stages"]  # else the config has another reference
+        if name in old["stages"] and name in new["stages"]  # otherwise the reference in the config has changed
     ]
     parts = _unequal(old["code"], new["code"])
     if parts:
@@ -64,7 +65,7 @@ def find_changes(old: Basis | None, new: Basis, config: Config, *, upstream: Map
 
 
 def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
-    """(key path, old value, new value) of each value that differs; a whole section where it was or is absent."""
+    """(key path, old value, new value) of each value that differs. A section that is new or gone is one value."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in dict.fromkeys([*old, *new]):
             yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
@@ -81,7 +82,7 @@ def _unequal(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
 
 
 def _named(config: Any, key: str) -> str:
-    """The path or name that stands at an input's key, such as `rows.jsonl`."""
+    """The path or name of an input, such as `rows.jsonl`, by its key path in the config."""
     for part in key.split("."):
         config = config[int(part)] if isinstance(config, list) else (config or {}).get(part)
     value = config.get("path", config.get("name")) if isinstance(config, Mapping) else config
@@ -89,7 +90,7 @@ def _named(config: Any, key: str) -> str:
 
 
 def _texts(*values: Any) -> list[str]:
-    """The values as short texts; of long ones that begin alike, from shortly before the first difference on."""
+    """The values as short texts. Long texts with the same beginning are shown from just before the first difference."""
     texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
     alike = next((at for at, pair in enumerate(zip(*texts, strict=False)) if len(set(pair)) > 1), 0)
     if max(map(len, texts)) > SHOWN_CHARS and alike > SHOWN_CHARS // 2:

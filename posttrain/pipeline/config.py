@@ -41,7 +41,7 @@ class StageEntry(Config):
 
 
 class EvaluateEntry(Config):
-    """Which stages' models are evaluated, each as soon as its stage is finished, and with which config."""
+    """The stages whose models are evaluated, each as soon as its stage is finished, and the config for that."""
 
     config: str | dict[str, Any] = Field(
         description="Path or mapping of an eval config. Its model.path is set to the model of each stage in turn."
@@ -90,10 +90,10 @@ class RawStage:
 
 @dataclass(frozen=True)
 class RawPipeline:
-    """A pipeline before its stages are validated. problems: those found so far, one line each.
+    """A pipeline before its stages are validated. problems: the problems found so far, one line each.
 
-    alone: a stage file that was read by itself. open_references: it may refer to stages of a pipeline that was not
-    read.
+    alone: True for the file of a single stage. open_references: True if that file may refer to stages of a pipeline
+    that was not read.
     """
 
     source: str
@@ -122,7 +122,7 @@ def read_pipeline(source: str | Path | Mapping[str, object], overrides: Sequence
     """Read a pipeline (a file, a bundled name or a mapping) and the files it names, with overrides applied.
 
     An override is `key.path=value`; its first part is a stage's name, `evaluate`, or a key of the pipeline itself.
-    Raises ConfigError where the pipeline itself cannot be read; problems of its stages are returned.
+    Raises ConfigError if the pipeline itself cannot be read. Problems of its stages are returned in `problems`.
     """
     if isinstance(source, Mapping):
         label, folder, data = "pipeline", Path.cwd(), dict(source)

@@ -1,8 +1,8 @@
-"""Decides what happens to each node of a pipeline: run, continue, skip or leave out. Changes nothing.
+"""Decides what happens to each node of a pipeline: run, continue, skip or leave out. Changes nothing on disk.
 
-The basis of a node needs only the hashes of the nodes it refers to, so all decisions are made before anything runs, and
-`run`, `run --dry-run` and `validate` share them. A finished result, and work that is not finished, is continued or
-replaced; who wants it replaced must say so (replace.py).
+The basis of a node needs only the hashes of the nodes to which it refers, so all decisions are made before anything
+runs, and `run`, `run --dry-run` and `validate` share them. Finished results and unfinished work are continued or
+replaced; a replacement needs the user's consent (replace.py).
 """
 
 import difflib
@@ -23,9 +23,9 @@ Action = Literal["run", "continue", "skip", "leave out"]
 class Decision:
     """What happens to one node.
 
-    why: the reason, for the user. basis: what it would run with; None where that does not matter. step: that it
-    continues from. replaces: what its folder holds that would go, such as `a finished result`; "" for nothing.
-    agreed: the user asked for just that (--from).
+    why: the reason, for the user. basis: the basis with which it would run now; None if it is left out or taken as it
+    is. step: the step from which it continues. replaces: the content of its folder that would be lost, such as `a
+    finished result`; "" for none. agreed: True if the user asked for this replacement (--from).
     """
 
     action: Action
@@ -46,7 +46,7 @@ class Decision:
 
     @property
     def to_do(self) -> bool:
-        """Whether the node runs."""
+        """True if the node runs."""
         return self.action in ("run", "continue")
 
 
@@ -55,9 +55,9 @@ def decide(
 ) -> dict[str, Decision]:
     """The decision for each node, by name.
 
-    start_from: run this node and all that need it again, even if they are finished. The nodes that it needs are taken
-    as they are. only: leave out every other node, except the stage's own evaluation; what it needs is taken as it is.
-    Raises ConfigError for an unknown name, and for a needed stage that was never finished.
+    start_from: run this node again, and all nodes that need it, even if they are finished. The nodes that it needs must
+    be finished and are not run. only: run no other node, except the stage's own evaluation; again the nodes that it
+    needs must be finished. Raises ConfigError for an unknown name, and for a needed stage that was never finished.
     """
     for option, name in (("--from", start_from), ("--only", only)):
         if name is not None and name not in pipeline.nodes:
@@ -87,7 +87,7 @@ def decide(
 def _decide_one(
     node: Node, pipeline: Pipeline, run_dir: RunDir, *, decisions: dict[str, Decision], forced: bool
 ) -> Decision:
-    """The decision for a node that may run: by what its folder holds, and what is different now."""
+    """The decision for a node that may run, from the content of its folder and the changes since then."""
     basis = make_basis(node, pipeline, _hashes(node, decisions))
     digest, held = basis_hash(basis), run_dir.held(node)
     if held.input_hash == digest and not held.finished:
@@ -127,7 +127,7 @@ def _hashes(node: Node, decisions: dict[str, Decision]) -> dict[str, str]:
 
 
 def _fates(node: Node, decisions: dict[str, Decision]) -> dict[str, str]:
-    """What happens to the nodes that a node needs, for the user."""
+    """What happens to each node that a node needs, by name, as text for the user."""
     words = {"run": "runs anew", "continue": "goes on"}
     return {name: words[decisions[name].action] for name in node.needs if decisions[name].to_do}
 

@@ -1,11 +1,11 @@
-"""Values that are allowed and still mostly a mistake. A run says so and goes on; `validate` says so too."""
+"""Config values that are allowed but usually a mistake. `validate` and a run print them, and the run continues."""
 
 from pydantic import BaseModel
 
 from posttrain.config.training import OptimizerConfig
 from posttrain.pipeline.inputs import walk
 
-HIGHEST_RATE = 0.01  # ten times what adapters of low rank are trained with
+HIGHEST_RATE = 0.01  # ten times a usual learning rate for adapters of low rank
 
 
 def doubts(config: BaseModel) -> list[str]:

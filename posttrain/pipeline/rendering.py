@@ -1,8 +1,8 @@
-"""Whether the chat templates of a pipeline's models can render its rows, tried on the first of them.
+"""Checks that the chat templates of a pipeline's models can render its rows, on the first rows of each dataset.
 
-No weights are loaded, but tokenizers are, which takes seconds, and more of them where a tokenizer's class imports torch
-(model/tokenizer.py). So `validate` and `--dry-run` do it after all other checks, and a run does it if a stage would
-find the fault only after another stage has worked for hours. Each stage renders all of its rows when it starts.
+No weights are loaded, but tokenizers are. That takes seconds, and longer if the tokenizer's class imports torch
+(model/tokenizer.py). So `validate` and `--dry-run` do this after all other checks. A run does it for the stages that
+wait for others, which would otherwise find the fault only after hours. Each stage renders all its rows when it starts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +47,7 @@ def rendering_problems(node: Node) -> list[str]:
     for found in find_inputs(config) if loaded else ():
         data = found.value
         if isinstance(data, DataConfig) and not any(map(has_reference, paths_of(data))):
-            with suppress(UserError):  # what is wrong with rows themselves is found by inputs.py, and by the stage
+            with suppress(UserError):  # problems of the rows themselves are reported by inputs.py and by the stage
                 rows = list(_renderings(data, data_kind(found.key, node.stage_kind), node, tokenizer=loaded[0]))
                 problems += _first_of(rows, found.key)
     return problems
@@ -81,7 +81,10 @@ def _problem(key: str, attempt: Callable[[], Any]) -> list[str]:
 
 
 def _first_of(rows: list[tuple[str, Callable[[], Any]]], key: str) -> list[str]:
-    """The first row that cannot be rendered, and how many cannot: a template that is at fault fails on most rows."""
+    """A line about the first row that cannot be rendered, with the number of such rows.
+
+    A wrong template fails on most rows, so a line for each row would say the same.
+    """
     failed = [line for name, attempt in rows for line in _problem(name, attempt)[:1]]
     more = f" ({len(failed)} of the first {len(rows)} rows)" if len(failed) > 1 else ""
     return [f"{key}: {failed[0]}{more}"] if failed else []

@@ -1,10 +1,10 @@
-"""Results that a run replaces: the question beforehand, and the place where the old ones lie meanwhile.
+"""Replaces earlier results: asks the user first, and keeps the old results until the new ones are complete.
 
-    asked and agreed ─► moved to .replaced/STAGE/TIME ─► the stage runs ─► it is finished ─► the old one is deleted
+    user agrees ─► moved to .replaced/STAGE/TIME ─► the stage runs ─► it is finished ─► the old result is deleted
 
-They are all moved before the first stage starts, so that a run that fails or is killed goes on without another
-question: what it still has to make is simply not there yet. Until a stage is finished its old result stays, however
-many runs that takes; who wants it back moves the folder to where it was.
+All of them are moved before the first stage starts. So a run that fails or is killed can be continued without another
+question, because the folders of the stages that it still has to run are empty. The old result of a stage is kept until
+the stage is finished, however many runs that takes. To restore it, move the folder back.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ def to_replace(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
 
 
 def require_consent(place: RunDir, decisions: Mapping[str, Decision], *, overwrite: bool, ask: Ask | None) -> None:
-    """Return if nothing would be replaced that the user did not ask for, or if the user agrees to it.
+    """Return if the user asked for all replacements, or agrees to them. Otherwise raise ConfigError.
 
-    ask: puts a question to the user; None where nobody can answer. Raises ConfigError, before anything is changed.
+    ask: asks the user a question; None if nobody can answer. Nothing on disk is changed.
     """
     found = {name: item for name, item in to_replace(decisions).items() if not item.agreed}
     if overwrite or not found:
@@ -40,14 +40,14 @@ def require_consent(place: RunDir, decisions: Mapping[str, Decision], *, overwri
     lines = [f"  {name}, {item.replaces}: {item.why}" for name, item in found.items()]
     text = "\n".join(["this run would replace", *lines])
     if ask is None:
-        rule = f"  --overwrite does, and keeps them in {place.path / FOLDER} until the new ones are whole"
+        rule = f"  --overwrite allows it, and keeps them in {place.path / FOLDER} until the new ones are complete"
         raise ConfigError(str(place.path), [f"{text}\n{rule}; or choose another --run-dir"])
-    if not ask(f"{place.path}: {text}\nReplace? The old stays in {FOLDER} until the new is whole."):
+    if not ask(f"{place.path}: {text}\nReplace? The old results stay in {FOLDER} until the new ones are complete."):
         raise ConfigError(str(place.path), ["nothing was replaced, and nothing was started"])
 
 
 def move_aside(pipeline: Pipeline, place: RunDir, decisions: Mapping[str, Decision]) -> dict[str, Path]:
-    """Move everything that is replaced to its place in `.replaced`, with its events; returns the places by name."""
+    """Move each replaced result, with its events, into `.replaced`. Returns the new places by node name."""
     moved: dict[str, Path] = {}
     nodes = [pipeline.nodes[name] for name in to_replace(decisions)]
     for node in sorted(nodes, key=lambda node: not node.of):  # evaluations first: they lie in their stage's folder
@@ -58,12 +58,12 @@ def move_aside(pipeline: Pipeline, place: RunDir, decisions: Mapping[str, Decisi
 
 
 def kept(place: RunDir, node: Node) -> list[Path]:
-    """What is kept of a node until its new result is whole, oldest first."""
+    """The folders of a node's earlier results that are still kept, oldest first."""
     return sorted((place.path / FOLDER / node.name).glob("*"))
 
 
 def delete_kept(place: RunDir, node: Node) -> list[Path]:
-    """Delete what is kept of a node, whose new result is whole. Returns what was deleted."""
+    """Delete the earlier results of a node whose new result is complete. Returns the deleted folders."""
     found = kept(place, node)
     for path in found:
         with contextlib.suppress(OSError):
@@ -75,7 +75,7 @@ def delete_kept(place: RunDir, node: Node) -> list[Path]:
 
 
 def kept_text(pipeline: Pipeline, place: RunDir) -> str:
-    """One line for each earlier result that is still kept, for a user whose run has ended too early; "" for none."""
+    """One line for each earlier result that is still kept, for the user of a run that ended early; "" for none."""
     return "".join(
         f"\n  The earlier result of {node.name} is in {path}"
         for node in pipeline.nodes.values()
@@ -84,7 +84,7 @@ def kept_text(pipeline: Pipeline, place: RunDir) -> str:
 
 
 def _free_place(place: RunDir, node: Node) -> Path:
-    """A folder for an old result: of its node, and named after the time, UTC."""
+    """A new folder for an old result, below the folder of its node and named after the time in UTC."""
     path = place.path / FOLDER / node.name / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     return next(
         free for number in itertools.count() if not (free := path.with_name(f"{path.name}{number or ''}")).exists()
@@ -92,7 +92,9 @@ def _free_place(place: RunDir, node: Node) -> Path:
 
 
 def _copy_events(place: RunDir, node: Node, target: Path) -> None:
-    """Keep the stage's events beside it: those in events.jsonl are forgotten when it begins anew."""
+    """Copy the stage's events to the old result, because they are removed from events.jsonl when the stage starts
+    anew.
+    """
     if place.events.exists():
         lines = place.events.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         own = [line for line in lines if f'"stage": {json.dumps(node.name)}' in line]

@@ -1,4 +1,4 @@
-"""Run a pipeline: check it, decide what is to be done, do that on Ray, and leave a run directory that can be continued.
+"""Runs a pipeline: checks it, decides which stages to run, runs them on Ray, and leaves a resumable run directory.
 
     load_pipeline ─► decide (what changed) ─► consent ─► Ray ─► Scheduler ─► summary.json ─► report.html
 
@@ -16,8 +16,9 @@ from posttrain.errors import ConfigError, PosttrainError, StageError, UserError
 from posttrain.pipeline.config import RawPipeline
 from posttrain.pipeline.decide import Decision, decide, default_run_dir
 from posttrain.pipeline.graph import Pipeline, load_pipeline
-from posttrain.pipeline.inputs import find_endpoints, needed_packages
+from posttrain.pipeline.inputs import find_endpoints
 from posttrain.pipeline.memory import MemorySampler
+from posttrain.pipeline.packages import needed_packages
 from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_plan
 from posttrain.pipeline.ray_session import joins_cluster, ray_session
 from posttrain.pipeline.rendering import check_rendering
@@ -29,16 +30,16 @@ from posttrain.pipeline.summary import Summary, SummaryWriter
 
 
 class Display(Protocol):
-    """Shows a run while it goes on. Everything it shows, it reads from events.jsonl."""
+    """Shows a run while it is running. It reads everything that it shows from events.jsonl."""
 
     def start(self, nodes: Sequence[tuple[str, str]], events: Path) -> None:
         """Begin to show these nodes, given as (name, kind), and to follow the file of events from its present end."""
 
     def refresh(self) -> None:
-        """Show what is new. Called a few times a second."""
+        """Show the new events. Called a few times a second."""
 
     def stop(self) -> None:
-        """Show what is new and end."""
+        """Show the last events and end."""
 
 
 class _Silent:
@@ -90,13 +91,13 @@ def run_pipeline(
 
 
 def _check_later_stages(pipeline: Pipeline, decisions: Mapping[str, Decision]) -> None:
-    """Check that stages which wait for others can render their rows. A stage that starts at once finds it itself."""
+    """Check that stages which wait for others can render their rows. A stage that starts at once checks that itself."""
     todo = [node for name, node in pipeline.nodes.items() if decisions[name].to_do]
     check_rendering(pipeline, [node for node in todo if any(decisions[name].to_do for name in node.needs)])
 
 
 def _check_endpoints(pipeline: Pipeline, decisions: Mapping[str, Decision]) -> None:
-    """Check that the judges at endpoints answer, before stages run for hours. Raises ConfigError where one does not."""
+    """Check that the judges at endpoints answer, before stages run for hours. Raises ConfigError if one does not."""
     found = [
         (node, endpoint)
         for name, node in pipeline.nodes.items()
@@ -178,7 +179,7 @@ def _execute(
 
 
 def _note_moved(pipeline: Pipeline, place: RunDir, moved: Mapping[str, Path]) -> None:
-    """Tell where earlier results are kept: those that were moved now, and those of a run that ended too early."""
+    """Emit an event for each earlier result that is kept: moved by this run, or by a run that ended early."""
     for node in pipeline.nodes.values():
         for path in kept(place, node):
             context = StageContext(node.name, place.folder(node), place.events)
@@ -191,9 +192,9 @@ def _note_skipped(
     for name, decision in decisions.items():
         node = pipeline.nodes[name]
         if decision.action == "skip":
-            if decision.basis is not None:  # what does not decide the result may be set in another way now
+            if decision.basis is not None:  # fields that do not change the result may have new values
                 place.write_config(node, node.resolved(place.path, pipeline.nodes).model_dump(mode="json"))
-            delete_kept(place, node)  # a run was killed just before it did
+            delete_kept(place, node)  # an earlier run may have been killed just before it deleted them
             record = place.done(node) or {}
             kept = {key: record.get(key) for key in ("wall_s", "outputs", "stats")}
             summary.add(node, "skipped", {**kept, "input_hash": decision.input_hash, "why": decision.why})
@@ -218,7 +219,7 @@ def _note_end(place: RunDir, status: str) -> None:
 
 
 def _resume(command: str) -> str:
-    return f"  What is finished is kept. To continue: {command}"
+    return f"  Finished stages are kept. To continue: {command}"
 
 
 def _os_error(error: OSError) -> str:

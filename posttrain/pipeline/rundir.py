@@ -1,8 +1,8 @@
-"""The run directory on disk: which pipeline it belongs to, what each stage has reached, and the lock of the run.
+"""The run directory on disk: the pipeline to which it belongs, the state of each stage, and the lock of the run.
 
-The files in a stage's folder tell its state. STARTED holds the basis (hashing.py) of the run that was begun there.
-DONE, which is written last, holds the outputs of the run that was finished. Every file that another process may read is
-written under another name and then renamed, so nobody sees half of it.
+The files in a stage's folder show its state. STARTED holds the basis (hashing.py) of the run that was begun there.
+DONE, which is written last, holds the outputs of the finished run. Every file that another process may read is written
+under a temporary name and then renamed, so that no process reads half a file.
 """
 
 import fcntl
@@ -29,11 +29,11 @@ LOCK = ".lock"
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a stage's folder holds.
+    """The content of a stage's folder.
 
-    input_hash, basis: of the run that was begun there; "" and None where none was, or another version of this package
-    began it. finished: it ended well. missing: outputs of a finished run that are gone. step: of the last checkpoint,
-    0 for none. has_work: there is a checkpoint or other progress.
+    input_hash, basis: of the run that was begun there; "" and None if there is none, or if another version of this
+    package began it. finished: the run ended without an error. missing: outputs of a finished run that no longer exist.
+    step: of the last checkpoint, 0 for none. has_work: there is a checkpoint or other progress.
     """
 
     input_hash: str = ""
@@ -45,14 +45,14 @@ class Held:
 
     @property
     def worth(self) -> str:
-        """What would be lost with the folder, for the user; "" for nothing."""
+        """What would be lost with the folder, as text for the user; "" if nothing would."""
         if self.finished:
             return "a finished result"
         return f"an unfinished run at step {self.step}" if self.step else "an unfinished run" if self.has_work else ""
 
 
 def is_running(run_dir: Path) -> bool:
-    """Whether a process is running in this run directory. False where the file system has no locks."""
+    """True if a process is running in this run directory. False on a file system without locks."""
     try:
         with (run_dir / LOCK).open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -73,7 +73,10 @@ class RunDir:
 
     @contextmanager
     def open(self, pipeline: Pipeline) -> Iterator[None]:
-        """Create the folder, refuse one of another name, hold the lock, and write the resolved pipeline.yaml."""
+        """Create the folder, take the lock, and write the resolved pipeline.yaml.
+
+        Raises ConfigError if it cannot be used.
+        """
         self.check(pipeline)
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(str(self.path), ["is a file; the run directory must be a folder or not exist yet"])
@@ -131,7 +134,7 @@ class RunDir:
         return record if all((self.path / path).exists() for path in record["outputs"].values()) else None
 
     def held(self, node: Node) -> Held:
-        """What the node's folder holds."""
+        """The content of the node's folder."""
         folder = self.folder(node)
         started = read_object(folder / STARTED) or {}
         done = read_object(folder / DONE)
@@ -154,7 +157,7 @@ class RunDir:
     ) -> None:
         """Prepare the folder: empty it unless its work is continued, then write config.yaml and STARTED.
 
-        A finished stage that is continued counts as unfinished from here on: DONE goes before anything else changes.
+        A finished stage that is continued counts as unfinished from now on, so DONE is deleted first.
         """
         folder = self.folder(node)
         if not resume:
@@ -169,7 +172,10 @@ class RunDir:
         write_text(self.folder(node) / "config.yaml", dump_yaml(dict(config)))
 
     def clear(self, node: Node) -> None:
-        """Empty a stage's folder. DONE goes first and STARTED last, so a half-emptied folder never looks finished."""
+        """Empty a stage's folder.
+
+        DONE is deleted first and STARTED last, so a half-emptied folder never looks finished.
+        """
         folder = self.folder(node)
         if not folder.exists() or not any(folder.iterdir()):
             return

@@ -2,9 +2,9 @@
 
     ready stages, in order ─► are all declared CPUs and GPUs free? ─► STARTED, Ray task ─► DONE, summary.json ─► next
 
-A stage starts only when the running stages leave free all that it declares, for itself and for its actors. Otherwise
-two stages could each hold half of what the other needs, and wait for ever. A stage that is ready but does not fit also
-holds back the stages behind it, so that a large stage is not passed over again and again.
+A stage starts only when all resources that it declares, for itself and for its actors, are free. Otherwise two stages
+could each hold half of what the other needs, and wait forever. A stage that is ready but does not fit also holds back
+the stages behind it, so that a large stage does not wait while small ones keep starting.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ class Scheduler:
         self.failures: list[PosttrainError] = []
 
     def run(self) -> None:
-        """Run all stages. When one fails, those beside it run to their end; then the first failure is raised."""
+        """Run all stages. If one fails, the running ones are completed, and then the first failure is raised."""
         try:
             self._loop()
         except BaseException:
@@ -80,11 +80,12 @@ class Scheduler:
             raise self.failures[0]
 
     def _loop(self) -> None:
-        """Start what fits, wait for a task to end, record it; until nothing is left, or nothing more may start."""
+        """Start the stages that fit, wait for a task to end, record it; until no stage is left or none may start."""
         import ray
 
         waiting = [node for name, node in self.pipeline.nodes.items() if name not in self.finished]
-        # Stages go before evaluations: the run takes as long as its chain of stages, and evaluations fit in the gaps.
+        # Stages start before evaluations: the chain of stages decides how long the run takes; evaluations fill the
+        # gaps.
         waiting.sort(key=lambda node: bool(node.of))
         while waiting or self.running:
             while not self.failures and (node := self._next(waiting)):
@@ -98,7 +99,7 @@ class Scheduler:
             self.refresh()
 
     def _next(self, waiting: list[Node]) -> Node | None:
-        """The first waiting stage whose needs are finished, if the resources left free are enough for it; else None."""
+        """The first waiting stage whose needed stages are finished, if enough resources are free for it; else None."""
         node = next((node for node in waiting if self.finished.issuperset(node.needs)), None)
         if node is None:
             return None
@@ -130,8 +131,8 @@ class Scheduler:
     def _make_room(self, step: Step) -> None:
         """End idle warm engines where `step` needs their CPUs and GPUs.
 
-        Warm engines hold resources while they idle. They may keep what nobody else needs, and what `step` will lease
-        from them; with more than that, the other actors of `step` would wait for ever.
+        Warm engines hold resources while they are idle. They may keep resources that no stage needs, and engines that
+        `step` will lease. If they kept more, the other actors of `step` would wait forever.
         """
         used = [running.step for running in self.running.values()] + [step]
         free_cpus = self.session.cpus - sum(other.cpus for other in used)
@@ -164,7 +165,7 @@ class Scheduler:
         self.save()
 
     def _answer(self, task: Any, wall_s: float) -> StageAnswer:
-        """The stage's answer, or one made up here when its process died without giving any."""
+        """The stage's answer, or one made here if the stage's process died without an answer."""
         import ray
         from ray.exceptions import RayError
 
@@ -176,7 +177,7 @@ class Scheduler:
             return StageAnswer({}, wall_s, f"its process ended without an answer (killed, or out of memory?): {what}")
 
     def _failure(self, node: Node, error: str, user: bool) -> PosttrainError:
-        """The exception for a stage that failed: UserError where the user's input was at fault, else StageError."""
+        """The exception for a stage that failed: UserError if the user's input was at fault, else StageError."""
         if user:
             return UserError("\n".join(f"stage {node.name}: {line}" for line in error.splitlines()))
         return StageError(f"stage {node.name} failed: {error}\n  log: {self.run_dir.folder(node) / 'log.txt'}")
@@ -189,10 +190,7 @@ class Scheduler:
         self._event(node, event, kind=node.kind, wall_s=round(wall_s, 3), **error)
 
     def _event(self, node: Node, event: str, **fields: object) -> None:
-        """Write an event if that is possible.
-
-        On a full disk it is not, and the failure itself matters more than its event.
-        """
+        """Write an event. On a full disk that fails, and is ignored: the stage's own failure matters more."""
         try:
             StageContext(node.name, self.run_dir.folder(node), self.run_dir.events).event(event, **fields)
         except OSError:
@@ -219,14 +217,14 @@ class Scheduler:
         return f"it ended without writing {', '.join(sorted(missing))}" if missing else ""
 
     def _keep_worker_logs(self, node: Node, since: float) -> None:
-        """Append the last lines that the stage's actors wrote to its log.txt: Ray's folder is deleted when the run
-        ends.
+        """Append the last output of the stage's actors to its log.txt, because Ray's log folder is deleted at the
+        end.
         """
         for path in self.session.worker_logs(since):
             try:
                 tail = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
                 if all(line.startswith(":") or not line for line in tail):
-                    continue  # only Ray's own marker lines: the actor wrote nothing
+                    continue  # the file has only Ray's own marker lines: the actor printed nothing
                 with (self.run_dir.folder(node) / "log.txt").open("a", encoding="utf-8") as log:
                     log.write(f"\n--- {path.name} ---\n" + "\n".join(tail) + "\n")
             except OSError:
@@ -234,7 +232,7 @@ class Scheduler:
 
 
 def make_job(node: Node, pipeline: Pipeline, run_dir: RunDir) -> StageJob:
-    """What a stage's process is told, with the paths of earlier stages' outputs in place of references."""
+    """The job for a stage's process. Its config has the paths of earlier outputs in place of references."""
     return StageJob(
         node.name,
         node.stage_kind,
@@ -250,7 +248,7 @@ def make_job(node: Node, pipeline: Pipeline, run_dir: RunDir) -> StageJob:
 def _quietly_call(function: str, *arguments: Any) -> None:
     """Call a function of the engine registry and ignore its errors.
 
-    Engines end with the Ray session in any case, so trouble in the registry must not decide how a stage ends.
+    All engines end with the Ray session, so an error in the registry must not make a stage fail.
     """
     from posttrain.sampling import registry
 

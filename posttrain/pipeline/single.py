@@ -17,10 +17,10 @@ from posttrain.pipeline.run import run_pipeline
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """What one stage left behind.
+    """The result of one stage.
 
-    folder: the stage's own folder, with metrics.jsonl and log.txt. outputs: paths by the name in `${stage.output}`, for
-    example {"model": Path("runs/sft/sft/model")}. stats: the figures that the stage returned.
+    folder: the stage's own folder, with metrics.jsonl and log.txt. outputs: {output name: path}, such as {"model":
+    Path("runs/sft/sft/model")}. stats: the figures that the stage returned, such as {"steps": 40, "loss_last": 0.8}.
     """
 
     folder: Path
@@ -40,9 +40,9 @@ def run_stage(
     """Run one stage to its end. A second call with the same input finds it finished and returns the same result.
 
     kind: base, filter, sft, rl, dpo or eval. config: the stage's config object, a mapping with the keys of its YAML, or
-    the path of a YAML file. run_dir: runs/KIND if None. overwrite: replace the result of another config there; else it
-    is refused. Raises UserError before anything starts, and StageError if the stage failed; the same call then
-    continues it.
+    the path of a YAML file. run_dir: None for runs/KIND. overrides: such as "optimizer.learning_rate=1e-5". overwrite:
+    replace a result of another config in `run_dir`; without it that is an error. Raises UserError before anything
+    starts, and StageError if the stage failed; the same call then continues it.
     """
     pipeline = as_pipeline(kind, config, overrides, seed=seed)
     summary = run_pipeline(pipeline, run_dir, overwrite=overwrite, command=f"run_stage({kind!r}, ...)")
@@ -62,8 +62,8 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Measure a policy on held-out prompts: run the eval stage and return the content of its results.json.
 
-    Returns {capability: {"n": prompts, "greedy": rate, "greedy_ci95": [low, high], "pass@1": rate, ...}}. The entry
-    "all" is over all capabilities together.
+    Returns {capability: {"n": number of prompts, "greedy": accuracy in [0, 1], "greedy_ci95": [low, high], "pass@1":
+    ...}}. The entry "all" is over all capabilities together. The arguments and errors are those of `run_stage`.
     """
     result = run_stage("eval", config, run_dir, overrides=overrides, seed=seed, overwrite=overwrite)
     return json.loads(result.outputs["results"].read_text())

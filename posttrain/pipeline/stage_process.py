@@ -1,8 +1,7 @@
-"""What happens in a stage's own process: send output to log.txt, seed, call the stage's function, return a plain
-answer.
+"""Runs a stage in a process of its own: redirects output to log.txt, seeds, calls the stage's function, answers.
 
-Exceptions are not sent through Ray. The traceback goes to log.txt; the answer carries one message, and whether the user
-can correct its cause.
+Exceptions are not sent through Ray. The traceback is written to log.txt. The answer has one message, and says whether
+the user can correct the cause.
 """
 
 import contextlib
@@ -28,9 +27,9 @@ OUT_OF_SPACE = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
 
 @dataclass(frozen=True)
 class StageJob:
-    """Everything that a stage's process is told.
+    """Everything that a stage's process needs to know.
 
-    config: resolved. cwd: the directory that relative paths start from.
+    config: with paths in place of references. cwd: the directory to which paths in the config are relative.
     """
 
     name: str
@@ -45,7 +44,7 @@ class StageJob:
 
 @dataclass(frozen=True)
 class StageAnswer:
-    """How a stage ended. error: "" if it went well. user: True if the user's input was at fault."""
+    """How a stage ended. error: one message, "" for success. user: True if the user's input was at fault."""
 
     result: dict[str, Any]
     wall_s: float
@@ -54,7 +53,7 @@ class StageAnswer:
 
 
 def run_stage(job: StageJob) -> StageAnswer:
-    """Run one stage. Every Exception is turned into an answer."""
+    """Run one stage. Every Exception becomes an answer."""
     started = time.perf_counter()
     try:
         redirect_output(job.dir / "log.txt")
@@ -62,7 +61,7 @@ def run_stage(job: StageJob) -> StageAnswer:
             os.chdir(job.cwd)
             if job.cwd not in sys.path:
                 sys.path.insert(0, job.cwd)  # so that a reward's module beside the user's YAML can be imported
-        with rare_collections():  # of what the stage imports, too
+        with rare_collections():  # also during the imports of the stage, which create many objects
             run = load_object(job.kind.run)
             context = StageContext(job.name, job.dir, job.events, job.seed, job.warm_engines)
             given = load_schema(job.kind).model_validate(job.config)
@@ -100,13 +99,13 @@ def seed_everything(seed: int) -> None:
 
 
 def log_error() -> None:
-    """Write the traceback to log.txt, if the disk has room for it."""
+    """Write the traceback to log.txt. On a full disk nothing is written."""
     with contextlib.suppress(OSError):
         traceback.print_exc()
 
 
 def describe(error: BaseException) -> str:
-    """One message for a user: our own errors as they are, a full disk by name, any other by its type and first line."""
+    """One message for the user: the text of our own errors, the name of a full disk, else type and first line."""
     if isinstance(error, PosttrainError):
         return str(error)
     if isinstance(error, OSError) and error.errno in OUT_OF_SPACE:

@@ -1,6 +1,7 @@
-"""summary.json: how a run is going, written as a whole after each node.
+"""summary.json: the state of a run, written anew after each node.
 
-While a run goes on the file says "interrupted", which is then true if the run dies before it writes the file again.
+While a run is running, its status in the file is "interrupted". So the status is right if the run dies before it can
+write the file again.
 """
 
 import json
@@ -21,7 +22,7 @@ PACKAGES = ("torch", "vllm", "ray", "trl", "deepspeed", "transformers")
 
 @dataclass(frozen=True)
 class Summary:
-    """What summary.json holds.
+    """The content of summary.json.
 
     wall_s: of this call. peak_rss_gib: the largest over all calls for this run directory (see memory.py).
     stages: one record for each stage that was handled, in pipeline order. evaluations: the same for the evaluations.
@@ -54,7 +55,7 @@ class SummaryWriter:
     def add(self, node: Node, status: str, record: Mapping[str, object]) -> None:
         """Note how a node ended.
 
-        record: wall_s, input_hash and outputs, and where there are any stats, error and why.
+        record: has wall_s, input_hash and outputs, and may have stats, error and why.
         """
         self._records[node.name] = {"name": node.name, "kind": node.kind, "status": status, **record}
 
@@ -87,7 +88,7 @@ class SummaryWriter:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that decide a result most, without those not installed."""
+    """Versions of this package, of Python, and of the installed libraries that affect results most."""
     found = {"posttrain": posttrain.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         for distribution in (name, f"{name}-cpu"):

@@ -1,13 +1,13 @@
-"""Ends what a run left behind when its driver process was killed outright. Run by path, with the standard library only.
+"""Ends the processes of a run whose driver process was killed with SIGKILL. Run by path, with the standard library.
 
     python watchdog.py DRIVER_PID SESSION TEMP_DIR
 
-When the driver dies, Ray's servers die with it, but Ray's agents stay for most of a minute, and engine processes of
-killed workers may stay for ever. Every process of a session carries POSTTRAIN_SESSION in its environment, which its
-children inherit; the watchdog searches for that mark. Ray's agents and workers write their title over a part of their
-environment, which may destroy the mark. Those processes have log files open under TEMP_DIR, and are found by that.
+When the driver dies, Ray's servers die with it. Ray's agents live on for most of a minute, and engine processes of
+killed workers may live forever. Every process of a session has POSTTRAIN_SESSION in its environment, which its children
+inherit, and the watchdog searches for that mark. Ray's agents and workers write their title over a part of their
+environment, which may destroy the mark. They have log files open under TEMP_DIR, by which they are found too.
 
-The watchdog sleeps until the driver dies. A driver that closes in order ends the watchdog.
+The watchdog sleeps until the driver dies. A driver that ends normally ends the watchdog.
 
 It reads /proc itself, where the rest of the package uses psutil (`posttrain/actors/processes.py`): started with
 `python -S -E` it imports no package, so it starts in milliseconds and no broken environment can stop it.
