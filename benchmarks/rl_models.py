@@ -9,6 +9,7 @@ from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.model import NativeLlama4ForCausalLM, save_model
+from posttrain.sampling.arguments import ENGINE_ENV
 from posttrain.sampling.engine import EngineActor
 
 SIZES = {
@@ -29,22 +30,11 @@ def save(size: str, folder: Path) -> ServedModelConfig:
     return ServedModelConfig(path=str(folder), dtype="float32")
 
 
-class FixedLength(EngineActor):
-    """An engine whose replies all have `max_tokens` tokens, so that two engines do the same work."""
-
-    def _params(self, *arguments: Any, **options: Any) -> Any:
-        params = super()._params(*arguments, **options)
-        params.ignore_eos = True
-        return params
-
-
 def start_engine(name: str, served: ServedModelConfig, engine: EngineConfig) -> Any:
     """Start an engine actor. It asks the cluster for few resources, so that others fit beside it."""
     import ray
 
-    from posttrain.sampling.engine import ENGINE_ENV
-
     options = {"num_cpus": 0.3, "max_concurrency": 100, "runtime_env": {"env_vars": ENGINE_ENV}}
-    actor = ray.remote(FixedLength).options(**options).remote(name, served.model_dump(), engine.model_dump())
+    actor = ray.remote(EngineActor).options(**options).remote(name, served.model_dump(), engine.model_dump())
     ray.get(actor.start.remote())
     return actor

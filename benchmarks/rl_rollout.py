@@ -23,7 +23,7 @@ from posttrain.context import BusyLog, StageContext
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.history.ledger import Ledger
-from posttrain.sampling.engine import ENGINE_ENV, engine_arguments
+from posttrain.sampling.arguments import ENGINE_ENV, engine_arguments
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.workers import RolloutWorkers

@@ -241,7 +241,7 @@ def engine(model_of: Callable[[Any], Any]) -> Builder:
     def build(config: Any) -> Any:
         if config.engine is None:  # a judge at an endpoint
             return None
-        from posttrain.sampling.engine import engine_arguments
+        from posttrain.sampling.arguments import engine_arguments
         from posttrain.sampling.watch import look_every_s
 
         return engine_arguments(model_of(config), config.engine), look_every_s(config.engine.deadline_s)
@@ -659,6 +659,7 @@ def rl_rates(config: Any) -> Any:
 
 
 def _controller(config: Any) -> Any:
+    from posttrain.context import BusyLog
     from posttrain.rl.history.ledger import Ledger
     from posttrain.rl.loop.controller import Controller, Parts
     from posttrain.sampling.client import Engines
@@ -667,6 +668,7 @@ def _controller(config: Any) -> Any:
         CONTEXT, config.model, config.engine, resources=config.resources.rollout
     )  # not entered: nothing starts
     unused: Any = None
+    engines.names, engines.actors, engines.logs = ["e"], [unused], {"e": BusyLog(CONTEXT, "e", "generate")}
     shares, ledger = {"math": 0.5, "coding": 0.5}, Ledger(Path(":memory:"))
     parts = Parts(engines, unused, unused, unused, shares, unused, ledger, (0,))
     return Controller(config, CONTEXT, parts, manifest={})
@@ -684,7 +686,7 @@ def rl_controller(config: Any) -> Any:
         order, capability = queue.admit(0)
         queue.drop(order)
         capabilities.append(capability)
-    waits = controller._workers._deadline_s, controller._workers._wave_seed is not None
+    waits = controller._workers.workers[0].lane._deadline_s, controller._workers._wave_seed is not None
     built = (
         _pool(controller._scorer),
         controller._request(_drawn()[0]),

@@ -37,7 +37,7 @@ START_S = 240.0
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of `vllm serve` on the tiny model, up; it ends with its children."""
-    from posttrain.sampling.engine import ENGINE_ENV
+    from posttrain.sampling.arguments import ENGINE_ENV
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

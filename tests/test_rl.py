@@ -369,12 +369,12 @@ def test_an_engine_that_is_killed_while_it_takes_anothers_place_is_replaced_too(
 @pytest.mark.full  # the one that kills an engine freezes a core too
 def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ray_session, tiny_model, tmp_path, monkeypatch):
     """In a deterministic run nothing is sent to an engine that lacks a version: its taking of weights must find out."""
-    from posttrain.sampling.workers import RolloutWorkers
+    from posttrain.sampling.worker_weights import WorkerWeights
 
     changes = {"engine": {"max_model_len": 256, "kv_cache_gib": 0.1, "deadline_s": 3}}
     rows = rows_of(["math"])
     config = make_config(tmp_path, tiny_model, rows, steps=5, deterministic=True, max_staleness=0, **changes)
-    update, frozen = RolloutWorkers.update, []
+    update, frozen = WorkerWeights.update, []
 
     def freeze_before(self, manifest, version):
         if version == 3:
@@ -384,7 +384,7 @@ def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ray_session, tiny_m
                     frozen.append(process)
         return update(self, manifest, version)
 
-    monkeypatch.setattr(RolloutWorkers, "update", freeze_before)
+    monkeypatch.setattr(WorkerWeights, "update", freeze_before)
     _, metrics = run_stage(config, tmp_path / "rl", warm=False)
     assert frozen
     assert not any(process.is_running() for process in frozen)

@@ -312,7 +312,7 @@ def test_both_turns_have_the_trainers_log_probabilities(ray_session, policies, t
 
         async def update() -> None:
             await all_wait.wait()
-            await made.workers.update(weights(policies[1]), 1)
+            await made.workers.weights.update(weights(policies[1]), 1)
             is_updated.set()
 
         return await made.groups(update())

@@ -357,7 +357,8 @@ def test_reload_repair_is_needed_and_sufficient(ray_session, models, tmp_path):
     """
     import ray
 
-    from posttrain.sampling.engine import ENGINE_ENV, EngineActor
+    from posttrain.sampling.arguments import ENGINE_ENV
+    from posttrain.sampling.engine import EngineActor
 
     model = models[0]
     env = {**ENGINE_ENV, "POSTTRAIN_WITHOUT_RELOAD_REPAIR": "1"}

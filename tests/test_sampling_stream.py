@@ -13,10 +13,12 @@ import torch
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.records import VersionSpan
+from posttrain.sampling.arguments import ENGINE_ENV
 from posttrain.sampling.engine import EngineActor
 from posttrain.sampling.manifests import FolderWeights
 from posttrain.sampling.requests import EngineLostError, SampleRequest
 from posttrain.sampling.stream import join_spans, spans_between
+from posttrain.sampling.vllm_requests import sampling_params
 
 ENGINE = EngineConfig(max_model_len=512, kv_cache_gib=0.1, stream_interval=16, deadline_s=8)
 PROMPTS = [tuple(range(5 + i, 25 + i)) for i in range(12)]
@@ -63,8 +65,6 @@ def models(tiny_model, tmp_path_factory):
 def engines(ray_session, models):
     """The first starts with the first policy, the second with the last."""
     import ray
-
-    from posttrain.sampling.engine import ENGINE_ENV, EngineActor
 
     served = [ServedModelConfig(path=path, dtype="float32").model_dump() for path in (models[0], models[5])]
     options = {"num_cpus": 0.4, "max_concurrency": 100, "runtime_env": {"env_vars": ENGINE_ENV}}
@@ -326,9 +326,8 @@ def test_a_request_beside_a_wave_is_refused(engines):
 @slow
 def test_no_request_has_a_seed_of_its_own():
     """The engine's own seed and that of a wave are the only ones: vLLM ignores a request's beside others on a CPU."""
-    engine = EngineActor.__new__(EngineActor)
     assert "seed" not in SampleRequest.__struct_fields__
-    assert {engine._params(SampleRequest((1,)), stream=stream).seed for stream in (False, True)} == {None}
+    assert {sampling_params(SampleRequest((1,)), stream=stream).seed for stream in (False, True)} == {None}
 
 
 @slow

@@ -2,9 +2,12 @@
 
 rollouter.py running.py   how a rollout is made, turn by turn; all rollouts that are being made
 workers.py groups.py      send turns to engines and replace lost ones; the same for callers that train nothing
+worker.py worker_weights.py   one engine's place and its requests; which weights each has, and how it takes newer ones
 requests.py rollouts.py   requests and answers; the one place where answers become rollouts
 client.py registry.py     the engines that a stage leases; the actor that makes them and keeps them warm
 engine.py stream.py       the engine; the replies that are on their way out of it, in pieces
+core.py arguments.py      vLLM's engine core: started, watched, asked with a deadline; what it is started with
+vllm_requests.py          a request as vLLM takes it, its output as a completion
 watch.py progress.py      whether the engine's core process is alive, and what its vLLM worker is doing
 start_failure.py kv_memory.py   why an engine did not start; the size of its KV cache on a CPU
 manifests.py weights.py transfer.py   where weights are; through shared memory; from GPU to GPU

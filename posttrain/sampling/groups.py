@@ -15,7 +15,8 @@ from posttrain.context import StageContext
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.rollouter import Flight, Rollouter
-from posttrain.sampling.workers import RolloutWorkers, UpdateCalls
+from posttrain.sampling.worker_weights import UpdateCalls
+from posttrain.sampling.workers import RolloutWorkers
 
 MIN_GROUPS = 64  # at an engine at once
 REPLACED_S = 0.2  # between two looks whether an engine that was lost is replaced
@@ -95,7 +96,7 @@ class SampledGroups:
         """Have every worker load new weights, also a worker whose engine is replaced meanwhile. Returns their names."""
 
         async def update() -> None:
-            await self._workers.update(manifest, version)
+            await self._workers.weights.update(manifest, version)
             while any(not one.is_alive or one.policy_version < version for one in self._workers.workers):
                 await asyncio.sleep(REPLACED_S)
 

@@ -16,7 +16,8 @@ from posttrain.actors.processes import kill_process
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.resources import ActorResources
-from posttrain.sampling.engine import ENGINE_ENV, EngineActor, read_model_config
+from posttrain.sampling.arguments import ENGINE_ENV, read_model_config
+from posttrain.sampling.engine import EngineActor
 
 REGISTRY_NAME = "engine-registry"
 NAMESPACE = "posttrain"

@@ -101,7 +101,7 @@ class RunningRollouters:
             session.running = None
             if flight.is_finished:
                 del self.flights[flight.order]
-                # A flight and its sessions refer to each other, and garbage is collected rarely (rl/loop/garbage.py).
+                # A flight and its sessions refer to each other, and garbage is collected rarely (actors/garbage.py).
                 flight.sessions.clear()
                 self._finished(flight)
             return

@@ -5,9 +5,9 @@
               rollout                  └──────────┘ newest weights, and the turns go on where they stood, there or on
                                                     another worker
 
-What waits for what: a rollouter waits for its turn (running.py). Each worker has a lane to its engine
+What waits for what: a rollouter waits for its turn (running.py). Each worker (worker.py) has a lane to its engine
 (actors/lane.py), which sends requests and fetches pieces in batches. Nothing waits for a whole group. Each wait on an
-engine has a deadline.
+engine has a deadline. How workers take newer weights is in worker_weights.py.
 
 The turns that a group's rollouters ask for in one round, and that begin with the same tokens, are
 one request: at the first turn the whole group, whose prompt the engine then prepares once.
@@ -16,80 +16,21 @@ one request: at the first turn the whole group, whose prompt the engine then pre
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
-from msgspec.structs import replace
-
-from posttrain.actors.calls import await_with_heartbeat
-from posttrain.actors.lane import COLLECT_S, Lane
 from posttrain.actors.losses import MAX_CONSECUTIVE_LOSSES, ActorLostError, is_loss, reason_of, root_of
-from posttrain.context import BusyLog, StageContext
+from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest
-from posttrain.sampling.requests import Piece, SampleRequest
+from posttrain.sampling.requests import Piece
 from posttrain.sampling.rollouter import Flight, Rollouter, SingleTurn, Turn
 from posttrain.sampling.running import RunningRollouters
+from posttrain.sampling.worker import Ask, Worker
+from posttrain.sampling.worker_weights import UpdateCalls, WorkerWeights
 
 SUBMIT_REQUESTS = 256
 TURN_SEEDS = 998_244_353  # apart, so that no later turn has the seed of another group's first one
-
-Collected = tuple[list[Piece], float]  # of `EngineActor.collect`: pieces, and the Unix time
-UpdateCalls = list[list[tuple[int, dict[str, Any]]]]  # see `rl.rollouts.weights.update_calls`
-
-
-@dataclass(slots=True, eq=False)
-class Ask:
-    """What one request to an engine is for: turns of one group that begin with the same tokens.
-
-    key: the key under which the engine gets it. waiting: the turns that the latest request to an engine asks for, in
-    the order of its replies. began_s: Unix time at which it was first sent.
-    """
-
-    key: int
-    turns: list[Turn]
-    waiting: list[Turn] = field(default_factory=list)
-    began_s: float = 0.0
-
-    @property
-    def flight(self) -> Flight:
-        """The group of the turns."""
-        return self.turns[0].flight
-
-    def rest(self) -> SampleRequest:
-        """The request for the turns, or parts of turns, that are not sampled yet."""
-        self.waiting = [turn for turn in self.turns if not turn.completion.finish_reason]
-        request = self.turns[0].request
-        if any(turn.completion.token_ids for turn in self.waiting):
-            return replace(request, begun=tuple(turn.completion.token_ids for turn in self.waiting))
-        return request if request.n == len(self.waiting) else replace(request, n=len(self.waiting))
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether every turn is sampled."""
-        return all(turn.completion.finish_reason for turn in self.turns)
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """One place for an engine. If the engine is lost, another takes its place and the worker stays.
-
-    policy_version: the version that the engine samples with. asks: the requests that it has, by key. is_kept: whether
-    it keeps its version for now. num_losses: engines lost in a row, without a finished request in between.
-    """
-
-    name: str
-    actor: Any
-    policy_version: int
-    log: BusyLog
-    is_alive: bool = True
-    is_kept: bool = False
-    asks: dict[int, Ask] = field(default_factory=dict)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while the engine loads weights
-    num_losses: int = 0
-    lane: Lane[Ask, Collected] = field(init=False)
 
 
 class RolloutWorkers:
@@ -119,13 +60,9 @@ class RolloutWorkers:
         replaced: Callable[[str, str], None] | None = None,
         wave_seed: Callable[[Flight], int] | None = None,
     ):
-        self._context = context
         self._engines = engines
-        self._deadline_s = deadline_s
         self._rollouters = RunningRollouters(rollouter or SingleTurn(), asked=self._send_asked, finished=finished)
         self._begun = begun
-        self._calls = calls
-        self._newest = (manifest, version)
         self._took = took
         self._replaced = replaced
         self._wave_seed = wave_seed
@@ -135,13 +72,23 @@ class RolloutWorkers:
         self._unsent: list[Ask] = []  # requests that no worker may sample now
         self.num_replaced = 0
         self.workers = [
-            Worker(name, actor, version, log, is_alive=engines.is_ready(index))
+            Worker(
+                name,
+                actor,
+                version,
+                take=self._take,
+                log=log,
+                deadline_s=deadline_s,
+                batch_size=SUBMIT_REQUESTS if wave_seed is None else None,
+                is_alive=engines.is_ready(index),
+            )
             for index, (name, actor, log) in enumerate(
                 zip(engines.names, engines.actors, engines.logs.values(), strict=True)
             )
         ]
-        for worker in self.workers:
-            worker.lane = self._lane_to(worker)
+        self.weights = WorkerWeights(
+            context, self.workers, calls=calls, manifest=manifest, version=version, taken=self._has_taken
+        )
 
     @property
     def oldest_version(self) -> int:
@@ -163,12 +110,7 @@ class RolloutWorkers:
                 self._rollouters.forget(order)
             for worker in self.workers:
                 worker.log.flush()
-            await asyncio.gather(*(self._leave(worker) for worker in self.workers), return_exceptions=True)
-
-    async def _leave(self, worker: Worker) -> None:
-        """Remove our requests from the engine, which may serve another caller next."""
-        if worker.is_alive:
-            await worker.lane.leave(worker.actor.forget.remote)
+            await asyncio.gather(*(worker.leave() for worker in self.workers), return_exceptions=True)
 
     # ------------------------------------------------------------------ groups
 
@@ -189,11 +131,7 @@ class RolloutWorkers:
         self._asked = [turn for turn in self._asked if turn.flight is not flight]
         self._unsent = [ask for ask in self._unsent if ask.flight is not flight]
         for worker in self.workers:
-            keys = [key for key in flight.keys if worker.asks.pop(key, None) is not None]
-            if keys:
-                worker.lane.withdraw(lambda ask: ask.flight is flight)
-                if worker.is_alive:
-                    worker.actor.cancel.remote(keys)
+            worker.cancel(flight)
         return flight
 
     # ------------------------------------------------------------------ turns
@@ -243,76 +181,17 @@ class RolloutWorkers:
         worker = worker or min(able, key=lambda worker: len(worker.asks))
         ask.began_s = ask.began_s or time.time()
         flight.began_s = flight.began_s or ask.began_s
-        for turn in ask.turns:
-            turn.worker = worker.name
-        worker.asks[ask.key] = ask
-        worker.lane.send(ask)
+        worker.send(ask)
 
     def _send_waiting(self) -> None:
         unsent, self._unsent = self._unsent, []
         for ask in unsent:
             self._send(ask)
 
-    # ------------------------------------------------------------------ weights
-
-    def update(self, manifest: Manifest, version: int) -> Coroutine[Any, Any, None]:
-        """Have every worker load a version. A worker whose engine is being replaced loads it when the engine starts,
-        and a worker that is kept at its version loads it when it is released.
-        """
-        assert self._calls is not None
-        self._newest = (manifest, version)  # set before anything is awaited: a replaced engine then loads this version
-        return self._update_all(self._calls(manifest, version))
-
-    async def _update_all(self, calls: UpdateCalls) -> None:
-        for together in calls:
-            await asyncio.gather(*(self._update(self.workers[index], arguments) for index, arguments in together))
-
-    async def _update(self, worker: Worker, arguments: dict[str, Any]) -> None:
-        async with worker.lock:
-            version = arguments["policy_version"]
-            if not worker.is_alive or worker.is_kept or worker.policy_version >= version:
-                return
-            try:
-                began, ended = await self._await_busy(worker, worker.actor.update_weights.remote(**arguments))
-            except Exception as error:
-                if not is_loss(error):
-                    raise
-                worker.lane.fail(error)  # the lane may have nothing to send by which it would find out
-                return
-            worker.policy_version = version
-        self._has_taken(worker)
-        self._context.busy(worker.name, "update_weights", start=began, end=ended)
-        self._send_waiting()
-
-    async def settled(self) -> None:
-        """Wait until no engine is loading weights. The trainer may then overwrite those before the newest."""
-        while busy := [worker for worker in self.workers if worker.lock.locked()]:
-            async with busy[0].lock:
-                pass
-
-    def newest(self) -> Worker | None:
-        """The worker with the newest version among those that are not loading weights; None if there is none."""
-        able = [worker for worker in self.workers if worker.is_alive and not worker.lock.locked()]
-        return max(able, key=lambda worker: worker.policy_version, default=None)
-
-    async def release(self, worker: Worker) -> None:
-        """End the keeping of a worker, and have it load the newest weights."""
-        worker.is_kept = False
-        arguments = self._newest_for(worker)
-        if arguments is not None:
-            await self._update(worker, arguments)
-
-    def _newest_for(self, worker: Worker) -> dict[str, Any] | None:
-        """The arguments of the call by which a worker loads the newest weights; None if weights never change."""
-        manifest, version = self._newest
-        if self._calls is None or manifest is None:
-            return None
-        calls = [call for together in self._calls(manifest, version) for call in together]
-        return dict(calls)[self.workers.index(worker)]
-
     def _has_taken(self, worker: Worker) -> None:
         if self._took is not None:
             self._took(worker.name, worker.policy_version)
+        self._send_waiting()
 
     # ------------------------------------------------------------------ requests and pieces
 
@@ -331,16 +210,6 @@ class RolloutWorkers:
                 if not is_loss(cause):
                     raise cause from None
 
-    def _lane_to(self, worker: Worker) -> Lane[Ask, Collected]:
-        return Lane(
-            lambda asks: worker.actor.submit.remote([(ask.key, ask.rest()) for ask in asks]),
-            lambda: worker.actor.collect.remote(COLLECT_S),
-            lambda collected: self._take(worker, *collected),
-            deadline_s=3 * self._deadline_s,
-            name=lambda: f"{worker.name} (policy version {worker.policy_version})",
-            batch_size=SUBMIT_REQUESTS if self._wave_seed is None else None,
-        )
-
     def _take(self, worker: Worker, pieces: list[Piece], now: float) -> None:
         grown: dict[int, Flight] = {}
         for piece in pieces:
@@ -352,18 +221,13 @@ class RolloutWorkers:
             if piece.finish_reason:
                 self._rollouters.can_go_on(turn.session)
             if piece.finish_reason and ask.is_finished:
-                self._end(worker, ask, now)
+                worker.end(ask, now)
                 grown.pop(ask.flight.order, None)
             else:
                 grown[ask.flight.order] = ask.flight
         if self._begun is not None:
             for flight in grown.values():
                 self._begun(flight)
-
-    def _end(self, worker: Worker, ask: Ask, now: float) -> None:
-        del worker.asks[ask.key]
-        worker.num_losses = 0
-        worker.log.add(ask.began_s, now)
 
     async def _sample_waves(self, worker: Worker, wave_seed: Callable[[Flight], int]) -> None:
         """Sample waves. The seed of a wave depends only on its first group and turn, not on what happened before."""
@@ -372,24 +236,18 @@ class RolloutWorkers:
             first = asks[0].turns[0]
             seed = (wave_seed(first.flight) + TURN_SEEDS * first.number) % 2**31
             wave = worker.actor.generate_wave.remote([ask.rest() for ask in asks], seed)
-            replies, _, ended = await self._await_busy(worker, wave)
+            replies, _, ended = await worker.await_busy(wave)
             for ask, completions in zip(asks, replies, strict=True):
                 for turn, completion in zip(ask.waiting, completions, strict=True):
                     turn.finish(completion, ended)
                     self._rollouters.can_go_on(turn.session)
-                self._end(worker, ask, ended)
-
-    async def _await_busy(self, worker: Worker, call: Any) -> Any:
-        """The result of a long call. Raises TimeoutError if the engine does not answer a heartbeat meanwhile."""
-        name = f"{worker.name} (policy version {worker.policy_version})"
-        return await await_with_heartbeat(call, worker.actor.pids.remote, 3 * self._deadline_s, name=name)
+                worker.end(ask, ended)
 
     # ------------------------------------------------------------------ a lost engine
 
     async def _replace(self, worker: Worker, cause: BaseException) -> None:
         """Replace a worker's engine. Its turns continue where they stand, on the first worker that may sample them."""
-        worker.is_alive = worker.is_kept = False
-        worker.num_losses += 1
+        self._unsent += worker.lose()
         self.num_replaced += 1
         reason = reason_of(cause)
         if worker.num_losses >= MAX_CONSECUTIVE_LOSSES:
@@ -398,15 +256,6 @@ class RolloutWorkers:
             ) from cause
         if self._replaced is not None:
             self._replaced(worker.name, reason)
-        self._unsent += worker.asks.values()
-        worker.asks, worker.lane = {}, self._lane_to(worker)
         self._send_waiting()
-        index = self.workers.index(worker)
-        worker.name, worker.actor = await self._engines.replace(index, cause)
-        async with worker.lock:  # `settled` waits for the lock, so that the trainer does not overwrite these weights
-            if (arguments := self._newest_for(worker)) is not None:
-                await self._await_busy(worker, worker.actor.update_weights.remote(**arguments))
-                worker.policy_version = arguments["policy_version"]
-            worker.is_alive = True
-        self._has_taken(worker)
-        self._send_waiting()
+        worker.name, worker.actor = await self._engines.replace(self.workers.index(worker), cause)
+        await self.weights.begin(worker)

@@ -331,7 +331,7 @@ class Controller:
         # The trainer writes weights to two segments of memory in turn. So all engines must have taken one version
         # before the trainer writes the version after the next.
         await self._finish_update()
-        self._update = self._tasks.create_task(self._workers.update(manifest_of(result), step + 1))
+        self._update = self._tasks.create_task(self._workers.weights.update(manifest_of(result), step + 1))
         self._book.trained(groups, step)
         ages_s = [now - since for since in batch.ready_since]
         metrics = self._tally.values(step, groups, ages_s=ages_s, waited_s=now - waiting, trained=result.metrics)
@@ -348,7 +348,7 @@ class Controller:
     async def _finish_update(self) -> None:
         if self._update is not None:
             await self._update
-        await self._workers.settled()
+        await self._workers.weights.settled()
 
     # ------------------------------------------------------------------ what is told
 

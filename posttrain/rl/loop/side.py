@@ -37,7 +37,8 @@ from posttrain.rl.records import Group, LedgerEvent, ScoredGroup, group_of_fligh
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
-from posttrain.sampling.workers import RolloutWorkers, Worker
+from posttrain.sampling.worker import Worker
+from posttrain.sampling.workers import RolloutWorkers
 
 LOW_PRIORITY = 1  # vLLM starts requests with a lower number first; those of the training have 0
 
@@ -224,7 +225,7 @@ class SideWork:
             # The worker was lost, and its requests with it, so this evaluation ends without a result.
             self._evaluation, self._last_evaluated = None, running.last
             self._sent = {order: sent for order, sent in self._sent.items() if sent.evaluation is not running}
-        worker = self._workers.newest()
+        worker = self._workers.weights.newest()
         if worker is None or not is_due(self._evaluation_config, worker.policy_version, self._last_evaluated):
             return
         worker.is_kept = True
@@ -244,7 +245,7 @@ class SideWork:
         running.num_sampled += 1
         if running.num_sampled == len(self._heldout):
             self._evaluation = None
-            await self._workers.release(running.worker)
+            await self._workers.weights.release(running.worker)
         running.scored[number] = scored = await score_group(group, self._scorer, self._config)
         self._counts["evaluated_unscored"] += scored.rewards.count(None)
         if self._evaluation_config is not None and len(running.scored) == len(self._heldout):

@@ -1,0 +1,62 @@
+"""What a vLLM engine is started with: the environment variables of its process, and the arguments of the engine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from posttrain.compat import vllm as compat
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.model.length import engine_length
+from posttrain.sampling.kv_memory import cpu_kv_cache_bytes
+
+# vLLM reads these when it is imported. One OpenMP thread a process: two in contention cost a factor of ten.
+ENGINE_ENV = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TQDM_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def engine_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str, Any]:
+    """The keyword arguments of vLLM's AsyncEngineArgs for this model and configuration."""
+    arguments: dict[str, Any] = {
+        "model": model.path,
+        "dtype": model.dtype,
+        "max_model_len": engine_length(engine, model.path),
+        "max_num_seqs": engine.max_num_seqs,
+        "tensor_parallel_size": engine.tensor_parallel,
+        "gpu_memory_utilization": engine.gpu_memory_fraction,
+        "enforce_eager": engine.enforce_eager,
+        "enable_prefix_caching": engine.prefix_caching,
+        "logprobs_mode": "processed_logprobs",  # of the very distribution that tokens are drawn from, as RL needs
+        "worker_extension_cls": "posttrain.sampling.vllm_extension.WorkerExtension",
+        "weight_transfer_config": {"backend": "shm"},
+        "stream_interval": engine.stream_interval,
+        "generation_config": "vllm",  # ignore the folder's generation_config.json: requests say how to sample
+        "disable_log_stats": True,
+        "seed": 0,
+        "trust_remote_code": False,
+    }
+    if engine.kv_cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
+    return {**arguments, **compat.keep_attention_temperature(read_model_config(model.path))}
+
+
+def cpu_cache_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str, int]:
+    """The further argument of an engine on a CPU: the size of its KV cache, if the configuration gives none."""
+    if engine.kv_cache_gib is not None:
+        return {}
+    length = engine_length(engine, model.path)
+    size = cpu_kv_cache_bytes(read_model_config(model.path), model.dtype, engine, length=length)
+    return {"kv_cache_memory_bytes": size}
+
+
+def read_model_config(path: str) -> dict[str, Any]:
+    """The text part of a model folder's config.json."""
+    config = json.loads((Path(path) / "config.json").read_text())
+    return config.get("text_config", config)
