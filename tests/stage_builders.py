@@ -678,7 +678,7 @@ def rl_controller(config: Any) -> Any:
     from posttrain.rl.stage import restarts_left
 
     controller = _controller(config)
-    due = [version for version in range(200) if controller._checkpoints.is_due(version)]
+    due = [version for version in range(200) if controller._steps._checkpoints.is_due(version)]
     queue = controller._book._queue
     room = [queue.room(version) for version in range(4)]
     capabilities = []
@@ -689,8 +689,8 @@ def rl_controller(config: Any) -> Any:
     waits = controller._workers.workers[0].lane._deadline_s, controller._workers._wave_seed is not None
     built = (
         _pool(controller._scorer),
-        controller._request(_drawn()[0]),
-        controller._book._idle_limit,
+        controller._dispatch.request(_drawn()[0]),
+        controller._book._idle.limit,
         due,
         room,
         capabilities,

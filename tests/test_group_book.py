@@ -21,11 +21,11 @@ from posttrain.rl.grading.groups import drop_reason
 from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.history.recovery import survivors
-from posttrain.rl.loop.group_book import Admission, GroupBook
+from posttrain.rl.loop.group_book import GroupBook
 from posttrain.rl.loop.staleness import StalenessQueue
 from posttrain.rl.loop.tally import StepTally
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import DropReason, Group, LedgerEvent, ScoredGroup
+from posttrain.rl.records import Admission, DropReason, Group, LedgerEvent, ScoredGroup
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.rollouts import UNBEGUN, Reply, make_rollout

@@ -1,4 +1,4 @@
-"""The records of RL: a prompt that was drawn, the group of its rollouts, and the group with rewards and advantages."""
+"""The records of RL: a group that is admitted, its rollouts, its rewards and advantages, and a batch of groups."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -64,6 +64,19 @@ class Drop(Struct, frozen=True):
         return f"{self.reason}:{self.detail}" if self.detail else str(self.reason)
 
 
+class Admission(Struct, frozen=True):
+    """A group that was admitted by the queue and is to be sampled now.
+
+    stamp: the oldest policy version that may sample for it. recorded: the replies as far as they were sampled before a
+    crash, or ().
+    """
+
+    order: int
+    stamp: int
+    prompt: DrawnPrompt
+    recorded: tuple[Reply, ...] = ()
+
+
 class Group(Struct, frozen=True):
     """The G rollouts of one prompt. order: the group's place in the order of dispatch, from 0."""
 
@@ -99,6 +112,13 @@ class ScoredGroup(Struct, frozen=True):
     def scored_rewards(self) -> list[float]:
         """The rewards that are known."""
         return [reward for reward in self.rewards if reward is not None]
+
+
+class Batch(Struct, frozen=True):
+    """The groups of one optimizer step, in dispatch order. ready_since: the Unix time at which each was ready."""
+
+    groups: list[ScoredGroup]
+    ready_since: list[float]
 
 
 def make_group(

@@ -1,14 +1,16 @@
-"""An alarm for when too many rollouts cannot be scored.
+"""Notices that a run gets nowhere: too many rollouts cannot be scored, or group after group teaches nothing.
 
-Then the reward function itself is at fault, and the rollouts that it can still score are no fair sample to train on.
+If many cannot be scored, the reward function itself is at fault, and the rollouts that it can still score are no fair
+sample to train on. If groups teach nothing, the prompts are too hard or too easy, or the reward is at fault.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
 
+from posttrain.errors import StageError
 from posttrain.metrics.unscored import Failure, Unscored
-from posttrain.rl.records import ScoredGroup
+from posttrain.rl.records import Drop, ScoredGroup
 
 
 class UnscoredAlarm:
@@ -47,6 +49,25 @@ class UnscoredAlarm:
     def _count(self, scored: ScoredGroup, sign: int) -> None:
         self._num_rollouts += sign * len(scored.rewards)
         self._num_unscored += sign * scored.rewards.count(None)
+
+
+class IdleLimit:
+    """Ends a run in which `limit` groups in a row are dropped for their rewards."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._in_a_row = 0
+
+    def observe(self, scored: ScoredGroup, reason: Drop | None) -> None:
+        """A group was scored, and dropped if there is a reason. Raises StageError if it was one too many."""
+        self._in_a_row = self._in_a_row + 1 if reason is not None else 0
+        if self._in_a_row >= self.limit:
+            rewards = dict(Counter(scored.rewards))
+            why = Counter(scored.reasons).most_common(1)[0][0]
+            raise StageError(
+                f"{self.limit} groups in a row taught nothing (the last: {reason}, rewards {rewards}, most often "
+                f"{why!r}); choose prompts of other difficulty (profile.band) or look at the reward"
+            )
 
 
 def unscored_of(groups: Iterable[ScoredGroup]) -> Unscored:

@@ -20,13 +20,12 @@ or lose one.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from posttrain.context import StageContext
 from posttrain.errors import StageError
-from posttrain.rl.grading.alarm import UnscoredAlarm
+from posttrain.rl.grading.alarm import IdleLimit, UnscoredAlarm
 from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.groups import drop_reason, passes_and_failures
 from posttrain.rl.history.archive import RolloutArchive
@@ -36,7 +35,8 @@ from posttrain.rl.loop.staleness import StalenessQueue
 from posttrain.rl.loop.tally import StepTally
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.records import (
-    DrawnPrompt,
+    Admission,
+    Batch,
     Drop,
     DropReason,
     Group,
@@ -46,29 +46,6 @@ from posttrain.rl.records import (
     group_of_flight,
 )
 from posttrain.sampling.rollouter import Flight
-from posttrain.sampling.rollouts import Reply
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """A group that was admitted by the queue and is to be sampled now.
-
-    stamp: the oldest policy version that may sample for it. recorded: the replies as far as they were sampled before a
-    crash, or ().
-    """
-
-    order: int
-    stamp: int
-    prompt: DrawnPrompt
-    recorded: tuple[Reply, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The groups of one optimizer step, in dispatch order. ready_since: the Unix time at which each was ready."""
-
-    groups: list[ScoredGroup]
-    ready_since: list[float]
 
 
 @dataclass(slots=True)
@@ -113,11 +90,10 @@ class GroupBook:
         self._source = source
         self._version = version  # the version at which the next batch will be trained on
         self._alarm = UnscoredAlarm(config.reward.alarm_fraction, queue.groups_per_step)
-        self._idle_limit = idle_steps * queue.groups_per_step
+        self._idle = IdleLimit(idle_steps * queue.groups_per_step)
         self._undecided: dict[int, _Undecided] = {}
         self._too_old_for_scores: set[int] = set()  # groups that became too old while they were scored
         self._returning: dict[int, Entry] = {}  # groups from before a crash that wait for a place, to be sampled again
-        self._dropped_in_a_row = 0
         self._archived_seq = 0
 
     # ------------------------------------------------------------------ what is known
@@ -233,12 +209,11 @@ class GroupBook:
         counts = passes_and_failures(scored, self._config.reward.correct_threshold)
         self._source.observe(scored.group.prompt.row.id, *counts)
         if reason is None:
-            self._dropped_in_a_row = 0
             undecided.scored, undecided.ready_since = scored, time.time()
             self._queue.ready(order)
         else:
             self._drop(order, reason, scored)
-            self._count_idle(scored, reason)
+        self._idle.observe(scored, reason)
 
     # ------------------------------------------------------------------ groups that are not trained on
 
@@ -278,17 +253,6 @@ class GroupBook:
         self._ledger.dropped(order, str(reason))
         if scored is not None:
             self._archive.add(scored, step=None, trainer_version=self._version, status=f"dropped:{reason}")
-
-    def _count_idle(self, scored: ScoredGroup, reason: Drop) -> None:
-        self._dropped_in_a_row += 1
-        limit = self._idle_limit
-        if self._dropped_in_a_row >= limit:
-            rewards = dict(Counter(scored.rewards))
-            why = Counter(scored.reasons).most_common(1)[0][0]
-            raise StageError(
-                f"{limit} groups in a row taught nothing (the last: {reason}, rewards {rewards}, most often {why!r}); "
-                "choose prompts of other difficulty (profile.band) or look at the reward"
-            )
 
     # ------------------------------------------------------------------ groups that are trained on
 

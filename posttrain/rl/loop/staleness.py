@@ -9,10 +9,8 @@ Words. The version of the trainer is the number of optimizer steps that it has m
 batch that is trained on at version v. The staleness of a token is the version at which it is trained on, minus the
 version that sampled it. A group is undecided from its admission until it is trained on or dropped.
 
-Places. A batch consists of `groups_per_step` places. Each place belongs to a capability, by the shares of the mixture
-(quotas.py). A group needs a free place to be admitted. If the group is dropped, its place becomes free for another
-group of the same capability. After a place has been refilled `refills` times and lost its group again, it is given to
-another capability. So a capability whose prompts teach nothing cannot hold up a batch for ever.
+Places. A batch consists of `groups_per_step` places, each of one capability. A group needs a free place to be admitted.
+What becomes of the place of a dropped group is explained in places.py.
 
 The bound. A group is stamped at its admission with the oldest version that an engine may still sample with. No token
 of the group can be older than its stamp. So the last batch that may contain the group is that of version
@@ -58,6 +56,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from posttrain.rl.loop.places import BatchPlaces, Place
 from posttrain.rl.prompts.quotas import places
 from posttrain.rl.records import DropReason
 
@@ -65,19 +64,11 @@ Mode = Literal["pace", "wait", "drop"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """A place of a batch, the capability that it belongs to, and how often it has been refilled."""
-
-    capability: str
-    refills: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class _Undecided:
     """A group that is neither trained on nor dropped. Its stamp and place are explained at the top of this file."""
 
     stamp: int
-    place: _Place | None  # None for a spare
+    place: Place | None  # None for a spare
     capability: str
     is_ready: bool = False
 
@@ -104,19 +95,13 @@ class StalenessQueue:
     ):
         self._batch = groups_per_step
         self._max_staleness = max_staleness
-        self._shares = shares
-        self._refills = refills
+        self._places = BatchPlaces(groups_per_step, shares, refills=refills, version=version)
         self._mode = mode
         self._most_spares = 0 if max_staleness else int(over_provision * groups_per_step)
         self._spares_coming = places(shares)
         self._drop_rate = 0.0
         self._decided: Counter[bool] = Counter()  # groups since the last batch, by whether they were dropped
         self._version = version  # the version of the next batch
-        self._coming = places(shares, version * groups_per_step)
-        self._num_given = version * groups_per_step
-        self._places: dict[int, Counter[str]] = {}  # by version, for each batch that is not taken yet
-        self._free: list[_Place] = []
-        self._lent: Counter[str] = Counter()
         self._undecided: dict[int, _Undecided] = {}
         self._num_ready = 0
         self._next_order = first_order
@@ -144,7 +129,7 @@ class StalenessQueue:
     @property
     def num_lent(self) -> int:
         """Places that have gone to another capability than the mixture's."""
-        return self._lent.total()
+        return self._places.num_lent
 
     @property
     def next_order(self) -> int:
@@ -165,7 +150,7 @@ class StalenessQueue:
             if engine_version + self._max_staleness < self._version:
                 return 0  # the group would be past its last chance at once
             version = self._version
-        return max(0, (version + self._max_staleness + 1) * self._batch - self._num_given + len(self._free))
+        return self._places.num_left(version + self._max_staleness)
 
     def _spares_left(self) -> int:
         if not self._most_spares:
@@ -185,11 +170,7 @@ class StalenessQueue:
         The group becomes a spare if there is no place for it. choose: returns, for a capability, the order of a group
         that was admitted before a crash and has no place yet, or None if there is none.
         """
-        place = None
-        if self._places_left(engine_version):
-            if not self._free:
-                self._give_place()
-            place = self._free.pop()
+        place = self._places.take() if self._places_left(engine_version) else None
         capability = place.capability if place is not None else next(self._spares_coming)
         order = choose(capability) if choose is not None else None
         if order is None:
@@ -204,29 +185,12 @@ class StalenessQueue:
         All groups are adopted before any is admitted, in the order of their stamps, oldest first.
         """
         last_chance = stamp + self._max_staleness
-        end = (last_chance + 1) * self._batch
-        while last_chance >= self._version and self._num_given < end and not self._has_free(capability):
-            self._give_place()
-        if last_chance < self._version or not self._free:
+        place = self._places.take_for(capability, last_chance) if last_chance >= self._version else None
+        if place is None:
             return False
-        if not self._has_free(capability):
-            taken = self._free.pop()
-            self._move_place(taken.capability, capability)
-            self._free.append(_Place(capability))
-        index = next(index for index, place in enumerate(self._free) if place.capability == capability)
-        self._undecided[order] = _Undecided(stamp, self._free.pop(index), capability, is_ready)
+        self._undecided[order] = _Undecided(stamp, place, capability, is_ready)
         self._num_ready += is_ready
         return True
-
-    def _has_free(self, capability: str) -> bool:
-        return any(place.capability == capability for place in self._free)
-
-    def _give_place(self) -> None:
-        """Make the next place free, in the order of the batches."""
-        place = _Place(next(self._coming))
-        self._places.setdefault(self._num_given // self._batch, Counter())[place.capability] += 1
-        self._num_given += 1
-        self._free.append(place)
 
     def ready(self, order: int) -> None:
         """The group has been sampled and scored, and is worth training on."""
@@ -249,34 +213,14 @@ class StalenessQueue:
             if item.place is None and item.capability == place.capability
         )
         heir = min(spares, default=None) if self._most_spares else None
-        others = [name for name in self._shares if name != place.capability]
         if heir is not None:
-            self._undecided[heir] = replace(self._undecided[heir], place=_Place(place.capability, place.refills + 1))
-        elif place.refills < self._refills or not others:
-            self._free.append(_Place(place.capability, place.refills + 1))
+            self._undecided[heir] = replace(self._undecided[heir], place=place.refilled())
         else:
-            self._free.append(_Place(self._lend(place.capability, others)))
-
-    def _lend(self, capability: str, others: list[str]) -> str:
-        """Give a place of a capability to another one, and return its name.
-
-        It is the one that is furthest behind its share of all places that were given away so far. The place is the
-        capability's latest, because groups of the capability that are in flight may need the earlier ones.
-        """
-        total = self._lent.total() + 1
-        heir = max(others, key=lambda name: (self._shares[name] * total - self._lent[name], name))
-        self._lent[heir] += 1
-        self._move_place(capability, heir)
-        return heir
-
-    def _move_place(self, capability: str, heir: str) -> None:
-        last = max(version for version, counts in self._places.items() if counts[capability])
-        self._places[last][capability] -= 1
-        self._places[last][heir] += 1
+            self._places.give_back(place)
 
     def take(self, version: int) -> list[int] | None:
         """The groups of the batch of `version`, in dispatch order; None if the batch cannot be formed yet."""
-        wanted = self._places.get(version, Counter())
+        wanted = self._places.of_batch(version)
         # The controller asks after every change, so the cheap test comes first.
         if wanted.total() < self._batch or self._num_ready < self._batch:
             return None
@@ -299,7 +243,7 @@ class StalenessQueue:
         for order in batch:
             del self._undecided[order]
         self._num_ready -= len(batch)
-        del self._places[version]
+        self._places.close(version)
         self._version = version + 1
         if total := self._decided.total():
             self._drop_rate = (self._drop_rate + self._decided[True] / total) / 2
@@ -315,7 +259,7 @@ class StalenessQueue:
         room, num_due = 0, Counter(last_chances)
         for last_chance in range(version, version + self._max_staleness):
             if last_chance > version:
-                room += self._places.get(last_chance, Counter())[capability]
+                room += self._places.of_batch(last_chance)[capability]
             if sum(count for chance, count in num_due.items() if chance <= last_chance) > room:
                 return False
         return True

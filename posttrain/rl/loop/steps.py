@@ -1,0 +1,120 @@
+"""The loop of optimizer steps.
+
+book.take ──► trainer makes the step ──► engines load the new weights while the trainer makes the next step
+   ▲                                └──► book.trained ──► metrics ──► checkpoint, commit
+   └ waits here for generation, and nowhere else
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from posttrain.context import StageContext
+from posttrain.errors import StageError
+from posttrain.rl.grading.groups import over_batch
+from posttrain.rl.loop.checkpoints import Checkpoints
+from posttrain.rl.loop.group_book import GroupBook
+from posttrain.rl.loop.tally import StepTally
+from posttrain.rl.prompts.source import PromptSource
+from posttrain.rl.records import Batch, ScoredGroup
+from posttrain.rl.training.client import TrainerClient, manifest_of
+from posttrain.rl.training.config import TrainingConfig
+from posttrain.rl.training.evidence import keep_evidence
+from posttrain.rl.training.samples import train_samples
+from posttrain.sampling.workers import RolloutWorkers
+
+
+class Steps:
+    """Makes optimizer steps `first_step` to `config.steps` - 1.
+
+    max_staleness: the bound that every batch is checked against. changed: is set when a batch may have become complete,
+    and this loop sets it when there is room for new groups. tell: is called with the number of each step and its
+    metrics.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        context: StageContext,
+        trainer: TrainerClient,
+        *,
+        max_staleness: int,
+        first_step: int,
+        book: GroupBook,
+        workers: RolloutWorkers,
+        source: PromptSource,
+        tally: StepTally,
+        checkpoints: Checkpoints,
+        changed: asyncio.Event,
+        tell: Callable[[int, dict[str, Any]], None],
+    ):
+        self._config = config
+        self._context = context
+        self._trainer = trainer
+        self._max_staleness = max_staleness
+        self._book = book
+        self._workers = workers
+        self._source = source
+        self._tally = tally
+        self._checkpoints = checkpoints
+        self._changed = changed
+        self._tell = tell
+        self._update: asyncio.Task[None] | None = None
+        self.next_version = first_step  # the version at which the next batch will be trained on
+
+    async def run(self, tasks: asyncio.TaskGroup) -> None:
+        """Make all steps. tasks: for the updates of the engines, of which the last may still run at the end."""
+        while self.next_version < self._config.steps:
+            await self._one_step(tasks)
+
+    async def finish_update(self) -> None:
+        """Wait until every engine has the weights of the last step that was made."""
+        if self._update is not None:
+            await self._update
+        await self._workers.weights.settled()
+
+    async def _next_batch(self) -> Batch:
+        """Wait for the next batch. Training waits for generation only here."""
+        while True:
+            if (batch := self._book.take(self.next_version)) is not None:
+                return batch
+            await self._changed.wait()
+
+    async def _one_step(self, tasks: asyncio.TaskGroup) -> None:
+        waiting = time.time()
+        batch = await self._next_batch()
+        now = time.time()
+        step = self.next_version
+        groups = over_batch(batch.groups, self._config.advantage)
+        self._check_staleness(groups, step)
+        self.next_version = step + 1
+        self._book.drop_expired(self._workers.cancel)
+        # The batch has left the queue, so there is room for new groups while the trainer makes the step.
+        wake_all(self._changed)
+        samples = train_samples(groups, step)
+        result = await self._trainer.async_step(samples, step)
+        self._context.busy("trainer", "train", start=result.began, end=result.ended)
+        await keep_evidence(self._config, self._context.dir, self._trainer, samples=samples, nonfinite=result.nonfinite)
+        # The trainer writes weights to two segments of memory in turn. So all engines must have taken one version
+        # before the trainer writes the version after the next.
+        await self.finish_update()
+        self._update = tasks.create_task(self._workers.weights.update(manifest_of(result), step + 1))
+        self._book.trained(groups, step)
+        ages_s = [now - since for since in batch.ready_since]
+        metrics = self._tally.values(step, groups, ages_s=ages_s, waited_s=now - waiting, trained=result.metrics)
+        self._tell(step, {**metrics, **self._source.advance(step + 1, metrics["pass_rate"])})
+        if self._checkpoints.is_due(step + 1):
+            state = {"source": self._source.state(), **self._book.position()}
+            await self._checkpoints.write(step + 1, state, archived_seq=self._book.archived_seq)
+
+    def _check_staleness(self, groups: Sequence[ScoredGroup], step: int) -> None:
+        oldest = step - min(scored.group.oldest_version for scored in groups)
+        if oldest > self._max_staleness:
+            raise StageError(f"step {step}: a group is {oldest} versions old; the bound does not hold")
+
+
+def wake_all(changed: asyncio.Event) -> None:
+    """Let all go on that wait for this event now."""
+    changed.set()
+    changed.clear()
