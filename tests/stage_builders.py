@@ -517,7 +517,8 @@ def rl_loss(config: Any) -> Any:
     """On tokens whose probability rose and fell, a little and a lot, with advantages of both signs, in four replies."""
     import torch
 
-    from posttrain.rl.losses import LOSSES, LossInputs, batch_share
+    from posttrain.rl.losses import LOSSES, LossInputs
+    from posttrain.rl.objective import batch_share
 
     policy = [(0.9, 0.6), (0.3, 0.6), (0.5, 0.001), (0.7, 0.1), (0.5, 0.4), (0.4, 0.5), (0.1, 0.9), (0.62, 0.5)]
     logprobs = torch.tensor([*policy, *policy]).log()

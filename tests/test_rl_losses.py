@@ -16,7 +16,8 @@ from posttrain.rl.advantages import ADVANTAGES, is_zero
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import drop_reason, over_batch, overlong_penalty, scored_group
 from posttrain.rl.loss_config import CONSTANTS, LossConfig, ReferenceConfig
-from posttrain.rl.losses import LOSSES, LossInputs, batch_share, reference_kl
+from posttrain.rl.losses import LOSSES, LossInputs
+from posttrain.rl.objective import batch_share, reference_kl
 from posttrain.rl.records import Drop, DropReason, Group
 from posttrain.rl.training.samples import TrainSample, collate, micro_batches, train_samples
 from posttrain.rl.training.trainer import dealt, loss_inputs

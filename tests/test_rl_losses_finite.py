@@ -8,15 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.rl.loss_config import CONSTANTS, LossConfig, ReferenceConfig
-from posttrain.rl.losses import (
-    KL_ESTIMATORS,
-    LOSSES,
-    MAX_LOG_RATIO,
-    LossInputs,
-    batch_share,
-    ratio_of,
-    reference_kl,
-)
+from posttrain.rl.losses import LOSSES, MAX_LOG_RATIO, LossInputs, ratio_of
+from posttrain.rl.objective import KL_ESTIMATORS, batch_share, reference_kl
 
 # Log ratios of policy to sampler and of policy to reference. Both borders of fp32's exp, 88.7 and -103.9, lie within.
 LOG_RATIOS = st.one_of(

@@ -25,7 +25,8 @@ from posttrain.errors import ConfigError, StageError
 from posttrain.model.load import load_model
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.config import RlConfig
-from posttrain.rl.losses import LOSSES, LossInputs, batch_share
+from posttrain.rl.losses import LOSSES, LossInputs
+from posttrain.rl.objective import batch_share
 from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.evidence import keep_evidence, read_batch, stop_reason
 from posttrain.rl.training.protocol import SkippedUpdate

@@ -34,6 +34,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "rl": (
         ("loss_config", "advantages"),
         ("losses", "records"),
+        ("objective",),
         ("rollouts",),
         ("grading",),
         ("prompts",),

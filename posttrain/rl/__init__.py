@@ -3,6 +3,7 @@
     records.py                 drawn prompts, groups and scored groups
     loss_config.py             the loss and its constants, as keys of the config
     advantages.py losses.py    the two tables that a new rule is added to
+    objective.py               what a step minimises: a loss, divided once, an entropy bonus, a reference term
     rollouts/                  sampling rollouts from engines
     grading/                   rewards, advantages
     prompts/                   which prompts, how hard

@@ -28,7 +28,8 @@ from posttrain.parallel.export import export_model, folder_of_first_rank
 from posttrain.parallel.state import load_state, save_state
 from posttrain.parallel.tensors import read_weights, whole_tensors
 from posttrain.rl.loss_config import LossConfig
-from posttrain.rl.losses import LOSSES, LossInputs, LossOutputs, batch_share, ratio_of, reference_kl
+from posttrain.rl.losses import LOSSES, LossInputs, LossOutputs, ratio_of
+from posttrain.rl.objective import batch_share, reference_kl
 from posttrain.rl.rollouts.weights import publisher
 from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.policy import PAD_ID, load_token_policy, sample_logprobs
