@@ -7,7 +7,7 @@ _OPEN = re.compile(r"(?P<indent> {0,3})(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[^\s`
 
 
 class Block(NamedTuple):
-    """tag: the first word behind the fence, in lower case. text: without the fences, with `\\n` at line ends."""
+    """A fenced block. tag: the first word after the fence, in lower case. text: its lines, with `\\n` at line ends."""
 
     tag: str
     text: str
@@ -32,7 +32,10 @@ def fenced_blocks(text: str) -> list[Block]:
 
 
 def _end(lines: list[str], start: int, fence: str, *, indent: int) -> int | None:
-    """The line that closes the block: the same sign at least as often, not indented deeper, and no text behind it."""
+    """Index of the line that closes the block; None if there is none.
+
+    It has the sign of the opening fence at least as often, is not indented deeper, and has no other text.
+    """
     closing = re.compile(rf" {{0,{indent}}}{re.escape(fence[0])}{{{len(fence)},}}[ \t]*")
     return next((place for place in range(start, len(lines)) if closing.fullmatch(lines[place])), None)
 

@@ -92,7 +92,7 @@ def code(
 
 
 def _run_program(source: str, test: Mapping[str, object], limits: Limits) -> str:
-    """ "" if the program writes the expected output, else why not."""
+    """The reason why the program does not write the expected output; "" if it does."""
     result = run_python(source, str(test.get("stdin", "")).encode(), limits)
     if result.limit or result.exit_code:
         return _failure(result)
@@ -107,7 +107,7 @@ def _lines(output: str) -> list[str]:
 
 
 def _run_checks(source: str, groups: list[list[_Step]], limits: Limits) -> list[str]:
-    """For each test "" if all its steps hold, otherwise the reason. All tests share one run of the sandbox."""
+    """For each test the reason why one of its steps fails, "" if none does. All tests share one run of the sandbox."""
     outcomes = _run_steps(source, [step for group in groups for step in group], limits)
     found = []
     for group in groups:
@@ -146,7 +146,7 @@ def _literal(text: str) -> Any:
 
 
 def _same(value: object, expected: object) -> bool:
-    """Equality in which a tuple equals a list, since JSON has no tuples, True is not 1, and floats are rounded."""
+    """Equality in which a tuple equals a list (JSON has no tuples), True is not 1, and floats are rounded."""
     if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
         return len(value) == len(expected) and all(map(_same, value, expected))
     if isinstance(value, Mapping) and isinstance(expected, Mapping):
@@ -230,5 +230,5 @@ def _failure(result: SandboxResult) -> str:
 
 
 def _named(error: str) -> str:
-    """An exception's text as a reason; an exception that reports a limit becomes "limit"."""
+    """The reason for an exception's text: "limit" if it reports a limit, else the text."""
     return _LIMIT if limit_of_error(error.removeprefix(_PROGRAM)) else error[:200]

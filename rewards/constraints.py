@@ -43,7 +43,7 @@ def _phrases(value: Any) -> list[str]:
 
 
 def _same_case(text: str, wanted: bool, cased: str) -> bool:
-    """Whether the text has letters, and all are in that case. With `wanted: false`, whether that is not so."""
+    """Whether the text has letters and equals `cased`. With `wanted: false`, the opposite."""
     return (any(letter.isalpha() for letter in text) and text == cased) == bool(wanted)
 
 

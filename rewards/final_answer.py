@@ -20,7 +20,7 @@ def marked_answer(rollout: Rollout, marker: str = MARKER) -> tuple[str | None, s
 def final_answer(rollout: Rollout, row: Row, marker: str = MARKER) -> RewardResult:
     """1 if the reply ends its turn, has exactly one marker, and what follows it is the row's answer.
 
-    marker: the text that announces the answer. Raises ValueError where the row has no answer.
+    marker: the text that announces the answer. Raises ValueError for a row without an answer.
     """
     if row.answer is None:
         raise ValueError(f"row {row.id} has no answer to compare with")

@@ -47,7 +47,7 @@ _UNIT = re.compile(
 
 
 def warm_up() -> None:
-    """Import what comparing needs, so that the first score need not wait for it."""
+    """Import the slow modules that comparisons need, so that the first score does not wait for them."""
     same_answer(parse_answer("\\sqrt{2}x"), parse_answer("x\\sqrt{2}"))
 
 
@@ -94,7 +94,7 @@ def stated_answers(text: str) -> list[str]:
 
 
 def _from_line(rest: str) -> list[str]:
-    """The answer at the beginning of what follows a mark, without the reasons that are given for it."""
+    """The answer at the beginning of the text after a mark, without the reasons that follow it."""
     display = re.match(r"(?:\\\[|\$\$)(.+?)(?:\\\]|\$\$)", rest, re.DOTALL)
     line = display[0] if display else rest.split("\n")[0]
     while filler := _FILLERS.match(line):
@@ -116,7 +116,7 @@ def _from_line(rest: str) -> list[str]:
 
 
 def _masked(line: str) -> str:
-    """The line with its formulas masked, so that no word in them is taken for a word of the sentence."""
+    """The line with its formulas masked, so that no word in a formula counts as a word of the sentence."""
     return _FORMULA.sub(lambda match: "#" * len(match[0]), line)
 
 
@@ -157,7 +157,10 @@ def _same(gold: str, reply: str) -> bool:
 
 
 def _is_hedged(text: str) -> bool:
-    """Whether the text is unsure of its answer, as "4 or so" is. It gets 0 even if the gold answer is the same text."""
+    """Whether the text is unsure of its answer, such as "4 or so".
+
+    It gets 0 even if the gold answer is the same text.
+    """
     return bool(re.search(r"\b(?:or|but)\s+(?:so|maybe|perhaps)\b", text))
 
 

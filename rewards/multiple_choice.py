@@ -31,11 +31,11 @@ _SHOWN = re.compile(r"\*\*\s*\(?([A-Z])\)?(?:[.:)][^*\n]*)?\s*\*\*|\(([A-Z])\)")
 def multiple_choice(rollout: Rollout, row: Row, num_choices: int = 26) -> RewardResult:
     """1 if the reply names the row's letter, and no other, as its answer.
 
-    Named: after "answer is", "answer:" or "option is", in `\\boxed{}` or `<answer>`; without these, as the beginning of
-    a reply of one line ("B", "(B) red"), as its last line, or as the only letter in bold or brackets. Text inside
-    `<think>` does not count. The row's `choices` (a list in its fields, also as JSON text or as {label, text}), else
-    `num_choices`, says which letters there are. Its answer is a letter, the place of a choice from 0 on, or the text of
-    a choice. Raises ValueError where it is none of them.
+    A letter is named after "answer is", "answer:" or "option is", in `\\boxed{}` or `<answer>`. In a reply without any
+    of these, it is named as the beginning of a reply of one line ("B", "(B) red"), as the last line, or as the only
+    letter in bold or brackets. Text inside `<think>` does not count. The letters are those of the row's `choices` (a
+    list in its fields, also as JSON text or as {label, text}), else the first `num_choices`. The row's answer is a
+    letter, the index of a choice from 0, or the text of a choice; for any other answer ValueError is raised.
     """
     labels, texts = _choices(row.fields.get("choices"), num_choices)
     gold = _gold(row.answer, labels, texts)
@@ -105,7 +105,7 @@ def _is_letter(text: str, place: int, letters: str, *, first: bool) -> bool:
 
 
 def _choices(choices: object, num_choices: int) -> tuple[str, list[str]]:
-    """The letters that there are, and the texts of the choices where they are known."""
+    """The possible letters, and the texts of the choices (empty if they are unknown)."""
     if isinstance(choices, str):
         try:
             choices = json.loads(choices)

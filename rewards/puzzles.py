@@ -19,8 +19,8 @@ _NUMBER_OR_SIGN = re.compile(r"\s*([0-9]{1,9}|[+-])", re.ASCII)
 def puzzles(rollout: Rollout, row: Row) -> RewardResult:
     """1 if the reply ends its turn, has exactly one "Answer:", and the answer solves the row's puzzle.
 
-    Countdown rows (`family: countdown`): `numbers`, each to be used once in a sum or difference that makes `target`.
-    Every other family: the text equals the row's `answer`.
+    For rows with `family: countdown`, the answer is a sum or difference that uses each of `numbers` once and equals
+    `target`. For every other family, the answer is the text of the row's `answer`.
     """
     answer, reason = marked_answer(rollout, MARKER)
     if answer is None:
@@ -45,7 +45,7 @@ def _countdown(answer: str, row: Row) -> RewardResult:
 
 
 def parse_sum(text: str) -> list[int] | None:
-    """The signed terms of `a + b - c`, or None where the text is anything else. The first term takes no sign."""
+    """The signed terms of `a + b - c`; None for any other text. The first term must not have a sign."""
     if len(text) > _MAX_CHARS:
         return None
     terms: list[int] = []

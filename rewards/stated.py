@@ -1,4 +1,4 @@
-"""Finds where a reply states its answer: after its reasoning, in a box or a tag, or after words such as "answer is"."""
+"""Finds the places where a reply states its answer: in a box, in a tag, or after words such as "answer is"."""
 
 import re
 
@@ -16,7 +16,7 @@ MARK = re.compile(
 
 
 def without_reasoning(text: str) -> str:
-    """The text without the reasoning in `<think>`, where nothing counts as an answer, even if the block never ends."""
+    """The text without the reasoning in `<think>`, even if that block never ends. Reasoning states no answer."""
     text = _THOUGHT.sub("\n", text)
     return _OPEN.sub("", _CLOSE.sub("", text))
 
@@ -46,7 +46,7 @@ def tagged(text: str) -> list[str]:
 
 
 def marked(text: str) -> list[str]:
-    """What follows each mark, up to the next mark: the rest of its line, or else the next lines."""
+    """The text after each mark, up to the next mark: the rest of its line, or if that is empty the next lines."""
     found = []
     marks = list(MARK.finditer(text))
     for number, mark in enumerate(marks):

@@ -17,8 +17,8 @@ _TAGS = {"json", "jsonc", "json5", "jsonl"}
 def valid_json(rollout: Rollout, row: Row, schema: dict[str, Any] | None = None) -> RewardResult:
     """1 if the reply, or its only block of JSON, is JSON that fits the schema and equals the row's answer, if any.
 
-    schema: a JSON schema for every row; a row's own `schema` field comes first. Strict JSON: no NaN, no key twice.
-    Raises ValueError where the schema itself is wrong.
+    schema: a JSON schema for all rows without a `schema` field of their own. JSON is read strictly: NaN and repeated
+    keys are wrong. Raises ValueError for a schema that is not valid.
     """
     text = without_reasoning(rollout.text)
     found = fenced_blocks(text)

@@ -2,8 +2,8 @@
 
 The stage's process reads the pairs, or mines them from the rollouts of an RL stage, and tokenizes them; TRL's own
 tokenization is turned off. The rest is done by `posttrain.tune` on ranks: load the model, train, measure how far the
-policy moved, write the model folder. The reference is the start policy, frozen. Pairs may be held out, and measure the
-training.
+policy moved, write the model folder. The reference is the start policy, frozen. Some pairs may be held out to measure
+the training.
 Left out: evaluation by a reward (a stage of its own).
 """
 
@@ -73,7 +73,7 @@ class Prepared:
 
 
 def prepare(config: DpoConfig, seed: int, context: StageContext | None = None) -> Prepared:
-    """Read or mine the pairs and check them."""
+    """Read or mine the pairs, check and tokenize them. Raises `DataError` for a bad pair or one that is too long."""
     from posttrain.parallel.engine import check_parallel
 
     check_parallel(config.parallel, config.model, config.lora)
@@ -107,7 +107,7 @@ def prepare(config: DpoConfig, seed: int, context: StageContext | None = None) -
 def hold_out(
     config: DpoConfig, pairs: list[Pair], context: StageContext | None = None
 ) -> tuple[list[Pair], list[Pair]]:
-    """The pairs that are trained on, and those that are held out."""
+    """(pairs that are trained on, pairs that are held out). Raises `DataError` for a held-out pair that is in both."""
     apart = config.held_out
     if apart is None:
         return pairs, []

@@ -1,8 +1,8 @@
-"""Compare two evaluations row by row, from the samples.jsonl that each wrote.
+"""Compares two evaluations row by row, from the samples.jsonl that each wrote.
 
-Only rows that are the same in both are compared: with the same id, prompt and answer. A row that could not be scored in
-one of the two counts in neither. Left out: the sampled replies; the reply of a row is its greedy one, or the first
-sample of an evaluation without greedy replies.
+Only rows with the same id, prompt and answer in both are compared. A row that could not be scored in one of the two is
+left out of both. One reply of each row is compared: the greedy reply, or the first sample if there is none. Left out:
+the other sampled replies.
 """
 
 import json
@@ -22,9 +22,9 @@ SAMPLES = "samples.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One evaluation. rows: its lines by what makes a row the same.
+    """One evaluation. rows: the lines of its samples.jsonl, by a key of id, prompt and answer.
 
-    reward: the name, arguments and threshold of its reward; {} if its config is not there.
+    reward: the name, arguments and threshold of its reward; {} if it has no config.yaml.
     """
 
     folder: Path
@@ -36,9 +36,9 @@ class Evaluation:
 class Entry:
     """Two evaluations in one capability, or over all.
 
-    rows: that were scored in both. right_a, right_b: how many of these each gets right. only_a, only_b: those that only
-    one gets right. p: McNemar's. accuracy, reward: how much higher the share of right rows, and the mean reward, is in
-    B.
+    rows: number of rows that were scored in both. right_a, right_b: number of these that A and B get right. only_a,
+    only_b: number that only A, or only B, gets right. p: of McNemar's exact test. accuracy, reward: B minus A, of the
+    share of right rows and of the mean reward.
     """
 
     rows: int
@@ -64,10 +64,10 @@ class Comparison:
 
 
 def find_evaluation(run: Path, stage: str | None) -> Path:
-    """The folder of an evaluation: in a run directory, of a stage's folder, or the folder itself.
+    """The folder of an evaluation. run: a run directory, the folder of a stage, or the folder of the evaluation itself.
 
-    stage: the stage whose model was evaluated, or an evaluation stage; None if the run has only one. Raises
-    `ConfigError` if there is none, or a choice is needed.
+    stage: the stage whose model was evaluated, or an evaluation stage; None if the run has only one evaluation. Raises
+    `ConfigError` if there is none, or if there are several and `stage` is None.
     """
     if (run / SAMPLES).is_file():
         return run
@@ -86,7 +86,7 @@ def find_evaluation(run: Path, stage: str | None) -> Path:
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Read what an evaluation wrote."""
+    """Read the samples.jsonl and the config.yaml in the folder of an evaluation."""
     rows = {_key(line): line for line in read_jsonl(folder / SAMPLES)}
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     reward = config.get("reward") or {}
@@ -101,13 +101,13 @@ def _key(line: Mapping[str, Any]) -> str:
 def compare(a: Evaluation, b: Evaluation, *, shared: bool = False, seed: int = 0) -> Comparison:
     """Compare evaluation B with evaluation A.
 
-    shared: if the rows differ, compare those that both have. Raises `DataError` if the rows differ and it is not set,
-    or if none is the same, and `ConfigError` if the two were scored in different ways.
+    shared: compare only the rows that both have. Without it, different rows are an error. seed: of the bootstrap.
+    Raises `DataError` if the rows differ (or none is the same), and `ConfigError` if the two used different rewards.
     """
     for name in a.reward if a.reward and b.reward else ():
         value, other = a.reward[name], b.reward[name]
         if value != other:
-            rule = f"got {value} in {a.folder} and {other} in {b.folder}, so that right does not mean the same in both"
+            rule = f"got {value} in {a.folder} and {other} in {b.folder}, so that right has two meanings"
             raise ConfigError(f"reward.{name}", [f"{rule}; evaluate both with one reward"])
     both = [key for key in a.rows if key in b.rows]
     only = len(a.rows) - len(both), len(b.rows) - len(both)

@@ -1,7 +1,7 @@
-"""Checks that no held-out problem is also in a training set, in whatever wording.
+"""Checks that no held-out problem is also in a training set, even in another form.
 
-Problems are compared by a key that each row carries and that is equal for two forms of one problem, such as "3 + 4" and
-"4 + 3". Only the author of the problems knows when two are the same.
+Problems are compared by a key in each row, which is equal for two forms of the same problem, such as "3 + 4" and
+"4 + 3". The author of the rows writes the key, because only the author knows which problems are the same.
 """
 
 import json
@@ -40,6 +40,6 @@ def _records(sets: Sequence[FilesConfig]) -> Iterator[tuple[str, dict[str, Any]]
 def _key(record: dict[str, Any], key_field: str, where: str) -> str:
     if record.get(key_field) is None:
         raise DataError(
-            f"{where}: no {key_field!r}, so nobody can tell whether it is held out; add the column, or change key_field"
+            f"{where}: no {key_field!r}, so no training set can be compared; add the column, or change key_field"
         )
     return json.dumps(record[key_field], sort_keys=True, ensure_ascii=False, default=str)

@@ -34,7 +34,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class PromptReplies:
-    """All replies to one prompt: the likeliest one, and independent samples."""
+    """All replies to one prompt: the greedy reply, and independent samples."""
 
     row: Row
     greedy: Reply | None
@@ -67,7 +67,7 @@ def eval_requests(
 
 
 def flights(asked: Sequence[tuple[str, Row, SampleRequest]]) -> list[Flight]:
-    """The requests as groups to be sampled, in order."""
+    """The requests as groups of rollouts to sample, in order."""
     return [
         Flight(order, 0, DrawnPrompt(row, None, Prompt(row.messages, request.prompt_ids)), request)
         for order, (_, row, request) in enumerate(asked)

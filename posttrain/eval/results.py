@@ -1,4 +1,4 @@
-"""From scored replies to results.json: rates by capability and over all, each with its 95% interval.
+"""Computes results.json from scored replies: rates by capability and over all, each with its 95% interval.
 
 Greedy accuracy is a share of yes-or-no outcomes, so its interval is Wilson's. pass@1 and pass@k are means over prompts,
 so their interval comes from a bootstrap that draws prompts. The entry "all" is over all prompts of the data together.
@@ -26,7 +26,7 @@ def results(
     """
     capabilities = sorted({item.row.capability for item in prompts})
     parts = {name: [item for item in prompts if item.row.capability == name] for name in capabilities}
-    # "all" is written last and wins over a capability that somebody named so.
+    # "all" is written last, so that it replaces a capability of the same name.
     parts["all"] = list(prompts)
     patterns = {name: re.compile(pattern) for name, pattern in observe.items()}
     return {name: _entry(part, k, threshold, patterns=patterns, seed=seed) for name, part in parts.items()}

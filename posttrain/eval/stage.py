@@ -4,7 +4,8 @@
 
 Each request is scored as soon as its replies are sampled, and the progress counts what is scored.
 
-Data, keys and the reward are checked before an engine starts. Left out: comparing two policies; the report does that.
+Data, keys and the reward are checked before an engine starts. Left out: comparing two policies, which the report and
+`posttrain compare` do.
 """
 
 import asyncio
@@ -90,7 +91,7 @@ async def _replies(
 def prepare(
     config: EvalConfig, context: StageContext | None = None
 ) -> tuple[list[Row], list[tuple[str, Row, SampleRequest]]]:
-    """The held-out rows, and what to ask about them. Raises DataError for a row that is wrong or not held out."""
+    """The held-out rows, and the requests for them. Raises DataError for a row that is wrong or not held out."""
     rows = load_rows(config.data, kind="prompt", stage="eval", context=context)
     check_fields(RewardSpec(config.reward.name, config.reward.args), rows)
     if config.key_field is not None:
@@ -115,7 +116,7 @@ def measure(prompts: Sequence[PromptReplies], config: EvalConfig, seed: int) -> 
 def report_unscored(
     pairs: Sequence[tuple[Rollout, Row]], scores: Sequence[Scored], config: EvalConfig, *, context: StageContext
 ) -> None:
-    """Say how many prompts could not be scored and why; if none could, the reward is broken and the stage fails."""
+    """Report how many prompts could not be scored, and why. Raises StageError if no reply has a score."""
     by_row: dict[str, list[Scored]] = {}
     for (_, row), scored in zip(pairs, scores, strict=True):
         by_row.setdefault(row.id, []).append(scored)

@@ -1,8 +1,9 @@
-"""A judge rates how hard each supervised row is; the hardest stay.
+"""The stage `filter`: a judge rates how hard each supervised row is, and the hardest rows are kept.
 
-pruning.py     which rows are removed before: duplicates, and text of evaluation sets
+config.py      the keys
+pruning.py     removes duplicates and text of evaluation sets before the judge reads them
 rating.py      the verdict on each row, from an earlier run or from the judge
-selection.py   which rows stay
+selection.py   chooses the rows to keep
 stage.py       the stage: rows in, kept.jsonl and dropped.jsonl out
 
 Public names are imported when they are first used, so that importing this package loads neither Ray nor torch.

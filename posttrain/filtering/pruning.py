@@ -1,4 +1,4 @@
-"""What is removed before the judge sees a row: repetitions of earlier rows, and text of evaluation sets.
+"""Removes rows before the judge reads them: repetitions of earlier rows, and rows with text of evaluation sets.
 
 Lines of removed.jsonl name each removed row, and the row that it repeats or the evaluation rows that it contains.
 """
@@ -19,10 +19,10 @@ FILE = "removed.jsonl"
 
 
 def prune(rows: Sequence[Row], config: FilterConfig, context: StageContext) -> tuple[list[Row], dict[str, int]]:
-    """The rows that stay, and how many were removed for which reason: {"num_duplicates", "num_contaminated"}.
+    """The remaining rows, and the number of removed rows by reason: {"num_duplicates", "num_contaminated"}.
 
-    Without `dedup` and `decontaminate`, all rows and no counts. Raises `DataError` for evaluation sets that cannot be
-    read, and where no row is left.
+    Without `dedup` and `decontaminate`: all rows, and no counts. Raises `DataError` for evaluation sets that cannot be
+    read, and if no row remains.
     """
     if config.dedup is None and config.decontaminate is None:
         return list(rows), {}

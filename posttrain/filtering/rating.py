@@ -1,12 +1,12 @@
-"""An answer to the question about each row: from the file of an earlier run where it is known, else from the judge.
+"""Gets the judge's answer about each row: from the file of earlier verdicts, or else from the judge.
 
     questions ─► verdicts/<stage>.sqlite ─► answers
                       │ not known    ▲
                       └─► judge ─────┘ as they arrive
 
-So a stage that was killed has the judge rate the rows that are left, and a stage whose rows are all rated, of which
-only `keep_fraction`, `stratify` or the seed was changed, starts no judge. The file is in the run directory and not in
-the stage's folder, which is emptied when the stage's config changes.
+So after a kill the judge rates only the remaining rows. If only `keep_fraction`, `stratify` or the seed changes, all
+verdicts are in the file and no judge is started. The file is in the run directory and not in the stage's folder, which
+is emptied when the stage's config changes.
 """
 
 import time
@@ -27,7 +27,7 @@ FOLDER = "verdicts"
 class Rated:
     """The answers in the order of the questions.
 
-    num_known: how many of them an earlier run had got. judging_s: seconds in which the judge gave the others.
+    num_known: number of answers from an earlier run. judging_s: seconds in which the judge gave the others.
     """
 
     answers: list[Answer]
@@ -38,7 +38,7 @@ class Rated:
 def rate(
     questions: Sequence[Question], judge: PreparedJudge, resources: ActorResources | None, *, context: StageContext
 ) -> Rated:
-    """The answers to all questions. resources: of the judge's engines."""
+    """The answers to all questions. resources: of the judge's engines; None for a judge at an endpoint."""
     with VerdictCache(context.run_dir / FOLDER / f"{context.name}.sqlite", judge) as cache:
         answers: dict[int, Answer] = {}
         for place, question in enumerate(questions):

@@ -1,4 +1,6 @@
-"""Which rows stay: the hardest, exactly the fraction asked for, in fair shares of every capability."""
+"""Selects the rows to keep: the hardest ones, exactly the configured fraction, with a fair share of every
+capability.
+"""
 
 import math
 from collections import Counter
@@ -9,14 +11,14 @@ from posttrain.records import Row
 
 
 def num_kept(num_rows: int, keep_fraction: float) -> int:
-    """How many of `num_rows` rows stay: round(keep_fraction * num_rows)."""
+    """The number of rows to keep: round(keep_fraction * num_rows)."""
     return round(keep_fraction * num_rows)
 
 
 def select(
     rows: Sequence[Row], scores: Sequence[float], keep_fraction: float, *, stratify: bool = True, seed: int = 0
 ) -> tuple[list[Row], list[Row]]:
-    """Split rows into (kept, dropped), both in the order they came in.
+    """Split rows into (kept, dropped), both in the order of `rows`.
 
     scores: hardness of each row, higher is harder. keep_fraction: in (0, 1]; exactly round(keep_fraction * N) of N
     rows are kept. stratify: each capability keeps its proportional share, to within one row (see

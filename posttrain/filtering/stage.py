@@ -1,10 +1,10 @@
-"""The `filter` stage: rows in, a judge's verdict on each, the hardest part out.
+"""The `filter` stage: a judge gives a verdict on each row, and the hardest part of the rows is kept.
 
     rows ─► prune (pruning.py) ─► a verdict on each (rating.py) ─► select ─► kept.jsonl, dropped.jsonl
 
-Rows, labels, questions and the endpoint are checked before an engine starts. A row without a verdict ends the stage:
-which rows stay depends on all scores, and a missing score is not a low one. Left out: the policy's own pass rate, which
-is the better measure where replies can be scored; see the RL stage.
+Rows, labels, questions and the endpoint are checked before an engine starts. A row without a verdict ends the stage,
+because the selection depends on all scores, and a missing score is not a low score. Left out: the policy's own pass
+rate, which measures difficulty better if replies can be scored (see the profile of the RL stage).
 """
 
 import time
@@ -35,10 +35,11 @@ SHOWN_REASONS = 3
 
 @dataclass(frozen=True, slots=True)
 class FilterResult:
-    """What `filter_rows` found. Rows carry their verdict in `fields["difficulty"]`.
+    """The result of `filter_rows`. Each row has its verdict in `fields["difficulty"]`.
 
-    verdicts: by row id; num_shortened: rows of which the judge saw the beginning and end only; num_known: rows that an
-    earlier run had had rated; judging_s: seconds in which the judge rated the other rows, without its start.
+    verdicts: {row id: verdict}. num_shortened: number of rows of which the judge read only the beginning and the end.
+    num_known: number of rows whose verdict came from an earlier run. judging_s: seconds in which the judge rated the
+    other rows, without its start.
     """
 
     kept: list[Row]
@@ -50,7 +51,10 @@ class FilterResult:
 
 
 def run(config: FilterConfig, context: StageContext) -> dict[str, Any]:
-    """Filter the configured rows. Returns {"kept": path, "dropped": path, "stats": {...}}."""
+    """Filter the configured rows. Returns {"kept": path, "dropped": path, "stats": {...}}.
+
+    Raises what `filter_rows` raises, and `DataError` for bad rows.
+    """
     rows = load_rows(config.data, kind="supervised", stage="filter", context=context)
     started = time.time()
     rows, removed = prune(rows, config, context)
@@ -65,13 +69,12 @@ def run(config: FilterConfig, context: StageContext) -> dict[str, Any]:
 
 
 def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext) -> FilterResult:
-    """Rate `rows` (supervised, at least one) with the judge and split them. Of `config.data` only
-    `special_tokens_in_text` is read.
+    """Rate `rows` (supervised, at least one) with the judge and split them into kept and dropped ones.
 
-    Verdicts are kept in the run directory, and those found there are used again. A judge on engines needs an
-    initialised Ray session; an endpoint needs none. Raises UserError for labels that cannot be told apart, for an
-    endpoint that cannot be used and for rows that do not fit, before an engine is started; StageError where rows are
-    left without a verdict.
+    Of `config.data` only `special_tokens_in_text` is read. Verdicts are saved in the run directory, and verdicts saved
+    there earlier are used again. A judge on engines needs an initialised Ray session; an endpoint needs none. Raises
+    UserError before an engine is started, for labels that cannot be told apart, an endpoint that cannot be used and
+    rows that do not fit into the judge's prompt. Raises StageError if a row has no verdict in the end.
     """
     if len({row.id for row in rows}) != len(rows):
         raise DataError("two rows have the same id; every id must be unique")
@@ -89,7 +92,7 @@ def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext
 
 
 def ask(rows: Sequence[Row], config: FilterConfig, prompts: JudgePrompts) -> list[Question]:
-    """What the judge is asked about each row. Raises DataError for special tokens, where `config.data` refuses them."""
+    """The question about each row. Raises DataError for special tokens in a row, if `config.data` refuses them."""
     if config.data.special_tokens_in_text == "refuse":
         for row in rows:
             if (token := prompts.special_token_in(row)) is not None:
@@ -98,7 +101,7 @@ def ask(rows: Sequence[Row], config: FilterConfig, prompts: JudgePrompts) -> lis
 
 
 def decided(answers: Sequence[Answer]) -> list[Verdict]:
-    """The verdicts. Raises StageError, which counts the rows without one and says why, if there are any."""
+    """The verdicts. If a row has none, raises StageError with the number of such rows and the most frequent reasons."""
     reasons = Counter(answer.reason for answer in answers if isinstance(answer, Undecided))
     if reasons:
         most = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(SHOWN_REASONS))
@@ -119,7 +122,7 @@ def split(
 
 
 def histogram(result: FilterResult, labels: Sequence[str]) -> dict[str, Any]:
-    """Rows by score, kept or dropped, and capability.
+    """The numbers of kept and dropped rows by score and capability, as a JSON object.
 
     Returns {"edges": [NUM_BINS + 1 scores], "labels": [...], "capabilities": {name: {"kept": {"counts": [NUM_BINS],
     "tags": {label: count}}, "dropped": ...}}}; a bin holds its lower edge, the last one both.
@@ -138,9 +141,9 @@ def histogram(result: FilterResult, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def statistics(result: FilterResult, wall_s: float) -> dict[str, Any]:
-    """Counts and means of a filtering, for metrics.jsonl and the report.
+    """Counts and means for metrics.jsonl and the report.
 
-    rows_per_s: of the rows that the judge rated in this run, while it rated them; None if there were none.
+    rows_per_s in the result is over the rows that the judge rated in this run; None if there were none.
     """
     parts = {"kept": result.kept, "dropped": result.dropped}
     num_rows = sum(map(len, parts.values()))
@@ -159,7 +162,7 @@ def statistics(result: FilterResult, wall_s: float) -> dict[str, Any]:
 
 
 def _with_difficulty(row: Row, verdict: Verdict, judge: str) -> Row:
-    """The row with its verdict. A `difficulty` that it came with is kept inside the new one, as "previous"."""
+    """The row with its verdict in `fields["difficulty"]`. An older `difficulty` is kept in it under "previous"."""
     difficulty = verdict.to_json(judge)
     if "difficulty" in row.fields:
         difficulty["previous"] = row.fields["difficulty"]

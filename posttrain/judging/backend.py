@@ -1,4 +1,4 @@
-"""Where a judge runs: one protocol, two implementations, and the choice between them by the config.
+"""The protocol of a judge, `JudgeBackend`, and the choice between its two implementations by the config.
 
 prepared = prepare_judge(config)                        # checks labels, tokenizer or endpoint; starts nothing
 questions = [prepared.prompts.render(row) for row in rows]
@@ -21,24 +21,24 @@ from posttrain.judging.verdicts import Answer, OnAnswer
 
 
 class JudgeBackend(Protocol):
-    """A place where a judge runs and answers questions about rows.
+    """A running judge, which answers questions about rows: on engines of the stage or at an endpoint.
 
     Between `start` and `close` it works in one event loop. Afterwards it may be started again in another. logs: when
-    each engine or endpoint was busy, by its name, for the timeline.
+    each engine or endpoint was busy, by its name, for the timeline of the report.
     """
 
     @property
     def logs(self) -> Mapping[str, BusyLog]: ...
 
     async def start(self) -> None:
-        """Begin to work."""
+        """Begin to work in the current event loop."""
         ...
 
     async def rate(self, questions: Sequence[Question], on_answer: OnAnswer | None = None) -> list[Answer]:
         """An answer to each question, in order. Any number of calls may run at the same time.
 
-        on_answer: called with each answer as soon as it is there, and with the place of its question. It is not called
-        for a question that was not asked.
+        on_answer: called with the index of a question and its answer, as soon as the answer has arrived. It is not
+        called for a question that was not asked.
         """
         ...
 
@@ -95,7 +95,7 @@ def open_judge(
 
 
 def rate_all(judge: JudgeBackend, questions: Sequence[Question], on_answer: OnAnswer | None = None) -> list[Answer]:
-    """For callers without an event loop: start the judge, have it rate all questions, and close it."""
+    """Start the judge, let it rate all questions, and close it. For callers without an event loop."""
 
     async def rate() -> list[Answer]:
         await judge.start()

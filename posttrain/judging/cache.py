@@ -1,7 +1,7 @@
-"""Keeps the verdicts of a judge in a file, so that the judge is never asked the same question twice.
+"""Saves the verdicts of a judge in a file, so that the judge is never asked the same question twice.
 
-    question ─► key ─► in the file ─► its verdict
-                   └─► not there ───► judge ─► verdict ─► into the file
+    question ─► key ─► in the file ──► its verdict
+                   └─► not in it ────► judge ─► verdict ─► into the file
 
 A key is a hash of the judge, its labels and the question as the judge reads it. So a row keeps its verdict if its id,
 its place in the dataset or the selection changes. If its text, the template or the judge's model changes, it is a new
@@ -29,7 +29,7 @@ from posttrain.judging.prompts import Question
 from posttrain.judging.verdicts import Verdict
 from posttrain.model.fingerprint import model_fingerprint
 
-COMMIT_S = 1.0  # of verdicts that a kill may cost
+COMMIT_S = 1.0  # a kill may lose the verdicts of so many seconds
 _SCHEMA = "CREATE TABLE IF NOT EXISTS verdicts (key BLOB PRIMARY KEY, verdict BLOB NOT NULL) WITHOUT ROWID"
 
 
@@ -77,12 +77,12 @@ class VerdictCache:
         self._connection.close()
 
     def get(self, question: Question) -> Verdict | None:
-        """The verdict that was given to this question before, or None."""
+        """The saved verdict on this question, or None."""
         rows = self._connection.execute("SELECT verdict FROM verdicts WHERE key = ?", (self._key(question),))
         return next((msgspec.json.decode(verdict, type=Verdict) for (verdict,) in rows), None)
 
     def add(self, question: Question, verdict: Verdict) -> None:
-        """Keep a verdict. It is in the file a second later, if others follow, and when the cache is closed."""
+        """Save a verdict. It is written to the file within about `COMMIT_S` seconds, or when the cache is closed."""
         now = time.monotonic()
         if self._uncommitted_since is None:
             self._connection.execute("BEGIN IMMEDIATE")

@@ -1,4 +1,4 @@
-"""What a judge is asked about a text, what it may answer, and where it runs; the same section in the filter and in RL.
+"""The config section of a judge, for filter and RL: its question about a text, its possible answers, where it runs.
 
 A judge runs on engines of the stage, which serve a model folder:
 
@@ -112,7 +112,7 @@ class EndpointConfig(Config):
 
 
 class JudgeQuestion(Config):
-    """What a judge is asked about a text, what it may answer, and the engine that serves it."""
+    """The question of a judge about a text, the labels that it may answer with, and the engine that serves it."""
 
     template: str = Field(
         default=DEFAULT_TEMPLATE,
@@ -164,7 +164,7 @@ class JudgeQuestion(Config):
 
     @classmethod
     def has_endpoint(cls, data: Mapping[str, object]) -> bool:
-        """Whether the section, as it was written, names an endpoint."""
+        """True if the section, before validation, names an endpoint."""
         return data.get("endpoint") is not None
 
     @model_validator(mode="before")
@@ -197,12 +197,12 @@ class JudgeQuestion(Config):
 
     @property
     def judge_name(self) -> str:
-        """What verdicts call the judge: its model folder, or the model's name at its endpoint."""
+        """The name of the judge in verdicts: its model folder, or the model's name at its endpoint."""
         return self.source.model if isinstance(self.source, EndpointConfig) else self.source.path
 
     @property
     def prompt_limit(self) -> int:
-        """Longest prompt of the judge: in tokens on engines, where one is left for the answer; else in characters."""
+        """Longest prompt of the judge: in tokens on engines (one token is left for the answer), else in characters."""
         if isinstance(self.source, EndpointConfig):
             return self.source.max_prompt_chars
         assert self.engine is not None  # see _prompt_fits

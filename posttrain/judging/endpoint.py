@@ -36,7 +36,7 @@ class EndpointJudge:
         self.logs = {NAME: BusyLog(context, NAME, BUSY)}
 
     async def start(self) -> None:
-        """Begin to work in this event loop, to which the client's connections then belong."""
+        """Begin to work in the current event loop. The client's connections then belong to it."""
         self._client = make_client(self._endpoint)
         self._seats = asyncio.Semaphore(self._endpoint.concurrency)
 

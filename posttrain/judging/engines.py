@@ -48,7 +48,7 @@ class EngineJudge:
         self._choice_ids = choice_ids
         self._context = context
         self._orders = itertools.count()
-        self._waiting: dict[int, Callable[[Completion], None]] = {}  # who gets the answer, by the order of its flight
+        self._waiting: dict[int, Callable[[Completion], None]] = {}  # order of a flight -> receiver of its answer
         self._serving = AsyncExitStack()
         self._sampled: SampledGroups
 
@@ -64,7 +64,7 @@ class EngineJudge:
         )
 
     async def close(self) -> None:
-        """Stop using the engines, which another caller may use next."""
+        """Stop using the engines, so that another caller can use them."""
         await self._serving.aclose()
 
     async def rate(self, questions: Sequence[Question], on_answer: OnAnswer | None = None) -> list[Answer]:

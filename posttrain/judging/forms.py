@@ -1,6 +1,6 @@
-"""How a server is asked for exactly one label, and how its answer is read.
+"""The forms of request that ask a server for exactly one label, and the reading of its answer.
 
-Servers differ in what they understand, so there are four forms, tried from the best on (preflight.py):
+Servers support different parameters, so there are four forms. preflight.py tries them in this order, the best first:
 
     choice + log-probabilities    the server allows the labels only (`structured_outputs` of vLLM)
     log-probabilities             any answer, with the likeliest first tokens
@@ -145,12 +145,12 @@ def _without_space(token: str) -> str:
 
 
 def label_logprobs(tokens: Mapping[str, float], labels: Sequence[str]) -> list[float] | None:
-    """The log-probability of each label from the likeliest first tokens; None where they leave too much open.
+    """The log-probability of each label, from the likeliest first tokens; None if these leave too much unknown.
 
-    The probability of a label is that of the longest token that begins this label and no other one; a token without a
-    space before it is preferred. Two things stay open: the probability of a label without such a token, which is at
-    most that of the least likely token given, and the probability of tokens that begin several labels. If they add up
-    to more than OPEN_MASS of what is known, the result is None.
+    tokens: {token: log-probability in nats}. The probability of a label is that of the longest token that begins this
+    label and no other one; a token without a space before it is preferred. Two parts are unknown: the probability of a
+    label without such a token, which is at most that of the least likely token given, and the probability of tokens
+    that begin several labels. If they add up to more than OPEN_MASS of the known part, the result is None.
     """
     if any(math.isnan(value) for value in tokens.values()):
         return None

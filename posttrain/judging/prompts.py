@@ -1,10 +1,10 @@
 """Makes the judge's question about a row, and finds the token that stands for each label.
 
-Anyone may have written the text of a row, so it must not pass for another part of the judge's prompt. Special tokens
-and the template's tags are escaped in it. All texts are put into the template in one pass, so a placeholder that stands
-in a row's text is not replaced. For a judge on engines the special tokens are those of its tokenizer, and lengths are
-counted in tokens. The tokenizer of a judge at an endpoint is not known: whatever looks like a special token is escaped,
-and lengths are counted in characters.
+The text of a row is not trusted: it must not be able to imitate another part of the judge's prompt. So special tokens
+and the template's tags are escaped in it. All texts are put into the template in one pass, so a placeholder in the text
+of a row is not replaced. For a judge on engines the special tokens are those of its tokenizer, and lengths are counted
+in tokens. The tokenizer of a judge at an endpoint is unknown, so whatever looks like a special token is escaped, and
+lengths are counted in characters.
 """
 
 import re
@@ -66,8 +66,8 @@ class JudgePrompts:
     def render(self, row: Row) -> Question:
         """The question about a row, whose last message is the reply.
 
-        A row that is too long is shown by the beginning and end of its texts, or raises DataError, as `long_rows`
-        says.
+        A row that is too long is shortened to the beginning and end of its texts, or raises DataError, depending on
+        `long_rows`.
         """
         texts = {name: self._escape(text) for name, text in row_texts(row).items()}
         question, length = self._question(row, texts)
@@ -84,7 +84,7 @@ class JudgePrompts:
         return self._shorten(row, texts, limit)
 
     def special_token_in(self, row: Row) -> str | None:
-        """A special token in the texts of a row, or for a judge at an endpoint what looks like one; None if none is."""
+        """A special token in the texts of a row (for an endpoint: text that looks like one); None if there is none."""
         for text in row_texts(row).values():
             if (match := self._special.search(text)) is not None:
                 return match[0] if self._tokenizer is not None else text[match.start() : match.start() + _SHOWN]
@@ -127,7 +127,7 @@ class JudgePrompts:
 
 
 def judge_prompts(config: JudgeQuestion) -> JudgePrompts:
-    """The renderer for a judge, with its tokenizer where its model folder is here."""
+    """The renderer for a judge, with its tokenizer unless the judge is at an endpoint."""
     if isinstance(config.source, EndpointConfig):
         return JudgePrompts(config)
     from posttrain.model.tokenizer import load_tokenizer
@@ -138,7 +138,7 @@ def judge_prompts(config: JudgeQuestion) -> JudgePrompts:
 def row_texts(row: Row) -> dict[str, str]:
     """The row's texts by placeholder: the prompt before its last reply, that reply, the system instruction, the answer.
 
-    A prompt of several turns is a transcript with the role before each turn, calls of tools and their results too.
+    A prompt of several turns is a transcript with the role before each turn, including tool calls and their results.
     """
     system = "\n".join(message.text for message in row.messages if message.role == "system")
     turns = [message for message in row.messages[:-1] if message.role != "system"]
@@ -166,8 +166,11 @@ def label_token_ids(tokenizer: Tokenizer, labels: Sequence[str]) -> tuple[int, .
 
 
 def _first_token(tokenizer: Tokenizer, prompt: list[int], label: str) -> int:
-    """How `label` begins after `prompt`: some tokenizers mark a word differently at the start of a text. Where the two
-    would merge into one token, a model that continues from `prompt` can only begin the label as it stands alone."""
+    """The first token of `label` after `prompt`. Some tokenizers encode a word differently at the start of a text.
+
+    If the end of the prompt and the label would merge into one token, the first token of the label alone is taken,
+    because a model that continues the prompt can only produce that one.
+    """
     text = tokenizer.decode(prompt, clean_up_tokenization_spaces=False) + label
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if ids[: len(prompt)] == prompt:

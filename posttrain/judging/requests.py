@@ -36,7 +36,7 @@ def key_of(endpoint: EndpointConfig) -> str | None:
 
 
 def make_client(endpoint: EndpointConfig) -> openai.AsyncOpenAI:
-    """A client for one event loop. Without a key none is sent, whatever OPENAI_API_KEY may hold."""
+    """A client for one event loop. If the endpoint has no key, none is sent, even if OPENAI_API_KEY is set."""
     return openai.AsyncOpenAI(
         base_url=endpoint.base_url, api_key=key_of(endpoint) or NO_KEY, timeout=endpoint.timeout_s, max_retries=0
     )
@@ -68,7 +68,7 @@ async def list_models(client: openai.AsyncOpenAI, timeout_s: float) -> Any:
 
 
 def retrying(endpoint: EndpointConfig, retries: int) -> AsyncRetrying:
-    """Runs a coroutine function until it succeeds, fails for good, or has failed `retries` times more."""
+    """Runs a coroutine function until it succeeds, fails with a lasting error, or was repeated `retries` times."""
     backoff = wait_exponential_jitter(initial=FIRST_WAIT_S, max=endpoint.max_wait_s, jitter=FIRST_WAIT_S)
 
     def wait(state: RetryCallState) -> float:
@@ -83,20 +83,20 @@ def retrying(endpoint: EndpointConfig, retries: int) -> AsyncRetrying:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
+    """True if the same request may succeed later."""
     if isinstance(error, openai.APIStatusError):
         return error.status_code in _PASSING or error.status_code >= 500
     return isinstance(error, openai.APIConnectionError | TimeoutError)
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether the server or the key is at fault, and not this request."""
+    """True if the server or the key is at fault, and not this request."""
     refused = isinstance(error, openai.APIStatusError) and error.status_code in (*_REFUSED_KEY, 404)
     return refused or is_passing(error)
 
 
 def is_refused_form(error: BaseException) -> bool:
-    """Whether the server refuses requests of this form."""
+    """True if the server refuses requests of this form."""
     return isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError)
 
 

@@ -1,4 +1,4 @@
-"""The judge's verdict on a row: a distribution over the labels and one number, or the reason why there is none."""
+"""The judge's verdict on a row: a distribution over the labels and a score, or the reason why there is no verdict."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from posttrain.records import Outcome
 
 
 class Undecided(Struct, frozen=True):
-    """Why there is no verdict on a row. It is never taken for one.
+    """The reason why there is no verdict on a row. It never counts as a verdict.
 
     outcome: INFRASTRUCTURE if the judge could not be reached, so that the same question may be answered later; ERROR if
     its answer is not a verdict. reason: one line.
@@ -25,10 +25,12 @@ class Undecided(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How hard, or how good, the judge finds a row.
+    """The judge's rating of a row: how hard a task is, or how good a reply.
 
-    tag: the likeliest label; score: expected place among the labels in [0, 1], 0 the first; probabilities: of each
-    label, sum 1.
+    tag: the likeliest label. score: the expected position among the labels, in [0, 1]; 0 is the first label, 1 the
+    last. probabilities: {label: probability}, which add up to 1.
+
+    Example: Verdict("hard", 0.9, {"easy": 0.0, "medium": 0.2, "hard": 0.8})
     """
 
     tag: str
@@ -46,14 +48,14 @@ class Verdict:
 
 
 Answer = Verdict | Undecided
-OnAnswer = Callable[[int, Answer], None]  # the place of the question, and the answer
+OnAnswer = Callable[[int, Answer], None]  # called with the index of a question and its answer
 
 
 def verdict_of(labels: Sequence[str], logprobs: Sequence[float]) -> Verdict:
-    """The verdict from log-probabilities of the labels, ordered from the easiest to the hardest.
+    """The verdict from the log-probabilities (nats) of the labels, in the order of the labels.
 
-    They are renormalised over the labels; -inf is a label the judge rules out. score = sum p_i * i / (L - 1).
-    Raises ValueError if none is possible or one is NaN.
+    They are renormalised over the L labels; -inf is a label that the judge excludes. score = sum p_i * i / (L - 1).
+    Raises ValueError if no label is possible or a value is NaN.
     """
     top = max(logprobs)
     if any(math.isnan(value) for value in logprobs) or not math.isfinite(top):
@@ -66,5 +68,5 @@ def verdict_of(labels: Sequence[str], logprobs: Sequence[float]) -> Verdict:
 
 
 def sure_verdict(labels: Sequence[str], label: str) -> Verdict:
-    """The verdict of an answer of which only the label is known. The label gets a probability of 1."""
+    """The verdict of an answer without log-probabilities: its label gets a probability of 1."""
     return verdict_of(labels, [0.0 if other == label else -math.inf for other in labels])

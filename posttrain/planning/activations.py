@@ -1,9 +1,9 @@
-"""Bytes that a forward of the native Llama 4 keeps for its backward, and of a KV cache. Arithmetic, no torch.
+"""Bytes that a forward of the native Llama 4 keeps for its backward, and bytes of a KV cache. Arithmetic, no torch.
 
-Counted per token, tensor by tensor in the order of `posttrain/model`; indices of 8 bytes a token are left out.
-Left out too: what only a kernel sees, rows longer than a chunk, and the exchange buffers of expert parallelism.
+They are counted per token, tensor by tensor in the order of `posttrain/model`. Left out: indices of 8 bytes a token,
+workspaces inside kernels, rows longer than a chunk, and the exchange buffers of expert parallelism.
 
-Names: D hidden, Q and K widths of queries and keys, I expert width, V vocabulary, b bytes of an element.
+Names: D hidden size, Q and K widths of queries and keys, I expert width, V vocabulary, b bytes of an element.
 """
 
 from typing import Any
@@ -13,17 +13,20 @@ from posttrain.planning.memory import BYTES, FP32
 
 
 def saved_bytes(config: Any, tokens: int, dtype: str, *, checkpointing: GradientCheckpointing) -> int:
-    """Bytes saved at the end of a forward with labels: what the layers keep, and the head."""
+    """Bytes saved at the end of a forward with labels, by the layers and by the head.
+
+    tokens: number of tokens of the forward. dtype: of the model.
+    """
     # The final norm, and the log-probabilities of the loss in fp32.
     head = 8 * config.hidden_size + FP32 * config.vocab_size
     return tokens * (_kept_bytes(config, dtype, checkpointing) + head)
 
 
 def peak_bytes(config: Any, tokens: int, dtype: str, *, checkpointing: GradientCheckpointing) -> int:
-    """Largest number of bytes alive at once in forward and backward, beside weights and gradients.
+    """Largest number of bytes alive at once in forward and backward, besides weights and gradients.
 
-    At the loss: what is saved, the logits, and their gradient twice in fp32 (of the loss and of the log-softmax).
-    With checkpointing a layer is computed again later, when the head's share is free.
+    At the loss these are the saved bytes, the logits, and their gradient twice in fp32 (of the loss and of the
+    log-softmax). With checkpointing a layer is computed again later, when the memory of the head is free.
     """
     at_loss = tokens * (BYTES[dtype] + 2 * FP32) * config.vocab_size
     saved = saved_bytes(config, tokens, dtype, checkpointing=checkpointing)
@@ -34,7 +37,11 @@ def peak_bytes(config: Any, tokens: int, dtype: str, *, checkpointing: GradientC
 
 
 def _kept_bytes(config: Any, dtype: str, checkpointing: GradientCheckpointing) -> int:
-    """Bytes that all layers keep for a token: everything; their inputs; or inputs and results of products."""
+    """Bytes that all layers keep for a token.
+
+    Without checkpointing they keep everything, with `full` their inputs, with `selective` their inputs and the results
+    of matrix products and attention.
+    """
     layers = range(config.num_hidden_layers)
     if checkpointing == "none":
         return sum(layer_bytes(config, index, dtype) for index in layers)
@@ -61,7 +68,7 @@ def layer_bytes(config: Any, index: int, dtype: str) -> int:
     """Bytes that one layer saves for a token."""
     b, hidden = BYTES[dtype], config.hidden_size
     query, key = _widths(config)
-    # Two norms, 8 bytes a channel: fp32 keeps the unit vector and the output; bf16 an fp32 copy of the input and both.
+    # Two norms of 8 bytes a channel. fp32 keeps the unit vector and the output, bf16 also an fp32 copy of the input.
     norms = 2 * 8 * hidden
     attention = b * (2 * query + 2 * key) + FP32 * config.num_attention_heads
     if config.use_qk_norm and config.no_rope_layers[index] and dtype != "float32":
@@ -78,7 +85,10 @@ def layer_bytes(config: Any, index: int, dtype: str) -> int:
 
 
 def kv_bytes(config: Any, sequences: int, length: int, *, dtype: str) -> int:
-    """Bytes of a `DynamicCache`: chunked layers keep no more than a chunk."""
+    """Bytes of transformers' `DynamicCache` for `sequences` sequences of `length` tokens.
+
+    A chunked layer keeps at most one chunk.
+    """
     chunked = config.attention_chunk_size or length
     kinds = config.layer_types
     tokens = sum(min(length, chunked) if kind == "chunked_attention" else length for kind in kinds)

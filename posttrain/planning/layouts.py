@@ -15,7 +15,7 @@ MOST_GPUS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of one GPU in a layout. activations is None for a model whose activations are not known."""
+    """The bytes that one GPU needs in a layout. activations: None for a model whose activations are unknown."""
 
     parallel: ParallelConfig
     state: State
@@ -64,7 +64,7 @@ def fits(needed: Need, plan: PlanConfig, gpu_gib: float) -> bool:
 
 
 def fewest(sizes: Sizes, plan: PlanConfig, gpu_gib: float) -> Need | None:
-    """The layout that needs the fewest GPUs (a power of two); None if not even a very large number is enough."""
+    """The layout that needs the fewest GPUs (a power of two); None if even a very large number is not enough."""
     gpus = 1
     while gpus <= MOST_GPUS:
         found = [need(sizes, plan, layout) for layout in layouts(sizes, gpus, plan.parallel.offload)]

@@ -1,8 +1,8 @@
 """Bytes that one rank of a training holds, by part, under the rules of our DeepSpeed engines. Arithmetic, no torch.
 
-Every rule was measured on real engines (tests/test_planning.py). `held` parameters are what a rank has before ZeRO:
-all but the experts of other ranks. A `share` is what ZeRO leaves: experts are divided among the ranks
-(processes / expert) that hold the same ones, the rest among all processes.
+Every rule was measured on real engines (tests/test_planning.py). `held` parameters are those of a rank before ZeRO: all
+except the experts of other ranks. A `share` is the part that remains on a rank with ZeRO: experts are divided among the
+ranks (processes / expert) that hold the same ones, all other parameters among all processes.
 Left out: the CUDA context, NCCL, workspaces of kernels, fragmentation.
 """
 
@@ -13,16 +13,16 @@ from posttrain.config.training import ParallelConfig
 BYTES = {"float32": 4, "bfloat16": 2}
 FP32 = 4
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
-LIVE = 1_000_000_000  # stage3_max_live_parameters: how many ZeRO-3 may hold whole at a time
-SUB_GROUP = 1_000_000_000  # elements that ZeRO-3 steps at once
+LIVE = 1_000_000_000  # stage3_max_live_parameters: how many undivided parameters ZeRO-3 may hold at a time
+SUB_GROUP = 1_000_000_000  # number of elements that ZeRO-3 updates at a time
 
 
 @dataclass(frozen=True, slots=True)
 class State:
     """Bytes of one rank. optimizer: fp32 masters and both moments of Adam.
 
-    step: what gradients take at their largest within the optimizer's step. buffers: what ZeRO needs in the backward
-    pass. host: optimizer state kept on the CPU by offload.
+    step: the largest size of the gradients within the optimizer's step. buffers: ZeRO's buffers in the backward pass.
+    host: optimizer state that offload keeps in CPU memory.
     """
 
     weights: int
@@ -33,7 +33,7 @@ class State:
     host: int = 0
 
     def total(self, activations: int = 0) -> int:
-        """The larger of the two moments: the backward pass with its activations, and the step."""
+        """The larger of the two peaks: the backward pass with its activations, and the optimizer's step."""
         backward = self.gradients + self.buffers + activations
         return self.weights + self.optimizer + max(backward, self.step)
 
@@ -48,12 +48,11 @@ def state_bytes(
     bucket: int = BUCKET,
     live: int = LIVE,
 ) -> State:
-    """State of a training of all weights.
+    """The bytes of one rank when all weights are trained.
 
-    Args:
-        total, experts: parameters of the model, and those of them in routed experts.
-        largest: parameters of the largest module on one rank, which ZeRO-3 makes whole to use it.
-        bucket, live: DeepSpeed's reduce_bucket_size and stage3_max_live_parameters, in elements.
+    total, experts: number of parameters of the model, and of those in routed experts. dtype: of the weights. largest:
+    number of parameters of the largest module on one rank, which ZeRO-3 gathers to use it. bucket, live: DeepSpeed's
+    reduce_bucket_size and stage3_max_live_parameters, in elements.
     """
     b, ranks, zero = BYTES[dtype], parallel.processes, parallel.zero
     dense = total - experts
@@ -75,12 +74,12 @@ def state_bytes(
     )
     if parallel.offload == "none":
         return state
-    # Masters, moments and fp32 gradients of the step live on the CPU.
+    # Masters, moments and the fp32 gradients of the step are in CPU memory.
     return State(state.weights, state.gradients, 0, 0, state.buffers, host=optimizer + FP32 * share)
 
 
 def _step_gradients(dense: int, experts: int, parallel: ParallelConfig, *, b: int) -> int:
-    """Gradients at their largest in the step: the optimizer takes them in fp32, divided experts after the rest."""
+    """The largest size of the gradients in the step: the optimizer converts them to fp32, divided experts last."""
     ranks = parallel.processes
     if parallel.zero == 0:
         held = dense + experts // parallel.expert

@@ -1,4 +1,4 @@
-"""Parameters of a model by part, counted on the model itself, built on the meta device: no memory, no weights."""
+"""Counts the parameters of a model by part. The model is built on torch's meta device, without memory or weights."""
 
 import json
 from collections import Counter
@@ -11,7 +11,7 @@ from posttrain.errors import ConfigError
 from posttrain.planning.config import ModelShape
 from posttrain.resources import bundled, bundled_names
 
-# The first that a parameter's name contains.
+# A parameter belongs to the first part of which its name contains a text.
 PARTS = {
     "embed_tokens": "embeddings", "lm_head": "head", "norm": "norms", "self_attn": "attention", "router": "router",
     "shared_expert": "shared expert", ".experts.": "routed experts", "feed_forward": "dense MLP", ".mlp.": "dense MLP",
@@ -20,9 +20,10 @@ PARTS = {
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """parts: name to number of parameters. active: those that one token uses. largest: of one module, experts in full.
+    """The numbers of parameters of a model.
 
-    config: the transformers config. native: our Llama 4, so experts and activations are known.
+    parts: {part: number}. active: number that one token uses. largest: number in the largest module, with all its
+    experts. config: the transformers config. native: True for our Llama 4, whose experts and activations are known.
     """
 
     parts: dict[str, int]
@@ -43,7 +44,10 @@ class Sizes:
 
 
 def find_model(name: str) -> Path:
-    """The file meant by NAME: a YAML of sizes, a config.json or the folder of one, or a bundled name."""
+    """The file of a model by name: a YAML of sizes, a config.json, the folder of one, or a bundled name.
+
+    Raises ConfigError if there is none.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "config.json"
@@ -56,9 +60,9 @@ def find_model(name: str) -> Path:
 
 
 def read_config(path: Path) -> Any:
-    """The transformers config of a YAML of sizes or of a config.json (of the text model, where there are others).
+    """The transformers config from a YAML of sizes or a config.json. Of a multimodal model, that of its text model.
 
-    Raises ConfigError for a file that cannot be read or is of no known architecture.
+    Raises ConfigError for a file that cannot be read or has an unknown architecture.
     """
     if path.suffix in (".yaml", ".yml"):
         from transformers import Llama4TextConfig

@@ -59,7 +59,7 @@ class Prepared:
 
 
 def read_rows(config: SftConfig, context: StageContext | None = None) -> tuple[list[Row], list[Row]]:
-    """The rows that are trained on, and those that are held out."""
+    """(rows that are trained on, rows that are held out). Raises `DataError` for a bad row."""
     rows = load_rows(config.data, kind="supervised", stage="sft", context=context)
     apart = config.held_out
     if apart is None:
@@ -73,7 +73,7 @@ def read_rows(config: SftConfig, context: StageContext | None = None) -> tuple[l
 
 
 def prepare(config: SftConfig, context: StageContext | None = None) -> Prepared:
-    """Read and check every row."""
+    """Read, check and tokenize every row. Raises `DataError` for a bad row, and for one that is too long."""
     from posttrain.parallel.engine import check_parallel
 
     check_parallel(config.parallel, config.model, config.lora)

@@ -1,4 +1,4 @@
-"""LoRA: the adapter that a trainer is given."""
+"""LoRA: the peft config for a model, and the folder for the adapters."""
 
 from typing import Any
 
@@ -9,9 +9,8 @@ from posttrain.errors import ConfigError
 def adapter_config(model: Any, lora: LoraConfig) -> Any:
     """The `peft.LoraConfig` for a model.
 
-    Linear modules get one adapter each. A weight that holds all experts, [E, M, N], gets one of `lora.rank` for every
-    expert: A [E r, N], B [M, E r].
-    Raises `ConfigError` for a target that the model does not have.
+    Each linear module gets one adapter. A weight that holds all E experts, [E, M, N], gets an adapter of rank r =
+    `lora.rank` for each expert: A [E r, N], B [M, E r]. Raises `ConfigError` for a target that the model lacks.
     """
     from peft import LoraConfig as PeftLoraConfig
     from torch import nn
@@ -31,7 +30,7 @@ def adapter_config(model: Any, lora: LoraConfig) -> Any:
 
 
 def adapter_folder(lora: LoraConfig | None) -> str | None:
-    """The name of the folder that the adapters are written to; None if they are only merged."""
+    """The name of the folder for the adapters, below the stage's; None if they are only merged into the model."""
     return None if lora is None else {"merged": None, "adapter": "model", "both": "adapter"}[lora.save]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a TRL trainer. The last two are kept, and that of the best model if the stage asks for it.
+"""Checkpoints of a TRL trainer. The last two are kept, and that of the best model if the config asks for it.
 
 All ranks write into the folder `checkpoint-N`, whose name transformers chooses. Once it is complete, rank 0 seals it:
 it adds the fingerprint of the training and renames the folder to `step_N`. So a folder `step_N` is always complete. A
@@ -65,7 +65,7 @@ def seal(folder: Path, step: int, fingerprint: str, *, tokens: int, kept: int | 
 class Sealed:
     """A checkpoint from which training can continue, with the steps and tokens trained until then.
 
-    path: None: there is no checkpoint, and training starts from the beginning.
+    path: its folder; None if there is no checkpoint, so that training starts from the beginning.
     """
 
     path: Path | None = None

@@ -1,8 +1,8 @@
 """Measure the loss on held-out rows during a training, keep the best model, and end the training early.
 
-    each N steps: held-out rows, divided among the ranks ─► forwards ─► sums over all ranks ─► figures ─► Standing
-                                                            best so far: a checkpoint that is kept ◄───┤
-                                                            no better for long: the training ends ◄────┘
+    every N steps: held-out rows, divided among the ranks ─► forwards ─► sums over all ranks ─► figures ─► Standing
+                                                              best so far: its checkpoint is kept ◄───┤
+                                                              no better for long: training ends ◄─────┘
 
 A figure is a sum over all held-out rows divided by a count over all of them, so it does not depend on how they are
 divided among forwards and ranks. The standing is part of each checkpoint. Left out: how a loss is computed, which the
@@ -29,10 +29,11 @@ HELD_OUT_METRICS = {name: name for name in (LOSS, "held_out_margin", "held_out_a
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the evaluations have shown so far.
+    """The summary of all evaluations so far.
 
-    best_step, best_loss: of the evaluation with the lowest loss; 0 and None before the first. misses: scheduled
-    evaluations in a row since then that were not better. first_loss, last_loss: of the first and the last evaluation.
+    best_step, best_loss: of the evaluation with the lowest loss; 0 and None before the first evaluation. misses: number
+    of scheduled evaluations since then, none of which was better. first_loss, last_loss: of the first and the last
+    evaluation. Losses are means over trained tokens in nats (SFT) or over pairs (DPO).
     """
 
     best_step: int = 0
@@ -44,8 +45,8 @@ class Standing:
     def after(self, step: int, loss: float, *, scheduled: bool = True) -> "Standing":
         """The standing after one more evaluation.
 
-        scheduled: False for the one after the last step of a training, which does not count as a miss: with more epochs
-        the training would not have it.
+        scheduled: False for the evaluation after the last step. It does not count as a miss, because a training with
+        more epochs would not have it.
         """
         first = loss if self.first_loss is None else self.first_loss
         if self.best_loss is None or loss < self.best_loss:
@@ -56,8 +57,8 @@ class Standing:
 def batches(rows: int, size: int, rank: int, *, ranks: int) -> Iterator[list[int]]:
     """The batches of one rank, as indices of rows. Every rank has equally many.
 
-    Index `rows` is the blank row, of which a rank without rows gets a batch: the forwards of all ranks exchange experts
-    and weights, so each rank needs one.
+    Index `rows` is the blank row. A rank without rows gets a batch of it, because the forwards of all ranks exchange
+    experts and weights, so every rank needs the same number of forwards.
     """
     every = [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
     every += [[rows]] * (-len(every) % ranks)
@@ -81,16 +82,16 @@ class HeldOutCallback(TrainerCallback):
 
     @property
     def kept_step(self) -> int | None:
-        """The step of the best model, whose checkpoint is not deleted; None without keep_best or an evaluation."""
+        """The step of the best model, whose checkpoint is kept; None without `keep_best` or before an evaluation."""
         return self.standing.best_step or None if self.config.keep_best else None
 
     @property
     def has_ended(self) -> bool:
-        """Whether the training ends early."""
+        """True if the training ends early."""
         return self.config.patience is not None and self.standing.misses >= self.config.patience
 
     def is_due(self, step: int, last: int) -> bool:
-        """Whether there is an evaluation after this step. last: the last step of the training."""
+        """True if there is an evaluation after this step. last: the last step of the training."""
         return step % self.config.every == 0 or step >= last
 
     def take(self, step: int, loss: float) -> None:
@@ -122,7 +123,7 @@ class HeldOutCallback(TrainerCallback):
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE, asdict(self.standing))
 
     def report(self, steps: int) -> dict[str, Any]:
-        """The figures of the stage's end. steps: that were trained."""
+        """The figures for the stage's result. steps: number of trained steps."""
         standing = self.standing
         return {
             "held_out_loss_first": standing.first_loss,
@@ -136,7 +137,7 @@ class HeldOutCallback(TrainerCallback):
 
 @torch.no_grad()
 def evaluate(trainer: Any) -> dict[str, float]:
-    """The figures of the held-out rows by name, those of `HELD_OUT_METRICS`, the same on every rank. Collective."""
+    """The figures of the held-out rows by name (`HELD_OUT_METRICS`), the same on every rank. Collective."""
     rows, accelerator, model = trainer.eval_dataset, trainer.accelerator, trainer.model_wrapped
     was_training = model.training
     model.eval()

@@ -29,11 +29,11 @@ BUSY_INTERVAL_S = 1.0
 
 
 class StageCallback(TrainerCallback):
-    """Hands what the trainer logs to the stage's context, and seals checkpoints.
+    """Passes the trainer's logs to the stage's context, and seals checkpoints.
 
     names: name that TRL logs -> name in metrics.jsonl; other logged values are left out. fingerprint: of the training.
-    resumed: the checkpoint from which the training continues. The trainer counts tokens only since then. held_out: what
-    evaluates the held-out rows, or None.
+    resumed: the checkpoint from which the training continues. The trainer counts tokens only since then. held_out: the
+    callback that evaluates held-out rows, or None.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class StageCallback(TrainerCallback):
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """history: the metrics of each step that this call trained. held_out: what evaluated the held-out rows, or None."""
+    """history: the metrics of each step of this call. held_out: the callback that evaluated held-out rows, or None."""
 
     history: list[dict[str, float]]
     held_out: HeldOutCallback | None
@@ -127,7 +127,7 @@ def train(
     """Train a `StepTrainer`, from the last checkpoint of the same training if there is one. Collective.
 
     It trains to the last step, or until it ends early. names: as for `StageCallback`. With `held_out.keep_best` the
-    weights are those of the best evaluation afterwards. Raises `StageError` if a metric, such as the loss or the
+    model has the weights of the best evaluation afterwards. Raises `StageError` if a metric, such as the loss or the
     gradient norm, is not a finite number.
     """
     resumed = _resume_point(trainer, context, fingerprint)

@@ -1,4 +1,4 @@
-"""Routers of a native Llama 4 in a training with TRL: what balances their experts, and their figures for metrics."""
+"""The routers of a native Llama 4 in a training with TRL: the bias that balances experts, and figures for metrics."""
 
 import json
 from pathlib import Path

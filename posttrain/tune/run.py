@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 ROWS = "tokenized"  # the folder of the rows on disk, from which all ranks read them, and the folders in it
 TRAINED, HELD_OUT = "trained", "held_out"
-# The keys of a config that do not change what a training learns, besides those that name its data. `parallel` and
+# The keys of a config that do not change the result of a training, besides the keys that name its data. `parallel` and
 # `gradient_accumulation` are among them, because only the number of forwards of a step counts (see `training_recipe`).
-# `epochs` is, because more epochs go on from the checkpoint at which fewer ended.
+# `epochs` is among them, because a training with more epochs continues from the checkpoint at which fewer ended.
 NOT_IN_RECIPE = {"resources", "checkpoint_every", "model", "parallel", "gradient_accumulation", "trackers", "epochs"}
 
 
@@ -109,7 +109,7 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
 def _train(
     config: Any, context: StageContext, model: Any, *, tuning: Tuning, tokenizer: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Train, and write the adapters where the config asks for them.
+    """Train, and write the adapters if the config asks for them.
 
     Returns this rank's part of the trained model, with adapters added into its weights, and the report.
     """

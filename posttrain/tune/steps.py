@@ -7,11 +7,11 @@ does the same for four other things:
   of the epoch, which would then count twice. Here a rank without a row gets a forward of a *blank* row, from which
   nothing is learned. It needs a forward because the forwards of all ranks exchange experts and weights.
 - Losses on routers. Each is a mean over the tokens of one forward, so it is weighted by the forward's share of the
-  step's tokens. The loads of experts in it are those of the step before (`RouterBalance`). TRL computes its losses from
+  step's tokens. It uses the loads of experts from the step before (`RouterBalance`). TRL computes its losses from
   hidden states, without any loss on routers for Llama 4, so the router loss is taken from the output of the layers and
   added to TRL's loss.
 - The count of tokens, which leaves out the blank rows.
-- Dropout of adapters, which depends on row and step (`TokenDropout`); it is told the step here.
+- Dropout of adapters, which depends on row and step (`TokenDropout`). This module passes it the step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

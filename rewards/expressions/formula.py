@@ -1,7 +1,14 @@
-"""Reads one formula into a tree, by recursive descent: a sum of products of factors, of which each has a primary.
+"""Reads one formula into a tree (tree.py) by recursive descent. Each method of the parser reads one rule:
 
-The whole text is read, or all but a unit at its end; otherwise it is Unreadable. Relations and lists are read in
-`answers.py`.
+    sum      = signed (("+" | "-" | "±" | "∓") signed)*
+    signed   = ("+" | "-" | "±" | "∓")* product
+    product  = factor ("*" operand | "/" operand | factor)*          two factors side by side are multiplied
+    factor   = primary ("^" exponent | "^" "°" | "!" | "!!")*
+    primary  = group | "|" sum "|" | numeral | name | command
+    group    = "(" sum ")" | "[" sum "]" | "{" sum "}"
+
+The whole text is read, or all of it except a unit at its end; otherwise it is Unreadable. Relations and lists are read
+in `answers.py`.
 """
 
 from fractions import Fraction
@@ -24,7 +31,7 @@ _TIMES = {"times", "cdot"}
 
 
 def parse_formula(text: str) -> tuple[Tree, str]:
-    """The tree of a formula in one spelling, and the unit at its end ("" without). Raises Unreadable."""
+    """(tree, unit) of a formula in the spelling of notation.py; the unit is "" if there is none. Raises Unreadable."""
     parser = _Parser(text)
     tree = parser.sum()
     rest = parser.peek()
@@ -37,8 +44,9 @@ def parse_formula(text: str) -> tuple[Tree, str]:
 
 
 class _Parser(Cursor):
-    """depth: how many brackets are open. bars: whether a | would close an absolute value. angles: how many
-    trigonometric functions enclose the place, within which a degree sign means pi / 180."""
+    """depth: number of open brackets. bars: 1 if a | would close an absolute value. angles: number of enclosing
+    trigonometric functions; inside them a degree sign means pi / 180.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -78,14 +86,14 @@ class _Parser(Cursor):
         return left
 
     def operand(self) -> Tree:
-        """What follows a sign of multiplication: it may have a sign of its own."""
+        """A factor after * or /, which may have a sign, as in 2 * -3."""
         if self.take("-"):
             return ("mul", MINUS_ONE, self.factor())
         self.take("+")
         return self.factor()
 
     def is_cross(self) -> bool:
-        """The letter x between two numerals is a sign of multiplication, as in 1.2 x 10^5."""
+        """Whether the next token is the letter x between two numerals, which multiplies them, as in 1.2 x 10^5."""
         token, before, after = self.peek(), self.peek(-1) if self.place else None, self.peek(1)
         return bool(
             token and token.kind == "letter" and token.text in "xX" and before and before.kind == "number"
@@ -93,7 +101,7 @@ class _Parser(Cursor):
         )  # fmt: skip
 
     def starts_factor(self, token: Token) -> bool:
-        """Whether the token continues a product without a sign between. A number does not, and neither does a unit."""
+        """Whether the token begins a factor that is multiplied without a sign. A number and a unit do not."""
         if not self.depth and unit_at(self.text, token.start) is not None:
             return False
         if token.kind in ("letter", "name", "text"):
@@ -122,6 +130,7 @@ class _Parser(Cursor):
         return tree
 
     def exponent(self) -> Tree:
+        """What follows ^. Powers are read from the right: 2^3^2 is 2^(3^2)."""
         if self.take("-"):
             return ("mul", MINUS_ONE, self.exponent())
         token = self.peek()
@@ -134,6 +143,7 @@ class _Parser(Cursor):
         return ("pow", tree, self.exponent()) if self.take("^") else tree
 
     def group(self) -> Tree:
+        """A sum in brackets or bars."""
         token = self.peek()
         if token is None or token.text not in _CLOSING:
             raise Unreadable("a bracket is missing")
@@ -149,7 +159,7 @@ class _Parser(Cursor):
         return tree
 
     def argument(self) -> Tree:
-        """What a LaTeX command applies to: a group in braces, one digit, one letter or one command; no bracket."""
+        """The argument of a LaTeX command: a group in braces, one digit, one letter or one command, but no bracket."""
         token = self.peek()
         if token is None or token.text in ("(", "[", "|"):
             raise Unreadable("an argument is missing")
@@ -186,7 +196,7 @@ class _Parser(Cursor):
         raise Unreadable(f"nothing reads {token.text!r} here")
 
     def numeral(self, token: Token) -> Tree:
-        """A number, with what belongs to it: the base below it, or the fraction of a mixed number behind it."""
+        """A number: plain, with an index (its base, 101_2), or mixed with a fraction (1 1/2)."""
         if self.take("_"):
             return ("sym", f"{token.text}_{self.index()}")
         number: Tree = ("num", token.value)
@@ -207,7 +217,7 @@ class _Parser(Cursor):
         return number
 
     def named(self, token: Token) -> Tree:
-        """A variable, or one of the constants e and i, upright or not."""
+        """A variable, a call such as f(x), a function in upright letters, or one of the constants e and i."""
         name = token.text
         if token.kind == "text":
             if name in _FUNCTIONS:
@@ -225,7 +235,7 @@ class _Parser(Cursor):
         return ("sym", name)
 
     def index(self) -> str:
-        """The text below a name: in braces, or one sign."""
+        """An index after _: the text in braces, or one token."""
         token = self.peek()
         if token is None:
             raise Unreadable("an index is missing")
@@ -243,6 +253,7 @@ class _Parser(Cursor):
         return "".join(parts[:-1])
 
     def arguments(self) -> list[Tree]:
+        """Arguments in brackets, separated by commas."""
         self.need("(")
         self.depth += 1
         found = [self.sum()]
@@ -253,6 +264,7 @@ class _Parser(Cursor):
         return found
 
     def command(self, token: Token) -> Tree:
+        """What a LaTeX command or a known word begins: a fraction, a root, a function, a constant, a sum, a letter."""
         name = token.text
         if name == "frac":
             return ("div", self.argument(), self.argument())
@@ -285,7 +297,7 @@ class _Parser(Cursor):
         raise Unreadable(f"nothing reads \\{name}")
 
     def series(self, name: str) -> Tree:
-        """A sum or product with bounds below and above."""
+        """A sum or product of a series: _{variable = first}^last body."""
         self.need("_")
         self.need("{")
         variable = self.peek()
@@ -300,7 +312,7 @@ class _Parser(Cursor):
         return (name, variable.text, first, last, self.product())
 
     def function(self, name: str) -> Tree:
-        """A function with its power and base in front of the argument, which needs no brackets: \\sin^2 2x."""
+        """A function and its argument. The power and the base come first, as in \\sin^2 2x and \\log_2 8."""
         power: Tree | None = None
         base: Tree | None = None
         for _ in range(2):
@@ -319,6 +331,7 @@ class _Parser(Cursor):
         return tree if power is None else ("pow", tree, power)
 
     def bare_argument(self) -> Tree:
+        """The argument of a function without brackets: the factors up to the next bracket or function."""
         tree = self.factor()
         while token := self.peek():
             function = token.text in _FUNCTIONS and token.kind in ("command", "name")

@@ -1,5 +1,6 @@
-"""Gives each sign one spelling before anything is parsed: Unicode, variants of LaTeX, and spacing. No rule changes a
-value. A sign without a rule stays as it is, and the parser refuses it.
+"""Gives each sign a single spelling before a text is parsed, whether it is Unicode, a variant of LaTeX or spacing.
+
+No rule changes a value. A sign without a rule is left unchanged, and the parser refuses it.
 """
 
 import re
@@ -123,7 +124,7 @@ def _command(match: re.Match[str]) -> str:
 
 
 def _plain_interval(match: re.Match[str]) -> str:
-    """`]a, b[` as `(a, b)`: square brackets turned outwards leave the end out."""
+    """`]a, b[` as `(a, b)`: a square bracket that is turned outwards excludes the end of an interval."""
     if (match[1], match[3]) == ("[", "]"):
         return match[0]
     return ("(" if match[1] == "]" else "[") + match[2] + (")" if match[3] == "[" else "]")

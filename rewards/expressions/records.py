@@ -7,7 +7,7 @@ from .tree import Tree
 
 @dataclass(frozen=True)
 class Value:
-    """A formula and its unit in plain words ("" without)."""
+    """A formula and its unit in plain words, "" if it has none."""
 
     tree: Tree
     unit: str = ""

@@ -1,6 +1,6 @@
-"""Sets of real numbers as pieces between cuts, so that an interval, an inequality and a set-builder can be compared.
+"""Sets of real numbers as pieces between cuts, so that intervals, inequalities and sets by condition can be compared.
 
-A cut lies just before (x, 0) or just after (x, 1) a number; [2, 5) is the piece from (2, 0) to (5, 0).
+A cut lies just before a number x, written (x, 0), or just after it, (x, 1). [2, 5) is the piece from (2, 0) to (5, 0).
 """
 
 import itertools

@@ -1,5 +1,7 @@
-"""Units at the end of an answer: where one begins, and whether two are the same. Written out, short or with a prefix,
-a unit is the same unit; pint knows which. Words that it does not know ("apples") are the same if they are equal.
+"""Units at the end of an answer: finds where a unit begins, and decides whether two units are the same.
+
+pint knows the names, short forms and prefixes of units. Words that it does not know ("apples") are the same unit if
+they are equal.
 """
 
 import functools
@@ -9,7 +11,7 @@ from typing import Any
 
 from .tokens import words
 
-# Short names that are read as units behind a number even without a macro around them ("12cm", "5 kg").
+# Short names that count as units after a number even without a LaTeX macro around them ("12cm", "5 kg").
 _SHORT = frozenset(
     words(
         "mm cm dm km nm ft yd mi mg kg lb lbs oz ml mL cl dl kL ms ns hr hrs min mins sec secs yr yrs km/h kmh kph "
@@ -135,7 +137,10 @@ def _singular(word: str) -> str:
 
 @functools.cache
 def _registry() -> Any:
-    """pint's units, in exact fractions. Loaded when two units with different names are met for the first time."""
+    """pint's registry of units, in exact fractions.
+
+    It is loaded when two different names are compared the first time.
+    """
     import pint
 
     registry: Any = pint.UnitRegistry(non_int_type=Fraction)  # pyright: ignore[reportArgumentType]
