@@ -1,4 +1,4 @@
-"""torch: learning-rate schedules that continue with another number of parameter groups, and names of operators.
+"""torch: schedules for another number of parameter groups, names of operators, attention with its log-sum-exp.
 
 Importing this module does not import torch.
 """
@@ -41,6 +41,41 @@ def operator_name(op: Any) -> str:
     import torch
 
     return op.name().partition(".")[0] if isinstance(op, torch._ops.OpOverload) else ""
+
+
+@_patch(
+    "2.13.0",
+    "gap",
+    reason="`scaled_dot_product_attention` does not return the log-sum-exp of scores, by which attention over parts of "
+    "the keys is merged. The operator behind it does",
+    reference="aten/src/ATen/native/native_functions.yaml, `_scaled_dot_product_flash_attention_for_cpu`",
+    test="tests/test_shared_prefix.py::test_all_ways_of_attention_are_that_of_the_documents",
+)
+def flash_attention(q: Any, k: Any, v: Any, *, causal: bool, mask: Any = None) -> tuple[Any, Any]:
+    """Attention on a CPU. q [R, H, Q, d], k and v [R, H, K, d], mask None or to be added to the scores.
+
+    Returns the output and the log-sum-exp of each query's scores [R, H, Q], in fp32 (fp64 for fp64).
+    """
+    import torch
+
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+
+
+@_patch(
+    "2.13.0",
+    "gap",
+    reason="The gradients of a part of the keys need the log-sum-exp of all of them, which only this operator takes",
+    reference="aten/src/ATen/native/native_functions.yaml, `_scaled_dot_product_flash_attention_for_cpu_backward`",
+    test="tests/test_shared_prefix.py::test_all_ways_of_attention_are_that_of_the_documents",
+)
+def flash_attention_gradients(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, causal: bool, mask: Any = None
+) -> tuple[Any, Any, Any]:
+    """The gradients of q, k and v. grad, out, lse: of the output, the output, its log-sum-exp as `flash_attention`."""
+    import torch
+
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask)
 
 
 record(

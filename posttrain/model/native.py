@@ -29,9 +29,10 @@ from posttrain.compat.transformers import clear_unread_aux_loss
 from posttrain.model.attention import Attention, Positions
 from posttrain.model.moe import Experts, GatedMLP, MoE, Routing
 from posttrain.model.norm import RMSNorm
-from posttrain.model.placement import Layout, layout_of, place
+from posttrain.model.placement import Layout, layout_of, place, place_tree
 from posttrain.model.rope import inverse_frequencies
 from posttrain.model.router_stats import RouterLossWeights, RouterStats, load_balance_loss, router_stats, z_loss
+from posttrain.model.tree import Tree
 
 
 @dataclass
@@ -118,8 +119,8 @@ class NativeLlama4Model(_NativeLlama4):
     @property
     def last_router_stats(self) -> RouterStats | None:
         """Figures on the routers in the last forward, without padding; None before the first. Computed when read."""
-        routings, keep_T = self.last_routings
-        return router_stats(routings, keep_T) if routings else None
+        routings, weights_T = self.last_routings
+        return router_stats(routings, weights_T) if routings else None
 
     @can_return_tuple
     def forward(
@@ -133,6 +134,7 @@ class NativeLlama4Model(_NativeLlama4):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         routed_experts: torch.Tensor | None = None,
+        tree: Tree | None = None,
         **kwargs: Any,
     ) -> NativeModelOutput:
         """Run the layers. Arguments are those of `NativeLlama4ForCausalLM.forward`.
@@ -144,26 +146,32 @@ class NativeLlama4Model(_NativeLlama4):
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x_BSD.shape[:2]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        layout = layout_of(
-            batch, length, past, attention_mask=attention_mask, position_ids=position_ids, device=x_BSD.device
-        )
-        cache = self._cache(past_key_values, use_cache, layout)
-        positions = place(self.config, layout, length, cache=cache, frequencies=self._frequencies_on(x_BSD.device))
+        frequencies = self._frequencies_on(x_BSD.device)
+        if tree is not None:
+            others = {"attention_mask": attention_mask, "position_ids": position_ids, "a cache": past_key_values}
+            positions = place_tree(self.config, tree, (batch, length), others=others, frequencies=frequencies)
+            cache, weights_T = None, tree.weights_T
+        else:
+            layout = layout_of(
+                batch, length, past, attention_mask=attention_mask, position_ids=position_ids, device=x_BSD.device
+            )
+            cache = self._cache(past_key_values, use_cache, layout)
+            weights_T = None if attention_mask is None else attention_mask[:, past:].reshape(-1).bool()
+            positions = place(self.config, layout, length, cache=cache, frequencies=frequencies)
         routings, hidden_states = self._run_layers(
             x_BSD, positions, cache, routed_experts=routed_experts, keep_all=bool(output_hidden_states)
         )
-        keep_T = None if attention_mask is None else attention_mask[:, past:].reshape(-1).bool()
-        self.last_routings = ([Routing(r.logits_TE.detach(), r.expert_ids_TK) for r in routings], keep_T)
+        self.last_routings = ([Routing(r.logits_TE.detach(), r.expert_ids_TK) for r in routings], weights_T)
         # The casts are needed because transformers types its outputs as FloatTensor, which no torch function returns.
         return NativeModelOutput(
             last_hidden_state=cast(Any, hidden_states[-1]),
             past_key_values=cache,
             hidden_states=cast(Any, tuple(hidden_states) if output_hidden_states else None),
             router_logits=cast(Any, tuple(r.logits_TE for r in routings) if output_router_logits else None),
-            **self._router_losses(routings, keep_T, bool(output_router_logits)),
+            **self._router_losses(routings, weights_T, bool(output_router_logits)),
         )
 
-    def _router_losses(self, routings: list[Routing], keep_T: torch.Tensor | None, asked: bool) -> dict[str, Any]:
+    def _router_losses(self, routings: list[Routing], weights_T: torch.Tensor | None, asked: bool) -> dict[str, Any]:
         """The fields of the output that hold losses; see NativeModelOutput."""
         weights = self.router_loss_weights
         trained = torch.is_grad_enabled()
@@ -172,7 +180,7 @@ class NativeLlama4Model(_NativeLlama4):
         balance = functools.partial(load_balance_loss, load_LE=self.step_load_LE)
         for name, weight, loss in (("aux_loss", weights.balance, balance), ("z_loss", weights.z, z_loss)):
             if routings and (asked or (weight and trained)):
-                losses[name] = loss(routings, keep_T)
+                losses[name] = loss(routings, weights_T)
                 if weight:
                     weighted.append(weight * losses[name])
         return {**losses, "router_loss": torch.stack(weighted).sum()} if weighted else losses
@@ -268,6 +276,7 @@ class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         routed_experts: torch.Tensor | None = None,
+        tree: Tree | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Run the model.
@@ -282,19 +291,24 @@ class NativeLlama4ForCausalLM(_NativeLlama4, GenerationMixin):
             logits_to_keep: how many tokens to compute logits for, counted from the end (0: all), or their indices.
             routed_experts: int64 [B, S, MoE layers, K], experts to use instead of the router's choice. Their scores
                 are still computed from the logits, with a gradient. Source: arXiv 2510.11370.
+            tree: the structure of a packed tree, whose tokens are the only row (posttrain/model/tree.py). Several
+                labels may follow a token, so labels cannot be given.
 
         Returns:
             loss, logits [B, S, V], past_key_values, aux_loss (the load-balance loss as it is, where it
             has a weight or `output_router_logits` asks), and hidden_states and router_logits where asked for.
 
         Raises:
-            ValueError: attention_mask or routed_experts has the wrong shape, or a cache is given with packed rows.
+            ValueError: attention_mask or routed_experts has the wrong shape, a cache is given with packed rows, or a
+                tree with something that contradicts it.
         """
+        if tree is not None and labels is not None:
+            raise ValueError("labels cannot be given with a tree, in which several tokens may follow one")
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, use_cache, inputs_embeds,
             output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
-            routed_experts=routed_experts,
+            routed_experts=routed_experts, tree=tree,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])

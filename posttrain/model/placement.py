@@ -1,13 +1,15 @@
 """Make the `Positions` of one forward from position ids, padding mask and cache.
 
-A caller gives documents in one of two ways:
+A caller gives documents in one of three ways:
 
   padded   one document in each row; `attention_mask` marks padding. As in transformers, chunks are counted from the
            first real token, and the attention temperature from the start of the row.
   packed   several documents in a row; `position_ids` restart at each. Documents do not see each other. Chunks and
            temperature are counted within the document, so a packed document has the same outputs as it has alone.
+  tree     documents in one row that hold what they share once (tree.py); counted within the document, too.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,8 @@ from transformers.cache_utils import Cache
 
 from posttrain.model.attention import Positions
 from posttrain.model.rope import rotations
+from posttrain.model.tree import Tree
+from posttrain.model.tree_attention import tree_visibility
 from posttrain.model.visibility import CausalRows, ChunkedRows, MaskedRows, Visibility, packed_segments, row_mask
 
 
@@ -110,6 +114,33 @@ def place(
     else:
         visibility = {kind: _masked(config, layout, kind, slots=slots, cache=cache) for kind in kinds}
     return Positions(turns, slots, visibility)
+
+
+def place_tree(
+    config: Llama4TextConfig,
+    tree: Tree,
+    shape: tuple[int, int],
+    *,
+    others: Mapping[str, object],
+    frequencies: tuple[torch.Tensor, float],
+) -> Positions:
+    """The `Positions` of a forward of one packed tree.
+
+    shape: of the tokens. others: arguments that would contradict the tree, by name. frequencies: as for `place`.
+
+    Raises:
+        ValueError: the tokens are not one row as long as the tree, or another argument is given.
+    """
+    if shape != (1, len(tree)):
+        raise ValueError(f"the tokens are {list(shape)}; a tree of {len(tree)} tokens needs [1, {len(tree)}]")
+    if given := [name for name, value in others.items() if value is not None]:
+        raise ValueError(f"{' and '.join(given)} cannot be given with a tree, which holds the positions of its tokens")
+    turns = rotations(tree.positions_1T, *frequencies)
+    sizes = {kind: _chunk_size(config, kind) for kind in set(config.layer_types or ())}
+    # No document reaches into a second chunk: then the layers of all kinds share what is computed once.
+    sizes = {kind: None if size is None or tree.longest <= size else size for kind, size in sizes.items()}
+    made = {size: tree_visibility(tree, size, dropout=config.attention_dropout > 0) for size in set(sizes.values())}
+    return Positions(turns, tree.positions_1T, {kind: made[size] for kind, size in sizes.items()})
 
 
 def _chunk_size(config: Llama4TextConfig, kind: str) -> int | None:

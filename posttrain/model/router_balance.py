@@ -35,7 +35,8 @@ def native_layers(model: nn.Module) -> NativeLlama4Model | None:
 class RouterBalance:
     """The bias of every router of a model, the loads of its experts in the last step, and the counts of this step.
 
-    It counts every forward in training mode with gradients, without padding. A layer that gradient checkpointing
+    It counts every forward in training mode with gradients, without padding; a token of a packed tree as many times as
+    documents have it. A layer that gradient checkpointing
     computes again is not counted again. Call `update` after each optimizer step, on every rank. With a rate of 0 it
     counts and moves no bias. counting: set it to False during forwards that must not be counted.
     """
@@ -100,11 +101,11 @@ class RouterBalance:
 
     @torch.no_grad()
     def _count(self, layers: Any, arguments: Any, output: Any) -> None:
-        routings, keep_T = layers.last_routings
+        routings, weights_T = layers.last_routings
         if not (self.counting and layers.training and output.last_hidden_state.requires_grad):
             return
-        stats = router_stats(routings, keep_T)
-        counts_LE = torch.stack([expert_counts(r.expert_ids_TK, r.logits_TE.shape[-1], keep_T) for r in routings])
+        stats = router_stats(routings, weights_T)
+        counts_LE = torch.stack([expert_counts(r.expert_ids_TK, r.logits_TE.shape[-1], weights_T) for r in routings])
         self._counts_LE = self._counts_LE.to(counts_LE.device) + counts_LE
         choices_L = counts_LE.sum(-1)
         self._entropy_L = self._entropy_L.to(counts_LE.device) + stats.entropy_L.double().nan_to_num() * choices_L

@@ -1,28 +1,39 @@
 """Which token may see which. It is decided once for each forward, and all layers of one kind share it.
 
-There are four cases. Each is a class with one method, `attend(q_BHSd, k_BGSd, v_BGSd, dropout) -> out_BHSd`, where H
+There are five cases. Each is a class with one method, `attend(q_BHSd, k_BGSd, v_BGSd, dropout) -> out_BHSd`, where H
 query heads share G key heads:
 
   CausalRows     plain rows. The kernel's own causal mask is used, so no mask is stored.
   ChunkedRows    plain rows longer than attention_chunk_size. Each chunk is attended as a row.
   PackedSegments documents packed into rows. Each document, or each chunk of one, is attended as a row.
   MaskedRows     rows with padding, or with keys from a cache. A boolean mask is used.
+  a packed tree  documents that hold what they share once; see tree_attention.py.
 
 Left out: attention kernels for rows of different lengths (flash-attn); here segments of similar length are padded and
 share a batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 # Segments are padded to the longest of their batch. While padding makes the tokens at most this many times as many,
 # one batch is faster than several.
-_MAX_PADDING = 2.0
+MAX_PADDING = 2.0
 
 
-def _sdpa(
+class Visibility(Protocol):
+    """Which token may see which, in the layers of one kind."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float) -> torch.Tensor:
+        """q [B, H, S, d], k and v [B, G, K, d] -> [B, H, S, d]."""
+        ...
+
+
+def sdpa(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -41,7 +52,7 @@ class CausalRows:
     """Every token sees itself and all earlier tokens of its row."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float) -> torch.Tensor:
-        return _sdpa(q, k, v, mask=None, dropout=dropout)
+        return sdpa(q, k, v, mask=None, dropout=dropout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +65,14 @@ class ChunkedRows:
         whole = q.shape[2] // self.chunk_size * self.chunk_size
         parts = [self._whole_chunks(q[:, :, :whole], k[:, :, :whole], v[:, :, :whole], dropout=dropout)]
         if whole < q.shape[2]:
-            parts.append(_sdpa(q[:, :, whole:], k[:, :, whole:], v[:, :, whole:], mask=None, dropout=dropout))
+            parts.append(sdpa(q[:, :, whole:], k[:, :, whole:], v[:, :, whole:], mask=None, dropout=dropout))
         return torch.cat(parts, dim=2)
 
     def _whole_chunks(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float) -> torch.Tensor:
         def split(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(2, (-1, self.chunk_size)).transpose(1, 2).flatten(0, 1)
 
-        out = _sdpa(split(q), split(k), split(v), mask=None, dropout=dropout)
+        out = sdpa(split(q), split(k), split(v), mask=None, dropout=dropout)
         return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
 
 
@@ -72,14 +83,14 @@ class MaskedRows:
     mask: torch.Tensor
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float) -> torch.Tensor:
-        return _sdpa(q, k, v, mask=self.mask, dropout=dropout)
+        return sdpa(q, k, v, mask=self.mask, dropout=dropout)
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """Segments that are padded to one length and attended together.
+class Padded:
+    """Tokens as rows that are padded on the right to one length, to be attended together.
 
-    tokens_N: indices of their tokens among all B * S tokens; None if they are all of them. slots_N: the place of each
+    tokens_N: indices of the tokens among all B * S tokens; None if they are all of them. slots_N: the place of each
     of these tokens in the padded [rows * length].
     """
 
@@ -87,6 +98,17 @@ class _Batch:
     length: int
     slots_N: torch.Tensor
     tokens_N: torch.Tensor | None
+
+    def place(self, x_THd: torch.Tensor) -> torch.Tensor:
+        """The rows of these tokens, [rows, H, length, d], with zeros as padding."""
+        x = x_THd if self.tokens_N is None else x_THd.index_select(0, self.tokens_N)
+        # The backward of index_copy is a plain gather. That of a gather would be a scatter that accumulates, and slow.
+        flat = x.new_zeros(self.rows * self.length, *x.shape[1:]).index_copy(0, self.slots_N, x)
+        return flat.unflatten(0, (self.rows, self.length)).transpose(1, 2)
+
+    def take(self, x_RHLd: torch.Tensor) -> torch.Tensor:
+        """The tokens of rows, [N, H, d], without the padding."""
+        return x_RHLd.transpose(1, 2).flatten(0, 1).index_select(0, self.slots_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,31 +118,21 @@ class PackedSegments:
     Segments are padded on the right, where causal attention hides the padding from real tokens.
     """
 
-    batches: tuple[_Batch, ...]
+    batches: tuple[Padded, ...]
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float) -> torch.Tensor:
         tokens = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [T, heads, d]
-        if len(self.batches) == 1:
-            out = _attend_batch(tokens, self.batches[0], dropout)
-        else:
-            parts = [_attend_batch(tokens, batch, dropout) for batch in self.batches]
-            order = torch.cat([batch.tokens_N for batch in self.batches if batch.tokens_N is not None])
-            out = torch.zeros_like(tokens[0]).index_copy(0, order, torch.cat(parts))
-        return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+        parts = [b.take(sdpa(*map(b.place, tokens), mask=None, dropout=dropout)) for b in self.batches]
+        return in_order(parts, self.batches).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
 
 
-def _attend_batch(tokens: list[torch.Tensor], batch: _Batch, dropout: float) -> torch.Tensor:
-    def place(x: torch.Tensor) -> torch.Tensor:
-        x = x if batch.tokens_N is None else x.index_select(0, batch.tokens_N)
-        # The backward of index_copy is a plain gather. That of a gather would be a scatter that accumulates, and slow.
-        flat = x.new_zeros(batch.rows * batch.length, *x.shape[1:]).index_copy(0, batch.slots_N, x)
-        return flat.unflatten(0, (batch.rows, batch.length)).transpose(1, 2)
-
-    out = _sdpa(place(tokens[0]), place(tokens[1]), place(tokens[2]), mask=None, dropout=dropout)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, batch.slots_N)
-
-
-Visibility = CausalRows | ChunkedRows | PackedSegments | MaskedRows
+def in_order(parts: Sequence[torch.Tensor], batches: Sequence[Padded]) -> torch.Tensor:
+    """The tokens of all batches, each [N, H, d], in the order of the rows: [T, H, d]. Each token is in one batch."""
+    if len(batches) == 1 and batches[0].tokens_N is None:
+        return parts[0]
+    order = torch.cat([batch.tokens_N for batch in batches if batch.tokens_N is not None])
+    joined = torch.cat(list(parts))
+    return torch.zeros_like(joined).index_copy(0, order, joined)
 
 
 def packed_segments(starts_BS: torch.Tensor) -> PackedSegments:
@@ -131,12 +143,12 @@ def packed_segments(starts_BS: torch.Tensor) -> PackedSegments:
     segment = torch.repeat_interleave(torch.arange(len(first), device=first.device), lengths, output_size=total)
     offset = torch.arange(total, device=first.device) - first[segment]
     longest = int(lengths.max())
-    if len(first) * longest <= _MAX_PADDING * total:
-        return PackedSegments((_Batch(len(first), longest, segment * longest + offset, None),))
+    if len(first) * longest <= MAX_PADDING * total:
+        return PackedSegments((Padded(len(first), longest, segment * longest + offset, None),))
     return PackedSegments(tuple(_batches_by_length(lengths, segment, offset)))
 
 
-def _batches_by_length(lengths: torch.Tensor, segment: torch.Tensor, offset: torch.Tensor) -> list[_Batch]:
+def _batches_by_length(lengths: torch.Tensor, segment: torch.Tensor, offset: torch.Tensor) -> list[Padded]:
     """One batch for the lengths between two powers of two, so that padding at most doubles a row."""
     power = torch.ceil(torch.log2(lengths.double())).long()
     batches = []
@@ -146,7 +158,7 @@ def _batches_by_length(lengths: torch.Tensor, segment: torch.Tensor, offset: tor
         tokens = chosen[segment].nonzero().squeeze(1)
         length = int(lengths[chosen].max())
         slots = rank[segment[tokens]] * length + offset[tokens]
-        batches.append(_Batch(int(chosen.sum()), length, slots, tokens))
+        batches.append(Padded(int(chosen.sum()), length, slots, tokens))
     return batches
 
 
