@@ -19,7 +19,8 @@ from posttrain.rl.loss_config import CONSTANTS, LossConfig, ReferenceConfig
 from posttrain.rl.losses import LOSSES, LossInputs
 from posttrain.rl.objective import batch_share, reference_kl
 from posttrain.rl.records import Drop, DropReason, Group
-from posttrain.rl.training.samples import TrainSample, collate, micro_batches, train_samples
+from posttrain.rl.training.batches import collate, micro_batches
+from posttrain.rl.training.samples import TrainSample, train_samples
 from posttrain.rl.training.trainer import dealt, loss_inputs
 
 
@@ -95,9 +96,40 @@ def test_micro_batches_hold_every_sample_once_within_the_budget():
         reply_sample((1,) * (1 + i % 7), (2,) * (1 + i % 5), (0.0,) * (1 + i % 5), (0,) * (1 + i % 5), 1.0)
         for i in range(40)
     ]
-    batches = micro_batches(samples, max_tokens=48)
+    batches = micro_batches(samples, max_tokens=48, shared=False)
     assert sorted(map(len, (s for batch in batches for s in batch))) == sorted(map(len, samples))
     assert all(max(map(len, batch)) * len(batch) <= 48 for batch in batches)
+
+
+def test_micro_batches_of_shared_prefixes_count_a_prompt_once_and_divide_large_groups():
+    samples = [
+        reply_sample((1 + group,) * 10, (9,) * (2 + i), (0.0,) * (2 + i), (0,) * (2 + i), float(i))
+        for i in range(8)
+        for group in range(3)
+    ]
+    batches = micro_batches(samples, max_tokens=40, shared=True)
+    assert sorted(map(id, (s for batch in batches for s in batch))) == sorted(map(id, samples))
+    sizes = [collate(batch, pad_id=0, shared=True).input_ids_BS.numel() for batch in batches]
+    assert max(sizes) <= 40
+    # 3 prompts of 10 and replies of 1 to 8 fed tokens; a prompt is read again for each further part of its group.
+    prompts = [len({sample.token_ids[0] for sample in batch}) for batch in batches]
+    assert sum(sizes) == 10 * sum(prompts) + 3 * sum(range(1, 9))
+    assert sum(prompts) > 3
+    assert len(micro_batches(samples, max_tokens=40, shared=False)) > 2 * len(batches)
+
+
+def test_collate_of_shared_prefixes_points_at_the_same_states():
+    """The prompt's last state predicts the first token of each reply; what a tool answered is in the branch."""
+    turns = TrainSample((11, 12, 21, 31, 32, 22, 23), ((2, 3), (5, 7)), (-1.0, -2.0, -3.0), (1, 0, 0), 0.5)
+    plain = reply_sample((11, 12), (24, 25), (-4.0, -5.0), (0, 2), -0.5)
+    batch = collate([turns, plain], pad_id=0, shared=True)
+    assert batch.input_ids_BS.tolist() == [[11, 12, 21, 31, 32, 22, 24]]
+    assert batch.position_T.tolist() == [1, 4, 5, 1, 6]
+    assert batch.tree is not None
+    assert batch.tree.weights_T.tolist() == [2, 2, 1, 1, 1, 1, 1]
+    padded = collate([turns, plain], pad_id=0, shared=False)
+    for name in ("target_T", "sampler_logprobs_T", "advantages_T", "staleness_T", "sequence_T"):
+        assert torch.equal(getattr(batch, name), getattr(padded, name))
 
 
 def test_collate_points_at_the_states_that_predict_each_reply_token():
@@ -105,7 +137,7 @@ def test_collate_points_at_the_states_that_predict_each_reply_token():
         reply_sample((11, 12, 13), (21, 22), (-1.0, -2.0), (2, 1), 0.5),
         reply_sample((14,), (23,), (-3.0,), (0,), -0.5),
     ]
-    batch = collate(samples, pad_id=0)
+    batch = collate(samples, pad_id=0, shared=False)
     assert batch.input_ids_BS.tolist() == [[11, 12, 13, 21], [14, 0, 0, 0]]
     flat = batch.input_ids_BS.flatten()
     # The state at 13 predicts 21, the one at 21 predicts 22, the one at 14 predicts 23.
@@ -117,15 +149,15 @@ def test_collate_points_at_the_states_that_predict_each_reply_token():
     assert batch.sequence_T.tolist() == [0, 0, 1]
     assert batch.ref_logprobs_T is None
     judged = [replace(sample, ref_logprobs=sample.sampler_logprobs) for sample in samples]
-    assert collate(judged, pad_id=0).ref_logprobs_T.tolist() == [-1.0, -2.0, -3.0]
+    assert collate(judged, pad_id=0, shared=False).ref_logprobs_T.tolist() == [-1.0, -2.0, -3.0]
     with pytest.raises(ValueError, match="each trained token needs a log-probability of the reference"):
-        collate([judged[0], samples[1]], pad_id=0)
+        collate([judged[0], samples[1]], pad_id=0, shared=False)
 
 
 def test_only_the_tokens_that_the_policy_sampled_are_trained_on():
     """A prompt of two tokens, a call, a tool's result of two, an answer of two; beside it a plain reply."""
     turns = TrainSample((11, 12, 21, 31, 32, 22, 23), ((2, 3), (5, 7)), (-1.0, -2.0, -3.0), (1, 0, 0), 0.5)
-    batch = collate([turns, reply_sample((14,), (24,), (-4.0,), (0,), -0.5)], pad_id=0)
+    batch = collate([turns, reply_sample((14,), (24,), (-4.0,), (0,), -0.5)], pad_id=0, shared=False)
     flat = batch.input_ids_BS.flatten()
     # 12 predicts the call, the last token of the result the answer's first, and that one the second.
     assert flat[batch.position_T].tolist() == [12, 32, 22, 14]
@@ -133,7 +165,7 @@ def test_only_the_tokens_that_the_policy_sampled_are_trained_on():
     assert batch.sequence_T.tolist() == [0, 0, 0, 1]
     assert batch.advantages_T.tolist() == [0.5, 0.5, 0.5, -0.5]
     with pytest.raises(ValueError, match="3 tokens are trained on, but there are 2 log-probabilities"):
-        collate([replace(turns, sampler_logprobs=(-1.0, -2.0))], pad_id=0)
+        collate([replace(turns, sampler_logprobs=(-1.0, -2.0))], pad_id=0, shared=False)
 
 
 def test_grpo_dual_clip_by_hand():
@@ -327,7 +359,7 @@ def random_samples(n=48):
     return [sample(index) for index in range(n)]
 
 
-def batch_loss(chunks, config):
+def batch_loss(chunks, config, *, shared=False):
     """Loss of a batch in these micro-batches, what was clipped or masked, and the gradient.
 
     The policy's log-probability of token i is a parameter: one place for the gradients of any split.
@@ -337,7 +369,7 @@ def batch_loss(chunks, config):
     weights_V = torch.linspace(-1.0, 1.0, 100, dtype=torch.float64).requires_grad_()
     total, counted = 0.0, 0
     for chunk in chunks:
-        batch = collate(chunk, pad_id=0)
+        batch = collate(chunk, pad_id=0, shared=shared)
         policy_T = batch.sampler_logprobs_T.double() + weights_V[batch.target_T]
         inputs = loss_inputs(policy_T, batch, 8)
         outputs = LOSSES[config.name](inputs, config)
@@ -350,13 +382,15 @@ def batch_loss(chunks, config):
 
 def assert_split_changes_nothing(samples, config, ranks):
     loss, counted, gradient = batch_loss([samples], config)
-    shares = [chunk for rank in range(ranks) for chunk, weight in dealt(samples, 64, rank=rank, world=ranks) if weight]
-    assert len(shares) > 3
-    other_loss, other_counted, other_gradient = batch_loss(shares, config)
-    assert other_loss == pytest.approx(loss, rel=1e-9)
-    assert other_counted == counted
-    assert torch.allclose(gradient, other_gradient, rtol=1e-9, atol=1e-12)
     assert float(gradient.abs().max()) > 0
+    for shared, tokens in ((False, 64), (True, 32)):
+        dealings = (dealt(samples, tokens, shared=shared, rank=rank, world=ranks) for rank in range(ranks))
+        shares = [chunk for dealing in dealings for chunk, weight in dealing if weight]
+        assert len(shares) > 3
+        other_loss, other_counted, other_gradient = batch_loss(shares, config, shared=shared)
+        assert other_loss == pytest.approx(loss, rel=1e-9)
+        assert other_counted == counted
+        assert torch.allclose(gradient, other_gradient, rtol=1e-9, atol=1e-12)
     return loss
 
 
@@ -393,7 +427,7 @@ def test_masked_replies_are_in_no_sum_and_no_denominator_however_it_is_split(nam
 def test_a_loss_reads_its_constants_and_refuses_the_others(name, key):
     """The table of constants says what the code does: a constant changes the losses that list it, and no other."""
     value = {"icepop_high": 1.5, "divergence": 0.01}.get(key, 1.05 if key.endswith(("cap", "dual_clip")) else 0.9)
-    batch = collate(random_samples(), pad_id=0)
+    batch = collate(random_samples(), pad_id=0, shared=False)
     inputs = loss_inputs(batch.sampler_logprobs_T + torch.linspace(-1.5, 1.5, 100)[batch.target_T], batch, 8)
     changed = LossConfig.model_construct(**{**LossConfig(name=name).model_dump(), key: value})  # not validated
     differs = not LOSSES[name](inputs, LossConfig(name=name)).loss_sum.equal(LOSSES[name](inputs, changed).loss_sum)

@@ -65,13 +65,15 @@ def make_config(model: str, router: dict[str, float] | None = None, **changes: A
 
 
 def batch(step: int) -> list[TrainSample]:
-    """Rollouts of several lengths; their micro-batches do not divide evenly between two ranks."""
+    """Rollouts of several lengths to three prompts; their micro-batches do not divide evenly between two ranks."""
     random, others = torch.Generator().manual_seed(step), torch.Generator().manual_seed(100 + step)
+    prompts = [torch.randint(3, 200, (5 + 3 * group,), generator=random).tolist() for group in range(3)]
     samples = []
     for index in range(7):
-        ids = torch.randint(3, 200, (12 + 3 * index,), generator=random).tolist()
+        prompt = prompts[index // 3]
+        ids = prompt + torch.randint(3, 200, (14 + 3 * index - len(prompt),), generator=random).tolist()
         advantage = float(torch.randn((), generator=random))
-        cut = 5 + index
+        cut = len(prompt)
         logprobs = (-6 + torch.randn(len(ids) - cut, generator=random)).tolist()
         staleness = tuple(torch.randint(0, 5, (len(logprobs),), generator=others).tolist())
         reference = tuple((-6 + torch.randn(len(logprobs), generator=others)).tolist())
@@ -412,7 +414,7 @@ def test_a_step_that_was_left_out_can_be_run_again_from_its_evidence(ray_session
 
 def test_every_rank_gets_as_many_forwards_and_every_sample_once(tmp_path):
     max_tokens = make_config("unused").micro_batch_tokens
-    shares = [dealt(batch(0), max_tokens, rank=rank, world=4) for rank in range(4)]
+    shares = [dealt(batch(0), max_tokens, shared=True, rank=rank, world=4) for rank in range(4)]
     assert len({len(share) for share in shares}) == 1
     seen = [sample for share in shares for chunk, weight in share if weight for sample in chunk]
     assert sorted(seen, key=len) == batch(0)

@@ -1,6 +1,10 @@
 """Documents in a packed tree have the outputs and the gradients that they have alone, however they are attended."""
 
+import copy
+import json
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +12,22 @@ from closeness import assert_as_exact, float64_inside
 from hypothesis import given
 from hypothesis import strategies as st
 from test_model import gradient_error, model_pair, named_gradients
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from posttrain.model import tree_attention
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.model.router_balance import RouterBalance
 from posttrain.model.router_stats import RouterLossWeights
+from posttrain.model.sharing import FAMILIES, accept_trees, tree_arguments, unshared_reason
 from posttrain.model.tree import build_tree
 from posttrain.model.tree_attention import TreeFlex, TreeKeys, tree_mask
 from posttrain.model.tree_blocks import TreeBlocks
@@ -332,3 +347,77 @@ def test_what_contradicts_a_tree_is_refused():
         ours(input_ids=ids, position_ids=tree.positions_1T, tree=tree)
     with pytest.raises(ValueError, match="labels cannot be given with a tree"):
         ours(input_ids=ids, labels=ids, tree=tree)
+
+
+# --- models of transformers ---------------------------------------------------------------------------------------
+
+
+DENSE: dict[str, tuple[type, type]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def dense_model(family: str, **changes: Any) -> Any:
+    settings = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.2,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if family == "mistral":
+        settings["sliding_window"] = None
+    config_class, model_class = DENSE[family]
+    torch.manual_seed(3)
+    return model_class(config_class(**settings | changes))
+
+
+def test_every_family_that_shares_prefixes_is_tested():
+    assert set(DENSE) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("family", DENSE)
+def test_dense_models_of_transformers_share_prefixes(way, family, checkpointing):
+    model = dense_model(family).train()
+    documents = RAGGED
+    double = copy.deepcopy(model).double()
+    with float64_inside():
+        exact = outputs_and_gradients(double, separate_states(double, documents), documents)
+    peer = outputs_and_gradients(model, separate_states(model, documents), documents)
+    assert accept_trees(model) is None
+    after = outputs_and_gradients(model, separate_states(model, documents), documents)
+    assert all(torch.equal(after[name], peer[name]) for name in peer)  # without a tree it attends as before
+    if checkpointing != "none":
+        model.gradient_checkpointing_enable(checkpointing_arguments(checkpointing))
+    packed = pack(documents)
+    hidden = model.model(input_ids=packed.ids_1T, **tree_arguments(model, packed.tree)).last_hidden_state[0]
+    states = torch.cat([hidden[places] for places in packed.places])
+    got = outputs_and_gradients(model, states, documents)
+    for name in OUTPUTS:
+        assert_as_exact(got[name], peer[name], exact[name])
+    assert_as_exact(*({name: x for name, x in found.items() if name not in OUTPUTS} for found in (got, peer, exact)))
+    assert "posttrain" not in json.dumps(model.config.to_dict())  # a saved folder loads elsewhere
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "llama4_text"}, "counts the borders of chunks along the row"),
+        ({"model_type": "mistral", "sliding_window": 4096}, r"sliding windows \(sliding_window 4096\)"),
+        ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True}, "sliding windows"),
+        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "kind linear_attention,"),
+        ({"model_type": "gemma3_text", "layer_types": ["sliding_attention"]}, "kind sliding_attention,"),
+        ({"model_type": "bloom"}, "attention of bloom was not compared"),
+    ],
+)
+def test_a_model_that_cannot_share_prefixes_says_why(config, reason):
+    assert re.search(reason, unshared_reason(config, native=False))
+
+
+def test_a_window_that_is_switched_off_shares_prefixes():
+    assert (
+        unshared_reason({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, native=False)
+        is None
+    )

@@ -159,12 +159,16 @@ def token_policy(policy: Path) -> Any:
 @given(split=splits(7))
 @pytest.mark.parametrize("name", sorted(RL_LOSSES))
 def test_a_step_of_rl_is_the_same_however_it_is_split(policy, token_policy, name, split):
-    """With the entropy bonus and the reference term, which go with any of the losses."""
+    """With the entropy bonus and the reference term, which go with any of the losses.
+
+    Rollouts to one prompt share it where they are in one forward; the whole step is also taken without sharing.
+    """
     loss = {"name": name, "entropy_bonus": 0.01, "reference": {"weight": 0.2, "estimator": "k3", "ratio_cap": 3.0}}
     config = test_rl_trainer.make_config(str(policy), ROUTER, loss=loss, resources={"reference": {}})
     samples = test_rl_trainer.batch(0)
 
-    def step(parts: Split) -> Step:
+    def step(parts: Split, *, shared: bool = True) -> Step:
+        token_policy.shares_prefixes = shared
         token_policy.zero_grad()
         total = 0.0
         for part in parts:
@@ -176,4 +180,6 @@ def test_a_step_of_rl_is_the_same_however_it_is_split(policy, token_policy, name
             total += float(share.loss.detach())
         return total, torch.cat([p.grad.flatten() for p in token_policy.parameters() if p.grad is not None])
 
-    check_same(step(split), step([list(range(7))]))
+    whole = step([list(range(7))], shared=False)
+    check_same(step([list(range(7))]), whole)
+    check_same(step(split), whole)

@@ -13,6 +13,7 @@ Shapes: T tokens of the row, N tokens of a batch, R rows, H query heads, G key h
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -113,7 +114,7 @@ def _path_mask(nodes: Sequence[Node], part: Sequence[Node], levels: Sequence[Pad
 class TreeFlex:
     """mask: a BlockMask of torch.nn.attention.flex_attention."""
 
-    mask: object
+    mask: Any
 
     @staticmethod
     def of(tree: Tree, chunk_size: int | None) -> "TreeFlex":
@@ -129,13 +130,13 @@ class TreeFlex:
 
 
 @functools.cache
-def _flex(compiled: bool):
+def _flex(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
-def tree_mask(tree: Tree, chunk_size: int | None):
+def tree_mask(tree: Tree, chunk_size: int | None) -> Any:
     """The `mask_mod` of FlexAttention for a tree: whether the query at one place sees the key at another.
 
     The nodes behind a node stand together, so a token is seen from its own place to the end of the last of them.

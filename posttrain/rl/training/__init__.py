@@ -3,7 +3,8 @@
 config.py      the keys that say how the policy is trained
 client.py      the interface through which the rest of RL calls the trainer's ranks
 protocol.py    the methods of a trainer, as types
-samples.py     make training samples of groups, and tensors of samples
+samples.py     make training samples of groups
+batches.py     which samples share a forward, and its tensors
 policy.py      the policy as a function from tensors to log-probabilities
 trainer.py     the optimizer step, in each rank
 reference.py   the frozen reference policy, in a process of its own

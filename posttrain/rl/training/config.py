@@ -37,7 +37,9 @@ class TrainingConfig(GradingConfig):
         default_factory=ParallelConfig, description="The trainer's ranks. They share the rollouts of each step."
     )
     micro_batch_tokens: Annotated[int, Field(ge=64)] = Field(
-        default=8192, description="Largest number of tokens in one forward pass of a rank, with padding."
+        default=8192,
+        description="Largest number of tokens in one forward pass of a rank. What rollouts share, such as the prompt "
+        "of a group, counts once; padding counts for a model that cannot share it.",
     )
     gradient_checkpointing: GradientCheckpointing = "none"
 

@@ -4,7 +4,7 @@ The product with the head is computed here and not by the head's own layer, so t
 whole batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,14 +15,20 @@ from posttrain.config.training import GradientCheckpointing
 from posttrain.model.load import load_policy
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.model.router_balance import native_layers
-from posttrain.rl.training.samples import MicroBatch, TrainSample, collate, micro_batches
+from posttrain.model.sharing import accept_trees, tree_arguments
+from posttrain.rl.training.batches import MicroBatch, collate, micro_batches
+from posttrain.rl.training.samples import TrainSample
 from posttrain.train.logprobs import token_logprobs
 
 PAD_ID = 0  # any id will do: padding is on the right, where no reply token sees it
 
 
 class TokenPolicy(nn.Module):
-    """A causal language model, in the attribute `policy`, that is called with a `MicroBatch`."""
+    """A causal language model, in the attribute `policy`, that is called with a `MicroBatch`.
+
+    shares_prefixes: whether samples share what they have in common in a micro-batch, as `micro_batches` and `collate`
+    are to be told.
+    """
 
     def __init__(self, policy: Any, temperature: float):
         super().__init__()
@@ -30,15 +36,20 @@ class TokenPolicy(nn.Module):
         self.config = policy.config  # from which DeepSpeed reads the sizes of the experts
         self._temperature = temperature
         self._has_routers = native_layers(policy) is not None
+        self.shares_prefixes = accept_trees(policy) is None
 
     def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probability of each target and entropy of its distribution, both fp32 [T]; loss on routers, a scalar.
 
         The loss on routers is a mean over real tokens, weighted already. It is 0 if the config asks for none.
         """
-        # Padding is on the right, so attention needs no mask; the losses on routers need one, to leave padding out.
-        mask = {"attention_mask": batch.mask_BS} if self._has_routers else {}
-        output = self.policy.model(input_ids=batch.input_ids_BS, use_cache=False, **mask)
+        if batch.tree is not None:
+            arguments = tree_arguments(self.policy, batch.tree)
+        else:
+            # Padding is on the right, so attention needs no mask; losses on routers need one, to leave padding out.
+            mask = {"attention_mask": batch.mask_BS} if self._has_routers else {}
+            arguments = {"use_cache": False, **mask}
+        output = self.policy.model(input_ids=batch.input_ids_BS, **arguments)
         hidden_TD = output.last_hidden_state.flatten(0, 1)[batch.position_T]
         head_VD = self.policy.get_output_embeddings().weight
         logprobs_T, entropy_T = token_logprobs(
@@ -65,17 +76,15 @@ def load_token_policy(
     return TokenPolicy(policy, temperature)
 
 
-def sample_logprobs(
-    forward: Callable[[MicroBatch], Any], samples: Sequence[TrainSample], max_tokens: int, *, device: str
-) -> list[list[float]]:
+def sample_logprobs(policy: Any, samples: Sequence[TrainSample], max_tokens: int, *, device: str) -> list[list[float]]:
     """Log-probabilities of each sample's reply tokens, without gradients, in the order given.
 
-    forward: a `TokenPolicy`, or an engine around one. max_tokens: padded tokens of one forward pass.
+    policy: a `TokenPolicy`, or an engine around one. max_tokens: of one forward pass.
     """
     found: dict[int, list[float]] = {}
     with torch.no_grad():
-        for chunk in micro_batches(samples, max_tokens):
-            values_T, *_ = forward(collate(chunk, PAD_ID, device))
+        for chunk in micro_batches(samples, max_tokens, shared=policy.shares_prefixes):
+            values_T, *_ = policy(collate(chunk, PAD_ID, device, shared=policy.shares_prefixes))
             parts = values_T.cpu().split([sample.num_trained for sample in chunk])
             found |= {id(sample): part.tolist() for sample, part in zip(chunk, parts, strict=True)}
     return [found[id(sample)] for sample in samples]

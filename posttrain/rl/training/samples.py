@@ -1,15 +1,12 @@
-"""Rollouts as training samples, and their micro-batches.
+"""Rollouts as training samples.
 
 A sample holds the token ids that the engine sampled, with their log-probabilities and staleness, the ids around them,
-and an advantage. Samples are sorted by length and padded on the right, so that causal attention needs no mask. A
-micro-batch holds a limited number of padded tokens.
+and an advantage.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 
-import torch
 from msgspec import Struct
 
 from posttrain.records import Rollout
@@ -88,80 +85,3 @@ def train_sample(
         advantage,
         ref_logprobs,
     )
-
-
-def micro_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[list[TrainSample]]:
-    """Split into micro-batches of at most `max_tokens` padded tokens. A longer sample is a micro-batch of its own."""
-    batches: list[list[TrainSample]] = []
-    current: list[TrainSample] = []
-    for sample in sorted(samples, key=len):
-        if current and len(sample) * (len(current) + 1) > max_tokens:
-            batches.append(current)
-            current = []
-        current.append(sample)
-    return [*batches, current] if current else batches
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Tensors of one micro-batch. B rows, S padded tokens, T trained tokens.
-
-    input_ids_BS: int64. mask_BS: False for padding. position_T: index into the flattened [B * S] hidden states of the
-    state that predicts each trained token. target_T, staleness_T: int64. sequence_T: int64, the row of each trained
-    token. sampler_logprobs_T, advantages_T: fp32. ref_logprobs_T: fp32, or None if no sample has any.
-    """
-
-    input_ids_BS: torch.Tensor
-    mask_BS: torch.Tensor
-    position_T: torch.Tensor
-    target_T: torch.Tensor
-    sampler_logprobs_T: torch.Tensor
-    advantages_T: torch.Tensor
-    staleness_T: torch.Tensor
-    sequence_T: torch.Tensor
-    ref_logprobs_T: torch.Tensor | None
-
-
-def collate(samples: Sequence[TrainSample], pad_id: int, device: torch.device | str = "cpu") -> MicroBatch:
-    """The tensors of a micro-batch. The last token of each row is left out of the input, as it predicts no token.
-
-    Raises ValueError if some samples have log-probabilities of the reference and others do not, or if the lengths of a
-    sample's sequences do not fit its trained tokens.
-    """
-    width = max(map(len, samples)) - 1
-    lengths = torch.tensor([len(sample) - 1 for sample in samples], device=device)
-    rows, positions, targets, logprobs, advantages, staleness, sequences = [], [], [], [], [], [], []
-    ref_logprobs = [value for sample in samples for value in sample.ref_logprobs]
-    for index, sample in enumerate(samples):
-        _check_lengths(sample, bool(ref_logprobs))
-        rows.append(list(sample.token_ids[:-1]) + [pad_id] * (width - len(sample) + 1))
-        for start, end in sample.trained:
-            # The hidden state at a token predicts the next one, so each target has the place before its own.
-            positions += range(index * width + start - 1, index * width + end - 1)
-            targets += sample.token_ids[start:end]
-        logprobs += sample.sampler_logprobs
-        advantages += [sample.advantage] * sample.num_trained
-        staleness += sample.staleness
-        sequences += [index] * sample.num_trained
-    return MicroBatch(
-        torch.tensor(rows, device=device),
-        torch.arange(width, device=device) < lengths[:, None],
-        torch.tensor(positions, device=device),
-        torch.tensor(targets, device=device),
-        torch.tensor(logprobs, dtype=torch.float32, device=device),
-        torch.tensor(advantages, dtype=torch.float32, device=device),
-        torch.tensor(staleness, device=device),
-        torch.tensor(sequences, device=device),
-        torch.tensor(ref_logprobs, dtype=torch.float32, device=device) if ref_logprobs else None,
-    )
-
-
-def _check_lengths(sample: TrainSample, has_reference: bool) -> None:
-    count = sum(end - start for start, end in sample.trained)
-    if not len(sample.sampler_logprobs) == len(sample.staleness) == count:
-        raise ValueError(
-            f"{count} tokens are trained on, but there are {len(sample.sampler_logprobs)} log-probabilities of the "
-            f"sampler and {len(sample.staleness)} values of staleness"
-        )
-    if has_reference and len(sample.ref_logprobs) != count:
-        raise ValueError("each trained token needs a log-probability of the reference policy, or none may have one")

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from posttrain.rl.loss_config import LossConfig
 from posttrain.rl.losses import LOSSES, LossInputs, LossOutputs, ratio_of
 from posttrain.rl.objective import batch_share, reference_kl
 from posttrain.rl.rollouts.weights import publisher
+from posttrain.rl.training.batches import MicroBatch, collate, micro_batches
 from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.policy import PAD_ID, load_token_policy, sample_logprobs
 from posttrain.rl.training.protocol import SkippedUpdate, StepResult
-from posttrain.rl.training.samples import MicroBatch, TrainSample, collate, micro_batches
+from posttrain.rl.training.samples import TrainSample
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.weights import TensorSpec
 from posttrain.train.routers import figures
@@ -143,7 +144,13 @@ class PolicyTrainer:
         largest = {"ratio_max": 0.0, "sampler_trainer_gap_max": 0.0}
         place = {id(sample): index for index, sample in enumerate(samples)}
         suspects_N = torch.zeros(len(samples), device=self._device)
-        chunks = dealt(samples, self._config.micro_batch_tokens, rank=self._rank, world=self._world)
+        chunks = dealt(
+            samples,
+            self._config.micro_batch_tokens,
+            shared=self._engine.shares_prefixes,
+            rank=self._rank,
+            world=self._world,
+        )
         for index, (chunk, weight) in enumerate(chunks):
             share = forward_share(
                 self._engine, chunk, samples, config=config, max_tokens=max_tokens, device=self._device
@@ -225,7 +232,7 @@ class ForwardShare:
 
 
 def forward_share(
-    policy: Callable[[MicroBatch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    policy: Any,
     chunk: Sequence[TrainSample],
     samples: Sequence[TrainSample],
     *,
@@ -237,7 +244,7 @@ def forward_share(
 
     policy: a `TokenPolicy`, or an engine around one. max_tokens: the longest reply that could be sampled.
     """
-    batch = collate(chunk, PAD_ID, device)
+    batch = collate(chunk, PAD_ID, device, shared=policy.shares_prefixes)
     policy_T, entropy_T, router_loss = policy(batch)
     inputs = loss_inputs(policy_T, batch, max_tokens)
     outputs = LOSSES[config.name](inputs, config)
@@ -268,14 +275,14 @@ def token_advantage_std(samples: Sequence[TrainSample]) -> float:
 
 
 def dealt(
-    samples: Sequence[TrainSample], max_tokens: int, *, rank: int, world: int
+    samples: Sequence[TrainSample], max_tokens: int, *, shared: bool, rank: int, world: int
 ) -> list[tuple[list[TrainSample], float]]:
-    """A rank's micro-batches of at most `max_tokens` padded tokens, each with its weight, 1 or 0.
+    """A rank's micro-batches of at most `max_tokens` tokens, each with its weight, 1 or 0; shared: as `micro_batches`.
 
     Every rank gets the same number of micro-batches, because each forward is collective. If they cannot be divided
     evenly, the last ranks run one sample again, with weight 0.
     """
-    chunks = micro_batches(samples, max_tokens)
+    chunks = micro_batches(samples, max_tokens, shared=shared)
     mine = [(chunk, 1.0) for chunk in chunks[rank::world]]
     rounds = -(-len(chunks) // world)
     return mine + [(chunks[0][:1], 0.0)] * (rounds - len(mine))

@@ -1,0 +1,140 @@
+"""Micro-batches of training samples: which samples share a forward, and its tensors.
+
+A micro-batch holds a limited number of tokens. It is laid out in one of two ways:
+
+  shared   one row, a packed tree: samples that begin alike, such as the replies to one prompt, hold their beginning
+           once. A group that is larger than a micro-batch is divided, and its prompt is in each part.
+  padded   a row for each sample, of similar lengths and padded on the right, so that causal attention needs no mask.
+           For models whose attention cannot be told of a tree (posttrain/model/sharing.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from posttrain.model.tree import Tree
+from posttrain.rl.training.samples import TrainSample
+from posttrain.train.prefixes import Document, pack, shared_length, sharing_order
+
+
+def micro_batches(samples: Sequence[TrainSample], max_tokens: int, *, shared: bool) -> list[list[TrainSample]]:
+    """Split into micro-batches of at most `max_tokens` tokens. A longer sample is a micro-batch of its own.
+
+    shared: what samples share counts once. Otherwise padding counts.
+    """
+    return (_shared_batches if shared else _padded_batches)(samples, max_tokens)
+
+
+def _shared_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[list[TrainSample]]:
+    documents = [_fed(sample) for sample in samples]
+    batches: list[list[TrainSample]] = []
+    before, size = Document((), 0), 0
+    for index in sharing_order(documents):
+        document = documents[index]
+        added = len(document.ids) - shared_length(before, document)
+        if not batches or size + added > max_tokens:
+            batches.append([])
+            size, added = 0, len(document.ids)
+        batches[-1].append(samples[index])
+        size += added
+        before = document
+    return batches
+
+
+def _padded_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[list[TrainSample]]:
+    batches: list[list[TrainSample]] = []
+    for sample in sorted(samples, key=len):
+        if not batches or len(sample) * (len(batches[-1]) + 1) > max_tokens:
+            batches.append([])
+        batches[-1].append(sample)
+    return batches
+
+
+def _fed(sample: TrainSample) -> Document:
+    """What the model reads of a sample. Its last token is left out, as it predicts no token."""
+    return Document(sample.token_ids[:-1], sample.trained[0][0])
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Tensors of one micro-batch. B rows, S tokens, T trained tokens.
+
+    input_ids_BS: int64. mask_BS: False for padding. tree: the structure of the only row, or None if rows are samples.
+    position_T: index into the flattened [B * S] hidden states of the state that predicts each trained token. target_T,
+    staleness_T: int64. sequence_T: int64, the sample of each trained token. sampler_logprobs_T, advantages_T: fp32.
+    ref_logprobs_T: fp32, or None if no sample has any.
+    """
+
+    input_ids_BS: torch.Tensor
+    mask_BS: torch.Tensor
+    tree: Tree | None
+    position_T: torch.Tensor
+    target_T: torch.Tensor
+    sampler_logprobs_T: torch.Tensor
+    advantages_T: torch.Tensor
+    staleness_T: torch.Tensor
+    sequence_T: torch.Tensor
+    ref_logprobs_T: torch.Tensor | None
+
+
+def collate(
+    samples: Sequence[TrainSample], pad_id: int, device: torch.device | str = "cpu", *, shared: bool
+) -> MicroBatch:
+    """The tensors of a micro-batch; trained tokens are in the order of the samples.
+
+    Raises ValueError if some samples have log-probabilities of the reference and others do not, or if the lengths of a
+    sample's sequences do not fit its trained tokens.
+    """
+    positions, targets, logprobs, advantages, staleness, sequences = [], [], [], [], [], []
+    ref_logprobs = [value for sample in samples for value in sample.ref_logprobs]
+    ids, mask, tree, places = (_tree_row if shared else _padded_rows)(samples, pad_id, device)
+    for index, sample in enumerate(samples):
+        _check_lengths(sample, bool(ref_logprobs))
+        for start, end in sample.trained:
+            # The hidden state at a token predicts the next one, so each target has the place before its own.
+            positions += places[index][start - 1 : end - 1]
+            targets += sample.token_ids[start:end]
+        logprobs += sample.sampler_logprobs
+        advantages += [sample.advantage] * sample.num_trained
+        staleness += sample.staleness
+        sequences += [index] * sample.num_trained
+    return MicroBatch(
+        ids,
+        mask,
+        tree,
+        torch.tensor(positions, device=device),
+        torch.tensor(targets, device=device),
+        torch.tensor(logprobs, dtype=torch.float32, device=device),
+        torch.tensor(advantages, dtype=torch.float32, device=device),
+        torch.tensor(staleness, device=device),
+        torch.tensor(sequences, device=device),
+        torch.tensor(ref_logprobs, dtype=torch.float32, device=device) if ref_logprobs else None,
+    )
+
+
+Layout = tuple[torch.Tensor, torch.Tensor, Tree | None, Sequence[Sequence[int]]]  # the last: places of samples' tokens
+
+
+def _tree_row(samples: Sequence[TrainSample], pad_id: int, device: torch.device | str) -> Layout:
+    packed = pack([_fed(sample) for sample in samples], device)
+    return packed.ids_1T, torch.ones_like(packed.ids_1T, dtype=torch.bool), packed.tree, packed.places
+
+
+def _padded_rows(samples: Sequence[TrainSample], pad_id: int, device: torch.device | str) -> Layout:
+    width = max(map(len, samples)) - 1
+    rows = [list(sample.token_ids[:-1]) + [pad_id] * (width - len(sample) + 1) for sample in samples]
+    lengths = torch.tensor([len(sample) - 1 for sample in samples], device=device)
+    places = [range(index * width, index * width + width) for index in range(len(samples))]
+    return torch.tensor(rows, device=device), torch.arange(width, device=device) < lengths[:, None], None, places
+
+
+def _check_lengths(sample: TrainSample, has_reference: bool) -> None:
+    count = sum(end - start for start, end in sample.trained)
+    if not len(sample.sampler_logprobs) == len(sample.staleness) == count:
+        raise ValueError(
+            f"{count} tokens are trained on, but there are {len(sample.sampler_logprobs)} log-probabilities of the "
+            f"sampler and {len(sample.staleness)} values of staleness"
+        )
+    if has_reference and len(sample.ref_logprobs) != count:
+        raise ValueError("each trained token needs a log-probability of the reference policy, or none may have one")
