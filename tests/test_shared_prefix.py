@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+import test_dpo
 import torch
 from closeness import assert_as_exact, float64_inside
 from hypothesis import given
@@ -23,11 +24,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from posttrain.model import tree_attention
+from posttrain.cli.outcome import notice_text
+from posttrain.config.models import ModelConfig
+from posttrain.dpo.examples import tokenize_pairs
+from posttrain.files import read_jsonl
+from posttrain.model import load_tokenizer, tree_attention
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.model.router_balance import RouterBalance
 from posttrain.model.router_stats import RouterLossWeights
-from posttrain.model.sharing import FAMILIES, accept_trees, tree_arguments, unshared_reason
+from posttrain.model.sharing import FAMILIES, accept_trees, note_unshared, tree_arguments, unshared_reason
 from posttrain.model.tree import build_tree
 from posttrain.model.tree_attention import TreeFlex, TreeKeys, tree_mask
 from posttrain.model.tree_blocks import TreeBlocks
@@ -420,4 +425,47 @@ def test_a_window_that_is_switched_off_shares_prefixes():
     assert (
         unshared_reason({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, native=False)
         is None
+    )
+
+
+# --- preference pairs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "dropout": 0.0}, {"rank": 4, "dropout": 0.3}], ids=str)
+def test_the_replies_of_a_pair_share_their_prefix(policy, tmp_path, lora):
+    """In training without dropout of adapters, and in the reference's pass; with the figures of separate rows."""
+    ids, _ = tokenize_pairs(load_tokenizer(policy), test_dpo.make_pairs(5), 128, overlong="error")
+    config = test_dpo.make_config(policy, pairs={"path": "x"}, lora=lora)
+    trainer = test_dpo.make_trainer(config, ids, tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(5)])
+    shapes = []
+    embedding = trainer.model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda module, arguments: shapes.append(tuple(arguments[0].shape)))
+    once = sum(len(item.prompt_ids) + len(item.chosen_ids) + len(item.rejected_ids) for item in ids)
+    found = {}
+    for shared in (True, False):
+        trainer.shares_prompts = shared
+        trainer.model.eval()
+        references = trainer.compute_ref_log_probs(trainer.model, batch)
+        trainer.model.train()
+        outputs, entropy = trainer._pairs(trainer.model, batch)
+        found[shared] = [*references, outputs.chosen_logprobs_P, outputs.rejected_logprobs_P, entropy]
+    dropped = bool(lora and lora["dropout"])
+    # Instructions that pairs have in common may be shared, too: fewer tokens than each prompt once.
+    assert shapes[0][0] == 1
+    assert shapes[0][1] <= once
+    assert (shapes[1] == shapes[0]) != dropped
+    assert shapes[2] == shapes[3] == tuple(batch["input_ids"].shape)
+    for got, want in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_a_stage_tells_once_why_prefixes_are_not_shared(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "sliding_window": 4096}))
+    context = test_dpo.make_context(tmp_path / "stage")
+    note_unshared(ModelConfig(path=str(tmp_path)), context)
+    (event,) = read_jsonl(context.events)
+    assert event["event"] == "prefixes_unshared"
+    assert "every reply is trained on with a copy of its prompt of its own: mistral has sliding" in notice_text(
+        "rl", event
     )

@@ -1,7 +1,8 @@
 """What one optimizer step learns does not depend on how its rows are split into forwards, nor on their order.
 
-With the trainers of the stages on a tiny model in one process, and blank rows among the forwards, as a rank gets them
-that finds no more rows; tests/test_parallel_stages.py and tests/test_rl_trainer.py have the same property over ranks.
+Nor on whether rows that begin alike share their beginning. With the trainers of the stages on a tiny model in one
+process, and blank rows among the forwards, as a rank gets them that finds no more rows; tests/test_parallel_stages.py
+and tests/test_rl_trainer.py have the same property over ranks.
 Losses on routers and dropout of adapters are included.
 """
 
@@ -77,7 +78,7 @@ def check_same(step: Step, whole: Step) -> None:
 
 
 @pytest.fixture(scope="module", params=[*sorted(PAIR_LOSSES), "sigmoid with adapters"])
-def pair_step(request, policy: Path, tmp_path_factory) -> Callable[[Split], Step]:
+def pair_step(request, policy: Path, tmp_path_factory) -> Callable[[Split, bool], Step]:
     """A step of DPO with a supervised term, on pairs of many lengths; the policy has moved from the reference."""
     pairs = [
         Pair(
@@ -98,13 +99,19 @@ def pair_step(request, policy: Path, tmp_path_factory) -> Callable[[Split], Step
     have_loads(trainer.model)
     rows = list(trainer.train_dataset)
     move(trainer.model)
-    return lambda split: step_of(trainer, [trainer.data_collator([rows[i] for i in part]) for part in split])
+
+    def step(split: Split, shared: bool) -> Step:
+        trainer.shares_prompts = shared
+        return step_of(trainer, [trainer.data_collator([rows[i] for i in part]) for part in split])
+
+    return step
 
 
 @settings(max_examples=12)
 @given(split=splits(), blanks=st.integers(0, 2))
 def test_a_step_of_dpo_is_the_same_however_it_is_split(pair_step, split, blanks):
-    check_same(pair_step(split + [[BLANK]] * blanks), pair_step([list(range(ROWS))]))
+    """The two replies of a pair share its prompt; the whole step is also taken without sharing."""
+    check_same(pair_step(split + [[BLANK]] * blanks, True), pair_step([list(range(ROWS))], False))
 
 
 @settings(max_examples=12)

@@ -30,7 +30,7 @@ def outcome_lines(run_dir: Path, name: str, kind: str) -> list[str]:
 
 
 def notice_text(stage: str, event: dict[str, Any]) -> str:
-    """The text of an event about an earlier result or an end token of the chat template; "" for any other event."""
+    """What a user is told besides progress, such as where an earlier result is; "" for any other event."""
     if event.get("event") == "earlier_kept":
         return f"{stage}  its earlier result is kept until the new one is complete: {event.get('path')}"
     if event.get("event") == "earlier_deleted":
@@ -39,6 +39,8 @@ def notice_text(stage: str, event: dict[str, Any]) -> str:
         tokens = " ".join(map(str, event.get("tokens") or ()))
         rule = "which neither the tokenizer nor generation_config.json names as an end token; sampling stops there too"
         return f"{stage}  the chat template ends replies with {tokens}, {rule}"
+    if event.get("event") == "prefixes_unshared":
+        return f"{stage}  every reply is trained on with a copy of its prompt of its own: {event.get('reason')}"
     return ""
 
 

@@ -86,9 +86,13 @@ def prepare(config: DpoConfig, seed: int, context: StageContext | None = None) -
     from posttrain.data.turns import tools_of
     from posttrain.dpo.examples import tokenize_pairs
     from posttrain.model.load import check_router
+    from posttrain.model.sharing import note_unshared
     from posttrain.model.tokenizer import load_tokenizer
 
     check_router(config.model)
+    note_unshared(config.model, context)
+    if context is not None and config.lora is not None and config.lora.dropout:
+        context.event("prefixes_unshared", reason="lora.dropout is drawn for each token of a reply's own row")
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     note_added_end(tokenizer, context)
     if config.pairs is not None:

@@ -6,6 +6,8 @@ token ids that sampling sends, and a truncated reply must not get an end-of-turn
 TRL's loss is a mean over the pairs of a forward, and its supervised term a mean over the tokens of a forward. So the
 split of a step into forwards and ranks would change what is learned. Here both are divided by the counts of the whole
 step.
+
+TRL runs a prompt once for each of its two replies. Here both are behind one copy of it, where the model allows that.
 """
 
 from collections.abc import Mapping
@@ -16,6 +18,8 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from posttrain.compat.trl import reference_pass_with_whole_model
 from posttrain.dpo.losses import LOSSES, PairInputs, step_share
+from posttrain.dpo.shared import run_shared
+from posttrain.model.sharing import accept_trees
 from posttrain.tune.engine import EngineTrainer
 from posttrain.tune.steps import StepTrainer
 
@@ -26,11 +30,15 @@ class TokenizedPairTrainer(DPOTrainer):
     """Trains on a dataset of prompt_ids, chosen_ids and rejected_ids.
 
     A pair without replies is blank: nothing is learned from it. nll_weight: weight of the supervised term, the mean
-    negative log-likelihood of chosen tokens.
+    negative log-likelihood of chosen tokens. shares_prompts: whether the replies of a pair share one copy of its
+    prompt. row_keys: as in `StepTrainer`; what a row's dropout is drawn from.
     """
 
-    def __init__(self, *args: Any, nll_weight: float = 0.0, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    row_keys: Any = None
+
+    def __init__(self, model: Any, *args: Any, nll_weight: float = 0.0, **kwargs: Any):
+        self.shares_prompts = accept_trees(model) is None
+        super().__init__(model, *args, **kwargs)
         self._nll_weight = nll_weight
         self._sums: dict[str, torch.Tensor] = {}  # sums over this rank's pairs and tokens since the last log
 
@@ -40,6 +48,18 @@ class TokenizedPairTrainer(DPOTrainer):
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         with reference_pass_with_whole_model(self):
             return super()._precompute_ref_logps(*args, **kwargs)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """The summed log-probabilities of the chosen and of the rejected replies under the reference, each [P]."""
+        return super().compute_ref_log_probs(lambda **arguments: self._run(model, inputs, arguments), inputs)
+
+    def _run(self, model: Any, inputs: Any, arguments: dict[str, Any]) -> Any:
+        """The outputs of a forward, with `log_probs` and `entropy`. arguments: those of TRL, a row for each reply."""
+        dropped = model.training and self.row_keys is not None
+        if not self.shares_prompts or dropped or not inputs["completion_mask"].any():
+            return model(**arguments)
+        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return run_shared(model, causal, inputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """The pairs and the chosen tokens of a whole optimizer step, over all its forwards and ranks, fp32 [2]."""
@@ -65,7 +85,8 @@ class TokenizedPairTrainer(DPOTrainer):
         mask = inputs["completion_mask"]
         arguments = {name: value for name, value in inputs.items() if name not in NOT_OF_THE_MODEL}
         labels = inputs["input_ids"].masked_fill(mask == 0, -100)
-        outputs = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True)
+        arguments |= {"labels": labels, "use_cache": False, "fused_lm_head": True}
+        outputs = self._run(model, inputs, arguments)
         chosen_P, rejected_P = outputs.log_probs.sum(dim=1).chunk(2)  # 0 where there is no label
         chosen_tokens_P, rejected_tokens_P = mask.sum(dim=1).chunk(2)
         references = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]

@@ -7,9 +7,15 @@ Left out: models whose layers are not plain attention over all earlier tokens. `
 """
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from posttrain.model.tree import Tree
+from posttrain.config.models import ModelConfig
+from posttrain.context import StageContext
+from posttrain.files import read_object
+
+if TYPE_CHECKING:
+    from posttrain.model.tree import Tree
 
 # Families whose layers were compared with separate documents: tests/test_shared_prefix.py.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -34,6 +40,15 @@ def unshared_reason(config: Mapping[str, Any], *, native: bool) -> str | None:
     return None
 
 
+def note_unshared(model: ModelConfig, context: StageContext | None) -> None:
+    """Tell the stage's context if the model cannot share prefixes, and why. Only config.json is read."""
+    config = read_object(Path(model.path).expanduser() / "config.json")
+    if context is None or config is None:  # the code that loads the model reports a missing config.json
+        return
+    if (reason := unshared_reason(config, native=model.implementation == "native")) is not None:
+        context.event("prefixes_unshared", reason=reason)
+
+
 def accept_trees(model: Any) -> str | None:
     """Prepare a model for `run_tree`. Returns the reason if that cannot be; the model is then as it was."""
     from posttrain.model.native import NativeLlama4ForCausalLM
@@ -46,7 +61,7 @@ def accept_trees(model: Any) -> str | None:
     return reason
 
 
-def tree_arguments(model: Any, tree: Tree) -> dict[str, Any]:
+def tree_arguments(model: Any, tree: "Tree") -> dict[str, Any]:
     """The arguments, besides token ids, with which the layers of a model run a tree. The model accepts trees."""
     from posttrain.model.native import NativeLlama4ForCausalLM
     from posttrain.model.tree_attention import tree_visibility

@@ -19,6 +19,7 @@ from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import TrainerLostError
 from posttrain.files import keep_lines
 from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
+from posttrain.model.sharing import note_unshared
 from posttrain.parallel.engine import check_parallel
 from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.config import RlConfig
@@ -69,6 +70,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     from posttrain.model.load import check_router
 
     check_router(config.model)
+    note_unshared(config.model, context)
     tokenizer, prompts, evaluated = _render(config, rows, heldout)
     note_added_end(tokenizer, context)
     stop_ids = tuple(end_token_ids(tokenizer))
