@@ -10,6 +10,8 @@ above the number of processors, other programs used the machine too.
   weight_update_vs_memcpy_*   rl_weights.py
   controller_*                rl_controller.py
   async_overlap               rl_overlap.py
+  shared_prefix_speedup       rl_prefix.py; takes ten minutes, and 8 GiB for padded rows
+  engine_block_speedup        rl_blocks.py
   trl_speedup                 rl_trl.py; takes half an hour
   curriculum_token_ratio      rl_curriculum.py
 """
@@ -21,10 +23,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from importlib.metadata import packages_distributions
 
 from measure import Entry, main
+from rl_blocks import engine_block_speedup
 from rl_controller import groups_per_s, rss_gib
 from rl_curriculum import curriculum_token_ratio
 from rl_models import SIZES
 from rl_overlap import async_overlap
+from rl_prefix import shared_prefix_speedup
 from rl_rollout import SHAPES, rollout_vs_raw
 from rl_trl import trl_speedup
 from rl_weights import weight_update
@@ -46,6 +50,8 @@ def entries() -> dict[str, Entry]:
         goal = None if size == "1m" else ">= 0.4"
         table[f"weight_update_vs_memcpy_{size}"] = Entry(lambda size=size: weight_update(size), goal)
     table["async_overlap"] = Entry(async_overlap, ">= 0.9")
+    table["shared_prefix_speedup"] = Entry(shared_prefix_speedup, ">= 2.3")
+    table["engine_block_speedup"] = Entry(engine_block_speedup)
     table["trl_speedup"] = Entry(trl_speedup, ">= 10")
     table["curriculum_token_ratio"] = Entry(curriculum_token_ratio, ">= 2")
     return table

@@ -118,9 +118,11 @@ def test_the_cache_holds_what_the_engine_can_use_or_a_quarter_of_what_is_free():
     assert token_bytes(SIZES, "bfloat16") == 2 * 4 * 2 * 64 * 2
     engine = EngineConfig(max_num_seqs=10)
     size = cpu_kv_cache_bytes(SIZES, "bfloat16", engine, length=1000, free=100 * GIB)
-    assert size == 10 * 2048 * 128 * 9  # nine blocks of 128 tokens: eight for 1,000, and one more
+    assert size == 10 * 2048 * 32 * 33  # blocks of 32 tokens: 32 for 1,000, and one more
+    whole = EngineConfig(max_num_seqs=10, block_size=128)
+    assert cpu_kv_cache_bytes(SIZES, "bfloat16", whole, length=1000, free=100 * GIB) == 10 * 2048 * 128 * 9
     assert cpu_kv_cache_bytes(SIZES, "bfloat16", EngineConfig(), length=10**6, free=100 * GIB) == 25 * GIB
-    assert cpu_kv_cache_bytes(SIZES, "float32", engine, length=1000, free=0) == 2 * 4096 * 128 * 9
+    assert cpu_kv_cache_bytes(SIZES, "float32", engine, length=1000, free=0) == 2 * 4096 * 32 * 33
     assert cpu_kv_cache_bytes({}, "float32", engine, length=1000, free=100 * GIB) == GIB
     assert cpu_kv_cache_bytes({}, "float32", engine, length=1000, free=GIB) == GIB // 4
     assert free_bytes() > 0

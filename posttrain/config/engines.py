@@ -43,6 +43,11 @@ class EngineConfig(Config):
         description="Compute the KV cache of a prefix once for all requests that begin with it, as the replies of a "
         "group do.",
     )
+    block_size: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Tokens of a block of the KV cache. Requests share whole blocks of a prefix. null: 32 on a CPU, "
+        "where vLLM's own 128 would share nothing of shorter prompts; on a GPU what vLLM chooses.",
+    )
     stream_interval: Annotated[int, Field(ge=1)] = Field(
         default=256,
         description="Number of tokens after which the engine hands on a part of an unfinished reply. If the engine is "

@@ -8,7 +8,7 @@ from posttrain.compat import vllm as compat
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.model.length import engine_length
-from posttrain.sampling.kv_memory import cpu_kv_cache_bytes
+from posttrain.sampling.kv_memory import CPU_BLOCK, cpu_kv_cache_bytes
 
 # vLLM reads these when it is imported. One OpenMP thread a process: two in contention cost a factor of ten.
 ENGINE_ENV = {
@@ -44,16 +44,19 @@ def engine_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str
     }
     if engine.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
+    if engine.block_size is not None:
+        arguments["block_size"] = engine.block_size
     return {**arguments, **compat.keep_attention_temperature(read_model_config(model.path))}
 
 
 def cpu_cache_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str, int]:
-    """The further argument of an engine on a CPU: the size of its KV cache, if the configuration gives none."""
-    if engine.kv_cache_gib is not None:
-        return {}
-    length = engine_length(engine, model.path)
-    size = cpu_kv_cache_bytes(read_model_config(model.path), model.dtype, engine, length=length)
-    return {"kv_cache_memory_bytes": size}
+    """The further arguments of an engine on a CPU: what the configuration does not say about its KV cache."""
+    arguments = {} if engine.block_size is not None else {"block_size": CPU_BLOCK}
+    if engine.kv_cache_gib is None:
+        length = engine_length(engine, model.path)
+        size = cpu_kv_cache_bytes(read_model_config(model.path), model.dtype, engine, length=length)
+        arguments["kv_cache_memory_bytes"] = size
+    return arguments
 
 
 def read_model_config(path: str) -> dict[str, Any]:

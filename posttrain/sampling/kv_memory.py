@@ -14,7 +14,9 @@ from posttrain.config.engines import EngineConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 FREE_SHARE = 4  # one part in so many of the free memory
-BLOCK = 128  # tokens of a block of vLLM's cache on a CPU, in which it counts
+# Tokens of a block of the cache on a CPU, unless the config gives them. vLLM's own default there is 128; only whole
+# blocks are shared between requests, so that shorter prompts would be computed once for each reply.
+CPU_BLOCK = 32
 UNKNOWN = 1 << 30  # for a model whose config has other names for its sizes
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -31,7 +33,8 @@ def cpu_kv_cache_bytes(
     token = token_bytes(config, dtype)
     if token is None:
         return min(UNKNOWN, quarter)
-    sequence = token * BLOCK * (-(-length // BLOCK) + 1)  # vLLM keeps one block for itself
+    block = engine.block_size or CPU_BLOCK
+    sequence = token * block * (-(-length // block) + 1)  # vLLM keeps one block for itself
     return max(min(sequence * engine.max_num_seqs, quarter), 2 * sequence)
 
 
