@@ -69,13 +69,13 @@ def flash_attention(q: Any, k: Any, v: Any, *, causal: bool, mask: Any = None) -
     test="tests/test_shared_prefix.py::test_all_ways_of_attention_are_that_of_the_documents",
 )
 def flash_attention_gradients(
-    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, causal: bool, mask: Any = None
+    grad: Any, inputs: tuple[Any, Any, Any], outputs: tuple[Any, Any], *, causal: bool, mask: Any = None
 ) -> tuple[Any, Any, Any]:
-    """The gradients of q, k and v. grad, out, lse: of the output, the output, its log-sum-exp as `flash_attention`."""
+    """The gradients of q, k and v. grad: of the output. inputs, outputs: of `flash_attention`."""
     import torch
 
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask)
+    return backward(grad, *inputs, *outputs, 0.0, causal, attn_mask=mask)
 
 
 record(

@@ -58,8 +58,8 @@ class TokenizedPairTrainer(DPOTrainer):
         dropped = model.training and self.row_keys is not None
         if not self.shares_prompts or dropped or not inputs["completion_mask"].any():
             return model(**arguments)
-        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        return run_shared(model, causal, inputs)
+        policy: Any = self.model  # with or without adapters
+        return run_shared(model, policy.get_base_model() if hasattr(policy, "get_base_model") else policy, inputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """The pairs and the chosen tokens of a whole optimizer step, over all its forwards and ranks, fp32 [2]."""

@@ -72,7 +72,7 @@ def tree_arguments(model: Any, tree: "Tree") -> dict[str, Any]:
     return {
         "position_ids": tree.positions_1T,
         # transformers makes a mask of all tokens by all tokens unless it is given one with four axes.
-        "attention_mask": tree.positions_1T.new_ones(1, 1, 1, 1, dtype=bool),
+        "attention_mask": tree.positions_1T.new_ones(1, 1, 1, 1).bool(),
         "visibility": tree_visibility(tree, None, dropout=dropout > 0),
         "use_cache": False,
     }
@@ -83,11 +83,12 @@ def _register() -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    def attend(module, query, key, value, attention_mask, *, visibility=None, **arguments):
+    def attend(module: Any, *inputs: Any, visibility: Any = None, **arguments: Any) -> Any:
+        """inputs: query, key, value [B, heads, S, d] and the attention mask."""
         if visibility is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
-        dropout = arguments.get("dropout", 0.0)
-        return visibility.attend(query, key, value, dropout=dropout).transpose(1, 2).contiguous(), None
+            return sdpa_attention_forward(module, *inputs, **arguments)
+        out = visibility.attend(*inputs[:3], dropout=arguments.get("dropout", 0.0))
+        return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(_NAME, attend)
     AttentionMaskInterface.register(_NAME, sdpa_mask)

@@ -81,7 +81,7 @@ class TreeKeys:
                 part = [level[i] for i in chosen]
                 own = padded_runs([[(node.start, node.end)] for node in part], device)
                 paths = [[place[node.path[level]] for node in part] for level in range(depth)]
-                mask = _path_mask(nodes, part, levels[:depth], own.length).to(device) if depth else None
+                mask = _path_mask(nodes, part, levels[:depth], length=own.length).to(device) if depth else None
                 batches.append(_Rows(own, tuple(torch.tensor(rows, device=device) for rows in paths), mask))
         return TreeKeys(tuple(levels), tuple(batches))
 
@@ -100,7 +100,7 @@ class TreeKeys:
         return in_order(parts, [batch.own for batch in self.batches])[None].transpose(1, 2)
 
 
-def _path_mask(nodes: Sequence[Node], part: Sequence[Node], levels: Sequence[Padded], length: int) -> torch.Tensor:
+def _path_mask(nodes: Sequence[Node], part: Sequence[Node], levels: Sequence[Padded], *, length: int) -> torch.Tensor:
     """bool [R, 1, queries, keys]: a query sees the whole path and its own node up to itself, but no padding."""
     columns = []
     for depth, level in enumerate(levels):
@@ -150,7 +150,5 @@ def tree_mask(tree: Tree, chunk_size: int | None) -> Any:
     reach_T = torch.repeat_interleave(torch.tensor(reach), lengths).to(device)
     chunk_T = torch.zeros_like(reach_T) if chunk_size is None else tree.positions_1T[0] // chunk_size
 
-    def sees(batch, head, query, key):
-        return (key <= query) & (query < reach_T[key]) & (chunk_T[key] == chunk_T[query])
-
-    return sees
+    # A lambda, because FlexAttention tells by the number of parameters, all by place, what it has been given.
+    return lambda batch, head, query, key: (key <= query) & (query < reach_T[key]) & (chunk_T[key] == chunk_T[query])

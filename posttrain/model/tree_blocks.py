@@ -20,6 +20,8 @@ from posttrain.model.tree import Node
 from posttrain.model.tree_batches import Run, num_tokens, padded_runs, similar
 from posttrain.model.visibility import Padded, in_order
 
+Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class _Block:
@@ -82,13 +84,13 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, blocks):
-        own_out, own_lse = zip(*(_attend_block(q, k, v, block) for block in blocks if block.causal), strict=True)
+        own_out, own_lse = zip(*(_attend_block((q, k, v), block) for block in blocks if block.causal), strict=True)
         own = [block.queries for block in blocks if block.causal]
         out, lse = in_order(own_out, own).to(own_lse[0].dtype), in_order(own_lse, own)
         for block in blocks:
             if not block.causal:
                 tokens = block.queries.tokens_N
-                part, part_lse = _attend_block(q, k, v, block)
+                part, part_lse = _attend_block((q, k, v), block)
                 before, lse_before = out.index_select(0, tokens), lse.index_select(0, tokens)
                 merged = torch.logaddexp(lse_before, part_lse)
                 before = before * (lse_before - merged).exp() + part * (part_lse - merged).exp()
@@ -104,12 +106,11 @@ class _Merged(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         sums = [torch.zeros_like(x) for x in (q, k, v)]
         for block in ctx.blocks:
-            rows, folded = _block_rows(q, k, v, block), functools.partial(_folded, block, k.shape[1])
-            lse_RHQ = folded(block.queries.place(lse)).squeeze(-1)
+            rows, folded = _block_rows((q, k, v), block), functools.partial(_folded, block, k.shape[1])
+            outputs = folded(block.queries.place(out)), folded(block.queries.place(lse)).squeeze(-1)
             grads = flash_attention_gradients(
-                folded(block.queries.place(grad)), *rows, folded(block.queries.place(out)), lse_RHQ,
-                causal=block.causal, mask=_bias(block, rows),
-            )  # fmt: skip
+                folded(block.queries.place(grad)), rows, outputs, causal=block.causal, mask=_bias(block, rows)
+            )
             for total, rows_grad, padded in zip(sums, grads, (block.queries, block.keys, block.keys), strict=True):
                 taken = padded.take(_unfolded(block, rows_grad, total.shape[1]))
                 if padded.tokens_N is None:
@@ -131,20 +132,22 @@ def _unfolded(block: _Block, x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.reshape(x.shape[0], heads, -1, x.shape[-1])
 
 
-def _block_rows(q, k, v, block: _Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    queries, keys, values = block.queries.place(q), block.keys.place(k), block.keys.place(v)
-    shared = queries.shape[1] // keys.shape[1]
+def _block_rows(qkv: Qkv, block: _Block) -> Qkv:
+    """The padded rows of a block: queries, keys and values."""
+    key_heads = qkv[1].shape[1]
+    queries, keys, values = block.queries.place(qkv[0]), block.keys.place(qkv[1]), block.keys.place(qkv[2])
+    shared = queries.shape[1] // key_heads
     if block.causal and shared > 1:
         keys, values = (x.repeat_interleave(shared, 1) for x in (keys, values))
-    return _folded(block, k.shape[1], queries), keys, values
+    return _folded(block, key_heads, queries), keys, values
 
 
 def _bias(block: _Block, rows: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return None if block.bias is None else block.bias.to(rows[0].dtype).expand(*rows[0].shape[:3], -1)
 
 
-def _attend_block(q, k, v, block: _Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [N, H, d] and the log-sum-exp of scores [N, H, 1] of a block's queries."""
-    rows = _block_rows(q, k, v, block)
+def _attend_block(qkv: Qkv, block: _Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output [N, H, d] and the log-sum-exp of scores [N, H, 1] of a block's queries. qkv: [T, heads, d] each."""
+    rows, heads = _block_rows(qkv, block), qkv[0].shape[1]
     out, lse = flash_attention(*rows, causal=block.causal, mask=_bias(block, rows))
-    return tuple(block.queries.take(_unfolded(block, x, q.shape[1])) for x in (out, lse[..., None]))  # type: ignore[return-value]
+    return block.queries.take(_unfolded(block, out, heads)), block.queries.take(_unfolded(block, lse[..., None], heads))
