@@ -744,7 +744,9 @@ def rl_micro_batches(config: Any) -> Any:
     """What the second of two ranks trains on."""
     from posttrain.rl.training.trainer import dealt
 
-    samples = [reply_sample((1,) * 30, (2,) * length, (-1.0,) * length, (0,) * length, 1.0) for length in range(1, 60)]
+    samples = [
+        reply_sample((1,) * 30, (2 + length,) * length, (-1.0,) * length, (0,) * length, 1.0) for length in range(1, 60)
+    ]
     return [
         (len(chunk), weight)
         for chunk, weight in dealt(samples, config.micro_batch_tokens, shared=True, rank=1, world=2)
