@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from posttrain.cli.outcome import notice_text
 from posttrain.config.held_out import HeldOutConfig
 from posttrain.data.held_out import prompt_key, split
 from posttrain.errors import ConfigError, DataError
@@ -130,6 +131,16 @@ def test_the_best_is_kept_and_patience_counts_evaluations_without_a_better_one()
     assert [step for step, _ in course(losses, every=1)] == [None] * 7
 
 
+def test_the_start_is_kept_where_no_step_is_better_and_counts_no_miss():
+    evaluation = HeldOutCallback(None, HeldOutConfig(rows=1, every=2, keep_best=True, patience=2), None)
+    for step, loss in ((0, 1.0), (2, 1.5), (4, 1.0)):
+        assert not evaluation.has_ended
+        evaluation.take(step, loss)
+    assert evaluation.has_ended
+    report = evaluation.report(4)
+    assert (report["best_step"], report["result_step"], report["held_out_loss_first"]) == (0, 0, 1.0)
+
+
 def test_the_evaluation_of_the_last_step_never_ends_the_training_early():
     assert not course([1.0, 2.0, 2.0, 2.0, 2.0], every=2, patience=2)[-1][1]
     assert course([1.0, 1.0, 2.0, 2.0, 2.0, 2.0], every=2, patience=2)[-1][1]
@@ -146,8 +157,20 @@ def test_an_early_end_is_part_of_the_checkpoint(tmp_path: Path):
     again = HeldOutCallback(None, config, tmp_path / "checkpoint-2")
     assert again.standing == evaluation.standing == Standing(1, 1.0, 1, 1.0, 1.5)
     control = SimpleNamespace(should_training_stop=False)
-    again.on_train_begin(None, state, control)
+    again.on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), state, control)
     assert control.should_training_stop
+
+
+def test_an_early_end_is_explained_with_what_to_change():
+    evaluation = HeldOutCallback(None, HeldOutConfig(rows=1, every=1, patience=2), None)
+    for step in range(3):
+        evaluation.take(step, 1.0 + step)
+    text = {name: notice_text("sft", {"event": name, "step": 2, **evaluation.end()}) for name in (
+        "ended_early", "not_continued")}  # fmt: skip
+    why = "2 evaluations in a row did not lower the held-out loss of the start (held_out.patience: 2)"
+    assert text["ended_early"] == f"sft  the training ended early after step 2: {why}"
+    assert text["not_continued"].startswith("sft  nothing more is trained: ")
+    assert text["not_continued"].endswith(f"because {why}; to train on, raise held_out.patience or set it to null")
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 5))

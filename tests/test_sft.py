@@ -45,6 +45,7 @@ from posttrain.sft.trainer import RowTrainer
 from posttrain.tune.adapters import adapter_config
 from posttrain.tune.drift import DriftProbe, Example
 from posttrain.tune.dropout import use_row_dropout
+from posttrain.tune.held_out import MADE
 from posttrain.tune.steps import rows_and_blank
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks do not find the tests' folder
@@ -337,10 +338,10 @@ def test_lora_on_a_module_that_is_not_there_is_refused(ranks, policy, data, tmp_
 
 
 def killed_meanwhile(function: Callable[..., Any], config: SftConfig, context: StageContext, *arguments: Any) -> Any:
-    """In a rank, which is killed when the second checkpoint is there, in whatever it does then."""
+    """In a rank, which is killed when the second checkpoint and a later evaluation are there, whatever it does then."""
 
     def kill() -> None:
-        while not (context.dir / "checkpoints" / "step_14" / "posttrain.json").exists():
+        while max((line["step"] for line in read_jsonl(context.dir / "checkpoints" / MADE)), default=0) < 15:
             time.sleep(0.002)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -352,9 +353,10 @@ def killed_meanwhile(function: Callable[..., Any], config: SftConfig, context: S
 def test_a_killed_stage_goes_on_from_its_last_checkpoint_to_the_same_weights(
     ranks, policy, data, tmp_path, monkeypatch
 ):
-    config = make_config(policy, data, epochs=12, checkpoint_every=7)
+    apart = {"rows": 6, "every": 5, "keep_best": True, "patience": 9}
+    config = make_config(policy, data, epochs=12, checkpoint_every=7, held_out=apart)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    stage.run(config, make_context(whole, 5))
+    result = stage.run(config, make_context(whole, 5))
     with monkeypatch.context() as patch:
         patch.setattr(
             "posttrain.parallel.ranks.run_on_ranks",
@@ -364,7 +366,7 @@ def test_a_killed_stage_goes_on_from_its_last_checkpoint_to_the_same_weights(
             stage.run(config, make_context(killed, 5))
     assert not (killed / "model").exists()
     (killed / "checkpoints" / "checkpoint-999").mkdir()  # what a kill in the middle of a save leaves
-    stage.run(config, make_context(killed, 5))
+    again = stage.run(config, make_context(killed, 5))
 
     resumed = [event["step"] for event in read_jsonl(killed / "events.jsonl") if event["event"] == "resumed"]
     assert len(resumed) == 1
@@ -374,9 +376,17 @@ def test_a_killed_stage_goes_on_from_its_last_checkpoint_to_the_same_weights(
     names = ("step", "loss", "grad_norm", "learning_rate", "tokens")
     one, other = ([[line[name] for name in names] for line in steps_of(folder)] for folder in (whole, killed))
     assert one == other
-    kept = sorted(path.name for path in (killed / "checkpoints").iterdir())
-    assert len(kept) == 2
-    assert all(name.startswith("step_") for name in kept)
+    made, twice = (list(read_jsonl(folder / "checkpoints" / MADE)) for folder in (whole, killed))
+    assert made == twice  # each evaluation once, the first before the first step
+    assert [line["step"] for line in made][:4] == [0, 5, 10, 15]
+    assert held_out_losses(whole) == held_out_losses(killed)
+    assert {name: result[name] for name in result if name != "model"} == {
+        name: again[name] for name in again if name != "model"
+    }
+    kept = {path.name for path in (killed / "checkpoints").glob("step_*")}
+    assert kept == {path.name for path in (whole / "checkpoints").glob("step_*")}
+    assert f"step_{result['best_step']}" in kept
+    assert len(kept) in (2, 3)
 
 
 @pytest.mark.slow

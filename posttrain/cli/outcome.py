@@ -41,7 +41,20 @@ def notice_text(stage: str, event: dict[str, Any]) -> str:
         return f"{stage}  the chat template ends replies with {tokens}, {rule}"
     if event.get("event") == "prefixes_unshared":
         return f"{stage}  every reply is trained on with a copy of its prompt of its own: {event.get('reason')}"
+    if event.get("event") in ("ended_early", "not_continued"):
+        return f"{stage}  {_early_end(event)}"
     return ""
+
+
+def _early_end(event: Mapping[str, Any]) -> str:
+    """Why a training ended early, or trained nothing when it was continued."""
+    best = f"step {event.get('best_step')}" if event.get("best_step") else "the start"
+    count = plural(event.get("misses") or 0, "evaluation")
+    why = f"{count} in a row did not lower the held-out loss of {best} (held_out.patience: {event.get('patience')})"
+    if event.get("event") == "ended_early":
+        return f"the training ended early after step {event.get('step')}: {why}"
+    way = "to train on, raise held_out.patience or set it to null"
+    return f"nothing more is trained: the training ended early after step {event.get('step')}, because {why}; {way}"
 
 
 def _figures(kind: str, stats: Mapping[str, Any]) -> list[str]:
@@ -67,7 +80,8 @@ def _held_out(stats: Mapping[str, Any]) -> str:
         return ""
     text = "held-out loss " + (plain(last) if first == last else f"{plain(first)} → {plain(last)}")
     if stats.get("result_step") != stats.get("steps"):
-        text += f"; the result is step {stats.get('result_step')} with {plain(stats.get('held_out_loss_best'))}"
+        result = f"step {stats.get('result_step')}" if stats.get("result_step") else "the start model"
+        text += f"; the result is {result} with {plain(stats.get('held_out_loss_best'))}"
     return text + (" (ended early)" if stats.get("stopped_early") else "")
 
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import Config
+from posttrain.config.base import MAY_GROW, Config
 from posttrain.config.fields import PathText
 from posttrain.config.models import ModelConfig
 
@@ -25,7 +25,7 @@ class HeldOutConfig(Config):
         default=None, description="A file or folder with other rows, of the same shape as those that are trained on."
     )
     every: Count = Field(
-        default=50, description="Optimizer steps between evaluations. There is one after the last step too."
+        default=50, description="Optimizer steps between evaluations. There is one before the first step and after the last too."
     )
     keep_best: bool = Field(
         default=False,
@@ -35,6 +35,7 @@ class HeldOutConfig(Config):
         default=None,
         description="End the training after this many evaluations in a row without a lower loss; null trains to the "
         "end.",
+        json_schema_extra=MAY_GROW,
     )
 
     @model_validator(mode="after")

@@ -1,9 +1,9 @@
 """Compares the basis with which a stage ran and the basis with which it would run now, and names the differences.
 
 A basis is everything that a stage's result depends on (hashing.py). Each difference is one `Change` with its key
-and both values. Most of them mean another result. A field that is marked MAY_GROW (`steps`, `epochs`) only makes the
-training longer if its value is larger. A field that is marked RESULT_STAYS is not part of a basis. Left out: the
-decision that follows from the changes (decide.py).
+and both values. Most of them mean another result. A field that is marked MAY_GROW (`steps`, `epochs`,
+`held_out.patience`) only makes the training longer if its value is larger, or null. A field that is marked RESULT_STAYS
+is not part of a basis. Left out: the decision that follows from the changes (decide.py).
 """
 
 import json
@@ -74,7 +74,7 @@ def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]
 
 
 def _is_larger(new: Any, old: Any) -> bool:
-    return isinstance(new, int | float) and isinstance(old, int | float) and new > old
+    return isinstance(old, int | float) and (new is None or (isinstance(new, int | float) and new > old))
 
 
 def _unequal(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:

@@ -28,7 +28,8 @@ def fingerprint(model: Any, *parts: Any) -> str:
 
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        sample = parameter.detach().flatten()[:256].to(device="cpu", dtype=torch.float32)
+        held = getattr(parameter, "ds_tensor", parameter)  # what this rank holds of it under ZeRO-3
+        sample = held.detach().flatten()[:256].to(device="cpu", dtype=torch.float32)
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         digest.update(sample.numpy().tobytes())
     for part in parts:
@@ -61,6 +62,20 @@ def seal(folder: Path, step: int, fingerprint: str, *, tokens: int, kept: int | 
     return final
 
 
+def seal_start(engine: Any, folder: Path, fingerprint: str) -> None:
+    """Write the weights before the first step as `step_0`, for a training that may keep them. Collective.
+
+    No training continues from `step_0`, which lacks what only a trainer's checkpoint holds.
+    """
+    from posttrain.parallel.export import folder_of_first_rank, is_first_rank
+    from posttrain.parallel.state import save_state
+
+    with folder_of_first_rank(folder / "step_0") as aside:
+        save_state(engine, aside)
+        if is_first_rank():
+            write_json(aside / SEAL, {"step": 0, "tokens": 0, "fingerprint": fingerprint})
+
+
 @dataclass(frozen=True, slots=True)
 class Sealed:
     """A checkpoint from which training can continue, with the steps and tokens trained until then.
@@ -81,7 +96,7 @@ def latest(folder: Path, fingerprint: str) -> Sealed:
     for step, path in sorted(_sealed(folder)):
         note = json.loads((path / SEAL).read_text(encoding="utf-8"))
         if note["fingerprint"] == fingerprint:
-            found = Sealed(path, step, note["tokens"])
+            found = found if step == 0 else Sealed(path, step, note["tokens"])
         else:
             remove(path)
     return found

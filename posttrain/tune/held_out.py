@@ -1,12 +1,15 @@
 """Measure the loss on held-out rows during a training, keep the best model, and end the training early.
 
-    every N steps: held-out rows, divided among the ranks ─► forwards ─► sums over all ranks ─► figures ─► Standing
-                                                              best so far: its checkpoint is kept ◄───┤
-                                                              no better for long: training ends ◄─────┘
+    before the first step, and every N steps:
+    held-out rows, divided among the ranks ─► forwards ─► sums over all ranks ─► figures ─► Standing
+                                                best so far: its checkpoint is kept ◄───┤
+                                                no better for long: training ends ◄─────┘
 
 A figure is a sum over all held-out rows divided by a count over all of them, so it does not depend on how they are
-divided among forwards and ranks. The standing is part of each checkpoint. Left out: how a loss is computed, which the
-trainer of the stage does (`held_out_sums`, `held_out_figures`).
+divided among forwards and ranks. The standing is part of each checkpoint. Every evaluation is also noted in a file as
+soon as it is made, so that a training that was killed between an evaluation and the next checkpoint does not repeat it
+once it has come to the same weights again. Left out: how a loss is computed, which the trainer of the stage does
+(`held_out_sums`, `held_out_figures`).
 """
 
 import json
@@ -16,13 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from posttrain.config.held_out import HeldOutConfig
-from posttrain.files import write_json
+from posttrain.files import append_jsonl, read_jsonl, write_json
+from posttrain.parallel.export import is_first_rank
+from posttrain.tune.checkpoints import fingerprint, seal_start
 
 STATE = "held_out.json"
+MADE = "evaluations.jsonl"
 LOSS = "held_out_loss"
 HELD_OUT_METRICS = {name: name for name in (LOSS, "held_out_margin", "held_out_accuracy")}
 
@@ -31,12 +38,12 @@ HELD_OUT_METRICS = {name: name for name in (LOSS, "held_out_margin", "held_out_a
 class Standing:
     """The summary of all evaluations so far.
 
-    best_step, best_loss: of the evaluation with the lowest loss; 0 and None before the first evaluation. misses: number
-    of scheduled evaluations since then, none of which was better. first_loss, last_loss: of the first and the last
-    evaluation. Losses are means over trained tokens in nats (SFT) or over pairs (DPO).
+    best_step, best_loss: of the evaluation with the lowest loss; None before the first evaluation. Step 0 is the start.
+    misses: number of scheduled evaluations since then, none of which was better. first_loss, last_loss: of the first
+    and the last evaluation. Losses are means over trained tokens in nats (SFT) or over pairs (DPO).
     """
 
-    best_step: int = 0
+    best_step: int | None = None
     best_loss: float | None = None
     misses: int = 0
     first_loss: float | None = None
@@ -65,17 +72,46 @@ def batches(rows: int, size: int, rank: int, *, ranks: int) -> Iterator[list[int
     yield from every[rank::ranks]
 
 
+class Evaluations:
+    """The evaluations that a training has made, also before it was killed. Each is known by the weights it measured.
+
+    folder: of the checkpoints. training: fingerprint of the training. Rank 0 reads and writes the file.
+    """
+
+    def __init__(self, folder: Path, training: str):
+        self._path, self._training = folder / MADE, training
+        self._figures: dict[str, dict[str, float]] = {}
+        if is_first_rank():
+            self._figures = {line["of"]: line["figures"] for line in read_jsonl(self._path)}
+
+    def figures(self, trainer: Any) -> dict[str, float]:
+        """The figures of the trainer's present weights, evaluated unless they are known. Collective."""
+        weights = fingerprint(trainer.model, self._training, trainer.state.global_step)
+        held: list[Any] = [self._figures.get(weights)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(held, src=0)
+        if held[0] is not None:
+            return held[0]
+        found = evaluate(trainer)
+        if is_first_rank():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            append_jsonl(self._path, {"step": trainer.state.global_step, "of": weights, "figures": found})
+        return found
+
+
 class HeldOutCallback(TrainerCallback):
     """Evaluates, logs the figures, and writes the standing into checkpoints.
 
-    trainer: a `StepTrainer`, whose `eval_dataset` holds the held-out rows and the blank row as the last one. resumed:
-    the checkpoint from which training continues, or None.
+    trainer: a `StepTrainer`, whose `eval_dataset` holds the held-out rows and the blank row as the last one. training:
+    its fingerprint. resumed: the checkpoint from which training continues, or None.
     """
 
-    def __init__(self, trainer: Any, config: HeldOutConfig, resumed: Path | None):
+    def __init__(self, trainer: Any, config: HeldOutConfig, resumed: Path | None, *, training: str = ""):
         self.standing = Standing()
         self.config = config
+        self.baseline: dict[str, float] = {}  # the figures before the first step, unless they were logged before
         self._trainer = trainer
+        self._training = training
         self._figures: dict[str, float] = {}
         if resumed is not None:
             self.standing = Standing(**json.loads((resumed / STATE).read_text()))
@@ -83,7 +119,7 @@ class HeldOutCallback(TrainerCallback):
     @property
     def kept_step(self) -> int | None:
         """The step of the best model, whose checkpoint is kept; None without `keep_best` or before an evaluation."""
-        return self.standing.best_step or None if self.config.keep_best else None
+        return self.standing.best_step if self.config.keep_best else None
 
     @property
     def has_ended(self) -> bool:
@@ -101,12 +137,18 @@ class HeldOutCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A training that was killed between its early end and its export does not train another step.
         control.should_training_stop = self.has_ended
+        self._made = Evaluations(Path(args.output_dir), self._training)
+        if self.standing.best_loss is None:
+            self.baseline = self._made.figures(self._trainer)
+            self.take(state.global_step, self.baseline[LOSS])
+            if self.kept_step is not None:
+                seal_start(self._trainer.model_wrapped, Path(args.output_dir), self._training)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
         if not self.is_due(step, state.max_steps):
             return
-        self._figures = evaluate(self._trainer)
+        self._figures = self._made.figures(self._trainer)
         self.take(step, self._figures[LOSS])
         if self.has_ended:
             control.should_training_stop = control.should_save = True
@@ -130,9 +172,13 @@ class HeldOutCallback(TrainerCallback):
             "held_out_loss_last": standing.last_loss,
             "held_out_loss_best": standing.best_loss,
             "best_step": standing.best_step,
-            "result_step": self.kept_step or steps,
+            "result_step": steps if self.kept_step is None else self.kept_step,
             "stopped_early": self.has_ended,
         }
+
+    def end(self) -> dict[str, Any]:
+        """What an early end is explained with."""
+        return {"misses": self.standing.misses, "best_step": self.standing.best_step, "patience": self.config.patience}
 
 
 @torch.no_grad()

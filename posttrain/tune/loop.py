@@ -22,7 +22,7 @@ from posttrain.model.router_balance import native_layers
 from posttrain.parallel.export import barrier, is_first_rank
 from posttrain.parallel.state import load_state
 from posttrain.tune.checkpoints import Sealed, latest, seal
-from posttrain.tune.held_out import HELD_OUT_METRICS, HeldOutCallback
+from posttrain.tune.held_out import HELD_OUT_METRICS, LOSS, HeldOutCallback
 from posttrain.tune.routers import ROUTER_METRICS, RouterCallback
 
 BUSY_INTERVAL_S = 1.0
@@ -64,6 +64,14 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._busy_since = time.time()
+        if self._held_out is None or not is_first_rank():
+            return
+        if figures := self._held_out.baseline:
+            self.context.metrics(state.global_step, figures)
+            shown = {"held-out loss": figures[LOSS]}
+            self.context.progress(state.global_step, state.max_steps, "steps", values=shown)
+        if self._held_out.has_ended:
+            self.context.event("not_continued", step=state.global_step, **self._held_out.end())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: object) -> None:
         if not logs or "loss" not in logs:  # TRL's summary at the end of the training
@@ -99,6 +107,8 @@ class StageCallback(TrainerCallback):
     ) -> None:
         if is_first_rank():
             self._busy(at_least_s=0.0)
+            if self._held_out is not None and self._held_out.has_ended and self.history:
+                self.context.event("ended_early", step=state.global_step, **self._held_out.end())
 
     def _busy(self, at_least_s: float) -> None:
         now = time.time()
@@ -131,7 +141,9 @@ def train(
     gradient norm, is not a finite number.
     """
     resumed = _resume_point(trainer, context, fingerprint)
-    evaluation = HeldOutCallback(trainer, held_out, resumed.path) if held_out is not None else None
+    evaluation = None
+    if held_out is not None:
+        evaluation = HeldOutCallback(trainer, held_out, resumed.path, training=fingerprint)
     callback = StageCallback(
         context,
         trainer,
@@ -167,6 +179,6 @@ def _resume_point(trainer: Any, context: StageContext, fingerprint: str) -> Seal
     held: list[Any] = [None]
     if is_first_rank():
         found = held[0] = latest(Path(trainer.args.output_dir), fingerprint)
-        keep_lines(context.dir / "metrics.jsonl", lambda line: line["step"] <= found.step)
+        keep_lines(context.dir / "metrics.jsonl", lambda line: 0 < found.step and line["step"] <= found.step)
     dist.broadcast_object_list(held, src=0)
     return held[0]

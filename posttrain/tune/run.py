@@ -26,7 +26,8 @@ ROWS = "tokenized"  # the folder of the rows on disk, from which all ranks read 
 TRAINED, HELD_OUT = "trained", "held_out"
 # The keys of a config that do not change the result of a training, besides the keys that name its data. `parallel` and
 # `gradient_accumulation` are among them, because only the number of forwards of a step counts (see `training_recipe`).
-# `epochs` is among them, because a training with more epochs continues from the checkpoint at which fewer ended.
+# `epochs` is among them, because a training with more epochs continues from the checkpoint at which fewer ended. So does
+# a training with more of `held_out.patience`.
 NOT_IN_RECIPE = {"resources", "checkpoint_every", "model", "parallel", "gradient_accumulation", "trackers", "epochs"}
 
 
@@ -174,7 +175,7 @@ def training_recipe(config: Any, data_keys: frozenset[str]) -> dict[str, Any]:
 
     A training continues from a checkpoint of any layout if each step has as many forwards as in that layout.
     """
-    left_out = dict.fromkeys(NOT_IN_RECIPE | data_keys, True) | {"held_out": {"fraction", "rows", "path"}}
+    left_out = dict.fromkeys(NOT_IN_RECIPE | data_keys, True) | {"held_out": {"fraction", "rows", "path", "patience"}}
     recipe = config.model_dump(mode="json", exclude=left_out)
     if recipe["lora"] is not None:
         del recipe["lora"]["save"]

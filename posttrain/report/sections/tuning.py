@@ -84,7 +84,7 @@ def _light(stage: Stage, series: Series) -> list[Stat]:
         figure_ = number(stage.figures.get(name))
         return series.last(name) if figure_ is None else figure_
 
-    steps = f"in {plural(len(series), 'step')}" if len(series) else ""
+    steps = f"in {plural(round(series.steps[-1] or 0), 'step')}" if len(series) else ""
     stats = [Stat("tokens seen", count(at_end("tokens")), steps)]
     stats.append(Stat("KL from the start", plain(at_end("kl_from_start")), "nats a token"))
     before, after = at_end("entropy_before"), at_end("entropy_after")
@@ -97,7 +97,7 @@ def _light(stage: Stage, series: Series) -> list[Stat]:
         kept, steps_made = at_end("result_step"), at_end("steps") or series.last("step")
         note = "first and last evaluation"
         if kept is not None and steps_made is not None and kept < steps_made:
-            note += f"; the result is step {count(kept)}, with {plain(best)}"
+            note += f"; the result is {f'step {count(kept)}' if kept else 'the start model'}, with {plain(best)}"
         if stage.figures.get("stopped_early"):
             note += "; the training ended early"
         shown = plain(last) if first == last else f"{plain(first)} → {plain(last)}"
