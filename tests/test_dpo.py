@@ -244,13 +244,14 @@ def test_the_stage_measures_held_out_pairs(ranks, policy, tmp_path):
     result = stage.run(config, context)
     assert (result["num_pairs"], result["held_out_pairs"]) == (32, 8)
     lines = [line for line in read_jsonl(context.dir / "metrics.jsonl") if "held_out_loss" in line]
-    assert [line["step"] for line in lines] == [3, 6, 8]
-    assert lines[-1]["held_out_loss"] < lines[0]["held_out_loss"] < math.log(2)
+    assert [line["step"] for line in lines] == [0, 3, 6, 8]
+    assert lines[0]["held_out_loss"] == pytest.approx(math.log(2))  # the policy is its reference
+    assert lines[-1]["held_out_loss"] < lines[1]["held_out_loss"] < math.log(2)
     assert lines[-1]["held_out_margin"] > 0
     assert result["held_out_loss_last"] == lines[-1]["held_out_loss"]
     shown = [event["values"] for event in read_jsonl(context.events) if event["event"] == "progress"]
-    assert "held-out loss" in shown[-1]
-    assert "held-out loss" not in shown[0]
+    assert all("held-out loss" in values for values in shown)
+    assert "loss" not in shown[0]
 
 
 def test_every_field_reaches_trl(policy, tmp_path):

@@ -23,12 +23,14 @@ from posttrain.data.held_out import prompt_key, split
 from posttrain.errors import ConfigError, DataError
 from posttrain.files import read_jsonl, write_jsonl
 from posttrain.model import load_model
+from posttrain.pipeline.changes import find_changes
 from posttrain.pipeline.inputs import input_problems
 from posttrain.pipeline.kinds import KINDS
 from posttrain.records import Message
 from posttrain.sft import stage as sft
 from posttrain.sft.packing import blank_record, to_records
 from posttrain.tune.held_out import HeldOutCallback, Standing, batches, evaluate
+from posttrain.tune.run import training_recipe
 from posttrain.tune.steps import rows_and_blank
 
 # --- which rows ---
@@ -171,6 +173,20 @@ def test_an_early_end_is_explained_with_what_to_change():
     assert text["ended_early"] == f"sft  the training ended early after step 2: {why}"
     assert text["not_continued"].startswith("sft  nothing more is trained: ")
     assert text["not_continued"].endswith(f"because {why}; to train on, raise held_out.patience or set it to null")
+
+
+@pytest.mark.parametrize(("old", "new", "goes_on"), [(2, 3, True), (2, None, True), (3, 2, False), (None, 2, False)])
+def test_more_patience_continues_a_training(policy: Path, data: Path, old: int | None, new: int | None, goes_on: bool):
+    """That is, from its checkpoints, which must be of the same training then."""
+    before, after = (
+        test_sft.make_config(policy, data, held_out={"rows": 4, "patience": patience}) for patience in (old, new)
+    )
+    parts = {"kind": "sft", "seed": 0, "inputs": {}, "stages": {}, "code": {}}
+    bases = [{**parts, "config": config.model_dump(mode="json")} for config in (before, after)]
+    (change,) = find_changes(bases[0], bases[1], after, upstream={})
+    assert change.text.startswith("held_out.patience: ")
+    assert change.goes_on == goes_on
+    assert training_recipe(before, frozenset({"data"})) == training_recipe(after, frozenset({"data"}))
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 5))

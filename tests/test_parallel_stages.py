@@ -116,8 +116,11 @@ def test_the_last_step_of_an_epoch_repeats_no_row(ranks, policy, tmp_path):
 
 
 def test_held_out_rows_are_measured_and_the_best_model_kept_on_two_ranks(ranks, policy, tmp_path):
-    """Nine conversations in rows that do not divide among the ranks."""
-    ends_early(policy, write_sums(tmp_path / "sft.jsonl", 48), make_context(tmp_path / "run"), **TWO)
+    """Nine conversations in rows that do not divide among the ranks; the best model is the start."""
+    context = make_context(tmp_path / "run")
+    ends_early(policy, write_sums(tmp_path / "sft.jsonl", 48), context, best=0, learning_rate=0.3, **TWO)
+    start, result = weights_of(policy), weights_of(tmp_path / "run" / "model")
+    assert all(torch.equal(start[name], result[name]) for name in start)
 
 
 @pytest.mark.full

@@ -527,23 +527,25 @@ def test_bf16_training_keeps_updates_that_bf16_would_round_away(ranks, policy, d
     assert torch.cat(moved).mean() > 0.1  # rounded after each step, none of these would have moved
 
 
-def ends_early(policy: Path, data: Path, context: StageContext, **layout: Any) -> tuple[dict[str, Any], SftConfig]:
+def ends_early(
+    policy: Path, data: Path, context: StageContext, *, best: int, learning_rate: float, **layout: Any
+) -> tuple[dict[str, Any], SftConfig]:
     """What a stage reports that ends early, and its config.
 
-    The held-out replies are unlike those that are trained on, so that their loss rises from the first evaluation on.
+    The held-out replies are unlike those that are trained on, so that their loss rises after step `best`.
     """
     reply = {"role": "assistant", "content": "zyx! wvu? tsr; qpo." * 2}
     rows = [{"messages": [{"role": "user", "content": f"Say {index}"}, reply]} for index in range(9)]
     write_jsonl(context.dir / "apart.jsonl", rows)
     apart = {"path": str(context.dir / "apart.jsonl"), "every": 2, "keep_best": True, "patience": 2}
-    changes = {"epochs": 9, "optimizer": {"learning_rate": 3e-2}, "checkpoint_every": 3, "held_out": apart}
-    config = make_config(policy, data, **changes, **layout)
+    changes = {"epochs": 9, "optimizer": {"learning_rate": learning_rate}, "checkpoint_every": 3}
+    config = make_config(policy, data, held_out=apart, **changes, **layout)
     result = stage.run(config, context)
     lines = held_out_losses(context.dir)
-    assert list(lines) == [2, 4, 6]
+    assert list(lines) == list(range(0, best + 5, 2))
     names = ("steps", "best_step", "result_step", "stopped_early", "rows", "held_out_rows")
-    assert [result[name] for name in names] == [6, 2, 2, True, 48, 9]
-    assert result["held_out_loss_best"] == min(lines.values()) == lines[2]
+    assert [result[name] for name in names] == [best + 4, best, best, True, 48, 9]
+    assert result["held_out_loss_best"] == min(lines.values()) == lines[best]
     exported, held_out = load_model(result["model"], dtype="float32"), stage.prepare(config).held_out
     assert mean_loss(exported, held_out) == pytest.approx(result["held_out_loss_best"], rel=1e-4)
     return result, config
@@ -570,13 +572,17 @@ def mean_loss(model: Any, examples: list[Example]) -> float:
 
 @pytest.mark.slow
 def test_a_stage_ends_early_with_the_best_model_also_when_it_was_stopped(ranks, policy, data, tmp_path):
-    """Stopped between the end of the training and its export, and soon after the best step."""
+    """Stopped between the end of the training and its export, then with more epochs, and soon after the best step."""
     context = make_context(tmp_path / "run")
-    result, config = ends_early(policy, data, context)
+    result, config = ends_early(policy, data, context, best=2, learning_rate=3e-2)
     checkpoints, lines = context.dir / "checkpoints", held_out_losses(context.dir)
-    assert {path.name for path in checkpoints.iterdir()} == {"step_2", "step_3", "step_6"}
+    assert {path.name for path in checkpoints.glob("step_*")} == {"step_2", "step_3", "step_6"}
     before = weights(context.dir / "model")
-    again = stage.run(config, context)
+    again = stage.run(config.model_copy(update={"epochs": 12}), context)
+    ends = [event for event in read_jsonl(context.events) if event["event"] in ("ended_early", "not_continued")]
+    assert [event.pop("event") for event in ends] == ["ended_early", "not_continued"]
+    for event in ends:
+        assert [event[name] for name in ("step", "best_step", "misses", "patience")] == [6, 2, 2, 2]
     for name in ("step_3", "step_6"):
         shutil.rmtree(checkpoints / name)
     once_more = stage.run(config, context)

@@ -25,7 +25,8 @@ class HeldOutConfig(Config):
         default=None, description="A file or folder with other rows, of the same shape as those that are trained on."
     )
     every: Count = Field(
-        default=50, description="Optimizer steps between evaluations. There is one before the first step and after the last too."
+        default=50,
+        description="Optimizer steps between evaluations. There is one before the first step and after the last too.",
     )
     keep_best: bool = Field(
         default=False,

@@ -179,6 +179,6 @@ def _resume_point(trainer: Any, context: StageContext, fingerprint: str) -> Seal
     held: list[Any] = [None]
     if is_first_rank():
         found = held[0] = latest(Path(trainer.args.output_dir), fingerprint)
-        keep_lines(context.dir / "metrics.jsonl", lambda line: 0 < found.step and line["step"] <= found.step)
+        keep_lines(context.dir / "metrics.jsonl", lambda line: found.step > 0 and line["step"] <= found.step)
     dist.broadcast_object_list(held, src=0)
     return held[0]
