@@ -126,6 +126,12 @@ def score(name: str, texts: list[str], num_processes: int = 1, **options: float)
     return asyncio.run(run()), pool
 
 
+def score_group(name: str, texts: list[str], **options: float) -> tuple[list[Scored], RewardPool]:
+    """The scores of replies to one prompt that are scored together."""
+    pool = RewardPool(name, **options)  # type: ignore[arg-type]
+    return pool.score_all((reply(text, index), ROW) for index, text in enumerate(texts)), pool
+
+
 @pytest.mark.slow
 class TestPool:
     @pytest.mark.parametrize(
@@ -194,6 +200,44 @@ class TestPool:
         outcomes = asyncio.run(run())
         expected = {index: outcome for index, (_, outcome) in fates.items()} | {200: "error"}
         assert {index: outcome for index, outcome in enumerate(outcomes) if outcome != "scored"} == expected
+
+    @pytest.mark.parametrize(("function", "num_processes"), [("by_text", 1), ("later", 2)])
+    def test_a_prompt_on_which_the_grader_hangs_costs_a_few_deadlines(
+        self, hostile: str, num_processes: int, function: str
+    ) -> None:
+        """Also where two of its replies would pass: they come after the two that speak for the prompt. Not where one
+        of the first passes."""
+        bad, good = (Row(name, "math", (Message("user", "?"),), "4", {}) for name in ("bad", "good"))
+        texts = ["a", "a", *["hang"] * 6, "a", "a", "a", *["hang"] * 2, "a"]
+        rows = [good, good, *[bad] * 6, bad, bad, good, good, good, good]
+        pool = RewardPool(f"{hostile}:{function}", num_processes, timeout_s=0.6, concurrency=2)
+        results = pool.score_all((reply(text, i), row) for i, (text, row) in enumerate(zip(texts, rows, strict=True)))
+        outcomes = [scored.outcome for scored in results]
+        assert outcomes == [*["scored"] * 2, *["unscorable"] * 8, "scored", *["unscorable"] * 2, "scored"]
+        not_tried = [scored.reason for scored in results if scored.reason.startswith("not tried")]
+        in_processes = 2 * num_processes if function == "later" else 0  # before the first is known to hang
+        assert 8 - 2 - in_processes - 2 * num_processes <= len(not_tried) <= 6
+        assert set(not_tried) == {"not tried, because the reward hung on 2 other replies to this prompt"}
+        assert pool.stats.num_timeouts == 2 * (outcomes.count("unscorable") - len(not_tried))
+
+    def test_an_outage_gives_no_prompt_up(self, hostile: str) -> None:
+        results, pool = score_group(f"{hostile}:by_text", ["hang"] * 3, timeout_s=0.1)
+        assert [scored.outcome for scored in results] == ["timeout"] * 3
+        assert pool.stats.num_timeouts == 6
+
+    def test_a_pool_that_is_closed_ends_what_is_held_back(self, hostile: str) -> None:
+        async def run() -> list[Scored]:
+            pool = RewardPool(f"{hostile}:by_text", timeout_s=0.3)
+            await pool.start()
+            futures = pool.begin([(reply("hang", index), ROW) for index in range(5)])
+            while pool.stats.num_timeouts < 2:
+                await asyncio.sleep(0.01)
+            await pool.close()
+            return [await future for future in futures]
+
+        assert {(scored.outcome, scored.reason) for scored in asyncio.run(run())} == {
+            ("infrastructure", "the pool was closed")
+        }
 
     def test_a_hang_is_unscorable_where_others_are_wrong(self, hostile: str) -> None:
         """A score of 0, here given to an earlier reply, is as good a sign as any other that the grader works."""

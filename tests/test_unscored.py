@@ -18,7 +18,7 @@ from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.scoring import ScoringProgress, lateness, sample_and_score
 from posttrain.scoring.plugins.results import to_result
-from posttrain.scoring.pool.pool import PoolStats
+from posttrain.scoring.pool.stats import PoolStats
 
 GOOD = Scored(RewardResult(1.0))
 

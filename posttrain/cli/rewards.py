@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from posttrain.config.rewards import RewardConfig
     from posttrain.reward_tools.audit import Audit, Finding
     from posttrain.reward_tools.trial import Tried
-    from posttrain.scoring.pool.pool import PoolStats
+    from posttrain.scoring.pool.stats import PoolStats
 
 rewards_app = typer.Typer(no_args_is_help=True, help="Reward plug-ins: list, test, audit, begin a new one.")
 

@@ -18,7 +18,8 @@ from posttrain.metrics.unscored import failures, kind_of
 from posttrain.records import FinishReason, Prompt, Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
 from posttrain.scoring.plugins.requirements import check_fields
-from posttrain.scoring.pool.pool import PoolStats, RewardPool
+from posttrain.scoring.pool.pool import RewardPool
+from posttrain.scoring.pool.stats import PoolStats
 
 TELL_S = 10.0
 Tell = Callable[[int, int, PoolStats], None]

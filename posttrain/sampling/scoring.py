@@ -16,7 +16,7 @@ from posttrain.metrics.unscored import Unscored, failures
 from posttrain.records import Rollout, Row, Scored
 from posttrain.sampling.groups import SampledGroups
 from posttrain.sampling.rollouter import Flight
-from posttrain.scoring.pool.pool import PoolStats
+from posttrain.scoring.pool.stats import PoolStats
 
 Score = Callable[[Sequence[tuple[Rollout, Row]]], Awaitable[Sequence[Scored]]]
 LOOK_S = 2.0  # between two looks at the timeouts

@@ -4,6 +4,8 @@
                  ▲            │ deadline passed: SIGKILL, new process
                  └────────────┘ late item to the back of the queue (once), its neighbours to the front, unharmed
 
+Where the first replies to a prompt are late, the others of the same call wait in siblings.py, and may be given up.
+
 What waits for what: `score` waits for the future of its item. A slot waits for a reply, a deadline or the end of its
 process. A plain function scores one item at a time, so the deadline of only the first item in a slot is running. More
 items, as many as take about 20 ms, are sent behind it, so that the process need not wait for the next message. An async
@@ -12,49 +14,21 @@ function scores up to `concurrency` items at once.
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from itertools import groupby
 
 from posttrain.errors import PluginError
 from posttrain.records import Outcome, Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward, resolve
+from posttrain.scoring.pool.siblings import GIVEN_UP, Siblings
 from posttrain.scoring.pool.slot import Item, Reports, Slot
+from posttrain.scoring.pool.stats import PoolStats
 from posttrain.scoring.pool.wire import Answer, EncodedPair, Setup, encode_pairs, frame
 
 _NEVER = float("-inf")
-
-
-@dataclass(slots=True)
-class PoolStats:
-    """Counts of a pool's work. outcomes: number of scores by outcome. busy_s: seconds that all processes together spent
-    in the reward function. num_retries: how often a rollout was tried again. num_restarts: how often a process was.
-    num_timeouts: how often a deadline passed, which may be several times for a rollout. late_row: the id of the row of
-    the last such rollout.
-    """
-
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
-    busy_s: float = 0.0
-    num_retries: int = 0
-    num_restarts: int = 0
-    num_timeouts: int = 0
-    late_row: str = ""
-
-    @property
-    def lateness(self) -> str:
-        """Such as "37 timeouts so far, e.g. p55"; "" if no deadline passed."""
-        many = "timeout" if self.num_timeouts == 1 else "timeouts"
-        return f"{self.num_timeouts} {many} so far, e.g. {self.late_row}" if self.num_timeouts else ""
-
-    def __add__(self, other: "PoolStats") -> "PoolStats":
-        return PoolStats(
-            self.outcomes + other.outcomes,
-            self.busy_s + other.busy_s,
-            self.num_retries + other.num_retries,
-            self.num_restarts + other.num_restarts,
-            self.num_timeouts + other.num_timeouts,
-            other.late_row or self.late_row,
-        )
+CLOSED = "the pool was closed"
 
 
 class RewardPool:
@@ -144,13 +118,16 @@ class RewardPool:
         if not self._is_open:
             raise RuntimeError("start the pool before scoring")
         futures = []
+        row, siblings = None, Siblings()
         for pair in pairs:
             future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
             futures.append(future)
             if isinstance(pair, str):
                 future.set_result(self._count(Scored(None, Outcome.ERROR, pair)))
-            else:
-                self._add(pair, future)
+                continue
+            if pair.row is not row:  # consecutive replies to one prompt share its encoded row
+                row, siblings = pair.row, Siblings()
+            self._add(pair, future, siblings)
         self._dispatch()
         return futures
 
@@ -158,14 +135,15 @@ class RewardPool:
         """For callers without an event loop: start the pool, score all pairs, close it. Returns the scores in order."""
         results: dict[int, Scored] = {}
 
-        async def work(source: Iterator[tuple[int, tuple[Rollout, Row]]]) -> None:
-            for index, (rollout, row) in source:
-                results[index] = await self.score(rollout, row)
+        async def work(source: Iterator[list[tuple[int, tuple[Rollout, Row]]]]) -> None:
+            for run in source:
+                futures = self.begin(pair for _, pair in run)
+                results.update(zip((index for index, _ in run), await asyncio.gather(*futures), strict=True))
 
         async def run() -> None:
             await self.start()
             try:
-                source = enumerate(pairs)
+                source = ([*run] for _, run in groupby(enumerate(pairs), key=lambda item: item[1][1].id))
                 await asyncio.gather(*(work(source) for _ in range(2 * self.concurrency * self.num_processes)))
             finally:
                 await self.close()
@@ -178,8 +156,7 @@ class RewardPool:
         self._is_open = False
         waiting = [*self._queue, *(item for slot in self._slots for item in slot.take_all())]
         self._queue.clear()
-        for item in waiting:
-            self._resolve(item, Scored(None, Outcome.INFRASTRUCTURE, "the pool was closed"))
+        self._fail(waiting, CLOSED)
         for task in self._settling:
             task.cancel()
         await asyncio.gather(*(slot.close() for slot in self._slots), *self._settling, return_exceptions=True)
@@ -191,9 +168,11 @@ class RewardPool:
         except (TypeError, ValueError) as error:
             raise PluginError(f"reward {self.spec.name!r}: args must be JSON values: {error}") from error
 
-    def _add(self, pair: EncodedPair, future: asyncio.Future[Scored], is_control: bool = False) -> None:
+    def _add(
+        self, pair: EncodedPair, future: asyncio.Future[Scored], siblings: Siblings, *, is_control: bool = False
+    ) -> None:
         self._num_items += 1
-        self._queue.append(Item(self._num_items, pair, future, time.monotonic(), is_control=is_control))
+        self._queue.append(Item(self._num_items, pair, future, time.monotonic(), siblings, is_control=is_control))
 
     def _dispatch(self) -> None:
         """Send queued items to slots with room. If no process can be started any more, all items end as
@@ -211,6 +190,11 @@ class RewardPool:
             item = self._queue[0]
             if item.future.done():  # its caller gave up
                 self._queue.popleft()
+                self._hear(item.siblings.settled(item))
+                continue
+            if item.siblings.holds_back(item):
+                self._queue.popleft()
+                self._hear(item.siblings.settled())
                 continue
             slot = min((slot for slot in self._slots if slot.accepts(item)), key=len, default=None)
             if slot is None:
@@ -221,10 +205,13 @@ class RewardPool:
         reason = f"no reward process could be started: {broken[0].broken_by}"
         waiting = list(self._queue)
         self._queue.clear()
-        for item in waiting:
-            self._resolve(item, Scored(None, Outcome.INFRASTRUCTURE, reason))
+        self._fail(waiting, reason)
         for slot in broken:  # for the scores to come
             slot.revive()
+
+    def _fail(self, items: Iterable[Item], reason: str) -> None:
+        for item in items:
+            self._resolve(item, Scored(None, Outcome.INFRASTRUCTURE, reason))
 
     def _queue_in_front(self, items: list[Item]) -> None:
         self._queue.extendleft(reversed(items))
@@ -244,6 +231,7 @@ class RewardPool:
         item.num_timeouts += 1
         self._stats.num_timeouts += 1
         self._stats.late_row = item.pair.row_id
+        item.siblings.is_late(item)
         if not self._retry(item):
             task = asyncio.get_running_loop().create_task(self._settle_late(item))
             self._settling.add(task)
@@ -280,7 +268,7 @@ class RewardPool:
         if not self._control:
             return False
         future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
-        self._add(self._control, future, is_control=True)
+        self._add(self._control, future, Siblings(), is_control=True)
         self._dispatch()
         return (await future).outcome is Outcome.SCORED
 
@@ -290,6 +278,18 @@ class RewardPool:
         wall_s = time.monotonic() - item.started_s
         scored = Scored(scored.result, scored.outcome, scored.reason, wall_s)
         item.future.set_result(scored if item.is_control else self._count(scored))
+        self._hear(item.siblings.settled(item, scored.outcome))
+
+    def _hear(self, settled: tuple[list[Item], list[Item]]) -> None:
+        """Send the replies that were held back for their siblings, or give them up."""
+        to_send, given_up = settled
+        for item in given_up:
+            self._resolve(item, GIVEN_UP)
+        if not self._is_open:
+            self._fail(to_send, CLOSED)
+        elif to_send:
+            self._queue_in_front(to_send)
+            asyncio.get_running_loop().call_soon(self._dispatch)
 
     def _count(self, scored: Scored) -> Scored:
         self._stats.outcomes[scored.outcome] += 1

@@ -9,10 +9,14 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from posttrain.records import Scored
 from posttrain.scoring.pool.process import RewardProcess
 from posttrain.scoring.pool.wire import Answer, EncodedPair, Loaded
+
+if TYPE_CHECKING:
+    from posttrain.scoring.pool.siblings import Siblings
 
 _PIPELINE_S = 0.02
 _MAX_PIPELINE = 256
@@ -26,6 +30,7 @@ _BACKOFF_S = 0.2
 class Item:
     """A rollout to be scored, and what has happened to it so far. Times are monotonic seconds.
 
+    siblings: shared by the replies to its prompt that are scored together.
     alone: whether the item must be the only one in its process. It is set when a process is lost while it scores
     several items, because only a run alone shows which item ended the process.
     """
@@ -34,6 +39,7 @@ class Item:
     pair: EncodedPair
     future: "asyncio.Future[Scored]"
     started_s: float
+    siblings: "Siblings"
     sent_s: float = 0.0
     is_control: bool = False
     num_timeouts: int = 0

@@ -16,7 +16,8 @@ from posttrain.actors.processes import place_of_this
 from posttrain.errors import PluginError
 from posttrain.scoring.plugins.lookup import RewardSpec
 from posttrain.scoring.plugins.target import describe
-from posttrain.scoring.pool.pool import PoolStats, RewardPool
+from posttrain.scoring.pool.pool import RewardPool
+from posttrain.scoring.pool.stats import PoolStats
 from posttrain.scoring.remote.messages import Done, pack_done, unpack_scorings
 
 # An environment variable of the reward processes and of everything that they start. It names the actor they belong to.

@@ -16,7 +16,7 @@ from posttrain.config.rewards import RewardConfig
 from posttrain.errors import PluginError, StageError
 from posttrain.records import Outcome, Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
-from posttrain.scoring.pool.pool import PoolStats
+from posttrain.scoring.pool.stats import PoolStats
 from posttrain.scoring.remote.life import ActorLife
 
 MAX_RESTARTS = 5
