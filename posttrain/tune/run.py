@@ -26,8 +26,8 @@ ROWS = "tokenized"  # the folder of the rows on disk, from which all ranks read 
 TRAINED, HELD_OUT = "trained", "held_out"
 # The keys of a config that do not change the result of a training, besides the keys that name its data. `parallel` and
 # `gradient_accumulation` are among them, because only the number of forwards of a step counts (see `training_recipe`).
-# `epochs` is among them, because a training with more epochs continues from the checkpoint at which fewer ended. So does
-# a training with more of `held_out.patience`.
+# `epochs` is among them, because a training with more epochs continues from the checkpoint at which fewer ended;
+# so does a training with more of `held_out.patience`.
 NOT_IN_RECIPE = {"resources", "checkpoint_every", "model", "parallel", "gradient_accumulation", "trackers", "epochs"}
 
 
