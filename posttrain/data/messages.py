@@ -218,8 +218,8 @@ def _read_image_part(part: Mapping[str, object], name: str) -> ImagePart:
     if key is None:
         return ImagePart()
     reference = part[key]
-    if key == "image_url" and isinstance(reference, Mapping):
-        reference = reference.get("url")
+    if isinstance(reference, Mapping):  # OpenAI's {"url"}, or Hugging Face's {"path"}
+        reference = next((reference[name] for name in ("url", "path") if not is_absent(reference.get(name))), None)
     if not isinstance(reference, str):
         raise RowError(f"{name}.{key}: got {shown(reference)}: must be a path or a URI")
     _check_text(reference, f"{name}.{key}")

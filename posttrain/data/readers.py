@@ -4,6 +4,7 @@
 stream or a file) are read batch by batch.
 """
 
+import base64
 import bz2
 import csv
 import gzip
@@ -188,6 +189,7 @@ def _batch_rows(batches: Any) -> Iterator[Parsed]:
             number += 1
             # Tables written by pandas mark a missing value as NaN.
             row = {k: None if isinstance(v, float) and math.isnan(v) else _without_nulls(v) for k, v in row.items()}
+            row = {k: _as_data_urls(v) for k, v in row.items()}
             problem = unwritable(row)
             yield number, {} if problem else row, problem
 
@@ -197,6 +199,15 @@ def _without_nulls(value: object) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _as_data_urls(value: object) -> Any:
+    """A value in which a picture of Hugging Face's form, {"bytes", "path"}, is a data URL, which JSON can hold."""
+    if isinstance(value, dict):
+        if isinstance(value.get("bytes"), bytes) and value.keys() <= {"bytes", "path"}:
+            return "data:;base64," + base64.b64encode(value["bytes"]).decode()
+        return {key: _as_data_urls(item) for key, item in value.items()}
+    return [_as_data_urls(item) for item in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], Iterator[Parsed]]] = {

@@ -15,6 +15,7 @@ from posttrain.context import StageContext
 from posttrain.data.bad_rows import BadRow, SeenIds, set_aside, summary
 from posttrain.data.files import Record, read_records
 from posttrain.data.formats import renamed, take_conversation
+from posttrain.data.images.take import ImageReader
 from posttrain.data.messages import TEXT_ROLE, RowError, messages_to_json, shown
 from posttrain.data.turns import Kind, check_turns, check_usable
 from posttrain.errors import DataError
@@ -26,17 +27,19 @@ T = TypeVar("T")
 
 
 def load_rows(
-    data: Data, *, kind: Kind, limit: int | None = None, stage: str | None = None, context: StageContext | None = None
-) -> list[Row]:
+    data: Data, *, kind: Kind, limit: int | None = None, stage: str | None = None, context: StageContext | None = None,
+    images: ImageReader | None = None,
+) -> list[Row]:  # fmt: skip
     """Read and validate a dataset. Returns at least one row.
 
     data: a `DataConfig`, a path, or several paths. kind: `supervised` rows must end with an assistant turn, `prompt`
     rows with a user or tool turn. limit: use only the first rows (the smaller of this and `data.limit`). stage: the
     kind of stage that reads, named in the error about rows that it cannot use yet (images). context: of the stage,
-    which is told about rows that are set aside. Raises `DataError` that names file, row number, the value got and the
+    which is told about rows that are set aside. images: puts the pictures of the rows into its store, so that image
+    parts hold keys; None leaves rows as they are. Raises `DataError` that names file, row number, the value got and the
     rule, for the first few bad rows.
     """
-    return collect(data, _parser(kind, stage), limit, identity=lambda row: row.id, context=context)
+    return collect(data, _parser(kind, stage, images), limit, identity=lambda row: row.id, context=context)
 
 
 def iter_rows(data: Data, *, kind: Kind, limit: int | None = None) -> Iterator[Row | BadRow]:
@@ -52,9 +55,11 @@ def check_data(data: Data, kind: Kind, rows: int = 100, *, stage: str | None = N
     return check(data, _parser(kind, stage), rows, identity=lambda row: row.id)
 
 
-def _parser(kind: Kind, stage: str | None) -> Callable[[Record, DataConfig], Row]:
+def _parser(kind: Kind, stage: str | None, images: ImageReader | None = None) -> Callable[[Record, DataConfig], Row]:
     def parse(record: Record, config: DataConfig) -> Row:
         row = parse_row(record, kind, config)
+        if images is not None:
+            row = images.take(row, Path(record.file).parent)
         if stage is not None:
             check_usable(row.messages, row.fields, name="messages", stage=stage)
         return row

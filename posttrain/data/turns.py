@@ -11,7 +11,7 @@ from posttrain.records import ImagePart, Message
 Kind = Literal["supervised", "prompt"]
 
 # Columns that hold images, videos or sounds beside the messages, as in TRL and in many chat datasets.
-MEDIA_COLUMNS = ("images", "videos", "audios")
+MEDIA_COLUMNS = ("images", "image", "videos", "audios")
 # The stages that show the row's `tools` to a model (sft, dpo), and the stage that passes rows on unchanged (filter).
 STAGES_WITH_TOOLS = ("sft", "dpo", "filter")
 

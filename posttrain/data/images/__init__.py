@@ -1,0 +1,14 @@
+"""Pictures of rows: found in the forms that people write, checked once, kept encoded, and counted in tokens.
+
+    row ─► take.py ─► decode.py ─► store.py            the row keeps a short key for each picture
+                                     │
+    messages ─► render.py ─► tokens ◄┴─ tiles.py       a picture's tokens follow from its size alone
+
+take.py      where the pictures of a row are: content parts, a column of pictures, <image> in the text
+decode.py    checks a picture, and makes RGB of it
+store.py     the file of encoded pictures, each kept once, read through a memory map
+tiles.py     the tiles and tokens of a picture, by the rules of Llama 4's processor
+render.py    token ids of messages with pictures
+
+Nothing is ever downloaded. Left out: videos and sounds.
+"""
