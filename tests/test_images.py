@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
+from posttrain.cli.main import main
 from posttrain.data.images.decode import checked
 from posttrain.data.images.render import prompt_with_pictures, samples_with_pictures
 from posttrain.data.images.store import ImageStore
@@ -439,3 +440,24 @@ def test_no_form_is_lost_on_a_row_of_text(folder):
     _, (row,) = load(folder, {"messages": user("plain"), "id": "x", "extra": 1})
     assert row.messages[0] == Message("user", "plain")
     assert row.fields == {"extra": 1}
+
+
+def test_preview_shows_where_pictures_stand_and_how_long_they_are(folder, model, capsys):
+    rows = [{"id": "x", "images": ["a.png", "b.png"], "messages": user("<image> or <image>?")}]
+    (folder / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert main(["data", "preview", str(folder / "rows.jsonl"), "--model", str(model)]) == 0
+    shown = capsys.readouterr().out
+    assert "[picture 1: 40 x 30 pixels, 1 tile, 7 tokens] or [picture 2: 60 x 20 pixels, 3 tiles, 17 tokens]?" in shown
+    assert "[[Two.<|eot|>]]" in shown
+    arguments = ["--images-root", str(model), "--max-images", "1"]
+    assert main(["data", "preview", str(folder / "rows.jsonl"), "--model", str(model), *arguments]) == 2
+    assert "2 pictures; at most 1 of a row are taken" in capsys.readouterr().err
+
+
+def test_a_text_model_shows_no_pictures(folder, tmp_path_factory, capsys):
+    other = tmp_path_factory.mktemp("text")
+    save_tokenizer(build_tokenizer(), other)
+    (other / "config.json").write_text('{"model_type": "llama4_text"}')
+    (folder / "rows.jsonl").write_text(json.dumps({"images": ["a.png"], "messages": user(ASK)}) + "\n")
+    assert main(["data", "preview", str(folder / "rows.jsonl"), "--model", str(other)]) == 2
+    assert "model_type is 'llama4_text', which takes no images" in capsys.readouterr().err

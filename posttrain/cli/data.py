@@ -153,28 +153,41 @@ def preview(
     rows: Annotated[int, typer.Option(min=1, help="How many rows, from the first on.")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids too.")] = False,
     template: TemplateOption = None,
+    images_root: Annotated[
+        Path | None, typer.Option(help="Folder of all pictures. Default: that of the file of the row.")
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=1, help="Most pictures of a row.")] = 8,
 ) -> None:
     """Show rows as the model sees them. Text that is trained on is green, or between [[ and ]] without colours.
 
+    A picture is shown by its size, its tiles and the number of its tokens, in its place.
+
     Example: posttrain data preview data/sft.jsonl --model models/scout --ids
     """
+    import tempfile
+
     from rich.console import Console
     from rich.text import Text
 
-    from posttrain.data.lengths import runs
+    from posttrain.data.images.preview import row_runs
+    from posttrain.data.images.store import ImageStore
+    from posttrain.data.images.take import ImageReader
     from posttrain.data.rows import load_rows
     from posttrain.model.tokenizer import load_tokenizer
 
     tokenizer, console = load_tokenizer(str(model), _template(template)), Console(soft_wrap=True, highlight=False)
-    for row in load_rows(data_config(path, settings), kind="supervised", limit=rows):
-        samples = runs(tokenizer, row)
-        for place, sample in enumerate(samples, 1):
-            note = f", sample {place} of {len(samples)}" if len(samples) > 1 else ""
-            console.print(Text(f"--- {row.id}{note}", style="bold"))
-            for part, trained in sample:
-                text = str(tokenizer.decode(part))
-                shown = text if console.is_terminal or not trained else f"[[{text}]]"
-                console.print(Text(shown, style="green" if trained else "dim"), end="")
-                if ids:
-                    console.print(Text(f" {part} "), end="")
-            console.print()
+    with tempfile.TemporaryDirectory() as folder:
+        store = ImageStore(Path(folder) / "images")
+        reader = ImageReader(store, root=images_root, max_images=max_images)
+        for row in load_rows(data_config(path, settings), kind="supervised", limit=rows, images=reader):
+            samples = row_runs(tokenizer, row, store, model=model)
+            for place, sample in enumerate(samples, 1):
+                note = f", sample {place} of {len(samples)}" if len(samples) > 1 else ""
+                console.print(Text(f"--- {row.id}{note}", style="bold"))
+                for part, trained, picture in sample:
+                    text = picture or str(tokenizer.decode(part))
+                    shown = text if console.is_terminal or not trained else f"[[{text}]]"
+                    console.print(Text(shown, style="cyan" if picture else "green" if trained else "dim"), end="")
+                    if ids:
+                        console.print(Text(f" {part} "), end="")
+                console.print()

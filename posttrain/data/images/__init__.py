@@ -9,6 +9,7 @@ decode.py    checks a picture, and makes RGB of it
 store.py     the file of encoded pictures, each kept once, read through a memory map
 tiles.py     the tiles and tokens of a picture, by the rules of Llama 4's processor
 render.py    token ids of messages with pictures
+preview.py   a row in tokens, with a description in the place of each picture
 
 Nothing is ever downloaded. Left out: videos and sounds.
 """

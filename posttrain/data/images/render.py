@@ -7,6 +7,7 @@ place.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from msgspec.structs import replace
@@ -31,6 +32,11 @@ class PictureSample:
     mask: list[int]
     pictures: tuple[str, ...]
     owners: list[int]
+
+    def runs(self) -> list[tuple[list[int], bool, int]]:
+        """The tokens, cut where training on them or a picture begins or ends: (ids, whether trained on, owner)."""
+        groups = groupby(zip(self.ids, self.mask, self.owners, strict=True), key=lambda item: item[1:])
+        return [([item[0] for item in group], bool(bit), owner) for (bit, owner), group in groups]
 
 
 def pictures_of(messages: Iterable[Message]) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ def tile_rule(folder: str | Path, tokenizer: Tokenizer) -> TileRule:
     images = whole.get("image_processor") or read_object(folder / "preprocessor_config.json")
     if not isinstance(images, dict):
         raise CheckpointError(f"{folder}: no image processor (processor_config.json or preprocessor_config.json)")
-    tile, features = _fitting(folder, images, whole, vision)
+    tile, features = _fitting(folder, images, processor=whole, vision=vision)
     known = tokenizer.get_vocab()
     if missing := [token for token in TOKENS if token not in known]:
         raise CheckpointError(f"{folder}: its tokenizer lacks {', '.join(missing)}, which stand for pictures")
@@ -143,11 +143,11 @@ def tile_rule(folder: str | Path, tokenizer: Tokenizer) -> TileRule:
     )  # fmt: skip
 
 
-def _fitting(folder: Path, images: dict, whole: dict, vision: dict) -> tuple[int, int]:
+def _fitting(folder: Path, images: dict, *, processor: dict, vision: dict) -> tuple[int, int]:
     """(side of a tile, features of a tile). Raises `CheckpointError` where processor and model differ."""
     size = images.get("size") or {}
     tile = size.get("height", 336)
-    patch, ratio = whole.get("patch_size", 14), whole.get("pixel_shuffle_ratio", 0.5)
+    patch, ratio = processor.get("patch_size", 14), processor.get("pixel_shuffle_ratio", 0.5)
     own = {"image_size": 448, "patch_size": 14, "pixel_shuffle_ratio": 0.5} | vision
     for name, got in (("image_size", tile), ("patch_size", patch), ("pixel_shuffle_ratio", ratio)):
         if own[name] != got:
