@@ -118,6 +118,21 @@ def test_near_duplicates_are_those_and_only_those_that_are_as_alike_as_asked():
     assert expected - sum(hit is not None for hit in found) <= 3
 
 
+def test_rows_with_more_candidates_than_are_compared_are_counted():
+    """Rows that share half of their text are candidates of each other, and no duplicates."""
+    shared = text(0, 80)
+    with DuplicateIndex(0.6) as index:
+        for number in range(100):
+            assert index.find(row(f"r{number}", f"{shared} {text(number + 1, 40)}")) is None
+        assert (index.num_unsettled, index.unsettled_text()) == (0, "")
+        for number in range(100, 140):
+            assert index.find(row(f"r{number}", f"{shared} {text(number + 1, 40)}")) is None
+        assert index.num_unsettled > 20
+        assert index.unsettled_text().startswith(
+            f"{index.num_unsettled} of the kept rows resemble more than 100 others"
+        )
+
+
 def test_a_pair_at_the_threshold_is_proposed():
     for near in (0.3, 0.5, 0.8, 0.9, 0.99):
         size = band_size(near)

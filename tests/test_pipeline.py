@@ -89,6 +89,12 @@ def test_an_evaluation_is_a_node_in_its_stages_folder(monkeypatch: pytest.Monkey
     assert [item.name for item in made.stages] == ["a", "b"]
 
 
+def test_a_rule_about_several_keys_names_the_config_of_the_evaluation():
+    config = {"model": {"path": "m"}, "data": {"path": "d"}, "reward": {"name": "final_answer"}, "samples": 8}
+    text = problems(stage("a"), evaluate={"config": {**config, "sampling": {"temperature": 0.0}}, "stages": ["a"]})
+    assert "evaluate.config: sampling.temperature is 0, so all samples would be equal" in text
+
+
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [

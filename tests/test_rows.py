@@ -153,6 +153,8 @@ def test_many_bad_rows_are_counted_not_all_printed(tmp_path):
         load_rows(path, kind="prompt")
     assert len(str(error.value).splitlines()) == 6
     assert str(error.value).endswith("and 4 more rows with problems")
+    assert check_data(path, "prompt", 9)[-1] == "and 4 more rows with problems"
+    assert check_data(path, "prompt", 8)[-1] == "and 3 more rows with problems; only the first 8 rows were checked"
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):

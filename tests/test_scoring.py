@@ -371,7 +371,8 @@ class TestPool:
             ("import sys; sys.exit(1)", "SystemExit: 1"),
             ("import os; os._exit(9)", "exited with code 9"),
             ("import time; time.sleep(1000)", "more than 0.5 s"),
-            ("import no_such_package", "No module named 'no_such_package'"),
+            ("import no_such_package", "plug.py:1 imports no_such_package, which is not installed in"),
+            ("if 1 + 1: import no_such_package", "No module named 'no_such_package'"),
         ],
     )
     def test_a_plugin_that_cannot_be_loaded_is_refused_at_the_start(
@@ -526,10 +527,40 @@ class TestPlugins:
 
     @pytest.mark.parametrize(
         "source",
-        ["from functools import partial\nf = partial(max)", "from os.path import join as f", "from os import *"],
+        [
+            "import no_such.part\ndef f(rollout, row): return 1.0",
+            "from no_such.part import f",
+            "import math, no_such\ndef f(rollout, row): return 1.0",
+            "def f(rollout, row):\n    import no_such\n    return 1.0",
+            "async def f(rollout, row):\n    from no_such import part\n    return 1.0",
+            "def warm_up():\n    import no_such\ndef f(rollout, row): return 1.0",
+        ],
+    )
+    def test_a_package_that_is_not_installed_is_named(self, tmp_path: Path, source: str) -> None:
+        path = tmp_path / "p.py"
+        path.write_text(source)
+        with pytest.raises(
+            PluginError, match=f"reward '{path}:f': {path}:[12] imports no_such, which is not installed"
+        ):
+            check_reward(f"{path}:f")
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "from functools import partial\nf = partial(max)",
+            "from os.path import join as f",
+            "from os import *",
+            "try: import no_such\nexcept ImportError: no_such = None\ndef f(rollout, row): return 1.0",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING: import no_such\ndef f(rollout, row): return 1.0",
+            "import sys\nsys.path.insert(0, 'lib')\nimport no_such\ndef f(rollout, row): return 1.0",
+            "def g():\n    import no_such\ndef f(rollout, row): return 1.0",
+            "import neighbour, package.part, sys, msgspec, posttrain.records\ndef f(rollout, row): return 1.0",
+        ],
     )
     def test_what_only_running_can_tell_is_let_through(self, tmp_path: Path, source: str) -> None:
         (tmp_path / "p.py").write_text(source)
+        (tmp_path / "neighbour.py").touch()
+        (tmp_path / "package").mkdir()
         check_reward(f"{tmp_path / 'p.py'}:f")
 
     def test_a_spec_is_made_of_a_name_or_a_mapping(self) -> None:

@@ -41,6 +41,8 @@ def notice_text(stage: str, event: dict[str, Any]) -> str:
         return f"{stage}  the chat template ends replies with {tokens}, {rule}"
     if event.get("event") == "prefixes_unshared":
         return f"{stage}  every reply is trained on with a copy of its prompt of its own: {event.get('reason')}"
+    if event.get("event") == "duplicates_unsettled":
+        return f"{stage}  {event.get('text')}"
     if event.get("event") in ("ended_early", "not_continued"):
         return f"{stage}  {_early_end(event)}"
     return ""

@@ -48,6 +48,8 @@ def dedup(
             path, settings, kind, out=out, listed=removed, find=lambda item: [d] if (d := index.find(item)) else []
         )
     typer.echo(f"{read} rows read, {gone} duplicates removed, {read - gone} kept: {out}{ending}")
+    if text := index.unsettled_text():
+        typer.echo(text)
 
 
 @data_app.command()

@@ -30,10 +30,16 @@ class BadRow:
         return f"{self.record.where}: {self.problem}"
 
 
-def summary(problems: Sequence[str]) -> list[str]:
-    """The first `MAX_SHOWN_PROBLEMS` problems, and a line that counts the others."""
+def summary(problems: Sequence[str], within: int | None = None) -> list[str]:
+    """The first `MAX_SHOWN_PROBLEMS` problems, and a line that counts the others.
+
+    within: how many rows were looked at, if there are more; None if all were.
+    """
     rest = len(problems) - MAX_SHOWN_PROBLEMS
-    return [*problems[:MAX_SHOWN_PROBLEMS], *([f"and {rest} more rows with problems"] if rest > 0 else [])]
+    if rest <= 0:
+        return list(problems)
+    where = f"; only the first {within} rows were checked" if within is not None else ""
+    return [*problems[:MAX_SHOWN_PROBLEMS], f"and {rest} more rows with problems{where}"]
 
 
 def set_aside(bad: Sequence[BadRow], total: int, context: StageContext | None) -> None:

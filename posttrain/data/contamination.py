@@ -8,9 +8,10 @@ answer. Each text is compared with every turn of a row except system turns. A pr
 contained as a whole, and one of fewer than 4 words must be a whole turn. Other columns of fewer than `ngram` words are
 not compared, because many unrelated rows contain a text such as "The answer is 42.".
 
-Source: n-gram overlap is that of GPT-3 (Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C: up to
-13 words, not below 8, without case and punctuation). Weighing the overlap by the share of an evaluation text that it
-covers is that of Llama 2 (Touvron et al., 2023, appendix A.6) and Tülu 3 (Lambert et al., 2024, section 3.2, at 50%).
+Source: shared runs of 13 words are the rule of GPT-3 (Brown et al., "Language Models are Few-Shot Learners", 2020), as
+appendix A.6 of Llama 2 (Touvron et al., 2023) sums it up, which also says why one shared run is too coarse. A limit on
+the share of a text's tokens that lie in n-grams of one training document is the rule of allenai/open-instruct,
+decontamination/README.md ("Matching ngrams"), the scripts of Tülu 3.
 """
 
 from collections import Counter, defaultdict

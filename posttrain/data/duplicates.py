@@ -67,10 +67,15 @@ def _apart(item: Item) -> bytes:
 
 
 class DuplicateIndex:
-    """The kept rows. near: the lowest Jaccard index, in (0, 1), of near-duplicates; None finds only exact ones."""
+    """The kept rows. near: the lowest Jaccard index, in (0, 1), of near-duplicates; None finds only exact ones.
+
+    num_unsettled: rows that had more candidates than they were compared with, none of which they repeat. Each may be a
+    near-duplicate that was missed.
+    """
 
     def __init__(self, near: float | None = None):
         self._near = near
+        self.num_unsettled = 0
         # An empty name makes SQLite use a private temporary file: in memory while it is small, deleted on close.
         self._base = sqlite3.connect("", isolation_level=None)
         for line in (
@@ -106,10 +111,13 @@ class DuplicateIndex:
         places = ", ".join("?" * len(keys))
         near = self._base.execute(
             f"SELECT id, shingles FROM kept JOIN (SELECT number AS candidate FROM bands WHERE key IN ({places}) "
-            f"GROUP BY number ORDER BY COUNT(*) DESC, number LIMIT {CANDIDATES}) ON number = candidate",
+            f"GROUP BY number ORDER BY COUNT(*) DESC, number LIMIT {CANDIDATES + 1}) ON number = candidate",
             keys,
         )
-        for identity, blob in near:
+        for compared, (identity, blob) in enumerate(near):
+            if compared == CANDIDATES:
+                self.num_unsettled += 1
+                break
             alike = similarity(shingles, np.frombuffer(blob, np.uint64))
             if alike >= (self._near or 0):
                 return Duplicate(item.id, identity, alike)
@@ -130,6 +138,15 @@ class DuplicateIndex:
         parts = [values[start : start + size].tobytes() for start in range(0, PERMUTATIONS - size + 1, size)]
         keys = [xxhash.xxh3_64_intdigest(apart + part, seed=number) for number, part in enumerate(parts)]
         return [key - (1 << 63) for key in keys]
+
+    def unsettled_text(self) -> str:
+        """A sentence about the rows that may repeat another one without being found; "" if there are none."""
+        if not self.num_unsettled:
+            return ""
+        return (
+            f"{self.num_unsettled} of the kept rows resemble more than {CANDIDATES} others, of which the {CANDIDATES} "
+            "likeliest were compared; near-duplicates among them may have been missed"
+        )
 
     def close(self) -> None:
         """Delete the index."""

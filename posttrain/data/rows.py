@@ -152,13 +152,14 @@ def check(
     if "${" in _shown_path(data):
         return []
     try:
-        found = list(scan(data, parse, rows, identity=identity))
+        found = list(scan(data, parse, rows + 1, identity=identity))
     except DataError as error:
         return str(error).splitlines()
     if not found:
         return [f"{_shown_path(data)}: holds no rows; at least one is needed"]
-    bad = [str(item) for item in found if isinstance(item, BadRow)]
-    return [] if as_config(data).on_bad_row == "set_aside" and len(bad) < len(found) else summary(bad)
+    within = rows if len(found) > rows else None
+    bad = [str(item) for item in found[:rows] if isinstance(item, BadRow)]
+    return [] if as_config(data).on_bad_row == "set_aside" and len(bad) < len(found[:rows]) else summary(bad, within)
 
 
 def _shown_path(data: Data) -> str:

@@ -41,6 +41,8 @@ def prune(rows: Sequence[Row], config: FilterConfig, context: StageContext) -> t
                 removed.append({"reason": "duplicate", **asdict(duplicate)})
             else:
                 stay.append(row)
+        if text := index.unsettled_text():
+            context.event("duplicates_unsettled", rows=index.num_unsettled, text=text)
     write_jsonl(context.dir / FILE, removed)
     if not stay:
         raise DataError(f"all {len(rows)} rows contain text of decontaminate.path; see {context.dir / FILE}")

@@ -213,4 +213,6 @@ def _no_stage(name: str, kinds: Mapping[str, str]) -> str:
 def _located(stage: RawStage | Node, problem: str) -> str:
     """A problem with its full key path in the pipeline, and the file it was read from."""
     where = f" (in {stage.file})" if stage.prefix else ""
+    if stage.prefix and problem.startswith("(whole file): "):  # a rule about several keys of the stage's config
+        problem = problem.replace("(whole file)", "config", 1)
     return f"{stage.prefix}{problem}{where}"

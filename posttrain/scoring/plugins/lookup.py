@@ -14,6 +14,7 @@ from typing import Any
 
 from posttrain.errors import PluginError
 from posttrain.scoring.plugins.foreign import how_to_wrap
+from posttrain.scoring.plugins.imports import check_imports
 from posttrain.scoring.plugins.source import find_module, read_module
 from posttrain.scoring.plugins.target import RewardFunction, Target, bind, import_target
 
@@ -132,6 +133,7 @@ def _check_source(title: str, name: str, target: Target, *, parameters: Sequence
         hint = _did_you_mean(target.function, public)
         there = ", ".join(public) or "none"
         raise PluginError(f"{title}: no function {target.function!r} in {path}{hint}; functions there: {there}")
+    check_imports(title, path, target.function)
 
 
 def inner_rewards(spec: RewardSpec) -> list[RewardSpec]:
