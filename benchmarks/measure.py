@@ -34,7 +34,7 @@ class Entry:
     goal: str | None = None
 
 
-def seconds(run: Callable[[], None]) -> float:
+def seconds(run: Callable[[], object]) -> float:
     """How long one call takes, including the work that it started on a GPU."""
     start = time.perf_counter()
     run()
@@ -43,9 +43,10 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def ratio(peer: Callable[[], None], ours: Callable[[], None], rounds: int, *, inner: int = 2) -> float:
+def ratio(peer: Callable[[], object], ours: Callable[[], object], rounds: int, *, inner: int = 2) -> float:
     """The time of the peer / ours: the median over rounds, each of which times both as the best of `inner` calls."""
-    seconds(peer), seconds(ours)  # warm up, and wait for all work on a GPU
+    for run in (peer, ours):
+        seconds(run)  # warm up, and wait for all work on a GPU
     return statistics.median(
         min(seconds(peer) for _ in range(inner)) / min(seconds(ours) for _ in range(inner)) for _ in range(rounds)
     )
@@ -95,9 +96,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main(doc: str, table: Mapping[str, Entry], libraries: Sequence[str] = LIBRARIES) -> None:
-    """Run the entries that the command line names, print each figure, and write them to the file of `--json`."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+def main(doc: str | None, table: Mapping[str, Entry], libraries: Sequence[str] = LIBRARIES) -> None:
+    """Run the entries that the command line names, print each figure, and write them to the file of `--json`.
+
+    doc: the docstring of the benchmark's module. libraries: their versions are written into the results.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--only", default="", help="entries to run, comma-separated")
     parser.add_argument("--seed", type=int, default=0)

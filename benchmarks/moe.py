@@ -21,6 +21,7 @@ expert.
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -42,7 +43,7 @@ Run = Callable[[], None]
 
 
 def config(num_experts: int, **changes) -> Llama4TextConfig:
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": 512, "hidden_size": HIDDEN, "intermediate_size": WIDTH, "intermediate_size_mlp": 2 * WIDTH,
         "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32,
         "num_local_experts": num_experts, "interleave_moe_layer_step": 2, "pad_token_id": 0,

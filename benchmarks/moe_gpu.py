@@ -20,6 +20,7 @@ A model of 2.5 billion parameters has 6 layers of 16 experts, hidden 2048, width
 
 import statistics
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from measure import Entry, peak_mib, ratio, seconds
 from moe import TOKENS, Models, Run, beside_theirs, config, forward_backward, layers, loss_backward, memory_fraction
 from transformers import Llama4TextConfig
 
+from posttrain.config.training import GradientCheckpointing
 from posttrain.model import NativeLlama4ForCausalLM
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.planning.activations import peak_bytes
@@ -85,7 +87,8 @@ def mfu(name: str) -> tuple[float, dict[str, float]]:
     ours, _, num_experts = pair(name)
     left, right = (torch.randn(SQUARE, SQUARE, device="cuda", dtype=BF16) for _ in range(2))
     layer, product = timed(ours), lambda: left @ right
-    seconds(layer), seconds(product)
+    for run in (layer, product):
+        seconds(run)  # warm up
     # Forward and both gradients, of a routed expert and the shared one.
     layer_flops = 3 * 2 * TOKENS * 2 * 3 * HIDDEN * WIDTH
     rounds = [(seconds(layer), min(seconds(product) for _ in range(5))) for _ in range(15)]
@@ -110,13 +113,14 @@ def model_config() -> Llama4TextConfig:
 def ours_alone() -> NativeLlama4ForCausalLM:
     torch.cuda.empty_cache()
     with torch.device("cuda"):
-        return NativeLlama4ForCausalLM(model_config()).to(BF16).train()
+        model: Any = NativeLlama4ForCausalLM(model_config())
+        return model.to(BF16).train()
 
 
 def both() -> Models:
     with torch.device("cuda"):
         ours, theirs = beside_theirs(ours_alone())
-    return ours, theirs.to(BF16)
+    return ours, cast(Any, theirs).to(BF16)
 
 
 def backward(model: torch.nn.Module) -> Run:
@@ -142,7 +146,7 @@ def step_memory() -> tuple[float, dict[str, float]]:
     )
 
 
-def planned(mode: str) -> tuple[float, dict[str, float]]:
+def planned(mode: GradientCheckpointing) -> tuple[float, dict[str, float]]:
     model = ours_alone()
     if mode != "none":
         model.gradient_checkpointing_enable(checkpointing_arguments(mode))
@@ -165,5 +169,5 @@ def gpu_entries() -> dict[str, Entry]:
         for kind, measure in kinds.items()
     }
     table |= {"gpu_step_speedup": Entry(step_speedup), "gpu_step_memory_fraction": Entry(step_memory)}
-    modes = ("none", "selective", "full")
+    modes: tuple[GradientCheckpointing, ...] = ("none", "selective", "full")
     return table | {f"gpu_plan_{mode}": Entry(lambda m=mode: planned(m)) for mode in modes}

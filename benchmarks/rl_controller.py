@@ -9,8 +9,8 @@ measured and not that of tokens.
                             time of the controller for each group in microseconds, and the groups a second that the
                             reward actor scores by itself, in calls of 128 groups
   controller_rss_gib        memory of the controller's process with 100,000 groups in flight, and the part of it that
-  was
-                            added by these groups. The trainer waits until all are admitted, and engines do not answer
+                            was added by these groups. The trainer waits until all are admitted, and engines do not
+                            answer
 """
 
 import asyncio
@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.rewards import SystemsConfig
@@ -75,7 +75,8 @@ class PreparedEngine:
             self._event.clear()
         ids, logprobs = tuple(range(TOKENS)), (-1.0,) * TOKENS
         spans = (VersionSpan(self._version, 0, TOKENS),)
-        return [Piece(key, index, 0, ids, logprobs, spans, "stop", "12") for key, index in now], time.time()
+        pieces = [Piece(key, index, 0, ids, logprobs, spans, FinishReason.STOP, "12") for key, index in now]
+        return pieces, time.time()
 
     async def update_weights(self, source: dict[str, Any], policy_version: int, kv: str) -> tuple[float, float]:
         self._version = policy_version
@@ -101,7 +102,12 @@ class ReadyTrainer:
         await asyncio.sleep(0)
         self.times.append((time.perf_counter(), time.process_time()))
         now = time.time()
-        return StepResult({}, WeightManifest("none", step + 1, 0, "none", ()), now, now)
+        return StepResult({}, no_weights(step + 1), now, now)
+
+
+def no_weights(version: int) -> WeightManifest:
+    """A manifest for engines that load nothing."""
+    return WeightManifest("none", version, 0, "none", ())
 
 
 def settings(batch: int, staleness: int, steps: int) -> RlConfig:
@@ -123,7 +129,7 @@ def parts(folder: Path, seed: int, mute: bool):
     rows = [Row(f"r{index}", "sums", (Message("user", f"{index} + 1 ="),), str(index + 1)) for index in range(ROWS)]
 
     def render(messages: Sequence[Message]) -> list[int]:
-        first = int(messages[-1].content.split()[0])
+        first = int(messages[-1].text.split()[0])
         return [300 + (first + place) % 200 for place in range(PROMPT_TOKENS)]
 
     actor = ray.remote(PreparedEngine).options(num_cpus=0.1, max_concurrency=1000)
@@ -138,7 +144,7 @@ def parts(folder: Path, seed: int, mute: bool):
     finally:
         ledger.close()
         for one in actors:
-            ray.kill(one)
+            ray.kill(cast(Any, one))
 
 
 def groups_per_s(seed: int = 0, profile: bool = False) -> tuple[float, dict[str, float]]:
@@ -146,14 +152,15 @@ def groups_per_s(seed: int = 0, profile: bool = False) -> tuple[float, dict[str,
         config = settings(BATCH, STALENESS, WARM + STEPS)
         context = StageContext("rl", Path(scratch), Path(scratch) / "events.jsonl", seed)
         floor = asyncio.run(reward_groups_per_s(config, made.source.draw("sums", 0)))
-        controller = Controller(config, context, made, manifest={})
+        controller = Controller(config, context, made, manifest=no_weights(0))
         watch = cProfile.Profile() if profile else contextlib.nullcontext()
         with watch:
             asyncio.run(controller.run())
         if isinstance(watch, cProfile.Profile):
             pstats.Stats(watch).sort_stats("tottime").print_stats(45)
             pstats.Stats(watch).sort_stats("cumtime").print_stats(45)
-        began, ended = made.trainer.times[WARM - 1], made.trainer.times[-1]
+        trainer: Any = made.trainer  # a ReadyTrainer
+        began, ended = trainer.times[WARM - 1], trainer.times[-1]
         groups = BATCH * STEPS
         return groups / (ended[0] - began[0]), {
             "own_cpu_us_per_group": 1e6 * (ended[1] - began[1]) / groups,
@@ -186,7 +193,7 @@ def rss_gib(seed: int = 0) -> tuple[float, dict[str, float]]:
         batch = IN_FLIGHT // 10
         config = settings(batch, 9, 1)
         context = StageContext("rl", Path(scratch), Path(scratch) / "events.jsonl", seed)
-        controller = Controller(config, context, made, manifest={})
+        controller = Controller(config, context, made, manifest=no_weights(0))
         before = _rss_gib()
         began = time.perf_counter()
         admitted = asyncio.run(_fill(controller, made.ledger))

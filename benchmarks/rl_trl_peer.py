@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from posttrain.config.data import DataConfig
 from posttrain.data.messages import messages_to_json
@@ -76,9 +77,9 @@ def main(spec: dict[str, Any]) -> None:
     rows = {row.id: row for row in load_rows(DataConfig(path=spec["prompts"]), kind="prompt")}
     data = Dataset.from_list([{"prompt": messages_to_json(rows[name].messages), "row": name} for name in spec["ids"]])
     ends = set(model.generation_config.eos_token_id)
-    puzzles = load_reward("puzzles")
+    puzzles: Any = load_reward("puzzles")
 
-    def reward(completions: list[Any], completion_ids: list[list[int]], row: list[str], **_: Any) -> list[float]:
+    def reward(completions: list[Any], completion_ids: list[list[int]], row: list[str], **_: Any) -> list[float | None]:
         """Score each reply with our scorer, which is also told how the reply ended."""
         return [
             puzzles(_rollout(name, reply[0]["content"], ids, has_ended=ids[-1] in ends), rows[name]).value

@@ -1,17 +1,17 @@
 """posttrain: the post-training recipe behind Llama 4, from a judge-made filter to light DPO.
 
-What a notebook needs is here; each name is imported when it is first used, and `import posttrain` alone loads neither
-torch, Ray nor vLLM. docs/python.md shows each of them.
+This module offers the names that a notebook needs. Each name is imported when it is first used, so `import posttrain`
+alone loads neither torch, Ray nor vLLM. docs/python.md shows how to use them.
 
-    run_pipeline, run_stage, evaluate       whole runs, as the commands do them, with a run directory
-    load_rows, write_rows, load_pairs       data
-    filter_rows, select                     a judge's rating, and which rows stay
-    load_model, load_tokenizer, save_model  model folders
-    LOSSES, LossInputs, LossConfig          the losses of RL as functions of tensors
-    ADVANTAGES                              the advantages of RL as functions of rewards
-    Trainer, StepResult                     what RL asks of whatever trains its policy, as types
-    read_rollouts                           what an RL stage recorded
-    write_report                            one HTML page of a run
+    run_pipeline, run_stage, evaluate       run a pipeline, a stage or an evaluation, as the commands do
+    load_rows, write_rows, load_pairs       read and write datasets
+    filter_rows, select                     let a judge rate rows, and select rows by their ratings
+    load_model, load_tokenizer, save_model  read and write model folders
+    LOSSES, LossInputs, LossConfig          the losses of RL, as functions of tensors
+    ADVANTAGES                              the advantages of RL, as functions of rewards
+    Trainer, StepResult                     types: the methods that RL calls on its trainer, and the result of a step
+    read_rollouts                           the rollouts that an RL stage recorded
+    write_report                            one HTML page about a run
 """
 
 from typing import TYPE_CHECKING

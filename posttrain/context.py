@@ -1,6 +1,7 @@
-"""What a stage is given to work with: its folder, its seed, and how it tells the world what it is doing.
+"""The context of a stage: its folder, its seed, and the methods by which it reports events, progress and metrics.
 
-Events go to `events.jsonl` of the run, from which the live display and the report are made: a stage never prints.
+Events are appended to the run's `events.jsonl`. The live display and the report read them from there, so a stage never
+prints.
 """
 
 import time
@@ -15,10 +16,12 @@ PROGRESS_INTERVAL_S = 0.5
 
 @dataclass
 class StageContext:
-    """One stage of one run.
+    """The context of one stage in one run.
 
-    name: the stage's name; dir: its folder, which exists; events: the run's events.jsonl; seed: of this stage.
-    warm_engines: keep vLLM engines of the same shape alive between stages.
+    name: the stage's name. dir: its folder, which must exist. events: the path of the run's events.jsonl. seed: of this
+    stage. warm_engines: True if idle vLLM engines are kept for the next stage with the same engine settings.
+
+    Example: StageContext("filter", Path("runs/mine/filter"), Path("runs/mine/events.jsonl"), seed=0)
     """
 
     name: str
@@ -30,28 +33,31 @@ class StageContext:
 
     @property
     def run_dir(self) -> Path:
-        """The run directory. What a stage keeps here outlives its own folder, which a change of its config empties."""
+        """The run directory. Files here are kept when a change of the config empties the stage's own folder."""
         return self.events.parent
 
     def event(self, event: str, **fields: object) -> None:
-        """Record that something happened. `fields` must be JSON."""
+        """Append an event to events.jsonl. event: its name. fields: values that JSON can hold."""
         append_jsonl(self.events, {"time": utc_now(), "t": time.time(), "stage": self.name, "event": event, **fields})
 
     def busy(self, actor: str, what: str, *, start: float, end: float) -> None:
-        """Record that `actor` did `what` between two Unix times, for the timeline."""
+        """Append an event about work: `actor` did `what` between two Unix times.
+
+        The timeline of the report shows it.
+        """
         self.event("busy", actor=actor, what=what, start=start, end=end)
 
     def phase(self, phase: str) -> None:
-        """Say what the stage does while there is no progress to count, such as "starting 2 engines"."""
+        """Report what the stage is doing while it has no steps to count, such as "starting 2 engines"."""
         self.event("phase", phase=phase)
 
     def progress(
         self, done: float, total: float, unit: str, *, values: Mapping[str, float | str] | None = None
     ) -> None:
-        """Write an event that says how far the stage is. Calls within half a second of another are dropped.
+        """Append an event about the stage's progress. Calls within half a second of another are dropped.
 
-        The last call, with done equal to total, is always written.
-        done, total: in `unit`, such as steps. values: figures to show beside them, such as the loss.
+        The last call, with done equal to total, is always written. done, total: numbers of `unit`, such as steps.
+        values: figures to show beside them, such as the loss.
         """
         now = time.time()
         if done < total and now - self._last_progress < PROGRESS_INTERVAL_S:
@@ -60,7 +66,7 @@ class StageContext:
         self.event("progress", done=done, total=total, unit=unit, values=dict(values or {}))
 
     def metrics(self, step: int, values: Mapping[str, object]) -> None:
-        """Append one line to the stage's metrics.jsonl."""
+        """Append one line to the stage's metrics.jsonl. values: JSON values by name."""
         append_jsonl(self.dir / "metrics.jsonl", {"step": step, "t": time.time(), **values})
 
 
@@ -91,11 +97,11 @@ class BusyLog:
 
     @property
     def busy_s(self) -> float:
-        """Seconds of everything merged so far."""
+        """The total seconds of all intervals so far."""
         return self.total_s + (max(0.0, self._end - self._start) if self._start is not None else 0.0)
 
     def flush(self) -> None:
-        """Write the event of what is merged so far."""
+        """Append the event of the merged interval."""
         if self._start is not None and self._end > self._start:
             self.total_s += self._end - self._start
             self._context.busy(self._actor, self._what, start=self._start, end=self._end)

@@ -53,7 +53,7 @@ class MissingDependencyError(UserError):
 
 
 class StageError(PosttrainError):
-    """A stage failed after it had started; what was finished before it is intact and the run can be resumed."""
+    """A stage failed after it had started. Earlier results are intact, and the same command continues the run."""
 
 
 class TrainerLostError(StageError):

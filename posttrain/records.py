@@ -218,7 +218,10 @@ class Rollout(Struct, frozen=True):
 
 
 class RewardResult(Struct, frozen=True):
-    """What a reward function found. `parts` are named components for the log; `reason` says why in a few words."""
+    """The result of a reward function. value: the reward, a finite number. parts: named components of it, for the log.
+
+    reason: a few words on why. Example: RewardResult(0.5, {"lowercase": 1.0, "max_words": 0.0}, "broken: max_words")
+    """
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)

@@ -9,8 +9,9 @@
    not help, are removed if, and only if, they were built for another torch and break the import of vLLM. Text models
    need none of them.
 
-A stamp in .venv holds the hashes of what was installed, so that a second run does nothing, and a run after a change of
-entry points alone installs no package. It leaves out system packages: it says which are missing and how to get them.
+A stamp in .venv holds hashes of the installed state. So a second run does nothing, and a run after a change of only the
+entry points installs no package. System packages are not installed: the script says which are missing and how to get
+them.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,12 +71,12 @@ def has_gpu() -> bool:
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
 
 
-def fingerprint(parts: list[object]) -> str:
+def fingerprint(parts: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def stamps(project: dict, venv: Path, choice: str) -> dict[str, str]:
-    """Hashes of what decides the packages, and of what decides the project's own installation."""
+    """Two hashes: of all that decides which packages are installed, and of the project's own metadata."""
     packages = [
         sys.version_info[:3],
         str(venv),
@@ -130,7 +132,7 @@ def torch_that_pip_finds(python: Path, requirement: str) -> tuple[str, bool]:
 
 
 def install_torch(python: Path, requirement: str, wanted: str) -> str:
-    """Install torch unless it is there; return the extra that fits it, `cpu` or `gpu`."""
+    """Install torch unless it is installed. Returns the extra that fits its build, `cpu` or `gpu`."""
     present = installed_version(python, "torch")
     if present is not None and present.split("+")[0] == requirement.split("==")[1]:
         return "cpu" if present.endswith("+cpu") else "gpu"
@@ -155,7 +157,7 @@ def install_project(python: Path, extra: str) -> None:
 
 
 def import_error(python: Path) -> str | None:
-    """What importing vLLM and transformers' Llama 4 fails with, or None."""
+    """The error of importing vLLM and transformers' Llama 4, or None."""
     command = [str(python), "-m", "posttrain.cli.doctor_probes", "imports"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode == 0:
@@ -228,7 +230,7 @@ def install(venv: Path, wanted: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--venv", type=Path, default=Path(".venv"))
     parser.add_argument("--extra", choices=["auto", "cpu", "gpu"], default="auto")
     arguments = parser.parse_args()

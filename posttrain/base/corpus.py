@@ -96,6 +96,7 @@ class _Renderer:
         self._frames: dict[str | None, tuple[list[int], list[int]]] = {}
 
     def document(self, turns: list[dict[str, str]], reply: str) -> Document:
+        """The token ids of a conversation that ends with `reply`. turns: an optional system turn, and a user turn."""
         system = turns[0]["content"] if len(turns) > 1 else None
         if system not in self._frames:
             one, other = (

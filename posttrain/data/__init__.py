@@ -1,4 +1,15 @@
-"""Read and validate rows; render chat. Public names are imported when they are first used."""
+"""Datasets: reads files into validated rows and pairs, and renders chats into token ids and loss masks.
+
+files.py readers.py hub.py splits.py     files, folders and names of datasets become raw records, one by one
+formats.py messages.py turns.py          a record becomes a conversation; the rules for messages and their order
+rows.py pairs.py kinds.py bad_rows.py    rows, preference pairs and labelled replies; bad rows
+chat.py templates.py ends.py special.py shown.py tokenizer.py   chat templates; token ids; end tokens; special tokens
+held_out.py strata.py                    rows that are held out; fair shares of capabilities
+duplicates.py contamination.py ngrams.py   repeated rows, and rows with text of evaluation sets
+inspection.py lengths.py transcript.py   counts, lengths, and messages as plain text
+
+Public names are imported when they are first used.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -37,6 +37,7 @@ class Record:
 
     @property
     def where(self) -> str:
+        """The place of the row, such as `data/sft.jsonl: row 7`."""
         return f"{self.file}: row {self.number}"
 
 

@@ -49,7 +49,7 @@ class Pair:
 
     @property
     def turns(self) -> tuple[Message, ...]:
-        """Every turn: those of the prompt, then both replies."""
+        """All turns: those of the prompt, then both replies."""
         return (*self.prompt, Message("assistant", self.chosen), Message("assistant", self.rejected))
 
 
@@ -129,7 +129,7 @@ def _parser(stage: str | None) -> Callable[[Record, DataConfig], Pair | Labelled
 
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> int:
-    """Write pairs as JSON lines, atomically. Returns how many."""
+    """Write pairs as JSON lines, atomically, with all their columns. Returns the number of pairs."""
     return write_jsonl(path, (pair_to_json(pair) for pair in pairs))
 
 

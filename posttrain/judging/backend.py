@@ -28,7 +28,9 @@ class JudgeBackend(Protocol):
     """
 
     @property
-    def logs(self) -> Mapping[str, BusyLog]: ...
+    def logs(self) -> Mapping[str, BusyLog]:
+        """When each engine or endpoint was busy, by its name."""
+        ...
 
     async def start(self) -> None:
         """Begin to work in the current event loop."""

@@ -63,7 +63,11 @@ class RaySession:
 
 @contextmanager
 def ray_session() -> Iterator[RaySession]:
-    """Start or join Ray for the time of a `with` block. SIGTERM and SIGHUP are turned into KeyboardInterrupt."""
+    """Start a local Ray, or join the cluster at RAY_ADDRESS, for the time of a `with` block.
+
+    SIGTERM and SIGHUP are turned into KeyboardInterrupt. Raises UserError if Ray is already initialised in this process
+    or the cluster cannot be reached, and StageError if a local Ray cannot be started.
+    """
     address = os.environ.get("RAY_ADDRESS", "")
     session = RaySession(secrets.token_hex(8), not joins_cluster(), Path(tempfile.mkdtemp(prefix="ptr-", dir="/tmp")))
     environment = {**QUIET, watchdog.VARIABLE: session.session}

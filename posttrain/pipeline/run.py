@@ -62,15 +62,16 @@ def run_pipeline(
     display: Display | None = None,
     command: str = "",
 ) -> Summary:
-    """Run a pipeline (a file, a bundled name, a mapping, or what `single_stage` returned) to its end.
+    """Run a pipeline to its end. Returns the content of its summary.json.
 
-    run_dir: runs/NAME if None. start_from: run this stage again, and all stages that need it. only: run this stage
-    alone. overwrite: finished results and unfinished work of other configs may be replaced; else `ask` asks for each
-    run, and without it such a run is refused. command: what a user types to continue this run; error messages show it.
-    Returns what summary.json holds.
-    Raises UserError (exit code 2) before anything starts, or for rows that a stage finds wrong; StageError (3) when a
-    stage failed; KeyboardInterrupt (130). After a StageError, a KeyboardInterrupt or a UserError of a stage, the same
-    call continues the run.
+    source: a YAML file, the name of a bundled pipeline, a mapping with the keys of a pipeline's YAML, or the result of
+    `single_stage`. run_dir: None for runs/NAME. start_from: run this stage again, and all stages that need it. only:
+    run no other stage. overrides: such as "rl.steps=50". overwrite: allow that finished results, and unfinished work
+    of another config, are replaced; otherwise `ask` asks the user, and without `ask` such a run is refused. command:
+    the command with which the user can continue this run, for error messages.
+
+    Raises UserError (exit code 2) before anything starts, or if a stage finds a wrong row or plug-in; StageError (3) if
+    a stage failed; KeyboardInterrupt (130). After an error of a stage or an interrupt, the same call continues the run.
     """
     pipeline = load_pipeline(source, overrides)
     place = RunDir(run_dir or default_run_dir(pipeline))

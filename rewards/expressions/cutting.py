@@ -10,6 +10,7 @@ BRACKETS = re.compile(r"\\[{}]|\\[lr]angle(?![A-Za-z])|[()\[\]{}]")
 
 
 def split(text: str) -> list[str]:
+    """The items of a list, separated by commas outside brackets; by semicolons if the text has both."""
     parts, joints = cut(text, re.compile("[,;]"))
     if ";" in joints and "," in joints:
         return cut(text, re.compile(";"))[0]
@@ -42,10 +43,12 @@ def cut(text: str, joint: re.Pattern[str]) -> tuple[list[str], list[str]]:
 
 
 def step(bracket: str) -> int:
+    """1 for an opening bracket, -1 for a closing one."""
     return 1 if bracket in ("(", "[", "{", "\\{", "\\langle") else -1
 
 
 def rejoined(parts: list[str], signs: list[str]) -> str:
+    """The text of which `cut` made these parts and signs."""
     return parts[0] + "".join(f"{sign} {part}" for sign, part in zip(signs, parts[1:], strict=True))
 
 

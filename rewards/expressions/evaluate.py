@@ -20,6 +20,7 @@ class Undefined(ValueError):
 
 
 def long(number: Number) -> Any:
+    """A number of mpmath, with its current precision."""
     from mpmath import mp
 
     return mp.mpf(number.numerator) / number.denominator if isinstance(number, Fraction) else number
@@ -33,6 +34,7 @@ class Evaluator:
         self.terms_left = terms_left or [MAX_TERMS]  # shared by sums within sums
 
     def of(self, tree: Tree) -> Number:
+        """The value of a tree. Raises Undefined if it has none, Unreadable if it exceeds the bounds."""
         kind = tree[0]
         if kind == "num":
             return tree[1]

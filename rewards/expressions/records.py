@@ -15,6 +15,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Word:
+    """An answer in words, such as "even"."""
+
     text: str
 
 
@@ -28,6 +30,8 @@ class Listing:
 
 @dataclass(frozen=True)
 class Matrix:
+    """A matrix or a vector, by rows."""
+
     rows: tuple[tuple["Answer", ...], ...]
 
 

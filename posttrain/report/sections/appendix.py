@@ -11,6 +11,7 @@ MAX_CHARS = 60_000
 
 
 def appendix_section(run: Run) -> Section | None:
+    """The section, or None if the run has recorded nothing that belongs here."""
     blocks: list[Any] = []
     if commands := _commands(run):
         blocks.append(Code("\n".join(commands)))

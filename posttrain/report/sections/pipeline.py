@@ -14,6 +14,7 @@ LONG_PAUSE = 0.3  # share of the whole time; a longer pause means that the run w
 
 
 def pipeline_section(run: Run) -> Section | None:
+    """The section, or None if the run has no stages."""
     if not run.stages:
         return None
     judged = {stage.of: stage.wall_s for stage in run.evaluations}

@@ -15,6 +15,7 @@ PAIRS = {"wrong": "right over wrong", "truncated": "complete over truncated", "g
 
 
 def base_section(run: Run, stage: Stage) -> Section | None:
+    """The section of a base stage, or None without data."""
     series = Series(stage.metrics)
     stats = [Stat("steps", count(series.steps[-1]))] if len(series) else []
     if loss := _first_to_last(series, "loss"):
@@ -23,6 +24,7 @@ def base_section(run: Run, stage: Stage) -> Section | None:
 
 
 def sft_section(run: Run, stage: Stage) -> Section | None:
+    """The section of an SFT stage, or None without data."""
     series = Series(stage.metrics)
     charts = [
         _curve(series, "Loss on assistant tokens", "loss", apart=LOSS, unit="nats a token", rangemode="tozero"),
@@ -32,6 +34,7 @@ def sft_section(run: Run, stage: Stage) -> Section | None:
 
 
 def dpo_section(run: Run, stage: Stage) -> Section | None:
+    """The section of a DPO stage, or None without data."""
     series = Series(stage.metrics)
     charts = [
         _curve(series, "Loss", "loss", apart=LOSS),
