@@ -370,13 +370,15 @@ def test_the_canvas_is_that_of_the_processor(height, width, max_tiles, tile, lar
     assert [side * tile for side in got] == [int(side) for side in want]
 
 
-def test_tokens_and_tiles_are_those_of_the_processor(rule):
+def test_tokens_and_tiles_are_those_of_the_processor(rule, tmp_path):
     pytest.importorskip("torchvision")
     from transformers import Llama4ImageProcessor, Llama4Processor
 
     tokenizer = image_tokenizer()
     images = Llama4ImageProcessor(size={"height": 56, "width": 56}, max_patches=4)
     processor = Llama4Processor(image_processor=images, tokenizer=tokenizer, patch_size=14, pixel_shuffle_ratio=0.5)
+    processor.save_pretrained(write_model(tmp_path))
+    assert tile_rule(tmp_path, tokenizer) == rule
     for width, height in ((40, 30), (56, 56), (57, 56), (200, 50), (50, 200), (300, 290), (9, 400), (113, 60)):
         found = processor(
             text="<|image|>", images=[picture(width, height)], add_special_tokens=False, return_tensors="pt"
@@ -416,6 +418,18 @@ def test_a_template_that_leaves_pictures_out_is_refused(folder, rule):
     tokenizer.chat_template = TEMPLATE.replace("{{ '<|image|>' }}", "")
     with pytest.raises(DataError, match=r"the chat template shows 0 of 1 pictures"):
         samples_with_pictures(tokenizer, row.messages, store, rule=rule)
+
+
+def test_an_image_processor_may_have_a_file_of_its_own(tmp_path, rule):
+    """As in the published folders of Llama 4."""
+    file = write_model(tmp_path) / "processor_config.json"
+    whole = json.loads(file.read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(whole.pop("image_processor")))
+    file.write_text(json.dumps(whole))
+    assert tile_rule(tmp_path, image_tokenizer()) == rule
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="no image processor"):
+        tile_rule(tmp_path, image_tokenizer())
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from posttrain.errors import DataError
 
 CSV_FIELD_LIMIT = 1 << 27
-BATCH = 256
+BATCH, BATCH_BYTES = 256, 64 << 20  # most rows of a table, and most of their bytes, that are Python objects at a time
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _COMPRESSED = (*_OPENERS, ".zst")
 
@@ -185,7 +185,8 @@ def _read_arrow(file: Path) -> Iterator[Parsed]:
 def _batch_rows(batches: Any) -> Iterator[Parsed]:
     number = 0
     for batch in batches:
-        for row in (row for start in range(0, len(batch), BATCH) for row in batch.slice(start, BATCH).to_pylist()):
+        step = max(1, min(BATCH, BATCH_BYTES * len(batch) // max(1, batch.nbytes)))  # rows with pictures are large
+        for row in (row for start in range(0, len(batch), step) for row in batch.slice(start, step).to_pylist()):
             number += 1
             # Tables written by pandas mark a missing value as NaN.
             row = {k: None if isinstance(v, float) and math.isnan(v) else _without_nulls(v) for k, v in row.items()}
