@@ -226,7 +226,7 @@ def own(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 CONFIGS = {
     "filter": "judge: {path: policy, dtype: float32}\ndata: {path: train.jsonl}\nkeep_fraction: 0.5\n"
     'template: "Rate: {prompt}"\n',
-    "sft": "model: {path: policy, dtype: float32}\ndata: {path: runs/filter/filter/kept.jsonl}\nepochs: 1\n"
+    "sft": 'model: {path: policy, dtype: float32}\ndata: {path: "${filter.kept}"}\nepochs: 1\n'
     "max_length: 192\nbatch_tokens: 512\noptimizer: {learning_rate: 1e-4}\n",
     "rl": readme_block("yaml"),
     "dpo": "model: {path: policy, dtype: float32}\nrollouts: runs/rl/rl/rollouts\nmax_length: 192\n"
@@ -234,20 +234,31 @@ CONFIGS = {
     "eval": "model: {path: runs/rl/rl/model, dtype: float32}\ndata: {path: prompts.jsonl}\n"
     "reward: {name: right.py:right}\nsampling: {max_tokens: 48}\nsamples: 4\nk: 4\n",
 }
-CHANGES = {"rl": ["steps=3", "groups_per_step=8"]}  # for time; the README changes a key in this way too
+PIPELINE = """name: own
+warm_engines: true
+stages:
+  - {name: filter, kind: filter, config: filter.yaml}
+  - {name: sft, kind: sft, config: sft.yaml}
+  - {name: dpo, kind: dpo, config: dpo.yaml}
+  - {name: eval, kind: eval, config: eval.yaml}
+"""
 
 
-def test_stage_commands_over_ones_own_data(own, installed_wheel):
+def test_stages_over_ones_own_data(own, installed_wheel):
+    """RL by its own command, as in the README, and a pipeline of the others, two of which use what RL has made."""
     for kind, text in CONFIGS.items():
         (own / f"{kind}.yaml").write_text(text)
         assert len(text.splitlines()) <= 12
-        call(installed_wheel, own, kind, f"{kind}.yaml", *CHANGES.get(kind, []))
-    kept = list(read_jsonl(own / "runs/filter/filter/kept.jsonl"))
+    (own / "own.yaml").write_text(PIPELINE)
+    # Fewer steps, for time; the README changes a key in this way too.
+    call(installed_wheel, own, "rl", "rl.yaml", "steps=3", "groups_per_step=8")
+    call(installed_wheel, own, "run", "own.yaml")
+    kept = list(read_jsonl(own / "runs/own/filter/kept.jsonl"))
     assert len(kept) == 18
     assert len(list(read_jsonl(own / "runs/rl/rl/metrics.jsonl"))) == 3
-    results = json.loads((own / "runs/eval/eval/results.json").read_text())
+    results = json.loads((own / "runs/own/eval/results.json").read_text())
     assert results["math"]["n"] == results["all"]["n"] == 36
-    assert all((own / f"runs/{kind}/{kind}/model/model.safetensors").exists() for kind in ("sft", "rl", "dpo"))
+    assert all((own / f"runs/{run}/model/model.safetensors").exists() for run in ("own/sft", "rl/rl", "own/dpo"))
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,12 @@ def test_groups_that_teach_nothing_are_replaced_and_a_curriculum_leaves_their_pr
 @pytest.mark.slow
 def test_training_raises_the_reward(ray_session, tiny_model, tmp_path):
     config = make_config(
-        tmp_path, tiny_model, rows_of(["math"]), steps=14, groups_per_step=8, optimizer={"learning_rate": 3e-3}
+        tmp_path,
+        tiny_model,
+        rows_of(["math"]),
+        steps=14,
+        groups_per_step=8,
+        optimizer={"learning_rate": 1.5e-3},  # at 3e-3 the policy may give one reply alone before the last step
     )
     _, metrics = run_stage(config, tmp_path / "rl")
     first = sum(line["reward_mean"] for line in metrics[:3]) / 3
