@@ -15,7 +15,8 @@ from posttrain.model.load import load_model
 from posttrain.pipeline.graph import Node, Pipeline
 from posttrain.pipeline.plan import make_plan
 from posttrain.rl.config import RlConfig
-from posttrain.rl.training.reference import FrozenPolicy, Reference, check_reference
+from posttrain.rl.training.frozen_policy import FrozenPolicy
+from posttrain.rl.training.reference import Reference, check_reference
 from posttrain.rl.training.samples import TrainSample
 
 TEMPERATURE = 0.7

@@ -43,8 +43,9 @@ from posttrain.sft.isolation import packing_difference, require_isolation
 from posttrain.sft.packing import IGNORED, blank_record, pack, to_records
 from posttrain.sft.trainer import RowTrainer
 from posttrain.tune.adapters import adapter_config
-from posttrain.tune.drift import DriftProbe, Example
+from posttrain.tune.drift import DriftProbe
 from posttrain.tune.dropout import use_row_dropout
+from posttrain.tune.examples import Example
 from posttrain.tune.held_out import MADE
 from posttrain.tune.steps import rows_and_blank
 

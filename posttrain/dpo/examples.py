@@ -15,7 +15,7 @@ from posttrain.data.pairs import Pair
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
-from posttrain.tune.drift import Example
+from posttrain.tune.examples import Example
 
 
 @dataclass(frozen=True, slots=True)

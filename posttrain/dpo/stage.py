@@ -78,14 +78,11 @@ def prepare(config: DpoConfig, seed: int, context: StageContext | None = None) -
 
     check_parallel(config.parallel, config.model, config.lora)
     pairs, apart = hold_out(config, read_pairs(config, seed, context), context)
-    from posttrain.tune.settings import quiet_environment
-
-    quiet_environment()
     from posttrain.data.chat import check_special_tokens
     from posttrain.data.ends import note_added_end
     from posttrain.data.turns import tools_of
     from posttrain.dpo.examples import tokenize_pairs
-    from posttrain.model.load import check_router
+    from posttrain.model.router_keys import check_router
     from posttrain.model.sharing import note_unshared
     from posttrain.model.tokenizer import load_tokenizer
 

@@ -6,7 +6,7 @@ norm.py moe.py       normalisation, and the feed-forward layers with and without
 router_stats.py router_balance.py    losses and figures on routers; balance of experts from step to step
 expert_parallel.py   experts divided among ranks by DeepSpeed
 recompute.py         gradient checkpointing
-load.py folder.py    load and save a model folder; the checks that need no torch
+load.py folder.py router_keys.py    load and save a model folder; the checks that need no torch
 tokenizer.py         load the tokenizer of a model folder, without torch where that can be helped
 
 Public names are imported when they are first used, so that importing this package does not import torch.

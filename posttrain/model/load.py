@@ -26,17 +26,17 @@ from transformers.utils import logging as transformers_logging
 
 from posttrain.config.models import ModelConfig
 from posttrain.data.tokenizer import Tokenizer
-from posttrain.errors import CheckpointError, ConfigError
+from posttrain.errors import CheckpointError
 from posttrain.files import replacing
 from posttrain.model.adapter import is_adapter
 from posttrain.model.folder import INDEX as _INDEX
 from posttrain.model.folder import existing_folder, first_line, weight_problems
 from posttrain.model.native import NativeLlama4ForCausalLM
+from posttrain.model.router_keys import LLAMA4, check_router
 from posttrain.model.router_stats import RouterLossWeights
 from posttrain.model.vision.fusion import NativeLlama4ForConditionalGeneration
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_LLAMA4 = ("llama4_text", "llama4")
 _DTYPES = ("float32", "bfloat16", "float16")
 # In a folder of the multimodal Llama 4 the text model's tensors have a prefix, and the image tensors are not needed.
 _TEXT_MODEL = {r"^language_model\.": ""}
@@ -71,7 +71,7 @@ def load_model(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
     folder = existing_folder(path)
-    config = _config(folder)
+    config = read_config(folder)
     _check_weight_files(folder)
     arguments: dict[str, Any] = {"config": config, "dtype": getattr(torch, dtype)}
     model_class: Any = AutoModelForCausalLM
@@ -80,7 +80,7 @@ def load_model(
         model_class = NativeLlama4ForConditionalGeneration
         if implementation == "transformers":
             model_class = Llama4ForConditionalGeneration
-    elif config.model_type in _LLAMA4:
+    elif config.model_type in LLAMA4:
         model_class = NativeLlama4ForCausalLM if implementation == "native" else Llama4ForCausalLM
         arguments["config"] = config.get_text_config()
         if config.model_type == "llama4":
@@ -98,25 +98,6 @@ def load_policy(model: ModelConfig) -> PreTrainedModel:
     if isinstance(loaded, NativeLlama4ForCausalLM):
         loaded.model.router_loss_weights = RouterLossWeights(model.router.balance_loss, model.router.z_loss)
     return loaded
-
-
-def check_router(model: ModelConfig) -> None:
-    """Raise `ConfigError` if the `router` section sets a value, but this model has no routers that could use it.
-
-    Only config.json is read.
-    """
-    asked = {f"router.{name}": value for name, value in model.router.model_dump().items() if value}
-    if not asked:
-        return
-    config = _config(existing_folder(model.path))
-    if config.model_type not in _LLAMA4 or model.implementation != "native":
-        what = f"a {config.model_type} model in the {model.implementation} implementation"
-        rule = "routers are those of Llama 4 with model.implementation: native"
-    elif not config.get_text_config().moe_layers:
-        what, rule = "this model", "it has no mixture-of-experts layer"
-    else:
-        return
-    raise ConfigError("model", [f"{key}: got {value} for {what}; {rule}" for key, value in asked.items()])
 
 
 def save_model(
@@ -145,7 +126,8 @@ def save_model(
     return target
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The model's config. Raises CheckpointError if config.json is missing or cannot be read."""
     path = folder / "config.json"
     if is_adapter(folder):
         raise CheckpointError(

@@ -67,7 +67,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     mixture_shares(rows, config.mixture, "prompt")  # a capability that no row has is found before anything starts
     if (finished := finished_outputs(context.dir, config.steps)) is not None:
         return finished
-    from posttrain.model.load import check_router
+    from posttrain.model.router_keys import check_router
 
     check_router(config.model)
     note_unshared(config.model, context)

@@ -12,7 +12,7 @@ from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
 from posttrain.records import Row
-from posttrain.tune.drift import Example
+from posttrain.tune.examples import Example
 
 
 def tokenize(

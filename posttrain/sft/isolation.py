@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from posttrain.errors import ConfigError
-from posttrain.tune.drift import Example
+from posttrain.tune.examples import Example
 
 # Far above differences by rounding, and far below those of a leak (5.5 for transformers' Llama 4 with a cache).
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}

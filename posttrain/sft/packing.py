@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.tune.drift import Example
+from posttrain.tune.examples import Example
 from posttrain.tune.steps import IGNORED
 
 

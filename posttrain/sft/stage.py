@@ -78,13 +78,10 @@ def prepare(config: SftConfig, context: StageContext | None = None) -> Prepared:
 
     check_parallel(config.parallel, config.model, config.lora)
     rows, apart = read_rows(config, context)
-    from posttrain.tune.settings import quiet_environment
-
-    quiet_environment()
     from posttrain.data.chat import check_special_tokens
     from posttrain.data.ends import note_added_end
     from posttrain.data.turns import tools_of
-    from posttrain.model.load import check_router
+    from posttrain.model.router_keys import check_router
     from posttrain.model.tokenizer import load_tokenizer
     from posttrain.sft.examples import tokenize
 

@@ -6,6 +6,7 @@
     engine.py      the DeepSpeed engine under TRL's trainer, and its checkpoints
     checkpoints.py which checkpoints belong to a training, and when one is complete
     settings.py    the arguments of TRL's trainers
+    examples.py    a tokenized conversation, as the stage's process hands it to the ranks
     adapters.py drift.py routers.py
 
 A stage adds only its loss and the way in which its rows become examples.

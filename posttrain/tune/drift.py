@@ -12,16 +12,10 @@ from typing import Any
 
 import torch
 
+from posttrain.tune.examples import Example
+
 # At a vocabulary of 200,000 the kept distributions take 0.4 GiB in fp32.
 SAMPLE_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A tokenized conversation; `mask` is 1 on the tokens that are trained on."""
-
-    ids: Sequence[int]
-    mask: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from posttrain.errors import StageError
 from posttrain.files import read_jsonl
 
 if TYPE_CHECKING:
-    from posttrain.tune.drift import Example
+    from posttrain.tune.examples import Example
 
 ROWS = "tokenized"  # the folder of the rows on disk, from which all ranks read them, and the folders in it
 TRAINED, HELD_OUT = "trained", "held_out"

@@ -7,6 +7,6 @@ samples.py     make training samples of groups
 batches.py     which samples share a forward, and its tensors
 policy.py      the policy as a function from tensors to log-probabilities
 trainer.py     the optimizer step, in each rank
-reference.py   the frozen reference policy, in a process of its own
+reference.py frozen_policy.py    the frozen reference policy, and what runs in its process
 evidence.py    keep the batch of an update that was not finite
 """

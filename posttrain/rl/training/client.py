@@ -23,6 +23,13 @@ def _published(manifest: Manifest | None) -> Manifest:
     return manifest
 
 
+def policy_trainer(config: TrainingConfig, seed: int) -> Trainer:
+    """A `PolicyTrainer`. Only the ranks call this, so that the controller's process needs no torch."""
+    from posttrain.rl.training.trainer import PolicyTrainer
+
+    return PolicyTrainer(config, seed)
+
+
 class TrainerClient:
     """A `Trainer` on the ranks that `parallel` and `resources.trainer` ask for. Ray must be initialised.
 
@@ -33,14 +40,10 @@ class TrainerClient:
     """
 
     def __init__(self, config: TrainingConfig, seed: int, make: Callable[[TrainingConfig, int], Trainer] | None = None):
-        if make is None:
-            from posttrain.rl.training.trainer import PolicyTrainer
-
-            make = PolicyTrainer
         self._ranks = RankGroup(
             config.parallel,
             config.resources.trainer,
-            make,
+            make or policy_trainer,
             config,
             seed,
             deadline_s=config.trainer_deadline_s,

@@ -6,8 +6,8 @@ must fit on one GPU.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from msgspec.structs import replace
 
 from posttrain.config.models import ModelConfig
@@ -18,13 +18,7 @@ from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.loss_config import ReferenceConfig
 from posttrain.rl.records import ScoredGroup
 from posttrain.rl.training.config import TrainingConfig
-from posttrain.rl.training.policy import load_token_policy, sample_logprobs
 from posttrain.rl.training.samples import TrainSample, is_trained_on, train_samples
-
-
-def reference_model(reference: ReferenceConfig, model: ModelConfig) -> ModelConfig:
-    """The config of the reference model: its own folder, or the folder from which training starts."""
-    return model.model_copy(update={"path": reference.path or model.path})
 
 
 def check_reference(reference: ReferenceConfig | None, model: ModelConfig) -> None:
@@ -52,7 +46,7 @@ class Reference:
     def __init__(self, config: TrainingConfig, seed: int):
         resources = config.resources.reference
         assert resources is not None
-        self._process = RankGroup(ParallelConfig(), resources, FrozenPolicy, config, seed, name="the reference")
+        self._process = RankGroup(ParallelConfig(), resources, frozen_policy, config, seed, name="the reference")
 
     async def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """Log-probability of each sample's trained tokens at the sampling temperature, in the order given."""
@@ -63,24 +57,11 @@ class Reference:
         self._process.close()
 
 
-class FrozenPolicy:
-    """The object in the reference's process: it holds the model, on a GPU if there is one."""
+def frozen_policy(config: TrainingConfig, seed: int) -> Any:
+    """The `FrozenPolicy`. Only its own process calls this, so that the controller's process needs no torch."""
+    from posttrain.rl.training.frozen_policy import FrozenPolicy
 
-    def __init__(self, config: TrainingConfig, seed: int):
-        resources, reference = config.resources.reference, config.loss.reference
-        assert resources is not None
-        assert reference is not None
-        torch.manual_seed(seed)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self._device == "cpu":
-            torch.set_num_threads(max(1, int(resources.cpus)))
-        self._max_tokens = config.micro_batch_tokens
-        policy = load_token_policy(reference_model(reference, config.model), config.sampling.temperature)
-        self._policy = policy.to(self._device).eval()
-
-    def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
-        """See `Reference.logprobs`."""
-        return sample_logprobs(self._policy, samples, self._max_tokens, device=self._device)
+    return FrozenPolicy(config, seed)
 
 
 async def with_reference(scored: ScoredGroup, reference: Reference) -> ScoredGroup:
