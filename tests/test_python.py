@@ -81,6 +81,23 @@ def test_importing_a_package_loads_nothing_heavy(name):
     assert not HEAVY & {item.split(".")[0] for item in loaded}
 
 
+@pytest.mark.slow
+def test_the_process_of_a_stage_needs_no_torch(tiny_model, data):
+    """Ranks and engines import torch in processes of their own. A stage that did so too would begin seconds later."""
+    program = f"""
+import sys
+import posttrain.base.stage, posttrain.dpo.stage, posttrain.eval.stage, posttrain.filtering.stage, posttrain.rl.stage
+from posttrain.rl.training.client import TrainerClient
+from posttrain.sft.config import SftConfig
+from posttrain.sft.stage import prepare
+config = {{"model": {{"path": {str(tiny_model)!r}}}, "data": {{"path": {str(data)!r}}}}}
+assert prepare(SftConfig.model_validate(config)).examples
+print(*(name for name in ("torch", "transformers", "trl", "vllm", "deepspeed") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
 def test_a_name_is_imported_once_and_then_cached(monkeypatch):
     package = type(sys)("offered")
     monkeypatch.setitem(sys.modules, "offered", package)
