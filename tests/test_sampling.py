@@ -191,7 +191,8 @@ def test_nccl_manifests_are_what_vllm_takes():
         NCCLWeightTransferEngine,
     )
 
-    from posttrain.sampling.transfer import GpuWeights, _Client, _source, open_update, source_for
+    from posttrain.sampling.manifests import source_for
+    from posttrain.sampling.transfer import GpuWeights, _Client, _source, open_update
 
     weights = GpuWeights("nccl", 5, 1.0)
     info = weights.init_info()

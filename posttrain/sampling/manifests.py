@@ -57,6 +57,13 @@ Manifest = WeightManifest | GpuManifest
 WeightSource = WeightManifest | GpuManifest | FolderWeights
 
 
+def source_for(manifest: Manifest, engine: int, tensor_parallel: int) -> Manifest:
+    """The manifest as engine number `engine` (from 0) takes it: with nccl each of its GPUs has a rank of its own."""
+    if not isinstance(manifest, GpuManifest) or manifest.backend != "nccl":
+        return manifest
+    return msgspec.structs.replace(manifest, init={**manifest.init, "rank_offset": 1 + engine * tensor_parallel})
+
+
 def to_plain(source: WeightSource) -> dict[str, Any]:
     """The source as JSON types, for the way through vLLM to its workers."""
     return msgspec.to_builtins(source)

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
-from msgspec.structs import replace
 
 from posttrain.sampling.manifests import GpuManifest, Manifest
 from posttrain.sampling.weights import SharedWeights, TensorSpec, WeightTransferError
@@ -43,13 +42,6 @@ def make_publisher(backend: Backend, num_engines: int, tensor_parallel: int, *, 
     if backend == "shm":
         return SharedWeights()
     return GpuWeights(backend, 1 + num_engines * tensor_parallel, deadline_s)
-
-
-def source_for(manifest: Manifest, engine: int, tensor_parallel: int) -> Manifest:
-    """The manifest as engine number `engine` (from 0) takes it: with nccl each of its GPUs has a rank of its own."""
-    if not isinstance(manifest, GpuManifest) or manifest.backend != "nccl":
-        return manifest
-    return replace(manifest, init={**manifest.init, "rank_offset": 1 + engine * tensor_parallel})
 
 
 class _Client:

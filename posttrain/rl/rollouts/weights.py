@@ -1,14 +1,18 @@
 """The update of all engines with new weights: the backend, the order of the engines, and the arguments of each."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.rl.rollouts.config import RolloutsConfig
-from posttrain.sampling.manifests import Manifest
-from posttrain.sampling.transfer import Publisher, make_publisher, source_for
+from posttrain.sampling.manifests import Manifest, source_for
+
+if TYPE_CHECKING:
+    from posttrain.sampling.transfer import Publisher
 
 
-def publisher(config: RolloutsConfig) -> Publisher:
+def publisher(config: RolloutsConfig) -> "Publisher":
     """The object with which the trainer publishes weights through the backend of the config."""
+    from posttrain.sampling.transfer import make_publisher  # imports torch, which the controller does without
+
     engines = config.resources.rollout.workers
     return make_publisher(
         config.weights.backend, engines, config.engine.tensor_parallel, deadline_s=config.engine.deadline_s
