@@ -539,7 +539,7 @@ def rl_loss(config: Any) -> Any:
 
 def rl_reference(config: Any) -> Any:
     """The reference policy's weights, where there is one."""
-    from posttrain.rl.training.reference import reference_model
+    from posttrain.rl.training.frozen_policy import reference_model
 
     if config.loss.reference is None:
         return None

@@ -92,7 +92,7 @@ from posttrain.sft.config import SftConfig
 from posttrain.sft.stage import prepare
 config = {{"model": {{"path": {str(tiny_model)!r}}}, "data": {{"path": {str(data)!r}}}}}
 assert prepare(SftConfig.model_validate(config)).examples
-print(*(name for name in ("torch", "transformers", "trl", "vllm", "deepspeed") if name in sys.modules))
+print(*(name for name in ("torch", "trl", "vllm", "deepspeed") if name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
