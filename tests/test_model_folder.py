@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from template_families import FAMILIES, Family, tokenizer_of
 from test_model_load import tiny_tokenizer
 from test_model_router import tiny_model
 
@@ -18,6 +19,8 @@ from posttrain.context import StageContext
 from posttrain.errors import CheckpointError
 from posttrain.model import load_model, load_tokenizer, save_model
 from posttrain.model.folder import INDEX, check_folder, folder_problems
+from posttrain.model.tokenizer import FAMILIES as CLASSES
+from posttrain.model.tokenizer import _class_of
 from posttrain.pipeline.model_folders import model_folder_problems
 from posttrain.sampling.client import Engines
 
@@ -136,20 +139,59 @@ def test_tokens_that_stand_beside_the_tokenizer_count(file: str, tmp_path: Path)
     assert "'far' the id 9" in problem
 
 
+def save_family(family: Family, model_type: str, named: str, folder: Path) -> Path:
+    """A folder with the tokenizer of a family, whose config names a class."""
+    tokenizer_of(family).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": named}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+def assert_equal_tokenizers(ours, theirs):
+    assert type(ours) is type(theirs)
+    assert ours.init_kwargs == theirs.init_kwargs
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()  # the ids of every text
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.chat_template == theirs.chat_template
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_the_tokenizer_of_a_family_is_that_of_auto_tokenizer(model_type, tmp_path):
+    from transformers import AutoTokenizer
+
+    number = list(CLASSES).index(model_type)
+    family = list(FAMILIES.values())[number % len(FAMILIES)]
+    named = CLASSES[model_type] if CLASSES[model_type] != "TokenizersBackend" else "LlamaTokenizer"
+    folder = save_family(family, model_type, named + ("Fast" if number % 2 else ""), tmp_path / "model")
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert_equal_tokenizers(load_tokenizer(folder), theirs)
+
+
+def test_only_a_class_that_fits_the_model_is_taken_without_auto_tokenizer(tmp_path):
+    """The class of another family, and a folder of an owner that AutoTokenizer knows by name."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = save_family(FAMILIES["chatml"], "qwen2", "LlamaTokenizer", tmp_path / "model")
+    assert _class_of(folder) is AutoTokenizer
+    folder = save_family(FAMILIES["chatml"], "llama", "LlamaTokenizer", tmp_path / "DeepSeek-AI" / "coder")
+    assert _class_of(folder) is AutoTokenizer
+    folder = save_family(FAMILIES["chatml"], "unheard_of", "PreTrainedTokenizerFast", tmp_path / "own")
+    assert _class_of(folder) is PreTrainedTokenizerFast
+
+
 @pytest.mark.slow
-def test_a_generic_tokenizer_is_that_of_auto_tokenizer_and_is_loaded_without_torch(policy):
+def test_a_tokenizer_is_loaded_without_torch(policy, tmp_path):
+    family = save_family(FAMILIES["qwen3"], "qwen3", "Qwen2Tokenizer", tmp_path / "model")
     code = (
         "import sys\n"
         "from posttrain.model.tokenizer import load_tokenizer\n"
-        "ours = load_tokenizer(sys.argv[1])\n"
+        "names = [type(load_tokenizer(path)).__name__ for path in sys.argv[1:]]\n"
+        "assert names == ['TokenizersBackend', 'Qwen2Tokenizer'], names\n"
         "assert 'torch' not in sys.modules\n"
-        "from transformers import AutoTokenizer\n"
-        "theirs = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True)\n"
-        "assert type(ours) is type(theirs)\n"
-        "assert ours.init_kwargs == theirs.init_kwargs, (ours.init_kwargs, theirs.init_kwargs)\n"
-        "assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()\n"
-        "assert ours.special_tokens_map == theirs.special_tokens_map\n"
-        "assert ours.chat_template == theirs.chat_template\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(policy)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(policy), str(family)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    from transformers import AutoTokenizer
+
+    assert_equal_tokenizers(load_tokenizer(policy), AutoTokenizer.from_pretrained(policy, local_files_only=True))

@@ -16,6 +16,15 @@ from posttrain.files import read_object
 from posttrain.model.folder import existing_folder, first_line, tokenizer_problems
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+# By the model_type of config.json: the class that AutoTokenizer takes if tokenizer_config.json names it, too. For some
+# types AutoTokenizer does not trust the class that the folder names, and takes the generic one.
+_QWEN, _GEMMA, _LLAMA, _ANY = "Qwen2Tokenizer", "GemmaTokenizer", "LlamaTokenizer", "TokenizersBackend"
+FAMILIES = {
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), _QWEN),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), _GEMMA),
+    **dict.fromkeys(("llama", "llama4", "llama4_text"), _LLAMA),
+    **dict.fromkeys(("phi3", "phimoe", "olmo2", "olmo3", "granite", "deepseek_v2", "deepseek_v3"), _ANY),
+}
 # Classes that do what tokenizer.json says and nothing else: the first is the name in transformers 5, which also writes
 # it, the second the one before.
 GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -43,12 +52,20 @@ def load_tokenizer(path: str | os.PathLike[str], chat_template: ChatTemplateConf
 
 
 def _class_of(folder: Path) -> Any:
-    """The generic class if the folder names it, else AutoTokenizer, which finds the class of the model's family."""
-    named = (read_object(folder / "tokenizer_config.json") or {}).get("tokenizer_class")
-    if named in GENERIC and (folder / "tokenizer.json").exists():
-        from transformers import PreTrainedTokenizerFast
+    """The class that AutoTokenizer would take, where that is known without it; else AutoTokenizer itself."""
+    settings = read_object(folder / "tokenizer_config.json") or {}
+    named = str(settings.get("tokenizer_class") or "")
+    family = FAMILIES.get(str((read_object(folder / "config.json") or {}).get("model_type")))
+    if (folder / "tokenizer.json").exists() and "auto_map" not in settings:
+        if named in GENERIC or (named and family == _ANY):
+            from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast
+            return PreTrainedTokenizerFast
+        # AutoTokenizer decides by the name of the folder for models of this owner.
+        if family is not None and named.removesuffix("Fast") == family and "deepseek-ai" not in str(folder).lower():
+            import transformers
+
+            return getattr(transformers, family)
     from transformers import AutoTokenizer
 
     return AutoTokenizer
