@@ -27,7 +27,7 @@ from posttrain.files import read_jsonl
 from posttrain.pipeline.graph import Node, Pipeline, load_pipeline, with_trackers
 from posttrain.pipeline.plan import make_plan, trainer_resources
 from posttrain.pipeline.schedule import make_job
-from posttrain.records import FinishReason, RewardResult, Rollout, Scored, VersionSpan
+from posttrain.records import FinishReason, Outcome, RewardResult, Rollout, Scored, VersionSpan
 
 Builder = Callable[[Any], Any]
 CAPABILITIES = ("math", "coding", "chat")
@@ -410,7 +410,7 @@ def eval_unscored(config: Any) -> Any:
 
     prompt = _drawn()[0]
     pairs = [(_rollout(prompt, index), prompt.row) for index in range(4)]
-    scores = [Scored(None, "timeout"), *[Scored(RewardResult(1.0))] * 3]
+    scores = [Scored(None, Outcome.TIMEOUT), *[Scored(RewardResult(1.0))] * 3]
     with TemporaryDirectory() as folder:
         context = StageContext("eval", Path(folder), Path(folder) / "events.jsonl")
         report_unscored(pairs, scores, config, context=context)
@@ -594,7 +594,7 @@ def rl_rescoring(config: Any) -> Any:
 
     alarm = UnscoredAlarm(config.reward.alarm_fraction, config.groups_per_step)
     prompt, told = _drawn()[0], []
-    scores = [Scored(None, "timeout"), *[Scored(RewardResult(1.0))] * 3]
+    scores = [Scored(None, Outcome.TIMEOUT), *[Scored(RewardResult(1.0))] * 3]
     for order in range(100):
         group = Group(order, prompt, tuple(_rollout(prompt, index) for index in range(4)))
         told.append(alarm.observe(scored_group(group, scores, config)))

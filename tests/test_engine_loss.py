@@ -46,7 +46,9 @@ def rows_file(tmp_path: Path) -> Path:
     return path
 
 
-def contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, process: str) -> list[Disturbed]:
+def contexts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, process: str
+) -> tuple[Disturbed, Disturbed]:
     """An undisturbed context, and one in which `process` of the engine gets the signal."""
     from posttrain.sampling.client import Engines
 
@@ -66,8 +68,9 @@ def contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Sig
         folder = tmp_path / name
         folder.mkdir()
         found.append(Disturbed(name, folder, folder / "events.jsonl", seed=3, warm_engines=True))
-    found[1].disturb = lambda: os.kill(leased[-1][process], number)
-    return found
+    undisturbed, disturbed = found
+    disturbed.disturb = lambda: os.kill(leased[-1][process], number)
+    return undisturbed, disturbed
 
 
 def check_events(undisturbed: StageContext, disturbed: StageContext, unit: str) -> None:

@@ -22,7 +22,7 @@ from posttrain.eval.heldout import check_heldout
 from posttrain.eval.replies import GREEDY, SAMPLE, PromptReplies, Reply, by_prompt, eval_requests
 from posttrain.eval.results import results
 from posttrain.metrics.intervals import wilson_ci95
-from posttrain.records import Message, RewardResult, Row, Scored
+from posttrain.records import Message, Outcome, RewardResult, Row, Scored
 from posttrain.resources import bundled_dir
 
 
@@ -111,7 +111,7 @@ def test_replies_find_their_prompts(tiny_tokenizer: Any) -> None:
     assert all(tiny_tokenizer.eos_token_id in request.stop_token_ids for _, _, request in asked)
     texts = [(kind, row, f"{kind} {row.id} {i}") for kind, row, request in asked for i in range(request.n)]
     pairs = [(one_turn(row.id, row.id, 0, (1,), (2, 3), text, (0, 0), (), "length"), row) for _, row, text in texts]
-    scores = [Scored(RewardResult(1.0)) if i % 2 else Scored(None, "timeout") for i in range(len(pairs))]
+    scores = [Scored(RewardResult(1.0)) if i % 2 else Scored(None, Outcome.TIMEOUT) for i in range(len(pairs))]
     for item in by_prompt(rows, asked, pairs, scores=scores):
         assert item.greedy is not None
         assert item.greedy.text == f"greedy {item.row.id} 0"

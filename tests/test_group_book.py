@@ -15,7 +15,7 @@ from posttrain.config.rewards import SystemsConfig
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.files import read_jsonl
-from posttrain.records import FinishReason, Message, Row, Segment, VersionSpan
+from posttrain.records import FinishReason, Message, Outcome, Row, Segment, VersionSpan
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import drop_reason
 from posttrain.rl.history.archive import RolloutArchive
@@ -103,7 +103,7 @@ class Bench:
             rewards,
             tuple("right" if reward else "wrong" for reward in rewards),
             tuple(None if reward is None or len(known) < 2 else reward - mean for reward in rewards),
-            tuple("timeout" if reward is None else "scored" for reward in rewards),
+            tuple(Outcome.TIMEOUT if reward is None else Outcome.SCORED for reward in rewards),
         )
         self.book.scored(scored, drop_reason(scored, self.config))
         return scored
@@ -130,7 +130,7 @@ class Bench:
     def metrics(self) -> dict[str, Any]:
         """Of the step that ends now, over a batch that does not matter here."""
         group = self.book.generated(self.sampled(self.book.admit(0)))
-        filler = ScoredGroup(group, (1.0, 0.0), ("", ""), (0.5, -0.5), ("scored", "scored"))
+        filler = ScoredGroup(group, (1.0, 0.0), ("", ""), (0.5, -0.5), (Outcome.SCORED, Outcome.SCORED))
         return self.tally.values(0, [filler], ages_s=[0.0], waited_s=0.0, trained={})
 
 
@@ -282,7 +282,7 @@ def test_a_survivor_that_teaches_nothing_now_is_dropped(tmp_path):
     before = Bench(tmp_path, group_size=3, min_group=2)
     admission = before.book.admit(0)
     group = before.book.generated(before.sampled(admission))
-    scored = ScoredGroup(group, (1.0, None), ("", ""), (0.0, None), ("scored", "timeout"))
+    scored = ScoredGroup(group, (1.0, None), ("", ""), (0.0, None), (Outcome.SCORED, Outcome.TIMEOUT))
     before.book.scored(scored, None)
     before.ledger.flush_now()
     before.ledger.close()

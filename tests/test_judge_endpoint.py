@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import MODEL, Server, chat, error, serving, unused_url
+from rollout_records import one_turn
 from starlette.responses import PlainTextResponse
 
 from posttrain.config.base import validate_config
@@ -30,7 +31,7 @@ from posttrain.judging.verdicts import Undecided, Verdict
 from posttrain.pipeline.inputs import input_problems
 from posttrain.pipeline.kinds import KINDS
 from posttrain.pipeline.packages import package_problems
-from posttrain.records import Message, Rollout, Row, Scored
+from posttrain.records import Message, Outcome, Row, Scored
 from posttrain.rl.config import RlConfig
 
 LABELS = ["easy", "medium", "hard"]
@@ -254,7 +255,7 @@ def test_a_request_that_the_server_refuses_is_no_outage(tmp_path):
             10,
         )
     assert [type(item) for item in found].count(Undecided) == 1
-    assert found[3] == Undecided("error", f"{server.url}: status 400: too long")
+    assert found[3] == Undecided(Outcome.ERROR, f"{server.url}: status 400: too long")
 
 
 def test_a_slow_server_is_not_waited_for(tmp_path):
@@ -264,7 +265,7 @@ def test_a_slow_server_is_not_waited_for(tmp_path):
     with serving(lambda body: chat("easy", GOOD)) as server:
         [found] = rate_broken(server, lambda body: late(), tmp_path, timeout_s=1.0, retries=1)
         assert len(server.questions()) == 2
-    assert found == Undecided("infrastructure", f"{server.url}: no answer within 1 s")
+    assert found == Undecided(Outcome.INFRASTRUCTURE, f"{server.url}: no answer within 1 s")
 
 
 def test_a_server_that_is_gone_is_not_asked_about_every_row(tmp_path):
@@ -577,14 +578,14 @@ def test_a_reply_that_the_endpoint_could_not_rate_is_unscored(tmp_path):
 
     async def score(pairs: Any) -> list[Scored]:
         seen.extend(row for _, row in pairs)
-        return [Scored(None, "ok", row.fields["judge"]["tag"]) for _, row in pairs]
+        return [Scored(None, Outcome.SCORED, row.fields["judge"]["tag"]) for _, row in pairs]
 
     def answer(body: dict[str, Any]) -> Any:
         text = body["messages"][0]["content"]
         return {"b": error(500, "broken"), "c": chat("I like it")}.get(text[-1], chat("easy", GOOD))
 
     row = Row("p", "math", (Message("user", "?"),))
-    rollouts = [Rollout("p", "g", i, (1,), (2,), text, (-1.0,), (), "stop") for i, text in enumerate("abcd")]
+    rollouts = [one_turn("p", "g", i, (1,), (2,), text, (-1.0,), (), "stop") for i, text in enumerate("abcd")]
     with serving(lambda body: chat("easy", GOOD)) as server:
         config = config_of(server.url, retries=0).model_copy(update={"template": "{prompt}{response}"})
         prepared = prepare_judge(config)
@@ -600,7 +601,7 @@ def test_a_reply_that_the_endpoint_could_not_rate_is_unscored(tmp_path):
                     await judge.close()
 
             scores = asyncio.run(scored())
-    assert [item.outcome for item in scores] == ["ok", "infrastructure", "error", "ok"]
+    assert [item.outcome for item in scores] == ["scored", "infrastructure", "error", "scored"]
     assert scores[1].reason == f"the judge: {server.url}: status 500: broken"
     assert all(item.result is None for item in scores)
     assert len(seen) == 2

@@ -122,7 +122,7 @@ def test_a_change_of_the_judge_changes_the_hash_of_what_asks_it(tmp_path, monkey
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(posttrain, "__file__", str(copy / "__init__.py"))
 
-    def hashes() -> list[str]:
+    def hashes() -> list[dict[str, str]]:
         hashing._source_hashes.cache_clear()
         return [hashing.code_hashes(KINDS[name]) for name in ("filter", "rl")]
 

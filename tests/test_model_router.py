@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from posttrain.model.router_stats import RouterLossWeights, load_balance_loss, r
 
 
 def tiny_config(**changes) -> Llama4TextConfig:
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": 29, "hidden_size": 16, "intermediate_size": 12, "intermediate_size_mlp": 20,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
         "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0,

@@ -1,7 +1,7 @@
 """The wheel holds all that a checkout holds, and works without the checkout."""
 
 import configparser
-import email
+import email.message
 import json
 import subprocess
 import tomllib
