@@ -185,7 +185,7 @@ def test_a_new_reward_passes_its_audit_and_destroys_nothing(tmp_path: Path):
     assert (plugin.name, test.name) == ("brief.py", "test_brief.py")
     found = audit_here(load_reward(f"{plugin}:brief"), rows_of("4", "Paris", "x + 1"))
     assert found.is_sound, found.to_json()
-    with pytest.raises(ConfigError, match=r"brief\.py, .*test_brief\.py: there already"):
+    with pytest.raises(ConfigError, match=r"brief\.py, .*test_brief\.py: exists already"):
         write_plugin("brief", tmp_path / "mine")
     for name in ("1x", "class", "a-b", ""):
         with pytest.raises(ConfigError, match="must be a Python name"):

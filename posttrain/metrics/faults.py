@@ -1,6 +1,6 @@
-"""Events that tell of a fault, or of how a stage got over one: which they are, and what is said of each.
+"""The events about faults and recoveries, and the words for each.
 
-The terminal and the report show them in the same words. Left out: how a stage ended, which both show anyway.
+The terminal and the report show them in the same words. Left out: the end of a stage, which both show separately.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ OF_EVERY_EVENT = ("time", "t", "stage", "event")
 def fault_words(event: Mapping[str, object]) -> tuple[str, str] | None:
     """(what happened, details) of an event that is a fault or a recovery, else None.
 
-    An event that brings its own sentence, `text`, is told by it; of any other, the fields are listed.
+    If the event has a sentence of its own (the field `text`), that is the details. Otherwise its fields are listed.
     """
     what = WORDS.get(str(event.get("event")))
     if what is None:

@@ -29,10 +29,11 @@ def wilson_ci95(successes: float, n: int) -> tuple[float, float]:
 
 
 def bootstrap_ci95(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap of the mean of `values`, one number in [0, 1] a prompt. Returns (low, high).
+    """Percentile bootstrap of the mean of `values`, one number in [0, 1] for each prompt. Returns (low, high).
 
-    Where all values are equal, resampling shows no spread and would claim certainty; then Wilson's interval is given,
-    which is wide enough for any numbers in [0, 1] of that mean. Raises ValueError for no values or one outside.
+    If all values are equal, resampling shows no spread and the interval would have width 0. Then Wilson's interval is
+    returned, which is wide enough for any numbers in [0, 1] with that mean. Raises ValueError if there are no values or
+    one is outside of [0, 1].
     Source: Efron 1979, Annals of Statistics 7(1).
     """
     data = np.asarray(values, dtype=np.float64)

@@ -1,6 +1,6 @@
-"""Compare two policies on the same rows: which rows only one of them gets right, and how far their means are apart.
+"""Compares two policies on the same rows: how many rows only one of them gets right, and the difference of means.
 
-Both use that the rows are the same. So they find differences that two separate intervals cannot tell apart.
+Because both were measured on the same rows, these tests find differences that two separate intervals do not show.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from posttrain.metrics.intervals import bootstrap_ci95
 
 
 def mcnemar_p(only_a: int, only_b: int) -> float:
-    """The exact two-sided p-value of McNemar's test: how likely so uneven a split is if both are equally good.
+    """The exact two-sided p-value of McNemar's test: how likely such an uneven split is if both are equally good.
 
-    only_a, only_b: rows that only the one or the other gets right. Each is a toss of a fair coin then. Without any such
-    row it is 1. Raises ValueError for a negative count.
+    only_a, only_b: numbers of rows that only A, or only B, gets right. If both are equally good, each such row is a
+    toss of a fair coin. Without such rows p is 1. Raises ValueError for a negative count.
     Source: McNemar 1947, Psychometrika 12(2), in its exact, binomial form.
     """
     if min(only_a, only_b) < 0:
@@ -36,11 +36,11 @@ class Difference:
 
 
 def mean_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Difference:
-    """The difference of two means over the same rows, with a bootstrap that draws rows, each with both its values.
+    """The difference of two means over the same rows, with a 95% interval from a bootstrap over rows.
 
-    Where all rows differ by the same amount, the bootstrap shows no spread; the interval is then Wilson's, which is
-    wide enough for any values in the range of those given (at least 0 to 1). Raises ValueError for no rows, or if the
-    two are not equally many.
+    a, b: the values of the two policies, in the order of the rows. If all rows differ by the same amount, the bootstrap
+    shows no spread. The interval is then Wilson's, which is wide enough for any values in the range of those given (at
+    least 0 to 1). Raises ValueError if there are no rows, or if the two lengths differ.
     """
     if not a or len(a) != len(b):
         raise ValueError(f"mean_difference of {len(a)} and {len(b)} values: needs equally many, at least one")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class NewLines:
-    """Lines added to a metrics file from now on; also where a stage that is resumed rewrites the file."""
+    """The lines that are added to a metrics file from now on, even if a resumed stage rewrites the file."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -17,7 +17,10 @@ class NewLines:
         self._newest = time.time()
 
     def read(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """(step, numbers) of each whole line that was written since the last call, a Unix time `t` in each."""
+        """(step, numbers) of each whole line that was written since the last call.
+
+        The numbers include `t`, a Unix time.
+        """
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())

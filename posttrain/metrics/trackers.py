@@ -2,8 +2,9 @@
 
     StageContext.metrics ─► metrics.jsonl ─► Follower, a thread of the stage's process ─► each tracker's own library
 
-metrics.jsonl stays the record of the run. A tracker gets the numbers of each line that is added to it. The stage waits
-for trackers only at its end, and not for long. A tracker that raises is reported once, as an event, and then off.
+metrics.jsonl is the record of the run. A tracker gets the numbers of each line that is added to it. The stage waits for
+trackers only at its end, for at most `END_S` seconds. A tracker that raises is reported once, as an event, and then
+switched off.
 """
 
 import threading
@@ -23,7 +24,7 @@ END_S = 60.0  # seconds that the trackers have to send the rest and finish when 
 
 @dataclass(frozen=True, slots=True)
 class Tracker:
-    """An open tracker. log: takes a step and the numbers of its line. close: writes out what is left."""
+    """An open tracker. log: called with a step and the numbers of its line. close: called once, to write the rest."""
 
     log: Callable[[int, dict[str, float]], Any]
     close: Callable[[], Any]
@@ -96,7 +97,7 @@ def tracked(
 
 
 class Follower(threading.Thread):
-    """Reads what is added to metrics.jsonl. It opens each tracker when there is the first line for it."""
+    """Reads the lines that are added to metrics.jsonl. It opens each tracker when the first line for it arrives."""
 
     def __init__(self, context: StageContext, trackers: Mapping[str, tuple[Opener, dict[str, Any]]]):
         super().__init__(name="trackers", daemon=True)

@@ -1,6 +1,6 @@
-"""What a reward could not score: how much, why, and of which rows, as the fields of an event and as one sentence.
+"""Counts replies that a reward could not score, by reason and row, and reports them as an event and as one sentence.
 
-A prompt counts as unscored if none of its replies has a score. Left out: what is done about it.
+A prompt counts as unscored if none of its replies has a score. Left out: the consequences, such as scoring again.
 """
 
 from collections import Counter
@@ -22,22 +22,24 @@ def failures(scores: Iterable[Scored]) -> list[Failure]:
 
 
 def kind_of(failure: Failure) -> str:
-    """Why there is no score, in a word: what was returned (none, nan, inf, text), an exception, or the outcome."""
+    """The reason for a missing score in one word: the returned value (none, nan, inf, text), an exception, the
+    outcome.
+    """
     outcome, reason = failure
     word = reason.removeprefix(f"{outcome}: ").partition(":")[0]
     return word if outcome is Outcome.ERROR and word and len(word) <= 40 else str(outcome)
 
 
 def kinds_text(kinds: Mapping[str, int]) -> str:
-    """Such as "none 21, nan 22", the most frequent first."""
+    """The kinds with their counts, the most frequent first, such as "nan 22, none 21"."""
     return ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
 
 
 class Unscored:
     """Counts replies without a score, by prompt.
 
-    prompts, replies: all that were counted. unscored: replies without a score. lost: row id -> why, of the prompts
-    without any score. partly: unscored replies of the other prompts, by why.
+    prompts, replies: numbers of all that were counted. unscored: number of replies without a score. lost: {row id:
+    kind} of the prompts without any score. partly: {kind: number} of unscored replies to the other prompts.
     """
 
     def __init__(self) -> None:
@@ -49,7 +51,9 @@ class Unscored:
         self._examples: dict[str, tuple[str, str]] = {}  # kind -> a row, and the reason there
 
     def add(self, row: str, failed: Sequence[Failure], replies: int) -> None:
-        """Count a prompt. failed: of each of its replies without a score; replies: of all, how many there are."""
+        """Count a prompt. row: its id. failed: the failures of its replies without a score. replies: number of its
+        replies.
+        """
         self.prompts += 1
         self.replies += replies
         self.unscored += len(failed)
@@ -68,16 +72,19 @@ class Unscored:
 
     @property
     def fraction(self) -> float:
-        """The share of the replies without a score."""
+        """The share of replies without a score, in [0, 1]."""
         return self.unscored / self.replies if self.replies else 0.0
 
     @property
     def kinds(self) -> Counter[str]:
-        """Why, with how often: of the unscored prompts, or of the unscored replies where no prompt is unscored."""
+        """{kind: number} of the unscored prompts, or, if no prompt is unscored, of the unscored replies."""
         return Counter(self.lost.values()) or self.partly
 
     def sentence(self, where: str) -> str:
-        """Such as "profile: 86 of 200 prompts could not be scored (none 44, nan 42), e.g. row p17"."""
+        """The sentence, such as "profile: 86 of 200 prompts could not be scored (none 44, nan 42), e.g. row p17".
+
+        where: the part of the run, with which the sentence begins.
+        """
         count, of, unit = self.unscored, self.replies, "replies"
         if self.lost:
             count, of, unit = len(self.lost), self.prompts, "prompts"
@@ -96,7 +103,7 @@ class Unscored:
         return f"row {row}" + (f": {reason[:MAX_REASON]}" if reason not in ("", kind) else "")
 
     def figures(self) -> dict[str, Any]:
-        """The counts, for a summary. kinds: see `kinds`; rows: the first of the unscored prompts."""
+        """The counts for a summary. In it, `rows` are the first unscored prompts, and `kinds` as in the property."""
         return {
             "prompts": self.prompts,
             "prompts_unscored": len(self.lost),
@@ -107,7 +114,7 @@ class Unscored:
         }
 
     def tell(self, context: StageContext, where: str, limit: float) -> None:
-        """Write the event `unscored` if any reply has no score; `alarm` if their share is above `limit`."""
+        """Emit the event `unscored` if any reply has no score, or `alarm` if their share is above `limit`."""
         if not self.unscored:
             return
         is_alarm = self.fraction > limit

@@ -1,8 +1,8 @@
-"""Says whether a reward can be fooled: it must call each row's own answer right, and none of the wrong replies.
+"""Tests whether a reward can be fooled: it must call each row's own answer right, and every wrong reply wrong.
 
     rows ─► own answers, in every form ─► the form that the reward accepts ─► wrong replies in that form ─► verdict
 
-A wrong reply that has no score is a finding too: a policy that finds it is never taught that it is wrong.
+A wrong reply without a score is a finding too, because a policy that finds such a reply never learns that it is wrong.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ USUAL = "Answer: X"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A control that the reward does not pass. count: of its replies, of `of`; example: one of them."""
+    """A control that the reward does not pass. count: number of failing replies among `of`. example: one of them."""
 
     control: str
     count: int
@@ -44,11 +44,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What an audit found.
+    """The result of an audit.
 
-    rows, replies: how many were tried. accepted: form of the own answer -> in how many rows it is right. with_answer:
-    rows that have an answer. refused: rows whose own answer is right in no form, one try of each. fooled: wrong replies
-    that the reward calls right. unscored: wrong replies without a score. passed: controls without a finding.
+    rows, replies: numbers that were tried. accepted: {form of the own answer: number of rows in which it is right}.
+    with_answer: number of rows that have an answer. refused: a try of each row whose own answer is right in no form.
+    fooled: wrong replies that the reward calls right. unscored: wrong replies without a score. passed: names of the
+    controls without a finding.
     """
 
     rows: int
@@ -62,12 +63,12 @@ class Audit:
 
     @property
     def is_sound(self) -> bool:
-        """Whether nothing was found."""
+        """True if the audit has no finding."""
         return not (self.refused or self.fooled or self.unscored)
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """The result in one sentence."""
         faults = ["can be fooled"] if self.fooled else []
         faults += ["cannot score some wrong replies"] if self.unscored else []
         faults += ["refuses right answers"] if self.refused else []

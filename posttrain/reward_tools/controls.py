@@ -1,8 +1,7 @@
-"""Replies whose verdict is known without knowing the task: the row's own answer is right, and everything else here is
-wrong.
+"""Replies whose verdict is known for any task: the row's own answer is right, and all other replies here are wrong.
 
-A reward that calls one of the wrong ones right can be fooled, and training finds that out. Rows without an answer get
-only the controls that need none.
+A reward that calls one of the wrong replies right can be fooled, and a policy in training would learn to fool it. Rows
+without an answer get only the controls that need none.
 """
 
 import json
@@ -53,14 +52,14 @@ NEVER_ENDS = "while True:\n    pass"
 
 
 def forms_with(args: Mapping[str, Any]) -> dict[str, Form]:
-    """The ways to state an answer; the reward's own `marker` too, if it has one."""
+    """The forms in which an answer can be stated, including the reward's own `marker` if it has one."""
     marker = args.get("marker")
     own = {f"{marker} X": lambda x: f"{marker} {x}"} if isinstance(marker, str) and marker else {}
     return {**own, **FORMS}
 
 
 def golds(row: Row) -> list[str]:
-    """The ways to write the row's answer; none if it has none. Of several right answers, the first counts."""
+    """The spellings of the row's answer; none if it has no answer. Of several right answers, the first is taken."""
     answer = row.answer
     if answer is None:
         return []
@@ -78,7 +77,9 @@ def golds(row: Row) -> list[str]:
 
 
 def wrong_answers(row: Row, rows: Sequence[Row]) -> list[str]:
-    """Answers of other rows, of the same capability if there are any, that differ from this row's; at least one."""
+    """At least one wrong answer: answers of other rows, of the same capability if possible, that differ from this
+    row's.
+    """
     own = golds(row)
     letters = _letters(row)
     if letters and own and own[0] in letters:
@@ -103,10 +104,10 @@ def same(one: str, other: str) -> bool:
 def wrong_replies(
     row: Row, rows: Sequence[Row], form: Form, *, gold: str | None, is_first: bool
 ) -> dict[str, list[str]]:
-    """Name of each negative control -> its replies.
+    """{name of each control: its wrong replies}.
 
-    rows: of the whole file. form: how the reward wants an answer stated. gold: the row's answer as the reward accepts
-    it, None without one. is_first: of the rows, for a control that takes long.
+    rows: all rows of the file. form: states an answer in the form that the reward accepts. gold: the row's answer as
+    the reward accepts it; None if it has none. is_first: True for the first row, the only one that gets a slow control.
     """
     prompt = "\n".join(message.text for message in row.messages if message.role == "user")
     blocks = [f"```python\n{program}\n```" for program in (*EXITS, _forged(row))]
@@ -159,7 +160,7 @@ def _wrong_statements(gold: str, others: Sequence[str], form: Form) -> dict[str,
 
 
 def look_alikes(gold: str) -> list[str]:
-    """Texts that look like the answer and are not: a digit more, a letter less, letters of another alphabet."""
+    """Texts that look like the answer but differ: one more digit, one letter less, letters of another alphabet."""
     found = [f"{gold}7", gold.translate(LOOK_ALIKE)]
     if re.fullmatch(r"[A-Za-z]{3,}|\d{2,}", gold):
         found.append(gold[:-1])

@@ -1,4 +1,4 @@
-"""A new reward plug-in: a file with a reward that passes its audit as it is, and a file with its test."""
+"""Writes a new reward plug-in: a file with a reward that passes its audit, and a file with its test."""
 
 import keyword
 from pathlib import Path
@@ -71,7 +71,7 @@ def write_plugin(name: str, folder: Path) -> list[Path]:
         raise ConfigError("NAME", [f"got {name!r}; it must be a Python name, such as polite_and_right"])
     files = {folder / f"{name}.py": PLUGIN, folder / f"test_{name}.py": TEST}
     if there := [str(path) for path in files if path.exists()]:
-        raise ConfigError("NAME", [f"{', '.join(there)}: there already; choose another name or --dir"])
+        raise ConfigError("NAME", [f"{', '.join(there)}: exists already; choose another name or --dir"])
     if folder.exists() and not folder.is_dir():
         raise ConfigError("--dir", [f"got {str(folder)!r}: is a file; give a folder"])
     folder.mkdir(parents=True, exist_ok=True)

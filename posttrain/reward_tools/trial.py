@@ -1,4 +1,4 @@
-"""Has a reward score texts in its reward processes, as a run would: killable, each text with its deadline.
+"""Scores texts with a reward in its reward processes, as a run does: killable, each text with a deadline.
 
 Left out: a judge. A reward that needs the field `judge` of a row can only be tried inside an RL stage.
 """
@@ -41,12 +41,12 @@ class Tried:
         return None if self.scored.result is None else self.scored.result.value
 
     def is_right(self, threshold: float) -> bool:
-        """Whether it has a score, of at least `threshold`."""
+        """True if it has a score of at least `threshold`."""
         return self.value is not None and is_right(self.value, threshold)
 
     @property
     def why(self) -> str:
-        """What the reward said of it, or why there is no score."""
+        """The reason that the reward gave, or the reason why there is no score."""
         if self.scored.result is not None:
             return self.scored.result.reason
         return f"{self.scored.outcome}: {self.scored.reason}"
@@ -55,7 +55,7 @@ class Tried:
 def reply_to(row: Row, text: str, *, is_whole: bool = True, index: int = 0) -> Rollout:
     """A rollout as an engine would give it, with this text and without tokens, for a reward function to score.
 
-    is_whole: whether the reply ended by itself; else it was cut off at the limit of tokens.
+    is_whole: True if the reply ended by itself, False if it was cut off at the limit of tokens.
     """
     reason = FinishReason.STOP if is_whole else FinishReason.LENGTH
     return Rollout(row.id, f"g-{row.id}", index, Prompt(row.messages, ()), (), text, reason)
