@@ -28,7 +28,7 @@ from typing import Any, cast
 
 from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.rewards import SystemsConfig
-from posttrain.context import StageContext
+from posttrain.context import BusyLog, StageContext
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.records import DrawnPrompt, FinishReason, Message, Row, VersionSpan
 from posttrain.rl.config import RlConfig
@@ -85,6 +85,9 @@ class PreparedEngine:
     async def cancel(self, keys: Sequence[int]) -> None:
         """Do nothing, as no request runs."""
 
+    async def forget(self) -> None:
+        """Do nothing, as no request runs."""
+
     async def pids(self) -> dict[str, int]:
         return {}
 
@@ -134,7 +137,10 @@ def parts(folder: Path, seed: int, mute: bool):
 
     actor = ray.remote(PreparedEngine).options(num_cpus=0.1, max_concurrency=1000)
     actors = [actor.remote(mute) for _ in range(ENGINES)]
-    engines: Any = SimpleNamespace(names=[f"engine{index}" for index in range(ENGINES)], actors=actors)
+    names = [f"engine{index}" for index in range(ENGINES)]
+    context = StageContext("rl", folder, folder / "events.jsonl", seed)
+    logs = {name: BusyLog(context, name, "generate") for name in names}
+    engines: Any = SimpleNamespace(names=names, actors=actors, logs=logs, is_ready=lambda index: True)
     trainer: Any = ReadyTrainer()
     source = PromptSource(rows, SystemsConfig(), render, seed=seed)
     ledger = Ledger(folder / "ledger.sqlite")
