@@ -13,17 +13,16 @@ Parts in brackets are optional. The judge runs on engines or behind an endpoint,
 All loops run in one TaskGroup, so the first failure ends all of them:
 
     workers.run            feeds the engines, fetches what they sampled, replaces those that are lost
-    dispatch.run           admits groups whenever there is room (dispatch.py)
+    dispatch.run           admits groups whenever there is room
     scoring.run            starts a task for each sampled group: rewards, advantages, whether it is trained on
-                           (scoring.py)
     steps.run              takes a batch, has the trainer make a step, sends the new weights; the only loop that waits
-                           for generation (steps.py)
+                           for generation
     weights.update         is one task for each new version. An engine loads it between two of its own steps, while its
                            requests are in flight and the trainer makes the next step
     _keep_ledger           writes the changes of the ledger to the disk
     progress.watch_reward  shows, beside the progress, that deadlines of the reward pass
 
-The loops share the `GroupBook`, which is the only place where the state of a group changes.
+Each loop has a file by its name. They share the `GroupBook`, the only place where the state of a group changes.
 """
 
 import asyncio
@@ -111,28 +110,23 @@ class Controller:
         self._config = config
         self._context = context
         self._parts = parts
+        self._first_step = first_step
         self._survivors = survivors
         self._changed = asyncio.Event()  # wakes the loops that wait for room in the queue or for a complete batch
-        self._workers = RolloutWorkers(
-            context,
-            parts.engines,
-            deadline_s=config.engine.deadline_s,
-            finished=self._sampled,
-            begun=self._sampled_so_far,
-            calls=partial(update_calls, config),
-            manifest=manifest,
-            version=first_step,
-            took=self._took,
-            replaced=self._replaced,
-            wave_seed=partial(wave_seed, context.seed) if config.deterministic else None,
-        )
+        self._workers = self._make_workers(manifest)
         self._reward_log = BusyLog(context, "reward", "score")
         self._scorer = rewards(config, parts.judge)
-        self._tally = StepTally(
-            {**{worker.name: worker.log for worker in self._workers.workers}, "reward": self._reward_log}
-            | (dict(parts.judge.logs) if parts.judge is not None else {}),
-            {item.prompt_id: item.pass_rate for item in parts.profile},
-            config.reward.correct_threshold,
+        self._tally = self._make_tally()
+        self._book = GroupBook(
+            config,
+            context,
+            self._make_queue(),
+            ledger=parts.ledger,
+            archive=parts.archive,
+            tally=self._tally,
+            source=parts.source,
+            idle_steps=config.stop_after_idle_steps,
+            version=first_step,
         )
         self._progress = StepProgress(
             context,
@@ -141,45 +135,8 @@ class Controller:
             tokens_sampled=sampled_before(context.dir, sum(item.tokens for item in parts.profile)),
             stats=lambda: self._scorer.stats,
         )
-        self._book = GroupBook(
-            config,
-            context,
-            _queue(config, parts, first_step),
-            ledger=parts.ledger,
-            archive=parts.archive,
-            tally=self._tally,
-            source=parts.source,
-            idle_steps=config.stop_after_idle_steps,
-            version=first_step,
-        )
-        self._steps = Steps(
-            config,
-            context,
-            parts.trainer,
-            max_staleness=config.max_staleness,
-            first_step=first_step,
-            book=self._book,
-            workers=self._workers,
-            source=parts.source,
-            tally=self._tally,
-            checkpoints=Checkpoints(
-                context.dir, parts.ledger, parts.trainer, every=config.checkpoint_every, steps=config.steps
-            ),
-            changed=self._changed,
-            tell=self._tell,
-        )
-        self._side = SideWork(
-            config,
-            context,
-            self._workers,
-            scorer=self._scorer,
-            source=parts.source,
-            version=first_step,
-            evaluation=config.evaluation,
-            heldout=parts.heldout,
-            stop_ids=parts.stop_ids,
-            told=parts.ledger.event,
-        )
+        self._steps = self._make_steps()
+        self._side = self._make_side_work()
         self._scoring = Scoring(
             config,
             self._scorer,
@@ -198,6 +155,80 @@ class Controller:
             stop_ids=parts.stop_ids,
             changed=self._changed,
         )
+
+    def _make_workers(self, manifest: Manifest) -> RolloutWorkers:
+        config = self._config
+        return RolloutWorkers(
+            self._context,
+            self._parts.engines,
+            deadline_s=config.engine.deadline_s,
+            finished=self._sampled,
+            begun=self._sampled_so_far,
+            calls=partial(update_calls, config),
+            manifest=manifest,
+            version=self._first_step,
+            took=self._took,
+            replaced=self._replaced,
+            wave_seed=partial(wave_seed, self._context.seed) if config.deterministic else None,
+        )
+
+    def _make_tally(self) -> StepTally:
+        parts = self._parts
+        logs = {**{worker.name: worker.log for worker in self._workers.workers}, "reward": self._reward_log}
+        return StepTally(
+            logs | (dict(parts.judge.logs) if parts.judge is not None else {}),
+            {item.prompt_id: item.pass_rate for item in parts.profile},
+            self._config.reward.correct_threshold,
+        )
+
+    def _make_queue(self) -> StalenessQueue:
+        config = self._config
+        return StalenessQueue(
+            config.groups_per_step,
+            config.max_staleness,
+            self._parts.shares,
+            refills=config.mixture_refills,
+            version=self._first_step,
+            mode=config.staleness,
+            first_order=self._parts.ledger.next_order,
+            over_provision=0.0 if config.deterministic else config.over_provision,
+        )
+
+    def _make_steps(self) -> Steps:
+        config, context, parts = self._config, self._context, self._parts
+        return Steps(
+            config,
+            context,
+            parts.trainer,
+            max_staleness=config.max_staleness,
+            first_step=self._first_step,
+            book=self._book,
+            workers=self._workers,
+            source=parts.source,
+            tally=self._tally,
+            checkpoints=Checkpoints(
+                context.dir, parts.ledger, parts.trainer, every=config.checkpoint_every, steps=config.steps
+            ),
+            changed=self._changed,
+            tell=self._tell,
+        )
+
+    def _make_side_work(self) -> SideWork:
+        config, parts = self._config, self._parts
+        return SideWork(
+            config,
+            self._context,
+            self._workers,
+            scorer=self._scorer,
+            source=parts.source,
+            version=self._first_step,
+            evaluation=config.evaluation,
+            heldout=parts.heldout,
+            stop_ids=parts.stop_ids,
+            told=parts.ledger.event,
+        )
+
+    # ------------------------------------------------------------------ the loops
 
     async def run(self) -> None:
         """Train to the last step. If a loop fails, its exception is raised; of several failures, the first."""
@@ -236,7 +267,11 @@ class Controller:
             await self._parts.ledger.flush()
             await asyncio.sleep(FLUSH_S)
 
-    # ------------------------------------------------------------------ what the workers tell
+    async def _train(self, tasks: asyncio.TaskGroup) -> None:
+        await self._steps.run(tasks)
+        self._side.stop()
+        await self._steps.finish_update()
+        raise _LastStepDone
 
     def _took(self, worker: str, version: int) -> None:
         self._parts.ledger.event(LedgerEvent.WEIGHTS_TAKEN, [worker, version])
@@ -253,14 +288,6 @@ class Controller:
     def _sampled(self, flight: Flight) -> None:
         self._scoring.sampled(self._book.generated(flight) if flight.order >= 0 else flight)
 
-    # ------------------------------------------------------------------ training
-
-    async def _train(self, tasks: asyncio.TaskGroup) -> None:
-        await self._steps.run(tasks)
-        self._side.stop()
-        await self._steps.finish_update()
-        raise _LastStepDone
-
     def _tell(self, step: int, metrics: dict[str, Any]) -> None:
         values = {
             **metrics,
@@ -270,16 +297,3 @@ class Controller:
             **({"prompts_set_aside": self._parts.num_set_aside} if self._parts.num_set_aside else {}),
         }
         self._progress.step(step, values)
-
-
-def _queue(config: RlConfig, parts: Parts, first_step: int) -> StalenessQueue:
-    return StalenessQueue(
-        config.groups_per_step,
-        config.max_staleness,
-        parts.shares,
-        refills=config.mixture_refills,
-        version=first_step,
-        mode=config.staleness,
-        first_order=parts.ledger.next_order,
-        over_provision=0.0 if config.deterministic else config.over_provision,
-    )
