@@ -463,7 +463,7 @@ def rl_rows(config: Any) -> Any:
     from posttrain.rl.stage import _render, _rows_to_profile
 
     rows = _rows_to_profile(config, 0)
-    return rows, _render(config, rows, heldout_rows(config))[1:]
+    return rows, _render(config, rows, heldout_rows(config, config.evaluation))[1:]
 
 
 def rl_requests(config: Any) -> Any:
@@ -641,7 +641,7 @@ def rl_side(config: Any) -> Any:
     from posttrain.rl.loop.evaluation import accuracies, evaluation_request, heldout_prompts, heldout_rows, is_due
     from posttrain.rl.records import Group, ScoredGroup
 
-    rows, asked = heldout_rows(config), config.evaluation
+    rows, asked = heldout_rows(config, config.evaluation), config.evaluation
     if asked is None:
         return rows
     prompts = heldout_prompts(config, rows, lambda messages: [len(message.content) for message in messages])

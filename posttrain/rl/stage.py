@@ -1,7 +1,6 @@
 """The RL stage: profile the prompts, select those of medium to hard difficulty, train on them, write the policy."""
 
 import asyncio
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -17,33 +16,21 @@ from posttrain.data.rows import load_rows
 from posttrain.data.strata import hash_order
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import TrainerLostError
-from posttrain.files import keep_lines
 from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
 from posttrain.model.sharing import note_unshared
 from posttrain.parallel.engine import check_parallel
 from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.config import GradingConfig
-from posttrain.rl.grading.groups import passes_and_failures
 from posttrain.rl.grading.judge import Judge
 from posttrain.rl.grading.verifiers import check_rewardable
 from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Ledger
-from posttrain.rl.history.recovery import (
-    MODEL,
-    Survivor,
-    commit_result,
-    finished_outputs,
-    group_of,
-    last_checkpoint,
-    open_ledger,
-    scored_from_json,
-    survivors,
-    version_of,
-)
+from posttrain.rl.history.recovery import MODEL, commit_result, finished_outputs, open_ledger
 from posttrain.rl.loop.controller import Controller, Parts
 from posttrain.rl.loop.evaluation import heldout_prompts, heldout_rows
 from posttrain.rl.loop.parity import allowed_gap, check_engine_parity
+from posttrain.rl.loop.resume import resume
 from posttrain.rl.loop.tally import unscored_totals
 from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.prompts.curriculum import Curriculum
@@ -53,7 +40,6 @@ from posttrain.rl.prompts.prior import fit_prior
 from posttrain.rl.prompts.profile import Difficulty, drawn_rows, profile_figures, profile_prompts, select_band
 from posttrain.rl.prompts.quotas import mixture_shares
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import GroupState
 from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.reference import Reference, check_reference
@@ -63,7 +49,7 @@ from posttrain.sampling.client import Engines
 def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
     check_parallel(config.parallel, config.model, None)
-    rows, heldout = _rows_to_profile(config, context.seed, context), heldout_rows(config, context)
+    rows, heldout = _rows_to_profile(config, context.seed, context), heldout_rows(config, config.evaluation, context)
     mixture_shares(rows, config.mixture, "prompt")  # a capability that no row has is found before anything starts
     if (finished := finished_outputs(context.dir, config.steps)) is not None:
         return finished
@@ -215,7 +201,7 @@ def _check_same(ledger: Ledger, model_path: str, rows: Sequence[Row], *, context
 def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: list[DrawnPrompt]) -> dict[str, Any]:
     """Train from the last commit to the last step, and write the policy. Returns outputs and figures of the stage."""
     context.phase("waiting for the trainer")
-    first_step, left = _resume(config, context, parts)
+    first_step, left = resume(config, context, parts)
     manifest = parts.trainer.publish()
     context.phase("comparing the log-probabilities of engines and trainer")
     parity = check_engine_parity(
@@ -243,40 +229,6 @@ def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: li
         "unscored_replies": unscored_totals(context.dir),
         **parts.trainer.report(),
     }
-
-
-def _resume(config: GradingConfig, context: StageContext, parts: Parts) -> tuple[int, list[Survivor]]:
-    """Return to the last commit: undo what came after it. Returns its version, and the groups that can continue."""
-    ledger, source, archive = parts.ledger, parts.source, parts.archive
-    if not ledger.next_order:
-        return 0, []
-    checkpoint = last_checkpoint(context.dir, ledger)
-    state: dict[str, Any] = {"seq": 0, "next_order": 0}
-    first_step = 0
-    if checkpoint is not None:
-        state = parts.trainer.load_checkpoint(checkpoint)
-        first_step = version_of(checkpoint)
-        source.restore(state["source"])
-    undone = ledger.roll_back(first_step)
-    if config.deterministic:
-        ledger.forget_from(state["next_order"])
-    archive.forget_after(first_step - 1)
-    keep_lines(context.dir / "metrics.jsonl", lambda line: line["step"] < first_step)
-    for entry in ledger.entries():
-        source.skip_to(entry.capability, entry.prompts_seen)
-    for entry in ledger.entries((GroupState.SCORED, GroupState.DROPPED), with_data=True):
-        if entry.scores is None or entry.data is None:
-            continue
-        scored = scored_from_json(group_of(entry, source), json.loads(entry.scores))
-        if entry.scored_seq is not None and entry.scored_seq > state["seq"]:
-            source.observe(entry.prompt_id, *passes_and_failures(scored, config.reward.correct_threshold))
-        if entry.state == GroupState.DROPPED:
-            archive.add(scored, step=None, trainer_version=first_step, status=f"dropped:{entry.reason}")
-    left = survivors(ledger, source, first_step)
-    context.event("resumed", step=first_step, groups=len(left))
-    if undone.steps:
-        context.event("rolled_back", steps=undone.steps, groups=undone.groups)
-    return first_step, left
 
 
 def prompt_source(

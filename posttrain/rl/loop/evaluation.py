@@ -17,7 +17,8 @@ from posttrain.files import keep_lines, read_jsonl
 from posttrain.metrics.correctness import is_right
 from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
 from posttrain.records import DrawnPrompt, Message, Prompt, Row
-from posttrain.rl.config import EvaluationConfig, RlConfig
+from posttrain.rl.config import EvaluationConfig
+from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.verifiers import check_rewardable
 from posttrain.rl.prompts.lengths import check_room
 from posttrain.rl.records import ScoredGroup
@@ -27,13 +28,15 @@ from posttrain.sampling.requests import SampleRequest
 FILE = "evaluations.jsonl"
 
 
-def heldout_rows(config: RlConfig, context: StageContext | None = None) -> list[Row]:
+def heldout_rows(
+    config: GradingConfig, evaluation: EvaluationConfig | None, context: StageContext | None = None
+) -> list[Row]:
     """The rows of `evaluation`; none if the config has no such section. Raises UserError for rows that do not fit."""
-    if config.evaluation is None:
+    if evaluation is None:
         return []
-    rows = load_rows(config.evaluation.data, kind="prompt", stage="rl", context=context)
+    rows = load_rows(evaluation.data, kind="prompt", stage="rl", context=context)
     check_rewardable(config, rows)
-    return sampled_rows(rows, config.evaluation.prompts)
+    return sampled_rows(rows, evaluation.prompts)
 
 
 def heldout_prompts(
