@@ -351,9 +351,9 @@ def sft_examples(config: Any) -> Any:
 
 
 def dpo_arguments(config: Any) -> Any:
-    from posttrain.dpo.stage import trainer_arguments
+    from posttrain.dpo.stage import trainer_arguments, trainer_options
 
-    return trainer_arguments(config, Path("stage"), 0)
+    return trainer_arguments(config, Path("stage"), 0), trainer_options(config)
 
 
 def dpo_loss(config: Any) -> Any:
@@ -734,10 +734,15 @@ def rl_policy(config: Any) -> Any:
     """How the policy's layers are run in training."""
     from posttrain.rl.training.policy import load_token_policy
 
-    policy = load_token_policy(config.model, config.sampling.temperature, config.gradient_checkpointing)
+    policy = load_token_policy(
+        config.model,
+        config.sampling.temperature,
+        config.gradient_checkpointing,
+        shared_prefixes=config.shared_prefixes,
+    )
     layers: Any = policy.policy.model.layers
     recomputed = getattr(layers[0], "_gradient_checkpointing_func", None)
-    return layers[0].gradient_checkpointing, sorted(recomputed.keywords) if recomputed else None
+    return layers[0].gradient_checkpointing, sorted(recomputed.keywords) if recomputed else None, policy.shares_prefixes
 
 
 def rl_micro_batches(config: Any) -> Any:

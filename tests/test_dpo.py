@@ -155,7 +155,7 @@ def make_trainer(config: DpoConfig, ids: list[PairIds], folder: Path) -> PairTra
         train_dataset=rows_and_blank([to_record(item) for item in ids], blank_record(ids[0])),
         processing_class=load_tokenizer(config.model.path),
         peft_config=adapter_config(model, config.lora) if config.lora else None,
-        nll_weight=config.nll_weight,
+        **stage.trainer_options(config),
     )
     if config.lora and config.lora.dropout:
         trainer.row_keys = use_row_dropout(trainer.model, seed=0)

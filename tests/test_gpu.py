@@ -15,13 +15,16 @@ import torch
 from closeness import ROUNDING, apart, assert_as_exact, assert_trained_as_exact, float64_inside
 from moe import config, layers
 from test_model import LENGTHS, PADDED, batch, documents, gradients, model_pair, pack
+from test_shared_prefix import CASES, SHORT_PATHS, outputs_and_gradients, separate_states, shared_states
 
 from posttrain.config.resources import TrainerResources
 from posttrain.config.training import ParallelConfig
 from posttrain.data.pairs import write_pairs
 from posttrain.dpo import stage as dpo_stage
+from posttrain.model import tree_attention
 from posttrain.parallel.ranks import RankGroup
 from posttrain.sft import stage as sft_stage
+from posttrain.train import prefixes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,6 +92,22 @@ def test_packed_documents_are_as_exact_as_documents_by_themselves(lengths):
         peer = torch.cat([theirs(doc.cuda()).logits for doc in docs], 1)
         got = ours(**on_gpu(pack(docs))).logits
     assert_as_exact(got.cpu(), peer.cpu(), exact)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("limit", SHORT_PATHS.values(), ids=["keys", "flex"])
+def test_shared_prefixes_are_as_exact_as_documents_by_themselves(case, limit, monkeypatch):
+    """By copied keys, and by FlexAttention, compiled. Its heads have 16 channels or more."""
+    monkeypatch.setattr(tree_attention, "_SHORT_PATH", limit)
+    theirs, ours = model_pair(scale=0.15, head_dim=16)
+    with float64_inside():
+        double = copy.deepcopy(theirs).double()
+        exact = outputs_and_gradients(double, separate_states(double, CASES[case]), CASES[case])
+    ours = ours.cuda()
+    peer = outputs_and_gradients(ours, separate_states(ours, CASES[case]), CASES[case])
+    got = outputs_and_gradients(ours, shared_states(ours, prefixes.pack(CASES[case], "cuda")), CASES[case])
+    for names in ({"logits"}, {"logprobs"}, exact.keys() - {"logits", "logprobs"}):
+        assert_as_exact(*({name: found[name] for name in names} for found in (got, peer, exact)))
 
 
 @pytest.fixture(scope="module")

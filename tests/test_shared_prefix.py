@@ -206,7 +206,7 @@ def test_the_block_mask_of_a_gpu_is_the_mask_of_the_tree(chunk):
 
 
 def test_short_paths_take_copied_keys_and_long_ones_merged_blocks():
-    short, long = (pack(random_documents([(size, [8, 8])])).tree for size in (20, 400))
+    short, long = (pack(random_documents([(size, [8, 8])])).tree for size in (20, 600))
     assert isinstance(tree_attention.tree_visibility(short, None, dropout=False), TreeKeys)
     assert isinstance(tree_attention.tree_visibility(long, None, dropout=False), TreeBlocks)
     assert isinstance(tree_attention.tree_visibility(long, None, dropout=True), TreeKeys)
@@ -233,7 +233,10 @@ def shared_states(model, packed: Packed, **arguments) -> torch.Tensor:
 
 def separate_states(model, documents: list[Document]) -> torch.Tensor:
     return torch.cat(
-        [model.model(input_ids=torch.tensor([d.ids]), use_cache=False).last_hidden_state[0] for d in documents]
+        [
+            model.model(input_ids=torch.tensor([d.ids], device=model.device), use_cache=False).last_hidden_state[0]
+            for d in documents
+        ]
     )
 
 
@@ -245,12 +248,13 @@ def outputs_and_gradients(model, states, documents: list[Document]) -> dict[str,
     logits = model.lm_head(states)
     generator = torch.Generator().manual_seed(5)
     targets = torch.randint(3, 61, (len(logits), 1), generator=generator)
-    logprobs = logits.log_softmax(-1).gather(1, targets)[:, 0]
+    logprobs = logits.log_softmax(-1).gather(1, targets.to(logits.device))[:, 0]
     prompts = torch.cat([torch.arange(len(d.ids)) < d.prompt - 1 for d in documents])  # no reply token follows there
     weights = torch.randn(len(logits), generator=generator).masked_fill(prompts, 0.0)
     model.zero_grad()
-    (logprobs * weights.to(logprobs.dtype)).sum().backward()
-    return {"logits": logits.detach(), "logprobs": logprobs.detach(), **named_gradients(model)}
+    (logprobs * weights.to(logprobs)).sum().backward()
+    found = {"logits": logits.detach(), "logprobs": logprobs.detach(), **named_gradients(model)}
+    return {name: value.cpu() for name, value in found.items()}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -73,6 +73,12 @@ class DpoConfig(Config):
     max_length: Annotated[int, Field(ge=2)] = Field(4096, description="Most tokens of a prompt and its longer reply.")
     overlong: Literal["error", "drop"] = Field("error", description="What to do with a pair that is longer.")
     gradient_checkpointing: GradientCheckpointing = "none"
+    shared_prefixes: bool = Field(
+        True,
+        description="Run the prompt of a pair once for both replies. The result is the same. On a GPU, long prompts "
+        "need FlexAttention, which torch compiles: false where it cannot.",
+        json_schema_extra=RESULT_STAYS,
+    )
     checkpoint_every: Count = Field(
         200, description="Optimizer steps between checkpoints.", json_schema_extra=RESULT_STAYS
     )

@@ -87,8 +87,9 @@ def prepare(config: DpoConfig, seed: int, context: StageContext | None = None) -
     from posttrain.model.tokenizer import load_tokenizer
 
     check_router(config.model)
-    note_unshared(config.model, context)
-    if context is not None and config.lora is not None and config.lora.dropout:
+    if config.shared_prefixes:
+        note_unshared(config.model, context)
+    if context is not None and config.shared_prefixes and config.lora is not None and config.lora.dropout:
         context.event("prefixes_unshared", reason="lora.dropout is drawn for each token of a reply's own row")
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     note_added_end(tokenizer, context)
@@ -156,6 +157,11 @@ def trainer_arguments(config: DpoConfig, folder: Path, seed: int = 0) -> dict[st
     }
 
 
+def trainer_options(config: DpoConfig) -> dict[str, Any]:
+    """Keyword arguments of `PairTrainer` that are not TRL's."""
+    return {"nll_weight": config.nll_weight, "shared_prefixes": config.shared_prefixes}
+
+
 def make_tuning(
     config: DpoConfig, context: StageContext, model: Any, *, data: Sequence[Any], held_out: Sequence[Any] = ()
 ) -> Tuning:
@@ -178,7 +184,7 @@ def make_tuning(
         metrics=METRICS,
         data_keys=frozenset({"pairs", "rollouts"}),
         report=_report,
-        options={"nll_weight": config.nll_weight},
+        options=trainer_options(config),
         held_out=[to_record(item) for item in held_out],
     )
 

@@ -36,8 +36,8 @@ class TokenizedPairTrainer(DPOTrainer):
 
     row_keys: Any = None
 
-    def __init__(self, model: Any, *args: Any, nll_weight: float = 0.0, **kwargs: Any):
-        self.shares_prompts = accept_trees(model) is None
+    def __init__(self, model: Any, *args: Any, nll_weight: float = 0.0, shared_prefixes: bool = True, **kwargs: Any):
+        self.shares_prompts = shared_prefixes and accept_trees(model) is None
         super().__init__(model, *args, **kwargs)
         self._nll_weight = nll_weight
         self._sums: dict[str, torch.Tensor] = {}  # sums over this rank's pairs and tokens since the last log

@@ -4,7 +4,8 @@
                 fastest way where paths are short.
   TreeBlocks    nodes by themselves and nodes with what is behind them, merged (tree_blocks.py). No key is copied and no
                 mask is stored: the way for long paths, on a CPU.
-  TreeFlex      FlexAttention with a block mask, on a GPU. Blocks of the mask that hide everything are left out.
+  TreeFlex      FlexAttention with a block mask: the way for long paths, on a GPU. Blocks of the mask that hide
+                everything are left out.
 
 Left out: dropout of attention weights in the latter two; `tree_visibility` then takes the first.
 Shapes: T tokens of the row, N tokens of a batch, R rows, H query heads, G key heads, d channels of a head.
@@ -30,16 +31,14 @@ def tree_visibility(tree: Tree, chunk_size: int | None, *, dropout: bool) -> Vis
     """
     device = tree.positions_1T.device
     nodes = tree.nodes if chunk_size is None else tree.chunks(chunk_size)
-    if device.type == "cuda" and not dropout:
-        return TreeFlex.of(tree, chunk_size)
-    if dropout or device.type != "cpu" or _keys_pay(nodes):
+    if dropout or _keys_pay(nodes):
         return TreeKeys.of(nodes, device)
-    return TreeBlocks.of(nodes, device)
+    return TreeBlocks.of(nodes, device) if device.type == "cpu" else TreeFlex.of(tree, chunk_size)
 
 
 # Tokens on the paths of nodes, in the mean over nodes that have a path, up to which TreeKeys is faster than TreeBlocks.
-# Measured by benchmarks/shared_prefix.py on a CPU.
-_SHORT_PATH = 96
+# Measured on a CPU by benchmarks/rl_prefix.py.
+_SHORT_PATH = 256
 
 
 def _keys_pay(nodes: Sequence[Node]) -> bool:

@@ -56,7 +56,8 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     from posttrain.model.router_keys import check_router
 
     check_router(config.model)
-    note_unshared(config.model, context)
+    if config.shared_prefixes:
+        note_unshared(config.model, context)
     tokenizer, prompts, evaluated = _render(config, rows, heldout)
     note_added_end(tokenizer, context)
     stop_ids = tuple(end_token_ids(tokenizer))

@@ -28,7 +28,10 @@ TRAINED, HELD_OUT = "trained", "held_out"
 # `gradient_accumulation` are among them, because only the number of forwards of a step counts (see `training_recipe`).
 # `epochs` is among them, because a training with more epochs continues from the checkpoint at which fewer ended;
 # so does a training with more of `held_out.patience`.
-NOT_IN_RECIPE = {"resources", "checkpoint_every", "model", "parallel", "gradient_accumulation", "trackers", "epochs"}
+NOT_IN_RECIPE = {
+    "resources", "checkpoint_every", "model", "parallel", "gradient_accumulation", "trackers", "epochs",
+    "shared_prefixes",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

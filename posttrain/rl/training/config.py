@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.config.base import MAY_GROW
+from posttrain.config.base import MAY_GROW, RESULT_STAYS
 from posttrain.config.fields import Positive
 from posttrain.config.training import GradientCheckpointing, OptimizerConfig, ParallelConfig
 from posttrain.rl.grading.config import GradingConfig
@@ -42,6 +42,12 @@ class TrainingConfig(GradingConfig):
         "of a group, counts once; padding counts for a model that cannot share it.",
     )
     gradient_checkpointing: GradientCheckpointing = "none"
+    shared_prefixes: bool = Field(
+        default=True,
+        description="Run what rollouts have in common, such as the prompt of a group, once in each forward. The result "
+        "is the same. On a GPU, long prompts need FlexAttention, which torch compiles: false where it cannot.",
+        json_schema_extra=RESULT_STAYS,
+    )
 
     @model_validator(mode="after")
     def _check_training(self) -> "TrainingConfig":

@@ -28,7 +28,8 @@ class FrozenPolicy:
         if self._device == "cpu":
             torch.set_num_threads(max(1, int(resources.cpus)))
         self._max_tokens = config.micro_batch_tokens
-        policy = load_token_policy(reference_model(reference, config.model), config.sampling.temperature)
+        model, shared = reference_model(reference, config.model), config.shared_prefixes
+        policy = load_token_policy(model, config.sampling.temperature, shared_prefixes=shared)
         self._policy = policy.to(self._device).eval()
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:

@@ -30,13 +30,13 @@ class TokenPolicy(nn.Module):
     are to be told.
     """
 
-    def __init__(self, policy: Any, temperature: float):
+    def __init__(self, policy: Any, temperature: float, *, shared_prefixes: bool = True):
         super().__init__()
         self.policy = policy
         self.config = policy.config  # from which DeepSpeed reads the sizes of the experts
         self._temperature = temperature
         self._has_routers = native_layers(policy) is not None
-        self.shares_prefixes = accept_trees(policy) is None
+        self.shares_prefixes = shared_prefixes and accept_trees(policy) is None
 
     def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probability of each target and entropy of its distribution, both fp32 [T]; loss on routers, a scalar.
@@ -67,13 +67,17 @@ class TokenPolicy(nn.Module):
 
 
 def load_token_policy(
-    model: ModelConfig, temperature: float, gradient_checkpointing: GradientCheckpointing = "none"
+    model: ModelConfig,
+    temperature: float,
+    gradient_checkpointing: GradientCheckpointing = "none",
+    *,
+    shared_prefixes: bool = True,
 ) -> TokenPolicy:
     """Load the policy of a model folder onto the CPU. temperature: that of sampling."""
     policy: Any = load_policy(model)
     if gradient_checkpointing != "none":
         policy.gradient_checkpointing_enable(checkpointing_arguments(gradient_checkpointing))
-    return TokenPolicy(policy, temperature)
+    return TokenPolicy(policy, temperature, shared_prefixes=shared_prefixes)
 
 
 def sample_logprobs(policy: Any, samples: Sequence[TrainSample], max_tokens: int, *, device: str) -> list[list[float]]:

@@ -65,7 +65,12 @@ class PolicyTrainer:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cpu":
             torch.set_num_threads(max(1, int(config.resources.trainer.cpus)))
-        policy = load_token_policy(config.model, config.sampling.temperature, config.gradient_checkpointing)
+        policy = load_token_policy(
+            config.model,
+            config.sampling.temperature,
+            config.gradient_checkpointing,
+            shared_prefixes=config.shared_prefixes,
+        )
         module = policy.to(self._device)
         self._policy = module.policy
         self._engine = start_engine(module, config.parallel, config.optimizer, dtype=config.model.dtype)
