@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from posttrain.config.engines import DEFAULT_LENGTH, EngineConfig
+from posttrain.config.models import ServedModelConfig
 from posttrain.errors import ConfigError, StageError
 from posttrain.eval.config import EvalConfig
 from posttrain.filtering.config import FilterConfig
 from posttrain.model.length import engine_length, model_length
 from posttrain.pipeline.lengths import length_problems, settled
 from posttrain.rl.config import RlConfig
+from posttrain.sampling.arguments import cpu_cache_arguments, engine_arguments
 from posttrain.sampling.kv_memory import cpu_kv_cache_bytes, free_bytes, token_bytes
 from posttrain.sampling.start_failure import PrintedSince, start_error
 
@@ -126,6 +128,15 @@ def test_the_cache_holds_what_the_engine_can_use_or_a_quarter_of_what_is_free():
     assert cpu_kv_cache_bytes({}, "float32", engine, length=1000, free=100 * GIB) == GIB
     assert cpu_kv_cache_bytes({}, "float32", engine, length=1000, free=GIB) == GIB // 4
     assert free_bytes() > 0
+
+
+def test_an_engine_on_a_cpu_shares_prompts_in_blocks_of_32_tokens_unless_told_otherwise(tmp_path):
+    model = ServedModelConfig(path=folder_of(tmp_path, SIZES))
+    assert cpu_cache_arguments(model, EngineConfig())["block_size"] == 32
+    own = EngineConfig(block_size=64, kv_cache_gib=0.1)
+    assert cpu_cache_arguments(model, own) == {}
+    assert engine_arguments(model, own)["block_size"] == 64
+    assert "block_size" not in engine_arguments(model, EngineConfig())  # on a GPU vLLM chooses
 
 
 # ------------------------------------------------------------------ why a start failed
