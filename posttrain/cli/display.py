@@ -55,7 +55,7 @@ class EventTail:
 
 @dataclass
 class StageState:
-    """What is known about one stage. values: of its last progress event. metrics: of its last RL step."""
+    """The state of one stage. values: of its last progress event. metrics: of its last RL step."""
 
     name: str
     kind: str
@@ -120,9 +120,7 @@ class RunState:
 
 
 class PlainDisplay:
-    """Prints a line with the time for each start, end, skip, fault and notice, and one every few seconds for
-    progress.
-    """
+    """Prints a line with the time for each start, end, skip, fault and notice, and some lines for progress."""
 
     def __init__(self, out: TextIO | None = None):
         self._out = out or sys.stdout
