@@ -398,10 +398,10 @@ def eval_requests(config: Any) -> Any:
     return prepare(config)
 
 
-def eval_pool(config: Any) -> Any:
-    from posttrain.eval.stage import reward_pool
+def eval_client(config: Any) -> Any:
+    from posttrain.eval.stage import reward_client
 
-    return _pool(reward_pool(config))
+    return _pool(reward_client(config))
 
 
 def eval_unscored(config: Any) -> Any:
@@ -866,6 +866,6 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         resources_of("dpo"), dpo_arguments, dpo_loss, dpo_pairs, held_out, adapters, policy, router_bias,
         engine_settings, trackers,
     ),
-    "eval": (resources_of("eval"), MODEL_ENGINE, eval_pool, eval_results, eval_unscored, eval_requests),
+    "eval": (resources_of("eval"), MODEL_ENGINE, eval_client, eval_results, eval_unscored, eval_requests),
     "pipeline": (pipeline_jobs, trackers),
 }  # fmt: skip

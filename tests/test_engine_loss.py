@@ -1,4 +1,4 @@
-"""Filter, profile and evaluation finish their work though their engine is lost in the middle of it.
+"""Filter, profile and evaluation finish their work though their engine, or reward actor, is lost in the middle of it.
 
 Each stage is run twice on one warm engine: undisturbed, and with a real signal to a real process of the engine at the
 first sign of progress. Whatever depends on no chance must then be equal: nothing was lost, nothing came twice, and
@@ -108,11 +108,23 @@ def test_a_filter_survives_the_kill_of_its_engine(
         assert verdict.score == pytest.approx(expected.verdicts[name].score, abs=1e-4)
 
 
-def test_an_evaluation_survives_the_freeze_of_its_engine(
+def test_an_evaluation_survives_the_freeze_of_its_engine_and_the_kill_of_its_reward_actor(
     tmp_path: Path, tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from posttrain.eval.config import EvalConfig
     from posttrain.eval.stage import evaluate
+    from posttrain.scoring.remote.client import RewardClient
+
+    clients: list[RewardClient] = []
+    start = RewardClient.start
+
+    async def remember(self: RewardClient) -> None:
+        await start(self)
+        clients.append(self)
+
+    def freeze_and_kill() -> None:
+        freeze()
+        os.kill(clients[-1].pids()[0], signal.SIGKILL)
 
     (tmp_path / "reward.py").write_text("def even(rollout, row):\n    return float(sum(rollout.token_ids) % 2)\n")
     data = {
@@ -127,8 +139,13 @@ def test_an_evaluation_survives_the_freeze_of_its_engine(
     }
     config = validate_config(EvalConfig, data, "test")
     both = contexts(tmp_path, monkeypatch, signal.SIGSTOP, "actor")
+    freeze = both[1].disturb
+    assert freeze is not None
+    monkeypatch.setattr(RewardClient, "start", remember)
+    both[1].disturb = freeze_and_kill
     expected, found = (evaluate(config, context) for context in both)
     check_events(*both, "requests")
+    assert [client.num_restarts for client in clients] == [0, 1]
     assert [item.greedy for item in found] == [item.greedy for item in expected]
     assert all(item.greedy is not None and item.greedy.reward is not None for item in found)
 

@@ -10,16 +10,17 @@ from posttrain.config.data import DataConfig, FilesConfig
 from posttrain.config.engines import EngineConfig, SamplingConfig
 from posttrain.config.fields import Probability
 from posttrain.config.models import ServedModelConfig
-from posttrain.config.resources import ActorResources
+from posttrain.config.resources import ActorResources, RewardResources
 from posttrain.config.rewards import RewardConfig
 
 
 class EvalResources(Config):
-    """Resources of the eval stage, whose only model is the policy."""
+    """CPUs and GPUs of the engines that serve the policy, and of the reward actor."""
 
     rollout: ActorResources = Field(
         default_factory=ActorResources, description="Engines that serve the policy, and what each asks for."
     )
+    reward: RewardResources = Field(default_factory=RewardResources)
 
 
 class EvalSamplingConfig(SamplingConfig):
@@ -73,7 +74,7 @@ class EvalConfig(Config):
         default_factory=EngineConfig, description="Settings of the vLLM engine that serves the policy."
     )
     resources: EvalResources = Field(
-        default_factory=EvalResources, description="CPUs and GPUs of the policy's engines."
+        default_factory=EvalResources, description="CPUs and GPUs of the policy's engines and of the reward actor."
     )
 
     @field_validator("observe")

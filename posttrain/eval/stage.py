@@ -1,6 +1,6 @@
 """The `eval` stage: samples a policy's replies to held-out prompts, scores them, and writes rates with intervals.
 
-    prompts ─► one greedy reply and n samples each (engines) ─► reward processes ─► results.json, samples.jsonl
+    prompts ─► one greedy reply and n samples each (engines) ─► reward actor ─► results.json, samples.jsonl
 
 Each request is scored as soon as its replies are sampled, and the progress counts what is scored.
 
@@ -35,7 +35,7 @@ from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.scoring import ScoringProgress, sample_and_score
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
 from posttrain.scoring.plugins.requirements import check_fields
-from posttrain.scoring.pool.pool import RewardPool
+from posttrain.scoring.remote.client import RewardClient
 
 
 def run(config: EvalConfig, context: StageContext) -> dict[str, Any]:
@@ -70,21 +70,21 @@ async def _replies(
     config: EvalConfig, context: StageContext, engines: Engines, *, groups: Sequence[Flight]
 ) -> list[Sequence[Scored]]:
     """Have every request sampled and scored; returns the scores of each, in order."""
-    pool, log = reward_pool(config), BusyLog(context, "reward", "score")
-    progress = ScoringProgress(context, len(groups), "requests", stats=lambda: pool.stats, unscored=Unscored())
+    client, log = reward_client(config), BusyLog(context, "reward", "score")
+    progress = ScoringProgress(context, len(groups), "requests", stats=lambda: client.stats, unscored=Unscored())
 
     async def score(pairs: Sequence[tuple[Rollout, Row]]) -> Sequence[Scored]:
         began = time.time()
-        scores = await asyncio.gather(*pool.begin(pairs))
+        scores = await client.score(pairs)
         log.add(began, time.time())
         return scores
 
-    await pool.start()
+    await client.start()
     try:
         async with SampledGroups(context, engines, config.engine) as sampled, progress:
             return await sample_and_score(sampled, groups, score, progress=progress)
     finally:
-        await pool.close()
+        await client.close()
         log.flush()
 
 
@@ -102,10 +102,9 @@ def prepare(
     return rows, eval_requests(rows, tokenizer, config)
 
 
-def reward_pool(config: EvalConfig) -> RewardPool:
-    """The killable processes that score."""
-    reward = config.reward
-    return RewardPool(RewardSpec(reward.name, reward.args), reward.workers, reward.timeout_s)
+def reward_client(config: EvalConfig) -> RewardClient:
+    """The reward actor that scores, as in training: it is replaced when it is lost."""
+    return RewardClient(config.reward, config.resources.reward)
 
 
 def measure(prompts: Sequence[PromptReplies], config: EvalConfig, seed: int) -> dict[str, dict[str, Any]]:
