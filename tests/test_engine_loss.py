@@ -81,7 +81,7 @@ def check_events(undisturbed: StageContext, disturbed: StageContext, unit: str) 
     assert [line["name"] for line in lines if line["event"] == "engine_replaced"][:1] == leased
     done = [line["done"] for line in lines if line["event"] == "progress" and line["unit"] == unit]
     total = next(line["total"] for line in lines if line["event"] == "progress")
-    assert done == sorted(set(done))
+    assert done == sorted(done)  # a count may be told again while groups wait for their scores
     assert done[0] < done[-1] == total
 
 
