@@ -18,12 +18,24 @@ _BEFORE = re.compile(
     r"it is|it's)\b,?)*",
     re.IGNORECASE,
 )
-_JOINT = re.compile(r"[\s*_$)\]}]*(?:\bor\b|\band\b|/|,|\||&)[\s*_$(\[{]*", re.IGNORECASE)
+_JOINT = re.compile(r"[\s*_$)\]{}]*(?:\bor\b|\band\b|/|,|\||&)[\s*_$(\[{}]*", re.IGNORECASE)
 # What may follow the letter: the end, a closing sign, or the beginning of a reason or of the choice's own text.
 _CLOSED = re.compile(r"[*_$)\]}\"'`]*\s*(?:$|\n|[.,;:!)\]}(*|/—–-](?!\w)|\\|<)")
 _REASON = re.compile(r"[*_$)\]}\"'`]*\s+(?:because|since|as|for|given|or|and|with|which|where|by|due|not|but)\b")
 _OPERATOR = re.compile(r"[*_$)\]}]*\s*[=<>^+]|\s*\\(?:le|ge|ne|in|times|cdot|rangle)\b|_|\^")
 _DENIED = re.compile(r"\s*not\b", re.IGNORECASE)
+_RULED_OUT = re.compile(
+    r"[\s*_$)\]}\"'`]*(?:is|was|seems|looks|must be|would be|has to be)?(?:\s+(?:also|clearly|definitely|simply))?\s*"
+    r"(?:\bnot\b|\bcannot\b|\bcan['’]t\b|n['’]t\b|\bnever\b|\bwrong\b|\bincorrect\b|\bfalse\b|\bimpossible\b|\bout\b|"
+    r"\bruled out\b|\bexcluded\b|\beliminated\b)",
+    re.IGNORECASE,
+)
+# Another letter later in the sentence: "B, or maybe A", "B, though it could be (A)", "B. C is also correct".
+_HEDGE = re.compile(
+    r"\b(?:maybe|perhaps|possibly|alternatively|could be|might be|may be)\b(?:\W|\b(?:option|choice|the|answer)\b)*"
+    r"\b([A-Z])\b(?!['’\w])|\b([A-Z])\b\W*\b(?:is|are|would be|could be|might be)\s+(?:also|equally|just as)\b"
+)
+_SENTENCE = re.compile(r"[^\n?!]*?(?=[.]\s|[\n?!]|$)")
 _ALONE = re.compile(r"[\s*_$(\[{`]*([A-Za-z])[\s*_$)\]}.`]*")
 _SHOWN = re.compile(r"\*\*\s*\(?([A-Z])\)?(?:[.:)][^*\n]*)?\s*\*\*|\(([A-Z])\)")
 
@@ -35,7 +47,8 @@ def multiple_choice(rollout: Rollout, row: Row, num_choices: int = 26) -> Reward
     of these, it is named as the beginning of a reply of one line ("B", "(B) red"), as the last line, or as the only
     letter in bold or brackets. Text inside `<think>` does not count. The letters are those of the row's `choices` (a
     list in its fields, also as JSON text or as {label, text}), else the first `num_choices`. The row's answer is a
-    letter, the index of a choice from 0, or the text of a choice; for any other answer ValueError is raised.
+    letter, the index of a choice from 0, or the text of a choice; for any other answer ValueError is raised. A letter
+    that is ruled out ("B is wrong") is not named, and one that is hedged ("B, or maybe A") is not the only one.
     """
     labels, texts = _choices(row.fields.get("choices"), num_choices)
     gold = _gold(row.answer, labels, texts)
@@ -44,7 +57,18 @@ def multiple_choice(rollout: Rollout, row: Row, num_choices: int = 26) -> Reward
     named = named_letters(rollout.text, labels)
     if len(named) != 1:
         return RewardResult(0.0, reason="several answers" if named else "no stated answer")
-    return RewardResult(1.0) if named == {gold} else RewardResult(0.0, reason="wrong")
+    if named != {gold}:
+        return RewardResult(0.0, reason="wrong")
+    if _contradicts(rollout.text, labels.index(gold), texts):
+        return RewardResult(0.0, reason="the letter of one choice with the text of another")
+    return RewardResult(1.0)
+
+
+def _contradicts(text: str, gold: int, texts: list[str]) -> bool:
+    """Whether the letter of a choice stands before the whole text of another, as in "(B) red" where B is blue."""
+    others = {choice for choice in texts if choice != texts[gold]} if texts else set()
+    lines = re.findall(rf"\b{_LETTERS[gold]}\b[\s).:*\]]+([^\n]+)", without_reasoning(text))
+    return any(line.strip(" .*_$)]") in others for line in lines)
 
 
 def named_letters(text: str, letters: str = _LETTERS) -> set[str]:
@@ -68,7 +92,9 @@ def _unmarked(text: str, letters: str) -> set[str]:
         return found
     if lines and (alone := _ALONE.fullmatch(lines[-1])):
         return {alone[1].upper()} & set(letters)
-    return {bold or bracketed for bold, bracketed in _SHOWN.findall(lines[-1] if lines else "")} & set(letters)
+    last = lines[-1] if lines else ""
+    shown = [match for match in _SHOWN.finditer(last) if not _RULED_OUT.match(last, match.end())]
+    return {match[1] or match[2] for match in shown} & set(letters)
 
 
 def _letters_at(text: str, letters: str) -> set[str]:
@@ -76,12 +102,18 @@ def _letters_at(text: str, letters: str) -> set[str]:
         return set()
     start = _start(text)
     found: set[str] = set()
+    end = start
     while start < len(text) and _is_letter(text, start, letters, first=not found):
+        end = start + 1
+        if _RULED_OUT.match(text, start + 1):
+            return found
         found.add(text[start].upper())
         joint = _JOINT.match(text, start + 1)
         if joint is None or _DENIED.match(text, joint.end()):
             break
         start = joint.end()
+    if found and (rest := _SENTENCE.match(text, end)):
+        found |= {sign for pair in _HEDGE.findall(rest[0]) for sign in pair if sign} & set(letters)
     return found
 
 

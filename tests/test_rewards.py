@@ -202,6 +202,28 @@ class TestMultipleChoice:
     def test_wrong(self, text: str) -> None:
         assert value(multiple_choice(reply(text), row("B", choices=["a", "b", "c"]))) == 0.0
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "B is incorrect", "B isn't it.", "B cannot be right", "Answer: B is wrong", "**B** is out", "(B) is false",
+            "Answer: B or maybe A", "Answer: B, though it could be C.", "Answer: B; A is also correct",
+            "\\boxed{B\\text{ or }A}", "Final answer: (B) blue", "B. green",
+        ],
+    )  # fmt: skip
+    def test_ruled_out_hedged_or_contradicted(self, text: str) -> None:
+        assert value(multiple_choice(reply(text), row("B", choices=["blue", "red", "green"]))) == 0.0
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "B is correct.", "The answer is B, not A or C.", "The answer is B, as option A is false.", "(B) red",
+            "The answer is B. It could be A if the sun were cold.", "B, since A or C would be too small",
+            "The answer is B since a dog could be a pet", "Choices:\nA) blue\nB) red\nAnswer: B",
+        ],
+    )  # fmt: skip
+    def test_other_letters_that_are_no_answers(self, text: str) -> None:
+        assert value(multiple_choice(reply(text), row("B", choices=["blue", "red", "green"]))) == 1.0
+
     def test_bad_row(self) -> None:
         with pytest.raises(ValueError, match="none of the letters ABC"):
             multiple_choice(reply("B"), row("D", choices=["a", "b", "c"]))
