@@ -14,7 +14,7 @@ from .expressions.notation import key
 from .expressions.records import Answer
 from .expressions.tokens import Unreadable
 from .expressions.units import unit_at
-from .stated import boxes, marked, tagged, without_reasoning
+from .stated import TAKEN_BACK, boxes, marked, tagged, without_reasoning
 
 REQUIRES = {"math": ["answer"]}
 _MAX_CHARS = 500
@@ -85,6 +85,8 @@ def stated_answers(text: str) -> list[str]:
         last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
         formulas = _formulas(last)
         numbers = list(_NUMBER.finditer(last))
+        if TAKEN_BACK.search(last):
+            return []
         if len(formulas) == 1:
             stated = formulas
         elif len(numbers) == 1 and not formulas:

@@ -14,6 +14,13 @@ MARK = re.compile(
     re.IGNORECASE,
 )
 
+# What takes an answer back when it follows it: "\\boxed{4} is wrong", "4 is not the answer".
+TAKEN_BACK = re.compile(
+    r"[\s$*_.)\\\]]*\b(?:is|was|seems|looks|would be|must be)\s+(?:(?:clearly|also|definitely)\s+)?"
+    r"(?:wrong|incorrect|false|not\s+(?:right|correct|true|the\s+(?:right\s+|correct\s+)?answer)\b)",
+    re.IGNORECASE,
+)
+
 
 def without_reasoning(text: str) -> str:
     """The text without the reasoning in `<think>`, even if that block never ends. Reasoning states no answer."""
@@ -22,7 +29,10 @@ def without_reasoning(text: str) -> str:
 
 
 def boxes(text: str) -> list[str]:
-    """The contents of each outermost `\\boxed{...}` and `\\fbox{...}`, braces counted; of `\\boxed 12` the word."""
+    """The contents of each outermost `\\boxed{...}` and `\\fbox{...}`, braces counted; of `\\boxed 12` the word.
+
+    A box that is taken back, as in `\\boxed{4} is wrong`, states nothing.
+    """
     found, place = [], 0
     while match := _BOX.search(text, place):
         place = match.end()
@@ -35,7 +45,7 @@ def boxes(text: str) -> list[str]:
         while place < len(text) and depth:
             depth += 0 if text[place - 1] == "\\" else {"{": 1, "}": -1}.get(text[place], 0)
             place += 1
-        if not depth:
+        if not depth and not TAKEN_BACK.match(text, place):
             found.append(text[start : place - 1])
     return found
 

@@ -169,6 +169,10 @@ class TestMath:
             "The answer is 4=3",
             "answer: " + "4 " * 1000,
             "The answer is four",
+            "4 is incorrect.",
+            "$4$ is not the right answer",
+            "\\boxed{4} is wrong",
+            "So \\(\\boxed{4}\\) was clearly incorrect.",
             "",
         ],
     )
