@@ -134,7 +134,7 @@ def parts(folder: Path, seed: int, mute: bool):
 
     rows = [Row(f"r{index}", "sums", (Message("user", f"{index} + 1 ="),), str(index + 1)) for index in range(ROWS)]
 
-    def render(messages: Sequence[Message]) -> list[int]:
+    def render(row: Row, messages: Sequence[Message]) -> list[int]:
         first = int(messages[-1].text.split()[0])
         return [300 + (first + place) % 200 for place in range(PROMPT_TOKENS)]
 

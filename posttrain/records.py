@@ -5,7 +5,7 @@ Nothing here imports torch, and nothing is filled in later: each step makes a ne
 `msgspec.structs.replace`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import chain
 from typing import Any
@@ -129,7 +129,7 @@ class VersionSpan(Struct, frozen=True, array_like=True):
     end: int
 
 
-class Segment(Struct, frozen=True):
+class Segment(Struct, frozen=True, omit_defaults=True):
     """Consecutive tokens after the prompt that have one origin: one turn of the policy, or what was put in between.
 
     token_ids: the very ids that the engine sampled, or the rendered ids of what the world said; text is never
@@ -138,6 +138,9 @@ class Segment(Struct, frozen=True):
     sampler_logprobs: float log-probability of each token under the distribution that it was sampled from; None for
         tokens that nobody sampled (a tool's result, a user's turn).
     versions: spans that cover a sampled segment exactly, in order; () for one that was not sampled.
+    keeps: None for a segment that follows everything before it. A number begins a new branch of the rollout: of all
+        tokens so far, the prompt's among them, the policy sees the first `keeps` and then this segment. So a
+        conversation goes on whose chat template rewrites earlier turns.
 
     Example: a policy calls a tool, reads the result, and answers.
 
@@ -150,6 +153,36 @@ class Segment(Struct, frozen=True):
     trained: bool
     sampler_logprobs: tuple[float, ...] | None = None
     versions: tuple[VersionSpan, ...] = ()
+    keeps: int | None = None
+
+
+class Branch(Struct, frozen=True):
+    """One sequence of tokens that the policy saw, from the first token of the prompt to the end of a branch.
+
+    segments: those of this branch, each with the place of its first token in `token_ids`. What the branch shares with
+    the one before belongs to that one.
+    """
+
+    token_ids: tuple[int, ...]
+    segments: tuple[tuple[int, Segment], ...]
+
+
+def branches(prompt_ids: Sequence[int], segments: Iterable[Segment]) -> list[Branch]:
+    """The branches of a rollout in order: one, if no segment says otherwise by `keeps`.
+
+    Example: `branches((1, 2), [Segment((3, 4), True, ...), Segment((9,), False, keeps=3), Segment((5,), True, ...)])`
+    has the token ids (1, 2, 3, 4) and (1, 2, 3, 9, 5).
+    """
+    ids, placed, found = list(prompt_ids), [], []
+    for segment in segments:
+        if segment.keeps is not None:
+            if placed:
+                found.append(Branch(tuple(ids), tuple(placed)))
+            del ids[segment.keeps :]
+            placed = []
+        placed.append((len(ids), segment))
+        ids += segment.token_ids
+    return [*found, Branch(tuple(ids), tuple(placed))]
 
 
 def num_sampled(segments: Sequence[Segment]) -> int:
@@ -159,62 +192,6 @@ def num_sampled(segments: Sequence[Segment]) -> int:
         if segment.sampler_logprobs is not None:
             count += len(segment.token_ids)
     return count
-
-
-class Rollout(Struct, frozen=True):
-    """One answer of the policy to a prompt, of one segment or several.
-
-    prompt_id: the row's id. group_id: the G rollouts of one prompt share it. index: place in the group, from 0.
-    text: what the policy said, without special tokens; of several turns the last.
-    system: the system instruction that was sampled for the prompt, or None.
-    worker: name of the rollout worker; started_s, finished_s: Unix times.
-
-    Example: `Rollout("p1", "g7", 0, prompt, (Segment((5, 6), True, (-0.1, -0.2), (VersionSpan(0, 0, 2),)),), "4",
-    FinishReason.STOP)`.
-    """
-
-    prompt_id: str
-    group_id: str
-    index: int
-    prompt: Prompt
-    segments: tuple[Segment, ...]
-    text: str
-    finish_reason: FinishReason
-    system: str | None = None
-    worker: str = ""
-    started_s: float = 0.0
-    finished_s: float = 0.0
-
-    @property
-    def prompt_ids(self) -> tuple[int, ...]:
-        """Token ids of the prompt."""
-        return self.prompt.token_ids
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """Token ids of everything after the prompt."""
-        if len(self.segments) == 1:
-            return self.segments[0].token_ids
-        return tuple(chain.from_iterable(segment.token_ids for segment in self.segments))
-
-    @property
-    def num_sampled(self) -> int:
-        """How many tokens the policy sampled."""
-        return num_sampled(self.segments)
-
-    @property
-    def versions(self) -> Iterator[int]:
-        """Every policy version that sampled a part of it."""
-        return (span.policy_version for segment in self.segments for span in segment.versions)
-
-    @property
-    def trained_segments(self) -> Iterator[tuple[int, Segment]]:
-        """(place of its first token after the prompt, segment) of each segment that is trained on."""
-        start = 0
-        for segment in self.segments:
-            if segment.trained:
-                yield start, segment
-            start += len(segment.token_ids)
 
 
 class RewardResult(Struct, frozen=True):
@@ -248,3 +225,57 @@ class Scored(Struct, frozen=True):
     outcome: Outcome = Outcome.SCORED
     reason: str = ""
     wall_s: float = 0.0
+
+
+class Rollout(Struct, frozen=True):
+    """One answer of the policy to a prompt, of one segment or several.
+
+    prompt_id: the row's id. group_id: the G rollouts of one prompt share it. index: place in the group, from 0.
+    text: what the policy said, without special tokens; of several turns the last.
+    system: the system instruction that was sampled for the prompt, or None.
+    worker: name of the rollout worker; started_s, finished_s: Unix times.
+    scored: the score that the rollout's environment gave it; None for a rollout without an environment.
+
+    Example: `Rollout("p1", "g7", 0, prompt, (Segment((5, 6), True, (-0.1, -0.2), (VersionSpan(0, 0, 2),)),), "4",
+    FinishReason.STOP)`.
+    """
+
+    prompt_id: str
+    group_id: str
+    index: int
+    prompt: Prompt
+    segments: tuple[Segment, ...]
+    text: str
+    finish_reason: FinishReason
+    system: str | None = None
+    worker: str = ""
+    started_s: float = 0.0
+    finished_s: float = 0.0
+    scored: Scored | None = None
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Token ids of the prompt."""
+        return self.prompt.token_ids
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Token ids of all segments, one after the other. Of several branches they are no sequence: see `branches`."""
+        if len(self.segments) == 1:
+            return self.segments[0].token_ids
+        return tuple(chain.from_iterable(segment.token_ids for segment in self.segments))
+
+    @property
+    def num_sampled(self) -> int:
+        """How many tokens the policy sampled."""
+        return num_sampled(self.segments)
+
+    @property
+    def versions(self) -> Iterator[int]:
+        """Every policy version that sampled a part of it."""
+        return (span.policy_version for segment in self.segments for span in segment.versions)
+
+    @property
+    def branches(self) -> list[Branch]:
+        """The sequences of tokens that the policy saw, in order; most rollouts have one."""
+        return branches(self.prompt.token_ids, self.segments)

@@ -22,6 +22,7 @@ from rollout_records import drawn, one_turn, reply_sample
 
 from posttrain.config.base import Config
 from posttrain.context import StageContext
+from posttrain.episodes.tools import row_tools
 from posttrain.errors import UserError
 from posttrain.files import read_jsonl
 from posttrain.pipeline.graph import Node, Pipeline, load_pipeline, with_trackers
@@ -83,6 +84,8 @@ def write_inputs(folder: Path, model: Path) -> None:
     _write(folder / "train_a.jsonl", [{"key": "z0", "other": "k0"}, {"key": "z1", "other": "z1"}])
     _write(folder / "train_b.jsonl", [{"key": "z2", "other": "z2"}, {"key": "k1", "other": "z3"}])
     (folder / "first.yaml").write_text("steps: 6\n")
+    environments = [f"async def {name}(session, row, turns=1): ...\n" for name in ("talk", "game")]
+    (folder / "worlds.py").write_text("\n".join(environments))
     turn = "{{ '<|header_start|>' + m.role + ' ' + (tone or 'calm') + '<|header_end|>' + m.content + '<|eot|>' }}"
     prompt = "{% if add_generation_prompt %}<|header_start|>assistant {{ tone or 'calm' }}<|header_end|>{% endif %}"
     (folder / "template.jinja").write_text(f"{{% for m in messages %}}{turn}{{% endfor %}}{prompt}")
@@ -404,6 +407,20 @@ def eval_client(config: Any) -> Any:
     return _pool(reward_client(config))
 
 
+def eval_environment(config: Any) -> Any:
+    from posttrain.eval.stage import rollouter
+
+    return _environment(rollouter(config, 0))
+
+
+def _environment(rollouter: Any) -> Any:
+    """What the processes load, how many there are and for how long they wait, and how calls are read."""
+    if rollouter is None:
+        return None
+    tools = [row_tools(rollouter.config, prompt.row) for prompt in _drawn()]
+    return rollouter.pool.setup("notes"), rollouter.pool.num_processes, rollouter.reading, tools
+
+
 def eval_unscored(config: Any) -> Any:
     """What is told where one of four replies has no score."""
     from posttrain.eval.stage import report_unscored
@@ -464,6 +481,12 @@ def rl_rows(config: Any) -> Any:
 
     rows = _rows_to_profile(config, 0)
     return rows, _render(config, rows, heldout_rows(config, config.evaluation))[1:]
+
+
+def rl_environment(config: Any) -> Any:
+    from posttrain.rl.stage import _rollouter
+
+    return _environment(_rollouter(config, _tokenizer(), 0))
 
 
 def rl_requests(config: Any) -> Any:
@@ -644,7 +667,7 @@ def rl_side(config: Any) -> Any:
     rows, asked = heldout_rows(config, config.evaluation), config.evaluation
     if asked is None:
         return rows
-    prompts = heldout_prompts(config, rows, lambda messages: [len(message.content) for message in messages])
+    prompts = heldout_prompts(config, rows, lambda row, messages: [len(message.content) for message in messages])
     requests = [
         evaluation_request(asked, prompt, max_tokens=config.sampling.max_tokens, stop_ids=(0,)) for prompt in prompts
     ]
@@ -857,7 +880,8 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         trackers,
     ),
     "rl": (
-        resources_of("rl"), rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests, rl_difficulties,
+        resources_of("rl"), rl_environment, rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests,
+        rl_difficulties,
         rl_controller, rl_first_batch, rl_draws, rl_parked_draws, rl_knowledge, rl_side, rl_policy, rl_micro_batches,
         rl_rescoring, rl_weights, rl_reference, rl_judge, judge_endpoint, rl_trainer_deadline, rl_stops, policy,
         router_bias, engine_settings, MODEL_ENGINE, trackers,
@@ -866,6 +890,8 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         resources_of("dpo"), dpo_arguments, dpo_loss, dpo_pairs, held_out, adapters, policy, router_bias,
         engine_settings, trackers,
     ),
-    "eval": (resources_of("eval"), MODEL_ENGINE, eval_client, eval_results, eval_unscored, eval_requests),
+    "eval": (
+        resources_of("eval"), MODEL_ENGINE, eval_client, eval_environment, eval_results, eval_unscored, eval_requests,
+    ),
     "pipeline": (pipeline_jobs, trackers),
 }  # fmt: skip

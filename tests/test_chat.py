@@ -1,7 +1,6 @@
 """Chat rendering: what is trained on, where it starts, and that sampling and training see the same tokens."""
 
 import random
-from functools import partial
 
 import pytest
 from msgspec.structs import replace
@@ -16,6 +15,7 @@ from posttrain.data.chat import (
     render_samples,
 )
 from posttrain.data.ends import end_token_ids
+from posttrain.episodes.tools import row_renderer
 from posttrain.errors import CheckpointError, DataError
 from posttrain.records import ImagePart, Message, Row, TextPart, ToolCall
 
@@ -244,11 +244,11 @@ def test_a_template_that_removes_earlier_reasoning_makes_a_sample_of_each_turn(c
 
 
 def test_the_row_is_named_whose_tools_the_template_leaves_out(chatml):
-    row = Row("r7", "sums", WITH_TOOLS[:-1])
+    row, render = Row("r7", "sums", WITH_TOOLS[:-1]), row_renderer(chatml, None)
     with pytest.raises(DataError, match="row 'r7': the chat template leaves out the name of the call"):
-        render_row(partial(render_prompt, chatml), row)
+        render_row(render, row)
     chatml.chat_template = CHATML_TOOLS
-    assert render_row(partial(render_prompt, chatml), row) == tuple(render_prompt(chatml, row.messages))
+    assert render_row(render, row) == tuple(render_prompt(chatml, row.messages))
 
 
 def test_an_image_is_refused_and_not_silently_dropped(tokenizer):

@@ -68,6 +68,16 @@ HELDOUT = {"data": {"path": "prompts_a.jsonl"}}
 STRICT = {"evaluation.correct_threshold": 0.9, "reward.correct_threshold": 0.9}  # the two must be equal
 INSTRUCTIONS = [{"text": "Be brief."}, {"text": "Take care."}]
 VERIFIED = [{"text": "Be brief.", "verifier": {"name": "instructions"}}]
+TALK = {"environment": {"name": "worlds.py:talk"}}
+ENVIRONMENT_VALUES = {
+    "environment": [TALK["environment"]],
+    "environment.name": ["worlds.py:game"],
+    "environment.args": [{"turns": 2}],
+    "environment.tools": [[{"type": "function", "function": {"name": "look"}}]],
+    "environment.by_capability": [{"coding": {"name": "worlds.py:talk"}}],
+}
+WORLDS = {"environment": {"by_capability": {"math": {"name": "worlds.py:talk"}}}}
+ENVIRONMENT_GIVEN = {"environment.by_capability": WORLDS, "environment.*": TALK}
 COURSE = {"held_out": {"rows": 2, "every": 1}}
 EVALUATION = {"model": MODEL, "data": {"path": "prompts_a.jsonl"}, "reward": REWARD}
 
@@ -207,9 +217,11 @@ TABLE: dict[str, dict[str, Any]] = {
             "evaluation.data.roles": [{"user": "assistant"}],
             "evaluation.data.weights": [[1.0, 3.0]],
             "evaluation.prompts": [1],
+            **ENVIRONMENT_VALUES,
         },
         "given": {
             **templates_of("model"),
+            **ENVIRONMENT_GIVEN,
             "prompts.special_*": {"prompts": {"path": "prompts_special.jsonl"}},
             "prompts.weights": {"prompts.path": ["prompts_a.jsonl", "prompts_b.jsonl"]},
             "prompts.mix_seed": {"prompts": {"path": ["prompts_a.jsonl", "prompts_b.jsonl"], "weights": [1.0, 1.0]}},
@@ -318,9 +330,11 @@ TABLE: dict[str, dict[str, Any]] = {
             "exclude.0.path": ["train_b.jsonl", ["train_a.jsonl", "train_b.jsonl"]],
             "exclude.0.limit": [1],
             "key_field": ["other"],
+            **ENVIRONMENT_VALUES,
         },
         "given": {
             **templates_of("model"),
+            **ENVIRONMENT_GIVEN,
             "data.special_*": {"data": {"path": "prompts_special.jsonl"}},
             "data.weights": {"data.path": ["prompts_a.jsonl", "prompts_b.jsonl"]},
             "data.mix_seed": {"data": {"path": ["prompts_a.jsonl", "prompts_b.jsonl"], "weights": [1.0, 1.0]}},

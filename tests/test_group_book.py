@@ -58,7 +58,7 @@ class Bench:
             over_provision=self.config.over_provision,
         )
         self.tally = StepTally({}, {}, self.config.reward.correct_threshold)
-        self.source = PromptSource(ROWS, SystemsConfig(), lambda messages: [1, 2, 3], seed=0)
+        self.source = PromptSource(ROWS, SystemsConfig(), lambda row, messages: [1, 2, 3], seed=0)
         self.context = StageContext("rl", folder, folder / "events.jsonl", 0)
         self.book = GroupBook(
             self.config,

@@ -550,7 +550,7 @@ def source_of(rows, seed=0, instructions=()):
     from posttrain.config.rewards import SystemsConfig
 
     systems = validate_config(SystemsConfig, {"instructions": list(instructions)}, "test")
-    return PromptSource(rows, systems, lambda messages: [len(m.content) for m in messages], seed=seed)
+    return PromptSource(rows, systems, lambda row, messages: [len(m.content) for m in messages], seed=seed)
 
 
 def test_every_prompt_is_seen_once_a_pass():

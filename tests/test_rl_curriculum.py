@@ -31,7 +31,7 @@ def curriculum_of(passes: dict[str, int], steps: int = 10, **changes) -> Curricu
 def source_of(curriculum: Curriculum, names, tries: int = 32, seed: int = 0) -> PromptSource:
     rows = [Row(name, "math", (Message("user", name),)) for name in names]
     systems = validate_config(SystemsConfig, {}, "test")
-    return PromptSource(rows, systems, lambda messages: [1], seed=seed, curriculum=curriculum, tries=tries)
+    return PromptSource(rows, systems, lambda row, messages: [1], seed=seed, curriculum=curriculum, tries=tries)
 
 
 def test_a_belief_is_the_beta_of_its_counts_and_fades_by_half():

@@ -52,7 +52,7 @@ def reply(*spans, finish="stop"):
 
 
 def source():
-    return PromptSource(ROWS, SystemsConfig(), lambda messages: [1, 2, len(messages[-1].content)], seed=0)
+    return PromptSource(ROWS, SystemsConfig(), lambda row, messages: [1, 2, len(messages[-1].content)], seed=0)
 
 
 class Tokenizer:

@@ -182,13 +182,13 @@ def test_a_prompt_needs_room_with_every_system_instruction():
     """Tokens are words here. Of 20 tokens 16 are for the reply, so that a prompt may have 4."""
     from posttrain.rl.prompts.lengths import check_room
 
-    def render(messages: Sequence[Message]) -> list[int]:
+    def render(row: Row, messages: Sequence[Message]) -> list[int]:
         return [0 for message in messages for _ in message.content.split()]
 
     def check(*texts: str, **systems: object) -> None:
         rows = [Row(f"p{index}", "math", (Message("user", text),)) for index, text in enumerate(texts)]
         rows.append(Row("own", "math", (Message("system", "one two"), Message("user", "three four"))))
-        prompts = [drawn(row, row.messages, tuple(render(row.messages))) for row in rows]
+        prompts = [drawn(row, row.messages, tuple(render(row, row.messages))) for row in rows]
         check_room(prompts, render, config_of(**systems).systems.instructions, max_tokens=16, max_model_len=20)
 
     instructions = {"systems": {"instructions": [{"text": ""}, {"text": "a b"}]}}

@@ -74,7 +74,7 @@ def check_by_itself(config: RlConfig, folder: Path) -> tuple[float, list[bool]]:
     assert config.evaluation is not None
     tokenizer = load_tokenizer(config.model.path)
     rows = [Row(row["id"], row["capability"], (Message("user", row["messages"][0]["content"]),)) for row in HELDOUT]
-    prompts = heldout_prompts(config, rows, lambda messages: render_prompt(tokenizer, messages))
+    prompts = heldout_prompts(config, rows, lambda row, messages: render_prompt(tokenizer, messages))
     stop_ids = tuple(end_token_ids(tokenizer))
     requests = [
         evaluation_request(config.evaluation, prompt, max_tokens=config.sampling.max_tokens, stop_ids=stop_ids)

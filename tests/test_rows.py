@@ -452,7 +452,10 @@ PICTURE = {"role": "user", "content": [{"type": "image", "image": "x.png"}, {"ty
     [
         ({"messages": [USER, ASSISTANT, PICTURE]}, "row 2: messages[2] has an image; stage rl works on text only"),
         ({"messages": [USER], "images": ["x.png"]}, "row 2: images: got ['x.png']; stage rl works on text only"),
-        ({"messages": [USER], "tools": [{"type": "function"}]}, "stage rl does not show tools to the policy"),
+        (
+            {"messages": [USER], "tools": "calculate"},
+            "row 2: tools: got 'calculate': must be a list of function schemas",
+        ),
     ],
 )
 def test_what_a_stage_cannot_use_is_refused_in_its_name(tmp_path, row, problem):

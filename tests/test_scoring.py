@@ -22,7 +22,7 @@ from rollout_records import one_turn
 
 from posttrain.errors import PluginError
 from posttrain.records import Message, RewardResult, Rollout, Row, Scored, VersionSpan
-from posttrain.scoring.plugins.lookup import RewardSpec, check_reward, list_rewards, load_reward
+from posttrain.scoring.plugins.lookup import REWARD, RewardSpec, check_reward, list_plugins, load_reward
 from posttrain.scoring.pool.pool import RewardPool
 from posttrain.scoring.pool.wire import Answer, FrameBuffer, Loaded, PairEncoder, Question
 from posttrain.scoring.sandbox.run import Limits, SandboxError, SandboxResult, find_sandbox, run_python
@@ -472,7 +472,7 @@ class TestPlugins:
         assert load_reward(f"{hostile}:by_text", {"bonus": 1.0})(reply("a"), ROW) == 2.0
 
     def test_every_built_in_is_listed_and_passes_its_check(self) -> None:
-        listed = {info.name: info for info in list_rewards()}
+        listed = {info.name: info for info in list_plugins(REWARD)}
         assert {"puzzles", "final_answer", "math", "code", "valid_json"} <= set(listed)
         args = {"overlong": {"max_tokens": 9}, "weighted_sum": {"rewards": {"math": 1}},
                 "by_capability": {"rewards": {"math": "math"}}}  # fmt: skip

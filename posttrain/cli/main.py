@@ -12,6 +12,7 @@ import typer
 
 from posttrain.cli import prune  # noqa: F401  (adds its commands to data_app)
 from posttrain.cli.data import data_app
+from posttrain.cli.environments import environments_app
 from posttrain.cli.info import info_app, ledger_app
 from posttrain.cli.rewards import rewards_app
 from posttrain.cli.stages import stages_app
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.add_typer(stages_app)
 app.add_typer(info_app)
 app.add_typer(rewards_app, name="rewards")
+app.add_typer(environments_app, name="environments")
 app.add_typer(data_app, name="data")
 app.add_typer(ledger_app, name="ledger")
 

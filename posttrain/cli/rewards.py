@@ -35,9 +35,9 @@ SHOWN = 60
 @rewards_app.command("list")
 def rewards_list() -> None:
     """List the registered rewards: name, where the function is, and what it does."""
-    from posttrain.scoring.plugins.lookup import list_rewards
+    from posttrain.scoring.plugins.lookup import REWARD, list_plugins
 
-    found = list_rewards()
+    found = list_plugins(REWARD)
     width = max((len(info.name) for info in found), default=0)
     for info in found:
         typer.echo(f"{info.name:<{width}}  {info.summary}  ({info.where})")

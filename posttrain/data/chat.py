@@ -70,15 +70,18 @@ def render_prompt(tokenizer: Tokenizer, messages: Messages, tools: Tools = None)
     tool calls or tool results, `CheckpointError` if there is no template.
     """
     dicts = as_dicts(messages)
-    ids = _prompt_ids(tokenizer, dicts, tools)
-    require_tools_shown(lambda *given: _prompt_ids(tokenizer, *given), dicts, tools, ids=ids)
+    ids = prompt_ids(tokenizer, dicts, tools)
+    require_tools_shown(lambda *given: prompt_ids(tokenizer, *given), dicts, tools, ids=ids)
     return ids
 
 
-def render_row(render: Callable[[Sequence[Message]], Sequence[int]], row: Row) -> tuple[int, ...]:
-    """Token ids of a row by `render`, a tokenizer's `render_prompt`. Raises `DataError` that names the row."""
+RenderRow = Callable[[Row, Sequence[Message]], Sequence[int]]  # messages as a prompt, with the tools of the row
+
+
+def render_row(render: RenderRow, row: Row) -> tuple[int, ...]:
+    """Token ids of a row as a prompt. Raises `DataError` that names the row."""
     try:
-        return tuple(render(row.messages))
+        return tuple(render(row, row.messages))
     except DataError as error:
         raise DataError(f"row {row.id!r}: {error}") from None
 
@@ -118,8 +121,8 @@ def render_samples(tokenizer: Tokenizer, messages: Messages, tools: Tools = None
         )
     turns = {index: _render_turn(tokenizer, dicts[: index + 1], tools) for index in learned}
     ends_learned = learned[-1] == len(dicts) - 1
-    whole = turns[learned[-1]].ids if ends_learned else _conversation_ids(tokenizer, dicts, tools)
-    require_tools_shown(lambda *given: _conversation_ids(tokenizer, *given), dicts, tools, ids=whole)
+    whole = turns[learned[-1]].ids if ends_learned else conversation_ids(tokenizer, dicts, tools)
+    require_tools_shown(lambda *given: conversation_ids(tokenizer, *given), dicts, tools, ids=whole)
     samples: list[tuple[list[int], list[int]]] = []
     # From the longest rendering to the shortest: a turn is trained on in the first one that holds exactly the tokens
     # that sampling would have seen and produced.
@@ -157,11 +160,11 @@ def render_reply(
     """
     dicts = [*as_dicts(prompt), {"role": "assistant", "content": reply}]
     if not ended and "</think>" not in reply:
-        prompt_ids = render_prompt(tokenizer, prompt, tools)
-        if _begun_thinking(tokenizer, prompt_ids):  # templates have no form for thinking that does not end
-            return prompt_ids, encode_text(tokenizer, guard_of(tokenizer, chat_template(tokenizer)), reply)
+        asked = render_prompt(tokenizer, prompt, tools)
+        if begun_thinking(tokenizer, asked):  # templates have no form for thinking that does not end
+            return asked, encode_text(tokenizer, guard_of(tokenizer, chat_template(tokenizer)), reply)
     turn = _render_turn(tokenizer, dicts, tools)
-    require_tools_shown(lambda *given: _conversation_ids(tokenizer, *given), dicts, tools, ids=turn.ids)
+    require_tools_shown(lambda *given: conversation_ids(tokenizer, *given), dicts, tools, ids=turn.ids)
     return turn.ids[: turn.start], turn.ids[turn.start : turn.stop if ended else turn.stop - 1]
 
 
@@ -193,10 +196,10 @@ def _render_turn(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools
     """Render the last of these messages. Raises `DataError` unless sampling could have produced it."""
     name = f"message {len(dicts) - 1}"
     marked = _GENERATION_MARKER.search(chat_template(tokenizer)) is not None
-    prompt = _prompt_ids(tokenizer, dicts[:-1], tools)
+    prompt = prompt_ids(tokenizer, dicts[:-1], tools)
     content = dicts[-1]["content"]
     if "</think>" in content and "<think>" not in content:  # the prompt opened the block, so the reply lacks the tag
-        dicts = [*dicts[:-1], {**dicts[-1], "content": _begun_thinking(tokenizer, prompt) + content}]
+        dicts = [*dicts[:-1], {**dicts[-1], "content": begun_thinking(tokenizer, prompt) + content}]
     rendered = _apply(tokenizer, dicts, tools=tools, return_assistant_tokens_mask=marked)
     ids = list(rendered["input_ids"])
     _require_prefix(tokenizer, prompt, ids, name=name)
@@ -215,7 +218,7 @@ def _render_turn(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools
     return _Turn(ids, start, last + 1, bits)
 
 
-def _begun_thinking(tokenizer: Tokenizer, prompt: list[int]) -> str:
+def begun_thinking(tokenizer: Tokenizer, prompt: list[int]) -> str:
     """The opening tag with which a prompt ends if it opens a thinking block, such as "<think>\n"; else ""."""
     found = _BEGUN_THINKING.search(tokenizer.decode(prompt))
     return found[0] if found else ""
@@ -245,11 +248,13 @@ def _plain_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
     return [*start, *ids, *end], [0] * len(start) + [1] * (len(ids) + len(end))
 
 
-def _prompt_ids(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools) -> list[int]:
+    """As `render_prompt`, of messages as `as_dicts` makes them, without the check that tools are shown."""
     return list(_apply(tokenizer, dicts, tools=tools, add_generation_prompt=True)["input_ids"])
 
 
-def _conversation_ids(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools) -> list[int]:
+def conversation_ids(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools) -> list[int]:
+    """Token ids of a conversation as the chat template writes it, with nothing begun after its last turn."""
     return list(_apply(tokenizer, dicts, tools=tools)["input_ids"])
 
 

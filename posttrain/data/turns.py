@@ -12,8 +12,6 @@ Kind = Literal["supervised", "prompt"]
 
 # Columns that hold images, videos or sounds beside the messages, as in TRL and in many chat datasets.
 MEDIA_COLUMNS = ("images", "image", "videos", "audios")
-# The stages that show the row's `tools` to a model (sft, dpo), and the stage that passes rows on unchanged (filter).
-STAGES_WITH_TOOLS = ("sft", "dpo", "filter")
 
 _ALTERNATE = "after an optional first system turn, user and assistant alternate, user first"
 _CALLS = "an assistant turn with tool_calls is followed by their results, in tool turns, and then by an assistant turn"
@@ -106,7 +104,8 @@ def tools_of(fields: Mapping[str, object]) -> list[dict[str, Any]] | None:
 
 
 def check_usable(messages: Sequence[Message], fields: Mapping[str, object], *, name: str, stage: str) -> None:
-    """Raise `RowError` for a part of a row that a stage cannot use yet: images, and in most stages declared tools.
+    """Raise `RowError` for a part of a row that a stage cannot use yet: images; and for declared
+    tools that are not schemas.
 
     The stage must not ignore them silently. fields: the row's other columns. name: the field that holds the messages.
     """
@@ -117,9 +116,4 @@ def check_usable(messages: Sequence[Message], fields: Mapping[str, object], *, n
         if not is_absent(fields.get(column)):
             value = shown(fields[column])
             raise RowError(f"{column}: got {value}; stage {stage} works on text only; remove the row or the column")
-    if stage not in STAGES_WITH_TOOLS:
-        if not is_absent(fields.get("tools")):
-            value = shown(fields["tools"])
-            raise RowError(f"tools: got {value}; stage {stage} does not show tools to the policy; remove the column")
-    else:
-        tools_of(fields)
+    tools_of(fields)

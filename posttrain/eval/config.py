@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from posttrain.config.base import Config
 from posttrain.config.data import DataConfig, FilesConfig
 from posttrain.config.engines import EngineConfig, SamplingConfig
+from posttrain.config.environments import EnvironmentConfig, with_reward
 from posttrain.config.fields import Probability
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.resources import ActorResources, RewardResources
@@ -38,6 +39,11 @@ class EvalConfig(Config):
     model: ServedModelConfig = Field(description="The policy to measure.")
     data: DataConfig = Field(description="The held-out prompts; each ends with a user or tool turn.")
     reward: RewardConfig = Field(description="The reward that scores each reply.")
+    environment: EnvironmentConfig | None = Field(
+        default=None,
+        description="Rows as episodes of several turns, as in training. The environment gives their reward; the "
+        "section reward scores all other rows.",
+    )
     correct_threshold: Probability | None = Field(
         default=None,
         description="Another place for reward.correct_threshold: a reply with at least this reward counts as right.",
@@ -91,6 +97,7 @@ class EvalConfig(Config):
     @classmethod
     def _threshold_of_the_reward(cls, data: Any) -> Any:
         """Copy `correct_threshold` into the reward if only it is given, so that the stage reads one threshold."""
+        data = with_reward(data)
         reward = data.get("reward") if isinstance(data, dict) else None
         if not isinstance(reward, dict) or data.get("correct_threshold") is None or "correct_threshold" in reward:
             return data

@@ -5,12 +5,12 @@ A reply that could not be scored has no reward. It is counted and left out of ev
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from posttrain.data.chat import render_prompt, render_row
+from posttrain.data.chat import render_row
 from posttrain.data.ends import end_token_ids
 from posttrain.data.strata import sampled_rows
 from posttrain.data.tokenizer import Tokenizer
+from posttrain.episodes.tools import row_renderer
 from posttrain.errors import DataError
 from posttrain.eval.config import EvalConfig
 from posttrain.records import DrawnPrompt, FinishReason, Prompt, Rollout, Row, Scored
@@ -103,7 +103,7 @@ def _reply(rollout: Rollout, scored: Scored) -> Reply:
 
 
 def _prompt_ids(row: Row, tokenizer: Tokenizer, config: EvalConfig) -> tuple[int, ...]:
-    ids = render_row(partial(render_prompt, tokenizer), row)
+    ids = render_row(row_renderer(tokenizer, config.environment), row)
     room = config.engine.length - len(ids)
     if room < config.sampling.max_tokens:
         raise DataError(

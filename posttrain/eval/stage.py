@@ -9,9 +9,10 @@ Data, keys and the reward are checked before an engine starts. Left out: compari
 """
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from posttrain.context import BusyLog, StageContext
@@ -19,6 +20,9 @@ from posttrain.data.chat import check_special_tokens
 from posttrain.data.ends import note_added_end
 from posttrain.data.messages import messages_to_json
 from posttrain.data.rows import load_rows
+from posttrain.data.shown import Tools
+from posttrain.episodes.rollouter import EnvironmentRollouter
+from posttrain.episodes.tools import check_environment_rows, row_tools
 from posttrain.errors import StageError
 from posttrain.eval.config import EvalConfig
 from posttrain.eval.heldout import check_heldout
@@ -27,7 +31,7 @@ from posttrain.eval.results import results
 from posttrain.files import write_json, write_jsonl
 from posttrain.metrics.unscored import Unscored, failures
 from posttrain.model.tokenizer import load_tokenizer
-from posttrain.records import Rollout, Row, Scored
+from posttrain.records import Message, Rollout, Row, Scored
 from posttrain.sampling.client import Engines
 from posttrain.sampling.groups import SampledGroups
 from posttrain.sampling.requests import SampleRequest
@@ -81,7 +85,12 @@ async def _replies(
 
     await client.start()
     try:
-        async with SampledGroups(context, engines, config.engine) as sampled, progress:
+        made = rollouter(config, context.seed)
+        async with (
+            made or contextlib.nullcontext(),
+            SampledGroups(context, engines, config.engine, rollouter=made) as sampled,
+            progress,
+        ):
             return await sample_and_score(sampled, groups, score, progress=progress)
     finally:
         await client.close()
@@ -93,13 +102,25 @@ def prepare(
 ) -> tuple[list[Row], list[tuple[str, Row, SampleRequest]]]:
     """The held-out rows, and the requests for them. Raises DataError for a row that is wrong or not held out."""
     rows = load_rows(config.data, kind="prompt", stage="eval", context=context)
-    check_fields(RewardSpec(config.reward.name, config.reward.args), rows)
+    check_fields(RewardSpec(config.reward.name, config.reward.args), check_environment_rows(config.environment, rows))
     if config.key_field is not None:
         check_heldout(rows, config.exclude, config.key_field)
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     note_added_end(tokenizer, context)
-    check_special_tokens(tokenizer, config.data, ((f"row {row.id!r}", row.messages, None) for row in rows))
+    check_special_tokens(tokenizer, config.data, _texts(config, rows))
     return rows, eval_requests(rows, tokenizer, config)
+
+
+def _texts(config: EvalConfig, rows: Sequence[Row]) -> Iterator[tuple[str, Sequence[Message], Tools]]:
+    return ((f"row {row.id!r}", row.messages, row_tools(config.environment, row) or None) for row in rows)
+
+
+def rollouter(config: EvalConfig, seed: int) -> EnvironmentRollouter | None:
+    """What makes the rollouts of rows with an environment; None if there is none."""
+    if config.environment is None:
+        return None
+    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+    return EnvironmentRollouter(config.environment, tokenizer, length=config.engine.length, seed=seed)
 
 
 def reward_client(config: EvalConfig) -> RewardClient:

@@ -17,6 +17,7 @@ from typing import Any
 import posttrain
 from posttrain.config.base import RESULT_STAYS, Config
 from posttrain.config.data import FilesConfig
+from posttrain.config.environments import EnvironmentFunctionConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.rewards import RewardFunctionConfig
 from posttrain.data.hub import local_path
@@ -88,7 +89,7 @@ def _inputs(node: Node) -> dict[str, Any]:
         elif isinstance(value, FilesConfig):
             paths = [value.path] if isinstance(value.path, str) else value.path
         else:
-            paths = _reward_sources(value)
+            paths = _plugin_sources(value)
         found[item.key] = [path_hash(local_path(path)) for path in paths if not has_reference(path)]
     for key, path in other_paths(node.config, node.stage_kind):
         found[key] = [path_hash(Path(part).expanduser()) for part in _model_paths(path)]
@@ -102,11 +103,13 @@ def _model_paths(path: str) -> list[str]:
     return [path, *([str(base_folder(path))] if is_adapter(path) else [])]
 
 
-def _reward_sources(reward: RewardFunctionConfig) -> list[str]:
-    from posttrain.scoring.plugins.requirements import reward_sources
+def _plugin_sources(plugin: RewardFunctionConfig | EnvironmentFunctionConfig) -> list[str]:
+    from posttrain.scoring.plugins.requirements import environment_sources, reward_sources
 
     try:
-        return [str(path) for path in reward_sources(reward.name, reward.args)]
+        if isinstance(plugin, EnvironmentFunctionConfig):
+            return [str(path) for path in environment_sources(plugin.name)]
+        return [str(path) for path in reward_sources(plugin.name, plugin.args)]
     except (UserError, ImportError):
         return []
 

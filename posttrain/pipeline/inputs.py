@@ -1,7 +1,7 @@
-"""Finds and checks the inputs that a stage's config names outside of the pipeline: models, datasets and rewards.
+"""Finds and checks the inputs that a stage's config names outside of the pipeline: models, datasets and plug-ins.
 
 `input_problems` loads none of them. It lists a model's folder (model_folders.py), reads the first rows of a dataset and
-parses the source of a reward. A path with `${...}` is the output of another stage, does not exist yet, and is not
+parses the source of a plug-in. A path with `${...}` is the output of another stage, does not exist yet, and is not
 checked. The stage itself reads all rows when it starts.
 """
 
@@ -14,24 +14,25 @@ from typing import Any
 from pydantic import BaseModel
 
 from posttrain.config.data import DataConfig, FilesConfig
+from posttrain.config.environments import WHOLE, EnvironmentConfig, EnvironmentFunctionConfig
 from posttrain.config.models import ServedModelConfig
-from posttrain.config.rewards import RewardFunctionConfig, VerifierConfig
+from posttrain.config.rewards import RewardFunctionConfig
 from posttrain.errors import ConfigError, UserError
 from posttrain.judging.config import EndpointConfig
 from posttrain.pipeline.kinds import Rows, StageKind, kind_name
 from posttrain.pipeline.model_folders import model_folder_problems, quantized_problems
+from posttrain.pipeline.plugins import CHECKED_ROWS, plugin_problems, rows_without_fields
 from posttrain.pipeline.references import has_reference
 
-CHECKED_ROWS = 100
 SHOWN_ROWS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A model folder, dataset or reward that a config names. key: key path of its section, such as `reward`."""
+    """A model folder, dataset or plug-in that a config names. key: key path of its section, such as `reward`."""
 
     key: str
-    value: ServedModelConfig | FilesConfig | RewardFunctionConfig
+    value: ServedModelConfig | FilesConfig | RewardFunctionConfig | EnvironmentFunctionConfig
 
 
 def walk(config: BaseModel, key: str = "") -> Iterator[tuple[str, BaseModel]]:
@@ -53,12 +54,14 @@ def _walk_value(value: object, key: str) -> Iterator[tuple[str, BaseModel]]:
 
 
 def find_inputs(config: BaseModel) -> list[Input]:
-    """The model folders, datasets and rewards that a config names, in the order of its keys."""
-    return [
-        Input(key, value)
-        for key, value in walk(config)
-        if isinstance(value, ServedModelConfig | FilesConfig | RewardFunctionConfig)
-    ]
+    """The model folders, datasets and plug-ins that a config names, in the order of its keys."""
+    found = []
+    for key, value in walk(config):
+        if isinstance(value, EnvironmentConfig) and value.name is not None:
+            found.append(Input(key, value.functions[WHOLE]))
+        elif isinstance(value, ServedModelConfig | FilesConfig | RewardFunctionConfig | EnvironmentFunctionConfig):
+            found.append(Input(key, value))
+    return found
 
 
 def find_endpoints(config: BaseModel) -> list[tuple[str, EndpointConfig]]:
@@ -85,15 +88,14 @@ def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
 
 
 def _row_problems(config: BaseModel, kind: StageKind) -> list[str]:
-    """The first prompts that lack a field which a reward of the same config needs."""
+    """The first prompts that lack a field which a plug-in of the same config needs."""
     inputs = find_inputs(config)
     rewards = [item.value for item in inputs if isinstance(item.value, RewardFunctionConfig)]
-    given = [] if getattr(config, "judge", None) is None else ["judge"]  # the reward gets the verdict of RL's judge
     problems = []
     for found in inputs if rewards else []:
         value = found.value
         if isinstance(value, DataConfig) and data_kind(found.key, kind) == "prompt" and not _refers(value):
-            problems += [f"{found.key}: {line}" for line in _rows_without_fields(value, rewards, given)[:SHOWN_ROWS]]
+            problems += [f"{found.key}: {line}" for line in rows_without_fields(value, config, rewards)[:SHOWN_ROWS]]
     return problems
 
 
@@ -127,28 +129,6 @@ def _held_out_problems(config: BaseModel) -> list[str]:
     from posttrain.data.held_out import share_problem
 
     return list(filter(None, [share_problem(held_out, known)]))
-
-
-def _rows_without_fields(data: DataConfig, rewards: Sequence[RewardFunctionConfig], given: Sequence[str]) -> list[str]:
-    from posttrain.data.rows import load_rows
-    from posttrain.scoring.plugins.lookup import RewardSpec
-    from posttrain.scoring.plugins.requirements import missing_fields
-
-    try:
-        rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS)
-    except UserError:  # data_problems reports it
-        return []
-    bare = [
-        row for row in rows if row.messages[0].role != "system"
-    ]  # the only rows to which a verifier's system instruction is added
-    lines: list[str] = []
-    try:
-        for reward in rewards:
-            met = bare if isinstance(reward, VerifierConfig) else rows
-            lines += missing_fields(RewardSpec(reward.name, reward.args), met, given)
-    except UserError as error:
-        lines += str(error).splitlines()
-    return lines
 
 
 def paths_of(data: FilesConfig) -> list[str]:
@@ -189,8 +169,8 @@ def _problems(found: Input, kind: StageKind) -> list[str]:
         if template is not None and not Path(template).is_file():
             lines.append(f".chat_template.path: got {template!r}: no such file; give the file of a Jinja chat template")
         return lines
-    if isinstance(value, RewardFunctionConfig):
-        return _reward_problems(value)
+    if isinstance(value, RewardFunctionConfig | EnvironmentFunctionConfig):
+        return plugin_problems(value)
     paths = [value.path] if isinstance(value.path, str) else value.path
     if any(has_reference(path) for path in paths):
         value = value.model_copy(update={"path": [path for path in paths if not has_reference(path)]})
@@ -228,14 +208,4 @@ def _unreadable(data: FilesConfig) -> list[str]:
         next(read_records(paths), None)
     except UserError as error:
         return str(error).splitlines()
-    return []
-
-
-def _reward_problems(reward: RewardFunctionConfig) -> list[str]:
-    from posttrain.scoring.plugins.lookup import check_reward
-
-    try:
-        check_reward(reward.name, reward.args)
-    except UserError as error:
-        return [f".name: {line}" for line in str(error).splitlines()]
     return []

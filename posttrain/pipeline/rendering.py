@@ -92,10 +92,11 @@ def _first_of(rows: list[tuple[str, Callable[[], Any]]], key: str) -> list[str]:
 
 def _renderings(data: DataConfig, kind: str, node: Node, *, tokenizer: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name of the row, a function that renders it as the stage will) for the first rows of a dataset."""
-    from posttrain.data.chat import render_prompt, render_reply, render_samples
+    from posttrain.data.chat import render_reply, render_samples
     from posttrain.data.pairs import load_pairs
     from posttrain.data.rows import load_rows
     from posttrain.data.turns import tools_of
+    from posttrain.episodes.tools import row_renderer
 
     if kind == "pairs":
         for pair in load_pairs(data, limit=CHECKED_ROWS, stage=node.kind):
@@ -109,11 +110,12 @@ def _renderings(data: DataConfig, kind: str, node: Node, *, tokenizer: Any) -> I
             yield f"row {row.id!r}", partial(render_samples, tokenizer, row.messages, tools_of(row.fields))
     elif kind == "prompt":
         rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS, stage=node.kind)
+        render = row_renderer(tokenizer, getattr(node.config, "environment", None))
         for row in rows:
-            yield f"row {row.id!r}", partial(render_prompt, tokenizer, row.messages)
+            yield f"row {row.id!r}", partial(render, row, row.messages)
         systems: Any = getattr(node.config, "systems", None)
         bare = next((row for row in rows if row.messages[0].role != "system"), None)
         for item in systems.instructions if systems is not None and bare is not None else ():
             if item.text and bare is not None:
                 turns = (Message("system", item.text), *bare.messages)
-                yield f"row {bare.id!r} with a system instruction", partial(render_prompt, tokenizer, turns)
+                yield f"row {bare.id!r} with a system instruction", partial(render, bare, turns)

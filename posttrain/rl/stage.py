@@ -3,18 +3,21 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
-from posttrain.data.chat import check_special_tokens, render_prompt, render_row
+from posttrain.data.chat import check_special_tokens, render_row
 from posttrain.data.ends import end_token_ids, note_added_end
 from posttrain.data.rows import load_rows
+from posttrain.data.shown import Tools
 from posttrain.data.strata import hash_order
 from posttrain.data.tokenizer import Tokenizer
+from posttrain.episodes.rollouter import EnvironmentRollouter
+from posttrain.episodes.tools import row_renderer, row_tools
 from posttrain.errors import TrainerLostError
 from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
 from posttrain.model.sharing import note_unshared
@@ -62,6 +65,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     note_added_end(tokenizer, context)
     stop_ids = tuple(end_token_ids(tokenizer))
     check_reference(config.loss.reference, config.model)
+    rollouter = partial(_rollouter, config, tokenizer, context.seed)  # each event loop has its own
     prepared = prepare_judge(config.judge) if config.judge is not None else None
     with ExitStack() as models:
         engines = models.enter_context(
@@ -72,7 +76,9 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         try:
             order = list(prompts)
             random.Random(context.seed).shuffle(order)
-            difficulties = profile_prompts(config, context, engines, prompts=order, stop_ids=stop_ids, judge=judge)
+            difficulties = profile_prompts(
+                config, context, engines, prompts=order, stop_ids=stop_ids, judge=judge, rollouter=rollouter()
+            )
         except BaseException:
             trainer.close(at_once=True)
             raise
@@ -91,7 +97,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
                 parts = Parts(
                     engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated, judge,
-                    difficulties, profile["prompts_unscored"],
+                    difficulties, profile["prompts_unscored"], rollouter(),
                 )  # fmt: skip
                 try:
                     figures = _train(config, context, parts, prompts=prompts)
@@ -128,7 +134,7 @@ def _render(
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     _check_special_tokens(tokenizer, config, rows, heldout=heldout)
     prompts = _draw_plain(rows, tokenizer, config)
-    return tokenizer, prompts, heldout_prompts(config, heldout, partial(render_prompt, tokenizer))
+    return tokenizer, prompts, heldout_prompts(config, heldout, row_renderer(tokenizer, config.environment))
 
 
 def _check_special_tokens(
@@ -136,7 +142,17 @@ def _check_special_tokens(
 ) -> None:
     evaluated = config.evaluation.data if config.evaluation is not None else config.prompts
     for data, those in ((config.prompts, rows), (evaluated, heldout)):
-        check_special_tokens(tokenizer, data, ((f"row {row.id!r}", row.messages, None) for row in those))
+        check_special_tokens(tokenizer, data, _texts(config, those))
+
+
+def _rollouter(config: RlConfig, tokenizer: Tokenizer, seed: int) -> EnvironmentRollouter | None:
+    if config.environment is None:
+        return None
+    return EnvironmentRollouter(config.environment, tokenizer, length=config.engine.length, seed=seed)
+
+
+def _texts(config: RlConfig, rows: Sequence[Row]) -> Iterator[tuple[str, Sequence[Message], Tools]]:
+    return ((f"row {row.id!r}", row.messages, row_tools(config.environment, row) or None) for row in rows)
 
 
 def _rows_to_profile(config: PromptsConfig, seed: int, context: StageContext | None = None) -> list[Row]:
@@ -159,10 +175,7 @@ def _rows_to_profile(config: PromptsConfig, seed: int, context: StageContext | N
 
 def _draw_plain(rows: Sequence[Row], tokenizer: Tokenizer, config: GradingConfig) -> list[DrawnPrompt]:
     """Each row as a prompt without a system instruction. Raises DataError if one leaves no room for a reply."""
-
-    def render(messages: Sequence[Message]) -> list[int]:
-        return render_prompt(tokenizer, messages)
-
+    render = row_renderer(tokenizer, config.environment)
     prompts = [DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))) for row in rows]
     check_room(
         prompts,
@@ -242,10 +255,7 @@ def prompt_source(
     steps: int,
 ) -> PromptSource:
     """The source that draws the selected prompts, each with its system instruction, over `steps` optimizer steps."""
-
-    def render(messages: Sequence[Message]) -> list[int]:
-        return render_prompt(tokenizer, messages)
-
+    render = row_renderer(tokenizer, config.environment)
     if config.curriculum is None:
         return PromptSource(selected, config.systems, render, seed=seed)
     ids = {row.id for row in selected}

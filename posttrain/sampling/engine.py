@@ -157,7 +157,7 @@ class EngineActor:
         """Make the engine's request for each reply. A reply that is at its end already becomes a finished piece."""
         shared: Any = None  # replies that start from the prompt alone differ in their ids only
         for index, begun in enumerate(request.begun or ((),) * request.n):
-            ended = end_of(begun, request)
+            ended = end_of(begun, request, self._decode)
             if ended:
                 finished.append(Piece(key, index, len(begun), (), (), (), ended, self._decode(list(begun))))
                 continue

@@ -24,6 +24,7 @@ class SampleRequest(Struct, frozen=True):
     log-probability of each, renormalised over the choices: the distribution of constrained decoding. `max_tokens` must
     be 1 then. begun: token ids of replies that another engine began, one entry for each reply wanted (`n` is then
     ignored). Each is continued, and `max_tokens` counts its tokens too. Only `EngineActor.submit` takes them.
+    stop: texts at which a reply ends too; the text is part of the reply.
     priority: requests with a larger number start later, and are interrupted first when memory is short.
     """
 
@@ -36,6 +37,7 @@ class SampleRequest(Struct, frozen=True):
     choice_ids: tuple[int, ...] | None = None
     begun: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
+    stop: tuple[str, ...] = ()
 
 
 class Completion(Struct, frozen=True):

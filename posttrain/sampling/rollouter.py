@@ -2,6 +2,7 @@
 
     rollouter.run(prompt, session) ──► session.sample()   one turn of the policy: a trained segment
                                        session.add(ids)   text that is not the policy's: a segment of context
+                       session.add(ids, keeps=n)   the same after the first n tokens alone: a new branch
                                        session.outside(w) the result of other work: a tool, a timer, another process
                                        session.rollout()  the record of all turns
 
@@ -23,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 from msgspec.structs import replace
 
 from posttrain.errors import StageError
-from posttrain.records import DrawnPrompt, FinishReason, Prompt, Rollout, Row, Segment
+from posttrain.records import DrawnPrompt, FinishReason, Prompt, Rollout, Row, Scored, Segment, branches
 from posttrain.sampling.requests import NOTHING, Completion, Piece, SampleRequest
 from posttrain.sampling.rollouts import UNBEGUN, Reply, make_rollout, reply_of, segment_of
 from posttrain.sampling.stream import join_spans
@@ -134,7 +135,8 @@ class Session:
     """
 
     __slots__ = (
-        "_last", "_recorded", "_segments", "_turn", "_worker", "ended_s", "flight", "index", "running", "waits_for"
+        "_known", "_last", "_recorded", "_segments", "_turn", "_worker", "ended_s", "flight", "index", "running",
+        "waits_for",
     )  # fmt: skip
 
     def __init__(self, flight: "Flight", index: int, recorded: Reply):
@@ -144,6 +146,7 @@ class Session:
         self.running: Coroutine[Any, Any, Rollout] | None = None  # the rollouter, for whoever runs it
         self.waits_for: Outside | None = None
         self._recorded = recorded
+        self._known: dict[int, Completion] = {}  # whole turns by the place of their segment
         self._segments: tuple[Segment, ...] = ()
         self._turn: Turn | None = None  # that is being sampled
         self._last = NOTHING
@@ -166,10 +169,14 @@ class Session:
             return Reply(self._segments, "", FinishReason.RUNNING)
         return Reply((*self._segments, segment_of(self._turn.completion)), "", FinishReason.RUNNING)
 
-    async def sample(self, *, max_tokens: int | None = None) -> Completion:
+    async def sample(
+        self, *, max_tokens: int | None = None, temperature: float | None = None, stop: Sequence[str] = ()
+    ) -> Completion:
         """The policy's next turn, sampled after the prompt and every segment so far; it is a trained segment.
 
-        max_tokens: limit of this turn; None means that of the config. Raises StageError while another turn is sampled.
+        max_tokens, temperature: of this turn; None means those of the config. A turn at another temperature is not
+        trained on, because the trainer computes log-probabilities at that of the config. stop: texts that end the turn
+        and are part of it. Raises StageError while another turn is sampled.
         """
         if self._turn is not None:
             raise StageError(f"{self.name}: a turn was asked for while another one is sampled")
@@ -178,40 +185,72 @@ class Session:
             completion = begun
         else:
             turn = self._turn = Turn(
-                self, self._request(max_tokens), number=len(self._segments), begun=begun, last_worker=self._worker
+                self,
+                self._request(max_tokens, temperature, stop),
+                number=len(self._segments),
+                begun=begun,
+                last_worker=self._worker,
             )
             completion = await turn
             self._worker, self.ended_s = turn.worker, turn.ended_s
             self._turn = None
-        self._segments = (*self._segments, segment_of(completion))
-        self._last = completion
+        segment = segment_of(completion)
+        if temperature not in (None, self.flight.request.temperature):
+            segment = replace(segment, trained=False)
+        self._last = self._known[len(self._segments)] = completion
+        self._segments = (*self._segments, segment)
         return completion
 
     async def outside(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` as a task and return its result, or raise its error. The task is cancelled if the rollout ends."""
         return await Outside(work)
 
-    def add(self, token_ids: Sequence[int]) -> None:
+    def add(self, token_ids: Sequence[int], *, keeps: int | None = None) -> None:
         """Add context that the policy did not sample, such as a tool's result or a user's turn. It is not trained on.
 
-        token_ids: the ids exactly as the policy is to read them. Raises StageError while a turn is sampled.
+        token_ids: the ids exactly as the policy is to read them. keeps: begins a new branch, see `Segment`. Raises
+        StageError while a turn is sampled.
         """
         if self._turn is not None:
             raise StageError(f"{self.name}: context was added while a turn is sampled")
-        segment = Segment(tuple(token_ids), False)
+        segment = Segment(tuple(token_ids), False, keeps=keeps)
         place = len(self._segments)
         if self._recorded.segments[place : place + 1] != (segment,):
             self._recorded = UNBEGUN  # the world says something else now, so what followed is of no use
         self._segments = (*self._segments, segment)
 
-    def rollout(self) -> Rollout:
-        """The rollout of all segments so far. Raises StageError if nothing was sampled."""
-        if not self._last.finish_reason:
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """The tokens that the policy sees now: those of the prompt and of every segment of the latest branch."""
+        return branches(self.flight.request.prompt_ids, self._segments)[-1].token_ids
+
+    def begin_again(self) -> None:
+        """Forget all segments. The turns so far are returned again, as after a crash: see `Rollouter.run`."""
+        self._recorded, self._segments, self._last = self.reply, (), NOTHING
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the rollout had ended, with its score, before a crash. `rollout` is then what was recorded."""
+        return self._recorded.scored is not None
+
+    def rollout(self, scored: Scored | None = None, finish_reason: FinishReason | None = None) -> Rollout:
+        """The rollout of all segments so far.
+
+        scored: given by whoever also scores it; it may then have no segment. finish_reason: None means that of the
+        last turn. Raises StageError if nothing was sampled and it has no score either.
+        """
+        if self.is_over:
+            return self._of(self._recorded)
+        if not self._last.finish_reason and scored is None:
             raise StageError(f"{self.name}: a rollout was made of which nothing was sampled")
+        reason = finish_reason or self._last.finish_reason or FinishReason.ABORT
+        return self._of(Reply(self._segments, self._last.text, reason, scored))
+
+    def _of(self, reply: Reply) -> Rollout:
         flight = self.flight
         return make_rollout(
             flight.prompt.prompt,
-            Reply(self._segments, self._last.text, self._last.finish_reason),
+            reply,
             prompt_id=flight.prompt.row.id,
             group_id=f"g{flight.order}",
             index=self.index,
@@ -226,11 +265,14 @@ class Session:
         """The name of the rollout in messages."""
         return f"row {self.flight.prompt.row.id}, rollout {self.index} of group {self.flight.order}"
 
-    def _request(self, max_tokens: int | None) -> SampleRequest:
+    def _request(self, max_tokens: int | None, temperature: float | None, stop: Sequence[str]) -> SampleRequest:
         request = self.flight.request
         if self._segments:
-            after = (token for segment in self._segments for token in segment.token_ids)
-            request = replace(request, prompt_ids=(*request.prompt_ids, *after))
+            request = replace(request, prompt_ids=self.context_ids)
+        if temperature is not None:
+            request = replace(request, temperature=temperature)
+        if stop:
+            request = replace(request, stop=tuple(stop))
         return request if max_tokens is None else replace(request, max_tokens=max_tokens)
 
     def _recorded_turn(self) -> tuple[Completion, bool]:
@@ -242,6 +284,9 @@ class Session:
         if segment.sampler_logprobs is None:  # there was context before; now the rollouter samples at once
             self._recorded = UNBEGUN
             return NOTHING, False
+        known = self._known.get(place)
+        if known is not None and known.token_ids == segment.token_ids:
+            return known, True
         is_whole = bool(recorded.finish_reason) and place == len(recorded.segments) - 1
         text, reason = (recorded.text, recorded.finish_reason) if is_whole else ("", FinishReason.RUNNING)
         return Completion(segment.token_ids, text, segment.sampler_logprobs, reason, segment.versions), is_whole

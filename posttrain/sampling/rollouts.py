@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from posttrain.records import FinishReason, Prompt, Rollout, Segment, num_sampled
+from posttrain.records import FinishReason, Prompt, Rollout, Scored, Segment, num_sampled
 from posttrain.sampling.requests import Completion
 
 
@@ -12,6 +12,7 @@ class Reply(Struct, frozen=True, array_like=True):
     segments: tuple[Segment, ...]
     text: str
     finish_reason: FinishReason
+    scored: Scored | None = None
 
     @property
     def num_sampled(self) -> int:
@@ -34,7 +35,7 @@ def whole_reply(completion: Completion) -> Reply:
 
 def reply_of(rollout: Rollout) -> Reply:
     """A finished rollout without its prompt."""
-    return Reply(rollout.segments, rollout.text, rollout.finish_reason)
+    return Reply(rollout.segments, rollout.text, rollout.finish_reason, rollout.scored)
 
 
 def up_to(reply: Reply, version: int) -> Reply:
@@ -81,4 +82,5 @@ def make_rollout(
         worker,
         started_s,
         finished_s,
+        reply.scored,
     )

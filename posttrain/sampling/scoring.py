@@ -98,6 +98,13 @@ class ScoringProgress:
                 self.tell()
 
 
+async def score_others(pairs: Sequence[tuple[Rollout, Row]], score: Score) -> list[Scored]:
+    """The scores in order: of an episode the score that its environment gave it, of all other rollouts by `score`."""
+    others = [pair for pair in pairs if pair[0].scored is None]
+    scores = iter(await score(others) if others else ())
+    return [rollout.scored or next(scores) for rollout, _ in pairs]
+
+
 async def sample_and_score(
     sampled: SampledGroups, flights: Sequence[Flight], score: Score, *, progress: ScoringProgress
 ) -> list[Sequence[Scored]]:
@@ -105,7 +112,8 @@ async def sample_and_score(
     scores: dict[int, Sequence[Scored]] = {}
 
     async def score_one(flight: Flight) -> None:
-        scores[flight.order] = found = await score([(rollout, flight.prompt.row) for rollout in flight.rollouts])
+        pairs = [(rollout, flight.prompt.row) for rollout in flight.rollouts]
+        scores[flight.order] = found = await score_others(pairs, score)
         progress.scored(flight.prompt.row.id, found)
 
     def begin(flight: Flight) -> None:

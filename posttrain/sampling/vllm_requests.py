@@ -31,15 +31,19 @@ def sampling_params(request: SampleRequest, num_begun: int = 0, stream: bool = F
         allowed_token_ids=list(request.choice_ids) if request.choice_ids else None,
         logprobs=len(request.choice_ids) if request.choice_ids else 0,
         flat_logprobs=True,
-        detokenize=False,  # the whole reply is decoded at once when it is finished
+        stop=list(request.stop) or None,
+        include_stop_str_in_output=bool(request.stop),
+        detokenize=bool(request.stop),  # otherwise the whole reply is decoded at once when it is finished
         output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         skip_clone=True,
     )
 
 
-def end_of(begun: tuple[int, ...], request: SampleRequest) -> FinishReason:
+def end_of(begun: tuple[int, ...], request: SampleRequest, decode: Callable[[list[int]], str]) -> FinishReason:
     """How a reply that was begun elsewhere has ended; RUNNING if it goes on."""
     if begun and begun[-1] in request.stop_token_ids:
+        return FinishReason.STOP
+    if begun and request.stop and any(text in decode(list(begun)) for text in request.stop):
         return FinishReason.STOP
     return FinishReason.LENGTH if len(begun) >= request.max_tokens else FinishReason.RUNNING
 

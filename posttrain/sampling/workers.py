@@ -144,6 +144,8 @@ class RolloutWorkers:
             num_unfinished = sum(len(flight.sessions) - len(flight.finished) for flight in self.flights.values())
             if len(self._asked) < num_unfinished:
                 return
+            # Nor must their order: an environment may answer one rollout before another.
+            self._asked.sort(key=lambda turn: (turn.flight.order, turn.session.index))
         asked, self._asked = self._asked, []
         together: list[Turn] = []
         for turn in asked:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from posttrain.config.base import Config
+from posttrain.config.environments import with_reward
 from posttrain.config.fields import Positive
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.rewards import RewardConfig, SystemsConfig
@@ -119,6 +120,11 @@ class GradingConfig(RolloutsConfig):
         default=2, description="A group in which fewer rollouts than this have a score is dropped."
     )
     loss: LossConfig = Field(default_factory=LossConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reward_of_the_environment(cls, data: object) -> object:
+        return with_reward(data)
 
     @model_validator(mode="after")
     def _check_grading(self) -> "GradingConfig":

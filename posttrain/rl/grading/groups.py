@@ -13,6 +13,7 @@ from posttrain.records import FinishReason, Outcome, Rollout, Row, Scored
 from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, is_zero
 from posttrain.rl.grading.config import GradingConfig, OverlongConfig
 from posttrain.rl.records import Drop, DropReason, Group, ScoredGroup
+from posttrain.sampling.scoring import score_others
 
 FIRST_PAUSE_S = 0.25
 
@@ -32,19 +33,20 @@ async def score_group(group: Group, scorer: Scorer, config: GradingConfig) -> Sc
     though it scored others, are not: it was tried on them more than once.
     """
     pairs = [(rollout, group.prompt.row) for rollout in group.rollouts]
-    scores = await scorer.score(pairs)
+    scores = await score_others(pairs, scorer.score)
     for pause_s in rescore_pauses(config.reward.rescores):
-        places = [index for index, scored in enumerate(scores) if _is_worth_a_try(scored)]
+        places = [index for index, scored in enumerate(scores) if _is_worth_a_try(group.rollouts[index], scored)]
         if not places:
             break
         await asyncio.sleep(pause_s)
-        again = iter(await scorer.score([pairs[index] for index in places]))
-        scores = [next(again) if _is_worth_a_try(scored) else scored for scored in scores]
+        again = dict(zip(places, await scorer.score([pairs[index] for index in places]), strict=True))
+        scores = [again.get(index, scored) for index, scored in enumerate(scores)]
     return scored_group(group, scores, config)
 
 
-def _is_worth_a_try(scored: Scored) -> bool:
-    return scored.result is None and scored.outcome is not Outcome.UNSCORABLE
+def _is_worth_a_try(rollout: Rollout, scored: Scored) -> bool:
+    """Whether the reward may score it next time. An episode has its score from its environment, or has none."""
+    return rollout.scored is None and scored.result is None and scored.outcome is not Outcome.UNSCORABLE
 
 
 def rescore_pauses(rescores: int) -> list[float]:
@@ -66,7 +68,8 @@ def scored_group(group: Group, scores: Sequence[Scored], config: GradingConfig) 
     max_tokens = config.sampling.max_tokens
     penalties = [0.0] * len(rewards)
     if config.overlong is not None:
-        penalties = [overlong_penalty(rollout.num_sampled, config.overlong, max_tokens) for rollout in group.rollouts]
+        longest = [longest_turn(rollout) for rollout in group.rollouts]
+        penalties = [overlong_penalty(length, config.overlong, max_tokens) for length in longest]
     known = [reward + penalty for reward, penalty in zip(rewards, penalties, strict=True) if reward is not None]
     advantages: list[float | None] = [None] * len(rewards)
     if len(known) >= config.min_group:
@@ -88,6 +91,12 @@ def _refused(rollout: Rollout) -> Scored | None:
     if not bad:
         return None
     return Scored(None, Outcome.INFRASTRUCTURE, f"{bad} of the sampler's log-probabilities are not finite")
+
+
+def longest_turn(rollout: Rollout) -> int:
+    """The number of tokens of the policy's longest turn, to which `sampling.max_tokens` applies."""
+    sampled = (len(segment.token_ids) for segment in rollout.segments if segment.sampler_logprobs is not None)
+    return max(sampled, default=0)
 
 
 def overlong_penalty(num_tokens: int, overlong: OverlongConfig, max_tokens: int) -> float:

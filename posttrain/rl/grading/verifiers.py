@@ -7,6 +7,7 @@ the result of the verifier and w the verifier's weight. Left out: verifiers for 
 from collections.abc import Sequence
 
 from posttrain.config.rewards import RewardConfig, SystemsConfig
+from posttrain.episodes.tools import check_environment_rows
 from posttrain.records import Row
 from posttrain.rl.grading.config import GradingConfig, RlJudgeConfig
 from posttrain.scoring.plugins.lookup import RewardSpec
@@ -32,9 +33,11 @@ def reward_config(reward: RewardConfig, systems: SystemsConfig) -> RewardConfig:
 
 
 def check_rewardable(config: GradingConfig, rows: Sequence[Row]) -> None:
-    """Raise DataError for a row without a field that the reward needs, or a verifier that may be drawn for it."""
-    own_system = [row for row in rows if row.messages[0].role == "system"]
-    others = [row for row in rows if row.messages[0].role != "system"]
+    """Raise DataError for a row without a field that its environment needs, or else the reward, or a verifier that may
+    be drawn for it."""
+    plain = check_environment_rows(config.environment, rows)
+    own_system = [row for row in plain if row.messages[0].role == "system"]
+    others = [row for row in plain if row.messages[0].role != "system"]
     given = given_fields(config.judge)
     check_fields(RewardSpec(config.reward.name, config.reward.args), own_system, given)
     check_fields(reward_spec(config.reward, config.systems), others, given)

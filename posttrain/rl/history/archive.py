@@ -3,12 +3,15 @@
 A row is a rollout. The rows with status "trained" hold all that the step was trained on, in order, so the step can be
 done again from them.
 
-`token_ids` are the tokens after the prompt. Places in `versions` and `segments` count these tokens from 0.
-`sampler_logprobs` has one entry for each of them, null for a token that was not sampled (the result of a tool, for
-example). `ref_logprobs` has one entry for each trained token. Example of a reply of three tokens, the last one sampled
-by version 5 and the others by version 4:
+`token_ids` are the tokens after the prompt, those of all branches one after the other. Places in `versions` and
+`segments` count these tokens from 0. `sampler_logprobs` has one entry for each of them, null for a token that was not
+sampled (the result of a tool, for example). `ref_logprobs` has one entry for each trained token. Example of a reply of
+three tokens, the last one sampled by version 5 and the others by version 4:
 
     versions = [[4, 0, 2], [5, 2, 3]]   segments = [[0, 3, true]]   sampler_logprobs = [-0.1, -2.3, -0.7]
+
+A segment that begins a new branch has a fourth entry: of all tokens before it, with the prompt's, the policy still sees
+so many (`Segment.keeps`).
 """
 
 import json
@@ -76,7 +79,7 @@ class RolloutArchive:
     def _columns(self) -> dict[str, list[Any]]:
         """The columns of the file by name, each with one value for every rollout."""
         rows = [(item, rollout) for item in self._decided for rollout in item.scored.group.rollouts]
-        oldest = [min(rollout.versions) for _, rollout in rows]
+        oldest = [min(rollout.versions, default=None) for _, rollout in rows]  # an episode may fail before it samples
         ids = [rollout.token_ids for _, rollout in rows]
 
         def of_each(values: Callable[[_Decided], Sequence[object]]) -> list[Any]:
@@ -102,7 +105,7 @@ class RolloutArchive:
             "versions": [_versions_json(rollout) for _, rollout in rows],
             "num_tokens": [rollout.num_sampled for _, rollout in rows],
             "staleness": [
-                None if item.step is None else item.trainer_version - first
+                None if item.step is None or first is None else item.trainer_version - first
                 for (item, _), first in zip(rows, oldest, strict=True)
             ],
             "status": [item.status for item, _ in rows],
@@ -138,17 +141,16 @@ def recorded_rollout(row: Mapping[str, Any]) -> Rollout:
     """The rollout in a row of the archive. Its prompt has token ids only; the messages are in the row's `prompt`."""
     spans = [VersionSpan(*span) for span in json.loads(row["versions"])]
     segments = []
-    for start, end, is_trained in json.loads(row["segments"]):
+    for start, end, is_trained, *keeps in json.loads(row["segments"]):
         logprobs = row["sampler_logprobs"][start:end]
         versions = tuple(
             VersionSpan(span.policy_version, span.start - start, span.end - start)
             for span in spans
             if start <= span.start < end
         )
-        is_sampled = None not in logprobs
-        segments.append(
-            Segment(tuple(row["token_ids"][start:end]), is_trained, tuple(logprobs) if is_sampled else None, versions)
-        )
+        known = tuple(logprobs) if end > start and None not in logprobs else None
+        ids = tuple(row["token_ids"][start:end])
+        segments.append(Segment(ids, is_trained, known, versions, keeps[0] if keeps else None))
     return Rollout(
         row["prompt_id"],
         row["group_id"],
@@ -186,8 +188,11 @@ def _versions_json(rollout: Rollout) -> str:
 
 
 def _segments_json(rollout: Rollout) -> str:
-    """All segments: [[start, end, whether it is trained on], ...]."""
-    places = [[start, start + len(segment.token_ids), segment.trained] for start, segment in _placed(rollout)]
+    """All segments: [[start, end, whether it is trained on], ...], with `keeps` at the end where a branch begins."""
+    places = [
+        [start, start + len(segment.token_ids), segment.trained, *([] if segment.keeps is None else [segment.keeps])]
+        for start, segment in _placed(rollout)
+    ]
     return _json.encode(places).decode()
 
 

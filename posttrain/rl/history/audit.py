@@ -148,7 +148,7 @@ def _archive(audit: Audit, entries: list[Entry], stage: Path, *, max_staleness: 
             tokens += row["num_tokens"]
             if not _is_covered(row, spans):
                 uncovered.append(row["group_id"])
-            age = row["step"] - min(version for version, _, _ in spans)
+            age = row["step"] - min((version for version, _, _ in spans), default=row["step"])
             if max_staleness is not None and not 0 <= age <= max_staleness:
                 too_old.append(row["group_id"])
     audit.totals["tokens_trained"] = tokens
@@ -175,6 +175,6 @@ def _is_covered(row: dict[str, Any], spans: list[list[int]]) -> bool:
     """Whether every sampled token of a rollout has exactly one policy version, and only sampled tokens are trained."""
     sampled = [place for place, value in enumerate(row["sampler_logprobs"]) if value is not None]
     segments = json.loads(row["segments"])
-    trained = {place for start, end, is_trained in segments if is_trained for place in range(start, end)}
+    trained = {place for start, end, is_trained, *_ in segments if is_trained for place in range(start, end)}
     covered = [place for _, start, end in spans for place in range(start, end)]
     return covered == sampled and trained <= set(sampled) and len(sampled) == row["num_tokens"]

@@ -24,7 +24,7 @@ from posttrain.rl.history.recovery import SNAPSHOT, rl_stages
 from posttrain.rl.records import GroupState
 from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.config import TrainingConfig
-from posttrain.rl.training.samples import TrainSample, is_trained_on, train_sample
+from posttrain.rl.training.samples import TrainSample, is_trained_on, rollout_samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,10 @@ def recorded_steps(stage: Path) -> Iterator[RecordedStep]:
             raise StageError(f"{path}: expected the rollouts of step {step}, found {sorted({r['step'] for r in rows})}")
         groups = tuple(dict.fromkeys(row["group_id"] for row in rows))
         samples = [
-            train_sample(rollout, step, row["advantage"], ref_logprobs=tuple(row["ref_logprobs"]))
+            sample
             for row, rollout in ((row, recorded_rollout(row)) for row in rows)
             if is_trained_on(rollout, row["advantage"])
+            for sample in rollout_samples(rollout, step, row["advantage"], ref_logprobs=tuple(row["ref_logprobs"]))
         ]
         yield RecordedStep(step, groups, tuple(samples))
 

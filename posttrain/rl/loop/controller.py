@@ -27,12 +27,14 @@ Each loop has a file by its name. They share the `GroupBook`, the only place whe
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from posttrain.actors.garbage import rare_collections
 from posttrain.context import BusyLog, StageContext
+from posttrain.episodes.rollouter import EnvironmentRollouter
 from posttrain.records import DrawnPrompt
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.judge import Judge, rewards
@@ -70,6 +72,7 @@ class Parts:
     shares: the share of each capability in a batch. stop_ids: token ids that end a reply. heldout: the prompts of
     `evaluation`. profile: the measured pass rates of the prompts. num_set_aside: how many prompts the profile
     could not score.
+    rollouter: makes the rollouts of rows with an environment; None if no row has one.
     """
 
     engines: Engines
@@ -84,6 +87,7 @@ class Parts:
     judge: Judge | None = None
     profile: Sequence[Difficulty] = ()
     num_set_aside: int = 0
+    rollouter: EnvironmentRollouter | None = None
 
 
 class _LastStepDone(Exception):
@@ -164,6 +168,7 @@ class Controller:
             deadline_s=config.engine.deadline_s,
             finished=self._sampled,
             begun=self._sampled_so_far,
+            rollouter=self._parts.rollouter,
             calls=partial(update_calls, config),
             manifest=manifest,
             version=self._first_step,
@@ -235,7 +240,8 @@ class Controller:
         await self._scorer.start()
         with rare_collections():
             try:
-                await self._run_loops()
+                async with self._parts.rollouter or nullcontext():
+                    await self._run_loops()
             finally:
                 await self._scorer.close()
                 self._reward_log.flush()

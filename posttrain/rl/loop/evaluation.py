@@ -4,19 +4,19 @@ Each line of evaluations.jsonl is one evaluation, of exactly one policy version.
 the sampling (side.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from posttrain.context import StageContext
-from posttrain.data.chat import render_row
+from posttrain.data.chat import RenderRow, render_row
 from posttrain.data.rows import load_rows
 from posttrain.data.strata import sampled_rows
 from posttrain.files import keep_lines, read_jsonl
 from posttrain.metrics.correctness import is_right
 from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
-from posttrain.records import DrawnPrompt, Message, Prompt, Row
+from posttrain.records import DrawnPrompt, Prompt, Row
 from posttrain.rl.config import EvaluationConfig
 from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.verifiers import check_rewardable
@@ -39,9 +39,7 @@ def heldout_rows(
     return sampled_rows(rows, evaluation.prompts)
 
 
-def heldout_prompts(
-    config: RolloutsConfig, rows: Sequence[Row], render: Callable[[Sequence[Message]], Sequence[int]]
-) -> list[DrawnPrompt]:
+def heldout_prompts(config: RolloutsConfig, rows: Sequence[Row], render: RenderRow) -> list[DrawnPrompt]:
     """The rows as prompts, without a sampled system instruction. Raises DataError if one leaves no room for a reply."""
     prompts = [DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))) for row in rows]
     check_room(prompts, render, max_tokens=config.sampling.max_tokens, max_model_len=config.engine.length)

@@ -238,7 +238,7 @@ class SideWork:
         """Take the replies to a prompt. If any token is of another version, the prompt is sampled again."""
         running.tokens += tokens
         versions = {version for rollout in group.rollouts for version in rollout.versions}
-        if versions != {running.version}:
+        if versions - {running.version}:
             running.resampled += 1
             running.unsent.append(number)
             return

@@ -19,7 +19,7 @@ from posttrain.judging.cache import judge_identity
 from posttrain.model.fingerprint import model_fingerprint
 from posttrain.records import Row
 from posttrain.rl.grading.config import GradingConfig, RlJudgeConfig
-from posttrain.scoring.plugins.requirements import reward_sources
+from posttrain.scoring.plugins.requirements import environment_sources, reward_sources
 
 
 def scoring_fingerprint(config: GradingConfig) -> str:
@@ -29,9 +29,12 @@ def scoring_fingerprint(config: GradingConfig) -> str:
     with its arguments and the source files in its folder.
     """
     sources = reward_sources(config.reward.name, config.reward.args)
+    functions = config.environment.functions.values() if config.environment is not None else ()
+    sources += [source for function in functions for source in environment_sources(function.name)]
     beside = sorted({file for source in sources for file in source.parent.glob("*.py")})
     return _digest(
         {
+            **({"environment": config.environment.model_dump()} if config.environment is not None else {}),
             "reward": [config.reward.name, config.reward.args],
             "judge": None if config.judge is None else _judge(config.judge),
             "sources": sorted([file.name, content_hash(file)] for file in beside),

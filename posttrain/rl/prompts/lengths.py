@@ -1,8 +1,9 @@
 """Check that every prompt leaves room for a reply, also with each system instruction that may be drawn for it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from posttrain.config.rewards import SystemInstruction
+from posttrain.data.chat import RenderRow
 from posttrain.errors import DataError
 from posttrain.records import DrawnPrompt, Message
 
@@ -13,7 +14,7 @@ _NEAR = 32
 
 def check_room(
     prompts: Sequence[DrawnPrompt],
-    render: Callable[[Sequence[Message]], Sequence[int]],
+    render: RenderRow,
     instructions: Sequence[SystemInstruction] = (),
     *,
     max_tokens: int,
@@ -38,9 +39,9 @@ def check_room(
     bare = [prompt for prompt in prompts if prompt.row.messages[0].role != "system"]
     for text in [item.text for item in instructions if item.text and bare]:
         system = Message("system", text)
-        added = len(render((system, *bare[0].prompt.messages))) - len(bare[0].prompt.token_ids)
+        added = len(render(bare[0].row, (system, *bare[0].prompt.messages))) - len(bare[0].prompt.token_ids)
         for prompt in bare:
             if len(prompt.prompt.token_ids) + added + _NEAR > limit:
-                length = len(render((system, *prompt.prompt.messages)))
+                length = len(render(prompt.row, (system, *prompt.prompt.messages)))
                 if length > limit:
                     raise too_long(prompt, length, f" with the system instruction {text[:40]!r}")

@@ -13,6 +13,7 @@ of them are the same.
 """
 
 import asyncio
+import contextlib
 import math
 import shutil
 import uuid
@@ -25,6 +26,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from posttrain.context import StageContext
+from posttrain.episodes.rollouter import EnvironmentRollouter
 from posttrain.errors import ConfigError, StageError
 from posttrain.metrics.correctness import is_right
 from posttrain.metrics.unscored import Unscored, kind_of
@@ -59,6 +61,7 @@ def profile_prompts(
     prompts: Sequence[DrawnPrompt],
     stop_ids: tuple[int, ...],
     judge: Judge | None = None,
+    rollouter: EnvironmentRollouter | None = None,
 ) -> list[Difficulty]:
     """Measure how often the policy passes each prompt. Prompts without any scored reply are left out of the result.
 
@@ -91,6 +94,7 @@ def profile_prompts(
                 keys=keys,
                 basis=basis,
                 judge=judge,
+                rollouter=rollouter,
                 unscored=unscored,
             )
         )
@@ -155,6 +159,7 @@ async def _sample(
     keys: Mapping[str, str],
     basis: Basis,
     judge: Judge | None,
+    rollouter: EnvironmentRollouter | None,
     unscored: Unscored,
 ) -> list[Difficulty]:
     """Sample and score the prompts in chunks. Each chunk is written when it is done.
@@ -202,7 +207,11 @@ async def _sample(
         # A deterministic run samples one chunk after another, so a stopped run has written the first ones.
         num_at_once = 1 if config.deterministic else CHUNKS_AT_ONCE
         wave_seed = seed if config.deterministic else None
-        async with SampledGroups(context, engines, config.engine, wave_seed=wave_seed) as sampled, progress:
+        async with (
+            rollouter or contextlib.nullcontext(),
+            SampledGroups(context, engines, config.engine, rollouter=rollouter, wave_seed=wave_seed) as sampled,
+            progress,
+        ):
             await asyncio.gather(*(drain() for _ in range(num_at_once)))
     finally:
         await client.close()

@@ -10,22 +10,23 @@ and the beliefs. So a resumed run finds its position from two numbers in the led
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.config.rewards import SystemsConfig
+from posttrain.data.chat import RenderRow
 from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.prompts.curriculum import EXCLUDED_MISS, Curriculum
 
 
 class PromptSource:
-    """Draws prompts of the selected rows. render: messages -> prompt token ids. tries: see CurriculumConfig."""
+    """Draws prompts of the selected rows. render: row and messages -> prompt token ids. tries: see CurriculumConfig."""
 
     def __init__(
         self,
         rows: Sequence[Row],
         systems: SystemsConfig,
-        render: Callable[[Sequence[Message]], Sequence[int]],
+        render: RenderRow,
         *,
         seed: int,
         curriculum: Curriculum | None = None,
@@ -62,7 +63,7 @@ class PromptSource:
         """The prompt of a selected row, with a system instruction or without (None)."""
         row = self._by_id[prompt_id]
         messages = row.messages if system is None else (Message("system", system), *row.messages)
-        return DrawnPrompt(row, system, Prompt(messages, tuple(self._render(messages))))
+        return DrawnPrompt(row, system, Prompt(messages, tuple(self._render(row, messages))))
 
     def prompts_seen(self, capability: str) -> int:
         """How many prompts of a capability have been looked at so far."""

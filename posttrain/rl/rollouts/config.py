@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from posttrain.config.base import Config
 from posttrain.config.data import DataConfig
 from posttrain.config.engines import EngineConfig, SamplingConfig
+from posttrain.config.environments import EnvironmentConfig
 from posttrain.config.models import ModelConfig
 from posttrain.config.resources import ActorResources, RewardResources, TrainerResources
 
@@ -105,6 +106,11 @@ class RolloutsConfig(Config):
     )
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
     sampling: RlSamplingConfig = Field(default_factory=RlSamplingConfig)
+    environment: EnvironmentConfig | None = Field(
+        default=None,
+        description="Rows as episodes of several turns. The environment gives their reward; the section reward scores "
+        "all other rows. null: every row has one turn.",
+    )
     engine: EngineConfig = Field(default_factory=EngineConfig)
     resources: RlResources = Field(default_factory=RlResources)
 

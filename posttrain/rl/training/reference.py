@@ -6,6 +6,7 @@ must fit on one GPU.
 """
 
 from collections.abc import Sequence
+from itertools import chain, islice
 from typing import Any
 
 from msgspec.structs import replace
@@ -18,7 +19,7 @@ from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.loss_config import ReferenceConfig
 from posttrain.rl.records import ScoredGroup
 from posttrain.rl.training.config import TrainingConfig
-from posttrain.rl.training.samples import TrainSample, is_trained_on, train_samples
+from posttrain.rl.training.samples import TrainSample, is_trained_on, num_trained, train_samples
 
 
 def check_reference(reference: ReferenceConfig | None, model: ModelConfig) -> None:
@@ -66,9 +67,9 @@ def frozen_policy(config: TrainingConfig, seed: int) -> Any:
 
 async def with_reference(scored: ScoredGroup, reference: Reference) -> ScoredGroup:
     """The group with the reference's log-probabilities of every rollout that is trained on."""
-    values = iter(await reference.logprobs(train_samples([scored], 0)))
+    values = chain.from_iterable(await reference.logprobs(train_samples([scored], 0)))
     found = tuple(
-        tuple(next(values)) if is_trained_on(rollout, advantage) else ()
+        tuple(islice(values, num_trained(rollout))) if is_trained_on(rollout, advantage) else ()
         for rollout, advantage in zip(scored.group.rollouts, scored.advantages, strict=True)
     )
     return replace(scored, ref_logprobs=found)

@@ -1,22 +1,24 @@
 """Rollouts as training samples.
 
-A sample holds the token ids that the engine sampled, with their log-probabilities and staleness, the ids around them,
-and an advantage.
+A sample is one branch of a rollout, which is all of it unless its chat template rewrote earlier turns. A token that was
+sampled is trained on in the one branch in which it was sampled. A sample holds the token ids that the engine sampled,
+with their log-probabilities and staleness, the ids around them, and an advantage.
 """
 
 from collections.abc import Sequence
 from itertools import chain
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from posttrain.records import Rollout
+from posttrain.records import Branch, Rollout
 from posttrain.rl.records import ScoredGroup
 
 
 class TrainSample(Struct, frozen=True):
-    """One rollout as the trainer gets it: all its tokens, and which of them are trained on.
+    """One branch of a rollout as the trainer gets it: all its tokens, and which of them are trained on.
 
-    token_ids: of the prompt and of all segments. trained: (start, end) places in `token_ids` of the tokens that are
+    token_ids: of the prompt and of all after it. trained: (start, end) places in `token_ids` of the tokens that are
     trained on, in order, none at place 0. The other sequences have one entry for each trained token, in order:
     sampler_logprobs; staleness: the version of the trainer that steps on it minus the version that sampled the token;
     ref_logprobs: log-probability under the reference policy at the sampling temperature, empty without a reference.
@@ -46,7 +48,7 @@ class TrainSample(Struct, frozen=True):
 def train_samples(groups: Sequence[ScoredGroup], version: int) -> list[TrainSample]:
     """The samples of rollouts that have an advantage and trained tokens. version: the trainer's, before the step."""
     return [
-        train_sample(rollout, version, advantage or 0.0, ref_logprobs=reference)
+        sample
         for scored in groups
         for rollout, advantage, reference in zip(
             scored.group.rollouts,
@@ -55,6 +57,7 @@ def train_samples(groups: Sequence[ScoredGroup], version: int) -> list[TrainSamp
             strict=True,
         )
         if is_trained_on(rollout, advantage)
+        for sample in rollout_samples(rollout, version, advantage or 0.0, ref_logprobs=reference)
     ]
 
 
@@ -63,25 +66,52 @@ def is_trained_on(rollout: Rollout, advantage: float | None) -> bool:
     return advantage is not None and any(segment.trained for segment in rollout.segments)
 
 
-def train_sample(
+def num_trained(rollout: Rollout) -> int:
+    """How many tokens of the rollout are trained on."""
+    return sum(len(segment.token_ids) for segment in rollout.segments if segment.trained)
+
+
+def rollout_samples(
     rollout: Rollout, version: int, advantage: float, *, ref_logprobs: tuple[float, ...] = ()
-) -> TrainSample:
-    """The sample of one rollout. Raises ValueError if a segment that is trained on was not sampled."""
-    first = len(rollout.prompt_ids)
+) -> list[TrainSample]:
+    """The samples of one rollout, one for each branch with trained tokens. Raises ValueError if a segment that is
+    trained on was not sampled.
+
+    version: the trainer's, before the step. ref_logprobs: of the trained tokens of all branches, in order.
+    """
+    samples: list[TrainSample] = []
+    first = 0
+    for branch in rollout.branches:
+        sample = _branch_sample(rollout, branch, version, advantage=advantage)
+        if sample.trained:
+            last = first + sample.num_trained
+            samples.append(replace(sample, ref_logprobs=ref_logprobs[first:last]))
+            first = last
+    return samples
+
+
+def train_sample(rollout: Rollout, version: int, advantage: float) -> TrainSample:
+    """The sample of a rollout that has one branch. Raises ValueError for a rollout of more."""
+    (sample,) = rollout_samples(rollout, version, advantage)
+    return sample
+
+
+def _branch_sample(rollout: Rollout, branch: Branch, version: int, *, advantage: float) -> TrainSample:
     spans, logprobs, ages = [], [], []
-    for start, segment in rollout.trained_segments:
+    for start, segment in branch.segments:
+        if not segment.trained:
+            continue
         if segment.sampler_logprobs is None:
             raise ValueError(
                 f"rollout {rollout.group_id}/{rollout.index}: a segment is marked as trained on, but was not sampled"
             )
-        spans.append((first + start, first + start + len(segment.token_ids)))
+        spans.append((start, start + len(segment.token_ids)))
         logprobs.append(segment.sampler_logprobs)
         ages += [(version - span.policy_version,) * (span.end - span.start) for span in segment.versions]
     return TrainSample(
-        rollout.prompt_ids + rollout.token_ids,
+        branch.token_ids,
         tuple(spans),
         tuple(chain.from_iterable(logprobs)),
         tuple(chain.from_iterable(ages)),
         advantage,
-        ref_logprobs,
     )

@@ -1,7 +1,8 @@
-"""Reward plug-ins by name: an entry point of group `posttrain.rewards`, a dotted path, or a file and a function.
+"""Plug-ins by name: an entry point of a group, a dotted path, or a file and a function.
 
-`check_reward` is what validation calls: quick, nothing is imported or executed. `load_reward` imports, so it belongs
-in a process that may be killed. Nothing here runs a reward: that is done in `scoring/pool/`.
+There are two kinds, rewards and environments. `check_reward` and `check_environment` are what validation calls: quick,
+nothing is imported or executed. `load_reward` imports, so it belongs in a process that may be killed. Nothing here runs
+a plug-in: that is done in `scoring/pool/` and `episodes/`.
 """
 
 import difflib
@@ -18,8 +19,20 @@ from posttrain.scoring.plugins.imports import check_imports
 from posttrain.scoring.plugins.source import find_module, read_module
 from posttrain.scoring.plugins.target import RewardFunction, Target, bind, import_target
 
-GROUP = "posttrain.rewards"
 _COMBINING = "posttrain.rewards.combine"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of plug-in. what: its name in messages. group: of its entry points. parameters: given to it by place."""
+
+    what: str
+    group: str
+    parameters: tuple[str, ...]
+
+
+REWARD = Kind("reward", "posttrain.rewards", ("rollout", "row"))
+ENVIRONMENT = Kind("environment", "posttrain.environments", ("session", "row"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +58,8 @@ class RewardSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class RewardInfo:
-    """One registered reward: its name, `module:function`, and the first line of its docstring."""
+class PluginInfo:
+    """One registered plug-in: its name, `module:function`, and the first line of its docstring."""
 
     name: str
     where: str
@@ -66,16 +79,27 @@ def load_reward(name: str, args: Mapping[str, Any] | None = None) -> RewardFunct
     except (ValueError, TypeError):  # a compiled function may have no signature
         signature = None
     if signature is not None:
-        _check_call(str(target), signature, args or {})
+        _check_call(str(target), signature, args or {}, parameters=REWARD.parameters)
     return bind(function, args or {})
 
 
 def check_reward(name: str, args: Mapping[str, Any] | None = None) -> None:
     """Raise PluginError unless the reward exists and can be called. No code of the reward is executed."""
     target = resolve(name)
-    _check_source(f"reward {name!r}", name, target, parameters=("rollout", "row"), args=args or {})
+    _check_source(f"reward {name!r}", name, target, parameters=REWARD.parameters, args=args or {})
     for inner in inner_rewards(RewardSpec(name, args or {})):
         check_reward(inner.name, inner.args)
+
+
+def check_environment(name: str, args: Mapping[str, Any] | None = None) -> None:
+    """Raise PluginError unless the environment exists, is an async function and can be called. Executes nothing."""
+    target = resolve(name, ENVIRONMENT)
+    title = f"environment {name!r}"
+    _check_source(title, name, target, parameters=ENVIRONMENT.parameters, args=args or {})
+    path = function_file(target)
+    function = read_module(path).functions.get(target.function) if path else None
+    if path and function and not function.is_async and target.function not in read_module(path).unknown:
+        raise PluginError(f"{path}:{function.line}: {title} is a plain function; write async def {target.function}")
 
 
 def check_function(name: str, what: str, parameters: Sequence[str]) -> None:
@@ -170,27 +194,27 @@ def _of_mapping(args: Mapping[str, Any]) -> list[RewardSpec]:
     return inner
 
 
-def list_rewards() -> list[RewardInfo]:
-    """Every registered reward, by name. One whose source is missing is listed with the reason as its summary."""
+def list_plugins(kind: Kind) -> list[PluginInfo]:
+    """Every registered plug-in, by name. One whose source is missing is listed with the reason as its summary."""
     found = []
-    for name, target in sorted(_registered().items()):
+    for name, target in sorted(_registered(kind).items()):
         try:
-            path = _module_file(f"reward {name!r}", name, target)
+            path = _module_file(f"{kind.what} {name!r}", name, target)
             function = read_module(path).functions.get(target.function) if path else None
             summary = function.summary if function else ""
         except PluginError as error:
             summary = f"broken: {error}"
-        found.append(RewardInfo(name, str(target), summary))
+        found.append(PluginInfo(name, str(target), summary))
     return found
 
 
-def resolve(name: str) -> Target:
+def resolve(name: str, kind: Kind = REWARD) -> Target:
     """Which module or file, and which function in it, a name means. Does not look inside; raises PluginError."""
     if not isinstance(name, str) or not name.strip():
-        raise PluginError(f"reward is {name!r}; give a name, package.module:function or path/to/file.py:function")
+        raise PluginError(f"{kind.what} is {name!r}; give a name, package.module:function or path/to/file.py:function")
     if ".py:" in name or name.endswith(".py"):
-        return _resolve_file(name)
-    registered = _registered()
+        return _resolve_file(name, kind.what)
+    registered = _registered(kind)
     if name in registered:
         return registered[name]
     module, _, function = name.partition(":") if ":" in name else name.rpartition(".")
@@ -199,7 +223,7 @@ def resolve(name: str) -> Target:
     hint = _did_you_mean(name, list(registered))
     known = ", ".join(sorted(registered)) or "none (is the package installed?)"
     raise PluginError(
-        f"reward {name!r} is not known{hint}; known: {known}; "
+        f"{kind.what} {name!r} is not known{hint}; known: {known}; "
         "your own: package.module:function or path/to/file.py:function"
     )
 
@@ -220,17 +244,18 @@ def _resolve_file(name: str, what: str = "reward") -> Target:
     return Target(path.stem, function, str(path))
 
 
-def _registered() -> dict[str, Target]:
-    return {point.name: Target(point.module, point.attr) for point in metadata.entry_points(group=GROUP)}
+def _registered(kind: Kind) -> dict[str, Target]:
+    return {point.name: Target(point.module, point.attr) for point in metadata.entry_points(group=kind.group)}
 
 
 def _module_file(title: str, name: str, target: Target) -> Path | None:
     try:
         return find_module(target.module)
     except ModuleNotFoundError as error:
-        registered = _registered()
-        hint = _did_you_mean(name, list(registered))
-        known = f"; known: {', '.join(sorted(registered))}" if title.startswith("reward") else ""
+        kind = next((kind for kind in (REWARD, ENVIRONMENT) if title.startswith(kind.what)), None)
+        registered = [] if kind is None else sorted(_registered(kind))
+        hint = _did_you_mean(name, registered)
+        known = f"; known: {', '.join(registered)}" if registered else ""
         raise PluginError(f"{title}: {error}{hint}{known}") from error
 
 
@@ -240,9 +265,9 @@ def _check_call(
     args: Mapping[str, Any],
     *,
     name: str = "",
-    parameters: Sequence[str] = ("rollout", "row"),
+    parameters: Sequence[str],
 ) -> None:
-    if parameters == ("rollout", "row") and (wrap := how_to_wrap(name or where.rpartition(":")[2], signature)):
+    if parameters == REWARD.parameters and (wrap := how_to_wrap(name or where.rpartition(":")[2], signature)):
         raise PluginError(f"{where}: {name}{signature}: {wrap}")
     try:
         signature.bind(*parameters, **args)

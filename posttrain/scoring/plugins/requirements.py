@@ -1,11 +1,11 @@
-"""Which fields of a row a reward needs, read from its source without executing it, and which rows lack them.
+"""Which fields of a row a plug-in needs, read from its source without executing it, and which rows lack them.
 
 A module declares the fields beside its functions, by the name of each function:
 
     REQUIRES = {"exact_match": ["answer"], "puzzles": ["answer|numbers"]}
 
 Each entry names a field of the row (`answer`, or another column), or several fields of which the row must have one.
-What a field must hold is not declared; the reward checks that when it is called.
+What a field must hold is not declared; the plug-in checks that when it is called.
 """
 
 import ast
@@ -15,7 +15,15 @@ from pathlib import Path
 
 from posttrain.errors import DataError, PluginError
 from posttrain.records import Row
-from posttrain.scoring.plugins.lookup import RewardSpec, function_file, inner_rewards, resolve
+from posttrain.scoring.plugins.lookup import (
+    ENVIRONMENT,
+    REWARD,
+    Kind,
+    RewardSpec,
+    function_file,
+    inner_rewards,
+    resolve,
+)
 
 MAX_SHOWN = 5
 _DEFAULT = "default"
@@ -39,22 +47,33 @@ def required_fields(spec: RewardSpec, capability: str) -> list[str]:
     return list(dict.fromkeys(needed))
 
 
-def missing_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str] = ()) -> Iterator[str]:
-    """One line for each row that lacks a field which the reward needs and which no argument supplies.
+def environment_fields(name: str) -> list[str]:
+    """The fields that rows must have for the environment."""
+    target = resolve(name, ENVIRONMENT)
+    return _declared(function_file(target), target.function)
 
-    Raises PluginError for a reward that is wrong itself.
+
+def missing_fields(
+    spec: RewardSpec, rows: Iterable[Row], given: Collection[str] = (), *, kind: Kind = REWARD
+) -> Iterator[str]:
+    """One line for each row that lacks a field which the plug-in needs and which no argument supplies.
+
+    spec: of the reward, or of the environment if `kind` says so. Raises PluginError for a plug-in that is wrong itself.
     """
-    needed = cache(lambda capability: required_fields(spec, capability))
+    of_environment = kind is ENVIRONMENT
+    needed = cache(
+        lambda capability: environment_fields(spec.name) if of_environment else required_fields(spec, capability)
+    )
     for row in rows:
         for entry in needed(row.capability):
             if not any(name in given or _has(row, name) for name in entry.split("|")):
                 names = " or ".join(repr(name) for name in entry.split("|"))
-                yield f"row {row.id!r}: no {names}, which reward {spec.name!r} needs"
+                yield f"row {row.id!r}: no {names}, which {kind.what} {spec.name!r} needs"
 
 
-def check_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str] = ()) -> None:
-    """Raise DataError if rows lack a field that the reward needs. It names the first such rows and counts the rest."""
-    problems = list(missing_fields(spec, rows, given))
+def check_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str] = (), *, kind: Kind = REWARD) -> None:
+    """Raise DataError if rows lack a field that the plug-in needs. It names the first such rows and counts the rest."""
+    problems = list(missing_fields(spec, rows, given, kind=kind))
     if problems:
         rest = len(problems) - MAX_SHOWN
         more = [f"and {rest} more such rows"] if rest > 0 else []
@@ -67,6 +86,12 @@ def reward_sources(name: str, args: dict | None = None) -> list[Path]:
     own = function_file(resolve(name))
     inner = [path for other in inner_rewards(spec) for path in reward_sources(other.name, dict(other.args))]
     return [*([own] if own else []), *inner]
+
+
+def environment_sources(name: str) -> list[Path]:
+    """The source file of an environment. A compiled one has none."""
+    own = function_file(resolve(name, ENVIRONMENT))
+    return [own] if own else []
 
 
 def _has(row: Row, name: str) -> bool:

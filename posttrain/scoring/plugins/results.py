@@ -1,4 +1,4 @@
-"""What a reward function returned, as a RewardResult, or why it is no reward."""
+"""What a reward or an environment returned, as a RewardResult, or why it is no reward."""
 
 import math
 import numbers
@@ -10,8 +10,8 @@ from posttrain.records import RewardResult
 MAX_REASON = 2000
 
 
-def to_result(value: Any) -> RewardResult:
-    """What the function returned, as a RewardResult.
+def to_result(value: Any, what: str = "reward") -> RewardResult:
+    """What the function returned, as a RewardResult. what: the kind of plug-in, for the message.
 
     Raises PluginError where it is no reward. The message begins with what was returned instead, in a word: none, text,
     nan, inf, or a type.
@@ -21,12 +21,12 @@ def to_result(value: Any) -> RewardResult:
     if not isinstance(value, RewardResult):
         word = {"NoneType": "none", "str": "text"}.get(type(value).__name__, type(value).__name__)
         raise PluginError(
-            f"{word}: the reward returned {_short(value)}; it must return a float, a bool or a RewardResult"
+            f"{word}: the {what} returned {_short(value)}; it must return a float, a bool or a RewardResult"
         )
     parts = {str(name): float(part) for name, part in value.parts.items()}
     for name, number in {"value": float(value.value), **parts}.items():
         if not math.isfinite(number):
-            raise PluginError(f"{str(number).lstrip('-')}: the reward's {name} is {number}; it must be finite")
+            raise PluginError(f"{str(number).lstrip('-')}: the {what}'s {name} is {number}; it must be finite")
     return RewardResult(float(value.value), parts, str(value.reason)[:MAX_REASON])
 
 

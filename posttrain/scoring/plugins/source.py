@@ -17,11 +17,12 @@ from posttrain.errors import PluginError
 
 @dataclass(frozen=True, slots=True)
 class FunctionSource:
-    """A function as it is written: its line, its parameters, and the first line of its docstring."""
+    """A function as it is written: its line, parameters, the first line of its docstring, whether it is async."""
 
     line: int
     signature: inspect.Signature
     summary: str
+    is_async: bool = False
 
 
 @dataclass(slots=True)
@@ -125,7 +126,7 @@ def _record_value(name: str, value: ast.expr, module: ModuleSource) -> None:
 
 def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> FunctionSource:
     summary = (ast.get_docstring(node) or "").strip().split("\n")[0]
-    return FunctionSource(node.lineno, _signature(node.args), summary)
+    return FunctionSource(node.lineno, _signature(node.args), summary, isinstance(node, ast.AsyncFunctionDef))
 
 
 def _signature(arguments: ast.arguments) -> inspect.Signature:

@@ -1,7 +1,7 @@
-"""One reward process: start it, send to it, hear from it, kill it with its children.
+"""One process that runs rewards or environments: start it, send to it, hear from it, kill it with its children.
 
-Rollouts, deadlines and retries are the business of `pool.py`. Standard error is read all the time and only its end is
-kept, so that a reward may print as much as it likes.
+Deadlines and retries are the business of the pools. Standard error is read all the time and only its end is kept, so
+that a plug-in may print as much as it likes.
 """
 
 import asyncio
@@ -12,23 +12,34 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from posttrain.actors.processes import kill_marked
-from posttrain.scoring.pool.wire import Answer, FrameBuffer, Loaded
+from posttrain.scoring.pool.wire import FrameBuffer
 
 _VARIABLE = "POSTTRAIN_REWARD_WORKER"
 _TAIL_BYTES = 4096
 _DRAIN_S = 0.3
 
 
-class RewardProcess(asyncio.SubprocessProtocol):
-    """A running reward process. It calls `on_messages(messages)` for replies and, after the last, `on_exit()` once."""
+class PluginProcess(asyncio.SubprocessProtocol):
+    """A running process. It calls `on_messages(messages)` for replies and, after the last, `on_exit()` once.
 
-    def __init__(self, on_messages: Callable[[Iterator[Loaded | Answer]], None], on_exit: Callable[[], None]):
+    program: the module that it runs, with the id of this process as its argument. replies: the type of its replies.
+    """
+
+    def __init__(
+        self,
+        program: str,
+        replies: Any,
+        *,
+        on_messages: Callable[[Iterator[Any]], None],
+        on_exit: Callable[[], None],
+    ):
+        self._program = program
         self._on_messages = on_messages
         self._on_exit = on_exit
-        self._buffer: FrameBuffer[Loaded | Answer] = FrameBuffer(Loaded | Answer)
+        self._buffer: FrameBuffer[Any] = FrameBuffer(replies)
         self._errors = bytearray()
         self._token = uuid.uuid4().hex
         self._ended = asyncio.Event()
@@ -39,7 +50,7 @@ class RewardProcess(asyncio.SubprocessProtocol):
     async def start(self) -> None:
         """Start the process in a session of its own. Raises OSError if the system cannot."""
         loop = asyncio.get_running_loop()
-        command = [sys.executable, "-m", "posttrain.scoring.pool.reward_process", str(os.getpid())]
+        command = [sys.executable, "-m", self._program, str(os.getpid())]
         await loop.subprocess_exec(lambda: self, *command, start_new_session=True, env=self._environment())
 
     @property
@@ -59,6 +70,12 @@ class RewardProcess(asyncio.SubprocessProtocol):
     @property
     def stderr_tail(self) -> str:
         return self._errors.decode(errors="replace").strip()
+
+    @property
+    def how_it_ended(self) -> str:
+        """Such as "was killed by SIGKILL; its last words: ...", once it has ended."""
+        words = f"; its last words: {self.stderr_tail[-300:]}" if self.stderr_tail else ""
+        return _exit_words(self.exit_code) + words
 
     def send(self, data: bytes) -> None:
         """Queue frames to be sent. If the process has just died, `on_exit` reports that, and nothing is raised here."""
@@ -96,7 +113,7 @@ class RewardProcess(asyncio.SubprocessProtocol):
             return
         try:
             self._on_messages(self._buffer.feed(data))
-        except (ValueError, KeyError, TypeError) as error:  # the reward wrote to the descriptor of the replies
+        except (ValueError, KeyError, TypeError) as error:  # the plug-in wrote to the descriptor of the replies
             self._errors += f"\nbad reply: {error}".encode()
             self.kill()
 
@@ -123,10 +140,19 @@ class RewardProcess(asyncio.SubprocessProtocol):
             self._on_exit()
 
     def _environment(self) -> dict[str, str]:
-        """The environment of a reward process: that of this process with its import path, one thread for numerical
+        """The variables of the process: those of this process with its import path, one thread for numerical
         libraries, and the mark by which `kill` finds what it started.
         """
         paths = [path or os.getcwd() for path in sys.path]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), _VARIABLE: self._token}
         environment.setdefault("OMP_NUM_THREADS", "1")
         return environment
+
+
+def _exit_words(code: int | None) -> str:
+    if code is not None and code < 0:
+        try:
+            return f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"was killed by signal {-code}"
+    return f"exited with code {code}"

@@ -5,19 +5,19 @@ tried again, and which outcome it gets.
 """
 
 import asyncio
-import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from posttrain.records import Scored
-from posttrain.scoring.pool.process import RewardProcess
+from posttrain.scoring.pool.process import PluginProcess
 from posttrain.scoring.pool.wire import Answer, EncodedPair, Loaded
 
 if TYPE_CHECKING:
     from posttrain.scoring.pool.siblings import Siblings
 
+_PROGRAM = "posttrain.scoring.pool.reward_process"
 _PIPELINE_S = 0.02
 _MAX_PIPELINE = 256
 # The process of an async function cancels a late item itself. If it takes this much longer, it counts as stuck.
@@ -75,14 +75,14 @@ class Slot:
         self._reports = reports
         self._items: dict[int, Item] = {}  # in the order sent
         self._unsent: list[bytes] = []
-        self._process: RewardProcess | None = None
+        self._process: PluginProcess | None = None
         self._loaded: asyncio.Future[str] | None = None
         self._is_async = False
         self._is_ready = False
         self._mean_s = _PIPELINE_S
         self._last_reply_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._dying: set[RewardProcess] = set()
+        self._dying: set[PluginProcess] = set()
         self._restarting: asyncio.Task[None] | None = None
         self.broken_by = ""
         self.num_restarts = 0
@@ -99,7 +99,12 @@ class Slot:
         """Start a process and have it load the plug-in. Returns "", or the reason if it could not."""
         loop = asyncio.get_running_loop()
         loaded = self._loaded = loop.create_future()
-        process = RewardProcess(lambda messages: self._on_messages(process, messages), lambda: self._on_exit(process))
+        process = PluginProcess(
+            _PROGRAM,
+            Loaded | Answer,
+            on_messages=lambda messages: self._on_messages(process, messages),
+            on_exit=lambda: self._on_exit(process),
+        )
         self._process = process
         try:
             await process.start()
@@ -159,7 +164,7 @@ class Slot:
         process, self._process = self._process, None
         await asyncio.gather(*(w.close() for w in (process, *self._dying) if w is not None))
 
-    def _on_messages(self, process: RewardProcess, messages: Iterable[Loaded | Answer]) -> None:
+    def _on_messages(self, process: PluginProcess, messages: Iterable[Loaded | Answer]) -> None:
         try:
             for message in messages:
                 self._on_message(process, message)
@@ -167,7 +172,7 @@ class Slot:
             self._arm()
             self._reports.room()
 
-    def _on_message(self, process: RewardProcess, message: Loaded | Answer) -> None:
+    def _on_message(self, process: PluginProcess, message: Loaded | Answer) -> None:
         if process is not self._process:
             return
         if isinstance(message, Loaded):
@@ -204,13 +209,11 @@ class Slot:
         stopped = "the reward's process was stopped"
         self._lose((lambda item: self._reports.died(item, stopped)) if was_stopped else self._reports.late)
 
-    def _on_exit(self, process: RewardProcess) -> None:
+    def _on_exit(self, process: PluginProcess) -> None:
         self._dying.discard(process)
         if process is not self._process:
             return
-        how = _exit_words(process.exit_code)
-        if process.stderr_tail:
-            how += f"; its last words: {process.stderr_tail[-300:]}"
+        how = process.how_it_ended
         if self._loaded is not None and not self._loaded.done():
             self._loaded.set_result(f"its process {how}")
         elif self._is_ready:
@@ -250,12 +253,3 @@ class Slot:
             self.broken_by = reason if attempt == num_tries - 1 else ""
             await asyncio.sleep(0.0 if self.broken_by else _BACKOFF_S * 2**attempt)
         self._reports.broken(self.broken_by)
-
-
-def _exit_words(code: int | None) -> str:
-    if code is not None and code < 0:
-        try:
-            return f"was killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"was killed by signal {-code}"
-    return f"exited with code {code}"

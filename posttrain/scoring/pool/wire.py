@@ -91,7 +91,7 @@ class PairEncoder:
     def __call__(self, rollout: Rollout, row: Row) -> "EncodedPair":
         """Encode a pair. Raises TypeError, ValueError or OverflowError for a value that MessagePack lacks."""
         if row is not self._row:
-            self._encoded, self._row = msgspec.Raw(_encoder.encode(_plain_row(row))), row
+            self._encoded, self._row = msgspec.Raw(_encoder.encode(plain_row(row))), row
         return EncodedPair(msgspec.Raw(_encoder.encode(rollout)), self._encoded)
 
 
@@ -150,7 +150,8 @@ class FrameBuffer(Generic[T]):
                 raise ValueError(str(error)) from None
 
 
-def _plain_row(row: Row) -> Any:
+def plain_row(row: Row) -> Any:
+    """A row as if it came from JSON. Raises TypeError or ValueError for a value that JSON lacks."""
     plain = msgspec.to_builtins(row, str_keys=True, builtin_types=(bytes, bytearray), enc_hook=_plain)
     _refuse_bytes(plain)
     return plain

@@ -1,0 +1,97 @@
+"""Sections about environment plug-ins, which talk with the policy over several turns and give the reward."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from posttrain.config.base import Config
+from posttrain.config.fields import Positive
+
+OF_ENVIRONMENT = "posttrain.rewards.environment:of_environment"  # named where no row needs another reward
+WHOLE = ""  # the name under which the environment of all rows is known
+
+
+class EnvironmentFunctionConfig(Config):
+    """An environment plug-in. Example: `{name: calculator, args: {max_turns: 4}}`."""
+
+    name: str = Field(
+        description="Which async function: a registered name (`posttrain environments list`), package.module:function, "
+        "or path/to/file.py:function."
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments that the function is called with."
+    )
+    tools: list[dict[str, Any]] | None = Field(
+        default=None,
+        description="Schemas of the tools that the policy may call, in OpenAI's form. null: those of the row's column "
+        "`tools`, else those that the environment's file declares as TOOLS.",
+    )
+
+
+class EnvironmentConfig(Config):
+    """What rows are episodes of which environment. Example: `{name: calculator}`, or
+    `{by_capability: {tools: {name: calculator}}}`, which leaves all other rows to the reward."""
+
+    name: str | None = Field(default=None, description="The environment of every row; see by_capability for some.")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments that the function `name` is called with."
+    )
+    tools: list[dict[str, Any]] | None = Field(
+        default=None, description="Schemas of the tools of `name`; see by_capability.tools."
+    )
+    by_capability: dict[str, EnvironmentFunctionConfig] = Field(
+        default_factory=dict,
+        description="The environment of each capability. Rows of other capabilities have one turn and the reward.",
+    )
+    tool_parser: str | None = Field(
+        default=None,
+        description="Which of vLLM's parsers reads the policy's calls (hermes, llama4_pythonic, llama4_json, mistral, "
+        "...). null: the one that goes with the chat template.",
+    )
+    workers: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Number of environment processes. Each runs many episodes at once."
+    )
+    timeout_s: Positive = Field(
+        default=60.0,
+        description="Seconds that an environment may take from one turn of the policy to the next. After that the "
+        "episode is tried once more, and is then unscored.",
+    )
+    max_malformed: Annotated[int, Field(ge=0)] = Field(
+        default=2,
+        description="How often in a row a call that cannot be read is answered with an error, for the policy to try "
+        "again, before the environment gets the turn as text.",
+    )
+
+    @property
+    def functions(self) -> dict[str, EnvironmentFunctionConfig]:
+        """The environments by capability; that of all rows has the name WHOLE."""
+        if self.name is None:
+            return dict(self.by_capability)
+        return {WHOLE: EnvironmentFunctionConfig(name=self.name, args=self.args, tools=self.tools)}
+
+    def key_of(self, capability: str) -> str | None:
+        """The key in `functions` of the environment of rows with a capability; None if they have none."""
+        if self.name is not None:
+            return WHOLE
+        return capability if capability in self.by_capability else None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "EnvironmentConfig":
+        if (self.name is None) == (not self.by_capability):
+            raise ValueError(
+                f"has {'neither' if self.name is None else 'both'} name {'nor' if self.name is None else 'and'} "
+                "by_capability; give one: name is the environment of every row, by_capability that of some"
+            )
+        if self.name is None and (self.args or self.tools is not None):
+            raise ValueError("args and tools go with name; under by_capability each environment has its own")
+        return self
+
+
+def with_reward(data: Any) -> Any:
+    """The keys of a stage. Where its environment is that of every row, the name of the reward need not be given."""
+    environment = data.get("environment") if isinstance(data, dict) else None
+    reward = data.get("reward") or {} if isinstance(data, dict) else None
+    whole = environment.get("name") if isinstance(environment, dict) else getattr(environment, "name", None)
+    if whole and isinstance(reward, dict) and "name" not in reward:
+        return {**data, "reward": {**reward, "name": OF_ENVIRONMENT}}
+    return data

@@ -1,0 +1,17 @@
+"""Episodes: rollouts of several turns, in which an environment talks with the policy.
+
+    environment process                            stage
+    async def env(session, row) ── Ask ──► pool.py ──► rollouter.py ──► session of the rollout ──► engine
+          session.py            ◄─ Told ──             conversation.py: messages <-> token ids
+                                                       calls.py: token ids -> calls of tools
+
+session.py            what an environment is given; runs in its process
+environment_process.py   the program of such a process
+wire.py               the messages between process and stage
+pool.py               processes that can be killed, and the episodes in them
+rollouter.py          makes a rollout of an episode
+conversation.py       what the policy reads next: a checked suffix, or a new branch
+calls.py tools.py     reads and checks calls; the schemas of tools
+
+Left out: agents that talk over HTTP, and interpreters of their own.
+"""

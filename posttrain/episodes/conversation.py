@@ -1,0 +1,89 @@
+"""What the policy reads next in an episode, as token ids: a suffix to what it has read so far, or a new branch.
+
+Sampled ids are never made from text again. After a turn of the policy, the chat template is rendered twice: the
+conversation up to that turn, and the conversation with what was added. Where the second begins with the first, the rest
+of it is the suffix. Where it does not, the template rewrites earlier turns (it cuts their reasoning, or joins turns),
+and the conversation goes on as a new branch: the tokens that both have in common are kept, and the others are rendered.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.data.chat import as_dicts, begun_thinking, conversation_ids, prompt_ids
+from posttrain.data.ends import end_token_ids
+from posttrain.data.shown import require_tools_shown
+from posttrain.data.tokenizer import Tokenizer
+from posttrain.records import Message, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """Token ids to add. keeps: None for a suffix; for a branch, how many of the tokens so far stay before them."""
+
+    token_ids: tuple[int, ...]
+    keeps: int | None = None
+
+
+class Conversation:
+    """The messages of one episode. messages: begin with those of the prompt.
+
+    checked: is filled with the forms of added turns for which the template is known to show the results of tools.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Prompt, tools: Sequence[dict[str, Any]], *, checked: set[str]):
+        self._tokenizer = tokenizer
+        self._tools = list(tools) or None
+        self._ends = set(end_token_ids(tokenizer))
+        self._rendered = list(prompt.token_ids)  # the latest prompt as the template writes it
+        self._said: int | None = None  # index of the policy's latest turn
+        self._checked = checked
+        self.messages = list(prompt.messages)
+
+    def add(self, messages: Sequence[Message]) -> None:
+        """Add turns of the world."""
+        self.messages += messages
+
+    def add_said(self, message: Message) -> None:
+        """Add a turn of the policy."""
+        content = message.content
+        if isinstance(content, str) and "</think>" in content and "<think>" not in content:
+            # The prompt began the reasoning, so the sampled text has only its end.
+            begun = begun_thinking(self._tokenizer, self._rendered)
+            message = Message("assistant", begun + content, message.tool_calls)
+        self._said = len(self.messages)
+        self.messages.append(message)
+
+    def next(self, ids: Sequence[int]) -> Continuation:
+        """What is added to `ids`, the tokens that the policy has read and sampled so far, before its next turn.
+
+        Raises DataError if the chat template refuses the messages, or leaves out what was added.
+        """
+        dicts = as_dicts(self.messages)
+        wanted = prompt_ids(self._tokenizer, dicts, self._tools)
+        self._require_shown(dicts, wanted)
+        rendered, self._rendered = self._rendered, wanted
+        if self._said is None and wanted == rendered:
+            return Continuation(())
+        if self._said is not None:
+            whole = conversation_ids(self._tokenizer, dicts[: self._said + 1], self._tools)
+            last = next((at for at in range(len(whole) - 1, len(rendered) - 1, -1) if whole[at] in self._ends), None)
+            if last is not None and whole[: len(rendered)] == rendered and wanted[: last + 1] == whole[: last + 1]:
+                is_ended = bool(ids) and ids[-1] in self._ends
+                return Continuation(tuple(wanted[last + 1 if is_ended else last :]))
+        common = 0
+        for one, other in zip(ids, wanted, strict=False):
+            if one != other:
+                break
+            common += 1
+        # A prompt ends with the header of the policy's turn, so something is always left to add.
+        return Continuation(tuple(wanted[common:]), common)
+
+    def _require_shown(self, dicts: list[dict[str, Any]], wanted: list[int]) -> None:
+        """Check once for each form of conversation that the template shows what tools do."""
+        form = "/".join(f"{item['role']}{'+' if item.get('tool_calls') else ''}" for item in dicts[-3:])
+        if "tool" not in form and not any(item.get("tool_calls") for item in dicts):
+            return
+        if form not in self._checked:
+            require_tools_shown(lambda *given: prompt_ids(self._tokenizer, *given), dicts, self._tools, ids=wanted)
+            self._checked.add(form)

@@ -1,0 +1,159 @@
+"""The program of an environment process: many episodes at once in one event loop.
+
+Each episode is a coroutine. Before a step of it runs, its key is noted in a file that the stage maps, so that the stage
+knows whose code was running when this process hung or died. An episode that waits too long is cancelled here; the stage
+kills the process only where this process does not do so. Run as
+`python -m posttrain.episodes.environment_process PARENT_PID`.
+"""
+
+import asyncio
+import sys
+import types
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
+from typing import Any, BinaryIO
+
+import msgspec
+
+from posttrain.actors.parent import die_with_parent
+from posttrain.episodes.session import ContextFullError, Session
+from posttrain.episodes.wire import Ask, Begin, Cancel, Ended, EnvironmentSetup, Full, Told
+from posttrain.errors import PluginError
+from posttrain.records import Outcome, RewardResult, Row
+from posttrain.sampling.progress import Progress
+from posttrain.scoring.plugins.results import to_result
+from posttrain.scoring.plugins.target import Target, import_target, warm
+from posttrain.scoring.pool.pipes import limit_memory, open_pipe, read, read_blocking, reason, reply, take_pipes
+from posttrain.scoring.pool.wire import MAX_REPLY_BYTES, Loaded, frame
+
+_orders = msgspec.msgpack.Decoder(Begin | Told | Full | Cancel)
+
+
+def main() -> None:
+    die_with_parent(int(sys.argv[1]))
+    requests, replies = take_pipes()
+    data = read_blocking(requests)
+    if data is None:
+        return
+    setup = msgspec.msgpack.decode(data, type=EnvironmentSetup)
+    try:
+        limit_memory(setup.memory_gib)
+        functions = {name: _load(**msgspec.structs.asdict(item)) for name, item in setup.environments.items()}
+        notes = Progress(setup.notes)
+    except BaseException as error:
+        reply(replies, Loaded(failed=reason(error)))
+        return
+    reply(replies, Loaded(is_async=True))
+    asyncio.run(_Episodes(functions, setup.timeout_s, notes, replies=replies).serve(requests))
+
+
+def _load(target: dict[str, Any], args: dict[str, Any]) -> Callable[..., Any]:
+    module, function = import_target(Target(**target), "environment")
+    warm(module, args)
+    return partial(function, **args)
+
+
+class _Episodes:
+    """The episodes that run, by key."""
+
+    def __init__(self, functions: dict[str, Callable[..., Any]], timeout_s: float, notes: Progress, *, replies: int):
+        self._functions = functions
+        self._timeout_s = timeout_s
+        self._notes = notes
+        self._replies = replies
+        self._running: dict[int, tuple[Session, asyncio.Task[None]]] = {}
+
+    async def serve(self, requests: BinaryIO) -> None:
+        """Work until the stage closes the pipe."""
+        reader = await open_pipe(requests)
+        while (data := await read(reader)) is not None:
+            match _orders.decode(data):
+                case Begin() as begin:
+                    self._begin(begin)
+                case Cancel(key):
+                    if (running := self._running.pop(key, None)) is not None:
+                        running[0].close("the stage has ended the episode")
+                        running[1].cancel()
+                case (Told() | Full()) as answer:
+                    if (running := self._running.get(answer.key)) is not None:
+                        running[0].take(answer)
+
+    def _begin(self, begin: Begin) -> None:
+        deadline = asyncio.timeout(None)
+        loop = asyncio.get_running_loop()
+
+        def clock(runs: bool) -> None:
+            if not deadline.expired():
+                deadline.reschedule(loop.time() + self._timeout_s if runs else None)
+
+        session = Session(begin, self._ask, clock)
+        task = asyncio.create_task(self._run(begin, session, deadline))
+        self._running[begin.key] = session, task
+
+    def _ask(self, ask: Ask) -> None:
+        if (size := len(frame(ask))) > MAX_REPLY_BYTES:
+            raise ValueError(f"the added turns have {size} bytes; at most {MAX_REPLY_BYTES} may be added at once")
+        reply(self._replies, ask)
+
+    async def _run(self, begin: Begin, session: Session, deadline: asyncio.Timeout) -> None:
+        result, outcome, why, is_full = None, Outcome.SCORED, "", False
+        try:
+            async with deadline:
+                deadline.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+                row = msgspec.convert(begin.row, Row)
+                coroutine = self._functions[begin.environment](session, row)
+                note = self._notes.note
+                result = _result(await _noted(coroutine, partial(note, str(begin.key)), partial(note, "")), session)
+        except ContextFullError:
+            result, is_full = _result(None, session, is_full=True), True
+        except BaseException as error:
+            is_late = isinstance(error, TimeoutError) and deadline.expired()
+            outcome = Outcome.TIMEOUT if is_late else Outcome.ERROR
+            why = f"the environment did nothing for {self._timeout_s:g} s" if is_late else reason(error)
+        session.close("the episode has ended")
+        if self._running.pop(begin.key, None) is not None:
+            added, rewards = tuple(session.added), tuple(session.rewards)
+            ended = Ended(begin.key, added, rewards, result=result, outcome=outcome, reason=why, is_full=is_full)
+            if len(frame(ended)) > MAX_REPLY_BYTES:
+                why = f"the episode ended with more than {MAX_REPLY_BYTES} bytes of added turns and rewards"
+                ended = Ended(begin.key, outcome=Outcome.ERROR, reason=why)
+            reply(self._replies, ended)
+
+
+def _result(value: Any, session: Session, *, is_full: bool = False) -> RewardResult:
+    """The reward of the episode: what was returned, and the rewards of its turns. Raises PluginError if it is none."""
+    if session.turn == 0 and not is_full:
+        raise PluginError("the environment returned before the policy had a turn; it must await session.sample()")
+    total = sum(reward for _, reward in session.rewards)
+    if value is None and (session.rewards or is_full):
+        return RewardResult(total, reason="the context was full" if is_full else "")
+    result = to_result(value, "environment")
+    return RewardResult(result.value + total, result.parts, result.reason)
+
+
+@types.coroutine
+def _noted(
+    coroutine: Coroutine[Any, Any, Any], begins: Callable[[], None], ends: Callable[[], None]
+) -> Generator[Any, Any, Any]:
+    """Run a coroutine, with a call before and after each of its steps. Returns its result."""
+    value: Any = None
+    error: BaseException | None = None
+    while True:
+        begins()
+        try:
+            waits_for = coroutine.send(value) if error is None else coroutine.throw(error)
+        except StopIteration as end:
+            return end.value
+        finally:
+            ends()
+        try:
+            value, error = (yield waits_for), None
+        except GeneratorExit:
+            coroutine.close()
+            raise
+        except BaseException as thrown:
+            value, error = None, thrown
+
+
+if __name__ == "__main__":
+    main()

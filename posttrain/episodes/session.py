@@ -1,0 +1,128 @@
+"""What an environment is given: the conversation so far, and the ways to go on with it.
+
+    turn = await session.sample()                    one turn of the policy
+    await session.add("tool", "42", call_id=call.id) one turn of the world
+
+This module runs in the environment's process, so it imports neither torch nor pydantic.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from posttrain.episodes.wire import Ask, Begin, Full, PolicyTurn, Told
+from posttrain.records import Message
+
+ROLES = ("user", "tool", "system")
+MAX_CHARS = 200_000  # of one added turn: no context of a model holds more
+
+
+class ContextFullError(Exception):
+    """No token is left for another turn. An environment may catch it to give a reward all the same; it cannot sample
+    any more. Uncaught, it ends the episode as truncated, with the rewards so far."""
+
+
+class Session:
+    """One episode, from the environment's side.
+
+    messages: the conversation so far. tools: the schemas that the policy was shown. seed: a number that is the same
+    whenever this rollout is made again. turn: how many turns the policy has had. tokens_left: how many tokens its
+    context still has room for; what is added next is not counted yet.
+    """
+
+    def __init__(self, begin: Begin, send: Callable[[Ask], None], clock: Callable[[bool], None]):
+        self.messages: list[Message] = list(begin.messages)
+        self.tools = begin.tools
+        self.seed = begin.seed
+        self.turn = 0
+        self.tokens_left = begin.tokens_left
+        self.added: list[Message] = []
+        self.rewards: list[tuple[int, float]] = []
+        self._key = begin.key
+        self._send = send
+        self._clock = clock  # called with whether the deadline of the environment runs
+        self._answer: asyncio.Future[Told | Full] | None = None
+        self._end = ""
+
+    async def sample(
+        self, *, max_tokens: int | None = None, temperature: float | None = None, stop: str | Sequence[str] = ()
+    ) -> PolicyTurn:
+        """The policy's next turn.
+
+        max_tokens, temperature: None means those of the stage's `sampling`. A turn at another temperature is not
+        trained on. stop: a text, or several, that end the turn and are part of it.
+
+        Raises ContextFullError if the context is full, ValueError for an argument that is wrong, and RuntimeError after
+        the end of the episode or while another turn is sampled.
+        """
+        self._require_open("sample")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        _check_sampling(max_tokens, temperature, stops)
+        self._answer = asyncio.get_running_loop().create_future()
+        added, self.added = tuple(self.added), []
+        self._clock(False)
+        try:
+            self._send(Ask(self._key, added, max_tokens, temperature, stops))
+            answer = await self._answer
+        finally:
+            self._answer = None
+            self._clock(True)
+        if isinstance(answer, Full):
+            self.close("its context is full")
+            raise ContextFullError("no token is left for another turn of the policy")
+        self.messages += answer.messages
+        self.tokens_left = answer.tokens_left
+        self.turn += 1
+        return answer.turn
+
+    async def add(self, role: str, content: str, *, call_id: str | None = None, name: str | None = None) -> None:
+        """Add a turn of the world, which the policy reads before its next turn.
+
+        role: user, tool or system. call_id: of a tool turn, the call that it answers (`ToolCall.id`). name: of the
+        speaker or the tool. Raises ValueError for another role, or a content that is no text, and RuntimeError after
+        the end of the episode.
+        """
+        self._require_open("add a turn")
+        if role not in ROLES:
+            raise ValueError(f"role is {role!r}; a turn of the world is one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ValueError(f"content is a {type(content).__name__}; it must be text: str(value), json.dumps(value)")
+        if len(content) > MAX_CHARS:
+            raise ValueError(f"content has {len(content)} characters; at most {MAX_CHARS} are allowed")
+        if call_id is not None and role != "tool":
+            raise ValueError(f"call_id is {call_id!r} in a turn of role {role}; only a tool turn answers a call")
+        message = Message(role, content, tool_call_id=call_id, name=name)
+        self.added.append(message)
+        self.messages.append(message)
+
+    def reward(self, value: float) -> None:
+        """Add to the reward, for the policy's last turn. What the environment returns is added to the sum of these."""
+        value = float(value)
+        if not math.isfinite(value):
+            raise ValueError(f"the reward of a turn is {value}; it must be finite")
+        self.rewards.append((self.turn, value))
+
+    def take(self, answer: Told | Full) -> None:
+        """Give `sample` its answer."""
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(answer)
+
+    def close(self, why: str) -> None:
+        """Refuse every later turn. why: what has happened, for the message."""
+        self._end = self._end or why
+
+    def _require_open(self, what: str) -> None:
+        if self._end:
+            raise RuntimeError(f"an environment cannot {what} any more: {self._end}")
+        if self._answer is not None:
+            raise RuntimeError(f"an environment cannot {what} while a turn of the policy is sampled")
+
+
+def _check_sampling(max_tokens: Any, temperature: Any, stops: tuple[Any, ...]) -> None:
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+        raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number of at least 1")
+    if temperature is not None and not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
+        raise ValueError(f"temperature is {temperature!r}; it must be a number of at least 0")
+    if not all(isinstance(text, str) and text for text in stops):
+        raise ValueError(f"stop is {stops!r}; it must be a text, or several, that are not empty")

@@ -1,0 +1,164 @@
+"""The tools that the policy is shown: those of the row, else those of the YAML, else those of the environment's file.
+
+A file declares them beside its environments, as the fields of a row that it needs:
+
+    TOOLS = {"calculator": [calculate]}
+    REQUIRES = {"calculator": ["answer"]}
+
+A tool is a function of the same file with types and a docstring, or a schema that is written out. The file is read and
+not executed: of a function only the parameters and the docstring are looked at.
+"""
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.environments import EnvironmentConfig, EnvironmentFunctionConfig
+from posttrain.data.chat import RenderRow, render_prompt
+from posttrain.data.messages import RowError
+from posttrain.data.tokenizer import Tokenizer
+from posttrain.data.turns import tools_of
+from posttrain.errors import DataError, PluginError
+from posttrain.records import Row
+from posttrain.scoring.plugins.lookup import ENVIRONMENT, RewardSpec, check_environment, function_file, resolve
+from posttrain.scoring.plugins.requirements import check_fields
+
+_NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}")
+_TYPES = {kind.__name__: kind for kind in (str, int, float, bool, list, dict, tuple)}
+
+
+def row_renderer(tokenizer: Tokenizer, config: EnvironmentConfig | None) -> RenderRow:
+    """The function that renders messages as a prompt with the tools of their row."""
+    return lambda row, messages: render_prompt(tokenizer, messages, row_tools(config, row) or None)
+
+
+def row_tools(config: EnvironmentConfig | None, row: Row) -> list[dict[str, Any]]:
+    """The schemas of the tools that the policy is shown with a row, also one without an environment. Raises DataError
+    for schemas of the row that are wrong, and PluginError for those of the environment."""
+    try:
+        own = tools_of(row.fields)
+    except RowError as error:
+        raise DataError(f"row {row.id!r}: {error}") from None
+    if own:
+        if problem := tools_problem(own):
+            raise DataError(f"row {row.id!r}: tools: {problem}")
+        return own
+    key = config.key_of(row.capability) if config is not None else None
+    return [] if config is None or key is None else environment_tools(config.functions[key])
+
+
+def check_environment_rows(config: EnvironmentConfig | None, rows: Sequence[Row]) -> list[Row]:
+    """Check the environments, and the rows that they would get. Returns the rows without an environment.
+
+    Raises PluginError for an environment that is wrong, and DataError for rows that lack a field which it needs.
+    """
+    if config is None:
+        return list(rows)
+    by_key: dict[str | None, list[Row]] = {}
+    for row in rows:
+        by_key.setdefault(config.key_of(row.capability), []).append(row)
+    for key, function in config.functions.items():
+        check_environment(function.name, function.args)
+        environment_tools(function)
+        check_fields(RewardSpec(function.name, function.args), by_key.get(key, []), kind=ENVIRONMENT)
+    return by_key.get(None, [])
+
+
+def environment_tools(environment: EnvironmentFunctionConfig) -> list[dict[str, Any]]:
+    """The tools of an environment, without those of a row. Raises PluginError if a schema is wrong."""
+    if environment.tools is None:
+        tools, where = declared_tools(environment.name), f"environment {environment.name!r}: TOOLS"
+    else:
+        tools, where = environment.tools, f"environment {environment.name!r}: tools"
+    if problem := tools_problem(tools):
+        raise PluginError(f"{where}: {problem}")
+    return tools
+
+
+def tools_problem(tools: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong with schemas of tools; "" if nothing is."""
+    from jsonschema import Draft202012Validator, SchemaError
+
+    names: set[str] = set()
+    for place, tool in enumerate(tools):
+        function = tool.get("function")
+        if not isinstance(function, Mapping):
+            return f'[{place}] is {str(dict(tool))[:80]}; a tool is {{"type": "function", "function": {{"name": ...}}}}'
+        name = function.get("name")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            return f"[{place}].function.name is {name!r}; it must be a name of letters, digits and _ . -"
+        if name in names:
+            return f"two tools have the name {name!r}; each needs its own"
+        names.add(name)
+        try:
+            Draft202012Validator.check_schema(dict(function.get("parameters") or {}))
+        except (SchemaError, TypeError, ValueError) as error:
+            why = getattr(error, "message", str(error))
+            return f"the parameters of {name!r} are no JSON schema: {why}"
+    return ""
+
+
+@cache
+def declared_tools(name: str) -> list[dict[str, Any]]:
+    """The tools that an environment's file declares for it; none if it declares none. Raises PluginError."""
+    target = resolve(name, ENVIRONMENT)
+    path = function_file(target)
+    if path is None:
+        return []
+    tree = ast.parse(path.read_bytes())
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            if any(isinstance(one, ast.Name) and one.id == "TOOLS" for one in targets):
+                return [_schema(path, tree, entry) for entry in _entries(path, statement.value, target.function)]
+    return []
+
+
+def _entries(path: Path, value: ast.expr, function: str) -> list[ast.expr]:
+    if isinstance(value, ast.Dict):
+        for key, entry in zip(value.keys, value.values, strict=True):
+            if isinstance(key, ast.Constant) and key.value == function and isinstance(entry, ast.List | ast.Tuple):
+                return entry.elts
+        if all(isinstance(key, ast.Constant) for key in value.keys):
+            return []
+    raise PluginError(
+        f'{path}:{value.lineno}: TOOLS must be written out, as in {{"{function}": [function, ...]}}: a mapping of an '
+        "environment's name to a list of functions of this file, or of schemas"
+    )
+
+
+def _schema(path: Path, tree: ast.Module, entry: ast.expr) -> dict[str, Any]:
+    if isinstance(entry, ast.Name):
+        for statement in tree.body:
+            if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef) and statement.name == entry.id:
+                return _function_schema(path, statement)
+        raise PluginError(f"{path}:{entry.lineno}: TOOLS names {entry.id!r}, which is no function of this file")
+    try:
+        return dict(ast.literal_eval(entry))
+    except (ValueError, TypeError):
+        raise PluginError(
+            f"{path}:{entry.lineno}: a tool in TOOLS must be a function of this file, or a schema that is written out"
+        ) from None
+
+
+def _function_schema(path: Path, node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, Any]:
+    """The schema of a function, by transformers, from its parameters and docstring alone."""
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    text = ast.get_docstring(node) or ""
+    bare = ast.FunctionDef(node.name, node.args, [ast.Expr(ast.Constant(text))], [], node.returns)
+    module = ast.fix_missing_locations(ast.Module([bare], []))
+    found: dict[str, Any] = {"__builtins__": {}, **_TYPES}
+    try:
+        exec(compile(module, str(path), "exec"), found)
+        schema = get_json_schema(found[node.name])
+    except Exception as error:
+        raise PluginError(
+            f"{path}:{node.lineno}: tool {node.name!r}: {error}; a tool has a type for every parameter "
+            f"({', '.join(_TYPES)}), and a docstring with a line for each under Args:"
+        ) from None
+    schema["function"].pop("return", None)
+    return schema

@@ -1,0 +1,102 @@
+"""The messages between a stage and its environment processes: typed records in MessagePack, as `scoring/pool/wire.py`.
+
+stage ── EnvironmentSetup ──► process    loads the environments
+      ◄── Loaded ────────────            or why it could not
+      ── Begin ─────────────► process    one episode
+      ◄── Ask ───────────────            what the world says, and the policy's turn is asked for
+      ── Told | Full ───────► process    what the policy said, or that its context is full
+      ◄── Ended ─────────────            the reward, or why there is none
+      ── Cancel ────────────► process    the episode is not wanted any more
+"""
+
+from typing import Any
+
+from msgspec import Struct
+
+from posttrain.records import Message, Outcome, RewardResult, ToolCall
+
+
+class LoadedEnvironment(Struct, frozen=True):
+    """What a process loads. target: the fields of a `plugins.target.Target`. args: for the environment."""
+
+    target: dict[str, Any]
+    args: dict[str, Any]
+
+
+class EnvironmentSetup(Struct, frozen=True):
+    """Tells a process what to load, by name. timeout_s: see `EnvironmentConfig`. notes: the path of the file in which
+    the process notes whose code is running (`sampling.progress`)."""
+
+    environments: dict[str, LoadedEnvironment]
+    timeout_s: float
+    memory_gib: float | None
+    notes: str
+
+
+class Begin(Struct, frozen=True, tag="begin"):
+    """Begins an episode under the stage's key. row: the fields of a `Row` as MessagePack has them."""
+
+    key: int
+    environment: str
+    row: Any
+    messages: tuple[Message, ...]
+    tools: list[dict[str, Any]]
+    seed: int
+    tokens_left: int
+
+
+class PolicyTurn(Struct, frozen=True):
+    """One turn of the policy, as an environment gets it.
+
+    text: without special tokens and without its calls. tool_calls: those that could be read. finish_reason: "stop", or
+    "length" for a turn that met its limit of tokens. num_tokens: how many were sampled.
+    """
+
+    text: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    finish_reason: str = "stop"
+    num_tokens: int = 0
+
+
+class Told(Struct, frozen=True, tag="told"):
+    """The answer to `Ask`. messages: what the conversation has gained since, the turn among them."""
+
+    key: int
+    turn: PolicyTurn
+    messages: tuple[Message, ...]
+    tokens_left: int
+
+
+class Full(Struct, frozen=True, tag="full"):
+    """The other answer to `Ask`: no token is left for another turn."""
+
+    key: int
+
+
+class Cancel(Struct, frozen=True, tag="cancel"):
+    """Ends an episode without an answer."""
+
+    key: int
+
+
+class Ask(Struct, frozen=True, tag="ask"):
+    """Asks for a turn of the policy, after `added`. For the other fields see `Session.sample`."""
+
+    key: int
+    added: tuple[Message, ...] = ()
+    max_tokens: int | None = None
+    temperature: float | None = None
+    stop: tuple[str, ...] = ()
+
+
+class Ended(Struct, frozen=True, tag="ended"):
+    """The end of an episode. rewards: (turn, value) of each call of `Session.reward`. result: their sum and the
+    returned value; None if there is none, then `outcome` and `reason` say why. is_full: the context was full."""
+
+    key: int
+    added: tuple[Message, ...] = ()
+    rewards: tuple[tuple[int, float], ...] = ()
+    result: RewardResult | None = None
+    outcome: Outcome = Outcome.SCORED
+    reason: str = ""
+    is_full: bool = False

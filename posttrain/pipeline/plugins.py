@@ -1,0 +1,59 @@
+"""What is wrong with the rewards and environments of a config, and with the rows that they would get, found by reading.
+
+No plug-in is imported: its source is parsed (`scoring.plugins`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.config.data import DataConfig
+from posttrain.config.environments import EnvironmentConfig, EnvironmentFunctionConfig
+from posttrain.config.rewards import RewardFunctionConfig, VerifierConfig
+from posttrain.errors import UserError
+
+CHECKED_ROWS = 100
+
+
+def plugin_problems(plugin: RewardFunctionConfig | EnvironmentFunctionConfig) -> list[str]:
+    """One line for each problem of a reward or an environment, which begins with its key."""
+    from posttrain.episodes.tools import environment_tools
+    from posttrain.scoring.plugins.lookup import check_environment, check_reward
+
+    try:
+        if isinstance(plugin, EnvironmentFunctionConfig):
+            check_environment(plugin.name, plugin.args)
+            environment_tools(plugin)
+        else:
+            check_reward(plugin.name, plugin.args)
+    except UserError as error:
+        return [f".name: {line}" for line in str(error).splitlines()]
+    return []
+
+
+def rows_without_fields(data: DataConfig, config: Any, rewards: Sequence[RewardFunctionConfig]) -> list[str]:
+    """One line for each of the first rows that lacks a field which its environment, or a reward of it, needs."""
+    from posttrain.data.rows import load_rows
+    from posttrain.scoring.plugins.lookup import ENVIRONMENT, RewardSpec
+    from posttrain.scoring.plugins.requirements import missing_fields
+
+    try:
+        rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS)
+    except UserError:  # data_problems reports it
+        return []
+    environment: EnvironmentConfig | None = getattr(config, "environment", None)
+    keys = {row.id: environment.key_of(row.capability) if environment is not None else None for row in rows}
+    plain = [row for row in rows if keys[row.id] is None]
+    # Only to these a verifier's system instruction is added.
+    bare = [row for row in plain if row.messages[0].role != "system"]
+    given = [] if getattr(config, "judge", None) is None else ["judge"]  # RL's judge gives its verdict to the reward
+    lines: list[str] = []
+    try:
+        for reward in rewards:
+            met = bare if isinstance(reward, VerifierConfig) else plain
+            lines += missing_fields(RewardSpec(reward.name, reward.args), met, given)
+        for key, function in environment.functions.items() if environment is not None else ():
+            of_it = [row for row in rows if keys[row.id] == key]
+            lines += missing_fields(RewardSpec(function.name, function.args), of_it, kind=ENVIRONMENT)
+    except UserError as error:
+        lines += str(error).splitlines()
+    return lines

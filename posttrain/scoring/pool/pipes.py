@@ -1,0 +1,73 @@
+"""The side of a plug-in process that talks to its pool: frames on pipes that the plug-in cannot disturb, and limits.
+
+What runs in such a process imports neither torch nor pydantic, so that it starts in about 0.1 s.
+"""
+
+import asyncio
+import os
+import resource
+from typing import BinaryIO
+
+from msgspec import Struct
+
+from posttrain.errors import PosttrainError
+from posttrain.scoring.plugins.results import MAX_REASON
+from posttrain.scoring.plugins.target import describe
+from posttrain.scoring.pool.wire import HEADER_BYTES, frame
+
+
+def limit_memory(memory_gib: float | None) -> None:
+    """Let this process write no core files, and use at most so much private memory; None sets no limit."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_gib is not None:
+        # Private writable memory, not address space: libraries reserve far more addresses than they use.
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = int(memory_gib * (1 << 30))
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def take_pipes() -> tuple[BinaryIO, int]:
+    """Move the messages off descriptors 0 and 1, so that a plug-in which prints or reads cannot disturb them."""
+    requests, replies = os.fdopen(os.dup(0), "rb", buffering=1 << 16), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def read_blocking(requests: BinaryIO) -> bytes | None:
+    """The body of the next frame; None at the end."""
+    header = requests.read(HEADER_BYTES)
+    if len(header) < HEADER_BYTES:
+        return None
+    return requests.read(int.from_bytes(header, "big"))
+
+
+async def open_pipe(requests: BinaryIO) -> asyncio.StreamReader:
+    """The pipe as a stream of the running event loop."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), requests)
+    return reader
+
+
+async def read(reader: asyncio.StreamReader) -> bytes | None:
+    """The body of the next frame; None at the end."""
+    try:
+        header = await reader.readexactly(HEADER_BYTES)
+        return await reader.readexactly(int.from_bytes(header, "big"))
+    except asyncio.IncompleteReadError:
+        return None
+
+
+def reply(replies: int, message: Struct) -> None:
+    """Send a message. replies: the descriptor."""
+    data = memoryview(frame(message))
+    while data:
+        data = data[os.write(replies, data) :]
+
+
+def reason(error: BaseException) -> str:
+    """What is told of an exception: the message of one of ours, else with its type and line."""
+    return (str(error) if isinstance(error, PosttrainError) else describe(error))[:MAX_REASON]

@@ -1,0 +1,91 @@
+"""RL with episodes of two turns: a real engine, trainer and environment processes, one of which is killed."""
+
+import os
+import signal
+import threading
+import time
+from collections import defaultdict
+
+import psutil
+import pytest
+from test_rl import make_config, rows_of, run_stage
+
+from posttrain.context import StageContext
+from posttrain.rl.history.audit import audit_stage
+from posttrain.rl.history.recorded import read_rollouts
+from posttrain.rl.history.replay import replay
+
+WORLD = '''
+import asyncio, pathlib
+
+async def two_turns(session, row):
+    """Says how long the first turn was, and pays for the second. One episode waits until its process is dead."""
+    first = await session.sample(max_tokens=12)
+    marker = pathlib.Path(__file__).with_suffix(".pid")
+    if session.turn == 1 and row.id == "game-3" and not marker.exists():
+        import os
+        marker.write_text(str(os.getpid()))
+        await asyncio.sleep(1000)
+    await session.add("user", f"{first.num_tokens} tokens. Again!")
+    session.reward(0.001 * (session.seed % 997))
+    second = await session.sample(stop="e")
+    return len(set(second.text)) / 50
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(
+    ray_session, tiny_model, tmp_path, monkeypatch
+):
+    """Half of each batch are episodes. Their process is killed in mid-episode; nothing is lost, and the run replays."""
+    from posttrain.sampling.rollouter import Turn
+
+    (tmp_path / "world.py").write_text(WORLD)
+    sampled: dict[tuple[str, int], list[tuple[int, ...]]] = defaultdict(list)
+    finish = Turn.finish
+
+    def seen(turn, completion, now):
+        sampled[f"g{turn.flight.order}", turn.session.index].append(completion.token_ids)
+        finish(turn, completion, now)
+
+    monkeypatch.setattr(Turn, "finish", seen)
+    killed: list[int] = []
+
+    def kill() -> None:
+        marker = tmp_path / "world.pid"
+        while not (marker.exists() and marker.read_text()):
+            time.sleep(0.05)
+        os.kill(int(marker.read_text()), signal.SIGKILL)
+        killed.append(int(marker.read_text()))
+
+    config = make_config(
+        tmp_path,
+        tiny_model,
+        rows_of(["math", "game"], n=6),
+        environment={"by_capability": {"game": {"name": f"{tmp_path}/world.py:two_turns"}}},
+        mixture={"math": 1, "game": 1},
+    )
+    threading.Thread(target=kill, daemon=True).start()
+    outputs, _ = run_stage(config, tmp_path / "rl")
+    assert killed
+    assert not psutil.pid_exists(killed[0])
+    assert outputs["steps"] == 6
+    episodes = [item for item in read_rollouts(tmp_path / "rl") if item.capability == "game"]
+    trained = [item for item in episodes if item.status == "trained"]
+    assert len(trained) == 6 * 2 * 4  # two groups of four rollouts in each step
+    for item in trained:
+        first, said, second = item.rollout.segments
+        assert [segment.trained for segment in item.rollout.segments] == [True, False, True]
+        turns = sampled[item.rollout.group_id, item.rollout.index]
+        assert [first.token_ids, second.token_ids] == turns[-2:]  # the very ids of the engine
+        assert said.sampler_logprobs is None
+        assert 0 <= item.staleness <= config.max_staleness
+    assert all(item.reward is not None for item in episodes)
+    audit = audit_stage(tmp_path / "rl")
+    assert audit.is_clean, audit.problems
+    again = tmp_path / "again"
+    again.mkdir()
+    found = replay(config, StageContext("rl", again, again / "events.jsonl", seed=3), tmp_path / "rl")
+    assert found["batches_equal"]
+    assert found["weights_equal"], found
