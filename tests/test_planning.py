@@ -126,7 +126,7 @@ def test_planned_activations_equal_the_saved_tensors(shape, dtype, checkpointing
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_of_forward_and_backward(dtype, checkpointing):
     """With a vocabulary that is wide beside the layers, as in the real models: most is alive at the loss."""
-    tokens = 1024
+    tokens = 512
     config = Llama4TextConfig(**{**plan_ranks.SHAPE, "vocab_size": 8192, "num_local_experts": 2})
     model = NativeLlama4ForCausalLM(config).to(getattr(torch, dtype)).train()
     recompute(model, checkpointing)
