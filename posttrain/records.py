@@ -205,6 +205,11 @@ class RewardResult(Struct, frozen=True):
     reason: str = ""
 
 
+def turn_part(number: int) -> str:
+    """The name in `RewardResult.parts` of what an environment paid for the policy's turn, counted from 1."""
+    return f"turn {number}"
+
+
 class Outcome(StrEnum):
     """How the scoring of one rollout ended. All but the first leave it unscored, which is never a reward of 0."""
 

@@ -353,6 +353,12 @@ def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
         "generate_tokens_per_s": 2512.0,
         "idle/trainer": 0.12,
         "idle/engine-1": 0.03,
+        "episodes": 32,
+        "episode/turns": 2.5,
+        "episode/tokens": 1234.5,
+        "episode/tool_calls": 1.25,
+        "episode/malformed_calls": 0.125,
+        "episode/tool_failures": 0.03,
         "band_low": 0.05,
         "band_high": 0.6,
         "prompts_retired": 400,
@@ -381,6 +387,7 @@ def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
         "trained 32   dropped too hard 11   dropped stale 17   unscored replies 25.0%",
         "waiting 6   waited, s 0.6",
         "tokens/s 2,512   idle trainer 12%   idle engine-1 3%",
+        "ended 32   turns 2.5   tokens 1,234   tool calls 1.2   malformed 0.12   tools failed 0.03",
         "from 0.05   to 0.60   solved 400",
     ):
         assert expected in text, text

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from episodes_by_hand import HERMES, completion, play, question
+from rollout_records import drawn
 from template_families import FAMILIES, tokenizer_of
 from test_rollouter import REQUEST, flight_of, played
 from test_rollouter import completion as sampled
@@ -22,6 +23,7 @@ from posttrain.records import (
     Message,
     Outcome,
     Prompt,
+    RewardResult,
     Rollout,
     Scored,
     Segment,
@@ -29,6 +31,8 @@ from posttrain.records import (
     branches,
 )
 from posttrain.rl.history.archive import _segments_json
+from posttrain.rl.loop.tally import StepTally
+from posttrain.rl.records import Group, ScoredGroup
 from posttrain.rl.training.samples import rollout_samples
 from posttrain.sampling.rollouter import Session
 from posttrain.sampling.rollouts import UNBEGUN, Reply
@@ -94,6 +98,39 @@ def test_an_episode_that_begins_again_has_the_turns_that_it_had():
     assert (len(turns), same.token_ids, same.scored) == (2, (9, 2, 30, 8, 4), Scored(None, Outcome.ERROR, "why"))
     other, turns = played(Twice((31,)), UNBEGUN, sampled(9, 2), sampled(8, 4), sampled(7, 4))
     assert (len(turns), other.token_ids) == (3, (9, 2, 31, 7, 4))
+
+
+def test_a_step_tells_what_happened_in_its_episodes():
+    """By hand: two episodes with a score, one without, and a reply that is no episode."""
+    turn = Segment((9, 2), True, (-0.5, -0.5), (VersionSpan(0, 0, 2),))
+    branch = Segment((7, 7, 7), False, keeps=1)  # of (1, 9, 2) the first token stays
+    counts = {"turns": 2, "tool_calls": 1, "malformed_calls": 1, "tool_failures": 0, "turn 1": 0.5}
+    scored = [
+        Scored(RewardResult(1.0, counts)),
+        Scored(RewardResult(0.0, {**counts, "turns": 1, "tool_failures": 3})),
+        Scored(None, Outcome.ERROR, "why"),
+        None,
+    ]
+    rollouts = tuple(
+        Rollout("p", "g0", index, Prompt((), (1,)), segments, "", FinishReason.STOP, scored=score)
+        for index, (segments, score) in enumerate(
+            zip([(turn, branch, turn), (turn,), (turn,), (turn,)], scored, strict=True)
+        )
+    )
+    group = Group(0, drawn(question("p"), (), (1,)), rollouts)
+    tally = StepTally({}, {}, 0.5)
+    tally.decided(ScoredGroup(group, (1.0, 0.0, None, 1.0), ("",) * 4, (0.5, -0.5, None, 0.5)), None)
+    batch = [ScoredGroup(group, (1.0, 0.0), ("",) * 2, (0.5, -0.5))]
+    found = tally.values(0, batch, ages_s=[0.0], waited_s=0.0, trained={})
+    assert {name: value for name, value in found.items() if name.startswith("episode")} == {
+        "episodes": 2,
+        "episode/turns": 1.5,
+        "episode/tool_calls": 1.0,
+        "episode/malformed_calls": 1.0,
+        "episode/tool_failures": 1.5,
+        "episode/tokens": 4.5,  # the longest branches are (1, 7, 7, 7, 9, 2) and (1, 9, 2)
+    }
+    assert not any(name.startswith("episode") for name in tally.values(0, batch, ages_s=[0], waited_s=0, trained={}))
 
 
 def test_an_episode_that_had_ended_before_a_crash_is_what_was_recorded():
@@ -315,7 +352,13 @@ def test_what_an_environment_does_costs_its_own_episode(worlds, tiny_tokenizer):
     assert (scored["for ever"].result.value, full.finish_reason) == (0.0, FinishReason.LENGTH)
     for name in ("prints", "fine"):
         assert scored[name].result.value == 1.25
-        assert scored[name].result.parts == {"turn 1": 0.25, "turns": 2, "tool_calls": 0, "malformed_calls": 0}
+        assert scored[name].result.parts == {
+            "turn 1": 0.25,
+            "turns": 2,
+            "tool_calls": 0,
+            "malformed_calls": 0,
+            "tool_failures": 0,
+        }
 
 
 @pytest.mark.slow
@@ -341,8 +384,20 @@ def test_episodes_begin_again_when_their_process_is_killed(worlds, tiny_tokenize
     assert sorted(asked) == [("waits", 0)] * 3 + [("waits", 2)] * 3  # no first turn is sampled again
 
 
+PAID = """
+async def paid(session, row):
+    turn = await session.sample()
+    session.reward(0.5)
+    session.reward(0.25)
+    for call in turn.tool_calls:
+        await session.add("tool", "Error: broken", call_id=call.id, name=call.name)
+    await session.sample()
+    session.reward(0.125)
+"""
+
+
 @pytest.mark.slow
-def test_calls_are_read_and_malformed_ones_go_back_to_the_policy():
+def test_calls_are_read_and_malformed_ones_go_back_to_the_policy(tmp_path):
     from posttrain.base.tokenizer import build_tokenizer
 
     tokenizer: Any = build_tokenizer()
@@ -355,10 +410,22 @@ def test_calls_are_read_and_malformed_ones_go_back_to_the_policy():
     }
 
     def says(turn: Any) -> str:
+        if turn.session.row.id == "paid" and turn.number == 2:
+            return f"<tool_call>{first['good']}</tool_call>"
         return "84" if turn.number else f"<tool_call>{first[turn.session.row.id]}</tool_call>"
 
-    rows = [question(name, answer=84) for name in first]
-    found = play(tokenizer, {"name": CALCULATOR}, rows, says, length=2000, max_tokens=200)
+    first["paid"] = first["cut"]
+    (tmp_path / "paid.py").write_text(PAID)
+    environments = {
+        "tools": {"name": CALCULATOR},
+        "paid": {"name": f"{tmp_path}/paid.py:paid", "tools": declared_tools(CALCULATOR)},
+    }
+    rows = [question(name, answer=84, capability="paid" if name == "paid" else "tools") for name in first]
+    found = play(tokenizer, {"by_capability": environments}, rows, says, length=2000, max_tokens=200)
+    # The policy's second turn is the first that this environment saw whole; both of its rewards are for it.
+    assert found.pop("paid")[0].scored.result.parts == {
+        "turn 2": 0.75, "turn 3": 0.125, "turns": 3, "tool_calls": 1, "malformed_calls": 1, "tool_failures": 1
+    }  # fmt: skip
     told = {
         "good": "84",
         "cut": "Error: the call cannot be read",

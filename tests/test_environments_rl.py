@@ -11,6 +11,7 @@ import pytest
 from test_rl import make_config, rows_of, run_stage
 
 from posttrain.context import StageContext
+from posttrain.files import read_jsonl
 from posttrain.rl.history.audit import audit_stage
 from posttrain.rl.history.recorded import read_rollouts
 from posttrain.rl.history.replay import replay
@@ -82,6 +83,10 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(
         assert said.sampler_logprobs is None
         assert 0 <= item.staleness <= config.max_staleness
     assert all(item.reward is not None for item in episodes)
+    assert all(0 < item.parts["turn 1"] < 1 and item.parts["turns"] == 2 for item in trained)
+    for line in read_jsonl(tmp_path / "rl" / "metrics.jsonl"):
+        assert (line["episode/turns"], line["episode/tool_calls"]) == (2, 0)
+        assert line["episode/tokens"] > 2 * 12
     audit = audit_stage(tmp_path / "rl")
     assert audit.is_clean, audit.problems
     again = tmp_path / "again"

@@ -142,7 +142,7 @@ def test_text_of_models_stays_text(copy: Path) -> None:
     assert "<script>window" not in text
     assert "<img" not in text.replace(page.scripts[1], "")
     assert HOSTILE in page.text
-    replies = ["".join(piece["text"] for piece in leaf["reply"]) for leaf in page.data()["leaves"][0]]
+    replies = [said(leaf) for leaf in page.data()["leaves"][0]]
     assert f"Answer: {HOSTILE}" in replies  # shown whole, by a script that only sets text
     assert "innerHTML" not in page.scripts[2]
     assert "insertAdjacentHTML" not in page.scripts[2]
@@ -185,6 +185,7 @@ def test_rl_shows_what_its_metrics_hold(sample: Path) -> None:
     left_out = {
         *("step", "t", "policy_version", "learning_rate", "loss", "step_wall_s", "skipped"),
         *("tokens_trained", "tokens_generated", "tokens_dropped", "rollouts_unscored", "groups_generated"),
+        "episodes",  # in the figures above the charts
         *("groups_dropped_zero_advantage", "groups_dropped_truncated"),  # told apart by cause; none
     }
     for name in {name for line in lines for name in line} - left_out:
@@ -542,6 +543,10 @@ def test_fewer_rollouts_than_asked_for_are_all_shown(sample: Path) -> None:
     assert len(rows) == total
 
 
+def said(leaf: dict) -> str:
+    return "".join(piece["text"] for turn in leaf["turns"] for piece in turn["pieces"])
+
+
 def leaf_of(run_dir: Path, **columns: object) -> dict:
     """The leaf of a run whose only rollout has these columns."""
     folder = run_dir / "rl" / "rollouts"
@@ -555,13 +560,13 @@ def test_tokens_are_told_apart_by_policy_version(tmp_path: Path) -> None:
     leaf = leaf_of(
         tmp_path, reply="a b c", versions="[[3, 0, 2], [4, 2, 5]]", tokens='["a", " ", "b", " ", "c"]', reward=1.0
     )
-    assert leaf["reply"] == [{"v": 3, "text": "a ", "n": 2}, {"v": 4, "text": "b c", "n": 3}]
+    assert leaf["turns"][0]["pieces"] == [{"v": 3, "text": "a ", "n": 2}, {"v": 4, "text": "b c", "n": 3}]
     assert leaf["right"] is True
 
 
 def test_without_token_texts_a_reply_is_not_cut_by_guess(tmp_path: Path) -> None:
     leaf = leaf_of(tmp_path, reply="a b c", versions="[[3, 0, 2], [4, 2, 5]]", prompt="plain text", reward=None)
-    assert [(piece["v"], piece["text"]) for piece in leaf["reply"]] == [(None, "a b c"), (3, ""), (4, "")]
+    assert [(piece["v"], piece["text"]) for piece in leaf["turns"][0]["pieces"]] == [(None, "a b c"), (3, ""), (4, "")]
     assert leaf["right"] is None
     assert leaf["prompt"] == [{"role": "user", "content": "plain text"}]
 
@@ -580,7 +585,50 @@ def test_turns_of_tools_are_shown_in_a_prompt(tmp_path: Path) -> None:
 
 def test_marks_of_byte_level_tokens_are_read(tmp_path: Path) -> None:
     leaf = leaf_of(tmp_path, reply="a b\nc", versions="[[0, 0, 2], [1, 2, 4]]", tokens='["a", "Ġb", "Ċ", "c"]')
-    assert "".join(piece["text"] for piece in leaf["reply"]) == "a b\nc"
+    assert said(leaf) == "a b\nc"
+
+
+def test_an_episode_is_shown_as_a_conversation(tmp_path: Path) -> None:
+    """By hand: a call that two versions sampled, its result, a turn at another temperature, a new branch, a turn."""
+    leaf = leaf_of(
+        tmp_path,
+        reply="e",
+        tokens='["a", "b", "=4", "c", "d", "e"]',
+        segments="[[0,2,true],[2,3,false],[3,4,false],[4,5,false,7],[5,6,true]]",
+        versions="[[3,0,1],[4,1,2],[4,3,4],[5,5,6]]",
+        parts='{"turn 1": 0.25, "turn 3": 1.0, "turns": 3}',
+        status="trained",
+        advantage=0.5,
+    )
+    shown = [
+        (turn["number"], [(piece["v"], piece["text"]) for piece in turn["pieces"]], turn["trained"], turn["reward"])
+        for turn in leaf["turns"]
+    ]
+    assert shown == [
+        (1, [(3, "a"), (4, "b")], True, 0.25),
+        (None, [(None, "=4")], False, None),
+        (2, [(4, "c")], False, None),
+        (None, [(None, "d")], False, None),
+        (3, [(5, "e")], True, 1.0),
+    ]
+    assert [turn["keeps"] for turn in leaf["turns"]] == [None, None, None, 7, None]
+    assert leaf["hidden"] == 0
+
+
+def test_a_long_episode_is_cut_and_one_that_was_dropped_was_not_trained_on(tmp_path: Path) -> None:
+    segments = [[place, place + 1, place % 2 == 0] for place in range(100)]
+    versions = [[0, place, place + 1] for place in range(0, 100, 2)]
+    leaf = leaf_of(
+        tmp_path,
+        tokens=json.dumps(["x" * 1000] * 100),
+        segments=json.dumps(segments),
+        versions=json.dumps(versions),
+        status="dropped:stale",
+        advantage=0.5,
+    )
+    assert (len(leaf["turns"]), leaf["hidden"]) == (60, 40)
+    assert not any(turn["trained"] for turn in leaf["turns"])
+    assert max(len(piece["text"]) for turn in leaf["turns"] for piece in turn["pieces"]) < 500
 
 
 # ---------------------------------------------------------------- broken and partial runs

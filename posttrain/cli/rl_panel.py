@@ -39,6 +39,14 @@ SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("in_flight_groups", "in flight", "{:g}"),
         ("queue_age_s_mean", "waited, s", "{:.1f}"),
     ),
+    "episodes": (
+        ("episodes", "ended", "{:g}"),
+        ("episode/turns", "turns", "{:.1f}"),
+        ("episode/tokens", "tokens", "{:,.0f}"),
+        ("episode/tool_calls", "tool calls", "{:.1f}"),
+        ("episode/malformed_calls", "malformed", "{:.2f}"),
+        ("episode/tool_failures", "tools failed", "{:.2f}"),
+    ),
     "speed": (
         ("generate_tokens_per_s", "tokens/s", "{:,.0f}"),
         ("idle/", "idle ", "{:.0%}"),

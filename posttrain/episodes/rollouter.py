@@ -10,6 +10,8 @@ sampled again as long as the world says the same.
 """
 
 import zlib
+from collections import defaultdict
+from collections.abc import Sequence
 from types import TracebackType
 
 from posttrain.config.environments import EnvironmentConfig
@@ -19,7 +21,17 @@ from posttrain.episodes.conversation import Continuation, Conversation
 from posttrain.episodes.pool import EnvironmentPool, Episode, EpisodeLost
 from posttrain.episodes.tools import environment_tools, row_tools
 from posttrain.episodes.wire import Ask, Ended, Full, PolicyTurn, Told
-from posttrain.records import FinishReason, Message, Outcome, Prompt, RewardResult, Rollout, Row, Scored
+from posttrain.records import (
+    FinishReason,
+    Message,
+    Outcome,
+    Prompt,
+    RewardResult,
+    Rollout,
+    Row,
+    Scored,
+    turn_part,
+)
 from posttrain.sampling.requests import Completion
 from posttrain.sampling.rollouter import Session
 from posttrain.scoring.plugins.target import describe
@@ -122,6 +134,11 @@ class EnvironmentRollouter:
         return zlib.crc32(f"{self._seed}/{row.id}/{session.flight.order}/{session.index}".encode())
 
 
+def num_failures(added: Sequence[Message]) -> int:
+    """How many of the world's turns are results of tools that failed, which begin with "Error:"."""
+    return sum(message.role == "tool" and message.text.startswith("Error:") for message in added)
+
+
 class _FullError(Exception):
     """The context has no room for another turn."""
 
@@ -143,7 +160,8 @@ class _Talk:
         self._reader = reader
         self._length = length
         self._max_malformed = max_malformed
-        self._num_turns = self._num_calls = self._num_malformed = 0
+        self._num_turns = self._num_calls = self._num_malformed = self._num_failures = 0
+        self._told = [0]  # for each turn that the environment was told of, its place among all turns of the policy
         self._is_full = False
 
     async def run(self, episode: Episode) -> Rollout:
@@ -152,6 +170,7 @@ class _Talk:
             event = await self._session.outside(episode.next())
             if isinstance(event, Ended):
                 return self._ended(event)
+            self._num_failures += num_failures(event.added)
             before = len(self._conversation.messages) + len(event.added)
             try:
                 self._conversation.add(event.added)
@@ -165,6 +184,7 @@ class _Talk:
                 reason = f"the conversation cannot go on: {describe(error)}"
                 return self._session.rollout(Scored(None, Outcome.ERROR, reason))
             else:
+                self._told.append(self._num_turns)
                 left = self._length - len(self._session.context_ids)
                 episode.answer(Told(episode.key, turn, tuple(self._conversation.messages[before:]), left))
 
@@ -229,8 +249,16 @@ class _Talk:
         """The rollout with its score. What the world said after the last turn, nobody reads."""
         result = ended.result
         if result is not None:
-            counts = {"turns": self._num_turns, "tool_calls": self._num_calls, "malformed_calls": self._num_malformed}
-            turns = {f"turn {turn}": value for turn, value in ended.rewards}
+            failures = self._num_failures + num_failures(ended.added)
+            counts = {
+                "turns": self._num_turns,
+                "tool_calls": self._num_calls,
+                "malformed_calls": self._num_malformed,
+                "tool_failures": failures,
+            }
+            turns: dict[str, float] = defaultdict(float)
+            for turn, value in ended.rewards:
+                turns[turn_part(self._told[min(max(turn, 0), len(self._told) - 1)])] += value
             result = RewardResult(result.value, {**result.parts, **turns, **counts}, result.reason)
         is_full = self._is_full or ended.is_full
         return self._session.rollout(

@@ -61,7 +61,8 @@
       turn.append(node("div", "role", message.role), node("div", "said", message.content));
       page.append(turn);
     }
-    page.append(replied(rollout));
+    for (const turn of rollout.turns) page.append(spoken(turn, rollout.turns.length > 1));
+    if (rollout.hidden) page.append(node("p", "leaf-empty", `${rollout.hidden} more turns are not shown.`));
     const foot = node("div", "leaf-foot");
     const fact = (name, value) => {
       if (value === null || value === "") return;
@@ -75,25 +76,35 @@
     fact("staleness", rollout.staleness);
     fact("advantage", rollout.advantage === null ? null : trim(rollout.advantage));
     fact("tokens", rollout.tokens);
+    const branches = rollout.turns.filter((turn) => turn.keeps !== null).length;
+    fact("branches", branches ? branches + 1 : null);
     fact("ended by", rollout.finish === "stop" ? "end of turn" : rollout.finish);
     fact("prompt", rollout.prompt_id);
     page.append(foot);
     return page;
   }
 
-  function replied(rollout) {
-    const turn = node("div", "turn reply");
+  // What followed the prompt: the one reply, or a segment of an episode.
+  function spoken(part, isEpisode) {
+    const turn = node("div", `turn ${part.number === null ? "world" : "reply"}`);
     const said = node("div", "said");
-    const written = rollout.reply.filter((piece) => piece.text !== "");
-    const versions = rollout.reply.filter((piece) => piece.v !== null);
+    const written = part.pieces.filter((piece) => piece.text !== "");
+    const versions = part.pieces.filter((piece) => piece.v !== null);
     const tint = (piece) => TINTS[versions.indexOf(piece) % TINTS.length];
     for (const piece of written) {
-      const part = node("span", "v", piece.text);
-      if (written.length > 1 && piece.v !== null) part.style.background = colour(`${tint(piece)}@0.2`);
-      said.append(part);
+      const text = node("span", "v", piece.text);
+      if (written.length > 1 && piece.v !== null) text.style.background = colour(`${tint(piece)}@0.2`);
+      said.append(text);
     }
-    turn.append(node("div", "role", "reply"), said, node("div", "role", ""));
+    const who = !isEpisode ? "reply" : part.number === null ? "world" : `policy, turn ${part.number}`;
+    turn.append(node("div", "role", who), said, node("div", "role", ""));
     const names = node("div", "keys");
+    if (isEpisode && part.number !== null) names.append(node("span", "key", part.trained ? "trained on" : "not trained on"));
+    if (part.reward !== null) names.append(node("span", "key", `reward ${trim(part.reward)}`));
+    if (part.keeps !== null) {
+      const why = `new branch: the chat template rewrote earlier turns, and the first ${part.keeps} tokens stay`;
+      names.append(node("span", "key", why));
+    }
     for (const piece of versions) {
       const key = node("span", "key");
       if (written.length > 1) {
@@ -122,7 +133,7 @@
       select.addEventListener("change", () => { place = 0; show(); });
     }
     const trained = (r) => r.status === "trained";
-    const several = (r) => trained(r) && r.reply.length > 1 && r.reply[0].v !== null;
+    const several = (r) => trained(r) && r.turns.some((turn) => turn.pieces.length > 1 && turn.pieces[0].v !== null);
     let place = Math.max(0, all.some(several) ? all.findIndex(several) : all.findIndex(trained));
     function show() {
       const found = all.filter((r) => selects.every((s) => s.value === "any" || read[s.dataset.filter](r) === s.value));

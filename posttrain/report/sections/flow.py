@@ -169,6 +169,18 @@ def lengths_chart(series: Series) -> Chart | None:
     return lines_chart(series, "Length of a reply", "tokens", entries=shown, hover="%{y:.0f} tokens")
 
 
+def episodes_chart(series: Series) -> Chart | None:
+    """What happened in an episode of several turns, as means over those that ended in a step."""
+    entries = [
+        ("episode/turns", "turns of the policy", "--accent"),
+        ("episode/tool_calls", "calls of tools", "--c2"),
+        ("episode/malformed_calls", "malformed calls", "--c5"),
+        ("episode/tool_failures", "tools that failed", "--bad"),
+    ]
+    shown = [entry for entry in entries if any(series.known(entry[0]))]
+    return lines_chart(series, "In an episode", "mean of the episodes", entries=shown, hover="%{y:.2f}")
+
+
 def unscored_chart(series: Series, alarm: float | None) -> Chart | None:
     """The share of rollouts without a reward; None if all were scored.
 

@@ -10,6 +10,7 @@ from posttrain.report.read import Run, Stage, mapping, number
 from posttrain.report.sections.flow import (
     ages_chart,
     dropped_total,
+    episodes_chart,
     groups_chart,
     held_back_chart,
     idle_chart,
@@ -51,6 +52,8 @@ def rl_section(run: Run, stage: Stage, colours: dict[str, str]) -> Section | Non
         if any(series.known("dead_experts"))
         else None,
         lengths_chart(series),
+        episodes_chart(series),
+        _single(series, "Length of an episode", "episode/tokens", unit="tokens, with the prompt, mean"),
         _single(series, "Truncated replies", "truncated_fraction", unit="share of a step's", tickformat="~%"),
         unscored_chart(series, stage.setting("reward.alarm_fraction")),
         _single(series, "Generation", "generate_tokens_per_s", unit="tokens a second"),
@@ -88,6 +91,9 @@ def _stats(run: Run, stage: Stage, series: Series) -> list[Stat]:
         stats.append(Stat("staleness", plain(sum(mean) / len(mean), 2), f"versions, mean{worst}"))
     if cut := series.known("truncated_fraction"):
         stats.append(Stat("truncated replies", percent(sum(cut) / len(cut), 1), "mean of the steps"))
+    if episodes := series.total("episodes"):
+        turns = sum((line.get("episode/turns") or 0) * (line.get("episodes") or 0) for line in series.lines)
+        stats.append(Stat("episodes", count(episodes), f"{plain(turns / episodes, 2)} turns each"))
     parity = [event for event in run.events if event.get("event") == "parity" and event.get("stage") == stage.name]
     if parity and parity[-1].get("max_gap") is not None:
         note = f"largest log-probability gap at the start, {plural(parity[-1].get('tokens') or 0, 'token')}"

@@ -1,4 +1,8 @@
-"""Sampled rollouts to browse: prompt, reply, reward with its reason, and the policy version of each token."""
+"""Sampled rollouts to browse: prompt, reply, reward with its reason, and the policy version of each token.
+
+An episode of several turns is shown as a conversation: of each segment who spoke, whether it was trained on, and what
+it was paid.
+"""
 
 import json
 from collections import defaultdict
@@ -10,13 +14,15 @@ from posttrain.data.formats import json_list
 from posttrain.data.messages import RowError, to_messages
 from posttrain.data.transcript import message_text
 from posttrain.metrics.correctness import is_right
-from posttrain.records import Message
+from posttrain.records import Message, turn_part
 from posttrain.report.blocks import Leaf, Section
 from posttrain.report.format import count
-from posttrain.report.read import Run, Stage, number
+from posttrain.report.read import Run, Stage, mapping, number
 
 SAMPLE = 150
-MAX_CHARS = 6000
+MAX_CHARS = 6000  # of a text; of all turns of an episode together, if they have more than MIN_CHARS each
+MIN_CHARS = 400
+MAX_TURNS = 60
 LIGHT = ("step", "capability", "status", "reward", "versions")
 
 
@@ -107,7 +113,7 @@ def _leaf(row: Mapping[str, object], threshold: float | None) -> dict[str, Any]:
     reward = number(row.get("reward"))
     return {
         "prompt": [{"role": turn.role, "content": _short(message_text(turn))} for turn in _prompt(row.get("prompt"))],
-        "reply": _segments(row),
+        **_conversation(row),
         "reward": reward,
         "right": _right(reward, threshold),
         "reason": _short(row.get("reason")),
@@ -131,7 +137,52 @@ def _prompt(column: object) -> tuple[Message, ...]:
         return (Message("user", str(column or "")),)
 
 
-def _segments(row: Mapping[str, object]) -> list[dict[str, Any]]:
+def _conversation(row: Mapping[str, object]) -> dict[str, Any]:
+    """{"turns": what followed the prompt, "hidden": how many turns more there were}. A turn is {"number", "pieces",
+    "trained", "reward", "keeps"}.
+
+    number: of a turn of the policy, from 1; None for what the world said. pieces: see `_pieces`. trained: whether the
+    policy was trained on it. keeps: where a new branch begins, the number of earlier tokens that it keeps.
+    """
+    places, texts = _segments(row), _json(row.get("tokens"))
+    if len(places) < 2 or not isinstance(texts, list):
+        turn = {"number": 1, "pieces": _pieces(row), "trained": _is_trained(row), "reward": None, "keeps": None}
+        return {"turns": [turn], "hidden": 0}
+    texts = _readable([str(text) for text in texts], str(row.get("reply") or ""))
+    spans = versions_of(row.get("versions"))
+    limit = max(MIN_CHARS, MAX_CHARS // len(places))
+    paid = mapping(_json(row.get("parts")))
+    turns, number_of_turn = [], 0
+    for start, end, trained, *keeps in places:
+        own = [span for span in spans if start <= span[1] < end]
+        number_of_turn += bool(own)
+        pieces = [(version, max(a, start), min(b, end)) for version, a, b in own] or [(None, start, end)]
+        turns.append({
+            "number": number_of_turn if own else None,
+            "pieces": [{"v": v, "text": _short("".join(texts[a:b]), limit), "n": b - a} for v, a, b in pieces],
+            "trained": trained and _is_trained(row),
+            "reward": number(paid.get(turn_part(number_of_turn))) if own else None,
+            "keeps": keeps[0] if keeps else None,
+        })  # fmt: skip
+    return {"turns": turns[:MAX_TURNS], "hidden": len(turns[MAX_TURNS:])}
+
+
+def _is_trained(row: Mapping[str, object]) -> bool:
+    return row.get("status") == "trained" and row.get("advantage") is not None
+
+
+def _segments(row: Mapping[str, object]) -> list[list[Any]]:
+    """[[start, end, whether it may be trained on, perhaps `Segment.keeps`], ...]; [] if the column holds no such."""
+    places = _json(row.get("segments"))
+    if not isinstance(places, list):
+        return []
+    whole = [place for place in places if isinstance(place, list) and len(place) in (3, 4)]
+    if any(number(value) is None for place in whole for value in (*place[:2], *place[3:])):
+        return []
+    return [[int(start), int(end), bool(trained), *map(int, keeps)] for start, end, trained, *keeps in whole]
+
+
+def _pieces(row: Mapping[str, object]) -> list[dict[str, Any]]:
     """The parts of a reply by policy version: {"v": version or None, "text": ..., "n": number of tokens}.
 
     Without the texts of the tokens, a reply of several versions cannot be divided: it is one part with version None.
@@ -164,6 +215,6 @@ def _json(text: object) -> Any:
         return None
 
 
-def _short(text: object) -> str:
+def _short(text: object, limit: int = MAX_CHARS) -> str:
     whole = str(text or "")
-    return whole if len(whole) <= MAX_CHARS else whole[:MAX_CHARS] + f" … ({len(whole) - MAX_CHARS} more characters)"
+    return whole if len(whole) <= limit else whole[:limit] + f" … ({len(whole) - limit} more characters)"

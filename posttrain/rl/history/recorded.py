@@ -25,7 +25,8 @@ class RecordedRollout(msgspec.Struct, frozen=True):
     rollout: its prompt has the messages as they were sent. status: "trained", or "dropped:" and the reason, such as
     "dropped:zero_advantage". step: the optimizer step that trained on it, or None. reward, advantage: None if the
     rollout has none. staleness: by how many versions the trainer was ahead of the rollout's oldest token; None for a
-    dropped rollout. ref_logprobs: one for each trained token; empty without a reference policy.
+    dropped rollout. ref_logprobs: one for each trained token; empty without a reference policy. parts: of an episode's
+    reward, such as {"turn 1": 0.25, "turns": 2}; empty for other rollouts.
     """
 
     rollout: Rollout
@@ -37,6 +38,7 @@ class RecordedRollout(msgspec.Struct, frozen=True):
     advantage: float | None
     staleness: int | None
     ref_logprobs: tuple[float, ...]
+    parts: Mapping[str, float]
 
 
 def read_rollouts(folder: str | Path) -> Iterator[RecordedRollout]:
@@ -78,4 +80,5 @@ def _to_record(row: Mapping[str, Any]) -> RecordedRollout:
         advantage=row["advantage"],
         staleness=row["staleness"],
         ref_logprobs=tuple(row["ref_logprobs"] or ()),
+        parts=json.loads(row.get("parts") or "{}"),
     )

@@ -11,7 +11,7 @@ from typing import Any
 from posttrain.context import BusyLog
 from posttrain.files import read_jsonl
 from posttrain.metrics.correctness import is_right
-from posttrain.records import FinishReason
+from posttrain.records import FinishReason, Rollout
 from posttrain.rl.records import Drop, DropReason, ScoredGroup, num_tokens
 
 # Groups are dropped as FINISHED after the last step, so no step could report them.
@@ -20,6 +20,15 @@ REASONS = tuple(reason for reason in DropReason if reason is not DropReason.FINI
 # Names of the counters of dropped groups. One kind counts groups by the mean length of their replies, rounded up to a
 # power of two. The other counts them by the prompt's pass rate in the profile, rounded to a quarter.
 DROP_COUNTERS = ("dropped_length/", "dropped_pass_rate/")
+
+# Means over the episodes of a step: of counts, by their name in `RewardResult.parts`, and of the length.
+EPISODE_PARTS = {
+    "episode/turns": "turns",
+    "episode/tool_calls": "tool_calls",
+    "episode/malformed_calls": "malformed_calls",
+    "episode/tool_failures": "tool_failures",
+}
+EPISODE_TOKENS = "episode/tokens"
 
 
 def sampled_before(folder: Path, profiled: int) -> int:
@@ -63,10 +72,21 @@ class StepTally:
         counts["passes"] += sum(is_right(reward, self._threshold) for reward in rewards)
         counts["rewards"] += len(rewards)
         counts["length"] += sum(rollout.finish_reason == FinishReason.LENGTH for rollout in rollouts)
+        self._episodes(rollouts)
         if dropped is not None:
             self._drop(dropped.reason, scored.group.prompt.row.id, lengths)
         if dropped is not None and dropped.reason is DropReason.ZERO_ADVANTAGE:
             counts["too_easy" if is_right(fmean(rewards), self._threshold) else "too_hard"] += 1
+
+    def _episodes(self, rollouts: Sequence[Rollout]) -> None:
+        """Count the episodes among the rollouts that have a score, and what happened in them."""
+        for rollout in rollouts:
+            if rollout.scored is None or (result := rollout.scored.result) is None:
+                continue
+            self._counts["episodes"] += 1
+            for name, part in EPISODE_PARTS.items():
+                self._counts[name] += round(result.parts.get(part, 0))
+            self._counts[EPISODE_TOKENS] += max(len(branch.token_ids) for branch in rollout.branches)
 
     def expired(self, reason: DropReason, prompt_id: str, lengths: Sequence[int]) -> None:
         """Count a group that was dropped as too old or not needed. lengths: sampled tokens of each of its replies."""
@@ -133,6 +153,7 @@ class StepTally:
             "reply_tokens_mean": num_tokens(batch) / sum(len(scored.group.rollouts) for scored in batch),
             "dropped_reply_tokens_mean": counts["dropped_tokens"] / max(1, counts["dropped_rollouts"]),
             "truncated_fraction": counts["length"] / max(1, counts["rollouts"]),
+            **_episode_means(counts),
         }
 
     def _idle(self, wall_s: float) -> dict[str, float]:
@@ -146,6 +167,13 @@ class StepTally:
             self._busy_s[name] = log.busy_s
             shares[f"idle/{name}"] = max(0.0, 1 - busy_s / wall_s) if wall_s else 0.0
         return shares
+
+
+def _episode_means(counts: Counter[str]) -> dict[str, float]:
+    """The number of episodes, and means over them; nothing if there were none."""
+    if not (episodes := counts["episodes"]):
+        return {}
+    return {"episodes": episodes, **{name: counts[name] / episodes for name in (*EPISODE_PARTS, EPISODE_TOKENS)}}
 
 
 def _power_of_two(length: float) -> int:
