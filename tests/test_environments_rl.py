@@ -9,9 +9,13 @@ from collections import defaultdict
 import psutil
 import pytest
 from test_rl import make_config, rows_of, run_stage
+from tiny_policy import ENGINE
 
 from posttrain.context import StageContext
 from posttrain.files import read_jsonl
+from posttrain.model.tokenizer import load_tokenizer
+from posttrain.records import Message
+from posttrain.reward_tools.episode import checked_episode, episode_config, row_of, try_episode
 from posttrain.rl.history.audit import audit_stage
 from posttrain.rl.history.recorded import read_rollouts
 from posttrain.rl.history.replay import replay
@@ -94,3 +98,27 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(
     found = replay(config, StageContext("rl", again, again / "events.jsonl", seed=3), tmp_path / "rl")
     assert found["batches_equal"]
     assert found["weights_equal"], found
+
+
+@pytest.mark.slow
+def test_an_episode_is_watched_turn_by_turn(ray_session, tiny_model, tmp_path):
+    """What is heard is what the engine sampled, in the order of the conversation."""
+    (tmp_path / "world.py").write_text(WORLD)
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "prompt": "one"}\n{"id": "b", "prompt": "two"}\n')
+    settings = [f"engine.{key}={value}" for key, value in ENGINE.items()]
+    settings += ["model.dtype=float32", "sampling.max_tokens=32", "resources.rollout.cpus=0.5"]
+    config = episode_config(
+        f"{tmp_path}/world.py:two_turns", str(tiny_model), f"{tmp_path}/rows.jsonl", settings=settings
+    )
+    heard: list[tuple[int, Message]] = []
+    context = StageContext("try", tmp_path, tmp_path / "events.jsonl", seed=3, warm_engines=True)
+    flight = checked_episode(config, row_of(config, "b"))
+    rollout = try_episode(config, flight, context, heard=lambda place, message: heard.append((place, message)))
+    assert [place for place, _ in heard] == [0, 1, 2, 3]
+    asked, first, said, second = (message for _, message in heard)
+    assert [asked.text, said.role] == ["two", "user"]
+    tokenizer = load_tokenizer(str(tiny_model), None)
+    sampled = [segment.token_ids for segment in rollout.segments if segment.trained]
+    assert [first.text, second.text] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in sampled]
+    assert said.text == f"{len(sampled[0])} tokens. Again!"
+    assert rollout.scored.result.parts["turns"] == 2

@@ -11,6 +11,7 @@ wire.py               the messages between process and stage
 pool.py               processes that can be killed, and the episodes in them
 rollouter.py          makes a rollout of an episode
 conversation.py       what the policy reads next: a checked suffix, or a new branch
+rehearsal.py          an episode whose policy follows a script, for the tests of an environment
 calls.py tools.py     reads and checks calls; the schemas of tools
 
 Left out: agents that talk over HTTP, and interpreters of their own.

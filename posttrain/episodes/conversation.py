@@ -6,7 +6,7 @@ of it is the suffix. Where it does not, the template rewrites earlier turns (it 
 and the conversation goes on as a new branch: the tokens that both have in common are kept, and the others are rendered.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,15 +29,26 @@ class Conversation:
     """The messages of one episode. messages: begin with those of the prompt.
 
     checked: is filled with the forms of added turns for which the template is known to show the results of tools.
+    heard: is called with each message and its place, the prompt's too, once it is part of the conversation.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Prompt, tools: Sequence[dict[str, Any]], *, checked: set[str]):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Prompt,
+        tools: Sequence[dict[str, Any]],
+        *,
+        checked: set[str],
+        heard: Callable[[int, Message], None] | None = None,
+    ):
         self._tokenizer = tokenizer
         self._tools = list(tools) or None
         self._ends = set(end_token_ids(tokenizer))
         self._rendered = list(prompt.token_ids)  # the latest prompt as the template writes it
         self._said: int | None = None  # index of the policy's latest turn
         self._checked = checked
+        self._heard = heard
+        self._num_heard = 0
         self.messages = list(prompt.messages)
 
     def add(self, messages: Sequence[Message]) -> None:
@@ -53,6 +64,7 @@ class Conversation:
             message = Message("assistant", begun + content, message.tool_calls)
         self._said = len(self.messages)
         self.messages.append(message)
+        self._tell()
 
     def next(self, ids: Sequence[int]) -> Continuation:
         """What is added to `ids`, the tokens that the policy has read and sampled so far, before its next turn.
@@ -62,6 +74,7 @@ class Conversation:
         dicts = as_dicts(self.messages)
         wanted = prompt_ids(self._tokenizer, dicts, self._tools)
         self._require_shown(dicts, wanted)
+        self._tell()
         rendered, self._rendered = self._rendered, wanted
         if self._said is None and wanted == rendered:
             return Continuation(())
@@ -78,6 +91,12 @@ class Conversation:
             common += 1
         # A prompt ends with the header of the policy's turn, so something is always left to add.
         return Continuation(tuple(wanted[common:]), common)
+
+    def _tell(self) -> None:
+        if self._heard is not None:
+            for place in range(self._num_heard, len(self.messages)):
+                self._heard(place, self.messages[place])
+            self._num_heard = len(self.messages)
 
     def _require_shown(self, dicts: list[dict[str, Any]], wanted: list[int]) -> None:
         """Check once for each form of conversation that the template shows what tools do."""

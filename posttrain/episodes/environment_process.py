@@ -16,12 +16,10 @@ from typing import Any, BinaryIO
 import msgspec
 
 from posttrain.actors.parent import die_with_parent
-from posttrain.episodes.session import ContextFullError, Session
+from posttrain.episodes.session import ContextFullError, Session, episode_result
 from posttrain.episodes.wire import Ask, Begin, Cancel, Ended, EnvironmentSetup, Full, Told
-from posttrain.errors import PluginError
-from posttrain.records import Outcome, RewardResult, Row
+from posttrain.records import Outcome, Row
 from posttrain.sampling.progress import Progress
-from posttrain.scoring.plugins.results import to_result
 from posttrain.scoring.plugins.target import Target, import_target, warm
 from posttrain.scoring.pool.pipes import limit_memory, open_pipe, read, read_blocking, reason, reply, take_pipes
 from posttrain.scoring.pool.wire import MAX_REPLY_BYTES, Loaded, frame
@@ -103,9 +101,11 @@ class _Episodes:
                 row = msgspec.convert(begin.row, Row)
                 coroutine = self._functions[begin.environment](session, row)
                 note = self._notes.note
-                result = _result(await _noted(coroutine, partial(note, str(begin.key)), partial(note, "")), session)
+                result = episode_result(
+                    await _noted(coroutine, partial(note, str(begin.key)), partial(note, "")), session
+                )
         except ContextFullError:
-            result, is_full = _result(None, session, is_full=True), True
+            result, is_full = episode_result(None, session, is_full=True), True
         except BaseException as error:
             is_late = isinstance(error, TimeoutError) and deadline.expired()
             outcome = Outcome.TIMEOUT if is_late else Outcome.ERROR
@@ -118,17 +118,6 @@ class _Episodes:
                 why = f"the episode ended with more than {MAX_REPLY_BYTES} bytes of added turns and rewards"
                 ended = Ended(begin.key, outcome=Outcome.ERROR, reason=why)
             reply(self._replies, ended)
-
-
-def _result(value: Any, session: Session, *, is_full: bool = False) -> RewardResult:
-    """The reward of the episode: what was returned, and the rewards of its turns. Raises PluginError if it is none."""
-    if session.turn == 0 and not is_full:
-        raise PluginError("the environment returned before the policy had a turn; it must await session.sample()")
-    total = sum(reward for _, reward in session.rewards)
-    if value is None and (session.rewards or is_full):
-        return RewardResult(total, reason="the context was full" if is_full else "")
-    result = to_result(value, "environment")
-    return RewardResult(result.value + total, result.parts, result.reason)
 
 
 @types.coroutine

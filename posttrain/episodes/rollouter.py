@@ -11,7 +11,7 @@ sampled again as long as the world says the same.
 
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from posttrain.config.environments import EnvironmentConfig
@@ -44,14 +44,23 @@ MAX_LOSSES = 5  # of the process of an episode, when nobody is known to be the c
 class EnvironmentRollouter:
     """A `sampling.rollouter.Rollouter`. Use it as an async context in the event loop that samples.
 
-    length: how many tokens the engine can hold. seed: of the stage.
+    length: how many tokens the engine can hold. seed: of the stage. heard: see `Conversation`.
     """
 
-    def __init__(self, config: EnvironmentConfig, tokenizer: Tokenizer, *, length: int, seed: int):
+    def __init__(
+        self,
+        config: EnvironmentConfig,
+        tokenizer: Tokenizer,
+        *,
+        length: int,
+        seed: int,
+        heard: Callable[[int, Message], None] | None = None,
+    ):
         self.config = config
         self._tokenizer = tokenizer
         self._length = length
         self._seed = seed
+        self._heard = heard
         self._pool = EnvironmentPool(config)
         self._parser: str | None = None
         self._checked: set[str] = set()
@@ -115,7 +124,7 @@ class EnvironmentRollouter:
         episode = await session.outside(begun)
         talk = _Talk(
             session,
-            Conversation(self._tokenizer, prompt, tools, checked=self._checked),
+            Conversation(self._tokenizer, prompt, tools, checked=self._checked, heard=self._heard),
             CallReader(self._parser_name(), self._tokenizer, tools) if tools else None,
             length=self._length,
             max_malformed=self.config.max_malformed,

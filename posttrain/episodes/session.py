@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from posttrain.episodes.wire import Ask, Begin, Full, PolicyTurn, Told
-from posttrain.records import Message
+from posttrain.errors import PluginError
+from posttrain.records import Message, RewardResult
+from posttrain.scoring.plugins.results import to_result
 
 ROLES = ("user", "tool", "system")
 MAX_CHARS = 200_000  # of one added turn: no context of a model holds more
@@ -117,6 +119,17 @@ class Session:
             raise RuntimeError(f"an environment cannot {what} any more: {self._end}")
         if self._answer is not None:
             raise RuntimeError(f"an environment cannot {what} while a turn of the policy is sampled")
+
+
+def episode_result(value: Any, session: Session, *, is_full: bool = False) -> RewardResult:
+    """The reward of the episode: what was returned, and the rewards of its turns. Raises PluginError if it is none."""
+    if session.turn == 0 and not is_full:
+        raise PluginError("the environment returned before the policy had a turn; it must await session.sample()")
+    total = sum(reward for _, reward in session.rewards)
+    if value is None and (session.rewards or is_full):
+        return RewardResult(total, reason="the context was full" if is_full else "")
+    result = to_result(value, "environment")
+    return RewardResult(result.value + total, result.parts, result.reason)
 
 
 def _check_sampling(max_tokens: Any, temperature: Any, stops: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Writes a new reward plug-in: a file with a reward that passes its audit, and a file with its test."""
+"""Writes a new plug-in and its test: a reward that passes its audit, or an environment."""
 
 import keyword
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from posttrain.errors import ConfigError
 from posttrain.files import write_text
 
-PLUGIN = '''\
+REWARD = '''\
 """The reward `{name}`: what it pays for, in one sentence. Change it to what you want."""
 
 from posttrain.records import RewardResult
@@ -29,7 +29,7 @@ def {name}(rollout, row, marker="Answer:"):
     return RewardResult(1.0) if said == str(row.answer).strip() else RewardResult(0.0, reason="wrong")
 '''
 
-TEST = '''\
+REWARD_TEST = '''\
 """The reward `{name}`: right replies get 1 and wrong ones 0. Add every reply that ever got the wrong verdict."""
 
 from pathlib import Path
@@ -62,14 +62,72 @@ def test_cut_off():
 '''
 
 
-def write_plugin(name: str, folder: Path) -> list[Path]:
+ENVIRONMENT = '''\
+"""The environment `{name}`: what the policy meets in it, in one sentence. Change it to what you want."""
+
+from posttrain.records import RewardResult
+
+REQUIRES = {{"{name}": ["answer"]}}  # fields that a row must have
+
+
+async def {name}(session, row, max_turns=3):
+    """Let the policy try again after a wrong answer; 1 for a right answer at once, and less for each further turn.
+
+    max_turns: how many turns the policy has at most. An exception here leaves the episode without a score; return 0
+    only for an episode that went wrong.
+    """
+    for number in range(1, max_turns + 1):
+        turn = await session.sample()
+        if turn.finish_reason != "stop":
+            return RewardResult(0.0, reason="cut off")
+        if turn.text.strip() == str(row.answer).strip():
+            return RewardResult(1.0 / number)
+        await session.add("user", "That is wrong. Give the answer alone.")
+    return RewardResult(0.0, reason=f"no right answer in {{max_turns}} turns")
+'''
+
+ENVIRONMENT_TEST = '''\
+"""The environment `{name}`: what it says to the policy, and what it pays. Add every episode that ever went wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from posttrain.episodes.rehearsal import rehearse
+from posttrain.episodes.wire import PolicyTurn
+from posttrain.records import Message, Row
+
+NAME = str(Path(__file__).with_name("{name}.py")) + ":{name}"
+ROW = Row("r1", "math", (Message("user", "What is 2 + 2?"),), "4")
+
+
+@pytest.mark.parametrize(("said", "reward"), [(["4"], 1.0), (["5", "4"], 0.5), (["5", "6", "7"], 0.0), (["5"], 0.0)])
+def test_reward(said, reward):
+    assert rehearse(NAME, ROW, said).result.value == reward
+
+
+def test_what_the_policy_is_told():
+    told = rehearse(NAME, ROW, ["5", "4"]).messages[2]
+    assert (told.role, told.text) == ("user", "That is wrong. Give the answer alone.")
+
+
+def test_cut_off():
+    assert rehearse(NAME, ROW, [PolicyTurn("4", finish_reason="length")]).result.value == 0.0
+'''
+
+TEMPLATES = {"reward": (REWARD, REWARD_TEST), "environment": (ENVIRONMENT, ENVIRONMENT_TEST)}
+
+
+def write_plugin(name: str, folder: Path, kind: str = "reward") -> list[Path]:
     """Write NAME.py and test_NAME.py into the folder; returns their paths.
 
-    Raises ConfigError for a name that is no Python name, and for files that are there already.
+    kind: reward or environment. Raises ConfigError for a name that is no Python name, and for files that are there
+    already.
     """
     if not name.isidentifier() or keyword.iskeyword(name):
         raise ConfigError("NAME", [f"got {name!r}; it must be a Python name, such as polite_and_right"])
-    files = {folder / f"{name}.py": PLUGIN, folder / f"test_{name}.py": TEST}
+    plugin, test = TEMPLATES[kind]
+    files = {folder / f"{name}.py": plugin, folder / f"test_{name}.py": test}
     if there := [str(path) for path in files if path.exists()]:
         raise ConfigError("NAME", [f"{', '.join(there)}: exists already; choose another name or --dir"])
     if folder.exists() and not folder.is_dir():
