@@ -12,8 +12,9 @@ from posttrain.episodes.rollouter import EnvironmentRollouter
 from posttrain.episodes.tools import row_renderer
 from posttrain.records import FinishReason, Message, Rollout, Row, VersionSpan
 from posttrain.sampling.requests import Completion, SampleRequest
-from posttrain.sampling.rollouter import Flight, Turn
+from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.running import RunningRollouters
+from posttrain.sampling.turns import Turn
 
 Says = Callable[[Turn], str]
 LENGTH = 512

@@ -26,7 +26,7 @@ from posttrain.base.tasks import FAMILIES, draw_distinct, solve
 from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
-from posttrain.data.chat import render_conversation
+from posttrain.data.samples import render_conversation
 from posttrain.errors import ConfigError, DataError, StageError
 from posttrain.files import read_jsonl
 from posttrain.records import Row

@@ -7,14 +7,9 @@ from msgspec.structs import replace
 
 from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.data import DataConfig
-from posttrain.data.chat import (
-    check_special_tokens,
-    render_conversation,
-    render_prompt,
-    render_row,
-    render_samples,
-)
+from posttrain.data.chat import check_special_tokens, render_prompt, render_row
 from posttrain.data.ends import end_token_ids
+from posttrain.data.samples import render_conversation, render_samples
 from posttrain.episodes.tools import row_renderer
 from posttrain.errors import CheckpointError, DataError
 from posttrain.records import ImagePart, Message, Row, TextPart, ToolCall

@@ -7,7 +7,7 @@ import pytest
 
 from posttrain.config.data import DataConfig
 from posttrain.data import check_data, load_pairs, load_rows, write_rows
-from posttrain.data.chat import render_conversation, render_samples
+from posttrain.data.samples import render_conversation, render_samples
 from posttrain.errors import DataError
 from posttrain.records import Message, ToolCall
 

@@ -44,7 +44,7 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(
     ray_session, tiny_model, tmp_path, monkeypatch
 ):
     """Half of each batch are episodes. Their process is killed in mid-episode; nothing is lost, and the run replays."""
-    from posttrain.sampling.rollouter import Turn
+    from posttrain.sampling.turns import Turn
 
     (tmp_path / "world.py").write_text(WORLD)
     sampled: dict[tuple[str, int], list[tuple[int, ...]]] = defaultdict(list)

@@ -25,8 +25,9 @@ from posttrain.rl.records import group_of_flight
 from posttrain.rl.training.samples import train_sample
 from posttrain.sampling.manifests import FolderWeights
 from posttrain.sampling.requests import Completion, SampleRequest
-from posttrain.sampling.rollouter import Flight, Session, SingleTurn, Turn
+from posttrain.sampling.rollouter import Flight, Session, SingleTurn
 from posttrain.sampling.rollouts import UNBEGUN, Reply
+from posttrain.sampling.turns import Turn
 
 MESSAGES = (Message("user", "a question"),)
 SAID = (30, 31, 32)  # what the world answers to the first turn

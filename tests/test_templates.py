@@ -15,8 +15,9 @@ from posttrain.cli.outcome import notice_text
 from posttrain.config.base import validate_config
 from posttrain.config.templates import ChatTemplateConfig, builtin_names
 from posttrain.context import StageContext
-from posttrain.data.chat import render_conversation, render_prompt, render_reply, render_samples
+from posttrain.data.chat import render_prompt
 from posttrain.data.ends import end_token_ids, folder_end_ids, note_added_end
+from posttrain.data.samples import render_conversation, render_reply, render_samples
 from posttrain.data.templates import builtin_template, use_template
 from posttrain.errors import CheckpointError, ConfigError, DataError
 from posttrain.files import write_jsonl

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
-from posttrain.data.chat import render_prompt, render_reply, render_samples
+from posttrain.data.chat import render_prompt
 from posttrain.data.ngrams import Item
 from posttrain.data.pairs import Labelled, Pair
+from posttrain.data.samples import render_reply, render_samples
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.transcript import message_text
 from posttrain.data.turns import is_learned, tools_of

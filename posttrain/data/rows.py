@@ -1,8 +1,8 @@
 """Reads datasets into validated rows, and names every bad row before any model is loaded.
 
 There are two kinds of row: a `supervised` row ends with an assistant turn, a `prompt` row with a user or tool turn.
-messages.py reads single messages, turns.py checks their order, chat.py makes tokens. Rows are never repaired: a
-bad row is an error that names its file and number, or is set aside where the config says so (bad_rows.py).
+messages.py reads single messages, turns.py checks their order, chat.py and samples.py make tokens. Rows are never
+repaired: a bad row is an error that names its file and number, or is set aside where the config says so (bad_rows.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Messages as plain text, for a judge, a report or a log. Texts for training are rendered by chat.py."""
+"""Messages as plain text, for a judge, a report or a log. Texts for training are rendered by samples.py."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Turn preference pairs into token ids, with `posttrain.data.chat`, as all stages do.
+"""Turn preference pairs into token ids, with `posttrain.data.samples`, as all stages do.
 
 The prompt has exactly the token ids that sampling would send. A reply is rendered as a turn, with the token that ends
 it. A reply that was rejected because it ran out of tokens never had an end token, so it gets none here: otherwise
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from posttrain.data.chat import render_reply
 from posttrain.data.messages import RowError
 from posttrain.data.pairs import Pair
+from posttrain.data.samples import render_reply
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
 from posttrain.errors import DataError

@@ -8,7 +8,7 @@
 session.py            what an environment is given; runs in its process
 environment_process.py   the program of such a process
 wire.py               the messages between process and stage
-pool.py               processes that can be killed, and the episodes in them
+pool.py process.py    the environment processes; one of them, which can be killed, and the episodes in it
 rollouter.py          makes a rollout of an episode
 conversation.py       what the policy reads next: a checked suffix, or a new branch
 rehearsal.py          an episode whose policy follows a script, for the tests of an environment

@@ -18,7 +18,8 @@ from posttrain.config.environments import EnvironmentConfig
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.episodes.calls import CallReader, parser_of
 from posttrain.episodes.conversation import Continuation, Conversation
-from posttrain.episodes.pool import EnvironmentPool, Episode, EpisodeLost
+from posttrain.episodes.pool import EnvironmentPool
+from posttrain.episodes.process import Episode, EpisodeLost
 from posttrain.episodes.tools import environment_tools, row_tools
 from posttrain.episodes.wire import Ask, Ended, Full, PolicyTurn, Told
 from posttrain.records import (

@@ -92,9 +92,9 @@ def _first_of(rows: list[tuple[str, Callable[[], Any]]], key: str) -> list[str]:
 
 def _renderings(data: DataConfig, kind: str, node: Node, *, tokenizer: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name of the row, a function that renders it as the stage will) for the first rows of a dataset."""
-    from posttrain.data.chat import render_reply, render_samples
     from posttrain.data.pairs import load_pairs
     from posttrain.data.rows import load_rows
+    from posttrain.data.samples import render_reply, render_samples
     from posttrain.data.turns import tools_of
     from posttrain.episodes.tools import row_renderer
 

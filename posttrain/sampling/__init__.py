@@ -1,6 +1,7 @@
 """vLLM engines in Ray actors: how stages lease them, sample on them, and give them new weights while they sample.
 
-rollouter.py running.py   how a rollout is made, turn by turn; all rollouts that are being made
+rollouter.py turns.py     how a rollout is made, turn by turn; one turn, and other work that a rollout waits for
+running.py                all rollouts that are being made
 workers.py groups.py      send turns to engines and replace lost ones; the same for callers that train nothing
 worker.py worker_weights.py   one engine's place and its requests; which weights each has, and how it takes newer ones
 requests.py rollouts.py   requests and answers; the one place where answers become rollouts

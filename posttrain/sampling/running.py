@@ -13,8 +13,9 @@ import asyncio
 from collections.abc import Callable
 
 from posttrain.errors import StageError
-from posttrain.sampling.rollouter import Flight, Outside, Rollouter, Session, Turn
+from posttrain.sampling.rollouter import Flight, Rollouter, Session
 from posttrain.sampling.rollouts import UNBEGUN
+from posttrain.sampling.turns import Outside, Turn
 
 
 class RunningRollouters:

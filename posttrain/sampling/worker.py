@@ -11,7 +11,8 @@ from posttrain.actors.calls import await_with_heartbeat
 from posttrain.actors.lane import COLLECT_S, Lane
 from posttrain.context import BusyLog
 from posttrain.sampling.requests import Piece, SampleRequest
-from posttrain.sampling.rollouter import Flight, Turn
+from posttrain.sampling.rollouter import Flight
+from posttrain.sampling.turns import Turn
 
 T = TypeVar("T")
 Collected = tuple[list[Piece], float]  # of `EngineActor.collect`: pieces, and the Unix time

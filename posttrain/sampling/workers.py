@@ -24,8 +24,9 @@ from posttrain.errors import StageError
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.requests import Piece
-from posttrain.sampling.rollouter import Flight, Rollouter, SingleTurn, Turn
+from posttrain.sampling.rollouter import Flight, Rollouter, SingleTurn
 from posttrain.sampling.running import RunningRollouters
+from posttrain.sampling.turns import Turn
 from posttrain.sampling.worker import Ask, Worker
 from posttrain.sampling.worker_weights import UpdateCalls, WorkerWeights
 

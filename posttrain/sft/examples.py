@@ -1,4 +1,4 @@
-"""Turn rows into token ids and masks with `posttrain.data.chat`, which makes no sample that sampling would not begin.
+"""Turn rows into token ids and masks by `posttrain.data.samples`, which makes no sample that sampling would not begin.
 
 A row becomes one sample, or several under a chat template that rewrites earlier turns.
 """
@@ -6,8 +6,8 @@ A row becomes one sample, or several under a chat template that rewrites earlier
 from collections.abc import Sequence
 from typing import Literal
 
-from posttrain.data.chat import render_samples
 from posttrain.data.messages import RowError
+from posttrain.data.samples import render_samples
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
 from posttrain.errors import DataError

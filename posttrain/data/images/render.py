@@ -12,9 +12,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from posttrain.data.chat import as_dicts, render_prompt, render_samples
+from posttrain.data.chat import as_dicts, render_prompt
 from posttrain.data.images.store import ImageStore
 from posttrain.data.images.tiles import TileRule
+from posttrain.data.samples import render_samples
 from posttrain.data.shown import Tools
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.records import ImagePart, Message
