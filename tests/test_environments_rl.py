@@ -70,6 +70,7 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(
         rows_of(["math", "game"], n=6),
         environment={"by_capability": {"game": {"name": f"{tmp_path}/world.py:two_turns"}}},
         mixture={"math": 1, "game": 1},
+        advantage_per="turn",
     )
     threading.Thread(target=kill, daemon=True).start()
     outputs, _ = run_stage(config, tmp_path / "rl")
@@ -86,6 +87,7 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(
         assert [first.token_ids, second.token_ids] == turns[-2:]  # the very ids of the engine
         assert said.sampler_logprobs is None
         assert 0 <= item.staleness <= config.max_staleness
+        assert (len(item.turn_advantages), item.turn_advantages[0]) == (2, item.advantage)
     assert all(item.reward is not None for item in episodes)
     assert all(0 < item.parts["turn 1"] < 1 and item.parts["turns"] == 2 for item in trained)
     for line in read_jsonl(tmp_path / "rl" / "metrics.jsonl"):

@@ -599,6 +599,7 @@ def test_an_episode_is_shown_as_a_conversation(tmp_path: Path) -> None:
         parts='{"turn 1": 0.25, "turn 3": 1.0, "turns": 3}',
         status="trained",
         advantage=0.5,
+        turn_advantages=[0.5, 0.25, 0.125],
     )
     shown = [
         (turn["number"], [(piece["v"], piece["text"]) for piece in turn["pieces"]], turn["trained"], turn["reward"])
@@ -612,6 +613,7 @@ def test_an_episode_is_shown_as_a_conversation(tmp_path: Path) -> None:
         (3, [(5, "e")], True, 1.0),
     ]
     assert [turn["keeps"] for turn in leaf["turns"]] == [None, None, None, 7, None]
+    assert [turn["advantage"] for turn in leaf["turns"]] == [0.5, None, 0.25, None, 0.125]
     assert leaf["hidden"] == 0
 
 

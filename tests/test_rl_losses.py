@@ -1,5 +1,6 @@
 """Advantages and losses against numbers worked by hand from their formulas; gradients too."""
 
+import json
 import math
 from itertools import starmap
 from typing import Any
@@ -11,16 +12,17 @@ from rollout_records import drawn, one_turn, reply_sample
 
 from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError
-from posttrain.records import RewardResult, Row, Scored, VersionSpan
+from posttrain.records import FinishReason, Prompt, RewardResult, Rollout, Row, Scored, Segment, VersionSpan
 from posttrain.rl.advantages import ADVANTAGES, is_zero
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import drop_reason, over_batch, overlong_penalty, scored_group
+from posttrain.rl.history.recovery import scored_from_json, scores_json
 from posttrain.rl.loss_config import CONSTANTS, LossConfig, ReferenceConfig
 from posttrain.rl.losses import LOSSES, LossInputs
 from posttrain.rl.objective import batch_share, reference_kl
 from posttrain.rl.records import Drop, DropReason, Group
 from posttrain.rl.training.batches import collate, micro_batches
-from posttrain.rl.training.samples import TrainSample, train_samples
+from posttrain.rl.training.samples import TrainSample, rollout_samples, train_samples
 from posttrain.rl.training.trainer import dealt, loss_inputs
 
 
@@ -474,6 +476,73 @@ def test_batch_norm_by_hand():
     assert str(drop_reason(scored_rewards(config, [0.2] * 4), config)) == "zero_advantage"
     assert [drop_reason(group, config) for group in groups] == [None, None]
     assert over_batch(groups, "group_mean") == groups
+
+
+def played_group(config, *paid_and_returned):
+    """A group of episodes: what was paid for each turn, and what the environment returned, None if it was unscored."""
+    rollouts, scores = [], []
+    for index, (paid, returned) in enumerate(paid_and_returned):
+        turns = [Segment((9, 2), True, (-1.0, -1.0), (VersionSpan(0, 0, 2),)) for _ in paid]
+        segments = [part for turn in turns for part in (turn, Segment((30,), False))][:-1]
+        parts = {f"turn {turn}": value for turn, value in enumerate(paid, 1) if value}
+        result = None if returned is None else RewardResult(sum(paid) + returned, parts)
+        scores.append(Scored(result, "scored" if result else "error"))
+        fields = (Prompt((), (1,)), tuple(segments), "", FinishReason.STOP)
+        rollouts.append(Rollout("p", "g", index, *fields, scored=scores[-1]))
+    return scored_group(Group(0, drawn(Row("p", "math", ()), (), (1,)), tuple(rollouts)), scores, config)
+
+
+def test_advantages_of_turns_by_hand():
+    # Rewards 1.5, 0.25 and 0.5, mean 0.75. Without what was paid for the first turns: 1, 0.25 and 0, mean 5/12.
+    config = make_rl_config(advantage_per="turn")
+    scored = played_group(config, ((0.5, 0.0), 1.0), ((0.0, 0.25), 0.0), ((0.5,), 0.0), ((0.0, 0.0), None))
+    assert scored.advantages == pytest.approx((0.75, -0.5, -0.25, None))
+    assert scored.turn_advantages[0] == pytest.approx((0.75, 7 / 12))
+    assert scored.turn_advantages[1] == pytest.approx((-0.5, -1 / 6))
+    assert scored.turn_advantages[2:] == ((-0.25,), ())
+    first, second, third = train_samples([scored], 0)
+    assert [[count for count, _ in sample.spans] for sample in (first, second, third)] == [[2, 2], [2, 2], [2]]
+    batch = collate([first, third], 0, shared=False)
+    assert batch.advantages_T.tolist() == pytest.approx([0.75, 0.75, 7 / 12, 7 / 12, -0.25, -0.25])
+    # Each of 1.5, 0.25, 0.5 minus the mean of the others, and each of 1, 0.25, 0.
+    rloo = played_group(make_rl_config(advantage_per="turn", advantage="rloo"), *(
+        ((0.5, 0.0), 1.0), ((0.0, 0.25), 0.0), ((0.5,), 0.0)
+    ))  # fmt: skip
+    assert rloo.turn_advantages == (
+        pytest.approx((1.125, 0.875)), pytest.approx((-0.75, -0.25)), pytest.approx((-0.375,))
+    )  # fmt: skip
+
+
+def test_turns_differ_in_advantage_only_by_what_was_paid_for_turns():
+    """Without such rewards every turn has the advantage of its episode, as it has by default."""
+    only_returned = [((0.0, 0.0, 0.0), 1.0), ((0.0,), 0.0)]
+    for config in (make_rl_config(advantage_per="turn"), make_rl_config()):
+        scored = played_group(config, *only_returned)
+        assert [sample.spans for sample in train_samples([scored], 0)] == [[(2, 0.5)] * 3, [(2, -0.5)]]
+    paid = [((1.0, 0.0), 0.0), ((0.0, 1.0), 0.0)]  # equal sums, at other turns
+    assert str(drop_reason(played_group(make_rl_config(), *paid), make_rl_config())) == "zero_advantage"
+    by_turn = make_rl_config(advantage_per="turn")
+    scored = played_group(by_turn, *paid)
+    assert drop_reason(scored, by_turn) is None
+    assert scored.turn_advantages == ((0.0, -0.5), (0.0, 0.5))
+    assert scored_from_json(scored.group, json.loads(json.dumps(scores_json(scored)))) == scored
+
+
+def test_a_turn_keeps_its_advantage_in_a_branch_and_at_another_temperature():
+    """By hand: the second turn is not trained on, and the third is in a branch of its own."""
+    said = Segment((9, 2), True, (-1.0, -1.0), (VersionSpan(0, 0, 2),))
+    segments = (said, Segment((30,), False), replace(said, trained=False), Segment((31,), False, keeps=1), said)
+    rollout = Rollout("p", "g", 0, Prompt((), (1,)), segments, "", FinishReason.STOP)
+    one, other = rollout_samples(rollout, 0, 0.5, turn_advantages=(0.1, 0.2, 0.3))
+    assert (one.spans, other.spans) == ([(2, 0.1)], [(2, 0.3)])
+
+
+@pytest.mark.parametrize(("changes", "key"), [
+    ({"advantage": "batch_norm"}, "advantage: batch_norm"), ({"loss": {"name": "gspo"}}, "loss.name: gspo")
+])  # fmt: skip
+def test_what_has_one_advantage_for_a_rollout_has_none_for_turns(changes, key):
+    with pytest.raises(ConfigError, match=f"advantage_per: turn does not go with {key}"):
+        make_rl_config(advantage_per="turn", **changes)
 
 
 def test_overlong_penalty_by_hand():

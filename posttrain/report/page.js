@@ -101,6 +101,7 @@
     const names = node("div", "keys");
     if (isEpisode && part.number !== null) names.append(node("span", "key", part.trained ? "trained on" : "not trained on"));
     if (part.reward !== null) names.append(node("span", "key", `reward ${trim(part.reward)}`));
+    if (part.advantage !== null) names.append(node("span", "key", `advantage ${trim(part.advantage)}`));
     if (part.keeps !== null) {
       const why = `new branch: the chat template rewrote earlier turns, and the first ${part.keeps} tokens stay`;
       names.append(node("span", "key", why));

@@ -41,7 +41,30 @@ def rloo(rewards_G: Sequence[float]) -> list[float]:
     return [reward - (total - reward) / others for reward in rewards_G]
 
 
-ADVANTAGES: dict[str, Callable[[Sequence[float]], list[float]]] = {
+Rule = Callable[[Sequence[float]], list[float]]
+
+
+def of_turns(rule: Rule, rewards_G: Sequence[float], paid_GT: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
+    """The advantage of each turn: that of what its rollout gets from this turn on, by the same rule over the group.
+
+    rewards_G: of whole rollouts. paid_GT: the part of them that was paid for each turn of each rollout; the rest is
+    for the whole rollout. For turn t, the rule gets the rewards without what was paid for earlier turns. So the first
+    turn has the advantage of the rollout, and a later turn gets no credit for what was earned before it.
+
+    Example: of two rollouts by `group_mean`, one was paid 0.5 for its first turn and has a reward of 1.5, the other was
+    paid 0.25 for its second and has 0.25. The first turns have 1.5 and 0.25, so 0.625 and -0.625; the second turns have
+    1 and 0.25, so 0.375 and -0.375.
+
+    Source: the reward to go of the policy gradient theorem, with the baseline of the rule.
+    """
+    left, turns_TG = list(rewards_G), []
+    for turn in range(max(map(len, paid_GT), default=0)):
+        turns_TG.append(rule(left))
+        left = [value - (paid[turn] if turn < len(paid) else 0.0) for value, paid in zip(left, paid_GT, strict=True)]
+    return [tuple(turns_TG[turn][place] for turn in range(len(paid))) for place, paid in enumerate(paid_GT)]
+
+
+ADVANTAGES: dict[str, Rule] = {
     "group_mean": group_mean,
     "grpo": grpo,
     "rloo": rloo,
@@ -62,7 +85,7 @@ def batch_norm(advantages_N: Sequence[float]) -> list[float]:
 
 
 # For the names in ADVANTAGES that have a second function: it is applied to the advantages of a whole batch.
-OVER_BATCH: dict[str, Callable[[Sequence[float]], list[float]]] = {"batch_norm": batch_norm}
+OVER_BATCH: dict[str, Rule] = {"batch_norm": batch_norm}
 
 
 def is_zero(advantages_G: Sequence[float]) -> bool:

@@ -54,7 +54,8 @@ class LossInputs:
     """The reply tokens of a micro-batch, one entry for each token. Replies are whole, and their tokens consecutive.
 
     policy_logprobs_T (with gradient), sampler_logprobs_T, advantages_T: fp32. All tokens of a reply have the same
-    advantage. staleness_T: int64, the trainer's policy version minus the version that sampled the token, 0 or more.
+    advantage, or all tokens of a turn. staleness_T: int64, the trainer's policy version minus the version that sampled
+    the token, 0 or more.
     sequence_T: int64, the number of the token's reply. max_tokens: the longest reply that could be sampled.
     ref_logprobs_T: fp32, log-probabilities under the reference policy, or None without one.
 

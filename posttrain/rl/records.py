@@ -95,7 +95,8 @@ class ScoredGroup(Struct, frozen=True):
 
     rewards, advantages: None for a rollout that could not be scored. A rollout that has a reward but is not trained on
     has no advantage either. outcomes: as in `Scored`. ref_logprobs: of the trained tokens under the reference policy;
-    empty without a reference.
+    empty without a reference. turn_advantages: one for each turn of each rollout, empty for a rollout without an
+    advantage; empty as a whole unless `advantage_per` is turn.
 
     Example: four rollouts, of which the last one could not be scored, have rewards (1.0, 0.0, 0.5, None) and, by
     `group_mean`, advantages (0.5, -0.5, 0.0, None).
@@ -107,6 +108,7 @@ class ScoredGroup(Struct, frozen=True):
     advantages: tuple[float | None, ...]
     outcomes: tuple[Outcome, ...] = ()
     ref_logprobs: tuple[tuple[float, ...], ...] = ()
+    turn_advantages: tuple[tuple[float, ...], ...] = ()
 
     @property
     def scored_rewards(self) -> list[float]:

@@ -139,19 +139,22 @@ def _prompt(column: object) -> tuple[Message, ...]:
 
 def _conversation(row: Mapping[str, object]) -> dict[str, Any]:
     """{"turns": what followed the prompt, "hidden": how many turns more there were}. A turn is {"number", "pieces",
-    "trained", "reward", "keeps"}.
+    "trained", "reward", "advantage", "keeps"}.
 
     number: of a turn of the policy, from 1; None for what the world said. pieces: see `_pieces`. trained: whether the
-    policy was trained on it. keeps: where a new branch begins, the number of earlier tokens that it keeps.
+    policy was trained on it. advantage: its own, if turns have one. keeps: where a new branch begins, the number of
+    earlier tokens that it keeps.
     """
     places, texts = _segments(row), _json(row.get("tokens"))
     if len(places) < 2 or not isinstance(texts, list):
-        turn = {"number": 1, "pieces": _pieces(row), "trained": _is_trained(row), "reward": None, "keeps": None}
+        unknown = dict.fromkeys(("reward", "advantage", "keeps"))
+        turn = {"number": 1, "pieces": _pieces(row), "trained": _is_trained(row), **unknown}
         return {"turns": [turn], "hidden": 0}
     texts = _readable([str(text) for text in texts], str(row.get("reply") or ""))
     spans = versions_of(row.get("versions"))
     limit = max(MIN_CHARS, MAX_CHARS // len(places))
-    paid = mapping(_json(row.get("parts")))
+    paid, advantages = mapping(_json(row.get("parts"))), row.get("turn_advantages")
+    advantages = advantages if isinstance(advantages, list) else []
     turns, number_of_turn = [], 0
     for start, end, trained, *keeps in places:
         own = [span for span in spans if start <= span[1] < end]
@@ -162,6 +165,7 @@ def _conversation(row: Mapping[str, object]) -> dict[str, Any]:
             "pieces": [{"v": v, "text": _short("".join(texts[a:b]), limit), "n": b - a} for v, a, b in pieces],
             "trained": trained and _is_trained(row),
             "reward": number(paid.get(turn_part(number_of_turn))) if own else None,
+            "advantage": number(advantages[number_of_turn - 1]) if own and number_of_turn <= len(advantages) else None,
             "keeps": keeps[0] if keeps else None,
         })  # fmt: skip
     return {"turns": turns[:MAX_TURNS], "hidden": len(turns[MAX_TURNS:])}

@@ -108,6 +108,11 @@ class GradingConfig(RolloutsConfig):
         description="How the rewards of a group become advantages: which baseline is subtracted, and what the "
         "difference is divided by.",
     )
+    advantage_per: Literal["episode", "turn"] = Field(
+        default="episode",
+        description="Whether all turns of an episode have one advantage, or each its own: that of what the episode "
+        "gets from this turn on, without the `session.reward` of earlier turns.",
+    )
     overlong: OverlongConfig | None = Field(
         default=None, description="Penalty for replies that come close to sampling.max_tokens; null has no penalty."
     )
@@ -135,6 +140,16 @@ class GradingConfig(RolloutsConfig):
             )
         if self.min_group > self.group_size:
             raise ValueError(f"min_group ({self.min_group}) must not exceed group_size ({self.group_size})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> "GradingConfig":
+        if self.advantage_per == "turn" and (self.advantage == "batch_norm" or self.loss.name == "gspo"):
+            key = "advantage: batch_norm" if self.advantage == "batch_norm" else "loss.name: gspo"
+            raise ValueError(
+                f"advantage_per: turn does not go with {key}, which has one advantage for a whole rollout; remove one "
+                "of the two"
+            )
         return self
 
     @model_validator(mode="after")

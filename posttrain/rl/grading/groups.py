@@ -4,13 +4,14 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import Protocol
 
 from msgspec.structs import replace
 
 from posttrain.metrics.correctness import is_right
-from posttrain.records import FinishReason, Outcome, Rollout, Row, Scored
-from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, is_zero
+from posttrain.records import FinishReason, Outcome, Rollout, Row, Scored, turn_part
+from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, Rule, is_zero, of_turns
 from posttrain.rl.grading.config import GradingConfig, OverlongConfig
 from posttrain.rl.records import Drop, DropReason, Group, ScoredGroup
 from posttrain.sampling.scoring import score_others
@@ -81,7 +82,28 @@ def scored_group(group: Group, scores: Sequence[Scored], config: GradingConfig) 
             for rollout, advantage in zip(group.rollouts, advantages, strict=True)
         ]
     reasons = tuple(_reason(item, penalty) for item, penalty in zip(scores, penalties, strict=True))
-    return ScoredGroup(group, rewards, reasons, tuple(advantages), tuple(scored.outcome for scored in scores))
+    outcomes = tuple(scored.outcome for scored in scores)
+    scored = ScoredGroup(group, rewards, reasons, tuple(advantages), outcomes)
+    if config.advantage_per == "episode" or len(known) < config.min_group:
+        return scored
+    return _by_turn(scored, known, ADVANTAGES[config.advantage])
+
+
+def _by_turn(scored: ScoredGroup, known: Sequence[float], rule: Rule) -> ScoredGroup:
+    """The group with an advantage for each turn. known: the rewards that there are, with the penalty of `overlong`."""
+    pairs = list(zip(scored.group.rollouts, scored.rewards, strict=True))
+    by_turn = iter(of_turns(rule, known, [paid_turns(rollout) for rollout, reward in pairs if reward is not None]))
+    of_rollouts = [() if reward is None else next(by_turn) for _, reward in pairs]
+    pairs = zip(of_rollouts, scored.advantages, strict=True)
+    return replace(scored, turn_advantages=tuple(() if value is None else turns for turns, value in pairs))
+
+
+def paid_turns(rollout: Rollout) -> list[float]:
+    """What the environment paid for each turn of the policy, in order."""
+    result = rollout.scored.result if rollout.scored is not None else None
+    parts = result.parts if result is not None else {}
+    turns = sum(segment.sampler_logprobs is not None for segment in rollout.segments)
+    return [parts.get(turn_part(number), 0.0) for number in range(1, turns + 1)]
 
 
 def _refused(rollout: Rollout) -> Scored | None:
@@ -143,7 +165,8 @@ def drop_reason(scored: ScoredGroup, config: GradingConfig) -> Drop | None:
         return Drop(DropReason.UNSCORED, outcomes[0][0] if outcomes else "")
     if not known:
         return Drop(DropReason.TRUNCATED)
-    return Drop(DropReason.ZERO_ADVANTAGE) if config.drop_zero_advantage and is_zero(known) else None
+    of_turn = list(chain.from_iterable(scored.turn_advantages))  # those of the first turns are those of the rollouts
+    return Drop(DropReason.ZERO_ADVANTAGE) if config.drop_zero_advantage and is_zero(of_turn or known) else None
 
 
 def passes_and_failures(scored: ScoredGroup, threshold: float) -> tuple[int, int]:

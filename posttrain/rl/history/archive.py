@@ -10,6 +10,7 @@ three tokens, the last one sampled by version 5 and the others by version 4:
 
     versions = [[4, 0, 2], [5, 2, 3]]   segments = [[0, 3, true]]   sampler_logprobs = [-0.1, -2.3, -0.7]
 
+`turn_advantages` has one entry for each turn of the policy if they differ from `advantage` (`advantage_per: turn`).
 `parts` holds the parts of an episode's reward (`RewardResult.parts`), such as {"turn 1": 0.25, "turns": 2}. It is null
 for a rollout without an environment.
 
@@ -118,6 +119,7 @@ class RolloutArchive:
             "token_ids": ids,
             "segments": [_segments_json(rollout) for _, rollout in rows],
             "sampler_logprobs": [_sampler_logprobs(rollout) for _, rollout in rows],
+            "turn_advantages": of_each(lambda item: _by_turn(item.scored)),
             "parts": [_parts_json(rollout) for _, rollout in rows],
             "ref_logprobs": of_each(lambda item: item.scored.ref_logprobs or [()] * len(item.scored.group.rollouts)),
         }
@@ -181,6 +183,10 @@ def _prompt_json(group: Group) -> str:
     return _json.encode(messages_to_json(group.prompt.prompt.messages)).decode()
 
 
+def _by_turn(scored: ScoredGroup) -> Sequence[Sequence[float]]:
+    return scored.turn_advantages or [()] * len(scored.group.rollouts)
+
+
 def _parts_json(rollout: Rollout) -> str | None:
     result = rollout.scored.result if rollout.scored is not None else None
     return None if result is None else _json.encode(result.parts).decode()
@@ -226,6 +232,6 @@ def _schema(pa: Any) -> Any:
         "policy_version": integer, "versions": text, "num_tokens": integer, "staleness": integer, "status": text,
         "tokens": text, "system": text, "prompt_ids": pa.list_(pa.int32()), "token_ids": pa.list_(pa.int32()),
         "segments": text, "sampler_logprobs": pa.list_(real), "ref_logprobs": pa.list_(real),
-        "parts": text,
+        "parts": text, "turn_advantages": pa.list_(real),
     }  # fmt: skip
     return pa.schema(list(types.items()), metadata={FORMAT_KEY: FORMAT})

@@ -27,6 +27,7 @@ class RecordedRollout(msgspec.Struct, frozen=True):
     rollout has none. staleness: by how many versions the trainer was ahead of the rollout's oldest token; None for a
     dropped rollout. ref_logprobs: one for each trained token; empty without a reference policy. parts: of an episode's
     reward, such as {"turn 1": 0.25, "turns": 2}; empty for other rollouts.
+    turn_advantages: one for each turn of the policy, with `advantage_per: turn`; else empty.
     """
 
     rollout: Rollout
@@ -39,6 +40,7 @@ class RecordedRollout(msgspec.Struct, frozen=True):
     staleness: int | None
     ref_logprobs: tuple[float, ...]
     parts: Mapping[str, float]
+    turn_advantages: tuple[float, ...]
 
 
 def read_rollouts(folder: str | Path) -> Iterator[RecordedRollout]:
@@ -81,4 +83,5 @@ def _to_record(row: Mapping[str, Any]) -> RecordedRollout:
         staleness=row["staleness"],
         ref_logprobs=tuple(row["ref_logprobs"] or ()),
         parts=json.loads(row.get("parts") or "{}"),
+        turn_advantages=tuple(row.get("turn_advantages") or ()),
     )

@@ -27,7 +27,7 @@ MODEL = "model"
 LAST_CHECKPOINT = "last_checkpoint"  # the fact that keeps its commit beside that of the result, of the same version
 SNAPSHOT = "ledger.sqlite"
 _READ_BYTES = 1 << 24
-_SCORES = ("rewards", "reasons", "advantages", "outcomes", "ref_logprobs")
+_SCORES = ("rewards", "reasons", "advantages", "outcomes", "ref_logprobs", "turn_advantages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +143,10 @@ def scores_json(scored: ScoredGroup) -> dict[str, Any]:
 def scored_from_json(group: Group, scores: dict[str, Any]) -> ScoredGroup:
     """The inverse of `scores_json`."""
     references = tuple(tuple(values) for values in scores["ref_logprobs"])
+    turns = tuple(tuple(values) for values in scores.get("turn_advantages", ()))
     outcomes = tuple(Outcome(name) for name in scores["outcomes"])
     others = {name: tuple(scores[name]) for name in ("rewards", "reasons", "advantages")}
-    return ScoredGroup(group, **others, outcomes=outcomes, ref_logprobs=references)
+    return ScoredGroup(group, **others, outcomes=outcomes, ref_logprobs=references, turn_advantages=turns)
 
 
 def group_of(entry: Entry, source: PromptSource) -> Group:

@@ -44,13 +44,15 @@ def recorded_steps(stage: Path) -> Iterator[RecordedStep]:
     import pyarrow.parquet as pq
 
     names = ["step", "group_id", "index", "prompt_id", "reply", "finish_reason", "advantage", "versions", "segments",
-             "prompt_ids", "token_ids", "sampler_logprobs", "ref_logprobs", "status"]  # fmt: skip
+             "prompt_ids", "token_ids", "sampler_logprobs", "ref_logprobs", "status", "turn_advantages"]  # fmt: skip
     paths = sorted((stage / "rollouts").glob("step_*.parquet"))
     if not paths:
         raise ConfigError(str(stage), ["has no rollouts to replay; give the folder of an RL stage"])
     for step, path in enumerate(paths):
         check_archive(path)
-        rows = [row for row in pq.read_table(path, columns=names).to_pylist() if row["status"] == "trained"]
+        there = pq.read_schema(path).names  # files of before there were advantages of turns have no such column
+        table = pq.read_table(path, columns=[name for name in names if name in there])
+        rows = [row for row in table.to_pylist() if row["status"] == "trained"]
         if not rows:
             return  # the last file: groups that were dropped after the last step
         if {row["step"] for row in rows} != {step}:
@@ -60,7 +62,13 @@ def recorded_steps(stage: Path) -> Iterator[RecordedStep]:
             sample
             for row, rollout in ((row, recorded_rollout(row)) for row in rows)
             if is_trained_on(rollout, row["advantage"])
-            for sample in rollout_samples(rollout, step, row["advantage"], ref_logprobs=tuple(row["ref_logprobs"]))
+            for sample in rollout_samples(
+                rollout,
+                step,
+                row["advantage"],
+                turn_advantages=tuple(row.get("turn_advantages") or ()),
+                ref_logprobs=tuple(row["ref_logprobs"]),
+            )
         ]
         yield RecordedStep(step, groups, tuple(samples))
 

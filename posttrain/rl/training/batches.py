@@ -96,7 +96,8 @@ def collate(
             positions += places[index][start - 1 : end - 1]
             targets += sample.token_ids[start:end]
         logprobs += sample.sampler_logprobs
-        advantages += [sample.advantage] * sample.num_trained
+        for count, advantage in sample.spans:
+            advantages += [advantage] * count
         staleness += sample.staleness
         sequences += [index] * sample.num_trained
     return MicroBatch(

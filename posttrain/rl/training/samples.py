@@ -5,6 +5,7 @@ sampled is trained on in the one branch in which it was sampled. A sample holds 
 with their log-probabilities and staleness, the ids around them, and an advantage.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 
@@ -22,7 +23,7 @@ class TrainSample(Struct, frozen=True):
     trained on, in order, none at place 0. The other sequences have one entry for each trained token, in order:
     sampler_logprobs; staleness: the version of the trainer that steps on it minus the version that sampled the token;
     ref_logprobs: log-probability under the reference policy at the sampling temperature, empty without a reference.
-    advantage: of every trained token.
+    advantage: of every trained token; or, if `turn_advantages` is not empty, that has one for each entry of `trained`.
 
     Example: a prompt of three tokens and a reply of two: `TrainSample((1, 2, 3, 7, 8), ((3, 5),), (-0.1, -0.2),
     (0, 0), 0.5)`. With a tool's result of one token in between: `TrainSample((1, 2, 3, 7, 8, 4, 9), ((3, 5), (6, 7)),
@@ -35,6 +36,7 @@ class TrainSample(Struct, frozen=True):
     staleness: tuple[int, ...]
     advantage: float
     ref_logprobs: tuple[float, ...] = ()
+    turn_advantages: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -44,20 +46,27 @@ class TrainSample(Struct, frozen=True):
         """How many tokens are trained on."""
         return len(self.sampler_logprobs)
 
+    @property
+    def spans(self) -> list[tuple[int, float]]:
+        """The number of tokens and the advantage of each entry of `trained`."""
+        lengths = [end - start for start, end in self.trained]
+        return list(zip(lengths, self.turn_advantages or (self.advantage,) * len(lengths), strict=True))
+
 
 def train_samples(groups: Sequence[ScoredGroup], version: int) -> list[TrainSample]:
     """The samples of rollouts that have an advantage and trained tokens. version: the trainer's, before the step."""
     return [
         sample
         for scored in groups
-        for rollout, advantage, reference in zip(
+        for rollout, advantage, turns, reference in zip(
             scored.group.rollouts,
             scored.advantages,
+            scored.turn_advantages or ((),) * len(scored.advantages),
             scored.ref_logprobs or ((),) * len(scored.advantages),
             strict=True,
         )
         if is_trained_on(rollout, advantage)
-        for sample in rollout_samples(rollout, version, advantage or 0.0, ref_logprobs=reference)
+        for sample in rollout_samples(rollout, version, advantage or 0.0, turn_advantages=turns, ref_logprobs=reference)
     ]
 
 
@@ -72,20 +81,29 @@ def num_trained(rollout: Rollout) -> int:
 
 
 def rollout_samples(
-    rollout: Rollout, version: int, advantage: float, *, ref_logprobs: tuple[float, ...] = ()
+    rollout: Rollout,
+    version: int,
+    advantage: float,
+    *,
+    turn_advantages: Sequence[float] = (),
+    ref_logprobs: tuple[float, ...] = (),
 ) -> list[TrainSample]:
     """The samples of one rollout, one for each branch with trained tokens. Raises ValueError if a segment that is
     trained on was not sampled.
 
-    version: the trainer's, before the step. ref_logprobs: of the trained tokens of all branches, in order.
+    version: the trainer's, before the step. turn_advantages: of each turn of the policy, trained on or not; () if all
+    have the rollout's. ref_logprobs: of the trained tokens of all branches, in order.
     """
     samples: list[TrainSample] = []
     first = 0
+    turns = iter(turn_advantages)
     for branch in rollout.branches:
         sample = _branch_sample(rollout, branch, version, advantage=advantage)
+        sampled = [segment for _, segment in branch.segments if segment.sampler_logprobs is not None]
+        own = tuple(value for segment, value in zip(sampled, turns, strict=False) if segment.trained)
         if sample.trained:
             last = first + sample.num_trained
-            samples.append(replace(sample, ref_logprobs=ref_logprobs[first:last]))
+            samples.append(replace(sample, ref_logprobs=ref_logprobs[first:last], turn_advantages=own))
             first = last
     return samples
 
@@ -115,3 +133,11 @@ def _branch_sample(rollout: Rollout, branch: Branch, version: int, *, advantage:
         tuple(chain.from_iterable(ages)),
         advantage,
     )
+
+
+def token_advantage_std(samples: Sequence[TrainSample]) -> float:
+    """The standard deviation of the advantage over trained tokens."""
+    spans = [span for sample in samples for span in sample.spans]
+    num_tokens = sum(count for count, _ in spans)
+    mean = sum(count * advantage for count, advantage in spans) / num_tokens
+    return math.sqrt(sum(count * (advantage - mean) ** 2 for count, advantage in spans) / num_tokens)

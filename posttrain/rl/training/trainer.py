@@ -35,7 +35,7 @@ from posttrain.rl.training.batches import MicroBatch, collate, micro_batches
 from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.policy import PAD_ID, load_token_policy, sample_logprobs
 from posttrain.rl.training.protocol import SkippedUpdate, StepResult
-from posttrain.rl.training.samples import TrainSample
+from posttrain.rl.training.samples import TrainSample, token_advantage_std
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.weights import TensorSpec
 from posttrain.train.routers import figures
@@ -270,13 +270,6 @@ def loss_inputs(policy_logprobs_T: torch.Tensor, batch: MicroBatch, max_tokens: 
         max_tokens,
         batch.ref_logprobs_T,
     )
-
-
-def token_advantage_std(samples: Sequence[TrainSample]) -> float:
-    """The standard deviation of the advantage over trained tokens."""
-    num_tokens = sum(sample.num_trained for sample in samples)
-    mean = sum(sample.num_trained * sample.advantage for sample in samples) / num_tokens
-    return math.sqrt(sum(sample.num_trained * (sample.advantage - mean) ** 2 for sample in samples) / num_tokens)
 
 
 def dealt(
