@@ -88,6 +88,7 @@ def load(path: Path) -> Any:
         ([CALCULATOR, "--model", "nowhere", "--row", "p.jsonl"], "nowhere"),
         ([CALCULATOR, "--model", "{model}", "--row", "p.jsonl:p2"], "answer"),
         ([CALCULATOR, "environment.arg=1", "--model", "{model}", "--row", "p.jsonl"], "environment.arg"),
+        ([CALCULATOR, "samples=4", "--model", "{model}", "--row", "p.jsonl"], "one episode is sampled"),
         ([CALCULATOR, "environment.args.turns=1", "--model", "{model}", "--row", "p.jsonl"], "'turns'"),
         ([CALCULATOR, "engine.max_model_len=64", "--model", "{model}", "--row", "p.jsonl"], "max_tokens"),
     ],

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.base import apply_overrides, validate_config
-from posttrain.config.data import DataConfig
 from posttrain.context import StageContext
 from posttrain.data.rows import load_rows
 from posttrain.episodes.rollouter import EnvironmentRollouter
 from posttrain.episodes.tools import check_environment_rows
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from posttrain.eval.config import EvalConfig
 from posttrain.eval.replies import eval_requests, flights
 from posttrain.model.folder import check_folder
@@ -21,6 +20,8 @@ from posttrain.records import Message, Rollout, Row
 from posttrain.sampling.client import Engines
 from posttrain.sampling.groups import SampledGroups
 from posttrain.sampling.rollouter import Flight
+
+COMMAND = "environments try"  # to begin a message with
 
 
 def episode_config(environment: str, model: str, data: str, *, settings: Sequence[str] = ()) -> EvalConfig:
@@ -37,15 +38,16 @@ def episode_config(environment: str, model: str, data: str, *, settings: Sequenc
         "samples": 1,
         "k": 1,
     }
-    return settled(
-        validate_config(EvalConfig, apply_overrides(given, settings), "environments try"), "environments try"
-    )
+    config = settled(validate_config(EvalConfig, apply_overrides(given, settings), COMMAND), COMMAND)
+    if config.greedy or config.samples != 1:
+        raise ConfigError(COMMAND, ["greedy and samples have no use here: one episode is sampled; remove them"])
+    return config
 
 
 def row_of(config: EvalConfig, identity: str | None) -> Row:
     """The row with this id, or the first. Raises DataError if there is none, or if it lacks a field that the
     environment needs, and PluginError for the environment."""
-    rows = load_rows(DataConfig(path=config.data.path), kind="prompt", stage="eval")
+    rows = load_rows(config.data, kind="prompt", stage="eval")
     found = rows[0] if identity is None else next((row for row in rows if row.id == identity), None)
     if found is None:
         raise DataError(f"--row: no row of {config.data.path} has the id {identity!r}; the first has {rows[0].id!r}")
