@@ -385,6 +385,8 @@ def test_episodes_begin_again_when_their_process_is_killed(worlds, tiny_tokenize
 
 
 PAID = """
+from posttrain.records import RewardResult
+
 async def paid(session, row):
     turn = await session.sample()
     session.reward(0.5)
@@ -393,6 +395,7 @@ async def paid(session, row):
         await session.add("tool", "Error: broken", call_id=call.id, name=call.name)
     await session.sample()
     session.reward(0.125)
+    return RewardResult(0.0, {"turn 1": 9.0, "style": 0.5})
 """
 
 
@@ -424,8 +427,14 @@ def test_calls_are_read_and_malformed_ones_go_back_to_the_policy(tmp_path):
     found = play(tokenizer, {"by_capability": environments}, rows, says, length=2000, max_tokens=200)
     # The policy's second turn is the first that this environment saw whole; both of its rewards are for it.
     assert found.pop("paid")[0].scored.result.parts == {
-        "turn 2": 0.75, "turn 3": 0.125, "turns": 3, "tool_calls": 1, "malformed_calls": 1, "tool_failures": 1
-    }  # fmt: skip
+        "style": 0.5,
+        "turn 2": 0.75,
+        "turn 3": 0.125,
+        "turns": 3,
+        "tool_calls": 1,
+        "malformed_calls": 1,
+        "tool_failures": 1,
+    }
     told = {
         "good": "84",
         "cut": "Error: the call cannot be read",

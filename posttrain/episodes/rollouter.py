@@ -269,7 +269,9 @@ class _Talk:
             turns: dict[str, float] = defaultdict(float)
             for turn, value in ended.rewards:
                 turns[turn_part(self._told[min(max(turn, 0), len(self._told) - 1)])] += value
-            result = RewardResult(result.value, {**result.parts, **turns, **counts}, result.reason)
+            # What the environment itself named like a turn was not paid for it, so no advantage may come of it.
+            own = {name: value for name, value in result.parts.items() if not name.startswith("turn ")}
+            result = RewardResult(result.value, {**own, **turns, **counts}, result.reason)
         is_full = self._is_full or ended.is_full
         return self._session.rollout(
             Scored(result, ended.outcome, ended.reason), FinishReason.LENGTH if is_full else None
