@@ -10,7 +10,7 @@ above the number of processors, other programs used the machine too.
   weight_update_vs_memcpy_*   rl_weights.py
   controller_*                rl_controller.py
   async_overlap               rl_overlap.py
-  shared_prefix_speedup       rl_prefix.py; takes five minutes
+  shared_prefix_speedup       rl_prefix.py; takes eight minutes
   engine_block_speedup        rl_blocks.py
   trl_speedup                 rl_trl.py; takes half an hour
   curriculum_token_ratio      rl_curriculum.py
