@@ -33,7 +33,6 @@ def episode_config(environment: str, model: str, data: str, *, settings: Sequenc
         "model": {"path": model},
         "data": {"path": data},
         "environment": {"name": environment},
-        "engine": {"max_num_seqs": 1},
         "greedy": False,
         "samples": 1,
         "k": 1,
