@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from posttrain.cli.rewards import show_plugins
 from posttrain.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -20,12 +21,7 @@ def environments_list() -> None:
     """List the registered environments: name, what it does, and where the function is."""
     from posttrain.scoring.plugins.lookup import ENVIRONMENT, list_plugins
 
-    found = list_plugins(ENVIRONMENT)
-    width = max((len(info.name) for info in found), default=0)
-    for info in found:
-        typer.echo(f"{info.name:<{width}}  {info.summary}  ({info.where})")
-    if not found:
-        typer.echo("no environments are registered; is the package installed? (pip install -e .)", err=True)
+    show_plugins("environments", list_plugins(ENVIRONMENT))
 
 
 @environments_app.command("new")

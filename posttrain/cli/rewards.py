@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from posttrain.config.rewards import RewardConfig
     from posttrain.reward_tools.audit import Audit, Finding
     from posttrain.reward_tools.trial import Tried
+    from posttrain.scoring.plugins.lookup import PluginInfo
     from posttrain.scoring.pool.stats import PoolStats
 
 rewards_app = typer.Typer(no_args_is_help=True, help="Reward plug-ins: list, test, audit, begin a new one.")
@@ -34,15 +35,19 @@ SHOWN = 60
 
 @rewards_app.command("list")
 def rewards_list() -> None:
-    """List the registered rewards: name, where the function is, and what it does."""
+    """List the registered rewards: name, what it does, and where the function is."""
     from posttrain.scoring.plugins.lookup import REWARD, list_plugins
 
-    found = list_plugins(REWARD)
+    show_plugins("rewards", list_plugins(REWARD))
+
+
+def show_plugins(what: str, found: "Sequence[PluginInfo]") -> None:
+    """Print one line for each registered plug-in. what: the plug-ins in a word, such as "rewards"."""
     width = max((len(info.name) for info in found), default=0)
     for info in found:
         typer.echo(f"{info.name:<{width}}  {info.summary}  ({info.where})")
     if not found:
-        typer.echo("no rewards are registered; is the package installed? (pip install -e .)", err=True)
+        typer.echo(f"no {what} are registered; is the package installed? (pip install -e .)", err=True)
 
 
 @rewards_app.command("test")
