@@ -446,8 +446,10 @@ def test_a_local_ray_has_no_server_without_work(ray_session):
 
     commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
     assert any("gcs_server" in command for command in commands)
-    servers = ("autoscaler/_private/monitor.py", "_private/log_monitor.py", "dashboard/dashboard.py")
+    servers = ("autoscaler/_private/monitor.py", "_private/log_monitor.py", "dashboard/dashboard", "dashboard/agent")
     assert [command for command in commands if any(server in command for server in servers)] == []
+    agents = [command for command in commands if "compat/ray_agent.py" in command and "/raylet/raylet " not in command]
+    assert len(agents) == 1
 
 
 @pytest.mark.slow

@@ -70,8 +70,14 @@ def renames(source: str) -> Iterator[int]:
 
 
 # posttrain.files puts files and folders in place. The others cannot: a segment of weights must be locked under its
-# first name, and the ledger's copy is written before the folder that it is put into.
-RENAMING = {"posttrain.files", "posttrain.sampling.weights", "posttrain.rl.loop.checkpoints"}
+# first name, the ledger's copy is written before the folder that it is put into, and Ray's stand-in runs by path,
+# without this package.
+RENAMING = {
+    "posttrain.files",
+    "posttrain.sampling.weights",
+    "posttrain.rl.loop.checkpoints",
+    "posttrain.compat.ray_agent",
+}
 
 
 def test_files_are_put_in_place_by_one_module():

@@ -4,16 +4,20 @@ Importing this module does not import Ray.
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from posttrain.compat import ray_agent
 from posttrain.compat.patches import patch
 
 _patch = partial(patch, "ray")
 CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+AGENT = "dashboard_agent_command"  # the argument of the raylet
 
 
 @_patch(
@@ -44,18 +48,22 @@ def loopback_options(temp_dir: Path) -> dict[str, Any]:
 @_patch(
     "2.60.0",
     "gap",
-    reason="`ray.init` has no argument that leaves out the autoscaler's monitor, the log monitor and the dashboard's "
-    "process, which starts with `include_dashboard=False` too. They take a third of the time of a start",
-    reference="`start_head_processes` and `start_ray_processes` of ray/_private/node.py",
+    reason="`ray.init` has no argument that leaves out the autoscaler's monitor, the log monitor, the dashboard's "
+    "process and its agent, which start with `include_dashboard=False` too. They take more than half of the time of a "
+    "start. The agent listens at a fixed port: beside another Ray on the host it tries for 3 s, and the start waits",
+    reference="`start_head_processes` and `start_ray_processes` of ray/_private/node.py; `start_raylet` of "
+    "ray/_private/services.py; `_start_site_with_retry` of ray/dashboard/http_server_agent.py",
     test="tests/test_compat.py::test_a_local_ray_has_no_server_without_work",
 )
 @contextmanager
 def needed_servers_only() -> Iterator[None]:
-    """Within the block, `ray.init` does not start three processes that have nothing to do in a local session.
+    """Within the block, `ray.init` does not start four processes that have nothing to do in a local session.
 
     The session has one node, so there is nothing to scale; `log_to_driver=False` says that logs are not forwarded; and
-    without a dashboard the dashboard's process sends usage statistics only, which are turned off.
+    without a dashboard the dashboard's process sends usage statistics only, which are turned off. The dashboard's agent
+    serves metrics and the submission of jobs, which nobody asks for. A raylet needs one: ray_agent.py takes its place.
     """
+    from ray._private import services, utils
     from ray._private.node import Node
 
     def nothing(node: Any) -> None:
@@ -65,14 +73,28 @@ def needed_servers_only() -> Iterator[None]:
         node._webui_url = ""  # as Ray itself leaves it without a dashboard
 
     servers = {"start_monitor": nothing, "start_log_monitor": nothing, "start_api_server": no_dashboard}
-    own = {name: getattr(Node, name) for name in servers}
+    changes: list[tuple[Any, str, Any]] = [(Node, name, start) for name, start in servers.items()]
+    changes.append((services, "start_ray_process", partial(_start_process, services.start_ray_process)))
+    # Asks which agent to start, by importing the packages that the agent would need.
+    changes.append((utils, "get_dashboard_dependency_error", lambda: None))
+    own = [(place, name, getattr(place, name)) for place, name, _ in changes]
     try:
-        for name, start in servers.items():
-            setattr(Node, name, start)
+        for place, name, changed in changes:
+            setattr(place, name, changed)
         yield
     finally:
-        for name, start in own.items():
-            setattr(Node, name, start)
+        for place, name, before in own:
+            setattr(place, name, before)
+
+
+def _start_process(start: Any, command: list[str], *arguments: Any, **options: Any) -> Any:
+    """Ray's `start_ray_process`, with our agent in the command of a raylet."""
+    given = dict(part.removeprefix("--").split("=", 1) for part in command if part.startswith("--") and "=" in part)
+    if AGENT in given:
+        program = [sys.executable, "-S", "-E", ray_agent.__file__, given["session_dir"], given["node_id"]]
+        idle = f"--{AGENT}={subprocess.list2cmdline(program)}"
+        command = [idle if part.startswith(f"--{AGENT}=") else part for part in command]
+    return start(command, *arguments, **options)
 
 
 @_patch(
