@@ -322,6 +322,27 @@ def test_pairs_of_one_row_under_two_system_instructions_have_their_own_ids(tmp_p
     assert load_pairs(tmp_path / "pairs.jsonl") == pairs
 
 
+def test_the_tools_of_a_row_stay_with_its_pairs_and_episodes_are_left_out(tmp_path):
+    folder = tmp_path / "rl" / "rollouts"
+    write_rollouts(folder)
+    tools = json.dumps([{"type": "function", "function": {"name": "add"}}])
+    for number, file in enumerate(sorted(folder.iterdir())):
+        table = pq.read_table(file)
+        column = [tools if number else "" for _ in range(len(table))]
+        parts = ['{"turns": 2}' if at % 9 == 8 else None for at in range(len(table))]
+        table = table.append_column("tools", pa.array(column)).append_column("parts", pa.array(parts, pa.string()))
+        pq.write_table(table, file)
+    replies = read_replies(folder)
+    assert len(replies) == 32
+    pairs = mine(replies, MiningConfig(), None, seed=0)
+    assert {json.dumps(pair.fields.get("tools")) for pair in pairs} == {tools, "null"}
+    for file in folder.iterdir():
+        table = pq.read_table(file).drop_columns(["parts"])
+        pq.write_table(table.append_column("parts", pa.array(['{"turns": 2}'] * len(table))), file)
+    with pytest.raises(DataError, match="all rollouts are episodes"):
+        read_replies(folder)
+
+
 def test_complete_is_set_against_truncated():
     replies = [reply("right", 1.0), reply("on and on", None, complete=False)]
     (pair,) = mine(replies, MiningConfig(), None, seed=0)

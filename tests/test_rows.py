@@ -517,17 +517,23 @@ def test_turns_of_tools_in_the_prompt_of_a_pair(tmp_path):
         tmp_path / "p.jsonl",
         {"prompt": start, "chosen": "4", "rejected": "5"},
         {"chosen": [*start, ASSISTANT], "rejected": [*start, other]},
+        {"prompt": [USER], "chosen": [CALLING], "rejected": "5"},
+        {"prompt": [USER], "completion": [CALLING], "label": True},
+        {"prompt": [USER], "completion": "5", "label": False},
     )
-    first, second = load_pairs(path, stage="dpo")
+    pairs = load_pairs(path, stage="dpo")
+    first, second, calling, labelled = pairs
     assert first.prompt == second.prompt
-    assert first.prompt[1].tool_calls == (ToolCall("weather", {"city": "Paris"}, "1"),)
-    write_pairs(tmp_path / "again.jsonl", [first, second])
-    assert load_pairs(tmp_path / "again.jsonl") == [first, second]
+    call = ToolCall("weather", {"city": "Paris"}, "1")
+    assert first.prompt[1].tool_calls == (call,)
+    assert calling.replies == labelled.replies == (Message("assistant", "", (call,)), Message("assistant", "5"))
+    write_pairs(tmp_path / "again.jsonl", pairs)
+    assert load_pairs(tmp_path / "again.jsonl") == pairs
 
 
 BAD_PAIRS = [
     ({"prompt": [USER, CALLING], "chosen": "a", "rejected": "b"}, "the last turn is 'assistant': a prompt must end"),
-    ({"prompt": [USER], "chosen": [CALLING], "rejected": "b"}, "chosen: the reply has tool_calls"),
+    ({"prompt": [USER], "chosen": [CALLING], "rejected": [CALLING]}, "the same text"),
     ({"prompt": [USER], "chosen": [{**ASSISTANT, "weight": 0}], "rejected": "b"}, "both replies of a pair are trained"),
     ({"prompt": "x", "chosen": "a"}, "no 'rejected'"),
     ({"chosen": "a", "rejected": "b"}, "no 'prompt'"),

@@ -6,7 +6,6 @@ from typing import Any
 
 from posttrain.data.chat import render_prompt
 from posttrain.data.ngrams import Item
-from posttrain.data.pairs import Labelled, Pair
 from posttrain.data.samples import render_reply, render_samples
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.transcript import message_text
@@ -14,15 +13,13 @@ from posttrain.data.turns import is_learned, tools_of
 from posttrain.records import Row
 
 
-def _replies(item: Pair | Labelled) -> tuple[str, ...]:
-    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item.reply,)
-
-
 def character_length(item: Item) -> int:
     """The number of characters in all turns of a row, or in the prompt and the reply (of a pair, the longer reply)."""
     if isinstance(item, Row):
         return sum(len(message_text(turn)) for turn in item.messages)
-    return sum(len(message_text(turn)) for turn in item.prompt) + max(map(len, _replies(item)))
+    return sum(len(message_text(turn)) for turn in item.prompt) + max(
+        len(message_text(reply)) for reply in item.replies
+    )
 
 
 def token_length(tokenizer: Tokenizer) -> Callable[[Any], int]:
@@ -34,7 +31,7 @@ def token_length(tokenizer: Tokenizer) -> Callable[[Any], int]:
     def count(item: Item) -> int:
         tools = tools_of(item.fields)
         if not isinstance(item, Row):
-            rendered = (render_reply(tokenizer, item.prompt, reply, tools=tools) for reply in _replies(item))
+            rendered = (render_reply(tokenizer, item.prompt, reply, tools=tools) for reply in item.replies)
             return max(len(prompt) + len(reply) for prompt, reply in rendered)
         if any(map(is_learned, item.messages)):
             return max(len(ids) for ids, _ in render_samples(tokenizer, item.messages, tools))

@@ -52,8 +52,8 @@ def item_texts(item: Item) -> Iterator[tuple[str, str]]:
         replies: tuple[tuple[str, str], ...] = ()
     else:
         turns = item.prompt
-        pair = isinstance(item, Pair)
-        replies = (("chosen", item.chosen), ("rejected", item.rejected)) if pair else (("reply", item.reply),)
+        parts = ("chosen", "rejected") if isinstance(item, Pair) else ("reply",)
+        replies = tuple(zip(parts, map(message_text, item.replies), strict=True))
     for turn in turns:
         if turn.role != "system":
             yield "reply" if turn.role == "assistant" and isinstance(item, Row) else "prompt", message_text(turn)

@@ -30,14 +30,14 @@ from posttrain.data.rows import Data, check, collect, scan, take_capability, tak
 from posttrain.data.turns import check_turns, check_usable
 from posttrain.errors import DataError
 from posttrain.files import write_jsonl
-from posttrain.records import Message
+from posttrain.records import Message, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One preference. `prompt` ends with a user or tool turn; `chosen` and `rejected` are two different replies.
 
-    fields: the row's other columns, such as `tools`.
+    fields: the row's other columns, such as `tools`. chosen_calls, rejected_calls: the calls of tools in each reply.
     """
 
     id: str
@@ -46,16 +46,26 @@ class Pair:
     chosen: str
     rejected: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    chosen_calls: tuple[ToolCall, ...] = ()
+    rejected_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def replies(self) -> tuple[Message, Message]:
+        """The chosen reply and the rejected one as turns."""
+        return (
+            Message("assistant", self.chosen, self.chosen_calls),
+            Message("assistant", self.rejected, self.rejected_calls),
+        )
 
     @property
     def turns(self) -> tuple[Message, ...]:
         """All turns: those of the prompt, then both replies."""
-        return (*self.prompt, Message("assistant", self.chosen), Message("assistant", self.rejected))
+        return (*self.prompt, *self.replies)
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """One reply to a prompt, and whether it is good. fields: the row's other columns."""
+    """One reply to a prompt, and whether it is good. fields: the row's other columns. reply_calls: its tool calls."""
 
     id: str
     capability: str
@@ -63,11 +73,17 @@ class Labelled:
     reply: str
     good: bool
     fields: Mapping[str, Any] = field(default_factory=dict)
+    reply_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def replies(self) -> tuple[Message]:
+        """The reply as a turn."""
+        return (Message("assistant", self.reply, self.reply_calls),)
 
     @property
     def turns(self) -> tuple[Message, ...]:
         """Every turn: those of the prompt, then the reply."""
-        return (*self.prompt, Message("assistant", self.reply))
+        return (*self.prompt, *self.replies)
 
 
 def load_pairs(
@@ -107,9 +123,20 @@ def _joined(items: Sequence["Pair | Labelled"]) -> list[Pair]:
         )
     pairs = [item for item in items if isinstance(item, Pair)]
     for rejected, chosen in (both for bad, good in labelled.values() for both in zip(bad, good, strict=True)):
-        if chosen.reply == rejected.reply:
+        if chosen.replies == rejected.replies:
             raise DataError(f"{chosen.id!r} and {rejected.id!r}: the same reply has label true and label false")
-        pairs.append(Pair(chosen.id, chosen.capability, chosen.prompt, chosen.reply, rejected.reply, chosen.fields))
+        pairs.append(
+            Pair(
+                chosen.id,
+                chosen.capability,
+                chosen.prompt,
+                chosen.reply,
+                rejected.reply,
+                chosen.fields,
+                chosen.reply_calls,
+                rejected.reply_calls,
+            )
+        )
     return pairs
 
 
@@ -135,13 +162,14 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> int:
 
 def pair_to_json(pair: Pair) -> dict[str, Any]:
     """The JSON object that `load_pairs` reads back as an equal pair."""
+    chosen, rejected = messages_to_json(pair.replies)
     return {
         **pair.fields,
         "id": pair.id,
         "capability": pair.capability,
         "prompt": messages_to_json(pair.prompt),
-        "chosen": [{"role": "assistant", "content": pair.chosen}],
-        "rejected": [{"role": "assistant", "content": pair.rejected}],
+        "chosen": [chosen],
+        "rejected": [rejected],
     }
 
 
@@ -152,7 +180,7 @@ def labelled_to_json(item: Labelled) -> dict[str, Any]:
         "id": item.id,
         "capability": item.capability,
         "prompt": messages_to_json(item.prompt),
-        "completion": [{"role": "assistant", "content": item.reply}],
+        "completion": messages_to_json(item.replies),
         "label": item.good,
     }
 
@@ -177,7 +205,8 @@ def _parse(record: Record, config: DataConfig) -> Pair | Labelled:
     if chosen == rejected:
         raise RowError("chosen and rejected are the same text: a pair must show a difference")
     identity, capability = take_id(value, record), take_capability(value, config.capability)
-    return Pair(identity, capability, prompt, chosen, rejected, value)
+    calls = (chosen.tool_calls, rejected.tool_calls)
+    return Pair(identity, capability, prompt, chosen.text, rejected.text, value, *calls)
 
 
 def _has_label(value: Mapping[str, object]) -> bool:
@@ -219,7 +248,8 @@ def _labelled(value: dict[str, Any], record: Record, config: DataConfig) -> Labe
         raise RowError(f"{name}: got {len(start) + 1} turns: must be the reply alone")
     check_turns(prompt, "prompt", "prompt")
     good = label_of(value)
-    return Labelled(take_id(value, record), take_capability(value, config.capability), prompt, reply, good, value)
+    identity, capability = take_id(value, record), take_capability(value, config.capability)
+    return Labelled(identity, capability, prompt, reply.text, good, value, reply.tool_calls)
 
 
 def _take_prompt(value: dict[str, Any], roles: Mapping[str, str]) -> tuple[Message, ...]:
@@ -232,19 +262,17 @@ def _take_prompt(value: dict[str, Any], roles: Mapping[str, str]) -> tuple[Messa
     return take_instruction(value) if value.get("instruction") is not None else ()
 
 
-def _take_reply(value: dict[str, Any], name: str, roles: Mapping[str, str]) -> tuple[tuple[Message, ...], str]:
-    """Remove a reply from a row. Returns the turns before it (none unless it is a whole conversation) and its text."""
+def _take_reply(value: dict[str, Any], name: str, roles: Mapping[str, str]) -> tuple[tuple[Message, ...], Message]:
+    """Remove a reply from a row. Returns the turns before it (none unless it is a whole conversation) and its turn."""
     turns = take_turns(value, name, "assistant", roles=roles)
     if turns[-1].role != "assistant":
         raise RowError(f"{name}: the last turn is {turns[-1].role!r}: a reply must end with 'assistant'")
     reply = turns[-1]
-    if reply.tool_calls:
-        raise RowError(f"{name}: the reply has tool_calls: the two replies of a pair are compared as text only")
     if not isinstance(reply.content, str):
         raise RowError(f"{name}: the reply has an image: the two replies of a pair are compared as text only")
     if reply.trained is False:
         raise RowError(f"{name}: got train {shown(reply.trained)} (or weight 0): both replies of a pair are trained on")
-    return turns[:-1], reply.text
+    return turns[:-1], Message("assistant", reply.text, reply.tool_calls)
 
 
 def _shared_prompt(

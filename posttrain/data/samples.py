@@ -97,21 +97,23 @@ def render_conversation(tokenizer: Tokenizer, messages: Messages, tools: Tools =
 
 
 def render_reply(
-    tokenizer: Tokenizer, prompt: Messages, reply: str, *, tools: Tools = None, ended: bool = True
+    tokenizer: Tokenizer, prompt: Messages, reply: str | Message, *, tools: Tools = None, ended: bool = True
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt, as `render_prompt` makes them, and of a reply to it with the token that ends it.
 
-    ended: False for a reply that was cut off at the token limit; it gets no end token. Raises what `render_samples`
-    raises.
+    reply: a text, or an assistant turn, which may call tools. ended: False for a reply that was cut off at the token
+    limit; it gets no end token. Raises what `render_samples` raises.
     """
-    dicts = [*as_dicts(prompt), {"role": "assistant", "content": reply}]
-    if not ended and "</think>" not in reply:
+    turn = Message("assistant", reply) if isinstance(reply, str) else reply
+    dicts = as_dicts([*prompt, turn])
+    if not ended and "</think>" not in turn.text:
         asked = render_prompt(tokenizer, prompt, tools)
         if begun_thinking(tokenizer, asked):  # templates have no form for thinking that does not end
-            return asked, encode_text(tokenizer, guard_of(tokenizer, chat_template(tokenizer)), reply)
-    turn = _render_turn(tokenizer, dicts, tools)
-    require_tools_shown(lambda *given: conversation_ids(tokenizer, *given), dicts, tools, ids=turn.ids)
-    return turn.ids[: turn.start], turn.ids[turn.start : turn.stop if ended else turn.stop - 1]
+            return asked, encode_text(tokenizer, guard_of(tokenizer, chat_template(tokenizer)), turn.text)
+    rendered = _render_turn(tokenizer, dicts, tools)
+    require_tools_shown(lambda *given: conversation_ids(tokenizer, *given), dicts, tools, ids=rendered.ids)
+    stop = rendered.stop if ended else rendered.stop - 1
+    return rendered.ids[: rendered.start], rendered.ids[rendered.start : stop]
 
 
 def learned_turns(messages: Messages) -> list[int]:

@@ -21,8 +21,10 @@ def require_tools_shown(render: Render, dicts: list[dict[str, Any]], tools: Tool
     ids that it makes of `dicts` and `tools`.
     """
     variants = [(where, variant, tools) for where, variant in _tool_variants(dicts)]
-    if tools:
-        variants.append(("the row's `tools`", dicts, None))
+    for place, tool in enumerate(tools or ()):
+        # Some templates only change their instructions if there are tools, so each tool is looked for by its name.
+        changed = [*list(tools or ())[:place], _renamed(tool), *list(tools or ())[place + 1 :]]
+        variants.append(("the row's `tools`", dicts, changed))
     for where, variant, shown_tools in variants:
         try:
             same = render(variant, shown_tools) == ids
@@ -33,6 +35,14 @@ def require_tools_shown(render: Render, dicts: list[dict[str, Any]], tools: Tool
                 f"the chat template leaves out {where}; set a chat_template that shows tools beside the model's path, "
                 "or remove the row"
             )
+
+
+def _renamed(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of a tool with another name, in OpenAI's form or without the frame."""
+    function = tool.get("function")
+    if isinstance(function, Mapping):
+        return {**tool, "function": {**function, "name": f"other_{function.get('name')}"}}
+    return {**tool, "name": f"other_{tool.get('name')}"}
 
 
 def _tool_variants(dicts: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -71,9 +71,10 @@ def tokenize_pairs(
 
 def _tokenize(tokenizer: Tokenizer, pair: Pair) -> PairIds:
     tools = tools_of(pair.fields)
-    prompt_ids, chosen_ids = render_reply(tokenizer, pair.prompt, pair.chosen, tools=tools)
+    chosen, rejected = pair.replies
+    prompt_ids, chosen_ids = render_reply(tokenizer, pair.prompt, chosen, tools=tools)
     ended = pair.fields.get("reason") != "truncated"
-    _, rejected_ids = render_reply(tokenizer, pair.prompt, pair.rejected, tools=tools, ended=ended)
+    _, rejected_ids = render_reply(tokenizer, pair.prompt, rejected, tools=tools, ended=ended)
     if not rejected_ids or chosen_ids == rejected_ids:
         raise DataError("chosen and rejected must be two replies, but they become the same tokens")
     return PairIds(prompt_ids, chosen_ids, rejected_ids)

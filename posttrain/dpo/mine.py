@@ -5,13 +5,14 @@ complete and has a high reward. The rejected reply is complete with a lower rewa
 (`truncated`). Replies of newer policy versions are preferred, so that the pairs are close to the policy that is
 trained. Pairs are taken from each capability in turn.
 
-Left out: any judgement of quality besides the reward, and pairs from different prompts.
+Left out: any judgement of quality besides the reward, pairs from different prompts, and episodes, whose replies follow
+on different turns of the world.
 """
 
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from posttrain.data.turns import check_turns
 from posttrain.dpo.config import MiningConfig
 from posttrain.errors import DataError, StageError
 
+LATER = ("tools", "parts")  # files of older versions lack them
 COLUMNS = ("step", "prompt_id", "capability", "prompt", "reply", "reward", "finish_reason", "policy_version")
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The columns of one rollout that mining reads. prompt: its messages as JSON. reward: None if it was not scored."""
+    """The columns of one rollout that mining reads. prompt: its messages as JSON. reward: None if it was not scored.
+    tools: the schemas that the row declares, as JSON; "" if it declares none."""
 
     prompt_id: str
     capability: str
@@ -36,10 +39,14 @@ class Reply:
     reward: float | None
     complete: bool
     policy_version: int
+    tools: str = ""
 
 
 def read_replies(folder: str | Path) -> list[Reply]:
-    """Read the rollouts/*.parquet of an RL stage. Raises `DataError` if there are none or a column is missing."""
+    """Read the rollouts/*.parquet of an RL stage, without its episodes.
+
+    Raises `DataError` if there are none or a column is missing.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -50,16 +57,26 @@ def read_replies(folder: str | Path) -> list[Reply]:
     replies: list[Reply] = []
     for file in files:
         try:
-            missing = [name for name in COLUMNS if name not in pq.read_schema(file).names]
+            names = pq.read_schema(file).names
+            missing = [name for name in COLUMNS if name not in names]
             if missing:
                 raise DataError(
                     f"{file}: no column {', '.join(missing)}; the file does not hold rollouts of an RL stage"
                 )
-            records = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
+            columns = [*COLUMNS, *(name for name in LATER if name in names)]
+            records = pq.read_table(file, columns=columns).to_pylist()
         except pa.ArrowException as error:
             raise DataError(f"{file}: not a whole parquet file: {error}") from None
-        replies += [_to_reply(record) for record in records]
+        replies += [_to_reply(record) for record in records if not _is_episode(record)]
+    if not replies:
+        raise DataError(
+            f"{folder}: all rollouts are episodes, and a pair compares single replies; set `pairs` to pairs of your own"
+        )
     return replies
+
+
+def _is_episode(record: dict[str, Any]) -> bool:
+    return "turns" in json.loads(record.get("parts") or "{}")
 
 
 def _to_reply(record: dict[str, Any]) -> Reply:
@@ -71,6 +88,7 @@ def _to_reply(record: dict[str, Any]) -> Reply:
         reward=record["reward"],
         complete=record["finish_reason"] == "stop",
         policy_version=record["policy_version"],
+        tools=record.get("tools") or "",
     )
 
 
@@ -81,14 +99,14 @@ def mine(replies: Sequence[Reply], config: MiningConfig, max_pairs: int | None, 
     the older one of its two replies.
     """
     rng = random.Random(seed)
-    by_prompt: dict[str, list[Reply]] = defaultdict(list)
+    by_prompt: dict[tuple[str, str], list[Reply]] = defaultdict(list)
     for reply in replies:
-        by_prompt[reply.prompt].append(reply)
+        by_prompt[reply.prompt, reply.tools].append(reply)
     by_capability: dict[str, list[Pair]] = defaultdict(list)
     # How many pairs there are of each prompt id and version so far. Prompts of one id can differ in the system
     # instruction that was drawn for their group.
     ids: Counter[str] = Counter()
-    for prompt, group in by_prompt.items():
+    for (prompt, _), group in by_prompt.items():
         for pair in _pairs_of_prompt(prompt, group, config, rng=rng, ids=ids):
             by_capability[pair.capability].append(pair)
     if not by_capability:
@@ -164,6 +182,7 @@ def _to_pair(prompt: str, chosen: Reply, rejected: Reply, *, ids: Counter[str]) 
             "chosen_reward": chosen.reward,
             "rejected_reward": rejected.reward,
             "policy_version": version,
+            **({"tools": json.loads(chosen.tools)} if chosen.tools else {}),
         },
     )
 
@@ -184,7 +203,7 @@ def _take_turns(by_capability: dict[str, list[Pair]], max_pairs: int | None) -> 
                 yield pair
 
 
-def _nothing_to_mine(by_prompt: dict[str, list[Reply]], config: MiningConfig) -> str:
+def _nothing_to_mine(by_prompt: Mapping[Any, list[Reply]], config: MiningConfig) -> str:
     replies = [reply for group in by_prompt.values() for reply in group]
     scored = [reply for reply in replies if reply.reward is not None]
     complete = [reply for reply in scored if reply.complete]

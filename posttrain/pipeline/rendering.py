@@ -100,7 +100,7 @@ def _renderings(data: DataConfig, kind: str, node: Node, *, tokenizer: Any) -> I
 
     if kind == "pairs":
         for pair in load_pairs(data, limit=CHECKED_ROWS, stage=node.kind):
-            for reply in (pair.chosen, pair.rejected):
+            for reply in pair.replies:
                 yield (
                     f"pair {pair.id!r}",
                     partial(render_reply, tokenizer, pair.prompt, reply, tools=tools_of(pair.fields)),

@@ -30,6 +30,7 @@ import msgspec
 
 from posttrain.data.messages import messages_to_json
 from posttrain.data.tokenizer import Tokenizer
+from posttrain.data.turns import tools_of
 from posttrain.errors import CheckpointError
 from posttrain.files import replacing
 from posttrain.records import FinishReason, Prompt, Rollout, Segment, VersionSpan
@@ -100,6 +101,7 @@ class RolloutArchive:
             "capability": [item.scored.group.prompt.row.capability for item, _ in rows],
             "index": of_rollouts("index"),
             "prompt": of_each(lambda item: [_prompt_json(item.scored.group)] * len(item.scored.group.rollouts)),
+            "tools": of_each(lambda item: [_tools_json(item.scored.group)] * len(item.scored.group.rollouts)),
             "reply": of_rollouts("text"),
             "reward": of_each(lambda item: item.scored.rewards),
             "reason": of_each(lambda item: item.scored.reasons),
@@ -219,6 +221,12 @@ def _placed(rollout: Rollout) -> Iterator[tuple[int, Segment]]:
         start += len(segment.token_ids)
 
 
+def _tools_json(group: Group) -> str:
+    """The tools that the row declares; "" if it declares none."""
+    tools = tools_of(group.prompt.row.fields)
+    return _json.encode(tools).decode() if tools else ""
+
+
 def _sampler_logprobs(rollout: Rollout) -> Sequence[float | None]:
     parts = [segment.sampler_logprobs or (None,) * len(segment.token_ids) for segment in rollout.segments]
     return parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
@@ -228,7 +236,7 @@ def _schema(pa: Any) -> Any:
     text, integer, real = pa.string(), pa.int64(), pa.float64()
     types: dict[str, Any] = {
         "step": integer, "group_id": text, "prompt_id": text, "capability": text, "index": integer, "prompt": text,
-        "reply": text, "reward": real, "reason": text, "advantage": real, "finish_reason": text,
+        "tools": text, "reply": text, "reward": real, "reason": text, "advantage": real, "finish_reason": text,
         "policy_version": integer, "versions": text, "num_tokens": integer, "staleness": integer, "status": text,
         "tokens": text, "system": text, "prompt_ids": pa.list_(pa.int32()), "token_ids": pa.list_(pa.int32()),
         "segments": text, "sampler_logprobs": pa.list_(real), "ref_logprobs": pa.list_(real),
