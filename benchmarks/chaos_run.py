@@ -52,7 +52,8 @@ def even_share(rollout, row):
         return 0.0
     return sum(token % 2 == 0 for token in rollout.token_ids) / len(rollout.token_ids)
 '''
-LOOK_S = 0.005
+LOOK_S = 0.05
+QUICK_LOOK_S = 0.005  # a commit does not last long
 COUNT_S = 0.3
 START_S = 150.0
 STRIKE_S = 60.0
@@ -221,7 +222,7 @@ class ChaosRun:
                 victims = self._victims(strike.victim)
             return there and bool(victims)
 
-        self._until(is_time, STRIKE_S)
+        self._until(is_time, STRIKE_S, look_s=QUICK_LOOK_S)
         below = {child for victim in victims for child in victim.children(recursive=True)}
         strike.counts, strike.committing = dict(self._counts()), self._is_committing()
         strike.step = trained
@@ -269,7 +270,7 @@ class ChaosRun:
 
     # ------------------------------------------------------------------ what can be seen from outside
 
-    def _until(self, holds: Any, deadline_s: float, may_end: bool = False) -> None:
+    def _until(self, holds: Any, deadline_s: float, may_end: bool = False, *, look_s: float = LOOK_S) -> None:
         end = time.monotonic() + deadline_s
         while not holds():
             if not may_end and self.exit_code is not None:
@@ -278,7 +279,7 @@ class ChaosRun:
                 raise Late
             if time.monotonic() - self._counted > COUNT_S:
                 self._note_processes()
-            time.sleep(LOOK_S)
+            time.sleep(look_s)
 
     def _read(self, sql: str, *values: Any) -> list[Any]:
         path = self.folder / "ledger.sqlite"

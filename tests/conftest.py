@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a tiny Llama 4 with random weights, its tokenizer, and one Ray session."""
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +17,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A property test must not fail because the machine is busy, so there is no deadline.
 settings.register_profile("posttrain", deadline=None)
 settings.load_profile("posttrain")
+
+
+# The imports of the test files make a million objects that stay. Python's collector would scan them again and again, while
+# they are imported and in the tests after that.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else extensions report as leaked what is never collected
 
 
 # Files whose tests take minutes. They are started first: a long file that starts last leaves the other process idle.

@@ -130,7 +130,7 @@ def test_rollouts_straddle_updates_within_the_staleness_bound(ray_session, tiny_
         tmp_path,
         tiny_model,
         rows_of(["math", "coding"]),
-        sampling={"max_tokens": 220},
+        sampling={"max_tokens": 120},
         steps=8,
         groups_per_step=2,
         mixture={"math": 3, "coding": 1},
@@ -183,8 +183,8 @@ def test_groups_that_grow_too_old_are_dropped_where_nobody_waits(ray_session, ti
         tmp_path,
         tiny_model,
         rows_of(["math", "coding"]),
-        sampling={"max_tokens": 220},
-        steps=10,
+        sampling={"max_tokens": 120},
+        steps=6,
         groups_per_step=2,
         max_staleness=1,
         staleness="drop",
@@ -291,7 +291,7 @@ def test_training_stops_when_no_group_has_an_advantage(ray_session, tiny_model, 
 @pytest.mark.slow
 def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ray_session, tiny_model, tmp_path):
     """SIGKILL of the actor, then SIGSTOP of the core of its successor, each with groups in flight."""
-    config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=12, sampling={"max_tokens": 200})
+    config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=9, sampling={"max_tokens": 120})
     done = []
 
     def steps():
@@ -308,14 +308,14 @@ def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ray
                     done.append(process.pid)
 
     def faults():
-        strike("EngineActor", signal.SIGKILL, 3)
-        strike("EngineCore", signal.SIGSTOP, 7)
+        strike("EngineActor", signal.SIGKILL, 2)
+        strike("EngineCore", signal.SIGSTOP, 4)
 
     killer = threading.Thread(target=faults, daemon=True)
     killer.start()
     _, metrics = run_stage(config, tmp_path / "rl")
     assert len(done) >= 2
-    assert [line["step"] for line in metrics] == list(range(12))
+    assert [line["step"] for line in metrics] == list(range(9))
     reasons = [
         line["reason"] for line in read_jsonl(tmp_path / "rl" / "events.jsonl") if line["event"] == "engine_replaced"
     ]

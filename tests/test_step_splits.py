@@ -78,8 +78,11 @@ def check_same(step: Step, whole: Step) -> None:
 
 
 @pytest.fixture(scope="module", params=[*sorted(PAIR_LOSSES), "sigmoid with adapters"])
-def pair_step(request, policy: Path, tmp_path_factory) -> Callable[[Split, bool], Step]:
-    """A step of DPO with a supervised term, on pairs of many lengths; the policy has moved from the reference."""
+def pair_step(request, policy: Path, tmp_path_factory) -> tuple[Callable[[Split], Step], Step]:
+    """A step of DPO with a supervised term, on pairs of many lengths; the policy has moved from the reference.
+
+    The two replies of a pair share its prompt. Also the whole step, in one forward and without sharing.
+    """
     pairs = [
         Pair(
             f"p{i}",
@@ -100,39 +103,42 @@ def pair_step(request, policy: Path, tmp_path_factory) -> Callable[[Split, bool]
     rows = list(trainer.train_dataset)
     move(trainer.model)
 
-    def step(split: Split, shared: bool) -> Step:
-        trainer.shares_prompts = shared
+    def step(split: Split) -> Step:
         return step_of(trainer, [trainer.data_collator([rows[i] for i in part]) for part in split])
 
-    return step
+    trainer.shares_prompts = False
+    whole = step([list(range(ROWS))])
+    trainer.shares_prompts = True
+    return step, whole
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(split=splits(), blanks=st.integers(0, 2))
 def test_a_step_of_dpo_is_the_same_however_it_is_split(pair_step, split, blanks):
-    """The two replies of a pair share its prompt; the whole step is also taken without sharing."""
-    check_same(pair_step(split + [[BLANK]] * blanks, True), pair_step([list(range(ROWS))], False))
+    step, whole = pair_step
+    check_same(step(split + [[BLANK]] * blanks), whole)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(split=splits(), blanks=st.integers(0, 2))
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_step_of_sft_is_the_same_however_it_is_split(sft_trainers, packed, adapted, split, blanks):
     """Packed, a forward is one row of several conversations; else a padded batch of them."""
-    trainer, examples = sft_trainers[packed, adapted]
+    trainer, examples, whole = sft_trainers[packed, adapted]
+    check_same(sft_step(trainer, examples, split, packed=packed, blanks=blanks), whole)
 
-    def step(parts: Split, blanks: int = 0) -> Step:
-        capacity = 1 << 20 if packed else None
-        forwards = [to_records([examples[i] for i in part], capacity, seed=0) for part in parts]
-        forwards += [[blank_record(examples[0], packed=packed)]] * blanks
-        return step_of(trainer, [trainer.data_collator(rows) for rows in forwards])
 
-    check_same(step(split, blanks), step([list(range(ROWS))]))
+def sft_step(trainer: Any, examples: list[Any], split: Split, *, packed: bool, blanks: int = 0) -> Step:
+    capacity = 1 << 20 if packed else None
+    forwards = [to_records([examples[i] for i in part], capacity, seed=0) for part in split]
+    forwards += [[blank_record(examples[0], packed=packed)]] * blanks
+    return step_of(trainer, [trainer.data_collator(rows) for rows in forwards])
 
 
 @pytest.fixture(scope="module")
-def sft_trainers(policy: Path, data: Path, tmp_path_factory) -> dict[tuple[bool, bool], tuple[Any, list[Any]]]:
+def sft_trainers(policy: Path, data: Path, tmp_path_factory) -> dict[tuple[bool, bool], tuple[Any, list[Any], Step]]:
+    """By (packed, adapted): a trainer, its rows, and the whole step in one forward."""
     model = {"path": str(policy), "dtype": "float32", "router": ROUTER}
     alone = {"packing": False, "batch_tokens": None, "batch_size": 4}
     made = {
@@ -148,10 +154,13 @@ def sft_trainers(policy: Path, data: Path, tmp_path_factory) -> dict[tuple[bool,
         for packed in (False, True)
         for adapted in (False, True)
     }
-    for trainer, _ in made.values():
+    found = {}
+    for (packed, adapted), (trainer, examples) in made.items():
         have_loads(trainer.model)
         move(trainer.model)
-    return made
+        whole = sft_step(trainer, examples, [list(range(ROWS))], packed=packed)
+        found[packed, adapted] = trainer, examples, whole
+    return found
 
 
 @pytest.fixture(scope="module")
