@@ -19,8 +19,8 @@ settings.register_profile("posttrain", deadline=None)
 settings.load_profile("posttrain")
 
 
-# The imports of the test files make a million objects that stay. Python's collector would scan them again and again, while
-# they are imported and in the tests after that.
+# The imports of the test files make a million objects that stay. Python's collector would scan them again and again,
+# while they are imported and in the tests after that.
 gc.disable()
 
 

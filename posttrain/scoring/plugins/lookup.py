@@ -7,8 +7,10 @@ a plug-in: that is done in `scoring/pool/` and `episodes/`.
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -244,7 +246,13 @@ def _resolve_file(name: str, what: str = "reward") -> Target:
     return Target(path.stem, function, str(path))
 
 
-def _registered(kind: Kind) -> dict[str, Target]:
+def _registered(kind: Kind) -> Mapping[str, Target]:
+    return _registered_on(tuple(sys.path), kind)
+
+
+@cache
+def _registered_on(path: tuple[str, ...], kind: Kind) -> Mapping[str, Target]:
+    """What the packages on a module search path register. Reading about all of them takes tens of milliseconds."""
     return {point.name: Target(point.module, point.attr) for point in metadata.entry_points(group=kind.group)}
 
 
