@@ -235,7 +235,7 @@ def test_tools_come_from_the_row_the_yaml_or_the_file(worlds):
     assert row_tools(None, question("r")) == []
     with pytest.raises(DataError, match="row 'r': tools: two tools have the name 'look'"):
         row_tools(config, question("r", tools=[look, look]))
-    with pytest.raises(PluginError, match="TOOLS names 'missing', which is no function of this file"):
+    with pytest.raises(PluginError, match="tool 'missing' is no function of this file"):
         declared_tools(f"{worlds}:no_tool")
     with pytest.raises(PluginError, match="tool 'untyped'"):
         declared_tools(f"{worlds}:bad_tool")

@@ -21,10 +21,25 @@ class EnvironmentFunctionConfig(Config):
     args: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments that the function is called with."
     )
-    tools: list[dict[str, Any]] | None = Field(
+    tools: list[str | dict[str, Any]] | None = Field(
         default=None,
-        description="Schemas of the tools that the policy may call, in OpenAI's form. null: those of the row's column "
-        "`tools`, else those that the environment's file declares as TOOLS.",
+        description="The tools that the policy may call: python or files, which are built in; functions, as "
+        "path/to/file.py:function; or schemas in OpenAI's form. null: those that the environment's file declares as "
+        "TOOLS. The column `tools` of a row takes their place.",
+    )
+
+
+class SandboxConfig(Config):
+    """What a call of the built-in tools may use. Each episode has a sandbox of its own."""
+
+    wall_s: Positive = Field(default=5.0, description="Seconds that a call may take.")
+    cpu_s: Annotated[int, Field(ge=1)] = Field(default=5, description="Seconds of computing of one process.")
+    memory_mib: Annotated[int, Field(ge=64)] = Field(default=512, description="Address space of one process.")
+    num_processes: Annotated[int, Field(ge=4)] = Field(default=16, description="Processes at a time.")
+    disk_mib: Annotated[int, Field(ge=1)] = Field(default=32, description="All files of the episode together.")
+    output_bytes: Annotated[int, Field(ge=1000)] = Field(
+        default=1 << 20,
+        description="What a program may print before it is stopped. The policy reads at most 8,000 characters of it.",
     )
 
 
@@ -36,8 +51,8 @@ class EnvironmentConfig(Config):
     args: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments that the function `name` is called with."
     )
-    tools: list[dict[str, Any]] | None = Field(
-        default=None, description="Schemas of the tools of `name`; see by_capability.tools."
+    tools: list[str | dict[str, Any]] | None = Field(
+        default=None, description="The tools of `name`; see by_capability.tools."
     )
     by_capability: dict[str, EnvironmentFunctionConfig] = Field(
         default_factory=dict,
@@ -51,6 +66,7 @@ class EnvironmentConfig(Config):
     workers: Annotated[int, Field(ge=1)] = Field(
         default=1, description="Number of environment processes. Each runs many episodes at once."
     )
+    sandbox: SandboxConfig = Field(default_factory=SandboxConfig, description="Limits of the tools python and files.")
     timeout_s: Positive = Field(
         default=60.0,
         description="Seconds that an environment may take from one turn of the policy to the next. After that the "

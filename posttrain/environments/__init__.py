@@ -1,4 +1,5 @@
 """Built-in environments: async functions (session, row) that talk with the policy and give the reward.
 
 calculator.py   the policy may have expressions computed
+tool_use.py     the policy may call the tools that the YAML names
 """

@@ -4,6 +4,7 @@ import ast
 import operator
 from fractions import Fraction
 
+from posttrain.environments.tool_use import compare
 from posttrain.episodes.session import Session
 from posttrain.records import RewardResult, Row
 
@@ -52,9 +53,7 @@ async def calculator(session: Session, row: Row, *, max_turns: int = 4, marker: 
     for _ in range(max_turns):
         turn = await session.sample()
         if not turn.tool_calls:
-            said = turn.text.rpartition(marker)[2] if marker else turn.text
-            right = said.strip() == str(row.answer).strip() and (not marker or turn.text.count(marker) == 1)
-            return RewardResult(float(right), reason="" if right else "wrong")
+            return compare(turn.text, row, marker)
         for call in turn.tool_calls:
             await session.add("tool", calculate(str(call.arguments["expression"])), call_id=call.id, name=call.name)
     return RewardResult(0.0, reason=f"no answer in {max_turns} turns")

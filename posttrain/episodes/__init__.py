@@ -12,7 +12,9 @@ pool.py process.py    the environment processes; one of them, which can be kille
 rollouter.py          makes a rollout of an episode
 conversation.py       what the policy reads next: a checked suffix, or a new branch
 rehearsal.py          an episode whose policy follows a script, for the tests of an environment
-calls.py tools.py     reads and checks calls; the schemas of tools
+calls.py              reads and checks calls
+tools.py schemas.py   which tools the policy is shown; the schema of a function
+toolbox/              tools that the run provides, and their calls
 
 Left out: agents that talk over HTTP, and interpreters of their own.
 """

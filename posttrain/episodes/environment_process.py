@@ -17,12 +17,14 @@ import msgspec
 
 from posttrain.actors.parent import die_with_parent
 from posttrain.episodes.session import ContextFullError, Session, episode_result
-from posttrain.episodes.wire import Ask, Begin, Cancel, Ended, EnvironmentSetup, Full, Told
+from posttrain.episodes.toolbox.toolbox import Toolbox, ToolKit
+from posttrain.episodes.wire import Ask, Begin, Cancel, Ended, EnvironmentSetup, Full, LoadedEnvironment, Told
 from posttrain.records import Outcome, Row
 from posttrain.sampling.progress import Progress
 from posttrain.scoring.plugins.target import Target, import_target, warm
 from posttrain.scoring.pool.pipes import limit_memory, open_pipe, read, read_blocking, reason, reply, take_pipes
 from posttrain.scoring.pool.wire import MAX_REPLY_BYTES, Loaded, frame
+from posttrain.scoring.sandbox.run import Limits
 
 _orders = msgspec.msgpack.Decoder(Begin | Told | Full | Cancel)
 
@@ -36,26 +38,37 @@ def main() -> None:
     setup = msgspec.msgpack.decode(data, type=EnvironmentSetup)
     try:
         limit_memory(setup.memory_gib)
-        functions = {name: _load(**msgspec.structs.asdict(item)) for name, item in setup.environments.items()}
+        functions = {name: _load(item) for name, item in setup.environments.items()}
+        limits = Limits(**setup.sandbox)
+        kits = {name: ToolKit(item.tools, limits) for name, item in setup.environments.items()}
         notes = Progress(setup.notes)
     except BaseException as error:
         reply(replies, Loaded(failed=reason(error)))
         return
     reply(replies, Loaded(is_async=True))
-    asyncio.run(_Episodes(functions, setup.timeout_s, notes, replies=replies).serve(requests))
+    asyncio.run(_Episodes(functions, kits, notes, timeout_s=setup.timeout_s, replies=replies).serve(requests))
 
 
-def _load(target: dict[str, Any], args: dict[str, Any]) -> Callable[..., Any]:
-    module, function = import_target(Target(**target), "environment")
-    warm(module, args)
-    return partial(function, **args)
+def _load(environment: LoadedEnvironment) -> Callable[..., Any]:
+    module, function = import_target(Target(**environment.target), "environment")
+    warm(module, environment.args)
+    return partial(function, **environment.args)
 
 
 class _Episodes:
     """The episodes that run, by key."""
 
-    def __init__(self, functions: dict[str, Callable[..., Any]], timeout_s: float, notes: Progress, *, replies: int):
+    def __init__(
+        self,
+        functions: dict[str, Callable[..., Any]],
+        kits: dict[str, ToolKit],
+        notes: Progress,
+        *,
+        timeout_s: float,
+        replies: int,
+    ):
         self._functions = functions
+        self._kits = kits
         self._timeout_s = timeout_s
         self._notes = notes
         self._replies = replies
@@ -84,8 +97,9 @@ class _Episodes:
             if not deadline.expired():
                 deadline.reschedule(loop.time() + self._timeout_s if runs else None)
 
-        session = Session(begin, self._ask, clock)
-        task = asyncio.create_task(self._run(begin, session, deadline))
+        toolbox = Toolbox(self._kits[begin.environment])
+        session = Session(begin, self._ask, clock, toolbox=toolbox)
+        task = asyncio.create_task(self._run(begin, session, deadline, toolbox=toolbox))
         self._running[begin.key] = session, task
 
     def _ask(self, ask: Ask) -> None:
@@ -93,7 +107,13 @@ class _Episodes:
             raise ValueError(f"the added turns have {size} bytes; at most {MAX_REPLY_BYTES} may be added at once")
         reply(self._replies, ask)
 
-    async def _run(self, begin: Begin, session: Session, deadline: asyncio.Timeout) -> None:
+    async def _run(self, begin: Begin, session: Session, deadline: asyncio.Timeout, *, toolbox: Toolbox) -> None:
+        try:
+            await self._play(begin, session, deadline)
+        finally:
+            await toolbox.close()
+
+    async def _play(self, begin: Begin, session: Session, deadline: asyncio.Timeout) -> None:
         result, outcome, why, is_full = None, Outcome.SCORED, "", False
         try:
             async with deadline:

@@ -15,6 +15,7 @@ from typing import Any
 
 from posttrain.config.environments import EnvironmentConfig
 from posttrain.episodes.process import LOOK_S, EnvironmentProcess, Episode, EpisodeLost
+from posttrain.episodes.toolbox.sources import provided_tools
 from posttrain.episodes.wire import Begin, EnvironmentSetup, LoadedEnvironment
 from posttrain.errors import PluginError
 from posttrain.scoring.plugins.lookup import ENVIRONMENT, check_environment, resolve
@@ -46,9 +47,13 @@ class EnvironmentPool:
         """What a process is told to load. notes: the path of its notes. Raises PluginError for an unknown name."""
         functions = self._config.functions.items()
         loaded = {
-            key: LoadedEnvironment(asdict(resolve(item.name, ENVIRONMENT)), dict(item.args)) for key, item in functions
+            key: LoadedEnvironment(
+                asdict(resolve(item.name, ENVIRONMENT)), dict(item.args), tuple(provided_tools(item.tools or ()))
+            )
+            for key, item in functions
         }
-        return EnvironmentSetup(loaded, self._config.timeout_s, MEMORY_GIB, notes)
+        sandbox = self._config.sandbox.model_dump()
+        return EnvironmentSetup(loaded, self._config.timeout_s, MEMORY_GIB, notes, sandbox)
 
     @property
     def num_restarts(self) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.episodes.session import ContextFullError, Session, episode_result
+from posttrain.episodes.toolbox.sources import provided_tools, tool_schemas
+from posttrain.episodes.toolbox.toolbox import Toolbox, ToolKit
 from posttrain.episodes.wire import Ask, Begin, Full, PolicyTurn, Told
 from posttrain.records import Message, RewardResult, Row
 from posttrain.scoring.plugins.lookup import ENVIRONMENT, check_environment, resolve
@@ -34,12 +36,12 @@ def rehearse(
     said: Sequence[str | PolicyTurn],
     *,
     args: Mapping[str, Any] | None = None,
-    tools: Sequence[dict[str, Any]] = (),
+    tools: Sequence[str | dict[str, Any]] = (),
 ) -> Rehearsal:
     """Run an environment with a policy that says `said`, one after the other; after the last its context is full.
 
-    name, args: of the environment, as in the YAML. Raises PluginError for an environment that is wrong or returns no
-    number, and whatever the environment raises.
+    name, args, tools: of the environment, as in the YAML. Raises PluginError for an environment that is wrong or
+    returns no number, and whatever the environment raises.
 
     Example: `rehearse("calculator", row, [PolicyTurn("", (ToolCall("calculate", {"expression": "6 * 7"}),)), "42"])`.
     """
@@ -56,13 +58,17 @@ def rehearse(
             turn = PolicyTurn(turn, num_tokens=len(turn))
         session.take(Told(0, turn, (Message("assistant", turn.text, turn.tool_calls),), TOKENS_LEFT))
 
-    session = Session(Begin(0, name, None, row.messages, list(tools), 0, TOKENS_LEFT), answer, lambda _: None)
+    toolbox = Toolbox(ToolKit(provided_tools(tools)))
+    begin = Begin(0, name, None, row.messages, tool_schemas(tools), 0, TOKENS_LEFT)
+    session = Session(begin, answer, lambda _: None, toolbox=toolbox)
 
     async def run() -> RewardResult:
         try:
             return episode_result(await function(session, row, **(args or {})), session)
         except ContextFullError:
             return episode_result(None, session, is_full=True)
+        finally:
+            await toolbox.close()
 
     result = asyncio.run(run())
     return Rehearsal(result, tuple(session.messages), tuple(session.rewards))

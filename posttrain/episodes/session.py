@@ -2,6 +2,7 @@
 
     turn = await session.sample()                    one turn of the policy
     await session.add("tool", "42", call_id=call.id) one turn of the world
+    await session.call_tools(turn)                   the tools of the YAML answer the calls of a turn
 
 This module runs in the environment's process, so it imports neither torch nor pydantic.
 """
@@ -11,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from posttrain.episodes.toolbox.toolbox import Toolbox
 from posttrain.episodes.wire import Ask, Begin, Full, PolicyTurn, Told
 from posttrain.errors import PluginError
 from posttrain.records import Message, RewardResult
@@ -33,7 +35,14 @@ class Session:
     context still has room for; what is added next is not counted yet.
     """
 
-    def __init__(self, begin: Begin, send: Callable[[Ask], None], clock: Callable[[bool], None]):
+    def __init__(
+        self,
+        begin: Begin,
+        send: Callable[[Ask], None],
+        clock: Callable[[bool], None],
+        *,
+        toolbox: Toolbox | None = None,
+    ):
         self.messages: list[Message] = list(begin.messages)
         self.tools = begin.tools
         self.seed = begin.seed
@@ -44,6 +53,7 @@ class Session:
         self._key = begin.key
         self._send = send
         self._clock = clock  # called with whether the deadline of the environment runs
+        self._toolbox = toolbox
         self._answer: asyncio.Future[Told | Full] | None = None
         self._end = ""
 
@@ -97,6 +107,22 @@ class Session:
         message = Message(role, content, tool_call_id=call_id, name=name)
         self.added.append(message)
         self.messages.append(message)
+
+    async def call_tools(self, turn: PolicyTurn) -> None:
+        """Have the tools of the YAML answer the calls of a turn, one after the other, and add their results.
+
+        A tool that fails answers with a text that begins with "Error:". Raises RuntimeError for a tool that is only
+        declared by its schema: the environment answers its calls itself, with `add`.
+        """
+        for call in turn.tool_calls:
+            if self._toolbox is None or call.name not in self._toolbox.names:
+                there = ", ".join(self._toolbox.names) if self._toolbox is not None else ""
+                raise RuntimeError(
+                    f"the tool {call.name!r} is declared by its schema only, so the environment must answer its calls "
+                    f"with session.add; those that session.call_tools answers: {there or 'none'}"
+                )
+            text = await self._toolbox.call(call.name, call.arguments)
+            await self.add("tool", text, call_id=call.id, name=call.name)
 
     def reward(self, value: float) -> None:
         """Add to the reward, for the policy's last turn. What the environment returns is added to the sum of these."""

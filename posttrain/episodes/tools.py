@@ -21,13 +21,14 @@ from posttrain.data.chat import RenderRow, render_prompt
 from posttrain.data.messages import RowError
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
+from posttrain.episodes.schemas import function_schema
+from posttrain.episodes.toolbox.sources import tool_schemas
 from posttrain.errors import DataError, PluginError
 from posttrain.records import Row
 from posttrain.scoring.plugins.lookup import ENVIRONMENT, RewardSpec, check_environment, function_file, resolve
 from posttrain.scoring.plugins.requirements import check_fields
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}")
-_TYPES = {kind.__name__: kind for kind in (str, int, float, bool, list, dict, tuple)}
 
 
 def row_renderer(tokenizer: Tokenizer, config: EnvironmentConfig | None) -> RenderRow:
@@ -72,7 +73,7 @@ def environment_tools(environment: EnvironmentFunctionConfig) -> list[dict[str, 
     if environment.tools is None:
         tools, where = declared_tools(environment.name), f"environment {environment.name!r}: TOOLS"
     else:
-        tools, where = environment.tools, f"environment {environment.name!r}: tools"
+        tools, where = tool_schemas(environment.tools), f"environment {environment.name!r}: tools"
     if problem := tools_problem(tools):
         raise PluginError(f"{where}: {problem}")
     return tools
@@ -113,7 +114,7 @@ def declared_tools(name: str) -> list[dict[str, Any]]:
         if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             if any(isinstance(one, ast.Name) and one.id == "TOOLS" for one in targets):
-                return [_schema(path, tree, entry) for entry in _entries(path, statement.value, target.function)]
+                return [_schema(path, entry) for entry in _entries(path, statement.value, target.function)]
     return []
 
 
@@ -130,35 +131,12 @@ def _entries(path: Path, value: ast.expr, function: str) -> list[ast.expr]:
     )
 
 
-def _schema(path: Path, tree: ast.Module, entry: ast.expr) -> dict[str, Any]:
+def _schema(path: Path, entry: ast.expr) -> dict[str, Any]:
     if isinstance(entry, ast.Name):
-        for statement in tree.body:
-            if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef) and statement.name == entry.id:
-                return _function_schema(path, statement)
-        raise PluginError(f"{path}:{entry.lineno}: TOOLS names {entry.id!r}, which is no function of this file")
+        return function_schema(path, entry.id, entry.lineno)
     try:
         return dict(ast.literal_eval(entry))
     except (ValueError, TypeError):
         raise PluginError(
             f"{path}:{entry.lineno}: a tool in TOOLS must be a function of this file, or a schema that is written out"
         ) from None
-
-
-def _function_schema(path: Path, node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, Any]:
-    """The schema of a function, by transformers, from its parameters and docstring alone."""
-    from transformers.utils.chat_template_utils import get_json_schema
-
-    text = ast.get_docstring(node) or ""
-    bare = ast.FunctionDef(node.name, node.args, [ast.Expr(ast.Constant(text))], [], node.returns)
-    module = ast.fix_missing_locations(ast.Module([bare], []))
-    found: dict[str, Any] = {"__builtins__": {}, **_TYPES}
-    try:
-        exec(compile(module, str(path), "exec"), found)
-        schema = get_json_schema(found[node.name])
-    except Exception as error:
-        raise PluginError(
-            f"{path}:{node.lineno}: tool {node.name!r}: {error}; a tool has a type for every parameter "
-            f"({', '.join(_TYPES)}), and a docstring with a line for each under Args:"
-        ) from None
-    schema["function"].pop("return", None)
-    return schema

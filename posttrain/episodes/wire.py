@@ -16,21 +16,40 @@ from msgspec import Struct
 from posttrain.records import Message, Outcome, RewardResult, ToolCall
 
 
+class BuiltinTool(Struct, frozen=True, tag="builtin"):
+    """A group of built-in tools, such as files."""
+
+    group: str
+
+
+class FunctionTool(Struct, frozen=True, tag="function"):
+    """A Python function as a tool. target: the fields of a `plugins.target.Target`."""
+
+    name: str
+    target: dict[str, Any]
+
+
+ProvidedTool = BuiltinTool | FunctionTool
+
+
 class LoadedEnvironment(Struct, frozen=True):
-    """What a process loads. target: the fields of a `plugins.target.Target`. args: for the environment."""
+    """What a process loads. target: the fields of a `plugins.target.Target`. args: for the environment. tools: those
+    that the session executes."""
 
     target: dict[str, Any]
     args: dict[str, Any]
+    tools: tuple[ProvidedTool, ...] = ()
 
 
 class EnvironmentSetup(Struct, frozen=True):
     """Tells a process what to load, by name. timeout_s: see `EnvironmentConfig`. notes: the path of the file in which
-    the process notes whose code is running (`sampling.progress`)."""
+    the process notes whose code is running (`sampling.progress`). sandbox: the fields of `sandbox.run.Limits`."""
 
     environments: dict[str, LoadedEnvironment]
     timeout_s: float
     memory_gib: float | None
     notes: str
+    sandbox: dict[str, Any] = {}
 
 
 class Begin(Struct, frozen=True, tag="begin"):

@@ -16,16 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from posttrain.errors import PosttrainError
 
 _INIT = Path(__file__).with_name("inside.py")
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
 _MAX_STDERR = 4096
-_SETUP_S = 30.0
+SETUP_S = 30.0
 # If a Python program meets a limit of the kernel, the last line of stderr begins like this; and which limit it was.
 _LIMIT_ERRORS = {
     "MemoryError": "memory",
@@ -69,13 +70,18 @@ class SandboxResult:
 
 def run_python(source: str, stdin: bytes = b"", limits: Limits | None = None) -> SandboxResult:
     """Run the source as a program and wait for its end. Raises SandboxError if it cannot be run."""
+    return _run(require_sandbox(), source, stdin, limits=limits or Limits())
+
+
+def require_sandbox() -> str:
+    """How this system can isolate a program, as `find_sandbox`. Raises SandboxError if it cannot."""
     way = find_sandbox()
     if way is None:
         raise SandboxError(
             "no sandbox for model-written code: this system allows neither Linux namespaces nor bubblewrap (bwrap); "
             "install bubblewrap or allow user namespaces. The code was not run."
         )
-    return _run(way, source, stdin, limits=limits or Limits())
+    return way
 
 
 @functools.cache
@@ -91,35 +97,40 @@ def find_sandbox() -> str | None:
 
 
 def _run(way: str, source: str, stdin: bytes, *, limits: Limits) -> SandboxResult:
-    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    # Root is exempt from RLIMIT_NPROC, and root stays root inside bubblewrap: so the program runs under another uid.
-    user = 20_000 if way == "bubblewrap" and os.geteuid() == 0 else None
-    visible = [path for path in (*_SYSTEM, sys.base_prefix) if os.path.lexists(path)]
-    job = {"source": source, "python": python, "visible": visible, "limits": asdict(limits), "parent": os.getpid()}
     with tempfile.TemporaryFile() as job_file, tempfile.TemporaryFile() as input_file:
-        job_file.write(json.dumps(job).encode())
-        job_file.seek(0)
         input_file.write(stdin)
         input_file.seek(0)
         ready_read, ready_write = os.pipe()
         with os.fdopen(ready_read, "rb") as ready:
-            descriptors = (job_file.fileno(), ready_write)
             try:
-                process = subprocess.Popen(
-                    _command(way, python, visible, descriptors=descriptors),
-                    stdin=input_file,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    pass_fds=descriptors,
-                    env={"PATH": os.defpath},
-                    cwd="/",
-                    user=user,
-                    group=user,
-                    extra_groups=None if user is None else [],
-                )
+                command, options = start_of(way, source, asdict(limits), job_file=job_file, ready_fd=ready_write)
+                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+                process: Any = subprocess.Popen(command, stdin=input_file, **pipes, **options)
             finally:
                 os.close(ready_write)
             return _watch(process, ready, limits)
+
+
+def start_of(
+    way: str, source: str, limits: Mapping[str, Any], *, job_file: IO[bytes], ready_fd: int
+) -> tuple[list[str], dict[str, Any]]:
+    """The command that runs a source in a sandbox, and the options to start it with.
+
+    way: of `find_sandbox`. limits: the fields of `Limits`. job_file: an empty file, in which the command finds its job.
+    ready_fd: a pipe, to which the sandbox writes b"ready" when the program begins.
+    """
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    # Root is exempt from RLIMIT_NPROC, and root stays root inside bubblewrap: so the program runs under another uid.
+    user = 20_000 if way == "bubblewrap" and os.geteuid() == 0 else None
+    visible = [path for path in (*_SYSTEM, sys.base_prefix) if os.path.lexists(path)]
+    job = {"source": source, "python": python, "visible": visible, "limits": limits, "parent": os.getpid()}
+    job_file.write(json.dumps(job).encode())
+    job_file.seek(0)
+    descriptors = (job_file.fileno(), ready_fd)
+    options: dict[str, Any] = {"pass_fds": descriptors, "env": {"PATH": os.defpath}, "cwd": "/"}
+    if user is not None:
+        options |= {"user": user, "group": user, "extra_groups": []}
+    return _command(way, python, visible, descriptors=descriptors), options
 
 
 def _command(way: str, python: str, visible: list[str], *, descriptors: tuple[int, int]) -> list[str]:
@@ -149,7 +160,7 @@ def _watch(process: "subprocess.Popen[bytes]", ready: IO[bytes], limits: Limits)
     """
     assert process.stdout is not None
     assert process.stderr is not None
-    started_s, left_s, is_ready = time.monotonic(), _SETUP_S, False
+    started_s, left_s, is_ready = time.monotonic(), SETUP_S, False
     stdout, stderr, limit = bytearray(), bytearray(), ""
     with process.stdout, process.stderr, selectors.DefaultSelector() as selector:
         selector.register(ready, selectors.EVENT_READ)
@@ -167,7 +178,7 @@ def _watch(process: "subprocess.Popen[bytes]", ready: IO[bytes], limits: Limits)
                     selector.unregister(key.fileobj)
                 key.data.extend(data)
             del stderr[:-_MAX_STDERR]
-            left_s = started_s + (limits.wall_s if is_ready else _SETUP_S) - time.monotonic()
+            left_s = started_s + (limits.wall_s if is_ready else SETUP_S) - time.monotonic()
             if len(stdout) > limits.output_bytes:
                 limit = "output"
             elif left_s <= 0 and selector.get_map():
@@ -180,18 +191,19 @@ def _watch(process: "subprocess.Popen[bytes]", ready: IO[bytes], limits: Limits)
             exit_code = process.wait()
     words = stderr.decode(errors="replace").strip()
     if not is_ready:
-        late = f"not within {_SETUP_S:g} s" if limit else f"exit code {exit_code}"
+        late = f"not within {SETUP_S:g} s" if limit else f"exit code {exit_code}"
         raise SandboxError(f"the sandbox could not be set up: {words[-300:] or late}")
     # The program cannot signal the process that this function watches. If a signal ended it and no limit explains that,
     # the signal came from outside. It says nothing about the program, so it must not become a reward of 0.
     if exit_code < 0 and not limit:
         raise SandboxError(f"the sandbox was killed by {signal.Signals(-exit_code).name}")
     wall_s = time.monotonic() - started_s
-    limit = limit or _limit_of(exit_code, words, wall_s)
+    limit = limit or limit_of(exit_code, words, wall_s)
     return SandboxResult(exit_code, bytes(stdout[: limits.output_bytes]), words, limit, wall_s)
 
 
-def _limit_of(exit_code: int, stderr: str, wall_s: float) -> str:
+def limit_of(exit_code: int, stderr: str, wall_s: float) -> str:
+    """The limit that ended a program, from how it ended and its last words; "" if none did."""
     if exit_code == 128 + 24 or (exit_code == 128 + 9 and wall_s > 0.5):  # SIGXCPU, or SIGKILL at the hard limit
         return "cpu"
     # Of several processes that write at once, each may have the last line.

@@ -1,0 +1,51 @@
+"""What `environment.tools` in the YAML names, found and checked without running it.
+
+    tools:
+      - python                     a built-in tool, or several: python, files
+      - tools.py:look_up           a function with types and a docstring; module:function too
+      - {type: function, ...}      a schema, whose calls the environment answers itself
+
+The schema of a function is read from its source. Its code runs in the environment processes only.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from posttrain.episodes.schemas import function_schema
+from posttrain.episodes.toolbox.builtin import SCHEMAS
+from posttrain.episodes.wire import BuiltinTool, FunctionTool, ProvidedTool
+from posttrain.errors import PluginError
+from posttrain.scoring.plugins.lookup import function_file, resolve_function
+
+_FORMS = (
+    f"a tool is one of {', '.join(SCHEMAS)}, a function (path/to/file.py:function or package.module:function), or a "
+    'schema {"type": "function", "function": {"name": ...}}'
+)
+
+
+def provided_tools(tools: Sequence[Any]) -> list[ProvidedTool]:
+    """The tools that the environment processes execute; schemas that are written out are none. Raises PluginError."""
+    return [tool for tool, _ in map(_found, tools) if tool is not None]
+
+
+def tool_schemas(tools: Sequence[Any]) -> list[dict[str, Any]]:
+    """The schemas of all tools, in order. Raises PluginError."""
+    return [schema for _, schemas in map(_found, tools) for schema in schemas]
+
+
+def _found(tool: Any) -> tuple[ProvidedTool | None, list[dict[str, Any]]]:
+    if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping):
+        return None, [dict(tool)]
+    if isinstance(tool, str) and tool in SCHEMAS:
+        return BuiltinTool(tool), SCHEMAS[tool]
+    if isinstance(tool, str) and ":" in tool:
+        target = resolve_function(tool, "tool")
+        try:
+            path = function_file(target)
+        except ModuleNotFoundError as error:
+            raise PluginError(f"tool {tool!r}: {error}") from None
+        if path is None:
+            raise PluginError(f"tool {tool!r}: it has no source; write its schema out")
+        return FunctionTool(target.function, asdict(target)), [function_schema(path, target.function)]
+    raise PluginError(f"{str(tool)[:80]!r} is no tool; {_FORMS}")

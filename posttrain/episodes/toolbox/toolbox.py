@@ -1,0 +1,68 @@
+"""The tools of one episode, in its environment process: calls one by name, and ends what they started.
+
+A tool that fails answers with a text that begins with "Error:", which the policy reads; no tool ends an episode.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from posttrain.episodes.toolbox.builtin import MAX_CHARS, call_builtin, cut, names_of
+from posttrain.episodes.wire import BuiltinTool, FunctionTool, ProvidedTool
+from posttrain.scoring.plugins.target import Target, describe, import_target
+from posttrain.scoring.sandbox.kept import KeptSandbox
+from posttrain.scoring.sandbox.run import Limits
+
+_Call = Callable[[Mapping[str, Any]], Any]
+
+
+class ToolKit:
+    """The tools of an environment, loaded once in a process. Raises PluginError for one that cannot be."""
+
+    def __init__(self, tools: Sequence[ProvidedTool], limits: Limits | None = None):
+        self.limits = limits or Limits()
+        self.builtin = [name for tool in tools if isinstance(tool, BuiltinTool) for name in names_of(tool.group)]
+        self.functions: dict[str, Callable[..., Any]] = {
+            tool.name: import_target(Target(**tool.target), "tool")[1]
+            for tool in tools
+            if isinstance(tool, FunctionTool)
+        }
+
+
+class Toolbox:
+    """What one episode may call. Use `close` at its end."""
+
+    def __init__(self, kit: ToolKit):
+        self._kit = kit
+        self._sandbox: KeptSandbox | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The tools that can be called."""
+        return [*self._kit.builtin, *self._kit.functions]
+
+    async def call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """The result of a call, as text. Raises KeyError for a tool that is not here."""
+        if name in self._kit.builtin:
+            if self._sandbox is None:
+                self._sandbox = KeptSandbox(self._kit.limits)
+            return await call_builtin(self._sandbox, self._kit.limits, name, arguments=arguments)
+        return await _call_function(self._kit.functions[name], arguments)
+
+    async def close(self) -> None:
+        """End what the tools started."""
+        sandbox, self._sandbox = self._sandbox, None
+        if sandbox is not None:
+            await sandbox.close()
+
+
+async def _call_function(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    try:
+        value = function(**arguments)
+        if inspect.isawaitable(value):
+            value = await value
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except Exception as error:
+        return f"Error: {describe(error)}"
+    return cut(text, 4 * MAX_CHARS)
