@@ -24,8 +24,8 @@ class EnvironmentFunctionConfig(Config):
     tools: list[str | dict[str, Any]] | None = Field(
         default=None,
         description="The tools that the policy may call: python or files, which are built in; functions, as "
-        "path/to/file.py:function; or schemas in OpenAI's form. null: those that the environment's file declares as "
-        "TOOLS. The column `tools` of a row takes their place.",
+        "path/to/file.py:function; MCP servers, as {mcp: {command: [...]}}; or schemas in OpenAI's form. null: those "
+        "that the environment's file declares as TOOLS. The column `tools` of a row takes their place.",
     )
 
 
@@ -41,6 +41,21 @@ class SandboxConfig(Config):
         default=1 << 20,
         description="What a program may print before it is stopped. The policy reads at most 8,000 characters of it.",
     )
+
+
+class McpServerConfig(Config):
+    """An MCP server over stdio. Example: `{command: [python, server.py], env: {STORE: store.db}}`."""
+
+    command: Annotated[list[str], Field(min_length=1)] = Field(description="The program and its arguments.")
+    env: dict[str, str] = Field(
+        default_factory=dict, description="Variables of its environment, besides PATH, HOME, LOGNAME, SHELL and USER."
+    )
+    shared: bool = Field(
+        default=False,
+        description="Whether all episodes of an environment process share one server. false: each episode has its own.",
+    )
+    start_s: Positive = Field(default=30.0, description="Seconds until it must have told its tools.")
+    call_s: Positive = Field(default=30.0, description="Seconds that a call may take. Then the server is ended.")
 
 
 class EnvironmentConfig(Config):

@@ -9,6 +9,7 @@ stage ── EnvironmentSetup ──► process    loads the environments
       ── Cancel ────────────► process    the episode is not wanted any more
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Struct
@@ -29,7 +30,19 @@ class FunctionTool(Struct, frozen=True, tag="function"):
     target: dict[str, Any]
 
 
-ProvidedTool = BuiltinTool | FunctionTool
+class ServerTool(Struct, frozen=True, tag="server"):
+    """The tools of an MCP server. command: starts it. names: of its tools. is_shared: one for all episodes of a
+    process; else each episode has its own. start_s, call_s: seconds for its start, and for a call."""
+
+    command: tuple[str, ...]
+    env: Mapping[str, str] = {}
+    names: tuple[str, ...] = ()
+    is_shared: bool = False
+    start_s: float = 30.0
+    call_s: float = 30.0
+
+
+ProvidedTool = BuiltinTool | FunctionTool | ServerTool
 
 
 class LoadedEnvironment(Struct, frozen=True):

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.episodes.toolbox.builtin import MAX_CHARS, call_builtin, cut, names_of
-from posttrain.episodes.wire import BuiltinTool, FunctionTool, ProvidedTool
+from posttrain.episodes.toolbox.servers import ServerConnection
+from posttrain.episodes.wire import BuiltinTool, FunctionTool, ProvidedTool, ServerTool
 from posttrain.scoring.plugins.target import Target, describe, import_target
 from posttrain.scoring.sandbox.kept import KeptSandbox
 from posttrain.scoring.sandbox.run import Limits
@@ -23,6 +24,10 @@ class ToolKit:
     def __init__(self, tools: Sequence[ProvidedTool], limits: Limits | None = None):
         self.limits = limits or Limits()
         self.builtin = [name for tool in tools if isinstance(tool, BuiltinTool) for name in names_of(tool.group)]
+        self.servers = [tool for tool in tools if isinstance(tool, ServerTool)]
+        self.shared = {at: ServerConnection(tool) for at, tool in enumerate(self.servers) if tool.is_shared}
+        if self.servers:
+            import mcp  # noqa: F401  takes a second, which no call must wait for
         self.functions: dict[str, Callable[..., Any]] = {
             tool.name: import_target(Target(**tool.target), "tool")[1]
             for tool in tools
@@ -36,11 +41,12 @@ class Toolbox:
     def __init__(self, kit: ToolKit):
         self._kit = kit
         self._sandbox: KeptSandbox | None = None
+        self._own: dict[int, ServerConnection] = {}
 
     @property
     def names(self) -> list[str]:
         """The tools that can be called."""
-        return [*self._kit.builtin, *self._kit.functions]
+        return [*self._kit.builtin, *self._kit.functions, *(name for one in self._kit.servers for name in one.names)]
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> str:
         """The result of a call, as text. Raises KeyError for a tool that is not here."""
@@ -48,13 +54,23 @@ class Toolbox:
             if self._sandbox is None:
                 self._sandbox = KeptSandbox(self._kit.limits)
             return await call_builtin(self._sandbox, self._kit.limits, name, arguments=arguments)
-        return await _call_function(self._kit.functions[name], arguments)
+        if name in self._kit.functions:
+            return await _call_function(self._kit.functions[name], arguments)
+        place = next((at for at, server in enumerate(self._kit.servers) if name in server.names), None)
+        if place is None:
+            raise KeyError(name)
+        connection = self._kit.shared.get(place) or self._own.get(place)
+        if connection is None:
+            connection = self._own[place] = ServerConnection(self._kit.servers[place])
+        return cut(await connection.call(name, arguments), 4 * MAX_CHARS)
 
     async def close(self) -> None:
         """End what the tools started."""
         sandbox, self._sandbox = self._sandbox, None
         if sandbox is not None:
             await sandbox.close()
+        for connection in self._own.values():
+            await connection.close()
 
 
 async def _call_function(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, cast
 from posttrain.actors.processes import kill_marked
 from posttrain.scoring.pool.wire import FrameBuffer
 
-_VARIABLE = "POSTTRAIN_REWARD_WORKER"
+MARK = "POSTTRAIN_REWARD_WORKER"  # the variable that marks what such a process starts
 _TAIL_BYTES = 4096
 _DRAIN_S = 0.3
 
@@ -89,7 +89,7 @@ class PluginProcess(asyncio.SubprocessProtocol):
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        kill_marked(_VARIABLE, self._token)
+        kill_marked(MARK, self._token)
 
     async def close(self, grace_s: float = 0.5) -> None:
         """End the process: close its input, and send SIGKILL after `grace_s` seconds. Returns once it has ended."""
@@ -144,7 +144,7 @@ class PluginProcess(asyncio.SubprocessProtocol):
         libraries, and the mark by which `kill` finds what it started.
         """
         paths = [path or os.getcwd() for path in sys.path]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), _VARIABLE: self._token}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), MARK: self._token}
         environment.setdefault("OMP_NUM_THREADS", "1")
         return environment
 
