@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 from rollout_records import drawn, one_turn, reply_sample
+from vision_folder import draw, save_vision_policy
 
 from posttrain.config.base import Config
 from posttrain.context import StageContext
@@ -43,6 +44,11 @@ def write_inputs(folder: Path, model: Path) -> None:
     shutil.copytree(model, folder / "model_a")
     shutil.copytree(model, folder / "model_b")
     _change_weights(folder / "model_b")
+    save_vision_policy(folder / "model_vision")
+    draw(folder / "dots.png", 1)
+    draw(folder / "bars.png", 2)
+    asked = {"messages": [{"role": "user", "content": "Sum: 1 + 1"}, {"role": "assistant", "content": "Answer: 2"}]}
+    _write(folder / "sft_pictures.jsonl", [{**asked, "images": ["dots.png", "bars.png"]}])
     for name in ("a", "b"):
         prompts = [_prompt(name, index) for index in range(8)]
         replies = [f"Answer: {index}" for index in range(8)]
@@ -227,6 +233,21 @@ def router_bias(config: Any) -> Any:
     bias.update(0.0)
     bias.close()
     return bias.bias_LE
+
+
+def image_parts(config: Any) -> Any:
+    """The names of the weights of a multimodal model that are trained, by the learning rate of their group."""
+    from posttrain.model.load import load_model
+    from posttrain.model.vision.parts import freeze, parameter_groups
+
+    if config.images is None:
+        return None
+    model = load_model(config.model.path, images=True)
+    freeze(model, config.images.freeze)
+    return [
+        (group.get("lr"), sum(weight.numel() for weight in group["params"]))
+        for group in parameter_groups(model, config.images.learning_rates)
+    ]
 
 
 def adapters(config: Any) -> Any:
@@ -877,7 +898,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "filter": (resources_of("filter"), JUDGE_ENGINE, filter_questions, judge_endpoint, filter_split, filter_removed),
     "sft": (
         resources_of("sft"), sft_arguments, sft_examples, held_out, adapters, policy, router_bias, engine_settings,
-        trackers,
+        image_parts, trackers,
     ),
     "rl": (
         resources_of("rl"), rl_environment, rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests,

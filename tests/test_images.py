@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from vision_folder import TEMPLATE, image_tokenizer
 
 from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
 from posttrain.cli.main import main
@@ -21,7 +22,7 @@ from posttrain.data.images.decode import checked
 from posttrain.data.images.render import prompt_with_pictures, samples_with_pictures
 from posttrain.data.images.store import ImageStore
 from posttrain.data.images.take import ImageReader
-from posttrain.data.images.tiles import NO_PICTURE, TOKENS, best_canvas, tile_rule
+from posttrain.data.images.tiles import NO_PICTURE, best_canvas, tile_rule
 from posttrain.data.rows import load_rows
 from posttrain.errors import CheckpointError, DataError
 from posttrain.records import ImagePart, Message, TextPart
@@ -301,33 +302,6 @@ def test_rows_with_pictures_take_little_memory(folder):
 
 
 # --- tiles and tokens ---
-
-TEMPLATE = """{{- bos_token }}
-{%- macro content_of(message) -%}
-    {%- if message['content'] is string -%}{{ message['content'] | trim }}
-    {%- else -%}
-        {%- for part in message['content'] -%}
-            {%- if part['type'] == 'image' -%}{{ '<|image|>' }}
-            {%- else -%}{{ part['text'] }}{%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages %}
-    {{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}
-    {%- if message['role'] == 'assistant' %}{%- generation %}{{- content_of(message) + '<|eot|>' }}{%- endgeneration %}
-    {%- else %}{{- content_of(message) + '<|eot|>' }}{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|header_start|>assistant<|header_end|>\\n\\n' }}{%- endif %}
-"""
-
-
-def image_tokenizer():
-    from tokenizers import AddedToken
-
-    tokenizer = build_tokenizer()
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in TOKENS], special_tokens=True)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 def write_model(folder: Path, **changes: object) -> Path:

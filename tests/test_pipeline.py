@@ -74,7 +74,7 @@ def test_nodes_come_in_an_order_that_can_run():
 
 
 def test_an_evaluation_is_a_node_in_its_stages_folder(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("posttrain.pipeline.inputs.data_problems", lambda data, rows, stage: [])
+    monkeypatch.setattr("posttrain.pipeline.inputs.data_problems", lambda *given, **images: [])
     config = {
         "model": {"path": "ignored", "dtype": "float32"},
         "data": {"path": "d"},

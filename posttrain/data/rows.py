@@ -47,12 +47,14 @@ def iter_rows(data: Data, *, kind: Kind, limit: int | None = None) -> Iterator[R
     return scan(data, _parser(kind, None), limit, identity=lambda row: row.id)
 
 
-def check_data(data: Data, kind: Kind, rows: int = 100, *, stage: str | None = None) -> list[str]:
-    """Problems in the first `rows` rows of a dataset, one line each.
+def check_data(
+    data: Data, kind: Kind, rows: int = 100, *, stage: str | None = None, images: ImageReader | None = None
+) -> list[str]:
+    """Problems in the first `rows` rows of a dataset, one line each. images: as for `load_rows`.
 
     A path that refers to the output of another stage (`${...}`) does not exist yet, so nothing is checked.
     """
-    return check(data, _parser(kind, stage), rows, identity=lambda row: row.id)
+    return check(data, _parser(kind, stage, images), rows, identity=lambda row: row.id)
 
 
 def _parser(kind: Kind, stage: str | None, images: ImageReader | None = None) -> Callable[[Record, DataConfig], Row]:
@@ -61,7 +63,7 @@ def _parser(kind: Kind, stage: str | None, images: ImageReader | None = None) ->
         if images is not None:
             row = images.take(row, Path(record.file).parent)
         if stage is not None:
-            check_usable(row.messages, row.fields, name="messages", stage=stage)
+            check_usable(row.messages, row.fields, name="messages", stage=stage, images=images is not None)
         return row
 
     return parse

@@ -11,7 +11,9 @@ from posttrain.records import ImagePart, Message
 Kind = Literal["supervised", "prompt"]
 
 # Columns that hold images, videos or sounds beside the messages, as in TRL and in many chat datasets.
-MEDIA_COLUMNS = ("images", "image", "videos", "audios")
+IMAGE_COLUMNS = ("images", "image")
+MEDIA_COLUMNS = (*IMAGE_COLUMNS, "videos", "audios")
+IMAGE_STAGES = ("sft",)  # kinds of stage that take pictures where their config has a section `images`
 
 _ALTERNATE = "after an optional first system turn, user and assistant alternate, user first"
 _CALLS = "an assistant turn with tool_calls is followed by their results, in tool turns, and then by an assistant turn"
@@ -103,17 +105,25 @@ def tools_of(fields: Mapping[str, object]) -> list[dict[str, Any]] | None:
     return [dict(tool) for tool in tools]
 
 
-def check_usable(messages: Sequence[Message], fields: Mapping[str, object], *, name: str, stage: str) -> None:
-    """Raise `RowError` for a part of a row that a stage cannot use yet: images; and for declared
-    tools that are not schemas.
+def check_usable(
+    messages: Sequence[Message], fields: Mapping[str, object], *, name: str, stage: str, images: bool = False
+) -> None:
+    """Raise `RowError` for a part of a row that a stage does not use: images, unless it takes them; videos and sounds.
+    Also raise it for declared tools that are not schemas.
 
     The stage must not ignore them silently. fields: the row's other columns. name: the field that holds the messages.
+    images: whether the stage takes the pictures of the messages.
     """
+    way = "set images: {} for a multimodal model, or remove" if stage in IMAGE_STAGES else "remove"
+    what = f"stage {stage} works on text only; {way}"
     for index, message in enumerate(messages):
-        if not isinstance(message.content, str) and any(isinstance(part, ImagePart) for part in message.content):
-            raise RowError(f"{name}[{index}] has an image; stage {stage} works on text only; remove the row")
+        has_image = not isinstance(message.content, str) and any(isinstance(p, ImagePart) for p in message.content)
+        if has_image and not images:
+            raise RowError(f"{name}[{index}] has an image; {what} the row")
     for column in MEDIA_COLUMNS:
         if not is_absent(fields.get(column)):
             value = shown(fields[column])
-            raise RowError(f"{column}: got {value}; stage {stage} works on text only; remove the row or the column")
+            if column not in IMAGE_COLUMNS:
+                raise RowError(f"{column}: got {value}; only text and pictures can be used; remove the row or column")
+            raise RowError(f"{column}: got {value}; {what} the row or the column")
     tools_of(fields)

@@ -88,15 +88,18 @@ def load_model(
     return _read(model_class, folder, arguments).eval()
 
 
-def load_policy(model: ModelConfig) -> PreTrainedModel:
+def load_policy(model: ModelConfig, *, images: bool = False) -> PreTrainedModel:
     """Load the model that a stage trains, with the losses on routers that `model.router` asks for.
+
+    images: as for `load_model`.
 
     Raises what `load_model` and `check_router` raise.
     """
     check_router(model)
-    loaded = load_model(model.path, model.implementation, model.dtype)
-    if isinstance(loaded, NativeLlama4ForCausalLM):
-        loaded.model.router_loss_weights = RouterLossWeights(model.router.balance_loss, model.router.z_loss)
+    loaded = load_model(model.path, model.implementation, model.dtype, images=images)
+    text = loaded.language_model if isinstance(loaded, NativeLlama4ForConditionalGeneration) else loaded
+    if isinstance(text, NativeLlama4ForCausalLM):
+        text.model.router_loss_weights = RouterLossWeights(model.router.balance_loss, model.router.z_loss)
     return loaded
 
 

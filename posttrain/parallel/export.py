@@ -5,6 +5,7 @@ Reading a tensor needs every rank. Only rank 0 writes; beside its own part of th
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from posttrain.parallel.tensors import WholeTensor, gathered, in_shards, read_we
 
 SHARD_BYTES = 4 << 30
 WEIGHTS = "model.safetensors"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def export_model(
@@ -30,12 +32,14 @@ def export_model(
     *,
     tokenizer: Tokenizer,
     path: str | Path,
+    processor: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a Hugging Face folder with every weight of a model that the ranks hold in parts. Collective.
 
     model: an engine's module. config: its transformers config. architecture: name of the class for config.json, such as
-    "Llama4ForCausalLM". Returns `path` on every rank, once the folder is complete.
+    "Llama4ForCausalLM". processor: a model folder whose files of a processor of images belong to the new one, too.
+    Returns `path` on every rank, once the folder is complete.
     """
     shards = in_shards(whole_tensors(model), shard_bytes)
     names = _shard_names(len(shards))
@@ -58,6 +62,9 @@ def export_model(
                 tokenizer=tokenizer,
                 shards=dict(zip(names, shards, strict=True)),
             )
+            for file in (Path(processor) / name for name in PROCESSOR_FILES if processor is not None):
+                if file.exists():
+                    shutil.copy(file, aside)
     return Path(path)
 
 

@@ -9,6 +9,7 @@ three samples of 1 MiB. Left out: installed packages other than this one, and co
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,16 +17,21 @@ from typing import Any
 
 import posttrain
 from posttrain.config.base import RESULT_STAYS, Config
-from posttrain.config.data import FilesConfig
+from posttrain.config.data import DataConfig, FilesConfig
 from posttrain.config.environments import EnvironmentFunctionConfig
+from posttrain.config.images import ImagesConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.rewards import RewardFunctionConfig
+from posttrain.data.files import read_records
 from posttrain.data.hub import local_path
+from posttrain.data.images.take import named_files
+from posttrain.data.messages import RowError
+from posttrain.data.rows import parse_row
 from posttrain.errors import UserError
 from posttrain.model.adapter import base_folder, is_adapter
 from posttrain.pipeline.graph import Node, Pipeline
-from posttrain.pipeline.inputs import find_inputs, other_functions, other_paths, walk
-from posttrain.pipeline.kinds import StageKind
+from posttrain.pipeline.inputs import data_kind, find_inputs, images_of, other_functions, other_paths, paths_of, walk
+from posttrain.pipeline.kinds import Rows, StageKind
 from posttrain.pipeline.layers import parts_below
 from posttrain.pipeline.references import has_reference
 
@@ -81,6 +87,7 @@ def _deciding(config: Config) -> dict[str, Any]:
 
 def _inputs(node: Node) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    images = images_of(node.config)
     for item in find_inputs(node.config):
         value = item.value
         if isinstance(value, ServedModelConfig):
@@ -91,11 +98,31 @@ def _inputs(node: Node) -> dict[str, Any]:
         else:
             paths = _plugin_sources(value)
         found[item.key] = [path_hash(local_path(path)) for path in paths if not has_reference(path)]
+        if images is not None and isinstance(value, DataConfig):
+            found[item.key].append(_pictures_hash(value, data_kind(item.key, node.stage_kind), images))
     for key, path in other_paths(node.config, node.stage_kind):
         found[key] = [path_hash(Path(part).expanduser()) for part in _model_paths(path)]
     for key, name in other_functions(node.config, node.stage_kind):
         found[key] = [path_hash(Path(path)) for path in _function_sources(name)]
     return found
+
+
+def _pictures_hash(data: DataConfig, kind: Rows, images: ImagesConfig) -> str:
+    """The hash of the contents of the files that rows name as their pictures.
+
+    The rows of other stages do not exist yet. What they hold depends on those stages, which count themselves.
+    """
+    paths = [path for path in paths_of(data) if not has_reference(path)]
+    if kind not in ("supervised", "prompt"):
+        return ""
+    root = None if images.root is None else Path(images.root)
+    found: dict[Path, str] = {}
+    for record in read_records(paths):
+        with suppress(RowError):  # the stage reports it
+            row = parse_row(record, kind, data)
+            for path in named_files(row, root, Path(record.file).parent):
+                found.setdefault(path, file_hash(path))
+    return _digest("\n".join(sorted(found.values())).encode())
 
 
 def _model_paths(path: str) -> list[str]:

@@ -15,10 +15,13 @@ from pydantic import BaseModel
 
 from posttrain.config.data import DataConfig, FilesConfig
 from posttrain.config.environments import WHOLE, EnvironmentConfig, EnvironmentFunctionConfig
+from posttrain.config.images import ImagesConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.rewards import RewardFunctionConfig
-from posttrain.errors import ConfigError, UserError
+from posttrain.data.images.tiles import multimodal_config
+from posttrain.errors import CheckpointError, ConfigError, UserError
 from posttrain.judging.config import EndpointConfig
+from posttrain.model.adapter import base_folder
 from posttrain.pipeline.kinds import Rows, StageKind, kind_name
 from posttrain.pipeline.model_folders import model_folder_problems, quantized_problems
 from posttrain.pipeline.plugins import CHECKED_ROWS, plugin_problems, rows_without_fields
@@ -78,7 +81,9 @@ def _key_problems(endpoint: EndpointConfig) -> list[str]:
 
 def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
     """One line for each problem, beginning with the key path. No model, dataset or reward is loaded."""
-    problems = [f"{found.key}{line}" for found in find_inputs(config) for line in _problems(found, kind)]
+    images = images_of(config)
+    problems = [f"{found.key}{line}" for found in find_inputs(config) for line in _problems(found, kind, images)]
+    problems += _image_problems(config)
     problems += [f"{key}{line}" for key, endpoint in find_endpoints(config) for line in _key_problems(endpoint)]
     problems += (
         [] if problems else [*_row_problems(config, kind), *_mixture_problems(config), *_held_out_problems(config)]
@@ -159,7 +164,28 @@ def _texts(config: BaseModel, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
-def _problems(found: Input, kind: StageKind) -> list[str]:
+def images_of(config: BaseModel) -> ImagesConfig | None:
+    """The section of a config that says where pictures are; None for a stage that takes none."""
+    images = getattr(config, "images", None)
+    return images if isinstance(images, ImagesConfig) else None
+
+
+def _image_problems(config: BaseModel) -> list[str]:
+    """The problem if a stage is to take pictures and its model takes none."""
+    model = getattr(config, "model", None)
+    if images_of(config) is None or not isinstance(model, ServedModelConfig) or has_reference(model.path):
+        return []
+    folder = base_folder(model.path)
+    if not (folder / "config.json").is_file():
+        return []  # _problems says so
+    try:
+        multimodal_config(folder)
+    except CheckpointError as error:
+        return [f"images: {error}; or remove images"]
+    return []
+
+
+def _problems(found: Input, kind: StageKind, images: ImagesConfig | None) -> list[str]:
     value = found.value
     if isinstance(value, ServedModelConfig):
         lines: list[str] = []
@@ -176,7 +202,8 @@ def _problems(found: Input, kind: StageKind) -> list[str]:
         value = value.model_copy(update={"path": [path for path in paths if not has_reference(path)]})
     if not value.path:
         return []
-    return [f".path: {line}" for line in data_problems(value, data_kind(found.key, kind), kind_name(kind))]
+    rows = data_kind(found.key, kind)
+    return [f".path: {line}" for line in data_problems(value, rows, kind_name(kind), images=images)]
 
 
 def data_kind(key: str, kind: StageKind) -> Rows:
@@ -184,10 +211,11 @@ def data_kind(key: str, kind: StageKind) -> Rows:
     return kind.data[".".join(part for part in key.split(".") if not part.isdigit())]
 
 
-def data_problems(data: FilesConfig, rows: Rows, stage: str | None) -> list[str]:
+def data_problems(data: FilesConfig, rows: Rows, stage: str | None, *, images: ImagesConfig | None = None) -> list[str]:
     """Problems in the first rows of a dataset that `stage` reads, one line each.
 
-    rows: the kind of rows that the dataset must hold. For "any", only whether it can be read is checked.
+    rows: the kind of rows that the dataset must hold. For "any", only whether it can be read is checked. images: where
+    the pictures of rows are; None for a stage that takes none.
     """
     if rows == "any" or not isinstance(data, DataConfig):
         return _unreadable(data)
@@ -195,9 +223,11 @@ def data_problems(data: FilesConfig, rows: Rows, stage: str | None) -> list[str]
         from posttrain.data.pairs import check_pairs
 
         return check_pairs(data, CHECKED_ROWS, stage=stage)
+    from posttrain.data.images.section import passing_reader
     from posttrain.data.rows import check_data
 
-    return check_data(data, rows, CHECKED_ROWS, stage=stage)
+    with passing_reader(images) as reader:
+        return check_data(data, rows, CHECKED_ROWS, stage=stage, images=reader)
 
 
 def _unreadable(data: FilesConfig) -> list[str]:

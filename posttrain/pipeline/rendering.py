@@ -12,10 +12,14 @@ from typing import Any
 
 from posttrain.config.data import DataConfig
 from posttrain.config.models import ServedModelConfig
+from posttrain.data.images.render import Pictures
+from posttrain.data.images.section import passing_reader
+from posttrain.data.images.take import ImageReader
+from posttrain.data.images.tiles import tile_rule
 from posttrain.errors import ConfigError, UserError
 from posttrain.judging.config import JudgeQuestion
 from posttrain.pipeline.graph import Node, Pipeline
-from posttrain.pipeline.inputs import CHECKED_ROWS, data_kind, find_inputs, paths_of, walk
+from posttrain.pipeline.inputs import CHECKED_ROWS, data_kind, find_inputs, images_of, paths_of, walk
 from posttrain.pipeline.references import has_reference
 from posttrain.records import Message
 
@@ -44,12 +48,22 @@ def rendering_problems(node: Node) -> list[str]:
     assert isinstance(model, ServedModelConfig)
     loaded: list[Any] = []
     problems += _problem("model", lambda: loaded.append(_tokenizer(model)))
-    for found in find_inputs(config) if loaded else ():
-        data = found.value
-        if isinstance(data, DataConfig) and not any(map(has_reference, paths_of(data))):
-            with suppress(UserError):  # problems of the rows themselves are reported by inputs.py and by the stage
-                rows = list(_renderings(data, data_kind(found.key, node.stage_kind), node, tokenizer=loaded[0]))
-                problems += _first_of(rows, found.key)
+    if not loaded:
+        return problems
+    images, rules = images_of(config), []
+    if images is not None:
+        problems += _problem("images", lambda: rules.append(tile_rule(model.path, loaded[0])))
+        if not rules:
+            return problems
+    with passing_reader(images) as reader:
+        pictures = None if reader is None else Pictures(reader.store, rules[0])
+        for found in find_inputs(config):
+            data = found.value
+            if isinstance(data, DataConfig) and not any(map(has_reference, paths_of(data))):
+                kind = data_kind(found.key, node.stage_kind)
+                with suppress(UserError):  # problems of the rows themselves are reported by inputs.py and by the stage
+                    rows = list(_renderings(data, kind, node, tokenizer=loaded[0], reader=reader, pictures=pictures))
+                    problems += _first_of(rows, found.key)
     return problems
 
 
@@ -90,11 +104,17 @@ def _first_of(rows: list[tuple[str, Callable[[], Any]]], key: str) -> list[str]:
     return [f"{key}: {failed[0]}{more}"] if failed else []
 
 
-def _renderings(data: DataConfig, kind: str, node: Node, *, tokenizer: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name of the row, a function that renders it as the stage will) for the first rows of a dataset."""
+def _renderings(
+    data: DataConfig, kind: str, node: Node, *, tokenizer: Any, reader: ImageReader | None, pictures: Pictures | None
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name of the row, a function that renders it as the stage will) for the first rows of a dataset.
+
+    reader, pictures: of a stage that takes pictures, else None.
+    """
+    from posttrain.data.images.render import row_samples
     from posttrain.data.pairs import load_pairs
     from posttrain.data.rows import load_rows
-    from posttrain.data.samples import render_reply, render_samples
+    from posttrain.data.samples import render_reply
     from posttrain.data.turns import tools_of
     from posttrain.episodes.tools import row_renderer
 
@@ -106,8 +126,8 @@ def _renderings(data: DataConfig, kind: str, node: Node, *, tokenizer: Any) -> I
                     partial(render_reply, tokenizer, pair.prompt, reply, tools=tools_of(pair.fields)),
                 )
     elif kind == "supervised":
-        for row in load_rows(data, kind="supervised", limit=CHECKED_ROWS, stage=node.kind):
-            yield f"row {row.id!r}", partial(render_samples, tokenizer, row.messages, tools_of(row.fields))
+        for row in load_rows(data, kind="supervised", limit=CHECKED_ROWS, stage=node.kind, images=reader):
+            yield f"row {row.id!r}", partial(row_samples, tokenizer, row, pictures)
     elif kind == "prompt":
         rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS, stage=node.kind)
         render = row_renderer(tokenizer, getattr(node.config, "environment", None))

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from posttrain.config.base import MAY_GROW, RESULT_STAYS, Config
 from posttrain.config.data import DataConfig
 from posttrain.config.held_out import HeldOutConfig, check_held_out
+from posttrain.config.images import TrainedImagesConfig, check_trained_images
 from posttrain.config.models import ModelConfig
 from posttrain.config.resources import TrainerResources
 from posttrain.config.trackers import TrackersConfig
@@ -29,6 +30,11 @@ class SftConfig(Config):
     data: DataConfig
     held_out: HeldOutConfig | None = Field(
         None, description="Rows that are not trained on and on which the loss is measured during the training."
+    )
+    images: TrainedImagesConfig | None = Field(
+        None,
+        description="Train a multimodal Llama 4, on rows with pictures and without; {} takes pictures from the folder "
+        "of the data file. null: text only, and of a multimodal model only the text model is trained and written.",
     )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -83,5 +89,6 @@ class SftConfig(Config):
             )
         if self.batch_tokens is not None and self.batch_tokens < self.max_length:
             raise ValueError(f"batch_tokens {self.batch_tokens} is less than max_length {self.max_length}")
+        check_trained_images(self.images, self.model, self.lora)
         check_held_out(self.held_out, self.model)
         return self

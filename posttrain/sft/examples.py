@@ -6,20 +6,25 @@ A row becomes one sample, or several under a chat template that rewrites earlier
 from collections.abc import Sequence
 from typing import Literal
 
+from posttrain.data.images.render import Pictures, row_samples
 from posttrain.data.messages import RowError
-from posttrain.data.samples import render_samples
 from posttrain.data.tokenizer import Tokenizer
-from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
 from posttrain.records import Row
 from posttrain.tune.examples import Example
 
 
 def tokenize(
-    tokenizer: Tokenizer, rows: Sequence[Row], max_length: int, *, overlong: Literal["error", "drop"]
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    max_length: int,
+    *,
+    overlong: Literal["error", "drop"],
+    pictures: Pictures | None = None,
 ) -> tuple[list[Example], int]:
     """Return the examples, and how many rows were dropped because a sample of theirs is longer than `max_length`.
 
+    The tokens of pictures count. pictures: those of the rows; None for rows of text.
     Raises `DataError`, which names the row, if a row does not render as sampling would render it, or if it is too long
     and overlong is "error". Also raises it if no row is left.
     """
@@ -27,13 +32,13 @@ def tokenize(
     too_long: list[tuple[str, int]] = []
     for row in rows:
         try:
-            samples = render_samples(tokenizer, row.messages, tools_of(row.fields))
+            samples = row_samples(tokenizer, row, pictures)
         except (DataError, RowError) as error:
             raise DataError(f"row {row.id!r}: {error}") from None
-        if (longest := max(len(ids) for ids, _ in samples)) > max_length:
+        if (longest := max(len(sample.ids) for sample in samples)) > max_length:
             too_long.append((row.id, longest))
         else:
-            examples += [Example(ids, mask) for ids, mask in samples]
+            examples += [Example(sample.ids, sample.mask, sample.pictures) for sample in samples]
     if too_long and overlong == "error":
         identity, length = too_long[0]
         rule = "raise max_length, shorten it, or set overlong: drop"

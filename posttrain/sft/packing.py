@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.tune.examples import Example
+from posttrain.tune.examples import PICTURES, Example
 from posttrain.tune.steps import IGNORED
 
 
@@ -39,25 +39,36 @@ def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
     return rows
 
 
-def to_records(examples: Sequence[Example], capacity: int | None, seed: int) -> list[dict[str, Any]]:
+def to_records(
+    examples: Sequence[Example], capacity: int | None, seed: int, *, images: bool = False
+) -> list[dict[str, Any]]:
     """Rows for TRL: input_ids, labels (IGNORED where the mask is 0), and seq_lengths of packed conversations.
 
-    capacity: tokens of a row. None: one conversation in each row, and no seq_lengths.
+    capacity: tokens of a row. None: one conversation in each row, and no seq_lengths. images: add the keys of the
+    pictures of a row in order, as PICTURES.
     """
     labels = [[token if bit else IGNORED for token, bit in zip(e.ids, e.mask, strict=True)] for e in examples]
-    if capacity is None:
-        return [{"input_ids": list(e.ids), "labels": own} for e, own in zip(examples, labels, strict=True)]
-    return [
-        {
+    rows = [[index] for index in range(len(examples))]
+    if capacity is not None:
+        rows = pack([len(e.ids) for e in examples], capacity, seed)
+    records: list[dict[str, Any]] = []
+    for row in rows:
+        record: dict[str, Any] = {
             "input_ids": [token for index in row for token in examples[index].ids],
             "labels": [label for index in row for label in labels[index]],
-            "seq_lengths": [len(examples[index].ids) for index in row],
         }
-        for row in pack([len(e.ids) for e in examples], capacity, seed)
-    ]
+        if capacity is not None:
+            record["seq_lengths"] = [len(examples[index].ids) for index in row]
+        if images:
+            record[PICTURES] = [key for index in row for key in examples[index].pictures]
+        records.append(record)
+    return records
 
 
-def blank_record(example: Example, *, packed: bool) -> dict[str, Any]:
-    """A row of two tokens, from which nothing is learned; see posttrain/tune/steps.py."""
-    record: dict[str, Any] = {"input_ids": list(example.ids[:2]), "labels": [IGNORED, IGNORED]}
-    return {**record, "seq_lengths": [2]} if packed else record
+def blank_record(example: Example, *, packed: bool, images: bool = False) -> dict[str, Any]:
+    """A row of two tokens, from which nothing is learned; see posttrain/tune/steps.py.
+
+    Both are the last token of a conversation, which stands for no picture.
+    """
+    record: dict[str, Any] = {"input_ids": [example.ids[-1]] * 2, "labels": [IGNORED, IGNORED]}
+    return {**record, **({"seq_lengths": [2]} if packed else {}), **({PICTURES: []} if images else {})}

@@ -9,12 +9,16 @@ Left out: evaluation by a reward (a stage of its own).
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.data.held_out import check_apart, content_key, prompt_key, split
+from posttrain.data.images.render import Pictures, for_template
+from posttrain.data.images.section import image_reader, passing_reader
+from posttrain.data.images.take import ImageReader
 from posttrain.data.rows import load_rows
 from posttrain.records import Row
 from posttrain.sft.config import SftConfig
@@ -49,7 +53,7 @@ class Prepared:
     """The data of a training. examples, held_out: `Example`s that are trained on, and those that are not.
 
     counts: {"rows", "dropped": how many were too long, "samples": how many the others became, "rows_by_capability"},
-    and "held_out_rows" if any are.
+    "pictures" (different ones) if the config asks for them, and "held_out_rows" if any are.
     """
 
     tokenizer: Any
@@ -58,49 +62,64 @@ class Prepared:
     counts: dict[str, Any]
 
 
-def read_rows(config: SftConfig, context: StageContext | None = None) -> tuple[list[Row], list[Row]]:
-    """(rows that are trained on, rows that are held out). Raises `DataError` for a bad row."""
-    rows = load_rows(config.data, kind="supervised", stage="sft", context=context)
+def read_rows(
+    config: SftConfig, context: StageContext | None = None, images: ImageReader | None = None
+) -> tuple[list[Row], list[Row]]:
+    """(rows that are trained on, rows that are held out). Raises `DataError` for a bad row.
+
+    images: takes the pictures of rows, if the config asks for them.
+    """
+    rows = load_rows(config.data, kind="supervised", stage="sft", context=context, images=images)
     apart = config.held_out
     if apart is None:
         return rows, []
     if apart.path is not None:
         own = config.data.model_copy(update={"path": apart.path, "limit": None, "weights": None})
-        others = load_rows(own, kind="supervised", stage="sft", context=context)
+        others = load_rows(own, kind="supervised", stage="sft", context=context, images=images)
         check_apart(*([(row.id, content_key(row.messages)) for row in side] for side in (rows, others)))
         return rows, others
     return split(rows, [prompt_key(row.messages) for row in rows], apart)
 
 
 def prepare(config: SftConfig, context: StageContext | None = None) -> Prepared:
-    """Read, check and tokenize every row. Raises `DataError` for a bad row, and for one that is too long."""
+    """Read, check and tokenize every row. Raises `DataError` for a bad row, and for one that is too long.
+
+    context: of the stage, whose folder keeps the pictures of rows; None keeps none.
+    """
+    kept = passing_reader(config.images) if context is None else nullcontext(image_reader(config.images, context.dir))
+    with kept as reader:
+        return _prepare(config, context, reader)
+
+
+def _prepare(config: SftConfig, context: StageContext | None, reader: ImageReader | None) -> Prepared:
     from posttrain.parallel.engine import check_parallel
 
     check_parallel(config.parallel, config.model, config.lora)
-    rows, apart = read_rows(config, context)
     from posttrain.data.chat import check_special_tokens
     from posttrain.data.ends import note_added_end
+    from posttrain.data.images.tiles import tile_rule
     from posttrain.data.turns import tools_of
     from posttrain.model.router_keys import check_router
     from posttrain.model.tokenizer import load_tokenizer
     from posttrain.sft.examples import tokenize
 
-    check_router(config.model)
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+    pictures = Pictures(reader.store, tile_rule(config.model.path, tokenizer)) if reader is not None else None
+    rows, apart = read_rows(config, context, reader)
+    check_router(config.model)
     note_added_end(tokenizer, context)
-    check_special_tokens(
-        tokenizer, config.data, ((f"row {row.id!r}", row.messages, tools_of(row.fields)) for row in [*rows, *apart])
-    )
-    examples, dropped = tokenize(tokenizer, rows, config.max_length, overlong=config.overlong)
-    held_out, dropped_apart = (
-        tokenize(tokenizer, apart, config.max_length, overlong=config.overlong) if apart else ([], 0)
-    )
+    named = ((f"row {row.id!r}", for_template(row.messages), tools_of(row.fields)) for row in [*rows, *apart])
+    check_special_tokens(tokenizer, config.data, named)
+    limits = {"overlong": config.overlong, "pictures": pictures}
+    examples, dropped = tokenize(tokenizer, rows, config.max_length, **limits)
+    held_out, dropped_apart = tokenize(tokenizer, apart, config.max_length, **limits) if apart else ([], 0)
     by_capability = dict(sorted(Counter(row.capability for row in rows).items()))
     counts = {
         "rows": len(rows),
         "dropped": dropped + dropped_apart,
         "samples": len(examples),
         "rows_by_capability": by_capability,
+        **({"pictures": len(pictures.store)} if pictures is not None else {}),
     }
     return Prepared(tokenizer, examples, held_out, {**counts, **({"held_out_rows": len(apart)} if apart else {})})
 
@@ -142,10 +161,13 @@ def make_tuning(
     from posttrain.sft.isolation import require_isolation
     from posttrain.sft.packing import blank_record, to_records
     from posttrain.sft.trainer import RowTrainer
+    from posttrain.tune.pictures import stage_tiles
     from posttrain.tune.settings import engine_arguments
 
+    tiles = stage_tiles(config, context.dir)
+    has_images = tiles is not None
     if config.packing:
-        difference = require_isolation(model, data)
+        difference = require_isolation(model, data, tiles)
         if is_first_rank():
             context.event("packing_checked", difference=difference)
     counts = {
@@ -162,11 +184,12 @@ def make_tuning(
             **trainer_arguments(config, context.dir, context.seed),
             **engine_arguments(config.parallel, config.optimizer, config.model.dtype),
         ),
-        rows=to_records(data, config.row_tokens, context.seed),
-        blank=blank_record(data[0], packed=config.packing),
+        rows=to_records(data, config.row_tokens, context.seed, images=has_images),
+        blank=blank_record(data[0], packed=config.packing, images=has_images),
         sample=random.Random(context.seed).sample(list(data), len(data)),
         metrics=METRICS,
         data_keys=frozenset({"data"}),
         report=report,
-        held_out=to_records(held_out, config.row_tokens, context.seed),
+        held_out=to_records(held_out, config.row_tokens, context.seed, images=has_images),
+        tiles=tiles,
     )

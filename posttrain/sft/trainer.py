@@ -7,10 +7,11 @@ import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
 from posttrain.tune.engine import EngineTrainer
+from posttrain.tune.pictures import PictureTrainer
 from posttrain.tune.steps import StepTrainer
 
 
-class RowTrainer(EngineTrainer, StepTrainer, SFTTrainer):
+class RowTrainer(EngineTrainer, StepTrainer, PictureTrainer, SFTTrainer):
     """Trains on the rows of `posttrain.sft.packing`. The last row of its dataset is the blank one."""
 
     def held_out_sums(self, model: Any, inputs: Any) -> dict[str, torch.Tensor]:

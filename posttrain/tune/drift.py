@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from posttrain.model.vision.tiling import PictureTiles
 from posttrain.tune.examples import Example
+from posttrain.tune.pictures import picture_inputs
 
 # At a vocabulary of 200,000 the kept distributions take 0.4 GiB in fp32.
 SAMPLE_TOKENS = 512
@@ -34,11 +36,19 @@ class Drift:
 class DriftProbe:
     """Keeps the distributions of the start model, with which `measure` compares a later model.
 
-    max_tokens: only so many tokens of the sample are measured.
+    max_tokens: only so many tokens of the sample are measured. tiles: of the sample's pictures.
     """
 
-    def __init__(self, model: Any, sample: Sequence[Example], max_tokens: int = SAMPLE_TOKENS):
+    def __init__(
+        self,
+        model: Any,
+        sample: Sequence[Example],
+        max_tokens: int = SAMPLE_TOKENS,
+        *,
+        tiles: PictureTiles | None = None,
+    ):
         self.sample = sample
+        self._tiles = tiles
         self.max_tokens = max_tokens
         self._start_NV = self._log_probs(model)
 
@@ -61,7 +71,8 @@ class DriftProbe:
                 break
             ids = torch.tensor([list(example.ids)], device=device)
             targets = torch.tensor(list(example.mask[1:]), device=device, dtype=torch.bool).nonzero()[:left, 0]
-            logits = model(input_ids=ids, use_cache=False).logits[0, targets]
+            pictures = picture_inputs(self._tiles, [example], device)
+            logits = model(input_ids=ids, use_cache=False, **pictures).logits[0, targets]
             kept.append(logits.float().log_softmax(-1).cpu())
             left -= len(targets)
         model.train(was_training)

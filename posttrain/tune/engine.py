@@ -7,14 +7,17 @@ export of the trained model, which `run.py` does.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from posttrain.compat.torch import advance_schedule
+from posttrain.config.training import Part
 from posttrain.errors import StageError
 from posttrain.files import write_json
+from posttrain.model.vision.parts import parameter_groups
 from posttrain.parallel.engine import finish
 from posttrain.parallel.export import barrier
 from posttrain.parallel.state import load_state, save_state
@@ -25,7 +28,20 @@ SCHEDULE = "schedule.json"
 class EngineTrainer:
     """Mix-in for a `transformers.Trainer` class, to be named before it among the bases."""
 
+    model: Any
     model_wrapped: Any
+    optimizer: Any
+
+    def __init__(self, *args: Any, learning_rates: Mapping[Part, float] | None = None, **kwargs: Any):
+        """learning_rates: of parts of the model that have a rate of their own; all must be trained."""
+        super().__init__(*args, **kwargs)
+        self._learning_rates = dict(learning_rates or {})
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Called before the engine is made; `self.optimizer` then only lists the parameters."""
+        if self._learning_rates:
+            self.optimizer.params = parameter_groups(self.model, self._learning_rates)
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]

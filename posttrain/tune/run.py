@@ -20,6 +20,7 @@ from posttrain.errors import StageError
 from posttrain.files import read_jsonl
 
 if TYPE_CHECKING:
+    from posttrain.model.vision.tiling import PictureTiles
     from posttrain.tune.examples import Example
 
 ROWS = "tokenized"  # the folder of the rows on disk, from which all ranks read them, and the folders in it
@@ -43,6 +44,7 @@ class Tuning:
     conversations on which the drift is measured. metrics: name that TRL logs -> name in metrics.jsonl. data_keys: keys
     of the config that name the data. report: makes the stage's own figures from the metrics of each step. options:
     further keyword arguments of the trainer. held_out: rows on which the loss is measured during the training.
+    tiles: those of the pictures of all rows.
     """
 
     trainer: Any
@@ -55,6 +57,7 @@ class Tuning:
     report: Callable[[Sequence[Mapping[str, float]]], dict[str, Any]]
     options: Mapping[str, object] = field(default_factory=dict)
     held_out: Sequence[Mapping[str, Any]] = ()
+    tiles: "PictureTiles | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +97,30 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
     import torch
 
     from posttrain.model.load import load_policy
+    from posttrain.model.vision.parts import freeze
     from posttrain.parallel.export import export_model
     from posttrain.tune.settings import prepare_model, quiet_environment
 
     quiet_environment()
     torch.manual_seed(context.seed)  # adapters start from random weights
-    model = load_policy(config.model)
+    images = getattr(config, "images", None)
+    model = load_policy(config.model, images=images is not None)
+    if images is not None:
+        freeze(model, images.freeze)
     prepare_model(model)
     model_config = copy.deepcopy(model.config)  # a copy, because TRL changes values in the model's config
     tuning = work.make(config, context, model, data=work.data, held_out=work.held_out)
     trained, report = _train(config, context, model, tuning=tuning, tokenizer=work.tokenizer)
     if config.lora is None or config.lora.save != "adapter":
         architecture = type(trained).__name__.removeprefix("Native")
-        export_model(trained, model_config, architecture, tokenizer=work.tokenizer, path=context.dir / "model")
+        export_model(
+            trained,
+            model_config,
+            architecture,
+            tokenizer=work.tokenizer,
+            path=context.dir / "model",
+            processor=None if images is None else config.model.path,
+        )
     return report
 
 
@@ -120,13 +134,13 @@ def _train(
     from posttrain.parallel.adapters import export_adapter
     from posttrain.parallel.engine import engine_report
     from posttrain.parallel.export import is_first_rank, without_adapters
-    from posttrain.tune.adapters import adapter_config, adapter_folder
+    from posttrain.tune.adapters import adapter_folder
     from posttrain.tune.checkpoints import digest_ids, fingerprint
     from posttrain.tune.drift import DriftProbe
     from posttrain.tune.dropout import use_row_dropout
     from posttrain.tune.loop import train
 
-    probe = DriftProbe(model, tuning.sample)
+    probe = DriftProbe(model, tuning.sample, tiles=tuning.tiles)
     recipe = training_recipe(config, tuning.data_keys)
     identity = fingerprint(model, recipe, context.seed, digest_ids(tuning.rows), digest_ids(tuning.held_out))
     folder = context.dir / ROWS
@@ -136,8 +150,9 @@ def _train(
         train_dataset=_shared_rows(tuning.rows, tuning.blank, folder / TRAINED),
         eval_dataset=_shared_rows(tuning.held_out, tuning.blank, folder / HELD_OUT) if tuning.held_out else None,
         processing_class=tokenizer,
-        peft_config=adapter_config(model, config.lora) if config.lora else None,
+        peft_config=_adapters(model, config) if config.lora else None,
         **tuning.options,
+        **_picture_options(config, tuning),
     )
     if config.lora and config.lora.dropout:
         trainer.row_keys = use_row_dropout(trainer.model, context.seed)
@@ -173,12 +188,32 @@ def _train(
     return trained, {"steps": steps, **figures}
 
 
+def _adapters(model: Any, config: Any) -> Any:
+    """The `peft.LoraConfig` of a training. A part of the model that is frozen gets no adapters."""
+    from posttrain.model.vision.parts import modules_pattern
+    from posttrain.tune.adapters import adapter_config
+
+    adapters = adapter_config(model, config.lora)
+    images = getattr(config, "images", None)
+    if images is not None and images.freeze:
+        adapters.exclude_modules = modules_pattern(images.freeze)
+    return adapters
+
+
+def _picture_options(config: Any, tuning: Tuning) -> dict[str, Any]:
+    """Keyword arguments of a `PictureTrainer`; empty for a training on text."""
+    if tuning.tiles is None:
+        return {}
+    return {"tiles": tuning.tiles, "learning_rates": config.images.learning_rates}
+
+
 def training_recipe(config: Any, data_keys: frozenset[str]) -> dict[str, Any]:
     """The settings of a config that decide what a training learns, besides the start weights and the data.
 
     A training continues from a checkpoint of any layout if each step has as many forwards as in that layout.
     """
-    left_out = dict.fromkeys(NOT_IN_RECIPE | data_keys, True) | {"held_out": {"fraction", "rows", "path", "patience"}}
+    left_out = dict.fromkeys(NOT_IN_RECIPE | data_keys, True)
+    left_out |= {"held_out": {"fraction", "rows", "path", "patience"}, "images": {"root", "max_images"}}
     recipe = config.model_dump(mode="json", exclude=left_out)
     if recipe["lora"] is not None:
         del recipe["lora"]["save"]

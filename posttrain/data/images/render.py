@@ -14,11 +14,20 @@ from msgspec.structs import replace
 
 from posttrain.data.chat import as_dicts, render_prompt
 from posttrain.data.images.store import ImageStore
-from posttrain.data.images.tiles import TileRule
+from posttrain.data.images.tiles import NO_PICTURE, TileRule
 from posttrain.data.samples import render_samples
 from posttrain.data.shown import Tools
 from posttrain.data.tokenizer import Tokenizer
-from posttrain.records import ImagePart, Message
+from posttrain.data.turns import tools_of
+from posttrain.records import ImagePart, Message, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """What the tokens of pictures follow from: the store of the pictures, and how the model cuts them."""
+
+    store: ImageStore
+    rule: TileRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +64,7 @@ def prompt_with_pictures(
     tokenizer: Tokenizer, messages: Sequence[Message], store: ImageStore, *, rule: TileRule, tools: Tools = None
 ) -> PictureSample:
     """A prompt up to the header of the next assistant turn; its mask is 0. Raises what `render_prompt` raises."""
-    ids = render_prompt(tokenizer, _for_template(messages), tools)
+    ids = render_prompt(tokenizer, for_template(messages), tools)
     return _sample(ids, [0] * len(ids), pictures_of(messages), store=store, rule=rule)
 
 
@@ -67,7 +76,7 @@ def samples_with_pictures(
     A sample that ends before the last turn holds the pictures up to there.
     """
     keys = pictures_of(messages)
-    samples = render_samples(tokenizer, _for_template(messages), tools)
+    samples = render_samples(tokenizer, for_template(messages), tools)
     longest = max(len(ids) for ids, _ in samples)
     return [
         _sample(ids, mask, keys if len(ids) == longest else keys[: ids.count(rule.image)], store=store, rule=rule)
@@ -83,7 +92,21 @@ def _sample(
     return PictureSample(tokens, bits, keys, owners)
 
 
-def _for_template(messages: Sequence[Message]) -> list[Message | Mapping[str, Any]]:
+def row_samples(tokenizer: Tokenizer, row: Row, pictures: Pictures | None) -> list[PictureSample]:
+    """The samples of a row with pictures or without. pictures: None for a stage that takes none.
+
+    Raises what `render_samples` raises, and `RowError` for tools that are no schemas.
+    """
+    tools = tools_of(row.fields)
+    if pictures is not None and pictures_of(row.messages):
+        return samples_with_pictures(tokenizer, row.messages, pictures.store, rule=pictures.rule, tools=tools)
+    return [
+        PictureSample(ids, mask, (), [NO_PICTURE] * len(ids))
+        for ids, mask in render_samples(tokenizer, row.messages, tools)
+    ]
+
+
+def for_template(messages: Sequence[Message]) -> list[Message | Mapping[str, Any]]:
     """Messages as `render_prompt` takes them: a turn with pictures as a mapping with parts, others as they are."""
     return [message if isinstance(message.content, str) else _with_parts(message) for message in messages]
 

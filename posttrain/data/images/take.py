@@ -60,7 +60,10 @@ class ImageReader:
             )
         total = sum(isinstance(part, ImagePart) for parts in places for part in parts)
         if total > self.max_images:
-            raise RowError(f"{total} pictures; at most {self.max_images} of a row are taken; remove some, or the row")
+            raise RowError(
+                f"{total} pictures; at most {self.max_images} of a row are taken (images.max_images, or --max-images); "
+                "remove some, or the row"
+            )
         left = iter([(f"{name}[{at}]", value) for at, value in enumerate(listed)])
         messages = []
         for at, (message, parts) in enumerate(zip(row.messages, places, strict=True)):
@@ -81,6 +84,22 @@ class ImageReader:
             return self.store.add(encoded_bytes(value, self.root, folder)).key
         except PictureError as error:
             raise RowError(f"{where}: the picture {shown(value)} {error}") from None
+
+
+def named_files(row: Row, root: Path | None, folder: Path) -> list[Path]:
+    """The files of a row's pictures that exist, whatever they hold. root, folder: as for `ImageReader`."""
+    parts = [part for message in row.messages if not isinstance(message.content, str) for part in message.content]
+    values: list[object] = [part.image for part in parts if isinstance(part, ImagePart)]
+    for name in COLUMNS:
+        value = row.fields.get(name)
+        values += value if isinstance(value, list) else [value]
+    values = [value.get("path") if isinstance(value, Mapping) else value for value in values]
+    paths = [
+        (folder if root is None else root) / value
+        for value in values
+        if isinstance(value, str) and value[:5] != "data:"
+    ]
+    return [path for path in paths if path.is_file()]
 
 
 def _column(fields: Mapping[str, object]) -> tuple[str, list[object]]:
@@ -126,7 +145,7 @@ def encoded_bytes(value: object, root: Path | None, folder: Path) -> bytes:
     try:
         path = (within / value).resolve()
         if not path.is_relative_to(within):
-            raise PictureError(f"lies outside {within}, the folder of all pictures (--images-root)")
+            raise PictureError(f"lies outside {within}, the folder of all pictures (images.root, or --images-root)")
         if not path.is_file():
             raise PictureError(f"is no file in {within}")
         if (size := path.stat().st_size) > MAX_BYTES:

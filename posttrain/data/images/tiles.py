@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import CheckpointError, DataError
@@ -117,13 +118,8 @@ def tile_rule(folder: str | Path, tokenizer: Tokenizer) -> TileRule:
     the processor does not fit the model.
     """
     folder = Path(folder)
-    config = read_object(folder / "config.json") or {}
-    vision = config.get("vision_config")
-    if config.get("model_type") != "llama4" or not isinstance(vision, dict):
-        raise CheckpointError(
-            f"{folder}: model_type is {config.get('model_type')!r}, which takes no images; rows with images need a "
-            "multimodal Llama 4 (model_type llama4, with a vision_config)"
-        )
+    config = multimodal_config(folder)
+    vision = config["vision_config"]
     whole = read_object(folder / "processor_config.json") or {}
     images = whole.get("image_processor") or read_object(folder / "preprocessor_config.json")
     if not isinstance(images, dict):
@@ -141,6 +137,17 @@ def tile_rule(folder: str | Path, tokenizer: Tokenizer) -> TileRule:
         tile, int(images.get("max_patches", 16)), features, bool(images.get("resize_to_max_canvas", False)),
         *(known[token] for token in TOKENS),
     )  # fmt: skip
+
+
+def multimodal_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. Raises `CheckpointError` for a model that takes no images."""
+    config = read_object(folder / "config.json") or {}
+    if config.get("model_type") != "llama4" or not isinstance(config.get("vision_config"), dict):
+        raise CheckpointError(
+            f"{folder}: model_type is {config.get('model_type')!r}, which takes no images; rows with images need a "
+            "multimodal Llama 4 (model_type llama4, with a vision_config)"
+        )
+    return config
 
 
 def _fitting(folder: Path, images: dict, *, processor: dict, vision: dict) -> tuple[int, int]:

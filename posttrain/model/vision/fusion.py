@@ -80,6 +80,8 @@ class NativeLlama4ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
+        *,
+        shown_tiles: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings of tokens, [B, S, D], with features of pictures in their places. Arguments as in `forward`."""
         embeds_BSD = self.get_input_embeddings()(input_ids)
@@ -88,10 +90,13 @@ class NativeLlama4ForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{len(places)} tokens stand for an image, but there are no tiles (pixel_values)")
             return embeds_BSD + self._no_features(embeds_BSD) if self._trains_vision() else embeds_BSD
         features = self.image_features(pixel_values)
+        shown = len(pixel_values)
+        if shown_tiles is not None:
+            features, shown = features.unflatten(0, (shown, -1))[shown_tiles].flatten(0, 1), len(shown_tiles)
         places = image_places(input_ids, self.config.image_token_id) if places is None else places
         if len(features) != len(places):
             raise ValueError(
-                f"{len(pixel_values)} tiles have {len(features)} features, but {len(places)} tokens stand for an "
+                f"{shown} tiles have {len(features)} features, but {len(places)} tokens stand for an "
                 "image; both numbers must be equal"
             )
         flat = embeds_BSD.flatten(0, 1).index_copy(0, places, features.to(embeds_BSD.dtype))
@@ -117,11 +122,12 @@ class NativeLlama4ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         *,
         pixel_values: torch.Tensor | None = None,
         image_places: torch.Tensor | None = None,
+        shown_tiles: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> NativeModelOutput:
         """All but the head; `last_hidden_state` is [B, S, D]. Arguments as in `forward`."""
-        embeds_BSD = self._embeds(input_ids, pixel_values, image_places, given=inputs_embeds)
+        embeds_BSD = self._embeds(input_ids, pixel_values, image_places, shown_tiles=shown_tiles, given=inputs_embeds)
         return self.language_model.model(inputs_embeds=embeds_BSD, attention_mask=attention_mask, **kwargs)
 
     def forward(
@@ -131,6 +137,7 @@ class NativeLlama4ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         image_places: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        shown_tiles: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Run the model. Arguments not named here are those of `NativeLlama4ForCausalLM.forward`.
@@ -142,11 +149,13 @@ class NativeLlama4ForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 None takes every <|patch|>, as transformers does; `image_places(...)` gives those of the prompts where a
                 policy can have sampled one.
             inputs_embeds: [B, S, D] in place of input_ids, with features in their places already.
+            shown_tiles: int64 [M], the tiles that stand in the places, in order, as indices into pixel_values. A
+                picture that several rows show is then encoded once. None: each tile once.
 
         Raises:
             ValueError: there are more or fewer places than features, or tiles have another size.
         """
-        embeds_BSD = self._embeds(input_ids, pixel_values, image_places, given=inputs_embeds)
+        embeds_BSD = self._embeds(input_ids, pixel_values, image_places, shown_tiles=shown_tiles, given=inputs_embeds)
         return self.language_model(inputs_embeds=embeds_BSD, attention_mask=attention_mask, **kwargs)
 
     def _embeds(
@@ -155,12 +164,13 @@ class NativeLlama4ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None,
         places: torch.Tensor | None,
         *,
+        shown_tiles: torch.Tensor | None,
         given: torch.Tensor | None,
     ) -> torch.Tensor:
         if (input_ids is None) == (given is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None:
-            return self.embed(input_ids, pixel_values, places)
+            return self.embed(input_ids, pixel_values, places, shown_tiles=shown_tiles)
         if pixel_values is not None:
             raise ValueError("pixel_values are placed among input_ids; give no inputs_embeds with them")
         assert given is not None

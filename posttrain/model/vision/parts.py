@@ -3,11 +3,14 @@
 `vision` is the encoder with its adapter, `projector` the layer from its width to the text model's, `text` the rest.
 """
 
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
 from posttrain.config.training import PARTS, Part
+from posttrain.errors import ConfigError
 
 _PREFIX: dict[Part, str] = {
     "vision": "vision_model.",
@@ -34,3 +37,26 @@ def freeze(model: nn.Module, frozen: Collection[Part]) -> None:
     for part in frozen:
         for weight in parameters_of(model, part):
             weight.requires_grad_(False)
+
+
+def modules_pattern(parts: Collection[Part]) -> str:
+    """A regular expression that matches the names of all modules of these parts, and of no others."""
+    return rf"(.*\.)?({'|'.join(re.escape(_PREFIX[part]) for part in parts)}).*"
+
+
+def parameter_groups(model: nn.Module, rates: Mapping[Part, float]) -> list[dict[str, Any]]:
+    """The trained parameters of a model as an optimizer takes them: those of each part with a rate of its own apart.
+
+    The first group has the optimizer's rate, unless each part has its own. Raises `ConfigError` for a part of which
+    nothing is trained.
+    """
+    trained = [(part_of(name), weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    rest = [weight for part, weight in trained if part not in rates]
+    groups: list[dict[str, Any]] = [{"name": "rest", "params": rest}] if rest else []
+    for part, rate in rates.items():
+        own = [weight for of, weight in trained if of == part]
+        if not own:
+            rule = "no weight of it is trained: lora has no target in it, or the model has no such part"
+            raise ConfigError("images.learning_rates", [f"got {part}: {rule}; remove it"])
+        groups.append({"name": part, "params": own, "lr": rate})
+    return groups

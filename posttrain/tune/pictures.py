@@ -1,0 +1,58 @@
+"""The pictures of rows in a training with TRL: their tiles join the batches, each picture once a batch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.images.section import STORE
+from posttrain.data.images.store import ImageStore
+from posttrain.data.images.tiles import tile_rule
+from posttrain.model.tokenizer import load_tokenizer
+from posttrain.model.vision.tiling import PictureTiles
+from posttrain.tune.examples import PICTURES, Example
+
+
+class PictureTrainer:
+    """Mix-in for a TRL trainer class, to be named before it among the bases.
+
+    tiles: of the pictures that the column PICTURES of its datasets names; None for rows of text.
+    """
+
+    data_collator: Any
+    _signature_columns: list[str] | None
+
+    def __init__(self, *args: Any, tiles: PictureTiles | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if tiles is not None:
+            self.data_collator = _WithTiles(self.data_collator, tiles)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if self._signature_columns is not None and PICTURES not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, PICTURES]
+
+
+class _WithTiles:
+    """A collator that adds the tiles of the rows' pictures to what TRL's collator makes of the rows."""
+
+    def __init__(self, collate: Any, tiles: PictureTiles):
+        self._collate = collate
+        self._tiles = tiles
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        rest = [{name: value for name, value in row.items() if name != PICTURES} for row in rows]
+        return {**self._collate(rest), **self._tiles.inputs(key for row in rows for key in row[PICTURES])}
+
+
+def stage_tiles(config: Any, folder: Path) -> PictureTiles | None:
+    """The tiles of a stage's pictures, which its own process has put into its folder; None for a stage without any."""
+    if config.images is None:
+        return None
+    path = config.model.path
+    return PictureTiles(ImageStore(folder / STORE), path, tile_rule(path, load_tokenizer(path)))
+
+
+def picture_inputs(tiles: PictureTiles | None, examples: Sequence[Example], device: Any) -> Mapping[str, Any]:
+    """The arguments of a forward over these conversations, in order, for their pictures; empty without any."""
+    keys = [key for item in examples for key in item.pictures]
+    return tiles.inputs(keys, device) if tiles is not None and keys else {}
