@@ -176,7 +176,7 @@ def make_tuning(
         trainer=PairTrainer,
         arguments=DPOConfig(
             **trainer_arguments(config, context.dir, context.seed),
-            **engine_arguments(config.parallel, config.optimizer, config.model.dtype),
+            **engine_arguments(config.parallel, config.optimizer, config.model.dtype, model=model),
         ),
         rows=[to_record(item) for item in data],
         blank=blank_record(data[0]),

@@ -95,6 +95,7 @@ def _prepare(config: SftConfig, context: StageContext | None, reader: ImageReade
     from posttrain.parallel.engine import check_parallel
 
     check_parallel(config.parallel, config.model, config.lora)
+    rows, apart = read_rows(config, context, reader)
     from posttrain.data.chat import check_special_tokens
     from posttrain.data.ends import note_added_end
     from posttrain.data.images.tiles import tile_rule
@@ -103,10 +104,9 @@ def _prepare(config: SftConfig, context: StageContext | None, reader: ImageReade
     from posttrain.model.tokenizer import load_tokenizer
     from posttrain.sft.examples import tokenize
 
+    check_router(config.model)
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     pictures = Pictures(reader.store, tile_rule(config.model.path, tokenizer)) if reader is not None else None
-    rows, apart = read_rows(config, context, reader)
-    check_router(config.model)
     note_added_end(tokenizer, context)
     named = ((f"row {row.id!r}", for_template(row.messages), tools_of(row.fields)) for row in [*rows, *apart])
     check_special_tokens(tokenizer, config.data, named)
@@ -119,9 +119,14 @@ def _prepare(config: SftConfig, context: StageContext | None, reader: ImageReade
         "dropped": dropped + dropped_apart,
         "samples": len(examples),
         "rows_by_capability": by_capability,
-        **({"pictures": len(pictures.store)} if pictures is not None else {}),
+        **({"pictures": _shown([*examples, *held_out])} if pictures is not None else {}),
     }
     return Prepared(tokenizer, examples, held_out, {**counts, **({"held_out_rows": len(apart)} if apart else {})})
+
+
+def _shown(examples: Sequence[Any]) -> int:
+    """How many different pictures the examples show."""
+    return len({key for item in examples for key in item.pictures})
 
 
 def trainer_arguments(config: SftConfig, folder: Path, seed: int = 0) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def make_tuning(
         trainer=RowTrainer,
         arguments=SFTConfig(
             **trainer_arguments(config, context.dir, context.seed),
-            **engine_arguments(config.parallel, config.optimizer, config.model.dtype),
+            **engine_arguments(config.parallel, config.optimizer, config.model.dtype, model=model),
         ),
         rows=to_records(data, config.row_tokens, context.seed, images=has_images),
         blank=blank_record(data[0], packed=config.packing, images=has_images),

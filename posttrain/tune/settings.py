@@ -76,12 +76,14 @@ def common_arguments(
     }
 
 
-def engine_arguments(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype: str) -> dict[str, Any]:
-    """The keyword arguments that make TRL's trainer use a DeepSpeed engine. They work only in a rank."""
+def engine_arguments(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype: str, *, model: Any) -> dict[str, Any]:
+    """The keyword arguments that make TRL's trainer use a DeepSpeed engine for a model. They work only in a rank."""
     from posttrain.parallel.engine import deepspeed_config
 
     automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     config = deepspeed_config(parallel, optimizer, dtype)
+    if "expert_parallel" in config:  # DeepSpeed does not look into the text config of a multimodal model
+        config["expert_parallel"]["top_k"] = model.config.get_text_config().num_experts_per_tok
     return {"deepspeed": {**config, **dict.fromkeys(automatic, "auto")}}  # the trainer fills them in
 
 
