@@ -37,9 +37,15 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sample(tmp_path_factory.mktemp("runs") / "quickstart")
 
 
+@pytest.fixture(scope="module")
+def whole(sample: Path) -> "Page":
+    """The page of the run as it is."""
+    return page_of(sample)
+
+
 @pytest.fixture
 def copy(sample: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sample, tmp_path / "run"))
+    return Path(shutil.copytree(sample, tmp_path / sample.name))
 
 
 class Page(HTMLParser):
@@ -105,18 +111,16 @@ def test_the_page_contains_everything_that_it_needs(sample: Path) -> None:
     assert len(page.scripts) == 3  # data, plotly, the page's own
 
 
-def test_links_of_the_page_lead_somewhere(sample: Path) -> None:
-    page = page_of(sample)
-    targets = {attributes["href"] for tag, attributes in page.elements if tag == "a"}
+def test_links_of_the_page_lead_somewhere(whole: Page) -> None:
+    targets = {attributes["href"] for tag, attributes in whole.elements if tag == "a"}
     assert targets == {f"#{name}" for name in ALL_SECTIONS}
 
 
-def test_every_chart_is_one_that_plotly_accepts(sample: Path) -> None:
+def test_every_chart_is_one_that_plotly_accepts(whole: Page) -> None:
     from plotly.graph_objects import Figure
 
-    page = page_of(sample)
-    charts = page.data()["charts"]
-    placed = sorted(int(a["data-chart"] or -1) for _, a in page.elements if "data-chart" in a)
+    charts = whole.data()["charts"]
+    placed = sorted(int(a["data-chart"] or -1) for _, a in whole.elements if "data-chart" in a)
     assert placed == list(range(len(charts)))
     assert len(charts) > 20
     tokens = set(re.findall(r'"(--[a-z0-9]+)(?:@[\d.]+)?"', json.dumps(charts)))
@@ -153,18 +157,17 @@ def test_text_of_models_stays_text(copy: Path) -> None:
 # ---------------------------------------------------------------- what it says
 
 
-def test_full_run_says_what_was_measured(sample: Path) -> None:
-    page = page_of(sample)
-    assert "RL raised held-out accuracy from 48.2% [44.3, 52.0] to 75.2% [71.8, 78.4]." in page.text
-    assert "The share of replies that show their work rose 31.1%" in page.text
-    assert "SFT: no measurable change in held-out accuracy" in page.text
-    assert "DPO: no measurable change in held-out accuracy" in page.text
-    assert "posttrain run quickstart --run-dir runs/quickstart" in page.text
-    assert "2.13.0+cpu" in page.text
-    assert "prompts selected, 8 replies each. Shaded: the band from 0.1 to 0.7." in page.text
+def test_full_run_says_what_was_measured(whole: Page) -> None:
+    assert "RL raised held-out accuracy from 48.2% [44.3, 52.0] to 75.2% [71.8, 78.4]." in whole.text
+    assert "The share of replies that show their work rose 31.1%" in whole.text
+    assert "SFT: no measurable change in held-out accuracy" in whole.text
+    assert "DPO: no measurable change in held-out accuracy" in whole.text
+    assert "posttrain run quickstart --run-dir runs/quickstart" in whole.text
+    assert "2.13.0+cpu" in whole.text
+    assert "prompts selected, 8 replies each. Shaded: the band from 0.1 to 0.7." in whole.text
     for capability in CAPABILITIES:
-        assert capability in page.text
-    assert "could not be made" not in page.text
+        assert capability in whole.text
+    assert "could not be made" not in whole.text
 
 
 def charts_of(run_dir: Path, name: str) -> dict[str, Chart]:
@@ -653,15 +656,14 @@ def test_a_long_episode_is_cut_and_one_that_was_dropped_was_not_trained_on(tmp_p
         ("pipeline.yaml", []),
     ],
 )
-def test_what_is_missing_makes_the_report_smaller(copy: Path, missing: str, gone: list[str]) -> None:
-    before = len(page_of(copy).text)
+def test_what_is_missing_makes_the_report_smaller(copy: Path, whole: Page, missing: str, gone: list[str]) -> None:
     path = copy / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = page_of(copy)
     expected = [name for name in ALL_SECTIONS if name not in gone and (missing != "summary.json" or name != "result")]
     assert page.sections() == expected
     assert "could not be made" not in page.text
-    assert len(page.text) < before
+    assert len(page.text) < len(whole.text)
 
 
 @pytest.mark.parametrize(

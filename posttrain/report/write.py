@@ -7,11 +7,11 @@ script, style and data are in it, and its content security policy forbids everyt
 import json
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup, escape
 
 from posttrain import __version__
@@ -57,9 +57,7 @@ def render(run: Run) -> str:
     charts = [chart for section in sections for block in section.blocks for chart in _charts(block)]
     leaves = [block for section in sections for block in section.blocks if isinstance(block, Leaf)]
     numbers = {id(chart): i for i, chart in enumerate(charts)} | {id(leaf): i for i, leaf in enumerate(leaves)}
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["intervals"] = mark_intervals
-    return environment.get_template("page.html.jinja").render(
+    return _template().render(
         title=run.dir.resolve().name,
         headline=headline(run),
         facts=_facts(run),
@@ -72,6 +70,13 @@ def render(run: Run) -> str:
         data=json_for_script({"charts": [c.spec for c in charts], "leaves": [leaf.rollouts for leaf in leaves]}),
         version=__version__,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["intervals"] = mark_intervals
+    return environment.get_template("page.html.jinja")
 
 
 def build_sections(run: Run) -> list[Section]:

@@ -50,8 +50,8 @@ def sample_rollouts(folder: Path, amount: int, threshold: float | None) -> tuple
     total = unreadable = 0
     for path in sorted(folder.glob("*.parquet")):
         try:
-            columns = [name for name in LIGHT if name in parquet.read_schema(path).names]
-            light = parquet.read_table(path, columns=columns).to_pylist()
+            with parquet.ParquetFile(path) as file:
+                light = file.read([name for name in LIGHT if name in file.schema_arrow.names]).to_pylist()
         except (OSError, arrow.ArrowException):
             unreadable += 1
             continue
@@ -67,8 +67,8 @@ def sample_rollouts(folder: Path, amount: int, threshold: float | None) -> tuple
         wanted[path].append(i)
     rows = []
     for path, places in wanted.items():
-        table = parquet.read_table(path)
-        rows.extend(table.take(sorted(places)).to_pylist())
+        with parquet.ParquetFile(path) as file:
+            rows.extend(file.read().take(sorted(places)).to_pylist())
     return total, sorted(rows, key=_order), unreadable
 
 
