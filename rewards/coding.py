@@ -9,6 +9,7 @@ values, so it can neither stop early nor fake a success. The exception is an ass
 import ast
 import json
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,33 +27,38 @@ _LIMIT = "limit"
 _Step = tuple[str, str, Any]
 
 # This program runs in the sandbox. It executes the reply's program, then evaluates each check and writes a line for it.
+# It takes the functions that it needs before the reply's program can replace them. Each line begins with a secret, so
+# that lines which that program writes to any open file are not taken for its results.
 _HARNESS = """
 import json, os, sys
-job = json.loads(sys.stdin.buffer.read())
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-scope = {"__name__": "program"}
-try:
-    exec(compile(job["source"], "program.py", "exec"), scope)
-except MemoryError:
-    raise
-except BaseException as error:
-    sys.exit("the program: " + type(error).__name__ + ": " + str(error)[:200])
-for kind, text in job["checks"]:
+
+def main(run=exec, value_of=eval, show=repr, to_line=json.dumps, size=len, error_type=BaseException, text_of=str):
+    job = json.loads(sys.stdin.buffer.read())
+    secret, checks, max_chars, leave = job.pop("secret"), job.pop("checks"), job.pop("max_chars"), sys.exit
+    answers = os.fdopen(os.dup(1), "w")
+    write, flush, name_of = answers.write, answers.flush, type
+    os.dup2(2, 1)
+    scope = {"__name__": "program"}
     try:
-        if kind == "value":
-            value = repr(eval(text, scope))
-            line = {"value": value} if len(value) <= job["max_chars"] else {"error": "MemoryError: a long value"}
-        elif kind == "setup":
-            exec(text, scope)
-            line = {"passed": True}
-        else:
-            exec(text, scope)
-            line = {"passed": True}
-    except BaseException as error:
-        line = {"error": type(error).__name__ + ": " + str(error)[:200]}
-    answers.write(json.dumps(line) + "\\n")
-    answers.flush()
+        run(compile(job.pop("source"), "program.py", "exec"), scope)
+    except MemoryError:
+        raise
+    except error_type as error:
+        leave("the program: " + name_of(error).__name__ + ": " + text_of(error)[:200])
+    for kind, text in checks:
+        try:
+            if kind == "value":
+                value = show(value_of(text, scope))
+                line = {"value": value} if size(value) <= max_chars else {"error": "MemoryError: a long value"}
+            else:
+                run(text, scope)
+                line = {"passed": True}
+        except error_type as error:
+            line = {"error": name_of(error).__name__ + ": " + text_of(error)[:200]}
+        write(secret + to_line(line) + "\\n")
+        flush()
+
+main()
 """
 
 
@@ -118,9 +124,11 @@ def _run_checks(source: str, groups: list[list[_Step]], limits: Limits) -> list[
 
 def _run_steps(source: str, checks: list[_Step], limits: Limits) -> list[str]:
     asked = [(kind, text) for kind, text, _ in checks]
-    job = {"source": source, "checks": asked, "max_chars": _MAX_VALUE_CHARS}
+    secret = secrets.token_hex(16)
+    job = {"source": source, "checks": asked, "max_chars": _MAX_VALUE_CHARS, "secret": secret}
     result = run_python(_HARNESS, json.dumps(job).encode(), limits)
-    lines = result.stdout.decode(errors="replace").splitlines()[: len(checks)]
+    output = result.stdout.decode(errors="replace").split("\n")
+    lines = [line.removeprefix(secret) for line in output if line.startswith(secret)][: len(checks)]
     outcomes = [_verdict(line, kind, expected) for line, (kind, _, expected) in zip(lines, checks, strict=False)]
     return outcomes + [_failure(result) or "wrong"] * (len(checks) - len(outcomes))
 

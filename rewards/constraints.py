@@ -4,14 +4,24 @@ Source: IFEval, arXiv 2311.07911, whose verifiable instructions these follow. Le
 which a model would have to guess.
 """
 
-import json
 import re
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
+from .valid_json import read_strictly
+
+# Letters of other scripts that look like Latin ones: a forbidden word must not pass in disguise.
+_LOOK_ALIKES = str.maketrans(
+    "АВЕКМНОРСТХаеорсухіјѕԁԛԝһΑΒΕΖΗΙΚΜΝΟΡΤΥΧαορν", "ABEKMHOPCTXaeopcyxijsdqwhABEZHIKMNOPTYXaopv"
+)
+_ABBREVIATION = re.compile(
+    r"(?:\b(?:dr|mr|mrs|ms|prof|st|vs|etc|no|fig|approx|cf|ca|jr|sr)|\b[a-z](?:\.[a-z])*)\.\Z", re.IGNORECASE
+)
+_FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+\S", re.MULTILINE)
-_SENTENCE = re.compile(r"[^.!?]*\w[^.!?]*(?:[.!?]+|$)")
-_HIGHLIGHT = re.compile(r"\*\*[^\n*]+\*\*|(?<!\*)\*[^\s*][^\n*]*\*(?!\*)")
+_SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]*_]*(?=\s|$)")
+_HIGHLIGHT = re.compile(r"\*\*[^\n*]*\w[^\n*]*\*\*|(?<!\*)\*(?!\s)[^\n*]*\w[^\n*]*\*(?!\*)")
 
 
 def loose_variants(text: str) -> list[str]:
@@ -21,20 +31,59 @@ def loose_variants(text: str) -> list[str]:
     return list(dict.fromkeys([variant for part in cut for variant in (part, part.replace("*", ""))]))
 
 
+def visible(text: str) -> str:
+    """The text without characters that are not seen: zero-width spaces, soft hyphens, signs of direction."""
+    return "".join(sign for sign in text if unicodedata.category(sign) != "Cf")
+
+
+def _says_something(text: str) -> bool:
+    """Whether there is a letter or a digit, so that punctuation alone is no word, sentence or paragraph."""
+    return any(map(str.isalnum, text))
+
+
 def _count_words(text: str) -> int:
-    return len(text.split())
+    return sum(map(_says_something, text.split()))
 
 
 def _sentences(text: str) -> int:
-    return len(_SENTENCE.findall(text))
+    """Sentences end with a sign and a space. The point of a number, an address or an abbreviation ends none."""
+    count, start = 0, 0
+    for end in _SENTENCE_END.finditer(text):
+        if (
+            end[0].startswith(".")
+            and end.end() < len(text.rstrip())
+            and _ABBREVIATION.search(text[start : end.start() + 1])
+        ):
+            continue
+        count += _says_something(text[start : end.end()])
+        start = end.end()
+    return count + _says_something(text[start:])
 
 
 def _paragraphs(text: str) -> list[str]:
-    return re.split(r"\n\s*\n", text.strip())
+    return [part.strip() for part in re.split(r"\n\s*\n", text) if _says_something(part)]
+
+
+def _begins(text: str, phrase: str) -> bool:
+    """Whether the text begins with the phrase, which does not end within a word."""
+    return text.startswith(phrase) and not (phrase[-1:].isalnum() and text[len(phrase) :][:1].isalnum())
+
+
+def _ends(text: str, phrase: str) -> bool:
+    """Whether the text ends with the phrase, which does not begin within a word."""
+    before = text[: len(text) - len(phrase)]
+    return text.endswith(phrase) and not (phrase[:1].isalnum() and before[-1:].isalnum())
+
+
+def _number_named(text: str, phrases: list[str]) -> int:
+    """How many of the phrases occur, without those that are only a part of another one that does."""
+    found = [phrase for phrase in phrases if phrase in text]
+    return sum(not any(phrase != other and phrase in other for other in found) for phrase in found)
 
 
 def _occurrences(text: str, phrase: str) -> int:
     """How often the phrase occurs as whole words, in any case."""
+    text, phrase = text.translate(_LOOK_ALIKES), phrase.translate(_LOOK_ALIKES)
     return len(re.findall(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE))
 
 
@@ -50,7 +99,7 @@ def _same_case(text: str, wanted: bool, cased: str) -> bool:
 def _is_json(text: str) -> bool:
     block = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", text.strip(), re.DOTALL | re.IGNORECASE)
     try:
-        json.loads(block[1] if block else text)
+        read_strictly(block[1] if block else text)
     except (ValueError, RecursionError):
         return False
     return True
@@ -75,18 +124,18 @@ CONSTRAINTS: dict[str, Callable[[str, Any], bool]] = {
     "max_sentences": lambda text, value: _sentences(text) <= value,
     "min_sentences": lambda text, value: _sentences(text) >= value,
     "max_chars": lambda text, value: len(text) <= value,
-    "min_chars": lambda text, value: len(text) >= value,
+    "min_chars": lambda text, value: len(" ".join(text.split())) >= value,
     "num_lines": lambda text, value: sum(bool(line.strip()) for line in text.split("\n")) == value,
     "num_paragraphs": lambda text, value: len(_paragraphs(text)) == value,
     "paragraph_starts_with": lambda text, value: all(
         0 < int(number) <= len(_paragraphs(text))
-        and _paragraphs(text)[int(number) - 1].casefold().startswith(str(word).casefold())
+        and _begins(_paragraphs(text)[int(number) - 1].casefold(), str(word).casefold())
         for number, word in value.items()
     ),
-    "num_sections": lambda text, value: len(re.findall(r"^#{1,6}\s+\S", text, re.MULTILINE)) == value,
+    "num_sections": lambda text, value: len(re.findall(r"^#{1,6}\s+\S", _FENCED.sub("", text), re.MULTILINE)) == value,
     "bullet_count": lambda text, value: len(_BULLET.findall(text)) == value,
     "min_highlights": lambda text, value: len(_HIGHLIGHT.findall(text)) >= value,
-    "min_placeholders": lambda text, value: len(re.findall(r"\[[^\[\]\n]+\]", text)) >= value,
+    "min_placeholders": lambda text, value: len(re.findall(r"\[[^\[\]\n]*\w[^\[\]\n]*\](?!\()", text)) >= value,
     "must_include": lambda text, value: all(_occurrences(text, phrase) for phrase in _phrases(value)),
     "forbid": lambda text, value: not any(_occurrences(text, phrase) for phrase in _phrases(value)),
     "min_occurrences": lambda text, value: _each(text, value, _occurrences, least=True),
@@ -97,14 +146,18 @@ CONSTRAINTS: dict[str, Callable[[str, Any], bool]] = {
     "uppercase": lambda text, value: _same_case(text, value, text.upper()),
     "min_capital_words": lambda text, value: _capital_words(text) >= value,
     "max_capital_words": lambda text, value: _capital_words(text) <= value,
-    "no_commas": lambda text, value: ("," not in text) == bool(value),
-    "title": lambda text, value: bool(re.search(r"<<[^\n<>]+>>", text)) == bool(value),
-    "postscript": lambda text, value: re.search(rf"^\s*{re.escape(value)}", text, re.MULTILINE) is not None,
+    "no_commas": lambda text, value: (not re.search("[,，、،]", text)) == bool(value),
+    "title": lambda text, value: bool(re.search(r"<<[^\n<>]*\w[^\n<>]*>>", text)) == bool(value),
+    "postscript": lambda text, value: re.search(rf"^\s*{re.escape(value)}.*\w", text, re.MULTILINE) is not None,
     "json": lambda text, value: _is_json(text) == bool(value),
-    "quoted": lambda text, value: (len(text) > 1 and text[0] == text[-1] == '"') == bool(value),
-    "num_responses": lambda text, value: len([part for part in text.split("******") if part.strip()]) == value,
-    "repeats_first": lambda text, value: text.startswith(value) and len(text) > len(value),
-    "one_of": lambda text, value: any(phrase in text for phrase in _phrases(value)),
-    "starts_with": lambda text, value: text.startswith(value),
-    "ends_with": lambda text, value: text.endswith(value),
+    "quoted": lambda text, value: (
+        (len(text) > 1 and text[0] == text[-1] == '"' and _says_something(text)) == bool(value)
+    ),
+    "num_responses": lambda text, value: (
+        len({part.strip() for part in text.split("******") if _says_something(part)}) == value
+    ),
+    "repeats_first": lambda text, value: text.startswith(value) and _says_something(text[len(value) :]),
+    "one_of": lambda text, value: _number_named(text, _phrases(value)) == 1,
+    "starts_with": lambda text, value: _begins(text, value),
+    "ends_with": lambda text, value: _ends(text, value),
 }

@@ -63,7 +63,7 @@ def _accepted(answer: object) -> list[Any]:
 def _spellings(answer: object) -> set[str]:
     """The ways in which the answer may be written. Numbers have no exponent, and whole numbers no `.0`."""
     if isinstance(answer, float) and answer == answer and abs(answer) != float("inf"):
-        plain = format(Decimal(repr(answer)), "f")
+        plain = format(Decimal(repr(answer or 0.0)), "f")  # of -0.0 too
         return {repr(answer), plain, plain.rstrip("0").rstrip(".") if "." in plain else plain}
     return {str(answer)}
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from posttrain.records import RewardResult, Rollout, Row
 
-from .constraints import CONSTRAINTS, loose_variants
+from .constraints import CONSTRAINTS, loose_variants, visible
 from .stated import without_reasoning
 
 REQUIRES = {"instructions": ["constraints"]}
@@ -26,7 +26,7 @@ def instructions(rollout: Rollout, row: Row, partial: bool = False, *, loose: bo
     unknown = sorted(set(constraints) - set(CONSTRAINTS))
     if unknown:
         raise ValueError(f"row {row.id}: unknown constraint {unknown[0]!r}; known: {', '.join(CONSTRAINTS)}")
-    text = without_reasoning(rollout.text).replace("\r\n", "\n").strip()
+    text = visible(without_reasoning(rollout.text)).replace("\r\n", "\n").strip()
     variants = [variant for variant in (loose_variants(text) if loose else [text]) if variant]
     kept = {name: any(CONSTRAINTS[name](variant, value) for variant in variants) for name, value in constraints.items()}
     share = sum(kept.values()) / len(kept)

@@ -8,13 +8,14 @@ from typing import Any
 
 from posttrain.records import RewardResult, Rollout, Row
 
+from .doubts import TAKEN_BACK, is_hedged, is_taken_back
 from .expressions.answers import parse_answer
 from .expressions.compare import same_answer
 from .expressions.notation import key
-from .expressions.records import Answer
+from .expressions.records import Answer, Either, Named
 from .expressions.tokens import Unreadable
 from .expressions.units import unit_at
-from .stated import TAKEN_BACK, boxes, marked, tagged, without_reasoning
+from .stated import boxes, end_of_marks, marked, tagged, without_reasoning
 
 REQUIRES = {"math": ["answer"]}
 _MAX_CHARS = 500
@@ -35,6 +36,15 @@ _REASON = re.compile(
 _DENIED = re.compile(r"(?:not|n't)\b", re.IGNORECASE)
 _HEDGE = re.compile(r"\b(?:or|but|maybe|perhaps|alternatively|either|possibly)\b", re.IGNORECASE)
 _NOTE = re.compile(r"\s+\((?![^)]*\d)[A-Za-z][^()]{2,}\)\s*$")
+# The signs of a rounded number; words for it count only where the gold is rounded too.
+_IS_ROUNDED = re.compile(r"≈|\\approx(?![a-z])|\\sim(?:eq)?(?![a-z])|^\s*~")
+_ROUNDED_FIRST = re.compile(
+    r"^[\s$]*(?:≈|~|\\approx(?![a-z])|\\sim(?:eq)?(?![a-z])|"
+    r"(?:about|approximately|around|roughly|nearly|almost|close to)\b)"
+)
+_ROUNDED = re.compile(
+    r"(?:[≈~]|\b(?:about|approximately|around|roughly|nearly|almost|close to|circa)\b)[\s$*]*\Z", re.IGNORECASE
+)
 _NUMBER = re.compile(
     r"[-−]?(?:\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?!\d)|\d[\d,]*)?[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]|"
     r"[-−]?\d+ \d+/\d+|"
@@ -81,18 +91,30 @@ def stated_answers(text: str) -> list[str]:
     for rest in tagged(text) + marked(text):
         if not boxes(rest) and not rest.startswith(("</", "\\boxed")):
             stated += _from_line(re.split(r"</answer>|<answer>", rest)[0])
-    if not stated and not any(_DENIED.match(rest) for rest in marked(text)):
-        last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-        formulas = _formulas(last)
-        numbers = list(_NUMBER.finditer(last))
-        if TAKEN_BACK.search(last):
-            return []
-        if len(formulas) == 1:
-            stated = formulas
-        elif len(numbers) == 1 and not formulas:
-            unit = _UNIT.match(last, numbers[0].end())
-            stated = [numbers[0][0] + (unit[0] if unit else "")]
+    end = end_of_marks(text)
+    if not end:
+        stated = _unmarked(next((line for line in reversed(text.splitlines()) if line.strip()), ""))
+    elif is_taken_back(text, end):
+        return []
     return [text for text in map(_trimmed, stated) if text]
+
+
+def _unmarked(line: str) -> list[str]:
+    """The only formula or number of a line, if the line is sure of it."""
+    formulas, numbers = list(_FORMULA.finditer(line)), list(_NUMBER.finditer(line))
+    if TAKEN_BACK.search(line):
+        return []
+    if len(formulas) == 1:
+        (found,) = formulas
+        text = next(part for part in found.groups() if part)
+    elif len(numbers) == 1 and not formulas:
+        (found,) = numbers
+        unit = _UNIT.match(line, found.end())
+        text = found[0] + (unit[0] if unit else "")
+    else:
+        return []
+    rounded = _ROUNDED.search(line[max(0, found.start() - 40) : found.start()])
+    return [] if is_hedged(line, found.start(), found.end()) else [(rounded[0] if rounded else "") + text]
 
 
 def _from_line(rest: str) -> list[str]:
@@ -104,6 +126,8 @@ def _from_line(rest: str) -> list[str]:
     if _DENIED.match(line):
         return []
     sentence = line if display else _SENTENCE_END.split(_masked(line))[0]
+    if line[len(sentence) : len(sentence) + 1] == "?":
+        return []
     sentence = line[: len(sentence)]
     reason = _REASON.search(_masked(sentence))
     if reason and not _HEDGE.search(sentence[reason.start() :]):
@@ -147,6 +171,10 @@ def _gold(text: str) -> str:
 
 
 def _same(gold: str, reply: str) -> bool:
+    if not _may_round(gold, reply):
+        return False
+    if _IS_ROUNDED.search(gold):
+        gold, reply = _ROUNDED_FIRST.sub("", gold), _ROUNDED_FIRST.sub("", reply)
     if key(gold) == key(reply):
         return not _is_hedged(gold)
     one, other = _parsed(gold), _parsed(reply)
@@ -156,6 +184,16 @@ def _same(gold: str, reply: str) -> bool:
         return same_answer(one, other)
     except (Unreadable, RecursionError, OverflowError):
         return False
+
+
+def _may_round(gold: str, reply: str) -> bool:
+    """Whether the reply may be a rounded number: the gold is rounded too, or has decimals, or the exact one is beside
+    it, as in `\\sqrt2 \\approx 1.41`."""
+    if not _IS_ROUNDED.search(reply) or _IS_ROUNDED.search(gold):
+        return True
+    parsed = _parsed(reply)
+    inner = parsed.answer if isinstance(parsed, Named) else parsed
+    return isinstance(inner, Either) or re.search(r"\d[.,]\d", gold) is not None
 
 
 def _is_hedged(text: str) -> bool:

@@ -2,11 +2,13 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 
 from posttrain.records import RewardResult, Rollout, Row
 
-from .stated import MARK, boxes, tagged, without_reasoning
+from .doubts import is_asked, is_doubted, is_hedged, is_taken_back
+from .stated import MARK, boxes, end_of_marks, tagged, without_reasoning
 
 REQUIRES = {"multiple_choice": ["answer"]}
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -36,6 +38,15 @@ _HEDGE = re.compile(
     r"\b([A-Z])\b(?!['’\w])|\b([A-Z])\b\W*\b(?:is|are|would be|could be|might be)\s+(?:also|equally|just as)\b"
 )
 _SENTENCE = re.compile(r"[^\n?!]*?(?=[.]\s|[\n?!]|$)")
+_EXCEPT = re.compile(
+    r"\b(?:except|eliminate|exclude|discard|reject|rule\s+out|ruled\s+out|not)\b[^,;.]*\Z", re.IGNORECASE
+)
+# How a reply names its choice without the word "answer", in its last line.
+_CHOSEN = re.compile(
+    r"\b(?:(?:i|we)(?:['’](?:d|ll))?\s+(?:would\s+|will\s+)?(?:choose|pick|select|go\s+with)"
+    r"|(?:it|this)\s+(?:must|has\s+to)\s+be)\s+",
+    re.IGNORECASE,
+)
 _ALONE = re.compile(r"[\s*_$(\[{`]*([A-Za-z])[\s*_$)\]}.`]*")
 _SHOWN = re.compile(r"\*\*\s*\(?([A-Z])\)?(?:[.:)][^*\n]*)?\s*\*\*|\(([A-Z])\)")
 
@@ -73,15 +84,18 @@ def _contradicts(text: str, gold: int, texts: list[str]) -> bool:
 
 def named_letters(text: str, letters: str = _LETTERS) -> set[str]:
     """Every letter that the text names as its answer; alternatives joined by "or", "and", "/" or a comma count too."""
-    text = _MACRO.sub("", without_reasoning(text).replace("\r\n", "\n"))
+    text = unicodedata.normalize("NFKC", without_reasoning(text).replace("\r\n", "\n"))
+    text = _MACRO.sub("", text)
+    if is_taken_back(text, end_of_marks(text)):
+        return set()
     found: set[str] = set()
     for content in boxes(text) + tagged(text):
         found |= _letters_at(content.strip(), letters)
-    marks = [match.end() for pattern in (MARK, _OPTION) for match in pattern.finditer(text)]
-    for start in marks:
-        if not text[start:].lstrip(" *_").startswith("\\boxed"):
-            found |= _letters_at(text[start:].lstrip(), letters)
-    if found or marks:
+    marks = [match for pattern in (MARK, _OPTION) for match in pattern.finditer(text)]
+    for mark in marks:
+        if not text[mark.end() :].lstrip(" *_").startswith("\\boxed") and not is_doubted(text, mark.start()):
+            found |= _letters_at(text[mark.end() :].lstrip(), letters)
+    if found or end_of_marks(text) or marks:
         return found
     return _unmarked(text.strip(), letters)
 
@@ -94,7 +108,12 @@ def _unmarked(text: str, letters: str) -> set[str]:
         return {alone[1].upper()} & set(letters)
     last = lines[-1] if lines else ""
     shown = [match for match in _SHOWN.finditer(last) if not _RULED_OUT.match(last, match.end())]
-    return {match[1] or match[2] for match in shown} & set(letters)
+    if any(_EXCEPT.search(last, 0, match.start()) or is_hedged(last, *match.span()) for match in shown):
+        return set()
+    named = {match[1] or match[2] for match in shown} & set(letters)
+    if not named and (chosen := _CHOSEN.search(last)) and not is_hedged(last, chosen.end(), chosen.end() + 1):
+        return _letters_at(last[chosen.end() :], letters)
+    return named
 
 
 def _letters_at(text: str, letters: str) -> set[str]:
@@ -105,6 +124,8 @@ def _letters_at(text: str, letters: str) -> set[str]:
     end = start
     while start < len(text) and _is_letter(text, start, letters, first=not found):
         end = start + 1
+        if is_asked(text, end):
+            return found
         if _RULED_OUT.match(text, start + 1):
             return found
         found.add(text[start].upper())
@@ -127,7 +148,7 @@ def _is_letter(text: str, place: int, letters: str, *, first: bool) -> bool:
     """Whether the letter there is one of the choices, and not an article ("A"), a pronoun ("I") or a variable."""
     sign = text[place]
     if sign.upper() not in letters or (
-        place + 1 < len(text) and (text[place + 1].isalnum() or text[place + 1] in "'’")
+        place + 1 < len(text) and (text[place + 1].isalnum() or re.match(r"['’]\w", text[place + 1 :]))
     ):
         return False
     if _OPERATOR.match(text, place + 1):

@@ -26,12 +26,7 @@ def valid_json(rollout: Rollout, row: Row, schema: dict[str, Any] | None = None)
     if len(blocks) > 1:
         return RewardResult(0.0, reason="several blocks")
     try:
-        value = json.loads(
-            blocks[0] if blocks else text,
-            object_pairs_hook=_unique_keys,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-        )
+        value = read_strictly(blocks[0] if blocks else text)
     except (ValueError, RecursionError) as error:
         return RewardResult(0.0, reason=f"not JSON: {str(error)[:80]}")
     wanted = row.fields.get("schema")
@@ -41,6 +36,11 @@ def valid_json(rollout: Rollout, row: Row, schema: dict[str, Any] | None = None)
     if row.answer is not None and not _same(value, _expected(row.answer)):
         return RewardResult(0.0, reason="wrong")
     return RewardResult(1.0)
+
+
+def read_strictly(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError also for NaN, repeated keys and numbers beyond float64."""
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
 
 
 def _same(value: object, expected: object) -> bool:

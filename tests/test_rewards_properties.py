@@ -140,7 +140,7 @@ KEPT: dict[str, tuple[Any, str, str]] = {
     "min_capital_words": (1, "{0} AE", "{0}"), "max_capital_words": (0, "{0}", "{0} AE"),
     "no_commas": (True, "{0} {1}", "{0}, {1}"), "title": (True, "<<{0}>>\n{1}", "{0}"),
     "postscript": ("P.S.", "{0}\nP.S. {1}", "{0}"), "json": (True, '["{0}"]', "{0}"), "quoted": (True, '"{0}"', "{0}"),
-    "num_responses": (2, "{0}\n******\n{1}", "{0}"), "repeats_first": ("Why?", "Why? {0}", "{0}"),
+    "num_responses": (2, "{0} one\n******\n{1}", "{0}"), "repeats_first": ("Why?", "Why? {0}", "{0}"),
     "starts_with": ("Dear", "Dear {0}", "{0}"), "ends_with": ("bye", "{0} bye", "{0} bye {1}"),
 }  # fmt: skip
 
