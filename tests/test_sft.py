@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def make_context(folder: Path, seed: int = 0) -> StageContext:
     return StageContext("sft", folder, folder / "events.jsonl", seed)
 
 
-def examples_of(policy: Path, data: Path) -> list[Example]:
+def examples_of(policy: Path, data: Path) -> Sequence[Example]:
     return tokenize(load_tokenizer(policy), load_rows(data, kind="supervised"), 128, overlong="error")[0]
 
 
@@ -168,7 +168,7 @@ def test_packing_keeps_every_conversation_whole_once_within_the_capacity(lengths
     assert all(0 < total <= 40 for total in sums)
     # Best fit leaves at most one row half empty or less.
     assert sum(total <= 20 for total in sums) <= 1
-    assert rows == pack(lengths, 40, seed)
+    assert list(rows) == list(pack(lengths, 40, seed))
 
 
 def test_packed_rows_are_full_and_mixed():

@@ -131,13 +131,13 @@ def convert(
     Example: posttrain data convert sharegpt.json sft.jsonl on_bad_row=set_aside
     """
     from posttrain.data.kinds import item_to_json
-    from posttrain.data.pairs import load_pairs, write_pairs
+    from posttrain.data.pairs import store_pairs, write_pairs
     from posttrain.files import write_jsonl
 
     config = data_config(path, settings)
     found = data_kind(config, kind)
     if found == "pairs":
-        typer.echo(f"{write_pairs(out, load_pairs(config))} pairs: {out}")
+        typer.echo(f"{write_pairs(out, store_pairs(config))} pairs: {out}")
         return
     left: list[str] = []
     written = write_jsonl(out, map(item_to_json, good_items(config, found, left)))

@@ -13,10 +13,13 @@ from pathlib import Path
 
 from posttrain.context import StageContext
 from posttrain.data.files import Record
+from posttrain.data.stored import StoreWriter
 from posttrain.files import write_jsonl
 
 MAX_SHOWN_PROBLEMS = 5
 _NAMED_IDS = 100_000  # so many ids are kept with the place of their row, for the error about a second use
+
+_FIRST_TABLE = 1 << 16  # places of the table of hashes, which grows
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +38,70 @@ def summary(problems: Sequence[str], within: int | None = None) -> list[str]:
 
     within: how many rows were looked at, if there are more; None if all were.
     """
-    rest = len(problems) - MAX_SHOWN_PROBLEMS
-    if rest <= 0:
-        return list(problems)
+    return [*problems[:MAX_SHOWN_PROBLEMS], *_counted(len(problems) - MAX_SHOWN_PROBLEMS, within)]
+
+
+def _counted(rest: int, within: int | None = None) -> list[str]:
     where = f"; only the first {within} rows were checked" if within is not None else ""
-    return [*problems[:MAX_SHOWN_PROBLEMS], f"and {rest} more rows with problems{where}"]
+    return [f"and {rest} more rows with problems{where}"] if rest > 0 else []
 
 
-def set_aside(bad: Sequence[BadRow], total: int, context: StageContext | None) -> None:
-    """Write bad rows to a file in the stage's folder and emit the event `rows_set_aside`.
+class BadRows:
+    """The bad rows of a dataset: how many there are, the first ones, and all of them in a file if they are set aside.
 
-    total: number of rows that were read, good and bad. context: of the stage; None only warns, and writes no file.
+    context: of the stage; None: nothing is written, and a warning is given in place of an event. keep: whether the rows
+    will be set aside.
     """
-    first = str(bad[0])
-    if context is None:
-        warnings.warn(f"{len(bad)} of {total} rows are left out; the first: {first}", stacklevel=4)
-        return
-    path = context.dir / f"set_aside_{Path(bad[0].record.label).name.partition('.')[0]}.jsonl"
-    rows = ({"file": b.record.file, "row": b.record.number, "problem": b.problem, "value": b.record.value} for b in bad)
-    write_jsonl(path, rows)
-    context.event("rows_set_aside", rows=len(bad), of=total, file=str(path), first=first)
+
+    def __init__(self, context: StageContext | None, *, keep: bool):
+        self._context = context
+        self._rows: StoreWriter[BadRow] | None = None
+        if keep and context is not None:
+            self._rows = StoreWriter(BadRow, context.dir)
+        self._first: list[str] = []
+        self._label = ""
+        self._count = 0
+
+    def __enter__(self) -> "BadRows":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._rows is not None:
+            self._rows.discard()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, bad: BadRow) -> None:
+        """Add a row."""
+        self._label = self._label or bad.record.label
+        self._count += 1
+        if len(self._first) < MAX_SHOWN_PROBLEMS:
+            self._first.append(str(bad))
+        if self._rows is not None:
+            self._rows.append(bad)
+
+    def summary(self) -> list[str]:
+        """The first problems, and a line that counts the others."""
+        return [*self._first, *_counted(self._count - len(self._first))]
+
+    def set_aside(self, total: int) -> None:
+        """Write the rows to a file in the stage's folder and emit the event `rows_set_aside`.
+
+        total: number of rows that were read, good and bad.
+        """
+        if self._context is None or self._rows is None:
+            warnings.warn(f"{self._count} of {total} rows are left out; the first: {self._first[0]}", stacklevel=5)
+            return
+        path = self._context.dir / f"set_aside_{Path(self._label).name.partition('.')[0]}.jsonl"
+        rows = self._rows.close()
+        self._rows = None
+        records = ((bad.record, bad.problem) for bad in rows)
+        write_jsonl(
+            path,
+            ({"file": r.file, "row": r.number, "problem": problem, "value": r.value} for r, problem in records),
+        )
+        self._context.event("rows_set_aside", rows=self._count, of=total, file=str(path), first=self._first[0])
 
 
 class SeenIds:
@@ -67,7 +114,7 @@ class SeenIds:
     def __init__(self, named: int | None = None) -> None:
         self._named = _NAMED_IDS if named is None else named
         self._places: dict[str, str] = {}
-        self._table = array("Q", bytes(8 << 16))
+        self._table = array("Q", bytes(8 * _FIRST_TABLE))
         self._filled = 0
 
     def add(self, name: str, where: str) -> str | None:

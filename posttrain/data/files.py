@@ -1,6 +1,6 @@
 """Raw records of a dataset, in order, each with the file and the row number it came from.
 
-Rows are yielded one by one, and at most one batch of a file is in memory (.json files are read whole). A path is a
+Rows are yielded one by one, and at most one batch of a file is in memory. A path is a
 file, a folder of files, a folder saved by `datasets.save_to_disk`, or a dataset's name on a hub (hub.py). The
 `datasets` package is never imported, because this code also runs while a config is validated and must be fast.
 Left out: encodings other than UTF-8.

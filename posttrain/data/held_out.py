@@ -6,7 +6,7 @@ trained on says little about new prompts.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from posttrain.config.data import FilesConfig
 from posttrain.config.held_out import HeldOutConfig
 from posttrain.data.files import read_records
 from posttrain.data.messages import messages_to_json
+from posttrain.data.stored import pick
 from posttrain.data.strata import hash_order
 from posttrain.errors import DataError
 from posttrain.records import Message
@@ -33,42 +34,54 @@ def content_key(messages: Sequence[Message]) -> str:
     return json.dumps(messages_to_json(messages), sort_keys=True, ensure_ascii=False, default=str)
 
 
-def check_apart(trained: Iterable[tuple[str, str]], held_out: Iterable[tuple[str, str]]) -> None:
-    """Raise `DataError` if a held-out row is also trained on. Both arguments are pairs (id, content as text)."""
-    ids = {content: name for name, content in trained}
-    both = [(name, ids[content]) for name, content in held_out if content in ids]
+def check_apart(trained: Sequence[T], held_out: Sequence[T], name: Callable[[T], tuple[str, str]]) -> None:
+    """Raise `DataError` if a held-out item is also trained on.
+
+    name: (id, content as text) of an item. Of each item that is trained on, a hash of 8 bytes is in memory.
+    """
+    import numpy as np
+
+    hashes = np.fromiter((hash_order(0, name(item)[1]) for item in trained), np.uint64, len(trained))
+    order = np.argsort(hashes, kind="stable")
+    both: list[tuple[str, str]] = []
+    for item in held_out:
+        identity, content = name(item)
+        place = int(np.searchsorted(hashes, hash_order(0, content), sorter=order))
+        if place < len(order) and (found := name(trained[int(order[place])]))[1] == content:
+            both.append((identity, found[0]))
     if both:
-        name, other = both[0]
+        identity, other = both[0]
         raise DataError(
-            f"held_out.path: {name!r} has the same content as {other!r}, which is trained on ({len(both)} such rows); "
-            "remove them from one of the two"
+            f"held_out.path: {identity!r} has the same content as {other!r}, which is trained on ({len(both)} such "
+            "rows); remove them from one of the two"
         )
 
 
-def split(items: Sequence[T], keys: Sequence[str], config: HeldOutConfig) -> tuple[list[T], list[T]]:
-    """The items that are trained on and the items that are held out, each list in the order of `items`.
+def split(items: Sequence[T], keys: Iterable[str], config: HeldOutConfig) -> tuple[Sequence[T], Sequence[T]]:
+    """The items that are trained on and the items that are held out, each sequence in the order of `items`.
 
     keys: one for each item, such as `prompt_key`. Items with the same key stay together, so a few fewer than
     `config` asks for may be held out. Raises `DataError` if no item would be left to train on.
     """
+    import numpy as np
+
     if problem := rest_problem(config, len(items)):
         raise DataError(problem)
-    wanted = config.count(len(items))
-    sizes: dict[str, int] = {}
-    for key in keys:
-        sizes[key] = sizes.get(key, 0) + 1
-    if len(sizes) == 1:
+    hashes = np.fromiter((hash_order(0, key) for key in keys), np.uint64, len(items))  # all that is kept of a key
+    order, group, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
+    if len(order) == 1:
         rule = f"all {len(items)} rows have the same prompt and stay together, so none would be left to train on"
         raise DataError(f"held_out: {rule}; give other rows as held_out.path")
-    order = sorted(sizes, key=lambda key: (hash_order(0, key), key))
-    chosen: set[str] = set()
-    for key in order:
-        if sizes[key] <= wanted:
-            chosen.add(key)
-            wanted -= sizes[key]
-    chosen = chosen or {min(order, key=lambda key: sizes[key])}  # every prompt has more rows than are wanted
-    kept = [item for item, key in zip(items, keys, strict=True) if key not in chosen]
-    return kept, [item for item, key in zip(items, keys, strict=True) if key in chosen]
+    wanted = config.count(len(items))
+    chosen = np.zeros(len(order), bool)
+    for place, size in enumerate(sizes.tolist()):
+        if size <= wanted:
+            chosen[place] = True
+            wanted -= size
+    if not chosen.any():  # every prompt has more rows than are wanted
+        chosen[np.argmin(sizes)] = True
+    apart = chosen[group]
+    return pick(items, np.flatnonzero(~apart)), pick(items, np.flatnonzero(apart))
 
 
 def rest_problem(config: HeldOutConfig, total: int) -> str:

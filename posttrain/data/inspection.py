@@ -13,8 +13,9 @@ from posttrain.data.duplicates import digest
 from posttrain.data.files import read_records
 from posttrain.data.formats import detect, renamed
 from posttrain.data.kinds import DataKind, iter_items
+from posttrain.data.labelled import Labelled
 from posttrain.data.messages import RowError
-from posttrain.data.pairs import Labelled, pair_format
+from posttrain.data.pairs import pair_format
 from posttrain.data.rows import Data, as_config
 from posttrain.errors import DataError
 

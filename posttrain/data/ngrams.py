@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import xxhash
 
-from posttrain.data.pairs import Labelled, Pair
+from posttrain.data.labelled import Labelled
+from posttrain.data.pairs import Pair
 from posttrain.data.transcript import message_text
 from posttrain.records import Row
 

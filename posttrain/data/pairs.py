@@ -5,7 +5,6 @@ A pair is read from a row {"prompt", "chosen", "rejected"}, each field a text or
 "completion", "label"}, as in datasets for KTO, are joined: a good and a bad reply to the same prompt become a pair.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +24,11 @@ from posttrain.data.formats import (
     take_turns,
     with_context,
 )
+from posttrain.data.labelled import Labelled, joined
 from posttrain.data.messages import RowError, messages_to_json, shown
 from posttrain.data.rows import Data, check, collect, scan, take_capability, take_id
+from posttrain.data.stored import Stored, StoreWriter
 from posttrain.data.turns import check_turns, check_usable
-from posttrain.errors import DataError
 from posttrain.files import write_jsonl
 from posttrain.records import Message, ToolCall
 
@@ -63,29 +63,6 @@ class Pair:
         return (*self.prompt, *self.replies)
 
 
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """One reply to a prompt, and whether it is good. fields: the row's other columns. reply_calls: its tool calls."""
-
-    id: str
-    capability: str
-    prompt: tuple[Message, ...]
-    reply: str
-    good: bool
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    reply_calls: tuple[ToolCall, ...] = ()
-
-    @property
-    def replies(self) -> tuple[Message]:
-        """The reply as a turn."""
-        return (Message("assistant", self.reply, self.reply_calls),)
-
-    @property
-    def turns(self) -> tuple[Message, ...]:
-        """Every turn: those of the prompt, then the reply."""
-        return (*self.prompt, *self.replies)
-
-
 def load_pairs(
     data: Data, *, limit: int | None = None, stage: str | None = None, context: StageContext | None = None
 ) -> list[Pair]:
@@ -96,7 +73,41 @@ def load_pairs(
     context: of the stage, which is told about rows that are set aside. Raises `DataError` that names file, row number,
     the value got and the rule, and for labelled replies to one prompt that cannot be joined to pairs.
     """
-    return _joined(collect(data, _parser(stage), limit, identity=lambda pair: pair.id, context=context))
+    items: list[Pair | Labelled] = []
+    collect(data, _parser(stage), items, limit=limit, identity=lambda pair: pair.id, context=context)
+    pairs = [item for item in items if isinstance(item, Pair)]
+    return [*pairs, *_of_labelled([item for item in items if isinstance(item, Labelled)])]
+
+
+def store_pairs(data: Data, *, stage: str | None = None, context: StageContext | None = None) -> Stored[Pair]:
+    """As `load_pairs`, for a stage: the pairs lie in a file on disk, so that memory does not grow with their number.
+
+    Until labelled replies are joined, the place of each and a hash of each prompt are in memory.
+    """
+    folder = context and context.dir
+    with StoreWriter[Pair](Pair, folder) as pairs, StoreWriter[Labelled](Labelled, folder) as labelled:
+        sink = _Sink(pairs, labelled)
+        collect(data, _parser(stage), sink, identity=lambda pair: pair.id, context=context)
+        for pair in _of_labelled(labelled.close()):
+            pairs.append(pair)
+        return pairs.close()
+
+
+class _Sink:
+    """Takes pairs and labelled replies apart."""
+
+    def __init__(self, pairs: StoreWriter[Pair], labelled: StoreWriter[Labelled]):
+        self._pairs, self._labelled = pairs, labelled
+
+    def __len__(self) -> int:
+        return len(self._pairs) + len(self._labelled)
+
+    def append(self, item: Pair | Labelled) -> None:
+        """Add an item."""
+        if isinstance(item, Pair):
+            self._pairs.append(item)
+        else:
+            self._labelled.append(item)
 
 
 def scan_pairs(data: Data) -> Iterator["Pair | Labelled | BadRow"]:
@@ -104,40 +115,10 @@ def scan_pairs(data: Data) -> Iterator["Pair | Labelled | BadRow"]:
     return scan(data, _parser(None), None, identity=lambda item: item.id)
 
 
-def _joined(items: Sequence["Pair | Labelled"]) -> list[Pair]:
-    """All pairs, including those made of labelled replies to the same prompt.
-
-    Raises `DataError` for a prompt whose good and bad replies differ in number, or where one reply is both.
-    """
-    labelled: dict[str, tuple[list[Labelled], list[Labelled]]] = {}
-    for item in items:
-        if isinstance(item, Labelled):
-            key = json.dumps(messages_to_json(item.prompt), sort_keys=True)
-            labelled.setdefault(key, ([], []))[item.good].append(item)
-    alone = [group for group in labelled.values() if len(group[0]) != len(group[1])]
-    if alone:
-        bad, good = alone[0]
-        raise DataError(
-            f"{len(alone)} of {len(labelled)} prompts do not have as many replies with label true as with label false "
-            f"({(good or bad)[0].id!r} has {len(good)} and {len(bad)}), so they make no pairs; add or remove replies"
-        )
-    pairs = [item for item in items if isinstance(item, Pair)]
-    for rejected, chosen in (both for bad, good in labelled.values() for both in zip(bad, good, strict=True)):
-        if chosen.replies == rejected.replies:
-            raise DataError(f"{chosen.id!r} and {rejected.id!r}: the same reply has label true and label false")
-        pairs.append(
-            Pair(
-                chosen.id,
-                chosen.capability,
-                chosen.prompt,
-                chosen.reply,
-                rejected.reply,
-                chosen.fields,
-                chosen.reply_calls,
-                rejected.reply_calls,
-            )
-        )
-    return pairs
+def _of_labelled(items: Sequence[Labelled]) -> Iterator[Pair]:
+    for chosen, rejected in joined(items):
+        calls = chosen.reply_calls, rejected.reply_calls
+        yield Pair(chosen.id, chosen.capability, chosen.prompt, chosen.reply, rejected.reply, chosen.fields, *calls)
 
 
 def check_pairs(data: Data, rows: int = 100, *, stage: str | None = None) -> list[str]:

@@ -12,15 +12,19 @@ import io
 import json
 import lzma
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
+from posttrain.data.json_list import json_items
 from posttrain.errors import DataError
 
 CSV_FIELD_LIMIT = 1 << 27
 BATCH, BATCH_BYTES = 256, 64 << 20  # most rows of a table, and most of their bytes, that are Python objects at a time
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# Text of a JSON value that may hold what cannot be written again: surrogates, NaN, numbers beyond float64.
+_DOUBTFUL = re.compile(r"\\u|NaN|Infinity|\d[eE]\+?\d{3}|\d{300}")
 _COMPRESSED = (*_OPENERS, ".zst")
 
 
@@ -100,45 +104,55 @@ def _read_jsonl(file: Path) -> Iterator[Parsed]:
                 yield number, {}, f"not JSON: {error}"
 
 
-def _read_text(file: Path) -> str:
-    with open_bytes(file) as source:
-        data = source.read()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}: line {row}: not UTF-8 (byte {data[error.start]:#04x}); convert the file") from None
+def _text_of(file: Path) -> TextIO:
+    return io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig", newline="")
+
+
+def _not_utf8(file: Path) -> DataError:
+    """The error for a file that is not UTF-8, which names the first such line."""
+    with open_bytes(file) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return DataError(f"{file}: line {number}: not UTF-8 (byte {line[error.start]:#04x}); convert the file")
+    return DataError(f"{file}: not UTF-8; convert the file")
 
 
 def _read_json(file: Path) -> Iterator[Parsed]:
     try:
-        rows = _parse_json(_read_text(file))
-    except (ValueError, RecursionError) as error:
-        hint = "; if it is JSON lines, name it .jsonl" if "Extra data" in str(error) else ""
-        raise DataError(f"{file}: not JSON: {error}{hint}") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{file}: holds {type(rows).__name__}, but must hold a list of objects")
-    for number, row in enumerate(rows, 1):
-        yield number, row, ""
+        with _text_of(file) as text:
+            for number, (row, own) in enumerate(json_items(text), 1):
+                problem = unwritable(row) if _DOUBTFUL.search(own) else ""
+                yield number, {} if problem else row, problem
+    except UnicodeDecodeError:
+        raise _not_utf8(file) from None
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from None
+    except RecursionError as error:
+        raise DataError(f"{file}: not JSON: {error}") from None
 
 
 def _read_csv(file: Path) -> Iterator[Parsed]:
     csv.field_size_limit(CSV_FIELD_LIMIT)
-    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
     number = 0
-    while True:
-        number += 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(f"{file}: row {number}: not CSV: {error}") from None
-        width = len(reader.fieldnames or ())
-        if None in row or None in row.values():
-            yield number, {}, f"does not have the header's {width} columns"
-        else:
-            yield number, {name: _cell(value) for name, value in row.items() if value != ""}, ""
+    with _text_of(file) as text:
+        reader = csv.DictReader(text, strict=True)
+        while True:
+            number += 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except UnicodeDecodeError:
+                raise _not_utf8(file) from None
+            except csv.Error as error:
+                raise DataError(f"{file}: row {number}: not CSV: {error}") from None
+            width = len(reader.fieldnames or ())
+            if None in row or None in row.values():
+                yield number, {}, f"does not have the header's {width} columns"
+            else:
+                yield number, {name: _cell(value) for name, value in row.items() if value != ""}, ""
 
 
 def _cell(value: str) -> Any:

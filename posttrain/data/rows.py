@@ -8,15 +8,16 @@ repaired: a bad row is an error that names its file and number, or is set aside 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from posttrain.config.data import DataConfig
 from posttrain.context import StageContext
-from posttrain.data.bad_rows import BadRow, SeenIds, set_aside, summary
+from posttrain.data.bad_rows import BadRow, BadRows, SeenIds, summary
 from posttrain.data.files import Record, read_records
 from posttrain.data.formats import renamed, take_conversation
 from posttrain.data.images.take import ImageReader
 from posttrain.data.messages import TEXT_ROLE, RowError, messages_to_json, shown
+from posttrain.data.stored import Stored, StoreWriter
 from posttrain.data.turns import Kind, check_turns, check_usable
 from posttrain.errors import DataError
 from posttrain.files import write_jsonl
@@ -24,6 +25,7 @@ from posttrain.records import Row
 
 Data = DataConfig | str | Path | Sequence[str | Path]
 T = TypeVar("T")
+Item = TypeVar("Item", contravariant=True)
 
 
 def load_rows(
@@ -39,7 +41,18 @@ def load_rows(
     parts hold keys; None leaves rows as they are. Raises `DataError` that names file, row number, the value got and the
     rule, for the first few bad rows.
     """
-    return collect(data, _parser(kind, stage, images), limit, identity=lambda row: row.id, context=context)
+    rows: list[Row] = []
+    collect(data, _parser(kind, stage, images), rows, limit=limit, identity=lambda row: row.id, context=context)
+    return rows
+
+
+def store_rows(
+    data: Data, *, kind: Kind, stage: str, context: StageContext | None = None, images: ImageReader | None = None
+) -> Stored[Row]:
+    """As `load_rows`, for a stage: the rows lie in a file on disk, so that memory does not grow with their number."""
+    with StoreWriter[Row](Row, context and context.dir) as rows:
+        collect(data, _parser(kind, stage, images), rows, identity=lambda row: row.id, context=context)
+        return rows.close()
 
 
 def iter_rows(data: Data, *, kind: Kind, limit: int | None = None) -> Iterator[Row | BadRow]:
@@ -123,28 +136,39 @@ def scan(
             yield row
 
 
+class Sink(Protocol[Item]):
+    """Takes the rows of a dataset: a list, or a file."""
+
+    def append(self, record: Item, /) -> None:
+        """Add a row."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
 def collect(
-    data: Data, parse: Callable[[Record, DataConfig], T], limit: int | None, *, identity: Callable[[T], str],
-    context: StageContext | None = None,
-) -> list[T]:  # fmt: skip
-    """All rows of a dataset. Raises `DataError` if there is no good row, or any bad row under `on_bad_row: fail`."""
-    rows: list[T] = []
-    bad: list[BadRow] = []
+    data: Data, parse: Callable[[Record, DataConfig], T], rows: "Sink[T]", *,
+    identity: Callable[[T], str], limit: int | None = None, context: StageContext | None = None,
+) -> None:  # fmt: skip
+    """Add all rows of a dataset to `rows`.
+
+    Raises `DataError` if there is no good row, or any bad row under `on_bad_row: fail`.
+    """
+    config = as_config(data)
     if context is not None:
         context.phase(f"reading {_shown_path(data)}")
-    for item in scan(data, parse, limit, identity=identity):
-        if isinstance(item, BadRow):
-            bad.append(item)
-        else:
-            rows.append(item)
-    config = as_config(data)
-    if bad and (config.on_bad_row == "fail" or not rows):
-        raise DataError("\n".join(summary(list(map(str, bad)))))
-    if not rows:
-        raise DataError(f"{_shown_path(data)}: holds no rows; at least one is needed")
-    if bad:
-        set_aside(bad, len(rows) + len(bad), context)
-    return rows
+    with BadRows(context, keep=config.on_bad_row == "set_aside") as bad:
+        for item in scan(data, parse, limit, identity=identity):
+            if isinstance(item, BadRow):
+                bad.append(item)
+            else:
+                rows.append(item)
+        if len(bad) and (config.on_bad_row == "fail" or not len(rows)):
+            raise DataError("\n".join(bad.summary()))
+        if not len(rows):
+            raise DataError(f"{_shown_path(data)}: holds no rows; at least one is needed")
+        if len(bad):
+            bad.set_aside(len(rows) + len(bad))
 
 
 def check(

@@ -5,13 +5,16 @@ it. A reply that was rejected because it ran out of tokens never had an end toke
 training would lower the probability of ending a turn.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from posttrain.data.messages import RowError
 from posttrain.data.pairs import Pair
 from posttrain.data.samples import render_reply
+from posttrain.data.stored import Stored, StoreWriter, pick
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
@@ -43,30 +46,32 @@ def blank_record(ids: PairIds) -> dict[str, list[int]]:
 
 
 def tokenize_pairs(
-    tokenizer: Tokenizer, pairs: Sequence[Pair], max_length: int, *, overlong: Literal["error", "drop"]
-) -> tuple[list[PairIds], list[Pair]]:
+    tokenizer: Tokenizer, pairs: Sequence[Pair], max_length: int, *, overlong: Literal["error", "drop"],
+    folder: Path | None = None, name: str | None = None,
+) -> tuple[Stored[PairIds], Sequence[Pair]]:  # fmt: skip
     """Return the ids of the pairs that were kept, and these pairs, in the same order.
 
-    Raises `DataError`, which names the pair, if a pair does not render as sampling would render it, if its replies
-    become the same tokens, or if it is too long and overlong is "error". Also raises it if no pair is left.
+    folder, name: of the file in which the ids lie; see `StoreWriter`. Raises `DataError`, which names the pair, if a
+    pair does not render as sampling would render it, if its replies become the same tokens, or if it is too long and
+    overlong is "error". Also raises it if no pair is left.
     """
-    kept_ids: list[PairIds] = []
-    kept: list[Pair] = []
-    for pair in pairs:
-        try:
-            ids = _tokenize(tokenizer, pair)
-        except (DataError, RowError) as error:
-            raise DataError(f"pair {pair.id!r}: {error}") from None
-        length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-        if length <= max_length:
-            kept_ids.append(ids)
-            kept.append(pair)
-        elif overlong == "error":
-            rule = "raise max_length, shorten it, or set overlong: drop"
-            raise DataError(f"pair {pair.id!r}: {length} tokens, but max_length is {max_length}; {rule}")
-    if not kept:
-        raise DataError(f"all {len(pairs)} pairs are longer than max_length {max_length}; raise it")
-    return kept_ids, kept
+    kept: array[int] = array("q")
+    with StoreWriter[PairIds](PairIds, folder, name) as kept_ids:
+        for place, pair in enumerate(pairs):
+            try:
+                ids = _tokenize(tokenizer, pair)
+            except (DataError, RowError) as error:
+                raise DataError(f"pair {pair.id!r}: {error}") from None
+            length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+            if length <= max_length:
+                kept_ids.append(ids)
+                kept.append(place)
+            elif overlong == "error":
+                rule = "raise max_length, shorten it, or set overlong: drop"
+                raise DataError(f"pair {pair.id!r}: {length} tokens, but max_length is {max_length}; {rule}")
+        if not kept:
+            raise DataError(f"all {len(pairs)} pairs are longer than max_length {max_length}; raise it")
+        return kept_ids.close(), pairs if len(kept) == len(pairs) else pick(pairs, kept)
 
 
 def _tokenize(tokenizer: Tokenizer, pair: Pair) -> PairIds:

@@ -11,16 +11,18 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.data import DataConfig
 from posttrain.context import StageContext
 from posttrain.data.held_out import check_apart, content_key, prompt_key, split
-from posttrain.data.pairs import Pair, load_pairs, write_pairs
+from posttrain.data.pairs import Pair, store_pairs, write_pairs
+from posttrain.data.stored import Derived
 from posttrain.dpo.config import DpoConfig
 from posttrain.dpo.mine import mine, read_replies
-from posttrain.tune.run import Tuning, Work, tune
+from posttrain.tune.run import ROWS, Tuning, Work, tune
 
 METRICS = {
     "loss": "loss",
@@ -66,9 +68,9 @@ class Prepared:
     """
 
     tokenizer: Any
-    ids: list[Any]
-    pairs: list[Pair]
-    held_out: list[Any]
+    ids: Sequence[Any]
+    pairs: Sequence[Pair]
+    held_out: Sequence[Any]
     dropped: int
 
 
@@ -97,18 +99,25 @@ def prepare(config: DpoConfig, seed: int, context: StageContext | None = None) -
         check_special_tokens(
             tokenizer,
             config.pairs,
-            ((f"pair {pair.id!r}", pair.turns, tools_of(pair.fields)) for pair in [*pairs, *apart]),
+            ((f"pair {pair.id!r}", pair.turns, tools_of(pair.fields)) for pair in chain(pairs, apart)),
         )
-    ids, kept = tokenize_pairs(tokenizer, pairs, config.max_length, overlong=config.overlong)
-    held_out, kept_apart = (
-        tokenize_pairs(tokenizer, apart, config.max_length, overlong=config.overlong) if apart else ([], [])
-    )
+    folder = context and context.dir / ROWS
+
+    def tokenized(those: Sequence[Pair], name: str) -> tuple[Sequence[Any], Sequence[Pair]]:
+        if not those:
+            return [], []
+        return tokenize_pairs(
+            tokenizer, those, config.max_length, overlong=config.overlong, folder=folder, name=folder and name
+        )
+
+    ids, kept = tokenized(pairs, "pairs.arrow")
+    held_out, kept_apart = tokenized(apart, "pairs_held_out.arrow")
     return Prepared(tokenizer, ids, kept, held_out, len(pairs) - len(kept) + len(apart) - len(kept_apart))
 
 
 def hold_out(
-    config: DpoConfig, pairs: list[Pair], context: StageContext | None = None
-) -> tuple[list[Pair], list[Pair]]:
+    config: DpoConfig, pairs: Sequence[Pair], context: StageContext | None = None
+) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """(pairs that are trained on, pairs that are held out). Raises `DataError` for a held-out pair that is in both."""
     apart = config.held_out
     if apart is None:
@@ -116,20 +125,20 @@ def hold_out(
     if apart.path is not None:
         given = config.pairs.model_dump() if config.pairs is not None else {}
         own = DataConfig.model_validate({**given, "path": apart.path, "limit": None, "weights": None})
-        others = load_pairs(own, stage="dpo", context=context)
-        check_apart(*([(pair.id, content_key(pair.turns)) for pair in side] for side in (pairs, others)))
+        others = store_pairs(own, stage="dpo", context=context)
+        check_apart(pairs, others, lambda pair: (pair.id, content_key(pair.turns)))
         return pairs, others
-    return split(pairs, [prompt_key(pair.prompt) for pair in pairs], apart)
+    return split(pairs, (prompt_key(pair.prompt) for pair in pairs), apart)
 
 
-def read_pairs(config: DpoConfig, seed: int, context: StageContext | None = None) -> list[Pair]:
+def read_pairs(config: DpoConfig, seed: int, context: StageContext | None = None) -> Sequence[Pair]:
     """The pairs to train on: mined, or those given, of which `max_pairs` are sampled with the seed."""
     if config.rollouts is not None:
         return mine(read_replies(config.rollouts), config.mining, config.max_pairs, seed=seed)
     assert config.pairs is not None  # the schema allows exactly one
-    pairs = load_pairs(config.pairs, stage="dpo", context=context)
+    pairs = store_pairs(config.pairs, stage="dpo", context=context)
     if config.max_pairs is not None and len(pairs) > config.max_pairs:
-        pairs = random.Random(seed).sample(pairs, config.max_pairs)
+        pairs = pairs.take(random.Random(seed).sample(range(len(pairs)), config.max_pairs))
     return pairs
 
 
@@ -168,8 +177,9 @@ def make_tuning(
     """The `Tuning` of DPO. data, held_out: `PairIds`."""
     from trl.trainer.dpo_config import DPOConfig
 
-    from posttrain.dpo.examples import blank_record, to_record
+    from posttrain.dpo.examples import PairIds, blank_record, to_record
     from posttrain.dpo.trainer import PairTrainer
+    from posttrain.tune.drift import drift_sample
     from posttrain.tune.settings import engine_arguments
 
     return Tuning(
@@ -178,14 +188,14 @@ def make_tuning(
             **trainer_arguments(config, context.dir, context.seed),
             **engine_arguments(config.parallel, config.optimizer, config.model.dtype, model=model),
         ),
-        rows=[to_record(item) for item in data],
+        rows=Derived(data, to_record),
         blank=blank_record(data[0]),
-        sample=[item.chosen_example() for item in random.Random(context.seed).sample(list(data), len(data))],
+        sample=Derived(drift_sample(data, context.seed), PairIds.chosen_example),
         metrics=METRICS,
         data_keys=frozenset({"pairs", "rollouts"}),
         report=_report,
         options=trainer_options(config),
-        held_out=[to_record(item) for item in held_out],
+        held_out=Derived(held_out, to_record),
     )
 
 

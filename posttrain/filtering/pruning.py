@@ -3,6 +3,7 @@
 Lines of removed.jsonl name each removed row, and the row that it repeats or the evaluation rows that it contains.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from posttrain.context import StageContext
 from posttrain.data.contamination import EvaluationTexts
 from posttrain.data.duplicates import DuplicateIndex
+from posttrain.data.stored import StoreWriter, pick
 from posttrain.errors import DataError
 from posttrain.files import write_jsonl
 from posttrain.filtering.config import FilterConfig
@@ -18,32 +20,33 @@ from posttrain.records import Row
 FILE = "removed.jsonl"
 
 
-def prune(rows: Sequence[Row], config: FilterConfig, context: StageContext) -> tuple[list[Row], dict[str, int]]:
+def prune(rows: Sequence[Row], config: FilterConfig, context: StageContext) -> tuple[Sequence[Row], dict[str, int]]:
     """The remaining rows, and the number of removed rows by reason: {"num_duplicates", "num_contaminated"}.
 
     Without `dedup` and `decontaminate`: all rows, and no counts. Raises `DataError` for evaluation sets that cannot be
     read, and if no row remains.
     """
     if config.dedup is None and config.decontaminate is None:
-        return list(rows), {}
+        return rows, {}
     texts = EvaluationTexts(config.decontaminate) if config.decontaminate is not None else None
-    stay: list[Row] = []
-    removed: list[dict[str, Any]] = []
+    stay: array[int] = array("q")
     counts = {"num_duplicates": 0, "num_contaminated": 0}
-    with DuplicateIndex(config.dedup.near if config.dedup is not None else None) as index:
-        for number, row in enumerate(rows, 1):
-            context.progress(number, len(rows), "rows compared")
+    near = config.dedup.near if config.dedup is not None else None
+    with DuplicateIndex(near) as index, StoreWriter[dict[str, Any]](dict[str, Any], context.dir) as removed:
+        for place, row in enumerate(rows):
+            context.progress(place + 1, len(rows), "rows compared")
             if texts is not None and (hits := texts.hits(row)):
                 counts["num_contaminated"] += 1
-                removed += [{"reason": "contaminated", **asdict(hit)} for hit in hits]
+                for hit in hits:
+                    removed.append({"reason": "contaminated", **asdict(hit)})
             elif config.dedup is not None and (duplicate := index.find(row)) is not None:
                 counts["num_duplicates"] += 1
                 removed.append({"reason": "duplicate", **asdict(duplicate)})
             else:
-                stay.append(row)
+                stay.append(place)
         if text := index.unsettled_text():
             context.event("duplicates_unsettled", rows=index.num_unsettled, text=text)
-    write_jsonl(context.dir / FILE, removed)
+        write_jsonl(context.dir / FILE, removed.close())
     if not stay:
         raise DataError(f"all {len(rows)} rows contain text of decontaminate.path; see {context.dir / FILE}")
-    return stay, counts
+    return pick(rows, stay), counts

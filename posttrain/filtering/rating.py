@@ -1,6 +1,6 @@
 """Gets the judge's answer about each row: from the file of earlier verdicts, or else from the judge.
 
-    questions ─► verdicts/<stage>.sqlite ─► answers
+    questions ─► verdicts/<stage>.sqlite ─► verdicts
                       │ not known    ▲
                       └─► judge ─────┘ as they arrive
 
@@ -10,27 +10,34 @@ is emptied when the stage's config changes.
 """
 
 import time
+from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
+from posttrain.data.stored import Stored, pick, store
 from posttrain.judging.backend import PreparedJudge, open_judge, rate_all
 from posttrain.judging.cache import VerdictCache
 from posttrain.judging.prompts import Question
-from posttrain.judging.verdicts import Answer, Verdict
+from posttrain.judging.verdicts import NOT_ASKED, Answer, Undecided, Verdict
+from posttrain.records import Outcome
 
 FOLDER = "verdicts"
+AT_ONCE = 1 << 16  # questions whose answers are in memory together
 
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """The answers in the order of the questions.
+    """The verdicts in the order of the questions, if no question is without one.
 
-    num_known: number of answers from an earlier run. judging_s: seconds in which the judge gave the others.
+    undecided: the questions without a verdict, by reason; the verdicts are then those of the others. num_known: number
+    of verdicts from an earlier run. judging_s: seconds in which the judge gave the others.
     """
 
-    answers: list[Answer]
+    verdicts: Stored[Verdict]
+    undecided: Counter[str]
     num_known: int
     judging_s: float
 
@@ -38,32 +45,38 @@ class Rated:
 def rate(
     questions: Sequence[Question], judge: PreparedJudge, resources: ActorResources | None, *, context: StageContext
 ) -> Rated:
-    """The answers to all questions. resources: of the judge's engines; None for a judge at an endpoint."""
+    """Rate all questions. resources: of the judge's engines; None for a judge at an endpoint."""
     with VerdictCache(context.run_dir / FOLDER / f"{context.name}.sqlite", judge) as cache:
-        answers: dict[int, Answer] = {}
-        for place, question in enumerate(questions):
-            if (known := cache.get(question)) is not None:
-                answers[place] = known
-        unknown = [place for place in range(len(questions)) if place not in answers]
-        num_known = len(answers)
+        unknown = array("q", (place for place, asked in enumerate(questions) if cache.get(asked) is None))
+        num_known = num_rated = len(questions) - len(unknown)
+        undecided: Counter[str] = Counter()
 
         def report() -> None:
-            context.progress(len(answers), len(questions), "rows", values={"rated before": num_known})
-
-        def take(index: int, answer: Answer) -> None:
-            place = unknown[index]
-            answers[place] = answer
-            if isinstance(answer, Verdict):
-                cache.add(questions[place], answer)
-            report()
+            context.progress(num_rated, len(questions), "rows", values={"rated before": num_known})
 
         judging_s = 0.0
         if unknown:
             with open_judge(judge, context, resources) as backend:
                 began = time.time()
-                found = rate_all(backend, [questions[place] for place in unknown], take)
+                for start in range(0, len(unknown), AT_ONCE):
+                    block = pick(questions, unknown[start : start + AT_ONCE])
+
+                    def take(index: int, answer: Answer, block: Sequence[Question] = block) -> None:
+                        nonlocal num_rated
+                        num_rated += 1
+                        if isinstance(answer, Verdict):
+                            cache.add(block[index], answer)
+                        report()
+
+                    answers = rate_all(backend, block, take)
+                    missing = [answer for answer in answers if isinstance(answer, Undecided)]
+                    undecided.update(answer.reason for answer in missing)
+                    if any(answer.outcome is Outcome.INFRASTRUCTURE for answer in missing):
+                        undecided[NOT_ASKED] += max(0, len(unknown) - start - AT_ONCE)  # of later blocks
+                        break
                 judging_s = time.time() - began
-            answers.update(zip(unknown, found, strict=True))
         else:
             report()
-        return Rated([answers[place] for place in range(len(questions))], num_known, judging_s)
+        found = (cache.get(asked) for asked in questions)
+        verdicts = store((verdict for verdict in found if verdict is not None), Verdict, context.dir)
+        return Rated(verdicts, +undecided, num_known, judging_s)

@@ -2,10 +2,12 @@
 capability.
 """
 
-import math
-from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+
+from posttrain.data.stored import pick
 from posttrain.data.strata import hash_order, proportional_shares
 from posttrain.records import Row
 
@@ -17,8 +19,16 @@ def num_kept(num_rows: int, keep_fraction: float) -> int:
 
 def select(
     rows: Sequence[Row], scores: Sequence[float], keep_fraction: float, *, stratify: bool = True, seed: int = 0
-) -> tuple[list[Row], list[Row]]:
-    """Split rows into (kept, dropped), both in the order of `rows`.
+) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Split rows into (kept, dropped), both in the order of `rows`. Arguments and errors are those of `places_kept`."""
+    kept = places_kept(rows, scores, keep_fraction, stratify=stratify, seed=seed)
+    return pick(rows, np.flatnonzero(kept)), pick(rows, np.flatnonzero(~kept))
+
+
+def places_kept(
+    rows: Sequence[Row], scores: Sequence[float], keep_fraction: float, *, stratify: bool = True, seed: int = 0
+) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    """For each row, whether it is kept.
 
     scores: hardness of each row, higher is harder. keep_fraction: in (0, 1]; exactly round(keep_fraction * N) of N
     rows are kept. stratify: each capability keeps its proportional share, to within one row (see
@@ -26,16 +36,19 @@ def select(
     dropped row at all is harder than a kept one. A seeded hash of the row's id decides between equal scores, so the
     order of the file does not matter. Raises ValueError for a score that is not finite.
     """
-    if len(scores) != len(rows) or not all(math.isfinite(score) for score in scores):
+    if len(scores) != len(rows) or not np.isfinite(scores).all():
         raise ValueError(f"{len(rows)} rows need as many finite scores; got {len(scores)}")
     if not 0 < keep_fraction <= 1:
         raise ValueError(f"keep_fraction is {keep_fraction}; must be above 0 and at most 1")
-    strata = [row.capability if stratify else "" for row in rows]
-    places = proportional_shares(Counter(strata), num_kept(len(rows), keep_fraction), seed)
-    chosen: set[int] = set()
-    for at in sorted(range(len(rows)), key=lambda at: (-scores[at], hash_order(seed, rows[at].id), rows[at].id)):
-        if places[strata[at]]:
-            places[strata[at]] -= 1
-            chosen.add(at)
-    kept = [row for at, row in enumerate(rows) if at in chosen]
-    return kept, [row for at, row in enumerate(rows) if at not in chosen]
+    names: dict[str, int] = {}  # stratum -> its number
+    hashes, strata = np.empty(len(rows), np.uint64), np.empty(len(rows), np.int64)
+    for place, row in enumerate(rows):
+        hashes[place] = hash_order(seed, row.id)
+        strata[place] = names.setdefault(row.capability if stratify else "", len(names))
+    sizes = dict(zip(names, np.bincount(strata, minlength=len(names)).tolist(), strict=True))
+    shares = proportional_shares(sizes, num_kept(len(rows), keep_fraction), seed)
+    kept = np.zeros(len(rows), bool)
+    order = np.lexsort((hashes, -np.asarray(scores)))  # the hardest first
+    for name, number in names.items():
+        kept[order[strata[order] == number][: shares[name]]] = True
+    return kept

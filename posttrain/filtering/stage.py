@@ -8,25 +8,32 @@ rate, which measures difficulty better if replies can be scored (see the profile
 """
 
 import time
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from msgspec.structs import replace
 
 from posttrain.context import StageContext
-from posttrain.data.rows import load_rows, write_rows
+from posttrain.data.bad_rows import SeenIds
+from posttrain.data.rows import store_rows, write_rows
 from posttrain.data.special import special_token_problem
+from posttrain.data.stored import Derived, Stored, store
+from posttrain.data.strata import hash_order
 from posttrain.errors import DataError, StageError
 from posttrain.files import write_json
 from posttrain.filtering.config import FilterConfig
 from posttrain.filtering.pruning import prune
 from posttrain.filtering.rating import rate
-from posttrain.filtering.selection import num_kept, select
+from posttrain.filtering.selection import num_kept, places_kept
 from posttrain.judging.backend import prepare_judge
 from posttrain.judging.prompts import JudgePrompts, Question
-from posttrain.judging.verdicts import Answer, Undecided, Verdict
+from posttrain.judging.verdicts import Verdict
 from posttrain.records import Row
 
 NUM_BINS = 20
@@ -42,9 +49,9 @@ class FilterResult:
     other rows, without its start.
     """
 
-    kept: list[Row]
-    dropped: list[Row]
-    verdicts: dict[str, Verdict]
+    kept: Sequence[Row]
+    dropped: Sequence[Row]
+    verdicts: Mapping[str, Verdict]
     num_shortened: int
     num_known: int = 0
     judging_s: float = 0.0
@@ -55,7 +62,7 @@ def run(config: FilterConfig, context: StageContext) -> dict[str, Any]:
 
     Raises what `filter_rows` raises, and `DataError` for bad rows.
     """
-    rows = load_rows(config.data, kind="supervised", stage="filter", context=context)
+    rows: Sequence[Row] = store_rows(config.data, kind="supervised", stage="filter", context=context)
     started = time.time()
     rows, removed = prune(rows, config, context)
     result = filter_rows(rows, config, context)
@@ -76,49 +83,79 @@ def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext
     UserError before an engine is started, for labels that cannot be told apart, an endpoint that cannot be used and
     rows that do not fit into the judge's prompt. Raises StageError if a row has no verdict in the end.
     """
-    if len({row.id for row in rows}) != len(rows):
+    seen = SeenIds()
+    if any(seen.add(row.id, "") is not None for row in rows):
         raise DataError("two rows have the same id; every id must be unique")
     if not num_kept(len(rows), config.keep_fraction):
         raise DataError(
             f"keep_fraction {config.keep_fraction} of {len(rows)} rows keeps none of them; raise it or add rows"
         )
     prepared = prepare_judge(config)
-    questions = ask(rows, config, prepared.prompts)
+    questions = ask(rows, config, prepared.prompts, folder=context.dir)
     rated = rate(questions, prepared, config.resources.judge, context=context)
-    found = decided(rated.answers)
-    kept, dropped = split(rows, found, config, seed=context.seed)
-    by_id = {row.id: verdict for row, verdict in zip(rows, found, strict=True)}
+    require_all(rated.undecided, len(rows))
+    kept, dropped = split(rows, rated.verdicts, config, seed=context.seed)
+    by_id = VerdictsById(rows, rated.verdicts)
     return FilterResult(kept, dropped, by_id, prepared.prompts.num_shortened, rated.num_known, rated.judging_s)
 
 
-def ask(rows: Sequence[Row], config: FilterConfig, prompts: JudgePrompts) -> list[Question]:
-    """The question about each row. Raises DataError for special tokens in a row, if `config.data` refuses them."""
+def ask(
+    rows: Sequence[Row], config: FilterConfig, prompts: JudgePrompts, *, folder: Path | None = None
+) -> Stored[Question]:
+    """The question about each row. folder: where they are stored.
+
+    Raises DataError for special tokens in a row, if `config.data` refuses them.
+    """
     if config.data.special_tokens_in_text == "refuse":
         for row in rows:
             if (token := prompts.special_token_in(row)) is not None:
                 raise DataError(special_token_problem(f"row {row.id!r}", token))
-    return [prompts.render(row) for row in rows]
+    return store(map(prompts.render, rows), Question, folder)
 
 
-def decided(answers: Sequence[Answer]) -> list[Verdict]:
-    """The verdicts. If a row has none, raises StageError with the number of such rows and the most frequent reasons."""
-    reasons = Counter(answer.reason for answer in answers if isinstance(answer, Undecided))
-    if reasons:
-        most = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(SHOWN_REASONS))
+def require_all(undecided: Counter[str], num_rows: int) -> None:
+    """Raise StageError, with the most frequent reasons, if rows are without a verdict."""
+    if undecided:
+        most = "; ".join(f"{reason} ({count})" for reason, count in undecided.most_common(SHOWN_REASONS))
         raise StageError(
-            f"the judge gave no verdict on {reasons.total()} of {len(answers)} rows, and nothing was filtered: {most}"
+            f"the judge gave no verdict on {undecided.total()} of {num_rows} rows, and nothing was filtered: {most}"
         )
-    return [answer for answer in answers if isinstance(answer, Verdict)]
 
 
 def split(
-    rows: Sequence[Row], found: Sequence[Verdict], config: FilterConfig, *, seed: int
-) -> tuple[list[Row], list[Row]]:
+    rows: Sequence[Row], verdicts: Sequence[Verdict], config: FilterConfig, *, seed: int
+) -> tuple[Sequence[Row], Sequence[Row]]:
     """(kept, dropped) rows, each with its verdict."""
-    rated = [_with_difficulty(row, verdict, config.judge_name) for row, verdict in zip(rows, found, strict=True)]
-    return select(
-        rated, [verdict.score for verdict in found], config.keep_fraction, stratify=config.stratify, seed=seed
-    )
+    scores = array("d", (verdict.score for verdict in verdicts))
+    kept = places_kept(rows, scores, config.keep_fraction, stratify=config.stratify, seed=seed)
+
+    def rated(place: int) -> Row:
+        return _with_difficulty(rows[place], verdicts[place], config.judge_name)
+
+    parts = [array("q", np.flatnonzero(part).astype(np.int64).tobytes()) for part in (kept, ~kept)]
+    return Derived(parts[0], rated), Derived(parts[1], rated)
+
+
+class VerdictsById(Mapping[str, Verdict]):
+    """The verdict on each row, by the row's id. 16 bytes a row are in memory, if rows and verdicts are on disk."""
+
+    def __init__(self, rows: Sequence[Row], verdicts: Sequence[Verdict]):
+        self._rows, self._verdicts = rows, verdicts
+        hashes = np.fromiter((hash_order(0, row.id) for row in rows), np.uint64, len(rows))
+        self._order = np.argsort(hashes)
+        self._hashes = hashes[self._order]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return (row.id for row in self._rows)
+
+    def __getitem__(self, name: str) -> Verdict:
+        at = int(np.searchsorted(self._hashes, hash_order(0, name)))
+        if at == len(self) or self._hashes[at] != hash_order(0, name):
+            raise KeyError(name)
+        return self._verdicts[int(self._order[at])]
 
 
 def histogram(result: FilterResult, labels: Sequence[str]) -> dict[str, Any]:
@@ -128,7 +165,7 @@ def histogram(result: FilterResult, labels: Sequence[str]) -> dict[str, Any]:
     "tags": {label: count}}, "dropped": ...}}}; a bin holds its lower edge, the last one both.
     """
     capabilities: dict[str, dict[str, Any]] = {}
-    for row in [*result.kept, *result.dropped]:
+    for row in chain(result.kept, result.dropped):
         empty = {part: {"counts": [0] * NUM_BINS, "tags": dict.fromkeys(labels, 0)} for part in ("kept", "dropped")}
         capabilities.setdefault(row.capability, empty)
     for part, rows in (("kept", result.kept), ("dropped", result.dropped)):

@@ -17,7 +17,7 @@ from posttrain.judging.config import EndpointConfig
 from posttrain.judging.forms import Form, read_answer, request_body
 from posttrain.judging.prompts import Question
 from posttrain.judging.requests import complete, is_outage, make_client, why
-from posttrain.judging.verdicts import Answer, OnAnswer, Undecided
+from posttrain.judging.verdicts import NOT_ASKED, Answer, OnAnswer, Undecided
 from posttrain.records import Outcome
 
 NAME = "judge endpoint"
@@ -47,7 +47,7 @@ class EndpointJudge:
 
     async def rate(self, questions: Sequence[Question], on_answer: OnAnswer | None = None) -> list[Answer]:
         """An answer to each question, in order; see `JudgeBackend`."""
-        found: list[Answer] = [Undecided(Outcome.INFRASTRUCTURE, "was not asked")] * len(questions)
+        found: list[Answer] = [Undecided(Outcome.INFRASTRUCTURE, NOT_ASKED)] * len(questions)
         todo = iter(enumerate(questions))
         given_up = 0  # in a row
 

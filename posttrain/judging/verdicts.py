@@ -9,6 +9,8 @@ from msgspec import Struct
 
 from posttrain.records import Outcome
 
+NOT_ASKED = "was not asked"
+
 
 class Undecided(Struct, frozen=True):
     """The reason why there is no verdict on a row. It never counts as a verdict.

@@ -6,22 +6,27 @@ trains on long conversations alone and the next on short ones alone. Here the co
 
 import bisect
 import random
+from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
+
+from posttrain.data.stored import Derived
 from posttrain.tune.examples import PICTURES, Example
 from posttrain.tune.steps import IGNORED
 
 
-def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], capacity: int, seed: int) -> "Packing":
     """Return rows of indices into `lengths`. The lengths of each row add up to at most `capacity`.
 
     Every index is in exactly one row. Rows are in the order in which they were opened. Raises ValueError for a length
     above the capacity. Example: lengths 3, 2, 5 and capacity 5 give rows with the lengths {3, 2} and {5}.
     """
-    order = list(range(len(lengths)))
-    random.Random(seed).shuffle(order)
-    rows: list[list[int]] = []
+    order = array("q", range(len(lengths)))
+    random.Random(seed).shuffle(order)  # pyright: ignore[reportArgumentType]
+    row_of: array[int] = array("q")  # of each index, in this order
+    num_rows = 0
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for index in order:
         length = lengths[index]
@@ -31,38 +36,65 @@ def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
         if at < len(room):
             left, row = room.pop(at)
         else:
-            left, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(index)
+            left, row = capacity, num_rows
+            num_rows += 1
+        row_of.append(row)
         if left > length:
             bisect.insort(room, (left - length, row))
-    return rows
+    return Packing(order, row_of)
+
+
+class Packing(Sequence[list[int]]):
+    """Rows of indices, 16 bytes an index. order: the indices. row_of: the row of each."""
+
+    def __init__(self, order: Sequence[int], row_of: Sequence[int]):
+        rows = np.asarray(row_of, np.int64)
+        self._members = np.asarray(order, np.int64)[np.argsort(rows, kind="stable")]
+        self._starts = np.cumsum([0, *np.bincount(rows)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[int]]: ...
+    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(len(self))[index]]
+        row = range(len(self))[index]
+        return self._members[self._starts[row] : self._starts[row + 1]].tolist()
 
 
 def to_records(
     examples: Sequence[Example], capacity: int | None, seed: int, *, images: bool = False
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """Rows for TRL: input_ids, labels (IGNORED where the mask is 0), and seq_lengths of packed conversations.
 
     capacity: tokens of a row. None: one conversation in each row, and no seq_lengths. images: add the keys of the
-    pictures of a row in order, as PICTURES.
+    pictures of a row in order, as PICTURES. Each row is made when it is asked for.
     """
-    labels = [[token if bit else IGNORED for token, bit in zip(e.ids, e.mask, strict=True)] for e in examples]
-    rows = [[index] for index in range(len(examples))]
-    if capacity is not None:
-        rows = pack([len(e.ids) for e in examples], capacity, seed)
-    records: list[dict[str, Any]] = []
-    for row in rows:
-        record: dict[str, Any] = {
-            "input_ids": [token for index in row for token in examples[index].ids],
-            "labels": [label for index in row for label in labels[index]],
+
+    def record(row: Sequence[int]) -> dict[str, Any]:
+        members = [examples[index] for index in row]
+        found: dict[str, Any] = {
+            "input_ids": [token for example in members for token in example.ids],
+            "labels": [label for example in members for label in _labels(example)],
         }
         if capacity is not None:
-            record["seq_lengths"] = [len(examples[index].ids) for index in row]
+            found["seq_lengths"] = [len(example.ids) for example in members]
         if images:
-            record[PICTURES] = [key for index in row for key in examples[index].pictures]
-        records.append(record)
-    return records
+            found[PICTURES] = [key for example in members for key in example.pictures]
+        return found
+
+    if capacity is None:
+        return Derived(range(len(examples)), lambda index: record([index]))
+    lengths = array("q", (len(example.ids) for example in examples))
+    return Derived(pack(lengths, capacity, seed), record)
+
+
+def _labels(example: Example) -> list[int]:
+    return [token if bit else IGNORED for token, bit in zip(example.ids, example.mask, strict=True)]
 
 
 def blank_record(example: Example, *, packed: bool, images: bool = False) -> dict[str, Any]:

@@ -6,11 +6,11 @@ assistant tokens, measure the loss on held-out rows and how far the model moved,
 Left out: evaluation by a reward (a stage of its own).
 """
 
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from posttrain.data.held_out import check_apart, content_key, prompt_key, split
 from posttrain.data.images.render import Pictures, for_template
 from posttrain.data.images.section import image_reader, passing_reader
 from posttrain.data.images.take import ImageReader
-from posttrain.data.rows import load_rows
+from posttrain.data.rows import store_rows
 from posttrain.records import Row
 from posttrain.sft.config import SftConfig
-from posttrain.tune.run import Tuning, Work, tune
+from posttrain.tune.run import ROWS, Tuning, Work, tune
 
 METRICS = {
     "loss": "loss",
@@ -57,28 +57,28 @@ class Prepared:
     """
 
     tokenizer: Any
-    examples: list[Any]
-    held_out: list[Any]
+    examples: Sequence[Any]
+    held_out: Sequence[Any]
     counts: dict[str, Any]
 
 
 def read_rows(
     config: SftConfig, context: StageContext | None = None, images: ImageReader | None = None
-) -> tuple[list[Row], list[Row]]:
+) -> tuple[Sequence[Row], Sequence[Row]]:
     """(rows that are trained on, rows that are held out). Raises `DataError` for a bad row.
 
     images: takes the pictures of rows, if the config asks for them.
     """
-    rows = load_rows(config.data, kind="supervised", stage="sft", context=context, images=images)
+    rows = store_rows(config.data, kind="supervised", stage="sft", context=context, images=images)
     apart = config.held_out
     if apart is None:
         return rows, []
     if apart.path is not None:
         own = config.data.model_copy(update={"path": apart.path, "limit": None, "weights": None})
-        others = load_rows(own, kind="supervised", stage="sft", context=context, images=images)
-        check_apart(*([(row.id, content_key(row.messages)) for row in side] for side in (rows, others)))
+        others = store_rows(own, kind="supervised", stage="sft", context=context, images=images)
+        check_apart(rows, others, lambda row: (row.id, content_key(row.messages)))
         return rows, others
-    return split(rows, [prompt_key(row.messages) for row in rows], apart)
+    return split(rows, (prompt_key(row.messages) for row in rows), apart)
 
 
 def prepare(config: SftConfig, context: StageContext | None = None) -> Prepared:
@@ -108,11 +108,16 @@ def _prepare(config: SftConfig, context: StageContext | None, reader: ImageReade
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     pictures = Pictures(reader.store, tile_rule(config.model.path, tokenizer)) if reader is not None else None
     note_added_end(tokenizer, context)
-    named = ((f"row {row.id!r}", for_template(row.messages), tools_of(row.fields)) for row in [*rows, *apart])
+    named = ((f"row {row.id!r}", for_template(row.messages), tools_of(row.fields)) for row in chain(rows, apart))
     check_special_tokens(tokenizer, config.data, named)
-    limits = {"overlong": config.overlong, "pictures": pictures}
-    examples, dropped = tokenize(tokenizer, rows, config.max_length, **limits)
-    held_out, dropped_apart = tokenize(tokenizer, apart, config.max_length, **limits) if apart else ([], 0)
+    folder = context and context.dir / ROWS
+
+    def tokenized(those: Sequence[Row], name: str) -> tuple[Sequence[Any], int]:
+        limits = {"overlong": config.overlong, "pictures": pictures, "folder": folder, "name": folder and name}
+        return tokenize(tokenizer, those, config.max_length, **limits) if those else ([], 0)
+
+    examples, dropped = tokenized(rows, "examples.arrow")
+    held_out, dropped_apart = tokenized(apart, "examples_held_out.arrow")
     by_capability = dict(sorted(Counter(row.capability for row in rows).items()))
     counts = {
         "rows": len(rows),
@@ -166,6 +171,7 @@ def make_tuning(
     from posttrain.sft.isolation import require_isolation
     from posttrain.sft.packing import blank_record, to_records
     from posttrain.sft.trainer import RowTrainer
+    from posttrain.tune.drift import drift_sample
     from posttrain.tune.pictures import stage_tiles
     from posttrain.tune.settings import engine_arguments
 
@@ -191,7 +197,7 @@ def make_tuning(
         ),
         rows=to_records(data, config.row_tokens, context.seed, images=has_images),
         blank=blank_record(data[0], packed=config.packing, images=has_images),
-        sample=random.Random(context.seed).sample(list(data), len(data)),
+        sample=drift_sample(data, context.seed),
         metrics=METRICS,
         data_keys=frozenset({"data"}),
         report=report,

@@ -6,16 +6,19 @@ these tokens are kept in full. So the KL divergence after training is computed e
 Shapes: N measured tokens, V vocabulary.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from posttrain.data.stored import pick
 from posttrain.model.vision.tiling import PictureTiles
 from posttrain.tune.examples import Example
 from posttrain.tune.pictures import picture_inputs
 
+T = TypeVar("T")
 # At a vocabulary of 200,000 the kept distributions take 0.4 GiB in fp32.
 SAMPLE_TOKENS = 512
 
@@ -77,6 +80,11 @@ class DriftProbe:
             left -= len(targets)
         model.train(was_training)
         return torch.cat(kept)
+
+
+def drift_sample(data: Sequence[T], seed: int) -> Sequence[T]:
+    """Enough items of `data` for a probe, if each has a trained token, drawn with a seed."""
+    return pick(data, random.Random(seed).sample(range(len(data)), min(len(data), SAMPLE_TOKENS)))
 
 
 def _entropy(log_probs_NV: torch.Tensor) -> float:

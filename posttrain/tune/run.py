@@ -232,6 +232,7 @@ def _shared_rows(rows: Sequence[Mapping[str, Any]], blank: Mapping[str, Any], fo
     from posttrain.tune.steps import rows_and_blank
 
     if is_first_rank():
-        rows_and_blank(rows, blank).save_to_disk(folder)
+        folder.parent.mkdir(exist_ok=True)
+        rows_and_blank(rows, blank, folder.parent).save_to_disk(folder)
     barrier()
     return load_from_disk(folder)

@@ -14,22 +14,42 @@ does the same for four other things:
 - Dropout of adapters, which depends on row and step (`TokenDropout`). This module passes it the step.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from posttrain.model.router_balance import RouterBalance, native_layers
 from posttrain.tune.dropout import RowKeys
+from posttrain.tune.examples import PICTURES
 
+_BATCH_ROWS = 256
 IGNORED = -100  # the label of a token that is not trained on
 
 
-def rows_and_blank(rows: Sequence[Mapping[str, Any]], blank: Mapping[str, Any]) -> Any:
-    """The `datasets.Dataset` of a `StepTrainer`: the rows, and the blank row as the last one."""
+def rows_and_blank(rows: Iterable[Mapping[str, Any]], blank: Mapping[str, Any], folder: Path | None = None) -> Any:
+    """The `datasets.Dataset` of a `StepTrainer`: the rows, and the blank row as the last one.
+
+    A row holds lists of whole numbers, and of texts under PICTURES. The rows are written to a file in `folder`, or in
+    the folder for temporary files, and read from there, so that few of them are in memory.
+    """
+    import pyarrow as pa
     from datasets import Dataset
 
-    return Dataset.from_list([*map(dict, rows), dict(blank)])
+    schema = pa.schema([(name, pa.list_(pa.string() if name == PICTURES else pa.int64())) for name in blank])
+    waiting: list[dict[str, Any]] = []
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow") as file:  # the map outlives the file's name
+        with pa.ipc.new_stream(file.name, schema) as stream:
+            for row in chain(map(dict, rows), [dict(blank)]):
+                waiting.append(row)
+                if len(waiting) == _BATCH_ROWS:
+                    stream.write_table(pa.Table.from_pylist(waiting, schema))
+                    waiting = []
+            stream.write_table(pa.Table.from_pylist(waiting, schema))
+        return Dataset.from_file(file.name)
 
 
 def fed_tokens(batch: Mapping[str, Any]) -> int:
