@@ -435,11 +435,12 @@ def eval_environment(config: Any) -> Any:
 
 
 def _environment(rollouter: Any) -> Any:
-    """What the processes load, how many there are and for how long they wait, and how calls are read."""
+    """What the processes load, how many there are and for how long they wait, the episodes at once, the calls."""
     if rollouter is None:
         return None
     tools = [row_tools(rollouter.config, prompt.row) for prompt in _drawn()]
-    return rollouter.pool.setup("notes"), rollouter.pool.num_processes, rollouter.reading, tools
+    pool = rollouter.pool
+    return pool.setup("notes"), pool.num_processes, pool.limit, rollouter.reading, tools
 
 
 def eval_unscored(config: Any) -> Any:

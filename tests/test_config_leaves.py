@@ -72,12 +72,17 @@ TALK = {"environment": {"name": "worlds.py:talk"}}
 ENVIRONMENT_VALUES = {
     "environment": [TALK["environment"]],
     "environment.name": ["worlds.py:game"],
+    "environment.command": [["python", "worlds.py"]],
     "environment.args": [{"turns": 2}],
     "environment.tools": [[{"type": "function", "function": {"name": "look"}}]],
     "environment.by_capability": [{"coding": {"name": "worlds.py:talk"}}],
 }
 WORLDS = {"environment": {"by_capability": {"math": {"name": "worlds.py:talk"}}}}
-ENVIRONMENT_GIVEN = {"environment.by_capability": WORLDS, "environment.*": TALK}
+ENVIRONMENT_GIVEN = {
+    "environment.by_capability": WORLDS,
+    "environment.command": {"environment": {"command": ["python"]}},
+    "environment.*": TALK,
+}
 COURSE = {"held_out": {"rows": 2, "every": 1}}
 EVALUATION = {"model": MODEL, "data": {"path": "prompts_a.jsonl"}, "reward": REWARD}
 

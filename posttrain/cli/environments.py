@@ -93,7 +93,9 @@ class _Printer:
 
         if place == 0:
             if self._num_turns:
-                typer.echo("\n--- the environment's process was lost, and the episode begins again ---\n")
+                typer.echo(
+                    "\n--- another conversation: a second agent's, or after a loss the episode begins again ---\n"
+                )
             self._num_turns = 0
         who = message.role
         if place >= self._num_prompt and message.role == "assistant":

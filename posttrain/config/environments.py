@@ -8,11 +8,33 @@ from posttrain.config.base import Config
 from posttrain.config.fields import Positive
 
 OF_ENVIRONMENT = "posttrain.rewards.environment:of_environment"  # named where no row needs another reward
+AGENT = "posttrain.episodes.agents.environment:agent"  # what `command` is short for
+AGENTS_AT_ONCE = 16
 WHOLE = ""  # the name under which the environment of all rows is known
+
+
+def _with_command(data: Any) -> Any:
+    """The keys of an environment, with `command` as the argument of the built-in environment `agent`."""
+    if not isinstance(data, dict) or data.get("command") is None:
+        return data
+    args = data.get("args") or {}
+    if data.get("name") not in (None, "agent", AGENT):
+        raise ValueError(f"has both name ({data['name']}) and command, which is short for the name agent; give one")
+    if not isinstance(args, dict):
+        return data
+    return {**data, "name": AGENT, "args": {**args, "command": data["command"]}, "command": None}
+
+
+_COMMAND = (
+    "A program to run for each episode, such as [python, my_agent.py]: an agent that talks with the policy through the "
+    "client of OpenAI. Short for `name: agent` with `args.command`; its other arguments are in args."
+)
 
 
 class EnvironmentFunctionConfig(Config):
     """An environment plug-in. Example: `{name: calculator, args: {max_turns: 4}}`."""
+
+    command: list[str] | None = Field(default=None, description=_COMMAND)
 
     name: str = Field(
         description="Which async function: a registered name (`posttrain environments list`), package.module:function, "
@@ -27,6 +49,11 @@ class EnvironmentFunctionConfig(Config):
         "path/to/file.py:function; MCP servers, as {mcp: {command: [...]}}; or schemas in OpenAI's form. null: those "
         "that the environment's file declares as TOOLS. The column `tools` of a row takes their place.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_command(cls, data: Any) -> Any:
+        return _with_command(data)
 
 
 class SandboxConfig(Config):
@@ -63,6 +90,7 @@ class EnvironmentConfig(Config):
     `{by_capability: {tools: {name: calculator}}}`, which leaves all other rows to the reward."""
 
     name: str | None = Field(default=None, description="The environment of every row; see by_capability for some.")
+    command: list[str] | None = Field(default=None, description=_COMMAND)
     args: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments that the function `name` is called with."
     )
@@ -82,6 +110,11 @@ class EnvironmentConfig(Config):
         default=1, description="Number of environment processes. Each runs many episodes at once."
     )
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig, description="Limits of the tools python and files.")
+    at_once: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="How many episodes run at the same time; others wait for a place. null: any number, and "
+        f"{AGENTS_AT_ONCE} if one of the environments is a command, because each of its episodes is a process.",
+    )
     timeout_s: Positive = Field(
         default=60.0,
         description="Seconds that an environment may take from one turn of the policy to the next. After that the "
@@ -106,6 +139,22 @@ class EnvironmentConfig(Config):
             return WHOLE
         return capability if capability in self.by_capability else None
 
+    @property
+    def limit(self) -> int | None:
+        """How many episodes run at the same time; None if any number may."""
+        is_agent = any(item.name in (AGENT, "agent") for item in self.functions.values())
+        return self.at_once or (AGENTS_AT_ONCE if is_agent else None)
+
+    def gives_reward(self, capability: str) -> bool:
+        """Whether the reward of rows with a capability is given by an environment, and not by the stage's `reward`."""
+        key = self.key_of(capability)
+        return key is not None and self.functions[key].args.get("scored_by") != "reward"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_command(cls, data: Any) -> Any:
+        return _with_command(data)
+
     @model_validator(mode="after")
     def _one_form(self) -> "EnvironmentConfig":
         if (self.name is None) == (not self.by_capability):
@@ -120,9 +169,14 @@ class EnvironmentConfig(Config):
 
 def with_reward(data: Any) -> Any:
     """The keys of a stage. Where its environment is that of every row, the name of the reward need not be given."""
-    environment = data.get("environment") if isinstance(data, dict) else None
+    environment: Any = data.get("environment") if isinstance(data, dict) else None
     reward = data.get("reward") or {} if isinstance(data, dict) else None
-    whole = environment.get("name") if isinstance(environment, dict) else getattr(environment, "name", None)
+    if isinstance(environment, EnvironmentConfig):
+        environment = environment.model_dump()
+    environment = environment or {}
+    args = environment.get("args") or {}
+    left = isinstance(args, dict) and args.get("scored_by") == "reward"
+    whole = (environment.get("name") or environment.get("command")) and not left
     if whole and isinstance(reward, dict) and "name" not in reward:
         return {**data, "reward": {**reward, "name": OF_ENVIRONMENT}}
     return data

@@ -17,6 +17,10 @@ class Tokenizer(Protocol):
     added_tokens_decoder: "Mapping[int, tokenizers.AddedToken]"
     backend_tokenizer: "tokenizers.Tokenizer"
 
+    def __len__(self) -> int:
+        """How many tokens there are, added ones too."""
+        ...
+
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]:
         """Encode a text. Returns a mapping with the key `input_ids`."""
         ...

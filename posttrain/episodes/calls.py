@@ -7,8 +7,9 @@ policy is told, and may try again.
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from posttrain.data.templates import chat_template
@@ -60,9 +61,21 @@ def parser_of(tokenizer: Tokenizer, asked: str | None) -> str:
 
 
 class CallReader:
-    """Reads calls of `tools`. parser: a name of vLLM's. Raises ConfigError if it does not fit the tokenizer."""
+    """Reads calls of `tools`. parser: a name of vLLM's. Raises ConfigError if it does not fit the tokenizer.
 
-    def __init__(self, parser: str, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]):
+    numbers: of the calls, for their ids. is_strict: whether a call of an unknown tool, or with arguments that its
+    schema refuses, is a problem; otherwise only one that cannot be read is.
+    """
+
+    def __init__(
+        self,
+        parser: str,
+        tokenizer: Tokenizer,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        numbers: Iterator[int] | None = None,
+        is_strict: bool = True,
+    ):
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.tool_parsers import ToolParserManager
 
@@ -76,7 +89,8 @@ class CallReader:
             self._parser = make(tokenizer, self._request.tools)
         except (RuntimeError, ValueError) as error:
             raise ConfigError("environment.tool_parser", [f"got {parser!r}: {error}; name another parser"]) from None
-        self._num_calls = 0
+        self._numbers = numbers or count(1)
+        self._is_strict = is_strict
 
     def read(self, token_ids: Sequence[int], text: str) -> ReadTurn:
         """Read a turn. token_ids: without the token that ends it. text: without special tokens."""
@@ -88,9 +102,9 @@ class CallReader:
             return ReadTurn(text, problem=problem)
         calls, problems = [], []
         for call in found.tool_calls:
-            self._num_calls += 1  # an id that is the same whenever this episode is made again; Mistral's have 9 signs
             arguments, problem = self._arguments(call.function.name, call.function.arguments)
-            calls.append(ToolCall(call.function.name, arguments, f"call{self._num_calls:05d}"))
+            # An id that is the same whenever this episode is made again; Mistral's have 9 signs.
+            calls.append(ToolCall(call.function.name, arguments, f"call{next(self._numbers):05d}"))
             problems += [problem] if problem else []
         return ReadTurn((found.content or "").strip(), tuple(calls), "; ".join(problems))
 
@@ -103,6 +117,8 @@ class CallReader:
             return {}, f"the arguments of {name} are no JSON: {error}"
         if not isinstance(arguments, dict):
             return {}, f"the arguments of {name} must be an object"
+        if not self._is_strict:
+            return arguments, ""
         if name not in self._schemas:
             return arguments, f"there is no tool {name!r}; there are: {', '.join(self._schemas)}"
         error = next(iter(Draft202012Validator(self._schemas[name]).iter_errors(arguments)), None)

@@ -7,6 +7,7 @@ and the conversation goes on as a new branch: the tokens that both have in commo
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,10 @@ class Continuation:
 
     token_ids: tuple[int, ...]
     keeps: int | None = None
+
+    def after(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """All that the policy reads. ids: what it has read so far."""
+        return (*(ids if self.keeps is None else ids[: self.keeps]), *self.token_ids)
 
 
 class Conversation:
@@ -50,6 +55,12 @@ class Conversation:
         self._heard = heard
         self._num_heard = 0
         self.messages = list(prompt.messages)
+
+    def fork(self) -> "Conversation":
+        """A conversation that goes on from here by itself."""
+        other = copy(self)
+        other.messages = list(self.messages)
+        return other
 
     def add(self, messages: Sequence[Message]) -> None:
         """Add turns of the world."""

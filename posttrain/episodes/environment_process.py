@@ -16,9 +16,19 @@ from typing import Any, BinaryIO
 import msgspec
 
 from posttrain.actors.parent import die_with_parent
-from posttrain.episodes.session import ContextFullError, Session, episode_result
+from posttrain.episodes.session import ContextFullError, Session, WorldLostError, episode_result
 from posttrain.episodes.toolbox.toolbox import Toolbox, ToolKit
-from posttrain.episodes.wire import Ask, Begin, Cancel, Ended, EnvironmentSetup, Full, LoadedEnvironment, Told
+from posttrain.episodes.wire import (
+    Ask,
+    Begin,
+    Cancel,
+    Ended,
+    EnvironmentSetup,
+    Full,
+    LoadedEnvironment,
+    Refused,
+    Told,
+)
 from posttrain.records import Outcome, Row
 from posttrain.sampling.progress import Progress
 from posttrain.scoring.plugins.target import Target, import_target, warm
@@ -26,7 +36,7 @@ from posttrain.scoring.pool.pipes import limit_memory, open_pipe, read, read_blo
 from posttrain.scoring.pool.wire import MAX_REPLY_BYTES, Loaded, frame
 from posttrain.scoring.sandbox.run import Limits
 
-_orders = msgspec.msgpack.Decoder(Begin | Told | Full | Cancel)
+_orders = msgspec.msgpack.Decoder(Begin | Told | Full | Refused | Cancel)
 
 
 def main() -> None:
@@ -85,7 +95,7 @@ class _Episodes:
                     if (running := self._running.pop(key, None)) is not None:
                         running[0].close("the stage has ended the episode")
                         running[1].cancel()
-                case (Told() | Full()) as answer:
+                case (Told() | Full() | Refused()) as answer:
                     if (running := self._running.get(answer.key)) is not None:
                         running[0].take(answer)
 
@@ -126,6 +136,8 @@ class _Episodes:
                 )
         except ContextFullError:
             result, is_full = episode_result(None, session, is_full=True), True
+        except WorldLostError as error:
+            outcome, why = Outcome.INFRASTRUCTURE, str(error)
         except BaseException as error:
             is_late = isinstance(error, TimeoutError) and deadline.expired()
             outcome = Outcome.TIMEOUT if is_late else Outcome.ERROR

@@ -43,6 +43,11 @@ class EnvironmentPool:
         """How many processes there are while the pool is open."""
         return self._config.workers
 
+    @property
+    def limit(self) -> int | None:
+        """How many episodes run at the same time; None if any number may."""
+        return self._config.limit
+
     def setup(self, notes: str) -> EnvironmentSetup:
         """What a process is told to load. notes: the path of its notes. Raises PluginError for an unknown name."""
         functions = self._config.functions.items()
@@ -71,18 +76,22 @@ class EnvironmentPool:
         self._watching = asyncio.create_task(self._watch())
 
     async def begin(self, **fields: Any) -> Episode:
-        """Begin an episode in a process that is ready. fields: those of `Begin` without the key. Raises EpisodeLost if
-        no process can be started any more."""
-        while not any(process.is_ready for process in self._processes):
-            if why := next((process.broken_by for process in self._processes if process.broken_by), ""):
+        """Begin an episode in a process that is ready, once there is a place for it. fields: those of `Begin` without
+        the key. Raises EpisodeLost if no process can be started any more."""
+        while not (ready := [process for process in self._processes if process.is_ready]) or self._is_full:
+            if not ready and (why := next((process.broken_by for process in self._processes if process.broken_by), "")):
                 for process in self._processes:
                     process.restart()
                 raise EpisodeLost(f"no environment process could be started: {why}", is_cause=None)
             self._changed.clear()
             await self._changed.wait()
         self._num_episodes += 1
-        process = min((process for process in self._processes if process.is_ready), key=len)
+        process = min(ready, key=len)
         return process.begin(Begin(self._num_episodes, **fields))
+
+    @property
+    def _is_full(self) -> bool:
+        return self.limit is not None and sum(map(len, self._processes)) >= self.limit
 
     async def close(self) -> None:
         """End the processes and everything that they started."""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 
-from posttrain.episodes.wire import Ask, Begin, Cancel, Ended, EnvironmentSetup, Full, Told
+from posttrain.episodes.wire import Ask, Begin, Cancel, Ended, EnvironmentSetup, Full, Refused, Told
 from posttrain.records import Outcome
 from posttrain.sampling.progress import Progress
 from posttrain.scoring.pool.process import PluginProcess
@@ -27,7 +27,7 @@ class EpisodeLost(Exception):
 
 
 class Episode:
-    """One episode in a process. `next` and the two answers take turns."""
+    """One episode in a process. `next` and `answer` take turns."""
 
     def __init__(self, place: "EnvironmentProcess", key: int):
         self.key = key
@@ -42,7 +42,7 @@ class Episode:
             raise event
         return event
 
-    def answer(self, answer: Told | Full) -> None:
+    def answer(self, answer: Told | Full | Refused) -> None:
         """Tell the environment what became of its `Ask`."""
         self._place.send(self, answer)
 
@@ -59,7 +59,8 @@ class Episode:
 class EnvironmentProcess:
     """Keeps one process alive, with the episodes in it.
 
-    setup: what it loads, for the path of its notes. changed: is set when it becomes ready, or is given up.
+    setup: what it loads, for the path of its notes. changed: is set when it becomes ready, is given up, or has a
+    place again.
     """
 
     def __init__(self, setup: Callable[[str], EnvironmentSetup], changed: asyncio.Event):
@@ -147,14 +148,17 @@ class EnvironmentProcess:
         self.send(episode, begin)
         return episode
 
-    def send(self, episode: Episode, message: Begin | Told | Full) -> None:
+    def send(self, episode: Episode, message: Begin | Told | Full | Refused) -> None:
         """Give the environment its turn. A message to an episode that is lost goes nowhere."""
         if self._episodes.get(episode.key) is episode and self._process is not None:
             episode.due_s = asyncio.get_running_loop().time() + self._timeout_s + min(GRACE_S, self._timeout_s)
             self._process.send(frame(message))
 
     def give_up(self, episode: Episode) -> None:
-        if self._episodes.pop(episode.key, None) is not None and self._process is not None:
+        if self._episodes.pop(episode.key, None) is None:
+            return
+        self._changed.set()
+        if self._process is not None:
             self._process.send(frame(Cancel(episode.key)))
 
     def look(self) -> None:
@@ -188,6 +192,7 @@ class EnvironmentProcess:
             return
         if isinstance(message, Ended):
             del self._episodes[message.key]
+            self._changed.set()
         episode.hear(message)
 
     def _on_exit(self, process: PluginProcess) -> None:

@@ -22,10 +22,10 @@ TOKENS_LEFT = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """An episode that has ended. result: with the rewards of its turns. messages: the prompt and all turns. rewards:
-    (turn, value) of each call of `Session.reward`."""
+    """An episode that has ended. result: with the rewards of its turns; None if it is left to the stage's `reward`.
+    messages: the prompt and all turns. rewards: (turn, value) of each call of `Session.reward`."""
 
-    result: RewardResult
+    result: RewardResult | None
     messages: tuple[Message, ...]
     rewards: tuple[tuple[int, float], ...]
 
@@ -62,7 +62,7 @@ def rehearse(
     begin = Begin(0, name, None, row.messages, tool_schemas(tools), 0, TOKENS_LEFT)
     session = Session(begin, answer, lambda _: None, toolbox=toolbox)
 
-    async def run() -> RewardResult:
+    async def run() -> RewardResult | None:
         try:
             return episode_result(await function(session, row, **(args or {})), session)
         except ContextFullError:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from posttrain.episodes.toolbox.toolbox import Toolbox
-from posttrain.episodes.wire import Ask, Begin, Full, PolicyTurn, Told
+from posttrain.episodes.wire import Ask, Begin, Full, History, PolicyTurn, Refused, Told
 from posttrain.errors import PluginError
 from posttrain.records import Message, RewardResult
 from posttrain.scoring.plugins.results import to_result
@@ -25,6 +25,14 @@ MAX_CHARS = 200_000  # of one added turn: no context of a model holds more
 class ContextFullError(Exception):
     """No token is left for another turn. An environment may catch it to give a reward all the same; it cannot sample
     any more. Uncaught, it ends the episode as truncated, with the rewards so far."""
+
+
+class WorldLostError(Exception):
+    """Something that the environment depends on was lost, such as a process or a server of its own. The episode is
+    tried once more, and is then unscored as `infrastructure`."""
+
+
+BY_REWARD = object()  # returned by an environment that leaves the reward of its episode to the stage's `reward`
 
 
 class Session:
@@ -54,16 +62,28 @@ class Session:
         self._send = send
         self._clock = clock  # called with whether the deadline of the environment runs
         self._toolbox = toolbox
-        self._answer: asyncio.Future[Told | Full] | None = None
+        self._answer: asyncio.Future[Told | Full | Refused] | None = None
         self._end = ""
 
     async def sample(
-        self, *, max_tokens: int | None = None, temperature: float | None = None, stop: str | Sequence[str] = ()
+        self,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        stop: str | Sequence[str] = (),
+        after: History | None = None,
+        with_tokens: bool = False,
     ) -> PolicyTurn:
         """The policy's next turn.
 
         max_tokens, temperature: None means those of the stage's `sampling`. A turn at another temperature is not
-        trained on. stop: a text, or several, that end the turn and are part of it.
+        trained on. stop: a text, or several, that end the turn and are part of it. with_tokens: whether the turn has
+        its tokens with their log-probabilities.
+
+        after: all that the policy is to answer, instead of what was added. Where it begins with a conversation of
+        this episode, the policy reads the very tokens that it sampled there; anything else is a branch. The stop text
+        is then no part of the turn's text, malformed calls are text and are not answered, and after a full context
+        shorter histories may follow.
 
         Raises ContextFullError if the context is full, ValueError for an argument that is wrong, and RuntimeError after
         the end of the episode or while another turn is sampled.
@@ -71,18 +91,26 @@ class Session:
         self._require_open("sample")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         _check_sampling(max_tokens, temperature, stops)
+        if after is not None:
+            if self.added:
+                raise ValueError("turns were added that `after` would leave out; give them in it")
+            self.messages = list(after.messages)
         self._answer = asyncio.get_running_loop().create_future()
         added, self.added = tuple(self.added), []
         self._clock(False)
+        ask = Ask(self._key, added, max_tokens, temperature, stops, history=after, with_tokens=with_tokens)
         try:
-            self._send(Ask(self._key, added, max_tokens, temperature, stops))
+            self._send(ask)
             answer = await self._answer
         finally:
             self._answer = None
             self._clock(True)
         if isinstance(answer, Full):
-            self.close("its context is full")
+            if after is None:
+                self.close("its context is full")
             raise ContextFullError("no token is left for another turn of the policy")
+        if isinstance(answer, Refused):
+            raise ValueError(answer.why)
         self.messages += answer.messages
         self.tokens_left = answer.tokens_left
         self.turn += 1
@@ -131,7 +159,7 @@ class Session:
             raise ValueError(f"the reward of a turn is {value}; it must be finite")
         self.rewards.append((self.turn, value))
 
-    def take(self, answer: Told | Full) -> None:
+    def take(self, answer: Told | Full | Refused) -> None:
         """Give `sample` its answer."""
         if self._answer is not None and not self._answer.done():
             self._answer.set_result(answer)
@@ -147,10 +175,15 @@ class Session:
             raise RuntimeError(f"an environment cannot {what} while a turn of the policy is sampled")
 
 
-def episode_result(value: Any, session: Session, *, is_full: bool = False) -> RewardResult:
-    """The reward of the episode: what was returned, and the rewards of its turns. Raises PluginError if it is none."""
+def episode_result(value: Any, session: Session, *, is_full: bool = False) -> RewardResult | None:
+    """The reward of the episode: what was returned, and the rewards of its turns; None for BY_REWARD. Raises
+    PluginError if it is none."""
     if session.turn == 0 and not is_full:
         raise PluginError("the environment returned before the policy had a turn; it must await session.sample()")
+    if value is BY_REWARD:
+        if session.rewards:
+            raise PluginError("the environment paid for turns and left its reward to the stage; it can do one of both")
+        return None
     total = sum(reward for _, reward in session.rewards)
     if value is None and (session.rewards or is_full):
         return RewardResult(total, reason="the context was full" if is_full else "")

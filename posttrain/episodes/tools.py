@@ -52,7 +52,7 @@ def row_tools(config: EnvironmentConfig | None, row: Row) -> list[dict[str, Any]
 
 
 def check_environment_rows(config: EnvironmentConfig | None, rows: Sequence[Row]) -> list[Row]:
-    """Check the environments, and the rows that they would get. Returns the rows without an environment.
+    """Check the environments, and the rows that they would get. Returns the rows that the stage's `reward` scores.
 
     Raises PluginError for an environment that is wrong, and DataError for rows that lack a field which it needs.
     """
@@ -65,7 +65,7 @@ def check_environment_rows(config: EnvironmentConfig | None, rows: Sequence[Row]
         check_environment(function.name, function.args)
         environment_tools(function)
         check_fields(RewardSpec(function.name, function.args), by_key.get(key, []), kind=ENVIRONMENT)
-    return by_key.get(None, [])
+    return [row for row in rows if not config.gives_reward(row.capability)]
 
 
 def environment_tools(environment: EnvironmentFunctionConfig) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ stage ── EnvironmentSetup ──► process    loads the environments
       ◄── Loaded ────────────            or why it could not
       ── Begin ─────────────► process    one episode
       ◄── Ask ───────────────            what the world says, and the policy's turn is asked for
-      ── Told | Full ───────► process    what the policy said, or that its context is full
+      ── Told | Full | Refused ► process what the policy said, that its context is full, or why it was not asked
       ◄── Ended ─────────────            the reward, or why there is none
       ── Cancel ────────────► process    the episode is not wanted any more
 """
@@ -81,13 +81,27 @@ class PolicyTurn(Struct, frozen=True):
     """One turn of the policy, as an environment gets it.
 
     text: without special tokens and without its calls. tool_calls: those that could be read. finish_reason: "stop", or
-    "length" for a turn that met its limit of tokens. num_tokens: how many were sampled.
+    "length" for a turn that met its limit of tokens. num_tokens: how many were sampled. num_read: how many tokens the
+    policy had read before. tokens: the text and the log-probability of each token, if they were asked for.
     """
 
     text: str
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: str = "stop"
     num_tokens: int = 0
+    num_read: int = 0
+    tokens: tuple[tuple[str, float], ...] = ()
+
+
+class History(Struct, frozen=True):
+    """All that the policy is to answer: a conversation and the tools that are shown with it, or a bare prompt.
+
+    prompt: text, or token ids; None for a conversation.
+    """
+
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    prompt: str | tuple[int, ...] | None = None
 
 
 class Told(Struct, frozen=True, tag="told"):
@@ -105,6 +119,13 @@ class Full(Struct, frozen=True, tag="full"):
     key: int
 
 
+class Refused(Struct, frozen=True, tag="refused"):
+    """The answer to an `Ask` after a history that cannot be shown to the policy. The episode may go on."""
+
+    key: int
+    why: str
+
+
 class Cancel(Struct, frozen=True, tag="cancel"):
     """Ends an episode without an answer."""
 
@@ -112,18 +133,21 @@ class Cancel(Struct, frozen=True, tag="cancel"):
 
 
 class Ask(Struct, frozen=True, tag="ask"):
-    """Asks for a turn of the policy, after `added`. For the other fields see `Session.sample`."""
+    """Asks for a turn of the policy: after `added`, or after a `history`. For the other fields see `Session.sample`."""
 
     key: int
     added: tuple[Message, ...] = ()
     max_tokens: int | None = None
     temperature: float | None = None
     stop: tuple[str, ...] = ()
+    history: History | None = None
+    with_tokens: bool = False
 
 
 class Ended(Struct, frozen=True, tag="ended"):
     """The end of an episode. rewards: (turn, value) of each call of `Session.reward`. result: their sum and the
-    returned value; None if there is none, then `outcome` and `reason` say why. is_full: the context was full."""
+    returned value; None if there is none, then `outcome` and `reason` say why, or the outcome is SCORED and the stage's
+    `reward` is to score the rollout. is_full: the context was full."""
 
     key: int
     added: tuple[Message, ...] = ()

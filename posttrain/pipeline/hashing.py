@@ -135,7 +135,7 @@ def _plugin_sources(plugin: RewardFunctionConfig | EnvironmentFunctionConfig) ->
 
     try:
         if isinstance(plugin, EnvironmentFunctionConfig):
-            return [str(path) for path in environment_sources(plugin.name)]
+            return [str(path) for path in environment_sources(plugin.name, plugin.args)]
         return [str(path) for path in reward_sources(plugin.name, plugin.args)]
     except (UserError, ImportError):
         return []

@@ -42,7 +42,7 @@ def rows_without_fields(data: DataConfig, config: Any, rewards: Sequence[RewardF
         return []
     environment: EnvironmentConfig | None = getattr(config, "environment", None)
     keys = {row.id: environment.key_of(row.capability) if environment is not None else None for row in rows}
-    plain = [row for row in rows if keys[row.id] is None]
+    plain = [row for row in rows if environment is None or not environment.gives_reward(row.capability)]
     # Only to these a verifier's system instruction is added.
     bare = [row for row in plain if row.messages[0].role != "system"]
     given = [] if getattr(config, "judge", None) is None else ["judge"]  # RL's judge gives its verdict to the reward

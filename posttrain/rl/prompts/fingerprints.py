@@ -30,7 +30,7 @@ def scoring_fingerprint(config: GradingConfig) -> str:
     """
     sources = reward_sources(config.reward.name, config.reward.args)
     functions = config.environment.functions.values() if config.environment is not None else ()
-    sources += [source for function in functions for source in environment_sources(function.name)]
+    sources += [source for function in functions for source in environment_sources(function.name, function.args)]
     beside = sorted({file for source in sources for file in source.parent.glob("*.py")})
     return _digest(
         {

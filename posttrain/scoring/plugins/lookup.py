@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import PluginError
+from posttrain.scoring.plugins.commands import AGENT, agent_problem
 from posttrain.scoring.plugins.foreign import how_to_wrap
 from posttrain.scoring.plugins.imports import check_imports
 from posttrain.scoring.plugins.source import find_module, read_module
@@ -102,6 +103,8 @@ def check_environment(name: str, args: Mapping[str, Any] | None = None) -> None:
     function = read_module(path).functions.get(target.function) if path else None
     if path and function and not function.is_async and target.function not in read_module(path).unknown:
         raise PluginError(f"{path}:{function.line}: {title} is a plain function; write async def {target.function}")
+    if str(target) == AGENT and (problem := agent_problem(args or {})):
+        raise PluginError(f"environment agent: args.{problem}")
 
 
 def check_function(name: str, what: str, parameters: Sequence[str]) -> None:

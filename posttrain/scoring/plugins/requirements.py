@@ -15,6 +15,7 @@ from pathlib import Path
 
 from posttrain.errors import DataError, PluginError
 from posttrain.records import Row
+from posttrain.scoring.plugins.commands import command_files
 from posttrain.scoring.plugins.lookup import (
     ENVIRONMENT,
     REWARD,
@@ -88,10 +89,10 @@ def reward_sources(name: str, args: dict | None = None) -> list[Path]:
     return [*([own] if own else []), *inner]
 
 
-def environment_sources(name: str) -> list[Path]:
-    """The source file of an environment. A compiled one has none."""
+def environment_sources(name: str, args: dict | None = None) -> list[Path]:
+    """The source file of an environment, and the files that its command names. A compiled one has none."""
     own = function_file(resolve(name, ENVIRONMENT))
-    return [own] if own else []
+    return [*([own] if own else []), *command_files((args or {}).get("command"))]
 
 
 def _has(row: Row, name: str) -> bool:
