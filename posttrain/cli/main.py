@@ -15,6 +15,7 @@ from posttrain.cli.data import data_app
 from posttrain.cli.environments import environments_app
 from posttrain.cli.info import info_app, ledger_app
 from posttrain.cli.rewards import rewards_app
+from posttrain.cli.serving import serving_app
 from posttrain.cli.stages import stages_app
 from posttrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, PosttrainError
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(stages_app)
 app.add_typer(info_app)
+app.add_typer(serving_app)
 app.add_typer(rewards_app, name="rewards")
 app.add_typer(environments_app, name="environments")
 app.add_typer(data_app, name="data")

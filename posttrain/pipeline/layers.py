@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("base", "filtering", "sft", "rl", "dpo", "eval"),
     ("rewards", "environments"),
     ("pipeline",),
-    ("report", "reward_tools"),
+    ("report", "reward_tools", "serving"),
     ("cli",),
 )
 
