@@ -1,5 +1,6 @@
-"""RL with episodes of two turns: a real engine, trainer and environment processes, one of which is killed."""
+"""RL with episodes of several turns: a real engine, trainer, environment processes and agents, some of them killed."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -38,15 +39,10 @@ async def two_turns(session, row):
 '''
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(500)
-def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(
-    ray_session, tiny_model, tmp_path, monkeypatch
-):
-    """Half of each batch are episodes. Their process is killed in mid-episode; nothing is lost, and the run replays."""
+def heard_turns(monkeypatch) -> dict[tuple[str, int], list[tuple[int, ...]]]:
+    """The token ids of every turn as the engine delivered them, by group and place in it."""
     from posttrain.sampling.turns import Turn
 
-    (tmp_path / "world.py").write_text(WORLD)
     sampled: dict[tuple[str, int], list[tuple[int, ...]]] = defaultdict(list)
     finish = Turn.finish
 
@@ -55,6 +51,17 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(
         finish(turn, completion, now)
 
     monkeypatch.setattr(Turn, "finish", seen)
+    return sampled
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(
+    ray_session, tiny_model, tmp_path, monkeypatch
+):
+    """Half of each batch are episodes. Their process is killed in mid-episode; nothing is lost, and the run replays."""
+    (tmp_path / "world.py").write_text(WORLD)
+    sampled = heard_turns(monkeypatch)
     killed: list[int] = []
 
     def kill() -> None:
@@ -95,6 +102,87 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(
     for line in told:
         assert (line["episode/turns"], line["episode/tool_calls"]) == (2, 0)
         assert line["episode/tokens"] > 2 * 12
+    audit = audit_stage(tmp_path / "rl")
+    assert audit.is_clean, audit.problems
+    again = tmp_path / "again"
+    again.mkdir()
+    found = replay(config, StageContext("rl", again, again / "events.jsonl", seed=3), tmp_path / "rl")
+    assert found["batches_equal"]
+    assert found["weights_equal"], found
+
+
+AGENT = """
+import json, os, pathlib, signal, sys
+from openai import OpenAI
+
+row = json.loads(sys.stdin.readline())
+client = OpenAI()
+
+def ask(messages, **given):
+    answer = client.chat.completions.create(model=os.environ["OPENAI_MODEL"], messages=messages, **given)
+    return answer.choices[0].message
+
+def kill_in_training():
+    profile, own = [("profile-0", 0), ("profile-1", 0)], [("gateway", os.getppid()), ("agent", os.getpid())]
+    for name, pid in (*profile, *own, ("engine", 0)):  # the test kills the engine
+        try:
+            pathlib.Path(__file__).with_name(name).open("x")
+        except FileExistsError:
+            continue
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+        return
+
+messages = row["messages"]
+messages += [ask(messages, max_tokens=12), {"role": "user", "content": "Again!"}]
+kill_in_training()
+detail = ask([{"role": "user", "content": "A detail?"}], max_tokens=8)  # another agent's conversation
+second = ask(messages, stop=["e"], temperature=0)
+letters = len(set(second.content))
+print("tested", letters)
+print(json.dumps({"reward": row["seed"] % 997 / 997, "parts": {"letters": letters}}))
+"""
+
+
+@pytest.mark.slow
+def test_an_agent_is_trained_on_the_ids_that_the_engine_delivered(ray_session, tiny_model, tmp_path, monkeypatch):
+    """With the client of OpenAI. The gateway, an agent and the engine are killed in mid-episode; nothing is lost."""
+    (tmp_path / "my_agent.py").write_text(AGENT)
+
+    def kill_engine() -> None:
+        while not (tmp_path / "engine").exists():
+            time.sleep(0.05)
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "EngineCore" in process.name() + " ".join(process.cmdline()):
+                    process.kill()
+
+    threading.Thread(target=kill_engine, daemon=True).start()
+    sampled = heard_turns(monkeypatch)
+    config = make_config(
+        tmp_path,
+        tiny_model,
+        rows_of(["agent"], n=2),
+        environment={"command": ["python", f"{tmp_path}/my_agent.py"], "at_once": 4},
+        profile={"samples": 1, "band": [0.0, 1.0]},
+        steps=2,
+        groups_per_step=1,
+        max_staleness=0,
+    )
+    outputs, _ = run_stage(config, tmp_path / "rl")
+    assert outputs["steps"] == 2
+    assert (tmp_path / "agent").exists()  # after the gateway
+    assert [event for event in read_jsonl(tmp_path / "rl" / "events.jsonl") if event["event"] == "engine_replaced"]
+    trained = [item for item in read_rollouts(tmp_path / "rl") if item.status == "trained"]
+    assert len(trained) == 2 * 4
+    for item in trained:
+        turns = sampled[item.rollout.group_id, item.rollout.index]
+        own = [segment for segment in item.rollout.segments if segment.trained]
+        assert [segment.token_ids for segment in own] == turns[-3:]  # the very ids of the engine
+        first, detail, again = (branch.token_ids for branch in item.rollout.branches)
+        assert detail[-len(turns[-2]) :] == turns[-2]
+        assert again[: len(first)] == first
+        assert item.parts["turns"] == 3
     audit = audit_stage(tmp_path / "rl")
     assert audit.is_clean, audit.problems
     again = tmp_path / "again"
