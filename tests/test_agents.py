@@ -15,7 +15,7 @@ from episodes_by_hand import HERMES, play, question
 from rollout_records import drawn
 
 from posttrain.config.base import validate_config
-from posttrain.config.environments import AGENT, EnvironmentConfig
+from posttrain.config.environments import AGENT, OF_ENVIRONMENT, EnvironmentConfig, with_reward
 from posttrain.data.ends import end_token_ids
 from posttrain.environments.calculator import calculate
 from posttrain.episodes.agents.gateway import MAX_BYTES, Gateway
@@ -374,6 +374,9 @@ def test_a_command_is_short_for_the_built_in_environment(tmp_path, monkeypatch):
     assert tmp_path / "my_agent.py" in environment_sources(AGENT, config.args)
     with pytest.raises(ConfigError, match="short for the name agent"):
         validate_config(EnvironmentConfig, {"command": ["x"], "name": "calculator"}, "environment")
+    assert with_reward({"environment": "calculator"}) == {"environment": "calculator"}  # refused with its key, later
+    assert with_reward({"environment": {"command": ["x"]}})["reward"]["name"] == OF_ENVIRONMENT
+    assert "reward" not in with_reward({"environment": {"command": ["x"], "args": {"scored_by": "reward"}}})
     by = {"by_capability": {"a": {"command": ["python", "my_agent.py"], "args": {"scored_by": "reward"}}}}
     config = EnvironmentConfig.model_validate(by)
     assert (config.key_of("a"), config.gives_reward("a"), config.gives_reward("b")) == ("a", False, False)

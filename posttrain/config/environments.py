@@ -9,8 +9,14 @@ from posttrain.config.fields import Positive
 
 OF_ENVIRONMENT = "posttrain.rewards.environment:of_environment"  # named where no row needs another reward
 AGENT = "posttrain.episodes.agents.environment:agent"  # what `command` is short for
+_AGENT_NAMES = ("agent", AGENT)
 AGENTS_AT_ONCE = 16
 WHOLE = ""  # the name under which the environment of all rows is known
+
+
+def _leaves_reward(name: str, args: Any) -> bool:
+    """Whether an environment leaves the reward to the stage's `reward`."""
+    return name in _AGENT_NAMES and isinstance(args, dict) and args.get("scored_by") == "reward"
 
 
 def _with_command(data: Any) -> Any:
@@ -18,7 +24,7 @@ def _with_command(data: Any) -> Any:
     if not isinstance(data, dict) or data.get("command") is None:
         return data
     args = data.get("args") or {}
-    if data.get("name") not in (None, "agent", AGENT):
+    if data.get("name") not in (None, *_AGENT_NAMES):
         raise ValueError(f"has both name ({data['name']}) and command, which is short for the name agent; give one")
     if not isinstance(args, dict):
         return data
@@ -142,13 +148,13 @@ class EnvironmentConfig(Config):
     @property
     def limit(self) -> int | None:
         """How many episodes run at the same time; None if any number may."""
-        is_agent = any(item.name in (AGENT, "agent") for item in self.functions.values())
+        is_agent = any(item.name in _AGENT_NAMES for item in self.functions.values())
         return self.at_once or (AGENTS_AT_ONCE if is_agent else None)
 
     def gives_reward(self, capability: str) -> bool:
         """Whether the reward of rows with a capability is given by an environment, and not by the stage's `reward`."""
         key = self.key_of(capability)
-        return key is not None and self.functions[key].args.get("scored_by") != "reward"
+        return key is not None and not _leaves_reward(self.functions[key].name, self.functions[key].args)
 
     @model_validator(mode="before")
     @classmethod
@@ -173,10 +179,14 @@ def with_reward(data: Any) -> Any:
     reward = data.get("reward") or {} if isinstance(data, dict) else None
     if isinstance(environment, EnvironmentConfig):
         environment = environment.model_dump()
-    environment = environment or {}
-    args = environment.get("args") or {}
-    left = isinstance(args, dict) and args.get("scored_by") == "reward"
-    whole = (environment.get("name") or environment.get("command")) and not left
-    if whole and isinstance(reward, dict) and "name" not in reward:
+    if not isinstance(environment, dict):
+        return data
+    whole = AGENT if environment.get("command") else environment.get("name")
+    if (
+        whole
+        and not _leaves_reward(whole, environment.get("args"))
+        and isinstance(reward, dict)
+        and "name" not in reward
+    ):
         return {**data, "reward": {**reward, "name": OF_ENVIRONMENT}}
     return data
