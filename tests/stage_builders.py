@@ -49,6 +49,11 @@ def write_inputs(folder: Path, model: Path) -> None:
     draw(folder / "bars.png", 2)
     asked = {"messages": [{"role": "user", "content": "Sum: 1 + 1"}, {"role": "assistant", "content": "Answer: 2"}]}
     _write(folder / "sft_pictures.jsonl", [{**asked, "images": ["dots.png", "bars.png"]}])
+    (folder / "adapter_a").mkdir()
+    adapters = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    (folder / "adapter_a/adapter_config.json").write_text(
+        json.dumps({**adapters, "base_model_name_or_path": "model_a"})
+    )
     for name in ("a", "b"):
         prompts = [_prompt(name, index) for index in range(8)]
         replies = [f"Answer: {index}" for index in range(8)]
@@ -251,12 +256,14 @@ def image_parts(config: Any) -> Any:
 
 
 def adapters(config: Any) -> Any:
+    from posttrain.model.adapter_start import started_lora
     from posttrain.tune.adapters import adapter_config, adapter_folder
 
-    if config.lora is None:
+    lora = started_lora(config.model, config.lora)
+    if lora is None:
         return None
     model = _model('{"path": "model_a", "dtype": "float32"}')
-    return adapter_config(model, config.lora).to_dict(), adapter_folder(config.lora)
+    return adapter_config(model, lora).to_dict(), adapter_folder(lora)
 
 
 def engine(model_of: Callable[[Any], Any]) -> Builder:
@@ -792,7 +799,7 @@ def rl_policy(config: Any) -> Any:
 
 def rl_micro_batches(config: Any) -> Any:
     """What the second of two ranks trains on."""
-    from posttrain.rl.training.trainer import dealt
+    from posttrain.rl.training.forward import dealt
 
     samples = [
         reply_sample((1,) * 30, (2 + length,) * length, (-1.0,) * length, (0,) * length, 1.0) for length in range(1, 60)
@@ -902,8 +909,8 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         image_parts, trackers,
     ),
     "rl": (
-        resources_of("rl"), rl_environment, rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows, rl_requests,
-        rl_difficulties,
+        resources_of("rl"), adapters, rl_environment, rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows,
+        rl_requests, rl_difficulties,
         rl_controller, rl_first_batch, rl_draws, rl_parked_draws, rl_knowledge, rl_side, rl_policy, rl_micro_batches,
         rl_rescoring, rl_weights, rl_reference, rl_judge, judge_endpoint, rl_trainer_deadline, rl_stops, policy,
         router_bias, engine_settings, MODEL_ENGINE, trackers,

@@ -187,7 +187,7 @@ def test_the_faults_of_a_base_are_named(folder, policy, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "rl", "eval"])
 def test_a_stage_is_given_a_whole_model_in_place_of_adapters(kind, written, policy, tmp_path):
-    model = {"path": str(written), "dtype": "float32"}
+    model = {"path": str(written), "dtype": "float32", **({"adapters": "merge"} if kind in ("sft", "dpo") else {})}
     more: dict[str, Any] = {
         "sft": {"data": {"path": "d.jsonl"}},
         "dpo": {"pairs": {"path": "d.jsonl"}},
@@ -208,6 +208,38 @@ def test_a_stage_is_given_a_whole_model_in_place_of_adapters(kind, written, poli
     assert path_hash(Path(with_whole_models(config, KINDS[kind], context).model.path)) == before
     plain = config.model_copy(update={"model": config.model.model_copy(update={"path": str(policy)})})
     assert with_whole_models(plain, KINDS[kind], context) is plain
+    if kind in ("sft", "dpo"):  # by default the stage itself goes on training the adapters
+        going_on = config.model_copy(update={"model": config.model.model_copy(update={"adapters": "continue"})})
+        assert with_whole_models(going_on, KINDS[kind], context) is going_on
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("filter", {"judge": {"path": "ADAPTERS", "dtype": "float32"}, "data": {"path": "d.jsonl"}}),
+        (
+            "rl",
+            {
+                "model": {"path": "POLICY"},
+                "prompts": {"path": "d.jsonl"},
+                "reward": {"name": "judged"},
+                "judge": {"model": {"path": "ADAPTERS", "dtype": "float32"}},
+                "resources": {"judge": {}, "reference": {}},
+                "loss": {"reference": {"weight": 0.1, "path": "ADAPTERS"}},
+            },
+        ),
+    ],
+)
+def test_a_judge_and_a_reference_may_be_adapters(kind, given, written, policy, tmp_path):
+    text = json.dumps(given).replace("ADAPTERS", str(written)).replace("POLICY", str(policy))
+    config = validate_config(load_schema(KINDS[kind]), json.loads(text), kind)
+    context = StageContext(kind, tmp_path, tmp_path / "events.jsonl")
+    whole = with_whole_models(config, KINDS[kind], context)
+    judge = whole.judge if kind == "filter" else whole.judge.model
+    paths = [judge.path] if kind == "filter" else [judge.path, whole.loss.reference.path]
+    for path in paths:
+        assert Path(path).is_relative_to(tmp_path / "merged")
+        assert (logits(load_model(path)) - logits(load_model(policy))).abs().max() > 0.1
 
 
 def test_what_new_adapters_stand_on_is_kept(written, tmp_path):

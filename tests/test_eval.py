@@ -25,6 +25,8 @@ from posttrain.metrics.intervals import wilson_ci95
 from posttrain.records import Message, Outcome, RewardResult, Row, Scored
 from posttrain.resources import bundled_dir
 
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
 
 def _row(name: str, capability: str = "math", **fields: Any) -> Row:
     return Row(name, capability, (Message("user", "Sum: 1 + 2"),), answer="3", fields=fields)
@@ -261,18 +263,30 @@ def test_stage_on_a_real_engine(tmp_path: Path, tiny_model: Path, ray_session: N
 
 
 @pytest.mark.slow
-def test_greedy_replies_are_the_models_own(tmp_path: Path, tiny_model: Path, ray_session: None) -> None:
+def test_greedy_replies_of_adapters_are_those_of_the_model_that_they_make(
+    tmp_path: Path, tiny_model: Path, ray_session: None
+) -> None:
     import torch
+    from test_adapters import adapted
 
+    from posttrain.config.training import LoraConfig
     from posttrain.data.chat import render_prompt
     from posttrain.data.ends import end_token_ids
     from posttrain.eval.stage import evaluate
     from posttrain.model.load import load_model
     from posttrain.model.tokenizer import load_tokenizer
+    from posttrain.parallel.adapters import export_adapter
+    from posttrain.pipeline.adapters import with_whole_models
+    from posttrain.pipeline.kinds import KINDS
 
-    config, context = _stage(tmp_path, tiny_model, ("math",), samples=0)
+    tokenizer = load_tokenizer(tiny_model)
+    trained = adapted(tiny_model, LoraConfig(rank=2, alpha=4.0, target_modules=["q_proj", "v_proj"]))
+    folder = export_adapter(trained, tiny_model, tokenizer=tokenizer, path=tmp_path / "adapter")
+    given, context = _stage(tmp_path, folder, ("math",), samples=0)
+    config = with_whole_models(given, KINDS["eval"], context)
     prompts = evaluate(config, context)
-    model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
+    model = load_model(config.model.path)
+    assert not torch.equal(model.state_dict()[QUERY], load_model(tiny_model).state_dict()[QUERY])
     eos = model.generation_config.eos_token_id  # an engine stops at these too
     ends = {*end_token_ids(tokenizer), *(eos if isinstance(eos, list) else [eos])}
     for item in prompts:

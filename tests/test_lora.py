@@ -104,6 +104,8 @@ def test_every_expert_has_adapters_of_its_own():
         ({"target_parameters": ["down_proj"]}, ["lora.target_parameters: got down_proj", "experts.down_proj"]),
         ({"target_parameters": EXPERTS, "dropout": 0.1}, ["dropout: got 0.1", "dropout: 0.0"]),
         ({"target_modules": []}, ["target_modules and target_parameters are both empty"]),
+        ({"target_modules": ["lm_head"]}, ["target_modules: got lm_head", "leave it out"]),
+        ({"target_modules": ["query"]}, ["lora.target_modules: got query", "q_proj, router"]),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(changes, words):

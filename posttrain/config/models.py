@@ -55,3 +55,13 @@ class ModelConfig(ServedModelConfig):
     router: RouterConfig = Field(
         default_factory=RouterConfig, description="How experts are kept evenly loaded. Off by default."
     )
+
+
+class TunedModelConfig(ModelConfig):
+    """The model of a stage that may start from adapters and go on training them."""
+
+    adapters: Literal["continue", "merge"] = Field(
+        default="continue",
+        description="What is done if `path` is a folder of adapters. continue: the same adapters are trained on, on "
+        "their base. merge: they are added into their base, and the training starts from that whole model.",
+    )

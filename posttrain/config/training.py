@@ -1,6 +1,6 @@
 """Sections about training: the optimizer, the ranks, adapters, and what is kept for the backward pass."""
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -81,22 +81,25 @@ class ParallelConfig(Config):
         return self
 
 
-class LoraConfig(Config):
-    """Low-rank adapters (LoRA) in place of training all weights. Example: `{rank: 8, alpha: 16, save: both}`."""
+class AdaptersConfig(Config):
+    """Low-rank adapters (LoRA) in place of training all weights. Example: `{rank: 8, alpha: 16, save: both}`.
 
-    rank: Annotated[int, Field(ge=1)] = Field(default=16, description="Rank of each adapter.")
-    alpha: Positive = Field(default=32.0, description="The output of an adapter is multiplied by alpha / rank.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="Share of an adapter's inputs that is set to 0 in training."
+    What is null is taken from the adapters that the training continues, else it has the default that is named.
+    """
+
+    rank: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Rank of each adapter. Default: 16.")
+    alpha: Positive | None = Field(
+        default=None, description="The output of an adapter is multiplied by alpha / rank. Default: 32."
     )
-    target_modules: list[str] = Field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
-        description="Names of the linear modules that get an adapter. The default is those of the attention.",
+    target_modules: list[str] | None = Field(
+        default=None,
+        description="Names of the linear modules that get an adapter. Default: those of the attention, q_proj, k_proj, "
+        "v_proj and o_proj.",
     )
-    target_parameters: list[str] = Field(
-        default_factory=list,
+    target_parameters: list[str] | None = Field(
+        default=None,
         description="Names of weights that hold all experts in one tensor, such as experts.gate_up_proj. Each expert "
-        "gets an adapter of its own.",
+        "gets an adapter of its own. Default: none.",
     )
 
     save: Literal["merged", "adapter", "both"] = Field(
@@ -106,14 +109,49 @@ class LoraConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> "LoraConfig":
-        if not self.target_modules and not self.target_parameters:
+    def _names_targets(self) -> "AdaptersConfig":
+        if self.target_modules == [] and not self.target_parameters:
             raise ValueError(
                 "target_modules and target_parameters are both empty; name at least one module or parameter to adapt"
             )
+        if "lm_head" in (self.target_modules or ()):
+            raise ValueError(
+                "target_modules: got lm_head: log-probabilities are computed from the head's weight and not by its "
+                "layer, so an adapter of it would never be used; leave it out"
+            )
+        return self
+
+    def filled(self, start: "AdaptersConfig | None" = None) -> Self:
+        """The section without nulls. start: the section that describes the adapters that are continued."""
+        return self.model_copy(
+            update={
+                name: getattr(start, name) if start is not None else default
+                for name, default in _LORA_DEFAULTS.items()
+                if getattr(self, name) is None
+            }
+        )
+
+
+class LoraConfig(AdaptersConfig):
+    """Adapters whose training may drop some of their inputs."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Share of an adapter's inputs that is set to 0 in training."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "LoraConfig":
         if self.target_parameters and self.dropout > 0:
             raise ValueError(
                 f"dropout: got {self.dropout} with target_parameters; adapters of experts are added to the weight, "
                 "which no dropout goes through: set dropout: 0.0"
             )
         return self
+
+
+_LORA_DEFAULTS: dict[str, Any] = {
+    "rank": 16,
+    "alpha": 32.0,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "target_parameters": [],
+}

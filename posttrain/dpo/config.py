@@ -8,7 +8,7 @@ from posttrain.config.base import MAY_GROW, RESULT_STAYS, Config
 from posttrain.config.data import DataConfig
 from posttrain.config.fields import PathText, Positive
 from posttrain.config.held_out import HeldOutConfig, check_held_out
-from posttrain.config.models import ModelConfig
+from posttrain.config.models import TunedModelConfig
 from posttrain.config.resources import TrainerResources
 from posttrain.config.trackers import TrackersConfig
 from posttrain.config.training import GradientCheckpointing, LoraConfig, OptimizerConfig, ParallelConfig
@@ -43,7 +43,7 @@ class DpoOptimizerConfig(OptimizerConfig):
 class DpoConfig(Config):
     """Direct preference optimization on given pairs, or on pairs that are mined from rollouts."""
 
-    model: ModelConfig
+    model: TunedModelConfig
     pairs: DataConfig | None = Field(None, description="Files of pairs; each row has prompt, chosen and rejected.")
     rollouts: PathText | None = Field(
         None, description="Folder of the rollouts of an RL stage, such as ${rl.rollouts}."

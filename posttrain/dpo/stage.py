@@ -22,6 +22,7 @@ from posttrain.data.pairs import Pair, store_pairs, write_pairs
 from posttrain.data.stored import Derived
 from posttrain.dpo.config import DpoConfig
 from posttrain.dpo.mine import mine, read_replies
+from posttrain.model.adapter_start import started_lora
 from posttrain.tune.run import ROWS, Tuning, Work, tune
 
 METRICS = {
@@ -78,7 +79,8 @@ def prepare(config: DpoConfig, seed: int, context: StageContext | None = None) -
     """Read or mine the pairs, check and tokenize them. Raises `DataError` for a bad pair or one that is too long."""
     from posttrain.parallel.engine import check_parallel
 
-    check_parallel(config.parallel, config.model, config.lora)
+    lora = started_lora(config.model, config.lora)
+    check_parallel(config.parallel, config.model, lora)
     pairs, apart = hold_out(config, read_pairs(config, seed, context), context)
     from posttrain.data.chat import check_special_tokens
     from posttrain.data.ends import note_added_end
@@ -91,7 +93,7 @@ def prepare(config: DpoConfig, seed: int, context: StageContext | None = None) -
     check_router(config.model)
     if config.shared_prefixes:
         note_unshared(config.model, context)
-    if context is not None and config.shared_prefixes and config.lora is not None and config.lora.dropout:
+    if context is not None and config.shared_prefixes and lora is not None and lora.dropout:
         context.event("prefixes_unshared", reason="lora.dropout is drawn for each token of a reply's own row")
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     note_added_end(tokenizer, context)

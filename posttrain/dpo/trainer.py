@@ -23,6 +23,7 @@ from posttrain.model.sharing import accept_trees
 from posttrain.tune.engine import EngineTrainer
 from posttrain.tune.steps import StepTrainer
 
+REFERENCE = "ref"  # TRL's name for the frozen copy of the adapters that a training starts from
 NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
@@ -37,8 +38,14 @@ class TokenizedPairTrainer(DPOTrainer):
     row_keys: Any = None
 
     def __init__(self, model: Any, *args: Any, nll_weight: float = 0.0, shared_prefixes: bool = True, **kwargs: Any):
-        self.shares_prompts = shared_prefixes and accept_trees(model) is None
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.shares_prompts = shared_prefixes and accept_trees(causal) is None
         super().__init__(model, *args, **kwargs)
+        # TRL copies adapters from which the training starts, as "ref", for the reference's log-probabilities. These are
+        # known now, and nobody shall train, save or merge the copy.
+        policy: Any = self.model
+        if REFERENCE in getattr(policy, "peft_config", ()):
+            policy.delete_adapter(REFERENCE)
         self._nll_weight = nll_weight
         self._sums: dict[str, torch.Tensor] = {}  # sums over this rank's pairs and tokens since the last log
 
@@ -46,8 +53,14 @@ class TokenizedPairTrainer(DPOTrainer):
         return dataset
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        with reference_pass_with_whole_model(self):
-            return super()._precompute_ref_logps(*args, **kwargs)
+        policy: Any = self.model
+        was_training = policy.training
+        policy.eval()  # the copy of the adapters has dropout, too
+        try:
+            with reference_pass_with_whole_model(self):
+                return super()._precompute_ref_logps(*args, **kwargs)
+        finally:
+            policy.train(was_training)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """The summed log-probabilities of the chosen and of the rejected replies under the reference, each [P]."""

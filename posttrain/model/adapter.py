@@ -5,21 +5,25 @@ base, whose folder adapter_config.json names as base_model_name_or_path. Only JS
 read here; posttrain.parallel.adapters loads, merges and writes.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import CheckpointError
 from posttrain.files import read_object
 from posttrain.model.folder import read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+BASE = "base.json"  # {"mark": that of the base on which the adapters were trained}; written by us, not by peft
 # Settings of peft under which an adapter is more than a change of the base's weights, or changes another base.
 _MORE = ("modules_to_save", "layer_replication", "trainable_token_indices")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LOW_RANK = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 _SHOWN = 3
+SAMPLE_BYTES = 1 << 16
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -50,7 +54,44 @@ def adapter_problems(path: str | Path) -> list[str]:
         header = read_header(folder / WEIGHTS)
     except (OSError, ValueError) as error:
         return [*problems, f"{WEIGHTS} cannot be read as safetensors: {error}; copy or download it again"]
-    return problems or _shape_problems(header, config, base_folder(folder))
+    return problems or _shape_problems(header, config, base_folder(folder)) or _changed_base(folder)
+
+
+def base_mark(folder: str | Path) -> str:
+    """A short hash by which a base that has changed is noticed: of config.json, sizes, and samples of the weights.
+
+    Large files are not read whole, so it takes milliseconds; a training changes every sample.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")]):
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            for start in (0, size // 2, size - SAMPLE_BYTES):
+                file.seek(max(start, 0))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _changed_base(folder: Path) -> list[str]:
+    mark, base = (read_object(folder / BASE) or {}).get("mark"), base_folder(folder)
+    try:
+        now = base_mark(base)
+    except OSError:
+        return []  # a fault of the base, which its own checks name
+    if mark is None or mark == now:
+        return []
+    return [
+        f"its base {str(base)!r} is not the model that the adapters were trained on, or has changed since: its weights "
+        f"or config.json have the mark {now}, and {BASE} notes {mark}; set base_model_name_or_path in "
+        f"{folder / CONFIG} to the folder of that model, or delete {BASE} to take this one"
+    ]
+
+
+def check_adapter(path: str | Path) -> None:
+    """Raise CheckpointError for adapters that cannot be added to their base."""
+    if problems := adapter_problems(path):
+        raise CheckpointError(f"{path}: " + "; ".join(problems))
 
 
 def _setting_problems(config: Mapping[str, Any]) -> Iterator[str]:

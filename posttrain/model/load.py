@@ -28,7 +28,7 @@ from posttrain.config.models import ModelConfig
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import CheckpointError
 from posttrain.files import replacing
-from posttrain.model.adapter import is_adapter
+from posttrain.model.adapter import base_folder, is_adapter
 from posttrain.model.folder import INDEX as _INDEX
 from posttrain.model.folder import existing_folder, first_line, weight_problems
 from posttrain.model.native import NativeLlama4ForCausalLM
@@ -93,10 +93,12 @@ def load_policy(model: ModelConfig, *, images: bool = False) -> PreTrainedModel:
 
     images: as for `load_model`.
 
+    For a folder of adapters that is their base, to which `posttrain.parallel.adapters.with_adapters` adds them.
+
     Raises what `load_model` and `check_router` raise.
     """
     check_router(model)
-    loaded = load_model(model.path, model.implementation, model.dtype, images=images)
+    loaded = load_model(base_folder(model.path), model.implementation, model.dtype, images=images)
     text = loaded.language_model if isinstance(loaded, NativeLlama4ForConditionalGeneration) else loaded
     if isinstance(text, NativeLlama4ForCausalLM):
         text.model.router_loss_weights = RouterLossWeights(model.router.balance_loss, model.router.z_loss)

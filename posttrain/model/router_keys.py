@@ -2,6 +2,7 @@
 
 from posttrain.config.models import ModelConfig
 from posttrain.errors import ConfigError
+from posttrain.model.adapter import base_folder
 from posttrain.model.folder import existing_folder
 
 LLAMA4 = ("llama4_text", "llama4")
@@ -17,7 +18,7 @@ def check_router(model: ModelConfig) -> None:
         return
     from posttrain.model.load import read_config
 
-    config = read_config(existing_folder(model.path))
+    config = read_config(existing_folder(base_folder(model.path)))
     if config.model_type not in LLAMA4 or model.implementation != "native":
         what = f"a {config.model_type} model in the {model.implementation} implementation"
         rule = "routers are those of Llama 4 with model.implementation: native"

@@ -7,12 +7,12 @@ Left out: models whose layers are not plain attention over all earlier tokens. `
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.models import ModelConfig
 from posttrain.context import StageContext
 from posttrain.files import read_object
+from posttrain.model.adapter import base_folder
 
 if TYPE_CHECKING:
     from posttrain.model.tree import Tree
@@ -42,7 +42,7 @@ def unshared_reason(config: Mapping[str, Any], *, native: bool) -> str | None:
 
 def note_unshared(model: ModelConfig, context: StageContext | None) -> None:
     """Tell the stage's context if the model cannot share prefixes, and why. Only config.json is read."""
-    config = read_object(Path(model.path).expanduser() / "config.json")
+    config = read_object(base_folder(model.path) / "config.json")
     if context is None or config is None:  # the code that loads the model reports a missing config.json
         return
     if (reason := unshared_reason(config, native=model.implementation == "native")) is not None:

@@ -13,9 +13,11 @@ from posttrain.data.templates import use_template
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import CheckpointError
 from posttrain.files import read_object
+from posttrain.model.adapter import base_folder
 from posttrain.model.folder import existing_folder, first_line, tokenizer_problems
 
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+FILES = (*VOCABULARIES, "tokenizer_config.json")
 # By the model_type of config.json: the class that AutoTokenizer takes if tokenizer_config.json names it, too. For some
 # types AutoTokenizer does not trust the class that the folder names, and takes the generic one.
 _QWEN, _GEMMA, _LLAMA, _ANY = "Qwen2Tokenizer", "GemmaTokenizer", "LlamaTokenizer", "TokenizersBackend"
@@ -33,19 +35,24 @@ GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 def load_tokenizer(path: str | os.PathLike[str], chat_template: ChatTemplateConfig | None = None) -> Tokenizer:
     """Load the tokenizer of a folder as transformers' AutoTokenizer does, with its own chat template or another.
 
+    A folder of adapters without a tokenizer has that of its base.
+
     Raises:
         CheckpointError: the folder or its tokenizer is missing, the tokenizer cannot be read, or it has ids for which
             the model in the folder has no embedding.
         ConfigError: the other template cannot be used; see `posttrain.data.templates.use_template`.
     """
     folder = existing_folder(path)
+    base = base_folder(folder)
+    if base != folder and not any((folder / name).exists() for name in VOCABULARIES):
+        folder = existing_folder(base)
     if not any((folder / name).exists() for name in FILES):
         raise CheckpointError(f"{folder}: no tokenizer (tokenizer.json); a model folder must hold its tokenizer")
     try:
         tokenizer = cast(Tokenizer, _class_of(folder).from_pretrained(folder, local_files_only=True))
     except Exception as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {first_line(error)}") from error
-    if problems := tokenizer_problems(folder, tokenizer.get_vocab()):
+    if problems := tokenizer_problems(base, tokenizer.get_vocab()):
         raise CheckpointError(f"{folder}: " + "; ".join(problems))
     use_template(tokenizer, chat_template)
     return tokenizer

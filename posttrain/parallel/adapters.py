@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import CheckpointError
-from posttrain.model.adapter import CONFIG, WEIGHTS, adapter_problems, base_folder
+from posttrain.files import write_json
+from posttrain.model.adapter import BASE, CONFIG, WEIGHTS, base_folder, base_mark, check_adapter
 from posttrain.model.folder import read_header
 from posttrain.parallel.export import export_model, folder_of_first_rank, is_first_rank, without_adapters
 from posttrain.parallel.tensors import adapter_tensors, read_weights
@@ -33,6 +34,7 @@ def export_adapter(model: Any, base: str | Path, *, tokenizer: Any, path: str | 
             config.base_model_name_or_path = str(Path(base).expanduser().absolute())
             config.inference_mode = True
             config.save_pretrained(aside)
+            write_json(aside / BASE, {"mark": base_mark(base_folder(base))})
             tokenizer.save_pretrained(aside)
     return Path(path)
 
@@ -43,26 +45,43 @@ def merge_adapter(path: str | Path, dtype: str, *, target: str | Path) -> Path:
     The tokenizer is the adapter's own, else that of the base. Returns `target`. Raises `CheckpointError` for adapters
     that do not fit their base.
     """
-    from peft import PeftModel
-    from peft.utils import get_peft_model_state_dict
-
     from posttrain.model.load import load_model
     from posttrain.model.tokenizer import load_tokenizer
 
-    folder, base = Path(path).expanduser(), base_folder(path)
-    if problems := adapter_problems(folder):
-        raise CheckpointError(f"{folder}: " + "; ".join(problems))
-    model = load_model(str(base), "native", dtype)
+    check_adapter(path)
+    model = load_model(str(base_folder(path)), "native", dtype)
     config, architecture = copy.deepcopy(model.config), type(model).__name__.removeprefix("Native")
+    adapted = with_adapters(model, path)
+    tokenizer = load_tokenizer(path)
+    return export_model(without_adapters(adapted), config, architecture, tokenizer=tokenizer, path=target)
+
+
+def with_adapters(model: Any, path: str | Path, *, trainable: bool = False, dropout: float = 0.0) -> Any:
+    """The `PeftModel` of a base that is loaded and of the adapters in a folder. The base is changed in place.
+
+    trainable: train the adapters further, with this dropout; they have the data type of the base then. Raises
+    `CheckpointError` for adapters that do not fit their base; `check_adapter` finds most faults before it is loaded.
+    """
+    from peft import PeftConfig, PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    folder = Path(path).expanduser()
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        config.lora_dropout = dropout
+        adapted = PeftModel.from_pretrained(
+            model,
+            str(folder),
+            config=config,
+            is_trainable=trainable,
+            autocast_adapter_dtype=not trainable,
+            torch_device=str(next(model.parameters()).device),
+        )
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{folder}: the adapters do not fit {base}: {lines[0]}") from error
+        raise CheckpointError(f"{folder}: the adapters do not fit {base_folder(folder)}: {lines[0]}") from error
     odd = sorted(get_peft_model_state_dict(adapted).keys() ^ read_header(folder / WEIGHTS).keys())
     if odd:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise CheckpointError(f"{folder}: {WEIGHTS} and {CONFIG} do not agree on {odd[0]}{more}")
-    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = load_tokenizer(str(folder if has_own else base))
-    return export_model(without_adapters(adapted), config, architecture, tokenizer=tokenizer, path=target)
+    return adapted

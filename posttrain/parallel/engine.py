@@ -12,8 +12,9 @@ from typing import Any
 
 from posttrain.compat import deepspeed as compat
 from posttrain.config.models import ModelConfig
-from posttrain.config.training import LoraConfig, OptimizerConfig, ParallelConfig
+from posttrain.config.training import AdaptersConfig, OptimizerConfig, ParallelConfig
 from posttrain.errors import ConfigError
+from posttrain.model.adapter import base_folder
 
 LOOPBACK = "127.0.0.1"
 
@@ -135,7 +136,7 @@ def finish(engine: Any) -> Any:
     return engine
 
 
-def check_parallel(parallel: ParallelConfig, model: ModelConfig, lora: LoraConfig | None) -> None:
+def check_parallel(parallel: ParallelConfig, model: ModelConfig, lora: AdaptersConfig | None) -> None:
     """Raise `ConfigError` for a layout in which this model cannot be trained, by its sizes or by limits of DeepSpeed.
 
     Of the model only config.json is read.
@@ -146,7 +147,7 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, lora: LoraConfi
     problems = []
     if parallel.expert > 1:
         problems += _expert_problems(parallel.expert, model)
-        problems += _lora_problems(parallel, lora) if lora is not None else []
+        problems += lora_problems(parallel, lora) if lora is not None else []
     if problems:
         raise ConfigError("parallel.expert", [f"got {parallel.expert}{problem}" for problem in problems])
 
@@ -156,8 +157,10 @@ def _can_offload() -> bool:
     return all(map(shutil.which, tools)) or find_spec("deepspeed.ops.adam.cpu_adam_op") is not None
 
 
-def _lora_problems(parallel: ParallelConfig, lora: LoraConfig) -> list[str]:
+def lora_problems(parallel: ParallelConfig, lora: AdaptersConfig) -> list[str]:
     """What DeepSpeed cannot do with adapters if experts are divided. Each text continues a message, "got 2"."""
+    if parallel.expert == 1:
+        return []
     problems = []
     if lora.target_parameters:
         problems.append(
@@ -176,7 +179,7 @@ def _expert_problems(expert: int, model: ModelConfig) -> list[str]:
     """Why a model's experts cannot be divided among `expert` ranks. Each text continues a message, "got 2"."""
     from transformers import AutoConfig, Llama4Config, Llama4TextConfig
 
-    config = AutoConfig.from_pretrained(model.path, local_files_only=True)
+    config = AutoConfig.from_pretrained(base_folder(model.path), local_files_only=True)
     if not isinstance(config, Llama4Config | Llama4TextConfig) or model.implementation != "native":
         return [
             f" for a {config.model_type} model in the {model.implementation} implementation; expert parallelism is for "

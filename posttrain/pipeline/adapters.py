@@ -1,7 +1,8 @@
 """Merges adapters into whole models: before a stage runs, each model path that names adapters is replaced.
 
-So stages, trainers and engines work only with whole models. The merged model lies in the stage's folder. It is deleted
-when the stage is finished, unless the stage wrote new adapters, because these need it as their base.
+So engines work only with whole models. Adapters that a stage goes on training are left to it. The merged model lies in
+the stage's folder. It is deleted when the stage is finished, unless the stage wrote new adapters, because these need it
+as their base.
 """
 
 import shutil
@@ -11,6 +12,7 @@ from posttrain.config.base import validate_config
 from posttrain.config.models import ServedModelConfig
 from posttrain.context import StageContext
 from posttrain.model.adapter import is_adapter
+from posttrain.model.adapter_start import continues
 from posttrain.pipeline.inputs import other_paths, walk
 from posttrain.pipeline.kinds import StageKind
 
@@ -20,6 +22,8 @@ FOLDER = "merged"
 def with_whole_models(config: Any, kind: StageKind, context: StageContext) -> Any:
     """The config of a stage, in which every path of adapters is replaced by the folder of the merged model.
 
+    The path of adapters that the stage goes on training stays.
+
     A folder that was merged before the stage was interrupted is used again. Raises `CheckpointError` for adapters that
     do not fit their base.
     """
@@ -27,7 +31,8 @@ def with_whole_models(config: Any, kind: StageKind, context: StageContext) -> An
     paths = {f"{key}.path": (section.path, section.dtype) for key, section in sections.items()}
     dtype = next((section.dtype for section in sections.values()), "bfloat16")
     paths |= {key: (path, dtype) for key, path in other_paths(config, kind)}
-    adapters = {key: item for key, item in paths.items() if is_adapter(item[0])}
+    left = {f"{key}.path" for key, section in sections.items() if continues(section)}
+    adapters = {key: item for key, item in paths.items() if key not in left and is_adapter(item[0])}
     if not adapters:
         return config
     from posttrain.parallel.adapters import merge_adapter

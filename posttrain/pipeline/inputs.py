@@ -22,6 +22,8 @@ from posttrain.data.images.tiles import multimodal_config
 from posttrain.errors import CheckpointError, ConfigError, UserError
 from posttrain.judging.config import EndpointConfig
 from posttrain.model.adapter import base_folder
+from posttrain.model.adapter_start import start_problems
+from posttrain.model.adapter_targets import target_problems
 from posttrain.pipeline.kinds import Rows, StageKind, kind_name
 from posttrain.pipeline.model_folders import model_folder_problems, quantized_problems
 from posttrain.pipeline.plugins import CHECKED_ROWS, plugin_problems, rows_without_fields
@@ -85,9 +87,9 @@ def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
     problems = [f"{found.key}{line}" for found in find_inputs(config) for line in _problems(found, kind, images)]
     problems += _image_problems(config)
     problems += [f"{key}{line}" for key, endpoint in find_endpoints(config) for line in _key_problems(endpoint)]
-    problems += (
-        [] if problems else [*_row_problems(config, kind), *_mixture_problems(config), *_held_out_problems(config)]
-    )
+    if not problems:
+        problems += [*_row_problems(config, kind), *_mixture_problems(config), *_held_out_problems(config)]
+        problems += _adapter_problems(config)
     missing = [(key, path) for key, path in other_paths(config, kind) if not Path(path).expanduser().exists()]
     return problems + [f"{key}: got {path!r}: no such file or folder" for key, path in missing]
 
@@ -102,6 +104,15 @@ def _row_problems(config: BaseModel, kind: StageKind) -> list[str]:
         if isinstance(value, DataConfig) and data_kind(found.key, kind) == "prompt" and not _refers(value):
             problems += [f"{found.key}: {line}" for line in rows_without_fields(value, config, rewards)[:SHOWN_ROWS]]
     return problems
+
+
+def _adapter_problems(config: BaseModel) -> list[str]:
+    """Where a section `lora` disagrees with the adapters that the stage goes on training, or with its model."""
+    model, lora = getattr(config, "model", None), getattr(config, "lora", None)
+    if not isinstance(model, ServedModelConfig) or has_reference(model.path):
+        return []
+    images = images_of(config) is not None
+    return [*start_problems(model, lora, images=images), *target_problems(model, lora)]
 
 
 def _mixture_problems(config: BaseModel) -> list[str]:

@@ -19,13 +19,15 @@ from posttrain.config.resources import ActorResources, RewardResources, TrainerR
 from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError
 from posttrain.model.adapter import base_folder
+from posttrain.model.adapter_start import adapter_note, started_lora
 from posttrain.model.folder import read_header
 from posttrain.pipeline.decide import Decision
 from posttrain.pipeline.doubts import doubts
 from posttrain.pipeline.graph import Node, Pipeline, output_path
 from posttrain.pipeline.inputs import find_endpoints, find_inputs, walk
-from posttrain.pipeline.references import find_references
+from posttrain.pipeline.references import find_references, has_reference
 from posttrain.planning.memory import BYTES, state_bytes
+from posttrain.planning.sizes import adapter_parameters
 
 GIB = 1 << 30
 _RESOURCES = ActorResources | RewardResources | TrainerResources
@@ -175,9 +177,8 @@ def _memory(role: str, node: Node, pipeline: Pipeline, *, run_dir: Path) -> str:
     weights = size * BYTES[model.dtype]
     if role == "trainer":
         parallel = getattr(node.config, "parallel", None) or ParallelConfig(zero=0)
-        state = state_bytes(size, 0, parallel, dtype=model.dtype)
-        frozen = getattr(node.config, "lora", None) is not None
-        total = state.weights + (0 if frozen else state.gradients + state.optimizer)
+        state = state_bytes(size, 0, parallel, dtype=model.dtype, adapters=_adapters(node, model, path))
+        total = state.weights + state.gradients + state.optimizer
     elif role == "reference":
         total = weights
     else:
@@ -185,6 +186,12 @@ def _memory(role: str, node: Node, pipeline: Pipeline, *, run_dir: Path) -> str:
         cache = engine.kv_cache_gib if engine and engine.kv_cache_gib else 0.0
         total = weights + cache * GIB
     return f"{total / GIB:.2f} GiB"
+
+
+def _adapters(node: Node, model: ServedModelConfig, base: Path | None) -> int:
+    """Number of parameters of the adapters that a stage trains; 0 if it trains all weights."""
+    lora = started_lora(model, getattr(node.config, "lora", None))
+    return adapter_parameters(_shapes(base) or {}, lora) if lora is not None and base is not None else 0
 
 
 def _model_of(role: str, node: Node) -> ServedModelConfig | None:
@@ -212,14 +219,18 @@ def _model_folder(model: ServedModelConfig, pipeline: Pipeline, run_dir: Path) -
 
 def count_parameters(folder: Path) -> int | None:
     """Number of parameters in a folder's safetensors files, from their headers; None if none can be read."""
-    total = 0
+    return sum(map(prod, (_shapes(folder) or {}).values())) or None
+
+
+def _shapes(folder: Path) -> dict[str, list[int]] | None:
+    """The shapes of the tensors in a folder's safetensors files, by name; None if one cannot be read."""
+    found: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
         try:
-            header = read_header(file)
+            found |= {name: item["shape"] for name, item in read_header(file).items()}
         except (OSError, ValueError):
             return None
-        total += sum(prod(item["shape"]) for item in header.values())
-    return total or None
+    return found
 
 
 # --- as text ---
@@ -242,8 +253,16 @@ def render_plan(
         lines += [f"  in   {name} = {value}" for name, value in step.inputs.items()]
         lines += [f"  out  {name} = {value}" for name, value in step.outputs.items()]
         lines += [f"  use  {_render_actor(actor)}" for actor in step.actors]
+        lines += [f"  note {line}" for line in _adapter_notes(pipeline.nodes[step.name])]
         lines += [f"  doubtful  {line}" for line in doubts(pipeline.nodes[step.name].config)]
     return "\n".join(lines)
+
+
+def _adapter_notes(node: Node) -> list[str]:
+    """A sentence about each folder of adapters that a stage reads."""
+    models = ((key, section) for key, section in walk(node.config) if isinstance(section, ServedModelConfig))
+    notes = (adapter_note(key, section) for key, section in models if not has_reference(section.path))
+    return [note for note in notes if note is not None]
 
 
 def _render_actor(actor: Actor) -> str:

@@ -8,7 +8,7 @@ from posttrain.config.base import MAY_GROW, RESULT_STAYS, Config
 from posttrain.config.data import DataConfig
 from posttrain.config.held_out import HeldOutConfig, check_held_out
 from posttrain.config.images import TrainedImagesConfig, check_trained_images
-from posttrain.config.models import ModelConfig
+from posttrain.config.models import TunedModelConfig
 from posttrain.config.resources import TrainerResources
 from posttrain.config.trackers import TrackersConfig
 from posttrain.config.training import GradientCheckpointing, LoraConfig, OptimizerConfig, ParallelConfig
@@ -26,7 +26,7 @@ class SftResources(Config):
 class SftConfig(Config):
     """Supervised fine-tuning on the assistant turns of conversations."""
 
-    model: ModelConfig
+    model: TunedModelConfig
     data: DataConfig
     held_out: HeldOutConfig | None = Field(
         None, description="Rows that are not trained on and on which the loss is measured during the training."

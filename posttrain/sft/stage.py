@@ -20,6 +20,7 @@ from posttrain.data.images.render import Pictures, for_template
 from posttrain.data.images.section import image_reader, passing_reader
 from posttrain.data.images.take import ImageReader
 from posttrain.data.rows import store_rows
+from posttrain.model.adapter_start import started_lora
 from posttrain.records import Row
 from posttrain.sft.config import SftConfig
 from posttrain.tune.run import ROWS, Tuning, Work, tune
@@ -94,7 +95,8 @@ def prepare(config: SftConfig, context: StageContext | None = None) -> Prepared:
 def _prepare(config: SftConfig, context: StageContext | None, reader: ImageReader | None) -> Prepared:
     from posttrain.parallel.engine import check_parallel
 
-    check_parallel(config.parallel, config.model, config.lora)
+    lora = started_lora(config.model, config.lora, images=config.images is not None)
+    check_parallel(config.parallel, config.model, lora)
     rows, apart = read_rows(config, context, reader)
     from posttrain.data.chat import check_special_tokens
     from posttrain.data.ends import note_added_end

@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.config.base import validate_config
 from posttrain.context import StageContext
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import StageError
 from posttrain.files import read_jsonl
+from posttrain.model.adapter import base_folder, check_adapter
+from posttrain.model.adapter_start import continues, started_lora
 
 if TYPE_CHECKING:
     from posttrain.model.vision.tiling import PictureTiles
@@ -82,6 +85,12 @@ def tune(config: Any, context: StageContext, work: Work) -> dict[str, Any]:
     """
     from posttrain.parallel.ranks import run_on_ranks
 
+    if continues(config.model):
+        check_adapter(config.model.path)
+    images = getattr(config, "images", None) is not None
+    lora = started_lora(config.model, config.lora, images=images)
+    given = {**config.model_dump(), "lora": None if lora is None else lora.model_dump()}
+    config = validate_config(type(config), given, context.name)
     context.phase(f"starting ranks, which load the model: {config.parallel.processes}")
     report = run_on_ranks(config.parallel, config.resources.trainer, train_and_export, config, context, work)
     shutil.rmtree(context.dir / ROWS, ignore_errors=True)
@@ -98,6 +107,7 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
 
     from posttrain.model.load import load_policy
     from posttrain.model.vision.parts import freeze
+    from posttrain.parallel.adapters import with_adapters
     from posttrain.parallel.export import export_model
     from posttrain.tune.settings import prepare_model, quiet_environment
 
@@ -109,6 +119,8 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
         freeze(model, images.freeze)
     prepare_model(model)
     model_config = copy.deepcopy(model.config)  # a copy, because TRL changes values in the model's config
+    if continues(config.model):
+        model = with_adapters(model, config.model.path, trainable=True, dropout=config.lora.dropout)
     tuning = work.make(config, context, model, data=work.data, held_out=work.held_out)
     trained, report = _train(config, context, model, tuning=tuning, tokenizer=work.tokenizer)
     if config.lora is None or config.lora.save != "adapter":
@@ -150,7 +162,8 @@ def _train(
         train_dataset=_shared_rows(tuning.rows, tuning.blank, folder / TRAINED),
         eval_dataset=_shared_rows(tuning.held_out, tuning.blank, folder / HELD_OUT) if tuning.held_out else None,
         processing_class=tokenizer,
-        peft_config=_adapters(model, config) if config.lora else None,
+        # Adapters that are continued are in the model already.
+        peft_config=_adapters(model, config) if config.lora and not continues(config.model) else None,
         **tuning.options,
         **_picture_options(config, tuning),
     )
@@ -169,7 +182,7 @@ def _train(
     if steps == 0:
         raise StageError(f"{context.name}: no optimizer step was made")
     if (adapter := adapter_folder(config.lora)) is not None:
-        export_adapter(trainer.model, config.model.path, tokenizer=tokenizer, path=context.dir / adapter)
+        export_adapter(trainer.model, base_folder(config.model.path), tokenizer=tokenizer, path=context.dir / adapter)
     trained = without_adapters(trainer.model)
     drift = probe.measure(trained)
     logged = context.dir / "metrics.jsonl"  # of all steps: `history` begins where the training was continued
