@@ -80,7 +80,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Bytes at the end of a backward that is not the last of its step, and at each step of the inner optimizer."""
     from transformers import Llama4TextConfig
 
-    from posttrain.config.training import OptimizerConfig, ParallelConfig
+    from posttrain.config.training import AdaptersConfig, OptimizerConfig, ParallelConfig
     from posttrain.model.native import NativeLlama4ForCausalLM
     from posttrain.parallel.engine import build_engine, deepspeed_config
 
@@ -88,6 +88,12 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     before = live_tensors()
     torch.manual_seed(0)
     model = NativeLlama4ForCausalLM(Llama4TextConfig(**SHAPE)).to(getattr(torch, case["dtype"])).train()
+    if case.get("lora"):
+        from peft import inject_adapter_in_model
+
+        from posttrain.tune.adapters import adapter_config
+
+        inject_adapter_in_model(adapter_config(model, AdaptersConfig(**case["lora"])), model)
     parallel = ParallelConfig(processes=case["processes"], expert=case["expert"], zero=case["zero"])
     config = deepspeed_config(parallel, OptimizerConfig(), case["dtype"])
     config["zero_optimization"]["reduce_bucket_size"] = BUCKET

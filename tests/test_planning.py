@@ -19,7 +19,7 @@ import plan_ranks
 from test_expert_parallel import free_port
 
 from posttrain.cli.main import main
-from posttrain.config.training import ParallelConfig
+from posttrain.config.training import AdaptersConfig, ParallelConfig
 from posttrain.model.native import NativeLlama4ForCausalLM
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.planning.activations import kv_bytes, peak_bytes, saved_bytes
@@ -160,6 +160,15 @@ CASES = [
     )
     for dtype in ("float32", "bfloat16") for zero in (0, 1, 2, 3) for processes, expert in ((1, 1), (2, 1), (2, 2))
 ]  # fmt: skip
+CASES += [
+    pytest.param(
+        {"name": f"{dtype}-{processes}x{expert}z{zero}-lora", "processes": processes, "expert": expert, "zero": zero,
+         "dtype": dtype, "lora": {"rank": 64, **({} if expert > 1 else {"target_parameters": ["experts.down_proj"]})}},
+        id=f"{dtype}-{processes}x{expert}z{zero}-lora",
+        marks=[] if expert == 2 else [pytest.mark.full],
+    )
+    for dtype in ("float32", "bfloat16") for processes, expert, zero in ((1, 1, 0), (2, 1, 1), (2, 1, 3), (2, 2, 3))
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +213,12 @@ def _run_in_ranks(folder: Path, cases: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_planned_memory_equals_that_of_a_real_engine(measured, case):
     got = measured(case)
-    sizes = count_sizes(Llama4TextConfig(**plan_ranks.SHAPE))
+    lora = AdaptersConfig(**case["lora"]) if "lora" in case else None
+    sizes = count_sizes(Llama4TextConfig(**plan_ranks.SHAPE), lora)
+    assert bool(sizes.adapters) == (lora is not None)
     parallel = ParallelConfig(processes=case["processes"], expert=case["expert"], zero=case["zero"])
-    want = state_bytes(sizes.total, sizes.experts, parallel, dtype=case["dtype"], bucket=plan_ranks.BUCKET, live=0)
+    given = {"dtype": case["dtype"], "adapters": sizes.adapters, "live": 0}
+    want = state_bytes(sizes.total, sizes.experts, parallel, **given, bucket=plan_ranks.BUCKET)
     backward, steps = got["backward"], got["steps"]
     assert want.weights == pytest.approx(backward["weights"], rel=0.1)
     assert want.gradients == pytest.approx(backward["gradients"], rel=0.1)
@@ -215,7 +227,7 @@ def test_planned_memory_equals_that_of_a_real_engine(measured, case):
     if case["zero"] in (1, 3):  # those of ZeRO-2 are gone when its backward returns
         assert want.buffers == pytest.approx(backward["buckets"], rel=0.1)
     # In total, whatever the tensors are for; all that one pass holds beside them is small.
-    without_buckets = state_bytes(sizes.total, sizes.experts, parallel, dtype=case["dtype"], bucket=0, live=0)
+    without_buckets = state_bytes(sizes.total, sizes.experts, parallel, **given, bucket=0)
     largest = max(sum(moment.values()) - moment["buckets"] for moment in (backward, *steps))
     assert without_buckets.total() == pytest.approx(largest, rel=0.1)
 
@@ -236,12 +248,32 @@ def test_the_command_prints_memory_and_layouts(capsys):
     assert "routed experts" in capsys.readouterr().out
 
 
+def test_adapters_are_counted_and_only_they_have_optimizer_state(capsys):
+    found = []
+    for given in ([], ["lora={rank: 16, target_parameters: [experts.down_proj]}"]):
+        assert main(["plan", "llama4-scout", "--gpus", "8", *given, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    full, lora = found
+    config = sizes_of("llama4-scout").config
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    attention = 2 * (2 * config.hidden_size + heads)  # inputs and outputs of the four
+    experts = config.num_local_experts * (config.intermediate_size + config.hidden_size)
+    assert lora["parameters"]["adapters"] == 16 * config.num_hidden_layers * (attention + experts)
+    assert lora["memory"]["optimizer"] == 12 * -(-lora["parameters"]["adapters"] // 8)
+    assert lora["memory"]["weights"] > full["memory"]["weights"]
+    assert {row["expert"] for row in lora["layouts"]} == {1}  # experts with adapters are not divided
+    assert main(["plan", "llama4-scout", "--gpus", "8", "lora={}"]) == 0
+    assert "only these are trained" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["nothing"], "no bundled model of that name; bundled: llama4-behemoth"),
         (["llama4-scout", "parallel.expert=3"], "parallel: "),
         (["llama4-scout", "--gpus", "3", "parallel.expert=3"], "must divide the model's experts (16)"),
+        (["llama4-scout", "lora={target_modules: [query]}"], "lora.target_modules: got query: the linear modules"),
+        (["llama4-scout", "lora={}", "parallel.expert=2", "parallel.zero=1"], "got 2 with lora and parallel.zero 1"),
         (["llama4-scout", "tokenz=3"], "did you mean 'tokens'?"),
         (["llama4-scout", "--gpu-gib", "0"], "must be positive"),
     ],

@@ -54,12 +54,14 @@ def plan(
     Prints parameters by part, memory of each GPU by part in one layout, and every layout with whether it fits.
     Bundled models: llama4-scout, llama4-maverick, llama4-behemoth.
 
-    KEY=VALUE: parallel.processes, parallel.expert, parallel.zero, parallel.offload, dtype, tokens (of one forward),
-    gradient_checkpointing, kv_sequences, kv_length, reserve (share of a GPU left free).
+    KEY=VALUE: parallel.processes, parallel.expert, parallel.zero, parallel.offload, lora, dtype, tokens (of one
+    forward), gradient_checkpointing, kv_sequences, kv_length, reserve (share of a GPU left free).
 
     Examples:
 
       posttrain plan llama4-scout --gpus 64 parallel.expert=16 parallel.zero=2
+
+      posttrain plan llama4-scout --gpus 8 parallel.expert=8 'lora={rank: 16}'
 
       posttrain plan models/mine/config.json --gpus 8 --gpu-gib 80 tokens=4096
 
@@ -77,7 +79,7 @@ def plan(
     from posttrain.planning.sizes import count_sizes, find_model, read_config
     from posttrain.planning.text import render, to_json
 
-    sizes = count_sizes(read_config(find_model(model)))
+    sizes = count_sizes(read_config(find_model(model)), asked.lora)
     shown = to_json if as_json else render
     found = shown(model, sizes, asked, gpu_gib=gpu_gib or [80.0, 141.0])
     typer.echo(json.dumps(found, indent=2) if as_json else found)

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.training import GradientCheckpointing, ParallelConfig
+from posttrain.config.training import AdaptersConfig, GradientCheckpointing, ParallelConfig
+from posttrain.parallel.engine import lora_problems
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -53,6 +54,7 @@ class PlanConfig(Config):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Data type of the weights and activations."
     )
+    lora: AdaptersConfig | None = Field(default=None, description="Adapters that are trained instead of all weights.")
     tokens: Count = Field(default=8192, description="Number of tokens in one forward pass of one rank.")
     gradient_checkpointing: GradientCheckpointing = "full"
     kv_sequences: Annotated[int, Field(ge=0)] = Field(
@@ -64,3 +66,10 @@ class PlanConfig(Config):
         description="Share of a GPU's memory that is left free for what is not counted: CUDA, NCCL, kernels and "
         "fragmentation.",
     )
+
+    @model_validator(mode="after")
+    def _trains_adapters(self) -> "PlanConfig":
+        problems = lora_problems(self.parallel, self.lora) if self.lora is not None else []
+        if problems:
+            raise ValueError("; ".join(f"parallel.expert: got {self.parallel.expert}{item}" for item in problems))
+        return self

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError
+from posttrain.parallel.engine import lora_problems
 from posttrain.planning.activations import kv_bytes, peak_bytes
 from posttrain.planning.config import PlanConfig
 from posttrain.planning.memory import State, state_bytes
@@ -38,7 +39,9 @@ def need(sizes: Sizes, plan: PlanConfig, parallel: ParallelConfig | None = None)
     if experts % parallel.expert:
         raise ConfigError("parallel.expert", [f"got {parallel.expert}; it must divide the model's experts ({experts})"])
     largest = max(sizes.largest // parallel.expert, sizes.parts.get("embeddings", 0))
-    state = state_bytes(sizes.total, sizes.experts, parallel, dtype=plan.dtype, largest=largest)
+    state = state_bytes(
+        sizes.total, sizes.experts, parallel, dtype=plan.dtype, adapters=sizes.adapters, largest=largest
+    )
     activations = None
     if sizes.native:
         activations = peak_bytes(sizes.config, plan.tokens, plan.dtype, checkpointing=plan.gradient_checkpointing)
@@ -46,16 +49,20 @@ def need(sizes: Sizes, plan: PlanConfig, parallel: ParallelConfig | None = None)
     return Need(parallel, state, activations, kv)
 
 
-def layouts(sizes: Sizes, gpus: int, offload: str = "none") -> Iterator[ParallelConfig]:
-    """Every combination of a ZeRO stage and an expert size that divides both the GPUs and the experts."""
+def layouts(sizes: Sizes, gpus: int, plan: PlanConfig) -> Iterator[ParallelConfig]:
+    """Every combination of a ZeRO stage and an expert size that divides both the GPUs and the experts.
+
+    With adapters, those are left out in which they cannot be trained.
+    """
     experts = sizes.config.num_local_experts if sizes.experts else 1
     for zero in (0, 1, 2, 3):
         for expert in range(1, min(experts, gpus) + 1):
             if gpus % expert == 0 and experts % expert == 0:
-                kept = offload if zero else "none"
-                yield ParallelConfig.model_validate(
-                    {"processes": gpus, "expert": expert, "zero": zero, "offload": kept}
-                )
+                kept = plan.parallel.offload if zero else "none"
+                layout = {"processes": gpus, "expert": expert, "zero": zero, "offload": kept}
+                found = ParallelConfig.model_validate(layout)
+                if plan.lora is None or not lora_problems(found, plan.lora):
+                    yield found
 
 
 def fits(needed: Need, plan: PlanConfig, gpu_gib: float) -> bool:
@@ -67,7 +74,7 @@ def fewest(sizes: Sizes, plan: PlanConfig, gpu_gib: float) -> Need | None:
     """The layout that needs the fewest GPUs (a power of two); None if even a very large number is not enough."""
     gpus = 1
     while gpus <= MOST_GPUS:
-        found = [need(sizes, plan, layout) for layout in layouts(sizes, gpus, plan.parallel.offload)]
+        found = [need(sizes, plan, layout) for layout in layouts(sizes, gpus, plan)]
         best = min(found, key=lambda item: item.total)
         if fits(best, plan, gpu_gib):
             return best

@@ -6,7 +6,7 @@ ranks (processes / expert) that hold the same ones, all other parameters among a
 Left out: the CUDA context, NCCL, workspaces of kernels, fragmentation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from posttrain.config.training import ParallelConfig
 
@@ -44,16 +44,23 @@ def state_bytes(
     parallel: ParallelConfig,
     *,
     dtype: str,
+    adapters: int = 0,
     largest: int = 0,
     bucket: int = BUCKET,
     live: int = LIVE,
 ) -> State:
-    """The bytes of one rank when all weights are trained.
+    """The bytes of one rank when all weights are trained, or adapters alone.
 
-    total, experts: number of parameters of the model, and of those in routed experts. dtype: of the weights. largest:
-    number of parameters of the largest module on one rank, which ZeRO-3 gathers to use it. bucket, live: DeepSpeed's
-    reduce_bucket_size and stage3_max_live_parameters, in elements.
+    total, experts: number of parameters of the model, and of those in routed experts. dtype: of the weights. adapters:
+    number of parameters of adapters; if there are any, only these are trained. largest: number of parameters of the
+    largest module on one rank, which ZeRO-3 gathers to use it. bucket, live: DeepSpeed's reduce_bucket_size and
+    stage3_max_live_parameters, in elements.
     """
+    if adapters:
+        base = state_bytes(total, experts, parallel, dtype=dtype, largest=largest, bucket=bucket, live=live)
+        whole = ParallelConfig(processes=parallel.processes, zero=parallel.zero, offload=parallel.offload)
+        own = state_bytes(adapters, 0, whole, dtype=dtype)
+        return replace(own, weights=base.weights + own.weights, buffers=base.buffers)
     b, ranks, zero = BYTES[dtype], parallel.processes, parallel.zero
     dense = total - experts
     held = dense + experts // parallel.expert

@@ -2,12 +2,16 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.base import load_config
+from posttrain.config.training import AdaptersConfig
 from posttrain.errors import ConfigError
+from posttrain.model.adapter_targets import unknown_targets
 from posttrain.planning.config import ModelShape
 from posttrain.resources import bundled, bundled_names
 
@@ -24,6 +28,7 @@ class Sizes:
 
     parts: {part: number}. active: number that one token uses. largest: number in the largest module, with all its
     experts. config: the transformers config. native: True for our Llama 4, whose experts and activations are known.
+    adapters: number in the adapters, which `total` leaves out.
     """
 
     parts: dict[str, int]
@@ -31,6 +36,7 @@ class Sizes:
     largest: int
     config: Any
     native: bool
+    adapters: int = 0
 
     @property
     def total(self) -> int:
@@ -78,8 +84,25 @@ def read_config(path: Path) -> Any:
         raise ConfigError(str(path), [f"not a config.json that transformers can read: {reason}"]) from None
 
 
-def count_sizes(config: Any) -> Sizes:
-    """Count the parameters of the model that `config` describes."""
+def adapter_parameters(shapes: Mapping[str, Sequence[int]], lora: AdaptersConfig) -> int:
+    """Number of parameters of the adapters of a model whose weights have these names and shapes."""
+    lora = lora.filled()
+    total = 0
+    for name, shape in shapes.items():
+        module, _, parameter = name.rpartition(".")
+        last = module.rpartition(".")[2]
+        linear = len(shape) == 2 and parameter == "weight" and last in (lora.target_modules or ())
+        stacked = len(shape) == 3 and f"{last}.{parameter}" in (lora.target_parameters or ())
+        if linear or stacked:
+            total += (lora.rank or 0) * prod(shape[:-2]) * (shape[-2] + shape[-1])
+    return total
+
+
+def count_sizes(config: Any, lora: AdaptersConfig | None = None) -> Sizes:
+    """Count the parameters of the model that `config` describes, and of its adapters.
+
+    Raises ConfigError if `lora` names what the model does not have.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -94,4 +117,11 @@ def count_sizes(config: Any) -> Sizes:
     routed = parts["routed experts"] if native else 0
     idle = routed - routed * config.num_experts_per_tok // config.num_local_experts if routed else 0
     largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
-    return Sizes({k: v for k, v in parts.items() if v}, sum(parts.values()) - idle, largest, config, native)
+    active = sum(parts.values()) - idle
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    adapters = 0
+    if lora is not None:
+        if problems := unknown_targets(shapes, lora):
+            raise ConfigError("plan", problems)
+        adapters = adapter_parameters(shapes, lora)
+    return Sizes({k: v for k, v in parts.items() if v}, active, largest, config, native, adapters)

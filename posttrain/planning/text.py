@@ -15,6 +15,8 @@ def render(name: str, sizes: Sizes, plan: PlanConfig, *, gpu_gib: Sequence[float
     """The plan as text: parameters, the memory of one layout by part, and a table of all layouts."""
     lines = [f"{name}: {sizes.total / 1e9:.2f}B parameters, {sizes.active / 1e9:.2f}B active per token", ""]
     lines += [f"  {part:<14} {count / 1e9:>10.3f}B" for part, count in sizes.parts.items()]
+    if sizes.adapters:
+        lines += [f"  {'adapters':<14} {sizes.adapters / 1e9:>10.3f}B   (only these are trained)"]
     own = need(sizes, plan)
     kept = {"none": "all kept", "full": "layer inputs kept", "selective": "products kept"}[plan.gradient_checkpointing]
     lines += [
@@ -30,7 +32,7 @@ def render(name: str, sizes: Sizes, plan: PlanConfig, *, gpu_gib: Sequence[float
     sizes_shown = [f"{size:g}" for size in gpu_gib]
     lines += ["", f"layouts on {gpus} GPUs, GiB each; fits with {plan.reserve:.0%} of the GPU left free:"]
     lines += [f"  {'zero':>4} {'expert':>6} {'total':>10}" + "".join(f"{size:>6}" for size in sizes_shown)]
-    for layout in layouts(sizes, gpus, plan.parallel.offload):
+    for layout in layouts(sizes, gpus, plan):
         item = need(sizes, plan, layout)
         marks = "".join(f"{'yes' if fits(item, plan, size) else '-':>6}" for size in gpu_gib)
         lines.append(f"  {layout.zero:>4} {layout.expert:>6} {item.total / GIB:>10.1f}{marks}")
@@ -45,11 +47,11 @@ def render(name: str, sizes: Sizes, plan: PlanConfig, *, gpu_gib: Sequence[float
 def to_json(name: str, sizes: Sizes, plan: PlanConfig, *, gpu_gib: Sequence[float]) -> dict[str, Any]:
     """The same plan as a JSON object, with sizes in bytes."""
     own = need(sizes, plan)
-    rows = [need(sizes, plan, layout) for layout in layouts(sizes, plan.parallel.processes, plan.parallel.offload)]
+    rows = [need(sizes, plan, layout) for layout in layouts(sizes, plan.parallel.processes, plan)]
     best = {f"{size:g}": fewest(sizes, plan, size) for size in gpu_gib}
     return {
         "model": name,
-        "parameters": {**sizes.parts, "total": sizes.total, "active": sizes.active},
+        "parameters": {**sizes.parts, "total": sizes.total, "active": sizes.active, "adapters": sizes.adapters},
         "plan": plan.model_dump(),
         "memory": {**_parts(own), "total": own.total, "host": own.state.host},
         "layouts": [
