@@ -69,14 +69,15 @@ def peak_mib(run: Callable[[], None], device: str) -> float:
     run()
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status_kib("VmRSS")
+    before = status_kib("VmRSS")
     run()
-    peak = _status_kib("VmHWM")
+    peak = status_kib("VmHWM")
     libc.mallopt(MMAP_THRESHOLD, 1 << 25)  # the value that glibc arrives at by itself
     return (peak - before) / 1024
 
 
-def _status_kib(key: str) -> int:
+def status_kib(key: str) -> int:
+    """A figure of this process's memory, such as VmRSS (now) or VmHWM (its peak), in KiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1])
 

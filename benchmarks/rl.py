@@ -12,6 +12,7 @@ above the number of processors, other programs used the machine too.
   async_overlap               rl_overlap.py
   shared_prefix_speedup       rl_prefix.py; takes eight minutes
   engine_block_speedup        rl_blocks.py
+  lora_memory                 rl_lora.py
   trl_speedup                 rl_trl.py; takes half an hour
   curriculum_token_ratio      rl_curriculum.py
 """
@@ -26,6 +27,7 @@ from measure import Entry, main
 from rl_blocks import engine_block_speedup
 from rl_controller import groups_per_s, rss_gib
 from rl_curriculum import curriculum_token_ratio
+from rl_lora import lora_memory
 from rl_models import SIZES
 from rl_overlap import async_overlap
 from rl_prefix import shared_prefix_speedup
@@ -52,6 +54,7 @@ def entries() -> dict[str, Entry]:
     table["async_overlap"] = Entry(async_overlap, ">= 0.9")
     table["shared_prefix_speedup"] = Entry(shared_prefix_speedup, ">= 2.3")
     table["engine_block_speedup"] = Entry(engine_block_speedup)
+    table["lora_memory"] = Entry(lora_memory)
     table["trl_speedup"] = Entry(trl_speedup, ">= 10")
     table["curriculum_token_ratio"] = Entry(curriculum_token_ratio, ">= 2")
     return table

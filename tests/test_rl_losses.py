@@ -22,8 +22,8 @@ from posttrain.rl.losses import LOSSES, LossInputs
 from posttrain.rl.objective import batch_share, reference_kl
 from posttrain.rl.records import Drop, DropReason, Group
 from posttrain.rl.training.batches import collate, micro_batches
+from posttrain.rl.training.forward import dealt, loss_inputs
 from posttrain.rl.training.samples import TrainSample, rollout_samples, train_samples
-from posttrain.rl.training.trainer import dealt, loss_inputs
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,17 @@ from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError, StageError
 from posttrain.model.load import load_model
 from posttrain.parallel.ranks import RankGroup
+from posttrain.parallel.tensors import read_weights, whole_tensors
 from posttrain.rl.config import RlConfig
 from posttrain.rl.losses import LOSSES, LossInputs
 from posttrain.rl.objective import batch_share
 from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.evidence import keep_evidence, read_batch, stop_reason
+from posttrain.rl.training.forward import dealt
+from posttrain.rl.training.policy import load_token_policy
 from posttrain.rl.training.protocol import SkippedUpdate
 from posttrain.rl.training.samples import TrainSample
-from posttrain.rl.training.trainer import PolicyTrainer, dealt
+from posttrain.rl.training.trainer import PolicyTrainer
 from posttrain.sampling.manifests import Manifest, WeightManifest
 from posttrain.sampling.weights import open_weights
 
@@ -83,6 +86,15 @@ def batch(step: int) -> list[TrainSample]:
     return samples
 
 
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+LORA = {"rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "o_proj"]}
+LORA_LAYOUTS = [
+    (1, 1),
+    (2, 3),
+    *(pytest.param(*layout, marks=pytest.mark.full) for layout in ((1, 0), (1, 2), (1, 3), (2, 0))),
+]
+
+
 def plain_training(
     model_path: str, config: RlConfig, dtype: torch.dtype = torch.float32
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
@@ -97,7 +109,8 @@ def plain_training(
 
 
 def _plain_training(model: Any, config: RlConfig) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
     losses, norms = [], []
     for step in range(STEPS):
         samples = batch(step)
@@ -120,10 +133,27 @@ def _plain_training(model: Any, config: RlConfig) -> tuple[list[float], list[flo
             loss.backward()
             total += float(loss.detach())
         losses.append(total)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, config.optimizer.max_grad_norm)))
         optimizer.step()
         optimizer.zero_grad()
-    return losses, norms, {name: weight.detach() for name, weight in model.named_parameters()}
+    return losses, norms, {item.name: value.clone() for item, value in read_weights(whole_tensors(model))}
+
+
+def plain_adapter_training(config: RlConfig) -> list[Any]:
+    """As `plain_training` with the adapters that a rank makes: in fp32, and in float64."""
+    torch.manual_seed(0)
+    ours: Any = load_token_policy(config.model, TEMPERATURE, lora=config.lora).policy
+    theirs = config.model.model_copy(update={"implementation": "transformers"})
+    exact: Any = load_token_policy(theirs, TEMPERATURE, lora=config.lora).policy.double()
+    with torch.no_grad():
+        adapters = {name: value for name, value in ours.named_parameters() if value.requires_grad}
+        for name, value in exact.named_parameters():
+            if value.requires_grad:
+                value.copy_(adapters.pop(name))
+    assert not adapters
+    with float64_inside():
+        in_float64 = _plain_training(exact.train(), config)
+    return [_plain_training(ours.train(), config), in_float64]
 
 
 class Cases:
@@ -207,6 +237,21 @@ def plain(model):
 
 
 @pytest.fixture(scope="module")
+def plain_adapters():
+    """The written-out training of adapters, once for each section `lora`."""
+    found: dict[str, list[Any]] = {}
+
+    def get(config: RlConfig) -> list[Any]:
+        assert config.lora is not None
+        key = config.lora.model_dump_json()
+        if key not in found:
+            found[key] = plain_adapter_training(config)
+        return found[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
 def two_ranks(ray_session):
     group = RankGroup(ParallelConfig(processes=2), TrainerResources(cpus=0.25), Cases)
     yield group
@@ -261,6 +306,28 @@ def test_ranks_train_as_the_written_out_loss(trained, plain, model, expert, zero
     assert_trained_as_exact(result["weights"], peer[2], exact[2], start_of(model))
     exported = dict(load_model(folder / "model").named_parameters())
     assert gap({name: weight.detach() for name, weight in exported.items()}, result["weights"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("expert", "zero"), LORA_LAYOUTS)
+def test_adapters_train_as_the_written_out_loss_and_go_on(two_ranks, model, plain_adapters, tmp_path, expert, zero):
+    lora = {**LORA, "target_parameters": EXPERTS if expert == 1 else []}
+    config = make_config(model, parallel=layout(expert, zero), lora=lora)
+    result = two_ranks.get("run", config, str(tmp_path))
+    peer, exact = plain_adapters(config)
+    start = start_of(model)
+    trained = {**start, **result["weights"]}  # what no step changes is not sent
+    assert_steps_as_exact(result["metrics"], peer, exact)
+    assert_trained_as_exact(trained, peer[2], exact[2], start)
+    assert result["unchanged"]
+    exported = dict(load_model(tmp_path / "model").named_parameters())
+    assert gap({name: weight.detach() for name, weight in exported.items()}, trained) == 0
+    changed = {name for name in start if not start[name].equal(trained[name])}
+    assert changed == {n for n in start if n.endswith(("q_proj.weight", "o_proj.weight", *lora["target_parameters"]))}
+    resumed = two_ranks.get("resume", config, str(tmp_path))
+    for name in ("weights", "after"):
+        assert result[name].keys() == resumed[name].keys()
+        assert all(value.equal(result[name][key]) for key, value in resumed[name].items())
 
 
 @pytest.mark.slow

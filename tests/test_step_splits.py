@@ -26,8 +26,8 @@ from posttrain.model import load_tokenizer
 from posttrain.model.router_balance import RouterBalance
 from posttrain.records import Message
 from posttrain.rl.losses import LOSSES as RL_LOSSES
+from posttrain.rl.training.forward import forward_share
 from posttrain.rl.training.policy import load_token_policy
-from posttrain.rl.training.trainer import forward_share
 from posttrain.sft.packing import blank_record, to_records
 
 ROWS = 12

@@ -7,6 +7,7 @@ whole tensor. Only one is held at a time.
 Shapes: E experts of all ranks, L experts of this rank, D hidden, I expert width.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,8 +45,28 @@ class WholeTensor:
 
 
 def whole_tensors(model: nn.Module) -> list[WholeTensor]:
-    """Every weight of a model, as a model folder holds it. Adapters must have been merged before."""
-    return [item for item in _tensors(model) if ".lora_" not in item.name]
+    """Every weight of a model, as a model folder holds it. What adapters add to a weight is in its value.
+
+    Raises ValueError for adapters that do more than add a product, such as DoRA; they must have been merged before.
+    """
+    tensors = _tensors(model)
+    layers = _adapter_layers(model) if any(".lora_" in item.name for item in tensors) else {}
+    return [_with_adapters(item, layers) for item in tensors if ".lora_" not in item.name]
+
+
+def sent_tensors(model: nn.Module) -> list[WholeTensor]:
+    """The weights that engines need after a step: those of every block in which something is trained.
+
+    A block is what stands on one level, such as the attention of a layer or its experts and router. Engines fuse
+    weights of a block, so all or none are sent. The others are as in the folder from which engines and trainer started.
+    """
+    items = whole_tensors(model)
+    blocks = {_block(item) for item in items if any(parameter.requires_grad for parameter in item.parameters)}
+    return [item for item in items if _block(item) in blocks]
+
+
+def _block(item: WholeTensor) -> str:
+    return item.name.rsplit(".", 2)[0]
 
 
 def adapter_tensors(model: nn.Module) -> list[WholeTensor]:
@@ -126,6 +147,37 @@ def _folder_name(name: str) -> str:
     if ".lora_" not in name:  # only this part distinguishes adapters of two weights of one module
         name = name.replace(".base_layer", "")
     return name.replace(".router.gate.weight", ".router.weight").replace(".shared_experts.", ".shared_expert.")
+
+
+def adapted_weight(layer: Any) -> nn.Parameter:
+    """The weight that an adapter of peft adds to: that of a linear module, or one of all experts of a layer."""
+    return layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
+
+
+def _adapter_layers(model: nn.Module) -> dict[int, Any]:
+    """The layers with adapters that are not merged, by the identity of the weight that they adapt."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer) and not module.merged]
+    if any(layer.lora_variant for layer in layers):
+        raise ValueError("adapters that do more than add a product to a weight must be merged first")
+    return {id(adapted_weight(layer)): layer for layer in layers}
+
+
+def _with_adapters(item: WholeTensor, layers: dict[int, Any]) -> WholeTensor:
+    """The tensor with what an adapter adds to it, as peft merges it."""
+    layer = layers.get(id(item.parameters[0]))
+    if layer is None:
+        return item
+    own = [part[name].weight for part in (layer.lora_A, layer.lora_B) for name in layer.active_adapters]
+
+    def join(read: Read) -> torch.Tensor:
+        value = item.join(read)
+        for name in layer.active_adapters:
+            value = value + layer.get_delta_weight(name)
+        return value.to(item.dtype)
+
+    return dataclasses.replace(item, parameters=(*item.parameters, *own), join=join)
 
 
 def _expert_tensors(prefix: str, layer: Any) -> list[WholeTensor]:

@@ -30,6 +30,7 @@ from posttrain.rl.grading.verifiers import check_rewardable
 from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.history.recovery import MODEL, commit_result, finished_outputs, open_ledger
+from posttrain.rl.loop.adapter_check import check_adapters
 from posttrain.rl.loop.controller import Controller, Parts
 from posttrain.rl.loop.evaluation import heldout_prompts, heldout_rows
 from posttrain.rl.loop.parity import allowed_gap, check_engine_parity
@@ -45,13 +46,13 @@ from posttrain.rl.prompts.quotas import mixture_shares
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.config import TrainingConfig
-from posttrain.rl.training.reference import Reference, check_reference
+from posttrain.rl.training.reference import AdaptersOff, Reference, check_reference
 from posttrain.sampling.client import Engines
 
 
 def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
-    check_parallel(config.parallel, config.model, None)
+    check_parallel(config.parallel, config.model, config.lora)
     rows, heldout = _rows_to_profile(config, context.seed, context), heldout_rows(config, config.evaluation, context)
     mixture_shares(rows, config.mixture, "prompt")  # a capability that no row has is found before anything starts
     if (finished := finished_outputs(context.dir, config.steps)) is not None:
@@ -86,7 +87,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         selected = select_band(difficulties, rows, config.profile.band)
         shares = mixture_shares(selected, config.mixture)
         drawn = drawn_rows(config, difficulties, rows)
-        reference = Reference(config, context.seed) if config.loss.reference is not None else None
+        reference = Reference(config, context.seed) if config.resources.reference is not None else None
         ledger = open_ledger(context.dir)
         try:
             _check_same(ledger, config.model.path, rows, context=context)
@@ -95,8 +96,9 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
                     config, drawn, difficulties, tokenizer=tokenizer, seed=context.seed, steps=config.steps
                 )
                 archive = RolloutArchive(context.dir / "rollouts", tokenizer)
+                own = AdaptersOff(trainer) if reference is None and config.loss.reference is not None else None
                 parts = Parts(
-                    engines, trainer, reference, source, shares, archive, ledger, stop_ids, evaluated, judge,
+                    engines, trainer, reference or own, source, shares, archive, ledger, stop_ids, evaluated, judge,
                     difficulties, profile["prompts_unscored"], rollouter(),
                 )  # fmt: skip
                 try:
@@ -216,6 +218,20 @@ def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: li
     """Train from the last commit to the last step, and write the policy. Returns outputs and figures of the stage."""
     context.phase("waiting for the trainer")
     first_step, left = resume(config, context, parts)
+    tolerance = allowed_gap(config.parity_tolerance, config.model.dtype)
+    if config.lora is not None:
+        context.phase("checking that engines get the adapters")
+        effect = check_adapters(
+            config,
+            context,
+            parts.engines,
+            trainer=parts.trainer,
+            prompts=prompts,
+            stop_ids=parts.stop_ids,
+            version=first_step,
+            tolerance=tolerance,
+        )
+        context.event("adapters_checked", effect=effect)
     manifest = parts.trainer.publish()
     context.phase("comparing the log-probabilities of engines and trainer")
     parity = check_engine_parity(
@@ -227,14 +243,14 @@ def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: li
         stop_ids=parts.stop_ids,
         manifest=manifest,
         version=first_step,
-        tolerance=allowed_gap(config.parity_tolerance, config.model.dtype),
+        tolerance=tolerance,
     )
     context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
     context.phase("sampling the first batch")
     controller = Controller(config, context, parts, manifest=manifest, first_step=first_step, survivors=left)
     asyncio.run(controller.run())
     controller.finish()
-    parts.trainer.save(context.dir / MODEL)
+    parts.trainer.save_result(context.dir, config.lora)
     return {
         "model": str(context.dir / MODEL),
         "rollouts": str(context.dir / "rollouts"),

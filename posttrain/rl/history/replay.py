@@ -94,7 +94,7 @@ def replay(config: TrainingConfig, context: StageContext, source: Path) -> dict[
             context.progress(steps, config.steps, "steps", values={"loss": result.metrics["loss"]})
         if steps != len(wanted):
             differ += sorted(set(wanted) - set(range(steps)))
-        trainer.save(context.dir / "model")
+        trainer.save_result(context.dir, config.lora)
     finally:
         trainer.close()
     found: dict[str, Any] = {"steps": steps, "batches_equal": not differ, "weights_equal": None}

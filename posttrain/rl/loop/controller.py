@@ -56,7 +56,7 @@ from posttrain.rl.records import LedgerEvent
 from posttrain.rl.rollouts.requests import wave_seed
 from posttrain.rl.rollouts.weights import update_calls
 from posttrain.rl.training.client import TrainerClient
-from posttrain.rl.training.reference import Reference
+from posttrain.rl.training.reference import AdaptersOff, Reference
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.rollouter import Flight
@@ -77,7 +77,7 @@ class Parts:
 
     engines: Engines
     trainer: TrainerClient
-    reference: Reference | None
+    reference: Reference | AdaptersOff | None
     source: PromptSource
     shares: Mapping[str, float]
     archive: RolloutArchive

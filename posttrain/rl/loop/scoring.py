@@ -14,7 +14,7 @@ from posttrain.rl.grading.groups import Scorer, drop_reason, score_group
 from posttrain.rl.loop.group_book import GroupBook
 from posttrain.rl.loop.steps import wake_all
 from posttrain.rl.records import Group
-from posttrain.rl.training.reference import Reference, with_reference
+from posttrain.rl.training.reference import AdaptersOff, Reference, with_reference
 from posttrain.sampling.rollouter import Flight
 
 
@@ -30,7 +30,7 @@ class Scoring:
         scorer: Scorer,
         book: GroupBook,
         *,
-        reference: Reference | None,
+        reference: Reference | AdaptersOff | None,
         take_beside: Callable[[Flight], Awaitable[None]],
         log: BusyLog,
         changed: asyncio.Event,

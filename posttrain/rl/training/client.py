@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.training import AdaptersConfig
 from posttrain.errors import StageError, TrainerLostError
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.protocol import StepResult, Trainer
 from posttrain.rl.training.samples import TrainSample
 from posttrain.sampling.manifests import Manifest
+from posttrain.tune.adapters import adapter_folder
 
 
 def manifest_of(result: StepResult) -> Manifest:
@@ -71,13 +73,28 @@ class TrainerClient:
         """See `Trainer.publish`. Returns the manifest of rank 0."""
         return _published(self._ranks.get("publish"))
 
-    def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
+    def probe(self, size: float) -> Manifest:
+        """See `Trainer.probe`. Returns the manifest of rank 0."""
+        return _published(self._ranks.get("probe", size))
+
+    def logprobs(self, samples: Sequence[TrainSample], adapters: bool = True) -> list[list[float]]:
         """See `Trainer.logprobs`."""
-        return self._ranks.get("logprobs", samples)
+        return self._ranks.get("logprobs", samples, adapters)
+
+    async def async_logprobs(self, samples: Sequence[TrainSample], adapters: bool = True) -> list[list[float]]:
+        """See `Trainer.logprobs`."""
+        return await self._ranks.call("logprobs", samples, adapters)
 
     def save(self, folder: Path) -> None:
         """See `Trainer.save`."""
         self._ranks.get("save", str(folder))
+
+    def save_result(self, folder: Path, lora: AdaptersConfig | None) -> None:
+        """Write the result of a stage into its folder: a whole model, adapters or both, as `lora.save` says."""
+        if (adapter := adapter_folder(lora)) is not None:
+            self._ranks.get("save_adapter", str(folder / adapter))
+        if lora is None or lora.save != "adapter":
+            self.save(folder / "model")
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
         """See `Trainer.load_checkpoint`."""

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from posttrain.config.base import MAY_GROW, RESULT_STAYS
 from posttrain.config.fields import Positive
-from posttrain.config.training import GradientCheckpointing, OptimizerConfig, ParallelConfig
+from posttrain.config.training import AdaptersConfig, GradientCheckpointing, OptimizerConfig, ParallelConfig
 from posttrain.rl.grading.config import GradingConfig
 
 
@@ -32,6 +32,10 @@ class TrainingConfig(GradingConfig):
     max_skipped: Annotated[int, Field(ge=1)] = Field(
         default=5, description="With on_nonfinite: skip, the stage ends after this many skipped updates in a row."
     )
+    lora: AdaptersConfig | None = Field(
+        default=None,
+        description="Train low-rank adapters instead of all weights. Engines are sent weights with the adapters added.",
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig, description="The trainer's ranks. They share the rollouts of each step."
@@ -51,11 +55,22 @@ class TrainingConfig(GradingConfig):
 
     @model_validator(mode="after")
     def _check_training(self) -> "TrainingConfig":
-        if (self.loss.reference is None) != (self.resources.reference is None):
+        has_process = self.resources.reference is not None
+        if (self.loss.reference is None and has_process) or (self._needs_reference_process and not has_process):
             raise ValueError(
                 "loss.reference and resources.reference go together: the penalty, and the CPUs and GPUs of the process "
-                "that holds the reference policy; set both or none"
+                "that holds the reference policy; set both or none. Only the reference of a training with `lora` that "
+                "has no loss.reference.path and no model.router.bias_rate needs no process: it is the policy without "
+                "its adapters"
             )
         if self.weights.backend == "ipc" and self.parallel.processes > 1:
             raise ValueError(f"weights.backend: ipc needs parallel.processes 1, got {self.parallel.processes}")
         return self
+
+    @property
+    def _needs_reference_process(self) -> bool:
+        """Whether the reference is another model than the policy without its adapters."""
+        reference = self.loss.reference
+        if reference is None:
+            return False
+        return self.lora is None or reference.path is not None or self.model.router.bias_rate > 0

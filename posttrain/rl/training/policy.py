@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from posttrain.config.models import ModelConfig
-from posttrain.config.training import GradientCheckpointing
+from posttrain.config.training import AdaptersConfig, GradientCheckpointing
 from posttrain.model.load import load_policy
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.model.router_balance import native_layers
 from posttrain.model.sharing import accept_trees, tree_arguments
+from posttrain.rl.training.adapters import add_adapters
 from posttrain.rl.training.batches import MicroBatch, collate, micro_batches
 from posttrain.rl.training.samples import TrainSample
 from posttrain.train.logprobs import token_logprobs
@@ -72,9 +73,12 @@ def load_token_policy(
     gradient_checkpointing: GradientCheckpointing = "none",
     *,
     shared_prefixes: bool = True,
+    lora: AdaptersConfig | None = None,
 ) -> TokenPolicy:
-    """Load the policy of a model folder onto the CPU. temperature: that of sampling."""
+    """Load the policy of a model folder onto the CPU. temperature: that of sampling. lora: new adapters to train."""
     policy: Any = load_policy(model)
+    if lora is not None:
+        add_adapters(policy, lora)
     if gradient_checkpointing != "none":
         policy.gradient_checkpointing_enable(checkpointing_arguments(gradient_checkpointing))
     return TokenPolicy(policy, temperature, shared_prefixes=shared_prefixes)

@@ -55,15 +55,29 @@ class Trainer(Protocol):
         ...
 
     def publish(self) -> Manifest | None:
-        """Make the weights available to the engines. Ranks other than 0 return None."""
+        """Make the weights that steps change available to the engines. Ranks other than 0 return None."""
         ...
 
-    def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
-        """Log-probabilities of each sample's reply tokens under the policy, in the order given."""
+    def probe(self, size: float) -> Manifest | None:
+        """Give the adapters random values, and publish the weights; size 0 takes the values back.
+
+        size: the norm of what an adapter adds, as a multiple of that of the weight. Ranks other than 0 return None.
+        """
+        ...
+
+    def logprobs(self, samples: Sequence[TrainSample], adapters: bool = True) -> list[list[float]]:
+        """Log-probabilities of each sample's reply tokens under the policy, in the order given.
+
+        adapters: False leaves the adapters out, which gives the model from which the training started.
+        """
         ...
 
     def save(self, folder: str) -> None:
         """Write the policy as a model folder."""
+        ...
+
+    def save_adapter(self, folder: str) -> None:
+        """Write the policy's adapters as a folder in peft's format."""
         ...
 
     def save_checkpoint(self, folder: str, controller: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""The reference policy: a frozen model in a process of its own, which gives the log-probabilities of sampled tokens.
+"""The reference policy, which gives the log-probabilities of sampled tokens: a frozen model in a process of its own.
 
 It is loaded from `loss.reference.path`, or by default from the folder from which training starts. That folder does not
-change, so a resumed stage has the same reference. Left out: an optimizer, and more than one process, so the reference
-must fit on one GPU.
+change, so a resumed stage has the same reference. A training of new adapters needs no second model, because the policy
+without them is the start (`AdaptersOff`). Left out: an optimizer, and more than one process, so the reference must fit
+on one GPU.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from posttrain.model.tokenizer import load_tokenizer
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.loss_config import ReferenceConfig
 from posttrain.rl.records import ScoredGroup
+from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.samples import TrainSample, is_trained_on, num_trained, train_samples
 
@@ -58,6 +60,17 @@ class Reference:
         self._process.close()
 
 
+class AdaptersOff:
+    """The reference of a training of new adapters: the policy without them. The trainer computes it between steps."""
+
+    def __init__(self, trainer: TrainerClient):
+        self._trainer = trainer
+
+    async def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
+        """See `Reference.logprobs`."""
+        return await self._trainer.async_logprobs(list(samples), False)
+
+
 def frozen_policy(config: TrainingConfig, seed: int) -> Any:
     """The `FrozenPolicy`. Only its own process calls this, so that the controller's process needs no torch."""
     from posttrain.rl.training.frozen_policy import FrozenPolicy
@@ -65,7 +78,7 @@ def frozen_policy(config: TrainingConfig, seed: int) -> Any:
     return FrozenPolicy(config, seed)
 
 
-async def with_reference(scored: ScoredGroup, reference: Reference) -> ScoredGroup:
+async def with_reference(scored: ScoredGroup, reference: Reference | AdaptersOff) -> ScoredGroup:
     """The group with the reference's log-probabilities of every rollout that is trained on."""
     values = chain.from_iterable(await reference.logprobs(train_samples([scored], 0)))
     found = tuple(

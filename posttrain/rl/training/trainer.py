@@ -13,7 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,18 @@ import torch.distributed as dist
 from posttrain.config.training import OptimizerConfig
 from posttrain.model.router_balance import RouterBalance, native_layers
 from posttrain.model.tokenizer import load_tokenizer
+from posttrain.parallel.adapters import export_adapter
 from posttrain.parallel.engine import engine_report, start_engine
 from posttrain.parallel.export import export_model, folder_of_first_rank
 from posttrain.parallel.state import load_state, save_state
-from posttrain.parallel.tensors import read_weights, whole_tensors
-from posttrain.rl.loss_config import LossConfig
-from posttrain.rl.losses import LOSSES, LossInputs, LossOutputs, ratio_of
-from posttrain.rl.objective import batch_share, reference_kl
+from posttrain.parallel.tensors import read_weights, sent_tensors
+from posttrain.rl.losses import ratio_of
+from posttrain.rl.objective import reference_kl
 from posttrain.rl.rollouts.weights import publisher
-from posttrain.rl.training.batches import MicroBatch, collate, micro_batches
+from posttrain.rl.training.adapters import AdapterProbe, adapters_off
 from posttrain.rl.training.config import TrainingConfig
-from posttrain.rl.training.policy import PAD_ID, load_token_policy, sample_logprobs
+from posttrain.rl.training.forward import dealt, forward_share
+from posttrain.rl.training.policy import load_token_policy, sample_logprobs
 from posttrain.rl.training.protocol import SkippedUpdate, StepResult
 from posttrain.rl.training.samples import TrainSample, token_advantage_std
 from posttrain.sampling.manifests import Manifest
@@ -70,12 +71,14 @@ class PolicyTrainer:
             config.sampling.temperature,
             config.gradient_checkpointing,
             shared_prefixes=config.shared_prefixes,
+            lora=config.lora,
         )
         module = policy.to(self._device)
         self._policy = module.policy
         self._engine = start_engine(module, config.parallel, config.optimizer, dtype=config.model.dtype)
         if config.parallel.zero == 3:
             module.share_head()
+        self._probe = AdapterProbe(self._policy) if config.lora is not None else None
         has_routers = native_layers(self._policy) is not None
         self._routers = RouterBalance(self._policy, config.model.router.bias_rate) if has_routers else None
         self._tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
@@ -90,7 +93,7 @@ class PolicyTrainer:
 
     def publish(self) -> Manifest | None:
         """See `Trainer.publish`."""
-        items = whole_tensors(self._engine.module)
+        items = sent_tensors(self._engine.module)
         values = (value for _, value in read_weights(items))
         if self._rank:
             for _ in values:  # take part in gathering the tensors, which rank 0 writes
@@ -99,10 +102,20 @@ class PolicyTrainer:
         specs = [TensorSpec(item.name, item.dtype, item.shape) for item in items]
         return self._weights.publish(specs, values, self.policy_version)
 
-    def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
-        """Log-probabilities of each sample's trained tokens under the current policy, in the order given."""
+    def probe(self, size: float) -> Manifest | None:
+        """See `Trainer.probe`."""
+        assert self._probe is not None  # only a training with `lora` is probed
+        if size:
+            self._probe.set(size)
+        else:
+            self._probe.restore()
+        return self.publish()
+
+    def logprobs(self, samples: Sequence[TrainSample], adapters: bool = True) -> list[list[float]]:
+        """See `Trainer.logprobs`."""
         self._engine.eval()
-        return sample_logprobs(self._engine, samples, self._config.micro_batch_tokens, device=self._device)
+        with nullcontext() if adapters else adapters_off(self._policy):
+            return sample_logprobs(self._engine, samples, self._config.micro_batch_tokens, device=self._device)
 
     def step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
         """See `Trainer.step`.
@@ -198,6 +211,10 @@ class PolicyTrainer:
         policy = self._engine.module.policy
         export_model(policy, self._policy.config, architecture, tokenizer=self._tokenizer, path=folder)
 
+    def save_adapter(self, folder: str) -> None:
+        """Write the policy's adapters, on the base that is the model from which the training started."""
+        export_adapter(self._policy, self._config.model.path, tokenizer=self._tokenizer, path=folder)
+
     def save_checkpoint(self, folder: str, controller: dict[str, Any]) -> None:
         """See `Trainer.save_checkpoint`."""
         with folder_of_first_rank(folder) as aside:
@@ -224,66 +241,6 @@ class PolicyTrainer:
     def close(self) -> None:
         """Remove the shared-memory segments."""
         self._weights.close()
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardShare:
-    """One forward's share of the loss of its step, and the tensors from which it was computed."""
-
-    loss: torch.Tensor
-    inputs: LossInputs
-    outputs: LossOutputs
-    entropy_T: torch.Tensor
-
-
-def forward_share(
-    policy: Any,
-    chunk: Sequence[TrainSample],
-    samples: Sequence[TrainSample],
-    *,
-    config: LossConfig,
-    max_tokens: int,
-    device: str,
-) -> ForwardShare:
-    """Run one micro-batch, `chunk`, of the step's `samples`. The shares of all micro-batches add up to the step's loss.
-
-    policy: a `TokenPolicy`, or an engine around one. max_tokens: the longest reply that could be sampled.
-    """
-    batch = collate(chunk, PAD_ID, device, shared=policy.shares_prefixes)
-    policy_T, entropy_T, router_loss = policy(batch)
-    inputs = loss_inputs(policy_T, batch, max_tokens)
-    outputs = LOSSES[config.name](inputs, config)
-    num_tokens = sum(sample.num_trained for sample in samples)
-    loss = batch_share(outputs, inputs, entropy_T, num_tokens=num_tokens, num_sequences=len(samples), config=config)
-    fed = sum(len(sample) - 1 for sample in chunk) / sum(len(sample) - 1 for sample in samples)
-    return ForwardShare(loss + fed * router_loss, inputs, outputs, entropy_T)
-
-
-def loss_inputs(policy_logprobs_T: torch.Tensor, batch: MicroBatch, max_tokens: int) -> LossInputs:
-    """The inputs of a loss: a micro-batch and the policy's log-probabilities of its trained tokens."""
-    return LossInputs(
-        policy_logprobs_T,
-        batch.sampler_logprobs_T,
-        batch.advantages_T,
-        batch.staleness_T,
-        batch.sequence_T,
-        max_tokens,
-        batch.ref_logprobs_T,
-    )
-
-
-def dealt(
-    samples: Sequence[TrainSample], max_tokens: int, *, shared: bool, rank: int, world: int
-) -> list[tuple[list[TrainSample], float]]:
-    """A rank's micro-batches of at most `max_tokens` tokens, each with its weight, 1 or 0; shared: as `micro_batches`.
-
-    Every rank gets the same number of micro-batches, because each forward is collective. If they cannot be divided
-    evenly, the last ranks run one sample again, with weight 0.
-    """
-    chunks = micro_batches(samples, max_tokens, shared=shared)
-    mine = [(chunk, 1.0) for chunk in chunks[rank::world]]
-    rounds = -(-len(chunks) // world)
-    return mine + [(chunks[0][:1], 0.0)] * (rounds - len(mine))
 
 
 def _over_ranks(found: dict[str, float], device: str, operation: Any = dist.ReduceOp.SUM) -> dict[str, float]:
