@@ -127,13 +127,21 @@ def ray_session() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def ranks(ray_session: None) -> Iterator[Any]:
-    """Ranks that stay for the tests of a module: SFT and DPO train on them, not on ranks of their own."""
-    from warm_ranks import warm_ranks
+@pytest.fixture(scope="session")
+def warm_ranks(ray_session: None) -> Iterator[Any]:
+    """Ranks that stay until the tests end."""
+    from warm_ranks import WarmRanks
 
-    with warm_ranks() as found:
-        yield found
+    ranks = WarmRanks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def ranks(warm_ranks: Any) -> Iterator[Any]:
+    """In the tests of a module that asks for this, SFT, RL and DPO train on warm ranks, not on ranks of their own."""
+    with warm_ranks.lent():
+        yield warm_ranks
 
 
 @pytest.fixture(scope="session")

@@ -56,9 +56,7 @@ def heard_turns(monkeypatch) -> dict[tuple[str, int], list[tuple[int, ...]]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(
-    ray_session, tiny_model, tmp_path, monkeypatch
-):
+def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(ranks, tiny_model, tmp_path, monkeypatch):
     """Half of each batch are episodes. Their process is killed in mid-episode; nothing is lost, and the run replays."""
     (tmp_path / "world.py").write_text(WORLD)
     sampled = heard_turns(monkeypatch)
@@ -145,7 +143,7 @@ print(json.dumps({"reward": row["seed"] % 997 / 997, "parts": {"letters": letter
 
 
 @pytest.mark.slow
-def test_an_agent_is_trained_on_the_ids_that_the_engine_delivered(ray_session, tiny_model, tmp_path, monkeypatch):
+def test_an_agent_is_trained_on_the_ids_that_the_engine_delivered(ranks, tiny_model, tmp_path, monkeypatch):
     """With the client of OpenAI. The gateway, an agent and the engine are killed in mid-episode; nothing is lost."""
     (tmp_path / "my_agent.py").write_text(AGENT)
 
@@ -193,7 +191,7 @@ def test_an_agent_is_trained_on_the_ids_that_the_engine_delivered(ray_session, t
 
 
 @pytest.mark.slow
-def test_an_episode_is_watched_turn_by_turn(ray_session, tiny_model, tmp_path):
+def test_an_episode_is_watched_turn_by_turn(ranks, tiny_model, tmp_path):
     """What is heard is what the engine sampled, in the order of the conversation."""
     (tmp_path / "world.py").write_text(WORLD)
     (tmp_path / "rows.jsonl").write_text('{"id": "a", "prompt": "one"}\n{"id": "b", "prompt": "two"}\n')

@@ -124,7 +124,7 @@ def read_rollouts(folder: Path):
 
 
 @pytest.mark.slow
-def test_rollouts_straddle_updates_within_the_staleness_bound(ray_session, tiny_model, tmp_path):
+def test_rollouts_straddle_updates_within_the_staleness_bound(ranks, tiny_model, tmp_path):
     """Replies much longer than a trainer step are trained with the versions that sampled them, token by token."""
     config = make_config(
         tmp_path,
@@ -177,7 +177,7 @@ def test_rollouts_straddle_updates_within_the_staleness_bound(ray_session, tiny_
 
 
 @pytest.mark.slow
-def test_groups_that_grow_too_old_are_dropped_where_nobody_waits(ray_session, tiny_model, tmp_path):
+def test_groups_that_grow_too_old_are_dropped_where_nobody_waits(ranks, tiny_model, tmp_path):
     """Replies much longer than a trainer step with `staleness: drop`; running replies keep their KV cache."""
     config = make_config(
         tmp_path,
@@ -201,7 +201,7 @@ def test_groups_that_grow_too_old_are_dropped_where_nobody_waits(ray_session, ti
 
 @pytest.mark.slow
 def test_groups_that_teach_nothing_are_replaced_and_a_curriculum_leaves_their_prompts_alone(
-    ray_session, tiny_model, tmp_path
+    ranks, tiny_model, tmp_path
 ):
     rows = rows_of(["math"], 10) + [row | {"id": f"flat-{row['id']}"} for row in rows_of(["math"], 10, flat=True)]
     failing = [("none", 3), ("nan", 2), ("raise", 1), ("hang", 1)]
@@ -237,7 +237,7 @@ def test_groups_that_teach_nothing_are_replaced_and_a_curriculum_leaves_their_pr
 
 
 @pytest.mark.slow
-def test_training_raises_the_reward(ray_session, tiny_model, tmp_path):
+def test_training_raises_the_reward(ranks, tiny_model, tmp_path):
     config = make_config(
         tmp_path,
         tiny_model,
@@ -253,7 +253,7 @@ def test_training_raises_the_reward(ray_session, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_engines_follow_a_trainer_of_two_ranks(ray_session, tiny_model, tmp_path):
+def test_engines_follow_a_trainer_of_two_ranks(ranks, tiny_model, tmp_path):
     """Experts divided between the ranks, weights by ZeRO-3: what is published is what the engines must have."""
     config = make_config(
         tmp_path,
@@ -274,7 +274,7 @@ def test_engines_follow_a_trainer_of_two_ranks(ray_session, tiny_model, tmp_path
 
 
 @pytest.mark.slow
-def test_training_is_refused_when_sampler_and_trainer_disagree(ray_session, tiny_model, tmp_path):
+def test_training_is_refused_when_sampler_and_trainer_disagree(ranks, tiny_model, tmp_path):
     config = make_config(tmp_path, tiny_model, rows_of(["math"]), parity_tolerance=1e-12)
     with pytest.raises(StageError, match="disagree on the log-probabilities"):
         run_stage(config, tmp_path / "rl")
@@ -282,14 +282,14 @@ def test_training_is_refused_when_sampler_and_trainer_disagree(ray_session, tiny
 
 
 @pytest.mark.slow
-def test_training_stops_when_no_group_has_an_advantage(ray_session, tiny_model, tmp_path):
+def test_training_stops_when_no_group_has_an_advantage(ranks, tiny_model, tmp_path):
     config = make_config(tmp_path, tiny_model, rows_of(["math"], flat=True), stop_after_idle_steps=2)
     with pytest.raises(StageError, match="groups in a row taught nothing"):
         run_stage(config, tmp_path / "rl")
 
 
 @pytest.mark.slow
-def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ray_session, tiny_model, tmp_path):
+def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ranks, tiny_model, tmp_path):
     """SIGKILL of the actor, then SIGSTOP of the core of its successor, each with groups in flight."""
     config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=9, sampling={"max_tokens": 120})
     done = []
@@ -332,7 +332,7 @@ def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ray
 
 @pytest.mark.slow
 @pytest.mark.full  # three engines to start
-def test_an_engine_that_is_killed_while_it_takes_anothers_place_is_replaced_too(ray_session, tiny_model, tmp_path):
+def test_an_engine_that_is_killed_while_it_takes_anothers_place_is_replaced_too(ranks, tiny_model, tmp_path):
     config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=10, sampling={"max_tokens": 200})
     folder = tmp_path / "rl"
     killed = []
@@ -372,7 +372,7 @@ def test_an_engine_that_is_killed_while_it_takes_anothers_place_is_replaced_too(
 
 @pytest.mark.slow
 @pytest.mark.full  # the one that kills an engine freezes a core too
-def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ray_session, tiny_model, tmp_path, monkeypatch):
+def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ranks, tiny_model, tmp_path, monkeypatch):
     """In a deterministic run nothing is sent to an engine that lacks a version: its taking of weights must find out."""
     from posttrain.sampling.worker_weights import WorkerWeights
 
@@ -429,7 +429,7 @@ def kill_when(child, ready):
 @pytest.mark.slow
 @pytest.mark.full  # test_rl_faults.py kills more
 @pytest.mark.timeout(500)
-def test_a_killed_run_continues_from_its_checkpoint(ray_session, tiny_model, tmp_path):
+def test_a_killed_run_continues_from_its_checkpoint(ranks, tiny_model, tmp_path):
     """SIGKILL in mid-training; the second run goes on from the commit, trains every step once, and can be replayed."""
     config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=24, checkpoint_every=2)
     folder = tmp_path / "rl"
@@ -466,7 +466,7 @@ def test_a_killed_run_continues_from_its_checkpoint(ray_session, tiny_model, tmp
 @pytest.mark.slow
 @pytest.mark.full  # three starts of a stage
 @pytest.mark.timeout(500)
-def test_a_deterministic_run_that_was_killed_equals_one_that_was_not(ray_session, tiny_model, tmp_path):
+def test_a_deterministic_run_that_was_killed_equals_one_that_was_not(ranks, tiny_model, tmp_path):
     """Bit for bit: the weights, and every rollout that was trained on."""
     rows = rows_of(["math"], 10) + [row | {"id": f"flat-{row['id']}"} for row in rows_of(["math"], 4, flat=True)]
     config = make_config(
@@ -505,7 +505,7 @@ def deterministic(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def longer(ray_session, deterministic, tmp_path_factory):
+def longer(ranks, deterministic, tmp_path_factory):
     """A stage that was finished after two steps and then asked for a third. Also what was there after two."""
     folder = tmp_path_factory.mktemp("longer") / "rl"
     run_stage(deterministic(2), folder)

@@ -103,7 +103,7 @@ def test_the_reward_is_the_expected_place_among_the_labels():
 
 
 @pytest.mark.slow
-def test_rewards_are_what_the_judge_says_though_it_is_killed(ray_session, tiny_model, tmp_path, monkeypatch):
+def test_rewards_are_what_the_judge_says_though_it_is_killed(ranks, tiny_model, tmp_path, monkeypatch):
     """Every reward is the judge's, recomputed with another implementation; nothing is scored or dropped without it."""
     import pyarrow.parquet as pq
     import ray

@@ -90,7 +90,7 @@ def check_by_itself(config: RlConfig, folder: Path) -> tuple[float, list[bool]]:
 
 
 @pytest.mark.slow
-def test_probes_and_evaluations_run_beside_the_training(ray_session, tiny_model, tmp_path):
+def test_probes_and_evaluations_run_beside_the_training(ranks, tiny_model, tmp_path):
     config = make_config(
         tmp_path,
         tiny_model,
@@ -166,7 +166,7 @@ def test_probes_and_evaluations_run_beside_the_training(ray_session, tiny_model,
 
 @pytest.mark.slow
 @pytest.mark.full  # two engines to start
-def test_of_two_workers_one_is_kept_at_its_version_and_the_other_goes_on(ray_session, tiny_model, tmp_path):
+def test_of_two_workers_one_is_kept_at_its_version_and_the_other_goes_on(ranks, tiny_model, tmp_path):
     config = make_config(
         tmp_path,
         tiny_model,
@@ -208,7 +208,7 @@ def test_of_two_workers_one_is_kept_at_its_version_and_the_other_goes_on(ray_ses
 
 @pytest.mark.slow
 @pytest.mark.full  # test_rl.py kills one in training
-def test_an_engine_is_killed_while_it_evaluates(ray_session, tiny_model, tmp_path):
+def test_an_engine_is_killed_while_it_evaluates(ranks, tiny_model, tmp_path):
     """Strictly on-policy, so that the training waits for each evaluation; one is begun anew, nothing is lost."""
     config = make_config(
         tmp_path,

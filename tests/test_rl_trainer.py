@@ -17,13 +17,13 @@ from msgspec import to_builtins
 from msgspec.structs import replace
 from rollout_records import reply_sample
 from tiny_policy import save_tiny_policy
+from warm_ranks import LentGroup
 
 from posttrain.config.base import validate_config
 from posttrain.config.resources import TrainerResources
 from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError, StageError
 from posttrain.model.load import load_model
-from posttrain.parallel.ranks import RankGroup
 from posttrain.parallel.tensors import read_weights, whole_tensors
 from posttrain.rl.config import RlConfig
 from posttrain.rl.losses import LOSSES, LossInputs
@@ -252,8 +252,8 @@ def plain_adapters():
 
 
 @pytest.fixture(scope="module")
-def two_ranks(ray_session):
-    group = RankGroup(ParallelConfig(processes=2), TrainerResources(cpus=0.25), Cases)
+def two_ranks(ranks):
+    group = LentGroup(ranks, ParallelConfig(processes=2), TrainerResources(), Cases)
     yield group
     group.close()
 
@@ -445,7 +445,7 @@ def test_when_training_stops_for_updates_that_were_left_out():
 
 
 @pytest.mark.slow
-def test_a_step_that_was_left_out_can_be_run_again_from_its_evidence(ray_session, model, tmp_path):
+def test_a_step_that_was_left_out_can_be_run_again_from_its_evidence(ranks, model, tmp_path):
     config = make_config(model, on_nonfinite="stop")
     broken = batch(0)
     broken[3] = replace(broken[3], advantage=math.inf)
