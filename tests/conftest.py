@@ -33,19 +33,24 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # else extensions report as leaked what is never collected
 
 
-# Files whose tests take minutes. They are started first: a long file that starts last leaves the other process idle.
+# Files whose tests take a minute or more, the longest first. They are started first: a long file that starts last
+# leaves the other process idle.
 LONG = (
     "test_quickstart.py",
     "test_rl_faults.py",
     "test_rl.py",
-    "test_rl_judge.py",
+    "test_pipeline_run.py",
+    "test_expert_parallel.py",
     "test_python.py",
+    "test_rl_judge.py",
     "test_sampling.py",
+    "test_vision_sft.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
