@@ -118,11 +118,14 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     rank, world, port, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    from posttrain.actors.garbage import large_imports
     from posttrain.parallel.ending import end_rank
     from posttrain.parallel.engine import join_ranks
 
     torch.set_num_threads(1)
-    join_ranks(rank, world, ("127.0.0.1", port))
+    with large_imports():  # `live_tensors` has a million objects less to look at
+        join_ranks(rank, world, ("127.0.0.1", port))
+        import posttrain.model.native  # noqa: F401
     for case in json.loads((folder / "cases.json").read_text()):
         if case["processes"] == world:
             result = measure(case)
