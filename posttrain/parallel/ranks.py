@@ -11,6 +11,7 @@ ranks.
 
 import asyncio
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,9 @@ LAST_S = 10.0  # for the last call before they are ended
 class _Rank:
     """The process of one rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
+        # torch is not imported yet. An actor with a `runtime_env` would not get a process that Ray has started already.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         self._made: Any = None
         # Until the object is made. Ray imports what its arguments need before it calls `start`.
         self._imports = contextlib.ExitStack()
@@ -90,13 +93,9 @@ class RankGroup:
         self._name = name
         self._lost = lost
         self._resources = resources
-        threads = str(max(1, int(resources.cpus)))
-        actor = ray.remote(_Rank).options(
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
-        )
-        self._ranks: list[Any] = [actor.remote() for _ in range(parallel.processes)]
+        threads = max(1, int(resources.cpus))
+        actor = ray.remote(_Rank).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
+        self._ranks: list[Any] = [actor.remote(threads) for _ in range(parallel.processes)]
         self._points = [rank.meeting_point.remote() for rank in self._ranks]
         self._places = [rank.place.remote() for rank in self._ranks]
         shared = [ray.put(argument) for argument in (make, *arguments)]

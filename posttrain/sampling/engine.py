@@ -39,6 +39,7 @@ class EngineActor:
     """A vLLM engine. Made a Ray actor by the registry; every method is a coroutine of one event loop."""
 
     def __init__(self, name: str, model: dict[str, Any], engine: dict[str, Any]):
+        # vLLM is not imported yet. An actor with a `runtime_env` would not get a process that Ray has started already.
         os.environ.update(ENGINE_ENV)
         self.name = name
         settings = EngineConfig(**engine)

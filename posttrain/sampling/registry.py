@@ -16,7 +16,7 @@ from posttrain.actors.processes import kill_process
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.resources import ActorResources
-from posttrain.sampling.arguments import ENGINE_ENV, read_model_config
+from posttrain.sampling.arguments import read_model_config
 from posttrain.sampling.engine import EngineActor
 
 REGISTRY_NAME = "engine-registry"
@@ -109,9 +109,7 @@ class EngineRegistry:
         name = f"engine-{self._made}"
         self._made += 1
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": 10_000}
-        actor: Any = (
-            ray.remote(EngineActor).options(**options, runtime_env={"env_vars": ENGINE_ENV}).remote(name, model, engine)
-        )
+        actor: Any = ray.remote(EngineActor).options(**options).remote(name, model, engine)
         held = _Held(name, signature, actor, actor.where.remote(), stage, model, engine, cpus, gpus)
         self._held.append(held)
         return held
