@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -168,7 +168,7 @@ def plain(value: Any) -> Any:
         return (type(value).__name__, *(plain(getattr(value, item.name)) for item in dataclasses.fields(value)))
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):  # a list, or records on disk
         return [plain(item) for item in value]
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
