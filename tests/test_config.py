@@ -119,7 +119,7 @@ def test_a_reference_in_braces_must_be_quoted(text, variables):
         ("a: 1\nb: 2\na: 3\n", "line 3: key 'a' appears twice"),
         ("a: [1, 2\n", "line "),
         ("- 1\n- 2\n", "holds list, but must hold a mapping of keys to values"),
-        ("", "holds NoneType"),
+        ("", "is empty, but must hold a mapping of keys to values"),
         ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
     ],
 )

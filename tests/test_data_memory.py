@@ -224,3 +224,19 @@ def test_held_out_rows_are_compared_by_their_content(tmp_path: Path) -> None:
     kept, apart = split(rows, (prompt_key(row.messages) for row in rows), config.held_out)
     texts = [{row.messages[0].text for row in side} for side in (kept, apart)]
     assert (len(kept) + len(apart), texts[0] & texts[1]) == (100, set())
+
+
+def test_a_json_list_is_read_alike_however_it_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items, and the place of an error, for every number of characters that are read at a time."""
+    import io
+
+    values = [{"a": [1, {"b": 'x"\\é'}], "n": -1.5e3}, 12, "text", [], None, True]
+    for space in ("", "\n  "):
+        text = f"{space}[{space}" + f"{space},{space}".join(json.dumps(value) for value in values) + f"{space}]{space}"
+        for size in range(1, 30):
+            monkeypatch.setattr(json_list, "CHUNK", size)
+            assert [value for value, _ in json_list.json_items(io.StringIO(text))] == values
+            with pytest.raises(ValueError, match=r"Expecting value: line 3 column 5 \(char 14\)"):
+                list(json_list.json_items(io.StringIO('[1,\n{"a":\n    x}]')))
+            with pytest.raises(ValueError, match=r"Extra data: line 2 column 1 \(char 3\)"):
+                list(json_list.json_items(io.StringIO("[]\n[]")))

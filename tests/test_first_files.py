@@ -12,8 +12,8 @@ import yaml
 from rollout_records import one_turn
 
 from posttrain.base.tokenizer import build_tokenizer
-from posttrain.cli.hints import key_paths
 from posttrain.cli.main import main
+from posttrain.config.base import key_paths
 from posttrain.data.rows import load_rows
 from posttrain.pipeline.kinds import KINDS, load_schema
 from posttrain.records import VersionSpan
@@ -215,3 +215,103 @@ def test_the_pages_example_and_its_wrapped_rewards_work(folder: Path, capsys: py
     for name, value in (("from_trl", 7), ("from_verl", 1.0)):
         assert validate("rl", f"reward.name=my_rewards.py:{name}") == 0, capsys.readouterr().err
         assert load_reward(f"my_rewards.py:{name}")(reply, rows[0]) == value
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a", "target": "b"}, "columns: {prompt: question, completion: target}"),
+        ({"Prompt": "a", "Response": "b"}, "columns: {prompt: Prompt, completion: Response}"),
+        ({"dialogue": [{"role": "user", "content": "a"}]}, "columns: {messages: dialogue}"),
+        ({"prompt": "a", "completion": "b", "response": "c"}, "completion and response: a row has one reply"),
+        ({"conversations": [{"from": "human", "text": "a"}]}, "no 'value': a turn has 'from' and 'value'"),
+        ({"messages": {"0": "a"}}, "messages: got {'0': 'a'}: must be a list of at least one message"),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, "rows of tokens cannot be read; give the text"),
+        ([{"prompt": "a"}], "if the file is one JSON list, name it .json"),
+    ],
+)
+def test_a_row_of_another_shape_says_how_it_is_named_here(row: Any, message: str, capsys) -> None:
+    Path("rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["data", "inspect", "rows.jsonl", "--kind", "supervised"]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("rows.csv", "prompt;completion\na;b\n", "the header is divided by ';'; columns of CSV are divided by commas"),
+        ("rows.csv", "prompt,prompt\na,b\n", "two columns of the header are named 'prompt'"),
+        ("rows.json", '{"version": 1, "data": [{"prompt": "a"}]}', "write the list under 'data' alone"),
+        ("rows.json", '[{"prompt": "a", "completion": "b"}] x', "not JSON: Extra data: line 1 column 38"),
+        ("rows.json", '[{"prompt": "a", "completion": "b"}\n {"prompt": "c"}]', "line 2 column 2"),
+        ("rows.json", '[{"prompt": "a", "completion": "b"},\n\n{"prompt": "c]', "line 3 column 12"),
+        ("rows.jsonl", '[\n {"prompt": "a"}\n]\n', "if the file is one JSON list, name it .json"),
+        ("rows.jsonl", "", "holds no rows; at least one is needed"),
+        ("rows.jsonl", '{"prompt": "a", "completion": "b", "tools": "none"}\n', "row 'rows.jsonl:1': tools: "),
+    ],
+)
+def test_a_file_of_another_shape_says_what_to_change(name: str, text: str, message: str, capsys) -> None:
+    Path(name).write_text(text)
+    assert main(["data", "inspect", name, "--kind", "supervised"]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.out + shown.err
+
+
+def test_a_bad_item_of_a_json_list_is_one_bad_row(capsys) -> None:
+    """The others are read, as in JSON lines."""
+    rows = (
+        '[{"prompt": "a", "completion": "b"}, {"prompt": "\\ud800", "completion": "b"}, {"prompt": "c", "x": 1e999}, 5]'
+    )
+    Path("rows.json").write_text(rows)
+    assert main(["data", "inspect", "rows.json", "--kind", "supervised"]) == 2
+    shown = capsys.readouterr().out
+    assert "1 supervised rows, 3 bad" in shown
+    assert "row 2: prompt: character 1 is half of a surrogate pair" in shown
+    assert "row 3: x: got inf, which JSON cannot hold" in shown
+    assert "row 4: holds int" in shown
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"model": "model"}, "model: got 'model': must be a section of keys, such as {path: model}"),
+        ({"data": ["train.jsonl"]}, "data: got ['train.jsonl']: must be a section of keys; its keys: path,"),
+        ({"model": {"path": "model", "chat_template": "chatml"}}, "such as {builtin: chatml}"),
+        ({"optimizer": 1e-5}, "optimizer: got 1e-05: must be a section of keys; its keys: learning_rate,"),
+        ({"packing": "no"}, "packing: got 'no': must be true or false (yes, no, on and off are text in YAML 1.2)"),
+        ({"lr": 1e-5}, "lr: unknown key; use optimizer.learning_rate"),
+        ({"schedule": "constant"}, "schedule: unknown key; did you mean 'optimizer.schedule'?"),
+        ({"bf16": True}, "bf16: unknown key; use model.dtype"),
+        ({"output_dir": "x"}, "output_dir: unknown key; it is an option of the command: --run-dir FOLDER"),
+        ({"max_seq_length": 9}, "max_seq_length: unknown key; use max_length"),
+        ({"data": {"path": "$HOME/x"}}, "environment variables are not expanded here"),
+    ],
+)
+def test_keys_of_other_tools_and_values_in_place_of_sections(extra: dict[str, Any], message: str, capsys) -> None:
+    Path("mine.yaml").write_text(yaml.safe_dump({**SHORTEST["sft"], **extra}))
+    assert main(["sft", "mine.yaml", "--dry-run"]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert len(shown.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["sft", "train.jsonl"], "train.jsonl: is a file of rows; give the YAML file of a config"),
+        (["sft", "."], ".: is a folder; give the YAML file of a config"),
+        (["data", "convert", "train.jsonl", "train.jsonl"], "train.jsonl: is one of the files that are read"),
+        (["data", "dedup", "train.jsonl", "--out", "x.jsonl", "--removed", "train.jsonl"], "is one of the files"),
+    ],
+)
+def test_a_command_names_the_wrong_file_and_leaves_it_as_it_was(command: list[str], message: str, capsys) -> None:
+    before = Path("train.jsonl").read_text()
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert Path("train.jsonl").read_text() == before
+
+
+def test_the_version_is_printed(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"posttrain \d+\.\d+\.\d+\n", capsys.readouterr().out)

@@ -118,6 +118,17 @@ def _text(found: dict[str, Any], unit: str) -> str:
     return "\n".join([*lines, *found["problems"]])
 
 
+def check_output(config: Any, *outputs: Path | None) -> None:
+    """Raise `DataError` if an output is a file of the data that are read: it would be replaced while it is read."""
+    from posttrain.errors import DataError
+
+    inputs = [Path(path).resolve() for path in ([config.path] if isinstance(config.path, str) else config.path)]
+    for out in outputs:
+        place = out.resolve() if out is not None else None
+        if place is not None and (place in inputs or (place.exists() and set(inputs) & set(place.parents))):
+            raise DataError(f"{out}: is one of the files that are read; name another file")
+
+
 @data_app.command()
 def convert(
     path: DataPath,
@@ -135,6 +146,7 @@ def convert(
     from posttrain.files import write_jsonl
 
     config = data_config(path, settings)
+    check_output(config, out)
     found = data_kind(config, kind)
     if found == "pairs":
         typer.echo(f"{write_pairs(out, store_pairs(config))} pairs: {out}")

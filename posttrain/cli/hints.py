@@ -2,12 +2,9 @@
 `optimizer.learning_rate=1e-5`.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from pydantic import BaseModel
-
-from posttrain.config.base import sections_of
+from posttrain.config.base import key_paths
 from posttrain.pipeline.kinds import KINDS, load_schema
 
 SHOWN = 3
@@ -38,13 +35,3 @@ def _value_of(option: str, words: Sequence[str]) -> str:
         if name == option.partition("=")[0]:
             return value if sign else next(iter(words[place + 1 : place + 2]), "VALUE")
     return "VALUE"
-
-
-def key_paths(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The key paths of a schema, such as optimizer.learning_rate: its own keys first, then those of each section."""
-    inner: list[tuple[Any, str]] = []
-    for name, field in schema.model_fields.items():
-        yield f"{prefix}{name}"
-        inner += [(section, f"{prefix}{name}.") for section in sections_of(field.annotation)]
-    for section, before in inner:
-        yield from key_paths(section, before)

@@ -6,7 +6,7 @@ Exit codes: 0 done; 2 the input is wrong; 3 the run failed and can be resumed; 1
 """
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -39,6 +39,23 @@ app.add_typer(rewards_app, name="rewards")
 app.add_typer(environments_app, name="environments")
 app.add_typer(data_app, name="data")
 app.add_typer(ledger_app, name="ledger")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"posttrain {version('posttrain')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """The post-training recipe behind Llama 4: judge filter, light SFT, asynchronous online RL, light DPO."""
 
 
 def main(arguments: list[str] | None = None) -> int:

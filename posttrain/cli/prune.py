@@ -11,7 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
-from posttrain.cli.data import DataPath, KindOption, Settings, data_app, data_config, data_kind, good_items, left_out
+from posttrain.cli.data import (
+    DataPath,
+    KindOption,
+    Settings,
+    check_output,
+    data_app,
+    data_config,
+    data_kind,
+    good_items,
+    left_out,
+)
 from posttrain.errors import ConfigError
 
 INTERVAL_S = 10.0
@@ -108,6 +118,7 @@ def _prune(
     from posttrain.files import replacing, write_jsonl
 
     config = data_config(path, settings)
+    check_output(config, out, listed)
     found_kind = data_kind(config, kind)
     left: list[str] = []
     read = gone = 0

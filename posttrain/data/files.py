@@ -127,7 +127,10 @@ def _read_file(file: Path, label: str) -> Iterator[Record]:
     try:
         for number, value, problem in reader(file):
             if not problem and not isinstance(value, dict):
-                value, problem = {}, f"holds {type(value).__name__}, but must hold an object with named fields"
+                hint = (
+                    "; if the file is one JSON list, name it .json" if isinstance(value, list) and number == 1 else ""
+                )
+                value, problem = {}, f"holds {type(value).__name__}, but must hold an object with named fields{hint}"
             yield Record(str(file), label, number, value, problem)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None

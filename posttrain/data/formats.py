@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.config.data import DataConfig
+from posttrain.data.aliases import example_of_columns
 from posttrain.data.messages import RowError, is_absent, is_flag_set, shown, to_messages
 from posttrain.data.turns import Kind
 from posttrain.records import Message
@@ -76,11 +77,11 @@ def renamed(value: Mapping[str, object], config: DataConfig) -> dict[str, Any]:
 
 def take_conversation(value: dict[str, Any], kind: Kind, config: DataConfig) -> tuple[Message, ...]:
     """Remove the columns of a conversation from a row and return it. Raises `RowError`."""
+    refuse_columns(value)
     found = config.format or detect(value, kind)
     if found == "pairs":
         raise RowError("format: pairs is for the dpo stage; set another, or leave it out")
     _require(value, found, kind)
-    refuse_columns(value)
     roles = config.roles
     if found == "text":
         if kind == "prompt":
@@ -98,7 +99,10 @@ def take_conversation(value: dict[str, Any], kind: Kind, config: DataConfig) -> 
     else:
         turns = take_turns(value, "prompt", "user", roles=roles)
         if kind == "supervised":
-            reply = next(name for name in REPLY_FIELDS if not is_absent(value.get(name)))
+            given = [name for name in REPLY_FIELDS if not is_absent(value.get(name))] or list(REPLY_FIELDS[:1])
+            if len(given) > 1 and value[given[0]] != value[given[1]]:
+                raise RowError(f"{' and '.join(given)}: a row has one reply; rename or remove one of these columns")
+            reply = given[0]
             turns += take_turns(value, reply, "assistant", roles=roles)
     if found == "kto" and kind == "supervised" and not label_of(value):
         raise RowError("label: got False: a reply that is marked as bad is not trained on; remove the row")
@@ -168,10 +172,8 @@ def _unknown(value: Mapping[str, object], kind: Kind) -> str:
         if (lacking := _lacking(value, name, kind)) and len(lacking) < len(_needed(name, kind))
     ]
     nearest = f"near are {'; '.join(near)}" if near else f"the formats are {', '.join(_COLUMNS)}"
-    return (
-        f"no known format; its columns are: {have}; {nearest}; set columns to name them, such as "
-        "columns: {prompt: question, completion: answer}"
-    )
+    example = example_of_columns(value)
+    return f"no known format; its columns are: {have}; {nearest}; set columns to name them, such as {example}"
 
 
 # --- functions that pairs.py uses too ---
@@ -186,7 +188,7 @@ def take_turns(
         turns = json_list(turns)
     elif isinstance(turns, str):
         turns = [{"role": role, "content": turns}]
-    if isinstance(turns, Mapping):
+    if isinstance(turns, Mapping) and ("role" in turns or "from" in turns):
         turns = [turns]
     if isinstance(turns, list):
         turns = [_turn(item, roles or {}, f"{name}[{index}]") for index, item in enumerate(turns)]
@@ -208,6 +210,9 @@ def _turn(item: object, roles: Mapping[str, str], where: str) -> Any:
         return item
     turn = dict(item)
     if "role" not in turn and "from" in turn:
+        if "value" not in turn and "content" not in turn:
+            have = ", ".join(map(str, turn))
+            raise RowError(f"{where}: no 'value': a turn has 'from' and 'value'; its keys are: {have}")
         turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
         roles = {**_SHAREGPT_ROLES, **roles}
     if isinstance(role := turn.get("role"), str):

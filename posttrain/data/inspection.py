@@ -16,7 +16,8 @@ from posttrain.data.kinds import DataKind, iter_items
 from posttrain.data.labelled import Labelled
 from posttrain.data.messages import RowError
 from posttrain.data.pairs import pair_format
-from posttrain.data.rows import Data, as_config
+from posttrain.data.rows import Data, as_config, shown_path
+from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
 
 BINS = 10
@@ -44,6 +45,7 @@ def inspect(
             problems += [str(item)] if len(problems) < MAX_SHOWN_PROBLEMS else []
             continue
         try:
+            tools_of(item.fields)
             lengths.append(length(item))
         except (DataError, RowError) as error:
             bad += 1
@@ -52,6 +54,8 @@ def inspect(
         capabilities[item.capability] += 1
         duplicates += seen.add(digest(item).hex(), "") is not None
         labels += Counter([("false", "true")[item.good]] if isinstance(item, Labelled) else [])
+    if not lengths and not bad:
+        raise DataError(f"{shown_path(data)}: holds no rows; at least one is needed")
     ordered = sorted(lengths)
     over = None if max_length is None or not ordered else sum(n > max_length for n in ordered) / len(ordered)
     return {

@@ -66,9 +66,10 @@ class _Source:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
+                found = self.error(error.msg, error.pos)
                 unfinished = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - _NEAR
                 if not unfinished or not self._more():
-                    raise self.error(error.msg, error.pos) from None
+                    raise found from None
                 continue
             if end == len(self._text) and self._more():  # a number may go on
                 continue
@@ -82,7 +83,9 @@ class _Source:
         value, _ = self.item()
         if self.next_character():
             return f"{self.error('Extra data')}; if it is JSON lines, name it .jsonl"
-        return f"holds {type(value).__name__}, but must hold a list of objects"
+        lists = [key for key, item in value.items() if isinstance(item, list)] if isinstance(value, dict) else []
+        hint = f"; write the list under {lists[0]!r} alone" if lists else ""
+        return f"holds {type(value).__name__}, but must hold a list of objects{hint}"
 
     def error(self, what: str, at: int | None = None) -> ValueError:
         """The error for the current position, or for `at` in the text."""

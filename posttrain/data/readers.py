@@ -101,7 +101,8 @@ def _read_jsonl(file: Path) -> Iterator[Parsed]:
             except UnicodeDecodeError as error:
                 yield number, {}, f"not UTF-8 (byte {line[error.start]:#04x} at position {error.start + 1})"
             except (ValueError, RecursionError) as error:
-                yield number, {}, f"not JSON: {error}"
+                hint = "; if the file is one JSON list, name it .json" if number == 1 and line[:1] == b"[" else ""
+                yield number, {}, f"not JSON: {error}{hint}"
 
 
 def _text_of(file: Path) -> TextIO:
@@ -138,6 +139,14 @@ def _read_csv(file: Path) -> Iterator[Parsed]:
     number = 0
     with _text_of(file) as text:
         reader = csv.DictReader(text, strict=True)
+        try:
+            names = list(reader.fieldnames or ())
+        except UnicodeDecodeError:
+            raise _not_utf8(file) from None
+        except csv.Error as error:
+            raise DataError(f"{file}: the header is not CSV: {error}") from None
+        if problem := _header_problem(names):
+            raise DataError(f"{file}: {problem}")
         while True:
             number += 1
             try:
@@ -148,11 +157,19 @@ def _read_csv(file: Path) -> Iterator[Parsed]:
                 raise _not_utf8(file) from None
             except csv.Error as error:
                 raise DataError(f"{file}: row {number}: not CSV: {error}") from None
-            width = len(reader.fieldnames or ())
             if None in row or None in row.values():
-                yield number, {}, f"does not have the header's {width} columns"
+                yield number, {}, f"does not have the header's {len(names)} columns"
             else:
                 yield number, {name: _cell(value) for name, value in row.items() if value != ""}, ""
+
+
+def _header_problem(names: list[str]) -> str:
+    """The error text for a header that names two columns alike, or that is not divided by commas."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        return f"two columns of the header are named {twice!r}; rename one"
+    sign = next((sign for sign in (";", "\t", "|") if len(names) == 1 and sign in names[0]), None)
+    return f"the header is divided by {sign!r}; columns of CSV are divided by commas" if sign else ""
 
 
 def _cell(value: str) -> Any:

@@ -156,7 +156,7 @@ def collect(
     """
     config = as_config(data)
     if context is not None:
-        context.phase(f"reading {_shown_path(data)}")
+        context.phase(f"reading {shown_path(data)}")
     with BadRows(context, keep=config.on_bad_row == "set_aside") as bad:
         for item in scan(data, parse, limit, identity=identity):
             if isinstance(item, BadRow):
@@ -166,7 +166,7 @@ def collect(
         if len(bad) and (config.on_bad_row == "fail" or not len(rows)):
             raise DataError("\n".join(bad.summary()))
         if not len(rows):
-            raise DataError(f"{_shown_path(data)}: holds no rows; at least one is needed")
+            raise DataError(f"{shown_path(data)}: holds no rows; at least one is needed")
         if len(bad):
             bad.set_aside(len(rows) + len(bad))
 
@@ -175,20 +175,21 @@ def check(
     data: Data, parse: Callable[[Record, DataConfig], T], rows: int, *, identity: Callable[[T], str]
 ) -> list[str]:
     """Problems in the first `rows` rows, one line each."""
-    if "${" in _shown_path(data):
+    if "${" in shown_path(data):
         return []
     try:
         found = list(scan(data, parse, rows + 1, identity=identity))
     except DataError as error:
         return str(error).splitlines()
     if not found:
-        return [f"{_shown_path(data)}: holds no rows; at least one is needed"]
+        return [f"{shown_path(data)}: holds no rows; at least one is needed"]
     within = rows if len(found) > rows else None
     bad = [str(item) for item in found[:rows] if isinstance(item, BadRow)]
     return [] if as_config(data).on_bad_row == "set_aside" and len(bad) < len(found[:rows]) else summary(bad, within)
 
 
-def _shown_path(data: Data) -> str:
+def shown_path(data: Data) -> str:
+    """The paths of a dataset, for messages."""
     path = as_config(data).path
     return path if isinstance(path, str) else ", ".join(path)
 
