@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from posttrain.episodes.wire import ServerTool
 from posttrain.errors import PluginError
-from posttrain.scoring.pool.process import MARK
+from posttrain.scoring.pool.wire import MARK
 
 _MAX_PAGES = 100
 _TAIL = 300

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from posttrain.actors.processes import kill_marked
-from posttrain.scoring.pool.wire import FrameBuffer
+from posttrain.scoring.pool.wire import MARK, FrameBuffer
 
-MARK = "POSTTRAIN_REWARD_WORKER"  # the variable that marks what such a process starts
 _TAIL_BYTES = 4096
 _DRAIN_S = 0.3
 

@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from posttrain.records import RewardResult, Rollout, Row
 
+MARK = "POSTTRAIN_REWARD_WORKER"  # the variable by which everything is found that such a process starts
 HEADER_BYTES = 4
 MAX_REPLY_BYTES = 1 << 20
 T = TypeVar("T")
