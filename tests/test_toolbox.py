@@ -86,7 +86,10 @@ def test_the_tools_of_the_yaml_are_found_by_reading(functions):
         (["{file}:untyped"], "tool 'untyped'.*a tool has a type for every parameter"),
         (["{file}:missing"], "tool 'missing' is no function of this file"),
         (["nowhere.py:f"], "tool 'nowhere.py:f': there is no file"),
-        (["no_such_package.tools:f"], "tool 'no_such_package.tools:f': no module no_such_package"),
+        (
+            ["no_such_package.tools:f"],
+            "there is no source of module 'no_such_package.tools'",
+        ),
     ],
 )
 def test_a_tool_that_is_wrong_is_told_before_a_run(functions, tools, problem):

@@ -41,6 +41,26 @@ def environments_new(
     typer.echo(f"      posttrain environments try {where} --model MODEL --row prompts.jsonl")
 
 
+@environments_app.command("install")
+def environments_install(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="A file with PACKAGES, or reasoning_gym.", show_default=False),
+    ],
+    folder: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="The new interpreter's folder. Default: .venv-NAME.")
+    ] = None,
+) -> None:
+    """Make an interpreter of its own for an environment or a reward: a venv with the packages that its file names.
+
+    Example: posttrain environments install reasoning_gym
+    """
+    from posttrain.reward_tools.install import install
+
+    python = install(name, folder)
+    typer.echo(f"installed; beside its name in the YAML: python: {shlex.quote(str(python))}")
+
+
 @environments_app.command("try")
 def environments_try(
     name: Annotated[

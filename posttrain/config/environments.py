@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from posttrain.config.base import Config
-from posttrain.config.fields import Positive
+from posttrain.config.fields import PathText, Positive
 
 OF_ENVIRONMENT = "posttrain.rewards.environment:of_environment"  # named where no row needs another reward
 AGENT = "posttrain.episodes.agents.environment:agent"  # what `command` is short for
@@ -48,6 +48,11 @@ class EnvironmentFunctionConfig(Config):
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments that the function is called with."
+    )
+    python: PathText | None = Field(
+        default=None,
+        description="Another interpreter, in which the environment runs with packages of its own, such as "
+        ".venv-other/bin/python (`posttrain environments install`). null: this one.",
     )
     tools: list[str | dict[str, Any]] | None = Field(
         default=None,
@@ -100,6 +105,7 @@ class EnvironmentConfig(Config):
     args: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments that the function `name` is called with."
     )
+    python: PathText | None = Field(default=None, description="The interpreter of `name`; see by_capability.python.")
     tools: list[str | dict[str, Any]] | None = Field(
         default=None, description="The tools of `name`; see by_capability.tools."
     )
@@ -137,7 +143,7 @@ class EnvironmentConfig(Config):
         """The environments by capability; that of all rows has the name WHOLE."""
         if self.name is None:
             return dict(self.by_capability)
-        return {WHOLE: EnvironmentFunctionConfig(name=self.name, args=self.args, tools=self.tools)}
+        return {WHOLE: EnvironmentFunctionConfig(name=self.name, args=self.args, tools=self.tools, python=self.python)}
 
     def key_of(self, capability: str) -> str | None:
         """The key in `functions` of the environment of rows with a capability; None if they have none."""
@@ -168,8 +174,8 @@ class EnvironmentConfig(Config):
                 f"has {'neither' if self.name is None else 'both'} name {'nor' if self.name is None else 'and'} "
                 "by_capability; give one: name is the environment of every row, by_capability that of some"
             )
-        if self.name is None and (self.args or self.tools is not None):
-            raise ValueError("args and tools go with name; under by_capability each environment has its own")
+        if self.name is None and (self.args or self.tools is not None or self.python is not None):
+            raise ValueError("args, tools and python go with name; under by_capability each environment has its own")
         return self
 
 

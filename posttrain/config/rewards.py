@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from posttrain.config.base import RESULT_STAYS, Config
-from posttrain.config.fields import Positive, Probability
+from posttrain.config.fields import PathText, Positive, Probability
 
 
 class RewardFunctionConfig(Config):
@@ -23,6 +23,11 @@ class RewardFunctionConfig(Config):
 class RewardConfig(RewardFunctionConfig):
     """A reward plug-in, and the reward processes that run it."""
 
+    python: PathText | None = Field(
+        default=None,
+        description="Another interpreter, in which the reward runs with packages of its own, such as "
+        ".venv-other/bin/python (`posttrain environments install`). null: this one.",
+    )
     workers: Annotated[int, Field(ge=1)] = Field(
         default=1, description="Number of reward processes that score side by side."
     )

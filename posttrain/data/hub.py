@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from posttrain.data.generated import SCHEME, generated_path
 from posttrain.data.readers import READERS, data_suffix
 from posttrain.errors import DataError
 
@@ -29,8 +30,11 @@ def local_path(path: str) -> Path:
 def located(path: str) -> tuple[Path, tuple[str, str] | None]:
     """(local path, (name, split)) of a dataset's name, downloading it if needed; (path, None) of any other path.
 
-    The split is "" if the name has none. Raises `DataError` if the dataset cannot be downloaded.
+    The split is "" if the name has none. The rows of a generator (generated.py) are made if needed. Raises `DataError`
+    if the dataset cannot be downloaded or made.
     """
+    if path.startswith(SCHEME):
+        return generated_path(path), None
     found = Path(path).expanduser()
     named = _NAME.fullmatch(path) if not found.exists() and is_name(path) else None
     return (snapshot(named[1]), (named[1], named[2] or "")) if named else (found, None)

@@ -1,5 +1,6 @@
 """Built-in environments: async functions (session, row) that talk with the policy and give the reward.
 
-calculator.py   the policy may have expressions computed
-tool_use.py     the policy may call the tools that the YAML names
+calculator.py      the policy may have expressions computed
+reasoning_gym.py   the scorers of reasoning-gym, as a reward
+tool_use.py        the policy may call the tools that the YAML names
 """

@@ -11,6 +11,7 @@ is the fault of one episode at most; all others begin again, with the turns that
 
 import asyncio
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from posttrain.config.environments import EnvironmentConfig
@@ -24,7 +25,7 @@ MEMORY_GIB = 8.0
 
 
 class EnvironmentPool:
-    """The environments of a config in `workers` processes."""
+    """The environments of a config in `workers` processes; as many for each interpreter, where some name another."""
 
     def __init__(self, config: EnvironmentConfig):
         self._config = config
@@ -41,16 +42,20 @@ class EnvironmentPool:
     @property
     def num_processes(self) -> int:
         """How many processes there are while the pool is open."""
-        return self._config.workers
+        return self._config.workers * len(self._interpreters())
 
     @property
     def limit(self) -> int | None:
         """How many episodes run at the same time; None if any number may."""
         return self._config.limit
 
-    def setup(self, notes: str) -> EnvironmentSetup:
-        """What a process is told to load. notes: the path of its notes. Raises PluginError for an unknown name."""
-        functions = self._config.functions.items()
+    def _interpreters(self) -> list[str]:
+        return list(dict.fromkeys(item.python or "" for item in self._config.functions.values()))
+
+    def setup(self, notes: str, python: str = "") -> EnvironmentSetup:
+        """What a process is told to load. notes: the path of its notes. python: its interpreter. Raises PluginError for
+        an unknown name."""
+        functions = [(key, item) for key, item in self._config.functions.items() if (item.python or "") == python]
         loaded = {
             key: LoadedEnvironment(
                 asdict(resolve(item.name, ENVIRONMENT)), dict(item.args), tuple(provided_tools(item.tools or ()))
@@ -68,26 +73,31 @@ class EnvironmentPool:
     async def start(self) -> None:
         """Check the environments and start the processes. Raises PluginError if they cannot load them."""
         _check(self._config)
-        self._processes = [EnvironmentProcess(self.setup, self._changed) for _ in range(self.num_processes)]
+        self._processes = [
+            EnvironmentProcess(partial(self.setup, python=python), self._changed, python)
+            for python in self._interpreters()
+            for _ in range(self._config.workers)
+        ]
         failures = [why for why in await asyncio.gather(*(process.start() for process in self._processes)) if why]
         if failures:
             await self.close()
             raise PluginError(failures[0])
         self._watching = asyncio.create_task(self._watch())
 
-    async def begin(self, **fields: Any) -> Episode:
+    async def begin(self, environment: str, **fields: Any) -> Episode:
         """Begin an episode in a process that is ready, once there is a place for it. fields: those of `Begin` without
         the key. Raises EpisodeLost if no process can be started any more."""
-        while not (ready := [process for process in self._processes if process.is_ready]) or self._is_full:
-            if not ready and (why := next((process.broken_by for process in self._processes if process.broken_by), "")):
-                for process in self._processes:
+        able = [process for process in self._processes if process.has(environment)]
+        while not (ready := [process for process in able if process.is_ready]) or self._is_full:
+            if not ready and (why := next((process.broken_by for process in able if process.broken_by), "")):
+                for process in able:
                     process.restart()
                 raise EpisodeLost(f"no environment process could be started: {why}", is_cause=None)
             self._changed.clear()
             await self._changed.wait()
         self._num_episodes += 1
         process = min(ready, key=len)
-        return process.begin(Begin(self._num_episodes, **fields))
+        return process.begin(Begin(self._num_episodes, environment, **fields))
 
     @property
     def _is_full(self) -> bool:
@@ -108,4 +118,4 @@ class EnvironmentPool:
 
 def _check(config: EnvironmentConfig) -> None:
     for item in config.functions.values():
-        check_environment(item.name, item.args)
+        check_environment(item.name, item.args, python=item.python or "")

@@ -60,12 +60,14 @@ class EnvironmentProcess:
     """Keeps one process alive, with the episodes in it.
 
     setup: what it loads, for the path of its notes. changed: is set when it becomes ready, is given up, or has a
-    place again.
+    place again. python: the interpreter that runs it; "" for this one.
     """
 
-    def __init__(self, setup: Callable[[str], EnvironmentSetup], changed: asyncio.Event):
+    def __init__(self, setup: Callable[[str], EnvironmentSetup], changed: asyncio.Event, python: str = ""):
         self._setup = setup
+        self._python = python
         self._timeout_s = setup("").timeout_s
+        self._environments = frozenset(setup("").environments)
         self._changed = changed
         self._process: PluginProcess | None = None
         self._notes: Progress | None = None
@@ -79,6 +81,10 @@ class EnvironmentProcess:
 
     def __len__(self) -> int:
         return len(self._episodes)
+
+    def has(self, environment: str) -> bool:
+        """Whether episodes of an environment can begin in it."""
+        return environment in self._environments
 
     @property
     def pid(self) -> int | None:
@@ -96,6 +102,7 @@ class EnvironmentProcess:
             Loaded | Ask | Ended,
             on_messages=lambda messages: self._hear_all(process, messages),
             on_exit=lambda: self._on_exit(process),
+            python=self._python,
         )
         try:
             try:

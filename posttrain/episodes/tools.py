@@ -62,7 +62,7 @@ def check_environment_rows(config: EnvironmentConfig | None, rows: Sequence[Row]
     for row in rows:
         by_key.setdefault(config.key_of(row.capability), []).append(row)
     for key, function in config.functions.items():
-        check_environment(function.name, function.args)
+        check_environment(function.name, function.args, python=function.python or "")
         environment_tools(function)
         check_fields(RewardSpec(function.name, function.args), by_key.get(key, []), kind=ENVIRONMENT)
     return [row for row in rows if not config.gives_reward(row.capability)]

@@ -59,7 +59,7 @@ def run(config: EvalConfig, context: StageContext) -> dict[str, Any]:
 
 def evaluate(config: EvalConfig, context: StageContext) -> list[PromptReplies]:
     """The scored replies to every prompt, in the order of the data. Needs an initialised Ray session."""
-    check_reward(config.reward.name, config.reward.args)
+    check_reward(config.reward.name, config.reward.args, python=config.reward.python or "")
     rows, asked = prepare(config, context)
     groups = flights(asked)
     with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:

@@ -21,10 +21,10 @@ def plugin_problems(plugin: RewardFunctionConfig | EnvironmentFunctionConfig) ->
 
     try:
         if isinstance(plugin, EnvironmentFunctionConfig):
-            check_environment(plugin.name, plugin.args)
+            check_environment(plugin.name, plugin.args, python=plugin.python or "")
             environment_tools(plugin)
         else:
-            check_reward(plugin.name, plugin.args)
+            check_reward(plugin.name, plugin.args, python=getattr(plugin, "python", None) or "")
     except UserError as error:
         return [f".name: {line}" for line in str(error).splitlines()]
     return []

@@ -64,7 +64,7 @@ def reply_to(row: Row, text: str, *, is_whole: bool = True, index: int = 0) -> R
 def rows_of(path: str, reward: RewardConfig, limit: int | None = None) -> list[Row]:
     """The prompts of a file, folder or dataset. Raises PluginError for the reward, DataError for rows that it cannot
     score."""
-    check_reward(reward.name, reward.args)
+    check_reward(reward.name, reward.args, python=reward.python or "")
     rows = load_rows(DataConfig(path=path), kind="prompt", limit=limit)
     check_fields(RewardSpec(reward.name, reward.args), rows)
     return rows
@@ -108,7 +108,8 @@ def score(asked: Sequence[Asked], reward: RewardConfig, tell: Tell | None = None
         finally:
             await pool.close()
 
-    pool = RewardPool(RewardSpec(reward.name, reward.args), reward.workers, reward.timeout_s)
+    spec = RewardSpec(reward.name, reward.args, reward.python or "")
+    pool = RewardPool(spec, reward.workers, reward.timeout_s)
     scores = asyncio.run(run())
     return [Tried(what, row, rollout.text, scored) for (what, row, rollout), scored in zip(asked, scores, strict=True)]
 

@@ -50,12 +50,9 @@ def _found(tool: Any) -> tuple[ProvidedTool | None, list[dict[str, Any]]]:
         return BuiltinTool(tool), SCHEMAS[tool]
     if isinstance(tool, str) and ":" in tool:
         target = resolve_function(tool, "tool")
-        try:
-            path = function_file(target)
-        except ModuleNotFoundError as error:
-            raise PluginError(f"tool {tool!r}: {error}") from None
+        path = function_file(target)
         if path is None:
-            raise PluginError(f"tool {tool!r}: it has no source; write its schema out")
+            raise PluginError(f"tool {tool!r}: there is no source of module {target.module!r}; write its schema out")
         return FunctionTool(target.function, asdict(target)), [function_schema(path, target.function)]
     raise PluginError(f"{str(tool)[:80]!r} is no tool; {_FORMS}")
 

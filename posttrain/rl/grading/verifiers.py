@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from posttrain.config.rewards import RewardConfig, SystemsConfig
 from posttrain.episodes.tools import check_environment_rows
+from posttrain.errors import ConfigError
 from posttrain.records import Row
 from posttrain.rl.grading.config import GradingConfig, RlJudgeConfig
 from posttrain.scoring.plugins.lookup import RewardSpec
@@ -22,7 +23,9 @@ def reward_spec(reward: RewardConfig, systems: SystemsConfig) -> RewardSpec:
     task = {"name": reward.name, "args": reward.args}
     verifiers = {item.text: item.verifier.model_dump() for item in systems.instructions if item.verifier}
     if not verifiers:
-        return RewardSpec(reward.name, reward.args)
+        return RewardSpec(reward.name, reward.args, reward.python or "")
+    if reward.python:
+        raise ConfigError("reward", ["python: a reward in another interpreter cannot be combined with verifiers"])
     return RewardSpec(BY_SYSTEM, {"reward": task, "verifiers": verifiers})
 
 

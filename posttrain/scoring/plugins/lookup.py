@@ -19,6 +19,7 @@ from posttrain.errors import PluginError
 from posttrain.scoring.plugins.commands import AGENT, agent_problem
 from posttrain.scoring.plugins.foreign import how_to_wrap
 from posttrain.scoring.plugins.imports import check_imports
+from posttrain.scoring.plugins.interpreter import check_python, find_in
 from posttrain.scoring.plugins.source import find_module, read_module
 from posttrain.scoring.plugins.target import RewardFunction, Target, bind, import_target
 
@@ -40,10 +41,12 @@ ENVIRONMENT = Kind("environment", "posttrain.environments", ("session", "row"))
 
 @dataclass(frozen=True, slots=True)
 class RewardSpec:
-    """A reward function by name, and keyword arguments for it (JSON values)."""
+    """A reward function by name, and keyword arguments for it (JSON values). python: the interpreter that runs it; ""
+    for this one."""
 
     name: str
     args: Mapping[str, Any] = field(default_factory=dict)
+    python: str = ""
 
     @classmethod
     def of(cls, value: "str | RewardSpec | Mapping[str, Any]") -> "RewardSpec":
@@ -86,20 +89,26 @@ def load_reward(name: str, args: Mapping[str, Any] | None = None) -> RewardFunct
     return bind(function, args or {})
 
 
-def check_reward(name: str, args: Mapping[str, Any] | None = None) -> None:
-    """Raise PluginError unless the reward exists and can be called. No code of the reward is executed."""
+def check_reward(name: str, args: Mapping[str, Any] | None = None, *, python: str = "") -> None:
+    """Raise PluginError unless the reward exists and can be called. No code of the reward is executed.
+
+    python: the interpreter in which it will run; "" for this one.
+    """
     target = resolve(name)
-    _check_source(f"reward {name!r}", name, target, parameters=REWARD.parameters, args=args or {})
+    _check_source(f"reward {name!r}", name, target, parameters=REWARD.parameters, args=args or {}, python=python)
     for inner in inner_rewards(RewardSpec(name, args or {})):
         check_reward(inner.name, inner.args)
 
 
-def check_environment(name: str, args: Mapping[str, Any] | None = None) -> None:
-    """Raise PluginError unless the environment exists, is an async function and can be called. Executes nothing."""
+def check_environment(name: str, args: Mapping[str, Any] | None = None, *, python: str = "") -> None:
+    """Raise PluginError unless the environment exists, is an async function and can be called. Executes nothing.
+
+    python: as in `check_reward`.
+    """
     target = resolve(name, ENVIRONMENT)
     title = f"environment {name!r}"
-    _check_source(title, name, target, parameters=ENVIRONMENT.parameters, args=args or {})
-    path = function_file(target)
+    _check_source(title, name, target, parameters=ENVIRONMENT.parameters, args=args or {}, python=python)
+    path = _file_in(title, name, target, python=python)
     function = read_module(path).functions.get(target.function) if path else None
     if path and function and not function.is_async and target.function not in read_module(path).unknown:
         raise PluginError(f"{path}:{function.line}: {title} is a plain function; write async def {target.function}")
@@ -132,20 +141,34 @@ def resolve_function(name: str, what: str) -> Target:
 
 
 def function_file(target: Target) -> Path | None:
-    """The source file of a target; None where there is none. Raises ModuleNotFoundError for a missing module."""
-    return Path(target.path) if target.path else find_module(target.module)
+    """The source file of a target; None where there is none in this interpreter."""
+    try:
+        return Path(target.path) if target.path else find_module(target.module)
+    except ModuleNotFoundError:  # of a plug-in that runs in another one
+        return None
 
 
-def _check_source(title: str, name: str, target: Target, *, parameters: Sequence[str], args: Mapping[str, Any]) -> None:
+def _check_source(
+    title: str,
+    name: str,
+    target: Target,
+    *,
+    parameters: Sequence[str],
+    args: Mapping[str, Any],
+    python: str = "",
+) -> None:
     """Raise PluginError unless the target's source defines the function, and it can be called with these arguments.
 
     title: begins a message, as "reward 'math'". parameters: given by place. args: given by name.
+    python: the interpreter in which it runs.
     """
-    if target.path:
-        path: Path | None = Path(target.path)
-    else:
-        path = _module_file(title, name, target)
-    if path is None:  # a compiled module can only be checked by importing it
+    if python:
+        check_python(python)
+    path = _file_in(title, name, target, python=python)
+    if path is None:
+        if python:
+            return
+        # A compiled module can only be checked by importing it.
         import_target(target, title.partition(" ")[0])
         return
     module = read_module(path)
@@ -162,7 +185,20 @@ def _check_source(title: str, name: str, target: Target, *, parameters: Sequence
         hint = _did_you_mean(target.function, public)
         there = ", ".join(public) or "none"
         raise PluginError(f"{title}: no function {target.function!r} in {path}{hint}; functions there: {there}")
-    check_imports(title, path, target.function)
+    if not python:
+        check_imports(title, path, target.function)
+
+
+def _file_in(title: str, name: str, target: Target, *, python: str) -> Path | None:
+    """The source file of a target, as the interpreter that runs it sees it. Raises PluginError for a missing module."""
+    if target.path:
+        return Path(target.path)
+    if not python:
+        return _module_file(title, name, target)
+    path = find_in(python, target.module)
+    if path is None:
+        raise PluginError(f"{title}: {python} has no module {target.module!r}")
+    return path if path.suffix == ".py" else None
 
 
 def inner_rewards(spec: RewardSpec) -> list[RewardSpec]:

@@ -81,7 +81,7 @@ class RewardPool:
 
     async def start(self) -> None:
         """Check the plug-in and start the processes. Raises PluginError if they cannot load it."""
-        check_reward(self.spec.name, self.spec.args)
+        check_reward(self.spec.name, self.spec.args, python=self.spec.python)
         reports = Reports(
             self._replied, self._late, self._died, self._queue_in_front, self._dispatch, lambda _: self._dispatch()
         )
@@ -93,6 +93,7 @@ class RewardPool:
                 timeout_s=self.timeout_s,
                 start_timeout_s=self.start_timeout_s,
                 concurrency=self.concurrency,
+                python=self.spec.python,
             )
             for _ in range(self.num_processes)
         ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from posttrain.actors.processes import kill_marked
+from posttrain.scoring.plugins.interpreter import client_environment
 from posttrain.scoring.pool.wire import MARK, FrameBuffer
 
 _TAIL_BYTES = 4096
@@ -25,6 +26,7 @@ class PluginProcess(asyncio.SubprocessProtocol):
     """A running process. It calls `on_messages(messages)` for replies and, after the last, `on_exit()` once.
 
     program: the module that it runs, with the id of this process as its argument. replies: the type of its replies.
+    python: another interpreter that runs it; "" for this one.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class PluginProcess(asyncio.SubprocessProtocol):
         *,
         on_messages: Callable[[Iterator[Any]], None],
         on_exit: Callable[[], None],
+        python: str = "",
     ):
+        self._python = str(Path(python).expanduser()) if python else ""
         self._program = program
         self._on_messages = on_messages
         self._on_exit = on_exit
@@ -49,7 +53,7 @@ class PluginProcess(asyncio.SubprocessProtocol):
     async def start(self) -> None:
         """Start the process in a session of its own. Raises OSError if the system cannot."""
         loop = asyncio.get_running_loop()
-        command = [sys.executable, "-m", self._program, str(os.getpid())]
+        command = [self._python or sys.executable, "-m", self._program, str(os.getpid())]
         await loop.subprocess_exec(lambda: self, *command, start_new_session=True, env=self._environment())
 
     @property
@@ -142,8 +146,11 @@ class PluginProcess(asyncio.SubprocessProtocol):
         """The variables of the process: those of this process with its import path, one thread for numerical
         libraries, and the mark by which `kill` finds what it started.
         """
-        paths = [path or os.getcwd() for path in sys.path]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), MARK: self._token}
+        if self._python:
+            environment = {**client_environment(), MARK: self._token}
+        else:
+            paths = [path or os.getcwd() for path in sys.path]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), MARK: self._token}
         environment.setdefault("OMP_NUM_THREADS", "1")
         return environment
 

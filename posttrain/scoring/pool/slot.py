@@ -65,10 +65,23 @@ class Reports:
 
 
 class Slot:
-    """Keeps one reward process alive and feeds it. setup: the frame that tells a new process what to load."""
+    """Keeps one reward process alive and feeds it.
 
-    def __init__(self, setup: bytes, reports: Reports, *, timeout_s: float, start_timeout_s: float, concurrency: int):
+    setup: the frame that tells a new process what to load. python: the interpreter that runs it; "" for this one.
+    """
+
+    def __init__(
+        self,
+        setup: bytes,
+        reports: Reports,
+        *,
+        timeout_s: float,
+        start_timeout_s: float,
+        concurrency: int,
+        python: str = "",
+    ):
         self._setup = setup
+        self._python = python
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._concurrency = concurrency
@@ -104,6 +117,7 @@ class Slot:
             Loaded | Answer,
             on_messages=lambda messages: self._on_messages(process, messages),
             on_exit=lambda: self._on_exit(process),
+            python=self._python,
         )
         self._process = process
         try:

@@ -31,7 +31,7 @@ class RewardClient:
     """
 
     def __init__(self, reward: RewardConfig, resources: RewardResources, deadline_s: float = DEADLINE_S):
-        self.spec = RewardSpec(reward.name, reward.args)
+        self.spec = RewardSpec(reward.name, reward.args, reward.python or "")
         self.num_processes = reward.workers
         self.timeout_s = reward.timeout_s
         self._resources = resources
@@ -56,7 +56,7 @@ class RewardClient:
         """Start the actor and its processes. Raises PluginError if the reward cannot be loaded, StageError if an actor
         cannot be started.
         """
-        check_reward(self.spec.name, self.spec.args)
+        check_reward(self.spec.name, self.spec.args, python=self.spec.python)
         self._is_open = True
         try:
             await self._living()

@@ -1,0 +1,157 @@
+"""Plug-ins in an interpreter of their own, which has msgspec and a package that this one lacks, and nothing else."""
+
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from episodes_by_hand import play, question
+
+from posttrain.cli.main import main
+from posttrain.config.environments import EnvironmentConfig
+from posttrain.data.rows import load_rows
+from posttrain.episodes.tools import check_environment_rows
+from posttrain.errors import DataError, PluginError
+from posttrain.records import FinishReason, Prompt, Rollout
+from posttrain.reward_tools.install import adapters, install
+from posttrain.scoring.plugins.interpreter import check_python, client_path
+from posttrain.scoring.plugins.lookup import RewardSpec, check_environment, check_reward
+from posttrain.scoring.pool.pool import RewardPool
+
+PLUGINS = '''
+import importlib.util, sys
+import only_there
+
+PACKAGES = []
+REQUIRES = {"world": ["answer"]}
+FOREIGN = ("torch", "ray", "pydantic", "transformers")
+
+async def world(session, row):
+    """Name the interpreter."""
+    await session.sample()
+    await session.add("user", f"{sys.prefix} {[name for name in FOREIGN if importlib.util.find_spec(name)]}")
+    turn = await session.sample()
+    return only_there.score(turn.text, row.answer)
+
+def reward(rollout, row):
+    """Score a reply there."""
+    return only_there.score(rollout.text, row.answer)
+'''
+
+
+def told(text: str) -> Rollout:
+    return Rollout("p", "g", 0, Prompt((), (1,)), (), text, FinishReason.STOP)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a venv without pip, to whose packages msgspec and a module are added."""
+    folder = tmp_path_factory.mktemp("other")
+    venv.EnvBuilder(symlinks=True).create(folder)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "msgspec").symlink_to(Path(msgspec.__file__).parent)
+    (packages / "only_there.py").write_text("def score(said, answer):\n    return float(said == str(answer))\n")
+    return folder
+
+
+def test_an_interpreter_that_is_none_is_told(tmp_path):
+    with pytest.raises(PluginError, match=r"python: .*/nowhere is no interpreter; `posttrain environments install`"):
+        check_python(f"{tmp_path}/nowhere")
+    plain = tmp_path / "plain.txt"
+    plain.write_text("x")
+    with pytest.raises(PluginError, match="is no interpreter"):
+        check_python(str(plain))
+
+
+def test_the_other_interpreter_sees_this_package_and_no_other():
+    assert [item.name for item in client_path().iterdir()] == ["posttrain"]
+    assert (client_path() / "posttrain" / "rewards" / "coding.py").is_file()
+    assert (client_path() / "posttrain" / "episodes" / "session.py").is_file()
+
+
+@pytest.mark.slow  # starts interpreters
+def test_environments_and_rewards_run_in_the_interpreter_that_they_name(other, tmp_path, tiny_tokenizer):
+    file, python = tmp_path / "plugins.py", f"{other}/bin/python"
+    file.write_text(PLUGINS)
+    environments: dict[str, Any] = {
+        "there": {"name": f"{file}:world", "python": python},
+        "here": {"name": "posttrain.environments.tool_use:tool_use"},
+    }
+    rows = [question("a", capability="there"), question("b", capability="there", answer="5")]
+    rows.append(question("c", capability="here"))
+    config = EnvironmentConfig.model_validate({"by_capability": environments})
+    assert check_environment_rows(config, rows) == []
+    found = play(tiny_tokenizer, {"by_capability": environments}, rows, lambda _: "4")
+    scores = {name: rollouts[0].scored for name, rollouts in found.items()}
+    values = {name: scored.result.value for name, scored in scores.items() if scored and scored.result}
+    assert values == {"a": 1.0, "b": 0.0, "c": 1.0}
+    assert f"{other} []" in tiny_tokenizer.decode(found["a"][0].segments[1].token_ids)
+
+    pool = RewardPool(RewardSpec(f"{file}:reward", {}, python), 1, 60.0)
+    scored = pool.score_all([(told("4"), rows[0]), (told("5"), rows[0])])
+    assert [score.result and score.result.value for score in scored] == [1.0, 0.0]
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_the_other_interpreter_is_told_before_a_run(other, tmp_path):
+    file, python = tmp_path / "plugins.py", f"{other}/bin/python"
+    file.write_text(PLUGINS)
+    check_environment(f"{file}:world", python=python)
+    check_reward("only_there:score", {}, python=python)
+    for problem, name, given in (
+        ("imports only_there, which is not installed in", f"{file}:world", ""),
+        ("has no module 'not_there'", "not_there:f", python),
+        ("no function 'other' in", f"{file}:other", python),
+        ("cannot be run: ", f"{file}:world", "/bin/false"),
+    ):
+        with pytest.raises(PluginError, match=problem):
+            check_environment(name, python=given)
+    bare = tmp_path / "bare"
+    venv.EnvBuilder(symlinks=True).create(bare)
+    with pytest.raises(PluginError, match=r"has no msgspec; install it: .*-m pip install msgspec=="):
+        check_python(f"{bare}/bin/python")
+
+
+def test_what_cannot_be_installed_is_told(tmp_path, capsys):
+    assert "reasoning_gym" in adapters()
+    assert main(["environments", "install", "reasoning_gim"]) == 2
+    assert "'reasoning_gim' is no adapter and no file" in capsys.readouterr().err
+    plain = tmp_path / "plain.py"
+    plain.write_text("x = 1\n")
+    with pytest.raises(PluginError, match="it names no packages; write PACKAGES"):
+        install(str(plain))
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("reasoning-gym:leg_counting", "where size is how many rows are made"),
+        ("reasoning-gym:leg_counting?size=many", "where size is how many rows are made"),
+        ("reasoning-gym:?size=3", r"write reasoning-gym:DATASET\?size=500&seed=1"),
+        ("reasoning-gym:leg_counting?size=3", "reasoning-gym is not installed here; `posttrain environments install"),
+    ],
+)
+def test_a_generator_that_is_wrongly_named_is_told(source, problem):
+    with pytest.raises(DataError, match=problem):
+        load_rows(source, kind="prompt")
+
+
+@pytest.mark.slow
+@pytest.mark.full  # installs the real package, which takes minutes and an index
+def test_reasoning_gym_makes_rows_and_scores_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    python = install("reasoning_gym", tmp_path / "gym")
+    source = f"reasoning-gym:leg_counting?size=4&seed=3&max_animals=3&python={python}"
+    rows = load_rows(source, kind="prompt")
+    assert len({row.messages[0].text for row in rows}) == 4
+    assert rows == load_rows(source, kind="prompt")
+    pool = RewardPool(
+        RewardSpec("posttrain.environments.reasoning_gym:score", {"marker": "Answer:"}, str(python)), 1, 60.0
+    )
+    scored = pool.score_all([(told(f"So\nAnswer: {said}"), row) for row in rows for said in (row.answer, "no")])
+    assert [score.result and score.result.value for score in scored] == [1.0, 0.0] * 4
+    with pytest.raises(DataError, match="cannot make the rows: ValueError: Dataset 'legs' not registered"):
+        load_rows(f"reasoning-gym:legs?size=4&python={python}", kind="prompt")
+    assert "reasoning_gym" not in sys.modules
