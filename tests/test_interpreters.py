@@ -65,6 +65,11 @@ def test_an_interpreter_that_is_none_is_told(tmp_path):
         check_python(str(plain))
 
 
+def test_a_command_names_its_interpreter_itself():
+    with pytest.raises(ValueError, match="has both python and command; a command begins with its interpreter"):
+        EnvironmentConfig.model_validate({"command": ["python", "a.py"], "python": "x/bin/python"})
+
+
 def test_the_other_interpreter_sees_this_package_and_no_other():
     assert [item.name for item in client_path().iterdir()] == ["posttrain"]
     assert (client_path() / "posttrain" / "rewards" / "coding.py").is_file()

@@ -26,6 +26,8 @@ def _with_command(data: Any) -> Any:
     args = data.get("args") or {}
     if data.get("name") not in (None, *_AGENT_NAMES):
         raise ValueError(f"has both name ({data['name']}) and command, which is short for the name agent; give one")
+    if data.get("python") is not None:
+        raise ValueError("has both python and command; a command begins with its interpreter: [PYTHON, my_agent.py]")
     if not isinstance(args, dict):
         return data
     return {**data, "name": AGENT, "args": {**args, "command": data["command"]}, "command": None}
