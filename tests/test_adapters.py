@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from posttrain.cli.main import main
 from posttrain.config.base import validate_config
 from posttrain.config.training import LoraConfig
 from posttrain.context import StageContext
@@ -92,6 +93,20 @@ def test_peft_reads_the_adapters_and_merging_their_folder_is_the_trained_model(t
     tensors = whole_tensors(without_adapters(copy.deepcopy(trained)))
     merged = {item.name: value.clone() for item, value in read_weights(tensors)}
     assert all(torch.equal(value, merged[name]) for name, value in ours.state_dict().items())  # bit for bit
+
+
+def test_the_command_merges_adapters_and_refuses_what_is_none(written, policy, tmp_path, capsys):
+    assert main(["merge", str(written), str(tmp_path / "whole"), "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "whole")
+    merged = load_model(merge_adapter(written, "float32", target=tmp_path / "again")).state_dict()
+    assert all(torch.equal(value, merged[name]) for name, value in load_model(tmp_path / "whole").state_dict().items())
+    for arguments, words in (
+        ([str(policy), str(tmp_path / "new")], "it holds a whole model, with nothing to merge"),
+        ([str(written), str(tmp_path / "whole")], "it exists already"),
+        ([str(tmp_path / "none"), str(tmp_path / "new")], "no such folder"),
+    ):
+        assert main(["merge", *arguments]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 2.0}}, {"use_dora": True}])

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from posttrain.cli import prune  # noqa: F401  (adds its commands to data_app)
+from posttrain.cli import merge, prune  # noqa: F401  (add their commands to info_app and data_app)
 from posttrain.cli.data import data_app
 from posttrain.cli.environments import environments_app
 from posttrain.cli.info import info_app, ledger_app

@@ -136,8 +136,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     if is_adapter(folder):
         raise CheckpointError(
-            f"{folder}: holds adapters and no whole model; a stage merges them, and so does "
-            "posttrain.parallel.adapters.merge_adapter"
+            f"{folder}: holds adapters and no whole model; a stage merges them, and so does posttrain merge"
         )
     if not path.is_file():
         raise CheckpointError(f"{folder}: no config.json; a model folder must hold one")

@@ -18,9 +18,8 @@ def served_folder(path: str) -> Path:
         raise ConfigError(path, ["there is no such folder; give a model folder or the folder of a run"])
     found = _model_in(folder)
     if is_adapter(found):
-        raise ConfigError(
-            path, [f"{found} holds adapters of {base_folder(found)}; merge them into a model folder to serve them"]
-        )
+        holds = f"{found} holds adapters of {base_folder(found)}"
+        raise ConfigError(path, [f"{holds}; merge them into a model folder first: posttrain merge {found} FOLDER"])
     check_folder(found)
     return found.resolve()
 
