@@ -180,7 +180,7 @@ def with_engine(size: str, measure: Callable[[Sampler, Path, Path], Coroutine[An
 
 
 def turns8_vs_single() -> tuple[float, dict[str, Any]]:
-    async def measure(sampler: Sampler, folder: Path, _: Path) -> tuple[float, dict[str, Any]]:
+    async def measure(sampler: Sampler, folder: Path, model: Path) -> tuple[float, dict[str, Any]]:
         tokenizer = build_tokenizer()
         rates: dict[str, list[float]] = {"turns8": [], "single": []}
         config = EnvironmentConfig(name=f"{folder}/world.py:talk", args={"turns": TURNS})
