@@ -106,6 +106,14 @@ def test_targets_that_the_model_lacks_are_refused_in_validate(policy, data, lora
     )
 
 
+def test_layouts_in_which_adapters_cannot_be_trained_are_refused_in_validate(start, policy, data):
+    divided = {"parallel": {"processes": 2, "expert": 2, "zero": 3}}
+    (problem,) = input_problems(make_config(start, data, **divided), KINDS["sft"])  # its experts have adapters
+    assert problem.startswith("parallel.expert: got 2 with lora.target_parameters: AutoEP does not find experts")
+    assert input_problems(make_config(policy, data, lora={}, **divided), KINDS["sft"]) == []
+    assert input_problems(make_config(policy, data, **divided), KINDS["sft"]) == []
+
+
 def test_adapters_that_name_no_modules_cannot_be_continued(folder):
     change(folder, target_modules=[], target_parameters=None)
     assert "name no modules; list their names" in start_problems(model_section(folder), None)[0]

@@ -18,12 +18,14 @@ from posttrain.config.environments import WHOLE, EnvironmentConfig, EnvironmentF
 from posttrain.config.images import ImagesConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.rewards import RewardFunctionConfig
+from posttrain.config.training import ParallelConfig
 from posttrain.data.images.tiles import multimodal_config
 from posttrain.errors import CheckpointError, ConfigError, UserError
 from posttrain.judging.config import EndpointConfig
 from posttrain.model.adapter import base_folder
-from posttrain.model.adapter_start import start_problems
+from posttrain.model.adapter_start import start_problems, started_lora
 from posttrain.model.adapter_targets import target_problems
+from posttrain.parallel.engine import lora_problems
 from posttrain.pipeline.kinds import Rows, StageKind, kind_name
 from posttrain.pipeline.model_folders import model_folder_problems, quantized_problems
 from posttrain.pipeline.plugins import CHECKED_ROWS, plugin_problems, rows_without_fields
@@ -107,12 +109,20 @@ def _row_problems(config: BaseModel, kind: StageKind) -> list[str]:
 
 
 def _adapter_problems(config: BaseModel) -> list[str]:
-    """Where a section `lora` disagrees with the adapters that the stage goes on training, or with its model."""
+    """Where `lora` disagrees with adapters that are continued, with the model, or with the layout of the ranks."""
     model, lora = getattr(config, "model", None), getattr(config, "lora", None)
     if not isinstance(model, ServedModelConfig) or has_reference(model.path):
         return []
-    images = images_of(config) is not None
-    return [*start_problems(model, lora, images=images), *target_problems(model, lora)]
+    problems = start_problems(model, lora, images=images_of(config) is not None) or target_problems(model, lora)
+    parallel = getattr(config, "parallel", None)
+    if problems or not isinstance(parallel, ParallelConfig):
+        return problems
+    trained = started_lora(model, lora)
+    return (
+        [f"parallel.expert: got {parallel.expert}{line}" for line in lora_problems(parallel, trained)]
+        if trained
+        else []
+    )
 
 
 def _mixture_problems(config: BaseModel) -> list[str]:
