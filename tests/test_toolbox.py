@@ -109,9 +109,41 @@ def test_functions_answer_calls_and_their_failures_are_results(functions):
     assert results[1].startswith("Error: KeyError: 'gold' (shop.py:")
     assert results[2].startswith("Error: ValueError: Out of range float values are not JSON compliant")
     assert results[3].startswith("Error: TypeError: size() missing 1 required positional argument")
+    assert told.result is not None
     assert told.result.value == 1.0
     with pytest.raises(RuntimeError, match="the tool 'other' is declared by its schema only"):
         rehearse(TOOL_USE, question("r"), [called("other")], tools=[f"{functions}:price"])
+
+
+def test_functions_that_the_file_declares_share_its_state(tmp_path):
+    (tmp_path / "shelf.py").write_text(SHELF)
+    told = rehearse(f"{tmp_path}/shelf.py:shelf", question("r"), [called("take", item="tea"), "done"])
+    assert [message.text for message in told.messages if message.role == "tool"] == ["3 left"]
+    assert told.result is not None
+    assert told.result.value == 3.0
+
+
+SHELF = '''
+left = {}
+
+def take(item: str) -> str:
+    """Take an item.
+
+    Args:
+        item: Its name.
+    """
+    left[item] -= 1
+    return f"{left[item]} left"
+
+async def shelf(session, row):
+    left["tea"] = 4
+    assert [tool["function"]["name"] for tool in session.tools] == ["take", "look"]
+    await session.call_tools(await session.sample())
+    await session.sample()
+    return left["tea"]
+
+TOOLS = {"shelf": [take, {"type": "function", "function": {"name": "look"}}]}
+'''
 
 
 def test_a_long_result_is_cut_in_its_middle():

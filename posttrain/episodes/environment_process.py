@@ -48,9 +48,9 @@ def main() -> None:
     setup = msgspec.msgpack.decode(data, type=EnvironmentSetup)
     try:
         limit_memory(setup.memory_gib)
-        functions = {name: _load(item) for name, item in setup.environments.items()}
-        limits = Limits(**setup.sandbox)
-        kits = {name: ToolKit(item.tools, limits) for name, item in setup.environments.items()}
+        loaded = {name: _load(item, Limits(**setup.sandbox)) for name, item in setup.environments.items()}
+        functions = {name: function for name, (function, _) in loaded.items()}
+        kits = {name: kit for name, (_, kit) in loaded.items()}
         notes = Progress(setup.notes)
     except BaseException as error:
         reply(replies, Loaded(failed=reason(error)))
@@ -59,10 +59,10 @@ def main() -> None:
     asyncio.run(_Episodes(functions, kits, notes, timeout_s=setup.timeout_s, replies=replies).serve(requests))
 
 
-def _load(environment: LoadedEnvironment) -> Callable[..., Any]:
+def _load(environment: LoadedEnvironment, limits: Limits) -> tuple[Callable[..., Any], ToolKit]:
     module, function = import_target(Target(**environment.target), "environment")
     warm(module, environment.args)
-    return partial(function, **environment.args)
+    return partial(function, **environment.args), ToolKit(environment.tools, limits, beside=module)
 
 
 class _Episodes:

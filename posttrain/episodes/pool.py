@@ -16,7 +16,7 @@ from typing import Any
 
 from posttrain.config.environments import EnvironmentConfig
 from posttrain.episodes.process import LOOK_S, EnvironmentProcess, Episode, EpisodeLost
-from posttrain.episodes.toolbox.sources import provided_tools
+from posttrain.episodes.tools import environment_provided
 from posttrain.episodes.wire import Begin, EnvironmentSetup, LoadedEnvironment
 from posttrain.errors import PluginError
 from posttrain.scoring.plugins.lookup import ENVIRONMENT, check_environment, resolve
@@ -58,7 +58,7 @@ class EnvironmentPool:
         functions = [(key, item) for key, item in self._config.functions.items() if (item.python or "") == python]
         loaded = {
             key: LoadedEnvironment(
-                asdict(resolve(item.name, ENVIRONMENT)), dict(item.args), tuple(provided_tools(item.tools or ()))
+                asdict(resolve(item.name, ENVIRONMENT)), dict(item.args), tuple(environment_provided(item))
             )
             for key, item in functions
         }

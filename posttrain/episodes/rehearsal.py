@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.config.environments import EnvironmentFunctionConfig
 from posttrain.episodes.session import ContextFullError, Session, episode_result
-from posttrain.episodes.toolbox.sources import provided_tools, tool_schemas
 from posttrain.episodes.toolbox.toolbox import Toolbox, ToolKit
+from posttrain.episodes.tools import environment_provided, environment_tools
 from posttrain.episodes.wire import Ask, Begin, Full, PolicyTurn, Told
 from posttrain.records import Message, RewardResult, Row
 from posttrain.scoring.plugins.lookup import ENVIRONMENT, check_environment, resolve
@@ -46,7 +47,8 @@ def rehearse(
     Example: `rehearse("calculator", row, [PolicyTurn("", (ToolCall("calculate", {"expression": "6 * 7"}),)), "42"])`.
     """
     check_environment(name, args)
-    function: Any = import_target(resolve(name, ENVIRONMENT), "environment")[1]
+    module, function = import_target(resolve(name, ENVIRONMENT), "environment")
+    run_it: Any = function
     script = iter(said)
 
     def answer(_: Ask) -> None:
@@ -58,13 +60,14 @@ def rehearse(
             turn = PolicyTurn(turn, num_tokens=len(turn))
         session.take(Told(0, turn, (Message("assistant", turn.text, turn.tool_calls),), TOKENS_LEFT))
 
-    toolbox = Toolbox(ToolKit(provided_tools(tools)))
-    begin = Begin(0, name, None, row.messages, tool_schemas(tools), 0, TOKENS_LEFT)
+    known = EnvironmentFunctionConfig(name=name, args=dict(args or {}), tools=list(tools) or None)
+    toolbox = Toolbox(ToolKit(environment_provided(known), beside=module))
+    begin = Begin(0, name, None, row.messages, environment_tools(known), 0, TOKENS_LEFT)
     session = Session(begin, answer, lambda _: None, toolbox=toolbox)
 
     async def run() -> RewardResult | None:
         try:
-            return episode_result(await function(session, row, **(args or {})), session)
+            return episode_result(await run_it(session, row, **(args or {})), session)
         except ContextFullError:
             return episode_result(None, session, is_full=True)
         finally:

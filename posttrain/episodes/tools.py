@@ -5,8 +5,8 @@ A file declares them beside its environments, as the fields of a row that it nee
     TOOLS = {"calculator": [calculate]}
     REQUIRES = {"calculator": ["answer"]}
 
-A tool is a function of the same file with types and a docstring, or a schema that is written out. The file is read and
-not executed: of a function only the parameters and the docstring are looked at.
+A tool is a function of the same file with types and a docstring, or what the YAML may name (toolbox/sources.py). The
+file is read and not executed: of a function only the parameters and the docstring are looked at.
 """
 
 import ast
@@ -21,8 +21,8 @@ from posttrain.data.chat import RenderRow, render_prompt
 from posttrain.data.messages import RowError
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
-from posttrain.episodes.schemas import function_schema
-from posttrain.episodes.toolbox.sources import tool_schemas
+from posttrain.episodes.toolbox.sources import provided_tools, tool_schemas
+from posttrain.episodes.wire import ProvidedTool
 from posttrain.errors import DataError, PluginError
 from posttrain.records import Row
 from posttrain.scoring.plugins.lookup import ENVIRONMENT, RewardSpec, check_environment, function_file, resolve
@@ -102,9 +102,20 @@ def tools_problem(tools: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
+def environment_provided(environment: EnvironmentFunctionConfig) -> list[ProvidedTool]:
+    """The tools of an environment that its processes execute. Raises PluginError."""
+    return provided_tools(_declared(environment.name) if environment.tools is None else environment.tools)
+
+
 @cache
 def declared_tools(name: str) -> list[dict[str, Any]]:
     """The tools that an environment's file declares for it; none if it declares none. Raises PluginError."""
+    return tool_schemas(_declared(name))
+
+
+@cache
+def _declared(name: str) -> list[Any]:
+    """What the file declares, as it would be written in the YAML."""
     target = resolve(name, ENVIRONMENT)
     path = function_file(target)
     if path is None:
@@ -114,7 +125,8 @@ def declared_tools(name: str) -> list[dict[str, Any]]:
         if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             if any(isinstance(one, ast.Name) and one.id == "TOOLS" for one in targets):
-                return [_schema(path, entry) for entry in _entries(path, statement.value, target.function)]
+                entries = _entries(path, statement.value, target.function)
+                return [_written(path, entry, target.path or target.module) for entry in entries]
     return []
 
 
@@ -131,12 +143,12 @@ def _entries(path: Path, value: ast.expr, function: str) -> list[ast.expr]:
     )
 
 
-def _schema(path: Path, entry: ast.expr) -> dict[str, Any]:
+def _written(path: Path, entry: ast.expr, where: str) -> Any:
     if isinstance(entry, ast.Name):
-        return function_schema(path, entry.id, entry.lineno)
+        return f"{where}:{entry.id}"
     try:
-        return dict(ast.literal_eval(entry))
+        return ast.literal_eval(entry)
     except (ValueError, TypeError):
         raise PluginError(
-            f"{path}:{entry.lineno}: a tool in TOOLS must be a function of this file, or a schema that is written out"
+            f"{path}:{entry.lineno}: a tool in TOOLS must be a function of this file, or what the YAML may name"
         ) from None

@@ -6,6 +6,7 @@ A tool that fails answers with a text that begins with "Error:", which the polic
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from posttrain.episodes.toolbox.builtin import MAX_CHARS, call_builtin, cut, names_of
@@ -19,20 +20,25 @@ _Call = Callable[[Mapping[str, Any]], Any]
 
 
 class ToolKit:
-    """The tools of an environment, loaded once in a process. Raises PluginError for one that cannot be."""
+    """The tools of an environment, loaded once in a process. Raises PluginError for one that cannot be.
 
-    def __init__(self, tools: Sequence[ProvidedTool], limits: Limits | None = None):
+    beside: the environment's module; functions of the same file are taken from it, so that they share its state.
+    """
+
+    def __init__(self, tools: Sequence[ProvidedTool], limits: Limits | None = None, beside: ModuleType | None = None):
         self.limits = limits or Limits()
         self.builtin = [name for tool in tools if isinstance(tool, BuiltinTool) for name in names_of(tool.group)]
         self.servers = [tool for tool in tools if isinstance(tool, ServerTool)]
         self.shared = {at: ServerConnection(tool) for at, tool in enumerate(self.servers) if tool.is_shared}
         if self.servers:
             import mcp  # noqa: F401  takes a second, which no call must wait for
-        self.functions: dict[str, Callable[..., Any]] = {
-            tool.name: import_target(Target(**tool.target), "tool")[1]
-            for tool in tools
-            if isinstance(tool, FunctionTool)
-        }
+        self.functions = {tool.name: _function(tool, beside) for tool in tools if isinstance(tool, FunctionTool)}
+
+
+def _function(tool: FunctionTool, beside: ModuleType | None) -> Callable[..., Any]:
+    if beside is not None and tool.target["path"] is not None and tool.target["path"] == beside.__file__:
+        return getattr(beside, tool.name)
+    return import_target(Target(**tool.target), "tool")[1]
 
 
 class Toolbox:
