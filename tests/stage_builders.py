@@ -48,7 +48,9 @@ def write_inputs(folder: Path, model: Path) -> None:
     draw(folder / "dots.png", 1)
     draw(folder / "bars.png", 2)
     asked = {"messages": [{"role": "user", "content": "Sum: 1 + 1"}, {"role": "assistant", "content": "Answer: 2"}]}
-    _write(folder / "sft_pictures.jsonl", [{**asked, "images": ["dots.png", "bars.png"]}])
+    shown, turns = {"images": ["dots.png", "bars.png"]}, asked["messages"]
+    _write(folder / "sft_pictures.jsonl", [{**asked, **shown}])
+    _write(folder / "pairs_pictures.jsonl", [{"prompt": turns[:1], "chosen": "2", "rejected": "3", **shown}])
     (folder / "adapter_a").mkdir()
     adapters = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
     (folder / "adapter_a/adapter_config.json").write_text(
@@ -916,6 +918,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         router_bias, engine_settings, MODEL_ENGINE, trackers,
     ),
     "dpo": (
+        image_parts,
         resources_of("dpo"), dpo_arguments, dpo_loss, dpo_pairs, held_out, adapters, policy, router_bias,
         engine_settings, trackers,
     ),

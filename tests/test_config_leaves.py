@@ -300,6 +300,11 @@ TABLE: dict[str, dict[str, Any]] = {
         "values": {
             **TEMPLATES,
             "model.path": ["model_b"],
+            "images": [{}],
+            "images.root": ["pictures"],
+            "images.max_images": [1],
+            "images.freeze": [["vision"]],
+            "images.learning_rates": [{"projector": 1e-4}],
             "pairs.path": files("pairs"),
             "pairs.roles": [{"user": "assistant"}],
             "pairs.weights": [[1.0, 3.0]],
@@ -318,6 +323,7 @@ TABLE: dict[str, dict[str, Any]] = {
         },
         "given": {
             **templates_of("model"),
+            "images*": {"model.path": "model_vision", "pairs.path": "pairs_pictures.jsonl"},
             "pairs.special_*": {"pairs": {"path": "pairs_special.jsonl"}},
             "pairs.weights": {"pairs.path": ["pairs_a.jsonl", "pairs_b.jsonl"]},
             "pairs.mix_seed": {"pairs": {"path": ["pairs_a.jsonl", "pairs_b.jsonl"], "weights": [1.0, 1.0]}},

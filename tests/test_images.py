@@ -25,6 +25,7 @@ from posttrain.data.images.take import ImageReader
 from posttrain.data.images.tiles import NO_PICTURE, best_canvas, tile_rule
 from posttrain.data.rows import load_rows
 from posttrain.errors import CheckpointError, DataError
+from posttrain.model.tokenizer import load_tokenizer
 from posttrain.records import ImagePart, Message, TextPart
 
 ASK, ANSWER = "How many?", {"role": "assistant", "content": "Two."}
@@ -449,3 +450,28 @@ def test_a_text_model_shows_no_pictures(folder, tmp_path_factory, capsys):
     (folder / "rows.jsonl").write_text(json.dumps({"images": ["a.png"], "messages": user(ASK)}) + "\n")
     assert main(["data", "preview", str(folder / "rows.jsonl"), "--model", str(other)]) == 2
     assert "model_type is 'llama4_text', which takes no images" in capsys.readouterr().err
+
+
+def test_inspect_counts_pictures_and_their_tokens(folder, model, capsys):
+    """With a multimodal model; a picture that is missing makes its row bad."""
+    rows = [
+        {"images": ["a.png", "b.png"], "messages": user(f"<image> or <image>? {ASK}")},
+        {"messages": user(ASK)},
+        {"images": ["lost.png"], "messages": user(ASK)},
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["data", "inspect", str(folder / "rows.jsonl"), "--model", str(model), "--json"]
+    assert main(arguments) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["bad_rows"], found["pictures"]) == (2, 1, {"0": 1, "2": 1})
+    store, (row, _) = load(folder, *rows[:2])
+    (sample,) = samples_with_pictures(
+        load_tokenizer(model), row.messages, store, rule=tile_rule(model, load_tokenizer(model))
+    )
+    assert found["lengths"]["max"] == len(sample.ids)
+    assert "lost.png" in found["problems"][0]
+    (folder / "pairs.jsonl").write_text(
+        json.dumps({"images": ["a.png"], "prompt": ASK, "chosen": "2", "rejected": "3"})
+    )
+    assert main(["data", "inspect", str(folder / "pairs.jsonl"), "--model", str(model)]) == 0
+    assert "rows by pictures: 1 1" in capsys.readouterr().out

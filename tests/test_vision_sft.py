@@ -14,6 +14,7 @@ from vision_folder import draw, save_vision_policy, write_picture_rows
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
+from posttrain.data.images.section import STORE
 from posttrain.data.images.tiles import tile_rule
 from posttrain.errors import CheckpointError, ConfigError, DataError
 from posttrain.files import read_jsonl
@@ -58,7 +59,7 @@ def make_trainer(config: SftConfig, folder: Path) -> RowTrainer:
 
     context = make_context(folder)
     prepared = stage.prepare(config, context)
-    tiles = stage_tiles(config, folder)
+    tiles = stage_tiles(config, folder / STORE)
     assert config.images is not None
     return RowTrainer(
         model=load_policy(config.model, images=True),
@@ -155,7 +156,7 @@ def test_packed_rows_with_pictures_are_isolated_by_the_native_model(vision, rows
     config = make_config(vision, rows)
     context = make_context(tmp_path / "stage")
     examples = stage.prepare(config, context).examples
-    tiles = stage_tiles(config, context.dir)
+    tiles = stage_tiles(config, context.dir / STORE)
     model = load_policy(config.model, images=True)
     chosen = [item for item in examples if item.pictures][:2] + [item for item in examples if not item.pictures][:1]
     assert packing_difference(model, chosen, tiles) < 1e-5

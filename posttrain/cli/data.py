@@ -22,6 +22,8 @@ TemplateOption = Annotated[
     list[str] | None,
     typer.Option("--template", metavar="KEY=VALUE", help="A key of chat_template, such as builtin=qwen3."),
 ]
+ImagesRoot = Annotated[Path | None, typer.Option(help="Folder of all pictures. Default: that of the file of the row.")]
+MaxImages = Annotated[int, typer.Option(min=1, help="Most pictures of a row.")]
 KINDS = ("supervised", "prompt", "pairs", "labelled")
 BAR = 40
 
@@ -82,22 +84,37 @@ def inspect_data(
     model: Annotated[Path | None, typer.Option(help="Model folder: count tokens, not characters.")] = None,
     template: TemplateOption = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Print the share of longer rows.")] = None,
+    images_root: ImagesRoot = None,
+    max_images: MaxImages = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count rows, formats, capabilities, lengths, duplicates and problems. Exits with 2 if a row is bad.
 
+    With --model of a model that takes pictures, these are checked, and counted with their tokens.
+
     Example: posttrain data inspect data/sft.jsonl --model models/scout --max-length 4096
     """
+    import tempfile
+
+    from posttrain.data.images.render import Pictures
+    from posttrain.data.images.store import ImageStore
+    from posttrain.data.images.take import ImageReader
+    from posttrain.data.images.tiles import takes_pictures, tile_rule
     from posttrain.data.inspection import inspect
     from posttrain.data.lengths import character_length, token_length
 
     config = data_config(path, settings)
-    length = character_length
-    if model is not None:
-        from posttrain.model.tokenizer import load_tokenizer
+    length, images = character_length, None
+    with tempfile.TemporaryDirectory() as folder:
+        if model is not None:
+            from posttrain.model.tokenizer import load_tokenizer
 
-        length = token_length(load_tokenizer(str(model), _template(template)))
-    found = inspect(config, data_kind(config, kind), length, max_length=max_length)
+            tokenizer, pictures = load_tokenizer(str(model), _template(template)), None
+            if takes_pictures(model):
+                images = ImageReader(ImageStore(Path(folder) / "images"), root=images_root, max_images=max_images)
+                pictures = Pictures(images.store, tile_rule(model, tokenizer))
+            length = token_length(tokenizer, pictures)
+        found = inspect(config, data_kind(config, kind), length, max_length=max_length, images=images)
     typer.echo(json.dumps(found, indent=2) if as_json else _text(found, "tokens" if model else "characters"))
     if found["bad_rows"]:
         raise typer.Exit(2)
@@ -106,6 +123,7 @@ def inspect_data(
 def _text(found: dict[str, Any], unit: str) -> str:
     lines = [f"{found['rows']} {found['kind']} rows, {found['bad_rows']} bad, {found['duplicates']} duplicates"]
     counts = {name: found[name] for name in ("formats", "labels", "capabilities")} | {unit: found["lengths"]}
+    counts["rows by pictures"] = found["pictures"]
     lines += [
         f"{name}: " + ", ".join(f"{key} {n}" for key, n in given.items()) for name, given in counts.items() if given
     ]
@@ -165,10 +183,8 @@ def preview(
     rows: Annotated[int, typer.Option(min=1, help="How many rows, from the first on.")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids too.")] = False,
     template: TemplateOption = None,
-    images_root: Annotated[
-        Path | None, typer.Option(help="Folder of all pictures. Default: that of the file of the row.")
-    ] = None,
-    max_images: Annotated[int, typer.Option(min=1, help="Most pictures of a row.")] = 8,
+    images_root: ImagesRoot = None,
+    max_images: MaxImages = 8,
 ) -> None:
     """Show rows as the model sees them. Text that is trained on is green, or between [[ and ]] without colours.
 

@@ -12,6 +12,8 @@ from posttrain.data.bad_rows import MAX_SHOWN_PROBLEMS, BadRow, SeenIds
 from posttrain.data.duplicates import digest
 from posttrain.data.files import read_records
 from posttrain.data.formats import detect, renamed
+from posttrain.data.images.render import pictures_of
+from posttrain.data.images.take import ImageReader
 from posttrain.data.kinds import DataKind, iter_items
 from posttrain.data.labelled import Labelled
 from posttrain.data.messages import RowError
@@ -19,14 +21,20 @@ from posttrain.data.pairs import pair_format
 from posttrain.data.rows import Data, as_config, shown_path
 from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
+from posttrain.records import Row
 
 BINS = 10
 
 
 def inspect(
-    data: Data, kind: DataKind, length: Callable[[Any], int], *, max_length: int | None = None
+    data: Data,
+    kind: DataKind,
+    length: Callable[[Any], int],
+    *,
+    max_length: int | None = None,
+    images: ImageReader | None = None,
 ) -> dict[str, Any]:
-    """Counts of a dataset as a JSON object.
+    """Counts of a dataset as a JSON object. images: takes the pictures of rows, which are then counted, too.
 
     length: gives the length of a row, pair or labelled reply, in tokens or characters as the caller likes. max_length:
     in the same unit; `over_max_length` is the share of rows that are longer, None without it. Rows that `length`
@@ -38,8 +46,9 @@ def inspect(
     capabilities: Counter[str] = Counter()
     lengths, seen = array("Q"), SeenIds(named=0)
     problems: list[str] = []
+    pictures: Counter[int] = Counter()
     bad = duplicates = 0
-    for item in iter_items(data, kind):
+    for item in iter_items(data, kind, images):
         if isinstance(item, BadRow):
             bad += 1
             problems += [str(item)] if len(problems) < MAX_SHOWN_PROBLEMS else []
@@ -52,15 +61,18 @@ def inspect(
             problems += [f"row {item.id!r}: {error}"] if len(problems) < MAX_SHOWN_PROBLEMS else []
             continue
         capabilities[item.capability] += 1
+        pictures[len(pictures_of(item.messages if isinstance(item, Row) else item.prompt))] += 1
         duplicates += seen.add(digest(item).hex(), "") is not None
         labels += Counter([("false", "true")[item.good]] if isinstance(item, Labelled) else [])
     if not lengths and not bad:
         raise DataError(f"{shown_path(data)}: holds no rows; at least one is needed")
     ordered = sorted(lengths)
+    by_pictures = {str(number): count for number, count in sorted(pictures.items())} if any(pictures) else {}
     over = None if max_length is None or not ordered else sum(n > max_length for n in ordered) / len(ordered)
     return {
         "path": config.path, "kind": kind, "rows": len(ordered), "bad_rows": bad, "duplicates": duplicates,
         "formats": dict(formats), "labels": dict(labels), "capabilities": dict(capabilities.most_common()),
+        "pictures": by_pictures,
         "lengths": _figures(ordered), "histogram": _histogram(ordered), "over_max_length": over, "problems": problems,
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from posttrain.data.bad_rows import BadRow
 from posttrain.data.files import read_records
 from posttrain.data.formats import renamed
+from posttrain.data.images.take import ImageReader
 from posttrain.data.messages import RowError
 from posttrain.data.ngrams import Item
 from posttrain.data.pairs import Pair, is_labelled, labelled_to_json, pair_to_json, scan_pairs
@@ -41,11 +42,14 @@ def kind_of(data: Data) -> DataKind:
     return "supervised"
 
 
-def iter_items(data: Data, kind: DataKind) -> Iterator[Item | BadRow]:
-    """The items of a dataset one by one, a bad one as a `BadRow`. Only the ids of the items read so far are kept."""
+def iter_items(data: Data, kind: DataKind, images: ImageReader | None = None) -> Iterator[Item | BadRow]:
+    """The items of a dataset one by one, a bad one as a `BadRow`. Only the ids of the items read so far are kept.
+
+    images: takes their pictures; None leaves items as they are.
+    """
     if kind in ("pairs", "labelled"):
-        return scan_pairs(data)
-    return iter_rows(data, kind="prompt" if kind == "prompt" else "supervised")
+        return scan_pairs(data, images)
+    return iter_rows(data, kind="prompt" if kind == "prompt" else "supervised", images=images)
 
 
 def item_to_json(item: Item) -> dict[str, Any]:

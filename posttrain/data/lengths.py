@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from posttrain.data.chat import render_prompt
+from posttrain.data.images.render import Pictures, expanded, for_template, pictures_of, row_samples
 from posttrain.data.ngrams import Item
 from posttrain.data.samples import render_reply, render_samples
 from posttrain.data.tokenizer import Tokenizer
@@ -22,20 +23,26 @@ def character_length(item: Item) -> int:
     )
 
 
-def token_length(tokenizer: Tokenizer) -> Callable[[Any], int]:
-    """A function that counts the tokens of an item as training or sampling sees it.
+def token_length(tokenizer: Tokenizer, pictures: Pictures | None = None) -> Callable[[Any], int]:
+    """A function that counts the tokens of an item as training or sampling sees it, with those of its pictures.
 
-    If a row becomes several samples, the longest one counts. Of a pair, the longer reply counts.
+    If a row becomes several samples, the longest one counts. Of a pair, the longer reply counts. pictures: those of the
+    items; None counts text only, and pictures raise DataError.
     """
 
     def count(item: Item) -> int:
         tools = tools_of(item.fields)
-        if not isinstance(item, Row):
-            rendered = (render_reply(tokenizer, item.prompt, reply, tools=tools) for reply in item.replies)
-            return max(len(prompt) + len(reply) for prompt, reply in rendered)
-        if any(map(is_learned, item.messages)):
-            return max(len(ids) for ids, _ in render_samples(tokenizer, item.messages, tools))
-        return len(render_prompt(tokenizer, item.messages, tools))
+        if isinstance(item, Row) and any(map(is_learned, item.messages)):
+            return max(len(sample.ids) for sample in row_samples(tokenizer, item, pictures))
+        turns = item.messages if isinstance(item, Row) else item.prompt
+        keys = pictures_of(turns)
+        shown = turns if pictures is None else for_template(turns)
+        if isinstance(item, Row):
+            prompt, replies = render_prompt(tokenizer, shown, tools), [0]
+        else:
+            rendered = [render_reply(tokenizer, shown, reply, tools=tools) for reply in item.replies]
+            prompt, replies = rendered[0][0], [len(reply) for _, reply in rendered]
+        return len(expanded(prompt, keys, pictures) if pictures is not None and keys else prompt) + max(replies)
 
     return count
 

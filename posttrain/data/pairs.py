@@ -6,7 +6,7 @@ A pair is read from a row {"prompt", "chosen", "rejected"}, each field a text or
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from posttrain.data.formats import (
     take_turns,
     with_context,
 )
+from posttrain.data.images.take import ImageReader
 from posttrain.data.labelled import Labelled, joined
 from posttrain.data.messages import RowError, messages_to_json, shown
 from posttrain.data.rows import Data, check, collect, scan, take_capability, take_id
@@ -64,22 +65,34 @@ class Pair:
 
 
 def load_pairs(
-    data: Data, *, limit: int | None = None, stage: str | None = None, context: StageContext | None = None
+    data: Data,
+    *,
+    limit: int | None = None,
+    stage: str | None = None,
+    context: StageContext | None = None,
+    images: ImageReader | None = None,
 ) -> list[Pair]:
     """Read and validate preference pairs. Returns at least one pair.
 
     data: a `DataConfig`, a path, or several paths. limit: use only the first rows (the smaller of this and
     `data.limit`). stage: the kind of stage that reads, named in the error about rows that it cannot use yet (images).
-    context: of the stage, which is told about rows that are set aside. Raises `DataError` that names file, row number,
+    context: of the stage, which is told about rows that are set aside. images: as for `load_rows`, for the pictures of
+    prompts. Raises `DataError` that names file, row number,
     the value got and the rule, and for labelled replies to one prompt that cannot be joined to pairs.
     """
     items: list[Pair | Labelled] = []
-    collect(data, _parser(stage), items, limit=limit, identity=lambda pair: pair.id, context=context)
+    collect(data, _parser(stage, images), items, limit=limit, identity=lambda pair: pair.id, context=context)
     pairs = [item for item in items if isinstance(item, Pair)]
     return [*pairs, *_of_labelled([item for item in items if isinstance(item, Labelled)])]
 
 
-def store_pairs(data: Data, *, stage: str | None = None, context: StageContext | None = None) -> Stored[Pair]:
+def store_pairs(
+    data: Data,
+    *,
+    stage: str | None = None,
+    context: StageContext | None = None,
+    images: ImageReader | None = None,
+) -> Stored[Pair]:
     """As `load_pairs`, for a stage: the pairs lie in a file on disk, so that memory does not grow with their number.
 
     Until labelled replies are joined, the place of each and a hash of each prompt are in memory.
@@ -87,7 +100,7 @@ def store_pairs(data: Data, *, stage: str | None = None, context: StageContext |
     folder = context and context.dir
     with StoreWriter[Pair](Pair, folder) as pairs, StoreWriter[Labelled](Labelled, folder) as labelled:
         sink = _Sink(pairs, labelled)
-        collect(data, _parser(stage), sink, identity=lambda pair: pair.id, context=context)
+        collect(data, _parser(stage, images), sink, identity=lambda pair: pair.id, context=context)
         for pair in _of_labelled(labelled.close()):
             pairs.append(pair)
         return pairs.close()
@@ -110,9 +123,12 @@ class _Sink:
             self._labelled.append(item)
 
 
-def scan_pairs(data: Data) -> Iterator["Pair | Labelled | BadRow"]:
-    """Pairs and labelled replies one by one, a bad row as a `BadRow`. Labelled replies are not joined to pairs."""
-    return scan(data, _parser(None), None, identity=lambda item: item.id)
+def scan_pairs(data: Data, images: ImageReader | None = None) -> Iterator["Pair | Labelled | BadRow"]:
+    """Pairs and labelled replies one by one, a bad row as a `BadRow`. Labelled replies are not joined to pairs.
+
+    images: as for `load_pairs`.
+    """
+    return scan(data, _parser(None, images), None, identity=lambda item: item.id)
 
 
 def _of_labelled(items: Sequence[Labelled]) -> Iterator[Pair]:
@@ -121,16 +137,21 @@ def _of_labelled(items: Sequence[Labelled]) -> Iterator[Pair]:
         yield Pair(chosen.id, chosen.capability, chosen.prompt, chosen.reply, rejected.reply, chosen.fields, *calls)
 
 
-def check_pairs(data: Data, rows: int = 100, *, stage: str | None = None) -> list[str]:
-    """Problems in the first `rows` rows of a dataset of pairs, one line each. `data` and `stage` as in `load_pairs`."""
-    return check(data, _parser(stage), rows, identity=lambda pair: pair.id)
+def check_pairs(
+    data: Data, rows: int = 100, *, stage: str | None = None, images: ImageReader | None = None
+) -> list[str]:
+    """Problems in the first `rows` rows of a dataset of pairs, one line each. The rest is as in `load_pairs`."""
+    return check(data, _parser(stage, images), rows, identity=lambda pair: pair.id)
 
 
-def _parser(stage: str | None) -> Callable[[Record, DataConfig], Pair | Labelled]:
+def _parser(stage: str | None, images: ImageReader | None = None) -> Callable[[Record, DataConfig], Pair | Labelled]:
     def parse(record: Record, config: DataConfig) -> Pair | Labelled:
-        pair = _parse(record, config)
+        pair = parse_pair(record, config)
+        if images is not None:
+            prompt, fields = images.take_from(pair.prompt, pair.fields, Path(record.file).parent)
+            pair = replace(pair, prompt=prompt, fields=fields)
         if stage is not None:
-            check_usable(pair.prompt, pair.fields, name="prompt", stage=stage)
+            check_usable(pair.prompt, pair.fields, name="prompt", stage=stage, images=images is not None)
         return pair
 
     return parse
@@ -166,7 +187,8 @@ def labelled_to_json(item: Labelled) -> dict[str, Any]:
     }
 
 
-def _parse(record: Record, config: DataConfig) -> Pair | Labelled:
+def parse_pair(record: Record, config: DataConfig) -> Pair | Labelled:
+    """Make a pair, or a labelled reply, of one record. Raises `RowError`."""
     value = renamed(record.value, config)
     if pair_format(value, config.format) == "kto":
         return _labelled(value, record, config)

@@ -55,9 +55,14 @@ def store_rows(
         return rows.close()
 
 
-def iter_rows(data: Data, *, kind: Kind, limit: int | None = None) -> Iterator[Row | BadRow]:
-    """The rows of a dataset one by one, a bad one as a `BadRow`. Only the ids of the rows read so far are kept."""
-    return scan(data, _parser(kind, None), limit, identity=lambda row: row.id)
+def iter_rows(
+    data: Data, *, kind: Kind, limit: int | None = None, images: ImageReader | None = None
+) -> Iterator[Row | BadRow]:
+    """The rows of a dataset one by one, a bad one as a `BadRow`. Only the ids of the rows read so far are kept.
+
+    images: as for `load_rows`.
+    """
+    return scan(data, _parser(kind, None, images), limit, identity=lambda row: row.id)
 
 
 def check_data(

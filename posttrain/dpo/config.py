@@ -8,6 +8,7 @@ from posttrain.config.base import MAY_GROW, RESULT_STAYS, Config
 from posttrain.config.data import DataConfig
 from posttrain.config.fields import PathText, Positive
 from posttrain.config.held_out import HeldOutConfig, check_held_out
+from posttrain.config.images import TrainedImagesConfig, check_trained_images
 from posttrain.config.models import TunedModelConfig
 from posttrain.config.resources import TrainerResources
 from posttrain.config.trackers import TrackersConfig
@@ -63,6 +64,11 @@ class DpoConfig(Config):
     nll_weight: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Weight of a supervised loss on the chosen reply, which keeps its probability from falling."
     )
+    images: TrainedImagesConfig | None = Field(
+        None,
+        description="Train a multimodal Llama 4, on pairs with pictures in their prompts and without; {} takes "
+        "pictures from the folder of the data file, and those of mined pairs from the RL stage. null: text only.",
+    )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters instead of all weights.")
     optimizer: DpoOptimizerConfig = Field(default_factory=DpoOptimizerConfig)
     epochs: Count = Field(
@@ -98,4 +104,5 @@ class DpoConfig(Config):
         if (self.pairs is None) == (self.rollouts is None):
             raise ValueError("exactly one of pairs and rollouts must be set")
         check_held_out(self.held_out, self.model)
+        check_trained_images(self.images, self.model, self.lora)
         return self

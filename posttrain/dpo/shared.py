@@ -42,7 +42,8 @@ def run_shared(model: Callable[..., Any], causal: Any, inputs: Mapping[str, torc
         output.last_hidden_state = output.last_hidden_state[:, states]
         return output
 
-    hook = causal.base_model.register_forward_hook(keep_states)
+    layers = causal.language_model.model if hasattr(causal, "vision_model") else causal.base_model
+    hook = layers.register_forward_hook(keep_states)
     try:
         targets = inputs["input_ids"][trained.bool()][None]
         outputs = model(

@@ -10,7 +10,9 @@ Left out: evaluation by a reward (a stage of its own).
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,15 @@ from typing import Any
 from posttrain.config.data import DataConfig
 from posttrain.context import StageContext
 from posttrain.data.held_out import check_apart, content_key, prompt_key, split
+from posttrain.data.images.render import Pictures, for_template, pictures_of
+from posttrain.data.images.section import STORE, image_reader, passing_reader
+from posttrain.data.images.take import ImageReader
+from posttrain.data.images.tiles import tile_rule
 from posttrain.data.pairs import Pair, store_pairs, write_pairs
 from posttrain.data.stored import Derived
 from posttrain.dpo.config import DpoConfig
 from posttrain.dpo.mine import mine, read_replies
+from posttrain.errors import DataError
 from posttrain.model.adapter_start import started_lora
 from posttrain.tune.run import ROWS, Tuning, Work, tune
 
@@ -76,12 +83,30 @@ class Prepared:
 
 
 def prepare(config: DpoConfig, seed: int, context: StageContext | None = None) -> Prepared:
-    """Read or mine the pairs, check and tokenize them. Raises `DataError` for a bad pair or one that is too long."""
+    """Read or mine the pairs, check and tokenize them. Raises `DataError` for a bad pair or one that is too long.
+
+    context: of the stage, whose folder keeps the pictures of pairs; None keeps none.
+    """
+    if context is None:
+        kept = passing_reader(config.images)
+    else:
+        kept = nullcontext(image_reader(config.images, picture_store(config, context.dir).parent))
+    with kept as reader:
+        return _prepare(config, seed, context, reader=reader)
+
+
+def picture_store(config: DpoConfig, folder: Path) -> Path:
+    """The file of the pairs' pictures. Those of mined pairs are in the folder of the RL stage. folder: this stage's."""
+    return (folder if config.rollouts is None else Path(config.rollouts).expanduser().absolute().parent) / STORE
+
+
+def _prepare(config: DpoConfig, seed: int, context: StageContext | None, *, reader: ImageReader | None) -> Prepared:
     from posttrain.parallel.engine import check_parallel
 
-    lora = started_lora(config.model, config.lora)
+    lora = started_lora(config.model, config.lora, images=config.images is not None)
     check_parallel(config.parallel, config.model, lora)
-    pairs, apart = hold_out(config, read_pairs(config, seed, context), context)
+    pairs, apart = hold_out(config, read_pairs(config, seed, context, images=reader), context, images=reader)
+    _check_pictures(pairs, reader)
     from posttrain.data.chat import check_special_tokens
     from posttrain.data.ends import note_added_end
     from posttrain.data.turns import tools_of
@@ -101,44 +126,63 @@ def prepare(config: DpoConfig, seed: int, context: StageContext | None = None) -
         check_special_tokens(
             tokenizer,
             config.pairs,
-            ((f"pair {pair.id!r}", pair.turns, tools_of(pair.fields)) for pair in chain(pairs, apart)),
+            ((f"pair {pair.id!r}", for_template(pair.turns), tools_of(pair.fields)) for pair in chain(pairs, apart)),
         )
     folder = context and context.dir / ROWS
+    limits: dict[str, Any] = {"overlong": config.overlong, "folder": folder}
+    if reader is not None:
+        limits["pictures"] = Pictures(reader.store, tile_rule(config.model.path, tokenizer))
 
     def tokenized(those: Sequence[Pair], name: str) -> tuple[Sequence[Any], Sequence[Pair]]:
         if not those:
             return [], []
-        return tokenize_pairs(
-            tokenizer, those, config.max_length, overlong=config.overlong, folder=folder, name=folder and name
-        )
+        return tokenize_pairs(tokenizer, those, config.max_length, name=folder and name, **limits)
 
     ids, kept = tokenized(pairs, "pairs.arrow")
     held_out, kept_apart = tokenized(apart, "pairs_held_out.arrow")
     return Prepared(tokenizer, ids, kept, held_out, len(pairs) - len(kept) + len(apart) - len(kept_apart))
 
 
+def _check_pictures(pairs: Sequence[Pair], reader: ImageReader | None) -> None:
+    """Raise `DataError` for mined pairs with pictures that this stage does not take, or that are not there."""
+    for pair in pairs:
+        keys = pictures_of(pair.prompt)
+        if keys and reader is None:
+            raise DataError(f"pair {pair.id!r}: its prompt has pictures; set images: {{}} for a multimodal model")
+        if lost := [key for key in keys if reader is not None and key not in reader.store]:
+            raise DataError(f"pair {pair.id!r}: picture {lost[0]} is not in {reader and reader.store.path}")
+
+
 def hold_out(
-    config: DpoConfig, pairs: Sequence[Pair], context: StageContext | None = None
+    config: DpoConfig, pairs: Sequence[Pair], context: StageContext | None = None, *, images: ImageReader | None = None
 ) -> tuple[Sequence[Pair], Sequence[Pair]]:
-    """(pairs that are trained on, pairs that are held out). Raises `DataError` for a held-out pair that is in both."""
+    """(pairs that are trained on, pairs that are held out). Raises `DataError` for a held-out pair that is in both.
+
+    images: takes the pictures of pairs; None for a stage that takes none.
+    """
     apart = config.held_out
     if apart is None:
         return pairs, []
     if apart.path is not None:
         given = config.pairs.model_dump() if config.pairs is not None else {}
         own = DataConfig.model_validate({**given, "path": apart.path, "limit": None, "weights": None})
-        others = store_pairs(own, stage="dpo", context=context)
+        others = store_pairs(own, stage="dpo", context=context, images=images)
         check_apart(pairs, others, lambda pair: (pair.id, content_key(pair.turns)))
         return pairs, others
     return split(pairs, (prompt_key(pair.prompt) for pair in pairs), apart)
 
 
-def read_pairs(config: DpoConfig, seed: int, context: StageContext | None = None) -> Sequence[Pair]:
-    """The pairs to train on: mined, or those given, of which `max_pairs` are sampled with the seed."""
+def read_pairs(
+    config: DpoConfig, seed: int, context: StageContext | None = None, *, images: ImageReader | None = None
+) -> Sequence[Pair]:
+    """The pairs to train on: mined, or those given, of which `max_pairs` are sampled with the seed.
+
+    images: as for `hold_out`.
+    """
     if config.rollouts is not None:
         return mine(read_replies(config.rollouts), config.mining, config.max_pairs, seed=seed)
     assert config.pairs is not None  # the schema allows exactly one
-    pairs = store_pairs(config.pairs, stage="dpo", context=context)
+    pairs = store_pairs(config.pairs, stage="dpo", context=context, images=images)
     if config.max_pairs is not None and len(pairs) > config.max_pairs:
         pairs = pairs.take(random.Random(seed).sample(range(len(pairs)), config.max_pairs))
     return pairs
@@ -182,22 +226,26 @@ def make_tuning(
     from posttrain.dpo.examples import PairIds, blank_record, to_record
     from posttrain.dpo.trainer import PairTrainer
     from posttrain.tune.drift import drift_sample
+    from posttrain.tune.pictures import stage_tiles
     from posttrain.tune.settings import engine_arguments
 
+    tiles = stage_tiles(config, picture_store(config, context.dir))
+    record = partial(to_record, images=tiles is not None)
     return Tuning(
         trainer=PairTrainer,
         arguments=DPOConfig(
             **trainer_arguments(config, context.dir, context.seed),
             **engine_arguments(config.parallel, config.optimizer, config.model.dtype, model=model),
         ),
-        rows=Derived(data, to_record),
-        blank=blank_record(data[0]),
+        rows=Derived(data, record),
+        blank=blank_record(data[0], images=tiles is not None),
         sample=Derived(drift_sample(data, context.seed), PairIds.chosen_example),
         metrics=METRICS,
         data_keys=frozenset({"pairs", "rollouts"}),
         report=_report,
         options=trainer_options(config),
-        held_out=Derived(held_out, to_record),
+        held_out=Derived(held_out, record),
+        tiles=tiles,
     )
 
 

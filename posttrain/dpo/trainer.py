@@ -7,7 +7,8 @@ TRL's loss is a mean over the pairs of a forward, and its supervised term a mean
 split of a step into forwards and ranks would change what is learned. Here both are divided by the counts of the whole
 step.
 
-TRL runs a prompt once for each of its two replies. Here both are behind one copy of it, where the model allows that.
+TRL runs a prompt once for each of its two replies. Here both are behind one copy of it, where the model allows that;
+in a batch with pictures the text model reads the prompt twice, and each picture is encoded once.
 """
 
 from collections.abc import Mapping
@@ -21,14 +22,15 @@ from posttrain.dpo.losses import LOSSES, PairInputs, step_share
 from posttrain.dpo.shared import run_shared
 from posttrain.model.sharing import accept_trees
 from posttrain.tune.engine import EngineTrainer
+from posttrain.tune.pictures import PictureTrainer
 from posttrain.tune.steps import StepTrainer
 
 REFERENCE = "ref"  # TRL's name for the frozen copy of the adapters that a training starts from
 NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
-class TokenizedPairTrainer(DPOTrainer):
-    """Trains on a dataset of prompt_ids, chosen_ids and rejected_ids.
+class TokenizedPairTrainer(PictureTrainer, DPOTrainer):
+    """Trains on a dataset of prompt_ids, chosen_ids and rejected_ids; with pictures, each once for both replies.
 
     A pair without replies is blank: nothing is learned from it. nll_weight: weight of the supervised term, the mean
     negative log-likelihood of chosen tokens. shares_prompts: whether the replies of a pair share one copy of its
@@ -36,6 +38,7 @@ class TokenizedPairTrainer(DPOTrainer):
     """
 
     row_keys: Any = None
+    num_shown = 2
 
     def __init__(self, model: Any, *args: Any, nll_weight: float = 0.0, shared_prefixes: bool = True, **kwargs: Any):
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -53,6 +56,7 @@ class TokenizedPairTrainer(DPOTrainer):
         return dataset
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        self.add_tiles()
         policy: Any = self.model
         was_training = policy.training
         policy.eval()  # the copy of the adapters has dropout, too
@@ -69,7 +73,7 @@ class TokenizedPairTrainer(DPOTrainer):
     def _run(self, model: Any, inputs: Any, arguments: dict[str, Any]) -> Any:
         """The outputs of a forward, with `log_probs` and `entropy`. arguments: those of TRL, a row for each reply."""
         dropped = model.training and self.row_keys is not None
-        if not self.shares_prompts or dropped or not inputs["completion_mask"].any():
+        if not self.shares_prompts or dropped or "pixel_values" in inputs or not inputs["completion_mask"].any():
             return model(**arguments)
         policy: Any = self.model  # with or without adapters
         return run_shared(model, policy.get_base_model() if hasattr(policy, "get_base_model") else policy, inputs)

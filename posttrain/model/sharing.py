@@ -51,9 +51,7 @@ def note_unshared(model: ModelConfig, context: StageContext | None) -> None:
 
 def accept_trees(model: Any) -> str | None:
     """Prepare a model for `run_tree`. Returns the reason if that cannot be; the model is then as it was."""
-    from posttrain.model.native import NativeLlama4ForCausalLM
-
-    native = isinstance(model, NativeLlama4ForCausalLM)
+    native = _is_native(model)
     reason = unshared_reason(model.config.to_dict(), native=native)
     if reason is None and not native:
         _register()
@@ -63,10 +61,9 @@ def accept_trees(model: Any) -> str | None:
 
 def tree_arguments(model: Any, tree: "Tree") -> dict[str, Any]:
     """The arguments, besides token ids, with which the layers of a model run a tree. The model accepts trees."""
-    from posttrain.model.native import NativeLlama4ForCausalLM
     from posttrain.model.tree_attention import tree_visibility
 
-    if isinstance(model, NativeLlama4ForCausalLM):
+    if _is_native(model):
         return {"tree": tree, "use_cache": False}
     dropout = float(getattr(model.config, "attention_dropout", 0.0) or 0.0)
     return {
@@ -76,6 +73,13 @@ def tree_arguments(model: Any, tree: "Tree") -> dict[str, Any]:
         "visibility": tree_visibility(tree, None, dropout=dropout > 0),
         "use_cache": False,
     }
+
+
+def _is_native(model: Any) -> bool:
+    from posttrain.model.native import NativeLlama4ForCausalLM
+    from posttrain.model.vision.fusion import NativeLlama4ForConditionalGeneration
+
+    return isinstance(model, NativeLlama4ForCausalLM | NativeLlama4ForConditionalGeneration)
 
 
 def _register() -> None:

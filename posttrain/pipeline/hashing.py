@@ -26,6 +26,7 @@ from posttrain.data.files import read_records
 from posttrain.data.hub import local_path
 from posttrain.data.images.take import named_files
 from posttrain.data.messages import RowError
+from posttrain.data.pairs import parse_pair
 from posttrain.data.rows import parse_row
 from posttrain.errors import UserError
 from posttrain.model.adapter import base_folder, is_adapter
@@ -113,14 +114,18 @@ def _pictures_hash(data: DataConfig, kind: Rows, images: ImagesConfig) -> str:
     The rows of other stages do not exist yet. What they hold depends on those stages, which count themselves.
     """
     paths = [path for path in paths_of(data) if not has_reference(path)]
-    if kind not in ("supervised", "prompt"):
-        return ""
     root = None if images.root is None else Path(images.root)
     found: dict[Path, str] = {}
     for record in read_records(paths):
         with suppress(RowError):  # the stage reports it
-            row = parse_row(record, kind, data)
-            for path in named_files(row, root, Path(record.file).parent):
+            folder = Path(record.file).parent
+            if kind == "pairs":
+                pair = parse_pair(record, data)
+                turns, fields = pair.prompt, pair.fields
+            else:
+                row = parse_row(record, "prompt" if kind == "prompt" else "supervised", data)
+                turns, fields = row.messages, row.fields
+            for path in named_files(turns, fields, root=root, folder=folder):
                 found.setdefault(path, file_hash(path))
     return _digest("\n".join(sorted(found.values())).encode())
 

@@ -240,11 +240,13 @@ def data_problems(data: FilesConfig, rows: Rows, stage: str | None, *, images: I
     """
     if rows == "any" or not isinstance(data, DataConfig):
         return _unreadable(data)
+    from posttrain.data.images.section import passing_reader
+
     if rows == "pairs":
         from posttrain.data.pairs import check_pairs
 
-        return check_pairs(data, CHECKED_ROWS, stage=stage)
-    from posttrain.data.images.section import passing_reader
+        with passing_reader(images) as reader:
+            return check_pairs(data, CHECKED_ROWS, stage=stage, images=reader)
     from posttrain.data.rows import check_data
 
     with passing_reader(images) as reader:

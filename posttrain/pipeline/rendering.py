@@ -111,7 +111,7 @@ def _renderings(
 
     reader, pictures: of a stage that takes pictures, else None.
     """
-    from posttrain.data.images.render import row_samples
+    from posttrain.data.images.render import for_template, row_samples
     from posttrain.data.pairs import load_pairs
     from posttrain.data.rows import load_rows
     from posttrain.data.samples import render_reply
@@ -119,11 +119,12 @@ def _renderings(
     from posttrain.episodes.tools import row_renderer
 
     if kind == "pairs":
-        for pair in load_pairs(data, limit=CHECKED_ROWS, stage=node.kind):
+        for pair in load_pairs(data, limit=CHECKED_ROWS, stage=node.kind, images=reader):
+            prompt = pair.prompt if pictures is None else for_template(pair.prompt)
             for reply in pair.replies:
                 yield (
                     f"pair {pair.id!r}",
-                    partial(render_reply, tokenizer, pair.prompt, reply, tools=tools_of(pair.fields)),
+                    partial(render_reply, tokenizer, prompt, reply, tools=tools_of(pair.fields)),
                 )
     elif kind == "supervised":
         for row in load_rows(data, kind="supervised", limit=CHECKED_ROWS, stage=node.kind, images=reader):

@@ -17,7 +17,7 @@ from typing import Any
 from posttrain.context import StageContext
 from posttrain.data.held_out import check_apart, content_key, prompt_key, split
 from posttrain.data.images.render import Pictures, for_template
-from posttrain.data.images.section import image_reader, passing_reader
+from posttrain.data.images.section import STORE, image_reader, passing_reader
 from posttrain.data.images.take import ImageReader
 from posttrain.data.rows import store_rows
 from posttrain.model.adapter_start import started_lora
@@ -177,7 +177,7 @@ def make_tuning(
     from posttrain.tune.pictures import stage_tiles
     from posttrain.tune.settings import engine_arguments
 
-    tiles = stage_tiles(config, context.dir)
+    tiles = stage_tiles(config, context.dir / STORE)
     has_images = tiles is not None
     if config.packing:
         difference = require_isolation(model, data, tiles)

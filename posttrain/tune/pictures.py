@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.images.section import STORE
 from posttrain.data.images.store import ImageStore
 from posttrain.data.images.tiles import tile_rule
 from posttrain.model.tokenizer import load_tokenizer
@@ -15,16 +14,23 @@ from posttrain.tune.examples import PICTURES, Example
 class PictureTrainer:
     """Mix-in for a TRL trainer class, to be named before it among the bases.
 
-    tiles: of the pictures that the column PICTURES of its datasets names; None for rows of text.
+    tiles: of the pictures that the column PICTURES of its datasets names; None for rows of text. num_shown: how many
+    times a batch shows all pictures of its rows: once, or for pairs once for each side.
     """
 
     data_collator: Any
+    num_shown = 1
     _signature_columns: list[str] | None
 
     def __init__(self, *args: Any, tiles: PictureTiles | None = None, **kwargs: Any):
+        self._tiles = tiles
         super().__init__(*args, **kwargs)
-        if tiles is not None:
-            self.data_collator = _WithTiles(self.data_collator, tiles)
+        self.add_tiles()
+
+    def add_tiles(self) -> None:
+        """Have batches hold the tiles of their pictures from now on."""
+        if self._tiles is not None and not isinstance(self.data_collator, _WithTiles):
+            self.data_collator = _WithTiles(self.data_collator, self._tiles, self.num_shown)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
@@ -35,21 +41,23 @@ class PictureTrainer:
 class _WithTiles:
     """A collator that adds the tiles of the rows' pictures to what TRL's collator makes of the rows."""
 
-    def __init__(self, collate: Any, tiles: PictureTiles):
+    def __init__(self, collate: Any, tiles: PictureTiles, num_shown: int):
         self._collate = collate
         self._tiles = tiles
+        self._num_shown = num_shown
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rest = [{name: value for name, value in row.items() if name != PICTURES} for row in rows]
-        return {**self._collate(rest), **self._tiles.inputs(key for row in rows for key in row[PICTURES])}
+        keys = [key for row in rows for key in row[PICTURES]] * self._num_shown
+        return {**self._collate(rest), **self._tiles.inputs(keys)}
 
 
-def stage_tiles(config: Any, folder: Path) -> PictureTiles | None:
-    """The tiles of a stage's pictures, which its own process has put into its folder; None for a stage without any."""
+def stage_tiles(config: Any, store: Path) -> PictureTiles | None:
+    """The tiles of a stage's pictures, which are in the file `store`; None for a stage without any."""
     if config.images is None:
         return None
     path = config.model.path
-    return PictureTiles(ImageStore(folder / STORE), path, tile_rule(path, load_tokenizer(path)))
+    return PictureTiles(ImageStore(store), path, tile_rule(path, load_tokenizer(path)))
 
 
 def picture_inputs(tiles: PictureTiles | None, examples: Sequence[Example], device: Any) -> Mapping[str, Any]:

@@ -84,6 +84,11 @@ def samples_with_pictures(
     ]
 
 
+def expanded(ids: list[int], keys: Sequence[str], pictures: Pictures) -> list[int]:
+    """Token ids of a prompt with the tokens of its pictures. Raises `DataError` if it shows another number of them."""
+    return _sample(ids, [0] * len(ids), tuple(keys), store=pictures.store, rule=pictures.rule).ids
+
+
 def _sample(
     ids: list[int], mask: list[int], keys: tuple[str, ...], *, store: ImageStore, rule: TileRule
 ) -> PictureSample:

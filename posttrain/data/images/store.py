@@ -57,6 +57,9 @@ class ImageStore:
     def __len__(self) -> int:
         return len(self._pictures)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._pictures
+
     def __getitem__(self, key: str) -> Picture:
         return self._pictures[key]
 

@@ -12,8 +12,9 @@ picture one place: a row in which they differ is bad. Nothing is downloaded.
 import base64
 import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from msgspec.structs import replace
@@ -47,10 +48,17 @@ class ImageReader:
 
         A turn with pictures has parts as its content. folder: of the file that the row is from. Raises `RowError`.
         """
-        name, listed = _column(row.fields)
-        places = [_places(message, f"messages[{at}]", listed=bool(listed)) for at, message in enumerate(row.messages)]
+        messages, fields = self.take_from(row.messages, row.fields, folder)
+        return replace(row, messages=messages, fields=fields)
+
+    def take_from(
+        self, turns: Sequence[Message], columns: Mapping[str, Any], folder: Path
+    ) -> tuple[tuple[Message, ...], dict[str, Any]]:
+        """As `take`, for the turns and the other columns of a row: both as `take` would return them."""
+        name, listed = _column(columns)
+        places = [_places(message, f"messages[{at}]", listed=bool(listed)) for at, message in enumerate(turns)]
         if listed and not any(isinstance(part, ImagePart) for parts in places for part in parts):
-            first = next(at for at, message in enumerate(row.messages) if message.role == "user")
+            first = next(at for at, message in enumerate(turns) if message.role == "user")
             places[first] = [*[ImagePart()] * len(listed), *places[first]]
         open_places = sum(isinstance(part, ImagePart) and part.image is None for parts in places for part in parts)
         if open_places != len(listed):
@@ -66,7 +74,7 @@ class ImageReader:
             )
         left = iter([(f"{name}[{at}]", value) for at, value in enumerate(listed)])
         messages = []
-        for at, (message, parts) in enumerate(zip(row.messages, places, strict=True)):
+        for at, (message, parts) in enumerate(zip(turns, places, strict=True)):
             if any(isinstance(part, ImagePart) for part in parts):
                 kept: list[ContentPart] = []
                 for part in parts:
@@ -76,8 +84,7 @@ class ImageReader:
                     kept.append(part)
                 message = replace(message, content=tuple(kept))
             messages.append(message)
-        fields = {key: value for key, value in row.fields.items() if key not in COLUMNS}
-        return replace(row, messages=tuple(messages), fields=fields)
+        return tuple(messages), {key: value for key, value in columns.items() if key not in COLUMNS}
 
     def _key(self, where: str, value: object, folder: Path) -> str:
         try:
@@ -86,12 +93,12 @@ class ImageReader:
             raise RowError(f"{where}: the picture {shown(value)} {error}") from None
 
 
-def named_files(row: Row, root: Path | None, folder: Path) -> list[Path]:
+def named_files(turns: Sequence[Message], columns: Mapping[str, Any], *, root: Path | None, folder: Path) -> list[Path]:
     """The files of a row's pictures that exist, whatever they hold. root, folder: as for `ImageReader`."""
-    parts = [part for message in row.messages if not isinstance(message.content, str) for part in message.content]
+    parts = [part for message in turns if not isinstance(message.content, str) for part in message.content]
     values: list[object] = [part.image for part in parts if isinstance(part, ImagePart)]
     for name in COLUMNS:
-        value = row.fields.get(name)
+        value = columns.get(name)
         values += value if isinstance(value, list) else [value]
     values = [value.get("path") if isinstance(value, Mapping) else value for value in values]
     paths = [

@@ -5,7 +5,7 @@ the whole picture follows as one more tile. Each tile has as many <|patch|> toke
 Source: transformers' `Llama4ImageProcessor` and `Llama4Processor`. No torch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -142,12 +142,21 @@ def tile_rule(folder: str | Path, tokenizer: Tokenizer) -> TileRule:
 def multimodal_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder. Raises `CheckpointError` for a model that takes no images."""
     config = read_object(folder / "config.json") or {}
-    if config.get("model_type") != "llama4" or not isinstance(config.get("vision_config"), dict):
+    if not _is_multimodal(config):
         raise CheckpointError(
             f"{folder}: model_type is {config.get('model_type')!r}, which takes no images; rows with images need a "
             "multimodal Llama 4 (model_type llama4, with a vision_config)"
         )
     return config
+
+
+def takes_pictures(folder: Path) -> bool:
+    """Whether the model of a folder is one that takes pictures."""
+    return _is_multimodal(read_object(folder / "config.json") or {})
+
+
+def _is_multimodal(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "llama4" and isinstance(config.get("vision_config"), dict)
 
 
 def _fitting(folder: Path, images: dict, *, processor: dict, vision: dict) -> tuple[int, int]:
