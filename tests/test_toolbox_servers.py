@@ -12,6 +12,7 @@ from test_toolbox import TOOL_USE, called, config_of
 
 from posttrain.episodes.rehearsal import rehearse
 from posttrain.episodes.toolbox.servers import ServerConnection
+from posttrain.episodes.toolbox.toolbox import Toolbox, ToolKit
 from posttrain.episodes.tools import environment_tools
 from posttrain.episodes.wire import ServerTool
 from posttrain.errors import ConfigError, PluginError
@@ -106,6 +107,24 @@ def test_calls_are_answered_by_the_server_of_the_episode(store):
     other = rehearse(TOOL_USE, question("r"), [called("put", key="a", value=1), "4"], tools=[store])
     assert [m.text for m in other.messages if m.role == "tool"] == ["kept 1"]
     assert "two tools have the name 'put'" in problem_of(store, store)
+
+
+@pytest.mark.slow
+def test_a_shared_server_keeps_what_episodes_say_at_once(store):
+    names = ("put", "get")
+    server = ServerTool(tuple(store["mcp"]["command"]), names=names, is_shared=True)
+
+    async def run() -> list[str]:
+        kit = ToolKit([server])
+        one, other = Toolbox(kit), Toolbox(kit)
+        puts = [one.call("put", {"key": "a", "value": 1}), other.call("put", {"key": "b", "value": 2})]
+        said = [*await asyncio.gather(*puts)]
+        await one.close()
+        said.append(await other.call("get", {"key": "a"}))
+        await kit.shared[0].close()
+        return said
+
+    assert sorted(asyncio.run(run())) == ["1", "kept 1", "kept 2"]
 
 
 @pytest.mark.slow

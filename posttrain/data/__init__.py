@@ -3,6 +3,7 @@
 files.py readers.py hub.py splits.py     files, folders and names of datasets become raw records, one by one
 formats.py messages.py turns.py          a record becomes a conversation; the rules for messages and their order
 rows.py pairs.py kinds.py bad_rows.py    rows, preference pairs and labelled replies; bad rows
+generated.py                             rows that a generator of another package makes
 chat.py templates.py ends.py special.py shown.py tokenizer.py   chat templates; token ids; end tokens; special tokens
 samples.py                               what is trained on: token ids with the loss mask
 held_out.py strata.py                    rows that are held out; fair shares of capabilities

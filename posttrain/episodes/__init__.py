@@ -17,6 +17,4 @@ calls.py              reads and checks calls
 tools.py schemas.py   which tools the policy is shown; the schema of a function
 toolbox/              tools that the run provides, and their calls
 agents/               programs that talk with the policy over HTTP
-
-Left out: interpreters of their own.
 """

@@ -38,12 +38,14 @@ class ServerConnection:
         self._server = server
         self._session: Any = None
         self._closing = asyncio.Event()
+        self._opening = asyncio.Lock()
         self._life: asyncio.Task[None] | None = None
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> str:
         """The result of a call as text. It begins with "Error:" if the call failed; the next may meet a new server."""
         try:
-            session = self._session or await self._open()
+            async with self._opening:  # episodes may share the server
+                session = self._session or await self._open()
             async with asyncio.timeout(self._server.call_s):
                 result = await session.call_tool(name, dict(arguments))
         except TimeoutError:
