@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from posttrain.cli.doctor_probes import deepspeed_rank, probe_deepspeed
+from posttrain.cli.doctor_probes import deepspeed_rank
 
 LATE_CALLBACK = """
 import sys, time
@@ -77,35 +77,42 @@ def test_a_late_callback_aborts_finalisation_and_not_a_rank_that_ends(tmp_path):
         assert statuses(tmp_path / "finalise", "finalise")[0][0] == -6
 
 
+def start_and_end(times: int) -> None:
+    """Two ranks take a step and end, so many times.
+
+    They are forked from a process that has imported DeepSpeed, because the import takes most of the time of a start,
+    and has no part in its end.
+    """
+    forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload(
+        ["deepspeed", "torch._dynamo", "posttrain.compat.deepspeed", "posttrain.parallel.ending"]
+    )
+    for _ in range(times):
+        with TemporaryDirectory() as folder:
+            ranks = [forked.Process(target=deepspeed_rank, args=(rank, 2, Path(folder))) for rank in range(2)]
+            for rank in ranks:
+                rank.start()
+            for rank in ranks:
+                rank.join()
+            assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_two_ranks_start_and_end_three_times():
-    for _ in range(3):
-        probe_deepspeed()  # raises where a status is not 0
+@pytest.mark.timeout(300)
+def test_two_ranks_start_and_end_three_times(monkeypatch):
+    """tests/test_doctor.py starts two ranks that import by themselves."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    start_and_end(3)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 def test_two_ranks_start_and_end_200_times_under_load(monkeypatch):
-    """Beside two processes that keep two cores busy.
-
-    The ranks are forked from a process that has imported DeepSpeed, because the import takes most of the time of a
-    start, and has no part in its end.
-    """
+    """Beside two processes that keep two cores busy."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    forked = multiprocessing.get_context("forkserver")
-    forked.set_forkserver_preload(["deepspeed", "posttrain.compat.deepspeed", "posttrain.parallel.ending"])
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
-        for _ in range(200):
-            with TemporaryDirectory() as folder:
-                ranks = [forked.Process(target=deepspeed_rank, args=(rank, 2, Path(folder))) for rank in range(2)]
-                for rank in ranks:
-                    rank.start()
-                for rank in ranks:
-                    rank.join()
-                assert [rank.exitcode for rank in ranks] == [0, 0]
+        start_and_end(200)
     finally:
         for process in busy:
             process.kill()
-            process.wait()
