@@ -240,7 +240,7 @@ def test_a_priority_overtakes_only_where_the_queue_is_changed():
 # ------------------------------------------------------------------ DeepSpeed and Accelerate as they are
 
 ENGINES = """
-import json, os
+import json, os, sys
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 import deepspeed, torch
@@ -264,7 +264,17 @@ def steps(engine):
 def decay(engine):
     return float((engine.optimizer.fp32_groups[0][0] - engine.module.weight.float()).abs().max())
 
+def is_muon_compiled():
+    from deepspeed.runtime.zero.muon import original_muon
+
+    return hasattr(original_muon.muon_update, "_torchdynamo_orig_callable")
+
 found["checks"] = build(1, False).optimizer.check_grad_overflow
+found["muon_is_compiled"] = "deepspeed.runtime.zero.muon.original_muon" in sys.modules and is_muon_compiled()
+for name in [name for name in sys.modules if name.startswith("deepspeed.runtime.zero.muon")]:
+    del sys.modules[name]
+compat.import_muon_uncompiled()
+found["muon_is_compiled_with_patch"] = is_muon_compiled()
 engine = build(0, True)
 found["steps"], found["decay"] = steps(engine), decay(engine)
 compat.forget_trial_step(engine)
@@ -291,6 +301,12 @@ def engines() -> dict[str, Any]:
 def test_deepspeed_still_compiles_an_all_reduce(engines):
     assert engines["compiles"]
     assert not engines["compiles_with_patch"]
+
+
+@pytest.mark.slow
+def test_deepspeed_still_compiles_muon_to_ask_for_it(engines):
+    assert engines["muon_is_compiled"]
+    assert not engines["muon_is_compiled_with_patch"]
 
 
 @pytest.mark.slow

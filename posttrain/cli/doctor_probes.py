@@ -112,10 +112,11 @@ def deepspeed_rank(rank: int, world: int, folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from posttrain.compat.deepspeed import skip_shared_memory_all_reduce
+    from posttrain.compat.deepspeed import import_muon_uncompiled, skip_shared_memory_all_reduce
     from posttrain.parallel.ending import end_rank
 
     skip_shared_memory_all_reduce()
+    import_muon_uncompiled()
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

@@ -47,7 +47,7 @@ def join_ranks(rank: int, world: int, meeting: tuple[str, int]) -> None:
 def quiet_deepspeed() -> Any:
     """Import DeepSpeed so that it logs errors only.
 
-    It does not compile its kernel for all-reduce over shared memory either; gloo does the same work.
+    It does not compile its kernel for all-reduce over shared memory, as gloo does the same work, nor its Muon.
     """
     import logging
 
@@ -56,6 +56,7 @@ def quiet_deepspeed() -> Any:
 
     logger.setLevel(logging.ERROR)
     compat.skip_shared_memory_all_reduce()
+    compat.import_muon_uncompiled()
     return deepspeed
 
 
