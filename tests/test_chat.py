@@ -101,6 +101,15 @@ def test_a_header_that_differs_between_sampling_and_training_is_refused(chatml):
         render_samples(chatml, CONVERSATION)
 
 
+def test_a_template_that_omits_replies_is_refused(chatml):
+    """Training would learn only how to end a turn."""
+    content = "message['content']" if "message['content']" in chatml.chat_template else "message.content"
+    assert content in chatml.chat_template
+    chatml.chat_template = chatml.chat_template.replace(content, f"({content} if message.role != 'assistant' else '')")
+    with pytest.raises(DataError, match=r"message 1: the chat template omits the reply '4'"):
+        render_conversation(chatml, [Message("user", "2 + 2?"), Message("assistant", "4")])
+
+
 def test_generation_markers_in_the_wrong_place_are_refused(tokenizer):
     wrong = build_tokenizer()
     wrong.chat_template = tokenizer.chat_template.replace(

@@ -32,7 +32,7 @@ from posttrain.data.chat import (
     render_prompt,
 )
 from posttrain.data.ends import end_token_ids
-from posttrain.data.messages import TEXT_ROLE
+from posttrain.data.messages import TEXT_ROLE, shown
 from posttrain.data.shown import Tools, require_tools_shown
 from posttrain.data.special import encode_text, guard_of
 from posttrain.data.templates import chat_template
@@ -160,6 +160,8 @@ def _render_turn(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools
             f"{name}: the chat template goes on with {_shown(tokenizer, ids[last + 1 :])} after "
             f"{_shown(tokenizer, ids[last : last + 1])}, at which sampling stops; {REMEDY}"
         )
+    if last == start and content.strip():
+        raise DataError(f"{name}: the chat template omits the reply {shown(content)}; {REMEDY}")
     bits = [1] * (last + 1 - start)
     if marked:
         bits = _up_to_the_end([int(bit) for bit in rendered["assistant_masks"][start : last + 1]], name)
