@@ -128,7 +128,6 @@ def write_stage(folder: Path, model: Path, steps: int, *, seed: int = 3, **chang
         "model": {"path": str(model), "dtype": "float32"},
         "prompts": {"path": str(inputs / "prompts.jsonl")},
         "reward": {"name": f"{inputs}/reward.py:even_share", "workers": 2, "timeout_s": 3},
-        "profile": {"samples": 2, "band": [0.0, 1.0]},
         "steps": steps,
         "groups_per_step": 4,
         "group_size": 4,

@@ -14,7 +14,8 @@ above the number of processors, other programs used the machine too.
   engine_block_speedup        rl_blocks.py
   lora_memory                 rl_lora.py
   trl_speedup                 rl_trl.py; takes half an hour
-  curriculum_token_ratio      rl_curriculum.py
+  curriculum_token_ratio      rl_curriculum.py; takes an hour
+  selection_*                 rl_selection.py
 """
 
 import os
@@ -32,6 +33,7 @@ from rl_models import SIZES
 from rl_overlap import async_overlap
 from rl_prefix import shared_prefix_speedup
 from rl_rollout import SHAPES, rollout_vs_raw
+from rl_selection import selection_draws_per_s, selection_saving
 from rl_trl import trl_speedup
 from rl_weights import weight_update
 
@@ -56,6 +58,8 @@ def entries() -> dict[str, Entry]:
     table["engine_block_speedup"] = Entry(engine_block_speedup)
     table["lora_memory"] = Entry(lora_memory)
     table["trl_speedup"] = Entry(trl_speedup, ">= 10")
+    table["selection_saving"] = Entry(selection_saving, ">= 2")
+    table["selection_draws_per_s"] = Entry(selection_draws_per_s)
     table["curriculum_token_ratio"] = Entry(curriculum_token_ratio, ">= 2")
     return table
 

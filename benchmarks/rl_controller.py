@@ -35,7 +35,8 @@ from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.verifiers import reward_config
 from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Ledger
-from posttrain.rl.loop.controller import Controller, Parts
+from posttrain.rl.loop.controller import Controller
+from posttrain.rl.loop.parts import Parts
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.records import make_group
 from posttrain.rl.training.protocol import StepResult
@@ -99,6 +100,12 @@ class ReadyTrainer:
         self.times: list[tuple[float, float]] = []  # wall and processor time of this process, at each step
         self.held: asyncio.Event | None = None
 
+    async def async_publish(self) -> WeightManifest:
+        return no_weights(0)
+
+    async def async_logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
+        return [list(sample.sampler_logprobs) for sample in samples]
+
     async def async_step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
         if self.held is not None:
             await self.held.wait()
@@ -161,7 +168,7 @@ def groups_per_s(seed: int = 0, profile: bool = False) -> tuple[float, dict[str,
         config = settings(BATCH, STALENESS, WARM + STEPS)
         context = StageContext("rl", Path(scratch), Path(scratch) / "events.jsonl", seed)
         floor = asyncio.run(reward_groups_per_s(config, made.source.draw("sums", 0)))
-        controller = Controller(config, context, made, manifest=no_weights(0))
+        controller = Controller(config, context, made, is_early=True)
         watch = cProfile.Profile() if profile else contextlib.nullcontext()
         with watch:
             asyncio.run(controller.run())
@@ -202,7 +209,7 @@ def rss_gib(seed: int = 0) -> tuple[float, dict[str, float]]:
         batch = IN_FLIGHT // 10
         config = settings(batch, 9, 1)
         context = StageContext("rl", Path(scratch), Path(scratch) / "events.jsonl", seed)
-        controller = Controller(config, context, made, manifest=no_weights(0))
+        controller = Controller(config, context, made, is_early=True)
         before = _rss_gib()
         began = time.perf_counter()
         admitted = asyncio.run(_fill(controller, made.ledger))

@@ -1,30 +1,26 @@
-"""Figure of rl.py for the curriculum: how many sampled tokens it saves if most prompts teach nothing.
+"""Figures of rl.py for the selection of prompts: how many sampled tokens it saves if most prompts teach nothing.
 
   curriculum_token_ratio   tokens that the arm `uniform` samples until the policy reaches TARGET on held-out problems /
-      tokens of the arm `curriculum`; geometric mean over SEEDS. `curriculum_low` and `curriculum_high` are its 95%
-      interval: Student's t over the logarithms of the ratios, one for each seed. Both arms of a ratio have the same
-      seed
+      tokens of the arm `selection`, in the pool with 10% medium prompts; geometric mean over SEEDS. `low` and `high`
+      are its 95% interval: Student's t over the logarithms of the ratios, one for each seed. Both arms of a ratio have
+      the same seed. Beside it is the same for the other pool, the other arms, and for core-seconds
 
-The pool is that of rl_pool.py: 30% medium prompts; the others are passed always or never. The arms differ only in this:
+The pools are those of rl_pool.py: 10% or 30% medium prompts; the others are passed always or never. In every arm a step
+trains on as many groups with an advantage, all others are dropped and replaced, and steps, batch and rate are equal:
 
-  uniform      all prompts are drawn alike, and groups without an advantage are trained on like the others
-  refill       groups without an advantage are dropped and replaced
-  curriculum   as `refill`, with a short profile of its own, and with prompts drawn by their beliefs
+  uniform     all prompts are drawn alike (DAPO)
+  band        a profile of 8 replies each, then the prompts with pass rates in [0.1, 0.7] alone, drawn in turn
+  selection   the default: prompts drawn by beliefs, without a profile
+  oracle      the medium prompts alone, drawn in turn: the bound for anything that has to find them
 
-Every sampled token counts (the metric `tokens_sampled_total`), those of dropped groups, of the profile and of probes
-too; only those of evaluations do not. The tokens that were sampled to make the pool count for no arm. `uniform` and
-`refill` take their estimates of prompts from the pool, since they make no use of them. Held-out accuracy is the mean
+Every sampled token counts (the metric `tokens_sampled_total`), those of dropped groups and of the profile too; only
+those of evaluations do not. The tokens that were sampled to make the pool count for no arm. Core-seconds are the
+processor time of all processes of the run, without their start, and with evaluations. Held-out accuracy is the mean
 over HELDOUT problems with 2 replies at temperature 1, every EVERY policy versions. The accuracies are made monotone
 (isotonic regression) and interpolated, which gives the tokens to TARGET.
 
-TARGET is 80% of the way from the start to the best of `uniform` in a run of seed 0, which is not among SEEDS. Batch,
-learning rate and profile were chosen with that seed too.
-
-Two things limit the figure on this policy. A batch with three times as many groups that teach needs only a quarter
-fewer steps, because the optimizer limits the rate of learning. And each step costs more tokens, by refills and longer
-replies.
-
-RL_CURRICULUM_DIR names a folder that keeps the pool and each finished run. Without it everything is made anew.
+RL_CURRICULUM_DIR names a folder that keeps the pools and each finished run. Without it everything is made anew.
+RL_CURRICULUM_ONLY, as 10/selection/1, makes only the runs whose names begin so, and no figure.
 """
 
 import json
@@ -32,12 +28,14 @@ import math
 import os
 import statistics
 import tempfile
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from rl_pool import HELDOUT, Pool, make_pool
+import psutil
+from rl_pool import HELDOUT, Pool, make_pools
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
@@ -45,8 +43,8 @@ from posttrain.files import read_jsonl
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.rl.config import RlConfig
 
-SEEDS, TARGET = (1, 2, 3), 0.52
-STEPS, EVERY = 67, 8
+SEEDS, SHARES, TARGET = (1, 2, 3), (10, 30), 0.52
+STEPS, EVERY = 56, 8
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t at 97.5%, by the number of seeds
 SETTINGS: dict[str, Any] = {
     "reward": {"name": "puzzles"}, "steps": STEPS, "groups_per_step": 4, "group_size": 8, "max_staleness": 1,
@@ -55,63 +53,100 @@ SETTINGS: dict[str, Any] = {
     "engine": {"max_model_len": 192, "max_num_seqs": 256, "kv_cache_gib": 0.1},
     "resources": {"rollout": {"cpus": 0.9}, "trainer": {"cpus": 0.9}},
 }  # fmt: skip
+IN_TURN = {"selection": {"draw": "in_turn"}}
 ARMS: dict[str, dict[str, Any]] = {
-    "uniform": {"drop_zero_advantage": False, "profile": {"samples": 1, "band": [0.0, 1.0]}},
-    "refill": {"profile": {"samples": 1, "band": [0.0, 1.0]}},
-    "curriculum": {
-        "profile": {"samples": 3, "band": [0.3, 0.7]},
-        "curriculum": {"schedule": "constant", "first": [0.1, 0.8]},
-        "refilter": {"every": 10, "prompts": 8, "samples": 4},
-    },
+    "uniform": IN_TURN,
+    "band": {**IN_TURN, "profile": {"samples": 8, "band": [0.1, 0.7]}},
+    "selection": {},
+    "oracle": IN_TURN,
 }
+Key = tuple[int, str, int]  # percentage of medium prompts, arm, seed
 
 
 def curriculum_token_ratio() -> tuple[float, dict[str, float]]:
-    named = os.environ.get("RL_CURRICULUM_DIR")
+    named, only = os.environ.get("RL_CURRICULUM_DIR"), os.environ.get("RL_CURRICULUM_ONLY", "")
     with nullcontext(named) if named else tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        files = {(arm, seed): folder / f"{arm}-{seed}.json" for seed in SEEDS for arm in ARMS}
-        if missing := [key for key, file in files.items() if not file.exists()]:
+        keys: list[Key] = [(share, arm, seed) for seed in SEEDS for share in SHARES for arm in ARMS]
+        files = {key: folder / f"{key[0]}-{key[1]}-{key[2]}.json" for key in keys}
+        wanted = [key for key in keys if "/".join(map(str, key)).startswith(only)]
+        if missing := [key for key in wanted if not files[key].exists()]:
             folder.mkdir(parents=True, exist_ok=True)
             with ray_session():
-                for arm, seed in missing:
-                    run = run_arm(folder, make_pool(folder, SETTINGS), arm, seed=seed)
-                    files[arm, seed].write_text(json.dumps(run))
-        runs = {key: json.loads(file.read_text()) for key, file in files.items()}
-        composition = json.loads((folder / "pool.json").read_text())["composition"]
-    return compare(runs, composition)
+                pools = make_pools(folder, SETTINGS, SHARES)
+                for key in missing:
+                    files[key].write_text(json.dumps(run_arm(folder, pools[key[0]], key[1], seed=key[2])))
+        runs = {key: json.loads(file.read_text()) for key, file in files.items() if file.exists()}
+    if only:
+        return math.nan, {"runs": len(runs)}
+    return compare(runs)
 
 
 def run_arm(scratch: Path, pool: Pool, arm: str, *, seed: int) -> dict[str, Any]:
-    """Run one arm. For each evaluation: `tokens` sampled before it, and `accuracy`; also sums over the arm's groups."""
+    """Run one arm. For each evaluation: `tokens` and core-seconds before it, and `accuracy`; also sums over groups."""
     from posttrain.rl.stage import run
 
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
         data = {
             **SETTINGS, **ARMS[arm], "model": {"path": pool.model, "dtype": "float32"},
-            "prompts": {"path": pool.prompts},
+            "prompts": {"path": pool.medium if arm == "oracle" else pool.prompts},
             "evaluation": {"data": {"path": pool.heldout}, "every": EVERY, "samples": 2, "temperature": 1.0},
         }  # fmt: skip
-        if "curriculum" not in data:
-            data["profile"] = data["profile"] | {"store": pool.store}  # it has all prompts, so none is sampled
         config = validate_config(RlConfig, data, "benchmark")
-        run(config, StageContext("rl", folder, folder / "events.jsonl", seed, warm_engines=True))
+        with ProcessorTime() as used:
+            run(config, StageContext("rl", folder, folder / "events.jsonl", seed, warm_engines=True))
         steps = list(read_jsonl(folder / "metrics.jsonl"))
-        before = steps[0]["tokens_sampled_total"] - steps[0]["tokens_generated"] - steps[0].get("tokens_probed", 0)
+        before = steps[0]["tokens_sampled_total"] - steps[0]["tokens_generated"]
         sampled = [before, *(step["tokens_sampled_total"] for step in steps)]  # by policy version
+        began = steps[0]["t"] - steps[0]["step_wall_s"]
+        times = [began, *(step["t"] for step in steps)]
         evaluations = list(read_jsonl(folder / "evaluations.jsonl"))
         _check_counted(folder, steps)
-    if (versions := [line["policy_version"] for line in evaluations]) != list(range(0, STEPS, EVERY)):
+    versions = [line["policy_version"] for line in evaluations]
+    if versions != list(range(0, STEPS, EVERY)):
         raise RuntimeError(f"not every evaluation of {arm} was done, only those of {versions}")
     names = ("groups_generated", "groups_dropped_zero_advantage", "groups_too_easy", "groups_too_hard")
     total = {name: sum(step[name] for step in steps) for name in names}
     return {
-        "tokens": [sampled[line["policy_version"]] for line in evaluations],
+        "tokens": [sampled[version] for version in versions],
+        "core_s": [used.at(times[version]) - used.at(began) for version in versions],
         "accuracy": [line["capabilities"]["all"]["accuracy"] for line in evaluations],
-        "profile_tokens": before, **total, "advantage_std": statistics.fmean(step["advantage_std"] for step in steps),
-        "seconds": sum(step["step_wall_s"] for step in steps),
+        "before_tokens": before, **total, "seconds": sum(step["step_wall_s"] for step in steps),
     }  # fmt: skip
+
+
+class ProcessorTime:
+    """The processor time of this process and of all that it started, looked at twice a second."""
+
+    def __enter__(self) -> "ProcessorTime":
+        self._seen: dict[int, float] = {}
+        self._line: list[tuple[float, float]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def at(self, time_s: float) -> float:
+        """The core-seconds up to a Unix time."""
+        return max((used for at, used in self._line if at <= time_s), default=self._line[0][1])
+
+    def _watch(self) -> None:
+        import time
+
+        while not self._over.wait(0.5):
+            me = psutil.Process()
+            for process in (me, *me.children(recursive=True)):
+                try:
+                    spent = process.cpu_times()
+                except psutil.Error:
+                    continue
+                self._seen[process.pid] = spent.user + spent.system  # that of one that has ended stays
+            self._line.append((time.time(), sum(self._seen.values())))
 
 
 def _check_counted(folder: Path, steps: Sequence[dict[str, Any]]) -> None:
@@ -125,28 +160,33 @@ def _check_counted(folder: Path, steps: Sequence[dict[str, Any]]) -> None:
         raise RuntimeError(f"the steps generated {counted} tokens, but their rollouts have {archived}")
 
 
-def compare(runs: dict[tuple[str, int], dict[str, Any]], composition: dict[str, int]) -> tuple[float, dict[str, float]]:
-    """The figure, and the means over seeds of each arm."""
-    seeds = sorted({seed for _, seed in runs})
-    detail: dict[str, float] = {"seeds": len(seeds), "target": TARGET, "heldout": HELDOUT}
-    detail |= {f"pool_{name}": count for name, count in composition.items()}
-    needed = {key: to_target(run["tokens"], run["accuracy"], TARGET) for key, run in runs.items()}
-    for arm in ARMS:
-        of_arm = [runs[arm, seed] for seed in seeds]
-        detail[f"{arm}_start"] = statistics.fmean(run["accuracy"][0] for run in of_arm)
-        detail[f"{arm}_final"] = statistics.fmean(smooth(run["accuracy"])[-1] for run in of_arm)
-        detail[f"{arm}_ktokens"] = statistics.fmean(run["tokens"][-1] for run in of_arm) / 1e3
-        detail[f"{arm}_ktokens_to_target"] = statistics.fmean(needed[arm, seed][0] for seed in seeds) / 1e3
-        detail[f"{arm}_steps_to_target"] = EVERY * statistics.fmean(needed[arm, seed][1] for seed in seeds)
-        detail[f"{arm}_reached"] = sum(needed[arm, seed][2] for seed in seeds)
-    profiled = statistics.fmean(runs["curriculum", seed]["profile_tokens"] for seed in seeds)
-    detail["curriculum_profile_ktokens"] = profiled / 1e3
-    for arm in ("refill", "curriculum"):
-        logs = [math.log(needed["uniform", seed][0] / needed[arm, seed][0]) for seed in seeds]
-        mean, half = statistics.fmean(logs), T95[len(logs)] * statistics.stdev(logs) / math.sqrt(len(logs))
-        ratio = {"ratio": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half)}
-        detail |= {f"{arm}_{name}": value for name, value in ratio.items()}
-    return detail.pop("curriculum_ratio"), detail
+def compare(runs: dict[Key, dict[str, Any]]) -> tuple[float, dict[str, float]]:
+    """The figure, and the means over seeds of each arm in each pool."""
+    detail: dict[str, float] = {"seeds": len(SEEDS), "target": TARGET, "heldout": HELDOUT}
+    for share in SHARES:
+        needed = {
+            (arm, seed, unit): to_target(runs[share, arm, seed][unit], runs[share, arm, seed]["accuracy"], TARGET)
+            for arm in ARMS
+            for seed in SEEDS
+            for unit in ("tokens", "core_s")
+        }
+        for arm in ARMS:
+            name, of_arm = f"{share}_{arm}", [runs[share, arm, seed] for seed in SEEDS]
+            detail[f"{name}_start"] = statistics.fmean(run["accuracy"][0] for run in of_arm)
+            detail[f"{name}_final"] = statistics.fmean(smooth(run["accuracy"])[-1] for run in of_arm)
+            detail[f"{name}_groups_a_useful"] = statistics.fmean(
+                run["groups_generated"] / (4 * STEPS) for run in of_arm
+            )
+            detail[f"{name}_ktokens"] = statistics.fmean(needed[arm, seed, "tokens"][0] for seed in SEEDS) / 1e3
+            detail[f"{name}_core_s"] = statistics.fmean(needed[arm, seed, "core_s"][0] for seed in SEEDS)
+            detail[f"{name}_steps"] = EVERY * statistics.fmean(needed[arm, seed, "tokens"][1] for seed in SEEDS)
+            detail[f"{name}_reached"] = sum(needed[arm, seed, "tokens"][2] for seed in SEEDS)
+            for unit in ("tokens", "core_s"):
+                logs = [math.log(needed["uniform", seed, unit][0] / needed[arm, seed, unit][0]) for seed in SEEDS]
+                mean, half = statistics.fmean(logs), T95[len(logs)] * statistics.stdev(logs) / math.sqrt(len(logs))
+                for what, value in (("ratio", mean), ("low", mean - half), ("high", mean + half)):
+                    detail[f"{name}_{unit}_{what}"] = math.exp(value)
+    return detail[f"{SHARES[0]}_selection_tokens_ratio"], detail
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -161,12 +201,12 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [mean for mean, count in blocks for _ in range(count)]
 
 
-def to_target(tokens: Sequence[float], accuracy: Sequence[float], target: float) -> tuple[float, float, bool]:
-    """Tokens and evaluations until `target`, interpolated, and True; if it is never reached, all of them and False."""
+def to_target(spent: Sequence[float], accuracy: Sequence[float], target: float) -> tuple[float, float, bool]:
+    """What was spent and evaluations until `target`, interpolated, and True; if never reached, all and False."""
     rising = smooth(accuracy)
     for index in range(1, len(rising)):
         if rising[index] >= target:
             rise = rising[index] - rising[index - 1]
             share = min(1.0, max(0.0, (target - rising[index - 1]) / rise)) if rise > 0 else 0.0
-            return tokens[index - 1] + share * (tokens[index] - tokens[index - 1]), index - 1 + share, True
-    return tokens[-1], len(tokens) - 1, False
+            return spent[index - 1] + share * (spent[index] - spent[index - 1]), index - 1 + share, True
+    return spent[-1], len(spent) - 1, False

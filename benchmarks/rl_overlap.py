@@ -72,7 +72,7 @@ def _steps(folder: Path, model: str, balance: str, *, staleness: int, seed: int)
     data = {
         "model": {"path": model, "dtype": "float32"}, "prompts": {"path": str(folder / "prompts.jsonl")},
         "reward": {"name": f"{Path(__file__).with_name('rl_reward.py')}:every_second"},
-        "profile": {"samples": 2, "band": [0.0, 1.0], "prompts": 8}, "steps": WARM + STEPS, "groups_per_step": groups,
+        "steps": WARM + STEPS, "groups_per_step": groups,
         "group_size": replies, "max_staleness": staleness, "sampling": {"max_tokens": tokens},
         "optimizer": {"learning_rate": 1e-6}, "engine": {"max_model_len": 512, "kv_cache_gib": 0.25},
         "checkpoint_every": WARM + STEPS,

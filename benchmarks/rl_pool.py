@@ -1,8 +1,8 @@
-"""For rl_curriculum.py: make a pool of prompts of which most teach nothing, from the quick start's base and puzzles.
+"""For rl_curriculum.py: make pools of prompts of which most teach nothing, from the quick start's base and puzzles.
 
-The prompts are those of the base stage. The base answers each SAMPLES times. The pool takes the numbers in WANTED of
-four sorts: prompts with a pass rate in MEDIUM, which are 30%; prompts that always passed; prompts that never passed;
-and countdown puzzles without a solution, as flawed data has them. (The sums of the same numbers with any signs are all
+The prompts are those of the base stage. The base answers each SAMPLES times. A pool has NUM_MEDIUM prompts with a pass
+rate in MEDIUM, and of the others about a third each that always passed, that never passed, and countdown puzzles
+without a solution, as flawed data has them. (The sums of the same numbers with any signs are all
 odd or all even, so a target that is moved by one cannot be reached.) The held-out problems are of the kinds (family and
 level) whose mean pass rate lies in MEDIUM. All problems are different, and the base was trained on none of them.
 """
@@ -10,6 +10,7 @@ level) whose mean pass rate lies in MEDIUM. All problems are different, and the 
 import json
 import random
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -31,42 +32,45 @@ from posttrain.rl.config import RlConfig
 BASE = Path(__file__).parents[1] / "configs" / "quickstart" / "base.yaml"
 SAMPLES = 16
 MEDIUM, TOO_EASY = (0.1, 0.7), 0.95
-WANTED = {"medium": 48, "too_easy": 56, "too_hard": 28, "unsolvable": 28}
+NUM_MEDIUM = 40
 HELDOUT = 320
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The files of training prompts and of held-out problems, and the policy for which they were chosen.
+    """The files of training prompts, of the medium ones among them, and of held-out problems.
 
-    store: folder of the pass rates by which they were chosen. composition: number of prompts of each sort.
+    model: the policy for which they were chosen.
     """
 
     model: str
     prompts: str
+    medium: str
     heldout: str
-    store: str
-    composition: dict[str, int]
 
 
-def make_pool(folder: Path, settings: dict[str, Any]) -> Pool:
-    """Train or fetch the base, sample its prompts, and choose. Files that exist already are not made again.
+def make_pools(folder: Path, settings: dict[str, Any], shares: Sequence[int]) -> dict[int, Pool]:
+    """Train or fetch the base, sample its prompts, and choose a pool for each percentage of medium prompts.
 
-    settings: of an RL stage, without model and prompts. Needs a Ray session.
+    Files that exist already are not made again. settings: of an RL stage, without model and prompts. Needs a Ray
+    session.
     """
-    told = folder / "pool.json"
+    told = folder / "pools.json"
     if not told.exists():
         base = _base(folder / "base")
         rows = list(read_jsonl(Path(base["prompts"])))
         countdowns = [row for row in rows if row["family"] == "countdown"]
-        rows += [_unsolvable(row) for row in countdowns[: WANTED["unsolvable"]]]
+        rows += [_unsolvable(row) for row in countdowns]
         _write(folder / "candidates.jsonl", rows)
         rates = _pass_rates(folder, base["model"], settings)
-        composition = _choose(folder, base, rows, rates=rates)
+        composition = {share: _choose(folder, rows, rates, share=share) for share in shares}
+        _choose_heldout(folder, base, rows, rates=rates)
         told.write_text(json.dumps({"model": base["model"], "composition": composition}))
-    known = json.loads(told.read_text())
-    prompts, heldout = (str(folder / f"{name}.jsonl") for name in ("pool", "heldout"))
-    return Pool(known["model"], prompts, heldout, str(folder / "profiles"), known["composition"])
+    model = json.loads(told.read_text())["model"]
+    return {
+        share: Pool(model, *(str(folder / f"{name}.jsonl") for name in (f"pool{share}", "medium", "heldout")))
+        for share in shares
+    }
 
 
 def _base(folder: Path) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def _pass_rates(folder: Path, model: str, settings: dict[str, Any]) -> dict[str,
     from posttrain.rl.prompts.profile import profile_prompts
     from posttrain.sampling.client import Engines
 
-    profile = {"samples": SAMPLES, "store": str(folder / "profiles")}
+    profile = {"samples": SAMPLES}
     data = settings | {"model": {"path": model, "dtype": "float32"}, "profile": profile}
     config = validate_config(RlConfig, data | {"prompts": {"path": str(folder / "candidates.jsonl")}}, "benchmark")
     tokenizer = load_tokenizer(config.model.path)
@@ -107,32 +111,38 @@ def _unsolvable(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"id": f"{row['id']}-unsolvable", "target": target, "messages": [moved], "key": moved["content"]}
 
 
-def _choose(
-    folder: Path, base: dict[str, Any], rows: list[dict[str, Any]], *, rates: dict[str, float]
-) -> dict[str, int]:
-    """Write pool.jsonl and heldout.jsonl. Returns how many prompts of each sort the pool has."""
+def _choose(folder: Path, rows: list[dict[str, Any]], rates: dict[str, float], *, share: int) -> dict[str, int]:
+    """Write the pool with this percentage of medium prompts. Returns how many prompts of each sort it has."""
+    others = NUM_MEDIUM * 100 // share - NUM_MEDIUM
+    wanted = {"medium": NUM_MEDIUM, "too_easy": others // 3, "too_hard": others // 3}
+    wanted["unsolvable"] = others - 2 * (others // 3)
     rows = [row for row in rows if row["id"] in rates]
     random.Random(0).shuffle(rows)
-    chosen, counts, by_kind = [], Counter[str](), defaultdict[tuple[str, int], list[float]](list)
+    chosen, counts = defaultdict[str, list[dict[str, Any]]](list), Counter[str]()
     for row in rows:
         rate = rates[row["id"]]
-        is_unsolvable = row["id"].endswith("unsolvable")
-        if not is_unsolvable:
-            by_kind[row["family"], row["level"]].append(rate)
-        name = "unsolvable" if is_unsolvable and rate == 0 else _name(rate)
-        if name is not None and counts[name] < WANTED[name]:
+        name = "unsolvable" if row["id"].endswith("unsolvable") and rate == 0 else _name(rate)
+        if name is not None and counts[name] < wanted[name]:
             counts[name] += 1
-            chosen.append(row)
-    if counts != Counter(WANTED):
-        raise RuntimeError(f"the base's prompts do not give a pool of {WANTED}, only {dict(counts)}")
-    _write(folder / "pool.jsonl", chosen)
+            chosen[name].append(row)
+    if counts != Counter(wanted):
+        raise RuntimeError(f"the base's prompts do not give a pool of {wanted}, only {dict(counts)}")
+    _write(folder / f"pool{share}.jsonl", [row for found in chosen.values() for row in found])
+    _write(folder / "medium.jsonl", chosen["medium"])
+    return dict(counts)
+
+
+def _choose_heldout(folder: Path, base: dict[str, Any], rows: list[dict[str, Any]], *, rates: dict[str, float]) -> None:
+    by_kind = defaultdict[tuple[str, int], list[float]](list)
+    for row in rows:
+        if row["id"] in rates and not row["id"].endswith("unsolvable"):
+            by_kind[row["family"], row["level"]].append(rates[row["id"]])
     medium = {kind for kind, found in by_kind.items() if MEDIUM[0] <= fmean(found) <= MEDIUM[1]}
     others = [row for name in ("heldout", "tune") for row in read_jsonl(Path(base[name]))]
     heldout = [row for row in others if (row["family"], row["level"]) in medium][:HELDOUT]
     if len(heldout) < HELDOUT:
         raise RuntimeError(f"only {len(heldout)} held-out problems are of medium kinds, not {HELDOUT}")
     _write(folder / "heldout.jsonl", heldout)
-    return dict(counts)
 
 
 def _name(rate: float) -> str | None:

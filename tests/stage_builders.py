@@ -508,10 +508,13 @@ def _rollout(prompt: Any, index: int, length: int = 2) -> Rollout:
 
 def rl_rows(config: Any) -> Any:
     from posttrain.rl.loop.evaluation import heldout_rows
-    from posttrain.rl.stage import _render, _rows_to_profile
+    from posttrain.rl.prompts.profile import profiled_prompts
+    from posttrain.rl.stage import _render, _rows
 
-    rows = _rows_to_profile(config, 0)
-    return rows, _render(config, rows, heldout_rows(config, config.evaluation))[1:]
+    rows = _rows(config)
+    prompts, heldout = _render(config, rows, heldout_rows(config, config.evaluation))[1:]
+    asked = profiled_prompts(prompts, config.profile.prompts, 0) if config.profile is not None else None
+    return rows, prompts, heldout, asked
 
 
 def rl_environment(config: Any) -> Any:
@@ -523,13 +526,16 @@ def rl_environment(config: Any) -> Any:
 def rl_requests(config: Any) -> Any:
     from posttrain.rl.rollouts.requests import sample_request
 
-    return [sample_request(config.sampling, prompt, config.profile.samples, stop_ids=(0,)) for prompt in _drawn()]
+    samples = config.profile.samples if config.profile is not None else 1
+    return [sample_request(config.sampling, prompt, samples, stop_ids=(0,)) for prompt in _drawn()]
 
 
 def rl_difficulties(config: Any) -> Any:
     """Of prompt i of eight, i of eight replies have a reward of 0.75 and the others of 0."""
+    from posttrain.rl.prompts.config import ProfileConfig
     from posttrain.rl.prompts.profile import difficulties
 
+    config = config.model_copy(update={"profile": config.profile or ProfileConfig()})
     pairs = [(_rollout(prompt, index), prompt.row) for prompt in _drawn() for index in range(8)]
     scores = [Scored(RewardResult(0.75 * (reply < prompt))) for prompt in range(8) for reply in range(8)]
     return difficulties(config, pairs, scores)
@@ -541,12 +547,13 @@ def rl_draws(config: Any) -> Any:
     from posttrain.rl.stage import prompt_source
 
     rows = [prompt.row for prompt in _drawn()]
-    profile = [Difficulty(row.id, row.capability, 8, index, 0, True) for index, row in enumerate(rows)]
-    source = prompt_source(config, rows, profile, tokenizer=_tokenizer(), seed=0, steps=config.steps)
+    rows = [msgspec.structs.replace(row, fields={"level": index % 2}) for index, row in enumerate(rows)]
+    profile = [Difficulty(row.id, row.capability, 8, 4 * (index % 2), 0, True) for index, row in enumerate(rows)]
+    source = prompt_source(config, rows, profile[:-1], tokenizer=_tokenizer(), seed=0)
     drawn = []
     for step, capability in enumerate(islice(places(mixture_shares(rows, config.mixture)), 48)):
         drawn.append(source.draw(capability, step))
-        source.advance(2 * step, 0.1)
+        drawn.append(source.advance(step))
     return drawn
 
 
@@ -656,38 +663,20 @@ def rl_rescoring(config: Any) -> Any:
 
 
 def rl_knowledge(config: Any) -> Any:
-    """Where profiles are shared, what replies are scored by, and what is probed, after a fresh estimate of half."""
-    import random
-
+    """Where profiles are shared, what replies are scored by, and which prompts of a profile may be drawn."""
     from posttrain.rl.grading.verifiers import reward_spec
-    from posttrain.rl.prompts.curriculum import Curriculum
+    from posttrain.rl.prompts.band import ALL, select_band
     from posttrain.rl.prompts.difficulty import Basis, Difficulty
-    from posttrain.rl.prompts.profile import drawn_rows, profile_store
-    from posttrain.rl.prompts.refilter import Refilter
+    from posttrain.rl.prompts.profile import profile_store
 
     rows = [prompt.row for prompt in _drawn()]
-    store = profile_store(config.profile.store, Path("stage"), Basis("policy", "scoring"))
-    found = [Difficulty(row.id, row.capability, 8, 8 - index, 0, index > 3) for index, row in enumerate(rows)]
-    probes = None
-    if config.refilter is not None:
-        many = [Difficulty(f"p{index}", "math", index, 0, 0, True) for index in range(1, 50)]
-        curriculum, refilter = Curriculum(config.curriculum, many, 10), Refilter(config.refilter)
-        due = [step for step in range(40) if refilter.due(step)]
-        probes = due, refilter.samples, refilter.choose(curriculum, 1, random.Random(0))
-    drawn = [row.id for row in drawn_rows(config, [item for item in found if item.selected], rows)]
-    return store and str(store.folder), reward_spec(config.reward, config.systems), probes, drawn
-
-
-def rl_parked_draws(config: Any) -> Any:
-    """How often impossible prompts are drawn, of which there are as many as of others."""
-    from posttrain.rl.prompts.difficulty import Difficulty
-    from posttrain.rl.stage import prompt_source
-
-    rows = [prompt.row for prompt in _drawn() if prompt.row.capability == "general"]
-    rows = [msgspec.structs.replace(row, id=f"{row.id}-{copy}") for row in rows for copy in range(8)]
-    profile = [Difficulty(row.id, row.capability, 16, 8 * (index % 2), 0, True) for index, row in enumerate(rows)]
-    source = prompt_source(config, rows, profile, tokenizer=_tokenizer(), seed=0, steps=config.steps)
-    return [source.draw(rows[0].capability, order).row.id for order in range(100)]
+    spec = reward_spec(config.reward, config.systems)
+    if config.profile is None:
+        return spec
+    store, band = profile_store(config.profile.store, Path("stage"), Basis("policy", "scoring")), config.profile.band
+    found = [Difficulty(row.id, row.capability, 8, 8 - index, 0, False) for index, row in enumerate(rows)]
+    found = [msgspec.structs.replace(item, selected=item.in_band(band or ALL)) for item in found]
+    return store and str(store.folder), spec, [row.id for row in select_band(found, rows, band)]
 
 
 def rl_side(config: Any) -> Any:
@@ -716,7 +705,8 @@ def rl_rates(config: Any) -> Any:
 def _controller(config: Any) -> Any:
     from posttrain.context import BusyLog
     from posttrain.rl.history.ledger import Ledger
-    from posttrain.rl.loop.controller import Controller, Parts
+    from posttrain.rl.loop.controller import Controller
+    from posttrain.rl.loop.parts import Parts
     from posttrain.sampling.client import Engines
 
     engines = Engines(
@@ -726,11 +716,12 @@ def _controller(config: Any) -> Any:
     engines.names, engines.actors, engines.logs = ["e"], [unused], {"e": BusyLog(CONTEXT, "e", "generate")}
     shares, ledger = {"math": 0.5, "coding": 0.5}, Ledger(Path(":memory:"))
     parts = Parts(engines, unused, unused, unused, shares, unused, ledger, (0,))
-    return Controller(config, CONTEXT, parts, manifest={})
+    return Controller(config, CONTEXT, parts)
 
 
 def rl_controller(config: Any) -> Any:
-    from posttrain.rl.stage import restarts_left
+    from posttrain.rl.records import Admission
+    from posttrain.rl.training.starts import TrainerStarts
 
     controller = _controller(config)
     due = [version for version in range(200) if controller._steps._checkpoints.is_due(version)]
@@ -744,13 +735,13 @@ def rl_controller(config: Any) -> Any:
     waits = controller._workers.workers[0].lane._deadline_s, controller._workers._wave_seed is not None
     built = (
         _pool(controller._scorer),
-        controller._dispatch.request(_drawn()[0]),
+        controller._dispatch.flight(Admission(0, 0, _drawn()[0])).request,
         controller._book._idle.limit,
         due,
         room,
         capabilities,
     )
-    return built, waits, list(restarts_left(config))
+    return built, waits, TrainerStarts(config, CONTEXT).left
 
 
 def rl_first_batch(config: Any) -> Any:
@@ -779,7 +770,7 @@ def rl_weights(config: Any) -> Any:
 
 
 def rl_allowed_gap(config: Any) -> Any:
-    from posttrain.rl.loop.parity import allowed_gap
+    from posttrain.rl.loop.start import allowed_gap
 
     return allowed_gap(config.parity_tolerance, config.model.dtype)
 
@@ -913,7 +904,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "rl": (
         resources_of("rl"), adapters, rl_environment, rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows,
         rl_requests, rl_difficulties,
-        rl_controller, rl_first_batch, rl_draws, rl_parked_draws, rl_knowledge, rl_side, rl_policy, rl_micro_batches,
+        rl_controller, rl_first_batch, rl_draws, rl_knowledge, rl_side, rl_policy, rl_micro_batches,
         rl_rescoring, rl_weights, rl_reference, rl_judge, judge_endpoint, rl_trainer_deadline, rl_stops, policy,
         router_bias, engine_settings, MODEL_ENGINE, trackers,
     ),

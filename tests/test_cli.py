@@ -359,12 +359,10 @@ def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
         "episode/tool_calls": 1.25,
         "episode/malformed_calls": 0.125,
         "episode/tool_failures": 0.03,
-        "band_low": 0.05,
-        "band_high": 0.6,
-        "prompts_retired": 400,
+        "prompts_seen": 400,
     }
     context = StageContext("rl", tmp_path / "rl", file)
-    context.metrics(11, {"reward_mean": 0.9, "prompts_parked": 3})
+    context.metrics(11, {"reward_mean": 0.9, "prompts_mixed": 3})
     context.metrics(12, metrics)
     file.write_text(
         event("sft", "stage_start")
@@ -388,10 +386,10 @@ def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
         "waiting 6   waited, s 0.6",
         "tokens/s 2,512   idle trainer 12%   idle engine-1 3%",
         "ended 32   turns 2.5   tokens 1,234   tool calls 1.2   malformed 0.12   tools failed 0.03",
-        "from 0.05   to 0.60   solved 400",
+        "drawn 400",
     ):
         assert expected in text, text
-    assert "impossible" not in text  # of an earlier step
+    assert "mixed" not in text  # of an earlier step
     assert "clipped" not in text
 
 

@@ -59,7 +59,7 @@ def eval_config(**changes: Any) -> EvalConfig:
 
 def shares(threshold: float) -> dict[str, float]:
     """The share of right replies among REWARDS, as each part of a run counts it."""
-    config = rl_config(reward={"name": "final_answer", "correct_threshold": threshold})
+    config = rl_config(reward={"name": "final_answer", "correct_threshold": threshold}, profile={})
     rollouts = [Rollout("p", "g0", index, PROMPT, (REPLY,), "x", FinishReason.STOP) for index in range(5)]
     scores = [Scored(RewardResult(reward)) for reward in REWARDS]
     scored = scored_group(Group(0, DrawnPrompt(ROW, None, PROMPT), tuple(rollouts)), scores, config)
@@ -68,7 +68,7 @@ def shares(threshold: float) -> dict[str, float]:
     replies = [PromptReplies(ROW, Reply("x", 1, False, reward), ()) for reward in REWARDS]
     return {
         "profile": difficulties(config, [(rollout, ROW) for rollout in rollouts], scores)[0].pass_rate,
-        "curriculum": passes_and_failures(scored, config.reward.correct_threshold)[0] / 5,
+        "selection": passes_and_failures(scored, config.reward.correct_threshold)[0] / 5,
         "steps": tally.values(0, [scored], ages_s=[0.0], waited_s=0.0, trained={})["pass_rate"],
         "evaluation": accuracies([scored], samples=5, threshold=config.reward.correct_threshold)["all"]["accuracy"],
         "eval": measure(replies, eval_config(correct_threshold=threshold), 0)["all"]["greedy"],
@@ -77,7 +77,7 @@ def shares(threshold: float) -> dict[str, float]:
 
 @pytest.mark.parametrize(("threshold", "share"), [(0.25, 0.8), (0.5, 0.6), (0.51, 0.4), (1.0, 0.2)])
 def test_every_part_of_a_run_counts_the_same_replies_as_right(threshold: float, share: float):
-    assert shares(threshold) == dict.fromkeys(("profile", "curriculum", "steps", "evaluation", "eval"), share)
+    assert shares(threshold) == dict.fromkeys(("profile", "selection", "steps", "evaluation", "eval"), share)
 
 
 def test_a_reward_that_equals_the_threshold_is_right():

@@ -157,7 +157,7 @@ def test_a_profile_survives_the_kill_of_its_engines_core(
     from posttrain.model.tokenizer import load_tokenizer
     from posttrain.rl.config import RlConfig
     from posttrain.rl.prompts.profile import profile_prompts
-    from posttrain.rl.stage import _draw_plain, _rows_to_profile
+    from posttrain.rl.stage import _draw_plain, _rows
     from posttrain.sampling.client import Engines
 
     (tmp_path / "reward.py").write_text("def longer(rollout, row):\n    return float(len(rollout.token_ids) > 3)\n")
@@ -172,7 +172,7 @@ def test_a_profile_survives_the_kill_of_its_engines_core(
     }
     config = validate_config(RlConfig, data, "test")
     tokenizer = load_tokenizer(config.model.path)
-    prompts = _draw_plain(_rows_to_profile(config, 0), tokenizer, config)
+    prompts = _draw_plain(_rows(config), tokenizer, config)
     both = contexts(tmp_path, monkeypatch, signal.SIGKILL, "core")
     for context in both:
         with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:

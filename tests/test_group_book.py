@@ -1,5 +1,5 @@
 """The book of groups on its own: every transition reaches the queue, the ledger, the archive, the tally and the
-curriculum, and none that cannot follow is let through. Ledger, archive, queue and source are the real ones."""
+selection, and none that cannot follow is let through. Ledger, archive, queue and source are the real ones."""
 
 import itertools
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from posttrain.config.rewards import SystemsConfig
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.files import read_jsonl
-from posttrain.records import FinishReason, Message, Outcome, Row, Segment, VersionSpan
+from posttrain.records import FinishReason, Message, Outcome, RewardResult, Row, Scored, Segment, VersionSpan
 from posttrain.rl.config import RlConfig
-from posttrain.rl.grading.groups import drop_reason
+from posttrain.rl.grading.groups import drop_reason, scored_group
 from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.history.recovery import survivors
@@ -70,6 +70,7 @@ class Bench:
             source=self.source,
             idle_steps=self.config.stop_after_idle_steps,
             version=version,
+            first_replies=self.config.selection.first_replies,
         )
 
     def sampled(self, admission: Admission, version: int = 0) -> Flight:
@@ -107,6 +108,13 @@ class Bench:
         )
         self.book.scored(scored, drop_reason(scored, self.config))
         return scored
+
+    def first(self, *rewards: float | None) -> tuple[int, Admission | None]:
+        """Take one group from its admission to the scores of its first two replies; its order and what is left."""
+        admission = self.book.admit(0)
+        group = self.book.first_sampled(self.sampled(admission))
+        scored = scored_group(group, [Scored(RewardResult(reward)) for reward in rewards], self.config)
+        return admission.order, self.book.first_scored(scored)
 
     def ready(self, *, rewards: tuple[float | None, ...] = (1.0, 0.0), version: int = 0) -> int:
         """Take one group from its admission to its scores; returns its dispatch order."""
@@ -184,21 +192,84 @@ def test_a_group_that_teaches_nothing_is_dropped_everywhere_and_its_place_is_fre
     assert bench.archived(0) == [(f"g{order}", None, f"dropped:{reason}")]
 
 
+@pytest.fixture
+def screening(tmp_path: Path) -> Bench:
+    """Groups of six that begin with two replies. The source says whether equal ones go on."""
+    bench = Bench(tmp_path, group_size=6, selection={"first_replies": 2})
+    bench.asked = []
+    bench.source.goes_on = lambda *values: bench.asked.append(values) or bench.goes_on
+    return bench
+
+
+def test_a_group_of_equal_first_replies_stops_if_the_beliefs_say_so(screening):
+    full, screening.goes_on = screening.book.room(0), False
+    order, left = screening.first(0.0, 0.0)
+    assert left is None
+    assert [passes_and_failures for _, *passes_and_failures in screening.asked] == [[0, 2]]
+    assert screening.states == {order: "dropped"}
+    assert screening.events(order) == ["reserved", "generated", "scored", "dropped"]
+    assert screening.book.room(0) == full
+    metrics = screening.metrics()
+    assert (metrics["groups_dropped_stopped"], metrics["groups_dropped_zero_advantage"]) == (1, 0)
+    assert (metrics["tokens_dropped"], metrics["tokens_generated"]) == (6, 6)  # what it cost
+    screening.book.finish()
+    assert screening.archived(0) == [(f"g{order}", None, "dropped:stopped")]
+
+
+@pytest.mark.parametrize(("rewards", "goes_on"), [((1.0, 0.0), False), ((1.0, 1.0), True)])
+def test_other_groups_go_on_from_their_first_replies_also_after_a_crash(screening, tmp_path, rewards, goes_on):
+    screening.goes_on = goes_on
+    order, left = screening.first(*rewards)
+    assert bool(screening.asked) == (rewards[0] == rewards[1])
+    assert left is not None
+    assert (left.order, left.stamp, len(left.recorded)) == (order, 0, 6)
+    assert left.recorded[2:] == (UNBEGUN,) * 4
+    assert all(reply.finish_reason for reply in left.recorded[:2])
+    assert screening.states == {order: "reserved"}
+    (survivor,) = survivors(screening.ledger, screening.source, 0)
+    assert (survivor.group, survivor.replies) == (None, left.recorded)
+    screening.ledger.close()
+    again = Bench(tmp_path, group_size=6, selection={"first_replies": 2})
+    assert again.book.adopt(survivor) == left
+
+
+def test_a_group_that_was_dropped_while_its_first_replies_were_scored_stays_dropped(screening):
+    screening.goes_on = True
+    admission = screening.book.admit(0)
+    group = screening.book.first_sampled(screening.sampled(admission))
+    screening.ledger.flush_now()
+    screening.book.finish()
+    scored = scored_group(group, [Scored(RewardResult(1.0))] * 2, screening.config)
+    assert screening.book.first_scored(scored) is None
+    assert screening.events(admission.order) == ["reserved", "dropped"]
+
+
 def test_too_many_groups_in_a_row_that_teach_nothing_end_the_run(bench):
     for _ in range(3):
         bench.ready(rewards=(0.0, 0.0))
     bench.ready()  # one that teaches: the count begins again
     for _ in range(3):
         bench.ready(rewards=(0.0, 0.0))
-    with pytest.raises(StageError, match=r"4 groups in a row taught nothing .*zero_advantage.*profile\.band"):
+    with pytest.raises(StageError, match=r"4 groups in a row taught nothing .*zero_advantage.*look at the reward"):
         bench.ready(rewards=(0.0, 0.0))
 
 
-def test_unscored_rollouts_raise_the_alarm(bench):
-    for _ in range(2):
+def test_a_new_run_of_which_nothing_can_be_scored_ends_after_a_batch(tmp_path):
+    bench = Bench(tmp_path)
+    bench.ready(rewards=(None, None))
+    with pytest.raises(StageError, match="not one reply of the first 2 groups could be scored; most often: wrong"):
         bench.ready(rewards=(None, None))
+    (tmp_path / "later").mkdir()
+    later = Bench(tmp_path / "later", version=3)
+    for _ in range(3):
+        later.ready(rewards=(None, None), version=3)
+
+
+def test_unscored_rollouts_raise_the_alarm(bench):
+    for rewards in ((1.0, 0.0), (1.0, 0.0), (None, None)):
+        bench.ready(rewards=rewards)
     (alarm,) = [event for event in read_jsonl(bench.folder / "events.jsonl") if event["event"] == "alarm"]
-    assert (alarm["what"], alarm["fraction"], alarm["outcomes"]) == ("unscored", 1.0, {"timeout": 4})
+    assert (alarm["what"], alarm["fraction"], alarm["outcomes"]) == ("unscored", 0.5, {"timeout": 2})
 
 
 def test_spares_that_were_not_needed_are_dropped_with_what_was_sampled_of_them(tmp_path):
@@ -339,13 +410,13 @@ def test_a_group_that_was_never_admitted_is_refused(bench):
         bench.book.generated(flight)
 
 
-def test_the_curriculum_hears_of_every_scored_group(bench):
+def test_the_selection_hears_of_every_scored_group(bench):
     heard = []
-    bench.source.observe = lambda *values: heard.append(values)
+    bench.source.observe = lambda *values, version, first: heard.append((*values, version))
     bench.ready()
     bench.ready(rewards=(0.0, 0.0))
     names = [entry.prompt_id for entry in _entries(bench)]
-    assert heard == [(names[0], 1, 1), (names[1], 0, 2)]
+    assert heard == [(names[0], 1, 1, 0), (names[1], 0, 2, 0)]
 
 
 def _entries(bench: Bench) -> list[Any]:

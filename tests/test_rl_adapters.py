@@ -160,7 +160,9 @@ def test_training_is_refused_when_engines_are_sent_weights_without_adapters(
     ray_session, tiny_model, tmp_path, monkeypatch
 ):
     """New adapters change nothing, so the plain comparison of engines and trainer could not tell."""
-    monkeypatch.setattr("posttrain.rl.stage.TrainerClient", partial(TrainerClient, make=trainer_that_forgets_adapters))
+    monkeypatch.setattr(
+        "posttrain.rl.training.starts.TrainerClient", partial(TrainerClient, make=trainer_that_forgets_adapters)
+    )
     config = stage_config(tmp_path, tiny_model, rows_of(["math"]), lora={"target_modules": ["v_proj"]})
     with pytest.raises(StageError, match="do not sample from the weights with the adapters of `lora`"):
         run_stage(config, tmp_path / "rl")

@@ -26,6 +26,7 @@ from posttrain.files import read_jsonl
 from posttrain.model.fingerprint import model_fingerprint
 from posttrain.records import Message, RewardResult, Row, Scored, VersionSpan
 from posttrain.rl.config import RlConfig
+from posttrain.rl.prompts.band import select_band
 from posttrain.rl.prompts.difficulty import Basis, Difficulty, DifficultyStore, read_estimates, write_estimates
 from posttrain.rl.prompts.fingerprints import (
     check_resumed,
@@ -34,7 +35,7 @@ from posttrain.rl.prompts.fingerprints import (
     run_fingerprints,
     scoring_fingerprint,
 )
-from posttrain.rl.prompts.profile import FILE, chunk_size, difficulties, drawn_rows, known_difficulties
+from posttrain.rl.prompts.profile import FILE, chunk_size, difficulties, known_difficulties
 
 BASIS = Basis("policy-a", "scoring-a")
 
@@ -164,12 +165,12 @@ def test_a_profile_goes_on_from_what_is_known(tmp_path: Path):
     assert known_difficulties(run, BASIS, store, rows=rows, keys=keys, samples=5) == {}
 
 
-def test_with_refilter_training_may_draw_what_the_band_left_out():
-    rows = [row_of(name) for name in ("a", "b", "unknown")]
+def test_without_a_band_training_may_draw_all_but_what_could_not_be_scored():
+    rows = [row_of(name) for name in ("a", "b", "lost", "unknown")]
     found = [Difficulty("a", "math", 4, 4, 0, False), Difficulty("b", "math", 4, 2, 0, True)]
-    assert [row.id for row in drawn_rows(config_of(), found, rows)] == ["b"]
-    refiltered = config_of(curriculum={}, refilter={})
-    assert [row.id for row in drawn_rows(refiltered, found, rows)] == ["a", "b"]
+    found.append(Difficulty("lost", "math", 0, 0, 0, False))
+    assert [row.id for row in select_band(found, rows, [0.1, 0.7])] == ["b"]
+    assert [row.id for row in select_band(found, rows, None)] == ["a", "b", "unknown"]
 
 
 def test_a_chunk_fills_every_engine():
@@ -289,13 +290,13 @@ PROFILE = """
     from posttrain.model.tokenizer import load_tokenizer
     from posttrain.rl.config import RlConfig
     from posttrain.rl.prompts.profile import profile_prompts
-    from posttrain.rl.stage import _draw_plain, _rows_to_profile
+    from posttrain.rl.stage import _draw_plain, _rows
     from posttrain.sampling.client import Engines
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     config = validate_config(RlConfig, json.loads(Path("config.json").read_text()), "test")
     tokenizer = load_tokenizer(config.model.path)
-    prompts = _draw_plain(_rows_to_profile(config, 0), tokenizer, config)
+    prompts = _draw_plain(_rows(config), tokenizer, config)
     stop_ids = tuple(end_token_ids(tokenizer))
     contexts = [StageContext(name, Path(name), Path(name) / "events.jsonl") for name in sys.argv[1:]]
     with Engines(contexts[0], config.model, config.engine, config.resources.rollout) as engines:

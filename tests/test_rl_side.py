@@ -1,4 +1,4 @@
-"""Probes and evaluations during training: a real stage with a real engine, and unit tests without an engine."""
+"""Evaluations during training: a real stage with a real engine, and unit tests without an engine."""
 
 import asyncio
 import contextlib
@@ -90,19 +90,17 @@ def check_by_itself(config: RlConfig, folder: Path) -> tuple[float, list[bool]]:
 
 
 @pytest.mark.slow
-def test_probes_and_evaluations_run_beside_the_training(ranks, tiny_model, tmp_path):
+def test_evaluations_run_beside_the_training(ranks, tiny_model, tmp_path):
     config = make_config(
         tmp_path,
         tiny_model,
         rows_of(["math"], 120),
-        profile={"samples": 1, "band": [0.0, 1.0]},
+        profile={"samples": 1},
         steps=14,
         groups_per_step=2,
         sampling={"max_tokens": 100},
         optimizer={"learning_rate": 1e-2},
         engine=ENGINE,
-        curriculum={"schedule": "constant", "first": [0.0, 1.0], "half_life": 1000.0},
-        refilter={"every": 2, "prompts": 30, "samples": 4},
         evaluation={"data": {"path": write_heldout(tmp_path)}, "every": 6},
     )
     _, metrics = run_stage(config, tmp_path / "rl")
@@ -110,24 +108,19 @@ def test_probes_and_evaluations_run_beside_the_training(ranks, tiny_model, tmp_p
     assert [line["step"] for line in metrics] == list(range(14))
     assert audit_stage(tmp_path / "rl").is_clean
 
-    # Probes are known of, and nothing else.
-    probed = [value for event, value in log if event == "probed"]
-    num_probed = sum(line["prompts_probed"] for line in metrics)
-    assert 5 < num_probed <= len(probed)
-    assert sum(line["tokens_probed"] for line in metrics) >= 4 * num_probed
-    assert all(passes + failures == 4 for _, passes, failures, _ in probed)
+    # Evaluations are no groups of the training.
     drawn = {row["prompt_id"] for row in rollouts}
-    assert metrics[-1]["prompts_known"] > len(drawn)  # of one reply, as in the profile, too little is known
+    assert metrics[-1]["prompts_seen"] == 120  # by the profile
     assert all(int(row["group_id"].removeprefix("g")) >= 0 for row in rollouts)
     assert not any(name.startswith("heldout") for name in drawn)
     assert sum(line["tokens_generated"] for line in metrics) <= sum(row["num_tokens"] for row in rollouts)
     assert sum(line["groups_generated"] for line in metrics) <= len(rollouts) / config.group_size
 
-    # The total of tokens begins with the profile's and grows by what is trained on, dropped and probed.
+    # The total of tokens begins with the profile's and grows by what is trained on and dropped.
     total = sum(item.tokens for item in read_estimates(tmp_path / "rl" / PROFILE))
     assert total >= 120
     for line in metrics:
-        total += line["tokens_generated"] + line["tokens_probed"]
+        total += line["tokens_generated"]
         assert line["tokens_sampled_total"] == total
     assert sampled_before(tmp_path / "rl", 0) == total
     assert sampled_before(tmp_path / "new", 7) == 7
@@ -176,8 +169,6 @@ def test_of_two_workers_one_is_kept_at_its_version_and_the_other_goes_on(ranks, 
         max_staleness=6,
         sampling={"max_tokens": 100},
         engine=ENGINE,
-        curriculum={"schedule": "constant", "first": [0.0, 1.0]},
-        refilter={"every": 4, "prompts": 10, "samples": 2},
         evaluation={"data": {"path": write_heldout(tmp_path)}, "every": 4},
         resources={"rollout": {"workers": 2, "cpus": 0.3}, "trainer": {"cpus": 0.3}},
     )
@@ -185,7 +176,6 @@ def test_of_two_workers_one_is_kept_at_its_version_and_the_other_goes_on(ranks, 
     log = log_of(tmp_path / "rl")
     assert [line["step"] for line in metrics] == list(range(20))
     assert audit_stage(tmp_path / "rl").is_clean
-    assert sum(line["prompts_probed"] for line in metrics) > 0
     lines = list(read_jsonl(tmp_path / "rl" / FILE))
     assert len(lines) >= 2
     assert all(line["resampled"] == 0 for line in lines)
@@ -219,8 +209,6 @@ def test_an_engine_is_killed_while_it_evaluates(ranks, tiny_model, tmp_path):
         max_staleness=0,
         sampling={"max_tokens": 100},
         engine=ENGINE,
-        curriculum={"schedule": "constant"},
-        refilter={"every": 1, "prompts": 2, "samples": 2},
         evaluation={"data": {"path": write_heldout(tmp_path)}, "every": 1, "prompts": 10, "temperature": 0.7},
     )
     killed = []
@@ -245,7 +233,6 @@ def test_an_engine_is_killed_while_it_evaluates(ranks, tiny_model, tmp_path):
     lines = list(read_jsonl(tmp_path / "rl" / FILE))
     assert [line["policy_version"] for line in lines] == list(range(8))
     assert all(line["capabilities"]["all"]["n"] == 10 and line["resampled"] == 0 for line in lines)
-    assert sum(line["prompts_probed"] for line in metrics) > 0
 
 
 def test_an_evaluation_that_was_missed_is_made_up_for():
@@ -299,10 +286,4 @@ def test_accuracy_is_of_prompts_and_leaves_out_what_has_no_score():
 def test_what_does_not_go_with_an_evaluation_is_refused(tmp_path, changes, message):
     settings = {"evaluation": {"data": {"path": "heldout.jsonl"}}, **changes}
     with pytest.raises(ConfigError, match=message):
-        make_config(tmp_path, tmp_path, rows_of(["math"]), **settings)
-
-
-def test_a_deterministic_run_refuses_the_refilter(tmp_path):
-    settings = {"curriculum": {"schedule": "constant"}, "refilter": {}, "deterministic": True, "max_staleness": 0}
-    with pytest.raises(ConfigError, match="deterministic does not go with refilter"):
         make_config(tmp_path, tmp_path, rows_of(["math"]), **settings)

@@ -260,8 +260,13 @@ def test_the_sources_of_a_combined_reward_are_those_of_all(plugin: Path):
             "mixture: every share is 0, so there would be no prompt to train on",
         ),
         ({"mixture": {"math": -1.0}}, r"mixture\.math: got -1\.0"),
-        ({"refilter": {}}, "refilter measures again the pass rates by which a curriculum draws prompts"),
-        ({"curriculum": {"reprobe_fraction": 1.0}}, "curriculum.reprobe_fraction: got 1.0"),
+        ({"refilter": {"every": 10}}, "refilter is no key any more: .* set a shorter selection.half_life"),
+        ({"curriculum": {"half_life": 9.0}}, "curriculum is no key any more: .* set selection.half_life"),
+        ({"selection": {"draw": "in_turn", "predictor": "level"}}, "predictor 'level' would have no effect"),
+        ({"selection": {"draw": "in_turn", "first_replies": 2}}, "first_replies .2. needs the beliefs"),
+        ({"selection": {"first_replies": 8}}, "first_replies is 8; it must be at least min_group .2. and less than"),
+        ({"selection": {"first_replies": 2}, "drop_zero_advantage": False}, "drop_zero_advantage: false keeps"),
+        ({"selection": {"first_replies": 2}, "deterministic": True, "max_staleness": 0}, "does not go with selection"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused(changes: dict, message: str):
@@ -269,26 +274,39 @@ def test_a_config_that_cannot_work_is_refused(changes: dict, message: str):
         config_of(**changes)
 
 
+def test_a_predictor_that_rows_lack_is_told_before_the_run(tiny_model: Path, tmp_path: Path):
+    from posttrain.pipeline.inputs import input_problems
+    from posttrain.pipeline.kinds import KINDS
+
+    rows = [{"id": f"r{level}", "messages": [{"role": "user", "content": "?"}], "level": level} for level in (1, None)]
+    rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row | {"answer": "1"}) + "\n" for row in rows))
+    config = config_of(
+        model={"path": str(tiny_model)},
+        prompts={"path": str(tmp_path / "prompts.jsonl")},
+        reward={"name": "final_answer"},
+        selection={"predictor": "level"},
+    )
+    (problem,) = input_problems(config, KINDS["rl"])
+    assert problem.startswith("selection.predictor: got 'level': row 'rNone' has no field 'level'; every row needs")
+
+
 def test_a_share_of_0_leaves_a_capability_out():
     rows = [row_of("a"), replace(row_of("b"), capability="coding")]
     assert mixture_shares(rows, {"math": 2.0, "coding": 0.0}) == {"math": 1.0}
 
 
-def test_the_source_of_a_schedule_or_of_an_inner_reward_decides_whether_a_stage_is_done(
-    plugin: Path, tiny_model: Path, tmp_path: Path
-):
+def test_the_source_of_an_inner_reward_decides_whether_a_stage_is_done(plugin: Path, tiny_model: Path, tmp_path: Path):
     from posttrain.pipeline.graph import Node, Pipeline
     from posttrain.pipeline.hashing import input_hash
 
-    prompts, schedule = tmp_path / "prompts.jsonl", tmp_path / "schedule.py"
+    prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("{}\n")
-    schedule.write_text("def f(step, steps, pass_rate, position):\n    return 0.0\n")
     config = config_of(
         {"text": BRIEF, "verifier": {"name": f"{plugin}:short"}},
         model={"path": str(tiny_model)},
         prompts={"path": str(prompts)},
         reward={"name": "by_capability", "args": {"rewards": {"default": f"{plugin}:either"}}},
-        curriculum={"schedule": f"{schedule}:f"},
     )
     plain = config_of(**{**config.model_dump(), "systems": {}})
 
@@ -297,7 +315,6 @@ def test_the_source_of_a_schedule_or_of_an_inner_reward_decides_whether_a_stage_
         return [input_hash(node, Pipeline("test", "test", 0, False, {"rl": node}), {}) for node in nodes]
 
     seen = [hashes()]
-    for path in (schedule, plugin):
-        path.write_text(path.read_text() + "\n# changed\n")
-        seen.append(hashes())
-    assert all(len({pair[index] for pair in seen}) == 3 for index in (0, 1))
+    plugin.write_text(plugin.read_text() + "\n# changed\n")
+    seen.append(hashes())
+    assert all(len({pair[index] for pair in seen}) == 2 for index in (0, 1))

@@ -30,7 +30,6 @@ SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("groups_too_hard", "dropped too hard", "{:g}"),
         ("groups_dropped_", "dropped ", "{:g}"),
         ("unscored_fraction", "unscored replies", "{:.1%}"),
-        ("probes_unscored", "of probes", "{:g}"),
         ("evaluated_unscored", "of evaluations", "{:g}"),
         ("prompts_set_aside", "prompts set aside", "{:g}"),
     ),
@@ -51,11 +50,9 @@ SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("generate_tokens_per_s", "tokens/s", "{:,.0f}"),
         ("idle/", "idle ", "{:.0%}"),
     ),
-    "curriculum": (
-        ("band_low", "from", "{:.2f}"),
-        ("band_high", "to", "{:.2f}"),
-        ("prompts_retired", "solved", "{:g}"),
-        ("prompts_parked", "impossible", "{:g}"),
+    "prompts": (
+        ("prompts_seen", "drawn", "{:g}"),
+        ("prompts_mixed", "mixed", "{:.0f}"),
     ),
 }
 PREFIXES = ("/", "_")

@@ -39,13 +39,13 @@ class RewardConfig(RewardFunctionConfig):
     alarm_fraction: Probability = Field(
         default=0.2,
         description="The run raises an alarm when more than this share of the replies has no score: in the profile, "
-        "over the groups of a step or of a round of probes, and in an evaluation.",
+        "over the groups of a step, and in an evaluation.",
         json_schema_extra=RESULT_STAYS,
     )
     correct_threshold: Probability = Field(
         default=0.5,
         description="A reply with at least this reward counts as right, wherever right replies are counted: in the "
-        "profile, the curriculum, the metrics and evaluations.",
+        "profile, the selection of prompts, the metrics and evaluations.",
     )
 
 

@@ -113,7 +113,7 @@ class RankGroup:
     async def call(self, method: str, *arguments: Any) -> Any:
         """As `get`, but awaited, for a caller that does other work in the meantime."""
         with self._losses(method):
-            self._await_start()
+            await self._started()
             answers = [asyncio.ensure_future(reference) for reference in self._submit(method, arguments)]
             try:
                 # Not asyncio.wait_for: if this process itself was stopped for a while, the answers have arrived when
@@ -154,13 +154,31 @@ class RankGroup:
             return
         placed, waiting = ray.wait(self._points, num_returns=len(self._points), timeout=PLACE_S)
         if waiting:
-            raise StageError(
-                f"only {len(placed)} of {len(self._points)} ranks were placed on the cluster within {PLACE_S:g} s, "
-                f"each with {self._resources.cpus:g} CPU and {self._resources.gpus:g} GPU; lower resources.trainer or "
-                "parallel.processes"
-            )
+            raise self._no_room(len(placed))
         _wait(self._starts, START_S, "its start")
         self._starts = []
+
+    async def _started(self) -> None:
+        """As `_await_start`, but awaited."""
+        if not self._starts:
+            return
+        placed, waiting = await asyncio.wait([_answer(point) for point in self._points], timeout=PLACE_S)
+        if waiting:
+            raise self._no_room(len(placed))
+        starts = [_answer(start) for start in self._starts]
+        done, waiting = await asyncio.wait(starts, timeout=START_S, return_when=asyncio.FIRST_EXCEPTION)
+        for start in done:
+            start.result()
+        if waiting:
+            raise _late(len(waiting), len(starts), "its start", deadline_s=START_S)
+        self._starts = []
+
+    def _no_room(self, placed: int) -> StageError:
+        return StageError(
+            f"only {placed} of {len(self._points)} ranks were placed on the cluster within {PLACE_S:g} s, "
+            f"each with {self._resources.cpus:g} CPU and {self._resources.gpus:g} GPU; lower resources.trainer or "
+            "parallel.processes"
+        )
 
     def close(self, last: str | None = None) -> None:
         """End every rank, frozen ones too.
@@ -195,6 +213,10 @@ def _wait(references: list[Any], deadline_s: float | None, what: str) -> list[An
             raise _late(len(waiting), len(references), what, deadline_s=deadline_s)
         ray.get(done)
     return ray.get(references)
+
+
+def _answer(reference: Any) -> "asyncio.Future[Any]":
+    return asyncio.ensure_future(reference)
 
 
 def _late(waiting: int, ranks: int, what: str, *, deadline_s: float | None) -> TimeoutError:

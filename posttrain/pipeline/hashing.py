@@ -31,7 +31,7 @@ from posttrain.data.rows import parse_row
 from posttrain.errors import UserError
 from posttrain.model.adapter import base_folder, is_adapter
 from posttrain.pipeline.graph import Node, Pipeline
-from posttrain.pipeline.inputs import data_kind, find_inputs, images_of, other_functions, other_paths, paths_of, walk
+from posttrain.pipeline.inputs import data_kind, find_inputs, images_of, other_paths, paths_of, walk
 from posttrain.pipeline.kinds import Rows, StageKind
 from posttrain.pipeline.layers import parts_below
 from posttrain.pipeline.references import has_reference
@@ -103,8 +103,6 @@ def _inputs(node: Node) -> dict[str, Any]:
             found[item.key].append(_pictures_hash(value, data_kind(item.key, node.stage_kind), images))
     for key, path in other_paths(node.config, node.stage_kind):
         found[key] = [path_hash(Path(part).expanduser()) for part in _model_paths(path)]
-    for key, name in other_functions(node.config, node.stage_kind):
-        found[key] = [path_hash(Path(path)) for path in _function_sources(name)]
     return found
 
 
@@ -144,16 +142,6 @@ def _plugin_sources(plugin: RewardFunctionConfig | EnvironmentFunctionConfig) ->
         return [str(path) for path in reward_sources(plugin.name, plugin.args)]
     except (UserError, ImportError):
         return []
-
-
-def _function_sources(name: str) -> list[str]:
-    from posttrain.scoring.plugins.lookup import function_file, resolve_function
-
-    try:
-        path = function_file(resolve_function(name, "function"))
-    except (UserError, ImportError):
-        return []
-    return [str(path)] if path else []
 
 
 def path_hash(path: Path) -> str:

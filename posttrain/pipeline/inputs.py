@@ -90,8 +90,8 @@ def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
     problems += _image_problems(config)
     problems += [f"{key}{line}" for key, endpoint in find_endpoints(config) for line in _key_problems(endpoint)]
     if not problems:
-        problems += [*_row_problems(config, kind), *_mixture_problems(config), *_held_out_problems(config)]
-        problems += _adapter_problems(config)
+        problems += [*_row_problems(config, kind), *_mixture_problems(config), *_predictor_problems(config)]
+        problems += [*_held_out_problems(config), *_adapter_problems(config)]
     missing = [(key, path) for key, path in other_paths(config, kind) if not Path(path).expanduser().exists()]
     return problems + [f"{key}: got {path!r}: no such file or folder" for key, path in missing]
 
@@ -146,6 +146,22 @@ def _mixture_problems(config: BaseModel) -> list[str]:
     return []
 
 
+def _predictor_problems(config: BaseModel) -> list[str]:
+    """The first prompt that lacks the field by which RL's selection predicts difficulty."""
+    selection, data = getattr(config, "selection", None), getattr(config, "prompts", None)
+    predictor = getattr(selection, "predictor", None)
+    if predictor is None or not isinstance(data, DataConfig) or _refers(data):
+        return []
+    from posttrain.data.rows import load_rows
+    from posttrain.rl.prompts.beliefs import strata_of
+
+    try:
+        strata_of(load_rows(data, kind="prompt", limit=CHECKED_ROWS), predictor)
+    except ConfigError as error:
+        return [f"selection.predictor: {problem}" for problem in error.problems]
+    return []
+
+
 def _held_out_problems(config: BaseModel) -> list[str]:
     """The problem if holding out rows would leave a small dataset without any row to train on."""
     held_out, data = getattr(config, "held_out", None), [item.value for item in find_inputs(config)]
@@ -169,11 +185,6 @@ def _refers(data: FilesConfig) -> bool:
 def other_paths(config: BaseModel, kind: StageKind) -> list[tuple[str, str]]:
     """(key path, path) of the other files that a stage reads, except outputs of earlier stages."""
     return [(key, value) for key, value in _texts(config, kind.paths) if not has_reference(value)]
-
-
-def other_functions(config: BaseModel, kind: StageKind) -> list[tuple[str, str]]:
-    """(key path, name) of the functions that a config names besides its rewards."""
-    return [(key, value) for key, value in _texts(config, kind.functions) if ":" in value]
 
 
 def _texts(config: BaseModel, keys: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -24,7 +24,6 @@ class StageKind:
     outputs: the name in `${stage.name}` to a path below the stage's folder. The first output exists after every run.
     data: key path of a dataset in the config to the kind of rows that it must hold.
     paths: key paths of other files and folders that the stage reads.
-    functions: key paths of texts that may name a function, as path/to/file.py:function or package.module:function.
     packages: import names of the packages that must be installed.
     checkpoints: pattern of a complete checkpoint below the stage's folder; the number in its name is the step.
     progress: other files that hold work of an unfinished stage.
@@ -37,7 +36,6 @@ class StageKind:
     outputs: Mapping[str, str]
     data: Mapping[str, Rows] = field(default_factory=dict)
     paths: tuple[str, ...] = ()
-    functions: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     checkpoints: str = "checkpoints/step_*"
     progress: tuple[str, ...] = ()
@@ -80,7 +78,6 @@ KINDS: dict[str, StageKind] = {
         outputs={"model": "model", "rollouts": "rollouts"},
         data={"prompts": "prompt", "evaluation.data": "prompt"},
         paths=("loss.reference.path",),
-        functions=("curriculum.schedule",),
         packages=("torch", "transformers", "deepspeed", "vllm"),
         checkpoints="checkpoints/step_*/ledger.sqlite",
         progress=("difficulty.parquet",),

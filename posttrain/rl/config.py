@@ -118,10 +118,19 @@ class RlConfig(TrainingConfig, PromptsConfig):
                 f"deterministic needs max_staleness 0 (got {self.max_staleness}) and resources.rollout.workers 1 "
                 f"(got {self.resources.rollout.workers}): otherwise timing decides which groups are trained on"
             )
-        if self.deterministic and (self.refilter is not None or self.evaluation is not None):
+        if self.deterministic and self.evaluation is not None:
             raise ValueError(
-                f"deterministic does not go with {'evaluation' if self.refilter is None else 'refilter'}: timing "
-                "decides which other replies are sampled in the same batch as its replies; remove one of the two"
+                "deterministic does not go with evaluation: timing decides which other replies are sampled in the same "
+                "batch as its replies; remove one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_waves(self) -> "RlConfig":
+        if self.deterministic and self.selection.first_replies is not None:
+            raise ValueError(
+                "deterministic does not go with selection.first_replies: timing would decide which groups go on in the "
+                "same wave; remove one of the two"
             )
         return self
 

@@ -35,7 +35,6 @@ class LedgerEvent(StrEnum):
     FORGOTTEN = "forgotten"  # the groups from this order on were removed; a deterministic run dispatches them again
     WEIGHTS_TAKEN = "took"  # value: [worker, policy version]
     ENGINE_REPLACED = "replaced"  # value: [worker, reason]
-    PROBED = "probed"  # value: [prompt, passes, failures, policy version]
     EVALUATION_STARTED = "evaluation"  # value: [worker, policy version]
     EVALUATED = "evaluated"  # value: the policy version
     EVALUATION_ABANDONED = "evaluation_left"  # training ended before the evaluation; value: the policy version
@@ -47,6 +46,7 @@ class DropReason(StrEnum):
 
     ZERO_ADVANTAGE = "zero_advantage"  # all its rewards are equal
     UNSCORED = "unscored"  # too few of its rollouts have a reward
+    STOPPED = "stopped"  # its first replies were equal, and the others would hardly have made a difference
     TRUNCATED = "truncated"  # every rollout was cut off at the limit of tokens, and such rollouts are masked
     STALE = "stale"  # too old for every later batch
     SURPLUS = "surplus"  # a spare group that was not needed

@@ -1,10 +1,10 @@
-"""The RL stage: profile the prompts, select those of medium to hard difficulty, train on them, write the policy."""
+"""The RL stage: start engines and trainer, profile the prompts if that is asked for, train, write the policy."""
 
 import asyncio
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ from posttrain.data.chat import check_special_tokens, render_row
 from posttrain.data.ends import end_token_ids, note_added_end
 from posttrain.data.rows import load_rows
 from posttrain.data.shown import Tools
-from posttrain.data.strata import hash_order
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.episodes.rollouter import EnvironmentRollouter
 from posttrain.episodes.tools import row_renderer, row_tools
@@ -31,29 +30,32 @@ from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.history.recovery import MODEL, commit_result, finished_outputs, open_ledger
 from posttrain.rl.loop.adapter_check import check_adapters
-from posttrain.rl.loop.controller import Controller, Parts
+from posttrain.rl.loop.controller import Controller
 from posttrain.rl.loop.evaluation import heldout_prompts, heldout_rows
-from posttrain.rl.loop.parity import allowed_gap, check_engine_parity
+from posttrain.rl.loop.parts import Parts
 from posttrain.rl.loop.resume import resume
+from posttrain.rl.loop.start import allowed_gap
 from posttrain.rl.loop.tally import unscored_totals
+from posttrain.rl.prompts.band import select_band
+from posttrain.rl.prompts.beliefs import Beliefs, strata_of
 from posttrain.rl.prompts.config import PromptsConfig
-from posttrain.rl.prompts.curriculum import Curriculum
+from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.fingerprints import check_resumed, run_fingerprints
 from posttrain.rl.prompts.lengths import check_room
-from posttrain.rl.prompts.prior import fit_prior
-from posttrain.rl.prompts.profile import Difficulty, drawn_rows, profile_figures, profile_prompts, select_band
+from posttrain.rl.prompts.measured import first_group_figures
+from posttrain.rl.prompts.profile import profile_figures, profile_prompts, profiled_prompts
 from posttrain.rl.prompts.quotas import mixture_shares
+from posttrain.rl.prompts.selection import Selection
 from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.training.client import TrainerClient
-from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.reference import AdaptersOff, Reference, check_reference
+from posttrain.rl.training.starts import TrainerStarts
 from posttrain.sampling.client import Engines
 
 
 def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
     check_parallel(config.parallel, config.model, config.lora)
-    rows, heldout = _rows_to_profile(config, context.seed, context), heldout_rows(config, config.evaluation, context)
+    rows, heldout = _rows(config, context), heldout_rows(config, config.evaluation, context)
     mixture_shares(rows, config.mixture, "prompt")  # a capability that no row has is found before anything starts
     if (finished := finished_outputs(context.dir, config.steps)) is not None:
         return finished
@@ -64,67 +66,71 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         note_unshared(config.model, context)
     tokenizer, prompts, evaluated = _render(config, rows, heldout)
     note_added_end(tokenizer, context)
-    stop_ids = tuple(end_token_ids(tokenizer))
     check_reference(config.loss.reference, config.model)
-    rollouter = partial(_rollouter, config, tokenizer, context.seed)  # each event loop has its own
     prepared = prepare_judge(config.judge) if config.judge is not None else None
     with ExitStack() as models:
+        starts = TrainerStarts(config, context)
+        models.callback(starts.close)
+        if not _share_gpu(config):
+            starts.begin()  # beside the engines; on their GPU it would disturb the measurement of free memory
         engines = models.enter_context(
             Engines(context, config.model, config.engine, resources=config.resources.rollout)
         )
+        starts.begin()
         judge = _start_judge(prepared, config.resources.judge, context, models=models)
-        trainer = TrainerClient(config, context.seed)  # beside the profile
-        try:
-            order = list(prompts)
-            random.Random(context.seed).shuffle(order)
-            difficulties = profile_prompts(
-                config, context, engines, prompts=order, stop_ids=stop_ids, judge=judge, rollouter=rollouter()
-            )
-        except BaseException:
-            trainer.close(at_once=True)
-            raise
-        profile = profile_figures(context.dir)
-        selected = select_band(difficulties, rows, config.profile.band)
-        shares = mixture_shares(selected, config.mixture)
-        drawn = drawn_rows(config, difficulties, rows)
         reference = Reference(config, context.seed) if config.resources.reference is not None else None
+        if reference is not None:
+            models.callback(reference.close)
+        stop_ids = tuple(end_token_ids(tokenizer))
+        rollouter = partial(_rollouter, config, tokenizer, context.seed)  # each event loop has its own
+        profile = _profile(
+            config, context, engines, prompts=prompts, judge=judge, stop_ids=stop_ids, rollouter=rollouter
+        )
+        selected = select_band(profile, rows, config.profile.band if config.profile is not None else None)
         ledger = open_ledger(context.dir)
-        try:
-            _check_same(ledger, config.model.path, rows, context=context)
-            for left in restarts_left(config):
-                source = prompt_source(
-                    config, drawn, difficulties, tokenizer=tokenizer, seed=context.seed, steps=config.steps
-                )
-                archive = RolloutArchive(context.dir / "rollouts", tokenizer)
-                own = AdaptersOff(trainer) if reference is None and config.loss.reference is not None else None
-                parts = Parts(
-                    engines, trainer, reference or own, source, shares, archive, ledger, stop_ids, evaluated, judge,
-                    difficulties, profile["prompts_unscored"], rollouter(),
-                )  # fmt: skip
-                try:
-                    figures = _train(config, context, parts, prompts=prompts)
-                    break
-                except TrainerLostError as error:
-                    if not left:
-                        raise
-                    context.event("trainer_restarted", reason=str(error), restarts_left=left - 1)
-                    trainer.close(at_once=True)
-                    trainer = TrainerClient(config, context.seed)
-            outputs = {
-                "profiled_prompts": len(difficulties),
-                "profile": profile,
-                "selected_prompts": len(selected),
-                "selected_by_capability": dict(Counter(row.capability for row in selected)),
-                **figures,
-            }
-            ledger.set_fact("outputs", outputs)
-            asyncio.run(commit_result(context.dir, ledger))
-            return outputs
-        finally:
-            ledger.close()
-            trainer.close()
-            if reference is not None:
-                reference.close()
+        models.callback(ledger.close)
+        models.callback(starts.close)  # first of all, as long as the engines stand
+        _check_same(ledger, config.model.path, rows, context=context)
+        make_source = partial(prompt_source, config, selected, profile, tokenizer=tokenizer, seed=context.seed)
+        archive, measured = RolloutArchive(context.dir / "rollouts", tokenizer), [item for item in profile if item.n]
+
+        def own() -> AdaptersOff | None:
+            return AdaptersOff(starts.trainer) if config.loss.reference is not None else None
+
+        parts = Parts(
+            engines, starts.trainer, reference or own(), make_source(), mixture_shares(selected, config.mixture),
+            archive, ledger, stop_ids, evaluated, judge, measured, len(profile) - len(measured), rollouter(),
+        )  # fmt: skip
+        is_first = True  # of the trainers: the engines have the weights of the model folder
+        while True:
+            try:
+                figures = _train(config, context, parts, prompts=prompts, is_first=is_first)
+                break
+            except TrainerLostError as error:
+                starts.again(error)
+            parts = replace(
+                parts,
+                trainer=starts.trainer,
+                reference=reference or own(),
+                source=make_source(),
+                archive=RolloutArchive(context.dir / "rollouts", tokenizer),
+                rollouter=rollouter(),
+            )
+            is_first = False
+        outputs = {
+            **({"profiled_prompts": len(measured), "profile": profile_figures(context.dir)} if profile else {}),
+            "selected_prompts": len(selected),
+            "selected_by_capability": dict(Counter(row.capability for row in selected)),
+            **(
+                first_group_figures(config, context.dir, selected, found=parts.source.first_groups())
+                if not profile
+                else {}
+            ),
+            **figures,
+        }
+        ledger.set_fact("outputs", outputs)
+        asyncio.run(commit_result(context.dir, ledger))
+        return outputs
 
 
 def _render(
@@ -157,22 +163,30 @@ def _texts(config: RlConfig, rows: Sequence[Row]) -> Iterator[tuple[str, Sequenc
     return ((f"row {row.id!r}", row.messages, row_tools(config.environment, row) or None) for row in rows)
 
 
-def _rows_to_profile(config: PromptsConfig, seed: int, context: StageContext | None = None) -> list[Row]:
-    """The prompts, or a seeded subset of them spread evenly over the capabilities."""
+def _rows(config: RlConfig, context: StageContext | None = None) -> list[Row]:
     rows = load_rows(config.prompts, kind="prompt", stage="rl", context=context)
     check_rewardable(config, rows)
-    limit = config.profile.prompts
-    if limit is None or limit >= len(rows):
-        return rows
-    by_capability: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: hash_order(seed, row.id)):
-        by_capability.setdefault(row.capability, []).append(row)
-    places = sorted(
-        (place / len(group), name, row.id, row)
-        for name, group in by_capability.items()
-        for place, row in enumerate(group)
+    strata_of(rows, config.selection.predictor)  # a row without this field is found before anything starts
+    return rows
+
+
+def _profile(
+    config: RlConfig,
+    context: StageContext,
+    engines: Engines,
+    *,
+    prompts: Sequence[DrawnPrompt],
+    judge: Judge | None,
+    stop_ids: tuple[int, ...],
+    rollouter: Callable[[], EnvironmentRollouter | None],
+) -> list[Difficulty]:
+    """How often the policy passes the prompts that `profile` asks for; n is 0 where no reply could be scored."""
+    if config.profile is None:
+        return []
+    asked = profiled_prompts(prompts, config.profile.prompts, context.seed)
+    return profile_prompts(
+        config, context, engines, prompts=asked, stop_ids=stop_ids, judge=judge, rollouter=rollouter()
     )
-    return [row for _, _, _, row in places[:limit]]
 
 
 def _draw_plain(rows: Sequence[Row], tokenizer: Tokenizer, config: GradingConfig) -> list[DrawnPrompt]:
@@ -199,9 +213,10 @@ def _start_judge(
     return Judge(prepared, backend)
 
 
-def restarts_left(config: TrainingConfig) -> range:
-    """For each start of the trainer, how many more times it may be started again."""
-    return range(config.trainer_restarts, -1, -1)
+def _share_gpu(config: RlConfig) -> bool:
+    """Whether the trainer may be on the GPU of an engine."""
+    gpus = config.resources.trainer.gpus, config.resources.rollout.gpus
+    return any(number != int(number) for number in gpus)
 
 
 def _check_same(ledger: Ledger, model_path: str, rows: Sequence[Row], *, context: StageContext) -> None:
@@ -214,11 +229,15 @@ def _check_same(ledger: Ledger, model_path: str, rows: Sequence[Row], *, context
     ledger.flush_now()
 
 
-def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: list[DrawnPrompt]) -> dict[str, Any]:
-    """Train from the last commit to the last step, and write the policy. Returns outputs and figures of the stage."""
-    context.phase("waiting for the trainer")
+def _train(
+    config: RlConfig, context: StageContext, parts: Parts, *, prompts: Sequence[DrawnPrompt], is_first: bool
+) -> dict[str, Any]:
+    """Train from the last commit to the last step, and write the policy. Returns outputs and figures of the stage.
+
+    is_first: whether the engines have the weights of the model folder.
+    """
     first_step, left = resume(config, context, parts)
-    tolerance = allowed_gap(config.parity_tolerance, config.model.dtype)
+    is_early = is_first and not first_step and not config.deterministic and config.lora is None
     if config.lora is not None:
         context.phase("checking that engines get the adapters")
         effect = check_adapters(
@@ -229,25 +248,11 @@ def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: li
             prompts=prompts,
             stop_ids=parts.stop_ids,
             version=first_step,
-            tolerance=tolerance,
+            tolerance=allowed_gap(config.parity_tolerance, config.model.dtype),
         )
         context.event("adapters_checked", effect=effect)
-    manifest = parts.trainer.publish()
-    context.phase("comparing the log-probabilities of engines and trainer")
-    parity = check_engine_parity(
-        config,
-        context,
-        parts.engines,
-        trainer=parts.trainer,
-        prompts=prompts,
-        stop_ids=parts.stop_ids,
-        manifest=manifest,
-        version=first_step,
-        tolerance=tolerance,
-    )
-    context.event("parity", mean_gap=parity.mean_gap, max_gap=parity.max_gap, tokens=parity.num_tokens)
-    context.phase("sampling the first batch")
-    controller = Controller(config, context, parts, manifest=manifest, first_step=first_step, survivors=left)
+    context.phase("sampling while the trainer starts" if is_early else "waiting for the trainer")
+    controller = Controller(config, context, parts, first_step=first_step, survivors=left, is_early=is_early)
     asyncio.run(controller.run())
     controller.finish()
     parts.trainer.save_result(context.dir, config.lora)
@@ -255,28 +260,23 @@ def _train(config: RlConfig, context: StageContext, parts: Parts, *, prompts: li
         "model": str(context.dir / MODEL),
         "rollouts": str(context.dir / "rollouts"),
         "steps": config.steps,
-        "parity_mean_gap": parity.mean_gap,
+        "parity_mean_gap": controller.parity.mean_gap,
         "unscored_replies": unscored_totals(context.dir),
         **parts.trainer.report(),
     }
 
 
 def prompt_source(
-    config: PromptsConfig,
-    selected: Sequence[Row],
-    difficulties: Sequence[Difficulty],
-    *,
-    tokenizer: Tokenizer,
-    seed: int,
-    steps: int,
+    config: PromptsConfig, rows: Sequence[Row], known: Sequence[Difficulty], *, tokenizer: Tokenizer, seed: int
 ) -> PromptSource:
-    """The source that draws the selected prompts, each with its system instruction, over `steps` optimizer steps."""
+    """The source that draws these prompts, each with its system instruction. known: what a profile found."""
     render = row_renderer(tokenizer, config.environment)
-    if config.curriculum is None:
-        return PromptSource(selected, config.systems, render, seed=seed)
-    ids = {row.id for row in selected}
-    known = [item for item in difficulties if item.prompt_id in ids]
-    curriculum = Curriculum(config.curriculum, known, steps, prior=fit_prior(difficulties))
-    return PromptSource(
-        selected, config.systems, render, seed=seed, curriculum=curriculum, tries=config.curriculum.tries
-    )
+    if config.selection.draw == "in_turn":
+        return PromptSource(rows, config.systems, render, seed=seed)
+    beliefs = Beliefs(rows, config.selection.half_life, config.selection.predictor)
+    for item in known:
+        if item.prompt_id in beliefs.place:
+            beliefs.observe(item.prompt_id, item.passes, item.n - item.passes, version=item.policy_version)
+    beliefs.fit()
+    selection = Selection(rows, beliefs, group_size=config.group_size, seed=seed)
+    return PromptSource(rows, config.systems, render, seed=seed, selection=selection)

@@ -74,7 +74,7 @@ class Session:
         self._segments: tuple[Segment, ...] = ()
         self._turn: Turn | None = None  # that is being sampled
         self._last = NOTHING
-        self._worker = ""
+        self._worker = flight.worker
 
     @property
     def row(self) -> Row:
@@ -223,8 +223,9 @@ class Flight:
     order: its place in the order of dispatch; groups with an order below 0 are side work (side.py). stamp: no worker of
     an older policy version may sample for it. version: if given, only the worker that is kept at this version may.
     request: the request for the first turn of the whole group, whose `n` is the group's size. recorded: each rollout as
-    far as it was sampled before a crash, or (). began_s: Unix time at which an engine first got it. sessions: those of
-    the unfinished rollouts. finished: the finished rollouts by index.
+    far as it was sampled before a crash, or (). worker: the one that gets the first turns if it can; "" leaves it open.
+    began_s: Unix time at which an engine first got it. sessions: those of the unfinished rollouts. finished: the
+    finished rollouts by index.
     """
 
     order: int
@@ -233,6 +234,7 @@ class Flight:
     request: SampleRequest
     recorded: Sequence[Reply] = ()
     version: int | None = None
+    worker: str = ""
     began_s: float = 0.0
     sessions: list[Session] = field(default_factory=list)
     finished: dict[int, Rollout] = field(default_factory=dict)

@@ -35,13 +35,15 @@ class WorkerWeights:
         self._newest = (manifest, version)
         self._taken = taken
 
-    def update(self, manifest: Manifest, version: int) -> Coroutine[Any, Any, None]:
+    def update(self, manifest: Manifest, version: int, again: bool = False) -> Coroutine[Any, Any, None]:
         """Have every worker load a version. A worker whose engine is being replaced loads it when the engine starts,
         and a worker that is kept at its version loads it when it is released.
+
+        again: also a worker that has the version loads it, from `manifest`.
         """
         assert self._calls is not None
         self._newest = (manifest, version)  # set before anything is awaited: a replaced engine then loads this version
-        return self._update_all(self._calls(manifest, version))
+        return self._update_all(self._calls(manifest, version), again)
 
     async def settled(self) -> None:
         """Wait until no engine is loading weights. The trainer may then overwrite those before the newest."""
@@ -70,14 +72,15 @@ class WorkerWeights:
             worker.is_alive = True
         self._taken(worker)
 
-    async def _update_all(self, calls: UpdateCalls) -> None:
+    async def _update_all(self, calls: UpdateCalls, again: bool) -> None:
         for together in calls:
-            await asyncio.gather(*(self._update(self._workers[index], arguments) for index, arguments in together))
+            of_workers = [(self._workers[index], arguments) for index, arguments in together]
+            await asyncio.gather(*(self._update(worker, arguments, again) for worker, arguments in of_workers))
 
-    async def _update(self, worker: Worker, arguments: dict[str, Any]) -> None:
+    async def _update(self, worker: Worker, arguments: dict[str, Any], again: bool = False) -> None:
         async with worker.lock:
             version = arguments["policy_version"]
-            if not worker.is_alive or worker.is_kept or worker.policy_version >= version:
+            if not worker.is_alive or worker.is_kept or worker.policy_version >= version + again:
                 return
             try:
                 began, ended = await worker.await_busy(worker.actor.update_weights.remote(**arguments))

@@ -13,12 +13,13 @@ FATES = (
     ("groups_too_easy", "dropped: too easy", "--c3"),
     ("groups_too_hard", "dropped: too hard", "--faint"),
     ("groups_dropped_zero_advantage", "dropped: zero advantage", "--faint"),
+    ("groups_dropped_stopped", "dropped: stopped early", "--c7"),
     ("groups_dropped_unscored", "dropped: unscored", "--bad"),
     ("groups_dropped_truncated", "dropped: truncated", "--c5"),
     ("groups_dropped_stale", "dropped: stale", "--c2"),
     ("groups_dropped_surplus", "dropped: surplus", "--c4"),
 )
-OTHER_COLOURS = ("--c7", "--c8", "--muted")
+OTHER_COLOURS = ("--c8", "--muted", "--c7")
 
 
 def fates(series: Series) -> list[tuple[str, str, str]]:

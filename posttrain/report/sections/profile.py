@@ -1,4 +1,4 @@
-"""The pass@k profile of the prompts before training, and the band of pass rates from which RL chose prompts."""
+"""The pass rates of the prompts: from a profile, with the band from which RL chose, or from the first groups of RL."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ MAX_BARS = 17
 
 
 def profile_chart(run: Run, stage: Stage) -> Chart | None:
-    """A histogram of pass rates, selected and left out, with the band shaded; None if there is no profile."""
+    """A histogram of pass rates, selected and left out, with the band shaded; None if none were measured."""
     path = stage.dir / "difficulty.parquet"
     if not path.is_file():
         return None
@@ -39,13 +39,18 @@ def profile_chart(run: Run, stage: Stage) -> Chart | None:
     spec = figure(data, x, axis(), barmode="stack", bargap=0.12, shapes=_band(low, high))
     chosen = sum(chosen for _, chosen in measured)
     tries = f", {sizes.pop()} replies each" if len(sizes) == 1 else ""
-    caption = f"{count(chosen)} of {count(len(rows))} prompts selected{tries}."
+    is_profile = stage.figures.get("profile") is not None or low is not None
+    if is_profile:
+        caption = f"{count(chosen)} of {count(len(rows))} prompts selected{tries}."
+    else:
+        caption = f"{count(len(rows))} prompts were drawn: the first group of each, with the policy of its time."
     if lost := unscored_prompts(rows):
         caption += f" {count(lost.total())} could not be scored ({kinds_text(lost)})."
     if low is not None and high is not None:
         caption += f" Shaded: the band from {plain(low)} to {plain(high)}."
     keys = [Key("selected", "--accent", "box"), Key("left out", "--faint", "box")]
-    return Chart("Difficulty by the policy itself, before RL", spec, 230, "prompts", caption, keys)
+    title = "Difficulty by the policy itself"
+    return Chart(f"{title}, before RL" if is_profile else title, spec, 230, "prompts", caption, keys)
 
 
 def unscored_prompts(rows: Sequence[Mapping[str, Any]]) -> Counter[str]:

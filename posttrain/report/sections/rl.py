@@ -35,7 +35,6 @@ def rl_section(run: Run, stage: Stage, colours: dict[str, str]) -> Section | Non
         groups_chart(series),
         _reward(series),
         _by_capability(series, colours),
-        _band(series),
         _prompts(series),
         staleness_chart(series, zero),
         ages_chart(series),
@@ -102,7 +101,7 @@ def _stats(run: Run, stage: Stage, series: Series) -> list[Stat]:
 
 
 def _other_unscored(stage: Stage, series: Series) -> list[Stat]:
-    """Unscored replies outside of training: in the profile, in probes and in evaluations during the stage."""
+    """Unscored replies outside of training: in the profile and in evaluations during the stage."""
     limit, stats = stage.setting("reward.alarm_fraction"), []
     profile = mapping(stage.figures.get("profile"))
     if lost := number(profile.get("prompts_unscored")) or series.last("prompts_set_aside"):
@@ -110,9 +109,8 @@ def _other_unscored(stage: Stage, series: Series) -> list[Stat]:
         is_alarm = limit is not None and bool(of) and unscored is not None and unscored / of > limit
         kinds = kinds_text({str(kind): round(number(n) or 0) for kind, n in mapping(profile.get("kinds")).items()})
         stats.append(Stat("unscored prompts", count(lost), f"in the profile, set aside {kinds}".rstrip(), is_alarm))
-    for name, what in (("probes_unscored", "probes"), ("evaluated_unscored", "evaluations")):
-        if lost := series.total(name):
-            stats.append(Stat(f"unscored replies in {what}", count(lost), "in all steps"))
+    if lost := series.total("evaluated_unscored"):
+        stats.append(Stat("unscored replies in evaluations", count(lost), "in all steps"))
     return stats
 
 
@@ -159,33 +157,13 @@ def _by_capability(series: Series, colours: dict[str, str]) -> Chart | None:
     return Chart("Reward by capability", _over_steps(data), 230, "", caption, keys)
 
 
-def _band(series: Series) -> Chart | None:
-    """The band of pass rates from which the curriculum draws prompts, and the measured pass rate."""
-    low, high = series.get("band_low"), series.get("band_high")
-    if len(series.known("band_low")) < 2 or len(series.known("band_high")) < 2:
-        return None
-    shade = {"fill": "tonexty", "fillcolor": "--c2@0.15"}
-    data = [
-        line(series.steps, low, "--c2", name="lowest", hover="%{y:.0%}", width=1),
-        {**line(series.steps, high, "--c2", name="highest", hover="%{y:.0%}", width=1), **shade},
-    ]
-    keys = [Key("band of the curriculum", "--c2", "box")]
-    if series.has("pass_rate"):
-        measured = smooth(series.get("pass_rate"), smoothing(len(series)))
-        data.append(line(series.steps, measured, "--accent", name="pass rate, all replies", hover="%{y:.0%}"))
-        keys.append(Key("pass rate, all replies", "--accent"))
-    spec = _over_steps(data, range=[0, 1.02], tickformat=".0%")
-    return Chart("Curriculum", spec, 210, "pass rate", keys=keys)
-
-
 def _prompts(series: Series) -> Chart | None:
-    """How many prompts the curriculum counts as solved, and how many as impossible."""
+    """How many prompts have been drawn, and how many would give a mixed group, by the beliefs about them."""
     entries = [
-        ("prompts_known", "with a known pass rate", "--faint"),
-        ("prompts_retired", "solved", "--c3"),
-        ("prompts_parked", "impossible", "--bad"),
+        ("prompts_seen", "drawn so far", "--faint"),
+        ("prompts_mixed", "expected to give a mixed group", "--c3"),
     ]
-    return lines_chart(series, "Prompts of the curriculum", "prompts", entries=entries, hover="%{y:.0f} prompts")
+    return lines_chart(series, "Prompts", "prompts", entries=entries, hover="%{y:.0f} prompts")
 
 
 def _gradient(series: Series) -> Chart | None:

@@ -52,21 +52,40 @@ class UnscoredAlarm:
 
 
 class IdleLimit:
-    """Ends a run in which `limit` groups in a row are dropped for their rewards."""
+    """Ends a run in which `limit` groups in a row are dropped for their rewards.
 
-    def __init__(self, limit: int):
+    It also ends one of whose first `first` groups no reply could be scored; None: not.
+    """
+
+    def __init__(self, limit: int, first: int | None = None):
         self.limit = limit
+        self._first = first
         self._in_a_row = 0
+        self._without_score: list[ScoredGroup] | None = [] if first is not None else None  # None: something had one
 
     def observe(self, scored: ScoredGroup, reason: Drop | None) -> None:
         """A group was scored, and dropped if there is a reason. Raises StageError if it was one too many."""
+        if self._without_score is not None:
+            self._observe_first(scored, self._without_score)
         self._in_a_row = self._in_a_row + 1 if reason is not None else 0
         if self._in_a_row >= self.limit:
             rewards = dict(Counter(scored.rewards))
             why = Counter(scored.reasons).most_common(1)[0][0]
             raise StageError(
                 f"{self.limit} groups in a row taught nothing (the last: {reason}, rewards {rewards}, most often "
-                f"{why!r}); choose prompts of other difficulty (profile.band) or look at the reward"
+                f"{why!r}); give it prompts of other difficulty, or look at the reward"
+            )
+
+    def _observe_first(self, scored: ScoredGroup, groups: list[ScoredGroup]) -> None:
+        if scored.scored_rewards:
+            self._without_score = None
+            return
+        groups.append(scored)
+        if len(groups) == self._first:
+            reasons = Counter(reason for group in groups for reason in group.reasons)
+            raise StageError(
+                f"not one reply of the first {len(groups)} groups could be scored; most often: "
+                f"{reasons.most_common(1)[0][0]}"
             )
 
 

@@ -28,21 +28,29 @@ class Scorer(Protocol):
 
 
 async def score_group(group: Group, scorer: Scorer, config: GradingConfig) -> ScoredGroup:
-    """Score every rollout, and compute advantages.
+    """Score every rollout, and compute advantages."""
+    return scored_group(group, await scores_of(group, scorer, config), config)
+
+
+async def scores_of(
+    group: Group, scorer: Scorer, config: GradingConfig, *, known: Sequence[Scored] = ()
+) -> list[Scored]:
+    """The score of every rollout. known: the scores of the first ones, which are not scored again.
 
     Rollouts without a score are scored again, up to `reward.rescores` times. Those on which the reward function hung,
     though it scored others, are not: it was tried on them more than once.
     """
-    pairs = [(rollout, group.prompt.row) for rollout in group.rollouts]
+    rollouts = group.rollouts[len(known) :]
+    pairs = [(rollout, group.prompt.row) for rollout in rollouts]
     scores = await score_others(pairs, scorer.score)
     for pause_s in rescore_pauses(config.reward.rescores):
-        places = [index for index, scored in enumerate(scores) if _is_worth_a_try(group.rollouts[index], scored)]
+        places = [index for index, scored in enumerate(scores) if _is_worth_a_try(rollouts[index], scored)]
         if not places:
             break
         await asyncio.sleep(pause_s)
         again = dict(zip(places, await scorer.score([pairs[index] for index in places]), strict=True))
         scores = [again.get(index, scored) for index, scored in enumerate(scores)]
-    return scored_group(group, scores, config)
+    return [*known, *scores]
 
 
 def _is_worth_a_try(rollout: Rollout, scored: Scored) -> bool:
@@ -169,10 +177,14 @@ def drop_reason(scored: ScoredGroup, config: GradingConfig) -> Drop | None:
     return Drop(DropReason.ZERO_ADVANTAGE) if config.drop_zero_advantage and is_zero(of_turn or known) else None
 
 
-def passes_and_failures(scored: ScoredGroup, threshold: float) -> tuple[int, int]:
-    """How many of the scored rollouts are right, and how many are not. threshold: the least reward of a right one."""
-    passes = sum(is_right(reward, threshold) for reward in scored.scored_rewards)
-    return passes, len(scored.scored_rewards) - passes
+def passes_and_failures(scored: ScoredGroup, threshold: float, first: int | None = None) -> tuple[int, int]:
+    """How many of the scored rollouts are right, and how many are not. threshold: the least reward of a right one.
+
+    first: count only so many of the group's rollouts; None: all.
+    """
+    rewards = [reward for reward in scored.rewards[:first] if reward is not None]
+    passes = sum(is_right(reward, threshold) for reward in rewards)
+    return passes, len(rewards) - passes
 
 
 def unscored_outcomes(scored: ScoredGroup) -> list[Outcome]:

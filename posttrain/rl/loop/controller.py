@@ -15,6 +15,7 @@ All loops run in one TaskGroup, so the first failure ends all of them:
     workers.run            feeds the engines, fetches what they sampled, replaces those that are lost
     dispatch.run           admits groups whenever there is room
     scoring.run            starts a task for each sampled group: rewards, advantages, whether it is trained on
+    start                  before the first step: has the engines load the trainer's weights, and compares both
     steps.run              takes a batch, has the trainer make a step, sends the new weights; the only loop that waits
                            for generation
     weights.update         is one task for each new version. An engine loads it between two of its own steps, while its
@@ -26,68 +27,34 @@ Each loop has a file by its name. They share the `GroupBook`, the only place whe
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from posttrain.actors.garbage import rare_collections
 from posttrain.context import BusyLog, StageContext
-from posttrain.episodes.rollouter import EnvironmentRollouter
-from posttrain.records import DrawnPrompt
 from posttrain.rl.config import RlConfig
-from posttrain.rl.grading.judge import Judge, rewards
-from posttrain.rl.history.archive import RolloutArchive
-from posttrain.rl.history.ledger import Ledger
+from posttrain.rl.grading.judge import rewards
 from posttrain.rl.history.recovery import Survivor
 from posttrain.rl.loop.checkpoints import Checkpoints
 from posttrain.rl.loop.dispatch import Dispatch
 from posttrain.rl.loop.group_book import GroupBook
+from posttrain.rl.loop.parts import Parts
 from posttrain.rl.loop.progress import StepProgress
 from posttrain.rl.loop.scoring import Scoring
 from posttrain.rl.loop.side import SideWork
 from posttrain.rl.loop.staleness import StalenessQueue
+from posttrain.rl.loop.start import COMPARED, OWN, Parity, Start, allowed_gap
 from posttrain.rl.loop.steps import Steps, wake_all
 from posttrain.rl.loop.tally import StepTally, sampled_before
-from posttrain.rl.prompts.difficulty import Difficulty
-from posttrain.rl.prompts.source import PromptSource
-from posttrain.rl.records import LedgerEvent
+from posttrain.rl.records import LedgerEvent, group_of_flight
 from posttrain.rl.rollouts.requests import wave_seed
 from posttrain.rl.rollouts.weights import update_calls
-from posttrain.rl.training.client import TrainerClient
-from posttrain.rl.training.reference import AdaptersOff, Reference
-from posttrain.sampling.client import Engines
-from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.workers import RolloutWorkers
 
 FLUSH_S = 0.05  # pause between two writes of the ledger: a SIGKILL loses the changes since the last one
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The actors and stores that the controller works with.
-
-    shares: the share of each capability in a batch. stop_ids: token ids that end a reply. heldout: the prompts of
-    `evaluation`. profile: the measured pass rates of the prompts. num_set_aside: how many prompts the profile
-    could not score.
-    rollouter: makes the rollouts of rows with an environment; None if no row has one.
-    """
-
-    engines: Engines
-    trainer: TrainerClient
-    reference: Reference | AdaptersOff | None
-    source: PromptSource
-    shares: Mapping[str, float]
-    archive: RolloutArchive
-    ledger: Ledger
-    stop_ids: tuple[int, ...]
-    heldout: Sequence[DrawnPrompt] = ()
-    judge: Judge | None = None
-    profile: Sequence[Difficulty] = ()
-    num_set_aside: int = 0
-    rollouter: EnvironmentRollouter | None = None
 
 
 class _LastStepDone(Exception):
@@ -97,8 +64,8 @@ class _LastStepDone(Exception):
 class Controller:
     """Runs optimizer steps `first_step` to `steps` - 1.
 
-    At the start the engines have policy version `first_step`, whose weights are `manifest`. survivors: groups from
-    before a crash, the oldest stamp first.
+    survivors: groups from before a crash, the oldest stamp first. is_early: whether the engines have the weights of
+    policy version `first_step` already, so that sampling begins before the trainer is there.
     """
 
     def __init__(
@@ -107,17 +74,18 @@ class Controller:
         context: StageContext,
         parts: Parts,
         *,
-        manifest: Manifest,
         first_step: int = 0,
         survivors: Sequence[Survivor] = (),
+        is_early: bool = False,
     ):
         self._config = config
         self._context = context
         self._parts = parts
         self._first_step = first_step
         self._survivors = survivors
+        self._is_early = is_early
         self._changed = asyncio.Event()  # wakes the loops that wait for room in the queue or for a complete batch
-        self._workers = self._make_workers(manifest)
+        self._workers = self._make_workers()
         self._reward_log = BusyLog(context, "reward", "score")
         self._scorer = rewards(config, parts.judge)
         self._tally = self._make_tally()
@@ -131,6 +99,7 @@ class Controller:
             source=parts.source,
             idle_steps=config.stop_after_idle_steps,
             version=first_step,
+            first_replies=config.selection.first_replies,
         )
         self._progress = StepProgress(
             context,
@@ -138,6 +107,14 @@ class Controller:
             first_step=first_step,
             tokens_sampled=sampled_before(context.dir, sum(item.tokens for item in parts.profile)),
             stats=lambda: self._scorer.stats,
+        )
+        self._start = Start(
+            context,
+            parts.trainer,
+            self._workers,
+            version=first_step,
+            tolerance=allowed_gap(config.parity_tolerance, config.model.dtype),
+            is_early=is_early,
         )
         self._steps = self._make_steps()
         self._side = self._make_side_work()
@@ -147,6 +124,7 @@ class Controller:
             self._book,
             reference=parts.reference,
             take_beside=self._side.take,
+            go_on=lambda left, worker: self._dispatch.send(left, worker),
             log=self._reward_log,
             changed=self._changed,
         )
@@ -158,9 +136,10 @@ class Controller:
             steps=self._steps,
             stop_ids=parts.stop_ids,
             changed=self._changed,
+            is_early=is_early,
         )
 
-    def _make_workers(self, manifest: Manifest) -> RolloutWorkers:
+    def _make_workers(self) -> RolloutWorkers:
         config = self._config
         return RolloutWorkers(
             self._context,
@@ -170,8 +149,7 @@ class Controller:
             begun=self._sampled_so_far,
             rollouter=self._parts.rollouter,
             calls=partial(update_calls, config),
-            manifest=manifest,
-            version=self._first_step,
+            version=self._first_step if self._is_early else self._first_step - 1,
             took=self._took,
             replaced=self._replaced,
             wave_seed=partial(wave_seed, self._context.seed) if config.deterministic else None,
@@ -225,7 +203,6 @@ class Controller:
             self._context,
             self._workers,
             scorer=self._scorer,
-            source=parts.source,
             version=self._first_step,
             evaluation=config.evaluation,
             heldout=parts.heldout,
@@ -234,6 +211,12 @@ class Controller:
         )
 
     # ------------------------------------------------------------------ the loops
+
+    @property
+    def parity(self) -> Parity:
+        """How far the log-probabilities of engines and trainer were apart before the first step of this run."""
+        assert self._start.parity is not None
+        return self._start.parity
 
     async def run(self) -> None:
         """Train to the last step. If a loop fails, its exception is raised; of several failures, the first."""
@@ -258,9 +241,6 @@ class Controller:
                 tasks.create_task(self._workers.run())
                 tasks.create_task(self._keep_ledger())
                 tasks.create_task(self._scoring.run(tasks))
-                for group in self._dispatch.go_on_with(self._survivors):
-                    self._scoring.sampled(group)
-                tasks.create_task(self._dispatch.run())
                 tasks.create_task(self._train(tasks))
                 tasks.create_task(self._progress.watch_reward())
         except BaseExceptionGroup as failures:
@@ -273,7 +253,24 @@ class Controller:
             await self._parts.ledger.flush()
             await asyncio.sleep(FLUSH_S)
 
+    def _begin_sampling(self, tasks: asyncio.TaskGroup) -> None:
+        for group in self._dispatch.go_on_with(self._survivors):
+            self._scoring.sampled(group)
+        tasks.create_task(self._dispatch.run())
+
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
+        if self._is_early:
+            self._begin_sampling(tasks)
+        await self._start.load_weights()
+        orders = self._dispatch.open() if self._is_early else []
+        if orders:
+            self._start.wait_for(orders)
+        else:  # groups of before a crash may have taken all places
+            some = self._parts.source.first(COMPARED)
+            self._start.send_replies(some, self._config.sampling, self._parts.stop_ids)
+        await self._start.check()
+        if not self._is_early:
+            self._begin_sampling(tasks)
         await self._steps.run(tasks)
         self._side.stop()
         await self._steps.finish_update()
@@ -292,7 +289,15 @@ class Controller:
             self._book.sampled_so_far(flight)
 
     def _sampled(self, flight: Flight) -> None:
-        self._scoring.sampled(self._book.generated(flight) if flight.order >= 0 else flight)
+        if flight.order <= OWN:
+            self._start.sampled(group_of_flight(flight))
+        elif flight.order < 0:
+            self._scoring.sampled(flight)
+        else:
+            is_whole = flight.request.n == self._config.group_size
+            group = self._book.generated(flight) if is_whole else self._book.first_sampled(flight)
+            self._start.sampled(group)
+            self._scoring.sampled(group)
 
     def _tell(self, step: int, metrics: dict[str, Any]) -> None:
         values = {

@@ -10,7 +10,7 @@ Six objects keep something about a group, each for its own purpose:
     ledger       what a crash must not lose
     archive      every rollout of a scored group that was trained on or dropped
     tally        the metrics of the step
-    curriculum   the belief about the pass rate of the prompt
+    source       the belief about the pass rate of the prompt
     alarm        how many rollouts had no score
 
 Each method of the book is one transition, and it informs all of them. So they cannot come to disagree.
@@ -46,6 +46,7 @@ from posttrain.rl.records import (
     group_of_flight,
 )
 from posttrain.sampling.rollouter import Flight
+from posttrain.sampling.rollouts import UNBEGUN, reply_of
 
 
 @dataclass(slots=True)
@@ -66,6 +67,7 @@ class GroupBook:
 
     The book informs queue, ledger, archive, tally and source of every transition. No other code may do so.
     idle_steps: the run fails when as many groups in a row are dropped for their rewards as so many steps would need.
+    first_replies: how many replies a group begins with; None: all.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class GroupBook:
         source: PromptSource,
         idle_steps: int,
         version: int = 0,
+        first_replies: int | None = None,
     ):
         self._config = config
         self._context = context
@@ -88,9 +91,11 @@ class GroupBook:
         self._archive = archive
         self._tally = tally
         self._source = source
+        self._first_replies = first_replies
         self._version = version  # the version at which the next batch will be trained on
         self._alarm = UnscoredAlarm(config.reward.alarm_fraction, queue.groups_per_step)
-        self._idle = IdleLimit(idle_steps * queue.groups_per_step)
+        first = queue.groups_per_step if not version else None
+        self._idle = IdleLimit(idle_steps * queue.groups_per_step, first)
         self._undecided: dict[int, _Undecided] = {}
         self._too_old_for_scores: set[int] = set()  # groups that became too old while they were scored
         self._returning: dict[int, Entry] = {}  # groups from before a crash that wait for a place, to be sampled again
@@ -107,6 +112,11 @@ class GroupBook:
     def archived_seq(self) -> int:
         """The number of the ledger's transition up to which every dropped group is in the archive."""
         return self._archived_seq
+
+    @property
+    def next_order(self) -> int:
+        """The dispatch order of the next new group."""
+        return self._queue.next_order
 
     def room(self, oldest_version: int) -> int:
         """How many groups may be admitted now. oldest_version: the oldest that a worker may still sample with."""
@@ -180,7 +190,36 @@ class GroupBook:
     def sampled_so_far(self, flight: Flight) -> None:
         """Record the replies of a group as far as they are sampled, so that a crash does not lose them."""
         self._in_state(flight.order, GroupState.RESERVED, "be sampled")
-        self._ledger.sampled_so_far(flight.order, flight.replies)
+        left = self._config.group_size - flight.request.n
+        self._ledger.sampled_so_far(flight.order, (*flight.replies, *(UNBEGUN,) * left))
+
+    def first_sampled(self, flight: Flight) -> Group:
+        """Record that the first replies of a group are sampled. Returns the group with these alone."""
+        self.sampled_so_far(flight)
+        group = group_of_flight(flight)
+        self._undecided[flight.order].group = group
+        return group
+
+    def first_scored(self, scored: ScoredGroup) -> Admission | None:
+        """Decide by the rewards of its first replies whether a group goes on. Returns the work that is left then.
+
+        Otherwise it is dropped, with these replies as its only ones; or it was dropped while it was scored.
+        """
+        group = scored.group
+        undecided = self._undecided.get(group.order)
+        if undecided is None:
+            return None
+        reason, counts = drop_reason(scored, self._config), self._counts(scored)
+        replies = tuple(reply_of(rollout) for rollout in group.rollouts)
+        name = group.prompt.row.id
+        if reason is None or reason.reason is not DropReason.ZERO_ADVANTAGE or self._source.goes_on(name, *counts):
+            undecided.group = None
+            unbegun = (UNBEGUN,) * (self._config.group_size - len(replies))
+            return Admission(group.order, self._queue.stamp_of(group.order), group.prompt, (*replies, *unbegun))
+        self._ledger.generated(group.order, replies)
+        undecided.state = GroupState.GENERATED
+        self.scored(scored, Drop(DropReason.STOPPED))
+        return None
 
     def generated(self, flight: Flight) -> Group:
         """Record that all replies of a group are sampled. Returns the group, which is to be scored."""
@@ -206,14 +245,22 @@ class GroupBook:
         self._tally.decided(scored, reason)
         if (alarm := self._alarm.observe(scored)) is not None:
             self._context.event("alarm", **alarm)
-        counts = passes_and_failures(scored, self._config.reward.correct_threshold)
-        self._source.observe(scored.group.prompt.row.id, *counts)
+        self._source.observe(
+            scored.group.prompt.row.id,
+            *self._counts(scored),
+            version=scored.group.oldest_version,
+            first=self._counts(scored, self._first_replies),
+        )
+        self._source.decided(len(scored.rewards), is_useful=reason is None)
         if reason is None:
             undecided.scored, undecided.ready_since = scored, time.time()
             self._queue.ready(order)
         else:
             self._drop(order, reason, scored)
         self._idle.observe(scored, reason)
+
+    def _counts(self, scored: ScoredGroup, first: int | None = None) -> tuple[int, int]:
+        return passes_and_failures(scored, self._config.reward.correct_threshold, first)
 
     # ------------------------------------------------------------------ groups that are not trained on
 

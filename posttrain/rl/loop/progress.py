@@ -36,7 +36,7 @@ class StepProgress:
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         """Step number `step` is made: write its metrics, and the progress."""
-        self._tokens_sampled += values["tokens_generated"] + values.get("tokens_probed", 0)
+        self._tokens_sampled += values["tokens_generated"]
         self._context.metrics(step, {**values, "tokens_sampled_total": self._tokens_sampled})
         self._shown = {
             **{name: values[name] for name in SHOWN},

@@ -5,7 +5,6 @@ from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.files import keep_lines
-from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.groups import passes_and_failures
 from posttrain.rl.history.recovery import (
     Survivor,
@@ -15,11 +14,12 @@ from posttrain.rl.history.recovery import (
     survivors,
     version_of,
 )
-from posttrain.rl.loop.controller import Parts
+from posttrain.rl.loop.parts import Parts
+from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.records import GroupState
 
 
-def resume(config: GradingConfig, context: StageContext, parts: Parts) -> tuple[int, list[Survivor]]:
+def resume(config: PromptsConfig, context: StageContext, parts: Parts) -> tuple[int, list[Survivor]]:
     """Return to the last commit. Returns its version, 0 for a new run, and the groups that can continue.
 
     Ledger, archive and metrics lose what came after the commit. The prompt source gets the place and the beliefs that
@@ -41,13 +41,16 @@ def resume(config: GradingConfig, context: StageContext, parts: Parts) -> tuple[
     archive.forget_after(first_step - 1)
     keep_lines(context.dir / "metrics.jsonl", lambda line: line["step"] < first_step)
     for entry in ledger.entries():
-        source.skip_to(entry.capability, entry.prompts_seen)
+        source.was_drawn(entry.capability, entry.prompt_id, entry.prompts_seen)
+    threshold = config.reward.correct_threshold
     for entry in ledger.entries((GroupState.SCORED, GroupState.DROPPED), with_data=True):
         if entry.scores is None or entry.data is None:
             continue
         scored = scored_from_json(group_of(entry, source), json.loads(entry.scores))
         if entry.scored_seq is not None and entry.scored_seq > state["seq"]:
-            source.observe(entry.prompt_id, *passes_and_failures(scored, config.reward.correct_threshold))
+            first = config.selection.first_replies
+            counts, of_first = (passes_and_failures(scored, threshold, number) for number in (None, first))
+            source.observe(entry.prompt_id, *counts, version=scored.group.oldest_version, first=of_first)
         if entry.state == GroupState.DROPPED:
             archive.add(scored, step=None, trainer_version=first_step, status=f"dropped:{entry.reason}")
     left = survivors(ledger, source, first_step)

@@ -1,6 +1,5 @@
-"""Side work: probes of the refilter and evaluations, which are sampled beside the training on the same engines.
+"""Side work: evaluations, which are sampled beside the training on the same engines.
 
-    refilter is due ───► probes ──────────────► any worker ─────► reward ──► curriculum
     evaluation is due ─► one worker is kept ──► its replies ────► reward ──► evaluations.jsonl
                          at its version            └ all are sampled: the worker takes the newest version
 
@@ -14,7 +13,6 @@ staleness holds for them too. The price: an evaluation that lasts longer than `m
 wait. If the worker is lost, the evaluation begins again with the newest version.
 """
 
-import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -27,14 +25,11 @@ from posttrain.context import StageContext
 from posttrain.files import append_jsonl
 from posttrain.records import DrawnPrompt
 from posttrain.rl.config import EvaluationConfig
-from posttrain.rl.grading.alarm import UnscoredAlarm, unscored_of
-from posttrain.rl.grading.groups import Scorer, passes_and_failures, score_group
+from posttrain.rl.grading.alarm import unscored_of
+from posttrain.rl.grading.config import GradingConfig
+from posttrain.rl.grading.groups import Scorer, score_group
 from posttrain.rl.loop.evaluation import FILE, accuracies, evaluation_request, is_due, last_evaluated
-from posttrain.rl.prompts.config import PromptsConfig
-from posttrain.rl.prompts.refilter import Refilter
-from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.records import Group, LedgerEvent, ScoredGroup, group_of_flight
-from posttrain.rl.rollouts.requests import sample_request
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.worker import Worker
@@ -65,15 +60,15 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """The purpose of a flight: prompt `number` of an evaluation, or a probe if `evaluation` is None."""
+    """The purpose of a flight: prompt `number` of an evaluation."""
 
     replies: int
-    evaluation: Evaluation | None = None
-    number: int = 0
+    evaluation: Evaluation
+    number: int
 
 
 class SideWork:
-    """Sends probes and evaluations when they are due, and takes their results.
+    """Sends evaluations when they are due, and takes their results.
 
     version: the policy version from which training starts or continues. heldout: the prompts of `evaluation`. stop_ids:
     token ids that end a reply. told: is called with each event for the ledger's log.
@@ -81,12 +76,11 @@ class SideWork:
 
     def __init__(
         self,
-        config: PromptsConfig,
+        config: GradingConfig,
         context: StageContext,
         workers: RolloutWorkers,
         *,
         scorer: Scorer,
-        source: PromptSource,
         version: int,
         evaluation: EvaluationConfig | None,
         heldout: Sequence[DrawnPrompt],
@@ -97,14 +91,9 @@ class SideWork:
         self._context = context
         self._workers = workers
         self._scorer = scorer
-        self._source = source
         self._heldout = heldout
         self._stop_ids = stop_ids
         self._told = told
-        self._refilter = Refilter(config.refilter) if config.refilter is not None else None
-        self._refreshed = -1  # step of the last refresh
-        self._probes: deque[str] = deque()
-        self._probed: set[str] = set()  # probes that are being sampled or scored
         self._evaluation: Evaluation | None = None
         self._evaluation_config = evaluation
         self._last_evaluated = last_evaluated(context.dir, version) if self._evaluation_config is not None else None
@@ -112,21 +101,17 @@ class SideWork:
         self._sent: dict[int, _Sent] = {}
         self._next_order = -1
         self._counts: Counter[str] = Counter()
-        limit = config.reward.alarm_fraction
-        self._probe_alarm = UnscoredAlarm(limit, config.refilter.prompts if config.refilter else 1, "probes")
 
     def dispatch(self, step: int) -> None:
         """Send as much side work as there is room for. step: the number of optimizer steps so far."""
         self._step = step
-        self._begin_refresh(step)
         self._begin_evaluation()
         while (flight := self._next_flight()) is not None:
             self._workers.send(flight)
 
     def figures(self) -> dict[str, int]:
-        """For the metrics of a step: counts since the last call, for the kinds of side work that are configured."""
-        names = ["prompts_probed", "tokens_probed", "probes_unscored"] if self._config.refilter is not None else []
-        names += ["tokens_evaluated", "evaluated_unscored"] if self._evaluation_config is not None else []
+        """For the metrics of a step: counts since the last call, if there are evaluations."""
+        names = ["tokens_evaluated", "evaluated_unscored"] if self._evaluation_config is not None else []
         counts, self._counts = self._counts, Counter()
         return {name: counts[name] for name in names}
 
@@ -141,10 +126,6 @@ class SideWork:
         sent = self._sent.pop(flight.order)
         group = group_of_flight(flight)
         tokens = sum(rollout.num_sampled for rollout in group.rollouts)
-        if sent.evaluation is None:
-            self._counts["tokens_probed"] += tokens
-            await self._observe(group)
-            return
         self._counts["tokens_evaluated"] += tokens
         await self._evaluated(sent.evaluation, sent.number, group, tokens=tokens)
 
@@ -166,12 +147,6 @@ class SideWork:
                 self._evaluation_config, prompt, max_tokens=max_tokens, stop_ids=self._stop_ids
             )
             return self._flight(prompt, request, _Sent(request.n, running, number), version=running.version)
-        if self._refilter is not None and self._probes and self._has_room(self._refilter.samples):
-            # As in the profile, there is no sampled system instruction.
-            prompt = self._source.prompt(self._probes.popleft(), None)
-            request = sample_request(self._config.sampling, prompt, self._refilter.samples, stop_ids=self._stop_ids)
-            self._probed.add(prompt.row.id)
-            return self._flight(prompt, request, _Sent(request.n), version=None)
         return None
 
     def _has_room(self, replies: int) -> bool:
@@ -185,34 +160,6 @@ class SideWork:
         self._next_order -= 1
         self._sent[order] = sent
         return Flight(order, 0, prompt, replace(request, priority=LOW_PRIORITY), version=version)
-
-    # ------------------------------------------------------------------ probes
-
-    def _begin_refresh(self, step: int) -> None:
-        """Choose the prompts of a refresh if it is due.
-
-        Prompts that the last refresh chose but has not sent are forgotten, because more may be known of them by now.
-        """
-        curriculum = self._source.curriculum
-        if self._refilter is None or curriculum is None or step == self._refreshed or not self._refilter.due(step):
-            return
-        self._refreshed = step
-        rng = random.Random(f"{self._context.seed}/refilter/{step}")
-        self._probes = deque(self._refilter.choose(curriculum, step, rng, exclude=self._probed))
-
-    async def _observe(self, group: Group) -> None:
-        name = group.prompt.row.id
-        scored = await score_group(group, self._scorer, self._config)
-        passes, failures = passes_and_failures(scored, self._config.reward.correct_threshold)
-        self._probed.discard(name)
-        self._counts["prompts_probed"] += 1
-        self._counts["probes_unscored"] += scored.rewards.count(None)
-        if (alarm := self._probe_alarm.observe(scored)) is not None:
-            self._context.event("alarm", **alarm)
-        curriculum = self._source.curriculum
-        if curriculum is not None and passes + failures:
-            curriculum.observe(name, passes, failures, version=group.oldest_version, refresh=True)
-        self._told(LedgerEvent.PROBED, [name, passes, failures, group.oldest_version])
 
     # ------------------------------------------------------------------ evaluations
 

@@ -136,6 +136,10 @@ class StalenessQueue:
         """The dispatch order of the next new group."""
         return self._next_order
 
+    def stamp_of(self, order: int) -> int:
+        """The oldest policy version that may have sampled for a group."""
+        return self._undecided[order].stamp
+
     def holds(self, order: int) -> bool:
         """Whether a group is admitted and not decided."""
         return order in self._undecided

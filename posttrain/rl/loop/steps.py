@@ -103,7 +103,7 @@ class Steps:
         self._book.trained(groups, step)
         ages_s = [now - since for since in batch.ready_since]
         metrics = self._tally.values(step, groups, ages_s=ages_s, waited_s=now - waiting, trained=result.metrics)
-        self._tell(step, {**metrics, **self._source.advance(step + 1, metrics["pass_rate"])})
+        self._tell(step, {**metrics, **self._source.advance(step + 1)})
         if self._checkpoints.is_due(step + 1):
             state = {"source": self._source.state(), **self._book.position()}
             await self._checkpoints.write(step + 1, state, archived_seq=self._book.archived_seq)

@@ -38,8 +38,8 @@ def sampled_before(folder: Path, profiled: int) -> int:
 
 
 def unscored_totals(folder: Path) -> dict[str, int]:
-    """How many replies of all steps have no score: of the training, of probes and of evaluations."""
-    columns = {"training": "rollouts_unscored", "probes": "probes_unscored", "evaluations": "evaluated_unscored"}
+    """How many replies of all steps have no score: of the training and of evaluations."""
+    columns = {"training": "rollouts_unscored", "evaluations": "evaluated_unscored"}
     totals = dict.fromkeys(columns, 0)
     for line in read_jsonl(folder / "metrics.jsonl"):
         for name, column in columns.items():

@@ -1,6 +1,6 @@
-"""The keys of an RL stage that choose prompts: mixture of capabilities, profile, curriculum and refilter."""
+"""The keys of an RL stage that choose prompts: mixture of capabilities, selection and profile."""
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -8,33 +8,31 @@ from posttrain.config.base import Config
 from posttrain.config.fields import NotNegative, PathText, Positive, Probability
 from posttrain.rl.grading.config import GradingConfig
 
-# The built-in schedules of the curriculum. Any other name is that of a function which the user brings.
-SCHEDULES = ("constant", "linear", "adaptive")
-
-
-def check_band(band: list[float]) -> list[float]:
-    """Return the band of pass rates. Raises ValueError unless it is [lowest, highest]."""
-    if len(band) != 2 or band[0] > band[1]:
-        raise ValueError("must be [lowest, highest] with lowest <= highest")
-    return band
+# Keys of earlier versions, and what to write instead.
+GONE = {
+    "curriculum": "prompts are drawn by beliefs about their pass rates without it; remove it, or set "
+    "selection.half_life for curriculum.half_life",
+    "refilter": "every group that is trained on or dropped renews the belief about its prompt; remove it, or set a "
+    "shorter selection.half_life",
+}
 
 
 class ProfileConfig(Config):
     """The pass@k profile: before training, the starting policy answers each prompt several times.
 
-    Prompts whose pass rate lies in `band` are trained on. Example: `{samples: 8, band: [0.1, 0.7]}`.
+    It tells how hard the prompts are, and the selection begins with what it found. Example: `{samples: 8}`.
     """
 
     samples: Annotated[int, Field(ge=1)] = Field(default=8, description="Number of replies sampled for each prompt.")
     prompts: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Number of prompts to profile; null profiles all."
     )
-    band: list[Probability] = Field(
-        default_factory=lambda: [0.1, 0.7],
-        description="Lowest and highest pass rate of a prompt that is trained on. The default selects prompts of "
-        "medium to hard difficulty.",
+    band: list[Probability] | None = Field(
+        default=None,
+        description="Lowest and highest pass rate of a prompt that is trained on. Example: [0.1, 0.7]. Prompts "
+        "outside of it, and those that are not profiled, are never drawn, however much the policy learns. null leaves "
+        "out none.",
     )
-
     store: PathText | None = Field(
         default=None,
         description="Folder in which runs share their profiles. A pass rate that another run measured with the same "
@@ -43,74 +41,51 @@ class ProfileConfig(Config):
 
     @field_validator("band")
     @classmethod
-    def _is_band(cls, band: list[float]) -> list[float]:
-        return check_band(band)
+    def _is_band(cls, band: list[float] | None) -> list[float] | None:
+        if band is not None and (len(band) != 2 or band[0] > band[1]):
+            raise ValueError("must be [lowest, highest] with lowest <= highest")
+        return band
 
 
-class CurriculumConfig(Config):
-    """Draw prompts whose pass rate probably lies in a band. During the training the band moves from `first` to `last`.
+class SelectionConfig(Config):
+    """Which prompt is drawn next. Example: `{predictor: level}`."""
 
-    Example: `{first: [0.2, 0.8], last: [0.05, 0.6]}` starts with easier prompts and ends with harder ones.
-    """
-
-    schedule: str = Field(
-        default="linear",
-        description="How the band moves. constant: it stays at `first`. linear: evenly over the steps. adaptive: with "
-        "the measured pass rate. Or a function of your own, as path/to/file.py:function or package.module:function.",
-    )
-    first: list[Probability] = Field(
-        default_factory=lambda: [0.2, 0.8], description="Lowest and highest pass rate of the band at the first step."
-    )
-    last: list[Probability] = Field(
-        default_factory=lambda: [0.05, 0.6], description="Lowest and highest pass rate of the band at the last step."
+    draw: Literal["beliefs", "in_turn"] = Field(
+        default="beliefs",
+        description="beliefs: prompts whose groups will probably have an advantage, by the replies so far. in_turn: "
+        "every prompt once before any is drawn again.",
     )
     half_life: Positive = Field(
         default=20.0,
-        description="Number of optimizer steps after which an observed reply has half its weight in the estimate of "
+        description="Number of optimizer steps after which an observed reply has half its weight in the belief about "
         "its prompt's pass rate.",
     )
-    tries: Annotated[int, Field(ge=1)] = Field(
-        default=32,
-        description="Number of prompts to consider in one draw. If none of them is in the band, the nearest is taken.",
-    )
-    reprobe_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.05,
-        description="Largest average share of the draws for prompts that are parked as impossible, to learn whether "
-        "the policy can solve them by now.",
+    predictor: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="A field of the rows that tells about their difficulty, such as a level or a judge's label. A "
+        "prompt that was not seen yet is expected to be like those with the same value. null: like all of its "
+        "capability.",
     )
 
-    @field_validator("schedule")
-    @classmethod
-    def _is_schedule(cls, schedule: str) -> str:
-        if schedule not in SCHEDULES:
-            from posttrain.errors import PluginError
-            from posttrain.scoring.plugins.lookup import check_function
-
-            try:
-                check_function(schedule, "schedule", ("step", "steps", "pass_rate", "position"))
-            except PluginError as error:
-                raise ValueError(f"{error}; choose {', '.join(SCHEDULES)}, or a function of your own") from None
-        return schedule
-
-    @field_validator("first", "last")
-    @classmethod
-    def _is_band(cls, band: list[float]) -> list[float]:
-        return check_band(band)
-
-
-class RefilterConfig(Config):
-    """Measure pass rates again during the training: the current policy answers prompts whose estimate has become old.
-
-    Example: `{every: 10, prompts: 32, samples: 4}` samples 128 replies every ten optimizer steps.
-    """
-
-    every: Annotated[int, Field(ge=1)] = Field(
-        default=10, description="Number of optimizer steps from one refresh to the next."
+    first_replies: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="A group begins with so many replies. If they are equal, and the beliefs say that the others would "
+        "hardly make a difference, it is dropped; else the others are sampled. null samples every group whole.",
     )
-    prompts: Annotated[int, Field(ge=1)] = Field(default=32, description="Number of prompts that one refresh measures.")
-    samples: Annotated[int, Field(ge=1)] = Field(
-        default=4, description="Number of replies that a refresh samples for each of these prompts."
-    )
+
+    @model_validator(mode="after")
+    def _check_draw(self) -> "SelectionConfig":
+        if self.draw == "in_turn" and self.predictor is not None:
+            raise ValueError(
+                f"draw: in_turn takes every prompt in turn, so predictor {self.predictor!r} would have no effect; set "
+                "draw: beliefs, or remove predictor"
+            )
+        if self.draw == "in_turn" and self.first_replies is not None:
+            raise ValueError(
+                f"first_replies ({self.first_replies}) needs the beliefs, which draw: in_turn does without; set draw: "
+                "beliefs, or remove first_replies"
+            )
+        return self
 
 
 class PromptsConfig(GradingConfig):
@@ -126,16 +101,34 @@ class PromptsConfig(GradingConfig):
         description="How many times in a row a dropped group is replaced by another of its capability. After that a "
         "group of another capability takes its place, so that one capability cannot hold up the training.",
     )
-    curriculum: CurriculumConfig | None = Field(
+    selection: SelectionConfig = Field(default_factory=SelectionConfig)
+    profile: ProfileConfig | None = Field(
         default=None,
-        description="Draw prompts by difficulty; null draws every prompt once before any prompt is drawn again.",
+        description="Measure the prompts before the training, for a report or to leave out those outside of a band; "
+        "null starts the training at once, and learns from its groups.",
     )
-    refilter: RefilterConfig | None = Field(
-        default=None,
-        description="Measure the pass rates of the curriculum again during the training; null learns them only from "
-        "the groups that are trained on.",
-    )
-    profile: ProfileConfig = Field(default_factory=ProfileConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_gone(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (found := [key for key in GONE if data.get(key) is not None]):
+            raise ValueError("; ".join(f"{key} is no key any more: {GONE[key]}" for key in found))
+        return {key: value for key, value in data.items() if key not in GONE} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _check_first_replies(self) -> "PromptsConfig":
+        first = self.selection.first_replies
+        if first is not None and not self.min_group <= first < self.group_size:
+            raise ValueError(
+                f"selection.first_replies is {first}; it must be at least min_group ({self.min_group}) and less than "
+                f"group_size ({self.group_size})"
+            )
+        if first is not None and not self.drop_zero_advantage:
+            raise ValueError(
+                "selection.first_replies drops groups whose replies are equal, which drop_zero_advantage: false keeps; "
+                "remove one of the two"
+            )
+        return self
 
     @field_validator("mixture")
     @classmethod
@@ -146,12 +139,3 @@ class PromptsConfig(GradingConfig):
                 "mixture"
             )
         return mixture
-
-    @model_validator(mode="after")
-    def _check_refilter(self) -> "PromptsConfig":
-        if self.refilter is not None and self.curriculum is None:
-            raise ValueError(
-                "refilter measures again the pass rates by which a curriculum draws prompts, but there is no "
-                "curriculum; set curriculum too (curriculum: {schedule: constant} keeps one band), or remove refilter"
-            )
-        return self

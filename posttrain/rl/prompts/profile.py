@@ -1,8 +1,8 @@
-"""The pass@k profile of the prompts with the starting policy, and the selection of prompts by a band of pass rates.
+"""The pass@k profile of the prompts with the starting policy, before the training.
 
     prompts ─► known? ── this run's files, the shared store ─────────────────────────────► difficulty.parquet
                  └─ no ─► chunks, two at a time: engines ─► reward actor ─► a file ─►             │
-                                                                                           selected by band
+                                                                               band.py: selected by pass rate
 
 A prompt of which no reply could be scored is set aside: it is in difficulty.parquet with n = 0 and why, and is not
 trained on. An event tells how many there are, and an alarm where they are many.
@@ -15,6 +15,7 @@ of them are the same.
 import asyncio
 import contextlib
 import math
+import random
 import shutil
 import uuid
 import zlib
@@ -26,14 +27,16 @@ from typing import Any
 from msgspec.structs import replace
 
 from posttrain.context import StageContext
+from posttrain.data.strata import hash_order
 from posttrain.episodes.rollouter import EnvironmentRollouter
-from posttrain.errors import ConfigError, StageError
+from posttrain.errors import StageError
 from posttrain.metrics.correctness import is_right
 from posttrain.metrics.unscored import Unscored, kind_of
 from posttrain.model.fingerprint import model_fingerprint
 from posttrain.records import DrawnPrompt, Rollout, Row, Scored
 from posttrain.rl.grading.judge import Judge, rewards
-from posttrain.rl.prompts.config import PromptsConfig
+from posttrain.rl.prompts.band import ALL
+from posttrain.rl.prompts.config import ProfileConfig, PromptsConfig
 from posttrain.rl.prompts.difficulty import (
     Basis,
     Difficulty,
@@ -63,13 +66,14 @@ def profile_prompts(
     judge: Judge | None = None,
     rollouter: EnvironmentRollouter | None = None,
 ) -> list[Difficulty]:
-    """Measure how often the policy passes each prompt. Prompts without any scored reply are left out of the result.
+    """Measure how often the policy passes each prompt. n is 0 for a prompt of which no reply could be scored.
 
     Prompts with a known estimate are not sampled again; the others get `profile.samples` replies each. The function
     writes difficulty.parquet. Raises StageError if not one reply could be scored.
     """
+    asked = profile_of(config)
     basis = profile_basis(config)
-    store = profile_store(config.profile.store, context.dir, basis)
+    store = profile_store(asked.store, context.dir, basis)
     keys = {prompt.row.id: prompt_fingerprint(prompt.row) for prompt in prompts}
     known = known_difficulties(
         context.dir,
@@ -77,7 +81,7 @@ def profile_prompts(
         store,
         rows=[prompt.row for prompt in prompts],
         keys=keys,
-        samples=config.profile.samples,
+        samples=asked.samples,
     )
     missing = [prompt for prompt in prompts if prompt.row.id not in known]
     context.event("profile", prompts=len(prompts), known=len(known))
@@ -100,15 +104,40 @@ def profile_prompts(
         )
         unscored.tell(context, "profile", config.reward.alarm_fraction)
     found = {**known, **{item.prompt_id: item for item in sampled}}
-    band = config.profile.band
-    ordered = [replace(found[name], selected=found[name].in_band(band)) for name in keys]
+    band = asked.band
+    ordered = [replace(found[name], selected=found[name].in_band(band or ALL)) for name in keys]
     if not any(item.n for item in ordered):
         raise nothing_scored()
-    write_estimates(context.dir / FILE, ordered, basis, extra={"band_low": float(band[0]), "band_high": float(band[1])})
+    extra = {"band_low": float(band[0]), "band_high": float(band[1])} if band is not None else {}
+    write_estimates(context.dir / FILE, ordered, basis, extra=extra)
     if store is not None:
         store.add(_partial(context.dir, basis))
     shutil.rmtree(_parts(context.dir), ignore_errors=True)
-    return [item for item in ordered if item.n]
+    return ordered
+
+
+def profiled_prompts(prompts: Sequence[DrawnPrompt], limit: int | None, seed: int) -> list[DrawnPrompt]:
+    """The prompts in random order, or `limit` of them, spread evenly over the capabilities."""
+    order = list(prompts)
+    if limit is not None and limit < len(order):
+        by_capability: dict[str, list[DrawnPrompt]] = {}
+        for prompt in sorted(order, key=lambda prompt: hash_order(seed, prompt.row.id)):
+            by_capability.setdefault(prompt.row.capability, []).append(prompt)
+        places = sorted(
+            (place / len(group), name, prompt.row.id, prompt)
+            for name, group in by_capability.items()
+            for place, prompt in enumerate(group)
+        )
+        chosen = {name for _, _, name, _ in places[:limit]}
+        order = [prompt for prompt in order if prompt.row.id in chosen]
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def profile_of(config: PromptsConfig) -> ProfileConfig:
+    """The section `profile` of a stage that has one."""
+    assert config.profile is not None
+    return config.profile
 
 
 def profile_basis(config: PromptsConfig) -> Basis:
@@ -169,7 +198,7 @@ async def _sample(
     found: list[Difficulty] = []
     folder = _parts(context.dir)
     folder.mkdir(exist_ok=True)
-    size = chunk_size(config)
+    size, samples = chunk_size(config), profile_of(config).samples
     starts = iter(range(0, len(prompts), size))
     client = rewards(config, judge)  # as in training
     progress = ScoringProgress(
@@ -184,7 +213,7 @@ async def _sample(
                     start + index,
                     0,
                     prompt,
-                    request=sample_request(config.sampling, prompt, config.profile.samples, stop_ids=stop_ids),
+                    request=sample_request(config.sampling, prompt, samples, stop_ids=stop_ids),
                 )
                 for index, prompt in enumerate(chunk)
             ]
@@ -221,7 +250,7 @@ async def _sample(
 def chunk_size(config: PromptsConfig) -> int:
     """The number of prompts in a chunk: enough to fill every engine, so that engines need not wait between chunks."""
     seats = config.engine.max_num_seqs * config.resources.rollout.workers
-    return max(MIN_GROUPS, math.ceil(2 * seats / config.profile.samples))
+    return max(MIN_GROUPS, math.ceil(2 * seats / profile_of(config).samples))
 
 
 def _parts(run: Path) -> Path:
@@ -255,7 +284,7 @@ def difficulties(
         else:
             kinds.setdefault(rollout.prompt_id, Counter())[kind_of((score.outcome, score.reason))] += 1
     rows = {row.id: row for _, row in pairs}.values()
-    samples = config.profile.samples
+    asked = profile_of(config)
     counted = [
         Difficulty(
             row.id,
@@ -264,45 +293,10 @@ def difficulties(
             passes[row.id],
             0,
             False,
-            samples=samples,
+            samples=asked.samples,
             tokens=tokens[row.id],
             unscored=kinds[row.id].most_common(1)[0][0] if row.id in kinds else "",
         )
         for row in rows
     ]
-    return [replace(item, selected=item.in_band(config.profile.band)) for item in counted]
-
-
-def select_band(difficulties: Sequence[Difficulty], rows: Sequence[Row], band: Sequence[float]) -> list[Row]:
-    """The rows whose pass rate lies in the band; says which bands would select how many if none does."""
-    chosen = {item.prompt_id for item in difficulties if item.selected}
-    if not chosen:
-        raise ConfigError(
-            "profile.band", [f"got {list(band)}: no prompt's pass rate lies in it; {_bands(difficulties, band)}"]
-        )
-    return [row for row in rows if row.id in chosen]
-
-
-def _bands(difficulties: Sequence[Difficulty], band: Sequence[float]) -> str:
-    """The pass rates that there are, and the smallest bands that would select something."""
-    counts = Counter(round(item.pass_rate, 2) for item in difficulties)
-    found = ", ".join(f"{rate:.2f}: {count}" for rate, count in sorted(counts.items()))
-    below = [item.pass_rate for item in difficulties if item.pass_rate < band[0]]
-    above = [item.pass_rate for item in difficulties if item.pass_rate > band[1]]
-    wider = [[math.floor(100 * max(below)) / 100, band[1]]] if below else []
-    wider += [[band[0], math.ceil(100 * min(above)) / 100]] if above else []
-    bands = [*wider, [0.0, 1.0]]
-    selected = ", ".join(f"{wide} {sum(item.in_band(wide) for item in difficulties)}" for wide in bands)
-    return f"prompts by rate: {found}; other bands would select: {selected}"
-
-
-def drawn_rows(config: PromptsConfig, difficulties: Sequence[Difficulty], rows: Sequence[Row]) -> list[Row]:
-    """The rows that training may draw: those in the band; with `refilter` also the others, which start outside.
-
-    Raises ConfigError if the band selects nothing.
-    """
-    selected = select_band(difficulties, rows, config.profile.band)
-    if config.refilter is None:
-        return selected
-    measured = {item.prompt_id for item in difficulties}
-    return [row for row in rows if row.id in measured]
+    return [replace(item, selected=item.in_band(asked.band or ALL)) for item in counted]

@@ -1,14 +1,11 @@
-"""Which prompt of a capability is sent next, and the system instruction that is sampled for it.
+"""The prompt of each group: the row that the selection draws next, with a system instruction that is sampled for it.
 
-Without a curriculum every prompt is drawn once before any is drawn again. With one, prompts are looked at in the same
-order. For each, a pass rate is drawn from the belief about it, and the first prompt whose pass rate lies in the band is
-taken.
+With `selection.draw: in_turn` there is no selection: every prompt is drawn once before any is drawn again.
 
-Every draw depends only on the seed, the group's dispatch order, how many prompts of the capability have been looked at,
-and the beliefs. So a resumed run finds its position from two numbers in the ledger.
+Every draw depends only on the seed, the group's dispatch order, how many prompts of the capability were drawn before,
+and the beliefs. So a resumed run finds its position from the ledger.
 """
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,11 +13,12 @@ from typing import Any
 from posttrain.config.rewards import SystemsConfig
 from posttrain.data.chat import RenderRow
 from posttrain.records import DrawnPrompt, Message, Prompt, Row
-from posttrain.rl.prompts.curriculum import EXCLUDED_MISS, Curriculum
+from posttrain.rl.prompts.difficulty import Difficulty
+from posttrain.rl.prompts.selection import Selection
 
 
 class PromptSource:
-    """Draws prompts of the selected rows. render: row and messages -> prompt token ids. tries: see CurriculumConfig."""
+    """Draws prompts of the rows. render: row and messages -> prompt token ids. selection: None draws them in turn."""
 
     def __init__(
         self,
@@ -29,8 +27,7 @@ class PromptSource:
         render: RenderRow,
         *,
         seed: int,
-        curriculum: Curriculum | None = None,
-        tries: int = 1,
+        selection: Selection | None = None,
     ):
         self._by_capability: dict[str, list[Row]] = {}
         for row in rows:
@@ -39,25 +36,25 @@ class PromptSource:
         self._systems = systems
         self._render = render
         self._seed = seed
-        self._curriculum = curriculum
-        self._tries = tries
+        self._selection = selection
         self._prompts_seen = dict.fromkeys(self._by_capability, 0)
         self._passes: dict[tuple[str, int], list[int]] = {}  # the order of the current pass over a capability's rows
 
-    @property
-    def curriculum(self) -> Curriculum | None:
-        """The beliefs by which prompts are drawn; None without a curriculum."""
-        return self._curriculum
-
     def draw(self, capability: str, order: int) -> DrawnPrompt:
         """Draw the prompt of the group with the dispatch order `order`."""
-        row = self._next(capability)
-        if self._curriculum is None and not self._systems.instructions:
+        self._prompts_seen[capability] += 1
+        number = self._prompts_seen[capability]
+        if self._selection is None:
+            row = self._in_turn(capability, number)
+        else:
+            row = self._by_id[self._selection.draw(capability, order, number)]
+        if not self._systems.instructions:
             return self.prompt(row.id, None)
-        rng = random.Random(f"{self._seed}/{order}")
-        if self._curriculum is not None:
-            row = self._in_band(row, self._curriculum, rng)
-        return self.prompt(row.id, self._draw_system(row, rng))
+        return self.prompt(row.id, self._draw_system(row, random.Random(f"{self._seed}/{order}")))
+
+    def first(self, count: int) -> list[DrawnPrompt]:
+        """The prompts of the first `count` rows, without a system instruction. They do not count as drawn."""
+        return [self.prompt(name, None) for name in list(self._by_id)[:count]]
 
     def prompt(self, prompt_id: str, system: str | None) -> DrawnPrompt:
         """The prompt of a selected row, with a system instruction or without (None)."""
@@ -66,53 +63,46 @@ class PromptSource:
         return DrawnPrompt(row, system, Prompt(messages, tuple(self._render(row, messages))))
 
     def prompts_seen(self, capability: str) -> int:
-        """How many prompts of a capability have been looked at so far."""
+        """How many prompts of a capability have been drawn so far."""
         return self._prompts_seen[capability]
 
-    def skip_to(self, capability: str, prompts_seen: int) -> None:
-        """Continue as if at least this many prompts of a capability had been looked at."""
-        self._prompts_seen[capability] = max(self._prompts_seen[capability], prompts_seen)
+    def was_drawn(self, capability: str, prompt_id: str, number: int) -> None:
+        """Note that a prompt was the draw number `number` of its capability (from 1), before a crash."""
+        self._prompts_seen[capability] = max(self._prompts_seen[capability], number)
+        if self._selection is not None:
+            self._selection.was_drawn(prompt_id, number)
 
-    def _next(self, capability: str) -> Row:
+    def _in_turn(self, capability: str, number: int) -> Row:
         rows = self._by_capability[capability]
-        number, place = divmod(self._prompts_seen[capability], len(rows))
-        self._prompts_seen[capability] += 1
-        if (capability, number) not in self._passes:
+        turn, place = divmod(number - 1, len(rows))
+        if (capability, turn) not in self._passes:
             self._passes = {key: value for key, value in self._passes.items() if key[0] != capability}
-            rng = random.Random(f"{self._seed}/{capability}/{number}")
-            self._passes[capability, number] = rng.sample(range(len(rows)), len(rows))
-        return rows[self._passes[capability, number][place]]
+            rng = random.Random(f"{self._seed}/{capability}/{turn}")
+            self._passes[capability, turn] = rng.sample(range(len(rows)), len(rows))
+        return rows[self._passes[capability, turn][place]]
 
-    def _in_band(self, row: Row, curriculum: Curriculum, rng: random.Random) -> Row:
-        """The first row, from `row` on, in the band, or after `tries` rows the nearest one.
+    def observe(
+        self, prompt_id: str, passes: int, failures: int, *, version: int, first: tuple[int, int] | None = None
+    ) -> None:
+        """Tell the selection how many scored rollouts of a prompt passed and failed. See `Beliefs.observe`."""
+        if self._selection is not None:
+            self._selection.beliefs.observe(prompt_id, passes, failures, version=version, first=first)
 
-        Retired prompts, and parked ones outside of the budget, do not count as tries.
-        """
-        nearest, least, tries = row, math.inf, 0
-        for _ in range(self._tries + 2 * len(self._by_capability[row.capability])):
-            miss = curriculum.miss(row.id, rng)
-            if miss < least:
-                nearest, least = row, miss
-            tries += miss < EXCLUDED_MISS
-            if miss == 0 or tries == self._tries:
-                break
-            row = self._next(row.capability)
-        return nearest
+    def decided(self, replies: int, *, is_useful: bool) -> None:
+        """See `Selection.decided`."""
+        if self._selection is not None:
+            self._selection.decided(replies, is_useful=is_useful)
 
-    def observe(self, prompt_id: str, passes: int, failures: int) -> None:
-        """Tell the curriculum how many scored rollouts of a prompt passed and failed."""
-        if self._curriculum is not None:
-            self._curriculum.observe(prompt_id, passes, failures)
+    def goes_on(self, prompt_id: str, passes: int, failures: int) -> bool:
+        """See `Selection.goes_on`. Without beliefs every group goes on."""
+        return self._selection is None or self._selection.goes_on(prompt_id, passes, failures)
 
-    def advance(self, version: int, pass_rate: float) -> dict[str, float]:
-        """Tell the curriculum that an optimizer step is done, and return its figures.
-
-        pass_rate: of all rollouts that were generated for the step.
-        """
-        if self._curriculum is None:
+    def advance(self, version: int) -> dict[str, float]:
+        """Tell the selection that an optimizer step has made `version`, and return its figures."""
+        if self._selection is None:
             return {}
-        self._curriculum.advance(version, pass_rate)
-        return self._curriculum.figures()
+        self._selection.advance(version)
+        return self._selection.figures()
 
     def _draw_system(self, row: Row, rng: random.Random) -> str | None:
         instructions = self._systems.instructions
@@ -121,12 +111,16 @@ class PromptSource:
         chosen = rng.choices(instructions, [item.weight for item in instructions])[0]
         return chosen.text or None
 
+    def first_groups(self) -> list[Difficulty]:
+        """See `Beliefs.first_groups`; empty if prompts are drawn in turn."""
+        return self._selection.beliefs.first_groups() if self._selection is not None else []
+
     def state(self) -> dict[str, Any]:
-        """JSON state for a checkpoint."""
-        return {"prompts_seen": self._prompts_seen, "curriculum": self._curriculum and self._curriculum.state()}
+        """JSON state for a checkpoint, right after `advance`."""
+        return {"prompts_seen": self._prompts_seen, "selection": self._selection and self._selection.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
         self._prompts_seen = {name: state["prompts_seen"].get(name, 0) for name in self._by_capability}
-        if self._curriculum is not None and state["curriculum"] is not None:
-            self._curriculum.restore(state["curriculum"])
+        if self._selection is not None and state.get("selection") is not None:
+            self._selection.restore(state["selection"])

@@ -65,6 +65,10 @@ class TrainerClient:
         """See `Trainer.save_checkpoint`."""
         await self._ranks.call("save_checkpoint", str(folder), controller)
 
+    async def async_publish(self) -> Manifest:
+        """See `Trainer.publish`. Returns the manifest of rank 0."""
+        return _published(await self._ranks.call("publish"))
+
     def step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
         """See `Trainer.step`."""
         return self._ranks.get("step", samples, step)

@@ -1,0 +1,207 @@
+"""What is known about the pass rate of every prompt: a Beta distribution for each, and a prior that is fitted.
+
+The belief about a prompt has the parameters a + passes and b + failures. A reply counts half after `half_life`
+optimizer steps, a quarter after twice as many, because the policy has moved. The prior (a, b) is that of the prompt's
+stratum: its capability, and the value of the row's field `predictor` if there is one. It fits the first groups of the
+prompts seen so far (prior.py). First groups are a fair sample of the stratum, because nothing distinguishes prompts
+that were not seen. A stratum with little evidence has about the prior of its capability, and a capability that of all
+prompts.
+
+Arrays have an entry for each prompt [N], so that a pool of 100,000 prompts costs little.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain.errors import ConfigError
+from posttrain.records import Row
+from posttrain.rl.prompts.difficulty import Difficulty
+from posttrain.rl.prompts.prior import UNIFORM, Prior, fit_prior
+
+# How far the prior of a stratum may lie from that of its capability, and this from that of all prompts: the standard
+# deviation of its logarithms as long as there is no evidence.
+SPREAD = 0.5
+# Old first groups are forgotten only as long as there are at least as many newer ones.
+LEAST_FIRST_GROUPS = 64.0
+FORGOTTEN = 0.01  # counts below this are taken as 0
+NUM_BINS = 8  # of a predictor with more numbers than this
+
+Stratum = tuple[str, str]  # capability, value of the predictor
+
+
+class Beliefs:
+    """Beliefs about the pass rates of the rows' prompts. predictor: the name of a field of the rows, or None."""
+
+    def __init__(self, rows: Sequence[Row], half_life: float, predictor: str | None = None):
+        self.ids = [row.id for row in rows]
+        self.place = {name: place for place, name in enumerate(self.ids)}
+        self._half_life = half_life
+        strata = strata_of(rows, predictor)
+        self._strata = sorted(set(strata))
+        number = {stratum: index for index, stratum in enumerate(self._strata)}
+        self._stratum_N = np.array([number[stratum] for stratum in strata], dtype=np.int64)
+        self._priors = np.tile(np.array(UNIFORM), (len(self._strata), 1))
+        self._version = 0
+        # Discounted counts as of `_version`, and the replies since, apart: sums of whole numbers do not depend on the
+        # order in which groups are scored.
+        self._passes_N, self._failures_N = np.zeros(len(rows)), np.zeros(len(rows))
+        self._new_passes_N, self._new_failures_N = np.zeros(len(rows)), np.zeros(len(rows))
+        # Of the first group of each prompt: scored replies (0 if it was not seen), passes, policy version.
+        self._first_N3 = np.zeros((len(rows), 3), dtype=np.int64)
+        self._first: dict[Stratum, Counter[tuple[int, int]]] = defaultdict(Counter)  # as `prior.Counts`
+
+    @property
+    def num_seen(self) -> int:
+        """How many prompts have had a scored reply."""
+        return int(np.count_nonzero(self._first_N3[:, 0]))
+
+    def is_seen(self, places: np.ndarray) -> np.ndarray:
+        """Whether the prompts at these places have had a scored reply [n]."""
+        return self._first_N3[places, 0] > 0
+
+    def observe(
+        self, prompt_id: str, passes: int, failures: int, *, version: int, first: tuple[int, int] | None = None
+    ) -> None:
+        """Count the scored replies of a group, as if the current policy had sampled them. version: the one that did.
+
+        first: passes and failures among the replies that were sampled whatever the others were; None: all.
+        """
+        if not passes + failures:
+            return
+        place = self.place[prompt_id]
+        self._new_passes_N[place] += passes
+        self._new_failures_N[place] += failures
+        if not self._first_N3[place, 0]:
+            sure = first if first is not None and sum(first) else (passes, failures)
+            self._first_N3[place] = sum(sure), sure[0], version
+            self._first[self._strata[self._stratum_N[place]]][passes, passes + failures] += 1
+
+    def advance(self, version: int) -> None:
+        """Discount what was seen before, and fit the priors, as of policy version `version`."""
+        kept = 0.5 ** ((version - self._version) / self._half_life)
+        self._version = version
+        for old, new in ((self._passes_N, self._new_passes_N), (self._failures_N, self._new_failures_N)):
+            old += new
+            old *= kept
+            old[old < FORGOTTEN] = 0.0
+            new[:] = 0.0
+        total = sum(counts.total() for counts in self._first.values())
+        if total > LEAST_FIRST_GROUPS:
+            kept = max(kept, LEAST_FIRST_GROUPS / total)
+            for counts in self._first.values():
+                for key in counts:
+                    counts[key] *= kept  # type: ignore[assignment]  # a Counter of weights
+        self.fit()
+
+    def fit(self) -> None:
+        """Fit the prior of every stratum to the first groups."""
+        of_capability: dict[str, Counter[tuple[int, int]]] = defaultdict(Counter)
+        for (capability, _), counts in self._first.items():
+            of_capability[capability].update(counts)
+        whole = Counter[tuple[int, int]]()
+        for counts in of_capability.values():
+            whole.update(counts)
+        base = fit_prior(whole)
+        near = {name: fit_prior(counts, base, SPREAD) for name, counts in of_capability.items()}
+        several = Counter(capability for capability, _ in self._strata)
+        for index, (capability, value) in enumerate(self._strata):
+            prior = near.get(capability, base)
+            if several[capability] > 1:
+                prior = fit_prior(self._first.get((capability, value), {}), prior, SPREAD)
+            self._priors[index] = prior
+
+    def prior(self, prompt_id: str) -> Prior:
+        """The prior of a prompt's stratum."""
+        a, b = self._priors[self._stratum_N[self.place[prompt_id]]]
+        return float(a), float(b)
+
+    def shapes(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The two parameters of the Beta distributions of the prompts at these places [n], [n]."""
+        priors = self._priors[self._stratum_N[places]]
+        passes = self._passes_N[places] + self._new_passes_N[places]
+        failures = self._failures_N[places] + self._new_failures_N[places]
+        return priors[:, 0] + passes, priors[:, 1] + failures
+
+    def first_groups(self) -> list[Difficulty]:
+        """How often the first group of each prompt passed that was seen.
+
+        They are a fair sample of what the policy could do then: a prompt's first group decides nothing about itself.
+        """
+        return [
+            Difficulty(self.ids[place], self._strata[self._stratum_N[place]][0], n, passes, version, True, samples=n)
+            for place in self._seen
+            for n, passes, version in [self._first_N3[place].tolist()]
+        ]
+
+    @property
+    def _seen(self) -> list[int]:
+        return np.flatnonzero(self._first_N3[:, 0]).tolist()
+
+    def state(self) -> dict[str, Any]:
+        """JSON state for a checkpoint, right after `advance`. Only prompts that were seen are in it."""
+        return {
+            "version": self._version,
+            "seen": {
+                self.ids[place]: [
+                    float(self._passes_N[place]),
+                    float(self._failures_N[place]),
+                    *self._first_N3[place].tolist(),
+                ]
+                for place in self._seen
+            },
+            "first": [
+                [*stratum, passes, n, weight]
+                for stratum, counts in self._first.items()
+                for (passes, n), weight in counts.items()
+            ],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        self._version = state["version"]
+        for array in (self._passes_N, self._failures_N, self._new_passes_N, self._new_failures_N, self._first_N3):
+            array[:] = 0
+        for name, (passes, failures, *first) in state["seen"].items():
+            place = self.place[name]
+            self._passes_N[place], self._failures_N[place], self._first_N3[place] = passes, failures, first
+        self._first.clear()
+        for capability, value, passes, n, weight in state["first"]:
+            self._first[capability, value][passes, n] = weight
+        self.fit()
+
+
+def mixed_chance(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
+    """The chance that n replies are neither all passed nor all failed, under Beta(a, b) of the pass rate [N]."""
+    passed, failed = np.ones_like(a), np.ones_like(b)
+    for seen in range(n):
+        passed = passed * (a + seen) / (a + b + seen)
+        failed = failed * (b + seen) / (a + b + seen)
+    return 1 - passed - failed
+
+
+def strata_of(rows: Sequence[Row], predictor: str | None) -> list[Stratum]:
+    """The stratum of each row. Numbers of a predictor with many values are put into bins of equally many rows.
+
+    Raises ConfigError for a row without the field `predictor`.
+    """
+    if predictor is None:
+        return [(row.capability, "") for row in rows]
+    values = [row.fields.get(predictor) for row in rows]
+    for row, value in zip(rows, values, strict=True):
+        if not isinstance(value, str | int | float):
+            found = f"has no field {predictor!r}" if value is None else f"has {value!r} in {predictor!r}"
+            raise ConfigError(
+                "selection.predictor",
+                [
+                    f"got {predictor!r}: row {row.id!r} {found}; every row needs a text or a number there. Name a "
+                    "field that all rows have, or remove selection.predictor"
+                ],
+            )
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if len(numbers) == len(values) and len(set(numbers)) > NUM_BINS:
+        edges = np.unique(np.quantile(numbers, np.arange(1, NUM_BINS) / NUM_BINS))
+        values = np.searchsorted(edges, numbers, side="right").tolist()
+    return [(row.capability, str(value)) for row, value in zip(rows, values, strict=True)]

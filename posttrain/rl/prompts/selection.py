@@ -1,0 +1,122 @@
+"""Which prompt of a capability is drawn next: one whose group will probably have an advantage.
+
+A group teaches if its rewards differ, so a prompt is worth the chance that its replies are mixed: 1 - p^G - (1 - p)^G
+for the pass rate p and G replies. p is not known. So for each prompt NUM_DRAWS pass rates are drawn from the belief
+about it (beliefs.py), and the prompts with the highest mean chance come first. A prompt of which little is known is
+sometimes drawn high, which explores; the mean of several draws explores less than a single one (Thompson sampling).
+
+A prompt rests after it was drawn, until a quarter as many others were drawn as there are prompts that would give a
+mixed group, by the beliefs. So prompts that are known to teach do not crowd out those that were not tried.
+
+Every draw depends on the seed, the dispatch order of the group, and the beliefs. The slate, which is the list of the
+prompts to be drawn next, is made anew after each optimizer step.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain.records import Row
+from posttrain.rl.prompts.beliefs import Beliefs, mixed_chance
+
+NUM_DRAWS = 4
+# Of a larger pool, a slate is chosen among so many prompts that were picked at random, half of them among those seen.
+CANDIDATES = 4096
+SLATE = 32
+REST = 0.25
+RENEWAL = 0.02  # the weight of the newest group in the mean of trained groups for each reply
+
+
+class Selection:
+    """Draws prompts of `rows` by `beliefs` about them. group_size: the number of replies in a group."""
+
+    def __init__(self, rows: Sequence[Row], beliefs: Beliefs, *, group_size: int, seed: int):
+        self.beliefs = beliefs
+        self._group_size = group_size
+        self._seed = seed
+        self._members: dict[str, np.ndarray] = {}
+        for name in sorted({row.capability for row in rows}):
+            places = [beliefs.place[row.id] for row in rows if row.capability == name]
+            self._members[name] = np.array(places, dtype=np.int64)
+        self._drawn_at_N = np.full(len(beliefs.ids), -(2**62), dtype=np.int64)  # the number of the last draw
+        self._slates: dict[str, list[int]] = {}
+        self._useful_a_reply = 1 / (4 * group_size)  # groups that were trained on, for each sampled reply
+        self._num_mixed = self._expected_mixed()
+
+    def draw(self, capability: str, order: int, number: int) -> str:
+        """The id of the prompt for the group with the dispatch order `order`. number: of draws of the capability."""
+        if not self._slates.get(capability):
+            self._slates[capability] = self._slate(capability, order, number)
+        place = self._slates[capability].pop()
+        self._drawn_at_N[place] = number
+        return self.beliefs.ids[place]
+
+    def was_drawn(self, prompt_id: str, number: int) -> None:
+        """Note that a prompt was the draw number `number` of its capability (from 1), before a crash."""
+        place = self.beliefs.place[prompt_id]
+        self._drawn_at_N[place] = max(self._drawn_at_N[place], number)
+
+    def decided(self, replies: int, *, is_useful: bool) -> None:
+        """Count a group with so many replies. is_useful: whether it is to be trained on."""
+        self._useful_a_reply += RENEWAL * (is_useful - self._useful_a_reply * replies) / self._group_size
+
+    def goes_on(self, prompt_id: str, passes: int, failures: int) -> bool:
+        """Whether a group whose first replies got equal rewards is sampled to its end.
+
+        It is if the chance that it becomes mixed, for each reply that is left, is at least the groups trained on for
+        each reply so far: sampling another prompt would not bring more (the marginal value theorem).
+        """
+        left = self._group_size - passes - failures
+        (a,), (b,) = self.beliefs.shapes(np.array([self.beliefs.place[prompt_id]]))
+        a, b = a + passes, b + failures
+        as_before = a if passes > failures else b
+        equal = np.prod((as_before + np.arange(left)) / (a + b + np.arange(left)))
+        return bool((1 - equal) / left >= self._useful_a_reply)
+
+    def advance(self, version: int) -> None:
+        """Take account of what was seen before the step that made `version`."""
+        self.beliefs.advance(version)
+        self._slates.clear()
+        self._num_mixed = self._expected_mixed()
+
+    def figures(self) -> dict[str, float]:
+        """For the metrics of a step: prompts that were seen, and how many would give a mixed group, by the beliefs."""
+        return {"prompts_seen": self.beliefs.num_seen, "prompts_mixed": sum(self._num_mixed.values())}
+
+    def state(self) -> dict[str, Any]:
+        """JSON state for a checkpoint, right after `advance`. `was_drawn` brings back the rest."""
+        return {**self.beliefs.state(), "useful_a_reply": self._useful_a_reply}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        self.beliefs.restore(state)
+        self._useful_a_reply = state["useful_a_reply"]
+        self._slates.clear()
+        self._num_mixed = self._expected_mixed()
+
+    def _expected_mixed(self) -> dict[str, float]:
+        chances = {
+            name: mixed_chance(*self.beliefs.shapes(members), self._group_size)
+            for name, members in self._members.items()
+        }
+        return {name: float(chance.sum()) for name, chance in chances.items()}
+
+    def _slate(self, capability: str, order: int, number: int) -> list[int]:
+        """The places of the prompts to be drawn next, the best one last."""
+        members = self._members[capability]
+        rng = np.random.default_rng([self._seed, zlib.crc32(capability.encode()), order])
+        rested = number - self._drawn_at_N[members] > REST * self._num_mixed[capability]
+        able = members[rested]
+        if not able.size:  # all were drawn lately: the ones that were drawn first
+            able = members[np.argsort(self._drawn_at_N[members], kind="stable")[: max(1, members.size // 2)]]
+        if able.size > CANDIDATES:
+            seen = able[self.beliefs.is_seen(able)]
+            some = [among[rng.integers(0, among.size, CANDIDATES // 2)] for among in (able, seen) if among.size]
+            able = np.unique(np.concatenate(some))
+        a, b = self.beliefs.shapes(able)
+        rates = rng.beta(a, b, size=(NUM_DRAWS, able.size))
+        chance = (1 - rates**self._group_size - (1 - rates) ** self._group_size).mean(axis=0)
+        best = np.argsort(-chance, kind="stable")[:SLATE]
+        return able[best][::-1].tolist()

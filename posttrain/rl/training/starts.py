@@ -1,0 +1,45 @@
+"""The trainer of a stage, which is started early and, if it is lost, again."""
+
+from posttrain.context import StageContext
+from posttrain.errors import TrainerLostError
+from posttrain.rl.training.client import TrainerClient
+from posttrain.rl.training.config import TrainingConfig
+
+
+class TrainerStarts:
+    """Starts a trainer, and another one up to `trainer_restarts` times. Ray must be initialised.
+
+    left: how many more times it may be started again.
+    """
+
+    def __init__(self, config: TrainingConfig, context: StageContext):
+        self._config = config
+        self._context = context
+        self.left = config.trainer_restarts
+        self._trainer: TrainerClient | None = None
+
+    @property
+    def trainer(self) -> TrainerClient:
+        """The trainer, which starts in the background."""
+        assert self._trainer is not None
+        return self._trainer
+
+    def begin(self) -> None:
+        """Start the trainer, unless it was begun before."""
+        if self._trainer is None:
+            self._trainer = TrainerClient(self._config, self._context.seed)
+
+    def again(self, error: TrainerLostError) -> None:
+        """Start another trainer in the place of the one that was lost. Raises `error` if that may not be."""
+        if not self.left:
+            raise error
+        self.left -= 1
+        self._context.event("trainer_restarted", reason=str(error), restarts_left=self.left)
+        self.trainer.close(at_once=True)
+        self._trainer = TrainerClient(self._config, self._context.seed)
+
+    def close(self) -> None:
+        """End the trainer."""
+        if self._trainer is not None:
+            self._trainer.close()
+            self._trainer = None
