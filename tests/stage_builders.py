@@ -214,10 +214,10 @@ def trackers(config: Any) -> Any:
 
 @cache
 def _model(model: str) -> Any:
-    from posttrain.config.models import ModelConfig
+    from posttrain.config.models import TunedModelConfig
     from posttrain.model.load import load_policy
 
-    return load_policy(ModelConfig.model_validate_json(model))
+    return load_policy(TunedModelConfig.model_validate_json(model))
 
 
 def policy(config: Any) -> Any:
