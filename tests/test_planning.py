@@ -29,8 +29,8 @@ from posttrain.planning.sizes import count_sizes, find_model, read_config
 TOKENS = 256
 
 
-def sizes_of(name: str):
-    return count_sizes(read_config(find_model(name)))
+def sizes_of(name: str, lora=None):
+    return count_sizes(read_config(find_model(name)), lora)
 
 
 @pytest.mark.parametrize(
@@ -297,8 +297,12 @@ def test_other_architectures_are_counted(tmp_path):
 CHANGES = {
     "parallel.processes": 16, "parallel.expert": 4, "parallel.zero": 2, "parallel.offload": "optimizer",
     "dtype": "float32", "tokens": 100, "gradient_checkpointing": "none", "kv_sequences": 3, "kv_length": 100,
-    "reserve": 0.3,
+    "reserve": 0.3, "lora": {"rank": 16},
 }  # fmt: skip
+ADAPTERS_CHANGES = {
+    "lora.rank": 8, "lora.target_modules": ["q_proj"], "lora.target_parameters": ["experts.down_proj"],
+}  # fmt: skip
+NO_MEMORY = {"lora.alpha", "lora.save"}  # accepted, so that the section of a training can be given as it is
 
 
 def test_every_key_changes_the_plan():
@@ -307,17 +311,20 @@ def test_every_key_changes_the_plan():
     from posttrain.planning.config import PlanConfig
     from posttrain.planning.layouts import fits, need
 
-    sizes = sizes_of("llama4-scout")
     base = {**PlanConfig().model_dump(), "kv_sequences": 1}
-    assert {leaf.key for leaf in find_leaves(PlanConfig, base)} == set(CHANGES)
+    keys = {leaf.key for leaf in find_leaves(PlanConfig, base)}
+    assert keys == set(CHANGES) | set(ADAPTERS_CHANGES) | NO_MEMORY
 
     def outcome(data):
         plan = PlanConfig.model_validate(data)
-        needed = need(sizes, plan)
+        needed = need(sizes_of("llama4-scout", plan.lora), plan)
         return needed.state, needed.activations, needed.kv, [fits(needed, plan, size) for size in range(1, 400)]
 
-    for key, value in CHANGES.items():
-        assert outcome(set_at(base, key, value)) != outcome(base), key
+    adapters = set_at(base, "lora", {"rank": 16})
+    for start, changes in ((base, CHANGES), (adapters, ADAPTERS_CHANGES)):
+        before = outcome(start)
+        for key, value in changes.items():
+            assert outcome(set_at(start, key, value)) != before, key
 
 
 @pytest.mark.slow
