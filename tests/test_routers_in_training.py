@@ -80,7 +80,7 @@ def router_losses(function: Callable[..., Any], *arguments: Any) -> list[tuple[i
 
 def train_and_look(ranks: WarmRanks, stage: Any, config: Any, context: StageContext) -> list[tuple[int, float]]:
     """Train with a stage, and return `router_losses`."""
-    prepared = stage.prepare(config) if stage is sft else stage.prepare(config, context.seed)
+    prepared = stage.prepare(config, context) if stage is sft else stage.prepare(config, context.seed, context)
     data = prepared.examples if stage is sft else prepared.ids
     work = Work(stage.make_tuning, prepared.tokenizer, data)
     return ranks.call(router_losses, train_and_export, config, context, work)

@@ -7,6 +7,7 @@ of the stage's own.
 
 import contextlib
 import gc
+import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -73,7 +74,9 @@ class WarmRanks:
             raise
 
     def group(self, processes: int) -> RankGroup:
-        """So many ranks, each with a `_Caller`."""
+        """So many ranks, each with a `_Caller`. Ranks that are gone are started anew."""
+        if processes in self._groups and not _answers(self._groups[processes]):
+            del self._groups[processes]
         if processes not in self._groups:
             # They are idle while other tests use the CPUs of the session.
             self._groups[processes] = RankGroup(ParallelConfig(processes=processes), TrainerResources(cpus=0), _Caller)
@@ -93,8 +96,17 @@ class WarmRanks:
 
     def close(self) -> None:
         """End every rank."""
-        for group in self._groups.values():
+        for group in filter(_answers, self._groups.values()):
             group.close()
+
+
+def _answers(group: RankGroup) -> bool:
+    """Whether the ranks can still be called. Ray raises a bare `Exception` for an actor that it does not know."""
+    try:
+        group.get("call", os.getpid)
+    except Exception:
+        return False
+    return True
 
 
 class LentGroup:

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from posttrain.actors.garbage import large_imports
 from posttrain.actors.parent import die_with_parent
 from posttrain.base.config import StageConfig
 from posttrain.base.corpus import Corpus, Document
@@ -63,8 +62,7 @@ def main(spec_path: str) -> None:
 
 def _fork(processes: int) -> int:
     """Fork the other processes. Returns in every process, with its rank."""
-    with large_imports():
-        import posttrain.model.native  # noqa: F401  (imported once, before the fork, because it is slow)
+    import posttrain.model.native  # noqa: F401  (imported once, before the fork, because it is slow)
 
     first = os.getpid()
     for rank in range(1, processes):
