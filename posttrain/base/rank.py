@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -180,4 +181,10 @@ def _sum_over_processes(model: Any, extra: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except BaseException:
+        # Python's own end may print what native libraries still hold, and the stage shows the last lines of the log.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
