@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import msgspec
-import psutil
 import pytest
 from episodes_by_hand import HERMES, play, question
+from gone import is_gone
 from rollout_records import drawn
 
 from posttrain.config.base import validate_config
@@ -551,7 +551,7 @@ def test_what_an_agent_does_costs_its_own_episode(agent_file, tiny_tokenizer):
         assert (scored.outcome, scored.result and scored.result.value) == (Outcome.SCORED, reward), (name, scored)
     full = found["full"][0]
     assert (full.scored.result.value, full.finish_reason) == (0.0, FinishReason.LENGTH)
-    assert not psutil.pid_exists(int((agent_file.parent / "child.pid").read_text()))
+    assert is_gone(int((agent_file.parent / "child.pid").read_text()))
 
 
 @pytest.mark.slow
@@ -579,4 +579,4 @@ def test_episodes_of_agents_begin_again_when_the_gateway_is_killed(agent_file, t
         assert (rollout.scored, len(rollout.branches)) == (None, branches)
         assert sum(segment.trained for segment in rollout.segments) == 2
     assert len([name for name, _ in asked if name == "waits"]) == 2  # no turn was sampled twice
-    assert not psutil.pid_exists(int(started.read_text().split()[0]))
+    assert is_gone(int(started.read_text().split()[0]))

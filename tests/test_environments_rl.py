@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import psutil
 import pytest
+from gone import is_gone
 from test_rl import make_config, rows_of, run_stage
 from tiny_policy import ENGINE
 
@@ -80,7 +81,7 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(ra
     threading.Thread(target=kill, daemon=True).start()
     outputs, _ = run_stage(config, tmp_path / "rl")
     assert killed
-    assert not psutil.pid_exists(killed[0])
+    assert is_gone(killed[0])
     assert outputs["steps"] == 6
     episodes = [item for item in read_rollouts(tmp_path / "rl") if item.capability == "game"]
     trained = [item for item in episodes if item.status == "trained"]

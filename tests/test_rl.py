@@ -23,6 +23,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from gone import is_gone
 from tiny_policy import ENGINE
 
 from posttrain.config.base import dump_yaml, validate_config
@@ -325,7 +326,7 @@ def test_training_goes_on_when_an_engine_is_killed_and_when_its_core_freezes(ran
     assert audit.is_clean, audit.problems
     assert audit.totals["engines_replaced"] == len(reasons)
     # What was sampled before the kill is not sampled again: the replies go on elsewhere.
-    assert not any(psutil.pid_exists(pid) for pid in done)
+    assert all(is_gone(pid) for pid in done)
 
 
 @pytest.mark.slow
@@ -365,7 +366,7 @@ def test_an_engine_that_is_killed_while_it_takes_anothers_place_is_replaced_too(
     assert metrics[-1]["engines_replaced"] == 1  # the second was lost before it had started, within the first replacing
     audit = audit_stage(folder)
     assert audit.is_clean, audit.problems
-    assert not any(psutil.pid_exists(pid) for pid in killed)
+    assert all(is_gone(pid) for pid in killed)
 
 
 @pytest.mark.slow
