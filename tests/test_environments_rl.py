@@ -55,6 +55,17 @@ def heard_turns(monkeypatch) -> dict[tuple[str, int], list[tuple[int, ...]]]:
     return sampled
 
 
+def assert_clean_and_replayed(config, tmp_path):
+    """The audit of the run in `rl` finds nothing, and a replay gives the same batches and weights."""
+    audit = audit_stage(tmp_path / "rl")
+    assert audit.is_clean, audit.problems
+    again = tmp_path / "again"
+    again.mkdir()
+    found = replay(config, StageContext("rl", again, again / "events.jsonl", seed=3), tmp_path / "rl")
+    assert found["batches_equal"]
+    assert found["weights_equal"], found
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(ranks, tiny_model, tmp_path, monkeypatch):
@@ -101,13 +112,7 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(ra
     for line in told:
         assert (line["episode/turns"], line["episode/tool_calls"]) == (2, 0)
         assert line["episode/tokens"] > 2 * 12
-    audit = audit_stage(tmp_path / "rl")
-    assert audit.is_clean, audit.problems
-    again = tmp_path / "again"
-    again.mkdir()
-    found = replay(config, StageContext("rl", again, again / "events.jsonl", seed=3), tmp_path / "rl")
-    assert found["batches_equal"]
-    assert found["weights_equal"], found
+    assert_clean_and_replayed(config, tmp_path)
 
 
 AGENT = """
@@ -182,13 +187,7 @@ def test_an_agent_is_trained_on_the_ids_that_the_engine_delivered(ranks, tiny_mo
         assert detail[-len(turns[-2]) :] == turns[-2]
         assert again[: len(first)] == first
         assert item.parts["turns"] == 3
-    audit = audit_stage(tmp_path / "rl")
-    assert audit.is_clean, audit.problems
-    again = tmp_path / "again"
-    again.mkdir()
-    found = replay(config, StageContext("rl", again, again / "events.jsonl", seed=3), tmp_path / "rl")
-    assert found["batches_equal"]
-    assert found["weights_equal"], found
+    assert_clean_and_replayed(config, tmp_path)
 
 
 @pytest.mark.slow
