@@ -281,6 +281,16 @@ class Rollout(Struct, frozen=True):
         return (span.policy_version for segment in self.segments for span in segment.versions)
 
     @property
+    def oldest_version(self) -> int | None:
+        """The oldest policy version that sampled a part of it; None if nothing was sampled."""
+        oldest = None
+        for segment in self.segments:  # loops, as in `num_sampled`
+            for span in segment.versions:
+                if oldest is None or span.policy_version < oldest:
+                    oldest = span.policy_version
+        return oldest
+
+    @property
     def branches(self) -> list[Branch]:
         """The sequences of tokens that the policy saw, in order; most rollouts have one."""
         return branches(self.prompt.token_ids, self.segments)

@@ -9,7 +9,7 @@ from posttrain.errors import ConfigError
 from posttrain.eval.config import EvalConfig
 from posttrain.eval.replies import PromptReplies, Reply
 from posttrain.eval.stage import measure
-from posttrain.metrics.correctness import is_right
+from posttrain.metrics.correctness import is_right, passes_and_failures
 from posttrain.records import (
     DrawnPrompt,
     FinishReason,
@@ -23,7 +23,7 @@ from posttrain.records import (
     VersionSpan,
 )
 from posttrain.rl.config import RlConfig
-from posttrain.rl.grading.groups import passes_and_failures, scored_group
+from posttrain.rl.grading.groups import scored_group
 from posttrain.rl.loop.evaluation import accuracies
 from posttrain.rl.loop.tally import StepTally
 from posttrain.rl.prompts.profile import difficulties
@@ -68,7 +68,7 @@ def shares(threshold: float) -> dict[str, float]:
     replies = [PromptReplies(ROW, Reply("x", 1, False, reward), ()) for reward in REWARDS]
     return {
         "profile": difficulties(config, [(rollout, ROW) for rollout in rollouts], scores)[0].pass_rate,
-        "selection": passes_and_failures(scored, config.reward.correct_threshold)[0] / 5,
+        "selection": passes_and_failures(scored.rewards, config.reward.correct_threshold)[0] / 5,
         "steps": tally.values(0, [scored], ages_s=[0.0], waited_s=0.0, trained={})["pass_rate"],
         "evaluation": accuracies([scored], samples=5, threshold=config.reward.correct_threshold)["all"]["accuracy"],
         "eval": measure(replies, eval_config(correct_threshold=threshold), 0)["all"]["greedy"],

@@ -15,6 +15,7 @@ from posttrain.config.rewards import SystemsConfig
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.files import read_jsonl
+from posttrain.metrics.correctness import passes_and_failures
 from posttrain.records import FinishReason, Message, Outcome, RewardResult, Row, Scored, Segment, VersionSpan
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import drop_reason, scored_group
@@ -412,7 +413,9 @@ def test_a_group_that_was_never_admitted_is_refused(bench):
 
 def test_the_selection_hears_of_every_scored_group(bench):
     heard = []
-    bench.source.observe = lambda *values, version, first: heard.append((*values, version))
+    bench.source.observe = lambda scored, threshold, first: heard.append(
+        (scored.group.prompt.row.id, *passes_and_failures(scored.rewards, threshold), scored.group.oldest_version)
+    )
     bench.ready()
     bench.ready(rewards=(0.0, 0.0))
     names = [entry.prompt_id for entry in _entries(bench)]

@@ -87,7 +87,8 @@ class Group(Struct, frozen=True):
     @property
     def oldest_version(self) -> int:
         """The oldest policy version among all sampled tokens of the group; 0 if nothing was sampled."""
-        return min((version for rollout in self.rollouts for version in rollout.versions), default=0)
+        oldest = [version for rollout in self.rollouts if (version := rollout.oldest_version) is not None]
+        return min(oldest, default=0)
 
 
 class ScoredGroup(Struct, frozen=True):

@@ -9,7 +9,6 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from posttrain.metrics.correctness import is_right
 from posttrain.records import FinishReason, Outcome, Rollout, Row, Scored, turn_part
 from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, Rule, is_zero, of_turns
 from posttrain.rl.grading.config import GradingConfig, OverlongConfig
@@ -74,11 +73,7 @@ def scored_group(group: Group, scores: Sequence[Scored], config: GradingConfig) 
     """
     scores = [_refused(rollout) or scored for rollout, scored in zip(group.rollouts, scores, strict=True)]
     rewards = tuple(None if scored.result is None else scored.result.value for scored in scores)
-    max_tokens = config.sampling.max_tokens
-    penalties = [0.0] * len(rewards)
-    if config.overlong is not None:
-        longest = [longest_turn(rollout) for rollout in group.rollouts]
-        penalties = [overlong_penalty(length, config.overlong, max_tokens) for length in longest]
+    penalties = _penalties(group, config)
     known = [reward + penalty for reward, penalty in zip(rewards, penalties, strict=True) if reward is not None]
     advantages: list[float | None] = [None] * len(rewards)
     if len(known) >= config.min_group:
@@ -95,6 +90,14 @@ def scored_group(group: Group, scores: Sequence[Scored], config: GradingConfig) 
     if config.advantage_per == "episode" or len(known) < config.min_group:
         return scored
     return _by_turn(scored, known, ADVANTAGES[config.advantage])
+
+
+def _penalties(group: Group, config: GradingConfig) -> list[float]:
+    """What is added to the reward of each rollout for its length."""
+    if config.overlong is None:
+        return [0.0] * len(group.rollouts)
+    longest = [longest_turn(rollout) for rollout in group.rollouts]
+    return [overlong_penalty(length, config.overlong, config.sampling.max_tokens) for length in longest]
 
 
 def _by_turn(scored: ScoredGroup, known: Sequence[float], rule: Rule) -> ScoredGroup:
@@ -116,8 +119,10 @@ def paid_turns(rollout: Rollout) -> list[float]:
 
 def _refused(rollout: Rollout) -> Scored | None:
     """The result for a rollout that cannot be trained on, or None if it can."""
-    sampled = [segment.sampler_logprobs for segment in rollout.segments if segment.sampler_logprobs is not None]
-    bad = sum(len(values) - sum(map(math.isfinite, values)) for values in sampled)
+    bad = 0
+    for segment in rollout.segments:  # every rollout comes here: a generator would take twice as long
+        if segment.sampler_logprobs is not None:
+            bad += len(segment.sampler_logprobs) - sum(map(math.isfinite, segment.sampler_logprobs))
     if not bad:
         return None
     return Scored(None, Outcome.INFRASTRUCTURE, f"{bad} of the sampler's log-probabilities are not finite")
@@ -175,16 +180,6 @@ def drop_reason(scored: ScoredGroup, config: GradingConfig) -> Drop | None:
         return Drop(DropReason.TRUNCATED)
     of_turn = list(chain.from_iterable(scored.turn_advantages))  # those of the first turns are those of the rollouts
     return Drop(DropReason.ZERO_ADVANTAGE) if config.drop_zero_advantage and is_zero(of_turn or known) else None
-
-
-def passes_and_failures(scored: ScoredGroup, threshold: float, first: int | None = None) -> tuple[int, int]:
-    """How many of the scored rollouts are right, and how many are not. threshold: the least reward of a right one.
-
-    first: count only so many of the group's rollouts; None: all.
-    """
-    rewards = [reward for reward in scored.rewards[:first] if reward is not None]
-    passes = sum(is_right(reward, threshold) for reward in rewards)
-    return passes, len(rewards) - passes
 
 
 def unscored_outcomes(scored: ScoredGroup) -> list[Outcome]:

@@ -84,7 +84,7 @@ class RolloutArchive:
     def _columns(self) -> dict[str, list[Any]]:
         """The columns of the file by name, each with one value for every rollout."""
         rows = [(item, rollout) for item in self._decided for rollout in item.scored.group.rollouts]
-        oldest = [min(rollout.versions, default=None) for _, rollout in rows]  # an episode may fail before it samples
+        oldest = [rollout.oldest_version for _, rollout in rows]  # an episode may fail before it samples
         ids = [rollout.token_ids for _, rollout in rows]
 
         def of_each(values: Callable[[_Decided], Sequence[object]]) -> list[Any]:

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 
 from posttrain.context import StageContext
 from posttrain.errors import StageError
+from posttrain.metrics.correctness import passes_and_failures
 from posttrain.rl.grading.alarm import IdleLimit, UnscoredAlarm
 from posttrain.rl.grading.config import GradingConfig
-from posttrain.rl.grading.groups import drop_reason, passes_and_failures
+from posttrain.rl.grading.groups import drop_reason
 from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import UNDECIDED, Entry, Ledger
 from posttrain.rl.history.recovery import Survivor, scores_json
@@ -85,6 +86,7 @@ class GroupBook:
         first_replies: int | None = None,
     ):
         self._config = config
+        self._threshold = config.reward.correct_threshold
         self._context = context
         self._queue = queue
         self._ledger = ledger
@@ -209,7 +211,7 @@ class GroupBook:
         undecided = self._undecided.get(group.order)
         if undecided is None:
             return None
-        reason, counts = drop_reason(scored, self._config), self._counts(scored)
+        reason, counts = drop_reason(scored, self._config), passes_and_failures(scored.rewards, self._threshold)
         replies = tuple(reply_of(rollout) for rollout in group.rollouts)
         name = group.prompt.row.id
         if reason is None or reason.reason is not DropReason.ZERO_ADVANTAGE or self._source.goes_on(name, *counts):
@@ -245,12 +247,7 @@ class GroupBook:
         self._tally.decided(scored, reason)
         if (alarm := self._alarm.observe(scored)) is not None:
             self._context.event("alarm", **alarm)
-        self._source.observe(
-            scored.group.prompt.row.id,
-            *self._counts(scored),
-            version=scored.group.oldest_version,
-            first=self._counts(scored, self._first_replies),
-        )
+        self._source.observe(scored, self._threshold, self._first_replies)
         self._source.decided(len(scored.rewards), is_useful=reason is None)
         if reason is None:
             undecided.scored, undecided.ready_since = scored, time.time()
@@ -258,9 +255,6 @@ class GroupBook:
         else:
             self._drop(order, reason, scored)
         self._idle.observe(scored, reason)
-
-    def _counts(self, scored: ScoredGroup, first: int | None = None) -> tuple[int, int]:
-        return passes_and_failures(scored, self._config.reward.correct_threshold, first)
 
     # ------------------------------------------------------------------ groups that are not trained on
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.files import keep_lines
-from posttrain.rl.grading.groups import passes_and_failures
 from posttrain.rl.history.recovery import (
     Survivor,
     group_of,
@@ -42,15 +41,12 @@ def resume(config: PromptsConfig, context: StageContext, parts: Parts) -> tuple[
     keep_lines(context.dir / "metrics.jsonl", lambda line: line["step"] < first_step)
     for entry in ledger.entries():
         source.was_drawn(entry.capability, entry.prompt_id, entry.prompts_seen)
-    threshold = config.reward.correct_threshold
     for entry in ledger.entries((GroupState.SCORED, GroupState.DROPPED), with_data=True):
         if entry.scores is None or entry.data is None:
             continue
         scored = scored_from_json(group_of(entry, source), json.loads(entry.scores))
         if entry.scored_seq is not None and entry.scored_seq > state["seq"]:
-            first = config.selection.first_replies
-            counts, of_first = (passes_and_failures(scored, threshold, number) for number in (None, first))
-            source.observe(entry.prompt_id, *counts, version=scored.group.oldest_version, first=of_first)
+            source.observe(scored, config.reward.correct_threshold, config.selection.first_replies)
         if entry.state == GroupState.DROPPED:
             archive.add(scored, step=None, trainer_version=first_step, status=f"dropped:{entry.reason}")
     left = survivors(ledger, source, first_step)

@@ -12,9 +12,11 @@ from typing import Any
 
 from posttrain.config.rewards import SystemsConfig
 from posttrain.data.chat import RenderRow
+from posttrain.metrics.correctness import passes_and_failures
 from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.selection import Selection
+from posttrain.rl.records import ScoredGroup
 
 
 class PromptSource:
@@ -81,12 +83,17 @@ class PromptSource:
             self._passes[capability, turn] = rng.sample(range(len(rows)), len(rows))
         return rows[self._passes[capability, turn][place]]
 
-    def observe(
-        self, prompt_id: str, passes: int, failures: int, *, version: int, first: tuple[int, int] | None = None
-    ) -> None:
-        """Tell the selection how many scored rollouts of a prompt passed and failed. See `Beliefs.observe`."""
-        if self._selection is not None:
-            self._selection.beliefs.observe(prompt_id, passes, failures, version=version, first=first)
+    def observe(self, scored: ScoredGroup, threshold: float, first: int | None) -> None:
+        """Tell the selection which rollouts of a group passed. See `Beliefs.observe`.
+
+        threshold: the least reward of one that did. first: how many replies the group began with; None: all.
+        """
+        if self._selection is None:
+            return
+        rewards = scored.rewards
+        counts, of_first = (passes_and_failures(rewards[:number], threshold) for number in (None, first))
+        version = scored.group.oldest_version
+        self._selection.beliefs.observe(scored.group.prompt.row.id, *counts, version=version, first=of_first)
 
     def decided(self, replies: int, *, is_useful: bool) -> None:
         """See `Selection.decided`."""

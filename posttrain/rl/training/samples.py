@@ -99,6 +99,9 @@ def rollout_samples(
     turns = iter(turn_advantages)
     for branch in rollout.branches:
         sample = _branch_sample(rollout, branch, version, advantage=advantage)
+        if sample.trained and not (ref_logprobs or turn_advantages):  # most samples; their copies would take long
+            samples.append(sample)
+            continue
         sampled = [segment for _, segment in branch.segments if segment.sampler_logprobs is not None]
         own = tuple(value for segment, value in zip(sampled, turns, strict=False) if segment.trained)
         if sample.trained:
