@@ -4,7 +4,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -91,46 +90,58 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         models.callback(ledger.close)
         models.callback(starts.close)  # first of all, as long as the engines stand
         _check_same(ledger, config.model.path, rows, context=context)
-        make_source = partial(prompt_source, config, selected, profile, tokenizer=tokenizer, seed=context.seed)
-        archive, measured = RolloutArchive(context.dir / "rollouts", tokenizer), [item for item in profile if item.n]
+        measured = [item for item in profile if item.n]
 
-        def own() -> AdaptersOff | None:
-            return AdaptersOff(starts.trainer) if config.loss.reference is not None else None
+        def make_parts() -> Parts:
+            own = AdaptersOff(starts.trainer) if config.loss.reference is not None else None
+            source = prompt_source(config, selected, profile, tokenizer=tokenizer, seed=context.seed)
+            archive = RolloutArchive(context.dir / "rollouts", tokenizer)
+            return Parts(
+                engines, starts.trainer, reference or own, source, mixture_shares(selected, config.mixture), archive,
+                ledger, stop_ids, evaluated, judge, measured, len(profile) - len(measured), rollouter(),
+            )  # fmt: skip
 
-        parts = Parts(
-            engines, starts.trainer, reference or own(), make_source(), mixture_shares(selected, config.mixture),
-            archive, ledger, stop_ids, evaluated, judge, measured, len(profile) - len(measured), rollouter(),
-        )  # fmt: skip
-        is_first = True  # of the trainers: the engines have the weights of the model folder
-        while True:
-            try:
-                figures = _train(config, context, parts, prompts=prompts, is_first=is_first)
-                break
-            except TrainerLostError as error:
-                starts.again(error)
-            parts = replace(
-                parts,
-                trainer=starts.trainer,
-                reference=reference or own(),
-                source=make_source(),
-                archive=RolloutArchive(context.dir / "rollouts", tokenizer),
-                rollouter=rollouter(),
-            )
-            is_first = False
+        parts, figures = _train_to_the_end(config, context, starts, make_parts=make_parts, prompts=prompts)
         outputs = {
-            **({"profiled_prompts": len(measured), "profile": profile_figures(context.dir)} if profile else {}),
+            **_selection_figures(config, context, selected, parts=parts, is_profiled=bool(profile)),
             "selected_prompts": len(selected),
             "selected_by_capability": dict(Counter(row.capability for row in selected)),
-            **(
-                first_group_figures(config, context.dir, selected, found=parts.source.first_groups())
-                if not profile
-                else {}
-            ),
             **figures,
         }
         ledger.set_fact("outputs", outputs)
         asyncio.run(commit_result(context.dir, ledger))
         return outputs
+
+
+def _train_to_the_end(
+    config: RlConfig,
+    context: StageContext,
+    starts: TrainerStarts,
+    *,
+    make_parts: Callable[[], Parts],
+    prompts: Sequence[DrawnPrompt],
+) -> tuple[Parts, dict[str, Any]]:
+    """Train, with a new trainer if one is lost. Returns the parts of the last one, and the figures.
+
+    make_parts: makes the parts around the trainer that `starts` has now.
+    """
+    is_first = True  # of the trainers: the engines have the weights of the model folder
+    while True:
+        parts = make_parts()
+        try:
+            return parts, _train(config, context, parts, prompts=prompts, is_first=is_first)
+        except TrainerLostError as error:
+            starts.again(error)
+        is_first = False
+
+
+def _selection_figures(
+    config: RlConfig, context: StageContext, selected: Sequence[Row], *, parts: Parts, is_profiled: bool
+) -> dict[str, Any]:
+    """What the profile found; without one, what the first group of each prompt did."""
+    if is_profiled:
+        return {"profiled_prompts": len(parts.profile), "profile": profile_figures(context.dir)}
+    return first_group_figures(config, context.dir, selected, found=parts.source.first_groups())
 
 
 def _render(
