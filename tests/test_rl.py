@@ -362,8 +362,11 @@ def test_an_engine_that_is_killed_while_it_takes_anothers_place_is_replaced_too(
     assert len(set(killed)) == 2
     assert [line["step"] for line in metrics] == list(range(10))
     replaced = [line["name"] for line in read_jsonl(folder / "events.jsonl") if line["event"] == "engine_replaced"]
-    assert len(set(replaced)) == 2
-    assert metrics[-1]["engines_replaced"] == 1  # the second was lost before it had started, within the first replacing
+    # A busy machine may also let a healthy engine miss its deadline: it is replaced too, and nothing is lost.
+    others = len(replaced) - 2
+    assert len(set(replaced)) >= 2
+    # The second was lost before it had started, within the first replacing.
+    assert metrics[-1]["engines_replaced"] == 1 + others
     audit = audit_stage(folder)
     assert audit.is_clean, audit.problems
     assert all(is_gone(pid) for pid in killed)
