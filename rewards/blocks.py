@@ -1,6 +1,8 @@
 """Finds the fenced blocks of a reply by the rules of CommonMark: three or more backticks or tildes, a tag, a title."""
 
 import re
+from bisect import bisect_left
+from itertools import islice
 from typing import NamedTuple
 
 _OPEN = re.compile(r"(?P<indent> {0,3})(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[^\s`{]*)[^`]*")
@@ -13,31 +15,53 @@ class Block(NamedTuple):
     text: str
 
 
+class _Close(NamedTuple):
+    """A line that can close a block. length: of its fence. longest: length of the longest such fence from here on."""
+
+    place: int
+    length: int
+    longest: int
+
+
 def fenced_blocks(text: str) -> list[Block]:
     """The closed blocks of the text, in order. A fence that is indented deeper than the opening one is content."""
     lines = re.sub(r"\r\n?", "\n", text).split("\n")
+    fences = [place for place, line in enumerate(lines) if "```" in line or "~~~" in line]
+    closes = {(sign, indent): _closes(lines, fences, sign, indent=indent) for sign in "`~" for indent in range(4)}
     found, place = [], 0
-    while place < len(lines):
-        opening = _OPEN.fullmatch(lines[place])
-        place += 1
+    for fence in fences:
+        opening = _OPEN.fullmatch(lines[fence]) if fence >= place else None
         if opening is None:
             continue
-        end = _end(lines, place, opening["fence"], indent=len(opening["indent"]))
+        place = fence + 1
+        indent = len(opening["indent"])
+        end = _end(closes[opening["fence"][0], indent], place, len(opening["fence"]))
         if end is None:
             continue
-        body = [_dedented(line, len(opening["indent"])) for line in lines[place:end]]
+        body = [_dedented(line, indent) for line in lines[place:end]]
         found.append(Block(opening["tag"].lower().strip("{}."), "\n".join(body)))
         place = end + 1
     return found
 
 
-def _end(lines: list[str], start: int, fence: str, *, indent: int) -> int | None:
-    """Index of the line that closes the block; None if there is none.
+def _closes(lines: list[str], fences: list[int], sign: str, *, indent: int) -> list[_Close]:
+    """The lines among `fences` that can close a block of this sign and indent, in order: they hold a fence alone."""
+    pattern = re.compile(rf" {{0,{indent}}}({re.escape(sign)}{{3,}})[ \t]*")
+    found: list[_Close] = []
+    longest = 0
+    for place in reversed(fences):
+        if match := pattern.fullmatch(lines[place]):
+            longest = max(longest, len(match[1]))
+            found.append(_Close(place, len(match[1]), longest))
+    return found[::-1]
 
-    It has the sign of the opening fence at least as often, is not indented deeper, and has no other text.
-    """
-    closing = re.compile(rf" {{0,{indent}}}{re.escape(fence[0])}{{{len(fence)},}}[ \t]*")
-    return next((place for place in range(start, len(lines)) if closing.fullmatch(lines[place])), None)
+
+def _end(closes: list[_Close], start: int, length: int) -> int | None:
+    """The first line from `start` on that closes a block whose fence has this length; None if there is none."""
+    first = bisect_left(closes, start, key=lambda close: close.place)
+    if first == len(closes) or closes[first].longest < length:
+        return None
+    return next(close.place for close in islice(closes, first, None) if close.length >= length)
 
 
 def _dedented(line: str, indent: int) -> str:

@@ -5,11 +5,13 @@ A reward that took such an answer would teach a policy to name an answer without
 
 import re
 
+from .hedges import is_left_open, is_left_open_after
+
 _NEAR = 120  # characters before a statement that are looked at
 _ARTICLES = r"(?:(?:the|my|our|your|an?|this|its|final|correct|right|best|only|actual|possible|likely)\s+)*"
 _BEFORE = re.compile(
-    r"(?:\b(?:not|never|hardly|maybe|perhaps|possibly|probably|if|unless|whether|doubt|suppose|supposing|assume|assuming|"
-    r"imagine)|n['’]t"
+    r"(?:\b(?:not|never|hardly|maybe|perhaps|possibly|probably|if|unless|whether|suppose|supposing|assume|assuming|"
+    r"imagine|guess|(?:false|untrue|wrong)\s+that|(?<!\bno\s)(?<!\bany\s)(?<!\bout\s)(?<!\byond\s)doubt)|n['’]t"
     r"|\b(?:could|might|may)\s+(?:\w+\s+)?be"
     r"|\b(?:guess|guessing)(?:\s+(?:is|was|would\s+be))?"
     r"|(?:\bnot|n['’]t)\s+(?:\w+\s+){0,2}(?:sure|certain|clear|true|convinced|believe|think|claim|say)"
@@ -18,7 +20,7 @@ _BEFORE = re.compile(
     rf"[\s,:*_$(]*(?:(?:that|if|whether|be|to\s+be)\s+)?{_ARTICLES}[*_$\\(\[\s]*\Z",
     re.IGNORECASE,
 )
-_ASKED = re.compile(r"[\s$*_)\]}\\'\"]*\?")
+_ASKED = re.compile(r"[\s$*_()\]}\\'\"]*\?")
 # What takes an answer back when it directly follows it: "\\boxed{4} is wrong", "4 is not the answer", "4 (wrong)".
 TAKEN_BACK = re.compile(
     r"[\s$*_.)\\\]]*(?:\b(?:is|was|seems|looks|would be|must be)\s+(?:(?:clearly|also|definitely)\s+)?"
@@ -55,13 +57,15 @@ _DENIED = re.compile(
     r"(?:\b(?:not|never|cannot|hardly|neither)|n['’]t)(?:\s+(?:be|equal|to|exactly|really|the|simply|just))*[\s$*=:]*\Z",
     re.IGNORECASE,
 )
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 _BREAK = re.compile(r"[,;:]\s|\s[—–-]\s|[.?!](?=\s|$)")
 
 
 def is_doubted(text: str, start: int) -> bool:
     """Whether what stands directly before the place `start` keeps it from being a statement: "perhaps the answer is",
     "not \\boxed{4}"."""
-    return _BEFORE.search(text[max(0, start - _NEAR) : start].rpartition("\n")[2]) is not None
+    before = text[max(0, start - _NEAR) : start].rpartition("\n")[2]
+    return _BEFORE.search(before) is not None or is_left_open(text, start)
 
 
 def is_asked(text: str, end: int) -> bool:
@@ -71,7 +75,7 @@ def is_asked(text: str, end: int) -> bool:
 
 def is_taken_back(text: str, end: int) -> bool:
     """Whether the text after the last statement, which begins or ends at `end`, takes it back."""
-    return _LATER.search(text, end) is not None
+    return _LATER.search(text, end) is not None or is_left_open_after(text, end)
 
 
 def is_hedged(line: str, start: int, end: int) -> bool:
@@ -82,11 +86,12 @@ def is_hedged(line: str, start: int, end: int) -> bool:
     before = max((match.end() for match in _BREAK.finditer(line, 0, start)), default=0)
     after = _BREAK.search(line, end)
     part = line[before:start] + " " + line[end : after.start() if after else len(line)]
-    question = re.search(r"[.!?](?=\s|$)", line[end:])
+    question = _SENTENCE_END.search(line, end)
     return bool(
         _UNKNOWN.search(line)
         or _HEDGED.search(part)
         or _DENIED.search(line[max(before, start - _NEAR) : start])
         or (question and question[0] == "?")
-        or _LATER.search(line, end)
+        or is_left_open(line, start)
+        or is_taken_back(line, end)
     )

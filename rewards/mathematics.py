@@ -15,10 +15,11 @@ from .expressions.notation import key
 from .expressions.records import Answer, Either, Named
 from .expressions.tokens import Unreadable
 from .expressions.units import unit_at
-from .stated import boxes, end_of_marks, marked, tagged, without_reasoning
+from .stated import boxes, end_of_marks, marked, states_too_often, tagged, without_reasoning
 
 REQUIRES = {"math": ["answer"]}
 _MAX_CHARS = 500
+_LONGEST = 2000  # characters of a line in which an answer is looked for
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?<!\d)[.;?!](?=\s|$)|(?<=\d)[.;?](?=\s|$)|(?<=\d)!\s(?=[A-Z])")
 _FILLERS = re.compile(
@@ -30,7 +31,7 @@ _REASON = re.compile(
     r"[,;]?\s*(?:\(\s*|[—–-]\s+)?(?:,\s*not\b(?!\s+equal)|"
     r"\bsince\b|\bbecause\b|\bas\b(?!\w)|\bwhere\b|\bwhich\b|\bwhen\b|"
     r"\bgiven\b|\bobtained\b|\busing\b|\bi\.e\.|\bby the\b|\bfrom the\b|\brounded\b|"
-    r",\s*so\b|,\s*with\b|,\s*for\b)(?![^$]*\$\s*$)",
+    r",\s*so\b|,\s*with\b|,\s*for\b|,\s*and\s+(?:this|that|it|we)\b|,\s*no\s+matter\b)(?![^$]*\$\s*$)",
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"(?:not|n't)\b", re.IGNORECASE)
@@ -87,6 +88,8 @@ def math(rollout: Rollout, row: Row) -> RewardResult:
 def stated_answers(text: str) -> list[str]:
     """Every final answer that the text states, in order of kind, as written."""
     text = without_reasoning(text)
+    if states_too_often(text):
+        return []
     stated = boxes(text)
     for rest in tagged(text) + marked(text):
         if not boxes(rest) and not rest.startswith(("</", "\\boxed")):
@@ -101,6 +104,8 @@ def stated_answers(text: str) -> list[str]:
 
 def _unmarked(line: str) -> list[str]:
     """The only formula or number of a line, if the line is sure of it."""
+    if len(line) > _LONGEST:
+        return []
     formulas, numbers = list(_FORMULA.finditer(line)), list(_NUMBER.finditer(line))
     if TAKEN_BACK.search(line):
         return []
@@ -120,7 +125,11 @@ def _unmarked(line: str) -> list[str]:
 def _from_line(rest: str) -> list[str]:
     """The answer at the beginning of the text after a mark, without the reasons that follow it."""
     display = re.match(r"(?:\\\[|\$\$)(.+?)(?:\\\]|\$\$)", rest, re.DOTALL)
-    line = display[0] if display else rest.split("\n")[0]
+    line = display[0] if display else rest.partition("\n")[0]
+    if len(line) > _LONGEST:  # its first sentence must end there; else it is too long for an answer in any case
+        line = line[:_LONGEST]
+        if not _SENTENCE_END.search(_masked(line)):
+            return [line]
     while filler := _FILLERS.match(line):
         line = line[filler.end() :]
     if _DENIED.match(line):

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from posttrain.records import RewardResult, Rollout, Row
 
 from .doubts import is_asked, is_doubted, is_hedged, is_taken_back
-from .stated import MARK, boxes, end_of_marks, tagged, without_reasoning
+from .stated import MARK, MOST, boxes, end_of_marks, states_too_often, tagged, without_reasoning
 
 REQUIRES = {"multiple_choice": ["answer"]}
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_NEAR = 400  # characters after a mark in which the letter and what is said about it are looked for
+_LONGEST = 4000  # characters of a last line in which an unmarked letter is looked for
 _OPTION = re.compile(r"\b(?:option|choice|letter)\s+(?:is|would be)\b[\s:*]*", re.IGNORECASE)
 _MACRO = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathsf|bf|rm)\b\s*")
 _BEFORE = re.compile(
@@ -24,7 +26,7 @@ _JOINT = re.compile(r"[\s*_$)\]{}]*(?:\bor\b|\band\b|/|,|\||&)[\s*_$(\[{}]*", re
 # What may follow the letter: the end, a closing sign, or the beginning of a reason or of the choice's own text.
 _CLOSED = re.compile(r"[*_$)\]}\"'`]*\s*(?:$|\n|[.,;:!)\]}(*|/—–-](?!\w)|\\|<)")
 _REASON = re.compile(r"[*_$)\]}\"'`]*\s+(?:because|since|as|for|given|or|and|with|which|where|by|due|not|but)\b")
-_OPERATOR = re.compile(r"[*_$)\]}]*\s*[=<>^+]|\s*\\(?:le|ge|ne|in|times|cdot|rangle)\b|_|\^")
+_OPERATOR = re.compile(r"[*_$)\]}]*\s*(?:=(?!>)|[<>^+])|[-–]\w|\s*\\(?:le|ge|ne|in|times|cdot|rangle)\b|_|\^")
 _DENIED = re.compile(r"\s*not\b", re.IGNORECASE)
 _RULED_OUT = re.compile(
     r"[\s*_$)\]}\"'`]*(?:is|was|seems|looks|must be|would be|has to be)?(?:\s+(?:also|clearly|definitely|simply))?\s*"
@@ -36,6 +38,16 @@ _RULED_OUT = re.compile(
 _HEDGE = re.compile(
     r"\b(?:maybe|perhaps|possibly|alternatively|could be|might be|may be)\b(?:\W|\b(?:option|choice|the|answer)\b)*"
     r"\b([A-Z])\b(?!['’\w])|\b([A-Z])\b\W*\b(?:is|are|would be|could be|might be)\s+(?:also|equally|just as)\b"
+)
+# Another letter as the answer to another part: "B for one and C for two", "B if x > 0, else C", "B. For the rest, C".
+# Letters beside other letters are those that a reason is about: "B, since A and C are too small".
+_OTHER = re.compile(
+    r"(?<![A-Z])(?<![A-Z][ ,])(?<![A-Z], )(?:(?i:\b(?:and|or|plus|also|as\s+well\s+as|with|then|otherwise|else|but|"
+    r"alongside|partly|oder|und|ou|et|o|y)\b)|[,;:→]|[-=]>|或者?|和|及)[\s,:]*"
+    r"(?i:(?:the|option|choice|answer|letter|also|partly|it|is|would|be)\s+)*([A-Z])\b(?!['’\w])"
+    r"(?=\s*(?:[.,;:!)\n]|$|(?:for|if|in|on|when|where|otherwise|else|as\s+well|too|also|respectively|together|both)\b))"
+    r"|\b(?i:for|in|on|if)\s+(?:the\s+)?(?:other|others|rest|second|latter|next|part|case|question|problem|item)\b"
+    r"[^.\n]{0,60}?[\s,:(]([A-Z])\b(?!['’\w])(?=\s*(?:[.,;:!)\n]|$))"
 )
 _SENTENCE = re.compile(r"[^\n?!]*?(?=[.]\s|[\n?!]|$)")
 _EXCEPT = re.compile(
@@ -86,15 +98,18 @@ def named_letters(text: str, letters: str = _LETTERS) -> set[str]:
     """Every letter that the text names as its answer; alternatives joined by "or", "and", "/" or a comma count too."""
     text = unicodedata.normalize("NFKC", without_reasoning(text).replace("\r\n", "\n"))
     text = _MACRO.sub("", text)
+    if states_too_often(text) or sum(1 for _ in _OPTION.finditer(text)) > MOST:
+        return set()
     if is_taken_back(text, end_of_marks(text)):
         return set()
     found: set[str] = set()
-    for content in boxes(text) + tagged(text):
-        found |= _letters_at(content.strip(), letters)
+    for content in dict.fromkeys(content.strip()[:_NEAR] for content in boxes(text) + tagged(text)):
+        found |= _letters_at(content, letters)
     marks = [match for pattern in (MARK, _OPTION) for match in pattern.finditer(text)]
     for mark in marks:
-        if not text[mark.end() :].lstrip(" *_").startswith("\\boxed") and not is_doubted(text, mark.start()):
-            found |= _letters_at(text[mark.end() :].lstrip(), letters)
+        after = text[mark.end() : mark.end() + _NEAR].lstrip()
+        if not after.lstrip(" *_").startswith("\\boxed") and not is_doubted(text, mark.start()):
+            found |= _letters_at(after, letters)
     if found or end_of_marks(text) or marks:
         return found
     return _unmarked(text.strip(), letters)
@@ -102,11 +117,11 @@ def named_letters(text: str, letters: str = _LETTERS) -> set[str]:
 
 def _unmarked(text: str, letters: str) -> set[str]:
     lines = [line for line in text.split("\n") if line.strip()]
-    if len(lines) == 1 and (found := _letters_at(text, letters)):
+    if len(lines) == 1 and (found := _letters_at(text[:_NEAR], letters)):
         return found
     if lines and (alone := _ALONE.fullmatch(lines[-1])):
         return {alone[1].upper()} & set(letters)
-    last = lines[-1] if lines else ""
+    last = lines[-1] if lines and len(lines[-1]) <= _LONGEST else ""
     shown = [match for match in _SHOWN.finditer(last) if not _RULED_OUT.match(last, match.end())]
     if any(_EXCEPT.search(last, 0, match.start()) or is_hedged(last, *match.span()) for match in shown):
         return set()
@@ -134,7 +149,8 @@ def _letters_at(text: str, letters: str) -> set[str]:
             break
         start = joint.end()
     if found and (rest := _SENTENCE.match(text, end)):
-        found |= {sign for pair in _HEDGE.findall(rest[0]) for sign in pair if sign} & set(letters)
+        others = _HEDGE.findall(rest[0]) + _OTHER.findall(text[end : end + _NEAR])
+        found |= {sign for pair in others for sign in pair if sign} & set(letters)
     return found
 
 

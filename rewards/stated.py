@@ -1,14 +1,16 @@
 """Finds the places where a reply states its answer: in a box, in a tag, or after words such as "answer is"."""
 
 import re
+from itertools import chain, islice
 
 from .doubts import TAKEN_BACK, is_asked, is_doubted
 
-_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
-_OPEN = re.compile(r"<(?:think|thinking|thought|reasoning)>.*\Z", re.DOTALL | re.IGNORECASE)
-_CLOSE = re.compile(r"\A.*</(?:think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE)
+_REASONING = re.compile(r"<(/?)(think|thinking|thought|reasoning)>", re.IGNORECASE)
+MOST = 500  # boxes and marks in a reply
+_SIGNS = re.compile(r"[\W_]{81,}")  # so many signs in a row belong to no answer
 _BOX = re.compile(r"\\f?boxed?(?![A-Za-z])\s*")
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_WORD = re.compile(r"[^\s$.,;]+(?:\.\d+)?")
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _FOREIGN = "Antwort|Réponse|Respuesta|Risposta|Resposta|Ответ|答案|答え|정답"
 MARK = re.compile(
     rf"(?:\banswers?\b[*_ ]*(?:\s+(?:is|are|equals|must be|would be|should be|seems to be)\b|\s*[:=：])"
@@ -21,9 +23,43 @@ _LEADING = re.compile(r"(?:(?:so|thus|therefore|hence|the|my|our|final|correct|r
 
 
 def without_reasoning(text: str) -> str:
-    """The text without the reasoning in `<think>`, even if that block never ends. Reasoning states no answer."""
-    text = _THOUGHT.sub("\n", text)
-    return _OPEN.sub("", _CLOSE.sub("", text))
+    """The text without the reasoning in `<think>`, even if that block never ends. Reasoning states no answer.
+
+    Of a long run of signs only both ends are left. So patterns that skip signs take a time that grows with the length
+    of the text and no faster.
+    """
+    tags = list(_REASONING.finditer(text))
+    closed: dict[str, int] = {}  # of each name, where the next closing tag ends
+    ends = [0] * len(tags)
+    for number in reversed(range(len(tags))):
+        name = tags[number][2].lower()
+        if tags[number][1]:
+            closed[name] = number
+        ends[number] = closed.get(name, -1)
+    parts, place, left = [], 0, []
+    for number, tag in enumerate(tags):
+        if tag.start() < place:
+            continue  # inside a block
+        if not tag[1] and ends[number] >= 0:
+            parts += [text[place : tag.start()], "\n"]
+            place = tags[ends[number]].end()
+        else:
+            left.append(tag)
+    text = "".join([*parts, text[place:]])
+    return _SIGNS.sub(lambda run: run[0][:40] + run[0][-40:], _outside(text) if left else text)
+
+
+def _outside(text: str) -> str:
+    """The text after the last closing tag of reasoning that was not opened, and before the first that is not closed."""
+    last = max((tag.end() for tag in _REASONING.finditer(text) if tag[1]), default=0)
+    first = next((tag.start() for tag in _REASONING.finditer(text, last) if not tag[1]), len(text))
+    return text[last:first]
+
+
+def states_too_often(text: str) -> bool:
+    """Whether there are more than `MOST` boxes and marks: a reply that repeats answers without end states none."""
+    found = chain(_BOX.finditer(text), MARK.finditer(text))
+    return next(islice(found, MOST, None), None) is not None
 
 
 def boxes(text: str) -> list[str]:
@@ -35,8 +71,8 @@ def boxes(text: str) -> list[str]:
     while match := _BOX.search(text, place):
         place = match.end()
         if not text.startswith("{", place):
-            word = re.match(r"[^\s$.,;]+(?:\.\d+)?", text[place:])
-            if word and match[0].endswith(" ") and not _is_withheld(text, match.start(), place + word.end()):
+            word = _WORD.match(text, place)
+            if word and match[0].endswith(" ") and not _is_withheld(text, match.start(), word.end()):
                 found.append(word[0])
             continue
         depth, start = 1, place + 1
@@ -55,7 +91,19 @@ def _is_withheld(text: str, start: int, end: int) -> bool:
 
 def tagged(text: str) -> list[str]:
     """The contents of each `<answer>...</answer>`."""
-    return [content.strip() for content in _TAG.findall(text)]
+    return [text[start:end].strip() for start, end in _tags(text)]
+
+
+def _tags(text: str) -> list[tuple[int, int]]:
+    """The place of the contents of each `<answer>...</answer>`."""
+    found, start = [], -1
+    for tag in _TAG.finditer(text):
+        if not tag[1] and start < 0:
+            start = tag.end()
+        elif tag[1] and start >= 0:
+            found.append((start, tag.start()))
+            start = -1
+    return found
 
 
 def marked(text: str) -> list[str]:
@@ -75,4 +123,5 @@ def marked(text: str) -> list[str]:
 
 def end_of_marks(text: str) -> int:
     """The place after the last box, tag or mark; 0 without any. What follows may take the answer back."""
-    return max((match.end() for pattern in (_BOX, _TAG, MARK) for match in pattern.finditer(text)), default=0)
+    tags = [text.index(">", end) + 1 for _, end in _tags(text)]
+    return max((*tags, *(match.end() for pattern in (_BOX, MARK) for match in pattern.finditer(text))), default=0)
