@@ -168,6 +168,13 @@ def test_a_learning_rate_that_diverges_is_doubted(capsys: pytest.CaptureFixture[
         assert "doubtful" not in capsys.readouterr().out
 
 
+def test_rollouts_longer_than_a_micro_batch_are_doubted(capsys: pytest.CaptureFixture[str]):
+    for tokens, is_doubted in ((128, True), (192, False)):
+        assert validate("rl", "engine.max_model_len=192", f"micro_batch_tokens={tokens}", "sampling.max_tokens=64") == 0
+        said = f"doubtful  micro_batch_tokens: got {tokens}; a rollout may have 192 tokens (engine.max_model_len)"
+        assert (said in capsys.readouterr().out) == is_doubted
+
+
 # ------------------------------------------------------------------ docs/coming-from.md
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "coming-from.md").read_text()
