@@ -9,7 +9,10 @@ import torch
 from closeness import ROUNDING, apart
 from test_sft import ends_early, make_config, make_context
 from test_sft import weights as weights_of
+from test_vision_sft import make_config as with_pictures
+from test_vision_sft import weights_of as all_weights_of
 from tiny_policy import write_sums
+from vision_folder import save_vision_policy, write_picture_pairs, write_picture_rows
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
@@ -239,6 +242,55 @@ def test_dpo_on_two_ranks_learns_the_same_preferences(ranks, policy, tmp_path, z
         assert reports[name]["engine"] == "DeepSpeedEngine"
         assert losses[name] == pytest.approx(losses["alone"], rel=1e-4)
         assert distance(tmp_path / name, tmp_path / "alone", policy) < ROUNDING
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory) -> Path:
+    return save_vision_policy(tmp_path_factory.mktemp("vision") / "model")
+
+
+def test_sft_with_pictures_on_two_ranks_is_the_training_of_one_and_goes_on(ranks, vision, tmp_path):
+    """Experts on two ranks, gradients divided; in some forwards a rank has no picture. The same data on one rank."""
+    rows = write_picture_rows(tmp_path / "rows", 12)
+    common = {"batch_tokens": 128, "checkpoint_every": 2, "gradient_accumulation": 1, "resources": RESOURCES,
+              "images": {"learning_rates": {"projector": 2e-3}}}  # fmt: skip
+    two = with_pictures(vision, rows, **common, parallel={**EXPERT, "zero": 2})
+    one = with_pictures(vision, rows, **{**common, "gradient_accumulation": 2})
+    losses = {
+        name: sft.run(config, make_context(tmp_path / name))["loss_last"]
+        for name, config in (("two", two), ("one", one))
+    }
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+    whole = all_weights_of(tmp_path / "two/model")
+    assert apart(whole, all_weights_of(tmp_path / "one/model"), all_weights_of(vision)) < ROUNDING
+    context = stopped(tmp_path / "two", tmp_path / "stopped")
+    sft.run(two, context)
+    assert [event["step"] for event in read_jsonl(context.events) if event["event"] == "resumed"] == [2]
+    again = all_weights_of(context.dir / "model")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_dpo_with_pictures_on_two_ranks_is_the_training_of_one(ranks, vision, tmp_path):
+    """ZeRO-3 divides the frozen encoder too: a rank whose pairs have no picture, here also held-out ones, is waited
+    for."""
+    pairs = write_picture_pairs(tmp_path / "pairs", 8)
+    held_out = write_picture_pairs(tmp_path / "held_out", 3, first=20)
+    base = {"model": {"path": str(vision), "dtype": "float32"}, "pairs": {"path": str(pairs)}, "max_length": 128,
+            "images": {"freeze": ["vision"]}, "held_out": {"path": str(held_out)}, "nll_weight": 0.5,
+            "optimizer": {"learning_rate": 1e-4}, "resources": RESOURCES}  # fmt: skip
+    runs = {"one": {"batch_size": 4}, "two": {"batch_size": 2, "parallel": {"processes": 2, "zero": 3}}}
+    logged: dict[str, dict[str, list[float]]] = {}
+    for name, changes in runs.items():
+        context = make_context(tmp_path / name)
+        dpo.run(validate_config(DpoConfig, {**base, **changes}, "test"), context)
+        lines = list(read_jsonl(context.dir / "metrics.jsonl"))
+        logged[name] = {key: [line[key] for line in lines if key in line] for key in ("loss", "held_out_loss")}
+        assert all(logged[name].values())
+    for key, values in logged["two"].items():
+        assert values == pytest.approx(logged["one"][key], rel=1e-4), key
+    start, one, two = (all_weights_of(folder) for folder in (vision, tmp_path / "one/model", tmp_path / "two/model"))
+    assert apart(two, one, start) < ROUNDING
+    assert all(torch.equal(two[name], start[name]) == ("vision_model" in name) for name in start)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import ROUNDING, apart, assert_as_exact, float64_inside
+from closeness import assert_as_exact, float64_inside
 from PIL import Image
 from vision_folder import draw, save_vision_policy, write_picture_rows
 
@@ -17,7 +17,6 @@ from posttrain.context import StageContext
 from posttrain.data.images.section import STORE
 from posttrain.data.images.tiles import tile_rule
 from posttrain.errors import CheckpointError, ConfigError, DataError
-from posttrain.files import read_jsonl
 from posttrain.model import load_model, load_tokenizer
 from posttrain.model.load import load_policy
 from posttrain.model.vision.parts import freeze, parameter_groups, part_of
@@ -73,7 +72,6 @@ def make_trainer(config: SftConfig, folder: Path) -> RowTrainer:
     )
 
 
-RESOURCES = {"trainer": {"cpus": 0.25}}
 LAYOUTS = {"packed": {}, "padded": {"packing": False, "batch_tokens": None, "batch_size": 5}}
 
 
@@ -295,29 +293,3 @@ def test_the_stage_trains_the_parts_that_it_should_and_others_load_what_it_write
         made = processor(text="<|image|>", images=[picture], add_special_tokens=False, return_tensors="pt")
     rule = tile_rule(tmp_path / "run/model", load_tokenizer(tmp_path / "run/model"))
     assert made["input_ids"][0].tolist() == rule.ids(*picture.size)
-
-
-@pytest.mark.slow
-def test_two_ranks_train_as_one_and_go_on_after_a_stop(ranks, vision, rows, tmp_path):
-    """Experts on two ranks, gradients divided; in some forwards a rank has no picture. The same data on one rank."""
-    common = {"batch_tokens": 128, "checkpoint_every": 2, "gradient_accumulation": 1, "resources": RESOURCES,
-              "images": {"learning_rates": {"projector": 2e-3}}}  # fmt: skip
-    two = make_config(vision, rows, **common, parallel={"processes": 2, "expert": 2, "zero": 2})
-    one = make_config(vision, rows, **{**common, "gradient_accumulation": 2})
-    reports = {}
-    for name, config in (("two", two), ("one", one)):
-        reports[name] = stage.run(config, make_context(tmp_path / name))
-    assert reports["two"]["loss_last"] == pytest.approx(reports["one"]["loss_last"], rel=1e-4)
-    start = weights_of(vision)
-    assert apart(weights_of(tmp_path / "two/model"), weights_of(tmp_path / "one/model"), start) < ROUNDING
-    stopped = tmp_path / "stopped"
-    shutil.copytree(tmp_path / "two", stopped)
-    for path in (stopped / "checkpoints").glob("step_*"):
-        if path.name != "step_2":
-            shutil.rmtree(path)
-    shutil.rmtree(stopped / "model")
-    context = make_context(stopped)
-    stage.run(two, context)
-    assert [event["step"] for event in read_jsonl(context.events) if event["event"] == "resumed"] == [2]
-    whole, again = weights_of(tmp_path / "two/model"), weights_of(stopped / "model")
-    assert all(torch.equal(whole[name], again[name]) for name in whole)

@@ -118,3 +118,25 @@ def write_picture_rows(folder: Path, count: int, *, answers: bool = True) -> Pat
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_picture_pairs(folder: Path, count: int, *, first: int = 0) -> Path:
+    """Preference pairs that show 0, 1 or 2 pictures of one tile or two. first: the number of the first. Returns the
+    file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(first, first + count):
+        names = [draw(folder / f"{index}_{n}.png", index + 3 * n, ((1 + n) * SIDE, SIDE)) for n in range(index % 3)]
+        answer = index % 9 + len(names)
+        rows.append(
+            {
+                "id": f"p{index}",
+                "prompt": "<image>" * len(names) + f"Sum: {index % 9} + {len(names)}",
+                "chosen": "So. " * (index % 4) + f"Answer: {answer}",
+                "rejected": f"Answer: {answer + 1}",
+                **({"images": names} if names else {}),
+            }
+        )
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

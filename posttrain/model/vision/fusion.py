@@ -18,6 +18,7 @@ from torch import nn
 from transformers import GenerationMixin, Llama4Config, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from posttrain.compat.deepspeed import is_divided
 from posttrain.model.native import NativeLlama4ForCausalLM, NativeModelOutput
 from posttrain.model.vision.encoder import VisionEncoder
 
@@ -88,7 +89,7 @@ class NativeLlama4ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixel_values is None or len(pixel_values) == 0:
             if places is not None and len(places):
                 raise ValueError(f"{len(places)} tokens stand for an image, but there are no tiles (pixel_values)")
-            return embeds_BSD + self._no_features(embeds_BSD) if self._trains_vision() else embeds_BSD
+            return embeds_BSD + self._no_features(embeds_BSD) if self._others_wait() else embeds_BSD
         features = self.image_features(pixel_values)
         shown = len(pixel_values)
         if shown_tiles is not None:
@@ -102,16 +103,19 @@ class NativeLlama4ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         flat = embeds_BSD.flatten(0, 1).index_copy(0, places, features.to(embeds_BSD.dtype))
         return flat.view_as(embeds_BSD)
 
-    def _trains_vision(self) -> bool:
+    def _others_wait(self) -> bool:
+        """Whether other ranks may wait for this one at the weights of the vision encoder.
+
+        They do in a training of these weights, whose gradients ranks divide, and under ZeRO-3 in every forward, because
+        a rank gets weights that are divided, frozen ones too, only if all ranks ask for them.
+        """
         weights = (*self.vision_model.parameters(), *self.multi_modal_projector.parameters())
+        if any(is_divided(weight) for weight in weights):
+            return True
         return self.training and torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
     def _no_features(self, embeds_BSD: torch.Tensor) -> torch.Tensor:
-        """0, whose gradient is 0 for every vision weight.
-
-        Ranks divide the gradients of the same weights. One whose batch has no picture must give its part too, because
-        the others wait for it.
-        """
+        """0, with a gradient of 0 for every vision weight, for a batch without a picture."""
         blank = embeds_BSD.new_zeros(1, *self.vision_model.sizes.tile)
         return self.image_features(blank).sum().to(embeds_BSD.dtype) * 0.0
 
