@@ -1,5 +1,7 @@
 """The report: its sentences and charts, that it is one safe page, and that a broken run only makes it shorter."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -11,9 +13,13 @@ import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from report_sample import ACCURACY, CAPABILITIES, FAULTS, HOSTILE, RL_CONFIG, STEPS, results, write_lines, write_sample
+from vision_folder import draw
 
 import posttrain
+from posttrain.data.images.section import STORE
+from posttrain.data.images.store import ImageStore
 from posttrain.report import write_report
 from posttrain.report.blocks import Chart, Grid, Table
 from posttrain.report.busy import intersection, length, measure_overlap, union
@@ -584,6 +590,37 @@ def test_turns_of_tools_are_shown_in_a_prompt(tmp_path: Path) -> None:
     leaf = leaf_of(tmp_path, reply="2", prompt=json.dumps(prompt))
     shown = [(turn["role"], turn["content"]) for turn in leaf["prompt"]]
     assert shown == [("user", "1 + 1?"), ("assistant", 'add({"a": 1})'), ("tool", "2")]
+
+
+def test_pictures_of_prompts_are_shown_once_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that the stage's file lacks, and one for which the page has no room, keep their number."""
+    folder = tmp_path / "rl"
+    (folder / "rollouts").mkdir(parents=True)
+    (folder / "config.yaml").write_text(RL_CONFIG)
+    store = ImageStore(folder / STORE)
+    keys = [store.add((tmp_path / draw(tmp_path / f"{n}.png", n, (900, 300))).read_bytes()).key for n in range(2)]
+    prompts = [
+        json.dumps([{"role": "user", "content": [
+            {"type": "image", "image": first}, {"type": "text", "text": " or "}, {"type": "image", "image": second},
+        ]}]) for first, second in ((keys[0], "0" * 32), (keys[0], keys[1]))
+    ]  # fmt: skip
+    rows = [{"reply": "a", "reward": 1.0, "prompt": prompt, "versions": "[]"} for prompt in prompts]
+    parquet.write_table(arrow.Table.from_pylist(rows), folder / "rollouts/step_000000.parquet")
+
+    def shown() -> tuple[list[list[str | None]], dict[str, str]]:
+        found = page_of(tmp_path).data()
+        (leaves,) = found["leaves"]
+        assert {leaf["prompt"][0]["content"] for leaf in leaves} == {"[picture 1] or [picture 2]"}
+        return [leaf["prompt"][0]["pictures"] for leaf in leaves], found["pictures"]
+
+    own, images = shown()
+    assert own == [[keys[0], None], keys]
+    assert set(images) == set(keys)
+    for url in images.values():
+        with Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/webp;base64,")))) as image:
+            assert image.size == (384, 128)
+    monkeypatch.setattr("posttrain.report.pictures.MAX_CHARS", len(images[keys[0]]))
+    assert shown() == ([[keys[0], None], [keys[0], None]], {keys[0]: images[keys[0]]})
 
 
 def test_marks_of_byte_level_tokens_are_read(tmp_path: Path) -> None:

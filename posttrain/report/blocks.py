@@ -105,9 +105,13 @@ class Code:
 
 @dataclass(frozen=True)
 class Leaf:
-    """Rollouts that the reader can browse one by one, in the form that page.js reads."""
+    """Rollouts that the reader can browse one by one, in the form that page.js reads.
+
+    pictures: those that the rollouts show, as data URLs, by their keys.
+    """
 
     rollouts: Sequence[Mapping[str, object]]
+    pictures: Mapping[str, str] = field(default_factory=dict)
     type: str = "leaf"
 
 

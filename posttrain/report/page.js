@@ -56,9 +56,12 @@
     head.append(node("span", `leaf-verdict ${verdict}`, verdict + reward));
     if (rollout.reason) head.append(node("span", "", rollout.reason));
     page.append(head);
+    const numbers = { next: 1 };
     for (const message of rollout.prompt) {
       const turn = node("div", `turn ${message.role === "system" ? "system" : ""}`);
-      turn.append(node("div", "role", message.role), node("div", "said", message.content));
+      const said = node("div", "said", message.content);
+      if (message.pictures) said.append(gallery(message.pictures, numbers));
+      turn.append(node("div", "role", message.role), said);
       page.append(turn);
     }
     for (const turn of rollout.turns) page.append(spoken(turn, rollout.turns.length > 1));
@@ -82,6 +85,24 @@
     fact("prompt", rollout.prompt_id);
     page.append(foot);
     return page;
+  }
+
+  // The pictures of a turn, small; a click shows one large, another click small again.
+  function gallery(keys, numbers) {
+    const row = node("div", "pictures");
+    for (const key of keys) {
+      const name = `picture ${numbers.next++}`;
+      if (key === null) { row.append(node("span", "leaf-empty", `${name} is not in this page`)); continue; }
+      const frame = node("button", "picture");
+      const image = node("img");
+      image.src = data.pictures[key];
+      image.alt = frame.title = name;
+      frame.setAttribute("aria-pressed", "false");
+      frame.addEventListener("click", () => frame.setAttribute("aria-pressed", String(frame.classList.toggle("large"))));
+      frame.append(image);
+      row.append(frame);
+    }
+    return row;
   }
 
   // What followed the prompt: the one reply, or a segment of an episode.

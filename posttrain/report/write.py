@@ -67,7 +67,13 @@ def render(run: Run) -> str:
         plotly=Markup(get_plotlyjs()) if charts else "",
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
-        data=json_for_script({"charts": [c.spec for c in charts], "leaves": [leaf.rollouts for leaf in leaves]}),
+        data=json_for_script(
+            {
+                "charts": [chart.spec for chart in charts],
+                "leaves": [leaf.rollouts for leaf in leaves],
+                "pictures": {key: url for leaf in leaves for key, url in leaf.pictures.items()},
+            }
+        ),
         version=__version__,
     )
 

@@ -4,19 +4,23 @@ An episode of several turns is shown as a conversation: of each segment who spok
 it was paid.
 """
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from posttrain.data.formats import json_list
 from posttrain.data.messages import RowError, to_messages
 from posttrain.data.transcript import message_text
 from posttrain.metrics.correctness import is_right
-from posttrain.records import Message, turn_part
+from posttrain.records import ContentPart, ImagePart, Message, TextPart, turn_part
 from posttrain.report.blocks import Leaf, Section
 from posttrain.report.format import count
+from posttrain.report.pictures import Thumbnails
 from posttrain.report.read import Run, Stage, mapping, number
 
 SAMPLE = 150
@@ -31,10 +35,11 @@ def rollouts_section(run: Run, stage: Stage) -> Section | None:
     total, rows, unreadable = sample_rollouts(stage.dir / "rollouts", SAMPLE, stage.setting("reward.correct_threshold"))
     if not rows:
         return None
-    leaves = [_leaf(row, stage.setting("reward.correct_threshold")) for row in rows]
+    thumbnails = Thumbnails(stage.dir)
+    leaves = [_leaf(row, stage.setting("reward.correct_threshold"), thumbnails) for row in rows]
     text = f"{count(len(leaves))} of {count(total)} rollouts from all steps, capabilities and outcomes, oldest first."
     lead = [text, *([f"{unreadable} rollout file(s) could not be read."] if unreadable else [])]
-    return Section(f"{stage.name}-rollouts", "Rollouts", [Leaf(leaves)], lead)
+    return Section(f"{stage.name}-rollouts", "Rollouts", [Leaf(leaves, thumbnails.urls)], lead)
 
 
 def sample_rollouts(folder: Path, amount: int, threshold: float | None) -> tuple[int, list[dict[str, Any]], int]:
@@ -108,11 +113,11 @@ def _right(reward: float | None, threshold: float | None) -> bool | None:
     return None if reward is None or threshold is None else is_right(reward, threshold)
 
 
-def _leaf(row: Mapping[str, object], threshold: float | None) -> dict[str, Any]:
+def _leaf(row: Mapping[str, object], threshold: float | None, thumbnails: Thumbnails) -> dict[str, Any]:
     """One rollout in the form that page.js shows. All values are plain text, and page.js inserts them as text."""
     reward = number(row.get("reward"))
     return {
-        "prompt": [{"role": turn.role, "content": _short(message_text(turn))} for turn in _prompt(row.get("prompt"))],
+        "prompt": _shown_prompt(_prompt(row.get("prompt")), thumbnails),
         **_conversation(row),
         "reward": reward,
         "right": _right(reward, threshold),
@@ -135,6 +140,26 @@ def _prompt(column: object) -> tuple[Message, ...]:
         return to_messages(json_list(column) if isinstance(column, str) else column, "prompt")
     except RowError:
         return (Message("user", str(column or "")),)
+
+
+def _shown_prompt(turns: Sequence[Message], thumbnails: Thumbnails) -> list[dict[str, Any]]:
+    """The turns as {"role", "content"}, and "pictures" for a turn that shows some: their keys in order, or None for one
+    without an image. In the content the numbers of pictures stand in their places."""
+    shown, numbers = [], itertools.count(1)
+    for turn in turns:
+        keys: list[str | None] = []
+        if not isinstance(turn.content, str):
+            parts: list[ContentPart] = []
+            for part in turn.content:
+                if isinstance(part, ImagePart):
+                    key = part.image or ""
+                    keys.append(key if thumbnails.add(key) else None)
+                    part = TextPart(f"[picture {next(numbers)}]")
+                parts.append(part)
+            turn = replace(turn, content=tuple(parts))
+        item: dict[str, Any] = {"role": turn.role, "content": _short(message_text(turn))}
+        shown.append({**item, "pictures": keys} if keys else item)
+    return shown
 
 
 def _conversation(row: Mapping[str, object]) -> dict[str, Any]:
