@@ -1,8 +1,8 @@
-"""Rewards for questions about pictures: a box, a point, a count, a value read off a chart, a text in a document.
+"""Rewards for questions about pictures: a box, a point, a count, which picture, a value of a chart, a document's text.
 
 The answer is taken from what the reply states: a box (`\\boxed{}`), `<answer>`, the rest of the line after "answer:" or
 "answer is", else the last line. A reply that states different answers gets 0. Coordinates are in the units of the row's
-answer. Not here: choices (`multiple_choice`), and looking at the picture.
+answer. Not here: choices that are texts (`multiple_choice`), and looking at the picture.
 """
 
 import json
@@ -14,7 +14,9 @@ from posttrain.records import RewardResult, Rollout, Row
 
 from .stated import boxes, marked, tagged, without_reasoning
 
-REQUIRES = {key: ["answer"] for key in ("grounding", "point_in_box", "counting", "relaxed_accuracy", "anls")}
+REQUIRES = {
+    key: ["answer"] for key in ("grounding", "point_in_box", "counting", "which_picture", "relaxed_accuracy", "anls")
+}
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _LIST = re.compile(rf"{_NUMBER}(?:\s*[,;]\s*{_NUMBER})+")
 _NAMES = (
@@ -22,6 +24,13 @@ _NAMES = (
     "eighteen nineteen twenty"
 )
 _WORDS = {word: number for number, word in enumerate(_NAMES.split())}
+_RANKS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
+_PLACES = {**_WORDS, **{word: place for place, word in enumerate(_RANKS.split(), 1)}}
+_OTHER = "|".join(word for word in _PLACES if word != "one")  # "the second one" names one picture
+_WHICH = re.compile(
+    rf"(?<![\w.])(\d+)(?:st|nd|rd|th)?(?![\w.]*\w)|\b({_OTHER})\b|(?:\b(?:picture|image|number)|^)\W*\b(one)\b",
+    re.IGNORECASE,
+)
 _COUNT = re.compile(rf"(?<![\w.]){_NUMBER}(?![\w.]*\d)|\b(?:{'|'.join(_WORDS)})\b", re.IGNORECASE)
 
 
@@ -68,6 +77,26 @@ def counting(rollout: Rollout, row: Row, *, partial: bool = False) -> RewardResu
         return RewardResult(1.0)
     near = max(0.0, 1 - abs(said - gold) / abs(gold)) if partial and gold else 0.0
     return RewardResult(near, reason="wrong")
+
+
+def which_picture(rollout: Rollout, row: Row) -> RewardResult:
+    """1 if the reply names the right one of the prompt's pictures and no other: "2", "picture two", "the 2nd one".
+
+    The row's answer is the picture's number, from 1. Raises ValueError for one that is no picture of the prompt. For
+    pictures with letters there is `multiple_choice`.
+    """
+    shown, gold = len(rollout.prompt.media), _number(row.answer)
+    if gold is None or gold not in range(1, shown + 1):
+        raise ValueError(f"row {row.id}: its answer {row.answer!r} is not the number of one of {shown} pictures")
+    said = _only({place for statement in _statements(rollout.text) for place in _places(statement)})
+    if said is None:
+        return RewardResult(0.0, reason="not one picture is named")
+    return RewardResult(float(said == gold), reason="" if said == gold else "wrong")
+
+
+def _places(statement: str) -> Iterable[int]:
+    for digits, word, one in _WHICH.findall(statement):
+        yield int(digits) if digits else _PLACES[(word or one).casefold()]
 
 
 def relaxed_accuracy(rollout: Rollout, row: Row, tolerance: float = 0.05) -> RewardResult:

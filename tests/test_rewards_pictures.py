@@ -2,8 +2,8 @@
 
 import pytest
 
-from posttrain.records import FinishReason, Message, Prompt, Rollout, Row
-from posttrain.rewards.pictures import anls, counting, grounding, point_in_box, relaxed_accuracy
+from posttrain.records import FinishReason, Media, Message, Prompt, Rollout, Row
+from posttrain.rewards.pictures import anls, counting, grounding, point_in_box, relaxed_accuracy, which_picture
 
 
 def reply(text: str) -> Rollout:
@@ -99,3 +99,39 @@ def test_a_value_read_off_a_chart(text, answer, value):
 )
 def test_a_text_of_a_document(text, answer, value):
     assert anls(reply(text), row(answer)).value == pytest.approx(value)
+
+
+def shown(text: str, pictures: int = 3) -> Rollout:
+    media = tuple(Media(f"file#{number}") for number in range(pictures))
+    return Rollout("p", "g", 0, Prompt((Message("user", "?"),), (), media), (), text, FinishReason.STOP)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("Answer: 2", 1.0),
+        ("The first has three dots.\nAnswer: picture 2.", 1.0),
+        ("It is the second one", 1.0),
+        ("The 2nd picture differs", 1.0),
+        ("<answer>Image two</answer>", 1.0),
+        ("Answer: 1", 0.0),
+        ("Answer: one", 0.0),
+        ("Answer: 1 or 2", 0.0),
+        ("Answer: 2\nAnswer: 3", 0.0),
+        ("\\boxed{22}", 0.0),
+        ("The one that differs", 0.0),
+        ("<think>2</think>I cannot say", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_the_picture_that_is_named(text, value):
+    assert which_picture(shown(text), row(2)).value == value
+    assert which_picture(shown(text), row("2")).value == value
+    first = text.replace("2nd", "1st").replace("2", "1").replace("second", "first").replace("two", "one")
+    assert which_picture(shown(first), row(1)).value >= value
+
+
+@pytest.mark.parametrize("answer", [0, 4, "B", None, 1.5, True])
+def test_an_answer_that_is_no_picture_is_an_error_of_the_row(answer):
+    with pytest.raises(ValueError, match="is not the number of one of 3 pictures"):
+        which_picture(shown("2"), row(answer))
