@@ -144,11 +144,19 @@ def test_an_episode_that_had_ended_before_a_crash_is_what_was_recorded():
 # ---------------------------------------------------------------- conversations
 
 
-def talked(tokenizer: Any, *said_and_added: str, tools: Any = ()) -> list[Any]:
+class NothingKnown(set[str]):
+    """For a conversation that learns nothing of the template."""
+
+    def add(self, element: str) -> None:
+        pass
+
+
+def talked(tokenizer: Any, *said_and_added: str, tools: Any = (), checked: set[str] | None = None) -> list[Any]:
     """What is added after each of the policy's turns: its text, then what the world says, and so on."""
     asked = (Message("user", "a question"),)
     prompt = Prompt(asked, tuple(render_prompt(tokenizer, asked)))
-    conversation, ids, found = Conversation(tokenizer, prompt, tools, checked=set()), list(prompt.token_ids), []
+    checked = set() if checked is None else checked
+    conversation, ids, found = Conversation(tokenizer, prompt, tools, checked=checked), list(prompt.token_ids), []
     assert conversation.next(ids).token_ids == ()
     for said, added in zip(said_and_added[::2], said_and_added[1::2], strict=True):
         ids += completion(tokenizer, said).token_ids
@@ -170,6 +178,17 @@ def test_what_is_added_is_a_suffix_and_sampled_ids_stay(tiny_tokenizer):
     assert "one  \n<|eot|><|header_start|>user<|header_end|>\n\ngo on<|eot|>" in text
     assert text.endswith("two<|eot|><|header_start|>user<|header_end|>\n\nand on<|eot|>"
                          "<|header_start|>assistant<|header_end|>\n\n")  # fmt: skip
+
+
+def test_a_suffix_that_is_found_in_the_text_equals_that_of_both_renderings(tiny_tokenizer, monkeypatch):
+    """The second conversation is of forms that the first has shown, so it is rendered once a turn."""
+    said = ["one", "  two  ", "three. four", "5", "six"]
+    turns = [text for pair in zip(said, ["go on", "héllo\n\nworld", " 7 + 8 ", "x", "y"], strict=True) for text in pair]
+    slow = talked(tiny_tokenizer, *turns, checked=NothingKnown())
+    checked: set[str] = set()
+    talked(tiny_tokenizer, "one", "go on", "two", "and on", checked=checked)
+    monkeypatch.setattr("posttrain.episodes.conversation.conversation_ids", None)
+    assert talked(tiny_tokenizer, *turns, checked=checked) == slow
 
 
 def test_a_template_that_cuts_thinking_makes_a_branch(chat_tokenizer):

@@ -8,7 +8,8 @@ Left out: what a model is trained on (samples.py). `tokenizer` is any Hugging Fa
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from posttrain.config.data import DataConfig
@@ -98,18 +99,30 @@ def conversation_ids(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: T
     return list(apply_template(tokenizer, dicts, tools=tools)["input_ids"])
 
 
+def prompt_text(tokenizer: Tokenizer, dicts: list[dict[str, Any]], tools: Tools) -> str:
+    """The text of which `prompt_ids` gives the token ids, where no special token in it is text of the messages."""
+    with _refusals(dicts):
+        return tokenizer.apply_chat_template(dicts, tools=tools, tokenize=False, add_generation_prompt=True)
+
+
 def apply_template(tokenizer: Tokenizer, messages: list[dict[str, Any]], **options: Any) -> Mapping[str, Any]:
     """What the tokenizer makes of messages, as a mapping with `input_ids`; special tokens in them are encoded as text.
 
     options: of `apply_chat_template`. Raises `DataError` if the template refuses the messages.
     """
-    from jinja2.exceptions import TemplateError
-
     guard = guard_of(tokenizer, chat_template(tokenizer))
-    try:
+    with _refusals(messages):
         if guard.found_in(messages, options.get("tools")) is not None:
             return apply_guarded(tokenizer, guard, messages, **options)
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+
+
+@contextmanager
+def _refusals(messages: list[dict[str, Any]]) -> Iterator[None]:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        yield
     except TemplateError as error:
         roles = [item.get("role") for item in messages]
         raise DataError(f"the chat template refuses messages with roles {roles}: {error}; {REMEDY}") from None

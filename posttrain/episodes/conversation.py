@@ -4,6 +4,10 @@ Sampled ids are never made from text again. After a turn of the policy, the chat
 conversation up to that turn, and the conversation with what was added. Where the second begins with the first, the rest
 of it is the suffix. Where it does not, the template rewrites earlier turns (it cuts their reasoning, or joins turns),
 and the conversation goes on as a new branch: the tokens that both have in common are kept, and the others are rendered.
+
+Mostly one rendering is enough, and no more than the suffix is encoded: where the text begins with the text of the
+latest prompt and then with the very text of the turn that was sampled. The first time that this is so for a form of
+conversation, it is compared with the rule above.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +15,11 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.data.chat import as_dicts, begun_thinking, conversation_ids, prompt_ids
+from posttrain.data.chat import as_dicts, begun_thinking, conversation_ids, prompt_ids, prompt_text
 from posttrain.data.ends import end_token_ids
 from posttrain.data.shown import require_tools_shown
+from posttrain.data.special import guard_of
+from posttrain.data.templates import chat_template
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.records import Message, Prompt
 
@@ -33,7 +39,8 @@ class Continuation:
 class Conversation:
     """The messages of one episode. messages: begin with those of the prompt.
 
-    checked: is filled with the forms of added turns for which the template is known to show the results of tools.
+    checked: is filled with what is known of the template: for which forms of conversation it shows the results of
+    tools, and for which the suffix is found in the text.
     heard: is called with each message and its place, the prompt's too, once it is part of the conversation.
     """
 
@@ -49,7 +56,10 @@ class Conversation:
         self._tokenizer = tokenizer
         self._tools = list(tools) or None
         self._ends = set(end_token_ids(tokenizer))
-        self._rendered = list(prompt.token_ids)  # the latest prompt as the template writes it
+        self._rendered: list[int] | None = list(prompt.token_ids)  # the latest prompt as the template writes it
+        self._text = ""  # and its text, or ""
+        self._num_read = 0  # how many tokens the policy has read before its latest turn
+        self._num_plain = 0  # how many of the first messages are known to hold no special token
         self._said: int | None = None  # index of the policy's latest turn
         self._checked = checked
         self._heard = heard
@@ -71,7 +81,7 @@ class Conversation:
         content = message.content
         if isinstance(content, str) and "</think>" in content and "<think>" not in content:
             # The prompt began the reasoning, so the sampled text has only its end.
-            begun = begun_thinking(self._tokenizer, self._rendered)
+            begun = begun_thinking(self._tokenizer, self._ids_of_rendered())
             message = Message("assistant", begun + content, message.tool_calls)
         self._said = len(self.messages)
         self.messages.append(message)
@@ -83,10 +93,54 @@ class Conversation:
         Raises DataError if the chat template refuses the messages, or leaves out what was added.
         """
         dicts = as_dicts(self.messages)
+        known = f"suffix of {_form(dicts)}"
+        text = prompt_text(self._tokenizer, dicts, self._tools) if self._is_plain(dicts) else ""
+        suffix = self._suffix(text, ids)
+        if suffix and known in self._checked:
+            found, self._rendered = Continuation(suffix), None
+        else:
+            found = self._by_both(dicts, ids)
+            if suffix and found == Continuation(suffix):
+                self._checked.add(known)
+        self._text, self._num_read = text, len(found.after(ids))
+        self._tell()
+        return found
+
+    def _suffix(self, text: str, ids: Sequence[int]) -> tuple[int, ...]:
+        """What follows the latest turn in `text`, the next prompt, if it begins with what the policy has read and said;
+        else nothing."""
+        if not text or not self._text or self._said is None or not ids or ids[-1] not in self._ends:
+            return ()
+        said, end = (
+            self._tokenizer.decode(part, clean_up_tokenization_spaces=False)
+            for part in (ids[self._num_read : -1], ids[-1:])
+        )
+        for turn in (said + end, said.strip() + end):  # most templates trim turns
+            if text.startswith(turn, len(self._text)) and text.startswith(self._text):
+                # The end of the turn is encoded too: a tokenizer may treat the beginning of a text in its own way.
+                rest = text[len(self._text) + len(turn) - len(end) :]
+                first, *suffix = self._tokenizer.encode(rest, add_special_tokens=False)
+                return tuple(suffix) if first == ids[-1] else ()
+        return ()
+
+    def _is_plain(self, dicts: list[dict[str, Any]]) -> bool:
+        """Whether no special token is text of the messages, which would have to be encoded as text."""
+        guard = guard_of(self._tokenizer, chat_template(self._tokenizer))
+        if guard.found_in(dicts[self._num_plain :], None if self._num_plain else self._tools) is not None:
+            return False
+        self._num_plain = len(dicts)
+        return True
+
+    def _ids_of_rendered(self) -> list[int]:
+        if self._rendered is None:
+            self._rendered = list(self._tokenizer.encode(self._text, add_special_tokens=False))
+        return self._rendered
+
+    def _by_both(self, dicts: list[dict[str, Any]], ids: Sequence[int]) -> Continuation:
+        """By both renderings."""
         wanted = prompt_ids(self._tokenizer, dicts, self._tools)
         self._require_shown(dicts, wanted)
-        self._tell()
-        rendered, self._rendered = self._rendered, wanted
+        rendered, self._rendered = self._ids_of_rendered(), wanted
         if self._said is None and wanted == rendered:
             return Continuation(())
         if self._said is not None:
@@ -111,9 +165,14 @@ class Conversation:
 
     def _require_shown(self, dicts: list[dict[str, Any]], wanted: list[int]) -> None:
         """Check once for each form of conversation that the template shows what tools do."""
-        form = "/".join(f"{item['role']}{'+' if item.get('tool_calls') else ''}" for item in dicts[-3:])
+        form = _form(dicts)
         if "tool" not in form and not any(item.get("tool_calls") for item in dicts):
             return
         if form not in self._checked:
             require_tools_shown(lambda *given: prompt_ids(self._tokenizer, *given), dicts, self._tools, ids=wanted)
             self._checked.add(form)
+
+
+def _form(dicts: list[dict[str, Any]]) -> str:
+    """The form of a conversation: the roles of its latest turns, and which of them have calls."""
+    return "/".join(f"{item['role']}{'+' if item.get('tool_calls') else ''}" for item in dicts[-3:])
