@@ -205,6 +205,10 @@ class RewardResult(Struct, frozen=True):
     reason: str = ""
 
 
+# What is counted in every episode, by the names that the counts have in `RewardResult.parts`.
+EPISODE_COUNTS = ("turns", "tool_calls", "malformed_calls", "tool_failures")
+
+
 def turn_part(number: int) -> str:
     """The name in `RewardResult.parts` of what an environment paid for the policy's turn, counted from 1."""
     return f"turn {number}"

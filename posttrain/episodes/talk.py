@@ -18,7 +18,18 @@ from posttrain.episodes.process import Episode, EpisodeLost
 from posttrain.episodes.tools import tools_problem
 from posttrain.episodes.wire import Ask, Ended, Full, History, PolicyTurn, Refused, Told
 from posttrain.errors import DataError, UserError
-from posttrain.records import FinishReason, Message, Outcome, Prompt, RewardResult, Rollout, Scored, ToolCall, turn_part
+from posttrain.records import (
+    EPISODE_COUNTS,
+    FinishReason,
+    Message,
+    Outcome,
+    Prompt,
+    RewardResult,
+    Rollout,
+    Scored,
+    ToolCall,
+    turn_part,
+)
 from posttrain.sampling.requests import Completion
 from posttrain.sampling.rollouter import Session
 from posttrain.scoring.plugins.target import describe
@@ -240,12 +251,8 @@ class Talk:
         result = ended.result
         if result is not None:
             failures = self._num_failures + num_failures(ended.added)
-            counts = {
-                "turns": self._num_turns,
-                "tool_calls": self._num_calls,
-                "malformed_calls": self._num_malformed,
-                "tool_failures": failures,
-            }
+            found = (self._num_turns, self._num_calls, self._num_malformed, failures)
+            counts = dict(zip(EPISODE_COUNTS, found, strict=True))
             turns: dict[str, float] = defaultdict(float)
             for turn, value in ended.rewards:
                 turns[turn_part(self._told[min(max(turn, 0), len(self._told) - 1)])] += value

@@ -3,8 +3,8 @@
 A reply that could not be scored has no reward. It is counted and left out of every rate; it does not count as wrong.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from posttrain.data.chat import render_row
 from posttrain.data.ends import end_token_ids
@@ -13,7 +13,7 @@ from posttrain.data.tokenizer import Tokenizer
 from posttrain.episodes.tools import row_renderer
 from posttrain.errors import DataError
 from posttrain.eval.config import EvalConfig
-from posttrain.records import DrawnPrompt, FinishReason, Prompt, Rollout, Row, Scored
+from posttrain.records import EPISODE_COUNTS, DrawnPrompt, FinishReason, Prompt, Rollout, Row, Scored
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
 
@@ -23,13 +23,14 @@ GREEDY, SAMPLE = "greedy", "sample"
 @dataclass(frozen=True, slots=True)
 class Reply:
     """One reply. reward: None if it could not be scored. reason: the reward function's reason, or why there is no
-    reward."""
+    reward. episode: of an episode, its counts by the names in EPISODE_COUNTS; empty for a single turn."""
 
     text: str
     num_tokens: int
     truncated: bool
     reward: float | None
     reason: str = ""
+    episode: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +94,14 @@ def by_prompt(
 
 def _reply(rollout: Rollout, scored: Scored) -> Reply:
     result = scored.result
+    is_episode = rollout.scored is not None and result is not None
     return Reply(
         text=rollout.text,
         num_tokens=rollout.num_sampled,
         truncated=rollout.finish_reason == FinishReason.LENGTH,
         reward=None if result is None else result.value,
         reason=scored.reason or f"unscored: {scored.outcome}" if result is None else result.reason,
+        episode={name: result.parts.get(name, 0.0) for name in EPISODE_COUNTS} if is_episode and result else {},
     )
 
 

@@ -12,6 +12,7 @@ from posttrain.eval.replies import PromptReplies, Reply
 from posttrain.metrics.correctness import is_right
 from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
 from posttrain.metrics.pass_at_k import pass_at_k
+from posttrain.records import EPISODE_COUNTS
 
 
 def results(
@@ -22,7 +23,8 @@ def results(
     Each holds n (prompts), greedy, greedy_ci95, greedy_n (prompts with a scored greedy reply), reward_mean (of
     those); pass@1, pass@k with *_ci95 and k, pass@k_n (prompts with at least k scored samples); truncated (number)
     and reply_tokens_mean of the greedy replies, or of the samples where there are none; unscored (number of replies);
-    observed. A rate over no reply at all is None.
+    observed; and where there are episodes among those replies, episodes: their number n, and means over them of
+    EPISODE_COUNTS. A rate over no reply at all is None.
     """
     capabilities = sorted({item.row.capability for item in prompts})
     parts = {name: [item for item in prompts if item.row.capability == name] for name in capabilities}
@@ -46,6 +48,7 @@ def _entry(
         "reply_tokens_mean": sum(reply.num_tokens for reply in shown) / len(shown) if shown else None,
         "unscored": sum(reply.reward is None for reply in [*greedy, *samples]),
         "observed": {name: _observed(shown, pattern, threshold) for name, pattern in patterns.items()},
+        **_episodes([reply.episode for reply in shown if reply.episode]),
     }
 
 
@@ -74,6 +77,13 @@ def _sampled(prompts: Sequence[PromptReplies], k: int, threshold: float, *, seed
         "pass@k_n": len(best),
         "k": k,
     }
+
+
+def _episodes(episodes: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    if not episodes:
+        return {}
+    means = {name: sum(counts[name] for counts in episodes) / len(episodes) for name in EPISODE_COUNTS}
+    return {"episodes": {"n": len(episodes), **means}}
 
 
 def _observed(replies: Sequence[Reply], pattern: re.Pattern[str], threshold: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from posttrain.records import EPISODE_COUNTS
 from posttrain.report.blocks import Chart, Grid, Key, Section, Table, Text
 from posttrain.report.charts import (
     CONTENT_WIDTH,
@@ -56,6 +57,7 @@ def result_section(run: Run) -> Section | None:
         *([Text(gains)] if gains else []),
         Grid([_panel(run, names, c, at_k=at_k) for c in capabilities], _panel_width(run, names), keys),
         *([Text(sentences)] if sentences else []),
+        *_episode_tables(run, names, capabilities),
         *_observed_tables(run, names, capabilities),
         *_tables(run, names, capabilities, at_k=at_k),
     ]
@@ -178,6 +180,24 @@ def _tables(run: Run, names: list[str], capabilities: list[str], *, at_k: str) -
             columns = ("capability", "problems", *(label(run, name) for name in names))
             strong = [i for i, row in enumerate(rows) if row[0] == "all"]
             tables.append(Table(columns, rows, range(1, len(columns)), strong, title, folded=measure != "greedy"))
+    return tables
+
+
+def _episode_tables(run: Run, names: list[str], capabilities: list[str]) -> list[Table]:
+    """Tables of what happened in the episodes of the evaluations: over all, and by capability."""
+    tables = []
+    for capability in capabilities:
+        rows = []
+        for name in names:
+            found = mapping(_cell(run, name, capability).get("episodes"))
+            if (count := number(found.get("n"))) is not None:
+                means = [number(found.get(key)) for key in EPISODE_COUNTS]
+                shown = (NONE if mean is None else f"{mean:.2f}" for mean in means)
+                rows.append((label(run, name), f"{count:g}", *shown))
+        if rows:
+            columns = ("after", "episodes", *(key.replace("_", " ") for key in EPISODE_COUNTS))
+            title = "Episodes, means" + ("" if capability == "all" else f": {capability}")
+            tables.append(Table(columns, rows, range(1, len(columns)), title=title, folded=capability != "all"))
     return tables
 
 
