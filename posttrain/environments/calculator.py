@@ -4,9 +4,9 @@ import ast
 import operator
 from fractions import Fraction
 
-from posttrain.environments.tool_use import compare
+from posttrain.environments.tool_use import until_answer
 from posttrain.episodes.session import Session
-from posttrain.records import RewardResult, Row
+from posttrain.records import RewardResult, Row, ToolCall
 
 _OPERATORS = {
     ast.Add: operator.add,
@@ -50,13 +50,11 @@ async def calculator(session: Session, row: Row, *, max_turns: int = 4, marker: 
     max_turns: how many turns the policy has at most. marker: the text after which the answer stands, such as "Answer:";
     "" compares the whole turn.
     """
-    for _ in range(max_turns):
-        turn = await session.sample()
-        if not turn.tool_calls:
-            return compare(turn.text, row, marker)
-        for call in turn.tool_calls:
-            await session.add("tool", calculate(str(call.arguments["expression"])), call_id=call.id, name=call.name)
-    return RewardResult(0.0, reason=f"no answer in {max_turns} turns")
+
+    def value(call: ToolCall) -> str:
+        return calculate(str(call.arguments["expression"]))
+
+    return await until_answer(session, row, value, max_turns=max_turns, marker=marker)
 
 
 def _value(node: ast.expr) -> Fraction:

@@ -1,7 +1,9 @@
 """Any tools: the policy may call those that the YAML names, before it answers."""
 
+from collections.abc import Callable
+
 from posttrain.episodes.session import Session
-from posttrain.records import RewardResult, Row
+from posttrain.records import RewardResult, Row, ToolCall
 
 REQUIRES = {"tool_use": ["answer"]}
 
@@ -12,11 +14,25 @@ async def tool_use(session: Session, row: Row, *, max_turns: int = 8, marker: st
     max_turns: how many turns the policy has at most. marker: the text after which the answer stands, such as "Answer:";
     "" compares the whole turn.
     """
+    return await until_answer(session, row, None, max_turns=max_turns, marker=marker)
+
+
+async def until_answer(
+    session: Session, row: Row, result: Callable[[ToolCall], str] | None, *, max_turns: int, marker: str
+) -> RewardResult:
+    """Let the policy call tools until a turn has no call; 1 if that turn is the row's answer.
+
+    result: of a call; None has the tools of the YAML give it. max_turns, marker: as of `tool_use`.
+    """
     for _ in range(max_turns):
         turn = await session.sample()
         if not turn.tool_calls:
             return compare(turn.text, row, marker)
-        await session.call_tools(turn)
+        if result is None:
+            await session.call_tools(turn)
+            continue
+        for call in turn.tool_calls:
+            await session.add("tool", result(call), call_id=call.id, name=call.name)
     return RewardResult(0.0, reason=f"no answer in {max_turns} turns")
 
 

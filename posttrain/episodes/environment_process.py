@@ -7,7 +7,6 @@ kills the process only where this process does not do so. Run as
 """
 
 import asyncio
-import sys
 import types
 from collections.abc import Callable, Coroutine, Generator
 from functools import partial
@@ -15,7 +14,6 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from posttrain.actors.parent import die_with_parent
 from posttrain.episodes.session import ContextFullError, Session, WorldLostError, episode_result
 from posttrain.episodes.toolbox.toolbox import Toolbox, ToolKit
 from posttrain.episodes.wire import (
@@ -32,34 +30,32 @@ from posttrain.episodes.wire import (
 from posttrain.records import Outcome, Row
 from posttrain.sampling.progress import Progress
 from posttrain.scoring.plugins.target import Target, import_target, warm
-from posttrain.scoring.pool.pipes import limit_memory, open_pipe, read, read_blocking, reason, reply, take_pipes
-from posttrain.scoring.pool.wire import MAX_REPLY_BYTES, Loaded, frame
+from posttrain.scoring.pool.pipes import begin_process, open_pipe, read, reason, reply
+from posttrain.scoring.pool.wire import MAX_REPLY_BYTES, frame
 from posttrain.scoring.sandbox.run import Limits
 
 _orders = msgspec.msgpack.Decoder(Begin | Told | Full | Refused | Cancel)
 
 
 def main() -> None:
-    die_with_parent(int(sys.argv[1]))
-    requests, replies = take_pipes()
-    data = read_blocking(requests)
-    if data is None:
+    begun = begin_process(EnvironmentSetup, _load_all)
+    if begun is None:
         return
-    setup = msgspec.msgpack.decode(data, type=EnvironmentSetup)
-    try:
-        limit_memory(setup.memory_gib)
-        loaded = {name: _load(item, Limits(**setup.sandbox)) for name, item in setup.environments.items()}
-        functions = {name: function for name, (function, _) in loaded.items()}
-        kits = {name: kit for name, (_, kit) in loaded.items()}
-        notes = Progress(setup.notes)
-    except BaseException as error:
-        reply(replies, Loaded(failed=reason(error)))
-        return
-    reply(replies, Loaded(is_async=True))
+    setup, (loaded, notes), requests, replies = begun
+    functions = {name: function for name, (function, _) in loaded.items()}
+    kits = {name: kit for name, (_, kit) in loaded.items()}
     asyncio.run(_Episodes(functions, kits, notes, timeout_s=setup.timeout_s, replies=replies).serve(requests))
 
 
-def _load(environment: LoadedEnvironment, limits: Limits) -> tuple[Callable[..., Any], ToolKit]:
+_Loaded = tuple[Callable[..., Any], ToolKit]
+
+
+def _load_all(setup: EnvironmentSetup) -> tuple[tuple[dict[str, _Loaded], Progress], bool]:
+    limits = Limits(**setup.sandbox)
+    return ({name: _load(item, limits) for name, item in setup.environments.items()}, Progress(setup.notes)), True
+
+
+def _load(environment: LoadedEnvironment, limits: Limits) -> _Loaded:
     module, function = import_target(Target(**environment.target), "environment")
     warm(module, environment.args)
     return partial(function, **environment.args), ToolKit(environment.tools, limits, beside=module)

@@ -6,14 +6,52 @@ What runs in such a process imports neither torch nor pydantic, so that it start
 import asyncio
 import os
 import resource
-from typing import BinaryIO
+import sys
+from collections.abc import Callable
+from typing import BinaryIO, Protocol, TypeVar
 
+import msgspec
 from msgspec import Struct
 
+from posttrain.actors.parent import die_with_parent
 from posttrain.errors import PosttrainError
 from posttrain.scoring.plugins.results import MAX_REASON
 from posttrain.scoring.plugins.target import describe
-from posttrain.scoring.pool.wire import HEADER_BYTES, frame
+from posttrain.scoring.pool.wire import HEADER_BYTES, Loaded, frame
+
+
+class LimitedSetup(Protocol):
+    """What a process is told to load. memory_gib: see `limit_memory`."""
+
+    @property
+    def memory_gib(self) -> float | None: ...
+
+
+S = TypeVar("S", bound=LimitedSetup)
+T = TypeVar("T")
+
+
+def begin_process(setup_type: type[S], load: Callable[[S], tuple[T, bool]]) -> tuple[S, T, BinaryIO, int] | None:
+    """The beginning of the program of a plug-in process, which ends with the process PARENT_PID (its first argument).
+
+    Reads what it is to load, a `setup_type` with `memory_gib`, and loads it under that limit of memory. load: gives
+    what is loaded, and whether it takes many requests at once. Returns the setup, what is loaded, and the pipes for
+    requests and replies; None if there is nothing to do, or the load failed, which the pool is then told of.
+    """
+    die_with_parent(int(sys.argv[1]))
+    requests, replies = take_pipes()
+    data = read_blocking(requests)
+    if data is None:
+        return None
+    setup = msgspec.msgpack.decode(data, type=setup_type)
+    try:
+        limit_memory(setup.memory_gib)
+        loaded, is_async = load(setup)
+    except BaseException as error:
+        reply(replies, Loaded(failed=reason(error)))
+        return None
+    reply(replies, Loaded(is_async=is_async))
+    return setup, loaded, requests, replies
 
 
 def limit_memory(memory_gib: float | None) -> None:

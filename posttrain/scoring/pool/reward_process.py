@@ -10,37 +10,27 @@ Run as `python -m posttrain.scoring.pool.reward_process PARENT_PID`.
 
 import asyncio
 import inspect
-import sys
 import time
 from collections.abc import Awaitable
 from typing import Any, BinaryIO
 
 import msgspec
 
-from posttrain.actors.parent import die_with_parent
 from posttrain.records import RewardResult
 from posttrain.scoring.plugins.results import to_result
 from posttrain.scoring.plugins.target import RewardFunction, Target, bind, import_target, warm
-from posttrain.scoring.pool.pipes import limit_memory, open_pipe, read, read_blocking, reason, reply, take_pipes
-from posttrain.scoring.pool.wire import Answer, Loaded, Question, Setup
+from posttrain.scoring.pool.pipes import begin_process, open_pipe, read, read_blocking, reason, reply
+from posttrain.scoring.pool.wire import Answer, Question, Setup
 
 _questions = msgspec.msgpack.Decoder(Question)
 
 
 def main() -> None:
-    die_with_parent(int(sys.argv[1]))
-    requests, replies = take_pipes()
-    data = read_blocking(requests)
-    if data is None:
+    begun = begin_process(Setup, _prepare)
+    if begun is None:
         return
-    setup = msgspec.msgpack.decode(data, type=Setup)
-    try:
-        function, is_async = _prepare(setup)
-    except BaseException as error:
-        reply(replies, Loaded(failed=reason(error)))
-        return
-    reply(replies, Loaded(is_async=is_async))
-    if is_async:
+    setup, function, requests, replies = begun
+    if inspect.iscoroutinefunction(function):
         asyncio.run(_serve_many(function, requests, replies, timeout_s=setup.timeout_s))
     else:
         _serve(function, requests, replies)
@@ -92,7 +82,6 @@ async def _score_async(function: RewardFunction, question: Question, replies: in
 
 def _prepare(setup: Setup) -> tuple[RewardFunction, bool]:
     """Import the function and call its module's `warm_up()` if there is one. Returns whether the function is async."""
-    limit_memory(setup.memory_gib)
     module, function = import_target(Target(**setup.target))
     warm(module, setup.args)
     return bind(function, setup.args), inspect.iscoroutinefunction(function)
