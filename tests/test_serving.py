@@ -49,7 +49,7 @@ def test_what_has_no_model_is_told_in_one_message(tmp_path, capsys):
     for path, problem in (
         (empty, "no stage of the run has left a model; its stages: sft (failed)"),
         (tmp_path / "begun", "the run has no model yet"),
-        (tmp_path / "adapter", "holds adapters of base; merge them"),
+        (tmp_path / "adapter", "adapter_model.safetensors"),
         (tmp_path / "nothing", "there is no such folder"),
         (tmp_path, "neither a model folder (it has no config.json) nor a run"),
     ):

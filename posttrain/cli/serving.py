@@ -1,5 +1,6 @@
 """`posttrain serve` and `posttrain chat`: a finished model for other programs, and for a person."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -94,13 +95,18 @@ def _lines() -> Iterator[str]:
             return
 
 
-def _server(model: str, settings: list[str] | None, host: str, *, port: int, name: str | None) -> Any:
+@contextlib.contextmanager
+def _server(model: str, settings: list[str] | None, host: str, *, port: int, name: str | None) -> Iterator[Any]:
     from posttrain.config.base import apply_overrides, validate_config
     from posttrain.sampling.client import require_vllm
-    from posttrain.serving.models import served_folder
-    from posttrain.serving.server import ServeConfig, serving
+    from posttrain.serving.models import served_folder, whole_model
+    from posttrain.serving.server import ServeConfig, served_dtype, serving
 
     config = validate_config(ServeConfig, apply_overrides(ServeConfig().model_dump(), settings or []), "serve")
     folder = served_folder(model)
     require_vllm()
-    return serving(folder, config, host=host, port=port, name=name or folder.name)
+    with (
+        whole_model(folder, served_dtype(folder, config)) as whole,
+        serving(whole, config, host=host, port=port, name=name or folder.name) as server,
+    ):
+        yield server

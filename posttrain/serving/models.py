@@ -1,15 +1,19 @@
 """Which model folder a path means: the folder itself, that of a stage, or the last model of a run."""
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from posttrain.errors import ConfigError
 from posttrain.files import read_object
-from posttrain.model.adapter import base_folder, is_adapter
+from posttrain.model.adapter import is_adapter
 from posttrain.model.folder import check_folder
+from posttrain.pipeline.model_folders import model_folder_problems
 
 
 def served_folder(path: str) -> Path:
-    """The folder of the model to serve. path: of a model folder, a run, or a stage of a run.
+    """The folder of the model to serve, which may hold adapters. path: of a model folder, a run, or a stage of a run.
 
     Raises ConfigError if it is none of these or has no model yet, and CheckpointError for a damaged folder.
     """
@@ -18,10 +22,26 @@ def served_folder(path: str) -> Path:
         raise ConfigError(path, ["there is no such folder; give a model folder or the folder of a run"])
     found = _model_in(folder)
     if is_adapter(found):
-        holds = f"{found} holds adapters of {base_folder(found)}"
-        raise ConfigError(path, [f"{holds}; merge them into a model folder first: posttrain merge {found} FOLDER"])
-    check_folder(found)
+        if problems := model_folder_problems(str(found)):
+            raise ConfigError(path, problems)
+    else:
+        check_folder(found)
     return found.resolve()
+
+
+@contextlib.contextmanager
+def whole_model(folder: Path, dtype: str) -> Iterator[Path]:
+    """The folder itself; for a folder of adapters that of the merged model, which is deleted at the end of the block.
+
+    dtype: of the merge. Raises `CheckpointError` for adapters that do not fit their base.
+    """
+    if not is_adapter(folder):
+        yield folder
+        return
+    from posttrain.parallel.adapters import merge_adapter
+
+    with tempfile.TemporaryDirectory(prefix="posttrain-merged-") as scratch:
+        yield merge_adapter(folder, dtype, target=Path(scratch) / folder.name)
 
 
 def _model_in(folder: Path) -> Path:

@@ -24,6 +24,7 @@ from posttrain.config.models import ServedModelConfig
 from posttrain.episodes.calls import FORMS
 from posttrain.errors import ConfigError, StageError
 from posttrain.files import read_object
+from posttrain.model.adapter import base_folder
 from posttrain.sampling.arguments import ENGINE_ENV, cpu_cache_arguments, engine_arguments, read_model_config
 
 START_S = 900.0
@@ -64,7 +65,7 @@ def free_port(host: str, port: int) -> int:
 
 def server_arguments(folder: Path, config: ServeConfig, *, host: str, port: int, name: str) -> list[str]:
     """The arguments of `vllm serve`."""
-    model = ServedModelConfig(path=str(folder), dtype=config.dtype or _dtype(folder))
+    model = ServedModelConfig(path=str(folder), dtype=served_dtype(folder, config))
     given = engine_arguments(model, config.engine)
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         given |= cpu_cache_arguments(model, config.engine)
@@ -75,6 +76,13 @@ def server_arguments(folder: Path, config: ServeConfig, *, host: str, port: int,
     if (parser := _tool_parser(folder)) is not None:
         words += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
     return [*words, "--uvicorn-log-level", "warning"]
+
+
+def served_dtype(folder: Path, config: ServeConfig) -> Literal["float32", "bfloat16"]:
+    """The data type that the config asks for, or that of the folder; of adapters, that of their base."""
+    found = read_model_config(str(base_folder(folder)))
+    is_wide = "float32" in (found.get("dtype"), found.get("torch_dtype"))
+    return config.dtype or ("float32" if is_wide else "bfloat16")
 
 
 @contextlib.contextmanager
@@ -127,11 +135,6 @@ def _option(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
-
-
-def _dtype(folder: Path) -> Literal["float32", "bfloat16"]:
-    config = read_model_config(str(folder))
-    return "float32" if "float32" in (config.get("dtype"), config.get("torch_dtype")) else "bfloat16"
 
 
 def _tool_parser(folder: Path) -> str | None:
