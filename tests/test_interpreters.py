@@ -120,7 +120,7 @@ def test_what_does_not_fit_the_other_interpreter_is_told_before_a_run(other, tmp
 
 
 def test_what_cannot_be_installed_is_told(tmp_path, capsys):
-    assert "reasoning_gym" in adapters()
+    assert {"reasoning_gym", "verifiers"} <= set(adapters())
     assert main(["environments", "install", "reasoning_gim"]) == 2
     assert "'reasoning_gim' is no adapter and no file" in capsys.readouterr().err
     plain = tmp_path / "plain.py"
@@ -136,6 +136,11 @@ def test_what_cannot_be_installed_is_told(tmp_path, capsys):
         ("reasoning-gym:leg_counting?size=many", "where size is how many rows are made"),
         ("reasoning-gym:?size=3", r"write reasoning-gym:DATASET\?size=500&seed=1"),
         ("reasoning-gym:leg_counting?size=3", "reasoning-gym is not installed here; `posttrain environments install"),
+        ("verifiers:my_env.py:load", r"write verifiers:my_env.py:load\?size=500&seed=1"),
+        (
+            "verifiers:my_env.py:load?size=3",
+            "verifiers is not installed here; `posttrain environments install verifiers`",
+        ),
     ],
 )
 def test_a_generator_that_is_wrongly_named_is_told(source, problem):
@@ -160,3 +165,54 @@ def test_reasoning_gym_makes_rows_and_scores_answers(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="cannot make the rows: ValueError: Dataset 'legs' not registered"):
         load_rows(f"reasoning-gym:legs?size=4&python={python}", kind="prompt")
     assert "reasoning_gym" not in sys.modules
+
+
+WORLDS = """
+import datasets
+import verifiers as vf
+
+def load(largest=9):
+    rows = [{"question": f"{a} + {b} =", "answer": str(a + b)} for a in range(1, largest) for b in range(1, largest)]
+
+    class Twice(vf.MultiTurnEnv):
+        async def env_response(self, messages, state, **kwargs):
+            return [{"role": "user", "content": "Again!"}]
+
+    def right(completion, answer, **kwargs):
+        return float(completion[-1]["content"].strip() == answer)
+
+    def brief(completion, **kwargs):
+        return len(completion) / 6
+
+    rubric = vf.Rubric(funcs=[right, brief], weights=[1.0, 0.5])
+    return Twice(dataset=datasets.Dataset.from_list(rows), rubric=rubric, max_turns=2)
+
+def broken():
+    raise RuntimeError("no world")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.full  # installs the real package, which takes minutes and an index
+def test_an_environment_of_verifiers_runs_unchanged(tmp_path, monkeypatch, tiny_tokenizer):
+    """By hand: 1 for the right last turn, and half of a metric that counts the three messages after the prompt."""
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    python = install("verifiers", tmp_path / "worlds")
+    (tmp_path / "worlds.py").write_text(WORLDS)
+    source = f"verifiers:{tmp_path}/worlds.py:load?size=3&seed=1&largest=5&python={python}"
+    rows = load_rows(source, kind="prompt")
+    assert [row.messages[0].text.split()[1::2] for row in rows] == [["+", "="]] * 3
+    assert {row.capability for row in rows} == {"worlds"}
+    environment: dict[str, Any] = {"name": "posttrain.environments.verifiers:verifiers", "python": str(python)}
+    assert check_environment_rows(EnvironmentConfig.model_validate(environment), rows) == []
+    found = play(tiny_tokenizer, environment, rows, lambda turn: str(turn.session.row.answer) if turn.number else "?")
+    for row in rows:
+        (rollout,) = found[row.id]
+        assert rollout.scored is not None
+        assert rollout.scored.result is not None, rollout.scored.reason
+        assert rollout.scored.result.value == 1.25
+        assert rollout.scored.result.parts.items() >= {"right": 1.0, "brief": 0.5, "turns": 2}.items()
+        assert [segment.trained for segment in rollout.segments] == [True, False, True]
+    with pytest.raises(DataError, match="cannot make the rows: RuntimeError: no world"):
+        load_rows(f"verifiers:{tmp_path}/worlds.py:broken?size=4&python={python}", kind="prompt")
+    assert "verifiers" not in sys.modules

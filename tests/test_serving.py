@@ -15,8 +15,8 @@ import pytest
 from posttrain.cli.main import main
 from posttrain.errors import ConfigError
 from posttrain.serving.chat import converse
-from posttrain.serving.models import served_folder
-from posttrain.serving.server import ServeConfig, free_port, server_arguments
+from posttrain.serving.models import served_folder, whole_model
+from posttrain.serving.server import ServeConfig, free_port, served_dtype, server_arguments
 
 
 def run_of(folder: Path, *stages: tuple[str, str, bool]) -> Path:
@@ -58,6 +58,27 @@ def test_what_has_no_model_is_told_in_one_message(tmp_path, capsys):
             assert problem in capsys.readouterr().err
     assert main(["serve", str(tmp_path), "engine.max_len=3"]) == 2
     assert "max_len" in capsys.readouterr().err
+
+
+def test_adapters_are_merged_with_their_base_as_long_as_they_are_served(tiny_model, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import Llama4ForCausalLM
+
+    base = Llama4ForCausalLM.from_pretrained(tiny_model)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, base_model_name_or_path=str(tiny_model))
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    config = ServeConfig.model_validate({"engine": {"max_model_len": 64}})
+    folder = served_folder(str(tmp_path / "adapter"))
+    with whole_model(folder, served_dtype(folder, config)) as merged:
+        found, before = load_file(merged / "model.safetensors"), load_file(tiny_model / "model.safetensors")
+        assert {name.split(".")[-2] for name in before if not torch.equal(found[name], before[name])} == {"q_proj"}
+        assert (merged / "tokenizer.json").is_file()
+        assert server_arguments(merged, config, host="127.0.0.1", port=1, name="mine")[:2] == ["--model", str(merged)]
+    assert not merged.exists()
+    with whole_model(tiny_model, "float32") as same:
+        assert same == tiny_model
 
 
 def test_a_port_that_is_taken_is_told(tmp_path):

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from posttrain.data.generated import SCHEME, generated_path
+from posttrain.data.generated import generated_path, is_generated
 from posttrain.data.readers import READERS, data_suffix
 from posttrain.errors import DataError
 
@@ -33,7 +33,7 @@ def located(path: str) -> tuple[Path, tuple[str, str] | None]:
     The split is "" if the name has none. The rows of a generator (generated.py) are made if needed. Raises `DataError`
     if the dataset cannot be downloaded or made.
     """
-    if path.startswith(SCHEME):
+    if is_generated(path):
         return generated_path(path), None
     found = Path(path).expanduser()
     named = _NAME.fullmatch(path) if not found.exists() and is_name(path) else None

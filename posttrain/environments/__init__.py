@@ -3,4 +3,5 @@
 calculator.py      the policy may have expressions computed
 reasoning_gym.py   the scorers of reasoning-gym, as a reward
 tool_use.py        the policy may call the tools that the YAML names
+verifiers.py       environments of the package verifiers
 """

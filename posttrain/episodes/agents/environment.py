@@ -3,20 +3,17 @@
 Its YAML has a short form: `environment: {command: [python, my_agent.py]}`.
 """
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
-from posttrain.episodes.agents.gateway import Gateway
+from posttrain.episodes.agents.gateway import running_gateway
 from posttrain.episodes.agents.process import AgentProcess
 from posttrain.episodes.agents.protocol import messages_json
 from posttrain.episodes.session import BY_REWARD, ContextFullError, Session, WorldLostError
 from posttrain.errors import PluginError
 from posttrain.records import RewardResult, Row
-
-_gateways: dict[asyncio.AbstractEventLoop, Gateway] = {}  # an environment process has one loop
 
 
 class _Paid(msgspec.Struct):
@@ -44,7 +41,7 @@ async def agent(
     often it may ask the policy. own_temperature: whether a call may set its temperature; a turn at another temperature
     than the stage's is not trained on. They are checked before a run (`scoring/plugins/commands.py`).
     """
-    gateway = await _gateway()
+    gateway = await running_gateway()
     with gateway.episode(
         session, model=model, max_calls=max_calls, own_temperature=own_temperature, takes_reward=scored_by == "agent"
     ) as episode:
@@ -94,12 +91,3 @@ def _reward(line: str) -> RewardResult:
             '{"reward": number}, or the agent posts {"reward": number} to OPENAI_BASE_URL/reward'
         ) from None
     return RewardResult(paid) if isinstance(paid, float) else RewardResult(paid.reward, paid.parts, paid.reason)
-
-
-async def _gateway() -> Gateway:
-    loop = asyncio.get_running_loop()
-    if (gateway := _gateways.get(loop)) is None:
-        _gateways.clear()  # those of loops that have ended
-        gateway = _gateways[loop] = Gateway()
-    await gateway.start()
-    return gateway

@@ -190,6 +190,19 @@ class Gateway:
         return episode
 
 
+_gateways: dict[asyncio.AbstractEventLoop, Gateway] = {}  # an environment process has one loop
+
+
+async def running_gateway() -> Gateway:
+    """The gateway of this process, which has been started."""
+    loop = asyncio.get_running_loop()
+    if (gateway := _gateways.get(loop)) is None:
+        _gateways.clear()  # those of loops that have ended
+        gateway = _gateways[loop] = Gateway()
+    await gateway.start()
+    return gateway
+
+
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
