@@ -11,7 +11,8 @@ from typing import Any, cast
 from posttrain.config.templates import ChatTemplateConfig
 from posttrain.data.templates import use_template
 from posttrain.data.tokenizer import Tokenizer
-from posttrain.errors import CheckpointError
+from posttrain.data.verbatim import template_problem
+from posttrain.errors import CheckpointError, ConfigError
 from posttrain.files import read_object
 from posttrain.model.adapter import base_folder
 from posttrain.model.folder import existing_folder, first_line, tokenizer_problems
@@ -38,8 +39,8 @@ def load_tokenizer(path: str | os.PathLike[str], chat_template: ChatTemplateConf
     A folder of adapters without a tokenizer has that of its base.
 
     Raises:
-        CheckpointError: the folder or its tokenizer is missing, the tokenizer cannot be read, or it has ids for which
-            the model in the folder has no embedding.
+        CheckpointError: the folder or its tokenizer is missing, the tokenizer cannot be read, it has ids for which
+            the model in the folder has no embedding, or its chat template changes what people say.
         ConfigError: the other template cannot be used; see `posttrain.data.templates.use_template`.
     """
     folder = existing_folder(path)
@@ -55,6 +56,10 @@ def load_tokenizer(path: str | os.PathLike[str], chat_template: ChatTemplateConf
     if problems := tokenizer_problems(base, tokenizer.get_vocab()):
         raise CheckpointError(f"{folder}: " + "; ".join(problems))
     use_template(tokenizer, chat_template)
+    if (problem := template_problem(tokenizer)) is not None:
+        if chat_template is not None:
+            raise ConfigError("chat_template", [problem])
+        raise CheckpointError(f"{folder}: {problem}")
     return tokenizer
 
 
