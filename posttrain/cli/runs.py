@@ -85,6 +85,7 @@ def print_plan(
     from posttrain.pipeline.ray_session import joins_cluster
     from posttrain.pipeline.references import find_references
     from posttrain.pipeline.rendering import check_rendering
+    from posttrain.pipeline.run_place import check_place
     from posttrain.pipeline.rundir import RunDir
 
     pipeline = load_pipeline(raw)
@@ -92,7 +93,7 @@ def print_plan(
     plan = make_plan(pipeline, place.path)
     if not joins_cluster():
         check_fits(plan, pipeline.source, cpus=local_cpus(), gpus=local_gpus())
-    place.check(pipeline)
+    check_place(place, pipeline)
     check_rendering(pipeline)
     refers = any(any(find_references(node.config.model_dump())) for node in pipeline.nodes.values())
     decisions = None  # unknown for a stage's file that refers to other stages of a pipeline, which are not read

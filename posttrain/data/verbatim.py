@@ -17,15 +17,10 @@ def template_problem(tokenizer: Any) -> str | None:
     """What is wrong with a tokenizer's chat template; None if nothing is, or if it has no template."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    template = chat_template(tokenizer)
     for role in ("user", "assistant"):
-        text = _rendered(tokenizer, template, role, PROBE)
+        text = _rendered(tokenizer, role, PROBE)
         as_parts = [{"type": "text", "text": PROBE}]  # what templates of multimodal models read
-        if (
-            text is not None
-            and PROBE not in text
-            and PROBE not in (_rendered(tokenizer, template, role, as_parts) or "")
-        ):
+        if text is not None and PROBE not in text and PROBE not in (_rendered(tokenizer, role, as_parts) or ""):
             return (
                 f"the chat template changes the text of a turn of role {role}: {PROBE!r} becomes "
                 f"{text.strip()[-2 * len(PROBE) :]!r}; take its filters off the content, or set another chat_template "
@@ -40,14 +35,14 @@ def template_problem(tokenizer: Any) -> str | None:
     return None
 
 
-def _rendered(tokenizer: Any, template: str, role: str, content: Any) -> str | None:
+def _rendered(tokenizer: Any, role: str, content: Any) -> str | None:
     """The text that the template makes of a conversation that ends with this turn; None if it refuses the turns."""
     asked = [{"role": "user", "content": "Which?"}] if role == "assistant" else []
     messages, is_prompt = [*asked, {"role": role, "content": content}], not asked
     try:
         return str(
             tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=is_prompt
+                messages, chat_template=chat_template(tokenizer), tokenize=False, add_generation_prompt=is_prompt
             )
         )
     except Exception:  # whatever the template raises: what it refuses is told when a row is rendered

@@ -6,7 +6,7 @@ inputs.py model_folders.py packages.py lengths.py rendering.py doubts.py   check
 hashing.py changes.py decide.py replace.py   which stages run again, continue or are skipped, and why
 plan.py                             the resolved plan: inputs, outputs, CPUs, GPUs, memory
 run.py schedule.py stage_process.py adapters.py   run the stages as Ray tasks, each in a process of its own
-rundir.py summary.py memory.py      the files of the run directory
+rundir.py run_place.py summary.py memory.py   the files of the run directory; where it may be
 ray_session.py watchdog.py          a Ray session that leaves no process behind
 single.py                           one stage from Python
 

@@ -23,6 +23,7 @@ from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_pla
 from posttrain.pipeline.ray_session import joins_cluster, ray_session
 from posttrain.pipeline.rendering import check_rendering
 from posttrain.pipeline.replace import Ask, delete_kept, kept, kept_text, move_aside, require_consent
+from posttrain.pipeline.run_place import check_place
 from posttrain.pipeline.rundir import RunDir
 from posttrain.pipeline.schedule import Scheduler
 from posttrain.pipeline.stage_process import OUT_OF_SPACE
@@ -80,7 +81,7 @@ def run_pipeline(
     if not joins_cluster():
         check_fits(plan, pipeline.source, cpus=local_cpus(), gpus=local_gpus())
     try:
-        place.check(pipeline)
+        check_place(place, pipeline)
         decisions = decide(pipeline, place, start_from=start_from, only=only)
         require_consent(place, decisions, overwrite=overwrite, ask=ask)
         _check_endpoints(pipeline, decisions)

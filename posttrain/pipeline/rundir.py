@@ -77,9 +77,6 @@ class RunDir:
 
         Raises ConfigError if it cannot be used.
         """
-        self.check(pipeline)
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(str(self.path), ["is a file; the run directory must be a folder or not exist yet"])
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
@@ -176,20 +173,26 @@ class RunDir:
 
         DONE is deleted first and STARTED last, so a half-emptied folder never looks finished.
         """
+        self.check_folder(node)
         folder = self.folder(node)
-        if not folder.exists() or not any(folder.iterdir()):
+        if not folder.exists():
             return
-        if not (folder / STARTED).exists() and not (folder / DONE).exists():
-            only_evaluation = not node.of and {item.name for item in folder.iterdir()} <= {"eval"}
-            if not only_evaluation:
-                raise ConfigError(
-                    str(folder), ["holds files that no stage made; move them away or choose another --run-dir"]
-                )
         (folder / DONE).unlink(missing_ok=True)
         for item in folder.iterdir():
             if item.name != STARTED:
                 remove(item)
         (folder / STARTED).unlink(missing_ok=True)
+
+    def check_folder(self, node: Node) -> None:
+        """Raise ConfigError if the folder of a node holds files that no stage made."""
+        folder = self.folder(node)
+        if not folder.exists() or (folder / STARTED).exists() or (folder / DONE).exists():
+            return
+        names = {item.name for item in folder.iterdir()} if folder.is_dir() else {folder.name}
+        if names and (node.of or not names <= {"eval"}):
+            raise ConfigError(
+                str(folder), ["holds files that no stage made; move them away or choose another --run-dir"]
+            )
 
     def forget_events(self, nodes: set[str]) -> None:
         """Remove the events of nodes that start anew from events.jsonl, and any line that a full disk cut off."""
