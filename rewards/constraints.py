@@ -19,9 +19,11 @@ _ABBREVIATION = re.compile(
     r"(?:\b(?:dr|mr|mrs|ms|prof|st|vs|etc|no|fig|approx|cf|ca|jr|sr)|\b[a-z](?:\.[a-z])*)\.\Z", re.IGNORECASE
 )
 _FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
-_BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+\S", re.MULTILINE)
-_SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]*_]*(?=\s|$)")
-_HIGHLIGHT = re.compile(r"\*\*[^\n*]*\w[^\n*]*\*\*|(?<!\*)\*(?!\s)[^\n*]*\w[^\n*]*\*(?!\*)")
+_BULLET = re.compile(r"^[^\S\n]*(?:[-*•]|\d+[.)])\s+\S", re.MULTILINE)
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+[\"'”’)\]*_]*(?=\s|$)")
+_HIGHLIGHT = re.compile(r"\*\*(?=[^\n*\w]*\w)[^\n*]*\*\*|(?<!\*)\*(?!\s)(?=[^\n*\w]*\w)[^\n*]*\*(?!\*)")
+_PLACEHOLDER = re.compile(r"\[(?=[^\[\]\n\w]*\w)[^\[\]\n]*\](?!\()")
+_TITLE = re.compile(r"<<(?=[^\n<>\w]*\w)[^\n<>]*>>")
 
 
 def loose_variants(text: str) -> list[str]:
@@ -52,7 +54,7 @@ def _sentences(text: str) -> int:
         if (
             end[0].startswith(".")
             and end.end() < len(text.rstrip())
-            and _ABBREVIATION.search(text[start : end.start() + 1])
+            and _ABBREVIATION.search(text[max(start, end.start() - 40) : end.start() + 1])
         ):
             continue
         count += _says_something(text[start : end.end()])
@@ -97,7 +99,7 @@ def _same_case(text: str, wanted: bool, cased: str) -> bool:
 
 
 def _is_json(text: str) -> bool:
-    block = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", text.strip(), re.DOTALL | re.IGNORECASE)
+    block = re.fullmatch(r"```(?:json)?[^\S\n]*\n(.*?)\n?```", text.strip(), re.DOTALL | re.IGNORECASE)
     try:
         read_strictly(block[1] if block else text)
     except (ValueError, RecursionError):
@@ -135,7 +137,7 @@ CONSTRAINTS: dict[str, Callable[[str, Any], bool]] = {
     "num_sections": lambda text, value: len(re.findall(r"^#{1,6}\s+\S", _FENCED.sub("", text), re.MULTILINE)) == value,
     "bullet_count": lambda text, value: len(_BULLET.findall(text)) == value,
     "min_highlights": lambda text, value: len(_HIGHLIGHT.findall(text)) >= value,
-    "min_placeholders": lambda text, value: len(re.findall(r"\[[^\[\]\n]*\w[^\[\]\n]*\](?!\()", text)) >= value,
+    "min_placeholders": lambda text, value: len(_PLACEHOLDER.findall(text)) >= value,
     "must_include": lambda text, value: all(_occurrences(text, phrase) for phrase in _phrases(value)),
     "forbid": lambda text, value: not any(_occurrences(text, phrase) for phrase in _phrases(value)),
     "min_occurrences": lambda text, value: _each(text, value, _occurrences, least=True),
@@ -147,8 +149,8 @@ CONSTRAINTS: dict[str, Callable[[str, Any], bool]] = {
     "min_capital_words": lambda text, value: _capital_words(text) >= value,
     "max_capital_words": lambda text, value: _capital_words(text) <= value,
     "no_commas": lambda text, value: (not re.search("[,，、،]", text)) == bool(value),
-    "title": lambda text, value: bool(re.search(r"<<[^\n<>]*\w[^\n<>]*>>", text)) == bool(value),
-    "postscript": lambda text, value: re.search(rf"^\s*{re.escape(value)}.*\w", text, re.MULTILINE) is not None,
+    "title": lambda text, value: bool(_TITLE.search(text)) == bool(value),
+    "postscript": lambda text, value: re.search(rf"^[^\S\n]*{re.escape(value)}.*\w", text, re.MULTILINE) is not None,
     "json": lambda text, value: _is_json(text) == bool(value),
     "quoted": lambda text, value: (
         (len(text) > 1 and text[0] == text[-1] == '"' and _says_something(text)) == bool(value)

@@ -15,7 +15,7 @@ from .expressions.notation import key
 from .expressions.records import Answer, Either, Named
 from .expressions.tokens import Unreadable
 from .expressions.units import unit_at
-from .stated import boxes, end_of_marks, marked, states_too_often, tagged, without_reasoning
+from .stated import boxes, end_of_marks, marked, prose, states_too_often, tagged
 
 REQUIRES = {"math": ["answer"]}
 _MAX_CHARS = 500
@@ -87,7 +87,7 @@ def math(rollout: Rollout, row: Row) -> RewardResult:
 
 def stated_answers(text: str) -> list[str]:
     """Every final answer that the text states, in order of kind, as written."""
-    text = without_reasoning(text)
+    text = prose(text)
     if states_too_often(text):
         return []
     stated = boxes(text)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from posttrain.records import RewardResult, Rollout, Row
 
 from .doubts import is_asked, is_doubted, is_hedged, is_taken_back
-from .stated import MARK, MOST, boxes, end_of_marks, states_too_often, tagged, without_reasoning
+from .stated import MARK, MOST, boxes, end_of_marks, prose, states_too_often, tagged
 
 REQUIRES = {"multiple_choice": ["answer"]}
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -90,13 +90,13 @@ def multiple_choice(rollout: Rollout, row: Row, num_choices: int = 26) -> Reward
 def _contradicts(text: str, gold: int, texts: list[str]) -> bool:
     """Whether the letter of a choice stands before the whole text of another, as in "(B) red" where B is blue."""
     others = {choice for choice in texts if choice != texts[gold]} if texts else set()
-    lines = re.findall(rf"\b{_LETTERS[gold]}\b[\s).:*\]]+([^\n]+)", without_reasoning(text))
+    lines = re.findall(rf"\b{_LETTERS[gold]}\b[\s).:*\]]+([^\n]+)", prose(text))
     return any(line.strip(" .*_$)]") in others for line in lines)
 
 
 def named_letters(text: str, letters: str = _LETTERS) -> set[str]:
     """Every letter that the text names as its answer; alternatives joined by "or", "and", "/" or a comma count too."""
-    text = unicodedata.normalize("NFKC", without_reasoning(text).replace("\r\n", "\n"))
+    text = unicodedata.normalize("NFKC", prose(text).replace("\r\n", "\n"))
     text = _MACRO.sub("", text)
     if states_too_often(text) or sum(1 for _ in _OPTION.finditer(text)) > MOST:
         return set()

@@ -12,7 +12,7 @@ from typing import Any
 
 from posttrain.records import RewardResult, Rollout, Row
 
-from .stated import boxes, marked, tagged, without_reasoning
+from .stated import boxes, marked, prose, tagged
 
 REQUIRES = {
     key: ["answer"] for key in ("grounding", "point_in_box", "counting", "which_picture", "relaxed_accuracy", "anls")
@@ -131,7 +131,7 @@ def anls(rollout: Rollout, row: Row, threshold: float = 0.5) -> RewardResult:
 
 
 def _statements(text: str) -> list[str]:
-    text = without_reasoning(text)
+    text = prose(text)
     found = [part for part in (*boxes(text), *tagged(text)) if part.strip()]
     found = found or [part.split("\n")[0] for part in marked(text)]
     lines = [line for line in text.splitlines() if line.strip()]

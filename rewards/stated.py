@@ -23,11 +23,7 @@ _LEADING = re.compile(r"(?:(?:so|thus|therefore|hence|the|my|our|final|correct|r
 
 
 def without_reasoning(text: str) -> str:
-    """The text without the reasoning in `<think>`, even if that block never ends. Reasoning states no answer.
-
-    Of a long run of signs only both ends are left. So patterns that skip signs take a time that grows with the length
-    of the text and no faster.
-    """
+    """The text without the reasoning in `<think>`, even if that block never ends. Reasoning states no answer."""
     tags = list(_REASONING.finditer(text))
     closed: dict[str, int] = {}  # of each name, where the next closing tag ends
     ends = [0] * len(tags)
@@ -46,7 +42,15 @@ def without_reasoning(text: str) -> str:
         else:
             left.append(tag)
     text = "".join([*parts, text[place:]])
-    return _SIGNS.sub(lambda run: run[0][:40] + run[0][-40:], _outside(text) if left else text)
+    return _outside(text) if left else text
+
+
+def prose(text: str) -> str:
+    """The text without its reasoning, in which only both ends are left of a long run of signs.
+
+    So patterns that skip signs take a time that grows with the length of the text and no faster.
+    """
+    return _SIGNS.sub(lambda run: run[0][:40] + run[0][-40:], without_reasoning(text))
 
 
 def _outside(text: str) -> str:
