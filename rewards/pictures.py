@@ -15,7 +15,12 @@ from posttrain.records import RewardResult, Rollout, Row
 from .stated import boxes, marked, prose, tagged
 
 REQUIRES = {
-    key: ["answer"] for key in ("grounding", "point_in_box", "counting", "which_picture", "relaxed_accuracy", "anls")
+    "grounding": ["answer"],
+    "point_in_box": ["answer"],
+    "counting": ["answer"],
+    "which_picture": ["answer"],
+    "relaxed_accuracy": ["answer"],
+    "anls": ["answer"],
 }
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _LIST = re.compile(rf"{_NUMBER}(?:\s*[,;]\s*{_NUMBER})+")

@@ -4,6 +4,8 @@ import pytest
 
 from posttrain.records import FinishReason, Media, Message, Prompt, Rollout, Row
 from posttrain.rewards.pictures import anls, counting, grounding, point_in_box, relaxed_accuracy, which_picture
+from posttrain.scoring.plugins.lookup import RewardSpec
+from posttrain.scoring.plugins.requirements import required_fields
 
 
 def reply(text: str) -> Rollout:
@@ -135,3 +137,8 @@ def test_the_picture_that_is_named(text, value):
 def test_an_answer_that_is_no_picture_is_an_error_of_the_row(answer):
     with pytest.raises(ValueError, match="is not the number of one of 3 pictures"):
         which_picture(shown("2"), row(answer))
+
+
+@pytest.mark.parametrize("name", ["grounding", "point_in_box", "counting", "which_picture", "relaxed_accuracy", "anls"])
+def test_the_fields_that_a_row_needs_are_read_without_running_the_reward(name):
+    assert required_fields(RewardSpec(f"posttrain.rewards.pictures:{name}"), "image") == ["answer"]
