@@ -1,6 +1,10 @@
 """Plug-ins in an interpreter of their own, which has msgspec and a package that this one lacks, and nothing else."""
 
+import contextlib
+import socket
+import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from posttrain.reward_tools.install import adapters, install
 from posttrain.scoring.plugins.interpreter import check_python, client_path
 from posttrain.scoring.plugins.lookup import RewardSpec, check_environment, check_reward
 from posttrain.scoring.pool.pool import RewardPool
+from posttrain.serving.server import free_port
 
 PLUGINS = '''
 import importlib.util, sys
@@ -216,3 +221,71 @@ def test_an_environment_of_verifiers_runs_unchanged(tmp_path, monkeypatch, tiny_
     with pytest.raises(DataError, match="cannot make the rows: RuntimeError: no world"):
         load_rows(f"verifiers:{tmp_path}/worlds.py:broken?size=4&python={python}", kind="prompt")
     assert "verifiers" not in sys.modules
+
+
+SERVER = """
+import sys
+import uvicorn
+from openenv.core.env_server.http_server import HTTPEnvServer
+from openenv.core.env_server.interfaces import Environment
+from openenv.core.env_server.types import Action, Observation, State
+from fastapi import FastAPI
+
+class Said(Action):
+    said: str
+
+class Heard(Observation):
+    heard: str
+
+class Guess(Environment):
+    SUPPORTS_CONCURRENT_SESSIONS = True
+
+    def reset(self, seed=None, number=5, **other):
+        self.number = number
+        return Heard(heard="Guess a number.")
+
+    def step(self, action):
+        right = action.said == str(self.number)
+        return Heard(heard="right" if right else "wrong", done=right, reward=1.0 if right else -0.25)
+
+    @property
+    def state(self):
+        return State()
+
+app = FastAPI()
+HTTPEnvServer(Guess, Said, Heard, max_concurrent_envs=8).register_routes(app)
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="error")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.full  # installs the real package, which takes minutes and an index
+def test_a_server_of_openenv_is_an_environment(tmp_path, tiny_tokenizer):
+    """By hand: a wrong guess costs a quarter, a right one earns 1. A server that is gone is a lost world."""
+    python = install("openenv", tmp_path / "client")
+    subprocess.run([python, "-m", "pip", "install", "-q", "openenv-core==0.2.3"], check=True)
+    (tmp_path / "server.py").write_text(SERVER)
+    port = free_port("127.0.0.1", 0)
+    args = {"url": f"http://127.0.0.1:{port}", "action": "said", "shown": "heard", "max_turns": 3}
+    environment: dict[str, Any] = {
+        "name": "posttrain.environments.openenv:openenv", "python": str(python), "args": args
+    }  # fmt: skip
+    rows = [question("three", reset={"number": 3}), question("never")]
+    assert check_environment_rows(EnvironmentConfig.model_validate(environment), rows) == []
+    server = subprocess.Popen([python, str(tmp_path / "server.py"), str(port)])
+    try:
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.2)
+        found = play(tiny_tokenizer, environment, rows, lambda turn: "3" if turn.number > 2 else "7")
+    finally:
+        server.kill()
+        server.wait()
+    scores = {name: rollouts[0].scored for name, rollouts in found.items()}
+    values = {name: scored and scored.result and scored.result.value for name, scored in scores.items()}
+    assert values == {"three": 0.75, "never": -0.75}
+    assert "wrong" in tiny_tokenizer.decode([token for one in found["three"][0].segments for token in one.token_ids])
+    (lost,) = play(tiny_tokenizer, environment, rows[:1], lambda _: "7")["three"]
+    assert lost.scored is not None
+    assert (lost.scored.result, str(lost.scored.outcome)) == (None, "infrastructure")
