@@ -15,7 +15,7 @@ from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
 from posttrain.sampling.manifests import FolderWeights, GpuManifest, from_plain, to_plain
 from posttrain.sampling.requests import EngineLostError, SampleRequest
-from posttrain.sampling.weights import SharedWeights, TensorSpec, WeightTransferError, open_weights
+from posttrain.sampling.weights import SharedWeights, TensorSpec, WeightTransferError, open_weights, verify
 
 ENGINE = EngineConfig(**tiny_policy.ENGINE)
 PROMPTS = [tuple(range(5 + i, 25 + i)) for i in range(12)]
@@ -86,10 +86,11 @@ def test_damaged_weights_are_refused(tmp_path):
         segment.seek(400)
         segment.write(b"\xff")
     with pytest.raises(WeightTransferError, match=r"policy version 5 from process \d+ on .*: tensor w has checksum"):
-        list(open_weights(manifest))
+        verify(manifest)
     shared.close()
-    with pytest.raises(WeightTransferError, match="is gone"):
-        list(open_weights(manifest))
+    for read in (verify, lambda manifest: list(open_weights(manifest))):
+        with pytest.raises(WeightTransferError, match="is gone"):
+            read(manifest)
 
 
 def test_the_tensor_that_differs_is_named(tmp_path):
@@ -100,7 +101,7 @@ def test_the_tensor_that_differs_is_named(tmp_path):
         segment.write(b"\xff")
     notes = []
     with pytest.raises(WeightTransferError, match="tensor b has checksum"):
-        next(open_weights(manifest, notes.append))  # before anything is loaded
+        verify(manifest, notes.append)
     assert notes == ["the checksum of tensor a", "the checksum of tensor b"]
 
 

@@ -3,7 +3,7 @@
 ```
 start ──────────► vLLM's AsyncLLM ──► core process ◄── watch: is it dead or frozen?
 ask ────────────► an answer within `deadline_s`, or EngineLostError
-update_weights ─► pause between two steps, load tensor after tensor, resume
+update_weights ─► verify checksums, pause between two steps, load tensor after tensor, resume
 ```
 
 Left out: requests and replies, which are in engine.py.
@@ -23,10 +23,11 @@ from posttrain.compat import vllm as compat
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.sampling.arguments import cpu_cache_arguments, engine_arguments
-from posttrain.sampling.manifests import WeightSource, to_plain
+from posttrain.sampling.manifests import WeightManifest, WeightSource, to_plain
 from posttrain.sampling.progress import Progress
 from posttrain.sampling.requests import EngineLostError
 from posttrain.sampling.watch import Watch, look_every_s
+from posttrain.sampling.weights import verify
 
 T = TypeVar("T")
 
@@ -154,10 +155,12 @@ class Core:
     async def update_weights(self, source: WeightSource, policy_version: int, kv: Literal["recompute", "keep"]) -> None:
         """Load new weights between two steps. See `EngineActor.update_weights`."""
         what = f"the update to policy version {policy_version}"
+        if isinstance(source, WeightManifest):  # while the core still samples
+            await self._follow(asyncio.to_thread(verify, source, self._progress.note), what)
         self._is_updating = True
         try:
             await self.ask(what, compat.pause_between_steps(self.llm, clear_cache=kv == "recompute"))
-            await self._load(source, what)
+            await self._follow(self.llm.collective_rpc("apply_weights", args=(to_plain(source),)), what)
             if kv == "keep":
                 await self.ask(what, self.llm.reset_prefix_cache())
             await self.ask(what, self.llm.update_weight_version(str(policy_version)))
@@ -167,10 +170,10 @@ class Core:
             self._is_updating = False
             self._watch.heard()
 
-    async def _load(self, source: WeightSource, update: str) -> None:
-        """Wait for vLLM's workers to load `source`, as long as they make progress from tensor to tensor."""
+    async def _follow(self, work: Awaitable[Any], update: str) -> None:
+        """Wait for a part of an update, as long as it makes progress from tensor to tensor."""
         deadline_s = self._engine.deadline_s
-        task = asyncio.ensure_future(self.alive(self.llm.collective_rpc("apply_weights", args=(to_plain(source),))))
+        task = asyncio.ensure_future(self.alive(work))
         seen, since = self._progress.read(), time.monotonic()
         while True:
             await asyncio.wait({task}, timeout=look_every_s(deadline_s))

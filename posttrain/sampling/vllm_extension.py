@@ -71,7 +71,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         model: Any = self.model
         source = from_plain(update_info.source)
         assert not isinstance(source, GpuManifest)
-        model.load_weights(open_weights(source, note))
+        model.load_weights(open_weights(source))
 
     def finish_weight_update(self) -> None:
         """Bring the layers into the layout that the kernels read."""

@@ -147,26 +147,40 @@ def checksum(place: torch.Tensor) -> int:
     return xxhash.xxh3_64_intdigest(place.numpy().data)
 
 
-def open_weights(
-    source: WeightManifest | FolderWeights, note: Callable[[str], None] = lambda name: None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) from shared memory or a folder.
-
-    note: called with the name of each tensor whose checksum is verified. All are verified before the first is yielded.
-    """
+def open_weights(source: WeightManifest | FolderWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) from shared memory, whose checksums are left to `verify`, or from a folder."""
     if isinstance(source, FolderWeights):
         yield from _open_folder(Path(source.folder))
     else:
-        yield from _open_segment(source, note)
+        for entry, place in _places(source):
+            yield entry.name, _read(place.view(getattr(torch, entry.dtype)), entry.shape)
 
 
-def _open_segment(manifest: WeightManifest, note: Callable[[str], None]) -> Iterator[tuple[str, torch.Tensor]]:
-    who = f"policy version {manifest.policy_version} from {manifest.peer}"
+def verify(manifest: WeightManifest, note: Callable[[str], None] = lambda text: None) -> None:
+    """Compare the checksums of all tensors in shared memory with those of the manifest.
+
+    note: called with the name of each tensor before it is read. Raises WeightTransferError for the first that differs.
+    """
+    for entry, place in _places(manifest):
+        note(f"the checksum of tensor {entry.name}")
+        if (found := checksum(place)) != entry.checksum:
+            raise WeightTransferError(
+                f"{_sender(manifest)}: tensor {entry.name} has checksum {found:#x} in {manifest.path}, not "
+                f"{entry.checksum:#x}"
+            )
+
+
+def _sender(manifest: WeightManifest) -> str:
+    return f"policy version {manifest.policy_version} from {manifest.peer}"
+
+
+def _places(manifest: WeightManifest) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
+    """Each tensor's entry, and its bytes in shared memory."""
     try:
         descriptor = os.open(manifest.path, os.O_RDONLY)
     except FileNotFoundError:
         raise WeightTransferError(
-            f"{who}: the segment {manifest.path} is gone; the trainer has ended or runs on another host"
+            f"{_sender(manifest)}: the segment {manifest.path} is gone; the trainer has ended or runs on another host"
         ) from None
     try:
         # Private and writable only because torch has no read-only tensors; nobody writes.
@@ -174,19 +188,9 @@ def _open_segment(manifest: WeightManifest, note: Callable[[str], None]) -> Iter
     finally:
         os.close(descriptor)
     buffer = torch.frombuffer(segment, dtype=torch.uint8)
-    places = []
-    for entry in manifest.tensors:  # all are checked before any is loaded
-        note(f"the checksum of tensor {entry.name}")
+    for entry in manifest.tensors:
         num_bytes = getattr(torch, entry.dtype).itemsize * torch.Size(entry.shape).numel()
-        place = buffer[entry.offset : entry.offset + num_bytes]
-        found = checksum(place)
-        if found != entry.checksum:
-            raise WeightTransferError(
-                f"{who}: tensor {entry.name} has checksum {found:#x} in {manifest.path}, not {entry.checksum:#x}"
-            )
-        places.append(place)
-    for entry, place in zip(manifest.tensors, places, strict=True):
-        yield entry.name, _read(place.view(getattr(torch, entry.dtype)), entry.shape)
+        yield entry, buffer[entry.offset : entry.offset + num_bytes]
 
 
 def _open_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
