@@ -236,19 +236,44 @@ def test_groups_that_teach_nothing_are_replaced_and_the_selection_leaves_their_p
 
 
 @pytest.mark.slow
-def test_training_raises_the_reward(ranks, tiny_model, tmp_path):
+def test_training_raises_the_reward_and_groups_that_teach_nothing_stop_after_their_first_replies(
+    ranks, tiny_model, tmp_path
+):
+    """All coding prompts are flat. Once that is known, their groups end after two replies and others take their place.
+
+    The trained steps are done again from the archive, which has the groups that went on whole.
+    """
     config = make_config(
         tmp_path,
         tiny_model,
-        rows_of(["math"]),
+        rows_of(["math"]) + rows_of(["coding"], flat=True),
         steps=14,
         groups_per_step=8,
+        mixture={"math": 3, "coding": 1},
+        mixture_refills=1,
+        selection={"first_replies": 2},
         optimizer={"learning_rate": 1.5e-3},  # at 3e-3 the policy may give one reply alone before the last step
     )
     _, metrics = run_stage(config, tmp_path / "rl")
     first = sum(line["reward_mean"] for line in metrics[:3]) / 3
     last = sum(line["reward_mean"] for line in metrics[-3:]) / 3
     assert last > first + 0.1
+    by_group = defaultdict(list)
+    for row in read_rollouts(tmp_path / "rl"):
+        by_group[row["group_id"]].append(row)
+    sizes = defaultdict(set)
+    for group in by_group.values():
+        sizes[group[0]["status"]].add(len(group))
+    assert sizes["trained"] == {4}
+    assert sizes["dropped:stopped"] == {2}
+    stopped = {group[0]["capability"] for group in by_group.values() if group[0]["status"] == "dropped:stopped"}
+    assert "coding" in stopped
+    audit = audit_stage(tmp_path / "rl")
+    assert audit.is_clean, audit.problems
+    again = tmp_path / "again"
+    again.mkdir()
+    found = replay(config, StageContext("rl", again, again / "events.jsonl", seed=3), tmp_path / "rl")
+    assert (found["batches_equal"], found["weights_equal"]) == (True, True), found
 
 
 @pytest.mark.slow

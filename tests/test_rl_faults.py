@@ -29,7 +29,12 @@ RESUMED = (("controller", "commit"), ("ray", "scored"))
 @pytest.mark.timeout(900)
 def test_one_kill_of_every_victim_loses_nothing_and_trains_nothing_twice(tmp_path):
     folder = write_stage(
-        tmp_path / "rl", save_policy(tmp_path / "policy"), steps=30, trainer_restarts=1, checkpoint_every=3
+        tmp_path / "rl",
+        save_policy(tmp_path / "policy"),
+        steps=30,
+        trainer_restarts=1,
+        checkpoint_every=3,
+        selection={"first_replies": 2},
     )
     run = ChaosRun(folder, Random(0))
     try:
