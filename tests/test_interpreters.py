@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from episodes_by_hand import play, question
+from episodes_by_hand import HERMES, play, question
 
+from posttrain.base.tokenizer import build_tokenizer
 from posttrain.cli.main import main
 from posttrain.config.environments import EnvironmentConfig
 from posttrain.data.rows import load_rows
@@ -192,6 +193,14 @@ def load(largest=9):
     rubric = vf.Rubric(funcs=[right, brief], weights=[1.0, 0.5])
     return Twice(dataset=datasets.Dataset.from_list(rows), rubric=rubric, max_turns=2)
 
+def add(a: int, b: int) -> int:
+    return a + b
+
+def with_tools():
+    rows = [{"question": "1 + 2 =", "answer": "3"}]
+    rubric = vf.Rubric(funcs=[lambda completion, answer, **kwargs: float(completion[-1]["content"] == answer)])
+    return vf.ToolEnv(tools=[add], dataset=datasets.Dataset.from_list(rows), rubric=rubric)
+
 def broken():
     raise RuntimeError("no world")
 """
@@ -218,6 +227,17 @@ def test_an_environment_of_verifiers_runs_unchanged(tmp_path, monkeypatch, tiny_
         assert rollout.scored.result.value == 1.25
         assert rollout.scored.result.parts.items() >= {"right": 1.0, "brief": 0.5, "turns": 2}.items()
         assert [segment.trained for segment in rollout.segments] == [True, False, True]
+    rows = load_rows(f"verifiers:{tmp_path}/worlds.py:with_tools?size=1&python={python}", kind="prompt")
+    assert [tool["function"]["name"] for tool in rows[0].fields["tools"]] == ["add"]
+    tokenizer: Any = build_tokenizer()
+    tokenizer.chat_template = HERMES
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+    found = play(tokenizer, environment, rows, lambda turn: "3" if turn.number else call, max_tokens=200)
+    (rollout,) = found[rows[0].id]
+    assert rollout.scored is not None
+    assert rollout.scored.result is not None, rollout.scored.reason
+    assert rollout.scored.result.parts.items() >= {"add_calls": 1.0, "turns": 2, "tool_calls": 1}.items()
+    assert (rollout.scored.result.value, rollout.text) == (1.0, "3")
     with pytest.raises(DataError, match="cannot make the rows: RuntimeError: no world"):
         load_rows(f"verifiers:{tmp_path}/worlds.py:broken?size=4&python={python}", kind="prompt")
     assert "verifiers" not in sys.modules

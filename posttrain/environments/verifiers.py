@@ -61,12 +61,20 @@ def write_rows() -> None:
     job = json.load(sys.stdin)
     lines, sys.stdout = sys.stdout, sys.stderr  # packages print too
     world = _world(job["dataset"], json.dumps(job["settings"], sort_keys=True))
+    tools = [_schema(tool) for tool in world.tool_defs or ()]
     name = job["dataset"].rpartition("/")[2].partition(".py:")[0].rpartition(".")[2]
     for at, item in enumerate(world.get_dataset(n=job["size"], seed=job["seed"])):
         given = {"load": job["dataset"], "args": job["settings"], "row": item}
         answer = item.get("answer") or None
         line = {"id": f"{name}-{job['seed']}-{at}", "capability": name, "messages": item["prompt"], "answer": answer}
-        print(json.dumps({**line, "verifiers": given}), file=lines)
+        print(json.dumps({**line, **({"tools": tools} if tools else {}), "verifiers": given}), file=lines)
+
+
+def _schema(tool: Any) -> dict[str, Any]:
+    """The schema of a tool as the environment's client sends it, so that a prompt begins as its first call."""
+    strict = {} if tool.strict is None else {"strict": tool.strict}
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters, **strict}
+    return {"type": "function", "function": function}
 
 
 @cache
