@@ -26,7 +26,6 @@ from posttrain.data.ends import end_token_ids
 from posttrain.data.rows import load_rows
 from posttrain.files import read_jsonl
 from posttrain.model.tokenizer import load_tokenizer
-from posttrain.records import DrawnPrompt, Prompt, Row
 from posttrain.rl.config import RlConfig
 
 BASE = Path(__file__).parents[1] / "configs" / "quickstart" / "base.yaml"
@@ -83,6 +82,7 @@ def _base(folder: Path) -> dict[str, Any]:
 
 def _pass_rates(folder: Path, model: str, settings: dict[str, Any]) -> dict[str, float]:
     """How often the model passes each candidate, by prompt id."""
+    from posttrain.rl.prompts.lengths import plain_prompts
     from posttrain.rl.prompts.profile import profile_prompts
     from posttrain.sampling.client import Engines
 
@@ -91,17 +91,12 @@ def _pass_rates(folder: Path, model: str, settings: dict[str, Any]) -> dict[str,
     config = validate_config(RlConfig, data | {"prompts": {"path": str(folder / "candidates.jsonl")}}, "benchmark")
     tokenizer = load_tokenizer(config.model.path)
     rows = load_rows(config.prompts, kind="prompt")
-    prompts = [_plain(row, tokenizer) for row in rows]
+    prompts = plain_prompts(rows, lambda _, messages: render_prompt(tokenizer, messages))
     context = StageContext("pool", folder, folder / "events.jsonl", 0, warm_engines=True)
     with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
         stop_ids = tuple(end_token_ids(tokenizer))
         found = profile_prompts(config, context, engines, prompts=prompts, stop_ids=stop_ids)
     return {item.prompt_id: item.pass_rate for item in found if item.n == SAMPLES}
-
-
-def _plain(row: Row, tokenizer: Any) -> DrawnPrompt:
-    """A row as a prompt without a sampled system instruction."""
-    return DrawnPrompt(row, None, Prompt(row.messages, tuple(render_prompt(tokenizer, row.messages))))
 
 
 def _unsolvable(row: dict[str, Any]) -> dict[str, Any]:

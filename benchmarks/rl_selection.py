@@ -137,7 +137,7 @@ class Beta(Uniform):
     def __init__(self, policy: Policy, seed: int):
         super().__init__(policy, seed)
         rows = [Row(str(place), "all", (Message("user", ""),)) for place in range(policy.course.prompts)]
-        self.selection = Selection(rows, Beliefs(rows, 20.0), group_size=GROUP, seed=seed)
+        self.selection = Selection(Beliefs(rows, 20.0), group_size=GROUP, seed=seed)
         self.order = 0
 
     def draw(self) -> int:

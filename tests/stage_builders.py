@@ -508,12 +508,12 @@ def _rollout(prompt: Any, index: int, length: int = 2) -> Rollout:
 
 def rl_rows(config: Any) -> Any:
     from posttrain.rl.loop.evaluation import heldout_rows
-    from posttrain.rl.prompts.profile import profiled_prompts
+    from posttrain.rl.prompts.profile import profiled_places
     from posttrain.rl.stage import _render, _rows
 
     rows = _rows(config)
     prompts, heldout = _render(config, rows, heldout_rows(config, config.evaluation))[1:]
-    asked = profiled_prompts(prompts, config.profile.prompts, 0) if config.profile is not None else None
+    asked = profiled_places(rows, config.profile.prompts, 0) if config.profile is not None else None
     return rows, prompts, heldout, asked
 
 

@@ -24,7 +24,7 @@ def rows_of(count: int, capability: str = "math", **fields: object) -> list[Row]
 
 
 def selection_of(rows: Sequence[Row], seed: int = 0, **options: object) -> Selection:
-    return Selection(rows, Beliefs(rows, 20.0, **options), group_size=8, seed=seed)
+    return Selection(Beliefs(rows, 20.0, **options), group_size=8, seed=seed)
 
 
 def draw(selection: Selection, count: int, first: int = 1, capability: str = "math") -> list[str]:

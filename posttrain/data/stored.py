@@ -169,13 +169,13 @@ def pick(records: Sequence[S], indices: "Sequence[int] | Indices") -> Sequence[S
 
 
 class Derived(Sequence[T], Generic[S, T]):
-    """What `make` makes of each item, each time it is asked for, so that it is never in memory for all items."""
+    """What `make` makes of each of `items`, each time it is asked for, so that it is never in memory for all items."""
 
     def __init__(self, items: Sequence[S], make: Callable[[S], T]):
-        self._items, self._make = items, make
+        self.items, self._make = items, make
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.items)
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -183,8 +183,12 @@ class Derived(Sequence[T], Generic[S, T]):
     def __getitem__(self, index: slice) -> "Derived[S, T]": ...
     def __getitem__(self, index: int | slice) -> "T | Derived[S, T]":
         if isinstance(index, slice):
-            return Derived(self._items[index], self._make)
-        return self._make(self._items[index])
+            return Derived(self.items[index], self._make)
+        return self._make(self.items[index])
 
     def __iter__(self) -> Iterator[T]:
-        return map(self._make, self._items)
+        return map(self._make, self.items)
+
+    def at(self, indices: "Sequence[int] | Indices") -> "Derived[S, T]":
+        """What is made of the items at these indices, in their order."""
+        return Derived(pick(self.items, indices), self._make)

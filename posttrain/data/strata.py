@@ -1,10 +1,13 @@
 """Divides places among strata, such as capabilities, and orders rows independently of their order in the file."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from posttrain.records import Row
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def hash_order(seed: int, name: str) -> int:
@@ -37,17 +40,43 @@ def proportional_shares(sizes: Mapping[str, int], total: int, seed: int = 0) -> 
     return shares
 
 
-def sampled_rows(rows: Sequence[Row], limit: int | None) -> list[Row]:
-    """All rows, or `limit` of them with a fair share of each capability.
+def sampled_places(rows: Sequence[Row], limit: int | None) -> "Sequence[int] | np.ndarray":
+    """The places of all rows, or of `limit` of them with a fair share of each capability, in their order.
 
     The choice depends only on the rows' ids, not on a seed, so that two policies are measured on the same prompts.
     """
+    import numpy as np
+
     if limit is None or limit >= len(rows):
-        return list(rows)
-    places = proportional_shares(Counter(row.capability for row in rows), limit)
-    chosen: set[str] = set()
-    for row in sorted(rows, key=lambda row: (hash_order(0, row.id), row.id)):
-        if places[row.capability]:
-            places[row.capability] -= 1
-            chosen.add(row.id)
-    return [row for row in rows if row.id in chosen]
+        return range(len(rows))
+    hashes, capability_N, names = hashes_and_capabilities(rows, 0)
+    shares = proportional_shares(dict(zip(names, np.bincount(capability_N).tolist(), strict=True)), limit)
+    order = np.lexsort((hashes, capability_N))
+    sizes = np.bincount(capability_N)
+    ranks = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of each row among its capability's
+    chosen = order[ranks < np.repeat([shares[name] for name in names], sizes)]
+    return np.sort(chosen)
+
+
+def places_by_capability(rows: Sequence[Row]) -> "dict[str, np.ndarray]":
+    """The places of the rows of each capability, by its name."""
+    import numpy as np
+
+    found: dict[str, int] = {}
+    number_N = np.fromiter((found.setdefault(row.capability, len(found)) for row in rows), np.int32, len(rows))
+    return {name: np.flatnonzero(number_N == number) for name, number in sorted(found.items())}
+
+
+def hashes_and_capabilities(rows: Sequence[Row], seed: int) -> "tuple[np.ndarray, np.ndarray, list[str]]":
+    """The sort key of each row by its id [N], the number of its capability [N], and the names of the capabilities."""
+    import numpy as np
+
+    hashes, numbers = np.empty(len(rows), np.uint64), np.empty(len(rows), np.int32)
+    found: dict[str, int] = {}
+    for place, row in enumerate(rows):
+        hashes[place] = hash_order(seed, row.id)
+        numbers[place] = found.setdefault(row.capability, len(found))
+    names = sorted(found)
+    in_order = np.empty(len(names), np.int32)
+    in_order[[found[name] for name in names]] = np.arange(len(names))
+    return hashes, in_order[numbers], names

@@ -19,6 +19,7 @@ from typing import Any
 from posttrain.config.environments import EnvironmentConfig, EnvironmentFunctionConfig
 from posttrain.data.chat import RenderRow, render_prompt
 from posttrain.data.messages import RowError
+from posttrain.data.stored import pick
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
 from posttrain.episodes.toolbox.sources import provided_tools, tool_schemas
@@ -51,21 +52,19 @@ def row_tools(config: EnvironmentConfig | None, row: Row) -> list[dict[str, Any]
     return [] if config is None or key is None else environment_tools(config.functions[key])
 
 
-def check_environment_rows(config: EnvironmentConfig | None, rows: Sequence[Row]) -> list[Row]:
+def check_environment_rows(config: EnvironmentConfig | None, rows: Sequence[Row]) -> Sequence[Row]:
     """Check the environments, and the rows that they would get. Returns the rows that the stage's `reward` scores.
 
     Raises PluginError for an environment that is wrong, and DataError for rows that lack a field which it needs.
     """
     if config is None:
-        return list(rows)
-    by_key: dict[str | None, list[Row]] = {}
-    for row in rows:
-        by_key.setdefault(config.key_of(row.capability), []).append(row)
+        return rows
     for key, function in config.functions.items():
         check_environment(function.name, function.args, python=function.python or "")
         environment_tools(function)
-        check_fields(RewardSpec(function.name, function.args), by_key.get(key, []), kind=ENVIRONMENT)
-    return [row for row in rows if not config.gives_reward(row.capability)]
+        own = (row for row in rows if config.key_of(row.capability) == key)
+        check_fields(RewardSpec(function.name, function.args), own, kind=ENVIRONMENT)
+    return pick(rows, [place for place, row in enumerate(rows) if not config.gives_reward(row.capability)])
 
 
 def environment_tools(environment: EnvironmentFunctionConfig) -> list[dict[str, Any]]:

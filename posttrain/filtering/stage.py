@@ -21,10 +21,10 @@ from msgspec.structs import replace
 
 from posttrain.context import StageContext
 from posttrain.data.bad_rows import SeenIds
+from posttrain.data.places import Places
 from posttrain.data.rows import store_rows, write_rows
 from posttrain.data.special import special_token_problem
 from posttrain.data.stored import Derived, Stored, store
-from posttrain.data.strata import hash_order
 from posttrain.errors import DataError, StageError
 from posttrain.files import write_json
 from posttrain.filtering.config import FilterConfig
@@ -140,22 +140,16 @@ class VerdictsById(Mapping[str, Verdict]):
     """The verdict on each row, by the row's id. 16 bytes a row are in memory, if rows and verdicts are on disk."""
 
     def __init__(self, rows: Sequence[Row], verdicts: Sequence[Verdict]):
-        self._rows, self._verdicts = rows, verdicts
-        hashes = np.fromiter((hash_order(0, row.id) for row in rows), np.uint64, len(rows))
-        self._order = np.argsort(hashes)
-        self._hashes = hashes[self._order]
+        self._places, self._verdicts = Places(rows, lambda row: row.id), verdicts
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     def __iter__(self) -> Iterator[str]:
-        return (row.id for row in self._rows)
+        return iter(self._places)
 
     def __getitem__(self, name: str) -> Verdict:
-        at = int(np.searchsorted(self._hashes, hash_order(0, name)))
-        if at == len(self) or self._hashes[at] != hash_order(0, name):
-            raise KeyError(name)
-        return self._verdicts[int(self._order[at])]
+        return self._verdicts[self._places[name]]
 
 
 def histogram(result: FilterResult, labels: Sequence[str]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 
 from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
-from posttrain.data.chat import check_special_tokens, render_row
+from posttrain.data.chat import check_special_tokens
 from posttrain.data.ends import end_token_ids, note_added_end
-from posttrain.data.rows import load_rows
+from posttrain.data.rows import store_rows
 from posttrain.data.shown import Tools
+from posttrain.data.stored import Derived, Stored
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.episodes.rollouter import EnvironmentRollouter
 from posttrain.episodes.tools import row_renderer, row_tools
@@ -20,7 +21,7 @@ from posttrain.errors import TrainerLostError
 from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
 from posttrain.model.sharing import note_unshared
 from posttrain.parallel.engine import check_parallel
-from posttrain.records import DrawnPrompt, Message, Prompt, Row
+from posttrain.records import DrawnPrompt, Message, Row
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.judge import Judge
@@ -40,9 +41,9 @@ from posttrain.rl.prompts.beliefs import Beliefs, strata_of
 from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.fingerprints import check_resumed, run_fingerprints
-from posttrain.rl.prompts.lengths import check_room
+from posttrain.rl.prompts.lengths import check_room, plain_prompts
 from posttrain.rl.prompts.measured import first_group_figures
-from posttrain.rl.prompts.profile import profile_figures, profile_prompts, profiled_prompts
+from posttrain.rl.prompts.profile import profile_figures, profile_prompts, profiled_places
 from posttrain.rl.prompts.quotas import mixture_shares
 from posttrain.rl.prompts.selection import Selection
 from posttrain.rl.prompts.source import PromptSource
@@ -146,7 +147,7 @@ def _selection_figures(
 
 def _render(
     config: RlConfig, rows: Sequence[Row], heldout: Sequence[Row]
-) -> tuple[Tokenizer, list[DrawnPrompt], list[DrawnPrompt]]:
+) -> tuple[Tokenizer, Derived[Row, DrawnPrompt], Derived[Row, DrawnPrompt]]:
     """The policy's tokenizer, and what it makes of the prompts to train on and of those to evaluate on."""
     from posttrain.model.tokenizer import load_tokenizer
 
@@ -174,8 +175,8 @@ def _texts(config: RlConfig, rows: Sequence[Row]) -> Iterator[tuple[str, Sequenc
     return ((f"row {row.id!r}", row.messages, row_tools(config.environment, row) or None) for row in rows)
 
 
-def _rows(config: RlConfig, context: StageContext | None = None) -> list[Row]:
-    rows = load_rows(config.prompts, kind="prompt", stage="rl", context=context)
+def _rows(config: RlConfig, context: StageContext | None = None) -> Stored[Row]:
+    rows = store_rows(config.prompts, kind="prompt", stage="rl", context=context)
     check_rewardable(config, rows)
     strata_of(rows, config.selection.predictor)  # a row without this field is found before anything starts
     return rows
@@ -186,7 +187,7 @@ def _profile(
     context: StageContext,
     engines: Engines,
     *,
-    prompts: Sequence[DrawnPrompt],
+    prompts: Derived[Row, DrawnPrompt],
     judge: Judge | None,
     stop_ids: tuple[int, ...],
     rollouter: Callable[[], EnvironmentRollouter | None],
@@ -194,16 +195,16 @@ def _profile(
     """How often the policy passes the prompts that `profile` asks for; n is 0 where no reply could be scored."""
     if config.profile is None:
         return []
-    asked = profiled_prompts(prompts, config.profile.prompts, context.seed)
+    asked = prompts.at(profiled_places(prompts.items, config.profile.prompts, context.seed))
     return profile_prompts(
         config, context, engines, prompts=asked, stop_ids=stop_ids, judge=judge, rollouter=rollouter()
     )
 
 
-def _draw_plain(rows: Sequence[Row], tokenizer: Tokenizer, config: GradingConfig) -> list[DrawnPrompt]:
+def _draw_plain(rows: Sequence[Row], tokenizer: Tokenizer, config: GradingConfig) -> Derived[Row, DrawnPrompt]:
     """Each row as a prompt without a system instruction. Raises DataError if one leaves no room for a reply."""
     render = row_renderer(tokenizer, config.environment)
-    prompts = [DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))) for row in rows]
+    prompts = plain_prompts(rows, render)
     check_room(
         prompts,
         render,
@@ -289,5 +290,5 @@ def prompt_source(
         if item.prompt_id in beliefs.place:
             beliefs.observe(item.prompt_id, item.passes, item.n - item.passes, version=item.policy_version)
     beliefs.fit()
-    selection = Selection(rows, beliefs, group_size=config.group_size, seed=seed)
+    selection = Selection(beliefs, group_size=config.group_size, seed=seed)
     return PromptSource(rows, config.systems, render, seed=seed, selection=selection)

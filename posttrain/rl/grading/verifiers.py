@@ -39,8 +39,8 @@ def check_rewardable(config: GradingConfig, rows: Sequence[Row]) -> None:
     """Raise DataError for a row without a field that its environment needs, or else the reward, or a verifier that may
     be drawn for it."""
     plain = check_environment_rows(config.environment, rows)
-    own_system = [row for row in plain if row.messages[0].role == "system"]
-    others = [row for row in plain if row.messages[0].role != "system"]
+    own_system = (row for row in plain if row.messages[0].role == "system")
+    others = (row for row in plain if row.messages[0].role != "system")
     given = given_fields(config.judge)
     check_fields(RewardSpec(config.reward.name, config.reward.args), own_system, given)
     check_fields(reward_spec(config.reward, config.systems), others, given)

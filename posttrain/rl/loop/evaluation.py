@@ -10,17 +10,18 @@ from statistics import fmean
 from typing import Any
 
 from posttrain.context import StageContext
-from posttrain.data.chat import RenderRow, render_row
-from posttrain.data.rows import load_rows
-from posttrain.data.strata import sampled_rows
+from posttrain.data.chat import RenderRow
+from posttrain.data.rows import store_rows
+from posttrain.data.stored import Derived, pick
+from posttrain.data.strata import sampled_places
 from posttrain.files import keep_lines, read_jsonl
 from posttrain.metrics.correctness import is_right
 from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
-from posttrain.records import DrawnPrompt, Prompt, Row
+from posttrain.records import DrawnPrompt, Row
 from posttrain.rl.config import EvaluationConfig
 from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.verifiers import check_rewardable
-from posttrain.rl.prompts.lengths import check_room
+from posttrain.rl.prompts.lengths import check_room, plain_prompts
 from posttrain.rl.records import ScoredGroup
 from posttrain.rl.rollouts.config import RolloutsConfig
 from posttrain.sampling.requests import SampleRequest
@@ -30,18 +31,18 @@ FILE = "evaluations.jsonl"
 
 def heldout_rows(
     config: GradingConfig, evaluation: EvaluationConfig | None, context: StageContext | None = None
-) -> list[Row]:
+) -> Sequence[Row]:
     """The rows of `evaluation`; none if the config has no such section. Raises UserError for rows that do not fit."""
     if evaluation is None:
         return []
-    rows = load_rows(evaluation.data, kind="prompt", stage="rl", context=context)
+    rows = store_rows(evaluation.data, kind="prompt", stage="rl", context=context)
     check_rewardable(config, rows)
-    return sampled_rows(rows, evaluation.prompts)
+    return pick(rows, sampled_places(rows, evaluation.prompts))
 
 
-def heldout_prompts(config: RolloutsConfig, rows: Sequence[Row], render: RenderRow) -> list[DrawnPrompt]:
+def heldout_prompts(config: RolloutsConfig, rows: Sequence[Row], render: RenderRow) -> Derived[Row, DrawnPrompt]:
     """The rows as prompts, without a sampled system instruction. Raises DataError if one leaves no room for a reply."""
-    prompts = [DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))) for row in rows]
+    prompts = plain_prompts(rows, render)
     check_room(prompts, render, max_tokens=config.sampling.max_tokens, max_model_len=config.engine.length)
     return prompts
 

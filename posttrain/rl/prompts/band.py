@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from posttrain.data.stored import pick
 from posttrain.errors import ConfigError
 from posttrain.records import Row
 from posttrain.rl.prompts.difficulty import Difficulty
@@ -11,20 +12,20 @@ from posttrain.rl.prompts.difficulty import Difficulty
 ALL = (0.0, 1.0)  # the band that leaves out no prompt
 
 
-def select_band(difficulties: Sequence[Difficulty], rows: Sequence[Row], band: Sequence[float] | None) -> list[Row]:
+def select_band(difficulties: Sequence[Difficulty], rows: Sequence[Row], band: Sequence[float] | None) -> Sequence[Row]:
     """The rows whose pass rate lies in the band; says which bands would select how many if none does.
 
     Without a band these are all rows but those of which the profile could score no reply.
     """
     if band is None:
         lost = {item.prompt_id for item in difficulties if not item.n}
-        return [row for row in rows if row.id not in lost]
+        return pick(rows, [place for place, row in enumerate(rows) if row.id not in lost]) if lost else rows
     chosen = {item.prompt_id for item in difficulties if item.selected}
     if not chosen:
         raise ConfigError(
             "profile.band", [f"got {list(band)}: no prompt's pass rate lies in it; {_bands(difficulties, band)}"]
         )
-    return [row for row in rows if row.id in chosen]
+    return pick(rows, [place for place, row in enumerate(rows) if row.id in chosen])
 
 
 def _bands(difficulties: Sequence[Difficulty], band: Sequence[float]) -> str:

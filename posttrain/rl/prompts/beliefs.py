@@ -7,15 +7,18 @@ prompts seen so far (prior.py). First groups are a fair sample of the stratum, b
 that were not seen. A stratum with little evidence has about the prior of its capability, and a capability that of all
 prompts.
 
-Arrays have an entry for each prompt [N], so that a pool of 100,000 prompts costs little.
+Arrays have an entry for each prompt [N], so that a pool of millions of prompts costs little: 64 bytes a prompt, 16
+of them for its id.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 
+from posttrain.data.places import Places
 from posttrain.errors import ConfigError
 from posttrain.records import Row
 from posttrain.rl.prompts.difficulty import Difficulty
@@ -36,13 +39,10 @@ class Beliefs:
     """Beliefs about the pass rates of the rows' prompts. predictor: the name of a field of the rows, or None."""
 
     def __init__(self, rows: Sequence[Row], half_life: float, predictor: str | None = None):
-        self.ids = [row.id for row in rows]
-        self.place = {name: place for place, name in enumerate(self.ids)}
+        self._rows = rows
+        self.place = Places(rows, lambda row: row.id)
         self._half_life = half_life
-        strata = strata_of(rows, predictor)
-        self._strata = sorted(set(strata))
-        number = {stratum: index for index, stratum in enumerate(self._strata)}
-        self._stratum_N = np.array([number[stratum] for stratum in strata], dtype=np.int64)
+        self._strata, self._stratum_N = strata_of(rows, predictor)
         self._priors = np.tile(np.array(UNIFORM), (len(self._strata), 1))
         self._version = 0
         # Discounted counts as of `_version`, and the replies since, apart: sums of whole numbers do not depend on the
@@ -50,8 +50,19 @@ class Beliefs:
         self._passes_N, self._failures_N = np.zeros(len(rows)), np.zeros(len(rows))
         self._new_passes_N, self._new_failures_N = np.zeros(len(rows)), np.zeros(len(rows))
         # Of the first group of each prompt: scored replies (0 if it was not seen), passes, policy version.
-        self._first_N3 = np.zeros((len(rows), 3), dtype=np.int64)
+        self._first_N3 = np.zeros((len(rows), 3), dtype=np.int32)
         self._first: dict[Stratum, Counter[tuple[int, int]]] = defaultdict(Counter)  # as `prior.Counts`
+
+    def id_of(self, place: int) -> str:
+        """The id of the prompt at a place."""
+        return self._rows[place].id
+
+    def of_capabilities(self) -> dict[str, np.ndarray]:
+        """The places of the prompts of each capability, by name."""
+        numbers: dict[str, list[int]] = defaultdict(list)
+        for number, (capability, _) in enumerate(self._strata):
+            numbers[capability].append(number)
+        return {name: np.flatnonzero(np.isin(self._stratum_N, some)) for name, some in sorted(numbers.items())}
 
     @property
     def num_seen(self) -> int:
@@ -131,7 +142,7 @@ class Beliefs:
         They are a fair sample of what the policy could do then: a prompt's first group decides nothing about itself.
         """
         return [
-            Difficulty(self.ids[place], self._strata[self._stratum_N[place]][0], n, passes, version, True, samples=n)
+            Difficulty(self.id_of(place), self._strata[self._stratum_N[place]][0], n, passes, version, True, samples=n)
             for place in self._seen
             for n, passes, version in [self._first_N3[place].tolist()]
         ]
@@ -145,7 +156,7 @@ class Beliefs:
         return {
             "version": self._version,
             "seen": {
-                self.ids[place]: [
+                self.id_of(place): [
                     float(self._passes_N[place]),
                     float(self._failures_N[place]),
                     *self._first_N3[place].tolist(),
@@ -182,15 +193,31 @@ def mixed_chance(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
     return 1 - passed - failed
 
 
-def strata_of(rows: Sequence[Row], predictor: str | None) -> list[Stratum]:
-    """The stratum of each row. Numbers of a predictor with many values are put into bins of equally many rows.
+def strata_of(rows: Sequence[Row], predictor: str | None) -> tuple[list[Stratum], np.ndarray]:
+    """The strata in order, and the number of each row's [N].
 
-    Raises ConfigError for a row without the field `predictor`.
+    Numbers of a predictor with many values are put into bins of equally many rows. Raises ConfigError for a row without
+    the field `predictor`.
     """
-    if predictor is None:
-        return [(row.capability, "") for row in rows]
-    values = [row.fields.get(predictor) for row in rows]
-    for row, value in zip(rows, values, strict=True):
+    found: dict[Stratum, int] = {}
+    values = _values(rows, predictor) if predictor is not None else repeat("")
+    number_N = np.fromiter(
+        (found.setdefault((row.capability, str(value)), len(found)) for row, value in zip(rows, values, strict=False)),
+        np.int32,
+        len(rows),
+    )
+    strata = sorted(found)
+    in_order = np.empty(len(strata), np.int32)
+    in_order[[found[stratum] for stratum in strata]] = np.arange(len(strata))
+    return strata, in_order[number_N]
+
+
+def _values(rows: Sequence[Row], predictor: str) -> Iterable[Any]:
+    """The predictor's value in each row, or its bin."""
+    distinct: set[Any] = set()
+    are_numbers = True
+    for row in rows:
+        value = row.fields.get(predictor)
         if not isinstance(value, str | int | float):
             found = f"has no field {predictor!r}" if value is None else f"has {value!r} in {predictor!r}"
             raise ConfigError(
@@ -200,8 +227,12 @@ def strata_of(rows: Sequence[Row], predictor: str | None) -> list[Stratum]:
                     "field that all rows have, or remove selection.predictor"
                 ],
             )
-    numbers = [value for value in values if isinstance(value, int | float)]
-    if len(numbers) == len(values) and len(set(numbers)) > NUM_BINS:
-        edges = np.unique(np.quantile(numbers, np.arange(1, NUM_BINS) / NUM_BINS))
-        values = np.searchsorted(edges, numbers, side="right").tolist()
-    return [(row.capability, str(value)) for row, value in zip(rows, values, strict=True)]
+        are_numbers = are_numbers and not isinstance(value, str)
+        if are_numbers and len(distinct) <= NUM_BINS:
+            distinct.add(value)
+    values = (row.fields[predictor] for row in rows)
+    if not are_numbers or len(distinct) <= NUM_BINS:
+        return values
+    numbers_N = np.fromiter(values, np.float64, len(rows))
+    edges = np.unique(np.quantile(numbers_N, np.arange(1, NUM_BINS) / NUM_BINS))
+    return np.searchsorted(edges, numbers_N, side="right")

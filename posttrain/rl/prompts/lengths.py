@@ -1,19 +1,27 @@
-"""Check that every prompt leaves room for a reply, also with each system instruction that may be drawn for it."""
+"""Rows as prompts, and the check that each leaves room for a reply, also with each system instruction that may be drawn
+for it.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from posttrain.config.rewards import SystemInstruction
-from posttrain.data.chat import RenderRow
+from posttrain.data.chat import RenderRow, render_row
+from posttrain.data.stored import Derived
 from posttrain.errors import DataError
-from posttrain.records import DrawnPrompt, Message
+from posttrain.records import DrawnPrompt, Message, Prompt, Row
 
 # In tokens. An instruction adds about as many tokens to every prompt, so only prompts that are this near to the limit
 # are rendered with it.
 _NEAR = 32
 
 
+def plain_prompts(rows: Sequence[Row], render: RenderRow) -> Derived[Row, DrawnPrompt]:
+    """Each row as a prompt without a system instruction, rendered each time it is asked for."""
+    return Derived(rows, lambda row: DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))))
+
+
 def check_room(
-    prompts: Sequence[DrawnPrompt],
+    prompts: Iterable[DrawnPrompt],
     render: RenderRow,
     instructions: Sequence[SystemInstruction] = (),
     *,
@@ -33,15 +41,17 @@ def check_room(
             f"that exceeds engine.max_model_len {max_model_len}"
         )
 
+    added: dict[str, int] = {}  # tokens of each instruction
     for prompt in prompts:
-        if len(prompt.prompt.token_ids) > limit:
-            raise too_long(prompt, len(prompt.prompt.token_ids), "")
-    bare = [prompt for prompt in prompts if prompt.row.messages[0].role != "system"]
-    for text in [item.text for item in instructions if item.text and bare]:
-        system = Message("system", text)
-        added = len(render(bare[0].row, (system, *bare[0].prompt.messages))) - len(bare[0].prompt.token_ids)
-        for prompt in bare:
-            if len(prompt.prompt.token_ids) + added + _NEAR > limit:
-                length = len(render(prompt.row, (system, *prompt.prompt.messages)))
-                if length > limit:
-                    raise too_long(prompt, length, f" with the system instruction {text[:40]!r}")
+        length = len(prompt.prompt.token_ids)
+        if length > limit:
+            raise too_long(prompt, length, "")
+        if prompt.row.messages[0].role == "system":
+            continue
+        for text in [item.text for item in instructions if item.text]:
+            if text in added and length + added[text] + _NEAR <= limit:
+                continue
+            whole = len(render(prompt.row, (Message("system", text), *prompt.prompt.messages)))
+            added.setdefault(text, whole - length)
+            if whole > limit:
+                raise too_long(prompt, whole, f" with the system instruction {text[:40]!r}")

@@ -10,8 +10,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from msgspec.structs import replace
 
+from posttrain.data.places import Places
 from posttrain.metrics.pass_at_k import pass_at_k
 from posttrain.records import Row
 from posttrain.rl.prompts.beliefs import Stratum, strata_of
@@ -30,8 +32,8 @@ def first_group_figures(
     """
     if not found:
         return {}
-    by_id = {row.id: row for row in rows}
-    known = [replace(item, prompt=prompt_fingerprint(by_id[item.prompt_id])) for item in found]
+    place = Places(rows, lambda row: row.id)
+    known = [replace(item, prompt=prompt_fingerprint(rows[place[item.prompt_id]])) for item in found]
     write_estimates(run / FILE, known, profile_basis(config))
     k = config.selection.first_replies or config.group_size  # replies that were sampled whatever the others were
     pass_at = pool_pass_at_k(rows, found, k=k, predictor=config.selection.predictor)
@@ -45,14 +47,13 @@ def pool_pass_at_k(
 
     A stratum counts by the number of its rows, because some are drawn more than others.
     """
-    strata = dict(zip((row.id for row in rows), strata_of(rows, predictor), strict=True))
-    sizes: dict[Stratum, int] = defaultdict(int)
+    strata, number_N = strata_of(rows, predictor)
+    place = Places(rows, lambda row: row.id)
+    sizes = dict(zip(strata, np.bincount(number_N).tolist(), strict=True))
     of_stratum: dict[Stratum, list[Difficulty]] = defaultdict(list)
-    for stratum in strata.values():
-        sizes[stratum] += 1
     for item in found:
         if item.n >= k:
-            of_stratum[strata[item.prompt_id]].append(item)
+            of_stratum[strata[number_N[place[item.prompt_id]]]].append(item)
     result = {}
     for capability in sorted({name for name, _ in of_stratum}):
         seen = {stratum: items for stratum, items in of_stratum.items() if stratum[0] == capability}

@@ -24,10 +24,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from msgspec.structs import replace
 
 from posttrain.context import StageContext
-from posttrain.data.strata import hash_order
+from posttrain.data.stored import Derived
+from posttrain.data.strata import hashes_and_capabilities
 from posttrain.episodes.rollouter import EnvironmentRollouter
 from posttrain.errors import StageError
 from posttrain.metrics.correctness import is_right
@@ -61,29 +63,31 @@ def profile_prompts(
     context: StageContext,
     engines: Engines,
     *,
-    prompts: Sequence[DrawnPrompt],
+    prompts: Derived[Row, DrawnPrompt],
     stop_ids: tuple[int, ...],
     judge: Judge | None = None,
     rollouter: EnvironmentRollouter | None = None,
 ) -> list[Difficulty]:
     """Measure how often the policy passes each prompt. n is 0 for a prompt of which no reply could be scored.
 
+    prompts: made of their rows when they are sampled. In memory are the estimates, some 500 bytes a prompt.
     Prompts with a known estimate are not sampled again; the others get `profile.samples` replies each. The function
     writes difficulty.parquet. Raises StageError if not one reply could be scored.
     """
     asked = profile_of(config)
     basis = profile_basis(config)
     store = profile_store(asked.store, context.dir, basis)
-    keys = {prompt.row.id: prompt_fingerprint(prompt.row) for prompt in prompts}
+    rows = prompts.items
+    keys = {row.id: prompt_fingerprint(row) for row in rows}
     known = known_difficulties(
         context.dir,
         basis,
         store,
-        rows=[prompt.row for prompt in prompts],
+        rows=rows,
         keys=keys,
         samples=asked.samples,
     )
-    missing = [prompt for prompt in prompts if prompt.row.id not in known]
+    missing = prompts.at([place for place, row in enumerate(rows) if row.id not in known])
     context.event("profile", prompts=len(prompts), known=len(known))
     sampled: list[Difficulty] = []
     unscored = unscored_before(known.values())
@@ -116,20 +120,16 @@ def profile_prompts(
     return ordered
 
 
-def profiled_prompts(prompts: Sequence[DrawnPrompt], limit: int | None, seed: int) -> list[DrawnPrompt]:
-    """The prompts in random order, or `limit` of them, spread evenly over the capabilities."""
-    order = list(prompts)
-    if limit is not None and limit < len(order):
-        by_capability: dict[str, list[DrawnPrompt]] = {}
-        for prompt in sorted(order, key=lambda prompt: hash_order(seed, prompt.row.id)):
-            by_capability.setdefault(prompt.row.capability, []).append(prompt)
-        places = sorted(
-            (place / len(group), name, prompt.row.id, prompt)
-            for name, group in by_capability.items()
-            for place, prompt in enumerate(group)
-        )
-        chosen = {name for _, _, name, _ in places[:limit]}
-        order = [prompt for prompt in order if prompt.row.id in chosen]
+def profiled_places(rows: Sequence[Row], limit: int | None, seed: int) -> list[int]:
+    """The places of the rows in random order, or `limit` of them, spread evenly over the capabilities."""
+    order = list(range(len(rows)))
+    if limit is not None and limit < len(rows):
+        hashes, capability_N, _ = hashes_and_capabilities(rows, seed)
+        sizes = np.bincount(capability_N)
+        by_hash = np.lexsort((hashes, capability_N))  # the places of each capability, in order of their hashes
+        ranks = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        spread = np.lexsort((capability_N[by_hash], ranks / np.repeat(sizes, sizes)))
+        order = np.sort(by_hash[spread[:limit]]).tolist()
     random.Random(seed).shuffle(order)
     return order
 

@@ -13,12 +13,11 @@ prompts to be drawn next, is made anew after each optimizer step.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from posttrain.records import Row
 from posttrain.rl.prompts.beliefs import Beliefs, mixed_chance
 
 NUM_DRAWS = 4
@@ -30,17 +29,14 @@ RENEWAL = 0.02  # the weight of the newest group in the mean of trained groups f
 
 
 class Selection:
-    """Draws prompts of `rows` by `beliefs` about them. group_size: the number of replies in a group."""
+    """Draws prompts by `beliefs` about them. group_size: the number of replies in a group."""
 
-    def __init__(self, rows: Sequence[Row], beliefs: Beliefs, *, group_size: int, seed: int):
+    def __init__(self, beliefs: Beliefs, *, group_size: int, seed: int):
         self.beliefs = beliefs
         self._group_size = group_size
         self._seed = seed
-        self._members: dict[str, np.ndarray] = {}
-        for name in sorted({row.capability for row in rows}):
-            places = [beliefs.place[row.id] for row in rows if row.capability == name]
-            self._members[name] = np.array(places, dtype=np.int64)
-        self._drawn_at_N = np.full(len(beliefs.ids), -(2**62), dtype=np.int64)  # the number of the last draw
+        self._members = beliefs.of_capabilities()
+        self._drawn_at_N = np.full(len(beliefs.place), -(2**62), dtype=np.int64)  # the number of the last draw
         self._slates: dict[str, list[int]] = {}
         self._useful_a_reply = 1 / (4 * group_size)  # groups that were trained on, for each sampled reply
         self._num_mixed = self._expected_mixed()
@@ -51,7 +47,7 @@ class Selection:
             self._slates[capability] = self._slate(capability, order, number)
         place = self._slates[capability].pop()
         self._drawn_at_N[place] = number
-        return self.beliefs.ids[place]
+        return self.beliefs.id_of(place)
 
     def was_drawn(self, prompt_id: str, number: int) -> None:
         """Note that a prompt was the draw number `number` of its capability (from 1), before a crash."""

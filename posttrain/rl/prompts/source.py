@@ -8,10 +8,15 @@ and the beliefs. So a resumed run finds its position from the ledger.
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from posttrain.config.rewards import SystemsConfig
 from posttrain.data.chat import RenderRow
+from posttrain.data.places import Places
+from posttrain.data.strata import places_by_capability
 from posttrain.metrics.correctness import passes_and_failures
 from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.rl.prompts.difficulty import Difficulty
@@ -31,16 +36,15 @@ class PromptSource:
         seed: int,
         selection: Selection | None = None,
     ):
-        self._by_capability: dict[str, list[Row]] = {}
-        for row in rows:
-            self._by_capability.setdefault(row.capability, []).append(row)
-        self._by_id = {row.id: row for row in rows}
+        self._rows = rows
+        self._place = Places(rows, lambda row: row.id) if selection is None else selection.beliefs.place
+        self._of_capability = places_by_capability(rows) if selection is None else selection.beliefs.of_capabilities()
         self._systems = systems
         self._render = render
         self._seed = seed
         self._selection = selection
-        self._prompts_seen = dict.fromkeys(self._by_capability, 0)
-        self._passes: dict[tuple[str, int], list[int]] = {}  # the order of the current pass over a capability's rows
+        self._prompts_seen = dict.fromkeys(self._of_capability, 0)
+        self._passes: dict[tuple[str, int], np.ndarray] = {}  # the order of the current pass over a capability's rows
 
     def draw(self, capability: str, order: int) -> DrawnPrompt:
         """Draw the prompt of the group with the dispatch order `order`."""
@@ -49,18 +53,22 @@ class PromptSource:
         if self._selection is None:
             row = self._in_turn(capability, number)
         else:
-            row = self._by_id[self._selection.draw(capability, order, number)]
+            row = self.row(self._selection.draw(capability, order, number))
         if not self._systems.instructions:
             return self.prompt(row.id, None)
         return self.prompt(row.id, self._draw_system(row, random.Random(f"{self._seed}/{order}")))
 
     def first(self, count: int) -> list[DrawnPrompt]:
         """The prompts of the first `count` rows, without a system instruction. They do not count as drawn."""
-        return [self.prompt(name, None) for name in list(self._by_id)[:count]]
+        return [self.prompt(row.id, None) for row in islice(self._rows, count)]
+
+    def row(self, prompt_id: str) -> Row:
+        """The row with this id."""
+        return self._rows[self._place[prompt_id]]
 
     def prompt(self, prompt_id: str, system: str | None) -> DrawnPrompt:
         """The prompt of a selected row, with a system instruction or without (None)."""
-        row = self._by_id[prompt_id]
+        row = self.row(prompt_id)
         messages = row.messages if system is None else (Message("system", system), *row.messages)
         return DrawnPrompt(row, system, Prompt(messages, tuple(self._render(row, messages))))
 
@@ -75,13 +83,13 @@ class PromptSource:
             self._selection.was_drawn(prompt_id, number)
 
     def _in_turn(self, capability: str, number: int) -> Row:
-        rows = self._by_capability[capability]
-        turn, place = divmod(number - 1, len(rows))
+        places = self._of_capability[capability]
+        turn, place = divmod(number - 1, len(places))
         if (capability, turn) not in self._passes:
             self._passes = {key: value for key, value in self._passes.items() if key[0] != capability}
             rng = random.Random(f"{self._seed}/{capability}/{turn}")
-            self._passes[capability, turn] = rng.sample(range(len(rows)), len(rows))
-        return rows[self._passes[capability, turn][place]]
+            self._passes[capability, turn] = places[rng.sample(range(len(places)), len(places))]
+        return self._rows[int(self._passes[capability, turn][place])]
 
     def observe(self, scored: ScoredGroup, threshold: float, first: int | None) -> None:
         """Tell the selection which rollouts of a group passed. See `Beliefs.observe`.
@@ -128,6 +136,6 @@ class PromptSource:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
-        self._prompts_seen = {name: state["prompts_seen"].get(name, 0) for name in self._by_capability}
+        self._prompts_seen = {name: state["prompts_seen"].get(name, 0) for name in self._of_capability}
         if self._selection is not None and state.get("selection") is not None:
             self._selection.restore(state["selection"])

@@ -11,6 +11,7 @@ What a field must hold is not declared; the plug-in checks that when it is calle
 import ast
 from collections.abc import Collection, Iterable, Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from posttrain.errors import DataError, PluginError
@@ -74,11 +75,10 @@ def missing_fields(
 
 def check_fields(spec: RewardSpec, rows: Iterable[Row], given: Collection[str] = (), *, kind: Kind = REWARD) -> None:
     """Raise DataError if rows lack a field that the plug-in needs. It names the first such rows and counts the rest."""
-    problems = list(missing_fields(spec, rows, given, kind=kind))
-    if problems:
-        rest = len(problems) - MAX_SHOWN
-        more = [f"and {rest} more such rows"] if rest > 0 else []
-        raise DataError("\n".join(problems[:MAX_SHOWN] + more))
+    problems = missing_fields(spec, rows, given, kind=kind)
+    if shown := list(islice(problems, MAX_SHOWN)):
+        rest = sum(1 for _ in problems)
+        raise DataError("\n".join([*shown, *([f"and {rest} more such rows"] if rest else [])]))
 
 
 def reward_sources(name: str, args: dict | None = None) -> list[Path]:
