@@ -454,14 +454,15 @@ def _environment(rollouter: Any) -> Any:
 
 def eval_unscored(config: Any) -> Any:
     """What is told where one of four replies has no score."""
+    from posttrain.eval.replies import PromptReplies, reply_of
     from posttrain.eval.stage import report_unscored
 
     prompt = _drawn()[0]
-    pairs = [(_rollout(prompt, index), prompt.row) for index in range(4)]
     scores = [Scored(None, Outcome.TIMEOUT), *[Scored(RewardResult(1.0))] * 3]
+    replies = tuple(reply_of(_rollout(prompt, index), score) for index, score in enumerate(scores))
     with TemporaryDirectory() as folder:
         context = StageContext("eval", Path(folder), Path(folder) / "events.jsonl")
-        report_unscored(pairs, scores, config, context=context)
+        report_unscored([PromptReplies(prompt.row, None, replies)], config, context)
         return [event["event"] for event in read_jsonl(context.events)]
 
 

@@ -13,20 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rollout_records import one_turn
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
-from posttrain.data import bad_rows, json_list, stored
+from posttrain.data import bad_rows, json_list, places, stored
 from posttrain.data.held_out import check_apart, prompt_key, split
 from posttrain.data.rows import iter_rows, load_rows, store_rows
 from posttrain.data.stored import Derived, Stored, store
 from posttrain.dpo import stage as dpo_stage
 from posttrain.dpo.config import DpoConfig
+from posttrain.eval import stage as eval_stage
+from posttrain.eval.config import EvalConfig
+from posttrain.eval.replies import ScoredReplies, by_prompt, flights
 from posttrain.filtering.config import FilterConfig
 from posttrain.filtering.stage import VerdictsById
 from posttrain.filtering.stage import split as split_rated
 from posttrain.judging.verdicts import verdict_of
-from posttrain.records import Message, Row
+from posttrain.records import Message, RewardResult, Row, Scored, VersionSpan
+from posttrain.rl import stage as rl_stage
+from posttrain.rl.config import RlConfig
+from posttrain.rl.loop.evaluation import heldout_rows
+from posttrain.rl.prompts.band import select_band
+from posttrain.rl.prompts.fingerprints import dataset_fingerprint
+from posttrain.rl.prompts.profile import profiled_places
 from posttrain.sft import stage as sft_stage
 from posttrain.sft.config import SftConfig
 from posttrain.sft.packing import to_records
@@ -164,6 +174,87 @@ def test_what_the_filter_selects_lies_on_disk(tmp_path: Path) -> None:
         return kept, dropped, by_id
 
     assert bytes_of_a_row(job) < KEPT_BYTES
+
+
+def prompts(count: int) -> Iterable[dict[str, Any]]:
+    for number in range(count):
+        yield {"id": f"{number}: {TEXT[:400]}", "prompt": f"{number}: {TEXT}", "answer": TEXT, "level": number}
+
+
+@pytest.mark.parametrize("draw", ["beliefs", "in_turn"])
+def test_what_rl_prepares_lies_on_disk(tmp_path: Path, policy: Path, draw: str) -> None:
+    """From the file of prompts to drawn groups: checks, held-out prompts, a profile, beliefs, fingerprints."""
+    paths = {count: write(tmp_path / f"{count}.jsonl", prompts(count)) for count in (FEW, MANY)}
+
+    def job(count: int) -> object:
+        data = {"path": str(paths[count])}
+        settings = {
+            "model": {"path": str(policy)},
+            "prompts": data,
+            "reward": {"name": "exact_match"},
+            "evaluation": {"data": data, "every": 1, "prompts": count - 1},
+            "selection": {"draw": draw, **({"predictor": "level"} if draw == "beliefs" else {})},
+            "systems": {"instructions": [{"text": "Be brief."}]},
+            "engine": {"max_model_len": 4096},
+        }
+        config = validate_config(RlConfig, settings, "test")
+        rows, heldout = rl_stage._rows(config), heldout_rows(config, config.evaluation)
+        tokenizer, drawn, evaluated = rl_stage._render(config, rows, heldout)
+        asked = drawn.at(profiled_places(rows, count - 2, seed=0))
+        source = rl_stage.prompt_source(config, select_band([], rows, None), [], tokenizer=tokenizer, seed=0)
+        for order in range(count):
+            source.draw(rows[0].capability, order)
+        if source._selection is not None:
+            source._selection.beliefs.observe(rows[3].id, 1, 1, version=0)
+        source.advance(1)
+        assert source.prompt(rows[3].id, None).row == rows[3]
+        dataset_fingerprint(rows)
+        return rows, drawn, evaluated, asked, source
+
+    assert bytes_of_a_row(job) < KEPT_BYTES
+
+
+def test_what_an_evaluation_gathers_lies_on_disk(tmp_path: Path, policy: Path) -> None:
+    paths = {count: write(tmp_path / f"{count}.jsonl", prompts(count)) for count in (FEW, MANY)}
+    held = write(tmp_path / "trained.jsonl", [{"level": -1}])
+
+    def job(count: int) -> object:
+        settings = {
+            "model": {"path": str(policy)},
+            "data": {"path": str(paths[count])},
+            "reward": {"name": "exact_match"},
+            "engine": {"max_model_len": 4096},
+            "samples": 2,
+            "k": 2,
+            "pass_k_limit": count - 1,
+            "exclude": [{"path": str(held)}],
+            "key_field": "level",
+        }
+        config = validate_config(EvalConfig, settings, "test")
+        rows, asked = eval_stage.prepare(config)
+        assert len(asked) == 2 * count - 1
+        with ScoredReplies(len(asked), tmp_path) as found:
+            for flight in flights(asked):
+                for index in range(flight.request.n):
+                    span = (VersionSpan(0, 0, 2),)
+                    flight.finished[index] = one_turn("p", "g", index, (1,), (2, 3), TEXT, (0.0, 0.0), span, "stop")
+                found.take(flight, [Scored(RewardResult(1.0))] * flight.request.n)
+            gathered = by_prompt(rows, found.close(), config)
+        assert eval_stage.measure(gathered, config, 0)["all"]["n"] == count
+        return gathered
+
+    assert bytes_of_a_row(job) < KEPT_BYTES
+
+
+def test_rows_are_found_by_ids_of_which_only_hashes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Row(f"r{number}", "math", ()) for number in range(50)]
+    for clash in (False, True):
+        if clash:  # all hashes are equal: the rows themselves decide
+            monkeypatch.setattr(places, "hash_order", lambda seed, name: 7)
+        found = places.Places(rows, lambda row: row.id)
+        assert [found[row.id] for row in rows] == list(range(50))
+        assert "r50" not in found
+        assert list(found) == [row.id for row in rows]
 
 
 def verdict_type() -> Any:

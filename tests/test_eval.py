@@ -15,11 +15,20 @@ from tiny_policy import ENGINE
 from posttrain.config.base import load_config, validate_config
 from posttrain.config.data import DataConfig
 from posttrain.context import StageContext
-from posttrain.data.strata import sampled_rows
+from posttrain.data.strata import sampled_places
 from posttrain.errors import ConfigError, DataError, PluginError, StageError
 from posttrain.eval.config import EvalConfig
 from posttrain.eval.heldout import check_heldout
-from posttrain.eval.replies import GREEDY, SAMPLE, PromptReplies, Reply, by_prompt, eval_requests
+from posttrain.eval.replies import (
+    GREEDY,
+    SAMPLE,
+    PromptReplies,
+    Reply,
+    ScoredReplies,
+    by_prompt,
+    eval_requests,
+    flights,
+)
 from posttrain.eval.results import results
 from posttrain.metrics.intervals import wilson_ci95
 from posttrain.records import Message, Outcome, RewardResult, Row, Scored
@@ -96,9 +105,10 @@ def test_pass_rates_lie_in_their_intervals_and_rise_with_k(rewards: list[list[fl
 @given(st.lists(st.sampled_from(["math", "coding", "chat"]), min_size=1, max_size=60), st.integers(1, 70))
 def test_the_sampled_part_is_spread_over_capabilities(capabilities: list[str], limit: int) -> None:
     rows = [_row(f"r{i}", capability) for i, capability in enumerate(capabilities)]
-    chosen = sampled_rows(rows, limit)
+    chosen = [rows[place] for place in sampled_places(rows, limit)]
     assert len(chosen) == min(limit, len(rows))
-    assert sampled_rows(rows[::-1], limit)[::-1] == chosen
+    turned = rows[::-1]
+    assert [turned[place] for place in sampled_places(turned, limit)][::-1] == chosen
     for name in set(capabilities):
         share = sum(row.capability == name for row in chosen)
         assert abs(share - capabilities.count(name) * len(chosen) / len(rows)) < 1
@@ -111,18 +121,23 @@ def test_replies_find_their_prompts(tiny_tokenizer: Any) -> None:
     assert [kind for kind, _, _ in asked] == [SAMPLE, SAMPLE, GREEDY, GREEDY, GREEDY]
     assert {request.temperature for kind, _, request in asked if kind == GREEDY} == {0.0}
     assert all(tiny_tokenizer.eos_token_id in request.stop_token_ids for _, _, request in asked)
-    texts = [(kind, row, f"{kind} {row.id} {i}") for kind, row, request in asked for i in range(request.n)]
-    pairs = [(one_turn(row.id, row.id, 0, (1,), (2, 3), text, (0, 0), (), "length"), row) for _, row, text in texts]
-    scores = [Scored(RewardResult(1.0)) if i % 2 else Scored(None, Outcome.TIMEOUT) for i in range(len(pairs))]
-    for item in by_prompt(rows, asked, pairs, scores=scores):
+    found = ScoredReplies(len(asked), None)
+    for flight, (kind, row, request) in reversed(list(zip(flights(asked), asked, strict=True))):
+        for index in range(request.n):
+            text = f"{kind} {row.id} {index}"
+            flight.finished[index] = one_turn(row.id, row.id, index, (1,), (2, 3), text, (0, 0), (), "length")
+        assert flight.prompt.row == row
+        scores = [Scored(RewardResult(1.0)) if i else Scored(None, Outcome.TIMEOUT) for i in range(request.n)]
+        found.take(flight, scores)
+    prompts = by_prompt(rows, found.close(), config)
+    for item, row in zip(prompts, rows, strict=True):
+        assert item.row == row
         assert item.greedy is not None
         assert item.greedy.text == f"greedy {item.row.id} 0"
         assert [reply.text for reply in item.samples] == [f"sample {item.row.id} {i}" for i in range(len(item.samples))]
         assert item.greedy.truncated
-    kept = [
-        reply for item in by_prompt(rows, asked, pairs, scores=scores) for reply in item.samples if reply.reward is None
-    ]
-    assert kept[0].reason == "unscored: timeout"
+    assert sorted(len(item.samples) for item in prompts) == [0, 3, 3]
+    assert prompts[0].greedy.note == "unscored: timeout"
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(tiny_tokenizer: Any) -> None:

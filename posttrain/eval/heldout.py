@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.config.data import FilesConfig
 from posttrain.data.files import read_records
+from posttrain.data.places import Places
 from posttrain.data.rows import row_to_json
 from posttrain.errors import DataError
 from posttrain.records import Row
@@ -18,12 +19,12 @@ from posttrain.records import Row
 
 def check_heldout(rows: Sequence[Row], exclude: Sequence[FilesConfig], key_field: str) -> None:
     """Raise DataError if a row's key appears in a training set, or if a row on either side has no key."""
-    heldout = {_key(row_to_json(row), key_field, f"held-out row {row.id}"): row.id for row in rows}
+    heldout = Places(rows, lambda row: _key(row_to_json(row), key_field, f"held-out row {row.id}"))
     for where, record in _records(exclude):
         key = _key(record, key_field, where)
         if key in heldout:
             raise DataError(
-                f"held-out row {heldout[key]} has {key_field} {key}, and so has {where}, which is trained on; "
+                f"held-out row {rows[heldout[key]].id} has {key_field} {key}, and so has {where}, which is trained on; "
                 "remove it from one of the two"
             )
 

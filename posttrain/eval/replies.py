@@ -3,34 +3,46 @@
 A reply that could not be scored has no reward. It is counted and left out of every rate; it does not count as wrong.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from posttrain.data.chat import render_row
+import numpy as np
+from msgspec import Struct
+
+from posttrain.data.chat import RenderRow, render_row
 from posttrain.data.ends import end_token_ids
-from posttrain.data.strata import sampled_rows
+from posttrain.data.stored import Derived, StoreWriter
+from posttrain.data.strata import sampled_places
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.episodes.tools import row_renderer
 from posttrain.errors import DataError
 from posttrain.eval.config import EvalConfig
-from posttrain.records import EPISODE_COUNTS, DrawnPrompt, FinishReason, Prompt, Rollout, Row, Scored
+from posttrain.records import EPISODE_COUNTS, DrawnPrompt, FinishReason, Outcome, Prompt, Rollout, Row, Scored
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
 
 GREEDY, SAMPLE = "greedy", "sample"
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One reply. reward: None if it could not be scored. reason: the reward function's reason, or why there is no
-    reward. episode: of an episode, its counts by the names in EPISODE_COUNTS; empty for a single turn."""
+class Reply(Struct, frozen=True):
+    """One reply. reward: None if it could not be scored; outcome then says how it failed. reason: the reward function's
+    reason, or why there is no reward. episode: of an episode, its counts by the names in EPISODE_COUNTS; empty for a
+    single turn."""
 
     text: str
     num_tokens: int
     truncated: bool
     reward: float | None
     reason: str = ""
-    episode: Mapping[str, float] = field(default_factory=dict)
+    outcome: Outcome = Outcome.SCORED
+    episode: Mapping[str, float] = {}  # a new one for each record
+
+    @property
+    def note(self) -> str:
+        """The reason; of a reply without a reward and a reason, the outcome."""
+        return self.reason or ("" if self.reward is not None else f"unscored: {self.outcome}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,58 +53,90 @@ class PromptReplies:
     greedy: Reply | None
     samples: tuple[Reply, ...]
 
+    @property
+    def replies(self) -> tuple[Reply, ...]:
+        """All replies."""
+        return self.samples if self.greedy is None else (self.greedy, *self.samples)
 
-def eval_requests(
-    rows: Sequence[Row], tokenizer: Tokenizer, config: EvalConfig
-) -> list[tuple[str, Row, SampleRequest]]:
-    """The requests, each as (GREEDY or SAMPLE, row, request). Raises DataError for a prompt that leaves no room for a
-    reply."""
-    prompts = {row.id: _prompt_ids(row, tokenizer, config) for row in rows}
+
+Asked = tuple[str, Row, SampleRequest]
+
+
+def eval_requests(rows: Sequence[Row], tokenizer: Tokenizer, config: EvalConfig) -> Sequence[Asked]:
+    """The requests, each as (GREEDY or SAMPLE, row, request), made when it is asked for: first the samples, then the
+    greedy replies. Raises DataError for a prompt that leaves no room for a reply."""
+    render = row_renderer(tokenizer, config.environment)
+    for row in rows:
+        _prompt_ids(row, render, config)
     stop = tuple(end_token_ids(tokenizer))
     drawn = config.sampling
-    asked: list[tuple[str, Row, SampleRequest]] = []
-    if config.samples:
-        for row in sampled_rows(rows, config.pass_k_limit):
-            request = SampleRequest(
-                prompts[row.id],
-                n=config.samples,
-                temperature=drawn.temperature,
-                top_p=drawn.top_p,
-                max_tokens=drawn.max_tokens,
-                stop_token_ids=stop,
-            )
-            asked.append((SAMPLE, row, request))
-    if config.greedy:
-        asked += [(GREEDY, row, SampleRequest(prompts[row.id], 1, 0.0, 1.0, drawn.max_tokens, stop)) for row in rows]
-    return asked
+    places = sampled_for(rows, config)
+
+    def asked(number: int) -> Asked:
+        kind = SAMPLE if number < len(places) else GREEDY
+        row = rows[int(places[number]) if kind == SAMPLE else number - len(places)]
+        n, temperature, top_p = (config.samples, drawn.temperature, drawn.top_p) if kind == SAMPLE else (1, 0.0, 1.0)
+        ids = _prompt_ids(row, render, config)
+        return kind, row, SampleRequest(ids, n, temperature, top_p, drawn.max_tokens, stop)
+
+    return Derived(range(len(places) + len(rows) * config.greedy), asked)
 
 
-def flights(asked: Sequence[tuple[str, Row, SampleRequest]]) -> list[Flight]:
+def sampled_for(rows: Sequence[Row], config: EvalConfig) -> "Sequence[int] | np.ndarray":
+    """The places of the rows for which replies are sampled."""
+    return sampled_places(rows, config.pass_k_limit) if config.samples else ()
+
+
+def flights(asked: Sequence[Asked]) -> Iterator[Flight]:
     """The requests as groups of rollouts to sample, in order."""
-    return [
-        Flight(order, 0, DrawnPrompt(row, None, Prompt(row.messages, request.prompt_ids)), request)
-        for order, (_, row, request) in enumerate(asked)
-    ]
+    for order, (_, row, request) in enumerate(asked):
+        yield Flight(order, 0, DrawnPrompt(row, None, Prompt(row.messages, request.prompt_ids)), request)
+
+
+class ScoredReplies:
+    """Takes the scored replies to `number` requests in any order, and keeps them in a file in `folder`.
+
+    The file is deleted if an error ends the context.
+    """
+
+    def __init__(self, number: int, folder: Path | None):
+        self._writer = StoreWriter[tuple[Reply, ...]](tuple[Reply, ...], folder)
+        self._places = np.full(number, -1, np.int64)
+
+    def __enter__(self) -> "ScoredReplies":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._writer.__exit__(*raised)
+
+    def take(self, flight: Flight, scores: Sequence[Scored]) -> None:
+        """Take the replies to one request."""
+        self._places[flight.order] = len(self._writer)
+        self._writer.append(tuple(map(reply_of, flight.rollouts, scores)))
+
+    def close(self) -> Sequence[tuple[Reply, ...]]:
+        """The replies to each request, in order of the requests."""
+        return self._writer.close().take(self._places)
 
 
 def by_prompt(
-    rows: Sequence[Row], asked: Sequence[tuple[str, Row, SampleRequest]], pairs: Sequence[tuple[Rollout, Row]],
-    *, scores: Sequence[Scored],
-) -> list[PromptReplies]:  # fmt: skip
-    """Gather scored rollouts by prompt, in the order of `rows`. Every row gets an entry."""
-    greedy: dict[str, Reply] = {}
-    samples: dict[str, list[Reply]] = {row.id: [] for row in rows}
-    kinds = [kind for kind, _, request in asked for _ in range(request.n)]
-    for kind, (rollout, row), scored in zip(kinds, pairs, scores, strict=True):
-        reply = _reply(rollout, scored)
-        if kind == GREEDY:
-            greedy[row.id] = reply
-        else:
-            samples[row.id].append(reply)
-    return [PromptReplies(row, greedy.get(row.id), tuple(samples[row.id])) for row in rows]
+    rows: Sequence[Row], replies: Sequence[tuple[Reply, ...]], config: EvalConfig
+) -> Derived[int, PromptReplies]:
+    """The replies by prompt, in the order of `rows`. Every row gets an entry. replies: to each of `eval_requests`."""
+    places = sampled_for(rows, config)
+    number_N = np.full(len(rows), -1, np.int64)  # of the request for samples
+    number_N[np.asarray(places, np.int64)] = np.arange(len(places))
+
+    def gathered(place: int) -> PromptReplies:
+        greedy = replies[len(places) + place][0] if config.greedy else None
+        number = int(number_N[place])
+        return PromptReplies(rows[place], greedy, tuple(replies[number]) if number >= 0 else ())
+
+    return Derived(range(len(rows)), gathered)
 
 
-def _reply(rollout: Rollout, scored: Scored) -> Reply:
+def reply_of(rollout: Rollout, scored: Scored) -> Reply:
+    """A scored rollout as it is reported."""
     result = scored.result
     is_episode = rollout.scored is not None and result is not None
     return Reply(
@@ -100,13 +144,14 @@ def _reply(rollout: Rollout, scored: Scored) -> Reply:
         num_tokens=rollout.num_sampled,
         truncated=rollout.finish_reason == FinishReason.LENGTH,
         reward=None if result is None else result.value,
-        reason=scored.reason or f"unscored: {scored.outcome}" if result is None else result.reason,
+        reason=scored.reason if result is None else result.reason,
+        outcome=scored.outcome,
         episode={name: result.parts.get(name, 0.0) for name in EPISODE_COUNTS} if is_episode and result else {},
     )
 
 
-def _prompt_ids(row: Row, tokenizer: Tokenizer, config: EvalConfig) -> tuple[int, ...]:
-    ids = render_row(row_renderer(tokenizer, config.environment), row)
+def _prompt_ids(row: Row, render: RenderRow, config: EvalConfig) -> tuple[int, ...]:
+    ids = render_row(render, row)
     room = config.engine.length - len(ids)
     if room < config.sampling.max_tokens:
         raise DataError(

@@ -5,10 +5,12 @@ so their interval comes from a bootstrap that draws prompts. The entry "all" is 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from posttrain.eval.replies import PromptReplies, Reply
+from posttrain.eval.replies import GREEDY, SAMPLE, PromptReplies, Reply
 from posttrain.metrics.correctness import is_right
 from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
 from posttrain.metrics.pass_at_k import pass_at_k
@@ -16,7 +18,7 @@ from posttrain.records import EPISODE_COUNTS
 
 
 def results(
-    prompts: Sequence[PromptReplies], k: int, threshold: float, *, observe: Mapping[str, str], seed: int
+    prompts: Iterable[PromptReplies], k: int, threshold: float, *, observe: Mapping[str, str], seed: int
 ) -> dict[str, dict[str, Any]]:
     """The content of results.json: one entry a capability, in order of name, and "all".
 
@@ -26,80 +28,121 @@ def results(
     observed; and where there are episodes among those replies, episodes: their number n, and means over them of
     EPISODE_COUNTS. A rate over no reply at all is None.
     """
-    capabilities = sorted({item.row.capability for item in prompts})
-    parts = {name: [item for item in prompts if item.row.capability == name] for name in capabilities}
-    # "all" is written last, so that it replaces a capability of the same name.
-    parts["all"] = list(prompts)
     patterns = {name: re.compile(pattern) for name, pattern in observe.items()}
-    return {name: _entry(part, k, threshold, patterns=patterns, seed=seed) for name, part in parts.items()}
-
-
-def _entry(
-    prompts: Sequence[PromptReplies], k: int, threshold: float, *, patterns: Mapping[str, re.Pattern[str]], seed: int
-) -> dict[str, Any]:
-    greedy = [item.greedy for item in prompts if item.greedy is not None]
-    samples = [reply for item in prompts for reply in item.samples]
-    shown = greedy or samples
-    return {
-        "n": len(prompts),
-        **_greedy(greedy, threshold),
-        **_sampled(prompts, k, threshold, seed=seed),
-        "truncated": sum(reply.truncated for reply in shown),
-        "reply_tokens_mean": sum(reply.num_tokens for reply in shown) / len(shown) if shown else None,
-        "unscored": sum(reply.reward is None for reply in [*greedy, *samples]),
-        "observed": {name: _observed(shown, pattern, threshold) for name, pattern in patterns.items()},
-        **_episodes([reply.episode for reply in shown if reply.episode]),
-    }
-
-
-def _greedy(replies: Sequence[Reply], threshold: float) -> dict[str, Any]:
-    rewards = [reply.reward for reply in replies if reply.reward is not None]
-    right = sum(is_right(reward, threshold) for reward in rewards)
-    return {
-        **_with_interval("greedy", right, len(rewards)),
-        "greedy_n": len(rewards),
-        "reward_mean": sum(rewards) / len(rewards) if rewards else None,
-    }
-
-
-def _sampled(prompts: Sequence[PromptReplies], k: int, threshold: float, *, seed: int) -> dict[str, Any]:
-    counts = []
+    parts: dict[str, _Part] = {}
+    whole = _Part(threshold, patterns)
     for item in prompts:
+        whole.add(item)
+        if item.row.capability not in parts:
+            parts[item.row.capability] = _Part(threshold, patterns)
+        parts[item.row.capability].add(item)
+    # "all" is written last, so that it replaces a capability of the same name.
+    return {name: part.entry(k, seed) for name, part in [*sorted(parts.items()), ("all", whole)]}
+
+
+class _Part:
+    """The counts of the prompts of one capability, or of all. A few numbers a prompt are in memory, and no text."""
+
+    def __init__(self, threshold: float, patterns: Mapping[str, re.Pattern[str]]):
+        self._threshold, self._patterns = threshold, patterns
+        self._rewards = array("d")  # of the scored greedy replies
+        self._scored_N, self._right_N = array("q"), array("q")  # of the samples of each prompt
+        self._shown = {GREEDY: _Shown(patterns), SAMPLE: _Shown(patterns)}
+        self._unscored = 0
+
+    def add(self, item: PromptReplies) -> None:
+        """Count a prompt."""
         rewards = [reply.reward for reply in item.samples if reply.reward is not None]
-        counts.append((len(rewards), sum(is_right(reward, threshold) for reward in rewards)))
-    first = [pass_at_k(n, c, 1) for n, c in counts if n]
-    best = [pass_at_k(n, c, k) for n, c in counts if n >= k]
-    return {
-        "pass@1": sum(first) / len(first) if first else None,
-        "pass@1_ci95": list(bootstrap_ci95(first, seed)) if first else None,
-        "pass@k": sum(best) / len(best) if best else None,
-        "pass@k_ci95": list(bootstrap_ci95(best, seed)) if best else None,
-        "pass@k_n": len(best),
-        "k": k,
-    }
+        self._scored_N.append(len(rewards))
+        self._right_N.append(sum(is_right(reward, self._threshold) for reward in rewards))
+        self._unscored += sum(reply.reward is None for reply in item.replies)
+        if item.greedy is not None and item.greedy.reward is not None:
+            self._rewards.append(item.greedy.reward)
+        for kind, replies in ((GREEDY, (item.greedy,) if item.greedy else ()), (SAMPLE, item.samples)):
+            for reply in replies:
+                self._shown[kind].add(reply, self._threshold)
+
+    def entry(self, k: int, seed: int) -> dict[str, Any]:
+        """The entry of results.json."""
+        shown = self._shown[GREEDY if self._shown[GREEDY].number else SAMPLE]
+        return {
+            "n": len(self._scored_N),
+            **self._greedy(),
+            **self._sampled(k, seed),
+            "truncated": shown.truncated,
+            "reply_tokens_mean": shown.tokens / shown.number if shown.number else None,
+            "unscored": self._unscored,
+            "observed": {name: shown.observed(name) for name in self._patterns},
+            **shown.episodes(),
+        }
+
+    def _greedy(self) -> dict[str, Any]:
+        rewards = self._rewards
+        right = sum(is_right(reward, self._threshold) for reward in rewards)
+        return {
+            **_with_interval("greedy", right, len(rewards)),
+            "greedy_n": len(rewards),
+            "reward_mean": sum(rewards) / len(rewards) if rewards else None,
+        }
+
+    def _sampled(self, k: int, seed: int) -> dict[str, Any]:
+        first, best = (
+            array("d", (pass_at_k(n, c, size) for n, c in zip(self._scored_N, self._right_N, strict=True) if n >= size))
+            for size in (1, k)
+        )
+        return {
+            "pass@1": sum(first) / len(first) if first else None,
+            "pass@1_ci95": list(bootstrap_ci95(first, seed)) if first else None,
+            "pass@k": sum(best) / len(best) if best else None,
+            "pass@k_ci95": list(bootstrap_ci95(best, seed)) if best else None,
+            "pass@k_n": len(best),
+            "k": k,
+        }
 
 
-def _episodes(episodes: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    if not episodes:
-        return {}
-    means = {name: sum(counts[name] for counts in episodes) / len(episodes) for name in EPISODE_COUNTS}
-    return {"episodes": {"n": len(episodes), **means}}
+class _Shown:
+    """Counts of greedy replies, or of samples: tokens, truncated ones, and those in which each pattern is found."""
 
+    def __init__(self, patterns: Mapping[str, re.Pattern[str]]):
+        self._patterns = patterns
+        self.number = self.tokens = self.truncated = 0
+        self._num_episodes = 0
+        self._episodes = dict.fromkeys(EPISODE_COUNTS, 0.0)
+        self._found: Counter[str] = Counter()
+        self._scored: Counter[tuple[str, bool]] = Counter()  # (pattern, whether it is found)
+        self._right: Counter[tuple[str, bool]] = Counter()
 
-def _observed(replies: Sequence[Reply], pattern: re.Pattern[str], threshold: float) -> dict[str, Any]:
-    """Share of replies (`n` of `of`) in which the pattern is found, and the accuracy with it and without."""
-    found = [pattern.search(reply.text) is not None for reply in replies]
-    right: dict[bool, list[bool]] = {True: [], False: []}
-    for reply, is_found in zip(replies, found, strict=True):
-        if reply.reward is not None:
-            right[is_found].append(is_right(reply.reward, threshold))
-    return {
-        **_with_interval("share", sum(found), len(found)),
-        "of": len(found),
-        "n": sum(found),
-        **_with_interval("accuracy", sum(right[True]), len(right[True])),
-        **_with_interval("accuracy_otherwise", sum(right[False]), len(right[False])),
-    }
+    def add(self, reply: Reply, threshold: float) -> None:
+        """Count a reply."""
+        self.number += 1
+        self.tokens += reply.num_tokens
+        self.truncated += reply.truncated
+        self._num_episodes += bool(reply.episode)
+        for name, count in reply.episode.items():
+            self._episodes[name] += count
+        for name, pattern in self._patterns.items():
+            key = name, pattern.search(reply.text) is not None
+            self._found[name] += key[1]
+            if reply.reward is not None:
+                self._scored[key] += 1
+                self._right[key] += is_right(reply.reward, threshold)
+
+    def episodes(self) -> dict[str, Any]:
+        """The number of episodes and the means of their counts; empty if there are none."""
+        if not self._num_episodes:
+            return {}
+        means = {name: total / self._num_episodes for name, total in self._episodes.items()}
+        return {"episodes": {"n": self._num_episodes, **means}}
+
+    def observed(self, name: str) -> dict[str, Any]:
+        """Share of replies (`n` of `of`) in which the pattern is found, and the accuracy with it and without."""
+        return {
+            **_with_interval("share", self._found[name], self.number),
+            "of": self.number,
+            "n": self._found[name],
+            **_with_interval("accuracy", self._right[name, True], self._scored[name, True]),
+            **_with_interval("accuracy_otherwise", self._right[name, False], self._scored[name, False]),
+        }
 
 
 def _with_interval(name: str, count: int, total: int) -> dict[str, Any]:

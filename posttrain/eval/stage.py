@@ -4,39 +4,38 @@
 
 Each request is scored as soon as its replies are sampled, and the progress counts what is scored.
 
-Data, keys and the reward are checked before an engine starts. Left out: comparing two policies, which the report and
+Rows and replies lie on disk, so that memory does not grow with their number but for some bytes a prompt. Data, keys and
+the reward are checked before an engine starts. Left out: comparing two policies, which the report and
 `posttrain compare` do.
 """
 
 import asyncio
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from posttrain.context import BusyLog, StageContext
 from posttrain.data.chat import check_special_tokens
 from posttrain.data.ends import note_added_end
 from posttrain.data.messages import messages_to_json
-from posttrain.data.rows import load_rows
+from posttrain.data.rows import store_rows
 from posttrain.data.shown import Tools
+from posttrain.data.stored import Stored
 from posttrain.episodes.rollouter import EnvironmentRollouter
 from posttrain.episodes.tools import check_environment_rows, row_tools
 from posttrain.errors import StageError
 from posttrain.eval.config import EvalConfig
 from posttrain.eval.heldout import check_heldout
-from posttrain.eval.replies import PromptReplies, by_prompt, eval_requests, flights
+from posttrain.eval.replies import Asked, PromptReplies, ScoredReplies, by_prompt, eval_requests, flights
 from posttrain.eval.results import results
 from posttrain.files import write_json, write_jsonl
-from posttrain.metrics.unscored import Unscored, failures
+from posttrain.metrics.unscored import Unscored
 from posttrain.model.tokenizer import load_tokenizer
 from posttrain.records import Message, Rollout, Row, Scored
 from posttrain.sampling.client import Engines
 from posttrain.sampling.groups import SampledGroups
-from posttrain.sampling.requests import SampleRequest
-from posttrain.sampling.rollouter import Flight
-from posttrain.sampling.scoring import ScoringProgress, sample_and_score
+from posttrain.sampling.scoring import ScoringProgress, score_each
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
 from posttrain.scoring.plugins.requirements import check_fields
 from posttrain.scoring.remote.client import RewardClient
@@ -57,25 +56,24 @@ def run(config: EvalConfig, context: StageContext) -> dict[str, Any]:
     return {**{name: str(path) for name, path in paths.items()}, "stats": found["all"]}
 
 
-def evaluate(config: EvalConfig, context: StageContext) -> list[PromptReplies]:
+def evaluate(config: EvalConfig, context: StageContext) -> Sequence[PromptReplies]:
     """The scored replies to every prompt, in the order of the data. Needs an initialised Ray session."""
     check_reward(config.reward.name, config.reward.args, python=config.reward.python or "")
     rows, asked = prepare(config, context)
-    groups = flights(asked)
-    with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
-        scored = asyncio.run(_replies(config, context, engines, groups=groups))
-    pairs = [(rollout, group.prompt.row) for group in groups for rollout in group.rollouts]
-    scores = [score for group in scored for score in group]
-    report_unscored(pairs, scores, config, context=context)
-    return by_prompt(rows, asked, pairs, scores=scores)
+    with ScoredReplies(len(asked), context.dir) as found:
+        with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
+            asyncio.run(_score(config, context, engines, asked=asked, found=found))
+        prompts = by_prompt(rows, found.close(), config)
+    report_unscored(prompts, config, context)
+    return prompts
 
 
-async def _replies(
-    config: EvalConfig, context: StageContext, engines: Engines, *, groups: Sequence[Flight]
-) -> list[Sequence[Scored]]:
-    """Have every request sampled and scored; returns the scores of each, in order."""
+async def _score(
+    config: EvalConfig, context: StageContext, engines: Engines, *, asked: Sequence[Asked], found: ScoredReplies
+) -> None:
+    """Have every request sampled and scored. found: takes the replies."""
     client, log = reward_client(config), BusyLog(context, "reward", "score")
-    progress = ScoringProgress(context, len(groups), "requests", stats=lambda: client.stats, unscored=Unscored())
+    progress = ScoringProgress(context, len(asked), "requests", stats=lambda: client.stats, unscored=Unscored())
 
     async def score(pairs: Sequence[tuple[Rollout, Row]]) -> Sequence[Scored]:
         began = time.time()
@@ -91,17 +89,15 @@ async def _replies(
             SampledGroups(context, engines, config.engine, rollouter=made) as sampled,
             progress,
         ):
-            return await sample_and_score(sampled, groups, score, progress=progress)
+            await score_each(sampled, flights(asked), score, progress=progress, take=found.take)
     finally:
         await client.close()
         log.flush()
 
 
-def prepare(
-    config: EvalConfig, context: StageContext | None = None
-) -> tuple[list[Row], list[tuple[str, Row, SampleRequest]]]:
+def prepare(config: EvalConfig, context: StageContext | None = None) -> tuple[Stored[Row], Sequence[Asked]]:
     """The held-out rows, and the requests for them. Raises DataError for a row that is wrong or not held out."""
-    rows = load_rows(config.data, kind="prompt", stage="eval", context=context)
+    rows = store_rows(config.data, kind="prompt", stage="eval", context=context)
     check_fields(RewardSpec(config.reward.name, config.reward.args), check_environment_rows(config.environment, rows))
     if config.key_field is not None:
         check_heldout(rows, config.exclude, config.key_field)
@@ -133,20 +129,16 @@ def measure(prompts: Sequence[PromptReplies], config: EvalConfig, seed: int) -> 
     return results(prompts, config.k, config.reward.correct_threshold, observe=config.observe, seed=seed)
 
 
-def report_unscored(
-    pairs: Sequence[tuple[Rollout, Row]], scores: Sequence[Scored], config: EvalConfig, *, context: StageContext
-) -> None:
+def report_unscored(prompts: Iterable[PromptReplies], config: EvalConfig, context: StageContext) -> None:
     """Report how many prompts could not be scored, and why. Raises StageError if no reply has a score."""
-    by_row: dict[str, list[Scored]] = {}
-    for (_, row), scored in zip(pairs, scores, strict=True):
-        by_row.setdefault(row.id, []).append(scored)
     unscored = Unscored()
-    for name, those in by_row.items():
-        unscored.add(name, failures(those), len(those))
+    for item in prompts:
+        failed = [(reply.outcome, reply.reason) for reply in item.replies if reply.reward is None]
+        unscored.add(item.row.id, failed, len(item.replies))
     unscored.tell(context, "evaluation", config.reward.alarm_fraction)
-    if unscored.unscored == len(scores):
-        outcome, reason = Counter(failures(scores)).most_common(1)[0][0]
-        raise StageError(f"none of the {len(scores)} replies could be scored; most often: {outcome}: {reason}")
+    if unscored.unscored == unscored.replies:
+        most = unscored.most_frequent
+        raise StageError(f"none of the {unscored.replies} replies could be scored; most often: {most}")
 
 
 def _sample(item: PromptReplies) -> dict[str, Any]:
@@ -159,7 +151,7 @@ def _sample(item: PromptReplies) -> dict[str, Any]:
         "answer": item.row.answer,
         "reply": reply.text if reply else None,
         "reward": reply.reward if reply else None,
-        "reason": reply.reason if reply else "",
+        "reason": reply.note if reply else "",
         "truncated": reply.truncated if reply else None,
         "reply_tokens": reply.num_tokens if reply else None,
         "sample_rewards": [sample.reward for sample in item.samples],

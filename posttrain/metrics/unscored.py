@@ -80,6 +80,11 @@ class Unscored:
         """{kind: number} of the unscored prompts, or, if no prompt is unscored, of the unscored replies."""
         return Counter(self.lost.values()) or self.partly
 
+    @property
+    def most_frequent(self) -> str:
+        """The most frequent outcome and reason; "" if every reply has a score."""
+        return next((reason for reason, _ in self._reasons.most_common(1)), "")
+
     def sentence(self, where: str) -> str:
         """The sentence, such as "profile: 86 of 200 prompts could not be scored (none 44, nan 42), e.g. row p17".
 

@@ -8,7 +8,7 @@ So a reward that hangs is seen while it hangs, and not as a stage that stands st
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
 
 from posttrain.context import StageContext
@@ -105,16 +105,24 @@ async def score_others(pairs: Sequence[tuple[Rollout, Row]], score: Score) -> li
     return [rollout.scored or next(scores) for rollout, _ in pairs]
 
 
-async def sample_and_score(
-    sampled: SampledGroups, flights: Sequence[Flight], score: Score, *, progress: ScoringProgress
-) -> list[Sequence[Scored]]:
-    """The scores of each flight's rollouts, in order. Raises what `SampledGroups.groups` and `score` raise."""
-    scores: dict[int, Sequence[Scored]] = {}
+async def score_each(
+    sampled: SampledGroups,
+    flights: Iterable[Flight],
+    score: Score,
+    *,
+    progress: ScoringProgress,
+    take: Callable[[Flight, Sequence[Scored]], None],
+) -> None:
+    """Have the rollouts of each flight sampled and scored, and hand it to `take` with the scores of its rollouts.
+
+    flights: each is made when there is room for it, and is not kept. Raises what `SampledGroups.groups`, `score` and
+    `take` raise.
+    """
 
     async def score_one(flight: Flight) -> None:
-        pairs = [(rollout, flight.prompt.row) for rollout in flight.rollouts]
-        scores[flight.order] = found = await score_others(pairs, score)
+        found = await score_others([(rollout, flight.prompt.row) for rollout in flight.rollouts], score)
         progress.scored(flight.prompt.row.id, found)
+        take(flight, found)
 
     def begin(flight: Flight) -> None:
         progress.sampled()
@@ -125,4 +133,16 @@ async def sample_and_score(
             await sampled.groups(flights, begin)
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
+
+
+async def sample_and_score(
+    sampled: SampledGroups, flights: Sequence[Flight], score: Score, *, progress: ScoringProgress
+) -> list[Sequence[Scored]]:
+    """The scores of each flight's rollouts, in order. Raises what `score_each` raises."""
+    scores: dict[int, Sequence[Scored]] = {}
+
+    def take(flight: Flight, found: Sequence[Scored]) -> None:
+        scores[flight.order] = found
+
+    await score_each(sampled, flights, score, progress=progress, take=take)
     return [scores[flight.order] for flight in flights]
