@@ -109,7 +109,7 @@ def _run_program(source: str, test: Mapping[str, object], limits: Limits) -> str
 
 def _lines(output: str) -> list[str]:
     """The lines without the spaces at their ends, and without empty lines at the end of all."""
-    return [line.rstrip() for line in output.replace("\r\n", "\n").strip().split("\n")]
+    return [line.rstrip() for line in output.replace("\r\n", "\n").rstrip().split("\n")]
 
 
 def _run_checks(source: str, groups: list[list[_Step]], limits: Limits) -> list[str]:

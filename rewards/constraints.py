@@ -78,14 +78,14 @@ def _ends(text: str, phrase: str) -> bool:
 
 
 def _number_named(text: str, phrases: list[str]) -> int:
-    """How many of the phrases occur, without those that are only a part of another one that does."""
-    found = [phrase for phrase in phrases if phrase in text]
+    """How many of the phrases occur as whole words, without those that are only a part of another one that does."""
+    found = [phrase for phrase in phrases if re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text)]
     return sum(not any(phrase != other and phrase in other for other in found) for phrase in found)
 
 
 def _occurrences(text: str, phrase: str) -> int:
-    """How often the phrase occurs as whole words, in any case."""
-    text, phrase = text.translate(_LOOK_ALIKES), phrase.translate(_LOOK_ALIKES)
+    """How often the phrase occurs as whole words, in any case. Letters in other forms (bold, full-width) count too."""
+    text, phrase = (unicodedata.normalize("NFKC", one).translate(_LOOK_ALIKES) for one in (text, phrase))
     return len(re.findall(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE))
 
 
@@ -148,7 +148,7 @@ CONSTRAINTS: dict[str, Callable[[str, Any], bool]] = {
     "uppercase": lambda text, value: _same_case(text, value, text.upper()),
     "min_capital_words": lambda text, value: _capital_words(text) >= value,
     "max_capital_words": lambda text, value: _capital_words(text) <= value,
-    "no_commas": lambda text, value: (not re.search("[,，、،]", text)) == bool(value),
+    "no_commas": lambda text, value: (not re.search("[,，、،‚﹐﹑︐︑]", text)) == bool(value),
     "title": lambda text, value: bool(_TITLE.search(text)) == bool(value),
     "postscript": lambda text, value: re.search(rf"^[^\S\n]*{re.escape(value)}.*\w", text, re.MULTILINE) is not None,
     "json": lambda text, value: _is_json(text) == bool(value),

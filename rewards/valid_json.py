@@ -17,10 +17,11 @@ _TAGS = {"json", "jsonc", "json5", "jsonl"}
 def valid_json(rollout: Rollout, row: Row, schema: dict[str, Any] | None = None) -> RewardResult:
     """1 if the reply, or its only block of JSON, is JSON that fits the schema and equals the row's answer, if any.
 
-    schema: a JSON schema for all rows without a `schema` field of their own. JSON is read strictly: NaN and repeated
-    keys are wrong. Raises ValueError for a schema that is not valid.
+    schema: a JSON schema for all rows without a `schema` field of their own; its formats (date, email, uuid) are
+    checked as far as jsonschema can. JSON is read strictly: NaN and repeated keys are wrong. Raises ValueError for a
+    schema that is not valid.
     """
-    text = without_reasoning(rollout.text)
+    text = rollout.text if _is_json(rollout.text) else without_reasoning(rollout.text)  # a value may hold "<think>"
     found = fenced_blocks(text)
     blocks = [block.text for block in found if block.tag in _TAGS] or [block.text for block in found if not block.tag]
     if len(blocks) > 1:
@@ -41,6 +42,14 @@ def valid_json(rollout: Rollout, row: Row, schema: dict[str, Any] | None = None)
 def read_strictly(text: str) -> Any:
     """The value of a JSON text. Raises ValueError also for NaN, repeated keys and numbers beyond float64."""
     return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        read_strictly(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _same(value: object, expected: object) -> bool:
@@ -81,7 +90,9 @@ def _misfit(value: Any, schema: Any, row_id: str) -> str:
         jsonschema.Draft202012Validator.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise ValueError(f"row {row_id}: its schema is wrong: {error.message[:200]}") from error
-    validator = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
+    validator = jsonschema.Draft202012Validator(
+        schema, registry=referencing.Registry(), format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+    )
     error = next(validator.iter_errors(value), None)
     return error.message if error else ""
 
