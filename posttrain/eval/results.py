@@ -107,7 +107,7 @@ class _Shown:
         self._patterns = patterns
         self.number = self.tokens = self.truncated = 0
         self._num_episodes = 0
-        self._episodes = dict.fromkeys(EPISODE_COUNTS, 0.0)
+        self._episodes: dict[str, float] = dict.fromkeys(EPISODE_COUNTS, 0.0)
         self._found: Counter[str] = Counter()
         self._scored: Counter[tuple[str, bool]] = Counter()  # (pattern, whether it is found)
         self._right: Counter[tuple[str, bool]] = Counter()
