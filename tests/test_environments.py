@@ -191,6 +191,15 @@ def test_a_suffix_that_is_found_in_the_text_equals_that_of_both_renderings(tiny_
     assert talked(tiny_tokenizer, *turns, checked=checked) == slow
 
 
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_both_ways_to_a_suffix_are_equal_for_templates_of_model_families(family):
+    tokenizer = tokenizer_of(family)
+    turns = ["one", "go on", " two ", "so\n", "<think>\nhm\n</think>\n\nthree", "and?", "four", "é 𝛑", "five", "end"]
+    checked: set[str] = set()
+    for _ in range(2):  # at first nothing is known
+        assert talked(tokenizer, *turns, checked=checked) == talked(tokenizer, *turns, checked=NothingKnown())
+
+
 def test_a_template_that_cuts_thinking_makes_a_branch(chat_tokenizer):
     (first, ids), (second, _) = talked(chat_tokenizer, "<think>hmm</think>one", "go on", "two", "and on")
     assert first.keeps is not None
