@@ -22,7 +22,8 @@ from posttrain.records import RewardResult, Row
 from posttrain.scoring.plugins.target import Target, import_target
 
 REQUIRES = {"verifiers": ["verifiers"]}
-# What `posttrain environments install verifiers` installs. From 0.2 on the package needs programs that no index has.
+# What `posttrain environments install verifiers` installs. Version 0.3 moves these environments to `legacy`, and 0.4
+# has others only (`verifiers.v1`).
 PACKAGES = ["verifiers==0.1.14", "starlette==1.10.0", "uvicorn==0.54.0"]
 MODEL = "policy"
 
