@@ -234,6 +234,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "given": {
             **templates_of("model"),
             **ENVIRONMENT_GIVEN,
+            "model.adapters": {"model": {"path": "adapter_a", "dtype": "float32"}},
             "prompts.special_*": {"prompts": {"path": "prompts_special.jsonl"}},
             "prompts.weights": {"prompts.path": ["prompts_a.jsonl", "prompts_b.jsonl"]},
             "prompts.mix_seed": {"prompts": {"path": ["prompts_a.jsonl", "prompts_b.jsonl"], "weights": [1.0, 1.0]}},

@@ -14,15 +14,18 @@ from test_rl import rows_of, run_stage
 from test_rl_trainer import EXPERTS, LORA, TEMPERATURE, batch, layout, make_config
 from test_sft import weights
 
+from posttrain.config.base import validate_config
 from posttrain.config.training import LoraConfig
 from posttrain.errors import ConfigError, StageError
 from posttrain.files import read_jsonl
-from posttrain.model import load_model
-from posttrain.parallel.adapters import merge_adapter
+from posttrain.model import load_model, load_tokenizer
+from posttrain.model.adapter_start import started_lora
+from posttrain.parallel.adapters import export_adapter, merge_adapter
 from posttrain.parallel.export import without_adapters
 from posttrain.parallel.tensors import read_weights, sent_tensors, trained_tensors, whole_tensors
+from posttrain.rl.config import RlConfig
 from posttrain.rl.stage import run
-from posttrain.rl.training.adapters import AdapterProbe, adapters_off
+from posttrain.rl.training.adapters import AdapterProbe, StartAdapters, adapters_off
 from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.policy import load_token_policy, sample_logprobs
 
@@ -97,6 +100,49 @@ def test_the_policy_without_its_adapters_is_the_start_and_a_probe_leaves_no_trac
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_continued_adapters_are_trained_and_the_start_is_the_model_with_them_as_they_were(policy, tmp_path):
+    tokenizer = load_tokenizer(str(policy))
+    folder = export_adapter(adapted(policy, ALL), policy, tokenizer=tokenizer, path=tmp_path / "adapter")
+    whole = merge_adapter(folder, "float32", target=tmp_path / "whole")
+    config = make_config(str(folder))
+    assert started_lora(config.model.model_copy(update={"adapters": "merge"}), None) is None
+    lora = started_lora(config.model, config.lora)
+    assert lora is not None
+    assert (lora.rank, lora.target_parameters) == (ALL.rank, sorted(EXPERTS))
+    torch.manual_seed(0)
+    trained = load_token_policy(config.model, TEMPERATURE, lora=lora).eval()
+    plain = load_token_policy(config.model.model_copy(update={"path": str(whole)}), TEMPERATURE).eval()
+    samples = batch(0)
+
+    def logprobs(token_policy: Any) -> torch.Tensor:
+        return torch.tensor([x for row in sample_logprobs(token_policy, samples, 64, device="cpu") for x in row])
+
+    assert torch.allclose(logprobs(trained), logprobs(plain), atol=1e-5)
+    assert all(".lora_" in name for name, weight in trained.named_parameters() if weight.requires_grad)
+    first, start = logprobs(trained), StartAdapters(trained)
+    with torch.no_grad():
+        for item in trained_tensors(trained):
+            for parameter in item.parameters:
+                parameter.mul_(1.5)
+    moved = logprobs(trained)
+    assert float((moved - first).abs().mean()) > 1e-3
+    with start.in_place():
+        assert torch.equal(logprobs(trained), first)
+    assert torch.equal(logprobs(trained), moved)
+    again = export_adapter(trained.policy, policy, tokenizer=tokenizer, path=tmp_path / "again")
+    merged = weights(merge_adapter(again, "float32", target=tmp_path / "whole again"))
+    sent = values(whole_tensors(trained))
+    assert all(torch.equal(sent[name], merged[name]) for name in merged)
+
+
+def test_the_reference_of_continued_adapters_needs_no_process(policy, tmp_path):
+    folder = export_adapter(adapted(policy, ALL), policy, tokenizer=load_tokenizer(str(policy)), path=tmp_path / "a")
+    config = make_config(str(folder), loss={"reference": {"weight": 0.1}}).model_dump()
+    config["model"]["adapters"] = "merge"
+    with pytest.raises(ConfigError, match=r"loss\.reference and resources\.reference go together"):
+        validate_config(RlConfig, config, "test")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -144,6 +190,16 @@ def test_a_stage_trains_adapters_that_its_engines_follow(ray_session, tiny_model
     assert all(torch.equal(whole[name], merged[name]) for name in whole)
     changed = {name for name in start if not torch.equal(start[name], whole[name])}
     assert changed == {name for name in start if name.endswith(("q_proj.weight", "o_proj.weight", *EXPERTS))}
+    # The same adapters are trained further; the reference is the policy with the adapters as they were.
+    changes["lora"] = None
+    config = stage_config(tmp_path, tmp_path / "rl" / "adapter", rows_of(["math"]), steps=2, **changes)
+    outputs, metrics = run_stage(config, tmp_path / "further")
+    assert outputs["parity_mean_gap"] < 1e-5
+    assert all(line["mismatch_kl"] < 1e-6 for line in metrics)
+    assert metrics[0]["reference_kl"] == pytest.approx(0, abs=1e-7)
+    assert metrics[1]["reference_kl"] > 1e-7
+    further = weights(tmp_path / "further" / "model")
+    assert {name for name in whole if not torch.equal(whole[name], further[name])} == changed
 
 
 def trainer_that_forgets_adapters(config: Any, seed: int) -> Any:

@@ -17,6 +17,7 @@ from posttrain.model.folder import read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+MERGED = "merged"  # the folder in that of a stage for whole models that adapters of its config stand for
 BASE = "base.json"  # {"mark": that of the base on which the adapters were trained}; written by us, not by peft
 # Settings of peft under which an adapter is more than a change of the base's weights, or changes another base.
 _MORE = ("modules_to_save", "layer_replication", "trainable_token_indices")

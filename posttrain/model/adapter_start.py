@@ -7,10 +7,10 @@ or a rank of its own for some modules; their training cannot be continued, but t
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from posttrain.config.models import ServedModelConfig, TunedModelConfig
-from posttrain.config.training import LoraConfig
+from posttrain.config.training import AdaptersConfig, LoraConfig
 from posttrain.errors import ConfigError
 from posttrain.files import read_object
 from posttrain.model.adapter import CONFIG, base_folder, is_adapter
@@ -20,6 +20,7 @@ _MORE_THAN_PLAIN = (
     "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules",
     "fan_in_fan_out", "lora_bias",
 )  # fmt: skip
+L = TypeVar("L", bound=AdaptersConfig)
 _SHAPE = ("rank", "alpha", "target_modules", "target_parameters")
 
 
@@ -28,7 +29,7 @@ def continues(model: ServedModelConfig) -> bool:
     return isinstance(model, TunedModelConfig) and model.adapters == "continue" and is_adapter(model.path)
 
 
-def started_lora(model: ServedModelConfig, lora: LoraConfig | None, *, images: bool = False) -> LoraConfig | None:
+def started_lora(model: ServedModelConfig, lora: L | None, *, images: bool = False) -> L | LoraConfig | None:
     """The section `lora` without nulls, as a stage trains by it; None if it trains all weights.
 
     images: whether the stage trains with pictures. If adapters are continued there is always a section. Raises
@@ -41,7 +42,7 @@ def started_lora(model: ServedModelConfig, lora: LoraConfig | None, *, images: b
     return (lora or LoraConfig()).filled(adapter_settings(model.path))
 
 
-def start_problems(model: ServedModelConfig, lora: LoraConfig | None, *, images: bool = False) -> list[str]:
+def start_problems(model: ServedModelConfig, lora: AdaptersConfig | None, *, images: bool = False) -> list[str]:
     """Why the adapters that a stage starts from cannot be trained on as `lora` says, one line each; keys first."""
     if not continues(model):
         return []
@@ -68,7 +69,7 @@ def start_problems(model: ServedModelConfig, lora: LoraConfig | None, *, images:
                 f"lora.{name}: got {asked}, but the adapters in model.path {model.path!r} have {there}, and the "
                 f"training continues them; leave the key out, or set {merge}"
             )
-    if lora is not None and lora.dropout and held.target_parameters:
+    if isinstance(lora, LoraConfig) and lora.dropout and held.target_parameters:
         problems.append(
             f"lora.dropout: got {lora.dropout}, but the adapters in model.path {model.path!r} adapt experts, which no "
             "dropout goes through: set dropout: 0.0"

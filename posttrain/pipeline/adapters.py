@@ -11,12 +11,10 @@ from typing import Any
 from posttrain.config.base import validate_config
 from posttrain.config.models import ServedModelConfig
 from posttrain.context import StageContext
-from posttrain.model.adapter import is_adapter
+from posttrain.model.adapter import MERGED, is_adapter
 from posttrain.model.adapter_start import continues
 from posttrain.pipeline.inputs import other_paths, walk
 from posttrain.pipeline.kinds import StageKind
-
-FOLDER = "merged"
 
 
 def with_whole_models(config: Any, kind: StageKind, context: StageContext) -> Any:
@@ -39,7 +37,7 @@ def with_whole_models(config: Any, kind: StageKind, context: StageContext) -> An
 
     data = config.model_dump()
     for key, (path, form) in adapters.items():
-        target = context.dir / FOLDER / key.removesuffix(".path")
+        target = context.dir / MERGED / key.removesuffix(".path")
         if not target.is_dir():
             context.phase(f"merging adapters into their base: {path}")
             merge_adapter(path, form, target=target)
@@ -52,7 +50,7 @@ def with_whole_models(config: Any, kind: StageKind, context: StageContext) -> An
 
 
 def forget_whole_models(config: Any, context: StageContext) -> None:
-    """Delete the merged models of a finished stage, except the base of adapters that the stage wrote."""
-    lora = getattr(config, "lora", None)
-    if lora is None or lora.save == "merged":
-        shutil.rmtree(context.dir / FOLDER, ignore_errors=True)
+    """Delete the merged models of a finished stage, except the base of new adapters that the stage wrote."""
+    lora, model = getattr(config, "lora", None), getattr(config, "model", None)
+    if lora is None or lora.save == "merged" or (model is not None and continues(model)):
+        shutil.rmtree(context.dir / MERGED, ignore_errors=True)

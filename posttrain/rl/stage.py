@@ -19,6 +19,7 @@ from posttrain.episodes.rollouter import EnvironmentRollouter
 from posttrain.episodes.tools import row_renderer, row_tools
 from posttrain.errors import TrainerLostError
 from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
+from posttrain.model.adapter_start import started_lora
 from posttrain.model.sharing import note_unshared
 from posttrain.parallel.engine import check_parallel
 from posttrain.records import DrawnPrompt, Message, Row
@@ -48,12 +49,13 @@ from posttrain.rl.prompts.quotas import mixture_shares
 from posttrain.rl.prompts.selection import Selection
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.training.reference import AdaptersOff, Reference, check_reference
-from posttrain.rl.training.starts import TrainerStarts
+from posttrain.rl.training.starts import TrainerStarts, with_whole_policy
 from posttrain.sampling.client import Engines
 
 
 def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
+    config = config.model_copy(update={"lora": started_lora(config.model, config.lora)})
     check_parallel(config.parallel, config.model, config.lora)
     rows, heldout = _rows(config, context), heldout_rows(config, config.evaluation, context)
     mixture_shares(rows, config.mixture, "prompt")  # a capability that no row has is found before anything starts
@@ -64,12 +66,13 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     check_router(config.model)
     if config.shared_prefixes:
         note_unshared(config.model, context)
+    trained, config = config, with_whole_policy(config, context)
     tokenizer, prompts, evaluated = _render(config, rows, heldout)
     note_added_end(tokenizer, context)
     check_reference(config.loss.reference, config.model)
     prepared = prepare_judge(config.judge) if config.judge is not None else None
     with ExitStack() as models:
-        starts = TrainerStarts(config, context)
+        starts = TrainerStarts(trained, context)
         models.callback(starts.close)
         if not _share_gpu(config):
             starts.begin()  # beside the engines; on their GPU it would disturb the measurement of free memory

@@ -12,7 +12,7 @@ from posttrain.config.base import Config
 from posttrain.config.data import DataConfig
 from posttrain.config.engines import EngineConfig, SamplingConfig
 from posttrain.config.environments import EnvironmentConfig
-from posttrain.config.models import ModelConfig
+from posttrain.config.models import TunedModelConfig
 from posttrain.config.resources import ActorResources, RewardResources, TrainerResources
 
 # Settings besides the temperature that change the distribution, each with the value at which it has no effect.
@@ -93,7 +93,7 @@ class RolloutsConfig(Config):
     `resources` names the actors of all rooms. It is declared here because the checks of this section read it.
     """
 
-    model: ModelConfig
+    model: TunedModelConfig
     prompts: DataConfig = Field(
         description="The prompts. Each row ends with a user turn and has the fields that the reward reads."
     )

@@ -1,4 +1,4 @@
-"""Adapters (LoRA) in RL's trainer: put into the policy, switched off for the reference, changed for the parity check.
+"""Adapters (LoRA) in RL's trainer: put into the policy, taken out or set back for the reference, changed for a check.
 
 New adapters change no log-probability, so an engine that is sent the weights without them would pass the check of
 engines and trainer, and every later step would be silently wrong. So the check is also made with adapters that matter:
@@ -36,13 +36,36 @@ def adapters_off(policy: nn.Module) -> Iterator[None]:
         yield
 
 
+class StartAdapters:
+    """The values of adapters that a training goes on with, as they are when this is made. Copies lie on the CPU."""
+
+    def __init__(self, policy: nn.Module):
+        self._layers = _layers(policy)
+        self._values = [_copies(layer) for layer in self._layers]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the block the adapters have these values. Collective: every rank enters and leaves it."""
+        held = [_copies(layer) for layer in self._layers]
+        self._give(self._values)
+        try:
+            yield
+        finally:
+            self._give(held)
+
+    def _give(self, values: list[list[torch.Tensor]]) -> None:
+        for layer, those in zip(self._layers, values, strict=True):
+            weights = _weights(layer)
+            with torch.no_grad(), gathered(weights, changed=True):
+                for weight, value in zip(weights, those, strict=True):
+                    weight.copy_(value)
+
+
 class AdapterProbe:
     """Random values in the adapters of a policy, for the parity check. Collective: every rank calls it alike."""
 
     def __init__(self, policy: nn.Module):
-        from peft.tuners.lora import LoraLayer
-
-        self._layers: list[Any] = [module for module in policy.modules() if isinstance(module, LoraLayer)]
+        self._layers = _layers(policy)
         self._held: list[torch.Tensor] = []
 
     def set(self, size: float) -> None:
@@ -65,3 +88,22 @@ class AdapterProbe:
             with torch.no_grad(), gathered((b,), changed=True):
                 b.copy_(value)
         self._held = []
+
+
+def _layers(policy: nn.Module) -> list[Any]:
+    """The layers that have an adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in policy.modules() if isinstance(module, LoraLayer)]
+
+
+def _weights(layer: Any) -> tuple[nn.Parameter, ...]:
+    """A and B of a layer's adapter."""
+    (name,) = layer.active_adapters
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def _copies(layer: Any) -> list[torch.Tensor]:
+    weights = _weights(layer)
+    with gathered(weights):
+        return [weight.detach().to("cpu", copy=True) for weight in weights]

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from posttrain.config.base import MAY_GROW, RESULT_STAYS
 from posttrain.config.fields import Positive
 from posttrain.config.training import AdaptersConfig, GradientCheckpointing, OptimizerConfig, ParallelConfig
+from posttrain.model.adapter_start import continues
 from posttrain.rl.grading.config import GradingConfig
 
 
@@ -61,7 +62,7 @@ class TrainingConfig(GradingConfig):
                 "loss.reference and resources.reference go together: the penalty, and the CPUs and GPUs of the process "
                 "that holds the reference policy; set both or none. Only the reference of a training with `lora` that "
                 "has no loss.reference.path and no model.router.bias_rate needs no process: it is the policy without "
-                "its adapters"
+                "its new adapters, or with continued ones as they were"
             )
         if self.weights.backend == "ipc" and self.parallel.processes > 1:
             raise ValueError(f"weights.backend: ipc needs parallel.processes 1, got {self.parallel.processes}")
@@ -69,8 +70,9 @@ class TrainingConfig(GradingConfig):
 
     @property
     def _needs_reference_process(self) -> bool:
-        """Whether the reference is another model than the policy without its adapters."""
+        """Whether the reference is another model than the policy with its adapters off, or as they were."""
         reference = self.loss.reference
         if reference is None:
             return False
-        return self.lora is None or reference.path is not None or self.model.router.bias_rate > 0
+        trains_all = self.lora is None and not continues(self.model)
+        return trains_all or reference.path is not None or self.model.router.bias_rate > 0

@@ -12,10 +12,12 @@ from torch import nn
 
 from posttrain.config.models import ModelConfig
 from posttrain.config.training import AdaptersConfig, GradientCheckpointing
+from posttrain.model.adapter_start import continues
 from posttrain.model.load import load_policy
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.model.router_balance import native_layers
 from posttrain.model.sharing import accept_trees, tree_arguments
+from posttrain.parallel.adapters import with_adapters
 from posttrain.rl.training.adapters import add_adapters
 from posttrain.rl.training.batches import MicroBatch, collate, micro_batches
 from posttrain.rl.training.samples import TrainSample
@@ -75,9 +77,14 @@ def load_token_policy(
     shared_prefixes: bool = True,
     lora: AdaptersConfig | None = None,
 ) -> TokenPolicy:
-    """Load the policy of a model folder onto the CPU. temperature: that of sampling. lora: new adapters to train."""
+    """Load the policy of a model folder onto the CPU.
+
+    temperature: that of sampling. lora: the adapters to train: new ones, or those in the folder.
+    """
     policy: Any = load_policy(model)
-    if lora is not None:
+    if lora is not None and continues(model):
+        with_adapters(policy, model.path, trainable=True)
+    elif lora is not None:
         add_adapters(policy, lora)
     if gradient_checkpointing != "none":
         policy.gradient_checkpointing_enable(checkpointing_arguments(gradient_checkpointing))

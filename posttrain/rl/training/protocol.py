@@ -68,7 +68,8 @@ class Trainer(Protocol):
     def logprobs(self, samples: Sequence[TrainSample], adapters: bool = True) -> list[list[float]]:
         """Log-probabilities of each sample's reply tokens under the policy, in the order given.
 
-        adapters: False leaves the adapters out, which gives the model from which the training started.
+        adapters: False gives those of the model from which the training started: without new adapters, and with
+        continued ones as they were.
         """
         ...
 

@@ -1,9 +1,9 @@
 """The reference policy, which gives the log-probabilities of sampled tokens: a frozen model in a process of its own.
 
 It is loaded from `loss.reference.path`, or by default from the folder from which training starts. That folder does not
-change, so a resumed stage has the same reference. A training of new adapters needs no second model, because the policy
-without them is the start (`AdaptersOff`). Left out: an optimizer, and more than one process, so the reference must fit
-on one GPU.
+change, so a resumed stage has the same reference. A training of adapters needs no second model, because the policy
+without new ones, or with continued ones as they were, is the start (`AdaptersOff`). Left out: an optimizer, and more
+than one process, so the reference must fit on one GPU.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,10 @@ class Reference:
 
 
 class AdaptersOff:
-    """The reference of a training of new adapters: the policy without them. The trainer computes it between steps."""
+    """The reference of a training of adapters: the policy without new ones, or with continued ones as they were.
+
+    The trainer computes it between steps.
+    """
 
     def __init__(self, trainer: TrainerClient):
         self._trainer = trainer

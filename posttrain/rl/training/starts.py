@@ -1,9 +1,31 @@
-"""The trainer of a stage, which is started early and, if it is lost, again."""
+"""The trainer of a stage, which is started early and, if it is lost, again; and the model that its engines load."""
+
+from typing import TypeVar
 
 from posttrain.context import StageContext
 from posttrain.errors import TrainerLostError
+from posttrain.model.adapter import MERGED
+from posttrain.model.adapter_start import continues
 from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.config import TrainingConfig
+
+C = TypeVar("C", bound=TrainingConfig)
+
+
+def with_whole_policy(config: C, context: StageContext) -> C:
+    """The config for engines and reference: where adapters are continued, it names the whole model that they stand for.
+
+    The model is written into the stage's folder, and used again by a stage that was interrupted.
+    """
+    if not continues(config.model):
+        return config
+    target = context.dir / MERGED / "model"
+    if not target.is_dir():
+        from posttrain.parallel.adapters import merge_adapter
+
+        context.phase(f"merging adapters into their base for the engines: {config.model.path}")
+        merge_adapter(config.model.path, config.model.dtype, target=target)
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})
 
 
 class TrainerStarts:

@@ -13,7 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from posttrain.config.training import OptimizerConfig
+from posttrain.model.adapter import base_folder
+from posttrain.model.adapter_start import continues, started_lora
 from posttrain.model.router_balance import RouterBalance, native_layers
 from posttrain.model.tokenizer import load_tokenizer
 from posttrain.parallel.adapters import export_adapter
@@ -31,7 +33,7 @@ from posttrain.parallel.tensors import read_weights, sent_tensors
 from posttrain.rl.losses import ratio_of
 from posttrain.rl.objective import reference_kl
 from posttrain.rl.rollouts.weights import publisher
-from posttrain.rl.training.adapters import AdapterProbe, adapters_off
+from posttrain.rl.training.adapters import AdapterProbe, StartAdapters, adapters_off
 from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.forward import dealt, forward_share
 from posttrain.rl.training.policy import load_token_policy, sample_logprobs
@@ -66,19 +68,21 @@ class PolicyTrainer:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cpu":
             torch.set_num_threads(max(1, int(config.resources.trainer.cpus)))
+        lora = started_lora(config.model, config.lora)
         policy = load_token_policy(
             config.model,
             config.sampling.temperature,
             config.gradient_checkpointing,
             shared_prefixes=config.shared_prefixes,
-            lora=config.lora,
+            lora=lora,
         )
         module = policy.to(self._device)
         self._policy = module.policy
         self._engine = start_engine(module, config.parallel, config.optimizer, dtype=config.model.dtype)
         if config.parallel.zero == 3:
             module.share_head()
-        self._probe = AdapterProbe(self._policy) if config.lora is not None else None
+        self._probe = AdapterProbe(self._policy) if lora is not None else None
+        self._start = StartAdapters(self._policy) if continues(config.model) else None
         has_routers = native_layers(self._policy) is not None
         self._routers = RouterBalance(self._policy, config.model.router.bias_rate) if has_routers else None
         self._tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
@@ -114,8 +118,12 @@ class PolicyTrainer:
     def logprobs(self, samples: Sequence[TrainSample], adapters: bool = True) -> list[list[float]]:
         """See `Trainer.logprobs`."""
         self._engine.eval()
-        with nullcontext() if adapters else adapters_off(self._policy):
+        with nullcontext() if adapters else self._at_the_start():
             return sample_logprobs(self._engine, samples, self._config.micro_batch_tokens, device=self._device)
+
+    def _at_the_start(self) -> AbstractContextManager[None]:
+        """A context in which the policy is the one from which the training started."""
+        return adapters_off(self._policy) if self._start is None else self._start.in_place()
 
     def step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
         """See `Trainer.step`.
@@ -212,8 +220,8 @@ class PolicyTrainer:
         export_model(policy, self._policy.config, architecture, tokenizer=self._tokenizer, path=folder)
 
     def save_adapter(self, folder: str) -> None:
-        """Write the policy's adapters, on the base that is the model from which the training started."""
-        export_adapter(self._policy, self._config.model.path, tokenizer=self._tokenizer, path=folder)
+        """Write the policy's adapters, on the base on which they were trained."""
+        export_adapter(self._policy, base_folder(self._config.model.path), tokenizer=self._tokenizer, path=folder)
 
     def save_checkpoint(self, folder: str, controller: dict[str, Any]) -> None:
         """See `Trainer.save_checkpoint`."""
