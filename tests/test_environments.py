@@ -412,6 +412,54 @@ def test_episodes_begin_again_when_their_process_is_killed(worlds, tiny_tokenize
     assert sorted(asked) == [("waits", 0)] * 3 + [("waits", 2)] * 3  # no first turn is sampled again
 
 
+SAVES = """
+import os, signal
+
+async def saves(session, row):
+    if session.restored is None:
+        first = await session.sample()
+        session.reward(0.25)
+        await session.add("user", "noted")
+        session.checkpoint({"said": first.text})
+    second = await session.sample()
+    if session.restored is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    session.reward(0.5)
+    await session.add("user", "once more")
+    third = await session.sample()
+    seen = [message.text for message in session.messages]
+    return float(seen == ["a question", session.restored["said"], "noted", second.text, "once more", third.text])
+
+async def nothing(session, row):
+    await session.sample()
+    session.checkpoint(None)
+"""
+
+
+@pytest.mark.slow
+def test_an_environment_goes_on_from_its_checkpoint_when_its_process_is_lost(tmp_path, tiny_tokenizer):
+    (tmp_path / "worlds.py").write_text(SAVES)
+    asked: list[tuple[int, int]] = []
+
+    def says(turn: Any) -> str:
+        asked.append((turn.session.index, turn.number))
+        return f"turn {turn.number}"
+
+    environment = {"name": f"{tmp_path}/worlds.py:saves"}
+    found = play(tiny_tokenizer, environment, [question("kept")], says, group=2)["kept"]
+    for rollout in found:
+        assert rollout.scored is not None
+        assert rollout.scored.result is not None, rollout.scored.reason
+        assert rollout.scored.result.value == 1.75
+        parts = rollout.scored.result.parts
+        assert (parts["turn 1"], parts["turn 2"], parts["turns"]) == (0.25, 0.5, 3)
+        assert [segment.trained for segment in rollout.segments] == [True, False, True, False, True]
+    assert sorted(asked) == [(index, number) for index in (0, 1) for number in (0, 2, 4)]  # no turn is sampled again
+    (rollout,) = play(tiny_tokenizer, {"name": f"{tmp_path}/worlds.py:nothing"}, [question("none")], says)["none"]
+    assert rollout.scored is not None
+    assert "there can be no checkpoint: the state is None" in rollout.scored.reason
+
+
 PAID = """
 from posttrain.records import RewardResult
 

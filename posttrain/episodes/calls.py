@@ -46,6 +46,11 @@ class ReadTurn:
     problem: str = ""
 
 
+def without_stop(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the texts that end a turn."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
 def parser_of(tokenizer: Tokenizer, asked: str | None) -> str:
     """The name of the parser: the one that the config asks for, or the one that goes with the chat template. Raises
     ConfigError if vLLM has no such parser, or the template tells none."""

@@ -36,6 +36,11 @@ class Continuation:
         return (*(ids if self.keeps is None else ids[: self.keeps]), *self.token_ids)
 
 
+def num_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 class Conversation:
     """The messages of one episode. messages: begin with those of the prompt.
 
@@ -149,11 +154,7 @@ class Conversation:
             if last is not None and whole[: len(rendered)] == rendered and wanted[: last + 1] == whole[: last + 1]:
                 is_ended = bool(ids) and ids[-1] in self._ends
                 return Continuation(tuple(wanted[last + 1 if is_ended else last :]))
-        common = 0
-        for one, other in zip(ids, wanted, strict=False):
-            if one != other:
-                break
-            common += 1
+        common = num_common(ids, wanted)
         # A prompt ends with the header of the policy's turn, so something is always left to add.
         return Continuation(tuple(wanted[common:]), common)
 

@@ -25,6 +25,7 @@ from posttrain.episodes.wire import (
     Full,
     LoadedEnvironment,
     Refused,
+    Saved,
     Told,
 )
 from posttrain.records import Outcome, Row
@@ -104,14 +105,14 @@ class _Episodes:
                 deadline.reschedule(loop.time() + self._timeout_s if runs else None)
 
         toolbox = Toolbox(self._kits[begin.environment])
-        session = Session(begin, self._ask, clock, toolbox=toolbox)
+        session = Session(begin, self._send, clock, toolbox=toolbox)
         task = asyncio.create_task(self._run(begin, session, deadline, toolbox=toolbox))
         self._running[begin.key] = session, task
 
-    def _ask(self, ask: Ask) -> None:
-        if (size := len(frame(ask))) > MAX_REPLY_BYTES:
+    def _send(self, message: Ask | Saved) -> None:
+        if (size := len(frame(message))) > MAX_REPLY_BYTES:
             raise ValueError(f"the added turns have {size} bytes; at most {MAX_REPLY_BYTES} may be added at once")
-        reply(self._replies, ask)
+        reply(self._replies, message)
 
     async def _run(self, begin: Begin, session: Session, deadline: asyncio.Timeout, *, toolbox: Toolbox) -> None:
         try:

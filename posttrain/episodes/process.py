@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 
-from posttrain.episodes.wire import Ask, Begin, Cancel, Ended, EnvironmentSetup, Full, Refused, Told
+from posttrain.episodes.wire import Ask, Begin, Cancel, Ended, EnvironmentSetup, Full, Refused, Saved, Told
 from posttrain.records import Outcome
 from posttrain.sampling.progress import Progress
 from posttrain.scoring.pool.process import PluginProcess
@@ -33,9 +33,9 @@ class Episode:
         self.key = key
         self.due_s: float | None = None  # while the environment has its turn: when its process is killed
         self._place = place
-        self._events: asyncio.Queue[Ask | Ended | EpisodeLost] = asyncio.Queue()
+        self._events: asyncio.Queue[Ask | Saved | Ended | EpisodeLost] = asyncio.Queue()
 
-    async def next(self) -> Ask | Ended:
+    async def next(self) -> Ask | Saved | Ended:
         """What the environment does next. Raises EpisodeLost."""
         event = await self._events.get()
         if isinstance(event, EpisodeLost):
@@ -50,9 +50,10 @@ class Episode:
         """Give the episode up, if it has not ended."""
         self._place.give_up(self)
 
-    def hear(self, event: Ask | Ended | EpisodeLost) -> None:
+    def hear(self, event: Ask | Saved | Ended | EpisodeLost) -> None:
         """Take what the environment does next, or that its process is lost."""
-        self.due_s = None
+        if not isinstance(event, Saved):  # after which it goes on
+            self.due_s = None
         self._events.put_nowait(event)
 
 
@@ -99,7 +100,7 @@ class EnvironmentProcess:
         loaded = self._loaded = asyncio.get_running_loop().create_future()
         process = self._process = PluginProcess(
             PROGRAM,
-            Loaded | Ask | Ended,
+            Loaded | Ask | Saved | Ended,
             on_messages=lambda messages: self._hear_all(process, messages),
             on_exit=lambda: self._on_exit(process),
             python=self._python,
@@ -183,11 +184,11 @@ class EnvironmentProcess:
         else:
             self._lose(f"the environment did nothing for {self._timeout_s:g} s", cause, Outcome.TIMEOUT)
 
-    def _hear_all(self, process: PluginProcess, messages: Iterator[Loaded | Ask | Ended]) -> None:
+    def _hear_all(self, process: PluginProcess, messages: Iterator[Loaded | Ask | Saved | Ended]) -> None:
         for message in messages:
             self._hear(process, message)
 
-    def _hear(self, process: PluginProcess, message: Loaded | Ask | Ended) -> None:
+    def _hear(self, process: PluginProcess, message: Loaded | Ask | Saved | Ended) -> None:
         if process is not self._process:
             return
         if isinstance(message, Loaded):

@@ -13,7 +13,7 @@ from posttrain.config.environments import EnvironmentFunctionConfig
 from posttrain.episodes.session import ContextFullError, Session, episode_result
 from posttrain.episodes.toolbox.toolbox import Toolbox, ToolKit
 from posttrain.episodes.tools import environment_provided, environment_tools
-from posttrain.episodes.wire import Ask, Begin, Full, PolicyTurn, Told
+from posttrain.episodes.wire import Ask, Begin, Full, PolicyTurn, Saved, Told
 from posttrain.records import Message, RewardResult, Row
 from posttrain.scoring.plugins.lookup import ENVIRONMENT, check_environment, resolve
 from posttrain.scoring.plugins.target import import_target
@@ -51,7 +51,9 @@ def rehearse(
     run_it: Any = function
     script = iter(said)
 
-    def answer(_: Ask) -> None:
+    def answer(message: Ask | Saved) -> None:
+        if isinstance(message, Saved):
+            return
         turn = next(script, None)
         if turn is None:
             session.take(Full(0))

@@ -84,24 +84,26 @@ class EnvironmentRollouter:
         if session.is_over:
             return session.rollout()
         num_own = num_unknown = 0
+        talk = self._talk(session, row_tools(self.config, session.row))
         while True:
             try:
-                return await self._episode(key, prompt, session)
+                return await self._episode(key, talk, session)
             except EpisodeLost as lost:
                 # Those that another episode takes down with it need no limit: that one is not tried for ever.
                 num_own += lost.is_cause is True
                 num_unknown += lost.is_cause is None
                 if num_own == TRIES or num_unknown == MAX_LOSSES:
                     return session.rollout(Scored(None, lost.outcome, f"{lost}, in {num_own or num_unknown} tries"))
-                session.begin_again()
+                if not talk.rewind():
+                    session.begin_again()
+                    talk = self._talk(session, row_tools(self.config, session.row))
 
-    async def _episode(self, key: str, prompt: Prompt, session: Session) -> Rollout:
+    async def _episode(self, key: str, talk: Talk, session: Session) -> Rollout:
         row = session.row
         try:
             plain = plain_row(row)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             return session.rollout(Scored(None, Outcome.ERROR, f"row {row.id}: {error}"))
-        tools = row_tools(self.config, row)
         episode: Episode | None = None
 
         async def begin() -> None:
@@ -109,16 +111,15 @@ class EnvironmentRollouter:
             episode = await self._pool.begin(
                 environment=key,
                 row=plain,
-                messages=prompt.messages,
-                tools=tools,
+                tools=row_tools(self.config, row),
                 seed=self._seed_of(row, session),
-                tokens_left=self._length - len(session.context_ids),
+                **talk.begin(),
             )
 
         try:
             await session.outside(begin())
             assert episode is not None
-            return await self._talk(session, tools).run(episode)
+            return await talk.run(episode)
         finally:  # it may have begun although this rollout was ended before it was told
             if episode is not None:
                 episode.end()

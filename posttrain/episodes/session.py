@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from posttrain.episodes.toolbox.toolbox import Toolbox
-from posttrain.episodes.wire import Ask, Begin, Full, History, PolicyTurn, Refused, Told
+from posttrain.episodes.wire import Ask, Begin, Full, History, PolicyTurn, Refused, Saved, Told
 from posttrain.errors import PluginError
 from posttrain.records import Message, RewardResult
 from posttrain.scoring.plugins.results import to_result
@@ -40,13 +40,14 @@ class Session:
 
     messages: the conversation so far. tools: the schemas that the policy was shown. seed: a number that is the same
     whenever this rollout is made again. turn: how many turns the policy has had. tokens_left: how many tokens its
-    context still has room for; what is added next is not counted yet.
+    context still has room for; what is added next is not counted yet. restored: the state of the latest `checkpoint`
+    if the episode goes on from one, else None.
     """
 
     def __init__(
         self,
         begin: Begin,
-        send: Callable[[Ask], None],
+        send: Callable[[Ask | Saved], None],
         clock: Callable[[bool], None],
         *,
         toolbox: Toolbox | None = None,
@@ -54,16 +55,18 @@ class Session:
         self.messages: list[Message] = list(begin.messages)
         self.tools = begin.tools
         self.seed = begin.seed
-        self.turn = 0
+        self.turn = begin.turn
+        self.restored = begin.restored
         self.tokens_left = begin.tokens_left
         self.added: list[Message] = []
-        self.rewards: list[tuple[int, float]] = []
+        self.rewards: list[tuple[int, float]] = list(begin.rewards)
         self._key = begin.key
         self._send = send
         self._clock = clock  # called with whether the deadline of the environment runs
         self._toolbox = toolbox
         self._answer: asyncio.Future[Told | Full | Refused] | None = None
         self._end = ""
+        self._has_histories = False
 
     async def sample(
         self,
@@ -95,6 +98,7 @@ class Session:
             if self.added:
                 raise ValueError("turns were added that `after` would leave out; give them in it")
             self.messages = list(after.messages)
+            self._has_histories = True
         self._answer = asyncio.get_running_loop().create_future()
         added, self.added = tuple(self.added), []
         self._clock(False)
@@ -158,6 +162,19 @@ class Session:
         if not math.isfinite(value):
             raise ValueError(f"the reward of a turn is {value}; it must be finite")
         self.rewards.append((self.turn, value))
+
+    def checkpoint(self, state: Any) -> None:
+        """Save the state of the environment: if its process is lost, the episode goes on from here.
+
+        The environment is then called again with `restored`, and with the conversation and the rewards so far. state:
+        JSON values, and not None. Raises ValueError for None, and after a turn that was asked for by `after`.
+        """
+        self._require_open("save a checkpoint")
+        if state is None or self._has_histories:
+            why = "turns were asked for by `after`" if self._has_histories else "the state is None"
+            raise ValueError(f"there can be no checkpoint: {why}")
+        added, self.added = tuple(self.added), []
+        self._send(Saved(self._key, state, added, self.turn, tuple(self.rewards)))
 
     def take(self, answer: Told | Full | Refused) -> None:
         """Give `sample` its answer."""

@@ -7,16 +7,18 @@ history (`Session.sample(after=...)`, which the gateway of agents uses) may be a
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from posttrain.data.tokenizer import Tokenizer
-from posttrain.episodes.calls import CallReader, ReadTurn
-from posttrain.episodes.conversation import Continuation, Conversation
+from posttrain.episodes.calls import CallReader, ReadTurn, without_stop
+from posttrain.episodes.conversation import Continuation, Conversation, num_common
 from posttrain.episodes.histories import Histories
 from posttrain.episodes.process import Episode, EpisodeLost
 from posttrain.episodes.tools import tools_problem
-from posttrain.episodes.wire import Ask, Ended, Full, History, PolicyTurn, Refused, Told
+from posttrain.episodes.wire import Ask, Ended, Full, History, PolicyTurn, Refused, Saved, Told
 from posttrain.errors import DataError, UserError
 from posttrain.records import (
     EPISODE_COUNTS,
@@ -42,22 +44,26 @@ def num_failures(added: Sequence[Message]) -> int:
     return sum(message.role == "tool" and message.text.startswith("Error:") for message in added)
 
 
-def num_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _without_stop(text: str, stops: Sequence[str]) -> str:
-    """The text up to the first of the texts that end a turn."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
-
-
 class _FullError(Exception):
     """The context has no room for another turn."""
 
 
 class _RefusedError(Exception):
     """A history that cannot be shown to the policy."""
+
+
+# What a talk knows of its conversation, besides the conversation itself.
+_OF_CONVERSATION = ("_ids", "_num_turns", "_num_calls", "_num_malformed", "_num_failures", "_told", "_is_full")
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """A checkpoint of the environment, and the talk as it was then. num_segments: of the session. kept: by name."""
+
+    told: Saved
+    conversation: Conversation
+    num_segments: int
+    kept: dict[str, Any]
 
 
 class Talk:
@@ -93,11 +99,15 @@ class Talk:
         self._num_turns = self._num_calls = self._num_malformed = self._num_failures = 0
         self._told = [0]  # for each turn that the environment was told of, its place among all turns of the policy
         self._is_full = False
+        self._saved: _Checkpoint | None = None
 
     async def run(self, episode: Episode) -> Rollout:
         """Answer the environment until it ends. Raises EpisodeLost."""
         while True:
             event = await self._session.outside(episode.next())
+            if isinstance(event, Saved):
+                self._save(event)
+                continue
             if isinstance(event, Ended):
                 if event.outcome == Outcome.INFRASTRUCTURE:
                     raise EpisodeLost(event.reason, is_cause=True)
@@ -114,6 +124,30 @@ class Talk:
             else:
                 self._told.append(self._num_turns)
                 episode.answer(answer)
+
+    def _save(self, saved: Saved) -> None:
+        self._num_failures += num_failures(saved.added)
+        self._conversation.add(saved.added)
+        kept = {name: copy(getattr(self, name)) for name in _OF_CONVERSATION}
+        self._saved = _Checkpoint(saved, self._conversation.fork(), self._session.num_segments, kept)
+
+    def rewind(self) -> bool:
+        """Go back to the latest checkpoint, with the session. False if there is none."""
+        if (saved := self._saved) is None:
+            return False
+        self._session.begin_again(saved.num_segments)
+        self._conversation = saved.conversation.fork()
+        for name, value in saved.kept.items():
+            setattr(self, name, copy(value))
+        return True
+
+    def begin(self) -> dict[str, Any]:
+        """The fields of `Begin` that say where the episode begins."""
+        fields = {"messages": tuple(self._conversation.messages), "tokens_left": self._length - len(self._ids)}
+        if self._saved is None:
+            return fields
+        told = self._saved.told
+        return {**fields, "restored": told.state, "turn": told.turn, "rewards": told.rewards}
 
     # ------------------------------------------------------------------ one conversation, to which turns are added
 
@@ -164,7 +198,7 @@ class Talk:
         said = await self._sample(ask)
         read = self._read(said, reader)
         calls = () if read.problem else read.calls
-        text = _without_stop(read.content if calls else said.text, ask.stop)
+        text = without_stop(read.content if calls else said.text, ask.stop)
         message = Message("assistant", text, calls)
         self._histories.note(place, message, said.token_ids, num_ends=self._num_ends(said))
         turn = self._turn(ask, said, text, calls=calls, num_read=len(place.ids))

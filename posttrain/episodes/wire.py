@@ -5,6 +5,7 @@ stage ── EnvironmentSetup ──► process    loads the environments
       ── Begin ─────────────► process    one episode
       ◄── Ask ───────────────            what the world says, and the policy's turn is asked for
       ── Told | Full | Refused ► process what the policy said, that its context is full, or why it was not asked
+      ◄── Saved ─────────────            a checkpoint of the environment
       ◄── Ended ─────────────            the reward, or why there is none
       ── Cancel ────────────► process    the episode is not wanted any more
 """
@@ -66,7 +67,11 @@ class EnvironmentSetup(Struct, frozen=True):
 
 
 class Begin(Struct, frozen=True, tag="begin"):
-    """Begins an episode under the stage's key. row: the fields of a `Row` as MessagePack has them."""
+    """Begins an episode under the stage's key. row: the fields of a `Row` as MessagePack has them.
+
+    restored, turn, rewards: if the episode goes on from a checkpoint, its state, the turns that the policy had had, and
+    what was paid for them.
+    """
 
     key: int
     environment: str
@@ -75,6 +80,9 @@ class Begin(Struct, frozen=True, tag="begin"):
     tools: list[dict[str, Any]]
     seed: int
     tokens_left: int
+    restored: Any = None
+    turn: int = 0
+    rewards: tuple[tuple[int, float], ...] = ()
 
 
 class PolicyTurn(Struct, frozen=True):
@@ -142,6 +150,16 @@ class Ask(Struct, frozen=True, tag="ask"):
     stop: tuple[str, ...] = ()
     history: History | None = None
     with_tokens: bool = False
+
+
+class Saved(Struct, frozen=True, tag="saved"):
+    """A checkpoint: after the turns so far and `added`, the environment was in `state`. For the others see `Begin`."""
+
+    key: int
+    state: Any
+    added: tuple[Message, ...] = ()
+    turn: int = 0
+    rewards: tuple[tuple[int, float], ...] = ()
 
 
 class Ended(Struct, frozen=True, tag="ended"):

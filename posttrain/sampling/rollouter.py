@@ -148,9 +148,16 @@ class Session:
         """The tokens that the policy sees now: those of the prompt and of every segment of the latest branch."""
         return branches(self.flight.request.prompt_ids, self._segments)[-1].token_ids
 
-    def begin_again(self) -> None:
-        """Forget all segments. The turns so far are returned again, as after a crash: see `Rollouter.run`."""
-        self._recorded, self._segments, self._last = self.reply, (), NOTHING
+    @property
+    def num_segments(self) -> int:
+        """How many segments there are."""
+        return len(self._segments)
+
+    def begin_again(self, num_segments: int = 0) -> None:
+        """Forget all segments but the first. The turns so far are returned again, as after a crash: see
+        `Rollouter.run`."""
+        self._recorded, self._segments = self.reply, self._segments[:num_segments]
+        self._last = next((self._known[at] for at in reversed(range(num_segments)) if at in self._known), NOTHING)
 
     @property
     def is_over(self) -> bool:
