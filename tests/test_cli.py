@@ -265,6 +265,8 @@ def test_the_kind_of_a_stage_file_is_guessed(tmp_path: Path):
         "eval": eval_config(),
     }.items():
         assert guess_kind(tmp_path / "mine.yaml", data) == kind
+    wrong_value = {"model": {"path": "m"}, "data": {"path": "$HOME/d"}}  # a wrong value says nothing about the kind
+    assert guess_kind(tmp_path / "mine.yaml", wrong_value) == "sft"
 
 
 @pytest.mark.parametrize("name", [*KINDS, "pipeline"])

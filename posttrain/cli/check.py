@@ -11,6 +11,8 @@ from posttrain.errors import ConfigError
 from posttrain.pipeline.config import PipelineConfig, RawPipeline, find_pipeline, read_pipeline, single_stage
 from posttrain.pipeline.kinds import KINDS, load_schema, unknown_kind
 
+_KEY_FAULTS = ("extra_forbidden", "missing")
+
 
 def read_any(file: str, overrides: Sequence[str] = (), kind: str | None = None) -> RawPipeline:
     """Read a pipeline (a file with `stages`) or the config of one stage.
@@ -41,17 +43,18 @@ def read_pipeline_file(file: str, overrides: Sequence[str] = ()) -> RawPipeline:
 
 
 def guess_kind(path: Path, data: dict) -> str:
-    """The kind of stage whose schema finds the fewest problems in `data`.
+    """The kind of stage whose schema finds the fewest unknown and missing keys in `data`, then the fewest problems.
 
     If several kinds find equally few, the kind that occurs in the file's name is taken.
     """
-    faults: dict[str, int] = {}
+    faults: dict[str, tuple[int, int]] = {}
     for name, kind in KINDS.items():
         try:
             load_schema(kind).model_validate(data)
-            faults[name] = 0
+            faults[name] = 0, 0
         except ValidationError as error:
-            faults[name] = error.error_count()
+            of_keys = [found for found in error.errors(include_url=False) if found["type"] in _KEY_FAULTS]
+            faults[name] = len(of_keys), error.error_count()
     best = min(faults.values())
     likely = [name for name, count in faults.items() if count == best]
     return next((name for name in likely if name in path.stem), likely[0])
