@@ -38,7 +38,7 @@ _THAT = r"(?:(?:all\s+(?:of\s+)?)?(?:this|that|it)|all|the\s+above)"
 _CONDITION = (
     rf"(?:{_IF}[\s,]{{1,9}}(?:that\s+)?(?:(?={_SELF}\b)[^.!?\n]{{0,60}}?\b(?:{_WRONG}{_END}|{_SLIP}{_END}|{_RIGHT}{_END}|"
     rf"{_HOLDS}{_END}|{_RECALLED})|{_THAT}\s+(?:is|was|are|be|proves?)\s+(?:\w+\s+){{0,2}}"
-    rf"(?:right|correct|wrong|mistaken|true){_END})"
+    rf"(?:right|correct|mistaken){_END})"
     rf"|\b(?:barring|absent|short\s+of)\s+(?:\w+\s+){{0,2}}(?:errors?|mistakes?|slips?|blunders?|oversights?|accidents?))"
 )
 _OF_SELF = re.compile(_CONDITION, re.IGNORECASE)
@@ -46,9 +46,8 @@ _OF_SELF = re.compile(_CONDITION, re.IGNORECASE)
 _EARLIER = re.compile(
     r"(?:(?:\A|[,;:]\s{0,9})(?:should|were|had)\s+i\b"
     r"|\b(?:do\s+not|don['’]t|never)\s+(?:trust|quote|believe)\s+me\b|\b(?:grain|pinch)\s+of\s+salt\b"
-    r"|\b(?:half|hardly|barely|scarcely|not\s+(?:quite|really|very|too|so)?)\s*(?:sure|certain|convinced)\b"
-    r"|\bnot\s+that\s+i\b|\b(?:have\s+not|haven['’]t|did\s+not|didn['’]t)\s+(?:checked|check|verified|verify)\b"
-    r"|\binstead\s+of\b|\brather\s+than\b|\bfar\s+from\b)[^.!?\n]{0,200}\Z",
+    r"|\bi(?:\s+am|['’]m)\s+(?:only\s+)?(?:half|hardly|barely|scarcely|not\s+(?:quite|really|very|too|so))\s+"
+    r"(?:sure|certain|convinced)\b|\bnot\s+that\s+i\b)[^.!?\n]{0,200}\Z",
     re.IGNORECASE,
 )
 _PEOPLE = (
@@ -57,12 +56,11 @@ _PEOPLE = (
     r"gut|intuition|instinct|hunch|rumou?rs?|legend)"
 )
 _TELL = (
-    r"(?:says?|said|claims?|claimed|thinks?|thought|believes?|believed|argues?|argued|reckons?|insists?|tells?|told|has|"
-    r"have)"
+    r"(?:says?|said|claims?|claimed|thinks?|thought|believes?|believed|argues?|argued|reckons?|insists?|tells?|told)"
 )
 _LEFT_OPEN = (
     rf"(?:\b{_PEOPLE}\s+(?:\w+\s+){{0,3}}?{_TELL}(?:\s+(?:me|us|it))?"
-    r"|\b(?:hope|hopes|hoping|hopefully|pray|wish|bet|betting|wager|gamble|pretend|imagine)"
+    r"|\brumou?r\s+has\s+it|\b(?:instead|rather)\s+of|\bfar\s+from\s+it\s+being\s+true|\b(?:hope|hopes|hoping|hopefully|pray|wish|bet|betting|wager|gamble|pretend|imagine)"
     r"|\b(?:hunch|feeling|suspicion|bet|intuition|hope|impression|theory)\s+(?:is|was|says|tells\s+me)"
     r"|\b(?:have|had|got)\s+(?:a|the)\s+(?:\w+\s+)?(?:feeling|hunch|suspicion|impression)"
     r"|\b(?:feeling|hunch|suspicion)"
@@ -76,9 +74,10 @@ _DIRECTLY = re.compile(
     r"(?:(?:the|my|our|your|an?|this|its|final|correct|right|best|only|actual|possible|likely)\s+){0,6}[*_$\\(\[\s]{0,9}\Z",
     re.IGNORECASE,
 )
+_WORDS = re.compile(r"(?:answers?|option|choice|letter)\b", re.IGNORECASE)  # with which a statement begins
 # What follows the statement in its sentence, or as a sentence of its own.
 _SAME = re.compile(
-    rf"{_CONDITION}|\bif\s+you\s+(?:ask|press|force|make)\s+me\b|\b(?:in\s+a\s+(?:way|sense)|but\s+not\s+really|sort\s+of|kind\s+of)\b"
+    rf"{_CONDITION}|\bif\s+you\s+(?:ask|press|force|make)\s+me\b|\bbut\s+not\s+really\b|\b(?:in\s+a\s+(?:way|sense)|sort\s+of|kind\s+of)(?=\s{{0,9}}(?:[.,;!?)]|\Z))"
     r"|\bor\s+(?:so|thereabouts|something|similar|the\s+like)\b|\bgive\s+or\s+take\b|^[\s*_$]{0,9}.{1,20}?-ish\b|\(\s*\?+\s*\)",
     re.IGNORECASE,
 )
@@ -92,9 +91,9 @@ _AFTER = re.compile(
     r"|(?:or\s+)?(?:i\s+hope(?:\s+so)?|hopefully|fingers\s+crossed|maybe|perhaps|presumably|supposedly|possibly|probably|"
     r"i\s+(?:guess|suppose|presume|reckon)|at\s+least\s+(?:i\s+)?(?:think|hope|believe)(?:\s+so)?|at\s+a\s+guess)"
     r"[\s.!*_)\]]{0,20}(?:\Z|\n)"
-    r"|(?:just|only)\s+(?:kidding|joking)\b|jk\b|strike\s+that\b|ignore\s+(?:that|this|it|the\s+above)\b|disregard\b|forget\s+(?:it|that)\b"
+    r"|(?:just|only)\s+(?:kidding|joking)\b|jk\b|strike\s+that\b|ignore\s+(?:that|this|it|the\s+above)\b|disregard\s+(?:that|this|it)\b|forget\s+(?:it|that)\b"
     r"|scrap\s+that\b|i\s+take\s+(?:that|it|this)\s+back\b|i\s+(?:made|am\s+making)\s+(?:that|this|it)\s+up\b"
-    r"|(?:that|this|it|which)\s+(?:is|was)\s+(?:\w+\s+){0,3}?(?:guess|pick|hunch|coin\s+(?:flip|toss)|gamble|lie|joke|"
+    r"|(?:that|this|it|which)\s+(?:is|was)\s+(?:\w+\s+){0,3}?(?:guess|random\s+(?:pick|choice)|hunch|coin\s+(?:flip|toss)|"
     r"shot\s+in\s+the\s+dark)\b)",
     re.IGNORECASE,
 )
@@ -106,7 +105,10 @@ def is_left_open(text: str, start: int) -> bool:
     before = text[max(0, start - _NEAR) : start]
     ends = [match.end() for match in _SENTENCE_END.finditer(before)]
     sentence = before[ends[-1] :].lstrip() if ends else before
-    return any(pattern.search(sentence) for pattern in (_OF_SELF, _EARLIER, _DIRECTLY))
+    if _OF_SELF.search(sentence) or _EARLIER.search(sentence):
+        return True
+    # "They said the answer is 4" leaves it open, "the probability is 4" and "she has \\boxed{4}" do not.
+    return _WORDS.match(text, start) is not None and _DIRECTLY.search(sentence) is not None
 
 
 def is_left_open_after(text: str, end: int) -> bool:

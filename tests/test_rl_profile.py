@@ -299,7 +299,7 @@ PROFILE = """
     prompts = _draw_plain(_rows(config), tokenizer, config)
     stop_ids = tuple(end_token_ids(tokenizer))
     contexts = [StageContext(name, Path(name), Path(name) / "events.jsonl") for name in sys.argv[1:]]
-    with Engines(contexts[0], config.model, config.engine, config.resources.rollout) as engines:
+    with Engines(contexts[0], config.model, config.engine, resources=config.resources.rollout) as engines:
         for context in contexts:
             profile_prompts(config, context, engines, prompts=prompts, stop_ids=stop_ids)
 """
