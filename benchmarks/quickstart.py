@@ -2,11 +2,11 @@
 
 The figures are time, peak memory, accuracy after each stage, and overlap.
 
-    python benchmarks/quickstart.py [--seeds 0,1,2] [--json FILE]
+    python benchmarks/quickstart.py [--seeds 0,1,2] [--json FILE] [--dir DIR]
 
-Each seed trains its own base (no cache) and runs every stage and evaluation. Accuracies are on the held-out set, which
-was not used to choose any setting. The overlap is that of generation and training, between the first and the last
-optimizer step.
+Each seed trains its own base (no cache) and runs every stage and evaluation. DIR keeps the runs; those that are there
+are not made again. Accuracies are on the held-out set, which was not used to choose any setting. The overlap is that of
+generation and training, between the first and the last optimizer step.
 """
 
 import argparse
@@ -20,49 +20,54 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from resumable import folder_of
+
 from posttrain.files import read_jsonl
 from posttrain.report.busy import measure_overlap
 
 STAGES = ("base", "sft", "rl", "dpo")
 
 
-def run_seed(seed: int) -> dict[str, Any]:
-    """Do one whole run and return its figures."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "run"
+def run_seed(seed: int, folder: Path) -> dict[str, Any]:
+    """The figures of a whole run in `folder`, which is made unless it is there."""
+    told = folder / "summary.json"
+    if not told.exists() or not set(STAGES) <= json.loads(told.read_text()).get("eval", {}).keys():
         command = [sys.executable, "-m", "posttrain.cli.main", "run", "quickstart", f"seed={seed}"]
-        environment = {**os.environ, "POSTTRAIN_CACHE": str(Path(scratch) / "cache")}
-        subprocess.run([*command, "--run-dir", str(folder)], check=True, env=environment, stdout=subprocess.DEVNULL)
-        summary = json.loads((folder / "summary.json").read_text())
-        overlap = measure_overlap([event for event in read_jsonl(folder / "events.jsonl") if event["stage"] == "rl"])
-        assert overlap is not None
-        return {
-            "seed": seed,
-            "wall_s": summary["wall_s"],
-            "peak_rss_gib": summary["peak_rss_gib"],
-            "stages_s": {stage["name"]: stage["wall_s"] for stage in summary["stages"]},
-            "greedy": {name: summary["eval"][name]["all"]["greedy"] for name in STAGES},
-            "greedy_ci95": {name: summary["eval"][name]["all"]["greedy_ci95"] for name in STAGES},
-            "pass@k": {name: summary["eval"][name]["all"]["pass@k"] for name in STAGES},
-            "gain_points": 100 * (summary["eval"]["rl"]["all"]["greedy"] - summary["eval"]["sft"]["all"]["greedy"]),
-            "t_gen_s": overlap.gen_s,
-            "t_train_s": overlap.train_s,
-            "overlap_s": overlap.both_s,
-            "overlap_share": overlap.share,
-            "overlap_goal": overlap.goal,
-            "versions": summary["versions"],
-        }
+        with tempfile.TemporaryDirectory() as cache:
+            environment = {**os.environ, "POSTTRAIN_CACHE": cache}
+            subprocess.run([*command, "--run-dir", str(folder)], check=True, env=environment, stdout=subprocess.DEVNULL)
+    summary = json.loads(told.read_text())
+    overlap = measure_overlap([event for event in read_jsonl(folder / "events.jsonl") if event["stage"] == "rl"])
+    assert overlap is not None
+    return {
+        "seed": seed,
+        "wall_s": summary["wall_s"],
+        "peak_rss_gib": summary["peak_rss_gib"],
+        "stages_s": {stage["name"]: stage["wall_s"] for stage in summary["stages"]},
+        "greedy": {name: summary["eval"][name]["all"]["greedy"] for name in STAGES},
+        "greedy_ci95": {name: summary["eval"][name]["all"]["greedy_ci95"] for name in STAGES},
+        "pass@k": {name: summary["eval"][name]["all"]["pass@k"] for name in STAGES},
+        "gain_points": 100 * (summary["eval"]["rl"]["all"]["greedy"] - summary["eval"]["sft"]["all"]["greedy"]),
+        "t_gen_s": overlap.gen_s,
+        "t_train_s": overlap.train_s,
+        "overlap_s": overlap.both_s,
+        "overlap_share": overlap.share,
+        "overlap_goal": overlap.goal,
+        "versions": summary["versions"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--dir", type=Path)
     arguments = parser.parse_args()
     runs: list[dict[str, Any]] = []
     print(f"{'seed':>6} {'wall':>6} {'GiB':>5} {'base':>6} {'sft':>6} {'rl':>6} {'dpo':>6} {'gain':>6}  overlap (goal)")
     for seed in map(int, arguments.seeds.split(",")):
-        run = run_seed(seed)
+        with folder_of(arguments.dir) as folder:
+            run = run_seed(seed, Path(folder) / f"quickstart-{seed}")
         runs.append(run)
         accuracies = " ".join(f"{run['greedy'][name]:6.1%}" for name in STAGES)
         print(

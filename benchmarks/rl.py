@@ -14,8 +14,9 @@ above the number of processors, other programs used the machine too.
   engine_block_speedup        rl_blocks.py
   lora_memory                 rl_lora.py
   trl_speedup                 rl_trl.py; takes half an hour
-  curriculum_token_ratio      rl_curriculum.py; takes an hour
   selection_*                 rl_selection.py
+
+rl_curriculum.py, which takes hours, is a benchmark of its own.
 """
 
 import os
@@ -27,7 +28,6 @@ from importlib.metadata import packages_distributions
 from measure import Entry, main
 from rl_blocks import engine_block_speedup
 from rl_controller import groups_per_s, rss_gib
-from rl_curriculum import curriculum_token_ratio
 from rl_lora import lora_memory
 from rl_models import SIZES
 from rl_overlap import async_overlap
@@ -60,7 +60,6 @@ def entries() -> dict[str, Entry]:
     table["trl_speedup"] = Entry(trl_speedup, ">= 10")
     table["selection_saving"] = Entry(selection_saving, ">= 2")
     table["selection_draws_per_s"] = Entry(selection_draws_per_s)
-    table["curriculum_token_ratio"] = Entry(curriculum_token_ratio, ">= 2")
     return table
 
 

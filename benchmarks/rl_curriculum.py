@@ -1,41 +1,38 @@
-"""Figures of rl.py for the selection of prompts: how many sampled tokens it saves if most prompts teach nothing.
+"""How many sampled tokens the selection of prompts saves, in real RL runs, if most prompts teach nothing.
 
-  curriculum_token_ratio   tokens that the arm `uniform` samples until the policy reaches TARGET on held-out problems /
-      tokens of the arm `selection`, in the pool with 10% medium prompts; geometric mean over SEEDS. `low` and `high`
-      are its 95% interval: Student's t over the logarithms of the ratios, one for each seed. Both arms of a ratio have
-      the same seed. Beside it is the same for the other pool, the other arms, and for core-seconds
+    python benchmarks/rl_curriculum.py [--resume] [--pools 10,30] [--arms uniform,selection] [--seeds 1,2,3] [--dir DIR]
 
 The pools are those of rl_pool.py: 10% or 30% medium prompts; the others are passed always or never. In every arm a step
 trains on as many groups with an advantage, all others are dropped and replaced, and steps, batch and rate are equal:
 
-  uniform     all prompts are drawn alike (DAPO)
-  band        a profile of 8 replies each, then the prompts with pass rates in [0.1, 0.7] alone, drawn in turn
-  selection   the default: prompts drawn by beliefs, without a profile
-  oracle      the medium prompts alone, drawn in turn: the bound for anything that has to find them
+  uniform      all prompts are drawn alike (DAPO)
+  band         a profile of 8 replies each, then the prompts with pass rates in [0.1, 0.7] alone, drawn in turn
+  selection    the default: prompts drawn by beliefs, without a profile
+  first_two    the same, and groups begin with two replies
+  oracle       the medium prompts alone, drawn in turn: the bound for anything that has to find them
 
-Every sampled token counts (the metric `tokens_sampled_total`), those of dropped groups and of the profile too; only
-those of evaluations do not. The tokens that were sampled to make the pool count for no arm. Core-seconds are the
-processor time of all processes of the run, without their start, and with evaluations. Held-out accuracy is the mean
-over HELDOUT problems with 2 replies at temperature 1, every EVERY policy versions. The accuracies are made monotone
-(isotonic regression) and interpolated, which gives the tokens to TARGET.
+The target of a pool is the accuracy at the start plus TARGET_SHARE of the smallest gain of an arm, so that all arms
+reach it. What counts is the tokens sampled until then, those of dropped groups and of the profile too (the metric
+`tokens_sampled_total`); only those of evaluations do not. The tokens that were sampled to make the pool count for no
+arm. Core-seconds are the processor time of all processes of the run, without their start, and with evaluations.
+Held-out accuracy is the mean over HELDOUT problems with 2 replies at temperature 1, every EVERY policy versions. The
+accuracies are made monotone (isotonic regression) and interpolated.
 
-RL_CURRICULUM_DIR names a folder that keeps the pools and each finished run. Without it everything is made anew.
-RL_CURRICULUM_ONLY, as 10/selection/1, makes only the runs whose names begin so, and no figure.
+Each run's result is written into benchmarks/results/rl_curriculum.json as soon as it is there (resumable.py).
 """
 
-import json
 import math
-import os
 import statistics
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
-from rl_pool import HELDOUT, Pool, make_pools
+from resumable import Results, chosen, folder_of, options
+from rl_pool import Pool, make_pools
+from scipy.stats import t as student
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
@@ -43,9 +40,9 @@ from posttrain.files import read_jsonl
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.rl.config import RlConfig
 
-SEEDS, SHARES, TARGET = (1, 2, 3), (10, 30), 0.52
-STEPS, EVERY = 56, 8
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t at 97.5%, by the number of seeds
+RESULTS = Path(__file__).parent / "results" / "rl_curriculum.json"
+TARGET_SHARE = 0.8
+STEPS, EVERY = 48, 8
 SETTINGS: dict[str, Any] = {
     "reward": {"name": "puzzles"}, "steps": STEPS, "groups_per_step": 4, "group_size": 8, "max_staleness": 1,
     "sampling": {"temperature": 1.0, "max_tokens": 64}, "checkpoint_every": STEPS,
@@ -58,28 +55,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "uniform": IN_TURN,
     "band": {**IN_TURN, "profile": {"samples": 8, "band": [0.1, 0.7]}},
     "selection": {},
+    "first_two": {"selection": {"first_replies": 2}},
     "oracle": IN_TURN,
 }
-Key = tuple[int, str, int]  # percentage of medium prompts, arm, seed
-
-
-def curriculum_token_ratio() -> tuple[float, dict[str, float]]:
-    named, only = os.environ.get("RL_CURRICULUM_DIR"), os.environ.get("RL_CURRICULUM_ONLY", "")
-    with nullcontext(named) if named else tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        keys: list[Key] = [(share, arm, seed) for seed in SEEDS for share in SHARES for arm in ARMS]
-        files = {key: folder / f"{key[0]}-{key[1]}-{key[2]}.json" for key in keys}
-        wanted = [key for key in keys if "/".join(map(str, key)).startswith(only)]
-        if missing := [key for key in wanted if not files[key].exists()]:
-            folder.mkdir(parents=True, exist_ok=True)
-            with ray_session():
-                pools = make_pools(folder, SETTINGS, SHARES)
-                for key in missing:
-                    files[key].write_text(json.dumps(run_arm(folder, pools[key[0]], key[1], seed=key[2])))
-        runs = {key: json.loads(file.read_text()) for key, file in files.items() if file.exists()}
-    if only:
-        return math.nan, {"runs": len(runs)}
-    return compare(runs)
 
 
 def run_arm(scratch: Path, pool: Pool, arm: str, *, seed: int) -> dict[str, Any]:
@@ -99,7 +77,8 @@ def run_arm(scratch: Path, pool: Pool, arm: str, *, seed: int) -> dict[str, Any]
         steps = list(read_jsonl(folder / "metrics.jsonl"))
         before = steps[0]["tokens_sampled_total"] - steps[0]["tokens_generated"]
         sampled = [before, *(step["tokens_sampled_total"] for step in steps)]  # by policy version
-        began = steps[0]["t"] - steps[0]["step_wall_s"]
+        profiled = [event["t"] for event in read_jsonl(folder / "events.jsonl") if event["event"] == "profile"]
+        began = min([steps[0]["t"] - steps[0]["step_wall_s"], *profiled])
         times = [began, *(step["t"] for step in steps)]
         evaluations = list(read_jsonl(folder / "evaluations.jsonl"))
         _check_counted(folder, steps)
@@ -160,33 +139,63 @@ def _check_counted(folder: Path, steps: Sequence[dict[str, Any]]) -> None:
         raise RuntimeError(f"the steps generated {counted} tokens, but their rollouts have {archived}")
 
 
-def compare(runs: dict[Key, dict[str, Any]]) -> tuple[float, dict[str, float]]:
-    """The figure, and the means over seeds of each arm in each pool."""
-    detail: dict[str, float] = {"seeds": len(SEEDS), "target": TARGET, "heldout": HELDOUT}
-    for share in SHARES:
-        needed = {
-            (arm, seed, unit): to_target(runs[share, arm, seed][unit], runs[share, arm, seed]["accuracy"], TARGET)
-            for arm in ARMS
-            for seed in SEEDS
-            for unit in ("tokens", "core_s")
-        }
+def table(runs: Mapping[str, dict[str, Any]]) -> str:
+    """Markdown: for each pool and arm what it took to reach the pool's target; of an arm without runs it says so."""
+    lines = [
+        "| medium prompts | arm | seeds | accuracy, start and end | sampled groups a useful one "
+        "| steps, thousand tokens and core-seconds to the target | tokens of `uniform` / tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for pool in ("10", "30"):
+        of_pool = {key: run for key, run in runs.items() if key.startswith(f"{pool}/")}
+        goal = target(list(of_pool.values()))
         for arm in ARMS:
-            name, of_arm = f"{share}_{arm}", [runs[share, arm, seed] for seed in SEEDS]
-            detail[f"{name}_start"] = statistics.fmean(run["accuracy"][0] for run in of_arm)
-            detail[f"{name}_final"] = statistics.fmean(smooth(run["accuracy"])[-1] for run in of_arm)
-            detail[f"{name}_groups_a_useful"] = statistics.fmean(
-                run["groups_generated"] / (4 * STEPS) for run in of_arm
+            found = {key.split("/")[2]: run for key, run in of_pool.items() if key.split("/")[1] == arm}
+            if not found:
+                lines.append(f"| {pool}% | {arm} | none | not run | | | |")
+                continue
+            start, end = (fmean(smooth(run["accuracy"])[at] for run in found.values()) for at in (0, -1))
+            groups = fmean(run["groups_generated"] / (4 * STEPS) for run in found.values())
+            cost = {unit: [to_target(run[unit], run["accuracy"], goal) for run in found.values()] for unit in UNITS}
+            tokens, core_s = (fmean(value for value, _, _ in cost[unit]) for unit in UNITS)
+            steps = EVERY * fmean(at for _, at, _ in cost["tokens"])
+            missed = sum(not reached for _, _, reached in cost["tokens"])
+            lines.append(
+                f"| {pool}% | {arm} | {', '.join(found)} | {start:.1%}, {end:.1%} | {groups:.1f} | {steps:.0f}, "
+                f"{tokens / 1e3:.0f}, {core_s:.0f}{f'; not reached by {missed}' if missed else ''} | "
+                f"{_ratio(of_pool, pool, arm, goal=goal)} |"
             )
-            detail[f"{name}_ktokens"] = statistics.fmean(needed[arm, seed, "tokens"][0] for seed in SEEDS) / 1e3
-            detail[f"{name}_core_s"] = statistics.fmean(needed[arm, seed, "core_s"][0] for seed in SEEDS)
-            detail[f"{name}_steps"] = EVERY * statistics.fmean(needed[arm, seed, "tokens"][1] for seed in SEEDS)
-            detail[f"{name}_reached"] = sum(needed[arm, seed, "tokens"][2] for seed in SEEDS)
-            for unit in ("tokens", "core_s"):
-                logs = [math.log(needed["uniform", seed, unit][0] / needed[arm, seed, unit][0]) for seed in SEEDS]
-                mean, half = statistics.fmean(logs), T95[len(logs)] * statistics.stdev(logs) / math.sqrt(len(logs))
-                for what, value in (("ratio", mean), ("low", mean - half), ("high", mean + half)):
-                    detail[f"{name}_{unit}_{what}"] = math.exp(value)
-    return detail[f"{SHARES[0]}_selection_tokens_ratio"], detail
+        lines += [f"| {pool}% | target | | {goal:.1%} | | | |"] if of_pool else []
+    return "\n".join(lines)
+
+
+UNITS = ("tokens", "core_s")
+fmean = statistics.fmean
+
+
+def target(runs: Sequence[dict[str, Any]]) -> float:
+    """The accuracy that is to be reached in a pool."""
+    if not runs:
+        return math.nan
+    start = fmean(run["accuracy"][0] for run in runs)
+    return start + TARGET_SHARE * (min(smooth(run["accuracy"])[-1] for run in runs) - start)
+
+
+def _ratio(runs: Mapping[str, dict[str, Any]], pool: str, arm: str, *, goal: float) -> str:
+    """The geometric mean over the seeds that both arms have, and Student's 95% interval over the logarithms."""
+    logs = []
+    for key, run in runs.items():
+        other = runs.get(f"{pool}/uniform/{key.split('/')[2]}")
+        if key.split("/")[1] == arm and other is not None:
+            mine, theirs = (to_target(item["tokens"], item["accuracy"], goal)[0] for item in (run, other))
+            logs.append(math.log(theirs / mine))
+    if not logs:
+        return ""
+    if len(logs) == 1:
+        return f"{math.exp(logs[0]):.2f}, one seed"
+    half = float(student.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+    low, mean, high = (math.exp(fmean(logs) + side * half) for side in (-1, 0, 1))
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -210,3 +219,25 @@ def to_target(spent: Sequence[float], accuracy: Sequence[float], target: float) 
             share = min(1.0, max(0.0, (target - rising[index - 1]) / rise)) if rise > 0 else 0.0
             return spent[index - 1] + share * (spent[index] - spent[index - 1]), index - 1 + share, True
     return spent[-1], len(spent) - 1, False
+
+
+def main() -> None:
+    parser = options(__doc__, pools="10,30", arms=",".join(ARMS), seeds="1,2,3")
+    arguments = parser.parse_args()
+    pools, arms = (chosen(parser, *given) for given in ((arguments.pools, ("10", "30")), (arguments.arms, ARMS)))
+    keys = [f"{pool}/{arm}/{seed}" for pool in pools for seed in arguments.seeds.split(",") for arm in arms]
+    results = Results(RESULTS, keep=arguments.resume or arguments.show)
+    if not arguments.show and any(key not in results.runs for key in keys):
+        with folder_of(arguments.dir) as folder, ray_session():
+            made = make_pools(Path(folder), SETTINGS, (10, 30))
+
+            def run(key: str) -> dict[str, Any]:
+                pool, arm, seed = key.split("/")
+                return run_arm(Path(folder), made[int(pool)], arm, seed=int(seed))
+
+            results.fill(keys, run, lambda found: f"{found['accuracy']} after {found['tokens'][-1]} tokens")
+    print(table(results.runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,18 @@
 """For rl_curriculum.py: make pools of prompts of which most teach nothing, from the quick start's base and puzzles.
 
 The prompts are those of the base stage. The base answers each SAMPLES times. A pool has NUM_MEDIUM prompts with a pass
-rate in MEDIUM, and of the others about a third each that always passed, that never passed, and countdown puzzles
-without a solution, as flawed data has them. (The sums of the same numbers with any signs are all
-odd or all even, so a target that is moved by one cannot be reached.) The held-out problems are of the kinds (family and
-level) whose mean pass rate lies in MEDIUM. All problems are different, and the base was trained on none of them.
+rate in MEDIUM. The others always passed, never passed, or are countdown puzzles without a solution, as flawed data has
+them: a third each, as far as there are so many. (The sums of the same numbers with any signs are all odd or all even,
+so a target that is moved by one cannot be reached.)
+
+The held-out problems are of the kinds (family and level) whose mean pass rate lies in MEDIUM. All problems are
+different, and the base was trained on none of them.
 """
 
 import json
 import random
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +28,7 @@ from posttrain.data.ends import end_token_ids
 from posttrain.data.rows import load_rows
 from posttrain.files import read_jsonl
 from posttrain.model.tokenizer import load_tokenizer
+from posttrain.records import DrawnPrompt, Prompt, Row
 from posttrain.rl.config import RlConfig
 
 BASE = Path(__file__).parents[1] / "configs" / "quickstart" / "base.yaml"
@@ -82,7 +85,6 @@ def _base(folder: Path) -> dict[str, Any]:
 
 def _pass_rates(folder: Path, model: str, settings: dict[str, Any]) -> dict[str, float]:
     """How often the model passes each candidate, by prompt id."""
-    from posttrain.rl.prompts.lengths import plain_prompts
     from posttrain.rl.prompts.profile import profile_prompts
     from posttrain.sampling.client import Engines
 
@@ -91,12 +93,17 @@ def _pass_rates(folder: Path, model: str, settings: dict[str, Any]) -> dict[str,
     config = validate_config(RlConfig, data | {"prompts": {"path": str(folder / "candidates.jsonl")}}, "benchmark")
     tokenizer = load_tokenizer(config.model.path)
     rows = load_rows(config.prompts, kind="prompt")
-    prompts = plain_prompts(rows, lambda _, messages: render_prompt(tokenizer, messages))
+    prompts = [_plain(row, tokenizer) for row in rows]
     context = StageContext("pool", folder, folder / "events.jsonl", 0, warm_engines=True)
     with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
         stop_ids = tuple(end_token_ids(tokenizer))
         found = profile_prompts(config, context, engines, prompts=prompts, stop_ids=stop_ids)
     return {item.prompt_id: item.pass_rate for item in found if item.n == SAMPLES}
+
+
+def _plain(row: Row, tokenizer: Any) -> DrawnPrompt:
+    """A row as a prompt without a sampled system instruction."""
+    return DrawnPrompt(row, None, Prompt(row.messages, tuple(render_prompt(tokenizer, row.messages))))
 
 
 def _unsolvable(row: dict[str, Any]) -> dict[str, Any]:
@@ -108,23 +115,32 @@ def _unsolvable(row: dict[str, Any]) -> dict[str, Any]:
 
 def _choose(folder: Path, rows: list[dict[str, Any]], rates: dict[str, float], *, share: int) -> dict[str, int]:
     """Write the pool with this percentage of medium prompts. Returns how many prompts of each sort it has."""
-    others = NUM_MEDIUM * 100 // share - NUM_MEDIUM
-    wanted = {"medium": NUM_MEDIUM, "too_easy": others // 3, "too_hard": others // 3}
-    wanted["unsolvable"] = others - 2 * (others // 3)
     rows = [row for row in rows if row["id"] in rates]
     random.Random(0).shuffle(rows)
-    chosen, counts = defaultdict[str, list[dict[str, Any]]](list), Counter[str]()
+    sorts = defaultdict[str, list[dict[str, Any]]](list)
     for row in rows:
         rate = rates[row["id"]]
         name = "unsolvable" if row["id"].endswith("unsolvable") and rate == 0 else _name(rate)
-        if name is not None and counts[name] < wanted[name]:
-            counts[name] += 1
-            chosen[name].append(row)
-    if counts != Counter(wanted):
-        raise RuntimeError(f"the base's prompts do not give a pool of {wanted}, only {dict(counts)}")
-    _write(folder / f"pool{share}.jsonl", [row for found in chosen.values() for row in found])
-    _write(folder / "medium.jsonl", chosen["medium"])
-    return dict(counts)
+        if name is not None:
+            sorts[name].append(row)
+    medium = sorts.pop("medium", [])[:NUM_MEDIUM]
+    counts = _even({name: len(found) for name, found in sorts.items()}, NUM_MEDIUM * 100 // share - NUM_MEDIUM)
+    if len(medium) < NUM_MEDIUM:
+        raise RuntimeError(f"only {len(medium)} of the base's prompts are medium, not {NUM_MEDIUM}")
+    others = [row for name, count in counts.items() for row in sorts[name][:count]]
+    _write(folder / f"pool{share}.jsonl", [*medium, *others])
+    _write(folder / "medium.jsonl", medium)
+    return {"medium": len(medium), **counts}
+
+
+def _even(there: Mapping[str, int], total: int) -> dict[str, int]:
+    """As many of each sort, but no more than there are; sorts of which there are more make up for the others."""
+    counts: dict[str, int] = {}
+    for place, name in enumerate(sorted(there, key=lambda name: there[name])):
+        counts[name] = min(there[name], (total - sum(counts.values())) // (len(there) - place))
+    if sum(counts.values()) < total:
+        raise RuntimeError(f"the base's prompts do not give {total} prompts that teach nothing, only {dict(there)}")
+    return counts
 
 
 def _choose_heldout(folder: Path, base: dict[str, Any], rows: list[dict[str, Any]], *, rates: dict[str, float]) -> None:
