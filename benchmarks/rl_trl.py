@@ -8,11 +8,11 @@ quick start's text, is the same for every seed, and is kept in $POSTTRAIN_CACHE.
 its scorer, 256 replies a step, 8 for each prompt, of at most 64 tokens, and the same learning rates of AdamW. A seed
 decides sampling and the order of prompts.
 
-Ours is configs/quickstart/rl.yaml without its system instructions. Our clock starts before our profile of 600 prompts.
-TRL is given the result: it trains on the prompts that the profile selected. (The tokens of the profile are not in
-`ours_tokens`.) TRL's clock starts with its training, and stops while it saves policies. `ratio_with_startup` includes
-the start of processes and engines and imports, on both sides. Our run saves no policies. They are made afterwards, by a
-replay of its recorded steps, which on a CPU gives the same weights; this is checked.
+Ours is configs/quickstart/rl.yaml without its system instructions, and with a profile of 600 prompts. Our clock starts
+before it. TRL is given the result: it trains on the prompts that the profile selected. (The tokens of the profile are
+not in `ours_tokens`.) TRL's clock starts with its training, and stops while it saves policies. `ratio_with_startup`
+includes the start of processes and engines and imports, on both sides. Our run saves no policies. They are made
+afterwards, by a replay of its recorded steps, which on a CPU gives the same weights; this is checked.
 
 Then one evaluation measures the policies of both, greedy, on the 400 held-out puzzles. The target is the accuracy of
 the base plus GAIN_SHARE of the largest gain of ours. The time at which it was reached is interpolated between two
@@ -78,10 +78,11 @@ RATE = 4e-4
 ENGINE = {"max_model_len": 192, "max_num_seqs": 512, "kv_cache_gib": 0.1}
 ROLLOUT = {"workers": 1, "cpus": 1.0}
 SAMPLING = {"temperature": 1.0, "max_tokens": 64}
-# configs/quickstart/rl.yaml without its system instructions.
+# configs/quickstart/rl.yaml without its system instructions, and with a profile, whose prompts both sides train on.
 OURS: dict[str, Any] = {
-    "profile": {"samples": 8, "prompts": 600, "band": [0.1, 0.7]}, "steps": 36, "groups_per_step": 32, "group_size": 8,
-    "max_staleness": 3, "sampling": SAMPLING, "micro_batch_tokens": 2048, "engine": ENGINE,
+    "profile": {"samples": 8, "prompts": 600, "band": [0.1, 0.7]}, "selection": {"draw": "in_turn"},
+    "steps": 36, "groups_per_step": 32, "group_size": 8, "max_staleness": 3,
+    "sampling": SAMPLING, "micro_batch_tokens": 2048, "engine": ENGINE,
     "optimizer": {"learning_rate": RATE, "schedule": "constant", "warmup_steps": 4},
     "checkpoint_every": 1000, "resources": {"rollout": ROLLOUT, "trainer": {"cpus": 1.0}},
 }  # fmt: skip
