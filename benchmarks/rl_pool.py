@@ -26,6 +26,7 @@ from posttrain.context import StageContext
 from posttrain.data.chat import render_prompt
 from posttrain.data.ends import end_token_ids
 from posttrain.data.rows import load_rows
+from posttrain.data.stored import Derived
 from posttrain.files import read_jsonl
 from posttrain.model.tokenizer import load_tokenizer
 from posttrain.records import DrawnPrompt, Prompt, Row
@@ -93,7 +94,7 @@ def _pass_rates(folder: Path, model: str, settings: dict[str, Any]) -> dict[str,
     config = validate_config(RlConfig, data | {"prompts": {"path": str(folder / "candidates.jsonl")}}, "benchmark")
     tokenizer = load_tokenizer(config.model.path)
     rows = load_rows(config.prompts, kind="prompt")
-    prompts = [_plain(row, tokenizer) for row in rows]
+    prompts = Derived(rows, lambda row: _plain(row, tokenizer))
     context = StageContext("pool", folder, folder / "events.jsonl", 0, warm_engines=True)
     with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:
         stop_ids = tuple(end_token_ids(tokenizer))
