@@ -814,9 +814,10 @@ def base_rates(config: Any) -> Any:
 
 
 def base_sets(config: Any) -> Any:
+    from posttrain.base.courses import COURSES
     from posttrain.base.sets import draw_sets
 
-    return draw_sets(0, config.sets)
+    return draw_sets(0, config.sets, COURSES[config.puzzles].puzzles)
 
 
 def base_cached(config: Any) -> Any:
@@ -842,7 +843,7 @@ def base_gradients(config: Any) -> Any:
     from posttrain.base.rank import _backward
 
     model = _base_model(config).train()
-    batch = [Document(tuple(range(10 + index, 30 + index)), 8) for index in range(4)]
+    batch = [Document(tuple(range(10 + index, 30 + index)), ((8, 20),)) for index in range(4)]
     figures = _backward(model, batch, 5, config=config)
     return figures, {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -870,10 +871,10 @@ def base_update(config: Any) -> Any:
 
 def base_documents(config: Any) -> Any:
     """The first batches of the first process."""
+    from posttrain.base.courses import COURSES
     from posttrain.base.rank import _batches
-    from posttrain.base.tokenizer import build_tokenizer
 
-    return list(islice(_batches(config, 0, 0, tokenizer=build_tokenizer()), 4))
+    return list(islice(_batches(config, 0, 0, tokenizer=COURSES[config.puzzles].build_tokenizer()), 4))
 
 
 # --- the pipeline ---

@@ -144,7 +144,7 @@ def test_fast_rendering_equals_the_chat_template(tokenizer):
         ids, mask = render_conversation(tokenizer, [*turns, {"role": "assistant", "content": reply}])
         document = corpus.renderer.document(turns, reply)
         assert list(document.ids) == ids
-        assert document.reply_start == mask.index(1)
+        assert document.replies == ((mask.index(1), len(ids)),)
 
 
 def test_corpus_rates_puzzles_in_the_words_of_the_judge_template(tokenizer):

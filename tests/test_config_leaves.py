@@ -114,7 +114,8 @@ TABLE: dict[str, dict[str, Any]] = {
             "model": {"hidden": 32, "layers": 2, "heads": 2, "head_dim": 16, "ffn": 48, "expert_ffn": 40},
             "sets": {"sft": 5, "prompts": 5, "heldout": 5, "tune": 5},
         },
-        "values": {"batch_tokens": [1024], "model.kv_heads": [2], "text.switch_at": [0.0]},
+        "values": {"batch_tokens": [1024], "model.kv_heads": [2], "text.switch_at": [0.0], "puzzles": ["tools"]},
+        "given": {"puzzles": {"text.plain_share": 0.0, "text.rate_share": 0.0}},
     },
     "filter": {
         "base": {

@@ -1,6 +1,6 @@
 """Schema of the `base` stage, which trains the quick start's tiny Llama 4 from random weights."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -75,6 +75,11 @@ class TextConfig(Config):
 class StageConfig(Config):
     """The `base` stage, which makes the small model and the datasets of the quick start from the run's seed."""
 
+    puzzles: Literal["answers", "tools"] = Field(
+        default="answers",
+        description="The puzzles that the model and the datasets are made for. answers: those of the quick start, "
+        "which one reply solves. tools: those of the pipeline `tools`, most of which need a tool or several turns.",
+    )
     steps: Count = Field(
         default=800, description="Number of optimizer steps. The switch and the learning rates follow this number."
     )
@@ -116,6 +121,15 @@ class StageConfig(Config):
     model: ModelSizes = Field(default_factory=ModelSizes)
     sets: SetSizes = Field(default_factory=SetSizes)
     text: TextConfig = Field(default_factory=TextConfig)
+
+    @model_validator(mode="after")
+    def _text_fits(self) -> "StageConfig":
+        if self.puzzles == "tools" and (self.text.plain_share or self.text.rate_share):
+            raise ValueError(
+                f"puzzles: tools has neither plain documents nor ratings; set text.plain_share (got "
+                f"{self.text.plain_share:g}) and text.rate_share (got {self.text.rate_share:g}) to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _documents_fit(self) -> "StageConfig":

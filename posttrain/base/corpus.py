@@ -22,7 +22,7 @@ JUDGE_TEMPLATE = "Rate: {prompt}"
 RATINGS = {1: "easy", 2: "easy", 3: "medium", 4: "hard", 5: "hard"}
 LEVEL_WEIGHTS = (0.28, 0.24, 0.20, 0.16, 0.12)
 
-_POOL = 640  # documents that are sorted by length together
+POOL = 640  # documents that are sorted by length together
 _PLACEHOLDERS = ("1", "2")  # each is one token
 # How text is cut into pieces that are encoded one by one. A piece must never end inside a piece of the tokenizer.
 _PIECE = re.compile(r" ?x [-+*]?=[^ ]*| ?[^ ]+| ")
@@ -30,10 +30,10 @@ _PIECE = re.compile(r" ?x [-+*]?=[^ ]*| ?[^ ]+| ")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The token ids of a prompt and its reply, and the place in them where the reply starts."""
+    """The token ids of a conversation. replies: where each turn that is trained on begins and ends in them."""
 
     ids: tuple[int, ...]
-    reply_start: int
+    replies: tuple[tuple[int, int], ...]
 
 
 class Corpus:
@@ -54,15 +54,7 @@ class Corpus:
         Documents of similar length share a batch, so that there is little padding. A batch has at most `batch_tokens`
         tokens with its padding. late: whether the text is that after the switch.
         """
-        documents = [self.document(late) for _ in range(_POOL)]
-        documents.sort(key=lambda document: len(document.ids) + self._rng.random())
-        batches: list[list[Document]] = [[]]
-        for document in documents:
-            if batches[-1] and len(document.ids) * (len(batches[-1]) + 1) > batch_tokens:
-                batches.append([])
-            batches[-1].append(document)
-        self._rng.shuffle(batches)
-        yield from batches
+        yield from in_batches([self.document(late) for _ in range(POOL)], batch_tokens, self._rng)
 
     def document(self, late: bool) -> Document:
         """One puzzle and its reply, or one rating."""
@@ -75,9 +67,39 @@ class Corpus:
         habit = HABITS[problem.family]
         worked = rng.random() < (habit.worked if late else self._text.worked_share)
         reply = solve(problem, rng, worked, flaw=self._text.slip_share if worked else habit.careless)
+        assert isinstance(reply, str)  # as every solution of these families
         if not late and rng.random() < self._text.plain_share:
             return self.renderer.plain(problem.prompt, reply)
         return self.renderer.document(with_system(problem.prompt, rng), reply)
+
+
+def in_batches(documents: list[Document], batch_tokens: int, rng: random.Random) -> list[list[Document]]:
+    """Documents of similar length together, in random order."""
+    documents.sort(key=lambda document: len(document.ids) + rng.random())
+    batches: list[list[Document]] = [[]]
+    for document in documents:
+        if batches[-1] and len(document.ids) * (len(batches[-1]) + 1) > batch_tokens:
+            batches.append([])
+        batches[-1].append(document)
+    rng.shuffle(batches)
+    return batches
+
+
+class Words:
+    """Encodes text whose words are known, by looking each up."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._words: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text."""
+        ids: list[int] = []
+        for piece in _PIECE.findall(text):
+            if piece not in self._words:
+                self._words[piece] = self._tokenizer.encode(piece, add_special_tokens=False)
+            ids += self._words[piece]
+        return ids
 
 
 class _Renderer:
@@ -92,7 +114,7 @@ class _Renderer:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._bos, self._end = tokenizer.convert_tokens_to_ids([BOS, EOT])
-        self._words: dict[str, list[int]] = {}
+        self._encode = Words(tokenizer).encode
         self._frames: dict[str | None, tuple[list[int], list[int]]] = {}
 
     def document(self, turns: list[dict[str, str]], reply: str) -> Document:
@@ -107,17 +129,13 @@ class _Renderer:
             self._frames[system] = (one[:at], one[at + 1 :])
         before, after = self._frames[system]
         prompt = [*before, *self._encode(turns[-1]["content"]), *after]
-        return Document((*prompt, *self._encode(reply), self._end), len(prompt))
+        return _document(prompt, [*self._encode(reply), self._end])
 
     def plain(self, prompt: str, reply: str) -> Document:
         """A document without the turns of a chat, like most text that a base model reads. It is a third shorter."""
         start = [self._bos, *self._encode(prompt + "\n")]
-        return Document((*start, *self._encode(reply), self._end), len(start))
+        return _document(start, [*self._encode(reply), self._end])
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece in _PIECE.findall(text):
-            if piece not in self._words:
-                self._words[piece] = self._tokenizer.encode(piece, add_special_tokens=False)
-            ids += self._words[piece]
-        return ids
+
+def _document(prompt: list[int], reply: list[int]) -> Document:
+    return Document((*prompt, *reply), ((len(prompt), len(prompt) + len(reply)),))

@@ -7,6 +7,9 @@ from typing import Any
 
 LEVELS = (1, 2, 3, 4, 5)
 
+# A solution of a puzzle: the text of one reply, or all turns after the prompt, as JSON messages.
+Solution = str | list[dict[str, Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -33,15 +36,21 @@ class Family:
 
     draw: (level, rng) -> Problem. worked: (problem, rng, slip) -> a reply with the steps and then the answer; with
     `slip` one step is wrong. terse: (problem, rng, careless) -> a reply with the answer alone; a careless one skips the
-    work.
+    work. tools: schemas of the tools that the policy is shown with the prompt.
     """
 
     capability: str
     draw: Callable[[int, random.Random], Problem]
-    worked: Callable[[Problem, random.Random, bool], str]
-    terse: Callable[[Problem, random.Random, bool], str]
+    worked: Callable[[Problem, random.Random, bool], Solution]
+    terse: Callable[[Problem, random.Random, bool], Solution]
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 def with_steps(steps: list[str], answer: str, separator: str = ", ") -> str:
     """The text of a worked reply."""
     return f"Steps: {separator.join(steps)}. Answer: {answer}"
+
+
+def turns_of(solution: Solution) -> list[dict[str, Any]]:
+    """The turns of a solution, as JSON messages."""
+    return [{"role": "assistant", "content": solution}] if isinstance(solution, str) else solution

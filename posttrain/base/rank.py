@@ -26,11 +26,12 @@ import torch.nn.functional as F
 
 from posttrain.actors.parent import die_with_parent
 from posttrain.base.config import StageConfig
-from posttrain.base.corpus import Corpus, Document
+from posttrain.base.corpus import Document
+from posttrain.base.courses import COURSES
 from posttrain.base.model import build_model
 from posttrain.base.muon import Muon
 from posttrain.base.sets import draw_sets
-from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
+from posttrain.base.tokenizer import save_tokenizer
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.parallel.ending import end_rank
 
@@ -81,7 +82,7 @@ def _own_stdout() -> TextIO:
 
 
 def _train(config: StageConfig, seed: int, rank: int, *, metrics: TextIO) -> tuple[Any, Any]:
-    tokenizer = build_tokenizer()
+    tokenizer = COURSES[config.puzzles].build_tokenizer()
     model = build_model(config.model, tokenizer, config.balance_coefficient, seed=seed)
     model.train()
     matrices, others = _split_parameters(model)
@@ -129,7 +130,9 @@ def _split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter],
 
 def _batches(config: StageConfig, seed: int, rank: int, *, tokenizer: Tokenizer) -> Iterator[list[Document]]:
     """An endless sequence of batches for this process. The share of worked replies depends on the steps done."""
-    corpus = Corpus(tokenizer, config.text, draw_sets(seed, config.sets).keys(), seed=f"corpus {seed} {rank}")
+    course = COURSES[config.puzzles]
+    taken_keys = draw_sets(seed, config.sets, course.puzzles).keys()
+    corpus = course.text(tokenizer, config.text, taken_keys, seed=f"corpus {seed} {rank}")
     taken = 0
     while True:
         late = taken >= config.text.switch_at * config.steps
@@ -163,7 +166,8 @@ def _pad(batch: list[Document], pad_id: int) -> tuple[torch.Tensor, torch.Tensor
     reply_BS = torch.zeros(len(batch), longest, dtype=torch.bool)
     for row, document in enumerate(batch):
         ids_BS[row, : len(document.ids)] = torch.tensor(document.ids)
-        reply_BS[row, document.reply_start : len(document.ids)] = True
+        for start, end in document.replies:
+            reply_BS[row, start:end] = True
     return ids_BS, reply_BS
 
 

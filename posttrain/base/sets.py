@@ -1,4 +1,4 @@
-"""The quick start's datasets: supervised examples, prompts for reinforcement learning, tune and held-out puzzles.
+"""The datasets of a base model: supervised examples, prompts for reinforcement learning, tune and held-out puzzles.
 
 No problem, by its canonical key, is in two of the sets, or in a set and in the base model's training text. The held-out
 and the tune set are the same for every seed. Settings may be chosen on the tune set; the held-out set is only for
@@ -7,14 +7,13 @@ measuring.
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.base.config import SetSizes
-from posttrain.base.problem import Problem
-from posttrain.base.tasks import FAMILIES, HABITS, draw_distinct, solve
+from posttrain.base.problem import Problem, turns_of
+from posttrain.base.tasks import ANSWERS, Puzzles, draw_distinct, solve
 
 # Neutral instructions. Half of the conversations begin with one of them. So the policy knows them, and reinforcement
 # learning can sample them.
@@ -42,34 +41,41 @@ class Sets:
         return frozenset(problem.key for part in (self.sft, self.prompts, self.heldout, self.tune) for problem in part)
 
 
-def draw_sets(seed: int, sizes: SetSizes) -> Sets:
+def draw_sets(seed: int, sizes: SetSizes, puzzles: Puzzles = ANSWERS) -> Sets:
     """Draw all sets. Only the supervised examples and the prompts depend on the seed."""
     fixed, taken = random.Random(_FIXED_SEED), set[str]()
     seeded = random.Random(f"sets {seed}")
     parts: dict[str, tuple[Problem, ...]] = {}
     for name, rng in (("heldout", fixed), ("tune", fixed), ("sft", seeded), ("prompts", seeded)):
-        parts[name] = tuple(draw_distinct(getattr(sizes, name), rng, taken))
+        parts[name] = tuple(draw_distinct(getattr(sizes, name), rng, taken, puzzles=puzzles))
         taken |= {problem.key for problem in parts[name]}
     return Sets(**parts)
 
 
-def write_sets(sets: Sets, folder: Path, seed: int) -> dict[str, Path]:
-    """Write one JSON-lines file for each set, and return the paths by name. Only `sft` has assistant turns."""
+def write_sets(
+    sets: Sets, folder: Path, seed: int, *, puzzles: Puzzles = ANSWERS, with_systems: bool = True
+) -> dict[str, Path]:
+    """Write one JSON-lines file for each set, and return the paths by name. Only `sft` has assistant turns.
+
+    with_systems: whether half of the supervised rows begin with a system instruction.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"rows {seed}")
-    rows = {
-        "sft": [_sft_row(index, problem, rng) for index, problem in enumerate(sets.sft)],
-        "prompts": [_prompt_row("prompt", index, problem) for index, problem in enumerate(sets.prompts)],
-        "heldout": [_prompt_row("heldout", index, problem) for index, problem in enumerate(sets.heldout)],
-        "tune": [_prompt_row("tune", index, problem) for index, problem in enumerate(sets.tune)],
-    }
+    rows = {"sft": []}
+    for at, problem in enumerate(sets.sft):
+        rows["sft"].append(_solved_row(f"sft-{at:04d}", problem, rng, puzzles=puzzles, with_systems=with_systems))
+    for name, prefix in (("prompts", "prompt"), ("heldout", "heldout"), ("tune", "tune")):
+        rows[name] = [
+            _row(f"{prefix}-{at:04d}", one, [_asked(one)], puzzles=puzzles)
+            for at, one in enumerate(getattr(sets, name))
+        ]
     paths = {name: folder / f"{name}.jsonl" for name in rows}
     for name, path in paths.items():
         path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="utf-8")
     return paths
 
 
-def with_system(prompt: str, rng: random.Random) -> list[dict[str, str]]:
+def with_system(prompt: str, rng: random.Random) -> list[dict[str, Any]]:
     """The turns before a reply: in half of all cases a system instruction, and then the prompt."""
     turns = [{"role": "user", "content": prompt}]
     if rng.random() < 0.5:
@@ -77,21 +83,26 @@ def with_system(prompt: str, rng: random.Random) -> list[dict[str, str]]:
     return turns
 
 
-def _prompt_row(set_name: str, index: int, problem: Problem) -> dict[str, Any]:
-    return _row(f"{set_name}-{index:04d}", problem, [{"role": "user", "content": problem.prompt}])
+def _asked(problem: Problem) -> dict[str, Any]:
+    return {"role": "user", "content": problem.prompt}
 
 
-def _sft_row(index: int, problem: Problem, rng: random.Random) -> dict[str, Any]:
-    reply = solve(problem, rng, worked=rng.random() < HABITS[problem.family].worked)
-    turns = [*with_system(problem.prompt, rng), {"role": "assistant", "content": reply}]
-    return _row(f"sft-{index:04d}", problem, turns)
+def _solved_row(
+    row_id: str, problem: Problem, rng: random.Random, *, puzzles: Puzzles, with_systems: bool
+) -> dict[str, Any]:
+    worked = rng.random() < puzzles.habits[problem.family].worked
+    turns = turns_of(solve(problem, rng, worked, puzzles=puzzles))
+    before = with_system(problem.prompt, rng) if with_systems else [_asked(problem)]
+    tools = puzzles.families[problem.family].tools
+    row = _row(row_id, problem, [*before, *turns], puzzles=puzzles)
+    return {**row, "tools": list(tools)} if tools else row
 
 
-def _row(row_id: str, problem: Problem, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
+def _row(row_id: str, problem: Problem, messages: list[dict[str, Any]], *, puzzles: Puzzles) -> dict[str, Any]:
     return {
         "id": row_id,
-        "capability": FAMILIES[problem.family].capability,
-        "messages": list(messages),
+        "capability": puzzles.families[problem.family].capability,
+        "messages": messages,
         "answer": problem.answer,
         "family": problem.family,
         "level": problem.level,

@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.base.cache import cache_key, fetch, store
 from posttrain.base.config import StageConfig
+from posttrain.base.courses import COURSES
 from posttrain.base.sets import draw_sets, write_sets
 from posttrain.base.train import train_base
 from posttrain.context import StageContext
@@ -23,7 +24,11 @@ def run(config: StageConfig, context: StageContext) -> dict[str, Any]:
 
     Returns paths: model, sft_data, prompts, heldout, tune. Raises `StageError` if training fails.
     """
-    data = write_sets(draw_sets(context.seed, config.sets), context.dir / "data", context.seed)
+    course = COURSES[config.puzzles]
+    sets = draw_sets(context.seed, config.sets, course.puzzles)
+    data = write_sets(
+        sets, context.dir / "data", context.seed, puzzles=course.puzzles, with_systems=course.with_systems
+    )
     model = context.dir / "model"
     remove(model)
     key = _cache_entry(config, context.seed)

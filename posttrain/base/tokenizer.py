@@ -6,6 +6,7 @@ machine. Special tokens and chat template follow Llama 4.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,28 +56,26 @@ _STATEMENTS = ["x =", "x +=", "x -=", "x *="]
 _SIGNS = ["+", "-", "*", "=", "(", ")", ").", ",", ";", ".", ":", "\n", "\n\n"]
 
 
-def vocabulary() -> list[str]:
-    """All tokens in the order of their ids, in the byte alphabet of byte-level BPE ("Ġ" is a space)."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    bytes_ = sorted(ByteLevel.alphabet())
-    words = [*_WORDS, *_STATEMENTS, *_SIGNS, *LETTERS, *LETTERS.upper()]
-    texts = [text for word in words for text in (word, " " + word)] + [f" {n}" for n in range(_LARGEST_NUMBER + 1)]
-    split = ByteLevel(add_prefix_space=False, use_regex=False)
-    tokens = [split.pre_tokenize_str(text)[0][0] for text in texts]
-    return list(dict.fromkeys([*SPECIAL_TOKENS, *bytes_, *tokens]))
-
-
 def build_tokenizer() -> Any:
     """A `PreTrainedTokenizerFast` with the Llama 4 special tokens; its end-of-sequence token is `<|eot|>`."""
+    words = [*_WORDS, *_STATEMENTS, *_SIGNS, *LETTERS, *LETTERS.upper()]
+    texts = [text for word in words for text in (word, " " + word)] + [f" {n}" for n in range(_LARGEST_NUMBER + 1)]
+    return make_tokenizer(texts, _SPLIT, CHAT_TEMPLATE)
+
+
+def make_tokenizer(texts: Sequence[str], split: str, template: str) -> Any:
+    """A tokenizer for which each of `texts` is one token, and any other text its bytes.
+
+    split: the regular expression that cuts text into pieces; a token never goes beyond one. template: of chats.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    ids = {token: index for index, token in enumerate(vocabulary())}
+    ids = {token: index for index, token in enumerate(_vocabulary(texts))}
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -89,8 +88,17 @@ def build_tokenizer() -> Any:
         pad_token=PAD,
         model_max_length=_MAX_LENGTH,
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
     )
+
+
+def _vocabulary(texts: Sequence[str]) -> list[str]:
+    """All tokens in the order of their ids, in the byte alphabet of byte-level BPE ("Ġ" is a space)."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    split = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens = [split.pre_tokenize_str(text)[0][0] for text in texts]
+    return list(dict.fromkeys([*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet()), *tokens]))
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -30,7 +30,9 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Config 
 
 @stages_app.command()
 def run(
-    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="A YAML file, or a bundled name: quickstart.")],
+    pipeline: Annotated[
+        str, typer.Argument(metavar="PIPELINE", help="A YAML file, or a bundled name: quickstart, tools.")
+    ],
     overrides: Overrides = None,
     run_dir: RunDirOption = None,
     *,
