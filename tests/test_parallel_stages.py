@@ -271,10 +271,10 @@ def test_sft_with_pictures_on_two_ranks_is_the_training_of_one_and_goes_on(ranks
 
 
 def test_dpo_with_pictures_on_two_ranks_is_the_training_of_one(ranks, vision, tmp_path):
-    """ZeRO-3 divides the frozen encoder too: a rank whose pairs have no picture, here also held-out ones, is waited
-    for."""
-    pairs = write_picture_pairs(tmp_path / "pairs", 8)
-    held_out = write_picture_pairs(tmp_path / "held_out", 3, first=20)
+    """ZeRO-3 divides the frozen encoder too. Of the held-out pairs one rank has those without a picture: the other
+    waits for it at the encoder."""
+    pairs = write_picture_pairs(tmp_path / "pairs", range(9, 17))
+    held_out = write_picture_pairs(tmp_path / "held_out", [1, 2, 3, 6])
     base = {"model": {"path": str(vision), "dtype": "float32"}, "pairs": {"path": str(pairs)}, "max_length": 128,
             "images": {"freeze": ["vision"]}, "held_out": {"path": str(held_out)}, "nll_weight": 0.5,
             "optimizer": {"learning_rate": 1e-4}, "resources": RESOURCES}  # fmt: skip

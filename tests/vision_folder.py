@@ -1,6 +1,7 @@
 """One tiny multimodal Llama 4 as a whole folder, with tokenizer and processor, for stages and engines; and rows."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,11 @@ def write_picture_rows(folder: Path, count: int, *, answers: bool = True) -> Pat
     return path
 
 
-def write_picture_pairs(folder: Path, count: int, *, first: int = 0) -> Path:
-    """Preference pairs that show 0, 1 or 2 pictures of one tile or two. first: the number of the first. Returns the
-    file."""
+def write_picture_pairs(folder: Path, numbers: Iterable[int]) -> Path:
+    """Preference pairs of these numbers, which show 0, 1 or 2 pictures: number % 3. Returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for index in range(first, first + count):
+    for index in numbers:
         names = [draw(folder / f"{index}_{n}.png", index + 3 * n, ((1 + n) * SIDE, SIDE)) for n in range(index % 3)]
         answer = index % 9 + len(names)
         rows.append(
