@@ -139,7 +139,7 @@ class Sampler:
         self._context = StageContext("rl", folder, folder / "events.jsonl")
         log = BusyLog(self._context, "ours", "generate")
         self._engines: Any = SimpleNamespace(
-            names=["ours"], actors=[actor], logs={"ours": log}, is_ready=lambda index: True
+            names=["ours"], actors=[actor], logs={"ours": log}, places=[None], is_ready=lambda index: True
         )
         self._next = 0
 

@@ -22,6 +22,7 @@ from posttrain.actors.losses import is_loss
 
 Work = TypeVar("Work")
 Results = TypeVar("Results")
+Answer = TypeVar("Answer")
 COLLECT_S = 1.0
 
 
@@ -56,6 +57,7 @@ class Lane(Generic[Work, Results]):
         self._outbox: list[Work] = []
         self._wake = asyncio.Event()
         self._error: BaseException | None = None
+        self._failed = asyncio.Event()
         self._calls: dict[str, Awaitable[object]] = {}  # the last call of `submit`, and of `collect`
 
     def send(self, work: Work) -> None:
@@ -68,8 +70,9 @@ class Lane(Generic[Work, Results]):
         self._outbox = [work for work in self._outbox if not is_unwanted(work)]
 
     def fail(self, error: BaseException) -> None:
-        """Make `serve` raise this error, because another call has found that the actor is lost."""
+        """Make `serve` and `guarded` raise this error at once: something else has shown that the actor is lost."""
         self._error = error
+        self._failed.set()
         self._wake.set()
 
     async def serve(self) -> None:
@@ -78,8 +81,21 @@ class Lane(Generic[Work, Results]):
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._feed())
                 group.create_task(self._empty())
+                group.create_task(self._break())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
+
+    async def guarded(self, call: Awaitable[Answer]) -> Answer:
+        """The result of another call of the actor. Raises the error given to `fail` as soon as it is given."""
+        calling, failed = asyncio.ensure_future(call), asyncio.ensure_future(self._failed.wait())
+        try:
+            await asyncio.wait({calling, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if not calling.done() and self._error is not None:
+                raise self._error
+            return calling.result()
+        finally:
+            failed.cancel()
+            calling.cancel()
 
     async def leave(self, forget: Callable[[], Awaitable[object]]) -> None:
         """Remove this lane's work from an actor that another caller will use next. Cancel `serve` before.
@@ -111,6 +127,11 @@ class Lane(Generic[Work, Results]):
                 return batch
             self._wake.clear()
             await self._wake.wait()
+
+    async def _break(self) -> None:
+        await self._failed.wait()
+        assert self._error is not None
+        raise self._error
 
     async def _feed(self) -> None:
         while True:

@@ -4,10 +4,30 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from posttrain.config.base import Config
+from posttrain.config.base import RESULT_STAYS, Config
 
 
-class ActorResources(Config):
+class HostChoice(Config):
+    """Which hosts of a cluster the actors of one role may run on. A local session has one host, and ignores it."""
+
+    nodes: list[str] = Field(
+        default=[],
+        description="Host names or addresses; the actors run on these hosts only. Empty: on any host.",
+        json_schema_extra=RESULT_STAYS,
+    )
+    labels: dict[str, str] = Field(
+        default={},
+        description="Labels that a host must have, as they were given to it by `ray start --labels`.",
+        json_schema_extra=RESULT_STAYS,
+    )
+    spread: bool = Field(
+        default=False,
+        description="Place the actors on as many hosts as possible. false: Ray fills one host before it uses the next.",
+        json_schema_extra=RESULT_STAYS,
+    )
+
+
+class ActorResources(HostChoice):
     """What the actors of one role ask of the Ray cluster. Example: `{workers: 2, cpus: 1, gpus: 1}` is two engines."""
 
     workers: Annotated[int, Field(ge=1)] = Field(default=1, description="Number of actors, one engine in each.")
@@ -16,7 +36,7 @@ class ActorResources(Config):
 
 
 class RewardResources(Config):
-    """What the actor that holds all reward processes asks of the Ray cluster."""
+    """What the actor that holds all reward processes asks of the Ray cluster. It runs on the home host."""
 
     cpus: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="CPUs that Ray reserves for all reward processes together."
@@ -27,7 +47,7 @@ class RewardResources(Config):
 
 
 class TrainerResources(Config):
-    """What each rank of a stage asks of the Ray cluster."""
+    """What each rank of a stage asks of the Ray cluster. Ranks run on the home host if it has what they ask for."""
 
     cpus: Annotated[float, Field(ge=0)] = Field(default=1.0, description="CPUs that Ray reserves for each rank.")
     gpus: Annotated[float, Field(ge=0)] = Field(

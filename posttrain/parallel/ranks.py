@@ -22,6 +22,7 @@ from posttrain.actors.processes import kill_process, place_of_this
 from posttrain.config.resources import TrainerResources
 from posttrain.config.training import ParallelConfig
 from posttrain.errors import StageError
+from posttrain.hosts.placement import near_home
 
 PLACE_S = 180.0  # for Ray to place the ranks on the cluster
 START_S = 1800.0  # for them to join and to make their objects: load the model, start the engine
@@ -31,7 +32,10 @@ LAST_S = 10.0  # for the last call before they are ended
 class _Rank:
     """The process of one rank."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, folder: str) -> None:
+        """threads: of torch. folder: paths in the arguments of a rank may be relative to it."""
+        with contextlib.suppress(OSError):  # another host need not have it
+            os.chdir(folder)
         # torch is not imported yet. An actor with a `runtime_env` would not get a process that Ray has started already.
         os.environ["OMP_NUM_THREADS"] = str(threads)
         self._made: Any = None
@@ -94,8 +98,8 @@ class RankGroup:
         self._lost = lost
         self._resources = resources
         threads = max(1, int(resources.cpus))
-        actor = ray.remote(_Rank).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
-        self._ranks: list[Any] = [actor.remote(threads) for _ in range(parallel.processes)]
+        actor = ray.remote(_Rank).options(num_cpus=resources.cpus, num_gpus=resources.gpus, **near_home())
+        self._ranks: list[Any] = [actor.remote(threads, os.getcwd()) for _ in range(parallel.processes)]
         self._points = [rank.meeting_point.remote() for rank in self._ranks]
         self._places = [rank.place.remote() for rank in self._ranks]
         shared = [ray.put(argument) for argument in (make, *arguments)]

@@ -12,6 +12,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("context",),
     ("actors",),
+    ("hosts",),
     ("scoring",),
     ("data",),
     ("metrics",),

@@ -21,8 +21,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from posttrain.compat.ray import loopback_environment, loopback_options, needed_servers_only, reread_environment
+from posttrain.compat.ray import (
+    has_raylet,
+    loopback_environment,
+    loopback_options,
+    needed_servers_only,
+    reread_environment,
+)
 from posttrain.errors import StageError, UserError
+from posttrain.hosts.checks import compare_hosts
+from posttrain.hosts.directory import forget_directory, start_directory
+from posttrain.hosts.placement import CLUSTER_VARIABLE
 from posttrain.pipeline import watchdog
 from posttrain.pipeline.plan import local_cpus
 
@@ -70,7 +79,8 @@ def ray_session() -> Iterator[RaySession]:
     """
     address = os.environ.get("RAY_ADDRESS", "")
     session = RaySession(secrets.token_hex(8), not joins_cluster(), Path(tempfile.mkdtemp(prefix="ptr-", dir="/tmp")))
-    environment = {**QUIET, watchdog.VARIABLE: session.session}
+    joined = "0" if session.local else "1"
+    environment = {**QUIET, watchdog.VARIABLE: session.session, CLUSTER_VARIABLE: joined}
     if session.local:
         environment |= loopback_environment()
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -92,9 +102,11 @@ def ray_session() -> Iterator[RaySession]:
 def _connect(session: RaySession, address: str) -> None:
     """Start a local Ray or join the cluster. Raises UserError or StageError with the reason."""
     import ray
+    from ray.exceptions import RayTaskError
 
     if not session.local:
         _check_reachable(address)
+        _check_node_here(address)
     if ray.is_initialized():
         raise UserError("Ray is already initialised in this process; call ray.shutdown() before running a pipeline")
     reread_environment()
@@ -103,7 +115,7 @@ def _connect(session: RaySession, address: str) -> None:
         options |= {"num_cpus": local_cpus(), "include_dashboard": False}
         options |= {"object_store_memory": _object_store_bytes(), **loopback_options(session.temp_dir)}
     else:
-        environment = {name: os.environ[name] for name in (*QUIET, watchdog.VARIABLE)}
+        environment = {name: os.environ[name] for name in (*QUIET, watchdog.VARIABLE, CLUSTER_VARIABLE)}
         options |= {"address": address, "runtime_env": {"env_vars": environment}}
     try:
         with needed_servers_only():
@@ -115,6 +127,11 @@ def _connect(session: RaySession, address: str) -> None:
         raise StageError(f"{'a local Ray could not be started' if session.local else cluster}: {reason}") from error
     total = ray.cluster_resources()
     session.cpus, session.gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    if not session.local:
+        try:
+            compare_hosts(*ray.get(start_directory().reports.remote()))
+        except RayTaskError as error:
+            raise error.cause from None
 
 
 def _check_reachable(address: str) -> None:
@@ -130,6 +147,16 @@ def _check_reachable(address: str) -> None:
     except OSError as error:
         rule = "start the cluster, or unset RAY_ADDRESS to run on this machine"
         raise UserError(f"RAY_ADDRESS: got {address!r}: cannot be reached: {error}; {rule}") from None
+
+
+def _check_node_here(address: str) -> None:
+    """Raise UserError if no node of a Ray cluster runs on this host. Ray itself would be silent for a minute first."""
+    if address.startswith("ray://") or has_raylet():
+        return
+    rule = f"start one that gives no CPUs away: ray start --address={address} --num-cpus=0"
+    raise UserError(
+        f"RAY_ADDRESS: got {address!r}, but no node of Ray runs on this host ({socket.gethostname()}); {rule}"
+    )
 
 
 def _object_store_bytes() -> int:
@@ -149,6 +176,7 @@ def _close(session: RaySession) -> None:
 
     spare = frozenset({os.getpid()})
     if not session.local:
+        forget_directory()
         with suppress(Exception):
             ray.shutdown()
     else:

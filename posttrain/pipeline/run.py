@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from posttrain.config.resources import HostChoice
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError, PosttrainError, StageError, UserError
+from posttrain.hosts.placement import check_choices
 from posttrain.pipeline.config import RawPipeline
 from posttrain.pipeline.decide import Decision, decide, default_run_dir
 from posttrain.pipeline.graph import Pipeline, load_pipeline
-from posttrain.pipeline.inputs import find_endpoints
+from posttrain.pipeline.inputs import find_endpoints, walk
 from posttrain.pipeline.memory import MemorySampler
 from posttrain.pipeline.packages import needed_packages
 from posttrain.pipeline.plan import check_fits, local_cpus, local_gpus, make_plan
@@ -167,6 +169,11 @@ def _execute(
     with ray_session() as session:
         check_fits(plan, pipeline.source, cpus=session.cpus, gpus=session.gpus)
         todo = [node for name, node in pipeline.nodes.items() if decisions[name].to_do]
+        if not session.local:
+            check_choices(
+                {f"{node.prefix}{key}": section for node in todo for key, section in walk(node.config)
+                 if isinstance(section, HostChoice)}
+            )  # fmt: skip
         if any("vllm" in needed_packages(node.config, node.stage_kind) for node in todo):
             from posttrain.sampling.registry import start_registry
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.errors import PosttrainError, StageError, UserError
+from posttrain.hosts.placement import pinned_here
 from posttrain.pipeline.decide import Decision
 from posttrain.pipeline.doubts import doubts
 from posttrain.pipeline.graph import Node, Pipeline, output_path
@@ -125,7 +126,8 @@ class Scheduler:
             self._event(node, "doubtful", reason=line)
         cpus, gpus = trainer_resources(node)
         # max_calls=1 gives each stage a fresh process, so that no stage inherits imports or memory of the one before.
-        task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(run_stage)
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_calls": 1, "max_retries": 0, **pinned_here()}
+        task: Any = ray.remote(**options)(run_stage)
         self.running[task.options(name=node.name).remote(job)] = _Running(node, self.steps[node.name], time.time())
 
     def _make_room(self, step: Step) -> None:

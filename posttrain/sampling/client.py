@@ -4,12 +4,13 @@ Left out: sampling. Every stage samples with the workers of workers.py, RL direc
 """
 
 import asyncio
+import os
 from collections.abc import Awaitable, Coroutine, Iterable
 from types import TracebackType
 from typing import Any
 
 from posttrain.actors.calls import await_call, await_with_heartbeat
-from posttrain.actors.losses import is_loss, reason_of
+from posttrain.actors.losses import ActorLostError, is_loss, reason_of
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.resources import ActorResources
@@ -18,8 +19,11 @@ from posttrain.errors import MissingDependencyError, StageError
 from posttrain.model.folder import check_folder
 from posttrain.sampling.manifests import FolderWeights
 from posttrain.sampling.registry import start_registry
+from posttrain.sampling.roads import EnginePlace, place_of
 
 START_S = 900.0
+PLACE_S = 180.0  # for Ray to place an engine, while no other engine works
+SUSPICION_S = 1.0
 MAX_STARTS = 3  # how many engines may fail to start in the place of a lost one before the stage fails
 
 
@@ -51,6 +55,8 @@ class Engines:
         self.logs: dict[str, BusyLog] = {}
         self.names: list[str] = []
         self.actors: list[Any] = []
+        self.places: list[EnginePlace | None] = []  # None until the engine has started
+        self.suspected: frozenset[str] = frozenset()  # ids of nodes whose hosts do not answer
 
     def __enter__(self) -> "Engines":
         import ray
@@ -59,6 +65,7 @@ class Engines:
         check_folder(self._model.path)
         self._registry = start_registry()
         served = self._model.model_dump(include=set(ServedModelConfig.model_fields))
+        served["path"] = os.path.abspath(served["path"])  # an actor may have another working directory
         leased = ray.get(
             self._registry.acquire.remote(
                 self._context.name, served, self._engine.model_dump(), resources=self._resources.model_dump()
@@ -70,6 +77,7 @@ class Engines:
         self.actors = [actor for _, actor, _ in leased]
         self.logs = {name: BusyLog(self._context, name, self._activity) for name in self.names}
         self._unstarted = set(self.names)
+        self.places = [None] * len(leased)
         try:
             asyncio.run(_all(self._prepare(index, is_new) for index, (_, _, is_new) in enumerate(leased)))
         except BaseException:
@@ -104,12 +112,13 @@ class Engines:
         An engine that is lost meanwhile is replaced.
         """
         name, actor = self.names[index], self.actors[index]
-        source = FolderWeights(self._model.path)
+        source = FolderWeights(os.path.abspath(self._model.path))
         try:
             if is_new:
                 await actor.start.remote()
             else:
                 await self._await_engine(actor, actor.update_weights.remote(source, 0), name)
+            self.places[index] = await place_of(actor)
         except Exception as error:
             if not is_loss(error):
                 raise
@@ -127,12 +136,12 @@ class Engines:
             lost = self.names[index]
             self._context.event("engine_replaced", name=lost, reason=reason_of(cause))
             self._unstarted.add(lost)
-            name, actor = self.names[index], self.actors[index] = await self._registry.replace.remote(lost)
+            name, _ = self.names[index], self.actors[index] = await self._registry.replace.remote(lost)
             self._unstarted.remove(lost)
             self._unstarted.add(name)
             started = f"{name}, in the place of {lost}, did not start"
             try:
-                await await_call(actor.start.remote(), START_S, started)
+                self.places[index] = await self._start_replacement(index, started)
                 self._unstarted.remove(name)
                 break
             except Exception as error:
@@ -140,6 +149,26 @@ class Engines:
                     raise StageError(f"{started}: {reason_of(error)}") from error
                 cause = error
         return self.names[index], self.actors[index]
+
+    async def _start_replacement(self, index: int, message: str) -> EnginePlace:
+        """Start the new engine in a place. While others work, it waits without a limit for a host that has room."""
+        where = asyncio.ensure_future(place_of(self.actors[index]))
+        try:
+            while not (await asyncio.wait({where}, timeout=PLACE_S))[0]:
+                if len(self._unstarted) == len(self.names):
+                    raise TimeoutError(f"{message}: no host had room for it within {PLACE_S:g} s")
+            place = where.result()
+        finally:
+            where.cancel()
+        starting = asyncio.ensure_future(await_call(self.actors[index].start.remote(), START_S, message))
+        try:
+            while not (await asyncio.wait({starting}, timeout=SUSPICION_S))[0]:
+                if place.node in self.suspected:
+                    raise ActorLostError(f"{message}: its host does not answer")
+            starting.result()
+        finally:
+            starting.cancel()
+        return place
 
     async def _await_engine(self, actor: Any, call: Awaitable[object], name: str) -> Any:
         """The result of a long call. Raises TimeoutError if the actor does not answer a heartbeat meanwhile."""

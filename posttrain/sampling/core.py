@@ -70,8 +70,8 @@ class Core:
 
     # ------------------------------------------------------------------ start and shutdown
 
-    async def start(self) -> list[int]:
-        """Start the core; returns the process ids of its vLLM workers."""
+    async def start(self, folder: str) -> list[int]:
+        """Start the core on the model in a folder of this host; returns the process ids of its vLLM workers."""
         on_cpu = not os.environ.get("CUDA_VISIBLE_DEVICES")
         if on_cpu:
             # vLLM would have a C++ compiler make one small function, whatever `enforce_eager` says.
@@ -83,9 +83,10 @@ class Core:
 
             from posttrain.sampling import vllm_extension  # noqa: F401  (registers the backend before the fork)
 
-        arguments = engine_arguments(self._model, self._engine)
+        model = self._model.model_copy(update={"path": folder})
+        arguments = engine_arguments(model, self._engine)
         if on_cpu:
-            arguments |= cpu_cache_arguments(self._model, self._engine)
+            arguments |= cpu_cache_arguments(model, self._engine)
         config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
         kind = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
         config.scheduler_config.scheduler_cls = f"posttrain.sampling.vllm_scheduler.{kind}"

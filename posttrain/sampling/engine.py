@@ -23,10 +23,13 @@ from posttrain.compat import vllm as compat
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.errors import StageError
+from posttrain.hosts.directory import folder_here
+from posttrain.hosts.relay import RelayError
 from posttrain.sampling.arguments import ENGINE_ENV
 from posttrain.sampling.core import Core
 from posttrain.sampling.manifests import WeightSource
 from posttrain.sampling.requests import Completion, EngineLostError, Piece, SampleRequest
+from posttrain.sampling.roads import reachable
 from posttrain.sampling.start_failure import PrintedSince, start_error
 from posttrain.sampling.stream import Outbox, Reply
 from posttrain.sampling.vllm_requests import completions_of, end_of, sampling_params
@@ -43,6 +46,8 @@ class EngineActor:
         os.environ.update(ENGINE_ENV)
         self.name = name
         settings = EngineConfig(**engine)
+        self._folder = str(model["path"])
+        self._deadline_s = settings.deadline_s
         self._core = Core(
             name,
             ServedModelConfig(**model),
@@ -64,11 +69,13 @@ class EngineActor:
     async def start(self) -> dict[str, Any]:
         """Start the engine; returns its name, process ids and start-up seconds.
 
-        Raises EngineLostError if the engine core was lost meanwhile, and EngineStartError for any other failure.
+        Raises EngineLostError if the engine core was lost meanwhile, and EngineStartError for any other failure. Raises
+        UserError if the model lies on another host, and this one has no room for it.
         """
         began, printed = time.time(), PrintedSince()
+        folder = await folder_here(self._folder, self._deadline_s)
         try:
-            workers = await self._core.start()
+            workers = await self._core.start(folder)
             self._tokenizer = self._core.llm.get_tokenizer()
         except EngineLostError:
             raise
@@ -255,6 +262,10 @@ class EngineActor:
         """
         async with self._update_lock:
             self._core.check()
+            try:
+                source = await reachable(source, self._deadline_s)  # generation goes on meanwhile
+            except RelayError as error:
+                raise EngineLostError(f"engine {self.name}: {error}") from None
             began = time.time()
             await self._core.update_weights(source, policy_version, kv)
             return began, time.time()

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from posttrain.hosts.relay import Source
+
 
 class TensorEntry(msgspec.Struct, frozen=True):
     """Where one tensor lies in a segment. `dtype` is torch's name without the prefix; `offset` is in bytes.
@@ -24,8 +26,21 @@ class TensorEntry(msgspec.Struct, frozen=True):
     checksum: int
 
 
+class Road(msgspec.Struct, frozen=True):
+    """How another host gets a version. publisher: a name that no other publisher has. node: the trainer's, in Ray.
+
+    serial: counts what the publisher has published; a version may be published again with other values. sources: whom
+    to ask for the bytes, in the order of preference. Example: `Road("trainer-7", 3, "a1b2", (source,))`.
+    """
+
+    publisher: str
+    serial: int
+    node: str
+    sources: tuple[Source, ...]
+
+
 class WeightManifest(msgspec.Struct, frozen=True, tag_field="kind", tag="segment"):
-    """One version in a shared-memory segment. `peer` says who wrote it, for messages.
+    """One version in a shared-memory segment. `peer` says who wrote it, for messages. road: None in a local session.
 
     Example: `WeightManifest("/dev/shm/posttrain-weights-7-a", 3, 4096, "process 7 on host", (entry, ...))`.
     """
@@ -35,6 +50,7 @@ class WeightManifest(msgspec.Struct, frozen=True, tag_field="kind", tag="segment
     num_bytes: int
     peer: str
     tensors: tuple[TensorEntry, ...]
+    road: Road | None = None
 
 
 class GpuManifest(msgspec.Struct, frozen=True, tag_field="kind", tag="gpu"):

@@ -16,6 +16,8 @@ from posttrain.actors.processes import kill_process
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.resources import ActorResources
+from posttrain.hosts.directory import directory
+from posttrain.hosts.placement import chosen, name_in_run, pinned_here
 from posttrain.sampling.arguments import read_model_config
 from posttrain.sampling.engine import EngineActor
 
@@ -37,13 +39,21 @@ class _Held:
     stage: str | None  # None while idle
     model: dict[str, Any]
     engine: dict[str, Any]
-    cpus: float
-    gpus: float
+    resources: ActorResources
+
+    @property
+    def cpus(self) -> float:
+        return self.resources.cpus
+
+    @property
+    def gpus(self) -> float:
+        return self.resources.gpus
 
 
 def engine_signature(model: ServedModelConfig, engine: EngineConfig, resources: ActorResources) -> str:
     """A text that is equal for engines which differ in nothing but their weights."""
-    parts = [read_model_config(model.path), model.dtype, engine.model_dump(), resources.cpus, resources.gpus]
+    asked = resources.model_dump(exclude={"workers"})
+    parts = [read_model_config(model.path), model.dtype, engine.model_dump(), asked]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -72,7 +82,7 @@ class EngineRegistry:
             if len(leased) < wanted.workers:
                 await self._end([held for held in self._held if held.stage is None])
             for _ in range(wanted.workers - len(leased)):
-                held = self._make(signature, stage, model, engine=engine, cpus=wanted.cpus, gpus=wanted.gpus)
+                held = await self._make(signature, stage, model, engine=engine, resources=wanted)
                 leased.append((held.name, held.actor, True))
             return leased
 
@@ -83,7 +93,7 @@ class EngineRegistry:
         async with self._changing:
             name = self._latest(name)
             old = next(held for held in self._held if held.name == name)
-            held = self._make(old.signature, old.stage, old.model, engine=old.engine, cpus=old.cpus, gpus=old.gpus)
+            held = await self._make(old.signature, old.stage, old.model, engine=old.engine, resources=old.resources)
             self._successors[name] = held.name
             await self._end([old])
             return held.name, held.actor
@@ -94,23 +104,27 @@ class EngineRegistry:
             name = self._successors[name]
         return name
 
-    def _make(
+    async def _make(
         self,
         signature: str,
         stage: str | None,
         model: dict[str, Any],
         *,
         engine: dict[str, Any],
-        cpus: float,
-        gpus: float,
+        resources: ActorResources,
     ) -> _Held:
+        """A new engine, on no host that is suspected."""
         import ray
 
         name = f"engine-{self._made}"
         self._made += 1
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": 10_000}
-        actor: Any = ray.remote(EngineActor).options(**options).remote(name, model, engine)
-        held = _Held(name, signature, actor, actor.where.remote(), stage, model, engine, cpus, gpus)
+        hosts = directory()
+        avoided = await hosts.avoided.remote() if hosts is not None else ()
+        options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_concurrency": 10_000}
+        actor: Any = (
+            ray.remote(EngineActor).options(**options, **chosen(resources, avoided)).remote(name, model, engine)
+        )
+        held = _Held(name, signature, actor, actor.where.remote(), stage, model, engine, resources)
         self._held.append(held)
         return held
 
@@ -157,7 +171,12 @@ class EngineRegistry:
         for where in missing:
             where.cancel()
         places = [where.result() for where in there if where.exception() is None]
-        await asyncio.gather(*(asyncio.to_thread(kill_process, *place) for place in places))
+        hosts = directory()
+        if hosts is None:
+            await asyncio.gather(*(asyncio.to_thread(kill_process, *place) for place in places))
+        else:
+            for place in places:
+                hosts.fence.remote(*place)
 
 
 def start_registry() -> Any:
@@ -165,10 +184,11 @@ def start_registry() -> Any:
     import ray
 
     global _registry
+    name = name_in_run(REGISTRY_NAME)
     try:
-        return ray.get_actor(REGISTRY_NAME, namespace=NAMESPACE)
+        return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
-        options = {"name": REGISTRY_NAME, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 64}
+        options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 64, **pinned_here()}
         _registry = ray.remote(EngineRegistry).options(**options, get_if_exists=True).remote()
         return _registry
 
@@ -178,7 +198,7 @@ def release_stage(stage: str) -> None:
     import ray
 
     try:
-        registry = ray.get_actor(REGISTRY_NAME, namespace=NAMESPACE)
+        registry = ray.get_actor(name_in_run(REGISTRY_NAME), namespace=NAMESPACE)
     except ValueError:
         return
     ray.get(registry.end_stage.remote(stage))
@@ -189,7 +209,7 @@ def trim_idle(cpus: float, gpus: float) -> None:
     import ray
 
     try:
-        registry = ray.get_actor(REGISTRY_NAME, namespace=NAMESPACE)
+        registry = ray.get_actor(name_in_run(REGISTRY_NAME), namespace=NAMESPACE)
     except ValueError:
         return
     ray.get(registry.trim_idle.remote(cpus, gpus))
@@ -200,7 +220,7 @@ def stop_registry() -> None:
     import ray
 
     try:
-        registry = ray.get_actor(REGISTRY_NAME, namespace=NAMESPACE)
+        registry = ray.get_actor(name_in_run(REGISTRY_NAME), namespace=NAMESPACE)
     except ValueError:
         return
     ray.get(registry.end_all.remote())

@@ -19,6 +19,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from posttrain.hosts.placement import in_cluster, this_address, this_node
+from posttrain.hosts.relay import Relay
 from posttrain.sampling.manifests import GpuManifest, Manifest
 from posttrain.sampling.weights import SharedWeights, TensorSpec, WeightTransferError
 
@@ -39,6 +41,8 @@ class Publisher(Protocol):
 
 def make_publisher(backend: Backend, num_engines: int, tensor_parallel: int, *, deadline_s: float) -> Publisher:
     """The trainer's end of a backend. `num_engines` engines of `tensor_parallel` GPUs each load every version."""
+    if backend == "shm" and in_cluster():
+        return SharedWeights(relay=Relay(this_address()), node=this_node())
     if backend == "shm":
         return SharedWeights()
     return GpuWeights(backend, 1 + num_engines * tensor_parallel, deadline_s)

@@ -1,9 +1,9 @@
-"""Weights from a trainer to the engines of one host: written into shared memory once, read with checksums.
+"""Weights from a trainer to its engines: written into shared memory once, read with checksums.
 
 The trainer's publisher owns two segments and writes them in turn, so that it never overwrites the version that an
 engine is still reading. The engine is sent a manifest with the names, dtypes, shapes and offsets of the tensors: plain
 JSON, never a pickle. `open_weights` also reads a folder of safetensors, so that an engine loads a checkpoint and takes
-an update by the same code.
+an update by the same code. Engines on other hosts read a copy that is brought to theirs (roads.py).
 """
 
 import contextlib
@@ -20,7 +20,9 @@ import torch
 import xxhash
 
 from posttrain.errors import PosttrainError
-from posttrain.sampling.manifests import FolderWeights, TensorEntry, WeightManifest
+from posttrain.hosts.relay import Relay
+from posttrain.hosts.weights import served_name
+from posttrain.sampling.manifests import FolderWeights, Road, TensorEntry, WeightManifest
 
 ALIGNMENT = 64
 PREFIX = "posttrain-weights-"
@@ -53,13 +55,19 @@ class SharedWeights:
     The names of the segments carry the mark of the Ray session, which removes them at its end. Each segment is locked
     while its process lives. One without a lock was left behind by a killed process, which can be seen from another
     container too, and the next publisher removes it.
+
+    relay: serves the versions to other hosts; None if all engines are on this one. node: the id of this host in Ray.
     """
 
-    def __init__(self, directory: str | Path = "/dev/shm"):
+    def __init__(self, directory: str | Path = "/dev/shm", relay: Relay | None = None, node: str = ""):
         remove_abandoned(Path(directory))
         session = os.environ.get("POSTTRAIN_SESSION", "none")
         stem = f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{session}"
         self._peer = f"process {os.getpid()} on {socket.gethostname()}"
+        self._relay = relay
+        self._node = node
+        self._publisher = stem
+        self._serials: dict[Path, int] = {}  # of what lies in each segment
         self._paths = [Path(directory) / f"{stem}-{half}" for half in "ab"]
         self._descriptors: dict[Path, int] = {}
         self._segments: dict[Path, mmap.mmap] = {}  # mapped once: mapping again costs more than the copy
@@ -78,13 +86,24 @@ class SharedWeights:
             end += -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT
         entries = []
         path = self._paths[policy_version % 2]
+        if self._relay is not None and path in self._serials:
+            self._relay.drop(served_name(self._publisher, self._serials[path]))
         buffer = torch.frombuffer(self._segment(path, end), dtype=torch.uint8)
         for value, spec, offset in zip(values, specs, offsets, strict=True):
             place = buffer[offset : offset + spec.num_bytes]
             _write(place.view(spec.dtype), value.detach())
             dtype = str(spec.dtype).removeprefix("torch.")
             entries.append(TensorEntry(spec.name, dtype, spec.shape, offset, checksum(place)))
-        return WeightManifest(str(path), policy_version, end, self._peer, tuple(entries))
+        road = self._serve(path, end)
+        return WeightManifest(str(path), policy_version, end, self._peer, tuple(entries), road)
+
+    def _serve(self, path: Path, num_bytes: int) -> Road | None:
+        """Let other hosts read a segment that has just been written."""
+        if self._relay is None:
+            return None
+        serial = self._serials[path] = 1 + max(self._serials.values(), default=0)
+        self._relay.hold(served_name(self._publisher, serial), self._descriptors[path], num_bytes)
+        return Road(self._publisher, serial, self._node, (self._relay.source,))
 
     def _segment(self, path: Path, num_bytes: int) -> mmap.mmap:
         segment = self._segments.get(path)
@@ -105,6 +124,8 @@ class SharedWeights:
 
     def close(self) -> None:
         """Remove the segments. Readers that still have them mapped keep them."""
+        if self._relay is not None:
+            self._relay.close()
         self._segments.clear()
         for path, descriptor in self._descriptors.items():
             path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from posttrain.actors.calls import await_with_heartbeat
 from posttrain.actors.lane import COLLECT_S, Lane
 from posttrain.context import BusyLog
 from posttrain.sampling.requests import Piece, SampleRequest
+from posttrain.sampling.roads import EnginePlace
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.turns import Turn
 
@@ -55,7 +56,7 @@ class Worker:
 
     name, actor: those of the engine. policy_version: the version that the engine samples with. take: called with the
     worker and with what it has collected. log: when it was busy. batch_size: the largest number of requests that are
-    sent at once; None means all.
+    sent at once; None means all. place: where the engine runs; None if that is not known.
 
     is_alive: whether it has an engine that works. asks: the requests that the engine has, by key. is_kept: whether it
     keeps its version for now. lock: held while the engine loads weights. num_losses: engines lost in a row, without a
@@ -73,8 +74,10 @@ class Worker:
         deadline_s: float,
         batch_size: int | None,
         is_alive: bool,
+        place: EnginePlace | None = None,
     ):
         self.name = name
+        self.place = place
         self.actor = actor
         self.policy_version = policy_version
         self.log = log
@@ -136,5 +139,9 @@ class Worker:
             await self.lane.leave(self.actor.forget.remote)
 
     async def await_busy(self, call: Awaitable[T]) -> T:
-        """The result of a long call. Raises TimeoutError if the engine does not answer a heartbeat meanwhile."""
-        return await await_with_heartbeat(call, self.actor.pids.remote, self._silence_s, name=self._named())
+        """The result of a long call. Raises TimeoutError if the engine does not answer a heartbeat meanwhile, and the
+        error by which the lane to it has failed.
+        """
+        return await self.lane.guarded(
+            await_with_heartbeat(call, self.actor.pids.remote, self._silence_s, name=self._named())
+        )

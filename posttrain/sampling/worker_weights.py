@@ -7,6 +7,7 @@ from typing import Any
 from posttrain.actors.losses import is_loss
 from posttrain.context import StageContext
 from posttrain.sampling.manifests import Manifest
+from posttrain.sampling.roads import chained
 from posttrain.sampling.worker import Worker
 
 UpdateCalls = list[list[tuple[int, dict[str, Any]]]]  # see `rl.rollouts.weights.update_calls`
@@ -73,7 +74,7 @@ class WorkerWeights:
         self._taken(worker)
 
     async def _update_all(self, calls: UpdateCalls, again: bool) -> None:
-        for together in calls:
+        for together in self._chained(calls):
             of_workers = [(self._workers[index], arguments) for index, arguments in together]
             await asyncio.gather(*(self._update(worker, arguments, again) for worker, arguments in of_workers))
 
@@ -99,4 +100,27 @@ class WorkerWeights:
         if self._calls is None or manifest is None:
             return None
         calls = [call for together in self._calls(manifest, version) for call in together]
-        return dict(calls)[self._workers.index(worker)]
+        arguments = dict(calls)[self._workers.index(worker)]
+        return self._linked(worker, arguments, self._takers())
+
+    def _takers(self) -> list[Worker]:
+        """The workers that load a new version when it is published, in the order of the chain of their hosts."""
+        return [worker for worker in self._workers if worker.is_alive and not worker.is_kept]
+
+    def _chained(self, calls: UpdateCalls) -> UpdateCalls:
+        """The calls in which each host gets the weights from the hosts before it (roads.py)."""
+        takers = self._takers()
+        return [
+            [
+                (index, self._linked(worker, arguments, takers[: takers.index(worker)] if worker in takers else ()))
+                for index, arguments in together
+                for worker in (self._workers[index],)
+            ]
+            for together in calls
+        ]
+
+    def _linked(self, worker: Worker, arguments: dict[str, Any], before: Sequence[Worker]) -> dict[str, Any]:
+        if worker.place is None:
+            return arguments
+        places = [other.place for other in before if other.place is not None]
+        return {**arguments, "source": chained(arguments["source"], worker.place, places)}

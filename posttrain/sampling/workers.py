@@ -17,10 +17,12 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from typing import Any
 
 from posttrain.actors.losses import MAX_CONSECUTIVE_LOSSES, ActorLostError, is_loss, reason_of, root_of
 from posttrain.context import StageContext
 from posttrain.errors import StageError
+from posttrain.hosts.directory import directory
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.requests import Piece
@@ -82,6 +84,7 @@ class RolloutWorkers:
                 deadline_s=deadline_s,
                 batch_size=SUBMIT_REQUESTS if wave_seed is None else None,
                 is_alive=engines.is_ready(index),
+                place=engines.places[index],
             )
             for index, (name, actor, log) in enumerate(
                 zip(engines.names, engines.actors, engines.logs.values(), strict=True)
@@ -102,6 +105,8 @@ class RolloutWorkers:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._rollouters.raise_failure())
+                if (hosts := directory()) is not None:
+                    group.create_task(self._watch(hosts))
                 for worker in self.workers:
                     group.create_task(self._serve(worker))
         except BaseExceptionGroup as errors:
@@ -112,6 +117,15 @@ class RolloutWorkers:
             for worker in self.workers:
                 worker.log.flush()
             await asyncio.gather(*(worker.leave() for worker in self.workers), return_exceptions=True)
+
+    async def _watch(self, hosts: Any) -> None:
+        """Treat the engines on a host that does not answer as lost, long before Ray does."""
+        suspected: frozenset[str] = frozenset()
+        while True:
+            suspected = self._engines.suspected = await hosts.suspected.remote(suspected)
+            for worker in self.workers:
+                if worker.place is not None and worker.place.node in suspected:
+                    worker.lane.fail(ActorLostError(f"the host of {worker.name} does not answer"))
 
     # ------------------------------------------------------------------ groups
 
@@ -260,5 +274,8 @@ class RolloutWorkers:
         if self._replaced is not None:
             self._replaced(worker.name, reason)
         self._send_waiting()
-        worker.name, worker.actor = await self._engines.replace(self.workers.index(worker), cause)
+        index = self.workers.index(worker)
+        worker.place = None
+        worker.name, worker.actor = await self._engines.replace(index, cause)
+        worker.place = self._engines.places[index]
         await self.weights.begin(worker)

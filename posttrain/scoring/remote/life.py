@@ -19,6 +19,7 @@ from posttrain.actors.losses import ActorLostError, is_loss
 from posttrain.actors.processes import kill_marked
 from posttrain.config.resources import RewardResources
 from posttrain.errors import PluginError, StageError
+from posttrain.hosts.placement import pinned_here
 from posttrain.records import Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec
 from posttrain.scoring.remote.actor import MARK, Health, RewardActor
@@ -48,7 +49,7 @@ class ActorLife:
         self._resources = resources
         self._mark = uuid.uuid4().hex
         options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_concurrency": 10_000}
-        actor = ray.remote(RewardActor).options(**options)
+        actor = ray.remote(RewardActor).options(**options, **pinned_here())
         self._actor: Any = actor.remote(spec, num_processes, timeout_s, mark=self._mark, folder=os.getcwd())
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._process: psutil.Process | None = None

