@@ -150,7 +150,9 @@ def parts(folder: Path, seed: int, mute: bool):
     names = [f"engine{index}" for index in range(ENGINES)]
     context = StageContext("rl", folder, folder / "events.jsonl", seed)
     logs = {name: BusyLog(context, name, "generate") for name in names}
-    engines: Any = SimpleNamespace(names=names, actors=actors, logs=logs, places=[None] * len(names), is_ready=lambda index: True)
+    engines: Any = SimpleNamespace(
+        names=names, actors=actors, logs=logs, places=[None] * len(names), is_ready=lambda index: True
+    )
     trainer: Any = ReadyTrainer()
     source = PromptSource(rows, SystemsConfig(), render, seed=seed)
     ledger = Ledger(folder / "ledger.sqlite")

@@ -195,7 +195,7 @@ def resources_of(kind: str) -> Builder:
     def build(config: Config) -> Any:
         node = Node("stage", kind, config, (), "stage", "stage.yaml", "")
         step = make_plan(Pipeline("test", "test", 0, False, {"stage": node}), Path("run"))[0]
-        asked = [(actor.role, actor.workers, actor.cpus, actor.gpus) for actor in step.actors]
+        asked = [(actor.role, actor.workers, actor.cpus, actor.gpus, actor.hosts) for actor in step.actors]
         return asked, trainer_resources(node)
 
     return build
@@ -715,6 +715,7 @@ def _controller(config: Any) -> Any:
     )  # not entered: nothing starts
     unused: Any = None
     engines.names, engines.actors, engines.logs = ["e"], [unused], {"e": BusyLog(CONTEXT, "e", "generate")}
+    engines.places = [None]
     shares, ledger = {"math": 0.5, "coding": 0.5}, Ledger(Path(":memory:"))
     parts = Parts(engines, unused, unused, unused, shares, unused, ledger, (0,))
     return Controller(config, CONTEXT, parts)

@@ -16,7 +16,7 @@ from posttrain.errors import UserError
 from posttrain.hosts.checks import COMPARED, HostReport, compare_hosts, report_of_this
 from posttrain.hosts.folders import fetch_folder, offer_folder
 from posttrain.hosts.placement import CLUSTER_VARIABLE, NODE_LABEL, chosen, near_home, pinned_here
-from posttrain.hosts.relay import MAX_SILENCE_S, Mismatch, Relay, RelayError, Source, pull, silence_s
+from posttrain.hosts.relay import MAX_SILENCE_S, Relay, RelayError, Source, pull, silence_s
 from posttrain.hosts.weights import WeightCopies, WeightsOffer
 from posttrain.sampling.manifests import Road, WeightManifest, from_plain, to_plain
 from posttrain.sampling.roads import EnginePlace, _offer_of, chained
@@ -126,10 +126,10 @@ def test_versions_go_through_a_chain_of_hosts_once_each(relays, tmp_path):
             weights, manifest, tensors = publish(trainer, tmp_path, version, weights)
             chain = [(trainer.source,), (first.source, trainer.source)]
             coming = [
-                copy.bring(offer_from(manifest, *sources), 10.0, threads.submit)
+                copy.bring(offer_from(manifest, *sources), 10.0, threads)
                 for copy, sources in zip(copies, chain, strict=True)
             ]
-            again = copies[1].bring(offer_from(manifest, trainer.source), 10.0, threads.submit)
+            again = copies[1].bring(offer_from(manifest, trainer.source), 10.0, threads)
             assert again is coming[1]  # a second engine of the host
             for one in coming:
                 assert_brought(one.result(), manifest, tensors)
@@ -138,8 +138,8 @@ def test_versions_go_through_a_chain_of_hosts_once_each(relays, tmp_path):
 
 @pytest.mark.slow
 def test_a_reader_goes_on_at_the_same_byte_when_the_host_before_it_is_gone(relays, tmp_path):
-    trainer, middle, last = relays
-    weights, manifest, tensors = publish(trainer, tmp_path, 0)
+    trainer, middle, _ = relays
+    weights, manifest, _ = publish(trainer, tmp_path, 0)
     offer = offer_from(manifest, middle.source, trainer.source)
     half = offer.num_bytes // 2 + 12345
     descriptor = os.open(manifest.path, os.O_RDONLY)
@@ -176,12 +176,12 @@ def test_a_tensor_that_arrives_damaged_is_read_again_from_another_host(relays, t
     descriptor = os.open(tmp_path / "damaged", os.O_RDONLY)
     broken.hold(offer.served_name, descriptor, len(damaged))
     with ThreadPoolExecutor(1) as threads:
-        path = WeightCopies(last).bring(offer, 20.0, threads.submit).result()
+        path = WeightCopies(last).bring(offer, 20.0, threads).result()
         assert_brought(path, manifest, tensors)
         only = offer_from(manifest, broken.source)
         relay = Relay("127.0.0.1")
         with pytest.raises(RelayError, match=r"policy version 0, tensor layer\.3: .*tensor layer\.3 arrived damaged"):
-            WeightCopies(relay).bring(only, 0.5, threads.submit).result()
+            WeightCopies(relay).bring(only, 0.5, threads).result()
         relay.close()
     os.close(descriptor)
     weights.close()

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from posttrain.compat import ray_agent
 from posttrain.compat.patches import patch
 
@@ -115,15 +113,3 @@ def reread_environment() -> None:
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
     ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(CLUSTER_VARIABLE) != "0"
-
-
-@_patch(
-    "2.60.0",
-    "gap",
-    reason="`ray.init(address=...)` on a host without a node of the cluster waits for a minute and says nothing",
-    reference="`get_node_to_connect_for_driver` of ray/_private/services.py",
-    test="tests/test_hosts.py::test_a_driver_needs_a_node_of_ray_on_its_host",
-)
-def has_raylet() -> bool:
-    """Whether a node of a Ray cluster runs on this host."""
-    return any(process.info["name"] == "raylet" for process in psutil.process_iter(["name"]))

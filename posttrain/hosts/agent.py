@@ -54,7 +54,7 @@ class HostAgent:
 
     async def bring(self, offer: WeightsOffer, deadline_s: float) -> str:
         """The path of a version of weights on this host. See `WeightCopies.bring`."""
-        coming = self._copies.bring(offer, deadline_s, self._threads.submit)
+        coming = self._copies.bring(offer, deadline_s, self._threads)
         return await asyncio.wrap_future(coming)
 
     async def pid(self) -> tuple[str, int]:

@@ -95,6 +95,15 @@ class HostDirectory:
                 await self._changed.wait_for(lambda: self._suspected != known)
         return self._suspected
 
+    async def decided(self, node: str) -> None:
+        """Wait until the host of a node answers a probe or is suspected.
+
+        An actor that is lost may be the first sign that its host is. Ray would place its successor there again.
+        """
+        probed = self._probed.get(node)
+        while probed is not None and node not in self._suspected and not await _answers(probed.address, probed.port):
+            await asyncio.sleep(PROBE_S)
+
     async def avoided(self) -> frozenset[str]:
         """The ids of the nodes on which nothing must be placed now."""
         return self._suspected

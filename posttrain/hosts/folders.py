@@ -4,10 +4,8 @@ The home host lists a folder with a hash of each file. Another host that has a f
 uses it; otherwise it pulls the files and checks each. A folder is complete as soon as it has its name.
 """
 
-import contextlib
 import mmap
 import os
-import secrets
 import shutil
 import socket
 from collections.abc import Callable
@@ -17,6 +15,7 @@ import msgspec
 import xxhash
 
 from posttrain.errors import UserError
+from posttrain.files import remove, replacing
 from posttrain.hosts.relay import Mismatch, Relay, Source, pull
 
 CACHE_VARIABLE = "POSTTRAIN_CACHE"
@@ -91,16 +90,11 @@ def fetch_folder(offer: FolderOffer, deadline_s: float) -> Path:
             f"host {socket.gethostname()}: {cache} has {free / 1e9:.1f} GB free, and the model {offer.folder} has "
             f"{offer.num_bytes / 1e9:.1f} GB; free some space, or set {CACHE_VARIABLE} to a larger disk on that host"
         )
-    aside = cache / f".{offer.digest}-{secrets.token_hex(4)}"
-    try:
+    with replacing(folder) as aside:
         for file in offer.files:
             _fetch_file(file, aside / file.name, offer.source, deadline_s=deadline_s)
-        with contextlib.suppress(OSError):  # another run has just made it
-            aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     for old in sorted(_complete(cache), key=lambda path: path.stat().st_mtime)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     return folder
 
 

@@ -9,8 +9,7 @@ so nothing is left when the agent ends, however it ends.
 
 import mmap
 import os
-from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 
 import msgspec
 import xxhash
@@ -77,15 +76,15 @@ class WeightCopies:
         self._copies: dict[str, dict[int, _Copy]] = {}  # by publisher, then by half
         self._coming: dict[str, Future[str]] = {}  # by the name of the version
 
-    def bring(self, offer: WeightsOffer, deadline_s: float, run: Callable[..., Future[str]]) -> Future[str]:
-        """The path of a version on this host, once it is there and checked. run: runs a function in a thread.
+    def bring(self, offer: WeightsOffer, deadline_s: float, threads: Executor) -> Future[str]:
+        """The path of a version on this host, once it is there and checked. threads: pulls it.
 
         The future raises RelayError, which names peer, version and tensor, if no byte arrives for `deadline_s`.
         """
         name = offer.served_name
         coming = self._coming.get(name)
         if coming is None or (coming.done() and coming.exception() is not None):
-            coming = self._coming[name] = run(self._pull, offer, self._copy_for(offer), deadline_s)
+            coming = self._coming[name] = threads.submit(self._pull, offer, self._copy_for(offer), deadline_s)
         return coming
 
     def _copy_for(self, offer: WeightsOffer) -> _Copy:

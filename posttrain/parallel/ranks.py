@@ -21,8 +21,8 @@ from posttrain.actors.garbage import large_imports
 from posttrain.actors.processes import kill_process, place_of_this
 from posttrain.config.resources import TrainerResources
 from posttrain.config.training import ParallelConfig
-from posttrain.errors import StageError
-from posttrain.hosts.placement import near_home
+from posttrain.errors import StageError, UserError
+from posttrain.hosts.placement import in_cluster, near_home
 
 PLACE_S = 180.0  # for Ray to place the ranks on the cluster
 START_S = 1800.0  # for them to join and to make their objects: load the model, start the engine
@@ -34,8 +34,10 @@ class _Rank:
 
     def __init__(self, threads: int, folder: str) -> None:
         """threads: of torch. folder: paths in the arguments of a rank may be relative to it."""
-        with contextlib.suppress(OSError):  # another host need not have it
+        self._unseen = not os.path.isdir(folder) and in_cluster()
+        if os.path.isdir(folder):
             os.chdir(folder)
+        self._folder = folder
         # torch is not imported yet. An actor with a `runtime_env` would not get a process that Ray has started already.
         os.environ["OMP_NUM_THREADS"] = str(threads)
         self._made: Any = None
@@ -62,6 +64,12 @@ class _Rank:
         """Join the other ranks and make the object. place: (number of this rank, number of ranks)."""
         from posttrain.parallel.engine import join_ranks
 
+        if self._unseen:
+            raise UserError(
+                f"resources.trainer: a rank was placed on host {socket.gethostname()}, because the host of the driver "
+                f"has too few CPUs or GPUs for it, and {self._folder} is not there; start the run on a host that has "
+                "them, or keep the run directory and all inputs on a file system that every host sees"
+            )
         with self._imports:
             join_ranks(*place, meeting)
             self._made = make(*arguments)

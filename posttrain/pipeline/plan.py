@@ -15,7 +15,7 @@ from pathlib import Path
 from posttrain.config.data import FilesConfig
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
-from posttrain.config.resources import ActorResources, RewardResources, TrainerResources
+from posttrain.config.resources import ActorResources, HostChoice, RewardResources, TrainerResources
 from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError
 from posttrain.model.adapter import base_folder
@@ -37,6 +37,7 @@ _RESOURCES = ActorResources | RewardResources | TrainerResources
 class Actor:
     """The resources for one role of a stage: `workers` actors, each with these CPUs and GPUs.
 
+    hosts: which hosts of a cluster they may use, in words; "" for any.
     Example: `Actor("rollout", 2, cpus=0.5, gpus=0.0, memory="0.02 GiB")` is two rollout engines.
     """
 
@@ -45,6 +46,7 @@ class Actor:
     cpus: float
     gpus: float
     memory: str
+    hosts: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +105,28 @@ def _actors(node: Node, pipeline: Pipeline, run_dir: Path) -> list[Actor]:
     if not declared and node.stage_kind.trains_itself:
         declared = {"trainer": ActorResources(workers=getattr(node.config, "processes", 1))}
     return [
-        Actor(role, _workers(role, node, item), item.cpus, item.gpus, _memory(role, node, pipeline, run_dir=run_dir))
+        Actor(
+            role,
+            _workers(role, node, item),
+            item.cpus,
+            item.gpus,
+            _memory(role, node, pipeline, run_dir=run_dir),
+            _hosts(item),
+        )
         for role, item in declared.items()
     ]
+
+
+def _hosts(item: _RESOURCES) -> str:
+    if not isinstance(item, HostChoice):
+        return ""
+    labels = [f"{name}={value}" for name, value in item.labels.items()]
+    parts = [
+        ", ".join(item.nodes),
+        f"hosts with {', '.join(labels)}" if labels else "",
+        "spread" if item.spread else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _workers(role: str, node: Node, item: ActorResources | RewardResources | TrainerResources) -> int:
@@ -268,4 +289,5 @@ def _adapter_notes(node: Node) -> list[str]:
 def _render_actor(actor: Actor) -> str:
     gpus = f", {actor.gpus:g} GPU" if actor.gpus else ""
     memory = f", memory {actor.memory}" if actor.memory != "-" else ""
-    return f"{actor.role}: {actor.workers} × ({actor.cpus:g} CPU{gpus}{memory})"
+    hosts = f" on {actor.hosts}" if actor.hosts else ""
+    return f"{actor.role}: {actor.workers} × ({actor.cpus:g} CPU{gpus}{memory}){hosts}"

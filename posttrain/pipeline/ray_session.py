@@ -21,13 +21,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from posttrain.compat.ray import (
-    has_raylet,
-    loopback_environment,
-    loopback_options,
-    needed_servers_only,
-    reread_environment,
-)
+import psutil
+
+from posttrain.compat.ray import loopback_environment, loopback_options, needed_servers_only, reread_environment
 from posttrain.errors import StageError, UserError
 from posttrain.hosts.checks import compare_hosts
 from posttrain.hosts.directory import forget_directory, start_directory
@@ -151,7 +147,9 @@ def _check_reachable(address: str) -> None:
 
 def _check_node_here(address: str) -> None:
     """Raise UserError if no node of a Ray cluster runs on this host. Ray itself would be silent for a minute first."""
-    if address.startswith("ray://") or has_raylet():
+    if address.startswith("ray://") or any(
+        process.info["name"] == "raylet" for process in psutil.process_iter(["name"])
+    ):
         return
     rule = f"start one that gives no CPUs away: ray start --address={address} --num-cpus=0"
     raise UserError(
@@ -164,8 +162,6 @@ def _object_store_bytes() -> int:
 
     That is enough because large tensors are handed over outside of the object store.
     """
-    import psutil
-
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
     return max(min(psutil.virtual_memory().total // 10, int(shared * 0.3), 4 << 30), 96 << 20)
 

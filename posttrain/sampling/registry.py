@@ -93,10 +93,21 @@ class EngineRegistry:
         async with self._changing:
             name = self._latest(name)
             old = next(held for held in self._held if held.name == name)
+            await self._await_host_of(old)
             held = await self._make(old.signature, old.stage, old.model, engine=old.engine, resources=old.resources)
             self._successors[name] = held.name
             await self._end([old])
             return held.name, held.actor
+
+    async def _await_host_of(self, held: _Held) -> None:
+        """Wait until it is known whether the host of a lost engine is lost too."""
+        if (hosts := directory()) is None:
+            return
+        where = asyncio.ensure_future(held.where)
+        placed, _ = await asyncio.wait({where}, timeout=WHERE_S)
+        if placed and where.exception() is None:
+            await hosts.decided.remote(where.result()[0])
+        where.cancel()
 
     def _latest(self, name: str) -> str:
         """Follow replacements: the caller that had an engine replaced may have died before it learned the new name."""
@@ -175,8 +186,7 @@ class EngineRegistry:
         if hosts is None:
             await asyncio.gather(*(asyncio.to_thread(kill_process, *place) for place in places))
         else:
-            for place in places:
-                hosts.fence.remote(*place)
+            await asyncio.gather(*(hosts.fence.remote(*place) for place in places))
 
 
 def start_registry() -> Any:

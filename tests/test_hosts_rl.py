@@ -1,0 +1,149 @@
+"""RL over three hosts that share nothing: weights cross them, and one is powered off (tests/hosts.py makes the hosts).
+
+What each test of this file shows is said in docs/cluster.md. The hosts start once for all of them.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from chaos_run import REWARD, save_policy
+from hosts import Host, Hosts, cluster, require_hosts
+
+from posttrain.files import read_jsonl
+from posttrain.rl.history.audit import audit_stage
+
+POSTTRAIN = str(Path(sys.executable).parent / "posttrain")
+END_S = 150.0
+LOOK_S = 0.1
+
+
+@dataclass
+class Cluster:
+    """Three hosts with Ray: `home`, on which runs are started and which alone sees `folder`, and two for engines."""
+
+    hosts: Hosts
+    env: dict[str, str]
+    folder: Path
+
+    @property
+    def home(self) -> Host:
+        return self.hosts.all["home"]
+
+    def start(self, name: str, *, on: str = "home", **changes: Any) -> subprocess.Popen:
+        """Start an RL run. changes: keys of its config."""
+        config = {
+            "model": {"path": "policy", "dtype": "float32"},
+            "prompts": {"path": "prompts.jsonl"},
+            "reward": {"name": "reward.py:even_share", "workers": 1, "timeout_s": 3},
+            "steps": 12,
+            "groups_per_step": 4,
+            "group_size": 4,
+            "max_staleness": 2,
+            "sampling": {"max_tokens": 64},
+            "optimizer": {"learning_rate": 1e-4},
+            "engine": {"max_model_len": 256, "kv_cache_gib": 0.1, "stream_interval": 8},
+            "checkpoint_every": 5,
+            "resources": {"rollout": {"workers": 2, "nodes": ["left", "right"], "spread": True}},
+            **changes,
+        }
+        (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        command = [POSTTRAIN, "rl", f"{name}.yaml", "--run-dir", name]
+        log = self.folder / f"{name}.txt"
+        return self.hosts.all[on].start(*command, env=self.env, log=log, cwd=str(self.folder))
+
+    def stage(self, name: str) -> Path:
+        """The folder of the stage of a run."""
+        return next((self.folder / name).glob("**/ledger.sqlite")).parent
+
+    def steps(self, name: str) -> list[dict[str, Any]]:
+        """The metrics of a run's steps so far."""
+        found = list((self.folder / name).glob("**/metrics.jsonl"))
+        return list(read_jsonl(found[0])) if found else []
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The events of a run."""
+        return list(read_jsonl(self.folder / name / "events.jsonl"))
+
+    def said(self, name: str) -> str:
+        """What the command of a run printed."""
+        return (self.folder / f"{name}.txt").read_text()
+
+    def await_steps(self, name: str, run: subprocess.Popen, number: int) -> None:
+        """Wait until a run has made so many steps."""
+        end = time.monotonic() + END_S
+        while len(self.steps(name)) < number and run.poll() is None and time.monotonic() < end:
+            time.sleep(LOOK_S)
+        assert len(self.steps(name)) >= number, self.said(name)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    require_hosts()
+    folder = tmp_path_factory.mktemp("home")
+    save_policy(folder / "policy")
+    (folder / "reward.py").write_text(REWARD)
+    rows = [
+        {"id": f"p{index}", "capability": "math", "messages": [{"role": "user", "content": f"sum {index}"}]}
+        for index in range(24)
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with cluster(folder, {"home": 1, "left": 2, "right": 2}) as (hosts, env):
+        yield Cluster(hosts, env, folder)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(400)
+def test_weights_cross_hosts_and_an_engine_host_that_is_powered_off_is_survived(three):
+    run = three.start("off", steps=14)
+    three.await_steps("off", run, 6)
+    three.hosts.all["right"].power_off()
+    began = time.time()
+    assert run.wait(END_S) == 0, three.said("off")
+    events = three.events("off")
+    engines = next(event for event in events if event["event"] == "engines")
+    assert len(engines["names"]) == 2
+    replaced = [event for event in events if event["event"] == "engine_replaced"]
+    assert {event["name"] for event in replaced} <= set(engines["names"])
+    assert len(replaced) == 1
+    assert [line["step"] for line in three.steps("off")] == list(range(14))
+    # Steps went on before Ray itself found the host dead, which takes a minute.
+    assert any(began < line["t"] < began + 45 for line in three.steps("off"))
+    audit = audit_stage(three.stage("off"))
+    assert audit.is_clean, audit.problems
+    # Both engines loaded versions after the first, on hosts that have nothing in common with the trainer's.
+    updates = [event for event in events if event["event"] == "busy" and event["what"] == "update_weights"]
+    assert len({event["actor"] for event in updates}) >= 2
+    left = three.hosts.all["left"]
+    assert not [path.name for path in left.path("/dev/shm").glob("posttrain-weights-*")]
+    assert not [line for line in left.processes().values() if "EngineCore" in line]
+
+
+@pytest.mark.full
+def test_a_driver_needs_a_node_of_ray_on_its_host(three):
+    three.hosts.add("bare", sees=[three.folder])
+    run = three.start("bare", on="bare")
+    assert run.wait(90) == 2
+    assert "no node of Ray runs on this host (bare); start one that gives no CPUs away" in " ".join(
+        three.said("bare").split()
+    )
+
+
+@pytest.mark.full
+def test_a_host_or_a_label_that_the_cluster_lacks_is_named_before_anything_starts(three):
+    for choice, message in (
+        ({"nodes": ["nowhere"]}, "resources.rollout: nodes: got 'nowhere', which is no host of the cluster; it has"),
+        ({"labels": {"gpu": "h100"}}, "resources.rollout: labels: no host has gpu=h100"),
+    ):
+        name = f"lacks-{next(iter(choice))}"
+        run = three.start(name, resources={"rollout": choice})
+        assert run.wait(90) == 2
+        assert message in " ".join(three.said(name).split())
+        assert not list((three.folder / name).glob("**/metrics.jsonl"))
