@@ -19,7 +19,7 @@ from posttrain.hosts.placement import CLUSTER_VARIABLE, NODE_LABEL, chosen, near
 from posttrain.hosts.relay import MAX_SILENCE_S, Relay, RelayError, Source, pull, silence_s
 from posttrain.hosts.weights import WeightCopies, WeightsOffer
 from posttrain.sampling.manifests import Road, WeightManifest, from_plain, to_plain
-from posttrain.sampling.roads import EnginePlace, _offer_of, chained
+from posttrain.sampling.roads import EnginePlace, chained, offer_of
 from posttrain.sampling.weights import SharedWeights, TensorSpec, open_weights
 
 SECRET = "00" * 32
@@ -113,7 +113,7 @@ def assert_brought(path: str, manifest: WeightManifest, tensors: dict[str, torch
 def offer_from(manifest: WeightManifest, *sources: Source) -> WeightsOffer:
     from msgspec.structs import replace
 
-    return replace(_offer_of(manifest), sources=sources)
+    return replace(offer_of(manifest), sources=sources)
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_a_tensor_that_arrives_damaged_is_read_again_from_another_host(relays, t
 def test_nothing_is_served_without_the_secret_nor_under_a_name_that_was_overwritten(relays, tmp_path):
     trainer = relays[0]
     weights, manifest, _ = publish(trainer, tmp_path, 0)
-    offer = _offer_of(manifest)
+    offer = offer_of(manifest)
     place = memoryview(bytearray(offer.num_bytes))
     source = trainer.source
     stranger = Source(source.address, source.port, SECRET, "stranger")

@@ -28,8 +28,8 @@ REQUEST = struct.Struct(f">{SECRET_BYTES}sQH")  # secret, first byte wanted, len
 STEP_BYTES = 4 << 20
 # A reader that hears nothing for so long goes on with its next source. Readers further down a chain wait longer, so
 # that the one right behind a lost host finds it out first, and those behind it only see a pause.
-SILENCE_S = 1.0
-SILENCE_STEP_S = 0.5
+SILENCE_S = 0.5
+SILENCE_STEP_S = 0.25
 MAX_SILENCE_S = 5.0
 SEND_S = 20.0  # a reader that takes nothing for so long is left
 ROUND_S = 0.2  # between two rounds over all sources

@@ -62,12 +62,13 @@ async def reachable(source: WeightSource, deadline_s: float) -> WeightSource:
         return replace(source, road=None)
     agent = await directory().agent.remote(node)
     try:
-        return replace(source, path=await agent.bring.remote(_offer_of(source), deadline_s), road=None)
+        return replace(source, path=await agent.bring.remote(offer_of(source), deadline_s), road=None)
     except RayTaskError as error:
         raise error.cause from None
 
 
-def _offer_of(manifest: WeightManifest) -> WeightsOffer:
+def offer_of(manifest: WeightManifest) -> WeightsOffer:
+    """What another host needs to know to get a version that has a road."""
     road = manifest.road
     assert road is not None
     tensors = tuple(

@@ -1,10 +1,10 @@
-"""Several real hosts on one machine, for tests of clusters: they can be powered off, cut off and slowed down.
+"""Several real hosts on one machine, for tests and benchmarks: they can be powered off, cut off and slowed down.
 
 A host is a set of Linux namespaces (network, mounts, process ids, host name, System V objects) with its own /tmp and
 /dev/shm. A bridge in a network namespace of its own connects the hosts. They share the kernel, the processors and the
 file system outside /tmp, so the same packages are installed on all. Left out: packet loss and clocks that differ.
 
-Making namespaces needs root. `require_hosts()` skips a test, and says so, where they cannot be made.
+Making namespaces needs root; where they cannot be made, `Hosts` raises RuntimeError.
 """
 
 import contextlib
@@ -15,11 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-
-import pytest
 
 NETWORK = "10.77.0."
 GCS_PORT = 6379
@@ -51,17 +48,6 @@ touch /tmp/.ready
 sleep infinity &
 while :; do wait -n || true; done
 """
-
-
-def require_hosts() -> None:
-    """Skip the test, with a warning, where hosts cannot be made. A skipped test has shown nothing."""
-    try:
-        with Hosts() as hosts:
-            hosts.add("probe")
-    except (OSError, RuntimeError) as error:
-        message = f"NOT TESTED: hosts cannot be made of namespaces here: {error}"
-        warnings.warn(message, stacklevel=2)
-        pytest.skip(message)
 
 
 def _call(*command: str) -> str:
