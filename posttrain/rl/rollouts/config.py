@@ -72,8 +72,8 @@ class WeightsConfig(Config):
 
     backend: Literal["shm", "nccl", "ipc"] = Field(
         default="shm",
-        description="shm: through shared memory, of which each host of a cluster gets a copy. nccl: a broadcast between "
-        "GPUs, of one host or several. ipc: the engine shares a GPU with the trainer and reads its memory.",
+        description="shm: through shared memory, of which each host of a cluster gets a copy. nccl: a broadcast "
+        "between GPUs, of one host or several. ipc: the engine shares a GPU with the trainer and reads its memory.",
     )
     kv: Literal["recompute", "keep"] = Field(
         default="recompute",
