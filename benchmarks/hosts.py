@@ -162,7 +162,7 @@ class Host:
             sys.executable, "-m", "ray.scripts.scripts", "start", *where, *ports,
             f"--node-ip-address={self.address}", f"--num-cpus={num_cpus}", "--num-gpus=0", "--temp-dir=/tmp/ray",
             "--object-store-memory=100000000", "--disable-usage-stats", f"--labels=host={self.name}", *options,
-            env=ray_environment(token), log=log,
+            env={**ray_environment(token), **_vllm_cache()}, log=log,
         )  # fmt: skip
         if process.wait(RAY_START_S):
             raise RuntimeError(f"Ray did not start on host {self.name}: {log.read_text()[-2000:]}")
@@ -173,6 +173,12 @@ class Host:
             os.kill(self.pid, signal.SIGKILL)
         self._first.kill()
         self._first.wait()
+
+
+def _vllm_cache() -> dict[str, str]:
+    """vLLM's cache of this machine: without it, each engine of a fresh host inspects the classes of models first."""
+    cache = Path.home() / ".cache" / "vllm"
+    return {"VLLM_CACHE_ROOT": str(cache)} if cache.is_dir() and not cache.is_relative_to("/tmp") else {}
 
 
 def ray_environment(token: str) -> dict[str, str]:
