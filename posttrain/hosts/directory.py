@@ -10,6 +10,7 @@ host accepts a probe, so a busy host is not suspected. If the host comes back, w
 
 import asyncio
 import contextlib
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from posttrain.actors.processes import kill_process
 from posttrain.errors import StageError
 from posttrain.hosts.agent import HostAgent
-from posttrain.hosts.checks import HostReport
+from posttrain.hosts.checks import HostReport, received
 from posttrain.hosts.placement import in_cluster, name_in_run, pinned, pinned_here, this_node
 
 NAME = "host-directory"
@@ -26,7 +27,7 @@ PROBE_S = 1.0  # between two probes
 ANSWER_S = 2.0  # that a host has to accept a connection
 MAX_FAILURES = 3  # probes in a row after which a host is suspected: 6 to 7 s
 NEWS_S = 10.0  # that `suspected` waits for a change
-REPORT_S = 120.0  # for the agents of all hosts to start
+REPORT_S = 120.0  # for the agent of a host to start
 
 _directory: Any = None  # Ray ends an actor when the last handle of its owner is gone; others keep it to ask once
 
@@ -72,19 +73,25 @@ class HostDirectory:
         return self._agents[node]
 
     async def reports(self) -> tuple[HostReport, list[HostReport]]:
-        """The reports of the home host and of all others, which are asked at the same time."""
-        nodes = [self._home, *(node for node in self._probed if node != self._home)]
-        agents = [await self.agent(node) for node in nodes]
-        await self._all([agent.source.remote() for agent in agents])  # they have started
-        home, *others = await self._all([agent.report.remote() for agent in agents])
-        return home, others
+        """The reports of the home host and of all others but those that are suspected."""
+        home, *others = await asyncio.gather(*(self._report(node) for node in (self._home, *self._probed)))
+        assert home is not None
+        return home, [report for report in others if report is not None]
 
-    async def _all(self, calls: list[Any]) -> list[Any]:
+    async def _report(self, node: str) -> HostReport | None:
+        """The report of a host, which starts its agent; None if the host is suspected."""
+        asking = asyncio.ensure_future((await self.agent(node)).report.remote())
+        end = time.monotonic() + REPORT_S
         try:
-            async with asyncio.timeout(REPORT_S):
-                return await asyncio.gather(*calls)
-        except TimeoutError:
-            raise StageError(f"not every host of the cluster answered within {REPORT_S:g} s") from None
+            while not (await asyncio.wait({asking}, timeout=PROBE_S))[0]:
+                if node in self._suspected:
+                    return None
+                if time.monotonic() > end:
+                    address = self._probed[node].address if node in self._probed else "the home host"
+                    raise StageError(f"the agent of {address} did not start within {REPORT_S:g} s")
+            return received(asking.result())
+        finally:
+            asking.cancel()
 
     # ------------------------------------------------------------------ suspicion
 
