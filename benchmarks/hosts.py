@@ -169,10 +169,8 @@ class Host:
 
     def remove(self) -> None:
         """End the host."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        self._first.kill()
-        self._first.wait()
+        if self.is_on:  # else its process id may be another's by now
+            self.power_off()
 
 
 def _vllm_cache() -> dict[str, str]:
