@@ -1,17 +1,21 @@
 """What travels between hosts, and where things run. Whole runs over several hosts are in test_hosts_rl.py."""
 
+import asyncio
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from posttrain.actors.losses import ActorLostError
 from posttrain.config.resources import HostChoice
+from posttrain.context import BusyLog, StageContext
 from posttrain.errors import UserError
 from posttrain.hosts.checks import HostReport, compare_hosts, received, report_of_this
 from posttrain.hosts.folders import fetch_folder, offer_folder
@@ -21,8 +25,11 @@ from posttrain.hosts.weights import WeightCopies, WeightsOffer
 from posttrain.sampling.manifests import Road, WeightManifest, from_plain, to_plain
 from posttrain.sampling.roads import EnginePlace, chained, offer_of
 from posttrain.sampling.weights import SharedWeights, TensorSpec, open_weights
+from posttrain.sampling.worker import Worker
+from posttrain.sampling.worker_weights import UpdateCalls, WorkerWeights
 
 SECRET = "00" * 32
+CONTEXT = StageContext("rl", Path("/nonexistent"), Path("/dev/null"))
 
 
 def source_of(number: int) -> Source:
@@ -45,6 +52,82 @@ def test_each_host_gets_weights_from_the_hosts_before_it_and_at_last_from_the_tr
     # The engine on the trainer's host (0) reads the segment itself, and none of the two on host 1 waits for the other.
     assert sources == [["0"], ["0"], ["1", "0"], ["2", "1", "0"], ["2", "1", "0"]]
     assert from_plain(to_plain(manifest)) == manifest
+
+
+class Remote:
+    """A method of an actor that answers with what `function` returns."""
+
+    def __init__(self, function: Callable[..., Awaitable[Any]]):
+        self.remote = function
+
+
+def worker_on(place: EnginePlace | None, update: Callable[..., Awaitable[Any]]) -> Worker:
+    async def pids() -> None:
+        pass
+
+    actor = SimpleNamespace(update_weights=Remote(update), pids=Remote(pids))
+    log = BusyLog(CONTEXT, "e", "generate")
+    return Worker(
+        "e", actor, 0, take=lambda *_: None, log=log, deadline_s=1.0, batch_size=None, is_alive=True, place=place
+    )
+
+
+def weights_of(workers: list[Worker], taken: list[Worker]) -> WorkerWeights:
+    def calls(manifest: Any, version: int) -> UpdateCalls:
+        return [[(index, {"source": manifest, "policy_version": version}) for index in range(len(workers))]]
+
+    return WorkerWeights(CONTEXT, workers, calls=calls, manifest=None, version=0, taken=taken.append)
+
+
+def test_an_update_chains_the_hosts_whose_engines_load_it():
+    asked: list[list[str]] = []
+
+    async def update(source: WeightManifest, policy_version: int) -> tuple[float, float]:
+        assert source.road is not None
+        asked.append([each.peer[-1] for each in source.road.sources])
+        return 0.0, 1.0
+
+    manifest = WeightManifest("/dev/shm/x", 3, 64, "process 0", (), Road("trainer", 1, "node0", (source_of(0),)))
+
+    async def run() -> list[int]:
+        workers = [worker_on(EnginePlace(f"node{number}", source_of(number)), update) for number in (1, 2, 3, 4)]
+        workers[1].is_kept = True  # its host gets the version later, so no other waits for it
+        workers[2].is_alive = False
+        weights = weights_of(workers, taken := [])
+        await weights.update(manifest, 3)
+        assert asked == [["0"], ["1", "0"]]
+        await weights.release(workers[1])  # now all others that stand have it
+        assert sorted(asked[2]) == ["0", "1", "4"]
+        assert len(taken) == 3
+        return [worker.policy_version for worker in workers]
+
+    assert asyncio.run(run()) == [3, 3, 0, 3]
+
+
+def test_an_engine_on_a_host_that_does_not_answer_holds_up_no_update():
+    async def silent(source: WeightManifest, policy_version: int) -> None:
+        await asyncio.Event().wait()
+
+    async def quick(source: WeightManifest, policy_version: int) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    async def run() -> tuple[list[int], BaseException]:
+        workers = [worker_on(None, silent), worker_on(None, quick)]
+        weights = weights_of(workers, [])
+        updating = asyncio.ensure_future(weights.update(WeightManifest("x", 1, 0, "p", ()), 1))
+        serving = asyncio.ensure_future(workers[0].lane.guarded(asyncio.Event().wait()))
+        await asyncio.sleep(0.05)
+        assert not updating.done()
+        workers[0].lane.fail(ActorLostError("its host does not answer"))
+        await updating
+        await weights.settled()  # the trainer may publish again
+        (found,) = await asyncio.gather(serving, return_exceptions=True)
+        assert isinstance(found, BaseException)
+        return [worker.policy_version for worker in workers], found
+
+    versions, found = asyncio.run(run())
+    assert versions == [0, 1]
+    assert str(found) == "its host does not answer"
 
 
 def test_a_local_session_tells_ray_nothing_about_hosts(monkeypatch):
