@@ -202,7 +202,7 @@ def test_the_faults_of_a_base_are_named(folder, policy, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "rl", "eval"])
 def test_a_stage_is_given_a_whole_model_in_place_of_adapters(kind, written, policy, tmp_path):
-    model = {"path": str(written), "dtype": "float32", **({"adapters": "merge"} if kind in ("sft", "dpo") else {})}
+    model = {"path": str(written), "dtype": "float32", **({"adapters": "merge"} if kind != "eval" else {})}
     more: dict[str, Any] = {
         "sft": {"data": {"path": "d.jsonl"}},
         "dpo": {"pairs": {"path": "d.jsonl"}},
@@ -223,7 +223,7 @@ def test_a_stage_is_given_a_whole_model_in_place_of_adapters(kind, written, poli
     assert path_hash(Path(with_whole_models(config, KINDS[kind], context).model.path)) == before
     plain = config.model_copy(update={"model": config.model.model_copy(update={"path": str(policy)})})
     assert with_whole_models(plain, KINDS[kind], context) is plain
-    if kind in ("sft", "dpo"):  # by default the stage itself goes on training the adapters
+    if kind != "eval":  # by default the stage itself goes on training the adapters
         going_on = config.model_copy(update={"model": config.model.model_copy(update={"adapters": "continue"})})
         assert with_whole_models(going_on, KINDS[kind], context) is going_on
 
@@ -257,10 +257,12 @@ def test_a_judge_and_a_reference_may_be_adapters(kind, given, written, policy, t
         assert (logits(load_model(path)) - logits(load_model(policy))).abs().max() > 0.1
 
 
-def test_what_new_adapters_stand_on_is_kept(written, tmp_path):
-    given = {"model": {"path": str(written)}, "data": {"path": "d.jsonl"}, "lora": {"save": "adapter"}}
-    config = validate_config(load_schema(KINDS["sft"]), given, "sft")
-    (tmp_path / "merged").mkdir()
+def test_what_new_adapters_stand_on_is_kept_and_nothing_else(written, tmp_path):
     context = StageContext("sft", tmp_path, tmp_path / "events.jsonl")
-    forget_whole_models(config, context)
-    assert (tmp_path / "merged").exists()
+    for adapters, is_kept in (("merge", True), ("continue", False)):  # those that go on stand on the base of before
+        model = {"path": str(written), "adapters": adapters}
+        given = {"model": model, "data": {"path": "d.jsonl"}, "lora": {"save": "adapter"}}
+        config = validate_config(load_schema(KINDS["sft"]), given, "sft")
+        (tmp_path / "merged").mkdir(exist_ok=True)
+        forget_whole_models(config, context)
+        assert (tmp_path / "merged").exists() == is_kept

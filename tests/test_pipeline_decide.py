@@ -14,6 +14,7 @@ from test_pipeline import CHAIN, pipeline, stage
 
 from posttrain.cli.main import main
 from posttrain.config.base import MAY_GROW, RESULT_STAYS
+from posttrain.config.resources import HostChoice
 from posttrain.errors import ConfigError
 from posttrain.pipeline import load_pipeline
 from posttrain.pipeline.changes import find_changes
@@ -264,7 +265,8 @@ def test_every_mark_is_one_that_is_known():
         for key in {"trackers", "checkpoint_every"} & fields.keys():
             assert extras[key] == RESULT_STAYS
     config = pipeline_kinds.CountConfig()
-    assert (marked(config, MAY_GROW), marked(config, RESULT_STAYS)) == ({"steps"}, {"step_s"})
+    hosts = {f"resources.trainer.{key}" for key in HostChoice.model_fields}
+    assert (marked(config, MAY_GROW), marked(config, RESULT_STAYS)) == ({"steps"}, {"step_s", *hosts})
 
 
 # --- consent, and what is moved aside ---
