@@ -27,7 +27,6 @@ from posttrain.sampling.manifests import WeightManifest, WeightSource, to_plain
 from posttrain.sampling.progress import Progress
 from posttrain.sampling.requests import EngineLostError
 from posttrain.sampling.watch import Watch, look_every_s
-from posttrain.sampling.weights import verify
 
 T = TypeVar("T")
 
@@ -157,6 +156,8 @@ class Core:
         """Load new weights between two steps. See `EngineActor.update_weights`."""
         what = f"the update to policy version {policy_version}"
         if isinstance(source, WeightManifest):  # while the core still samples
+            from posttrain.sampling.weights import verify  # with torch, which the process of a stage does without
+
             await self._follow(asyncio.to_thread(verify, source, self._progress.note), what)
         self._is_updating = True
         try:
