@@ -6,6 +6,7 @@ alone loads neither torch, Ray nor vLLM. docs/python.md shows how to use them.
     run_pipeline, run_stage, evaluate       run a pipeline, a stage or an evaluation, as the commands do
     load_rows, write_rows, load_pairs       read and write datasets
     filter_rows, select                     let a judge rate rows, and select rows by their ratings
+    load_image                              a picture of a row, in a reward
     load_model, load_tokenizer, save_model  read and write model folders
     LOSSES, LossInputs, LossConfig          the losses of RL, as functions of tensors
     ADVANTAGES                              the advantages of RL, as functions of rewards
@@ -20,6 +21,7 @@ from posttrain.lazy import lazy_names
 
 if TYPE_CHECKING:
     from posttrain.context import StageContext
+    from posttrain.data.images.references import load_image
     from posttrain.data.pairs import Pair, load_pairs, write_pairs
     from posttrain.data.rows import load_rows, write_rows
     from posttrain.errors import DataError, StageError, UserError
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "context": ["StageContext"],
+    "data.images.references": ["load_image"],
     "data.pairs": ["Pair", "load_pairs", "write_pairs"],
     "data.rows": ["load_rows", "write_rows"],
     "errors": ["DataError", "StageError", "UserError"],
@@ -87,6 +90,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "filter_rows",
+    "load_image",
     "load_model",
     "load_pairs",
     "load_rows",

@@ -96,10 +96,18 @@ class FinishReason(StrEnum):
 
 
 class Media(Struct, frozen=True):
-    """A picture that a prompt refers to: kept by reference, so that a record stays small. uri: a path or an address."""
+    """A picture that a prompt shows, by reference, so that a record stays small.
+
+    uri: FILE#KEY, its key in the store in that file; in what is read back from an archive KEY alone.
+    """
 
     uri: str
     kind: str = "image"
+
+    @property
+    def key(self) -> str:
+        """The picture's key in its store."""
+        return self.uri.rpartition("#")[2]
 
 
 class Prompt(Struct, frozen=True):
@@ -111,6 +119,11 @@ class Prompt(Struct, frozen=True):
     messages: tuple[Message, ...]
     token_ids: tuple[int, ...]
     media: tuple[Media, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """References to the pictures, in order."""
+        return tuple(item.uri for item in self.media)
 
 
 class DrawnPrompt(Struct, frozen=True):

@@ -50,6 +50,7 @@ def write_inputs(folder: Path, model: Path) -> None:
     asked = {"messages": [{"role": "user", "content": "Sum: 1 + 1"}, {"role": "assistant", "content": "Answer: 2"}]}
     shown, turns = {"images": ["dots.png", "bars.png"]}, asked["messages"]
     _write(folder / "sft_pictures.jsonl", [{**asked, **shown}])
+    _write(folder / "prompts_pictures.jsonl", [{"messages": turns[:1], "answer": "2", "key": "k0", **shown}] * 2)
     _write(folder / "pairs_pictures.jsonl", [{"prompt": turns[:1], "chosen": "2", "rejected": "3", **shown}])
     (folder / "adapter_a").mkdir()
     adapters = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
@@ -428,7 +429,9 @@ def held_out(config: Any) -> Any:
 def eval_requests(config: Any) -> Any:
     from posttrain.eval.stage import prepare
 
-    return prepare(config)
+    rows, asked = prepare(config)
+    # Without the file of the pictures, which lies in another folder each time.
+    return rows, [(kind, row.id, msgspec.structs.replace(request, pictures=())) for kind, row, request in asked]
 
 
 def eval_client(config: Any) -> Any:
@@ -508,14 +511,22 @@ def _rollout(prompt: Any, index: int, length: int = 2) -> Rollout:
 
 
 def rl_rows(config: Any) -> Any:
+    from posttrain.data.images.section import passing_reader
     from posttrain.rl.loop.evaluation import heldout_rows
     from posttrain.rl.prompts.profile import profiled_places
     from posttrain.rl.stage import _render, _rows
 
-    rows = _rows(config)
-    prompts, heldout = _render(config, rows, heldout_rows(config, config.evaluation))[1:]
+    with passing_reader(config.images) as images:
+        rows = _rows(config, images=images)
+        heldout = heldout_rows(config, config.evaluation, images=images)
+        prompts, evaluated = _render(config, rows, heldout, images=images)[1:]
+        # Without the file of the pictures, which lies in another folder each time.
+        shown = [
+            [(item.system, item.prompt.messages, item.prompt.token_ids) for item in part]
+            for part in (prompts, evaluated)
+        ]
     asked = profiled_places(rows, config.profile.prompts, 0) if config.profile is not None else None
-    return rows, prompts, heldout, asked
+    return rows, shown, asked
 
 
 def rl_environment(config: Any) -> Any:
@@ -545,7 +556,7 @@ def rl_difficulties(config: Any) -> Any:
 def rl_draws(config: Any) -> Any:
     from posttrain.rl.prompts.profile import Difficulty
     from posttrain.rl.prompts.quotas import mixture_shares, places
-    from posttrain.rl.stage import prompt_source
+    from posttrain.rl.prompts.source import prompt_source
 
     rows = [prompt.row for prompt in _drawn()]
     rows = [msgspec.structs.replace(row, fields={"level": index % 2}) for index, row in enumerate(rows)]
@@ -909,7 +920,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
         rl_requests, rl_difficulties,
         rl_controller, rl_first_batch, rl_draws, rl_knowledge, rl_side, rl_policy, rl_micro_batches,
         rl_rescoring, rl_weights, rl_reference, rl_judge, judge_endpoint, rl_trainer_deadline, rl_stops, policy,
-        router_bias, engine_settings, MODEL_ENGINE, trackers,
+        image_parts, router_bias, engine_settings, MODEL_ENGINE, trackers,
     ),
     "dpo": (
         image_parts,

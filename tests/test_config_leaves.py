@@ -209,6 +209,11 @@ TABLE: dict[str, dict[str, Any]] = {
         },
         "values": {
             **TEMPLATES,
+            "images": [{}],
+            "images.root": ["pictures"],
+            "images.max_images": [1],
+            "images.freeze": [["vision"]],
+            "images.learning_rates": [{"projector": 1e-4}],
             "model.path": ["model_b"],
             "lora.target_modules": [["q_proj"]],
             "lora.target_parameters": [["experts.down_proj"]],
@@ -234,6 +239,7 @@ TABLE: dict[str, dict[str, Any]] = {
         },
         "given": {
             **templates_of("model"),
+            "images*": {"model.path": "model_vision", "prompts.path": "prompts_pictures.jsonl"},
             **ENVIRONMENT_GIVEN,
             "model.adapters": {"model": {"path": "adapter_a", "dtype": "float32"}},
             "prompts.special_*": {"prompts": {"path": "prompts_special.jsonl"}},
@@ -341,6 +347,9 @@ TABLE: dict[str, dict[str, Any]] = {
         "base": {**EVALUATION, "samples": 4, "k": 2, "sampling": {"max_tokens": 16}, "engine": ENGINE},
         "values": {
             **TEMPLATES,
+            "images": [{}],
+            "images.root": ["pictures"],
+            "images.max_images": [1],
             "model.path": ["model_b"],
             "data.path": files("prompts"),
             "data.roles": [{"user": "assistant"}],
@@ -354,6 +363,7 @@ TABLE: dict[str, dict[str, Any]] = {
         },
         "given": {
             **templates_of("model"),
+            "images*": {"model.path": "model_vision", "data.path": "prompts_pictures.jsonl"},
             **ENVIRONMENT_GIVEN,
             "data.special_*": {"data": {"path": "prompts_special.jsonl"}},
             "data.weights": {"data.path": ["prompts_a.jsonl", "prompts_b.jsonl"]},

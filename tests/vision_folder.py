@@ -140,3 +140,15 @@ def write_picture_pairs(folder: Path, numbers: Iterable[int]) -> Path:
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+REWARD = '''
+from posttrain import load_image
+
+def even_share(rollout, row):
+    """Share of even token ids, with the width of the pictures, which is read when it is asked for."""
+    ids = rollout.token_ids
+    width = sum(load_image(reference).width for reference in rollout.prompt.pictures)
+    assert bool(width) == ("has pictures" in row.messages[-1].text)
+    return sum(token % 2 == 0 for token in ids) / len(ids) + 1e-3 * (sum(token * token for token in ids) % 997) / 997
+'''

@@ -233,12 +233,9 @@ def keep_attention_temperature(text_config: dict[str, Any]) -> dict[str, Any]:
     reference="`pause_generation` of vllm/v1/engine/async_llm.py",
     test="tests/test_compat.py::test_vllm_still_sleeps_when_it_pauses",
 )
-async def pause_between_steps(llm: Any, *, clear_cache: bool) -> None:
-    """Pause the scheduler between two steps and keep its requests.
-
-    clear_cache: drop their KV cache, which is then computed again when they continue.
-    """
-    await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=clear_cache)
+async def pause_between_steps(llm: Any) -> None:
+    """Pause the scheduler between two steps and keep its requests, with all caches."""
+    await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
 
 
 @_patch(
@@ -268,14 +265,11 @@ async def admit(llm: Any, core_request: Any, index: int, *, queue: Any, on_admit
     reference="`process_inputs` and `assign_request_id` of vllm/v1/engine/input_processor.py",
     test=_PIECES,
 )
-def prepare_request(llm: Any, prompt_ids: list[int], params: Any, *, priority: int) -> Any:
-    """An `EngineCoreRequest` without an id. Raises ValueError or VLLMClientError if vLLM refuses the request."""
-    from vllm.inputs.engine import tokens_input
-
+def prepare_request(llm: Any, prompt: Any, params: Any, *, priority: int) -> Any:
+    """An `EngineCoreRequest` without an id. prompt: of `engine_prompt`. Raises ValueError or VLLMClientError if vLLM
+    refuses the request."""
     tasks = llm._supported_tasks  # vLLM asks its engine core for them once, at the start
-    return llm.input_processor.process_inputs(
-        "", tokens_input(prompt_ids), params, supported_tasks=tasks, priority=priority
-    )
+    return llm.input_processor.process_inputs("", prompt, params, supported_tasks=tasks, priority=priority)
 
 
 @_patch(

@@ -18,6 +18,7 @@ from typing import Any
 
 from posttrain.config.environments import EnvironmentConfig, EnvironmentFunctionConfig
 from posttrain.data.chat import RenderRow, render_prompt
+from posttrain.data.images.render import Pictures, pictures_of, prompt_with_pictures
 from posttrain.data.messages import RowError
 from posttrain.data.stored import pick
 from posttrain.data.tokenizer import Tokenizer
@@ -25,16 +26,26 @@ from posttrain.data.turns import tools_of
 from posttrain.episodes.toolbox.sources import provided_tools, tool_schemas
 from posttrain.episodes.wire import ProvidedTool
 from posttrain.errors import DataError, PluginError
-from posttrain.records import Row
+from posttrain.records import Message, Row
 from posttrain.scoring.plugins.lookup import ENVIRONMENT, RewardSpec, check_environment, function_file, resolve
 from posttrain.scoring.plugins.requirements import check_fields
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}")
 
 
-def row_renderer(tokenizer: Tokenizer, config: EnvironmentConfig | None) -> RenderRow:
-    """The function that renders messages as a prompt with the tools of their row."""
-    return lambda row, messages: render_prompt(tokenizer, messages, row_tools(config, row) or None)
+def row_renderer(tokenizer: Tokenizer, config: EnvironmentConfig | None, pictures: Pictures | None = None) -> RenderRow:
+    """The function that renders messages as a prompt with the tools of their row, and with the tokens of its pictures.
+
+    pictures: None for a stage that takes none.
+    """
+
+    def render(row: Row, messages: Sequence[Message]) -> Sequence[int]:
+        tools = row_tools(config, row) or None
+        if pictures is None or not pictures_of(messages):
+            return render_prompt(tokenizer, messages, tools)
+        return prompt_with_pictures(tokenizer, messages, pictures.store, rule=pictures.rule, tools=tools).ids
+
+    return render
 
 
 def row_tools(config: EnvironmentConfig | None, row: Row) -> list[dict[str, Any]]:
@@ -59,6 +70,12 @@ def check_environment_rows(config: EnvironmentConfig | None, rows: Sequence[Row]
     """
     if config is None:
         return rows
+    for row in rows:
+        if config.key_of(row.capability) is not None and pictures_of(row.messages):
+            raise DataError(
+                f"row {row.id!r}: it has pictures, and its capability {row.capability!r} an environment; episodes take "
+                "text only; name environments by other capabilities (environment.by_capability), or remove the row"
+            )
     for key, function in config.functions.items():
         check_environment(function.name, function.args, python=function.python or "")
         environment_tools(function)

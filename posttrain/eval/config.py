@@ -10,6 +10,7 @@ from posttrain.config.data import DataConfig, FilesConfig
 from posttrain.config.engines import EngineConfig, SamplingConfig
 from posttrain.config.environments import EnvironmentConfig, with_reward
 from posttrain.config.fields import Probability
+from posttrain.config.images import ImagesConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.resources import ActorResources, RewardResources
 from posttrain.config.rewards import RewardConfig
@@ -43,6 +44,11 @@ class EvalConfig(Config):
         default=None,
         description="Rows as episodes of several turns, as in training. The environment gives their reward; the "
         "section reward scores all other rows.",
+    )
+    images: ImagesConfig | None = Field(
+        default=None,
+        description="Show the pictures of rows to a multimodal Llama 4; {} takes them from the folder of the data "
+        "file. null: text only.",
     )
     correct_threshold: Probability | None = Field(
         default=None,

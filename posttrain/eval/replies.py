@@ -13,13 +13,14 @@ from msgspec import Struct
 
 from posttrain.data.chat import RenderRow, render_row
 from posttrain.data.ends import end_token_ids
+from posttrain.data.images.render import Pictures, prompt_of
 from posttrain.data.stored import Derived, StoreWriter
 from posttrain.data.strata import sampled_places
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.episodes.tools import row_renderer
 from posttrain.errors import DataError
 from posttrain.eval.config import EvalConfig
-from posttrain.records import EPISODE_COUNTS, DrawnPrompt, FinishReason, Outcome, Prompt, Rollout, Row, Scored
+from posttrain.records import EPISODE_COUNTS, DrawnPrompt, FinishReason, Media, Outcome, Prompt, Rollout, Row, Scored
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
 
@@ -62,10 +63,14 @@ class PromptReplies:
 Asked = tuple[str, Row, SampleRequest]
 
 
-def eval_requests(rows: Sequence[Row], tokenizer: Tokenizer, config: EvalConfig) -> Sequence[Asked]:
+def eval_requests(
+    rows: Sequence[Row], tokenizer: Tokenizer, config: EvalConfig, *, pictures: Pictures | None = None
+) -> Sequence[Asked]:
     """The requests, each as (GREEDY or SAMPLE, row, request), made when it is asked for: first the samples, then the
-    greedy replies. Raises DataError for a prompt that leaves no room for a reply."""
-    render = row_renderer(tokenizer, config.environment)
+    greedy replies. Raises DataError for a prompt that leaves no room for a reply.
+
+    pictures: those of the rows; None for rows of text."""
+    render, store = row_renderer(tokenizer, config.environment, pictures), pictures and pictures.store
     for row in rows:
         _prompt_ids(row, render, config)
     stop = tuple(end_token_ids(tokenizer))
@@ -76,8 +81,17 @@ def eval_requests(rows: Sequence[Row], tokenizer: Tokenizer, config: EvalConfig)
         kind = SAMPLE if number < len(places) else GREEDY
         row = rows[int(places[number]) if kind == SAMPLE else number - len(places)]
         n, temperature, top_p = (config.samples, drawn.temperature, drawn.top_p) if kind == SAMPLE else (1, 0.0, 1.0)
-        ids = _prompt_ids(row, render, config)
-        return kind, row, SampleRequest(ids, n, temperature, top_p, drawn.max_tokens, stop)
+        prompt = prompt_of(row.messages, _prompt_ids(row, render, config), store)
+        request = SampleRequest(
+            prompt.token_ids,
+            n,
+            temperature,
+            top_p,
+            drawn.max_tokens,
+            stop,
+            pictures=prompt.pictures,
+        )
+        return kind, row, request
 
     return Derived(range(len(places) + len(rows) * config.greedy), asked)
 
@@ -90,7 +104,8 @@ def sampled_for(rows: Sequence[Row], config: EvalConfig) -> "Sequence[int] | np.
 def flights(asked: Sequence[Asked]) -> Iterator[Flight]:
     """The requests as groups of rollouts to sample, in order."""
     for order, (_, row, request) in enumerate(asked):
-        yield Flight(order, 0, DrawnPrompt(row, None, Prompt(row.messages, request.prompt_ids)), request)
+        prompt = Prompt(row.messages, request.prompt_ids, tuple(map(Media, request.pictures)))
+        yield Flight(order, 0, DrawnPrompt(row, None, prompt), request)
 
 
 class ScoredReplies:

@@ -16,8 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from posttrain.context import BusyLog, StageContext
-from posttrain.data.chat import check_special_tokens
+from posttrain.data.chat import Messages, check_special_tokens
 from posttrain.data.ends import note_added_end
+from posttrain.data.images.render import Pictures, for_template
+from posttrain.data.images.section import image_reader, passing_reader
+from posttrain.data.images.take import ImageReader
+from posttrain.data.images.tiles import tile_rule
 from posttrain.data.messages import messages_to_json
 from posttrain.data.rows import store_rows
 from posttrain.data.shown import Tools
@@ -32,7 +36,7 @@ from posttrain.eval.results import results
 from posttrain.files import write_json, write_jsonl
 from posttrain.metrics.unscored import Unscored
 from posttrain.model.tokenizer import load_tokenizer
-from posttrain.records import Message, Rollout, Row, Scored
+from posttrain.records import Rollout, Row, Scored
 from posttrain.sampling.client import Engines
 from posttrain.sampling.groups import SampledGroups
 from posttrain.sampling.scoring import ScoringProgress, score_each
@@ -96,19 +100,33 @@ async def _score(
 
 
 def prepare(config: EvalConfig, context: StageContext | None = None) -> tuple[Stored[Row], Sequence[Asked]]:
-    """The held-out rows, and the requests for them. Raises DataError for a row that is wrong or not held out."""
-    rows = store_rows(config.data, kind="prompt", stage="eval", context=context)
+    """The held-out rows, and the requests for them. Raises DataError for a row that is wrong or not held out.
+
+    context: of the stage, whose folder keeps the pictures of rows; None keeps none, and the requests for rows with
+    pictures can then not be made later.
+    """
+    if context is not None:
+        return _prepare(config, context, image_reader(config.images, context.dir))
+    with passing_reader(config.images) as reader:
+        return _prepare(config, None, reader)
+
+
+def _prepare(
+    config: EvalConfig, context: StageContext | None, reader: ImageReader | None
+) -> tuple[Stored[Row], Sequence[Asked]]:
+    rows = store_rows(config.data, kind="prompt", stage="eval", context=context, images=reader)
     check_fields(RewardSpec(config.reward.name, config.reward.args), check_environment_rows(config.environment, rows))
     if config.key_field is not None:
         check_heldout(rows, config.exclude, config.key_field)
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     note_added_end(tokenizer, context)
     check_special_tokens(tokenizer, config.data, _texts(config, rows))
-    return rows, eval_requests(rows, tokenizer, config)
+    pictures = None if reader is None else Pictures(reader.store, tile_rule(config.model.path, tokenizer))
+    return rows, eval_requests(rows, tokenizer, config, pictures=pictures)
 
 
-def _texts(config: EvalConfig, rows: Sequence[Row]) -> Iterator[tuple[str, Sequence[Message], Tools]]:
-    return ((f"row {row.id!r}", row.messages, row_tools(config.environment, row) or None) for row in rows)
+def _texts(config: EvalConfig, rows: Sequence[Row]) -> Iterator[tuple[str, Messages, Tools]]:
+    return ((f"row {row.id!r}", for_template(row.messages), row_tools(config.environment, row) or None) for row in rows)
 
 
 def rollouter(config: EvalConfig, seed: int) -> EnvironmentRollouter | None:

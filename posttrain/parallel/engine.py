@@ -7,12 +7,13 @@ norm of the whole model. posttrain/compat/deepspeed.py explains what DeepSpeed d
 
 import os
 import shutil
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
 from posttrain.compat import deepspeed as compat
 from posttrain.config.models import ModelConfig
-from posttrain.config.training import AdaptersConfig, OptimizerConfig, ParallelConfig
+from posttrain.config.training import AdaptersConfig, OptimizerConfig, ParallelConfig, Part
 from posttrain.errors import ConfigError
 from posttrain.model.adapter import base_folder
 
@@ -103,18 +104,30 @@ def deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig, dtype
     return config
 
 
-def start_engine(module: Any, parallel: ParallelConfig, optimizer: OptimizerConfig, *, dtype: str) -> Any:
+def start_engine(
+    module: Any,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    *,
+    dtype: str,
+    learning_rates: Mapping[Part, float] | None = None,
+) -> Any:
     """A `DeepSpeedEngine` around `module`, made safe by `finish`.
 
-    Call it after `join_ranks`, on every rank and with the same weights.
+    Call it after `join_ranks`, on every rank and with the same weights. learning_rates: of parts of a multimodal model
+    that have a rate of their own.
     """
-    return build_engine(module, deepspeed_config(parallel, optimizer, dtype))
+    return build_engine(module, deepspeed_config(parallel, optimizer, dtype), learning_rates)
 
 
-def build_engine(module: Any, config: dict[str, Any]) -> Any:
+def build_engine(module: Any, config: dict[str, Any], learning_rates: Mapping[Part, float] | None = None) -> Any:
     """As `start_engine`, from a configuration of DeepSpeed, as `deepspeed_config` gives it."""
+    from posttrain.model.vision.parts import parameter_groups
+
     deepspeed = quiet_deepspeed()
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trained: list[Any] = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if learning_rates:
+        trained = parameter_groups(module, learning_rates)
     return finish(deepspeed.initialize(model=module, model_parameters=trained, config=config)[0])
 
 

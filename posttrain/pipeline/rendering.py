@@ -130,8 +130,8 @@ def _renderings(
         for row in load_rows(data, kind="supervised", limit=CHECKED_ROWS, stage=node.kind, images=reader):
             yield f"row {row.id!r}", partial(row_samples, tokenizer, row, pictures)
     elif kind == "prompt":
-        rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS, stage=node.kind)
-        render = row_renderer(tokenizer, getattr(node.config, "environment", None))
+        rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS, stage=node.kind, images=reader)
+        render = row_renderer(tokenizer, getattr(node.config, "environment", None), pictures)
         for row in rows:
             yield f"row {row.id!r}", partial(render, row, row.messages)
         systems: Any = getattr(node.config, "systems", None)

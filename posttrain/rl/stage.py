@@ -9,8 +9,12 @@ from typing import Any
 
 from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
-from posttrain.data.chat import check_special_tokens
+from posttrain.data.chat import Messages, check_special_tokens
 from posttrain.data.ends import end_token_ids, note_added_end
+from posttrain.data.images.render import Pictures, for_template
+from posttrain.data.images.section import image_reader
+from posttrain.data.images.take import ImageReader
+from posttrain.data.images.tiles import tile_rule
 from posttrain.data.rows import store_rows
 from posttrain.data.shown import Tools
 from posttrain.data.stored import Derived, Stored
@@ -22,7 +26,7 @@ from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
 from posttrain.model.adapter_start import started_lora
 from posttrain.model.sharing import note_unshared
 from posttrain.parallel.engine import check_parallel
-from posttrain.records import DrawnPrompt, Message, Row
+from posttrain.records import DrawnPrompt, Row
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.judge import Judge
@@ -38,16 +42,14 @@ from posttrain.rl.loop.resume import resume
 from posttrain.rl.loop.start import allowed_gap
 from posttrain.rl.loop.tally import unscored_totals
 from posttrain.rl.prompts.band import select_band
-from posttrain.rl.prompts.beliefs import Beliefs, strata_of
-from posttrain.rl.prompts.config import PromptsConfig
+from posttrain.rl.prompts.beliefs import strata_of
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.fingerprints import check_resumed, run_fingerprints
 from posttrain.rl.prompts.lengths import check_room, plain_prompts
 from posttrain.rl.prompts.measured import first_group_figures
 from posttrain.rl.prompts.profile import profile_figures, profile_prompts, profiled_places
 from posttrain.rl.prompts.quotas import mixture_shares
-from posttrain.rl.prompts.selection import Selection
-from posttrain.rl.prompts.source import PromptSource
+from posttrain.rl.prompts.source import prompt_source
 from posttrain.rl.training.reference import AdaptersOff, Reference, check_reference
 from posttrain.rl.training.starts import TrainerStarts, with_whole_policy
 from posttrain.sampling.client import Engines
@@ -57,7 +59,9 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     """Run the stage; returns its outputs and figures."""
     config = config.model_copy(update={"lora": started_lora(config.model, config.lora)})
     check_parallel(config.parallel, config.model, config.lora)
-    rows, heldout = _rows(config, context), heldout_rows(config, config.evaluation, context)
+    reader = image_reader(config.images, context.dir)
+    rows = _rows(config, context, images=reader)
+    heldout = heldout_rows(config, config.evaluation, context, images=reader)
     mixture_shares(rows, config.mixture, "prompt")  # a capability that no row has is found before anything starts
     if (finished := finished_outputs(context.dir, config.steps)) is not None:
         return finished
@@ -67,12 +71,13 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     if config.shared_prefixes:
         note_unshared(config.model, context)
     trained, config = config, with_whole_policy(config, context)
-    tokenizer, prompts, evaluated = _render(config, rows, heldout)
+    tokenizer, prompts, evaluated = _render(config, rows, heldout, images=reader)
     note_added_end(tokenizer, context)
     check_reference(config.loss.reference, config.model)
     prepared = prepare_judge(config.judge) if config.judge is not None else None
     with ExitStack() as models:
-        starts = TrainerStarts(trained, context)
+        store = None if reader is None else reader.store.path.absolute()
+        starts = TrainerStarts(trained, context, store)
         models.callback(starts.close)
         if not _share_gpu(config):
             starts.begin()  # beside the engines; on their GPU it would disturb the measurement of free memory
@@ -81,7 +86,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         )
         starts.begin()
         judge = _start_judge(prepared, config.resources.judge, context, models=models)
-        reference = Reference(config, context.seed) if config.resources.reference is not None else None
+        reference = Reference(config, context.seed, store) if config.resources.reference is not None else None
         if reference is not None:
             models.callback(reference.close)
         stop_ids = tuple(end_token_ids(tokenizer))
@@ -95,10 +100,11 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         models.callback(starts.close)  # first of all, as long as the engines stand
         _check_same(ledger, config.model.path, rows, context=context)
         measured = [item for item in profile if item.n]
+        pictures = _pictures(config, tokenizer, reader)
 
         def make_parts() -> Parts:
             own = AdaptersOff(starts.trainer) if config.loss.reference is not None else None
-            source = prompt_source(config, selected, profile, tokenizer=tokenizer, seed=context.seed)
+            source = prompt_source(config, selected, profile, tokenizer=tokenizer, seed=context.seed, pictures=pictures)
             archive = RolloutArchive(context.dir / "rollouts", tokenizer)
             return Parts(
                 engines, starts.trainer, reference or own, source, mixture_shares(selected, config.mixture), archive,
@@ -149,15 +155,25 @@ def _selection_figures(
 
 
 def _render(
-    config: RlConfig, rows: Sequence[Row], heldout: Sequence[Row]
+    config: RlConfig, rows: Sequence[Row], heldout: Sequence[Row], *, images: ImageReader | None = None
 ) -> tuple[Tokenizer, Derived[Row, DrawnPrompt], Derived[Row, DrawnPrompt]]:
-    """The policy's tokenizer, and what it makes of the prompts to train on and of those to evaluate on."""
+    """The policy's tokenizer, and what it makes of the prompts to train on and of those to evaluate on.
+
+    images: has taken the pictures of the rows; None for a stage that takes none.
+    """
     from posttrain.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     _check_special_tokens(tokenizer, config, rows, heldout=heldout)
-    prompts = _draw_plain(rows, tokenizer, config)
-    return tokenizer, prompts, heldout_prompts(config, heldout, row_renderer(tokenizer, config.environment))
+    pictures = _pictures(config, tokenizer, images)
+    prompts = _draw_plain(rows, tokenizer, config, pictures=pictures)
+    render, store = row_renderer(tokenizer, config.environment, pictures), images and images.store
+    return tokenizer, prompts, heldout_prompts(config, heldout, render, store=store)
+
+
+def _pictures(config: RlConfig, tokenizer: Tokenizer, images: ImageReader | None) -> Pictures | None:
+    """What the tokens of the rows' pictures follow from. Raises CheckpointError for a model that takes none."""
+    return None if images is None else Pictures(images.store, tile_rule(config.model.path, tokenizer))
 
 
 def _check_special_tokens(
@@ -174,12 +190,12 @@ def _rollouter(config: RlConfig, tokenizer: Tokenizer, seed: int) -> Environment
     return EnvironmentRollouter(config.environment, tokenizer, length=config.engine.length, seed=seed)
 
 
-def _texts(config: RlConfig, rows: Sequence[Row]) -> Iterator[tuple[str, Sequence[Message], Tools]]:
-    return ((f"row {row.id!r}", row.messages, row_tools(config.environment, row) or None) for row in rows)
+def _texts(config: RlConfig, rows: Sequence[Row]) -> Iterator[tuple[str, Messages, Tools]]:
+    return ((f"row {row.id!r}", for_template(row.messages), row_tools(config.environment, row) or None) for row in rows)
 
 
-def _rows(config: RlConfig, context: StageContext | None = None) -> Stored[Row]:
-    rows = store_rows(config.prompts, kind="prompt", stage="rl", context=context)
+def _rows(config: RlConfig, context: StageContext | None = None, *, images: ImageReader | None = None) -> Stored[Row]:
+    rows = store_rows(config.prompts, kind="prompt", stage="rl", context=context, images=images)
     check_rewardable(config, rows)
     strata_of(rows, config.selection.predictor)  # a row without this field is found before anything starts
     return rows
@@ -204,10 +220,12 @@ def _profile(
     )
 
 
-def _draw_plain(rows: Sequence[Row], tokenizer: Tokenizer, config: GradingConfig) -> Derived[Row, DrawnPrompt]:
+def _draw_plain(
+    rows: Sequence[Row], tokenizer: Tokenizer, config: GradingConfig, *, pictures: Pictures | None = None
+) -> Derived[Row, DrawnPrompt]:
     """Each row as a prompt without a system instruction. Raises DataError if one leaves no room for a reply."""
-    render = row_renderer(tokenizer, config.environment)
-    prompts = plain_prompts(rows, render)
+    render, store = row_renderer(tokenizer, config.environment, pictures), pictures and pictures.store
+    prompts = plain_prompts(rows, render, store)
     check_room(
         prompts,
         render,
@@ -279,19 +297,3 @@ def _train(
         "unscored_replies": unscored_totals(context.dir),
         **parts.trainer.report(),
     }
-
-
-def prompt_source(
-    config: PromptsConfig, rows: Sequence[Row], known: Sequence[Difficulty], *, tokenizer: Tokenizer, seed: int
-) -> PromptSource:
-    """The source that draws these prompts, each with its system instruction. known: what a profile found."""
-    render = row_renderer(tokenizer, config.environment)
-    if config.selection.draw == "in_turn":
-        return PromptSource(rows, config.systems, render, seed=seed)
-    beliefs = Beliefs(rows, config.selection.half_life, config.selection.predictor)
-    for item in known:
-        if item.prompt_id in beliefs.place:
-            beliefs.observe(item.prompt_id, item.passes, item.n - item.passes, version=item.policy_version)
-    beliefs.fit()
-    selection = Selection(beliefs, group_size=config.group_size, seed=seed)
-    return PromptSource(rows, config.systems, render, seed=seed, selection=selection)

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 from posttrain.actors.garbage import large_imports
 from posttrain.actors.parent import die_with_parent
 from posttrain.compat import vllm as compat
+from posttrain.compat.vllm_images import forget_weights
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.sampling.arguments import cpu_cache_arguments, engine_arguments
@@ -161,10 +162,9 @@ class Core:
             await self._follow(asyncio.to_thread(verify, source, self._progress.note), what)
         self._is_updating = True
         try:
-            await self.ask(what, compat.pause_between_steps(self.llm, clear_cache=kv == "recompute"))
+            await self.ask(what, compat.pause_between_steps(self.llm))
             await self._follow(self.llm.collective_rpc("apply_weights", args=(to_plain(source),)), what)
-            if kv == "keep":
-                await self.ask(what, self.llm.reset_prefix_cache())
+            await self.ask(what, forget_weights(self.llm, running=kv == "recompute"))
             await self.ask(what, self.llm.update_weight_version(str(policy_version)))
             self._policy_version = policy_version
             await self.ask(what, self.llm.resume_generation())

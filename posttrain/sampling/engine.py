@@ -20,14 +20,17 @@ from typing import Any, Literal
 
 from posttrain.actors.processes import place_of_this
 from posttrain.compat import vllm as compat
+from posttrain.compat.vllm_images import engine_prompt, forget_weights
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
+from posttrain.data.images.tiles import IMAGE
 from posttrain.errors import StageError
 from posttrain.hosts.directory import folder_here
 from posttrain.hosts.relay import RelayError
 from posttrain.sampling.arguments import ENGINE_ENV
 from posttrain.sampling.core import Core
 from posttrain.sampling.manifests import WeightSource
+from posttrain.sampling.pictures import RequestPictures
 from posttrain.sampling.requests import Completion, EngineLostError, Piece, SampleRequest
 from posttrain.sampling.roads import reachable
 from posttrain.sampling.start_failure import PrintedSince, start_error
@@ -56,6 +59,7 @@ class EngineActor:
             on_lost=lambda: self._outbox.flush(),
         )
         self._outbox = Outbox(settings.stream_interval, self._core.hear)
+        self._pictures = RequestPictures()
         self._tokenizer: Any = None
         self._next_request = 0
         self._num_collecting = 0  # calls of collect
@@ -105,10 +109,13 @@ class EngineActor:
         admitted: list[tuple[Reply, Any]] = []
         finished: list[Piece] = []
         keys = [key for key, _ in requests]
-        if len(set(keys)) < len(keys) or any(key in self._outbox.open for key in keys):
-            raise StageError(f"engine {self.name}: a key was submitted twice, among {sorted(keys)[:10]}")
+        self._refuse_keys(keys)
+        rendered = {key: await self._rendered(request) for key, request in requests if request.pictures}
+        if rendered:  # others may have been admitted meanwhile
+            self._refuse_beside_wave()
+            self._refuse_keys(keys)
         for key, request in requests:
-            self._prepare(key, request, admitted, finished=finished)
+            self._prepare(key, request, admitted, finished=finished, rendered=rendered.get(key))
         for reply, _ in admitted:  # before the first await, so that no other call takes the same key
             self._outbox.admit(reply)
         for piece in finished:
@@ -161,7 +168,28 @@ class EngineActor:
             self._outbox.wake()
             await asyncio.sleep(WAKE_S)
 
-    def _prepare(self, key: int, request: SampleRequest, admitted: list[tuple[Reply, Any]], *, finished: list[Piece]):
+    def _refuse_keys(self, keys: Sequence[int]) -> None:
+        if len(set(keys)) < len(keys) or any(key in self._outbox.open for key in keys):
+            raise StageError(f"engine {self.name}: a key was submitted twice, among {sorted(keys)[:10]}")
+
+    async def _rendered(self, request: SampleRequest) -> Any:
+        """What vLLM makes of the pictures of a request; None without any. Raises StageError if it cannot."""
+        image_id = self._tokenizer.convert_tokens_to_ids(IMAGE) if request.pictures else 0
+        try:
+            return await self._pictures.rendered(self._core.llm, request, image_id)
+        except (KeyError, ValueError, OSError) as error:
+            shown = ", ".join(request.pictures)
+            raise StageError(f"engine {self.name}: a picture of {shown} cannot be used: {error}") from None
+
+    def _prepare(
+        self,
+        key: int,
+        request: SampleRequest,
+        admitted: list[tuple[Reply, Any]],
+        *,
+        finished: list[Piece],
+        rendered: Any = None,
+    ) -> None:
         """Make the engine's request for each reply. A reply that is at its end already becomes a finished piece."""
         shared: Any = None  # replies that start from the prompt alone differ in their ids only
         for index, begun in enumerate(request.begun or ((),) * request.n):
@@ -172,7 +200,7 @@ class EngineActor:
             self._next_request += 1
             name = f"{self.name}-{self._next_request}"
             if begun or shared is None:
-                prompt = [*request.prompt_ids, *begun]
+                prompt = self._prompt(key, [*request.prompt_ids, *begun], rendered)
                 params = sampling_params(request, len(begun), stream=True)
                 core_request = self._core_request(key, prompt, params, priority=request.priority)
                 if not begun:
@@ -182,7 +210,13 @@ class EngineActor:
             reply = Reply(self._outbox, key, index, request_id=name, begun=begun, choice_ids=request.choice_ids)
             admitted.append((reply, compat.named_copy(core_request, name)))
 
-    def _core_request(self, key: int, prompt: list[int], params: Any, *, priority: int) -> Any:
+    def _prompt(self, key: int, prompt_ids: list[int], rendered: Any) -> Any:
+        try:
+            return engine_prompt(prompt_ids, rendered)
+        except ValueError as error:
+            raise StageError(f"engine {self.name}: request {key} cannot be sampled: {error}") from None
+
+    def _core_request(self, key: int, prompt: Any, params: Any, *, priority: int) -> Any:
         """vLLM's own request. Raises StageError if vLLM refuses it."""
         from vllm.exceptions import VLLMClientError
 
@@ -217,7 +251,8 @@ class EngineActor:
                 raise StageError(f"engine {self.name}: a wave was asked for with other requests in flight")
             self._is_wave = True
             try:
-                await self._core.ask("wave", compat.pause_between_steps(self._core.llm, clear_cache=True))
+                await self._core.ask("wave", compat.pause_between_steps(self._core.llm))
+                await self._core.ask("wave", forget_weights(self._core.llm, running=True))
                 await self._core.ask("wave", self._core.llm.collective_rpc("seed_sampling", args=(seed,)))
                 queues = [await self._core.alive(self._add(request)) for request in requests]
                 await self._core.ask("wave", self._core.llm.resume_generation())
@@ -227,11 +262,10 @@ class EngineActor:
         return [completions_of(output, self._decode) for output in outputs], began, time.time()
 
     async def _add(self, request: SampleRequest) -> Any:
-        from vllm.inputs.engine import tokens_input
-
         self._next_request += 1
         name = f"{self.name}-{self._next_request}"
-        prompt, params = tokens_input(list(request.prompt_ids)), sampling_params(request)
+        prompt = self._prompt(self._next_request, list(request.prompt_ids), await self._rendered(request))
+        params = sampling_params(request)
         return await self._core.llm.add_request(name, prompt, params, priority=request.priority)
 
     def _refuse_beside_wave(self) -> None:

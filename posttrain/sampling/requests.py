@@ -26,6 +26,8 @@ class SampleRequest(Struct, frozen=True):
     ignored). Each is continued, and `max_tokens` counts its tokens too. Only `EngineActor.submit` takes them.
     stop: texts at which a reply ends too; the text is part of the reply.
     priority: requests with a larger number start later, and are interrupted first when memory is short.
+    pictures: references to the pictures that the prompt shows, in order (`Media.uri`); `prompt_ids` holds all their
+    tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -38,6 +40,7 @@ class SampleRequest(Struct, frozen=True):
     begun: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
     stop: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
 
 
 class Completion(Struct, frozen=True):

@@ -27,6 +27,7 @@ from posttrain.compat.vllm import (
     repack_experts_on_reload,
     transfer_engine,
 )
+from posttrain.compat.vllm_images import contiguous_patches
 from posttrain.sampling.manifests import GpuManifest, from_plain
 from posttrain.sampling.progress import Progress
 from posttrain.sampling.transfer import open_update
@@ -135,5 +136,6 @@ class WorkerExtension:
 
 
 register_weight_backend("shm", ShmWeightTransferEngine)
+contiguous_patches()
 if os.environ.get("POSTTRAIN_WITHOUT_RELOAD_REPAIR") != "1":  # set by the regression test only
     repack_experts_on_reload()

@@ -10,6 +10,8 @@ store.py     the file of encoded pictures, each kept once, read through a memory
 tiles.py     the tiles and tokens of a picture, by the rules of Llama 4's processor
 render.py    token ids of messages with pictures
 preview.py   a row in tokens, with a description in the place of each picture
+section.py   the readers that the section `images` of a stage asks for
+references.py    reads a picture by a reference to it, in a reward or an engine
 
 Nothing is ever downloaded. Left out: videos and sounds.
 """

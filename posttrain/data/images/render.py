@@ -19,7 +19,7 @@ from posttrain.data.samples import render_samples
 from posttrain.data.shown import Tools
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
-from posttrain.records import ImagePart, Message, Row
+from posttrain.records import ImagePart, Media, Message, Prompt, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,12 @@ def pictures_of(messages: Iterable[Message]) -> tuple[str, ...]:
         for part in message.content
         if isinstance(part, ImagePart) and part.image is not None
     )
+
+
+def prompt_of(messages: Sequence[Message], token_ids: Iterable[int], store: ImageStore | None = None) -> Prompt:
+    """The prompt of messages that were rendered as `token_ids`. store: of their pictures; None for text."""
+    media = () if store is None else tuple(Media(store.reference(key)) for key in pictures_of(messages))
+    return Prompt(tuple(messages), tuple(token_ids), media)
 
 
 def prompt_with_pictures(

@@ -85,6 +85,10 @@ class ImageStore:
         self._end += picture.length
         return picture
 
+    def reference(self, key: str) -> str:
+        """FILE#KEY, with which any process on the host finds a picture of this store."""
+        return f"{self.path.absolute()}#{key}"
+
     def encoded(self, key: str) -> bytes:
         """The encoded bytes of a picture."""
         picture = self._pictures[key]

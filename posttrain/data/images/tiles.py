@@ -15,8 +15,9 @@ from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import CheckpointError, DataError
 from posttrain.files import read_object
 
+IMAGE = "<|image|>"  # stands for a picture until its tokens replace it
 TOKENS = (
-    "<|image|>", "<|patch|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>",
+    IMAGE, "<|patch|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>",
 )  # fmt: skip
 NO_PICTURE = -1  # in place of the index of a picture, for a token that stands for none
 

@@ -22,13 +22,11 @@ KEPT_BYTES = 1 << 30
 class PictureTiles:
     """The tiles of the pictures in a store.
 
-    folder: of the model, with the files of its processor. rule: the tiles that tokens were made for; None checks
-    nothing. kept_bytes: memory for tiles that may be needed again.
+    folder: of the model, with the files of its processor. rule: by which tokens were made for the pictures.
+    kept_bytes: memory for tiles that may be needed again.
     """
 
-    def __init__(
-        self, store: ImageStore, folder: str | Path, rule: TileRule | None = None, *, kept_bytes: int = KEPT_BYTES
-    ):
+    def __init__(self, store: ImageStore, folder: str | Path, rule: TileRule, *, kept_bytes: int = KEPT_BYTES):
         self._store = store
         self._folder = folder
         self._rule = rule
@@ -51,6 +49,16 @@ class PictureTiles:
             self._room += self._kept.popitem(last=False)[1].nbytes
         return tiles
 
+    @property
+    def patch_id(self) -> int:
+        """The id of <|patch|>, of which one stands for each feature of a picture."""
+        return self._rule.patch
+
+    def features(self, key: str) -> int:
+        """How many <|patch|> tokens stand for a picture. The picture is not read."""
+        picture = self._store[key]
+        return self._rule.num_tiles(picture.width, picture.height) * self._rule.features
+
     def _cut(self, key: str) -> torch.Tensor:
         if self._processor is None:
             from transformers import Llama4ImageProcessor
@@ -58,7 +66,7 @@ class PictureTiles:
             self._processor = Llama4ImageProcessor.from_pretrained(self._folder)
         tiles = self._processor(images=[self._store.decoded(key)], return_tensors="pt")["pixel_values"]
         picture = self._store[key]
-        if self._rule is not None and len(tiles) != (made := self._rule.num_tiles(picture.width, picture.height)):
+        if len(tiles) != (made := self._rule.num_tiles(picture.width, picture.height)):
             raise CheckpointError(
                 f"{self._folder}: the processor cuts a picture of {picture.width} x {picture.height} pixels into "
                 f"{len(tiles)} tiles, but its tokens are those of {made}; are the processor's files damaged?"

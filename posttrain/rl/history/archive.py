@@ -28,12 +28,13 @@ from typing import Any
 
 import msgspec
 
-from posttrain.data.messages import messages_to_json
+from posttrain.data.images.render import pictures_of
+from posttrain.data.messages import messages_to_json, to_messages
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
 from posttrain.errors import CheckpointError
 from posttrain.files import replacing
-from posttrain.records import FinishReason, Prompt, Rollout, Segment, VersionSpan
+from posttrain.records import FinishReason, Media, Prompt, Rollout, Segment, VersionSpan
 from posttrain.rl.records import Group, ScoredGroup
 
 # The version of the columns. It is kept in the schema's metadata under FORMAT_KEY.
@@ -146,7 +147,8 @@ def check_archive(path: Path) -> None:
 
 
 def recorded_rollout(row: Mapping[str, Any]) -> Rollout:
-    """The rollout in a row of the archive. Its prompt has token ids only; the messages are in the row's `prompt`."""
+    """The rollout in a row of the archive. Its prompt has token ids and the keys of its pictures; the messages are in
+    the row's `prompt`."""
     spans = [VersionSpan(*span) for span in json.loads(row["versions"])]
     segments = []
     for start, end, is_trained, *keeps in json.loads(row["segments"]):
@@ -163,11 +165,18 @@ def recorded_rollout(row: Mapping[str, Any]) -> Rollout:
         row["prompt_id"],
         row["group_id"],
         row["index"],
-        Prompt((), tuple(row["prompt_ids"])),
+        Prompt((), tuple(row["prompt_ids"]), _media(row.get("prompt") or "")),
         tuple(segments),
         row["reply"],
         FinishReason(row["finish_reason"]),
     )
+
+
+def _media(prompt: str) -> tuple[Media, ...]:
+    """The pictures that the messages of an archived prompt show."""
+    if '"image"' not in prompt:  # as for most prompts, which need not be read
+        return ()
+    return tuple(map(Media, pictures_of(to_messages(json.loads(prompt), "prompt"))))
 
 
 class _Pieces(dict[int, str]):

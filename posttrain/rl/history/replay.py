@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.context import StageContext
+from posttrain.data.images.section import STORE
 from posttrain.errors import ConfigError, StageError
 from posttrain.rl.history.archive import check_archive, recorded_rollout
 from posttrain.rl.history.ledger import Ledger
@@ -81,7 +82,7 @@ def replay(config: TrainingConfig, context: StageContext, source: Path) -> dict[
     else weights_equal is None, and "why_not" says why.
     """
     wanted = ledger_batches(source)
-    trainer = TrainerClient(config, context.seed)
+    trainer = TrainerClient(config, context.seed, store=None if config.images is None else source / STORE)
     try:
         differ, steps = [], 0
         for recorded in recorded_steps(source):

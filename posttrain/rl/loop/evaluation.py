@@ -11,6 +11,8 @@ from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.data.chat import RenderRow
+from posttrain.data.images.store import ImageStore
+from posttrain.data.images.take import ImageReader
 from posttrain.data.rows import store_rows
 from posttrain.data.stored import Derived, pick
 from posttrain.data.strata import sampled_places
@@ -30,19 +32,31 @@ FILE = "evaluations.jsonl"
 
 
 def heldout_rows(
-    config: GradingConfig, evaluation: EvaluationConfig | None, context: StageContext | None = None
+    config: GradingConfig,
+    evaluation: EvaluationConfig | None,
+    context: StageContext | None = None,
+    *,
+    images: ImageReader | None = None,
 ) -> Sequence[Row]:
-    """The rows of `evaluation`; none if the config has no such section. Raises UserError for rows that do not fit."""
+    """The rows of `evaluation`; none if the config has no such section. Raises UserError for rows that do not fit.
+
+    images: takes their pictures; None for a stage that takes none.
+    """
     if evaluation is None:
         return []
-    rows = store_rows(evaluation.data, kind="prompt", stage="rl", context=context)
+    rows = store_rows(evaluation.data, kind="prompt", stage="rl", context=context, images=images)
     check_rewardable(config, rows)
     return pick(rows, sampled_places(rows, evaluation.prompts))
 
 
-def heldout_prompts(config: RolloutsConfig, rows: Sequence[Row], render: RenderRow) -> Derived[Row, DrawnPrompt]:
-    """The rows as prompts, without a sampled system instruction. Raises DataError if one leaves no room for a reply."""
-    prompts = plain_prompts(rows, render)
+def heldout_prompts(
+    config: RolloutsConfig, rows: Sequence[Row], render: RenderRow, *, store: ImageStore | None = None
+) -> Derived[Row, DrawnPrompt]:
+    """The rows as prompts, without a sampled system instruction. Raises DataError if one leaves no room for a reply.
+
+    store: of the pictures that the rows show; None for rows of text.
+    """
+    prompts = plain_prompts(rows, render, store)
     check_room(prompts, render, max_tokens=config.sampling.max_tokens, max_model_len=config.engine.length)
     return prompts
 
@@ -58,6 +72,7 @@ def evaluation_request(
         asked.top_p if asked.temperature else 1.0,
         max_tokens,
         stop_ids,
+        pictures=prompt.prompt.pictures,
     )
 
 

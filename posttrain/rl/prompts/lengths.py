@@ -6,18 +6,23 @@ from collections.abc import Iterable, Sequence
 
 from posttrain.config.rewards import SystemInstruction
 from posttrain.data.chat import RenderRow, render_row
+from posttrain.data.images.render import prompt_of
+from posttrain.data.images.store import ImageStore
 from posttrain.data.stored import Derived
 from posttrain.errors import DataError
-from posttrain.records import DrawnPrompt, Message, Prompt, Row
+from posttrain.records import DrawnPrompt, Message, Row
 
 # In tokens. An instruction adds about as many tokens to every prompt, so only prompts that are this near to the limit
 # are rendered with it.
 _NEAR = 32
 
 
-def plain_prompts(rows: Sequence[Row], render: RenderRow) -> Derived[Row, DrawnPrompt]:
-    """Each row as a prompt without a system instruction, rendered each time it is asked for."""
-    return Derived(rows, lambda row: DrawnPrompt(row, None, Prompt(row.messages, render_row(render, row))))
+def plain_prompts(rows: Sequence[Row], render: RenderRow, store: ImageStore | None = None) -> Derived[Row, DrawnPrompt]:
+    """Each row as a prompt without a system instruction, rendered each time it is asked for.
+
+    store: of the pictures that the rows show, to which a prompt refers; None for rows of text.
+    """
+    return Derived(rows, lambda row: DrawnPrompt(row, None, prompt_of(row.messages, render_row(render, row), store)))
 
 
 def check_room(

@@ -15,17 +15,27 @@ import numpy as np
 
 from posttrain.config.rewards import SystemsConfig
 from posttrain.data.chat import RenderRow
+from posttrain.data.images.render import Pictures, prompt_of
+from posttrain.data.images.store import ImageStore
 from posttrain.data.places import Places
 from posttrain.data.strata import places_by_capability
+from posttrain.data.tokenizer import Tokenizer
+from posttrain.episodes.tools import row_renderer
 from posttrain.metrics.correctness import passes_and_failures
-from posttrain.records import DrawnPrompt, Message, Prompt, Row
+from posttrain.records import DrawnPrompt, Message, Row
+from posttrain.rl.prompts.beliefs import Beliefs
+from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.selection import Selection
 from posttrain.rl.records import ScoredGroup
 
 
 class PromptSource:
-    """Draws prompts of the rows. render: row and messages -> prompt token ids. selection: None draws them in turn."""
+    """Draws prompts of the rows.
+
+    render: row and messages -> prompt token ids. selection: None draws them in turn. store: of the pictures that the
+    rows show; None for rows of text.
+    """
 
     def __init__(
         self,
@@ -35,12 +45,14 @@ class PromptSource:
         *,
         seed: int,
         selection: Selection | None = None,
+        store: ImageStore | None = None,
     ):
         self._rows = rows
         self._place = Places(rows, lambda row: row.id) if selection is None else selection.beliefs.place
         self._of_capability = places_by_capability(rows) if selection is None else selection.beliefs.of_capabilities()
         self._systems = systems
         self._render = render
+        self._store = store
         self._seed = seed
         self._selection = selection
         self._prompts_seen = dict.fromkeys(self._of_capability, 0)
@@ -70,7 +82,7 @@ class PromptSource:
         """The prompt of a selected row, with a system instruction or without (None)."""
         row = self.row(prompt_id)
         messages = row.messages if system is None else (Message("system", system), *row.messages)
-        return DrawnPrompt(row, system, Prompt(messages, tuple(self._render(row, messages))))
+        return DrawnPrompt(row, system, prompt_of(messages, self._render(row, messages), self._store))
 
     def prompts_seen(self, capability: str) -> int:
         """How many prompts of a capability have been drawn so far."""
@@ -139,3 +151,28 @@ class PromptSource:
         self._prompts_seen = {name: state["prompts_seen"].get(name, 0) for name in self._of_capability}
         if self._selection is not None and state.get("selection") is not None:
             self._selection.restore(state["selection"])
+
+
+def prompt_source(
+    config: PromptsConfig,
+    rows: Sequence[Row],
+    known: Sequence[Difficulty],
+    *,
+    tokenizer: Tokenizer,
+    seed: int,
+    pictures: Pictures | None = None,
+) -> PromptSource:
+    """The source that draws these prompts, each with its system instruction.
+
+    known: what a profile found. pictures: those of the rows; None for rows of text.
+    """
+    render, store = row_renderer(tokenizer, config.environment, pictures), pictures and pictures.store
+    if config.selection.draw == "in_turn":
+        return PromptSource(rows, config.systems, render, seed=seed, store=store)
+    beliefs = Beliefs(rows, config.selection.half_life, config.selection.predictor)
+    for item in known:
+        if item.prompt_id in beliefs.place:
+            beliefs.observe(item.prompt_id, item.passes, item.n - item.passes, version=item.policy_version)
+    beliefs.fit()
+    selection = Selection(beliefs, group_size=config.group_size, seed=seed)
+    return PromptSource(rows, config.systems, render, seed=seed, selection=selection, store=store)

@@ -11,7 +11,12 @@ def sample_request(
 ) -> SampleRequest:
     """The request for `n` replies to a prompt. stop_ids: token ids that end a reply."""
     return SampleRequest(
-        prompt.prompt.token_ids, n, sampling.temperature, max_tokens=sampling.max_tokens, stop_token_ids=stop_ids
+        prompt.prompt.token_ids,
+        n,
+        sampling.temperature,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=stop_ids,
+        pictures=prompt.prompt.pictures,
     )
 
 

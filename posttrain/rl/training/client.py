@@ -1,6 +1,7 @@
 """The trainer as the rest of RL calls it: typed methods over the ranks of a `RankGroup`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ def _published(manifest: Manifest | None) -> Manifest:
     return manifest
 
 
-def policy_trainer(config: TrainingConfig, seed: int) -> Trainer:
-    """A `PolicyTrainer`. Only the ranks call this, so that the controller's process needs no torch."""
+def policy_trainer(config: TrainingConfig, seed: int, store: Path | None = None) -> Trainer:
+    """A `PolicyTrainer`. Only the ranks call this, so that the controller's process needs no torch.
+
+    store: the file of the prompts' pictures; None for a policy that is shown none.
+    """
     from posttrain.rl.training.trainer import PolicyTrainer
 
-    return PolicyTrainer(config, seed)
+    return PolicyTrainer(config, seed, store)
 
 
 class TrainerClient:
@@ -38,14 +42,21 @@ class TrainerClient:
     The ranks start in the background, and the first call waits for them. Methods wait for the result; those whose names
     begin with `async_` can be awaited. make: a function; `make(config, seed)` returns the trainer of one rank, by
     default a `PolicyTrainer`. Every method raises `TrainerLostError` if a rank has died or does not answer within
-    `trainer_deadline_s`.
+    `trainer_deadline_s`. store: as for `policy_trainer`.
     """
 
-    def __init__(self, config: TrainingConfig, seed: int, make: Callable[[TrainingConfig, int], Trainer] | None = None):
+    def __init__(
+        self,
+        config: TrainingConfig,
+        seed: int,
+        make: Callable[[TrainingConfig, int], Trainer] | None = None,
+        *,
+        store: Path | None = None,
+    ):
         self._ranks = RankGroup(
             config.parallel,
             config.resources.trainer,
-            make or policy_trainer,
+            make or partial(policy_trainer, store=store),
             config,
             seed,
             deadline_s=config.trainer_deadline_s,

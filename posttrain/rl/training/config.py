@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from posttrain.config.base import MAY_GROW, RESULT_STAYS
 from posttrain.config.fields import Positive
+from posttrain.config.images import TrainedImagesConfig, check_trained_images
 from posttrain.config.training import AdaptersConfig, GradientCheckpointing, OptimizerConfig, ParallelConfig
 from posttrain.model.adapter_start import continues
 from posttrain.rl.grading.config import GradingConfig
@@ -37,6 +38,11 @@ class TrainingConfig(GradingConfig):
         default=None,
         description="Train low-rank adapters instead of all weights. Engines are sent weights with the adapters added.",
     )
+    images: TrainedImagesConfig | None = Field(
+        default=None,
+        description="Train a multimodal Llama 4, on prompts with pictures and without; {} takes pictures from the "
+        "folder of the data file. null: text only, and of a multimodal model only the text model is trained.",
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig, description="The trainer's ranks. They share the rollouts of each step."
@@ -56,6 +62,9 @@ class TrainingConfig(GradingConfig):
 
     @model_validator(mode="after")
     def _check_training(self) -> "TrainingConfig":
+        check_trained_images(self.images, self.model, None)
+        if self.images is not None and self.lora is not None:
+            raise ValueError("images and lora: RL trains all weights of a model with pictures; remove one of the two")
         has_process = self.resources.reference is not None
         if (self.loss.reference is None and has_process) or (self._needs_reference_process and not has_process):
             raise ValueError(

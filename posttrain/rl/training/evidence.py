@@ -97,6 +97,6 @@ def _schema(pa: Any) -> Any:
     integers, reals = pa.list_(pa.int64()), pa.list_(pa.float64())
     types: dict[str, Any] = {
         "token_ids": integers, "trained": pa.list_(integers), "sampler_logprobs": reals, "staleness": integers,
-        "advantage": pa.float64(), "ref_logprobs": reals, "turn_advantages": reals,
+        "advantage": pa.float64(), "ref_logprobs": reals, "turn_advantages": reals, "pictures": pa.list_(pa.string()),
     }  # fmt: skip
     return pa.schema(list(types.items()))

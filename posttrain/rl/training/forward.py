@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from posttrain.model.vision.tiling import PictureTiles
 from posttrain.rl.loss_config import LossConfig
 from posttrain.rl.losses import LOSSES, LossInputs, LossOutputs
 from posttrain.rl.objective import batch_share
@@ -37,7 +38,7 @@ def forward_share(
 
     policy: a `TokenPolicy`, or an engine around one. max_tokens: the longest reply that could be sampled.
     """
-    batch = collate(chunk, PAD_ID, device, shared=policy.shares_prefixes)
+    batch = collate(chunk, PAD_ID, device, shared=policy.shares_prefixes, tiles=policy.tiles)
     policy_T, entropy_T, router_loss = policy(batch)
     inputs = loss_inputs(policy_T, batch, max_tokens)
     outputs = LOSSES[config.name](inputs, config)
@@ -61,14 +62,22 @@ def loss_inputs(policy_logprobs_T: torch.Tensor, batch: MicroBatch, max_tokens: 
 
 
 def dealt(
-    samples: Sequence[TrainSample], max_tokens: int, *, shared: bool, rank: int, world: int
+    samples: Sequence[TrainSample],
+    max_tokens: int,
+    *,
+    shared: bool,
+    rank: int,
+    world: int,
+    tiles: PictureTiles | None = None,
 ) -> list[tuple[list[TrainSample], float]]:
-    """A rank's micro-batches of at most `max_tokens` tokens, each with its weight, 1 or 0; shared: as `micro_batches`.
+    """A rank's micro-batches of at most `max_tokens` tokens, each with its weight, 1 or 0.
+
+    shared, tiles: as for `micro_batches`.
 
     Every rank gets the same number of micro-batches, because each forward is collective. If they cannot be divided
     evenly, the last ranks run one sample again, with weight 0.
     """
-    chunks = micro_batches(samples, max_tokens, shared=shared)
+    chunks = micro_batches(samples, max_tokens, shared=shared, tiles=tiles)
     mine = [(chunk, 1.0) for chunk in chunks[rank::world]]
     rounds = -(-len(chunks) // world)
     return mine + [(chunks[0][:1], 0.0)] * (rounds - len(mine))

@@ -1,6 +1,7 @@
 """The reference policy in its own process: a frozen model that gives the log-probabilities of sampled tokens."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,8 @@ def reference_model(reference: ReferenceConfig, model: ModelConfig) -> ModelConf
 class FrozenPolicy:
     """The object in the reference's process: it holds the model, on a GPU if there is one."""
 
-    def __init__(self, config: TrainingConfig, seed: int):
+    def __init__(self, config: TrainingConfig, seed: int, store: Path | None = None):
+        """store: as for `PolicyTrainer`."""
         resources, reference = config.resources.reference, config.loss.reference
         assert resources is not None
         assert reference is not None
@@ -29,7 +31,9 @@ class FrozenPolicy:
             torch.set_num_threads(max(1, int(resources.cpus)))
         self._max_tokens = config.micro_batch_tokens
         model, shared = reference_model(reference, config.model), config.shared_prefixes
-        policy = load_token_policy(model, config.sampling.temperature, shared_prefixes=shared)
+        policy = load_token_policy(
+            model, config.sampling.temperature, shared_prefixes=shared, images=config.images, store=store
+        )
         self._policy = policy.to(self._device).eval()
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:

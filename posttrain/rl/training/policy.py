@@ -5,18 +5,25 @@ whole batch.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from posttrain.config.images import TrainedImagesConfig
 from posttrain.config.models import ModelConfig
 from posttrain.config.training import AdaptersConfig, GradientCheckpointing
+from posttrain.data.images.store import ImageStore
+from posttrain.data.images.tiles import tile_rule
 from posttrain.model.adapter_start import continues
 from posttrain.model.load import load_policy
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.model.router_balance import native_layers
 from posttrain.model.sharing import accept_trees, tree_arguments
+from posttrain.model.tokenizer import load_tokenizer
+from posttrain.model.vision.parts import freeze
+from posttrain.model.vision.tiling import PictureTiles
 from posttrain.parallel.adapters import with_adapters
 from posttrain.rl.training.adapters import add_adapters
 from posttrain.rl.training.batches import MicroBatch, collate, micro_batches
@@ -29,14 +36,17 @@ PAD_ID = 0  # any id will do: padding is on the right, where no reply token sees
 class TokenPolicy(nn.Module):
     """A causal language model, in the attribute `policy`, that is called with a `MicroBatch`.
 
-    shares_prefixes: whether samples share what they have in common in a micro-batch, as `micro_batches` and `collate`
-    are to be told.
+    shares_prefixes: whether samples share what they have in common in a micro-batch. tiles: of the pictures of samples;
+    None for a policy that is shown none. `micro_batches` and `collate` are to be told both.
     """
 
-    def __init__(self, policy: Any, temperature: float, *, shared_prefixes: bool = True):
+    def __init__(
+        self, policy: Any, temperature: float, *, shared_prefixes: bool = True, tiles: PictureTiles | None = None
+    ):
         super().__init__()
         self.policy = policy
-        self.config = policy.config  # from which DeepSpeed reads the sizes of the experts
+        self.tiles = tiles
+        self.config = policy.config.get_text_config()  # from which DeepSpeed reads the sizes of the experts
         self._temperature = temperature
         self._has_routers = native_layers(policy) is not None
         self.shares_prefixes = shared_prefixes and accept_trees(policy) is None
@@ -52,7 +62,8 @@ class TokenPolicy(nn.Module):
             # Padding is on the right, so attention needs no mask; losses on routers need one, to leave padding out.
             mask = {"attention_mask": batch.mask_BS} if self._has_routers else {}
             arguments = {"use_cache": False, **mask}
-        output = self.policy.model(input_ids=batch.input_ids_BS, **arguments)
+        layers = self.policy.model if self.tiles is None else self.policy.backbone
+        output = layers(input_ids=batch.input_ids_BS, **arguments, **batch.pictures)
         hidden_TD = output.last_hidden_state.flatten(0, 1)[batch.position_T]
         head_VD = self.policy.get_output_embeddings().weight
         logprobs_T, entropy_T = token_logprobs(
@@ -76,19 +87,27 @@ def load_token_policy(
     *,
     shared_prefixes: bool = True,
     lora: AdaptersConfig | None = None,
+    images: TrainedImagesConfig | None = None,
+    store: Path | None = None,
 ) -> TokenPolicy:
     """Load the policy of a model folder onto the CPU.
 
-    temperature: that of sampling. lora: the adapters to train: new ones, or those in the folder.
+    temperature: that of sampling. lora: the adapters to train: new ones, or those in the folder. images: how a
+    multimodal policy is trained; store: the file of its pictures. None for a policy of text.
     """
-    policy: Any = load_policy(model)
+    policy: Any = load_policy(model, images=images is not None)
+    tiles = None
+    if images is not None:
+        assert store is not None
+        freeze(policy, images.freeze)
+        tiles = PictureTiles(ImageStore(store), model.path, tile_rule(model.path, load_tokenizer(model.path)))
     if lora is not None and continues(model):
         with_adapters(policy, model.path, trainable=True)
     elif lora is not None:
         add_adapters(policy, lora)
     if gradient_checkpointing != "none":
         policy.gradient_checkpointing_enable(checkpointing_arguments(gradient_checkpointing))
-    return TokenPolicy(policy, temperature, shared_prefixes=shared_prefixes)
+    return TokenPolicy(policy, temperature, shared_prefixes=shared_prefixes, tiles=tiles)
 
 
 def sample_logprobs(policy: Any, samples: Sequence[TrainSample], max_tokens: int, *, device: str) -> list[list[float]]:
@@ -98,8 +117,9 @@ def sample_logprobs(policy: Any, samples: Sequence[TrainSample], max_tokens: int
     """
     found: dict[int, list[float]] = {}
     with torch.no_grad():
-        for chunk in micro_batches(samples, max_tokens, shared=policy.shares_prefixes):
-            values_T, *_ = policy(collate(chunk, PAD_ID, device, shared=policy.shares_prefixes))
+        layout: dict[str, Any] = {"shared": policy.shares_prefixes, "tiles": policy.tiles}
+        for chunk in micro_batches(samples, max_tokens, **layout):
+            values_T, *_ = policy(collate(chunk, PAD_ID, device, **layout))
             parts = values_T.cpu().split([sample.num_trained for sample in chunk])
             found |= {id(sample): part.tolist() for sample, part in zip(chunk, parts, strict=True)}
     return [found[id(sample)] for sample in samples]

@@ -8,6 +8,7 @@ than one process, so the reference must fit on one GPU.
 
 from collections.abc import Sequence
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
@@ -43,13 +44,14 @@ def check_reference(reference: ReferenceConfig | None, model: ModelConfig) -> No
 class Reference:
     """The process of the reference policy, with the resources `resources.reference`. Ray must be initialised.
 
-    The process starts in the background, and the first call waits for it.
+    The process starts in the background, and the first call waits for it. store: the file of the prompts' pictures;
+    None for a policy that is shown none.
     """
 
-    def __init__(self, config: TrainingConfig, seed: int):
+    def __init__(self, config: TrainingConfig, seed: int, store: Path | None = None):
         resources = config.resources.reference
         assert resources is not None
-        self._process = RankGroup(ParallelConfig(), resources, frozen_policy, config, seed, name="the reference")
+        self._process = RankGroup(ParallelConfig(), resources, frozen_policy, config, seed, store, name="the reference")
 
     async def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """Log-probability of each sample's trained tokens at the sampling temperature, in the order given."""
@@ -74,11 +76,11 @@ class AdaptersOff:
         return await self._trainer.async_logprobs(list(samples), False)
 
 
-def frozen_policy(config: TrainingConfig, seed: int) -> Any:
+def frozen_policy(config: TrainingConfig, seed: int, store: Path | None = None) -> Any:
     """The `FrozenPolicy`. Only its own process calls this, so that the controller's process needs no torch."""
     from posttrain.rl.training.frozen_policy import FrozenPolicy
 
-    return FrozenPolicy(config, seed)
+    return FrozenPolicy(config, seed, store)
 
 
 async def with_reference(scored: ScoredGroup, reference: Reference | AdaptersOff) -> ScoredGroup:

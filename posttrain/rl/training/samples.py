@@ -24,6 +24,7 @@ class TrainSample(Struct, frozen=True):
     sampler_logprobs; staleness: the version of the trainer that steps on it minus the version that sampled the token;
     ref_logprobs: log-probability under the reference policy at the sampling temperature, empty without a reference.
     advantage: of every trained token; or, if `turn_advantages` is not empty, that has one for each entry of `trained`.
+    pictures: keys of the pictures that the prompt shows, in order.
 
     Example: a prompt of three tokens and a reply of two: `TrainSample((1, 2, 3, 7, 8), ((3, 5),), (-0.1, -0.2),
     (0, 0), 0.5)`. With a tool's result of one token in between: `TrainSample((1, 2, 3, 7, 8, 4, 9), ((3, 5), (6, 7)),
@@ -37,6 +38,7 @@ class TrainSample(Struct, frozen=True):
     advantage: float
     ref_logprobs: tuple[float, ...] = ()
     turn_advantages: tuple[float, ...] = ()
+    pictures: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -135,6 +137,7 @@ def _branch_sample(rollout: Rollout, branch: Branch, version: int, *, advantage:
         tuple(chain.from_iterable(logprobs)),
         tuple(chain.from_iterable(ages)),
         advantage,
+        pictures=tuple(item.key for item in rollout.prompt.media),
     )
 
 

@@ -1,5 +1,6 @@
 """The trainer of a stage, which is started early and, if it is lost, again; and the model that its engines load."""
 
+from pathlib import Path
 from typing import TypeVar
 
 from posttrain.context import StageContext
@@ -31,12 +32,14 @@ def with_whole_policy(config: C, context: StageContext) -> C:
 class TrainerStarts:
     """Starts a trainer, and another one up to `trainer_restarts` times. Ray must be initialised.
 
-    left: how many more times it may be started again.
+    store: the file of the pictures that the prompts show; None for prompts of text. left: how many more times it may be
+    started again.
     """
 
-    def __init__(self, config: TrainingConfig, context: StageContext):
+    def __init__(self, config: TrainingConfig, context: StageContext, store: Path | None = None):
         self._config = config
         self._context = context
+        self._store = store
         self.left = config.trainer_restarts
         self._trainer: TrainerClient | None = None
 
@@ -49,7 +52,7 @@ class TrainerStarts:
     def begin(self) -> None:
         """Start the trainer, unless it was begun before."""
         if self._trainer is None:
-            self._trainer = TrainerClient(self._config, self._context.seed)
+            self._trainer = TrainerClient(self._config, self._context.seed, store=self._store)
 
     def again(self, error: TrainerLostError) -> None:
         """Start another trainer in the place of the one that was lost. Raises `error` if that may not be."""
@@ -58,7 +61,7 @@ class TrainerStarts:
         self.left -= 1
         self._context.event("trainer_restarted", reason=str(error), restarts_left=self.left)
         self.trainer.close(at_once=True)
-        self._trainer = TrainerClient(self._config, self._context.seed)
+        self._trainer = TrainerClient(self._config, self._context.seed, store=self._store)
 
     def close(self) -> None:
         """End the trainer."""

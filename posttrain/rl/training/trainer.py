@@ -62,7 +62,8 @@ class PolicyTrainer:
     same method with the same arguments.
     """
 
-    def __init__(self, config: TrainingConfig, seed: int):
+    def __init__(self, config: TrainingConfig, seed: int, store: Path | None = None):
+        """store: the file of the prompts' pictures; None for a policy that is shown none."""
         self._config = config
         torch.manual_seed(seed)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,10 +76,17 @@ class PolicyTrainer:
             config.gradient_checkpointing,
             shared_prefixes=config.shared_prefixes,
             lora=lora,
+            images=config.images,
+            store=store,
         )
         module = policy.to(self._device)
         self._policy = module.policy
-        self._engine = start_engine(module, config.parallel, config.optimizer, dtype=config.model.dtype)
+        rates = {} if config.images is None else config.images.learning_rates
+        self._engine = start_engine(
+            module, config.parallel, config.optimizer, dtype=config.model.dtype, learning_rates=rates
+        )
+        # Of each group relative to the optimizer's rate.
+        self._rates = [group["lr"] / config.optimizer.learning_rate for group in self._engine.optimizer.param_groups]
         if config.parallel.zero == 3:
             module.share_head()
         self._probe = AdapterProbe(self._policy) if lora is not None else None
@@ -133,8 +141,8 @@ class PolicyTrainer:
         """
         began = time.time()
         rate = learning_rate(self._config.optimizer, step, self._config.steps)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+        for group, relative in zip(self._engine.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * relative
         self._engine.train()
         totals, suspects = self._accumulate(samples)
         self._engine.step()
@@ -174,6 +182,7 @@ class PolicyTrainer:
             samples,
             self._config.micro_batch_tokens,
             shared=self._engine.shares_prefixes,
+            tiles=self._engine.tiles,
             rank=self._rank,
             world=self._world,
         )
@@ -217,7 +226,10 @@ class PolicyTrainer:
         """Write the policy as a model folder."""
         architecture = type(self._policy).__name__.removeprefix("Native")
         policy = self._engine.module.policy
-        export_model(policy, self._policy.config, architecture, tokenizer=self._tokenizer, path=folder)
+        processor = None if self._config.images is None else self._config.model.path
+        export_model(
+            policy, self._policy.config, architecture, tokenizer=self._tokenizer, path=folder, processor=processor
+        )
 
     def save_adapter(self, folder: str) -> None:
         """Write the policy's adapters, on the base on which they were trained."""
