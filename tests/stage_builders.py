@@ -291,12 +291,16 @@ def _pool(pool: Any) -> Any:
 
 
 def filter_questions(config: Any) -> Any:
+    from posttrain.data.images.section import passing_reader
     from posttrain.data.rows import load_rows
     from posttrain.filtering.stage import ask
     from posttrain.judging.prompts import judge_prompts
 
-    prompts = judge_prompts(config)
-    return ask(load_rows(config.data, kind="supervised"), config, prompts), prompts.choice_ids
+    with passing_reader(config.images) as images:
+        prompts = judge_prompts(config, images and images.store)
+        questions = ask(load_rows(config.data, kind="supervised", stage="filter", images=images), config, prompts)
+        # Without the file of the pictures, which lies in another folder each time.
+        return [msgspec.structs.replace(asked, pictures=()) for asked in questions], prompts.choice_ids
 
 
 def judge_endpoint(config: Any) -> Any:

@@ -138,9 +138,13 @@ TABLE: dict[str, dict[str, Any]] = {
             "decontaminate.columns": [{"prompt": "question"}],
             "decontaminate.ngram": [14],
             "decontaminate.overlap": [0.9],
+            "images": [{}],
+            "images.root": ["pictures"],
+            "images.max_images": [1],
         },
         "given": {
             **templates_of("judge"),
+            "images*": {"judge.path": "model_vision", "data.path": "sft_pictures.jsonl"},
             "data.special_*": {"data": {"path": "sft_special.jsonl"}},
             "data.weights": {"data.path": ["sft_a.jsonl", "sft_b.jsonl"]},
             "data.mix_seed": {"data": {"path": ["sft_a.jsonl", "sft_b.jsonl"], "weights": [1.0, 1.0]}},

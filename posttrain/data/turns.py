@@ -13,7 +13,13 @@ Kind = Literal["supervised", "prompt"]
 # Columns that hold images, videos or sounds beside the messages, as in TRL and in many chat datasets.
 IMAGE_COLUMNS = ("images", "image")
 MEDIA_COLUMNS = (*IMAGE_COLUMNS, "videos", "audios")
-IMAGE_STAGES = ("sft", "dpo", "eval", "rl")  # kinds that take pictures where their config has a section `images`
+IMAGE_STAGES = (
+    "filter",
+    "sft",
+    "dpo",
+    "eval",
+    "rl",
+)  # kinds that take pictures where their config has a section `images`
 
 _ALTERNATE = "after an optional first system turn, user and assistant alternate, user first"
 _CALLS = "an assistant turn with tool_calls is followed by their results, in tool turns, and then by an assistant turn"

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from posttrain.config.base import Config
 from posttrain.config.data import DataConfig, DedupConfig, EvaluationSetsConfig
+from posttrain.config.images import ImagesConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.resources import ActorResources
 from posttrain.judging.config import EndpointConfig, JudgeQuestion
@@ -64,6 +65,11 @@ class FilterConfig(JudgeQuestion):
         "that engines of this stage serve, or endpoint."
     )
     data: DataConfig = Field(description="The supervised rows to rate; each ends with an assistant turn.")
+    images: ImagesConfig | None = Field(
+        default=None,
+        description="The pictures of rows, which the judge is shown before its question; null: rows have none. A judge "
+        "on engines must be a multimodal Llama 4.",
+    )
     dedup: DedupConfig | None = Field(
         default=None,
         description="Before the judge sees them, remove rows that repeat an earlier one; null removes none.",

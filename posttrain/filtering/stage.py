@@ -21,6 +21,9 @@ from msgspec.structs import replace
 
 from posttrain.context import StageContext
 from posttrain.data.bad_rows import SeenIds
+from posttrain.data.images.files import with_files
+from posttrain.data.images.section import image_reader
+from posttrain.data.images.store import ImageStore
 from posttrain.data.places import Places
 from posttrain.data.rows import store_rows, write_rows
 from posttrain.data.special import special_token_problem
@@ -62,24 +65,29 @@ def run(config: FilterConfig, context: StageContext) -> dict[str, Any]:
 
     Raises what `filter_rows` raises, and `DataError` for bad rows.
     """
-    rows: Sequence[Row] = store_rows(config.data, kind="supervised", stage="filter", context=context)
+    reader = image_reader(config.images, context.dir)
+    rows: Sequence[Row] = store_rows(config.data, kind="supervised", stage="filter", context=context, images=reader)
     started = time.time()
     rows, removed = prune(rows, config, context)
-    result = filter_rows(rows, config, context)
+    store = reader and reader.store
+    result = filter_rows(rows, config, context, images=store)
     paths = {"kept": context.dir / "kept.jsonl", "dropped": context.dir / "dropped.jsonl"}
-    write_rows(paths["kept"], result.kept)
-    write_rows(paths["dropped"], result.dropped)
+    for path, part in ((paths["kept"], result.kept), (paths["dropped"], result.dropped)):
+        write_rows(path, part if store is None else (with_files(row, store, context.dir) for row in part))
     write_json(context.dir / "histogram.json", histogram(result, config.labels))
     stats = {**statistics(result, time.time() - started), **removed}
     context.metrics(0, stats)
     return {**{name: str(path) for name, path in paths.items()}, "stats": stats}
 
 
-def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext) -> FilterResult:
+def filter_rows(
+    rows: Sequence[Row], config: FilterConfig, context: StageContext, *, images: ImageStore | None = None
+) -> FilterResult:
     """Rate `rows` (supervised, at least one) with the judge and split them into kept and dropped ones.
 
-    Of `config.data` only `special_tokens_in_text` is read. Verdicts are saved in the run directory, and verdicts saved
-    there earlier are used again. A judge on engines needs an initialised Ray session; an endpoint needs none. Raises
+    images: the pictures whose keys the rows have; None for rows without pictures. Of `config.data` only
+    `special_tokens_in_text` is read. Verdicts are saved in the run directory, and verdicts saved there earlier are used
+    again. A judge on engines needs an initialised Ray session; an endpoint needs none. Raises
     UserError before an engine is started, for labels that cannot be told apart, an endpoint that cannot be used and
     rows that do not fit into the judge's prompt. Raises StageError if a row has no verdict in the end.
     """
@@ -90,7 +98,7 @@ def filter_rows(rows: Sequence[Row], config: FilterConfig, context: StageContext
         raise DataError(
             f"keep_fraction {config.keep_fraction} of {len(rows)} rows keeps none of them; raise it or add rows"
         )
-    prepared = prepare_judge(config)
+    prepared = prepare_judge(config, images)
     questions = ask(rows, config, prepared.prompts, folder=context.dir)
     rated = rate(questions, prepared, config.resources.judge, context=context)
     require_all(rated.undecided, len(rows))

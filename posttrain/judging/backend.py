@@ -14,6 +14,7 @@ from typing import Protocol
 
 from posttrain.config.resources import ActorResources
 from posttrain.context import BusyLog, StageContext
+from posttrain.data.images.store import ImageStore
 from posttrain.judging.config import EndpointConfig, JudgeQuestion
 from posttrain.judging.forms import Form
 from posttrain.judging.prompts import JudgePrompts, Question, judge_prompts
@@ -58,13 +59,13 @@ class PreparedJudge:
     form: Form | None
 
 
-def prepare_judge(config: JudgeQuestion) -> PreparedJudge:
-    """Check a judge before anything heavy starts.
+def prepare_judge(config: JudgeQuestion, store: ImageStore | None = None) -> PreparedJudge:
+    """Check a judge before anything heavy starts. store: as for `JudgePrompts`.
 
-    Raises UserError for labels that the tokenizer cannot tell apart, and for an endpoint that is down, does not serve
-    the model, or refuses the key.
+    Raises UserError for labels that the tokenizer cannot tell apart, for a model folder that takes no pictures if it is
+    to be shown some, and for an endpoint that is down, does not serve the model, or refuses the key.
     """
-    prompts, form = judge_prompts(config), None
+    prompts, form = judge_prompts(config, store), None
     if isinstance(config.source, EndpointConfig):
         from posttrain.judging.preflight import choose_form
 

@@ -28,6 +28,7 @@ from posttrain.judging.config import EndpointConfig, JudgeQuestion
 from posttrain.judging.prompts import Question
 from posttrain.judging.verdicts import Verdict
 from posttrain.model.fingerprint import model_fingerprint
+from posttrain.records import Media
 
 COMMIT_S = 1.0  # a kill may lose the verdicts of so many seconds
 _SCHEMA = "CREATE TABLE IF NOT EXISTS verdicts (key BLOB PRIMARY KEY, verdict BLOB NOT NULL) WITHOUT ROWID"
@@ -99,8 +100,10 @@ class VerdictCache:
             self._uncommitted_since = None
 
     def _key(self, question: Question) -> bytes:
-        """The key of a question: of its tokens for a judge on engines, of its text for an endpoint."""
+        """The key of a question: of its pictures, and of its tokens, or for an endpoint of its text."""
         digest = hashlib.blake2b(self._judge, digest_size=16)
         digest.update(b"\0")
         digest.update(array("q", question.token_ids).tobytes() or question.text.encode("utf-8", "surrogatepass"))
+        for reference in question.pictures:  # other pictures of the same size have the same tokens
+            digest.update(b"\0" + Media(reference).key.encode())
         return digest.digest()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import openai
 
 from posttrain.context import BusyLog, StageContext
+from posttrain.data.images.references import data_url
 from posttrain.judging.config import EndpointConfig
 from posttrain.judging.forms import Form, read_answer, request_body
 from posttrain.judging.prompts import Question
@@ -70,7 +71,12 @@ class EndpointJudge:
     async def _rate_one(self, question: Question) -> Answer:
         endpoint, began = self._endpoint, time.time()
         body = request_body(
-            self._form, endpoint.model, question.text, labels=self._labels, top_logprobs=endpoint.top_logprobs
+            self._form,
+            endpoint.model,
+            question.text,
+            labels=self._labels,
+            top_logprobs=endpoint.top_logprobs,
+            pictures=[data_url(reference) for reference in question.pictures],
         )
         try:
             answer = await complete(self._client, endpoint, body)

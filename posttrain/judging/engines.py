@@ -97,7 +97,9 @@ class EngineJudge:
         for index, question in enumerate(questions):
             order = next(self._orders)
             self._waiting[order] = lambda completion, index=index: take(index, completion)
-            request = SampleRequest(question.token_ids, max_tokens=1, choice_ids=self._choice_ids)
+            request = SampleRequest(
+                question.token_ids, max_tokens=1, choice_ids=self._choice_ids, pictures=question.pictures
+            )
             prompt = DrawnPrompt(Row(question.row_id, "", ()), None, Prompt((), question.token_ids))
             yield Flight(order, 0, prompt, request)
 

@@ -49,13 +49,16 @@ FORMS = (
 )
 
 
-def request_body(form: Form, model: str, text: str, *, labels: Sequence[str], top_logprobs: int) -> dict[str, Any]:
-    """The body of a chat completion that asks for one label."""
+def request_body(
+    form: Form, model: str, text: str, *, labels: Sequence[str], top_logprobs: int, pictures: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The body of a chat completion that asks for one label. pictures: data URLs, which stand before the text."""
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
     # A label never has more tokens than bytes.
     room = max(_ROOM_TOKENS, *(len(label.encode()) for label in labels))
     body: dict[str, Any] = {
         "model": model,
-        "messages": [{"role": "user", "content": text}],
+        "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}],
         "temperature": 0,
         "max_tokens": room + (_ROOM_TOKENS if form.as_json else 0),
     }

@@ -9,18 +9,23 @@ lengths are counted in characters.
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from posttrain.data.chat import render_prompt
+from posttrain.data.images.render import Pictures, pictures_of, prompt_with_pictures
+from posttrain.data.images.store import ImageStore
+from posttrain.data.images.tiles import tile_rule
 from posttrain.data.special import guard_of
 from posttrain.data.templates import chat_template
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.transcript import message_text, transcript
 from posttrain.errors import DataError, UserError
 from posttrain.judging.config import PLACEHOLDER, EndpointConfig, JudgeQuestion
-from posttrain.records import Message, Row
+from posttrain.records import ContentPart, ImagePart, Message, Row, TextPart
 
 _TAG = re.compile(r"</?\s*([A-Za-z][\w-]*)")
 _SHOWN = 20
@@ -37,7 +42,8 @@ _LOOKS_SPECIAL = (
 class Question(Struct, frozen=True):
     """A question to the judge about one row.
 
-    row_id: the row's id. text: the judge's user turn. token_ids: the whole prompt, for a judge on engines only.
+    row_id: the row's id. text: the text of the judge's user turn. token_ids: the whole prompt, for a judge on engines
+    only. pictures: references to the pictures of the row, which the user turn shows before the text.
 
     Example: Question("r7", "Rate how hard a task is ... <task_text>1 + 1?</task_text> ...", (200000, 5, ...))
     """
@@ -45,19 +51,25 @@ class Question(Struct, frozen=True):
     row_id: str
     text: str
     token_ids: tuple[int, ...] = ()
+    pictures: tuple[str, ...] = ()
 
 
 class JudgePrompts:
     """Renders rows for the judge.
 
     tokenizer: the judge's, with a chat template; None for a judge at an endpoint. choice_ids: the first token of each
-    label, empty without a tokenizer. num_shortened: rows of which only the beginning and end were shown. Raises
-    UserError for labels that the tokenizer cannot tell apart.
+    label, empty without a tokenizer. num_shortened: rows of which only the beginning and end were shown. store: of the
+    rows' pictures, which the judge is shown; None for a judge that reads text. Raises UserError for labels that the
+    tokenizer cannot tell apart, and for a model folder that takes no pictures.
     """
 
-    def __init__(self, config: JudgeQuestion, tokenizer: Any = None):
+    def __init__(self, config: JudgeQuestion, tokenizer: Any = None, *, store: ImageStore | None = None):
         self._config = config
         self._tokenizer = tokenizer
+        self._store = store
+        self._pictures: Pictures | None = None
+        if store is not None and not isinstance(config.source, EndpointConfig):
+            self._pictures = Pictures(store, tile_rule(config.source.path, tokenizer))
         self._special = _special_pattern(tokenizer)
         self._escape = _escaper(self._special, config.template)
         self.choice_ids = () if tokenizer is None else label_token_ids(tokenizer, config.labels)
@@ -100,10 +112,17 @@ class JudgePrompts:
         """The question with these texts in the template, and its length."""
         values = {**texts, "labels": ", ".join(self._config.labels)}
         text = PLACEHOLDER.sub(lambda match: values[match[1]], self._config.template)
+        keys = () if self._store is None else pictures_of(row.messages)
+        shown = tuple(self._store.reference(key) for key in keys) if self._store is not None else ()
         if self._tokenizer is None:
-            return Question(row.id, text), len(text)
-        ids = tuple(render_prompt(self._tokenizer, [Message("user", text)]))
-        return Question(row.id, text, ids), len(ids)
+            return Question(row.id, text, pictures=shown), len(text)
+        if keys and self._pictures is not None:
+            turn = Message("user", (*map(ImagePart, keys), TextPart(text)))
+            store, rule = self._pictures.store, self._pictures.rule
+            ids = prompt_with_pictures(self._tokenizer, [turn], store, rule=rule).ids
+        else:
+            ids = render_prompt(self._tokenizer, [Message("user", text)])
+        return Question(row.id, text, tuple(ids), shown), len(ids)
 
     def _shorten(self, row: Row, texts: dict[str, str], limit: int) -> Question:
         """The question with every text cut to the largest number of characters, the same for each, that fits."""
@@ -126,25 +145,41 @@ class JudgePrompts:
         return best
 
 
-def judge_prompts(config: JudgeQuestion) -> JudgePrompts:
-    """The renderer for a judge, with its tokenizer unless the judge is at an endpoint."""
+def judge_prompts(config: JudgeQuestion, store: ImageStore | None = None) -> JudgePrompts:
+    """The renderer for a judge, with its tokenizer unless the judge is at an endpoint. store: as for `JudgePrompts`."""
     if isinstance(config.source, EndpointConfig):
-        return JudgePrompts(config)
+        return JudgePrompts(config, store=store)
     from posttrain.model.tokenizer import load_tokenizer
 
-    return JudgePrompts(config, load_tokenizer(config.source.path, config.source.chat_template))
+    return JudgePrompts(config, load_tokenizer(config.source.path, config.source.chat_template), store=store)
 
 
 def row_texts(row: Row) -> dict[str, str]:
     """The row's texts by placeholder: the prompt before its last reply, that reply, the system instruction, the answer.
 
     A prompt of several turns is a transcript with the role before each turn, including tool calls and their results.
+    Pictures are named by their number, such as [picture 2].
     """
+    row = _numbered(row)
     system = "\n".join(message.text for message in row.messages if message.role == "system")
     turns = [message for message in row.messages[:-1] if message.role != "system"]
     prompt = message_text(turns[0]) if len(turns) == 1 else transcript(turns)
     answer = "" if row.answer is None else str(row.answer)
     return {"prompt": prompt, "response": message_text(row.messages[-1]), "system": system, "answer": answer}
+
+
+def _numbered(row: Row) -> Row:
+    """The row with a text in the place of each picture."""
+    numbers = count(1)
+
+    def named(part: ContentPart) -> ContentPart:
+        return TextPart(f"[picture {next(numbers)}]") if isinstance(part, ImagePart) else part
+
+    messages = (
+        message if isinstance(message.content, str) else replace(message, content=tuple(map(named, message.content)))
+        for message in row.messages
+    )
+    return replace(row, messages=tuple(messages))
 
 
 def label_token_ids(tokenizer: Tokenizer, labels: Sequence[str]) -> tuple[int, ...]:

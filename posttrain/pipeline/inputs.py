@@ -204,7 +204,7 @@ def images_of(config: BaseModel) -> ImagesConfig | None:
 
 def _image_problems(config: BaseModel) -> list[str]:
     """The problem if a stage is to take pictures and its model takes none."""
-    model = getattr(config, "model", None)
+    model = getattr(config, "model", None) or getattr(config, "judge", None)  # of the filter
     if images_of(config) is None or not isinstance(model, ServedModelConfig) or has_reference(model.path):
         return []
     folder = base_folder(model.path)

@@ -11,7 +11,8 @@ tiles.py     the tiles and tokens of a picture, by the rules of Llama 4's proces
 render.py    token ids of messages with pictures
 preview.py   a row in tokens, with a description in the place of each picture
 section.py   the readers that the section `images` of a stage asks for
-references.py    reads a picture by a reference to it, in a reward or an engine
+references.py    reads a picture by a reference to it, in a reward, an engine or a request to a judge
+files.py     writes pictures as files, for rows that a stage writes
 
 Nothing is ever downloaded. Left out: videos and sounds.
 """
