@@ -19,9 +19,10 @@ from typing import Any
 from rl_models import save, start_engine
 
 from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
 from posttrain.context import BusyLog, StageContext
 from posttrain.pipeline.ray_session import ray_session
-from posttrain.records import DrawnPrompt, Message, Prompt, Row
+from posttrain.records import DrawnPrompt, Media, Message, Prompt, Row
 from posttrain.rl.history.ledger import Ledger
 from posttrain.sampling.arguments import ENGINE_ENV, engine_arguments
 from posttrain.sampling.requests import SampleRequest
@@ -36,25 +37,26 @@ ENGINE = EngineConfig(max_model_len=256, kv_cache_gib=0.5)
 class RawLLM:
     """`vllm.LLM` with our engine's settings."""
 
-    def __init__(self, served: dict[str, Any]):
-        from posttrain.config.models import ServedModelConfig
-
+    def __init__(self, served: dict[str, Any], engine: EngineConfig = ENGINE):
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         from vllm import LLM
 
         ours = {"worker_extension_cls", "weight_transfer_config", "stream_interval"}
-        arguments = engine_arguments(ServedModelConfig(**served), ENGINE)
+        arguments = engine_arguments(ServedModelConfig(**served), engine)
         self._llm = LLM(**{name: value for name, value in arguments.items() if name not in ours})
 
-    def tokens_per_s(self, prompts: list[tuple[int, ...]], num_tokens: int) -> float:
+    def tokens_per_s(self, prompts: list[dict[str, Any]], num_tokens: int, replies: int = 1) -> float:
+        """prompts: as vLLM takes them. replies: to each."""
         from vllm import SamplingParams
 
         params = SamplingParams(
-            temperature=1.0, max_tokens=num_tokens, logprobs=0, detokenize=False, flat_logprobs=True, ignore_eos=True
-        )
+            temperature=1.0, max_tokens=num_tokens, logprobs=0, detokenize=False, flat_logprobs=True, ignore_eos=True,
+            n=replies,
+        )  # fmt: skip
         began = time.perf_counter()
-        outputs = self._llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False)
-        return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - began)
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        tokens = sum(len(reply.token_ids) for output in outputs for reply in output.outputs)
+        return tokens / (time.perf_counter() - began)
 
 
 class Ours:
@@ -68,17 +70,17 @@ class Ours:
         )
         self._ledger = Ledger(folder / "ledger.sqlite")
 
-    def tokens_per_s(self, prompts: list[tuple[int, ...]], num_tokens: int) -> float:
-        return asyncio.run(self._run(prompts, num_tokens))
+    def tokens_per_s(self, requests: list[SampleRequest]) -> float:
+        return asyncio.run(self._run(requests))
 
-    async def _run(self, prompts: list[tuple[int, ...]], num_tokens: int) -> float:
+    async def _run(self, requests: list[SampleRequest]) -> float:
         ledger, done = self._ledger, asyncio.Event()
-        left, tokens = len(prompts), 0
+        left, tokens = len(requests), 0
 
         def finished(flight: Flight) -> None:
             nonlocal left, tokens
             ledger.generated(flight.order, flight.replies)
-            left, tokens = left - 1, tokens + flight.rollouts[0].num_sampled
+            left, tokens = left - 1, tokens + sum(rollout.num_sampled for rollout in flight.rollouts)
             if not left:
                 done.set()
 
@@ -95,11 +97,11 @@ class Ours:
         row = Row("p", "sums", (Message("user", "1 + 1 ="),))
         began = time.perf_counter()
         running = [asyncio.ensure_future(workers.run()), asyncio.ensure_future(keep())]
-        for ids in prompts:
+        for request in requests:
             self._next += 1
             ledger.reserve(self._next, "p", "sums", system=None, prompts_seen=0, stamp=0)
-            prompt = DrawnPrompt(row, None, Prompt(row.messages, ids))
-            workers.send(Flight(self._next, 0, prompt, SampleRequest(ids, max_tokens=num_tokens)))
+            prompt = Prompt(row.messages, request.prompt_ids, tuple(map(Media, request.pictures)))
+            workers.send(Flight(self._next, 0, DrawnPrompt(row, None, prompt), request))
         waiting = asyncio.ensure_future(done.wait())
         await asyncio.wait({waiting, *running}, return_when=asyncio.FIRST_COMPLETED)
         ended = time.perf_counter()
@@ -115,32 +117,51 @@ class Ours:
 
 
 def rollout_vs_raw(size: str) -> tuple[float, dict[str, float]]:
-    import ray
-
     requests, num_tokens, rounds = SHAPES[size]
     prompts = [tuple(5 + (7 * i + 3 * j) % 400 for j in range(PROMPT_TOKENS)) for i in range(requests)]
     with tempfile.TemporaryDirectory() as scratch, ray_session():
         served = save(size, Path(scratch) / "model")
-        ours = Ours(start_engine("ours", served, ENGINE), Path(scratch))
-        try:
-            raw = {
-                name: ray.remote(RawLLM)
-                .options(
-                    num_cpus=0.3,
-                    runtime_env={"env_vars": {**ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": own_core}},
-                )
-                .remote(served.model_dump())
-                for name, own_core in (("raw_in_process", "0"), ("raw_own_core", "1"))
-            }
-            rates: dict[str, list[float]] = {"ours": [], **{name: [] for name in raw}}
-            for _ in range(1 + rounds):  # the first round warms up
-                rates["ours"].append(ours.tokens_per_s(prompts, num_tokens))
-                for name, actor in raw.items():
-                    rates[name].append(ray.get(actor.tokens_per_s.remote(prompts, num_tokens)))
-        finally:
-            ours.close()
-    rates = {name: values[1:] for name, values in rates.items()}
-    peer = max(raw, key=lambda name: statistics.median(rates[name]))
-    ratio = statistics.median(ours / theirs for ours, theirs in zip(rates["ours"], rates[peer], strict=True))
-    medians = {f"{name}_tokens_per_s": statistics.median(values) for name, values in rates.items()}
+        ours = [SampleRequest(ids, max_tokens=num_tokens) for ids in prompts]
+        raw = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        ratio, medians = beside_raw(served, ENGINE, ours, raw=raw, rounds=rounds, folder=Path(scratch))
     return ratio, {**medians, "requests": requests, "tokens_per_reply": num_tokens}
+
+
+def beside_raw(
+    served: ServedModelConfig,
+    engine: EngineConfig,
+    requests: list[SampleRequest],
+    *,
+    raw: list[dict[str, Any]],
+    rounds: int,
+    folder: Path,
+) -> tuple[float, dict[str, float]]:
+    """Our tokens a second / those of the faster mode of `LLM`, and the medians of each. Ray must be initialised.
+
+    requests, raw: the same, for us and as vLLM takes them. folder: for our ledger.
+    """
+    import ray
+
+    ours = Ours(start_engine("ours", served, engine), folder)
+    try:
+        peers = {
+            name: ray.remote(RawLLM)
+            .options(
+                num_cpus=0.3,
+                runtime_env={"env_vars": {**ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": own_core}},
+            )
+            .remote(served.model_dump(), engine)
+            for name, own_core in (("raw_in_process", "0"), ("raw_own_core", "1"))
+        }
+        rates: dict[str, list[float]] = {"ours": [], **{name: [] for name in peers}}
+        for _ in range(1 + rounds):  # the first round warms up
+            rates["ours"].append(ours.tokens_per_s(requests))
+            for name, actor in peers.items():
+                work = actor.tokens_per_s.remote(raw, requests[0].max_tokens, requests[0].n)
+                rates[name].append(ray.get(work))
+    finally:
+        ours.close()
+    rates = {name: values[1:] for name, values in rates.items()}
+    peer = max(peers, key=lambda name: statistics.median(rates[name]))
+    ratio = statistics.median(ours / theirs for ours, theirs in zip(rates["ours"], rates[peer], strict=True))
+    return ratio, {f"{name}_tokens_per_s": statistics.median(values) for name, values in rates.items()}

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 from rollout_records import drawn, one_turn, reply_sample
-from vision_folder import draw, save_vision_policy
+from vision_models import draw, save_vision_policy
 
 from posttrain.config.base import Config
 from posttrain.context import StageContext

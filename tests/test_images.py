@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from vision_folder import TEMPLATE, image_tokenizer
+from vision_models import TEMPLATE, image_tokenizer
 
 from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
 from posttrain.cli.main import main

@@ -12,7 +12,8 @@ from test_sft import weights as weights_of
 from test_vision_sft import make_config as with_pictures
 from test_vision_sft import weights_of as all_weights_of
 from tiny_policy import write_sums
-from vision_folder import save_vision_policy, write_picture_pairs, write_picture_rows
+from vision_folder import write_picture_pairs, write_picture_rows
+from vision_models import save_vision_policy
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext

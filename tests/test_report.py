@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from report_sample import ACCURACY, CAPABILITIES, FAULTS, HOSTILE, RL_CONFIG, STEPS, results, write_lines, write_sample
-from vision_folder import draw
+from vision_models import draw
 
 import posttrain
 from posttrain.data.images.section import STORE

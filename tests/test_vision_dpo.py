@@ -8,7 +8,7 @@ import pytest
 import torch
 from closeness import assert_as_exact, float64_inside
 from trl.trainer.dpo_config import DPOConfig
-from vision_folder import draw, save_vision_policy
+from vision_models import draw, save_vision_policy
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from vision_folder import draw, save_vision_policy
+from vision_models import draw, save_vision_policy
 
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig

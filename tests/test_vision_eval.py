@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from vision_folder import REWARD, draw, save_vision_policy
+from vision_folder import REWARD
+from vision_models import draw, save_vision_policy
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext

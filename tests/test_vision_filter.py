@@ -9,7 +9,8 @@ import pytest
 import torch
 from judge_server import MODEL, chat, serving
 from test_judge_endpoint import GOOD
-from vision_folder import draw, save_vision_policy, write_picture_rows
+from vision_folder import write_picture_rows
+from vision_models import draw, save_vision_policy
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext

@@ -8,7 +8,8 @@ import pytest
 import torch
 from closeness import assert_as_exact, float64_inside
 from transformers import Llama4ForConditionalGeneration
-from vision_folder import REWARD, draw, save_vision_policy
+from vision_folder import REWARD
+from vision_models import draw, save_vision_policy
 
 from posttrain.config.base import validate_config
 from posttrain.config.images import TrainedImagesConfig

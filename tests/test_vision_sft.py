@@ -10,7 +10,8 @@ import pytest
 import torch
 from closeness import assert_as_exact, float64_inside
 from PIL import Image
-from vision_folder import draw, save_vision_policy, write_picture_rows
+from vision_folder import write_picture_rows
+from vision_models import draw, save_vision_policy
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
