@@ -21,16 +21,27 @@ from posttrain.data.images.store import ImageStore
 from posttrain.data.images.tiles import tile_rule
 from posttrain.model import load_model, load_tokenizer
 from posttrain.model.vision.parts import part_of
-from posttrain.records import ImagePart, Message, TextPart
+from posttrain.records import (
+    DrawnPrompt,
+    FinishReason,
+    ImagePart,
+    Message,
+    Rollout,
+    Row,
+    Segment,
+    TextPart,
+    VersionSpan,
+)  # fmt: skip
 from posttrain.rl import stage as rl
 from posttrain.rl.config import RlConfig
-from posttrain.rl.history.archive import _media
+from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.audit import audit_stage
 from posttrain.rl.history.recorded import read_rollouts
-from posttrain.rl.history.replay import replay
+from posttrain.rl.history.replay import recorded_steps, replay
+from posttrain.rl.records import Group, ScoredGroup
 from posttrain.rl.training.batches import collate, micro_batches
 from posttrain.rl.training.policy import PAD_ID, load_token_policy
-from posttrain.rl.training.samples import TrainSample
+from posttrain.rl.training.samples import TrainSample, train_samples
 
 SIZES = {"a": (56, 56), "b": (56, 56), "wide": (112, 56)}
 REPLIES = 3
@@ -142,15 +153,24 @@ def test_every_part_has_a_gradient_and_a_batch_of_text_one_of_zero(folder, shown
     assert all(weight.grad is not None and not weight.grad.any() for weight in vision)
 
 
-def test_a_prompt_names_its_pictures_and_the_archive_gives_them_back(tmp_path):
+def test_a_prompt_names_its_pictures_and_a_replay_gets_them_from_the_archive(folder, tmp_path):
     store = ImageStore(tmp_path / "pictures")
     key = store.add((tmp_path / draw(tmp_path / "a.png", 1)).read_bytes()).key
     prompt = prompt_of([Message("user", (ImagePart(key), TextPart("x")))], [1, 2], store)
     assert prompt.pictures == (f"{store.path}#{key}",)
-    archived = (
-        f'[{{"role": "user", "content": [{{"type": "image", "image": "{key}"}}, {{"type": "text", "text": "x"}}]}}]'
-    )
-    assert [item.key for item in _media(archived)] == [key] == [item.key for item in prompt.media]
+    row = Row("p", "image", prompt.messages)
+    rollouts = tuple(
+        Rollout("p", "g0", index, prompt, (Segment((5, index), True, (-0.5, -0.5), (VersionSpan(0, 0, 2),)),), "no",
+                FinishReason.STOP)
+        for index in range(2)
+    )  # fmt: skip
+    scored = ScoredGroup(Group(0, DrawnPrompt(row, None, prompt), rollouts), (1.0, 0.0), ("", ""), (0.5, -0.5))
+    archive = RolloutArchive(tmp_path / "rollouts", load_tokenizer(folder))
+    archive.add(scored, step=0, trainer_version=0, status="trained")
+    archive.write(0)
+    (step,) = recorded_steps(tmp_path)
+    assert step.samples == tuple(train_samples([scored], 0))
+    assert [sample.pictures for sample in step.samples] == [(key,)] * 2
 
 
 @pytest.mark.slow

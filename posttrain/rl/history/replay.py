@@ -44,8 +44,9 @@ def recorded_steps(stage: Path) -> Iterator[RecordedStep]:
     """
     import pyarrow.parquet as pq
 
-    names = ["step", "group_id", "index", "prompt_id", "reply", "finish_reason", "advantage", "versions", "segments",
-             "prompt_ids", "token_ids", "sampler_logprobs", "ref_logprobs", "status", "turn_advantages"]  # fmt: skip
+    names = ["step", "group_id", "index", "prompt_id", "prompt", "reply", "finish_reason", "advantage", "versions",
+             "segments", "prompt_ids", "token_ids", "sampler_logprobs", "ref_logprobs", "status",
+             "turn_advantages"]  # fmt: skip
     paths = sorted((stage / "rollouts").glob("step_*.parquet"))
     if not paths:
         raise ConfigError(str(stage), ["has no rollouts to replay; give the folder of an RL stage"])
