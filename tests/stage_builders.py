@@ -567,7 +567,9 @@ def rl_draws(config: Any) -> Any:
     profile = [Difficulty(row.id, row.capability, 8, 4 * (index % 2), 0, True) for index, row in enumerate(rows)]
     source = prompt_source(config, rows, profile[:-1], tokenizer=_tokenizer(), seed=0)
     drawn = []
-    for step, capability in enumerate(islice(places(mixture_shares(rows, config.mixture)), 48)):
+    for step, capability in enumerate(
+        islice(places(mixture_shares(rows, config.mixture, modalities=config.modalities)), 48)
+    ):
         drawn.append(source.draw(capability, step))
         drawn.append(source.advance(step))
     return drawn

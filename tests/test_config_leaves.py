@@ -225,6 +225,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "prompts.roles": [{"user": "assistant"}],
             "prompts.weights": [[1.0, 3.0]],
             "mixture": [{"math": 3.0, "coding": 1.0}],
+            "modalities": [{"text": 1.0}],
             "micro_batch_tokens": [400],
             "parallel.expert": [2],
             "profile.band": [[0.4, 0.7], [0.1, 0.4]],

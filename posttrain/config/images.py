@@ -1,6 +1,6 @@
 """Sections about rows with pictures: where the pictures are, and which parts of a model they change."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,6 +8,8 @@ from posttrain.config.base import Config
 from posttrain.config.fields import PathText, Positive
 from posttrain.config.models import ModelConfig
 from posttrain.config.training import PARTS, LoraConfig, Part
+
+Modality = Literal["text", "image", "multi-image"]  # of a row: no picture, one, several
 
 
 class ImagesConfig(Config):

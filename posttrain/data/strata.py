@@ -58,15 +58,6 @@ def sampled_places(rows: Sequence[Row], limit: int | None) -> "Sequence[int] | n
     return np.sort(chosen)
 
 
-def places_by_capability(rows: Sequence[Row]) -> "dict[str, np.ndarray]":
-    """The places of the rows of each capability, by its name."""
-    import numpy as np
-
-    found: dict[str, int] = {}
-    number_N = np.fromiter((found.setdefault(row.capability, len(found)) for row in rows), np.int32, len(rows))
-    return {name: np.flatnonzero(number_N == number) for name, number in sorted(found.items())}
-
-
 def hashes_and_capabilities(rows: Sequence[Row], seed: int) -> "tuple[np.ndarray, np.ndarray, list[str]]":
     """The sort key of each row by its id [N], the number of its capability [N], and the names of the capabilities."""
     import numpy as np

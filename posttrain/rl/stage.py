@@ -62,7 +62,8 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
     reader = image_reader(config.images, context.dir)
     rows = _rows(config, context, images=reader)
     heldout = heldout_rows(config, config.evaluation, context, images=reader)
-    mixture_shares(rows, config.mixture, "prompt")  # a capability that no row has is found before anything starts
+    # A capability or modality that no row has is found before anything starts.
+    mixture_shares(rows, config.mixture, "prompt", modalities=config.modalities)
     if (finished := finished_outputs(context.dir, config.steps)) is not None:
         return finished
     from posttrain.model.router_keys import check_router
@@ -101,14 +102,15 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         _check_same(ledger, config.model.path, rows, context=context)
         measured = [item for item in profile if item.n]
         pictures = _pictures(config, tokenizer, reader)
+        shares = mixture_shares(selected, config.mixture, modalities=config.modalities)
 
         def make_parts() -> Parts:
             own = AdaptersOff(starts.trainer) if config.loss.reference is not None else None
             source = prompt_source(config, selected, profile, tokenizer=tokenizer, seed=context.seed, pictures=pictures)
             archive = RolloutArchive(context.dir / "rollouts", tokenizer)
             return Parts(
-                engines, starts.trainer, reference or own, source, mixture_shares(selected, config.mixture), archive,
-                ledger, stop_ids, evaluated, judge, measured, len(profile) - len(measured), rollouter(),
+                engines, starts.trainer, reference or own, source, shares, archive, ledger,
+                stop_ids, evaluated, judge, measured, len(profile) - len(measured), rollouter(),
             )  # fmt: skip
 
         parts, figures = _train_to_the_end(config, context, starts, make_parts=make_parts, prompts=prompts)

@@ -10,6 +10,7 @@ store.py     the file of encoded pictures, each kept once, read through a memory
 tiles.py     the tiles and tokens of a picture, by the rules of Llama 4's processor
 render.py    token ids of messages with pictures
 preview.py   a row in tokens, with a description in the place of each picture
+modality.py  text, one picture or several
 section.py   the readers that the section `images` of a stage asks for
 references.py    reads a picture by a reference to it, in a reward, an engine or a request to a judge
 files.py     writes pictures as files, for rows that a stage writes

@@ -2,10 +2,10 @@
 
 The belief about a prompt has the parameters a + passes and b + failures. A reply counts half after `half_life`
 optimizer steps, a quarter after twice as many, because the policy has moved. The prior (a, b) is that of the prompt's
-stratum: its capability, and the value of the row's field `predictor` if there is one. It fits the first groups of the
-prompts seen so far (prior.py). First groups are a fair sample of the stratum, because nothing distinguishes prompts
-that were not seen. A stratum with little evidence has about the prior of its capability, and a capability that of all
-prompts.
+stratum: its capability, its modality (text, one picture, several) where rows differ in it, and the value of the row's
+field `predictor` if there is one. It fits the first groups of the prompts seen so far (prior.py). First groups are a
+fair sample of the stratum, because nothing distinguishes prompts that were not seen. A stratum with little evidence has
+about the prior of its capability, and a capability that of all prompts.
 
 Arrays have an entry for each prompt [N], so that a pool of millions of prompts costs little: 64 bytes a prompt, 16
 of them for its id.
@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.images.modality import modality_of
 from posttrain.data.places import Places
 from posttrain.errors import ConfigError
 from posttrain.records import Row
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.prior import UNIFORM, Prior, fit_prior
+from posttrain.rl.prompts.quotas import places_by_quota
 
 # How far the prior of a stratum may lie from that of its capability, and this from that of all prompts: the standard
 # deviation of its logarithms as long as there is no evidence.
@@ -32,7 +34,7 @@ LEAST_FIRST_GROUPS = 64.0
 FORGOTTEN = 0.01  # counts below this are taken as 0
 NUM_BINS = 8  # of a predictor with more numbers than this
 
-Stratum = tuple[str, str]  # capability, value of the predictor
+Stratum = tuple[str, str]  # capability; modality and value of the predictor
 
 
 class Beliefs:
@@ -57,8 +59,10 @@ class Beliefs:
         """The id of the prompt at a place."""
         return self._rows[place].id
 
-    def of_capabilities(self) -> dict[str, np.ndarray]:
-        """The places of the prompts of each capability, by name."""
+    def of_quotas(self, modalities: Mapping[str, float] | None) -> dict[str, np.ndarray]:
+        """The places of the prompts of each quota, by name. modalities: see `quota_of`."""
+        if modalities:
+            return places_by_quota(self._rows, modalities)
         numbers: dict[str, list[int]] = defaultdict(list)
         for number, (capability, _) in enumerate(self._strata):
             numbers[capability].append(number)
@@ -194,22 +198,25 @@ def mixed_chance(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
 
 
 def strata_of(rows: Sequence[Row], predictor: str | None) -> tuple[list[Stratum], np.ndarray]:
-    """The strata in order, and the number of each row's [N].
+    """The strata in order, and the number of each row's [N]. Where rows are of several modalities, each has its own.
 
     Numbers of a predictor with many values are put into bins of equally many rows. Raises ConfigError for a row without
     the field `predictor`.
     """
-    found: dict[Stratum, int] = {}
+    found: dict[tuple[str, str, str], int] = {}
     values = _values(rows, predictor) if predictor is not None else repeat("")
     number_N = np.fromiter(
-        (found.setdefault((row.capability, str(value)), len(found)) for row, value in zip(rows, values, strict=False)),
+        (
+            found.setdefault((row.capability, modality_of(row), str(value)), len(found))
+            for row, value in zip(rows, values, strict=False)
+        ),
         np.int32,
         len(rows),
     )
-    strata = sorted(found)
-    in_order = np.empty(len(strata), np.int32)
-    in_order[[found[stratum] for stratum in strata]] = np.arange(len(strata))
-    return strata, in_order[number_N]
+    differ = len({modality for _, modality, _ in found}) > 1
+    named = [(capability, f"{modality} {value}".strip() if differ else value) for capability, modality, value in found]
+    strata = sorted(set(named))
+    return strata, np.array([strata.index(stratum) for stratum in named], np.int32)[number_N]
 
 
 def _values(rows: Sequence[Row], predictor: str) -> Iterable[Any]:

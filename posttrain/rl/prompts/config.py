@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from posttrain.config.base import Config
 from posttrain.config.fields import NotNegative, PathText, Positive, Probability
+from posttrain.config.images import Modality
 from posttrain.rl.grading.config import GradingConfig
 
 # Keys of earlier versions, and what to write instead.
@@ -96,6 +97,12 @@ class PromptsConfig(GradingConfig):
         description="Share of each capability in every batch; 0 leaves a capability out. An empty mixture keeps the "
         "shares of the selected prompts. Example: {math: 0.7, code: 0.3}.",
     )
+    modalities: dict[Modality, NotNegative] = Field(
+        default_factory=dict,
+        description="Share of each modality in every batch: text, image (prompts with one picture), multi-image. 0 "
+        "leaves one out. Within a modality the capabilities have their shares of mixture. Empty: the modalities have "
+        "no quota. Example: {text: 0.4, image: 0.4, multi-image: 0.2}.",
+    )
     mixture_refills: Annotated[int, Field(ge=0)] = Field(
         default=4,
         description="How many times in a row a dropped group is replaced by another of its capability. After that a "
@@ -130,12 +137,13 @@ class PromptsConfig(GradingConfig):
             )
         return self
 
-    @field_validator("mixture")
+    @field_validator("mixture", "modalities")
     @classmethod
-    def _gives_something(cls, mixture: dict[str, float]) -> dict[str, float]:
-        if mixture and not any(mixture.values()):
+    def _gives_something(cls, shares: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        if shares and not any(shares.values()):
+            what = "a capability" if info.field_name == "mixture" else "a modality"
             raise ValueError(
-                "every share is 0, so there would be no prompt to train on; give a capability more than 0, or remove "
-                "mixture"
+                f"every share is 0, so there would be no prompt to train on; give {what} more than 0, or remove "
+                f"{info.field_name}"
             )
-        return mixture
+        return shares

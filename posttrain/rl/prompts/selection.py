@@ -1,4 +1,4 @@
-"""Which prompt of a capability is drawn next: one whose group will probably have an advantage.
+"""Which prompt of a quota is drawn next: one whose group will probably have an advantage.
 
 A group teaches if its rewards differ, so a prompt is worth the chance that its replies are mixed: 1 - p^G - (1 - p)^G
 for the pass rate p and G replies. p is not known. So for each prompt NUM_DRAWS pass rates are drawn from the belief
@@ -29,28 +29,31 @@ RENEWAL = 0.02  # the weight of the newest group in the mean of trained groups f
 
 
 class Selection:
-    """Draws prompts by `beliefs` about them. group_size: the number of replies in a group."""
+    """Draws prompts by `beliefs` about them. group_size: the number of replies in a group.
 
-    def __init__(self, beliefs: Beliefs, *, group_size: int, seed: int):
+    modalities: see `quota_of`. members: the places of the prompts of each quota, by name.
+    """
+
+    def __init__(self, beliefs: Beliefs, *, group_size: int, seed: int, modalities: Mapping[str, float] | None = None):
         self.beliefs = beliefs
         self._group_size = group_size
         self._seed = seed
-        self._members = beliefs.of_capabilities()
+        self.members = beliefs.of_quotas(modalities)
         self._drawn_at_N = np.full(len(beliefs.place), -(2**62), dtype=np.int64)  # the number of the last draw
         self._slates: dict[str, list[int]] = {}
         self._useful_a_reply = 1 / (4 * group_size)  # groups that were trained on, for each sampled reply
         self._num_mixed = self._expected_mixed()
 
-    def draw(self, capability: str, order: int, number: int) -> str:
-        """The id of the prompt for the group with the dispatch order `order`. number: of draws of the capability."""
-        if not self._slates.get(capability):
-            self._slates[capability] = self._slate(capability, order, number)
-        place = self._slates[capability].pop()
+    def draw(self, quota: str, order: int, number: int) -> str:
+        """The id of the prompt for the group with the dispatch order `order`. number: of draws of the quota."""
+        if not self._slates.get(quota):
+            self._slates[quota] = self._slate(quota, order, number)
+        place = self._slates[quota].pop()
         self._drawn_at_N[place] = number
         return self.beliefs.id_of(place)
 
     def was_drawn(self, prompt_id: str, number: int) -> None:
-        """Note that a prompt was the draw number `number` of its capability (from 1), before a crash."""
+        """Note that a prompt was the draw number `number` of its quota (from 1), before a crash."""
         place = self.beliefs.place[prompt_id]
         self._drawn_at_N[place] = max(self._drawn_at_N[place], number)
 
@@ -95,15 +98,15 @@ class Selection:
     def _expected_mixed(self) -> dict[str, float]:
         chances = {
             name: mixed_chance(*self.beliefs.shapes(members), self._group_size)
-            for name, members in self._members.items()
+            for name, members in self.members.items()
         }
         return {name: float(chance.sum()) for name, chance in chances.items()}
 
-    def _slate(self, capability: str, order: int, number: int) -> list[int]:
+    def _slate(self, quota: str, order: int, number: int) -> list[int]:
         """The places of the prompts to be drawn next, the best one last."""
-        members = self._members[capability]
-        rng = np.random.default_rng([self._seed, zlib.crc32(capability.encode()), order])
-        rested = number - self._drawn_at_N[members] > REST * self._num_mixed[capability]
+        members = self.members[quota]
+        rng = np.random.default_rng([self._seed, zlib.crc32(quota.encode()), order])
+        rested = number - self._drawn_at_N[members] > REST * self._num_mixed[quota]
         able = members[rested]
         if not able.size:  # all were drawn lately: the ones that were drawn first
             able = members[np.argsort(self._drawn_at_N[members], kind="stable")[: max(1, members.size // 2)]]

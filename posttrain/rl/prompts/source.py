@@ -2,7 +2,7 @@
 
 With `selection.draw: in_turn` there is no selection: every prompt is drawn once before any is drawn again.
 
-Every draw depends only on the seed, the group's dispatch order, how many prompts of the capability were drawn before,
+Every draw depends only on the seed, the group's dispatch order, how many prompts of the quota were drawn before,
 and the beliefs. So a resumed run finds its position from the ledger.
 """
 
@@ -18,7 +18,6 @@ from posttrain.data.chat import RenderRow
 from posttrain.data.images.render import Pictures, prompt_of
 from posttrain.data.images.store import ImageStore
 from posttrain.data.places import Places
-from posttrain.data.strata import places_by_capability
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.episodes.tools import row_renderer
 from posttrain.metrics.correctness import passes_and_failures
@@ -26,6 +25,7 @@ from posttrain.records import DrawnPrompt, Message, Row
 from posttrain.rl.prompts.beliefs import Beliefs
 from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.prompts.difficulty import Difficulty
+from posttrain.rl.prompts.quotas import places_by_quota
 from posttrain.rl.prompts.selection import Selection
 from posttrain.rl.records import ScoredGroup
 
@@ -34,7 +34,7 @@ class PromptSource:
     """Draws prompts of the rows.
 
     render: row and messages -> prompt token ids. selection: None draws them in turn. store: of the pictures that the
-    rows show; None for rows of text.
+    rows show; None for rows of text. modalities: their shares, by which rows of a capability belong to several quotas.
     """
 
     def __init__(
@@ -46,26 +46,27 @@ class PromptSource:
         seed: int,
         selection: Selection | None = None,
         store: ImageStore | None = None,
+        modalities: Mapping[str, float] | None = None,
     ):
         self._rows = rows
         self._place = Places(rows, lambda row: row.id) if selection is None else selection.beliefs.place
-        self._of_capability = places_by_capability(rows) if selection is None else selection.beliefs.of_capabilities()
+        self._of_quota = places_by_quota(rows, modalities) if selection is None else selection.members
         self._systems = systems
         self._render = render
         self._store = store
         self._seed = seed
         self._selection = selection
-        self._prompts_seen = dict.fromkeys(self._of_capability, 0)
-        self._passes: dict[tuple[str, int], np.ndarray] = {}  # the order of the current pass over a capability's rows
+        self._prompts_seen = dict.fromkeys(self._of_quota, 0)
+        self._passes: dict[tuple[str, int], np.ndarray] = {}  # the order of the current pass over a quota's rows
 
-    def draw(self, capability: str, order: int) -> DrawnPrompt:
+    def draw(self, quota: str, order: int) -> DrawnPrompt:
         """Draw the prompt of the group with the dispatch order `order`."""
-        self._prompts_seen[capability] += 1
-        number = self._prompts_seen[capability]
+        self._prompts_seen[quota] += 1
+        number = self._prompts_seen[quota]
         if self._selection is None:
-            row = self._in_turn(capability, number)
+            row = self._in_turn(quota, number)
         else:
-            row = self.row(self._selection.draw(capability, order, number))
+            row = self.row(self._selection.draw(quota, order, number))
         if not self._systems.instructions:
             return self.prompt(row.id, None)
         return self.prompt(row.id, self._draw_system(row, random.Random(f"{self._seed}/{order}")))
@@ -84,24 +85,24 @@ class PromptSource:
         messages = row.messages if system is None else (Message("system", system), *row.messages)
         return DrawnPrompt(row, system, prompt_of(messages, self._render(row, messages), self._store))
 
-    def prompts_seen(self, capability: str) -> int:
-        """How many prompts of a capability have been drawn so far."""
-        return self._prompts_seen[capability]
+    def prompts_seen(self, quota: str) -> int:
+        """How many prompts of a quota have been drawn so far."""
+        return self._prompts_seen[quota]
 
-    def was_drawn(self, capability: str, prompt_id: str, number: int) -> None:
-        """Note that a prompt was the draw number `number` of its capability (from 1), before a crash."""
-        self._prompts_seen[capability] = max(self._prompts_seen[capability], number)
+    def was_drawn(self, quota: str, prompt_id: str, number: int) -> None:
+        """Note that a prompt was the draw number `number` of its quota (from 1), before a crash."""
+        self._prompts_seen[quota] = max(self._prompts_seen[quota], number)
         if self._selection is not None:
             self._selection.was_drawn(prompt_id, number)
 
-    def _in_turn(self, capability: str, number: int) -> Row:
-        places = self._of_capability[capability]
+    def _in_turn(self, quota: str, number: int) -> Row:
+        places = self._of_quota[quota]
         turn, place = divmod(number - 1, len(places))
-        if (capability, turn) not in self._passes:
-            self._passes = {key: value for key, value in self._passes.items() if key[0] != capability}
-            rng = random.Random(f"{self._seed}/{capability}/{turn}")
-            self._passes[capability, turn] = places[rng.sample(range(len(places)), len(places))]
-        return self._rows[int(self._passes[capability, turn][place])]
+        if (quota, turn) not in self._passes:
+            self._passes = {key: value for key, value in self._passes.items() if key[0] != quota}
+            rng = random.Random(f"{self._seed}/{quota}/{turn}")
+            self._passes[quota, turn] = places[rng.sample(range(len(places)), len(places))]
+        return self._rows[int(self._passes[quota, turn][place])]
 
     def observe(self, scored: ScoredGroup, threshold: float, first: int | None) -> None:
         """Tell the selection which rollouts of a group passed. See `Beliefs.observe`.
@@ -148,7 +149,7 @@ class PromptSource:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
-        self._prompts_seen = {name: state["prompts_seen"].get(name, 0) for name in self._of_capability}
+        self._prompts_seen = {name: state["prompts_seen"].get(name, 0) for name in self._of_quota}
         if self._selection is not None and state.get("selection") is not None:
             self._selection.restore(state["selection"])
 
@@ -168,11 +169,13 @@ def prompt_source(
     """
     render, store = row_renderer(tokenizer, config.environment, pictures), pictures and pictures.store
     if config.selection.draw == "in_turn":
-        return PromptSource(rows, config.systems, render, seed=seed, store=store)
+        return PromptSource(rows, config.systems, render, seed=seed, store=store, modalities=config.modalities)
     beliefs = Beliefs(rows, config.selection.half_life, config.selection.predictor)
     for item in known:
         if item.prompt_id in beliefs.place:
             beliefs.observe(item.prompt_id, item.passes, item.n - item.passes, version=item.policy_version)
     beliefs.fit()
-    selection = Selection(beliefs, group_size=config.group_size, seed=seed)
-    return PromptSource(rows, config.systems, render, seed=seed, selection=selection, store=store)
+    selection = Selection(beliefs, group_size=config.group_size, seed=seed, modalities=config.modalities)
+    return PromptSource(
+        rows, config.systems, render, seed=seed, selection=selection, store=store, modalities=config.modalities
+    )
