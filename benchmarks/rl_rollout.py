@@ -45,7 +45,7 @@ class RawLLM:
         arguments = engine_arguments(ServedModelConfig(**served), engine)
         self._llm = LLM(**{name: value for name, value in arguments.items() if name not in ours})
 
-    def tokens_per_s(self, prompts: list[dict[str, Any]], num_tokens: int, replies: int = 1) -> float:
+    def tokens_per_s(self, prompts: list[Any], num_tokens: int, replies: int = 1) -> float:
         """prompts: as vLLM takes them. replies: to each."""
         from vllm import SamplingParams
 

@@ -24,7 +24,7 @@ from posttrain.errors import ConfigError
 from posttrain.records import Row
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.prior import UNIFORM, Prior, fit_prior
-from posttrain.rl.prompts.quotas import places_by_quota
+from posttrain.rl.prompts.quotas import Modalities, places_by_quota
 
 # How far the prior of a stratum may lie from that of its capability, and this from that of all prompts: the standard
 # deviation of its logarithms as long as there is no evidence.
@@ -59,7 +59,7 @@ class Beliefs:
         """The id of the prompt at a place."""
         return self._rows[place].id
 
-    def of_quotas(self, modalities: Mapping[str, float] | None) -> dict[str, np.ndarray]:
+    def of_quotas(self, modalities: Modalities | None) -> dict[str, np.ndarray]:
         """The places of the prompts of each quota, by name. modalities: see `quota_of`."""
         if modalities:
             return places_by_quota(self._rows, modalities)

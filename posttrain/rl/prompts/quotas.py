@@ -9,19 +9,21 @@ from itertools import count, islice
 
 import numpy as np
 
+from posttrain.config.images import Modality
 from posttrain.data.images.modality import modality_of
 from posttrain.errors import ConfigError
 from posttrain.records import Row
 
-Shares = Mapping[str, float]
+Shares = Mapping[str, float]  # of capabilities
+Modalities = Mapping[Modality, float]  # their shares
 
 
-def quota_of(row: Row, modalities: Shares | None) -> str:
+def quota_of(row: Row, modalities: Modalities | None) -> str:
     """The quota that a row belongs to. modalities: the shares of modalities, if they have any."""
     return f"{row.capability}, {modality_of(row)}" if modalities else row.capability
 
 
-def places_by_quota(rows: Sequence[Row], modalities: Shares | None) -> dict[str, np.ndarray]:
+def places_by_quota(rows: Sequence[Row], modalities: Modalities | None) -> dict[str, np.ndarray]:
     """The places of the rows of each quota, by its name. modalities: see `quota_of`."""
     found: dict[str, int] = {}
     quotas = (quota_of(row, modalities) for row in rows)
@@ -30,7 +32,7 @@ def places_by_quota(rows: Sequence[Row], modalities: Shares | None) -> dict[str,
 
 
 def mixture_shares(
-    rows: Sequence[Row], mixture: Shares, among: str = "selected prompt", *, modalities: Shares | None = None
+    rows: Sequence[Row], mixture: Shares, among: str = "selected prompt", *, modalities: Modalities | None = None
 ) -> dict[str, float]:
     """The share of each quota; their sum is 1. They follow `mixture` (on any scale), or `rows` if it is empty.
 
@@ -47,11 +49,13 @@ def mixture_shares(
         counts.setdefault(modality_of(row), Counter())[row.capability] += 1
     _check_there(sum(counts.values(), Counter[str]()), mixture, among)
     shares: dict[str, float] = {}
-    for modality, share in _normalised({name: weight for name, weight in modalities.items() if weight > 0}).items():
+    for modality, share in _normalised(
+        {str(name): weight for name, weight in modalities.items() if weight > 0}
+    ).items():
         weights = _weights(counts.get(modality, {}), mixture)
         if not weights:
-            there = ", ".join(f"{name} {sum(those.values())}" for name, those in sorted(counts.items()))
-            rule = f"no {among} of a capability in mixture has this modality; there are: {there}"
+            found = ", ".join(f"{name} {sum(those.values())}" for name, those in sorted(counts.items()))
+            rule = f"no {among} of a capability in mixture has this modality; there are: {found}"
             raise ConfigError("modalities", [f"{modality}: {rule}"])
         for capability, part in _normalised(weights).items():
             shares[f"{capability}, {modality}"] = share * part

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.rl.prompts.beliefs import Beliefs, mixed_chance
+from posttrain.rl.prompts.quotas import Modalities
 
 NUM_DRAWS = 4
 # Of a larger pool, a slate is chosen among so many prompts that were picked at random, half of them among those seen.
@@ -34,7 +35,7 @@ class Selection:
     modalities: see `quota_of`. members: the places of the prompts of each quota, by name.
     """
 
-    def __init__(self, beliefs: Beliefs, *, group_size: int, seed: int, modalities: Mapping[str, float] | None = None):
+    def __init__(self, beliefs: Beliefs, *, group_size: int, seed: int, modalities: Modalities | None = None):
         self.beliefs = beliefs
         self._group_size = group_size
         self._seed = seed

@@ -25,7 +25,7 @@ from posttrain.records import DrawnPrompt, Message, Row
 from posttrain.rl.prompts.beliefs import Beliefs
 from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.prompts.difficulty import Difficulty
-from posttrain.rl.prompts.quotas import places_by_quota
+from posttrain.rl.prompts.quotas import Modalities, places_by_quota
 from posttrain.rl.prompts.selection import Selection
 from posttrain.rl.records import ScoredGroup
 
@@ -46,7 +46,7 @@ class PromptSource:
         seed: int,
         selection: Selection | None = None,
         store: ImageStore | None = None,
-        modalities: Mapping[str, float] | None = None,
+        modalities: Modalities | None = None,
     ):
         self._rows = rows
         self._place = Places(rows, lambda row: row.id) if selection is None else selection.beliefs.place
