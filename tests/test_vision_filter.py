@@ -14,6 +14,7 @@ from vision_models import draw, save_vision_policy
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
+from posttrain.data.duplicates import Duplicate, DuplicateIndex
 from posttrain.data.images.render import pictures_of
 from posttrain.data.images.store import ImageStore
 from posttrain.data.images.take import ImageReader
@@ -99,6 +100,21 @@ def test_another_picture_of_the_same_size_is_another_question(vision, tmp_path):
     with VerdictCache(tmp_path / "verdicts.sqlite", judge) as cache:
         cache.add(a, Verdict("hard", 1.0, {"hard": 1.0}))
         assert [cache.get(item) is not None for item in (a, b, c, d)] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("near", [None, 0.5])
+@pytest.mark.parametrize("taken", [True, False])
+def test_the_same_question_about_another_picture_is_no_duplicate(tmp_path, near, taken):
+    """Whether the pictures were taken into a store, or the rows only name them."""
+    turns = [{"role": "user", "content": "<image>" + "how many boxes are in the picture " * 4},
+             {"role": "assistant", "content": "1"}]  # fmt: skip
+    names = [draw(tmp_path / f"{n}.png", n) for n in (1, 2)]
+    lines = [{"id": f"r{n}", "messages": turns, "images": [names[n % 2]]} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reader = ImageReader(ImageStore(tmp_path / "pictures")) if taken else None
+    with DuplicateIndex(near) as index:
+        found = [index.find(row) for row in load_rows(tmp_path / "rows.jsonl", kind="supervised", images=reader)]
+    assert found == [None, None, Duplicate("r2", "r0", 1.0)]
 
 
 def test_rows_with_pictures_need_the_section_and_a_judge_that_takes_them(policy, vision, rows, tmp_path):

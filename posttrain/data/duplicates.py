@@ -3,11 +3,11 @@
     row ─► exact: digest of its turns ─────────────────────────► table of kept rows (SQLite, on disk)
        └─► near: 5-word shingles ─► MinHash ─► keys of bands ──► candidates ─► their shingles ─► Jaccard, computed
 
-Exact duplicates have equal turns, answer, tools and label. Near-duplicates also have an equal answer, tools and label,
-and the Jaccard index of the 5-word shingles is at least `near` for each of their texts (prompt and reply, or prompt,
-chosen and rejected). MinHash only proposes candidates, whose Jaccard index is then computed, so no row below `near` is
-removed. Two rows with a Jaccard index of exactly `near` become candidates with a probability of at least 99%. The
-MinHash permutations have a fixed seed, so equal data give an equal result.
+Exact duplicates have equal turns, answer, tools, label and pictures. Near-duplicates also have an equal answer, tools,
+label and pictures, and the Jaccard index of the 5-word shingles is at least `near` for each of their texts (prompt and
+reply, or prompt, chosen and rejected). MinHash only proposes candidates, whose Jaccard index is then computed, so no
+row below `near` is removed. Two rows with a Jaccard index of exactly `near` become candidates with a probability of at
+least 99%. The MinHash permutations have a fixed seed, so equal data give an equal result.
 
 Source: Lee et al., "Deduplicating Training Data Makes Language Models Better", 2022 (5-gram shingles, MinHash);
 Leskovec et al., "Mining of Massive Datasets", chapter 3 (bands).
@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from posttrain.data.images.render import pictures_of
+from posttrain.data.images.take import COLUMNS
 from posttrain.data.messages import messages_to_json
 from posttrain.data.ngrams import Item, item_texts, ngram_hashes, words
 from posttrain.records import Row
@@ -54,15 +56,17 @@ class Duplicate:
 
 
 def digest(item: Item) -> bytes:
-    """16 bytes that are equal for two items with equal turns, answer, tools and label."""
+    """16 bytes that are equal for two items with equal turns, answer, tools, label and pictures."""
     turns = json.dumps(messages_to_json(item.turns if not isinstance(item, Row) else item.messages), sort_keys=True)
     return hashlib.blake2b(turns.encode() + _apart(item), digest_size=16).digest()
 
 
 def _apart(item: Item) -> bytes:
-    """Answer, tools and label as bytes. Two items with different ones are never duplicates, whatever their texts."""
+    """Answer, tools, label and pictures as bytes. Two items with different ones are never duplicates, whatever their
+    texts. Pictures are compared by their keys, or where none were taken by what the row names."""
     fields: Mapping[str, Any] = item.fields
     marks = [getattr(item, "answer", None), getattr(item, "good", None), fields.get("tools")]
+    marks += [pictures_of(item.messages if isinstance(item, Row) else item.prompt), *map(fields.get, COLUMNS)]
     return hashlib.blake2b(json.dumps(marks, sort_keys=True, default=str).encode(), digest_size=16).digest()
 
 
