@@ -19,6 +19,7 @@ from posttrain.context import StageContext
 from posttrain.data.images.render import prompt_of, prompt_with_pictures
 from posttrain.data.images.store import ImageStore
 from posttrain.data.images.tiles import tile_rule
+from posttrain.files import read_jsonl
 from posttrain.model import load_model, load_tokenizer
 from posttrain.model.vision.parts import part_of
 from posttrain.records import (
@@ -204,6 +205,8 @@ def test_rl_trains_on_pictures_goes_on_and_is_replayed(ray_session, folder, tmp_
     assert audit.is_clean, audit.problems
     trained = [item for item in read_rollouts(context.dir) if item.status == "trained"]
     assert any(item.rollout.prompt.media for item in trained)
+    logged = {name for line in read_jsonl(context.dir / "metrics.jsonl") for name in line}
+    assert {"reward_modality/image", "reward_modality/multi-image"} & logged
     again = StageContext("rl", tmp_path / "again", tmp_path / "again/events.jsonl", seed=3)
     again.dir.mkdir()
     replayed = replay(config, again, context.dir)

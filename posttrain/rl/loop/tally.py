@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from posttrain.context import BusyLog
+from posttrain.data.images.modality import modality_of
 from posttrain.files import read_jsonl
 from posttrain.metrics.correctness import is_right
 from posttrain.records import FinishReason, Rollout
@@ -120,8 +121,11 @@ class StepTally:
         wall_s, self._told = now - self._told, now
         staleness = [step - scored.group.oldest_version for scored in batch]
         by_capability: dict[str, list[float]] = {}
+        by_modality: dict[str, list[float]] = {}
         for scored in batch:
-            by_capability.setdefault(scored.group.prompt.row.capability, []).extend(scored.scored_rewards)
+            row = scored.group.prompt.row
+            by_capability.setdefault(row.capability, []).extend(scored.scored_rewards)
+            by_modality.setdefault(modality_of(row), []).extend(scored.scored_rewards)
         rewards = [reward for group in by_capability.values() for reward in group]
         unscored = counts["rollouts"] - counts["rewards"]
         return {
@@ -129,6 +133,11 @@ class StepTally:
             "reward_mean": fmean(rewards),
             "pass_rate": counts["passes"] / max(1, counts["rewards"]),
             **{f"reward/{name}": fmean(group) for name, group in sorted(by_capability.items()) if group},
+            **(
+                {}
+                if set(by_modality) == {"text"}
+                else {f"reward_modality/{name}": fmean(group) for name, group in sorted(by_modality.items()) if group}
+            ),
             **trained,
             "staleness_mean": fmean(staleness),
             "staleness_max": max(staleness),
