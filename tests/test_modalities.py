@@ -1,14 +1,23 @@
 """Quotas and beliefs by modality: text, one picture, several."""
 
+import json
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from posttrain.config.images import Modality
 from posttrain.config.rewards import SystemsConfig
+from posttrain.data.images.references import load_image
+from posttrain.data.images.store import ImageStore
+from posttrain.data.images.take import ImageReader
+from posttrain.data.rows import store_rows
 from posttrain.errors import ConfigError
 from posttrain.records import ImagePart, Message, Row, TextPart
 from posttrain.rl.prompts.beliefs import Beliefs
+from posttrain.rl.prompts.lengths import plain_prompts
 from posttrain.rl.prompts.quotas import mixture_shares, places
 from posttrain.rl.prompts.selection import Selection
 from posttrain.rl.prompts.source import PromptSource
@@ -26,7 +35,7 @@ ROWS = [
     *(row_of(f"i{n}", "math", 1) for n in range(6)),
     *(row_of(f"m{n}", "chat", 3) for n in range(2)),
 ]
-SHARES = {"text": 2.0, "image": 1.0, "multi-image": 1.0}
+SHARES: dict[Modality, float] = {"text": 2.0, "image": 1.0, "multi-image": 1.0}
 
 
 def test_modalities_have_their_share_and_capabilities_theirs_within():
@@ -74,3 +83,26 @@ def test_an_unseen_prompt_is_expected_to_be_like_those_of_its_modality():
     assert expected(ROWS, "i5") < expected(ROWS, "t7") - 0.1
     as_text = [row_of(row.id, row.capability, 0) for row in ROWS]
     assert expected(as_text, "i5") == expected(as_text, "t7")  # the same rows of one modality are told apart by nothing
+
+
+def test_prompts_on_disk_refer_to_their_pictures(tmp_path: Path):
+    for width in (8, 16):
+        Image.new("RGB", (width, 8), (width, 0, 0)).save(tmp_path / f"{width}.png")
+    asked = [("t", []), ("i", ["8.png"]), ("m", ["16.png", "8.png"])]
+    lines = [
+        {"id": name, "images": images, "messages": [{"role": "user", "content": "<image>" * len(images) + "How wide?"}]}
+        for name, images in asked
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    store = ImageStore(tmp_path / "pictures")
+    rows = store_rows(tmp_path / "rows.jsonl", kind="prompt", stage="rl", images=ImageReader(store))
+    prompts = plain_prompts(rows, lambda row, messages: [1, 2], store)
+    widths = [[load_image(reference).width for reference in item.prompt.pictures] for item in prompts]
+    assert widths == [[], [8], [16, 8]]
+    assert len(store) == 2  # the picture that two rows show is kept once
+    shares = mixture_shares(rows, {}, modalities=SHARES)
+    assert list(shares) == ["general, image", "general, multi-image", "general, text"]
+    source = PromptSource(rows, SystemsConfig(), lambda row, messages: [1], seed=0, store=store, modalities=SHARES)
+    drawn = source.draw("general, multi-image", 0)
+    assert drawn.row.id == "m"
+    assert [load_image(item).width for item in drawn.prompt.pictures] == [16, 8]
