@@ -18,10 +18,9 @@ from typing import Any
 from posttrain.context import BusyLog, StageContext
 from posttrain.data.chat import Messages, check_special_tokens
 from posttrain.data.ends import note_added_end
-from posttrain.data.images.render import Pictures, for_template
-from posttrain.data.images.section import image_reader, passing_reader
+from posttrain.data.images.render import for_template
+from posttrain.data.images.section import image_reader, passing_reader, pictures_for
 from posttrain.data.images.take import ImageReader
-from posttrain.data.images.tiles import tile_rule
 from posttrain.data.messages import messages_to_json
 from posttrain.data.rows import store_rows
 from posttrain.data.shown import Tools
@@ -121,7 +120,7 @@ def _prepare(
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     note_added_end(tokenizer, context)
     check_special_tokens(tokenizer, config.data, _texts(config, rows))
-    pictures = None if reader is None else Pictures(reader.store, tile_rule(config.model.path, tokenizer))
+    pictures = pictures_for(reader, config.model.path, tokenizer)
     return rows, eval_requests(rows, tokenizer, config, pictures=pictures)
 
 

@@ -12,9 +12,8 @@ from posttrain.context import StageContext
 from posttrain.data.chat import Messages, check_special_tokens
 from posttrain.data.ends import end_token_ids, note_added_end
 from posttrain.data.images.render import Pictures, for_template
-from posttrain.data.images.section import image_reader
+from posttrain.data.images.section import image_reader, pictures_for
 from posttrain.data.images.take import ImageReader
-from posttrain.data.images.tiles import tile_rule
 from posttrain.data.rows import store_rows
 from posttrain.data.shown import Tools
 from posttrain.data.stored import Derived, Stored
@@ -101,7 +100,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         models.callback(starts.close)  # first of all, as long as the engines stand
         _check_same(ledger, config.model.path, rows, context=context)
         measured = [item for item in profile if item.n]
-        pictures = _pictures(config, tokenizer, reader)
+        pictures = pictures_for(reader, config.model.path, tokenizer)
         shares = mixture_shares(selected, config.mixture, modalities=config.modalities)
 
         def make_parts() -> Parts:
@@ -167,15 +166,10 @@ def _render(
 
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     _check_special_tokens(tokenizer, config, rows, heldout=heldout)
-    pictures = _pictures(config, tokenizer, images)
+    pictures = pictures_for(images, config.model.path, tokenizer)
     prompts = _draw_plain(rows, tokenizer, config, pictures=pictures)
     render, store = row_renderer(tokenizer, config.environment, pictures), images and images.store
     return tokenizer, prompts, heldout_prompts(config, heldout, render, store=store)
-
-
-def _pictures(config: RlConfig, tokenizer: Tokenizer, images: ImageReader | None) -> Pictures | None:
-    """What the tokens of the rows' pictures follow from. Raises CheckpointError for a model that takes none."""
-    return None if images is None else Pictures(images.store, tile_rule(config.model.path, tokenizer))
 
 
 def _check_special_tokens(

@@ -20,10 +20,9 @@ from typing import Any, Literal
 
 from posttrain.actors.processes import place_of_this
 from posttrain.compat import vllm as compat
-from posttrain.compat.vllm_images import engine_prompt, forget_weights
+from posttrain.compat.vllm_images import forget_weights
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
-from posttrain.data.images.tiles import IMAGE
 from posttrain.errors import StageError
 from posttrain.hosts.directory import folder_here
 from posttrain.hosts.relay import RelayError
@@ -59,7 +58,7 @@ class EngineActor:
             on_lost=lambda: self._outbox.flush(),
         )
         self._outbox = Outbox(settings.stream_interval, self._core.hear)
-        self._pictures = RequestPictures()
+        self._pictures = RequestPictures(name)
         self._tokenizer: Any = None
         self._next_request = 0
         self._num_collecting = 0  # calls of collect
@@ -110,7 +109,8 @@ class EngineActor:
         finished: list[Piece] = []
         keys = [key for key, _ in requests]
         self._refuse_keys(keys)
-        rendered = {key: await self._rendered(request) for key, request in requests if request.pictures}
+        shown, llm = [item for item in requests if item[1].pictures], self._core.llm
+        rendered = {key: await self._pictures.rendered(llm, request, self._tokenizer) for key, request in shown}
         if rendered:  # others may have been admitted meanwhile
             self._refuse_beside_wave()
             self._refuse_keys(keys)
@@ -172,15 +172,6 @@ class EngineActor:
         if len(set(keys)) < len(keys) or any(key in self._outbox.open for key in keys):
             raise StageError(f"engine {self.name}: a key was submitted twice, among {sorted(keys)[:10]}")
 
-    async def _rendered(self, request: SampleRequest) -> Any:
-        """What vLLM makes of the pictures of a request; None without any. Raises StageError if it cannot."""
-        image_id = self._tokenizer.convert_tokens_to_ids(IMAGE) if request.pictures else 0
-        try:
-            return await self._pictures.rendered(self._core.llm, request, image_id)
-        except (KeyError, ValueError, OSError) as error:
-            shown = ", ".join(request.pictures)
-            raise StageError(f"engine {self.name}: a picture of {shown} cannot be used: {error}") from None
-
     def _prepare(
         self,
         key: int,
@@ -200,7 +191,7 @@ class EngineActor:
             self._next_request += 1
             name = f"{self.name}-{self._next_request}"
             if begun or shared is None:
-                prompt = self._prompt(key, [*request.prompt_ids, *begun], rendered)
+                prompt = self._pictures.prompt(key, [*request.prompt_ids, *begun], rendered)
                 params = sampling_params(request, len(begun), stream=True)
                 core_request = self._core_request(key, prompt, params, priority=request.priority)
                 if not begun:
@@ -209,12 +200,6 @@ class EngineActor:
                 core_request = shared
             reply = Reply(self._outbox, key, index, request_id=name, begun=begun, choice_ids=request.choice_ids)
             admitted.append((reply, compat.named_copy(core_request, name)))
-
-    def _prompt(self, key: int, prompt_ids: list[int], rendered: Any) -> Any:
-        try:
-            return engine_prompt(prompt_ids, rendered)
-        except ValueError as error:
-            raise StageError(f"engine {self.name}: request {key} cannot be sampled: {error}") from None
 
     def _core_request(self, key: int, prompt: Any, params: Any, *, priority: int) -> Any:
         """vLLM's own request. Raises StageError if vLLM refuses it."""
@@ -264,7 +249,8 @@ class EngineActor:
     async def _add(self, request: SampleRequest) -> Any:
         self._next_request += 1
         name = f"{self.name}-{self._next_request}"
-        prompt = self._prompt(self._next_request, list(request.prompt_ids), await self._rendered(request))
+        rendered = await self._pictures.rendered(self._core.llm, request, self._tokenizer)
+        prompt = self._pictures.prompt(name, list(request.prompt_ids), rendered)
         params = sampling_params(request)
         return await self._core.llm.add_request(name, prompt, params, priority=request.priority)
 

@@ -7,27 +7,46 @@ features of a picture, by its key, until the weights change.
 import asyncio
 from typing import Any
 
-from posttrain.compat.vllm_images import render_pictures
+from posttrain.compat.vllm_images import engine_prompt, render_pictures
 from posttrain.data.images.references import load_image
+from posttrain.data.images.tiles import IMAGE
+from posttrain.data.tokenizer import Tokenizer
+from posttrain.errors import StageError
 from posttrain.records import Media
 from posttrain.sampling.requests import SampleRequest
 
 
 class RequestPictures:
-    """Renders the pictures of requests, one request at a time and outside of the event loop."""
+    """Renders the pictures of requests to an engine, one request at a time and outside of the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
         self._one = asyncio.Lock()
 
-    async def rendered(self, llm: Any, request: SampleRequest, image_id: int) -> Any:
+    async def rendered(self, llm: Any, request: SampleRequest, tokenizer: Tokenizer) -> Any:
         """What vLLM makes of a request's pictures; None for a request without any.
 
-        image_id: of <|image|>. Raises KeyError for a picture that its store does not hold.
+        Raises StageError for a picture that cannot be read, such as one that its store does not hold.
         """
         if not request.pictures:
             return None
-        async with self._one:
-            return await asyncio.to_thread(_render, llm, request.pictures, image_id)
+        image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        try:
+            async with self._one:
+                return await asyncio.to_thread(_render, llm, request.pictures, image_id)
+        except (KeyError, ValueError, OSError) as error:
+            shown = ", ".join(request.pictures)
+            raise StageError(f"engine {self._engine}: a picture of {shown} cannot be used: {error}") from None
+
+    def prompt(self, name: int | str, prompt_ids: list[int], rendered: Any) -> Any:
+        """The prompt of a request as vLLM takes it. rendered: of the request's pictures; None without any.
+
+        Raises StageError for token ids that are not those of the pictures.
+        """
+        try:
+            return engine_prompt(prompt_ids, rendered)
+        except ValueError as error:
+            raise StageError(f"engine {self._engine}: request {name} cannot be sampled: {error}") from None
 
 
 def _render(llm: Any, references: tuple[str, ...], image_id: int) -> Any:

@@ -6,8 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from posttrain.config.images import ImagesConfig
+from posttrain.data.images.render import Pictures
 from posttrain.data.images.store import ImageStore
 from posttrain.data.images.take import ImageReader
+from posttrain.data.images.tiles import tile_rule
+from posttrain.data.tokenizer import Tokenizer
 
 STORE = "pictures"  # the file of a stage's pictures, in its folder
 
@@ -18,6 +21,12 @@ def image_reader(images: ImagesConfig | None, folder: Path) -> ImageReader | Non
         return None
     root = None if images.root is None else Path(images.root)
     return ImageReader(ImageStore(folder / STORE), root=root, max_images=images.max_images)
+
+
+def pictures_for(reader: ImageReader | None, model: str, tokenizer: Tokenizer) -> Pictures | None:
+    """What the tokens of a stage's pictures follow from. model: the folder. Raises CheckpointError for a model that
+    takes none."""
+    return None if reader is None else Pictures(reader.store, tile_rule(model, tokenizer))
 
 
 @contextmanager
