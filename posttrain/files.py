@@ -126,26 +126,71 @@ def write_jsonl(path: str | Path, records: Iterable[Mapping[str, object]]) -> in
     return count
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path, on_bad: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
     """The records of a file of JSON lines; none where there is no file.
 
-    A last line that a crash cut off is left out. Raises ValueError for any other line that is not a JSON object.
+    A last line that a crash cut off is left out. on_bad: called for any other line that is not a JSON object, which is
+    then left out; without it such a line raises ValueError.
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="strict" if on_bad is None else "replace") as lines:
         for number, line in enumerate(lines, 1):
-            if line.endswith("\n") and line.strip():
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError(f"{path}, line {number}: {line.strip()[:80]!r} is not a JSON object")
+            if not line.endswith("\n") or not line.strip():
+                continue
+            record = _object(line)
+            if record is not None:
                 yield record
+            elif on_bad is not None:
+                on_bad()
+            else:
+                raise ValueError(f"{path}, line {number}: {line.strip()[:80]!r} is not a JSON object")
 
 
-def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Take the records out of a file of JSON lines for which `wanted` is False. Nothing where there is no file."""
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool], on_bad: Callable[[], None] | None = None) -> None:
+    """Take the records out of a file of JSON lines for which `wanted` is False. Nothing where there is no file.
+
+    on_bad: as for `read_jsonl`.
+    """
     if path.exists():
-        write_jsonl(path, [record for record in read_jsonl(path) if wanted(record)])
+        write_jsonl(path, [record for record in read_jsonl(path, on_bad) if wanted(record)])
+
+
+class NewRecords:
+    """The records that other processes add to a file of JSON lines, each once.
+
+    A file that was replaced or became shorter is read from its beginning: a resumed stage rewrites its files.
+    from_end: what is in the file already is left out.
+    """
+
+    def __init__(self, path: Path, *, from_end: bool = False):
+        self._path = path
+        self._inode, self._offset = None, 0
+        if from_end and path.exists():
+            status = path.stat()
+            self._inode, self._offset = status.st_ino, status.st_size
+
+    def read(self) -> list[dict[str, Any]]:
+        """The records of whole lines that were written since the last call. Lines that are not JSON are left out."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                is_same = status.st_ino == self._inode and status.st_size >= self._offset
+                start = self._offset if is_same else 0
+                file.seek(start)
+                whole, end, _ = file.read().rpartition(b"\n")
+        except OSError:
+            return []
+        self._inode, self._offset = status.st_ino, start + len(whole) + len(end)
+        return [record for line in whole.split(b"\n") if (record := _object(line)) is not None]
+
+
+def _object(line: str | bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def content_hash(path: Path) -> str:

@@ -15,12 +15,13 @@ from typer.main import get_command
 
 import posttrain
 from posttrain.cli.check import guess_kind
-from posttrain.cli.display import EventTail, LiveDisplay, PlainDisplay, RunState, seconds_text
+from posttrain.cli.display import LiveDisplay, PlainDisplay, RunState, seconds_text
 from posttrain.cli.main import app, main
 from posttrain.cli.outcome import outcome_lines
 from posttrain.cli.rl_panel import PREFIXES, SUBJECTS, figures
 from posttrain.context import StageContext
 from posttrain.errors import StageError
+from posttrain.files import NewRecords, write_text
 from posttrain.pipeline.kinds import KINDS
 
 COMMANDS = ["run", "filter", "sft", "rl", "dpo", "eval", "validate", "schema", "doctor", "report", "rewards"]
@@ -293,7 +294,7 @@ NODES = [("sft", "sft"), ("rl", "rl"), ("rl.eval", "eval")]
 def test_the_tail_reads_whole_lines_from_the_present_end(tmp_path: Path):
     file = tmp_path / "events.jsonl"
     file.write_text(event("old", "x"))
-    tail = EventTail(file)
+    tail = NewRecords(file, from_end=True)
     assert tail.read() == []
     with file.open("a") as out:
         out.write(event("a", "x") + '{"stage": "b", ')
@@ -302,6 +303,9 @@ def test_the_tail_reads_whole_lines_from_the_present_end(tmp_path: Path):
         out.write('"event": "y"}\nnot json\n')
         out.flush()
         assert [item["stage"] for item in tail.read()] == ["b"]
+    write_text(file, event("c", "x"))
+    assert [item["stage"] for item in tail.read()] == ["c"], "a file that was replaced is read from its beginning"
+    assert tail.read() == []
 
 
 def test_plain_lines_when_not_on_a_terminal(tmp_path: Path):

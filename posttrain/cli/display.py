@@ -1,13 +1,12 @@
 """Shows a run while it goes on: a live table of stages and an RL panel on a terminal, plain lines anywhere else.
 
-    events.jsonl ─► EventTail ─┬─► RunState ─► LiveDisplay (rich) | PlainDisplay
-    metrics.jsonl of RL ───────┘
+    events.jsonl ─► NewRecords ─┬─► RunState ─► LiveDisplay (rich) | PlainDisplay
+    metrics.jsonl of RL ────────┘
 
 Stages never print. The display reads everything from the run's files, so it cannot slow a stage down, and it shows a
 resumed run as well. Charts over time are left to the report.
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,40 +16,12 @@ from typing import Any, TextIO
 
 from posttrain.cli.outcome import notice_text, outcome_lines
 from posttrain.cli.rl_panel import rl_panel
+from posttrain.files import NewRecords
 from posttrain.metrics.faults import fault_words
 from posttrain.metrics.tail import NewLines
 from posttrain.report.read import read_config, setting
 
 PLAIN_INTERVAL_S = 10.0
-
-
-class EventTail:
-    """Reads the complete lines that were added to a file since the last call."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-        self._rest = b""
-
-    def read(self) -> list[dict[str, Any]]:
-        """New events in order. Lines that are not JSON are skipped."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except OSError:
-            return []
-        self._offset += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        events = []
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict):
-                events.append(event)
-        return events
 
 
 @dataclass
@@ -101,7 +72,7 @@ class RunState:
     def __init__(self, nodes: Sequence[tuple[str, str]], events: Path):
         self.stages = {name: StageState(name, kind) for name, kind in nodes}
         self.run_dir = events.parent
-        self._tail = EventTail(events)
+        self._tail = NewRecords(events, from_end=True)
         self._lines = {name: NewLines(events.parent / name / "metrics.jsonl") for name, kind in nodes if kind == "rl"}
 
     def update(self) -> Iterator[tuple[StageState, dict[str, Any]]]:

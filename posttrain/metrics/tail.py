@@ -1,19 +1,17 @@
 """Follows a metrics file that another process writes."""
 
-import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from posttrain.files import NewRecords
 
 
 class NewLines:
     """The lines that are added to a metrics file from now on, even if a resumed stage rewrites the file."""
 
     def __init__(self, path: Path):
-        self._path = path
-        self._inode: int | None = None
-        self._offset = 0
+        self._records = NewRecords(path)
         self._newest = time.time()
 
     def read(self) -> Iterator[tuple[int, dict[str, float]]]:
@@ -21,21 +19,10 @@ class NewLines:
 
         The numbers include `t`, a Unix time.
         """
-        try:
-            with self._path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                inode, is_longer = status.st_ino, status.st_size >= self._offset
-                start = self._offset if inode == self._inode and is_longer else 0
-                file.seek(start)
-                whole, _, _ = file.read().rpartition(b"\n")
-        except OSError:
-            return
-        self._inode, self._offset = inode, start + (len(whole) + 1 if whole else 0)
-        for line in whole.splitlines():
+        for record in self._records.read():
             try:
-                record = json.loads(line)
                 step, written = int(record.pop("step")), float(record.pop("t"))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError):
                 continue
             if written > self._newest:
                 self._newest = written

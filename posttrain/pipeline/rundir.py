@@ -18,7 +18,7 @@ from typing import Any
 
 from posttrain.config.base import dump_yaml, read_yaml
 from posttrain.errors import ConfigError
-from posttrain.files import read_object, remove, write_text
+from posttrain.files import keep_lines, read_object, remove, write_text
 from posttrain.pipeline.graph import Node, Pipeline
 from posttrain.pipeline.stage_process import OUT_OF_SPACE
 
@@ -196,20 +196,8 @@ class RunDir:
 
     def forget_events(self, nodes: set[str]) -> None:
         """Remove the events of nodes that start anew from events.jsonl, and any line that a full disk cut off."""
-        if not self.events.exists():
-            return
-        lines = self.events.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if _is_whole(line) and json.loads(line).get("stage") not in nodes]
-        if len(kept) != len(lines):
-            write_text(self.events, "".join(kept))
+        keep_lines(self.events, lambda event: event.get("stage") not in nodes, on_bad=lambda: None)
 
     def finish(self, node: Node, record: Mapping[str, object]) -> None:
         """Write DONE, the last file of a stage."""
         write_text(self.folder(node) / DONE, json.dumps(record, indent=1, default=str) + "\n")
-
-
-def _is_whole(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False

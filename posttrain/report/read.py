@@ -14,6 +14,7 @@ from typing import Any
 
 from posttrain.config.base import read_yaml
 from posttrain.errors import ConfigError
+from posttrain.files import read_jsonl
 
 KINDS = ("base", "filter", "sft", "rl", "dpo", "eval")
 LEFT_BY_STAGES = (
@@ -137,20 +138,10 @@ def read_json(path: Path, notes: list[str]) -> Any:
 
 def read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The JSON objects of a JSON-lines file. Lines that cannot be read are counted in `notes`."""
-    if not path.is_file():
-        return []
-    records, bad = [], 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                bad += bool(line.strip())
-                continue
-            if isinstance(record, dict):
-                records.append(record)
+    bad: list[None] = []
+    records = list(read_jsonl(path, lambda: bad.append(None)))
     if bad:
-        notes.append(f"{path.parent.name}/{path.name}: {bad} unreadable line{'s' * (bad > 1)} left out.")
+        notes.append(f"{path.parent.name}/{path.name}: {len(bad)} unreadable line{'s' * (len(bad) > 1)} left out.")
     return records
 
 

@@ -1,12 +1,12 @@
 """The filter: how hard the judge found the examples, which were kept and which were dropped."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from posttrain.files import read_jsonl
 from posttrain.report.blocks import Chart, Key, Section, Stat, Stats, Table
 from posttrain.report.charts import axis, bars, figure
 from posttrain.report.format import count, percent
@@ -34,16 +34,9 @@ def filter_section(run: Run, stage: Stage) -> Section | None:
 
 def _difficulties(path: Path) -> Iterator[tuple[str, str, float | None]]:
     """(capability, tag, score) of each row of a file."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = mapping(json.loads(line))
-            except ValueError:
-                continue
-            difficulty = mapping(row.get("difficulty"))
-            yield str(row.get("capability", "")), str(difficulty.get("tag", "")), number(difficulty.get("score"))
+    for row in read_jsonl(path, on_bad=lambda: None):
+        difficulty = mapping(row.get("difficulty"))
+        yield str(row.get("capability", "")), str(difficulty.get("tag", "")), number(difficulty.get("score"))
 
 
 def _stats(kept: list, dropped: list) -> list[Stat]:
