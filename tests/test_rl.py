@@ -600,6 +600,18 @@ def test_draws_go_on_after_a_checkpoint_and_after_groups_dispatched_since():
     assert drawn != [source_of(rows, 6, instructions).draw(name, order) for order, name in draws[12:]]
 
 
+def test_the_state_of_a_checkpoint_stays_as_it_was_while_prompts_are_drawn():
+    """A checkpoint is written while the next groups are dispatched."""
+    source = source_of([row_named(f"p{i}") for i in range(5)])
+    source.draw("math", 0)
+    state = source.state()
+    before = json.dumps(state)
+    for order in range(1, 4):
+        source.draw("math", order)
+    assert json.dumps(state) == before
+    assert json.dumps(source.state()) != before
+
+
 def test_system_instructions_follow_their_weights_and_spare_prompts_that_bring_one():
     own = Row("own", "math", (Message("system", "Mine."), Message("user", "q")))
     source = source_of([own], 0, [{"text": "Be brief."}])

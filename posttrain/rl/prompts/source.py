@@ -144,8 +144,10 @@ class PromptSource:
         return self._selection.beliefs.first_groups() if self._selection is not None else []
 
     def state(self) -> dict[str, Any]:
-        """JSON state for a checkpoint, right after `advance`."""
-        return {"prompts_seen": self._prompts_seen, "selection": self._selection and self._selection.state()}
+        """JSON state for a checkpoint, right after `advance`. Draws that follow do not change it: groups are dispatched
+        while the checkpoint is being written, and a deterministic run draws them again.
+        """
+        return {"prompts_seen": dict(self._prompts_seen), "selection": self._selection and self._selection.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
