@@ -20,6 +20,7 @@ from posttrain.config.base import (
 from posttrain.config.data import FilesConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.errors import ConfigError
+from posttrain.forecast.config import ClusterConfig, DeviceConfig
 from posttrain.pipeline.config import PipelineConfig, read_pipeline
 from posttrain.pipeline.inputs import walk
 from posttrain.pipeline.kinds import KINDS, load_schema
@@ -29,7 +30,9 @@ from posttrain.sft.config import SftConfig
 ROOT = Path(__file__).resolve().parent.parent
 PIPELINES = sorted((ROOT / "pipelines").rglob("*.yaml"))
 MODELS = sorted((ROOT / "configs" / "models").glob("*.yaml"))
-CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(MODELS))
+DEVICES = sorted((ROOT / "configs" / "devices").glob("*.yaml"))
+CLUSTERS = sorted((ROOT / "configs" / "scale").rglob("cluster.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(MODELS) - set(DEVICES) - set(CLUSTERS))
 SFT = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "batch_tokens": 8192}
 
 
@@ -47,6 +50,11 @@ def test_every_stage_file_fits_the_schema_of_its_kind(path: Path):
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
 def test_every_model_file_fits_the_schema_of_sizes(path: Path):
     load_config(ModelShape, path)
+
+
+@pytest.mark.parametrize("path", [*DEVICES, *CLUSTERS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_of_a_device_or_cluster_fits_its_schema(path: Path):
+    load_config(ClusterConfig if path in CLUSTERS else DeviceConfig, path)
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.name)

@@ -3,6 +3,7 @@
 main.py                   joins the commands; turns an exception into a message and an exit code
 stages.py                 `posttrain run`, and one command for each kind of stage
 info.py                   commands that start no stage: validate, plan, schema, doctor, report, compare, ledger
+forecast.py               `plan --cluster`
 check.py hints.py         the schema that a file is checked with; the key that a mistaken option means
 runs.py display.py rl_panel.py outcome.py   runs: the plan before, the live table, the figures of RL, the result
 data.py prune.py          `posttrain data`: look at a dataset, convert it, remove rows

@@ -40,13 +40,21 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="YAML of sizes, config.json, model folder, or a bundled name: llama4-scout."
+            metavar="MODEL|PIPELINE",
+            help="YAML of sizes, config.json, model folder, or a bundled name: llama4-scout. With --cluster: a "
+            "pipeline with an RL stage, or its config.",
         ),
     ],
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs; the same as parallel.processes=N.")] = None,
     *,
     gpu_gib: Annotated[list[float] | None, typer.Option(help="Memory of a GPU, GiB; may be repeated.")] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Forecast how fast RL runs on the cluster of this file.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="With --cluster: take costs and replies from a run.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count a model's parameters and the memory that training it takes, from its config alone. No weights are read.
@@ -66,8 +74,24 @@ def plan(
       posttrain plan models/mine/config.json --gpus 8 --gpu-gib 80 tokens=4096
 
       posttrain plan llama4-behemoth --gpus 1024 parallel.offload=optimizer --json
+
+    With --cluster it simulates an RL stage on a cluster, asynchronous and with models that take turns: seconds of a
+    step, tokens/s and idle share of each model, staleness, memory, cost, the bottleneck, and what would help. KEY=VALUE
+    are those of `posttrain run`.
+
+      posttrain plan scale/scout-8/rl --cluster scale/scout-8/cluster
+
+      posttrain plan quickstart --cluster mine.yaml --calibrate runs/quickstart
     """
     import json
+
+    if cluster is not None:
+        from posttrain.cli.forecast import print_forecast
+
+        print_forecast(model, overrides or [], cluster, calibrate=calibrate, as_json=as_json)
+        return
+    if calibrate is not None:
+        raise ConfigError("--calibrate", ["needs --cluster FILE: it replaces the costs of a forecast"])
 
     from posttrain.config.base import apply_overrides, validate_config
     from posttrain.planning.config import PlanConfig

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("base", "filtering", "sft", "rl", "dpo", "eval"),
     ("rewards", "environments"),
     ("pipeline",),
-    ("report", "reward_tools", "serving"),
+    ("report", "reward_tools", "serving", "forecast"),
     ("cli",),
 )
 

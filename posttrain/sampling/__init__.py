@@ -9,6 +9,7 @@ client.py registry.py     the engines that a stage leases; the actor that makes 
 engine.py stream.py       the engine; the replies that are on their way out of it, in pieces
 core.py arguments.py      vLLM's engine core: started, watched, asked with a deadline; what it is started with
 vllm_requests.py          a request as vLLM takes it, its output as a completion
+loads.py                   how many replies each engine samples at a time, and how fast, as events
 watch.py progress.py      whether the engine's core process is alive, and what its vLLM worker is doing
 start_failure.py kv_memory.py   why an engine did not start; the size of its KV cache on a CPU
 manifests.py weights.py transfer.py   where weights are; through shared memory; from GPU to GPU

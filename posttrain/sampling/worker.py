@@ -104,6 +104,11 @@ class Worker:
     def _named(self) -> str:
         return f"{self.name} (policy version {self.policy_version})"
 
+    @property
+    def num_unfinished(self) -> int:
+        """How many turns the engine has to sample."""
+        return sum(not turn.completion.finish_reason for ask in self.asks.values() for turn in ask.waiting)
+
     def send(self, ask: Ask) -> None:
         """Give the engine a request."""
         for turn in ask.turns:

@@ -24,6 +24,7 @@ from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.hosts.directory import directory
 from posttrain.sampling.client import Engines
+from posttrain.sampling.loads import WorkerLoads
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.requests import Piece
 from posttrain.sampling.rollouter import Flight, Rollouter, SingleTurn
@@ -90,6 +91,7 @@ class RolloutWorkers:
                 zip(engines.names, engines.actors, engines.logs.values(), strict=True)
             )
         ]
+        self._loads = WorkerLoads(context, self.workers)
         self.weights = WorkerWeights(
             context, self.workers, calls=calls, manifest=manifest, version=version, taken=self._has_taken
         )
@@ -107,6 +109,7 @@ class RolloutWorkers:
                 group.create_task(self._rollouters.raise_failure())
                 if (hosts := directory()) is not None:
                     group.create_task(self._watch(hosts))
+                group.create_task(self._loads.run())
                 for worker in self.workers:
                     group.create_task(self._serve(worker))
         except BaseExceptionGroup as errors:
@@ -229,6 +232,7 @@ class RolloutWorkers:
 
     def _take(self, worker: Worker, pieces: list[Piece], now: float) -> None:
         grown: dict[int, Flight] = {}
+        self._loads.sampled(worker, sum(len(piece.token_ids) for piece in pieces))
         for piece in pieces:
             ask = worker.asks.get(piece.key)
             if ask is None:  # cancelled

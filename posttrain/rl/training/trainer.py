@@ -139,7 +139,7 @@ class PolicyTrainer:
         If the loss or the gradient is not finite, the weights are not changed, the metric `skipped` is 1, and
         `nonfinite` describes the update. Metrics that are not finite are left out.
         """
-        began = time.time()
+        began, cpu_began = time.time(), time.process_time()
         rate = learning_rate(self._config.optimizer, step, self._config.steps)
         for group, relative in zip(self._engine.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * relative
@@ -154,7 +154,7 @@ class PolicyTrainer:
         )  # fmt: skip
         self.policy_version += 1
         routers = self._routers and self._routers.update(min(1.0, self.policy_version / self._config.steps))
-        trained = time.time()
+        trained, trained_cpu = time.time(), time.process_time()
         manifest = self.publish()
         metrics = {
             **{name: value for name, value in totals.items() if math.isfinite(value)},
@@ -163,6 +163,7 @@ class PolicyTrainer:
             "learning_rate": rate,
             "skipped": int(not applied),
             "train_s": trained - began,
+            "train_cpu_s": trained_cpu - cpu_began,
             "publish_s": time.time() - trained,
         }
         return StepResult(metrics, manifest, began, time.time(), nonfinite)

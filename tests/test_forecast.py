@@ -1,0 +1,305 @@
+"""Forecasts of RL on a cluster: the simulation against hand-computed runs and invariants, and the command."""
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posttrain.cli.main import main
+from posttrain.config.base import load_config
+from posttrain.context import StageContext
+from posttrain.forecast.actors import Engine, SimulatedGroup
+from posttrain.forecast.calibration import _line, calibrate
+from posttrain.forecast.config import ClusterConfig, DeviceConfig
+from posttrain.forecast.costs import Costs, EngineCosts, TrainerCosts, UpdateCosts
+from posttrain.forecast.hardware import engine_costs, trainer_costs
+from posttrain.forecast.outcome import simulate
+from posttrain.forecast.simulation import Setting, Simulation
+from posttrain.planning.sizes import count_sizes, find_model, read_config
+from posttrain.resources import bundled, bundled_names
+
+NO_UPDATE = UpdateCosts(0.0, 0.0, recomputes=False)
+
+
+def equal_lengths(length: int, size: int = 4):
+    return lambda source, capability, step: ([length] * size, True)
+
+
+def spread_lengths(drop_rate: float, most: int = 400, size: int = 4):
+    def draw(source: random.Random, capability: str, step: int):
+        return [max(1, min(most, int(source.lognormvariate(3, 1)))) for _ in range(size)], source.random() >= drop_rate
+
+    return draw
+
+
+def setting(**changed) -> Setting:
+    costs = Costs(EngineCosts(0.01, 0.0), TrainerCosts(1.0, 0.0), NO_UPDATE)
+    base = Setting(costs, equal_lengths(100), engines=1, max_seqs=16, groups_per_step=4, max_staleness=0)
+    return replace(base, **changed)
+
+
+# --- an engine ---
+
+
+def ends_of(lengths: list[int], costs: EngineCosts, max_seqs: int, *, prompt: int = 0, padded: bool = False):
+    """When each of these replies, of groups of one, ends."""
+    ends: dict[int, float] = {}
+    now = 0.0
+    engine = Engine(
+        "engine-0", costs, max_seqs, prompt_tokens=prompt, finished=lambda group: ends.update({group.order: now}),
+        padded=padded,
+    )  # fmt: skip
+    for order, length in enumerate(lengths):
+        engine.send(SimulatedGroup(order, [length], True, 0), [length], 0.0)
+    while engine.is_busy:
+        now = engine.next_end()
+        engine.end_first(now)
+    return [ends[order] for order in range(len(lengths))], engine
+
+
+def test_an_engine_takes_a_step_for_each_token_and_a_waiting_reply_takes_the_first_free_place():
+    ends, engine = ends_of([10, 20, 5], EngineCosts(0.1, 0.0), 2)
+    assert ends == pytest.approx([1.0, 2.0, 1.5])
+    assert engine.tokens == pytest.approx(35)
+    assert engine.busy_s == pytest.approx(2.0)
+
+
+def test_a_step_costs_its_sequences_and_their_context():
+    # Two sequences with a prompt of 100: step j costs 0.1 + 2 * 0.01 + 0.001 * (200 + 2 j).
+    costs = EngineCosts(0.1, 0.0, prefill_s=0.0, dense_s=0.02, context_s=0.001)
+    ends, _ = ends_of([3, 3], costs, 2, prompt=100)
+    assert ends[0] == pytest.approx(3 * 0.12 + 0.001 * (3 * 200 + 2 * 9 / 2))  # context grows evenly within a step
+
+
+def test_experts_are_read_once_however_many_tokens_need_them():
+    costs = EngineCosts(0.0, 0.0, experts_s=1.0, idle_expert=0.75)
+    assert costs.decode_s(1) == pytest.approx(0.25)
+    assert costs.decode_s(2) == pytest.approx(1 - 0.75**2)
+    assert costs.decode_s(200) == pytest.approx(1.0)
+
+
+def test_a_padded_batch_is_refilled_when_its_longest_reply_has_ended():
+    ends, _ = ends_of([10, 20, 5], EngineCosts(0.1, 0.0), 2, padded=True)
+    assert ends == pytest.approx([1.0, 2.0, 2.5])
+
+
+def test_an_engine_that_pauses_for_weights_and_computes_its_context_again_ends_later():
+    ends: list[float] = []
+    engine = Engine(
+        "engine-0", EngineCosts(0.1, 0.0, prefill_s=0.01), 4, prompt_tokens=20, finished=lambda group: ends.append(0)
+    )
+    group = SimulatedGroup(0, [10], True, 0)
+    engine.send(group, [10], 0.0)
+    assert engine.next_end() == pytest.approx(0.2 + 1.0)  # the prompt, then ten steps
+    engine.update(1, 0.7, pause_s=0.5, recomputes=True)
+    assert engine.next_end() == pytest.approx(0.7 + 0.5 + 0.25 + 0.5)  # 25 tokens again, then the five steps left
+    assert (group.oldest, engine.version) == (0, 1)
+
+
+# --- whole runs ---
+
+
+def test_on_policy_a_step_is_sampling_then_training():
+    trace = Simulation(setting()).run(6)
+    # 16 sequences fit at once: 100 steps of 10 ms, then a second of training, and so on.
+    assert [step.began for step in trace.steps] == pytest.approx([1, 3, 5, 7, 9, 11])
+    assert {step.staleness for step in trace.steps} == {0}
+    assert trace.busy_s["trainer"] == pytest.approx(5.0)
+
+
+def test_with_staleness_sampling_and_training_overlap():
+    found = simulate(setting(max_staleness=1))
+    assert found.step_s == pytest.approx(1.0, rel=0.02)
+    assert simulate(setting()).step_s == pytest.approx(2.0)
+    assert found.idle["trainer"] == pytest.approx(0.0, abs=0.02)
+
+
+def test_programs_that_share_cores_slow_each_other():
+    costs = Costs(EngineCosts(0.01, 0.0), TrainerCosts(1.0, 0.0), NO_UPDATE, cores=1.0)
+    assert simulate(setting(costs=costs, max_staleness=1)).step_s == pytest.approx(2.0, rel=0.02)
+    wide = replace(costs, cores=2.0)
+    assert simulate(setting(costs=wide, max_staleness=1)).step_s == pytest.approx(1.0, rel=0.02)
+
+
+def test_the_trainer_waits_for_engines_that_still_take_the_weights_of_the_step_before():
+    costs = Costs(EngineCosts(0.0001, 0.0), TrainerCosts(0.1, 0.0), UpdateCosts(2.0, 0.0, recomputes=False))
+    assert simulate(setting(costs=costs, max_staleness=4)).step_s == pytest.approx(2.0, rel=0.05)
+
+
+def test_a_judge_and_slow_rewards_hold_groups_up():
+    plain = simulate(setting()).step_s
+    costs = setting().costs
+    judged = setting(costs=replace(costs, judge=EngineCosts(0.02, 0.0)), judges=1, judge_tokens=10)
+    assert simulate(judged).step_s == pytest.approx(plain + 0.2)
+    slow = setting(costs=replace(costs, reward_s=0.5), reward_workers=1)
+    assert simulate(slow).step_s == pytest.approx(plain + 4 * 0.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(0, 3), st.sampled_from(["pace", "wait", "drop"]), st.floats(0, 0.7),
+    st.integers(0, 10**6),
+)  # fmt: skip
+def test_no_run_breaks_the_bound_or_works_more_than_the_time_that_passed(engines, staleness, mode, drop_rate, seed):
+    costs = Costs(EngineCosts(0.003, 1e-4), TrainerCosts(0.2, 1e-4), UpdateCosts(0.1, 0.02), reward_s=0.05, cores=2.0)
+    given_ = setting(
+        costs=costs, draw=spread_lengths(drop_rate), engines=engines, max_staleness=staleness, mode=mode,
+        over_provision=0.5,
+    )  # fmt: skip
+    trace = Simulation(given_, seed).run(8)
+    assert all(0 <= step.staleness <= staleness for step in trace.steps)
+    assert [step.began for step in trace.steps] == sorted(step.began for step in trace.steps)
+    assert all(busy <= trace.end + 1e-6 for busy in trace.busy_s.values())
+    for intervals in trace.busy.values():
+        assert all(a[1] <= b[0] + 1e-9 for a, b in itertools.pairwise(intervals))
+    # Every token that was trained on has been sampled, at the speed that the costs allow.
+    assert sum(step.tokens for step in trace.steps) <= sum(trace.sampled.values()) + 1e-3
+    assert sum(trace.sampled.values()) <= engines * given_.max_seqs * trace.end / 0.003
+
+
+def test_more_spread_at_the_same_mean_costs_turns_more_than_asynchronous_runs():
+    def ratio(sigma: float) -> float:
+        def draw(source: random.Random, capability: str, step: int):
+            return [max(1, int(source.lognormvariate(5 - sigma**2 / 2, sigma))) for _ in range(4)], True
+
+        base = setting(draw=draw, engines=2, max_seqs=16, groups_per_step=16)
+        return simulate(base).step_s / simulate(replace(base, max_staleness=4)).step_s
+
+    assert ratio(1.2) > ratio(0.6) > ratio(0.0)
+
+
+# --- costs ---
+
+
+def test_an_engine_of_twice_the_devices_reads_its_weights_in_half_the_time():
+    sizes = count_sizes(read_config(find_model("llama4-scout")))
+    device = load_config(DeviceConfig, bundled("configs", "devices/h100"))
+    whole, half = (engine_costs(sizes, device, devices=n, dtype="bfloat16") for n in (8, 16))
+    assert half.experts_s == pytest.approx(whole.experts_s / 2)
+    # 96.6B routed weights of 2 bytes over 8 devices at 62% of 3.35 TB/s.
+    assert whole.experts_s == pytest.approx(96.637e9 * 2 / (8 * 3.35e12 * 0.62), rel=1e-3)
+    # The published case from which decode_efficiency and engine_step_s come: 64 sequences, 18 ms between tokens.
+    assert whole.decode_s(64) == pytest.approx(0.018, rel=0.1)
+
+
+def test_training_takes_six_operations_a_weight_that_a_token_uses():
+    sizes = count_sizes(read_config(find_model("llama4-scout")))
+    device = load_config(DeviceConfig, bundled("configs", "devices/h200"))
+    costs = trainer_costs(sizes, device, devices=16, checkpointing="full")
+    assert costs.token_s == pytest.approx(6 * sizes.active / (16 * 989e12 * 0.3))
+
+
+@pytest.mark.parametrize("name", [name for name in bundled_names("configs") if name.startswith("devices/")])
+def test_bundled_devices_name_their_sources(name: str):
+    device = load_config(DeviceConfig, bundled("configs", name))
+    assert len(device.source) > 100
+
+
+# --- calibration ---
+
+
+def test_the_costs_of_an_engine_are_found_again_from_stretches_of_time():
+    rows = [(1 / c, 0.004 / c + 2e-4, 100 * c) for c in (3, 10, 40, 90)]
+    costs = _line(rows)
+    assert (costs.step_s, costs.token_s) == (pytest.approx(0.004), pytest.approx(2e-4))
+
+
+def recorded_run(folder: Path, *, steps: int = 8) -> Path:
+    """A run directory with what a calibration reads, of which the costs are known."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import yaml
+
+    stage = folder / "rl"
+    (stage / "rollouts").mkdir(parents=True)
+    config = {
+        "model": {"path": "policy", "dtype": "float32"}, "prompts": {"path": "prompts.jsonl"},
+        "reward": {"name": "math"}, "group_size": 2, "groups_per_step": 4,
+    }  # fmt: skip
+    (stage / "config.yaml").write_text(yaml.safe_dump(config))
+    context = StageContext("rl", stage, folder / "events.jsonl")
+    for step in range(steps):
+        tokens = 1000 + 100 * step
+        cpu_s = 0.2 + 1e-4 * tokens
+        context.metrics(
+            step, {"tokens_trained": tokens, "train_cpu_s": cpu_s, "train_s": 1.5 * cpu_s, "publish_s": 0.0}
+        )
+        running = 4.0 + 4 * step
+        context.event(
+            "engine_load", engine="engine-0", seconds=2.0, running=running, tokens=round(2 / (0.01 / running + 1e-3))
+        )
+        rows = [
+            {"group_id": f"{step}-{group}", "num_tokens": 10 * (group + 1), "status": status, "capability": "math"}
+            for group, status in enumerate(("trained", "dropped:zero_advantage", "dropped:finished"))
+            for _ in range(2)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), stage / "rollouts" / f"step_{step:06d}.parquet")
+    context.busy("engine-0", "update_weights", start=10.0, end=10.05)
+    return folder
+
+
+def test_a_calibration_finds_the_costs_of_a_run(tmp_path: Path):
+    found = calibrate(recorded_run(tmp_path))
+    costs = found.costs
+    assert costs.trainer.token_s == pytest.approx(1e-4)
+    assert costs.trainer.fixed_s == pytest.approx(0.2)
+    assert costs.cores == pytest.approx(2 / 1.5)  # an engine and the trainer; steps took 1.5 times their CPU time
+    assert costs.update.pause_s == pytest.approx(0.05)
+    assert costs.engine.step_s == pytest.approx(0.01, rel=0.02)
+    assert costs.engine.token_s == pytest.approx(1e-3, rel=0.02)
+    draws = [found.draw(found.config)(random.Random(seed), "math", 3) for seed in range(50)]
+    assert {tuple(lengths) for lengths, _ in draws} == {(10, 10), (20, 20)}  # what was dropped for its end is left out
+    assert {kept for _, kept in draws} == {True, False}
+
+
+def test_a_calibration_on_too_little_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = recorded_run(tmp_path, steps=4)
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("device: h100\nmodel: llama4-scout\n")
+    assert main(["plan", "scale/scout-8/rl", "--cluster", str(cluster), "--calibrate", str(run)]) == 2
+    assert "needs 7 steps with `train_cpu_s`" in capsys.readouterr().err
+    assert main(["plan", "scale/scout-8/rl", "--cluster", str(cluster), "--calibrate", str(tmp_path / "none")]) == 2
+    assert "has no RL stage with metrics" in capsys.readouterr().err
+
+
+# --- the command ---
+
+
+def test_the_command_forecasts_both_ways_of_a_stage(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "scale/scout-8/rl", "groups_per_step=8", "--cluster", "scale/scout-8/cluster", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["asynchronous"]["devices"] == 8
+    assert found["speedup"] == pytest.approx(found["in_turns"]["step_s"] / found["asynchronous"]["step_s"])
+    assert found["asynchronous"]["staleness"] <= 4
+    assert all(0 <= share <= 1 for way in ("asynchronous", "in_turns") for share in found[way]["idle"].values())
+
+
+@pytest.mark.parametrize(
+    ("file", "cluster", "message"),
+    [
+        ("scale/scout-8/rl", "device: h300\n", "got 'h300'; give one of b200, h100, h200, cpu"),
+        ("scale/scout-8/rl", "device: h200\ndevices_per_host: 4\nmodel: llama4-scout\n", "asks for 8 devices"),
+        ("configs/rl.yaml", "device: h200\n", "model: no such file or folder"),
+        ("scale/scout-8/rl", "device: h200\nhots: 2\n", "hots"),
+        ("configs/sft.yaml", "device: h200\n", "a forecast is made of one stage of kind rl"),
+    ],
+)
+def test_bad_input_is_named(file, cluster, message, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(cluster)
+    assert main(["plan", file, "--cluster", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_calibrate_needs_a_cluster(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "llama4-scout", "--calibrate", "runs/mine"]) == 2
+    assert "needs --cluster FILE" in capsys.readouterr().err
+
+
+def test_a_cluster_counts_its_devices():
+    assert ClusterConfig(device="h200", hosts=3, devices_per_host=8).devices == 24
