@@ -1,4 +1,4 @@
-"""Tests without the mark `slow` or `full` start no process and no server: `make test-fast` relies on that.
+"""Tests without the mark `slow`, `full` or `gpu` start no process and no server: `make test-fast` relies on that.
 
 While `no_processes()` is active, every way from Python to a new process, and to a listening socket, raises
 `ProcessStarted`. Code under test may catch that error, so what was refused is also listed, and the test fails at its
@@ -82,7 +82,7 @@ def no_processes() -> Iterator[list[str]]:
 @contextmanager
 def guarded(keywords: Any) -> Iterator[None]:
     """Around one phase of a test with these keywords. Raises ProcessStarted if it hid a refusal."""
-    if "slow" in keywords or "full" in keywords:
+    if any(mark in keywords for mark in ("slow", "full", "gpu")):
         yield
         return
     with no_processes() as refused:

@@ -1,4 +1,4 @@
-"""The guard itself: it refuses every way to start a process or server, except in tests marked `slow` or `full`."""
+"""The guard itself: it refuses every way to start a process or server, except in tests with certain marks."""
 
 import contextlib
 import multiprocessing

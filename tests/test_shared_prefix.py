@@ -140,8 +140,8 @@ def attention_of_documents(q, k, v, packed: Packed, chunk: int | None) -> torch.
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     out = torch.zeros_like(q)
     for places in packed.places:
-        index = torch.tensor(places)
-        where = torch.arange(len(places))
+        index = torch.tensor(places, device=q.device)
+        where = torch.arange(len(places), device=q.device)
         hidden = where[None] > where[:, None]
         if chunk is not None:
             hidden = hidden | (where[None] // chunk != where[:, None] // chunk)

@@ -56,13 +56,19 @@ def test_logits_equal_transformers(rows):
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 def test_gradients_equal_transformers(rows):
+    assert_gradients_as_exact(rows)
+
+
+def assert_gradients_as_exact(rows: list[list[int]], device: str = "cpu") -> None:
+    """Loss and gradients of both models on the device, against transformers' in float64 on the CPU."""
     theirs, ours = vision_pair(scale=0.15)
     inputs = batch(rows)
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    got_loss, got = _gradients(ours, inputs)
-    peer_loss, peer = _gradients(theirs, inputs)
     with float64_inside():
         exact_loss, exact = _gradients(*in_float64(theirs, inputs))
+    there = {name: value.to(device) for name, value in inputs.items()}
+    got_loss, got = _gradients(ours.to(device), there)
+    peer_loss, peer = _gradients(theirs.to(device), there)
     assert_as_exact(got_loss, peer_loss, exact_loss)
     for part in ("vision", "projector", "text") if "pixel_values" in inputs else ("text",):
         assert_as_exact(*({name: grad for name, grad in grads.items() if part_of(name) == part}
@@ -70,13 +76,13 @@ def test_gradients_equal_transformers(rows):
 
 
 def _gradients(model, inputs):
-    """The loss and every gradient; 0 for weights that the loss does not reach."""
+    """The loss and every gradient, on the CPU; 0 for weights that the loss does not reach."""
     model.zero_grad()
     loss = model(**inputs).loss
     loss.backward()
     grads = {name: torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
              for name, weight in model.named_parameters()}  # fmt: skip
-    return loss.detach(), grads
+    return loss.detach().cpu(), {name: grad.cpu() for name, grad in grads.items()}
 
 
 MUTATIONS = {
@@ -119,22 +125,30 @@ def test_a_folder_goes_both_ways(tmp_path):
 
 
 def test_packed_documents_with_pictures_never_see_each_other():
+    assert_packed_pictures_isolated()
+
+
+def assert_packed_pictures_isolated(device: str = "cpu") -> None:
+    """Logits of a packed row against those of its documents alone; another picture changes its own document only."""
     theirs, ours = vision_pair()
     tiles = [[1], [], [2, 3]]
     documents = [document(counts, 9, seed) for seed, counts in enumerate(tiles)]
     pictures = [pixels(sum(counts), seed) for seed, counts in enumerate(tiles)]
+
+    def alone(model: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat([
+            model(ids[None].to(device), pixel_values=None if tile is None else tile.to(device, dtype)).logits[0]
+            for ids, tile in zip(documents, pictures, strict=True)
+        ])  # fmt: skip
+
     with torch.no_grad():
-        alone = [theirs(ids[None], pixel_values=tile).logits[0] for ids, tile in zip(documents, pictures, strict=True)]
-        positions = torch.cat([torch.arange(len(ids)) for ids in documents])[None]
-        ids, tile = torch.cat(documents)[None], torch.cat([tile for tile in pictures if tile is not None])
-        packed = ours(ids, pixel_values=tile, position_ids=positions).logits[0]
         with float64_inside():
-            exact = copy.deepcopy(theirs).double()
-            wanted = [
-                exact(ids[None], pixel_values=None if tile is None else tile.double()).logits[0]
-                for ids, tile in zip(documents, pictures, strict=True)
-            ]
-        assert_as_exact(packed, torch.cat(alone), torch.cat(wanted))
+            exact = alone(copy.deepcopy(theirs).double(), "cpu", torch.float64)
+        peer = alone(theirs.to(device), device, torch.float32)
+        positions = torch.cat([torch.arange(len(ids)) for ids in documents])[None].to(device)
+        ids, tile = torch.cat(documents)[None].to(device), torch.cat([t for t in pictures if t is not None]).to(device)
+        packed = ours.to(device)(ids, pixel_values=tile, position_ids=positions).logits[0]
+        assert_as_exact(packed.cpu(), peer.cpu(), exact)
         changed = tile.clone()
         changed[0] += 1.0  # the picture of the first document
         others = slice(len(documents[0]), None)

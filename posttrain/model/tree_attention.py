@@ -36,8 +36,9 @@ def tree_visibility(tree: Tree, chunk_size: int | None, *, dropout: bool) -> Vis
     return TreeBlocks.of(nodes, device) if device.type == "cpu" else TreeFlex.of(tree, chunk_size)
 
 
-# Tokens on the paths of nodes, in the mean over nodes that have a path, up to which TreeKeys is faster than TreeBlocks.
-# Measured on a CPU by benchmarks/rl_prefix.py.
+# Tokens on the paths of nodes, in the mean over nodes that have a path, up to which TreeKeys is faster than TreeBlocks,
+# as benchmarks/rl_prefix.py measured on a CPU. On one H200 it is within 7% of TreeFlex up to paths of 2048 tokens
+# (benchmarks/prefix_gpu.py).
 _SHORT_PATH = 256
 
 
@@ -125,7 +126,13 @@ class TreeFlex:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float) -> torch.Tensor:
         assert not dropout
-        return _flex(q.is_cuda)(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+        grouped = q.shape[1] != k.shape[1]
+        return _flex(q.is_cuda)(q, k, v, block_mask=self.mask, enable_gqa=grouped, kernel_options=_KERNEL)
+
+
+# The kernel for many queries. Without gradients torch would choose another for rows of less than 128 tokens, one for
+# decoding, of which it compiles no variant for some shapes.
+_KERNEL: Any = {"BACKEND": "TRITON"}
 
 
 @functools.cache
