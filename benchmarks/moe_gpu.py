@@ -103,10 +103,10 @@ def memory(name: str) -> tuple[float, dict[str, float]]:
     return fraction, {"experts": num_experts, **peaks}
 
 
-def model_config() -> Llama4TextConfig:
+def model_config(layers: int = 6) -> Llama4TextConfig:
     return config(
-        16, vocab_size=32768, hidden_size=2048, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=16,
-        num_key_value_heads=4, head_dim=128, interleave_moe_layer_step=1,
+        16, vocab_size=32768, hidden_size=2048, intermediate_size=4096, num_hidden_layers=layers,
+        num_attention_heads=16, num_key_value_heads=4, head_dim=128, interleave_moe_layer_step=1,
     )  # fmt: skip
 
 

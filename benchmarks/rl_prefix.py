@@ -53,14 +53,20 @@ def rollouts(shape: tuple[int, int, int], groups: int, seed: int = 0) -> list[Tr
     return samples
 
 
-def step(policy: TokenPolicy, samples: Sequence[TrainSample], *, shared: bool) -> Callable[[], None]:
+def step(
+    policy: TokenPolicy,
+    samples: Sequence[TrainSample],
+    *,
+    shared: bool,
+    max_tokens: int = TrainingConfig.model_fields["micro_batch_tokens"].default,
+    device: str = "cpu",
+) -> Callable[[], None]:
     """Forward and backward of all micro-batches, making their tensors included."""
-    max_tokens = TrainingConfig.model_fields["micro_batch_tokens"].default
 
     def run() -> None:
         policy.zero_grad(set_to_none=False)
         for chunk in micro_batches(samples, max_tokens, shared=shared):
-            batch = collate(chunk, PAD_ID, shared=shared)
+            batch = collate(chunk, PAD_ID, device, shared=shared)
             logprobs_T, _, _ = policy(batch)
             (logprobs_T * batch.advantages_T).sum().backward()
 
