@@ -5,11 +5,14 @@ from bisect import bisect_left
 from itertools import islice
 from typing import NamedTuple
 
-_OPEN = re.compile(r"(?P<indent> {0,3})(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[^\s`{]*)[^`]*")
+_DEEPEST = 12  # spaces before a fence; CommonMark allows more than three within a list
+_OPEN = re.compile(rf"(?P<indent> {{0,{_DEEPEST}}})(?P<fence>`{{3,}}|~{{3,}})[ \t]*(?P<tag>[^\s`{{]*)[^`]*")
+_QUOTED = re.compile(r"^ {0,3}> ?(?=(?:`{3}|~{3}))", re.MULTILINE)
+_UNQUOTED = re.compile(rf"^ {{0,{_DEEPEST}}}(?:`{{3}}|~{{3}})", re.MULTILINE)
 
 
 class Block(NamedTuple):
-    """A fenced block. tag: the first word after the fence, in lower case. text: its lines, with `\\n` at line ends."""
+    """A fenced block. tag: the language after the fence, in lower case. text: its lines, with `\\n` at line ends."""
 
     tag: str
     text: str
@@ -25,9 +28,11 @@ class _Close(NamedTuple):
 
 def fenced_blocks(text: str) -> list[Block]:
     """The closed blocks of the text, in order. A fence that is indented deeper than the opening one is content."""
-    lines = re.sub(r"\r\n?", "\n", text).split("\n")
+    lines = _unquoted(re.sub(r"\r\n?", "\n", text)).split("\n")
     fences = [place for place, line in enumerate(lines) if "```" in line or "~~~" in line]
-    closes = {(sign, indent): _closes(lines, fences, sign, indent=indent) for sign in "`~" for indent in range(4)}
+    closes = {
+        (sign, indent): _closes(lines, fences, sign, indent=indent) for sign in "`~" for indent in range(_DEEPEST + 1)
+    }
     found, place = [], 0
     for fence in fences:
         opening = _OPEN.fullmatch(lines[fence]) if fence >= place else None
@@ -39,9 +44,21 @@ def fenced_blocks(text: str) -> list[Block]:
         if end is None:
             continue
         body = [_dedented(line, indent) for line in lines[place:end]]
-        found.append(Block(opening["tag"].lower().strip("{}."), "\n".join(body)))
+        found.append(Block(_tag(opening["tag"]), "\n".join(body)))
         place = end + 1
     return found
+
+
+def _unquoted(text: str) -> str:
+    """The text without the signs of a quotation, if it has fences in a quotation (`> ```) and nowhere else."""
+    if _UNQUOTED.search(text) or not _QUOTED.search(text):
+        return text
+    return re.sub(r"^ {0,3}> ?", "", text, flags=re.MULTILINE)
+
+
+def _tag(text: str) -> str:
+    """The language after a fence, in lower case: python of `{.Python}`, `python,linenos`, `python:a.py`."""
+    return re.split(r"[,:;=(\[]", text.lower().strip("{}."))[0].rstrip("}")
 
 
 def _closes(lines: list[str], fences: list[int], sign: str, *, indent: int) -> list[_Close]:

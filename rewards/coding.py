@@ -9,6 +9,7 @@ values, so it can neither stop early nor fake a success. The exception is an ass
 import ast
 import json
 import math
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from .blocks import fenced_blocks
 from .stated import without_reasoning
 
 REQUIRES = {"code": ["tests"]}
-_TAGS = {"python", "python3", "py", "py3", "python2", "ipython"}
+_PYTHON = re.compile(r"i?py(?:thon)?(?:[23](?:\.\d+)?)?")
 _MAX_VALUE_CHARS = 500_000
 _PROGRAM = "the program: "
 _LIMIT = "limit"
@@ -224,7 +225,7 @@ def _without_null(test: object) -> Any:
 def _program_in(text: str) -> str | None:
     """The last block that is tagged as Python; without one, the last block without a tag."""
     blocks = fenced_blocks(text)
-    tagged = [block.text for block in blocks if block.tag in _TAGS]
+    tagged = [block.text for block in blocks if _PYTHON.fullmatch(block.tag)]
     untagged = [block.text for block in blocks if not block.tag]
     return (tagged or untagged or [None])[-1]
 

@@ -57,6 +57,12 @@ _DENIED = re.compile(
     r"(?:\b(?:not|never|cannot|hardly|neither)|n['’]t)(?:\s+(?:be|equal|to|exactly|really|the|simply|just))*[\s$*=:]*\Z",
     re.IGNORECASE,
 )
+# Denials in other languages, for a number or letter that no English words announce.
+_FOREIGN_DENIAL = re.compile(
+    r"\bnicht\b|\bkeine?[rnms]?\b|\bn['’](?:est|a)\b|\bpas\b|\bno\s+(?:es|son)\b|\bnon\s+(?:è|sono)\b|\bnão\b|\bне\b"
+    r"|不是|不等|ではな|じゃな|아니",
+    re.IGNORECASE,
+)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 _BREAK = re.compile(r"[,;:]\s|\s[—–-]\s|[.?!](?=\s|$)")
 
@@ -90,6 +96,7 @@ def is_hedged(line: str, start: int, end: int) -> bool:
     return bool(
         _UNKNOWN.search(line)
         or _HEDGED.search(part)
+        or _FOREIGN_DENIAL.search(part)
         or _DENIED.search(line[max(before, start - _NEAR) : start])
         or (question and question[0] == "?")
         or is_left_open(line, start)

@@ -161,7 +161,7 @@ def _formulas(text: str) -> list[str]:
 
 def _trimmed(text: str) -> str:
     text = text.strip().strip("*").strip()
-    text = re.sub(r"(?<!\.)\.$", "", text).strip()
+    text = re.sub(r"(?<!\.)[.。]$", "", text).strip()
     return text[:-1].strip() if re.search(r"(?<!\\),$", text) else text
 
 

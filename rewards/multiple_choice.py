@@ -14,10 +14,10 @@ REQUIRES = {"multiple_choice": ["answer"]}
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NEAR = 400  # characters after a mark in which the letter and what is said about it are looked for
 _LONGEST = 4000  # characters of a last line in which an unmarked letter is looked for
-_OPTION = re.compile(r"\b(?:option|choice|letter)\s+(?:is|would be)\b[\s:*]*", re.IGNORECASE)
+_OPTION = re.compile(r"\b(?:option|choice|letter)\b[*_]{0,3}(?:\s+(?:is|would be)\b|\s*[:：])[\s:*]*", re.IGNORECASE)
 _MACRO = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathsf|bf|rm)\b\s*")
 _BEFORE = re.compile(
-    r"(?:[\s*_$:({\[\"'`]|\\\(|\\\[|(?:the|correct|right|best|answer|option|choice|letter|therefore|thus|clearly|indeed|"
+    r"(?:[\s*_$:({\[\"'`✅✔☑👉➡→⇒∴•★⭐🎯\ufe0f]|\\\(|\\\[|(?:the|correct|right|best|answer|option|choice|letter|therefore|thus|clearly|indeed|"
     r"simply|definitely|probably|most likely|likely|hence|so|still|again|is|i think|i believe|i would say|"
     r"it is|it's)\b,?)*",
     re.IGNORECASE,
@@ -26,7 +26,7 @@ _JOINT = re.compile(r"[\s*_$)\]{}]*(?:\bor\b|\band\b|/|,|\||&)[\s*_$(\[{}]*", re
 # What may follow the letter: the end, a closing sign, or the beginning of a reason or of the choice's own text.
 _CLOSED = re.compile(r"[*_$)\]}\"'`]*\s*(?:$|\n|[.,;:!)\]}(*|/—–-](?!\w)|\\|<)")
 _REASON = re.compile(r"[*_$)\]}\"'`]*\s+(?:because|since|as|for|given|or|and|with|which|where|by|due|not|but)\b")
-_OPERATOR = re.compile(r"[*_$)\]}]*\s*(?:=(?!>)|[<>^+])|[-–]\w|\s*\\(?:le|ge|ne|in|times|cdot|rangle)\b|_|\^")
+_OPERATOR = re.compile(r"[*_$)\]}]*\s*(?:=(?!>)|[<>^+])|\.[A-Z]\.|[-–]\w|\s*\\(?:le|ge|ne|in|times|cdot|rangle)\b|_|\^")
 _DENIED = re.compile(r"\s*not\b", re.IGNORECASE)
 _RULED_OUT = re.compile(
     r"[\s*_$)\]}\"'`]*(?:is|was|seems|looks|must be|would be|has to be)?(?:\s+(?:also|clearly|definitely|simply))?\s*"
@@ -49,6 +49,7 @@ _OTHER = re.compile(
     r"|\b(?i:for|in|on|if)\s+(?:the\s+)?(?:other|others|rest|second|latter|next|part|case|question|problem|item)\b"
     r"[^.\n]{0,60}?[\s,:(]([A-Z])\b(?!['’\w])(?=\s*(?:[.,;:!)\n]|$))"
 )
+_NEXT = re.compile(r"[\s.*_$)\]]*(?:\b(?:and|or)\b|[,;/&|])\s*(?:also\s+)?[*_$(\[]*[A-Z](?=[).:\]*])")
 _SENTENCE = re.compile(r"[^\n?!]*?(?=[.]\s|[\n?!]|$)")
 _EXCEPT = re.compile(
     r"\b(?:except|eliminate|exclude|discard|reject|rule\s+out|ruled\s+out|not)\b[^,;.]*\Z", re.IGNORECASE
@@ -60,7 +61,7 @@ _CHOSEN = re.compile(
     re.IGNORECASE,
 )
 _ALONE = re.compile(r"[\s*_$(\[{`]*([A-Za-z])[\s*_$)\]}.`]*")
-_SHOWN = re.compile(r"\*\*\s*\(?([A-Z])\)?(?:[.:)][^*\n]*)?\s*\*\*|\(([A-Z])\)")
+_SHOWN = re.compile(r"\*\*\s*\(?([A-Z])\)?(?:[.:)][^*\n]*)?\s*\*\*|(?<!\w)\(([A-Z])\)")
 
 
 def multiple_choice(rollout: Rollout, row: Row, num_choices: int = 26) -> RewardResult:
@@ -91,7 +92,12 @@ def _contradicts(text: str, gold: int, texts: list[str]) -> bool:
     """Whether the letter of a choice stands before the whole text of another, as in "(B) red" where B is blue."""
     others = {choice for choice in texts if choice != texts[gold]} if texts else set()
     lines = re.findall(rf"\b{_LETTERS[gold]}\b[\s).:*\]]+([^\n]+)", prose(text))
-    return any(line.strip(" .*_$)]") in others for line in lines)
+    return any(line.strip(" .*_$)]") in others or _goes_on(line, texts[gold]) for line in lines if texts)
+
+
+def _goes_on(line: str, own: str) -> bool:
+    """Whether another letter is joined to the text of the choice, as in "(B) red and (C) blue"."""
+    return line.startswith(own) and _NEXT.match(line, len(own)) is not None
 
 
 def named_letters(text: str, letters: str = _LETTERS) -> set[str]:

@@ -1,5 +1,6 @@
 """Finds the places where a reply states its answer: in a box, in a tag, or after words such as "answer is"."""
 
+import json
 import re
 from itertools import chain, islice
 
@@ -11,12 +12,17 @@ _SIGNS = re.compile(r"[\W_]{81,}")  # so many signs in a row belong to no answer
 _BOX = re.compile(r"\\f?boxed?(?![A-Za-z])\s*")
 _WORD = re.compile(r"[^\s$.,;]+(?:\.\d+)?")
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
-_FOREIGN = "Antwort|Réponse|Respuesta|Risposta|Resposta|Ответ|答案|答え|정답"
+_FOREIGN = "Antwort|Lösung|Ergebnis|Réponse|Respuesta|Risposta|Resposta|Ответ"
 MARK = re.compile(
-    rf"(?:\banswers?\b[*_ ]*(?:\s+(?:is|are|equals|must be|would be|should be|seems to be)\b|\s*[:=：])"
-    rf"|\b(?:{_FOREIGN})\b[*_ ]*\s*[:：]|(?:答案|答え|정답)\s*[:：]|####)[*_ \t]*[:：]?[*_ \t]*",
+    rf"(?:\banswers?\b[*_ ]*(?:\s+(?:is|are|equals|must be|would be|should be|seems to be)\b|\s*(?:[:=：→⇒]|->))"
+    rf"|\b(?:{_FOREIGN})\b[*_ ]*(?:\s*[:：]|\s+(?:(?:finale?|correct[ea]|corretta)\s+)?(?:ist|lautet|est|es|è|é)\b)"
+    rf"|(?:答案|答え|정답)\s*(?:[:：是为は은는])|####)[*_ \t]*[:：]?[*_ \t]*",
     re.IGNORECASE,
 )
+_FENCE = re.compile(r"^[ \t]{0,3}(?:`{3,}|~{3,})[ \t]*\w{0,20}[ \t]*\r?$", re.MULTILINE)
+_HTML = re.compile(r"<(b|strong|i|em|u|mark|code|kbd|span)>([^<>]{0,200})</\1>", re.IGNORECASE)
+_ANSWER_KEYS = ("answer", "final_answer", "final answer")
+_LONGEST_JSON = 20_000
 
 # What may stand between two marks without being an answer: "Final answer: The final answer is 4".
 _LEADING = re.compile(r"(?:(?:so|thus|therefore|hence|the|my|our|final|correct|right)\b[\s,:*_]*)+", re.IGNORECASE)
@@ -46,11 +52,26 @@ def without_reasoning(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """The text without its reasoning, in which only both ends are left of a long run of signs.
+    """The text without its reasoning, without fences and tags of style, and of a JSON object only its answer.
 
-    So patterns that skip signs take a time that grows with the length of the text and no faster.
+    Only both ends are left of a long run of signs, so patterns that skip signs take a time that grows with the length
+    of the text and no faster.
     """
-    return _SIGNS.sub(lambda run: run[0][:40] + run[0][-40:], without_reasoning(text))
+    text = _HTML.sub(r"\2", _FENCE.sub("", without_reasoning(text)))
+    return _SIGNS.sub(lambda run: run[0][:40] + run[0][-40:], _from_json(text))
+
+
+def _from_json(text: str) -> str:
+    """The answer that a reply states as a JSON object, as text; any other text as it is."""
+    stripped = text.strip()
+    if not (stripped.startswith("{") and stripped.endswith("}")) or len(stripped) > _LONGEST_JSON:
+        return text
+    try:
+        pairs = json.loads(stripped, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        return text
+    found = [value for key, value in pairs if key.strip().casefold() in _ANSWER_KEYS]
+    return f"Answer: {found[0]}" if len(found) == 1 and isinstance(found[0], str | int | float) else text
 
 
 def _outside(text: str) -> str:

@@ -29,6 +29,11 @@ _DOMAINS = {
     "no solutions": "", "no real solutions": "",
 }  # fmt: skip
 _DOTS = Word("...")
+_TRANSPOSED = re.compile(r"(.+?)\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\s*\{\s*T\s*\})\s*\}?")
+_CLOCK = re.compile(
+    r"(\d{1,2}):(\d{2})\s*(?:\\text\s*\{\s*)?([ap])\.?\s?m\.?\s*\}?|(\d{1,2})\s*(?:\\text\s*\{\s*)?([ap]\.\s?m\.|[AP]M)\s*\}?",
+    re.IGNORECASE,
+)
 
 
 def parse_answer(text: str) -> Answer:
@@ -79,6 +84,10 @@ def _single(text: str, depth: int) -> Answer:
         return _matrix(matrix)
     if (bracketed := _bracketed(text, depth)) is not None:
         return bracketed
+    if (transposed := _transposed(text, depth)) is not None:
+        return transposed
+    if (time := _clock(text)) is not None:
+        return time
     if modulus := _MODULUS.fullmatch(text):
         return Parts("mod", (_bare(modulus[1]), _bare(modulus[2].strip("{} "))))
     ratio, _ = cut(text, re.compile(":"))
@@ -242,6 +251,28 @@ def _builder(head: str, condition: str, depth: int) -> Answer:
     if _name(sides[0]) is None or (signs and (signs != ["\\in"] or sides[1].strip() != "\\mathbb{R}")):
         raise Unreadable("a set of this form")
     return Domain("R", _whole(condition, depth + 1))
+
+
+def _transposed(text: str, depth: int) -> Matrix | None:
+    """A matrix, or a vector that is written as a list, with its rows as columns; None for any other text."""
+    if not (match := _TRANSPOSED.fullmatch(text)) or not match[1].endswith((")", "]", "}")):
+        return None
+    if (matrix := _MATRIX.fullmatch(match[1])) and "\\begin" not in matrix[2]:
+        return Matrix(tuple(zip(*_matrix(matrix).rows, strict=True)))
+    listing = _bracketed(match[1], depth)
+    if isinstance(listing, Listing) and listing.kind in ("()", "[]"):
+        return Matrix(tuple((item,) for item in listing.items))
+    return None
+
+
+def _clock(text: str) -> Parts | None:
+    """A time of day with its half, such as 2:30 p.m. or 3 PM: hour, minutes, and 1 for the afternoon."""
+    if not (match := _CLOCK.fullmatch(text)):
+        return None
+    hour, minutes, half = int(match[1] or match[4]), int(match[2] or 0), (match[3] or match[5])[0].lower()
+    if (match[5] and match[5] in ("pm", "am")) or not 1 <= hour <= 12 or minutes > 59:
+        return None
+    return Parts("clock", tuple(("num", Fraction(part)) for part in (hour % 12, minutes, int(half == "p"))))
 
 
 def _matrix(match: re.Match[str]) -> Matrix:

@@ -3,15 +3,19 @@
 import itertools
 from fractions import Fraction
 
+from .letters import with_constant_of, with_variable_of
 from .numbers import equal, proportional, symbols
 from .records import Answer, Domain, Either, Joined, Listing, Matrix, Named, Parts, Relation, Value, Word
 from .regions import region_of
 from .tokens import Unreadable
 from .tree import MINUS_ONE, Tree
 from .units import same_unit
+from .vectors import components, plain_vector, rows_of
 
 _UP = {">": "<", "\\ge": "\\le"}
 _HUNDRED = ("num", Fraction(100))
+_DEGREE: Tree = ("div", ("const", "pi"), ("num", Fraction(180)))
+_DEGREES, _RADIANS = ("°", "deg", "degree", "degrees"), ("rad", "radian", "radians")
 
 
 def same_answer(gold: Answer, reply: Answer) -> bool:
@@ -22,9 +26,11 @@ def same_answer(gold: Answer, reply: Answer) -> bool:
         case (Either(exact=exact), _):
             return same_answer(exact, reply)
         case (Value(), Value()):
-            return _same_value(gold, reply)
+            return _same_value(gold, reply) or _same_vector(gold, reply)
         case (Named(), Named()) if gold.name == reply.name:
             return same_answer(gold.answer, reply.answer)
+        case (Named(), Named()) if with_variable_of(gold, reply).name == gold.name:
+            return same_answer(gold.answer, with_variable_of(gold, reply).answer)
         case (Named(answer=Value(tree=left)), Named(answer=Value(tree=right))):
             return False if not symbols(left) or not symbols(right) else _same_relation(gold, reply)
         case (Named(), Named()):
@@ -45,6 +51,14 @@ def same_answer(gold: Answer, reply: Answer) -> bool:
             return _in_order(_vector(rows), reply.items)
         case (Listing(kind="()"), Matrix(rows=rows)):
             return _in_order(gold.items, _vector(rows))
+        case (Matrix(rows=rows), Listing(kind="[]")):
+            return (matrix := rows_of(reply)) is not None and _same_rows(rows, matrix.rows)
+        case (Listing(kind="[]"), Matrix(rows=rows)):
+            return (matrix := rows_of(gold)) is not None and _same_rows(matrix.rows, rows)
+        case (Value(), Listing(kind="()") | Matrix()) | (Listing(kind="()") | Matrix(), Value()) if components(
+            gold
+        ) or components(reply):
+            return same_answer(components(gold) or gold, components(reply) or reply)
         case (Parts(), Parts()):
             return _same_parts(gold, reply)
         case (Parts(kind="ratio", trees=(above, below)), Value(unit="")):
@@ -58,8 +72,16 @@ def same_answer(gold: Answer, reply: Answer) -> bool:
     return _same_region(gold, reply)
 
 
+def _same_vector(gold: Value, reply: Value) -> bool:
+    """Whether two sums of unit vectors are equal, of which one may have plain letters."""
+    if not components(gold) and not components(reply):
+        return False
+    one, other = components(plain_vector(gold)), components(plain_vector(reply))
+    return one is not None and other is not None and _in_order(one.items, other.items)
+
+
 def _same_value(gold: Value, reply: Value) -> bool:
-    left, right = gold.tree, reply.tree
+    left, right = gold.tree, with_constant_of(gold.tree, reply.tree)
     if left[0] == right[0] == "sym" and len(left[1]) == len(right[1]) == 1 and not gold.unit and not reply.unit:
         return left[1].casefold() == right[1].casefold()  # a letter as an answer: C or c
     if "%" in (gold.unit, reply.unit) and gold.unit != reply.unit:
@@ -67,12 +89,27 @@ def _same_value(gold: Value, reply: Value) -> bool:
             return False
         percent, plain = (left, right) if gold.unit == "%" else (right, left)
         return equal(percent, plain) or equal(percent, ("mul", plain, _HUNDRED))
+    if (gold.unit in _DEGREES) != (reply.unit in _DEGREES):
+        one, other = _in_radians(gold), _in_radians(reply)
+        if one is not None and other is not None:
+            return equal(one, other)
     if gold.unit and reply.unit:
         factor = same_unit(reply.unit, gold.unit)
         if factor is None:
             return False
         right = right if factor == 1 else ("mul", right, ("num", factor))
     return equal(left, right)
+
+
+def _in_radians(angle: Value) -> Tree | None:
+    """An angle as a number; None if the value is in neither degrees nor radians. A multiple of pi is in radians."""
+    if angle.unit in _DEGREES:
+        return ("mul", angle.tree, _DEGREE)
+    return angle.tree if angle.unit in _RADIANS or (not angle.unit and _has_pi(angle.tree)) else None
+
+
+def _has_pi(tree: Tree) -> bool:
+    return tree == ("const", "pi") or any(_has_pi(part) for part in tree if isinstance(part, tuple))
 
 
 def _is_list(answer: Answer) -> bool:
@@ -147,6 +184,8 @@ def _vector(rows: tuple[tuple[Answer, ...], ...]) -> tuple[Answer, ...]:
 
 
 def _same_parts(gold: Parts, reply: Parts) -> bool:
+    if "clock" in (gold.kind, reply.kind):
+        return _same_time(gold, reply)
     if gold.kind != reply.kind or len(gold.trees) != len(reply.trees):
         return False
     if gold.kind == "mod":
@@ -161,6 +200,18 @@ def _same_parts(gold: Parts, reply: Parts) -> bool:
     first, second = gold.trees[0], reply.trees[0]
     pairs = zip(gold.trees[1:], reply.trees[1:], strict=True)
     return all(equal(("mul", first, right), ("mul", second, left)) for left, right in pairs)
+
+
+def _same_time(gold: Parts, reply: Parts) -> bool:
+    """Whether two times of day are equal, of which one may lack its half or have 24 hours: 2:30 p.m. is 14:30."""
+    if gold.kind == reply.kind:
+        return gold.trees == reply.trees
+    time, plain = (gold, reply) if gold.kind == "clock" else (reply, gold)
+    hour, minutes, half = (tree[1] for tree in time.trees)
+    if plain.kind != "ratio" or len(plain.trees) != 2 or any(tree[0] != "num" for tree in plain.trees):
+        return False
+    hours = {hour + 12 * half, hour or Fraction(12)}
+    return plain.trees[0][1] in hours and plain.trees[1][1] == minutes
 
 
 def _is_clock(tree: Tree) -> bool:

@@ -6,6 +6,7 @@ No rule changes a value. A sign without a rule is left unchanged, and the parser
 import re
 import unicodedata
 
+from .rare import styled, usual
 from .tokens import words
 
 _SIGNS = {
@@ -17,7 +18,7 @@ _SIGNS = {
     "⟩": r"\rangle ", "√": r"\radical ", "∛": r"\cuberadical ", "ℯ": "e", "ⅈ": "i", "ⅇ": "e", "ℓ": "l", "µ": r"\mu ",
     "Ω": r"\Omega ", "′": "'", "’": "'", "‖": r"\|", "∣": "|", "：": ":", "，": ",", "、": ",", "；": ";", "（": "(",
     "）": ")", "％": "%", "＝": "=", "＋": "+", "∧": r" \text{ and } ", "∨": r" \text{ or } ",
-    "∑": r"\sum ", "∏": r"\prod ",
+    "∑": r"\sum ", "∏": r"\prod ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
     "\u200b": "", "\u2060": "", "\ufeff": "", "\u200e": "",
 }  # fmt: skip
 _GREEK = words(
@@ -53,7 +54,8 @@ _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _SPACING = re.compile(r"(?<!\\)\\[,;: ]|~|\\!")
 _THIN = re.compile(r"(?<=\d)(?:\\[,;:! ]|\{,\}|~|\\thinspace\s?)+(?=\d{3}(?!\d))")
 _WIDE = re.compile(r"(?<![\d.,])(\d{1,3})((?:[ \u00a0\u2009\u202f]\d{3})+)(?![\d/]|\s*[/\\]frac)")
-_APOSTROPHES = re.compile(r"(?<![\d.,])\d{1,3}(?:'\d{3})+(?!\d)")
+_GROUPS = re.compile(r"(?<![\d.,_'])\d{1,3}(?:(?:'\d{3})+|(?:\.\d{3}){2,}|(?:_\d{3}){2,})(?![\d.,])")
+_COMMA = re.compile(r"(?<![\d.,}])(?:0\{,\}(?=\d)|(\d+)\{,\}(?=(?:\d{1,2}|\d{4,})(?![\d{])))")
 _FRENCH = re.compile(r"([\[\]])([^\[\]]*[,;][^\[\]]*)([\[\]])")
 _UPRIGHT = r"\\(?:text|textrm|textup|mathrm|mbox|hbox|textnormal|mathsf|textsf|operatorname\*?)"
 _STYLED = re.compile(
@@ -64,18 +66,18 @@ _LINKED = re.compile(_UPRIGHT + r"\s*\{[\s~]*,?[\s~]*(and|or)[\s~]*\}")
 
 def normal(text: str) -> str:
     """The text with one spelling for each sign, without dollar signs around it and without layout commands."""
-    text = _THIN.sub("", text.strip())
+    text = _COMMA.sub(lambda match: (match[1] or "0") + ".", text.strip())
+    text = _THIN.sub("", text)
     text = "".join(_spelled(text, place) for place in range(len(text)))
     text = unicodedata.normalize("NFKC", text.replace("\u2044", "/"))
     text = _unwrapped(text)
-    text = _LINKED.sub(r" \1 ", re.sub(r"\\(?:lor|vee)(?![A-Za-z])", " or ", text))
-    text = re.sub(_UPRIGHT + r"\s*(?=\{)", r"\\text", text)
+    text = _LINKED.sub(r" \1 ", re.sub(r"\\(?:lor|vee)(?![A-Za-z])", " or ", styled(text)))
+    text = usual(re.sub(_UPRIGHT + r"\s*(?=\{)", r"\\text", text))
     text = _STYLED.sub("", re.sub(r"\\(?:boxed|fbox)\s+(?=\w)", "", text))
     text = _COMMAND.sub(_command, text)
     text = re.sub(r"\^\s*\{\s*\\circ\s*\}", r"^\\circ ", text)
-    text = re.sub(r"(?<=\d)\{,\}(?=\d)", "", text)
     text = _WIDE.sub(lambda match: re.sub(r"\s", "", match[0]), _SPACING.sub(" ", text))
-    text = _APOSTROPHES.sub(lambda match: match[0].replace("'", ""), text)
+    text = _GROUPS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = re.sub(r"\(([^\[\]()]*[,;][^\[\]()]*)\[", r"(\1)", text)
     text = re.sub(r"\]([^\[\]()]*[,;][^\[\]()]*)\)", r"(\1)", text)
     text = _FRENCH.sub(_plain_interval, text)

@@ -78,7 +78,7 @@ class Either:
 
 @dataclass(frozen=True)
 class Parts:
-    """Values that are compared one by one. kind: "ratio" (3:4) or "mod" (3 modulo 7)."""
+    """Values that are compared one by one. kind: "ratio" (3:4), "mod" (3 modulo 7) or "clock" (hour, minutes, half)."""
 
     kind: str
     trees: tuple[Tree, ...]

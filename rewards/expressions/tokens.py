@@ -39,7 +39,10 @@ _PATTERN = re.compile(
     re.VERBOSE,
 )
 _EXPONENT = re.compile(r"[eE]([+-]?\d{1,4})(?![\d.])")
-_REPEATED = re.compile(r"\s*\\(?:overline|bar|dot)\s*\{\s*(\d+)\s*\}|\((\d+)\)")
+_REPEATED = re.compile(
+    r"\s*\\(?:overline|bar|dot)\s*\{\s*(?P<over>\d+)\s*\}(?!\d)|\((?P<in>\d+)\)"
+    r"|\s*\\dot\s*\{?\s*(?P<first>\d)\s*\}?(?P<middle>\d*)\\dot\s*\{?\s*(?P<last>\d)(?!\d)\s*\}?"
+)
 _DOTS = re.compile(r"\s*(?:\.\.\.|\\ldots)")
 
 
@@ -90,7 +93,8 @@ def _number(text: str, match: re.Match[str]) -> tuple[Fraction, int]:
     fraction = digits.partition(".")[2]
     point = "." in digits or text.startswith(".", end)
     start = end + 1 if point and "." not in digits else end
-    if point and (repeated := _REPEATED.match(text, start)) and len(period := repeated[1] or repeated[2]) < 100:
+    repeated = _REPEATED.match(text, start) if point else None
+    if repeated and len(period := "".join(part for part in repeated.groups() if part)) < 100:
         return value + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(fraction)), repeated.end()
     if fraction and (dots := _DOTS.match(text, end)):
         tail = re.search(r"(\d)\1{2,}$|(\d{2,12}?)\2+$", fraction)
