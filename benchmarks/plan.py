@@ -28,6 +28,7 @@ from posttrain.forecast.setting import plan_asynchronous
 from posttrain.resources import bundled
 from posttrain.rl.config import RlConfig
 
+CONFIG = bundled("configs", "quickstart/rl")
 STEPS = 24
 SKIPPED = STEPS // 3
 SEEDS = 8
@@ -45,6 +46,7 @@ SETTINGS = {
 
 def main(
     run: Annotated[Path, typer.Argument(help="Folder of a finished quick start.")],
+    *,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
     only: Annotated[str, typer.Option(help="Names of settings; all are forecast.")] = "",
     seed: Annotated[int, typer.Option()] = 0,
@@ -53,14 +55,14 @@ def main(
     names = [name for name in SETTINGS if name != "calibration" and (not only or name in only.split(","))]
     with tempfile.TemporaryDirectory(prefix="posttrain-plan-") as folder:
         made = Path(folder)
-        calibration = calibrate(_run(run, "calibration", made, seed))
+        calibration = calibrate(_run(run, "calibration", made, seed=seed))
         print(f"costs: {describe(calibration)}", flush=True)
         expected = {name: forecast_s(calibration, _config(run, name)) for name in names}
         (made / "forecast.json").write_text(json.dumps(expected))  # before any of them is measured
         print(f"forecast, seconds a step: { {name: round(value, 3) for name, value in expected.items()} }", flush=True)
         found = {}
         for name in names:
-            measured = measured_s(_run(run, name, made, seed))
+            measured = measured_s(_run(run, name, made, seed=seed))
             found[name] = {"forecast_s": expected[name], "measured_s": measured, "ratio": expected[name] / measured}
             print(
                 f"{name:<14} forecast {expected[name]:.3f} s, measured {measured:.3f} s, ratio "
@@ -83,13 +85,12 @@ def _overrides(run: Path, name: str) -> list[str]:
 
 
 def _config(run: Path, name: str) -> RlConfig:
-    return read_stage(read_any(str(bundled("configs", "quickstart/rl")), _overrides(run, name), "rl"), source=name)
+    return read_stage(read_any(str(CONFIG), _overrides(run, name), "rl"), source=name)
 
 
-def _run(run: Path, name: str, made: Path, seed: int) -> Path:
+def _run(run: Path, name: str, made: Path, *, seed: int) -> Path:
     """Run the stage. Returns the run directory."""
-    config = bundled("configs", "quickstart/rl")
-    command = [sys.executable, "-m", "posttrain.cli.main", "rl", str(config), *_overrides(run, name)]
+    command = [sys.executable, "-m", "posttrain.cli.main", "rl", str(CONFIG), *_overrides(run, name)]
     subprocess.run(
         [*command, "--run-dir", str(made / name), "--seed", str(seed)],
         check=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,

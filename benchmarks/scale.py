@@ -52,7 +52,7 @@ def main(path: Path) -> None:
         rows = []
         for spread in SPREADS:
             print(f"{name}: spread {spread}", file=sys.stderr)
-            seconds = _three_ways(config, _with_spread(config, cluster, spread), device, models)
+            seconds = _three_ways(config, _with_spread(config, cluster, spread), device, models=models)
             rows.append((spread, *seconds))
             ratios.append((seconds[1] / seconds[0], seconds[2] / seconds[0], name, spread))
         parts += [_section(name, forecast), _table(rows)]
@@ -76,7 +76,7 @@ def _with_spread(config: RlConfig, cluster: ClusterConfig, spread: float) -> Clu
 
 
 def _three_ways(
-    config: RlConfig, cluster: ClusterConfig, device: DeviceConfig, models: Models
+    config: RlConfig, cluster: ClusterConfig, device: DeviceConfig, *, models: Models
 ) -> tuple[float, float, float, float]:
     """Seconds for a thousand trained tokens: asynchronous, in turns, padded; and the mean tokens of a reply."""
     asynchronous = plan_asynchronous(config, cluster, device, models=models).setting
