@@ -217,6 +217,7 @@ def test_the_schema_of_a_pipeline_exports():
         "name",
         "seed",
         "warm_engines",
+        "storage",
         "trackers",
         "stages",
         "evaluate",

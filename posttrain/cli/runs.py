@@ -56,6 +56,20 @@ def run_or_plan(
         typer.echo(place / "report.html")
 
 
+def run_stored(uri: str, run_dir: Path | None, overrides: list[str], *, overwrite: bool) -> None:
+    """Bring a run here that was stored at a URI, and continue it."""
+    from posttrain.pipeline.config import read_pipeline
+    from posttrain.pipeline.storing import resume_run
+
+    if any("=" not in item for item in overrides):
+        raise ConfigError("--resume", [f"got {overrides[0]!r} too; the stored run has its pipeline, so give none"])
+    place = resume_run(uri, run_dir)
+    _say(f"the run is in {place} now")
+    raw = read_pipeline(place / "pipeline.yaml", [*overrides, f"storage={uri}"])
+    again = ["posttrain", "run", str(place / "pipeline.yaml"), *overrides]
+    run_or_plan(raw, place, False, command=again, overwrite=overwrite)
+
+
 def _write_report(run_dir: Path) -> None:
     """Write the report of a run directory.
 

@@ -32,7 +32,7 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Config 
 def run(
     pipeline: Annotated[
         str, typer.Argument(metavar="PIPELINE", help="A YAML file, or a bundled name: quickstart, tools.")
-    ],
+    ] = "",
     overrides: Overrides = None,
     run_dir: RunDirOption = None,
     *,
@@ -40,6 +40,9 @@ def run(
         str | None, typer.Option("--from", metavar="STAGE", help="Run this stage, and what needs it, again.")
     ] = None,
     only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Run this stage and no other.")] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="URI", help="Continue a run that was stored there; no PIPELINE.")
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -56,10 +59,17 @@ def run(
       posttrain run quickstart rl.steps=10 seed=1 --run-dir runs/short
 
       posttrain run my.yaml --from rl
+
+      posttrain run --resume s3://bucket/run --run-dir runs/mine
     """
     from posttrain.cli.check import read_pipeline_file
-    from posttrain.cli.runs import run_or_plan
+    from posttrain.cli.runs import run_or_plan, run_stored
 
+    if resume is not None:
+        run_stored(resume, run_dir, [*([pipeline] if pipeline else []), *(overrides or [])], overwrite=overwrite)
+        return
+    if not pipeline:
+        raise ConfigError("PIPELINE", ["give a pipeline, or --resume URI"])
     raw = read_pipeline_file(pipeline, overrides or [])
     again = ["posttrain", "run", pipeline, *(overrides or [])]
     run_or_plan(raw, run_dir, dry_run, command=again, overwrite=overwrite, start_from=start_from, only=only)

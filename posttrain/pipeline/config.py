@@ -59,6 +59,11 @@ class PipelineConfig(Config):
         description="Keep vLLM engines running between stages, so that a stage with the same engine settings loads its "
         "weights into them rather than starting its own.",
     )
+    storage: str | None = Field(
+        default=None,
+        description="Where the run is copied to while it goes on: a folder, s3://BUCKET/PATH, gs:// or az://. "
+        "`posttrain run --resume URI` continues it on another host. null copies nothing.",
+    )
     trackers: TrackersConfig | None = Field(
         default=None,
         description="Trackers that get the metrics besides metrics.jsonl, for each stage without trackers of its own.",

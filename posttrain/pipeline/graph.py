@@ -63,6 +63,7 @@ class Pipeline:
     seed: int
     warm_engines: bool
     nodes: dict[str, Node]
+    storage: str | None = None
 
     @property
     def stages(self) -> list[Node]:
@@ -76,6 +77,8 @@ class Pipeline:
             for node in self.stages
         ]
         data = {"name": self.name, "seed": self.seed, "warm_engines": self.warm_engines, "stages": stages}
+        if self.storage is not None:
+            data["storage"] = self.storage
         evaluations = [node for node in self.nodes.values() if node.of]
         if evaluations:
             config = evaluations[0].config.model_dump(mode="json")
@@ -126,7 +129,14 @@ def load_pipeline(source: str | Path | Mapping[str, object] | RawPipeline, overr
     by_name = {node.name: replace(node, config=with_trackers(node.config, raw.config.trackers)) for node in nodes}
     order = topological({name: node.needs for name, node in by_name.items()})
     config = raw.config
-    return Pipeline(raw.source, config.name, config.seed, config.warm_engines, {name: by_name[name] for name in order})
+    return Pipeline(
+        raw.source,
+        config.name,
+        config.seed,
+        config.warm_engines,
+        {name: by_name[name] for name in order},
+        config.storage,
+    )
 
 
 def with_trackers(config: Config, trackers: TrackersConfig | None) -> Config:

@@ -10,7 +10,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("decoding", "errors", "lazy"),
     ("records", "files", "resources", "compat"),
     ("config",),
-    ("context",),
+    ("context", "storage"),
     ("actors",),
     ("hosts",),
     ("scoring",),

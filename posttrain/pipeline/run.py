@@ -29,6 +29,7 @@ from posttrain.pipeline.run_place import check_place
 from posttrain.pipeline.rundir import RunDir
 from posttrain.pipeline.schedule import Scheduler
 from posttrain.pipeline.stage_process import OUT_OF_SPACE
+from posttrain.pipeline.storing import Storing, stored
 from posttrain.pipeline.summary import Summary, SummaryWriter
 
 
@@ -51,6 +52,21 @@ class _Silent:
     def start(self, nodes: Sequence[tuple[str, str]], events: Path) -> None: ...
     def refresh(self) -> None: ...
     def stop(self) -> None: ...
+
+
+class _Checked:
+    """A display that also looks whether the run may go on, as often as it is refreshed."""
+
+    def __init__(self, display: Display, storing: Storing | None):
+        self._display = display
+        self._storing = storing
+        self.start, self.stop = display.start, display.stop
+
+    def refresh(self) -> None:
+        """Raises StageError if the run is held by another host."""
+        if self._storing is not None:
+            self._storing.check()
+        self._display.refresh()
 
 
 def run_pipeline(
@@ -88,8 +104,9 @@ def run_pipeline(
         require_consent(place, decisions, overwrite=overwrite, ask=ask)
         _check_endpoints(pipeline, decisions)
         _check_later_stages(pipeline, decisions)
-        with place.open(pipeline):
-            return _run(pipeline, place, decisions, display=display or _Silent(), command=command)
+        with place.open(pipeline), stored(pipeline, place) as storing:
+            shown = _Checked(display or _Silent(), storing)
+            return _run(pipeline, place, decisions, display=shown, command=command)
     except OSError as error:
         raise StageError(f"{_os_error(error)}\n{_resume(command)}{kept_text(pipeline, place)}") from error
 
