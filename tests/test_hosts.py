@@ -239,13 +239,11 @@ def test_a_reader_goes_on_at_the_same_byte_when_the_host_before_it_is_gone(relay
         asked.append(have)
         grown.set()
 
-    began = time.monotonic()
     left = pull(offer.served_name, place, offer.sources, deadline_s=20.0, grew=grew)
     assert len(left) == 1
     assert middle.source.peer in left[0]
     assert half in asked  # the first source gave so much, and the second began there
     assert asked == sorted(asked)
-    assert time.monotonic() - began < 20.0
     with open(manifest.path, "rb") as segment:
         assert segment.read() == bytes(place)
     os.close(descriptor)

@@ -16,6 +16,7 @@ from posttrain.config.models import ServedModelConfig
 from posttrain.config.resources import ActorResources
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import MissingDependencyError, StageError
+from posttrain.hosts.directory import directory
 from posttrain.model.folder import check_folder
 from posttrain.sampling.manifests import FolderWeights
 from posttrain.sampling.registry import start_registry
@@ -23,6 +24,7 @@ from posttrain.sampling.roads import EnginePlace, place_of
 
 START_S = 900.0
 PLACE_S = 180.0  # for Ray to place an engine, while no other engine works
+NOTICE_S = 10.0  # for Ray to place an engine, after which the run says that no host has room for it
 SUSPICION_S = 1.0
 MAX_STARTS = 3  # how many engines may fail to start in the place of a lost one before the stage fails
 
@@ -56,7 +58,6 @@ class Engines:
         self.names: list[str] = []
         self.actors: list[Any] = []
         self.places: list[EnginePlace | None] = []  # None until the engine has started
-        self.suspected: frozenset[str] = frozenset()  # ids of nodes whose hosts do not answer
 
     def __enter__(self) -> "Engines":
         import ray
@@ -114,11 +115,11 @@ class Engines:
         name, actor = self.names[index], self.actors[index]
         source = FolderWeights(os.path.abspath(self._model.path))
         try:
+            place = self.places[index] = await place_of(actor)
             if is_new:
-                await actor.start.remote()
+                await self._await_start(actor.start.remote(), place, f"{name} did not start")
             else:
                 await self._await_engine(actor, actor.update_weights.remote(source, 0), name)
-            self.places[index] = await place_of(actor)
         except Exception as error:
             if not is_loss(error):
                 raise
@@ -154,21 +155,31 @@ class Engines:
         """Start the new engine in a place. While others work, it waits without a limit for a host that has room."""
         where = asyncio.ensure_future(place_of(self.actors[index]))
         try:
+            if not (await asyncio.wait({where}, timeout=NOTICE_S))[0]:
+                self._context.event("engine_unplaced", name=self.names[index], num_left=self._num_started)
             while not (await asyncio.wait({where}, timeout=PLACE_S))[0]:
-                if len(self._unstarted) == len(self.names):
+                if not self._num_started:
                     raise TimeoutError(f"{message}: no host had room for it within {PLACE_S:g} s")
             place = where.result()
         finally:
             where.cancel()
-        starting = asyncio.ensure_future(await_call(self.actors[index].start.remote(), START_S, message))
+        await self._await_start(await_call(self.actors[index].start.remote(), START_S, message), place, message)
+        return place
+
+    @property
+    def _num_started(self) -> int:
+        return len(self.names) - len(self._unstarted)
+
+    async def _await_start(self, start: Awaitable[object], place: EnginePlace, message: str) -> None:
+        """Wait until an engine has started. Raises ActorLostError if its host is suspected, which Ray finds later."""
+        hosts, starting = directory(), asyncio.ensure_future(start)
         try:
             while not (await asyncio.wait({starting}, timeout=SUSPICION_S))[0]:
-                if place.node in self.suspected:
+                if hosts is not None and place.node in await hosts.avoided.remote():
                     raise ActorLostError(f"{message}: its host does not answer")
             starting.result()
         finally:
             starting.cancel()
-        return place
 
     async def _await_engine(self, actor: Any, call: Awaitable[object], name: str) -> Any:
         """The result of a long call. Raises TimeoutError if the actor does not answer a heartbeat meanwhile."""

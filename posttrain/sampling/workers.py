@@ -125,7 +125,7 @@ class RolloutWorkers:
         """Treat the engines on a host that does not answer as lost, long before Ray does."""
         suspected: frozenset[str] = frozenset()
         while True:
-            suspected = self._engines.suspected = await hosts.suspected.remote(suspected)
+            suspected = await hosts.suspected.remote(suspected)
             for worker in self.workers:
                 if worker.place is not None and worker.place.node in suspected:
                     worker.lane.fail(ActorLostError(f"the host of {worker.name} does not answer"))
