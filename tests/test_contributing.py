@@ -24,7 +24,10 @@ def exists(name: str, places: list[str]) -> bool:
 
 
 def test_every_path_that_it_names_exists():
-    folders = [ROOT / name for name in ("posttrain", "rewards", "pipelines", "configs", "benchmarks", "tests", "docs")]
+    folders = [
+        ROOT / name
+        for name in ("posttrain", "rewards", "pipelines", "configs", "clusters", "benchmarks", "tests", "docs")
+    ]
     places = [path.relative_to(ROOT).as_posix() for top in folders for path in (top, *top.rglob("*"))]
     names = named()
     assert len(names) > 50, "the paths are not found in the text"
