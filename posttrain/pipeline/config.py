@@ -235,10 +235,10 @@ def _split_overrides(
             problems.append(f"override {override!r}: must have the form key.path=value")
         elif dot and first in names:
             inner.setdefault(first, []).append(override.strip()[len(first) + 1 :])
-        elif first == "trackers" or (not dot and first in ("name", "seed", "warm_engines", "evaluate")):
+        elif first == "trackers" or (not dot and first in ("name", "seed", "warm_engines", "evaluate", "storage")):
             top.append(override)
         else:
-            known = [*names, "seed", "warm_engines", "trackers", "name"]
+            known = [*names, "seed", "warm_engines", "trackers", "name", "storage"]
             near = difflib.get_close_matches(first, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             what = "key of the pipeline" if not dot else "stage"
