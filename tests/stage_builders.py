@@ -909,6 +909,22 @@ def pipeline_jobs(config: Any) -> Any:
     return folder, [(job.name, job.kind.run, job.config, job.dir.name, job.seed, job.warm_engines) for job in jobs]
 
 
+def pipeline_storage(config: Any) -> list[str]:
+    """Where a run is copied to, as the folders that hold its manifests."""
+    import contextlib
+    import tempfile
+
+    from posttrain.pipeline.rundir import RunDir
+    from posttrain.pipeline.storing import stored
+
+    pipeline = load_pipeline(config.model_dump())
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("run").mkdir()
+        with stored(pipeline, RunDir("run")):
+            pass
+        return sorted(path.as_posix() for path in Path().glob("**/manifests"))
+
+
 MODEL_ENGINE, JUDGE_ENGINE = engine(lambda config: config.model), engine(lambda config: config.judge)
 
 BUILDERS: dict[str, tuple[Builder, ...]] = {
@@ -936,5 +952,5 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "eval": (
         resources_of("eval"), MODEL_ENGINE, eval_client, eval_environment, eval_results, eval_unscored, eval_requests,
     ),
-    "pipeline": (pipeline_jobs, trackers),
+    "pipeline": (pipeline_jobs, pipeline_storage, trackers),
 }  # fmt: skip
