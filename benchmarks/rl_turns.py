@@ -4,10 +4,13 @@
 
 session_turns_per_s   turns a second through a real environment process, conversation and session, with an engine that
                       answers at once; 64 episodes of 8 turns at a time
-turns8_vs_single      policy tokens a second of 8-turn episodes / of single turns, with one engine and as many sampled
-                      tokens of as many requests at a time
+turns8_vs_single      policy tokens a second of 8-turn episodes / of single turns, with one engine, as many sampled
+                      tokens, and in both twice as many rollouts at a time as the engine has places for
 gateway_vs_server     seconds of a call of an agent to the gateway / to vLLM's own server, which run the same model
                       (50m) with the same settings. The agent makes its calls one after the other
+tool_latency_cost     the share of its tokens a second that the trainer of a whole RL stage loses where the tool of an
+                      episode takes 0 to 2 s (lognormal, median 0.5 s), at a staleness of 4. Two stages with the tool
+                      and two with one that answers at once, in turn
 """
 
 import os
@@ -31,14 +34,17 @@ from measure import Entry, main
 from rl_models import save, start_engine
 
 from posttrain.base.tokenizer import build_tokenizer
+from posttrain.config.base import validate_config
 from posttrain.config.engines import EngineConfig
 from posttrain.config.environments import EnvironmentConfig
 from posttrain.context import BusyLog, StageContext
 from posttrain.data.chat import render_prompt
 from posttrain.data.ends import end_token_ids
 from posttrain.episodes.rollouter import EnvironmentRollouter
+from posttrain.files import read_jsonl, write_jsonl
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.records import DrawnPrompt, FinishReason, Message, Prompt, Row, VersionSpan
+from posttrain.rl.config import RlConfig
 from posttrain.sampling.requests import Completion, SampleRequest
 from posttrain.sampling.rollouter import Flight, Rollouter, SingleTurn
 from posttrain.sampling.running import RunningRollouters
@@ -50,16 +56,27 @@ LIBRARIES = ("torch", "transformers", packages_distributions()["vllm"][0], "ray"
 TURNS, TOKENS, EPISODES, ROUNDS = 8, 24, 64, 3
 CALLS, CALL_TOKENS = 12, 48
 LENGTH = 1024
-ENGINE = EngineConfig(max_model_len=LENGTH, kv_cache_gib=1.0, max_num_seqs=EPISODES, stream_interval=64)
+ENGINE = EngineConfig(max_model_len=LENGTH, kv_cache_gib=1.0, max_num_seqs=64, stream_interval=64)
+STALENESS, WARM, STEPS = 4, 3, 12  # of the stages with a tool
 ROW = Row("p", "sums", (Message("user", "1 + 1 ="),))
 
 WORLD = """
+import asyncio, math, random
+
 async def talk(session, row, turns):
     for _ in range(turns - 1):
         await session.sample()
         await session.add("user", "Go on.")
     await session.sample()
     return 1.0
+
+async def with_tool(session, row, is_slow):
+    await session.sample()
+    if is_slow:
+        await asyncio.sleep(min(2.0, random.Random(session.seed).lognormvariate(math.log(0.5), 1.0)))
+    await session.add("user", "Go on.")
+    await session.sample()
+    return session.seed % 2
 """
 # Calls of one message each, so that both servers read and sample as much; the first one is left out.
 AGENT = """
@@ -184,9 +201,10 @@ def turns8_vs_single() -> tuple[float, dict[str, Any]]:
         tokenizer = build_tokenizer()
         rates: dict[str, list[float]] = {"turns8": [], "single": []}
         config = EnvironmentConfig(name=f"{folder}/world.py:talk", args={"turns": TURNS})
+        together = 2 * ENGINE.max_num_seqs
         async with EnvironmentRollouter(config, tokenizer, length=LENGTH, seed=0) as rollouter:
             for _ in range(1 + ROUNDS):
-                for name, kind, count in (("turns8", rollouter, EPISODES), ("single", SingleTurn(), EPISODES * TURNS)):
+                for name, kind, count in (("turns8", rollouter, together), ("single", SingleTurn(), together * TURNS)):
                     made = lambda first, count=count: flights(tokenizer, first, count, max_tokens=TOKENS, ends=())  # noqa: E731
                     groups, took = await sampler.sampled(kind, made)
                     rates[name].append(sum(group.rollouts[0].num_sampled for group in groups) / took)
@@ -221,11 +239,47 @@ def gateway_vs_server() -> tuple[float, dict[str, Any]]:
     return with_engine("50m", measure)
 
 
+# ---------------------------------------------------------------- a whole stage
+
+
+def tool_latency_cost() -> tuple[float, dict[str, Any]]:
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory() as scratch, ray_session():
+        folder = Path(scratch)
+        (folder / "world.py").write_text(WORLD)
+        model = save("1m", folder / "model").path
+        rows = [{"id": f"r{at}", "messages": [{"role": "user", "content": f"{at} + 1 ="}]} for at in range(64)]
+        write_jsonl(folder / "prompts.jsonl", rows)
+        for number, is_slow in enumerate((False, True, True, False)):
+            rates[is_slow].append(_trained_per_s(folder / f"{number}", model, f"{folder}/world.py", is_slow=is_slow))
+    slow, fast = (statistics.fmean(rates[is_slow]) for is_slow in (True, False))
+    return 1 - slow / fast, {"with_tool_tokens_per_s": rates[True], "at_once_tokens_per_s": rates[False]}
+
+
+def _trained_per_s(folder: Path, model: str, world: str, *, is_slow: bool) -> float:
+    """Sampled tokens that the stage trains on a second, after its first steps."""
+    from posttrain.rl.stage import run
+
+    folder.mkdir()
+    data = {
+        "model": {"path": model, "dtype": "float32"}, "prompts": {"path": str(folder.parent / "prompts.jsonl")},
+        "environment": {"name": f"{world}:with_tool", "args": {"is_slow": is_slow}},
+        "steps": WARM + STEPS, "groups_per_step": 16, "group_size": 8, "max_staleness": STALENESS,
+        "sampling": {"max_tokens": TOKENS}, "optimizer": {"learning_rate": 1e-6}, "checkpoint_every": WARM + STEPS,
+        "engine": {"max_model_len": 512, "kv_cache_gib": 0.5},
+        "resources": {"rollout": {"cpus": 0.9}, "trainer": {"cpus": 0.9}},
+    }  # fmt: skip
+    run(validate_config(RlConfig, data, "benchmark"), StageContext("rl", folder, folder / "events.jsonl", 0, True))
+    steps = list(read_jsonl(folder / "metrics.jsonl"))[WARM:]
+    return sum(step["tokens_trained"] for step in steps) / sum(step["step_wall_s"] for step in steps)
+
+
 def entries() -> dict[str, Entry]:
     return {
         "session_turns_per_s": Entry(session_turns_per_s, ">= 1000"),
         "turns8_vs_single": Entry(turns8_vs_single, ">= 0.85"),
         "gateway_vs_server": Entry(gateway_vs_server, "<= 1.15"),
+        "tool_latency_cost": Entry(tool_latency_cost, "< 0.1"),
     }
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,8 +20,6 @@ from posttrain.config.environments import AGENT, OF_ENVIRONMENT, EnvironmentConf
 from posttrain.data.ends import end_token_ids
 from posttrain.environments.calculator import calculate
 from posttrain.episodes.agents.gateway import MAX_BYTES, Gateway
-from posttrain.episodes.pool import EnvironmentPool
-from posttrain.episodes.process import EnvironmentProcess
 from posttrain.episodes.rollouter import EnvironmentRollouter
 from posttrain.episodes.session import Session, episode_result
 from posttrain.episodes.tools import declared_tools, row_renderer
@@ -411,26 +410,6 @@ def test_the_arguments_of_an_agent_are_checked_before_the_run(args, problem):
         check_environment(AGENT, {"command": ["python"], **args})
 
 
-def test_an_episode_waits_for_a_place():
-    async def run() -> None:
-        pool = EnvironmentPool(EnvironmentConfig(name=CALCULATOR, at_once=2))
-        process = EnvironmentProcess(pool.setup, pool._changed)
-        process.is_ready = True
-        pool._processes = [process]
-        fields = {"environment": "", "row": {}, "messages": (), "tools": [], "seed": 0, "tokens_left": 1}
-        first, second = await pool.begin(**fields), await pool.begin(**fields)
-        waiting = [asyncio.ensure_future(pool.begin(**fields)) for _ in range(2)]
-        await asyncio.sleep(0.01)
-        assert not any(one.done() for one in waiting)
-        first.end()
-        await asyncio.sleep(0.01)
-        assert [one.done() for one in waiting] == [True, False]  # the other one still has its place
-        process._hear(None, Ended(second.key))  # type: ignore[arg-type]
-        assert [(await one).key for one in waiting] == [3, 4]
-
-    asyncio.run(run())
-
-
 def test_a_row_reaches_an_agent_as_json():
     from posttrain.episodes.agents.environment import _given, _reward
 
@@ -552,6 +531,39 @@ def test_what_an_agent_does_costs_its_own_episode(agent_file, tiny_tokenizer):
     full = found["full"][0]
     assert (full.scored.result.value, full.finish_reason) == (0.0, FinishReason.LENGTH)
     assert is_gone(int((agent_file.parent / "child.pid").read_text()))
+
+
+@pytest.mark.slow
+def test_the_agent_of_nodes_and_edges_in_the_docs_calls_its_tools(tmp_path):
+    """Two calls in one turn, of which one fails; what the policy said is trained on, in one branch."""
+    from posttrain.base.tokenizer import build_tokenizer
+
+    page = (Path(__file__).parent.parent / "docs" / "environments.md").read_text()
+    (block,) = (part for part in page.split("```python\n") if part.startswith("# graph_agent.py"))
+    (tmp_path / "graph_agent.py").write_text(block.partition("```")[0])
+    tokenizer: Any = build_tokenizer()
+    tokenizer.chat_template = HERMES
+    calls = "".join(
+        f'<tool_call>{{"name": "multiply", "arguments": {{"a": 6, "{name}": 7}}}}</tool_call>' for name in "bc"
+    )
+    found = play(
+        tokenizer,
+        agents(tmp_path / "graph_agent.py", timeout_s=60.0),
+        [question("r", answer=42)],
+        lambda turn: "42" if turn.number > 1 else calls,
+        length=2000,
+        max_tokens=300,
+    )
+    (rollout,) = found["r"]
+    assert rollout.scored.result.value == 1.0, rollout.scored
+    assert (rollout.scored.result.parts["turns"], rollout.scored.result.parts["tool_calls"]) == (2, 2)
+    assert len(rollout.branches) == 1
+    shown, _, results, answer = rollout.segments  # the agent shows its tools, which the prompt of the row does not
+    assert [segment.trained for segment in rollout.segments] == [False, True, False, True]
+    told = tokenizer.decode(results.token_ids)
+    assert told.index("tool<|header_end|>\n\n42<|eot|>") < told.index("tool<|header_end|>\n\nError: ")
+    assert "multiply" in tokenizer.decode(shown.token_ids)
+    assert tokenizer.decode(answer.token_ids) == "42<|eot|>"
 
 
 @pytest.mark.slow

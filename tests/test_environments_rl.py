@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -20,7 +21,7 @@ from posttrain.records import Message
 from posttrain.reward_tools.episode import checked_episode, episode_config, row_of, try_episode
 from posttrain.rl.history.audit import audit_stage
 from posttrain.rl.history.recorded import read_rollouts
-from posttrain.rl.history.replay import replay
+from posttrain.rl.history.replay import replay, weight_gaps
 
 WORLD = '''
 import asyncio, pathlib
@@ -112,6 +113,103 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(ra
     for line in told:
         assert (line["episode/turns"], line["episode/tool_calls"]) == (2, 0)
         assert line["episode/tokens"] > 2 * 12
+    assert_clean_and_replayed(config, tmp_path)
+
+
+WORKSHOP = '''
+import asyncio, os, random, signal
+from pathlib import Path
+from posttrain.episodes.wire import PolicyTurn
+from posttrain.records import ToolCall
+
+def calls(*given):
+    return PolicyTurn("", tuple(ToolCall(name, arguments, f"c{at}") for at, (name, arguments) in enumerate(given)))
+
+async def workshop(session, row):
+    """Keeps what the policy says in a file and in a server, and has both told later. Not every episode is as long."""
+    key = str(session.seed)
+    first = await session.sample(max_tokens=6)
+    await asyncio.sleep(0.1 * random.random())  # so that episodes ask in another order each time
+    await session.call_tools(calls(
+        ("write_file", {"path": "said", "content": "x" * first.num_tokens}),
+        ("put", {"key": key, "value": first.num_tokens}),
+    ))
+    second = await session.sample(max_tokens=6)
+    unkilled = Path(__file__).with_name("kill")
+    if unkilled.exists():
+        unkilled.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    await session.call_tools(calls(
+        ("python", {"code": "print(len(open('said').read()))"}), ("get", {"key": key})
+    ))
+    told = [message.text for message in session.messages if message.role == "tool"]
+    assert told == ["wrote %d characters" % first.num_tokens, "kept", *[str(first.num_tokens)] * 2], told
+    third = await session.sample() if len(second.text) % 2 else second
+    return len(set(first.text + second.text + third.text)) / 50 + 0.001 * (session.seed % 97) / 97
+'''
+SERVER = """
+from mcp.server import MCPServer
+
+server, kept = MCPServer("store"), {}
+
+@server.tool()
+def put(key: str, value: int) -> str:
+    kept[key] = value
+    return "kept"
+
+@server.tool()
+def get(key: str) -> int:
+    return kept[key]
+
+server.run()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_deterministic_run_of_episodes_with_tools_is_bit_equal(ranks, tiny_model, tmp_path):
+    """Two runs: sandboxes and an MCP server that last for an episode, fewer places than episodes, and in the second run
+    the environment's process is killed in mid-episode. Weights and rollouts are equal, and the run replays."""
+    (tmp_path / "world.py").write_text(WORKSHOP)
+    (tmp_path / "server.py").write_text(SERVER)
+    shown = [{"type": "function", "function": {"name": "python"}}]  # the engine of other tests has a short context
+    config = make_config(
+        tmp_path,
+        tiny_model,
+        rows_of(["game"], n=8, tools=shown),
+        environment={
+            "name": f"{tmp_path}/world.py:workshop",
+            "tools": [
+                "python",
+                "files",
+                {"mcp": {"command": [sys.executable, f"{tmp_path}/server.py"], "shared": True}},
+            ],
+            "tool_parser": "pythonic",
+            "at_once": 3,
+        },
+        steps=2,
+        groups_per_step=2,
+        sampling={"max_tokens": 8},
+        max_staleness=0,
+        deterministic=True,
+    )
+    run_stage(config, tmp_path / "rl")
+    (tmp_path / "kill").touch()
+    run_stage(config, tmp_path / "killed")
+    assert not (tmp_path / "kill").exists()
+    one, other = ([*read_rollouts(tmp_path / name)] for name in ("rl", "killed"))
+    fields = ("step", "status", "reward", "advantage", "parts")
+    facts = [
+        [(*(getattr(item, name) for name in fields), item.rollout.index, item.rollout.segments) for item in run]
+        for run in (one, other)
+    ]
+    assert facts[0] == facts[1]
+    trained = [item for item in one if item.status == "trained"]
+    assert len(trained) == 2 * 2 * 4
+    assert {item.parts["turns"] for item in trained} == {2, 3}
+    assert len({item.rollout.segments for item in trained}) == len(trained)  # no two waves were alike
+    assert weight_gaps(tmp_path / "rl" / "model", tmp_path / "killed" / "model") == {}
+    assert weight_gaps(tiny_model, tmp_path / "rl" / "model") != {}
     assert_clean_and_replayed(config, tmp_path)
 
 

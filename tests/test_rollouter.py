@@ -18,6 +18,7 @@ from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
+from posttrain.episodes.places import Places
 from posttrain.errors import StageError
 from posttrain.files import read_jsonl
 from posttrain.records import FinishReason, Message, Prompt, Rollout, Row, Segment, VersionSpan
@@ -27,6 +28,7 @@ from posttrain.sampling.manifests import FolderWeights
 from posttrain.sampling.requests import Completion, SampleRequest
 from posttrain.sampling.rollouter import Flight, Session, SingleTurn
 from posttrain.sampling.rollouts import UNBEGUN, Reply
+from posttrain.sampling.running import RunningRollouters
 from posttrain.sampling.turns import Turn
 
 MESSAGES = (Message("user", "a question"),)
@@ -171,6 +173,47 @@ def test_a_rollouter_that_awaits_something_else_is_told_what_to_do(tmp_path):
 
     with pytest.raises(StageError, match=r"rollout 0 of group 3: the rollouter awaited None; .* by session.outside"):
         asyncio.run(run())
+
+
+def test_episodes_wait_for_a_place_and_get_it_in_their_order():
+    """A rollout that is given up leaves its place, or the line."""
+    ended: list[int] = []
+
+    class OneTurn:
+        places = Places(2)
+
+        async def run(self, prompt: Prompt, session: Session) -> Rollout:
+            try:
+                await self.places.take(session)
+                await session.sample()
+                return session.rollout()
+            finally:
+                self.places.leave(session)
+
+    async def run() -> list[list[int]]:
+        asked: list[Turn] = []
+        rounds: list[list[int]] = []
+        running = RunningRollouters(OneTurn(), asked=asked.extend, finished=lambda flight: ended.append(flight.order))
+        for order in range(7):
+            running.start(flight_of(order, (1,), SampleRequest((1,))))
+        sessions = [flight.sessions[0] for flight in running.flights.values()]
+        for given_up in (3, 2, None, None):
+            await asyncio.sleep(0.01)
+            rounds.append([turn.flight.order for turn in asked])
+            waiting = [session.is_waiting for session in sessions if session.running is not None]
+            assert waiting == sorted(waiting)  # those that have begun came first
+            if given_up is not None:
+                running.forget(given_up)
+                asked[:] = [turn for turn in asked if turn.flight.order != given_up]
+            for turn in asked:
+                turn.finish(completion(9), 7.0)
+                running.can_go_on(turn.session)
+            asked.clear()
+        await asyncio.sleep(0.01)
+        return rounds
+
+    assert asyncio.run(run()) == [[0, 1], [2, 4], [5, 6], []]
+    assert ended == [0, 1, 4, 5, 6]
 
 
 # ---------------------------------------------------------------- two turns over a real engine

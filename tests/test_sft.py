@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tiny_policy import write_sums
 from torch.nn import functional
 
-from posttrain.base.tokenizer import CHAT_TEMPLATE
+from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
 from posttrain.data.chat import render_prompt
@@ -305,7 +305,9 @@ def test_every_field_reaches_trl(policy, data, tmp_path):
 @pytest.mark.slow
 def test_lora_trains_adapters_and_exports_them_merged(ranks, policy, data, tmp_path):
     """Under a chat template of the config, which the exported folder carries with its end token."""
-    (tmp_path / "mine.jinja").write_text("{{ note }}" + CHAT_TEMPLATE.replace("<|eot|>", "<|end_of_text|>"))
+    (tmp_path / "mine.jinja").write_text(
+        "{{ note }}" + build_tokenizer().chat_template.replace("<|eot|>", "<|end_of_text|>")
+    )
     template = {"path": str(tmp_path / "mine.jinja"), "arguments": {"note": "Be kind."}}
     config = make_config(
         policy,

@@ -9,13 +9,16 @@ import pytest
 from template_families import Family, tokenizer_of
 
 from posttrain.compat.trl import training_templates
+from posttrain.compat.vllm_parsers import tool_parsers
+from posttrain.config.environments import EnvironmentConfig
 from posttrain.data.chat import render_prompt
 from posttrain.data.pairs import Pair
 from posttrain.data.samples import render_samples
 from posttrain.dpo.examples import tokenize_pairs
 from posttrain.episodes.calls import CallReader, parser_of
-from posttrain.errors import DataError
-from posttrain.records import Message, ToolCall
+from posttrain.episodes.tools import row_renderer
+from posttrain.errors import ConfigError, DataError
+from posttrain.records import Message, Row, ToolCall
 
 # As Llama 4's own template writes tools, in few words: both forms of calls, and results in turns of their own.
 LLAMA4 = """\
@@ -164,6 +167,26 @@ def test_what_is_trained_on_is_read_as_the_calls_of_the_row():
             assert (read.problem, read.calls) == ("", turn.tool_calls)
             assert read.calls or text.endswith(turn.text)
         assert case.parser.startswith("llama") or parser_of(tokenizer, None) == case.parser
+
+
+@pytest.mark.slow
+def test_the_names_of_parsers_are_those_of_vllm():
+    """Without the patch, which reads them from the source, they are known only once vLLM is imported."""
+    from vllm.tool_parsers import ToolParserManager
+
+    assert tool_parsers() == tuple(sorted(ToolParserManager.list_registered()))
+
+
+def test_calls_that_no_parser_reads_are_told_before_a_run(tiny_tokenizer):
+    """Of an episode whose policy is shown tools; a row without an environment may have them."""
+    row = Row("r", "tools", (Message("user", "?"),), fields={"tools": TOOLS})
+    name = "posttrain.environments.tool_use:tool_use"
+    for parser, problem in ((None, "the chat template does not tell how calls look"), ("hermess", "got 'hermess'")):
+        config = EnvironmentConfig(name=name, tool_parser=parser)
+        with pytest.raises(ConfigError, match=f"environment.tool_parser: {problem}.* name one: .*hermes"):
+            row_renderer(tiny_tokenizer, config)(row, row.messages)
+    for config in (EnvironmentConfig(name=name, tool_parser="hermes"), None):
+        assert row_renderer(tiny_tokenizer, config)(row, row.messages)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -115,6 +115,42 @@ def test_functions_answer_calls_and_their_failures_are_results(functions):
         rehearse(TOOL_USE, question("r"), [called("other")], tools=[f"{functions}:price"])
 
 
+MEETING = '''
+import asyncio
+
+door = None
+
+async def wait_for(who: str) -> str:
+    """Wait until the others have come.
+
+    Args:
+        who: Who comes.
+    """
+    global door
+    door = door or asyncio.Barrier(3)
+    await asyncio.wait_for(door.wait(), 30)
+    return who
+
+def note(who: str) -> str:
+    """Note at once.
+
+    Args:
+        who: Who is noted.
+    """
+    return f"noted {who}"
+'''
+
+
+def test_the_calls_of_a_turn_run_side_by_side_and_their_results_keep_their_order(tmp_path):
+    (tmp_path / "meeting.py").write_text(MEETING)
+    given = [("wait_for", "a"), ("note", "b"), ("wait_for", "c"), ("wait_for", "d")]
+    calls = tuple(ToolCall(name, {"who": who}, f"c{who}") for name, who in given)
+    tools = [f"{tmp_path}/meeting.py:wait_for", f"{tmp_path}/meeting.py:note"]
+    told = rehearse(TOOL_USE, question("r", answer=3), [PolicyTurn("", calls), "3"], tools=tools)
+    results = [(message.tool_call_id, message.text) for message in told.messages if message.role == "tool"]
+    assert results == [("ca", "a"), ("cb", "noted b"), ("cc", "c"), ("cd", "d")]
+
+
 def test_functions_that_the_file_declares_share_its_state(tmp_path):
     (tmp_path / "shelf.py").write_text(SHELF)
     told = rehearse(f"{tmp_path}/shelf.py:shelf", question("r"), [called("take", item="tea"), "done"])

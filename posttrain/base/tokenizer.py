@@ -16,9 +16,10 @@ from posttrain.data.tokenizer import Tokenizer
 BOS, EOT, PAD = "<|begin_of_text|>", "<|eot|>", "<|finetune_right_pad|>"
 SPECIAL_TOKENS = (BOS, "<|end_of_text|>", "<|header_start|>", "<|header_end|>", EOT, PAD)
 
-CHAT_TEMPLATE = """{{- bos_token }}
+# How Llama 4 writes turns. SHOWN stands where tools are shown, and CALLS where calls are written.
+_TURNS = """{{- bos_token }}
 {%- if tools %}
-    {{- '<|header_start|>tools<|header_end|>\\n\\n' + tools | tojson + '<|eot|>' }}
+SHOWN
 {%- endif %}
 {%- for message in messages %}
     {{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}
@@ -26,8 +27,7 @@ CHAT_TEMPLATE = """{{- bos_token }}
         {%- generation %}
             {{- message['content'] | trim }}
             {%- for call in message['tool_calls'] or [] %}
-                {{- '{"name": ' + call['function']['name'] | tojson }}
-                {{- ', "parameters": ' + call['function']['arguments'] | tojson + '}' }}
+CALLS
             {%- endfor %}
             {{- '<|eot|>' }}
         {%- endgeneration %}
@@ -39,6 +39,9 @@ CHAT_TEMPLATE = """{{- bos_token }}
     {{- '<|header_start|>assistant<|header_end|>\\n\\n' }}
 {%- endif %}
 """
+_SHOWN = """    {{- '<|header_start|>tools<|header_end|>\\n\\n' + tools | tojson + '<|eot|>' }}"""
+_CALL = """                {{- '{"name": ' + call['function']['name'] | tojson }}
+                {{- ', "parameters": ' + call['function']['arguments'] | tojson + '}' }}"""
 
 _LARGEST_NUMBER = 99
 _MAX_LENGTH = 2048
@@ -60,7 +63,12 @@ def build_tokenizer() -> Any:
     """A `PreTrainedTokenizerFast` with the Llama 4 special tokens; its end-of-sequence token is `<|eot|>`."""
     words = [*_WORDS, *_STATEMENTS, *_SIGNS, *LETTERS, *LETTERS.upper()]
     texts = [text for word in words for text in (word, " " + word)] + [f" {n}" for n in range(_LARGEST_NUMBER + 1)]
-    return make_tokenizer(texts, _SPLIT, CHAT_TEMPLATE)
+    return make_tokenizer(texts, _SPLIT, llama4_template(_SHOWN, _CALL))
+
+
+def llama4_template(shown: str, call: str) -> str:
+    """The template of chats. shown: lines that show `tools`. call: lines that write one `call` of a turn."""
+    return _TURNS.replace("SHOWN", shown).replace("CALLS", call)
 
 
 def make_tokenizer(texts: Sequence[str], split: str, template: str) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from posttrain.compat.vllm_parsers import tool_parsers
 from posttrain.data.templates import chat_template
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import ConfigError
@@ -53,11 +54,8 @@ def without_stop(text: str, stops: Sequence[str]) -> str:
 
 def parser_of(tokenizer: Tokenizer, asked: str | None) -> str:
     """The name of the parser: the one that the config asks for, or the one that goes with the chat template. Raises
-    ConfigError if vLLM has no such parser, or the template tells none."""
-    from vllm.tool_parsers import ToolParserManager
-
-    logging.getLogger("vllm.tool_parsers").setLevel(logging.CRITICAL)  # a malformed call is no event
-    known = sorted(ToolParserManager.list_registered())
+    ConfigError if vLLM has no such parser, or the template tells none. It does not import vLLM."""
+    known = tool_parsers()
     name = asked or next((name for mark, name in FORMS if mark in chat_template(tokenizer)), None)
     if name not in known:
         got = f"got {name!r}, which vLLM has no parser of" if name else "the chat template does not tell how calls look"
@@ -84,6 +82,7 @@ class CallReader:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.tool_parsers import ToolParserManager
 
+        logging.getLogger("vllm.tool_parsers").setLevel(logging.CRITICAL)  # a malformed call is no event
         self._name = parser
         self._tokenizer = tokenizer
         self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}

@@ -104,8 +104,11 @@ class _Episodes:
             if not deadline.expired():
                 deadline.reschedule(loop.time() + self._timeout_s if runs else None)
 
+        async def noted(work: Coroutine[Any, Any, Any]) -> Any:
+            return await _noted(work, partial(self._notes.note, str(begin.key)), partial(self._notes.note, ""))
+
         toolbox = Toolbox(self._kits[begin.environment])
-        session = Session(begin, self._send, clock, toolbox=toolbox)
+        session = Session(begin, self._send, clock, toolbox=toolbox, noted=noted)
         task = asyncio.create_task(self._run(begin, session, deadline, toolbox=toolbox))
         self._running[begin.key] = session, task
 

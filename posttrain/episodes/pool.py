@@ -44,11 +44,6 @@ class EnvironmentPool:
         """How many processes there are while the pool is open."""
         return self._config.workers * len(self._interpreters())
 
-    @property
-    def limit(self) -> int | None:
-        """How many episodes run at the same time; None if any number may."""
-        return self._config.limit
-
     def _interpreters(self) -> list[str]:
         return list(dict.fromkeys(item.python or "" for item in self._config.functions.values()))
 
@@ -85,11 +80,13 @@ class EnvironmentPool:
         self._watching = asyncio.create_task(self._watch())
 
     async def begin(self, environment: str, **fields: Any) -> Episode:
-        """Begin an episode in a process that is ready, once there is a place for it. fields: those of `Begin` without
-        the key. Raises EpisodeLost if no process can be started any more."""
+        """Begin an episode in a process, once one is ready.
+
+        fields: those of `Begin` without the key. Raises EpisodeLost if no process can be started any more.
+        """
         able = [process for process in self._processes if process.has(environment)]
-        while not (ready := [process for process in able if process.is_ready]) or self._is_full:
-            if not ready and (why := next((process.broken_by for process in able if process.broken_by), "")):
+        while not (ready := [process for process in able if process.is_ready]):
+            if why := next((process.broken_by for process in able if process.broken_by), ""):
                 for process in able:
                     process.restart()
                 raise EpisodeLost(f"no environment process could be started: {why}", is_cause=None)
@@ -98,10 +95,6 @@ class EnvironmentPool:
         self._num_episodes += 1
         process = min(ready, key=len)
         return process.begin(Begin(self._num_episodes, environment, **fields))
-
-    @property
-    def _is_full(self) -> bool:
-        return self.limit is not None and sum(map(len, self._processes)) >= self.limit
 
     async def close(self) -> None:
         """End the processes and everything that they started."""

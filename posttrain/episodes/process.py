@@ -60,8 +60,8 @@ class Episode:
 class EnvironmentProcess:
     """Keeps one process alive, with the episodes in it.
 
-    setup: what it loads, for the path of its notes. changed: is set when it becomes ready, is given up, or has a
-    place again. python: the interpreter that runs it; "" for this one.
+    setup: what it loads, for the path of its notes. changed: is set when it becomes ready, or is given up.
+    python: the interpreter that runs it; "" for this one.
     """
 
     def __init__(self, setup: Callable[[str], EnvironmentSetup], changed: asyncio.Event, python: str = ""):
@@ -163,10 +163,7 @@ class EnvironmentProcess:
             self._process.send(frame(message))
 
     def give_up(self, episode: Episode) -> None:
-        if self._episodes.pop(episode.key, None) is None:
-            return
-        self._changed.set()
-        if self._process is not None:
+        if self._episodes.pop(episode.key, None) is not None and self._process is not None:
             self._process.send(frame(Cancel(episode.key)))
 
     def look(self) -> None:
@@ -200,7 +197,6 @@ class EnvironmentProcess:
             return
         if isinstance(message, Ended):
             del self._episodes[message.key]
-            self._changed.set()
         episode.hear(message)
 
     def _on_exit(self, process: PluginProcess) -> None:

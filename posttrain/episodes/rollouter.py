@@ -18,6 +18,7 @@ from posttrain.config.environments import EnvironmentConfig
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.episodes.calls import CallReader, parser_of
 from posttrain.episodes.conversation import Conversation
+from posttrain.episodes.places import Places
 from posttrain.episodes.pool import EnvironmentPool
 from posttrain.episodes.process import Episode, EpisodeLost
 from posttrain.episodes.talk import Talk
@@ -51,6 +52,7 @@ class EnvironmentRollouter:
         self._seed = seed
         self._heard = heard
         self._pool = EnvironmentPool(config)
+        self._places = Places(config.limit)
         self._parser: str | None = None
         self._checked: set[str] = set()
 
@@ -83,6 +85,14 @@ class EnvironmentRollouter:
             return session.rollout()
         if session.is_over:
             return session.rollout()
+        try:
+            await self._places.take(session)
+            return await self._tried(key, session)
+        finally:
+            self._places.leave(session)
+
+    async def _tried(self, key: str, session: Session) -> Rollout:
+        """The rollout of an episode, which begins again if its process is lost."""
         num_own = num_unknown = 0
         talk = self._talk(session, row_tools(self.config, session.row))
         while True:

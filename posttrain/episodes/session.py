@@ -9,7 +9,7 @@ This module runs in the environment's process, so it imports neither torch nor p
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from posttrain.episodes.toolbox.toolbox import Toolbox
@@ -51,6 +51,7 @@ class Session:
         clock: Callable[[bool], None],
         *,
         toolbox: Toolbox | None = None,
+        noted: Callable[[Coroutine[Any, Any, Any]], Coroutine[Any, Any, Any]] = lambda work: work,
     ):
         self.messages: list[Message] = list(begin.messages)
         self.tools = begin.tools
@@ -64,6 +65,7 @@ class Session:
         self._send = send
         self._clock = clock  # called with whether the deadline of the environment runs
         self._toolbox = toolbox
+        self._noted = noted  # has work that is a task of its own known as this episode's, should it hang
         self._answer: asyncio.Future[Told | Full | Refused] | None = None
         self._end = ""
         self._has_histories = False
@@ -141,19 +143,26 @@ class Session:
         self.messages.append(message)
 
     async def call_tools(self, turn: PolicyTurn) -> None:
-        """Have the tools of the YAML answer the calls of a turn, one after the other, and add their results.
+        """Have the tools of the YAML answer the calls of a turn, and add their results in the order of the calls.
 
-        A tool that fails answers with a text that begins with "Error:". Raises RuntimeError for a tool that is only
-        declared by its schema: the environment answers its calls itself, with `add`.
+        Several calls run side by side, as far as their tools can (`Toolbox.call`). A tool that fails answers with a
+        text that begins with "Error:". Raises RuntimeError, before any call, for a tool that is only declared by its
+        schema: the environment answers its calls itself, with `add`.
         """
-        for call in turn.tool_calls:
-            if self._toolbox is None or call.name not in self._toolbox.names:
-                there = ", ".join(self._toolbox.names) if self._toolbox is not None else ""
-                raise RuntimeError(
-                    f"the tool {call.name!r} is declared by its schema only, so the environment must answer its calls "
-                    f"with session.add; those that session.call_tools answers: {there or 'none'}"
-                )
-            text = await self._toolbox.call(call.name, call.arguments)
+        calls, toolbox = turn.tool_calls, self._toolbox
+        names = toolbox.names if toolbox is not None else []
+        if (unknown := next((call.name for call in calls if call.name not in names), None)) is not None:
+            raise RuntimeError(
+                f"the tool {unknown!r} is declared by its schema only, so the environment must answer its calls "
+                f"with session.add; those that session.call_tools answers: {', '.join(names) or 'none'}"
+            )
+        if toolbox is None:
+            return
+        if len(calls) == 1:
+            texts = [await toolbox.call(calls[0].name, calls[0].arguments)]
+        else:
+            texts = await asyncio.gather(*(self._noted(toolbox.call(call.name, call.arguments)) for call in calls))
+        for call, text in zip(calls, texts, strict=True):
             await self.add("tool", text, call_id=call.id, name=call.name)
 
     def reward(self, value: float) -> None:

@@ -23,6 +23,7 @@ from posttrain.data.messages import RowError
 from posttrain.data.stored import pick
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import tools_of
+from posttrain.episodes.calls import parser_of
 from posttrain.episodes.toolbox.sources import provided_tools, tool_schemas
 from posttrain.episodes.wire import ProvidedTool
 from posttrain.errors import DataError, PluginError
@@ -36,11 +37,17 @@ _NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}")
 def row_renderer(tokenizer: Tokenizer, config: EnvironmentConfig | None, pictures: Pictures | None = None) -> RenderRow:
     """The function that renders messages as a prompt with the tools of their row, and with the tokens of its pictures.
 
-    pictures: None for a stage that takes none.
+    pictures: None for a stage that takes none. The function raises ConfigError if the policy may call tools in an
+    episode, and no parser is known that reads the calls.
     """
+    is_known = False  # which parser reads calls
 
     def render(row: Row, messages: Sequence[Message]) -> Sequence[int]:
+        nonlocal is_known
         tools = row_tools(config, row) or None
+        if tools and not is_known and config is not None and config.key_of(row.capability) is not None:
+            parser_of(tokenizer, config.tool_parser)
+            is_known = True
         if pictures is None or not pictures_of(messages):
             return render_prompt(tokenizer, messages, tools)
         return prompt_with_pictures(tokenizer, messages, pictures.store, rule=pictures.rule, tools=tools).ids

@@ -59,8 +59,8 @@ class Session:
     """
 
     __slots__ = (
-        "_known", "_last", "_recorded", "_segments", "_turn", "_worker", "ended_s", "flight", "index", "running",
-        "waits_for",
+        "_known", "_last", "_recorded", "_segments", "_turn", "_worker", "ended_s", "flight", "index", "is_waiting",
+        "running", "waits_for",
     )  # fmt: skip
 
     def __init__(self, flight: "Flight", index: int, recorded: Reply):
@@ -69,6 +69,7 @@ class Session:
         self.ended_s = 0.0  # Unix time of the last sampled token
         self.running: Coroutine[Any, Any, Rollout] | None = None  # the rollouter, for whoever runs it
         self.waits_for: Outside | None = None
+        self.is_waiting = False  # for other rollouts to end, before it begins
         self._recorded = recorded
         self._known: dict[int, Completion] = {}  # whole turns by the place of their segment
         self._segments: tuple[Segment, ...] = ()

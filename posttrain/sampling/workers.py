@@ -34,7 +34,8 @@ from posttrain.sampling.worker import Ask, Worker
 from posttrain.sampling.worker_weights import UpdateCalls, WorkerWeights
 
 SUBMIT_REQUESTS = 256
-TURN_SEEDS = 998_244_353  # apart, so that no later turn has the seed of another group's first one
+# Apart, so that no later turn, and no later rollout of a group, has the seed of another group's first one.
+TURN_SEEDS, INDEX_SEEDS = 998_244_353, 754_974_721
 
 
 class RolloutWorkers:
@@ -45,7 +46,8 @@ class RolloutWorkers:
     weights never change; an engine that replaces a lost one then has the weights of the model folder. took: called with
     the name of a worker and the version that it has loaded. replaced: called with the name of a worker and why its
     engine was lost. wave_seed: if given, turns are sampled in deterministic waves. A wave holds all turns that are
-    waited for, and the next one starts when it is finished. wave_seed(first group of the wave) is its seed.
+    waited for, and the next one starts when it is finished. Its seed follows from wave_seed(first group of the wave),
+    and from the place of its first turn in that group.
     """
 
     def __init__(
@@ -158,9 +160,13 @@ class RolloutWorkers:
         """Send the turns that rollouters have asked for, those of a group in one request if they begin alike."""
         self._asked += turns
         if self._wave_seed is not None:
-            # A wave is of all rollouts that are not finished: which turns it holds must not depend on the time.
-            num_unfinished = sum(len(flight.sessions) - len(flight.finished) for flight in self.flights.values())
-            if len(self._asked) < num_unfinished:
+            # A wave is of all rollouts that have begun: which turns it holds must not depend on the time.
+            begun = (
+                one.running is not None and not one.is_waiting
+                for group in self.flights.values()
+                for one in group.sessions
+            )
+            if len(self._asked) < sum(begun):
                 return
             # Nor must their order: an environment may answer one rollout before another.
             self._asked.sort(key=lambda turn: (turn.flight.order, turn.session.index))
@@ -251,11 +257,11 @@ class RolloutWorkers:
                 self._begun(flight)
 
     async def _sample_waves(self, worker: Worker, wave_seed: Callable[[Flight], int]) -> None:
-        """Sample waves. The seed of a wave depends only on its first group and turn, not on what happened before."""
+        """Sample waves. The seed of a wave depends only on its first turn, not on what happened before."""
         while True:
             asks = await worker.lane.next_batch()
             first = asks[0].turns[0]
-            seed = (wave_seed(first.flight) + TURN_SEEDS * first.number) % 2**31
+            seed = (wave_seed(first.flight) + TURN_SEEDS * first.number + INDEX_SEEDS * first.session.index) % 2**31
             wave = worker.actor.generate_wave.remote([ask.rest() for ask in asks], seed)
             replies, _, ended = await worker.await_busy(wave)
             for ask, completions in zip(asks, replies, strict=True):

@@ -8,38 +8,18 @@ shown.
 from typing import Any
 
 from posttrain.base.families.edits import LETTERS
-from posttrain.base.tokenizer import make_tokenizer
+from posttrain.base.tokenizer import llama4_template, make_tokenizer
 
-CHAT_TEMPLATE = """{{- bos_token }}
-{%- if tools %}
-    {{- '<|header_start|>tools<|header_end|>\\n\\n' }}
+_SHOWN = """    {{- '<|header_start|>tools<|header_end|>\\n\\n' }}
     {%- for tool in tools %}
         {{- tool['function']['name'] + '(' + tool['function']['parameters']['properties'] | join(', ') + ')' }}
     {%- endfor %}
-    {{- '<|eot|>' }}
-{%- endif %}
-{%- for message in messages %}
-    {{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}
-    {%- if message['role'] == 'assistant' %}
-        {%- generation %}
-            {{- message['content'] | trim }}
-            {%- for call in message['tool_calls'] or [] %}
-                {{- ('[' if loop.first else ', ') + call['function']['name'] + '(' }}
+    {{- '<|eot|>' }}"""
+_CALL = """                {{- ('[' if loop.first else ', ') + call['function']['name'] + '(' }}
                 {%- for key, value in call['function']['arguments'].items() %}
                     {{- (', ' if not loop.first else '') + key + '=' + value | tojson }}
                 {%- endfor %}
-                {{- ')' + (']' if loop.last else '') }}
-            {%- endfor %}
-            {{- '<|eot|>' }}
-        {%- endgeneration %}
-    {%- else %}
-        {{- message['content'] | trim + '<|eot|>' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|header_start|>assistant<|header_end|>\\n\\n' }}
-{%- endif %}
-"""
+                {{- ')' + (']' if loop.last else '') }}"""
 
 # A piece of text is a word with its colon, one letter, a number of up to two digits, or a run of signs; a word and
 # signs have the space before them, if there is one.
@@ -57,4 +37,4 @@ def build_tool_tokenizer() -> Any:
     """A `PreTrainedTokenizerFast` like that of `base/tokenizer.py`, for the words of these puzzles."""
     words = [text for word in (*_WORDS, *_SIGNS) for text in (word, " " + word)]
     numbers = [*map(str, range(100)), *(f"0{digit}" for digit in range(10))]
-    return make_tokenizer([*words, *numbers, *LETTERS], _SPLIT, CHAT_TEMPLATE)
+    return make_tokenizer([*words, *numbers, *LETTERS], _SPLIT, llama4_template(_SHOWN, _CALL))

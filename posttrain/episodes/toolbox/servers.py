@@ -43,23 +43,25 @@ class ServerConnection:
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> str:
         """The result of a call as text. It begins with "Error:" if the call failed; the next may meet a new server."""
+        life: asyncio.Task[None] | None = None
         try:
             async with self._opening:  # episodes may share the server
                 session = self._session or await self._open()
+                life = self._life
             async with asyncio.timeout(self._server.call_s):
                 result = await session.call_tool(name, dict(arguments))
         except TimeoutError:
-            await self.close()
+            await self._end(life)
             return f"Error: {self._name} did not answer within {self._server.call_s:g} s, and was ended"
         except PluginError as error:
             return f"Error: {error}"
         except Exception as error:
-            if self._life is None or self._life.done() or _is_closed(error):
-                await self.close()
+            if life is None or life is not self._life or life.done() or _is_closed(error):
+                await self._end(life)
                 return f"Error: {self._name} has ended"
             return f"Error: {str(error)[:1000] or type(error).__name__}"
         except BaseException:
-            await self.close()
+            await self._end(life)
             raise
         return _text(result)
 
@@ -70,6 +72,11 @@ class ServerConnection:
             self._closing.set()
             await asyncio.gather(life, return_exceptions=True)
 
+    async def _end(self, life: asyncio.Task[None] | None) -> None:
+        """End the server, unless another call has done so, and a new one may be there already."""
+        if life is self._life:
+            await self.close()
+
     @property
     def _name(self) -> str:
         return f"the MCP server {' '.join(self._server.command)[:80]!r}"
@@ -79,7 +86,11 @@ class ServerConnection:
         opened: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._closing = asyncio.Event()
         self._life = asyncio.create_task(self._live(opened, self._closing))
-        self._session = await opened
+        try:
+            self._session = await opened
+        except asyncio.CancelledError:
+            await self.close()
+            raise
         return self._session
 
     async def _live(self, opened: asyncio.Future[Any], closing: asyncio.Event) -> None:

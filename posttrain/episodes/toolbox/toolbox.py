@@ -55,7 +55,11 @@ class Toolbox:
         return [*self._kit.builtin, *self._kit.functions, *(name for one in self._kit.servers for name in one.names)]
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """The result of a call, as text. Raises KeyError for a tool that is not here."""
+        """The result of a call, as text. Raises KeyError for a tool that is not here.
+
+        Calls of async functions and of MCP servers run side by side. Those of the built-in tools wait for each other in
+        their order, because each finds the files that the one before has left. A plain function holds up all others.
+        """
         if name in self._kit.builtin:
             if self._sandbox is None:
                 self._sandbox = KeptSandbox(self._kit.limits)
