@@ -456,7 +456,7 @@ def _environment(rollouter: Any) -> Any:
         return None
     tools = [row_tools(rollouter.config, prompt.row) for prompt in _drawn()]
     pool = rollouter.pool
-    return pool.setup("notes"), pool.num_processes, pool.limit, rollouter.reading, tools
+    return pool.setup("notes"), pool.num_processes, rollouter.limit, rollouter.reading, tools
 
 
 def eval_unscored(config: Any) -> Any:

@@ -14,7 +14,7 @@ class Places:
     """At most `limit` rollouts at a time; None for any number. A rollout takes a place, and leaves it at its end."""
 
     def __init__(self, limit: int | None):
-        self._num_free = limit
+        self.limit = self._num_free = limit
         self._waiting: deque[tuple[Session, asyncio.Future[None]]] = deque()
 
     async def take(self, session: Session) -> None:

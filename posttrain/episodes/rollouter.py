@@ -62,6 +62,11 @@ class EnvironmentRollouter:
         return self._pool
 
     @property
+    def limit(self) -> int | None:
+        """How many episodes run at the same time; None if any number may."""
+        return self._places.limit
+
+    @property
     def reading(self) -> tuple[str | None, int]:
         """Which parser is asked for, and how often in a row a malformed call may be tried again."""
         return self.config.tool_parser, self.config.max_malformed
