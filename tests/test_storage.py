@@ -264,7 +264,7 @@ def test_a_run_is_continued_from_its_uri_after_its_host_is_gone(project: Project
     begun = [event["step"] for event in events if event["event"] == "begins" and event["stage"] == "second"]
     assert begun[0] == 0
     assert begun[-1] > 0  # it went on from a checkpoint
-    assert {"second/DONE", "second/count.txt", "summary.json"} <= stored_names(uri)
+    assert {"second/DONE", "second/count.txt", "summary.json", "report.html"} <= stored_names(uri)
     # The old host comes back with its disk: it may not write, and is told who holds the run.
     (tmp_path / f"lost-{project.run_dir.name}").rename(project.run_dir)
     (tmp_path / "lost-p.yaml").rename(project.folder / "p.yaml")

@@ -42,13 +42,12 @@ def run_or_plan(
             overwrite=overwrite,
             ask=_ask if sys.stdin.isatty() and sys.stderr.isatty() else None,
             display=make_display(),
+            report=_write_report,
             command=again,
         )
     except KeyboardInterrupt as error:
         _say("\n".join(["interrupted. Finished stages are kept. To continue: " + again, *map(str, error.args)]))
         raise
-    finally:
-        _write_report(place)
     skipped = sum(stage["status"] == "skipped" for stage in summary.stages)
     note = f" ({skipped} of {len(summary.stages)} stages skipped: nothing had changed)" if skipped else ""
     typer.echo(f"done in {summary.wall_s:.0f} s{note}, peak memory {summary.peak_rss_gib:.1f} GiB: {place}")

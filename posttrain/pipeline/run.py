@@ -7,7 +7,7 @@ command starts a failed stage again, and it continues from its last checkpoint.
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -79,6 +79,7 @@ def run_pipeline(
     overwrite: bool = False,
     ask: Ask | None = None,
     display: Display | None = None,
+    report: Callable[[Path], None] | None = None,
     command: str = "",
 ) -> Summary:
     """Run a pipeline to its end. Returns the content of its summary.json.
@@ -86,8 +87,9 @@ def run_pipeline(
     source: a YAML file, the name of a bundled pipeline, a mapping with the keys of a pipeline's YAML, or the result of
     `single_stage`. run_dir: None for runs/NAME. start_from: run this stage again, and all stages that need it. only:
     run no other stage. overrides: such as "rl.steps=50". overwrite: allow that finished results, and unfinished work
-    of another config, are replaced; otherwise `ask` asks the user, and without `ask` such a run is refused. command:
-    the command with which the user can continue this run, for error messages.
+    of another config, are replaced; otherwise `ask` asks the user, and without `ask` such a run is refused. report: is
+    called at the end with the run directory, before that is copied to the storage for the last time. command: the
+    command with which the user can continue this run, for error messages.
 
     Raises UserError (exit code 2) before anything starts, or if a stage finds a wrong row or plug-in; StageError (3) if
     a stage failed; KeyboardInterrupt (130). After an error of a stage or an interrupt, the same call continues the run.
@@ -106,7 +108,11 @@ def run_pipeline(
         _check_later_stages(pipeline, decisions)
         with place.open(pipeline), stored(pipeline, place) as storing:
             shown = _Checked(display or _Silent(), storing)
-            return _run(pipeline, place, decisions, display=shown, command=command)
+            try:
+                return _run(pipeline, place, decisions, display=shown, command=command)
+            finally:
+                if report is not None:
+                    report(place.path)
     except OSError as error:
         raise StageError(f"{_os_error(error)}\n{_resume(command)}{kept_text(pipeline, place)}") from error
 
