@@ -212,6 +212,7 @@ def _rl_line(step: int, t: float, pass_rate: float, train: float, wait: float, r
         "train_s": train, "publish_s": 0.05, "wait_s": wait, "reply_tokens_mean": 18 + 0.5 * step,
         "episodes": 40, "episode/turns": 2.5, "episode/tokens": 300.0 + step, "episode/tool_calls": 1.25,
         "episode/malformed_calls": 0.5 * (1 - share), "episode/tool_failures": 0.25,
+        "episode/cached": 0.6 + share / 10,
         "dropped_reply_tokens_mean": 15 + 0.6 * step, "truncated_fraction": 0.03,
     }  # fmt: skip
 

@@ -365,6 +365,7 @@ def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
         "episode/tool_calls": 1.25,
         "episode/malformed_calls": 0.125,
         "episode/tool_failures": 0.03,
+        "episode/cached": 0.875,
         "prompts_seen": 400,
     }
     context = StageContext("rl", tmp_path / "rl", file)
@@ -391,7 +392,7 @@ def test_the_live_display_shows_stages_and_the_figures_of_rl(tmp_path: Path):
         "trained 32   dropped too hard 11   dropped stale 17   unscored replies 25.0%",
         "waiting 6   waited, s 0.6",
         "tokens/s 2,512   idle trainer 12%   idle engine-1 3%",
-        "ended 32   turns 2.5   tokens 1,234   tool calls 1.2   malformed 0.12   tools failed 0.03",
+        "ended 32   turns 2.5   tokens 1,234   tool calls 1.2   malformed 0.12   tools failed 0.03   cached 88%",
         "drawn 400",
     ):
         assert expected in text, text

@@ -118,7 +118,9 @@ def test_a_step_tells_what_happened_in_its_episodes():
         )
     )
     group = Group(0, drawn(question("p"), (), (1,)), rollouts)
-    tally = StepTally({}, {}, 0.5)
+    reads = [(100, 20)]  # tokens that later turns have read, and those that were cached: before this stage's first step
+    tally = StepTally({}, {}, 0.5, reads=lambda: reads[-1])
+    reads.append((180, 80))
     tally.decided(ScoredGroup(group, (1.0, 0.0, None, 1.0), ("",) * 4, (0.5, -0.5, None, 0.5)), None)
     batch = [ScoredGroup(group, (1.0, 0.0), ("",) * 2, (0.5, -0.5))]
     found = tally.values(0, batch, ages_s=[0.0], waited_s=0.0, trained={})
@@ -128,6 +130,7 @@ def test_a_step_tells_what_happened_in_its_episodes():
         "episode/tool_calls": 1.0,
         "episode/malformed_calls": 1.0,
         "episode/tool_failures": 1.5,
+        "episode/cached": 0.75,
         "episode/tokens": 4.5,  # the longest branches are (1, 7, 7, 7, 9, 2) and (1, 9, 2)
     }
     assert not any(name.startswith("episode") for name in tally.values(0, batch, ages_s=[0], waited_s=0, trained={}))

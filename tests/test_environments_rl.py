@@ -1,6 +1,7 @@
 """RL with episodes of several turns: a real engine, trainer, environment processes and agents, some of them killed."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -74,6 +75,8 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(ra
     (tmp_path / "world.py").write_text(WORLD)
     sampled = heard_turns(monkeypatch)
     killed: list[int] = []
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(row | {"id": f"held-{row['id']}"}) + "\n" for row in rows_of(["game"], n=3)))
 
     def kill() -> None:
         marker = tmp_path / "world.pid"
@@ -89,6 +92,7 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(ra
         environment={"by_capability": {"game": {"name": f"{tmp_path}/world.py:two_turns"}}},
         mixture={"math": 1, "game": 1},
         advantage_per="turn",
+        evaluation={"data": {"path": str(held_out)}, "every": 3},
     )
     threading.Thread(target=kill, daemon=True).start()
     outputs, _ = run_stage(config, tmp_path / "rl")
@@ -113,6 +117,10 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(ra
     for line in told:
         assert (line["episode/turns"], line["episode/tool_calls"]) == (2, 0)
         assert line["episode/tokens"] > 2 * 12
+    evaluations = list(read_jsonl(tmp_path / "rl" / "evaluations.jsonl"))
+    assert len(evaluations) >= 2
+    for line in evaluations:
+        assert (line["capabilities"]["game"]["n"], line["capabilities"]["game"]["unscored"]) == (3, 0), line
     assert_clean_and_replayed(config, tmp_path)
 
 

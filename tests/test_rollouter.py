@@ -420,7 +420,9 @@ def test_a_second_turn_goes_on_where_a_lost_engine_left_it(ray_session, policies
 
 @slow
 @pytest.mark.timeout(300)
-def test_two_turns_in_waves_are_the_same_bits_again(ray_session, policies, tmp_path):
+def test_two_turns_in_waves_are_the_same_bits_again_and_without_waves_the_first_is_cached(
+    ray_session, policies, tmp_path
+):
     context, engines = leased(tmp_path, policies)
 
     def made() -> Run:
@@ -429,8 +431,17 @@ def test_two_turns_in_waves_are_the_same_bits_again(ray_session, policies, tmp_p
     async def run() -> list[tuple[Rollout, ...]]:
         return await made().groups()
 
+    async def without_waves() -> tuple[int, int]:
+        plain = Run(context, engines, policies, TwoTurns())
+        await plain.groups()
+        return plain.workers.num_read, plain.workers.num_cached
+
     with engines:
         once, again = asyncio.run(run()), asyncio.run(run())
+        num_read, num_cached = asyncio.run(without_waves())
+    # A second turn reads prompt, first turn and what was said; the engine still has all but the last, begun block.
+    assert num_read == GROUP * len(PROMPTS) * (len(PROMPTS[0]) + FIRST + len(SAID))
+    assert num_read / 2 < num_cached < num_read
     for group, other in zip(once, again, strict=True):
         for rollout, same in zip(group, other, strict=True):
             check_form(rollout)

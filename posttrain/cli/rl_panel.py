@@ -45,6 +45,7 @@ SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("episode/tool_calls", "tool calls", "{:.1f}"),
         ("episode/malformed_calls", "malformed", "{:.2f}"),
         ("episode/tool_failures", "tools failed", "{:.2f}"),
+        ("episode/cached", "cached", "{:.0%}"),
     ),
     "speed": (
         ("generate_tokens_per_s", "tokens/s", "{:,.0f}"),

@@ -63,6 +63,7 @@ class Piece(Struct, frozen=True):
     start: place of the first token in the whole reply, counting tokens that another engine began. versions: spans that
     cover this piece exactly, in places of the whole reply. finish_reason: RUNNING while the reply goes on. text: that
     of the whole reply; set only in the last piece. choice_logprobs: see `Completion`; in the piece with the token.
+    num_cached: how many tokens of the prompt the engine had in its cache; set only in the last piece.
     """
 
     key: int
@@ -74,6 +75,7 @@ class Piece(Struct, frozen=True):
     finish_reason: FinishReason = FinishReason.RUNNING
     text: str = ""
     choice_logprobs: Mapping[int, float] = field(default_factory=dict)
+    num_cached: int = 0
 
 
 NOTHING = Completion((), "", (), FinishReason.RUNNING, ())

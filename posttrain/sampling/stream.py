@@ -55,7 +55,8 @@ class Reply:
     """
 
     __slots__ = (
-        "_choice_ids", "_final", "_outbox", "_received", "_sent", "_spans", "begun", "index", "key", "request_id"
+        "_choice_ids", "_final", "_num_cached", "_outbox", "_received", "_sent", "_spans", "begun", "index", "key",
+        "request_id",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +79,7 @@ class Reply:
         self._sent = 0  # tokens of this engine that the caller has collected
         self._spans: list[VersionSpan] = []
         self._final: Any = None
+        self._num_cached = 0
 
     def follow(self, state: Any) -> None:
         """state: vLLM's `RequestState` of this request, which its output handler fills."""
@@ -97,7 +99,7 @@ class Reply:
         if isinstance(output, Exception):
             return
         if output.finished:
-            self._final = output.outputs[0]
+            self._final, self._num_cached = output.outputs[0], output.num_cached_tokens or 0
         if output.finished or self.num_unsent >= self._outbox.stream_interval:
             self._outbox.add(self)
 
@@ -128,7 +130,10 @@ class Reply:
             finish_reason = finish_reason_of(self._final.finish_reason)
             text = decode([*self.begun, *received.token_ids()])
             self._compare()
-        return Piece(self.key, self.index, shift + first, token_ids, logprobs, versions, finish_reason, text, choices)
+        return Piece(
+            self.key, self.index, shift + first, token_ids, logprobs, versions, finish_reason, text, choices,
+            self._num_cached,
+        )  # fmt: skip
 
     @property
     def is_finished(self) -> bool:

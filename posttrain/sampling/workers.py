@@ -77,6 +77,9 @@ class RolloutWorkers:
         self._asked: list[Turn] = []  # turns that rollouters have asked for and that are not sent yet
         self._unsent: list[Ask] = []  # requests that no worker may sample now
         self.num_replaced = 0
+        # How many tokens turns after the first have read, and how many of them the engines had in their caches.
+        # Deterministic waves begin with empty caches, and are left out.
+        self.num_read = self.num_cached = 0
         self.workers = [
             Worker(
                 name,
@@ -246,6 +249,7 @@ class RolloutWorkers:
             turn = ask.waiting[piece.index]
             turn.take(piece, now)
             if piece.finish_reason:
+                self._note_cached(turn, piece.num_cached)
                 self._rollouters.can_go_on(turn.session)
             if piece.finish_reason and ask.is_finished:
                 worker.end(ask, now)
@@ -255,6 +259,12 @@ class RolloutWorkers:
         if self._begun is not None:
             for flight in grown.values():
                 self._begun(flight)
+
+    def _note_cached(self, turn: Turn, num_cached: int) -> None:
+        if turn.number:
+            self.num_read += (num_read := len(turn.request.prompt_ids))
+            # A turn that went on in another engine has read its own tokens too.
+            self.num_cached += min(num_cached, num_read)
 
     async def _sample_waves(self, worker: Worker, wave_seed: Callable[[Flight], int]) -> None:
         """Sample waves. The seed of a wave depends only on its first turn, not on what happened before."""

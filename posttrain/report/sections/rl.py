@@ -53,6 +53,7 @@ def rl_section(run: Run, stage: Stage, colours: dict[str, str]) -> Section | Non
         lengths_chart(series),
         episodes_chart(series),
         _single(series, "Length of an episode", "episode/tokens", unit="tokens, with the prompt, mean"),
+        _single(series, "Tokens of later turns that were cached", "episode/cached", unit="share", tickformat=".0%"),
         _single(series, "Truncated replies", "truncated_fraction", unit="share of a step's", tickformat="~%"),
         unscored_chart(series, stage.setting("reward.alarm_fraction")),
         _single(series, "Generation", "generate_tokens_per_s", unit="tokens a second"),

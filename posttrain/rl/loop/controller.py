@@ -162,6 +162,7 @@ class Controller:
             logs | (dict(parts.judge.logs) if parts.judge is not None else {}),
             {item.prompt_id: item.pass_rate for item in parts.profile},
             self._config.reward.correct_threshold,
+            reads=lambda: (self._workers.num_read, self._workers.num_cached),
         )
 
     def _make_queue(self) -> StalenessQueue:

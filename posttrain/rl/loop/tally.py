@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +30,7 @@ EPISODE_PARTS = {
     "episode/tool_failures": "tool_failures",
 }
 EPISODE_TOKENS = "episode/tokens"
+EPISODE_CACHED = "episode/cached"  # the share of the tokens read by later turns that the engines had in their caches
 
 
 def sampled_before(folder: Path, profiled: int) -> int:
@@ -52,15 +53,25 @@ class StepTally:
     """Counts the groups that were scored or dropped since the last step.
 
     logs: the busy times of each actor other than the trainer, by its name; its idle time is computed from them.
-    pass_rates: those of the profile, by prompt. threshold: the least reward of a right reply.
+    pass_rates: those of the profile, by prompt. threshold: the least reward of a right reply. reads: how many tokens
+    turns after the first ones have read so far, and how many of them were cached.
     """
 
-    def __init__(self, logs: Mapping[str, BusyLog], pass_rates: Mapping[str, float], threshold: float):
+    def __init__(
+        self,
+        logs: Mapping[str, BusyLog],
+        pass_rates: Mapping[str, float],
+        threshold: float,
+        *,
+        reads: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ):
         self._threshold = threshold
         self._logs = logs
         self._pass_rates = pass_rates
         self._counts: Counter[str] = Counter()
         self._told = time.time()
+        self._reads = reads
+        self._reads_told = reads()
         self._busy_s = {name: log.busy_s for name, log in logs.items()}  # the profile's, which is no step's
 
     def decided(self, scored: ScoredGroup, dropped: Drop | None) -> None:
@@ -88,6 +99,13 @@ class StepTally:
             for name, part in EPISODE_PARTS.items():
                 self._counts[name] += round(result.parts.get(part, 0))
             self._counts[EPISODE_TOKENS] += max(len(branch.token_ids) for branch in rollout.branches)
+
+    def _cached(self) -> dict[str, float]:
+        """The share of cached tokens since the last step; nothing if no later turn has read any."""
+        now, before = self._reads(), self._reads_told
+        self._reads_told = now
+        read, cached = (new - old for new, old in zip(now, before, strict=True))
+        return {EPISODE_CACHED: cached / read} if read else {}
 
     def expired(self, reason: DropReason, prompt_id: str, lengths: Sequence[int]) -> None:
         """Count a group that was dropped as too old or not needed. lengths: sampled tokens of each of its replies."""
@@ -163,6 +181,7 @@ class StepTally:
             "dropped_reply_tokens_mean": counts["dropped_tokens"] / max(1, counts["dropped_rollouts"]),
             "truncated_fraction": counts["length"] / max(1, counts["rollouts"]),
             **_episode_means(counts),
+            **self._cached(),
         }
 
     def _idle(self, wall_s: float) -> dict[str, float]:
