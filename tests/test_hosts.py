@@ -14,14 +14,19 @@ import pytest
 import torch
 
 from posttrain.actors.losses import ActorLostError
-from posttrain.config.resources import HostChoice
+from posttrain.config.engines import EngineConfig
+from posttrain.config.models import ServedModelConfig
+from posttrain.config.resources import ActorResources, HostChoice
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import UserError
+from posttrain.files import read_jsonl
 from posttrain.hosts.checks import HostReport, compare_hosts, received, report_of_this
 from posttrain.hosts.folders import fetch_folder, offer_folder
 from posttrain.hosts.placement import CLUSTER_VARIABLE, NODE_LABEL, chosen, near_home, pinned_here
 from posttrain.hosts.relay import MAX_SILENCE_S, Relay, RelayError, Source, pull, silence_s
 from posttrain.hosts.weights import WeightCopies, WeightsOffer
+from posttrain.sampling import client
+from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Road, WeightManifest, from_plain, to_plain
 from posttrain.sampling.roads import EnginePlace, chained, offer_of
 from posttrain.sampling.weights import SharedWeights, TensorSpec, open_weights
@@ -323,3 +328,63 @@ def test_a_full_disk_is_found_before_anything_is_pulled(relays, tmp_path, monkey
     huge = replace(offer, files=(replace(offer.files[0], num_bytes=1 << 60),))
     with pytest.raises(UserError, match=r"host .*: .*cache/models has .* GB free, and the model .*/model has"):
         fetch_folder(huge, 5.0)
+
+
+# ---------------------------------------------------------------- an engine that finds no host, or loses it
+
+
+def answering(value: object) -> Remote:
+    async def answer(*_: object) -> object:
+        return value
+
+    return Remote(answer)
+
+
+async def never(*_: object) -> None:
+    await asyncio.Event().wait()
+
+
+def leased(tmp_path: Path, *started: bool) -> Engines:
+    """Engines of a stage, of which some have started."""
+    context = StageContext("rl", tmp_path, tmp_path / "events.jsonl")
+    model = ServedModelConfig(path="policy", dtype="float32")
+    engines = Engines(context, model, EngineConfig(), resources=ActorResources(workers=len(started)))
+    engines.names = [f"engine-{index}" for index in range(len(started))]
+    engines._unstarted = {name for name, is_started in zip(engines.names, started, strict=True) if not is_started}
+    return engines
+
+
+@pytest.mark.parametrize("others_work", [True, False])
+def test_a_replacement_without_room_says_so_and_waits_only_while_another_engine_works(
+    others_work, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(client, "NOTICE_S", 0.01)
+    monkeypatch.setattr(client, "PLACE_S", 0.02)
+    engines = leased(tmp_path, False, others_work)
+    engines.actors = [SimpleNamespace(where=Remote(never)), None]
+
+    async def replace() -> None:
+        waiting = asyncio.ensure_future(engines._start_replacement(0, "engine-0 did not start"))
+        await asyncio.wait({waiting}, timeout=0.2)
+        assert waiting.done() != others_work
+        engines._unstarted = set(engines.names)  # the last engine that worked is lost
+        await waiting
+
+    with pytest.raises(TimeoutError, match="no host had room for it"):
+        asyncio.run(replace())
+    [event] = read_jsonl(tmp_path / "events.jsonl")
+    assert (event["event"], event["name"], event["num_left"]) == ("engine_unplaced", "engine-0", int(others_work))
+
+
+def test_an_engine_whose_host_is_suspected_while_it_starts_is_lost_before_ray_notices(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "SUSPICION_S", 0.01)
+    hosts = SimpleNamespace(avoided=answering(frozenset({"silent"})))
+    monkeypatch.setattr(client, "directory", lambda: hosts)
+    engines = leased(tmp_path, False)
+
+    async def start(node: str, answer: Remote) -> None:
+        await engines._await_start(answer.remote(), EnginePlace(node, None), "engine-0 did not start")
+
+    with pytest.raises(ActorLostError, match="its host does not answer"):
+        asyncio.run(start("silent", Remote(never)))
+    asyncio.run(start("heard", answering(None)))
