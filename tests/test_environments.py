@@ -404,6 +404,46 @@ def test_what_an_environment_does_costs_its_own_episode(worlds, tiny_tokenizer):
         }
 
 
+LATE = """
+import asyncio, pathlib
+
+async def late(session, row):
+    told = pathlib.Path(__file__).with_suffix(".told")
+
+    async def go_on():
+        errors = []
+        for again in (session.sample(), session.add("user", "more")):
+            try:
+                await again
+            except RuntimeError as error:
+                errors.append(str(error))
+        told.with_suffix(".part").write_text("\\n".join(errors))
+        told.with_suffix(".part").rename(told)
+
+    await session.sample()
+    if row.id == "late":
+        kept.append(asyncio.create_task(go_on()))
+        return 1.0
+    while not told.exists():
+        await asyncio.sleep(0.02)
+    return 0.5
+
+kept = []
+"""
+
+
+@pytest.mark.slow
+def test_an_environment_that_goes_on_after_its_end_is_refused(tmp_path, tiny_tokenizer):
+    (tmp_path / "late.py").write_text(LATE)
+    rows = [question("late"), question("waits")]  # the other one keeps the process
+    found = play(tiny_tokenizer, {"name": f"{tmp_path}/late.py:late"}, rows, lambda _: "4 4")
+    assert {name: rollout.scored.result.value for name, (rollout,) in found.items()} == {"late": 1.0, "waits": 0.5}
+    first, second = (tmp_path / "late.told").read_text().splitlines()
+    assert first == "an environment cannot sample any more: the episode has ended"
+    assert second == "an environment cannot add a turn any more: the episode has ended"
+    assert len(found["late"][0].segments) == 1
+
+
 @pytest.mark.slow
 def test_episodes_begin_again_when_their_process_is_killed(worlds, tiny_tokenizer):
     async def kill(rollouter: Any) -> None:
