@@ -284,7 +284,7 @@ def test_the_command_forecasts_both_ways_of_a_stage(capsys: pytest.CaptureFixtur
     [
         ("scale/scout-8/rl", "device: h300\n", "got 'h300'; give one of b200, h100, h200, cpu"),
         ("scale/scout-8/rl", "device: h200\ndevices_per_host: 4\nmodel: llama4-scout\n", "asks for 8 devices"),
-        ("configs/rl.yaml", "device: h200\n", "model: no such file or folder"),
+        ("configs/rl.yaml", "device: h200\n", "model: got 'my-model': no such file or folder"),
         ("scale/scout-8/rl", "device: h200\nhots: 2\n", "hots"),
         ("configs/sft.yaml", "device: h200\n", "a forecast is made of one stage of kind rl"),
     ],

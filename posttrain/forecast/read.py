@@ -67,4 +67,4 @@ def _sizes(key: str, name: str, config: RlConfig | None) -> Sizes:
         return count_sizes(read_config(find_model(name)), config.lora if config is not None else None)
     except ConfigError as error:
         problems: Sequence[Any] = error.problems
-        raise ConfigError("--cluster", [f"{key}: {problem}" for problem in problems]) from None
+        raise ConfigError("--cluster", [f"{key}: got {name!r}: {problem}" for problem in problems]) from None
