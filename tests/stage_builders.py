@@ -699,8 +699,14 @@ def rl_knowledge(config: Any) -> Any:
 
 def rl_side(config: Any) -> Any:
     """What is evaluated on beside the training, when, how it is asked, and what rewards from 0 to 1 are worth."""
-    from posttrain.rl.loop.evaluation import accuracies, evaluation_request, heldout_prompts, heldout_rows, is_due
-    from posttrain.rl.records import Group, ScoredGroup
+    from posttrain.rl.loop.evaluation import (
+        EvaluatedPrompt,
+        accuracies,
+        evaluation_request,
+        heldout_prompts,
+        heldout_rows,
+        is_due,
+    )
 
     rows, asked = heldout_rows(config, config.evaluation), config.evaluation
     if asked is None:
@@ -710,8 +716,8 @@ def rl_side(config: Any) -> Any:
         evaluation_request(asked, prompt, max_tokens=config.sampling.max_tokens, stop_ids=(0,)) for prompt in prompts
     ]
     due = [version for version in range(100) if is_due(asked, version, 0)]
-    groups = [ScoredGroup(Group(-1, prompts[0], ()), tuple(index / 8 for index in range(9)), (), ())]
-    return rows, requests, due, accuracies(groups, samples=asked.samples, threshold=config.reward.correct_threshold)
+    rewarded = [EvaluatedPrompt(rows[0].id, rows[0].capability, tuple(index / 8 for index in range(9)))]
+    return rows, requests, due, accuracies(rewarded, samples=asked.samples, threshold=config.reward.correct_threshold)
 
 
 def rl_rates(config: Any) -> Any:

@@ -105,6 +105,29 @@ def test_a_header_longer_than_the_file_is_refused(capsys: pytest.CaptureFixture[
     assert "its header would end after the file's 12 bytes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("tensor", "dtype"), [("q.weight", "F8_E4M3"), ("q.qweight", "I32"), ("q.weight_scale_inv", "F32"), ("q", "F4")]
+)
+def test_quantized_weights_are_known_by_their_tensors_too(tensor: str, dtype: str, capsys: pytest.CaptureFixture[str]):
+    header = json.dumps({tensor: {"dtype": dtype, "shape": [4], "data_offsets": [0, 16]}}).encode()
+    Path("model", "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    assert validate("eval") == 0
+    assert validate("sft") == 2
+    assert f"its weights are quantized ({tensor} in model.safetensors is {dtype})" in capsys.readouterr().err
+
+
+def test_a_model_that_lacks_a_part_of_its_weights_is_refused(capsys: pytest.CaptureFixture[str]):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    Path("model", "model.safetensors").rename(Path("model", "model-00001-of-00002.safetensors"))
+    path = Path("model", "model.safetensors.index.json")
+    path.write_text(json.dumps(index))
+    assert validate("eval") == 2
+    assert "this folder lacks model-00002-of-00002.safetensors, which model.safet" in capsys.readouterr().err
+    path.write_text('{"weight_map": ')
+    assert validate("eval") == 2
+    assert "model.safetensors.index.json, which cannot be read as an index of weights" in capsys.readouterr().err
+
+
 def test_quantized_weights_are_served_and_not_trained(capsys: pytest.CaptureFixture[str]):
     model_folder("small", quantization_config={"quant_method": "gptq", "bits": 4})
     assert validate("eval", "model.path=small") == 0

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
-from rollout_records import drawn
+from rollout_records import drawn, one_turn
 from test_rl import make_config, read_rollouts, rows_of, run_stage
 from tiny_policy import ENGINE
 
@@ -21,10 +22,21 @@ from posttrain.files import append_jsonl, read_jsonl
 from posttrain.metrics.intervals import wilson_ci95
 from posttrain.records import Message, Row
 from posttrain.rl.config import EvaluationConfig, RlConfig
+from posttrain.rl.grading.alarm import unscored_of
 from posttrain.rl.history.audit import audit_stage
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.history.recovery import SNAPSHOT
-from posttrain.rl.loop.evaluation import FILE, accuracies, evaluation_request, heldout_prompts, is_due, last_evaluated
+from posttrain.rl.loop.evaluation import (
+    FILE,
+    EvaluatedPrompt,
+    accuracies,
+    evaluated_prompt,
+    evaluation_request,
+    heldout_prompts,
+    is_due,
+    last_evaluated,
+    unscored_prompts,
+)
 from posttrain.rl.loop.tally import sampled_before
 from posttrain.rl.prompts.difficulty import read_estimates
 from posttrain.rl.prompts.profile import FILE as PROFILE
@@ -254,12 +266,10 @@ def test_evaluations_of_undone_steps_are_forgotten(tmp_path):
 
 def test_accuracy_is_of_prompts_and_leaves_out_what_has_no_score():
     def scored(capability, rewards):
-        row = Row(f"{capability}-{rewards}", capability, (Message("user", "?"),))
-        group = Group(-1, drawn(row, row.messages, (1,)), ())
-        return ScoredGroup(group, tuple(rewards), (), (), ())
+        return EvaluatedPrompt(f"{capability}-{rewards}", capability, tuple(rewards))
 
-    groups = [scored("b", [1.0, 0.0]), scored("b", [None, 1.0]), scored("a", [0.4, 0.5]), scored("a", [None, None])]
-    found = accuracies(groups, samples=2, threshold=0.5)
+    prompts = [scored("b", [1.0, 0.0]), scored("b", [None, 1.0]), scored("a", [0.4, 0.5]), scored("a", [None, None])]
+    found = accuracies(prompts, samples=2, threshold=0.5)
     assert list(found) == ["a", "b", "all"]
     assert [(entry["n"], entry["accuracy"], entry["unscored"]) for entry in found.values()] == [
         (1, 0.5, 2), (2, 0.75, 1), (3, pytest.approx(2 / 3), 3),
@@ -267,6 +277,23 @@ def test_accuracy_is_of_prompts_and_leaves_out_what_has_no_score():
     assert found["a"]["ci95"] == pytest.approx(list(wilson_ci95(0.5, 1)))
     single = accuracies([scored("a", [None])], samples=2, threshold=0.5)["a"]
     assert (single["n"], single["accuracy"], single["ci95"]) == (0, None, None)
+
+
+def test_what_is_kept_of_a_prompt_does_not_grow_with_its_replies():
+    """Rewards and why some are missing are kept, so that the last prompt can be told as if all were in memory."""
+    kept = []
+    for length in (1, 10_000):
+        row = Row("r1", "math", (Message("user", "? " * length),))
+        ids, logprobs, versions = (3,) * length, (0.0,) * length, (0,) * length
+        rollouts = tuple(
+            one_turn("r1", "g", index, ids, ids, "x" * length, logprobs, versions, "stop") for index in range(2)
+        )
+        group = Group(-1, drawn(row, row.messages, (1,) * length), rollouts)
+        scored = ScoredGroup(group, (1.0, None), ("", "error: boom"), (), ("scored", "error"))
+        kept.append(evaluated_prompt(scored))
+        assert unscored_prompts(kept[-1:]).figures() == unscored_of([scored]).figures()
+    assert kept[0] == kept[1] == EvaluatedPrompt("r1", "math", (1.0, None), (("error", "error: boom"),))
+    assert len(msgspec.json.encode(kept[1])) < 200
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from posttrain.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax")  # quantized tensors
+SMALL_FLOATS = ("F8_", "F6_", "F4")  # dtypes that safetensors has only for quantized weights
 LENGTH_BYTES = 8  # at the beginning of a safetensors file: the length of its header
 
 
@@ -27,7 +29,7 @@ def check_folder(path: str | Path) -> None:
 def folder_problems(folder: Path) -> list[str]:
     """The faults of a folder's weights and tokenizer, one line each.
 
-    A file that is missing or cannot be read is no fault here: the code that needs the file reports it.
+    A missing config or tokenizer is no fault here: the code that needs the file reports it.
     """
     return [*weight_problems(folder), *header_problems(folder), *tokenizer_problems(folder)]
 
@@ -66,16 +68,28 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def quantization(folder: Path) -> str | None:
-    """How the weights of a folder's model are quantized, such as gptq; None if they are not."""
+    """What says that the weights of a folder's model are quantized, such as a gptq section; None if nothing does."""
     config = _json(folder / "config.json")
     for part in (config, config.get("text_config")) if isinstance(config, dict) else ():
         if isinstance(part, dict) and isinstance(found := part.get("quantization_config"), dict):
-            return str(found.get("quant_method", "quantization_config"))
+            return f"{found.get('quant_method', 'some method')}; quantization_config in config.json"
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, item in _header(path).items():
+            if name.endswith(PACKED) or str(item.get("dtype")).startswith(SMALL_FLOATS):
+                return f"{name} in {path.name} is {item.get('dtype')}"
     return None
 
 
+def _header(path: Path) -> dict[str, dict[str, Any]]:
+    """The header of a weight file; empty if it cannot be read, which `header_problems` reports."""
+    try:
+        return read_header(path)
+    except (OSError, ValueError):
+        return {}
+
+
 def weight_problems(folder: Path) -> list[str]:
-    """One line if a folder holds two sets of weights, else an empty list.
+    """One line if a folder holds two sets of weights, or lacks a part of one, else an empty list.
 
     From such a folder transformers loads model.safetensors, and vLLM the files of the index or all files. So one model
     would be trained and another one sampled.
@@ -90,7 +104,10 @@ def weight_problems(folder: Path) -> list[str]:
         return [f"has {SINGLE} and beside it {_some(others)}; {rule}"] if SINGLE in names and others else []
     listed = _listed(folder / indexes[0])
     if listed is None:
-        return []
+        return [f"has {indexes[0]}, which cannot be read as an index of weights; copy or download it again"]
+    missing = sorted(name for name in listed if name not in names)
+    if missing:
+        return [f"lacks {_some(missing)}, which {indexes[0]} lists; copy or download what is missing"]
     others = [name for name in names if name not in listed]
     if others:
         return [f"has weights that {indexes[0]} lists and, beside them, {_some(others)}; {rule}"]

@@ -50,8 +50,8 @@ def _download(path: str) -> str:
 
 def quantized_problems(model: ServedModelConfig) -> list[str]:
     """A line about a model that is to be trained although its weights are quantized; none for any other model."""
-    method = quantization(base_folder(model.path)) if isinstance(model, ModelConfig) else None
-    if method is None:
+    sign = quantization(base_folder(model.path)) if isinstance(model, ModelConfig) else None
+    if sign is None:
         return []
-    what = f"its weights are quantized ({method}; quantization_config in config.json), and such weights are not trained"
+    what = f"its weights are quantized ({sign}), and such weights are not trained"
     return [f"got {model.path!r}: {what}; give the model that it was made from, or a copy saved in bfloat16"]

@@ -93,10 +93,14 @@ def unscored_of(groups: Iterable[ScoredGroup]) -> Unscored:
     """The rollouts of the groups that could not be scored."""
     counted = Unscored()
     for scored in groups:
-        failed: list[Failure] = [
-            (outcome, reason)
-            for reward, outcome, reason in zip(scored.rewards, scored.outcomes, scored.reasons, strict=True)
-            if reward is None
-        ]
-        counted.add(scored.group.prompt.row.id, failed, len(scored.rewards))
+        counted.add(scored.group.prompt.row.id, failures_of(scored), len(scored.rewards))
     return counted
+
+
+def failures_of(scored: ScoredGroup) -> list[Failure]:
+    """The outcome and the reason of each rollout of the group that could not be scored."""
+    return [
+        (outcome, reason)
+        for reward, outcome, reason in zip(scored.rewards, scored.outcomes, scored.reasons, strict=True)
+        if reward is None
+    ]

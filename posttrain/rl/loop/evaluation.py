@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from msgspec import Struct
+
 from posttrain.context import StageContext
 from posttrain.data.chat import RenderRow
 from posttrain.data.images.store import ImageStore
@@ -19,8 +21,10 @@ from posttrain.data.strata import sampled_places
 from posttrain.files import keep_lines, read_jsonl
 from posttrain.metrics.correctness import is_right
 from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
+from posttrain.metrics.unscored import Failure, Unscored
 from posttrain.records import DrawnPrompt, Row
 from posttrain.rl.config import EvaluationConfig
+from posttrain.rl.grading.alarm import failures_of
 from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.verifiers import check_rewardable
 from posttrain.rl.prompts.lengths import check_room, plain_prompts
@@ -29,6 +33,37 @@ from posttrain.rl.rollouts.config import RolloutsConfig
 from posttrain.sampling.requests import SampleRequest
 
 FILE = "evaluations.jsonl"
+
+
+class EvaluatedPrompt(Struct, frozen=True):
+    """What is kept of a prompt's replies until the evaluation ends: no tokens and no texts, so memory stays small.
+
+    rewards: one for each reply, None without a score. failures: of the replies without a score.
+    """
+
+    row_id: str
+    capability: str
+    rewards: tuple[float | None, ...]
+    failures: tuple[Failure, ...] = ()
+
+    @property
+    def scored_rewards(self) -> list[float]:
+        """The rewards that are known."""
+        return [reward for reward in self.rewards if reward is not None]
+
+
+def evaluated_prompt(scored: ScoredGroup) -> EvaluatedPrompt:
+    """What is kept of a scored group."""
+    row = scored.group.prompt.row
+    return EvaluatedPrompt(row.id, row.capability, scored.rewards, tuple(failures_of(scored)))
+
+
+def unscored_prompts(prompts: Sequence[EvaluatedPrompt]) -> Unscored:
+    """The replies of an evaluation that could not be scored."""
+    counted = Unscored()
+    for prompt in prompts:
+        counted.add(prompt.row_id, prompt.failures, len(prompt.rewards))
+    return counted
 
 
 def heldout_rows(
@@ -94,7 +129,7 @@ def last_evaluated(folder: Path, version: int) -> int | None:
     return max((line["policy_version"] for line in read_jsonl(path)), default=None)
 
 
-def accuracies(groups: Sequence[ScoredGroup], *, samples: int, threshold: float) -> dict[str, dict[str, Any]]:
+def accuracies(prompts: Sequence[EvaluatedPrompt], *, samples: int, threshold: float) -> dict[str, dict[str, Any]]:
     """The accuracy on each capability, in order of name, and on "all" prompts.
 
     samples: replies to each prompt. threshold: the least reward of a right reply. The entry of a capability has
@@ -104,16 +139,16 @@ def accuracies(groups: Sequence[ScoredGroup], *, samples: int, threshold: float)
     ci95       its interval: Wilson's for one reply to each prompt, otherwise a bootstrap over prompts
     unscored   the number of replies without a score
     """
-    names = sorted({scored.group.prompt.row.capability for scored in groups})
-    parts: Mapping[str, Sequence[ScoredGroup]] = {
-        **{name: [scored for scored in groups if scored.group.prompt.row.capability == name] for name in names},
-        "all": groups,
+    names = sorted({prompt.capability for prompt in prompts})
+    parts: Mapping[str, Sequence[EvaluatedPrompt]] = {
+        **{name: [prompt for prompt in prompts if prompt.capability == name] for name in names},
+        "all": prompts,
     }
     return {name: _accuracy(part, samples, threshold) for name, part in parts.items()}
 
 
-def _accuracy(groups: Sequence[ScoredGroup], samples: int, threshold: float) -> dict[str, Any]:
-    rewards = [scored.scored_rewards for scored in groups if scored.scored_rewards]
+def _accuracy(prompts: Sequence[EvaluatedPrompt], samples: int, threshold: float) -> dict[str, Any]:
+    rewards = [known for prompt in prompts if (known := prompt.scored_rewards)]
     shares = [fmean(is_right(reward, threshold) for reward in known) for known in rewards]
     interval = None
     if shares:
@@ -122,5 +157,5 @@ def _accuracy(groups: Sequence[ScoredGroup], samples: int, threshold: float) -> 
         "n": len(shares),
         "accuracy": fmean(shares) if shares else None,
         "ci95": interval and list(interval),
-        "unscored": sum(reward is None for scored in groups for reward in scored.rewards),
+        "unscored": sum(prompt.rewards.count(None) for prompt in prompts),
     }

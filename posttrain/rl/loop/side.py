@@ -25,11 +25,19 @@ from posttrain.context import StageContext
 from posttrain.files import append_jsonl
 from posttrain.records import DrawnPrompt
 from posttrain.rl.config import EvaluationConfig
-from posttrain.rl.grading.alarm import unscored_of
 from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.groups import Scorer, score_group
-from posttrain.rl.loop.evaluation import FILE, accuracies, evaluation_request, is_due, last_evaluated
-from posttrain.rl.records import Group, LedgerEvent, ScoredGroup, group_of_flight
+from posttrain.rl.loop.evaluation import (
+    FILE,
+    EvaluatedPrompt,
+    accuracies,
+    evaluated_prompt,
+    evaluation_request,
+    is_due,
+    last_evaluated,
+    unscored_prompts,
+)
+from posttrain.rl.records import Group, LedgerEvent, group_of_flight
 from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.worker import Worker
@@ -55,7 +63,7 @@ class Evaluation:
     began: float = field(default_factory=time.time)
     tokens: int = 0
     resampled: int = 0
-    scored: dict[int, ScoredGroup] = field(default_factory=dict)
+    scored: dict[int, EvaluatedPrompt] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,15 +201,16 @@ class SideWork:
         if running.num_sampled == len(self._heldout):
             self._evaluation = None
             await self._workers.weights.release(running.worker)
-        running.scored[number] = scored = await score_group(group, self._scorer, self._config)
+        scored = await score_group(group, self._scorer, self._config)
+        running.scored[number] = evaluated_prompt(scored)
         self._counts["evaluated_unscored"] += scored.rewards.count(None)
         if self._evaluation_config is not None and len(running.scored) == len(self._heldout):
-            groups = [running.scored[at] for at in sorted(running.scored)]
+            prompts = [running.scored[at] for at in sorted(running.scored)]
             line = {
                 "policy_version": running.version,
                 "step": self._step,
                 "capabilities": accuracies(
-                    groups, samples=self._evaluation_config.samples, threshold=self._config.reward.correct_threshold
+                    prompts, samples=self._evaluation_config.samples, threshold=self._config.reward.correct_threshold
                 ),
                 "seconds": time.time() - running.began,
                 "tokens": running.tokens,
@@ -209,5 +218,5 @@ class SideWork:
             }
             append_jsonl(self._context.dir / FILE, line)
             where = f"evaluation of version {running.version}"
-            unscored_of(groups).tell(self._context, where, self._config.reward.alarm_fraction)
+            unscored_prompts(prompts).tell(self._context, where, self._config.reward.alarm_fraction)
             self._told(LedgerEvent.EVALUATED, running.version)
