@@ -232,6 +232,17 @@ def test_resume_takes_no_pipeline_and_no_filled_folder(tmp_path: Path, capsys: p
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_a_stored_run_writes_nothing_outside_of_its_folder(tmp_path: Path):
+    store = Store(str(tmp_path / "store"))
+    file = fill(tmp_path / "run", a="text")["a"]
+    begin(store, run="r", pipeline="p", token="one").commit({"a": file, "../../escaped": file})
+    with pytest.raises(ConfigError, match="outside of the run directory"):
+        resume_run(str(tmp_path / "store"), tmp_path / "brought")
+    newest = newest_of(store)
+    assert newest is not None
+    assert newest[1].epoch == 1  # nor was it taken
+
+
 # --- a run that goes on elsewhere ---
 
 

@@ -169,6 +169,8 @@ def resume_run(uri: str, run_dir: Path | None) -> Path:
         place = (run_dir or Path("runs") / found[1].pipeline).expanduser().resolve()
         if place.exists() and any(place.iterdir()):
             raise ConfigError(str(place), ["is not empty; choose another --run-dir for the run that is brought here"])
+        if odd := next((name for name in found[1].files if not (place / name).resolve().is_relative_to(place)), None):
+            raise ConfigError("--resume", [f"got {uri!r}: its run has the file {odd!r}, outside of the run directory"])
         token = secrets.token_hex(8)
         mirror = take(store, *found, token=token)
         for _ in restore(store, mirror.manifest.files, lambda name: place / name):
