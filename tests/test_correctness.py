@@ -24,7 +24,7 @@ from posttrain.records import (
 )
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.groups import scored_group
-from posttrain.rl.loop.evaluation import accuracies
+from posttrain.rl.loop.evaluation import accuracies, evaluated_prompt
 from posttrain.rl.loop.tally import StepTally
 from posttrain.rl.prompts.profile import difficulties
 from posttrain.rl.records import Drop, DropReason, Group
@@ -65,12 +65,13 @@ def shares(threshold: float) -> dict[str, float]:
     scored = scored_group(Group(0, DrawnPrompt(ROW, None, PROMPT), tuple(rollouts)), scores, config)
     tally = StepTally({}, {}, config.reward.correct_threshold)
     tally.decided(scored, None)
+    beside = accuracies([evaluated_prompt(scored)], samples=5, threshold=config.reward.correct_threshold)
     replies = [PromptReplies(ROW, Reply("x", 1, False, reward), ()) for reward in REWARDS]
     return {
         "profile": difficulties(config, [(rollout, ROW) for rollout in rollouts], scores)[0].pass_rate,
         "selection": passes_and_failures(scored.rewards, config.reward.correct_threshold)[0] / 5,
         "steps": tally.values(0, [scored], ages_s=[0.0], waited_s=0.0, trained={})["pass_rate"],
-        "evaluation": accuracies([scored], samples=5, threshold=config.reward.correct_threshold)["all"]["accuracy"],
+        "evaluation": beside["all"]["accuracy"],
         "eval": measure(replies, eval_config(correct_threshold=threshold), 0)["all"]["greedy"],
     }
 
