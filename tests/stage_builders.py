@@ -15,6 +15,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -565,6 +566,8 @@ def rl_draws(config: Any) -> Any:
     rows = [prompt.row for prompt in _drawn()]
     rows = [msgspec.structs.replace(row, fields={"level": index % 2}) for index, row in enumerate(rows)]
     profile = [Difficulty(row.id, row.capability, 8, 4 * (index % 2), 0, True) for index, row in enumerate(rows)]
+    if config.modality_curriculum is not None:  # these rows have no pictures
+        config = config.model_copy(update={"modalities": {"text": 1.0}})
     source = prompt_source(config, rows, profile[:-1], tokenizer=_tokenizer(), seed=0)
     drawn = []
     for step, capability in enumerate(
@@ -573,6 +576,20 @@ def rl_draws(config: Any) -> Any:
         drawn.append(source.draw(capability, step))
         drawn.append(source.advance(step))
     return drawn
+
+
+def rl_progress(config: Any) -> Any:
+    """The shares of modalities of which one improves, by steps."""
+    from posttrain.rl.prompts.progress import Progress
+
+    if config.modality_curriculum is None:
+        return None
+    progress, shares = Progress(config.modalities, config.modality_curriculum), []
+    for step, passes in enumerate((0, 4, 8, 4, 4, 4)):
+        progress.observe("image", passes, 8 - passes, expected=0.5)
+        progress.advance(step + 1)
+        shares.append(progress.shares)
+    return shares
 
 
 def rl_groups(config: Any) -> Any:
@@ -737,10 +754,12 @@ def _controller(config: Any) -> Any:
         CONTEXT, config.model, config.engine, resources=config.resources.rollout
     )  # not entered: nothing starts
     unused: Any = None
+    moves = config.modality_curriculum is not None
+    source: Any = SimpleNamespace(moved=lambda shares: shares if moves else None)  # asked for the shares alone
     engines.names, engines.actors, engines.logs = ["e"], [unused], {"e": BusyLog(CONTEXT, "e", "generate")}
     engines.places = [None]
     shares, ledger = {"math": 0.5, "coding": 0.5}, Ledger(Path(":memory:"))
-    parts = Parts(engines, unused, unused, unused, shares, unused, ledger, (0,))
+    parts = Parts(engines, unused, unused, source, shares, unused, ledger, (0,))
     return Controller(config, CONTEXT, parts)
 
 
@@ -946,7 +965,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "rl": (
         resources_of("rl"), adapters, rl_environment, rl_rates, rl_loss, rl_groups, rl_allowed_gap, rl_rows,
         rl_requests, rl_difficulties,
-        rl_controller, rl_first_batch, rl_draws, rl_knowledge, rl_side, rl_policy, rl_micro_batches,
+        rl_controller, rl_first_batch, rl_draws, rl_progress, rl_knowledge, rl_side, rl_policy, rl_micro_batches,
         rl_rescoring, rl_weights, rl_reference, rl_judge, judge_endpoint, rl_trainer_deadline, rl_stops, policy,
         image_parts, router_bias, engine_settings, MODEL_ENGINE, trackers,
     ),

@@ -259,6 +259,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "evaluation.data.on_bad_row": {"evaluation": {"data": {"path": "prompts_bad.jsonl"}}},
             "evaluation.data.format": {"evaluation": {"data": {"path": "prompts_shapes.jsonl"}}},
             "evaluation.data.special_*": {"evaluation": {"data": {"path": "prompts_special.jsonl"}}},
+            "modality_curriculum*": {"modalities": {"text": 1.0, "image": 1.0}},
             "optimizer.warmup_steps": {"optimizer.schedule": "linear"},
             "systems.instructions.0.verifier.*": {"systems.instructions": VERIFIED},
             "systems.instructions.*": {"systems.instructions": INSTRUCTIONS},

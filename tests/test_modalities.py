@@ -4,9 +4,12 @@ import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import pytest
 from PIL import Image
+from pydantic import ValidationError
+from rollout_records import one_turn
 
 from posttrain.config.images import Modality
 from posttrain.config.rewards import SystemsConfig
@@ -15,12 +18,17 @@ from posttrain.data.images.store import ImageStore
 from posttrain.data.images.take import ImageReader
 from posttrain.data.rows import store_rows
 from posttrain.errors import ConfigError
-from posttrain.records import ImagePart, Message, Row, TextPart
+from posttrain.records import DrawnPrompt, ImagePart, Message, Prompt, Row, TextPart, VersionSpan
+from posttrain.rl.loop.places import BatchPlaces
+from posttrain.rl.loop.staleness import StalenessQueue
 from posttrain.rl.prompts.beliefs import Beliefs
+from posttrain.rl.prompts.config import ModalityCurriculumConfig, PromptsConfig
 from posttrain.rl.prompts.lengths import plain_prompts
-from posttrain.rl.prompts.quotas import mixture_shares, places
+from posttrain.rl.prompts.progress import Progress
+from posttrain.rl.prompts.quotas import mixture_shares, moved_shares, places, scattered
 from posttrain.rl.prompts.selection import Selection
 from posttrain.rl.prompts.source import PromptSource
+from posttrain.rl.records import Group, ScoredGroup
 
 
 def row_of(name: str, capability: str, pictures: int) -> Row:
@@ -106,3 +114,153 @@ def test_prompts_on_disk_refer_to_their_pictures(tmp_path: Path):
     drawn = source.draw("general, multi-image", 0)
     assert drawn.row.id == "m"
     assert [load_image(item).width for item in drawn.prompt.pictures] == [16, 8]
+
+
+# ------------------------------------------------------------------ the mixture that moves
+
+CURRICULUM = ModalityCurriculumConfig(floor=0.4, half_life=4.0)
+
+
+def moved_by(rates: dict[str, tuple[float, float]], steps: int = 12) -> Progress:
+    """Shares after some steps in which the pass rate of each modality was another than the beliefs expected.
+
+    rates: (expected, found) of each modality.
+    """
+    progress = Progress(SHARES, CURRICULUM)
+    for step in range(steps):
+        for name, (expected, found) in rates.items():
+            for _ in range(8):
+                passes = round(found * 8)
+                progress.observe(cast(Modality, name), passes, 8 - passes, expected=expected)
+        progress.advance(step + 1)
+    return progress
+
+
+def test_more_of_what_improves_or_is_forgotten_and_never_less_than_the_floor():
+    still = (0.5, 0.5)
+    for changed in ((0.5, 0.75), (0.5, 0.25)):
+        progress = moved_by({"text": still, "image": changed, "multi-image": still})
+        assert sum(progress.shares.values()) == pytest.approx(1)
+        assert progress.shares["image"] > 1.5 * progress.first["image"]
+        assert progress.shares["text"] < progress.first["text"]
+        assert all(share >= CURRICULUM.floor * progress.first[name] for name, share in progress.shares.items())
+        assert progress.figures()["modality_share/image"] == progress.shares["image"]
+
+
+def test_without_a_difference_the_shares_stay():
+    progress = moved_by(dict.fromkeys(SHARES, (0.5, 0.5)))
+    assert progress.shares == pytest.approx(progress.first)
+
+
+def test_what_has_stopped_improving_gets_less_again():
+    progress = moved_by({"text": (0.5, 0.5), "image": (0.25, 0.75), "multi-image": (0.5, 0.5)})
+    high = progress.shares["image"]
+    for step in range(12, 40):
+        for name in SHARES:
+            for _ in range(8):
+                progress.observe(name, 4, 4, expected=0.5)
+        progress.advance(step + 1)
+    assert progress.shares["image"] < progress.first["image"] + 0.5 * (high - progress.first["image"])
+
+
+def test_progress_does_not_depend_on_the_order_of_groups_and_goes_on_from_its_state():
+    groups = [(n % 9, 8 - n % 9, (n % 7) / 7) for n in range(40)]
+    shares = []
+    for order in (groups, groups[::-1]):
+        progress = Progress(SHARES, CURRICULUM)
+        for number, (passes, failures, expected) in enumerate(order):
+            if number == 0:
+                continue
+            progress.observe("image", passes, failures, expected=expected)
+        progress.observe("image", *order[0][:2], expected=order[0][2])
+        progress.advance(3)
+        shares.append(progress.shares)
+    assert shares[0] == shares[1]
+    again = Progress(SHARES, CURRICULUM)
+    again.restore(json.loads(json.dumps(progress.state())))
+    assert again.shares == progress.shares
+
+
+def test_places_that_move_keep_the_shares_in_every_run_of_them():
+    shares = {"a": 0.62, "b": 0.31, "c": 0.07}
+    for first in (0, 1000, 54321):
+        found = Counter(islice(scattered(shares, first), 300))
+        assert all(abs(found[name] - 300 * share) <= 3 for name, share in shares.items())
+    coming = BatchPlaces(10, {"a": 0.5, "b": 0.5}, refills=0, version=0)
+    before = Counter(coming.take().capability for _ in range(20))
+    coming.move({"a": 0.9, "b": 0.1})
+    after = Counter(coming.take().capability for _ in range(100))
+    assert before == {"a": 10, "b": 10}
+    assert 88 <= after["a"] <= 92
+
+
+def test_quotas_move_with_their_modality():
+    shares = mixture_shares(ROWS, {}, modalities=SHARES)
+    first = {"text": 0.5, "image": 0.25, "multi-image": 0.25}
+    moved = moved_shares(shares, {"text": 0.25, "image": 0.5, "multi-image": 0.25}, first)
+    assert moved == pytest.approx(
+        {"chat, multi-image": 1 / 4, "chat, text": 1 / 12, "math, image": 1 / 2, "math, text": 1 / 6}
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({}, "modality_curriculum moves the shares of modalities, which has none"),
+        ({"modalities": {"text": 1.0}}, "give at least two of them a share"),
+        ({"modalities": SHARES, "selection": {"draw": "in_turn"}}, "which selection.draw: in_turn does without"),
+    ],
+)
+def test_a_curriculum_that_could_move_nothing_is_refused(keys, problem):
+    whole = {"model": {"path": "m"}, "prompts": {"path": "p.jsonl"}, "reward": {"name": "math"}}
+    with pytest.raises(ValidationError, match=problem):
+        PromptsConfig.model_validate({**whole, "modality_curriculum": {}, **keys})
+
+
+def scored_group(name: str, rewards: tuple[float, ...], order: int) -> ScoredGroup:
+    row = next(row for row in ROWS if row.id == name)
+    rollouts = tuple(
+        one_turn(name, f"g{order}", at, (), (5,), "1", (-0.5,), (VersionSpan(0, 0, 1),), "stop")
+        for at in range(len(rewards))
+    )
+    group = Group(order, DrawnPrompt(row, None, Prompt(row.messages, (1,))), rollouts)
+    return ScoredGroup(group, rewards, ("",) * len(rewards), (0.0,) * len(rewards))
+
+
+def test_a_source_learns_of_progress_from_scored_groups_and_continues_from_its_state():
+    def source_of() -> PromptSource:
+        selection = Selection(Beliefs(ROWS, 20.0), group_size=4, seed=1, modalities=SHARES)
+        return PromptSource(
+            ROWS,
+            SystemsConfig(),
+            lambda row, messages: [1, 2],
+            seed=1,
+            selection=selection,
+            modalities=SHARES,
+            progress=Progress(SHARES, CURRICULUM),
+        )
+
+    source, shares = source_of(), mixture_shares(ROWS, {}, modalities=SHARES)
+    assert source.moved(shares) == pytest.approx(shares)
+    for step in range(6):
+        for number, name in enumerate(("t1", "t2", "i1", "i2", "m0")):
+            passes = 4 if name[0] == "i" and step > 2 else 2 * (name[0] != "i")
+            rewards = tuple(float(at < passes) for at in range(4))
+            source.observe(scored_group(name, rewards, number), 0.5, None)
+        figures = source.advance(step + 1)
+    moved = source.moved(shares)
+    assert moved is not None
+    assert moved["math, image"] > 1.3 * shares["math, image"]
+    assert figures["modality_share/image"] == pytest.approx(moved["math, image"])
+    again = source_of()
+    again.restore(json.loads(json.dumps(source.state())))
+    assert again.moved(shares) == moved
+
+
+def test_groups_are_admitted_by_the_shares_that_moved():
+    queue = StalenessQueue(20, 8, {"a": 0.5, "b": 0.5}, refills=0)
+    before = Counter(queue.admit(0)[1] for _ in range(20))
+    queue.move({"a": 0.9, "b": 0.1})
+    after = Counter(queue.admit(0)[1] for _ in range(100))
+    assert before == {"a": 10, "b": 10}
+    assert 88 <= after["a"] <= 92

@@ -167,7 +167,7 @@ class Controller:
 
     def _make_queue(self) -> StalenessQueue:
         config = self._config
-        return StalenessQueue(
+        queue = StalenessQueue(
             config.groups_per_step,
             config.max_staleness,
             self._parts.shares,
@@ -177,6 +177,9 @@ class Controller:
             first_order=self._parts.ledger.next_order,
             over_provision=0.0 if config.deterministic else config.over_provision,
         )
+        if (moved := self._parts.source.moved(self._parts.shares)) is not None:  # a continued run
+            queue.move(moved)
+        return queue
 
     def _make_steps(self) -> Steps:
         config, context, parts = self._config, self._context, self._parts
@@ -189,6 +192,7 @@ class Controller:
             book=self._book,
             workers=self._workers,
             source=parts.source,
+            shares=parts.shares,
             tally=self._tally,
             checkpoints=Checkpoints(
                 context.dir, parts.ledger, parts.trainer, every=config.checkpoint_every, steps=config.steps

@@ -20,7 +20,7 @@ or lose one.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from posttrain.context import StageContext
@@ -119,6 +119,10 @@ class GroupBook:
     def next_order(self) -> int:
         """The dispatch order of the next new group."""
         return self._queue.next_order
+
+    def move(self, shares: Mapping[str, float]) -> None:
+        """Admit new groups by these shares of quotas."""
+        self._queue.move(shares)
 
     def room(self, oldest_version: int) -> int:
         """How many groups may be admitted now. oldest_version: the oldest that a worker may still sample with."""

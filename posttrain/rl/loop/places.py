@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from posttrain.rl.prompts.quotas import places
+from posttrain.rl.prompts.quotas import places, scattered
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,11 @@ class BatchPlaces:
     def num_lent(self) -> int:
         """Places that have gone to another capability than the mixture's."""
         return self._lent.total()
+
+    def move(self, shares: Mapping[str, float]) -> None:
+        """Give out the places from the next one on by these shares."""
+        self._shares = shares
+        self._coming = scattered(shares, self._num_given)
 
     def num_left(self, last: int) -> int:
         """How many places are left in the batches up to version `last`."""

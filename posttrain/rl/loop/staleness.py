@@ -57,7 +57,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from posttrain.rl.loop.places import BatchPlaces, Place
-from posttrain.rl.prompts.quotas import places
+from posttrain.rl.prompts.quotas import places, scattered
 from posttrain.rl.records import DropReason
 
 Mode = Literal["pace", "wait", "drop"]
@@ -135,6 +135,11 @@ class StalenessQueue:
     def next_order(self) -> int:
         """The dispatch order of the next new group."""
         return self._next_order
+
+    def move(self, shares: Mapping[str, float]) -> None:
+        """Admit new groups by these shares."""
+        self._places.move(shares)
+        self._spares_coming = scattered(shares)
 
     def stamp_of(self, order: int) -> int:
         """The oldest policy version that may have sampled for a group."""

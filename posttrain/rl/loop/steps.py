@@ -7,7 +7,7 @@ book.take ──► trainer makes the step ──► engines load the new weight
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.context import StageContext
@@ -28,9 +28,9 @@ from posttrain.sampling.workers import RolloutWorkers
 class Steps:
     """Makes optimizer steps `first_step` to `config.steps` - 1.
 
-    max_staleness: the bound that every batch is checked against. changed: is set when a batch may have become complete,
-    and this loop sets it when there is room for new groups. tell: is called with the number of each step and its
-    metrics.
+    max_staleness: the bound that every batch is checked against. shares: those of the quotas at the start. changed: is
+    set when a batch may have become complete, and this loop sets it when there is room for new groups. tell: is called
+    with the number of each step and its metrics.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Steps:
         book: GroupBook,
         workers: RolloutWorkers,
         source: PromptSource,
+        shares: Mapping[str, float],
         tally: StepTally,
         checkpoints: Checkpoints,
         changed: asyncio.Event,
@@ -56,6 +57,7 @@ class Steps:
         self._book = book
         self._workers = workers
         self._source = source
+        self._shares = shares
         self._tally = tally
         self._checkpoints = checkpoints
         self._changed = changed
@@ -104,6 +106,8 @@ class Steps:
         ages_s = [now - since for since in batch.ready_since]
         metrics = self._tally.values(step, groups, ages_s=ages_s, waited_s=now - waiting, trained=result.metrics)
         self._tell(step, {**metrics, **self._source.advance(step + 1)})
+        if (moved := self._source.moved(self._shares)) is not None:
+            self._book.move(moved)
         if self._checkpoints.is_due(step + 1):
             state = {"source": self._source.state(), **self._book.position()}
             await self._checkpoints.write(step + 1, state, archived_seq=self._book.archived_seq)

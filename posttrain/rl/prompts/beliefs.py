@@ -140,6 +140,13 @@ class Beliefs:
         failures = self._failures_N[places] + self._new_failures_N[places]
         return priors[:, 0] + passes, priors[:, 1] + failures
 
+    def settled_rate(self, prompt_id: str) -> float:
+        """The expected pass rate of a prompt as of the last `advance`, whatever was seen since."""
+        place = self.place[prompt_id]
+        a, b = self._priors[self._stratum_N[place]]
+        a, b = a + self._passes_N[place], b + self._failures_N[place]
+        return float(a / (a + b))
+
     def first_groups(self) -> list[Difficulty]:
         """How often the first group of each prompt passed that was seen.
 

@@ -89,6 +89,19 @@ class SelectionConfig(Config):
         return self
 
 
+class ModalityCurriculumConfig(Config):
+    """How the shares of modalities follow what each still learns. Example: `{floor: 0.3}`."""
+
+    floor: Probability = Field(
+        default=0.5,
+        description="The least share of a modality, as a part of its share in modalities. The rest goes to modalities "
+        "whose replies pass more often, or more rarely, than the beliefs about their prompts expect.",
+    )
+    half_life: Positive = Field(
+        default=8.0, description="Number of optimizer steps after which what a modality learned counts half."
+    )
+
+
 class PromptsConfig(GradingConfig):
     """Which prompts are drawn, and how often."""
 
@@ -102,6 +115,10 @@ class PromptsConfig(GradingConfig):
         description="Share of each modality in every batch: text, image (prompts with one picture), multi-image. 0 "
         "leaves one out. Within a modality the capabilities have their shares of mixture. Empty: the modalities have "
         "no quota. Example: {text: 0.4, image: 0.4, multi-image: 0.2}.",
+    )
+    modality_curriculum: ModalityCurriculumConfig | None = Field(
+        default=None,
+        description="Move the shares of modalities by measured progress: more of what still improves. null keeps them.",
     )
     mixture_refills: Annotated[int, Field(ge=0)] = Field(
         default=4,
@@ -134,6 +151,22 @@ class PromptsConfig(GradingConfig):
             raise ValueError(
                 "selection.first_replies drops groups whose replies are equal, which drop_zero_advantage: false keeps; "
                 "remove one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_modality_curriculum(self) -> "PromptsConfig":
+        if self.modality_curriculum is None:
+            return self
+        if sum(share > 0 for share in self.modalities.values()) < 2:
+            raise ValueError(
+                f"modality_curriculum moves the shares of modalities, which has {self.modalities or 'none'}; give at "
+                "least two of them a share, or remove modality_curriculum"
+            )
+        if self.selection.draw != "beliefs":
+            raise ValueError(
+                f"modality_curriculum needs the beliefs about prompts, which selection.draw: {self.selection.draw} "
+                "does without; set draw: beliefs, or remove modality_curriculum"
             )
         return self
 

@@ -15,6 +15,7 @@ from posttrain.errors import ConfigError
 from posttrain.records import Row
 
 Shares = Mapping[str, float]  # of capabilities
+_GOLDEN = (5**0.5 - 1) / 2
 Modalities = Mapping[Modality, float]  # their shares
 
 
@@ -86,6 +87,27 @@ def places(shares: Shares, first: int = 0) -> Iterator[str]:
     shares alone, so a resumed run continues it.
     """
     return islice(_from_the_first(shares), first, None)
+
+
+def scattered(shares: Shares, first: int = 0) -> Iterator[str]:
+    """As `places`, for shares that move: the quota of a place depends on its number and the shares alone.
+
+    The numbers are spread evenly over the shares by the golden ratio, so that every quota has its share of any run of
+    places, and a small one too.
+    """
+    names = sorted(shares)
+    ends = np.cumsum([shares[name] for name in names])
+    for number in count(first):
+        yield names[min(int(np.searchsorted(ends, (number + 0.5) * _GOLDEN % 1.0, side="right")), len(names) - 1)]
+
+
+def moved_shares(shares: Shares, modalities: Shares, first: Shares) -> dict[str, float]:
+    """The shares of quotas after those of modalities have moved; within one the capabilities keep theirs.
+
+    modalities, first: the shares of modalities now, and those by which `shares` were made.
+    """
+    factors = {name: modalities[name] / share for name, share in first.items()}
+    return {quota: share * factors[quota.rpartition(", ")[2]] for quota, share in shares.items()}
 
 
 def _from_the_first(shares: Shares) -> Iterator[str]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from posttrain.config.rewards import SystemsConfig
 from posttrain.data.chat import RenderRow
+from posttrain.data.images.modality import modality_of
 from posttrain.data.images.render import Pictures, prompt_of
 from posttrain.data.images.store import ImageStore
 from posttrain.data.places import Places
@@ -25,7 +26,8 @@ from posttrain.records import DrawnPrompt, Message, Row
 from posttrain.rl.prompts.beliefs import Beliefs
 from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.prompts.difficulty import Difficulty
-from posttrain.rl.prompts.quotas import Modalities, places_by_quota
+from posttrain.rl.prompts.progress import Progress
+from posttrain.rl.prompts.quotas import Modalities, Shares, moved_shares, places_by_quota
 from posttrain.rl.prompts.selection import Selection
 from posttrain.rl.records import ScoredGroup
 
@@ -35,6 +37,7 @@ class PromptSource:
 
     render: row and messages -> prompt token ids. selection: None draws them in turn. store: of the pictures that the
     rows show; None for rows of text. modalities: their shares, by which rows of a capability belong to several quotas.
+    progress: moves these shares; None keeps them.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class PromptSource:
         selection: Selection | None = None,
         store: ImageStore | None = None,
         modalities: Modalities | None = None,
+        progress: Progress | None = None,
     ):
         self._rows = rows
         self._place = Places(rows, lambda row: row.id) if selection is None else selection.beliefs.place
@@ -56,6 +60,7 @@ class PromptSource:
         self._store = store
         self._seed = seed
         self._selection = selection
+        self._progress = progress
         self._prompts_seen = dict.fromkeys(self._of_quota, 0)
         self._passes: dict[tuple[str, int], np.ndarray] = {}  # the order of the current pass over a quota's rows
 
@@ -113,8 +118,12 @@ class PromptSource:
             return
         rewards = scored.rewards
         counts, of_first = (passes_and_failures(rewards[:number], threshold) for number in (None, first))
+        row = scored.group.prompt.row
+        if self._progress is not None:
+            expected = self._selection.beliefs.settled_rate(row.id)
+            self._progress.observe(modality_of(row), *counts, expected=expected)
         version = scored.group.oldest_version
-        self._selection.beliefs.observe(scored.group.prompt.row.id, *counts, version=version, first=of_first)
+        self._selection.beliefs.observe(row.id, *counts, version=version, first=of_first)
 
     def decided(self, replies: int, *, is_useful: bool) -> None:
         """See `Selection.decided`."""
@@ -130,7 +139,16 @@ class PromptSource:
         if self._selection is None:
             return {}
         self._selection.advance(version)
-        return self._selection.figures()
+        if self._progress is None:
+            return self._selection.figures()
+        self._progress.advance(version)
+        return self._selection.figures() | self._progress.figures()
+
+    def moved(self, shares: Shares) -> Shares | None:
+        """The shares of quotas by the progress of modalities so far. shares: the first ones. None: they do not move."""
+        if self._progress is None:
+            return None
+        return moved_shares(shares, self._progress.shares, self._progress.first)
 
     def _draw_system(self, row: Row, rng: random.Random) -> str | None:
         instructions = self._systems.instructions
@@ -147,13 +165,19 @@ class PromptSource:
         """JSON state for a checkpoint, right after `advance`. Draws that follow do not change it: groups are dispatched
         while the checkpoint is being written, and a deterministic run draws them again.
         """
-        return {"prompts_seen": dict(self._prompts_seen), "selection": self._selection and self._selection.state()}
+        return {
+            "prompts_seen": dict(self._prompts_seen),
+            "selection": self._selection and self._selection.state(),
+            "progress": self._progress and self._progress.state(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
         self._prompts_seen = {name: state["prompts_seen"].get(name, 0) for name in self._of_quota}
         if self._selection is not None and state.get("selection") is not None:
             self._selection.restore(state["selection"])
+        if self._progress is not None and state.get("progress") is not None:
+            self._progress.restore(state["progress"])
 
 
 def prompt_source(
@@ -178,6 +202,14 @@ def prompt_source(
             beliefs.observe(item.prompt_id, item.passes, item.n - item.passes, version=item.policy_version)
     beliefs.fit()
     selection = Selection(beliefs, group_size=config.group_size, seed=seed, modalities=config.modalities)
+    curriculum = config.modality_curriculum
     return PromptSource(
-        rows, config.systems, render, seed=seed, selection=selection, store=store, modalities=config.modalities
+        rows,
+        config.systems,
+        render,
+        seed=seed,
+        selection=selection,
+        store=store,
+        modalities=config.modalities,
+        progress=None if curriculum is None else Progress(config.modalities, curriculum),
     )
