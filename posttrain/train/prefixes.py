@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
 import torch
 
-from posttrain.model.tree import Tree, build_tree
+from posttrain.model.tree import Tree, build_tree, tensor_of
 
 MIN_SHARED = 16
 
@@ -66,8 +67,8 @@ def pack(documents: Sequence[Document], device: torch.device | str = "cpu") -> P
         row += document.ids[shared:]
         places[index] = path
         before = document
-    weights = torch.tensor(list(chain.from_iterable(places))).bincount(minlength=len(row))
-    return Packed(torch.tensor([row], device=device), build_tree(runs, weights.tolist(), device), places)
+    weights = np.bincount(np.fromiter(chain.from_iterable(places), np.int64), minlength=len(row))
+    return Packed(tensor_of(row, device)[None], build_tree(runs, weights.tolist(), device), places)
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:

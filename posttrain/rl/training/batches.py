@@ -16,9 +16,10 @@ features; a <|patch|> that the policy sampled stays a token.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from posttrain.model.tree import Tree
+from posttrain.model.tree import Tree, tensor_of
 from posttrain.model.vision.tiling import PictureTiles
 from posttrain.rl.training.samples import TrainSample
 from posttrain.train.prefixes import Document, pack, shared_length, sharing_order
@@ -156,13 +157,13 @@ def collate(
         ids,
         mask,
         tree,
-        torch.tensor(positions, device=device),
-        torch.tensor(targets, device=device),
-        torch.tensor(logprobs, dtype=torch.float32, device=device),
-        torch.tensor(advantages, dtype=torch.float32, device=device),
-        torch.tensor(staleness, device=device),
-        torch.tensor(sequences, device=device),
-        torch.tensor(ref_logprobs, dtype=torch.float32, device=device) if ref_logprobs else None,
+        tensor_of(positions, device),
+        tensor_of(targets, device),
+        tensor_of(logprobs, device, np.float32),
+        tensor_of(advantages, device, np.float32),
+        tensor_of(staleness, device),
+        tensor_of(sequences, device),
+        tensor_of(ref_logprobs, device, np.float32) if ref_logprobs else None,
         pictures,
     )
 
@@ -184,7 +185,7 @@ def _padded_rows(
     rows = [[*_numbered(sample, tiles)[:-1], *[pad_id] * (width - len(sample) + 1)] for sample in samples]
     lengths = torch.tensor([len(sample) - 1 for sample in samples], device=device)
     places = [range(index * width, index * width + width) for index in range(len(samples))]
-    return torch.tensor(rows, device=device), torch.arange(width, device=device) < lengths[:, None], None, places
+    return tensor_of(rows, device), torch.arange(width, device=device) < lengths[:, None], None, places
 
 
 def _check_lengths(sample: TrainSample, has_reference: bool) -> None:
