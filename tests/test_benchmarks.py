@@ -22,3 +22,49 @@ def test_of_a_difference_between_arms_the_interval_is_students():
     assert differences("a", "b", runs) == pytest.approx([10, 20])
     assert interval([10, 20]) == pytest.approx((15 - 12.706 * 5, 15 + 12.706 * 5), rel=1e-4)
     assert interval([10]) is None
+
+
+def test_a_race_ends_where_a_side_has_most_of_our_gain():
+    from rl_trl import compared, fastest, seconds_to, table
+
+    about = {"startup_s": 10.0, "first_step_s": 12.0, "replies_per_s": 100.0}
+    runs = {
+        "short/ours/0": {"curve": [[0, 0.0, 0.2], [4, 20.0, 0.4], [8, 30.0, 0.7]], **about},
+        "short/in_turns/0": {"curve": [[0, 0.0, 0.2], [4, 40.0, 0.5]], **about},
+        "short/trl/0": {"curve": [[0, 0.0, 0.2], [2, 40.0, 0.3], [4, 80.0, 0.9]], **about},
+        "short/trial/one": {"replies_per_s": 0.0},
+        "short/trial/two": {"replies_per_s": 3.0},
+    }
+    assert seconds_to([[0, 0.0, 0.0], [1, 10.0, 1.0]], 0.25) == (2.5, True)
+    line = compared("short", "0", runs)
+    assert line is not None
+    assert line["target"] == pytest.approx(0.6)
+    assert line["ours"] == (pytest.approx(20 + 10 * 2 / 3), True)
+    assert line["in_turns"] == (40.0, False)
+    assert line["trl"] == (pytest.approx(60.0), True)
+    assert fastest("short", runs) == "two"
+    shown = table(runs)
+    assert "| trl | 10.0 s | 12.0 s | 60.0%: 60.0 s | 90.0% | 100 | 2.25 |" in shown
+    assert "> 40.0 s" in shown
+
+
+def test_solutions_of_the_long_race_are_right_and_have_lengths_with_a_tail():
+    from random import Random
+    from statistics import median
+
+    from rl_trl_puzzles import LONGEST, MEDIAN, SHORTEST, draw, worked
+
+    from posttrain.base.tokenizer import build_tokenizer
+
+    tokenizer, rng, lengths = build_tokenizer(), Random(0), []
+    for number in range(400):
+        problem = draw(number % 5 + 1, rng)
+        text = worked(problem, rng, False)
+        start, *numbers = (int(part.split(":")[-1]) for part in problem.prompt.removeprefix("Run:").split(";"))
+        assert problem.answer == str((start + sum(numbers)) % 10)
+        assert text.endswith(f" = {problem.answer}. Answer: {problem.answer}")
+        assert not worked(problem, rng, True).endswith(f"Answer: {problem.answer}")
+        lengths.append(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1)
+    assert min(lengths) < SHORTEST
+    assert 0.95 * LONGEST < max(lengths) <= LONGEST
+    assert 0.9 * MEDIAN < median(lengths) < 1.1 * MEDIAN
