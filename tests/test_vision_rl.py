@@ -192,6 +192,7 @@ def test_rl_trains_on_pictures_goes_on_and_is_replayed(ray_session, folder, tmp_
         **shared, "model": {"path": str(folder), "dtype": "float32"},
         "prompts": {"path": str(tmp_path / "prompts.jsonl")}, "profile": {"samples": 2, "band": [0.0, 1.0]},
         "groups_per_step": 3, "group_size": 4, "max_staleness": 2, "checkpoint_every": 2,
+        "modalities": {"text": 0.4, "image": 0.4, "multi-image": 0.2}, "modality_curriculum": {},
         "optimizer": {"learning_rate": 1e-3}, "images": {"learning_rates": {"vision": 2e-3}},
         "resources": {"rollout": {"cpus": 0.5}},
     }  # fmt: skip
@@ -207,6 +208,12 @@ def test_rl_trains_on_pictures_goes_on_and_is_replayed(ray_session, folder, tmp_
     assert any(item.rollout.prompt.media for item in trained)
     logged = {name for line in read_jsonl(context.dir / "metrics.jsonl") for name in line}
     assert {"reward_modality/image", "reward_modality/multi-image"} & logged
+    shares = [
+        {name: value for name, value in line.items() if name.startswith("modality_share/")}
+        for line in read_jsonl(context.dir / "metrics.jsonl")
+    ]
+    assert all(len(line) == 3 and sum(line.values()) == pytest.approx(1) for line in shares)
+    assert shares[-1]["modality_share/text"] != pytest.approx(0.4)
     again = StageContext("rl", tmp_path / "again", tmp_path / "again/events.jsonl", seed=3)
     again.dir.mkdir()
     replayed = replay(config, again, context.dir)
