@@ -138,8 +138,8 @@ FAULTS = {
         _edit(lambda tensors: tensors.update({NORM: torch.ones(3)})),
         rf"another shape .*{NORM} is \[3\], must be \[16\]",
     ),
-    "shard missing": (_index_alone, "gone.safetensors: missing"),
-    "broken index": (lambda folder: (folder / INDEX).write_text("[]"), "not an index"),
+    "shard missing": (_index_alone, "lacks gone.safetensors, which .* lists"),
+    "broken index": (lambda folder: (folder / INDEX).write_text("[]"), "cannot be read as an index of weights"),
 }
 
 

@@ -162,25 +162,15 @@ def _check_weight_files(folder: Path) -> None:
     """
     if problems := weight_problems(folder):
         raise CheckpointError(f"{folder}: " + "; ".join(problems))
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not an index of safetensors files: {first_line(error)}") from error
-    else:
-        files = [folder / "model.safetensors"]
-        if not files[0].is_file():
-            pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-            if pickles:
-                raise CheckpointError(
-                    f"{folder}: only a pickle checkpoint ({pickles[0]}), which can run code when it is read; "
-                    "convert it to safetensors"
-                )
-            raise CheckpointError(f"{folder}: no model.safetensors and no {_INDEX}; a model folder must hold weights")
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing, but {_INDEX} lists it")
+    if not any((folder / name).is_file() for name in (_INDEX, "model.safetensors")):
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{folder}: only a pickle checkpoint ({pickles[0]}), which can run code when it is read; "
+                "convert it to safetensors"
+            )
+        raise CheckpointError(f"{folder}: no model.safetensors and no {_INDEX}; a model folder must hold weights")
+    for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass
