@@ -113,7 +113,8 @@ def weight_problems(folder: Path) -> list[str]:
         return [f"has weights that {indexes[0]} lists and, beside them, {_some(others)}; {rule}"]
     if SINGLE in listed and len(listed) > 1:
         return [
-            f"{indexes[0]} lists {SINGLE} and {len(listed) - 1} more files; some loaders read {SINGLE} alone; {rule}"
+            f"has {indexes[0]}, which lists {SINGLE} and {len(listed) - 1} more files; some loaders read {SINGLE} "
+            f"alone; {rule}"
         ]
     return []
 
@@ -143,9 +144,9 @@ def tokenizer_problems(folder: Path, vocabulary: Mapping[str, int] | None = None
         return []
     beyond = sum(number >= size for number in ids.values())
     return [
-        f"its tokenizer gives {token!r} the id {ids[token]}, and so has {ids[token] + 1} ids; its model has {size} "
-        f"embeddings (vocab_size in config.json), so {beyond} token{'s' * (beyond > 1)} cannot be read; take the "
-        "tokenizer that belongs to the model, or resize the embeddings to it"
+        f"has a tokenizer that gives {token!r} the id {ids[token]}, and so has {ids[token] + 1} ids; its model has "
+        f"{size} embeddings (vocab_size in config.json), so {beyond} token{'s' * (beyond > 1)} cannot be read; take "
+        "the tokenizer that belongs to the model, or resize the embeddings to it"
     ]
 
 
