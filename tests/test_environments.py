@@ -462,7 +462,8 @@ def test_episodes_begin_again_when_their_process_is_killed(worlds, tiny_tokenize
         asked.append((turn.session.row.id, turn.number))
         return "4"
 
-    found = play(tiny_tokenizer, {"name": f"{worlds}:by_id"}, [question("waits")], says, group=3, beside=kill)
+    environment = {"name": f"{worlds}:by_id", "tool_parser": "pythonic"}
+    found = play(tiny_tokenizer, environment, [question("waits")], says, group=3, beside=kill)
     assert [rollout.scored.result.value for rollout in found["waits"]] == [1.25] * 3
     assert sorted(asked) == [("waits", 0)] * 3 + [("waits", 2)] * 3  # no first turn is sampled again
 
