@@ -75,10 +75,11 @@ class TextConfig(Config):
 class StageConfig(Config):
     """The `base` stage, which makes the small model and the datasets of the quick start from the run's seed."""
 
-    puzzles: Literal["answers", "tools"] = Field(
+    puzzles: Literal["answers", "tools", "pictures"] = Field(
         default="answers",
         description="The puzzles that the model and the datasets are made for. answers: those of the quick start, "
-        "which one reply solves. tools: those of the pipeline `tools`, most of which need a tool or several turns.",
+        "which one reply solves. tools: those of the pipeline `tools`, most of which need a tool or several turns. "
+        "pictures: those of the visual quick start, five families about drawn pictures and two of text.",
     )
     steps: Count = Field(
         default=800, description="Number of optimizer steps. The switch and the learning rates follow this number."
@@ -128,6 +129,10 @@ class StageConfig(Config):
             raise ValueError(
                 f"puzzles: tools has neither plain documents nor ratings; set text.plain_share (got "
                 f"{self.text.plain_share:g}) and text.rate_share (got {self.text.rate_share:g}) to 0"
+            )
+        if self.puzzles == "pictures" and self.text.plain_share:
+            raise ValueError(
+                f"puzzles: pictures has no plain documents; set text.plain_share (got {self.text.plain_share:g}) to 0"
             )
         return self
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from posttrain.base.config import TextConfig
+from posttrain.base.problem import Picture
 from posttrain.base.sets import with_system
 from posttrain.base.tasks import HABITS, draw_any, solve
 from posttrain.base.tokenizer import BOS, EOT
@@ -30,10 +31,13 @@ _PIECE = re.compile(r" ?x [-+*]?=[^ ]*| ?[^ ]+| ")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The token ids of a conversation. replies: where each turn that is trained on begins and ends in them."""
+    """The token ids of a conversation. replies: where each turn that is trained on begins and ends in them. pictures:
+    what its tokens show, in order.
+    """
 
     ids: tuple[int, ...]
     replies: tuple[tuple[int, int], ...]
+    pictures: tuple[Picture, ...] = ()
 
 
 class Corpus:

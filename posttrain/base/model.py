@@ -16,11 +16,18 @@ _HEAD_STD = 0.02
 
 def build_model(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, *, seed: int) -> Any:
     """A `NativeLlama4ForCausalLM` in fp32. Its first weights depend on the sizes and the seed alone."""
-    from transformers import Llama4TextConfig
-
     from posttrain.model.native import NativeLlama4ForCausalLM
 
-    config = Llama4TextConfig(
+    model = NativeLlama4ForCausalLM(text_config(sizes, tokenizer, balance_coefficient))
+    initialize(model, sizes.layers, seed)
+    return model
+
+
+def text_config(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float) -> Any:
+    """The config of a Llama 4 text model, a `Llama4TextConfig`."""
+    from transformers import Llama4TextConfig
+
+    return Llama4TextConfig(
         vocab_size=len(tokenizer),
         hidden_size=sizes.hidden,
         num_hidden_layers=sizes.layers,
@@ -43,13 +50,10 @@ def build_model(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, *
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    model = NativeLlama4ForCausalLM(config)
-    _initialize(model, sizes.layers, seed)
-    return model
 
 
 @torch.no_grad()
-def _initialize(model: torch.nn.Module, layers: int, seed: int) -> None:
+def initialize(model: torch.nn.Module, layers: int, seed: int) -> None:
     """Draw weights from a normal distribution with the standard deviation 1 / sqrt(fan-in).
 
     It is smaller for projections into the residual stream and for the head. Embeddings have a standard deviation of 1,

@@ -5,7 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 LEVELS = (1, 2, 3, 4, 5)
+
+Picture = NDArray[np.uint8]  # [height, width, 3]
 
 # A solution of a puzzle: the text of one reply, or all turns after the prompt, as JSON messages.
 Solution = str | list[dict[str, Any]]
@@ -36,7 +41,8 @@ class Family:
 
     draw: (level, rng) -> Problem. worked: (problem, rng, slip) -> a reply with the steps and then the answer; with
     `slip` one step is wrong. terse: (problem, rng, careless) -> a reply with the answer alone; a careless one skips the
-    work. tools: schemas of the tools that the policy is shown with the prompt.
+    work. tools: schemas of the tools that the policy is shown with the prompt. pictures: (problem) -> what the prompt
+    shows before its text.
     """
 
     capability: str
@@ -44,6 +50,7 @@ class Family:
     worked: Callable[[Problem, random.Random, bool], Solution]
     terse: Callable[[Problem, random.Random, bool], Solution]
     tools: tuple[dict[str, Any], ...] = ()
+    pictures: "Callable[[Problem], list[Picture]] | None" = None
 
 
 def with_steps(steps: list[str], answer: str, separator: str = ", ") -> str:

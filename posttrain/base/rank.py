@@ -28,12 +28,13 @@ from posttrain.actors.parent import die_with_parent
 from posttrain.base.config import StageConfig
 from posttrain.base.corpus import Document
 from posttrain.base.courses import COURSES
-from posttrain.base.model import build_model
 from posttrain.base.muon import Muon
+from posttrain.base.pictures.model import tiles_of
 from posttrain.base.sets import draw_sets
-from posttrain.base.tokenizer import save_tokenizer
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.parallel.ending import end_rank
+
+_FOR_ADAM = ("embed_tokens", "lm_head", "router", "positional_embedding")  # in the names of matrices
 
 
 def main(spec_path: str) -> None:
@@ -56,15 +57,15 @@ def main(spec_path: str) -> None:
     if rank == 0:
         out = Path(spec["out"])
         # The coefficient is for this stage alone; later stages choose their own.
-        model.config.router_aux_loss_coef = 0.0
+        model.config.get_text_config().router_aux_loss_coef = 0.0
         model.save_pretrained(out)
-        save_tokenizer(tokenizer, out)
+        COURSES[config.puzzles].save(tokenizer, out)
     end_rank(forked=config.processes - 1 if rank == 0 else 0)
 
 
 def _fork(processes: int) -> int:
     """Fork the other processes. Returns in every process, with its rank."""
-    import posttrain.model.native  # noqa: F401  (imported once, before the fork, because it is slow)
+    import posttrain.model.vision.fusion  # noqa: F401  (imported once, before the fork, because it is slow)
 
     first = os.getpid()
     for rank in range(1, processes):
@@ -82,8 +83,9 @@ def _own_stdout() -> TextIO:
 
 
 def _train(config: StageConfig, seed: int, rank: int, *, metrics: TextIO) -> tuple[Any, Any]:
-    tokenizer = COURSES[config.puzzles].build_tokenizer()
-    model = build_model(config.model, tokenizer, config.balance_coefficient, seed=seed)
+    course = COURSES[config.puzzles]
+    tokenizer = course.build_tokenizer()
+    model = course.build_model(config.model, tokenizer, config.balance_coefficient, seed=seed)
     model.train()
     matrices, others = _split_parameters(model)
     muon = Muon(matrices)
@@ -120,10 +122,12 @@ def learning_rate_scale(config: StageConfig, step: int) -> float:
 
 
 def _split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """Two lists: matrices inside the layers, for Muon; embeddings, head, routers and norms, for AdamW."""
+    """Two lists: matrices inside the layers, for Muon; embeddings of tokens and places, head, routers and norms, for
+    AdamW.
+    """
     matrices, others = [], []
     for name, parameter in model.named_parameters():
-        inside = parameter.dim() >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "router"))
+        inside = parameter.dim() >= 2 and not any(part in name for part in _FOR_ADAM)
         (matrices if inside else others).append(parameter)
     return matrices, others
 
@@ -144,8 +148,11 @@ def _batches(config: StageConfig, seed: int, rank: int, *, tokenizer: Tokenizer)
 def _backward(model: Any, batch: list[Document], pad_id: int, *, config: StageConfig) -> dict[str, float]:
     """Accumulate gradients of the mean loss over the reply tokens of all processes; return the step's metrics."""
     ids_BS, reply_BS = _pad(batch, pad_id)
-    outputs = model.model(ids_BS[:, :-1], attention_mask=ids_BS[:, :-1] != pad_id)
-    logits_TV = model.lm_head(outputs.last_hidden_state[reply_BS[:, 1:]])
+    pictures = [picture for document in batch for picture in document.pictures]
+    shown = {"pixel_values": tiles_of(pictures)} if pictures else {}
+    body = getattr(model, model.base_model_prefix)
+    outputs = body(ids_BS[:, :-1], attention_mask=ids_BS[:, :-1] != pad_id, **shown)
+    logits_TV = model.get_output_embeddings()(outputs.last_hidden_state[reply_BS[:, 1:]])
     loss_sum = F.cross_entropy(logits_TV, ids_BS[:, 1:][reply_BS[:, 1:]], reduction="sum")
     count = logits_TV.shape[0]
     total = loss_sum

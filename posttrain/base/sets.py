@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.base.config import SetSizes
-from posttrain.base.problem import Problem, turns_of
+from posttrain.base.pictures.drawing import as_png
+from posttrain.base.problem import Picture, Problem, turns_of
 from posttrain.base.tasks import ANSWERS, Puzzles, draw_distinct, solve
 
 # Neutral instructions. Half of the conversations begin with one of them. So the policy knows them, and reinforcement
@@ -69,10 +70,34 @@ def write_sets(
             _row(f"{prefix}-{at:04d}", one, [_asked(one)], puzzles=puzzles)
             for at, one in enumerate(getattr(sets, name))
         ]
+    for name, made in rows.items():
+        for row, problem in zip(made, getattr(sets, name), strict=True):
+            _show_pictures(row, pictures_of_problem(problem, puzzles), folder)
     paths = {name: folder / f"{name}.jsonl" for name in rows}
     for name, path in paths.items():
         path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="utf-8")
     return paths
+
+
+def pictures_of_problem(problem: Problem, puzzles: Puzzles) -> list[Picture]:
+    """The pictures that the prompt of a problem shows before its text; none for a problem of text."""
+    draw = puzzles.families[problem.family].pictures
+    return [] if draw is None else draw(problem)
+
+
+def _show_pictures(row: dict[str, Any], pictures: list[Picture], folder: Path) -> None:
+    """Write the pictures of a row into files, and name them in its user turn."""
+    if not pictures:
+        return
+    (folder / "pictures").mkdir(exist_ok=True)
+    names = [f"pictures/{row['id']}-{number}.png" for number in range(1, len(pictures) + 1)]
+    for name, picture in zip(names, pictures, strict=True):
+        (folder / name).write_bytes(as_png(picture))
+    turn = next(turn for turn in row["messages"] if turn["role"] == "user")
+    turn["content"] = [
+        *({"type": "image", "image": name} for name in names),
+        {"type": "text", "text": turn["content"]},
+    ]
 
 
 def with_system(prompt: str, rng: random.Random) -> list[dict[str, Any]]:
