@@ -78,7 +78,8 @@ def save_processor(tokenizer: Any, folder: Path) -> None:
 def tiles_of(pictures: list[Picture]) -> torch.Tensor:
     """Tiles [N, 3, SIDE, SIDE] of pictures that are one tile each, as the processor makes and rounds them."""
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    return pixels.float().div_(127.5).sub_(1.0).bfloat16().float()
+    shares = (pixels * (1 / 255)).bfloat16().float()  # the processor rounds before it centres, and after it
+    return ((shares - 0.5) / 0.5).bfloat16().float()
 
 
 @torch.no_grad()
