@@ -34,7 +34,11 @@ from posttrain.base.sets import draw_sets
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.parallel.ending import end_rank
 
-_FOR_ADAM = ("embed_tokens", "lm_head", "router", "positional_embedding")  # in the names of matrices
+# In the names of matrices that AdamW trains. No norm follows the vision adapter and the projector, so by Muon's large
+# updates their features would soon be a hundred times as large as embeddings of tokens, and drown what the layers add.
+_UNNORMED = ("vision_adapter", "multi_modal_projector")
+_FOR_ADAM = ("embed_tokens", "lm_head", "router", "positional_embedding", *_UNNORMED)
+_UNNORMED_RATE = 0.25  # of the learning rate of AdamW
 
 
 def main(spec_path: str) -> None:
@@ -89,7 +93,7 @@ def _train(config: StageConfig, seed: int, rank: int, *, metrics: TextIO) -> tup
     model.train()
     matrices, others = _split_parameters(model)
     muon = Muon(matrices)
-    adam = torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
     batches = _batches(config, seed, rank, tokenizer=tokenizer)
     for step in range(config.steps):
         started = time.perf_counter()
@@ -107,7 +111,7 @@ def _update(model: Any, muon: Muon, adam: torch.optim.Optimizer, *, config: Stag
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     muon.step(config.muon_learning_rate * scale)
     for group in adam.param_groups:
-        group["lr"] = config.adam_learning_rate * scale
+        group["lr"] = config.adam_learning_rate * scale * group["rate"]
     adam.step()
     model.zero_grad()
     return scale
@@ -121,15 +125,18 @@ def learning_rate_scale(config: StageConfig, step: int) -> float:
     return up * down
 
 
-def _split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """Two lists: matrices inside the layers, for Muon; embeddings of tokens and places, head, routers and norms, for
-    AdamW.
+def _split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[dict[str, Any]]]:
+    """Matrices inside the layers, for Muon; and groups for AdamW with their rates: the embeddings of tokens and places,
+    the head, routers and norms; what no norm follows.
     """
-    matrices, others = [], []
+    matrices, others, unnormed = [], [], []
     for name, parameter in model.named_parameters():
-        inside = parameter.dim() >= 2 and not any(part in name for part in _FOR_ADAM)
-        (matrices if inside else others).append(parameter)
-    return matrices, others
+        if parameter.dim() >= 2 and not any(part in name for part in _FOR_ADAM):
+            matrices.append(parameter)
+        else:
+            (unnormed if any(part in name for part in _UNNORMED) else others).append(parameter)
+    groups = [{"params": others, "rate": 1.0}, {"params": unnormed, "rate": _UNNORMED_RATE}]
+    return matrices, [group for group in groups if group["params"]]
 
 
 def _batches(config: StageConfig, seed: int, rank: int, *, tokenizer: Tokenizer) -> Iterator[list[Document]]:

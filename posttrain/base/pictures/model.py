@@ -21,6 +21,7 @@ _PATCH = CELL // 2
 _RATIO = 0.5  # two by two patches become one feature
 _WIDTH, _LAYERS, _HEADS = 64, 2, 2
 _POSITION_STD = 0.3
+_PROJECTOR_SCALE = 0.5  # features are then about as large as the embeddings of tokens
 
 
 def build_vision_model(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, *, seed: int) -> Any:
@@ -97,6 +98,8 @@ def _initialize_vision(model: torch.nn.Module, seed: int) -> None:
             std = parameter.shape[-1] ** -0.5
             if name.endswith(("o_proj.weight", "mlp.fc2.weight")) and "vision_adapter" not in name:
                 std /= math.sqrt(2 * _LAYERS)
-            elif "vision_adapter" in name or "multi_modal_projector" in name:
+            elif "vision_adapter" in name:
                 std *= 2.0  # its activations halve what they pass on
+            elif "multi_modal_projector" in name:
+                std *= _PROJECTOR_SCALE
             parameter.normal_(0.0, std, generator=generator)
