@@ -17,7 +17,7 @@ def draw(level: int, rng: random.Random) -> Problem:
     looks = [(kind, colour), *[(other_kind, colour)] * same]
     looks += [(kind, rng.choice(other_colours)) for _ in range(rng.randint(1, 3))]
     cells = rng.sample(range(len(NAMES)), len(looks))
-    shapes = tuple(random_shape(cell, *look, rng) for cell, look in zip(cells, looks, strict=True))
+    shapes = tuple(random_shape(cell, *look, rng=rng) for cell, look in zip(cells, looks, strict=True))
     parts = (random_ground(rng), shapes, tuple(sorted((shape.cell, shape.kind) for shape in shapes[: same + 1])))
     prompt = f"Find {colour} {kind}"
     return Problem("find", level, prompt, NAMES[cells[0]], scene_key(prompt, parts), parts, {})

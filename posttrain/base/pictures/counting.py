@@ -16,7 +16,7 @@ def draw(level: int, rng: random.Random) -> Problem:
     cells = rng.sample(range(len(NAMES)), count + rest)
     colours = [wanted] * count + [rng.choice(others) for _ in range(rest)]
     shapes = tuple(
-        random_shape(cell, rng.choice(SHAPES), colour, rng) for cell, colour in zip(cells, colours, strict=True)
+        random_shape(cell, rng.choice(SHAPES), colour, rng=rng) for cell, colour in zip(cells, colours, strict=True)
     )
     parts = (random_ground(rng), shapes, tuple(sorted(cells[:count])))
     prompt = f"Count {wanted}"

@@ -25,7 +25,7 @@ def draw(level: int, rng: random.Random) -> Problem:
     scenes = tuple(
         (
             random_ground(rng),
-            (random_shape(rng.randrange(len(NAMES)), rng.choice(SHAPES), other if at == place else common, rng),),
+            (random_shape(rng.randrange(len(NAMES)), rng.choice(SHAPES), other if at == place else common, rng=rng),),
         )
         for at in range(count)
     )

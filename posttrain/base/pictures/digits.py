@@ -37,7 +37,8 @@ def terse(problem: Problem, rng: random.Random, careless: bool) -> str:
 
 def pictures(problem: Problem) -> list[Picture]:
     """The one picture."""
-    return [draw_digits(*problem.parts)]
+    *parts, tops = problem.parts
+    return [draw_digits(*parts, tops=tops)]
 
 
 DIGITS = Family("reading", draw, worked, terse, pictures=pictures)

@@ -40,7 +40,7 @@ class Shape(NamedTuple):
     radius: int
 
 
-def random_shape(cell: int, kind: str, colour: str, rng: random.Random) -> Shape:
+def random_shape(cell: int, kind: str, colour: str, *, rng: random.Random) -> Shape:
     """A shape whose size and place within the cell are drawn."""
     return Shape(cell, kind, colour, rng.randint(-1, 1), rng.randint(-1, 1), rng.randint(3, 5))
 
@@ -82,7 +82,7 @@ def draw_bars(ground: int, bars: tuple[tuple[str, int], ...]) -> Picture:
     return picture
 
 
-def draw_digits(ground: int, colour: str, digits: tuple[int, ...], tops: tuple[int, ...]) -> Picture:
+def draw_digits(ground: int, colour: str, digits: tuple[int, ...], *, tops: tuple[int, ...]) -> Picture:
     """One digit in each column of cells. tops: the pixels above each of them."""
     picture = _blank(ground)
     for column, (digit, top) in enumerate(zip(digits, tops, strict=True)):
