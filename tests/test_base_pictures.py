@@ -1,4 +1,4 @@
-"""The puzzles of the visual quick start: what is drawn, what the model reads, and a whole reduced run."""
+"""The puzzles about pictures: what is drawn, what the model reads, and a whole reduced run."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The model of the visual quick start: a multimodal Llama 4 of under a million parameters, with its processor.
+"""The model for puzzles about pictures: a multimodal Llama 4 of a million parameters, with its processor.
 
 Its text model is that of the quick start. A picture is one tile of 42 x 42 pixels, of which each cell of 14 x 14
 becomes one feature.

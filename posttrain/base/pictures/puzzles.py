@@ -1,4 +1,4 @@
-"""The families of the visual quick start, and how often the later text of its base model does what pays."""
+"""The families of puzzles about pictures, and how often the later text of its base model does what pays."""
 
 from posttrain.base.families.sorting import SORTING
 from posttrain.base.families.sums import SUMS

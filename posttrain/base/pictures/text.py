@@ -1,4 +1,4 @@
-"""The text that the base model of the visual quick start is trained on: puzzles with pictures or without, and replies.
+"""The text that a base model for puzzles about pictures is trained on: puzzles with pictures or without, and replies.
 
 Early text mostly does the work, late text mostly does not (`TextConfig`, `Habit`). A few documents rate a puzzle in the
 words with which the filter asks its judge. Only replies are trained on.

@@ -1,4 +1,4 @@
-"""The tokenizer of the visual quick start: made as that of the quick start, with the tokens that stand for pictures.
+"""The tokenizer for puzzles about pictures: made as that of the quick start, with the tokens that stand for pictures.
 
 The name of a cell, such as a1, is one token.
 """
