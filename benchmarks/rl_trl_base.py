@@ -8,6 +8,7 @@ instead of the quick start's. Processes and optimizers are those of the quick st
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def build_dense(sizes: ModelSizes, tokenizer: Any, balance_coefficient: float, *
     """A dense model in fp32, initialised like the quick start's model. Its sizes are `SIZES`; `sizes` is ignored."""
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES, **special, dtype="float32"))
-    base_model._initialize(model, SIZES["num_hidden_layers"], seed)
+    base_model.initialize(model, SIZES["num_hidden_layers"], seed)
     model.model.register_forward_hook(_without_balance_loss)
     return model
 
@@ -44,7 +45,7 @@ def _without_balance_loss(module: Any, inputs: Any, output: Any) -> None:
 
 
 if __name__ == "__main__":
-    rank.build_model = build_dense
-    if json.loads(Path(sys.argv[1]).read_text()).get("course") == "chain":
-        COURSES["answers"] = CHAIN_COURSE  # the key of StageConfig that the spec's config has
+    is_chain = json.loads(Path(sys.argv[1]).read_text()).get("course") == "chain"
+    # "answers" is the key of StageConfig that the spec's config has.
+    COURSES["answers"] = replace(CHAIN_COURSE if is_chain else COURSES["answers"], build_model=build_dense)
     rank.main(sys.argv[1])
