@@ -7,37 +7,15 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+from posttrain.base.pictures.tokenizer import CHAT_TEMPLATE, with_picture_tokens
 from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
-from posttrain.data.images.tiles import TOKENS
 
 SIDE = 56  # of a tile; it has 4 features
-TEMPLATE = """{{- bos_token }}
-{%- macro content_of(message) -%}
-    {%- if message['content'] is string -%}{{ message['content'] | trim }}
-    {%- else -%}
-        {%- for part in message['content'] -%}
-            {%- if part['type'] == 'image' -%}{{ '<|image|>' }}
-            {%- else -%}{{ part['text'] }}{%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages %}
-    {{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}
-    {%- if message['role'] == 'assistant' %}{%- generation %}{{- content_of(message) + '<|eot|>' }}{%- endgeneration %}
-    {%- else %}{{- content_of(message) + '<|eot|>' }}{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|header_start|>assistant<|header_end|>\\n\\n' }}{%- endif %}
-"""
 
 
 def image_tokenizer() -> Any:
     """The quick start's tokenizer with the tokens that stand for pictures, and a template for content parts."""
-    from tokenizers import AddedToken
-
-    tokenizer: Any = build_tokenizer()
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in TOKENS], special_tokens=True)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
+    return with_picture_tokens(build_tokenizer())
 
 
 @dataclass(frozen=True)
@@ -92,7 +70,7 @@ def save_vision_policy(folder: Path, seed: int = 0, *, sizes: Sizes | None = Non
     model.save_pretrained(folder)
     images = Llama4ImageProcessor(size={"height": of.side, "width": of.side}, max_patches=4)
     Llama4Processor(
-        image_processor=images, tokenizer=tokenizer, patch_size=14, pixel_shuffle_ratio=0.5, chat_template=TEMPLATE
+        image_processor=images, tokenizer=tokenizer, patch_size=14, pixel_shuffle_ratio=0.5, chat_template=CHAT_TEMPLATE
     ).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     return folder

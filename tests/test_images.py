@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from vision_models import TEMPLATE, image_tokenizer
+from vision_models import image_tokenizer
 
+from posttrain.base.pictures.tokenizer import CHAT_TEMPLATE
 from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
 from posttrain.cli.main import main
 from posttrain.data.images.decode import checked
@@ -390,7 +391,7 @@ def test_an_image_token_that_is_typed_is_text(folder, rule):
 def test_a_template_that_leaves_pictures_out_is_refused(folder, rule):
     store, (row,) = load(folder, {"images": ["a.png"], "messages": user("<image>?")})
     tokenizer = image_tokenizer()
-    tokenizer.chat_template = TEMPLATE.replace("{{ '<|image|>' }}", "")
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ '<|image|>' }}", "")
     with pytest.raises(DataError, match=r"the chat template shows 0 of 1 pictures"):
         samples_with_pictures(tokenizer, row.messages, store, rule=rule)
 
