@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from posttrain.cli.main import main
 from posttrain.eval.compare import compare, find_evaluation, read_evaluation
-from posttrain.files import write_jsonl
+from posttrain.files import read_jsonl, write_jsonl
 from posttrain.metrics.paired import mcnemar_p, mean_difference
 
 
@@ -80,6 +80,18 @@ def test_two_evaluations_are_compared_row_by_row(tmp_path: Path):
     assert found.entries["math"].p == pytest.approx(2 / 16)
     assert found.entries["math"].accuracy.mean == found.entries["math"].reward.mean == 0.5
     assert compare(a, a).entries["all"].p == 1.0
+
+
+def test_rows_with_pictures_are_compared_by_modality_too(tmp_path: Path):
+    folders = [write_evaluation(tmp_path / name, rewards) for name, rewards in (("a", RIGHT), ("b", BETTER))]
+    for folder in folders:
+        lines = list(read_jsonl(folder / "samples.jsonl"))
+        kinds = [{"modality": "image" if line["capability"] == "code" else "text"} for line in lines]
+        write_jsonl(folder / "samples.jsonl", [line | kind for line, kind in zip(lines, kinds, strict=True)])
+    found = compare(*map(read_evaluation, folders)).entries
+    assert list(found) == ["code", "math", "modality: image", "modality: text", "all"]
+    assert found["modality: image"] == found["code"]
+    assert found["modality: text"] == found["math"]
 
 
 def test_the_threshold_decides_what_is_right_and_unscored_rows_are_left_out(tmp_path: Path):

@@ -31,7 +31,7 @@ from posttrain.eval.replies import (
 )
 from posttrain.eval.results import results
 from posttrain.metrics.intervals import wilson_ci95
-from posttrain.records import Message, Outcome, RewardResult, Row, Scored
+from posttrain.records import ImagePart, Message, Outcome, RewardResult, Row, Scored, TextPart
 from posttrain.resources import bundled_dir
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -76,6 +76,27 @@ def test_results_equal_those_worked_out_by_hand() -> None:
     assert found["all"]["greedy"] == pytest.approx(2 / 3)
     assert found["all"]["reward_mean"] == pytest.approx(1.9 / 3)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_prompts_with_pictures_are_counted_by_modality_too() -> None:
+    picture = ImagePart("0" * 64)
+    shown = [(), (picture,), (picture,), (picture, picture)]
+    rows = [
+        Row(str(at), "math", (Message("user", (*pictures, TextPart("Which?"))),), "3", {})
+        for at, pictures in enumerate(shown)
+    ]
+    replies = [1.0, 1.0, 0.0, 0.0]
+    prompts = [PromptReplies(row, _reply(reward), ()) for row, reward in zip(rows, replies, strict=True)]
+    found = results(prompts, k=1, threshold=0.5, observe={}, seed=0)
+    assert {name: (entry["n"], entry["greedy"]) for name, entry in found.items()} == {
+        "math": (4, 0.5),
+        "modality: image": (2, 0.5),
+        "modality: multi-image": (1, 0.0),
+        "modality: text": (1, 1.0),
+        "all": (4, 0.5),
+    }
+    assert list(found)[-1] == "all"
+    assert list(results(prompts[1:3], k=1, threshold=0.5, observe={}, seed=0)) == ["math", "all"]
 
 
 def test_unscored_replies_are_counted_and_never_wrong() -> None:

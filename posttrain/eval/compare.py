@@ -19,6 +19,9 @@ from posttrain.metrics.paired import Difference, mcnemar_p, mean_difference
 
 SAMPLES = "samples.jsonl"
 
+# The lines of a row in A and in B.
+_Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -34,7 +37,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Two evaluations in one capability, or over all.
+    """Two evaluations in one capability or modality, or over all.
 
     rows: number of rows that were scored in both. right_a, right_b: number of these that A and B get right. only_a,
     only_b: number that only A, or only B, gets right. p: of McNemar's exact test. accuracy, reward: B minus A, of the
@@ -53,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """entries: by capability in order of name, then "all". unscored: shared rows without a reward in one of the two.
+    """entries: by capability in order of name, by modality if the rows have several, then "all". unscored: shared rows without a reward in one of the two.
 
     left_out: rows that only one evaluation has.
     """
@@ -121,13 +124,16 @@ def compare(a: Evaluation, b: Evaluation, *, shared: bool = False, seed: int = 0
         raise DataError(f"none of the {len(both)} shared rows was scored in both evaluations")
     threshold = a.reward.get("correct_threshold")
     threshold = 0.5 if threshold is None else float(threshold)
-    parts = {name: [p for p in scored if p[0].get("capability") == name] for name in _capabilities(scored)}
+    modalities = _parts(scored, "modality") if len({a.get("modality") for a, _ in scored}) > 1 else {}
+    parts = _parts(scored, "capability") | {f"modality: {name}": part for name, part in modalities.items()}
     entries = {name: _entry(part, threshold, seed) for name, part in [*parts.items(), ("all", scored)]}
     return Comparison(entries, len(both) - len(scored), sum(only))
 
 
-def _capabilities(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
-    return sorted({str(line.get("capability")) for line, _ in pairs})
+def _parts(pairs: Sequence[_Pair], key: str) -> dict[str, list[_Pair]]:
+    """The pairs by what A's line says under a key, in order."""
+    names = sorted({str(line.get(key)) for line, _ in pairs})
+    return {name: [pair for pair in pairs if str(pair[0].get(key)) == name] for name in names}
 
 
 def _entry(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], threshold: float, seed: int) -> Entry:

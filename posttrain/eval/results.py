@@ -1,4 +1,4 @@
-"""Computes results.json from scored replies: rates by capability and over all, each with its 95% interval.
+"""Computes results.json from scored replies: rates by capability, by modality and over all, with 95% intervals.
 
 Greedy accuracy is a share of yes-or-no outcomes, so its interval is Wilson's. pass@1 and pass@k are means over prompts,
 so their interval comes from a bootstrap that draws prompts. The entry "all" is over all prompts of the data together.
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from posttrain.data.images.modality import modality_of
 from posttrain.eval.replies import GREEDY, SAMPLE, PromptReplies, Reply
 from posttrain.metrics.correctness import is_right
 from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
@@ -20,7 +21,8 @@ from posttrain.records import EPISODE_COUNTS
 def results(
     prompts: Iterable[PromptReplies], k: int, threshold: float, *, observe: Mapping[str, str], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """The content of results.json: one entry a capability, in order of name, and "all".
+    """The content of results.json: one entry a capability, in order of name, "modality: NAME" for each modality if the
+    rows have several, and "all".
 
     Each holds n (prompts), greedy, greedy_ci95, greedy_n (prompts with a scored greedy reply), reward_mean (of
     those); pass@1, pass@k with *_ci95 and k, pass@k_n (prompts with at least k scored samples); truncated (number)
@@ -29,15 +31,21 @@ def results(
     EPISODE_COUNTS. A rate over no reply at all is None.
     """
     patterns = {name: re.compile(pattern) for name, pattern in observe.items()}
-    parts: dict[str, _Part] = {}
+    capabilities: dict[str, _Part] = {}
+    modalities: dict[str, _Part] = {}
     whole = _Part(threshold, patterns)
     for item in prompts:
         whole.add(item)
-        if item.row.capability not in parts:
-            parts[item.row.capability] = _Part(threshold, patterns)
-        parts[item.row.capability].add(item)
+        for parts, name in (
+            (capabilities, item.row.capability),
+            (modalities, f"modality: {modality_of(item.row)}"),
+        ):
+            if name not in parts:
+                parts[name] = _Part(threshold, patterns)
+            parts[name].add(item)
+    shown = sorted(modalities.items()) if len(modalities) > 1 else []
     # "all" is written last, so that it replaces a capability of the same name.
-    return {name: part.entry(k, seed) for name, part in [*sorted(parts.items()), ("all", whole)]}
+    return {name: part.entry(k, seed) for name, part in [*sorted(capabilities.items()), *shown, ("all", whole)]}
 
 
 class _Part:

@@ -18,6 +18,7 @@ from typing import Any
 from posttrain.context import BusyLog, StageContext
 from posttrain.data.chat import Messages, check_special_tokens
 from posttrain.data.ends import note_added_end
+from posttrain.data.images.modality import modality_of
 from posttrain.data.images.render import for_template
 from posttrain.data.images.section import image_reader, passing_reader, pictures_for
 from posttrain.data.images.take import ImageReader
@@ -164,6 +165,7 @@ def _sample(item: PromptReplies) -> dict[str, Any]:
     return {
         "id": item.row.id,
         "capability": item.row.capability,
+        "modality": modality_of(item.row),
         "prompt": messages_to_json(item.row.messages),
         "answer": item.row.answer,
         "reply": reply.text if reply else None,
