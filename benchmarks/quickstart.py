@@ -1,8 +1,8 @@
-"""Run the whole quick start from random weights, once for each seed, and measure it.
+"""Run a whole quick start from random weights, once for each seed, and measure it.
 
-The figures are time, peak memory, accuracy after each stage, and overlap.
+The figures are time, peak memory, accuracy after each stage, over all and by capability and modality, and overlap.
 
-    python benchmarks/quickstart.py [--seeds 0,1,2] [--json FILE] [--dir DIR]
+    python benchmarks/quickstart.py [--pipeline quickstart-vision] [--seeds 0,1,2] [--json FILE] [--dir DIR]
 
 Each seed trains its own base (no cache) and runs every stage and evaluation. DIR keeps the runs; those that are there
 are not made again. Accuracies are on the held-out set, which was not used to choose any setting. The overlap is that of
@@ -28,11 +28,11 @@ from posttrain.report.busy import measure_overlap
 STAGES = ("base", "sft", "rl", "dpo")
 
 
-def run_seed(seed: int, folder: Path) -> dict[str, Any]:
-    """The figures of a whole run in `folder`, which is made unless it is there."""
+def run_seed(seed: int, folder: Path, pipeline: str = "quickstart") -> dict[str, Any]:
+    """The figures of a whole run in `folder`, which is made unless it is there. pipeline: a bundled name, or a file."""
     told = folder / "summary.json"
     if not told.exists() or not set(STAGES) <= json.loads(told.read_text()).get("eval", {}).keys():
-        command = [sys.executable, "-m", "posttrain.cli.main", "run", "quickstart", f"seed={seed}"]
+        command = [sys.executable, "-m", "posttrain.cli.main", "run", pipeline, f"seed={seed}"]
         with tempfile.TemporaryDirectory() as cache:
             environment = {**os.environ, "POSTTRAIN_CACHE": cache}
             subprocess.run([*command, "--run-dir", str(folder)], check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -46,6 +46,7 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
         "stages_s": {stage["name"]: stage["wall_s"] for stage in summary["stages"]},
         "greedy": {name: summary["eval"][name]["all"]["greedy"] for name in STAGES},
         "greedy_ci95": {name: summary["eval"][name]["all"]["greedy_ci95"] for name in STAGES},
+        "parts": {part: _greedy(summary["eval"], part) for part in summary["eval"]["base"] if part != "all"},
         "pass@k": {name: summary["eval"][name]["all"]["pass@k"] for name in STAGES},
         "gain_points": 100 * (summary["eval"]["rl"]["all"]["greedy"] - summary["eval"]["sft"]["all"]["greedy"]),
         "t_gen_s": overlap.gen_s,
@@ -57,8 +58,14 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def _greedy(found: dict[str, Any], part: str) -> dict[str, list[float]]:
+    """The greedy accuracy in a capability or modality after each stage, with its interval."""
+    return {name: [found[name][part]["greedy"], *found[name][part]["greedy_ci95"]] for name in STAGES}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", default="quickstart")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--dir", type=Path)
@@ -67,7 +74,8 @@ def main() -> None:
     print(f"{'seed':>6} {'wall':>6} {'GiB':>5} {'base':>6} {'sft':>6} {'rl':>6} {'dpo':>6} {'gain':>6}  overlap (goal)")
     for seed in map(int, arguments.seeds.split(",")):
         with folder_of(arguments.dir) as folder:
-            run = run_seed(seed, Path(folder) / f"quickstart-{seed}")
+            name = Path(arguments.pipeline).stem
+            run = run_seed(seed, Path(folder) / f"{name}-{seed}", arguments.pipeline)
         runs.append(run)
         accuracies = " ".join(f"{run['greedy'][name]:6.1%}" for name in STAGES)
         print(
@@ -76,6 +84,11 @@ def main() -> None:
             f"{run['overlap_share']:.2f} ({run['overlap_goal']:.2f})",
             flush=True,
         )
+        for part, values in run["parts"].items():
+            shares = "  ".join(
+                f"{name} {values[name][0]:.1%} ({values[name][1]:.0%}-{values[name][2]:.0%})" for name in STAGES
+            )
+            print(f"       {part:24} {shares}", flush=True)
     medians = {
         name: median(run[name] for run in runs) for name in ("wall_s", "peak_rss_gib", "gain_points", "overlap_share")
     }

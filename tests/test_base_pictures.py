@@ -84,15 +84,14 @@ def coloured(picture, colour):
 
 
 def cells_of(mask):
-    """The cells whose middle is coloured, and the number of their coloured pixels."""
-    found = {}
+    """The cells that are wholly coloured; none is so in part."""
+    found = []
     for cell, name in enumerate(NAMES):
         row, column = divmod(cell, CELLS)
         area = mask[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+        assert area.all() == area.any()
         if area.any():
-            rows, columns = np.nonzero(area)
-            square = len(rows) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
-            found[name] = "square" if square else "disc"
+            found.append(name)
     return found
 
 
@@ -102,8 +101,7 @@ def seen(problem):
     if words[0] == "Count":
         return str(len(cells_of(coloured(pictures[0], words[1]))))
     if words[0] == "Find":
-        cells = [name for name, kind in cells_of(coloured(pictures[0], words[1])).items() if kind == words[2]]
-        return " ".join(cells)
+        return " ".join(cells_of(coloured(pictures[0], words[1])))
     if words[-1] == "bar":
         heights = {colour: coloured(pictures[0], colour).any(1).sum() for colour in COLOURS}
         choose = max if words[0] == "Highest" else min
@@ -131,8 +129,9 @@ def test_each_digit_is_drawn_in_its_own_way():
     shapes = {}
     for problem in one_digit:
         (picture,) = pictures_of_problem(problem, PICTURES)
-        rows, columns = np.nonzero(coloured(picture, problem.parts[1]))
-        mask = coloured(picture, problem.parts[1])[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        black = (picture == 0).all(-1)
+        rows, columns = np.nonzero(black)
+        mask = black[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         shapes.setdefault(problem.answer, set()).add(mask.tobytes())
     assert len(shapes) == 9
     assert len(set().union(*shapes.values())) == 9
@@ -160,7 +159,10 @@ def test_right_solutions_are_rewarded_and_flawed_ones_mostly_not():
 
 def row_of(problem, reply, store):
     keys = [store.add(as_png(picture)).key for picture in pictures_of_problem(problem, PICTURES)]
-    content = (*map(ImagePart, keys), TextPart(problem.prompt)) if keys else problem.prompt
+    content = (TextPart(problem.prompt),) if keys else problem.prompt
+    for number in range(len(keys), 0, -1):
+        label = [TextPart(f" {number}")] if len(keys) > 1 else []
+        content = (*label, ImagePart(keys[number - 1]), *content)
     return (Message("user", content), Message("assistant", reply))
 
 

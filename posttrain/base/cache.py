@@ -32,9 +32,8 @@ def cache_key(config: StageConfig, seed: int) -> str:
     settings = config.model_dump(mode="json", exclude={"cache", "trackers"})
     digest = hashlib.sha256(json.dumps([settings, seed, torch.__version__], sort_keys=True).encode())
     package = Path(posttrain.__file__).parent
-    for path in sorted(
-        [*(package / "base").rglob("*.py"), *(package / "model").rglob("*.py"), package / "data/chat.py"]
-    ):
+    folders = (path for folder in ("base", "model") for path in (package / folder).rglob("*.py"))
+    for path in sorted([*folders, package / "data/chat.py", package / "data/images/tiles.py"]):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:_HASH_CHARS]
 

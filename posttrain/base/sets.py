@@ -94,10 +94,17 @@ def _show_pictures(row: dict[str, Any], pictures: list[Picture], folder: Path) -
     for name, picture in zip(names, pictures, strict=True):
         (folder / name).write_bytes(as_png(picture))
     turn = next(turn for turn in row["messages"] if turn["role"] == "user")
-    turn["content"] = [
-        *({"type": "image", "image": name} for name in names),
-        {"type": "text", "text": turn["content"]},
-    ]
+    shown: list[dict[str, Any]] = []
+    for number, name in enumerate(names, start=1):
+        if label := picture_label(number, len(names)):
+            shown.append({"type": "text", "text": label})
+        shown.append({"type": "image", "image": name})
+    turn["content"] = [*shown, {"type": "text", "text": turn["content"]}]
+
+
+def picture_label(number: int, count: int) -> str:
+    """The text before a picture of a prompt: its number if there are several. number: from 1."""
+    return f" {number}" if count > 1 else ""
 
 
 def with_system(prompt: str, rng: random.Random) -> list[dict[str, Any]]:

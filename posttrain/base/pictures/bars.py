@@ -33,8 +33,8 @@ def worked(problem: Problem, rng: random.Random, slip: bool) -> str:
     if slip:
         heights[rng.randrange(_BARS)] = rng.randint(1, MAX_HEIGHT)
     choose = max if problem.prompt.startswith("Highest") else min
-    steps = [f"{name} {height}" for name, height in zip(names, heights, strict=True)]
-    return with_steps(steps, names[heights.index(choose(heights))])
+    steps = [f"{at} {name} {height}" for at, name, height in zip("abc", names, heights, strict=True)]
+    return with_steps(steps, names[heights.index(choose(heights))], separator=" ")
 
 
 def terse(problem: Problem, rng: random.Random, careless: bool) -> str:

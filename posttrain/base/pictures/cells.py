@@ -1,42 +1,41 @@
-"""The cell of the only shape of a kind and colour. The work is to go through all shapes of the colour."""
+"""The only cell of a colour. The work is to go through the cells in the order of reading."""
 
 import random
 
-from posttrain.base.pictures.drawing import NAMES, SHAPES, draw_shapes, random_ground, random_shape, scene_key
+from posttrain.base.pictures.drawing import EMPTY, NAMES, draw_cells, random_ground, scene_key
 from posttrain.base.problem import Family, Picture, Problem, with_steps
 
-_COLOURS = ("red", "green", "blue")
+_COLOURS = ("red", "green", "blue", "yellow")
 
 
 def draw(level: int, rng: random.Random) -> Problem:
-    """The shape, up to four others of its colour, and one to three of its kind in other colours."""
-    colour, kind = rng.choice(_COLOURS), rng.choice(SHAPES)
-    other_kind = SHAPES[1 - SHAPES.index(kind)]
-    other_colours = [other for other in _COLOURS if other != colour]
-    same = rng.randint(max(0, level - 2), level - 1)
-    looks = [(kind, colour), *[(other_kind, colour)] * same]
-    looks += [(kind, rng.choice(other_colours)) for _ in range(rng.randint(1, 3))]
-    cells = rng.sample(range(len(NAMES)), len(looks))
-    shapes = tuple(random_shape(cell, *look, rng=rng) for cell, look in zip(cells, looks, strict=True))
-    parts = (random_ground(rng), shapes, tuple(sorted((shape.cell, shape.kind) for shape in shapes[: same + 1])))
-    prompt = f"Find {colour} {kind}"
-    return Problem("find", level, prompt, NAMES[cells[0]], scene_key(prompt, parts), parts, {})
+    """One cell of the colour, and `level` or one more cells of others."""
+    wanted = rng.choice(_COLOURS)
+    others = [colour for colour in _COLOURS if colour != wanted]
+    rest = level + rng.randint(0, 1)
+    colours = [wanted, *(rng.choice(others) for _ in range(rest)), *[EMPTY] * (len(NAMES) - 1 - rest)]
+    rng.shuffle(colours)
+    parts = (random_ground(rng), tuple(colours))
+    prompt = f"Find {wanted}"
+    return Problem("find", level, prompt, NAMES[colours.index(wanted)], scene_key(prompt, parts), parts, {})
 
 
 def worked(problem: Problem, rng: random.Random, slip: bool) -> str:
-    """Name each shape of the colour, then the cell that was asked for; a slip takes another cell."""
-    steps = [f"{NAMES[cell]} {kind}" for cell, kind in problem.parts[2]]
-    return with_steps(steps, rng.choice(NAMES) if slip else problem.answer)
+    """Name the colour of each cell up to the one that was asked for; a slip answers with another."""
+    steps = [f"{name} {colour}" for name, colour in zip(NAMES, problem.parts[1], strict=True)]
+    steps = steps[: NAMES.index(problem.answer) + 1]
+    return with_steps(steps, rng.choice(NAMES) if slip else problem.answer, separator=" ")
 
 
 def terse(problem: Problem, rng: random.Random, careless: bool) -> str:
-    """The cell at once; a careless one takes any shape of the colour or of the kind."""
-    return f"Answer: {NAMES[rng.choice(problem.parts[1]).cell] if careless else problem.answer}"
+    """The cell at once; a careless one takes any cell that has a colour."""
+    coloured = [name for name, colour in zip(NAMES, problem.parts[1], strict=True) if colour != EMPTY]
+    return f"Answer: {rng.choice(coloured) if careless else problem.answer}"
 
 
 def pictures(problem: Problem) -> list[Picture]:
     """The one picture."""
-    return [draw_shapes(*problem.parts[:2])]
+    return [draw_cells(*problem.parts)]
 
 
 CELLS = Family("grounding", draw, worked, terse, pictures=pictures)

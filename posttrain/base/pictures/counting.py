@@ -1,35 +1,38 @@
-"""How many shapes have a colour. The work is to name the cells where they are."""
+"""How many cells have a colour. The work is to name the colour of each cell, and to number those that count."""
 
 import random
 
-from posttrain.base.pictures.drawing import NAMES, SHAPES, draw_shapes, random_ground, random_shape, scene_key
+from posttrain.base.pictures.drawing import EMPTY, NAMES, draw_cells, random_ground, scene_key
 from posttrain.base.problem import Family, Picture, Problem, with_steps
 
 _COLOURS = ("red", "green", "blue")
+_MOST_OTHERS = 3
 
 
 def draw(level: int, rng: random.Random) -> Problem:
-    """One to `level` + 1 shapes of the colour, and one to three of others."""
+    """One to `level` + 1 cells of the colour, and one to three of others."""
     wanted = rng.choice(_COLOURS)
     others = [colour for colour in _COLOURS if colour != wanted]
-    count, rest = rng.randint(1, level + 1), rng.randint(1, 3)
-    cells = rng.sample(range(len(NAMES)), count + rest)
+    count, rest = rng.randint(1, level + 1), rng.randint(1, _MOST_OTHERS)
     colours = [wanted] * count + [rng.choice(others) for _ in range(rest)]
-    shapes = tuple(
-        random_shape(cell, rng.choice(SHAPES), colour, rng=rng) for cell, colour in zip(cells, colours, strict=True)
-    )
-    parts = (random_ground(rng), shapes, tuple(sorted(cells[:count])))
+    colours += [EMPTY] * (len(NAMES) - count - rest)
+    rng.shuffle(colours)
+    parts = (random_ground(rng), tuple(colours))
     prompt = f"Count {wanted}"
     return Problem("count", level, prompt, str(count), scene_key(prompt, parts), parts, {})
 
 
 def worked(problem: Problem, rng: random.Random, slip: bool) -> str:
-    """Name the cells, then count; a slip leaves one out, or names one too many."""
-    cells = list(problem.parts[2])
+    """Each cell with its colour, and a number behind those that count; a slip sees one cell wrongly."""
+    wanted, colours = problem.prompt.split()[1], list(problem.parts[1])
     if slip:
-        free = [cell for cell in range(len(NAMES)) if cell not in cells]
-        cells = sorted([*cells, rng.choice(free)]) if len(cells) == 1 or rng.random() < 0.5 else cells[1:]
-    return with_steps([NAMES[cell] for cell in cells], str(len(cells)))
+        cell = rng.randrange(len(colours))
+        colours[cell] = EMPTY if colours[cell] == wanted else wanted
+    steps, count = [], 0
+    for name, colour in zip(NAMES, colours, strict=True):
+        count += colour == wanted
+        steps.append(f"{name} {colour} {count}" if colour == wanted else f"{name} {colour}")
+    return with_steps(steps, str(count), separator=" ")
 
 
 def terse(problem: Problem, rng: random.Random, careless: bool) -> str:
@@ -40,7 +43,7 @@ def terse(problem: Problem, rng: random.Random, careless: bool) -> str:
 
 def pictures(problem: Problem) -> list[Picture]:
     """The one picture."""
-    return [draw_shapes(*problem.parts[:2])]
+    return [draw_cells(*problem.parts)]
 
 
 COUNTING = Family("counting", draw, worked, terse, pictures=pictures)

@@ -14,7 +14,7 @@ from posttrain.base.pictures.drawing import SIDE
 from posttrain.base.pictures.puzzles import PICTURES
 from posttrain.base.pictures.tokenizer import picture_rule
 from posttrain.base.problem import Problem
-from posttrain.base.sets import pictures_of_problem
+from posttrain.base.sets import picture_label, pictures_of_problem
 from posttrain.base.tasks import draw_any, solve
 from posttrain.base.tokenizer import BOS, EOT
 
@@ -63,11 +63,16 @@ class PictureRenderer:
     def document(self, problem: Problem, reply: str, *, rates: bool = False) -> Document:
         """A conversation. rates: the user asks how hard the puzzle is, with the pictures named in the text too."""
         pictures = pictures_of_problem(problem, PICTURES)
+        numbers = range(1, len(pictures) + 1)
+        labels = [picture_label(number, len(pictures)) for number in numbers]
         text = problem.prompt
         if rates:
-            names = "".join(f"[picture {number}]" for number in range(1, len(pictures) + 1))
-            text = JUDGE_TEMPLATE.format(prompt=names + text)
-        ids = [*self._before, *self._picture * len(pictures), *self._encode(text), *self._between]
+            names = [f"{label}[picture {number}]" for label, number in zip(labels, numbers, strict=True)]
+            text = JUDGE_TEMPLATE.format(prompt="".join(names) + text)
+            shown = self._picture * len(pictures)
+        else:
+            shown = [item for label in labels for item in (*self._encode(label), *self._picture)]
+        ids = [*self._before, *shown, *self._encode(text), *self._between]
         start = len(ids)
         ids += [*self._encode(reply), self._end]
         return Document(tuple(ids), ((start, len(ids)),), tuple(pictures))

@@ -5,7 +5,7 @@ The name of a cell, such as a1, is one token.
 
 from typing import Any
 
-from posttrain.base.pictures.drawing import CELLS, COLOURS, NAMES, SHAPES, SIDE
+from posttrain.base.pictures.drawing import CELLS, COLOURS, EMPTY, NAMES, SIDE
 from posttrain.base.tokenizer import make_tokenizer
 from posttrain.data.images.tiles import TOKENS, TileRule
 
@@ -42,7 +42,7 @@ _SIGNS = ["+", "=", ",", ".", ":", "[", "]", "][", "\n", "\n\n"]
 
 def build_picture_tokenizer() -> Any:
     """A `PreTrainedTokenizerFast` like that of `base/tokenizer.py`, for the words of these puzzles and pictures."""
-    words = [*_WORDS, *_SIGNS, *COLOURS, *SHAPES, *NAMES]
+    words = [*_WORDS, *_SIGNS, *COLOURS, EMPTY, *NAMES, *"abc"]
     texts = [text for word in words for text in (word, " " + word)] + [f" {number}" for number in range(100)]
     return with_picture_tokens(make_tokenizer(texts, _SPLIT, CHAT_TEMPLATE))
 
