@@ -56,7 +56,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """entries: by capability in order of name, by modality if the rows have several, then "all". unscored: shared rows without a reward in one of the two.
+    """entries: by capability in order of name, by modality if the rows have several, then "all".
+
+    unscored: shared rows without a reward in one of the two.
 
     left_out: rows that only one evaluation has.
     """
