@@ -1,10 +1,8 @@
 """Evaluation on prompts with pictures, by a reward that looks at them."""
 
-import json
-
 import pytest
-from vision_folder import REWARD
-from vision_models import draw, save_vision_policy
+from vision_folder import REWARD, write_picture_prompts
+from vision_models import save_vision_policy
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
@@ -22,14 +20,8 @@ def config(tmp_path_factory) -> EvalConfig:
     folder = tmp_path_factory.mktemp("eval")
     model = save_vision_policy(folder / "model")
     (folder / "reward.py").write_text(REWARD)
-    rows = []
-    for index in range(6):
-        names = [draw(folder / f"{index}_{n}.png", 7 * index + n, (56 * (1 + n), 56)) for n in range(index % 3)]
-        text = f"Sum: {index} + 1" + (", has pictures" if names else "")
-        rows.append({"id": f"p{index}", "messages": [{"role": "user", "content": text}], "images": names})
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
-        "model": {"path": str(model), "dtype": "float32"}, "data": {"path": str(folder / "prompts.jsonl")},
+        "model": {"path": str(model), "dtype": "float32"}, "data": {"path": str(write_picture_prompts(folder, 6))},
         "images": {},
         "reward": {"name": f"{folder}/reward.py:even_share"}, "samples": 2, "k": 2, "sampling": {"max_tokens": 16},
         "resources": {"rollout": {"cpus": 0.5}},

@@ -1,6 +1,5 @@
 """Pictures in the trainer of RL: micro-batches that hold each picture once, and log-probabilities of single samples."""
 
-import json
 import random
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from closeness import assert_as_exact, float64_inside
 from transformers import Llama4ForConditionalGeneration
-from vision_folder import REWARD
+from vision_folder import REWARD, write_picture_prompts
 from vision_models import draw, save_vision_policy
 
 from posttrain.config.base import validate_config
@@ -179,18 +178,12 @@ def test_rl_trains_on_pictures_goes_on_and_is_replayed(ray_session, folder, tmp_
     """Asynchronous; the stage's own check compares engines and trainer. More steps continue from the checkpoint, and a
     replay without engines gives the same weights."""
     (tmp_path / "reward.py").write_text(REWARD)
-    prompts = []
-    for index in range(12):
-        names = [draw(tmp_path / f"{index}_{n}.png", 7 * index + n, (56 * (1 + n), 56)) for n in range(index % 3)]
-        text = f"Sum: {index} + 1" + (", has pictures" if names else "")
-        prompts.append({"id": f"p{index}", "messages": [{"role": "user", "content": text}], "images": names})
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     engine = {"max_model_len": 256, "kv_cache_gib": 0.1, "max_num_seqs": 24, "stream_interval": 4, "deadline_s": 20.0}
     shared = {"reward": {"name": f"{tmp_path}/reward.py:even_share"}, "engine": engine,
               "sampling": {"max_tokens": 24}, "images": {}}  # fmt: skip
     settings = {
         **shared, "model": {"path": str(folder), "dtype": "float32"},
-        "prompts": {"path": str(tmp_path / "prompts.jsonl")}, "profile": {"samples": 2, "band": [0.0, 1.0]},
+        "prompts": {"path": str(write_picture_prompts(tmp_path, 12))}, "profile": {"samples": 2, "band": [0.0, 1.0]},
         "groups_per_step": 3, "group_size": 4, "max_staleness": 2, "checkpoint_every": 2,
         "modalities": {"text": 0.4, "image": 0.4, "multi-image": 0.2}, "modality_curriculum": {},
         "optimizer": {"learning_rate": 1e-3}, "images": {"learning_rates": {"vision": 2e-3}},

@@ -54,6 +54,18 @@ def write_picture_pairs(folder: Path, numbers: Iterable[int]) -> Path:
     return path
 
 
+def write_picture_prompts(folder: Path, count: int) -> Path:
+    """Prompts that show 0, 1 or 2 pictures, whose text says whether there are any, as `REWARD` reads them."""
+    rows = []
+    for index in range(count):
+        names = [draw(folder / f"{index}_{n}.png", 7 * index + n, ((1 + n) * SIDE, SIDE)) for n in range(index % 3)]
+        text = f"Sum: {index} + 1" + (", has pictures" if names else "")
+        rows.append({"id": f"p{index}", "messages": [{"role": "user", "content": text}], "images": names})
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 REWARD = '''
 from posttrain import load_image
 

@@ -96,10 +96,10 @@ def inspect_data(
     """
     import tempfile
 
-    from posttrain.data.images.render import Pictures
+    from posttrain.data.images.section import pictures_for
     from posttrain.data.images.store import ImageStore
     from posttrain.data.images.take import ImageReader
-    from posttrain.data.images.tiles import takes_pictures, tile_rule
+    from posttrain.data.images.tiles import takes_pictures
     from posttrain.data.inspection import inspect
     from posttrain.data.lengths import character_length, token_length
 
@@ -112,7 +112,7 @@ def inspect_data(
             tokenizer, pictures = load_tokenizer(str(model), _template(template)), None
             if takes_pictures(model):
                 images = ImageReader(ImageStore(Path(folder) / "images"), root=images_root, max_images=max_images)
-                pictures = Pictures(images.store, tile_rule(model, tokenizer))
+                pictures = pictures_for(images, str(model), tokenizer)
             length = token_length(tokenizer, pictures)
         found = inspect(config, data_kind(config, kind), length, max_length=max_length, images=images)
     typer.echo(json.dumps(found, indent=2) if as_json else _text(found, "tokens" if model else "characters"))

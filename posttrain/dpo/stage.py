@@ -20,10 +20,9 @@ from typing import Any
 from posttrain.config.data import DataConfig
 from posttrain.context import StageContext
 from posttrain.data.held_out import check_apart, content_key, prompt_key, split
-from posttrain.data.images.render import Pictures, for_template, pictures_of
-from posttrain.data.images.section import STORE, image_reader, passing_reader
+from posttrain.data.images.render import for_template, pictures_of
+from posttrain.data.images.section import STORE, image_reader, passing_reader, pictures_for
 from posttrain.data.images.take import ImageReader
-from posttrain.data.images.tiles import tile_rule
 from posttrain.data.pairs import Pair, store_pairs, write_pairs
 from posttrain.data.stored import Derived
 from posttrain.dpo.config import DpoConfig
@@ -129,9 +128,8 @@ def _prepare(config: DpoConfig, seed: int, context: StageContext | None, *, read
             ((f"pair {pair.id!r}", for_template(pair.turns), tools_of(pair.fields)) for pair in chain(pairs, apart)),
         )
     folder = context and context.dir / ROWS
-    limits: dict[str, Any] = {"overlong": config.overlong, "folder": folder}
-    if reader is not None:
-        limits["pictures"] = Pictures(reader.store, tile_rule(config.model.path, tokenizer))
+    pictures = pictures_for(reader, config.model.path, tokenizer)
+    limits: dict[str, Any] = {"overlong": config.overlong, "folder": folder, "pictures": pictures}
 
     def tokenized(those: Sequence[Pair], name: str) -> tuple[Sequence[Any], Sequence[Pair]]:
         if not those:

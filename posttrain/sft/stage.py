@@ -16,8 +16,8 @@ from typing import Any
 
 from posttrain.context import StageContext
 from posttrain.data.held_out import check_apart, content_key, prompt_key, split
-from posttrain.data.images.render import Pictures, for_template
-from posttrain.data.images.section import STORE, image_reader, passing_reader
+from posttrain.data.images.render import for_template
+from posttrain.data.images.section import STORE, image_reader, passing_reader, pictures_for
 from posttrain.data.images.take import ImageReader
 from posttrain.data.rows import store_rows
 from posttrain.model.adapter_start import started_lora
@@ -100,7 +100,6 @@ def _prepare(config: SftConfig, context: StageContext | None, reader: ImageReade
     rows, apart = read_rows(config, context, reader)
     from posttrain.data.chat import check_special_tokens
     from posttrain.data.ends import note_added_end
-    from posttrain.data.images.tiles import tile_rule
     from posttrain.data.turns import tools_of
     from posttrain.model.router_keys import check_router
     from posttrain.model.tokenizer import load_tokenizer
@@ -108,7 +107,7 @@ def _prepare(config: SftConfig, context: StageContext | None, reader: ImageReade
 
     check_router(config.model)
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
-    pictures = Pictures(reader.store, tile_rule(config.model.path, tokenizer)) if reader is not None else None
+    pictures = pictures_for(reader, config.model.path, tokenizer)
     note_added_end(tokenizer, context)
     named = ((f"row {row.id!r}", for_template(row.messages), tools_of(row.fields)) for row in chain(rows, apart))
     check_special_tokens(tokenizer, config.data, named)

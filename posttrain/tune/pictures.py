@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.images.store import ImageStore
-from posttrain.data.images.tiles import tile_rule
-from posttrain.model.tokenizer import load_tokenizer
-from posttrain.model.vision.tiling import PictureTiles
+from posttrain.model.vision.tiling import PictureTiles, tiles_for
 from posttrain.tune.examples import PICTURES, Example
 
 
@@ -56,8 +53,7 @@ def stage_tiles(config: Any, store: Path) -> PictureTiles | None:
     """The tiles of a stage's pictures, which are in the file `store`; None for a stage without any."""
     if config.images is None:
         return None
-    path = config.model.path
-    return PictureTiles(ImageStore(store), path, tile_rule(path, load_tokenizer(path)))
+    return tiles_for(store, config.model.path)
 
 
 def picture_inputs(tiles: PictureTiles | None, examples: Sequence[Example], device: Any) -> Mapping[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from posttrain.data.images.store import ImageStore
-from posttrain.data.images.tiles import TileRule
+from posttrain.data.images.tiles import TileRule, tile_rule
 from posttrain.errors import CheckpointError
+from posttrain.model.tokenizer import load_tokenizer
 
 KEPT_BYTES = 1 << 30
 
@@ -94,3 +95,8 @@ class PictureTiles:
         if len(places) < len(keys):
             inputs["shown_tiles"] = torch.cat([places[key] for key in keys])
         return {name: value.to(device) for name, value in inputs.items()}
+
+
+def tiles_for(store: Path, folder: str) -> PictureTiles:
+    """The tiles of the pictures in the file `store`, for the model in a folder."""
+    return PictureTiles(ImageStore(store), folder, tile_rule(folder, load_tokenizer(folder)))

@@ -14,16 +14,13 @@ from torch import nn
 from posttrain.config.images import TrainedImagesConfig
 from posttrain.config.models import ModelConfig
 from posttrain.config.training import AdaptersConfig, GradientCheckpointing
-from posttrain.data.images.store import ImageStore
-from posttrain.data.images.tiles import tile_rule
 from posttrain.model.adapter_start import continues
 from posttrain.model.load import load_policy
 from posttrain.model.recompute import checkpointing_arguments
 from posttrain.model.router_balance import native_layers
 from posttrain.model.sharing import accept_trees, tree_arguments
-from posttrain.model.tokenizer import load_tokenizer
 from posttrain.model.vision.parts import freeze
-from posttrain.model.vision.tiling import PictureTiles
+from posttrain.model.vision.tiling import PictureTiles, tiles_for
 from posttrain.parallel.adapters import with_adapters
 from posttrain.rl.training.adapters import add_adapters
 from posttrain.rl.training.batches import MicroBatch, collate, micro_batches
@@ -100,7 +97,7 @@ def load_token_policy(
     if images is not None:
         assert store is not None
         freeze(policy, images.freeze)
-        tiles = PictureTiles(ImageStore(store), model.path, tile_rule(model.path, load_tokenizer(model.path)))
+        tiles = tiles_for(store, model.path)
     if lora is not None and continues(model):
         with_adapters(policy, model.path, trainable=True)
     elif lora is not None:
