@@ -148,3 +148,31 @@ async def _in_flight(shown: Any) -> None:
             first, last = min(span.start for span in spans), max(span.end for span in spans)
             assert shown.gaps(names[key], ids, logprobs, which=which)[first:last].max() < CLOSE
     assert sampled_by == {10, 11}
+
+
+def test_a_reply_is_computed_again_whose_picture_was_read_for_another(shown):
+    """Its prompt was in the prefix cache when it started, and the reply for which it was read has ended."""
+    asyncio.run(_computed_again(shown))
+
+
+async def _computed_again(shown: Any) -> None:
+    from msgspec.structs import replace
+
+    load(shown, 0, 20, "recompute")
+    prompt = shown.requests["three"]
+    await shown.actor.submit.remote([(0, replace(prompt, max_tokens=2))])
+    while not any(piece.finish_reason for piece in (await shown.actor.collect.remote(5.0))[0]):
+        pass
+    await shown.actor.submit.remote([(1, replace(prompt, max_tokens=120))])
+    pieces: list[Any] = []
+    while not pieces:
+        pieces, _ = await shown.actor.collect.remote(5.0)
+    assert not pieces[-1].finish_reason
+    await shown.actor.update_weights.remote(FolderWeights(str(shown.folders[1])), 21, "recompute")
+    while not pieces[-1].finish_reason:
+        pieces += (await shown.actor.collect.remote(5.0))[0]
+    spans = [span for piece in pieces for span in piece.versions if span.policy_version == 21]
+    ids = [token for piece in pieces for token in piece.token_ids]
+    logprobs = [value for piece in pieces for value in piece.logprobs]
+    first, last = spans[0].start, spans[-1].end
+    assert shown.gaps("three", ids, logprobs, which=1)[first:last].max() < CLOSE

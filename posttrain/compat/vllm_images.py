@@ -97,6 +97,22 @@ def _find(ids: list[int], wanted: list[int], start: int) -> int:
 @_patch(
     "0.32.0",
     "fault",
+    reason="The worker is sent no tiles of a picture whose tokens lie in the prefix cache when a request starts. The "
+    "engine ends with 'Encoder cache miss' if the request is computed again, after new weights or because memory was "
+    "short, and no other request has the picture",
+    reference="`NewRequestData.from_request` of vllm/v1/core/sched/output.py",
+    test=f"{_TEST}::test_a_reply_is_computed_again_whose_picture_was_read_for_another",
+)
+def keep_tiles() -> None:
+    """Have the scheduler of this process send all tiles of a request to its workers."""
+    from vllm.v1.core.sched import output
+
+    output.strip_covered_mm_data = lambda features, *_, **__: features
+
+
+@_patch(
+    "0.32.0",
+    "fault",
     reason="`pause_scheduler_async(clear_cache=True)` empties the engine core's cache of pictures, and not its twin in "
     "the process of the AsyncLLM, which then sends no tiles: replies to known pictures end at once, empty. "
     "Without clear_cache, the features of pictures that were computed with the old weights are used on",

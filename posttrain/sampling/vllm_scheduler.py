@@ -16,6 +16,7 @@ from vllm.v1.core.sched import async_scheduler, scheduler
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from posttrain.compat.vllm import forget_prefixes, salt_prefixes, serve_by
+from posttrain.compat.vllm_images import keep_tiles
 
 if TYPE_CHECKING:
     Base = scheduler.Scheduler
@@ -49,3 +50,6 @@ class Scheduler(_Ours, scheduler.Scheduler):
 
 class AsyncScheduler(_Ours, async_scheduler.AsyncScheduler):
     """For executors with asynchronous scheduling."""
+
+
+keep_tiles()
