@@ -79,8 +79,7 @@ class StageConfig(Config):
         default="answers",
         description="The puzzles that the model and the datasets are made for. answers: those of the quick start, "
         "which one reply solves. tools: those of the pipeline `tools`, most of which need a tool or several turns. "
-        "pictures: five families about drawn pictures and two of text; no pipeline uses them, and no "
-        "base was seen to learn them yet.",
+        "pictures: those of the pipeline `quickstart-vision`, five families about drawn pictures and two of text.",
     )
     steps: Count = Field(
         default=800, description="Number of optimizer steps. The switch and the learning rates follow this number."

@@ -31,7 +31,10 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Config 
 @stages_app.command()
 def run(
     pipeline: Annotated[
-        str, typer.Argument(metavar="PIPELINE", help="A YAML file, or a bundled name: quickstart, tools.")
+        str,
+        typer.Argument(
+            metavar="PIPELINE", help="A YAML file, or a bundled name: quickstart, quickstart-vision, tools."
+        ),
     ] = "",
     overrides: Overrides = None,
     run_dir: RunDirOption = None,

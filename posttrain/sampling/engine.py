@@ -80,6 +80,7 @@ class EngineActor:
         try:
             workers = await self._core.start(folder)
             self._tokenizer = self._core.llm.get_tokenizer()
+            await self._pictures.ready(self._core.llm, self._tokenizer)
         except EngineLostError:
             raise
         except Exception as error:

@@ -23,6 +23,15 @@ class RequestPictures:
         self._engine = engine
         self._one = asyncio.Lock()
 
+    async def ready(self, llm: Any, tokenizer: Tokenizer) -> None:
+        """Load what cuts pictures, if the model takes any: this may take longer than the admission of a request may."""
+        if llm.model_config.is_multimodal_model:
+            from PIL import Image
+
+            blank = Image.new("RGB", (1, 1))
+            image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+            await asyncio.to_thread(render_pictures, llm, image_id, [blank], keys=["blank"])
+
     async def rendered(self, llm: Any, request: SampleRequest, tokenizer: Tokenizer) -> Any:
         """What vLLM makes of a request's pictures; None for a request without any.
 

@@ -1,6 +1,6 @@
 """Puzzles about pictures: five families about drawn pictures, and two of text alone.
 
-drawing.py                           pictures of a grid of cells: shapes, bars and digits
+drawing.py                           pictures of a grid of cells: colours, bars and digits
 counting.py cells.py bars.py digits.py differing.py    count, find, compare, read, and which of several pictures differs
 puzzles.py                           the table of all families, and how often the base model does the right thing
 tokenizer.py text.py                 one token for each word of them; the text that the base model is trained on

@@ -1,6 +1,8 @@
 """Draws pictures of three by three cells. A cell is named by its column and its row: a1 is the upper left one.
 
 A picture is uint8 [SIDE, SIDE, 3]. The processor of the model makes one tile of it, and each cell becomes one feature.
+Whatever is drawn fills cells, and grounds are grey, which the processor makes about 0. With smaller shapes on dark and
+light grounds a base of this size did not tell colours apart for as long as it was watched.
 """
 
 import hashlib
