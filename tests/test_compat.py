@@ -217,6 +217,24 @@ def test_vllm_still_keeps_prefixes_while_a_block_is_used():
 
 
 @pytest.mark.slow
+def test_vllm_still_sends_no_tiles_of_a_picture_in_the_prefix_cache(monkeypatch):
+    """A request that is computed again needs them."""
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
+    from vllm.multimodal.utils import strip_covered_mm_data
+    from vllm.v1.core.sched import output
+
+    from posttrain.compat.vllm_images import keep_tiles
+
+    tiles = MultiModalKwargsItem()
+    features = [MultiModalFeatureSpec(tiles, "image", "key", PlaceholderRange(offset=5, length=12))]
+    assert strip_covered_mm_data(features, 32)[0].data is None
+    assert "strip_covered_mm_data(" in inspect.getsource(output.NewRequestData.from_request)
+    monkeypatch.setattr(output, "strip_covered_mm_data", strip_covered_mm_data)
+    keep_tiles()
+    assert output.strip_covered_mm_data(features, 32)[0].data is tiles  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
 def test_a_priority_overtakes_only_where_the_queue_is_changed():
     from types import SimpleNamespace
 

@@ -107,7 +107,7 @@ def keep_tiles() -> None:
     """Have the scheduler of this process send all tiles of a request to its workers."""
     from vllm.v1.core.sched import output
 
-    output.strip_covered_mm_data = lambda features, *_, **__: features
+    output.strip_covered_mm_data = lambda features, *_, **__: features  # type: ignore[attr-defined]
 
 
 @_patch(
