@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import data_memory
 import pytest
 from rollout_records import one_turn
 
 from posttrain.config.base import validate_config
 from posttrain.context import StageContext
-from posttrain.data import bad_rows, json_list, places, stored
+from posttrain.data import arrays, bad_rows, json_list, places, stored
 from posttrain.data.held_out import check_apart, prompt_key, split
 from posttrain.data.rows import iter_rows, load_rows, store_rows
 from posttrain.data.stored import Derived, Stored, store
@@ -66,18 +67,33 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
-def bytes_of_a_row(job: Callable[[int], object]) -> float:
+def bytes_of_a_row(job: Callable[[int], object], few: int = FEW, many: int = MANY) -> float:
     """How many more bytes are allocated at the most during `job`, with its result, for each row more."""
-    job(FEW)  # imports and caches are not counted
+    job(few)  # imports and caches are not counted
     peaks = []
-    for count in (FEW, MANY):
+    for count in (few, many):
         gc.collect()
         tracemalloc.start()
         kept = job(count)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         del kept
-    return (peaks[1] - peaks[0]) / (MANY - FEW)
+    return (peaks[1] - peaks[0]) / (many - few)
+
+
+@pytest.mark.parametrize("name", sorted(data_memory.JOBS))
+def test_a_row_more_costs_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What a stage holds for each row lies on disk: not even one number of 8 bytes a row is in memory.
+
+    One array of N numbers, even for a moment, would be 8 bytes a row, and a set of ids more than 60.
+    """
+    monkeypatch.setattr(arrays, "BLOCK", 1 << 8)
+    monkeypatch.setattr(stored, "BATCH_BYTES", 1 << 16)  # of each batch of rows, which is an object, there are few
+    monkeypatch.setattr(data_memory, "TEXT", "Add 1.")
+    job, make = data_memory.JOBS[name]
+    few, many = 1_200, 4_000
+    paths = {count: write(tmp_path / f"{count}.jsonl", make(count)) for count in (few, many)}
+    assert bytes_of_a_row(lambda count: job(paths[count]), few, many) < 6
 
 
 def context(folder: Path) -> StageContext:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.context import StageContext
+from posttrain.data.arrays import mapped
 from posttrain.data.files import Record
 from posttrain.data.stored import StoreWriter
 from posttrain.files import write_jsonl
@@ -108,13 +109,13 @@ class SeenIds:
     """The ids that rows have used so far.
 
     The first ids are kept as text with the place of their row. Later ones are kept as hashes of 8 bytes in an
-    open-addressing table, so that hundreds of millions of ids fit into memory.
+    open-addressing table, which lies in a file (arrays.py) once it has grown.
     """
 
     def __init__(self, named: int | None = None) -> None:
         self._named = _NAMED_IDS if named is None else named
         self._places: dict[str, str] = {}
-        self._table = array("Q", bytes(8 * _FIRST_TABLE))
+        self._table = memoryview(array("Q", bytes(8 * _FIRST_TABLE)))
         self._filled = 0
 
     def add(self, name: str, where: str) -> str | None:
@@ -128,7 +129,7 @@ class SeenIds:
         if not self._insert(digest):
             return "an earlier row"
         if self._filled * 3 > len(self._table) * 2:
-            old, self._table, self._filled = self._table, array("Q", bytes(16 * len(self._table))), 0
+            old, self._table, self._filled = self._table, memoryview(mapped(16 * len(self._table))).cast("Q"), 0
             for value in old:
                 if value:
                     self._insert(value)

@@ -6,18 +6,23 @@ trained on says little about new prompts.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, TypeVar
 
 from posttrain.config.data import FilesConfig
 from posttrain.config.held_out import HeldOutConfig
+from posttrain.data.arrays import copied, gathered, numbers_of, where
 from posttrain.data.files import read_records
 from posttrain.data.messages import messages_to_json
+from posttrain.data.places import Places
 from posttrain.data.stored import pick
 from posttrain.data.strata import hash_order
 from posttrain.errors import DataError
 from posttrain.records import Message
+
+if TYPE_CHECKING:
+    from posttrain.data.arrays import Array
 
 T = TypeVar("T")
 COUNTED_ROWS = 10_000  # a check before the run counts no further: a dataset with so many rows is large enough
@@ -37,18 +42,14 @@ def content_key(messages: Sequence[Message]) -> str:
 def check_apart(trained: Sequence[T], held_out: Sequence[T], name: Callable[[T], tuple[str, str]]) -> None:
     """Raise `DataError` if a held-out item is also trained on.
 
-    name: (id, content as text) of an item. Of each item that is trained on, a hash of 8 bytes is in memory.
+    name: (id, content as text) of an item.
     """
-    import numpy as np
-
-    hashes = np.fromiter((hash_order(0, name(item)[1]) for item in trained), np.uint64, len(trained))
-    order = np.argsort(hashes, kind="stable")
+    places = Places(trained, lambda item: name(item)[1])
     both: list[tuple[str, str]] = []
     for item in held_out:
         identity, content = name(item)
-        place = int(np.searchsorted(hashes, hash_order(0, content), sorter=order))
-        if place < len(order) and (found := name(trained[int(order[place])]))[1] == content:
-            both.append((identity, found[0]))
+        if (place := places.get(content)) is not None:
+            both.append((identity, name(trained[place])[0]))
     if both:
         identity, other = both[0]
         raise DataError(
@@ -67,21 +68,41 @@ def split(items: Sequence[T], keys: Iterable[str], config: HeldOutConfig) -> tup
 
     if problem := rest_problem(config, len(items)):
         raise DataError(problem)
-    hashes = np.fromiter((hash_order(0, key) for key in keys), np.uint64, len(items))  # all that is kept of a key
-    order, group, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
-    if len(order) == 1:
+    hashes = gathered((hash_order(0, key) for key in keys), np.uint64)  # all that is kept of a key
+    ordered = copied(hashes)
+    ordered.sort()
+    if ordered[0] == ordered[-1]:
         rule = f"all {len(items)} rows have the same prompt and stay together, so none would be left to train on"
         raise DataError(f"held_out: {rule}; give other rows as held_out.path")
-    wanted = config.count(len(items))
-    chosen = np.zeros(len(order), bool)
-    for place, size in enumerate(sizes.tolist()):
+    chosen = gathered(_chosen(ordered, config.count(len(items))), np.uint64)
+
+    def is_apart(places: "Array") -> "Array":
+        found = chosen.searchsorted(hashes[places])
+        return chosen[np.minimum(found, len(chosen) - 1)] == hashes[places]
+
+    every = range(len(items))
+    return pick(items, where(every, lambda places: ~is_apart(places))), pick(items, where(every, is_apart))
+
+
+def _chosen(hashes: "Array", wanted: int) -> Iterator[int]:
+    """The hashes of the prompts to hold out, of those in order of all rows: those whose rows are still wanted.
+
+    If every prompt has more rows than are wanted, it is one with the fewest rows.
+    """
+    fewest, smallest = len(hashes), 0
+    is_any = False
+    for value, rows in groupby(numbers_of(hashes)):
+        size = sum(1 for _ in rows)
         if size <= wanted:
-            chosen[place] = True
+            is_any = True
             wanted -= size
-    if not chosen.any():  # every prompt has more rows than are wanted
-        chosen[np.argmin(sizes)] = True
-    apart = chosen[group]
-    return pick(items, np.flatnonzero(~apart)), pick(items, np.flatnonzero(apart))
+            yield value
+        if size < fewest:
+            fewest, smallest = size, value
+        if not wanted:
+            break
+    if not is_any:
+        yield smallest
 
 
 def rest_problem(config: HeldOutConfig, total: int) -> str:

@@ -1,13 +1,14 @@
 """The counts of `posttrain data inspect`: formats, capabilities, lengths, exact duplicates and problems of a dataset.
 
-Rows are counted one by one; only a length and a hash of each are kept. Left out: near-duplicates (duplicates.py).
+Rows are counted one by one; of each a length and hashes of its id and its content are kept, on disk.
+Left out: near-duplicates (duplicates.py).
 """
 
-from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from posttrain.data.arrays import ArrayWriter
 from posttrain.data.bad_rows import MAX_SHOWN_PROBLEMS, BadRow, SeenIds
 from posttrain.data.duplicates import digest
 from posttrain.data.files import read_records
@@ -22,6 +23,9 @@ from posttrain.data.rows import Data, as_config, shown_path
 from posttrain.data.turns import tools_of
 from posttrain.errors import DataError
 from posttrain.records import Row
+
+if TYPE_CHECKING:
+    from posttrain.data.arrays import Array
 
 BINS = 10
 
@@ -44,7 +48,7 @@ def inspect(
     formats = _formats(data, kind)
     labels: Counter[str] = Counter()
     capabilities: Counter[str] = Counter()
-    lengths, seen = array("Q"), SeenIds(named=0)
+    lengths, seen = ArrayWriter("q"), SeenIds(named=0)
     problems: list[str] = []
     pictures: Counter[int] = Counter()
     bad = duplicates = 0
@@ -64,11 +68,13 @@ def inspect(
         pictures[len(pictures_of(item.messages if isinstance(item, Row) else item.prompt))] += 1
         duplicates += seen.add(digest(item).hex(), "") is not None
         labels += Counter([("false", "true")[item.good]] if isinstance(item, Labelled) else [])
-    if not lengths and not bad:
+    if not len(lengths) and not bad:
         raise DataError(f"{shown_path(data)}: holds no rows; at least one is needed")
-    ordered = sorted(lengths)
+    ordered = lengths.close()
+    ordered.sort()
     by_pictures = {str(number): count for number, count in sorted(pictures.items())} if any(pictures) else {}
-    over = None if max_length is None or not ordered else sum(n > max_length for n in ordered) / len(ordered)
+    longer = len(ordered) - int(ordered.searchsorted(max_length or 0, "right"))
+    over = None if max_length is None or not len(ordered) else longer / len(ordered)
     return {
         "path": config.path, "kind": kind, "rows": len(ordered), "bad_rows": bad, "duplicates": duplicates,
         "formats": dict(formats), "labels": dict(labels), "capabilities": dict(capabilities.most_common()),
@@ -95,18 +101,19 @@ def _format(value: Mapping[str, Any], declared: str | None, kind: DataKind) -> s
     return declared or detect(value, "prompt" if kind == "prompt" else "supervised")
 
 
-def _figures(ordered: list[int]) -> dict[str, int]:
-    if not ordered:
+def _figures(ordered: "Array") -> dict[str, int]:
+    if not len(ordered):
         return {}
     last = len(ordered) - 1
     shares = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    return {name: ordered[round(share * last)] for name, share in shares.items()} | {"sum": sum(ordered)}
+    return {name: int(ordered[round(share * last)]) for name, share in shares.items()} | {"sum": int(ordered.sum())}
 
 
-def _histogram(ordered: list[int]) -> list[list[int]]:
+def _histogram(ordered: "Array") -> list[list[int]]:
     """[first length, last length, number of rows] of at most `BINS` bins of equal width."""
-    if not ordered:
+    if not len(ordered):
         return []
-    width = ordered[-1] // BINS + 1
-    counts = Counter(value // width for value in ordered)
-    return [[at * width, (at + 1) * width - 1, counts[at]] for at in range(BINS) if at * width <= ordered[-1]]
+    width = int(ordered[-1]) // BINS + 1
+    ends = ordered.searchsorted([at * width for at in range(BINS + 1)]).tolist()
+    found = zip(range(BINS), ends, ends[1:], strict=False)
+    return [[at * width, (at + 1) * width - 1, end - start] for at, start, end in found if start < len(ordered)]

@@ -2,8 +2,9 @@
 
     records ─► StoreWriter ─► an Arrow file: one column of encoded records ─► memory map ─► Stored, a sequence
 
-Of a `Stored`, only a list of its batches is in memory, and 8 bytes a record where a part or another order of it was
-taken. The pages of the file that were read lie in the page cache, which the system reclaims when it needs memory.
+Of a `Stored`, only a list of its batches is in memory. Where a part or another order of it was taken, the places of
+these records lie on disk, too (arrays.py). The pages of the file that were read lie in the page cache, which the
+system reclaims when it needs memory.
 Left out: changes of a record. A new sequence is written instead.
 """
 
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import msgspec
+
+from posttrain.data.arrays import computed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,9 +153,11 @@ class Stored(Sequence[T]):
         """The records at these indices, in their order."""
         import numpy as np
 
-        places = np.asarray(indices, np.int64)
-        order = places if self._order is None else self._order[places]
-        return Stored(self.path, self._kind, order, column=self.column)
+        own = self._order
+        places = indices if isinstance(indices, range) else np.asarray(indices, np.int64)
+        if own is not None or isinstance(places, range):
+            places = computed(places, lambda block: block if own is None else own[block], np.int64)
+        return Stored(self.path, self._kind, places, column=self.column)
 
 
 def store(records: Iterable[T], kind: Any, folder: Path | None = None) -> Stored[T]:

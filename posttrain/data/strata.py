@@ -1,13 +1,15 @@
 """Divides places among strata, such as capabilities, and orders rows independently of their order in the file."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from posttrain.data.arrays import gathered
+from posttrain.data.ranked import Ranked
 from posttrain.records import Row
 
 if TYPE_CHECKING:
-    import numpy as np
+    from posttrain.data.arrays import Places
 
 
 def hash_order(seed: int, name: str) -> int:
@@ -40,34 +42,19 @@ def proportional_shares(sizes: Mapping[str, int], total: int, seed: int = 0) -> 
     return shares
 
 
-def sampled_places(rows: Sequence[Row], limit: int | None) -> "Sequence[int] | np.ndarray":
+def sampled_places(rows: Sequence[Row], limit: int | None) -> "Places":
     """The places of all rows, or of `limit` of them with a fair share of each capability, in their order.
 
     The choice depends only on the rows' ids, not on a seed, so that two policies are measured on the same prompts.
     """
-    import numpy as np
-
     if limit is None or limit >= len(rows):
         return range(len(rows))
-    hashes, capability_N, names = hashes_and_capabilities(rows, 0)
-    shares = proportional_shares(dict(zip(names, np.bincount(capability_N).tolist(), strict=True)), limit)
-    order = np.lexsort((hashes, capability_N))
-    sizes = np.bincount(capability_N)
-    ranks = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of each row among its capability's
-    chosen = order[ranks < np.repeat([shares[name] for name in names], sizes)]
-    return np.sort(chosen)
+    with Ranked(by_hash(rows, 0)) as ranked:
+        places = gathered(ranked.first(proportional_shares(ranked.sizes, limit)), "q")
+    places.sort()
+    return places
 
 
-def hashes_and_capabilities(rows: Sequence[Row], seed: int) -> "tuple[np.ndarray, np.ndarray, list[str]]":
-    """The sort key of each row by its id [N], the number of its capability [N], and the names of the capabilities."""
-    import numpy as np
-
-    hashes, numbers = np.empty(len(rows), np.uint64), np.empty(len(rows), np.int32)
-    found: dict[str, int] = {}
-    for place, row in enumerate(rows):
-        hashes[place] = hash_order(seed, row.id)
-        numbers[place] = found.setdefault(row.capability, len(found))
-    names = sorted(found)
-    in_order = np.empty(len(names), np.int32)
-    in_order[[found[name] for name in names]] = np.arange(len(names))
-    return hashes, in_order[numbers], names
+def by_hash(rows: Sequence[Row], seed: int) -> Iterator[tuple[str, float, int]]:
+    """What `Ranked` needs to order the rows of each capability by a hash of their ids."""
+    return ((row.capability, 0.0, hash_order(seed, row.id)) for row in rows)

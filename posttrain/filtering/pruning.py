@@ -3,12 +3,12 @@
 Lines of removed.jsonl name each removed row, and the row that it repeats or the evaluation rows that it contains.
 """
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from posttrain.context import StageContext
+from posttrain.data.arrays import ArrayWriter
 from posttrain.data.contamination import EvaluationTexts
 from posttrain.data.duplicates import DuplicateIndex
 from posttrain.data.stored import StoreWriter, pick
@@ -29,7 +29,7 @@ def prune(rows: Sequence[Row], config: FilterConfig, context: StageContext) -> t
     if config.dedup is None and config.decontaminate is None:
         return rows, {}
     texts = EvaluationTexts(config.decontaminate) if config.decontaminate is not None else None
-    stay: array[int] = array("q")
+    stay = ArrayWriter("q")
     counts = {"num_duplicates": 0, "num_contaminated": 0}
     near = config.dedup.near if config.dedup is not None else None
     with DuplicateIndex(near) as index, StoreWriter[dict[str, Any]](dict[str, Any], context.dir) as removed:
@@ -47,6 +47,6 @@ def prune(rows: Sequence[Row], config: FilterConfig, context: StageContext) -> t
         if text := index.unsettled_text():
             context.event("duplicates_unsettled", rows=index.num_unsettled, text=text)
         write_jsonl(context.dir / FILE, removed.close())
-    if not stay:
+    if not len(stay):
         raise DataError(f"all {len(rows)} rows contain text of decontaminate.path; see {context.dir / FILE}")
-    return pick(rows, stay), counts
+    return pick(rows, stay.close()), counts

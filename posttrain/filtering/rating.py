@@ -10,13 +10,13 @@ is emptied when the stage's config changes.
 """
 
 import time
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
+from posttrain.data.arrays import gathered
 from posttrain.data.stored import Stored, pick, store
 from posttrain.judging.backend import PreparedJudge, open_judge, rate_all
 from posttrain.judging.cache import VerdictCache
@@ -47,7 +47,7 @@ def rate(
 ) -> Rated:
     """Rate all questions. resources: of the judge's engines; None for a judge at an endpoint."""
     with VerdictCache(context.run_dir / FOLDER / f"{context.name}.sqlite", judge) as cache:
-        unknown = array("q", (place for place, asked in enumerate(questions) if cache.get(asked) is None))
+        unknown = gathered((place for place, asked in enumerate(questions) if cache.get(asked) is None), "q")
         num_known = num_rated = len(questions) - len(unknown)
         undecided: Counter[str] = Counter()
 
@@ -55,7 +55,7 @@ def rate(
             context.progress(num_rated, len(questions), "rows", values={"rated before": num_known})
 
         judging_s = 0.0
-        if unknown:
+        if len(unknown):
             with open_judge(judge, context, resources) as backend:
                 began = time.time()
                 for start in range(0, len(unknown), AT_ONCE):

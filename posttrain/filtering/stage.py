@@ -8,7 +8,6 @@ rate, which measures difficulty better if replies can be scored (see the profile
 """
 
 import time
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from msgspec.structs import replace
 
 from posttrain.context import StageContext
+from posttrain.data.arrays import gathered, numbers_of
 from posttrain.data.bad_rows import SeenIds
 from posttrain.data.images.files import with_files
 from posttrain.data.images.section import image_reader
@@ -134,18 +133,18 @@ def split(
     rows: Sequence[Row], verdicts: Sequence[Verdict], config: FilterConfig, *, seed: int
 ) -> tuple[Sequence[Row], Sequence[Row]]:
     """(kept, dropped) rows, each with its verdict."""
-    scores = array("d", (verdict.score for verdict in verdicts))
-    kept = places_kept(rows, scores, config.keep_fraction, stratify=config.stratify, seed=seed)
+    scores = gathered((verdict.score for verdict in verdicts), "d")
+    parts = places_kept(rows, numbers_of(scores), config.keep_fraction, stratify=config.stratify, seed=seed)
 
     def rated(place: int) -> Row:
         return _with_difficulty(rows[place], verdicts[place], config.judge_name)
 
-    parts = [array("q", np.flatnonzero(part).astype(np.int64).tobytes()) for part in (kept, ~kept)]
-    return Derived(parts[0], rated), Derived(parts[1], rated)
+    kept, dropped = (Derived(numbers_of(part), rated) for part in parts)
+    return kept, dropped
 
 
 class VerdictsById(Mapping[str, Verdict]):
-    """The verdict on each row, by the row's id. 16 bytes a row are in memory, if rows and verdicts are on disk."""
+    """The verdict on each row, by the row's id. All is on disk, if rows and verdicts are."""
 
     def __init__(self, rows: Sequence[Row], verdicts: Sequence[Verdict]):
         self._places, self._verdicts = Places(rows, lambda row: row.id), verdicts

@@ -7,6 +7,7 @@ from posttrain.config.models import ModelConfig, ServedModelConfig
 from posttrain.data.hub import is_name
 from posttrain.model.adapter import adapter_problems, base_folder, is_adapter
 from posttrain.model.folder import folder_problems, quantization
+from posttrain.model.tensors import missing_tensor_problems
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -14,7 +15,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 def model_folder_problems(path: str) -> list[str]:
     """One line for each problem of a model folder.
 
-    A model folder needs a config.json, exactly one set of safetensors files, and a tokenizer that fits the embeddings.
+    A model folder needs a config.json, exactly one set of safetensors files with every tensor of the model, and a
+    tokenizer that fits the embeddings.
     A folder of adapters is checked together with its base.
     """
     folder = Path(path).expanduser()
@@ -37,7 +39,8 @@ def model_folder_problems(path: str) -> list[str]:
         problems.append(f"got {path!r}: no *.safetensors in this folder; pickled weights are not loaded")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         problems.append(f"got {path!r}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); a model folder must hold one")
-    return problems + [f"got {path!r}: this folder {problem}" for problem in folder_problems(folder)]
+    faults = folder_problems(folder) or missing_tensor_problems(folder)
+    return problems + [f"got {path!r}: this folder {fault}" for fault in faults]
 
 
 def _download(path: str) -> str:

@@ -193,7 +193,8 @@ def _texts(config: RlConfig, rows: Sequence[Row]) -> Iterator[tuple[str, Message
 def _rows(config: RlConfig, context: StageContext | None = None, *, images: ImageReader | None = None) -> Stored[Row]:
     rows = store_rows(config.prompts, kind="prompt", stage="rl", context=context, images=images)
     check_rewardable(config, rows)
-    strata_of(rows, config.selection.predictor)  # a row without this field is found before anything starts
+    if config.selection.predictor is not None:
+        strata_of(rows, config.selection.predictor)  # a row without this field is found before anything starts
     return rows
 
 

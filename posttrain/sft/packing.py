@@ -6,15 +6,18 @@ trains on long conversations alone and the next on short ones alone. Here the co
 
 import bisect
 import random
-from array import array
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from posttrain.data.arrays import ArrayWriter, computed, copied, gathered, numbers_of, where
 from posttrain.data.stored import Derived
 from posttrain.tune.examples import PICTURES, Example
 from posttrain.tune.steps import IGNORED
+
+if TYPE_CHECKING:
+    from posttrain.data.arrays import Array
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int) -> "Packing":
@@ -23,12 +26,12 @@ def pack(lengths: Sequence[int], capacity: int, seed: int) -> "Packing":
     Every index is in exactly one row. Rows are in the order in which they were opened. Raises ValueError for a length
     above the capacity. Example: lengths 3, 2, 5 and capacity 5 give rows with the lengths {3, 2} and {5}.
     """
-    order = array("q", range(len(lengths)))
-    random.Random(seed).shuffle(order)  # pyright: ignore[reportArgumentType]
-    row_of: array[int] = array("q")  # of each index, in this order
+    order = copied(range(len(lengths)))
+    random.Random(seed).shuffle(order.data)  # pyright: ignore[reportArgumentType]
+    row_of = ArrayWriter("q")  # of each index, in this order
     num_rows = 0
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for index in order:
+    for index in numbers_of(order):
         length = lengths[index]
         if length > capacity:
             raise ValueError(f"length {length} is above the capacity {capacity}")
@@ -41,19 +44,24 @@ def pack(lengths: Sequence[int], capacity: int, seed: int) -> "Packing":
         row_of.append(row)
         if left > length:
             bisect.insort(room, (left - length, row))
-    return Packing(order, row_of)
+    return Packing(order, row_of.close())
 
 
 class Packing(Sequence[list[int]]):
-    """Rows of indices, 16 bytes an index. order: the indices. row_of: the row of each."""
+    """Rows of indices, which lie on disk. order: the indices. row_of: the row of each; no row is empty."""
 
-    def __init__(self, order: Sequence[int], row_of: Sequence[int]):
-        rows = np.asarray(row_of, np.int64)
-        self._members = np.asarray(order, np.int64)[np.argsort(rows, kind="stable")]
-        self._starts = np.cumsum([0, *np.bincount(rows)], dtype=np.int64)
+    def __init__(self, order: "Array", row_of: "Array"):
+        count = len(order)
+        shift = count.bit_length()
+        keys = computed(range(count), lambda places: row_of[places] << shift | places, np.int64)
+        keys.sort()  # by the rows, and within a row by the place
+        self._members = computed(keys, lambda block: order[block & ((1 << shift) - 1)], np.int64)
+        self._starts = where(
+            range(count), lambda places: (places == 0) | (keys[places - 1] >> shift != keys[places] >> shift)
+        )
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self._starts)
 
     @overload
     def __getitem__(self, index: int) -> list[int]: ...
@@ -63,7 +71,8 @@ class Packing(Sequence[list[int]]):
         if isinstance(index, slice):
             return [self[row] for row in range(len(self))[index]]
         row = range(len(self))[index]
-        return self._members[self._starts[row] : self._starts[row + 1]].tolist()
+        end = self._starts[row + 1] if row + 1 < len(self) else len(self._members)
+        return self._members[self._starts[row] : end].tolist()
 
 
 def to_records(
@@ -89,8 +98,8 @@ def to_records(
 
     if capacity is None:
         return Derived(range(len(examples)), lambda index: record([index]))
-    lengths = array("q", (len(example.ids) for example in examples))
-    return Derived(pack(lengths, capacity, seed), record)
+    lengths = gathered((len(example.ids) for example in examples), "q")
+    return Derived(pack(numbers_of(lengths), capacity, seed), record)
 
 
 def _labels(example: Example) -> list[int]:

@@ -7,8 +7,8 @@ field `predictor` if there is one. It fits the first groups of the prompts seen 
 fair sample of the stratum, because nothing distinguishes prompts that were not seen. A stratum with little evidence has
 about the prior of its capability, and a capability that of all prompts.
 
-Arrays have an entry for each prompt [N], so that a pool of millions of prompts costs little: 64 bytes a prompt, 16
-of them for its id.
+Arrays have an entry for each prompt [N] and lie on disk (arrays.py), 56 bytes a prompt, 8 of them for its id. Of a
+prompt that had a scored reply, its place is in memory.
 """
 
 from collections import Counter, defaultdict
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.arrays import computed, copied, gathered, numbers_of, where, zeros
 from posttrain.data.images.modality import modality_of
 from posttrain.data.places import Places
 from posttrain.errors import ConfigError
@@ -49,10 +50,11 @@ class Beliefs:
         self._version = 0
         # Discounted counts as of `_version`, and the replies since, apart: sums of whole numbers do not depend on the
         # order in which groups are scored.
-        self._passes_N, self._failures_N = np.zeros(len(rows)), np.zeros(len(rows))
-        self._new_passes_N, self._new_failures_N = np.zeros(len(rows)), np.zeros(len(rows))
+        self._passes_N, self._failures_N = zeros(len(rows), np.float64), zeros(len(rows), np.float64)
+        self._new_passes_N, self._new_failures_N = zeros(len(rows), np.float64), zeros(len(rows), np.float64)
         # Of the first group of each prompt: scored replies (0 if it was not seen), passes, policy version.
-        self._first_N3 = np.zeros((len(rows), 3), dtype=np.int32)
+        self._first_N3 = zeros((len(rows), 3), np.int32)
+        self._seen: set[int] = set()  # the places of the prompts with a first group
         self._first: dict[Stratum, Counter[tuple[int, int]]] = defaultdict(Counter)  # as `prior.Counts`
 
     def id_of(self, place: int) -> str:
@@ -66,12 +68,16 @@ class Beliefs:
         numbers: dict[str, list[int]] = defaultdict(list)
         for number, (capability, _) in enumerate(self._strata):
             numbers[capability].append(number)
-        return {name: np.flatnonzero(np.isin(self._stratum_N, some)) for name, some in sorted(numbers.items())}
+        every = range(len(self._rows))
+        return {
+            name: where(every, lambda places, some=some: np.isin(self._stratum_N[places], some))
+            for name, some in sorted(numbers.items())
+        }
 
     @property
     def num_seen(self) -> int:
         """How many prompts have had a scored reply."""
-        return int(np.count_nonzero(self._first_N3[:, 0]))
+        return len(self._seen)
 
     def is_seen(self, places: np.ndarray) -> np.ndarray:
         """Whether the prompts at these places have had a scored reply [n]."""
@@ -92,17 +98,18 @@ class Beliefs:
         if not self._first_N3[place, 0]:
             sure = first if first is not None and sum(first) else (passes, failures)
             self._first_N3[place] = sum(sure), sure[0], version
+            self._seen.add(place)
             self._first[self._strata[self._stratum_N[place]]][passes, passes + failures] += 1
 
     def advance(self, version: int) -> None:
         """Discount what was seen before, and fit the priors, as of policy version `version`."""
         kept = 0.5 ** ((version - self._version) / self._half_life)
         self._version = version
+        seen = self._seen_places()  # the counts of the others are 0
         for old, new in ((self._passes_N, self._new_passes_N), (self._failures_N, self._new_failures_N)):
-            old += new
-            old *= kept
-            old[old < FORGOTTEN] = 0.0
-            new[:] = 0.0
+            counts = (old[seen] + new[seen]) * kept
+            old[seen] = np.where(counts < FORGOTTEN, 0.0, counts)
+            new[seen] = 0.0
         total = sum(counts.total() for counts in self._first.values())
         if total > LEAST_FIRST_GROUPS:
             kept = max(kept, LEAST_FIRST_GROUPS / total)
@@ -154,13 +161,12 @@ class Beliefs:
         """
         return [
             Difficulty(self.id_of(place), self._strata[self._stratum_N[place]][0], n, passes, version, True, samples=n)
-            for place in self._seen
+            for place in self._seen_places().tolist()
             for n, passes, version in [self._first_N3[place].tolist()]
         ]
 
-    @property
-    def _seen(self) -> list[int]:
-        return np.flatnonzero(self._first_N3[:, 0]).tolist()
+    def _seen_places(self) -> np.ndarray:
+        return np.array(sorted(self._seen), np.int64)
 
     def state(self) -> dict[str, Any]:
         """JSON state for a checkpoint, right after `advance`. Only prompts that were seen are in it."""
@@ -172,7 +178,7 @@ class Beliefs:
                     float(self._failures_N[place]),
                     *self._first_N3[place].tolist(),
                 ]
-                for place in self._seen
+                for place in self._seen_places().tolist()
             },
             "first": [
                 [*stratum, passes, n, weight]
@@ -184,11 +190,14 @@ class Beliefs:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
         self._version = state["version"]
+        before = self._seen_places()
         for array in (self._passes_N, self._failures_N, self._new_passes_N, self._new_failures_N, self._first_N3):
-            array[:] = 0
+            array[before] = 0
+        self._seen.clear()
         for name, (passes, failures, *first) in state["seen"].items():
             place = self.place[name]
             self._passes_N[place], self._failures_N[place], self._first_N3[place] = passes, failures, first
+            self._seen.add(place)
         self._first.clear()
         for capability, value, passes, n, weight in state["first"]:
             self._first[capability, value][passes, n] = weight
@@ -212,18 +221,18 @@ def strata_of(rows: Sequence[Row], predictor: str | None) -> tuple[list[Stratum]
     """
     found: dict[tuple[str, str, str], int] = {}
     values = _values(rows, predictor) if predictor is not None else repeat("")
-    number_N = np.fromiter(
+    number_N = gathered(
         (
             found.setdefault((row.capability, modality_of(row), str(value)), len(found))
             for row, value in zip(rows, values, strict=False)
         ),
         np.int32,
-        len(rows),
     )
     differ = len({modality for _, modality, _ in found}) > 1
     named = [(capability, f"{modality} {value}".strip() if differ else value) for capability, modality, value in found]
     strata = sorted(set(named))
-    return strata, np.array([strata.index(stratum) for stratum in named], np.int32)[number_N]
+    in_order = np.array([strata.index(stratum) for stratum in named], np.int32)
+    return strata, computed(number_N, lambda numbers: in_order[numbers], np.int32)
 
 
 def _values(rows: Sequence[Row], predictor: str) -> Iterable[Any]:
@@ -247,6 +256,6 @@ def _values(rows: Sequence[Row], predictor: str) -> Iterable[Any]:
     values = (row.fields[predictor] for row in rows)
     if not are_numbers or len(distinct) <= NUM_BINS:
         return values
-    numbers_N = np.fromiter(values, np.float64, len(rows))
-    edges = np.unique(np.quantile(numbers_N, np.arange(1, NUM_BINS) / NUM_BINS))
-    return np.searchsorted(edges, numbers_N, side="right")
+    numbers_N = gathered(values, np.float64)
+    edges = np.unique(np.quantile(copied(numbers_N), np.arange(1, NUM_BINS) / NUM_BINS, overwrite_input=True))
+    return numbers_of(computed(numbers_N, lambda numbers: np.searchsorted(edges, numbers, side="right"), np.int64))

@@ -24,12 +24,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from msgspec.structs import replace
 
 from posttrain.context import StageContext
+from posttrain.data.ranked import Ranked
 from posttrain.data.stored import Derived
-from posttrain.data.strata import hashes_and_capabilities
+from posttrain.data.strata import by_hash
 from posttrain.episodes.rollouter import EnvironmentRollouter
 from posttrain.errors import StageError
 from posttrain.metrics.correctness import is_right
@@ -122,14 +122,11 @@ def profile_prompts(
 
 def profiled_places(rows: Sequence[Row], limit: int | None, seed: int) -> list[int]:
     """The places of the rows in random order, or `limit` of them, spread evenly over the capabilities."""
-    order = list(range(len(rows)))
-    if limit is not None and limit < len(rows):
-        hashes, capability_N, _ = hashes_and_capabilities(rows, seed)
-        sizes = np.bincount(capability_N)
-        by_hash = np.lexsort((hashes, capability_N))  # the places of each capability, in order of their hashes
-        ranks = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        spread = np.lexsort((capability_N[by_hash], ranks / np.repeat(sizes, sizes)))
-        order = np.sort(by_hash[spread[:limit]]).tolist()
+    if limit is None or limit >= len(rows):
+        order = list(range(len(rows)))
+    else:
+        with Ranked(by_hash(rows, seed)) as ranked:
+            order = sorted(ranked.spread(limit))
     random.Random(seed).shuffle(order)
     return order
 

@@ -10,6 +10,7 @@ from itertools import count, islice
 import numpy as np
 
 from posttrain.config.images import Modality
+from posttrain.data.arrays import gathered, where
 from posttrain.data.images.modality import modality_of
 from posttrain.errors import ConfigError
 from posttrain.records import Row
@@ -28,8 +29,12 @@ def places_by_quota(rows: Sequence[Row], modalities: Modalities | None) -> dict[
     """The places of the rows of each quota, by its name. modalities: see `quota_of`."""
     found: dict[str, int] = {}
     quotas = (quota_of(row, modalities) for row in rows)
-    number_N = np.fromiter((found.setdefault(quota, len(found)) for quota in quotas), np.int32, len(rows))
-    return {name: np.flatnonzero(number_N == number) for name, number in sorted(found.items())}
+    number_N = gathered((found.setdefault(quota, len(found)) for quota in quotas), np.int32)
+    every = range(len(rows))
+    return {
+        name: where(every, lambda places, number=number: number_N[places] == number)
+        for name, number in sorted(found.items())
+    }
 
 
 def mixture_shares(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.arrays import blocks, where, zeros
 from posttrain.rl.prompts.beliefs import Beliefs, mixed_chance
 from posttrain.rl.prompts.quotas import Modalities
 
@@ -40,7 +41,7 @@ class Selection:
         self._group_size = group_size
         self._seed = seed
         self.members = beliefs.of_quotas(modalities)
-        self._drawn_at_N = np.full(len(beliefs.place), -(2**62), dtype=np.int64)  # the number of the last draw
+        self._drawn_at_N = zeros(len(beliefs.place), np.int64)  # the number of the last draw, from 1; 0: never drawn
         self._slates: dict[str, list[int]] = {}
         self._useful_a_reply = 1 / (4 * group_size)  # groups that were trained on, for each sampled reply
         self._num_mixed = self._expected_mixed()
@@ -97,22 +98,25 @@ class Selection:
         self._num_mixed = self._expected_mixed()
 
     def _expected_mixed(self) -> dict[str, float]:
-        chances = {
-            name: mixed_chance(*self.beliefs.shapes(members), self._group_size)
-            for name, members in self.members.items()
-        }
-        return {name: float(chance.sum()) for name, chance in chances.items()}
+        def expected(places: np.ndarray) -> float:
+            return float(mixed_chance(*self.beliefs.shapes(places), self._group_size).sum())
+
+        return {name: sum(map(expected, blocks(members))) for name, members in self.members.items()}
 
     def _slate(self, quota: str, order: int, number: int) -> list[int]:
         """The places of the prompts to be drawn next, the best one last."""
         members = self.members[quota]
         rng = np.random.default_rng([self._seed, zlib.crc32(quota.encode()), order])
-        rested = number - self._drawn_at_N[members] > REST * self._num_mixed[quota]
-        able = members[rested]
+
+        def has_rested(places: np.ndarray) -> np.ndarray:
+            drawn_at = self._drawn_at_N[places]
+            return (drawn_at == 0) | (number - drawn_at > REST * self._num_mixed[quota])
+
+        able = where(members, has_rested)
         if not able.size:  # all were drawn lately: the ones that were drawn first
             able = members[np.argsort(self._drawn_at_N[members], kind="stable")[: max(1, members.size // 2)]]
         if able.size > CANDIDATES:
-            seen = able[self.beliefs.is_seen(able)]
+            seen = where(able, self.beliefs.is_seen)
             some = [among[rng.integers(0, among.size, CANDIDATES // 2)] for among in (able, seen) if among.size]
             able = np.unique(np.concatenate(some))
         a, b = self.beliefs.shapes(able)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.config.rewards import SystemsConfig
+from posttrain.data.arrays import computed, shuffled
 from posttrain.data.chat import RenderRow
 from posttrain.data.images.modality import modality_of
 from posttrain.data.images.render import Pictures, prompt_of
@@ -105,8 +106,8 @@ class PromptSource:
         turn, place = divmod(number - 1, len(places))
         if (quota, turn) not in self._passes:
             self._passes = {key: value for key, value in self._passes.items() if key[0] != quota}
-            rng = random.Random(f"{self._seed}/{quota}/{turn}")
-            self._passes[quota, turn] = places[rng.sample(range(len(places)), len(places))]
+            order = shuffled(len(places), random.Random(f"{self._seed}/{quota}/{turn}"))
+            self._passes[quota, turn] = computed(order, lambda numbers: places[numbers], np.int64)
         return self._rows[int(self._passes[quota, turn][place])]
 
     def observe(self, scored: ScoredGroup, threshold: float, first: int | None) -> None:
