@@ -29,7 +29,7 @@ from posttrain.report.sections.flow import DROPPED, FATES
 from posttrain.report.sections.result import result_section
 from posttrain.report.sections.rollouts import SAMPLE, sample_rollouts
 from posttrain.report.series import Series
-from posttrain.report.statements import Change, Share, changes, gain_sentences, headline
+from posttrain.report.statements import Change, Share, changes, gain_sentences, headline, modality_sentences
 from posttrain.report.write import build_sections
 from posttrain.rl.loop.tally import REASONS
 
@@ -441,6 +441,21 @@ def test_headline_makes_no_claim_when_intervals_overlap() -> None:
     run = run_with({"sft": results(0.48), "rl": results(0.52)})
     assert headline(run).startswith("RL: no measurable change in held-out accuracy, 48.0% [")
     assert gain_sentences(run) == []
+
+
+def test_the_change_is_told_by_modality() -> None:
+    shares = {"text": (0.5, 0.52), "image": (0.4, 0.8), "multi-image": (0.9, 0.5)}
+    evals = {
+        stage: results(0.5) | {f"modality: {name}": results(pair[at])["all"] for name, pair in shares.items()}
+        for at, stage in enumerate(("sft", "rl"))
+    }
+    told = modality_sentences(run_with(evals))
+    assert [sentence.partition("%")[0] for sentence in told] == [
+        "On prompts of text, accuracy did not measurably change: 50.0",
+        "On prompts with one picture, accuracy rose 40.0",
+        "On prompts with several pictures, accuracy fell 90.0",
+    ]
+    assert modality_sentences(run_with({"sft": results(0.4), "rl": results(0.8)})) == []
 
 
 def test_the_headline_reports_a_loss_of_accuracy() -> None:

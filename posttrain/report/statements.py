@@ -14,6 +14,12 @@ from posttrain.report.lineage import before, chain, measured
 from posttrain.report.read import Run, mapping, number
 
 LABELS = {"base": "base", "filter": "filter", "sft": "SFT", "rl": "RL", "dpo": "DPO", "eval": "evaluation"}
+MODALITY = "modality: "  # begins the name of an entry of results.json
+PROMPTS = {
+    "text": "prompts of text",
+    "image": "prompts with one picture",
+    "multi-image": "prompts with several pictures",
+}
 SHOWN = {"worked": "show their work"}  # a property that an evaluation may count -> the words after "replies that"
 
 
@@ -129,8 +135,8 @@ def changes(run: Run) -> list[tuple[str, str, Change]]:
     return found
 
 
-def _change(run: Run, earlier: str, later: str) -> Change | None:
-    shares = greedy(run.evals[earlier]), greedy(run.evals[later])
+def _change(run: Run, earlier: str, later: str, *, part: str = "all") -> Change | None:
+    shares = greedy(run.evals[earlier], part), greedy(run.evals[later], part)
     if shares[0] is None or shares[1] is None or shares[0].n != shares[1].n:
         return None
     return Change(shares[0], shares[1])
@@ -202,6 +208,21 @@ def gain_sentences(run: Run) -> list[str]:
         if before and after:
             sentences.append(_observed_sentence(words, before, after))
             sentences.extend(_parts_sentence(words, main[2], before, after=after))
+    return sentences
+
+
+def modality_sentences(run: Run) -> list[str]:
+    """One sentence for each modality about the change of the headline, if the problems have several modalities."""
+    main = main_change(run)
+    if main is None:
+        return []
+    sentences = []
+    for name in (entry for entry in run.evals[main[1]] if entry.startswith(MODALITY)):
+        change = _change(run, main[0], main[1], part=name)
+        if change is not None:
+            verb = {"raised": "rose", "lowered": "fell", "none": "did not measurably change:"}[change.verdict]
+            where = PROMPTS.get(name.removeprefix(MODALITY), name)
+            sentences.append(f"On {where}, accuracy {verb} {change.before} → {change.after}.")
     return sentences
 
 

@@ -28,6 +28,7 @@ from posttrain.report.statements import (
     greedy,
     label,
     main_change,
+    modality_sentences,
     observed,
     properties,
     share_of,
@@ -49,7 +50,7 @@ def result_section(run: Run) -> Section | None:
     main = main_change(run)
     others = [pair for pair in changes(run) if main is None or pair[:2] != main[:2]]
     gains, sentences = (
-        gain_sentences(run),
+        [*gain_sentences(run), *modality_sentences(run)],
         [change_sentence(run, before, after, change=change) for before, after, change in others],
     )
     keys = [Key("greedy", "--accent", "dot"), Key(f"{at_k}, sampled", "--muted", "ring")]
