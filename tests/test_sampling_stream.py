@@ -148,6 +148,44 @@ def test_pieces_make_whole_replies(engines):
 
 
 @slow
+def test_replies_share_a_prompt_that_fills_no_block(engines, models):
+    """Only the first of eight replies computes the prompt, and a next turn reads prompt and reply: 20 tokens, 32 to a
+    block. What is read is what would have been computed."""
+    from posttrain.compat.vllm_prefixes import UNIT
+    from posttrain.model.load import load_model
+
+    prompts = [tuple(reversed(prompt)) for prompt in PROMPTS]
+    requests = [(i, SampleRequest(prompt, n=8, max_tokens=7)) for i, prompt in enumerate(prompts)]
+    cached = defaultdict(list)
+
+    async def count(pieces):
+        for piece in pieces:
+            if piece.finish_reason:
+                cached[piece.key].append(piece.num_cached)
+
+    async def run():
+        await engines[1].submit.remote(requests)
+        replies = await collect(engines[1], 8 * len(requests), on_pieces=count)
+        turns = [
+            (100 + i, SampleRequest((*prompt, *replies[i, 3].token_ids, 5, 6), max_tokens=2))
+            for i, prompt in enumerate(prompts)
+        ]
+        await engines[1].submit.remote(turns)
+        await collect(engines[1], len(turns), on_pieces=count)
+        return replies
+
+    replies = asyncio.run(run())
+    whole = (len(prompts[0]) - 1) // UNIT * UNIT
+    policy = load_model(models[5])
+    for key, prompt in enumerate(prompts):
+        assert sorted(cached[key]) == [0, *[whole] * 7]
+        assert cached[100 + key] == [(len(prompt) + 6) // UNIT * UNIT]  # the last token of a reply is never read
+        for index in range(8):
+            expected = logprobs_of(policy, prompt, replies[key, index].token_ids)
+            assert torch.allclose(torch.tensor(replies[key, index].logprobs), expected, atol=1e-4)
+
+
+@slow
 def test_an_update_in_flight_is_labelled_in_the_pieces(engines, models):
     """Tokens before and after are of the policy that the pieces name: recomputed with another implementation."""
     from posttrain.model.load import load_model

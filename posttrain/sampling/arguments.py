@@ -49,9 +49,15 @@ def engine_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str
     return {**arguments, **compat.keep_attention_temperature(read_model_config(model.path))}
 
 
-def cpu_cache_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str, int]:
-    """The further arguments of an engine on a CPU: what the configuration does not say about its KV cache."""
-    arguments = {} if engine.block_size is not None else {"block_size": CPU_BLOCK}
+def cpu_cache_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str, Any]:
+    """The further arguments of an engine on a CPU: what the configuration does not say about its KV cache.
+
+    Layers that attend within chunks keep all keys and values, like the others: with one kind of cache, replies share
+    parts of blocks (posttrain/compat/vllm_prefixes.py), and the scheduler has one cache to look after.
+    """
+    arguments: dict[str, Any] = {"disable_hybrid_kv_cache_manager": True}
+    if engine.block_size is None:
+        arguments["block_size"] = CPU_BLOCK
     if engine.kv_cache_gib is None:
         length = engine_length(engine, model.path)
         size = cpu_kv_cache_bytes(read_model_config(model.path), model.dtype, engine, length=length)

@@ -7,6 +7,8 @@ would reuse them.
 vLLM fixes when it starts whether requests are served by priority. Here the first request with a priority turns that
 on, and it is turned off when the engine is empty: a warm engine serves stages that use priorities and stages that do
 not. The private parts of vLLM that both need are in posttrain/compat/vllm.py.
+
+On CPUs, replies to one prompt share it to within a few tokens (posttrain/compat/vllm_prefixes.py).
 """
 
 import secrets
@@ -17,6 +19,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from posttrain.compat.vllm import forget_prefixes, salt_prefixes, serve_by
 from posttrain.compat.vllm_images import keep_tiles
+from posttrain.compat.vllm_prefixes import PartialBlocks, share_parts_of_blocks
 
 if TYPE_CHECKING:
     Base = scheduler.Scheduler
@@ -24,7 +27,32 @@ else:
     Base = object
 
 
+share_parts_of_blocks()  # the engine core imports this module before it plans its KV cache
+
+
 class _Ours(Base):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._parts = PartialBlocks(self)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """The next step. A request whose prompt another one computes in this very step is left for the next."""
+        self._parts.begin_step()
+        return super().schedule(*args, **kwargs)
+
+    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
+        hit = super()._get_local_prefix_cache_hit(request)
+        self._parts.look_up(request, hit[0], hit[1])
+        return hit
+
+    def _ec_transfer_pending(self, request: Any, num_computed_tokens: int) -> bool:
+        """What vLLM asks after each look-up: whether the request has to wait."""
+        return self._parts.is_waiting(request) or super()._ec_transfer_pending(request, num_computed_tokens)
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self._parts.keep_end(request)
+        return super()._free_request(request, *args, **kwargs)
+
     def add_request(self, request: Any) -> None:
         """A request with a priority turns first-come-first-served off, until the engine has nothing to do."""
         if request.priority:
