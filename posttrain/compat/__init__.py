@@ -14,13 +14,25 @@ the upstream reference, and the test that tells when the function can be deleted
     vllm.py           weight reloading, prefix caches, the queue of requests, tokens of unfinished replies
     vllm_images.py    prompts with pictures, and what a weight update must make an engine forget of them
     vllm_parsers.py   the names of its parsers of calls
+    vllm_prefixes.py  prompts that share a part of a block of the KV cache
 
 Importing this package imports no upstream library: each function imports what it needs when it is called.
 Code of ours that uses a public interface (a worker extension, a scheduler subclass, a trainer subclass) stays in the
 folder of its feature. Where it overrides a private method, a record here says so.
 """
 
-from posttrain.compat import deepspeed, ray, torch, torchvision, transformers, trl, vllm, vllm_images, vllm_parsers
+from posttrain.compat import (
+    deepspeed,
+    ray,
+    torch,
+    torchvision,
+    transformers,
+    trl,
+    vllm,
+    vllm_images,
+    vllm_parsers,
+    vllm_prefixes,
+)
 from posttrain.compat.patches import PATCHES, Patch, changed_versions
 
 __all__ = [
