@@ -48,4 +48,5 @@ __all__ = [
     "vllm",
     "vllm_images",
     "vllm_parsers",
+    "vllm_prefixes",
 ]

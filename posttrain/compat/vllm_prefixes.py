@@ -37,9 +37,12 @@ UNIT = 4
 )
 def share_parts_of_blocks() -> None:
     """From now on, engine cores of this process that run on a CPU share prompts to within `UNIT` tokens."""
-    from vllm.v1.core import kv_cache_coordinator as coordinator
-    from vllm.v1.engine import core
+    from vllm.v1.core import kv_cache_coordinator
+    from vllm.v1.engine import core as engine_core
 
+    # The names are not among those that the modules offer.
+    coordinator: Any = kv_cache_coordinator
+    core: Any = engine_core
     if getattr(core, "_posttrain_shares_parts", False):
         return
     resolve, enabled = core.resolve_kv_cache_block_sizes, coordinator.partial_hash_hits_enabled
@@ -65,7 +68,7 @@ def share_parts_of_blocks() -> None:
     for module, functions in changed.items():
         for name, function in functions.items():
             setattr(module, name, function)
-    core._posttrain_shares_parts = True  # type: ignore[attr-defined]
+    core._posttrain_shares_parts = True
 
 
 def _can_share(kv_cache_config: Any, vllm_config: Any, block: int) -> bool:
