@@ -27,9 +27,6 @@ else:
     Base = object
 
 
-share_parts_of_blocks()  # the engine core imports this module before it plans its KV cache
-
-
 class _Ours(Base):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -81,3 +78,4 @@ class AsyncScheduler(_Ours, async_scheduler.AsyncScheduler):
 
 
 keep_tiles()
+share_parts_of_blocks()  # the engine core imports this module before it plans its KV cache
