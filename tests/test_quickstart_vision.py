@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from posttrain.data.pairs import load_pairs
 from posttrain.files import read_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.timeout(900)]
@@ -68,9 +67,8 @@ def _parts(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_pairs_of_dpo_show_pictures(run):
-    pairs = load_pairs(run / "dpo" / "pairs.jsonl")
-    assert any("image" in json.dumps(line["prompt"]) for line in read_jsonl(run / "dpo" / "pairs.jsonl"))
-    assert pairs
+    prompts = [json.dumps(pair["prompt"]) for pair in read_jsonl(run / "dpo" / "pairs.jsonl")]
+    assert any('"type": "image"' in prompt for prompt in prompts)
 
 
 def test_transformers_loads_the_result_with_its_processor(run):
