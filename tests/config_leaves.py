@@ -38,6 +38,8 @@ def _expand(key: str, annotation: Any, value: Any, given: dict[str, Any]) -> Ite
     annotation = _plain(annotation)
     options = _options(annotation)
     section, *others = [option for option in options if _is_section(option)] or [None]
+    if section is not None and int in options:  # a number is the short form of the section
+        yield Leaf(key, annotation, given)
     for other in others:  # the other forms of a section, each in a config of its own
         yield from find_leaves(other, None, f"{key}.", {**given, key: minimal(other)})
     items = next((get_args(option)[0] for option in options if get_origin(option) is list), None)

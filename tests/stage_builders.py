@@ -755,7 +755,8 @@ def _controller(config: Any) -> Any:
     )  # not entered: nothing starts
     unused: Any = None
     moves = config.modality_curriculum is not None
-    source: Any = SimpleNamespace(moved=lambda shares: shares if moves else None)  # asked for the shares alone
+    # Asked for the shares, and for prompts to compare new engines by.
+    source: Any = SimpleNamespace(moved=lambda shares: shares if moves else None, first=lambda count: [])
     engines.names, engines.actors, engines.logs = ["e"], [unused], {"e": BusyLog(CONTEXT, "e", "generate")}
     engines.places = [None]
     shares, ledger = {"math": 0.5, "coding": 0.5}, Ledger(Path(":memory:"))
@@ -809,7 +810,7 @@ def rl_weights(config: Any) -> Any:
     from posttrain.rl.rollouts.weights import publisher, update_calls
 
     made = publisher(config)
-    calls = update_calls(config, {"backend": "nccl", "init": {}}, 3)
+    calls = update_calls(config, {"backend": "nccl", "init": {}}, 3, seats=range(config.resources.rollout.most))
     return type(made).__name__, getattr(made, "backend", None), calls
 
 

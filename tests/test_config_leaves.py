@@ -265,6 +265,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "systems.instructions.*": {"systems.instructions": INSTRUCTIONS},
             "weights.backend": {"resources.rollout.gpus": 0.5, "resources.trainer.gpus": 0.5},
             "weights.order": {"resources.rollout.workers": 2},
+            "resources.rollout.workers.*": {"resources.rollout.workers": {"min": 2, "max": 4}},
             "deterministic": {"max_staleness": 0},
             "over_provision": {"max_staleness": 0, "over_provision": 0.0},
             "loss.clip_*": {"loss.name": "grpo"},

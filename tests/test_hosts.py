@@ -4,7 +4,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,8 +78,11 @@ def worker_on(place: EnginePlace | None, update: Callable[..., Awaitable[Any]]) 
 
 
 def weights_of(workers: list[Worker], taken: list[Worker]) -> WorkerWeights:
-    def calls(manifest: Any, version: int) -> UpdateCalls:
-        return [[(index, {"source": manifest, "policy_version": version}) for index in range(len(workers))]]
+    for seat, worker in enumerate(workers):
+        worker.seat = seat
+
+    def calls(manifest: Any, version: int, *, seats: Sequence[int]) -> UpdateCalls:
+        return [[(seat, {"source": manifest, "policy_version": version}) for seat in seats]]
 
     return WorkerWeights(CONTEXT, workers, calls=calls, manifest=None, version=0, taken=taken.append)
 

@@ -166,7 +166,7 @@ def test_a_rollouter_that_awaits_something_else_is_told_what_to_do(tmp_path):
 
     async def run() -> None:
         context = StageContext("rl", tmp_path, tmp_path / "events.jsonl")
-        none: Any = SimpleNamespace(names=[], actors=[], logs={})
+        none: Any = SimpleNamespace(seats=[])
         workers = RolloutWorkers(context, none, deadline_s=1.0, finished=lambda flight: None, rollouter=Sleepy())
         workers.send(flight_of(3, REQUEST.prompt_ids, REQUEST))
         await workers.run()
@@ -273,7 +273,7 @@ class Run:
             deadline_s=ENGINE.deadline_s,
             finished=self._finish,
             rollouter=rollouter,
-            calls=lambda folder, version: [[(0, {"source": folder, "policy_version": version})]],
+            calls=lambda folder, version, seats: [[(0, {"source": folder, "policy_version": version})]],
             manifest=weights(policies[0]),
             **settings,
         )

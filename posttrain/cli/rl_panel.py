@@ -49,6 +49,7 @@ SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "speed": (
         ("generate_tokens_per_s", "tokens/s", "{:,.0f}"),
+        ("engines", "engines", "{:g}"),
         ("idle/", "idle ", "{:.0%}"),
     ),
     "prompts": (

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.base import RESULT_STAYS, Config
 
@@ -33,6 +33,53 @@ class ActorResources(HostChoice):
     workers: Annotated[int, Field(ge=1)] = Field(default=1, description="Number of actors, one engine in each.")
     cpus: Annotated[float, Field(ge=0)] = Field(default=1.0, description="CPUs that Ray reserves for each actor.")
     gpus: Annotated[float, Field(ge=0)] = Field(default=0.0, description="GPUs that Ray reserves for each actor.")
+
+
+class WorkerRange(Config):
+    """How many engines a stage may have at a time. Example: `{min: 1, max: 8}`."""
+
+    min: Annotated[int, Field(ge=1)] = Field(default=1, description="Engines that a run begins with, and always keeps.")
+    max: Annotated[int, Field(ge=1)] = Field(description="Most engines.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "WorkerRange":
+        if self.max <= self.min:
+            raise ValueError(
+                f"max is {self.max} and min is {self.min}: max must be above min; for a fixed number of engines write "
+                f"workers: {self.min}"
+            )
+        return self
+
+
+class RolloutResources(HostChoice):
+    """What the engines of RL ask of the Ray cluster. Their number is fixed, or follows the need within a range."""
+
+    workers: Annotated[int, Field(ge=1)] | WorkerRange = Field(
+        default=1,
+        description="Number of actors, one engine in each. `{min: 1, max: 8}`: engines join while the trainer waits "
+        "for rollouts, and leave while they have nothing to do.",
+    )
+    cpus: Annotated[float, Field(ge=0)] = Field(default=1.0, description="CPUs that Ray reserves for each actor.")
+    gpus: Annotated[float, Field(ge=0)] = Field(default=0.0, description="GPUs that Ray reserves for each actor.")
+
+    @property
+    def least(self) -> int:
+        """Engines that a run begins with."""
+        return self.workers.min if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def most(self) -> int:
+        """Most engines at a time."""
+        return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether their number may change."""
+        return isinstance(self.workers, WorkerRange)
+
+    def fixed(self, workers: int) -> ActorResources:
+        """The same for a fixed number of engines."""
+        return ActorResources(**{**self.model_dump(exclude={"workers"}), "workers": workers})
 
 
 class RewardResources(Config):

@@ -86,7 +86,7 @@ def calibrate(run_dir: Path, stage: str = "rl") -> Calibration:
             "--calibrate", [f"{folder}: needs {FEWEST_STEPS + 1} steps with `train_cpu_s` in their metrics"]
         )
     events = [event for event in read_jsonl(folder.parent / "events.jsonl") if event.get("stage") == folder.name]
-    engines = config.resources.rollout.workers
+    engines = config.resources.rollout.most
     slowdown = median(step["train_s"] / max(step["train_cpu_s"], 1e-6) for step in steps)
     cores = None
     if not config.resources.rollout.gpus:
@@ -122,7 +122,7 @@ def _engine(
     events: Sequence[dict[str, Any]], config: RlConfig, trained: list[tuple[float, float]], *, cores: float | None
 ) -> EngineCosts:
     """The line seconds * speed / tokens = step_s / c + token_s, by least squares weighted by tokens, none below 0."""
-    engines, rows = config.resources.rollout.workers, []
+    engines, rows = config.resources.rollout.most, []
     for event in events:
         if event.get("event") != "engine_load" or event["tokens"] < 1:
             continue

@@ -45,17 +45,17 @@ def best_changes(config: RlConfig, make: Callable[[RlConfig], Planned], now: Out
 def _candidates(config: RlConfig) -> Iterator[tuple[str, RlConfig]]:
     """Configs that differ in one decision, each with the keys to set."""
     rollout, ranks, split = config.resources.rollout, config.parallel.processes, per_engine(config)
-    more = max(1, rollout.workers // 4)
-    yield from _changed(config, {"resources.rollout.workers": rollout.workers + more})
+    more = max(1, rollout.most // 4)
+    yield from _changed(config, {"resources.rollout.workers": rollout.most + more})
     yield from _changed(config, {"parallel.processes": 2 * ranks})
     if ranks % 2 == 0 and ranks // 2 >= split:
-        workers = rollout.workers + ranks // 2 // split
+        workers = rollout.most + ranks // 2 // split
         fewer: dict[str, object] = {"parallel.processes": ranks // 2, "resources.rollout.workers": workers}
         if config.parallel.expert > ranks // 2:
             fewer["parallel.expert"] = ranks // 2
         yield from _changed(config, fewer)
-    if rollout.workers * split > ranks:
-        workers = rollout.workers - -(-ranks // split)
+    if rollout.most * split > ranks:
+        workers = rollout.most - -(-ranks // split)
         if workers >= 1:
             yield from _changed(config, {"resources.rollout.workers": workers, "parallel.processes": 2 * ranks})
     yield from _changed(config, {"max_staleness": config.max_staleness + 1})

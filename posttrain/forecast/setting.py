@@ -72,7 +72,7 @@ def plan_asynchronous(config: RlConfig, cluster: ClusterConfig, device: DeviceCo
         else engine_costs(models.judge, device, devices=_per_judge(config), dtype=dtype),
         cores=float(cluster.devices_per_host) if device.shares_cores else None,
     )  # fmt: skip
-    setting = _setting(config, cluster.workload, costs, engines=config.resources.rollout.workers)
+    setting = _setting(config, cluster.workload, costs, engines=config.resources.rollout.most)
     setting = replace(setting, max_seqs=max(1, min(config.engine.max_num_seqs, fit)))
     return Planned("asynchronous", setting, tuple(memory), used)
 
@@ -125,7 +125,7 @@ def device_counts(config: RlConfig) -> dict[str, int]:
     judge = 0 if resources.judge is None else resources.judge.workers * _per_judge(config)
     return {
         "trainer": config.parallel.processes,
-        "engines": resources.rollout.workers * per_engine(config),
+        "engines": resources.rollout.most * per_engine(config),
         "judge": judge,
         "reference": int(resources.reference is not None),
     }

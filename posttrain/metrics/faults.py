@@ -8,6 +8,8 @@ from collections.abc import Mapping
 WORDS = {
     "alarm": "alarm",
     "doubtful": "doubtful",
+    "engine_given_up": "engine given up",
+    "engine_refused": "engine not added",
     "engine_replaced": "engine replaced",
     "reward_restarted": "reward processes restarted",
     "rolled_back": "rolled back",

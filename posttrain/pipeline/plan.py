@@ -15,7 +15,13 @@ from pathlib import Path
 from posttrain.config.data import FilesConfig
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
-from posttrain.config.resources import ActorResources, HostChoice, RewardResources, TrainerResources
+from posttrain.config.resources import (
+    ActorResources,
+    HostChoice,
+    RewardResources,
+    RolloutResources,
+    TrainerResources,
+)
 from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError
 from posttrain.model.adapter import base_folder
@@ -30,12 +36,12 @@ from posttrain.planning.memory import BYTES, state_bytes
 from posttrain.planning.sizes import adapter_parameters
 
 GIB = 1 << 30
-_RESOURCES = ActorResources | RewardResources | TrainerResources
+_RESOURCES = ActorResources | RewardResources | RolloutResources | TrainerResources
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """The resources for one role of a stage: `workers` actors, each with these CPUs and GPUs.
+    """The resources for one role of a stage: `workers` actors, each with these CPUs and GPUs, and later up to `most`.
 
     hosts: which hosts of a cluster they may use, in words; "" for any.
     Example: `Actor("rollout", 2, cpus=0.5, gpus=0.0, memory="0.02 GiB")` is two rollout engines.
@@ -47,6 +53,12 @@ class Actor:
     gpus: float
     memory: str
     hosts: str = ""
+    most: int = 0  # 0: their number stays
+
+    @property
+    def held(self) -> int:
+        """The most actors that there may be at a time."""
+        return max(self.workers, self.most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +77,23 @@ class Step:
 
     @property
     def cpus(self) -> float:
-        """CPUs of all its actors together."""
+        """CPUs of all the actors that it begins with."""
         return sum(actor.workers * actor.cpus for actor in self.actors)
 
     @property
     def gpus(self) -> float:
-        """GPUs of all its actors together."""
+        """GPUs of all the actors that it begins with."""
         return sum(actor.workers * actor.gpus for actor in self.actors)
+
+    @property
+    def held_cpus(self) -> float:
+        """CPUs that it may hold later, when it has as many actors as it may have."""
+        return sum(actor.held * actor.cpus for actor in self.actors)
+
+    @property
+    def held_gpus(self) -> float:
+        """GPUs that it may hold later, when it has as many actors as it may have."""
+        return sum(actor.held * actor.gpus for actor in self.actors)
 
 
 def make_plan(pipeline: Pipeline, run_dir: Path) -> list[Step]:
@@ -112,6 +134,7 @@ def _actors(node: Node, pipeline: Pipeline, run_dir: Path) -> list[Actor]:
             item.gpus,
             _memory(role, node, pipeline, run_dir=run_dir),
             _hosts(item),
+            item.most if isinstance(item, RolloutResources) and item.is_elastic else 0,
         )
         for role, item in declared.items()
     ]
@@ -129,10 +152,12 @@ def _hosts(item: _RESOURCES) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _workers(role: str, node: Node, item: ActorResources | RewardResources | TrainerResources) -> int:
+def _workers(role: str, node: Node, item: _RESOURCES) -> int:
     """Number of actors that a section of `resources` asks for. A trainer has `parallel.processes` of them."""
     if isinstance(item, ActorResources):
         return item.workers
+    if isinstance(item, RolloutResources):
+        return item.least
     if role != "trainer":
         return 1
     parallel = getattr(node.config, "parallel", None)
@@ -290,4 +315,5 @@ def _render_actor(actor: Actor) -> str:
     gpus = f", {actor.gpus:g} GPU" if actor.gpus else ""
     memory = f", memory {actor.memory}" if actor.memory != "-" else ""
     hosts = f" on {actor.hosts}" if actor.hosts else ""
-    return f"{actor.role}: {actor.workers} × ({actor.cpus:g} CPU{gpus}{memory}){hosts}"
+    number = f"{actor.workers} to {actor.most}" if actor.most else actor.workers
+    return f"{actor.role}: {number} × ({actor.cpus:g} CPU{gpus}{memory}){hosts}"

@@ -3,8 +3,9 @@
     ready stages, in order ─► are all declared CPUs and GPUs free? ─► STARTED, Ray task ─► DONE, summary.json ─► next
 
 A stage starts only when all resources that it declares, for itself and for its actors, are free. Otherwise two stages
-could each hold half of what the other needs, and wait forever. A stage that is ready but does not fit also holds back
-the stages behind it, so that a large stage does not wait while small ones keep starting.
+could each hold half of what the other needs, and wait forever. A running stage counts with all that it may take later.
+A stage that is ready but does not fit also holds back the stages behind it, so that a large stage does not wait while
+small ones keep starting.
 """
 
 import contextlib
@@ -107,8 +108,8 @@ class Scheduler:
         step = self.steps[node.name]
         used = [running.step for running in self.running.values()]
         fits = (
-            step.cpus <= self.session.cpus - sum(other.cpus for other in used) + 1e-9
-            and step.gpus <= self.session.gpus - sum(other.gpus for other in used) + 1e-9
+            step.cpus <= self.session.cpus - sum(other.held_cpus for other in used) + 1e-9
+            and step.gpus <= self.session.gpus - sum(other.held_gpus for other in used) + 1e-9
         )
         return node if fits else None
 
@@ -136,9 +137,9 @@ class Scheduler:
         Warm engines hold resources while they are idle. They may keep resources that no stage needs, and engines that
         `step` will lease. If they kept more, the other actors of `step` would wait forever.
         """
-        used = [running.step for running in self.running.values()] + [step]
-        free_cpus = self.session.cpus - sum(other.cpus for other in used)
-        free_gpus = self.session.gpus - sum(other.gpus for other in used)
+        used = [running.step for running in self.running.values()]
+        free_cpus = self.session.cpus - sum(other.held_cpus for other in used) - step.cpus
+        free_gpus = self.session.gpus - sum(other.held_gpus for other in used) - step.gpus
         serving = [actor for actor in step.actors if actor.role != "trainer"]
         cpus = free_cpus + sum(actor.workers * actor.cpus for actor in serving)
         gpus = free_gpus + sum(actor.workers * actor.gpus for actor in serving)

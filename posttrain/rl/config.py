@@ -113,10 +113,12 @@ class RlConfig(TrainingConfig, PromptsConfig):
 
     @model_validator(mode="after")
     def _check_deterministic(self) -> "RlConfig":
-        if self.deterministic and (self.max_staleness or self.resources.rollout.workers > 1):
+        rollout = self.resources.rollout
+        if self.deterministic and (self.max_staleness or rollout.most > 1):
+            workers = f"min {rollout.least}, max {rollout.most}" if rollout.is_elastic else rollout.most
             raise ValueError(
                 f"deterministic needs max_staleness 0 (got {self.max_staleness}) and resources.rollout.workers 1 "
-                f"(got {self.resources.rollout.workers}): otherwise timing decides which groups are trained on"
+                f"(got {workers}): otherwise timing decides which groups are trained on"
             )
         if self.deterministic and self.evaluation is not None:
             raise ValueError(

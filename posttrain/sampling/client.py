@@ -13,7 +13,7 @@ from posttrain.actors.calls import await_call, await_with_heartbeat
 from posttrain.actors.losses import ActorLostError, is_loss, reason_of
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
-from posttrain.config.resources import ActorResources
+from posttrain.config.resources import ActorResources, RolloutResources
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import MissingDependencyError, StageError
 from posttrain.hosts.directory import directory
@@ -32,8 +32,9 @@ MAX_STARTS = 3  # how many engines may fail to start in the place of a lost one 
 class Engines:
     """The engines that a stage has leased, as a context manager. It needs an initialised Ray session.
 
-    activity: the word for what the engines do, for the timeline. logs: when each engine was busy, by the name of the
-    first engine in each place; an engine that replaces it continues its log.
+    activity: the word for what the engines do, for the timeline. names, actors, places, logs: of the engine in each
+    seat. An engine that replaces a lost one takes its seat, and continues its log under the name of the first one. The
+    seat of an engine that has left stays empty.
 
     Example: `with Engines(context, config.model, config.engine, resources=actor_resources) as engines: ...`.
     """
@@ -44,16 +45,17 @@ class Engines:
         model: ServedModelConfig,
         engine: EngineConfig,
         *,
-        resources: ActorResources,
+        resources: ActorResources | RolloutResources,
         activity: str = "generate",
     ):
         self._context = context
         self._model = model
         self._engine = engine
-        self._resources = resources
+        self._resources = resources.fixed(resources.least) if isinstance(resources, RolloutResources) else resources
         self._activity = activity
         self._registry: Any = None
         self._unstarted: set[str] = set()  # engines that are leased and not ready
+        self._empty: set[int] = set()  # seats whose engines have left
         self.logs: dict[str, BusyLog] = {}
         self.names: list[str] = []
         self.actors: list[Any] = []
@@ -65,13 +67,7 @@ class Engines:
         require_vllm()
         check_folder(self._model.path)
         self._registry = start_registry()
-        served = self._model.model_dump(include=set(ServedModelConfig.model_fields))
-        served["path"] = os.path.abspath(served["path"])  # an actor may have another working directory
-        leased = ray.get(
-            self._registry.acquire.remote(
-                self._context.name, served, self._engine.model_dump(), resources=self._resources.model_dump()
-            )
-        )
+        leased = ray.get(self._acquire(self._resources))
         num_new = sum(is_new for _, _, is_new in leased)
         self._context.phase(f"starting engines: {num_new}" if num_new else "loading weights into warm engines")
         self.names = [name for name, _, _ in leased]
@@ -87,10 +83,23 @@ class Engines:
         self._context.event("engines", names=self.names, warm=sum(not is_new for _, _, is_new in leased))
         return self
 
+    def _acquire(self, resources: ActorResources) -> Any:
+        """The call that leases engines: (name, actor, whether it is new) of each."""
+        served = self._model.model_dump(include=set(ServedModelConfig.model_fields))
+        served["path"] = os.path.abspath(served["path"])  # an actor may have another working directory
+        return self._registry.acquire.remote(
+            self._context.name, served, self._engine.model_dump(), resources=resources.model_dump()
+        )
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._give_back(keep=kind is None and self._context.warm_engines)
+
+    @property
+    def seats(self) -> list[int]:
+        """The seats that have an engine."""
+        return [seat for seat in range(len(self.names)) if seat not in self._empty]
 
     def is_ready(self, index: int) -> bool:
         """Whether the engine in this place is started. A caller that was cancelled may have left one that is not."""
@@ -100,10 +109,44 @@ class Engines:
         """Release all engines. One that is still starting is never kept warm: a later stage could not use it."""
         import ray
 
-        ready = [name for name in self.names if name not in self._unstarted]
+        ready = [self.names[seat] for seat in self.seats if self.is_ready(seat)]
         ray.get(
             [self._registry.release.remote(ready, keep), self._registry.release.remote(list(self._unstarted), False)]
         )
+
+    # ------------------------------------------------------------------ engines that join and leave
+
+    async def join(self) -> int:
+        """Start one more engine, with the weights of the model folder. Returns its seat.
+
+        Raises TimeoutError if no host has room for it, and the error by which its start has failed. It has left then.
+        """
+        wanted = self._resources.model_copy(update={"workers": 1})
+        [(name, actor, is_new)] = await self._acquire(wanted)
+        seat = len(self.names)
+        self.names.append(name)
+        self.actors.append(actor)
+        self.places.append(None)
+        self.logs[name] = BusyLog(self._context, name, self._activity)
+        self._unstarted.add(name)
+        message = f"{name} did not start"
+        try:
+            place = self.places[seat] = await self._await_place(seat, message, is_needed=False)
+            if is_new:
+                await self._await_start(await_call(actor.start.remote(), START_S, message), place, message)
+        except Exception:
+            await self.leave(seat)
+            raise
+        self._unstarted.remove(name)
+        return seat
+
+    async def leave(self, seat: int) -> None:
+        """End the engine of a seat, which stays empty."""
+        name = self.names[seat]
+        self._empty.add(seat)
+        self._unstarted.discard(name)
+        self.actors[seat] = self.places[seat] = None
+        await self._registry.release.remote([name], False)
 
     # ------------------------------------------------------------------ start and replacement
 
@@ -153,22 +196,26 @@ class Engines:
 
     async def _start_replacement(self, index: int, message: str) -> EnginePlace:
         """Start the new engine in a place. While others work, it waits without a limit for a host that has room."""
+        place = await self._await_place(index, message)
+        await self._await_start(await_call(self.actors[index].start.remote(), START_S, message), place, message)
+        return place
+
+    async def _await_place(self, index: int, message: str, *, is_needed: bool = True) -> EnginePlace:
+        """Where Ray has placed an engine. is_needed: whether it may take any time while other engines work."""
         where = asyncio.ensure_future(place_of(self.actors[index]))
         try:
             if not (await asyncio.wait({where}, timeout=NOTICE_S))[0]:
                 self._context.event("engine_unplaced", name=self.names[index], num_left=self._num_started)
             while not (await asyncio.wait({where}, timeout=PLACE_S))[0]:
-                if not self._num_started:
+                if not (is_needed and self._num_started):
                     raise TimeoutError(f"{message}: no host had room for it within {PLACE_S:g} s")
-            place = where.result()
+            return where.result()
         finally:
             where.cancel()
-        await self._await_start(await_call(self.actors[index].start.remote(), START_S, message), place, message)
-        return place
 
     @property
     def _num_started(self) -> int:
-        return len(self.names) - len(self._unstarted)
+        return len(self.seats) - len(self._unstarted)
 
     async def _await_start(self, start: Awaitable[object], place: EnginePlace, message: str) -> None:
         """Wait until an engine has started. Raises ActorLostError if its host is suspected, which Ray finds later."""

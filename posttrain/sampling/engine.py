@@ -247,6 +247,17 @@ class EngineActor:
                 self._is_wave = False
         return [completions_of(output, self._decode) for output in outputs], began, time.time()
 
+    async def sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+        """Sample every request, beside others. Returns the completions by request, when all are finished.
+
+        Raises EngineLostError if the engine is lost, and StageError during a wave.
+        """
+        self._core.check()
+        self._refuse_beside_wave()
+        queues = [await self._core.alive(self._add(request)) for request in requests]
+        outputs = await self._core.alive(asyncio.gather(*(queue.get() for queue in queues)))
+        return [completions_of(output, self._decode) for output in outputs]
+
     async def _add(self, request: SampleRequest) -> Any:
         self._next_request += 1
         name = f"{self.name}-{self._next_request}"

@@ -15,7 +15,7 @@ from posttrain.context import StageContext
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.rollouter import Flight, Rollouter
-from posttrain.sampling.worker_weights import UpdateCalls
+from posttrain.sampling.worker_weights import CallsOf
 from posttrain.sampling.workers import RolloutWorkers
 
 MIN_GROUPS = 64  # at an engine at once
@@ -33,7 +33,7 @@ class SampledGroups:
         *,
         rollouter: Rollouter | None = None,
         wave_seed: Callable[[Flight], int] | None = None,
-        calls: Callable[[Manifest, int], UpdateCalls] | None = None,
+        calls: CallsOf | None = None,
         version: int = 0,
     ):
         self._workers = RolloutWorkers(
@@ -48,7 +48,7 @@ class SampledGroups:
         )
         # An engine is busy with some groups while others wait in it for a place; more of them would only take memory.
         # A deterministic wave must be sent whole, because its content decides its samples.
-        self._places = None if wave_seed else max(MIN_GROUPS, 2 * engine.max_num_seqs) * len(engines.names)
+        self._places = None if wave_seed else max(MIN_GROUPS, 2 * engine.max_num_seqs) * len(engines.seats)
         self._unfinished: dict[int, asyncio.Future[None]] = {}
         self._serving: asyncio.Task[None]
 

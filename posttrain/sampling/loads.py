@@ -24,6 +24,8 @@ class WorkerLoads:
         self._running: Counter[Worker] = Counter()
         self._looks = 0
         self._since = 0.0
+        # Looks at workers that have an engine, and those of them at which it had something to sample.
+        self.looked = self.at_work = 0
 
     def sampled(self, worker: Worker, tokens: int) -> None:
         """Count tokens that have come from a worker's engine."""
@@ -36,7 +38,9 @@ class WorkerLoads:
             await asyncio.sleep(LOOK_S)
             self._looks += 1
             for worker in self._workers:
-                self._running[worker] += worker.num_unfinished
+                self._running[worker] += (running := worker.num_unfinished)
+                self.looked += worker.is_alive
+                self.at_work += worker.is_alive and running > 0
             if time.time() - self._since >= STRETCH_S:
                 self._tell()
 

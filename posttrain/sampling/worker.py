@@ -56,11 +56,12 @@ class Worker:
 
     name, actor: those of the engine. policy_version: the version that the engine samples with. take: called with the
     worker and with what it has collected. log: when it was busy. batch_size: the largest number of requests that are
-    sent at once; None means all. place: where the engine runs; None if that is not known.
+    sent at once; None means all. place: where the engine runs; None if that is not known. seat: that of its engines
+    among those of the stage.
 
-    is_alive: whether it has an engine that works. asks: the requests that the engine has, by key. is_kept: whether it
-    keeps its version for now. lock: held while the engine loads weights. num_losses: engines lost in a row, without a
-    finished request in between.
+    is_alive: whether it has an engine that works. is_leaving: whether it only finishes what it has. asks: the requests
+    that the engine has, by key. is_kept: whether it keeps its version for now. lock: held while the engine loads
+    weights. num_losses: engines lost in a row, without a finished request in between.
     """
 
     def __init__(
@@ -75,14 +76,16 @@ class Worker:
         batch_size: int | None,
         is_alive: bool,
         place: EnginePlace | None = None,
+        seat: int = 0,
     ):
         self.name = name
+        self.seat = seat
         self.place = place
         self.actor = actor
         self.policy_version = policy_version
         self.log = log
         self.is_alive = is_alive
-        self.is_kept = False
+        self.is_kept = self.is_leaving = False
         self.asks: dict[int, Ask] = {}
         self.lock = asyncio.Lock()
         self.num_losses = 0

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from posttrain.actors.losses import is_loss
 from posttrain.context import StageContext
@@ -11,6 +11,14 @@ from posttrain.sampling.roads import chained
 from posttrain.sampling.worker import Worker
 
 UpdateCalls = list[list[tuple[int, dict[str, Any]]]]  # see `rl.rollouts.weights.update_calls`
+
+
+class CallsOf(Protocol):
+    """Gives the calls by which the engines of some seats load a version."""
+
+    def __call__(self, manifest: Manifest, version: int, /, *, seats: Sequence[int]) -> UpdateCalls:
+        """The calls, in the order in which they are made."""
+        ...
 
 
 class WorkerWeights:
@@ -25,7 +33,7 @@ class WorkerWeights:
         context: StageContext,
         workers: Sequence[Worker],
         *,
-        calls: Callable[[Manifest, int], UpdateCalls] | None,
+        calls: CallsOf | None,
         manifest: Manifest | None,
         version: int,
         taken: Callable[[Worker], None],
@@ -44,7 +52,7 @@ class WorkerWeights:
         """
         assert self._calls is not None
         self._newest = (manifest, version)  # set before anything is awaited: a replaced engine then loads this version
-        return self._update_all(self._calls(manifest, version), again)
+        return self._update_all(self._calls(manifest, version, seats=self._seats()), again)
 
     async def settled(self) -> None:
         """Wait until no engine is loading weights. The trainer may then overwrite those before the newest."""
@@ -53,8 +61,8 @@ class WorkerWeights:
                 pass
 
     def newest(self) -> Worker | None:
-        """The worker with the newest version among those that are not loading weights; None if there is none."""
-        able = [worker for worker in self._workers if worker.is_alive and not worker.lock.locked()]
+        """The worker with the newest version of those that are not kept or loading weights; None if there is none."""
+        able = [worker for worker in self._takers() if not worker.lock.locked()]
         return max(able, key=lambda worker: worker.policy_version, default=None)
 
     async def release(self, worker: Worker) -> None:
@@ -65,18 +73,28 @@ class WorkerWeights:
             await self._update(worker, arguments)
 
     async def begin(self, worker: Worker) -> None:
-        """Have an engine that has taken the place of a lost one load the newest weights. The worker is alive then."""
-        async with worker.lock:  # `settled` waits for the lock, so that the trainer does not overwrite these weights
-            if (arguments := self._arguments_for(worker)) is not None:
-                await worker.await_busy(worker.actor.update_weights.remote(**arguments))
-                worker.policy_version = arguments["policy_version"]
+        """Have a new engine load the newest weights. The worker is alive then."""
+        async with worker.lock:
+            await self._load(worker)
             worker.is_alive = True
         self._taken(worker)
 
+    async def load(self, worker: Worker) -> None:
+        """Have a new engine load the newest weights, without being alive."""
+        async with worker.lock:  # `settled` waits for the lock, so that the trainer does not overwrite these weights
+            await self._load(worker)
+
+    async def _load(self, worker: Worker) -> None:
+        if (arguments := self._arguments_for(worker)) is not None:
+            await worker.await_busy(worker.actor.update_weights.remote(**arguments))
+            worker.policy_version = arguments["policy_version"]
+
+    def _seats(self) -> list[int]:
+        return [worker.seat for worker in self._workers]
+
     async def _update_all(self, calls: UpdateCalls, again: bool) -> None:
         for together in self._chained(calls):
-            of_workers = [(self._workers[index], arguments) for index, arguments in together]
-            await asyncio.gather(*(self._update(worker, arguments, again) for worker, arguments in of_workers))
+            await asyncio.gather(*(self._update(worker, arguments, again) for worker, arguments in together))
 
     async def _update(self, worker: Worker, arguments: dict[str, Any], again: bool = False) -> None:
         async with worker.lock:
@@ -99,22 +117,23 @@ class WorkerWeights:
         manifest, version = self._newest
         if self._calls is None or manifest is None:
             return None
-        calls = [call for together in self._calls(manifest, version) for call in together]
-        arguments = dict(calls)[self._workers.index(worker)]
+        ((_, arguments),) = (
+            call for together in self._calls(manifest, version, seats=[worker.seat]) for call in together
+        )
         return self._linked(worker, arguments, self._takers())
 
     def _takers(self) -> list[Worker]:
         """The workers that load a new version when it is published, in the order of the chain of their hosts."""
         return [worker for worker in self._workers if worker.is_alive and not worker.is_kept]
 
-    def _chained(self, calls: UpdateCalls) -> UpdateCalls:
+    def _chained(self, calls: UpdateCalls) -> list[list[tuple[Worker, dict[str, Any]]]]:
         """The calls in which each host gets the weights from the hosts before it (roads.py)."""
-        takers = self._takers()
+        takers, by_seat = self._takers(), {worker.seat: worker for worker in self._workers}
         return [
             [
-                (index, self._linked(worker, arguments, takers[: takers.index(worker)] if worker in takers else ()))
-                for index, arguments in together
-                for worker in (self._workers[index],)
+                (worker, self._linked(worker, arguments, takers[: takers.index(worker)] if worker in takers else ()))
+                for seat, arguments in together
+                for worker in (by_seat[seat],)
             ]
             for together in calls
         ]

@@ -11,6 +11,8 @@ engine has a deadline. How workers take newer weights is in worker_weights.py.
 
 The turns that a group's rollouters ask for in one round, and that begin with the same tokens, are
 one request: at the first turn the whole group, whose prompt the engine then prepares once.
+
+Workers may join and leave while the others go on (joining.py).
 """
 
 import asyncio
@@ -31,7 +33,7 @@ from posttrain.sampling.rollouter import Flight, Rollouter, SingleTurn
 from posttrain.sampling.running import RunningRollouters
 from posttrain.sampling.turns import Turn
 from posttrain.sampling.worker import Ask, Worker
-from posttrain.sampling.worker_weights import UpdateCalls, WorkerWeights
+from posttrain.sampling.worker_weights import CallsOf, WorkerWeights
 
 SUBMIT_REQUESTS = 256
 # Apart, so that no later turn, and no later rollout of a group, has the seed of another group's first one.
@@ -45,9 +47,10 @@ class RolloutWorkers:
     calls: gives the calls by which engines load a version. manifest: the weights of `version`. Both are None if the
     weights never change; an engine that replaces a lost one then has the weights of the model folder. took: called with
     the name of a worker and the version that it has loaded. replaced: called with the name of a worker and why its
-    engine was lost. wave_seed: if given, turns are sampled in deterministic waves. A wave holds all turns that are
-    waited for, and the next one starts when it is finished. Its seed follows from wave_seed(first group of the wave),
-    and from the place of its first turn in that group.
+    engine was lost. given_up: called with a worker whose engine cannot be replaced, and why; it serves no more. None:
+    the run fails, as it does if no other worker is left. wave_seed: if given, turns are sampled in deterministic waves.
+    A wave holds all turns that are waited for, and the next one starts when it is finished. Its seed follows from
+    wave_seed(first group of the wave), and from the place of its first turn in that group.
     """
 
     def __init__(
@@ -59,11 +62,12 @@ class RolloutWorkers:
         finished: Callable[[Flight], None],
         begun: Callable[[Flight], None] | None = None,
         rollouter: Rollouter | None = None,
-        calls: Callable[[Manifest, int], UpdateCalls] | None = None,
+        calls: CallsOf | None = None,
         manifest: Manifest | None = None,
         version: int = 0,
         took: Callable[[str, int], None] | None = None,
         replaced: Callable[[str, str], None] | None = None,
+        given_up: Callable[[Worker, str], None] | None = None,
         wave_seed: Callable[[Flight], int] | None = None,
     ):
         self._engines = engines
@@ -71,6 +75,10 @@ class RolloutWorkers:
         self._begun = begun
         self._took = took
         self._replaced = replaced
+        self._given_up = given_up
+        self._deadline_s = deadline_s
+        self._group: asyncio.TaskGroup | None = None  # while it serves
+        self._serving: dict[Worker, asyncio.Task[None]] = {}
         self._wave_seed = wave_seed
         # No other caller of a warm engine has the same keys. One that was killed may have left requests in it.
         self._next_key = secrets.randbits(48)
@@ -80,31 +88,21 @@ class RolloutWorkers:
         # How many tokens turns after the first have read, and how many of them the engines had in their caches.
         # Deterministic waves begin with empty caches, and are left out.
         self.num_read = self.num_cached = 0
-        self.workers = [
-            Worker(
-                name,
-                actor,
-                version,
-                take=self._take,
-                log=log,
-                deadline_s=deadline_s,
-                batch_size=SUBMIT_REQUESTS if wave_seed is None else None,
-                is_alive=engines.is_ready(index),
-                place=engines.places[index],
-            )
-            for index, (name, actor, log) in enumerate(
-                zip(engines.names, engines.actors, engines.logs.values(), strict=True)
-            )
-        ]
-        self._loads = WorkerLoads(context, self.workers)
+        self.workers = [self.make(seat, version, is_alive=engines.is_ready(seat)) for seat in engines.seats]
+        self.loads = WorkerLoads(context, self.workers)
         self.weights = WorkerWeights(
             context, self.workers, calls=calls, manifest=manifest, version=version, taken=self._has_taken
         )
 
     @property
+    def counted(self) -> list[Worker]:
+        """The workers that sample, or whose engines are being replaced: none that is about to join or to leave."""
+        return [worker for worker in self.workers if worker in self._serving and not worker.is_leaving]
+
+    @property
     def oldest_version(self) -> int:
         """The oldest policy version that could sample for a group which is sent now."""
-        alive = [worker.policy_version for worker in self.workers if worker.is_alive]
+        alive = [worker.policy_version for worker in self.workers if worker.is_alive and not worker.is_leaving]
         return min(alive or [worker.policy_version for worker in self.workers])
 
     async def run(self) -> None:
@@ -114,9 +112,10 @@ class RolloutWorkers:
                 group.create_task(self._rollouters.raise_failure())
                 if (hosts := directory()) is not None:
                     group.create_task(self._watch(hosts))
-                group.create_task(self._loads.run())
+                group.create_task(self.loads.run())
+                self._group = group
                 for worker in self.workers:
-                    group.create_task(self._serve(worker))
+                    self.serve(worker)
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
@@ -134,6 +133,37 @@ class RolloutWorkers:
             for worker in self.workers:
                 if worker.place is not None and worker.place.node in suspected:
                     worker.lane.fail(ActorLostError(f"the host of {worker.name} does not answer"))
+
+    def make(self, seat: int, version: int, *, is_alive: bool) -> Worker:
+        """A worker with the engine of a seat, which is not one of `workers` yet."""
+        engines = self._engines
+        return Worker(
+            engines.names[seat],
+            engines.actors[seat],
+            version,
+            take=self._take,
+            log=list(engines.logs.values())[seat],
+            deadline_s=self._deadline_s,
+            batch_size=SUBMIT_REQUESTS if self._wave_seed is None else None,
+            is_alive=is_alive,
+            place=engines.places[seat],
+            seat=seat,
+        )
+
+    def serve(self, worker: Worker) -> None:
+        """Serve one of `workers`, while `run` runs."""
+        assert self._group is not None
+        self._serving[worker] = self._group.create_task(self._serve(worker))
+
+    def take_out(self, worker: Worker) -> int:
+        """Remove a worker. Others go on with its requests, whose number is returned."""
+        self._serving.pop(worker).cancel()
+        asks = worker.lose()
+        self.workers.remove(worker)
+        worker.log.flush()
+        self._unsent += asks
+        self._send_waiting()
+        return len(asks)
 
     # ------------------------------------------------------------------ groups
 
@@ -197,7 +227,11 @@ class RolloutWorkers:
         """
         flight, last = ask.flight, ask.turns[0].worker
         if flight.version is None:
-            able = [worker for worker in self.workers if worker.is_alive and worker.policy_version >= flight.stamp]
+            able = [
+                worker
+                for worker in self.workers
+                if worker.is_alive and not worker.is_leaving and worker.policy_version >= flight.stamp
+            ]
         else:
             able = [worker for worker in self.workers if worker.is_kept and worker.policy_version == flight.version]
         if not able:
@@ -229,19 +263,22 @@ class RolloutWorkers:
         cause: BaseException | None = None if worker.is_alive else ActorLostError("its start was broken off")
         while True:
             try:
-                if cause is not None:
-                    await self._replace(worker, cause)
+                if cause is not None and not await self._replace(worker, cause):
+                    return
                 if self._wave_seed is not None:
                     await self._sample_waves(worker, self._wave_seed)
                 await worker.lane.serve()
             except Exception as error:  # a replacement may be lost too, before it serves
                 cause = root_of(error)
                 if not is_loss(cause):
+                    if isinstance(cause, StageError) and not worker.is_alive and self._may_shrink(worker):
+                        self._give_up(worker, reason_of(cause))
+                        return
                     raise cause from None
 
     def _take(self, worker: Worker, pieces: list[Piece], now: float) -> None:
         grown: dict[int, Flight] = {}
-        self._loads.sampled(worker, sum(len(piece.token_ids) for piece in pieces))
+        self.loads.sampled(worker, sum(len(piece.token_ids) for piece in pieces))
         for piece in pieces:
             ask = worker.asks.get(piece.key)
             if ask is None:  # cancelled
@@ -282,11 +319,20 @@ class RolloutWorkers:
 
     # ------------------------------------------------------------------ a lost engine
 
-    async def _replace(self, worker: Worker, cause: BaseException) -> None:
-        """Replace a worker's engine. Its turns continue where they stand, on the first worker that may sample them."""
+    async def _replace(self, worker: Worker, cause: BaseException) -> bool:
+        """Replace a worker's engine. Its turns continue where they stand, on the first worker that may sample them.
+
+        Returns False if there will be no other engine.
+        """
         self._unsent += worker.lose()
+        if worker.is_leaving:
+            self._send_waiting()
+            return False
         self.num_replaced += 1
         reason = reason_of(cause)
+        if worker.num_losses >= MAX_CONSECUTIVE_LOSSES and self._may_shrink(worker):
+            self._give_up(worker, reason)
+            return False
         if worker.num_losses >= MAX_CONSECUTIVE_LOSSES:
             raise StageError(
                 f"{worker.name} was lost {MAX_CONSECUTIVE_LOSSES} times in a row; the last time: {reason}"
@@ -294,8 +340,19 @@ class RolloutWorkers:
         if self._replaced is not None:
             self._replaced(worker.name, reason)
         self._send_waiting()
-        index = self.workers.index(worker)
         worker.place = None
-        worker.name, worker.actor = await self._engines.replace(index, cause)
-        worker.place = self._engines.places[index]
+        worker.name, worker.actor = await self._engines.replace(worker.seat, cause)
+        worker.place = self._engines.places[worker.seat]
         await self.weights.begin(worker)
+        return True
+
+    def _may_shrink(self, worker: Worker) -> bool:
+        """Whether the run may go on without a worker."""
+        others = (other for other in self.workers if other is not worker)
+        return self._given_up is not None and any(other.is_alive and not other.is_leaving for other in others)
+
+    def _give_up(self, worker: Worker, reason: str) -> None:
+        worker.is_leaving = True
+        self._send_waiting()
+        assert self._given_up is not None
+        self._given_up(worker, reason)

@@ -149,6 +149,11 @@ def idle_chart(series: Series) -> Chart | None:
     )
 
 
+def engines_chart(series: Series) -> Chart | None:
+    """How many engines sampled, where their number follows the need."""
+    return lines_chart(series, "Engines", "engines", entries=[("engines", "engines", "--accent")], hover="%{y}")
+
+
 def held_back_chart(series: Series) -> Chart | None:
     """The share of tokens whose gradient the loss masked or clipped."""
     entries = [("masked_fraction", "masked", "--accent"), ("clipped_fraction", "clipped", "--c2")]

@@ -10,6 +10,7 @@ from posttrain.report.read import Run, Stage, mapping, number
 from posttrain.report.sections.flow import (
     ages_chart,
     dropped_total,
+    engines_chart,
     episodes_chart,
     groups_chart,
     held_back_chart,
@@ -58,6 +59,7 @@ def rl_section(run: Run, stage: Stage, colours: dict[str, str]) -> Section | Non
         unscored_chart(series, stage.setting("reward.alarm_fraction")),
         _single(series, "Generation", "generate_tokens_per_s", unit="tokens a second"),
         idle_chart(series),
+        engines_chart(series),
         times_chart(series),
     ]
     drawn = [chart for chart in charts if chart is not None]

@@ -21,6 +21,7 @@ All loops run in one TaskGroup, so the first failure ends all of them:
     weights.update         is one task for each new version. An engine loads it between two of its own steps, while its
                            requests are in flight and the trainer makes the next step
     _keep_ledger           writes the changes of the ledger to the disk
+    elastic.run            if `workers` is a range: has engines join and leave
     progress.watch_reward  shows, beside the progress, that deadlines of the reward pass
 
 Each loop has a file by its name. They share the `GroupBook`, the only place where the state of a group changes.
@@ -39,6 +40,7 @@ from posttrain.rl.grading.judge import rewards
 from posttrain.rl.history.recovery import Survivor
 from posttrain.rl.loop.checkpoints import Checkpoints
 from posttrain.rl.loop.dispatch import Dispatch
+from posttrain.rl.loop.elastic import Elastic
 from posttrain.rl.loop.group_book import GroupBook
 from posttrain.rl.loop.parts import Parts
 from posttrain.rl.loop.progress import StepProgress
@@ -52,6 +54,7 @@ from posttrain.rl.records import LedgerEvent, group_of_flight
 from posttrain.rl.rollouts.requests import wave_seed
 from posttrain.rl.rollouts.weights import update_calls
 from posttrain.sampling.rollouter import Flight
+from posttrain.sampling.worker import Worker
 from posttrain.sampling.workers import RolloutWorkers
 
 FLUSH_S = 0.05  # pause between two writes of the ledger: a SIGKILL loses the changes since the last one
@@ -116,6 +119,7 @@ class Controller:
             tolerance=allowed_gap(config.parity_tolerance, config.model.dtype),
             is_early=is_early,
         )
+        self._elastic = self._make_elastic() if config.resources.rollout.is_elastic else None
         self._steps = self._make_steps()
         self._side = self._make_side_work()
         self._scoring = Scoring(
@@ -152,6 +156,7 @@ class Controller:
             version=self._first_step if self._is_early else self._first_step - 1,
             took=self._took,
             replaced=self._replaced,
+            given_up=self._given_up if config.resources.rollout.is_elastic else None,
             wave_seed=partial(wave_seed, self._context.seed) if config.deterministic else None,
         )
 
@@ -180,6 +185,19 @@ class Controller:
         if (moved := self._parts.source.moved(self._parts.shares)) is not None:  # a continued run
             queue.move(moved)
         return queue
+
+    def _make_elastic(self) -> Elastic:
+        config, parts = self._config, self._parts
+        return Elastic(
+            config,
+            self._context,
+            self._workers,
+            engines=parts.engines,
+            prompts=parts.source.first(COMPARED),
+            stop_ids=parts.stop_ids,
+            tolerance=allowed_gap(config.parity_tolerance, config.model.dtype),
+            changed=self._engines_changed,
+        )
 
     def _make_steps(self) -> Steps:
         config, context, parts = self._config, self._context, self._parts
@@ -248,6 +266,8 @@ class Controller:
                 tasks.create_task(self._scoring.run(tasks))
                 tasks.create_task(self._train(tasks))
                 tasks.create_task(self._progress.watch_reward())
+                if self._elastic is not None:
+                    tasks.create_task(self._elastic.run())
         except BaseExceptionGroup as failures:
             failure = failures.exceptions[0]  # the others may be its consequences
         if failure is not None and not isinstance(failure, _LastStepDone):
@@ -289,6 +309,18 @@ class Controller:
         self._parts.ledger.event(LedgerEvent.ENGINE_REPLACED, [worker, reason])
         wake_all(self._changed)
 
+    def _given_up(self, worker: Worker, reason: str) -> None:
+        assert self._elastic is not None
+        self._elastic.given_up(worker, reason)
+        wake_all(self._changed)
+
+    def _engines_changed(self, worker: Worker, has_joined: bool) -> None:
+        if has_joined:
+            self._tally.watch(worker.name, worker.log)
+        else:
+            self._tally.forget(worker.log)
+        wake_all(self._changed)
+
     def _sampled_so_far(self, flight: Flight) -> None:
         if flight.order >= 0:
             self._book.sampled_so_far(flight)
@@ -305,6 +337,9 @@ class Controller:
             self._scoring.sampled(group)
 
     def _tell(self, step: int, metrics: dict[str, Any]) -> None:
+        if self._elastic is not None:
+            metrics = {**metrics, "engines": self._elastic.num_engines}
+            self._elastic.step(metrics["step_wall_s"], metrics["wait_s"])
         values = {
             **metrics,
             **self._book.figures(),

@@ -74,6 +74,15 @@ class StepTally:
         self._reads_told = reads()
         self._busy_s = {name: log.busy_s for name, log in logs.items()}  # the profile's, which is no step's
 
+    def watch(self, name: str, log: BusyLog) -> None:
+        """Compute the idle time of one more actor."""
+        self._logs = {**self._logs, name: log}
+        self._busy_s[name] = log.busy_s
+
+    def forget(self, log: BusyLog) -> None:
+        """Compute the idle time of an actor no more."""
+        self._logs = {name: other for name, other in self._logs.items() if other is not log}
+
     def decided(self, scored: ScoredGroup, dropped: Drop | None) -> None:
         """Count a group that was sampled and scored. dropped: why it is not trained on, None if it is."""
         rollouts, rewards, counts = scored.group.rollouts, scored.scored_rewards, self._counts

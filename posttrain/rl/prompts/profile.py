@@ -246,7 +246,7 @@ async def _sample(
 
 def chunk_size(config: PromptsConfig) -> int:
     """The number of prompts in a chunk: enough to fill every engine, so that engines need not wait between chunks."""
-    seats = config.engine.max_num_seqs * config.resources.rollout.workers
+    seats = config.engine.max_num_seqs * config.resources.rollout.least
     return max(MIN_GROUPS, math.ceil(2 * seats / profile_of(config).samples))
 
 

@@ -13,7 +13,7 @@ from posttrain.config.data import DataConfig
 from posttrain.config.engines import EngineConfig, SamplingConfig
 from posttrain.config.environments import EnvironmentConfig
 from posttrain.config.models import TunedModelConfig
-from posttrain.config.resources import ActorResources, RewardResources, TrainerResources
+from posttrain.config.resources import ActorResources, RewardResources, RolloutResources, TrainerResources
 
 # Settings besides the temperature that change the distribution, each with the value at which it has no effect.
 RENORMALISING = {
@@ -55,7 +55,7 @@ class RlSamplingConfig(SamplingConfig):
 class RlResources(Config):
     """CPUs and GPUs of the engines, the trainer's ranks, the reward actor, the reference, and the judge's engines."""
 
-    rollout: ActorResources = Field(default_factory=ActorResources)
+    rollout: RolloutResources = Field(default_factory=RolloutResources)
     trainer: TrainerResources = Field(default_factory=TrainerResources)
     reward: RewardResources = Field(default_factory=RewardResources)
     reference: TrainerResources | None = Field(
@@ -141,6 +141,11 @@ class RolloutsConfig(Config):
         backend, resources = self.weights.backend, self.resources
         if backend == "shm":
             return self
+        if resources.rollout.is_elastic:
+            raise ValueError(
+                f"weights.backend: {backend} connects a fixed number of engines, so resources.rollout.workers must be "
+                "one number; write it, or weights.backend: shm"
+            )
         for name, gpus in (("rollout", resources.rollout.gpus), ("trainer", resources.trainer.gpus)):
             if not gpus:
                 raise ValueError(
@@ -148,10 +153,10 @@ class RolloutsConfig(Config):
                     "set it, or weights.backend: shm"
                 )
         if backend == "nccl":
-            if self.weights.order == "one_by_one" and resources.rollout.workers > 1:
+            if self.weights.order == "one_by_one" and resources.rollout.most > 1:
                 raise ValueError("weights.order: one_by_one does not go with weights.backend: nccl, a broadcast to all")
             return self
-        if resources.rollout.gpus + resources.trainer.gpus > 1 or resources.rollout.workers > 1:
+        if resources.rollout.gpus + resources.trainer.gpus > 1 or resources.rollout.most > 1:
             raise ValueError(
                 "weights.backend: ipc needs one engine on the trainer's own GPU: resources.rollout.workers 1, and gpus "
                 f"of rollout ({resources.rollout.gpus:g}) and trainer ({resources.trainer.gpus:g}) of 1 in sum"

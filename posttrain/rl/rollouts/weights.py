@@ -1,5 +1,6 @@
 """The update of all engines with new weights: the backend, the order of the engines, and the arguments of each."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain.rl.rollouts.config import RolloutsConfig
@@ -13,16 +14,16 @@ def publisher(config: RolloutsConfig) -> "Publisher":
     """The object with which the trainer publishes weights through the backend of the config."""
     from posttrain.sampling.transfer import make_publisher  # imports torch, which the controller does without
 
-    engines = config.resources.rollout.workers
+    engines = config.resources.rollout.most
     return make_publisher(
         config.weights.backend, engines, config.engine.tensor_parallel, deadline_s=config.engine.deadline_s
     )
 
 
 def update_calls(
-    config: RolloutsConfig, manifest: Manifest, policy_version: int
+    config: RolloutsConfig, manifest: Manifest, policy_version: int, *, seats: Sequence[int]
 ) -> list[list[tuple[int, dict[str, Any]]]]:
-    """The calls of `EngineActor.update_weights`: (number of the engine, arguments) for each engine.
+    """The calls of `EngineActor.update_weights`: (seat of the engine, arguments) for each of these seats.
 
     The engines of one inner list take the weights at the same time. The next list follows once all of them are done.
     """
@@ -35,6 +36,6 @@ def update_calls(
                 "kv": config.weights.kv,
             },
         )
-        for engine in range(config.resources.rollout.workers)
+        for engine in seats
     ]
     return [calls] if config.weights.order == "together" else [[call] for call in calls]

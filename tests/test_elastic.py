@@ -1,0 +1,289 @@
+"""The number of engines of RL: the policy by hand and in simulated runs, its keys, and engines that join and leave."""
+
+import dataclasses
+import itertools
+import random
+
+import pytest
+
+from posttrain.config.base import validate_config
+from posttrain.config.resources import ActorResources
+from posttrain.errors import ConfigError
+from posttrain.forecast.costs import Costs, EngineCosts, TrainerCosts, UpdateCosts
+from posttrain.forecast.elastic import ElasticSimulation
+from posttrain.forecast.simulation import Setting, Simulation
+from posttrain.pipeline.plan import Actor, Step, check_fits
+from posttrain.rl.config import RlConfig
+from posttrain.rl.loop.elastic import scaling_of
+from posttrain.rl.loop.scaling import BARRED, Scaling, StepFigures
+
+
+def policy(least=1, most=8, settling=0, engine_cost=1.0, other_cost=1.0) -> Scaling:
+    return Scaling(least, most, engine_cost=engine_cost, other_cost=other_cost, settling=settling)
+
+
+def windows(scaling: Scaling, workers: int, seconds: float, wait: float, work: float):
+    """The decisions of four steps, the first of which comes after a change."""
+    figures = StepFigures(seconds, wait * seconds, work)
+    return [scaling.observe(figures, workers) for _ in range(4)]
+
+
+def settle(scaling: Scaling, workers: int) -> None:
+    assert scaling.observe(StepFigures(1.0, 0.0, 1.0), workers) is None  # a step of before the change
+
+
+def wanted(scaling: Scaling, workers: int, seconds: float, wait: float, work: float) -> int:
+    *early, last = windows(scaling, workers, seconds, wait, work)
+    assert early == [None] * 3
+    return workers if last is None else last.workers
+
+
+# --- by hand ---
+
+
+def test_a_starving_trainer_gets_engines_until_the_next_is_not_worth_its_cost():
+    scaling = policy()
+    settle(scaling, 1)
+    assert wanted(scaling, 1, 4.0, 0.75, 1.0) == 2  # at most twice as many at a time
+    settle(scaling, 2)
+    assert wanted(scaling, 2, 2.0, 0.5, 1.0) == 4
+    settle(scaling, 4)
+    assert wanted(scaling, 4, 1.0, 0.02, 0.97) == 4  # the trainer does not wait, and the engines have no time to spare
+
+
+@pytest.mark.parametrize(
+    ("other_cost", "most"),
+    # 1.25 times as fast at the most. The second engine makes steps dearer by half, or by a hundredth.
+    [(1.0, 2), (99.0, 2), (0.0, 1)],
+)
+def test_an_engine_is_asked_for_if_it_is_worth_its_cost(other_cost, most):
+    scaling = policy(other_cost=other_cost)
+    settle(scaling, 1)
+    # Without other costs a second engine doubles the cost of a step: 1 + 1 / 4 = 1.25 times as fast is the least.
+    assert wanted(scaling, 1, 4.0, 0.19, 1.0) == most
+
+
+def test_engines_without_work_leave_as_far_as_the_rest_can_do_it():
+    scaling = policy()
+    settle(scaling, 8)
+    assert wanted(scaling, 8, 1.0, 0.0, 0.2) == 4  # at most half at a time; 8 * 0.2 / 0.9 = 1.8 would do
+    settle(scaling, 4)
+    assert wanted(scaling, 4, 1.0, 0.0, 0.4) == 2
+    settle(scaling, 2)
+    assert wanted(scaling, 2, 1.0, 0.0, 0.8) == 2  # one would have 1.6 times as much work as time
+
+
+def test_between_both_rules_nothing_happens():
+    scaling = policy(other_cost=0.0)
+    settle(scaling, 3)
+    for wait, work in ((0.04, 0.7), (0.0, 0.61), (0.03, 1.0), (0.06, 0.3)):
+        assert wanted(scaling, 3, 1.0, wait, work) == 3
+
+
+def test_a_change_that_was_not_worth_it_is_taken_back_and_not_tried_again_soon():
+    scaling = policy()
+    settle(scaling, 1)
+    assert wanted(scaling, 1, 2.0, 0.6, 1.0) == 2
+    settle(scaling, 2)
+    assert wanted(scaling, 2, 2.0, 0.6, 1.0) == 1  # both engines share the same cores
+    settle(scaling, 1)
+    tries = [wanted(scaling, 1, 2.0, 0.6, 1.0) for _ in range(BARRED)]
+    assert tries == [1] * (BARRED - 1) + [2]
+    settle(scaling, 2)
+    assert wanted(scaling, 2, 2.0, 0.6, 1.0) == 1
+    settle(scaling, 1)
+    assert [wanted(scaling, 1, 2.0, 0.6, 1.0) for _ in range(2 * BARRED)] == [1] * (2 * BARRED - 1) + [2]
+
+
+def test_an_engine_that_is_missed_comes_back():
+    scaling = policy()
+    settle(scaling, 4)
+    assert wanted(scaling, 4, 1.0, 0.0, 0.4) == 2
+    settle(scaling, 2)
+    assert wanted(scaling, 2, 1.5, 0.0, 1.0) == 4  # steps became slower by more than was saved
+    settle(scaling, 4)
+    assert wanted(scaling, 4, 1.0, 0.0, 0.4) == 4
+
+
+def test_if_two_more_were_not_worth_it_one_more_may_be():
+    scaling = policy()
+    settle(scaling, 2)
+    assert wanted(scaling, 2, 2.0, 0.5, 1.0) == 4
+    settle(scaling, 4)
+    assert wanted(scaling, 4, 1.9, 0.5, 1.0) == 2
+    settle(scaling, 2)
+    assert wanted(scaling, 2, 2.0, 0.5, 1.0) == 3
+
+
+def test_steps_of_before_a_change_do_not_count():
+    scaling = policy(settling=3)
+    starving = StepFigures(4.0, 3.0, 1.0)
+    assert [scaling.observe(starving, 1) for _ in range(1 + 3 + 3)] == [None] * 7
+    decision = scaling.observe(starving, 1)
+    assert decision is not None
+    assert decision.workers == 2
+    assert [scaling.observe(starving, 1, is_changing=True) for _ in range(20)] == [None] * 20
+
+
+def test_quick_steps_are_watched_for_some_seconds():
+    scaling = policy()
+    settle(scaling, 1)
+    decisions = [scaling.observe(StepFigures(0.25, 0.2, 1.0), 1) for _ in range(16)]
+    assert decisions[:-1] == [None] * 15
+    assert decisions[-1] is not None
+
+
+def test_engines_that_cannot_be_had_are_not_asked_for_again_at_once():
+    scaling = policy()
+    settle(scaling, 1)
+    assert wanted(scaling, 1, 4.0, 0.75, 1.0) == 2
+    scaling.refused(1)
+    assert [wanted(scaling, 1, 4.0, 0.75, 1.0) for _ in range(BARRED)] == [1] * (BARRED - 1) + [2]
+
+
+def test_the_limits_are_kept_and_a_lost_engine_is_asked_for_again():
+    scaling = policy(2, 3)
+    settle(scaling, 2)
+    assert wanted(scaling, 2, 4.0, 0.9, 1.0) == 3
+    settle(scaling, 3)
+    assert wanted(scaling, 3, 4.0 / 1.5, 0.0, 0.1) == 2
+    settle(scaling, 1)  # one was lost
+    assert wanted(scaling, 1, 4.0, 0.0, 1.0) == 2
+
+
+def test_figures_without_sense_keep_the_number_within_its_limits():
+    source = random.Random(0)
+    scaling, workers = policy(2, 6, settling=1), 2
+    for _ in range(5000):
+        seconds = source.choice([0.01, 1.0, 30.0])
+        figures = StepFigures(seconds, source.random() * seconds, source.random())
+        decision = scaling.observe(figures, workers, is_changing=source.random() < 0.05)
+        if decision is not None:
+            assert 2 <= decision.workers <= 6
+            assert decision.workers != workers
+            assert decision.workers <= 2 * workers
+            workers = decision.workers
+
+
+# --- in simulated runs ---
+
+
+def setting(engines: int, *, train_s: float, max_staleness: int = 3, cores: float | None = None) -> Setting:
+    """Groups of 4 replies of various lengths. An engine makes a batch in about 2 s."""
+
+    def draw(source: random.Random, capability: str, step: int):
+        return [max(1, min(400, int(source.lognormvariate(4, 0.6)))) for _ in range(4)], source.random() >= 0.2
+
+    costs = Costs(EngineCosts(0.004, 0.0004), TrainerCosts(train_s, 0.0), UpdateCosts(0.0, 0.01), cores=cores)
+    return Setting(costs, draw, engines, max_seqs=16, groups_per_step=8, max_staleness=max_staleness)
+
+
+def steady_s(simulation: Simulation, steps: int) -> float:
+    """Seconds of a step, over the last third."""
+    trace = simulation.run(steps)
+    kept = trace.steps[2 * steps // 3 :]
+    return (kept[-1].began - kept[0].began) / (len(kept) - 1)
+
+
+def best_fixed_s(base: Setting, most: int) -> dict[int, float]:
+    return {n: steady_s(Simulation(dataclasses.replace(base, engines=n)), 60) for n in range(1, most + 1)}
+
+
+@pytest.mark.parametrize("train_s", [0.15, 0.4, 1.0, 3.0])
+@pytest.mark.parametrize("first", [1, 6])
+@pytest.mark.parametrize("max_staleness", [1, 3])
+def test_a_run_with_too_few_or_too_many_engines_comes_close_to_the_best_number(train_s, first, max_staleness):
+    base = setting(first, train_s=train_s, max_staleness=max_staleness)
+    best = min(best_fixed_s(base, 6).values())
+    scaling = policy(1, 6, settling=1 + max_staleness)
+    run = ElasticSimulation(base, scaling, join_s=5.0)
+    assert best / steady_s(run, 150) >= 0.85, run.numbers
+
+
+@pytest.mark.parametrize("first", [1, 6])
+def test_engines_that_the_trainer_does_not_need_are_given_back(first):
+    run = ElasticSimulation(setting(first, train_s=5.0), policy(1, 6, settling=4), join_s=5.0)
+    run.run(80)
+    assert run.numbers[-1] == 1
+
+
+def test_engines_that_share_two_cores_do_not_pile_up():
+    run = ElasticSimulation(setting(1, train_s=0.5, cores=2.0), policy(1, 6, settling=4), join_s=5.0)
+    run.run(200)
+    assert sum(run.numbers[60:]) / len(run.numbers[60:]) < 3.5, run.numbers
+
+
+def test_a_settled_run_changes_seldom():
+    run = ElasticSimulation(setting(1, train_s=0.4), policy(1, 6, settling=4), join_s=5.0)
+    run.run(300)
+    late = run.numbers[100:]
+    assert sum(one != other for one, other in itertools.pairwise(late)) <= 8, run.numbers
+
+
+def test_no_group_is_lost_when_engines_leave():
+    base = setting(6, train_s=2.0)
+    run = ElasticSimulation(base, policy(1, 6, settling=4), join_s=5.0)
+    trace = run.run(60)
+    assert len(trace.steps) >= 60
+    assert max(step.staleness for step in trace.steps) <= 3
+
+
+# --- the keys ---
+
+
+def rl_config(**changed):
+    data = {
+        "model": {"path": "policy"},
+        "prompts": {"path": "prompts.jsonl"},
+        "reward": {"name": "math"},
+        "resources": {"rollout": {"workers": {"min": 1, "max": 4}}},
+        **changed,
+    }
+    return validate_config(RlConfig, data, "rl.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"resources": {"rollout": {"workers": {"min": 4, "max": 4}}}}, "max must be above min; .* write workers: 4"),
+        ({"resources": {"rollout": {"workers": {"min": 0, "max": 4}}}}, "workers"),
+        ({"resources": {"rollout": {"workers": {"min": 2}}}}, "max"),
+        ({"resources": {"rollout": {"workers": {"least": 2, "max": 4}}}}, "least: unknown key"),
+        ({"deterministic": True, "max_staleness": 0}, r"resources.rollout.workers 1 \(got min 1, max 4\)"),
+        (
+            {"weights": {"backend": "nccl"}},
+            "nccl connects a fixed number of engines, so resources.rollout.workers must be one number",
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_range_of_engines_is_refused(changed, message):
+    with pytest.raises(ConfigError, match=message):
+        rl_config(**changed)
+
+
+def test_a_stage_asks_for_the_engines_it_begins_with_and_holds_those_it_may_take():
+    config = rl_config()
+    assert (config.resources.rollout.least, config.resources.rollout.most) == (1, 4)
+    assert config.resources.rollout.fixed(1) == ActorResources()
+    step = Step(
+        "rl",
+        "rl",
+        "resources",
+        {},
+        {},
+        (Actor("rollout", 1, 1.0, 0.5, "-", most=4), Actor("trainer", 2, 1.0, 0.0, "-")),
+    )
+    assert (step.cpus, step.held_cpus, step.gpus, step.held_gpus) == (3.0, 6.0, 0.5, 2.0)
+    check_fits([step], "here", cpus=3, gpus=1)
+    with pytest.raises(ConfigError, match="asks for 3 CPUs"):
+        check_fits([step], "here", cpus=2, gpus=1)
+
+
+def test_the_costs_of_the_policy_are_gpus_or_else_cpus():
+    def costs(**resources):
+        scaling = scaling_of(rl_config(resources=resources, parallel={"processes": 4}))
+        return scaling._engine_cost, scaling._other_cost
+
+    workers = {"min": 1, "max": 4}
+    assert costs(rollout={"workers": workers, "cpus": 0.5}, trainer={"cpus": 2.0}) == (0.5, 8.0)
+    assert costs(rollout={"workers": workers, "gpus": 2.0}, trainer={"gpus": 1.0}) == (2.0, 4.0)
