@@ -20,7 +20,7 @@ from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError
 from posttrain.files import append_jsonl, read_jsonl
 from posttrain.metrics.intervals import wilson_ci95
-from posttrain.records import Message, Row
+from posttrain.records import Message, Outcome, RewardResult, Row, Scored
 from posttrain.rl.config import EvaluationConfig, RlConfig
 from posttrain.rl.grading.alarm import unscored_of
 from posttrain.rl.history.audit import audit_stage
@@ -277,6 +277,25 @@ def test_accuracy_is_of_prompts_and_leaves_out_what_has_no_score():
     assert found["a"]["ci95"] == pytest.approx(list(wilson_ci95(0.5, 1)))
     single = accuracies([scored("a", [None])], samples=2, threshold=0.5)["a"]
     assert (single["n"], single["accuracy"], single["ci95"]) == (0, None, None)
+
+
+def test_episodes_of_an_evaluation_are_counted_as_eval_counts_them():
+    """Of three replies with a score two are episodes; the one without a score has no counts."""
+
+    def reply(index, parts):
+        result = None if parts is None else RewardResult(1.0, parts=parts)
+        scored = None if index == 2 else Scored(result, Outcome.SCORED if result else Outcome.ERROR)
+        rollout = one_turn("r1", "g", index, (1,), (2, 3), "x", (0.0, 0.0), (0, 0), "stop")
+        return msgspec.structs.replace(rollout, scored=scored)
+
+    parts = [{"turns": 3, "tool_calls": 2, "malformed_calls": 1}, {"turns": 6, "tool_calls": 5}, {}, None]
+    row = Row("r1", "math", (Message("user", "?"),))
+    group = Group(-1, drawn(row, row.messages, (1,)), tuple(map(reply, range(4), parts)))
+    scored = ScoredGroup(group, (1.0, 1.0, 1.0, None), ("",) * 4, (), ("scored",) * 3 + ("error",))
+    prompts = [evaluated_prompt(scored), EvaluatedPrompt("r2", "chat", (1.0,))]
+    found = accuracies(prompts, samples=4, threshold=0.5)
+    means = {"n": 2, "turns": 4.5, "tool_calls": 3.5, "malformed_calls": 0.5, "tool_failures": 0.0}
+    assert [found[name].get("episodes") for name in ("math", "chat", "all")] == [means, None, means]
 
 
 def test_what_is_kept_of_a_prompt_does_not_grow_with_its_replies():

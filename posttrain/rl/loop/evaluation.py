@@ -22,7 +22,7 @@ from posttrain.files import keep_lines, read_jsonl
 from posttrain.metrics.correctness import is_right
 from posttrain.metrics.intervals import bootstrap_ci95, wilson_ci95
 from posttrain.metrics.unscored import Failure, Unscored
-from posttrain.records import DrawnPrompt, Row
+from posttrain.records import EPISODE_COUNTS, DrawnPrompt, Row
 from posttrain.rl.config import EvaluationConfig
 from posttrain.rl.grading.alarm import failures_of
 from posttrain.rl.grading.config import GradingConfig
@@ -38,13 +38,16 @@ FILE = "evaluations.jsonl"
 class EvaluatedPrompt(Struct, frozen=True):
     """What is kept of a prompt's replies until the evaluation ends: no tokens and no texts, so memory stays small.
 
-    rewards: one for each reply, None without a score. failures: of the replies without a score.
+    rewards: one for each reply, None without a score. failures: of the replies without a score. num_episodes: how many
+    of the replies with a score are episodes. episode_counts: their sums, in the order of EPISODE_COUNTS.
     """
 
     row_id: str
     capability: str
     rewards: tuple[float | None, ...]
     failures: tuple[Failure, ...] = ()
+    num_episodes: int = 0
+    episode_counts: tuple[float, ...] = (0.0,) * len(EPISODE_COUNTS)
 
     @property
     def scored_rewards(self) -> list[float]:
@@ -55,7 +58,11 @@ class EvaluatedPrompt(Struct, frozen=True):
 def evaluated_prompt(scored: ScoredGroup) -> EvaluatedPrompt:
     """What is kept of a scored group."""
     row = scored.group.prompt.row
-    return EvaluatedPrompt(row.id, row.capability, scored.rewards, tuple(failures_of(scored)))
+    results = [rollout.scored.result for rollout in scored.group.rollouts if rollout.scored is not None]
+    episodes = [result.parts for result in results if result is not None]
+    counts = tuple(sum(parts.get(name, 0.0) for parts in episodes) for name in EPISODE_COUNTS)
+    failures = tuple(failures_of(scored))
+    return EvaluatedPrompt(row.id, row.capability, scored.rewards, failures, len(episodes), counts)
 
 
 def unscored_prompts(prompts: Sequence[EvaluatedPrompt]) -> Unscored:
@@ -138,6 +145,8 @@ def accuracies(prompts: Sequence[EvaluatedPrompt], *, samples: int, threshold: f
     accuracy   the share of scored replies that are right, averaged over prompts; None if n is 0
     ci95       its interval: Wilson's for one reply to each prompt, otherwise a bootstrap over prompts
     unscored   the number of replies without a score
+    episodes   of the scored replies that are episodes: their number n, and the means of their turns, tool_calls,
+               malformed_calls and tool_failures; left out if there are none
     """
     names = sorted({prompt.capability for prompt in prompts})
     parts: Mapping[str, Sequence[EvaluatedPrompt]] = {
@@ -158,4 +167,13 @@ def _accuracy(prompts: Sequence[EvaluatedPrompt], samples: int, threshold: float
         "accuracy": fmean(shares) if shares else None,
         "ci95": interval and list(interval),
         "unscored": sum(prompt.rewards.count(None) for prompt in prompts),
+        **_episode_means(prompts),
     }
+
+
+def _episode_means(prompts: Sequence[EvaluatedPrompt]) -> dict[str, Any]:
+    """The number of episodes and the means of their counts, as `eval` reports them; empty if there are none."""
+    if not (number := sum(prompt.num_episodes for prompt in prompts)):
+        return {}
+    totals = map(sum, zip(*(prompt.episode_counts for prompt in prompts), strict=True))
+    return {"episodes": {"n": number, **{name: t / number for name, t in zip(EPISODE_COUNTS, totals, strict=True)}}}
