@@ -31,7 +31,11 @@ def mapped(size: int, file: IO[bytes] | None = None) -> mmap.mmap:
     if file is not None:
         return mmap.mmap(file.fileno(), size)
     with tempfile.TemporaryFile() as made:
-        os.posix_fallocate(made.fileno(), 0, size)
+        try:
+            os.posix_fallocate(made.fileno(), 0, size)
+        except OSError as error:
+            rule = f"{error.strerror}: {size} bytes are needed; make room there, or name another folder by TMPDIR"
+            raise OSError(error.errno, rule, tempfile.gettempdir()) from None
         return mmap.mmap(made.fileno(), size)
 
 
