@@ -19,7 +19,7 @@ from posttrain.data.transcript import message_text
 from posttrain.errors import ConfigError, DataError, UserError
 from posttrain.filtering import select
 from posttrain.filtering.config import FilterConfig
-from posttrain.filtering.stage import FilterResult, histogram
+from posttrain.filtering.stage import FilterResult, histogram, tally
 from posttrain.judging.prompts import JudgePrompts, label_token_ids, row_texts
 from posttrain.judging.verdicts import Verdict, verdict_of
 from posttrain.records import ImagePart, Message, Row, TextPart, ToolCall
@@ -234,7 +234,7 @@ def test_histogram_counts_every_row_once() -> None:
     rows = [_row("a"), _row("b"), _row("c", "chat")]
     verdicts = {name: Verdict(tag, score, {}) for name, tag, score in (("a", "hard", 1.0), ("b", "easy", 0.0),
                                                                        ("c", "easy", 0.12))}  # fmt: skip
-    found = histogram(FilterResult([rows[0], rows[2]], [rows[1]], verdicts, 0), ["easy", "hard"])
+    found = histogram(tally(FilterResult([rows[0], rows[2]], [rows[1]], verdicts, 0), ["easy", "hard"]))
     math_kept = found["capabilities"]["math"]["kept"]
     assert math_kept["counts"][-1] == sum(math_kept["counts"]) == 1
     assert math_kept["tags"] == {"easy": 0, "hard": 1}

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from posttrain.judging.verdicts import Verdict
 from posttrain.records import Row
 
 NUM_BINS = 20
+PARTS = ("kept", "dropped")
 SHOWN_REASONS = 3
 
 
@@ -73,8 +73,9 @@ def run(config: FilterConfig, context: StageContext) -> dict[str, Any]:
     paths = {"kept": context.dir / "kept.jsonl", "dropped": context.dir / "dropped.jsonl"}
     for path, part in ((paths["kept"], result.kept), (paths["dropped"], result.dropped)):
         write_rows(path, part if store is None else (with_files(row, store, context.dir) for row in part))
-    write_json(context.dir / "histogram.json", histogram(result, config.labels))
-    stats = {**statistics(result, time.time() - started), **removed}
+    counted = tally(result, config.labels)
+    write_json(context.dir / "histogram.json", histogram(counted))
+    stats = {**statistics(result, counted, time.time() - started), **removed}
     context.metrics(0, stats)
     return {**{name: str(path) for name, path in paths.items()}, "stats": stats}
 
@@ -159,26 +160,49 @@ class VerdictsById(Mapping[str, Verdict]):
         return self._verdicts[self._places[name]]
 
 
-def histogram(result: FilterResult, labels: Sequence[str]) -> dict[str, Any]:
-    """The numbers of kept and dropped rows by score and capability, as a JSON object.
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What is counted in one pass over the rows of a result.
 
-    Returns {"edges": [NUM_BINS + 1 scores], "labels": [...], "capabilities": {name: {"kept": {"counts": [NUM_BINS],
-    "tags": {label: count}}, "dropped": ...}}}; a bin holds its lower edge, the last one both.
+    labels: those that the judge chooses from. cells: for each capability, and for "kept" and "dropped": {"counts": rows
+    by score [NUM_BINS], "tags": {label: rows}}. score_means: of the kept and the dropped rows; None if there are none.
     """
-    capabilities: dict[str, dict[str, Any]] = {}
-    for row in chain(result.kept, result.dropped):
-        empty = {part: {"counts": [0] * NUM_BINS, "tags": dict.fromkeys(labels, 0)} for part in ("kept", "dropped")}
-        capabilities.setdefault(row.capability, empty)
+
+    labels: Sequence[str]
+    cells: Mapping[str, Mapping[str, Any]]
+    score_means: Mapping[str, float | None]
+
+
+def tally(result: FilterResult, labels: Sequence[str]) -> Tally:
+    """Count the rows of a result by score and tag."""
+    cells: dict[str, dict[str, Any]] = {}
+    means: dict[str, float | None] = {}
     for part, rows in (("kept", result.kept), ("dropped", result.dropped)):
+        total = 0.0
         for row in rows:
-            verdict, cell = result.verdicts[row.id], capabilities[row.capability][part]
+            verdict = result.verdicts[row.id]
+            if row.capability not in cells:
+                tags = dict.fromkeys(labels, 0)
+                cells[row.capability] = {name: {"counts": [0] * NUM_BINS, "tags": {**tags}} for name in PARTS}
+            cell = cells[row.capability][part]
             cell["counts"][min(int(verdict.score * NUM_BINS), NUM_BINS - 1)] += 1
             cell["tags"][verdict.tag] += 1
+            total += verdict.score
+        means[part] = total / len(rows) if rows else None
+    return Tally(labels, dict(sorted(cells.items())), means)
+
+
+def histogram(counted: Tally) -> dict[str, Any]:
+    """The numbers of kept and dropped rows by score and capability, as a JSON object.
+
+    Returns {"edges": [NUM_BINS + 1 scores], "labels": [...], "capabilities": `Tally.cells`}; a bin holds its lower
+    edge, the last one both.
+    """
     edges = [index / NUM_BINS for index in range(NUM_BINS + 1)]
-    return {"edges": edges, "labels": list(labels), "capabilities": dict(sorted(capabilities.items()))}
+    return {"edges": edges, "labels": list(counted.labels), "capabilities": counted.cells}
 
 
-def statistics(result: FilterResult, wall_s: float) -> dict[str, Any]:
+def statistics(result: FilterResult, counted: Tally, wall_s: float) -> dict[str, Any]:
     """Counts and means for metrics.jsonl and the report.
 
     rows_per_s in the result is over the rows that the judge rated in this run; None if there were none.
@@ -186,12 +210,16 @@ def statistics(result: FilterResult, wall_s: float) -> dict[str, Any]:
     parts = {"kept": result.kept, "dropped": result.dropped}
     num_rows = sum(map(len, parts.values()))
     num_judged = num_rows - result.num_known
+    tags = Counter[str]()
+    for cells in counted.cells.values():
+        for cell in cells.values():
+            tags.update(cell["tags"])
     return {
         "num_rows": num_rows,
         **{f"num_{name}": len(rows) for name, rows in parts.items()},
-        **{f"score_mean_{name}": _score_mean(result, rows) for name, rows in parts.items()},
+        **{f"score_mean_{name}": mean for name, mean in counted.score_means.items()},
         "num_shortened": result.num_shortened,
-        "tags": dict(sorted(Counter(verdict.tag for verdict in result.verdicts.values()).items())),
+        "tags": dict(sorted((+tags).items())),
         "num_known": result.num_known,
         "rows_per_s": num_judged / result.judging_s if num_judged else None,
         "judging_s": result.judging_s,
@@ -205,7 +233,3 @@ def _with_difficulty(row: Row, verdict: Verdict, judge: str) -> Row:
     if "difficulty" in row.fields:
         difficulty["previous"] = row.fields["difficulty"]
     return replace(row, fields={**row.fields, "difficulty": difficulty})
-
-
-def _score_mean(result: FilterResult, rows: Sequence[Row]) -> float | None:
-    return sum(result.verdicts[row.id].score for row in rows) / len(rows) if rows else None
