@@ -120,9 +120,7 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(ra
     evaluations = list(read_jsonl(tmp_path / "rl" / "evaluations.jsonl"))
     assert len(evaluations) >= 2
     for line in evaluations:
-        game = line["capabilities"]["game"]
-        assert (game["n"], game["unscored"]) == (3, 0), line
-        assert (game["episodes"]["n"], game["episodes"]["turns"]) == (3, 2), line
+        assert (line["capabilities"]["game"]["n"], line["capabilities"]["game"]["unscored"]) == (3, 0), line
     assert_clean_and_replayed(config, tmp_path)
 
 
