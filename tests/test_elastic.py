@@ -12,6 +12,7 @@ from posttrain.errors import ConfigError
 from posttrain.forecast.costs import Costs, EngineCosts, TrainerCosts, UpdateCosts
 from posttrain.forecast.elastic import ElasticSimulation
 from posttrain.forecast.simulation import Setting, Simulation
+from posttrain.pipeline.hashing import _deciding
 from posttrain.pipeline.plan import Actor, Step, check_fits
 from posttrain.rl.config import RlConfig
 from posttrain.rl.loop.elastic import scaling_of
@@ -277,6 +278,12 @@ def test_a_stage_asks_for_the_engines_it_begins_with_and_holds_those_it_may_take
     check_fits([step], "here", cpus=3, gpus=1)
     with pytest.raises(ConfigError, match="asks for 3 CPUs"):
         check_fits([step], "here", cpus=2, gpus=1)
+
+
+def test_a_run_that_was_interrupted_may_go_on_with_other_ranks_and_engines():
+    one, other = rl_config(), rl_config(parallel={"processes": 4, "zero": 3}, resources={"rollout": {"workers": 2}})
+    assert _deciding(one) == _deciding(other)
+    assert _deciding(one) != _deciding(rl_config(max_staleness=1))
 
 
 def test_the_costs_of_the_policy_are_gpus_or_else_cpus():

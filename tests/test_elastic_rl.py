@@ -1,4 +1,4 @@
-"""Real engines that join and leave a real run of RL, and one that is killed."""
+"""Real engines that join and leave a real run of RL, and one that is killed; ranks that change between commits."""
 
 import contextlib
 import signal
@@ -113,6 +113,30 @@ def test_engines_join_leave_and_are_given_up_while_the_training_goes_on(ranks, t
     audit = audit_stage(folder)
     assert audit.is_clean, audit.problems
     assert not list(engines())
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_training_goes_on_from_its_last_commit_on_other_ranks(ranks, tiny_model, tmp_path):
+    """One rank, then two that divide the experts and the state by ZeRO 3, then one again."""
+    layouts = ({}, {"processes": 2, "expert": 2, "zero": 3}, {"zero": 0})
+    for number, layout in enumerate(layouts, 1):
+        config = make_config(
+            tmp_path,
+            tiny_model,
+            rows_of(["math"]),
+            steps=3 * number,
+            max_staleness=0,
+            parallel=layout,
+            resources={"rollout": {"cpus": 0.5}, "trainer": {"cpus": 0.25}},
+        )
+        outputs, metrics = run_stage(config, tmp_path / "rl")
+        assert outputs["processes"] == layout.get("processes", 1)
+        assert outputs["parity_mean_gap"] < 1e-5  # the engines have what the ranks have read
+    assert [line["step"] for line in metrics] == list(range(9))
+    assert all(line["mismatch_kl"] < 1e-6 for line in metrics)
+    audit = audit_stage(tmp_path / "rl")
+    assert audit.is_clean, audit.problems
 
 
 def engines() -> list[psutil.Process]:

@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from rollout_records import drawn, one_turn
 
 from posttrain.config.base import validate_config
+from posttrain.config.training import ParallelConfig
 from posttrain.errors import CheckpointError, ConfigError, DataError
 from posttrain.files import read_jsonl
 from posttrain.model.fingerprint import model_fingerprint
@@ -274,6 +275,15 @@ def test_a_checkpoint_of_other_data_or_of_another_model_is_told(tiny_model: Path
         CheckpointError, match=r"model.path: this is not the model.*cannot continue from .*run/rl.*start again"
     ):
         check_resumed(saved, {**saved, "policy": "another"}, Path("run/rl"))
+
+
+def test_a_deterministic_run_keeps_its_ranks(tiny_model: Path):
+    rows, one, two = [row_of("a")], ParallelConfig(), ParallelConfig(processes=2, zero=3)
+    saved = run_fingerprints(str(tiny_model), rows, one)
+    check_resumed(saved, run_fingerprints(str(tiny_model), rows, one), Path("run/rl"))
+    with pytest.raises(CheckpointError, match=r"parallel: a deterministic run keeps its ranks"):
+        check_resumed(saved, run_fingerprints(str(tiny_model), rows, two), Path("run/rl"))
+    check_resumed(run_fingerprints(str(tiny_model), rows), run_fingerprints(str(tiny_model), rows), Path("run/rl"))
 
 
 # --- with a real engine ---

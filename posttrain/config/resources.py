@@ -58,6 +58,7 @@ class RolloutResources(HostChoice):
         default=1,
         description="Number of actors, one engine in each. `{min: 1, max: 8}`: engines join while the trainer waits "
         "for rollouts, and leave while they have nothing to do.",
+        json_schema_extra=RESULT_STAYS,
     )
     cpus: Annotated[float, Field(ge=0)] = Field(default=1.0, description="CPUs that Ray reserves for each actor.")
     gpus: Annotated[float, Field(ge=0)] = Field(default=0.0, description="GPUs that Ray reserves for each actor.")

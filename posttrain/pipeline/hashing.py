@@ -77,7 +77,7 @@ def marked(config: Config, mark: Mapping[str, object]) -> set[str]:
 def _deciding(config: Config) -> dict[str, Any]:
     """The config as JSON, without the fields that do not change the result (RESULT_STAYS)."""
     data = config.model_dump(mode="json")
-    for key in marked(config, RESULT_STAYS):
+    for key in sorted(marked(config, RESULT_STAYS), reverse=True):  # what is in a section before the section itself
         *way, last = key.split(".")
         target: Any = data
         for part in way:

@@ -98,7 +98,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
         ledger = open_ledger(context.dir)
         models.callback(ledger.close)
         models.callback(starts.close)  # first of all, as long as the engines stand
-        _check_same(ledger, config.model.path, rows, context=context)
+        _check_same(ledger, config, rows, context=context)
         measured = [item for item in profile if item.n]
         pictures = pictures_for(reader, config.model.path, tokenizer)
         shares = mixture_shares(selected, config.mixture, modalities=config.modalities)
@@ -249,9 +249,9 @@ def _share_gpu(config: RlConfig) -> bool:
     return any(number != int(number) for number in gpus)
 
 
-def _check_same(ledger: Ledger, model_path: str, rows: Sequence[Row], *, context: StageContext) -> None:
-    """Raise CheckpointError if the run began with another dataset or another model."""
-    now = run_fingerprints(model_path, rows)
+def _check_same(ledger: Ledger, config: RlConfig, rows: Sequence[Row], *, context: StageContext) -> None:
+    """Raise CheckpointError if the run began with another dataset or model or, if it is deterministic, other ranks."""
+    now = run_fingerprints(config.model.path, rows, config.parallel if config.deterministic else None)
     if (saved := ledger.fact("fingerprints")) is not None:
         check_resumed(saved, now, context.dir)
     ledger.set_fact("fingerprints", now)

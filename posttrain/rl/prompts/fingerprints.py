@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.training import ParallelConfig
 from posttrain.data.rows import row_to_json
 from posttrain.data.templates import template_identity
 from posttrain.errors import CheckpointError
@@ -68,9 +69,13 @@ def dataset_fingerprint(rows: Iterable[Row]) -> str:
     return total.hexdigest()[:16]
 
 
-def run_fingerprints(model_path: str, rows: Sequence[Row]) -> dict[str, str]:
-    """Fingerprints of the dataset and of the policy that the training starts from, which each checkpoint records."""
-    return {"dataset": dataset_fingerprint(rows), "policy": model_fingerprint(model_path)}
+def run_fingerprints(model_path: str, rows: Sequence[Row], ranks: ParallelConfig | None = None) -> dict[str, str]:
+    """Fingerprints of the dataset and of the policy that the training starts from, which each checkpoint records.
+
+    ranks: of the trainer, if the result depends on them; None: the run may continue on others.
+    """
+    own = {"ranks": ranks.model_dump_json(exclude={"offload"})} if ranks is not None else {}
+    return {"dataset": dataset_fingerprint(rows), "policy": model_fingerprint(model_path), **own}
 
 
 def check_resumed(saved: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
@@ -82,11 +87,12 @@ def check_resumed(saved: Mapping[str, str], now: Mapping[str, str], folder: Path
     what = {
         "dataset": "prompts: the rows have changed since the run began",
         "policy": "model.path: this is not the model that the run began with",
+        "ranks": "parallel: a deterministic run keeps its ranks, for other ranks round otherwise",
     }
     changed = [
         f"{rule} (fingerprint {saved[name]}, now {now[name]})"
         for name, rule in what.items()
-        if name in saved and saved[name] != now[name]
+        if name in saved and name in now and saved[name] != now[name]
     ]
     if changed:
         raise CheckpointError(

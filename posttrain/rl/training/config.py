@@ -45,7 +45,10 @@ class TrainingConfig(GradingConfig):
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = Field(
-        default_factory=ParallelConfig, description="The trainer's ranks. They share the rollouts of each step."
+        default_factory=ParallelConfig,
+        description="The trainer's ranks. They share the rollouts of each step. A run that was interrupted may go on "
+        "with others, unless it is deterministic.",
+        json_schema_extra=RESULT_STAYS,
     )
     micro_batch_tokens: Annotated[int, Field(ge=64)] = Field(
         default=8192,
