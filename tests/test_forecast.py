@@ -229,10 +229,11 @@ def recorded_run(folder: Path, *, steps: int = 8) -> Path:
         context.metrics(
             step, {"tokens_trained": tokens, "train_cpu_s": cpu_s, "train_s": 1.5 * cpu_s, "publish_s": 0.0}
         )
-        running = 4.0 + 4 * step
+        running, at_work = 4.0 + 4 * step, (1.0, 0.5, 0.25)[step % 3]  # it had nothing to sample for the rest
         context.event(
-            "engine_load", engine="engine-0", seconds=2.0, running=running, tokens=round(2 / (0.01 / running + 1e-3))
-        )
+            "engine_load", engine="engine-0", seconds=2.0, running=at_work * running, at_work=at_work,
+            tokens=round(at_work * 2 / (0.01 / running + 1e-3)),
+        )  # fmt: skip
         rows = [
             {"group_id": f"{step}-{group}", "num_tokens": 10 * (group + 1), "status": status, "capability": "math"}
             for group, status in enumerate(("trained", "dropped:zero_advantage", "dropped:finished"))

@@ -1,8 +1,9 @@
 """The costs of a run that was made, from its events, metrics and rollouts.
 
-Engines: in a stretch of time with c sequences and n tokens an engine makes n / c steps, so that
-seconds * speed = n * (step_s / c + token_s). Trainer: CPU seconds of a step against its tokens. Cores: how many times
-as long as its CPU seconds a step took, with so many processes at work. Replies: groups of the run, of the same step.
+Engines: while an engine has c sequences, and samples n tokens, it makes n / c steps, so that
+seconds * speed = n * (step_s / c + token_s). The time in which it has nothing to sample does not count. Trainer: CPU
+seconds of a step against its tokens. Cores: how many times as long as its CPU seconds a step took, with so many processes
+at work. Replies: groups of the run, of the same step.
 
 The costs of prompts and of KV caches that are computed again are in the costs of tokens, because a run does not tell
 them apart.
@@ -126,14 +127,14 @@ def _engine(
     for event in events:
         if event.get("event") != "engine_load" or event["tokens"] < 1:
             continue
-        end, seconds = event["t"], event["seconds"]
+        end, seconds, at_work = event["t"], event["seconds"], event.get("at_work", 1.0)
         share = sum(max(0.0, min(end, b) - max(end - seconds, a)) for a, b in trained) / seconds
         alone = min(1.0, cores / engines) if cores else 1.0
         beside = min(1.0, cores / (engines + 1)) if cores else 1.0
         speed = share * beside + (1 - share) * alone
-        running = min(event["running"], config.engine.max_num_seqs)
+        running = min(event["running"] / at_work, config.engine.max_num_seqs) if at_work else 0.0
         if running >= 1:
-            rows.append((1 / running, seconds * speed / event["tokens"], event["tokens"]))
+            rows.append((1 / running, at_work * seconds * speed / event["tokens"], event["tokens"]))
     if len(rows) < FEWEST_STRETCHES:
         raise ConfigError(
             "--calibrate",

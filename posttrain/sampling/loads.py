@@ -22,6 +22,7 @@ class WorkerLoads:
         self._workers = workers
         self._tokens: Counter[Worker] = Counter()
         self._running: Counter[Worker] = Counter()
+        self._working: Counter[Worker] = Counter()  # looks at which it had something to sample
         self._looks = 0
         self._since = 0.0
         # Looks at workers that have an engine, and those of them at which it had something to sample.
@@ -39,13 +40,18 @@ class WorkerLoads:
             self._looks += 1
             for worker in self._workers:
                 self._running[worker] += (running := worker.num_unfinished)
+                self._working[worker] += running > 0
                 self.looked += worker.is_alive
                 self.at_work += worker.is_alive and running > 0
             if time.time() - self._since >= STRETCH_S:
                 self._tell()
 
     def _tell(self) -> None:
-        """Append the events. running: mean number of replies that an engine had to sample, those that wait included."""
+        """Append the events.
+
+        running: mean number of replies that an engine had to sample, those that wait included. at_work: share of the
+        time in which it had any.
+        """
         now = time.time()
         for worker in self._workers:
             if self._running[worker]:
@@ -54,8 +60,10 @@ class WorkerLoads:
                     engine=worker.name,
                     seconds=now - self._since,
                     running=self._running[worker] / self._looks,
+                    at_work=self._working[worker] / self._looks,
                     tokens=self._tokens[worker],
                 )
         self._tokens.clear()
         self._running.clear()
+        self._working.clear()
         self._looks, self._since = 0, now
