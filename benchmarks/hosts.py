@@ -20,6 +20,7 @@ from pathlib import Path
 
 NETWORK = "10.77.0."
 GCS_PORT = 6379
+KEPT = ("PATH", "PYTHONPATH", "LANG", "LC_ALL", "RAY_worker_niceness")  # variables that processes on hosts get too
 READY_S = 20.0
 RAY_START_S = 90.0
 # Fixed ports, so that none of Ray's servers takes a port from the range of its workers.
@@ -109,7 +110,7 @@ class Host:
         self, *command: str, env: Mapping[str, str] | None = None, log: Path, cwd: str = "/tmp"
     ) -> subprocess.Popen:
         """Start a process on this host. log: a file outside of the host."""
-        kept = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL") if key in os.environ}
+        kept = {key: os.environ[key] for key in KEPT if key in os.environ}
         environment = {**kept, "HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1", **(env or {})}
         with log.open("ab") as output:
             return subprocess.Popen(
@@ -151,8 +152,17 @@ class Host:
         ours = ("sleep infinity", "ps -eo", "bash -c")
         return {int(pid): args for pid, stat, args in lines if not stat.startswith("Z") and not args.startswith(ours)}
 
-    def ray(self, token: str, head: "Host | None" = None, *, num_cpus: int, options: Sequence[str] = ()) -> None:
+    def ray(
+        self,
+        token: str,
+        head: "Host | None" = None,
+        *,
+        num_cpus: int,
+        labels: Mapping[str, str],
+        options: Sequence[str] = (),
+    ) -> None:
         """Start Ray's node of this host. head: the host whose cluster it joins; None starts a cluster."""
+        named = ",".join(f"{label}={value}" for label, value in {"host": self.name, **labels}.items())
         where = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
         if head is not None:
             where = [f"--address={head.address}:{GCS_PORT}"]
@@ -161,11 +171,15 @@ class Host:
         process = self.start(
             sys.executable, "-m", "ray.scripts.scripts", "start", *where, *ports,
             f"--node-ip-address={self.address}", f"--num-cpus={num_cpus}", "--num-gpus=0", "--temp-dir=/tmp/ray",
-            "--object-store-memory=100000000", "--disable-usage-stats", f"--labels=host={self.name}", *options,
+            "--object-store-memory=100000000", "--disable-usage-stats", f"--labels={named}", *options,
             env={**ray_environment(token), **_vllm_cache()}, log=log,
         )  # fmt: skip
         if process.wait(RAY_START_S):
             raise RuntimeError(f"Ray did not start on host {self.name}: {log.read_text()[-2000:]}")
+
+    def leave(self) -> None:
+        """End Ray's node of this host as its user would: `ray stop`."""
+        _call(*self.command(sys.executable, "-m", "ray.scripts.scripts", "stop", "--grace-period", "10"))
 
     def remove(self) -> None:
         """End the host."""
@@ -239,18 +253,23 @@ class Hosts:
 
 @contextlib.contextmanager
 def cluster(
-    folder: Path, num_cpus: Mapping[str, int], *, options: Sequence[str] = ()
+    num_cpus: Mapping[str, int],
+    sees: Mapping[str, Sequence[Path]],
+    labels: Mapping[str, Mapping[str, str]],
+    *,
+    options: Sequence[str] = (),
 ) -> Iterator[tuple[Hosts, dict[str, str]]]:
-    """A Ray cluster, one host for each name; the first is its head and alone sees `folder`.
+    """A Ray cluster, one host for each name; the first is its head.
 
-    num_cpus: how many CPUs Ray may give away on each host. options: more options of `ray start --head`. Yields the
+    num_cpus: how many CPUs Ray may give away on each host. sees: the folders that a host shares with this process, and
+    with other hosts that see them. labels: of Ray's nodes. options: more options of `ray start --head`. Yields the
     hosts, and the variables with which a driver joins the cluster.
     """
     token = secrets.token_hex(32)
-    with Hosts(hidden=[folder]) as hosts:
-        names = list(num_cpus)
-        head = hosts.add(names[0], sees=[folder])
-        head.ray(token, num_cpus=num_cpus[names[0]], options=options)
-        for name in names[1:]:
-            hosts.add(name).ray(token, head, num_cpus=num_cpus[name])
-        yield hosts, {**ray_environment(token), "RAY_ADDRESS": f"{head.address}:{GCS_PORT}"}
+    with Hosts(hidden=sorted({folder for folders in sees.values() for folder in folders})) as hosts:
+        for name, cpus in num_cpus.items():
+            head = next(iter(hosts.all.values()), None)
+            host = hosts.add(name, sees=sees.get(name, ()))
+            host.ray(token, head, num_cpus=cpus, labels=labels.get(name, {}), options=() if head else options)
+        first = next(iter(hosts.all.values()))
+        yield hosts, {**ray_environment(token), "RAY_ADDRESS": f"{first.address}:{GCS_PORT}"}

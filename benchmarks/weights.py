@@ -6,9 +6,15 @@ loss_s          seconds that it takes the two others longer when the host in the
                 half-way
 socket_share    bytes/s of one host's pull without a limit of the line / bytes/s of a bare socket between the same
                 processes (sendfile into recv_into, nothing checked)
+delta_saving    bytes of all bf16 weights / bytes that reach a host of what an AdamW step at a learning rate of 1e-6
+                changed of them (weights of standard deviation 0.02, random gradients)
+pause_gap_ms    how much longer an engine behind a line of 20 Mbit/s pauses for new weights than one on the trainer's
+                host (or the other way round), in milliseconds: the difference of the medians, in one RL run
+publish_peak    memory that a rank needs to publish its own parts of the weights / to gather whole tensors, beyond that
+                of the training; two ranks that share the experts (publish_ranks.py)
 
 The trainer's part is `SharedWeights`, the hosts' part `WeightCopies`; both are what a run on a cluster uses. No Ray and
-no engine is in this, so loading into the engine comes on top (rl_weights.py).
+no engine is in all but the last, so loading into the engine comes on top (rl_weights.py).
 """
 
 import os
@@ -22,6 +28,8 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace as changed
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +42,20 @@ from posttrain.hosts.weights import WeightCopies, WeightsOffer
 
 NUM_TENSORS, TENSOR_FLOATS = 24, 1_038_000  # 95 MiB
 RATE, RATE_BITS = "1gbit", 1e9
+SLOW_RATE = "20mbit"
 ROUNDS = 5
 DEADLINE_S = 30.0
 BARE_BYTES = 4 << 20
 
 
 class Brought(msgspec.Struct):
-    """A reader's answer. at: when the weights were there, by the monotonic clock, which all hosts here share."""
+    """A reader's answer. at: when the weights were there, by the monotonic clock, which all hosts here share.
+
+    num_pulled: the bytes that it has pulled of all versions so far.
+    """
 
     at: float
+    num_pulled: int = 0
 
 
 class Process:
@@ -68,9 +81,9 @@ class Process:
             raise RuntimeError("a process of the benchmark has ended")
         return line
 
-    def publish(self) -> WeightsOffer:
-        """Have the trainer write another version."""
-        self.send("publish")
+    def publish(self, how: str = "publish") -> WeightsOffer:
+        """Have the trainer write another version; `train`: of bf16 weights, after an optimizer step."""
+        self.send(how)
         return msgspec.json.decode(self._answer(), type=WeightsOffer)
 
     def brought(self) -> Brought:
@@ -152,6 +165,42 @@ def socket_share() -> tuple[float, dict[str, Any]]:
     return statistics.median(shares), {"bare_gb_per_s": rate, "all": [round(share, 2) for share in shares]}
 
 
+def delta_saving() -> tuple[float, dict[str, Any]]:
+    with processes(2, RATE) as (_, trainer, readers):
+        pulled, times, whole = [0], [], 0
+        for _ in range(ROUNDS + 1):
+            offer = trainer.publish("train")
+            began = bring(offer, trainer, readers)
+            answers = [reader.brought() for reader in readers]
+            assert answers[0].num_pulled == answers[1].num_pulled
+            pulled.append(answers[0].num_pulled)
+            times.append(round(max(answer.at for answer in answers) - began, 3))
+            whole = offer.num_bytes
+    first, *changes = [after - before for before, after in pairwise(pulled)]
+    assert first == whole
+    further = {"mib": whole / 2**20, "whole_s": times[0], "seconds": statistics.median(times[1:]), "bytes": changes}
+    return whole / statistics.median(changes), further
+
+
+def pause_gap_ms() -> tuple[float, dict[str, Any]]:
+    from hosts_run import running
+
+    with tempfile.TemporaryDirectory() as scratch, running(Path(scratch), {"left": 1}, home_cpus=2) as cluster:
+        rollout = {"workers": 2, "nodes": ["home", "left"], "spread": True}
+        run = cluster.start("pauses", steps=24, resources={"rollout": rollout})
+        run.await_steps(2)
+        cluster.hosts.all["left"].slow(SLOW_RATE)
+        first = len(run.steps())
+        if run.wait():
+            raise RuntimeError(run.said())
+        pauses: dict[str, list[float]] = {}
+        for event in run.events("busy"):
+            if event["what"] == "update_weights":
+                pauses.setdefault(event["actor"], []).append(1000 * (event["end"] - event["start"]))
+    medians = {name: statistics.median(values[first:]) for name, values in pauses.items()}
+    return max(medians.values()) - min(medians.values()), {"medians_ms": medians, "updates": len(pauses.popitem()[1])}
+
+
 # ---------------------------------------------------------------- on the hosts
 
 
@@ -165,11 +214,22 @@ def run_trainer(address: str) -> None:
     print(msgspec.json.encode(relay.source).decode(), flush=True)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         weights = SharedWeights(folder, relay, "trainer")
+        trained = SharedWeights(folder, relay, "trainer", delta=True)
         values = [torch.randn(TENSOR_FLOATS) for _ in range(NUM_TENSORS)]
         specs = [TensorSpec(f"layer.{place}", value.dtype, tuple(value.shape)) for place, value in enumerate(values)]
+        masters = [torch.nn.Parameter(value * 0.02) for value in values]
+        optimizer = torch.optim.AdamW(masters, lr=1e-6)
         for version, line in enumerate(sys.stdin):
             if line == "publish\n":
                 manifest = weights.publish(specs, values, version)
+                print(msgspec.json.encode(offer_of(manifest)).decode(), flush=True)
+            elif line == "train\n":
+                if version:
+                    for master in masters:
+                        master.grad = torch.randn_like(master)
+                    optimizer.step()
+                rounded = (master.detach().bfloat16() for master in masters)
+                manifest = trained.publish([changed(spec, dtype=torch.bfloat16) for spec in specs], rounded, version)
                 print(msgspec.json.encode(offer_of(manifest)).decode(), flush=True)
             else:
                 server = socket.create_server((address, 0))
@@ -194,7 +254,7 @@ def run_reader(address: str) -> None:
                 receive_bare((host, int(port)), place[: int(num_bytes)])
             else:
                 copies.bring(msgspec.json.decode(line, type=WeightsOffer), DEADLINE_S, threads).result()
-            print(msgspec.json.encode(Brought(time.monotonic())).decode(), flush=True)
+            print(msgspec.json.encode(Brought(time.monotonic(), copies.num_pulled)).decode(), flush=True)
 
 
 def receive_bare(address: tuple[str, int], place: memoryview) -> None:
@@ -209,10 +269,14 @@ if __name__ == "__main__":
         {"trainer": run_trainer, "reader": run_reader}[sys.argv[1]](sys.argv[2])
     else:
         from measure import Entry, main
+        from publish_ranks import publish_peak
 
         table = {
             "chain_vs_line": Entry(chain_vs_line, "<= 1.15"),
             "loss_s": Entry(loss_s, "<= 1"),
             "socket_share": Entry(socket_share, ">= 0.8"),
+            "delta_saving": Entry(delta_saving, ">= 5"),
+            "pause_gap_ms": Entry(pause_gap_ms, "<= 20"),
+            "publish_peak": Entry(publish_peak, "< 1"),
         }
         main(__doc__, table, ("torch", "xxhash"))

@@ -811,7 +811,7 @@ def rl_weights(config: Any) -> Any:
 
     made = publisher(config)
     calls = update_calls(config, {"backend": "nccl", "init": {}}, 3, seats=range(config.resources.rollout.most))
-    return type(made).__name__, getattr(made, "backend", None), calls
+    return type(made).__name__, getattr(made, "backend", None), getattr(made, "delta", None), calls
 
 
 def rl_allowed_gap(config: Any) -> Any:

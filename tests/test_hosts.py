@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -22,6 +24,7 @@ from posttrain.errors import UserError
 from posttrain.files import read_jsonl
 from posttrain.hosts.checks import HostReport, compare_hosts, received, report_of_this
 from posttrain.hosts.folders import fetch_folder, offer_folder
+from posttrain.hosts.lease import Lease
 from posttrain.hosts.placement import CLUSTER_VARIABLE, NODE_LABEL, chosen, near_home, pinned_here
 from posttrain.hosts.relay import MAX_SILENCE_S, Relay, RelayError, Source, pull, silence_s
 from posttrain.hosts.weights import WeightCopies, WeightsOffer
@@ -363,6 +366,7 @@ def test_a_replacement_without_room_says_so_and_waits_only_while_another_engine_
 ):
     monkeypatch.setattr(client, "NOTICE_S", 0.01)
     monkeypatch.setattr(client, "PLACE_S", 0.02)
+    monkeypatch.delenv(CLUSTER_VARIABLE, raising=False)
     engines = leased(tmp_path, False, others_work)
     engines.actors = [SimpleNamespace(where=Remote(never)), None]
 
@@ -379,6 +383,37 @@ def test_a_replacement_without_room_says_so_and_waits_only_while_another_engine_
     assert (event["event"], event["name"], event["num_left"]) == ("engine_unplaced", "engine-0", int(others_work))
 
 
+def test_a_replacement_without_room_is_placed_anew_when_a_host_answers_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "NOTICE_S", 0.01)
+    avoided = {"silent", "dead"}
+
+    async def now() -> frozenset[str]:
+        return frozenset(avoided)
+
+    monkeypatch.setattr(client, "_avoided", now)
+    engines = leased(tmp_path, False, True)
+    engines.actors = [SimpleNamespace(where=Remote(never)), None]
+    placed = SimpleNamespace(where=Remote(never))
+    made: list[str] = []
+
+    async def replace(name: str) -> tuple[str, Any]:
+        made.append(name)
+        return f"engine-{9 + len(made)}", placed
+
+    engines._registry = SimpleNamespace(replace=Remote(replace))
+
+    async def run() -> None:
+        replacing = asyncio.ensure_future(engines.replace(0, ActorLostError("its host does not answer")))
+        for host, number in (("later", 1), ("silent", 2), ("dead", 3)):
+            avoided.symmetric_difference_update({host})  # `later` is suspected meanwhile, which gives no room
+            await asyncio.wait({replacing}, timeout=0.3)
+            assert len(made) == number
+        replacing.cancel()
+
+    asyncio.run(run())
+    assert made == ["engine-0", "engine-10", "engine-11"]
+
+
 def test_an_engine_whose_host_is_suspected_while_it_starts_is_lost_before_ray_notices(tmp_path, monkeypatch):
     monkeypatch.setattr(client, "SUSPICION_S", 0.01)
     hosts = SimpleNamespace(avoided=answering(frozenset({"silent"})))
@@ -391,3 +426,36 @@ def test_an_engine_whose_host_is_suspected_while_it_starts_is_lost_before_ray_no
     with pytest.raises(ActorLostError, match="its host does not answer"):
         asyncio.run(start("silent", Remote(never)))
     asyncio.run(start("heard", answering(None)))
+
+
+# ---------------------------------------------------------------- the lease of engines on other hosts
+
+
+def ends_within(process: subprocess.Popen, seconds: float) -> bool:
+    try:
+        return process.wait(seconds) == -signal.SIGKILL
+    except subprocess.TimeoutExpired:
+        return False
+
+
+@pytest.mark.slow
+def test_engines_end_when_the_home_host_is_not_heard_and_not_before():
+    lease = Lease(lease_s=2.0, look_s=0.05)
+    engines = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
+    try:
+        for engine in engines:
+            lease.enroll(engine.pid)
+        for _ in range(30):  # longer than a lease
+            time.sleep(0.1)
+            lease.renew()
+        assert [engine.poll() for engine in engines] == [None, None]
+        assert all(ends_within(engine, 60.0) for engine in engines)
+        late = subprocess.Popen(["sleep", "600"])
+        engines.append(late)
+        lease.enroll(late.pid)  # of a run that began after the host was heard again
+        assert not ends_within(late, 0.5)
+        assert ends_within(late, 60.0)
+    finally:
+        for engine in engines:
+            engine.kill()
+            engine.wait()

@@ -1,9 +1,11 @@
 """`posttrain serve` and `posttrain chat`: which model a path means, the server's arguments, and a real conversation."""
 
+import contextlib
 import io
 import json
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,15 @@ from posttrain.cli.main import main
 from posttrain.errors import ConfigError
 from posttrain.serving.chat import converse
 from posttrain.serving.models import served_folder, whole_model
-from posttrain.serving.server import ServeConfig, free_port, served_dtype, server_arguments
+from posttrain.serving.server import (
+    ServeConfig,
+    Server,
+    free_port,
+    served_dtype,
+    server_arguments,
+    serving,
+    shared_memory,
+)
 
 
 def run_of(folder: Path, *stages: tuple[str, str, bool]) -> Path:
@@ -140,9 +150,20 @@ def test_a_model_is_tried_by_hand_through_a_pipe(tiny_model, tmp_path, monkeypat
     (run / "rl").mkdir()
     (run / "rl" / "model").symlink_to(tiny_model)
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n" + "long " * 400 + "\n/new\none\n"))
+    segments: set[Path] = set()
+
+    @contextlib.contextmanager
+    def watched(*given: Any, **named: Any) -> Iterator[Server]:
+        with serving(*given, **named) as server:
+            yield server
+            segments.update(shared_memory(server.process.pid))
+
+    monkeypatch.setattr("posttrain.serving.server.serving", watched)
     settings = ["engine.max_model_len=256", "engine.kv_cache_gib=0.1", "--max-tokens", "8", "--temperature", "0"]
     assert main(["chat", str(run / "rl"), *settings]) == 0
     shown = capsys.readouterr().out
     first, _, rest = shown.partition("[the server refused this turn: ")
     assert first.strip()
     assert rest.endswith(f"]\n{first}")
+    assert {path.name[:4] for path in segments} == {"psm_", "sem."}  # vLLM's queues between its processes, and a lock
+    assert not [path for path in segments if path.exists()]

@@ -15,9 +15,12 @@ from pipeline_kinds import CountConfig
 from test_pipeline_run import Project, project, source, stage
 
 from posttrain.cli.main import main
+from posttrain.config.environments import EnvironmentFunctionConfig
+from posttrain.config.rewards import RewardFunctionConfig
 from posttrain.errors import ConfigError, StageError, UserError
 from posttrain.files import read_jsonl
 from posttrain.pipeline.graph import Node, Pipeline
+from posttrain.pipeline.plugins import plugin_files
 from posttrain.pipeline.rundir import RunDir
 from posttrain.pipeline.storing import HELD, resume_run, stored
 from posttrain.storage.mirror import Succeeded, begin, newest_of, restore, take
@@ -241,6 +244,35 @@ def test_a_stored_run_writes_nothing_outside_of_its_folder(tmp_path: Path):
     newest = newest_of(store)
     assert newest is not None
     assert newest[1].epoch == 1  # nor was it taken
+
+
+def test_files_of_plug_ins_are_inputs(tmp_path: Path):
+    for name in ("own", "inner", "world"):
+        (tmp_path / f"{name}.py").write_text("def f(rollout, row): return 0.0\nasync def e(session, row): return 0.0\n")
+    own, inner, world = (tmp_path / f"{name}.py" for name in ("own", "inner", "world"))
+    summed = {"rewards": {f"{inner}:f": 1.0, "exact_match": {"weight": 1.0}}}
+    for plugin, files in (
+        (RewardFunctionConfig(name=f"{own}:f"), [own]),
+        (RewardFunctionConfig(name="exact_match"), []),
+        (RewardFunctionConfig(name="weighted_sum", args=summed), [inner]),
+        (EnvironmentFunctionConfig(name=f"{world}:e"), [world]),
+    ):
+        assert plugin_files(plugin) == files
+
+
+def test_a_run_goes_on_in_the_directory_from_which_it_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    uri = str(tmp_path / "store")
+    began, elsewhere = tmp_path / "began", tmp_path / "elsewhere"
+    for folder in (began, elsewhere):
+        folder.mkdir()
+    monkeypatch.chdir(began)
+    with stored(*pipeline_of(uri, tmp_path / "run")):
+        pass
+    began.rename(tmp_path / "gone")
+    monkeypatch.chdir(elsewhere)
+    resume_run(uri, Path("brought"))
+    assert Path.cwd() == began
+    assert (elsewhere / "brought" / HELD).exists()
 
 
 # --- a run that goes on elsewhere ---

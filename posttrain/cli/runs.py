@@ -62,6 +62,8 @@ def run_stored(uri: str, run_dir: Path | None, overrides: list[str], *, overwrit
 
     if any("=" not in item for item in overrides):
         raise ConfigError("--resume", [f"got {overrides[0]!r} too; the stored run has its pipeline, so give none"])
+    if "://" not in uri:
+        uri = str(Path(uri).expanduser().absolute())  # the current directory becomes that of the run
     place = resume_run(uri, run_dir)
     _say(f"the run is in {place} now")
     raw = read_pipeline(place / "pipeline.yaml", [*overrides, f"storage={uri}"])

@@ -3,7 +3,9 @@
     placement.py   which host an actor is placed on; the home host, on which everything that writes is pinned
     directory.py   the actor that knows the hosts: it probes them, suspects the silent ones, and ends what they left
     agent.py       one actor a host: brings model folders and weights to its host, once for all processes there
+    lease.py       ends the engines of a host that the home host has not been heard on
     relay.py       bytes from host to host, in a chain that survives the loss of a host in its middle
+    weights.py     weights of a publisher on other hosts; deltas.py: what changed between two versions
     folders.py     model folders by the hash of their content, in a cache of the host
     checks.py      compares packages and clocks of the hosts before a run
 

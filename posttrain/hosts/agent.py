@@ -13,6 +13,7 @@ from typing import Any
 
 from posttrain.hosts.checks import HostReport, report_of_this
 from posttrain.hosts.folders import FolderOffer, fetch_folder, offer_folder, state_of
+from posttrain.hosts.lease import Lease
 from posttrain.hosts.relay import Relay, Source
 from posttrain.hosts.weights import WeightCopies, WeightsOffer
 
@@ -27,6 +28,7 @@ class HostAgent:
 
         self._relay = Relay(ray.util.get_node_ip_address())
         self._copies = WeightCopies(self._relay)
+        self._lease = Lease()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="host-agent")
         self._fetching: dict[str, asyncio.Lock] = {}
         self._offers: dict[tuple[object, ...], FolderOffer] = {}  # by the folder, and size and date of its files
@@ -56,6 +58,14 @@ class HostAgent:
         """The path of a version of weights on this host. See `WeightCopies.bring`."""
         coming = self._copies.bring(offer, deadline_s, self._threads)
         return await asyncio.wrap_future(coming)
+
+    async def enroll(self, pid: int) -> None:
+        """End a process of this host if the home host is not heard for LEASE_S."""
+        self._lease.enroll(pid)
+
+    async def renew(self) -> None:
+        """Called by the home host, each second."""
+        self._lease.renew()
 
     async def pid(self) -> tuple[str, int]:
         """The host's name and the process id of the agent."""

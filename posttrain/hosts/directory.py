@@ -6,6 +6,7 @@
 Ray itself takes a minute to find a host dead that has become silent, and calls to its actors hang so long. A suspected
 host is treated as lost at once: its engines are replaced elsewhere, and nothing new is placed on it. The kernel of a
 host accepts a probe, so a busy host is not suspected. If the host comes back, what was left on it is ended (`fence`).
+If it does not, that ends itself (lease.py).
 """
 
 import asyncio
@@ -49,6 +50,7 @@ class HostDirectory:
         self._agents: dict[str, Any] = {}
         self._probed: dict[str, _Probed] = {}
         self._probing: dict[str, asyncio.Task[None]] = {}
+        self._renewing: dict[str, asyncio.Future[None]] = {}
         self._suspected: frozenset[str] = frozenset()
         self._changed = asyncio.Condition()
         self._fenced: defaultdict[str, set[int]] = defaultdict(set)
@@ -148,12 +150,19 @@ class HostDirectory:
                 probed.failures = 0
                 rest.cancel()
                 await self._clear(node)
+                self._renew(node)
                 await asyncio.sleep(PROBE_S)
             else:
                 probed.failures += 1
                 if probed.failures >= MAX_FAILURES:
                     await self._suspect(node)
                 await rest
+
+    def _renew(self, node: str) -> None:
+        """Tell the agent of a host, if there is one, that its engines may go on. One call at a time is enough."""
+        last = self._renewing.get(node)
+        if node in self._agents and (last is None or last.done()):
+            self._renewing[node] = asyncio.ensure_future(_heard(self._agents[node]))
 
     async def _suspect(self, node: str) -> None:
         if node not in self._suspected:
@@ -168,6 +177,13 @@ class HostDirectory:
             async with self._changed:
                 self._suspected -= {node}
                 self._changed.notify_all()
+
+
+async def _heard(agent: Any) -> None:
+    from ray.exceptions import RayError
+
+    with contextlib.suppress(RayError):  # its host is lost; the probes find that out
+        await agent.renew.remote()
 
 
 async def _answers(address: str, port: int) -> bool:
@@ -209,6 +225,13 @@ def directory() -> Any:
     if _directory is None and in_cluster():
         _directory = ray.get_actor(name_in_run(NAME), namespace=NAMESPACE)
     return _directory
+
+
+async def enroll_here(pid: int) -> None:
+    """Have a process of this host ended if the home host is not heard for long; nothing on the home host itself."""
+    hosts = directory()
+    if hosts is not None and await hosts.home.remote() != this_node():
+        await (await hosts.agent.remote(this_node())).enroll.remote(pid)
 
 
 async def folder_here(folder: str, deadline_s: float) -> str:

@@ -23,12 +23,25 @@ Read = Callable[[nn.Parameter], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class OwnPart:
+    """This rank's part of a tensor that ranks divide along its first dimension: part `number` of `of` equal ones.
+
+    is_first: whether this rank's is the first of several copies of it. read: the part from `read(parameter)`; local.
+    """
+
+    number: int
+    of: int
+    is_first: bool
+    read: Callable[[Read], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class WholeTensor:
     """One tensor of a model folder. name, shape, dtype: of the whole tensor.
 
     parameters: those of this rank that hold it or a part of it. join: `join(read)` puts the whole tensor together from
     `read(parameter)` of each of them; collective. split: the inverse, which cuts a whole tensor into a value for each
-    parameter.
+    parameter. own: this rank's part of experts that ranks divide; None for a tensor of which every rank has all.
     """
 
     name: str
@@ -37,6 +50,7 @@ class WholeTensor:
     parameters: tuple[nn.Parameter, ...]
     join: Callable[[Read], torch.Tensor]
     split: Callable[[torch.Tensor], list[torch.Tensor]]
+    own: OwnPart | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -97,6 +111,24 @@ def read_weights(items: list[WholeTensor]) -> Iterator[tuple[WholeTensor, torch.
     for item in items:
         with torch.no_grad(), gathered(item.parameters):
             yield item, item.join(lambda parameter: parameter.detach())
+
+
+def own_parts(items: list[WholeTensor], rank: int, world: int) -> Iterator[tuple[int, OwnPart, torch.Tensor]]:
+    """What this rank writes so that all ranks together write every tensor once: (place in `items`, part, its value).
+
+    Experts that ranks divide are not gathered: each rank has its own. Of the others the ranks take about as many bytes
+    each. Collective, because ZeRO-3 divides every parameter: one tensor at a time is whole on all ranks.
+    """
+    owners, load = {}, [0] * world
+    for place, item in sorted(enumerate(items), key=lambda pair: (-pair[1].num_bytes, pair[0])):
+        if item.own is None:
+            owners[place] = load.index(min(load))
+            load[owners[place]] += item.num_bytes
+    for place, item in enumerate(items):
+        own = item.own or OwnPart(0, 1, owners[place] == rank, item.join)
+        with torch.no_grad(), gathered(item.parameters):
+            if own.is_first:
+                yield place, own, own.read(lambda parameter: parameter.detach())
 
 
 @contextmanager
@@ -177,7 +209,7 @@ def _with_adapters(item: WholeTensor, layers: dict[int, Any]) -> WholeTensor:
             value = value + layer.get_delta_weight(name)
         return value.to(item.dtype)
 
-    return dataclasses.replace(item, parameters=(*item.parameters, *own), join=join)
+    return dataclasses.replace(item, parameters=(*item.parameters, *own), join=join, own=None)
 
 
 def _expert_tensors(prefix: str, layer: Any) -> list[WholeTensor]:
@@ -195,15 +227,24 @@ def _expert_tensors(prefix: str, layer: Any) -> list[WholeTensor]:
         dist.all_gather(parts, part.contiguous(), group=group)
         return torch.cat(parts)
 
+    def own_gate_up(read: Read) -> torch.Tensor:
+        return torch.cat([read(w1), read(w3)], dim=1).transpose(1, 2)
+
     def join_gate_up(read: Read) -> torch.Tensor:
-        return all_experts(torch.cat([read(w1), read(w3)], dim=1).transpose(1, 2).contiguous())
+        return all_experts(own_gate_up(read).contiguous())
 
     def split_gate_up(whole: torch.Tensor) -> list[torch.Tensor]:
         gate, up = whole[mine].transpose(1, 2).chunk(2, dim=1)
         return [gate.contiguous(), up.contiguous()]
 
+    def own_down(read: Read) -> torch.Tensor:
+        return read(w2).transpose(1, 2)
+
     def join_down(read: Read) -> torch.Tensor:
-        return all_experts(read(w2).transpose(1, 2).contiguous())
+        return all_experts(own_down(read).contiguous())
+
+    def part(read: Callable[[Read], torch.Tensor]) -> OwnPart:
+        return OwnPart(rank, layer.ep_size, 0 in dist.get_process_group_ranks(group), read)
 
     def split_down(whole: torch.Tensor) -> list[torch.Tensor]:
         return [whole[mine].transpose(1, 2).contiguous()]
@@ -211,6 +252,7 @@ def _expert_tensors(prefix: str, layer: Any) -> list[WholeTensor]:
     name = _folder_name(f"{prefix}.experts")
     return [
         WholeTensor(f"{name}.gate_up_proj", (layer.num_experts, hidden, 2 * width), w1.dtype, (w1, w3),
-                    join_gate_up, split_gate_up),
-        WholeTensor(f"{name}.down_proj", (layer.num_experts, width, hidden), w2.dtype, (w2,), join_down, split_down),
+                    join_gate_up, split_gate_up, part(own_gate_up)),
+        WholeTensor(f"{name}.down_proj", (layer.num_experts, width, hidden), w2.dtype, (w2,), join_down, split_down,
+                    part(own_down)),
     ]  # fmt: skip

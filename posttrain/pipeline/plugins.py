@@ -4,6 +4,7 @@ No plug-in is imported: its source is parsed (`scoring.plugins`).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from posttrain.config.data import DataConfig
@@ -28,6 +29,20 @@ def plugin_problems(plugin: RewardFunctionConfig | EnvironmentFunctionConfig) ->
     except UserError as error:
         return [f".name: {line}" for line in str(error).splitlines()]
     return []
+
+
+def plugin_files(plugin: RewardFunctionConfig | EnvironmentFunctionConfig) -> list[Path]:
+    """The files of a plug-in that is named by its file, and of the rewards that it combines."""
+    from posttrain.scoring.plugins.lookup import RewardSpec, inner_rewards, resolve_function
+
+    specs = [RewardSpec(plugin.name, plugin.args)]
+    try:
+        if isinstance(plugin, RewardFunctionConfig):
+            specs += inner_rewards(specs[0])
+        targets = [resolve_function(spec.name, "plug-in") for spec in specs if ".py:" in spec.name]
+    except UserError:  # plugin_problems reports it
+        return []
+    return [Path(target.path) for target in targets if target.path]
 
 
 def rows_without_fields(data: DataConfig, config: Any, rewards: Sequence[RewardFunctionConfig]) -> list[str]:

@@ -8,6 +8,7 @@ written, and a ledger that is in use; every checkpoint has a copy of the ledger 
 """
 
 import json
+import os
 import secrets
 import threading
 import time
@@ -21,6 +22,7 @@ from posttrain.errors import ConfigError, StageError
 from posttrain.files import read_object, write_text
 from posttrain.pipeline.graph import Node, Pipeline
 from posttrain.pipeline.inputs import find_inputs, other_paths
+from posttrain.pipeline.plugins import plugin_files
 from posttrain.pipeline.references import has_reference
 from posttrain.pipeline.rundir import DONE, LOCK, RunDir
 from posttrain.storage.mirror import Manifest, Mirror, Succeeded, begin, file_digest, newest_of, restore, take
@@ -129,7 +131,7 @@ def _hold(pipeline: Pipeline, place: RunDir, store: Store) -> Mirror:
         _keep(place.path, run, [found[1].token, token] if found is not None else [token])
         if found is None:
             return begin(store, run=run, pipeline=pipeline.name, token=token)
-        return take(store, *found, token=token)
+        return take(store, *found, token=token, cwd=os.getcwd())
     except StorageError as error:
         raise ConfigError("storage", [str(error).removeprefix("storage ")]) from None
     except Succeeded as error:
@@ -159,7 +161,8 @@ def resume_run(uri: str, run_dir: Path | None) -> Path:
     """Bring a run to this host and hold it. Returns its run directory. The run goes on with its pipeline.yaml there.
 
     run_dir: must not exist or be empty; None for runs/NAME. Inputs from outside of the run directory are put where they
-    were, unless equal files are there. Raises ConfigError for what cannot be.
+    were, unless equal files are there. The current directory becomes that from which the run was started, since paths
+    of its configs are relative to it. Raises ConfigError for what cannot be.
     """
     store = Store(uri)
     try:
@@ -182,6 +185,9 @@ def resume_run(uri: str, run_dir: Path | None) -> Path:
         raise ConfigError("--resume", [f"got {uri!r}: {error}"]) from None
     place.mkdir(parents=True, exist_ok=True)
     _keep(place, mirror.manifest.run, [token])
+    if mirror.manifest.cwd:
+        os.makedirs(mirror.manifest.cwd, exist_ok=True)
+        os.chdir(mirror.manifest.cwd)
     return place
 
 
@@ -236,13 +242,15 @@ def _partial_checkpoints(node: Node, place: RunDir) -> Iterator[Path]:
 
 
 def _inputs(pipeline: Pipeline) -> Iterator[tuple[str, Path]]:
-    """(absolute path, file) of the models and data that the pipeline reads from outside of the run directory."""
+    """(absolute path, file) of the models, data and plug-ins that the pipeline reads from elsewhere."""
     for node in pipeline.nodes.values():
         paths: list[str] = [path for _, path in other_paths(node.config, node.stage_kind)]
         for found in find_inputs(node.config):
             if isinstance(found.value, ServedModelConfig | FilesConfig):
                 path = found.value.path
                 paths += [path] if isinstance(path, str) else path
+            else:
+                paths += map(str, plugin_files(found.value))
         for path in paths:
             if has_reference(path):
                 continue

@@ -5,6 +5,7 @@ Left out: sampling. Every stage samples with the workers of workers.py, RL direc
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Coroutine, Iterable
 from types import TracebackType
 from typing import Any
@@ -176,38 +177,54 @@ class Engines:
         An engine that is lost while it starts is replaced too. Raises StageError when that happens MAX_STARTS times in
         a row.
         """
-        for num_left in reversed(range(MAX_STARTS)):
+        num_left = MAX_STARTS
+        while True:
             lost = self.names[index]
             self._context.event("engine_replaced", name=lost, reason=reason_of(cause))
             self._unstarted.add(lost)
+            avoided = await _avoided()
             name, _ = self.names[index], self.actors[index] = await self._registry.replace.remote(lost)
             self._unstarted.remove(lost)
             self._unstarted.add(name)
             started = f"{name}, in the place of {lost}, did not start"
             try:
-                self.places[index] = await self._start_replacement(index, started)
+                self.places[index] = await self._start_replacement(index, started, avoided)
                 self._unstarted.remove(name)
-                break
+                return name, self.actors[index]
+            except _RoomAgain as error:
+                cause = error
             except Exception as error:
+                num_left -= 1
                 if not num_left:
                     raise StageError(f"{started}: {reason_of(error)}") from error
                 cause = error
-        return self.names[index], self.actors[index]
 
-    async def _start_replacement(self, index: int, message: str) -> EnginePlace:
+    async def _start_replacement(self, index: int, message: str, avoided: frozenset[str] = frozenset()) -> EnginePlace:
         """Start the new engine in a place. While others work, it waits without a limit for a host that has room."""
-        place = await self._await_place(index, message)
+        place = await self._await_place(index, message, avoided=avoided)
         await self._await_start(await_call(self.actors[index].start.remote(), START_S, message), place, message)
         return place
 
-    async def _await_place(self, index: int, message: str, *, is_needed: bool = True) -> EnginePlace:
-        """Where Ray has placed an engine. is_needed: whether it may take any time while other engines work."""
+    async def _await_place(
+        self, index: int, message: str, *, is_needed: bool = True, avoided: frozenset[str] = frozenset()
+    ) -> EnginePlace:
+        """Where Ray has placed an engine. is_needed: whether it may take any time while other engines work.
+
+        avoided: the hosts on which Ray was told not to place it. Raises _RoomAgain if one of them may be used again.
+        """
         where = asyncio.ensure_future(place_of(self.actors[index]))
+        alone, is_told = time.monotonic(), False
         try:
-            if not (await asyncio.wait({where}, timeout=NOTICE_S))[0]:
-                self._context.event("engine_unplaced", name=self.names[index], num_left=self._num_started)
-            while not (await asyncio.wait({where}, timeout=PLACE_S))[0]:
-                if not (is_needed and self._num_started):
+            while not (await asyncio.wait({where}, timeout=NOTICE_S))[0]:
+                if not is_told:
+                    self._context.event("engine_unplaced", name=self.names[index], num_left=self._num_started)
+                    is_told = True
+                now = await _avoided()
+                if avoided - now:
+                    raise _RoomAgain(f"{self.names[index]} had no place, and a host answers again that was avoided")
+                if is_needed and self._num_started:
+                    alone = time.monotonic()
+                elif time.monotonic() - alone > PLACE_S:
                     raise TimeoutError(f"{message}: no host had room for it within {PLACE_S:g} s")
             return where.result()
         finally:
@@ -231,6 +248,16 @@ class Engines:
     async def _await_engine(self, actor: Any, call: Awaitable[object], name: str) -> Any:
         """The result of a long call. Raises TimeoutError if the actor does not answer a heartbeat meanwhile."""
         return await await_with_heartbeat(call, actor.pids.remote, 3 * self._engine.deadline_s, name=name)
+
+
+class _RoomAgain(ActorLostError):
+    """An engine that has no place yet was to avoid a host that may be used now; Ray cannot be told for this engine."""
+
+
+async def _avoided() -> frozenset[str]:
+    """The ids of the nodes on which nothing must be placed now."""
+    hosts = directory()
+    return await hosts.avoided.remote() if hosts is not None else frozenset()
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:

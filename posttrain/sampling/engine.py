@@ -24,7 +24,7 @@ from posttrain.compat.vllm_images import forget_weights
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.errors import StageError
-from posttrain.hosts.directory import folder_here
+from posttrain.hosts.directory import enroll_here, folder_here
 from posttrain.hosts.relay import RelayError
 from posttrain.sampling.arguments import ENGINE_ENV
 from posttrain.sampling.core import Core
@@ -76,6 +76,7 @@ class EngineActor:
         UserError if the model lies on another host, and this one has no room for it.
         """
         began, printed = time.time(), PrintedSince()
+        await enroll_here(os.getpid())
         folder = await folder_here(self._folder, self._deadline_s)
         try:
             workers = await self._core.start(folder)

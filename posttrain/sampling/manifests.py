@@ -4,39 +4,57 @@ trainer ── WeightManifest (shared memory) or GpuManifest ──► controlle
 a stage's start ── FolderWeights ──────────────────────────────────────────►
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
 
+from posttrain.hosts.deltas import Delta, PlacedTensor
 from posttrain.hosts.relay import Source
 
 
 class TensorEntry(msgspec.Struct, frozen=True):
     """Where one tensor lies in a segment. `dtype` is torch's name without the prefix; `offset` is in bytes.
 
-    A stack of matrices lies there with each transposed, see `SharedWeights`. checksum: XXH3-64 of its bytes; a CRC-32
-    takes three times as long as the copy, this half as long. Example: `TensorEntry("lm_head.weight", "bfloat16",
-    (495, 64), offset=128, checksum=0x9B)`.
+    A stack of matrices lies there with each transposed, see `SharedWeights`. checksums: XXH3-64 of consecutive parts of
+    its bytes, all of one size: one of each process that wrote a part. A CRC-32 takes three times as long as the copy,
+    this half as long. Example: `TensorEntry("lm_head.weight", "bfloat16", (495, 64), offset=128, checksums=(0x9B,))`.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
-    checksum: int
+    checksums: tuple[int, ...]
+
+
+def placed(entries: Iterable[TensorEntry]) -> tuple[PlacedTensor, ...]:
+    """The parts of tensors that have checksums of their own, with names for messages."""
+    import torch  # not in the controller, which only makes chains
+
+    found = []
+    for entry in entries:
+        parts = len(entry.checksums)
+        size = getattr(torch, entry.dtype).itemsize * torch.Size(entry.shape).numel() // parts
+        for number, checksum in enumerate(entry.checksums):
+            name = entry.name if parts == 1 else f"{entry.name} (part {number + 1} of {parts})"
+            found.append(PlacedTensor(name, entry.offset + number * size, size, checksum))
+    return tuple(found)
 
 
 class Road(msgspec.Struct, frozen=True):
     """How another host gets a version. publisher: a name that no other publisher has. node: the trainer's, in Ray.
 
     serial: counts what the publisher has published; a version may be published again with other values. sources: whom
-    to ask for the bytes, in the order of preference. Example: `Road("trainer-7", 3, "a1b2", (source,))`.
+    to ask for the bytes, in the order of preference. delta: what changed since the serial before, if that is offered.
+    Example: `Road("trainer-7", 3, "a1b2", (source,))`.
     """
 
     publisher: str
     serial: int
     node: str
     sources: tuple[Source, ...]
+    delta: Delta | None = None
 
 
 class WeightManifest(msgspec.Struct, frozen=True, tag_field="kind", tag="segment"):

@@ -15,8 +15,8 @@ from msgspec.structs import replace
 from posttrain.hosts.directory import directory, folder_here
 from posttrain.hosts.placement import this_node
 from posttrain.hosts.relay import Source
-from posttrain.hosts.weights import PlacedTensor, WeightsOffer
-from posttrain.sampling.manifests import FolderWeights, Manifest, TensorEntry, WeightManifest, WeightSource
+from posttrain.hosts.weights import WeightsOffer
+from posttrain.sampling.manifests import FolderWeights, Manifest, WeightManifest, WeightSource, placed
 
 
 class EnginePlace(msgspec.Struct, frozen=True):
@@ -71,13 +71,7 @@ def offer_of(manifest: WeightManifest) -> WeightsOffer:
     """What another host needs to know to get a version that has a road."""
     road = manifest.road
     assert road is not None
-    tensors = tuple(
-        PlacedTensor(entry.name, entry.offset, _num_bytes(entry), entry.checksum) for entry in manifest.tensors
+    tensors = placed(manifest.tensors)
+    return WeightsOffer(
+        road.publisher, road.serial, manifest.policy_version, manifest.num_bytes, tensors, road.sources, road.delta
     )
-    return WeightsOffer(road.publisher, road.serial, manifest.policy_version, manifest.num_bytes, tensors, road.sources)
-
-
-def _num_bytes(entry: TensorEntry) -> int:
-    import torch  # not in the controller, which only makes chains
-
-    return getattr(torch, entry.dtype).itemsize * torch.Size(entry.shape).numel()

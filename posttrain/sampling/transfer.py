@@ -39,12 +39,17 @@ class Publisher(Protocol):
         ...
 
 
-def make_publisher(backend: Backend, num_engines: int, tensor_parallel: int, *, deadline_s: float) -> Publisher:
-    """The trainer's end of a backend. `num_engines` engines of `tensor_parallel` GPUs each load every version."""
+def make_publisher(
+    backend: Backend, num_engines: int, tensor_parallel: int, *, deadline_s: float, delta: bool = False
+) -> Publisher:
+    """The trainer's end of a backend. `num_engines` engines of `tensor_parallel` GPUs each load every version.
+
+    delta: for shm, whether other hosts may pull what changed since the version before.
+    """
     if backend == "shm" and in_cluster():
-        return SharedWeights(relay=Relay(this_address()), node=this_node())
+        return SharedWeights(relay=Relay(this_address()), node=this_node(), delta=delta)
     if backend == "shm":
-        return SharedWeights()
+        return SharedWeights(delta=delta)
     return GpuWeights(backend, 1 + num_engines * tensor_parallel, deadline_s)
 
 

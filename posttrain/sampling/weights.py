@@ -13,40 +13,34 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import xxhash
 
 from posttrain.errors import PosttrainError
+from posttrain.hosts.deltas import Delta, PlacedTensor, write_delta
 from posttrain.hosts.relay import Relay
-from posttrain.hosts.weights import served_name
-from posttrain.sampling.manifests import FolderWeights, Road, TensorEntry, WeightManifest
+from posttrain.hosts.weights import delta_file, delta_name, served_name
+from posttrain.sampling.manifests import FolderWeights, Road, TensorEntry, WeightManifest, placed
+from posttrain.sampling.segments import (
+    SegmentPlace,
+    TensorPart,
+    TensorSpec,
+    WrittenPart,
+    checksum,
+    forget,
+    mapped,
+    offsets_of,
+    read_tensor,
+    write_parts,
+)
 
-ALIGNMENT = 64
 PREFIX = "posttrain-weights-"
+WORTH = 0.5  # a delta is served if it has at most this share of the bytes
 
 
 class WeightTransferError(PosttrainError):
     """Weights did not arrive as they were sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Name, dtype and shape of a tensor, known before its values are.
-
-    Example: TensorSpec("lm_head.weight", torch.float32, (512, 64))
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the values."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class SharedWeights:
@@ -57,20 +51,26 @@ class SharedWeights:
     container too, and the next publisher removes it.
 
     relay: serves the versions to other hosts; None if all engines are on this one. node: the id of this host in Ray.
+    delta: whether it also serves what changed since the version before (hosts/deltas.py).
     """
 
-    def __init__(self, directory: str | Path = "/dev/shm", relay: Relay | None = None, node: str = ""):
+    def __init__(
+        self, directory: str | Path = "/dev/shm", relay: Relay | None = None, node: str = "", *, delta: bool = False
+    ):
         remove_abandoned(Path(directory))
         session = os.environ.get("POSTTRAIN_SESSION", "none")
         stem = f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{session}"
         self._peer = f"process {os.getpid()} on {socket.gethostname()}"
         self._relay = relay
         self._node = node
+        self.delta = delta
+        self._placed: dict[Path, tuple[PlacedTensor, ...]] = {}  # what lies in each segment
+        self._frames: tuple[str, int] | None = None  # the delta that is served: its name and descriptor
         self._publisher = stem
         self._serials: dict[Path, int] = {}  # of what lies in each segment
         self._paths = [Path(directory) / f"{stem}-{half}" for half in "ab"]
         self._descriptors: dict[Path, int] = {}
-        self._segments: dict[Path, mmap.mmap] = {}  # mapped once: mapping again costs more than the copy
+        self._segments: dict[Path, mmap.mmap] = {}
 
     def publish(
         self, specs: Sequence[TensorSpec], values: Iterable[torch.Tensor], policy_version: int
@@ -80,20 +80,39 @@ class SharedWeights:
         values: one for each of `specs`, in their order. Each is written before the iterator gives the next, so that no
         more than one whole tensor is in memory.
         """
-        offsets, end = [], 0
-        for spec in specs:
-            offsets.append(end)
-            end += -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT
-        entries = []
+        place = self.begin(specs, policy_version)
+        parts = (TensorPart(number, value) for number, value in enumerate(values))
+        return self.finish(specs, write_parts(place, specs, parts), policy_version)
+
+    def begin(self, specs: Sequence[TensorSpec], policy_version: int) -> SegmentPlace:
+        """Make room for a version, into which this process, and others of this host, write parts (`write_parts`)."""
         path = self._paths[policy_version % 2]
-        if self._relay is not None and path in self._serials:
-            self._relay.drop(served_name(self._publisher, self._serials[path]))
-        buffer = torch.frombuffer(self._segment(path, end), dtype=torch.uint8)
-        for value, spec, offset in zip(values, specs, offsets, strict=True):
-            place = buffer[offset : offset + spec.num_bytes]
-            _write(place.view(spec.dtype), value.detach())
+        self._drop(path)
+        place = SegmentPlace(str(path), offsets_of(specs)[1])
+        descriptor = self._open(path)
+        if os.fstat(descriptor).st_size != place.num_bytes:
+            os.ftruncate(descriptor, place.num_bytes)
+        self._segments[path] = mapped(place)
+        return place
+
+    def finish(
+        self, specs: Sequence[TensorSpec], written: Iterable[WrittenPart], policy_version: int
+    ) -> WeightManifest:
+        """Publish a version whose parts are all written. Raises WeightTransferError if one is missing."""
+        path = self._paths[policy_version % 2]
+        parts: dict[int, dict[int, WrittenPart]] = {}
+        for part in written:
+            parts.setdefault(part.tensor, {})[part.number] = part
+        offsets, end = offsets_of(specs)
+        entries = []
+        for number, (spec, offset) in enumerate(zip(specs, offsets, strict=True)):
+            own = parts.get(number, {})
+            of = next(iter(own.values())).of if own else 1
+            if sorted(own) != list(range(of)):
+                raise WeightTransferError(f"policy version {policy_version}: of tensor {spec.name} a part is missing")
             dtype = str(spec.dtype).removeprefix("torch.")
-            entries.append(TensorEntry(spec.name, dtype, spec.shape, offset, checksum(place)))
+            entries.append(TensorEntry(spec.name, dtype, spec.shape, offset, tuple(own[n].checksum for n in range(of))))
+        self._placed[path] = placed(entries)
         road = self._serve(path, end)
         return WeightManifest(str(path), policy_version, end, self._peer, tuple(entries), road)
 
@@ -103,15 +122,35 @@ class SharedWeights:
             return None
         serial = self._serials[path] = 1 + max(self._serials.values(), default=0)
         self._relay.hold(served_name(self._publisher, serial), self._descriptors[path], num_bytes)
-        return Road(self._publisher, serial, self._node, (self._relay.source,))
+        delta = self._serve_delta(self._relay, path, serial) if self.delta else None
+        return Road(self._publisher, serial, self._node, (self._relay.source,), delta)
 
-    def _segment(self, path: Path, num_bytes: int) -> mmap.mmap:
-        segment = self._segments.get(path)
-        if segment is None or len(segment) != num_bytes:
-            descriptor = self._open(path)
-            os.ftruncate(descriptor, num_bytes)
-            segment = self._segments[path] = mmap.mmap(descriptor, num_bytes)
-        return segment
+    def _serve_delta(self, relay: Relay, path: Path, serial: int) -> Delta | None:
+        """Let other hosts read what changed since the serial before; None if that is not in the other segment, or is
+        not much less than all.
+        """
+        other = next(each for each in self._paths if each != path)
+        if self._serials.get(other) != serial - 1 or _layout(self._placed[other]) != _layout(self._placed[path]):
+            return None
+        descriptor = delta_file()
+        new, old = (memoryview(self._segments[each]) for each in (path, other))
+        delta = Delta(serial - 1, write_delta(descriptor, new, old, tensors=self._placed[path]))
+        if delta.num_bytes > len(new) * WORTH:
+            os.close(descriptor)
+            return None
+        self._frames = delta_name(self._publisher, serial), descriptor
+        relay.hold(*self._frames, delta.num_bytes)
+        return delta
+
+    def _drop(self, path: Path) -> None:
+        """Serve no longer what lies in a segment, nor the delta of the version that was published last."""
+        if self._relay is not None and path in self._serials:
+            self._relay.drop(served_name(self._publisher, self._serials[path]))
+        if self._relay is not None and self._frames is not None:
+            name, descriptor = self._frames
+            self._relay.drop(name)
+            os.close(descriptor)
+            self._frames = None
 
     def _open(self, path: Path) -> int:
         """The segment's descriptor. A new file is locked before it is renamed, so no other process sees it unlocked."""
@@ -124,13 +163,20 @@ class SharedWeights:
 
     def close(self) -> None:
         """Remove the segments. Readers that still have them mapped keep them."""
+        for path in self._paths:
+            self._drop(path)
         if self._relay is not None:
             self._relay.close()
         self._segments.clear()
         for path, descriptor in self._descriptors.items():
+            forget(str(path))
             path.unlink(missing_ok=True)
             os.close(descriptor)
         self._descriptors = {}
+
+
+def _layout(tensors: Sequence[PlacedTensor]) -> list[tuple[str, int, int]]:
+    return [(tensor.name, tensor.offset, tensor.num_bytes) for tensor in tensors]
 
 
 def remove_abandoned(directory: Path) -> None:
@@ -145,36 +191,13 @@ def remove_abandoned(directory: Path) -> None:
                 os.close(descriptor)
 
 
-def _write(place: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a tensor into its flat place; each matrix of a stack (experts) is transposed.
-
-    vLLM stores experts transposed. It would transpose the whole stack in one strided copy, while generation is paused.
-    Transposing one matrix after another here takes a third of the time, and generation goes on meanwhile.
-    """
-    if value.dim() != 3:
-        place.view(value.shape).copy_(value)
-        return
-    for transposed, matrix in zip(place.view(value.mT.shape), value, strict=True):
-        transposed.copy_(matrix.T)
-
-
-def _read(place: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The inverse of `_write`, as a view."""
-    return place.view(shape[0], shape[2], shape[1]).mT if len(shape) == 3 else place.view(shape)
-
-
-def checksum(place: torch.Tensor) -> int:
-    """XXH3-64 of the bytes of a flat tensor."""
-    return xxhash.xxh3_64_intdigest(place.numpy().data)
-
-
 def open_weights(source: WeightManifest | FolderWeights) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) from shared memory, whose checksums are left to `verify`, or from a folder."""
     if isinstance(source, FolderWeights):
         yield from _open_folder(Path(source.folder))
     else:
         for entry, place in _places(source):
-            yield entry.name, _read(place.view(getattr(torch, entry.dtype)), entry.shape)
+            yield entry.name, read_tensor(place.view(getattr(torch, entry.dtype)), entry.shape)
 
 
 def verify(manifest: WeightManifest, note: Callable[[str], None] = lambda text: None) -> None:
@@ -184,11 +207,13 @@ def verify(manifest: WeightManifest, note: Callable[[str], None] = lambda text: 
     """
     for entry, place in _places(manifest):
         note(f"the checksum of tensor {entry.name}")
-        if (found := checksum(place)) != entry.checksum:
-            raise WeightTransferError(
-                f"{_sender(manifest)}: tensor {entry.name} has checksum {found:#x} in {manifest.path}, not "
-                f"{entry.checksum:#x}"
-            )
+        parts = place.view(len(entry.checksums), -1) if place.numel() else place.unsqueeze(0)
+        for part, wanted in zip(parts, entry.checksums, strict=True):
+            if (found := checksum(part)) != wanted:
+                raise WeightTransferError(
+                    f"{_sender(manifest)}: tensor {entry.name} has checksum {found:#x} in {manifest.path}, not "
+                    f"{wanted:#x}"
+                )
 
 
 def _sender(manifest: WeightManifest) -> str:

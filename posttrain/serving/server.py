@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from pydantic import Field
 
 from posttrain.config.base import Config
@@ -30,6 +31,9 @@ from posttrain.sampling.arguments import ENGINE_ENV, cpu_cache_arguments, engine
 START_S = 900.0
 LOOK_S = 0.2
 STOP_S = 10.0
+STOP_LOOK_S = 0.05
+SHARED = Path("/dev/shm")
+OF_PYTHON = ("psm_", "sem.mp-")  # how names of its shared memory and semaphores begin
 # What the engines of a stage need and a server does not: weights in flight, the very distribution of a token.
 _OF_STAGES = ("model", "worker_extension_cls", "weight_transfer_config", "logprobs_mode", "generation_config")
 
@@ -124,11 +128,45 @@ def _await(root: str, process: "subprocess.Popen[bytes]", log: Any) -> None:
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    for number, seconds in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, None)):
+    """End the server with all its processes, and remove the shared memory that they leave.
+
+    vLLM kills its engine core at once, together with Python's resource tracker, which would have removed it.
+    """
+    segments = shared_memory(process.pid)
+    for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
+        end = time.monotonic() + STOP_S
+        while (process.poll() is None or _members(process.pid)) and time.monotonic() < end:
+            time.sleep(STOP_LOOK_S)
+    process.wait()
+    for path in segments:
+        path.unlink(missing_ok=True)
+
+
+def _members(group: int) -> list[psutil.Process]:
+    """The live processes of a process group."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def shared_memory(group: int) -> set[Path]:
+    """The files of Python's shared memory and semaphores that the processes of a group have mapped."""
+    mapped: set[int] = set()  # inodes: a process maps a semaphore that it makes before the file has its name
+    for process in _members(group):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            mapped |= {int(line.split()[4]) for line in lines if str(SHARED) in line}
+    found = set()
+    for path in SHARED.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if path.name.startswith(OF_PYTHON) and path.stat().st_ino in mapped:
+                found.add(path)
+    return found
 
 
 def _option(name: str, value: Any) -> list[str]:

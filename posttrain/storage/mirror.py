@@ -28,7 +28,7 @@ STEP_BYTES = 1 << 22
 class Manifest(msgspec.Struct, frozen=True):
     """One state of a run. run: names it for ever. epoch: counts its holders. token: the holder's own. holder: host and
     process. files: (hash, size) by path below the run directory. inputs: the same by absolute path, of what the run
-    reads elsewhere.
+    reads elsewhere. cwd: the directory to which paths of the run's configs are relative.
     """
 
     run: str
@@ -39,6 +39,7 @@ class Manifest(msgspec.Struct, frozen=True):
     time: float
     files: dict[str, tuple[str, int]] = {}
     inputs: dict[str, tuple[str, int]] = {}
+    cwd: str = ""
 
     @property
     def blobs(self) -> set[str]:
@@ -130,14 +131,17 @@ def newest_of(store: Store) -> tuple[int, Manifest] | None:
 
 def begin(store: Store, *, run: str, pipeline: str, token: str) -> Mirror:
     """Begin the first epoch of a new run. Raises Succeeded if there is a run already."""
-    manifest = Manifest(run, pipeline, 1, token, holder_name(), time.time())
+    manifest = Manifest(run, pipeline, 1, token, holder_name(), time.time(), cwd=os.getcwd())
     return Mirror(store, _create(store, 1, manifest), manifest)
 
 
-def take(store: Store, number: int, manifest: Manifest, *, token: str) -> Mirror:
-    """Begin the next epoch of a run, after its manifest `number`. Raises Succeeded if another host does so too."""
+def take(store: Store, number: int, manifest: Manifest, *, token: str, cwd: str | None = None) -> Mirror:
+    """Begin the next epoch of a run, after its manifest `number`. Raises Succeeded if another host does so too.
+
+    cwd: the directory to which its paths are relative from now on; None for that before.
+    """
     own = msgspec.structs.replace(
-        manifest, epoch=manifest.epoch + 1, token=token, holder=holder_name(), time=time.time()
+        manifest, epoch=manifest.epoch + 1, token=token, holder=holder_name(), time=time.time(), cwd=cwd or manifest.cwd
     )
     return Mirror(store, _create(store, number + 1, own), own)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from posttrain.config.base import Config
+from posttrain.config.base import RESULT_STAYS, Config
 from posttrain.config.data import DataConfig
 from posttrain.config.engines import EngineConfig, SamplingConfig
 from posttrain.config.environments import EnvironmentConfig
@@ -74,6 +74,12 @@ class WeightsConfig(Config):
         default="shm",
         description="shm: through shared memory, of which each host of a cluster gets a copy. nccl: a broadcast "
         "between GPUs, of one host or several. ipc: the engine shares a GPU with the trainer and reads its memory.",
+    )
+    delta: bool = Field(
+        default=False,
+        description="Send other hosts of a cluster only the bytes that changed since the version before, compressed. "
+        "It saves network for CPU time of the trainer's host; the weights that arrive are the same. Only for shm.",
+        json_schema_extra=RESULT_STAYS,
     )
     kv: Literal["recompute", "keep"] = Field(
         default="recompute",

@@ -16,7 +16,11 @@ def publisher(config: RolloutsConfig) -> "Publisher":
 
     engines = config.resources.rollout.most
     return make_publisher(
-        config.weights.backend, engines, config.engine.tensor_parallel, deadline_s=config.engine.deadline_s
+        config.weights.backend,
+        engines,
+        config.engine.tensor_parallel,
+        deadline_s=config.engine.deadline_s,
+        delta=config.weights.delta,
     )
 
 

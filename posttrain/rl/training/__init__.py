@@ -8,6 +8,7 @@ batches.py     which samples share a forward, and its tensors
 policy.py      the policy as a function from tensors to log-probabilities
 adapters.py    adapters (LoRA) in the policy
 forward.py     a micro-batch's share of the loss
+publishing.py  each rank writes its part of the weights for the engines
 trainer.py     the optimizer step, in each rank
 reference.py frozen_policy.py    the frozen reference policy, and what runs in its process
 evidence.py    keep the batch of an update that was not finite

@@ -29,7 +29,7 @@ from posttrain.parallel.adapters import export_adapter
 from posttrain.parallel.engine import engine_report, start_engine
 from posttrain.parallel.export import export_model, folder_of_first_rank
 from posttrain.parallel.state import load_state, save_state
-from posttrain.parallel.tensors import read_weights, sent_tensors
+from posttrain.parallel.tensors import sent_tensors
 from posttrain.rl.losses import ratio_of
 from posttrain.rl.objective import reference_kl
 from posttrain.rl.rollouts.weights import publisher
@@ -38,9 +38,9 @@ from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.forward import dealt, forward_share
 from posttrain.rl.training.policy import load_token_policy, sample_logprobs
 from posttrain.rl.training.protocol import SkippedUpdate, StepResult
+from posttrain.rl.training.publishing import publish
 from posttrain.rl.training.samples import TrainSample, token_advantage_std
 from posttrain.sampling.manifests import Manifest
-from posttrain.sampling.weights import TensorSpec
 from posttrain.train.routers import figures
 
 
@@ -105,14 +105,7 @@ class PolicyTrainer:
 
     def publish(self) -> Manifest | None:
         """See `Trainer.publish`."""
-        items = sent_tensors(self._engine.module)
-        values = (value for _, value in read_weights(items))
-        if self._rank:
-            for _ in values:  # take part in gathering the tensors, which rank 0 writes
-                pass
-            return None
-        specs = [TensorSpec(item.name, item.dtype, item.shape) for item in items]
-        return self._weights.publish(specs, values, self.policy_version)
+        return publish(self._weights, sent_tensors(self._engine.module), self.policy_version)
 
     def probe(self, size: float) -> Manifest | None:
         """See `Trainer.probe`."""
