@@ -82,6 +82,7 @@ def run_arm(scratch: Path, pool: Pool, arm: str, *, seed: int) -> dict[str, Any]
         times = [began, *(step["t"] for step in steps)]
         evaluations = list(read_jsonl(folder / "evaluations.jsonl"))
         _check_counted(folder, steps)
+        trained = _trained(folder, pool)
     versions = [line["policy_version"] for line in evaluations]
     if versions != list(range(0, STEPS, EVERY)):
         raise RuntimeError(f"not every evaluation of {arm} was done, only those of {versions}")
@@ -91,8 +92,26 @@ def run_arm(scratch: Path, pool: Pool, arm: str, *, seed: int) -> dict[str, Any]
         "tokens": [sampled[version] for version in versions],
         "core_s": [used.at(times[version]) - used.at(began) for version in versions],
         "accuracy": [line["capabilities"]["all"]["accuracy"] for line in evaluations],
-        "before_tokens": before, **total, "seconds": sum(step["step_wall_s"] for step in steps),
+        "before_tokens": before, **total, "trained": trained, "seconds": sum(step["step_wall_s"] for step in steps),
     }  # fmt: skip
+
+
+def _trained(folder: Path, pool: Pool) -> dict[str, float]:
+    """What was trained on: how many prompts, what share of them is medium, of which pass rate, how much of it."""
+    import pyarrow.parquet as pq
+
+    medium = {row["id"] for row in read_jsonl(Path(pool.medium))}
+    columns = ["prompt_id", "group_id", "status", "reward", "advantage", "num_tokens"]
+    tables = [pq.read_table(path, columns=columns) for path in sorted((folder / "rollouts").glob("*.parquet"))]
+    rows = [row for table in tables for row in table.to_pylist() if row["status"] == "trained"]
+    groups = {row["group_id"]: row["prompt_id"] for row in rows}
+    return {
+        "prompts": len(set(groups.values())),
+        "medium_share": fmean(prompt in medium for prompt in groups.values()),
+        "pass_rate": fmean(row["reward"] >= 0.5 for row in rows),
+        "advantage": fmean(abs(row["advantage"]) for row in rows),
+        "reply_tokens": fmean(row["num_tokens"] for row in rows),
+    }
 
 
 class ProcessorTime:
