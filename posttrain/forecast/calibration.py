@@ -2,8 +2,8 @@
 
 Engines: while an engine has c sequences, and samples n tokens, it makes n / c steps, so that
 seconds * speed = n * (step_s / c + token_s). The time in which it has nothing to sample does not count. Trainer: CPU
-seconds of a step against its tokens. Cores: how many times as long as its CPU seconds a step took, with so many processes
-at work. Replies: groups of the run, of the same step.
+seconds of a step against its tokens. Cores: how many times as long as its CPU seconds a step took, with so many
+processes at work. Replies: groups of the run, of the same step.
 
 The costs of prompts and of KV caches that are computed again are in the costs of tokens, because a run does not tell
 them apart.
