@@ -91,7 +91,7 @@ def test_a_row_more_costs_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(stored, "BATCH_BYTES", 1 << 16)  # of each batch of rows, which is an object, there are few
     monkeypatch.setattr(data_memory, "TEXT", "Add 1.")
     job, make = data_memory.JOBS[name]
-    few, many = 1_200, 4_000
+    few, many = 2_000, 6_000  # both fill every buffer of a constant size
     paths = {count: write(tmp_path / f"{count}.jsonl", make(count)) for count in (few, many)}
     assert bytes_of_a_row(lambda count: job(paths[count]), few, many) < 6
 
