@@ -92,7 +92,7 @@ class WeightCopies:
         self._coming: dict[str, Future[str]] = {}  # by the name of the version
 
     def bring(self, offer: WeightsOffer, deadline_s: float, threads: Executor) -> Future[str]:
-        """The path of a version on this host, once it is there and checked. threads: pulls it.
+        """The path of a version on this host, once it is there and checked. Called in one thread; `threads` pull it.
 
         The future raises RelayError, which names peer, version and tensor, if no byte arrives for `deadline_s`.
         """
