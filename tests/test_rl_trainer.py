@@ -445,6 +445,18 @@ def test_when_training_stops_for_updates_that_were_left_out():
 
 
 @pytest.mark.slow
+def test_the_trainer_computes_with_the_threads_that_it_is_given(ranks, model):
+    trainer = TrainerClient(make_config(model), 0)
+    try:
+        threads = [trainer.step(batch(0), 0).metrics["train_threads"]]
+        for number in (2, 1):
+            trainer.set_threads(number)
+            threads.append(trainer.step(batch(len(threads)), len(threads)).metrics["train_threads"])
+    finally:
+        trainer.close()
+    assert threads == [1, 2, 1]
+
+
 def test_a_step_that_was_left_out_can_be_run_again_from_its_evidence(ranks, model, tmp_path):
     config = make_config(model, on_nonfinite="stop")
     broken = batch(0)

@@ -61,17 +61,21 @@ def models(tiny_model, tmp_path_factory):
     return [str(tiny_model), *(noisy(folder / str(seed), tiny_model, seed) for seed in range(1, 6))]
 
 
+def made_engine(name, path, **env):
+    """An engine actor that has not started yet."""
+    import ray
+
+    options = {"num_cpus": 0.4, "max_concurrency": 100, "runtime_env": {"env_vars": {**ENGINE_ENV, **env}}}
+    served = ServedModelConfig(path=path, dtype="float32").model_dump()
+    return ray.remote(EngineActor).options(**options).remote(name, served, ENGINE.model_dump())
+
+
 @pytest.fixture(scope="module")
 def engines(ray_session, models):
     """The first starts with the first policy, the second with the last."""
     import ray
 
-    served = [ServedModelConfig(path=path, dtype="float32").model_dump() for path in (models[0], models[5])]
-    options = {"num_cpus": 0.4, "max_concurrency": 100, "runtime_env": {"env_vars": ENGINE_ENV}}
-    actors = [
-        ray.remote(EngineActor).options(**options).remote(f"engine-{index}", model, ENGINE.model_dump())
-        for index, model in enumerate(served)
-    ]
+    actors = [made_engine(f"engine-{index}", path) for index, path in enumerate((models[0], models[5]))]
     try:
         ray.get([actor.start.remote() for actor in actors])
         yield actors
@@ -315,6 +319,36 @@ def test_five_updates_in_flight_leave_the_engine_as_freshly_loaded(engines, mode
     assert max(len(join_spans(reply.spans)) for reply in replies.values()) >= 4
     greedy = [SampleRequest(prompt, temperature=0.0, max_tokens=24) for prompt in PROMPTS]
     assert replies_one_by_one(engines[0], greedy) == replies_one_by_one(engines[1], greedy)
+
+
+@slow
+def test_weights_built_beside_generation_are_those_of_a_fresh_engine(engines, models, tmp_path):
+    """Of all tensors, and of one block alone: the other layers then keep what they have."""
+    import ray
+    from safetensors.torch import load_file, save_file
+
+    greedy = [SampleRequest(prompt, temperature=0.0, max_tokens=24) for prompt in PROMPTS]
+
+    def taken(engine, folder):
+        ray.get(engine.update_weights.remote(FolderWeights(str(folder)), 1))
+        return list(ray.get(engine.update_phases.remote()))
+
+    old, new = (load_file(f"{models[place]}/model.safetensors") for place in (2, 3))
+    block = {name: value for name, value in new.items() if ".layers.1." in name}
+    for name, tensors in (("block", block), ("mixed", {**old, **block})):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    for folder in (models[3], models[2], tmp_path / "block"):
+        ray.get(engines[0].submit.remote([(0, SampleRequest(PROMPTS[0], n=4, max_tokens=400))]))
+        assert "exchange" in taken(engines[0], folder)
+        ray.get(engines[0].cancel.remote([0]))
+    other = made_engine("without a twin", models[4], POSTTRAIN_WITHOUT_TWIN="1")
+    try:
+        ray.get(other.start.remote())
+        assert "load" in taken(other, tmp_path / "mixed")
+        assert replies_one_by_one(engines[0], greedy) == replies_one_by_one(other, greedy)
+    finally:
+        ray.kill(other)
 
 
 @slow

@@ -40,6 +40,8 @@ class _Rank:
         self._folder = folder
         # torch is not imported yet. An actor with a `runtime_env` would not get a process that Ray has started already.
         os.environ["OMP_NUM_THREADS"] = str(threads)
+        if threads == 1:  # if there are more later (`set_threads`), they wait without taking a core from engines
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         self._made: Any = None
         # Until the object is made. Ray imports what its arguments need before it calls `start`.
         self._imports = contextlib.ExitStack()

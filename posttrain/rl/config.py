@@ -120,6 +120,11 @@ class RlConfig(TrainingConfig, PromptsConfig):
                 f"deterministic needs max_staleness 0 (got {self.max_staleness}) and resources.rollout.workers 1 "
                 f"(got {workers}): otherwise timing decides which groups are trained on"
             )
+        if self.deterministic and self.resources.trainer_threads is not None:
+            raise ValueError(
+                f"deterministic does not go with resources.trainer_threads ({self.resources.trainer_threads}): timing "
+                "decides how many threads add up a sum; remove one of the two"
+            )
         if self.deterministic and self.evaluation is not None:
             raise ValueError(
                 "deterministic does not go with evaluation: timing decides which other replies are sampled in the same "

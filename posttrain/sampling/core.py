@@ -3,7 +3,7 @@
 ```
 start ──────────► vLLM's AsyncLLM ──► core process ◄── watch: is it dead or frozen?
 ask ────────────► an answer within `deadline_s`, or EngineLostError
-update_weights ─► verify checksums, pause between two steps, load tensor after tensor, resume
+update_weights ─► verify checksums, build beside generation, pause between two steps, exchange, resume
 ```
 
 Left out: requests and replies, which are in engine.py.
@@ -25,11 +25,12 @@ from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.sampling.arguments import cpu_cache_arguments, engine_arguments
 from posttrain.sampling.manifests import WeightManifest, WeightSource, to_plain
-from posttrain.sampling.progress import Progress
+from posttrain.sampling.progress import BUILT, Progress
 from posttrain.sampling.requests import EngineLostError
 from posttrain.sampling.watch import Watch, look_every_s
 
 T = TypeVar("T")
+BUILT_LOOK_S = 0.005
 
 
 class Core:
@@ -55,6 +56,7 @@ class Core:
         self._name = name
         self._model = model
         self._engine = engine
+        self.update_phases: dict[str, float] = {}
         self._policy_version = 0
         self._is_updating = False
         self._progress: Progress
@@ -153,24 +155,51 @@ class Core:
 
     # ------------------------------------------------------------------ weights
 
-    async def update_weights(self, source: WeightSource, policy_version: int, kv: Literal["recompute", "keep"]) -> None:
-        """Load new weights between two steps. See `EngineActor.update_weights`."""
+    async def update_weights(
+        self, source: WeightSource, policy_version: int, kv: Literal["recompute", "keep"]
+    ) -> tuple[float, float]:
+        """Take new weights between two steps. See `EngineActor.update_weights`.
+
+        Afterwards `update_phases` has the seconds of each phase, in order.
+        """
         what = f"the update to policy version {policy_version}"
+        plain = to_plain(source)
+        phases = _Phases()
         if isinstance(source, WeightManifest):  # while the core still samples
             from posttrain.sampling.weights import verify  # with torch, which the process of a stage does without
 
             await self._follow(asyncio.to_thread(verify, source, self._progress.note), what)
+        phases.end("verify")
+        built = all(await self.ask(what, self.llm.collective_rpc("build_weights", args=(plain,))))
+        if built:
+            await self._follow(self._built(), what)
+        phases.end("build")
+        began = time.time()
         self._is_updating = True
         try:
             await self.ask(what, compat.pause_between_steps(self.llm))
-            await self._follow(self.llm.collective_rpc("apply_weights", args=(to_plain(source),)), what)
+            phases.end("stop")
+            if built:
+                await self.ask(what, self.llm.collective_rpc("exchange_weights"))
+            else:
+                await self._follow(self.llm.collective_rpc("apply_weights", args=(plain,)), what)
+            phases.end("exchange" if built else "load")
             await self.ask(what, forget_weights(self.llm, running=kv == "recompute"))
             await self.ask(what, self.llm.update_weight_version(str(policy_version)))
             self._policy_version = policy_version
+            phases.end("forget")
             await self.ask(what, self.llm.resume_generation())
+            phases.end("resume")
         finally:
             self._is_updating = False
             self._watch.heard()
+        self.update_phases = phases.seconds
+        return began, time.time()
+
+    async def _built(self) -> None:
+        """Wait until the worker has built the weights."""
+        while self._progress.read()[1] != BUILT:
+            await asyncio.sleep(BUILT_LOOK_S)
 
     async def _follow(self, work: Awaitable[Any], update: str) -> None:
         """Wait for a part of an update, as long as it makes progress from tensor to tensor."""
@@ -191,3 +220,15 @@ class Core:
             if time.monotonic() - since > deadline_s:
                 task.cancel()
                 raise self._watch.lose(f"{what}, stood still for {deadline_s:g} s")
+
+
+class _Phases:
+    """How long each phase took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._since = now - self._since, now

@@ -3,7 +3,7 @@
 ```
 submit ──► core (core.py) ──► vLLM's output handler ──► Reply.put ──► outbox ──► collect     pieces, while they grow
 generate_wave ─►  ▲                       └─────────► queue ─────► completions               whole replies
-update_weights ───┘ pause between two steps, swap, resume
+update_weights ───┘ build beside generation, pause between two steps, exchange, resume
 ```
 
 What waits for what: `collect` waits for the first piece of any reply; `update_weights` pauses the scheduler between two
@@ -299,6 +299,9 @@ class EngineActor:
                 source = await reachable(source, self._deadline_s)  # generation goes on meanwhile
             except RelayError as error:
                 raise EngineLostError(f"engine {self.name}: {error}") from None
-            began = time.time()
-            await self._core.update_weights(source, policy_version, kv)
-            return began, time.time()
+            return await self._core.update_weights(source, policy_version, kv)
+
+    async def update_phases(self) -> dict[str, float]:
+        """Seconds of the phases of the last update: verify and build beside generation; then, while it pauses, stop
+        (the step in flight), exchange (or load, if nothing was built), forget (caches), resume."""
+        return self._core.update_phases

@@ -6,6 +6,7 @@ import struct
 import tempfile
 
 SIZE = 512
+BUILT = "the end of the building"  # the note of a worker that has built new weights beside generation
 HEAD = struct.Struct("<QI")  # how many notes there were; length of the last in bytes
 
 

@@ -7,6 +7,7 @@ Source: vLLM's interfaces `WeightTransferEngine` (vllm/distributed/weight_transf
 """
 
 import os
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +29,9 @@ from posttrain.compat.vllm import (
     transfer_engine,
 )
 from posttrain.compat.vllm_images import contiguous_patches
-from posttrain.sampling.manifests import GpuManifest, from_plain
-from posttrain.sampling.progress import Progress
+from posttrain.compat.vllm_twin import TwinModel, can_have_twin
+from posttrain.sampling.manifests import FolderWeights, GpuManifest, WeightManifest, from_plain
+from posttrain.sampling.progress import BUILT, Progress
 from posttrain.sampling.transfer import open_update
 from posttrain.sampling.weights import open_weights
 
@@ -120,6 +122,35 @@ class WorkerExtension:
             self.update_weights(open_update(manifest) if isinstance(manifest, GpuManifest) else {"source": source})
             self.finish_weight_update()
 
+    def build_weights(self, source: dict[str, Any]) -> bool:
+        """Begin to build new weights in a thread, beside generation, for `exchange_weights`.
+
+        The note BUILT tells that the thread is done. Returns False, and does nothing, if that is not possible here:
+        `apply_weights` is.
+        """
+        manifest = from_plain(source)
+        if isinstance(manifest, GpuManifest) or not self._has_twin():
+            return False
+        note("the first tensor")
+        self._build = _Build(self._twin, manifest)
+        self._build.start()
+        return True
+
+    def exchange_weights(self) -> None:
+        """Give the model the weights that were built. Raises what the building raised."""
+        self._build.finish()
+        self._twin.exchange()
+
+    _twin: Any  # a `TwinModel`; None if the model cannot have one
+    _build: "_Build"
+
+    def _has_twin(self) -> bool:
+        if "_twin" not in self.__dict__:
+            model = self.model_runner.get_model()
+            is_wanted = os.environ.get("POSTTRAIN_WITHOUT_TWIN") != "1"  # set by a test and a benchmark only
+            self._twin = TwinModel(model) if is_wanted and can_have_twin(model) else None
+        return self._twin is not None
+
     def _engine_of(self, manifest: GpuManifest) -> Any:
         """vLLM's transfer engine of another backend; it connects to the trainer at the trainer's first manifest."""
         engines = self.__dict__.setdefault("_transfer_engines", {})
@@ -133,6 +164,29 @@ class WorkerExtension:
             engine.init_transfer_engine(engine.parse_init_info(manifest.init))
             engines[peer] = engine
         return engines[peer]
+
+
+class _Build(threading.Thread):
+    """Builds the weights of a source in a model's twin."""
+
+    def __init__(self, twin: TwinModel, source: WeightManifest | FolderWeights):
+        super().__init__(daemon=True)
+        self._twin = twin
+        self._source = source
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._twin.build(open_weights(self._source), note)
+        except BaseException as error:  # raised by `finish`
+            self._error = error
+        note(BUILT)
+
+    def finish(self) -> None:
+        """Wait for the end, and raise the error if there was one."""
+        self.join()
+        if self._error is not None:
+            raise self._error
 
 
 register_weight_backend("shm", ShmWeightTransferEngine)

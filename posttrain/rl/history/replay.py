@@ -19,6 +19,7 @@ from typing import Any
 from posttrain.context import StageContext
 from posttrain.data.images.section import STORE
 from posttrain.errors import ConfigError, StageError
+from posttrain.files import read_jsonl
 from posttrain.rl.history.archive import check_archive, recorded_rollout
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.history.recovery import SNAPSHOT, rl_stages
@@ -86,9 +87,15 @@ def replay(config: TrainingConfig, context: StageContext, source: Path) -> dict[
     trainer = TrainerClient(config, context.seed, store=None if config.images is None else source / STORE)
     try:
         differ, steps = [], 0
+        # Another number of threads may add up the same sums in another order.
+        threads = {line["step"]: line.get("train_threads") for line in read_jsonl(source / "metrics.jsonl")}
+        now = None
         for recorded in recorded_steps(source):
             if list(recorded.group_ids) != wanted.get(recorded.step):
                 differ.append(recorded.step)
+            if (number := threads.get(recorded.step)) not in (None, now):
+                trainer.set_threads(number)
+                now = number
             result = trainer.step(recorded.samples, recorded.step)
             context.metrics(recorded.step, result.metrics)
             context.busy("trainer", "train", start=result.began, end=result.ended)

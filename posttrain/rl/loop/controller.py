@@ -38,6 +38,7 @@ from posttrain.context import BusyLog, StageContext
 from posttrain.rl.config import RlConfig
 from posttrain.rl.grading.judge import rewards
 from posttrain.rl.history.recovery import Survivor
+from posttrain.rl.loop.balance import ThreadBalance
 from posttrain.rl.loop.checkpoints import Checkpoints
 from posttrain.rl.loop.dispatch import Dispatch
 from posttrain.rl.loop.elastic import Elastic
@@ -217,7 +218,15 @@ class Controller:
             ),
             changed=self._changed,
             tell=self._tell,
+            balance=self._make_balance(),
         )
+
+    def _make_balance(self) -> ThreadBalance | None:
+        resources = self._config.resources
+        if resources.trainer_threads is None:
+            return None
+        names = [worker.name for worker in self._workers.workers]
+        return ThreadBalance(max(1, int(resources.trainer.cpus)), resources.trainer_threads, names)
 
     def _make_side_work(self) -> SideWork:
         config, parts = self._config, self._parts

@@ -13,6 +13,7 @@ from typing import Any
 from posttrain.context import StageContext
 from posttrain.errors import StageError
 from posttrain.rl.grading.groups import over_batch
+from posttrain.rl.loop.balance import ThreadBalance
 from posttrain.rl.loop.checkpoints import Checkpoints
 from posttrain.rl.loop.group_book import GroupBook
 from posttrain.rl.loop.tally import StepTally
@@ -30,7 +31,7 @@ class Steps:
 
     max_staleness: the bound that every batch is checked against. shares: those of the quotas at the start. changed: is
     set when a batch may have become complete, and this loop sets it when there is room for new groups. tell: is called
-    with the number of each step and its metrics.
+    with the number of each step and its metrics. balance: decides how many threads the trainer has; None: that stays.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Steps:
         checkpoints: Checkpoints,
         changed: asyncio.Event,
         tell: Callable[[int, dict[str, Any]], None],
+        balance: ThreadBalance | None = None,
     ):
         self._config = config
         self._context = context
@@ -62,6 +64,7 @@ class Steps:
         self._checkpoints = checkpoints
         self._changed = changed
         self._tell = tell
+        self._balance = balance
         self._update: asyncio.Task[None] | None = None
         self.next_version = first_step  # the version at which the next batch will be trained on
 
@@ -106,6 +109,9 @@ class Steps:
         ages_s = [now - since for since in batch.ready_since]
         metrics = self._tally.values(step, groups, ages_s=ages_s, waited_s=now - waiting, trained=result.metrics)
         self._tell(step, {**metrics, **self._source.advance(step + 1)})
+        if self._balance is not None and self._balance.measured(metrics):
+            await self._trainer.async_set_threads(self._balance.threads)
+            self._context.event("trainer_threads", step=step + 1, threads=self._balance.threads)
         if (moved := self._source.moved(self._shares)) is not None:
             self._book.move(moved)
         if self._checkpoints.is_due(step + 1):

@@ -4,7 +4,7 @@ This is the lowest section. A key that several rooms read is declared in the sec
 sections of the rooms above extend that section.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -65,6 +65,27 @@ class RlResources(Config):
     judge: ActorResources | None = Field(
         default=None, description="Engines that serve the judge; set it together with the section judge."
     )
+    trainer_threads: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="On a CPU: the most threads that a rank of the trainer may compute with. It begins with "
+        "trainer.cpus of them, gets more while engines wait for it, and gives them back while it waits for engines or "
+        "where they do not make steps faster. null: trainer.cpus threads always.",
+    )
+
+    @model_validator(mode="after")
+    def _check_threads(self) -> "RlResources":
+        least = max(1, int(self.trainer.cpus))
+        if self.trainer_threads is not None and self.trainer.gpus:
+            raise ValueError(
+                f"trainer_threads is {self.trainer_threads}, and trainer.gpus {self.trainer.gpus:g}: threads matter on "
+                "a CPU only; remove one of the two"
+            )
+        if self.trainer_threads is not None and self.trainer_threads <= least:
+            raise ValueError(
+                f"trainer_threads is {self.trainer_threads}, and the trainer begins with the {least} of trainer.cpus; "
+                f"set trainer_threads: {least + 1} or more, or remove it"
+            )
+        return self
 
 
 class WeightsConfig(Config):

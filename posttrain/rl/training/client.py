@@ -68,6 +68,14 @@ class TrainerClient:
         """See `Trainer.step`."""
         return await self._ranks.call("step", samples, step)
 
+    async def async_set_threads(self, threads: int) -> None:
+        """See `Trainer.set_threads`."""
+        await self._ranks.call("set_threads", threads)
+
+    def set_threads(self, threads: int) -> None:
+        """See `Trainer.set_threads`."""
+        self._ranks.get("set_threads", threads)
+
     async def async_save(self, folder: Path) -> None:
         """See `Trainer.save`."""
         await self._ranks.call("save", str(folder))

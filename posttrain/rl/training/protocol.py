@@ -54,6 +54,10 @@ class Trainer(Protocol):
         """Do optimizer step `step`, counted from 0, on a whole batch, and publish the new weights."""
         ...
 
+    def set_threads(self, threads: int) -> None:
+        """Compute with this many threads from now on, on a CPU. The metric `train_threads` tells the number."""
+        ...
+
     def publish(self) -> Manifest | None:
         """Make the weights that steps change available to the engines. Ranks other than 0 return None."""
         ...

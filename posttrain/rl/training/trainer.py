@@ -103,6 +103,10 @@ class PolicyTrainer:
         """See `Trainer.report`."""
         return engine_report(self._engine, self._config.parallel)
 
+    def set_threads(self, threads: int) -> None:
+        """See `Trainer.set_threads`."""
+        torch.set_num_threads(threads)
+
     def publish(self) -> Manifest | None:
         """See `Trainer.publish`."""
         return publish(self._weights, sent_tensors(self._engine.module), self.policy_version)
@@ -157,6 +161,7 @@ class PolicyTrainer:
             "skipped": int(not applied),
             "train_s": trained - began,
             "train_cpu_s": trained_cpu - cpu_began,
+            "train_threads": torch.get_num_threads(),
             "publish_s": time.time() - trained,
         }
         return StepResult(metrics, manifest, began, time.time(), nonfinite)
