@@ -352,6 +352,38 @@ def test_weights_built_beside_generation_are_those_of_a_fresh_engine(engines, mo
 
 
 @slow
+def test_a_model_with_biases_takes_them_with_its_weights(ray_session, tiny_model, tmp_path):
+    """vLLM loads biases in place, and not as it loads weights."""
+    import ray
+    import transformers
+
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = transformers.Qwen2Config(
+            vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=32, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        model = transformers.Qwen2ForCausalLM(config)
+        for name, value in model.named_parameters():
+            torch.nn.init.normal_(value, std=0.3 if name.endswith("bias") else 0.1)
+        model.save_pretrained(tmp_path / str(seed))
+        for path in tiny_model.glob("*token*"):
+            (tmp_path / str(seed) / path.name).write_bytes(path.read_bytes())
+    first, second = (str(tmp_path / name) for name in ("1", "2"))
+    changed, fresh = made_engine("changed", first), made_engine("fresh", second)
+    try:
+        ray.get([changed.start.remote(), fresh.start.remote()])
+        greedy = [SampleRequest(prompt, temperature=0.0, max_tokens=8) for prompt in PROMPTS[:4]]
+        before = replies_one_by_one(changed, greedy)
+        ray.get(changed.update_weights.remote(FolderWeights(second), 1))
+        assert "exchange" in ray.get(changed.update_phases.remote())
+        assert before != replies_one_by_one(fresh, greedy) == replies_one_by_one(changed, greedy)
+    finally:
+        ray.kill(changed)
+        ray.kill(fresh)
+
+
+@slow
 def test_a_wave_is_decided_by_its_seed(engines, models):
     """Two engines that did different work before, and one engine twice, with other work between."""
     import ray

@@ -67,7 +67,7 @@ class TwinModel:
             get_layerwise_info,
             initialize_online_processing,
         )
-        from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
+        from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, restore_layer_on_meta
 
         def noted() -> "Iterator[tuple[str, torch.Tensor]]":
             for name, tensor in weights:
@@ -77,6 +77,12 @@ class TwinModel:
         with torch.no_grad():
             for pair in self._pairs:
                 restore_layer_on_meta(pair.twin, get_layerwise_info(pair.twin))
+                for kind in ("_parameters", "_buffers"):  # such as biases, which vLLM loads in place
+                    there = pair.original.__dict__[kind]
+                    kept = {
+                        name: _clone(there[name]) for name in there.keys() & SKIP_TENSORS if there[name] is not None
+                    }
+                    pair.twin.__dict__[kind].update(kept)
                 initialize_online_processing(pair.twin)
             self._before = {id(pair.twin): dict(pair.twin.__dict__) for pair in self._pairs}
             self._model.load_weights(noted())
@@ -150,3 +156,11 @@ def _copied(tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
     from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 
     return {name: to_meta_tensor(tensor) for name, tensor in tensors.items()}
+
+
+def _clone(tensor: "torch.Tensor") -> "torch.Tensor":
+    """A copy of the class and with the attributes of the tensor, such as its loader."""
+    clone: Any = tensor.data.clone()
+    clone.__class__ = tensor.__class__
+    clone.__dict__ = tensor.__dict__.copy()
+    return clone
