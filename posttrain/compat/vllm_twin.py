@@ -104,7 +104,8 @@ class TwinModel:
                 if name in ("_parameters", "_buffers") or (name != "_modules" and before.get(name) is not value):
                     pair.original.__dict__[name] = value
         for pair in self._pairs:
-            pair.twin.__dict__.update(_parameters={}, _buffers={})
+            absent = {kind: _absent(pair.original.__dict__[kind]) for kind in ("_parameters", "_buffers")}
+            pair.twin.__dict__.update(absent)
         self._loaded, self._before = [], {}
 
 
@@ -144,12 +145,17 @@ def _twin_of(module: Any, twins: dict[int, _Pair]) -> Any:
     of_twin.restore_metadata = (_copied(parameters), _copied(buffers))  # loading changes attributes of these tensors
     of_twin.restore_device = of_original.restore_device
     twin.__dict__.update(
-        _parameters={},
-        _buffers={},
+        _parameters=_absent(module._parameters),
+        _buffers=_absent(module._buffers),
         _modules={name: child if child is None else _twin_of(child, twins) for name, child in module._modules.items()},
         _non_persistent_buffers_set=set(module._non_persistent_buffers_set),
     )
     return twin
+
+
+def _absent(tensors: "dict[str, torch.Tensor | None]") -> dict[str, None]:
+    """The names that a module has for tensors that it does without, such as the biases of most layers."""
+    return {name: None for name, tensor in tensors.items() if tensor is None}
 
 
 def _copied(tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":

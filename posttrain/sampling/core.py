@@ -25,7 +25,7 @@ from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.sampling.arguments import cpu_cache_arguments, engine_arguments
 from posttrain.sampling.manifests import WeightManifest, WeightSource, to_plain
-from posttrain.sampling.progress import BUILT, Progress
+from posttrain.sampling.progress import BUILT, FAILED, Progress
 from posttrain.sampling.requests import EngineLostError
 from posttrain.sampling.watch import Watch, look_every_s
 
@@ -198,7 +198,9 @@ class Core:
 
     async def _built(self) -> None:
         """Wait until the worker has built the weights."""
-        while self._progress.read()[1] != BUILT:
+        while (note := self._progress.read()[1]) != BUILT:
+            if note.endswith(FAILED):
+                await self.llm.collective_rpc("exchange_weights")  # raises what the building raised
             await asyncio.sleep(BUILT_LOOK_S)
 
     async def _follow(self, work: Awaitable[Any], update: str) -> None:

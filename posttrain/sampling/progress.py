@@ -6,7 +6,8 @@ import struct
 import tempfile
 
 SIZE = 512
-BUILT = "the end of the building"  # the note of a worker that has built new weights beside generation
+BUILT = "the exchange"  # the note of a worker that has built new weights beside generation
+FAILED = " (given up)"  # what it adds to its last note if it could not
 HEAD = struct.Struct("<QI")  # how many notes there were; length of the last in bytes
 
 

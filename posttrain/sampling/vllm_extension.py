@@ -31,7 +31,7 @@ from posttrain.compat.vllm import (
 from posttrain.compat.vllm_images import contiguous_patches
 from posttrain.compat.vllm_twin import TwinModel, can_have_twin
 from posttrain.sampling.manifests import FolderWeights, GpuManifest, WeightManifest, from_plain
-from posttrain.sampling.progress import BUILT, Progress
+from posttrain.sampling.progress import BUILT, FAILED, Progress
 from posttrain.sampling.transfer import open_update
 from posttrain.sampling.weights import open_weights
 
@@ -125,8 +125,8 @@ class WorkerExtension:
     def build_weights(self, source: dict[str, Any]) -> bool:
         """Begin to build new weights in a thread, beside generation, for `exchange_weights`.
 
-        The note BUILT tells that the thread is done. Returns False, and does nothing, if that is not possible here:
-        `apply_weights` is.
+        The note BUILT tells that the thread is done, and FAILED that it gave up. Returns False, and does nothing, if
+        that is not possible here: `apply_weights` is.
         """
         manifest = from_plain(source)
         if isinstance(manifest, GpuManifest) or not self._has_twin():
@@ -180,7 +180,9 @@ class _Build(threading.Thread):
             self._twin.build(open_weights(self._source), note)
         except BaseException as error:  # raised by `finish`
             self._error = error
-        note(BUILT)
+            note(f"{_progress.read()[1] if _progress is not None else ''}{FAILED}")
+        else:
+            note(BUILT)
 
     def finish(self) -> None:
         """Wait for the end, and raise the error if there was one."""
