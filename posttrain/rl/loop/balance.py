@@ -22,7 +22,7 @@ REST = 8  # windows before a number that did not help is tried again
 class ThreadBalance:
     """The number of threads between 1 and `most`, from the metrics of the steps. It begins with `threads`.
 
-    engines: names of the rollout engines, as in the metrics.
+    engines: names of the rollout engines at the start, as in the metrics. One that has left has no metric any more.
     """
 
     def __init__(self, threads: int, most: int, engines: Sequence[str]):
@@ -65,5 +65,6 @@ class ThreadBalance:
     def _direction(self, steps: Sequence[Mapping[str, Any]]) -> int:
         """1 if the engines wait more than the trainer, -1 if the trainer waits more, 0 if they wait about as much."""
         trainer = fmean(step["idle/trainer"] for step in steps)
-        engines = fmean(step[f"idle/{name}"] for step in steps for name in self._engines)
+        names = [f"idle/{name}" for name in self._engines]
+        engines = fmean([step[name] for step in steps for name in names if name in step] or [0.0])
         return (engines > trainer + APART) - (trainer > engines + APART)
