@@ -457,6 +457,7 @@ def test_the_trainer_computes_with_the_threads_that_it_is_given(ranks, model):
     assert threads == [1, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_step_that_was_left_out_can_be_run_again_from_its_evidence(ranks, model, tmp_path):
     config = make_config(model, on_nonfinite="stop")
     broken = batch(0)
