@@ -65,7 +65,7 @@ def made_engine(name, path, **env):
     """An engine actor that has not started yet."""
     import ray
 
-    options = {"num_cpus": 0.4, "max_concurrency": 100, "runtime_env": {"env_vars": {**ENGINE_ENV, **env}}}
+    options = {"num_cpus": 0, "max_concurrency": 100, "runtime_env": {"env_vars": {**ENGINE_ENV, **env}}}
     served = ServedModelConfig(path=path, dtype="float32").model_dump()
     return ray.remote(EngineActor).options(**options).remote(name, served, ENGINE.model_dump())
 
