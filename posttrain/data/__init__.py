@@ -8,6 +8,8 @@ chat.py templates.py ends.py special.py shown.py tokenizer.py   chat templates; 
 samples.py                               what is trained on: token ids with the loss mask
 held_out.py strata.py                    rows that are held out; fair shares of capabilities
 duplicates.py contamination.py ngrams.py   repeated rows, and rows with text of evaluation sets
+arrays.py stored.py places.py            on disk, in temporary files: numbers of rows, rows, places by name
+ranked.py tables.py                      rows in order of a rank, sorted by SQLite; a temporary database
 inspection.py lengths.py transcript.py   counts, lengths, and messages as plain text
 
 Public names are imported when they are first used.

@@ -19,7 +19,6 @@ at 0.9).
 
 import hashlib
 import json
-import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from posttrain.data.images.render import pictures_of
 from posttrain.data.images.take import COLUMNS
 from posttrain.data.messages import messages_to_json
 from posttrain.data.ngrams import Item, item_texts, ngram_hashes, words
+from posttrain.data.tables import temporary_base
 from posttrain.records import Row
 
 SHINGLE = 5
@@ -80,17 +80,12 @@ class DuplicateIndex:
     def __init__(self, near: float | None = None):
         self._near = near
         self.num_unsettled = 0
-        # An empty name makes SQLite use a private temporary file: in memory while it is small, deleted on close.
-        self._base = sqlite3.connect("", isolation_level=None)
-        for line in (
-            "PRAGMA journal_mode=OFF",
-            f"PRAGMA cache_size=-{CACHE_KIB}",
+        self._base = temporary_base(
             "CREATE TABLE exact (digest BLOB PRIMARY KEY, id TEXT) WITHOUT ROWID",
             "CREATE TABLE kept (number INTEGER PRIMARY KEY, id TEXT, shingles BLOB)",
             "CREATE TABLE bands (key INTEGER, number INTEGER, PRIMARY KEY (key, number)) WITHOUT ROWID",
-            "BEGIN",
-        ):
-            self._base.execute(line)
+            cache_kib=CACHE_KIB,
+        )
         if near is not None:
             from datasketch import MinHash
 

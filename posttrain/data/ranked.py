@@ -1,12 +1,13 @@
 """Rows in order of a rank within their stratum, such as their capability. They are sorted on disk, by SQLite.
 
-The table is a temporary file without a name (in SQLITE_TMPDIR, TMPDIR or /tmp), about 50 bytes a row.
+The table is a temporary file (tables.py) of about 50 bytes a row.
 """
 
-import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, islice
 from typing import Any
+
+from posttrain.data.tables import temporary_base
 
 CACHE_KIB = 4096
 _HALF = 1 << 63  # SQLite has signed whole numbers only
@@ -19,16 +20,10 @@ class Ranked:
     """
 
     def __init__(self, rows: Iterable[tuple[str, float, int]]):
-        # An empty name makes SQLite use a private temporary file: in memory while it is small, deleted on close.
-        self._base = sqlite3.connect("", isolation_level=None)
-        for line in (
-            "PRAGMA journal_mode=OFF",
-            f"PRAGMA cache_size=-{CACHE_KIB}",
-            "PRAGMA temp_store=FILE",
+        self._base = temporary_base(
             "CREATE TABLE ranked (place INTEGER PRIMARY KEY, stratum TEXT, rank REAL, hash INTEGER)",
-            "BEGIN",
-        ):
-            self._base.execute(line)
+            cache_kib=CACHE_KIB,
+        )
         numbered = ((place, stratum, rank, hash - _HALF) for place, (stratum, rank, hash) in enumerate(rows))
         self._base.executemany("INSERT INTO ranked VALUES (?, ?, ?, ?)", numbered)
         counts = self._base.execute("SELECT stratum, COUNT(*) FROM ranked GROUP BY stratum")
