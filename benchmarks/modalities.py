@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from quickstart import run_seed
 from recipe_table import interval
-from resumable import Results, chosen, folder_of, options
+from resumable import run_arms
 
 from posttrain.resources import bundled_dir
 
@@ -106,24 +106,13 @@ def _said(values: list[float]) -> str:
     return f"{fmean(values):+.1f} ({seeds})" + (f" [{bounds[0]:+.1f}, {bounds[1]:+.1f}]" if bounds else "")
 
 
+def _shown(found: dict[str, Any]) -> str:
+    shares = ", ".join(f"{name} {value:.1%}" for name, value in found["accuracy"].items())
+    return f"{shares} after {found['steps']} steps, {found['tokens']} tokens"
+
+
 def main() -> None:
-    parser = options(__doc__, arms=",".join(ARMS), seeds="0,1,2")
-    arguments = parser.parse_args()
-    keys = [f"{arm}/{seed}" for seed in arguments.seeds.split(",") for arm in chosen(parser, arguments.arms, ARMS)]
-    results = Results(RESULTS, keep=arguments.resume or arguments.show)
-    if not arguments.show:
-        with folder_of(arguments.dir) as folder:
-
-            def run(key: str) -> dict[str, Any]:
-                arm, _, seed = key.partition("/")
-                return run_arm(Path(folder), arm, int(seed))
-
-            def shown(found: dict[str, Any]) -> str:
-                shares = ", ".join(f"{name} {value:.1%}" for name, value in found["accuracy"].items())
-                return f"{shares} after {found['steps']} steps, {found['tokens']} tokens"
-
-            results.fill(keys, run, shown)
-    print(table(results.runs))
+    print(table(run_arms(__doc__, RESULTS, ARMS, run=run_arm, shown=_shown)))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ Every rank is a process with one thread and a DeepSpeed engine. Ranks use gloo a
 step, however many ranks there are. So the best possible ratio of two ranks, on two idle cores, is 2.
 """
 
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
+
+from rank_processes import run_ranks
 
 ROWS, LENGTH, STEPS, ROUNDS = 16, 128, 6, 3
 
@@ -24,22 +23,7 @@ def ranks_speedup() -> tuple[float, dict[str, float]]:
 
 
 def _tokens_per_s(world: int) -> float:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), str(port)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    said = [rank.communicate() for rank in ranks]
-    for rank, (_, errors) in zip(ranks, said, strict=True):
-        if rank.returncode:
-            raise SystemExit(f"a rank of {world} failed:\n{errors[-3000:]}")
-    return float(said[0][0].split()[-1])
+    return float(run_ranks(__file__, world)[0].split()[-1])
 
 
 def _rank(rank: int, world: int, port: int) -> float:

@@ -9,9 +9,6 @@ process alone, so the segment is left out of both.
 
 import ctypes
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,28 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rank_processes import run_ranks
+
 ROUNDS = 3
 LOOK_S = 0.0005
 
 
 def publish_peak() -> tuple[float, dict[str, Any]]:
     """The larger of both ranks' peaks by parts / that of gathering, and further figures."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), "2", str(port)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [rank.communicate() for rank in ranks]
-    for rank, (_, errors) in zip(ranks, said, strict=True):
-        if rank.returncode:
-            raise SystemExit(f"a rank failed:\n{errors[-3000:]}")
-    found = [json.loads(output.splitlines()[-1]) for output, _ in said]
+    found = [json.loads(output.splitlines()[-1]) for output in run_ranks(__file__, 2)]
     peaks = {way: max(each[way]["peak_mib"] for each in found) for way in ("gathered", "parts")}
     further = {"model_mib": found[0]["model_mib"], "rank0": found[0], "rank1": found[1]}
     return peaks["parts"] / peaks["gathered"], further

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 from quickstart import run_seed
 from recipe_table import picture, table
-from resumable import Results, chosen, folder_of, options
+from resumable import run_arms
 
 from posttrain.files import read_jsonl, write_jsonl
 from posttrain.resources import bundled_dir
@@ -169,20 +169,15 @@ def _worked(stage: Path) -> float:
 
 
 def main() -> None:
-    parser = options(__doc__, arms=",".join(ARMS), seeds="0,1,2")
-    arguments = parser.parse_args()
-    keys = [f"{arm}/{seed}" for seed in arguments.seeds.split(",") for arm in chosen(parser, arguments.arms, ARMS)]
-    results = Results(RESULTS, keep=arguments.resume or arguments.show)
-    if not arguments.show:
-        with folder_of(arguments.dir) as folder:
-
-            def run(key: str) -> dict[str, Any]:
-                arm, _, seed = key.partition("/")
-                return run_arm(Path(folder), arm, int(seed))
-
-            results.fill(keys, run, lambda found: f"{found['accuracy']:.1%}, {found['rl_tokens']} tokens in RL")
-    print(table(ARMS, results.runs))
-    PICTURE.write_text(picture(ARMS, results.runs))
+    runs = run_arms(
+        __doc__,
+        RESULTS,
+        ARMS,
+        run=run_arm,
+        shown=lambda found: f"{found['accuracy']:.1%}, {found['rl_tokens']} tokens in RL",
+    )
+    print(table(ARMS, runs))
+    PICTURE.write_text(picture(ARMS, runs))
 
 
 if __name__ == "__main__":

@@ -62,3 +62,29 @@ def folder_of(given: Path | None) -> Any:
         return tempfile.TemporaryDirectory()
     given.mkdir(parents=True, exist_ok=True)
     return nullcontext(str(given.resolve()))
+
+
+def run_arms(
+    doc: str | None,
+    path: Path,
+    arms: Iterable[str],
+    *,
+    run: Callable[[Path, str, int], dict[str, Any]],
+    shown: Callable[[Any], str],
+) -> dict[str, dict[str, Any]]:
+    """The results of a benchmark whose keys are ARM/SEED. path: of its results. run: is given folder, arm and seed."""
+    known = list(arms)
+    parser = options(doc, arms=",".join(known), seeds="0,1,2")
+    arguments = parser.parse_args()
+    names = chosen(parser, arguments.arms, known)
+    keys = [f"{arm}/{seed}" for seed in arguments.seeds.split(",") for arm in names]
+    results = Results(path, keep=arguments.resume or arguments.show)
+
+    def run_key(key: str, folder: str) -> dict[str, Any]:
+        arm, _, seed = key.partition("/")
+        return run(Path(folder), arm, int(seed))
+
+    if not arguments.show:
+        with folder_of(arguments.dir) as folder:
+            results.fill(keys, lambda key: run_key(key, folder), shown)
+    return results.runs
