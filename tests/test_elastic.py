@@ -5,12 +5,12 @@ import itertools
 import random
 
 import pytest
+from elastic_simulation import ElasticSimulation
 
 from posttrain.config.base import validate_config
 from posttrain.config.resources import ActorResources
 from posttrain.errors import ConfigError
 from posttrain.forecast.costs import Costs, EngineCosts, TrainerCosts, UpdateCosts
-from posttrain.forecast.elastic import ElasticSimulation
 from posttrain.forecast.simulation import Setting, Simulation
 from posttrain.pipeline.hashing import _deciding
 from posttrain.pipeline.plan import Actor, Step, check_fits

@@ -11,7 +11,8 @@ from random import Random
 
 import pytest
 import ray
-from chaos_run import ChaosRun, Strike, save_policy, write_stage
+from chaos_run import ChaosRun, save_policy, write_stage
+from kills import kill_each
 
 from posttrain.config.resources import TrainerResources
 from posttrain.config.training import ParallelConfig
@@ -39,14 +40,10 @@ def test_one_kill_of_every_victim_loses_nothing_and_trains_nothing_twice(tmp_pat
     run = ChaosRun(folder, Random(0))
     try:
         run.start()
-        for outcome, victims in (("survived", SURVIVED), ("resumed", RESUMED)):
-            for name, state in victims:
-                strike = run.strike(Strike(name, "kill", state), DEADLINE_S)
-                assert strike.outcome == outcome, strike
-                assert strike.orphans == [], strike
-            if outcome == "survived":
-                events = [line["event"] for line in read_jsonl(folder / "events.jsonl")]
-                assert events.count("trainer_restarted") == 1
+        kill_each(run, SURVIVED, "survived", within_s=DEADLINE_S)
+        events = [line["event"] for line in read_jsonl(folder / "events.jsonl")]
+        assert events.count("trainer_restarted") == 1
+        kill_each(run, RESUMED, "resumed", within_s=DEADLINE_S)
         assert run.finish(DEADLINE_S) == 0
         assert run.orphans() == []
         assert run.lives == 1 + len(RESUMED)

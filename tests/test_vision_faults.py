@@ -3,7 +3,8 @@
 from random import Random
 
 import pytest
-from chaos_run import ChaosRun, Strike, write_stage
+from chaos_run import ChaosRun, write_stage
+from kills import kill_each
 from vision_folder import REWARD, write_picture_prompts
 from vision_models import save_vision_policy
 
@@ -43,11 +44,8 @@ def test_one_kill_of_every_victim_in_a_run_with_pictures(tmp_path):
     run = ChaosRun(folder, Random(0))
     try:
         run.start()
-        for outcome, victims in (("survived", SURVIVED), ("resumed", RESUMED)):
-            for name, state in victims:
-                strike = run.strike(Strike(name, "kill", state), DEADLINE_S)
-                assert strike.outcome == outcome, strike
-                assert strike.orphans == [], strike
+        kill_each(run, SURVIVED, "survived", within_s=DEADLINE_S)
+        kill_each(run, RESUMED, "resumed", within_s=DEADLINE_S)
         assert run.finish(DEADLINE_S) == 0
         assert run.orphans() == []
         audit = audit_stage(folder)
