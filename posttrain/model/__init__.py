@@ -7,6 +7,7 @@ router_stats.py router_balance.py    losses and figures on routers; balance of e
 expert_parallel.py   experts divided among ranks by DeepSpeed
 recompute.py         gradient checkpointing
 load.py folder.py router_keys.py    load and save a model folder; the checks that need no torch
+tensors.py           which tensors the weight files of a folder lack, by their headers
 tokenizer.py         load the tokenizer of a model folder, without torch where that can be helped
 
 Public names are imported when they are first used, so that importing this package does not import torch.

@@ -4,6 +4,7 @@ rollouter.py turns.py     how a rollout is made, turn by turn; one turn, and oth
 running.py                all rollouts that are being made
 workers.py groups.py      send turns to engines and replace lost ones; the same for callers that train nothing
 worker.py worker_weights.py   one engine's place and its requests; which weights each has, and how it takes newer ones
+joining.py                workers that join and leave while the others sample
 requests.py rollouts.py   requests and answers; the one place where answers become rollouts
 client.py registry.py     the engines that a stage leases; the actor that makes them and keeps them warm
 engine.py stream.py       the engine; the replies that are on their way out of it, in pieces

@@ -7,6 +7,8 @@ progress.py     what a run tells of its steps
 group_book.py   the state of every group, and the only place in which it changes
 checkpoints.py  when a checkpoint is due, how it is written and committed
 resume.py       how an interrupted run returns to its last commit
+elastic.py scaling.py   engines that join and leave; how many there should be
+balance.py      how many threads the trainer computes with
 staleness.py    the queue between sampling and training, which bounds staleness and forms batches
 places.py       the places of the batches, and to which capability each belongs
 side.py         evaluations that are sampled beside the training

@@ -93,18 +93,7 @@ class Controller:
         self._reward_log = BusyLog(context, "reward", "score")
         self._scorer = rewards(config, parts.judge)
         self._tally = self._make_tally()
-        self._book = GroupBook(
-            config,
-            context,
-            self._make_queue(),
-            ledger=parts.ledger,
-            archive=parts.archive,
-            tally=self._tally,
-            source=parts.source,
-            idle_steps=config.stop_after_idle_steps,
-            version=first_step,
-            first_replies=config.selection.first_replies,
-        )
+        self._book = self._make_book()
         self._progress = StepProgress(
             context,
             config.steps,
@@ -186,6 +175,21 @@ class Controller:
         if (moved := self._parts.source.moved(self._parts.shares)) is not None:  # a continued run
             queue.move(moved)
         return queue
+
+    def _make_book(self) -> GroupBook:
+        config, parts = self._config, self._parts
+        return GroupBook(
+            config,
+            self._context,
+            self._make_queue(),
+            ledger=parts.ledger,
+            archive=parts.archive,
+            tally=self._tally,
+            source=parts.source,
+            idle_steps=config.stop_after_idle_steps,
+            version=self._first_step,
+            first_replies=config.selection.first_replies,
+        )
 
     def _make_elastic(self) -> Elastic:
         config, parts = self._config, self._parts
