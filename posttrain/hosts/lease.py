@@ -15,7 +15,7 @@ import psutil
 
 LEASE_S = 60.0  # much longer than a busy home host is silent
 LOOK_S = 1.0
-STOPPED_S = 5.0  # by so much longer took a look that this process itself must have been stopped
+STOPPED_S = 5.0  # if a look takes so much longer than LOOK_S, this process itself was stopped meanwhile
 
 
 class Lease:
