@@ -25,7 +25,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install quickstart test test-fast test-all test-gpu check format doctor clean
+.PHONY: help install quickstart cluster-demo test test-fast test-all test-gpu check format doctor clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ install: ## Make .venv and install everything into it; a second run installs not
 quickstart: install ## Run the whole recipe on this machine, tiny, and write a report
 	@$(BIN)/posttrain run quickstart --run-dir $(RUN_DIR)
 	@echo "report: $(abspath $(RUN_DIR))/report.html"
+
+cluster-demo: install ## Run a short quick start on three hosts made of namespaces while one is powered off (needs root)
+	@$(BIN)/python benchmarks/cluster_demo.py
 
 test: install ## Run the tests, and list the slowest twenty of the fast and of the slow ones
 	@$(FAST) --durations 20 $(PYTEST_ARGS); fast=$$?; [ $$fast != 2 ] || exit 2; \

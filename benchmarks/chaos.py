@@ -1,6 +1,7 @@
 """Kills and freezes the processes of RL runs, in every state of their groups, and checks that nothing is lost.
 
 python benchmarks/chaos.py [--kills N] [--seed S] [--json FILE] [--only VICTIM[:SIGNAL][,...]]
+python benchmarks/chaos.py --hosts [--kills N] [--resume] ...   faults of hosts and networks (chaos_hosts.py; as root)
 
 Faults are spread evenly over processes, signals and states of groups. Each run gets up to three faults, and every third
 run is deterministic. After the last step a run is audited, and its weights are compared bit for bit: those of an
@@ -10,6 +11,7 @@ a deadline.
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -22,6 +24,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from chaos_hosts import FAULTS, faults_left, host_chaos, take_batch
+from chaos_hosts import summary as hosts_summary
 from chaos_run import STATES, VICTIMS, ChaosRun, Ended, Late, Strike, as_json, save_policy, write_stage
 from measure import machine
 
@@ -141,12 +145,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="victims, or VICTIM:SIGNAL, comma-separated")
+    parser.add_argument("--hosts", action="store_true", help="faults of hosts and networks instead of processes")
+    parser.add_argument("--resume", action="store_true", help="with --hosts: keep the runs of the file --json")
     arguments = parser.parse_args()
     only = {name for name in arguments.only.split(",") if name}
-    known = {*VICTIMS, *(":".join(pair) for pair in PAIRS)}
+    pairs = FAULTS if arguments.hosts else [":".join(pair) for pair in PAIRS]
+    known = {*pairs, *(pair.partition(":")[0] for pair in pairs)}
+    if arguments.resume and not (arguments.hosts and arguments.json):
+        parser.error("--resume: goes with --hosts and --json FILE")
     if only - known:
         parser.error(f"--only: no victim {', '.join(sorted(only - known))}; there are: {', '.join(sorted(known))}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running run is ended too
+    if arguments.hosts:
+        hosts_main(arguments, only)
+        return
     began = time.time()
     strikes = plan(only, Random(arguments.seed))
     runs: list[dict[str, Any]] = []
@@ -171,6 +183,31 @@ def main() -> None:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     print("  ".join(f"{name} {value}" for name, value in summary(runs).items()))
+
+
+def hosts_main(arguments: argparse.Namespace, only: set[str]) -> None:
+    """Faults of hosts, in runs of their own. Each run is in the results file as soon as it is over."""
+    runs: list[dict[str, Any]] = []
+    if arguments.resume and arguments.json.exists():
+        runs = json.loads(arguments.json.read_text())["per_run"]
+    waiting = faults_left(arguments.kills, only, Random(arguments.seed), runs)
+    while waiting and len(runs) < arguments.kills:
+        faults = take_batch(waiting)
+        run = host_chaos(faults, arguments.seed + len(runs))
+        runs.append({**run, "load": os.getloadavg()[0], "date": datetime.now(UTC).isoformat(timespec="seconds")})
+        waiting += run["not_sent"]
+        print(
+            f"run {len(runs)}: exit code {run['exit_code']}, problems {run['problems']}, left {run['left']}", flush=True
+        )
+        if arguments.json:
+            settings = {"kills": arguments.kills, "seed": arguments.seed, "only": arguments.only}
+            report = {
+                "machine": machine(), "versions": versions(), "settings": settings, **hosts_summary(runs),
+                "per_run": runs,
+            }  # fmt: skip
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    print("  ".join(f"{name} {value}" for name, value in hosts_summary(runs).items()))
 
 
 def report_of(arguments: argparse.Namespace, runs: list[dict[str, Any]], began: float) -> dict[str, Any]:
