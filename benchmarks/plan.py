@@ -18,12 +18,12 @@ from typing import Annotated, Any
 
 import typer
 
-from posttrain.cli.check import read_any
+from posttrain.cli.forecast import read_stage
 from posttrain.files import read_jsonl
 from posttrain.forecast.calibration import Calibration, calibrate, describe
 from posttrain.forecast.config import ClusterConfig
 from posttrain.forecast.outcome import simulate
-from posttrain.forecast.read import find_device, find_models, read_stage
+from posttrain.forecast.read import find_device, find_models
 from posttrain.forecast.setting import plan_asynchronous
 from posttrain.resources import bundled
 from posttrain.rl.config import RlConfig
@@ -85,7 +85,7 @@ def _overrides(run: Path, name: str) -> list[str]:
 
 
 def _config(run: Path, name: str) -> RlConfig:
-    return read_stage(read_any(str(CONFIG), _overrides(run, name), "rl"), source=name)
+    return read_stage(str(CONFIG), _overrides(run, name), "rl")
 
 
 def _run(run: Path, name: str, made: Path, *, seed: int) -> Path:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import typer
 
-from posttrain.cli.check import read_any
+from posttrain.cli.forecast import read_stage
 from posttrain.forecast.config import ClusterConfig, DeviceConfig, ReplyLengths
 from posttrain.forecast.forecast import Forecast, make_forecast
 from posttrain.forecast.outcome import simulate
-from posttrain.forecast.read import find_device, find_models, read_cluster, read_stage
+from posttrain.forecast.read import find_device, find_models, read_cluster
 from posttrain.forecast.setting import Models, mean_reply_tokens, plan_asynchronous, plan_stacked
 from posttrain.forecast.text import render_forecast
 from posttrain.resources import bundled
@@ -62,7 +62,7 @@ def main(path: Path) -> None:
 
 def _inputs(name: str) -> tuple[RlConfig, ClusterConfig, DeviceConfig, Models]:
     file = bundled("configs", f"scale/{name}/rl")
-    config = read_stage(read_any(str(file)), source=name)
+    config = read_stage(str(file))
     cluster = read_cluster(bundled("configs", f"scale/{name}/cluster"))
     return config, cluster, find_device(cluster), find_models(config, cluster)
 

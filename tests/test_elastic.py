@@ -1,22 +1,27 @@
 """The number of engines of RL: the policy by hand and in simulated runs, its keys, and engines that join and leave."""
 
+import asyncio
 import dataclasses
 import itertools
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from elastic_simulation import ElasticSimulation
 
 from posttrain.config.base import validate_config
 from posttrain.config.resources import ActorResources
+from posttrain.context import StageContext
 from posttrain.errors import ConfigError
+from posttrain.files import read_jsonl
 from posttrain.forecast.costs import Costs, EngineCosts, TrainerCosts, UpdateCosts
 from posttrain.forecast.simulation import Setting, Simulation
 from posttrain.pipeline.hashing import _deciding
 from posttrain.pipeline.plan import Actor, Step, check_fits
 from posttrain.rl.config import RlConfig
-from posttrain.rl.loop.elastic import scaling_of
-from posttrain.rl.loop.scaling import BARRED, Scaling, StepFigures
+from posttrain.rl.loop.elastic import WARM_UP_STEPS, Elastic, scaling_of
+from posttrain.rl.loop.scaling import BARRED, Choice, Scaling, StepFigures, Tried
 
 
 def policy(least=1, most=8, settling=0, engine_cost=1.0, other_cost=1.0) -> Scaling:
@@ -262,6 +267,14 @@ def test_what_does_not_go_with_a_range_of_engines_is_refused(changed, message):
         rl_config(**changed)
 
 
+def test_resources_auto_is_a_range_whose_number_a_forecast_chooses():
+    rollout = rl_config(resources="auto").resources.rollout
+    assert (rollout.least, rollout.most, rollout.is_forecast) == (1, 64, True)
+    assert not rl_config().resources.rollout.is_forecast
+    with pytest.raises(ConfigError, match="resources"):
+        rl_config(resources="automatic")
+
+
 def test_a_stage_asks_for_the_engines_it_begins_with_and_holds_those_it_may_take():
     config = rl_config()
     assert (config.resources.rollout.least, config.resources.rollout.most) == (1, 4)
@@ -294,3 +307,97 @@ def test_the_costs_of_the_policy_are_gpus_or_else_cpus():
     workers = {"min": 1, "max": 4}
     assert costs(rollout={"workers": workers, "cpus": 0.5}, trainer={"cpus": 2.0}) == (0.5, 8.0)
     assert costs(rollout={"workers": workers, "gpus": 2.0}, trainer={"gpus": 1.0}) == (2.0, 4.0)
+
+
+# --- the loop: a forecast, and a run that is continued ---
+
+
+class Workers:
+    """As many workers as there are names, which have always something to do."""
+
+    def __init__(self, count: int):
+        self.counted = list(range(count))
+        self.loads = SimpleNamespace(looked=0, at_work=0)
+
+
+def loop_of(tmp_path, monkeypatch, count: int, **given):
+    """A loop whose engines join and leave at once, and the events that it writes."""
+    workers: Any = Workers(count)
+
+    async def change(loop, wanted: int) -> None:
+        workers.counted = list(range(wanted))
+
+    monkeypatch.setattr(Elastic, "_change_to", change)
+    context = StageContext("rl", tmp_path, tmp_path / "events.jsonl")
+    engines: Any = SimpleNamespace(room=lambda: 5)
+    config = rl_config(resources={"rollout": {"workers": {"min": 1, "max": 4, "forecast": True}}})
+    loop = Elastic(
+        config, context, workers, engines=engines, prompts=[], stop_ids=(), tolerance=1.0, changed=lambda *_: None,
+        **given,
+    )  # fmt: skip
+
+    async def run(steps: list[tuple[float, float]]) -> None:
+        task = asyncio.create_task(loop.run())
+        for seconds, waited in steps:
+            workers.loads.looked += 10
+            workers.loads.at_work += 10
+            loop.step(seconds, waited)
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+        task.cancel()
+
+    def events() -> list[dict]:
+        return list(read_jsonl(context.events)) if context.events.exists() else []
+
+    return workers, lambda steps: asyncio.run(run(steps)), events
+
+
+def test_after_some_steps_a_forecast_chooses_and_then_the_policy_goes_on(tmp_path, monkeypatch):
+    asked = []
+
+    def forecast(room: int) -> Choice:
+        asked.append(room)
+        return Choice(3, (Tried(1, 4.0, 0.75), Tried(3, 1.4, 0.1)), "the third is worth its cost", "{}")
+
+    workers, run, events = loop_of(tmp_path, monkeypatch, 1, forecast=forecast)
+    run([(2.0, 1.5)] * WARM_UP_STEPS)  # and the first, which waits for what starts
+    assert not asked
+    run([(2.0, 1.5)] * 2)
+    assert asked == [1 + 5]
+    assert len(workers.counted) == 3
+    [event] = events()
+    assert (event["event"], event["workers"], event["before"]) == ("engines_forecast", 3, 1)
+    assert event["reason"] == "the third is worth its cost"
+    assert event["tried"][1] == {"workers": 3, "step_s": 1.4, "waits": 0.1}
+    run([(2.0, 1.5)] * 40)  # the trainer still waits: the policy wants another one
+    assert [line["event"] for line in events()][1] == "engines_wanted"
+    assert len(asked) == 1
+
+
+def test_quick_steps_warm_up_for_some_seconds(tmp_path, monkeypatch):
+    asked = []
+    _, run, _ = loop_of(tmp_path, monkeypatch, 1, forecast=asked.append)
+    run([(0.1, 0.05)] * 100)
+    assert not asked
+
+
+def test_a_forecast_that_cannot_be_made_leaves_the_number_to_the_policy(tmp_path, monkeypatch):
+    def forecast(room: int) -> Choice:
+        raise ConfigError("--calibrate", ["the run has 2 events engine_load"])
+
+    workers, run, events = loop_of(tmp_path, monkeypatch, 1, forecast=forecast)
+    run([(2.0, 1.5)] * (WARM_UP_STEPS + 40))
+    assert "the run has 2 events" in events()[0]["reason"]
+    assert [line["event"] for line in events()][:2] == ["engines_not_forecast", "engines_wanted"]
+    assert len(workers.counted) > 1
+
+
+def test_a_run_that_is_continued_begins_with_the_engines_that_it_had(tmp_path, monkeypatch):
+    workers, run, events = loop_of(tmp_path, monkeypatch, 1, forecast=pytest.fail, had=3)
+    run([(2.0, 0.0)])
+    assert len(workers.counted) == 3
+    assert events()[0]["reason"] == "the run had so many when it was interrupted"
+    _, run, events = loop_of(tmp_path / "again", monkeypatch, 1, had=9)  # its range has become smaller
+    (tmp_path / "again").mkdir()
+    run([(2.0, 0.0)])
+    assert events()[0]["workers"] == 4

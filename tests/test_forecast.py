@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.cli.main import main
-from posttrain.config.base import load_config
+from posttrain.config.base import load_config, validate_config
 from posttrain.context import StageContext
+from posttrain.errors import ConfigError
 from posttrain.forecast.actors import Engine, SimulatedGroup
 from posttrain.forecast.calibration import _line, calibrate
 from posttrain.forecast.config import ClusterConfig, DeviceConfig
 from posttrain.forecast.costs import Costs, EngineCosts, TrainerCosts, UpdateCosts
+from posttrain.forecast.engines import choose_engines, choose_for_run
 from posttrain.forecast.hardware import engine_costs, trainer_costs
 from posttrain.forecast.outcome import simulate
 from posttrain.forecast.simulation import Setting, Simulation
 from posttrain.planning.sizes import count_sizes, find_model, read_config
 from posttrain.resources import bundled, bundled_names
+from posttrain.rl.config import RlConfig
 
 NO_UPDATE = UpdateCosts(0.0, 0.0, recomputes=False)
 
@@ -209,8 +213,8 @@ def test_the_costs_of_an_engine_are_found_again_from_stretches_of_time():
     assert (costs.step_s, costs.token_s) == (pytest.approx(0.004), pytest.approx(2e-4))
 
 
-def recorded_run(folder: Path, *, steps: int = 8) -> Path:
-    """A run directory with what a calibration reads, of which the costs are known."""
+def recorded_run(folder: Path, *, steps: int = 8, slowdown: float = 1.5) -> Path:
+    """A run directory with what a calibration reads, of which the costs are known. slowdown: of a step, by others."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import yaml
@@ -227,7 +231,7 @@ def recorded_run(folder: Path, *, steps: int = 8) -> Path:
         tokens = 1000 + 100 * step
         cpu_s = 0.2 + 1e-4 * tokens
         context.metrics(
-            step, {"tokens_trained": tokens, "train_cpu_s": cpu_s, "train_s": 1.5 * cpu_s, "publish_s": 0.0}
+            step, {"tokens_trained": tokens, "train_cpu_s": cpu_s, "train_s": slowdown * cpu_s, "publish_s": 0.0}
         )
         running, at_work = 4.0 + 4 * step, (1.0, 0.5, 0.25)[step % 3]  # it had nothing to sample for the rest
         context.event(
@@ -268,6 +272,76 @@ def test_a_calibration_on_too_little_names_what_is_missing(tmp_path: Path, capsy
     assert "has no RL stage with metrics" in capsys.readouterr().err
 
 
+# --- a number of engines from a range ---
+
+
+def elastic_config(max_num_seqs: int = 8, **workers):
+    """A stage whose engines are as dear as its trainer."""
+    data = {
+        "model": {"path": "policy"}, "prompts": {"path": "prompts.jsonl"}, "reward": {"name": "math"},
+        "resources": {"rollout": {"workers": workers}}, "groups_per_step": 4, "group_size": 2, "max_staleness": 2,
+        "engine": {"max_num_seqs": max_num_seqs},
+    }  # fmt: skip
+    return validate_config(RlConfig, data, "rl.yaml")
+
+
+def made(train_s: float, most: int = 99):
+    """Settings with any number of engines up to `most`."""
+
+    def make(number: int) -> Setting:
+        if number > most:
+            raise ConfigError("--cluster", ["too many"])
+        return setting(
+            costs=Costs(EngineCosts(0.01, 0.0), TrainerCosts(train_s, 0.0), UpdateCosts(0.0, 0.0)), engines=number,
+            draw=equal_lengths(100), max_seqs=4, groups_per_step=4, max_staleness=3,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("train_s", "most", "range_of", "workers", "why"),
+    [
+        # An engine samples the 4 groups of a step in 4 seconds, one after the other.
+        (1.0, 99, (1, 8), 4, "the trainer hardly waits"),
+        (4.5, 99, (1, 8), 1, "with 1 the trainer hardly waits"),
+        (0.01, 99, (1, 3), 3, "3 are the most that there may be"),
+        (0.01, 2, (1, 8), 2, "there is no room for 3"),
+    ],
+)
+def test_engines_are_taken_until_the_next_is_not_worth_its_cost(train_s, most, range_of, workers, why):
+    config = elastic_config(min=range_of[0], max=range_of[1])
+    choice = choose_engines(config, *range_of, make=made(train_s, most))
+    assert choice.workers == workers
+    assert why in choice.reason
+    times = [item.step_s for item in choice.tried]
+    assert times == sorted(times, reverse=True)
+    assert [item.workers for item in choice.tried] == list(range(1, len(times) + 1))
+
+
+def test_a_range_of_which_the_fewest_do_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="too many"):
+        choose_engines(elastic_config(min=3, max=8), 3, 8, make=made(1.0, most=2))
+
+
+def test_of_a_wide_range_some_numbers_are_tried():
+    choice = choose_engines(elastic_config(min=1, max=40), 1, 40, make=made(1e-4))
+    assert len(choice.tried) < 20
+    steps = [(one.workers, other.workers) for one, other in itertools.pairwise(choice.tried)]
+    assert all(one < other <= max(one + 1, 1.2 * one) for one, other in steps)
+
+
+@pytest.mark.parametrize(("slowdown", "workers"), [(1.5, [1]), (1.0, range(4, 9))])
+def test_a_number_is_chosen_from_what_the_first_steps_of_a_run_have_shown(slowdown, workers, tmp_path: Path):
+    """One engine is too slow. Others help unless the run has shown that there are no more cores than it uses."""
+    run = recorded_run(tmp_path, slowdown=slowdown)
+    config = elastic_config(min=1, max=8, forecast=True, max_num_seqs=1)
+    choice = choose_for_run(config, run / "rl", 8, cpus=64.0)
+    assert '"engine_token_s"' in choice.costs
+    assert choice.tried[0].waits > 0.5
+    assert choice.workers in workers
+
+
 # --- the command ---
 
 
@@ -278,6 +352,21 @@ def test_the_command_forecasts_both_ways_of_a_stage(capsys: pytest.CaptureFixtur
     assert found["speedup"] == pytest.approx(found["in_turns"]["step_s"] / found["asynchronous"]["step_s"])
     assert found["asynchronous"]["staleness"] <= 4
     assert all(0 <= share <= 1 for way in ("asynchronous", "in_turns") for share in found[way]["idle"].values())
+
+
+def test_the_command_shows_a_range_of_engines_number_by_number(capsys: pytest.CaptureFixture[str]):
+    command = ["plan", "scale/scout-8/rl", "resources.rollout.workers={min: 1, max: 9}", "groups_per_step=8"]
+    assert main([*command, "--cluster", "scale/scout-8/cluster"]) == 0
+    text = capsys.readouterr().out
+    assert "there is no room for" in text or "is worth its cost" in text or "hardly waits" in text
+    rows = re.findall(r"^(\d+) +([\d.]+) +(\d+)%(  <-)?$", text, re.M)
+    [chosen] = [int(number) for number, _, _, mark in rows if mark]
+    assert f"What follows is for {chosen}." in text
+    assert main([*command, "--cluster", "scale/scout-8/cluster", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["engines"]["workers"] == chosen
+    [same] = [item["step_s"] for item in found["engines"]["tried"] if item["workers"] == chosen]
+    assert found["asynchronous"]["step_s"] == same
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,25 @@ from pathlib import Path
 
 import typer
 
+from posttrain.config.base import validate_config
 from posttrain.errors import ConfigError
 from posttrain.resources import bundled, bundled_names
+from posttrain.rl.config import RlConfig
+
+
+def read_stage(file: str, overrides: Sequence[str] = (), kind: str | None = None) -> RlConfig:
+    """The config of the RL stage of a pipeline, or of that stage alone. Its inputs need not exist.
+
+    Raises ConfigError unless there is one.
+    """
+    from posttrain.cli.check import read_any
+
+    stages = read_any(file, overrides, kind).stages
+    found = [stage for stage in stages if stage.kind == "rl"]
+    if len(found) != 1:
+        names = ", ".join(stage.name for stage in found) or "none"
+        raise ConfigError(file, [f"a forecast is made of one stage of kind rl; the pipeline has {names}"])
+    return validate_config(RlConfig, dict(found[0].config), file)
 
 
 def print_forecast(
@@ -15,13 +32,12 @@ def print_forecast(
     """Print the forecast of the RL stage of a pipeline. file: a pipeline, a stage's config, or a bundled name."""
     import json
 
-    from posttrain.cli.check import read_any
     from posttrain.forecast.calibration import calibrate as fit
     from posttrain.forecast.calibration import describe
-    from posttrain.forecast.read import find_device, find_models, read_cluster, read_stage
+    from posttrain.forecast.read import find_device, find_models, read_cluster
     from posttrain.forecast.text import forecast_json, render_forecast
 
-    config = read_stage(read_any(_bundled_config(file), overrides), source=file)
+    config = read_stage(_bundled_config(file), overrides)
     found = read_cluster(Path(_bundled_config(str(cluster))))
     calibration = fit(calibrate) if calibrate is not None else None
     device = find_device(found)

@@ -40,6 +40,12 @@ class WorkerRange(Config):
 
     min: Annotated[int, Field(ge=1)] = Field(default=1, description="Engines that a run begins with, and always keeps.")
     max: Annotated[int, Field(ge=1)] = Field(description="Most engines.")
+    forecast: bool = Field(
+        default=False,
+        description="After its first steps the run is simulated with each number of engines, and goes on with the "
+        "best. false: only what steps measure decides.",
+        json_schema_extra=RESULT_STAYS,
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> "WorkerRange":
@@ -77,6 +83,11 @@ class RolloutResources(HostChoice):
     def is_elastic(self) -> bool:
         """Whether their number may change."""
         return isinstance(self.workers, WorkerRange)
+
+    @property
+    def is_forecast(self) -> bool:
+        """Whether a forecast chooses their number after the first steps."""
+        return isinstance(self.workers, WorkerRange) and self.workers.forecast
 
     def fixed(self, workers: int) -> ActorResources:
         """The same for a fixed number of engines."""

@@ -8,6 +8,7 @@ actors.py      a simulated engine and a simulated trainer
 simulation.py  the events of an asynchronous run, on `StalenessQueue`
 setting.py     what is simulated: a stage's config on a cluster; the same devices when models take turns
 outcome.py     what a simulation comes to: rates, idle shares, the bottleneck
+engines.py     how many engines are worth their cost, for a range of them
 changes.py     which changes would help most
 memory.py      what lies in the memory of a device
 text.py        the forecast as text, with a drawing of who worked when

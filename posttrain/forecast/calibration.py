@@ -25,7 +25,7 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.files import read_jsonl
 from posttrain.forecast.costs import Costs, EngineCosts, TrainerCosts, UpdateCosts
 from posttrain.forecast.setting import Planned
-from posttrain.forecast.simulation import Draw
+from posttrain.forecast.simulation import Draw, Setting
 from posttrain.rl.config import RlConfig
 
 FEWEST_STEPS = 6
@@ -36,25 +36,32 @@ OVERLOADED = 1.05  # wall seconds for each CPU second, from which on cores are t
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What a run has shown. config: of its RL stage. groups: (lengths, whether kept) by step and capability."""
+    """What a run has shown. config: of its RL stage. groups: (lengths, whether kept) by step and capability.
+
+    is_overloaded: whether its processes got fewer cores than they could have used.
+    """
 
     config: RlConfig
     costs: Costs
+    is_overloaded: bool
     shares: dict[str, float]
     groups: dict[tuple[int, str], list[tuple[list[int], bool]]]
 
     def apply(self, planned: Planned, config: RlConfig) -> Planned:
         """A plan with the costs of the run. config: the one that is planned; its trainer may have more ranks."""
+        return replace(planned, setting=self.setting(planned.setting, config))
+
+    def setting(self, setting: Setting, config: RlConfig) -> Setting:
+        """A setting with the costs and the replies of the run. config: the one that is planned."""
         ranks = self.config.parallel.processes / config.parallel.processes
         trainer = replace(self.costs.trainer, token_s=self.costs.trainer.token_s * ranks)
-        setting = replace(
-            planned.setting,
-            costs=replace(self.costs, trainer=trainer, judge=planned.setting.costs.judge),
+        return replace(
+            setting,
+            costs=replace(self.costs, trainer=trainer, judge=setting.costs.judge),
             draw=self.draw(config),
             shares=self.shares,
             max_seqs=config.engine.max_num_seqs,
         )
-        return replace(planned, setting=setting)
 
     def draw(self, config: RlConfig) -> Draw:
         """Draws groups that the run sampled, of the same step or the nearest one before it."""
@@ -75,19 +82,24 @@ class Calibration:
         return draw
 
 
-def calibrate(run_dir: Path, stage: str = "rl") -> Calibration:
-    """Fit the costs on a run. run_dir: of a run, or of the RL stage. Raises ConfigError if it has too little to fit."""
+def calibrate(run_dir: Path, stage: str = "rl", *, config: RlConfig | None = None) -> Calibration:
+    """Fit the costs on a run. run_dir: of a run, or of the RL stage. Raises ConfigError if it has too little to fit.
+
+    config: of the stage, if it is at hand.
+    """
     folder = run_dir if (run_dir / "metrics.jsonl").exists() else run_dir / stage
     if not (folder / "metrics.jsonl").exists():
         raise ConfigError("--calibrate", [f"{run_dir}: has no RL stage with metrics; give the folder of a run"])
-    config = load_config(RlConfig, folder / "config.yaml")
+    if config is None:
+        config = load_config(RlConfig, folder / "config.yaml")
     steps = list(read_jsonl(folder / "metrics.jsonl"))[1:]  # the first waits for what starts
     if len(steps) < FEWEST_STEPS or any("train_cpu_s" not in step for step in steps):
         raise ConfigError(
             "--calibrate", [f"{folder}: needs {FEWEST_STEPS + 1} steps with `train_cpu_s` in their metrics"]
         )
     events = [event for event in read_jsonl(folder.parent / "events.jsonl") if event.get("stage") == folder.name]
-    engines = config.resources.rollout.most
+    # Of engines that join and leave: the mean.
+    engines = fmean([step.get("engines", config.resources.rollout.most) for step in steps])
     slowdown = median(step["train_s"] / max(step["train_cpu_s"], 1e-6) for step in steps)
     cores = None
     if not config.resources.rollout.gpus:
@@ -97,13 +109,13 @@ def calibrate(run_dir: Path, stage: str = "rl") -> Calibration:
     groups, shares = _groups(folder)
     scored = sum(end - start for start, end in _busy(events, "score"))
     costs = Costs(
-        _engine(events, config, busy, cores=cores),
+        _engine(events, busy, engines=engines, most=config.engine.max_num_seqs, cores=cores),
         _trainer(steps),
         UpdateCosts(0.0, fmean([end - start for start, end in _busy(events, "update_weights")] or [0.0]), False),
         reward_s=scored / max(1, sum(len(pool) for pool in groups.values())),
         cores=cores,
     )
-    return Calibration(config, costs, shares, groups)
+    return Calibration(config, costs, slowdown > OVERLOADED, shares, groups)
 
 
 def _busy(events: Sequence[dict[str, Any]], what: str) -> list[tuple[float, float]]:
@@ -120,10 +132,18 @@ def _trainer(steps: Sequence[dict[str, Any]]) -> TrainerCosts:
 
 
 def _engine(
-    events: Sequence[dict[str, Any]], config: RlConfig, trained: list[tuple[float, float]], *, cores: float | None
+    events: Sequence[dict[str, Any]],
+    trained: list[tuple[float, float]],
+    *,
+    engines: float,
+    most: int,
+    cores: float | None,
 ) -> EngineCosts:
-    """The line seconds * speed / tokens = step_s / c + token_s, by least squares weighted by tokens, none below 0."""
-    engines, rows = config.resources.rollout.most, []
+    """The line seconds * speed / tokens = step_s / c + token_s, by least squares weighted by tokens, none below 0.
+
+    most: sequences of an engine at a time.
+    """
+    rows = []
     for event in events:
         if event.get("event") != "engine_load" or event["tokens"] < 1:
             continue
@@ -132,7 +152,7 @@ def _engine(
         alone = min(1.0, cores / engines) if cores else 1.0
         beside = min(1.0, cores / (engines + 1)) if cores else 1.0
         speed = share * beside + (1 - share) * alone
-        running = min(event["running"] / at_work, config.engine.max_num_seqs) if at_work else 0.0
+        running = min(event["running"] / at_work, most) if at_work else 0.0
         if running >= 1:
             rows.append((1 / running, at_work * seconds * speed / event["tokens"], event["tokens"]))
     if len(rows) < FEWEST_STRETCHES:

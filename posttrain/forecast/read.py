@@ -1,15 +1,14 @@
-"""Reads what a forecast needs: the RL stage of a pipeline, the cluster file, the device, the sizes of the models."""
+"""Reads what a forecast needs beside a stage's config: the cluster file, the device, the sizes of the models."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.base import load_config, validate_config
+from posttrain.config.base import load_config
 from posttrain.errors import ConfigError
 from posttrain.forecast.config import ClusterConfig, DeviceConfig
 from posttrain.forecast.hardware import measured_cpu
 from posttrain.forecast.setting import Models
-from posttrain.pipeline.config import RawPipeline
 from posttrain.planning.config import PlanConfig
 from posttrain.planning.layouts import need
 from posttrain.planning.sizes import Sizes, count_sizes, find_model, read_config
@@ -17,15 +16,6 @@ from posttrain.resources import bundled, bundled_names
 from posttrain.rl.config import RlConfig
 
 MEASURED = "cpu"
-
-
-def read_stage(raw: RawPipeline, *, source: str) -> RlConfig:
-    """The config of the RL stage of a pipeline. Its inputs need not exist. Raises ConfigError unless there is one."""
-    stages = [stage for stage in raw.stages if stage.kind == "rl"]
-    if len(stages) != 1:
-        found = ", ".join(stage.name for stage in stages) or "none"
-        raise ConfigError(source, [f"a forecast is made of one stage of kind rl; the pipeline has {found}"])
-    return validate_config(RlConfig, dict(stages[0].config), source)
 
 
 def read_cluster(path: Path) -> ClusterConfig:

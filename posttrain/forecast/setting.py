@@ -72,7 +72,7 @@ def plan_asynchronous(config: RlConfig, cluster: ClusterConfig, device: DeviceCo
         else engine_costs(models.judge, device, devices=_per_judge(config), dtype=dtype),
         cores=float(cluster.devices_per_host) if device.shares_cores else None,
     )  # fmt: skip
-    setting = _setting(config, cluster.workload, costs, engines=config.resources.rollout.most)
+    setting = make_setting(config, cluster.workload, costs, engines=config.resources.rollout.most)
     setting = replace(setting, max_seqs=max(1, min(config.engine.max_num_seqs, fit)))
     return Planned("asynchronous", setting, tuple(memory), used)
 
@@ -109,7 +109,7 @@ def plan_stacked(config: RlConfig, cluster: ClusterConfig, device: DeviceConfig,
         else engine_costs(models.judge, device, devices=_per_judge(config), dtype=dtype),
         cores=float(cluster.devices_per_host) if device.shares_cores else None,
     )  # fmt: skip
-    setting = _setting(config, cluster.workload, costs, engines=engines)
+    setting = make_setting(config, cluster.workload, costs, engines=engines)
     seqs = max(1, min(config.engine.max_num_seqs, fit))
     return Planned("in turns", in_turns(replace(setting, max_seqs=seqs)), (trainer, memory), used, switch_s)
 
@@ -147,7 +147,8 @@ def _spread(parallel: ParallelConfig, devices: int, sizes: Sizes) -> ParallelCon
     return parallel.model_copy(update={"processes": devices, "expert": expert})
 
 
-def _setting(config: RlConfig, workload: WorkloadConfig, costs: Costs, *, engines: int) -> Setting:
+def make_setting(config: RlConfig, workload: WorkloadConfig, costs: Costs, *, engines: int) -> Setting:
+    """What is simulated of a stage with these costs, and so many engines."""
     workers = config.reward.workers
     at_once = min(workers, config.group_size)
     judge = config.resources.judge

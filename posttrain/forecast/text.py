@@ -5,6 +5,7 @@ from typing import Any
 
 from posttrain.forecast.forecast import Forecast, Way
 from posttrain.forecast.memory import GIB, DeviceMemory
+from posttrain.rl.loop.scaling import Choice
 
 SHADES = " .:*#"  # shares of a stretch of time in which an actor worked: none to all
 WIDTH = 72
@@ -14,7 +15,7 @@ DRAWN_STEPS = 4
 def render_forecast(forecast: Forecast, *, title: str) -> str:
     """The forecast as text."""
     ways = (forecast.asynchronous, forecast.in_turns)
-    lines = [title, "", f"{'':<26}{'asynchronous':>14}{'in turns':>14}"]
+    lines = [title, *_choice(forecast.choice), "", f"{'':<26}{'asynchronous':>14}{'in turns':>14}"]
     lines += [f"{name:<26}{a:>14}{b:>14}" for name, a, b in _rows(forecast)]
     lines += ["", f"asynchronous is {forecast.speedup:.2f} times as fast as in turns, on the same devices"]
     found = forecast.bottleneck
@@ -39,6 +40,18 @@ def render_forecast(forecast: Forecast, *, title: str) -> str:
     for way in ways:
         lines += ["", *draw(way)]
     return "\n".join(lines)
+
+
+def _choice(choice: Choice | None) -> list[str]:
+    """What each number of a range of engines would come to."""
+    if choice is None:
+        return []
+    lines = ["", f"{'engines':<10}{'seconds a step':>16}{'trainer waits':>16}"]
+    lines += [
+        f"{item.workers:<10}{item.step_s:>16.2f}{item.waits:>16.0%}{'  <-' if item.workers == choice.workers else ''}"
+        for item in choice.tried
+    ]
+    return [*lines, f"{choice.reason}. What follows is for {choice.workers}."]
 
 
 def _rows(forecast: Forecast) -> list[tuple[str, str, str]]:
@@ -121,6 +134,7 @@ def forecast_json(forecast: Forecast) -> dict[str, Any]:
             for name, way in (("asynchronous", forecast.asynchronous), ("in_turns", forecast.in_turns))
         },
         "speedup": forecast.speedup,
+        "engines": None if forecast.choice is None else asdict(forecast.choice),
         "bottleneck": asdict(forecast.bottleneck),
         "changes": [asdict(change) for change in forecast.changes],
     }

@@ -20,13 +20,14 @@ class StageKind:
     """What the pipeline knows about one kind of stage.
 
     schema: `module:Class` of its config, which must not import torch.
-    run: `module:function`, called as `run(config, context)`.
+    run: `module:function`, called as `run(config, context, **joined)`.
     outputs: the name in `${stage.name}` to a path below the stage's folder. The first output exists after every run.
     data: key path of a dataset in the config to the kind of rows that it must hold.
     paths: key paths of other files and folders that the stage reads.
     packages: import names of the packages that must be installed.
     checkpoints: pattern of a complete checkpoint below the stage's folder; the number in its name is the step.
     progress: other files that hold work of an unfinished stage.
+    joined: further arguments of `run`, `module:name` each: what it uses of parts that it may not import.
     trains_itself: True if the stage's own process does the work and gets `resources.trainer`. Otherwise it only
     directs actors, which have resources of their own.
     """
@@ -39,6 +40,7 @@ class StageKind:
     packages: tuple[str, ...] = ()
     checkpoints: str = "checkpoints/step_*"
     progress: tuple[str, ...] = ()
+    joined: Mapping[str, str] = field(default_factory=dict)
     trains_itself: bool = True
 
 
@@ -81,6 +83,7 @@ KINDS: dict[str, StageKind] = {
         packages=("torch", "transformers", "deepspeed", "vllm"),
         checkpoints="checkpoints/step_*/ledger.sqlite",
         progress=("difficulty.parquet",),
+        joined={"choose_engines": "posttrain.forecast.engines:choose_for_run"},
         trains_itself=False,
     ),
     "dpo": StageKind(

@@ -24,8 +24,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("judging", "tune", "episodes"),
     ("base", "filtering", "sft", "rl", "dpo", "eval"),
     ("rewards", "environments"),
+    ("forecast",),
     ("pipeline",),
-    ("report", "reward_tools", "serving", "forecast"),
+    ("report", "reward_tools", "serving"),
     ("cli",),
 )
 

@@ -63,12 +63,13 @@ def run_stage(job: StageJob) -> StageAnswer:
                 sys.path.insert(0, job.cwd)  # so that a reward's module beside the user's YAML can be imported
         with rare_collections():  # also during the imports of the stage, which create many objects
             run = load_object(job.kind.run)
+            joined = {name: load_object(target) for name, target in job.kind.joined.items()}
             context = StageContext(job.name, job.dir, job.events, job.seed, job.warm_engines)
             given = load_schema(job.kind).model_validate(job.config)
             config = settled(with_whole_models(given, job.kind, context), "config")
             seed_everything(job.seed)
             with tracked(getattr(config, "trackers", None), context):
-                result = run(config, context) or {}
+                result = run(config, context, **joined) or {}
             forget_whole_models(config, context)
         return StageAnswer(dict(result), time.perf_counter() - started)
     except Exception as error:

@@ -38,6 +38,7 @@ from posttrain.rl.loop.controller import Controller
 from posttrain.rl.loop.evaluation import heldout_prompts, heldout_rows
 from posttrain.rl.loop.parts import Parts
 from posttrain.rl.loop.resume import resume
+from posttrain.rl.loop.scaling import Choice
 from posttrain.rl.loop.start import allowed_gap
 from posttrain.rl.loop.tally import unscored_totals
 from posttrain.rl.prompts.band import select_band
@@ -54,8 +55,11 @@ from posttrain.rl.training.starts import TrainerStarts, with_whole_policy
 from posttrain.sampling.client import Engines
 
 
-def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
-    """Run the stage; returns its outputs and figures."""
+def run(config: RlConfig, context: StageContext, choose_engines: Callable[..., Choice] | None = None) -> dict[str, Any]:
+    """Run the stage; returns its outputs and figures.
+
+    choose_engines: makes a forecast (`forecast.engines.choose_for_run`); without it no number of engines is forecast.
+    """
     config = config.model_copy(update={"lora": started_lora(config.model, config.lora)})
     check_parallel(config.parallel, config.model, config.lora)
     reader = image_reader(config.images, context.dir)
@@ -110,6 +114,7 @@ def run(config: RlConfig, context: StageContext) -> dict[str, Any]:
             return Parts(
                 engines, starts.trainer, reference or own, source, shares, archive, ledger,
                 stop_ids, evaluated, judge, measured, len(profile) - len(measured), rollouter(),
+                _forecast(config, context, choose_engines),
             )  # fmt: skip
 
         parts, figures = _train_to_the_end(config, context, starts, make_parts=make_parts, prompts=prompts)
@@ -241,6 +246,22 @@ def _start_judge(
         return None
     backend = models.enter_context(open_judge(prepared, context, resources))
     return Judge(prepared, backend)
+
+
+def _forecast(
+    config: RlConfig, context: StageContext, choose: Callable[..., Choice] | None
+) -> Callable[[int], Choice] | None:
+    """How the number of engines is chosen from what the run has shown, if the config says that it is to be forecast."""
+    if choose is None or not config.resources.rollout.is_forecast:
+        return None
+
+    def forecast(room: int) -> Choice:
+        import ray
+
+        most = min(config.resources.rollout.most, room)
+        return choose(config, context.dir, most, cpus=ray.cluster_resources().get("CPU", 0.0))
+
+    return forecast
 
 
 def _share_gpu(config: RlConfig) -> bool:

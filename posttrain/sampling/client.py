@@ -27,6 +27,7 @@ START_S = 900.0
 PLACE_S = 180.0  # for Ray to place an engine, while no other engine works
 NOTICE_S = 10.0  # for Ray to place an engine, after which the run says that no host has room for it
 SUSPICION_S = 1.0
+ROOM = 1024
 MAX_STARTS = 3  # how many engines may fail to start in the place of a lost one before the stage fails
 
 
@@ -116,6 +117,14 @@ class Engines:
         )
 
     # ------------------------------------------------------------------ engines that join and leave
+
+    def room(self) -> int:
+        """How many more engines there are free CPUs and GPUs for, at most ROOM."""
+        import ray
+
+        free = ray.available_resources()
+        asked = {"CPU": self._resources.cpus, "GPU": self._resources.gpus}
+        return min([ROOM, *(int(free.get(name, 0.0) / number + 1e-6) for name, number in asked.items() if number)])
 
     async def join(self) -> int:
         """Start one more engine, with the weights of the model folder. Returns its seat.

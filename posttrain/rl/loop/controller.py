@@ -58,6 +58,7 @@ from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.worker import Worker
 from posttrain.sampling.workers import RolloutWorkers
 
+NUM_ENGINES = "engines"  # a fact of the ledger, once engines have joined or left
 FLUSH_S = 0.05  # pause between two writes of the ledger: a SIGKILL loses the changes since the last one
 
 
@@ -202,6 +203,8 @@ class Controller:
             stop_ids=parts.stop_ids,
             tolerance=allowed_gap(config.parity_tolerance, config.model.dtype),
             changed=self._engines_changed,
+            forecast=parts.forecast,
+            had=parts.ledger.fact(NUM_ENGINES),
         )
 
     def _make_steps(self) -> Steps:
@@ -332,6 +335,8 @@ class Controller:
             self._tally.watch(worker.name, worker.log)
         else:
             self._tally.forget(worker.log)
+        assert self._elastic is not None
+        self._parts.ledger.set_fact(NUM_ENGINES, self._elastic.num_engines)
         wake_all(self._changed)
 
     def _sampled_so_far(self, flight: Flight) -> None:

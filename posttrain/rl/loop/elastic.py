@@ -1,51 +1,47 @@
 """The loop of elastic engines: asks `Scaling` after each step how many there should be, and has them join and leave.
 
-    step ──► Scaling ──► jobs ──► join: in the background, several at a time ─┐
-                           ▲  └─► leave: one after the other                  ├─► the next window of steps
-    lost three times ──────┘                                                  ┘
+    the first steps ──► forecast ──┐
+    step ──────────────► Scaling ──┴► jobs ──► join: in the background, several at a time ─┐
+                                       ▲  └──► leave: one after the other                  ├─► the next window of steps
+    lost three times ──────────────────┘                                                   ┘
 
-Training waits for none of this. Left out: what joining and leaving is (sampling/joining.py).
+The forecast is asked once, and only if the config says so; until then `Scaling` is not asked. A run that is continued
+begins with the engines that it had. Training waits for none of this. Left out: what joining and leaving is
+(sampling/joining.py), and the forecast itself, which is handed in (forecast/engines.py).
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 from msgspec.structs import replace
 
 from posttrain.actors.losses import is_loss, reason_of, root_of
-from posttrain.config.resources import ActorResources, RolloutResources, TrainerResources
 from posttrain.context import StageContext
 from posttrain.errors import PosttrainError
 from posttrain.records import DrawnPrompt
 from posttrain.rl.config import RlConfig
-from posttrain.rl.loop.scaling import Scaling, StepFigures
+from posttrain.rl.loop.scaling import Choice, Scaling, StepFigures, role_costs
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.sampling.client import Engines
 from posttrain.sampling.joining import join, leave
 from posttrain.sampling.worker import Worker
 from posttrain.sampling.workers import RolloutWorkers
 
+WARM_UP_STEPS, WARM_UP_S = 10, 12.0  # after the first step; a forecast is made from them
 LEAVE_S = 30.0  # that an engine may go on with what it has; others sample the rest again
 COMPARED_TOKENS = 16
 
 
 def scaling_of(config: RlConfig) -> Scaling:
-    """The policy for a stage. Costs are GPUs or, if the engines use none, CPUs."""
-    resources, rollout = config.resources, config.resources.rollout
-    is_gpu = bool(rollout.gpus)
-
-    def devices(item: RolloutResources | TrainerResources | ActorResources | None) -> float:
-        return 0.0 if item is None else item.gpus if is_gpu else item.cpus
-
-    judge = resources.judge
-    others = config.parallel.processes * devices(resources.trainer) + devices(resources.reference)
-    others += judge.workers * devices(judge) if judge is not None else 0.0
+    """The policy for a stage."""
+    rollout, (engine_cost, other_cost) = config.resources.rollout, role_costs(config)
     return Scaling(
         rollout.least,
         rollout.most,
-        engine_cost=devices(rollout) or 1.0,
-        other_cost=others,
+        engine_cost=engine_cost,
+        other_cost=other_cost,
         settling=1 + config.max_staleness,
     )
 
@@ -55,6 +51,8 @@ class Elastic:
 
     prompts: by which a new engine is compared with the others. stop_ids: token ids that end a reply. tolerance: the
     largest mean gap of log-probabilities. changed: is called with each worker that has joined, and True, or left.
+    forecast: chooses the number of engines from what the run has shown; None: `Scaling` alone does. had: engines that
+    the run had before it was interrupted, or None.
     """
 
     def __init__(
@@ -68,6 +66,8 @@ class Elastic:
         stop_ids: tuple[int, ...],
         tolerance: float,
         changed: Callable[[Worker, bool], None],
+        forecast: Callable[[int], Choice] | None = None,
+        had: int | None = None,
     ):
         self._context = context
         self._workers = workers
@@ -80,9 +80,14 @@ class Elastic:
             replace(sample_request(config.sampling, prompt, 1, stop_ids=stop_ids), temperature=0.0, max_tokens=tokens)
             for prompt in prompts
         ]
-        self._jobs: asyncio.Queue[int | Worker] = asyncio.Queue()  # a number of engines, or a worker that is given up
+        # A number of engines, a forecast that tells it, or a worker that is given up.
+        self._jobs: asyncio.Queue[int | Callable[[int], Choice] | Worker] = asyncio.Queue()
         self._is_changing = False
         self._looked = (0, 0)
+        self._forecast = forecast if had is None else None
+        rollout = config.resources.rollout
+        self._had = None if had is None else max(rollout.least, min(rollout.most, had))
+        self._steps, self._seconds = -1, 0.0  # since the first step
 
     @property
     def num_engines(self) -> int:
@@ -95,13 +100,35 @@ class Elastic:
         (looked, at_work), self._looked = self._looked, (loads.looked, loads.at_work)
         work = (loads.at_work - at_work) / max(1, loads.looked - looked)
         now = self.num_engines
+        if self._is_begun_otherwise(seconds, now):
+            return
         decision = self._scaling.observe(
             StepFigures(seconds, waited_s, work), now, is_changing=self._is_changing or not self._jobs.empty()
         )
         if decision is not None:
+            self._want(decision.workers, now, decision.reason)
+
+    def _is_begun_otherwise(self, seconds: float, now: int) -> bool:
+        """Whether the number of engines is, or will be, decided by the run before this one, or by a forecast."""
+        if self._had is not None and not self._is_changing:
+            had, self._had = self._had, None
+            if had != now:
+                self._want(had, now, "the run had so many when it was interrupted")
+                return True
+        if self._forecast is None:
+            return False
+        self._steps += 1
+        self._seconds += seconds if self._steps else 0.0
+        if self._steps >= WARM_UP_STEPS and self._seconds >= WARM_UP_S:
             self._is_changing = True
-            self._context.event("engines_wanted", workers=decision.workers, before=now, reason=decision.reason)
-            self._jobs.put_nowait(decision.workers)
+            self._jobs.put_nowait(self._forecast)
+            self._forecast = None
+        return True
+
+    def _want(self, workers: int, now: int, reason: str) -> None:
+        self._is_changing = True
+        self._context.event("engines_wanted", workers=workers, before=now, reason=reason)
+        self._jobs.put_nowait(workers)
 
     def given_up(self, worker: Worker, reason: str) -> None:
         """Note that the engine of a worker was lost again and again."""
@@ -115,12 +142,30 @@ class Elastic:
             self._is_changing = True
             if isinstance(job, Worker):
                 await self._bury(job)
-            elif job > self.num_engines:
-                await asyncio.gather(*(self._join() for _ in range(job - self.num_engines)))
             else:
-                for worker in self._to_leave(self.num_engines - job):
-                    await self._leave(worker)
+                await self._change_to(job if isinstance(job, int) else await self._forecast_number(job))
             self._is_changing = False
+
+    async def _change_to(self, workers: int) -> None:
+        if workers > self.num_engines:
+            await asyncio.gather(*(self._join() for _ in range(workers - self.num_engines)))
+        else:
+            for worker in self._to_leave(self.num_engines - workers):
+                await self._leave(worker)
+
+    async def _forecast_number(self, forecast: Callable[[int], Choice]) -> int:
+        """The number that a forecast chooses. One that cannot be made changes nothing: the policy goes on alone."""
+        now = self.num_engines
+        try:
+            choice = await asyncio.to_thread(forecast, now + self._engines.room())
+        except PosttrainError as error:
+            self._context.event("engines_not_forecast", reason=str(error), engines=now)
+            return now
+        self._context.event(
+            "engines_forecast", workers=choice.workers, before=now, reason=choice.reason, costs=choice.costs,
+            tried=[asdict(item) for item in choice.tried],
+        )  # fmt: skip
+        return choice.workers
 
     async def _bury(self, worker: Worker) -> None:
         self._workers.take_out(worker)

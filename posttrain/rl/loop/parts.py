@@ -1,6 +1,6 @@
 """The actors and stores that the controller of an RL stage works with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from posttrain.episodes.rollouter import EnvironmentRollouter
@@ -8,6 +8,7 @@ from posttrain.records import DrawnPrompt
 from posttrain.rl.grading.judge import Judge
 from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Ledger
+from posttrain.rl.loop.scaling import Choice
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.training.client import TrainerClient
@@ -22,6 +23,7 @@ class Parts:
     shares: the share of each capability in a batch. stop_ids: token ids that end a reply. heldout: the prompts of
     `evaluation`. profile: the pass rates that were measured before the training, if they were.
     num_set_aside: how many prompts the profile could not score.
+    forecast: chooses the number of engines, at most so many, from the first steps; None if the config asks for none.
     rollouter: makes the rollouts of rows with an environment; None if no row has one.
     """
 
@@ -38,3 +40,4 @@ class Parts:
     profile: Sequence[Difficulty] = ()
     num_set_aside: int = 0
     rollouter: EnvironmentRollouter | None = None
+    forecast: Callable[[int], Choice] | None = None

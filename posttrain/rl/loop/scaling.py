@@ -27,6 +27,9 @@ engines come first, since the number is at most doubled, then 4 are the best: 1 
 
 from dataclasses import dataclass
 
+from posttrain.config.resources import ActorResources, RolloutResources, TrainerResources
+from posttrain.rl.config import RlConfig
+
 WORTH = 0.25
 WORK = 0.9
 NO_WAIT = 0.05
@@ -51,6 +54,44 @@ class Decision:
 
     workers: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A number of engines in a forecast. step_s: seconds of a step. waits: share of them in which the trainer waits."""
+
+    workers: int
+    step_s: float
+    waits: float
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The number of engines that a forecast takes, what it has tried, and why. costs: it was made with, as JSON."""
+
+    workers: int
+    tried: tuple[Tried, ...]
+    reason: str
+    costs: str = ""
+
+
+def role_costs(config: RlConfig) -> tuple[float, float]:
+    """The cost of an engine, and of everything else that a stage always has: GPUs or, if the engines use none, CPUs."""
+    resources, rollout = config.resources, config.resources.rollout
+    is_gpu = bool(rollout.gpus)
+
+    def devices(item: RolloutResources | TrainerResources | ActorResources | None) -> float:
+        return 0.0 if item is None else item.gpus if is_gpu else item.cpus
+
+    judge = resources.judge
+    others = config.parallel.processes * devices(resources.trainer) + devices(resources.reference)
+    others += judge.workers * devices(judge) if judge is not None else 0.0
+    return devices(rollout) or 1.0, others
+
+
+def worth(now: float, then: float) -> float:
+    """How many times as fast steps must be for a change of the whole cost from `now` to `then` to be worth it."""
+    return 1 + WORTH * (then / now - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +185,7 @@ class Scaling:
 
     def _worth(self, now: int, then: int) -> float:
         """How many times as fast steps must be with `then` engines for the change to be worth it."""
-        return 1 + WORTH * (self._cost(then) / self._cost(now) - 1)
+        return worth(self._cost(now), self._cost(then))
 
     # ------------------------------------------------------------------ the three rules
 

@@ -15,6 +15,7 @@ from posttrain.config.environments import EnvironmentConfig
 from posttrain.config.models import TunedModelConfig
 from posttrain.config.resources import ActorResources, RewardResources, RolloutResources, TrainerResources
 
+MOST_ENGINES = 64  # of `resources: auto`
 # Settings besides the temperature that change the distribution, each with the value at which it has no effect.
 RENORMALISING = {
     "top_p": 1,
@@ -53,7 +54,10 @@ class RlSamplingConfig(SamplingConfig):
 
 
 class RlResources(Config):
-    """CPUs and GPUs of the engines, the trainer's ranks, the reward actor, the reference, and the judge's engines."""
+    """CPUs and GPUs of the engines, the trainer's ranks, the reward actor, the reference, and the judge's engines.
+
+    `auto` is short for `{rollout: {workers: {min: 1, max: 64, forecast: true}}}`.
+    """
 
     rollout: RolloutResources = Field(default_factory=RolloutResources)
     trainer: TrainerResources = Field(default_factory=TrainerResources)
@@ -71,6 +75,13 @@ class RlResources(Config):
         "trainer.cpus of them, gets more while engines wait for it, and gives them back while it waits for engines or "
         "where they do not make steps faster. null: trainer.cpus threads always.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, data: Any) -> Any:
+        if data == "auto":
+            return {"rollout": {"workers": {"min": 1, "max": MOST_ENGINES, "forecast": True}}}
+        return data
 
     @model_validator(mode="after")
     def _check_threads(self) -> "RlResources":
