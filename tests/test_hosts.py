@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -13,19 +14,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from posttrain.actors.losses import ActorLostError
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
-from posttrain.config.resources import ActorResources, HostChoice
+from posttrain.config.resources import ActorResources, HostChoice, RolloutResources, WorkerRange
 from posttrain.context import BusyLog, StageContext
-from posttrain.errors import UserError
+from posttrain.errors import ConfigError, UserError
 from posttrain.files import read_jsonl
 from posttrain.hosts.checks import HostReport, compare_hosts, received, report_of_this
 from posttrain.hosts.folders import fetch_folder, offer_folder
 from posttrain.hosts.lease import Lease
-from posttrain.hosts.placement import CLUSTER_VARIABLE, NODE_LABEL, chosen, near_home, pinned_here
+from posttrain.hosts.placement import CLUSTER_VARIABLE, NODE_LABEL, check_choices, chosen, near_home, pinned_here
 from posttrain.hosts.relay import MAX_SILENCE_S, Relay, RelayError, Source, pull, silence_s
 from posttrain.hosts.weights import WeightCopies, WeightsOffer
 from posttrain.sampling import client
@@ -154,6 +156,41 @@ def test_labels_spread_and_hosts_to_avoid_are_told_to_ray(monkeypatch):
         "label_selector": {"gpu": "h100", NODE_LABEL: "!in(a,b)"},
         "scheduling_strategy": "SPREAD",
     }
+
+
+def node(name: str, cpus: float, **labels: str) -> dict:
+    resources = {"CPU": cpus} if cpus else {}
+    return {"NodeManagerHostname": name, "NodeManagerAddress": f"address of {name}", "Labels": labels, "Alive": True,
+            "Resources": resources}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (
+            ActorResources(workers=3, cpus=2),
+            "asks for 3 × (2 CPU), each on one host, and of the hosts that it may use home has 1 CPU; a has 3 CPU; "
+            "b has 2 CPU; 2 would fit: lower workers",
+        ),
+        (ActorResources(workers=1, cpus=4), "none would fit: lower what each asks for"),
+        (RolloutResources(workers=WorkerRange(min=2, max=9), cpus=2, nodes=["a"]), "has 3 CPU; 1 would fit"),
+        (RolloutResources(workers=2, cpus=1, labels={"role": "engine"}), None),
+        (RolloutResources(workers=WorkerRange(min=2, max=9), cpus=2), None),
+        (ActorResources(workers=2, cpus=0.5, nodes=["address of home"]), None),
+        (ActorResources(workers=1, cpus=0, gpus=1), "asks for 1 × (1 GPU)"),
+        (ActorResources(workers=9, cpus=0), None),
+        (HostChoice(labels={"role": "engine"}), None),
+    ],
+)
+def test_actors_that_no_host_has_room_for_are_refused(choice, message, monkeypatch):
+    """Five CPUs in all, but an actor is on one host."""
+    nodes = [node("home", 1), node("a", 3, role="engine"), node("b", 2)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    if message is None:
+        check_choices({"resources.rollout": choice})
+        return
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_choices({"resources.rollout": choice})
 
 
 def test_a_host_with_another_package_or_clock_is_named():

@@ -4,7 +4,9 @@ What each test of this file shows is said in docs/cluster.md. The hosts start on
 have those that the earlier ones have left.
 """
 
+import dataclasses
 import shutil
+import subprocess
 import time
 import warnings
 from collections.abc import Iterator
@@ -57,6 +59,34 @@ def test_a_host_or_a_label_that_the_cluster_lacks_is_named_before_anything_start
     assert run.wait(90) == 2
     assert message in run.said()
     assert not run.steps()
+
+
+def test_engines_that_no_host_has_room_for_are_refused_with_the_number_that_would_fit(hosts: Cluster):
+    run = hosts.start("large", resources={"rollout": {"workers": 3, "cpus": 2, "labels": {"role": "engine"}}})
+    assert run.wait(90) == 2
+    assert "resources.rollout: asks for 3 × (2 CPU)" in run.said()
+    assert "2 would fit: lower workers" in run.said()
+
+
+def test_a_wrong_token_is_told(hosts: Cluster):
+    other = dataclasses.replace(hosts, env={**hosts.env, "RAY_AUTH_TOKEN": "f" * 64})
+    run = other.start("token")
+    assert run.wait(90) == 2
+    assert "RAY_AUTH_TOKEN" in run.said()
+
+
+def test_a_full_disk_on_the_host_of_an_engine_is_told_before_the_training(hosts: Cluster):
+    left, cache = hosts.hosts.all["left"], "/tmp/.cache/posttrain/models"
+    full = f"mkdir -p {cache} && mount -t tmpfs -o size=64k tmpfs {cache}"
+    subprocess.run(left.command("sh", "-c", full), check=True)
+    try:
+        run = hosts.start("full", resources={"rollout": {"nodes": ["left"]}})
+        assert run.wait() == 2
+        assert f"host left: {cache} has 0.0 GB free, and the model" in run.said()
+        assert "set POSTTRAIN_CACHE to a larger disk on that host" in run.said()
+        assert not run.steps()
+    finally:
+        subprocess.run(left.command("umount", cache), check=True)
 
 
 def test_engine_hosts_that_are_cut_off_and_powered_off_are_survived(hosts: Cluster):

@@ -6,10 +6,10 @@ since there is one host.
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from posttrain.config.resources import HostChoice
+from posttrain.config.resources import ActorResources, HostChoice, RolloutResources
 from posttrain.errors import ConfigError
 
 CLUSTER_VARIABLE = "POSTTRAIN_CLUSTER"  # "1" in every process of a run that has joined a cluster
@@ -85,7 +85,10 @@ def nodes_named(names: Collection[str]) -> list[str]:
 
 
 def check_choices(choices: Mapping[str, HostChoice]) -> None:
-    """Raise ConfigError for a host or a label that the cluster does not have. choices: by key path."""
+    """Raise ConfigError for a host or a label that the cluster does not have, and for actors that no host has room for.
+
+    choices: by key path. Each of them may have all that its hosts have; other roles are not counted.
+    """
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
@@ -102,3 +105,33 @@ def check_choices(choices: Mapping[str, HostChoice]) -> None:
             problems.append(f"labels: no host has {said}; labels are given to a host by `ray start --labels`")
         if problems:
             raise ConfigError(key, problems)
+        if isinstance(choice, ActorResources | RolloutResources):
+            _check_room(key, choice, [node for node in alive if _allows(choice, node)])
+
+
+def _allows(choice: HostChoice, node: Mapping[str, Any]) -> bool:
+    names = {node["NodeManagerAddress"], node["NodeManagerHostname"]}
+    return (not choice.nodes or bool(names & set(choice.nodes))) and choice.labels.items() <= node["Labels"].items()
+
+
+def _check_room(key: str, choice: ActorResources | RolloutResources, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ConfigError if these hosts together have too little for the actors, each of which is on one host."""
+    asked = {"CPU": choice.cpus, "GPU": choice.gpus}
+    workers = choice.least if isinstance(choice, RolloutResources) else choice.workers
+
+    def fitting(node: Mapping[str, Any]) -> int:
+        fits = [int(node["Resources"].get(name, 0.0) / each + 1e-9) for name, each in asked.items() if each]
+        return min([workers, *fits])
+
+    if (room := sum(map(fitting, nodes))) >= workers:
+        return
+    each = ", ".join(f"{number:g} {name}" for name, number in asked.items() if number)
+    have = "; ".join(
+        f"{node['NodeManagerHostname']} has "
+        + ", ".join(f"{node['Resources'].get(name, 0.0):g} {name}" for name, number in asked.items() if number)
+        for node in nodes
+    )
+    lower = f"{room} would fit: lower workers" if room else "none would fit: lower what each asks for"
+    raise ConfigError(
+        key, [f"asks for {workers} × ({each}), each on one host, and of the hosts that it may use {have}; {lower}"]
+    )

@@ -179,6 +179,7 @@ def check_fits(plan: list[Step], source: str, *, cpus: float, gpus: float) -> No
     """Raise ConfigError if a stage asks for more CPUs or GPUs than there are in total."""
     problems = [
         f"{step.key}: asks for {need:g} {unit}s ({_sum(step, unit)}), but there are {have:g}"
+        + _fitting(step, unit, have)
         for step in plan
         for need, have, unit in ((step.cpus, cpus, "CPU"), (step.gpus, gpus, "GPU"))
         if need > have
@@ -206,6 +207,18 @@ def _sum(step: Step, unit: str) -> str:
         if each:
             parts.append(f"{actor.role} {actor.workers} × {each:g}")
     return ", ".join(parts)
+
+
+def _fitting(step: Step, unit: str, have: float) -> str:
+    """The largest number of engines of one role with which the stage would fit, in words; "" if there is none."""
+    asked = {actor.role: actor.cpus if unit == "CPU" else actor.gpus for actor in step.actors}
+    whole = sum(actor.workers * asked[actor.role] for actor in step.actors)
+    for actor in step.actors:
+        each = asked[actor.role]
+        left = have - whole + actor.workers * each
+        if actor.role in ("rollout", "judge") and each and (number := int(left / each + 1e-9)) >= 1:
+            return f"; {actor.role}.workers: {number} would fit"
+    return ""
 
 
 # --- memory ---
