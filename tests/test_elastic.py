@@ -289,8 +289,19 @@ def test_a_stage_asks_for_the_engines_it_begins_with_and_holds_those_it_may_take
     )
     assert (step.cpus, step.held_cpus, step.gpus, step.held_gpus) == (3.0, 6.0, 0.5, 2.0)
     check_fits([step], "here", cpus=3, gpus=1)
-    with pytest.raises(ConfigError, match="asks for 3 CPUs"):
+    with pytest.raises(ConfigError, match=r"asks for 3 CPUs \(rollout 1 × 1, trainer 2 × 1\), but there are 2; lower"):
         check_fits([step], "here", cpus=2, gpus=1)
+
+
+def test_of_engines_that_are_too_many_the_number_that_would_fit_is_told():
+    def step(engines: int, each: float) -> Step:
+        actors = (Actor("rollout", engines, each, 0.0, "-"), Actor("trainer", 1, 2.0, 0.0, "-"))
+        return Step("rl", "rl", "resources", {}, {}, actors)
+
+    with pytest.raises(ConfigError, match=r"there are 5; rollout.workers: 3 would fit; lower"):
+        check_fits([step(5, 1.0)], "here", cpus=5, gpus=0)
+    with pytest.raises(ConfigError, match=r"there are 5; lower resources"):
+        check_fits([step(1, 4.0)], "here", cpus=5, gpus=0)
 
 
 def test_a_run_that_was_interrupted_may_go_on_with_other_ranks_and_engines():
