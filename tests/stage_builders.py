@@ -668,7 +668,8 @@ def rl_judge(config: Any) -> Any:
     prompts = judge_prompts(config.judge)
     pairs = [(_rollout(prompt, 0), prompt.row) for prompt in _drawn()]
     pairs += [(msgspec.structs.replace(pairs[0][0], text="so " * 60), pairs[0][1])]
-    questions = Judge(PreparedJudge(config.judge, prompts, None), Any).questions(pairs)
+    backend: Any = None
+    questions = Judge(PreparedJudge(config.judge, prompts, None), backend).questions(pairs)
     answer = Completion((), "", (), FinishReason.STOP, (), dict.fromkeys(prompts.choice_ids, -1.0))
     return started, questions, read_choice(answer, config.judge.labels, prompts.choice_ids)
 
@@ -766,6 +767,7 @@ def _controller(config: Any) -> Any:
 
 def rl_controller(config: Any) -> Any:
     from posttrain.rl.records import Admission
+    from posttrain.rl.stage import _forecast
     from posttrain.rl.training.starts import TrainerStarts
 
     controller = _controller(config)
@@ -787,13 +789,17 @@ def rl_controller(config: Any) -> Any:
         capabilities,
         _threads(controller._steps._balance),
     )
-    return built, waits, TrainerStarts(config, CONTEXT).left
+    choose: Any = print
+    is_forecast = _forecast(config, CONTEXT, choose) is not None
+    return built, waits, TrainerStarts(config, CONTEXT).left, is_forecast
 
 
 def _threads(balance: Any) -> list[int]:
     """The trainer's threads while engines wait and each thread more makes steps faster."""
     numbers = []
-    for _ in range(100 if balance is not None else 0):
+    if balance is None:
+        return numbers
+    for _ in range(100):
         step = {"step_wall_s": 0.5**balance.threads, "tokens_trained": 1, "idle/trainer": 0.0, "idle/e": 0.9}
         numbers += [balance.threads] if balance.measured(step) else []
     return numbers
@@ -820,7 +826,8 @@ def rl_weights(config: Any) -> Any:
     from posttrain.rl.rollouts.weights import publisher, update_calls
 
     made = publisher(config)
-    calls = update_calls(config, {"backend": "nccl", "init": {}}, 3, seats=range(config.resources.rollout.most))
+    manifest: Any = {"backend": "nccl", "init": {}}
+    calls = update_calls(config, manifest, 3, seats=range(config.resources.rollout.most))
     return type(made).__name__, getattr(made, "backend", None), getattr(made, "delta", None), calls
 
 
