@@ -396,7 +396,7 @@ def test_a_forecast_that_cannot_be_made_leaves_the_number_to_the_policy(tmp_path
     def forecast(room: int) -> Choice:
         raise ConfigError("--calibrate", ["the run has 2 events engine_load"])
 
-    workers, run, events = loop_of(tmp_path, monkeypatch, 1, forecast=forecast)
+    _, run, events = loop_of(tmp_path, monkeypatch, 1, forecast=forecast)
     run([(2.0, 1.5)] * (WARM_UP_STEPS + 40))
     assert "the run has 2 events" in events()[0]["reason"]
     assert [line["event"] for line in events()][:2] == ["engines_not_forecast", "engines_wanted"]

@@ -30,7 +30,7 @@ from posttrain.hosts.lease import Lease
 from posttrain.hosts.placement import CLUSTER_VARIABLE, NODE_LABEL, check_choices, chosen, near_home, pinned_here
 from posttrain.hosts.relay import MAX_SILENCE_S, Relay, RelayError, Source, pull, silence_s
 from posttrain.hosts.weights import WeightCopies, WeightsOffer
-from posttrain.sampling import client
+from posttrain.sampling import client, registry
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Road, WeightManifest, from_plain, to_plain
 from posttrain.sampling.roads import EnginePlace, chained, offer_of
@@ -191,6 +191,29 @@ def test_actors_that_no_host_has_room_for_are_refused(choice, message, monkeypat
         return
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_choices({"resources.rollout": choice})
+
+
+@pytest.mark.parametrize(("on_cluster", "has_place", "kept"), [(True, False, 0), (True, True, 1), (False, False, 1)])
+def test_no_engine_stays_warm_while_another_waits_for_its_host(on_cluster, has_place, kept, monkeypatch):
+    monkeypatch.setattr(registry, "directory", lambda: SimpleNamespace() if on_cluster else None)
+    engines = registry.EngineRegistry()
+
+    async def end(ended) -> None:
+        for held in ended:
+            engines._held.remove(held)
+
+    monkeypatch.setattr(engines, "_end", end)
+
+    async def release() -> list[str]:
+        for name, stage in (("engine-0", "evaluation"), ("engine-1", "rl")):
+            where: Any = asyncio.get_running_loop().create_future()
+            if has_place or name == "engine-0":
+                where.set_result(("node", 1))
+            engines._held.append(registry._Held(name, "", None, where, stage, {}, {}, ActorResources()))
+        await engines.release(["engine-0"], keep=True)
+        return [held.name for held in engines._held if held.stage is None]
+
+    assert len(asyncio.run(release())) == kept
 
 
 def test_a_host_with_another_package_or_clock_is_named():

@@ -4,6 +4,7 @@ Left out: sampling. Every stage samples with the workers of workers.py, RL direc
 """
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Awaitable, Coroutine, Iterable
@@ -168,7 +169,7 @@ class Engines:
         name, actor = self.names[index], self.actors[index]
         source = FolderWeights(os.path.abspath(self._model.path))
         try:
-            place = self.places[index] = await place_of(actor)
+            place = self.places[index] = await self._await_place(index, f"{name} did not start", within_s=math.inf)
             if is_new:
                 await self._await_start(actor.start.remote(), place, f"{name} did not start")
             else:
@@ -215,12 +216,20 @@ class Engines:
         return place
 
     async def _await_place(
-        self, index: int, message: str, *, is_needed: bool = True, avoided: frozenset[str] = frozenset()
+        self,
+        index: int,
+        message: str,
+        *,
+        is_needed: bool = True,
+        avoided: frozenset[str] = frozenset(),
+        within_s: float | None = None,
     ) -> EnginePlace:
         """Where Ray has placed an engine. is_needed: whether it may take any time while other engines work.
 
-        avoided: the hosts on which Ray was told not to place it. Raises _RoomAgain if one of them may be used again.
+        within_s: until then it must have a place; None: PLACE_S. avoided: the hosts on which Ray was told not to place
+        it. Raises _RoomAgain if one of them may be used again.
         """
+        within_s = PLACE_S if within_s is None else within_s
         where = asyncio.ensure_future(place_of(self.actors[index]))
         alone, is_told = time.monotonic(), False
         try:
@@ -233,8 +242,8 @@ class Engines:
                     raise _RoomAgain(f"{self.names[index]} had no place, and a host answers again that was avoided")
                 if is_needed and self._num_started:
                     alone = time.monotonic()
-                elif time.monotonic() - alone > PLACE_S:
-                    raise TimeoutError(f"{message}: no host had room for it within {PLACE_S:g} s")
+                elif time.monotonic() - alone > within_s:
+                    raise TimeoutError(f"{message}: no host had room for it within {within_s:g} s")
             return where.result()
         finally:
             where.cancel()

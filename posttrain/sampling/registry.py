@@ -140,15 +140,29 @@ class EngineRegistry:
         return held
 
     async def release(self, names: list[str], keep: bool) -> None:
-        """Give engines back: `keep` leaves them warm for a later stage, otherwise they are ended."""
+        """Give engines back: `keep` leaves them warm for a later stage, otherwise they are ended.
+
+        On a cluster none is kept while an engine of another stage waits for a place: the CPUs and GPUs of all hosts may
+        be enough for both, and those of the hosts that it may use not.
+        """
         async with self._changing:
             strays = {self._latest(name) for name in names} - set(names)
             await self._end([held for held in self._held if held.name in strays])
             released = [held for held in self._held if held.name in names]
             for held in released:
                 held.stage = None
-            if not keep:
+            if not keep or await self._is_one_waiting():
                 await self._end(released)
+
+    async def _is_one_waiting(self) -> bool:
+        """Whether Ray has no place yet for an engine. Not so in a local session, where stages have what they count."""
+        leased = [asyncio.ensure_future(held.where) for held in self._held if held.stage is not None]
+        if directory() is None or not leased:
+            return False
+        _, missing = await asyncio.wait(leased, timeout=WHERE_S)
+        for where in missing:
+            where.cancel()
+        return bool(missing)
 
     async def trim_idle(self, cpus: float, gpus: float) -> None:
         """End idle engines, oldest first, until the idle ones hold no more than these CPUs and GPUs."""
