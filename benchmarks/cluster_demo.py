@@ -3,8 +3,8 @@
     home    trains, and has the run directory       one, two    have the engines; `two` loses its power during RL
 
 The hosts are made of namespaces of this machine (hosts.py). The quick start is cut short so that it takes minutes: the
-base model trains 200 steps instead of 800, RL 16 instead of 36, and only the policies after these two are evaluated. So
-its accuracies are below those of the quick start.
+base model trains 200 steps instead of 800, RL 16 instead of 36, and evaluations are greedy alone. So its accuracies are
+below those of the quick start.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ENGINES = "[one, two]"
 SHORT = [
     "base.steps=200",
     "rl.steps=16",
-    "evaluate.stages=[base, rl]",
+    "evaluate.samples=0",
     "rl.resources.rollout.workers=2",
     f"filter.resources.judge.nodes={ENGINES}",
     *(f"{stage}.resources.rollout.nodes={ENGINES}" for stage in ("rl", "evaluate")),
