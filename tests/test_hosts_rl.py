@@ -61,11 +61,12 @@ def test_a_host_or_a_label_that_the_cluster_lacks_is_named_before_anything_start
     assert not run.steps()
 
 
-def test_engines_that_no_host_has_room_for_are_refused_with_the_number_that_would_fit(hosts: Cluster):
-    run = hosts.start("large", resources={"rollout": {"workers": 3, "cpus": 2, "labels": {"role": "engine"}}})
+def test_an_engine_that_no_host_has_room_for_is_refused_though_all_together_have_it(hosts: Cluster):
+    run = hosts.start("large", resources={"rollout": {"workers": 1, "cpus": 3, "labels": {"role": "engine"}}})
     assert run.wait(90) == 2
-    assert "resources.rollout: asks for 3 × (2 CPU)" in run.said()
-    assert "2 would fit: lower workers" in run.said()
+    assert "resources.rollout: asks for 1 × (3 CPU), each on one host" in run.said()
+    assert "left has 2 CPU" in run.said()
+    assert "none would fit: lower what each asks for" in run.said()
 
 
 def test_a_wrong_token_is_told(hosts: Cluster):
