@@ -18,6 +18,7 @@ from pathlib import Path
 from hosts import cluster
 
 from posttrain.files import read_jsonl
+from posttrain.rl.history.audit import audit_stage
 
 POSTTRAIN = str(Path(sys.executable).parent / "posttrain")
 ENGINES = "[one, two]"
@@ -58,8 +59,7 @@ def demo(run_dir: Path) -> int:
         if run.poll() is None:
             run.kill()
         code = run.wait()
-    tell(run_dir)
-    return code or not lost
+    return code or not lost or not tell(run_dir)
 
 
 def rl_steps(run_dir: Path) -> int:
@@ -68,8 +68,8 @@ def rl_steps(run_dir: Path) -> int:
     return len(list(read_jsonl(metrics))) if metrics.exists() else 0
 
 
-def tell(run_dir: Path) -> None:
-    """What happened to the engines, and how good the policies are."""
+def tell(run_dir: Path) -> bool:
+    """What happened to the engines, and how good the policies are. Returns whether the audit of RL is clean."""
     for event in read_jsonl(run_dir / "events.jsonl"):
         if event["event"] in ("engine_replaced", "engine_unplaced"):
             print(event["time"], event["event"], event["name"], event.get("reason", ""))
@@ -77,6 +77,9 @@ def tell(run_dir: Path) -> None:
     print("status:", summary["status"], "  wall:", f"{summary['wall_s']:.0f} s")
     for stage, results in summary["eval"].items():
         print(f"  {stage:5} {results['all']['greedy']:.1%} of held-out puzzles right")
+    audit = audit_stage(run_dir / "rl")
+    print("audit:", "; ".join(audit.problems) or "clean: no group was lost or trained on twice")
+    return audit.is_clean
 
 
 def main() -> None:
