@@ -190,7 +190,7 @@ def hosts_main(arguments: argparse.Namespace, only: set[str]) -> None:
     runs: list[dict[str, Any]] = []
     if arguments.resume and arguments.json.exists():
         runs = json.loads(arguments.json.read_text())["per_run"]
-    waiting = faults_left(arguments.kills, only, Random(arguments.seed), runs)
+    waiting = faults_left(arguments.kills, only, Random(arguments.seed), runs=runs)
     while waiting and len(runs) < arguments.kills:
         faults = take_batch(waiting)
         run = host_chaos(faults, arguments.seed + len(runs))

@@ -208,7 +208,7 @@ def host_chaos(faults: list[str], seed: int) -> dict[str, Any]:
     return found
 
 
-def faults_left(number: int, only: set[str], random: Random, runs: list[dict[str, Any]]) -> list[str]:
+def faults_left(number: int, only: set[str], random: Random, *, runs: list[dict[str, Any]]) -> list[str]:
     """The faults of a plan that these runs have not had."""
     waiting = list(islice(plan(only, random), number))
     for strike in (strike for run in runs for strike in run["kills"]):
