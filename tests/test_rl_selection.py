@@ -88,6 +88,18 @@ def test_prompts_whose_groups_are_mixed_come_first_and_take_turns():
     assert len(drawn.keys() & mixed) > 20
 
 
+def test_what_was_trained_on_less_comes_first_among_prompts_as_likely_to_be_mixed():
+    """Half of the prompts were sampled four times as often, with the same pass rate; all would give mixed groups."""
+    selection = selection_of(rows_of(80))
+    for place in range(80):
+        groups = 1 + 4 * (place % 2)
+        selection.beliefs.observe(f"math{place}", 4 * groups, 4 * groups, version=0)
+    selection.advance(0)
+    assert selection.beliefs.num_replies(np.array([0, 1])).tolist() == [8, 40]
+    drawn = draw(selection, 30)
+    assert sum(int(name.removeprefix("math")) % 2 == 0 for name in drawn) >= 25
+
+
 def test_equal_first_replies_go_on_where_others_would_not_bring_more():
     """With a flat prior the six others mix with chance 1 - 3/9 after two passes: 1/9 for each; else far less."""
     rows = rows_of(3)

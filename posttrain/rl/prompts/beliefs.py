@@ -147,6 +147,11 @@ class Beliefs:
         failures = self._failures_N[places] + self._new_failures_N[places]
         return priors[:, 0] + passes, priors[:, 1] + failures
 
+    def num_replies(self, places: np.ndarray) -> np.ndarray:
+        """How many replies the beliefs about the prompts at these places count, each with what its age leaves [n]."""
+        old = self._passes_N[places] + self._failures_N[places]
+        return old + self._new_passes_N[places] + self._new_failures_N[places]
+
     def settled_rate(self, prompt_id: str) -> float:
         """The expected pass rate of a prompt as of the last `advance`, whatever was seen since."""
         place = self.place[prompt_id]

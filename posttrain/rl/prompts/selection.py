@@ -5,6 +5,9 @@ for the pass rate p and G replies. p is not known. So for each prompt NUM_DRAWS 
 about it (beliefs.py), and the prompts with the highest mean chance come first. A prompt of which little is known is
 sometimes drawn high, which explores; the mean of several draws explores less than a single one (Thompson sampling).
 
+The same few prompts again and again teach less than others as likely to be mixed. So a prompt's chance is divided by
+1 + WEAR n, where n is the number of groups that the belief about it counts. It is the lower, the longer ago they were.
+
 A prompt rests after it was drawn, until a quarter as many others were drawn as there are prompts that would give a
 mixed group, by the beliefs. So prompts that are known to teach do not crowd out those that were not tried.
 
@@ -27,6 +30,7 @@ NUM_DRAWS = 4
 CANDIDATES = 4096
 SLATE = 32
 REST = 0.25
+WEAR = 0.25
 RENEWAL = 0.02  # the weight of the newest group in the mean of trained groups for each reply
 
 
@@ -122,5 +126,6 @@ class Selection:
         a, b = self.beliefs.shapes(able)
         rates = rng.beta(a, b, size=(NUM_DRAWS, able.size))
         chance = (1 - rates**self._group_size - (1 - rates) ** self._group_size).mean(axis=0)
+        chance /= 1 + WEAR * self.beliefs.num_replies(able) / self._group_size
         best = np.argsort(-chance, kind="stable")[:SLATE]
         return able[best][::-1].tolist()
