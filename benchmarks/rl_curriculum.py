@@ -9,6 +9,7 @@ trains on as many groups with an advantage, all others are dropped and replaced,
   band         a profile of 8 replies each, then the prompts with pass rates in [0.1, 0.7] alone, drawn in turn
   selection    the default: prompts drawn by beliefs, without a profile
   first_two    the same, and groups begin with two replies
+  predictor    as `selection`, and each kind of puzzle (the field `kind` of the rows) has a fitted prior of its own
   oracle       the medium prompts alone, drawn in turn: the bound for anything that has to find them
 
 The target of a pool is the accuracy at the start plus TARGET_SHARE of the smallest gain of an arm, so that all arms
@@ -56,6 +57,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "band": {**IN_TURN, "profile": {"samples": 8, "band": [0.1, 0.7]}},
     "selection": {},
     "first_two": {"selection": {"first_replies": 2}},
+    "predictor": {"selection": {"predictor": "kind"}},
     "oracle": IN_TURN,
 }
 

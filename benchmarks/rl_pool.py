@@ -1,12 +1,12 @@
 """For rl_curriculum.py: make pools of prompts of which most teach nothing, from the quick start's base and puzzles.
 
-The prompts are those of the base stage. The base answers each SAMPLES times. A pool has NUM_MEDIUM prompts with a pass
-rate in MEDIUM. The others always passed, never passed, or are countdown puzzles without a solution, as flawed data has
-them: a third each, as far as there are so many. (The sums of the same numbers with any signs are all odd or all even,
-so a target that is moved by one cannot be reached.)
+The prompts are those of a base stage that draws NUM_PROMPTS of them. The base answers each SAMPLES times. A pool has
+NUM_MEDIUM prompts with a pass rate in MEDIUM. The others always passed, never passed, or are countdown puzzles without
+a solution, as flawed data has them: a third each, as far as there are so many. (The sums of the same numbers with any
+signs are all odd or all even, so a target that is moved by one cannot be reached.)
 
-The held-out problems are of the kinds (family and level) whose mean pass rate lies in MEDIUM. All problems are
-different, and the base was trained on none of them.
+Each row has its kind, which is family and level, in the field `kind`. The held-out problems are of the kinds whose
+mean pass rate lies in MEDIUM. All problems are different, and the base was trained on none of them.
 """
 
 import json
@@ -33,9 +33,10 @@ from posttrain.records import DrawnPrompt, Prompt, Row
 from posttrain.rl.config import RlConfig
 
 BASE = Path(__file__).parents[1] / "configs" / "quickstart" / "base.yaml"
+NUM_PROMPTS = 4800
 SAMPLES = 16
 MEDIUM, TOO_EASY = (0.1, 0.7), 0.95
-NUM_MEDIUM = 40
+NUM_MEDIUM = 120
 HELDOUT = 320
 
 
@@ -61,7 +62,7 @@ def make_pools(folder: Path, settings: dict[str, Any], shares: Sequence[int]) ->
     told = folder / "pools.json"
     if not told.exists():
         base = _base(folder / "base")
-        rows = list(read_jsonl(Path(base["prompts"])))
+        rows = [{**row, "kind": f"{row['family']} {row['level']}"} for row in read_jsonl(Path(base["prompts"]))]
         countdowns = [row for row in rows if row["family"] == "countdown"]
         rows += [_unsolvable(row) for row in countdowns]
         _write(folder / "candidates.jsonl", rows)
@@ -80,7 +81,8 @@ def _base(folder: Path) -> dict[str, Any]:
     from posttrain.base.stage import run
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = validate_config(StageConfig, yaml.safe_load(BASE.read_text()), str(BASE))
+    data = {**yaml.safe_load(BASE.read_text()), "sets": {"prompts": NUM_PROMPTS}}
+    config = validate_config(StageConfig, data, str(BASE))
     return run(config, StageContext("base", folder, folder / "events.jsonl", 0))
 
 
@@ -145,13 +147,13 @@ def _even(there: Mapping[str, int], total: int) -> dict[str, int]:
 
 
 def _choose_heldout(folder: Path, base: dict[str, Any], rows: list[dict[str, Any]], *, rates: dict[str, float]) -> None:
-    by_kind = defaultdict[tuple[str, int], list[float]](list)
+    by_kind = defaultdict[str, list[float]](list)
     for row in rows:
         if row["id"] in rates and not row["id"].endswith("unsolvable"):
-            by_kind[row["family"], row["level"]].append(rates[row["id"]])
+            by_kind[row["kind"]].append(rates[row["id"]])
     medium = {kind for kind, found in by_kind.items() if MEDIUM[0] <= fmean(found) <= MEDIUM[1]}
     others = [row for name in ("heldout", "tune") for row in read_jsonl(Path(base[name]))]
-    heldout = [row for row in others if (row["family"], row["level"]) in medium][:HELDOUT]
+    heldout = [row for row in others if f"{row['family']} {row['level']}" in medium][:HELDOUT]
     if len(heldout) < HELDOUT:
         raise RuntimeError(f"only {len(heldout)} held-out problems are of medium kinds, not {HELDOUT}")
     _write(folder / "heldout.jsonl", heldout)
