@@ -2,7 +2,7 @@
 
     python benchmarks/rl_trl_base.py SPEC.json
 
-The spec is that of posttrain/base/rank.py, and may have the key `course`: `chain`, the puzzles of rl_trl_puzzles.py
+The spec is that of posttrain/base/rank.py, and may have the key `course`: `walk`, the puzzles of rl_trl_puzzles.py
 instead of the quick start's. Processes and optimizers are those of the quick start; only model and text differ.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rl_trl_puzzles import CHAIN_COURSE
+from rl_trl_puzzles import WALK_COURSE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.base import model as base_model
@@ -45,7 +45,7 @@ def _without_balance_loss(module: Any, inputs: Any, output: Any) -> None:
 
 
 if __name__ == "__main__":
-    is_chain = json.loads(Path(sys.argv[1]).read_text()).get("course") == "chain"
+    is_walk = json.loads(Path(sys.argv[1]).read_text()).get("course") == "walk"
     # "answers" is the key of StageConfig that the spec's config has.
-    COURSES["answers"] = replace(CHAIN_COURSE if is_chain else COURSES["answers"], build_model=build_dense)
+    COURSES["answers"] = replace(WALK_COURSE if is_walk else COURSES["answers"], build_model=build_dense)
     rank.main(sys.argv[1])

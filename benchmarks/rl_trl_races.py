@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from rl_trl_puzzles import CHAINS
+from rl_trl_puzzles import WALKS
 
 from posttrain.base.config import SetSizes, StageConfig
 from posttrain.base.tasks import ANSWERS, Puzzles
@@ -82,16 +82,16 @@ RACES = {
         every=2,
     ),
     "long": Race(
-        base=StageConfig(steps=900, sets=SetSizes(heldout=200)),
-        course="chain",
-        puzzles=CHAINS,
+        base=StageConfig(steps=900, sets=SetSizes(sft=1, tune=1, heldout=200)),
+        course="walk",
+        puzzles=WALKS,
         ours={
             **_OURS,
             "steps": 24,
             "groups_per_step": 16,
             "sampling": {"temperature": 1.0, "max_tokens": 520},
             "micro_batch_tokens": 4096,
-            "engine": {"max_model_len": 896, "max_num_seqs": 256, "kv_cache_gib": 0.25},
+            "engine": {"max_model_len": 640, "max_num_seqs": 256, "kv_cache_gib": 0.25},
         },
         peer={**_PEER, "max_completion_length": 520},
         goal=">= 3",

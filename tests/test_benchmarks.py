@@ -1,5 +1,7 @@
 """What benchmarks that are run in pieces compute from their runs."""
 
+import re
+
 import pytest
 
 
@@ -60,8 +62,9 @@ def test_solutions_of_the_long_race_are_right_and_have_lengths_with_a_tail():
     for number in range(400):
         problem = draw(number % 5 + 1, rng)
         text = worked(problem, rng, False)
-        start, *numbers = (int(part.split(":")[-1]) for part in problem.prompt.removeprefix("Run:").split(";"))
-        assert problem.answer == str((start + sum(numbers)) % 10)
+        start, stride, count = (int(part) for part in re.findall(r"\d+", problem.prompt))
+        assert problem.answer == str(sum((start + stride * place) % 100 for place in range(count)) % 10)
+        assert len(set(problem.parts)) == count
         assert text.endswith(f" = {problem.answer}. Answer: {problem.answer}")
         assert not worked(problem, rng, True).endswith(f"Answer: {problem.answer}")
         lengths.append(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1)
