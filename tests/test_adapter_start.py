@@ -119,12 +119,6 @@ def test_adapters_that_name_no_modules_cannot_be_continued(folder):
     assert "name no modules; list their names" in start_problems(model_section(folder), None)[0]
 
 
-def test_adapters_are_not_continued_with_pictures(start):
-    assert start_problems(model_section(start), None) == []
-    (problem,) = start_problems(model_section(start), None, images=True)
-    assert "its adapters are continued without pictures only; remove the section images" in problem
-
-
 def test_people_are_told_what_a_folder_of_adapters_is(start, policy):
     note = adapter_note("model", model_section(start))
     names = "experts.down_proj, q_proj, v_proj"

@@ -19,7 +19,8 @@ from vision_models import image_tokenizer
 from posttrain.base.pictures.tokenizer import CHAT_TEMPLATE
 from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
 from posttrain.cli.main import main
-from posttrain.data.images.decode import checked
+from posttrain.data.images.decode import PictureError, checked
+from posttrain.data.images.files import format_of
 from posttrain.data.images.render import prompt_with_pictures, samples_with_pictures
 from posttrain.data.images.store import ImageStore
 from posttrain.data.images.take import ImageReader
@@ -67,6 +68,9 @@ FORMS = {
     "part with a path": {"messages": user([{"type": "image", "image": "a.png"}, TEXT])},
     "part with an object": {"messages": user([{"type": "image", "image": {"path": "a.png"}}, TEXT])},
     "OpenAI, data URL": {"messages": user([{"type": "image_url", "image_url": {"url": DATA_URL}}, TEXT])},
+    "a data URL with broken lines": {
+        "messages": user([{"type": "image_url", "image_url": {"url": DATA_URL[:40] + "\r\n" + DATA_URL[40:]}}, TEXT])
+    },
     "OpenAI, path": {"messages": user([{"type": "image_url", "image_url": {"url": "a.png"}}, TEXT])},
     "TRL, places as parts": {"images": ["a.png"], "messages": user([{"type": "image"}, TEXT])},
     "TRL, no places": {"images": ["a.png"], "messages": user(ASK)},
@@ -181,6 +185,10 @@ BAD_ROWS = {
     "outside of the root": ({"images": ["../a.png"], "messages": user(ASK)}, "'../a.png' lies outside"),
     "an absolute path": ({"images": ["/etc/passwd"], "messages": user(ASK)}, "'/etc/passwd' lies outside"),
     "an address": ({"images": ["https://host/a.png"], "messages": user(ASK)}, "nothing is downloaded"),
+    "a name that no file has": ({"images": ["a\0.png"], "messages": user(ASK)}, "cannot be read: embedded null byte"),
+    "a picture in another key": (
+        {"messages": user([{"type": "image", "base64": "aGk="}, TEXT])}, r"content\[0\].base64: a picture is not read",
+    ),
     "damaged base64": ({"images": ["data:image/png;base64,!"], "messages": user(ASK)}, "whose base64 is damaged"),
     "a number": ({"images": [3], "messages": user(ASK)}, "the picture 3 must be a path, a data URL"),
     "too many": ({"images": ["a.png"] * 9, "messages": user(ASK)}, "9 pictures; at most 8 of a row are taken"),
@@ -249,6 +257,35 @@ def test_a_turned_picture_is_made_upright():
 def test_a_plain_picture_keeps_its_bytes():
     data = encoded(picture(), "JPEG")
     assert checked(data).data == data
+
+
+def test_a_photo_with_more_pictures_behind_it_is_the_photo():
+    """As phones write them: a JPEG, then a smaller copy or a depth map (the format MPO)."""
+    data = encoded(picture(40, 30, (9, 90, 200)), "MPO", save_all=True, append_images=[picture(8, 6)])
+    found = checked(data)
+    assert (found.data, found.width, found.height) == (data, 40, 30)
+    assert format_of(data) == "jpeg"
+
+
+def test_damaged_bytes_are_told_as_a_fault_of_the_picture():
+    """Pillow raises errors of many kinds for them."""
+    wholes = [
+        encoded(picture(mode=mode, colour=colour), form)
+        for mode, colour, form in (
+            ("RGB", (1, 2, 3), "TIFF"), ("L", 7, "TIFF"), ("RGB", (1, 2, 3), "JPEG"), ("RGBA", (1, 2, 3, 4), "PNG"),
+            ("RGB", (1, 2, 3), "WEBP"), ("RGB", (1, 2, 3), "GIF"), ("RGB", (1, 2, 3), "BMP"), ("RGB", (0, 0, 0), "PPM"),
+        )
+    ]  # fmt: skip
+    draws, refused = random.Random(1), 0
+    for _ in range(1500):
+        data = bytearray(draws.choice(wholes))
+        for _ in range(draws.randint(1, 6)):
+            data[draws.randrange(min(len(data), 400))] = draws.randrange(256)
+        try:
+            checked(bytes(data))
+        except PictureError:
+            refused += 1
+    assert refused > 500
 
 
 # --- the store ---

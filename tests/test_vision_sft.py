@@ -165,13 +165,14 @@ BAD = {
     "a text model": ({}, ["images:", "model_type is 'llama4_text', which takes no images"]),
     "no section": ({"images": None}, ["row 2", "has an image", "set images: {} for a multimodal model"]),
     "too many pictures": ({"images": {"max_images": 2}}, ["3 pictures; at most 2"]),
+    "no root": ({"images": {"root": "none"}}, ["images.root: got 'none': no such folder"]),
     "another root": ({"images": {"root": "."}}, ["is no file in"]),
     "transformers": ({"model.implementation": "transformers"}, ["images with model.implementation transformers"]),
     "nothing to train": ({"images": {"freeze": ["vision", "projector", "text"]}}, ["which is the whole model"]),
     "frozen with a rate": (
         {"images": {"freeze": ["vision"], "learning_rates": {"vision": 1e-3}}}, ["learning_rates: got vision"],
     ),
-    "adapters alone": ({"lora": {"save": "adapter"}}, ["lora.save: got adapter with images"]),
+    "dropout": ({"lora": {"dropout": 0.1}}, ["lora.dropout: got 0.1 with images", "set dropout: 0.0"]),
     "an unknown part": ({"images": {"freeze": ["eyes"]}}, ["images.freeze.0", "eyes"]),
 }  # fmt: skip
 

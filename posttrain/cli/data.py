@@ -112,7 +112,7 @@ def inspect_data(
             tokenizer, pictures = load_tokenizer(str(model), _template(template)), None
             if takes_pictures(model):
                 images = ImageReader(ImageStore(Path(folder) / "images"), root=images_root, max_images=max_images)
-                pictures = pictures_for(images, str(model), tokenizer)
+                pictures = pictures_for(images.store, model, tokenizer)
             length = token_length(tokenizer, pictures)
         found = inspect(config, data_kind(config, kind), length, max_length=max_length, images=images)
     typer.echo(json.dumps(found, indent=2) if as_json else _text(found, "tokens" if model else "characters"))

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from posttrain.config.base import Config
 from posttrain.config.fields import PathText, Positive
 from posttrain.config.models import ModelConfig
-from posttrain.config.training import PARTS, LoraConfig, Part
+from posttrain.config.training import PARTS, AdaptersConfig, LoraConfig, Part
 
 Modality = Literal["text", "image", "multi-image"]  # of a row: no picture, one, several
 
@@ -45,7 +45,7 @@ class TrainedImagesConfig(ImagesConfig):
         return self
 
 
-def check_trained_images(images: TrainedImagesConfig | None, model: ModelConfig, lora: LoraConfig | None) -> None:
+def check_trained_images(images: TrainedImagesConfig | None, model: ModelConfig, lora: AdaptersConfig | None) -> None:
     """Raise ValueError for a model or adapters that cannot be trained with pictures."""
     if images is None:
         return
@@ -53,9 +53,10 @@ def check_trained_images(images: TrainedImagesConfig | None, model: ModelConfig,
         raise ValueError(
             f"images with model.implementation {model.implementation}; pictures need implementation: native"
         )
-    if lora is not None and lora.save == "adapter":
+    if isinstance(lora, LoraConfig) and lora.dropout:
         raise ValueError(
-            "lora.save: got adapter with images; set merged or both, because stages merge text models only"
+            f"lora.dropout: got {lora.dropout} with images; dropout is drawn for each token of a row, and the tiles of "
+            "a picture have none: set dropout: 0.0"
         )
     if lora is not None and lora.target_parameters and "text" in images.freeze:
         raise ValueError(

@@ -22,6 +22,8 @@ FLAGS = ("train", "weight", "loss", "loss_mask", "loss_weight", "loss_scale", "t
 INVERSE_FLAGS = ("masked",)
 KNOWN_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", *FLAGS, *INVERSE_FLAGS)
 IMAGE_KEYS = ("image", "path", "url", "image_url")
+# Others that hold a picture elsewhere. A part that has none of both is the place of a picture in a column.
+_OTHER_IMAGE_KEYS = ("base64", "source", "data", "bytes", "file", "file_id", "blob")
 SHOWN_CHARACTERS = 60
 
 _USE_TRAIN = "to leave an assistant turn out of training, write train: false"
@@ -216,6 +218,8 @@ def _read_text_part(part: Mapping[str, object], name: str) -> TextPart:
 def _read_image_part(part: Mapping[str, object], name: str) -> ImagePart:
     key = next((key for key in IMAGE_KEYS if not is_absent(part.get(key))), None)
     if key is None:
+        if other := next((key for key in _OTHER_IMAGE_KEYS if not is_absent(part.get(key))), None):
+            raise RowError(f"{name}.{other}: a picture is not read from it; give a path or a data URL as image")
         return ImagePart()
     reference = part[key]
     if isinstance(reference, Mapping):  # OpenAI's {"url"}, or Hugging Face's {"path"}

@@ -28,6 +28,7 @@ from posttrain.data.stored import Derived
 from posttrain.dpo.config import DpoConfig
 from posttrain.dpo.mine import mine, read_replies
 from posttrain.errors import DataError
+from posttrain.model.adapter import base_folder
 from posttrain.model.adapter_start import started_lora
 from posttrain.tune.run import ROWS, Tuning, Work, tune
 
@@ -102,7 +103,7 @@ def picture_store(config: DpoConfig, folder: Path) -> Path:
 def _prepare(config: DpoConfig, seed: int, context: StageContext | None, *, reader: ImageReader | None) -> Prepared:
     from posttrain.parallel.engine import check_parallel
 
-    lora = started_lora(config.model, config.lora, images=config.images is not None)
+    lora = started_lora(config.model, config.lora, config.images)
     check_parallel(config.parallel, config.model, lora)
     pairs, apart = hold_out(config, read_pairs(config, seed, context, images=reader), context, images=reader)
     _check_pictures(pairs, reader)
@@ -128,7 +129,7 @@ def _prepare(config: DpoConfig, seed: int, context: StageContext | None, *, read
             ((f"pair {pair.id!r}", for_template(pair.turns), tools_of(pair.fields)) for pair in chain(pairs, apart)),
         )
     folder = context and context.dir / ROWS
-    pictures = pictures_for(reader, config.model.path, tokenizer)
+    pictures = pictures_for(reader and reader.store, base_folder(config.model.path), tokenizer)
     limits: dict[str, Any] = {"overlong": config.overlong, "folder": folder, "pictures": pictures}
 
     def tokenized(those: Sequence[Pair], name: str) -> tuple[Sequence[Any], Sequence[Pair]]:

@@ -121,7 +121,7 @@ def _prepare(
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     note_added_end(tokenizer, context)
     check_special_tokens(tokenizer, config.data, _texts(config, rows))
-    pictures = pictures_for(reader, config.model.path, tokenizer)
+    pictures = pictures_for(reader and reader.store, config.model.path, tokenizer)
     return rows, eval_requests(rows, tokenizer, config, pictures=pictures)
 
 

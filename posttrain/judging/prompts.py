@@ -17,14 +17,15 @@ from msgspec.structs import replace
 
 from posttrain.data.chat import render_prompt
 from posttrain.data.images.render import Pictures, pictures_of, prompt_with_pictures
+from posttrain.data.images.section import pictures_for
 from posttrain.data.images.store import ImageStore
-from posttrain.data.images.tiles import tile_rule
 from posttrain.data.special import guard_of
 from posttrain.data.templates import chat_template
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.transcript import message_text, transcript
 from posttrain.errors import DataError, UserError
 from posttrain.judging.config import PLACEHOLDER, EndpointConfig, JudgeQuestion
+from posttrain.model.adapter import base_folder
 from posttrain.records import ContentPart, ImagePart, Message, Row, TextPart
 
 _TAG = re.compile(r"</?\s*([A-Za-z][\w-]*)")
@@ -68,8 +69,8 @@ class JudgePrompts:
         self._tokenizer = tokenizer
         self._store = store
         self._pictures: Pictures | None = None
-        if store is not None and not isinstance(config.source, EndpointConfig):
-            self._pictures = Pictures(store, tile_rule(config.source.path, tokenizer))
+        if not isinstance(config.source, EndpointConfig):
+            self._pictures = pictures_for(store, base_folder(config.source.path), tokenizer)
         self._special = _special_pattern(tokenizer)
         self._escape = _escaper(self._special, config.template)
         self.choice_ids = () if tokenizer is None else label_token_ids(tokenizer, config.labels)

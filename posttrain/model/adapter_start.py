@@ -6,20 +6,26 @@ or a rank of its own for some modules; their training cannot be continued, but t
 """
 
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
+from posttrain.config.images import ImagesConfig, TrainedImagesConfig
 from posttrain.config.models import ServedModelConfig, TunedModelConfig
-from posttrain.config.training import AdaptersConfig, LoraConfig
+from posttrain.config.training import PARTS, AdaptersConfig, LoraConfig, Part
 from posttrain.errors import ConfigError
 from posttrain.files import read_object
-from posttrain.model.adapter import CONFIG, base_folder, is_adapter
+from posttrain.model.adapter import CONFIG, WEIGHTS, base_folder, is_adapter
+from posttrain.model.folder import read_header
+from posttrain.model.vision.parts import modules_pattern, part_of
 
 # Settings of peft that the section `lora` has no key for.
 _MORE_THAN_PLAIN = (
     "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules",
     "fan_in_fan_out", "lora_bias",
 )  # fmt: skip
+# Values of exclude_modules that `images.freeze` writes, by which it can be continued.
+_FROZEN = [modules_pattern(parts) for count in (1, 2) for parts in combinations(PARTS, count)]
 L = TypeVar("L", bound=AdaptersConfig)
 _SHAPE = ("rank", "alpha", "target_modules", "target_parameters")
 
@@ -29,29 +35,42 @@ def continues(model: ServedModelConfig) -> bool:
     return isinstance(model, TunedModelConfig) and model.adapters == "continue" and is_adapter(model.path)
 
 
-def started_lora(model: ServedModelConfig, lora: L | None, *, images: bool = False) -> L | LoraConfig | None:
+def adapted_parts(path: str | Path) -> frozenset[Part]:
+    """The parts of a multimodal model that the adapters in a folder adapt; none for adapters of a text model."""
+    names = read_header(Path(path).expanduser() / WEIGHTS)
+    return frozenset(part for name in names if (part := part_of(name)) is not None)
+
+
+def started_lora(model: ServedModelConfig, lora: L | None, images: ImagesConfig | None = None) -> L | LoraConfig | None:
     """The section `lora` without nulls, as a stage trains by it; None if it trains all weights.
 
-    images: whether the stage trains with pictures. If adapters are continued there is always a section. Raises
-    ConfigError if it disagrees with the adapters.
+    images: the section of a stage that trains with pictures. If adapters are continued there is always a section.
+    Raises ConfigError if it disagrees with the adapters.
     """
     if not continues(model):
         return lora.filled() if lora is not None else None
-    if problems := start_problems(model, lora, images=images):
+    if problems := start_problems(model, lora, images):
         raise ConfigError("config", problems)
     return (lora or LoraConfig()).filled(adapter_settings(model.path))
 
 
-def start_problems(model: ServedModelConfig, lora: AdaptersConfig | None, *, images: bool = False) -> list[str]:
-    """Why the adapters that a stage starts from cannot be trained on as `lora` says, one line each; keys first."""
+def start_problems(
+    model: ServedModelConfig, lora: AdaptersConfig | None, images: ImagesConfig | None = None
+) -> list[str]:
+    """Why the adapters that a stage starts from cannot be trained on as the config says, one line each; keys first."""
     if not continues(model):
         return []
     config = _read(model.path)
     merge = "model.adapters: merge, to add them into their base and start from the whole model"
     it = f"model.path: got {model.path!r}: its adapters"
-    if images:
-        return [f"{it} are continued without pictures only; remove the section images, or give a whole model"]
-    if odd := [f"{name} {config[name]!r}" for name in _MORE_THAN_PLAIN if config.get(name)]:
+    parts = adapted_parts(model.path)
+    if parts and images is None:
+        return [f"{it} are those of a multimodal model; set images: {{}} to train them on, or {merge}"]
+    if isinstance(images, TrainedImagesConfig) and (frozen := [part for part in images.freeze if part in parts]):
+        return [f"images.freeze: got {', '.join(frozen)}, which the adapters in model.path {model.path!r} adapt, and "
+                f"the training continues them; leave it out, or set {merge}"]  # fmt: skip
+    odd = [f"{name} {config[name]!r}" for name in _MORE_THAN_PLAIN if config.get(name)]
+    if odd and not (config.get("exclude_modules") in _FROZEN and len(odd) == 1):
         return [f"{it} have {', '.join(odd)}, which `lora` has no key for: they cannot be trained on; set {merge}"]
     if isinstance(pattern := config["target_modules"], str):
         return [f"{it} name modules by the pattern {pattern!r}; list the names in its {CONFIG}, or set {merge}"]

@@ -6,6 +6,7 @@ loaded model does; for them the check is made when the model is loaded.
 
 from collections.abc import Mapping, Sequence
 
+from posttrain.config.images import ImagesConfig, TrainedImagesConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.training import AdaptersConfig
 from posttrain.files import read_object
@@ -14,12 +15,18 @@ from posttrain.model.adapter_start import continues
 from posttrain.model.folder import read_header
 from posttrain.model.router_keys import LLAMA4
 from posttrain.model.sharing import FAMILIES
+from posttrain.model.vision.parts import part_of
 
 _NO_LINEAR = ("embed_tokens", "lm_head")
 
 
-def target_problems(model: ServedModelConfig, lora: AdaptersConfig | None) -> list[str]:
-    """One line, beginning with the key, for each key of `lora` that names what the model does not have."""
+def target_problems(
+    model: ServedModelConfig, lora: AdaptersConfig | None, images: ImagesConfig | None = None
+) -> list[str]:
+    """One line, beginning with the key, for each key of `lora` that names what the trained model does not have.
+
+    images: the section of a stage that trains with pictures. Without it only the text model is trained.
+    """
     if lora is None or continues(model):
         return []
     folder = base_folder(model.path)
@@ -28,7 +35,8 @@ def target_problems(model: ServedModelConfig, lora: AdaptersConfig | None) -> li
     shapes = {
         name: tensor["shape"] for file in folder.glob("*.safetensors") for name, tensor in read_header(file).items()
     }
-    return unknown_targets(shapes, lora)
+    frozen = images.freeze if isinstance(images, TrainedImagesConfig) else ("vision", "projector")
+    return unknown_targets({name: shape for name, shape in shapes.items() if part_of(name) not in frozen}, lora)
 
 
 def unknown_targets(shapes: Mapping[str, Sequence[int]], lora: AdaptersConfig) -> list[str]:
@@ -53,5 +61,5 @@ def unknown(key: str, names: list[str] | None, known: set[str], *, what: str) ->
     missing = [name for name in names or () if name not in known]
     if not missing:
         return []
-    rule = f"the {what} of this model are {', '.join(sorted(known))}" if known else f"this model has no {what}"
+    rule = f"the {what} to choose from are {', '.join(sorted(known))}" if known else f"this model has no {what}"
     return [f"lora.{key}: got {', '.join(missing)}: {rule}"]

@@ -7,6 +7,7 @@ from typing import Any
 from posttrain.errors import CheckpointError
 from posttrain.files import write_json
 from posttrain.model.adapter import BASE, CONFIG, WEIGHTS, base_folder, base_mark, check_adapter
+from posttrain.model.adapter_start import adapted_parts
 from posttrain.model.folder import read_header
 from posttrain.parallel.export import export_model, folder_of_first_rank, is_first_rank, without_adapters
 from posttrain.parallel.tensors import adapter_tensors, read_weights
@@ -42,18 +43,27 @@ def export_adapter(model: Any, base: str | Path, *, tokenizer: Any, path: str | 
 def merge_adapter(path: str | Path, dtype: str, *, target: str | Path) -> Path:
     """Write the model folder that a folder of adapters stands for. dtype: of the weights; the merge is done in it.
 
-    The tokenizer is the adapter's own, else that of the base. Returns `target`. Raises `CheckpointError` for adapters
+    Adapters that were trained on a text model make a text model, also where their base is multimodal. The tokenizer is
+    the adapter's own, else that of the base. Returns `target`. Raises `CheckpointError` for adapters
     that do not fit their base.
     """
     from posttrain.model.load import load_model
     from posttrain.model.tokenizer import load_tokenizer
 
     check_adapter(path)
-    model = load_model(str(base_folder(path)), "native", dtype)
+    base, images = base_folder(path), bool(adapted_parts(path))
+    model = load_model(str(base), "native", dtype, images=images)
     config, architecture = copy.deepcopy(model.config), type(model).__name__.removeprefix("Native")
     adapted = with_adapters(model, path)
     tokenizer = load_tokenizer(path)
-    return export_model(without_adapters(adapted), config, architecture, tokenizer=tokenizer, path=target)
+    return export_model(
+        without_adapters(adapted),
+        config,
+        architecture,
+        tokenizer=tokenizer,
+        path=target,
+        processor=base if images else None,
+    )
 
 
 def with_adapters(model: Any, path: str | Path, *, trainable: bool = False, dropout: float = 0.0) -> Any:

@@ -22,8 +22,8 @@ from posttrain.config.training import ParallelConfig
 from posttrain.data.images.tiles import multimodal_config
 from posttrain.errors import CheckpointError, ConfigError, UserError
 from posttrain.judging.config import EndpointConfig
-from posttrain.model.adapter import base_folder
-from posttrain.model.adapter_start import start_problems, started_lora
+from posttrain.model.adapter import adapter_problems, base_folder, is_adapter
+from posttrain.model.adapter_start import adapted_parts, start_problems, started_lora
 from posttrain.model.adapter_targets import target_problems
 from posttrain.parallel.engine import lora_problems
 from posttrain.pipeline.kinds import Rows, StageKind, kind_name
@@ -86,6 +86,8 @@ def _key_problems(endpoint: EndpointConfig) -> list[str]:
 def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
     """One line for each problem, beginning with the key path. No model, dataset or reward is loaded."""
     images = images_of(config)
+    if images is not None and images.root is not None and not Path(images.root).expanduser().is_dir():
+        return [f"images.root: got {images.root!r}: no such folder; give the folder below which all pictures lie"]
     problems = [f"{found.key}{line}" for found in find_inputs(config) for line in _problems(found, kind, images)]
     problems += _image_problems(config)
     problems += [f"{key}{line}" for key, endpoint in find_endpoints(config) for line in _key_problems(endpoint)]
@@ -113,11 +115,12 @@ def _adapter_problems(config: BaseModel) -> list[str]:
     model, lora = getattr(config, "model", None), getattr(config, "lora", None)
     if not isinstance(model, ServedModelConfig) or has_reference(model.path):
         return []
-    problems = start_problems(model, lora, images=images_of(config) is not None) or target_problems(model, lora)
+    images = images_of(config)
+    problems = start_problems(model, lora, images) or target_problems(model, lora, images)
     parallel = getattr(config, "parallel", None)
     if problems or not isinstance(parallel, ParallelConfig):
         return problems
-    trained = started_lora(model, lora)
+    trained = started_lora(model, lora, images)
     return (
         [f"parallel.expert: got {parallel.expert}{line}" for line in lora_problems(parallel, trained)]
         if trained
@@ -214,6 +217,11 @@ def _image_problems(config: BaseModel) -> list[str]:
         multimodal_config(folder)
     except CheckpointError as error:
         return [f"images: {error}; or remove images"]
+    if is_adapter(model.path) and not adapter_problems(model.path) and not adapted_parts(model.path):
+        return [
+            f"images: got the adapters {model.path!r}, which were trained on the text model alone and stand for a "
+            "model without a vision encoder; remove images, or give a whole model or adapters trained with images"
+        ]
     return []
 
 

@@ -30,7 +30,7 @@ from posttrain.model.folder import read_header
 from posttrain.pipeline.decide import Decision
 from posttrain.pipeline.doubts import doubts
 from posttrain.pipeline.graph import Node, Pipeline, output_path
-from posttrain.pipeline.inputs import find_endpoints, find_inputs, walk
+from posttrain.pipeline.inputs import find_endpoints, find_inputs, images_of, walk
 from posttrain.pipeline.references import find_references, has_reference
 from posttrain.planning.memory import BYTES, state_bytes
 from posttrain.planning.sizes import adapter_parameters
@@ -249,7 +249,7 @@ def _memory(role: str, node: Node, pipeline: Pipeline, *, run_dir: Path) -> str:
 
 def _adapters(node: Node, model: ServedModelConfig, base: Path | None) -> int:
     """Number of parameters of the adapters that a stage trains; 0 if it trains all weights."""
-    lora = started_lora(model, getattr(node.config, "lora", None))
+    lora = started_lora(model, getattr(node.config, "lora", None), images_of(node.config))
     return adapter_parameters(_shapes(base) or {}, lora) if lora is not None and base is not None else 0
 
 

@@ -11,13 +11,14 @@ from functools import partial
 from typing import Any
 
 from posttrain.config.data import DataConfig
+from posttrain.config.images import ImagesConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.data.images.render import Pictures
-from posttrain.data.images.section import passing_reader
+from posttrain.data.images.section import passing_reader, pictures_for
 from posttrain.data.images.take import ImageReader
-from posttrain.data.images.tiles import tile_rule
 from posttrain.errors import ConfigError, UserError
 from posttrain.judging.config import JudgeQuestion
+from posttrain.model.adapter import base_folder
 from posttrain.pipeline.graph import Node, Pipeline
 from posttrain.pipeline.inputs import CHECKED_ROWS, data_kind, find_inputs, images_of, paths_of, walk
 from posttrain.pipeline.references import has_reference
@@ -41,7 +42,8 @@ def rendering_problems(node: Node) -> list[str]:
     problems = []
     for key, section in walk(config):
         if isinstance(section, JudgeQuestion) and _is_here(section.source):
-            problems += _problem(f"{key}.model" if key else "judge", partial(_ask_judge, section))
+            images = None if key else images_of(config)  # the judge of the filter is shown them, RL's is not
+            problems += _problem(f"{key}.model" if key else "judge", partial(_ask_judge, section, images))
     model = getattr(config, "model", None)
     if not _is_here(model):
         return problems
@@ -50,13 +52,13 @@ def rendering_problems(node: Node) -> list[str]:
     problems += _problem("model", lambda: loaded.append(_tokenizer(model)))
     if not loaded:
         return problems
-    images, rules = images_of(config), []
-    if images is not None:
-        problems += _problem("images", lambda: rules.append(tile_rule(model.path, loaded[0])))
-        if not rules:
+    with passing_reader(images_of(config)) as reader:
+        shown: list[Pictures | None] = []
+        store, folder = reader and reader.store, base_folder(model.path)
+        problems += _problem("images", lambda: shown.append(pictures_for(store, folder, loaded[0])))
+        if not shown:
             return problems
-    with passing_reader(images) as reader:
-        pictures = None if reader is None else Pictures(reader.store, rules[0])
+        (pictures,) = shown
         for found in find_inputs(config):
             data = found.value
             if isinstance(data, DataConfig) and not any(map(has_reference, paths_of(data))):
@@ -80,10 +82,11 @@ def _tokenizer(model: ServedModelConfig) -> Any:
     return tokenizer
 
 
-def _ask_judge(question: JudgeQuestion) -> None:
+def _ask_judge(question: JudgeQuestion, images: ImagesConfig | None) -> None:
     from posttrain.judging.prompts import judge_prompts
 
-    judge_prompts(question)
+    with passing_reader(images) as reader:
+        judge_prompts(question, reader and reader.store)
 
 
 def _problem(key: str, attempt: Callable[[], Any]) -> list[str]:

@@ -60,7 +60,7 @@ def run(config: RlConfig, context: StageContext, choose_engines: Callable[..., C
 
     choose_engines: makes a forecast (`forecast.engines.choose_for_run`); without it no number of engines is forecast.
     """
-    config = config.model_copy(update={"lora": started_lora(config.model, config.lora)})
+    config = config.model_copy(update={"lora": started_lora(config.model, config.lora, config.images)})
     check_parallel(config.parallel, config.model, config.lora)
     reader = image_reader(config.images, context.dir)
     rows = _rows(config, context, images=reader)
@@ -104,7 +104,7 @@ def run(config: RlConfig, context: StageContext, choose_engines: Callable[..., C
         models.callback(starts.close)  # first of all, as long as the engines stand
         _check_same(ledger, config, rows, context=context)
         measured = [item for item in profile if item.n]
-        pictures = pictures_for(reader, config.model.path, tokenizer)
+        pictures = pictures_for(reader and reader.store, config.model.path, tokenizer)
         shares = mixture_shares(selected, config.mixture, modalities=config.modalities)
 
         def make_parts() -> Parts:
@@ -171,7 +171,7 @@ def _render(
 
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     _check_special_tokens(tokenizer, config, rows, heldout=heldout)
-    pictures = pictures_for(images, config.model.path, tokenizer)
+    pictures = pictures_for(images and images.store, config.model.path, tokenizer)
     prompts = _draw_plain(rows, tokenizer, config, pictures=pictures)
     render, store = row_renderer(tokenizer, config.environment, pictures), images and images.store
     return tokenizer, prompts, heldout_prompts(config, heldout, render, store=store)

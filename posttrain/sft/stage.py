@@ -20,6 +20,7 @@ from posttrain.data.images.render import for_template
 from posttrain.data.images.section import STORE, image_reader, passing_reader, pictures_for
 from posttrain.data.images.take import ImageReader
 from posttrain.data.rows import store_rows
+from posttrain.model.adapter import base_folder
 from posttrain.model.adapter_start import started_lora
 from posttrain.records import Row
 from posttrain.sft.config import SftConfig
@@ -95,7 +96,7 @@ def prepare(config: SftConfig, context: StageContext | None = None) -> Prepared:
 def _prepare(config: SftConfig, context: StageContext | None, reader: ImageReader | None) -> Prepared:
     from posttrain.parallel.engine import check_parallel
 
-    lora = started_lora(config.model, config.lora, images=config.images is not None)
+    lora = started_lora(config.model, config.lora, config.images)
     check_parallel(config.parallel, config.model, lora)
     rows, apart = read_rows(config, context, reader)
     from posttrain.data.chat import check_special_tokens
@@ -107,7 +108,7 @@ def _prepare(config: SftConfig, context: StageContext | None, reader: ImageReade
 
     check_router(config.model)
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
-    pictures = pictures_for(reader, config.model.path, tokenizer)
+    pictures = pictures_for(reader and reader.store, base_folder(config.model.path), tokenizer)
     note_added_end(tokenizer, context)
     named = ((f"row {row.id!r}", for_template(row.messages), tools_of(row.fields)) for row in chain(rows, apart))
     check_special_tokens(tokenizer, config.data, named)

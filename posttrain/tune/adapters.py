@@ -1,14 +1,16 @@
 """LoRA: the peft config for a model, and the folder for the adapters."""
 
+from collections.abc import Collection
 from typing import Any
 
-from posttrain.config.training import AdaptersConfig, LoraConfig
+from posttrain.config.training import AdaptersConfig, LoraConfig, Part
 from posttrain.errors import ConfigError
 from posttrain.model.adapter_targets import unknown
+from posttrain.model.vision.parts import modules_pattern, part_of
 
 
-def adapter_config(model: Any, lora: AdaptersConfig) -> Any:
-    """The `peft.LoraConfig` for a model.
+def adapter_config(model: Any, lora: AdaptersConfig, frozen: Collection[Part] = ()) -> Any:
+    """The `peft.LoraConfig` for a model. frozen: its parts that get no adapters.
 
     Each linear module gets one adapter. A weight that holds all E experts, [E, M, N], gets an adapter of rank r =
     `lora.rank` for each expert: A [E r, N], B [M, E r]. Raises `ConfigError` for a target that the model lacks.
@@ -18,9 +20,10 @@ def adapter_config(model: Any, lora: AdaptersConfig) -> Any:
 
     lora = lora.filled()
     head = model.get_output_embeddings()  # whose weight is read without the layer, so an adapter would not be used
-    modules = {name: item for name, item in model.named_modules() if isinstance(item, nn.Linear) and item is not head}
-    linear = {name.rpartition(".")[2] for name in modules}
-    stacked = {".".join(name.split(".")[-2:]) for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    modules = [name for name, item in model.named_modules() if isinstance(item, nn.Linear) and item is not head]
+    linear = {name.rpartition(".")[2] for name in modules if part_of(name) not in frozen}
+    weights = [name for name, weight in model.named_parameters() if weight.dim() == 3 and part_of(name) not in frozen]
+    stacked = {".".join(name.split(".")[-2:]) for name in weights}
     problems = [
         *unknown("target_modules", lora.target_modules, linear, what="linear modules"),
         *unknown("target_parameters", lora.target_parameters, stacked, what="weights of all experts in one"),
@@ -33,6 +36,7 @@ def adapter_config(model: Any, lora: AdaptersConfig) -> Any:
         lora_dropout=lora.dropout if isinstance(lora, LoraConfig) else 0.0,
         target_modules=list(lora.target_modules or ()),
         target_parameters=list(lora.target_parameters or ()) or None,
+        exclude_modules=modules_pattern(frozen) if frozen else None,
         task_type="CAUSAL_LM",
     )
 

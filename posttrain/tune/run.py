@@ -87,8 +87,7 @@ def tune(config: Any, context: StageContext, work: Work) -> dict[str, Any]:
 
     if continues(config.model):
         check_adapter(config.model.path)
-    images = getattr(config, "images", None) is not None
-    lora = started_lora(config.model, config.lora, images=images)
+    lora = started_lora(config.model, config.lora, getattr(config, "images", None))
     given = {**config.model_dump(), "lora": None if lora is None else lora.model_dump()}
     config = validate_config(type(config), given, context.name)
     context.phase(f"starting ranks, which load the model: {config.parallel.processes}")
@@ -131,7 +130,7 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
             architecture,
             tokenizer=work.tokenizer,
             path=context.dir / "model",
-            processor=None if images is None else config.model.path,
+            processor=None if images is None else base_folder(config.model.path),
         )
     return report
 
@@ -203,14 +202,10 @@ def _train(
 
 def _adapters(model: Any, config: Any) -> Any:
     """The `peft.LoraConfig` of a training. A part of the model that is frozen gets no adapters."""
-    from posttrain.model.vision.parts import modules_pattern
     from posttrain.tune.adapters import adapter_config
 
-    adapters = adapter_config(model, config.lora)
     images = getattr(config, "images", None)
-    if images is not None and images.freeze:
-        adapters.exclude_modules = modules_pattern(images.freeze)
-    return adapters
+    return adapter_config(model, config.lora, () if images is None else images.freeze)
 
 
 def _picture_options(config: Any, tuning: Tuning) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+PHOTO = "MPO"  # a JPEG behind which a camera has put more, such as a smaller copy; the first picture is the photo
 MAX_PIXELS = 64_000_000
 _ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
 _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -44,15 +45,21 @@ def checked(data: bytes) -> Encoded:
         except Exception:
             raise PictureError(f"is none of {', '.join(FORMATS)}, or its header is damaged") from None
         with image:
-            _check_header(image)
             try:
-                image.load()
-            except Exception as error:
+                return _decoded(image, data)
+            except PictureError:
+                raise
+            except Exception as error:  # of many kinds, in a damaged file: Pillow does not say which
                 raise PictureError(f"cannot be decoded: {error}") from None
-            turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
-            if image.mode == "RGB" and not turned and "transparency" not in image.info:
-                return Encoded(data, image.width, image.height)
-            converted = to_rgb(image)
+
+
+def _decoded(image: Any, data: bytes) -> Encoded:
+    _check_header(image)
+    image.load()
+    turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    if image.mode == "RGB" and not turned and "transparency" not in image.info:
+        return Encoded(data, image.width, image.height)
+    converted = to_rgb(image)
     buffer = io.BytesIO()
     converted.save(buffer, "PNG")
     return Encoded(buffer.getvalue(), converted.width, converted.height)
@@ -64,7 +71,7 @@ def _check_header(image: Any) -> None:
         raise PictureError(f"is {width} x {height} pixels; it must have at least one")
     if width * height > MAX_PIXELS:
         raise PictureError(f"is {width} x {height} pixels, more than {MAX_PIXELS:,} in all; make it smaller")
-    if (frames := getattr(image, "n_frames", 1)) > 1:
+    if image.format != PHOTO and (frames := getattr(image, "n_frames", 1)) > 1:
         raise PictureError(f"is an animation of {frames} pictures; give one of them")
 
 

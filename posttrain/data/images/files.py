@@ -9,6 +9,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from posttrain.data.images.decode import PHOTO
 from posttrain.data.images.store import ImageStore
 from posttrain.records import ContentPart, ImagePart, Row
 
@@ -44,8 +45,8 @@ def _with_file(part: ContentPart, store: ImageStore, folder: Path) -> ContentPar
 
 
 def format_of(data: bytes) -> str:
-    """The format of an encoded picture, such as png or jpeg."""
+    """The format of an encoded picture, such as png or jpeg. A photo with more pictures behind it is a JPEG."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
-        return (image.format or "png").lower()
+        return {PHOTO: "jpeg"}.get(image.format or "", image.format or "png").lower()

@@ -23,10 +23,13 @@ def image_reader(images: ImagesConfig | None, folder: Path) -> ImageReader | Non
     return ImageReader(ImageStore(folder / STORE), root=root, max_images=images.max_images)
 
 
-def pictures_for(reader: ImageReader | None, model: str, tokenizer: Tokenizer) -> Pictures | None:
-    """What the tokens of a stage's pictures follow from. model: the folder. Raises CheckpointError for a model that
-    takes none."""
-    return None if reader is None else Pictures(reader.store, tile_rule(model, tokenizer))
+def pictures_for(store: ImageStore | None, model: str | Path, tokenizer: Tokenizer) -> Pictures | None:
+    """What the tokens of pictures follow from; None without a store of pictures.
+
+    model: a folder with the files of a processor, which for adapters is that of their base. Raises `CheckpointError`
+    for a model that takes no pictures.
+    """
+    return None if store is None else Pictures(store, tile_rule(model, tokenizer))
 
 
 @contextmanager

@@ -160,6 +160,8 @@ def encoded_bytes(value: object, root: Path | None, folder: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise PictureError(f"cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a character that no name of a file may have
+        raise PictureError(f"cannot be read: {error}") from None
 
 
 def _of_data_url(url: str) -> bytes:
@@ -169,6 +171,6 @@ def _of_data_url(url: str) -> bytes:
     if not head.endswith(";base64"):
         return unquote_to_bytes(body)
     try:
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode("".join(body.split()), validate=True)  # some programs break its lines
     except (binascii.Error, ValueError):
         raise PictureError("is a data URL whose base64 is damaged") from None

@@ -5,12 +5,13 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from posttrain.config.training import PARTS, Part
 from posttrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _PREFIX: dict[Part, str] = {
     "vision": "vision_model.",
@@ -27,12 +28,12 @@ def part_of(name: str) -> Part | None:
     return next((part for part in PARTS if f".{_PREFIX[part]}" in f".{name}."), None)
 
 
-def parameters_of(model: nn.Module, part: Part) -> Iterator[nn.Parameter]:
+def parameters_of(model: "nn.Module", part: Part) -> "Iterator[nn.Parameter]":
     """The parameters of one part."""
     return (weight for name, weight in model.named_parameters() if part_of(name) == part)
 
 
-def freeze(model: nn.Module, frozen: Collection[Part]) -> None:
+def freeze(model: "nn.Module", frozen: Collection[Part]) -> None:
     """Train no weight of these parts. Weights that are frozen already, such as those under adapters, stay so."""
     for part in frozen:
         for weight in parameters_of(model, part):
@@ -40,11 +41,14 @@ def freeze(model: nn.Module, frozen: Collection[Part]) -> None:
 
 
 def modules_pattern(parts: Collection[Part]) -> str:
-    """A regular expression that matches the names of all modules of these parts, and of no others."""
-    return rf"(.*\.)?({'|'.join(re.escape(_PREFIX[part]) for part in parts)}).*"
+    """A regular expression that matches the names of all modules of these parts, and of no others.
+
+    It is the same for the same parts in any order.
+    """
+    return rf"(.*\.)?({'|'.join(re.escape(_PREFIX[part]) for part in PARTS if part in parts)}).*"
 
 
-def parameter_groups(model: nn.Module, rates: Mapping[Part, float]) -> list[dict[str, Any]]:
+def parameter_groups(model: "nn.Module", rates: Mapping[Part, float]) -> list[dict[str, Any]]:
     """The trained parameters of a model as an optimizer takes them: those of each part with a rate of its own apart.
 
     The first group has the optimizer's rate, unless each part has its own. Raises `ConfigError` for a part of which

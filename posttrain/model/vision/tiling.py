@@ -15,6 +15,7 @@ import torch
 from posttrain.data.images.store import ImageStore
 from posttrain.data.images.tiles import TileRule, tile_rule
 from posttrain.errors import CheckpointError
+from posttrain.model.adapter import base_folder
 from posttrain.model.tokenizer import load_tokenizer
 
 KEPT_BYTES = 1 << 30
@@ -98,5 +99,6 @@ class PictureTiles:
 
 
 def tiles_for(store: Path, folder: str) -> PictureTiles:
-    """The tiles of the pictures in the file `store`, for the model in a folder."""
-    return PictureTiles(ImageStore(store), folder, tile_rule(folder, load_tokenizer(folder)))
+    """The tiles of the pictures in the file `store`, for the model in a folder, or for that of the adapters in it."""
+    base = base_folder(folder)
+    return PictureTiles(ImageStore(store), base, tile_rule(base, load_tokenizer(folder)))

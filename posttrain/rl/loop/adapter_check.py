@@ -24,6 +24,7 @@ from posttrain.sampling.manifests import Manifest
 from posttrain.sampling.rollouter import Flight
 
 PROMPTS = 16
+LOOKED_AT = 256
 # What adapters add to a weight, as a multiple of the weight's norm: enlarged until log-probabilities change by this
 # many times the tolerance.
 SIZES = (0.1, 0.4, 1.6, 6.4)
@@ -51,7 +52,9 @@ def check_adapters(
     """
     # An engine must not read with one policy what it cached with another.
     config = config.model_copy(update={"weights": config.weights.model_copy(update={"kv": "recompute"})})
-    asked = [(prompt, sample_request(config.sampling, prompt, 1, stop_ids=stop_ids)) for prompt in prompts[:PROMPTS]]
+    asked = [
+        (prompt, sample_request(config.sampling, prompt, 1, stop_ids=stop_ids)) for prompt in chosen_prompts(prompts)
+    ]
     session = partial(SampledGroups, context, engines, config.engine, calls=partial(update_calls, config))
     effect = 0.0
     try:
@@ -74,6 +77,13 @@ def check_adapters(
         f"cannot be seen whether engines are sent them (parity_tolerance is {tolerance:g}); choose other "
         "lora.target_modules"
     )
+
+
+def chosen_prompts(prompts: Sequence[DrawnPrompt]) -> list[DrawnPrompt]:
+    """The first prompts, half of them with pictures if there are any: adapters of a vision encoder change no others."""
+    looked = list(prompts[:LOOKED_AT])
+    shown = [prompt for prompt in looked if prompt.prompt.media][: PROMPTS // 2]
+    return [*shown, *(prompt for prompt in looked if prompt not in shown)][:PROMPTS]
 
 
 def _compared(trainer: TrainerClient, sampled: dict[str, list[Rollout]], version: int) -> tuple[float, float]:

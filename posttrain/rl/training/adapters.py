@@ -5,26 +5,26 @@ engines and trainer, and every later step would be silently wrong. So the check 
 `AdapterProbe` gives them random values and takes the values back afterwards, bit for bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from posttrain.config.training import AdaptersConfig
+from posttrain.config.training import AdaptersConfig, Part
 from posttrain.parallel.tensors import adapted_weight, gathered
 from posttrain.tune.adapters import adapter_config
 
 
-def add_adapters(policy: Any, lora: AdaptersConfig) -> None:
-    """Put new adapters into a causal language model, in place. All its other weights are frozen.
+def add_adapters(policy: Any, lora: AdaptersConfig, frozen: Collection[Part] = ()) -> None:
+    """Put new adapters into a causal language model, in place, except into frozen parts. Other weights are not trained.
 
     Raises `ConfigError` for a target that the model lacks.
     """
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(adapter_config(policy, lora), policy)
+    inject_adapter_in_model(adapter_config(policy, lora, frozen), policy)
 
 
 @contextmanager

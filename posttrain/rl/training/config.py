@@ -65,9 +65,7 @@ class TrainingConfig(GradingConfig):
 
     @model_validator(mode="after")
     def _check_training(self) -> "TrainingConfig":
-        check_trained_images(self.images, self.model, None)
-        if self.images is not None and self.lora is not None:
-            raise ValueError("images and lora: RL trains all weights of a model with pictures; remove one of the two")
+        check_trained_images(self.images, self.model, self.lora)
         has_process = self.resources.reference is not None
         if (self.loss.reference is None and has_process) or (self._needs_reference_process and not has_process):
             raise ValueError(

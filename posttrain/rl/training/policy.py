@@ -101,7 +101,7 @@ def load_token_policy(
     if lora is not None and continues(model):
         with_adapters(policy, model.path, trainable=True)
     elif lora is not None:
-        add_adapters(policy, lora)
+        add_adapters(policy, lora, () if images is None else images.freeze)
     if gradient_checkpointing != "none":
         policy.gradient_checkpointing_enable(checkpointing_arguments(gradient_checkpointing))
     return TokenPolicy(policy, temperature, shared_prefixes=shared_prefixes, tiles=tiles)

@@ -69,7 +69,7 @@ class PolicyTrainer:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cpu":
             torch.set_num_threads(max(1, int(config.resources.trainer.cpus)))
-        lora = started_lora(config.model, config.lora)
+        lora = started_lora(config.model, config.lora, config.images)
         policy = load_token_policy(
             config.model,
             config.sampling.temperature,
@@ -225,7 +225,7 @@ class PolicyTrainer:
         """Write the policy as a model folder."""
         architecture = type(self._policy).__name__.removeprefix("Native")
         policy = self._engine.module.policy
-        processor = None if self._config.images is None else self._config.model.path
+        processor = None if self._config.images is None else base_folder(self._config.model.path)
         export_model(
             policy, self._policy.config, architecture, tokenizer=self._tokenizer, path=folder, processor=processor
         )
