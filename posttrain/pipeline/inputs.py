@@ -86,7 +86,7 @@ def _key_problems(endpoint: EndpointConfig) -> list[str]:
 def input_problems(config: BaseModel, kind: StageKind) -> list[str]:
     """One line for each problem, beginning with the key path. No model, dataset or reward is loaded."""
     images = images_of(config)
-    if images is not None and images.root is not None and not Path(images.root).expanduser().is_dir():
+    if images is not None and images.root and not has_reference(images.root) and not Path(images.root).is_dir():
         return [f"images.root: got {images.root!r}: no such folder; give the folder below which all pictures lie"]
     problems = [f"{found.key}{line}" for found in find_inputs(config) for line in _problems(found, kind, images)]
     problems += _image_problems(config)

@@ -148,6 +148,8 @@ def encoded_bytes(value: object, root: Path | None, folder: Path) -> bytes:
         return _of_data_url(value)
     if _SCHEME.match(value):
         raise PictureError("is at an address, and nothing is downloaded; give the path of a file")
+    if "\0" in value:
+        raise PictureError("has a zero character, which no name of a file has")
     within = (folder if root is None else root).resolve()
     try:
         path = (within / value).resolve()
@@ -160,8 +162,6 @@ def encoded_bytes(value: object, root: Path | None, folder: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise PictureError(f"cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # a character that no name of a file may have
-        raise PictureError(f"cannot be read: {error}") from None
 
 
 def _of_data_url(url: str) -> bytes:
