@@ -37,7 +37,10 @@ def continues(model: ServedModelConfig) -> bool:
 
 def adapted_parts(path: str | Path) -> frozenset[Part]:
     """The parts of a multimodal model that the adapters in a folder adapt; none for adapters of a text model."""
-    names = read_header(Path(path).expanduser() / WEIGHTS)
+    try:
+        names = read_header(Path(path).expanduser() / WEIGHTS)
+    except (OSError, ValueError):
+        return frozenset()  # a fault of the folder, which `adapter_problems` names
     return frozenset(part for name in names if (part := part_of(name)) is not None)
 
 
