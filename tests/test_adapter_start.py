@@ -148,7 +148,7 @@ def test_a_base_that_has_changed_is_one_message(folder, policy, data, tmp_path):
 
 def test_the_loss_of_dpo_is_the_formula_with_the_adapters_as_they_were_as_reference(start, policy, tmp_path):
     """From the stage's trainer, with adapters that have moved, against DPO written out in float64."""
-    from trl import DPOConfig
+    from trl.trainer.dpo_config import DPOConfig
 
     ids, _ = tokenize_pairs(load_tokenizer(start), make_pairs(4), 128, overlong="error")
     config = dpo_config(start, pairs={"path": "x"}, batch_size=4, beta=0.3)

@@ -6,6 +6,7 @@ import json
 import random
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +22,14 @@ from posttrain.base.tokenizer import build_tokenizer, save_tokenizer
 from posttrain.cli.main import main
 from posttrain.data.images.decode import PictureError, checked
 from posttrain.data.images.files import format_of
-from posttrain.data.images.render import prompt_with_pictures, samples_with_pictures
+from posttrain.data.images.render import pictures_of, prompt_with_pictures, samples_with_pictures
 from posttrain.data.images.store import ImageStore
 from posttrain.data.images.take import ImageReader
 from posttrain.data.images.tiles import NO_PICTURE, best_canvas, tile_rule
 from posttrain.data.rows import load_rows
 from posttrain.errors import CheckpointError, DataError
 from posttrain.model.tokenizer import load_tokenizer
-from posttrain.records import ImagePart, Message, TextPart
+from posttrain.records import ImagePart, Message, Row, TextPart
 
 ASK, ANSWER = "How many?", {"role": "assistant", "content": "Two."}
 
@@ -58,6 +59,10 @@ def load(folder: Path, *rows: dict, kind: str = "supervised", **options: object)
 
 def user(content: object) -> list[dict]:
     return [{"role": "user", "content": content}, ANSWER]
+
+
+def keys_of(row: Row) -> list[str]:
+    return list(pictures_of(row.messages))
 
 
 # --- forms ---
@@ -93,8 +98,9 @@ def test_every_form_becomes_the_same_row(folder, name):
     part, text = content
     assert text == TextPart(ASK)
     assert isinstance(part, ImagePart)
-    assert (store[part.image].width, store[part.image].height) == (40, 30)
-    assert store.decoded(part.image).getpixel((0, 0)) == (200, 30, 30)
+    (key,) = keys_of(row)
+    assert (store[key].width, store[key].height) == (40, 30)
+    assert store.decoded(key).getpixel((0, 0)) == (200, 30, 30)
     assert not {"images", "image"} & row.fields.keys()
 
 
@@ -105,18 +111,16 @@ def test_pictures_of_a_table_are_bytes_and_paths(folder):
     pq.write_table(table, folder / "rows.parquet")
     store = ImageStore(folder / "store.bin")
     (row,) = load_rows(folder / "rows.parquet", kind="supervised", images=ImageReader(store))
-    first, middle, second, _ = row.messages[0].content
-    assert middle == TextPart(" or ")
-    assert store.encoded(first.image) == data
-    assert (store[second.image].width, store[second.image].height) == (60, 20)
+    assert row.messages[0].content[1] == TextPart(" or ")
+    first, second = keys_of(row)
+    assert store.encoded(first) == data
+    assert (store[second].width, store[second].height) == (60, 20)
 
 
 def test_places_are_filled_in_order_over_turns(folder):
     turns = [*user("<image>First?"), *user("<image>and<image>")]
     store, (row,) = load(folder, {"images": ["a.png", "b.png", "a.png"], "messages": turns})
-    keys = [part.image for message in row.messages if not isinstance(message.content, str)
-            for part in message.content if isinstance(part, ImagePart)]  # fmt: skip
-    assert [store[key].width for key in keys] == [40, 60, 40]
+    assert [store[key].width for key in keys_of(row)] == [40, 60, 40]
     assert len(store) == 2  # a picture that is shown twice is kept once
 
 
@@ -389,7 +393,9 @@ def test_tokens_and_tiles_are_those_of_the_processor(rule, tmp_path):
 
     tokenizer = image_tokenizer()
     images = Llama4ImageProcessor(size={"height": 56, "width": 56}, max_patches=4)
-    processor = Llama4Processor(image_processor=images, tokenizer=tokenizer, patch_size=14, pixel_shuffle_ratio=0.5)
+    processor: Any = Llama4Processor(
+        image_processor=images, tokenizer=tokenizer, patch_size=14, pixel_shuffle_ratio=0.5
+    )
     processor.save_pretrained(write_model(tmp_path))
     assert tile_rule(tmp_path, tokenizer) == rule
     for width, height in ((40, 30), (56, 56), (57, 56), (200, 50), (50, 200), (300, 290), (9, 400), (113, 60)):

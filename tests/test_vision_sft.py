@@ -55,7 +55,7 @@ def make_context(folder: Path) -> StageContext:
 
 def make_trainer(config: SftConfig, folder: Path) -> RowTrainer:
     """The trainer that the stage uses, without an engine and not started."""
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     context = make_context(folder)
     prepared = stage.prepare(config, context)
