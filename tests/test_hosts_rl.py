@@ -73,7 +73,8 @@ def test_a_wrong_token_is_told(hosts: Cluster):
     other = dataclasses.replace(hosts, env={**hosts.env, "RAY_AUTH_TOKEN": "f" * 64})
     run = other.start("token")
     assert run.wait(90) == 2
-    assert "RAY_AUTH_TOKEN" in run.said()
+    assert "this driver was not let in" in run.said()
+    assert "token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)" in run.said()
 
 
 def test_a_full_disk_on_the_host_of_an_engine_is_told_before_the_training(hosts: Cluster):

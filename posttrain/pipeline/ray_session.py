@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from posttrain.compat.ray import loopback_environment, loopback_options, needed_servers_only, reread_environment
-from posttrain.errors import StageError, UserError
+from posttrain.errors import PosttrainError, StageError, UserError
 from posttrain.hosts.checks import compare_hosts
 from posttrain.hosts.directory import forget_directory, start_directory
 from posttrain.hosts.placement import CLUSTER_VARIABLE
@@ -118,9 +118,7 @@ def _connect(session: RaySession, address: str) -> None:
             ray.init(**options)
     # Ray raises bare `Exception` too, for example when a busy machine starts it too slowly.
     except Exception as error:
-        cluster = f"the cluster at RAY_ADDRESS={address} was not reached"
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise StageError(f"{'a local Ray could not be started' if session.local else cluster}: {reason}") from error
+        raise _not_connected(error, None if session.local else address) from error
     total = ray.cluster_resources()
     session.cpus, session.gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
     if not session.local:
@@ -128,6 +126,20 @@ def _connect(session: RaySession, address: str) -> None:
             compare_hosts(*ray.get(start_directory().reports.remote()))
         except RayTaskError as error:
             raise error.cause from None
+
+
+def _not_connected(error: Exception, address: str | None) -> PosttrainError:
+    """What to tell about a Ray that could not be joined or, without an address, started."""
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    if address is None:
+        return StageError(f"a local Ray could not be started: {reason}")
+    if not isinstance(error, ConnectionError):
+        return StageError(f"the cluster at RAY_ADDRESS={address} was not reached: {reason}")
+    return UserError(
+        f"RAY_ADDRESS: got {address!r}: something listens there, but this driver was not let in: {reason}; it needs "
+        f"the cluster's RAY_AUTH_MODE ({os.environ.get('RAY_AUTH_MODE', 'not set')} here) and token (RAY_AUTH_TOKEN or "
+        "RAY_AUTH_TOKEN_PATH), and its version of Ray"
+    )
 
 
 def _check_reachable(address: str) -> None:
