@@ -2,7 +2,7 @@
 
 The figures are time, peak memory, accuracy after each stage, over all and by capability and modality, and overlap.
 
-    python benchmarks/quickstart.py [--pipeline quickstart-vision] [--seeds 0,1,2] [--json FILE] [--dir DIR]
+    python benchmarks/quickstart.py [--pipeline quickstart-vision|tools] [--seeds 0,1,2] [--json FILE] [--dir DIR]
 
 Each seed trains its own base (no cache) and runs every stage and evaluation. DIR keeps the runs; those that are there
 are not made again. Accuracies are on the held-out set, which was not used to choose any setting. The overlap is that of
@@ -25,7 +25,7 @@ from resumable import folder_of
 from posttrain.files import read_jsonl
 from posttrain.report.busy import measure_overlap
 
-STAGES = ("base", "sft", "rl", "dpo")
+STAGES = ("base", "sft", "rl")  # that every pipeline here has; some have dpo too
 
 
 def run_seed(seed: int, folder: Path, pipeline: str = "quickstart") -> dict[str, Any]:
@@ -37,6 +37,7 @@ def run_seed(seed: int, folder: Path, pipeline: str = "quickstart") -> dict[str,
             environment = {**os.environ, "POSTTRAIN_CACHE": cache}
             subprocess.run([*command, "--run-dir", str(folder)], check=True, env=environment, stdout=subprocess.DEVNULL)
     summary = json.loads(told.read_text())
+    evals, stages = summary["eval"], [name for name in (*STAGES, "dpo") if name in summary["eval"]]
     overlap = measure_overlap([event for event in read_jsonl(folder / "events.jsonl") if event["stage"] == "rl"])
     assert overlap is not None
     return {
@@ -44,11 +45,11 @@ def run_seed(seed: int, folder: Path, pipeline: str = "quickstart") -> dict[str,
         "wall_s": summary["wall_s"],
         "peak_rss_gib": summary["peak_rss_gib"],
         "stages_s": {stage["name"]: stage["wall_s"] for stage in summary["stages"]},
-        "greedy": {name: summary["eval"][name]["all"]["greedy"] for name in STAGES},
-        "greedy_ci95": {name: summary["eval"][name]["all"]["greedy_ci95"] for name in STAGES},
-        "parts": {part: _greedy(summary["eval"], part) for part in summary["eval"]["base"] if part != "all"},
-        "pass@k": {name: summary["eval"][name]["all"]["pass@k"] for name in STAGES},
-        "gain_points": 100 * (summary["eval"]["rl"]["all"]["greedy"] - summary["eval"]["sft"]["all"]["greedy"]),
+        "greedy": {name: evals[name]["all"]["greedy"] for name in stages},
+        "greedy_ci95": {name: evals[name]["all"]["greedy_ci95"] for name in stages},
+        "parts": {part: _greedy(evals, part, stages) for part in evals["base"] if part != "all"},
+        "pass@k": {name: evals[name]["all"]["pass@k"] for name in stages},
+        "gain_points": 100 * (evals["rl"]["all"]["greedy"] - evals["sft"]["all"]["greedy"]),
         "t_gen_s": overlap.gen_s,
         "t_train_s": overlap.train_s,
         "overlap_s": overlap.both_s,
@@ -58,9 +59,9 @@ def run_seed(seed: int, folder: Path, pipeline: str = "quickstart") -> dict[str,
     }
 
 
-def _greedy(found: dict[str, Any], part: str) -> dict[str, list[float]]:
+def _greedy(found: dict[str, Any], part: str, stages: list[str]) -> dict[str, list[float]]:
     """The greedy accuracy in a capability or modality after each stage, with its interval."""
-    return {name: [found[name][part]["greedy"], *found[name][part]["greedy_ci95"]] for name in STAGES}
+    return {name: [found[name][part]["greedy"], *found[name][part]["greedy_ci95"]] for name in stages}
 
 
 def main() -> None:
@@ -77,7 +78,8 @@ def main() -> None:
             name = Path(arguments.pipeline).stem
             run = run_seed(seed, Path(folder) / f"{name}-{seed}", arguments.pipeline)
         runs.append(run)
-        accuracies = " ".join(f"{run['greedy'][name]:6.1%}" for name in STAGES)
+        greedy = run["greedy"]
+        accuracies = " ".join(f"{greedy[name]:6.1%}" if name in greedy else " " * 6 for name in (*STAGES, "dpo"))
         print(
             f"{seed:6d} {run['wall_s']:6.0f} {run['peak_rss_gib']:5.1f} {accuracies} {run['gain_points']:6.1f}  "
             f"{run['overlap_s']:.0f} s of T_gen {run['t_gen_s']:.0f}, T_train {run['t_train_s']:.0f}: "
@@ -86,13 +88,13 @@ def main() -> None:
         )
         for part, values in run["parts"].items():
             shares = "  ".join(
-                f"{name} {values[name][0]:.1%} ({values[name][1]:.0%}-{values[name][2]:.0%})" for name in STAGES
+                f"{name} {values[name][0]:.1%} ({values[name][1]:.0%}-{values[name][2]:.0%})" for name in values
             )
             print(f"       {part:24} {shares}", flush=True)
     medians = {
         name: median(run[name] for run in runs) for name in ("wall_s", "peak_rss_gib", "gain_points", "overlap_share")
     }
-    medians |= {f"greedy_{name}": median(run["greedy"][name] for run in runs) for name in STAGES}
+    medians |= {f"greedy_{name}": median(run["greedy"][name] for run in runs) for name in runs[0]["greedy"]}
     print("median " + "  ".join(f"{name} {value:.3g}" for name, value in medians.items()))
     if arguments.json:
         result = {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "median": medians, "runs": runs}

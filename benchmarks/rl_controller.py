@@ -151,7 +151,12 @@ def parts(folder: Path, seed: int, mute: bool):
     context = StageContext("rl", folder, folder / "events.jsonl", seed)
     logs = {name: BusyLog(context, name, "generate") for name in names}
     engines: Any = SimpleNamespace(
-        names=names, actors=actors, logs=logs, places=[None] * len(names), is_ready=lambda index: True
+        names=names,
+        seats=range(len(names)),
+        actors=actors,
+        logs=logs,
+        places=[None] * len(names),
+        is_ready=lambda seat: True,
     )
     trainer: Any = ReadyTrainer()
     source = PromptSource(rows, SystemsConfig(), render, seed=seed)

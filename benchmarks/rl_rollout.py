@@ -66,7 +66,7 @@ class Ours:
         self._folder, self._next = folder, 0
         log = BusyLog(StageContext("rl", folder, folder / "events.jsonl"), "ours", "generate")
         self._engines: Any = SimpleNamespace(
-            names=["ours"], actors=[actor], logs={"ours": log}, places=[None], is_ready=lambda index: True
+            names=["ours"], seats=[0], actors=[actor], logs={"ours": log}, places=[None], is_ready=lambda seat: True
         )
         self._ledger = Ledger(folder / "ledger.sqlite")
 

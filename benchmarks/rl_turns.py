@@ -57,7 +57,8 @@ TURNS, TOKENS, EPISODES, ROUNDS = 8, 24, 64, 3
 CALLS, CALL_TOKENS = 12, 48
 LENGTH = 1024
 ENGINE = EngineConfig(max_model_len=LENGTH, kv_cache_gib=1.0, max_num_seqs=64, stream_interval=64)
-STALENESS, WARM, STEPS = 4, 3, 12  # of the stages with a tool
+STALENESS, STEPS = 4, 12  # of the stages with a tool
+WARM = STALENESS + 2  # what was sampled before the first step is trained on by then
 ROW = Row("p", "sums", (Message("user", "1 + 1 ="),))
 
 WORLD = """
@@ -156,7 +157,7 @@ class Sampler:
         self._context = StageContext("rl", folder, folder / "events.jsonl")
         log = BusyLog(self._context, "ours", "generate")
         self._engines: Any = SimpleNamespace(
-            names=["ours"], actors=[actor], logs={"ours": log}, places=[None], is_ready=lambda index: True
+            names=["ours"], seats=[0], actors=[actor], logs={"ours": log}, places=[None], is_ready=lambda seat: True
         )
         self._next = 0
 

@@ -147,6 +147,8 @@ def test_what_cannot_be_installed_is_told(tmp_path, capsys):
             "verifiers:my_env.py:load?size=3",
             "verifiers is not installed here; `posttrain environments install verifiers`",
         ),
+        ("verifiers-v1:my_tasks.py?size=3", "is not installed here; `posttrain environments install verifiers_v1`"),
+        ("textarena:GuessTheNumber-v0", r"write textarena:GuessTheNumber-v0\?size=500&seed=1"),
     ],
 )
 def test_a_generator_that_is_wrongly_named_is_told(source, problem):
@@ -241,6 +243,140 @@ def test_an_environment_of_verifiers_runs_unchanged(tmp_path, monkeypatch, tiny_
     with pytest.raises(DataError, match="cannot make the rows: RuntimeError: no world"):
         load_rows(f"verifiers:{tmp_path}/worlds.py:broken?size=4&python={python}", kind="prompt")
     assert "verifiers" not in sys.modules
+
+
+TASKS = """
+import verifiers.v1 as vf
+
+class SumData(vf.TaskData):
+    answer: str
+
+class SumConfig(vf.TaskConfig):
+    bonus: float = 0.5
+    tools: vf.ToolsetConfig = vf.ToolsetConfig()
+
+class Adder(vf.Toolset[vf.ToolsetConfig]):
+    TOOL_PREFIX = "calc"
+
+    @vf.tool
+    def add(self, a: int, b: int) -> int:
+        \"\"\"Add two numbers.\"\"\"
+        return a + b
+
+class SumTask(vf.Task[SumData, vf.State, SumConfig]):
+    @classmethod
+    def toolsets(cls, config):
+        return [Adder(config.tools)]
+
+    @vf.reward(weight=1.0)
+    async def right(self, trace) -> float:
+        return float(trace.last_reply == self.data.answer)
+
+    @vf.reward(weight=0.5)
+    async def with_tool(self, trace) -> float:
+        return float(bool(trace.tool_messages) and self.config.bonus)
+
+    @vf.metric
+    async def said(self, trace) -> float:
+        return float(len(trace.assistant_messages))
+
+class SumsConfig(vf.TasksetConfig):
+    largest: int = 9
+    task: SumConfig = SumConfig()
+
+class Sums(vf.Taskset[SumTask, SumsConfig]):
+    def load(self):
+        top = range(1, self.config.largest)
+        return [
+            SumTask(SumData(prompt=f"{a} + {b} =", system_prompt="Add.", answer=str(a + b)), self.config.task)
+            for a in top for b in top
+        ]
+
+__all__ = ["Sums"]
+
+if __name__ == "__main__":
+    Adder.run()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.full  # installs the real package, which takes minutes and an index
+def test_an_environment_of_the_later_verifiers_runs_unchanged(tmp_path, monkeypatch):
+    """By hand: 1 for the right last turn, and 0.5 times a bonus of 0.5 for a call of the tool, which is its own server.
+
+    The second row's policy never stops to call the tool; `max_turns` of the agent ends it.
+    """
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    python = install("verifiers_v1", tmp_path / "tasks")
+    (tmp_path / "sums_of_two.py").write_text(TASKS)
+    rows = load_rows(f"verifiers-v1:{tmp_path}/sums_of_two.py?size=2&seed=1&largest=5&python={python}", kind="prompt")
+    assert [[message.role for message in row.messages] for row in rows] == [["system", "user"]] * 2
+    environment: dict[str, Any] = {
+        "name": "posttrain.environments.verifiers_v1:verifiers_v1", "python": str(python),
+        "args": {"env": {"agent": {"max_turns": 3}}},
+    }  # fmt: skip
+    assert check_environment_rows(EnvironmentConfig.model_validate(environment), rows) == []
+    tokenizer: Any = build_tokenizer()
+    tokenizer.chat_template = HERMES
+    call = '<tool_call>{"name": "calc_add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+
+    def said(turn: Any) -> str:
+        row, has_result = turn.session.row, "tool<|header_end|>" in tokenizer.decode(turn.request.prompt_ids)
+        return str(row.answer) if has_result and row.id == rows[0].id else call
+
+    found = play(tokenizer, environment, rows, said, max_tokens=200, length=4096)
+    results = []
+    for row in rows:
+        (rollout,) = found[row.id]
+        assert rollout.scored is not None
+        assert rollout.scored.result is not None, rollout.scored.reason
+        results.append(rollout.scored.result)
+        trained = [segment for segment in rollout.segments if segment.trained]
+        assert [tokenizer.decode(one.token_ids, skip_special_tokens=True) for one in trained] == (
+            [call, str(row.answer)] if row is rows[0] else [call] * 3
+        )
+    assert [result.value for result in results] == [1.25, 0.25]
+    assert results[0].parts.items() >= {"right": 1.0, "with_tool": 0.5, "said": 2.0, "turns": 2}.items()
+    assert results[1].parts.items() >= {"right": 0.0, "with_tool": 0.5, "said": 3.0, "turns": 3}.items()
+    with pytest.raises(DataError, match=r"cannot make the rows: .*nowhere"):
+        load_rows(f"verifiers-v1:nowhere?size=4&python={python}", kind="prompt")
+    assert "verifiers" not in sys.modules
+
+
+@pytest.mark.slow
+@pytest.mark.full  # installs the real package, which takes minutes and an index
+def test_a_game_of_textarena_is_an_environment(tmp_path, monkeypatch, tiny_tokenizer):
+    """Halving finds each number; a text that is no move, said twice, ends a game with what the last guess was worth."""
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    python = install("textarena", tmp_path / "arena")
+    source = f"textarena:GuessTheNumber-v0?size=4&seed=3&python={python}"
+    rows = load_rows(source, kind="prompt")
+    assert "between 1 and 20" in rows[0].messages[0].text
+    environment: dict[str, Any] = {"name": "posttrain.environments.textarena:textarena", "python": str(python)}
+    ranges = {row.id: [1, 20] for row in rows}
+
+    def halve(turn: Any) -> str:
+        row, asked = turn.session.row, tiny_tokenizer.decode(turn.request.prompt_ids)
+        low_high = ranges[row.id]
+        middle = sum(low_high) // 2
+        if turn.number:
+            low_high[:] = [middle + 1, low_high[1]] if "higher" in asked[-60:] else [low_high[0], middle - 1]
+        return f"[{sum(low_high) // 2}]"
+
+    found = play(tiny_tokenizer, environment, rows, halve, length=4096)
+    for row in rows:
+        (rollout,) = found[row.id]
+        assert rollout.scored is not None
+        assert rollout.scored.result is not None, rollout.scored.reason
+        assert rollout.scored.result.value == 1.0
+    (lost,) = play(tiny_tokenizer, environment, rows[:1], lambda _: "hm", length=4096)[rows[0].id]
+    assert lost.scored is not None
+    assert lost.scored.result is not None
+    assert lost.scored.result.value == 0.0
+    assert lost.scored.result.parts["turns"] == 2
+    with pytest.raises(DataError, match=r"cannot make the rows: .*is no game for one player"):
+        load_rows(f"textarena:TicTacToe-v0?size=4&python={python}", kind="prompt")
+    assert "textarena" not in sys.modules
 
 
 SERVER = """

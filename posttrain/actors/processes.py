@@ -76,3 +76,37 @@ def _marked(variable: str, value: str, session: int | None) -> set[psutil.Proces
             if in_session or process.environ().get(variable) == value:
                 found.add(process)
     return found
+
+
+class ForkWatch:
+    """Notices that the processes whose environment has this variable with this value have become more than `limit`.
+
+    It searches them only if the machine has so many more tasks than before, so that a look costs one small file. On a
+    system without /proc it notices nothing.
+    """
+
+    def __init__(self, variable: str, value: str, limit: int):
+        self._variable = variable
+        self._value = value
+        self.limit = limit
+        self._before = _num_tasks()
+
+    def is_over(self) -> bool:
+        """Whether there are too many of them now."""
+        now = _num_tasks()
+        if now <= self._before + self.limit:
+            self._before = min(self._before, now)
+            return False
+        if len(_marked(self._variable, self._value, None)) > self.limit:
+            return True
+        self._before = now  # others have begun
+        return False
+
+
+def _num_tasks() -> int:
+    """How many processes and threads the machine has; 0 if that is not known."""
+    try:
+        with open("/proc/loadavg", encoding="ascii") as file:
+            return int(file.read().split()[3].partition("/")[2])
+    except (OSError, ValueError, IndexError):
+        return 0

@@ -9,7 +9,7 @@ resumed run as well. Charts over time are left to the report.
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,7 +26,8 @@ PLAIN_INTERVAL_S = 10.0
 
 @dataclass
 class StageState:
-    """The state of one stage. values: of its last progress event. metrics: of its last RL step."""
+    """The state of one stage. values: of its last progress event. metrics: of its last RL step, and of its last
+    evaluation beside the training."""
 
     name: str
     kind: str
@@ -78,8 +79,9 @@ class RunState:
     def update(self) -> Iterator[tuple[StageState, dict[str, Any]]]:
         """Read the new events. Yields each event of a stage together with the stage's state after it."""
         for name, lines in self._lines.items():
-            for _, self.stages[name].metrics in lines.read():
-                pass
+            stage = self.stages[name]
+            for _, metrics in lines.read():
+                stage.metrics = {**_of_evaluation(stage.metrics), **metrics}
         for event in self._tail.read():
             stage = self.stages.get(str(event.get("stage")))
             if stage:
@@ -88,6 +90,11 @@ class RunState:
                     config = read_config(self.run_dir / stage.name, [])
                     stage.unscored_limit = setting(config, "reward.alarm_fraction")
                 yield stage, event
+
+
+def _of_evaluation(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What the latest evaluation beside the training found: its step alone has these figures."""
+    return {name: value for name, value in metrics.items() if name.startswith("evaluation/")}
 
 
 class PlainDisplay:

@@ -47,6 +47,14 @@ SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("episode/tool_failures", "tools failed", "{:.2f}"),
         ("episode/cached", "cached", "{:.0%}"),
     ),
+    "evaluation": (
+        ("evaluation/version", "of version", "{:g}"),
+        ("evaluation/accuracy", "accuracy", "{:.1%}"),
+        ("evaluation/turns", "turns", "{:.1f}"),
+        ("evaluation/tool_calls", "tool calls", "{:.1f}"),
+        ("evaluation/malformed_calls", "malformed", "{:.2f}"),
+        ("evaluation/tool_failures", "tools failed", "{:.2f}"),
+    ),
     "speed": (
         ("generate_tokens_per_s", "tokens/s", "{:,.0f}"),
         ("engines", "engines", "{:g}"),

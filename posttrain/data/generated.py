@@ -1,9 +1,9 @@
 """Rows that a generator makes: `reasoning-gym:leg_counting?size=500&seed=1` in the place of a path.
 
-The first part names a dataset of reasoning-gym, or an environment of verifiers (`verifiers:my_env.py:load?size=500`);
-the rest its size, its seed, and settings of its own, as JSON values. `python` names the interpreter that has the
-package, if it is not this one. The rows are kept in a file in the cache, so that each is made once. The reward or
-environment for them is in `posttrain/environments/`.
+The first part names a dataset of reasoning-gym, an environment of verifiers (`verifiers:my_env.py:load?size=500`,
+`verifiers-v1:my_tasks.py?size=500`) or a game of TextArena; the rest its size, its seed, and settings of its own, as
+JSON values. `python` names the interpreter that has the package, if it is not this one. The rows are kept in a file in
+the cache, so that each is made once. The reward or environment for them is in `posttrain/environments/`.
 """
 
 import hashlib
@@ -58,6 +58,20 @@ GENERATORS = (
         "verifiers",
         "from posttrain.environments.verifiers import write_rows; write_rows()",
     ),
+    Generator(
+        "verifiers-v1:",
+        "my_tasks.py",
+        "verifiers",
+        "verifiers_v1",
+        "from posttrain.environments.verifiers_v1 import write_rows; write_rows()",
+    ),
+    Generator(
+        "textarena:",
+        "GuessTheNumber-v0",
+        "textarena",
+        "textarena",
+        "from posttrain.environments.textarena import write_rows; write_rows()",
+    ),
 )
 
 
@@ -84,7 +98,8 @@ def generated_path(source: str) -> Path:
 
 def _file_of(job: Mapping[str, Any]) -> str:
     """The source of the file that makes the rows; "" if the job names none."""
-    path = Path(job["dataset"].rpartition(":")[0])
+    dataset = job["dataset"]
+    path = Path(dataset if dataset.endswith(".py") else dataset.rpartition(":")[0])
     return path.read_text(encoding="utf-8", errors="replace") if path.suffix == ".py" and path.is_file() else ""
 
 

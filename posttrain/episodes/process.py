@@ -167,8 +167,15 @@ class EnvironmentProcess:
             self._process.send(frame(Cancel(episode.key)))
 
     def look(self) -> None:
-        """Kill the process if an episode is so late that the process itself does not end it."""
+        """Kill the process if an episode is so late that the process itself does not end it, or if it forks without
+        end."""
         now, process = asyncio.get_running_loop().time(), self._process
+        if process is not None and self.is_ready and process.forks.is_over():
+            cause = self._running()
+            self._dying.add(process)
+            process.kill()
+            self._lose(f"the environment had more than {process.forks.limit} processes", cause, Outcome.ERROR)
+            return
         late = next((one for one in self._episodes.values() if one.due_s is not None and one.due_s < now), None)
         if late is None or process is None:
             return

@@ -25,7 +25,8 @@ class SampleRequest(Struct, frozen=True):
     be 1 then. begun: token ids of replies that another engine began, one entry for each reply wanted (`n` is then
     ignored). Each is continued, and `max_tokens` counts its tokens too. Only `EngineActor.submit` takes them.
     stop: texts at which a reply ends too; the text is part of the reply.
-    priority: requests with a larger number start later, and are interrupted first when memory is short.
+    priority: requests with a larger number start later, and are interrupted first when memory is short. That of a first
+    turn is even; later turns of the same rollout have one less.
     pictures: references to the pictures that the prompt shows, in order (`Media.uri`); `prompt_ids` holds all their
     tokens.
     """

@@ -200,7 +200,8 @@ class Session:
     def _request(self, max_tokens: int | None, temperature: float | None, stop: Sequence[str]) -> SampleRequest:
         request = self.flight.request
         if self._segments:
-            request = replace(request, prompt_ids=self.context_ids)
+            # Before first turns: the engine still has what the policy has read, and the episode comes to its end.
+            request = replace(request, prompt_ids=self.context_ids, priority=request.priority - 1)
         if temperature is not None:
             request = replace(request, temperature=temperature)
         if stop:

@@ -197,13 +197,17 @@ class Outbox:
         self._event.set()
 
     async def wait(self, seconds: float) -> None:
-        """Wait for a piece, for at most `seconds`, and then a moment more, so that one call returns many pieces."""
+        """Wait for a piece, for at most `seconds`, and then a moment more, so that one call returns many pieces.
+
+        Not if there is none to come: an agent that makes one call after the other would wait that moment each time.
+        """
         if seconds <= 0:
             return
         try:
             async with asyncio.timeout(seconds):
                 await self._event.wait()
-                await asyncio.sleep(GATHER_S)
+                if len(self._ready) < self.num_open:
+                    await asyncio.sleep(GATHER_S)
         except TimeoutError:
             pass
 

@@ -28,6 +28,7 @@ from posttrain.episodes.agents.protocol import ChatCall, RefusedError, TextCall
 from posttrain.episodes.session import ContextFullError, Session
 
 MAX_BYTES = 4 << 20  # of a call: the session takes no more than 1 MiB of it
+SESSION_HEADER = "x-session-id"  # that of clients which many conversations share: it names one of them
 STARTED_S = 0.005
 KEEP_ALIVE_S = 600
 
@@ -44,6 +45,7 @@ class AgentEpisode:
         self, session: Session, *, model: str, max_calls: int, own_temperature: bool, takes_reward: bool
     ) -> None:
         self.key = f"episode-{secrets.token_urlsafe(24)}"
+        self.keys: set[str] = set()  # all that the gateway knows it by
         self.model = model
         self.is_full = False
         self.refused = ""
@@ -140,11 +142,17 @@ class Gateway:
     def episode(self, session: Session, **settings: Any) -> Iterator[AgentEpisode]:
         """An episode whose key is known within the block. settings: see `AgentEpisode`."""
         episode = AgentEpisode(session, **settings)
-        self._episodes[episode.key] = episode
+        self.alias(episode, episode.key)
         try:
             yield episode
         finally:
-            del self._episodes[episode.key]
+            for key in episode.keys:
+                del self._episodes[key]
+
+    def alias(self, episode: AgentEpisode, key: str) -> None:
+        """Know an episode by one more key, for clients that choose a secret of their own (`SESSION_HEADER`)."""
+        episode.keys.add(key)
+        self._episodes[key] = episode
 
     async def _call(self, request: Request, kind: type[ChatCall] | type[TextCall]) -> Response:
         episode: AgentEpisode | None = None
@@ -180,7 +188,8 @@ class Gateway:
 
     def _episode_of(self, request: Request) -> AgentEpisode:
         key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if (episode := self._episodes.get(key)) is None:
+        session = request.headers.get(SESSION_HEADER, "")
+        if (episode := self._episodes.get(key) or self._episodes.get(session)) is None:
             raise RefusedError(
                 "the key is that of no running episode: use the OPENAI_API_KEY that the agent was started with, and "
                 "make no call after it has ended",

@@ -11,9 +11,11 @@ import signal
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import count
 
 from posttrain.actors.parent import die_with_parent
-from posttrain.actors.processes import kill_marked
+from posttrain.actors.processes import ForkWatch, kill_marked
+from posttrain.errors import PluginError
 from posttrain.scoring.plugins.commands import is_own_python, search_path
 
 _VARIABLE = "POSTTRAIN_AGENT"
@@ -21,6 +23,8 @@ _OUTPUT_BYTES = 1 << 16  # of the end of the output, in which the last line is l
 _ERROR_BYTES = 1 << 12
 _DRAIN_S = 1.0
 _LOOK_S = 0.02
+_LOOKS = 10  # at whether it has ended, for one at how many processes it has
+MAX_PROCESSES = 512  # that an agent may have, with all that it has started
 _CHUNK_BYTES = 1 << 16
 
 
@@ -39,7 +43,7 @@ class AgentProcess:
         """Run to the end and return the exit code, which is negative for a signal. given: its standard input.
 
         Its process, and whatever it started, is dead afterwards, also if the caller is cancelled. Raises OSError if it
-        cannot be started.
+        cannot be started, and PluginError if it starts processes without end.
         """
         process = self._process = await asyncio.create_subprocess_exec(
             *self._command,
@@ -60,8 +64,11 @@ class AgentProcess:
         ]
         try:
             # `wait` of asyncio also waits for its pipes, which a child of the agent may hold open for ever.
+            forks, looks = ForkWatch(_VARIABLE, self._token, MAX_PROCESSES), count(1)
             while process.returncode is None:
                 await asyncio.sleep(_LOOK_S)
+                if next(looks) % _LOOKS == 0 and forks.is_over():
+                    raise PluginError(f"the agent had more than {MAX_PROCESSES} processes")
             return process.returncode
         finally:
             self._kill()

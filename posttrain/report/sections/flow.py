@@ -175,14 +175,18 @@ def lengths_chart(series: Series) -> Chart | None:
     return lines_chart(series, "Length of a reply", "tokens", entries=shown, hover="%{y:.0f} tokens")
 
 
+# What is counted in an episode, the words for it and its colour.
+EPISODE_ENTRIES = (
+    ("turns", "turns of the policy", "--accent"),
+    ("tool_calls", "calls of tools", "--c2"),
+    ("malformed_calls", "malformed calls", "--c5"),
+    ("tool_failures", "tools that failed", "--bad"),
+)
+
+
 def episodes_chart(series: Series) -> Chart | None:
     """What happened in an episode of several turns, as means over those that ended in a step."""
-    entries = [
-        ("episode/turns", "turns of the policy", "--accent"),
-        ("episode/tool_calls", "calls of tools", "--c2"),
-        ("episode/malformed_calls", "malformed calls", "--c5"),
-        ("episode/tool_failures", "tools that failed", "--bad"),
-    ]
+    entries = [(f"episode/{name}", words, colour) for name, words, colour in EPISODE_ENTRIES]
     shown = [entry for entry in entries if any(series.known(entry[0]))]
     return lines_chart(series, "In an episode", "mean of the episodes", entries=shown, hover="%{y:.2f}")
 

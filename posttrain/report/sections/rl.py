@@ -7,6 +7,7 @@ from posttrain.report.blocks import Chart, Grid, Key, Section, Stat, Stats
 from posttrain.report.charts import axis, dots, figure, line, smooth, smoothing
 from posttrain.report.format import count, percent, plain, plural
 from posttrain.report.read import Run, Stage, mapping, number
+from posttrain.report.sections.beside import accuracy_chart, evaluated_episodes_chart
 from posttrain.report.sections.flow import (
     ages_chart,
     dropped_total,
@@ -36,6 +37,8 @@ def rl_section(run: Run, stage: Stage, colours: dict[str, str]) -> Section | Non
         groups_chart(series),
         _reward(series),
         _by_capability(series, colours),
+        accuracy_chart(series, colours),
+        evaluated_episodes_chart(series),
         _prompts(series),
         staleness_chart(series, zero),
         ages_chart(series),

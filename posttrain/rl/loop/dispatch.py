@@ -21,7 +21,7 @@ from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.workers import RolloutWorkers
 
-HIGH_PRIORITY = -1  # vLLM starts requests with a lower number first; those of other groups have 0
+HIGH_PRIORITY = -2  # vLLM starts requests with a lower number first; those of other groups have 0, or -1
 
 
 class Dispatch:

@@ -33,6 +33,14 @@ from posttrain.rl.rollouts.config import RolloutsConfig
 from posttrain.sampling.requests import SampleRequest
 
 FILE = "evaluations.jsonl"
+# Metrics of the step in which an evaluation has ended.
+OF_CAPABILITY = "evaluation/accuracy/"
+EPISODE_MEANS = {
+    "evaluation/turns": "turns",
+    "evaluation/tool_calls": "tool_calls",
+    "evaluation/malformed_calls": "malformed_calls",
+    "evaluation/tool_failures": "tool_failures",
+}
 
 
 class EvaluatedPrompt(Struct, frozen=True):
@@ -177,3 +185,15 @@ def _episode_means(prompts: Sequence[EvaluatedPrompt]) -> dict[str, Any]:
         return {}
     totals = map(sum, zip(*(prompt.episode_counts for prompt in prompts), strict=True))
     return {"episodes": {"n": number, **{name: t / number for name, t in zip(EPISODE_COUNTS, totals, strict=True)}}}
+
+
+def evaluation_metrics(version: int, found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What an evaluation of a version found, as metrics of a step. found: of `accuracies`."""
+    accuracy = {name: entry["accuracy"] for name, entry in found.items() if entry["accuracy"] is not None}
+    metrics: dict[str, float] = {"evaluation/version": version}
+    if "all" in accuracy:
+        metrics["evaluation/accuracy"] = accuracy.pop("all")
+    if len(accuracy) > 1:
+        metrics |= {OF_CAPABILITY + name: value for name, value in accuracy.items()}
+    means = found["all"].get("episodes", {})
+    return metrics | {metric: means[name] for metric, name in EPISODE_MEANS.items() if name in means}

@@ -32,6 +32,7 @@ from posttrain.rl.loop.evaluation import (
     EvaluatedPrompt,
     accuracies,
     evaluated_prompt,
+    evaluation_metrics,
     evaluation_request,
     is_due,
     last_evaluated,
@@ -43,7 +44,7 @@ from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.worker import Worker
 from posttrain.sampling.workers import RolloutWorkers
 
-LOW_PRIORITY = 1  # vLLM starts requests with a lower number first; those of the training have 0
+LOW_PRIORITY = 2  # vLLM starts requests with a lower number first; those of the training have at most 0
 
 
 @dataclass(eq=False)
@@ -109,6 +110,7 @@ class SideWork:
         self._sent: dict[int, _Sent] = {}
         self._next_order = -1
         self._counts: Counter[str] = Counter()
+        self._ended: dict[str, float] = {}  # what the latest evaluation found, until it is told
 
     def dispatch(self, step: int) -> None:
         """Send as much side work as there is room for. step: the number of optimizer steps so far."""
@@ -117,11 +119,13 @@ class SideWork:
         while (flight := self._next_flight()) is not None:
             self._workers.send(flight)
 
-    def figures(self) -> dict[str, int]:
-        """For the metrics of a step: counts since the last call, if there are evaluations."""
+    def figures(self) -> dict[str, float]:
+        """For the metrics of a step: counts since the last call, if there are evaluations, and what one of them found
+        if it has ended since."""
         names = ["tokens_evaluated", "evaluated_unscored"] if self._evaluation_config is not None else []
         counts, self._counts = self._counts, Counter()
-        return {name: counts[name] for name in names}
+        ended, self._ended = self._ended, {}
+        return {**{name: counts[name] for name in names}, **ended}
 
     def stop(self) -> None:
         """Abandon a running evaluation after the last step."""
@@ -206,7 +210,7 @@ class SideWork:
         self._counts["evaluated_unscored"] += scored.rewards.count(None)
         if self._evaluation_config is not None and len(running.scored) == len(self._heldout):
             prompts = [running.scored[at] for at in sorted(running.scored)]
-            line = {
+            line: dict[str, Any] = {
                 "policy_version": running.version,
                 "step": self._step,
                 "capabilities": accuracies(
@@ -217,6 +221,7 @@ class SideWork:
                 "resampled": running.resampled,
             }
             append_jsonl(self._context.dir / FILE, line)
+            self._ended = evaluation_metrics(running.version, line["capabilities"])
             where = f"evaluation of version {running.version}"
             unscored_prompts(prompts).tell(self._context, where, self._config.reward.alarm_fraction)
             self._told(LedgerEvent.EVALUATED, running.version)

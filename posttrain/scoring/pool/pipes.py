@@ -68,11 +68,20 @@ def limit_memory(memory_gib: float | None) -> None:
 def take_pipes() -> tuple[BinaryIO, int]:
     """Move the messages off descriptors 0 and 1, so that a plug-in which prints or reads cannot disturb them."""
     requests, replies = os.fdopen(os.dup(0), "rb", buffering=1 << 16), os.dup(1)
+    os.register_at_fork(after_in_child=lambda: _let_go(requests.fileno(), replies))
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
     return requests, replies
+
+
+def _let_go(*descriptors: int) -> None:
+    """In a child that a plug-in forks: the messages are those of its parent, so it reads and writes nothing there."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in descriptors:
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
 
 
 def read_blocking(requests: BinaryIO) -> bytes | None:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from posttrain.actors.processes import kill_marked
+from posttrain.actors.processes import ForkWatch, kill_marked
 from posttrain.scoring.plugins.interpreter import client_environment
 from posttrain.scoring.pool.wire import MARK, FrameBuffer
 
+MAX_PROCESSES = 512  # that one of these processes may have, with all that they have started
 _TAIL_BYTES = 4096
 _DRAIN_S = 0.3
 
@@ -45,6 +46,7 @@ class PluginProcess(asyncio.SubprocessProtocol):
         self._buffer: FrameBuffer[Any] = FrameBuffer(replies)
         self._errors = bytearray()
         self._token = uuid.uuid4().hex
+        self.forks = ForkWatch(MARK, self._token, MAX_PROCESSES)
         self._ended = asyncio.Event()
         self._drained = False
         self._transport: asyncio.SubprocessTransport | None = None
