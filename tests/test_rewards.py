@@ -385,8 +385,9 @@ class TestCode:
 
     def test_expected_values_are_not_visible_to_the_program(self) -> None:
         spy = "import sys, gc\nseen = repr([o for o in gc.get_objects() if isinstance(o, (dict, list))])\n"
-        spy += "def f():\n    return '987' + '654' in seen or '987' + '654' in repr(sys._getframe(2).f_locals)"
-        tests = [{"call": "f()", "expected": True}, {"call": "1", "expected": 987654}]
+        spy += "def f():\n    return any('98' + '7654321' * 3 in text for text in (seen, repr(sys._getframe(2).f_locals)))"
+        # So long a number that no address in a text of the program's objects has its digits by chance.
+        tests = [{"call": "f()", "expected": True}, {"call": "1", "expected": 98765432176543217654321}]
         assert value(code(block(spy), row(tests=tests), partial=True)) == 0.0
 
     def test_a_reply_without_a_code_block_is_wrong(self) -> None:

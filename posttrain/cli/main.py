@@ -5,6 +5,7 @@ Each command is a thin layer over the package, and imports heavy packages only w
 Exit codes: 0 done; 2 the input is wrong; 3 the run failed and can be resumed; 130 interrupted, resumable.
 """
 
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         result: Any = app(arguments, standalone_mode=False, prog_name="posttrain")
         return result if isinstance(result, int) else EXIT_OK
     except (KeyboardInterrupt, typer.Abort):
+        if arguments is None:  # this process ends now: a second Ctrl-C on its way out would hide the exit code
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         return EXIT_INTERRUPTED
     except UsageError as error:
         error.show(file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
