@@ -385,7 +385,7 @@ class TestCode:
 
     def test_expected_values_are_not_visible_to_the_program(self) -> None:
         spy = "import sys, gc\nseen = repr([o for o in gc.get_objects() if isinstance(o, (dict, list))])\n"
-        spy += "def f():\n    return any('98' + '7654321' * 3 in text for text in (seen, repr(sys._getframe(2).f_locals)))"
+        spy += "def f():\n    return '98' + '7654321' * 3 in seen + repr(sys._getframe(2).f_locals)"
         # So long a number that no address in a text of the program's objects has its digits by chance.
         tests = [{"call": "f()", "expected": True}, {"call": "1", "expected": 98765432176543217654321}]
         assert value(code(block(spy), row(tests=tests), partial=True)) == 0.0
