@@ -5,12 +5,14 @@
 session_turns_per_s   turns a second through a real environment process, conversation and session, with an engine that
                       answers at once; 64 episodes of 8 turns at a time
 turns8_vs_single      policy tokens a second of 8-turn episodes / of single turns, with one engine, as many sampled
-                      tokens, and in both twice as many rollouts at a time as the engine has places for
+                      tokens, prompts that all differ, and in both twice as many rollouts at a time as the engine has
+                      places for
 gateway_vs_server     seconds of a call of an agent to the gateway / to vLLM's own server, which run the same model
                       (50m) with the same settings. The agent makes its calls one after the other
 tool_latency_cost     the share of its tokens a second that the trainer of a whole RL stage loses where the tool of an
                       episode takes 0 to 2 s (lognormal, median 0.5 s), at a staleness of 4. Two stages with the tool
-                      and two with one that answers at once, in turn
+                      and two with one that answers at once, in turn. A turn has 8 to 40 tokens: if all had as many,
+                      replies would begin and end together only where the tool answers at once
 """
 
 import os
@@ -59,7 +61,6 @@ LENGTH = 1024
 ENGINE = EngineConfig(max_model_len=LENGTH, kv_cache_gib=1.0, max_num_seqs=64, stream_interval=64)
 STALENESS, STEPS = 4, 12  # of the stages with a tool
 WARM = STALENESS + 2  # what was sampled before the first step is trained on by then
-ROW = Row("p", "sums", (Message("user", "1 + 1 ="),))
 
 WORLD = """
 import asyncio, math, random
@@ -72,11 +73,12 @@ async def talk(session, row, turns):
     return 1.0
 
 async def with_tool(session, row, is_slow):
-    await session.sample()
-    if is_slow:
-        await asyncio.sleep(min(2.0, random.Random(session.seed).lognormvariate(math.log(0.5), 1.0)))
+    drawn = random.Random(session.seed)
+    await session.sample(max_tokens=drawn.randint(8, 40))
+    seconds = min(2.0, drawn.lognormvariate(math.log(0.5), 1.0))
+    await asyncio.sleep(seconds if is_slow else 0.0)
     await session.add("user", "Go on.")
-    await session.sample()
+    await session.sample(max_tokens=drawn.randint(8, 40))
     return session.seed % 2
 """
 # Calls of one message each, so that both servers read and sample as much; the first one is left out.
@@ -95,10 +97,14 @@ print(json.dumps({"reward": sum(times[1:]) / calls}))
 
 
 def flights(tokenizer: Any, first: int, count: int, *, max_tokens: int, ends: tuple[int, ...]) -> list[Flight]:
-    ids = tuple(render_prompt(tokenizer, ROW.messages))
-    prompt = DrawnPrompt(ROW, None, Prompt(ROW.messages, ids))
-    request = SampleRequest(ids, max_tokens=max_tokens, stop_token_ids=ends)
-    return [Flight(first + index, 0, prompt, request) for index in range(count)]
+    """Groups of one rollout each. No two have the same prompt, which the engine would have to read only once."""
+    made = []
+    for order in range(first, first + count):
+        row = Row(f"p{order}", "sums", (Message("user", f"{order} + 1 ="),))
+        ids = tuple(render_prompt(tokenizer, row.messages))
+        request = SampleRequest(ids, max_tokens=max_tokens, stop_token_ids=ends)
+        made.append(Flight(order, 0, DrawnPrompt(row, None, Prompt(row.messages, ids)), request))
+    return made
 
 
 # ---------------------------------------------------------------- an engine that answers at once
@@ -266,7 +272,7 @@ def _trained_per_s(folder: Path, model: str, world: str, *, is_slow: bool) -> fl
         "model": {"path": model, "dtype": "float32"}, "prompts": {"path": str(folder.parent / "prompts.jsonl")},
         "environment": {"name": f"{world}:with_tool", "args": {"is_slow": is_slow}},
         "steps": WARM + STEPS, "groups_per_step": 16, "group_size": 8, "max_staleness": STALENESS,
-        "sampling": {"max_tokens": TOKENS}, "optimizer": {"learning_rate": 1e-6}, "checkpoint_every": WARM + STEPS,
+        "sampling": {"max_tokens": 40}, "optimizer": {"learning_rate": 1e-6}, "checkpoint_every": WARM + STEPS,
         "engine": {"max_model_len": 512, "kv_cache_gib": 0.5},
         "resources": {"rollout": {"cpus": 0.9}, "trainer": {"cpus": 0.9}},
     }  # fmt: skip
