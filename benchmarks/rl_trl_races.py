@@ -95,7 +95,7 @@ RACES = {
         },
         peer={**_PEER, "max_completion_length": 520},
         goal=">= 3",
-        peer_s=360.0,
+        peer_s=220.0,
         trial_s=45.0,
         every=1,
     ),
