@@ -41,7 +41,9 @@ def taught(rollout: Rollout, folder: Path) -> Path:
 
     from posttrain.model import NativeLlama4ForCausalLM
 
-    save_tiny_policy(folder, hidden_size=64, attn_temperature_tuning=False, initializer_range=0.02)
+    save_tiny_policy(
+        folder, hidden_size=64, attention_chunk_size=LENGTH, attn_temperature_tuning=False, initializer_range=0.02
+    )
     model: Any = NativeLlama4ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([[*rollout.prompt.token_ids, *(i for one in rollout.segments for i in one.token_ids)]])
     trained = [False] * len(rollout.prompt.token_ids)
@@ -71,7 +73,9 @@ def test_a_policy_that_calls_python_and_files_is_trained_on_its_calls(ranks, tmp
     environment = {"name": f"{tmp_path}/world.py:solve", "tools": ["python", "files"], "tool_parser": "hermes"}
     row = question("sum", "6 * 7?", answer="42", tools=SHOWN)
     said = [*SAID, "42"]
-    (by_hand,) = play(tokenizer, environment, [row], lambda turn: said[turn.number // 2], length=LENGTH)["sum"]
+    (by_hand,) = play(
+        tokenizer, environment, [row], lambda turn: said[turn.number // 2], length=LENGTH, max_tokens=120
+    )["sum"]
     assert by_hand.scored is not None
     assert by_hand.scored.result is not None, by_hand.scored.reason
     assert by_hand.scored.result.parts.items() >= {"turns": 3, "tool_calls": 2, "tool_failures": 0}.items()
@@ -83,7 +87,7 @@ def test_a_policy_that_calls_python_and_files_is_trained_on_its_calls(ranks, tmp
         environment=environment,
         steps=2,
         groups_per_step=1,
-        sampling={"max_tokens": 100},
+        sampling={"max_tokens": 120},
         max_staleness=0,
         engine={"max_model_len": LENGTH, "kv_cache_gib": 0.1, "max_num_seqs": 24},
     )
