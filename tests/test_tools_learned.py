@@ -42,7 +42,12 @@ def taught(rollout: Rollout, folder: Path) -> Path:
     from posttrain.model import NativeLlama4ForCausalLM
 
     save_tiny_policy(
-        folder, hidden_size=64, attention_chunk_size=LENGTH, attn_temperature_tuning=False, initializer_range=0.02
+        folder,
+        hidden_size=64,
+        attention_chunk_size=LENGTH,
+        head_dim=32,
+        attn_temperature_tuning=False,
+        initializer_range=0.02,
     )
     model: Any = NativeLlama4ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([[*rollout.prompt.token_ids, *(i for one in rollout.segments for i in one.token_ids)]])
