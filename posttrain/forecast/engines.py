@@ -54,8 +54,8 @@ def choose_engines(config: RlConfig, least: int, most: int, *, make: Callable[[i
     return Choice(
         chosen.workers,
         tuple(tried),
-        f"with {chosen.workers} engines a step is forecast to take {chosen.step_s:.3g} s, {chosen.waits:.0%} of which "
-        f"the trainer waits; {better}",
+        f"a step is forecast to take {chosen.step_s:.3g} s if the number of engines is {chosen.workers}, and the "
+        f"trainer to wait {chosen.waits:.0%} of it; {better}",
     )
 
 
