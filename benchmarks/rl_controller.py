@@ -141,9 +141,11 @@ def parts(folder: Path, seed: int, mute: bool):
 
     rows = [Row(f"r{index}", "sums", (Message("user", f"{index} + 1 ="),), str(index + 1)) for index in range(ROWS)]
 
+    tokens = [300 + place % 200 for place in range(200 + PROMPT_TOKENS)]
+
     def render(row: Row, messages: Sequence[Message]) -> list[int]:
-        first = int(messages[-1].text.split()[0])
-        return [300 + (first + place) % 200 for place in range(PROMPT_TOKENS)]
+        first = int(messages[-1].text.split()[0]) % 200
+        return tokens[first : first + PROMPT_TOKENS]
 
     actor = ray.remote(PreparedEngine).options(num_cpus=0.1, max_concurrency=1000)
     actors = [actor.remote(mute) for _ in range(ENGINES)]

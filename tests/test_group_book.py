@@ -1,6 +1,7 @@
 """The book of groups on its own: every transition reaches the queue, the ledger, the archive, the tally and the
 selection, and none that cannot follow is let through. Ledger, archive, queue and source are the real ones."""
 
+import asyncio
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +134,7 @@ class Bench:
         return [event for _, _, event, group, _ in self.ledger.log() if group == order]
 
     def archived(self, step: int) -> list[tuple[str, int | None, str]]:
+        asyncio.run(self.book.archived())
         rows = pq.read_table(self.folder / "rollouts" / f"step_{step:06d}.parquet").to_pylist()
         return sorted({(row["group_id"], row["step"], row["status"]) for row in rows})
 

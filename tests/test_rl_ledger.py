@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import re
 import sqlite3
 from pathlib import Path
@@ -82,6 +83,43 @@ def test_a_flush_waits_for_what_a_cancelled_one_took(tmp_path):
         return found
 
     assert asyncio.run(run()) == [0]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_changes_that_are_written_together_end_as_those_that_are_written_one_by_one(tmp_path, seed):
+    """Random transitions of a few groups; some changes are of no single group."""
+    chance = random.Random(seed)
+    ledgers = [Ledger(tmp_path / name) for name in ("together", "apart")]
+    for step in range(150):
+        order = chance.randrange(6)
+        name, *arguments = chance.choice(
+            [
+                ("generated", order, [reply((step, 3)), reply((step, 2))]),
+                ("scored", order, {"rewards": [step]}),
+                ("dropped", order, f"reason {step}"),
+                ("restart_group", order, step, chance.choice([[], [reply((step, 1))]])),
+                ("trained", [order, (order + 1) % 6], step),
+                ("set_fact", "step", step),
+                ("forget_from", order),
+                ("reserve", order),
+            ]
+        )
+        for ledger in ledgers:
+            if name == "reserve":
+                if any(entry.id == order for entry in (ledger.flush_now(), ledger.entries())[1]):
+                    continue
+                ledger.reserve(order, f"p{step}", "math", system=None, prompts_seen=step, stamp=step)
+            else:
+                getattr(ledger, name)(*arguments)
+        ledgers[1].flush_now()
+    found = []
+    for ledger in ledgers:
+        ledger.flush_now()
+        log = [(seq, event, group, value) for seq, _, event, group, value in ledger.log()]
+        found.append((ledger.entries(with_data=True), log))
+        ledger.close()
+    assert found[0] == found[1]
+    assert len(found[0][1]) > 100
 
 
 def test_replies_come_back_as_they_were():
@@ -234,6 +272,7 @@ def finished(tmp_path):
             scored = scored_from_json(group_of(entry, source()), {**scores, "ref_logprobs": []})
             archive.add(scored, step=step, trainer_version=step, status="trained")
         archive.write(step)
+        archive.wait()
     walk(ledger, 6, "dropped")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_text("weights")
@@ -337,6 +376,7 @@ def test_a_rollout_of_several_turns_is_archived_and_read_back(tmp_path):
     archive = RolloutArchive(tmp_path, Tokenizer())
     archive.add(group, step=3, trainer_version=3, status="trained")
     archive.write(3)
+    archive.wait()
     path = tmp_path / "step_000003.parquet"
     check_archive(path)
     (row,) = pq.read_table(path).to_pylist()
@@ -348,6 +388,21 @@ def test_a_rollout_of_several_turns_is_archived_and_read_back(tmp_path):
     assert sample.token_ids == (1, 2, 3, 5, 6, 8, 9, 10, 11, 12)
     assert sample.trained == ((3, 5), (8, 10))
     assert sample.staleness == (2, 2, 2, 1)
+
+
+def test_a_file_of_the_archive_that_could_not_be_written_ends_the_run(tmp_path):
+    prompt = DrawnPrompt(ROWS[0], None, Prompt(ROWS[0].messages, (1, 2, 3)))
+    group = ScoredGroup(Group(0, prompt, (tool_rollout(),)), (1.0,), ("",), (0.5,))
+    archive = RolloutArchive(tmp_path / "rollouts", Tokenizer())
+    archive.add(group, step=0, trainer_version=0, status="trained")
+    (tmp_path / "rollouts").rmdir()
+    archive.write(0)
+    with pytest.raises(FileNotFoundError):
+        archive.wait()
+    with pytest.raises(FileNotFoundError):
+        archive.write(1)
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(archive.written())
 
 
 def test_tokens_of_versions_that_are_gone_take_the_turns_after_them_along():

@@ -168,6 +168,7 @@ def test_a_prompt_names_its_pictures_and_a_replay_gets_them_from_the_archive(fol
     archive = RolloutArchive(tmp_path / "rollouts", load_tokenizer(folder))
     archive.add(scored, step=0, trainer_version=0, status="trained")
     archive.write(0)
+    archive.wait()
     (step,) = recorded_steps(tmp_path)
     assert step.samples == tuple(train_samples([scored], 0))
     assert [sample.pictures for sample in step.samples] == [(key,)] * 2

@@ -101,6 +101,8 @@ class ScoringProgress:
 async def score_others(pairs: Sequence[tuple[Rollout, Row]], score: Score) -> list[Scored]:
     """The scores in order: of an episode the score that its environment gave it, of all other rollouts by `score`."""
     others = [pair for pair in pairs if pair[0].scored is None]
+    if len(others) == len(pairs):
+        return list(await score(pairs)) if pairs else []
     scores = iter(await score(others) if others else ())
     return [rollout.scored or next(scores) for rollout, _ in pairs]
 

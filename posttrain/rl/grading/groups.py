@@ -39,7 +39,7 @@ async def scores_of(
     Rollouts without a score are scored again, up to `reward.rescores` times. Those on which the reward function hung,
     though it scored others, are not: it was tried on them more than once.
     """
-    rollouts = group.rollouts[len(known) :]
+    rollouts = group.rollouts[len(known) :] if known else group.rollouts
     pairs = [(rollout, group.prompt.row) for rollout in rollouts]
     scores = await score_others(pairs, scorer.score)
     for pause_s in rescore_pauses(config.reward.rescores):

@@ -18,8 +18,10 @@ A segment that begins a new branch has a fourth entry: of all tokens before it, 
 so many (`Segment.keeps`).
 """
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
@@ -54,13 +56,18 @@ class _Decided:
 
 
 class RolloutArchive:
-    """Collects the groups that were trained on or dropped, and writes them to a file when a step is done."""
+    """Collects the groups that were trained on or dropped, and writes them to a file when a step is done.
+
+    A thread writes the files, one after another, so that nobody waits for the disk but `wait` and `written`.
+    """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._decided: list[_Decided] = []
         self._pieces = _Pieces(tokenizer)
+        self._thread = ThreadPoolExecutor(1, "archive")
+        self._writing: Future[None] | None = None
 
     def add(self, scored: ScoredGroup, *, step: int | None, trainer_version: int, status: str) -> None:
         """Collect a group.
@@ -71,25 +78,40 @@ class RolloutArchive:
         self._decided.append(_Decided(scored, step, trainer_version, status))
 
     def write(self, step: int) -> None:
-        """Write the groups that were collected since the last call to the file of this step."""
+        """Begin to write the groups that were collected since the last call to the file of this step.
+
+        Waits for the file of the last call first, and raises what its writing raised.
+        """
+        self.wait()
+        if self._decided:
+            decided, self._decided = self._decided, []
+            self._writing = self._thread.submit(self._write, step, decided)
+
+    def wait(self) -> None:
+        """Wait until the files of all calls of `write` are on the disk. Raises what their writing raised."""
+        if self._writing is not None:
+            self._writing.result()
+
+    async def written(self) -> None:
+        """As `wait`, for an event loop."""
+        if self._writing is not None:
+            await asyncio.wrap_future(self._writing)
+
+    def _write(self, step: int, decided: Sequence[_Decided]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if not self._decided:
-            return
-        path = self._folder / f"step_{step:06d}.parquet"
-        with replacing(path) as aside:
-            pq.write_table(pa.table(self._columns(), schema=_schema(pa)), aside)
-        self._decided = []
+        with replacing(self._folder / f"step_{step:06d}.parquet") as aside:
+            pq.write_table(pa.table(self._columns(decided), schema=_schema(pa)), aside)
 
-    def _columns(self) -> dict[str, list[Any]]:
+    def _columns(self, decided: Sequence[_Decided]) -> dict[str, list[Any]]:
         """The columns of the file by name, each with one value for every rollout."""
-        rows = [(item, rollout) for item in self._decided for rollout in item.scored.group.rollouts]
+        rows = [(item, rollout) for item in decided for rollout in item.scored.group.rollouts]
         oldest = [rollout.oldest_version for _, rollout in rows]  # an episode may fail before it samples
         ids = [rollout.token_ids for _, rollout in rows]
 
         def of_each(values: Callable[[_Decided], Sequence[object]]) -> list[Any]:
-            return [value for item in self._decided for value in values(item)]
+            return [value for item in decided for value in values(item)]
 
         def of_rollouts(name: str) -> list[Any]:
             value = attrgetter(name)

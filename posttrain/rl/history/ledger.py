@@ -101,6 +101,7 @@ class Ledger:
             "INSERT INTO groups (id, prompt_id, capability, system, prompts_seen, stamp, state) "
             "VALUES (?,?,?,?,?,?,'reserved')",
             (order, prompt_id, capability, system, prompts_seen, stamp),
+            order=order,
         )
         self._file.log(LedgerEvent.RESERVED, order, stamp)
 
@@ -119,29 +120,32 @@ class Ledger:
         spans = [span for reply in replies for segment in reply.segments for span in segment.versions]
         oldest, newest = min(span.policy_version for span in spans), max(span.policy_version for span in spans)
         tokens = sum(reply.num_sampled for reply in replies)
-        self._file.write("INSERT OR REPLACE INTO replies (id, data) VALUES (?, ?)", (order, partial(pack, replies)))
+        row = (order, partial(pack, replies))
+        self._file.write("INSERT OR REPLACE INTO replies (id, data) VALUES (?, ?)", row, order=order)
         self._file.write(
             "UPDATE groups SET state = 'generated', oldest = ?, newest = ?, tokens = ? WHERE id = ?",
             (oldest, newest, tokens, order),
+            order=order,
         )
         self._file.log(LedgerEvent.GENERATED, order, [oldest, newest])
 
     def scored(self, order: int, scores: Mapping[str, object]) -> None:
         """Note that a group has its rewards. scores: as `scores_json` gives them."""
-        self._file.write("UPDATE replies SET scores = ? WHERE id = ?", (json_text(scores), order))
+        self._file.write("UPDATE replies SET scores = ? WHERE id = ?", (json_text(scores), order), order=order)
         seq = self._file.log(LedgerEvent.SCORED, order)
-        self._file.write("UPDATE groups SET state = 'scored', scored_seq = ? WHERE id = ?", (seq, order))
+        self._file.write("UPDATE groups SET state = 'scored', scored_seq = ? WHERE id = ?", (seq, order), order=order)
 
     def dropped(self, order: int, reason: str) -> None:
         """Note that a group will never be trained on, and why."""
         self._file.discard_latest(order)
-        self._file.write("UPDATE groups SET state = 'dropped', reason = ? WHERE id = ?", (reason, order))
+        self._file.write("UPDATE groups SET state = 'dropped', reason = ? WHERE id = ?", (reason, order), order=order)
         self._file.log(LedgerEvent.DROPPED, order, reason)
 
     def trained(self, orders: Iterable[int], step: int) -> None:
         """Note that optimizer step `step` trained on these groups."""
         for order in orders:
-            self._file.write("UPDATE groups SET state = 'trained', step = ? WHERE id = ?", (step, order))
+            change = "UPDATE groups SET state = 'trained', step = ? WHERE id = ?"
+            self._file.write(change, (step, order), order=order)
             self._file.log(LedgerEvent.TRAINED, order, step)
 
     def event(self, event: LedgerEvent, value: object = None) -> None:
@@ -184,13 +188,15 @@ class Ledger:
 
     def restart_group(self, order: int, stamp: int, replies: Sequence[Reply]) -> None:
         """Note that a group is sampled again. replies: what is left of its replies, to go on from; may be empty."""
-        self._file.write("DELETE FROM replies WHERE id = ?", (order,))
+        self._file.write("DELETE FROM replies WHERE id = ?", (order,), order=order)
         if replies:
-            self._file.write("INSERT INTO replies (id, data) VALUES (?, ?)", (order, partial(pack, replies)))
+            row = (order, partial(pack, replies))
+            self._file.write("INSERT INTO replies (id, data) VALUES (?, ?)", row, order=order)
         self._file.write(
             "UPDATE groups SET state = 'reserved', stamp = ?, oldest = NULL, newest = NULL, scored_seq = NULL, "
             "attempts = attempts + 1 WHERE id = ?",
             (stamp, order),
+            order=order,
         )
         self._file.log(LedgerEvent.RESTARTED, order, stamp)
 

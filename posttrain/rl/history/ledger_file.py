@@ -10,8 +10,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -49,13 +48,43 @@ def json_text(value: object) -> str:
 _Change = tuple[str, Sequence[SqlValue]]  # a statement and its values
 
 
-@dataclass(frozen=True, slots=True)
 class _Batch:
-    """The changes of one transaction. logged: the new rows of the log, which one call of SQLite writes."""
+    """The changes of one transaction, and the new rows of its log.
 
-    logged: list[tuple[int, float, str, int | None, str | None]]
-    changes: list[_Change]
-    latest: dict[Hashable, _Change]
+    SQLite makes many changes by one statement much faster than one by one. So a change goes to the others by the same
+    statement, before what was changed in between, unless that was its own group.
+    """
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, float, str, int | None, str | None]] = []
+        self.latest: dict[Hashable, _Change] = {}  # made after all others
+        self._runs: list[tuple[str, list[Sequence[SqlValue]]]] = []
+        self._run_of: dict[str, int] = {}  # the latest run of each statement that may still grow
+        self._last_run: dict[int, int] = {}  # of each group that was changed
+
+    def __bool__(self) -> bool:
+        return bool(self._runs or self.latest or self.logged)
+
+    def add(self, sql: str, values: Sequence[SqlValue], order: int | None) -> None:
+        """Add a change of the group `order`; None: of any groups, so that it stays between what is before and after."""
+        if order is None:
+            self._runs.append((sql, [values]))
+            self._run_of, self._last_run = {}, {}
+            return
+        run = self._run_of.get(sql, -1)
+        if run < self._last_run.get(order, 0):
+            run = self._run_of[sql] = len(self._runs)
+            self._runs.append((sql, []))
+        self._runs[run][1].append(values)
+        self._last_run[order] = run
+
+    def runs(self) -> Iterator[tuple[str, Iterator[Sequence[SqlValue]]]]:
+        """The statements in order, each with the values of its changes."""
+        latest: dict[str, list[Sequence[SqlValue]]] = {}
+        for sql, values in self.latest.values():
+            latest.setdefault(sql, []).append(values)
+        for sql, changes in (*self._runs, *latest.items()):
+            yield sql, ([value() if callable(value) else value for value in values] for values in changes)
 
 
 class LedgerFile:
@@ -80,7 +109,7 @@ class LedgerFile:
                 f"{path} is no ledger that can be read ({error}); restore it, or start again in a new run directory"
             ) from None
         self._lock = threading.Lock()  # one writer at a time: flush runs in a thread
-        self._next = _Batch([], [], {})
+        self._next = _Batch()
         self._batches: deque[_Batch] = deque()
 
     def _check_format(self) -> None:
@@ -107,9 +136,9 @@ class LedgerFile:
         self._next.logged.append((self._seq, time.time(), event.value, order, text))
         return self._seq
 
-    def write(self, sql: str, values: Sequence[SqlValue] = ()) -> None:
-        """Make a change at the next flush."""
-        self._next.changes.append((sql, values))
+    def write(self, sql: str, values: Sequence[SqlValue] = (), *, order: int | None = None) -> None:
+        """Make a change at the next flush. order: of the only group whose rows it reads and changes."""
+        self._next.add(sql, values, order)
 
     def write_latest(self, key: Hashable, sql: str, values: Sequence[SqlValue]) -> None:
         """Make a change at the next flush, after all others. A later change with the same key replaces it."""
@@ -147,10 +176,9 @@ class LedgerFile:
 
         It is called in the thread that collects, so that no change can come in between.
         """
-        batch = self._next
-        if batch.changes or batch.latest or batch.logged:
-            self._batches.append(batch)
-            self._next = _Batch([], [], {})
+        if self._next:
+            self._batches.append(self._next)
+            self._next = _Batch()
             return True
         return False
 
@@ -162,8 +190,8 @@ class LedgerFile:
                 execute("BEGIN IMMEDIATE")
                 try:
                     self._connection.executemany("INSERT INTO log VALUES (?,?,?,?,?)", batch.logged)
-                    for sql, values in (*batch.changes, *batch.latest.values()):
-                        execute(sql, [value() if callable(value) else value for value in values])
+                    for sql, changes in batch.runs():
+                        self._connection.executemany(sql, changes)
                     execute("COMMIT")
                 except BaseException:
                     execute("ROLLBACK")

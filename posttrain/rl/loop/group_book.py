@@ -112,8 +112,12 @@ class GroupBook:
 
     @property
     def archived_seq(self) -> int:
-        """The number of the ledger's transition up to which every dropped group is in the archive."""
+        """The number of the ledger's transition up to which every dropped group is in the archive, after `archived`."""
         return self._archived_seq
+
+    async def archived(self) -> None:
+        """Wait until every group that was given to the archive is on the disk. Raises what its writing raised."""
+        await self._archive.written()
 
     @property
     def next_order(self) -> int:
@@ -286,6 +290,7 @@ class GroupBook:
             undecided = self._undecided.pop(entry.id, None)
             self._record_drop(entry.id, DropReason.FINISHED, undecided.scored if undecided is not None else None)
         self._archive.write(self._version)
+        self._archive.wait()
         self._ledger.event(LedgerEvent.FINISHED, self._version)
 
     def _drop(self, order: int, reason: Drop | DropReason, scored: ScoredGroup | None) -> None:

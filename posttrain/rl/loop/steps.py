@@ -105,6 +105,7 @@ class Steps:
         # before the trainer writes the version after the next.
         await self.finish_update()
         self._update = tasks.create_task(self._workers.weights.update(manifest_of(result), step + 1))
+        await self._book.archived()  # of the step before: so the memory of one step at most waits for a slow disk
         self._book.trained(groups, step)
         ages_s = [now - since for since in batch.ready_since]
         metrics = self._tally.values(step, groups, ages_s=ages_s, waited_s=now - waiting, trained=result.metrics)
@@ -116,6 +117,7 @@ class Steps:
             self._book.move(moved)
         if self._checkpoints.is_due(step + 1):
             state = {"source": self._source.state(), **self._book.position()}
+            await self._book.archived()  # a commit lets the ledger forget the replies of dropped groups
             await self._checkpoints.write(step + 1, state, archived_seq=self._book.archived_seq)
 
     def _check_staleness(self, groups: Sequence[ScoredGroup], step: int) -> None:

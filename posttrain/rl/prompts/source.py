@@ -74,12 +74,12 @@ class PromptSource:
         else:
             row = self.row(self._selection.draw(quota, order, number))
         if not self._systems.instructions:
-            return self.prompt(row.id, None)
-        return self.prompt(row.id, self._draw_system(row, random.Random(f"{self._seed}/{order}")))
+            return self._drawn(row, None)
+        return self._drawn(row, self._draw_system(row, random.Random(f"{self._seed}/{order}")))
 
     def first(self, count: int) -> list[DrawnPrompt]:
         """The prompts of the first `count` rows, without a system instruction. They do not count as drawn."""
-        return [self.prompt(row.id, None) for row in islice(self._rows, count)]
+        return [self._drawn(row, None) for row in islice(self._rows, count)]
 
     def row(self, prompt_id: str) -> Row:
         """The row with this id."""
@@ -87,7 +87,9 @@ class PromptSource:
 
     def prompt(self, prompt_id: str, system: str | None) -> DrawnPrompt:
         """The prompt of a selected row, with a system instruction or without (None)."""
-        row = self.row(prompt_id)
+        return self._drawn(self.row(prompt_id), system)
+
+    def _drawn(self, row: Row, system: str | None) -> DrawnPrompt:
         messages = row.messages if system is None else (Message("system", system), *row.messages)
         return DrawnPrompt(row, system, prompt_of(messages, self._render(row, messages), self._store))
 

@@ -21,6 +21,7 @@ from posttrain.scoring.pool.wire import MARK, FrameBuffer
 MAX_PROCESSES = 512  # that one of these processes may have, with all that they have started
 _TAIL_BYTES = 4096
 _DRAIN_S = 0.3
+_READ_EVERY_S = 0.002  # many short answers are read at once: a read costs as much as several of them
 
 
 class PluginProcess(asyncio.SubprocessProtocol):
@@ -116,11 +117,19 @@ class PluginProcess(asyncio.SubprocessProtocol):
             self._errors += data
             del self._errors[:-_TAIL_BYTES]
             return
+        self._pause_reading()
         try:
             self._on_messages(self._buffer.feed(data))
         except (ValueError, KeyError, TypeError) as error:  # the plug-in wrote to the descriptor of the replies
             self._errors += f"\nbad reply: {error}".encode()
             self.kill()
+
+    def _pause_reading(self) -> None:
+        assert self._transport is not None
+        pipe = cast(asyncio.ReadTransport | None, self._transport.get_pipe_transport(1))
+        if pipe is not None and not pipe.is_closing():
+            pipe.pause_reading()
+            asyncio.get_running_loop().call_later(_READ_EVERY_S, _resume_reading, pipe)
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
         if fd == 1:
@@ -155,6 +164,11 @@ class PluginProcess(asyncio.SubprocessProtocol):
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), MARK: self._token}
         environment.setdefault("OMP_NUM_THREADS", "1")
         return environment
+
+
+def _resume_reading(pipe: asyncio.ReadTransport) -> None:
+    if not pipe.is_closing():
+        pipe.resume_reading()
 
 
 def _exit_words(code: int | None) -> str:
