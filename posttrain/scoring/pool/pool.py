@@ -23,7 +23,7 @@ from posttrain.errors import PluginError
 from posttrain.records import Outcome, Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward, resolve
 from posttrain.scoring.pool.siblings import GIVEN_UP, Siblings
-from posttrain.scoring.pool.slot import Item, Reports, Slot
+from posttrain.scoring.pool.slot import Item, Reports, Slot, watch
 from posttrain.scoring.pool.stats import PoolStats
 from posttrain.scoring.pool.wire import Answer, EncodedPair, Setup, encode_pairs, frame
 
@@ -67,6 +67,7 @@ class RewardPool:
         self._last_scored_s = _NEVER
         self._control: EncodedPair | None = None  # a pair that was scored without trouble
         self._settling: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
         self._is_open = False
 
     @property
@@ -98,6 +99,7 @@ class RewardPool:
             for _ in range(self.num_processes)
         ]
         self._is_open = True
+        self._watching = asyncio.get_running_loop().create_task(watch(self._slots))
         failures = [reason for reason in await asyncio.gather(*(slot.start() for slot in self._slots)) if reason]
         if failures:
             await self.close()
@@ -158,7 +160,7 @@ class RewardPool:
         waiting = [*self._queue, *(item for slot in self._slots for item in slot.take_all())]
         self._queue.clear()
         self._fail(waiting, CLOSED)
-        for task in self._settling:
+        for task in (*self._settling, *filter(None, [self._watching])):
             task.cancel()
         await asyncio.gather(*(slot.close() for slot in self._slots), *self._settling, return_exceptions=True)
 
@@ -238,10 +240,10 @@ class RewardPool:
             self._settling.add(task)
             task.add_done_callback(self._settling.discard)
 
-    def _died(self, item: Item, reason: str) -> None:
+    def _died(self, item: Item, reason: str, outcome: Outcome) -> None:
         item.num_deaths += 1
         if not self._retry(item):
-            self._resolve(item, Scored(None, Outcome.INFRASTRUCTURE, reason))
+            self._resolve(item, Scored(None, outcome, reason))
 
     def _retry(self, item: Item) -> bool:
         if item.is_control or item.num_timeouts + item.num_deaths > self.retries:

@@ -6,11 +6,11 @@ tried again, and which outcome it gets.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from posttrain.records import Scored
+from posttrain.records import Outcome, Scored
 from posttrain.scoring.pool.process import PluginProcess
 from posttrain.scoring.pool.wire import Answer, EncodedPair, Loaded
 
@@ -24,6 +24,7 @@ _MAX_PIPELINE = 256
 _ASYNC_GRACE_S = 1.0
 _MAX_START_FAILURES = 3
 _BACKOFF_S = 0.2
+_LOOK_S = 0.5  # pause between two looks at how many processes there are
 
 
 @dataclass(slots=True, eq=False)
@@ -51,14 +52,15 @@ class Item:
 class Reports:
     """The functions by which a slot reports to its pool.
 
-    replied: an item has an answer. late: an item passed its deadline. died: an item's process was lost, and why.
+    replied: an item has an answer. late: an item passed its deadline. died: an item's process was lost, why, and what
+    the outcome is if it is not tried again.
     unharmed: items that another item's failure took down with the process, and which must be sent again. room: the slot
     can take more items. broken: no process can be started, and why.
     """
 
     replied: Callable[[Item, Answer], None]
     late: Callable[[Item], None]
-    died: Callable[[Item, str], None]
+    died: Callable[[Item, str, Outcome], None]
     unharmed: Callable[[list[Item]], None]
     room: Callable[[], None]
     broken: Callable[[str], None]
@@ -163,6 +165,19 @@ class Slot:
         if self.broken_by and (self._restarting is None or self._restarting.done()):
             self._restart(num_tries=1)
 
+    def look(self) -> None:
+        """Kill the process if it has started processes without end."""
+        process = self._process
+        if process is None or not process.forks.is_over():
+            return
+        why = f"the reward had more than {process.forks.limit} processes"
+        if self._is_ready:
+            self._dying.add(process)
+            process.kill()
+            self._lose(lambda item: self._reports.died(item, why, Outcome.ERROR))
+        elif self._loaded is not None and not self._loaded.done():
+            self._loaded.set_result(why)
+
     def take_all(self) -> list[Item]:
         items = list(self._items.values())
         self._items.clear()
@@ -220,8 +235,7 @@ class Slot:
         self._dying.add(process)
         was_stopped = process.is_stopped  # then the item is late because its process is frozen
         process.kill()
-        stopped = "the reward's process was stopped"
-        self._lose((lambda item: self._reports.died(item, stopped)) if was_stopped else self._reports.late)
+        self._lose(self._blame("was stopped") if was_stopped else self._reports.late)
 
     def _on_exit(self, process: PluginProcess) -> None:
         self._dying.discard(process)
@@ -231,7 +245,10 @@ class Slot:
         if self._loaded is not None and not self._loaded.done():
             self._loaded.set_result(f"its process {how}")
         elif self._is_ready:
-            self._lose(lambda item: self._reports.died(item, f"the reward's process {how}"))
+            self._lose(self._blame(how))
+
+    def _blame(self, how: str) -> Callable[[Item], None]:
+        return lambda item: self._reports.died(item, f"the reward's process {how}", Outcome.INFRASTRUCTURE)
 
     def _lose(self, blame: Callable[[Item], None]) -> None:
         """Handle the loss of the process: report the item that ended it, send the others again, start another process.
@@ -267,3 +284,11 @@ class Slot:
             self.broken_by = reason if attempt == num_tries - 1 else ""
             await asyncio.sleep(0.0 if self.broken_by else _BACKOFF_S * 2**attempt)
         self._reports.broken(self.broken_by)
+
+
+async def watch(slots: Sequence[Slot]) -> None:
+    """Look at the processes of the slots again and again, until it is cancelled."""
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        for slot in slots:
+            slot.look()
