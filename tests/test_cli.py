@@ -276,6 +276,14 @@ def test_schemas_are_json(name: str, capsys: pytest.CaptureFixture[str]):
     assert json.loads(capsys.readouterr().out)["type"] == "object"
 
 
+def test_environments_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert main(["environments", "list"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("calculator", "tool_use", "agent"):
+        assert name in shown
+    assert "posttrain.environments.calculator:calculator" in shown
+
+
 def test_rewards_are_listed(capsys: pytest.CaptureFixture[str]):
     assert main(["rewards", "list"]) == 0
     assert "final_answer" in capsys.readouterr().out

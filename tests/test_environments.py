@@ -326,8 +326,12 @@ async def by_id(session, row):
     what = row.id
     if what == "silent": return 1.0
     if what == "exit at once": os._exit(3)
+    before = session.tokens_left
     turn = await session.sample()
     match what:
+        case "left":
+            assert (session.turn, before - session.tokens_left) == (1, turn.num_tokens)
+            assert [message.text for message in session.messages] == ["a question", turn.text]
         case "text": return "1"
         case "role": await session.add("wizard", "x")
         case "content": await session.add("user", {"a": 1})
@@ -351,6 +355,7 @@ async def by_id(session, row):
         case "prints":
             for _ in range(1000): print("x" * 1000)
             os.write(1, b"y" * 100_000)
+        case "memory": kept = bytearray(20 << 30)
         case "huge": await session.add("user", "x" * 10**7)
         case "twice":
             await asyncio.gather(session.sample(), session.sample())
@@ -368,7 +373,8 @@ async def by_id(session, row):
 def test_what_an_environment_does_costs_its_own_episode(worlds, tiny_tokenizer):
     """All at once in one process, which one of them hangs and another one ends."""
     names = ["silent", "exit at once", "text", "role", "content", "spin", "spins in a call", "sleep", "raise"]
-    rows = [question(name) for name in [*names, "for ever", "files", "prints", "huge", "twice", "fine"]]
+    names += ["for ever", "files", "prints", "memory", "huge", "twice", "left", "fine"]
+    rows = [question(name) for name in names]
     environment = {"name": f"{worlds}:by_id", "timeout_s": 1.0, "tool_parser": "pythonic"}
     found = play(tiny_tokenizer, environment, rows, lambda _: "4 4")
     ended = {name: rollouts[0] for name, rollouts in found.items()}
@@ -384,6 +390,7 @@ def test_what_an_environment_does_costs_its_own_episode(worlds, tiny_tokenizer):
         ("sleep", Outcome.TIMEOUT, "the environment did nothing for 1 s"),
         ("raise", Outcome.ERROR, "ValueError: bad thing (worlds.py:"),
         ("files", Outcome.ERROR, "Too many open files"),
+        ("memory", Outcome.ERROR, "MemoryError"),
         ("huge", Outcome.ERROR, "content has 10000000 characters"),
         ("twice", Outcome.ERROR, "cannot sample while a turn of the policy is sampled"),
     ):
@@ -393,7 +400,7 @@ def test_what_an_environment_does_costs_its_own_episode(worlds, tiny_tokenizer):
     assert len(ended["raise"].segments) == 5  # what it had is kept
     full = ended["for ever"]
     assert (scored["for ever"].result.value, full.finish_reason) == (0.0, FinishReason.LENGTH)
-    for name in ("prints", "fine"):
+    for name in ("prints", "left", "fine"):
         assert scored[name].result.value == 1.25
         assert scored[name].result.parts == {
             "turn 1": 0.25,
