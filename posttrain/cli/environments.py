@@ -45,7 +45,9 @@ def environments_new(
 def environments_install(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="A file with PACKAGES, or an adapter such as reasoning_gym.", show_default=False),
+        typer.Argument(
+            metavar="NAME", help="A file with PACKAGES, or reasoning_gym or another adapter.", show_default=False
+        ),
     ],
     folder: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="The new interpreter's folder. Default: .venv-NAME.")
