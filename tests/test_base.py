@@ -269,6 +269,42 @@ def test_training_is_reproducible(trained, tmp_path):
     assert all(torch.equal(tensor, weights(again.dir)[name]) for name, tensor in weights(trained[1].dir).items())
 
 
+class CutAt(StageContext):
+    """The context of a stage that is interrupted as soon as it has done its fourth step."""
+
+    def progress(self, done, total, unit, *, values=None):
+        if done == 4:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_training_that_was_cut_goes_on_to_the_same_weights(trained, tmp_path):
+    (tmp_path / "stage").mkdir()
+    config, parts = SMALL.model_copy(update={"cache": False}), ("stage", tmp_path / "stage", tmp_path / "events.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, CutAt(*parts))
+    assert not (tmp_path / "stage" / "model").exists()
+    run(config, StageContext(*parts))
+    events = [event for event in read_jsonl(tmp_path / "events.jsonl") if event["event"] == "resumed"]
+    assert len(events) == 1
+    assert 3 <= events[0]["step"] < SMALL.steps
+    assert all(
+        torch.equal(tensor, weights(tmp_path / "stage")[name]) for name, tensor in weights(trained[1].dir).items()
+    )
+    assert [line["step"] for line in read_jsonl(tmp_path / "stage" / "metrics.jsonl")] == [SMALL.steps]
+    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["data", "metrics.jsonl", "model"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_training_is_not_continued(tmp_path):
+    (tmp_path / "stage").mkdir()
+    config, parts = SMALL.model_copy(update={"cache": False}), ("stage", tmp_path / "stage", tmp_path / "events.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, CutAt(*parts))
+    run(config.model_copy(update={"adam_learning_rate": 1e-3}), StageContext(*parts))
+    assert not any(event["event"] == "resumed" for event in read_jsonl(tmp_path / "events.jsonl"))
+
+
 def test_the_cache_key_covers_all_that_the_weights_depend_on():
     key = cache_key(SMALL, 0)
     assert key == cache_key(SMALL.model_copy(update={"cache": False}), 0)

@@ -6,6 +6,8 @@ the step takes 1/N of the time, and every process ends with the same weights.
 Source: Muon (Jordan et al. 2024), Nesterov momentum and the quintic Newton-Schulz iteration with its coefficients.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -35,9 +37,9 @@ class Muon:
     def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95):
         self._momentum = momentum
         self._world = dist.get_world_size() if dist.is_initialized() else 1
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._shares = _share_out(parameters, self._world)
-        self._own = self._shares[rank]
+        self._own = self._shares[self._rank]
         self._velocity = [torch.zeros_like(parameter) for parameter in self._own]
         self._longest = max(sum(parameter.numel() for parameter in share) for share in self._shares)
 
@@ -55,6 +57,20 @@ class Muon:
                 # With this factor an update moves the output by the same amount for wide and for tall matrices.
                 scale = max(1.0, parameter.shape[-2] / parameter.shape[-1]) ** 0.5
                 parameter.add_(update.view_as(parameter), alpha=-learning_rate * scale)
+
+    def momentum(self) -> list[list[torch.Tensor]] | None:
+        """The momentum of the matrices of each process, on the first one; None on others. Every process calls it."""
+        if self._world == 1:
+            return [self._velocity]
+        gathered: list[Any] | None = [None] * self._world if self._rank == 0 else None
+        dist.gather_object(self._velocity, gathered)
+        return gathered
+
+    @torch.no_grad()
+    def continue_from(self, momentum: list[list[torch.Tensor]]) -> None:
+        """Take the momentum of this process. momentum: as the method of that name returned it."""
+        for velocity, saved in zip(self._velocity, momentum[self._rank], strict=True):
+            velocity.copy_(saved)
 
     def _exchange(self, updates: list[torch.Tensor]) -> list[torch.Tensor]:
         """Exchange updates. Returns the flat updates of every share in order, without the padding of the exchange."""

@@ -6,9 +6,8 @@ one dies, the others fail in the next exchange. If the process that started them
     every step, on each process:
       own documents -> forward, backward -> sum of gradients over processes -> Muon (own matrices, exchanged) + AdamW
 
-Rank 0 writes one JSON line for each step to stdout, and saves the model at the end. There is no checkpoint, because the
-whole training takes about as long as starting the tools around it. It runs on the CPU, in fp32, with one thread for
-each process.
+Rank 0 writes one JSON line for each step to stdout, a checkpoint now and then, and the model at the end. A training
+that was cut goes on from the checkpoint. It runs on the CPU, in fp32, with one thread for each process.
 """
 
 import json
@@ -17,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from posttrain.actors.parent import die_with_parent
+from posttrain.base.checkpoint import Checkpoints, is_due
 from posttrain.base.config import StageConfig
 from posttrain.base.corpus import Document
 from posttrain.base.courses import COURSES
@@ -44,8 +45,8 @@ _UNNORMED_RATE = 0.25  # of the learning rate of AdamW
 def main(spec_path: str) -> None:
     """Train as a spec says.
 
-    Its keys: "config", "seed", "out" (the model folder to write), "parent" (process id of the process that starts this
-    one).
+    Its keys: "config", "seed", "out" (the model folder to write), "checkpoints" and "training" (see `Checkpoints`),
+    "parent" (process id of the process that starts this one).
     """
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     die_with_parent(spec["parent"])
@@ -57,7 +58,8 @@ def main(spec_path: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = f"file://{Path(spec_path).with_suffix('.store')}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=config.processes)
-    model, tokenizer = _train(config, spec["seed"], rank, metrics=metrics)
+    checkpoints = Checkpoints(Path(spec["checkpoints"]), spec["training"])
+    model, tokenizer = _train(config, spec["seed"], rank, checkpoints=checkpoints, metrics=metrics)
     if rank == 0:
         out = Path(spec["out"])
         # The coefficient is for this stage alone; later stages choose their own.
@@ -86,7 +88,7 @@ def _own_stdout() -> TextIO:
     return metrics
 
 
-def _train(config: StageConfig, seed: int, rank: int, *, metrics: TextIO) -> tuple[Any, Any]:
+def _train(config: StageConfig, seed: int, rank: int, *, checkpoints: Checkpoints, metrics: TextIO) -> tuple[Any, Any]:
     course = COURSES[config.puzzles]
     tokenizer = course.build_tokenizer()
     model = course.build_model(config.model, tokenizer, config.balance_coefficient, seed=seed)
@@ -94,14 +96,17 @@ def _train(config: StageConfig, seed: int, rank: int, *, metrics: TextIO) -> tup
     matrices, others = _split_parameters(model)
     muon = Muon(matrices)
     adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
-    batches = _batches(config, seed, rank, tokenizer=tokenizer)
-    for step in range(config.steps):
+    done = checkpoints.load(model, muon, adam)
+    batches = islice(_batches(config, seed, rank, tokenizer=tokenizer), done, None)
+    for step in range(done, config.steps):
         started = time.perf_counter()
         values = _backward(model, next(batches), tokenizer.pad_token_id, config=config)
         scale = _update(model, muon, adam, config=config, step=step)
         if rank == 0:
             line = {"step": step + 1, **values, "lr_scale": scale, "step_s": time.perf_counter() - started}
             print(json.dumps(line), file=metrics, flush=True)
+        if is_due(step + 1, config.steps):
+            checkpoints.save(step + 1, model, muon=muon, adam=adam)
     return model, tokenizer
 
 

@@ -1,7 +1,7 @@
 """The stage `base`: train the quick start's model from random weights, and write its datasets.
 
-The result depends on the config and the seed alone. A base that was trained before is taken from the cache. The
-datasets take no time, and are always written.
+The result depends on the config and the seed alone. A base that was trained before is taken from the cache, and a
+training that was cut goes on from its checkpoint. The datasets take no time, and are always written.
 """
 
 import time
@@ -14,7 +14,7 @@ from posttrain.base.courses import COURSES
 from posttrain.base.sets import draw_sets, write_sets
 from posttrain.base.train import train_base
 from posttrain.context import StageContext
-from posttrain.files import remove, replacing
+from posttrain.files import keep_lines, remove, replacing
 
 _METRICS_EVERY = 10
 
@@ -54,32 +54,40 @@ def _cache_entry(config: StageConfig, seed: int) -> str:
 
 
 def _train(config: StageConfig, context: StageContext) -> None:
-    scratch = context.dir / "scratch"
+    scratch, checkpoints = context.dir / "scratch", context.dir / "checkpoints"
     remove(scratch)
     scratch.mkdir(parents=True)
     started = time.time()
     reporter = _Reporter(config, context)
     with replacing(context.dir / "model") as aside:
-        train_base(config, context.seed, aside, scratch=scratch, on_step=reporter.on_step)
+        train_base(config, context.seed, aside, scratch=scratch, checkpoints=checkpoints, on_step=reporter.on_step)
     ended = time.time()
     for rank in range(config.processes):
         context.busy(f"trainer-{rank}", "base training", start=started, end=ended)
     remove(scratch)
+    remove(checkpoints)
 
 
 class _Reporter:
-    """Reports the line of each step as progress, and means over `_METRICS_EVERY` steps as metrics."""
+    """Reports the line of each step as progress, and means over `_METRICS_EVERY` steps as metrics.
+
+    The first line tells where the training begins. Metrics of later steps, from before it was cut, are removed.
+    """
 
     def __init__(self, config: StageConfig, context: StageContext):
         self._steps = config.steps
         self._context = context
         self._window: list[Mapping[str, Any]] = []
+        self._has_begun = False
 
     def on_step(self, values: Mapping[str, Any]) -> None:
         step = int(values["step"])
+        if not self._has_begun:
+            self._has_begun = True
+            self._begin(step - 1)
         self._window.append(values)
         self._context.progress(step, self._steps, "steps", values={"loss": round(values["loss"], 3)})
-        if len(self._window) < _METRICS_EVERY and step < self._steps:
+        if step % _METRICS_EVERY and step < self._steps:
             return
         reply_tokens = sum(line["reply_tokens"] for line in self._window)
         metrics = {
@@ -90,3 +98,8 @@ class _Reporter:
         }
         self._context.metrics(step, metrics)
         self._window.clear()
+
+    def _begin(self, done: int) -> None:
+        keep_lines(self._context.dir / "metrics.jsonl", lambda line: line["step"] <= done)
+        if done:
+            self._context.event("resumed", step=done)

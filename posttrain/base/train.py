@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import posttrain
+from posttrain.base.cache import cache_key
 from posttrain.base.config import StageConfig
 from posttrain.errors import StageError
 
@@ -16,12 +17,19 @@ _STOP_GRACE_S = 5.0
 
 
 def train_base(
-    config: StageConfig, seed: int, out: Path, *, scratch: Path, on_step: Callable[[Mapping[str, object]], None]
+    config: StageConfig,
+    seed: int,
+    out: Path,
+    *,
+    scratch: Path,
+    checkpoints: Path,
+    on_step: Callable[[Mapping[str, object]], None],
 ) -> None:
-    """Train a base model into the folder `out`.
+    """Train a base model into the folder `out`, from its checkpoint if there is one.
 
-    scratch: an existing folder for the log and for the file through which the processes meet. on_step: called with the
-    metrics of each step: step (from 1), loss, tokens, reply_tokens, lr_scale, step_s.
+    scratch: an existing folder for the log and for the file through which the processes meet. checkpoints: a folder,
+    which is made. on_step: called with the metrics of each step: step (from 1), loss, tokens, reply_tokens, lr_scale,
+    step_s.
     Raises `StageError` with the end of the log if a process fails.
     """
     spec = scratch.resolve() / "spec.json"
@@ -31,6 +39,8 @@ def train_base(
         "config": config.model_dump(mode="json"),
         "seed": seed,
         "out": str(out.resolve()),
+        "checkpoints": str(checkpoints.resolve()),
+        "training": cache_key(config, seed),
         "parent": os.getpid(),
     }
     spec.write_text(json.dumps(settings), encoding="utf-8")
