@@ -73,7 +73,8 @@ class Row(Struct, frozen=True):
     """One validated row of a dataset.
 
     id: unique within its dataset (the row's own `id`, else made from its file and line).
-    capability: what the row exercises (math, coding, ...); quotas, strata and results are by capability.
+    capability: what the row exercises (math, coding, ...); quotas, strata and results are by capability, and
+        by modality.
     messages: the conversation. A prompt ends with a user or tool turn; a supervised example with an assistant turn.
     answer: what a reward compares with, or None.
     fields: every other column of the row as it was read, for reward plug-ins.

@@ -17,13 +17,16 @@ from posttrain.data.images.references import load_image
 from posttrain.data.images.store import ImageStore
 from posttrain.data.images.take import ImageReader
 from posttrain.data.rows import store_rows
+from posttrain.data.strata import sampled_places
 from posttrain.errors import ConfigError
+from posttrain.filtering.selection import select
 from posttrain.records import DrawnPrompt, ImagePart, Message, Prompt, Row, TextPart, VersionSpan
 from posttrain.rl.loop.places import BatchPlaces
 from posttrain.rl.loop.staleness import StalenessQueue
 from posttrain.rl.prompts.beliefs import Beliefs
 from posttrain.rl.prompts.config import ModalityCurriculumConfig, PromptsConfig
 from posttrain.rl.prompts.lengths import plain_prompts
+from posttrain.rl.prompts.profile import profiled_places
 from posttrain.rl.prompts.progress import Progress
 from posttrain.rl.prompts.quotas import mixture_shares, moved_shares, places, scattered
 from posttrain.rl.prompts.selection import Selection
@@ -73,6 +76,21 @@ def test_prompts_are_drawn_by_the_quotas_of_modalities(by_beliefs):
     quotas = islice(places(mixture_shares(ROWS, {}, modalities=SHARES)), 48)
     drawn = Counter(source.draw(quota, order).row.id[0] for order, quota in enumerate(quotas))
     assert drawn == {"t": 24, "i": 12, "m": 12}
+
+
+# What divides rows fairly: each is given rows of "math", 40 of text and 8 with a picture, and takes 12 of them.
+DIVIDED = {
+    "the filter's selection": lambda rows: select(rows, [float(row.id[0] == "t") for row in rows], 0.25)[0],
+    "an evaluation's sample": lambda rows: [rows[place] for place in sampled_places(rows, 12)],
+    "a profile's sample": lambda rows: [rows[place] for place in profiled_places(rows, 12, seed=3)],
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_rows_with_pictures_keep_their_share_of_a_capability(name):
+    rows = [*(row_of(f"t{n}", "math", 0) for n in range(40)), *(row_of(f"i{n}", "math", 1) for n in range(8))]
+    taken = Counter(row.id[0] for row in DIVIDED[name](rows))
+    assert taken == {"t": 10, "i": 2}
 
 
 def expected(rows: list[Row], name: str) -> float:

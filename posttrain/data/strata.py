@@ -1,15 +1,24 @@
-"""Divides places among strata, such as capabilities, and orders rows independently of their order in the file."""
+"""Divides places among strata (capabilities, and modalities within them), and orders rows whatever their order in the
+file is.
+"""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from posttrain.data.arrays import gathered
+from posttrain.data.images.modality import modality_of
 from posttrain.data.ranked import Ranked
 from posttrain.records import Row
 
 if TYPE_CHECKING:
     from posttrain.data.arrays import Places
+
+
+def stratum_of(row: Row) -> str:
+    """The stratum of a row: its capability, and its modality if it shows pictures, such as "math, image"."""
+    modality = modality_of(row)
+    return row.capability if modality == "text" else f"{row.capability}, {modality}"
 
 
 def hash_order(seed: int, name: str) -> int:
@@ -43,7 +52,7 @@ def proportional_shares(sizes: Mapping[str, int], total: int, seed: int = 0) -> 
 
 
 def sampled_places(rows: Sequence[Row], limit: int | None) -> "Places":
-    """The places of all rows, or of `limit` of them with a fair share of each capability, in their order.
+    """The places of all rows, or of `limit` of them with a fair share of each stratum, in their order.
 
     The choice depends only on the rows' ids, not on a seed, so that two policies are measured on the same prompts.
     """
@@ -56,5 +65,5 @@ def sampled_places(rows: Sequence[Row], limit: int | None) -> "Places":
 
 
 def by_hash(rows: Sequence[Row], seed: int) -> Iterator[tuple[str, float, int]]:
-    """What `Ranked` needs to order the rows of each capability by a hash of their ids."""
-    return ((row.capability, 0.0, hash_order(seed, row.id)) for row in rows)
+    """What `Ranked` needs to order the rows of each stratum by a hash of their ids."""
+    return ((stratum_of(row), 0.0, hash_order(seed, row.id)) for row in rows)

@@ -84,8 +84,9 @@ class FilterConfig(JudgeQuestion):
     )
     stratify: bool = Field(
         default=True,
-        description="Keep the same share of every capability, to within one row, so that a capability whose rows are "
-        "all easy stays in the data. false keeps the hardest rows, whatever their capability.",
+        description="Keep the same share of every capability, and within one of every modality (text, one picture, "
+        "several), to within one row, so that a kind of rows that are all easy stays in the data. false keeps the "
+        "hardest rows, whatever they are about.",
     )
     resources: FilterResources = Field(
         default_factory=FilterResources, description="CPUs and GPUs of the judge's engines."

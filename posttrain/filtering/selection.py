@@ -11,7 +11,7 @@ import numpy as np
 from posttrain.data.arrays import where, zeros
 from posttrain.data.ranked import Ranked
 from posttrain.data.stored import pick
-from posttrain.data.strata import hash_order, proportional_shares
+from posttrain.data.strata import hash_order, proportional_shares, stratum_of
 from posttrain.records import Row
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def places_kept(
     """The places of the rows that are kept, and of those that are dropped, both in order.
 
     scores: hardness of each row, higher is harder. keep_fraction: in (0, 1]; exactly round(keep_fraction * N) of N
-    rows are kept. stratify: each capability keeps its proportional share, to within one row (see
-    `proportional_shares`), and within a capability no dropped row is harder than a kept one. Without `stratify`, no
+    rows are kept. stratify: each stratum (`stratum_of`) keeps its proportional share, to within one row (see
+    `proportional_shares`), and within a stratum no dropped row is harder than a kept one. Without `stratify`, no
     dropped row at all is harder than a kept one. A seeded hash of the row's id decides between equal scores, so the
     order of the file does not matter. Raises ValueError for a score that is not finite.
     """
@@ -60,4 +60,4 @@ def _hardest_first(
     for row, score in zip(rows, scores, strict=True):
         if not math.isfinite(score):
             raise ValueError(f"row {row.id!r} has the score {score}; all rows need finite scores")
-        yield row.capability if stratify else "", -score, hash_order(seed, row.id)
+        yield stratum_of(row) if stratify else "", -score, hash_order(seed, row.id)

@@ -121,7 +121,7 @@ def profile_prompts(
 
 
 def profiled_places(rows: Sequence[Row], limit: int | None, seed: int) -> list[int]:
-    """The places of the rows in random order, or `limit` of them, spread evenly over the capabilities."""
+    """The places of the rows in random order, or `limit` of them, spread evenly over the strata."""
     if limit is None or limit >= len(rows):
         order = list(range(len(rows)))
     else:
