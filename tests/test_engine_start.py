@@ -1,9 +1,12 @@
 """An engine's start on a machine as it is: the length that its model allows, its cache on a CPU, why it failed."""
 
+import contextlib
 import json
 import os
 import pickle
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +17,11 @@ from posttrain.errors import ConfigError, StageError
 from posttrain.eval.config import EvalConfig
 from posttrain.filtering.config import FilterConfig
 from posttrain.model.length import engine_length, model_length
+from posttrain.pipeline.engines import attention_problems
 from posttrain.pipeline.lengths import length_problems, settled
 from posttrain.rl.config import RlConfig
 from posttrain.sampling.arguments import cpu_cache_arguments, engine_arguments
+from posttrain.sampling.cpu_attention import HEAD_DIMS, attention_faults
 from posttrain.sampling.kv_memory import cpu_kv_cache_bytes, free_bytes, token_bytes
 from posttrain.sampling.start_failure import PrintedSince, start_error
 
@@ -64,15 +69,16 @@ def test_a_config_that_does_not_say_leaves_the_length_open(tmp_path: Path, text:
     assert engine_length(EngineConfig(), folder) == DEFAULT_LENGTH
 
 
-def configs(path: str) -> dict[str, Any]:
+def configs(path: str, gpus: float = 0.0) -> dict[str, Any]:
+    """Of stages with an engine, the last with two; each engine has so many GPUs."""
     model, data, reward = {"path": path}, {"path": "p.jsonl"}, {"name": "math"}
     judge = {"model": model, "engine": {"max_model_len": 300}}
-    resources = {"judge": {"cpus": 1}}
+    rated, sampled = {"judge": {"cpus": 1, "gpus": gpus}}, {"rollout": {"gpus": gpus}}
     return {
-        "filter": FilterConfig.model_validate({"judge": model, "data": data}),
-        "eval": EvalConfig.model_validate({"model": model, "data": data, "reward": reward}),
+        "filter": FilterConfig.model_validate({"judge": model, "data": data, "resources": rated}),
+        "eval": EvalConfig.model_validate({"model": model, "data": data, "reward": reward, "resources": sampled}),
         "rl": RlConfig.model_validate(
-            {"model": model, "prompts": data, "reward": reward, "judge": judge, "resources": resources}
+            {"model": model, "prompts": data, "reward": reward, "judge": judge, "resources": rated | sampled}
         ),
     }
 
@@ -108,6 +114,72 @@ def test_a_reply_longer_than_the_model_is_refused_with_its_reason(tmp_path: Path
     (problem,) = length_problems(config)
     assert "sampling.max_tokens is 1024; it must be below engine.max_model_len (512)" in problem
     assert "can hold 512 tokens" in problem
+
+
+# ------------------------------------------------------------------ what attention on a CPU can compute
+
+HEADS = {"model_type": "llama4_text", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 32}
+UNFIT = {
+    "a head of 16": ({"head_dim": 16}, {}, "heads have a size of 16 .head_dim.*; serve the model on a GPU"),
+    "a head of the width": ({"head_dim": None, "hidden_size": 160}, {}, "heads have a size of 40"),
+    "a chunk of 40": ({"attention_chunk_size": 40}, {}, "within 40 tokens .*multiple of the 32 tokens.*; serve the"),
+    "a chunk of 96": ({"attention_chunk_size": 96}, {"block_size": 64}, "within 96 tokens .*; set block_size: 32"),
+}
+FIT = {
+    "whole chunks": {"attention_chunk_size": 96},
+    "no chunk": {"attention_chunk_size": None},
+    "another use of the key": {"model_type": "made_up", "attention_chunk_size": 40},
+    "compressed keys": {"head_dim": 16, "kv_lora_rank": 8},
+    "no sizes": {"hidden_size": None, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_model_that_attention_on_a_cpu_cannot_compute_is_named(name: str):
+    changes, engine, message = UNFIT[name]
+    (fault,) = attention_faults(HEADS | changes, EngineConfig(**engine))
+    assert re.search(message, fault)
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_other_models_are_not_refused(name: str):
+    assert not list(attention_faults(HEADS | FIT[name], EngineConfig()))
+
+
+@pytest.mark.parametrize(("kind", "key"), [("filter", "engine"), ("eval", "engine"), ("rl", "engine"), ("rl", "judge")])
+def test_it_is_told_before_an_engine_starts_and_of_engines_on_cpus_alone(tmp_path: Path, kind: str, key: str):
+    folder = folder_of(tmp_path, {"text_config": {**HEADS, "head_dim": 24}})
+    config, start = configs(folder)[kind], f"{'judge.engine' if key == 'judge' else key}: got the model in {folder!r}"
+    assert sum(line.startswith(start) for line in attention_problems(config)) == 1
+    with pytest.raises(ConfigError, match="heads have a size of 24"):
+        settled(config, "test")
+    assert attention_problems(configs(folder, gpus=1.0)[kind]) == []
+
+
+@pytest.mark.slow  # importing vLLM's CPU attention starts a process
+def test_the_rules_are_those_of_vllm():
+    """Its kernel plans attention for these sizes of heads and for no other; and its chunks are whole blocks."""
+    import torch
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+    from vllm.v1.attention.backends.utils import make_local_attention_virtual_batches
+
+    lengths, starts = torch.tensor([8], dtype=torch.int32), torch.tensor([0, 8], dtype=torch.int32)
+    for dtype in (torch.float32, torch.bfloat16):
+        planned = []
+        for head_dim in range(16, 545, 16):
+            isa = _get_attn_isa(dtype, 32, head_dim)
+            with contextlib.suppress(RuntimeError):
+                ops.cpu_attn_get_scheduler_metadata(
+                    1, 2, 1, head_dim, lengths, dtype, starts, True, -1, isa, enable_kv_split=False
+                )
+                planned.append(head_dim)
+        assert planned == list(HEAD_DIMS)
+    batch: Any = SimpleNamespace(
+        query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=lengths, block_table_tensor=torch.zeros(1, 4)
+    )
+    with pytest.raises(AssertionError, match="attn_chunk_size 40 is not divisible by block_size 32"):
+        make_local_attention_virtual_batches(40, batch, 32)
 
 
 # ------------------------------------------------------------------ the cache on a CPU

@@ -2,7 +2,7 @@
 
 config.py graph.py references.py    YAML, overrides and ${stage.output} become checked nodes
 kinds.py layers.py                  the table of the kinds of stage; the table of who may import whom
-inputs.py model_folders.py packages.py lengths.py rendering.py doubts.py   checks before anything starts
+inputs.py model_folders.py packages.py engines.py lengths.py rendering.py doubts.py   checks before anything starts
 hashing.py changes.py decide.py replace.py   which stages run again, continue or are skipped, and why
 plan.py                             the resolved plan: inputs, outputs, CPUs, GPUs, memory
 run.py schedule.py stage_process.py adapters.py   run the stages as Ray tasks, each in a process of its own

@@ -16,6 +16,7 @@ from posttrain.config.base import NO_VARIABLES, Config, config_problems
 from posttrain.config.trackers import TrackersConfig
 from posttrain.errors import ConfigError
 from posttrain.pipeline.config import RawPipeline, RawStage, read_pipeline
+from posttrain.pipeline.engines import attention_problems
 from posttrain.pipeline.inputs import input_problems
 from posttrain.pipeline.kinds import KINDS, StageKind, load_schema, unknown_kind
 from posttrain.pipeline.lengths import length_problems
@@ -119,7 +120,7 @@ def load_pipeline(source: str | Path | Mapping[str, object] | RawPipeline, overr
         missing = package_problems(node.config, node.stage_kind)
         problems += [f"{node.name}: kind {node.kind} {line}" for line in missing]
         found = tracker_problems(node.config) + input_problems(node.config, node.stage_kind)
-        found += length_problems(node.config)
+        found += length_problems(node.config) + attention_problems(node.config)
         problems += [_located(node, problem) for problem in found]
     cycle = find_cycle({node.name: node.needs for node in nodes})
     if cycle:

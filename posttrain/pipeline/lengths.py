@@ -12,13 +12,10 @@ from pydantic import BaseModel
 
 from posttrain.config.base import Config, validate_config
 from posttrain.config.engines import EngineConfig
-from posttrain.config.models import ServedModelConfig
 from posttrain.errors import ConfigError
-from posttrain.judging.config import JudgeQuestion
 from posttrain.model.adapter import base_folder
 from posttrain.model.length import ModelLength, engine_length, model_length
-from posttrain.pipeline.inputs import walk
-from posttrain.pipeline.references import has_reference
+from posttrain.pipeline.engines import attention_problems, engines_of
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -42,9 +39,10 @@ def settled(config: ConfigT, source: str) -> ConfigT:
     """The config with the length of every engine filled in, no longer than its model supports.
 
     source: file or name of the config, for error messages. Raises ConfigError for a length in the config that is too
-    long, and for a model whose length leaves no room for what other keys require, such as `max_tokens`.
+    long, for a model whose length leaves no room for what other keys require, such as `max_tokens`, and for one that an
+    engine on a CPU cannot compute.
     """
-    if problems := length_problems(config):
+    if problems := length_problems(config) + attention_problems(config):
         raise ConfigError(source, problems)
     data = config.model_dump()
     for key, engine, path, _ in _engines(config):
@@ -72,13 +70,7 @@ def _set(data: dict, key: str, tokens: int) -> None:
 
 def _engines(config: BaseModel) -> Iterator[tuple[str, EngineConfig, str, ModelLength]]:
     """(key path, engine, folder of its model, length of the model) of each engine whose model's length is known."""
-    for key, section in walk(config):
-        engine = getattr(section, "engine", None)
-        if not isinstance(engine, EngineConfig):
-            continue
-        model = section.source if isinstance(section, JudgeQuestion) else getattr(section, "model", None)
-        if not isinstance(model, ServedModelConfig) or has_reference(model.path):
-            continue
-        length = model_length(base_folder(model.path))
+    for asked in engines_of(config):
+        length = model_length(base_folder(asked.path))
         if length is not None:
-            yield f"{key}.engine" if key else "engine", engine, model.path, length
+            yield asked.key, asked.engine, asked.path, length

@@ -13,6 +13,7 @@ vllm_requests.py          a request as vLLM takes it, its output as a completion
 loads.py                   how many replies each engine samples at a time, and how fast, as events
 watch.py progress.py      whether the engine's core process is alive, and what its vLLM worker is doing
 start_failure.py kv_memory.py   why an engine did not start; the size of its KV cache on a CPU
+cpu_attention.py          which models vLLM's attention on a CPU cannot compute
 manifests.py weights.py transfer.py   where weights are; through shared memory; from GPU to GPU
 segments.py               how the ranks of a trainer write their parts of the weights into one segment
 vllm_extension.py vllm_scheduler.py   our code that runs inside vLLM's processes
