@@ -11,7 +11,7 @@ file is read and not executed: of a function only the parameters and the docstri
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,18 +77,23 @@ def check_environment_rows(config: EnvironmentConfig | None, rows: Sequence[Row]
     """
     if config is None:
         return rows
-    for row in rows:
-        if config.key_of(row.capability) is not None and pictures_of(row.messages):
-            raise DataError(
-                f"row {row.id!r}: it has pictures, and its capability {row.capability!r} an environment; episodes take "
-                "text only; name environments by other capabilities (environment.by_capability), or remove the row"
-            )
+    check_shown(config, rows)
     for key, function in config.functions.items():
         check_environment(function.name, function.args, python=function.python or "")
         environment_tools(function)
         own = (row for row in rows if config.key_of(row.capability) == key)
         check_fields(RewardSpec(function.name, function.args), own, kind=ENVIRONMENT)
     return pick(rows, [place for place, row in enumerate(rows) if not config.gives_reward(row.capability)])
+
+
+def check_shown(config: EnvironmentConfig, rows: Iterable[Row]) -> None:
+    """Raise DataError for a row with pictures that an environment would get."""
+    for row in rows:
+        if config.key_of(row.capability) is not None and pictures_of(row.messages):
+            raise DataError(
+                f"row {row.id!r}: it has pictures, and its capability {row.capability!r} an environment; episodes take "
+                "text only; name environments by other capabilities (environment.by_capability), or remove the row"
+            )
 
 
 def environment_tools(environment: EnvironmentFunctionConfig) -> list[dict[str, Any]]:

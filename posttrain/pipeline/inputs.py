@@ -19,7 +19,7 @@ from posttrain.config.images import ImagesConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.config.rewards import RewardFunctionConfig
 from posttrain.config.training import ParallelConfig
-from posttrain.data.images.tiles import multimodal_config
+from posttrain.data.images.tiles import fitting_processor, multimodal_config
 from posttrain.errors import CheckpointError, ConfigError, UserError
 from posttrain.judging.config import EndpointConfig
 from posttrain.model.adapter import adapter_problems, base_folder, is_adapter
@@ -28,7 +28,7 @@ from posttrain.model.adapter_targets import target_problems
 from posttrain.parallel.engine import lora_problems
 from posttrain.pipeline.kinds import Rows, StageKind, kind_name
 from posttrain.pipeline.model_folders import model_folder_problems, quantized_problems
-from posttrain.pipeline.plugins import CHECKED_ROWS, plugin_problems, rows_without_fields
+from posttrain.pipeline.plugins import CHECKED_ROWS, plugin_problems, unfit_rows
 from posttrain.pipeline.references import has_reference
 
 SHOWN_ROWS = 5
@@ -106,7 +106,7 @@ def _row_problems(config: BaseModel, kind: StageKind) -> list[str]:
     for found in inputs if rewards else []:
         value = found.value
         if isinstance(value, DataConfig) and data_kind(found.key, kind) == "prompt" and not _refers(value):
-            problems += [f"{found.key}: {line}" for line in rows_without_fields(value, config, rewards)[:SHOWN_ROWS]]
+            problems += [f"{found.key}: {line}" for line in unfit_rows(value, config, rewards)[:SHOWN_ROWS]]
     return problems
 
 
@@ -129,23 +129,26 @@ def _adapter_problems(config: BaseModel) -> list[str]:
 
 
 def _mixture_problems(config: BaseModel) -> list[str]:
-    """The capabilities of RL's mixture that no prompt has.
+    """The capabilities and modalities of RL's batches that no prompt has.
 
     Only datasets of fewer than `CHECKED_ROWS` rows are checked.
     """
-    mixture, data = getattr(config, "mixture", None), getattr(config, "prompts", None)
-    if not mixture or not isinstance(data, DataConfig) or _refers(data):
+    mixture, modalities = getattr(config, "mixture", None), getattr(config, "modalities", None)
+    data = getattr(config, "prompts", None)
+    if not (mixture or modalities) or not isinstance(data, DataConfig) or _refers(data):
         return []
+    from posttrain.data.images.section import passing_reader
     from posttrain.data.rows import load_rows
     from posttrain.rl.prompts.quotas import mixture_shares
 
-    rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS)
+    with passing_reader(images_of(config)) as reader:
+        rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS, images=reader)
     if len(rows) == CHECKED_ROWS:
         return []
     try:
-        mixture_shares(rows, mixture, "prompt")
+        mixture_shares(rows, mixture or {}, "prompt", modalities=modalities)
     except ConfigError as error:
-        return [f"mixture.{problem}" for problem in error.problems]
+        return [f"{error.source}.{problem}" for problem in error.problems]
     return []
 
 
@@ -206,7 +209,7 @@ def images_of(config: BaseModel) -> ImagesConfig | None:
 
 
 def _image_problems(config: BaseModel) -> list[str]:
-    """The problem if a stage is to take pictures and its model takes none."""
+    """The problem if a stage is to take pictures and its model takes none, or has another model's processor."""
     model = getattr(config, "model", None) or getattr(config, "judge", None)  # of the filter
     if images_of(config) is None or not isinstance(model, ServedModelConfig) or has_reference(model.path):
         return []
@@ -217,6 +220,10 @@ def _image_problems(config: BaseModel) -> list[str]:
         multimodal_config(folder)
     except CheckpointError as error:
         return [f"images: {error}; or remove images"]
+    try:
+        fitting_processor(folder)
+    except CheckpointError as error:
+        return [f"images: {error}"]
     if is_adapter(model.path) and not adapter_problems(model.path) and not adapted_parts(model.path):
         return [
             f"images: got the adapters {model.path!r}, which were trained on the text model alone and stand for a "

@@ -45,14 +45,19 @@ def plugin_files(plugin: RewardFunctionConfig | EnvironmentFunctionConfig) -> li
     return [Path(target.path) for target in targets if target.path]
 
 
-def rows_without_fields(data: DataConfig, config: Any, rewards: Sequence[RewardFunctionConfig]) -> list[str]:
-    """One line for each of the first rows that lacks a field which its environment, or a reward of it, needs."""
+def unfit_rows(data: DataConfig, config: Any, rewards: Sequence[RewardFunctionConfig]) -> list[str]:
+    """One line for each of the first rows that lacks a field which its environment, or a reward of it, needs; and one
+    for the first that has pictures and an environment.
+    """
+    from posttrain.data.images.section import passing_reader
     from posttrain.data.rows import load_rows
+    from posttrain.episodes.tools import check_shown
     from posttrain.scoring.plugins.lookup import ENVIRONMENT, RewardSpec
     from posttrain.scoring.plugins.requirements import missing_fields
 
     try:
-        rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS)
+        with passing_reader(getattr(config, "images", None)) as reader:
+            rows = load_rows(data, kind="prompt", limit=CHECKED_ROWS, images=reader)
     except UserError:  # data_problems reports it
         return []
     environment: EnvironmentConfig | None = getattr(config, "environment", None)
@@ -63,6 +68,8 @@ def rows_without_fields(data: DataConfig, config: Any, rewards: Sequence[RewardF
     given = [] if getattr(config, "judge", None) is None else ["judge"]  # RL's judge gives its verdict to the reward
     lines: list[str] = []
     try:
+        if environment is not None:
+            check_shown(environment, rows)
         for reward in rewards:
             met = bare if isinstance(reward, VerifierConfig) else plain
             lines += missing_fields(RewardSpec(reward.name, reward.args), met, given)

@@ -120,12 +120,7 @@ def tile_rule(folder: str | Path, tokenizer: Tokenizer) -> TileRule:
     """
     folder = Path(folder)
     config = multimodal_config(folder)
-    vision = config["vision_config"]
-    whole = read_object(folder / "processor_config.json") or {}
-    images = whole.get("image_processor") or read_object(folder / "preprocessor_config.json")
-    if not isinstance(images, dict):
-        raise CheckpointError(f"{folder}: no image processor (processor_config.json or preprocessor_config.json)")
-    tile, features = _fitting(folder, images, processor=whole, vision=vision)
+    images, tile, features = fitting_processor(folder)
     known = tokenizer.get_vocab()
     if missing := [token for token in TOKENS if token not in known]:
         raise CheckpointError(f"{folder}: its tokenizer lacks {', '.join(missing)}, which stand for pictures")
@@ -145,8 +140,8 @@ def multimodal_config(folder: Path) -> dict[str, Any]:
     config = read_object(folder / "config.json") or {}
     if not _is_multimodal(config):
         raise CheckpointError(
-            f"{folder}: model_type is {config.get('model_type')!r}, which takes no images; rows with images need a "
-            "multimodal Llama 4 (model_type llama4, with a vision_config)"
+            f"{folder}: model_type is {config.get('model_type')!r}, which takes no images here; rows with images need "
+            "a multimodal Llama 4 (model_type llama4, with a vision_config)"
         )
     return config
 
@@ -160,8 +155,16 @@ def _is_multimodal(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == "llama4" and isinstance(config.get("vision_config"), dict)
 
 
-def _fitting(folder: Path, images: dict, *, processor: dict, vision: dict) -> tuple[int, int]:
-    """(side of a tile, features of a tile). Raises `CheckpointError` where processor and model differ."""
+def fitting_processor(folder: Path) -> tuple[dict[str, Any], int, int]:
+    """(the image processor's config, side of a tile, features of a tile) of a multimodal folder, from its JSON files.
+
+    Raises `CheckpointError` if the folder has no vision encoder or no processor, or where the two differ.
+    """
+    vision = multimodal_config(folder)["vision_config"]
+    processor = read_object(folder / "processor_config.json") or {}
+    images = processor.get("image_processor") or read_object(folder / "preprocessor_config.json")
+    if not isinstance(images, dict):
+        raise CheckpointError(f"{folder}: no image processor (processor_config.json or preprocessor_config.json)")
     size = images.get("size") or {}
     tile = size.get("height", 336)
     patch, ratio = processor.get("patch_size", 14), processor.get("pixel_shuffle_ratio", 0.5)
@@ -172,4 +175,4 @@ def _fitting(folder: Path, images: dict, *, processor: dict, vision: dict) -> tu
                 f"{folder}: the processor has {name} {got}, and the model {own[name]} (vision_config in config.json); "
                 "take the processor that belongs to the model"
             )
-    return tile, round((tile // patch) ** 2 * ratio**2)
+    return images, tile, round((tile // patch) ** 2 * ratio**2)
