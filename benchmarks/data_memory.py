@@ -75,15 +75,15 @@ def load_rl(path: Path) -> None:
     """Read, check and draw, as RL does, but for the rendering by a chat template."""
     from posttrain.config.base import validate_config
     from posttrain.rl.config import RlConfig
+    from posttrain.rl.inputs import read_rows
     from posttrain.rl.prompts.beliefs import Beliefs
     from posttrain.rl.prompts.fingerprints import dataset_fingerprint
     from posttrain.rl.prompts.selection import Selection
     from posttrain.rl.prompts.source import PromptSource
-    from posttrain.rl.stage import _rows
 
     settings = {"model": {"path": "policy"}, "prompts": {"path": str(path)}, "reward": {"name": "exact_match"}}
     config = validate_config(RlConfig, settings, "benchmark")
-    rows = _rows(config)
+    rows = read_rows(config)
     dataset_fingerprint(rows)
     selection = Selection(Beliefs(rows, config.selection.half_life), group_size=config.group_size, seed=0)
     source = PromptSource(rows, config.systems, lambda row, messages: (1,), seed=0, selection=selection)

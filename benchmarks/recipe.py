@@ -6,7 +6,8 @@ An arm is the quick start without DPO and with some keys changed. It starts from
 whole quick start of the same seed (quickstart.py), where these are the same. So a difference comes from what was
 changed, and from chance.
 The result of each arm and seed is written into benchmarks/results/recipe.json as soon as it is there, so that runs may
-be made in pieces (resumable.py says what the options do). In the end the table is printed, and docs/recipe.svg drawn.
+be made in pieces (resumable.py says what the options do). In the end docs/recipe.md is written and docs/recipe.svg
+drawn.
 
 Accuracy is greedy, on 400 held-out
 puzzles; pass@8 is of 100 of them. How often instructions are followed is measured on the same puzzles, with the
@@ -25,14 +26,14 @@ from typing import Any
 
 import yaml
 from quickstart import run_seed
-from recipe_table import picture, table
+from recipe_table import page, picture
 from resumable import run_arms
 
 from posttrain.files import read_jsonl, write_jsonl
 from posttrain.resources import bundled_dir
 
 HERE = Path(__file__).parent
-RESULTS, PICTURE = HERE / "results" / "recipe.json", HERE.parent / "docs" / "recipe.svg"
+RESULTS, DOCS = HERE / "results" / "recipe.json", HERE.parent / "docs"
 CONTROL = "recipe"
 FOLLOWED = {"worked": "Show your work.", "alone": "Give the answer alone."}
 CHECKED = [{"text": "", "weight": 2}] + [
@@ -43,12 +44,14 @@ CHECKED = [{"text": "", "weight": 2}] + [
 
 @dataclass(frozen=True)
 class Arm:
-    """A variant of the quick start. keys: overrides. against: the arm that it is compared with.
+    """A variant of the quick start. claim: what it tests, in words. keys: overrides. against: the arm that it is
+    compared with.
 
     dpo: whether DPO follows RL. is_followed: whether it is measured how often the model follows instructions.
     """
 
     text: str
+    claim: str = ""
     keys: tuple[str, ...] = ()
     against: str = CONTROL
     dpo: bool = False
@@ -57,31 +60,67 @@ class Arm:
 
 ARMS = {
     CONTROL: Arm("the quick start, without DPO"),
-    "random_half": Arm("SFT on a random half of the rows, not the judge's", ("sft.data.path=RANDOM_HALF",)),
-    "all_rows": Arm("SFT on all rows", ("sft.data.path=${base.sft_data}",)),
-    "heavy_sft": Arm("heavy SFT: 8 epochs", ("sft.epochs=8",)),
+    "random_half": Arm(
+        "SFT on a random half of the rows, not the judge's",
+        "The half that the judge keeps is worth more than a random half",
+        ("sft.data.path=RANDOM_HALF",),
+    ),
+    "all_rows": Arm(
+        "SFT on all rows",
+        "The half that the judge keeps is worth more than all rows",
+        ("sft.data.path=${base.sft_data}",),
+    ),
+    "heavy_sft": Arm("heavy SFT: 8 epochs", "Light SFT leaves more to RL than heavy SFT", ("sft.epochs=8",)),
     "band": Arm(
         "prompts of a profile's band in turn, which is fixed before RL",
+        "A band of medium prompts that a profile found is enough, and prompts need not be selected while RL runs",
         ("rl.profile={samples: 8, prompts: 600, band: [0.1, 0.7]}", "rl.selection={draw: in_turn}"),
     ),
-    "in_turn": Arm("all prompts in turn", ("rl.profile=null", "rl.selection={draw: in_turn}")),
-    "first_two": Arm("groups begin with two replies", ("rl.selection={first_replies: 2}", "rl.profile=null")),
-    "no_replacement": Arm("groups without an advantage are not replaced", ("rl.drop_zero_advantage=false",)),
-    "plain": Arm("RL without system instructions", ("rl.systems.instructions=[]",), is_followed=True),
+    "in_turn": Arm(
+        "all prompts in turn", "Prompts need no selection", ("rl.profile=null", "rl.selection={draw: in_turn}")
+    ),
+    "first_two": Arm(
+        "groups begin with two replies",
+        "Groups may begin with two replies, and go on where these disagree",
+        ("rl.selection={first_replies: 2}", "rl.profile=null"),
+    ),
+    "no_replacement": Arm(
+        "groups without an advantage are not replaced",
+        "Groups without an advantage need not be replaced",
+        ("rl.drop_zero_advantage=false",),
+    ),
+    "plain": Arm(
+        "RL without system instructions",
+        "Varied system instructions cost nothing",
+        ("rl.systems.instructions=[]",),
+        is_followed=True,
+    ),
     "checked": Arm(
         "RL with system instructions that are checked",
+        "Rewarding that instructions are followed costs nothing",
         (f"rl.systems.instructions={json.dumps(CHECKED)}",),
         against="plain",
         is_followed=True,
     ),
     **{
-        f"staleness_{bound}": Arm(f"max_staleness {bound} (the quick start has 3)", (f"rl.max_staleness={bound}",))
+        f"staleness_{bound}": Arm(
+            f"max_staleness {bound} (the quick start has 3)",
+            f"Replies may be up to {bound} versions old" if bound else "RL needs replies of its own version",
+            (f"rl.max_staleness={bound}",),
+        )
         for bound in (0, 1, 4, 8)
     },
-    "kv_keep": Arm("replies go on with the cache of the old weights", ("rl.weights.kv=keep",)),
-    "dpo_light": Arm("then light DPO, as in the quick start", dpo=True),
+    "kv_keep": Arm(
+        "replies go on with the cache of the old weights",
+        "What the engine computed with old weights may be kept",
+        ("rl.weights.kv=keep",),
+    ),
+    "dpo_light": Arm("then light DPO, as in the quick start", "Light DPO after RL helps", dpo=True),
     "dpo_heavy": Arm(
-        "then heavy DPO: 10 times the rate, 3 epochs", ("dpo.optimizer.learning_rate=1e-3", "dpo.epochs=3"), dpo=True
+        "then heavy DPO: 10 times the rate, 3 epochs",
+        "Heavy DPO after RL helps",
+        ("dpo.optimizer.learning_rate=1e-3", "dpo.epochs=3"),
+        dpo=True,
     ),
 }
 
@@ -176,8 +215,9 @@ def main() -> None:
         run=run_arm,
         shown=lambda found: f"{found['accuracy']:.1%}, {found['rl_tokens']} tokens in RL",
     )
-    print(table(ARMS, runs))
-    PICTURE.write_text(picture(ARMS, runs))
+    (DOCS / "recipe.svg").write_text(picture(ARMS, runs))
+    (DOCS / "recipe.md").write_text(page(ARMS, runs))
+    print(page(ARMS, runs))
 
 
 if __name__ == "__main__":

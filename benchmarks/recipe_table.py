@@ -1,4 +1,4 @@
-"""The table and the picture of recipe.py, from its results."""
+"""The page of the docs and the picture that recipe.py makes of its results."""
 
 import statistics
 from collections.abc import Mapping
@@ -31,11 +31,34 @@ def interval(values: list[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
+PAGE = """# What each part of the recipe does
+
+Written by `python benchmarks/recipe.py`. Each line is the [quick start](../pipelines/quickstart.yaml) with one part
+changed, from the same base, judge and SFT where these are the same: a tiny model, 36 steps of RL. So these are findings
+about this task and this size, not about others. Accuracy is greedy, on 400 held-out puzzles; pass@8 is of 100 of them;
+both are means over the seeds. The interval is Student's, 95%, of the difference over the seeds. Tokens are what RL
+sampled, without evaluations. Runs were made two at a time, beside other programs, so no times are given;
+[the speed of RL](rl.md#speed) has them. `benchmarks/results/recipe.json` has every run.
+
+{table}
+
+![points of accuracy against the control, by arm](recipe.svg)
+
+{sentences}
+"""
+
+
+def page(arms: Mapping[str, Any], runs: Runs) -> str:
+    """The page of the docs: the table, the picture, and a sentence for each arm."""
+    said = "\n".join(f"- {sentence}" for sentence in sentences(arms, runs))
+    return PAGE.format(table=table(arms, runs), sentences=said)
+
+
 def table(arms: Mapping[str, Any], runs: Runs) -> str:
     """Markdown: a line for each arm; of one that was not run it says so."""
     lines = [
         "| arm | seeds | accuracy after SFT, at the end | pass@8 after SFT, at the end | points against the control "
-        "| tokens and time of RL |",
+        "| thousand tokens of RL |",
         "|---|---|---|---|---|---|",
     ]
     for name, arm in arms.items():
@@ -44,19 +67,25 @@ def table(arms: Mapping[str, Any], runs: Runs) -> str:
             lines.append(f"| {arm.text} | none | not run | | | |")
             continue
         found = [runs[f"{name}/{seed}"] for seed in seeds]
-        pairs = [" to ".join(f"{_mean(f[key][stage] for f in found):.1%}" for stage in found[0][key]) for key in KEYS]
+        pairs = [", ".join(f"{_mean(f[key][stage] for f in found):.1%}" for stage in found[0][key]) for key in KEYS]
         values = differences(name, arm.against, runs) if name != arm.against else []
-        cost = f"{_mean(f['rl_tokens'] for f in found) / 1e3:.0f}k, {_mean(f['rl_s'] for f in found):.0f} s"
-        lines.append(f"| {arm.text} | {', '.join(seeds)} | {pairs[0]} | {pairs[1]} | {_said(values)} | {cost} |")
-    followed = [
-        f"Of 400 replies each, {arms[name].text}: "
-        + ", ".join(f"{share:.1%} {ASKED[key]}" for key, share in runs[f"{name}/{seed}"]["followed"].items())
-        + f" (seed {seed})."
-        for name in arms
-        for seed in seeds_of(name, runs)
-        if "followed" in runs[f"{name}/{seed}"]
-    ]
-    return "\n".join(lines + [""] * bool(followed) + followed)
+        tokens = f"{_mean(f['rl_tokens'] for f in found) / 1e3:.0f}"
+        lines.append(f"| {arm.text} | {', '.join(seeds)} | {pairs[0]} | {pairs[1]} | {_points(values)} | {tokens} |")
+    return "\n".join(lines)
+
+
+def sentences(arms: Mapping[str, Any], runs: Runs) -> list[str]:
+    """For each arm that was run: its claim, and what was found. Then how often instructions were followed."""
+    found = []
+    for name, arm in arms.items():
+        if name != arm.against and (values := differences(name, arm.against, runs)):
+            found.append(f"{arm.claim}? {arm.text}, against {arms[arm.against].text}: {_said(values)}.")
+    for name, arm in arms.items():
+        of_seeds = [runs[f"{name}/{seed}"] for seed in seeds_of(name, runs)]
+        if shares := [run["followed"] for run in of_seeds if "followed" in run]:
+            told = (f"{_mean(share[key] for share in shares):.1%} {text}" for key, text in ASKED.items())
+            found.append(f"Of 400 replies of each seed, {arm.text}: {', '.join(told)}.")
+    return found
 
 
 KEYS = ("greedy", "pass@k")
@@ -67,14 +96,20 @@ def _mean(values: Any) -> float:
     return statistics.fmean(list(values))
 
 
-def _said(values: list[float]) -> str:
+def _points(values: list[float]) -> str:
     if not values:
         return ""
     if (found := interval(values)) is None:
         return f"{values[0]:+.1f}, one seed, no interval"
-    low, high = found
-    verdict = "no difference found" if low <= 0 <= high else "better" if low > 0 else "worse"
-    return f"{statistics.fmean(values):+.1f} [{low:+.1f}, {high:+.1f}]: {verdict}"
+    return f"{statistics.fmean(values):+.1f} [{found[0]:+.1f}, {found[1]:+.1f}]"
+
+
+def _said(values: list[float]) -> str:
+    found = interval(values)
+    if found is None:
+        return f"{_points(values)}, so nothing is shown"
+    verdict = "no difference was found" if found[0] <= 0 <= found[1] else "better" if found[0] > 0 else "worse"
+    return f"{verdict}, {_points(values)} points over {len(values)} seeds"
 
 
 def picture(arms: Mapping[str, Any], runs: Runs) -> str:

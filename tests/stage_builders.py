@@ -517,14 +517,15 @@ def _rollout(prompt: Any, index: int, length: int = 2) -> Rollout:
 
 def rl_rows(config: Any) -> Any:
     from posttrain.data.images.section import passing_reader
+    from posttrain.rl.inputs import read_inputs, read_rows
     from posttrain.rl.loop.evaluation import heldout_rows
     from posttrain.rl.prompts.profile import profiled_places
-    from posttrain.rl.stage import _render, _rows
 
     with passing_reader(config.images) as images:
-        rows = _rows(config, images=images)
+        rows = read_rows(config, images=images)
         heldout = heldout_rows(config, config.evaluation, images=images)
-        prompts, evaluated = _render(config, rows, heldout, images=images)[1:]
+        read = read_inputs(config, rows, heldout, images=images)
+        prompts, evaluated = read.prompts, read.evaluated
         # Without the file of the pictures, which lies in another folder each time.
         shown = [
             [(item.system, item.prompt.messages, item.prompt.token_ids) for item in part]

@@ -32,12 +32,13 @@ from posttrain.filtering.stage import VerdictsById
 from posttrain.filtering.stage import split as split_rated
 from posttrain.judging.verdicts import verdict_of
 from posttrain.records import Message, RewardResult, Row, Scored, VersionSpan
-from posttrain.rl import stage as rl_stage
+from posttrain.rl import inputs
 from posttrain.rl.config import RlConfig
 from posttrain.rl.loop.evaluation import heldout_rows
 from posttrain.rl.prompts.band import select_band
 from posttrain.rl.prompts.fingerprints import dataset_fingerprint
 from posttrain.rl.prompts.profile import profiled_places
+from posttrain.rl.prompts.source import prompt_source
 from posttrain.sft import stage as sft_stage
 from posttrain.sft.config import SftConfig
 from posttrain.sft.packing import to_records
@@ -214,10 +215,11 @@ def test_what_rl_prepares_lies_on_disk(tmp_path: Path, policy: Path, draw: str) 
             "engine": {"max_model_len": 4096},
         }
         config = validate_config(RlConfig, settings, "test")
-        rows, heldout = rl_stage._rows(config), heldout_rows(config, config.evaluation)
-        tokenizer, drawn, evaluated = rl_stage._render(config, rows, heldout)
+        rows, heldout = inputs.read_rows(config), heldout_rows(config, config.evaluation)
+        read = inputs.read_inputs(config, rows, heldout)
+        tokenizer, drawn, evaluated = read.tokenizer, read.prompts, read.evaluated
         asked = drawn.at(profiled_places(rows, count - 2, seed=0))
-        source = rl_stage.prompt_source(config, select_band([], rows, None), [], tokenizer=tokenizer, seed=0)
+        source = prompt_source(config, select_band([], rows, None), [], tokenizer=tokenizer, seed=0)
         for order in range(count):
             source.draw(rows[0].capability, order)
         if source._selection is not None:

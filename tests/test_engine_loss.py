@@ -156,8 +156,8 @@ def test_a_profile_survives_the_kill_of_its_engines_core(
     from posttrain.data.ends import end_token_ids
     from posttrain.model.tokenizer import load_tokenizer
     from posttrain.rl.config import RlConfig
+    from posttrain.rl.inputs import draw_plain, read_rows
     from posttrain.rl.prompts.profile import profile_prompts
-    from posttrain.rl.stage import _draw_plain, _rows
     from posttrain.sampling.client import Engines
 
     (tmp_path / "reward.py").write_text("def longer(rollout, row):\n    return float(len(rollout.token_ids) > 3)\n")
@@ -172,7 +172,7 @@ def test_a_profile_survives_the_kill_of_its_engines_core(
     }
     config = validate_config(RlConfig, data, "test")
     tokenizer = load_tokenizer(config.model.path)
-    prompts = _draw_plain(_rows(config), tokenizer, config)
+    prompts = draw_plain(read_rows(config), tokenizer, config)
     both = contexts(tmp_path, monkeypatch, signal.SIGKILL, "core")
     for context in both:
         with Engines(context, config.model, config.engine, resources=config.resources.rollout) as engines:

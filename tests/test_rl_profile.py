@@ -300,13 +300,13 @@ PROFILE = """
     from posttrain.model.tokenizer import load_tokenizer
     from posttrain.rl.config import RlConfig
     from posttrain.rl.prompts.profile import profile_prompts
-    from posttrain.rl.stage import _draw_plain, _rows
+    from posttrain.rl.inputs import draw_plain, read_rows
     from posttrain.sampling.client import Engines
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     config = validate_config(RlConfig, json.loads(Path("config.json").read_text()), "test")
     tokenizer = load_tokenizer(config.model.path)
-    prompts = _draw_plain(_rows(config), tokenizer, config)
+    prompts = draw_plain(read_rows(config), tokenizer, config)
     stop_ids = tuple(end_token_ids(tokenizer))
     contexts = [StageContext(name, Path(name), Path(name) / "events.jsonl") for name in sys.argv[1:]]
     with Engines(contexts[0], config.model, config.engine, resources=config.resources.rollout) as engines:

@@ -44,6 +44,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("history",),
         ("config",),
         ("loop",),
+        ("inputs",),
         ("stage",),
     ),
 }

@@ -11,6 +11,7 @@
     history/                   ledger, archive, resume, replay
     config.py                  all keys of an RL stage: the sections of the rooms, and the keys of the loop
     loop/                      the controller that joins them
+    inputs.py                  what the stage reads before anything starts
     stage.py                   the stage from start to end
 
 Rooms import only from those above them in this list; so a room cannot take `RlConfig`, only its own section.

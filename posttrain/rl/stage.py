@@ -2,24 +2,20 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
-from posttrain.data.chat import Messages, check_special_tokens
 from posttrain.data.ends import end_token_ids, note_added_end
-from posttrain.data.images.render import Pictures, for_template
 from posttrain.data.images.section import image_reader, pictures_for
-from posttrain.data.images.take import ImageReader
-from posttrain.data.rows import store_rows
-from posttrain.data.shown import Tools
-from posttrain.data.stored import Derived, Stored
+from posttrain.data.images.store import ImageStore
+from posttrain.data.stored import Derived
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.episodes.rollouter import EnvironmentRollouter
-from posttrain.episodes.tools import row_renderer, row_tools
 from posttrain.errors import TrainerLostError
 from posttrain.judging.backend import PreparedJudge, open_judge, prepare_judge
 from posttrain.model.adapter_start import started_lora
@@ -27,25 +23,22 @@ from posttrain.model.sharing import note_unshared
 from posttrain.parallel.engine import check_parallel
 from posttrain.records import DrawnPrompt, Row
 from posttrain.rl.config import RlConfig
-from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.judge import Judge
-from posttrain.rl.grading.verifiers import check_rewardable
 from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.history.recovery import MODEL, commit_result, finished_outputs, open_ledger
+from posttrain.rl.inputs import Inputs, read_inputs, read_rows
 from posttrain.rl.loop.adapter_check import check_adapters
 from posttrain.rl.loop.controller import Controller
-from posttrain.rl.loop.evaluation import heldout_prompts, heldout_rows
+from posttrain.rl.loop.evaluation import heldout_rows
 from posttrain.rl.loop.parts import Parts
 from posttrain.rl.loop.resume import resume
 from posttrain.rl.loop.scaling import Choice
 from posttrain.rl.loop.start import allowed_gap
 from posttrain.rl.loop.tally import unscored_totals
 from posttrain.rl.prompts.band import select_band
-from posttrain.rl.prompts.beliefs import strata_of
 from posttrain.rl.prompts.difficulty import Difficulty
 from posttrain.rl.prompts.fingerprints import check_resumed, run_fingerprints
-from posttrain.rl.prompts.lengths import check_room, plain_prompts
 from posttrain.rl.prompts.measured import first_group_figures
 from posttrain.rl.prompts.profile import profile_figures, profile_prompts, profiled_places
 from posttrain.rl.prompts.quotas import mixture_shares
@@ -63,7 +56,7 @@ def run(config: RlConfig, context: StageContext, choose_engines: Callable[..., C
     config = config.model_copy(update={"lora": started_lora(config.model, config.lora, config.images)})
     check_parallel(config.parallel, config.model, config.lora)
     reader = image_reader(config.images, context.dir)
-    rows = _rows(config, context, images=reader)
+    rows = read_rows(config, context, images=reader)
     heldout = heldout_rows(config, config.evaluation, context, images=reader)
     # A capability or modality that no row has is found before anything starts.
     mixture_shares(rows, config.mixture, "prompt", modalities=config.modalities)
@@ -75,58 +68,70 @@ def run(config: RlConfig, context: StageContext, choose_engines: Callable[..., C
     if config.shared_prefixes:
         note_unshared(config.model, context)
     trained, config = config, with_whole_policy(config, context)
-    tokenizer, prompts, evaluated = _render(config, rows, heldout, images=reader)
-    note_added_end(tokenizer, context)
+    inputs = read_inputs(config, rows, heldout, images=reader)
+    note_added_end(inputs.tokenizer, context)
     check_reference(config.loss.reference, config.model)
     prepared = prepare_judge(config.judge) if config.judge is not None else None
     with ExitStack() as models:
-        store = None if reader is None else reader.store.path.absolute()
-        starts = TrainerStarts(trained, context, store)
-        models.callback(starts.close)
-        if not _share_gpu(config):
-            starts.begin()  # beside the engines; on their GPU it would disturb the measurement of free memory
-        engines = models.enter_context(
-            Engines(context, config.model, config.engine, resources=config.resources.rollout)
+        starts = TrainerStarts(trained, context, _folder(inputs.store))
+        return _run_with(
+            config, context, inputs, models=models, starts=starts, prepared=prepared, choose=choose_engines
         )
-        starts.begin()
-        judge = _start_judge(prepared, config.resources.judge, context, models=models)
-        reference = Reference(config, context.seed, store) if config.resources.reference is not None else None
-        if reference is not None:
-            models.callback(reference.close)
-        stop_ids = tuple(end_token_ids(tokenizer))
-        rollouter = partial(_rollouter, config, tokenizer, context.seed)  # each event loop has its own
-        profile = _profile(
-            config, context, engines, prompts=prompts, judge=judge, stop_ids=stop_ids, rollouter=rollouter
-        )
-        selected = select_band(profile, rows, config.profile.band if config.profile is not None else None)
-        ledger = open_ledger(context.dir)
-        models.callback(ledger.close)
-        models.callback(starts.close)  # first of all, as long as the engines stand
-        _check_same(ledger, config, rows, context=context)
-        measured = [item for item in profile if item.n]
-        pictures = pictures_for(reader and reader.store, config.model.path, tokenizer)
-        shares = mixture_shares(selected, config.mixture, modalities=config.modalities)
 
-        def make_parts() -> Parts:
-            own = AdaptersOff(starts.trainer) if config.loss.reference is not None else None
-            source = prompt_source(config, selected, profile, tokenizer=tokenizer, seed=context.seed, pictures=pictures)
-            archive = RolloutArchive(context.dir / "rollouts", tokenizer)
-            return Parts(
-                engines, starts.trainer, reference or own, source, shares, archive, ledger,
-                stop_ids, evaluated, judge, measured, len(profile) - len(measured), rollouter(),
-                _forecast(config, context, choose_engines),
-            )  # fmt: skip
 
-        parts, figures = _train_to_the_end(config, context, starts, make_parts=make_parts, prompts=prompts)
-        outputs = {
-            **_selection_figures(config, context, selected, parts=parts, is_profiled=bool(profile)),
-            "selected_prompts": len(selected),
-            "selected_by_capability": dict(Counter(row.capability for row in selected)),
-            **figures,
-        }
-        ledger.set_fact("outputs", outputs)
-        asyncio.run(commit_result(context.dir, ledger))
-        return outputs
+def _run_with(
+    config: RlConfig,
+    context: StageContext,
+    inputs: Inputs,
+    *,
+    models: ExitStack,
+    starts: TrainerStarts,
+    prepared: PreparedJudge | None,
+    choose: Callable[..., Choice] | None,
+) -> dict[str, Any]:
+    """Start the models, profile and train. models: ends what is started. choose: see `run`."""
+    rows, tokenizer, store = inputs.rows, inputs.tokenizer, inputs.store
+    models.callback(starts.close)
+    if not _share_gpu(config):
+        starts.begin()  # beside the engines; on their GPU it would disturb the measurement of free memory
+    engines = models.enter_context(Engines(context, config.model, config.engine, resources=config.resources.rollout))
+    starts.begin()
+    judge = _start_judge(prepared, config.resources.judge, context, models=models)
+    reference = _start_reference(config, context.seed, store, models=models)
+    stop_ids = tuple(end_token_ids(tokenizer))
+    rollouter = partial(_rollouter, config, tokenizer, context.seed)  # each event loop has its own
+    profile = _profile(
+        config, context, engines, prompts=inputs.prompts, judge=judge, stop_ids=stop_ids, rollouter=rollouter
+    )
+    selected = select_band(profile, rows, config.profile.band if config.profile is not None else None)
+    ledger = open_ledger(context.dir)
+    models.callback(ledger.close)
+    models.callback(starts.close)  # first of all, as long as the engines stand
+    _check_same(ledger, config, rows, context=context)
+    measured = [item for item in profile if item.n]
+    pictures = pictures_for(store, config.model.path, tokenizer)
+    shares = mixture_shares(selected, config.mixture, modalities=config.modalities)
+
+    def make_parts() -> Parts:
+        own = AdaptersOff(starts.trainer) if config.loss.reference is not None else None
+        source = prompt_source(config, selected, profile, tokenizer=tokenizer, seed=context.seed, pictures=pictures)
+        archive = RolloutArchive(context.dir / "rollouts", tokenizer)
+        return Parts(
+            engines, starts.trainer, reference or own, source, shares, archive, ledger,
+            stop_ids, inputs.evaluated, judge, measured, len(profile) - len(measured), rollouter(),
+            _forecast(config, context, choose),
+        )  # fmt: skip
+
+    parts, figures = _train_to_the_end(config, context, starts, make_parts=make_parts, prompts=inputs.prompts)
+    outputs = {
+        **_selection_figures(config, context, selected, parts=parts, is_profiled=bool(profile)),
+        "selected_prompts": len(selected),
+        "selected_by_capability": dict(Counter(row.capability for row in selected)),
+        **figures,
+    }
+    ledger.set_fact("outputs", outputs)
+    asyncio.run(commit_result(context.dir, ledger))
+    return outputs
 
 
 def _train_to_the_end(
@@ -160,47 +165,10 @@ def _selection_figures(
     return first_group_figures(config, context.dir, selected, found=parts.source.first_groups())
 
 
-def _render(
-    config: RlConfig, rows: Sequence[Row], heldout: Sequence[Row], *, images: ImageReader | None = None
-) -> tuple[Tokenizer, Derived[Row, DrawnPrompt], Derived[Row, DrawnPrompt]]:
-    """The policy's tokenizer, and what it makes of the prompts to train on and of those to evaluate on.
-
-    images: has taken the pictures of the rows; None for a stage that takes none.
-    """
-    from posttrain.model.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
-    _check_special_tokens(tokenizer, config, rows, heldout=heldout)
-    pictures = pictures_for(images and images.store, config.model.path, tokenizer)
-    prompts = _draw_plain(rows, tokenizer, config, pictures=pictures)
-    render, store = row_renderer(tokenizer, config.environment, pictures), images and images.store
-    return tokenizer, prompts, heldout_prompts(config, heldout, render, store=store)
-
-
-def _check_special_tokens(
-    tokenizer: Tokenizer, config: RlConfig, rows: Sequence[Row], *, heldout: Sequence[Row]
-) -> None:
-    evaluated = config.evaluation.data if config.evaluation is not None else config.prompts
-    for data, those in ((config.prompts, rows), (evaluated, heldout)):
-        check_special_tokens(tokenizer, data, _texts(config, those))
-
-
 def _rollouter(config: RlConfig, tokenizer: Tokenizer, seed: int) -> EnvironmentRollouter | None:
     if config.environment is None:
         return None
     return EnvironmentRollouter(config.environment, tokenizer, length=config.engine.length, seed=seed)
-
-
-def _texts(config: RlConfig, rows: Sequence[Row]) -> Iterator[tuple[str, Messages, Tools]]:
-    return ((f"row {row.id!r}", for_template(row.messages), row_tools(config.environment, row) or None) for row in rows)
-
-
-def _rows(config: RlConfig, context: StageContext | None = None, *, images: ImageReader | None = None) -> Stored[Row]:
-    rows = store_rows(config.prompts, kind="prompt", stage="rl", context=context, images=images)
-    check_rewardable(config, rows)
-    if config.selection.predictor is not None:
-        strata_of(rows, config.selection.predictor)  # a row without this field is found before anything starts
-    return rows
 
 
 def _profile(
@@ -222,22 +190,6 @@ def _profile(
     )
 
 
-def _draw_plain(
-    rows: Sequence[Row], tokenizer: Tokenizer, config: GradingConfig, *, pictures: Pictures | None = None
-) -> Derived[Row, DrawnPrompt]:
-    """Each row as a prompt without a system instruction. Raises DataError if one leaves no room for a reply."""
-    render, store = row_renderer(tokenizer, config.environment, pictures), pictures and pictures.store
-    prompts = plain_prompts(rows, render, store)
-    check_room(
-        prompts,
-        render,
-        config.systems.instructions,
-        max_tokens=config.sampling.max_tokens,
-        max_model_len=config.engine.length,
-    )
-    return prompts
-
-
 def _start_judge(
     prepared: PreparedJudge | None, resources: ActorResources | None, context: StageContext, *, models: ExitStack
 ) -> Judge | None:
@@ -246,6 +198,18 @@ def _start_judge(
         return None
     backend = models.enter_context(open_judge(prepared, context, resources))
     return Judge(prepared, backend)
+
+
+def _folder(store: ImageStore | None) -> Path | None:
+    return None if store is None else store.path.absolute()
+
+
+def _start_reference(config: RlConfig, seed: int, store: ImageStore | None, *, models: ExitStack) -> Reference | None:
+    if config.resources.reference is None:
+        return None
+    reference = Reference(config, seed, _folder(store))
+    models.callback(reference.close)
+    return reference
 
 
 def _forecast(
