@@ -105,10 +105,15 @@ ARMS = {
     **{
         f"staleness_{bound}": Arm(
             f"max_staleness {bound} (the quick start has 3)",
-            f"Replies may be up to {bound} versions old" if bound else "RL needs replies of its own version",
+            claim,
             (f"rl.max_staleness={bound}",),
         )
-        for bound in (0, 1, 4, 8)
+        for bound, claim in (
+            (0, "RL needs replies of its own version"),
+            (1, "Replies may be one version old"),
+            (4, "Replies may be four versions old"),
+            (8, "Replies may be eight versions old"),
+        )
     },
     "kv_keep": Arm(
         "replies go on with the cache of the old weights",

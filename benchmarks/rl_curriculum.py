@@ -10,6 +10,7 @@ trains on as many groups with an advantage, all others are dropped and replaced,
   selection    the default: prompts drawn by beliefs, without a profile
   first_two    the same, and groups begin with two replies
   predictor    as `selection`, and each kind of puzzle (the field `kind` of the rows) has a fitted prior of its own
+  predictor_two  as `predictor`, and groups begin with two replies
   oracle       the medium prompts alone, drawn in turn: the bound for anything that has to find them
 
 The target of a pool is the accuracy at the start plus TARGET_SHARE of the smallest gain of an arm, so that all arms
@@ -58,6 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "selection": {},
     "first_two": {"selection": {"first_replies": 2}},
     "predictor": {"selection": {"predictor": "kind"}},
+    "predictor_two": {"selection": {"predictor": "kind", "first_replies": 2}},
     "oracle": IN_TURN,
 }
 
