@@ -390,6 +390,28 @@ def test_a_rollout_of_several_turns_is_archived_and_read_back(tmp_path):
     assert sample.staleness == (2, 2, 2, 1)
 
 
+def test_an_archive_that_is_closed_has_written_what_it_was_given(tmp_path):
+    prompt = DrawnPrompt(ROWS[0], None, Prompt(ROWS[0].messages, (1, 2, 3)))
+    archive = RolloutArchive(tmp_path, Tokenizer())
+    archive.add(
+        ScoredGroup(Group(0, prompt, (tool_rollout(),)), (1.0,), ("",), (0.5,)),
+        step=0,
+        trainer_version=0,
+        status="trained",
+    )
+
+    async def run():
+        archive.write(0)
+        waiting = asyncio.ensure_future(archive.written())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    asyncio.run(run())
+    archive.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000.parquet"]
+
+
 def test_a_file_of_the_archive_that_could_not_be_written_ends_the_run(tmp_path):
     prompt = DrawnPrompt(ROWS[0], None, Prompt(ROWS[0].messages, (1, 2, 3)))
     group = ScoredGroup(Group(0, prompt, (tool_rollout(),)), (1.0,), ("",), (0.5,))

@@ -268,8 +268,11 @@ def _train(
         context.event("adapters_checked", effect=effect)
     context.phase("sampling while the trainer starts" if is_early else "waiting for the trainer")
     controller = Controller(config, context, parts, first_step=first_step, survivors=left, is_early=is_early)
-    asyncio.run(controller.run())
-    controller.finish()
+    try:
+        asyncio.run(controller.run())
+        controller.finish()
+    finally:
+        parts.archive.close()  # another trainer may take over, and then the files of steps that are undone are removed
     parts.trainer.save_result(context.dir, config.lora)
     return {
         "model": str(context.dir / MODEL),

@@ -93,9 +93,13 @@ class RolloutArchive:
             self._writing.result()
 
     async def written(self) -> None:
-        """As `wait`, for an event loop."""
+        """As `wait`, for an event loop. Cancelling this does not cancel the writing."""
         if self._writing is not None:
-            await asyncio.wrap_future(self._writing)
+            await asyncio.shield(asyncio.wrap_future(self._writing))
+
+    def close(self) -> None:
+        """End the thread, once it has written the file that it was given. Groups that `write` did not take are lost."""
+        self._thread.shutdown()
 
     def _write(self, step: int, decided: Sequence[_Decided]) -> None:
         import pyarrow as pa
