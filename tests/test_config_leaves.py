@@ -231,6 +231,7 @@ TABLE: dict[str, dict[str, Any]] = {
             "profile.band": [[0.4, 0.7], [0.1, 0.4]],
             "selection.half_life": [2.0],
             "selection.predictor": ["level"],
+            "selection.first_replies": [None],
             "loss.reference.path": ["model_b"],
             "judge.model.path": ["model_b"],
             "judge.max_prompt_tokens": [100],

@@ -26,6 +26,7 @@ from posttrain.forecast.simulation import Setting, Simulation
 from posttrain.planning.sizes import count_sizes, find_model, read_config
 from posttrain.resources import bundled, bundled_names
 from posttrain.rl.config import RlConfig
+from posttrain.rl.prompts.config import SelectionConfig
 
 NO_UPDATE = UpdateCosts(0.0, 0.0, recomputes=False)
 
@@ -144,16 +145,41 @@ def test_a_judge_and_slow_rewards_hold_groups_up():
     assert simulate(slow).step_s == pytest.approx(plain + 4 * 0.5)
 
 
+def test_first_replies_are_sampled_and_scored_before_the_others_and_a_stopped_group_has_no_others():
+    costs = replace(setting().costs, reward_s=0.25, reference_s=0.5)
+    found = simulate(setting(costs=costs, first_replies=2))
+    # 100 steps of 10 ms and the rewards, twice; the log-probabilities of the reference once; a second of training.
+    assert found.step_s == pytest.approx(2 * 1.25 + 0.5 + 1.0)
+
+    def every_second(source: random.Random, capability: str, step: int):
+        return next(draws)
+
+    draws = itertools.cycle([([100] * 4, True), ([100] * 2, False)])
+    trace = Simulation(setting(draw=every_second, first_replies=2)).run(5)
+    trained = sum(step.tokens for step in trace.steps)
+    assert trained == 5 * 4 * 400
+    assert trace.dropped > 10
+    assert sum(trace.sampled.values()) == pytest.approx(trained + 200 * trace.dropped, abs=4 * 400)
+
+
+def test_a_judge_scores_first_replies_and_others_once_each():
+    costs = replace(setting().costs, judge=EngineCosts(0.02, 0.0))
+    trace = Simulation(setting(costs=costs, judges=1, judge_tokens=10, first_replies=2)).run(3)
+    assert trace.judged == pytest.approx(3 * 16 * 10)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 3), st.integers(0, 3), st.sampled_from(["pace", "wait", "drop"]), st.floats(0, 0.7),
-    st.integers(0, 10**6),
+    st.integers(0, 10**6), st.sampled_from([None, 2]),
 )  # fmt: skip
-def test_no_run_breaks_the_bound_or_works_more_than_the_time_that_passed(engines, staleness, mode, drop_rate, seed):
+def test_no_run_breaks_the_bound_or_works_more_than_the_time_that_passed(
+    engines, staleness, mode, drop_rate, seed, first
+):
     costs = Costs(EngineCosts(0.003, 1e-4), TrainerCosts(0.2, 1e-4), UpdateCosts(0.1, 0.02), reward_s=0.05, cores=2.0)
     given_ = setting(
         costs=costs, draw=spread_lengths(drop_rate), engines=engines, max_staleness=staleness, mode=mode,
-        over_provision=0.5,
+        over_provision=0.5, first_replies=first,
     )  # fmt: skip
     trace = Simulation(given_, seed).run(8)
     assert all(0 <= step.staleness <= staleness for step in trace.steps)
@@ -267,6 +293,24 @@ def test_a_calibration_finds_the_costs_of_a_run(tmp_path: Path):
     draws = [found.draw(found.config)(random.Random(seed), "math", 3) for seed in range(50)]
     assert {tuple(lengths) for lengths, _ in draws} == {(10, 10), (20, 20)}  # what was dropped for its end is left out
     assert {kept for _, kept in draws} == {True, False}
+
+
+def test_groups_that_a_run_stopped_stay_as_short_and_others_are_stopped_where_the_planned_run_may(tmp_path: Path):
+    """In the run, every second group of four was stopped by two replies. It is planned with groups of six."""
+    found = calibrate(recorded_run(tmp_path))
+    pool = [([10, 11, 12, 13], True), ([20, 21], False), ([30, 31, 32, 33], False)]
+    of_four = found.config.model_copy(update={"group_size": 4})
+    run = replace(found, config=of_four, groups={(0, "math"): pool})
+
+    def sizes(run, **changed) -> set[tuple[int, bool]]:
+        draw = run.draw(of_four.model_copy(update={"group_size": 6} | changed))
+        return {(len(lengths), kept) for seed in range(60) for lengths, kept in [draw(random.Random(seed), "math", 0)]}
+
+    assert sizes(run) == {(6, True), (2, False), (6, False)}  # the beliefs had the last one go on
+    whole = SelectionConfig(first_replies=None)
+    assert sizes(run, selection=whole) == {(6, True), (6, False)}
+    before = replace(run, config=of_four.model_copy(update={"selection": whole}))
+    assert sizes(before) == {(6, True), (2, False)}
 
 
 def test_a_calibration_on_too_little_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

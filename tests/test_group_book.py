@@ -72,7 +72,7 @@ class Bench:
             source=self.source,
             idle_steps=self.config.stop_after_idle_steps,
             version=version,
-            first_replies=self.config.selection.first_replies,
+            first_replies=self.config.first_replies,
         )
 
     def sampled(self, admission: Admission, version: int = 0) -> Flight:

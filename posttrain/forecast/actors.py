@@ -18,7 +18,9 @@ EPSILON = 1e-9
 @dataclass(slots=True, eq=False)
 class SimulatedGroup:
     """A group from its admission on. lengths: tokens of its replies. is_kept: whether it will be trained on. stamp: of
-    its admission. oldest: the policy version that sampled its first token. num_left: replies that are not finished.
+    its admission. oldest: the policy version that sampled its first token. num_left: replies that an engine has and are
+    not finished. later: lengths of the replies that no engine was given yet. num_unscored: replies without a score that
+    engines were given.
     """
 
     order: int
@@ -27,6 +29,8 @@ class SimulatedGroup:
     stamp: int
     oldest: int = -1
     num_left: int = 0
+    later: list[int] = field(default_factory=list)
+    num_unscored: int = 0
     ready_since: float = 0.0
 
     @property

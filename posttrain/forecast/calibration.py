@@ -59,14 +59,21 @@ class Calibration:
             setting,
             costs=replace(self.costs, trainer=trainer, judge=setting.costs.judge),
             draw=self.draw(config),
+            first_replies=config.first_replies,
             shares=self.shares,
             max_seqs=config.engine.max_num_seqs,
         )
 
     def draw(self, config: RlConfig) -> Draw:
-        """Draws groups that the run sampled, of the same step or the nearest one before it."""
+        """Draws groups that the run sampled, of the same step or the nearest one before it.
+
+        A group that was stopped by its first replies has only these. If the run sampled every group whole, the first
+        replies stop each group that is dropped.
+        """
         last = max(step for step, _ in self.groups)
-        groups, size, most = self.groups, config.group_size, config.sampling.max_tokens
+        groups, most, first = self.groups, config.sampling.max_tokens, config.first_replies
+        # The size of the groups that went on though they were dropped in the end.
+        of_dropped = self.config.group_size if self.config.first_replies is not None else None
 
         def draw(source: random.Random, capability: str, step: int) -> tuple[list[int], bool]:
             pool = next(
@@ -75,6 +82,9 @@ class Calibration:
                 if (found := groups.get((at, capability)))
             )
             lengths, is_kept = source.choice(pool)
+            size = config.group_size
+            if first is not None and not is_kept and len(lengths) != of_dropped:
+                size = first
             if len(lengths) != size:
                 lengths = source.choices(lengths, k=size)
             return [min(most, length) for length in lengths], is_kept
@@ -112,7 +122,8 @@ def calibrate(run_dir: Path, stage: str = "rl", *, config: RlConfig | None = Non
         _engine(events, busy, engines=engines, most=config.engine.max_num_seqs, cores=cores),
         _trainer(steps),
         UpdateCosts(0.0, fmean([end - start for start, end in _busy(events, "update_weights")] or [0.0]), False),
-        reward_s=scored / max(1, sum(len(pool) for pool in groups.values())),
+        reward_s=scored
+        / max(1, sum(_num_scorings(config, lengths) for pool in groups.values() for lengths, _ in pool)),
         cores=cores,
     )
     return Calibration(config, costs, slowdown > OVERLOADED, shares, groups)
@@ -196,6 +207,11 @@ def _groups(folder: Path) -> tuple[dict[tuple[int, str], list[tuple[list[int], b
     capabilities = {capability for _, capability in found}
     shares = {name: trained[name] / trained.total() for name in capabilities if trained[name]}
     return {key: value for key, value in found.items() if key[1] in shares}, shares
+
+
+def _num_scorings(config: RlConfig, lengths: Sequence[int]) -> int:
+    """How often rewards were waited for: twice for a group that went on after its first replies."""
+    return 2 if config.first_replies is not None and len(lengths) > config.first_replies else 1
 
 
 def describe(calibration: Calibration) -> str:

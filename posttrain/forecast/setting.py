@@ -166,17 +166,22 @@ def make_setting(config: RlConfig, workload: WorkloadConfig, costs: Costs, *, en
         judges=judge.workers if judge is not None and costs.judge is not None else 0,
         judge_tokens=workload.judge_tokens,
         reward_workers=max(1, workers // at_once),
+        first_replies=config.first_replies,
     )
 
 
 def sampled_draw(config: RlConfig, workload: WorkloadConfig) -> Draw:
-    """Draws the replies of groups from the workload's distribution."""
+    """Draws the replies of groups from the workload's distribution. The first replies stop every group that is dropped.
+
+    So with `first_replies` the forecast is the best case: a dropped group whose first replies differ is sampled whole.
+    """
     middle, sigma = math.log(workload.reply_tokens.median), workload.reply_tokens.sigma
     most, size, drop_rate = config.sampling.max_tokens, config.group_size, workload.drop_rate
 
     def draw(source: random.Random, capability: str, step: int) -> tuple[list[int], bool]:
         lengths = [max(1, min(most, round(source.lognormvariate(middle, sigma)))) for _ in range(size)]
-        return lengths, source.random() >= drop_rate
+        is_kept = source.random() >= drop_rate
+        return lengths if is_kept else lengths[: config.first_replies], is_kept
 
     return draw
 

@@ -1,7 +1,8 @@
 """The events of an asynchronous run, on the queue that the controller uses.
 
     admit ──► engine ──► [judge] ──► rewards ──► [reference] ──► ready | dropped ──► StalenessQueue
-      ▲                                                                                   │ a whole batch
+      ▲          ▲                      │ first replies: now the others                   │ a whole batch
+      │          └──────────────────────┘                                                 │
       └── room ◄── engines take the version ◄── pull, pause ◄── step ◄── trainer ◄────────┘
 
 The loops wait for each other as in `posttrain/rl/loop`: the trainer for a batch, and for the engines to have taken the
@@ -27,7 +28,8 @@ MAX_EVENTS = 3_000_000
 class Setting:
     """What is simulated. engines, max_seqs: how many, and sequences in the batch of each. judges: engines of the judge.
     reward_workers: groups that are scored at the same time. shares: of capabilities in each batch. draw: the lengths of
-    a new group's replies and whether it is kept, of a capability, for a step. padded: see `Engine`.
+    a new group's replies and whether it is kept, of a capability, for a step. first_replies: how many of them are
+    sampled and scored before the others, None: all; a group that these stop has no others. padded: see `Engine`.
     """
 
     costs: Costs
@@ -44,6 +46,7 @@ class Setting:
     judges: int = 0
     judge_tokens: int = 0
     reward_workers: int = 64
+    first_replies: int | None = None
     padded: bool = False
 
 
@@ -190,11 +193,18 @@ class Simulation:
             order, capability = self._queue.admit(oldest)
             lengths, is_kept = self._setting.draw(self._random, capability, self._version)
             group = self._groups[order] = SimulatedGroup(order, lengths, is_kept, oldest)
-            self._send(self._engines, group, lengths)
+            first = self._setting.first_replies
+            if first is not None:
+                group.later = lengths[first:]
+            self._sample(group, lengths[:first])
+
+    def _sample(self, group: SimulatedGroup, lengths: list[int]) -> None:
+        group.num_unscored = len(lengths)
+        self._send(self._engines, group, lengths)
 
     def _sampled(self, group: SimulatedGroup) -> None:
         if self._judges:
-            self._send(self._judges, group, [self._setting.judge_tokens] * len(group.lengths))
+            self._send(self._judges, group, [self._setting.judge_tokens] * group.num_unscored)
         else:
             self._judged(group)
 
@@ -211,11 +221,15 @@ class Simulation:
     def _scored(self, group: SimulatedGroup, now: float) -> None:
         self._scoring -= 1
         self._score(now)
-        self._at(now + self._setting.costs.reference_s, lambda now: self._decide(group, now))
+        reference_s = self._setting.costs.reference_s if not group.later else 0.0
+        self._at(now + reference_s, lambda now: self._decide(group, now))
 
     def _decide(self, group: SimulatedGroup, now: float) -> None:
         if self._queue.holds(group.order):
-            if group.is_kept:
+            if group.later:
+                later, group.later = group.later, []
+                self._sample(group, later)
+            elif group.is_kept:
                 self._queue.ready(group.order)
             else:
                 self._drop(group.order)

@@ -134,7 +134,7 @@ class RlConfig(TrainingConfig, PromptsConfig):
 
     @model_validator(mode="after")
     def _check_waves(self) -> "RlConfig":
-        if self.deterministic and self.selection.first_replies is not None:
+        if self.deterministic and isinstance(self.selection.first_replies, int):
             raise ValueError(
                 "deterministic does not go with selection.first_replies: timing would decide which groups go on in the "
                 "same wave; remove one of the two"

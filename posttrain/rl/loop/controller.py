@@ -189,7 +189,7 @@ class Controller:
             source=parts.source,
             idle_steps=config.stop_after_idle_steps,
             version=self._first_step,
-            first_replies=config.selection.first_replies,
+            first_replies=config.first_replies,
         )
 
     def _make_elastic(self) -> Elastic:

@@ -100,7 +100,7 @@ class Dispatch:
     def flight(self, admission: Admission, worker: str = "") -> Flight:
         """The replies of a group that are sampled next: the first ones alone, until these are finished."""
         request, recorded = self.request(admission.prompt), admission.recorded
-        first = self._config.selection.first_replies
+        first = self._config.first_replies
         are_finished = bool(recorded) and all(reply.finish_reason for reply in recorded[:first])
         if first is not None and not any(reply.segments for reply in recorded[first:]) and not are_finished:
             request, recorded = replace(request, n=first), recorded[:first]

@@ -46,7 +46,7 @@ def resume(config: PromptsConfig, context: StageContext, parts: Parts) -> tuple[
             continue
         scored = scored_from_json(group_of(entry, source), json.loads(entry.scores))
         if entry.scored_seq is not None and entry.scored_seq > state["seq"]:
-            source.observe(scored, config.reward.correct_threshold, config.selection.first_replies)
+            source.observe(scored, config.reward.correct_threshold, config.first_replies)
         if entry.state == GroupState.DROPPED:
             archive.add(scored, step=None, trainer_version=first_step, status=f"dropped:{entry.reason}")
     left = survivors(ledger, source, first_step)

@@ -16,6 +16,7 @@ GONE = {
     "refilter": "every group that is trained on or dropped renews the belief about its prompt; remove it, or set a "
     "shorter selection.half_life",
 }
+FIRST_REPLIES = 2  # of a group, as selection.first_replies: auto has it; the fewest that can differ
 
 
 class ProfileConfig(Config):
@@ -68,10 +69,12 @@ class SelectionConfig(Config):
         "capability.",
     )
 
-    first_replies: Annotated[int, Field(ge=2)] | None = Field(
-        default=None,
+    first_replies: Annotated[int, Field(ge=2)] | Literal["auto"] | None = Field(
+        default="auto",
         description="A group begins with so many replies. If they are equal, and the beliefs say that the others would "
-        "hardly make a difference, it is dropped; else the others are sampled. null samples every group whole.",
+        "hardly make a difference, it is dropped; else the others are sampled. auto: 2, where groups are larger and "
+        "may be dropped by their first replies (not with draw: in_turn, drop_zero_advantage: false, deterministic, or "
+        "a larger min_group). null samples every group whole.",
     )
 
     @model_validator(mode="after")
@@ -81,7 +84,7 @@ class SelectionConfig(Config):
                 f"draw: in_turn takes every prompt in turn, so predictor {self.predictor!r} would have no effect; set "
                 "draw: beliefs, or remove predictor"
             )
-        if self.draw == "in_turn" and self.first_replies is not None:
+        if self.draw == "in_turn" and isinstance(self.first_replies, int):
             raise ValueError(
                 f"first_replies ({self.first_replies}) needs the beliefs, which draw: in_turn does without; set draw: "
                 "beliefs, or remove first_replies"
@@ -139,15 +142,26 @@ class PromptsConfig(GradingConfig):
             raise ValueError("; ".join(f"{key} is no key any more: {GONE[key]}" for key in found))
         return {key: value for key, value in data.items() if key not in GONE} if isinstance(data, dict) else data
 
+    @property
+    def first_replies(self) -> int | None:
+        """How many replies a group begins with; None: all of them. See `selection.first_replies`."""
+        asked = self.selection.first_replies
+        if asked != "auto":
+            return asked
+        may_stop = self.selection.draw == "beliefs" and self.drop_zero_advantage and not self.deterministic
+        return FIRST_REPLIES if may_stop and self.min_group <= FIRST_REPLIES < self.group_size else None
+
     @model_validator(mode="after")
     def _check_first_replies(self) -> "PromptsConfig":
         first = self.selection.first_replies
-        if first is not None and not self.min_group <= first < self.group_size:
+        if not isinstance(first, int):
+            return self
+        if not self.min_group <= first < self.group_size:
             raise ValueError(
                 f"selection.first_replies is {first}; it must be at least min_group ({self.min_group}) and less than "
                 f"group_size ({self.group_size})"
             )
-        if first is not None and not self.drop_zero_advantage:
+        if not self.drop_zero_advantage:
             raise ValueError(
                 "selection.first_replies drops groups whose replies are equal, which drop_zero_advantage: false keeps; "
                 "remove one of the two"

@@ -35,7 +35,7 @@ def first_group_figures(
     place = Places(rows, lambda row: row.id)
     known = [replace(item, prompt=prompt_fingerprint(rows[place[item.prompt_id]])) for item in found]
     write_estimates(run / FILE, known, profile_basis(config))
-    k = config.selection.first_replies or config.group_size  # replies that were sampled whatever the others were
+    k = config.first_replies or config.group_size  # replies that were sampled whatever the others were
     pass_at = pool_pass_at_k(rows, found, k=k, predictor=config.selection.predictor)
     return {"drawn_prompts": len(found), "pass_at_k": pass_at}
 
