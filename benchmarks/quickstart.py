@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,11 +29,14 @@ from posttrain.report.busy import measure_overlap
 STAGES = ("base", "sft", "rl")  # that every pipeline here has; some have dpo too
 
 
-def run_seed(seed: int, folder: Path, pipeline: str = "quickstart") -> dict[str, Any]:
-    """The figures of a whole run in `folder`, which is made unless it is there. pipeline: a bundled name, or a file."""
+def run_seed(seed: int, folder: Path, pipeline: str = "quickstart", *, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """The figures of a whole run in `folder`, which is made unless it is there. pipeline: a bundled name, or a file.
+
+    keys: overrides, such as rl.steps=10.
+    """
     told = folder / "summary.json"
     if not told.exists() or not set(STAGES) <= json.loads(told.read_text()).get("eval", {}).keys():
-        command = [sys.executable, "-m", "posttrain.cli.main", "run", pipeline, f"seed={seed}"]
+        command = [sys.executable, "-m", "posttrain.cli.main", "run", pipeline, f"seed={seed}", *keys]
         with tempfile.TemporaryDirectory() as cache:
             environment = {**os.environ, "POSTTRAIN_CACHE": cache}
             subprocess.run([*command, "--run-dir", str(folder)], check=True, env=environment, stdout=subprocess.DEVNULL)

@@ -2,7 +2,8 @@
 
     python benchmarks/recipe.py [--resume] [--arms recipe,band] [--seeds 0,1,2] [--dir DIR] [--show]
 
-An arm is the quick start without DPO and with some keys changed. It starts from the base, the filter and the SFT of a
+An arm is the quick start without DPO and with some keys changed. All but one sample every group whole, as the quick
+start did when the first of them were run: what is compared must not differ in this. An arm starts from the base, the filter and the SFT of a
 whole quick start of the same seed (quickstart.py), where these are the same. So a difference comes from what was
 changed, and from chance. The result of each arm and seed is written into benchmarks/results/recipe.json as soon as it
 is there, so that runs may be made in pieces (resumable.py says what the options do). In the end docs/recipe.md is
@@ -33,6 +34,7 @@ from posttrain.resources import bundled_dir
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results" / "recipe.json", HERE.parent / "docs"
 CONTROL = "recipe"
+WHOLE = ("rl.selection.first_replies=null",)  # of every arm that does not set rl.selection itself
 FOLLOWED = {"worked": "Show your work.", "alone": "Give the answer alone."}
 CHECKED = [{"text": "", "weight": 2}] + [
     {"text": text, "verifier": {"name": f"{HERE / 'recipe_checks.py'}:{name}", "weight": 0.3}}
@@ -57,7 +59,7 @@ class Arm:
 
 
 ARMS = {
-    CONTROL: Arm("the quick start, without DPO"),
+    CONTROL: Arm("the quick start, without DPO, every group sampled whole"),
     "random_half": Arm(
         "SFT on a random half of the rows, not the judge's",
         "The half that the judge keeps is worth more than a random half",
@@ -78,7 +80,7 @@ ARMS = {
         "all prompts in turn", "Prompts need no selection", ("rl.profile=null", "rl.selection={draw: in_turn}")
     ),
     "first_two": Arm(
-        "groups begin with two replies",
+        "groups begin with two replies, as in the quick start now",
         "Groups may begin with two replies, and go on where these disagree",
         ("rl.selection={first_replies: 2}", "rl.profile=null"),
     ),
@@ -131,14 +133,14 @@ ARMS = {
 def run_arm(folder: Path, name: str, seed: int) -> dict[str, Any]:
     """Run an arm in a folder of `folder`, from what it shares with the quick start there. Returns its figures."""
     arm, trunk, place = ARMS[name], folder / f"quickstart-{seed}", folder / f"{name}-{seed}"
-    run_seed(seed, trunk)
-    if not arm.keys:  # the quick start itself
+    run_seed(seed, trunk, keys=WHOLE)
+    if not arm.keys:  # the control itself
         return _figures(arm, trunk)
     if not place.exists():  # stages that are not as in the quick start are left out, so that none of them is continued
         others = ["dpo", *([] if arm.dpo else ["rl"]), *(["sft"] if arm.keys[0].startswith("sft.") else [])]
         shutil.copytree(trunk, place, ignore=shutil.ignore_patterns(".lock", *others))
     half = _random_half(trunk, place.with_suffix(".half.jsonl"), seed)
-    keys = [key.replace("RANDOM_HALF", str(half)) for key in arm.keys]
+    keys = [*WHOLE, *(key.replace("RANDOM_HALF", str(half)) for key in arm.keys)]
     pipeline = place.with_suffix(".yaml")
     pipeline.write_text(yaml.safe_dump(_pipeline(arm, trunk, place)))
     command = [sys.executable, "-m", "posttrain.cli.main", "run", str(pipeline), f"seed={seed}", *keys]

@@ -56,10 +56,10 @@ IN_TURN = {"selection": {"draw": "in_turn"}}
 ARMS: dict[str, dict[str, Any]] = {
     "uniform": IN_TURN,
     "band": {**IN_TURN, "profile": {"samples": 8, "band": [0.1, 0.7]}},
-    "selection": {},
-    "first_two": {"selection": {"first_replies": 2}},
-    "predictor": {"selection": {"predictor": "kind"}},
-    "predictor_two": {"selection": {"predictor": "kind", "first_replies": 2}},
+    "selection": {"selection": {"first_replies": None}},
+    "first_two": {},
+    "predictor": {"selection": {"predictor": "kind", "first_replies": None}},
+    "predictor_two": {"selection": {"predictor": "kind"}},
     "oracle": IN_TURN,
 }
 

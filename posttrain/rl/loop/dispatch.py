@@ -21,7 +21,9 @@ from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.workers import RolloutWorkers
 
-HIGH_PRIORITY = -2  # vLLM starts requests with a lower number first; those of other groups have 0, or -1
+# vLLM starts requests with a lower number first. Those of new groups have 0, and -1 from the second turn on.
+HIGH_PRIORITY = -2
+BEGUN = -1  # of a group that has replies: it was admitted before others that wait for their first
 
 
 class Dispatch:
@@ -104,6 +106,8 @@ class Dispatch:
         are_finished = bool(recorded) and all(reply.finish_reason for reply in recorded[:first])
         if first is not None and not any(reply.segments for reply in recorded[first:]) and not are_finished:
             request, recorded = replace(request, n=first), recorded[:first]
+        if recorded:
+            request = replace(request, priority=BEGUN)
         return Flight(admission.order, admission.stamp, admission.prompt, request, recorded, worker=worker)
 
     def request(self, prompt: DrawnPrompt) -> SampleRequest:
