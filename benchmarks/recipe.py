@@ -3,11 +3,11 @@
     python benchmarks/recipe.py [--resume] [--arms recipe,band] [--seeds 0,1,2] [--dir DIR] [--show]
 
 An arm is the quick start without DPO and with some keys changed. All but one sample every group whole, as the quick
-start did when the first of them were run: what is compared must not differ in this. An arm starts from the base, the filter and the SFT of a
-whole quick start of the same seed (quickstart.py), where these are the same. So a difference comes from what was
-changed, and from chance. The result of each arm and seed is written into benchmarks/results/recipe.json as soon as it
-is there, so that runs may be made in pieces (resumable.py says what the options do). In the end docs/recipe.md is
-written and docs/recipe.svg drawn.
+start did when the first of them were run: what is compared must not differ in this. An arm starts from the base, the
+filter and the SFT of a whole quick start of the same seed (quickstart.py), where these are the same. So a difference
+comes from what was changed, and from chance. The result of each arm and seed is written into
+benchmarks/results/recipe.json as soon as it is there, so that runs may be made in pieces (resumable.py says what the
+options do). In the end docs/recipe.md is written and docs/recipe.svg drawn.
 
 Accuracy is greedy, on 400 held-out puzzles; pass@8 is of 100 of them. How often instructions are followed is measured
 on the same puzzles, with the instruction as a system turn.
