@@ -441,8 +441,8 @@ def test_each_dropped_group_is_shown_once():
     assert figures(metrics)["groups"] == [("dropped stale", "2", False)]
     metrics = {"groups_dropped_zero_advantage": 5, "groups_dropped_pass_rate/0.25": 5}
     assert figures(metrics)["groups"] == [("dropped zero advantage", "5", False)]
-    causes = {**metrics, "groups_too_easy": 3, "groups_too_hard": 2}
-    assert figures(causes)["groups"] == [("dropped too easy", "3", False), ("dropped too hard", "2", False)]
+    causes = {**metrics, "groups_dropped_stopped": 4, "groups_too_easy": 3, "groups_too_hard": 6}
+    assert figures(causes)["groups"] == [("dropped too easy", "3", False), ("dropped too hard", "6", False)]
 
 
 def test_a_phase_is_shown_until_there_is_progress(tmp_path: Path):

@@ -176,3 +176,75 @@ async def _computed_again(shown: Any) -> None:
     logprobs = [value for piece in pieces for value in piece.logprobs]
     first, last = spans[0].start, spans[-1].end
     assert shown.gaps("three", ids, logprobs, which=1)[first:last].max() < CLOSE
+
+
+def test_a_picture_is_cut_and_encoded_once_for_the_replies_of_its_group(shown, tmp_path):
+    """Though the first replies are one request and the others another one; it is encoded anew under new weights."""
+    asyncio.run(_counted(shown, tmp_path / "encoded"))
+
+
+async def _counted(shown: Any, log: Path) -> None:
+    import ray
+    from msgspec.structs import replace
+
+    from posttrain.sampling.engine import EngineActor
+
+    cut_log = log.with_suffix(".cut")
+
+    class Counted(EngineActor):
+        """An engine that notes how many pictures it cuts, and its core, which is forked, how many it encodes."""
+
+        async def start(self) -> dict[str, Any]:
+            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+            from posttrain.sampling import pictures
+
+            runner: Any = GPUModelRunner
+            encode, cut = runner._execute_mm_encoder, pictures._render
+
+            def encoded(runner: Any, scheduled: Any) -> Any:
+                _note(log, sum(map(len, scheduled.scheduled_encoder_inputs.values())))
+                return encode(runner, scheduled)
+
+            def rendered(llm: Any, references: tuple[str, ...], image_id: int) -> Any:
+                _note(cut_log, len(references))
+                return cut(llm, references, image_id)
+
+            runner._execute_mm_encoder, pictures._render = encoded, rendered
+            return await super().start()
+
+    settings = EngineConfig(max_model_len=256, kv_cache_gib=0.1, max_num_seqs=16, stream_interval=2, deadline_s=60.0)
+    model = ServedModelConfig(path=str(shown.folders[0]), dtype="float32")
+    actor: Any = ray.remote(Counted).options(num_cpus=0).remote("counted", model.model_dump(), settings.model_dump())
+    await actor.start.remote()
+
+    async def counts(name: str, key: int) -> tuple[int, int]:
+        """How many pictures the engine cuts, and encodes, for a group of two replies and then six more."""
+        before = _total(cut_log), _total(log)
+        for part, replies in enumerate((2, 6)):
+            request = replace(shown.requests[name], n=replies, max_tokens=6)
+            await actor.submit.remote([(2 * key + part, request)])
+            while replies:
+                pieces, _ = await actor.collect.remote(5.0)
+                replies -= sum(bool(piece.finish_reason) for piece in pieces)
+        return _total(cut_log) - before[0], _total(log) - before[1]
+
+    try:
+        assert await counts("three", 0) == (3, 3)
+        assert await counts("three", 1) == (0, 0)  # drawn again
+        assert await counts("one", 2) == (1, 1)
+        assert await counts("text", 3) == (0, 0)
+        await actor.update_weights.remote(FolderWeights(str(shown.folders[1])), 1, "recompute")
+        assert await counts("three", 4) == (0, 3)
+    finally:
+        await actor.shutdown.remote()
+        ray.kill(actor)
+
+
+def _note(log: Path, count: int) -> None:
+    with log.open("a") as file:
+        file.write(f"{count}\n")
+
+
+def _total(log: Path) -> int:
+    return sum(map(int, log.read_text().split())) if log.exists() else 0

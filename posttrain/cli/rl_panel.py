@@ -66,6 +66,8 @@ SUBJECTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
 }
 PREFIXES = ("/", "_")
+# Counters of groups with equal rewards, which may be counted by cause too: too easy, too hard.
+EQUAL_REWARDS = ("groups_dropped_zero_advantage", "groups_dropped_stopped")
 
 
 def alarms(name: str, value: float, unscored_limit: float | None) -> bool:
@@ -92,15 +94,15 @@ def _named(metrics: Mapping[str, float], key: str, label: str) -> list[tuple[str
     """(key, label) of each metric that an entry of SUBJECTS stands for. Drop counters of 0 are left out.
 
     So that each dropped group is counted once, counters that count the same groups again are left out too: those with a
-    slash, such as `groups_dropped_length/32`, and `groups_dropped_zero_advantage` if there are counters of groups that
-    were too easy and too hard.
+    slash, such as `groups_dropped_length/32`, and those of groups with equal rewards if there are counters of groups
+    that were too easy and too hard.
     """
     if not key.endswith(PREFIXES):
         return [(key, label)] if key in metrics else []
     names = [name for name in metrics if name.startswith(key)]
     if not key.endswith("/"):
-        again = "groups_dropped_zero_advantage" if "groups_too_easy" in metrics else ""
-        names = [name for name in names if metrics[name] and "/" not in name and name != again]
+        again = EQUAL_REWARDS if "groups_too_easy" in metrics else ()
+        names = [name for name in names if metrics[name] and "/" not in name and name not in again]
     return [(name, f"{label}{name.removeprefix(key).replace('_', ' ')}") for name in names]
 
 

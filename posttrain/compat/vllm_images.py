@@ -58,6 +58,25 @@ def render_pictures(llm: Any, image_id: int, pictures: Sequence[Any], *, keys: S
     )
 
 
+@_patch(
+    "0.32.0",
+    "gap",
+    reason="No public function tells how many bytes the tiles of a rendered prompt take, so that a cache of them could "
+    "have a bound",
+    reference="`MultiModalCache.get_lru_cache` of vllm/multimodal/cache/base.py",
+    test=f"{_TEST}::test_a_picture_is_cut_and_encoded_once_for_the_replies_of_its_group",
+)
+def rendered_cache(gib: float) -> Any:
+    """A cache of what `render_pictures` made, by name, of at most so many GiB: what was used last stays longest.
+
+    It raises ValueError for a value that has no room even in the empty cache.
+    """
+    from vllm.multimodal.cache.base import MultiModalCache
+
+    of_prompts: Any = dict  # of tensors and numbers, which it measures
+    return MultiModalCache.get_lru_cache(gib, of_prompts)
+
+
 def engine_prompt(prompt_ids: list[int], rendered: Any) -> Any:
     """A prompt as vLLM takes it. rendered: what `render_pictures` made of its pictures, or None.
 

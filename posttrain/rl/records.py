@@ -53,6 +53,9 @@ class DropReason(StrEnum):
     FINISHED = "finished"  # training ended before it was trained on or dropped
 
 
+EQUAL_REWARDS = (DropReason.ZERO_ADVANTAGE, DropReason.STOPPED)  # of the replies that were sampled
+
+
 class Drop(Struct, frozen=True):
     """The reason why a group was dropped. detail: for UNSCORED, the commonest outcome without a reward, "timeout"."""
 

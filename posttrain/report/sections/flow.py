@@ -7,7 +7,7 @@ from posttrain.report.charts import CATEGORICAL, axis, bars, dots, figure, line
 from posttrain.report.series import Series
 
 DROPPED = "groups_dropped_"
-# (column, words, colour). Groups of zero advantage are shown by cause (all replies right, or all wrong) if it is known.
+# (column, words, colour). Groups of equal rewards are shown by cause (all replies right, or all wrong) if it is known.
 FATES = (
     ("groups_trained", "trained", "--accent"),
     ("groups_too_easy", "dropped: too easy", "--c3"),
@@ -19,6 +19,7 @@ FATES = (
     ("groups_dropped_stale", "dropped: stale", "--c2"),
     ("groups_dropped_surplus", "dropped: surplus", "--c4"),
 )
+EQUAL_REWARDS = ("groups_dropped_zero_advantage", "groups_dropped_stopped")
 OTHER_COLOURS = ("--c8", "--muted", "--c7")
 
 
@@ -26,7 +27,7 @@ def fates(series: Series) -> list[tuple[str, str, str]]:
     """(column, words, colour) for each end of a group: the entries of FATES with any groups, then other reasons."""
     known = {name for name, _, _ in FATES}
     split = series.has("groups_too_easy") and series.has("groups_too_hard")
-    left_out = ("groups_dropped_zero_advantage",) if split else ("groups_too_easy", "groups_too_hard")
+    left_out = EQUAL_REWARDS if split else ("groups_too_easy", "groups_too_hard")
     found = [entry for entry in FATES if entry[0] not in left_out and sum(series.known(entry[0]))]
     others = [reason for reason in drop_reasons(series) if DROPPED + reason not in known]
     for i, reason in enumerate(reason for reason in others if sum(series.known(DROPPED + reason))):

@@ -9,6 +9,7 @@ from posttrain.report.format import count, percent, plain, plural
 from posttrain.report.read import Run, Stage, mapping, number
 from posttrain.report.sections.beside import accuracy_chart, evaluated_episodes_chart
 from posttrain.report.sections.flow import (
+    EQUAL_REWARDS,
     ages_chart,
     dropped_total,
     engines_chart,
@@ -74,13 +75,14 @@ def rl_section(run: Run, stage: Stage, colours: dict[str, str]) -> Section | Non
 def _stats(run: Run, stage: Stage, series: Series) -> list[Stat]:
     if not len(series):
         return []
-    trained, lost = series.total("groups_trained"), series.total("groups_dropped_zero_advantage")
+    trained = series.total("groups_trained")
+    lost = [total for name in EQUAL_REWARDS if (total := series.total(name)) is not None]
     stats = [Stat("optimizer steps", count(len(series)), f"{plural(trained, 'group')} trained" if trained else "")]
     if tokens := series.total("tokens_trained"):
         made = series.total("tokens_generated")
         stats.append(Stat("tokens trained", count(tokens), f"of {count(made)} generated" if made else ""))
-    if trained and lost is not None:
-        share = lost / (trained + dropped_total(series))
+    if trained and lost:
+        share = sum(lost) / (trained + dropped_total(series))
         stats.append(Stat("zero-advantage groups", percent(share), "dropped and replaced"))
     if unscored := series.known("unscored_fraction"):
         note = f"mean of the steps, at most {percent(max(unscored), 1)}"

@@ -13,7 +13,7 @@ from posttrain.data.images.modality import modality_of
 from posttrain.files import read_jsonl
 from posttrain.metrics.correctness import is_right
 from posttrain.records import FinishReason, Rollout
-from posttrain.rl.records import Drop, DropReason, ScoredGroup, num_tokens
+from posttrain.rl.records import EQUAL_REWARDS, Drop, DropReason, ScoredGroup, num_tokens
 
 # Groups are dropped as FINISHED after the last step, so no step could report them.
 REASONS = tuple(reason for reason in DropReason if reason is not DropReason.FINISHED)
@@ -96,7 +96,7 @@ class StepTally:
         self._episodes(rollouts)
         if dropped is not None:
             self._drop(dropped.reason, scored.group.prompt.row.id, lengths)
-        if dropped is not None and dropped.reason is DropReason.ZERO_ADVANTAGE:
+        if dropped is not None and dropped.reason in EQUAL_REWARDS:
             counts["too_easy" if is_right(fmean(rewards), self._threshold) else "too_hard"] += 1
 
     def _episodes(self, rollouts: Sequence[Rollout]) -> None:
