@@ -757,8 +757,10 @@ def _controller(config: Any) -> Any:
     )  # not entered: nothing starts
     unused: Any = None
     moves = config.modality_curriculum is not None
-    # Asked for the shares, and for prompts to compare new engines by.
-    source: Any = SimpleNamespace(moved=lambda shares: shares if moves else None, first=lambda count: [])
+    # Asked for the shares, for prompts to compare new engines by, and whether first replies may end a group.
+    source: Any = SimpleNamespace(
+        moved=lambda shares: shares if moves else None, first=lambda count: [], may_stop=lambda prompt_id, first: True
+    )
     engines.names, engines.actors, engines.logs = ["e"], [unused], {"e": BusyLog(CONTEXT, "e", "generate")}
     engines.places = [None]
     shares, ledger = {"math": 0.5, "coding": 0.5}, Ledger(Path(":memory:"))

@@ -204,6 +204,15 @@ def screening(tmp_path: Path) -> Bench:
     return bench
 
 
+def test_first_replies_come_before_the_others_only_where_they_may_end_the_group(screening, tmp_path):
+    screening.source.may_stop = lambda name, first: (name, first) == ("p3", 2)
+    assert [screening.book.begins_with(name) for name in ("p3", "p4")] == [2, None]
+    (tmp_path / "whole").mkdir()
+    whole = Bench(tmp_path / "whole", group_size=6, selection={"first_replies": None})
+    whole.source.may_stop = screening.source.may_stop
+    assert whole.book.begins_with("p3") is None
+
+
 def test_a_group_of_equal_first_replies_stops_if_the_beliefs_say_so(screening):
     full, screening.goes_on = screening.book.room(0), False
     order, left = screening.first(0.0, 0.0)

@@ -108,11 +108,13 @@ def test_equal_first_replies_go_on_where_others_would_not_bring_more():
     rate = selection._useful_a_reply
     assert rate == 1 / 32
     assert [selection.goes_on(name, 2, 0) for name in ("math0", "math1")] == [True, False]
+    assert [selection.may_stop(name, 2) for name in ("math0", "math1")] == [False, True]
     assert selection.goes_on("math1", 0, 2)  # after all
     for _ in range(1000):
         selection.decided(8, is_useful=True)
     assert selection._useful_a_reply == pytest.approx(1 / 8, rel=0.01)
     assert not selection.goes_on("math0", 2, 0)
+    assert selection.may_stop("math0", 2)
     for _ in range(1000):
         selection.decided(2, is_useful=False)
     assert selection._useful_a_reply < rate

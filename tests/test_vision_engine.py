@@ -191,6 +191,10 @@ async def _counted(shown: Any, log: Path) -> None:
 
     cut_log = log.with_suffix(".cut")
 
+    def note(file: Path, count: int) -> None:
+        with file.open("a") as lines:
+            lines.write(f"{count}\n")
+
     class Counted(EngineActor):
         """An engine that notes how many pictures it cuts, and its core, which is forked, how many it encodes."""
 
@@ -203,11 +207,11 @@ async def _counted(shown: Any, log: Path) -> None:
             encode, cut = runner._execute_mm_encoder, pictures._render
 
             def encoded(runner: Any, scheduled: Any) -> Any:
-                _note(log, sum(map(len, scheduled.scheduled_encoder_inputs.values())))
+                note(log, sum(map(len, scheduled.scheduled_encoder_inputs.values())))
                 return encode(runner, scheduled)
 
             def rendered(llm: Any, references: tuple[str, ...], image_id: int) -> Any:
-                _note(cut_log, len(references))
+                note(cut_log, len(references))
                 return cut(llm, references, image_id)
 
             runner._execute_mm_encoder, pictures._render = encoded, rendered
@@ -239,11 +243,6 @@ async def _counted(shown: Any, log: Path) -> None:
     finally:
         await actor.shutdown.remote()
         ray.kill(actor)
-
-
-def _note(log: Path, count: int) -> None:
-    with log.open("a") as file:
-        file.write(f"{count}\n")
 
 
 def _total(log: Path) -> int:

@@ -100,9 +100,9 @@ class Dispatch:
         self._workers.send(self.flight(admission, worker))
 
     def flight(self, admission: Admission, worker: str = "") -> Flight:
-        """The replies of a group that are sampled next: the first ones alone, until these are finished."""
+        """The replies of a group that are sampled next: the first ones alone where these may end it."""
         request, recorded = self.request(admission.prompt), admission.recorded
-        first = self._config.first_replies
+        first = self._book.begins_with(admission.prompt.row.id)
         are_finished = bool(recorded) and all(reply.finish_reason for reply in recorded[:first])
         if first is not None and not any(reply.segments for reply in recorded[first:]) and not are_finished:
             request, recorded = replace(request, n=first), recorded[:first]

@@ -167,6 +167,11 @@ class GroupBook:
         self._undecided[order] = _Undecided(GroupState.RESERVED)
         return Admission(order, stamp, prompt)
 
+    def begins_with(self, prompt_id: str) -> int | None:
+        """How many replies of a group are sampled before the others: None, all, where these could not end it."""
+        first = self._first_replies
+        return first if first is not None and self._source.may_stop(prompt_id, first) else None
+
     def _first_returning(self, capability: str) -> int | None:
         return next((order for order, entry in self._returning.items() if entry.capability == capability), None)
 

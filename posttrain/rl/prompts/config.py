@@ -72,9 +72,10 @@ class SelectionConfig(Config):
     first_replies: Annotated[int, Field(ge=2)] | Literal["auto"] | None = Field(
         default="auto",
         description="A group begins with so many replies. If they are equal, and the beliefs say that the others would "
-        "hardly make a difference, it is dropped; else the others are sampled. auto: 2, where groups are larger and "
-        "may be dropped by their first replies (not with draw: in_turn, drop_zero_advantage: false, deterministic, or "
-        "a larger min_group). null samples every group whole.",
+        "hardly make a difference, it is dropped; else the others are sampled. A group that they could not end is "
+        "sampled whole at once. auto: 2, where groups are larger and may be dropped by their first replies (not with "
+        "draw: in_turn, drop_zero_advantage: false, deterministic, or a larger min_group). null samples every group "
+        "whole.",
     )
 
     @model_validator(mode="after")

@@ -67,6 +67,10 @@ class Selection:
         """Count a group with so many replies. is_useful: whether it is to be trained on."""
         self._useful_a_reply += RENEWAL * (is_useful - self._useful_a_reply * replies) / self._group_size
 
+    def may_stop(self, prompt_id: str, first: int) -> bool:
+        """Whether equal rewards of its first replies could end a group. Otherwise no reply need wait for them."""
+        return not (self.goes_on(prompt_id, first, 0) and self.goes_on(prompt_id, 0, first))
+
     def goes_on(self, prompt_id: str, passes: int, failures: int) -> bool:
         """Whether a group whose first replies got equal rewards is sampled to its end.
 

@@ -133,6 +133,10 @@ class PromptSource:
         if self._selection is not None:
             self._selection.decided(replies, is_useful=is_useful)
 
+    def may_stop(self, prompt_id: str, first: int) -> bool:
+        """See `Selection.may_stop`. Without beliefs no group stops."""
+        return self._selection is not None and self._selection.may_stop(prompt_id, first)
+
     def goes_on(self, prompt_id: str, passes: int, failures: int) -> bool:
         """See `Selection.goes_on`. Without beliefs every group goes on."""
         return self._selection is None or self._selection.goes_on(prompt_id, passes, failures)
