@@ -236,6 +236,7 @@ def test_other_groups_go_on_from_their_first_replies_also_after_a_crash(screenin
     assert left is not None
     assert (left.order, left.stamp, len(left.recorded)) == (order, 0, 6)
     assert left.recorded[2:] == (UNBEGUN,) * 4
+    assert screening.book._undecided[order].num_first == 2  # of what counts for pass@k
     assert all(reply.finish_reason for reply in left.recorded[:2])
     assert screening.states == {order: "reserved"}
     (survivor,) = survivors(screening.ledger, screening.source, 0)

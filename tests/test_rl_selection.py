@@ -182,10 +182,20 @@ def test_pass_at_k_of_a_pool_weighs_its_strata_by_their_rows():
     """One of 9 easy rows and one of 3 hard ones were drawn; C(3, 2) / C(4, 2) is a half."""
     rows = [Row(f"p{place}", "math", (), None, {"level": "easy" if place < 9 else "hard"}) for place in range(12)]
     found = [Difficulty("p0", "math", 4, 4, 0, True), Difficulty("p9", "math", 4, 1, 0, True)]
-    assert pool_pass_at_k(rows, found, k=2, predictor="level") == {
-        "math": {"prompts": 2, "pass@1": pytest.approx(0.75 + 0.25 * 0.25), "pass@2": pytest.approx(0.75 + 0.25 * 0.5)}
+    both = {"prompts": 2, "pass@1": pytest.approx(0.75 + 0.25 * 0.25), "pass@2": pytest.approx(0.75 + 0.25 * 0.5)}
+    assert pool_pass_at_k(rows, found, [2], predictor="level") == {"math": both}
+    assert pool_pass_at_k(rows, found, [2, 8], predictor="level") == {"math": both}
+    assert pool_pass_at_k(rows, found, [8], predictor=None) == {}
+
+
+def test_groups_that_were_sampled_at_once_tell_of_more_replies_than_those_that_began_with_two():
+    rows = rows_of(12)
+    found = [Difficulty(f"math{place}", "math", 2, 1, 0, True) for place in range(3)]
+    found += [Difficulty(f"math{place}", "math", 4, place - 4, 0, True) for place in (4, 6)]
+    of_two = (3 + 0 + 5 / 6) / 5  # C(2, 2) / C(4, 2) is a sixth
+    assert pool_pass_at_k(rows, found, [2, 4], predictor=None) == {
+        "math": {"prompts": 5, "pass@1": 0.4, "pass@2": pytest.approx(of_two), "pass@4": 0.5}
     }
-    assert pool_pass_at_k(rows, found, k=8, predictor=None) == {}
 
 
 def test_the_selection_costs_fewer_rollouts_than_drawing_all_alike(monkeypatch: pytest.MonkeyPatch):

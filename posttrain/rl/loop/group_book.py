@@ -52,14 +52,15 @@ from posttrain.sampling.rollouts import UNBEGUN, reply_of
 
 @dataclass(slots=True)
 class _Undecided:
-    """A group that is neither trained on nor dropped. group: None until it is sampled. scored: None until
-    it is ready.
+    """A group that is neither trained on nor dropped. group: None until it is sampled. scored: None until it is ready.
+    num_first: how many of its replies were sampled whatever the others were; None: all.
     """
 
     state: GroupState
     group: Group | None = None
     scored: ScoredGroup | None = None
     ready_since: float = 0.0
+    num_first: int | None = None
     is_taken: bool = False  # whether it is part of the batch that is being trained on
 
 
@@ -195,9 +196,9 @@ class GroupBook:
             self._undecided[order] = _Undecided(GroupState.SCORED, scored.group, scored, time.time())
             return None
         if survivor.group is not None:
-            self._undecided[order] = _Undecided(GroupState.GENERATED, survivor.group)
+            self._undecided[order] = _Undecided(GroupState.GENERATED, survivor.group, num_first=self._first_replies)
             return survivor.group
-        self._undecided[order] = _Undecided(GroupState.RESERVED)
+        self._undecided[order] = _Undecided(GroupState.RESERVED, num_first=self._first_replies)
         self._ledger.restart_group(order, survivor.stamp, survivor.replies)
         prompt = self._source.prompt(entry.prompt_id, entry.system)
         return Admission(order, survivor.stamp, prompt, survivor.replies)
@@ -211,9 +212,9 @@ class GroupBook:
     def first_sampled(self, flight: Flight) -> Group:
         """Record that the first replies of a group are sampled. Returns the group with these alone."""
         self.sampled_so_far(flight)
-        group = group_of_flight(flight)
-        self._undecided[flight.order].group = group
-        return group
+        undecided = self._undecided[flight.order]
+        undecided.group, undecided.num_first = group_of_flight(flight), flight.request.n
+        return undecided.group
 
     def first_scored(self, scored: ScoredGroup) -> Admission | None:
         """Decide by the rewards of its first replies whether a group goes on. Returns the work that is left then.
@@ -260,7 +261,7 @@ class GroupBook:
         self._tally.decided(scored, reason)
         if (alarm := self._alarm.observe(scored)) is not None:
             self._context.event("alarm", **alarm)
-        self._source.observe(scored, self._threshold, self._first_replies)
+        self._source.observe(scored, self._threshold, undecided.num_first)
         self._source.decided(len(scored.rewards), is_useful=reason is None)
         if reason is None:
             undecided.scored, undecided.ready_since = scored, time.time()
