@@ -133,8 +133,10 @@ class Bench:
         self.ledger.flush_now()
         return [event for _, _, event, group, _ in self.ledger.log() if group == order]
 
+    def trained(self, groups: Sequence[ScoredGroup], step: int) -> None:
+        asyncio.run(self.book.trained(groups, step))
+
     def archived(self, step: int) -> list[tuple[str, int | None, str]]:
-        asyncio.run(self.book.archived())
         rows = pq.read_table(self.folder / "rollouts" / f"step_{step:06d}.parquet").to_pylist()
         return sorted({(row["group_id"], row["step"], row["status"]) for row in rows})
 
@@ -159,11 +161,12 @@ def test_a_group_from_its_admission_to_the_step_that_trains_it(bench):
     assert [scored.group.order for scored in batch.groups] == orders
     assert len(batch.ready_since) == 2
     assert bench.states == {0: "scored", 1: "scored"}  # until the step is made
-    bench.book.trained(batch.groups, 0)
+    bench.trained(batch.groups, 0)
     assert bench.states == {0: "trained", 1: "trained"}
     assert bench.events(0) == ["reserved", "generated", "scored", "trained"]
     assert bench.archived(0) == [("g0", 0, "trained"), ("g1", 0, "trained")]
-    assert bench.book.archived_seq == bench.ledger.seq
+    seq_of = {(event, order): seq for seq, _, event, order, _ in bench.ledger.log()}
+    assert bench.book.archived_seq == seq_of["scored", 1]  # the last transition before the file was begun
     assert bench.book.position() == {"seq": bench.ledger.seq, "next_order": 2}
 
 
@@ -294,7 +297,7 @@ def test_spares_that_were_not_needed_are_dropped_with_what_was_sampled_of_them(t
         bench.ready()
     batch = bench.book.take(0)
     assert batch is not None
-    bench.book.trained(batch.groups, 0)
+    bench.trained(batch.groups, 0)
     placed = [bench.book.admit(1) for _ in range(2)]
     spares = [bench.book.admit(1) for _ in range(bench.book.room(1))]
     assert len(spares) == 2
@@ -393,7 +396,7 @@ def test_a_transition_that_cannot_follow_is_refused_by_name(tmp_path, reached, w
     if reached in ("taken", "trained"):
         assert bench.book.take(0) is not None
     if reached == "trained":
-        bench.book.trained([scored], 0)
+        bench.trained([scored], 0)
     states = bench.states
 
     def attempt() -> Any:
@@ -401,7 +404,7 @@ def test_a_transition_that_cannot_follow_is_refused_by_name(tmp_path, reached, w
             return bench.book.generated(flight)
         if wanted == "scored":
             return bench.book.scored(scored, None)
-        return bench.book.take(1) if wanted == "taken" else bench.book.trained([scored], 0)
+        return bench.book.take(1) if wanted == "taken" else bench.trained([scored], 0)
 
     follows = {("admitted", "generated"), ("generated", "scored"), ("taken", "trained")}
     if (reached, wanted) in follows:

@@ -428,18 +428,32 @@ def test_an_engine_that_freezes_while_it_is_idle_is_replaced(ranks, tiny_model, 
     assert audit_stage(tmp_path / "rl").is_clean
 
 
-def start_run(config, folder: Path):
-    """The stage in a process of its own, which may be killed."""
+# Lines of Python, after which a run sends itself SIGKILL at one place.
+DIES_BEFORE_THE_LEDGER_HAS_STEP_6 = (
+    "write = RolloutArchive._write; RolloutArchive._write = lambda self, step, decided: "
+    "(write(self, step, decided), step < 6 or os.kill(os.getpid(), signal.SIGKILL))"
+)
+DIES_AFTER_THE_LEDGER_HAS_UNDONE_STEPS = (
+    "undo = Ledger.roll_back; Ledger.roll_back = lambda self, version: "
+    "(undo(self, version), os.kill(os.getpid(), signal.SIGKILL))"
+)
+
+
+def start_run(config, folder: Path, prelude: str = ""):
+    """The stage in a process of its own, which may be killed. prelude: a line of Python that it runs first."""
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(dump_yaml(config))
     script = textwrap.dedent(f"""
-        import pathlib
+        import os, pathlib, signal
         from posttrain.config.base import load_config
         from posttrain.context import StageContext
         from posttrain.pipeline.ray_session import ray_session
         from posttrain.rl.config import RlConfig
+        from posttrain.rl.history.archive import RolloutArchive
+        from posttrain.rl.history.ledger import Ledger
         from posttrain.rl.stage import run
         folder = pathlib.Path({str(folder)!r})
+        {prelude}
         with ray_session():
             context = StageContext("rl", folder, folder / "events.jsonl", seed=3)
             run(load_config(RlConfig, folder / "config.yaml"), context)
@@ -460,14 +474,21 @@ def kill_when(child, ready):
 @pytest.mark.full  # test_rl_faults.py kills more
 @pytest.mark.timeout(500)
 def test_a_killed_run_continues_from_its_checkpoint(ranks, tiny_model, tmp_path):
-    """SIGKILL in mid-training; the second run goes on from the commit, trains every step once, and can be replayed."""
-    config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=24, checkpoint_every=2)
+    """SIGKILL where ledger and archive differ. The third run goes on from the commit, trains every step once, and can
+    be replayed."""
+    config = make_config(tmp_path, tiny_model, rows_of(["math"]), steps=24, checkpoint_every=4)
     folder = tmp_path / "rl"
-    child = start_run(config, folder)
-    kill_when(child, lambda: list((folder / "checkpoints").glob("step_[0-9]*/ledger.sqlite")))
-    before = [line["step"] for line in read_jsonl(folder / "metrics.jsonl")]
-    assert before
-    assert before[-1] < 23
+    for prelude, steps, unrecorded in (
+        (DIES_BEFORE_THE_LEDGER_HAS_STEP_6, 6, 1),
+        (DIES_AFTER_THE_LEDGER_HAS_UNDONE_STEPS, 4, 3),
+    ):
+        assert start_run(config, folder, prelude).wait(240) == -signal.SIGKILL
+        audit = audit_stage(folder)
+        assert audit.is_clean, audit.problems
+        assert (audit.totals["steps"], audit.totals["steps_unrecorded"]) == (steps, unrecorded)
+        (again := tmp_path / f"after {steps}").mkdir()
+        found = replay(config, StageContext("rl", again, again / "events.jsonl", seed=3), folder)
+        assert (found["batches_equal"], found["steps"]) == (True, steps)
     assert start_run(config, folder).wait(240) == 0
     resumed = [line for line in read_jsonl(folder / "events.jsonl") if line["event"] == "resumed"]
     assert len(resumed) == 1
@@ -478,7 +499,7 @@ def test_a_killed_run_continues_from_its_checkpoint(ranks, tiny_model, tmp_path)
     audit = audit_stage(folder)
     assert audit.is_clean, audit.problems
     assert audit.totals["committed"] == 24 * 4
-    assert audit.totals["resumed"] == 1
+    assert audit.totals["resumed"] == 2
     again = tmp_path / "again"
     again.mkdir()
     found = replay(config, StageContext("rl", again, again / "events.jsonl", seed=3), folder)

@@ -359,6 +359,33 @@ def test_an_audit_finds_what_is_wrong(finished, damage, problem):
     assert any(problem in found for found in audit.problems), audit.problems
 
 
+UNFINISHED = "DELETE FROM log WHERE event = 'finished'"
+ROLLED_BACK = 'INSERT INTO log VALUES (1000, 0, \'rolled_back\', NULL, \'{"to": 1, "steps": 2, "groups": 4}\')'
+
+
+@pytest.mark.parametrize(
+    ("state", "from_group", "events", "unrecorded"),
+    [
+        ("scored", 4, (UNFINISHED,), 1),  # the file of the last step was written, and then the run was killed
+        ("scored", 2, (UNFINISHED, ROLLED_BACK), 2),  # two steps were undone, and then it was killed
+        ("scored", 4, (), None),  # but the run is finished
+        ("generated", 4, (UNFINISHED,), None),  # but a step trains on no group without its rewards
+        ("scored", 2, (UNFINISHED,), None),  # but the step before is always recorded first
+    ],
+)
+def test_rollouts_may_be_ahead_of_the_ledger_by_what_a_kill_explains(finished, state, from_group, events, unrecorded):
+    edit(finished, f"UPDATE groups SET state = '{state}', step = NULL WHERE id BETWEEN {from_group} AND 5")
+    for event in events:
+        edit(finished, event)
+    audit = audit_stage(finished)
+    assert audit.is_clean == (unrecorded is not None), audit.problems
+    if unrecorded is not None:
+        assert audit.totals["steps_unrecorded"] == unrecorded
+        assert audit.totals["tokens_trained"] == 20 * (3 - unrecorded)
+    else:
+        assert any("trained according to the rollouts, but not in the ledger" in text for text in audit.problems)
+
+
 def tool_rollout() -> Rollout:
     """A call, the tool's result, an answer: the second segment is context, the third spans two versions."""
     segments = (

@@ -2,6 +2,11 @@
 
 Two records of the run are compared. The ledger says what became of each group, and the archive holds the rollouts that
 each step trained on. The audit checks each for itself, and that both agree.
+
+A run writes a step to the archive first, and undoes steps in the ledger first. So a kill leaves the archive ahead of
+the ledger, never behind it. That is no fault, and the audit only counts such steps, in two cases: the file of the step
+after the ledger's last one is there, and its groups are scored; or the ledger has undone steps, and none was made since
+then. In both, the run that is continued removes these files.
 """
 
 import json
@@ -66,7 +71,7 @@ def audit_stage(stage: Path) -> Audit:
         elif folder_hash(stage / last.folder) != last.hash:
             audit.problems.append(f"the content of {last.folder} is not what the last commit recorded")
     _steps(audit, entries, groups_per_step=config.get("groups_per_step"), committed=last.version if last else 0)
-    _archive(audit, entries, stage, max_staleness=config.get("max_staleness"))
+    _archive(audit, entries, stage, gap=_gap(entries, log), max_staleness=config.get("max_staleness"))
     return audit
 
 
@@ -93,11 +98,19 @@ def _nothing_lost(audit: Audit, entries: list[Entry], log: list[Any]) -> None:
     missing = sorted(set(range(max(there, default=-1) + 1)) - there)
     if missing:
         audit.problems.append(f"{len(missing)} dispatched groups are missing from the ledger: {missing[:_SHOWN]}")
-    ends = [event for _, _, event, _, _ in log if event in (LedgerEvent.FINISHED, LedgerEvent.ROLLED_BACK)]
-    finished = ends[-1:] == [LedgerEvent.FINISHED]  # a finished stage that goes on with more steps begins anew here
     pending = [entry.id for entry in entries if entry.state not in (GroupState.COMMITTED, GroupState.DROPPED)]
-    if finished and pending:
+    if _is_finished(log) and pending:
         audit.problems.append(f"the run is finished, but {len(pending)} groups are undecided: {pending[:_SHOWN]}")
+
+
+def _last_of(log: list[Any], *events: LedgerEvent) -> str | None:
+    """The latest of these events, or None if there was none."""
+    return next((event for _, _, event, _, _ in reversed(log) if event in events), None)
+
+
+def _is_finished(log: list[Any]) -> bool:
+    """Whether the last step was made. A finished stage that goes on with more steps begins anew."""
+    return _last_of(log, LedgerEvent.FINISHED, LedgerEvent.ROLLED_BACK) == LedgerEvent.FINISHED
 
 
 def _transitions(audit: Audit, log: list[Any]) -> None:
@@ -128,18 +141,52 @@ def _steps(audit: Audit, entries: list[Entry], *, groups_per_step: int | None, c
         audit.problems.append(f"groups {late[:_SHOWN]} are committed, but no commit covers their steps")
 
 
-def _archive(audit: Audit, entries: list[Entry], stage: Path, *, max_staleness: int | None) -> None:
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """The steps that a kill may have left in the archive alone.
+
+    next_step: one more than the last step of the ledger. is_undone: whether no step was made since the ledger undid
+    some. scored: the names of the groups that are scored. The run is not finished.
+    """
+
+    next_step: int
+    is_undone: bool
+    scored: frozenset[str]
+
+    def holds(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether the trained rollouts of one file are of such a step."""
+        steps = {row["step"] for row in rows}
+        if self.is_undone:
+            return min(steps, default=-1) >= self.next_step
+        return steps == {self.next_step} and {row["group_id"] for row in rows} <= self.scored
+
+
+def _gap(entries: list[Entry], log: list[Any]) -> _Gap | None:
+    """None for a finished run, which has no gap."""
+    if _is_finished(log):
+        return None
+    trained = [entry.step for entry in entries if entry.state in _TRAINED and entry.step is not None]
+    return _Gap(
+        1 + max(trained, default=-1),
+        _last_of(log, LedgerEvent.TRAINED, LedgerEvent.ROLLED_BACK) == LedgerEvent.ROLLED_BACK,
+        frozenset(f"g{entry.id}" for entry in entries if entry.state == GroupState.SCORED),
+    )
+
+
+def _archive(audit: Audit, entries: list[Entry], stage: Path, *, gap: _Gap | None, max_staleness: int | None) -> None:
     """Check the rollouts: every trained group is in one step only, the same as in the ledger, and not too stale."""
     import pyarrow.parquet as pq
 
     seen: dict[str, set[tuple[int, int]]] = defaultdict(set)
-    doubled, too_old, uncovered, tokens = [], [], [], 0
+    doubled, too_old, uncovered, tokens, num_ahead = [], [], [], 0, 0
     for path in sorted((stage / "rollouts").glob("step_*.parquet")):
         check_archive(path)
         names = ["step", "group_id", "index", "versions", "segments", "sampler_logprobs", "num_tokens", "status"]
-        for row in pq.read_table(path, columns=names).to_pylist():
-            if row["status"] != "trained":
-                continue
+        rows = [row for row in pq.read_table(path, columns=names).to_pylist() if row["status"] == "trained"]
+        if gap is not None and gap.holds(rows):
+            num_ahead += 1
+            continue
+        for row in rows:
             key = (row["step"], row["index"])
             if key in seen[row["group_id"]]:
                 doubled.append(row["group_id"])
@@ -151,6 +198,7 @@ def _archive(audit: Audit, entries: list[Entry], stage: Path, *, max_staleness: 
             age = row["step"] - min((version for version, _, _ in spans), default=row["step"])
             if max_staleness is not None and not 0 <= age <= max_staleness:
                 too_old.append(row["group_id"])
+    audit.totals["steps_unrecorded"] = num_ahead
     audit.totals["tokens_trained"] = tokens
     twice = sorted(set(doubled) | {name for name, keys in seen.items() if len({s for s, _ in keys}) > 1})
     audit.totals["trained_twice"] = len(twice)

@@ -113,12 +113,8 @@ class GroupBook:
 
     @property
     def archived_seq(self) -> int:
-        """The number of the ledger's transition up to which every dropped group is in the archive, after `archived`."""
+        """The number of the ledger's transition up to which every dropped group is in the archive."""
         return self._archived_seq
-
-    async def archived(self) -> None:
-        """Wait until every group that was given to the archive is on the disk. Raises what its writing raised."""
-        await self._archive.written()
 
     @property
     def next_order(self) -> int:
@@ -328,8 +324,13 @@ class GroupBook:
             ready_since.append(undecided.ready_since)
         return Batch(groups, ready_since)
 
-    def trained(self, groups: Sequence[ScoredGroup], step: int) -> None:
-        """Record that optimizer step `step` trained on these groups, with the advantages that they have here."""
+    async def trained(self, groups: Sequence[ScoredGroup], step: int) -> None:
+        """Record that optimizer step `step` trained on these groups, with the advantages that they have here.
+
+        When this returns, the step is on the disk: first its groups as scored in the ledger, then its file of the
+        archive, then its groups as trained on in the ledger. So the archive is ahead of the ledger by one step at most,
+        and never behind: see `audit.py`. The next step must be recorded after this one.
+        """
         for scored in groups:
             order = scored.group.order
             if not self._in_state(order, GroupState.SCORED, "be trained on").is_taken:
@@ -337,9 +338,13 @@ class GroupBook:
         for scored in groups:
             del self._undecided[scored.group.order]
             self._archive.add(scored, step=step, trainer_version=step, status="trained")
-        self._ledger.trained([scored.group.order for scored in groups], step)
+        await self._ledger.flush()
         self._archive.write(step)
-        self._archived_seq = self._ledger.seq
+        archived_seq = self._ledger.seq  # groups that are dropped from now on come to the file of the next step
+        await self._archive.written()
+        self._archived_seq = archived_seq
+        self._ledger.trained([scored.group.order for scored in groups], step)
+        await self._ledger.flush()
 
     def _in_state(self, order: int, state: GroupState, what: str) -> _Undecided:
         """Return the group. Raises StageError if it is not in `state`. what: the transition, for the message."""

@@ -1,7 +1,8 @@
 """The loop of optimizer steps.
 
 book.take ──► trainer makes the step ──► engines load the new weights while the trainer makes the next step
-   ▲                                └──► book.trained ──► metrics ──► checkpoint, commit
+   ▲                                ├──► book.trained writes the step to the disk, also meanwhile
+   │                                └──► metrics ──► checkpoint, commit
    └ waits here for generation, and nowhere else
 """
 
@@ -66,10 +67,13 @@ class Steps:
         self._tell = tell
         self._balance = balance
         self._update: asyncio.Task[None] | None = None
+        self._recording: asyncio.Task[None] | None = None
         self.next_version = first_step  # the version at which the next batch will be trained on
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
-        """Make all steps. tasks: for the updates of the engines, of which the last may still run at the end."""
+        """Make all steps. tasks: for the updates of the engines, of which the last may still run at the end, and for
+        what is written about a step.
+        """
         while self.next_version < self._config.steps:
             await self._one_step(tasks)
 
@@ -105,8 +109,8 @@ class Steps:
         # before the trainer writes the version after the next.
         await self.finish_update()
         self._update = tasks.create_task(self._workers.weights.update(manifest_of(result), step + 1))
-        await self._book.archived()  # of the step before: so the memory of one step at most waits for a slow disk
-        self._book.trained(groups, step)
+        await self._recorded()  # the step before: so the memory of one step at most waits for a slow disk
+        self._recording = tasks.create_task(self._book.trained(groups, step))
         ages_s = [now - since for since in batch.ready_since]
         metrics = self._tally.values(step, groups, ages_s=ages_s, waited_s=now - waiting, trained=result.metrics)
         self._tell(step, {**metrics, **self._source.advance(step + 1)})
@@ -117,8 +121,13 @@ class Steps:
             self._book.move(moved)
         if self._checkpoints.is_due(step + 1):
             state = {"source": self._source.state(), **self._book.position()}
-            await self._book.archived()  # a commit lets the ledger forget the replies of dropped groups
+            await self._recorded()  # a commit lets the ledger forget the replies of dropped groups
             await self._checkpoints.write(step + 1, state, archived_seq=self._book.archived_seq)
+
+    async def _recorded(self) -> None:
+        """Wait until the steps so far are on the disk: in the archive and in the ledger."""
+        if self._recording is not None:
+            await self._recording
 
     def _check_staleness(self, groups: Sequence[ScoredGroup], step: int) -> None:
         oldest = step - min(scored.group.oldest_version for scored in groups)
