@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow.parquet  # noqa: F401  # here, because each life would import it otherwise
+import pyarrow.dataset  # noqa: F401  # here, because each life would import it otherwise
 
 from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.base import dump_yaml, validate_config
@@ -46,7 +46,7 @@ from posttrain.rl.training.protocol import StepResult
 from posttrain.sampling.manifests import WeightManifest
 from posttrain.sampling.rollouts import Reply
 
-STEPS, BATCH, CHECKPOINT_EVERY = 4, 2, 3
+STEPS, BATCH, CHECKPOINT_EVERY = 3, 2, 2
 ROWS = [Row(f"p{index}", "sums", (Message("user", f"{index} + 1 ="),), str(index + 1)) for index in range(40)]
 TOKENIZER = build_tokenizer()
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")  # audit events of the interpreter

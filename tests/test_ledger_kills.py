@@ -9,7 +9,7 @@ from signal import SIGKILL
 
 import pytest
 
-STEPS = 4
+STEPS = 3
 
 
 @pytest.mark.slow
