@@ -204,6 +204,27 @@ def test_what_was_committed_is_never_undone(tmp_path):
     assert ledger.next_order == 2
 
 
+def test_a_commit_removes_the_replies_that_are_needed_no_more(tmp_path):
+    def with_replies(ledger):
+        return [entry.id for entry in ledger.entries(with_data=True) if entry.data is not None]
+
+    ledger = Ledger(tmp_path / SNAPSHOT)
+    for order, state in enumerate(["trained", "dropped", "scored", "dropped", "trained"]):
+        walk(ledger, order, state, step=order)
+    seq_of = {(event, order): seq for seq, _, event, order, _ in (ledger.flush_now(), ledger.log())[1]}
+    # The archive has what was dropped up to group 1. Group 4 was trained on after the checkpoint.
+    asyncio.run(ledger.commit(Commit(4, "checkpoints/step_4", "hash"), seq_of["dropped", 1]))
+    assert with_replies(ledger) == [2, 3, 4]
+    assert states(ledger) == {0: "committed", 1: "dropped", 2: "scored", 3: "dropped", 4: "trained"}
+    asyncio.run(ledger.commit(Commit(5, "checkpoints/step_5", "hash"), seq_of["dropped", 3]))
+    assert with_replies(ledger) == [2]
+    walk(ledger, 5, "dropped")
+    ledger.close()
+    again = Ledger(tmp_path / SNAPSHOT)  # the replies of what an earlier life dropped are removed too
+    asyncio.run(again.commit(Commit(6, "checkpoints/step_6", "hash"), again.seq))
+    assert with_replies(again) == [2]
+
+
 def checkpoint(folder: Path, version: int, text: str = "weights") -> Path:
     path = folder / "checkpoints" / f"step_{version}"
     path.mkdir(parents=True)

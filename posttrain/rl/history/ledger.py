@@ -90,6 +90,7 @@ class Ledger:
     def __init__(self, path: Path):
         self.path = path
         self._file = LedgerFile(path)
+        self._archived_seq = 0  # of the last commit since the file was opened
 
     # ------------------------------------------------------------------ transitions
 
@@ -158,14 +159,18 @@ class Ledger:
         archived_seq: a number in the log. Groups that were dropped up to there are in the archive, so the ledger
         deletes their replies.
         """
+        # Found by their replies, which are few: a long run has a hundred times as many groups.
         self._file.write(
-            "UPDATE groups SET state = 'committed' WHERE state = 'trained' AND step < ?", (commit.version,)
+            "UPDATE groups SET state = 'committed' "
+            "WHERE id IN (SELECT id FROM replies) AND state = 'trained' AND step < ?",
+            (commit.version,),
         )
         self._file.write(
-            "DELETE FROM replies WHERE id IN (SELECT id FROM groups WHERE state = 'committed') OR id IN "
-            "(SELECT id FROM log WHERE event = 'dropped' AND seq <= ?)",
-            (archived_seq,),
+            "DELETE FROM replies WHERE (SELECT state FROM groups WHERE groups.id = replies.id) = 'committed' OR id IN "
+            "(SELECT id FROM log WHERE seq > ? AND seq <= ? AND event = 'dropped')",
+            (self._archived_seq, archived_seq),
         )
+        self._archived_seq = archived_seq
         row = (commit.version, commit.folder, commit.hash, time.time())
         self._file.write("INSERT OR REPLACE INTO commits (version, folder, hash, time) VALUES (?,?,?,?)", row)
         self._file.log(LedgerEvent.COMMITTED, None, commit.version)

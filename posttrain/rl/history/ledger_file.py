@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS groups (
     prompts_seen INTEGER NOT NULL, stamp INTEGER NOT NULL, state TEXT NOT NULL, reason TEXT, step INTEGER,
     oldest INTEGER, newest INTEGER, tokens INTEGER NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 1,
     scored_seq INTEGER);
-CREATE INDEX IF NOT EXISTS groups_by_state ON groups (state);
+DROP INDEX IF EXISTS groups_by_state;  -- of files of earlier versions: every change of a state changed it too
 CREATE TABLE IF NOT EXISTS replies (id INTEGER PRIMARY KEY, data BLOB NOT NULL, scores TEXT);
 CREATE TABLE IF NOT EXISTS log (
     seq INTEGER PRIMARY KEY, time REAL NOT NULL, event TEXT NOT NULL, id INTEGER, value TEXT);
