@@ -2,8 +2,8 @@
 
 Engines are Ray actors with the engine's interface that return prepared replies. The trainer is an object that returns
 at once. Real are the controller, Ray's calls, the ledger on the disk, the queue, the archive, and the reward actor with
-one process. The reward itself computes almost nothing. Groups have 2 replies of 8 tokens, so that the cost of groups is
-measured and not that of tokens.
+one process. The controller runs in a process of Ray, as in a stage. The reward itself computes almost nothing. Groups
+have 2 replies of 8 tokens, so that the cost of groups is measured and not that of tokens.
 
   controller_groups_per_s   groups a second that are trained on, from admission to the archive. Beside it: the processor
                             time of the controller for each group in microseconds, and the groups a second that the
@@ -18,7 +18,6 @@ import contextlib
 import cProfile
 import os
 import pstats
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -172,8 +171,17 @@ def parts(folder: Path, seed: int, mute: bool):
             ray.kill(cast(Any, one))
 
 
-def groups_per_s(seed: int = 0, profile: bool = False) -> tuple[float, dict[str, float]]:
-    with tempfile.TemporaryDirectory() as scratch, ray_session(), parts(Path(scratch), seed, mute=False) as made:
+def groups_per_s(seed: int = 0, profile: Path | None = None) -> tuple[float, dict[str, float]]:
+    """profile: a file into which the functions of the controller's process are written, for `pstats`."""
+    import ray
+
+    with ray_session():
+        # As a stage runs: in a process of Ray, whose event loops are those of uvloop.
+        return ray.get(ray.remote(_groups_per_s).options(num_cpus=0.5, max_calls=1).remote(seed, profile))
+
+
+def _groups_per_s(seed: int, profile: Path | None) -> tuple[float, dict[str, float]]:
+    with tempfile.TemporaryDirectory() as scratch, parts(Path(scratch), seed, mute=False) as made:
         config = settings(BATCH, STALENESS, WARM + STEPS)
         context = StageContext("rl", Path(scratch), Path(scratch) / "events.jsonl", seed)
         floor = asyncio.run(reward_groups_per_s(config, made.source.draw("sums", 0)))
@@ -182,8 +190,7 @@ def groups_per_s(seed: int = 0, profile: bool = False) -> tuple[float, dict[str,
         with watch:
             asyncio.run(controller.run())
         if isinstance(watch, cProfile.Profile):
-            pstats.Stats(watch).sort_stats("tottime").print_stats(45)
-            pstats.Stats(watch).sort_stats("cumtime").print_stats(45)
+            watch.dump_stats(cast(Path, profile))
         trainer: Any = made.trainer  # a ReadyTrainer
         began, ended = trainer.times[WARM - 1], trainer.times[-1]
         groups = BATCH * STEPS
@@ -255,5 +262,7 @@ def _rss_gib() -> float:
 
 if __name__ == "__main__":  # profile the controller
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    figure, detail = groups_per_s(profile="profile" in sys.argv)
-    print(figure, detail)
+    with tempfile.NamedTemporaryFile() as file:
+        print(*groups_per_s(profile=Path(file.name)))
+        for order in ("tottime", "cumtime"):
+            pstats.Stats(file.name).sort_stats(order).print_stats(45)
