@@ -110,6 +110,7 @@ def seen(problem):
         colours = [next(colour for colour in COLOURS if coloured(picture, colour).any()) for picture in pictures]
         ((odd, times), *_) = sorted(Counter(colours).items(), key=lambda item: item[1])
         assert times == 1
+        assert odd != colours[0]
         return str(colours.index(odd) + 1)
     return None
 

@@ -33,7 +33,7 @@ CHAT_TEMPLATE = """{{- bos_token }}
 _SPLIT = r" ?[abc][123]| ?\p{L}+:?| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\s"
 _WORDS = (
     *("system", "user", "assistant", "Steps:", "Answer:", "Rate:", "easy", "medium", "hard"),
-    *("Count", "Find", "Highest", "Lowest", "bar", "Add", "digits", "Which", "differs", "picture"),
+    *("Count", "Find", "Highest", "Lowest", "bar", "Add", "digits", "Which", "differs", "same", "other", "picture"),
     *("Sum:", "Sort", "up", "down", "up:", "down:"),
 )
 MAX_TILES = 4  # of larger pictures, which the puzzles do not have
