@@ -38,7 +38,7 @@ VICTIMS = {
     "rollout_actor": ("ray::EngineActor",),
     "reward_process": ("posttrain.scoring.pool.reward_process",),
     "reward_actor": ("ray::RewardActor",),
-    "trainer_rank": ("ray::_Rank",),
+    "trainer_rank": ("ray::Rank",),
     "controller": (),
     "ray": ("/raylet/raylet", "gcs_server"),
 }

@@ -38,7 +38,7 @@ SLEEP_S = 0.03
 FIXED = (1, 2, 3, 4, 5, 6)
 CPUS = 8.0
 RANGE = {"min": FIXED[0], "max": FIXED[-1]}
-STEPS, MORE_STEPS = 24, 120
+STEPS, MORE_STEPS = 24, 84
 WORKERS: dict[str, Any] = {
     **{f"fixed-{number}": number for number in FIXED},
     "elastic": RANGE,

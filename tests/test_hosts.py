@@ -20,14 +20,16 @@ import torch
 from posttrain.actors.losses import ActorLostError
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
-from posttrain.config.resources import ActorResources, HostChoice, RolloutResources, WorkerRange
+from posttrain.config.resources import ActorResources, HostChoice, RolloutResources, TrainerResources, WorkerRange
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import ConfigError, UserError
 from posttrain.files import read_jsonl
+from posttrain.hosts import away, placement
+from posttrain.hosts.away import HandedOver
 from posttrain.hosts.checks import HostReport, compare_hosts, received, report_of_this
-from posttrain.hosts.folders import fetch_folder, offer_folder
+from posttrain.hosts.folders import fetch_folder, offer_folder, take_folder
 from posttrain.hosts.lease import Lease
-from posttrain.hosts.placement import CLUSTER_VARIABLE, NODE_LABEL, check_choices, chosen, near_home, pinned_here
+from posttrain.hosts.placement import CLUSTER_VARIABLE, NODE_LABEL, RankPlaces, check_choices, chosen, pinned_here
 from posttrain.hosts.relay import MAX_SILENCE_S, Relay, RelayError, Source, pull, silence_s
 from posttrain.hosts.weights import WeightCopies, WeightsOffer
 from posttrain.sampling import client, registry
@@ -146,7 +148,8 @@ def test_an_engine_on_a_host_that_does_not_answer_holds_up_no_update():
 def test_a_local_session_tells_ray_nothing_about_hosts(monkeypatch):
     monkeypatch.delenv(CLUSTER_VARIABLE, raising=False)
     choice = HostChoice(nodes=["a"], labels={"gpu": "h100"}, spread=True)
-    assert chosen(choice, ["x"]) == pinned_here() == near_home() == {}
+    assert chosen(choice, ["x"]) == pinned_here() == {}
+    assert RankPlaces(TrainerResources(nodes=["a"], pack=True), 2, ["x"]).options == [{}, {}]
 
 
 def test_labels_spread_and_hosts_to_avoid_are_told_to_ray(monkeypatch):
@@ -156,6 +159,41 @@ def test_labels_spread_and_hosts_to_avoid_are_told_to_ray(monkeypatch):
         "label_selector": {"gpu": "h100", NODE_LABEL: "!in(a,b)"},
         "scheduling_strategy": "SPREAD",
     }
+
+
+def test_engines_that_are_packed_go_where_others_of_them_are_if_there_is_room(monkeypatch):
+    monkeypatch.setenv(CLUSTER_VARIABLE, "1")
+    packed = HostChoice(labels={"gpu": "h100"}, pack=True)
+    assert chosen(packed, ["dead"], ["b", "a", "dead"]) == {
+        "label_selector": {"gpu": "h100", NODE_LABEL: "in(a,b)"},
+        "fallback_strategy": [{"label_selector": {"gpu": "h100", NODE_LABEL: "!in(dead)"}}],
+    }
+    assert chosen(packed, ["dead"], ["dead"]) == {"label_selector": {"gpu": "h100", NODE_LABEL: "!in(dead)"}}
+    with pytest.raises(ValueError, match="spread and pack are both true"):
+        HostChoice(spread=True, pack=True)
+
+
+@pytest.mark.parametrize(
+    ("resources", "number", "where"),
+    [
+        (TrainerResources(cpus=1), 2, ["home", "home"]),
+        (TrainerResources(cpus=0), 9, ["home"] * 9),
+        (TrainerResources(cpus=1), 3, ["!in(silent)"] * 3),  # the home host has two CPUs
+        (TrainerResources(cpus=1, gpus=1), 1, ["!in(silent)"]),
+        (TrainerResources(cpus=1, labels={"gpu": "h100"}), 1, ["!in(silent)"]),
+        (TrainerResources(cpus=1, nodes=["address of a", "b"]), 2, ["in(id of a,id of b)"] * 2),
+    ],
+)
+def test_ranks_are_on_the_home_host_if_it_has_room_for_all_and_they_do_not_say_where(
+    resources, number, where, monkeypatch
+):
+    nodes = [{**node(name, cpus), "NodeID": f"id of {name}"} for name, cpus in (("home", 2), ("a", 4), ("b", 4))]
+    monkeypatch.setenv(CLUSTER_VARIABLE, "1")
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(placement, "this_node", lambda: "id of home")
+    monkeypatch.setattr(placement, "pinned", lambda node: {"label_selector": {NODE_LABEL: node.removeprefix("id of ")}})
+    places = RankPlaces(resources, number, ["silent"])
+    assert [options["label_selector"][NODE_LABEL] for options in places.options] == where
 
 
 def node(name: str, cpus: float, **labels: str) -> dict:
@@ -180,17 +218,23 @@ def node(name: str, cpus: float, **labels: str) -> dict:
         (ActorResources(workers=1, cpus=0, gpus=1), "asks for 1 × (1 GPU)"),
         (ActorResources(workers=9, cpus=0), None),
         (HostChoice(labels={"role": "engine"}), None),
+        (HostChoice(labels={"gpu": "h100"}), "labels: no host has gpu=h100; labels are given to a host by `ray start"),
+        (HostChoice(nodes=["a", "c"]), "nodes: got 'c', which is no host of the cluster; it has a, b, home"),
+        (TrainerResources(cpus=3), "asks for 2 × (3 CPU), each on one host, and of the hosts that it may use home has"),
+        (TrainerResources(cpus=3), "1 would fit: lower parallel.processes"),
+        (TrainerResources(cpus=2), None),
     ],
 )
 def test_actors_that_no_host_has_room_for_are_refused(choice, message, monkeypatch):
     """Five CPUs in all, but an actor is on one host."""
     nodes = [node("home", 1), node("a", 3, role="engine"), node("b", 2)]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    choices, ranks = {"resources.rollout": choice}, {"resources.rollout": 2}
     if message is None:
-        check_choices({"resources.rollout": choice})
+        check_choices(choices, ranks)
         return
     with pytest.raises(ConfigError, match=re.escape(message)):
-        check_choices({"resources.rollout": choice})
+        check_choices(choices, ranks)
 
 
 @pytest.mark.parametrize(("on_cluster", "has_place", "kept"), [(True, False, 0), (True, True, 1), (False, False, 1)])
@@ -519,3 +563,51 @@ def test_engines_end_when_the_home_host_is_not_heard_and_not_before():
         for engine in engines:
             engine.kill()
             engine.wait()
+
+
+# ---------------------------------------------------------------- what ranks on other hosts hand over
+
+
+def handed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HandedOver:
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(away, "this_address", lambda: "127.0.0.1")
+    return HandedOver()
+
+
+@pytest.mark.slow
+def test_what_a_rank_has_written_is_taken_whole_or_not_at_all(tmp_path, monkeypatch):
+    hand = handed(monkeypatch, tmp_path)
+    target = tmp_path / "home" / "step_3"
+    for number in (1, 2):
+        place = hand.begin("step_3")
+        place.mkdir()
+        (place / "weights").write_bytes(bytes([number]) * 9_000_000)
+        (place / f"only-{number}").write_text("x")
+        offer = hand.offer(place)
+        take_folder(offer, target, 5.0)
+        assert (target / "weights").read_bytes() == bytes([number]) * 9_000_000
+        assert sorted(path.name for path in target.iterdir()) == [f"only-{number}", "weights"]
+    hand.close()  # the rank is gone
+    with pytest.raises(RelayError):
+        take_folder(offer, target, 0.3)
+    assert (target / "weights").read_bytes() == bytes([2]) * 9_000_000
+    assert [path.name for path in target.parent.iterdir()] == ["step_3"]
+
+
+@pytest.mark.slow
+def test_a_rank_keeps_one_folder_at_a_time_and_deletes_those_of_ranks_that_were_killed(tmp_path, monkeypatch):
+    hand = handed(monkeypatch, tmp_path)
+    first = hand.begin("model")
+    first.mkdir()
+    hand.offer(first)
+    killed = first.parent.parent / "killed"
+    (killed / "step_1").mkdir(parents=True)
+    other = handed(monkeypatch, tmp_path)
+    assert not killed.exists()
+    assert first.exists()  # its process lives
+    second = hand.begin("model")
+    assert not first.parent.exists()
+    assert second.parent.exists()
+    hand.close()
+    other.close()
+    assert not list(second.parent.parent.iterdir())

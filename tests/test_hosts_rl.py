@@ -120,6 +120,33 @@ def test_engine_hosts_that_are_cut_off_and_powered_off_are_survived(hosts: Clust
     assert not await_nothing_left(right)  # Ray ends the actors of a run that is over
 
 
+def test_ranks_and_reference_are_on_other_hosts_and_the_loss_of_one_is_survived(hosts: Cluster, tmp_path: Path):
+    """What the ranks read is on the home host's disk alone, and what they write is there in the end."""
+    third, right = hosts.join("third"), hosts.hosts.all["right"]
+    where = {"nodes": ["third", "right"], "spread": True, "cpus": 0.5}
+    run = hosts.start(
+        "ranks", steps=10, checkpoint_every=3, parallel={"processes": 2}, trainer_restarts=1,
+        loss={"reference": {"weight": 0.1}}, weights={"delta": True},
+        resources={"rollout": {"workers": 1, "nodes": ["right"]}, "trainer": where,
+                   "reference": {"nodes": ["right"], "cpus": 0}},
+    )  # fmt: skip
+    run.await_steps(5)
+    ranks = [sum("ray::Rank" in line for line in host.processes().values()) for host in (hosts.home, third, right)]
+    assert ranks == [0, 1, 2]  # that of the reference is a rank too
+    assert len(list(third.path("/tmp/.cache/posttrain/models").iterdir())) == 1  # the model, by its content
+    third.power_off()
+    run.await_event("trainer_restarted")
+    assert "the host of a rank does not answer" in run.events("trainer_restarted")[0]["reason"]
+    assert run.wait(300) == 0, run.said()
+    assert [line["step"] for line in run.steps()] == list(range(10))
+    assert all("reference_kl" in line for line in run.steps())
+    audit = audit_stage(run.stage)
+    assert audit.is_clean, audit.problems
+    assert (run.stage / "model" / "model.safetensors").exists()
+    assert len(list((run.stage / "checkpoints").glob("step_*"))) == 1
+    assert not await_nothing_left(right)
+
+
 def test_a_run_goes_on_from_its_uri_on_another_host_after_its_home_host_is_gone(hosts: Cluster, tmp_path: Path):
     """An RL run, with a model, prompts and a reward that only the home host had."""
     run = hosts.start("kept", storage=True, steps=16, checkpoint_every=3, resources={"rollout": {"workers": 1}})

@@ -10,7 +10,7 @@ import gc
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,12 @@ class WarmRanks:
         self._groups: dict[int, RankGroup] = {}
 
     def run(
-        self, parallel: ParallelConfig, resources: TrainerResources, function: Callable[..., Any], *given: Any
+        self,
+        parallel: ParallelConfig,
+        resources: TrainerResources,
+        function: Callable[..., Any],
+        *given: Any,
+        needed: Sequence[str] = (),
     ) -> Any:
         """As `posttrain.parallel.ranks.run_on_ranks`."""
         try:

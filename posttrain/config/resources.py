@@ -22,9 +22,25 @@ class HostChoice(Config):
     )
     spread: bool = Field(
         default=False,
-        description="Place the actors on as many hosts as possible. false: Ray fills one host before it uses the next.",
+        description="Place the actors on as many hosts as possible. false: where Ray finds room.",
         json_schema_extra=RESULT_STAYS,
     )
+    pack: bool = Field(
+        default=False,
+        description="Place the actors on as few hosts as possible. false: where Ray finds room.",
+        json_schema_extra=RESULT_STAYS,
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "HostChoice":
+        if self.spread and self.pack:
+            raise ValueError("spread and pack are both true: actors are placed on many hosts or on few; remove one")
+        return self
+
+    @property
+    def says_where(self) -> bool:
+        """Whether it says anything about the hosts."""
+        return bool(self.nodes or self.labels or self.spread or self.pack)
 
 
 class ActorResources(HostChoice):
@@ -105,8 +121,11 @@ class RewardResources(Config):
     )
 
 
-class TrainerResources(Config):
-    """What each rank of a stage asks of the Ray cluster. Ranks run on the home host if it has what they ask for."""
+class TrainerResources(HostChoice):
+    """What each rank of a stage asks of the Ray cluster.
+
+    Ranks run on the home host if it has what all of them ask for, and the section does not say where.
+    """
 
     cpus: Annotated[float, Field(ge=0)] = Field(default=1.0, description="CPUs that Ray reserves for each rank.")
     gpus: Annotated[float, Field(ge=0)] = Field(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.hosts.checks import HostReport, report_of_this
-from posttrain.hosts.folders import FolderOffer, fetch_folder, offer_folder, state_of
+from posttrain.hosts.folders import FolderOffer, fetch_folder, offer_folder, state_of, take_folder
 from posttrain.hosts.lease import Lease
 from posttrain.hosts.relay import Relay, Source
 from posttrain.hosts.weights import WeightCopies, WeightsOffer
@@ -53,6 +53,10 @@ class HostAgent:
         """Where this host has the folder of an offer. See `fetch_folder`."""
         async with self._fetching.setdefault(offer.digest, asyncio.Lock()):
             return str(await self._run(fetch_folder, offer, deadline_s))
+
+    async def take(self, offer: FolderOffer, folder: str, deadline_s: float) -> None:
+        """Write the files of an offer to a folder of this host. See `take_folder`."""
+        await self._run(take_folder, offer, Path(folder), deadline_s)
 
     async def bring(self, offer: WeightsOffer, deadline_s: float) -> str:
         """The path of a version of weights on this host. See `WeightCopies.bring`."""

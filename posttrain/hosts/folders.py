@@ -1,9 +1,11 @@
 """Model folders on other hosts: by the hash of their content, in a cache of the host, once for all its processes.
 
 The home host lists a folder with a hash of each file. Another host that has a folder of the same content in its cache
-uses it; otherwise it pulls the files and checks each. A folder is complete as soon as it has its name.
+uses it; otherwise it pulls the files and checks each. A folder is complete as soon as it has its name. In the same way
+the home host takes what the ranks of a trainer on another host have written.
 """
 
+import contextlib
 import mmap
 import os
 import shutil
@@ -49,11 +51,16 @@ class FolderOffer(msgspec.Struct, frozen=True):
         return sum(file.num_bytes for file in self.files)
 
 
-def offer_folder(folder: Path, relay: Relay) -> FolderOffer:
-    """List a folder, and serve its files. Each file stays open, so that what is served is what was listed."""
+def offer_folder(folder: Path, relay: Relay, opened: contextlib.ExitStack | None = None) -> FolderOffer:
+    """List a folder, and serve its files. Each file stays open, so that what is served is what was listed.
+
+    opened: closes the files.
+    """
     entries = []
     for path in sorted(item for item in folder.rglob("*") if item.is_file()):
         descriptor = os.open(path, os.O_RDONLY)
+        if opened is not None:
+            opened.callback(os.close, descriptor)
         size = os.fstat(descriptor).st_size
         entry = FileEntry(str(path.relative_to(folder)), size, _digest(descriptor, size))
         relay.hold(_served_name(entry), descriptor, size)
@@ -90,12 +97,21 @@ def fetch_folder(offer: FolderOffer, deadline_s: float) -> Path:
             f"host {socket.gethostname()}: {cache} has {free / 1e9:.1f} GB free, and the model {offer.folder} has "
             f"{offer.num_bytes / 1e9:.1f} GB; free some space, or set {CACHE_VARIABLE} to a larger disk on that host"
         )
-    with replacing(folder) as aside:
-        for file in offer.files:
-            _fetch_file(file, aside / file.name, offer.source, deadline_s=deadline_s)
+    take_folder(offer, folder, deadline_s)
     for old in sorted(_complete(cache), key=lambda path: path.stat().st_mtime)[:-KEPT]:
         remove(old)
     return folder
+
+
+def take_folder(offer: FolderOffer, folder: Path, deadline_s: float) -> None:
+    """Pull the files of an offer to `folder`, whole or not at all. What was there is replaced.
+
+    Raises RelayError if nothing arrives for `deadline_s`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as aside:
+        for file in offer.files:
+            _fetch_file(file, aside / file.name, offer.source, deadline_s=deadline_s)
 
 
 def _complete(cache: Path) -> list[Path]:

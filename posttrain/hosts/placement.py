@@ -1,15 +1,15 @@
 """Where actors are placed on the hosts of a cluster.
 
 The home host is the driver's. The driver, the stages, the engine registry, the rewards and all files of a run are
-there. Engines and the judge are placed by their `resources`, on any host. In a local session nothing is said to Ray,
-since there is one host.
+there. Engines, the judge, and ranks are placed by their `resources`, on any host. In a local session nothing is said to
+Ray, since there is one host.
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from posttrain.config.resources import ActorResources, HostChoice, RolloutResources
+from posttrain.config.resources import ActorResources, HostChoice, RolloutResources, TrainerResources
 from posttrain.errors import ConfigError
 
 CLUSTER_VARIABLE = "POSTTRAIN_CLUSTER"  # "1" in every process of a run that has joined a cluster
@@ -40,6 +40,14 @@ def this_address() -> str:
     return ray.util.get_node_ip_address()
 
 
+def this_interface() -> str | None:
+    """The network interface that has `this_address`; None if none has it."""
+    import psutil
+
+    found = psutil.net_if_addrs().items()
+    return next((name for name, own in found if any(each.address == this_address() for each in own)), None)
+
+
 def pinned(node: str) -> dict[str, Any]:
     """Options of an actor or task that runs on this node or not at all."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -52,27 +60,76 @@ def pinned_here() -> dict[str, Any]:
     return pinned(this_node()) if in_cluster() else {}
 
 
-def near_home() -> dict[str, Any]:
-    """Options of an actor that runs on the caller's host if that host has in all what the actor asks for."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+class RankPlaces:
+    """Where the ranks of one training are placed: the options of each, in `options`.
 
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(this_node(), soft=True)} if in_cluster() else {}
+    They are on the home host if that has in all what they ask for, and the resources do not say where; else on any
+    hosts that those allow, but for the `avoided`. `spread` and `pack` are a placement group of Ray: all ranks get their
+    places at once, or none does. close: gives them back.
+    """
+
+    def __init__(self, resources: TrainerResources, number: int, avoided: Collection[str] = ()):
+        self.options: list[dict[str, Any]] = [{}] * number
+        self.close: Callable[[], None] = lambda: None
+        asked = {name: value for name, value in (("CPU", resources.cpus), ("GPU", resources.gpus)) if value}
+        if not in_cluster():
+            return
+        if not resources.says_where and _home_has({name: number * value for name, value in asked.items()}):
+            self.options = [pinned_here()] * number
+        elif asked and (resources.spread or resources.pack):
+            self._group(resources, asked, number, avoided=avoided)
+        else:
+            self.options = [chosen(resources, avoided)] * number
+
+    def _group(
+        self, resources: TrainerResources, asked: Mapping[str, float], number: int, *, avoided: Collection[str]
+    ) -> None:
+        from ray.util.placement_group import placement_group, remove_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        bundles = [dict(asked) for _ in range(number)]
+        selectors = [_selector(resources, avoided) for _ in bundles]
+        strategy = "SPREAD" if resources.spread else "PACK"
+        group = placement_group(bundles, strategy, bundle_label_selector=selectors)
+        self.options = [
+            {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
+            for index in range(number)
+        ]
+        self.close = lambda: remove_placement_group(group)
 
 
-def chosen(choice: HostChoice, avoided: Collection[str] = ()) -> dict[str, Any]:
+def _home_has(asked: Mapping[str, float]) -> bool:
+    """Whether the caller's host has in all so much, free or not."""
+    import ray
+
+    home = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == this_node()), {})
+    return all(home.get(name, 0.0) >= value - 1e-9 for name, value in asked.items())
+
+
+def chosen(choice: HostChoice, avoided: Collection[str] = (), beside: Collection[str] = ()) -> dict[str, Any]:
     """Options of an actor that may run on any host that `choice` allows. avoided: ids of nodes that it must not use.
 
-    Raises ConfigError if no host is allowed.
+    beside: ids of nodes that have actors of the same role, which `pack` prefers. Raises ConfigError if no host is
+    allowed.
     """
     if not in_cluster():
         return {}
+    selector = _selector(choice, avoided)
+    options: dict[str, Any] = {"label_selector": selector} if selector else {}
+    if choice.pack and (near := set(beside) - set(avoided)):
+        preferred = {**selector, NODE_LABEL: f"in({','.join(sorted(near))})"}
+        return {"label_selector": preferred, "fallback_strategy": [{"label_selector": selector}]}
+    return {**options, "scheduling_strategy": "SPREAD"} if choice.spread else options
+
+
+def _selector(choice: HostChoice, avoided: Collection[str]) -> dict[str, str]:
+    """The labels that a host must have, and the nodes that it may be."""
     selector = dict(choice.labels)
     if choice.nodes:
         selector[NODE_LABEL] = f"in({','.join(sorted(set(nodes_named(choice.nodes)) - set(avoided)) or ['none'])})"
     elif avoided:
         selector[NODE_LABEL] = f"!in({','.join(sorted(avoided))})"
-    options: dict[str, Any] = {"label_selector": selector} if selector else {}
-    return {**options, "scheduling_strategy": "SPREAD"} if choice.spread else options
+    return selector
 
 
 def nodes_named(names: Collection[str]) -> list[str]:
@@ -84,10 +141,11 @@ def nodes_named(names: Collection[str]) -> list[str]:
     ]
 
 
-def check_choices(choices: Mapping[str, HostChoice]) -> None:
+def check_choices(choices: Mapping[str, HostChoice], ranks: Mapping[str, int] | None = None) -> None:
     """Raise ConfigError for a host or a label that the cluster does not have, and for actors that no host has room for.
 
-    choices: by key path. Each of them may have all that its hosts have; other roles are not counted.
+    choices: by key path. ranks: how many ranks a trainer has, by its key path; 1 where it is not given. Each of them
+    may have all that its hosts have; other roles are not counted.
     """
     import ray
 
@@ -105,8 +163,15 @@ def check_choices(choices: Mapping[str, HostChoice]) -> None:
             problems.append(f"labels: no host has {said}; labels are given to a host by `ray start --labels`")
         if problems:
             raise ConfigError(key, problems)
-        if isinstance(choice, ActorResources | RolloutResources):
-            _check_room(key, choice, [node for node in alive if _allows(choice, node)])
+        if isinstance(choice, ActorResources | RolloutResources | TrainerResources):
+            number = _number(choice, (ranks or {}).get(key, 1))
+            _check_room(key, choice, [node for node in alive if _allows(choice, node)], workers=number)
+
+
+def _number(choice: ActorResources | RolloutResources | TrainerResources, ranks: int) -> int:
+    if isinstance(choice, TrainerResources):
+        return ranks
+    return choice.least if isinstance(choice, RolloutResources) else choice.workers
 
 
 def _allows(choice: HostChoice, node: Mapping[str, Any]) -> bool:
@@ -114,10 +179,15 @@ def _allows(choice: HostChoice, node: Mapping[str, Any]) -> bool:
     return (not choice.nodes or bool(names & set(choice.nodes))) and choice.labels.items() <= node["Labels"].items()
 
 
-def _check_room(key: str, choice: ActorResources | RolloutResources, nodes: Sequence[Mapping[str, Any]]) -> None:
+def _check_room(
+    key: str,
+    choice: ActorResources | RolloutResources | TrainerResources,
+    nodes: Sequence[Mapping[str, Any]],
+    *,
+    workers: int,
+) -> None:
     """Raise ConfigError if these hosts together have too little for the actors, each of which is on one host."""
     asked = {"CPU": choice.cpus, "GPU": choice.gpus}
-    workers = choice.least if isinstance(choice, RolloutResources) else choice.workers
 
     def fitting(node: Mapping[str, Any]) -> int:
         fits = [int(node["Resources"].get(name, 0.0) / each + 1e-9) for name, each in asked.items() if each]
@@ -131,7 +201,8 @@ def _check_room(key: str, choice: ActorResources | RolloutResources, nodes: Sequ
         + ", ".join(f"{node['Resources'].get(name, 0.0):g} {name}" for name, number in asked.items() if number)
         for node in nodes
     )
-    lower = f"{room} would fit: lower workers" if room else "none would fit: lower what each asks for"
+    what = "parallel.processes" if isinstance(choice, TrainerResources) else "workers"
+    lower = f"{room} would fit: lower {what}" if room else "none would fit: lower what each asks for"
     raise ConfigError(
         key, [f"asks for {workers} × ({each}), each on one host, and of the hosts that it may use {have}; {lower}"]
     )

@@ -6,78 +6,29 @@
            ◄── rank 0's result, or the first error of any rank
 
 If a rank fails, the others wait in a collective for ever. So the first error is raised at once, and `close` ends all
-ranks.
+ranks. A rank whose host does not answer counts as lost long before Ray finds that out.
 """
 
 import asyncio
 import contextlib
 import os
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from posttrain.actors.garbage import large_imports
-from posttrain.actors.processes import kill_process, place_of_this
+from posttrain.actors.losses import ActorLostError
+from posttrain.actors.processes import kill_process
 from posttrain.config.resources import TrainerResources
 from posttrain.config.training import ParallelConfig
-from posttrain.errors import StageError, UserError
-from posttrain.hosts.placement import in_cluster, near_home
+from posttrain.errors import StageError
+from posttrain.hosts.directory import directory
+from posttrain.hosts.placement import RankPlaces
+from posttrain.parallel.rank import Rank
 
+SUSPICION_S = 1.0  # between two looks at which hosts do not answer
 PLACE_S = 180.0  # for Ray to place the ranks on the cluster
 START_S = 1800.0  # for them to join and to make their objects: load the model, start the engine
 LAST_S = 10.0  # for the last call before they are ended
-
-
-class _Rank:
-    """The process of one rank."""
-
-    def __init__(self, threads: int, folder: str) -> None:
-        """threads: of torch. folder: paths in the arguments of a rank may be relative to it."""
-        self._unseen = not os.path.isdir(folder) and in_cluster()
-        if os.path.isdir(folder):
-            os.chdir(folder)
-        self._folder = folder
-        # torch is not imported yet. An actor with a `runtime_env` would not get a process that Ray has started already.
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        if threads == 1:  # if there are more later (`set_threads`), they wait without taking a core from engines
-            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        self._made: Any = None
-        # Until the object is made. Ray imports what its arguments need before it calls `start`.
-        self._imports = contextlib.ExitStack()
-        self._imports.enter_context(large_imports())
-
-    def meeting_point(self) -> tuple[str, int]:
-        """The address of this host, and a free port of it."""
-        import ray
-
-        address = ray.util.get_node_ip_address()
-        with socket.socket() as server:
-            server.bind((address, 0))
-            return address, server.getsockname()[1]
-
-    def place(self) -> tuple[str, int]:
-        """The Ray node and the process id of this process, with which `kill_process` can end it."""
-        return place_of_this()
-
-    def start(
-        self, place: tuple[int, int], meeting: tuple[str, int], make: Callable[..., Any], *arguments: Any
-    ) -> None:
-        """Join the other ranks and make the object. place: (number of this rank, number of ranks)."""
-        from posttrain.parallel.engine import join_ranks
-
-        if self._unseen:
-            raise UserError(
-                f"resources.trainer: a rank was placed on host {socket.gethostname()}, because the host of the driver "
-                f"has too few CPUs or GPUs for it, and {self._folder} is not there; start the run on a host that has "
-                "them, or keep the run directory and all inputs on a file system that every host sees"
-            )
-        with self._imports:
-            join_ranks(*place, meeting)
-            self._made = make(*arguments)
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._made, method)(*arguments)
 
 
 class RankGroup:
@@ -86,7 +37,8 @@ class RankGroup:
     Once all ranks have joined, each makes an object by `make(*arguments)`; `get` and `call` call its methods. The ranks
     start in the background. The first call waits for them, and raises `StageError` if the cluster has no room for them.
     deadline_s: seconds after which a call counts as lost; None: no limit. name: what the ranks are, for messages.
-    lost: the error that is raised if a rank has died or did not answer within the deadline.
+    lost: the error that is raised if a rank has died or did not answer within the deadline. needed: folders of this
+    host that the ranks read or write by path; a rank on a host that does not have them raises UserError.
 
     Example: `RankGroup(parallel, resources, PolicyTrainer, config, seed).get("step", samples, 0)`.
     """
@@ -100,6 +52,7 @@ class RankGroup:
         deadline_s: float | None = None,
         name: str = "the training",
         lost: type[StageError] = StageError,
+        needed: Sequence[str] = (),
     ):
         import ray
 
@@ -108,8 +61,17 @@ class RankGroup:
         self._lost = lost
         self._resources = resources
         threads = max(1, int(resources.cpus))
-        actor = ray.remote(_Rank).options(num_cpus=resources.cpus, num_gpus=resources.gpus, **near_home())
-        self._ranks: list[Any] = [actor.remote(threads, os.getcwd()) for _ in range(parallel.processes)]
+        self._hosts = directory()  # None in a local session
+        avoided = ray.get(self._hosts.avoided.remote()) if self._hosts is not None else ()
+        self._room = RankPlaces(resources, parallel.processes, avoided)
+        actor = ray.remote(Rank)
+        self._ranks: list[Any] = [
+            actor.options(num_cpus=resources.cpus, num_gpus=resources.gpus, **place).remote(
+                threads, os.getcwd(), list(needed)
+            )
+            for place in self._room.options
+        ]
+        self._nodes: set[str] = set()  # of the ranks, once all are placed
         self._points = [rank.meeting_point.remote() for rank in self._ranks]
         self._places = [rank.place.remote() for rank in self._ranks]
         shared = [ray.put(argument) for argument in (make, *arguments)]
@@ -122,7 +84,7 @@ class RankGroup:
         """Call a method on every rank and wait. Returns the result of rank 0; raises the first error of any rank."""
         with self._losses(method):
             self._await_start()
-            return _wait(self._submit(method, arguments), self._deadline_s, method)[0]
+            return self._wait(self._submit(method, arguments), self._deadline_s, method)[0]
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """As `get`, but awaited, for a caller that does other work in the meantime."""
@@ -130,20 +92,41 @@ class RankGroup:
             await self._started()
             answers = [asyncio.ensure_future(reference) for reference in self._submit(method, arguments)]
             try:
-                # Not asyncio.wait_for: if this process itself was stopped for a while, the answers have arrived when
-                # the time is up, and must count.
-                done, waiting = await asyncio.wait(
-                    answers, timeout=self._deadline_s, return_when=asyncio.FIRST_EXCEPTION
-                )
-                failures = [error for answer in done if (error := answer.exception()) is not None]
-                if failures:
-                    raise failures[0]
+                waiting = await self._answered(answers, self._deadline_s)
                 if waiting:
-                    raise _late(len(waiting), len(answers), method, deadline_s=self._deadline_s)
+                    raise _late(waiting, len(answers), method, deadline_s=self._deadline_s)
                 return answers[0].result()
             finally:
                 for answer in answers:
                     answer.cancel()
+
+    async def _answered(self, answers: "Sequence[asyncio.Future[Any]]", deadline_s: float | None) -> int:
+        """Wait for answers. Returns how many did not come in time. Raises the first error of any, and ActorLostError if
+        the host of a rank does not answer.
+        """
+        end = None if deadline_s is None else time.monotonic() + deadline_s
+        while True:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            # Not asyncio.wait_for: if this process itself was stopped for a while, the answers have arrived when the
+            # time is up, and must count.
+            done, waiting = await asyncio.wait(answers, timeout=self._look_s(left), return_when=asyncio.FIRST_EXCEPTION)
+            failures = [error for answer in done if (error := answer.exception()) is not None]
+            if failures:
+                raise failures[0]
+            if not waiting or left == 0.0:
+                return len(waiting)
+            if self._hosts is not None:
+                self._check_hosts(await self._hosts.avoided.remote())
+
+    def _look_s(self, left: float | None) -> float | None:
+        """How long to wait before the hosts are looked at. left: seconds until the deadline."""
+        if self._hosts is None:
+            return left
+        return SUSPICION_S if left is None else min(SUSPICION_S, left)
+
+    def _check_hosts(self, suspected: frozenset[str]) -> None:
+        if self._nodes & suspected:
+            raise ActorLostError("the host of a rank does not answer")
 
     @contextlib.contextmanager
     def _losses(self, method: str) -> Iterator[None]:
@@ -152,7 +135,7 @@ class RankGroup:
 
         try:
             yield
-        except (RayActorError, TimeoutError) as error:
+        except (RayActorError, ActorLostError, TimeoutError) as error:
             raise self._lost(f"{self._name} was lost in {method}: {' '.join(str(error).split())}") from error
 
     def _submit(self, method: str, arguments: tuple[Any, ...]) -> list[Any]:
@@ -169,7 +152,8 @@ class RankGroup:
         placed, waiting = ray.wait(self._points, num_returns=len(self._points), timeout=PLACE_S)
         if waiting:
             raise self._no_room(len(placed))
-        _wait(self._starts, START_S, "its start")
+        self._nodes = {node for node, _ in ray.get(self._places)}
+        self._wait(self._starts, START_S, "its start")
         self._starts = []
 
     async def _started(self) -> None:
@@ -179,12 +163,10 @@ class RankGroup:
         placed, waiting = await asyncio.wait([_answer(point) for point in self._points], timeout=PLACE_S)
         if waiting:
             raise self._no_room(len(placed))
+        self._nodes = {node for node, _ in await asyncio.gather(*map(_answer, self._places))}
         starts = [_answer(start) for start in self._starts]
-        done, waiting = await asyncio.wait(starts, timeout=START_S, return_when=asyncio.FIRST_EXCEPTION)
-        for start in done:
-            start.result()
-        if waiting:
-            raise _late(len(waiting), len(starts), "its start", deadline_s=START_S)
+        if waiting := await self._answered(starts, START_S):
+            raise _late(waiting, len(starts), "its start", deadline_s=START_S)
         self._starts = []
 
     def _no_room(self, placed: int) -> StageError:
@@ -210,23 +192,34 @@ class RankGroup:
         for place in ray.wait(self._places, num_returns=len(self._ranks), timeout=0)[0] if self._ranks else []:
             # ray.kill does not end a process that is stopped (SIGSTOP), so each rank is killed by its process id too.
             with contextlib.suppress(RayError):  # the rank died before it reported its process id
-                kill_process(*ray.get(place))
+                self._kill(*ray.get(place))
         self._ranks = []
+        self._room.close()
 
+    def _kill(self, node: str, pid: int) -> None:
+        """End a rank for certain: at once, or as soon as its host answers again."""
+        import ray
 
-def _wait(references: list[Any], deadline_s: float | None, what: str) -> list[Any]:
-    """The results in order. Raises the first error as soon as it arrives, and TimeoutError after the deadline."""
-    import ray
+        if self._hosts is None:
+            kill_process(node, pid)
+        else:
+            ray.get(self._hosts.fence.remote(node, pid))
 
-    end = None if deadline_s is None else time.monotonic() + deadline_s
-    waiting = list(references)
-    while waiting:
-        left = None if end is None else max(0.0, end - time.monotonic())
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
-        if not done:
-            raise _late(len(waiting), len(references), what, deadline_s=deadline_s)
-        ray.get(done)
-    return ray.get(references)
+    def _wait(self, references: list[Any], deadline_s: float | None, what: str) -> list[Any]:
+        """The results in order. Raises the first error as soon as it arrives, and TimeoutError after the deadline."""
+        import ray
+
+        end = None if deadline_s is None else time.monotonic() + deadline_s
+        waiting = list(references)
+        while waiting:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=self._look_s(left))
+            ray.get(done)
+            if not done and left == 0.0:
+                raise _late(len(waiting), len(references), what, deadline_s=deadline_s)
+            if not done and self._hosts is not None:
+                self._check_hosts(ray.get(self._hosts.avoided.remote()))
+        return ray.get(references)
 
 
 def _answer(reference: Any) -> "asyncio.Future[Any]":
@@ -249,10 +242,17 @@ class _Work:
 
 
 def run_on_ranks(
-    parallel: ParallelConfig, resources: TrainerResources, function: Callable[..., Any], *arguments: Any
+    parallel: ParallelConfig,
+    resources: TrainerResources,
+    function: Callable[..., Any],
+    *arguments: Any,
+    needed: Sequence[str] = (),
 ) -> Any:
-    """Call `function(*arguments)` on every rank at the same time, and return the result of rank 0."""
-    group = RankGroup(parallel, resources, _Work, function, *arguments)
+    """Call `function(*arguments)` on every rank at the same time, and return the result of rank 0.
+
+    needed: see `RankGroup`.
+    """
+    group = RankGroup(parallel, resources, _Work, function, *arguments, needed=needed)
     try:
         return group.get("run")
     finally:

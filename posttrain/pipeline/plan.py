@@ -147,7 +147,7 @@ def _hosts(item: _RESOURCES) -> str:
     parts = [
         ", ".join(item.nodes),
         f"hosts with {', '.join(labels)}" if labels else "",
-        "spread" if item.spread else "",
+        "spread" if item.spread else "packed" if item.pack else "",
     ]
     return ", ".join(filter(None, parts))
 

@@ -195,7 +195,9 @@ def _execute(
         if not session.local:
             check_choices(
                 {f"{node.prefix}{key}": section for node in todo for key, section in walk(node.config)
-                 if isinstance(section, HostChoice)}
+                 if isinstance(section, HostChoice)},
+                {f"{step.key}.trainer": actor.workers for step in plan for actor in step.actors
+                 if actor.role == "trainer"},
             )  # fmt: skip
         if any("vllm" in needed_packages(node.config, node.stage_kind) for node in todo):
             from posttrain.sampling.registry import start_registry

@@ -24,6 +24,7 @@ from posttrain.sampling.engine import EngineActor
 REGISTRY_NAME = "engine-registry"
 NAMESPACE = "posttrain"
 WHERE_S = 0.2
+PACK_S = 20.0  # that an engine which is to be beside others waits for their places
 
 
 # Ray ends an actor when the last handle of its owner is gone, so the process that started the registry keeps one.
@@ -131,13 +132,27 @@ class EngineRegistry:
         self._made += 1
         hosts = directory()
         avoided = await hosts.avoided.remote() if hosts is not None else ()
+        beside = await self._nodes_of(stage, signature) if hosts is not None and resources.pack else ()
         options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_concurrency": 10_000}
-        actor: Any = (
-            ray.remote(EngineActor).options(**options, **chosen(resources, avoided)).remote(name, model, engine)
-        )
+        options |= chosen(resources, avoided, beside)
+        actor: Any = ray.remote(EngineActor).options(**options).remote(name, model, engine)
         held = _Held(name, signature, actor, actor.where.remote(), stage, model, engine, resources)
         self._held.append(held)
         return held
+
+    async def _nodes_of(self, stage: str | None, signature: str) -> set[str]:
+        """The nodes of the engines of this kind that a stage has. One that has no place yet is waited for."""
+        wheres = [
+            asyncio.ensure_future(held.where)
+            for held in self._held
+            if held.stage == stage and held.signature == signature
+        ]
+        if not wheres:
+            return set()
+        there, missing = await asyncio.wait(wheres, timeout=PACK_S)
+        for where in missing:
+            where.cancel()
+        return {where.result()[0] for where in there if where.exception() is None}
 
     async def release(self, names: list[str], keep: bool) -> None:
         """Give engines back: `keep` leaves them warm for a later stage, otherwise they are ended.

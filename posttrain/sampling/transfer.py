@@ -81,7 +81,9 @@ class GpuWeights:
     def __init__(self, backend: Literal["nccl", "ipc"], world_size: int, deadline_s: float):
         self.backend: Literal["nccl", "ipc"] = backend
         self._deadline_s = deadline_s
-        self._address, self._port = socket.gethostbyname(socket.gethostname()), _free_port()
+        # On a cluster not by the host's name, which many hosts resolve to themselves: 127.0.1.1.
+        self._address = this_address() if in_cluster() else socket.gethostbyname(socket.gethostname())
+        self._port = _free_port()
         self._world_size = world_size
         self._peer = f"process {os.getpid()} on {socket.gethostname()}"
         self._engine: Any = None

@@ -8,6 +8,7 @@ engine.
 """
 
 import copy
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,10 @@ def tune(config: Any, context: StageContext, work: Work) -> dict[str, Any]:
     given = {**config.model_dump(), "lora": None if lora is None else lora.model_dump()}
     config = validate_config(type(config), given, context.name)
     context.phase(f"starting ranks, which load the model: {config.parallel.processes}")
-    report = run_on_ranks(config.parallel, config.resources.trainer, train_and_export, config, context, work)
+    report = run_on_ranks(
+        config.parallel, config.resources.trainer, train_and_export, config, context, work,
+        needed=(os.getcwd(), str(context.dir), config.model.path),
+    )  # fmt: skip
     shutil.rmtree(context.dir / ROWS, ignore_errors=True)
     return report
 

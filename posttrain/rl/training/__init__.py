@@ -10,6 +10,7 @@ adapters.py    adapters (LoRA) in the policy
 forward.py     a micro-batch's share of the loss
 publishing.py  each rank writes its part of the weights for the engines
 trainer.py     the optimizer step, in each rank
+away.py        the trainer and the reference on another host than the home host
 reference.py frozen_policy.py    the frozen reference policy, and what runs in its process
 evidence.py    keep the batch of an update that was not finite
 """

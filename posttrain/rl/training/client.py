@@ -1,5 +1,7 @@
 """The trainer as the rest of RL calls it: typed methods over the ranks of a `RankGroup`."""
 
+import asyncio
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -7,6 +9,10 @@ from typing import Any
 
 from posttrain.config.training import AdaptersConfig
 from posttrain.errors import StageError, TrainerLostError
+from posttrain.hosts.away import now_away, take_over
+from posttrain.hosts.folders import FolderOffer
+from posttrain.hosts.placement import in_cluster
+from posttrain.hosts.relay import RelayError
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.protocol import StepResult, Trainer
@@ -26,14 +32,41 @@ def _published(manifest: Manifest | None) -> Manifest:
     return manifest
 
 
-def policy_trainer(config: TrainingConfig, seed: int, store: Path | None = None) -> Trainer:
-    """A `PolicyTrainer`. Only the ranks call this, so that the controller's process needs no torch.
+def policy_trainer(
+    config: TrainingConfig, seed: int, store: Path | None = None, *, template: str | None = None
+) -> Trainer:
+    """A `PolicyTrainer`, or on another host a `TrainerAway`. Only the ranks call this, so that the controller's process
+    needs no torch.
 
-    store: the file of the prompts' pictures; None for a policy that is shown none.
+    store: the file of the prompts' pictures; None for a policy that is shown none. template: the text of the chat
+    template, if a file has it.
     """
+    if now_away():
+        from posttrain.rl.training.away import trainer_away
+
+        return trainer_away(config, seed, template=template, store=store)
     from posttrain.rl.training.trainer import PolicyTrainer
 
     return PolicyTrainer(config, seed, store)
+
+
+def absolute(config: TrainingConfig) -> TrainingConfig:
+    """The config with absolute paths of models: a rank on another host has another working directory."""
+    model, reference = config.model, config.loss.reference
+    changed: dict[str, Any] = {"model": model.model_copy(update={"path": _absolute(model.path)})}
+    if reference is not None and reference.path is not None:
+        reference = reference.model_copy(update={"path": _absolute(reference.path)})
+        changed["loss"] = config.loss.model_copy(update={"reference": reference})
+    return config.model_copy(update=changed)
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(Path(path).expanduser())
+
+
+def _template_text(config: TrainingConfig) -> str | None:
+    chosen = config.model.chat_template
+    return None if chosen is None or chosen.path is None else Path(chosen.path).read_text(encoding="utf-8")
 
 
 class TrainerClient:
@@ -53,10 +86,15 @@ class TrainerClient:
         *,
         store: Path | None = None,
     ):
+        self._deadline_s = config.trainer_deadline_s
+        if in_cluster():
+            config, made = absolute(config), partial(policy_trainer, store=store, template=_template_text(config))
+        else:
+            made = partial(policy_trainer, store=store)
         self._ranks = RankGroup(
             config.parallel,
             config.resources.trainer,
-            make or partial(policy_trainer, store=store),
+            make or made,
             config,
             seed,
             deadline_s=config.trainer_deadline_s,
@@ -78,11 +116,11 @@ class TrainerClient:
 
     async def async_save(self, folder: Path) -> None:
         """See `Trainer.save`."""
-        await self._ranks.call("save", str(folder))
+        await self._taken(await self._ranks.call("save", str(folder)), folder)
 
     async def async_save_checkpoint(self, folder: Path, controller: dict[str, Any]) -> None:
         """See `Trainer.save_checkpoint`."""
-        await self._ranks.call("save_checkpoint", str(folder), controller)
+        await self._taken(await self._ranks.call("save_checkpoint", str(folder), controller), folder)
 
     async def async_publish(self) -> Manifest:
         """See `Trainer.publish`. Returns the manifest of rank 0."""
@@ -110,18 +148,25 @@ class TrainerClient:
 
     def save(self, folder: Path) -> None:
         """See `Trainer.save`."""
-        self._ranks.get("save", str(folder))
+        asyncio.run(self._taken(self._ranks.get("save", str(folder)), folder))
 
     def save_result(self, folder: Path, lora: AdaptersConfig | None) -> None:
         """Write the result of a stage into its folder: a whole model, adapters or both, as `lora.save` says."""
         if (adapter := adapter_folder(lora)) is not None:
-            self._ranks.get("save_adapter", str(folder / adapter))
+            asyncio.run(self._taken(self._ranks.get("save_adapter", str(folder / adapter)), folder / adapter))
         if lora is None or lora.save != "adapter":
             self.save(folder / "model")
 
+    async def _taken(self, offer: FolderOffer | None, folder: Path) -> None:
+        """Take what a rank on another host has written."""
+        try:
+            await take_over(offer, folder, self._deadline_s)
+        except RelayError as error:
+            raise TrainerLostError(f"the trainer was lost while {folder.name} was taken from it: {error}") from error
+
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
         """See `Trainer.load_checkpoint`."""
-        return self._ranks.get("load_checkpoint", str(folder))
+        return self._ranks.get("load_checkpoint", str(folder.absolute()))
 
     def report(self) -> dict[str, Any]:
         """See `Trainer.report`."""

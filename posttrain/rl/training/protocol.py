@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from posttrain.hosts.folders import FolderOffer
 from posttrain.rl.training.samples import TrainSample
 from posttrain.sampling.manifests import Manifest
 
@@ -77,16 +78,18 @@ class Trainer(Protocol):
         """
         ...
 
-    def save(self, folder: str) -> None:
-        """Write the policy as a model folder."""
+    def save(self, folder: str) -> FolderOffer | None:
+        """Write the policy as a model folder. On another host than the home host: offer it."""
         ...
 
-    def save_adapter(self, folder: str) -> None:
-        """Write the policy's adapters as a folder in peft's format."""
+    def save_adapter(self, folder: str) -> FolderOffer | None:
+        """Write the policy's adapters as a folder in peft's format. On another host than the home host: offer it."""
         ...
 
-    def save_checkpoint(self, folder: str, controller: dict[str, Any]) -> None:
-        """Write policy, optimizer and the controller's state (JSON), whole or not at all."""
+    def save_checkpoint(self, folder: str, controller: dict[str, Any]) -> FolderOffer | None:
+        """Write policy, optimizer and the controller's state (JSON), whole or not at all. On another host than the home
+        host: offer them.
+        """
         ...
 
     def load_checkpoint(self, folder: str) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from msgspec.structs import replace
 from posttrain.config.models import ModelConfig
 from posttrain.config.training import ParallelConfig
 from posttrain.errors import ConfigError
+from posttrain.hosts.away import now_away
+from posttrain.hosts.placement import in_cluster
 from posttrain.model.tokenizer import load_tokenizer
 from posttrain.parallel.ranks import RankGroup
 from posttrain.rl.loss_config import ReferenceConfig
 from posttrain.rl.records import ScoredGroup
-from posttrain.rl.training.client import TrainerClient
+from posttrain.rl.training.client import TrainerClient, absolute
 from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.samples import TrainSample, is_trained_on, num_trained, train_samples
 
@@ -51,7 +53,8 @@ class Reference:
     def __init__(self, config: TrainingConfig, seed: int, store: Path | None = None):
         resources = config.resources.reference
         assert resources is not None
-        self._process = RankGroup(ParallelConfig(), resources, frozen_policy, config, seed, store, name="the reference")
+        own = absolute(config) if in_cluster() else config
+        self._process = RankGroup(ParallelConfig(), resources, frozen_policy, own, seed, store, name="the reference")
 
     async def logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """Log-probability of each sample's trained tokens at the sampling temperature, in the order given."""
@@ -80,6 +83,10 @@ def frozen_policy(config: TrainingConfig, seed: int, store: Path | None = None) 
     """The `FrozenPolicy`. Only its own process calls this, so that the controller's process needs no torch."""
     from posttrain.rl.training.frozen_policy import FrozenPolicy
 
+    if now_away():
+        from posttrain.rl.training.away import config_here
+
+        config = config_here(config, "resources.reference", store)
     return FrozenPolicy(config, seed, store)
 
 

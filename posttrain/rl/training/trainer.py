@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from posttrain.config.training import OptimizerConfig
+from posttrain.hosts.folders import FolderOffer
 from posttrain.model.adapter import base_folder
 from posttrain.model.adapter_start import continues, started_lora
 from posttrain.model.router_balance import RouterBalance, native_layers
@@ -94,6 +95,7 @@ class PolicyTrainer:
         has_routers = native_layers(self._policy) is not None
         self._routers = RouterBalance(self._policy, config.model.router.bias_rate) if has_routers else None
         self._tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+        self._base = base_folder(config.model.path)
         self._weights = publisher(config)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self.policy_version = 0
@@ -221,7 +223,7 @@ class PolicyTrainer:
         sums["advantage_std"] = token_advantage_std(samples)
         return sums, suspects_N.nonzero().flatten().tolist()
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str) -> FolderOffer | None:
         """Write the policy as a model folder."""
         architecture = type(self._policy).__name__.removeprefix("Native")
         policy = self._engine.module.policy
@@ -230,11 +232,11 @@ class PolicyTrainer:
             policy, self._policy.config, architecture, tokenizer=self._tokenizer, path=folder, processor=processor
         )
 
-    def save_adapter(self, folder: str) -> None:
+    def save_adapter(self, folder: str) -> FolderOffer | None:
         """Write the policy's adapters, on the base on which they were trained."""
-        export_adapter(self._policy, base_folder(self._config.model.path), tokenizer=self._tokenizer, path=folder)
+        export_adapter(self._policy, self._base, tokenizer=self._tokenizer, path=folder)
 
-    def save_checkpoint(self, folder: str, controller: dict[str, Any]) -> None:
+    def save_checkpoint(self, folder: str, controller: dict[str, Any]) -> FolderOffer | None:
         """See `Trainer.save_checkpoint`."""
         with folder_of_first_rank(folder) as aside:
             save_state(self._engine, aside)
