@@ -1,8 +1,12 @@
 """Faults of hosts and of their network for RL runs over hosts (hosts_run.py); `chaos.py --hosts` runs them.
 
     engine  cut 5, 30 or 90 s, off, leave, slow     the host of an engine; another one joins after `off` and `leave`
-    home    cut 5, 30 or 90 s, off                  the host of driver, trainer, rewards and ledger
+    judge   the same                                the host of the judge's engine
+    trainer the same                                the host of the trainer's rank
+    home    cut 5, 30 or 90 s, off                  the host of driver, rewards and ledger
     join                                            a host for engines
+
+A run has a judge, or its trainer on a host of its own, if one of its faults is of that.
 
 A cut is silent: packets are dropped and nobody is told. After each fault the run must make steps again, by itself or
 continued on another host from its copy (`posttrain run --resume URI`). Then it is audited, and processes and shared
@@ -22,16 +26,24 @@ from typing import Any
 
 from chaos_run import Late
 from hosts import Host
-from hosts_run import ENGINES, QUICK_HEALTH, Cluster, Ended, Run, await_nothing_left, running
+from hosts_run import ENGINES, QUICK_HEALTH, Cluster, Ended, Run, await_nothing_left, left_on, running
 
+OTHERS = ("judge", "trainer")  # roles of which a run has a host if its faults need it
 FAULTS = {
-    **{f"engine:cut{seconds}": 20 + 2 * seconds for seconds in (5, 30, 90)},
-    "engine:off": 60, "engine:leave": 60, "engine:slow": 30, "join": 20,
+    **{f"{role}:cut{seconds}": 20 + 2 * seconds for role in ("engine", *OTHERS) for seconds in (5, 30, 90)},
+    **{f"{role}:{what}": steps for role in ("engine", *OTHERS) for what, steps in
+       {"off": 60, "leave": 60, "slow": 30}.items()},
+    "join": 20,
     **{f"home:cut{seconds}": 20 for seconds in (5, 30, 90)},
     "home:off": 20,
 }  # fmt: skip
 """Each fault, and the steps that a run makes on a quiet machine until it is over: at most three in two seconds."""
 LAST = {"home:cut5", "home:cut30", "home:cut90", "home:off"}  # after these a run may go on elsewhere
+REWARDS = {"workers": 1, "timeout_s": 3}
+JUDGE = {
+    "model": {"path": "policy", "dtype": "float32"}, "template": "Rate: {prompt} {response}",
+    "labels": ["easy", "medium", "hard"], "engine": {"max_model_len": 256, "kv_cache_gib": 0.1},
+}  # fmt: skip
 SLOW_RATE = "20mbit"
 SLOW_S = 20.0
 BEFORE, AFTER = 4, 3  # steps before the first fault, and after each
@@ -68,7 +80,16 @@ class HostRun:
 
     def start(self) -> None:
         steps = BEFORE + 20 + sum(FAULTS[strike.fault] for strike in self.strikes)
-        run = self.cluster.start("chaos", storage=True, steps=steps, resources={"rollout": {"workers": 2, **ENGINES}})
+        roles = roles_of([strike.fault for strike in self.strikes])
+        resources: dict[str, Any] = {"rollout": {"workers": 2, **ENGINES}}
+        changes: dict[str, Any] = {}
+        if "judge" in roles:
+            resources["judge"] = {"labels": {"role": "judge"}}
+            changes |= {"judge": JUDGE, "reward": {**REWARDS, "name": "judged"}}
+        if "trainer" in roles:
+            resources["trainer"] = {"labels": {"role": "trainer"}}
+            changes["trainer_restarts"] = len(self.strikes)
+        run = self.cluster.start("chaos", storage=True, steps=steps, resources=resources, **changes)
         self.at.append(run)
         run.await_steps(BEFORE)
 
@@ -81,11 +102,11 @@ class HostRun:
         kind, _, what = strike.fault.partition(":")
         try:
             if kind == "join":
-                self._joined()
-            elif kind == "engine":
-                self._engine(self._victim(), what)
-            else:
+                self._joined("engine")
+            elif kind == "home":
                 self._home(what)
+            else:
+                self._other(self._victim(kind), what, kind)
             made = len(run.steps())
             run.until(lambda: len(run.steps()) >= made + AFTER or run.process.poll() == 0, STRIKE_S)
             strike.outcome = "survived"
@@ -106,19 +127,15 @@ class HostRun:
             strike.note = str(error)[-300:]
         strike.resumed_s = round(time.monotonic() - began, 1)
 
-    def _engines(self) -> list[Host]:
-        known = ("head", "home", "spare")
-        return [host for name, host in self.cluster.hosts.all.items() if host.is_on and name not in known]
+    def _victim(self, role: str) -> Host:
+        hosts = self.cluster.of_role(role)
+        return self.random.choice([host for host in hosts if left_on(host)] or hosts)
 
-    def _victim(self) -> Host:
-        busy = [host for host in self._engines() if any("EngineCore" in line for line in host.processes().values())]
-        return self.random.choice(busy or self._engines())
-
-    def _joined(self) -> Host:
+    def _joined(self, role: str) -> Host:
         self.number += 1
-        return self.cluster.join(f"late{self.number}")
+        return self.cluster.join(f"late{self.number}", role=role)
 
-    def _engine(self, host: Host, what: str) -> None:
+    def _other(self, host: Host, what: str, role: str) -> None:
         if what.startswith("cut"):
             host.cut()
             time.sleep(float(what.removeprefix("cut")))
@@ -129,11 +146,11 @@ class HostRun:
             host.slow("10gbit")
         elif what == "off":
             host.power_off()
-            self._joined()
+            self._joined(role)
         else:
             host.leave()
             host.power_off()
-            self._joined()
+            self._joined(role)
 
     def _home(self, what: str) -> None:
         run, home = self.at[-1], self.cluster.home
@@ -171,6 +188,11 @@ class HostRun:
         return found
 
 
+def roles_of(faults: list[str]) -> list[str]:
+    """The roles of which a run with these faults needs a host."""
+    return [role for role in OTHERS if any(fault.startswith(f"{role}:") for fault in faults)]
+
+
 def plan(only: set[str], random: Random) -> Iterator[str]:
     """An endless list of faults, each once in a round."""
     faults = [fault for fault in FAULTS if not only or only & {fault, fault.partition(":")[0]}]
@@ -184,7 +206,8 @@ def host_chaos(faults: list[str], seed: int) -> dict[str, Any]:
     scratch = Path(tempfile.mkdtemp(prefix="posttrain-hosts-"))
     found: dict[str, Any] = {"seed": seed, "faults": faults, "kills": [], "not_sent": []}
     try:
-        with running(scratch, {"left": 2, "right": 2}, [QUICK_HEALTH]) as cluster:
+        others = {f"{role}1": role for role in roles_of(faults)}
+        with running(scratch, {"left": 2, "right": 2}, [QUICK_HEALTH], others=others) as cluster:
             run = HostRun(cluster, Random(seed), strikes)
             run.start()
             for strike in strikes:

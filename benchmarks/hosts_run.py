@@ -3,7 +3,7 @@
 head     Ray's head, which gives no CPUs away
 home     on which runs are started; one CPU, for the trainer
 spare    on which a run can be continued; one CPU. Both see `store`, and `home` alone sees `folder`
-others   hosts for engines, with the label `role=engine`
+others   hosts for engines, the judge or the trainer, with the label `role=engine` and so on
 """
 
 import contextlib
@@ -25,8 +25,9 @@ from posttrain.files import read_jsonl
 POSTTRAIN = str(Path(sys.executable).parent / "posttrain")
 END_S = 200.0
 LOOK_S = 0.1
-ROLE = {"role": "engine"}  # a label of hosts
-ENGINES = {"labels": ROLE, "spread": True}
+ENGINE = "engine"  # the role of a host, which it has as a label
+ENGINES = {"labels": {"role": ENGINE}, "spread": True}
+OURS = ("EngineCore", "ray::EngineActor", "ray::Rank")  # in the command lines of a run's processes on other hosts
 # With these Ray itself finds a silent host within 9 to 12 s instead of a minute.
 QUICK_HEALTH = (
     '--system-config={"health_check_initial_delay_ms":1000,"health_check_period_ms":1000,'
@@ -40,22 +41,28 @@ class Ended(Exception):
 
 @dataclass
 class Cluster:
-    """The hosts. env: the variables with which a driver joins the cluster."""
+    """The hosts. env: the variables with which a driver joins the cluster. roles: of hosts, by their names."""
 
     hosts: Hosts
     env: dict[str, str]
     folder: Path
     store: Path
+    roles: dict[str, str]
 
     @property
     def home(self) -> Host:
         return self.hosts.all["home"]
 
-    def join(self, name: str, num_cpus: int = 2) -> Host:
-        """Have another host for engines join."""
+    def join(self, name: str, num_cpus: int = 2, role: str = ENGINE) -> Host:
+        """Have another host join."""
         host = self.hosts.add(name)
-        host.ray(self.env["RAY_AUTH_TOKEN"], self.hosts.all["head"], num_cpus=num_cpus, labels=ROLE)
+        self.roles[name] = role
+        host.ray(self.env["RAY_AUTH_TOKEN"], self.hosts.all["head"], num_cpus=num_cpus, labels={"role": role})
         return host
+
+    def of_role(self, role: str) -> list[Host]:
+        """The hosts of a role that are on."""
+        return [host for name, host in self.hosts.all.items() if host.is_on and self.roles.get(name) == role]
 
     def start(self, name: str, *, on: str = "home", storage: bool = False, **changes: Any) -> "Run":
         """Start an RL run. storage: whether it is copied to `store`. changes: keys of its config."""
@@ -153,9 +160,9 @@ class Run:
 
 
 def left_on(host: Host) -> list[str]:
-    """Processes of engines and segments of weights on a host."""
-    engines = [line for line in host.processes().values() if "EngineCore" in line]
-    return engines + [str(path) for path in host.path("/dev/shm").glob("posttrain-weights-*")]
+    """Processes of engines and ranks, and segments of weights, on a host."""
+    processes = [line for line in host.processes().values() if any(name in line for name in OURS)]
+    return processes + [str(path) for path in host.path("/dev/shm").glob("posttrain-weights-*")]
 
 
 def await_nothing_left(host: Host, deadline_s: float = END_S) -> list[str]:
@@ -168,9 +175,17 @@ def await_nothing_left(host: Host, deadline_s: float = END_S) -> list[str]:
 
 @contextlib.contextmanager
 def running(
-    scratch: Path, engines: Mapping[str, int], options: Sequence[str] = (), *, home_cpus: int = 1
+    scratch: Path,
+    engines: Mapping[str, int],
+    options: Sequence[str] = (),
+    *,
+    home_cpus: int = 1,
+    others: Mapping[str, str] | None = None,
 ) -> Iterator[Cluster]:
-    """A cluster with hosts for engines: their names, and the CPUs that they give away. scratch: an empty folder."""
+    """A cluster with hosts for engines: their names, and the CPUs that they give away. scratch: an empty folder.
+
+    others: more hosts, of two CPUs each, and their roles.
+    """
     folder, store = scratch / "home", scratch / "store"
     folder.mkdir()
     store.mkdir()
@@ -182,6 +197,8 @@ def running(
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sees = {"home": [folder, store], "spare": [store]}
-    num_cpus, labels = {"head": 0, "home": home_cpus, "spare": 1, **engines}, dict.fromkeys(engines, ROLE)
+    roles = {**dict.fromkeys(engines, ENGINE), **(others or {})}
+    num_cpus = {"head": 0, "home": home_cpus, "spare": 1, **engines, **dict.fromkeys(others or {}, 2)}
+    labels = {name: {"role": role} for name, role in roles.items()}
     with cluster(num_cpus, sees, labels, options=options) as (hosts, env):
-        yield Cluster(hosts, env, folder, store)
+        yield Cluster(hosts, env, folder, store, roles)

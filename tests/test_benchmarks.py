@@ -50,6 +50,26 @@ def test_a_race_ends_where_a_side_has_most_of_our_gain():
     assert "> 40.0 s" in shown
 
 
+def test_faults_of_hosts_are_each_made_once_in_runs_that_can_have_them():
+    from random import Random
+
+    from chaos_hosts import FAULTS, FAULTS_A_RUN, LAST, faults_left, roles_of, take_batch
+
+    waiting, batches = faults_left(2 * len(FAULTS), set(), Random(0), runs=[]), []
+    assert sorted(waiting) == sorted([*FAULTS, *FAULTS])
+    while waiting:
+        batches.append(take_batch(waiting))
+        assert 0 < len(batches[-1]) <= FAULTS_A_RUN
+        assert sum(fault in LAST for fault in batches[-1]) <= 1
+    assert sorted(fault for batch in batches for fault in batch) == sorted([*FAULTS, *FAULTS])
+    made = [{"kills": [{"fault": fault} for fault in batch]} for batch in batches[:4]]
+    left = faults_left(2 * len(FAULTS), set(), Random(0), runs=made)
+    assert sorted([*left, *(fault for batch in batches[:4] for fault in batch)]) == sorted([*FAULTS, *FAULTS])
+    assert set(faults_left(3, {"judge"}, Random(0), runs=[])) < {fault for fault in FAULTS if "judge" in fault}
+    assert roles_of(["judge:off", "engine:cut5"]) == ["judge"]
+    assert roles_of(["join", "home:off"]) == []
+
+
 def test_solutions_of_the_long_race_are_right_and_have_lengths_with_a_tail():
     from random import Random
     from statistics import median

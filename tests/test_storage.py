@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -206,6 +207,26 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
     pipeline, place = pipeline_of("/proc/self/storage", tmp_path / "run")  # where not even root may make a folder
     with pytest.raises(UserError, match="storage: got '/proc/self/storage'"), stored(pipeline, place):
         pass
+
+
+def test_a_folder_that_is_there_and_cannot_be_written_is_refused(tmp_path: Path):
+    pipeline, place = pipeline_of("/proc/self", tmp_path / "run")
+    message = r"storage: /proc/self: manifests/0+1 cannot be written: .*; give a place that this host reaches and may"
+    with pytest.raises(ConfigError, match=message), stored(pipeline, place):
+        pass
+
+
+@pytest.mark.slow  # seconds, until the store gives up
+def test_a_store_that_is_not_reached_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as closed:  # nothing listens there
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ALLOW_HTTP"):
+            monkeypatch.setenv(name, "true")
+        pipeline, place = pipeline_of("s3://bucket/run", tmp_path / "run")
+        message = "storage: s3://bucket/run: manifests cannot be listed: .*; give a place that this host reaches"
+        with pytest.raises(ConfigError, match=message), stored(pipeline, place):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ PATIENCE_S = 600.0  # how long the storage may fail before the run is ended
 TRIES = 3  # to read a run directory of which files vanish meanwhile
 HELD = ".storage.json"  # the run's name, and the tokens of the epochs that this folder has held
 LEDGER = "ledger.sqlite"
+PLACE = "give a place that this host reaches and may write to"
 
 
 class Storing:
@@ -133,7 +134,7 @@ def _hold(pipeline: Pipeline, place: RunDir, store: Store) -> Mirror:
             return begin(store, run=run, pipeline=pipeline.name, token=token)
         return take(store, *found, token=token, cwd=os.getcwd())
     except StorageError as error:
-        raise ConfigError("storage", [str(error).removeprefix("storage ")]) from None
+        raise ConfigError("storage", [f"{error}; {PLACE}".removeprefix("storage ")]) from None
     except Succeeded as error:
         raise ConfigError("storage", [f"got {store.uri!r}: {error}"]) from None
 
@@ -180,7 +181,7 @@ def resume_run(uri: str, run_dir: Path | None) -> Path:
             pass
         _restore_inputs(store, mirror.manifest)
     except StorageError as error:
-        raise ConfigError("--resume", [str(error)]) from None
+        raise ConfigError("--resume", [f"{error}; {PLACE}"]) from None
     except Succeeded as error:
         raise ConfigError("--resume", [f"got {uri!r}: {error}"]) from None
     place.mkdir(parents=True, exist_ok=True)

@@ -5,10 +5,13 @@ Source: object_store's put modes, https://docs.rs/object_store, `PutMode::Create
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
+
+RETRY_S = 30.0  # that one call goes on; who calls tries again for longer (pipeline/storing.py)
 
 
 class StorageError(Exception):
@@ -27,7 +30,8 @@ class Store:
             if place.startswith("file://"):
                 self._store: Any = obstore.store.LocalStore.from_url(place, mkdir=True)
             else:
-                self._store = obstore.store.from_url(place)
+                retry: Any = {"retry_timeout": timedelta(seconds=RETRY_S)}
+                self._store = obstore.store.from_url(place, retry_config=retry)
         except Exception as error:  # obstore raises its own kinds and ValueError
             raise UserError(f"storage: got {uri!r}: {_first_line(error)}") from None
 
