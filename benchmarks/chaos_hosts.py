@@ -48,6 +48,7 @@ SLOW_RATE = "20mbit"
 SLOW_S = 20.0
 BEFORE, AFTER = 4, 3  # steps before the first fault, and after each
 FAULTS_A_RUN = 3
+START_S = 480.0
 STRIKE_S = 240.0
 FINISH_S = 420.0
 
@@ -91,7 +92,7 @@ class HostRun:
             changes["trainer_restarts"] = len(self.strikes)
         run = self.cluster.start("chaos", storage=True, steps=steps, resources=resources, **changes)
         self.at.append(run)
-        run.await_steps(BEFORE)
+        run.await_steps(BEFORE, START_S)
 
     def strike(self, strike: HostStrike) -> None:
         """Make one fault, and wait until the run has got over it. Raises Late if the run is over already."""

@@ -16,11 +16,11 @@ import typer
 
 from posttrain.cli.forecast import read_stage
 from posttrain.forecast.config import ClusterConfig, DeviceConfig, ReplyLengths
-from posttrain.forecast.forecast import Forecast, make_forecast
+from posttrain.forecast.forecast import make_forecast
 from posttrain.forecast.outcome import simulate
 from posttrain.forecast.read import find_device, find_models, read_cluster
 from posttrain.forecast.setting import Models, mean_reply_tokens, plan_asynchronous, plan_stacked
-from posttrain.forecast.text import render_forecast
+from posttrain.forecast.text import render_forecast, title_of
 from posttrain.resources import bundled
 from posttrain.rl.config import RlConfig
 
@@ -55,7 +55,8 @@ def main(path: Path) -> None:
             seconds = _three_ways(config, _with_spread(config, cluster, spread), device, models=models)
             rows.append((spread, *seconds))
             ratios.append((seconds[1] / seconds[0], seconds[2] / seconds[0], name, spread))
-        parts += [_section(name, forecast), _table(rows)]
+        title = title_of(f"scale/{name}/rl", cluster, device)
+        parts += [_section(name, render_forecast(forecast, title=title)), _table(rows)]
     parts.append(_verdict(ratios))
     path.write_text("\n".join(parts).rstrip() + "\n")
 
@@ -88,9 +89,9 @@ def _three_ways(
     return found[0], found[1], found[2], mean_reply_tokens(config, cluster.workload)
 
 
-def _section(name: str, forecast: Forecast) -> str:
+def _section(name: str, text: str) -> str:
     command = f"posttrain plan scale/{name}/rl --cluster scale/{name}/cluster"
-    return f"\n## {name}\n\n```\n$ {command}\n{render_forecast(forecast, title=f'configs/scale/{name}/rl.yaml')}\n```\n"
+    return f"\n## {name}\n\n```\n$ {command}\n{text}\n```\n"
 
 
 def _table(rows: Sequence[tuple[float, ...]]) -> str:

@@ -6,6 +6,8 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,8 +22,9 @@ from posttrain.forecast.calibration import _line, calibrate
 from posttrain.forecast.config import ClusterConfig, DeviceConfig
 from posttrain.forecast.costs import Costs, EngineCosts, TrainerCosts, UpdateCosts
 from posttrain.forecast.engines import choose_engines, choose_for_run
+from posttrain.forecast.forecast import with_engines
 from posttrain.forecast.hardware import engine_costs, trainer_costs
-from posttrain.forecast.outcome import simulate
+from posttrain.forecast.outcome import find_bottleneck, simulate
 from posttrain.forecast.simulation import Setting, Simulation
 from posttrain.planning.sizes import count_sizes, find_model, read_config
 from posttrain.resources import bundled, bundled_names
@@ -403,6 +406,65 @@ def test_the_command_forecasts_both_ways_of_a_stage(capsys: pytest.CaptureFixtur
     assert found["speedup"] == pytest.approx(found["in_turns"]["step_s"] / found["asynchronous"]["step_s"])
     assert found["asynchronous"]["staleness"] <= 4
     assert all(0 <= share <= 1 for way in ("asynchronous", "in_turns") for share in found[way]["idle"].values())
+
+
+@pytest.mark.slow  # seconds of simulation
+def test_the_page_of_forecasts_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]):
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    command = "plan scale/scout-8/rl --cluster scale/scout-8/cluster"
+    assert main(command.split()) == 0
+    assert f"```\n$ posttrain {command}\n{capsys.readouterr().out.rstrip()}\n```" in page
+
+
+@pytest.mark.parametrize(
+    ("part", "costs"),
+    [
+        ("engines", Costs(EngineCosts(0.1, 0.0), TrainerCosts(0.1, 0.0), NO_UPDATE)),
+        ("trainer", Costs(EngineCosts(0.001, 0.0), TrainerCosts(9.0, 0.0), NO_UPDATE)),
+        ("weight updates", Costs(EngineCosts(0.001, 0.0), TrainerCosts(0.1, 0.0), UpdateCosts(9.0, 0.0))),
+        ("rewards", Costs(EngineCosts(0.001, 0.0), TrainerCosts(0.1, 0.0), NO_UPDATE, reward_s=2.0)),
+    ],
+)
+def test_the_part_that_would_help_most_in_half_the_time_is_the_bottleneck(part, costs):
+    planned: Any = SimpleNamespace(setting=setting(costs=costs, max_staleness=2, reward_workers=1))
+    found = find_bottleneck(planned, simulate(planned.setting))
+    assert found.part == part
+    assert found.gain == pytest.approx(2.0, rel=0.2)
+
+
+def test_the_drawing_shows_how_much_of_each_stretch_an_actor_worked():
+    from posttrain.forecast.text import SHADES, WIDTH, draw
+
+    begun = [SimpleNamespace(began=float(number)) for number in (0, 36, 72, 108, 144)]
+    busy = {"engine-0": [(0.0, 72.0)], "engine-1": [(0.0, 36.0)], "trainer": [(142.0, 144.0)]}
+    way: Any = SimpleNamespace(
+        outcome=SimpleNamespace(trace=SimpleNamespace(steps=begun, busy=busy)), planned=SimpleNamespace(name="so")
+    )
+    head, engine, trainer = draw(way)
+    assert head.startswith("4 steps, so, 144.0 s")
+    half = SHADES[round(0.5 * (len(SHADES) - 1))]  # a stretch is 2 s; one engine of two works in the second quarter
+    assert engine == f"  engine  |{SHADES[-1] * (WIDTH // 4)}{half * (WIDTH // 4)}{' ' * (WIDTH // 2)}|"
+    assert trainer == f"  trainer |{' ' * (WIDTH - 1)}{SHADES[-1]}|"
+
+
+def test_the_changes_that_help_are_those_of_what_is_slow():
+    """The engines limit a run: more of them help, and are named first; each gain is that of a simulation."""
+    from posttrain.forecast.changes import NUM_SHOWN, best_changes
+
+    base = elastic_config(min=1, max=2)
+    config = with_engines(base, 1)
+
+    def make(changed: RlConfig) -> Any:
+        return SimpleNamespace(setting=made(0.5)(changed.resources.rollout.most), memory=[])
+
+    now = simulate(make(config).setting)
+    found = best_changes(config, make, now)
+    assert 0 < len(found) <= NUM_SHOWN
+    assert found == sorted(found, key=lambda change: -change.gain)
+    more = next(change for change in found if change.text == "resources.rollout.workers: 2")
+    assert more.gain == pytest.approx(now.step_s / simulate(made(0.5)(2)).step_s)
+    assert more.gain > 1.5
+    assert more.devices == 1
 
 
 def test_the_command_shows_a_range_of_engines_number_by_number(capsys: pytest.CaptureFixture[str]):

@@ -35,7 +35,7 @@ def print_forecast(
     from posttrain.forecast.calibration import calibrate as fit
     from posttrain.forecast.calibration import describe
     from posttrain.forecast.read import find_device, find_models, read_cluster
-    from posttrain.forecast.text import forecast_json, render_forecast
+    from posttrain.forecast.text import forecast_json, render_forecast, title_of
 
     config = read_stage(_bundled_config(file), overrides)
     found = read_cluster(Path(_bundled_config(str(cluster))))
@@ -52,8 +52,7 @@ def print_forecast(
     if as_json:
         typer.echo(json.dumps(forecast_json(forecast), indent=2))
         return
-    title = f"{file} on {found.hosts} x {found.devices_per_host} {device.name}"
-    typer.echo(render_forecast(forecast, title=title))
+    typer.echo(render_forecast(forecast, title=title_of(file, found, device)))
     if calibration is not None:
         typer.echo(f"\ncosts of {calibrate}: {describe(calibration)}")
 

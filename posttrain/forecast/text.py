@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from posttrain.forecast.config import ClusterConfig, DeviceConfig
 from posttrain.forecast.forecast import Forecast, Way
 from posttrain.forecast.memory import GIB, DeviceMemory
 from posttrain.rl.loop.scaling import Choice
@@ -10,6 +11,11 @@ from posttrain.rl.loop.scaling import Choice
 SHADES = " .:*#"  # shares of a stretch of time in which an actor worked: none to all
 WIDTH = 72
 DRAWN_STEPS = 4
+
+
+def title_of(file: str, cluster: ClusterConfig, device: DeviceConfig) -> str:
+    """The first line of a forecast."""
+    return f"{file} on {cluster.hosts} x {cluster.devices_per_host} {device.name}"
 
 
 def render_forecast(forecast: Forecast, *, title: str) -> str:
