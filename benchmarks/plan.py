@@ -1,22 +1,24 @@
 """How close forecasts of `posttrain plan --cluster --calibrate` come to what is measured.
 
-    python benchmarks/plan.py runs/quickstart [--json FILE] [--only NAME,NAME] [--seed N]
+    python benchmarks/plan.py runs/quickstart [--json FILE] [--only NAME,NAME] [--seed N] [--dir DIR]
 
 One run of RL with the models and prompts of a finished quick start is calibrated from. Then six other settings are
 forecast, all before the first of them is run, and run one after the other. For each: seconds of an optimizer step,
 forecast and measured, after a third of the steps. All runs share the machine's cores; the load average is printed, for
-other work makes the ratios meaningless.
+other work makes the ratios meaningless. --dir keeps the runs and the forecasts: the same command goes on with what is
+missing there, which must be in the same quiet hours.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from resumable import folder_of
 
 from posttrain.cli.forecast import read_stage
 from posttrain.files import read_jsonl
@@ -50,17 +52,20 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
     only: Annotated[str, typer.Option(help="Names of settings; all are forecast.")] = "",
     seed: Annotated[int, typer.Option()] = 0,
+    directory: Annotated[Path | None, typer.Option("--dir", help="Keeps the runs and forecasts.")] = None,
 ) -> None:
     """Calibrate, forecast, measure, compare."""
     names = [name for name in SETTINGS if name != "calibration" and (not only or name in only.split(","))]
-    with tempfile.TemporaryDirectory(prefix="posttrain-plan-") as folder:
+    with folder_of(directory) as folder:
         made = Path(folder)
         calibration = calibrate(_run(run, "calibration", made, seed=seed))
         print(f"costs: {describe(calibration)}", flush=True)
-        expected = {name: forecast_s(calibration, _config(run, name)) for name in names}
-        (made / "forecast.json").write_text(json.dumps(expected))  # before any of them is measured
-        print(f"forecast, seconds a step: { {name: round(value, 3) for name, value in expected.items()} }", flush=True)
-        found = {}
+        written = made / "forecast.json"  # before any of them is measured
+        expected: dict[str, float] = json.loads(written.read_text()) if written.exists() else {}
+        expected |= {name: forecast_s(calibration, _config(run, name)) for name in names if name not in expected}
+        written.write_text(json.dumps(expected))
+        print(f"forecast, seconds a step: { {name: round(expected[name], 3) for name in names} }", flush=True)
+        found: dict[str, Any] = {}
         for name in names:
             measured = measured_s(_run(run, name, made, seed=seed))
             found[name] = {"forecast_s": expected[name], "measured_s": measured, "ratio": expected[name] / measured}
@@ -69,14 +74,14 @@ def main(
                 f"{expected[name] / measured:.2f}, load {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
-    result = {
-        "costs": json.loads(describe(calibration)),
-        "settings": found,
-        "within_15_percent": sum(abs(item["ratio"] - 1) <= 0.15 for item in found.values()),
-        "load": os.getloadavg()[0],
-    }
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+            result = {
+                "costs": json.loads(describe(calibration)),
+                "settings": found,
+                "within_15_percent": sum(abs(item["ratio"] - 1) <= 0.15 for item in found.values()),
+                "load": os.getloadavg()[0],
+            }
+            if json_file is not None:
+                json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _overrides(run: Path, name: str) -> list[str]:
@@ -89,7 +94,10 @@ def _config(run: Path, name: str) -> RlConfig:
 
 
 def _run(run: Path, name: str, made: Path, *, seed: int) -> Path:
-    """Run the stage. Returns the run directory."""
+    """Run the stage, unless it has been run. Returns the run directory."""
+    if (made / name / "rl" / "DONE").exists():
+        return made / name
+    shutil.rmtree(made / name, ignore_errors=True)  # a run that was interrupted has a gap in its times
     command = [sys.executable, "-m", "posttrain.cli.main", "rl", str(CONFIG), *_overrides(run, name)]
     subprocess.run(
         [*command, "--run-dir", str(made / name), "--seed", str(seed)],
