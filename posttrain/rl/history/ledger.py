@@ -118,8 +118,8 @@ class Ledger:
     def generated(self, order: int, replies: Sequence[Reply]) -> None:
         """Note that all replies of a group are sampled."""
         self._file.discard_latest(order)
-        spans = [span for reply in replies for segment in reply.segments for span in segment.versions]
-        oldest, newest = min(span.policy_version for span in spans), max(span.policy_version for span in spans)
+        versions = [span.policy_version for reply in replies for part in reply.segments for span in part.versions]
+        oldest, newest = min(versions), max(versions)
         tokens = sum(reply.num_sampled for reply in replies)
         row = (order, partial(pack, replies))
         self._file.write("INSERT OR REPLACE INTO replies (id, data) VALUES (?, ?)", row, order=order)

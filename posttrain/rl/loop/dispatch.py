@@ -92,8 +92,9 @@ class Dispatch:
             return
         if not self._held_back:
             self._side.dispatch(self._steps.next_version)
-        for _ in range(self._book.room(self._workers.oldest_version) - self._held_back):
-            self.send(self._book.admit(self._workers.oldest_version))
+        oldest = self._workers.oldest_version
+        for _ in range(self._book.room(oldest) - self._held_back):
+            self.send(self._book.admit(oldest))
 
     def send(self, admission: Admission, worker: str = "") -> None:
         """Have the replies of a group sampled. worker: the one that it goes to, if it can."""

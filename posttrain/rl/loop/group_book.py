@@ -236,8 +236,8 @@ class GroupBook:
     def generated(self, flight: Flight) -> Group:
         """Record that all replies of a group are sampled. Returns the group, which is to be scored."""
         undecided = self._in_state(flight.order, GroupState.RESERVED, "be sampled")
-        self._ledger.generated(flight.order, flight.replies)
         group = group_of_flight(flight)
+        self._ledger.generated(flight.order, [reply_of(rollout) for rollout in group.rollouts])
         undecided.state, undecided.group = GroupState.GENERATED, group
         return group
 
