@@ -5,6 +5,9 @@ at once. Real are the controller, Ray's calls, the ledger on the disk, the queue
 one process. The controller runs in a process of Ray, as in a stage. The reward itself computes almost nothing. Groups
 have 2 replies of 8 tokens, so that the cost of groups is measured and not that of tokens.
 
+Left out is the making of prompts: they are drawn in turn, and their token ids are known. A stage draws by beliefs
+(`selection_draws_per_s`) and renders each prompt with its chat template, in the same thread.
+
   controller_groups_per_s   groups a second that are trained on, from admission to the archive. Beside it: the processor
                             time of the controller for each group in microseconds, and the groups a second that the
                             reward actor scores by itself, in calls of 128 groups
