@@ -119,7 +119,7 @@ def test_rl_was_asynchronous_mixed_and_bounded(run):
     # The first group of each prompt tells how hard it is: those that were trained on, and those that taught nothing.
     difficulty = pq.read_table(run / "rl" / "difficulty.parquet").to_pylist()
     assert {row["prompt_id"] for row in trained} <= {row["prompt_id"] for row in difficulty}
-    assert {row["n"] for row in difficulty} == {8}
+    assert {row["n"] for row in difficulty} <= {2, 8}  # sampled at once, or begun with two replies
     # Every capability has its place in a batch, and no batch held one alone.
     shares = Counter(row["capability"] for row in read_jsonl(run / "base" / "data" / "prompts.jsonl"))
     expected = {name for name, count in shares.items() if count / shares.total() >= 2 / 16}
