@@ -1,6 +1,8 @@
 """RL with episodes of several turns: a real engine, trainer, environment processes and agents, some of them killed."""
 
+import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -8,6 +10,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,11 +21,13 @@ from tiny_policy import ENGINE
 from posttrain.context import StageContext
 from posttrain.files import read_jsonl
 from posttrain.model.tokenizer import load_tokenizer
-from posttrain.records import Message
+from posttrain.records import DrawnPrompt, Message, Prompt, Row
 from posttrain.reward_tools.episode import checked_episode, episode_config, row_of, try_episode
 from posttrain.rl.history.audit import audit_stage
 from posttrain.rl.history.recorded import read_rollouts
 from posttrain.rl.history.replay import replay, weight_gaps
+from posttrain.rl.loop.dispatch import Dispatch
+from posttrain.rl.records import Admission
 
 WORLD = '''
 import asyncio, pathlib
@@ -141,6 +146,22 @@ def test_episodes_and_replies_in_one_pool_are_trained_on_as_they_were_sampled(ra
     for line in evaluations:
         assert (line["capabilities"]["game"]["n"], line["capabilities"]["game"]["unscored"]) == (3, 0), line
     assert_clean_and_replayed(config, tmp_path)
+
+
+@pytest.mark.parametrize(("environment", "groups"), [(None, 2), ({"name": "posttrain.environments.store:store"}, 0)])
+def test_the_first_step_waits_for_groups_but_for_no_episode(tmp_path, tiny_model, environment, groups):
+    config = make_config(tmp_path, tiny_model, rows_of(["math"]), environment=environment)
+    row = Row("r", "math", (Message("user", "?"),))
+    prompt = DrawnPrompt(row, None, Prompt(row.messages, (1, 2, 3)))
+    orders, sent = itertools.count(), []
+    book = SimpleNamespace(
+        room=lambda version: 8, begins_with=lambda name: None, admit=lambda version: Admission(next(orders), 0, prompt)
+    )
+    workers = SimpleNamespace(workers=[SimpleNamespace(name="e")], oldest_version=0, send=sent.append)
+    dispatch = Dispatch(
+        config, book, workers, side=None, steps=None, stop_ids=(0,), changed=asyncio.Event(), is_early=True
+    )
+    assert dispatch.open() == list(range(groups)) == [flight.order for flight in sent]
 
 
 ENDLESS = '''

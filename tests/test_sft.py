@@ -363,7 +363,9 @@ def test_a_killed_stage_goes_on_from_its_last_checkpoint_to_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(
             "posttrain.parallel.ranks.run_on_ranks",
-            lambda parallel, resources, *work: run_on_ranks(parallel, resources, killed_meanwhile, *work),
+            lambda parallel, resources, *work, **needed: run_on_ranks(
+                parallel, resources, killed_meanwhile, *work, **needed
+            ),
         )
         with pytest.raises(StageError, match="the training was lost in run"):
             stage.run(config, make_context(killed, 5))

@@ -233,6 +233,7 @@ class Flight:
     an older policy version may sample for it. version: if given, only the worker that is kept at this version may.
     request: the request for the first turn of the whole group, whose `n` is the group's size. recorded: each rollout as
     far as it was sampled before a crash, or (). worker: the one that gets the first turns if it can; "" leaves it open.
+    rollouter: makes its rollouts, in place of the one that makes those of other groups.
     began_s: Unix time at which an engine first got it. sessions: those of the unfinished rollouts. finished: the
     finished rollouts by index.
     """
@@ -244,6 +245,7 @@ class Flight:
     recorded: Sequence[Reply] = ()
     version: int | None = None
     worker: str = ""
+    rollouter: Rollouter | None = None
     began_s: float = 0.0
     sessions: list[Session] = field(default_factory=list)
     finished: dict[int, Rollout] = field(default_factory=dict)

@@ -44,7 +44,7 @@ class RunningRollouters:
         recorded = flight.recorded or (UNBEGUN,) * flight.request.n
         flight.sessions = [Session(flight, index, reply) for index, reply in enumerate(recorded)]
         for session in flight.sessions:
-            session.running = self._rollouter.run(flight.prompt.prompt, session)
+            session.running = (flight.rollouter or self._rollouter).run(flight.prompt.prompt, session)
         self._ready += flight.sessions
         self._schedule()
 

@@ -21,7 +21,7 @@ from posttrain.rl.training.samples import train_sample
 from posttrain.sampling.client import Engines
 from posttrain.sampling.groups import SampledGroups
 from posttrain.sampling.manifests import Manifest
-from posttrain.sampling.rollouter import Flight
+from posttrain.sampling.rollouter import Flight, SingleTurn
 
 PROMPTS = 16
 LOOKED_AT = 256
@@ -114,7 +114,7 @@ async def _sampled(session: Any, asked: Sequence[Any], manifest: Manifest, *, ve
         while asked and not found.keys() >= set(names):
             # Each flight goes to the worker with the least work, so every worker gets some.
             flights = [
-                Flight(order, version, prompt, request=request)
+                Flight(order, version, prompt, request=request, rollouter=SingleTurn())
                 for order, (prompt, request) in enumerate(list(asked) * len(names))
             ]
             await engines.groups(flights)

@@ -306,7 +306,7 @@ class Controller:
         orders = self._dispatch.open() if self._is_early else []
         if orders:
             self._start.wait_for(orders)
-        else:  # groups of before a crash may have taken all places
+        else:  # groups of before a crash may have taken all places, or there is an environment
             some = self._parts.source.first(COMPARED)
             self._start.send_replies(some, self._config.sampling, self._parts.stop_ids)
         await self._start.check()

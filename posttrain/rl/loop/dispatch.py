@@ -12,7 +12,7 @@ from posttrain.records import DrawnPrompt
 from posttrain.rl.history.recovery import Survivor
 from posttrain.rl.loop.group_book import GroupBook
 from posttrain.rl.loop.side import SideWork
-from posttrain.rl.loop.start import HELD_BACK
+from posttrain.rl.loop.start import HELD_BACK, HIGH_PRIORITY
 from posttrain.rl.loop.steps import Steps, wake_all
 from posttrain.rl.prompts.config import PromptsConfig
 from posttrain.rl.records import Admission, Group
@@ -21,9 +21,9 @@ from posttrain.sampling.requests import SampleRequest
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.workers import RolloutWorkers
 
-# vLLM starts requests with a lower number first. Those of new groups have 0, and -1 from the second turn on.
-HIGH_PRIORITY = -2
-BEGUN = -1  # of a group that has replies: it was admitted before others that wait for their first
+# The priority of a group that has replies: it was admitted before others that wait for their first. Those have 0, and
+# -1 from the second turn on.
+BEGUN = -1
 
 
 class Dispatch:
@@ -57,9 +57,12 @@ class Dispatch:
     def open(self) -> list[int]:
         """Hold nothing back any more. Returns the orders of the groups that are sent now, to each worker in turn.
 
-        Engines sample them before the groups that wait there, because the first step waits for them.
+        Engines sample them before the groups that wait there, because the first step waits for them. There are none
+        with an environment: the step would wait for the slowest tool of their episodes.
         """
         count = min(self._held_back, self._book.room(self._workers.oldest_version))
+        if self._config.environment is not None:
+            count = 0
         admissions = [self._book.admit(self._workers.oldest_version) for _ in range(count)]
         for index, admission in enumerate(admissions):
             flight = self.flight(admission, self._workers.workers[index % len(self._workers.workers)].name)

@@ -10,13 +10,17 @@ they differed, the importance ratios of every step would be wrong, and training 
 would be found too.
 
 Other runs sample nothing before the engines have the trainer's weights, and compare a few replies that are sampled for
-this alone: those that continue from a checkpoint or with a new trainer, and deterministic ones.
+this alone: those that continue from a checkpoint or with a new trainer, and deterministic ones. With an environment
+such replies take the place of the groups that are held back: an episode may last for hours, and the first step must not
+wait for it.
 """
 
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from posttrain.config.engines import SamplingConfig
 from posttrain.context import StageContext
@@ -26,12 +30,13 @@ from posttrain.rl.records import Group
 from posttrain.rl.rollouts.requests import sample_request
 from posttrain.rl.training.client import TrainerClient
 from posttrain.rl.training.samples import rollout_samples
-from posttrain.sampling.rollouter import Flight
+from posttrain.sampling.rollouter import Flight, SingleTurn
 from posttrain.sampling.workers import RolloutWorkers
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 HELD_BACK = 2  # groups of each engine that are sampled with the trainer's weights before the first step
 COMPARED = 16  # rollouts of each engine, and of each kind
+HIGH_PRIORITY = -2  # of what the first step waits for; vLLM starts requests with a lower number first
 OWN = -(10**9)  # the dispatch order of the first group that is sampled for the comparison alone
 
 
@@ -89,13 +94,14 @@ class Start:
         self._later = set(self._awaited)
 
     def send_replies(self, prompts: Sequence[DrawnPrompt], sampling: SamplingConfig, stop_ids: tuple[int, ...]) -> None:
-        """Have each engine sample one reply to each prompt, for the comparison alone."""
+        """Have each engine sample one reply to each prompt, for the comparison alone: no prompt begins an episode."""
         names = [worker.name for worker in self._workers.workers]
         pairs = [(name, prompt) for name in names for prompt in prompts]
         self.wait_for(range(OWN, OWN - len(pairs), -1))
         for place, (name, prompt) in enumerate(pairs):
-            request = sample_request(sampling, prompt, 1, stop_ids=stop_ids)
-            self._workers.send(Flight(OWN - place, self._version, prompt, request, worker=name))
+            request = replace(sample_request(sampling, prompt, 1, stop_ids=stop_ids), priority=HIGH_PRIORITY)
+            flight = Flight(OWN - place, self._version, prompt, request, worker=name, rollouter=SingleTurn())
+            self._workers.send(flight)
 
     def sampled(self, group: Group) -> None:
         """Take note of a sampled group."""
