@@ -180,7 +180,8 @@ def groups_per_s(seed: int = 0, profile: Path | None = None) -> tuple[float, dic
 
     with ray_session():
         # As a stage runs: in a process of Ray, whose event loops are those of uvloop.
-        return ray.get(ray.remote(_groups_per_s).options(num_cpus=0.5, max_calls=1).remote(seed, profile))
+        measured = ray.remote(num_cpus=0.5, max_calls=1)(_groups_per_s)
+        return ray.get(measured.remote(seed, profile))
 
 
 def _groups_per_s(seed: int, profile: Path | None) -> tuple[float, dict[str, float]]:
