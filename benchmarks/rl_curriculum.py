@@ -7,8 +7,8 @@ trains on as many groups with an advantage, all others are dropped and replaced,
 
   uniform      all prompts are drawn alike (DAPO)
   band         a profile of 8 replies each, then the prompts with pass rates in [0.1, 0.7] alone, drawn in turn
-  selection    the default: prompts drawn by beliefs, without a profile
-  first_two    the same, and groups begin with two replies
+  selection    prompts drawn by beliefs, without a profile, every group sampled whole
+  first_two    the default: the same, and groups begin with two replies
   predictor    as `selection`, and each kind of puzzle (the field `kind` of the rows) has a fitted prior of its own
   predictor_two  as `predictor`, and groups begin with two replies
   oracle       the medium prompts alone, drawn in turn: the bound for anything that has to find them

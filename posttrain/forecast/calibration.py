@@ -210,7 +210,10 @@ def _groups(folder: Path) -> tuple[dict[tuple[int, str], list[tuple[list[int], b
 
 
 def _num_scorings(config: RlConfig, lengths: Sequence[int]) -> int:
-    """How often rewards were waited for: twice for a group that went on after its first replies."""
+    """How often rewards were waited for: twice for a group that has more than its first replies.
+
+    A run does not tell which of these were sampled whole at once, and so waited for rewards once.
+    """
     return 2 if config.first_replies is not None and len(lengths) > config.first_replies else 1
 
 

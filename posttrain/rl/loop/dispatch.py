@@ -60,9 +60,8 @@ class Dispatch:
         Engines sample them before the groups that wait there, because the first step waits for them. There are none
         with an environment: the step would wait for the slowest tool of their episodes.
         """
-        count = min(self._held_back, self._book.room(self._workers.oldest_version))
-        if self._config.environment is not None:
-            count = 0
+        room = self._book.room(self._workers.oldest_version) if self._config.environment is None else 0
+        count = min(self._held_back, room)
         admissions = [self._book.admit(self._workers.oldest_version) for _ in range(count)]
         for index, admission in enumerate(admissions):
             flight = self.flight(admission, self._workers.workers[index % len(self._workers.workers)].name)
